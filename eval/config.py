@@ -1,0 +1,23 @@
+"""The `eval` section of a recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class EvalConfig(BaseModel):
+    """How images are sampled and which benchmark scores them. Prompt counts are per task; None is all of them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    benchmark: Literal["shapes", "geneval"] = "shapes"
+    prompts_per_task: Annotated[int, Field(gt=0)] | None = None
+    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+    images_per_prompt: Annotated[int, Field(gt=0)] = 1
+    image_size_px: Annotated[int, Field(gt=0)] = 1024
+    num_inference_steps: Annotated[int, Field(gt=0)] = 50
+    guidance_scale: Annotated[float, Field(ge=1)] = 8.0
+    batch_size: Annotated[int, Field(gt=0)] = 64
+    bootstrap_samples: Annotated[int, Field(gt=0)] = 1000

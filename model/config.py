@@ -1,0 +1,211 @@
+"""Configuration of the model and of its training: the `model` and `train` sections of a recipe.
+
+Every class is frozen and refuses unknown keys, so that a typing mistake in a recipe is one error that names
+the key. Numbers are the recipe's: no default here hides a value of the paper (RECIPE sources are comments in
+recipes/nucleus_17b.yaml).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+MoeStrategy = Literal[
+    "leave_first_three_and_last_block_dense",
+    "leave_first_three_blocks_dense",
+    "leave_first_block_dense",
+    "all_moe",
+    "all_dense",
+]
+
+
+class Section(BaseModel):
+    """Base of every recipe section: frozen, strict about keys and about types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+
+
+class TransformerConfig(Section):
+    """The keys of diffusers' `NucleusMoEImageTransformer2DModel` config.json, with the released defaults' names.
+
+    Source: diffusers 0.42.1, transformer_nucleusmoe_image.py. Width is heads x head dim.
+    """
+
+    patch_size: Positive = 2
+    in_channels: Positive = 64
+    out_channels: Positive | None = None
+    num_layers: Positive = 24
+    attention_head_dim: Positive = 128
+    num_attention_heads: Positive = 16
+    num_key_value_heads: Positive | None = None
+    joint_attention_dim: Positive = 3584
+    axes_dims_rope: tuple[Positive, Positive, Positive] = (16, 56, 56)
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    moe_enabled: bool = True
+    dense_moe_strategy: MoeStrategy = "leave_first_three_and_last_block_dense"
+    num_experts: Positive = 128
+    moe_intermediate_dim: Positive = 1344
+    capacity_factors: float | tuple[float, ...] = 8.0
+    use_sigmoid: bool = False
+    route_scale: float = 2.5
+    use_grouped_mm: bool = False
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def dense_inner_dim(self) -> int:
+        """Inner width of a dense block's SwiGLU (diffusers rounds down to a multiple of 128)."""
+        return int(self.width * self.mlp_ratio * 2 / 3) // 128 * 128
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether block `layer` (from 0) routes; the rule of diffusers' `_is_moe_layer`."""
+        if not self.moe_enabled or self.dense_moe_strategy == "all_dense":
+            return False
+        if self.dense_moe_strategy == "all_moe":
+            return True
+        if self.dense_moe_strategy == "leave_first_block_dense":
+            return layer >= 1
+        if self.dense_moe_strategy == "leave_first_three_blocks_dense":
+            return layer >= 3
+        return 3 <= layer < self.num_layers - 1
+
+    def capacity_factor(self, layer: int) -> float:
+        factors = self.capacity_factors
+        return factors[layer] if isinstance(factors, tuple) else factors
+
+    def capacity(self, layer: int, num_tokens: int) -> int:
+        """Tokens that each expert of block `layer` takes of a sample with `num_tokens` image tokens."""
+        return max(1, math.ceil(self.capacity_factor(layer) * num_tokens / self.num_experts))
+
+    @model_validator(mode="after")
+    def _check(self) -> "TransformerConfig":
+        if self.num_attention_heads % self.kv_heads:
+            raise ValueError(
+                f"num_key_value_heads={self.kv_heads} must divide num_attention_heads={self.num_attention_heads}"
+            )
+        if sum(self.axes_dims_rope) != self.attention_head_dim:
+            raise ValueError(
+                f"axes_dims_rope={list(self.axes_dims_rope)} must sum to attention_head_dim={self.attention_head_dim}"
+            )
+        if any(dim % 2 for dim in self.axes_dims_rope):
+            raise ValueError(f"axes_dims_rope={list(self.axes_dims_rope)} must be even numbers")
+        if self.in_channels % self.patch_size**2:
+            raise ValueError(f"in_channels={self.in_channels} must be a multiple of patch_size^2={self.patch_size**2}")
+        factors = self.capacity_factors
+        if isinstance(factors, tuple) and len(factors) != self.num_layers:
+            raise ValueError(
+                f"capacity_factors has {len(factors)} values; give one number or one for each of the {self.num_layers} layers"
+            )
+        for value in factors if isinstance(factors, tuple) else (factors,):
+            if not 0 < value <= self.num_experts:
+                raise ValueError(
+                    f"capacity factor {value} must lie in (0, num_experts={self.num_experts}]: above it an expert "
+                    "would take more tokens than there are"
+                )
+        if any(not self.is_moe_layer(i) for i in range(self.num_layers)) and self.dense_inner_dim == 0:
+            raise ValueError(
+                f"width {self.width} x mlp_ratio {self.mlp_ratio} x 2/3 is under 128: the dense blocks would be empty"
+            )
+        return self
+
+
+class OptimConfig(Section):
+    """Muon for attention and expert matrices, AdamW for every other parameter; constant rate after warm-up (WSM)."""
+
+    muon_lr: Annotated[float, Field(gt=0)]
+    adamw_lr: Annotated[float, Field(gt=0)]
+    muon_momentum: Fraction = 0.95
+    muon_ns_steps: Positive = 5
+    muon_weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    adamw_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    adamw_eps: Annotated[float, Field(gt=0)] = 1e-8
+    adamw_weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 1000
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class LossConfig(Section):
+    """Weights of the extra losses; 0 switches one off."""
+
+    router_z_loss: Annotated[float, Field(ge=0)] = 0.0
+    router_orthogonality: Annotated[float, Field(ge=0)] = 0.0
+    wavelet: Annotated[float, Field(ge=0)] = 0.0
+
+
+class StageConfig(Section):
+    """One training stage: a resolution, a capacity factor, and a share of the steps."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+    image_size_px: Positive
+    steps: Positive
+    batch_size: Positive  # global: all ranks and accumulation steps together
+    capacity_factors: float | tuple[float, ...]
+    aspect_ratios: tuple[str, ...] = ("1:1",)
+    tier_weights: dict[str, Annotated[float, Field(ge=0)]] = {"A1": 1.0, "A2": 1.0, "A3": 1.0, "A4": 1.0, "A5": 1.0}
+    wavelet: bool = False  # the wavelet loss is on at the last stage only
+
+
+class TimestepConfig(Section):
+    """Logit-normal timesteps whose shift rises linearly with the number of image tokens; a share is uniform."""
+
+    base_tokens: Positive = 256
+    base_shift: float = 0.5
+    max_tokens: Positive = 4096
+    max_shift: float = 1.15
+    uniform_fraction: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def _check(self) -> "TimestepConfig":
+        if self.max_tokens <= self.base_tokens:
+            raise ValueError(f"max_tokens={self.max_tokens} must be above base_tokens={self.base_tokens}")
+        return self
+
+
+class TrainConfig(Section):
+    """The `train` section of a recipe."""
+
+    seed: int = 0
+    stages: tuple[StageConfig, ...] = Field(min_length=1)
+    optim: OptimConfig
+    losses: LossConfig = LossConfig()
+    timesteps: TimestepConfig = TimestepConfig()
+    caption_dropout: Fraction = 0.1
+    local_batch_size: Positive | None = None  # per rank and accumulation step; None: global batch / ranks
+    checkpoint_every_steps: Positive = 500
+    keep_checkpoints: Positive = 16
+    log_every_steps: Positive = 10
+    sample_every_steps: Annotated[int, Field(ge=0)] = 0  # 0: no sample grids
+    sample_prompts: tuple[str, ...] = ()
+    nnodes: Positive = 1
+    nproc_per_node: Positive = 1
+    expert_parallel: Positive = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stages need names of their own, got {names}")
+        sizes = [stage.image_size_px for stage in self.stages]
+        if sizes != sorted(sizes):
+            raise ValueError(f"image_size_px must not fall from stage to stage, got {sizes}")
+        return self
+
+
+class MergeConfig(Section):
+    """WSM merge of the last checkpoints of the last stage (arXiv 2507.17634)."""
+
+    last_n: Positive = 16

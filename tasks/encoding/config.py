@@ -1,0 +1,75 @@
+"""The `components` and `encoding` sections of a recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from model.config import Positive, Section
+
+
+class HubComponent(Section):
+    """A pinned model of the Hugging Face Hub. `revision` is a commit, never a branch."""
+
+    repo_id: str
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+    subfolder: str | None = None
+
+
+class TinyVAEConfig(Section):
+    """A small `AutoencoderKLQwenImage` (8x, as its three temporal stages fix) trained on the curated corpus."""
+
+    base_dim: Positive = 16
+    z_dim: Positive = 16
+    dim_mult: tuple[Positive, ...] = (1, 2, 4, 4)
+    num_res_blocks: Positive = 1
+    steps: Positive = 1000
+    batch_size: Positive = 32
+    image_size_px: Positive = 64
+    lr: Annotated[float, Field(gt=0)] = 2e-3
+    kl_weight: Annotated[float, Field(ge=0)] = 1e-6
+
+
+class TinyTextEncoderConfig(Section):
+    """A small `Qwen3VLForConditionalGeneration` trained as a language model of the captions."""
+
+    vocab_size: Positive = 512  # upper bound of the tokenizer
+    hidden_size: Positive = 128
+    intermediate_size: Positive = 256
+    num_hidden_layers: Annotated[int, Field(ge=9)] = 10  # the pipeline's return_index -8 needs at least 9
+    num_attention_heads: Positive = 4
+    num_key_value_heads: Positive = 2
+    steps: Positive = 1500
+    batch_size: Positive = 64
+    lr: Annotated[float, Field(gt=0)] = 2e-3
+
+
+class ComponentsConfig(Section):
+    """Frozen VAE and text encoder: pinned from the Hub, or small ones of the same classes trained here."""
+
+    kind: Literal["hub", "trained"]
+    hub_vae: HubComponent | None = None
+    hub_text_encoder: HubComponent | None = None
+    vae: TinyVAEConfig | None = None
+    text_encoder: TinyTextEncoderConfig | None = None
+    min_psnr_db: float = 28.0
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> "ComponentsConfig":
+        wanted = ("hub_vae", "hub_text_encoder") if self.kind == "hub" else ("vae", "text_encoder")
+        for name in wanted:
+            if getattr(self, name) is None:
+                raise ValueError(f"components of kind {self.kind!r} need the key {name!r}")
+        return self
+
+
+class EncodingConfig(Section):
+    """How curated records become latent shards."""
+
+    rows_per_shard: Positive = 4096
+    batch_size: Positive = 64
+    dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    max_text_tokens: Positive = 1024
+    hidden_state_index: Annotated[int, Field(lt=0)] = -8

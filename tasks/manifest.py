@@ -1,0 +1,204 @@
+"""Sealed directories: what passes from hop to hop.
+
+A pass writes into a temporary directory beside its final name (`writing`); `seal` records the digests of its
+files, of its parents and of its configuration in manifest.json; the rename that ends `writing` makes it
+visible at once or not at all. `verify` refuses a missing, added or changed file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Iterator
+
+from pydantic import BaseModel, ConfigDict
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+KINDS = (
+    "records",  # raw images and captions in tar shards
+    "curated",  # records kept, with tiers and captions, and the ledger
+    "components",  # frozen VAE, text encoder, processor
+    "latents",  # one stage's latents and text embeddings
+    "checkpoints",  # one stage's last checkpoints and metrics
+    "merged",  # one transformer, diffusers layout
+    "scorecard",  # generated images, scores, error bars
+    "pipeline",  # the published diffusers directory
+)
+
+
+class Parent(BaseModel):
+    """A sealed directory that this one was made from: its kind, its digest, and where it lay."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: str
+    digest: str
+    path: str
+
+
+class Manifest(BaseModel):
+    """The seal of a directory. `digest` covers everything else but the parents' paths."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    schema_version: int
+    kind: str
+    files: dict[str, str]  # path inside the directory -> SHA-256
+    parents: tuple[Parent, ...]
+    config: dict[str, Any]
+    code_version: str
+    image: str
+    counts: dict[str, int]
+    digest: str
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def code_version() -> str:
+    """The installed version, with NUCLEUS_CODE_VERSION (a commit, set in the container) when there is one."""
+    try:
+        base = version("nucleus-flyte")
+    except PackageNotFoundError:
+        base = "0+unknown"
+    commit = os.environ.get("NUCLEUS_CODE_VERSION", "")
+    return f"{base}+{commit}" if commit else base
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(p for p in directory.rglob("*") if p.is_file() and p != directory / MANIFEST)
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    """Digest of what the directory is: content, parents' digests, configuration. Not where or by what it was made,
+    so that the same bytes made twice are the same artifact."""
+    keep = {k: fields[k] for k in ("schema_version", "kind", "files", "config", "counts")}
+    keep["parents"] = sorted((p["kind"], p["digest"]) for p in fields["parents"])
+    return hashlib.sha256(json.dumps(keep, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def load_manifest(directory: str | os.PathLike) -> Manifest:
+    """The manifest of a sealed directory, without checking its files.
+
+    Raises:
+        ValueError: there is no manifest, or it is not one of ours.
+    """
+    path = Path(directory) / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{directory} is not a sealed directory: it has no {MANIFEST}")
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not a manifest of schema {SCHEMA_VERSION}: {error}") from error
+
+
+def seal(
+    directory: str | os.PathLike,
+    kind: str,
+    parents: list[str | os.PathLike] | tuple = (),
+    config: BaseModel | dict[str, Any] | None = None,
+    counts: dict[str, int] | None = None,
+) -> Manifest:
+    """Writes manifest.json over the files of `directory`, fsyncs them all, and returns it.
+
+    Args:
+        directory: the finished directory; afterwards no file in it may change.
+        kind: one of `KINDS`.
+        parents: sealed directories that this one was made from (their manifests are read, not verified again).
+        config: what decided the content, as a recipe section or a JSON-able dict.
+        counts: whole numbers to show in lineage, such as {"records": 100}.
+
+    Raises:
+        ValueError: unknown kind, nothing to seal, or a parent without a seal.
+    """
+    directory = Path(directory)
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is unknown; use one of {', '.join(KINDS)}")
+    files = _files(directory)
+    if not files:
+        raise ValueError(f"{directory} holds no file to seal")
+    links = [p for p in directory.rglob("*") if p.is_symlink()]
+    if links:
+        raise ValueError(f"{links[0]} is a symbolic link; a sealed directory holds plain files only")
+    fields: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": kind,
+        "files": {p.relative_to(directory).as_posix(): sha256_file(p) for p in files},
+        "parents": [
+            {"kind": m.kind, "digest": m.digest, "path": str(Path(p).resolve())}
+            for p in parents
+            for m in [load_manifest(p)]
+        ],
+        "config": config.model_dump(mode="json") if isinstance(config, BaseModel) else (config or {}),
+        "code_version": code_version(),
+        "image": os.environ.get("FLYTE_INTERNAL_IMAGE", ""),
+        "counts": counts or {},
+    }
+    manifest = Manifest(digest=_digest(fields), **fields)
+    for path in files:
+        _fsync(path)
+    temporary = directory / f".{MANIFEST}.{uuid.uuid4().hex}"
+    temporary.write_text(manifest.model_dump_json(indent=1))
+    _fsync(temporary)
+    os.replace(temporary, directory / MANIFEST)
+    _fsync(directory)
+    return manifest
+
+
+def verify(directory: str | os.PathLike) -> Manifest:
+    """Reads every file of a sealed directory again and compares.
+
+    Raises:
+        ValueError: naming the first file that is missing, added or changed, or the manifest itself.
+    """
+    directory = Path(directory)
+    manifest = load_manifest(directory)
+    if _digest(manifest.model_dump(mode="json")) != manifest.digest:
+        raise ValueError(f"{directory / MANIFEST} was changed: its digest does not cover its content")
+    present = {p.relative_to(directory).as_posix() for p in _files(directory)}
+    for name in sorted(manifest.files.keys() - present):
+        raise ValueError(f"{directory} lacks {name}, which its manifest lists")
+    for name in sorted(present - manifest.files.keys()):
+        raise ValueError(f"{directory} holds {name}, which its manifest does not list")
+    for name, digest in manifest.files.items():
+        if sha256_file(directory / name) != digest:
+            raise ValueError(f"{directory / name} was changed: its SHA-256 is not the manifest's {digest}")
+    return manifest
+
+
+@contextlib.contextmanager
+def writing(final: str | os.PathLike) -> Iterator[Path]:
+    """A temporary directory that becomes `final` when the block ends, and vanishes when it raises.
+
+    The block seals it. An older `final` is replaced; leftovers of killed attempts are removed first.
+    """
+    final = Path(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for stale in final.parent.glob(f".{final.name}.writing-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary = final.parent / f".{final.name}.writing-{uuid.uuid4().hex[:8]}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        _fsync(final.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

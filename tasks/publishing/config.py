@@ -1,0 +1,22 @@
+"""The `publish` section of a recipe."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from model.config import Section
+
+
+class PublishConfig(Section):
+    """Where the pipeline goes beside its sealed directory, and what its card says."""
+
+    title: str = "Nucleus-Image reproduction"
+    license: str = "apache-2.0"
+    hub_repo_id: str | None = None  # pushed there when set
+    s3_uri: str | None = None  # uploaded there when set
+
+    @model_validator(mode="after")
+    def _check(self) -> "PublishConfig":
+        if self.s3_uri is not None and not self.s3_uri.startswith("s3://"):
+            raise ValueError(f"s3_uri={self.s3_uri!r} must start with s3://")
+        return self
