@@ -8,6 +8,9 @@ visible at once or not at all. `verify` refuses a missing, added or changed file
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -21,14 +24,17 @@ from pydantic import BaseModel, ConfigDict
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+WRITING = ".writing-"  # then the process id
 KINDS = (
     "records",  # raw images and captions in tar shards
+    "scores",  # one shard's scorer columns
     "curated",  # records kept, with tiers and captions, and the ledger
     "components",  # frozen VAE, text encoder, processor
     "latents",  # one stage's latents and text embeddings
     "checkpoints",  # one stage's last checkpoints and metrics
     "merged",  # one transformer, diffusers layout
-    "scorecard",  # generated images, scores, error bars
+    "images",  # one seed's generated images
+    "scorecard",  # scores, error bars, grid
     "pipeline",  # the published diffusers directory
 )
 
@@ -43,7 +49,7 @@ class Parent(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The seal of a directory. `digest` covers everything else but the parents' paths."""
+    """The seal of a directory. `digest` covers what it is: not `code_version`, `image` and the parents' paths."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     schema_version: int
@@ -94,9 +100,12 @@ def load_manifest(directory: str | os.PathLike) -> Manifest:
     if not path.is_file():
         raise ValueError(f"{directory} is not a sealed directory: it has no {MANIFEST}")
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        manifest = Manifest.model_validate_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not a manifest of schema {SCHEMA_VERSION}: {error}") from error
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise ValueError(f"{path} has schema {manifest.schema_version}; this version reads schema {SCHEMA_VERSION}")
+    return manifest
 
 
 def seal(
@@ -124,9 +133,7 @@ def seal(
     files = _files(directory)
     if not files:
         raise ValueError(f"{directory} holds no file to seal")
-    links = [p for p in directory.rglob("*") if p.is_symlink()]
-    if links:
-        raise ValueError(f"{links[0]} is a symbolic link; a sealed directory holds plain files only")
+    _refuse_links(directory)
     fields: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "kind": kind,
@@ -141,9 +148,14 @@ def seal(
         "image": os.environ.get("FLYTE_INTERNAL_IMAGE", ""),
         "counts": counts or {},
     }
-    manifest = Manifest(digest=_digest(fields), **fields)
+    # Through JSON and back first: the digest must be that of what a reader of manifest.json sees (a key 1 reads
+    # back as "1", a count of 100.0 as 100).
+    draft = json.loads(Manifest(digest="", **fields).model_dump_json())
+    manifest = Manifest.model_validate({**draft, "digest": _digest(draft)})
     for path in files:
         _fsync(path)
+    for path in {parent for file in files for parent in file.relative_to(directory).parents}:
+        _fsync(directory / path)
     temporary = directory / f".{MANIFEST}.{uuid.uuid4().hex}"
     temporary.write_text(manifest.model_dump_json(indent=1))
     _fsync(temporary)
@@ -162,6 +174,7 @@ def verify(directory: str | os.PathLike) -> Manifest:
     manifest = load_manifest(directory)
     if _digest(manifest.model_dump(mode="json")) != manifest.digest:
         raise ValueError(f"{directory / MANIFEST} was changed: its digest does not cover its content")
+    _refuse_links(directory)
     present = {p.relative_to(directory).as_posix() for p in _files(directory)}
     for name in sorted(manifest.files.keys() - present):
         raise ValueError(f"{directory} lacks {name}, which its manifest lists")
@@ -174,26 +187,52 @@ def verify(directory: str | os.PathLike) -> Manifest:
 
 
 @contextlib.contextmanager
-def writing(final: str | os.PathLike) -> Iterator[Path]:
+def writing(final: str | os.PathLike, by_digest: bool = False) -> Iterator[Path]:
     """A temporary directory that becomes `final` when the block ends, and vanishes when it raises.
 
-    The block seals it. An older `final` is replaced; leftovers of killed attempts are removed first.
+    The block seals it. An older `final` is replaced. With `by_digest`, `final` is a folder and the directory
+    becomes `final/DIGEST` (see `sealed_path`); equal content that is there already is kept. Leftovers of
+    attempts whose process is gone are removed first.
     """
     final = Path(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for stale in final.parent.glob(f".{final.name}.writing-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    temporary = final.parent / f".{final.name}.writing-{uuid.uuid4().hex[:8]}"
+    folder = final if by_digest else final.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(f"{WRITING}*"):
+        if not _alive(int(stale.name.removeprefix(WRITING).split("-")[0])):
+            shutil.rmtree(stale, ignore_errors=True)
+    temporary = folder / f"{WRITING}{os.getpid()}-{uuid.uuid4().hex[:8]}"
     temporary.mkdir()
     try:
         yield temporary
+        if by_digest:
+            final = sealed_path(folder, load_manifest(temporary).digest)
+            if final.exists():
+                try:
+                    verify(final)
+                    return
+                except ValueError:
+                    pass  # damaged: the fresh one takes its place
         if final.exists():
             shutil.rmtree(final)
         os.replace(temporary, final)
-        _fsync(final.parent)
-    except BaseException:
+        _fsync(folder)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+
+
+def sealed_path(folder: str | os.PathLike, digest: str) -> Path:
+    """Where `writing(folder, by_digest=True)` puts the directory of that digest."""
+    return Path(folder) / digest[:16]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _fsync(path: Path) -> None:

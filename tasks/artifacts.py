@@ -1,0 +1,86 @@
+"""The typed artifacts that pass between tasks: sealed directories whose cache key is their content.
+
+In a local run an artifact stays under NUCLEUS_HOME (default: .nucleus in the working directory), named by its
+digest; on a cluster Flyte uploads it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from flytekit import FlyteContextManager, HashMethod
+from flytekit.core.context_manager import ExecutionState
+from flytekit.types.directory import FlyteDirectory
+
+from tasks.manifest import load_manifest, seal, sealed_path, verify, writing
+
+
+def _content_digest(directory: FlyteDirectory) -> str:
+    return load_manifest(str(directory.path)).digest
+
+
+def _artifact() -> Any:
+    return Annotated[FlyteDirectory, HashMethod(_content_digest)]
+
+
+RecordsDir = _artifact()
+ScoresDir = _artifact()
+CuratedDir = _artifact()
+ComponentsDir = _artifact()
+LatentsDir = _artifact()
+CheckpointsDir = _artifact()
+MergedDir = _artifact()
+ImagesDir = _artifact()
+ScorecardDir = _artifact()
+PipelineDir = _artifact()
+
+
+def home() -> Path:
+    """Where local artifacts and the state of running stages lie."""
+    return Path(os.environ.get("NUCLEUS_HOME", ".nucleus")).resolve()
+
+
+def is_local() -> bool:
+    state = FlyteContextManager.current_context().execution_state
+    return state is None or state.mode != ExecutionState.Mode.TASK_EXECUTION
+
+
+def fetch(directory: FlyteDirectory) -> Path:
+    """Downloads an artifact where it is remote, and verifies every file of it."""
+    path = Path(directory.download())
+    verify(path)
+    return path
+
+
+def produce(
+    kind: str,
+    make: Callable[[Path], Any],
+    parents: Sequence[Path] = (),
+    config: Any = None,
+    counts: Callable[[Any], dict[str, int]] | None = None,
+) -> tuple[FlyteDirectory, Path, Any]:
+    """Runs `make(out_dir)` into a directory that appears sealed and whole, or not at all.
+
+    Returns:
+        the artifact to hand to Flyte, its local path, and what `make` returned.
+
+    Raises:
+        ValueError: the disk is full; whatever `make` raises. Nothing half-written stays behind.
+    """
+    folder = home() / "artifacts" / kind
+    try:
+        with writing(folder, by_digest=True) as out_dir:
+            report = make(out_dir)
+            manifest = seal(out_dir, kind, list(parents), config, counts(report) if counts else None)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise ValueError(f"the disk under {folder} is full while making {kind}; nothing was kept") from error
+        raise
+    final = sealed_path(folder, manifest.digest)
+    # remote_directory=False: a local run reads the artifact where it lies.
+    artifact = FlyteDirectory(str(final), remote_directory=False) if is_local() else FlyteDirectory(str(final))
+    return artifact, final, report

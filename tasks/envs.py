@@ -1,0 +1,87 @@
+"""The only place for images, resources, retries, accelerators and cache versions of tasks.
+
+A cache version names the meaning of a task's output: raise it when the code behind a task changes what it
+writes for the same inputs. Images are named by role and resolved when the workflows are registered
+(`--image trainer=REGISTRY/NAME@sha256:...`); a local run ignores images, resources and retries.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from flytekit import Cache, Resources
+from flytekit.extras.accelerators import H100
+
+CACHE_VERSIONS = {
+    "records": "1",
+    "curation": "1",
+    "components": "1",
+    "encoding": "1",
+    "training": "1",
+    "merging": "1",
+    "evaluation": "1",
+    "publishing": "1",
+}
+
+# Multi-node training is decided when the workflows are registered, since Flyte fixes a task's type then:
+# NUCLEUS_TRAIN_NNODES x NUCLEUS_TRAIN_NPROC processes. Unset means one plain process.
+TRAIN_NNODES = int(os.environ.get("NUCLEUS_TRAIN_NNODES", "1"))
+TRAIN_NPROC = int(os.environ.get("NUCLEUS_TRAIN_NPROC", "1"))
+
+
+def image(role: str) -> str:
+    """The container image of a role, resolved at registration by `--image ROLE=...`."""
+    return f"{{{{.image.{role}.fqn}}}}:{{{{.image.{role}.version}}}}"
+
+
+def cache(step: str, ignored_inputs: tuple[str, ...] = ()) -> Cache:
+    return Cache(version=CACHE_VERSIONS[step], ignored_inputs=ignored_inputs, serialize=True)
+
+
+def _sized(cpu: str, memory_gib: int, gpu: int = 0) -> dict[str, Any]:
+    """Equal requests and limits, so that a node is never overcommitted."""
+    size = Resources(cpu=cpu, mem=f"{memory_gib}Gi", gpu=str(gpu) if gpu else None)
+    return {"requests": size, "limits": size}
+
+
+def light(role: str) -> dict[str, Any]:
+    """Options of a task that plans or gathers."""
+    return {"container_image": image(role), "retries": 3, **_sized("1", 2)}
+
+
+def shard(role: str) -> dict[str, Any]:
+    """Options of one map task over a shard."""
+    return {"container_image": image(role), "retries": 3, "interruptible": True, **_sized("4", 16)}
+
+
+def gather(role: str) -> dict[str, Any]:
+    """Options of a task that reads every shard."""
+    return {"container_image": image(role), "retries": 3, **_sized("16", 64)}
+
+
+def gpu_single(role: str) -> dict[str, Any]:
+    """Options of a task on one accelerator."""
+    options = {"container_image": image(role), "retries": 3, **_sized("16", 128, gpu=_gpus(1))}
+    return options | ({"accelerator": H100} if _gpus(1) else {})
+
+
+def trainer() -> dict[str, Any]:
+    """Options of a training task: a plain pod for one process, a PyTorchJob for more."""
+    gpus = _gpus(TRAIN_NPROC)
+    options = {"container_image": image("trainer"), "retries": 10, "interruptible": True}
+    options |= _sized("96" if gpus else "2", 1024 if gpus else 8, gpu=gpus)
+    if gpus:
+        options["accelerator"] = H100
+    if TRAIN_NNODES * TRAIN_NPROC > 1:
+        # Imports torch: only registrations that ask for several processes pay for it.
+        from flytekitplugins.kfpytorch import Elastic
+
+        options["task_config"] = Elastic(nnodes=TRAIN_NNODES, nproc_per_node=TRAIN_NPROC, max_restarts=0)
+        options["shared_memory"] = "64Gi"
+    return options
+
+
+def _gpus(count: int) -> int:
+    """Accelerators asked for: none when NUCLEUS_ACCELERATOR=none, as for a cluster of CPU nodes."""
+    return 0 if os.environ.get("NUCLEUS_ACCELERATOR", "h100") == "none" else count
