@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import glob
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ from pydantic import BaseModel, ConfigDict
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
-WRITING = ".writing-"  # then the process id
+WRITING = ".writing-"
 KINDS = (
     "records",  # raw images and captions in tar shards
     "scores",  # one shard's scorer columns
@@ -191,33 +190,53 @@ def writing(final: str | os.PathLike, by_digest: bool = False) -> Iterator[Path]
     """A temporary directory that becomes `final` when the block ends, and vanishes when it raises.
 
     The block seals it. An older `final` is replaced. With `by_digest`, `final` is a folder and the directory
-    becomes `final/DIGEST` (see `sealed_path`); equal content that is there already is kept. Leftovers of
-    attempts whose process is gone are removed first.
+    becomes `final/DIGEST` (see `sealed_path`); equal content that is there already is kept. Leftovers of killed
+    attempts are removed first, those of attempts that still run are not (each holds a lock on its own). A crash
+    at any moment leaves `final` whole, old or new, or absent between two renames; never in part.
+
+    Raises:
+        OSError: the disk is full (ENOSPC), with the place in the message; whatever the block raises.
     """
     final = Path(final)
     folder = final if by_digest else final.parent
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(f"{WRITING}*"):
-        if not _alive(int(stale.name.removeprefix(WRITING).split("-")[0])):
-            shutil.rmtree(stale, ignore_errors=True)
-    temporary = folder / f"{WRITING}{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    temporary.mkdir()
+    temporary = folder / f"{WRITING}{uuid.uuid4().hex}"
+    with _locked(folder):  # so that no other attempt cleans between our mkdir and our lock
+        for stale in folder.glob(f"{WRITING}*"):
+            _remove_unlocked(stale)
+        temporary.mkdir()
+        lock = _lock(temporary)
     try:
         yield temporary
+        assert (temporary / MANIFEST).is_file(), f"{final} would become visible without a seal"
         if by_digest:
             final = sealed_path(folder, load_manifest(temporary).digest)
-            if final.exists():
-                try:
-                    verify(final)
-                    return
-                except ValueError:
-                    pass  # damaged: the fresh one takes its place
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(temporary, final)
+            with contextlib.suppress(ValueError):  # absent, or damaged: the fresh one takes its place
+                verify(final)
+                return
+        while True:
+            try:
+                os.replace(temporary, final)
+                break
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            # Aside before it is deleted: a directory deleted in place is half there for as long as that takes.
+            aside = folder / f"{WRITING}{uuid.uuid4().hex}"
+            os.replace(final, aside)
+            shutil.rmtree(aside, ignore_errors=True)
         _fsync(folder)
+    except Exception as error:
+        # Libraries raise types of their own for it (safetensors, Arrow), so the words decide.
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+            raise OSError(
+                errno.ENOSPC, f"No space left on device while writing {final}; nothing half-written was left there"
+            ) from error
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def sealed_path(folder: str | os.PathLike, digest: str) -> Path:
@@ -225,14 +244,43 @@ def sealed_path(folder: str | os.PathLike, digest: str) -> Path:
     return Path(folder) / digest[:16]
 
 
-def _alive(pid: int) -> bool:
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        with contextlib.suppress(OSError):  # a file system without locks, such as some NFS: go on without
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(directory: Path) -> int | None:
+    """A descriptor that holds an exclusive lock on `directory`; None where somebody else does, or it is gone."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_unlocked(stale: Path) -> None:
+    # A lock, not a process id: ids are used again, and mean nothing on another host of a shared file system.
+    lock = _lock(stale)
+    if lock is not None:
+        shutil.rmtree(stale, ignore_errors=True)
+        os.close(lock)
+
+
+def _refuse_links(directory: Path) -> None:
+    for path in sorted(directory.rglob("*")):
+        if path.is_symlink():
+            raise ValueError(f"{path} is a symbolic link; a sealed directory holds plain files only")
 
 
 def _fsync(path: Path) -> None:
