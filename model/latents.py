@@ -1,0 +1,467 @@
+"""Latent shards: their format, a writer, a reader with O(1) random reads, and the order in which a run reads them.
+
+    meta.json                                  LatentMeta; written last, so a directory without it is unfinished
+    index.parquet                              one row per image: row, record_id, bucket, shard, offset, tier, text_rows
+    bucket-{W}x{H}/latents-{i:05d}.safetensors "latents" [n, C, H/8, W/8], normalised: (z - mean) / std
+    text/text-{i:05d}.safetensors              "embeds" [m, T, D], right-padded with zeros; "lengths" [m] int32
+
+Text row 0 is the empty prompt: dropped captions and the unconditional half of guidance use it.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from pydantic import Field
+from safetensors.torch import save_file
+
+from model.config import Positive, Section
+from model.hashing import hash_words, permuted_index, uniform
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_SAFETENSORS_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+}
+EMPTY_TEXT_ROW = 0
+TEXT_LENGTH_MULTIPLE = 8  # the pipeline's processor pads prompts to a multiple of 8
+
+
+class LatentMeta(Section):
+    """`meta.json`. `buckets` (images per bucket) and `text_rows` are filled in by the writer."""
+
+    latent_channels: Positive = 16
+    vae_scale: Positive = 8
+    patch_size: Positive = 2
+    text_dim: Positive
+    text_tokens: Positive  # T: every stored text row is padded to it
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    rows_per_shard: Positive = 4096
+    text_rows_per_shard: Positive = 4096
+    text_rows: Annotated[int, Field(ge=0)] = 0
+    buckets: dict[str, int] = {}
+
+
+class LatentWriter:
+    """Writes a latents directory, shard by shard; at most one shard per bucket is held in memory.
+
+    Use as a context manager: `meta.json` and the index are written only if the block ends without an error.
+    The first text row must be the empty prompt.
+    """
+
+    def __init__(self, out_dir: str | Path, meta: LatentMeta | Mapping[str, Any]):
+        self.out_dir = Path(out_dir)
+        self.meta = meta if isinstance(meta, LatentMeta) else LatentMeta(**meta)
+        if self.meta.text_tokens % TEXT_LENGTH_MULTIPLE:
+            raise ValueError(f"text_tokens={self.meta.text_tokens} must be a multiple of {TEXT_LENGTH_MULTIPLE}")
+        self._dtype = DTYPES[self.meta.dtype]
+        self._pending: dict[str, list[torch.Tensor]] = {}
+        self._counts: dict[str, int] = {}
+        self._text_pending: list[torch.Tensor] = []
+        self._text_count = 0
+        self._index: dict[str, list] = {
+            name: [] for name in ("row", "record_id", "bucket", "shard", "offset", "tier", "text_rows")
+        }
+        self._closed = False
+
+    def __enter__(self) -> "LatentWriter":
+        return self
+
+    def __exit__(self, error_type: type | None, *_: object) -> None:
+        if error_type is None:
+            self.close()
+
+    def add_text(self, embeds: torch.Tensor) -> int:
+        """Adds one prompt's embeddings [L, D], without padding, and returns its text row."""
+        length, dim = embeds.shape
+        if dim != self.meta.text_dim or not 0 < length <= self.meta.text_tokens:
+            raise ValueError(
+                f"text embeddings of shape {list(embeds.shape)} do not fit [1..{self.meta.text_tokens}, {self.meta.text_dim}]"
+            )
+        self._text_pending.append(embeds.detach().to("cpu", self._dtype))
+        self._text_count += 1
+        if len(self._text_pending) == self.meta.text_rows_per_shard:
+            self._flush_text()
+        return self._text_count - 1
+
+    def add_image(self, record_id: str, latent: torch.Tensor, tier: str, text_rows: Sequence[int]) -> int:
+        """Adds one normalised latent [C, h, w] with the text rows of its captions, and returns its row."""
+        channels, height, width = latent.shape
+        if channels != self.meta.latent_channels:
+            raise ValueError(f"latent of {record_id} has {channels} channels, expected {self.meta.latent_channels}")
+        if height % self.meta.patch_size or width % self.meta.patch_size:
+            raise ValueError(f"latent of {record_id} is {height}x{width}: not a multiple of the patch size")
+        rows = [int(row) for row in text_rows]
+        if not rows or any(not 0 <= row < self._text_count for row in rows):
+            raise ValueError(f"{record_id}: text rows {rows} must be of the {self._text_count} rows added so far")
+        scale = self.meta.vae_scale
+        bucket = f"{width * scale}x{height * scale}"
+        shard, offset = divmod(self._counts.get(bucket, 0), self.meta.rows_per_shard)
+        row = len(self._index["row"])
+        for name, value in zip(self._index, (row, record_id, bucket, shard, offset, tier, rows), strict=True):
+            self._index[name].append(value)
+        pending = self._pending.setdefault(bucket, [])
+        pending.append(latent.detach().to("cpu", self._dtype))
+        self._counts[bucket] = self._counts.get(bucket, 0) + 1
+        if len(pending) == self.meta.rows_per_shard:
+            self._flush_bucket(bucket)
+        return row
+
+    def close(self) -> LatentMeta:
+        """Writes what is pending, the index and, last, meta.json."""
+        assert not self._closed, "LatentWriter.close() was called twice"
+        if not self._text_count or not self._index["row"]:
+            raise ValueError(
+                f"a latents directory needs the empty prompt and at least one image, got {self._text_count} texts "
+                f"and {len(self._index['row'])} images"
+            )
+        self._closed = True
+        if self._text_pending:
+            self._flush_text()
+        for bucket in list(self._pending):
+            if self._pending[bucket]:
+                self._flush_bucket(bucket)
+        schema = pa.schema(
+            [
+                ("row", pa.int64()),
+                ("record_id", pa.string()),
+                ("bucket", pa.string()),
+                ("shard", pa.int32()),
+                ("offset", pa.int32()),
+                ("tier", pa.string()),
+                ("text_rows", pa.list_(pa.int32())),
+            ]
+        )
+        pq.write_table(pa.table(self._index, schema=schema), self.out_dir / "index.parquet")
+        self.meta = self.meta.model_copy(
+            update={"buckets": dict(sorted(self._counts.items())), "text_rows": self._text_count}
+        )
+        temporary = self.out_dir / "meta.json.tmp"
+        temporary.write_text(json.dumps(self.meta.model_dump(), indent=2) + "\n")
+        os.replace(temporary, self.out_dir / "meta.json")
+        return self.meta
+
+    def _flush_bucket(self, bucket: str) -> None:
+        shard = (self._counts[bucket] - 1) // self.meta.rows_per_shard
+        folder = self.out_dir / f"bucket-{bucket}"
+        folder.mkdir(exist_ok=True)
+        latents = torch.stack(self._pending[bucket]).contiguous()
+        save_file({"latents": latents}, folder / f"latents-{shard:05d}.safetensors")
+        self._pending[bucket] = []
+
+    def _flush_text(self) -> None:
+        shard = (self._text_count - 1) // self.meta.text_rows_per_shard
+        folder = self.out_dir / "text"
+        folder.mkdir(exist_ok=True)
+        embeds = torch.zeros(len(self._text_pending), self.meta.text_tokens, self.meta.text_dim, dtype=self._dtype)
+        for i, text in enumerate(self._text_pending):
+            embeds[i, : len(text)] = text
+        lengths = torch.tensor([len(text) for text in self._text_pending], dtype=torch.int32)
+        save_file({"embeds": embeds, "lengths": lengths}, folder / f"text-{shard:05d}.safetensors")
+        self._text_pending = []
+
+
+def _map_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file as views of a memory map: nothing is read until it is used.
+
+    safetensors' own reader copies whole tensors (or a range of rows); a batch needs scattered rows.
+    """
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # copy-on-write: torch refuses read-only buffers
+    header_bytes = int.from_bytes(mapped[:8], "little")
+    header = json.loads(mapped[8 : 8 + header_bytes])
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            dtype = _SAFETENSORS_DTYPES[entry["dtype"]]
+            begin, end = entry["data_offsets"]
+            flat = torch.frombuffer(
+                mapped, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=8 + header_bytes + begin
+            )
+            tensors[name] = flat.view(entry["shape"])
+    return tensors
+
+
+def _gather(shards: Sequence[torch.Tensor], shard_ids: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
+    """Rows (shard_ids[i], offsets[i]) of a list of equally shaped shards, as one float32 tensor."""
+    order = torch.from_numpy(np.ascontiguousarray(offsets, dtype=np.int64))
+    present = np.unique(shard_ids)
+    if len(present) == 1:
+        return shards[int(present[0])].index_select(0, order).float()
+    out = torch.empty(len(offsets), *shards[int(present[0])].shape[1:])
+    for shard in present:
+        where = torch.from_numpy(np.flatnonzero(shard_ids == shard))
+        out[where] = shards[int(shard)].index_select(0, order[where]).float()
+    return out
+
+
+class LatentDataset:
+    """Reads a latents directory. Any row costs the same, wherever it lies; files stay memory-mapped."""
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        path = self.directory / "meta.json"
+        if not path.is_file():
+            raise ValueError(f"{self.directory} is not a finished latents directory: it has no meta.json")
+        self.meta = LatentMeta(**json.loads(path.read_text()))
+        columns = ["bucket", "shard", "offset", "tier", "text_rows"]
+        table = pq.read_table(self.directory / "index.parquet", columns=columns).combine_chunks()
+        self.bucket_names = sorted(self.meta.buckets)
+        self.tier_names, self.tier = _codes(table["tier"])
+        names, codes = _codes(table["bucket"])
+        self.bucket = np.array([self.bucket_names.index(name) for name in names], dtype=np.int32)[codes]
+        self.shard = table["shard"].to_numpy()
+        self.offset = table["offset"].to_numpy()
+        captions = table["text_rows"].combine_chunks()
+        if isinstance(captions, pa.ChunkedArray):  # pyarrow keeps the wrapper on some versions
+            captions = captions.chunk(0)
+        self.caption_begin = captions.offsets.to_numpy().astype(np.int64)
+        self.caption_rows = captions.values.to_numpy()
+        self._latents: dict[int, list[torch.Tensor]] = {}
+        for i, name in enumerate(self.bucket_names):
+            shards = -(-self.meta.buckets[name] // self.meta.rows_per_shard)
+            folder = self.directory / f"bucket-{name}"
+            self._latents[i] = [
+                _map_safetensors(folder / f"latents-{s:05d}.safetensors")["latents"] for s in range(shards)
+            ]
+        text = [
+            _map_safetensors(self.directory / "text" / f"text-{s:05d}.safetensors")
+            for s in range(-(-self.meta.text_rows // self.meta.text_rows_per_shard))
+        ]
+        self._embeds = [tensors["embeds"] for tensors in text]
+        self.text_lengths = torch.cat([tensors["lengths"] for tensors in text]).numpy()
+
+    def __len__(self) -> int:
+        return len(self.bucket)
+
+    def bucket_tokens(self, bucket: str) -> tuple[int, int]:
+        """(rows, columns) of image tokens of a bucket named WxH in pixels."""
+        width, height = (int(side) // (self.meta.vae_scale * self.meta.patch_size) for side in bucket.split("x"))
+        return height, width
+
+    def latents(self, rows: np.ndarray | Sequence[int]) -> torch.Tensor:
+        """Latents [n, C, h, w] float32 of rows that share one bucket."""
+        rows = np.asarray(rows, dtype=np.int64)
+        bucket = int(self.bucket[rows[0]])
+        assert (self.bucket[rows] == bucket).all(), "rows of one batch must share a bucket"
+        return _gather(self._latents[bucket], self.shard[rows], self.offset[rows])
+
+    def text(self, text_rows: np.ndarray | Sequence[int], tokens: int | None = None) -> tuple[torch.Tensor, Any]:
+        """Embeddings [n, T, D] float32 and their mask [n, T] bool, or None where every token is real.
+
+        Args:
+            text_rows: global text rows.
+            tokens: T; by default the longest of these rows, rounded up to a multiple of 8 as the pipeline does.
+        """
+        text_rows = np.asarray(text_rows, dtype=np.int64)
+        lengths = self.text_lengths[text_rows]
+        if tokens is None:
+            tokens = self.padded_length(text_rows)
+        shard, offset = np.divmod(text_rows, self.meta.text_rows_per_shard)
+        embeds = _gather([shard_embeds[:, :tokens] for shard_embeds in self._embeds], shard, offset)
+        if (lengths == tokens).all():
+            return embeds, None
+        return embeds, torch.arange(tokens) < torch.from_numpy(lengths)[:, None]
+
+    def padded_length(self, text_rows: np.ndarray) -> int:
+        longest = int(self.text_lengths[text_rows].max())
+        return -(-longest // TEXT_LENGTH_MULTIPLE) * TEXT_LENGTH_MULTIPLE
+
+    def captions(self, row: int) -> np.ndarray:
+        """Text rows of an image's captions."""
+        return self.caption_rows[self.caption_begin[row] : self.caption_begin[row + 1]]
+
+    def record_ids(self, rows: Iterable[int]) -> list[str]:
+        """Record ids of rows; the column is read on the first call only, as training never needs it."""
+        if not hasattr(self, "_record_ids"):
+            table = pq.read_table(self.directory / "index.parquet", columns=["record_id"])
+            self._record_ids = table["record_id"].combine_chunks()
+        return [self._record_ids[int(row)].as_py() for row in rows]
+
+
+def _codes(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
+    encoded = column.combine_chunks()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.chunk(0)
+    encoded = encoded.dictionary_encode()
+    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int32)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What one step reads, before anything is read. A slice of it keeps the shapes of the whole.
+
+    rows [n], captions [n] (index of the caption, -1 where it was dropped), text_rows [n], noise_seeds [n];
+    `start` and `global_batch` place a slice within the step's global batch, `text_tokens` is the padded length
+    of the longest text of the whole batch, so that every rank's slice has the same shape.
+    """
+
+    step: int
+    bucket: str
+    rows: np.ndarray
+    captions: np.ndarray
+    text_rows: np.ndarray
+    noise_seeds: np.ndarray
+    timestep_seed: int
+    text_tokens: int
+    start: int
+    global_batch: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def part(self, index: int, parts: int) -> "BatchPlan":
+        """Part `index` of `parts` equal, consecutive parts: a rank's share, or a micro-batch of it."""
+        if len(self) % parts:
+            raise ValueError(f"a batch of {len(self)} cannot be cut into {parts} equal parts")
+        size = len(self) // parts
+        cut = slice(index * size, (index + 1) * size)
+        return replace(
+            self,
+            rows=self.rows[cut],
+            captions=self.captions[cut],
+            text_rows=self.text_rows[cut],
+            noise_seeds=self.noise_seeds[cut],
+            start=self.start + index * size,
+        )
+
+
+class SampleOrder:
+    """Which samples each step reads: a pure function of (seed, step), whatever the ranks and workers.
+
+    All samples of a step share one bucket. Of every CYCLE consecutive steps a bucket gets its share by weight
+    (the sum of its images' tier weights), in an order that changes from cycle to cycle. Within a bucket, images
+    are drawn by systematic sampling: with equal weights, each image once per epoch, in a new order each epoch;
+    otherwise within one of its expected number of times per epoch.
+
+    Args:
+        tier_weights: weight of each tier; tiers without one are not read.
+        caption_dropout: share of samples whose caption is replaced by the empty prompt.
+    """
+
+    CYCLE = 1024
+
+    def __init__(
+        self,
+        dataset: LatentDataset,
+        batch_size: int,
+        seed: int,
+        tier_weights: Mapping[str, float] | None = None,
+        caption_dropout: float = 0.0,
+    ):
+        self.dataset, self.batch_size, self.seed, self.caption_dropout = dataset, batch_size, seed, caption_dropout
+        if tier_weights is None:
+            tier_weights = {tier: 1.0 for tier in dataset.tier_names}
+        of_tier = np.array([float(tier_weights.get(tier, 0.0)) for tier in dataset.tier_names])
+        weights = of_tier[dataset.tier]
+        if not weights.sum() > 0:
+            raise ValueError(
+                f"tier weights {dict(tier_weights)} leave no image: this stage's images are of the tiers "
+                f"{', '.join(sorted(dataset.tier_names))}"
+            )
+        self._buckets, self._rows, self._cumulative, sizes = [], [], [], []
+        for code, name in enumerate(dataset.bucket_names):
+            rows = np.flatnonzero((dataset.bucket == code) & (weights > 0))
+            if len(rows):
+                of_rows = weights[rows]
+                equal = bool((of_rows == of_rows[0]).all())
+                self._buckets.append(name)
+                self._rows.append(rows)
+                self._cumulative.append(None if equal else np.cumsum(of_rows) / of_rows.sum())
+                sizes.append(of_rows.sum())
+        self._slots = _slots_by_share(np.array(sizes), self.CYCLE)
+        self._cycle: tuple[int, np.ndarray] | None = None
+
+    def batch(self, step: int) -> BatchPlan:
+        """The plan of a step (from 0): `batch_size` samples of one bucket."""
+        bucket, turn = self._bucket_of(step)
+        size, epoch_rows = self.batch_size, len(self._rows[bucket])
+        position = np.arange(size, dtype=np.int64) + turn * size
+        epoch, place = np.divmod(position, epoch_rows)
+        place = permuted_index(place, epoch_rows, hash_words(self.seed, 1, bucket, epoch))
+        cumulative = self._cumulative[bucket]
+        if cumulative is not None:
+            shift = uniform(hash_words(self.seed, 2, bucket, epoch))
+            place = np.minimum(np.searchsorted(cumulative, (place + shift) / epoch_rows, "right"), epoch_rows - 1)
+        rows = self._rows[bucket][place]
+
+        sample = np.arange(size, dtype=np.int64)
+        begin = self.dataset.caption_begin[rows]
+        count = self.dataset.caption_begin[rows + 1] - begin
+        captions = (uniform(hash_words(self.seed, 3, step, sample)) * count).astype(np.int64)
+        text_rows = self.dataset.caption_rows[begin + captions].astype(np.int64)
+        dropped = uniform(hash_words(self.seed, 4, step, sample)) < self.caption_dropout
+        captions[dropped] = -1
+        text_rows[dropped] = EMPTY_TEXT_ROW
+        return BatchPlan(
+            step=step,
+            bucket=self._buckets[bucket],
+            rows=rows,
+            captions=captions,
+            text_rows=text_rows,
+            noise_seeds=hash_words(self.seed, 5, step, sample),
+            timestep_seed=int(hash_words(self.seed, 6, step, 0)[0]),
+            text_tokens=self.dataset.padded_length(text_rows),
+            start=0,
+            global_batch=size,
+        )
+
+    def _bucket_of(self, step: int) -> tuple[int, int]:
+        """(bucket, how many earlier steps had it)."""
+        if len(self._slots) == 1:
+            return 0, step
+        cycle, place = divmod(step, self.CYCLE)
+        if self._cycle is None or self._cycle[0] != cycle:
+            schedule = np.repeat(np.arange(len(self._slots)), self._slots)
+            order = permuted_index(np.arange(self.CYCLE), self.CYCLE, hash_words(self.seed, 7, cycle, 0))
+            self._cycle = (cycle, schedule[order])
+        schedule = self._cycle[1]
+        bucket = int(schedule[place])
+        return bucket, cycle * int(self._slots[bucket]) + int((schedule[:place] == bucket).sum())
+
+
+def _slots_by_share(sizes: np.ndarray, slots: int) -> np.ndarray:
+    """Whole numbers near sizes / sum * slots that add up to `slots`, each at least 1 (largest remainders)."""
+    assert len(sizes) <= slots, "more buckets than steps in a cycle"
+    exact = sizes / sizes.sum() * slots
+    whole = np.maximum(np.floor(exact), 1).astype(np.int64)
+    while whole.sum() > slots:  # the floors of 1 took too many: the largest bucket gives
+        whole[np.argmax(whole)] -= 1
+    for i in np.argsort(-(exact - whole), kind="stable")[: slots - whole.sum()]:
+        whole[i] += 1
+    return whole
+
+
+@dataclass
+class Batch:
+    """latents [B, C, h, w] and noise, of the same shape, float32; text [B, T, D] float32; mask [B, T] bool or None."""
+
+    plan: BatchPlan
+    latents: torch.Tensor
+    text: torch.Tensor
+    mask: torch.Tensor | None
+    noise: torch.Tensor
+
+
+def read_batch(dataset: LatentDataset, plan: BatchPlan) -> Batch:
+    """Reads what a plan names. A sample's noise depends on (seed, step, place in the global batch) only."""
+    latents = dataset.latents(plan.rows)
+    text, mask = dataset.text(plan.text_rows, plan.text_tokens)
+    noise = torch.empty_like(latents)
+    generator = torch.Generator()
+    for i, seed in enumerate(plan.noise_seeds.tolist()):
+        generator.manual_seed(seed)
+        noise[i].normal_(generator=generator)
+    return Batch(plan=plan, latents=latents, text=text, mask=mask, noise=noise)
