@@ -7,11 +7,16 @@ writes for the same inputs. Images are named by role and resolved when the workf
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
 from flytekit import Cache, Resources
 from flytekit.extras.accelerators import H100
+
+# flytekit warns that it offers no console form for single fields of type tuple; the sections themselves travel
+# whole, as Pydantic models.
+logging.getLogger("flytekit").addFilter(lambda record: "cannot be converted to a literal type" not in record.getMessage())
 
 CACHE_VERSIONS = {
     "records": "1",

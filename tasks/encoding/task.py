@@ -1,0 +1,47 @@
+"""Frozen components, and each stage's latents and text embeddings."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+from flytekit import task
+
+from tasks import envs
+from tasks.artifacts import ComponentsDir, CuratedDir, LatentsDir, fetch, produce
+from tasks.encoding.config import ComponentsConfig, EncodingConfig
+from tasks.planning.sections import EncodeStage
+
+
+@task(cache=envs.cache("components"), **envs.gpu_single("encoder"))
+def make_components(curated: CuratedDir, config: ComponentsConfig) -> ComponentsDir:
+    """VAE, text encoder and processor: pinned from the Hub, or small ones trained on the curated corpus."""
+    from tasks.encoding import components
+
+    path = fetch(curated)
+    artifact, _, _ = produce(
+        "components", lambda out: components.make_components(path, config, out), parents=[path], config=config
+    )
+    return artifact
+
+
+@task(cache=envs.cache("encoding"), **envs.gpu_single("encoder"))
+def encode_stage(
+    curated: CuratedDir,
+    components: ComponentsDir,
+    stage: EncodeStage,
+    config: EncodingConfig,
+    text_from: Optional[LatentsDir] = None,
+) -> LatentsDir:
+    """Latents and text embeddings of one stage. Stages share their texts: later ones take them from the first."""
+    from tasks.encoding import encode
+
+    curated_path, components_path = fetch(curated), fetch(components)
+    text_path = fetch(text_from) if text_from is not None else None
+    artifact, _, _ = produce(
+        "latents",
+        lambda out: encode.encode_stage(curated_path, components_path, stage, config, out, text_from=text_path),
+        parents=[curated_path, components_path],
+        config={"stage": stage.model_dump(mode="json"), "encoding": config.model_dump(mode="json")},
+        counts=lambda report: {"images": int(report["images"])},
+    )
+    return artifact

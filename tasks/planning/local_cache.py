@@ -1,0 +1,72 @@
+"""Keeps Flyte's local cache honest about files.
+
+A cached output of a local run is a path. When the files there are gone, Flyte would hand the path on and the
+next task would fail; so entries whose artifact is missing or incomplete are dropped before a run, and the
+task behind them runs again. On a cluster the cache is Flyte's own and nothing is done.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tasks.manifest import MANIFEST, load_manifest
+
+
+def forget_lost_artifacts() -> int:
+    """Drops local cache entries whose artifacts are gone or lack files; returns how many."""
+    from diskcache import Cache
+    from flyteidl.core.literals_pb2 import LiteralMap
+    from flytekit.core import local_cache
+
+    location = Path(os.path.expanduser(local_cache.CACHE_LOCATION))
+    if not location.is_dir():
+        return 0
+    dropped = 0
+    with Cache(str(location)) as cache:
+        for key in list(cache.iterkeys()):
+            value = cache.get(key)
+            if not isinstance(value, bytes):
+                continue
+            literals = LiteralMap()
+            literals.ParseFromString(value)
+            paths = [uri for literal in literals.literals.values() for uri in _uris(literal)]
+            if any(_is_ours(path) and not _whole(Path(path)) for path in paths):
+                del cache[key]
+                dropped += 1
+    if dropped:
+        print(f"local cache: {dropped} entries forgotten, their artifacts are gone; they are made again", flush=True)
+    return dropped
+
+
+def _uris(literal: Any) -> Iterator[str]:
+    kind = literal.WhichOneof("value")
+    if kind == "scalar":
+        scalar = literal.scalar
+        if scalar.WhichOneof("value") == "blob":
+            yield scalar.blob.uri
+        elif scalar.WhichOneof("value") == "union":
+            yield from _uris(scalar.union.value)
+    elif kind == "collection":
+        for item in literal.collection.literals:
+            yield from _uris(item)
+    elif kind == "map":
+        for item in literal.map.literals.values():
+            yield from _uris(item)
+
+
+def _is_ours(uri: str) -> bool:
+    """Artifacts are kept as HOME/artifacts/KIND/DIGEST; the entries of other projects stay untouched."""
+    return "://" not in uri and Path(uri).parent.parent.name == "artifacts"
+
+
+def _whole(path: Path) -> bool:
+    if not (path / MANIFEST).is_file():
+        return False
+    try:
+        manifest = load_manifest(path)
+    except ValueError:
+        return False
+    return all((path / name).is_file() for name in manifest.files)

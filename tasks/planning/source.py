@@ -1,0 +1,32 @@
+"""A digest of a user's own images, so that changing one of them reruns what depends on it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import fsspec
+
+from tasks.manifest import sha256_file
+
+
+def fingerprint(path: str) -> str:
+    """SHA-256 over the names and contents of the files under `path` (their ETags or checksums, when remote).
+
+    Raises:
+        ValueError: there is nothing at `path`.
+    """
+    if "://" not in path:
+        root = Path(path)
+        if not root.exists():
+            raise ValueError(f"source {path!r} does not exist; give a folder of images, tars or Parquet files")
+        files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
+        entries = [[p.relative_to(root).as_posix(), sha256_file(p)] for p in files]
+    else:
+        filesystem, inner = fsspec.core.url_to_fs(path)
+        details = filesystem.find(inner, detail=True)
+        entries = [[name, str(filesystem.checksum(name))] for name in sorted(details)]
+    if not entries:
+        raise ValueError(f"source {path!r} is empty; give a folder of images, tars or Parquet files")
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()

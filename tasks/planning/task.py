@@ -1,0 +1,75 @@
+"""Reads the recipe and hands each task its section."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+from flytekit import task
+from flytekit.types.directory import FlyteDirectory
+
+from eval.config import EvalConfig
+from model.config import MergeConfig
+from tasks import envs
+from tasks.curation.config import CurationConfig, SourceConfig
+from tasks.encoding.config import ComponentsConfig, EncodingConfig
+from tasks.planning.local_cache import forget_lost_artifacts
+from tasks.planning.sections import EncodeStage, TrainStage, encode_stage, train_stage
+from tasks.planning.source import fingerprint
+from tasks.publishing.config import PublishConfig
+from tasks.recipe import load_recipe
+
+
+class Sections(NamedTuple):
+    """The recipe, cut into what each task depends on."""
+
+    name: str
+    source: SourceConfig
+    source_path: str
+    source_digest: str
+    shards: list[int]
+    curation: CurationConfig
+    components: ComponentsConfig
+    encoding: EncodingConfig
+    encode1: EncodeStage
+    encode2: EncodeStage
+    encode3: EncodeStage
+    train1: TrainStage
+    train2: TrainStage
+    train3: TrainStage
+    merge: MergeConfig
+    eval: EvalConfig
+    seeds: list[int]
+    publish: PublishConfig
+    recipe_json: str
+
+
+@task(**envs.light("curation"))
+def resolve_recipe(recipe: str, overrides: list[str], source: Optional[FlyteDirectory]) -> Sections:
+    """Checks the whole recipe before any work. Not cached: it also looks whether the source has changed."""
+    loaded = load_recipe(recipe, overrides)
+    path = loaded.source.path or ""
+    if source is not None:
+        path = str(source.remote_source or source.path)
+    digest = fingerprint(path) if path else ""
+    forget_lost_artifacts()
+    return Sections(
+        name=loaded.name,
+        source=loaded.source.model_copy(update={"path": None}),
+        source_path=path,
+        source_digest=digest,
+        shards=list(range(loaded.source.shards)),
+        curation=loaded.curation,
+        components=loaded.components,
+        encoding=loaded.encoding,
+        encode1=encode_stage(loaded, 0),
+        encode2=encode_stage(loaded, 1),
+        encode3=encode_stage(loaded, 2),
+        train1=train_stage(loaded, 0),
+        train2=train_stage(loaded, 1),
+        train3=train_stage(loaded, 2),
+        merge=loaded.merge,
+        eval=loaded.eval,
+        seeds=list(loaded.eval.seeds),
+        publish=loaded.publish,
+        recipe_json=loaded.model_dump_json(),
+    )

@@ -1,0 +1,56 @@
+"""One training stage. Retries and restarts go on from the last checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Optional
+
+from flytekit import Deck, task
+
+from tasks import envs
+from tasks.artifacts import CheckpointsDir, ComponentsDir, LatentsDir, fetch, home, produce
+from tasks.planning.sections import TrainStage
+
+
+@task(cache=envs.cache("training"), enable_deck=True, **envs.trainer())
+def train_stage(
+    latents: LatentsDir, components: ComponentsDir, stage: TrainStage, init: Optional[CheckpointsDir] = None
+) -> CheckpointsDir:
+    """Trains one stage from the last checkpoint of the stage before, or from scratch."""
+    from model.train.run import train_stage as run
+    from tasks.training import figures, samples
+
+    latents_path, components_path = fetch(latents), fetch(components)
+    parents = [latents_path, components_path]
+    init_path = None
+    if init is not None:
+        init_path = fetch(init)
+        parents.append(init_path)
+    work_dir = _work_dir(stage, parents)
+    artifact, final, _ = produce(
+        "checkpoints",
+        lambda out: run(
+            latents_path,
+            stage.model,
+            stage.train,
+            0,
+            init_from=init_path,
+            work_dir=work_dir,
+            out_dir=out,
+            sample_fn=samples.sampler(components_path, stage),
+        ),
+        parents=parents,
+        config=stage,
+    )
+    Deck(f"Training {stage.stage.name}", figures.training_html(Path(final)))
+    return artifact
+
+
+def _work_dir(stage: TrainStage, parents: list[Path]) -> Path:
+    """Where this stage's checkpoints lie while it runs: the same for the same inputs, whatever attempt it is."""
+    from tasks.manifest import load_manifest
+
+    key = json.dumps([stage.model_dump(mode="json"), [load_manifest(p).digest for p in parents]], sort_keys=True)
+    return home() / "runs" / f"{stage.stage.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"

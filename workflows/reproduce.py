@@ -1,0 +1,76 @@
+"""The whole road: raw records to a published pipeline.
+
+    pyflyte run workflows/reproduce.py reproduce --recipe tiny
+    pyflyte run workflows/reproduce.py reproduce --recipe tiny --source my_images/
+    pyflyte run --remote workflows/reproduce.py reproduce --recipe nucleus_17b
+
+    records -> curated -> components, latents x3 -> checkpoints x3 -> merged -> scorecard -> pipeline
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+from flytekit import workflow
+from flytekit.types.directory import FlyteDirectory
+
+from tasks.artifacts import CuratedDir, MergedDir, PipelineDir, ScorecardDir
+from tasks.planning.task import resolve_recipe
+from tasks.publishing.task import publish_pipeline
+from workflows.curate import curate
+from workflows.evaluate import evaluate
+from workflows.train import train
+
+
+class Reproduction(NamedTuple):
+    """What a reproduction leaves behind."""
+
+    pipeline: PipelineDir
+    scorecard: ScorecardDir
+    merged: MergedDir
+    curated: CuratedDir
+
+
+@workflow
+def reproduce(
+    recipe: str = "tiny", overrides: list[str] = [], source: Optional[FlyteDirectory] = None
+) -> Reproduction:
+    """Curates, encodes, trains three stages, merges, evaluates and publishes one recipe.
+
+    Args:
+        recipe: name of a recipe in recipes/, or the path of a YAML file.
+        overrides: changes such as 'train.stages[0].steps=200'.
+        source: your own images instead of the recipe's: a folder of images with captions, tars or Parquet.
+    """
+    sections = resolve_recipe(recipe=recipe, overrides=overrides, source=source)
+    curated = curate(
+        source=sections.source,
+        source_path=sections.source_path,
+        source_digest=sections.source_digest,
+        shards=sections.shards,
+        config=sections.curation,
+    )
+    trained = train(
+        curated=curated,
+        components_config=sections.components,
+        encoding=sections.encoding,
+        encode1=sections.encode1,
+        encode2=sections.encode2,
+        encode3=sections.encode3,
+        train1=sections.train1,
+        train2=sections.train2,
+        train3=sections.train3,
+        merge=sections.merge,
+    )
+    scorecard = evaluate(
+        merged=trained.merged, components=trained.components, config=sections.eval, seeds=sections.seeds
+    )
+    pipeline = publish_pipeline(
+        merged=trained.merged,
+        components=trained.components,
+        scorecard=scorecard,
+        curated=curated,
+        config=sections.publish,
+        recipe_json=sections.recipe_json,
+    )
+    return Reproduction(pipeline=pipeline, scorecard=scorecard, merged=trained.merged, curated=curated)
