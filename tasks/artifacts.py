@@ -6,12 +6,14 @@ digest; on a cluster Flyte uploads it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import rich_click as click
 from flytekit import FlyteContextManager, HashMethod
 from flytekit.core.context_manager import ExecutionState
 from flytekit.types.directory import FlyteDirectory
@@ -39,6 +41,23 @@ ScorecardDir = _artifact()
 PipelineDir = _artifact()
 
 
+class UserError(click.ClickException, ValueError):
+    """A ValueError that `pyflyte run` prints as its message alone, without a traceback."""
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Makes a ValueError (ours, for users) one readable message in a local run; on a cluster it stays as it is."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        if not is_local():
+            raise
+        raise UserError(str(error)) from error
+
+
 def home() -> Path:
     """Where local artifacts and the state of running stages lie."""
     return Path(os.environ.get("NUCLEUS_HOME", ".nucleus")).resolve()
@@ -52,7 +71,8 @@ def is_local() -> bool:
 def fetch(directory: FlyteDirectory) -> Path:
     """Downloads an artifact where it is remote, and verifies every file of it."""
     path = Path(directory.download())
-    verify(path)
+    with plain_errors():
+        verify(path)
     return path
 
 
@@ -69,16 +89,16 @@ def produce(
         the artifact to hand to Flyte, its local path, and what `make` returned.
 
     Raises:
-        ValueError: the disk is full; whatever `make` raises. Nothing half-written stays behind.
+        UserError: the disk is full; whatever `make` raises. Nothing half-written stays behind.
     """
     folder = home() / "artifacts" / kind
     try:
-        with writing(folder, by_digest=True) as out_dir:
+        with plain_errors(), writing(folder, by_digest=True) as out_dir:
             report = make(out_dir)
             manifest = seal(out_dir, kind, list(parents), config, counts(report) if counts else None)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise ValueError(f"the disk under {folder} is full while making {kind}; nothing was kept") from error
+            raise UserError(f"the disk under {folder} is full while making {kind}; nothing was kept") from error
         raise
     final = sealed_path(folder, manifest.digest)
     # remote_directory=False: a local run reads the artifact where it lies.

@@ -9,10 +9,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+import sys
+from typing import NamedTuple, Union
 
+import rich_click as click
 from flytekit import workflow
-from flytekit.types.directory import FlyteDirectory
 
 from tasks.artifacts import CuratedDir, MergedDir, PipelineDir, ScorecardDir
 from tasks.planning.task import resolve_recipe
@@ -31,16 +32,21 @@ class Reproduction(NamedTuple):
     curated: CuratedDir
 
 
+if sys.argv.count("--overrides") > 1:  # pyflyte would take the last one and drop the others
+    raise click.UsageError("give --overrides once; several changes go into a list: --overrides '[\"a.b=1\", \"c.d=2\"]'")
+
+
 @workflow
 def reproduce(
-    recipe: str = "tiny", overrides: list[str] = [], source: Optional[FlyteDirectory] = None
+    recipe: str = "tiny", overrides: Union[list[str], str] = [], source: str = ""
 ) -> Reproduction:
     """Curates, encodes, trains three stages, merges, evaluates and publishes one recipe.
 
     Args:
         recipe: name of a recipe in recipes/, or the path of a YAML file.
-        overrides: changes such as 'train.stages[0].steps=200'.
-        source: your own images instead of the recipe's: a folder of images with captions, tars or Parquet.
+        overrides: a change such as train.stages[0].steps=200, or a JSON list of them.
+        source: your own images instead of the recipe's: a folder (or s3:// URI) of images with captions, tars or
+            Parquet files.
     """
     sections = resolve_recipe(recipe=recipe, overrides=overrides, source=source)
     curated = curate(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Union
 
 from flytekit import task
-from flytekit.types.directory import FlyteDirectory
 
 from eval.config import EvalConfig
 from model.config import MergeConfig
 from tasks import envs
+from tasks.artifacts import is_local, plain_errors
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.planning.local_cache import forget_lost_artifacts
@@ -44,13 +44,14 @@ class Sections(NamedTuple):
 
 
 @task(**envs.light("curation"))
-def resolve_recipe(recipe: str, overrides: list[str], source: Optional[FlyteDirectory]) -> Sections:
+def resolve_recipe(recipe: str, overrides: Union[list[str], str], source: str) -> Sections:
     """Checks the whole recipe before any work. Not cached: it also looks whether the source has changed."""
-    loaded = load_recipe(recipe, overrides)
-    path = loaded.source.path or ""
-    if source is not None:
-        path = str(source.remote_source or source.path)
-    digest = fingerprint(path) if path else ""
+    with plain_errors():
+        loaded = load_recipe(recipe, [overrides] if isinstance(overrides, str) else overrides)
+        path = source or loaded.source.path or ""
+        if "://" not in path and path and not is_local():
+            raise ValueError(f"source {path!r} is a path of your machine, which the cluster cannot read; give an s3:// URI")
+        digest = fingerprint(path) if path else ""
     forget_lost_artifacts()
     return Sections(
         name=loaded.name,
