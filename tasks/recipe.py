@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, model_validator
 
 from eval.config import EvalConfig
 from model.config import MergeConfig, Section, TrainConfig, TransformerConfig
@@ -18,6 +19,8 @@ from tasks.publishing.config import PublishConfig
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 VAE_SCALE = 8  # Qwen-Image's VAE; diffusers derives it as 2 ** 3 temporal stages
+VAE_CHANNELS = 16
+TIERS = ("A1", "A2", "A3", "A4", "A5")
 
 
 class Recipe(Section):
@@ -36,45 +39,108 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
-        tile = VAE_SCALE * self.model.patch_size
-        for i, stage in enumerate(self.train.stages):
-            if stage.image_size_px % tile:
+        self._check_pixels_and_channels()
+        self._check_capacities()
+        self._check_ranks()
+        self._check_data()
+        return self
+
+    def _check_pixels_and_channels(self) -> None:
+        model, tile = self.model, VAE_SCALE * self.model.patch_size
+        sizes = [(f"train.stages[{i}].image_size_px", stage.image_size_px) for i, stage in enumerate(self.train.stages)]
+        for key, size in [*sizes, ("eval.image_size_px", self.eval.image_size_px)]:
+            if size % tile:
+                below = size // tile * tile
+                near = f"{below} or {below + tile}" if below else str(tile)
                 raise ValueError(
-                    f"train.stages[{i}].image_size_px={stage.image_size_px} must be a multiple of {tile} "
-                    f"(VAE {VAE_SCALE}x, patches of {self.model.patch_size})"
+                    f"{key}={size} must be a multiple of {tile} (VAE {VAE_SCALE}x, patches of {model.patch_size}), "
+                    f"such as {near}"
                 )
+        trained = self.components.kind == "trained"
+        channels = self.components.vae.z_dim if trained else VAE_CHANNELS
+        packed = channels * model.patch_size**2
+        if model.in_channels != packed:
+            raise ValueError(
+                f"model.in_channels={model.in_channels} must be {packed}: {channels} latent channels in patches of "
+                f"{model.patch_size}x{model.patch_size}"
+            )
+        out = (model.out_channels or model.in_channels) * model.patch_size**2
+        if out != packed:
+            raise ValueError(
+                f"model.out_channels={model.out_channels} must be {channels}: a token's output has "
+                f"patch_size^2 x out_channels values, here {out}, and must have {packed} like its input"
+            )
+        text = self.components.text_encoder if trained else None
+        if text is not None:
+            if model.joint_attention_dim != text.hidden_size:
+                raise ValueError(
+                    f"model.joint_attention_dim={model.joint_attention_dim} must be "
+                    f"components.text_encoder.hidden_size={text.hidden_size}"
+                )
+            if -self.encoding.hidden_state_index >= text.num_hidden_layers:
+                raise ValueError(
+                    f"encoding.hidden_state_index={self.encoding.hidden_state_index} must lie above "
+                    f"-components.text_encoder.num_hidden_layers={-text.num_hidden_layers}"
+                )
+
+    def _check_capacities(self) -> None:
+        experts = self.model.num_experts
+        for i, stage in enumerate(self.train.stages):
             try:
                 stage_model = TransformerConfig(
                     **{**self.model.model_dump(), "capacity_factors": stage.capacity_factors}
                 )
             except ValidationError as error:
-                raise ValueError(f"train.stages[{i}].capacity_factors: {error.errors()[0]['msg']}") from error
-            tokens = (stage.image_size_px // tile) ** 2
+                message = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"train.stages[{i}].capacity_factors: {message}") from error
+            tokens = (stage.image_size_px // (VAE_SCALE * self.model.patch_size)) ** 2
             for layer in range(self.model.num_layers):
-                if stage_model.is_moe_layer(layer):
-                    want = stage_model.capacity_factor(layer) * tokens / self.model.num_experts
-                    if want < 1:
-                        raise ValueError(
-                            f"train.stages[{i}].capacity_factors={stage_model.capacity_factor(layer)} at layer {layer}: "
-                            f"{want:.2f} tokens for each of {self.model.num_experts} experts at "
-                            f"{stage.image_size_px} px ({tokens} tokens); at least "
-                            f"{self.model.num_experts / tokens:g} is needed for one"
-                        )
-        if self.eval.image_size_px % tile:
-            raise ValueError(f"eval.image_size_px={self.eval.image_size_px} must be a multiple of {tile}")
-        if self.model.num_experts % self.train.expert_parallel:
+                factor = stage_model.capacity_factor(layer)
+                if stage_model.is_moe_layer(layer) and factor * tokens / experts < 1:
+                    raise ValueError(
+                        f"train.stages[{i}].capacity_factors={factor} at layer {layer}: "
+                        f"{factor * tokens / experts:.2f} tokens for each of {experts} experts at "
+                        f"{stage.image_size_px} px ({tokens} tokens); at least {experts / tokens:g} is needed for one"
+                    )
+
+    def _check_ranks(self) -> None:
+        train = self.train
+        ranks = train.nnodes * train.nproc_per_node
+        world = f"{ranks} ranks (train.nnodes={train.nnodes} x train.nproc_per_node={train.nproc_per_node})"
+        if self.model.num_experts % train.expert_parallel:
             raise ValueError(
-                f"train.expert_parallel={self.train.expert_parallel} must divide "
-                f"model.num_experts={self.model.num_experts}"
+                f"train.expert_parallel={train.expert_parallel} must divide model.num_experts={self.model.num_experts}"
             )
-        ranks = self.train.nnodes * self.train.nproc_per_node
-        for i, stage in enumerate(self.train.stages):
+        if ranks % train.expert_parallel:
+            raise ValueError(f"train.expert_parallel={train.expert_parallel} must divide the {world}")
+        for i, stage in enumerate(train.stages):
             if stage.batch_size % ranks:
+                raise ValueError(f"train.stages[{i}].batch_size={stage.batch_size} must be a multiple of the {world}")
+            if train.local_batch_size and stage.batch_size % (ranks * train.local_batch_size):
                 raise ValueError(
-                    f"train.stages[{i}].batch_size={stage.batch_size} must be a multiple of the {ranks} ranks "
-                    f"(train.nnodes={self.train.nnodes} x train.nproc_per_node={self.train.nproc_per_node})"
+                    f"train.stages[{i}].batch_size={stage.batch_size} must be a multiple of "
+                    f"train.local_batch_size={train.local_batch_size} on each of the {world}"
                 )
-        return self
+        if self.merge.last_n > train.keep_checkpoints:
+            raise ValueError(
+                f"merge.last_n={self.merge.last_n} must be at most train.keep_checkpoints={train.keep_checkpoints}"
+            )
+
+    def _check_data(self) -> None:
+        for i, stage in enumerate(self.train.stages):
+            for ratio in stage.aspect_ratios or ("",):
+                if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", ratio):
+                    raise ValueError(f"train.stages[{i}].aspect_ratios has {ratio!r}; write width:height, such as 16:9")
+            _check_tiers(f"train.stages[{i}].tier_weights", stage.tier_weights)
+            if not sum(stage.tier_weights.values()) > 0:
+                raise ValueError(f"train.stages[{i}].tier_weights draws nothing: give a tier a weight above 0")
+        _check_tiers("curation.captions.per_tier", self.curation.captions.per_tier)
+
+
+def _check_tiers(key: str, tiers: Iterable[str]) -> None:
+    for tier in tiers:
+        if tier not in TIERS:
+            raise ValueError(f"{key} has the tier {tier!r}; tiers are {', '.join(TIERS)}")
 
 
 def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -88,11 +154,11 @@ def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
     if name_or_path not in known:
         path = Path(name_or_path)
         if not path.is_file():
-            raise ValueError(f"recipe {name_or_path!r} is neither one of {', '.join(known)} nor a file")
-    try:
-        data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+            raise ValueError(
+                f"recipe {str(name_or_path)!r} is neither one of {', '.join(known)} nor a file"
+                f"{_did_you_mean(str(name_or_path), known)}"
+            )
+    data = _parse(path.read_bytes(), str(path))
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a mapping of sections, got {type(data).__name__}")
     for override in overrides:
@@ -100,69 +166,148 @@ def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise ValueError(_explain(path, error)) from None
+        raise ValueError(f"recipe {path.name} is not valid: {_explain(error)}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars, not PyYAML's 1.1, which reads 1e-4 as text and 16:9 as the number 969; keys once only."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen and name != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is given twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|nan)", list("-+.0123456789")),
+    ("merge", r"<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+def _parse(text: str | bytes, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+_KEY = re.compile(r"[A-Za-z_]\w*(\[\d+\])*(\.[A-Za-z_]\w*(\[\d+\])*)*")
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
-    if not separator or not re.fullmatch(r"[A-Za-z_]\w*(\[\d+\])*(\.[A-Za-z_]\w*(\[\d+\])*)*", key):
+    key = key.strip()
+    if not separator or not _KEY.fullmatch(key):
         raise ValueError(f"override {override!r} must look like train.stages[0].steps=200")
-    steps: list[str | int] = [
-        int(part) if part.isdigit() else part for part in re.findall(r"[A-Za-z_]\w*|(?<=\[)\d+(?=\])", key)
-    ]
-    value = yaml.safe_load(text) if text else None
+    steps = [int(part) if part.isdigit() else part for part in re.findall(r"[A-Za-z_]\w*|(?<=\[)\d+(?=\])", key)]
+    value = _parse(text, f"override {override!r}")
     here: Any = data
-    for i, step in enumerate(steps):
-        last = i == len(steps) - 1
-        if isinstance(step, int):
-            if not isinstance(here, list) or step >= len(here):
-                size = len(here) if isinstance(here, list) else 0
-                raise ValueError(f"override {override!r}: index [{step}] is out of range, there are {size} entries")
-        elif not isinstance(here, dict):
-            raise ValueError(f"override {override!r}: {step!r} is below a plain value")
-        if last:
-            here[step] = value
-        elif isinstance(step, int):
-            here = here[step]
-        else:
-            if here.get(step) is None:
-                here[step] = {}
-            here = here[step]
-
-
-def _explain(path: Path, error: ValidationError) -> str:
-    lines = []
-    for item in error.errors():
-        key = ""
-        for step in item["loc"]:
-            key += f"[{step}]" if isinstance(step, int) else f".{step}" if key else str(step)
-        if item["type"] == "extra_forbidden":
-            valid = _valid_keys(item["loc"])
-            close = difflib.get_close_matches(str(item["loc"][-1]), valid, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            lines.append(f"{key}: unknown key{hint} (valid: {', '.join(valid)})")
-        else:
-            value = f" (got {item['input']!r})" if item["loc"] and item["type"] != "missing" else ""
-            message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{key + ': ' if key else ''}{message}{value if len(value) < 200 else ''}")
-    return f"recipe {path.name} is not valid: " + "; ".join(lines)
-
-
-def _valid_keys(location: tuple[str | int, ...]) -> list[str]:
-    """The keys that the section around an unknown key does know."""
     section: Any = Recipe
-    for step in location[:-1]:
+    for i, step in enumerate(steps):
+        above = _join(steps[:i]) or "the recipe"
         if isinstance(step, int):
+            if not isinstance(here, list):
+                raise ValueError(f"override {override!r}: {above} is not a list")
+            if step >= len(here):
+                raise ValueError(
+                    f"override {override!r}: index [{step}] is out of range, {above} has {len(here)} entries "
+                    f"([0] to [{len(here) - 1}])"
+                    if here
+                    else f"override {override!r}: index [{step}] is out of range, {above} is empty"
+                )
+        else:
+            if not isinstance(here, dict):
+                raise ValueError(f"override {override!r}: {above} has no keys")
+            if section is not None:
+                valid = list(section.model_fields)
+                if step not in valid:
+                    raise ValueError(f"override {override!r}: {_unknown(_join(steps[: i + 1]), step, valid)}")
+                section = _section_class(section.model_fields[step].annotation)
+        if i == len(steps) - 1:
+            here[step] = value
+        elif isinstance(step, str) and here.get(step) is None:
+            here[step] = here = {}  # a section that the file leaves out
+        else:
+            here = here[step]
+
+
+def _join(steps: Iterable[str | int]) -> str:
+    key = ""
+    for step in steps:
+        key += f"[{step}]" if isinstance(step, int) else f".{step}" if key else step
+    return key
+
+
+def _did_you_mean(word: str, valid: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(valid), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _unknown(key: str, name: str, valid: Iterable[str]) -> str:
+    return f"{key}: unknown key{_did_you_mean(name, valid)} (valid: {', '.join(sorted(valid))})"
+
+
+def _explain(error: ValidationError) -> str:
+    """One line: for each key that is wrong, what it has and what would be valid."""
+    wrong: dict[str, list[str]] = {}
+    got: dict[str, str] = {}
+    for item in error.errors():
+        location, section = _locate(item["loc"])
+        key = _join(location)
+        if item["type"] == "extra_forbidden":
+            valid = list(section.model_fields) if section else []
+            wrong.setdefault("", []).append(_unknown(key, str(item["loc"][-1]), valid))
             continue
-        field = getattr(section, "model_fields", {}).get(step)
-        if field is None:
-            return []
-        section = _section_class(field.annotation)
-    return sorted(getattr(section, "model_fields", {}))
+        value = repr(item["input"])
+        if location and item["type"] != "missing" and not isinstance(item["input"], (dict, BaseModel)):
+            got[key] = f" (got {value if len(value) < 80 else value[:77] + '...'})"
+        message = item["msg"].removeprefix("Value error, ")
+        messages = wrong.setdefault(key, [])
+        if message not in messages:
+            messages.append(message)
+    return "; ".join(
+        text
+        for key, messages in wrong.items()
+        for text in (messages if not key else [f"{key}: {' or '.join(messages)}{got.get(key, '')}"])
+    )
 
 
-def _section_class(annotation: Any) -> Any:
-    if hasattr(annotation, "model_fields"):
+def _locate(location: tuple[str | int, ...]) -> tuple[list[str | int], Any]:
+    """Splits Pydantic's location into the user's key and the section class around its last step.
+
+    Pydantic also names the member of a union that it tried ("capacity_factors.float"): that is not a key.
+    """
+    section: Any = Recipe
+    key: list[str | int] = []
+    around = section
+    for step in location:
+        if isinstance(step, int):
+            key.append(step)
+            continue
+        if section is None:
+            if not re.search(r"\[|^(float|int|str|bool|none|tuple|dict|function-.*)$", step):
+                key.append(step)  # a key of a plain mapping, such as a tier
+            continue
+        key.append(step)
+        around = section
+        field = section.model_fields.get(step)
+        section = _section_class(field.annotation) if field else None
+    return key, around
+
+
+def _section_class(annotation: Any) -> type[BaseModel] | None:
+    """The section inside an annotation such as `SectionA | None` or `tuple[SectionB, ...]`, if there is one."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for argument in getattr(annotation, "__args__", ()):
         found = _section_class(argument)
