@@ -1,0 +1,80 @@
+"""Each task gets what it depends on and no more."""
+
+from __future__ import annotations
+
+import pytest
+from diskcache import Cache
+from flyteidl.core import literals_pb2
+
+from tasks.manifest import seal, writing
+from tasks.planning import local_cache
+from tasks.planning.sections import encode_stage, train_stage
+from tasks.planning.source import fingerprint
+from tasks.recipe import load_recipe
+
+
+def test_another_stages_steps_do_not_touch_this_stage():
+    before = load_recipe("tiny")
+    after = load_recipe("tiny", ["train.stages[2].steps=7"])
+    assert train_stage(before, 0) == train_stage(after, 0)
+    assert train_stage(before, 1) == train_stage(after, 1)
+    assert train_stage(before, 2) != train_stage(after, 2)
+
+
+def test_training_numbers_do_not_touch_encoding():
+    before = load_recipe("tiny")
+    after = load_recipe("tiny", ["train.stages[1].steps=7", "train.stages[1].batch_size=64", "train.optim.muon_lr=0.1"])
+    assert encode_stage(before, 1) == encode_stage(after, 1)
+    assert encode_stage(before, 1) != encode_stage(load_recipe("tiny", ["train.stages[1].image_size_px=64"]), 1)
+
+
+def test_each_stage_trains_at_its_own_capacity_and_seed():
+    recipe = load_recipe("tiny")
+    sections = [train_stage(recipe, i) for i in range(3)]
+    assert [s.model.capacity_factors for s in sections] == [s.capacity_factors for s in recipe.train.stages]
+    assert len({s.train.seed for s in sections}) == 3
+
+
+def test_fingerprint_follows_content_and_names(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"one")
+    first = fingerprint(str(tmp_path))
+    assert fingerprint(str(tmp_path)) == first
+    (tmp_path / "a.png").write_bytes(b"two")
+    second = fingerprint(str(tmp_path))
+    (tmp_path / "a.png").rename(tmp_path / "b.png")
+    assert len({first, second, fingerprint(str(tmp_path))}) == 3
+
+
+def test_fingerprint_refuses_nothing_in_words(tmp_path):
+    with pytest.raises(ValueError, match="is empty; give a folder of images"):
+        fingerprint(str(tmp_path))
+    with pytest.raises(ValueError, match="does not exist"):
+        fingerprint(str(tmp_path / "gone"))
+
+
+def _artifact(home):
+    with writing(home / "artifacts" / "records", by_digest=True) as out:
+        (out / "data.txt").write_text("data")
+        digest = seal(out, "records").digest
+    return home / "artifacts" / "records" / digest[:16]
+
+
+def _entry(path) -> bytes:
+    literals = literals_pb2.LiteralMap()
+    literals.literals["o0"].scalar.blob.uri = str(path)
+    return literals.SerializeToString()
+
+
+def test_cached_artifacts_that_are_gone_are_forgotten_and_others_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("flytekit.core.local_cache.CACHE_LOCATION", str(tmp_path / "cache"))
+    whole = _artifact(tmp_path / "one")
+    broken = _artifact(tmp_path / "two")
+    (broken / "data.txt").unlink()
+    with Cache(str(tmp_path / "cache")) as cache:
+        cache["whole"] = _entry(whole)
+        cache["broken"] = _entry(broken)
+        cache["gone"] = _entry(tmp_path / "three" / "artifacts" / "records" / "0123")
+        cache["someone else's"] = _entry(tmp_path / "not" / "there")
+    assert local_cache.forget_lost_artifacts() == 2
+    with Cache(str(tmp_path / "cache")) as cache:
+        assert set(cache.iterkeys()) == {"whole", "someone else's"}
