@@ -7,7 +7,6 @@ task behind them runs again. On a cluster the cache is Flyte's own and nothing i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,12 @@ from typing import Any
 from tasks.manifest import MANIFEST, load_manifest
 
 
-def forget_lost_artifacts() -> int:
-    """Drops local cache entries whose artifacts are gone or lack files; returns how many."""
+def forget_lost_artifacts(location: str) -> int:
+    """Drops entries of Flyte's local cache at `location` whose artifacts are gone or lack files; returns how many."""
     from diskcache import Cache
     from flyteidl.core.literals_pb2 import LiteralMap
-    from flytekit.core import local_cache
 
-    location = Path(os.path.expanduser(local_cache.CACHE_LOCATION))
+    location = Path(location).expanduser()
     if not location.is_dir():
         return 0
     dropped = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple, Union
 
 from flytekit import task
+from flytekit.core.local_cache import CACHE_LOCATION
 
 from eval.config import EvalConfig
 from model.config import MergeConfig
@@ -52,7 +53,7 @@ def resolve_recipe(recipe: str, overrides: Union[list[str], str], source: str) -
         if "://" not in path and path and not is_local():
             raise ValueError(f"source {path!r} is a path of your machine, which the cluster cannot read; give an s3:// URI")
         digest = fingerprint(path) if path else ""
-    forget_lost_artifacts()
+    forget_lost_artifacts(CACHE_LOCATION)
     return Sections(
         name=loaded.name,
         source=loaded.source.model_copy(update={"path": None}),

@@ -65,8 +65,7 @@ def _entry(path) -> bytes:
     return literals.SerializeToString()
 
 
-def test_cached_artifacts_that_are_gone_are_forgotten_and_others_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("flytekit.core.local_cache.CACHE_LOCATION", str(tmp_path / "cache"))
+def test_cached_artifacts_that_are_gone_are_forgotten_and_others_kept(tmp_path):
     whole = _artifact(tmp_path / "one")
     broken = _artifact(tmp_path / "two")
     (broken / "data.txt").unlink()
@@ -75,6 +74,6 @@ def test_cached_artifacts_that_are_gone_are_forgotten_and_others_kept(tmp_path, 
         cache["broken"] = _entry(broken)
         cache["gone"] = _entry(tmp_path / "three" / "artifacts" / "records" / "0123")
         cache["someone else's"] = _entry(tmp_path / "not" / "there")
-    assert local_cache.forget_lost_artifacts() == 2
+    assert local_cache.forget_lost_artifacts(str(tmp_path / "cache")) == 2
     with Cache(str(tmp_path / "cache")) as cache:
         assert set(cache.iterkeys()) == {"whole", "someone else's"}
