@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class EvalConfig(BaseModel):
@@ -21,3 +21,12 @@ class EvalConfig(BaseModel):
     guidance_scale: Annotated[float, Field(ge=1)] = 8.0
     batch_size: Annotated[int, Field(gt=0)] = 64
     bootstrap_samples: Annotated[int, Field(gt=0)] = 1000
+    # a missing image is an error; "official" shrinks the denominator instead, as GenEval's own code does
+    missing: Literal["error", "official"] = "error"
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds) or min(seeds) < 0:
+            raise ValueError("seeds must be different whole numbers from 0 up: a repeated run is no new evidence")
+        return seeds

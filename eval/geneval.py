@@ -308,10 +308,10 @@ def walk_layout(
             images_per_prompt = max((-(-len(f) // m.get("images", 1)) for _, m, f in folders), default=1) or 1
         for name, metadata, files in folders:
             wanted = expected_images(metadata, images_per_prompt)
-            if len(files) < wanted:
+            if len(files) != wanted:
                 raise ValueError(
-                    f"{images_dir / name} holds {len(files)} of {wanted} images; make the missing ones, or score with "
-                    "missing='official' (which shrinks the denominator)"
+                    f"{images_dir / name} holds {len(files)} images, not {wanted}; complete or clear it, or score what is "
+                    "there with missing='official' (which changes the denominator)"
                 )
     found = [{"folder": name, "metadata": m, "path": path} for name, m, files in folders for path in files]
     if not found:
@@ -320,7 +320,8 @@ def walk_layout(
 
 
 def _check_prompts(images_dir, folders, prompts, missing) -> None:
-    present = {int(name): metadata for name, metadata, _ in folders}
+    # isdigit() holds for superscripts too, which are no numbers of prompts.
+    present = {int(name) if name.isdecimal() else len(prompts): metadata for name, metadata, _ in folders}
     for index, metadata in present.items():
         # Through JSON: a tuple in the caller's metadata is a list in the file.
         if index >= len(prompts) or json.loads(json.dumps(prompts[index])) != metadata:

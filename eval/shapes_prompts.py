@@ -69,7 +69,7 @@ def _draw(groups: list[list[Metadata]], number: int, rng: np.random.Generator) -
 
 
 def _split(metadata: Metadata) -> str | None:
-    """"seen", "held_out", or None for a prompt that is out of training but asks for more than its task tests."""
+    """Which split a prompt is of; None if it holds a held-out part that is not what its task tests."""
     include = metadata["include"]
     colored = [(c["color"], c["class"]) for c in include if "color" in c]
     position = [c["position"][0] for c in include if "position" in c]
