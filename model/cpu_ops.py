@@ -1,0 +1,106 @@
+"""Element-wise chains with hand-written backward passes, for eager execution on a CPU.
+
+There a chain of small operations is bound by memory traffic and allocation. Each function here has a plain
+formula beside it, which serves compiled and accelerator code, and which the fast one must equal.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import torch
+import torch.nn.functional as F
+
+from model.rope import apply_rope
+
+
+def _eager_cpu(x: torch.Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and type(x) in (torch.Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def keep_freed_memory() -> bool:
+    """Makes glibc keep freed memory in the process instead of returning it to the kernel; True if it took.
+
+    A training step frees and takes again the same megabytes; each time the kernel would hand out zeroed pages,
+    which costs more than the arithmetic on them. Call it once, before the first step, on a CPU trainer.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return False
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    return bool(libc.mallopt(M_MMAP_MAX, 0)) and bool(libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, packed: torch.Tensor, gate_first: bool) -> torch.Tensor:
+        ctx.save_for_backward(packed)
+        ctx.gate_first = gate_first
+        first, second = packed.chunk(2, dim=-1)
+        gate, up = (first, second) if gate_first else (second, first)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: torch.Tensor):
+        (packed,) = ctx.saved_tensors
+        out = torch.empty_like(packed)
+        first, second = packed.chunk(2, dim=-1)
+        d_first, d_second = out.chunk(2, dim=-1)
+        gate, up = (first, second) if ctx.gate_first else (second, first)
+        d_gate, d_up = (d_first, d_second) if ctx.gate_first else (d_second, d_first)
+        torch.mul(F.silu(gate), grad, out=d_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=d_gate)
+        return out, None
+
+
+def swiglu(packed: torch.Tensor, gate_first: bool) -> torch.Tensor:
+    """silu(gate) * up of `packed` [..., 2F] -> [..., F]; which half is the gate says `gate_first`."""
+    if _eager_cpu(packed):
+        return _SwiGLU.apply(packed, gate_first)
+    first, second = packed.chunk(2, dim=-1)
+    gate, up = (first, second) if gate_first else (second, first)
+    return F.silu(gate) * up
+
+
+class _NormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, table, eps):
+        inverse_rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        inverse_rms = inverse_rms.div_(x.shape[-1]).add_(eps).rsqrt_()
+        normed = x * inverse_rms
+        ctx.save_for_backward(normed, inverse_rms, weight, table)
+        turned = torch.view_as_complex((normed * weight).unflatten(-1, (-1, 2))) * torch.view_as_complex(table)
+        return torch.view_as_real(turned).flatten(-2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        normed, inverse_rms, weight, table = ctx.saved_tensors
+        grad = torch.view_as_complex(grad.contiguous().unflatten(-1, (-1, 2)))
+        # The transpose of a rotation turns back.
+        grad = torch.view_as_real(grad * torch.view_as_complex(table).conj()).flatten(-2)
+        product = grad * normed
+        d_weight = product.sum(dim=tuple(range(product.dim() - weight.dim())))
+        grad = grad.mul_(weight)
+        mean = product.mul_(weight).mean(dim=-1, keepdim=True)
+        d_x = grad.addcmul_(normed, mean, value=-1.0).mul_(inverse_rms)
+        return d_x, d_weight, None, None
+
+
+def norm_rope(x: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS norm over the head dim times `weight` [N, H] or [H], then RoPE, of `x` [B, S, N, H]."""
+    if _eager_cpu(x):
+        return _NormRope.apply(x, weight, table, eps)
+    # As diffusers' RMSNorm: fp32 statistics, rounded to the weight's type before the weight.
+    normed = (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    return apply_rope(normed, table)

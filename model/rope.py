@@ -1,0 +1,96 @@
+"""Rotary positions on three axes (frame, row, column), centred on the image; text comes after the image.
+
+Shape suffixes: B batch, S image tokens, T text tokens, N heads, H head dim.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+THETA = 10000.0
+ImageShape = tuple[int, int, int]
+
+
+def image_shape(img_shapes: ImageShape | list[ImageShape], num_tokens: int) -> ImageShape:
+    """The one (frames, rows, columns) of a batch, from diffusers' argument.
+
+    Raises:
+        ValueError: images of several shapes in one batch, or a shape that does not give `num_tokens`.
+    """
+    shapes = {tuple(shape) for shape in img_shapes} if isinstance(img_shapes, list) else {tuple(img_shapes)}
+    if len(shapes) != 1:
+        raise ValueError(f"a batch holds images of one shape, got img_shapes {sorted(shapes)}")
+    (shape,) = shapes
+    if len(shape) != 3 or shape[0] * shape[1] * shape[2] != num_tokens:
+        raise ValueError(f"img_shapes {shape} must be (frames, rows, columns) with {num_tokens} tokens in all")
+    return shape
+
+
+def _angles(positions: torch.Tensor, dim: int) -> torch.Tensor:
+    frequencies = 1.0 / torch.pow(THETA, torch.arange(0, dim, 2, device=positions.device).float().div(dim))
+    return torch.outer(positions.float(), frequencies)
+
+
+def rope_angles(
+    axes_dims: tuple[int, int, int], shape: ImageShape, text_tokens: int, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Angles of the image tokens [S, H/2] and of the text tokens [T, H/2], fp32, in radians.
+
+    Rows and columns are centred: of n, the first n - n//2 are negative. Text positions start at
+    max(rows, columns) // 2 and are the same on the three axes (diffusers' `NucleusMoEEmbedRope`, scale_rope).
+    """
+    frames, rows, columns = shape
+    axes = [torch.arange(frames, device=device)]
+    axes += [torch.arange(-(n - n // 2), n // 2, device=device) for n in (rows, columns)]
+    frame, row, column = (_angles(positions, dim) for positions, dim in zip(axes, axes_dims))
+    image = torch.cat(
+        [
+            frame[:, None, None].expand(frames, rows, columns, -1),
+            row[None, :, None].expand(frames, rows, columns, -1),
+            column[None, None, :].expand(frames, rows, columns, -1),
+        ],
+        dim=-1,
+    ).reshape(frames * rows * columns, -1)
+    positions = torch.arange(text_tokens, device=device) + max(rows // 2, columns // 2)
+    text = torch.cat([_angles(positions, dim) for dim in axes_dims], dim=-1)
+    return image, text
+
+
+@lru_cache(maxsize=128)
+def _cached_tables(axes_dims, shape, text_tokens, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    image, text = rope_angles(axes_dims, shape, text_tokens, device)
+    # [S, 1, H/2, 2]: cos and sin side by side, so that the pair reads as one complex number without a copy.
+    return tuple(torch.stack((a.cos(), a.sin()), dim=-1).unsqueeze(-3) for a in (image, text))
+
+
+def rope_tables(
+    axes_dims: tuple[int, int, int], shape: ImageShape, text_tokens: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos, sin) pairs [S, 1, H/2, 2] of the image and [T, 1, H/2, 2] of the text, fp32.
+
+    No buffer holds them: nothing to save, and nothing to materialise after a meta-device init. They are kept
+    per shape, apart from compiled and fake-tensor code, where a kept tensor would belong to another trace.
+    """
+    if torch.compiler.is_compiling() or _is_fake(device):
+        return _cached_tables.__wrapped__(axes_dims, shape, text_tokens, str(device))
+    with torch.inference_mode(False), torch.no_grad():
+        return _cached_tables(axes_dims, shape, text_tokens, str(device))
+
+
+def _is_fake(device: torch.device) -> bool:
+    return device.type == "meta" or type(torch.empty(0)) is not torch.Tensor
+
+
+def apply_rope(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Turns the pairs (x[2i], x[2i+1]) of `x` [B, S, N, H] by the angles of `table` [S, 1, H/2, 2], in fp32."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if not torch.compiler.is_compiling() and x.device.type == "cpu":
+        # One complex product: 4 to 10 times faster on a CPU than the real formula, whose strided halves do not
+        # vectorise there. A compiler fuses the real formula and knows no complex numbers.
+        turned = torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(table)
+        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    real, imag = pairs.unbind(-1)
+    cos, sin = table.unbind(-1)
+    return torch.stack((real * cos - imag * sin, real * sin + imag * cos), dim=-1).flatten(-2).to(x.dtype)

@@ -1,0 +1,331 @@
+"""The Nucleus-Image transformer, with diffusers' parameter names and numerics.
+
+    latents [B,S,64] -> img_in -> block x L -> norm_out (timestep) -> proj_out -> velocity (clean - noise)
+                                    ^    ^
+                       text K, V ---+    +--- timestep embedding: 2 scales and 2 gates, and the router
+
+Source: diffusers 0.42.1, transformer_nucleusmoe_image.py, which is the reference for every number here.
+
+Shape suffixes: B batch, S image tokens, T text tokens, D width, J text width, K key-value heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.attention import EPS, Attention, RMSNorm
+from model.config import TransformerConfig
+from model.moe import Experts, MoE, Routing, SwiGLU
+from model.rope import ImageShape, image_shape, rope_tables
+
+TextKV = list[tuple[torch.Tensor, torch.Tensor]]
+# tanh(0.5) = 0.46; see `NucleusTransformer.init_weights`.
+GATE_INIT = 0.5
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoids of 1000 t (cosines first), two layers, RMS norm: [B] in [0, 1] -> [B, D]."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+        self.timestep_embedder = nn.Module()
+        self.timestep_embedder.linear_1 = nn.Linear(width, 4 * width)
+        self.timestep_embedder.linear_2 = nn.Linear(4 * width, width)
+        self.norm = RMSNorm(width)
+
+    def forward(self, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        half = self.width // 2
+        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
+        angles = 1000 * (timestep[:, None].float() * exponent.exp()[None])
+        waves = torch.cat((angles.cos(), angles.sin()), dim=-1)
+        if self.width % 2:
+            waves = F.pad(waves, (0, 1))
+        hidden = F.silu(self.timestep_embedder.linear_1(waves.to(dtype)))
+        return self.norm(self.timestep_embedder.linear_2(hidden))
+
+
+class OutputNorm(nn.Module):
+    """LayerNorm, scaled and shifted by the timestep (diffusers' AdaLayerNormContinuous)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(width, 2 * width)
+
+    def forward(self, x_BSD: torch.Tensor, silu_time_BD: torch.Tensor) -> torch.Tensor:
+        scale, shift = self.linear(silu_time_BD).unsqueeze(1).chunk(2, dim=-1)
+        return torch.addcmul(shift, F.layer_norm(x_BSD, x_BSD.shape[-1:], eps=EPS), 1 + scale)
+
+
+class Block(nn.Module):
+    """Attention over image and text, then a dense or an expert-choice feed-forward, both gated by the timestep."""
+
+    def __init__(self, config: TransformerConfig, layer: int):
+        super().__init__()
+        width = config.width
+        self.img_mod = nn.Sequential(nn.SiLU(), nn.Linear(width, 4 * width))
+        self.encoder_proj = nn.Linear(config.joint_attention_dim, width)
+        self.attn = Attention(width, config.num_attention_heads, config.kv_heads, config.attention_head_dim)
+        self.moe_enabled = config.is_moe_layer(layer)
+        self.img_mlp = (
+            MoE(
+                width,
+                config.moe_intermediate_dim,
+                config.num_experts,
+                config.capacity_factor(layer),
+                config.use_sigmoid,
+                config.route_scale,
+            )
+            if self.moe_enabled
+            else SwiGLU(width, config.dense_inner_dim)
+        )
+
+    def text_kv(self, text_BTJ, text_weight_J, table_text) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text key and value [B, T, K, H] of this block from the normalised text and the norm's weight."""
+        weight_kv = torch.cat((self.attn.add_k_proj.weight, self.attn.add_v_proj.weight))
+        rows, (kv, width), text = text_BTJ.shape[0] * text_BTJ.shape[1], weight_kv.shape, text_BTJ.shape[2]
+        if text_BTJ.dtype == torch.float32 and rows * (text * width + width * kv - text * kv) > kv * width * text:
+            # Three linear maps in a row are one: cheaper when there are more rows than the products of the
+            # weights cost, and the gradient then stops at weights. Only in fp32, where rounding allows it.
+            weight = (weight_kv @ self.encoder_proj.weight) * text_weight_J
+            keys_values = F.linear(text_BTJ, weight, weight_kv @ self.encoder_proj.bias)
+        else:
+            keys_values = F.linear(self.encoder_proj(text_BTJ * text_weight_J), weight_kv)
+        return self.attn.text_kv(keys_values, table_text)
+
+    def forward(
+        self,
+        x_BSD: torch.Tensor,
+        time_BD: torch.Tensor,
+        silu_time_BD: torch.Tensor,
+        text: tuple[torch.Tensor, torch.Tensor] | None,
+        text_kv: tuple[torch.Tensor, torch.Tensor] | None,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, Routing | None]:
+        """`text` is (normalised text, norm weight); `text_kv` replaces it when given."""
+        table_image, table_text = tables
+        modulation = self.img_mod[1](silu_time_BD).unsqueeze(1)
+        scale1, gate1, scale2, gate2 = modulation.chunk(4, dim=-1)
+        gate1, gate2 = gate1.clamp(-2.0, 2.0).tanh(), gate2.clamp(-2.0, 2.0).tanh()
+        key, value = self.text_kv(*text, table_text) if text_kv is None else text_kv
+
+        normed = F.layer_norm(x_BSD, x_BSD.shape[-1:], eps=EPS)
+        x_BSD = torch.addcmul(x_BSD, gate1, self.attn(normed * (1 + scale1), key, value, table_image, mask))
+
+        normed = F.layer_norm(x_BSD, x_BSD.shape[-1:], eps=EPS)
+        modulated, routing = normed * (1 + scale2), None
+        if self.moe_enabled:
+            out, routing = self.img_mlp(modulated, normed, time_BD)
+        else:
+            out = self.img_mlp(modulated)
+        x_BSD = torch.addcmul(x_BSD, gate2, out)
+        if x_BSD.dtype == torch.float16:
+            limits = torch.finfo(torch.float16)
+            x_BSD = x_BSD.clip(limits.min, limits.max)
+        return x_BSD, routing
+
+
+class RouterTrace:
+    """Collects each MoE layer's `Routing` of one forward pass: `model(..., collect=trace)`; block index -> Routing."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, Routing] = {}
+
+    def add(self, layer: int, routing: Routing) -> None:
+        self.layers[layer] = routing
+
+    def logits(self) -> list[torch.Tensor]:
+        """Router logits [B, S, E] of each MoE layer, in order, with their graph (for the z-loss)."""
+        return [self.layers[i].logits_BSE for i in sorted(self.layers)]
+
+    @torch.no_grad()
+    def statistics(self) -> dict[str, float]:
+        """Means over the MoE layers and, as `layer03/...`, of each.
+
+        dropped: share of tokens that no expert took; experts_max: most experts on one token; entropy: of a
+        token's scores over the experts, 1 for uniform; logit_max: the largest absolute router logit.
+        """
+        if not self.layers:
+            return {}
+        per_layer = {}
+        for layer, routing in sorted(self.layers.items()):
+            B, S, E = routing.logits_BSE.shape
+            flat = routing.indices_BEC.flatten(1)
+            taken = torch.zeros(B, S, device=flat.device).scatter_add_(
+                1, flat, torch.ones(flat.shape, device=flat.device)
+            )
+            shares = routing.scores_BSE.float()
+            shares = shares / shares.sum(-1, keepdim=True)
+            entropy = -(shares * shares.clamp_min(1e-20).log()).sum(-1).mean() / math.log(max(E, 2))
+            per_layer[layer] = {
+                "dropped": (taken == 0).float().mean().item(),
+                "experts_max": taken.max().item(),
+                "entropy": entropy.item(),
+                "logit_max": routing.logits_BSE.float().abs().max().item(),
+            }
+        first = next(iter(per_layer.values()))
+        means = {key: sum(values[key] for values in per_layer.values()) / len(per_layer) for key in first}
+        return means | {f"layer{i:02d}/{k}": v for i, values in per_layer.items() for k, v in values.items()}
+
+
+class NucleusTransformer(nn.Module):
+    """`NucleusMoEImageTransformer2DModel` in plain PyTorch: same state dict, same output, same gradients."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.time_text_embed = TimestepEmbedding(width)
+        self.txt_norm = RMSNorm(config.joint_attention_dim)
+        self.img_in = nn.Linear(config.in_channels, width)
+        self.transformer_blocks = nn.ModuleList([Block(config, layer) for layer in range(config.num_layers)])
+        self.norm_out = OutputNorm(width)
+        out_channels = config.out_channels or config.in_channels
+        self.proj_out = nn.Linear(width, config.patch_size**2 * out_channels, bias=False)
+        if self.proj_out.weight.device.type != "meta":
+            self.init_weights()
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> NucleusTransformer:
+        """From the keys of diffusers' config.json; keys that start with "_" are notes and ignored.
+
+        Raises:
+            ValueError: an unknown key (named) or an impossible value.
+        """
+        known = TransformerConfig.model_fields
+        values = {key: value for key, value in config.items() if not key.startswith("_")}
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"unknown transformer keys {', '.join(unknown)}; valid: {', '.join(sorted(known))}")
+        return cls(TransformerConfig(**values))
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Fresh weights in place; also after `to_empty` of a model that was made on the meta device.
+
+        Xavier-uniform matrices (each expert, and each of gate and up, by itself), N(0, 0.02) in the timestep
+        embedding, zero biases, unit norms, as in DiT. The output projection starts at 0, so that the first
+        prediction is 0, and modulation weights at 0, so that scales start at 1 for every timestep. DiT also
+        starts gates at 0, which makes every block the identity: then the gradient that reaches the blocks is
+        proportional to a gate that must grow first, and Muon, which normalises updates, would amplify noise in
+        the meantime. A gate here is tanh of a clamped number and a bias of 0.5 gives 0.46: every block takes
+        part from the first step, tanh is far from saturation, and the residual stream still grows slowly.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                _xavier(module.weight, *reversed(module.weight.shape), generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, RMSNorm):
+                module.reset_parameters()
+        for module in self.modules():
+            if isinstance(module, TimestepEmbedding):
+                for linear in (module.timestep_embedder.linear_1, module.timestep_embedder.linear_2):
+                    nn.init.normal_(linear.weight, std=0.02, generator=generator)
+            elif isinstance(module, OutputNorm):
+                nn.init.zeros_(module.linear.weight)
+            elif isinstance(module, SwiGLU):
+                weight = module.net[0].proj.weight
+                _xavier(weight, weight.shape[1], weight.shape[0] // 2, generator)
+            elif isinstance(module, Experts):
+                _, width, hidden2 = module.gate_up_proj.shape
+                _xavier(module.gate_up_proj, width, hidden2 // 2, generator)
+                _xavier(module.down_proj, hidden2 // 2, width, generator)
+            elif isinstance(module, MoE):
+                # Small logits: the experts start near equal, and the choice among tokens is not yet a habit.
+                nn.init.normal_(module.gate.weight, std=0.02, generator=generator)
+            elif isinstance(module, Block):
+                nn.init.zeros_(module.img_mod[1].weight)
+                _, gate1, _, gate2 = module.img_mod[1].bias.chunk(4)
+                gate1.fill_(GATE_INIT)
+                gate2.fill_(GATE_INIT)
+        nn.init.zeros_(self.proj_out.weight)
+
+    def set_capacity_factors(self, factors: float | Sequence[float]) -> None:
+        """Changes how many tokens the experts take (a number, or one for each block); weights stay as they are.
+
+        Raises:
+            ValueError: a wrong count, or a factor outside (0, num_experts].
+        """
+        values = factors if isinstance(factors, (int, float)) else tuple(factors)
+        self.config = TransformerConfig(**{**self.config.model_dump(), "capacity_factors": values})
+        for layer, block in enumerate(self.transformer_blocks):
+            if block.moe_enabled:
+                block.img_mlp.capacity_factor = self.config.capacity_factor(layer)
+
+    def text_kv(
+        self, encoder_hidden_states: torch.Tensor, img_shapes: ImageShape | list[ImageShape]
+    ) -> TextKV:
+        """Each block's text key and value [B, T, K, H]: the same at every denoising step of one image shape."""
+        shape = tuple(img_shapes[0] if isinstance(img_shapes, list) else img_shapes)
+        text = self.txt_norm.normalise(encoder_hidden_states)
+        _, table = rope_tables(self.config.axes_dims_rope, shape, text.shape[1], text.device)
+        return [block.text_kv(text, self.txt_norm.weight, table) for block in self.transformer_blocks]
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        img_shapes: ImageShape | list[ImageShape],
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_hidden_states_mask: torch.Tensor | None = None,
+        timestep: torch.Tensor | None = None,
+        *,
+        text_kv: TextKV | None = None,
+        collect: RouterTrace | None = None,
+    ) -> torch.Tensor:
+        """Predicted velocity, clean minus noise.
+
+        Args:
+            hidden_states: packed latents [B, S, in_channels].
+            img_shapes: (1, rows, columns) in patches, or a list of equal ones.
+            encoder_hidden_states: text [B, T, joint_attention_dim]; not needed with `text_kv`.
+            encoder_hidden_states_mask: [B, T], true for real text; None if all is.
+            timestep: [B] in [0, 1], 1 is noise.
+            text_kv: from `text_kv()`, instead of `encoder_hidden_states`.
+            collect: receives what the routers decided.
+
+        Returns:
+            [B, S, patch_size^2 * out_channels].
+        """
+        if timestep is None:
+            raise ValueError("timestep is missing: a tensor [B] in [0, 1]")
+        if encoder_hidden_states is None and text_kv is None:
+            raise ValueError("give encoder_hidden_states or text_kv")
+        B, S, _ = hidden_states.shape
+        x_BSD = self.img_in(hidden_states)
+        time_BD = self.time_text_embed(timestep.to(x_BSD.dtype), x_BSD.dtype)
+        silu_time_BD = F.silu(time_BD)
+
+        text = None
+        if text_kv is None:
+            text = (self.txt_norm.normalise(encoder_hidden_states), self.txt_norm.weight)
+        text_tokens = text_kv[0][0].shape[1] if text is None else text[0].shape[1]
+        mask = None
+        if encoder_hidden_states_mask is not None:
+            if encoder_hidden_states_mask.shape != (B, text_tokens):
+                raise ValueError(
+                    f"encoder_hidden_states_mask has shape {tuple(encoder_hidden_states_mask.shape)}, "
+                    f"not (batch, text tokens) = {(B, text_tokens)}"
+                )
+            mask = F.pad(encoder_hidden_states_mask.bool(), (S, 0), value=True)
+        shape = image_shape(img_shapes, S)
+        tables = rope_tables(self.config.axes_dims_rope, shape, text_tokens, x_BSD.device)
+
+        for layer, block in enumerate(self.transformer_blocks):
+            kv = None if text_kv is None else text_kv[layer]
+            x_BSD, routing = block(x_BSD, time_BD, silu_time_BD, text, kv, tables, mask)
+            if collect is not None and routing is not None:
+                collect.add(layer, routing)
+        return self.proj_out(self.norm_out(x_BSD, silu_time_BD))
+
+
+def _xavier(weight: torch.Tensor, fan_in: int, fan_out: int, generator: torch.Generator | None) -> None:
+    bound = math.sqrt(6.0 / (fan_in + fan_out))
+    nn.init.uniform_(weight, -bound, bound, generator=generator)
