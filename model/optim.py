@@ -1,0 +1,173 @@
+"""Parameter groups by name, Muon with one orthogonalisation per matrix and expert, and the WSM schedule.
+
+Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/): momentum, then the update matrix is replaced by
+its nearest orthogonal one through a Newton-Schulz iteration.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+NamedParameters = list[tuple[str, nn.Parameter]]
+
+# Attention projections, routed experts, shared expert, dense feed-forward. The paper says "attention and expert
+# matrices"; the dense feed-forward of the first blocks is the same SwiGLU, as hidden, and is counted as one
+# expert that takes every token. `encoder_proj` enters from outside the backbone and is an embedding: AdamW.
+MUON_PATTERN = re.compile(
+    r"(^|\.)transformer_blocks\.\d+\.("
+    r"attn\.(to_q|to_k|to_v|add_k_proj|add_v_proj|to_out\.0)\.weight"
+    r"|img_mlp\.experts\.(gate_up_proj|down_proj)"
+    r"|img_mlp\.shared_expert\.net\.(0\.proj|2)\.weight"
+    r"|img_mlp\.net\.(0\.proj|2)\.weight"
+    r")$"
+)
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def is_muon_parameter(name: str) -> bool:
+    """Whether `name` (diffusers' parameter name, any prefix) is an attention or expert matrix."""
+    return MUON_PATTERN.search(name) is not None
+
+
+def parameter_groups(model: nn.Module) -> dict[str, NamedParameters]:
+    """{"muon": [(name, p), ...], "adamw": [...]}: every trainable parameter exactly once, in model order."""
+    groups: dict[str, NamedParameters] = {"muon": [], "adamw": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups["muon" if is_muon_parameter(name) else "adamw"].append((name, parameter))
+    return groups
+
+
+def newton_schulz(matrices: torch.Tensor, steps: int = 5, eps: float = 1e-7) -> torch.Tensor:
+    """Approximately orthogonal matrices with the singular vectors of `matrices` [..., m, n], each by itself.
+
+    Singular values end within about 0.7 to 1.2. fp32 on a CPU, bfloat16 elsewhere (as in Muon).
+    """
+    a, b, c = NS_COEFFICIENTS
+    x = matrices if matrices.device.type == "cpu" else matrices.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + eps)
+    batched = x.reshape(-1, *x.shape[-2:]).contiguous()
+    for _ in range(steps):
+        gram = torch.bmm(batched, batched.mT)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        batched = torch.baddbmm(batched, polynomial, batched, beta=a)
+    x = batched.view(x.shape)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+def split_matrices(name: str, parameter: torch.Tensor) -> tuple[int, bool]:
+    """(matrices that lie side by side in the parameter, whether it is a stack [E, in, out]): see `Muon`."""
+    packed = 2 if name.endswith(("gate_up_proj", "net.0.proj.weight")) else 1
+    return packed, parameter.dim() == 3
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices [m, n] and stacks of expert matrices [E, m, n].
+
+    Each expert's matrix is orthogonalised by itself, and so are the two that lie packed in one parameter (gate
+    and up, of `gate_up_proj` and `net.0.proj`), when parameters come with names. Same-shaped matrices of the
+    whole group go through one batched Newton-Schulz: many small products cost more than a few large ones.
+
+    The update is scaled by max(1, out / in) ** 0.5, where a matrix maps `in` to `out` features: an update's
+    effect on activations then does not depend on the width (K. Jordan's Muon), and learning rates of the order
+    of 1e-3..1e-2 fit beside AdamW's. `scale="rms"` takes 0.2 max(in, out) ** 0.5 instead (Moonlight, arXiv
+    2502.16982), whose updates have the RMS of AdamW's, so that one rate serves both.
+
+    State: one tensor per parameter, `momentum_buffer`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_steps: int = 5,
+        weight_decay: float = 0.0,
+        scale: str = "spectral",
+    ):
+        if scale not in ("spectral", "rms"):
+            raise ValueError(f"scale={scale!r} must be 'spectral' or 'rms'")
+        defaults = dict(
+            lr=lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, weight_decay=weight_decay, scale=scale
+        )
+        params = list(params)
+        named = [entry for group in params if isinstance(group, dict) for entry in group["params"]] or params
+        # Kept here and not in `param_groups`, whose every value a checkpoint repeats for each parameter.
+        self._names = {entry[1]: entry[0] for entry in named if isinstance(entry, tuple)}
+        super().__init__([_without_names(entry) for entry in params], defaults)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.dim() not in (2, 3):
+                    raise ValueError(f"Muon takes matrices and stacks of them, got shape {tuple(parameter.shape)}")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict) -> None:
+        buckets: dict[tuple, list[tuple[nn.Parameter, list[torch.Tensor]]]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            buffer = state["momentum_buffer"]
+            buffer.lerp_(parameter.grad, 1 - group["momentum"])
+            update = parameter.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+            # As matrices [E, out, in] or [E, in, out]; gate and up lie side by side along the output.
+            packed, stacked = split_matrices(self._names.get(parameter, ""), parameter)
+            update = update if stacked else update.unsqueeze(0)
+            parts = update.chunk(packed, dim=2 if stacked else 1)
+            shape = parts[0].shape
+            target = parameter if stacked else parameter.unsqueeze(0)
+            out_features, in_features = (shape[2], shape[1]) if stacked else (shape[1], shape[2])
+            key = (min(shape[1:]), max(shape[1:]), parameter.dtype, parameter.device)
+            for part, goal in zip(parts, target.chunk(packed, dim=2 if stacked else 1)):
+                buckets.setdefault(key, []).append((goal, part, out_features, in_features))
+            if group["weight_decay"]:
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        for bucket in buckets.values():
+            wide = [part.mT if part.shape[1] > part.shape[2] else part for _, part, _, _ in bucket]
+            updates = newton_schulz(torch.cat(wide), group["ns_steps"])
+            for (goal, part, out_features, in_features), update in zip(
+                bucket, updates.split([part.shape[0] for part in wide])
+            ):
+                if part.shape[1] > part.shape[2]:
+                    update = update.mT
+                goal.add_(update, alpha=-group["lr"] * update_scale(out_features, in_features, group["scale"]))
+
+
+def _without_names(entry):
+    if isinstance(entry, dict):
+        return {**entry, "params": [_without_names(item) for item in entry["params"]]}
+    return entry[1] if isinstance(entry, tuple) else entry
+
+
+def update_scale(out_features: int, in_features: int, scale: str) -> float:
+    """The factor on an orthogonal update: see `Muon`."""
+    if scale == "rms":
+        return 0.2 * max(out_features, in_features) ** 0.5
+    return max(1.0, out_features / in_features) ** 0.5
+
+
+def wsm_schedule(step: int, warmup: int) -> float:
+    """Factor on the learning rate at `step` (from 0): linear warm-up, then constant for ever.
+
+    Warmup-Stable-Merge (arXiv 2507.17634) has no decay: merging the last checkpoints stands for it.
+    """
+    return min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0
