@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -61,6 +63,16 @@ def plain_errors() -> Iterator[None]:
 def home() -> Path:
     """Where local artifacts and the state of running stages lie."""
     return Path(os.environ.get("NUCLEUS_HOME", ".nucleus")).resolve()
+
+
+def work_path(name: str, config: Any, parents: Sequence[Path]) -> Path:
+    """Where a long task keeps what it has so far: the same for the same inputs, whatever attempt it is.
+
+    NUCLEUS_WORK points it at storage that outlives a pod (a mounted volume); by default it lies under `home`.
+    """
+    key = json.dumps([config, [load_manifest(parent).digest for parent in parents]], sort_keys=True)
+    root = Path(os.environ.get("NUCLEUS_WORK") or home() / "runs")
+    return root / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
 def is_local() -> bool:

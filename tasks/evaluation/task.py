@@ -8,7 +8,7 @@ from flytekit import Deck, task
 
 from eval.config import EvalConfig
 from tasks import envs
-from tasks.artifacts import ComponentsDir, ImagesDir, MergedDir, ScorecardDir, fetch, produce
+from tasks.artifacts import ComponentsDir, ImagesDir, MergedDir, ScorecardDir, fetch, produce, work_path
 
 
 @task(cache=envs.cache("evaluation"), **envs.gpu_single("evaluator"))
@@ -17,11 +17,14 @@ def generate_images(merged: MergedDir, components: ComponentsDir, config: EvalCo
     from tasks.evaluation import evaluate
 
     merged_path, components_path = fetch(merged), fetch(components)
+    parents = [merged_path, components_path]
+    section = {"eval": config.model_dump(mode="json"), "seed": seed}
+    work_dir = work_path("images", section, parents)
     artifact, _, _ = produce(
         "images",
-        lambda out: evaluate.generate_seed(merged_path, components_path, config, seed, out),
-        parents=[merged_path, components_path],
-        config={"eval": config.model_dump(mode="json"), "seed": seed},
+        lambda out: evaluate.generate_seed(merged_path, components_path, config, seed, work_dir, out),
+        parents=parents,
+        config=section,
         counts=lambda report: {"images": int(report["images"])},
     )
     return artifact

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Optional
 
 from flytekit import Deck, task
 
 from tasks import envs
-from tasks.artifacts import CheckpointsDir, ComponentsDir, LatentsDir, fetch, home, produce
+from tasks.artifacts import CheckpointsDir, ComponentsDir, LatentsDir, fetch, produce, work_path
 from tasks.planning.sections import TrainStage
 
 
@@ -28,7 +26,7 @@ def train_stage(
     if init is not None:
         init_path = fetch(init)
         parents.append(init_path)
-    work_dir = _work_dir(stage, parents)
+    work_dir = work_path(stage.stage.name, stage.model_dump(mode="json"), parents)
     artifact, final, _ = produce(
         "checkpoints",
         lambda out: run(
@@ -46,11 +44,3 @@ def train_stage(
     )
     Deck(f"Training {stage.stage.name}", figures.training_html(Path(final)))
     return artifact
-
-
-def _work_dir(stage: TrainStage, parents: list[Path]) -> Path:
-    """Where this stage's checkpoints lie while it runs: the same for the same inputs, whatever attempt it is."""
-    from tasks.manifest import load_manifest
-
-    key = json.dumps([stage.model_dump(mode="json"), [load_manifest(p).digest for p in parents]], sort_keys=True)
-    return home() / "runs" / f"{stage.stage.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"

@@ -1,0 +1,73 @@
+"""Images of one seed through diffusers' pipeline, and the scores of all seeds together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from eval.config import EvalConfig
+from tasks.manifest import load_manifest
+
+
+def generate_seed(
+    merged: Path, components: Path, config: EvalConfig, seed: int, work_dir: Path, out_dir: Path
+) -> dict[str, Any]:
+    """Samples one seed's images; those that an earlier, killed attempt left in `work_dir` are kept.
+
+    Args:
+        merged: sealed directory with `transformer/`.
+        components: sealed directory with `vae/`, `text_encoder/`, `processor/`.
+        config: the recipe's eval section; its `seeds` are replaced by `seed`.
+        work_dir: the same for every attempt at the same images.
+        out_dir: gets images/ in GenEval's layout.
+
+    Returns:
+        {"images", "seconds"}
+    """
+    from eval.generate import IMAGES, diffusers_sampler, generate
+    from eval.scorecard import benchmark_prompts
+    from tasks.publishing.publish import load_parts
+
+    config = config.model_copy(update={"seeds": (seed,)})
+    sampler = diffusers_sampler(load_parts(merged, components), config)
+    report = generate(
+        sampler,
+        benchmark_prompts(config),
+        config,
+        work_dir,
+        provenance={part: load_manifest(path).digest for part, path in (("merged", merged), ("components", components))},
+        log=lambda line: print(f"[seed {seed}] {line}", flush=True),
+    )
+    shutil.copytree(work_dir / IMAGES, out_dir / IMAGES, copy_function=shutil.copyfile)
+    shutil.rmtree(work_dir)
+    return {"images": report["expected"], "seconds": report["seconds"]}
+
+
+def score(parts: list[Path], config: EvalConfig, out_dir: Path) -> dict[str, Any]:
+    """Gathers the seeds' images and writes the scorecard.
+
+    Raises:
+        ValueError: the parts were sampled from different weights or prompts.
+    """
+    from eval.generate import IMAGES, PROMPTS, SETTINGS
+    from eval.scorecard import rescore
+
+    images = out_dir / IMAGES
+    images.mkdir()
+    common: dict[str, Any] = {}
+    for part in parts:
+        settings = json.loads((part / IMAGES / SETTINGS).read_text(encoding="utf-8"))
+        settings["config"]["seeds"] = list(config.seeds)
+        prompts = (part / IMAGES / PROMPTS).read_text(encoding="utf-8")
+        if common and common != {"settings": settings, "prompts": prompts}:
+            raise ValueError(f"{part} was sampled from other weights, prompts or settings than {parts[0]}")
+        common = {"settings": settings, "prompts": prompts}
+        for folder in sorted((part / IMAGES).glob("seed*")):
+            shutil.copytree(folder, images / folder.name, copy_function=shutil.copyfile)
+    (images / SETTINGS).write_text(json.dumps(common["settings"], indent=1) + "\n", encoding="utf-8")
+    (images / PROMPTS).write_text(common["prompts"], encoding="utf-8")
+    card = rescore(out_dir, out_dir, config, log=lambda line: print(line, flush=True))
+    print(f"overall {card['overall']['mean']:.3f} over {len(config.seeds)} seeds", flush=True)
+    return card
