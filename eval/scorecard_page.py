@@ -20,32 +20,34 @@ FAILURES_SHOWN = 60
 def draw_grid(
     rows: Sequence[Mapping[str, Any]], images_dir: str | Path, per_task: int = 8, tile_px: int = 96
 ) -> Image.Image:
-    """Images of the first seed with their prompts, a tick or a cross on each; a line per task, held-out ones last.
+    """Images of the first seed above their prompts, each with a tick or a cross; a line per task, held-out ones last.
 
-    Of each task, `per_task` prompts evenly spaced over its list, the first image of each: nothing is picked by score.
+    Of each task, `per_task` prompts evenly spaced over its list, the first image of each (and further images where
+    there are fewer prompts): nothing is picked by score.
     """
     font = ImageFont.load_default(size=11)
     first_seed = min((row["seed"] for row in rows), default=0)
     lines: dict[tuple[bool, int, str], list[Mapping[str, Any]]] = {}
-    firsts: dict[int, Mapping[str, Any]] = {}
     for row in rows:
         if row["seed"] == first_seed:
-            firsts.setdefault(row["prompt_index"], row)
-    for row in firsts.values():
-        rank = TASKS.index(row["tag"]) if row["tag"] in TASKS else len(TASKS)
-        lines.setdefault((row["split"] == "held_out", rank, row["tag"]), []).append(row)
-    gap, text_px, head_px = 8, 42, 18
+            rank = TASKS.index(row["tag"]) if row["tag"] in TASKS else len(TASKS)
+            lines.setdefault((row["split"] == "held_out", rank, row["tag"]), []).append(row)
+    for line, found in lines.items():
+        found.sort(key=lambda row: (row["image_index"], row["prompt_index"]))
+        firsts = [row for row in found if row["image_index"] == found[0]["image_index"]]
+        count = min(per_task, len(firsts))
+        lines[line] = [firsts[i * len(firsts) // count] for i in range(count)]
+        if len(firsts) < per_task:
+            lines[line] = found[:per_task]
+    gap, text_px, head_px = 8, 54, 18
     cell_w, line_h = tile_px + gap, head_px + tile_px + text_px
     grid = Image.new("RGB", (gap + per_task * cell_w, gap + max(1, len(lines)) * line_h), PAPER)
     draw = ImageDraw.Draw(grid)
     for number, ((held_out, _, tag), found) in enumerate(sorted(lines.items(), key=lambda item: item[0])):
         top = gap + number * line_h
         draw.text((gap, top), tag + (" (held out of training)" if held_out else ""), INK, font)
-        count = min(per_task, len(found))
-        for column in range(count):
-            row = found[column * len(found) // count]
-            left = gap + column * cell_w
-            _draw_cell(grid, draw, row, Path(images_dir), (left, top + head_px), tile_px, font)
+        for column, row in enumerate(found):
+            _draw_cell(grid, draw, row, Path(images_dir), (gap + column * cell_w, top + head_px), tile_px, font)
     return grid
 
 
@@ -59,18 +61,17 @@ def _draw_cell(grid, draw, row, images_dir, corner, tile_px, font) -> None:
         factor = tile_px / max(tile.size)
         size = [max(1, round(side * factor)) for side in tile.size]
         grid.paste(tile.resize(size, Image.Resampling.BICUBIC), (left, top))
-    mark_px = max(10, tile_px // 6)
-    x, y = left + tile_px - mark_px - 3, top + 3
-    draw.rectangle((x - 2, y - 2, x + mark_px + 2, y + mark_px + 2), fill=PAPER)
+    mark_px = 11
+    x, y = left + 1, top + tile_px + 4
     if row["correct"]:
         joints = [(x, y + 0.55 * mark_px), (x + 0.35 * mark_px, y + 0.95 * mark_px), (x + mark_px, y + 0.1 * mark_px)]
         draw.line(joints, RIGHT, 3)
     else:
         draw.line((x, y, x + mark_px, y + mark_px), WRONG, 3)
         draw.line((x, y + mark_px, x + mark_px, y), WRONG, 3)
-    lines = _wrap(row["prompt"].removeprefix("a photo of "), font, tile_px)
-    for i, line in enumerate(lines[:3]):
-        draw.text((left, top + tile_px + 1 + 12 * i), line, INK, font)
+    indent = mark_px + 6
+    for i, line in enumerate(_wrap(row["prompt"].removeprefix("a photo of "), font, tile_px - indent)[:4]):
+        draw.text((left + indent, top + tile_px + 1 + 12 * i), line, INK, font)
 
 
 def _wrap(text: str, font: ImageFont.ImageFont, width_px: int) -> list[str]:

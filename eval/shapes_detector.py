@@ -103,9 +103,10 @@ def _pieces(offset: np.ndarray, background: np.ndarray) -> list[dict[str, Any]]:
     lines = _PALETTE - background  # [6, 3]
     norms = (lines**2).sum(axis=1)
     flat = offset.reshape(-1, 3)
-    along = np.clip(flat @ lines.T / norms, 0, 1)  # [N, 6] coverage, were the pixel of that colour
-    # |v - a l|^2 without its common |v|^2; the inner term needs the unclipped projection.
-    residual = along * (along * norms - 2 * (flat @ lines.T))
+    projected = flat @ lines.T
+    along = np.clip(projected / np.maximum(norms, 1), 0, 1)  # [N, 6] coverage, were the pixel of that colour
+    along[:, norms < PLAIN_DISTANCE**2] = 0  # nothing can be seen in the background's own colour
+    residual = along * (along * norms - 2 * projected)  # |pixel - a line|^2 without its common |pixel|^2
     label = residual.argmin(axis=1)
     coverage = np.take_along_axis(along, label[:, None], axis=1).reshape(height, width)
     label = label.reshape(height, width)
@@ -160,8 +161,8 @@ def _own_coverage(mine: np.ndarray, owner: np.ndarray, offset: np.ndarray) -> di
     inner = offset[core if core.sum() >= 6 else mine]
     color = np.median(inner, axis=0)
     near = ndimage.binary_dilation(mine, _CROSS, iterations=2) & ((owner == 0) | mine)
-    coverage = np.where(near, np.clip(offset @ color / max(1.0, float(color @ color)), 0, 1), 0)
-    return {"coverage": coverage, "offset": color}
+    everywhere = np.clip(offset @ color / max(1.0, float(color @ color)), 0, 1)
+    return {"coverage": np.where(near, everywhere, 0), "everywhere": everywhere, "offset": color}
 
 
 def _classify(piece: dict[str, Any], shorter: int, background: np.ndarray) -> tuple[str, dict[str, Any]]:
@@ -195,7 +196,7 @@ def _classify(piece: dict[str, Any], shorter: int, background: np.ndarray) -> tu
         return "", {}
     table = OVERLAP_TO_SCORE[SHAPES[best]]
     score = min(float(np.interp(overlap[best], *table)), float(np.interp(lead, *LEAD_TO_SCORE)))
-    if _transition_width(coverage, solid) > max(3.0, MAX_TRANSITION * shorter):
+    if _transition_width(piece["everywhere"], solid) > max(4.0, MAX_TRANSITION * shorter):
         score = min(score, 0.1)
     left, top = piece["corner"]
     return SHAPES[best], {
@@ -207,10 +208,12 @@ def _classify(piece: dict[str, Any], shorter: int, background: np.ndarray) -> tu
 
 
 def _transition_width(coverage: np.ndarray, solid: np.ndarray) -> float:
-    """Mean width in pixels of the edge: pixels that are neither in nor out, for each pixel of the outline."""
-    outline = solid & ~ndimage.binary_erosion(solid, _CROSS)
-    between = (coverage > 0.15) & (coverage < 0.85)
-    return float(between.sum() / max(1, outline.sum()))
+    """Width of the edge in pixels: one over the mean slope along the outline of the coverage, which must not be cut
+    off around the piece: a cut would look like a sharp edge."""
+    outline = solid & ~ndimage.binary_erosion(solid, _CROSS, border_value=1)
+    down, across = np.gradient(coverage)
+    slope = np.hypot(down, across)[outline].mean() if outline.any() else 0.0
+    return float(1 / max(slope, 1e-6))
 
 
 @functools.cache
