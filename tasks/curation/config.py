@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from model.config import Fraction, Positive, Section
 
@@ -13,18 +13,19 @@ class SourceConfig(Section):
     """Where records come from. `path` (a user's own images) replaces the made ones."""
 
     scenes: Annotated[int, Field(ge=0)] = 0  # rendered scenes, planted defects apart
-    scene_size_px: Positive = 128  # shorter side of a rendered scene
-    defect_fraction: Fraction = 0.03  # of `scenes`, for each kind of defect together
-    digits: Annotated[int, Field(ge=0)] = 0  # at most 1,797
+    scene_size_px: Annotated[int, Field(ge=32)] = 128  # shorter side of a rendered scene, and of a digit
+    defect_fraction: Fraction = 0.03  # of `scenes`, all kinds of defects together; if above 0, one of each at least
+    digits: Annotated[int, Field(ge=0, le=1797)] = 0
     path: str | None = None
     shards: Positive = 4
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 class FilterConfig(Section):
     """Thresholds of passes 1 to 3. A record is rejected by the first rule that it breaks."""
 
     formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP")
+    modes: tuple[str, ...] = ("L", "LA", "P", "PA", "RGB", "RGBA")  # Pillow's; CMYK needs a colour profile to be right
     min_side_px: Positive = 256
     max_pixels: Positive = 100_000_000
     max_aspect_ratio: Annotated[float, Field(ge=1)] = 3.0
@@ -38,11 +39,24 @@ class FilterConfig(Section):
     min_image_text_similarity: float = -1.0
 
 
-class DedupConfig(Section):
-    """SHA-256 for exact, pHash for near duplicates within a Hamming distance (bits of hash_size^2)."""
+class ScorerConfig(Section):
+    """Which scorer fills each column of pass 3 (tasks/curation/scorers.py); none leaves it empty, and rejects nothing."""
 
-    hash_size: Positive = 8
-    max_hamming_distance: Annotated[int, Field(ge=0)] = 4
+    watermark: str = "classical"
+    aesthetic: str = "proxy"
+    nsfw: str = "none"
+    similarity: str = "none"
+
+
+class DedupConfig(Section):
+    """SHA-256 for exact duplicates. For near ones, pHash within a Hamming distance (bits of hash_size^2) proposes,
+    and a colour thumbnail confirms: pHash sees neither colour nor small moves on plain pictures."""
+
+    hash_size: Annotated[int, Field(ge=4, le=32)] = 8
+    # A shift by 2 px of 128 moves the hash by up to 10 bits; the thumbnail makes so wide a net safe.
+    max_hamming_distance: Annotated[int, Field(ge=0)] = 10
+    thumbnail_px: Annotated[int, Field(ge=16, le=256)] = 64  # shorter side; one pixel of it is the shift that is forgiven
+    max_thumbnail_difference: Annotated[float, Field(ge=0, le=255)] = 45.0  # of 255, see dedup.thumbnail_difference
 
 
 class TierConfig(Section):
@@ -50,6 +64,7 @@ class TierConfig(Section):
 
     thresholds: tuple[float, float, float, float] = (6.5, 6.0, 5.5, 5.0)  # lowest score of A1, A2, A3, A4
     synthetic_tier: Literal["A1", "A2", "A3", "A4", "A5"] = "A3"
+    episodic_buckets: dict[str, Positive] = {"scenes": 4, "digits": 1, "user": 4}  # per source; 1 for any other
 
 
 class CaptionConfig(Section):
@@ -58,9 +73,17 @@ class CaptionConfig(Section):
     per_tier: dict[str, Positive] = {"A1": 4, "A2": 3, "A3": 3, "A4": 2, "A5": 1}
     max_words: Positive = 200
 
+    @field_validator("per_tier")
+    @classmethod
+    def _every_tier(cls, value: dict[str, int]) -> dict[str, int]:
+        if sorted(value) != ["A1", "A2", "A3", "A4", "A5"]:
+            raise ValueError(f"must name each of A1, A2, A3, A4, A5 once, got {', '.join(value) or 'nothing'}")
+        return value
+
 
 class CurationConfig(Section):
     filters: FilterConfig = FilterConfig()
+    scorers: ScorerConfig = ScorerConfig()
     dedup: DedupConfig = DedupConfig()
     tiers: TierConfig = TierConfig()
     captions: CaptionConfig = CaptionConfig()
