@@ -67,7 +67,7 @@ def generate(
     """
     images_dir = Path(out_dir) / IMAGES
     settings = {
-        "config": config.model_dump(mode="json", exclude={"bootstrap_samples", "missing"}),
+        "config": config.model_dump(mode="json"),
         "sampler": dict(getattr(sampler, "settings", {})),
         "provenance": dict(provenance or {}),
     }
@@ -88,9 +88,8 @@ def generate(
     if total < len(jobs):
         log(f"images: {len(jobs) - total} of {len(jobs)} are there already")
     for batch in todo:
-        images = sampler(
-            [prompt for _, prompt, _ in batch], [seed for _, _, seed in batch], config.image_size_px, config.image_size_px
-        )
+        texts, seeds = [prompt for _, prompt, _ in batch], [seed for _, _, seed in batch]
+        images = sampler(texts, seeds, config.image_size_px, config.image_size_px)
         if len(images) != len(batch):
             raise ValueError(f"the sampler returned {len(images)} images for {len(batch)} prompts")
         for (path, _, _), image in zip(batch, images, strict=True):
@@ -158,17 +157,22 @@ def diffusers_sampler(pipeline: Any, config: EvalConfig, text_kv_cache: bool = T
 
 def _claim(images_dir: Path, prompts: Sequence[Mapping[str, Any]], settings: dict[str, Any]) -> None:
     """Writes what is asked and how; refuses a folder in which something else was."""
-    texts = {
-        PROMPTS: "".join(json.dumps(metadata) + "\n" for metadata in prompts),
-        SETTINGS: json.dumps(settings, indent=1) + "\n",
-    }
     images_dir.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
+    asked = "".join(json.dumps(metadata) + "\n" for metadata in prompts)
+    wanted = _of_sampling(settings)
+    same = {PROMPTS: lambda text: text == asked, SETTINGS: lambda text: _of_sampling(json.loads(text)) == wanted}
+    for name, is_same in same.items():
         path = images_dir / name
-        if path.is_file() and path.read_text(encoding="utf-8") != text:
+        if path.is_file() and not is_same(path.read_text(encoding="utf-8")):
             raise ValueError(f"{images_dir} holds images of another run: its {name} differs; use an empty folder")
-    for name, text in texts.items():
-        _write(images_dir / name, text)
+    _write(images_dir / PROMPTS, asked)
+    _write(images_dir / SETTINGS, json.dumps(settings, indent=1) + "\n")
+
+
+def _of_sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what only scoring reads, which may change while the images stay."""
+    config = {k: v for k, v in settings["config"].items() if k not in ("bootstrap_samples", "missing")}
+    return {**json.loads(json.dumps(settings)), "config": config}
 
 
 def _write(path: Path, text: str) -> None:

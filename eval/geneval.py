@@ -68,7 +68,7 @@ def relative_position(
 def filter_detections(
     detections: Sequence[Any], threshold: float = THRESHOLD, max_objects: int = MAX_OBJECTS
 ) -> list[dict[str, Any]]:
-    """One class's detections with score strictly above `threshold` (both float32), highest first, at most `max_objects`.
+    """One class's detections, scores strictly above `threshold` (both float32), highest first, at most `max_objects`.
 
     A list already in falling order keeps its order among ties, so that filtering twice changes nothing; otherwise
     ties come out in the official order (an ascending sort, reversed).
@@ -159,7 +159,7 @@ def _color_reason(name, count, wanted, looked_at, classify_colors) -> str:
 def _position_reason(name, position, looked_at, matched, position_threshold) -> str:
     relation, target = position
     if not isinstance(target, int) or not 0 <= target < len(matched):
-        raise ValueError(f"position {list(position)!r} of {name} must refer to an earlier clause (0..{len(matched) - 1})")
+        raise ValueError(f"position {list(position)!r} of {name} must refer to one of {len(matched)} earlier clauses")
     if matched[target] is None:
         return f"no target for {name} to be {relation}"
     for found in looked_at:
@@ -298,8 +298,7 @@ def walk_layout(
         if not file.is_file():
             raise ValueError(f"{folder} has no metadata.jsonl")
         metadata = json.loads(file.read_text(encoding="utf-8"))
-        samples = folder / "samples"
-        files = [p for p in samples.iterdir() if p.is_file() and re.match(r"\d+\.png", p.name)] if samples.is_dir() else []
+        files = [p for p in folder.glob("samples/*") if p.is_file() and re.match(r"\d+\.png", p.name)]
         folders.append((name, metadata, sorted(files, key=lambda p: (len(p.name), p.name))))
     if prompts is not None:
         _check_prompts(images_dir, folders, prompts, missing)
@@ -310,8 +309,8 @@ def walk_layout(
             wanted = expected_images(metadata, images_per_prompt)
             if len(files) != wanted:
                 raise ValueError(
-                    f"{images_dir / name} holds {len(files)} images, not {wanted}; complete or clear it, or score what is "
-                    "there with missing='official' (which changes the denominator)"
+                    f"{images_dir / name} holds {len(files)} images, not {wanted}; complete or clear it, or score what "
+                    "is there with missing='official' (which changes the denominator)"
                 )
     found = [{"folder": name, "metadata": m, "path": path} for name, m, files in folders for path in files]
     if not found:
@@ -326,7 +325,8 @@ def _check_prompts(images_dir, folders, prompts, missing) -> None:
         # Through JSON: a tuple in the caller's metadata is a list in the file.
         if index >= len(prompts) or json.loads(json.dumps(prompts[index])) != metadata:
             wanted = prompts[index]["prompt"] if index < len(prompts) else "no such prompt"
-            raise ValueError(f"{images_dir}/{index:05d} shows {metadata.get('prompt')!r}, not prompt {index} ({wanted!r})")
+            shown = metadata.get("prompt")
+            raise ValueError(f"{images_dir}/{index:05d} shows {shown!r}, not prompt {index} ({wanted!r})")
     absent = [i for i in range(len(prompts)) if i not in present]
     if absent and missing == "error":
         raise ValueError(

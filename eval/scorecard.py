@@ -53,7 +53,8 @@ def benchmark_prompts(config: EvalConfig) -> list[dict[str, Any]]:
     """
     if config.benchmark != "shapes":
         raise ValueError(
-            f"benchmark {config.benchmark!r} needs its prompt file: pass prompts=load_prompts('evaluation_metadata.jsonl')"
+            f"benchmark {config.benchmark!r} needs its prompt file: "
+            "pass prompts=load_prompts('evaluation_metadata.jsonl')"
         )
     return shapes.make_prompts(config.prompts_per_task)
 
@@ -275,10 +276,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         card = rescore(options.run_dir, options.out or options.run_dir, config)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
-    for name, task in {"overall": card["overall"], **card["tasks"]}.items():
+    lines = {"overall": card["overall"], **card["tasks"]}
+    for name, task in ((card["held_out"] or {}).get("tasks", {})).items():
+        lines[f"{name}, held out"] = task
+    for name, task in lines.items():
         spread = "" if task["std"] is None else f" +- {task['std']:.3f} over {task['runs']} seeds"
         low, high = task["interval"]
-        print(f"{name:<14} {task['mean']:.3f}{spread}, 95% interval over prompts {low:.3f} to {high:.3f}")
+        print(f"{name:<20} {task['mean']:.3f}{spread}, 95% interval over prompts {low:.3f} to {high:.3f}")
 
 
 if __name__ == "__main__":

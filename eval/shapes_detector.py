@@ -96,7 +96,10 @@ def estimate_background(rgb: np.ndarray) -> np.ndarray | None:
 
 
 def _pieces(offset: np.ndarray, background: np.ndarray) -> list[dict[str, Any]]:
-    """Objects of one colour: coverage in [0, 1] of a crop, and the crop's corner. `offset` [H, W, 3] = RGB - background."""
+    """Objects of one colour, each as a crop: see `_own_coverage`, and "corner" (x, y) of the crop.
+
+    `offset` [H, W, 3] is RGB - background.
+    """
     height, width = offset.shape[:2]
     shorter = min(height, width)
     min_area = 0.3 * (MIN_SIDE * shorter) ** 2
@@ -120,7 +123,8 @@ def _pieces(offset: np.ndarray, background: np.ndarray) -> list[dict[str, Any]]:
         mine = owner[where] == index
         if mine.sum() < min_area:
             continue
-        crop = tuple(slice(max(0, s.start - 3), min(n, s.stop + 3)) for s, n in zip(where, (height, width), strict=True))
+        sides = zip(where, (height, width), strict=True)
+        crop = tuple(slice(max(0, side.start - 3), min(n, side.stop + 3)) for side, n in sides)
         mine = owner[crop] == index
         pieces.append(_own_coverage(mine, owner[crop], offset[crop]) | {"corner": (crop[1].start, crop[0].start)})
     return pieces
@@ -156,7 +160,8 @@ def _split_by_color(owner, count, label, coverage, min_area) -> tuple[np.ndarray
 
 
 def _own_coverage(mine: np.ndarray, owner: np.ndarray, offset: np.ndarray) -> dict[str, Any]:
-    """Coverage by the piece's own colour, near the piece and not in another one's area."""
+    """Returns "coverage" [h, w] in [0, 1] by the piece's own colour, near the piece and not in another one's area;
+    "everywhere", the same without that cut; "offset" [3], that colour - background."""
     core = ndimage.binary_erosion(mine, _CROSS)
     inner = offset[core if core.sum() >= 6 else mine]
     color = np.median(inner, axis=0)
@@ -255,7 +260,9 @@ def _to_lab(rgb: np.ndarray) -> np.ndarray:
     """CIE Lab (D65) of sRGB [..., 3] in 0..255."""
     c = np.asarray(rgb, dtype=np.float64) / 255
     linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
-    to_xyz = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]])
+    to_xyz = np.array(
+        [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+    )
     xyz = linear @ to_xyz.T / np.array([0.95047, 1.0, 1.08883])
     f = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
     x, y, z = f[..., 0], f[..., 1], f[..., 2]

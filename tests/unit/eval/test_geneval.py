@@ -108,8 +108,10 @@ def test_a_position_without_its_target_says_so():
 
 def test_a_wrong_position_tells_what_was_found():
     assert judged({"cat": [box(0)], "dog": [box(50)]}, POSITION) == (True, "")
-    assert judged({"cat": [box(50)], "dog": [box(0)]}, POSITION)[1] == "expected dog right of target, found left of target"
-    assert judged({"cat": [box(0)], "dog": [box(0)]}, POSITION)[1] == "expected dog right of target, found  target"
+    reason = judged({"cat": [box(50)], "dog": [box(0)]}, POSITION)[1]
+    assert reason == "expected dog right of target, found left of target"
+    reason = judged({"cat": [box(0)], "dog": [box(0)]}, POSITION)[1]
+    assert reason == "expected dog right of target, found  target"
     below_left = {"cat": [box(50)], "dog": [box(0, 50)]}
     assert judged(below_left, POSITION)[1] == "expected dog right of target, found below and left of target"
 
@@ -133,7 +135,7 @@ def test_a_wrongly_colored_object_is_no_target_and_its_position_is_not_looked_at
 
 def test_a_position_may_only_refer_to_an_earlier_clause():
     metadata = ask({"class": "dog", "count": 1, "position": ["right of", 0]})
-    with pytest.raises(ValueError, match="earlier clause"):
+    with pytest.raises(ValueError, match="0 earlier clauses"):
         judge_image({"dog": [box(0)]}, metadata)
 
 

@@ -134,6 +134,10 @@ def ring(draw, side):
     draw.ellipse((0.35 * side, 0.35 * side, 0.65 * side, 0.65 * side), outline=255, width=side // 20)
 
 
+def frame(draw, side):
+    draw.rectangle((0.1 * side, 0.1 * side, 0.9 * side, 0.9 * side), outline=255, width=side // 20)
+
+
 def star(points, inner):
     corners = []
     for i in range(2 * points):
@@ -160,7 +164,7 @@ NO_SHAPES = {
     "L": drawn(polygon((0.35, 0.35), (0.45, 0.35), (0.45, 0.55), (0.65, 0.55), (0.65, 0.65), (0.35, 0.65))),
     "trapezium": drawn(polygon((0.42, 0.35), (0.58, 0.35), (0.65, 0.65), (0.35, 0.65))),
     "dot": drawn(ellipse(0.06, 0.06)),
-    "frame": drawn(lambda draw, side: draw.rectangle((0.1 * side, 0.1 * side, 0.9 * side, 0.9 * side), outline=255, width=side // 20)),
+    "frame": drawn(frame),
     "soft blob": drawn(ellipse(0.3, 0.3)).filter(ImageFilter.GaussianBlur(6)),
 }  # fmt: skip
 
