@@ -13,6 +13,7 @@ class PublishConfig(Section):
     title: str = "Nucleus-Image reproduction"
     license: str = "apache-2.0"
     hub_repo_id: str | None = None  # pushed there when set
+    hub_private: bool = True  # whether a repository that is made for it is private
     s3_uri: str | None = None  # uploaded there when set
 
     @model_validator(mode="after")

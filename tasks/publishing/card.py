@@ -1,0 +1,247 @@
+"""The model card: README.md of a published pipeline, made from the recipe, the scorecard and the lineage."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+PAPER = "https://arxiv.org/abs/2604.12163"
+
+
+def model_card(
+    recipe: dict[str, Any], scorecard: dict[str, Any] | None, lineage: list[dict[str, Any]], has_grid: bool = False
+) -> str:
+    """Markdown with the Hub's YAML header.
+
+    Args:
+        recipe: the whole recipe as `Recipe.model_dump(mode="json")`.
+        scorecard: eval.scorecard's dict; None where nothing was scored, and the card says so.
+        lineage: rows of tasks.trace.lineage_rows.
+        has_grid: whether grid.png lies beside the card.
+    """
+    publish = recipe["publish"]
+    header = {
+        "license": publish["license"],
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["text-to-image", "mixture-of-experts", "flow-matching", "nucleus-image"],
+    }
+    parts = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n",
+        f"# {_text(publish['title'])}\n",
+        _what(recipe),
+        "![Prompts and generated images](grid.png)\n" if has_grid else "",
+        _usage(recipe),
+        _scores(scorecard),
+        _how(recipe),
+        _lineage(lineage),
+        _limits(recipe, scorecard),
+        f"## Licence\n\nThis directory: {_text(publish['license'])}. {_components_licence(recipe)}\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _text(value: Any) -> str:
+    """A value from data as plain text of Markdown: one line, nothing in it is markup, links or HTML."""
+    line = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|#!~])", r"\\\1", line)
+
+
+def _layers(recipe: dict[str, Any]) -> tuple[int, int]:
+    """(dense blocks, MoE blocks)."""
+    from model.config import TransformerConfig
+
+    model = TransformerConfig(**recipe["model"])
+    moe = sum(model.is_moe_layer(i) for i in range(model.num_layers))
+    return model.num_layers - moe, moe
+
+
+def _what(recipe: dict[str, Any]) -> str:
+    model = recipe["model"]
+    dense, moe = _layers(recipe)
+    width = model["num_attention_heads"] * model["attention_head_dim"]
+    kv_heads = model["num_key_value_heads"] or model["num_attention_heads"]
+    encoder = recipe["components"]
+    if encoder["kind"] == "hub":
+        vae, text = encoder["hub_vae"], encoder["hub_text_encoder"]
+        parts = (
+            f"VAE of {_text(vae['repo_id'])} at `{vae['revision']}`, "
+            f"text encoder {_text(text['repo_id'])} at `{text['revision']}`"
+        )
+    else:
+        parts = "a small VAE and a small text encoder of the released classes, trained on the same corpus"
+    return (
+        f"A text-to-image diffusion transformer with expert-choice routing, after [Nucleus-Image]({PAPER}), made by the "
+        f"recipe `{_text(recipe['name'])}`.\n\n"
+        f"- Transformer: {model['num_layers']} blocks ({dense} dense, {moe} MoE), width {width}, "
+        f"{model['num_attention_heads']} heads ({kv_heads} KV) of {model['attention_head_dim']}, "
+        f"{model['num_experts']} routed experts and 1 shared in each MoE block\n"
+        f"- Frozen: {parts}\n"
+        f"- Conditioning: text hidden state {recipe['encoding']['hidden_state_index']} of the chat-formatted prompt\n"
+        f"- Class: `NucleusMoEImagePipeline` of diffusers\n"
+    )
+
+
+def _usage(recipe: dict[str, Any]) -> str:
+    scores = recipe["eval"]
+    size, index = scores["image_size_px"], recipe["encoding"]["hidden_state_index"]
+    extra = "" if index == -8 else f"\n    return_index={index},"
+    dtype = "bfloat16" if recipe["train"]["dtype"] == "bfloat16" else "float32"
+    return f"""## Use
+
+```python
+import torch
+from diffusers import DiffusionPipeline, TextKVCacheConfig
+
+pipe = DiffusionPipeline.from_pretrained("PATH_OR_REPO_ID", torch_dtype=torch.{dtype})
+pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+pipe.transformer.enable_cache(TextKVCacheConfig())  # text keys and values once, not at every step; same images
+
+image = pipe(
+    "a photo of a red circle left of a blue square",
+    height={size},
+    width={size},
+    num_inference_steps={scores["num_inference_steps"]},
+    guidance_scale={scores["guidance_scale"]},{extra}
+    generator=torch.Generator().manual_seed(0),
+).images[0]
+image.save("image.png")
+```
+
+Give `height` and `width`: the pipeline's own default is 1024 x 1024, whatever a model was trained at. This one was
+trained at {", ".join(str(stage["image_size_px"]) for stage in recipe["train"]["stages"])} px, and scored at {size} px
+with the settings above. Sizes are multiples of {8 * recipe["model"]["patch_size"]}.
+"""
+
+
+def _scores(scorecard: dict[str, Any] | None) -> str:
+    if scorecard is None:
+        return "## Scores\n\nNot scored.\n"
+    overall = scorecard["overall"]
+    seeds = ", ".join(str(seed) for seed in overall["seeds"])
+    counts = scorecard["counts"]
+    samples = scorecard["bootstrap"]
+    lines = [
+        "## Scores\n",
+        f"Benchmark `{_text(scorecard['benchmark'])}`; {overall['runs']} runs (seeds {seeds}); {counts['scored']} of "
+        f"{counts['expected']} images scored, {counts['failed']} failed. Deviation: over seeds. Interval: "
+        f"{samples['level']:.0%}, bootstrap over prompts ({samples['samples']} draws).\n",
+        "| task | mean | deviation | interval | prompts | images |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *(_row(_text(name), score) for name, score in scorecard["tasks"].items()),
+        _row("**overall**", overall),
+    ]
+    held_out = scorecard.get("held_out")
+    if held_out:
+        lines += [
+            "",
+            "Held-out prompts (combinations that no training caption has), scored apart:\n",
+            "| task | mean | deviation | interval | prompts | images |",
+            "| --- | --- | --- | --- | --- | --- |",
+            *(_row(_text(name), score) for name, score in held_out["tasks"].items()),
+            _row("**overall**", held_out["overall"]),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _row(name: str, score: dict[str, Any]) -> str:
+    deviation = "one run" if score["std"] is None else f"{score['std']:.3f}"
+    low, high = score["interval"]
+    counts = f"{score.get('prompts', '')} | {score.get('images', '')}"
+    return f"| {name} | {score['mean']:.3f} | {deviation} | {low:.3f} to {high:.3f} | {counts} |"
+
+
+def _how(recipe: dict[str, Any]) -> str:
+    train, optim, losses = recipe["train"], recipe["train"]["optim"], recipe["train"]["losses"]
+    rows = []
+    for stage in train["stages"]:
+        factors = stage["capacity_factors"]
+        shown = f"{factors:g}" if isinstance(factors, (int, float)) else f"{max(factors):g} to {min(factors):g} by layer"
+        rows.append(
+            f"| {_text(stage['name'])} | {stage['image_size_px']} | {stage['steps']:,} | {stage['batch_size']:,} | "
+            f"{shown} | {len(stage['aspect_ratios'])} |"
+        )
+    extra = [
+        f"{name} {losses[key]:g}"
+        for name, key in (
+            ("router z-loss", "router_z_loss"),
+            ("router orthogonality", "router_orthogonality"),
+            ("wavelet loss at the last stage", "wavelet"),
+        )
+        if losses[key]
+    ]
+    return "\n".join(
+        [
+            "## How it was made\n",
+            "Rectified flow on the velocity, logit-normal timesteps with a shift that rises with the number of tokens.\n",
+            "| stage | px | steps | global batch | capacity factor | aspect ratios |",
+            "| --- | --- | --- | --- | --- | --- |",
+            *rows,
+            "",
+            f"- Muon (rate {optim['muon_lr']:g}, momentum {optim['muon_momentum']:g}) for attention and expert matrices, "
+            f"AdamW (rate {optim['adamw_lr']:g}) for the rest; {optim['warmup_steps']:,} steps of warm-up, then constant",
+            f"- Merged offline from at most the last {recipe['merge']['last_n']} checkpoints (Warmup-Stable-Merge, "
+            "arXiv 2507.17634), in place of a decay",
+            f"- Captions dropped: {train['caption_dropout']:.0%}; extra losses: {', '.join(extra) or 'none'}",
+            "- No reinforcement learning, preference tuning or load-balancing loss",
+            "",
+        ]
+    )
+
+
+def _lineage(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "## Lineage\n\nMade from directories without a seal: no lineage is known.\n"
+    table = [
+        f"| {_text(row['kind'])} | `{row['digest']}` | "
+        f"{_text(', '.join(f'{value:,} {name}' for name, value in row['counts'].items()))} | {_text(row['code_version'])} |"
+        for row in rows
+    ]
+    return "\n".join(
+        [
+            "## Lineage\n",
+            "Every directory behind these weights, by the digest of its seal. `python -m tasks.trace DIR` of the project "
+            "reads all of them again, and leads from here to the id of each record. `sha256sum -c SHA256SUMS` checks "
+            "this directory alone.\n",
+            "| kind | digest | counts | code |",
+            "| --- | --- | --- | --- |",
+            *table,
+            "",
+        ]
+    )
+
+
+def _limits(recipe: dict[str, Any], scorecard: dict[str, Any] | None) -> str:
+    source = recipe["source"]
+    lines = ["## Limits\n"]
+    if recipe["components"]["kind"] == "trained":
+        lines.append(
+            "- It knows its own small corpus and nothing else: other subjects, styles or words give nonsense. It exists to "
+            "show that the whole road works."
+        )
+        if source["scenes"]:
+            lines.append("- The corpus holds rendered scenes of coloured shapes, whose wording prompts should follow.")
+        if source["digits"]:
+            lines.append("- It holds scans of handwritten digits as well.")
+    else:
+        lines.append("- It reproduces what its training images and captions hold, with their biases and gaps.")
+        lines.append("- People, hands, long texts and exact counts are the known weak points of models of this family.")
+    if scorecard is None:
+        lines.append("- Nothing here was measured.")
+    else:
+        lines.append(
+            "- The scores are of the one benchmark, sampler and guidance named above; gaps within the intervals are noise."
+        )
+    lines.append("- There is no safety filter behind the pipeline.")
+    return "\n".join(lines) + "\n"
+
+
+def _components_licence(recipe: dict[str, Any]) -> str:
+    if recipe["components"]["kind"] != "hub":
+        return "All of its parts were trained by the recipe."
+    vae, text = recipe["components"]["hub_vae"], recipe["components"]["hub_text_encoder"]
+    return (
+        f"It contains, unchanged, parts of {_text(vae['repo_id'])} and {_text(text['repo_id'])}, under their own licences."
+    )

@@ -1,0 +1,233 @@
+"""The directory that `DiffusionPipeline.from_pretrained(DIR)` loads as NucleusMoEImagePipeline.
+
+    merged/transformer ----------------+
+    components/vae, text_encoder,      +--> DIR/{model_index.json, transformer/, vae/, text_encoder/, processor/,
+               processor --------------+         scheduler/, README.md, scorecard.json, grid.png, SHA256SUMS}
+    scorecard/scorecard.json, grid.png +
+
+Weights are copied byte by byte: what was scored is what is published, and no model is loaded to do it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tasks.manifest import MANIFEST, sha256_file
+from tasks.publishing.card import model_card
+from tasks.publishing.config import PublishConfig
+from tasks.trace import lineage_rows
+
+SUMS = "SHA256SUMS"
+DEFAULT_RETURN_INDEX = -8  # NucleusMoEImagePipeline.default_return_index
+# Where each part comes from, the class that diffusers looks up for it, and files without which it cannot load.
+PARTS = {
+    "transformer": ("diffusers", "NucleusMoEImageTransformer2DModel", ("config.json", "*.safetensors")),
+    "vae": ("diffusers", "AutoencoderKLQwenImage", ("config.json", "*.safetensors")),
+    "text_encoder": ("transformers", "Qwen3VLForConditionalGeneration", ("config.json", "*.safetensors")),
+    "processor": ("transformers", "", ("tokenizer_config.json",)),
+}
+# The released scheduler (shift 1, no dynamic shifting): sigmas stay linear from 1 to 1/steps.
+SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False}  # fmt: skip
+
+
+def publish(
+    merged_dir: str | Path,
+    components_dir: str | Path,
+    scorecard_dir: str | Path | None,
+    recipe: dict[str, Any],
+    out_dir: str | Path,
+) -> dict[str, Any]:
+    """Assembles the pipeline directory.
+
+    Args:
+        merged_dir: holds `transformer/` in diffusers' layout.
+        components_dir: holds `vae/`, `text_encoder/` and `processor/`.
+        scorecard_dir: holds `scorecard.json` and `grid.png`; None publishes without scores, and the card says so.
+        recipe: the whole recipe as `Recipe.model_dump(mode="json")`: what the card tells.
+        out_dir: an empty directory.
+
+    Returns:
+        {"files", "bytes", "image_size_px", "class"}.
+
+    Raises:
+        ValueError: a part is missing, or the parts do not fit together.
+    """
+    out_dir = Path(out_dir)
+    sources = {"transformer": Path(merged_dir) / "transformer"}
+    sources |= {name: Path(components_dir) / name for name in ("vae", "text_encoder", "processor")}
+    for name, source in sources.items():
+        for pattern in PARTS[name][2]:
+            if not any(source.glob(pattern)):
+                raise ValueError(f"{source} has no {pattern}: it is not a {name} that diffusers can load")
+    _check_fit(sources, recipe)
+
+    for i, (name, source) in enumerate(sources.items(), 1):
+        print(f"publish {i}/{len(sources)}: {name}", flush=True)
+        shutil.copytree(source, out_dir / name, copy_function=shutil.copyfile)
+    diffusers = version("diffusers")
+    _write_json(out_dir / "scheduler" / "scheduler_config.json", {"_diffusers_version": diffusers, **SCHEDULER})
+    index: dict[str, Any] = {"_class_name": "NucleusMoEImagePipeline", "_diffusers_version": diffusers}
+    for name, (library, class_name, _) in sorted(PARTS.items()):
+        index[name] = [library, class_name or _processor_class(sources["processor"])]
+    index["scheduler"] = ["diffusers", SCHEDULER["_class_name"]]
+    _write_json(out_dir / "model_index.json", index)
+
+    scorecard = None
+    if scorecard_dir is not None:
+        path = Path(scorecard_dir) / "scorecard.json"
+        if not path.is_file():
+            raise ValueError(f"{scorecard_dir} has no scorecard.json")
+        scorecard = json.loads(path.read_text())
+        shutil.copyfile(path, out_dir / "scorecard.json")
+        if (Path(scorecard_dir) / "grid.png").is_file():
+            shutil.copyfile(Path(scorecard_dir) / "grid.png", out_dir / "grid.png")
+
+    parents = [merged_dir, components_dir, *([scorecard_dir] if scorecard_dir is not None else [])]
+    card = model_card(recipe, scorecard, lineage_rows(parents), has_grid=(out_dir / "grid.png").is_file())
+    (out_dir / "README.md").write_text(card)
+    files = _write_sums(out_dir)
+    return {
+        "files": len(files),
+        "bytes": sum(path.stat().st_size for path in files),
+        "image_size_px": recipe["eval"]["image_size_px"],
+        "class": index["_class_name"],
+    }
+
+
+def _check_fit(sources: dict[str, Path], recipe: dict[str, Any]) -> None:
+    """Refuses parts of different recipes before gigabytes are copied."""
+    transformer, vae, text = (
+        json.loads((sources[name] / "config.json").read_text()) for name in ("transformer", "vae", "text_encoder")
+    )
+    text = text.get("text_config", text)
+    if transformer["joint_attention_dim"] != text["hidden_size"]:
+        raise ValueError(
+            f"the transformer takes text of width {transformer['joint_attention_dim']}, "
+            f"the text encoder gives {text['hidden_size']}"
+        )
+    packed = vae["z_dim"] * transformer["patch_size"] ** 2
+    if transformer["in_channels"] != packed:
+        raise ValueError(f"the transformer takes {transformer['in_channels']} channels, the VAE gives {packed} packed")
+    index = recipe["encoding"]["hidden_state_index"]
+    for name, value in (("the pipeline's default", DEFAULT_RETURN_INDEX), ("the recipe's", index)):
+        if abs(value) >= text["num_hidden_layers"]:
+            raise ValueError(
+                f"{name} return_index {value} needs more than {abs(value)} text layers; "
+                f"the text encoder has {text['num_hidden_layers']}"
+            )
+
+
+def _processor_class(directory: Path) -> str:
+    """The class that the directory says it is: a processor, or a tokenizer alone, which the pipeline can use as well
+    (a Qwen3VLProcessor needs torchvision to load, for its video half)."""
+    for name, key in (
+        ("processor_config.json", "processor_class"),
+        ("preprocessor_config.json", "processor_class"),
+        ("tokenizer_config.json", "processor_class"),
+        ("tokenizer_config.json", "tokenizer_class"),
+    ):
+        path = directory / name
+        if path.is_file() and (found := json.loads(path.read_text()).get(key)):
+            return found
+    raise ValueError(f"{directory} names neither a processor_class nor a tokenizer_class in its configs")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _write_sums(directory: Path) -> list[Path]:
+    """SHA256SUMS over every other file, as `sha256sum -c SHA256SUMS` reads it. Returns all files."""
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name not in (SUMS, MANIFEST))
+    lines = [f"{sha256_file(path)}  {path.relative_to(directory).as_posix()}\n" for path in files]
+    (directory / SUMS).write_text("".join(lines))
+    return [*files, directory / SUMS]
+
+
+# Runs where nothing of this project can be imported by accident: -I, another working directory, and a look at the end.
+_CHECK = """
+import json, sys, time
+start = time.time()
+import torch
+from diffusers import DiffusionPipeline, TextKVCacheConfig
+directory, height, width, project = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
+device = "cuda" if torch.cuda.is_available() else "cpu"
+dtype = torch.bfloat16 if device == "cuda" else torch.float32
+pipe = DiffusionPipeline.from_pretrained(directory, torch_dtype=dtype, local_files_only=True).to(device)
+pipe.set_progress_bar_config(disable=True)
+def draw():
+    noise = torch.Generator().manual_seed(0)
+    return pipe("a photo of a red circle", height=height, width=width, num_inference_steps=2, generator=noise, output_type="np").images[0]
+plain = draw()
+pipe.transformer.enable_cache(TextKVCacheConfig())
+cached = draw()
+assert plain.shape == (height, width, 3), plain.shape
+assert (plain == plain).all(), "the image has NaN"
+loaded = sorted({name.split(".")[0] for name in sys.modules} & set(project))
+assert not loaded, f"loading imported {loaded}"
+print("CHECK " + json.dumps({"ok": True, "class": type(pipe).__name__, "device": device, "image_size_px": [height, width],
+    "cache_max_difference": float(abs(plain - cached).max()), "seconds": round(time.time() - start, 1)}))
+"""
+
+
+def check_pipeline(
+    directory: str | Path, height_px: int = 64, width_px: int = 64, timeout_s: float = 1800
+) -> dict[str, Any]:
+    """Loads the directory in a fresh process with diffusers, transformers and torch alone, and draws one image in two
+    steps, without and with TextKVCacheConfig.
+
+    Returns:
+        {"ok": True, "class", "device", "image_size_px", "cache_max_difference", "seconds"}; the difference is of
+        pixels in [0, 1] and is 0 on CPU.
+
+    Raises:
+        ValueError: it did not load or draw, with the last lines that the process wrote.
+    """
+    command = [sys.executable, "-I", "-c", _CHECK, str(Path(directory).resolve()), str(height_px), str(width_px)]
+    with tempfile.TemporaryDirectory() as elsewhere:
+        try:
+            done = subprocess.run(
+                [*command, "workflows", "tasks", "model", "eval", "flytekit", "torchtitan"],
+                cwd=elsewhere, capture_output=True, text=True, timeout=timeout_s,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise ValueError(f"{directory} did not draw an image within {timeout_s:.0f} s") from None
+    told = [line for line in done.stdout.splitlines() if line.startswith("CHECK ")]
+    if done.returncode or not told:
+        last = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
+        raise ValueError(f"{directory} does not load and draw in a fresh process (exit {done.returncode}):\n{last}")
+    report = json.loads(told[-1].removeprefix("CHECK "))
+    # bf16 on a GPU may batch matrix products otherwise; in float32 the cache is the same computation.
+    limit = 0.0 if report["device"] == "cpu" else 0.05
+    if report["cache_max_difference"] > limit:
+        raise ValueError(
+            f"{directory}: with TextKVCacheConfig the image differs by {report['cache_max_difference']} (limit {limit})"
+        )
+    return report
+
+
+def upload(directory: str | Path, config: PublishConfig) -> dict[str, Any]:
+    """Sends a sealed pipeline directory where the recipe says: nowhere, to the Hub, to S3, or both.
+
+    Returns:
+        {"hub": report?, "s3": report?}, see hub.push and s3.upload.
+
+    Raises:
+        ValueError: the directory does not verify, or the place refuses it.
+    """
+    from tasks.publishing import hub, s3
+
+    done: dict[str, Any] = {}
+    if config.s3_uri is not None:
+        done["s3"] = s3.upload(directory, config.s3_uri)
+    if config.hub_repo_id is not None:
+        done["hub"] = hub.push(directory, config.hub_repo_id, private=config.hub_private)
+    return done

@@ -1,0 +1,138 @@
+"""A push to the Hub carries every file of a directory that verifies, and looks whether all of it arrived."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from huggingface_hub.utils import HfHubHTTPError, LocalTokenNotFoundError
+
+from tasks.manifest import seal
+from tasks.publishing.hub import push
+
+
+class FakeHub:
+    """What HfApi does to a repository, in memory."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.calls: list[tuple[str, dict]] = []
+        self.lose: str | None = None
+        self.change: str | None = None
+        self.error: Exception | None = None
+
+    def create_repo(self, repo_id, **options):
+        if self.error:
+            raise self.error
+        self.calls.append(("create", {"repo_id": repo_id, **options}))
+        return SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"me/{repo_id}")
+
+    def upload_folder(self, **options):
+        self.calls.append(("upload", options))
+        if options["delete_patterns"] == "*":
+            self.files.clear()
+        folder = Path(options["folder_path"])
+        for path in folder.rglob("*"):
+            if path.is_file():
+                self.files[path.relative_to(folder).as_posix()] = path.read_bytes()
+        self.files.pop(self.lose, None)
+        if self.change:
+            self.files[self.change] = self.files[self.change][::-1]
+        return SimpleNamespace(oid="1" * 40)
+
+    def list_repo_tree(self, repo_id, **options):
+        assert options["revision"] == "1" * 40 and options["recursive"]
+        yield SimpleNamespace(path="sub", tree_id="x")
+        for name, content in self.files.items():
+            large = name.endswith(".safetensors")
+            lfs = SimpleNamespace(sha256=hashlib.sha256(content).hexdigest()) if large else None
+            yield SimpleNamespace(path=name, blob_id="x", size=len(content), lfs=lfs)
+
+
+@pytest.fixture
+def pipeline(tmp_path) -> Path:
+    directory = tmp_path / "pipeline"
+    (directory / "sub").mkdir(parents=True)
+    (directory / "README.md").write_text("card")
+    (directory / "sub/model.safetensors").write_bytes(b"weights")
+    seal(directory, "pipeline")
+    return directory
+
+
+def test_a_push_carries_every_file_with_the_manifest_under_a_message_with_the_digest(pipeline):
+    hub = FakeHub()
+    report = push(pipeline, "me/model", api=hub)
+    assert set(hub.files) == {"README.md", "sub/model.safetensors", "manifest.json"}
+    upload = dict(hub.calls)["upload"]
+    assert report["digest"] in upload["commit_message"]
+    assert report["commit"] == "1" * 40 and report["files"] == 3 and report["url"].endswith("/me/model")
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_repository_is_made_private_or_public_as_asked_and_may_exist(pipeline, private):
+    hub = FakeHub()
+    push(pipeline, "me/model", private=private, api=hub)
+    create = dict(hub.calls)["create"]
+    assert create["private"] is private and create["exist_ok"] is True
+
+
+def test_a_repository_is_private_unless_asked_otherwise(pipeline):
+    hub = FakeHub()
+    push(pipeline, "me/model", api=hub)
+    assert dict(hub.calls)["create"]["private"] is True
+
+
+def test_a_name_without_owner_gets_the_one_that_the_hub_gives(pipeline):
+    assert push(pipeline, "model", api=FakeHub())["repo_id"] == "me/model"
+
+
+def test_a_second_push_replaces_the_first_whole(pipeline, tmp_path):
+    hub = FakeHub()
+    hub.files["old.bin"] = b"old"
+    push(pipeline, "me/model", api=hub)
+    assert "old.bin" not in hub.files
+
+
+def test_a_damaged_directory_is_not_pushed(pipeline):
+    (pipeline / "README.md").write_text("cart")
+    hub = FakeHub()
+    with pytest.raises(ValueError, match="README.md was changed"):
+        push(pipeline, "me/model", api=hub)
+    assert hub.calls == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "sub/model.safetensors", "manifest.json"])
+def test_a_file_that_did_not_arrive_is_named(pipeline, name):
+    hub = FakeHub()
+    hub.lose = name
+    with pytest.raises(ValueError, match=f"lacks {name}"):
+        push(pipeline, "me/model", api=hub)
+
+
+def test_weights_that_arrived_changed_are_named(pipeline):
+    hub = FakeHub()
+    hub.change = "sub/model.safetensors"
+    with pytest.raises(ValueError, match="another sub/model.safetensors"):
+        push(pipeline, "me/model", api=hub)
+
+
+@pytest.mark.parametrize("repo_id", ["a/b/c", "me/mo del", "-x", "me/" + "x" * 100])
+def test_a_name_that_the_hub_cannot_have_is_refused_before_anything_is_sent(pipeline, repo_id):
+    hub = FakeHub()
+    with pytest.raises(ValueError):
+        push(pipeline, repo_id, api=hub)
+    assert hub.calls == []
+
+
+def test_a_missing_or_refused_token_is_one_message_that_says_what_to_do(pipeline):
+    hub = FakeHub()
+    hub.error = LocalTokenNotFoundError("no token")
+    with pytest.raises(ValueError, match="set HF_TOKEN or run"):
+        push(pipeline, "me/model", api=hub)
+    request = httpx.Request("POST", "https://huggingface.co/api/repos/create")
+    hub.error = HfHubHTTPError("401", response=httpx.Response(401, request=request))
+    with pytest.raises(ValueError, match="refuses to write to me/model .401.*HF_TOKEN"):
+        push(pipeline, "me/model", api=hub)

@@ -1,0 +1,217 @@
+"""What is published is what was merged, byte for byte, and loads with diffusers, transformers and torch alone."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tasks.manifest import load_manifest, seal
+from tasks.publishing import publish
+from tasks.publishing.config import PublishConfig
+from tasks.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parents[4]
+
+
+def tiny_pipeline():
+    """tests/fixtures is no package: several test folders load its files by path."""
+    spec = importlib.util.spec_from_file_location("tiny_pipeline", ROOT / "tests/fixtures/tiny_pipeline.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def recipe() -> dict:
+    return load_recipe("tiny").model_dump(mode="json")
+
+
+SCORE = {"mean": 0.5, "std": 0.1, "runs": 2, "seeds": [0, 1], "interval": [0.4, 0.6]}
+SCORECARD = {
+    "benchmark": "shapes",
+    "overall": SCORE,
+    "tasks": {"colors": {**SCORE, "prompts": 3, "images": 6, "correct": 3}},
+    "held_out": None,
+    "counts": {"expected": 6, "scored": 6, "failed": 0},
+    "bootstrap": {"samples": 10, "level": 0.95},
+}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("parts")
+    make = tiny_pipeline()
+    make.make_components(home / "components")
+    make.make_transformer(home / "merged")
+    (home / "scorecard").mkdir()
+    (home / "scorecard/scorecard.json").write_text(json.dumps(SCORECARD))
+    (home / "scorecard/grid.png").write_bytes(b"a picture")
+    for name in ("components", "merged", "scorecard"):
+        seal(home / name, name)
+    return home
+
+
+@pytest.fixture(scope="module")
+def published(parts, recipe, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("published")
+    report = publish.publish(parts / "merged", parts / "components", parts / "scorecard", recipe, out)
+    assert report["class"] == "NucleusMoEImagePipeline" and report["files"] == sum(p.is_file() for p in out.rglob("*"))
+    return out
+
+
+def test_weights_and_tables_are_copied_byte_for_byte(parts, published):
+    for source, names in (("merged", ["transformer"]), ("components", ["vae", "text_encoder", "processor"])):
+        for name in names:
+            files = [p for p in (parts / source / name).rglob("*") if p.is_file()]
+            assert files
+            for file in files:
+                assert (published / file.relative_to(parts / source)).read_bytes() == file.read_bytes()
+    assert (published / "scorecard.json").read_bytes() == (parts / "scorecard/scorecard.json").read_bytes()
+    assert (published / "grid.png").read_bytes() == b"a picture"
+
+
+def test_nothing_else_of_the_sources_comes_along(published):
+    assert {p.name for p in published.iterdir()} == {
+        "model_index.json", "transformer", "vae", "text_encoder", "processor", "scheduler",
+        "README.md", "scorecard.json", "grid.png", "SHA256SUMS",
+    }  # fmt: skip
+
+
+def test_the_index_names_the_released_classes(published):
+    index = json.loads((published / "model_index.json").read_text())
+    assert index["_class_name"] == "NucleusMoEImagePipeline"
+    assert index["transformer"] == ["diffusers", "NucleusMoEImageTransformer2DModel"]
+    assert index["vae"] == ["diffusers", "AutoencoderKLQwenImage"]
+    assert index["text_encoder"] == ["transformers", "Qwen3VLForConditionalGeneration"]
+    assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+
+
+def test_the_scheduler_is_linear_from_one_to_one_over_steps(published):
+    import numpy as np
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(published / "scheduler")
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.1, 10), mu=0.7)
+    assert np.allclose(scheduler.sigmas.numpy(), [*np.linspace(1.0, 0.1, 10), 0.0], atol=1e-6)
+
+
+def test_the_sums_cover_every_file_and_sha256sum_agrees(published):
+    listed = {line.split("  ", 1)[1] for line in (published / "SHA256SUMS").read_text().splitlines()}
+    there = {p.relative_to(published).as_posix() for p in published.rglob("*") if p.is_file()}
+    assert listed == there - {"SHA256SUMS"}
+    if shutil.which("sha256sum"):
+        done = subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=published, capture_output=True)
+        assert done.returncode == 0
+    for line in (published / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split("  ", 1)
+        assert hashlib.sha256((published / name).read_bytes()).hexdigest() == digest
+
+
+def test_the_card_has_the_scores_and_the_digests_of_the_parents(parts, published):
+    card = (published / "README.md").read_text()
+    assert "| colors | 0.500 | 0.100 | 0.400 to 0.600 | 3 | 6 |" in card
+    for name in ("merged", "components", "scorecard"):
+        assert load_manifest(parts / name).digest in card
+
+
+def test_publishing_twice_gives_the_same_bytes(parts, recipe, published, tmp_path):
+    publish.publish(parts / "merged", parts / "components", parts / "scorecard", recipe, tmp_path)
+    assert (tmp_path / "SHA256SUMS").read_bytes() == (published / "SHA256SUMS").read_bytes()
+
+
+def test_without_a_scorecard_there_is_none_and_the_card_says_so(parts, recipe, tmp_path):
+    publish.publish(parts / "merged", parts / "components", None, recipe, tmp_path)
+    assert not (tmp_path / "scorecard.json").exists() and "Not scored." in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("source", "gone", "message"),
+    [
+        ("merged", "transformer/diffusion_pytorch_model.safetensors", r"transformer has no \*.safetensors"),
+        ("merged", "transformer/config.json", "transformer has no config.json"),
+        ("components", "vae/config.json", "vae has no config.json"),
+        ("components", "processor/tokenizer_config.json", "processor has no tokenizer_config.json"),
+        ("scorecard", "scorecard.json", "has no scorecard.json"),
+    ],
+)
+def test_a_missing_part_is_named(parts, recipe, tmp_path, source, gone, message):
+    copied = shutil.copytree(parts, tmp_path / "parts")
+    (copied / source / gone).unlink()
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=message):
+        publish.publish(copied / "merged", copied / "components", copied / "scorecard", recipe, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("merged/transformer", {"joint_attention_dim": 48}, "takes text of width 48, the text encoder gives 32"),
+        ("components/vae", {"z_dim": 8}, "takes 64 channels, the VAE gives 32 packed"),
+        ("components/text_encoder", {"num_hidden_layers": 8}, "return_index -8 needs more than 8 text layers; .* has 8"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_refused_before_any_copy(parts, recipe, tmp_path, part, change, message):
+    copied = shutil.copytree(parts, tmp_path / "parts")
+    config = json.loads((copied / part / "config.json").read_text())
+    config.get("text_config", config).update(change)
+    (copied / part / "config.json").write_text(json.dumps(config))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=message):
+        publish.publish(copied / "merged", copied / "components", None, recipe, tmp_path / "out")
+    assert not any((tmp_path / "out").iterdir())
+
+
+def test_a_processor_is_published_as_what_its_own_files_say(parts, recipe, tmp_path):
+    copied = shutil.copytree(parts, tmp_path / "parts")
+    (copied / "components/processor/processor_config.json").write_text('{"processor_class": "Qwen3VLProcessor"}')
+    (tmp_path / "out").mkdir()
+    publish.publish(copied / "merged", copied / "components", None, recipe, tmp_path / "out")
+    index = json.loads((tmp_path / "out/model_index.json").read_text())
+    assert index["processor"] == ["transformers", "Qwen3VLProcessor"]
+
+
+def test_it_loads_and_draws_in_a_fresh_process_and_the_text_cache_changes_no_pixel(published):
+    report = publish.check_pipeline(published, height_px=32, width_px=48)
+    assert report["ok"] and report["class"] == "NucleusMoEImagePipeline"
+    assert report["image_size_px"] == [32, 48]
+    if report["device"] == "cpu":
+        assert report["cache_max_difference"] == 0.0
+
+
+def test_a_pipeline_that_does_not_load_is_one_error_with_the_reason(published, tmp_path):
+    broken = shutil.copytree(published, tmp_path / "broken")
+    weights = broken / "vae/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"(?s)broken does not load and draw in a fresh process \(exit 1\).*afetensor"):
+        publish.check_pipeline(broken)
+
+
+def test_the_check_does_not_wait_for_ever(published):
+    with pytest.raises(ValueError, match="did not draw an image within 0 s"):
+        publish.check_pipeline(published, timeout_s=0.05)
+
+
+def test_an_upload_goes_where_the_config_says_and_nowhere_else(published, monkeypatch):
+    from tasks.publishing import hub, s3
+
+    sent = []
+    monkeypatch.setattr(hub, "push", lambda directory, repo_id, private: sent.append((repo_id, private)) or {"to": "hub"})
+    monkeypatch.setattr(s3, "upload", lambda directory, uri: sent.append(uri) or {"to": "s3"})
+    assert publish.upload(published, PublishConfig()) == {} and sent == []
+    config = PublishConfig(hub_repo_id="me/model", hub_private=False, s3_uri="s3://bucket/x")
+    assert publish.upload(published, config) == {"s3": {"to": "s3"}, "hub": {"to": "hub"}}
+    assert sent == ["s3://bucket/x", ("me/model", False)]
+
+
+def test_another_hidden_state_needs_as_many_text_layers(parts, recipe, tmp_path):
+    changed = copy.deepcopy(recipe)
+    changed["encoding"]["hidden_state_index"] = -10
+    with pytest.raises(ValueError, match="the recipe's return_index -10 needs more than 10 text layers"):
+        publish.publish(parts / "merged", parts / "components", None, changed, tmp_path)
