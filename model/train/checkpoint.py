@@ -1,0 +1,91 @@
+"""Two kinds of DCP checkpoints at every cadence, and where to find them.
+
+    checkpoints/step-{n}         everything that resuming needs; only the last two are kept
+    weights/step-{n:08d}         the model alone; the last `keep_weights` are what a stage hands on
+
+The weights are written first: where a full checkpoint exists, its weights do too. DCP writes `.metadata` last and
+by a rename, so a directory without it is a save that was cut off, and is never read.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
+
+import torch.distributed as dist
+from torchtitan.components.checkpointer import CheckpointManager
+from torchtitan.components.checkpointer.base import MODEL
+from torchtitan.components.checkpointer.dcp import AsyncMode
+
+CHECKPOINTS = "checkpoints"
+WEIGHTS = "weights"
+_STEP = re.compile(r"step-(\d+)")
+
+
+def finished_checkpoints(folder: str | Path) -> dict[int, Path]:
+    """Finished checkpoints of a folder by step, in order."""
+    folder = Path(folder)
+    found = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _STEP.fullmatch(path.name)
+        if match and (path / ".metadata").is_file():
+            found[int(match.group(1))] = path
+    return dict(sorted(found.items()))
+
+
+def last_checkpoint(path: str | Path) -> Path:
+    """The last finished checkpoint of a folder of them; a checkpoint itself is returned as it is.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if (Path(path) / ".metadata").is_file():
+        return Path(path)
+    found = finished_checkpoints(path)
+    if not found:
+        raise ValueError(f"{path} holds no finished checkpoint (step-*/ with a .metadata file)")
+    return list(found.values())[-1]
+
+
+class StageCheckpointer(CheckpointManager):
+    """torchtitan's checkpoint manager, which besides keeps the weights of the last checkpoints."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(CheckpointManager.Config):
+        keep_weights: int = 16
+
+    def __init__(self, config: Config, *, base_folder: str = "", **kwargs: Any):
+        super().__init__(config, base_folder=base_folder, **kwargs)
+        self.weights_folder = Path(base_folder) / WEIGHTS
+        self.keep_weights = config.keep_weights
+
+    def _save(self, curr_step: int, last_step: bool = False) -> bool:
+        if not self._should_save(curr_step, last_step):
+            return False
+        self.dcp_save(
+            self.states[MODEL].state_dict(),
+            checkpoint_id=str(self.weights_folder / f"step-{curr_step:08d}"),
+            async_mode=AsyncMode.DISABLED,
+        )
+        saved = super()._save(curr_step, last_step)
+        self._prune(curr_step)
+        return saved
+
+    def _load(self, step: int = -1) -> bool:
+        resumed = self._find_load_step() if step == -1 else step
+        loaded = super()._load(step)
+        self._prune(max(resumed, 0))
+        return loaded
+
+    def _prune(self, step: int) -> None:
+        """Drops weights older than the last `keep_weights`, newer than `step` (of a run cut off), or half written."""
+        if dist.get_rank() != 0 or not self.weights_folder.is_dir():
+            return
+        finished = [path for n, path in finished_checkpoints(self.weights_folder).items() if n <= step]
+        for path in set(self.weights_folder.iterdir()) - set(finished[-self.keep_weights :]):
+            shutil.rmtree(path)

@@ -1,0 +1,116 @@
+"""From a recipe's sections to a torchtitan configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from model.train.device import DEVICE_TYPE
+
+from torchtitan.components.loss import MSELoss
+from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
+from torchtitan.config.configs import DebugConfig
+from torchtitan.distributed.activation_checkpoint import FullAC
+
+from model.config import StageConfig, TrainConfig, TransformerConfig
+from model.hashing import hash_words
+from model.train.checkpoint import CHECKPOINTS, StageCheckpointer
+from model.train.data import LatentDataLoader
+from model.train.metrics import StageMetrics
+from model.train.optimizer import NucleusOptimizers, WarmupStable
+from model.train.spec import model_spec
+from model.train.trainer import NoTokenizer, NucleusTrainer
+
+
+def stage_seed(seed: int, stage: StageConfig) -> int:
+    """Every stage has random numbers of its own."""
+    return int(hash_words(seed, *stage.name.encode())[0] >> 1)
+
+
+def stage_transformer(transformer: TransformerConfig, stage: StageConfig) -> TransformerConfig:
+    """The model of a stage: the recipe's, with the stage's capacity factors."""
+    return TransformerConfig(**{**transformer.model_dump(), "capacity_factors": stage.capacity_factors})
+
+
+def trainer_config(
+    transformer: TransformerConfig,
+    stage: StageConfig,
+    train: TrainConfig,
+    *,
+    latents_dir: Path,
+    work_dir: Path,
+    init_from: Path | None,
+    ranks: int,
+    sample_fn: Callable[..., Any] | None = None,
+) -> NucleusTrainer.Config:
+    """The whole configuration of one stage.
+
+    Args:
+        init_from: a finished checkpoint whose weights the stage starts from.
+        ranks: processes in all; they share the global batch.
+
+    Raises:
+        ValueError: the batch cannot be cut as asked.
+    """
+    local = train.local_batch_size or stage.batch_size // ranks
+    if stage.batch_size % (local * ranks):
+        raise ValueError(
+            f"stage {stage.name}: batch_size={stage.batch_size} must be a multiple of {local * ranks} "
+            f"(local_batch_size={local} x {ranks} ranks)"
+        )
+    seed = stage_seed(train.seed, stage)
+    tokens = (stage.image_size_px // (8 * transformer.patch_size)) ** 2
+    return NucleusTrainer.Config(
+        model_spec=model_spec(stage_transformer(transformer, stage), stage.name),
+        dump_folder=str(work_dir),
+        train=train,
+        stage=stage,
+        sample_fn=sample_fn,
+        loss=MSELoss.Config(),
+        tokenizer=NoTokenizer.Config(),
+        dataloader=LatentDataLoader.Config(
+            directory=str(latents_dir),
+            global_batch_size=stage.batch_size,
+            seed=seed,
+            tier_weights=dict(stage.tier_weights),
+            caption_dropout=train.caption_dropout,
+        ),
+        optimizer=NucleusOptimizers.Config(optim=train.optim),
+        lr_scheduler=WarmupStable.Config(warmup_steps=train.optim.warmup_steps),
+        training=TrainingConfig(
+            local_batch_size=local,
+            global_batch_size=stage.batch_size,
+            seq_len=tokens,
+            max_norm=train.optim.max_grad_norm,
+            steps=stage.steps,
+            dtype="float32",  # weights; train.dtype is what is computed in
+            mixed_precision_param=train.dtype,
+            disable_cuda_graphs=True,  # the shapes change with the bucket
+            gc_freq=1000,
+        ),
+        parallelism=ParallelismConfig(
+            spmd_backend="partial_dtensor", expert_parallel_degree=train.expert_parallel
+        ),
+        activation_checkpoint=None if train.activation_checkpointing == "none" else FullAC.Config(),
+        compile=CompileConfig(enable=train.compile, components=["model"]),
+        checkpoint=StageCheckpointer.Config(
+            enable=True,
+            folder=CHECKPOINTS,
+            interval=train.checkpoint_every_steps,
+            initial_load_path=str(Path(init_from).resolve()) if init_from else None,
+            initial_load_model_only=init_from is not None,
+            last_save_model_only=False,
+            keep_latest_k=2,
+            keep_weights=train.keep_checkpoints,
+            async_mode="disabled",  # the copy a stage resumes from must be whole before the next step
+        ),
+        metrics=StageMetrics.Config(
+            log_freq=train.log_every_steps,
+            enable_tensorboard=True,
+            disable_color_printing=True,
+            label=stage.name,
+            total_steps=stage.steps,
+        ),
+        debug=DebugConfig(seed=seed % 2**63, enable_structured_logging=False),
+    )

@@ -1,0 +1,97 @@
+"""Makes torchtitan 0.3.0 run where there is no accelerator. Import it before any module of torchtitan.
+
+torchtitan picks its device when `torchtitan.tools.utils` is imported, and takes "cuda" when it finds none. This
+module is the only place that knows: on a machine without an accelerator it puts "cpu" there, with a device module
+that answers the few questions torchtitan asks (torch.cpu lacks them). With an accelerator it changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torchtitan.tools.utils as titan_utils
+
+from model.cpu_ops import keep_freed_memory
+
+CPU_PEAK_FLOPS = 1e11  # nominal: only scales the "mfu" that torchtitan logs
+
+
+def _cpu_memory_stats(device: object = None) -> dict[str, int]:
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"active_bytes.all.peak": peak_bytes, "reserved_bytes.all.peak": peak_bytes}
+
+
+def _nothing(*_: object) -> None:
+    return None
+
+
+_CPU_MODULE = SimpleNamespace(
+    set_device=_nothing,
+    synchronize=_nothing,
+    empty_cache=_nothing,
+    reset_peak_memory_stats=_nothing,
+    device_count=lambda: 1,
+    current_device=lambda: 0,
+    get_device_name=lambda device=None: "cpu",
+    get_device_properties=lambda device=None: SimpleNamespace(
+        total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    ),
+    memory_stats=_cpu_memory_stats,
+)
+
+if not torch.accelerator.is_available():
+    assert "torchtitan.components.metrics" not in sys.modules, "import model.train.device before torchtitan"
+    titan_utils.device_type, titan_utils.device_module = "cpu", _CPU_MODULE
+    titan_utils.get_peak_flops = lambda device_name: CPU_PEAK_FLOPS  # else it runs lspci, twice per trainer
+
+DEVICE_TYPE: str = titan_utils.device_type
+
+
+@contextlib.contextmanager
+def training_session() -> Iterator[None]:
+    """One process group for one stage, and everything as it was afterwards, so that stages can follow each other.
+
+    Under torchrun (RANK and WORLD_SIZE are set) it joins its group; otherwise it makes a group of one that needs
+    no address, port or environment. torchtitan also switches off Python's garbage collector and multithreaded
+    autograd, and sets the global seed: all are put back.
+    """
+    environment = dict(os.environ)
+    threads, collecting, rng_state = torch.get_num_threads(), gc.isenabled(), torch.get_rng_state()
+    owns_group = not dist.is_initialized()
+    if DEVICE_TYPE == "cpu":
+        keep_freed_memory()  # stays so: glibc cannot be asked for its former settings
+    try:
+        os.environ.setdefault("LOCAL_RANK", "0")
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, _usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        if owns_group:
+            backend = dist.Backend.default_device_backend_map.get(DEVICE_TYPE, "gloo")
+            if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+                dist.init_process_group(backend)
+            else:
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        # torchtitan keeps a stack of device meshes per thread, which backward must see.
+        with torch.autograd.set_multithreading_enabled(False):
+            yield
+    finally:
+        if owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+        torch.set_num_threads(threads)
+        torch.set_rng_state(rng_state)
+        if collecting:
+            gc.enable()
+        for name in set(os.environ) - set(environment):
+            del os.environ[name]
+        os.environ.update(environment)
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

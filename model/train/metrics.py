@@ -1,0 +1,115 @@
+"""torchtitan's metrics processor, which besides keeps metrics.jsonl and prints a line of progress now and then.
+
+metrics.jsonl has one object per logged step: step, loss, loss_t/0.0-0.2 ... (mean loss of the samples whose
+timestep fell in that bin since the last line; absent where none did), grad_norm (before clipping), lr/...,
+images_per_s, tokens_per_s (image tokens), images_seen, seconds (since this process began training), expert/...
+(RouterTrace.statistics, means over layers). TensorBoard holds these, each layer's, and torchtitan's own. On resume, lines after the resumed step are dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
+
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+from torchtitan.components.metrics import BaseLogger, MetricsProcessor
+
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+
+
+class _TensorBoard(BaseLogger):
+    """Opened at the first line, when it is known from which step on an earlier, killed run must be forgotten."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.writer = folder, None
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        if self.writer is None:
+            self.writer = SummaryWriter(str(self.folder), max_queue=1000, purge_step=step)
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+class StageMetrics(MetricsProcessor):
+    @dataclass(kw_only=True, slots=True)
+    class Config(MetricsProcessor.Config):
+        label: str = ""
+        total_steps: int = 0
+        progress_every_s: float = 5.0
+
+    def __init__(self, config: Config, *, dump_folder: str = "", **kwargs: Any):
+        super().__init__(config, dump_folder=dump_folder, **kwargs)
+        self.path = Path(dump_folder) / METRICS
+        self.started = self.last_line = time.perf_counter()
+        self.first_step = 0
+        self.images_since_last_log = self.tokens_since_last_log = 0  # of all ranks
+        self.last: dict[str, float] = {}
+
+    def _build_metric_logger(self, *, dump_folder: str, **_: Any) -> BaseLogger:
+        return _TensorBoard(Path(dump_folder) / TENSORBOARD) if dist.get_rank() == 0 else BaseLogger()
+
+    def start(self, step: int) -> None:
+        """Begins after `step` finished steps: forgets what a killed run logged beyond it."""
+        self.first_step = step
+        self.started = self.last_line = self.time_last_log = time.perf_counter()
+        if dist.get_rank() == 0:
+            truncate_metrics(self.path, step)
+
+    def log_step(self, step: int, loss: float, grad_norm: float, extra: dict[str, float]) -> None:
+        """Logs one step everywhere. `extra` goes into metrics.jsonl and TensorBoard by its own names."""
+        now = time.perf_counter()
+        elapsed = max(now - self.time_last_log, 1e-9)
+        rates = {
+            "images_per_s": self.images_since_last_log / elapsed,
+            "tokens_per_s": self.tokens_since_last_log / elapsed,
+            "seconds": now - self.started,
+        }
+        self.images_since_last_log = self.tokens_since_last_log = 0
+        super().log(step, loss, loss, grad_norm, extra_metrics={"loss": loss, **rates, **extra})
+        means = {name: value for name, value in extra.items() if "/layer" not in name}
+        self.last = {"step": step, "loss": loss, "grad_norm": grad_norm, **rates, **means}
+        if dist.get_rank() == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(self.last) + "\n")
+            self._print_progress(step, loss, rates["images_per_s"], now)
+
+    def _print_progress(self, step: int, loss: float, images_per_s: float, now: float) -> None:
+        total = self.config.total_steps
+        if step not in (1, total) and now - self.last_line < self.config.progress_every_s:
+            return
+        self.last_line = now
+        left_s = (now - self.started) / max(step - self.first_step, 1) * (total - step)
+        print(
+            f"[{self.config.label}] step {step}/{total}  loss {loss:.4f}  {images_per_s:.0f} images/s  "
+            f"ETA {int(left_s) // 60}m{int(left_s) % 60:02d}s",
+            flush=True,
+        )
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Keeps the lines of steps up to `step`; a last line that was cut off is dropped too."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+

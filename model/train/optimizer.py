@@ -1,0 +1,89 @@
+"""Muon and AdamW as torchtitan's optimisers, and the warm-up of WSM as its learning-rate scheduler."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
+
+import torch
+from torchtitan.components.checkpointer.utils import canonical_fqn
+from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer
+
+from model.config import OptimConfig
+from model.optim import Muon, parameter_groups, wsm_schedule
+
+
+class NucleusOptimizers(OptimizersContainer):
+    """Muon for attention and expert matrices, AdamW for the rest. Its state is saved by parameter name."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(OptimizersContainer.Config):
+        optim: OptimConfig
+
+        def to_dict(self) -> dict[str, Any]:
+            return {"optim": self.optim.model_dump(mode="json")}
+
+    def __init__(self, config: Config, *, model_parts: list[torch.nn.Module]):
+        optim = config.optim
+        self.model_parts = model_parts
+        self.optimizers = []
+        for model in model_parts:
+            groups = parameter_groups(model)
+            if groups["muon"]:
+                self.optimizers.append(
+                    Muon(
+                        [_group(groups["muon"])],
+                        lr=optim.muon_lr,
+                        momentum=optim.muon_momentum,
+                        ns_steps=optim.muon_ns_steps,
+                        weight_decay=optim.muon_weight_decay,
+                    )
+                )
+            self.optimizers.append(
+                torch.optim.AdamW(
+                    [_group(groups["adamw"])],
+                    lr=optim.adamw_lr,
+                    betas=optim.adamw_betas,
+                    eps=optim.adamw_eps,
+                    weight_decay=optim.adamw_weight_decay,
+                    fused=True,
+                )
+            )
+        parameters = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+        self._validate_params(parameters)
+        self._post_init(parameters)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors only. torchtitan saves every hyperparameter of every parameter too, over a thousand pickles in
+        each checkpoint, which take longer to write than the tensors; the configuration and the scheduler know them.
+        """
+        return {key: value for key, value in super().state_dict().items() if key.startswith("state.")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        known = {key: value for key, value in super().state_dict().items() if key.startswith("param_groups.")}
+        super().load_state_dict({**known, **state_dict})
+
+
+def _group(named: list[tuple[str, torch.nn.Parameter]]) -> dict[str, Any]:
+    return {"params": [p for _, p in named], "param_names": [canonical_fqn(name) for name, _ in named]}
+
+
+class WarmupStable(LRSchedulersContainer):
+    """Linear warm-up, then constant (`wsm_schedule`), for every optimiser."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(LRSchedulersContainer.Config):
+        def build(self, *, optimizers: OptimizersContainer, training_steps: int) -> "WarmupStable":
+            return WarmupStable(optimizers, functools.partial(wsm_schedule, warmup=self.warmup_steps))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch: get_lr() outside of step()
+            super().load_state_dict(state_dict)
+        for scheduler in self.schedulers:  # the rates are not in a checkpoint: see `NucleusOptimizers.state_dict`
+            for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr()):
+                group["lr"] = rate

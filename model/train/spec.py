@@ -1,0 +1,70 @@
+"""NucleusTransformer as a model of torchtitan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
+
+import torch
+from torchtitan.protocols import BaseModel
+from torchtitan.protocols.model_spec import ModelSpec
+
+from model.config import TransformerConfig
+from model.train.parallelize import parallelize
+from model.transformer import NucleusTransformer
+
+
+class NucleusModel(NucleusTransformer, BaseModel):
+    """The model itself, with what torchtitan's protocol asks for. Parameter names stay diffusers'."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseModel.Config):
+        transformer: TransformerConfig
+
+        def update_from_config(self, *, config: Any, **_: Any) -> None:
+            """Nothing of the job's configuration changes the model."""
+
+        def get_nparams_and_flops(self, model: torch.nn.Module, seq_len: int) -> tuple[int, int]:
+            """Parameters, and training FLOPs per image token (6 per active weight, and attention among seq_len)."""
+            total, active = count_parameters(model, self.transformer)
+            attention = 12 * self.transformer.num_layers * self.transformer.width * seq_len
+            return total, 6 * active + attention
+
+        def to_dict(self) -> dict[str, Any]:
+            return {"transformer": self.transformer.model_dump(mode="json")}
+
+    def __init__(self, config: Config):
+        NucleusTransformer.__init__(self, config.transformer)
+
+    def init_weights(self, **_: Any) -> None:
+        NucleusTransformer.init_weights(self)
+
+    def verify_module_protocol(self) -> None:
+        """Its submodules are plain torch modules: torchtitan's sharding configurations are not used."""
+
+
+def count_parameters(model: torch.nn.Module, config: TransformerConfig) -> tuple[int, int]:
+    """(all parameters, parameters that work on an average token: each expert takes capacity factor / E of them)."""
+    total = active = 0
+    for name, parameter in model.named_parameters():
+        total += parameter.numel()
+        share = 1.0
+        if ".experts." in name:
+            layer = int(name.split("transformer_blocks.")[1].split(".")[0])
+            share = config.capacity_factor(layer) / config.num_experts
+        active += share * parameter.numel()
+    return total, round(active)
+
+
+def model_spec(transformer: TransformerConfig, flavor: str) -> ModelSpec:
+    return ModelSpec(
+        name="nucleus_image",
+        flavor=flavor,
+        model=NucleusModel.Config(transformer=transformer),
+        parallelize_fn=parallelize,
+        pipelining_fn=None,
+        post_optimizer_build_fn=None,
+        state_dict_adapter=None,
+    )

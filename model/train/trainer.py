@@ -1,0 +1,225 @@
+"""The training loop: torchtitan's Trainer with rectified flow on latents instead of next-token prediction.
+
+Local tensors take shape suffixes: B batch, S image tokens, C channels of a token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from model.train.device import DEVICE_TYPE
+
+import torch
+from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.distributed import ParallelDims, utils as dist_utils
+from torchtitan.trainer import Trainer
+
+from model import flow, losses
+from model.config import StageConfig, TrainConfig
+from model.latents import Batch
+from model.transformer import RouterTrace
+
+LOSS_BINS = 5
+SAMPLES = "samples"
+
+
+class NoTokenizer(BaseTokenizer):
+    """torchtitan asks for a tokenizer; text was encoded before training."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseTokenizer.Config):
+        pass
+
+    def __init__(self, config: Config, **_: Any):
+        super().__init__()
+
+    def encode(self, *args: Any, **kwargs: Any) -> list[int]:
+        raise NotImplementedError
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        raise NotImplementedError
+
+    def get_vocab_size(self) -> int:
+        return 0
+
+
+class NucleusTrainer(Trainer):
+    @dataclass(kw_only=True, slots=True)
+    class Config(Trainer.Config):
+        train: TrainConfig
+        stage: StageConfig
+        sample_fn: Callable[[torch.nn.Module, int, Path], Any] | None = None
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.model = self.model_parts[0]
+        extra = config.train.losses
+        self.wavelet_weight = extra.wavelet if config.stage.wavelet else 0.0
+        self.z_loss_weight, self.orthogonality_rate = extra.router_z_loss, extra.router_orthogonality
+        self.patch = self.model.config.patch_size
+        self.routing: RouterTrace | None = None  # of the last micro-batch of a logged step
+        self.bin_sums = torch.zeros(LOSS_BINS, device=self.device)
+        self.bin_counts = torch.zeros(LOSS_BINS, device=self.device)
+        self.autocast = contextlib.nullcontext
+        dtype = TORCH_DTYPE_MAP[config.train.dtype]
+        if dtype != torch.float32 and self.parallel_dims.dp_shard == 1:  # FSDP casts by itself
+            self.autocast = lambda: torch.autocast(DEVICE_TYPE, dtype)
+
+    def init_distributed(self) -> ParallelDims:
+        """The process group exists already (`training_session`)."""
+        return ParallelDims.from_config(self.config.parallelism, torch.distributed.get_world_size())
+
+    def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
+        metrics, ranks = self.metrics_processor, self.dataloader.ranks
+        iterator = iter(data_iterable)
+        while True:
+            begin = time.perf_counter()
+            batch = next(iterator)
+            metrics.data_loading_times.append(time.perf_counter() - begin)
+            tokens = batch.latents[:, 0].numel() // self.patch**2
+            metrics.ntokens_since_last_log += tokens
+            metrics.images_since_last_log += len(batch.plan) * ranks
+            metrics.tokens_since_last_log += tokens * ranks
+            self.ntokens_seen += tokens
+            yield batch
+
+    def forward_backward_step(self, *, batch: Batch, keep_routing: bool = False, **_: Any) -> torch.Tensor:
+        """Forward and backward of one micro-batch.
+
+        Returns:
+            its share of the global batch's mean loss (without the extra losses), a scalar: the shares of all
+            micro-batches and ranks add up to that mean.
+        """
+        plan = batch.plan
+        rows, columns = (side // self.patch for side in batch.latents.shape[-2:])
+        clean_BSC = flow.pack_latents(batch.latents.to(self.device), self.patch)
+        noise_BSC = flow.pack_latents(batch.noise.to(self.device), self.patch)
+        # Timesteps of the whole global batch, then this slice's: they must not depend on how it is cut.
+        generator = torch.Generator().manual_seed(plan.timestep_seed)
+        t_all = flow.sample_timesteps(plan.global_batch, rows * columns, generator, self.config.train.timesteps)
+        t_B = t_all[plan.start : plan.start + len(plan)].to(self.device)
+        noisy_BSC = flow.interpolate(clean_BSC, noise_BSC, t_B)
+        trace = RouterTrace() if keep_routing or self.z_loss_weight else None
+        with self.train_context():
+            with self.autocast():
+                velocity_BSC = self.model(
+                    hidden_states=noisy_BSC,
+                    img_shapes=(1, rows, columns),
+                    encoder_hidden_states=batch.text.to(self.device),
+                    encoder_hidden_states_mask=None if batch.mask is None else batch.mask.to(self.device),
+                    timestep=t_B,
+                    collect=trace,
+                )
+            velocity_BSC = velocity_BSC.float()
+            mean, loss_B = losses.flow_matching_loss(velocity_BSC, flow.velocity_target(clean_BSC, noise_BSC))
+            total = mean
+            if self.z_loss_weight:
+                total = total + self.z_loss_weight * losses.router_z_loss(trace.logits())
+            if self.wavelet_weight:
+                predicted_BSC = flow.predict_clean(noisy_BSC, velocity_BSC, t_B)
+                total = total + self.wavelet_weight * losses.wavelet_loss(
+                    flow.unpack_latents(predicted_BSC, rows, columns, self.patch),
+                    flow.unpack_latents(clean_BSC, rows, columns, self.patch),
+                )
+            share = len(plan) / plan.global_batch
+            (total * share).backward()
+        if keep_routing:
+            self.routing = trace
+        bins_B = (t_B * LOSS_BINS).long().clamp_(0, LOSS_BINS - 1)
+        self.bin_sums.index_add_(0, bins_B, loss_B)
+        self.bin_counts.index_add_(0, bins_B, torch.ones_like(t_B))
+        return mean.detach() * share
+
+    def train_step(self, data_iterator: Iterator[Batch]) -> None:
+        """One optimiser step; logs it where the cadence says so.
+
+        Raises:
+            RuntimeError: the loss or the gradient is not finite, on a step that is logged or saved.
+        """
+        self.optimizers.zero_grad()
+        learning_rates = self.lr_schedulers.get_metrics()
+        logged = self.metrics_processor.should_log(self.step) or self.step == self.config.training.steps
+        loss = torch.zeros((), device=self.device)
+        for micro in range(self.gradient_accumulation_steps):
+            last = micro == self.gradient_accumulation_steps - 1
+            loss += self.forward_backward_step(batch=next(data_iterator), keep_routing=logged and last)
+        grad_norm = dist_utils.clip_grad_norm_(
+            list(self.model.parameters()), self.config.training.max_norm, foreach=True
+        )
+        saved = self.step % self.config.checkpoint.interval == 0
+        if logged or saved:
+            # Before the weights change, so that what is not finite never reaches a checkpoint.
+            values = loss.item() + grad_norm.item()
+            if not math.isfinite(values):
+                raise RuntimeError(
+                    f"stage {self.config.stage.name}: loss {loss.item()} or gradient norm {grad_norm.item()} is not "
+                    f"finite at step {self.step}; lower train.optim.muon_lr and adamw_lr, or lengthen warmup_steps"
+                )
+        self.checkpointer.maybe_wait_for_staging()
+        self.optimizers.step()
+        self.lr_schedulers.step()
+        if self.orthogonality_rate:
+            losses.apply_router_orthogonality(self.model, self.orthogonality_rate)
+        if logged:
+            self._log(loss, float(grad_norm), learning_rates)
+
+    def _log(self, loss: torch.Tensor, grad_norm: float, extra: dict[str, float]) -> None:
+        mesh = self.parallel_dims.get_optional_mesh("loss")
+        sums, counts, mean_loss = self.bin_sums, self.bin_counts, loss.item()
+        if mesh is not None:
+            mean_loss = dist_utils.dist_sum(loss, mesh)
+            sums, counts = (dist_utils.dist_sum_tensor(x, mesh) for x in (sums, counts))
+        for i, (total, count) in enumerate(zip(sums.tolist(), counts.tolist())):
+            if count:
+                extra[f"loss_t/{i / LOSS_BINS:.1f}-{(i + 1) / LOSS_BINS:.1f}"] = total / count
+        self.bin_sums.zero_()
+        self.bin_counts.zero_()
+        extra["images_seen"] = self.step * self.config.stage.batch_size
+        extra |= {f"expert/{name}": value for name, value in self.routing.statistics().items()}
+        self.routing = None
+        self.metrics_processor.log_step(self.step, mean_loss, grad_norm, extra)
+
+    def train(self) -> int:
+        """Trains from the last checkpoint, or from the start, to the last step.
+
+        Returns:
+            the step it went on from (0: from the start).
+        """
+        config = self.config
+        self.checkpointer.load()
+        first = self.step
+        self.metrics_processor.start(first)
+        batches = self.batch_generator(self.dataloader)
+        while self.should_continue_training():
+            self.step += 1
+            self.gc_handler.run(self.step)
+            self.train_step(batches)
+            self.checkpointer.save(self.step, last_step=self.step == config.training.steps)
+            every = config.train.sample_every_steps
+            if config.sample_fn and every and (self.step % every == 0 or self.step == config.training.steps):
+                self._sample(config.sample_fn)
+            if self.step - first == 1 and torch.distributed.get_world_size() > 1:
+                timeout = timedelta(seconds=config.comm.train_timeout_seconds)
+                dist_utils.set_pg_timeouts(timeout=timeout, parallel_dims=self.parallel_dims)
+        return first
+
+    @torch.no_grad()
+    def _sample(self, sample_fn: Callable[[torch.nn.Module, int, Path], Any]) -> None:
+        """Calls `sample_fn(model, step, path)` on every rank; it must draw its noise from a generator of its own."""
+        path = Path(self.config.dump_folder) / SAMPLES / f"step-{self.step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        begin = time.perf_counter()
+        self.model.eval()
+        try:
+            sample_fn(self.model, self.step, path)
+        finally:
+            self.model.train()
+        self.metrics_processor.time_last_log += time.perf_counter() - begin  # the rates are of training alone

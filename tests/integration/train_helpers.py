@@ -1,0 +1,90 @@
+"""A latent set small enough to train on in seconds, and the configuration of such a training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from model.config import TrainConfig, TransformerConfig
+from model.latents import LatentWriter
+
+TEXT_DIM = 12
+
+
+def write_latents(directory: Path, images: int = 64) -> Path:
+    """Latents in two buckets that their prompt decides, so that there is something to learn."""
+    directory.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randn(4, 16, 1, 1, generator=generator)
+    with LatentWriter(directory, {"text_dim": TEXT_DIM, "text_tokens": 16, "rows_per_shard": 20}) as writer:
+        writer.add_text(torch.zeros(3, TEXT_DIM))
+        for i in range(4):
+            writer.add_text(torch.randn(5 + i, TEXT_DIM, generator=generator))
+        for i in range(images):
+            height, width = (8, 8) if i % 3 else (4, 8)
+            latent = patterns[i % 4] + 0.1 * torch.randn(16, height, width, generator=generator)
+            writer.add_image(f"{i:064x}", latent, f"A{1 + i % 5}", [1 + i % 4])
+    return directory
+
+
+def transformer_config(**changes) -> TransformerConfig:
+    values = dict(
+        out_channels=16,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        joint_attention_dim=TEXT_DIM,
+        axes_dims_rope=(4, 6, 6),
+        mlp_ratio=6.0,
+        dense_moe_strategy="leave_first_block_dense",
+        num_experts=4,
+        moe_intermediate_dim=32,
+        capacity_factors=2.0,
+    )
+    return TransformerConfig(**{**values, **changes})
+
+
+def train_config(steps: int = 20, stage: dict | None = None, **changes) -> TrainConfig:
+    stage = {
+        "name": "small",
+        "image_size_px": 64,
+        "steps": steps,
+        "batch_size": 8,
+        "capacity_factors": 2.0,
+        "wavelet": True,
+        **(stage or {}),
+    }
+    values = dict(
+        stages=(stage,),
+        optim={"muon_lr": 0.01, "adamw_lr": 0.01, "warmup_steps": 3},
+        losses={"router_z_loss": 1e-4, "router_orthogonality": 1e-4, "wavelet": 0.1},
+        checkpoint_every_steps=5,
+        keep_checkpoints=3,
+        log_every_steps=2,
+    )
+    return TrainConfig(**{**values, **changes})
+
+
+def read_weights(out: Path) -> dict[int, dict[str, torch.Tensor]]:
+    """Every checkpoint of a stage by step, read without knowing the model."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    found = {}
+    for path in sorted(out.glob("step-*")):
+        state: dict[str, torch.Tensor] = {}
+        _load_state_dict(
+            state, storage_reader=FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(), no_dist=True
+        )
+        found[int(path.name.split("-")[1])] = state
+    return found
+
+
+def logged_steps(path: Path) -> list[int]:
+    """Steps in metrics.jsonl of a run that may be writing it."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line)["step"] for line in lines if line.endswith("}")]
