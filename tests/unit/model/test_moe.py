@@ -1,0 +1,100 @@
+"""Expert-choice routing against a loop written from its definition, one expert and one token at a time."""
+
+import math
+
+import pytest
+import torch
+
+from model.cpu_ops import _NormRope, _SwiGLU, keep_freed_memory
+from model.moe import MoE
+
+B, S, D, E, F = 3, 10, 12, 4, 8
+
+
+def make(capacity_factor=1.5, **changes):
+    torch.manual_seed(0)
+    moe = MoE(D, F, E, capacity_factor, **changes)
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return moe, torch.randn(B, S, D), torch.randn(B, S, D), torch.randn(B, D)
+
+
+def by_definition(moe, x, unmodulated, timestep):
+    out = torch.zeros(B, S, D)
+    capacity = max(1, math.ceil(moe.capacity_factor * S / E))
+    for b in range(B):
+        scores = torch.stack([moe.gate.weight @ torch.cat((timestep[b], unmodulated[b, s])) for s in range(S)])
+        scores = scores.sigmoid() if moe.use_sigmoid else scores.softmax(-1)
+        taken = {e: sorted(range(S), key=lambda s: -scores[s, e].item())[:capacity] for e in range(E)}
+        for s in range(S):
+            total = sum(scores[s, e] for e in range(E) if s in taken[e])
+            for e in range(E):
+                if s in taken[e]:
+                    gate, up = (x[b, s] @ moe.experts.gate_up_proj[e]).chunk(2)
+                    expert = (gate * gate.sigmoid() * up) @ moe.experts.down_proj[e]
+                    out[b, s] += moe.route_scale * scores[s, e] / total * expert
+            up, gate = moe.shared_expert.net[0].proj(x[b, s]).chunk(2)
+            out[b, s] += moe.shared_expert.net[2](up * gate * gate.sigmoid())
+    return out
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_sigmoid": True}, {"route_scale": 1.0}])
+@pytest.mark.parametrize("capacity_factor", [0.1, 1.5, 4.0])
+def test_layer_equals_its_definition(capacity_factor, changes):
+    moe, x, unmodulated, timestep = make(capacity_factor, **changes)
+    found, _ = moe(x, unmodulated, timestep)
+    assert torch.allclose(found, by_definition(moe, x, unmodulated, timestep), atol=1e-4)
+
+
+def test_every_expert_takes_the_same_number_of_each_samples_tokens():
+    moe, x, unmodulated, timestep = make()
+    _, routing = moe(x, unmodulated, timestep)
+    assert routing.indices_BEC.shape == (B, E, math.ceil(1.5 * S / E))
+    for sample in routing.indices_BEC:
+        for tokens in sample:
+            assert len(set(tokens.tolist())) == len(tokens)
+
+
+def test_gates_of_a_taken_token_sum_to_the_route_scale():
+    moe, x, unmodulated, timestep = make()
+    _, routing = moe(x, unmodulated, timestep)
+    sums = torch.zeros(B, S).scatter_add_(1, routing.indices_BEC.flatten(1), routing.gates_BEC.flatten(1))
+    taken = sums > 0
+    assert torch.allclose(sums[taken], torch.full_like(sums[taken], 2.5), atol=1e-4)
+    assert taken.any() and not taken.all()
+
+
+def test_samples_do_not_compete_for_experts():
+    moe, x, unmodulated, timestep = make()
+    together, _ = moe(x, unmodulated, timestep)
+    for b in range(B):
+        alone, _ = moe(x[b : b + 1], unmodulated[b : b + 1], timestep[b : b + 1])
+        assert torch.allclose(alone[0], together[b], atol=1e-5)
+
+
+def test_routing_is_decoupled_from_modulation_and_depends_on_the_timestep():
+    moe, x, unmodulated, timestep = make()
+    _, first = moe(x, unmodulated, timestep)
+    _, modulated = moe(x * 3 + 1, unmodulated, timestep)
+    assert torch.equal(first.indices_BEC, modulated.indices_BEC)
+    _, later = moe(x, unmodulated, timestep * -2)
+    assert not torch.equal(first.scores_BSE, later.scores_BSE)
+
+
+def test_fast_backward_passes_equal_numeric_ones():
+    torch.manual_seed(0)
+    packed = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    for gate_first in (True, False):
+        assert torch.autograd.gradcheck(lambda p: _SwiGLU.apply(p, gate_first), packed)
+    x = torch.randn(2, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    angles = torch.randn(3, 1, 2, dtype=torch.float64)
+    table = torch.stack((angles.cos(), angles.sin()), dim=-1)
+    assert torch.autograd.gradcheck(lambda *a: _NormRope.apply(*a, table, 1e-6), (x, weight))
+    shared = weight[0].detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda *a: _NormRope.apply(*a, table, 1e-6), (x, shared))
+
+
+def test_keep_freed_memory_answers_whether_it_took():
+    assert keep_freed_memory() in (True, False)
+    assert torch.ones(1 << 20).sum() == 1 << 20
