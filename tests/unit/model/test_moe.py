@@ -56,7 +56,7 @@ def test_every_expert_takes_the_same_number_of_each_samples_tokens():
 
 
 def test_gates_of_a_taken_token_sum_to_the_route_scale():
-    moe, x, unmodulated, timestep = make()
+    moe, x, unmodulated, timestep = make(1.0)
     _, routing = moe(x, unmodulated, timestep)
     sums = torch.zeros(B, S).scatter_add_(1, routing.indices_BEC.flatten(1), routing.gates_BEC.flatten(1))
     taken = sums > 0
