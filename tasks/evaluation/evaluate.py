@@ -28,10 +28,9 @@ def generate_seed(
     """
     from eval.generate import IMAGES, diffusers_sampler, generate
     from eval.scorecard import benchmark_prompts
-    from tasks.publishing.publish import load_parts
 
     config = config.model_copy(update={"seeds": (seed,)})
-    sampler = diffusers_sampler(load_parts(merged, components), config)
+    sampler = diffusers_sampler(load_pipeline(merged, components), config)
     report = generate(
         sampler,
         benchmark_prompts(config),
@@ -43,6 +42,28 @@ def generate_seed(
     shutil.copytree(work_dir / IMAGES, out_dir / IMAGES, copy_function=shutil.copyfile)
     shutil.rmtree(work_dir)
     return {"images": report["expected"], "seconds": report["seconds"]}
+
+
+def load_pipeline(merged: Path, components: Path) -> Any:
+    """diffusers' NucleusMoEImagePipeline over the parts where they lie: the one that publishing writes down."""
+    import transformers
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        NucleusMoEImagePipeline,
+        NucleusMoEImageTransformer2DModel,
+    )
+
+    from tasks.publishing.publish import SCHEDULER, processor_class
+
+    processor = getattr(transformers, processor_class(components / "processor"))
+    return NucleusMoEImagePipeline(
+        transformer=NucleusMoEImageTransformer2DModel.from_pretrained(merged / "transformer").eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER),
+        vae=AutoencoderKLQwenImage.from_pretrained(components / "vae").eval(),
+        text_encoder=transformers.Qwen3VLForConditionalGeneration.from_pretrained(components / "text_encoder").eval(),
+        processor=processor.from_pretrained(components / "processor"),
+    )
 
 
 def score(parts: list[Path], config: EvalConfig, out_dir: Path) -> dict[str, Any]:

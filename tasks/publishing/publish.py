@@ -75,7 +75,7 @@ def publish(
     _write_json(out_dir / "scheduler" / "scheduler_config.json", {"_diffusers_version": diffusers, **SCHEDULER})
     index: dict[str, Any] = {"_class_name": "NucleusMoEImagePipeline", "_diffusers_version": diffusers}
     for name, (library, class_name, _) in sorted(PARTS.items()):
-        index[name] = [library, class_name or _processor_class(sources["processor"])]
+        index[name] = [library, class_name or processor_class(sources["processor"])]
     index["scheduler"] = ["diffusers", SCHEDULER["_class_name"]]
     _write_json(out_dir / "model_index.json", index)
 
@@ -124,7 +124,7 @@ def _check_fit(sources: dict[str, Path], recipe: dict[str, Any]) -> None:
             )
 
 
-def _processor_class(directory: Path) -> str:
+def processor_class(directory: Path) -> str:
     """The class that the directory says it is: a processor, or a tokenizer alone, which the pipeline can use as well
     (a Qwen3VLProcessor needs torchvision to load, for its video half)."""
     for name, key in (

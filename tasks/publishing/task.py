@@ -8,7 +8,7 @@ from pathlib import Path
 from flytekit import Deck, task
 
 from tasks import envs
-from tasks.artifacts import ComponentsDir, CuratedDir, MergedDir, PipelineDir, ScorecardDir, fetch, produce
+from tasks.artifacts import ComponentsDir, CuratedDir, MergedDir, PipelineDir, ScorecardDir, fetch, plain_errors, produce
 from tasks.publishing.config import PublishConfig
 
 
@@ -25,13 +25,22 @@ def publish_pipeline(
     from tasks.publishing import publish, summary
 
     merged_path, components_path, scorecard_path, curated_path = map(fetch, (merged, components, scorecard, curated))
+    recipe = json.loads(recipe_json)
+    side = recipe["eval"]["image_size_px"]
+
+    def make(out: Path) -> dict:
+        report = publish.publish(merged_path, components_path, scorecard_path, recipe, out)
+        publish.check_pipeline(out, side, side)  # what does not load is not published
+        return report
+
     artifact, final, _ = produce(
         "pipeline",
-        lambda out: publish.publish(merged_path, components_path, scorecard_path, json.loads(recipe_json), out),
+        make,
         parents=[merged_path, components_path, scorecard_path, curated_path],
-        config={"publish": config.model_dump(mode="json"), "recipe": json.loads(recipe_json)},
+        config={"publish": config.model_dump(mode="json"), "recipe": recipe},
     )
-    publish.check_pipeline(final)
-    publish.upload(final, config)
-    Deck("Published", summary.published_html(Path(final)))
+    with plain_errors():
+        publish.upload(final, config)
+    print("\n".join(summary.lines(final, scorecard_path, curated_path)), flush=True)
+    Deck("Published", summary.page(final))
     return artifact

@@ -1,0 +1,35 @@
+"""What a run leaves behind, as lines for the terminal and as a page for the console."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from pathlib import Path
+
+
+def lines(pipeline: Path, scorecard: Path, curated: Path) -> list[str]:
+    """Where things are, and how good they are."""
+    card = json.loads((scorecard / "scorecard.json").read_text())
+    overall = card["overall"]
+    spread = "" if overall["std"] is None else f" +- {overall['std']:.3f} over {overall['runs']} seeds"
+    tasks = ", ".join(f"{name} {task['mean']:.2f}" for name, task in card["tasks"].items())
+    return [
+        f"{card['benchmark']} overall {overall['mean']:.3f}{spread} ({tasks})",
+        f"pipeline   {pipeline}",
+        f"scorecard  {scorecard / 'scorecard.html'}",
+        f"grid       {scorecard / 'grid.png'}",
+        f"retention  {curated / 'report.html'}",
+        f"lineage    python -m tasks.trace {pipeline}",
+    ]
+
+
+def page(pipeline: Path) -> str:
+    """The model card as text and the grid of a published directory, as one HTML page."""
+    card = html.escape((pipeline / "README.md").read_text())
+    grid = pipeline / "grid.png"
+    picture = ""
+    if grid.is_file():
+        data = base64.b64encode(grid.read_bytes()).decode()
+        picture = f'<img alt="generated images" style="max-width:100%" src="data:image/png;base64,{data}">'
+    return f"<!doctype html><meta charset=utf-8>{picture}<pre style='white-space:pre-wrap'>{card}</pre>"
