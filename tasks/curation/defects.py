@@ -77,7 +77,8 @@ def encode(image: Image.Image, ext: str, exif: Image.Exif | None = None) -> byte
     if ext == "png":
         image.save(buffer, "PNG", compress_level=1, **options)
     else:
-        image.save(buffer, "JPEG", quality=95, **options)
+        # Full chroma: at 64 px, Pillow's usual half resolution smears a shape's colour over its edges.
+        image.save(buffer, "JPEG", quality=95, subsampling=0, **options)
     return buffer.getvalue()
 
 
