@@ -1,0 +1,197 @@
+"""Exact and near duplicates over the whole corpus.
+
+Exact: equal SHA-256. Near: a perceptual hash within a Hamming distance proposes a pair, a colour thumbnail confirms
+it. pHash alone is blind to colour and, on plain pictures, to what is where; it would merge different scenes.
+
+A star, not a chain: records are taken in order of preference (more pixels, then the better aesthetic score, then
+corpus order), and a record is dropped when it equals, or is near to, a record already kept. So every dropped record
+resembles its keeper directly; A~B~C merges A with C only if A~C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from tasks.curation.config import DedupConfig
+
+COARSE_PX = 4  # a COARSE_PX x COARSE_PX RGB mosaic weeds out proposals before any thumbnail is read
+MAX_COARSE_DIFFERENCE = 40  # of 255; a shift by 2 % of the side moves a full-contrast edge by at most 40 in a cell
+MAX_BRIGHTNESS_DIFFERENCE = 6  # of 255, of the means: re-encoding and small shifts hardly change it
+PAIRS_AT_ONCE = 1_000_000
+MAX_ASPECT_DIFFERENCE = 0.03  # relative; resizing rounds sides to whole pixels
+
+
+def thumbnail(image: Image.Image, side_px: int) -> np.ndarray:
+    """uint8 [h, w, 3], shorter side `side_px`, the longer in proportion (at most four times that)."""
+    width, height = image.size
+    short = min(width, height)
+    size = tuple(min(4 * side_px, max(1, round(side_px * side / short))) for side in (width, height))
+    return np.asarray(image.resize(size, Image.Resampling.BOX))
+
+
+def thumbnail_difference(a: np.ndarray, b: np.ndarray) -> float:
+    """How far two uint8 [h, w, 3] thumbnails are apart, 0 to 255, forgiving a shift of up to one thumbnail pixel.
+
+    A pixel counts by how far it lies outside the range of the other thumbnail's 3x3 neighbourhood, in its worst
+    channel; the result is the worst 2x2 mean, so that a moved edge counts and a lone compression artefact does not.
+    """
+    if a.shape != b.shape:
+        b = np.asarray(Image.fromarray(b).resize((a.shape[1], a.shape[0]), Image.Resampling.BILINEAR))
+    return max(_outside(a, b), _outside(b, a))
+
+
+def _outside(a: np.ndarray, b: np.ndarray) -> float:
+    padded = np.pad(b, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    low, high = padded, padded
+    low = np.minimum(np.minimum(low[:-2], low[1:-1]), low[2:])
+    low = np.minimum(np.minimum(low[:, :-2], low[:, 1:-1]), low[:, 2:])
+    high = np.maximum(np.maximum(high[:-2], high[1:-1]), high[2:])
+    high = np.maximum(np.maximum(high[:, :-2], high[:, 1:-1]), high[:, 2:])
+    x = a.astype(np.int16)
+    excess = np.maximum(np.maximum(x - high, low - x), 0).max(axis=2)
+    return float((excess[:-1, :-1] + excess[1:, :-1] + excess[:-1, 1:] + excess[1:, 1:]).max()) / 4
+
+
+def candidate_pairs(
+    hashes: np.ndarray, coarse: np.ndarray, aspect: np.ndarray, max_distance: int
+) -> np.ndarray:
+    """All pairs within `max_distance` bits that coarse colour and aspect ratio do not rule out.
+
+    Multi-index hashing: of max_distance + 1 bands, two hashes within max_distance agree in one at least, so pairs
+    are sought inside the groups of equal bands. A group is walked in order of mean brightness, and compared only
+    within a small difference of it. Nothing within the limits is missed.
+
+    Args:
+        hashes: bool [N, bits]. coarse: uint8 [N, COARSE_PX * COARSE_PX * 3]. aspect: float [N], width over height.
+
+    Returns:
+        int64 [P, 2], i < j, sorted, without repeats.
+    """
+    count, bits = hashes.shape
+    if count < 2:
+        return np.empty((0, 2), np.int64)
+    words = _words(hashes)
+    brightness = coarse.astype(np.float32).mean(axis=1)
+    small = coarse.astype(np.int16)
+    found = []
+    bands = min(max_distance + 1, bits)
+    for band in range(bands):
+        # Interleaved bits: neighbours in frequency are alike, and would make bands of equal bits.
+        keys = _words(hashes[:, band::bands])
+        order = np.lexsort((brightness, *keys.T))
+        for i, j in _window_pairs(keys[order], brightness[order]):
+            i, j = order[i], order[j]
+            distance = np.bitwise_count(words[i] ^ words[j]).sum(axis=1, dtype=np.int32)
+            near = (distance <= max_distance) & (np.abs(aspect[i] / aspect[j] - 1) <= MAX_ASPECT_DIFFERENCE)
+            i, j = i[near], j[near]
+            near = np.abs(small[i] - small[j]).max(axis=1, initial=0) <= MAX_COARSE_DIFFERENCE
+            found.append(np.minimum(i, j)[near] * count + np.maximum(i, j)[near])
+    flat = np.unique(np.concatenate(found)) if found else np.empty(0, np.int64)
+    return np.stack([flat // count, flat % count], axis=1)
+
+
+def _words(bits: np.ndarray) -> np.ndarray:
+    """bool [N, bits] -> uint64 [N, ceil(bits / 64)]."""
+    padded = np.zeros((len(bits), -(-bits.shape[1] // 64) * 64), bool)
+    padded[:, : bits.shape[1]] = bits
+    return np.packbits(padded, axis=1).view(np.uint64)
+
+
+def _window_pairs(keys: np.ndarray, brightness: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs (i < j) of sorted rows with equal keys and near brightness, in pieces of bounded size."""
+    count = len(keys)
+    group = np.concatenate([[0], np.cumsum((keys[1:] != keys[:-1]).any(axis=1))])
+    # One ordinate, rising over the whole array: groups lie further apart than any brightness.
+    ordinate = group * 1024.0 + brightness
+    end = np.searchsorted(ordinate, ordinate + MAX_BRIGHTNESS_DIFFERENCE, side="right")
+    partners = end - np.arange(count) - 1
+    start = 0
+    total = np.concatenate([[0], np.cumsum(partners)])
+    while start < count:
+        stop = max(start + 1, int(np.searchsorted(total, total[start] + PAIRS_AT_ONCE, side="right")) - 1)
+        n = partners[start:stop]
+        if n.sum():
+            i = np.repeat(np.arange(start, stop), n)
+            j = i + 1 + np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
+            yield i, j
+        start = stop
+
+
+def find_duplicates(
+    scores: pd.DataFrame,
+    config: DedupConfig,
+    thumbnails: Callable[[np.ndarray], dict[int, np.ndarray]],
+) -> pd.DataFrame:
+    """The records to drop.
+
+    Args:
+        scores: key, record_id, width, height, aesthetic, phash (hex), coarse (bytes); rows in corpus order.
+        thumbnails: gives the thumbnails of the row positions it is asked for.
+
+    Returns:
+        One row for each dropped record: position (row of `scores`), rule ("exact_duplicate" or "near_duplicate"),
+        detail (naming the keeper's key), keeper (row of `scores`).
+    """
+    empty = pd.DataFrame({"position": [], "rule": [], "detail": [], "keeper": []})
+    if scores.empty:
+        return empty
+    keys = scores["key"].to_numpy()
+    rank = _preference(scores)
+    keeper_of: dict[str, int] = {}
+    dropped: dict[int, tuple[str, str, int]] = {}
+    ids = scores["record_id"].to_numpy()
+    for row in rank:
+        keeper = keeper_of.setdefault(ids[row], row)
+        if keeper != row:
+            dropped[row] = ("exact_duplicate", f"same bytes as {keys[keeper]}", keeper)
+    alive = np.array([row for row in range(len(scores)) if row not in dropped])
+
+    hashes = np.stack([hash_bits(text, config.hash_size) for text in scores["phash"].to_numpy()[alive]])
+    coarse = np.stack([np.frombuffer(data, np.uint8) for data in scores["coarse"].to_numpy()[alive]])
+    aspect = (scores["width"] / scores["height"]).to_numpy(float)[alive]
+    pairs = alive[candidate_pairs(hashes, coarse, aspect, config.max_hamming_distance)]
+    small = thumbnails(np.unique(pairs)) if len(pairs) else {}
+    near: dict[int, list[tuple[int, float]]] = {}
+    for i, j in pairs:
+        difference = thumbnail_difference(small[i], small[j])
+        if difference <= config.max_thumbnail_difference:
+            near.setdefault(i, []).append((j, difference))
+            near.setdefault(j, []).append((i, difference))
+    place = np.empty(len(scores), np.int64)
+    place[rank] = np.arange(len(scores))
+    for row in rank:
+        if row in dropped or row not in near:
+            continue
+        kept = [(place[o], o, d) for o, d in near[row] if place[o] < place[row] and o not in dropped]
+        if kept:
+            _, keeper, difference = min(kept)
+            dropped[row] = ("near_duplicate", f"thumbnail differs by {difference:.1f} from {keys[keeper]}", keeper)
+    if not dropped:
+        return empty
+    rows = [(row, *dropped[row]) for row in sorted(dropped)]
+    return pd.DataFrame(rows, columns=["position", "rule", "detail", "keeper"])
+
+
+def _preference(scores: pd.DataFrame) -> np.ndarray:
+    """Row positions, the most wanted first. Aesthetic in half points: a re-encoded copy must not win by a hair."""
+    pixels = (scores["width"] * scores["height"]).to_numpy(float)
+    aesthetic = np.floor(2 * scores["aesthetic"].fillna(0).to_numpy(float))
+    return np.lexsort((np.arange(len(scores)), -aesthetic, -pixels))
+
+
+def hash_bits(text: str, hash_size: int) -> np.ndarray:
+    """bool [hash_size**2] of imagehash's hex.
+
+    Raises:
+        ValueError: the hash was made with another hash_size; score again.
+    """
+    bits = hash_size**2
+    if len(text) != -(-bits // 4):
+        raise ValueError(f"pHash {text!r} has {4 * len(text)} bits, curation.dedup.hash_size={hash_size} needs {bits}")
+    value = int(text, 16)
+    raw = np.frombuffer(value.to_bytes(-(-bits // 8), "big"), np.uint8)
+    return np.unpackbits(raw)[-bits:].astype(bool)

@@ -1,0 +1,338 @@
+"""Passes 1 and 2, and every rule of passes 1 to 3: statistics of one image, then decisions on columns alone.
+
+`decode` is the one way in which this project turns bytes into pixels. `measure` gives the columns of passes 1 and 2;
+scorers.py those of pass 3. `decide` is a pure function of the columns, so that a new threshold reruns no decoding.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from tasks.curation.config import FilterConfig
+
+# Raster formats that Pillow reads by itself (EPS, for one, would start Ghostscript). MPO comes in with JPEG.
+DECODABLE = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+RGB_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "La", "RGBa")  # not I;16, I, F: they clip
+ANALYSIS_PX = 256  # longer side of what the statistics look at
+NEAR_COLOR = 10  # of 255, per channel: one colour to the eye, through JPEG and faint noise
+
+
+class UndecodableError(ValueError):
+    """The bytes are no whole image."""
+
+
+class TooManyPixelsError(ValueError):
+    """The header promises more pixels than may be decoded."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the header says; nothing is decoded. Width and height in px, after the EXIF orientation."""
+
+    format: str
+    mode: str
+    width: int
+    height: int
+    orientation: int  # EXIF, 1 (upright) to 8
+    animated: bool
+
+
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@functools.cache
+def _decodable() -> tuple[str, ...]:
+    """`DECODABLE`, as far as this Pillow was built with it."""
+    Image.init()
+    return tuple(name for name in DECODABLE if name in Image.OPEN)
+
+
+def _open(data: bytes) -> tuple[Image.Image, Header]:
+    try:
+        with warnings.catch_warnings():
+            # Our own limit follows at once; Pillow's stays as the last resort (its error, at twice its limit).
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore", UserWarning)  # odd EXIF, odd TIFF tags
+            image = Image.open(io.BytesIO(data), formats=_decodable())
+            # A PNG may carry EXIF behind its pixels, and Pillow would decode them to find it.
+            orientation = _orientation(image) if image.format != "PNG" or "exif" in image.info else 1
+    except Image.DecompressionBombError as error:
+        raise TooManyPixelsError(str(error)) from None
+    except Exception as error:  # Pillow's parsers raise nearly anything on hostile bytes
+        raise UndecodableError(f"no readable image header: {_plain(error)}") from None
+    width, height = image.size
+    if orientation >= 5:
+        width, height = height, width
+    # Phones write a second picture behind the first (MPO); the first is a plain JPEG.
+    kind = "JPEG" if image.format == "MPO" else str(image.format)
+    animated = kind != "JPEG" and bool(getattr(image, "is_animated", False))
+    return image, Header(kind, image.mode, width, height, orientation, animated)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = int(image.getexif().get(0x0112, 1))
+    except Exception:  # broken EXIF does not make a broken image
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _plain(error: Exception) -> str:
+    text = re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", "the record", str(error))
+    return f"{type(error).__name__}: {text}"[:200]
+
+
+def inspect(data: bytes) -> Header:
+    """Reads the header only: an orientation that stands behind the pixels (rare, in PNG) is not seen.
+
+    Raises:
+        UndecodableError: no image format of `DECODABLE`.
+        TooManyPixelsError: beyond Pillow's own limit (about 179 million).
+    """
+    return _open(data)[1]
+
+
+def decode(data: bytes, max_pixels: int) -> Image.Image:
+    """The whole image: RGB, upright (EXIF orientation applied), transparency laid over white.
+
+    The header's size is checked before a pixel is decoded. Half an image is refused, never padded.
+
+    Raises:
+        ValueError: `TooManyPixelsError` or `UndecodableError`.
+    """
+    image, header = _open(data)
+    if header.width * header.height > max_pixels:
+        raise TooManyPixelsError(f"{header.width}x{header.height} is over {max_pixels} pixels")
+    if header.mode not in RGB_MODES:
+        raise UndecodableError(f"mode {header.mode} has no plain RGB form; modes that have: {', '.join(RGB_MODES)}")
+    if header.format == "JPEG":
+        _check_jpeg(data)
+    try:
+        image.load()
+        orientation = _orientation(image)
+        if image.has_transparency_data:
+            over = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
+        image = image.convert("RGB")
+        if orientation in _TRANSPOSE:
+            image = image.transpose(_TRANSPOSE[orientation])
+    except Exception as error:
+        raise UndecodableError(f"does not decode: {_plain(error)}") from None
+    return image
+
+
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
+_MARKER_OR_RESTART = re.compile(rb"\xff[^\x00\xff]", re.DOTALL)
+
+
+def _check_jpeg(data: bytes) -> None:
+    """Walks a JPEG's markers to its end: libjpeg turns lost or overwritten scan data into gray, with a mere warning."""
+    at, in_scan, restarts = 2, False, False
+    while True:
+        found = (_MARKER if restarts or not in_scan else _MARKER_OR_RESTART).search(data, at)
+        if found is None:
+            raise UndecodableError("truncated JPEG: no end-of-image marker")
+        code, at = data[found.start() + 1], found.end()
+        if code == 0xD9:
+            if not in_scan:
+                raise UndecodableError("corrupt JPEG: it ends before its first scan")
+            return
+        known = code in (0xC4, 0xDA, 0xDB, 0xDC, 0xDD, 0xFE, 0xCC) or 0xE0 <= code <= 0xEF
+        if in_scan and not known:
+            raise UndecodableError(f"corrupt JPEG: marker 0x{code:02x} inside scan data")
+        if at + 2 > len(data):
+            raise UndecodableError("truncated JPEG: it ends inside a segment")
+        at += int.from_bytes(data[at : at + 2], "big")
+        in_scan |= code == 0xDA
+        restarts |= code == 0xDD
+
+
+# --- statistics ------------------------------------------------------------------------------------------------
+
+
+def reduced(image: Image.Image, max_side_px: int) -> Image.Image:
+    """`image`, box-filtered down so that its longer side is at most `max_side_px`; small images as they are."""
+    scale = max(image.size) / max_side_px
+    if scale <= 1:
+        return image
+    size = tuple(max(1, round(side / scale)) for side in image.size)
+    return image.resize(size, Image.Resampling.BOX, reducing_gap=2.0)
+
+
+def entropy_bits(gray: np.ndarray) -> float:
+    """Shannon entropy of the 256-bin histogram of uint8 [H, W], bits: 0 (one level) to 8."""
+    p = np.bincount(gray.ravel(), minlength=256) / gray.size
+    p = p[p > 0]
+    return max(0.0, float(-(p * np.log2(p)).sum()))
+
+
+def single_color_fraction(pixels: np.ndarray) -> float:
+    """The share of uint8 [H, W, 3] within `NEAR_COLOR` per channel of its commonest colour."""
+    planes = np.ascontiguousarray(pixels.reshape(-1, 3).T)
+    coarse = planes >> 4
+    code = (coarse[0].astype(np.uint16) << 8) | (coarse[1].astype(np.uint16) << 4) | coarse[2]
+    # The mean of the fullest cell, refined once: faint noise may straddle cells.
+    near = _near(planes, _mean_color(planes, code == np.bincount(code, minlength=4096).argmax()))
+    if near.any():
+        near = _near(planes, _mean_color(planes, near))
+    return float(np.count_nonzero(near) / near.size)
+
+
+def _mean_color(planes: np.ndarray, where: np.ndarray) -> np.ndarray:
+    count = np.count_nonzero(where)
+    return np.array([plane[where].sum(dtype=np.int64) / count for plane in planes])
+
+
+def _near(planes: np.ndarray, color: np.ndarray) -> np.ndarray:
+    """Where uint8 [3, ...] is within NEAR_COLOR of a colour, bool [...]."""
+    low = np.clip(np.rint(color) - NEAR_COLOR, 0, 255).astype(np.uint8)
+    high = np.clip(np.rint(color) + NEAR_COLOR, 0, 255).astype(np.uint8)
+    near = (planes[0] >= low[0]) & (planes[0] <= high[0])
+    for channel in (1, 2):
+        near &= (planes[channel] >= low[channel]) & (planes[channel] <= high[channel])
+    return near
+
+
+def border_fraction(pixels: np.ndarray) -> float:
+    """The area of bars (letterbox, frame) around the picture, as a share of uint8 [H, W, 3].
+
+    A bar is of one colour, and ends on a straight edge that runs along the whole picture. So the plain background
+    around an object is no bar; nor is that around one flat rectangle, which is an object too.
+    """
+    height, width = pixels.shape[:2]
+    corners = pixels[[0, 0, -1, -1], [0, -1, 0, -1]].astype(np.int16)
+    if np.abs(corners[0] - corners).max() > NEAR_COLOR:
+        # Bars on two opposite sides share their corners; bars of one side only are no letterbox.
+        return 0.0
+    picture = ~_near(np.moveaxis(pixels, -1, 0), corners.mean(axis=0))
+    rows, columns = picture.any(axis=1).nonzero()[0], picture.any(axis=0).nonzero()[0]
+    if not len(rows):
+        return 0.0  # one colour all over: the blank rule's business
+    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    inside = picture[top:bottom, left:right]
+    depth = 3  # lines at the edge: a dark picture touches its black bar here and there
+    edges = []
+    if top > 0 or bottom < height:
+        edges += [inside[:depth].any(axis=0), inside[-depth:].any(axis=0)]
+    if left > 0 or right < width:
+        edges += [inside[:, :depth].any(axis=1), inside[:, -depth:].any(axis=1)]
+    if not edges or min(edge.mean() for edge in edges) < 0.97:
+        return 0.0
+    core = pixels[top + depth : bottom - depth, left + depth : right - depth]  # without soft edges
+    if not core.size or single_color_fraction(core) > 0.995:
+        return 0.0
+    return 1 - inside.size / (height * width)
+
+
+# --- rules -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`rejects(scores, config)` is a bool column (False where the value is missing); `detail` tells of one row."""
+
+    name: str
+    step: str
+    rejects: Callable[[pd.DataFrame, FilterConfig], pd.Series]
+    detail: Callable[[pd.Series, FilterConfig], str]
+
+
+def _above(name: str, step: str, column: str, limit: str) -> Rule:
+    return Rule(
+        name,
+        step,
+        lambda s, c: s[column] > getattr(c, limit),
+        lambda r, c: f"{column} {r[column]:.4g} is over {limit} {getattr(c, limit):g}",
+    )
+
+
+def _below(name: str, step: str, column: str, limit: str) -> Rule:
+    return Rule(
+        name,
+        step,
+        lambda s, c: s[column] < getattr(c, limit),
+        lambda r, c: f"{column} {r[column]:.4g} is under {limit} {getattr(c, limit):g}",
+    )
+
+
+PASS1, PASS2, PASS3 = "format and geometry", "histogram and orientation", "models"
+
+# The order is the order of rejection: the ledger names the first rule that a record breaks.
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "too_many_pixels",
+        PASS1,
+        lambda s, c: (s.error_rule == "too_many_pixels") | (s.width * s.height > c.max_pixels),
+        lambda r, c: r.error or f"{r.width:g}x{r.height:g} is over max_pixels {c.max_pixels}",
+    ),
+    Rule("undecodable", PASS1, lambda s, c: s.error_rule == "undecodable", lambda r, c: r.error),
+    Rule(
+        "format",
+        PASS1,
+        lambda s, c: ~s.format.isin(c.formats),
+        lambda r, c: f"{r.format} is not one of {', '.join(c.formats)}",
+    ),
+    Rule(
+        "mode",
+        PASS1,
+        lambda s, c: ~s["mode"].isin(c.modes),
+        lambda r, c: f"{r['mode']} is not one of {', '.join(c.modes)}",
+    ),
+    Rule("animated", PASS1, lambda s, c: s.animated, lambda r, c: "more than one frame"),
+    Rule(
+        "min_side",
+        PASS1,
+        lambda s, c: s[["width", "height"]].min(axis=1) < c.min_side_px,
+        lambda r, c: f"{r.width}x{r.height} px: a side is under min_side_px {c.min_side_px}",
+    ),
+    Rule(
+        "aspect_ratio",
+        PASS1,
+        lambda s, c: s[["width", "height"]].max(axis=1) > c.max_aspect_ratio * s[["width", "height"]].min(axis=1),
+        lambda r, c: f"{r.width}x{r.height} is longer than max_aspect_ratio {c.max_aspect_ratio:g}",
+    ),
+    _below("bytes_per_pixel", PASS1, "bytes_per_pixel", "min_bytes_per_pixel"),
+    _above("single_color", PASS2, "single_color_fraction", "max_single_color_fraction"),
+    _below("low_entropy", PASS2, "entropy_bits", "min_entropy_bits"),
+    _above("border", PASS2, "border_fraction", "max_border_fraction"),
+    _above("nsfw", PASS3, "nsfw", "max_nsfw"),
+    _above("watermark", PASS3, "watermark", "max_watermark_score"),
+    _below("aesthetic", PASS3, "aesthetic", "min_aesthetic"),
+    _below("image_text_similarity", PASS3, "similarity", "min_image_text_similarity"),
+)
+
+
+def decide(scores: pd.DataFrame, config: FilterConfig) -> pd.DataFrame:
+    """Ledger rows (key, record_id, kept, rule, detail), one for each row of `scores` and in its order."""
+    rule = np.full(len(scores), "", object)
+    detail = np.full(len(scores), "", object)
+    for entry in RULES:
+        hit = np.asarray(entry.rejects(scores, config), bool) & (rule == "")
+        for i in hit.nonzero()[0]:
+            rule[i], detail[i] = entry.name, entry.detail(scores.iloc[i], config)
+    return pd.DataFrame(
+        {
+            "key": scores["key"].to_numpy(),
+            "record_id": scores["record_id"].to_numpy(),
+            "kept": rule == "",
+            "rule": rule,
+            "detail": detail,
+        }
+    )

@@ -1,0 +1,197 @@
+"""Pass 3: scorers behind one interface. A scorer adds one column; filters.decide decides on it.
+
+The small recipes use classical scorers (numpy only). A model scorer (NSFW, watermark, aesthetic, similarity) is one
+more class with `column` and `__call__`, entered in `SCORERS` under the name that a recipe chooses it by.
+`none` leaves the column empty (NaN), and a rule never rejects on an empty score.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from tasks.curation.config import ScorerConfig
+
+COLUMNS = ("watermark", "aesthetic", "nsfw", "similarity")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a scorer sees of one record: decoded once, upright, reduced.
+
+    `image`: RGB, shorter side at most 384 px (enough for the CLIP family). `pixels`: uint8 [H, W, 3] and `gray`:
+    uint8 [H, W], longer side at most 256 px. `captions`: as they came.
+    """
+
+    image: Image.Image
+    pixels: np.ndarray
+    gray: np.ndarray
+    captions: tuple[str, ...]
+
+
+class Scorer(Protocol):
+    """Scores a batch: float32 [N], NaN where it has no opinion. Loads its model on first use, not at construction."""
+
+    column: str
+
+    def __call__(self, samples: Sequence[Sample]) -> np.ndarray: ...
+
+
+class NoScorer:
+    def __init__(self, column: str) -> None:
+        self.column = column
+
+    def __call__(self, samples: Sequence[Sample]) -> np.ndarray:
+        return np.full(len(samples), np.nan, np.float32)
+
+
+class PerImageScorer:
+    """A scorer that looks at one image at a time."""
+
+    def __init__(self, column: str, score: Callable[[Sample], float]) -> None:
+        self.column, self._score = column, score
+
+    def __call__(self, samples: Sequence[Sample]) -> np.ndarray:
+        return np.array([self._score(sample) for sample in samples], np.float32)
+
+
+# --- watermark -------------------------------------------------------------------------------------------------
+
+FAINT = (5, 120)  # gray levels by which a semi-transparent stroke stands out of the ground
+MIN_GROUND = 0.35  # share of the commonest level, below which there is no plain ground to see strokes on
+STROKE = 0.05  # of the shorter side: text strokes are thinner, drawn objects thicker
+GUARD = 0.05  # of the shorter side, around objects: JPEG ringing, anti-aliasing, pointed tips
+GRID = 4  # the overlay must show in many cells of a GRID x GRID raster
+
+
+def watermark_score(gray: np.ndarray) -> float:
+    """0 (none) to 1: how much, and how widely, faint thin strokes lie over a plain ground.
+
+    A repeated, semi-transparent text breaks a plain ground into many small thin patches of low contrast. What has a
+    thick core is an object of the picture and is left out, with a margin. Made for plain pictures: a busy
+    photograph has no ground, scores 0, and wants a model.
+
+    Args:
+        gray: uint8 [H, W], longer side at most 256 px.
+    """
+    height, width = gray.shape
+    short = min(height, width)
+    if short < 32:
+        return 0.0
+    levels = np.bincount(gray.ravel(), minlength=256)
+    ground = int(np.convolve(levels, np.ones(5, int), mode="same").argmax())
+    if levels[max(0, ground - 4) : ground + 5].sum() < MIN_GROUND * gray.size:
+        return 0.0
+    residual = np.abs(gray.astype(np.int16) - ground)
+    # Above the ground's own noise: strokes ink well under a quarter of it, so its upper quartile is noise alone.
+    flat = np.cumsum(np.bincount(residual[residual <= 10], minlength=11))
+    mask = residual >= max(FAINT[0], 3 * int(np.searchsorted(flat, 0.75 * flat[-1])))
+    thick = max(3, round(STROKE * short)) | 1
+    core = _sliding(_sliding(mask, np.logical_and, thick), np.logical_or, thick)
+    # Objects: everything connected to a core, and a margin. A tip thinner than the stroke belongs to its object.
+    patch, count = ndimage.label(mask, structure=np.ones((3, 3), int))
+    if count == 0:
+        return 0.0
+    has_core = np.zeros(count + 1, bool)
+    has_core[patch[core]] = True
+    near = _sliding(has_core[patch], np.logical_or, 2 * max(2, round(GUARD * short)) + 1)
+    step = np.zeros_like(residual)
+    step[:, :-1] = np.abs(np.diff(residual, axis=1))
+    step[:-1] = np.maximum(step[:-1], np.abs(np.diff(residual, axis=0)))
+    # Per patch, over the pixels of patches only: they are few.
+    where = mask.ravel().nonzero()[0]
+    where = where[np.argsort(patch.ravel()[where], kind="stable")]
+    name = patch.ravel()[where]
+    starts = np.flatnonzero(np.diff(name, prepend=0))
+    area = np.diff(starts, append=len(name))
+    loud = np.add.reduceat(residual.ravel()[where] > FAINT[1], starts, dtype=np.int64)
+    beside = np.add.reduceat(near.ravel()[where], starts, dtype=np.int64)
+    peak = np.maximum.reduceat(residual.ravel()[where], starts)
+    edge = np.maximum.reduceat(step.ravel()[where], starts)
+    # Specks of noise are smaller, print is bolder, ringing lies beside an object, a blur has no edges.
+    stroke = (area >= 4) & (loud < 0.1 * area) & (beside < 0.5 * area) & (edge >= 0.4 * peak) & ~has_core[1:]
+    if stroke.sum() < 4:
+        return 0.0
+    strokes, free = np.concatenate([[False], stroke])[patch], ~near
+    marked, usable = 0, 0
+    for s_row, f_row in zip(np.array_split(strokes, GRID), np.array_split(free, GRID), strict=True):
+        for s, f in zip(np.array_split(s_row, GRID, axis=1), np.array_split(f_row, GRID, axis=1), strict=True):
+            if f.mean() >= 0.3:
+                usable += 1
+                marked += s.sum() >= 0.01 * f.sum()
+    if usable < GRID:
+        return 0.0
+    return float(min(1.0, strokes.sum() / free.sum() / 0.02) * min(1.0, marked / usable / 0.4))
+
+
+def _sliding(x: np.ndarray, op: np.ufunc, size: int) -> np.ndarray:
+    """Separable sliding and/or over an odd square window, edges repeated."""
+    for axis in (0, 1):
+        pad = [(0, 0), (0, 0)]
+        pad[axis] = (size // 2, size // 2)
+        x = np.pad(x, pad, mode="edge")
+        span = 1
+        while span < size:  # windows grow by doubling: log2(size) passes
+            shift = min(span, size - span)
+            head = x[:-shift] if axis == 0 else x[:, :-shift]
+            tail = x[shift:] if axis == 0 else x[:, shift:]
+            x = op(head, tail)
+            span += shift
+    return x
+
+
+# --- aesthetic -------------------------------------------------------------------------------------------------
+
+
+def aesthetic_proxy(sample: Sample) -> float:
+    """0 to 10 from colourfulness (Hasler and Suesstrunk 2003), contrast and sharpness. A stand-in, not a taste."""
+    rgb = sample.pixels.astype(np.float32)
+    red_green = rgb[..., 0] - rgb[..., 1]
+    yellow_blue = 0.5 * (rgb[..., 0] + rgb[..., 1]) - rgb[..., 2]
+    spread = math.hypot(float(red_green.std()), float(yellow_blue.std()))
+    colourful = spread + 0.3 * math.hypot(float(red_green.mean()), float(yellow_blue.mean()))
+    gray = sample.gray.astype(np.float32)
+    laplacian = 0.0
+    if min(gray.shape) >= 3:
+        inner = 4 * gray[1:-1, 1:-1] - gray[:-2, 1:-1] - gray[2:, 1:-1] - gray[1:-1, :-2] - gray[1:-1, 2:]
+        laplacian = float(inner.var())
+    parts = (
+        min(colourful / 80, 1),
+        min(float(gray.std()) / 80, 1),
+        min(math.log1p(laplacian) / math.log1p(2000), 1),
+    )
+    return 10 * (0.3 * parts[0] + 0.4 * parts[1] + 0.3 * parts[2])
+
+
+SCORERS: dict[str, dict[str, Callable[[], Scorer]]] = {
+    "watermark": {"classical": lambda: PerImageScorer("watermark", lambda s: watermark_score(s.gray))},
+    "aesthetic": {"proxy": lambda: PerImageScorer("aesthetic", aesthetic_proxy)},
+    "nsfw": {},
+    "similarity": {},
+}
+
+
+def build_scorers(config: ScorerConfig) -> list[Scorer]:
+    """One scorer for each column of `COLUMNS`.
+
+    Raises:
+        ValueError: the recipe names a scorer that does not exist.
+    """
+    scorers: list[Scorer] = []
+    for column in COLUMNS:
+        name = getattr(config, column)
+        if name == "none":
+            scorers.append(NoScorer(column))
+        elif name in SCORERS[column]:
+            scorers.append(SCORERS[column][name]())
+        else:
+            raise ValueError(
+                f"curation.scorers.{column}={name!r} is unknown; use one of {', '.join(['none', *SCORERS[column]])}"
+            )
+    return scorers
