@@ -100,7 +100,8 @@ def plant(kind: str, rng: np.random.Generator, size_px: int, original: Callable[
     if kind in ("blank", "near_uniform"):
         return _plain(rng, size_px, NOISE_SIGMA if kind == "near_uniform" else 0.0)
     if kind == "text_file":
-        return Planted("png", b"<html><body>404 not found</body></html>\n" * 20, ["a photo of a circle"], None, "", "html")
+        page = b"<html><body>404 not found</body></html>\n" * 20
+        return Planted("png", page, ["a photo of a circle"], None, "", "html")
 
     aspect = None
     if kind == "extreme_aspect":

@@ -181,7 +181,9 @@ def test_the_generator_decides_the_scene_and_the_dict_restores_it():
         scenes.sample_scene(rng(5), kind="three")
 
 
-@pytest.mark.parametrize(("shape", "area"), [("circle", np.pi / 4), ("square", 1), ("triangle", 1 / 2), ("cross", 5 / 9)])
+@pytest.mark.parametrize(
+    ("shape", "area"), [("circle", np.pi / 4), ("square", 1), ("triangle", 1 / 2), ("cross", 5 / 9)]
+)
 def test_shapes_fill_their_boxes(shape, area):
     scene = Scene(96, 64, "white", "single", (SceneObject(shape, "black", 0.9, 0.4, 0.35),))
     pixels = np.asarray(scenes.render(scene)).astype(float)[..., 0]
