@@ -20,15 +20,24 @@ class HubComponent(Section):
 class TinyVAEConfig(Section):
     """A small `AutoencoderKLQwenImage` (8x, as its three temporal stages fix) trained on the curated corpus."""
 
-    base_dim: Positive = 16
+    base_dim: Positive = 8
     z_dim: Positive = 16
-    dim_mult: tuple[Positive, ...] = (1, 2, 4, 4)
+    dim_mult: tuple[Positive, ...] = (1, 2, 4, 8)
     num_res_blocks: Positive = 1
-    steps: Positive = 1000
-    batch_size: Positive = 32
+    steps: Positive = 1200
+    batch_size: Positive = 8  # whole images of image_size_px; halved and cropped views hold twice as many
     image_size_px: Positive = 64
-    lr: Annotated[float, Field(gt=0)] = 2e-3
-    kl_weight: Annotated[float, Field(ge=0)] = 1e-6
+    aspect_ratios: tuple[str, ...] = ("1:1", "4:3", "3:4")
+    max_images: Positive = 8192  # decoded and held in memory for training
+    muon_lr: Annotated[float, Field(gt=0)] = 5e-3  # kernels of the inner layers
+    lr: Annotated[float, Field(gt=0)] = 2e-3  # AdamW: every other parameter
+    kl_weight: Annotated[float, Field(ge=0)] = 1e-4  # on nats per latent number, beside MSE over pixels in [-1, 1]
+
+    @model_validator(mode="after")
+    def _check(self) -> "TinyVAEConfig":
+        if len(self.dim_mult) != 4:
+            raise ValueError(f"dim_mult={list(self.dim_mult)} must have 4 entries: 8x takes three halvings")
+        return self
 
 
 class TinyTextEncoderConfig(Section):

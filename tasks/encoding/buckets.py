@@ -1,0 +1,87 @@
+"""Aspect buckets: which widths and heights a stage trains on, and how an image is fitted to one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+TILE_PX = 16  # VAE 8x, patches of 2: sides must be multiples of it
+
+
+class Bucket(NamedTuple):
+    """A width and a height in pixels."""
+
+    width: int
+    height: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+def parse_ratio(name: str) -> float:
+    """`"16:9"` -> width / height.
+
+    Raises:
+        ValueError: not of the form W:H with whole numbers of at least 1.
+    """
+    width, separator, height = name.partition(":")
+    if not (separator and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise ValueError(f"aspect ratio {name!r} must look like 4:3")
+    return int(width) / int(height)
+
+
+def bucket_of(image_size_px: int, ratio: float) -> Bucket:
+    """The bucket of an aspect ratio, with an area near image_size_px squared.
+
+    The short side is S / sqrt(ratio) rounded to the unit, the long side that times the ratio, cut to the unit; the
+    unit is S / 32, but at least 16 px. At 1024 this gives the released list exactly (1344x768, 1184x896, 1248x832),
+    at 512 its half. At small sizes a unit is coarse and ratios fall together: at 64 both 4:3 and 3:2 are 64x48, and
+    at 32 4:3 is 32x32.
+    """
+    unit = max(TILE_PX, image_size_px // 32 // TILE_PX * TILE_PX)
+    wide = max(ratio, 1 / ratio)
+    short = max(unit, math.floor(image_size_px / math.sqrt(wide) / unit + 0.5) * unit)
+    long = max(short, int(short * wide / unit + 1e-6) * unit)  # 1e-6: 832 * 1.5 must not fall under 1248
+    return Bucket(long, short) if ratio >= 1 else Bucket(short, long)
+
+
+def stage_buckets(image_size_px: int, aspect_ratios: Sequence[str]) -> list[Bucket]:
+    """The distinct buckets of a stage, in the order of its aspect ratios.
+
+    Raises:
+        ValueError: a size that does not tile, no ratio, or one that is not W:H.
+    """
+    if image_size_px < TILE_PX or image_size_px % TILE_PX:
+        raise ValueError(f"image_size_px={image_size_px} must be a multiple of {TILE_PX} (VAE 8x, patches of 2)")
+    if not aspect_ratios:
+        raise ValueError("aspect_ratios is empty; give at least one, such as 1:1")
+    return list(dict.fromkeys(bucket_of(image_size_px, parse_ratio(name)) for name in aspect_ratios))
+
+
+def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
+    """The bucket whose aspect ratio is nearest on a log scale; the first of equals."""
+    return min(buckets, key=lambda bucket: abs(math.log(bucket.width / bucket.height) - math.log(width / height)))
+
+
+def cropped_fraction(width: int, height: int, bucket: Bucket) -> float:
+    """Share of the image that the centre crop to the bucket's aspect ratio cuts away (0: none)."""
+    have, want = width / height, bucket.width / bucket.height
+    return 1 - min(have / want, want / have)
+
+
+def fit(image: "Image", bucket: Bucket) -> "Image":
+    """The image resized to cover the bucket and cropped at its centre, in one resampling (bicubic, antialiased)."""
+    from PIL import Image as pil
+
+    scale = min(image.width / bucket.width, image.height / bucket.height)
+    width, height = bucket.width * scale, bucket.height * scale
+    left, top = (image.width - width) / 2, (image.height - height) / 2
+    if image.size == (bucket.width, bucket.height):
+        return image
+    box = (left, top, left + width, top + height)
+    return image.resize((bucket.width, bucket.height), pil.Resampling.BICUBIC, box=box)
