@@ -24,6 +24,8 @@ DECODABLE = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "P
 RGB_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "La", "RGBa")  # not I;16, I, F: they clip
 ANALYSIS_PX = 256  # longer side of what the statistics look at
 NEAR_COLOR = 10  # of 255, per channel: one colour to the eye, through JPEG and faint noise
+BAR_NOISE = 20  # of 255: JPEG rings on both sides of a bar's edge
+EDGE_LINES = 3
 
 
 class UndecodableError(ValueError):
@@ -200,10 +202,10 @@ def _mean_color(planes: np.ndarray, where: np.ndarray) -> np.ndarray:
     return np.array([plane[where].sum(dtype=np.int64) / count for plane in planes])
 
 
-def _near(planes: np.ndarray, color: np.ndarray) -> np.ndarray:
-    """Where uint8 [3, ...] is within NEAR_COLOR of a colour, bool [...]."""
-    low = np.clip(np.rint(color) - NEAR_COLOR, 0, 255).astype(np.uint8)
-    high = np.clip(np.rint(color) + NEAR_COLOR, 0, 255).astype(np.uint8)
+def _near(planes: np.ndarray, color: np.ndarray, within: int = NEAR_COLOR) -> np.ndarray:
+    """Where uint8 [3, ...] is within so many levels of a colour, bool [...]."""
+    low = np.clip(np.rint(color) - within, 0, 255).astype(np.uint8)
+    high = np.clip(np.rint(color) + within, 0, 255).astype(np.uint8)
     near = (planes[0] >= low[0]) & (planes[0] <= high[0])
     for channel in (1, 2):
         near &= (planes[channel] >= low[channel]) & (planes[channel] <= high[channel])
@@ -221,24 +223,35 @@ def border_fraction(pixels: np.ndarray) -> float:
     if np.abs(corners[0] - corners).max() > NEAR_COLOR:
         # Bars on two opposite sides share their corners; bars of one side only are no letterbox.
         return 0.0
-    picture = ~_near(np.moveaxis(pixels, -1, 0), corners.mean(axis=0))
-    rows, columns = picture.any(axis=1).nonzero()[0], picture.any(axis=0).nonzero()[0]
-    if not len(rows):
+    picture = ~_near(np.moveaxis(pixels, -1, 0), corners.mean(axis=0), BAR_NOISE)
+    if not picture.any():
         return 0.0  # one colour all over: the blank rule's business
+    rows, columns = (
+        (count >= 0.1 * count.max()).nonzero()[0] for count in (picture.sum(axis=1), picture.sum(axis=0))
+    )
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-    inside = picture[top:bottom, left:right]
-    depth = 3  # lines at the edge: a dark picture touches its black bar here and there
-    edges = []
-    if top > 0 or bottom < height:
-        edges += [inside[:depth].any(axis=0), inside[-depth:].any(axis=0)]
-    if left > 0 or right < width:
-        edges += [inside[:, :depth].any(axis=1), inside[:, -depth:].any(axis=1)]
-    if not edges or min(edge.mean() for edge in edges) < 0.97:
+    margin = (top, width - right, height - bottom, left)  # in the order in which np.rot90 brings them to the top
+    for k, bar in enumerate(margin):
+        if bar and not _is_bar_edge(np.rot90(picture, k), np.rot90(pixels, k), bar, margin[k - 1], margin[k - 3]):
+            return 0.0
+    core = pixels[top + EDGE_LINES : bottom - EDGE_LINES, left + EDGE_LINES : right - EDGE_LINES]  # no soft edges
+    if not any(margin) or not core.size or single_color_fraction(core) > 0.995:
         return 0.0
-    core = pixels[top + depth : bottom - depth, left + depth : right - depth]  # without soft edges
-    if not core.size or single_color_fraction(core) > 0.995:
-        return 0.0
-    return 1 - inside.size / (height * width)
+    return 1 - (bottom - top) * (right - left) / (height * width)
+
+
+def _is_bar_edge(picture: np.ndarray, pixels: np.ndarray, bar: int, before: int, after: int) -> bool:
+    """Whether the bar of `bar` lines at the top ends abruptly, along the whole picture under it.
+
+    `before` and `after`: columns of bars to the left and right of the picture.
+    """
+    columns = slice(before, picture.shape[1] - after)
+    # A dark picture touches its black bar here and there: a few lines together must cover the edge.
+    if picture[bar : bar + EDGE_LINES, columns].any(axis=0).mean() < 0.96:
+        return False
+    across = pixels[max(0, bar - EDGE_LINES) : bar + EDGE_LINES, columns].astype(np.float32)
+    across = np.abs(across - across[0].mean(axis=0)).mean(axis=(1, 2))  # unlike the bar, line by line
+    return bool(np.abs(np.diff(across)).max(initial=0) >= 0.45 * np.ptp(across))
 
 
 # --- rules -----------------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def watermark_score(gray: np.ndarray) -> float:
     flat = np.cumsum(np.bincount(residual[residual <= 10], minlength=11))
     mask = residual >= max(FAINT[0], 3 * int(np.searchsorted(flat, 0.75 * flat[-1])))
     thick = max(3, round(STROKE * short)) | 1
-    core = _sliding(_sliding(mask, np.logical_and, thick), np.logical_or, thick)
+    core = _sliding(mask, np.logical_and, thick)
     # Objects: everything connected to a core, and a margin. A tip thinner than the stroke belongs to its object.
     patch, count = ndimage.label(mask, structure=np.ones((3, 3), int))
     if count == 0:
@@ -131,18 +131,17 @@ def watermark_score(gray: np.ndarray) -> float:
 
 
 def _sliding(x: np.ndarray, op: np.ufunc, size: int) -> np.ndarray:
-    """Separable sliding and/or over an odd square window, edges repeated."""
-    for axis in (0, 1):
-        pad = [(0, 0), (0, 0)]
-        pad[axis] = (size // 2, size // 2)
-        x = np.pad(x, pad, mode="edge")
-        span = 1
-        while span < size:  # windows grow by doubling: log2(size) passes
-            shift = min(span, size - span)
-            head = x[:-shift] if axis == 0 else x[:, :-shift]
-            tail = x[shift:] if axis == 0 else x[:, shift:]
-            x = op(head, tail)
-            span += shift
+    """Separable sliding and/or of bool [H, W] over an odd square window; what lies outside has no say."""
+    reach = size // 2
+    padded = np.full((x.shape[0] + 2 * reach, x.shape[1] + 2 * reach), op is np.logical_and)
+    padded[reach:-reach, reach:-reach] = x
+    x = padded
+    span = 1
+    while span < size:  # windows grow by doubling: log2(size) passes
+        shift = min(span, size - span)
+        x = op(x[:-shift], x[shift:])
+        x = op(x[:, :-shift], x[:, shift:])
+        span += shift
     return x
 
 
