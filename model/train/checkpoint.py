@@ -9,6 +9,8 @@ by a rename, so a directory without it is a save that was cut off, and is never 
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from typing import Any
 from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.checkpointer.base import MODEL
 from torchtitan.components.checkpointer.dcp import AsyncMode
@@ -67,14 +70,26 @@ class StageCheckpointer(CheckpointManager):
     def _save(self, curr_step: int, last_step: bool = False) -> bool:
         if not self._should_save(curr_step, last_step):
             return False
-        self.dcp_save(
-            self.states[MODEL].state_dict(),
-            checkpoint_id=str(self.weights_folder / f"step-{curr_step:08d}"),
-            async_mode=AsyncMode.DISABLED,
-        )
-        saved = super()._save(curr_step, last_step)
+        weights = self.weights_folder / f"step-{curr_step:08d}"
+        try:
+            self.dcp_save(
+                self.states[MODEL].state_dict(), checkpoint_id=str(weights), async_mode=AsyncMode.DISABLED
+            )
+            super()._save(curr_step, last_step)
+        except CheckpointException as error:
+            free_bytes = shutil.disk_usage(self.weights_folder.parent).free
+            for path in (weights, Path(self._create_checkpoint_id(curr_step))):
+                if not (path / ".metadata").is_file():
+                    shutil.rmtree(path, ignore_errors=True)
+            if free_bytes < self._size_bytes():  # what DCP reports is where the write stopped, not why
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.folder) from error
+            raise
         self._prune(curr_step)
-        return saved
+        return True
+
+    def _size_bytes(self) -> int:
+        """About the size of a full checkpoint: weights, momentum and two moments at most."""
+        return 3 * sum(v.numel() * v.element_size() for v in self.states[MODEL].state_dict().values())
 
     def _load(self, step: int = -1) -> bool:
         resumed = self._find_load_step() if step == -1 else step

@@ -90,7 +90,11 @@ def trainer_config(
             gc_freq=1000,
         ),
         parallelism=ParallelismConfig(
-            spmd_backend="partial_dtensor", expert_parallel_degree=train.expert_parallel
+            spmd_backend="partial_dtensor",
+            # Whole weights on every rank: Muon here takes whole matrices.
+            data_parallel_replicate_degree=ranks,
+            data_parallel_shard_degree=1,
+            expert_parallel_degree=train.expert_parallel,
         ),
         activation_checkpoint=None if train.activation_checkpointing == "none" else FullAC.Config(),
         compile=CompileConfig(enable=train.compile, components=["model"]),

@@ -26,8 +26,9 @@ def parallelize(
 ) -> torch.nn.Module:
     """Applies activation checkpointing, torch.compile and FSDP2, each where the configuration asks for it.
 
-    One process needs none: the model is returned as it is. Gradients are summed over ranks, not averaged: the
-    trainer divides the loss by the global batch.
+    One process and plain replicas need none: the model is returned as it is (the trainer adds replicas' gradients
+    up). With dp_shard > 1 FSDP2 shards the weights; it sums gradients and does not average them, as the trainer
+    divides the loss by the global batch.
     """
     if parallel_dims.ep > 1 or parallel_dims.tp > 1 or parallel_dims.cp > 1 or parallel_dims.pp > 1:
         raise ValueError(

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +150,8 @@ class NucleusTrainer(Trainer):
         for micro in range(self.gradient_accumulation_steps):
             last = micro == self.gradient_accumulation_steps - 1
             loss += self.forward_backward_step(batch=next(data_iterator), keep_routing=logged and last)
+        if self.parallel_dims.dp_replicate > 1:
+            self._sum_gradients()
         grad_norm = dist_utils.clip_grad_norm_(
             list(self.model.parameters()), self.config.training.max_norm, foreach=True
         )
@@ -170,6 +171,14 @@ class NucleusTrainer(Trainer):
             losses.apply_router_orthogonality(self.model, self.orthogonality_rate)
         if logged:
             self._log(loss, float(grad_norm), learning_rates)
+
+    def _sum_gradients(self) -> None:
+        """Adds gradients up over replicas, in one message; each replica divided its loss by the global batch."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        torch.distributed.all_reduce(flat, group=self.parallel_dims.get_mesh("dp_replicate").get_group())
+        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(part.view_as(gradient))
 
     def _log(self, loss: torch.Tensor, grad_norm: float, extra: dict[str, float]) -> None:
         mesh = self.parallel_dims.get_optional_mesh("loss")
@@ -206,9 +215,6 @@ class NucleusTrainer(Trainer):
             every = config.train.sample_every_steps
             if config.sample_fn and every and (self.step % every == 0 or self.step == config.training.steps):
                 self._sample(config.sample_fn)
-            if self.step - first == 1 and torch.distributed.get_world_size() > 1:
-                timeout = timedelta(seconds=config.comm.train_timeout_seconds)
-                dist_utils.set_pg_timeouts(timeout=timeout, parallel_dims=self.parallel_dims)
         return first
 
     @torch.no_grad()

@@ -1,7 +1,10 @@
+import errno
 import gc
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,8 +126,8 @@ def test_a_finished_stage_fills_a_lost_output_again_without_training(trained, la
     )
     assert report["resumed_from_step"] == 120
     assert (again / "metrics.jsonl").read_bytes() == (out / "metrics.jsonl").read_bytes()
-    for name, value in load(out / "step-00000120").items():
-        assert torch.equal(value, load(again / "step-00000120")[name])
+    expected, got = load(out / "step-00000120"), load(again / "step-00000120")
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
 def test_another_configuration_is_refused_in_the_same_work_dir(trained, latents):
@@ -200,3 +203,62 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(latents, tmp_pa
 def test_latents_that_do_not_fit_the_model_are_refused(latents, tmp_path):
     with pytest.raises(ValueError, match="joint_attention_dim=12, got 16"):
         run(latents, tmp_path, model=transformer_config(joint_attention_dim=16))
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half_written(latents, tmp_path, monkeypatch):
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from model.train.checkpoint import StageCheckpointer
+
+    def dcp_save(self, state, checkpoint_id, **_):
+        Path(checkpoint_id).mkdir(parents=True)
+        (Path(checkpoint_id) / "__0_0.distcp").write_bytes(b"cut off")
+        raise CheckpointException("write", {0: (RuntimeError("unexpected pos"), None)})
+
+    monkeypatch.setattr(StageCheckpointer, "dcp_save", dcp_save)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100}))
+    with pytest.raises(OSError) as caught:
+        run(latents, tmp_path, steps=5)
+    assert caught.value.errno == errno.ENOSPC
+    assert not list((tmp_path / "work" / "weights").iterdir()) and not list((tmp_path / "out").iterdir())
+
+
+def test_metrics_of_lost_steps_and_a_cut_off_line_are_forgotten_on_resume(tmp_path):
+    from model.train.metrics import truncate_metrics
+
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 5}\n{"step": 7}\n{"step": 8, "lo')
+    truncate_metrics(path, 5)
+    assert path.read_text() == '{"step": 1}\n{"step": 5}\n'
+
+
+def test_two_processes_train_as_one_does(latents, tmp_path):
+    script = tmp_path / "stage.py"
+    script.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from train_helpers import train_config, transformer_config\n"
+        "from model.train.run import train_stage\n"
+        "latents, work, out = (Path(argument) for argument in sys.argv[1:])\n"
+        "train_stage(latents, transformer_config(), train_config(steps=6), 0, None, work, out)\n"
+    )
+    together = tmp_path / "together"
+    together.mkdir()
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+        + [str(latents), str(tmp_path / "work2"), str(together)],
+        check=True,
+        timeout=180,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}:{Path(__file__).parent}"},
+    )
+    alone, _ = run(latents, tmp_path, "alone", steps=6)
+    assert json.loads((together / "report.json").read_text())["ranks"] == 2
+    expected, got = load(alone / "step-00000006"), load(together / "step-00000006")
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-3, atol=2e-4)
+    losses = [
+        [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+        for out in (alone, together)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
