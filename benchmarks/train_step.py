@@ -4,7 +4,8 @@
 
 Both models run in turns within one process, so that a busy machine disturbs both alike; diffusers' at the faster
 of its two expert paths (loop, grouped products) for each setting. Prints the command, the machine, and for each
-side the median and the quartiles over the rounds.
+side the median and the quartiles over the rounds, of wall time and of CPU time (which counts all threads, and is
+the steadier of the two on a machine that does other work as well).
 """
 
 from __future__ import annotations
@@ -86,14 +87,14 @@ def build(args: argparse.Namespace) -> tuple[dict, dict]:
     return models, inputs
 
 
-def step(model: torch.nn.Module, inputs: dict, target: torch.Tensor) -> float:
-    """Seconds of one forward and backward pass; gradients are dropped, as `zero_grad` does."""
+def step(model: torch.nn.Module, inputs: dict, target: torch.Tensor) -> tuple[float, float]:
+    """(wall, CPU) milliseconds of one forward and backward pass."""
     model.zero_grad(set_to_none=True)
-    start = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     out = model(**inputs)
     out = out if isinstance(out, torch.Tensor) else out.sample
     torch.nn.functional.mse_loss(out, target).backward()
-    return time.perf_counter() - start
+    return 1000 * (time.perf_counter() - wall), 1000 * (time.process_time() - cpu)
 
 
 def main() -> None:
@@ -107,19 +108,23 @@ def main() -> None:
     print(f"model: {sum(p.numel() for p in models['ours'].parameters()) / 1e6:.2f}M parameters, batch {args.batch}")
     for threads in args.threads:
         torch.set_num_threads(threads)
-        times: dict[str, list[float]] = {name: [] for name in models}
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
         for round_ in range(args.rounds + 2):
             for name, model in models.items():
-                seconds = step(model, inputs, target)
+                measured = step(model, inputs, target)
                 if round_ >= 2:
-                    times[name].append(1000 * seconds)
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        for name, values in times.items():
-            low, _, high = statistics.quantiles(values, n=4)
-            print(f"{threads} threads  {name:20} {medians[name]:8.1f} ms  (quartiles {low:.1f} to {high:.1f}, "
-                  f"least {min(values):.1f}, n={len(values)})")  # fmt: skip
-        faster = min((name for name in models if name.startswith("diffusers")), key=medians.get)
-        print(f"{threads} threads  ours is {medians[faster] / medians['ours']:.2f}x as fast as '{faster}'")
+                    times[name].append(measured)
+        for i, kind in enumerate(("wall", "CPU")):
+            medians = {}
+            for name, pairs in times.items():
+                values = [pair[i] for pair in pairs]
+                low, medians[name], high = statistics.quantiles(values, n=4)
+                print(
+                    f"{threads} threads  {kind:4}  {name:20} {medians[name]:8.1f} ms  "
+                    f"(quartiles {low:.1f} to {high:.1f}, least {min(values):.1f}, n={len(values)})"
+                )
+            faster = min((name for name in models if name.startswith("diffusers")), key=medians.get)
+            print(f"{threads} threads  {kind:4}  ours: {medians[faster] / medians['ours']:.2f}x as fast as '{faster}'")
 
 
 def _cpu_name() -> str:

