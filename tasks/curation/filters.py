@@ -21,7 +21,7 @@ from tasks.curation.config import FilterConfig
 
 # Raster formats that Pillow reads by itself (EPS, for one, would start Ghostscript). MPO comes in with JPEG.
 DECODABLE = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-RGB_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "La", "RGBa")  # not I;16, I, F: they clip
+RGB_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "La", "RGBa")  # I;16, I, F clip
 ANALYSIS_PX = 256  # longer side of what the statistics look at
 NEAR_COLOR = 10  # of 255, per channel: one colour to the eye, through JPEG and faint noise
 BAR_NOISE = 20  # of 255: JPEG rings on both sides of a bar's edge

@@ -87,7 +87,8 @@ def render(
     }
     rules = [(rule, step, summary["rejected"][rule]) for step, names in ledger.STEPS.items() for rule in names]
     buckets = sorted(summary["buckets"])
-    cross = pd.crosstab(curated["bucket"], curated["tier"])
+    cross = pd.crosstab(curated["bucket"], curated["tier"]).reindex(columns=tiers.TIERS, fill_value=0)
+    short_side = scores[["width", "height"]].min(axis=1)
     parts = [
         "<h1>Retention report</h1>",
         f"<p>{kept} of {input_count} records kept ({_percent(kept, input_count)}): {summary['captions']} captions, "
@@ -106,16 +107,13 @@ def render(
             _histogram(scores[column].dropna(), column, getattr(config.filters, limit), limit)
             for column, limit in HISTOGRAMS.items()
         ),
-        _histogram(scores[["width", "height"]].min(axis=1), "shorter side, px", config.filters.min_side_px, "min_side_px"),
+        _histogram(short_side, "shorter side, px", config.filters.min_side_px, "min_side_px"),
         "</div>",
         "<h2>Tiers and episodic buckets</h2>",
         _bars([(tier, n) for tier, n in summary["tiers"].items()]),
         _table(
             ("bucket", *tiers.TIERS, "all"),
-            [
-                (name, *(int(cross[tier].get(name, 0)) if tier in cross else 0 for tier in tiers.TIERS), summary["buckets"][name])
-                for name in buckets
-            ],
+            [(name, *(int(n) for n in cross.loc[name]), summary["buckets"][name]) for name in buckets],
         ),
         "<h2>Caption lengths, in words</h2><div class=row>",
         _histogram(pd.Series(words), "all captions", None, ""),

@@ -63,7 +63,7 @@ class PerImageScorer:
 
 # --- watermark -------------------------------------------------------------------------------------------------
 
-FAINT = (5, 120)  # gray levels by which a semi-transparent stroke stands out of the ground
+FAINT = (5, 140)  # gray levels by which a semi-transparent stroke stands out of the ground
 MIN_GROUND = 0.35  # share of the commonest level, below which there is no plain ground to see strokes on
 STROKE = 0.05  # of the shorter side: text strokes are thinner, drawn objects thicker
 GUARD = 0.05  # of the shorter side, around objects: JPEG ringing, anti-aliasing, pointed tips

@@ -1,0 +1,48 @@
+import hashlib
+
+import pytest
+from pydantic import ValidationError
+
+from tasks.curation.captions import choose_captions, usable_captions
+from tasks.curation.config import CaptionConfig
+
+PER_TIER = {"A1": 4, "A2": 3, "A3": 3, "A4": 2, "A5": 1}
+CONFIG = CaptionConfig(per_tier=PER_TIER)
+TEXTS = ["one", "one two", "one two three", "a b c d", "a b c d e", "a b c d e f", "a b c d e f g h i j"]
+ID = "0123456789abcdef" * 4
+
+
+def test_whitespace_is_normalised_and_empties_and_repeats_go():
+    texts = ["  a\tred \n circle ", "a red circle", "A RED circle", "", "   ", "a\x00 b", None, "caf\u0065\u0301"]
+    assert usable_captions(texts, CONFIG) == ["a red circle", "a b", "caf\u00e9"]
+    assert usable_captions(None, CONFIG) == []
+
+
+def test_a_caption_over_the_limit_is_dropped_not_cut():
+    config = CaptionConfig(per_tier=PER_TIER, max_words=3)
+    assert usable_captions(["one two three", "one two three four"], config) == ["one two three"]
+
+
+@pytest.mark.parametrize(("tier", "count"), PER_TIER.items())
+def test_each_tier_keeps_its_number(tier, count):
+    assert len(choose_captions(TEXTS, tier, ID, CONFIG)) == count
+    assert choose_captions(TEXTS[:1], tier, ID, CONFIG) == TEXTS[:1]
+
+
+def test_the_whole_range_of_lengths_is_kept():
+    assert choose_captions(TEXTS, "A1", ID, CONFIG) == [TEXTS[0], TEXTS[2], TEXTS[4], TEXTS[6]]
+    assert choose_captions(TEXTS, "A4", ID, CONFIG) == [TEXTS[0], TEXTS[6]]
+
+
+def test_the_order_that_captions_come_in_does_not_matter():
+    assert choose_captions(TEXTS[::-1], "A2", ID, CONFIG) == choose_captions(TEXTS, "A2", ID, CONFIG)
+
+
+def test_where_one_stays_the_corpus_still_has_every_length():
+    ids = [hashlib.sha256(bytes([i])).hexdigest() for i in range(200)]
+    assert {choose_captions(TEXTS, "A5", record_id, CONFIG)[0] for record_id in ids} == set(TEXTS)
+
+
+def test_a_tier_without_a_number_is_refused():
+    with pytest.raises(ValidationError, match="must name each of A1, A2, A3, A4, A5"):
+        CaptionConfig(per_tier={"A1": 2})
