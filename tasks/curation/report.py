@@ -153,12 +153,12 @@ def _bars(items: list[tuple[str, int]]) -> str:
     """Horizontal bars, the longest full."""
     most = max((n for _, n in items), default=0) or 1
     rows = "".join(
-        f'<text x="170" y="{24 * i + 16}" text-anchor="end">{_text(name)}</text>'
-        f'<rect x="180" y="{24 * i + 3}" width="{460 * n / most:.1f}" height="17" fill="#3d7ea6"/>'
-        f'<text x="{186 + 460 * n / most:.1f}" y="{24 * i + 16}">{n}</text>'
+        f'<text x="200" y="{24 * i + 16}" text-anchor="end">{_text(name)}</text>'
+        f'<rect x="210" y="{24 * i + 3}" width="{460 * n / most:.1f}" height="17" fill="#3d7ea6"/>'
+        f'<text x="{216 + 460 * n / most:.1f}" y="{24 * i + 16}">{n}</text>'
         for i, (name, n) in enumerate(items)
     )
-    return f'<svg width="720" height="{24 * len(items) + 4}" font-size="13" role="img">{rows}</svg>'
+    return f'<svg width="760" height="{24 * len(items) + 4}" font-size="13" role="img">{rows}</svg>'
 
 
 def _histogram(values: pd.Series, name: str, threshold: float | None, limit: str) -> str:

@@ -80,7 +80,9 @@ def test_a_jpeg_with_overwritten_scan_data_is_refused():
         filters.decode(bytes(data), 10**6)
 
 
-@pytest.mark.parametrize("options", [{"progressive": True}, {"restart_marker_rows": 1}, {"quality": 10}, {"exif": b"Exif\0\0"}])
+@pytest.mark.parametrize(
+    "options", [{"progressive": True}, {"restart_marker_rows": 1}, {"quality": 10}, {"exif": b"Exif\0\0"}]
+)
 def test_sound_jpegs_of_every_make_decode(options):
     assert filters.decode(to_bytes(busy(), "JPEG", **options), 10**6).size == (160, 96)
 
