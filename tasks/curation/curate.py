@@ -99,11 +99,12 @@ def score_record(data: bytes, captions: list[str], config: CurationConfig) -> tu
     """The columns of passes 1 and 2 and of deduplication, those of pass 3 still empty; and what pass 3 is to see."""
     columns = _blank()
     try:
-        header = filters.inspect(data)
+        header, image = filters.inspect_and_decode(data, config.filters.max_pixels)
         columns |= {"format": header.format, "mode": header.mode, "animated": header.animated}
         columns |= {"width": header.width, "height": header.height, "orientation": header.orientation}
         columns["bytes_per_pixel"] = len(data) / max(1, header.width * header.height)
-        image = filters.decode(data, config.filters.max_pixels)
+        if isinstance(image, ValueError):
+            raise image
     except filters.TooManyPixelsError as error:
         return columns | {"error_rule": "too_many_pixels", "error": str(error)}, None
     except filters.UndecodableError as error:

@@ -119,7 +119,23 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     Raises:
         ValueError: `TooManyPixelsError` or `UndecodableError`.
     """
+    return _decode(data, *_open(data), max_pixels)
+
+
+def inspect_and_decode(data: bytes, max_pixels: int) -> tuple[Header, Image.Image | ValueError]:
+    """Both, opening once: the header, and the image or what `decode` would raise.
+
+    Raises:
+        ValueError: as `inspect`.
+    """
     image, header = _open(data)
+    try:
+        return header, _decode(data, image, header, max_pixels)
+    except ValueError as error:
+        return header, error
+
+
+def _decode(data: bytes, image: Image.Image, header: Header, max_pixels: int) -> Image.Image:
     if header.width * header.height > max_pixels:
         raise TooManyPixelsError(f"{header.width}x{header.height} is over {max_pixels} pixels")
     if header.mode not in RGB_MODES:
