@@ -13,10 +13,15 @@ from tasks.curation.task import curate_records, gather_records, make_shard, scor
 
 @workflow
 def curate(
-    source: SourceConfig, source_path: str, source_digest: str, shards: list[int], config: CurationConfig
+    source: SourceConfig,
+    source_path: str,
+    source_digest: str,
+    shards: list[int],
+    scoring: CurationConfig,
+    config: CurationConfig,
 ) -> CuratedDir:
     """Makes or reads records shard by shard, scores them shard by shard, then decides over the whole corpus."""
     make = partial(make_shard, config=source, path=source_path, source_digest=source_digest)
     records = gather_records(shards=map_task(make)(shard=shards))
-    scores = map_task(partial(score_shard, records=records, config=config))(shard=shards)
+    scores = map_task(partial(score_shard, records=records, config=scoring))(shard=shards)
     return curate_records(records=records, scores=scores, config=config)

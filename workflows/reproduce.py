@@ -54,6 +54,7 @@ def reproduce(
         source_path=sections.source_path,
         source_digest=sections.source_digest,
         shards=sections.shards,
+        scoring=sections.scoring,
         config=sections.curation,
     )
     trained = train(

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from model.config import Positive, Section
+from model.config import Fraction, Positive, Section
 
 
 class HubComponent(Section):
@@ -24,14 +24,14 @@ class TinyVAEConfig(Section):
     z_dim: Positive = 16
     dim_mult: tuple[Positive, ...] = (1, 2, 4, 8)
     num_res_blocks: Positive = 1
-    steps: Positive = 1200
+    steps: Positive = 900
     batch_size: Positive = 8  # whole images of image_size_px; halved and cropped views hold twice as many
     image_size_px: Positive = 64
     aspect_ratios: tuple[str, ...] = ("1:1", "4:3", "3:4")
     max_images: Positive = 8192  # decoded and held in memory for training
-    muon_lr: Annotated[float, Field(gt=0)] = 5e-3  # kernels of the inner layers
+    muon_lr: Annotated[float, Field(gt=0)] = 1e-2  # kernels of the inner layers
     lr: Annotated[float, Field(gt=0)] = 2e-3  # AdamW: every other parameter
-    kl_weight: Annotated[float, Field(ge=0)] = 1e-4  # on nats per latent number, beside MSE over pixels in [-1, 1]
+    kl_weight: Annotated[float, Field(ge=0)] = 1e-3  # on nats per latent number, beside MSE over pixels in [-1, 1]
 
     @model_validator(mode="after")
     def _check(self) -> "TinyVAEConfig":
@@ -49,9 +49,10 @@ class TinyTextEncoderConfig(Section):
     num_hidden_layers: Annotated[int, Field(ge=9)] = 10  # the pipeline's return_index -8 needs at least 9
     num_attention_heads: Positive = 4
     num_key_value_heads: Positive = 2
-    steps: Positive = 1500
-    batch_size: Positive = 64
-    lr: Annotated[float, Field(gt=0)] = 2e-3
+    steps: Positive = 800
+    batch_size: Positive = 32
+    muon_lr: Annotated[float, Field(gt=0)] = 1.5e-2  # matrices of the layers
+    lr: Annotated[float, Field(gt=0)] = 2e-3  # AdamW: embeddings and norms
 
 
 class ComponentsConfig(Section):
@@ -78,7 +79,9 @@ class EncodingConfig(Section):
     """How curated records become latent shards."""
 
     rows_per_shard: Positive = 4096
-    batch_size: Positive = 64
+    batch_size: Positive = 64  # images
+    text_batch_size: Positive = 256
+    max_crop_fraction: Fraction = 0.5  # images that would lose more to their bucket's aspect ratio are left out
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     max_text_tokens: Positive = 1024
     hidden_state_index: Annotated[int, Field(lt=0)] = -8

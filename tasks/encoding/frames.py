@@ -30,12 +30,16 @@ class FrameCodec:
         self.vae, self._source = vae, source
         self.kernels = {
             module: torch.nn.Parameter(
-                module.weight[:, :, -1].detach().clone(memory_format=torch.channels_last),
+                module.weight[:, :, -1].detach().clone(memory_format=torch.contiguous_format),
                 requires_grad=module.weight.requires_grad,
             )
             for name, module in vae.named_modules()
             if isinstance(module, source.QwenImageCausalConv3d) and not name.endswith("time_conv")
         }
+
+    @property
+    def device(self) -> "torch.device":
+        return self.vae.quant_conv.bias.device
 
     def matrices(self) -> list["torch.nn.Parameter"]:
         """Kernels [out, in, k, k] of the inner layers: what Muon orthogonalises."""

@@ -28,7 +28,6 @@ VIEWS = ((0.25, 0.5, True), (0.30, 0.5, False), (0.20, 0.75, False), (0.25, 1.0,
 KERNEL_GAIN = 1.7  # about sqrt(3): PyTorch's default is too small for a deep net of convolutions
 FIRST_LOGVAR = -4.0  # of the posterior: starts nearly without noise
 WARMUP_STEPS = 20
-MUON_MOMENTUM = 0.95
 
 
 def to_tensor(pixels: np.ndarray) -> "torch.Tensor":
@@ -69,6 +68,7 @@ def train_vae(images: dict[Bucket, np.ndarray], config: TinyVAEConfig, seed: int
     """
     import torch
 
+    from model.optim import Muon
     from tasks.encoding.frames import FrameCodec
 
     vae = build_vae(config, seed)
@@ -77,7 +77,8 @@ def train_vae(images: dict[Bucket, np.ndarray], config: TinyVAEConfig, seed: int
     rng = np.random.default_rng(seed)
     matrices, others = codec.matrices(), codec.others()
     adamw = torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    momenta = [torch.zeros_like(p) for p in matrices]
+    flat = [p.detach().view(len(p), -1) for p in matrices]  # [out, in * k * k], the same memory
+    muon = Muon(flat, lr=config.muon_lr)
 
     started = time.monotonic()
     for step in range(config.steps):
@@ -93,9 +94,12 @@ def train_vae(images: dict[Bucket, np.ndarray], config: TinyVAEConfig, seed: int
         (distortion + config.kl_weight * rise * kl).backward()
         scale = min(1.0, (step + 1) / WARMUP_STEPS) * min(1.0, 2.0 * (1.0 - step / config.steps))
         torch.nn.utils.clip_grad_norm_(others, 1.0)
+        for matrix, kernel in zip(flat, matrices, strict=True):
+            matrix.grad = kernel.grad.reshape(matrix.shape)
         adamw.param_groups[0]["lr"] = config.lr * scale
+        muon.param_groups[0]["lr"] = config.muon_lr * scale
         adamw.step()
-        _muon_step(matrices, momenta, config.muon_lr * scale)
+        muon.step()
         if (step + 1) % max(1, config.steps // 20) == 0:
             psnr = -10.0 * float(torch.log10(distortion.detach() / 4.0))
             print(
@@ -129,28 +133,6 @@ def _batch(images: dict[Bucket, np.ndarray], config: TinyVAEConfig, rng: np.rand
     return batch
 
 
-def _muon_step(matrices: list["torch.Tensor"], momenta: list["torch.Tensor"], lr: float) -> None:
-    """Muon over kernels [out, in, k, k] as matrices [out, in * k * k]; kernels of one shape go together."""
-    import torch
-
-    from model.optim import newton_schulz
-
-    by_shape: dict[tuple[int, ...], list[int]] = {}
-    with torch.no_grad():
-        for i, parameter in enumerate(matrices):
-            by_shape.setdefault(tuple(parameter.shape), []).append(i)
-        for shape, members in by_shape.items():
-            updates = []
-            for i in members:
-                gradient = matrices[i].grad
-                momenta[i].lerp_(gradient, 1.0 - MUON_MOMENTUM)
-                updates.append(gradient.lerp(momenta[i], MUON_MOMENTUM).flatten(1))
-            turned = newton_schulz(torch.stack(updates))
-            size = max(1.0, turned.shape[1] / turned.shape[2]) ** 0.5
-            for i, update in zip(members, turned, strict=True):
-                matrices[i].sub_(update.reshape(shape), alpha=lr * size)
-
-
 def _store_statistics(codec: "FrameCodec", images: dict[Bucket, np.ndarray], config: TinyVAEConfig) -> None:
     """Mean and deviation of each latent channel over whole images, into the VAE's configuration.
 
@@ -179,13 +161,7 @@ def reconstruct(codec: "FrameCodec", pixels: np.ndarray, batch_size: int = 64) -
     out = []
     with torch.inference_mode():
         for start in range(0, len(pixels), batch_size):
-            mean, _ = codec.encode(to_tensor(pixels[start : start + batch_size]))
+            mean, _ = codec.encode(to_tensor(pixels[start : start + batch_size]).to(codec.device))
             image = codec.decode(mean).clamp_(-1.0, 1.0).add_(1.0).mul_(127.5).round_()
-            out.append(image.permute(0, 2, 3, 1).to(torch.uint8).numpy())
+            out.append(image.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy())
     return np.concatenate(out)
-
-
-def psnr_db(original: np.ndarray, copy: np.ndarray) -> float:
-    """PSNR in dB of all pixels together (stricter than the mean of each image's), for 8-bit images."""
-    error = np.mean((original.astype(np.float32) - copy.astype(np.float32)) ** 2, dtype=np.float64)
-    return float(10 * np.log10(255.0**2 / max(error, 1e-10)))

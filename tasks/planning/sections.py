@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from model.config import Positive, Section, StageConfig, TrainConfig, TransformerConfig
+from tasks.curation.config import CurationConfig, DedupConfig, FilterConfig
 from tasks.recipe import Recipe
 
 
@@ -22,6 +23,17 @@ class TrainStage(Section):
     @property
     def stage(self) -> StageConfig:
         return self.train.stages[0]
+
+
+def scoring(recipe: Recipe) -> CurationConfig:
+    """What scoring reads of the curation section; every threshold is left at its default, so that a new one scores
+    nothing again."""
+    config = recipe.curation
+    return CurationConfig(
+        scorers=config.scorers,
+        filters=FilterConfig(max_pixels=config.filters.max_pixels),
+        dedup=DedupConfig(hash_size=config.dedup.hash_size, thumbnail_px=config.dedup.thumbnail_px),
+    )
 
 
 def encode_stage(recipe: Recipe, index: int) -> EncodeStage:

@@ -14,7 +14,7 @@ from tasks.artifacts import is_local, plain_errors
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.planning.local_cache import forget_lost_artifacts
-from tasks.planning.sections import EncodeStage, TrainStage, encode_stage, train_stage
+from tasks.planning.sections import EncodeStage, TrainStage, encode_stage, scoring, train_stage
 from tasks.planning.source import fingerprint
 from tasks.publishing.config import PublishConfig
 from tasks.recipe import load_recipe
@@ -28,6 +28,7 @@ class Sections(NamedTuple):
     source_path: str
     source_digest: str
     shards: list[int]
+    scoring: CurationConfig
     curation: CurationConfig
     components: ComponentsConfig
     encoding: EncodingConfig
@@ -60,6 +61,7 @@ def resolve_recipe(recipe: str, overrides: Union[list[str], str], source: str) -
         source_path=path,
         source_digest=digest,
         shards=list(range(loaded.source.shards)),
+        scoring=scoring(loaded),
         curation=loaded.curation,
         components=loaded.components,
         encoding=loaded.encoding,

@@ -8,7 +8,7 @@ from flyteidl.core import literals_pb2
 
 from tasks.manifest import seal, writing
 from tasks.planning import local_cache
-from tasks.planning.sections import encode_stage, train_stage
+from tasks.planning.sections import encode_stage, scoring, train_stage
 from tasks.planning.source import fingerprint
 from tasks.recipe import load_recipe
 
@@ -26,6 +26,13 @@ def test_training_numbers_do_not_touch_encoding():
     after = load_recipe("tiny", ["train.stages[1].steps=7", "train.stages[1].batch_size=64", "train.optim.muon_lr=0.1"])
     assert encode_stage(before, 1) == encode_stage(after, 1)
     assert encode_stage(before, 1) != encode_stage(load_recipe("tiny", ["train.stages[1].image_size_px=64"]), 1)
+
+
+def test_a_threshold_does_not_touch_scoring_but_a_scorer_does():
+    before = load_recipe("tiny")
+    assert scoring(before) == scoring(load_recipe("tiny", ["curation.filters.min_side_px=32"]))
+    assert scoring(before) != scoring(load_recipe("tiny", ["curation.scorers.watermark=none"]))
+    assert scoring(before) != scoring(load_recipe("tiny", ["curation.dedup.hash_size=16"]))
 
 
 def test_each_stage_trains_at_its_own_capacity_and_seed():
