@@ -46,16 +46,23 @@ def newton_schulz(matrices: torch.Tensor, steps: int = 5, eps: float = 1e-7) -> 
     """Approximately orthogonal matrices with the singular vectors of `matrices` [..., m, n], each by itself.
 
     Singular values end within about 0.7 to 1.2. fp32 on a CPU, bfloat16 elsewhere (as in Muon).
+
+    The start is scaled by |X X^T|^(1/2) where Muon takes |X| (both Frobenius): it bounds the largest singular
+    value too, is up to 3 times tighter at 128 rows, and so saves about one step; the first step needs X X^T anyway.
     """
     a, b, c = NS_COEFFICIENTS
     x = matrices if matrices.device.type == "cpu" else matrices.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + eps)
     batched = x.reshape(-1, *x.shape[-2:]).contiguous()
-    for _ in range(steps):
+    # First to unit size: fourth powers of a small gradient would vanish.
+    batched = batched / (torch.linalg.matrix_norm(batched, keepdim=True) + eps)
+    for i in range(steps):
         gram = torch.bmm(batched, batched.mT)
+        if i == 0:
+            bound = torch.linalg.matrix_norm(gram, keepdim=True) + eps
+            batched, gram = batched / bound.sqrt(), gram / bound
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         batched = torch.baddbmm(batched, polynomial, batched, beta=a)
     x = batched.view(x.shape)
