@@ -49,7 +49,7 @@ class TinyTextEncoderConfig(Section):
     num_hidden_layers: Annotated[int, Field(ge=9)] = 10  # the pipeline's return_index -8 needs at least 9
     num_attention_heads: Positive = 4
     num_key_value_heads: Positive = 2
-    steps: Positive = 800
+    steps: Positive = 400
     batch_size: Positive = 32
     muon_lr: Annotated[float, Field(gt=0)] = 1.5e-2  # matrices of the layers
     lr: Annotated[float, Field(gt=0)] = 2e-3  # AdamW: embeddings and norms

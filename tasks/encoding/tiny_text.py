@@ -5,9 +5,10 @@ language model speaks from there as well as from its end (early exit through the
 the user says one caption of an image, the assistant another one of the same image, so that what the first said must
 be found again.
 
-That alone binds colours to shapes too faintly: a plain language model need not remember `blue` at `square`. So each
-early state must also name the two words before its own, through noise. What a state holds of its own colour then
-grows from a few hundredths of its variance to a large share, where a diffusion model finds it in minutes.
+That alone binds colours to shapes too faintly: a plain language model need not remember `blue` at `square` (9% of
+that state's variance was its own colour, 60% the other object's). So each early state must also name its own word
+and the four before it, through noise. Of a second noun's variance then 32% is its own colour, 26% its shape, 31% the
+relation that leads to it, 2% the other's colour: a diffusion model finds that in minutes.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 EARLY_INDEX = -8  # of the pipeline
 FULL_EVERY = 4  # steps: the others stop at the early exit, which is what diffusion reads
 WARMUP_STEPS = 50
-WORDS_BACK = 2  # a red circle: `circle` names red; three red circles: three, too
-STATE_NOISE = 1.0  # beside a state of unit RMS
+WORDS_BACK = 4  # `a circle left of a red square`: square names red and left, too
+STATE_NOISE = 0.5  # beside a state of unit RMS
 MUON_DECAY = 0.1
 
 
@@ -93,7 +94,7 @@ def train_text_encoder(
 
     Returns:
         the model (fp32, frozen), and the last losses in nats per token: of the next one at the early exit and at the
-        end, and of the words before.
+        end, and of the words so far.
     """
     import torch
 
@@ -104,9 +105,9 @@ def train_text_encoder(
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # Heads that name the words before a token; only training has them.
+        # Heads that name a token's own word and those before it; only training has them.
         backwards = torch.nn.ModuleList(
-            torch.nn.Linear(config.hidden_size, len(tokenizer), bias=False) for _ in range(WORDS_BACK)
+            torch.nn.Linear(config.hidden_size, len(tokenizer), bias=False) for _ in range(WORDS_BACK + 1)
         )
     ids = _tokenized(caption_sets, tokenizer)
     system, pad = tokenizer.convert_tokens_to_ids(SYSTEM), tokenizer.pad_token_id
@@ -119,7 +120,7 @@ def train_text_encoder(
         (config.muon_lr, Muon(matrices, lr=config.muon_lr, weight_decay=MUON_DECAY)),
         (config.lr, torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)),
     )
-    losses = {"early": math.nan, "words_before": math.nan, "last": math.nan}
+    losses = {"early": math.nan, "words_so_far": math.nan, "last": math.nan}
     started = time.monotonic()
     model.train()
     for step in range(config.steps):
@@ -129,7 +130,7 @@ def train_text_encoder(
         for parameter in (*matrices, *others):
             parameter.grad = None
         loss, named = _early_loss(model, backwards, early, tokens, pad, generator)
-        losses |= {"early": float(loss.detach()), "words_before": float(named.detach())}
+        losses |= {"early": float(loss.detach()), "words_so_far": float(named.detach())}
         (loss + named).backward()
         if full:
             loss = _cross_entropy(model(input_ids=tokens, use_cache=False).logits[:, :-1], tokens[:, 1:], pad)
@@ -143,7 +144,7 @@ def train_text_encoder(
             print(
                 f"text encoder {step + 1}/{config.steps} steps, {time.monotonic() - started:.0f} s: "
                 f"{losses['early']:.3f} nats per token at the early exit, {losses['last']:.3f} at the end, "
-                f"{losses['words_before']:.3f} for the words before",
+                f"{losses['words_so_far']:.3f} for the words so far",
                 flush=True,
             )
     model.requires_grad_(False).eval()
@@ -158,7 +159,7 @@ def _early_loss(
     pad: int,
     generator: "torch.Generator",
 ) -> tuple["torch.Tensor", "torch.Tensor"]:
-    """Cross-entropies at the early exit: of the next token, and of the words before (mean over the heads).
+    """Cross-entropies at the early exit: of the next token, and of the words so far (mean over the heads).
 
     The state is brought to unit RMS, as the transformer does with it, and noise is added: what it says must then
     take a fair share of it, and not hide in a direction that only a long training would find.
@@ -171,9 +172,8 @@ def _early_loss(
     state = state + STATE_NOISE * torch.randn(state.shape, generator=generator)
     ahead = _cross_entropy(model.lm_head(state[:, :-1]), tokens[:, 1:], pad)
     named = torch.zeros(())
-    for back, head in enumerate(backwards, start=1):
-        # A padding token is asked as well and its answer is a word: harmless, but it would dilute the mean.
-        targets = tokens[:, :-back].masked_fill(tokens[:, back:] == pad, pad)
+    for back, head in enumerate(backwards):
+        targets = tokens[:, : tokens.shape[1] - back].masked_fill(tokens[:, back:] == pad, pad)  # padding says nothing
         named = named + _cross_entropy(head(state[:, back:]), targets, pad) / len(backwards)
     return ahead, named
 
