@@ -132,7 +132,7 @@ def _train_text_encoder(train: pd.DataFrame, config: ComponentsConfig, out_dir: 
     return {
         "vocabulary": len(tokenizer),
         "unknown_words": float(np.mean([token == unknown for tokens in sample for token in tokens])),
-        "text_losses_nats": losses,
+        "text_losses_nats": {name: loss for name, loss in losses.items() if math.isfinite(loss)},
         "text_parameters": sum(p.numel() for p in model.parameters()),
         "text_seconds": round(time.monotonic() - started, 1),
     }

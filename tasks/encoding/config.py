@@ -54,6 +54,23 @@ class TinyTextEncoderConfig(Section):
     muon_lr: Annotated[float, Field(gt=0)] = 1.5e-2  # matrices of the layers
     lr: Annotated[float, Field(gt=0)] = 2e-3  # AdamW: embeddings and norms
 
+    @model_validator(mode="after")
+    def _check(self) -> "TinyTextEncoderConfig":
+        if self.hidden_size % self.num_attention_heads or self.hidden_size // self.num_attention_heads % 2:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be an even multiple of num_attention_heads={self.num_attention_heads}"
+            )
+        if self.hidden_size // self.num_attention_heads < 6:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} / num_attention_heads={self.num_attention_heads} must be at least 6: "
+                "positions have three axes"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads} must divide num_attention_heads={self.num_attention_heads}"
+            )
+        return self
+
 
 class ComponentsConfig(Section):
     """Frozen VAE and text encoder: pinned from the Hub, or small ones of the same classes trained here."""

@@ -106,8 +106,6 @@ class FrameCodec:
     def _layer(self, layer, x):
         if isinstance(layer, self._source.QwenImageResidualBlock):
             return self._residual(layer, x)
-        if isinstance(layer, self._source.QwenImageAttentionBlock):
-            return self._attention(layer, x)
         assert isinstance(layer, self._source.QwenImageResample), type(layer)
         return layer.resample(x)
 
