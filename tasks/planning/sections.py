@@ -7,6 +7,10 @@ from tasks.curation.config import CurationConfig, DedupConfig, FilterConfig
 from tasks.recipe import Recipe
 
 
+STAGES = 3  # that workflows/train.py lays out
+PIPELINE_TEXT_STATE = -8  # NucleusMoEImagePipeline's default_return_index
+
+
 class EncodeStage(Section):
     """What decides a stage's latents. Steps and batch size are not in here: changing them encodes nothing again."""
 
@@ -23,6 +27,29 @@ class TrainStage(Section):
     @property
     def stage(self) -> StageConfig:
         return self.train.stages[0]
+
+
+def check_workflow(recipe: Recipe) -> None:
+    """Refuses, before any work, a recipe that is valid in itself and that the workflow could not carry to its end.
+
+    Raises:
+        ValueError: naming the key, and what would be valid.
+    """
+    if len(recipe.train.stages) != STAGES:
+        raise ValueError(f"train.stages has {len(recipe.train.stages)} entries; the workflow trains {STAGES}, no more or less")
+    if recipe.encoding.hidden_state_index != PIPELINE_TEXT_STATE:
+        raise ValueError(
+            f"encoding.hidden_state_index={recipe.encoding.hidden_state_index} must be {PIPELINE_TEXT_STATE}: samples and "
+            "scores come from the pipeline's default text state, and must be of the one that is trained"
+        )
+    if recipe.train.expert_parallel > 1:
+        raise ValueError(
+            f"train.expert_parallel={recipe.train.expert_parallel} is not supported yet; it must be 1 to run"
+        )
+    if recipe.eval.benchmark != "shapes":
+        raise ValueError(
+            f"eval.benchmark={recipe.eval.benchmark!r} has no detector in the workflow yet; it must be 'shapes' to run"
+        )
 
 
 def scoring(recipe: Recipe) -> CurationConfig:

@@ -18,11 +18,12 @@ def fingerprint(path: str) -> str:
         ValueError: there is nothing at `path`.
     """
     if "://" not in path:
-        root = Path(path)
+        root = Path(path).expanduser()  # as the scan reads it
         if not root.exists():
             raise ValueError(f"source {path!r} does not exist; give a folder of images, tars or Parquet files")
         files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
-        entries = [[p.relative_to(root).as_posix(), sha256_file(p)] for p in files]
+        base = root if root.is_dir() else root.parent  # a single file's name is in its records' keys too
+        entries = [[p.relative_to(base).as_posix(), sha256_file(p)] for p in files]
     else:
         filesystem, inner = fsspec.core.url_to_fs(path)
         details = filesystem.find(inner, detail=True)

@@ -14,7 +14,7 @@ from tasks.artifacts import is_local, plain_errors
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.planning.local_cache import forget_lost_artifacts
-from tasks.planning.sections import EncodeStage, TrainStage, encode_stage, scoring, train_stage
+from tasks.planning.sections import EncodeStage, TrainStage, check_workflow, encode_stage, scoring, train_stage
 from tasks.planning.source import fingerprint
 from tasks.publishing.config import PublishConfig
 from tasks.recipe import load_recipe
@@ -50,6 +50,7 @@ def resolve_recipe(recipe: str, overrides: Union[list[str], str], source: str) -
     """Checks the whole recipe before any work. Not cached: it also looks whether the source has changed."""
     with plain_errors():
         loaded = load_recipe(recipe, [overrides] if isinstance(overrides, str) else overrides)
+        check_workflow(loaded)
         path = source or loaded.source.path or ""
         if "://" not in path and path and not is_local():
             raise ValueError(f"source {path!r} is a path of your machine, which the cluster cannot read; give an s3:// URI")

@@ -8,7 +8,7 @@ from flyteidl.core import literals_pb2
 
 from tasks.manifest import seal, writing
 from tasks.planning import local_cache
-from tasks.planning.sections import encode_stage, scoring, train_stage
+from tasks.planning.sections import check_workflow, encode_stage, scoring, train_stage
 from tasks.planning.source import fingerprint
 from tasks.recipe import load_recipe
 
@@ -40,6 +40,39 @@ def test_each_stage_trains_at_its_own_capacity_and_seed():
     sections = [train_stage(recipe, i) for i in range(3)]
     assert [s.model.capacity_factors for s in sections] == [s.capacity_factors for s in recipe.train.stages]
     assert len({s.train.seed for s in sections}) == 3
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_another_number_of_stages_is_refused_and_not_cut_to_three(count):
+    recipe = load_recipe("tiny")
+    check_workflow(recipe)
+    last = recipe.train.stages[-1]
+    stages = (*recipe.train.stages, last.model_copy(update={"name": "fourth"}))[:count]
+    other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"stages": stages})})
+    with pytest.raises(ValueError, match=f"train.stages has {count} entries; the workflow trains 3"):
+        check_workflow(other)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        # Images would be scored with another text state than the one that was trained.
+        (["encoding.hidden_state_index=-6"], "encoding.hidden_state_index=-6 must be -8"),
+        (["train.nproc_per_node=2", "train.expert_parallel=2"], "train.expert_parallel=2 is not supported yet"),
+        (["eval.benchmark=geneval"], "eval.benchmark='geneval' has no detector"),
+    ],
+)
+def test_what_would_fail_or_mislead_after_training_is_refused_before_it(overrides, told):
+    with pytest.raises(ValueError, match=told):
+        check_workflow(load_recipe("tiny", overrides))
+
+
+def test_fingerprint_knows_the_home_directory_and_a_single_files_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.parquet").write_bytes(b"one")
+    first = fingerprint("~/a.parquet")
+    (tmp_path / "a.parquet").rename(tmp_path / "b.parquet")
+    assert fingerprint("~/b.parquet") != first
 
 
 def test_fingerprint_follows_content_and_names(tmp_path):
