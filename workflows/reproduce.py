@@ -32,7 +32,8 @@ class Reproduction(NamedTuple):
     curated: CuratedDir
 
 
-if sys.argv.count("--overrides") > 1:  # pyflyte would take the last one and drop the others
+# pyflyte would take the last one and drop the others.
+if sum(word.partition("=")[0] == "--overrides" for word in sys.argv) > 1:
     raise click.UsageError("give --overrides once; several changes go into a list: --overrides '[\"a.b=1\", \"c.d=2\"]'")
 
 
