@@ -20,6 +20,7 @@ from flytekit import FlyteContextManager, HashMethod
 from flytekit.core.context_manager import ExecutionState
 from flytekit.types.directory import FlyteDirectory
 
+from tasks import envs
 from tasks.manifest import load_manifest, seal, sealed_path, verify, writing
 
 
@@ -65,12 +66,15 @@ def home() -> Path:
     return Path(os.environ.get("NUCLEUS_HOME", ".nucleus")).resolve()
 
 
-def work_path(name: str, config: Any, parents: Sequence[Path]) -> Path:
+def work_path(name: str, step: str, config: Any, parents: Sequence[Path]) -> Path:
     """Where a long task keeps what it has so far: the same for the same inputs, whatever attempt it is.
 
-    NUCLEUS_WORK points it at storage that outlives a pod (a mounted volume); by default it lies under `home`.
+    Another cache version of `step` (see envs) is another place: code that writes something else must not go on with,
+    or hand on again, what older code left. NUCLEUS_WORK points it at storage that outlives a pod (a mounted volume);
+    by default it lies under `home`.
     """
-    key = json.dumps([config, [load_manifest(parent).digest for parent in parents]], sort_keys=True)
+    digests = [load_manifest(parent).digest for parent in parents]
+    key = json.dumps([step, envs.CACHE_VERSIONS[step], config, digests], sort_keys=True)
     root = Path(os.environ.get("NUCLEUS_WORK") or home() / "runs")
     return root / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 

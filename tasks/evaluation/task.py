@@ -19,7 +19,7 @@ def generate_images(merged: MergedDir, components: ComponentsDir, config: EvalCo
     merged_path, components_path = fetch(merged), fetch(components)
     parents = [merged_path, components_path]
     section = {"eval": config.model_dump(mode="json"), "seed": seed}
-    work_dir = work_path("images", section, parents)
+    work_dir = work_path("images", "evaluation", section, parents)
     artifact, _, _ = produce(
         "images",
         lambda out: evaluate.generate_seed(merged_path, components_path, config, seed, work_dir, out),

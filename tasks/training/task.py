@@ -26,7 +26,7 @@ def train_stage(
     if init is not None:
         init_path = fetch(init)
         parents.append(init_path)
-    work_dir = work_path(stage.stage.name, stage.model_dump(mode="json"), parents)
+    work_dir = work_path(stage.stage.name, "training", stage.model_dump(mode="json"), parents)
     artifact, final, _ = produce(
         "checkpoints",
         lambda out: run(
