@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import imagehash
@@ -174,7 +175,8 @@ def curate(
     book = decide(scores, config)
     usable = [usable_captions(captions, config.captions) for captions in table["captions"]]
     bare = [i for i in np.flatnonzero(book["kept"]) if not usable[i]]
-    book = ledger.reject(book, bare, "no_caption", ["no caption is left"] * len(bare))
+    told = [_why_no_caption(table["captions"].iloc[i], config.captions.max_words) for i in bare]
+    book = ledger.reject(book, bare, "no_caption", told)
     print(f"curate: {int(book['kept'].sum())} pass the filters; looking for duplicates", flush=True)
     alive = np.flatnonzero(book["kept"])
     found = dedup.find_duplicates(
@@ -190,7 +192,7 @@ def curate(
     if not len(kept):
         worst = sorted(ledger.counts(book).items(), key=lambda item: -item[1])[:3]
         reasons = ", ".join(f"{rule} {count}" for rule, count in worst if count)
-        raise ValueError(f"curation kept none of {len(book)} records ({reasons}); see curation.filters in the recipe")
+        raise ValueError(f"curation kept none of {len(book)} records ({reasons}); see curation.filters, captions and dedup in the recipe")
     curated = scores.iloc[kept].drop(columns=["error_rule", "error", "coarse", "animated"]).reset_index(drop=True)
     curated["tier"] = tiers.assign_tiers(curated["aesthetic"], curated["synthetic"], config.tiers)
     curated["bucket"] = tiers.assign_buckets(curated["source"], curated["record_id"], config.tiers)
@@ -209,6 +211,14 @@ def curate(
     (out_dir / "report.html").write_text(report.render(summary, scores, book, curated, gallery, config))
     print(f"curate: kept {summary['kept']} of {summary['input']}", flush=True)
     return summary
+
+
+def _why_no_caption(captions: Iterable[str] | None, max_words: int) -> str:
+    """Of a record whose captions are all unusable."""
+    words = [len(text.split()) for text in captions if text] if captions is not None else []
+    if max(words, default=0) > max_words:
+        return f"every caption is over max_words {max_words} (the shortest has {min(filter(None, words))})"
+    return "no caption is left"
 
 
 def summarise(book: pd.DataFrame, curated: pd.DataFrame) -> dict:

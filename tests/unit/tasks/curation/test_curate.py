@@ -143,6 +143,20 @@ def test_a_bare_twin_does_not_displace_one_with_captions(tmp_path):
     assert list(book.loc[["bare", "told"], "rule"]) == ["no_caption", ""]
 
 
+def test_captions_that_are_all_too_long_say_so(tmp_path):
+    limit = CONFIG.captions.max_words
+    items = [
+        (0, record("long", png(1), captions=["word " * (limit + 3), "", "word " * (limit + 1)])),
+        (0, record("bare", png(2), captions=[" "])),
+    ]
+    source = write_records(tmp_path / "records", [*items, (0, record("told", png(3)))])
+    run(source, [0], tmp_path)
+    book = pd.read_parquet(tmp_path / "curated" / "ledger.parquet").set_index("key")
+    assert book.loc["long", "detail"] == f"every caption is over max_words {limit} (the shortest has {limit + 1})"
+    assert list(book.loc[["long", "bare"], "rule"]) == ["no_caption", "no_caption"]
+    assert book.loc["bare", "detail"] == "no caption is left"
+
+
 def test_scores_that_do_not_fit_the_records_are_refused(small, tmp_path):
     for shard in (0, 1, 2):
         (tmp_path / f"s{shard}").mkdir()
