@@ -83,7 +83,6 @@ def encode_stage(
         for embeds in source:
             writer.add_text(embeds)
         source.write_texts(out_dir / TEXTS)
-        text_seconds = time.monotonic() - started
         report = _encode_images(curated_dir, components_dir, table, buckets, encoding, text_row, writer)
     report |= {
         "image_size_px": stage.image_size_px,
@@ -91,10 +90,10 @@ def encode_stage(
         "texts": len(texts),
         "text_tokens": source.tokens,
         "texts_reused": source.reused,
-        "text_seconds": round(text_seconds, 1),
-        "seconds": round(time.monotonic() - started, 1),
     }
+    # No times in it: latents that were lost and made again must have the digest that training was cached under.
     (out_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(f"latents: done in {time.monotonic() - started:.0f} s", flush=True)
     return report
 
 
@@ -157,7 +156,6 @@ def _encode_images(
         "cropped_fraction": {"mean": float(cropped[fits].mean()), "max": float(cropped[fits].max())},
         "latent_mean": mean,
         "latent_std": (squares / done - mean**2) ** 0.5,
-        "image_seconds": round(time.monotonic() - started, 1),
     }
 
 
