@@ -5,6 +5,7 @@
       checkpoints/step-{n}/              to resume from (the last two)
       weights/step-{n:08d}/              the model alone (the last keep_checkpoints)
       metrics.jsonl tensorboard/ samples/
+      report.json                        when the stage is done, by the attempt that finished it
     out_dir/                             filled when the stage is done
       step-{n:08d}/ metrics.jsonl tensorboard/ samples/ report.json
 
@@ -36,6 +37,7 @@ from model.train.metrics import METRICS, TENSORBOARD
 from model.train.spec import count_parameters
 from model.train.trainer import SAMPLES
 
+REPORT = "report.json"
 SampleFn = Callable[[torch.nn.Module, int, Path], Any]
 
 
@@ -61,7 +63,8 @@ def train_stage(
             from generators of its own.
 
     Returns:
-        the report that is also written to out_dir/report.json.
+        the report. out_dir/report.json is that of the attempt which finished the training: filled again from the same
+        work_dir, out_dir is the same to the byte, and so is its digest.
 
     Raises:
         ValueError: latents, configuration and work_dir do not fit together.
@@ -163,10 +166,18 @@ def _publish(work_dir: Path, out_dir: Path, report: dict[str, Any]) -> None:
     """Fills out_dir from work_dir, which keeps its files: a lost out_dir is filled again without training."""
     kept = finished_checkpoints(work_dir / WEIGHTS)
     report["checkpoints"] = list(kept)
+    done = work_dir / REPORT
+    if report["resumed_from_step"] == report["steps"] and done.is_file():
+        # Nothing was trained: only the first report knows the loss and the times.
+        report |= {**json.loads(done.read_text()), "resumed_from_step": report["resumed_from_step"]}
+    else:
+        temporary = done.with_suffix(".tmp")
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
+        os.replace(temporary, done)
     for step, path in kept.items():
         shutil.copytree(path, out_dir / f"step-{step:08d}")
     for name in (TENSORBOARD, SAMPLES):
         if (work_dir / name).is_dir():
             shutil.copytree(work_dir / name, out_dir / name)
     shutil.copy2(work_dir / METRICS, out_dir / METRICS)
-    (out_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    shutil.copy2(done, out_dir / REPORT)
