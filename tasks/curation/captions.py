@@ -9,9 +9,11 @@ import numpy as np
 
 from tasks.curation.config import CaptionConfig
 
+JOINERS = "\u200c\u200d"  # they change letters in Persian and Hindi, and make one emoji of several
+
 
 def usable_captions(captions: Iterable[str] | None, config: CaptionConfig) -> list[str]:
-    """Normalised (NFC, single spaces, no control characters), without empties and repeats, in the order given.
+    """Normalised (NFC, single spaces, no control characters but joiners), without empties and repeats, in the order given.
 
     Captions over `max_words` are dropped rather than cut: half a sentence may say something else.
     """
@@ -20,7 +22,7 @@ def usable_captions(captions: Iterable[str] | None, config: CaptionConfig) -> li
         if not isinstance(caption, str):
             continue
         text = unicodedata.normalize("NFC", caption)
-        text = "".join(c if unicodedata.category(c)[0] != "C" or c.isspace() else "" for c in text)
+        text = "".join(c if unicodedata.category(c)[0] != "C" or c.isspace() or c in JOINERS else "" for c in text)
         text = " ".join(text.split())
         if text and len(text.split()) <= config.max_words:
             seen.setdefault(text.casefold(), text)

@@ -126,6 +126,7 @@ def _walk(root: Path, skipped: Counter) -> Iterator[str]:
     """Names of the plain files below `root`, with / between folders. Hidden folders are not entered."""
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        skipped.update("linked folder" for name in folders if (Path(folder) / name).is_symlink())  # may lead in circles
         for name in files:
             path = Path(folder) / name
             if name.startswith("."):
@@ -260,7 +261,8 @@ def _sidecars(images: list[str], others: list[str]) -> dict[str, list[str]]:
     for name in others:
         if _ext(name) in SIDECAR_EXTENSIONS:
             present[_stem(name)].append(name)
-    found = {name: present.get(_stem(name), []) + present.get(name, []) for name in images}
+    # Tars made of `.` have names such as ./a.png.
+    found = {name: present.get(_stem(name), []) + present.get(str(PurePosixPath(name)), []) for name in images}
     return {name: sidecars for name, sidecars in found.items() if sidecars}
 
 

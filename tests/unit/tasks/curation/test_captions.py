@@ -18,6 +18,11 @@ def test_whitespace_is_normalised_and_empties_and_repeats_go():
     assert usable_captions(None, CONFIG) == []
 
 
+def test_joiners_are_part_of_words_and_marks_of_direction_are_not():
+    family, plant = "a \U0001f468\u200d\U0001f469\u200d\U0001f467", "\u0646\u06cc\u200c\u0634\u06a9\u0631"
+    assert usable_captions([family, plant, "\u202eleft\ufeff"], CONFIG) == [family, plant, "left"]
+
+
 def test_a_caption_over_the_limit_is_dropped_not_cut():
     config = CaptionConfig(per_tier=PER_TIER, max_words=3)
     assert usable_captions(["one two three", "one two three four"], config) == ["one two three"]

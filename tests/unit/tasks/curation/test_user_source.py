@@ -119,6 +119,25 @@ def test_tars_are_read_in_memory_whatever_their_names_say(tmp_path, suffix):
     assert [p.name for p in tmp_path.rglob("*")] == ["in", f"s{suffix}"], "nothing is extracted"
 
 
+def test_a_tar_made_of_the_current_folder_keeps_its_captions(tmp_path):
+    members = [("./a.png", picture(1)), ("./a.txt", b"by stem"), ("./b.png", picture(2)), ("./b.png.txt", b"by name")]
+    tar_of(tmp_path / "x.tar", members)
+    found, skipped = read(tmp_path / "x.tar")
+    assert [captions for _, captions in found.values()] == [["by stem"], ["by name"]]
+    assert not skipped
+
+
+def test_a_linked_folder_is_not_entered_and_is_counted(tmp_path):
+    source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
+    for folder in (source, elsewhere):
+        folder.mkdir()
+        (folder / "a.png").write_bytes(picture(1))
+    (source / "link").symlink_to(elsewhere)
+    (source / "circle").symlink_to(source)
+    found, skipped = read(source)
+    assert set(found) == {"a.png"} and skipped == {"linked folder": 2}
+
+
 def test_what_is_too_large_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(user_source, "MAX_MEMBER_BYTES", 1000)
     monkeypatch.setattr(user_source, "MAX_SIDECAR_BYTES", 100)
