@@ -43,6 +43,8 @@ class Recipe(Section):
         self._check_capacities()
         self._check_ranks()
         self._check_data()
+        self._check_curation()
+        self._check_components()
         return self
 
     def _check_pixels_and_channels(self) -> None:
@@ -128,13 +130,52 @@ class Recipe(Section):
 
     def _check_data(self) -> None:
         for i, stage in enumerate(self.train.stages):
-            for ratio in stage.aspect_ratios or ("",):
-                if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", ratio):
-                    raise ValueError(f"train.stages[{i}].aspect_ratios has {ratio!r}; write width:height, such as 16:9")
+            _check_ratios(f"train.stages[{i}].aspect_ratios", stage.aspect_ratios)
             _check_tiers(f"train.stages[{i}].tier_weights", stage.tier_weights)
             if not sum(stage.tier_weights.values()) > 0:
                 raise ValueError(f"train.stages[{i}].tier_weights draws nothing: give a tier a weight above 0")
         _check_tiers("curation.captions.per_tier", self.curation.captions.per_tier)
+
+    def _check_curation(self) -> None:
+        """What curation would refuse, or reject every record for, when the records are made already."""
+        from tasks.curation.filters import DECODABLE, RGB_MODES
+        from tasks.curation.scorers import build_scorers
+
+        for key, names, valid in (
+            ("formats", self.curation.filters.formats, DECODABLE),
+            ("modes", self.curation.filters.modes, RGB_MODES),
+        ):
+            for name in names or ("",):
+                if name not in valid:
+                    raise ValueError(f"curation.filters.{key} has {name!r}; valid are {', '.join(valid)}")
+        build_scorers(self.curation.scorers)
+        thresholds = self.curation.tiers.thresholds
+        if list(thresholds) != sorted(thresholds, reverse=True):
+            raise ValueError(f"curation.tiers.thresholds={list(thresholds)} must fall from A1 to A4")
+
+    def _check_components(self) -> None:
+        """What training the small components would refuse when everything is curated already."""
+        vae, text = self.components.vae, self.components.text_encoder
+        if self.components.kind != "trained" or vae is None or text is None:
+            return
+        from tasks.encoding.buckets import TILE_PX
+        from tasks.encoding.chat import SPECIAL_TOKENS, benchmark_words
+
+        if vae.image_size_px % TILE_PX:
+            raise ValueError(f"components.vae.image_size_px={vae.image_size_px} must be a multiple of {TILE_PX}")
+        _check_ratios("components.vae.aspect_ratios", vae.aspect_ratios)
+        needed = len({*SPECIAL_TOKENS, *benchmark_words()})
+        if text.vocab_size < needed:
+            raise ValueError(
+                f"components.text_encoder.vocab_size={text.vocab_size} must be at least {needed}: special tokens and "
+                "the benchmark's words"
+            )
+
+
+def _check_ratios(key: str, ratios: Iterable[str]) -> None:
+    for ratio in ratios or ("",):
+        if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", ratio):
+            raise ValueError(f"{key} has {ratio!r}; write width:height, such as 16:9")
 
 
 def _check_tiers(key: str, tiers: Iterable[str]) -> None:

@@ -226,6 +226,13 @@ def test_all_mistakes_are_in_the_one_message(small):
         (["train.stages[0].tier_weights={A6: 1}"], ["train.stages[0].tier_weights has the tier 'A6'", "A1, A2"]),
         (["train.stages[0].tier_weights={A1: 0}"], ["train.stages[0].tier_weights draws nothing"]),
         (["components.kind=hub"], ["components: ", "'hub'", "'hub_vae'"]),
+        (["components.vae.image_size_px=72"], ["components.vae.image_size_px=72 must be a multiple of 16"]),
+        (["components.vae.aspect_ratios=[]"], ["components.vae.aspect_ratios has ''", "such as 16:9"]),
+        (["components.text_encoder.vocab_size=20"], ["components.text_encoder.vocab_size=20 must be at least "]),
+        (["curation.scorers.nsfw=clip"], ["curation.scorers.nsfw='clip' is unknown; use one of none"]),
+        (["curation.filters.formats=[JPG]"], ["curation.filters.formats has 'JPG'; valid are JPEG, PNG"]),
+        (["curation.filters.modes=[RGB, rgb]"], ["curation.filters.modes has 'rgb'"]),
+        (["curation.tiers.thresholds=[1, 2, 3, 4]"], ["curation.tiers.thresholds=[1.0, 2.0, 3.0, 4.0] must fall"]),
     ],
 )
 def test_an_impossible_value_is_refused_with_what_would_be_valid(small, overrides, parts):
