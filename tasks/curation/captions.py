@@ -13,7 +13,7 @@ JOINERS = "\u200c\u200d"  # they change letters in Persian and Hindi, and make o
 
 
 def usable_captions(captions: Iterable[str] | None, config: CaptionConfig) -> list[str]:
-    """Normalised (NFC, single spaces, no control characters but joiners), without empties and repeats, in the order given.
+    """Normalised (NFC, single spaces, no control characters but joiners), without empties and repeats, in order.
 
     Captions over `max_words` are dropped rather than cut: half a sentence may say something else.
     """

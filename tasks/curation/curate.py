@@ -192,7 +192,9 @@ def curate(
     if not len(kept):
         worst = sorted(ledger.counts(book).items(), key=lambda item: -item[1])[:3]
         reasons = ", ".join(f"{rule} {count}" for rule, count in worst if count)
-        raise ValueError(f"curation kept none of {len(book)} records ({reasons}); see curation.filters, captions and dedup in the recipe")
+        raise ValueError(
+            f"curation kept none of {len(book)} records ({reasons}); see curation.filters and curation.captions in the recipe"
+        )
     curated = scores.iloc[kept].drop(columns=["error_rule", "error", "coarse", "animated"]).reset_index(drop=True)
     curated["tier"] = tiers.assign_tiers(curated["aesthetic"], curated["synthetic"], config.tiers)
     curated["bucket"] = tiers.assign_buckets(curated["source"], curated["record_id"], config.tiers)
