@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 .PHONY: reproduce smoke test env clean
 
 reproduce: $(STAMP)
-	$(VENV)/bin/pyflyte run workflows/reproduce.py reproduce --recipe $(RECIPE) $(if $(SOURCE),--source $(SOURCE))
+	$(VENV)/bin/pyflyte run workflows/reproduce.py reproduce --recipe $(RECIPE) $(if $(SOURCE),--source "$(SOURCE)")
 
 smoke:
 	$(MAKE) reproduce RECIPE=smoke
