@@ -187,13 +187,17 @@ def curate(
     for rule, part in found.groupby("rule"):
         book = ledger.reject(book, alive[part["position"].to_numpy(int)], rule, part["detail"])
     ledger.check(book, table["key"])
+    exact = found[found["rule"] == "exact_duplicate"]
+    for copy, keeper in zip(alive[exact["position"].to_numpy(int)], alive[exact["keeper"].to_numpy(int)], strict=True):
+        # Tables with a row for each caption repeat the image: the captions of the same bytes are all the keeper's.
+        usable[keeper] = usable_captions([*usable[keeper], *usable[copy]], config.captions)
 
     kept = np.flatnonzero(book["kept"])
     if not len(kept):
         worst = sorted(ledger.counts(book).items(), key=lambda item: -item[1])[:3]
         reasons = ", ".join(f"{rule} {count}" for rule, count in worst if count)
         raise ValueError(
-            f"curation kept none of {len(book)} records ({reasons}); see curation.filters and curation.captions in the recipe"
+            f"curation kept none of {len(book)} records ({reasons}); see filters and captions under curation in the recipe"
         )
     curated = scores.iloc[kept].drop(columns=["error_rule", "error", "coarse", "animated"]).reset_index(drop=True)
     curated["tier"] = tiers.assign_tiers(curated["aesthetic"], curated["synthetic"], config.tiers)

@@ -143,6 +143,14 @@ def test_a_bare_twin_does_not_displace_one_with_captions(tmp_path):
     assert list(book.loc[["bare", "told"], "rule"]) == ["no_caption", ""]
 
 
+def test_an_image_repeated_for_each_of_its_captions_keeps_them_all(tmp_path):
+    items = [(i % 2, record(f"row-{i}", png(1), captions=[text])) for i, text in enumerate(["one", "two words", "One"])]
+    report = run(write_records(tmp_path / "records", items), [0, 1], tmp_path)
+    assert report["kept"] == 1 and report["rejected"]["exact_duplicate"] == 2
+    (row,) = pd.read_parquet(tmp_path / "curated" / "records.parquet").to_dict("records")
+    assert list(row["captions"]) == ["one", "two words"]
+
+
 def test_captions_that_are_all_too_long_say_so(tmp_path):
     limit = CONFIG.captions.max_words
     items = [
