@@ -22,7 +22,8 @@ def make_shard(config: SourceConfig, path: str, source_digest: str, shard: int) 
     artifact, _, _ = produce(
         "records",
         lambda out: records.make_shard(config, shard, out),
-        config={"source": config.model_dump(mode="json", exclude={"path"}), "digest": source_digest, "shard": shard},
+        # Not the source's digest: a shard that none of its changes touched is the same artifact.
+        config={"source": config.model_dump(mode="json", exclude={"path"}), "shard": shard},
     )
     return artifact
 

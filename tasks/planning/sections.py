@@ -36,11 +36,11 @@ def check_workflow(recipe: Recipe) -> None:
         ValueError: naming the key, and what would be valid.
     """
     if len(recipe.train.stages) != STAGES:
-        raise ValueError(f"train.stages has {len(recipe.train.stages)} entries; the workflow trains {STAGES}, no more or less")
+        raise ValueError(f"train.stages has {len(recipe.train.stages)} entries; the workflow trains {STAGES}")
     if recipe.encoding.hidden_state_index != PIPELINE_TEXT_STATE:
         raise ValueError(
-            f"encoding.hidden_state_index={recipe.encoding.hidden_state_index} must be {PIPELINE_TEXT_STATE}: samples and "
-            "scores come from the pipeline's default text state, and must be of the one that is trained"
+            f"encoding.hidden_state_index={recipe.encoding.hidden_state_index} must be {PIPELINE_TEXT_STATE}: samples "
+            "and scores come from the pipeline's default text state, and must be of the one that is trained"
         )
     if recipe.train.expert_parallel > 1:
         raise ValueError(

@@ -14,6 +14,8 @@ from tasks.manifest import sha256_file
 def fingerprint(path: str) -> str:
     """SHA-256 over the names and contents of the files under `path` (their ETags or checksums, when remote).
 
+    Hidden files and folders of a local source do not count, as nothing reads them: a .DS_Store reruns nothing.
+
     Raises:
         ValueError: there is nothing at `path`.
     """
@@ -21,7 +23,7 @@ def fingerprint(path: str) -> str:
         root = Path(path).expanduser()  # as the scan reads it
         if not root.exists():
             raise ValueError(f"source {path!r} does not exist; give a folder of images, tars or Parquet files")
-        files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
+        files = sorted(p for p in root.rglob("*") if p.is_file() and not _hidden(p, root)) if root.is_dir() else [root]
         base = root if root.is_dir() else root.parent  # a single file's name is in its records' keys too
         entries = [[p.relative_to(base).as_posix(), sha256_file(p)] for p in files]
     else:
@@ -31,3 +33,7 @@ def fingerprint(path: str) -> str:
     if not entries:
         raise ValueError(f"source {path!r} is empty; give a folder of images, tars or Parquet files")
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)

@@ -6,7 +6,7 @@ import pytest
 from diskcache import Cache
 from flyteidl.core import literals_pb2
 
-from tasks.manifest import seal, writing
+from tasks.manifest import load_manifest, seal, writing
 from tasks.planning import local_cache
 from tasks.planning.sections import check_workflow, encode_stage, scoring, train_stage
 from tasks.planning.source import fingerprint
@@ -83,6 +83,39 @@ def test_fingerprint_follows_content_and_names(tmp_path):
     second = fingerprint(str(tmp_path))
     (tmp_path / "a.png").rename(tmp_path / "b.png")
     assert len({first, second, fingerprint(str(tmp_path))}) == 3
+
+
+def test_fingerprint_passes_over_what_the_scan_passes_over(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.png").write_bytes(b"one")
+    first = fingerprint(str(tmp_path))
+    (tmp_path / ".cache").mkdir()
+    for name in (".DS_Store", "sub/.a.png.swp", ".cache/b.png"):
+        (tmp_path / name).write_bytes(b"noise")
+    assert fingerprint(str(tmp_path)) == first
+    (tmp_path / "sub" / "b.png").write_bytes(b"two")
+    assert fingerprint(str(tmp_path)) != first
+
+
+def test_a_shard_that_no_change_of_the_source_touched_is_the_same_artifact(tmp_path, monkeypatch):
+    from tasks.curation.config import SourceConfig
+    from tasks.curation.task import make_shard
+
+    monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
+    source = tmp_path / "source"
+    source.mkdir()
+
+    def digests() -> list[str]:
+        digest, config = fingerprint(str(source)), SourceConfig(shards=2)
+        made = [make_shard.task_function(config, str(source), digest, shard) for shard in range(2)]
+        return [load_manifest(shard.path).digest for shard in made]
+
+    for name in "abcd":
+        (source / f"{name}.png").write_bytes(name.encode())
+    before = digests()
+    (source / "d.png").write_bytes(b"changed")
+    after = digests()
+    assert after[0] == before[0] and after[1] != before[1]
 
 
 def test_fingerprint_refuses_nothing_in_words(tmp_path):
