@@ -11,6 +11,7 @@ language models use to generate) would move a text when it is batched with a lon
 from __future__ import annotations
 
 import contextlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -85,6 +86,13 @@ def build_tokenizer(captions: Iterable[str], vocab_size: int) -> Any:
         model_input_names=["input_ids", "attention_mask"],
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def save_processor(tokenizer: Any, directory: str | Path) -> None:
+    """Writes `processor/`: the tokenizer and the chat template, under a class name that old and new releases know."""
+    tokenizer.save_pretrained(directory)
+    path = Path(directory) / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2))
 
 
 def load_processor(directory: str | Path) -> Any:

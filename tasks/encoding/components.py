@@ -55,6 +55,7 @@ def make_components(curated_dir: str | Path, config: ComponentsConfig, out_dir: 
     else:
         report |= _train_vae(curated_dir, train, val, config, out_dir)
         report |= _train_text_encoder(train, config, out_dir)
+    # No times in it: components that were lost and made again must have the digest that latents were cached under.
     (out_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
 
@@ -106,19 +107,18 @@ def _train_vae(
         "psnr_db_train": _psnr(codec, {"train": sample})["all"],
         "image_size_px": size,
         "vae_parameters": sum(p.numel() for p in vae.parameters()),
-        "vae_seconds": round(time.monotonic() - started, 1),
     }
-    print(f"vae: {report['psnr_db']:.2f} dB on {len(val[:MAX_VAL_IMAGES])} held-out images", flush=True)
+    seconds = time.monotonic() - started
+    print(f"vae: {report['psnr_db']:.2f} dB on {len(val[:MAX_VAL_IMAGES])} held-out images, {seconds:.0f} s", flush=True)
     _show(codec, sources, out_dir / "reconstructions.png")
     _require(report["psnr_db"], config, "raise components.vae.steps, or lower components.vae.kl_weight")
     return report
 
 
 def _train_text_encoder(train: pd.DataFrame, config: ComponentsConfig, out_dir: Path) -> dict[str, Any]:
-    from tasks.encoding.chat import UNKNOWN, build_tokenizer
+    from tasks.encoding.chat import UNKNOWN, build_tokenizer, save_processor
     from tasks.encoding.tiny_text import train_text_encoder
 
-    started = time.monotonic()
     captions = [list(texts) for texts in train["captions"]]
     flat = [text for texts in captions for text in texts]
     if not flat:
@@ -126,7 +126,7 @@ def _train_text_encoder(train: pd.DataFrame, config: ComponentsConfig, out_dir: 
     tokenizer = build_tokenizer(flat, config.text_encoder.vocab_size)
     model, losses = train_text_encoder(captions, tokenizer, config.text_encoder, config.seed)
     model.save_pretrained(out_dir / "text_encoder")
-    tokenizer.save_pretrained(out_dir / "processor")
+    save_processor(tokenizer, out_dir / "processor")
     sample = tokenizer(flat[:2000], add_special_tokens=False)["input_ids"]
     unknown = tokenizer.convert_tokens_to_ids(UNKNOWN)
     return {
@@ -134,7 +134,6 @@ def _train_text_encoder(train: pd.DataFrame, config: ComponentsConfig, out_dir: 
         "unknown_words": float(np.mean([token == unknown for tokens in sample for token in tokens])),
         "text_losses_nats": {name: loss for name, loss in losses.items() if math.isfinite(loss)},
         "text_parameters": sum(p.numel() for p in model.parameters()),
-        "text_seconds": round(time.monotonic() - started, 1),
     }
 
 
