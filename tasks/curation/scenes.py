@@ -36,7 +36,7 @@ from eval.vocabulary import (
 KINDS = {"single": 0.15, "two": 0.40, "counting": 0.30, "mixed": 0.15}
 # width / height. One shape of latents trains fastest, so most scenes are square; the rest fill the aspect buckets.
 ASPECTS = {1.0: 0.82, 4 / 3: 0.03, 3 / 4: 0.03, 3 / 2: 0.03, 2 / 3: 0.03, 7 / 4: 0.03, 4 / 7: 0.03}
-SIZES = {"small": (0.20, 0.24), "large": (0.30, 0.36)}
+SIZES = {"small": (0.24, 0.28), "large": (0.33, 0.38)}
 GAP = 0.06  # between bounding boxes: nearer shapes melt together at 64 px
 MARGIN = 0.03  # to the frame
 MARGIN_OBLONG = 0.07  # more where encoding may crop to the aspect of a bucket
@@ -58,7 +58,7 @@ class SceneObject:
 
     @property
     def size_word(self) -> str:
-        return "small" if self.size < 0.27 else "large"
+        return "small" if self.size < 0.30 else "large"
 
 
 @dataclass(frozen=True)
@@ -145,10 +145,10 @@ def _sample_looks(rng: np.random.Generator, kind: str) -> list[tuple[str, str, f
             continue
         if kind == "two" and not one_color and colors[0] == colors[1]:
             continue  # equal colours teach no binding
-        one_size = rng.random() < (0.7 if kind == "counting" else 0.4)
+        one_size = len(shapes) == 4 or rng.random() < (0.7 if kind == "counting" else 0.4)
         words = tuple(SIZES)
         # Four large shapes hardly fit; mostly small ones keep the other layouts free.
-        first = "small" if len(shapes) >= 4 and rng.random() < 0.6 else _choice(rng, words)
+        first = "small" if len(shapes) >= 4 and rng.random() < 0.8 else _choice(rng, words)
         sizes = [first if one_size else _choice(rng, words) for _ in shapes]
         return [(c, s, float(rng.uniform(*SIZES[z]))) for c, s, z in zip(colors, shapes, sizes, strict=True)]
 

@@ -123,7 +123,7 @@ def fits(scene, item, thing):
     return (
         item.shape == thing["shape"]
         and thing["color"] in (None, item.color)
-        and thing["size"] in (None, "small" if item.size <= 0.24 else "large")
+        and thing["size"] in (None, "small" if item.size <= 0.30 else "large")
         and thing["place"] in (None, f"{down} {across}".strip() or "center")
     )
 

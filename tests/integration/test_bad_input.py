@@ -1,0 +1,82 @@
+"""Bad input ends in one clear message, and nothing half-written stays behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+
+import pytest
+
+
+def _message(done) -> str:
+    """What the user reads last; a traceback would be our mistake, not theirs."""
+    assert done.returncode != 0
+    text = done.stdout + done.stderr
+    assert "Traceback" not in text, text
+    return " ".join(text.replace("│", " ").split())
+
+
+def _nothing_left(home) -> bool:
+    kinds = home.artifacts.iterdir() if home.artifacts.is_dir() else []
+    return all((entry / "manifest.json").is_file() for kind in kinds for entry in kind.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("train.stages[0].stps=2", "train.stages[0].stps: unknown key; did you mean 'steps'"),
+        ("train.stages[1].image_size_px=40", "train.stages[1].image_size_px=40 must be a multiple of 16"),
+        ("train.stages[9].steps=2", "out of range"),
+        ("train.optim.muon_lr=fast", "train.optim.muon_lr"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_before_any_work(new_home, override, told):
+    done = new_home.run("--recipe", "smoke", "--overrides", override)
+    assert told in _message(done)
+    assert not new_home.artifacts.exists()
+
+
+def test_an_unknown_recipe_is_told_which_there_are(new_home):
+    assert "neither one of nucleus_17b, smoke, tiny nor a file" in _message(new_home.run("--recipe", "tinny"))
+
+
+def test_overrides_given_twice_are_refused_not_dropped(new_home):
+    done = new_home.run("--overrides", "train.seed=1", "--overrides", "train.seed=2")
+    assert "give --overrides once" in _message(done)
+
+
+def test_an_empty_source_and_a_folder_of_texts_and_a_missing_one_are_told_apart(new_home, tmp_path):
+    empty, texts = tmp_path / "empty", tmp_path / "texts"
+    empty.mkdir()
+    texts.mkdir()
+    (texts / "a.txt").write_text("no image")
+    assert "is empty; give a folder of images" in _message(new_home.run("--recipe", "smoke", "--source", str(empty)))
+    assert "does not exist" in _message(new_home.run("--recipe", "smoke", "--source", str(tmp_path / "gone")))
+    assert "image" in _message(new_home.run("--recipe", "smoke", "--source", str(texts)))
+    assert _nothing_left(new_home)
+
+
+def test_a_full_disk_ends_in_one_message_and_keeps_nothing(new_home):
+    disk = new_home.path / "nucleus"
+    disk.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        message = _message(new_home.run("--recipe", "smoke"))
+        assert "disk" in message and "is full while making records" in message
+        assert _nothing_left(new_home)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_help_answers_in_under_three_seconds(new_home):
+    new_home.run("--help")  # compiled files and the disk cache
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        done = new_home.run("--help")
+        times.append(time.perf_counter() - begin)
+        assert done.returncode == 0 and "--recipe" in done.stdout and "--source" in done.stdout
+    assert min(times) < 3.0, json.dumps(times)

@@ -1,0 +1,177 @@
+"""The whole arrow, by the command that users type."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tasks.manifest import load_manifest, verify
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _trace(directory: Path, *options: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "tasks.trace", str(directory), *options], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_a_run_leaves_a_verified_pipeline_scorecard_grid_and_report(smoke):
+    for path in smoke.values():
+        verify(path)
+    assert (smoke["pipeline"] / "model_index.json").is_file() and (smoke["pipeline"] / "README.md").is_file()
+    assert (smoke["scorecard"] / "grid.png").stat().st_size > 1000
+    assert "<html" in (smoke["scorecard"] / "scorecard.html").read_text().lower()
+    card = json.loads((smoke["scorecard"] / "scorecard.json").read_text())
+    assert card["overall"]["runs"] == 3 and card["counts"]["failed"] == 0
+    assert set(card["tasks"]) == {"single_object", "two_object", "counting", "colors", "position", "color_attr"}
+    low, high = card["overall"]["interval"]
+    assert low <= card["overall"]["mean"] <= high and card["held_out"] is not None
+
+
+def test_the_ledger_accounts_for_every_record_once(smoke):
+    ledger = pd.read_parquet(smoke["curated"] / "ledger.parquet")
+    records = next(p for p in load_manifest(smoke["curated"]).parents if p.kind == "records")
+    table = pd.read_parquet(Path(records.path) / "records.parquet")
+    assert sorted(ledger["key"]) == sorted(table["key"])
+    assert ledger["kept"].sum() + (ledger["rule"] != "").sum() == len(table)
+    report = json.loads((smoke["curated"] / "report.json").read_text())
+    assert report["input"] == len(table) and report["kept"] == int(ledger["kept"].sum())
+
+
+def test_the_trace_leads_from_the_pipeline_to_the_ids_of_the_records(smoke):
+    done = _trace(smoke["pipeline"], "--records")
+    assert done.returncode == 0, done.stderr
+    kept = pd.read_parquet(smoke["curated"] / "records.parquet")
+    assert all(record_id in done.stdout for record_id in kept["record_id"])
+    for kind in ("merged", "checkpoints", "latents", "curated", "components", "records", "scorecard", "images"):
+        assert f"{kind} " in done.stdout
+
+
+def test_the_trace_fails_loudly_on_a_flipped_byte_anywhere(smoke, smoke_home, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(smoke_home.artifacts, copy / "artifacts")
+    for manifest in (copy / "artifacts").rglob("manifest.json"):  # parents are found by digest below --home
+        text = manifest.read_text().replace(str(smoke_home.artifacts), str(copy / "gone"))
+        manifest.write_text(text)
+    pipeline = copy / "artifacts" / "pipeline" / smoke["pipeline"].name
+    assert _trace(pipeline, "--home", str(copy)).returncode == 0
+    victims = [next((copy / "artifacts").glob(pattern)) for pattern in
+               ("latents/*/text/*.safetensors", "records/*/shards/*.tar", "checkpoints/*/step-*/*.distcp")]
+    for victim in victims:
+        data = victim.read_bytes()
+        victim.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        done = _trace(pipeline, "--home", str(copy))
+        assert done.returncode != 0 and victim.name in done.stdout + done.stderr
+        victim.write_bytes(data)
+
+
+def test_the_published_directory_draws_what_our_own_sampler_draws(smoke):
+    import torch
+    from diffusers import DiffusionPipeline, TextKVCacheConfig
+
+    from model.export import load_transformer
+    from model.flow import unpack_latents
+    from model.sampler import sample_latents
+
+    pipe = DiffusionPipeline.from_pretrained(smoke["pipeline"], local_files_only=True)
+    assert type(pipe).__name__ == "NucleusMoEImagePipeline"
+    pipe.set_progress_bar_config(disable=True)
+    prompts = ["a photo of a red circle", "a photo of two squares and a small blue triangle"]
+    noise = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(3))
+    arguments = dict(prompt=prompts, height=64, width=64, num_inference_steps=5, guidance_scale=4.0, output_type="np")
+    theirs = pipe(latents=noise.clone(), **arguments).images
+    pipe.transformer.enable_cache(TextKVCacheConfig())
+    cached = pipe(latents=noise.clone(), **arguments).images
+    np.testing.assert_allclose(cached, theirs, atol=1e-5)
+
+    model = load_transformer(smoke["pipeline"] / "transformer").eval()
+    text, mask = pipe.encode_prompt(prompts)
+    negative, negative_mask = pipe.encode_prompt(["", ""])
+    tokens = sample_latents(model, text, mask, negative, negative_mask, noise, (1, 4, 4), 5, 4.0)
+    config = pipe.vae.config
+    latents = unpack_latents(tokens, 4, 4) * torch.tensor(config.latents_std).view(1, -1, 1, 1)
+    latents = latents + torch.tensor(config.latents_mean).view(1, -1, 1, 1)
+    with torch.no_grad():
+        ours = pipe.vae.decode(latents[:, :, None], return_dict=False)[0][:, :, 0]
+    ours = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    assert theirs.std() > 0.01  # not two blank images
+    np.testing.assert_allclose(ours, theirs, atol=2e-4)
+
+
+def test_a_second_run_makes_nothing_again_and_a_training_number_reruns_what_follows(smoke, smoke_home):
+    before = smoke_home.listing()
+    again = smoke_home.run("--recipe", "smoke")
+    assert smoke_home.outputs(again) == smoke
+    assert smoke_home.listing() == before
+    assert "step 1/" not in again.stdout and "records: shard" not in again.stdout
+
+    changed = smoke_home.run("--recipe", "smoke", "--overrides", "train.stages[2].steps=8")
+    outputs = smoke_home.outputs(changed)
+    after = smoke_home.listing()
+    new = {kind: len(after[kind] - before[kind]) for kind in after}
+    assert new["checkpoints"] == 1 and new["merged"] == 1 and new["scorecard"] == 1 and new["pipeline"] == 1
+    for kind in ("records", "scores", "curated", "components", "latents"):
+        assert new[kind] == 0, f"{kind} was made again"
+    assert outputs["curated"] == smoke["curated"] and outputs["pipeline"] != smoke["pipeline"]
+    assert "[stage3_64px] step 1/8" in changed.stdout and "[stage2_48px]" not in changed.stdout
+
+
+@pytest.mark.parametrize("kind", ["merged", "curated", "components", "latents"])
+def test_a_cache_whose_files_were_deleted_is_made_again_and_sets_off_no_training(smoke, smoke_home, kind):
+    lost = {path: load_manifest(path).digest for path in (smoke_home.artifacts / kind).iterdir()}
+    used = {parent.digest for path in smoke_home.artifacts.glob("*/*") for parent in load_manifest(path).parents}
+    for path in lost:
+        shutil.rmtree(path)
+    done = smoke_home.run("--recipe", "smoke")
+    assert smoke_home.outputs(done) == smoke
+    for path, digest in lost.items():
+        assert path.is_dir() or digest not in used or kind == "merged", f"{path} is not there again"
+    assert verify(smoke["merged"]) and "step 1/" not in done.stdout, "training needed not to run again"
+
+
+@pytest.fixture(scope="module")
+def own_images(tmp_path_factory) -> Path:
+    """A user's folder: images with captions beside them, one of them a bomb, one broken, one a text."""
+    from tasks.curation import scenes
+
+    folder = tmp_path_factory.mktemp("own")
+    rng = np.random.default_rng(5)
+    for i in range(80):
+        scene = scenes.sample_scene(rng)
+        scenes.render(scene).save(folder / f"{i:03d}.png")
+        (folder / f"{i:03d}.txt").write_text(scenes.captions(scene, rng)[0])
+    from PIL import Image
+
+    Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
+    (folder / "bomb.txt").write_text("a photo of nothing")
+    (folder / "broken.png").write_bytes((folder / "000.png").read_bytes()[:100])
+    return folder
+
+
+SMALL = json.dumps(
+    ["components.vae.steps=8", "components.text_encoder.steps=8", "eval.seeds=[0]", "eval.prompts_per_task=1"]
+    + [f"train.stages[{i}].steps=4" for i in range(3)]
+    + ["train.keep_checkpoints=1", "merge.last_n=1", "train.sample_every_steps=0", "components.min_psnr_db=0"]
+)
+
+
+def test_own_images_go_the_same_way_and_one_changed_image_reruns_what_depends_on_it(own_images, new_home):
+    home = new_home
+    first = home.outputs(home.run("--recipe", "smoke", "--source", str(own_images), "--overrides", SMALL))
+    ledger = pd.read_parquet(first["curated"] / "ledger.parquet")
+    assert ledger["rule"].value_counts()[["too_many_pixels", "undecodable"]].tolist() == [1, 1]
+    assert ledger["kept"].sum() > 60
+    before = home.listing()
+    (own_images / "001.png").write_bytes((own_images / "002.png").read_bytes())
+    second = home.outputs(home.run("--recipe", "smoke", "--source", str(own_images), "--overrides", SMALL))
+    after = home.listing()
+    assert second["curated"] != first["curated"] and second["pipeline"] != first["pipeline"]
+    assert len(after["records"] - before["records"]) == 2, "one shard and the gathered records, not the other shard"
