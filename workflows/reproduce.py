@@ -17,7 +17,7 @@ from flytekit import workflow
 
 from tasks.artifacts import CuratedDir, MergedDir, PipelineDir, ScorecardDir
 from tasks.planning.task import resolve_recipe
-from tasks.publishing.task import publish_pipeline
+from tasks.publishing.task import publish_pipeline, show_results
 from workflows.curate import curate
 from workflows.evaluate import evaluate
 from workflows.train import train
@@ -81,4 +81,5 @@ def reproduce(
         config=sections.publish,
         recipe_json=sections.recipe_json,
     )
+    show_results(pipeline=pipeline, scorecard=scorecard, curated=curated)
     return Reproduction(pipeline=pipeline, scorecard=scorecard, merged=trained.merged, curated=curated)

@@ -1,4 +1,4 @@
-"""What torchtitan calls on the model (on the meta device) before weights exist: checkpointing, compile, sharding."""
+"""What torchtitan calls on the model (on the meta device) before weights exist: checkpointing, compile."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares to
 
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
-from torchtitan.distributed.fsdp import disable_fsdp_gradient_division
 
 
 def parallelize(
@@ -24,16 +21,15 @@ def parallelize(
     ac_config: Any,
     dump_folder: str,
 ) -> torch.nn.Module:
-    """Applies activation checkpointing, torch.compile and FSDP2, each where the configuration asks for it.
+    """Applies activation checkpointing and torch.compile, each where the configuration asks for it.
 
-    One process and plain replicas need none: the model is returned as it is (the trainer adds replicas' gradients
-    up). With dp_shard > 1 FSDP2 shards the weights; it sums gradients and does not average them, as the trainer
-    divides the loss by the global batch.
+    Several processes are plain replicas, whose gradients the trainer adds up; weights are not sharded yet.
     """
-    if parallel_dims.ep > 1 or parallel_dims.tp > 1 or parallel_dims.cp > 1 or parallel_dims.pp > 1:
+    dims = parallel_dims
+    if dims.ep > 1 or dims.tp > 1 or dims.cp > 1 or dims.pp > 1 or dims.dp_shard > 1:
         raise ValueError(
-            f"expert_parallel={parallel_dims.ep}, tensor, context and pipeline parallelism are not supported yet: "
-            "train.expert_parallel must be 1"
+            f"expert_parallel={dims.ep}, sharded data, tensor, context and pipeline parallelism are not supported "
+            "yet: train.expert_parallel must be 1"
         )
     blocks = model.transformer_blocks
     if ac_config is not None:
@@ -42,12 +38,4 @@ def parallelize(
     if compile_config.enable:
         for block in blocks.children():
             block.compile(backend=compile_config.backend)
-    mesh = parallel_dims.get_optional_mesh("fsdp")
-    if parallel_dims.dp_shard > 1:
-        dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        for block in blocks.children():
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
-        disable_fsdp_gradient_division(model)
     return model

@@ -33,7 +33,7 @@ from eval.vocabulary import (
 )
 
 # Colours bind to shapes only where two things differ, and counts are only learnt from equal shapes: hence the mix.
-KINDS = {"single": 0.15, "two": 0.40, "counting": 0.30, "mixed": 0.15}
+KINDS = {"single": 0.20, "two": 0.45, "counting": 0.27, "mixed": 0.08}
 # width / height. One shape of latents trains fastest, so most scenes are square; the rest fill the aspect buckets.
 ASPECTS = {1.0: 0.82, 4 / 3: 0.03, 3 / 4: 0.03, 3 / 2: 0.03, 2 / 3: 0.03, 7 / 4: 0.03, 4 / 7: 0.03}
 SIZES = {"small": (0.24, 0.28), "large": (0.33, 0.38)}

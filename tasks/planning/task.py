@@ -14,7 +14,7 @@ from tasks.artifacts import is_local, plain_errors
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.planning.local_cache import forget_lost_artifacts
-from tasks.planning.sections import EncodeStage, TrainStage, check_workflow, encode_stage, scoring, train_stage
+from tasks.planning.sections import EncodeStage, TrainStage, check_workflow, encode_stage, for_own_images, scoring, train_stage
 from tasks.planning.source import fingerprint
 from tasks.publishing.config import PublishConfig
 from tasks.recipe import load_recipe
@@ -55,6 +55,10 @@ def resolve_recipe(recipe: str, overrides: Union[list[str], str], source: str) -
         if "://" not in path and path and not is_local():
             raise ValueError(f"source {path!r} is a path of your machine, which the cluster cannot read; give an s3:// URI")
         digest = fingerprint(path) if path else ""
+    if source:
+        loaded = for_own_images(loaded)
+        words = loaded.curation.captions.max_words
+        print(f"own images: captions of up to {words} words are kept; the VAE's PSNR is reported, not required", flush=True)
     forget_lost_artifacts(CACHE_LOCATION)
     return Sections(
         name=loaded.name,

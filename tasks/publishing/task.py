@@ -41,6 +41,15 @@ def publish_pipeline(
     )
     with plain_errors():
         publish.upload(final, config)
-    print("\n".join(summary.lines(final, scorecard_path, curated_path)), flush=True)
     Deck("Published", summary.page(final))
     return artifact
+
+
+@task(**envs.light("publisher"))
+def show_results(pipeline: PipelineDir, scorecard: ScorecardDir, curated: CuratedDir) -> str:
+    """Where everything is and how good it is. Not cached: a run that made nothing again tells it too."""
+    from tasks.publishing import summary
+
+    text = "\n".join(summary.lines(*map(fetch, (pipeline, scorecard, curated))))
+    print(text, flush=True)
+    return text

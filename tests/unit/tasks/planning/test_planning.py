@@ -35,6 +35,16 @@ def test_a_threshold_does_not_touch_scoring_but_a_scorer_does():
     assert scoring(before) != scoring(load_recipe("tiny", ["curation.dedup.hash_size=16"]))
 
 
+def test_own_images_keep_long_captions_and_need_no_psnr_and_change_nothing_else():
+    recipe = load_recipe("tiny")
+    own = for_own_images(recipe)
+    assert own.curation.captions.max_words == 60 and own.components.min_psnr_db == 0.0
+    assert own.curation.captions.max_words + 2 <= recipe.encoding.max_text_tokens
+    restored = own.model_copy(update={"curation": recipe.curation, "components": recipe.components})
+    assert restored == recipe
+    assert own.curation.filters == recipe.curation.filters and own.components.vae == recipe.components.vae
+
+
 def test_each_stage_trains_at_its_own_capacity_and_seed():
     recipe = load_recipe("tiny")
     sections = [train_stage(recipe, i) for i in range(3)]
