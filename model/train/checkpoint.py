@@ -20,6 +20,7 @@ from typing import Any
 from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.checkpointer.base import MODEL
@@ -66,6 +67,23 @@ class StageCheckpointer(CheckpointManager):
         super().__init__(config, base_folder=base_folder, **kwargs)
         self.weights_folder = Path(base_folder) / WEIGHTS
         self.keep_weights = config.keep_weights
+
+    def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, async_mode: AsyncMode, **options: Any) -> Any:
+        """One process saves without collectives. Gloo would run them on threads of its own, each of which then keeps
+        an OpenMP team: with more OpenMP threads than cores, idle ones sleep instead of spin, and for the rest of the
+        process a training step takes 1.8 times as long on 2 cores."""
+        if dist.get_world_size() > 1 or async_mode != AsyncMode.DISABLED or options.get("to_hf"):
+            return super().dcp_save(state_dict, checkpoint_id, async_mode, **options)
+        return dcp.save(state_dict, checkpoint_id=checkpoint_id, no_dist=True)
+
+    def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
+        """As `dcp_save`: one process loads without collectives."""
+        if dist.get_world_size() > 1 or from_hf:
+            super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
+            return
+        dcp.load(state_dict, checkpoint_id=checkpoint_id, no_dist=True)
+        if MODEL in self.states:
+            self.states[MODEL].load_state_dict(state_dict)
 
     def _save(self, curr_step: int, last_step: bool = False) -> bool:
         if not self._should_save(curr_step, last_step):

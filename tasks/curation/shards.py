@@ -88,6 +88,8 @@ def read_shard(path: str | os.PathLike) -> Iterator[Record]:
     Raises:
         ValueError: the file is no tar, or a record lacks its image or its sidecar.
     """
+    if Path(path).stat().st_size % tarfile.RECORDSIZE:  # a tar cut between two members would just end
+        raise ValueError(f"{path} is not a readable record shard: it was cut off")
     try:
         with tarfile.open(path, "r:") as tar:
             image: tuple[str, str, bytes] | None = None

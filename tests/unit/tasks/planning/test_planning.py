@@ -8,7 +8,7 @@ from flyteidl.core import literals_pb2
 
 from tasks.manifest import load_manifest, seal, writing
 from tasks.planning import local_cache
-from tasks.planning.sections import check_workflow, encode_stage, scoring, train_stage
+from tasks.planning.sections import check_workflow, encode_stage, for_own_images, scoring, train_stage
 from tasks.planning.source import fingerprint
 from tasks.recipe import load_recipe
 
