@@ -35,11 +35,7 @@ MUON_DECAY = 0.1
 
 
 def build_text_encoder(config: TinyTextEncoderConfig, tokenizer: Any, seed: int) -> Any:
-    """An untrained model, its vision tower as small as its configuration allows; a function of the seed.
-
-    Raises:
-        ValueError: sizes that do not divide.
-    """
+    """An untrained model, its vision tower as small as its configuration allows; a function of the seed."""
     import torch
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
