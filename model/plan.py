@@ -1,0 +1,521 @@
+"""What a recipe needs before it is started: memory, time, cost, and a layout that fits.
+
+    python -m model.plan recipes/nucleus_17b.yaml --gpus 64 --gpu h100 [--mfu 0.35] [--cost-per-gpu-hour 2.5]
+
+Every number is arithmetic on shapes (of the model on the meta device), on the recipe and on data sheets. The memory
+model has not yet been checked against measured peaks. Sharding (FSDP2) and expert parallelism are planned here but
+not implemented yet in model/train, which holds whole weights on every rank and takes expert_parallel 1 only.
+
+A layout: `gpus` data-parallel ranks; weights, gradients and optimiser state are sharded over `shard` of them
+(replicated gpus / shard times); expert parallelism is taken from the shard ranks, as torchtitan does, so that a rank
+computes num_experts / expert_parallel experts of each layer, whose weights the shard / expert_parallel ranks share.
+
+Units: bytes, FLOPs (one multiply-add is 2), seconds; GB is 1e9 bytes. Letters: B samples of a micro-batch, S image
+tokens, T text tokens, D width, J text width, N and K query and key-value heads, H head dim, E experts, C capacity
+(tokens an expert takes of each sample: known ahead, as experts choose), F expert hidden, I dense inner width.
+
+Sources: FLOPs of matrix products and MFU, PaLM (arXiv 2204.02311, appendix B: recomputation does not count); sharding,
+ZeRO stage 3 (arXiv 1910.02054); activations, Korthikanti et al. (arXiv 2205.05198), recounted for this model's code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import ValidationError
+
+from model.config import StageConfig, TrainConfig, TransformerConfig
+from model.optim import parameter_groups, split_matrices
+from model.transformer import NucleusTransformer
+
+VAE_SCALE = 8  # Qwen-Image's VAE
+TEXT_TOKENS = 512  # captions of up to 200 words and the chat template; the pipeline's limit is 1024
+USABLE = 0.9  # of a card's memory; the rest is for the CUDA context, NCCL and fragmentation
+FP32 = 4
+NOT_YET = (
+    "The memory model is arithmetic and has not yet been checked against measured peaks. Sharding (FSDP2) and expert "
+    "parallelism are planned here; model/train does not implement them yet."
+)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    flops: float  # dense bf16 tensor-core peak per second, without sparsity
+    memory: float  # bytes
+    bandwidth: float  # bytes per second to its own memory
+    source: str
+
+
+GPUS = {
+    "h100": Gpu("h100", 989e12, 80e9, 3.35e12, "NVIDIA H100 data sheet, SXM: 1,979 TFLOP/s with sparsity, halved"),
+    "h200": Gpu("h200", 989e12, 141e9, 4.8e12, "NVIDIA H200 data sheet, SXM: 1,979 TFLOP/s with sparsity, halved"),
+    "a100": Gpu("a100", 312e12, 80e9, 2.039e12, "NVIDIA A100 data sheet, 80GB SXM: 312 TFLOP/s without sparsity"),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a stage is laid out; checkpointing is "none" or "full" (each block is computed again in the backward)."""
+
+    gpus: int
+    shard: int
+    expert_parallel: int
+    micro_batch: int  # samples per rank and accumulation step
+    checkpointing: str
+
+    def check(self, num_experts: int, stage: StageConfig) -> None:
+        """Raises ValueError, with the arithmetic, when the degrees do not divide."""
+        for what, whole, name, part in (
+            ("GPUs", self.gpus, "shard", self.shard),
+            ("shard ranks", self.shard, "expert_parallel", self.expert_parallel),
+            ("num_experts", num_experts, "expert_parallel", self.expert_parallel),
+            (f"{stage.name}: batch_size", stage.batch_size, "GPUs", self.gpus),
+            (f"{stage.name}: samples per GPU and step", stage.batch_size // self.gpus, "micro_batch", self.micro_batch),
+        ):
+            if part < 1 or whole < 1 or whole % part:
+                rest = f"{whole} = {whole // part} x {part} + {whole % part}" if part > 0 else f"{name} is under 1"
+                raise ValueError(f"{what} {whole} must be a multiple of {name} {part}: {rest}")
+
+    def __str__(self) -> str:
+        return (
+            f"{self.gpus} GPUs, shard {self.shard} (replicas {self.gpus // self.shard}), expert parallel "
+            f"{self.expert_parallel}, micro-batch {self.micro_batch}, checkpointing {self.checkpointing}"
+        )
+
+
+class Shapes:
+    """Parameter counts of a configuration, from the real module on the meta device.
+
+    `total`, `frozen`, `experts` (routed), `muon` and `adamw` (the optimiser's groups) are parameters;
+    `newton_schulz_flops` and `muon_workspace` are of one whole optimiser step on unsharded matrices.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        with torch.device("meta"):
+            model = NucleusTransformer(config)
+        groups = parameter_groups(model)
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self.group = {name: group for group, members in groups.items() for name, _ in members}
+        self.total = sum(map(math.prod, self.shapes.values()))
+        self.muon, self.adamw = (sum(p.numel() for _, p in groups[group]) for group in ("muon", "adamw"))
+        self.frozen = self.total - self.muon - self.adamw
+        self.experts = sum(math.prod(shape) for name, shape in self.shapes.items() if _is_expert(name))
+        self.newton_schulz_flops = self.muon_workspace = 0
+        for name, parameter in groups["muon"]:
+            packed, stacked = split_matrices(name, parameter)
+            m, n = sorted(parameter.chunk(packed, dim=2 if stacked else 0)[0].shape[-2:])
+            count = parameter.numel() // (m * n)
+            self.newton_schulz_flops += count * (4 * m * m * n + 2 * m**3)  # of one iteration, see `newton_schulz`
+            # Updates and their concatenation in fp32; two bf16 copies; Gram matrix and polynomial.
+            self.muon_workspace += count * (m * n * (2 * FP32 + 2 * 2) + 2 * m * m * 2)
+
+    def per_gpu(self, layout: Layout, group: str | None = None) -> int:
+        """Parameters that a rank stores, of one optimiser group ("muon", "adamw") or all; padded as FSDP2 does."""
+        names = [name for name in self.shapes if group is None or self.group.get(name) == group]
+        return sum(_sharded(name, self.shapes[name], layout) for name in names)
+
+    def gathered(self, layout: Layout) -> list[int]:
+        """Parameters of each block as computed with on a rank: whole, but only its own experts; largest first."""
+        blocks: Counter[str] = Counter()
+        for name, shape in self.shapes.items():
+            block = name.split(".")[1] if name.startswith("transformer_blocks.") else "ends"
+            blocks[block] += math.prod(shape) // (layout.expert_parallel if _is_expert(name) else 1)
+        return sorted(blocks.values(), reverse=True)
+
+
+def _sharded(name: str, shape: tuple[int, ...], layout: Layout) -> int:
+    degree = layout.shard
+    if _is_expert(name):
+        shape = (shape[0] // layout.expert_parallel, *shape[1:])
+        degree //= layout.expert_parallel
+        if degree > shape[0]:  # fewer experts than ranks: torchtitan then shards the next dimension
+            shape = (shape[1], shape[0], *shape[2:])
+    return math.ceil(shape[0] / degree) * math.prod(shape[1:])
+
+
+def active_parameters(shapes: Shapes, config: TransformerConfig, tokens: int) -> int:
+    """Parameters that act on one image token: all but routed experts, and the E C / S experts a token meets on average.
+
+    Includes what acts once per sample (modulation, timestep) or on text (its projections), as "17B, about 2B" does.
+    """
+    expert = 3 * config.width * config.moe_intermediate_dim
+    met = sum(config.num_experts * config.capacity(layer, tokens) / tokens for layer in _moe_layers(config))
+    return round(shapes.total - shapes.experts + met * expert)
+
+
+def forward_flops(config: TransformerConfig, tokens: int, text_tokens: int, batch: int = 1,
+                  fp32: bool = False) -> dict[str, int]:
+    """FLOPs by part of a forward pass of `batch` samples: the matrix products; element-wise work is left out.
+
+    attention: scores and values, 4 S (S + T) N H a sample; experts: 6 E C D F at the capacity factors; the other
+    parts are 2 x weights x rows. `fp32`: text K/V as one product where `Block.text_kv` does so.
+    """
+    c, S, T = config, tokens, text_tokens
+    D, J, E, F, L = c.width, c.joint_attention_dim, c.num_experts, c.moe_intermediate_dim, c.num_layers
+    queries, kv = c.num_attention_heads * c.attention_head_dim, 2 * c.kv_heads * c.attention_head_dim
+    moe = _moe_layers(c)
+    separate, fused = batch * T * (J * D + D * kv), kv * D * J + batch * T * kv * J
+    out = c.patch_size**2 * (c.out_channels or c.in_channels)
+    return {
+        "projections": batch * L * 2 * S * D * (2 * queries + kv),
+        "attention": batch * L * 4 * S * (S + T) * queries,
+        "text_kv": 2 * L * (fused if fp32 and fused < separate else separate),
+        "experts": batch * sum(6 * E * c.capacity(layer, S) * D * F for layer in moe),
+        "shared_expert": batch * len(moe) * 6 * S * D * F,
+        "router": batch * len(moe) * 2 * (S + 1) * D * E,
+        "dense_ffn": batch * (L - len(moe)) * 6 * S * D * c.dense_inner_dim,
+        "modulation": batch * L * 2 * D * 4 * D,
+        "ends": batch * 2 * (S * D * (c.in_channels + out) + D * 8 * D + D * 2 * D),
+    }
+
+
+def activation_bytes(config: TransformerConfig, layer: int, tokens: int, text_tokens: int, element: int) -> int:
+    """Bytes that block `layer` keeps for its backward, for one sample, eager code, and fused attention.
+
+    `element`: bytes of the compute type. Counted from model/transformer.py, attention.py and moe.py off the CPU
+    paths: 8 tensors of width D on the residual path (inputs of the norms, normed, modulated, gated); q and k in
+    fp32 twice, normed, and turned; k and v with the text's; output and log-sum-exp. MoE: for each routed row its
+    input, packed gate and up, silu, product, and the fp32 output; the same of the shared expert. torch.compile
+    keeps less, masks on a kernel without fused GQA more.
+    """
+    c, S, T = config, tokens, text_tokens
+    D, H, F, E = c.width, c.attention_head_dim, c.moe_intermediate_dim, c.num_experts
+    heads, kv = c.num_attention_heads * H, c.kv_heads * H
+    per_token = element * 8 * D + (2 * FP32 + 2 * element) * (heads + kv) + element * heads
+    per_token += FP32 * (c.num_attention_heads + 4)  # log-sum-exp, and two norms' statistics
+    bytes_ = S * per_token + 2 * element * (S + T) * kv
+    bytes_ += T * (element * (c.joint_attention_dim + D) + (2 * FP32 + element) * kv)
+    if c.is_moe_layer(layer):
+        rows = E * c.capacity(layer, S)
+        bytes_ += rows * (element * (D + 4 * F) + FP32 * D + 32)  # 32: indices and gates
+        bytes_ += S * (element * 4 * F + E * (2 * element + 2 * FP32))  # shared expert; logits and scores
+    else:
+        bytes_ += S * element * 4 * c.dense_inner_dim
+    return bytes_
+
+
+def _backward_bytes(config: TransformerConfig, layer: int, tokens: int, element: int) -> int:
+    """Bytes of gradients of activations alive at once in the backward of a block, for one sample."""
+    D, F = config.width, config.moe_intermediate_dim
+    if not config.is_moe_layer(layer):
+        return tokens * element * (4 * D + 3 * config.dense_inner_dim)
+    rows = config.num_experts * config.capacity(layer, tokens)
+    return rows * (FP32 * D + element * (D + 3 * F)) + tokens * element * (4 * D + 3 * F)
+
+
+def memory_per_gpu(shapes: Shapes, config: TransformerConfig, layout: Layout, tokens: int, text_tokens: int,
+                   element: int) -> dict[str, int]:
+    """Bytes on one rank by part. `peak` is the larger of two moments, each a sum of parts:
+
+    backward: weights + gradients + optimizer_muon + optimizer_adamw + gathered_weights + gathered_gradients +
+    activations + activation_gradients + all_to_all; optimiser step: the first four + muon_workspace.
+
+    Weights, gradients and optimiser state are fp32 (Muon one tensor, AdamW two). Gathered: two blocks' weights in
+    the compute type (one in use, one prefetched), and the gradient of one in it and in fp32 for the reduction; with
+    shard 1 nothing is gathered, but autocast keeps a copy of the weights in a lower compute type. all_to_all: rows
+    sent and received, E C B each of width D, of the layer with the most.
+    """
+    c, B, layers = config, layout.micro_batch, range(config.num_layers)
+    block = [B * activation_bytes(c, i, tokens, text_tokens, element) for i in layers]
+    rows = max((c.num_experts * c.capacity(i, tokens) for i in _moe_layers(c)), default=0)
+    ends = B * (tokens * element * (3 * c.width + 2 * c.in_channels) + text_tokens * element * c.joint_attention_dim)
+    inputs = B * tokens * element * c.width * c.num_layers
+    activations = inputs + max(block) if layout.checkpointing == "full" else sum(block)
+    gathered, sharded = shapes.gathered(layout), layout.shard > 1
+    parts = {
+        "weights": FP32 * shapes.per_gpu(layout),
+        "gradients": FP32 * (shapes.per_gpu(layout, "muon") + shapes.per_gpu(layout, "adamw")),
+        "optimizer_muon": FP32 * shapes.per_gpu(layout, "muon"),
+        "optimizer_adamw": 2 * FP32 * shapes.per_gpu(layout, "adamw"),
+        "gathered_weights": element * sum(gathered[:2]) if sharded else element * shapes.total * (element < FP32),
+        "gathered_gradients": (element + FP32) * gathered[0] if sharded else 0,
+        "activations": activations + ends,
+        "activation_gradients": max(B * _backward_bytes(c, i, tokens, element) for i in layers),
+        "all_to_all": 2 * element * B * rows * c.width if layout.expert_parallel > 1 else 0,
+    }
+    backward = sum(parts.values())
+    parts["muon_workspace"] = shapes.muon_workspace // layout.shard
+    state = sum(parts[key] for key in ("weights", "gradients", "optimizer_muon", "optimizer_adamw"))
+    return parts | {"peak": max(backward, state + parts["muon_workspace"])}
+
+
+def traffic(shapes: Shapes, config: TransformerConfig, layout: Layout, stage: StageConfig, tokens: int,
+            element: int, activations: int) -> dict[str, int]:
+    """Bytes of one rank per optimiser step: sent over the network, and read or written in its own memory.
+
+    Network, ring formulas: each accumulation step gathers weights twice (forward, backward) and reduces fp32
+    gradients once, (n-1)/n of a block's size over n ranks; replicas all-reduce once a step; the experts' rows
+    travel there and back in the forward, the backward and the recomputation, (ep-1)/ep of them to other ranks.
+    Memory, a floor: weights are read by each pass (the backward twice), kept activations written and read once, and
+    the optimiser reads and writes weights and state (16 bytes a Muon parameter and 24 an AdamW one) and gradients.
+    """
+    local, again = stage.batch_size // layout.gpus, layout.checkpointing == "full"
+    micro_steps = local // layout.micro_batch
+    ep, replicas = layout.expert_parallel, layout.gpus // layout.shard
+    expert_shard = layout.shard // ep
+    dense, experts = shapes.total - shapes.experts, shapes.experts // ep
+    over_network = (dense * (layout.shard - 1) / layout.shard) + experts * (expert_shard - 1) / expert_shard
+    all_reduced = 2 * shapes.per_gpu(layout) * (replicas - 1) / replicas
+    rows = sum(config.num_experts * config.capacity(i, tokens) for i in _moe_layers(config))
+    muon, adamw = (shapes.per_gpu(layout, group) for group in ("muon", "adamw"))
+    return {
+        "network_weights": round(micro_steps * 2 * element * over_network),
+        "network_gradients": round(FP32 * (micro_steps * over_network + all_reduced)),
+        "network_all_to_all": round(local * rows * config.width * element * (4 + 2 * again) * (ep - 1) / ep),
+        "memory_weights": micro_steps * element * (dense + experts) * (3 + again),
+        "memory_activations": micro_steps * 2 * activations,
+        "memory_optimizer": (4 * FP32 + FP32) * muon + (6 * FP32 + FP32) * adamw,
+    }
+
+
+def plan_stage(shapes: Shapes, model: TransformerConfig, train: TrainConfig, stage: StageConfig, layout: Layout,
+               gpu: Gpu, *, mfu: float = 0.35, cost_per_gpu_hour: float | None = None,
+               text_tokens: int = TEXT_TOKENS) -> dict[str, Any]:
+    """Everything about one stage, as plain numbers (bytes, FLOPs, seconds, days, and the price's currency).
+
+    step time = 3 x forward FLOPs / (gpus x peak x mfu): the backward is twice the forward; recomputation and the
+    optimiser are in `hardware_flops` but not in MFU's definition, which they lower. Image tokens are those of the
+    square bucket; other shapes differ by about 1 to 2 percent.
+
+    Raises:
+        ValueError: degrees that do not divide, sizes that do not tile, or an MFU or price out of range.
+    """
+    config, tokens = _of_stage(model, stage)
+    layout.check(config.num_experts, stage)
+    price = cost_per_gpu_hour
+    if not 0 < mfu <= 1 or text_tokens < 1 or price is not None and not 0 <= price < math.inf:
+        raise ValueError(
+            f"mfu={mfu} must lie in (0, 1], text_tokens={text_tokens} be at least 1, and cost_per_gpu_hour={price} be "
+            "at least 0"
+        )
+    element = 2 if train.dtype == "bfloat16" else FP32
+    memory = memory_per_gpu(shapes, config, layout, tokens, text_tokens, element)
+    micro = forward_flops(config, tokens, text_tokens, layout.micro_batch, fp32=element == FP32)
+    forward = {part: flops * (stage.batch_size // layout.micro_batch) for part, flops in micro.items()}
+    total = 3 * sum(forward.values())
+    newton_schulz = train.optim.muon_ns_steps * shapes.newton_schulz_flops * (layout.gpus // layout.shard)
+    moved = traffic(shapes, config, layout, stage, tokens, element, memory["activations"])
+    step_s = total / (layout.gpus * gpu.flops * mfu)
+    hours = step_s * stage.steps / 3600
+    return {
+        "stage": stage.name, "layout": asdict(layout), "image_tokens": tokens, "text_tokens": text_tokens,
+        "parameters": shapes.total,
+        "active_parameters_per_image_token": active_parameters(shapes, config, tokens),
+        "memory_bytes": memory, "usable_bytes": round(USABLE * gpu.memory),
+        "fits": memory["peak"] <= USABLE * gpu.memory,
+        "flops": {"forward": forward, "forward_and_backward": total},
+        "hardware_flops": total + newton_schulz + (layout.checkpointing == "full") * sum(forward.values()),
+        "bytes_per_step": moved,
+        "memory_floor_s": sum(v for key, v in moved.items() if key.startswith("memory")) / gpu.bandwidth,
+        "step_s": step_s, "images_per_s": stage.batch_size / step_s, "days": hours / 24,
+        "cost": None if price is None else hours * layout.gpus * price,
+    }
+
+
+def suggest(shapes: Shapes, model: TransformerConfig, train: TrainConfig, stage: StageConfig, asked: Layout, gpu: Gpu,
+            text_tokens: int = TEXT_TOKENS) -> Layout | None:
+    """The first layout on as many GPUs that fits, nearest to `asked`; None if none does.
+
+    It keeps sharding, then expert parallelism, then checkpointing if it can, and takes the largest micro-batch.
+    """
+    config, tokens = _of_stage(model, stage)
+    element = 2 if train.dtype == "bfloat16" else FP32
+    layouts = (
+        Layout(asked.gpus, shard, ep, micro, checkpointing)
+        for shard in dict.fromkeys((asked.shard, asked.gpus))
+        for ep in sorted(_divisors(math.gcd(shard, config.num_experts)),
+                         key=lambda ep: abs(math.log(ep / asked.expert_parallel)))
+        for checkpointing in sorted(("none", "full"), key=lambda name: name != asked.checkpointing)
+        for micro in reversed(_divisors(stage.batch_size // asked.gpus))
+    )
+    limit = USABLE * gpu.memory
+    peaks = ((memory_per_gpu(shapes, config, x, tokens, text_tokens, element)["peak"], x) for x in layouts)
+    return next((layout for peak, layout in peaks if peak <= limit), None)
+
+
+def plan(model: TransformerConfig, train: TrainConfig, gpu: Gpu, *, gpus: int | None = None, shard: int | None = None,
+         expert_parallel: int | None = None, micro_batch: int | None = None, checkpointing: str | None = None,
+         mfu: float = 0.35, cost_per_gpu_hour: float | None = None, text_tokens: int = TEXT_TOKENS) -> dict[str, Any]:
+    """`plan_stage` of each stage, checkpoint sizes, and for a stage that does not fit a `suggestion` (or None).
+
+    What is not given is the recipe's: ranks, expert_parallel, local_batch_size (or a rank's whole share), and
+    activation_checkpointing, where "selective" is planned as "full", as model/train does it today. Raises ValueError
+    as `plan_stage` does.
+    """
+    gpus = train.nnodes * train.nproc_per_node if gpus is None else gpus
+    if gpus < 1:
+        raise ValueError(f"gpus={gpus} must be at least 1")
+    checkpointing = checkpointing or ("none" if train.activation_checkpointing == "none" else "full")
+    shard = gpus if shard is None else shard
+    expert_parallel = train.expert_parallel if expert_parallel is None else expert_parallel
+    shapes = Shapes(model)
+    options = dict(mfu=mfu, cost_per_gpu_hour=cost_per_gpu_hour, text_tokens=text_tokens)
+    stages = []
+    for stage in train.stages:
+        local = micro_batch if micro_batch is not None else train.local_batch_size or max(1, stage.batch_size // gpus)
+        asked = Layout(gpus, shard, expert_parallel, local, checkpointing)
+        report = plan_stage(shapes, model, train, stage, asked, gpu, **options)
+        if not report["fits"]:
+            fitting = suggest(shapes, model, train, stage, asked, gpu, text_tokens)
+            report["suggestion"] = fitting and plan_stage(shapes, model, train, stage, fitting, gpu, **options)
+        stages.append(report)
+    return {
+        "note": NOT_YET, "gpu": asdict(gpu), "gpus": gpus, "mfu": mfu, "dtype": train.dtype,
+        "parameters": {"total": shapes.total, "muon": shapes.muon, "adamw": shapes.adamw, "frozen": shapes.frozen},
+        # Tensors alone; file headers add well under a megabyte. Full: weights and optimiser state, fp32.
+        "checkpoint_bytes": {"model_bf16": 2 * shapes.total, "model_fp32": FP32 * shapes.total,
+                             "full": FP32 * (shapes.total + shapes.muon + 2 * shapes.adamw)},
+        "stages": stages,
+        "days": sum(stage["days"] for stage in stages),
+        "cost": None if cost_per_gpu_hour is None else sum(stage["cost"] for stage in stages),
+    }
+
+
+def _is_expert(name: str) -> bool:
+    return ".img_mlp.experts." in name
+
+
+def _moe_layers(config: TransformerConfig) -> list[int]:
+    return [layer for layer in range(config.num_layers) if config.is_moe_layer(layer)]
+
+
+def _divisors(number: int) -> list[int]:
+    return [i for i in range(1, number + 1) if number % i == 0]
+
+
+def _of_stage(model: TransformerConfig, stage: StageConfig) -> tuple[TransformerConfig, int]:
+    tile = VAE_SCALE * model.patch_size
+    if stage.image_size_px % tile:
+        raise ValueError(f"{stage.name}: image_size_px={stage.image_size_px} must be a multiple of {tile}")
+    values = {**model.model_dump(), "capacity_factors": stage.capacity_factors}
+    return _validated(TransformerConfig, values, stage.name), (stage.image_size_px // tile) ** 2
+
+
+def _validated(section: Any, data: Any, where: str) -> Any:
+    try:
+        return section.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, (where, *first["loc"])))
+        raise ValueError(f"{key}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers and words, as the recipe's own loader: PyYAML's 1.1 reads an unquoted 16:9 as 969."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+    ("merge", r"<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+def load_sections(path: str | Path) -> tuple[TransformerConfig, TrainConfig]:
+    """The `model` and `train` sections of a recipe file; the other sections are neither needed nor checked.
+
+    Raises ValueError: no such file, not YAML, or a section that is missing or wrong (the key is named).
+    """
+    try:
+        data = yaml.load(Path(path).read_bytes(), Loader=_Loader)
+    except OSError as error:
+        raise ValueError(f"recipe {str(path)!r} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict) or not {"model", "train"} <= data.keys():
+        raise ValueError(f"{path} must have the sections model and train")
+    return _validated(TransformerConfig, data["model"], "model"), _validated(TrainConfig, data["train"], "train")
+
+
+def _gb(bytes_: float) -> str:
+    return f"{bytes_ / 1e9:,.2f} GB"
+
+
+def _days(report: dict[str, Any]) -> str:
+    return f"{report['days']:,.1f} days" + ("" if report["cost"] is None else f", cost {report['cost']:,.0f}")
+
+
+def _stage_lines(report: dict[str, Any]) -> list[str]:
+    memory, flops, moved = report["memory_bytes"], report["flops"], report["bytes_per_step"]
+    total = sum(flops["forward"].values())
+    shares = ", ".join(f"{part} {value / total:.1%}" for part, value in flops["forward"].items())
+    return [
+        f"  layout: {Layout(**report['layout'])}",
+        f"  active per image token: {report['active_parameters_per_image_token']:,} of {report['parameters']:,} "
+        f"({report['image_tokens']} image tokens, {report['text_tokens']} text tokens assumed)",
+        f"  memory per GPU: peak {_gb(memory['peak'])} of {_gb(report['usable_bytes'])} usable: "
+        f"{'fits' if report['fits'] else 'DOES NOT FIT'}",
+        *(f"    {part:21} {_gb(value):>13}" for part, value in memory.items() if part != "peak"),
+        f"  FLOPs per step: {flops['forward_and_backward']:.3e} forward and backward "
+        f"({report['hardware_flops']:.3e} with recomputation and Newton-Schulz)",
+        f"    of the forward: {shares}",
+        "  bytes per step and GPU: " + ", ".join(f"{part} {_gb(value)}" for part, value in moved.items()),
+        f"  step {report['step_s']:.3f} s (own memory alone at least {report['memory_floor_s']:.3f} s), "
+        f"{report['images_per_s']:,.0f} images/s, {_days(report)}",
+    ]
+
+
+def render(result: dict[str, Any]) -> str:
+    """The plan as text."""
+    gpu, parameters, sizes = result["gpu"], result["parameters"], result["checkpoint_bytes"]
+    lines = [
+        f"{result['gpus']} x {gpu['name']}: {gpu['flops'] / 1e12:g} TFLOP/s bf16 dense, {gpu['memory'] / 1e9:g} GB, "
+        f"{gpu['bandwidth'] / 1e12:g} TB/s ({gpu['source']}); MFU {result['mfu']:g} assumed, {result['dtype']}",
+        f"NOTE: {result['note']}",
+        f"parameters: {parameters['total']:,} (Muon {parameters['muon']:,}, AdamW {parameters['adamw']:,}, "
+        f"frozen {parameters['frozen']:,})",
+        "checkpoints: " + ", ".join(f"{name} {_gb(size)}" for name, size in sizes.items()),
+    ]
+    for report in result["stages"]:
+        lines += ["", report["stage"], *_stage_lines(report)]
+        if fitting := report.get("suggestion"):
+            lines += ["  a layout that fits:", *("  " + line for line in _stage_lines(fitting))]
+        elif not report["fits"]:
+            lines.append("  no micro-batch, checkpointing, sharding or expert-parallel degree fits on these GPUs")
+    return "\n".join([*lines, "", f"all stages: {_days(result)}"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command: 0, or 2 with one line on stderr when the recipe or the layout is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m model.plan", description=f"Plan a recipe's training. {NOT_YET}")
+    parser.add_argument("recipe", help="path of a recipe file, such as recipes/nucleus_17b.yaml")
+    add = parser.add_argument
+    add("--gpus", type=int, help="default: the recipe's nnodes x nproc_per_node")
+    add("--gpu", choices=sorted(GPUS), default="h100")
+    add("--shard", type=int, help="ranks that share weights and state (default: all GPUs)")
+    add("--expert-parallel", type=int, help="default: the recipe's")
+    add("--micro-batch", type=int, help="samples per GPU and accumulation step (default: the recipe's)")
+    add("--checkpointing", choices=("none", "full"), help="default: the recipe's")
+    add("--mfu", type=float, default=0.35, help="share of the peak that model FLOPs reach")
+    add("--cost-per-gpu-hour", type=float)
+    add("--text-tokens", type=int, default=TEXT_TOKENS, help="of a padded batch, template included")
+    add("--json", action="store_true")
+    options = vars(parser.parse_args(arguments))
+    as_json, path, gpu = options.pop("json"), options.pop("recipe"), GPUS[options.pop("gpu")]
+    try:
+        result = plan(*load_sections(path), gpu, **options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(result, indent=2) if as_json else render(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

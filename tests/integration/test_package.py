@@ -1,0 +1,69 @@
+"""What a cluster would be told: the packaged workflows, decoded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from flyteidl.admin import task_pb2
+from flyteidl.core import tasks_pb2
+
+from tasks.envs import CACHE_VERSIONS
+
+ROOT = Path(__file__).resolve().parents[2]
+ROLES = ("curation", "encoder", "trainer", "evaluator", "publisher")
+
+
+@pytest.fixture(scope="module")
+def specs(tmp_path_factory) -> dict[str, task_pb2.TaskSpec]:
+    """Task name -> its TaskSpec."""
+    out = tmp_path_factory.mktemp("package") / "package.tgz"
+    images = [part for role in ROLES for part in ("--image", f"{role}=registry.example/{role}:v1")]
+    subprocess.run(
+        [str(Path(sys.executable).with_name("pyflyte")), "--pkgs", "workflows", "package", *images, "--output", str(out), "-f"],
+        cwd=ROOT, check=True, capture_output=True,
+    )
+    found = {}
+    with tarfile.open(out) as tar:
+        for member in tar:
+            if member.name.endswith("_1.pb") and "arraynode" not in member.name:
+                spec = task_pb2.TaskSpec.FromString(tar.extractfile(member).read())
+                found[spec.template.id.name] = spec
+    return found
+
+
+@pytest.mark.parametrize(
+    ("task", "role", "cache"),
+    [
+        ("tasks.curation.task.make_shard", "curation", "records"),
+        ("tasks.curation.task.curate_records", "curation", "curation"),
+        ("tasks.encoding.task.encode_stage", "encoder", "encoding"),
+        ("tasks.training.task.train_stage", "trainer", "training"),
+        ("tasks.merging.task.merge_checkpoints", "trainer", "merging"),
+        ("tasks.evaluation.task.generate_images", "evaluator", "evaluation"),
+        ("tasks.publishing.task.publish_pipeline", "publisher", "publishing"),
+    ],
+)
+def test_each_task_has_its_roles_image_equal_requests_and_limits_and_a_cache_version(specs, task, role, cache):
+    template = specs[task].template
+    assert template.container.image == f"registry.example/{role}:v1"
+    requests = {entry.name: entry.value for entry in template.container.resources.requests}
+    assert requests and requests == {entry.name: entry.value for entry in template.container.resources.limits}
+    assert template.metadata.discoverable and template.metadata.discovery_version == CACHE_VERSIONS[cache]
+    assert template.metadata.retries.retries >= 3
+
+
+def test_the_recipe_is_read_anew_each_time_and_the_summary_told(specs):
+    for task in ("tasks.planning.task.resolve_recipe", "tasks.publishing.task.show_results"):
+        assert not specs[task].template.metadata.discoverable
+
+
+def test_training_asks_for_accelerators_and_may_be_preempted(specs):
+    template = specs["tasks.training.task.train_stage"].template
+    assert template.metadata.interruptible
+    requests = {entry.name: entry.value for entry in template.container.resources.requests}
+    assert requests[tasks_pb2.Resources.GPU] == "1"
+    assert template.extended_resources.gpu_accelerator.device
