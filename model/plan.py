@@ -42,6 +42,7 @@ VAE_SCALE = 8  # Qwen-Image's VAE
 TEXT_TOKENS = 512  # captions of up to 200 words and the chat template; the pipeline's limit is 1024
 USABLE = 0.9  # of a card's memory; the rest is for the CUDA context, NCCL and fragmentation
 FP32 = 4
+EXPERTS = ".img_mlp.experts."  # in the names of routed experts
 NOT_YET = (
     "The memory model is arithmetic and has not yet been checked against measured peaks. Sharding (FSDP2) and expert "
     "parallelism are planned here; model/train does not implement them yet."
@@ -88,10 +89,8 @@ class Layout:
                 raise ValueError(f"{what} {whole} must be a multiple of {name} {part}: {rest}")
 
     def __str__(self) -> str:
-        return (
-            f"{self.gpus} GPUs, shard {self.shard} (replicas {self.gpus // self.shard}), expert parallel "
-            f"{self.expert_parallel}, micro-batch {self.micro_batch}, checkpointing {self.checkpointing}"
-        )
+        degrees = f"shard {self.shard}, replicas {self.gpus // self.shard}, expert parallel {self.expert_parallel}"
+        return f"{self.gpus} GPUs, {degrees}, micro-batch {self.micro_batch}, checkpointing {self.checkpointing}"
 
 
 class Shapes:
@@ -110,7 +109,7 @@ class Shapes:
         self.total = sum(map(math.prod, self.shapes.values()))
         self.muon, self.adamw = (sum(p.numel() for _, p in groups[group]) for group in ("muon", "adamw"))
         self.frozen = self.total - self.muon - self.adamw
-        self.experts = sum(math.prod(shape) for name, shape in self.shapes.items() if _is_expert(name))
+        self.experts = sum(math.prod(shape) for name, shape in self.shapes.items() if EXPERTS in name)
         self.newton_schulz_flops = self.muon_workspace = 0
         for name, parameter in groups["muon"]:
             packed, stacked = split_matrices(name, parameter)
@@ -130,13 +129,13 @@ class Shapes:
         blocks: Counter[str] = Counter()
         for name, shape in self.shapes.items():
             block = name.split(".")[1] if name.startswith("transformer_blocks.") else "ends"
-            blocks[block] += math.prod(shape) // (layout.expert_parallel if _is_expert(name) else 1)
+            blocks[block] += math.prod(shape) // (layout.expert_parallel if EXPERTS in name else 1)
         return sorted(blocks.values(), reverse=True)
 
 
 def _sharded(name: str, shape: tuple[int, ...], layout: Layout) -> int:
     degree = layout.shard
-    if _is_expert(name):
+    if EXPERTS in name:
         shape = (shape[0] // layout.expert_parallel, *shape[1:])
         degree //= layout.expert_parallel
         if degree > shape[0]:  # fewer experts than ranks: torchtitan then shards the next dimension
@@ -180,14 +179,15 @@ def forward_flops(config: TransformerConfig, tokens: int, text_tokens: int, batc
     }
 
 
-def activation_bytes(config: TransformerConfig, layer: int, tokens: int, text_tokens: int, element: int) -> int:
-    """Bytes that block `layer` keeps for its backward, for one sample, eager code, and fused attention.
+def activation_bytes(config: TransformerConfig, layer: int, tokens: int, text_tokens: int, element: int,
+                     batch: int = 1) -> int:
+    """Bytes that block `layer` keeps for its backward: eager code, off the CPU paths, with fused attention.
 
-    `element`: bytes of the compute type. Counted from model/transformer.py, attention.py and moe.py off the CPU
-    paths: 8 tensors of width D on the residual path (inputs of the norms, normed, modulated, gated); q and k in
-    fp32 twice, normed, and turned; k and v with the text's; output and log-sum-exp. MoE: for each routed row its
-    input, packed gate and up, silu, product, and the fp32 output; the same of the shared expert. torch.compile
-    keeps less, masks on a kernel without fused GQA more.
+    `element`: bytes of the compute type. For each token 8 tensors of width D (inputs of norms, normed, modulated,
+    gated), q and k twice in fp32, normed, and turned, k and v beside the text's, the output and log-sum-exp. For
+    each routed row its input, packed gate and up, silu, product, and the output in fp32 and weighted; the same up
+    to the product of the shared expert. Once: the joined projection weights. torch.compile keeps less; a mask
+    more, where the kernel lacks it.
     """
     c, S, T = config, tokens, text_tokens
     D, H, F, E = c.width, c.attention_head_dim, c.moe_intermediate_dim, c.num_experts
@@ -198,11 +198,11 @@ def activation_bytes(config: TransformerConfig, layer: int, tokens: int, text_to
     bytes_ += T * (element * (c.joint_attention_dim + D) + (2 * FP32 + element) * kv)
     if c.is_moe_layer(layer):
         rows = E * c.capacity(layer, S)
-        bytes_ += rows * (element * (D + 4 * F) + FP32 * D + 32)  # 32: indices and gates
+        bytes_ += rows * (element * (2 * D + 4 * F) + FP32 * D + 32)  # 32: indices and gates
         bytes_ += S * (element * 4 * F + E * (2 * element + 2 * FP32))  # shared expert; logits and scores
     else:
         bytes_ += S * element * 4 * c.dense_inner_dim
-    return bytes_
+    return batch * bytes_ + element * D * (heads + 4 * kv)
 
 
 def _backward_bytes(config: TransformerConfig, layer: int, tokens: int, element: int) -> int:
@@ -227,7 +227,7 @@ def memory_per_gpu(shapes: Shapes, config: TransformerConfig, layout: Layout, to
     sent and received, E C B each of width D, of the layer with the most.
     """
     c, B, layers = config, layout.micro_batch, range(config.num_layers)
-    block = [B * activation_bytes(c, i, tokens, text_tokens, element) for i in layers]
+    block = [activation_bytes(c, i, tokens, text_tokens, element, B) for i in layers]
     rows = max((c.num_experts * c.capacity(i, tokens) for i in _moe_layers(c)), default=0)
     ends = B * (tokens * element * (3 * c.width + 2 * c.in_channels) + text_tokens * element * c.joint_attention_dim)
     inputs = B * tokens * element * c.width * c.num_layers
@@ -246,8 +246,8 @@ def memory_per_gpu(shapes: Shapes, config: TransformerConfig, layout: Layout, to
     }
     backward = sum(parts.values())
     parts["muon_workspace"] = shapes.muon_workspace // layout.shard
-    state = sum(parts[key] for key in ("weights", "gradients", "optimizer_muon", "optimizer_adamw"))
-    return parts | {"peak": max(backward, state + parts["muon_workspace"])}
+    in_step = ("weights", "gradients", "optimizer_muon", "optimizer_adamw", "muon_workspace")
+    return parts | {"peak": max(backward, sum(parts[key] for key in in_step))}
 
 
 def traffic(shapes: Shapes, config: TransformerConfig, layout: Layout, stage: StageConfig, tokens: int,
@@ -262,10 +262,9 @@ def traffic(shapes: Shapes, config: TransformerConfig, layout: Layout, stage: St
     """
     local, again = stage.batch_size // layout.gpus, layout.checkpointing == "full"
     micro_steps = local // layout.micro_batch
-    ep, replicas = layout.expert_parallel, layout.gpus // layout.shard
-    expert_shard = layout.shard // ep
+    shard, ep, replicas = layout.shard, layout.expert_parallel, layout.gpus // layout.shard
     dense, experts = shapes.total - shapes.experts, shapes.experts // ep
-    over_network = (dense * (layout.shard - 1) / layout.shard) + experts * (expert_shard - 1) / expert_shard
+    over_network = dense * (shard - 1) / shard + experts * (shard // ep - 1) / (shard // ep)
     all_reduced = 2 * shapes.per_gpu(layout) * (replicas - 1) / replicas
     rows = sum(config.num_experts * config.capacity(i, tokens) for i in _moe_layers(config))
     muon, adamw = (shapes.per_gpu(layout, group) for group in ("muon", "adamw"))
@@ -286,19 +285,14 @@ def plan_stage(shapes: Shapes, model: TransformerConfig, train: TrainConfig, sta
 
     step time = 3 x forward FLOPs / (gpus x peak x mfu): the backward is twice the forward; recomputation and the
     optimiser are in `hardware_flops` but not in MFU's definition, which they lower. Image tokens are those of the
-    square bucket; other shapes differ by about 1 to 2 percent.
-
-    Raises:
-        ValueError: degrees that do not divide, sizes that do not tile, or an MFU or price out of range.
-    """
+    square bucket; other shapes differ by about 1 to 2 percent. The peak is bf16's, whatever the recipe computes in.
+    Raises ValueError: degrees that do not divide, sizes that do not tile, or an MFU or price out of range."""
     config, tokens = _of_stage(model, stage)
     layout.check(config.num_experts, stage)
     price = cost_per_gpu_hour
     if not 0 < mfu <= 1 or text_tokens < 1 or price is not None and not 0 <= price < math.inf:
-        raise ValueError(
-            f"mfu={mfu} must lie in (0, 1], text_tokens={text_tokens} be at least 1, and cost_per_gpu_hour={price} be "
-            "at least 0"
-        )
+        valid = f"mfu={mfu} must lie in (0, 1], text_tokens={text_tokens} be 1 or more"
+        raise ValueError(f"{valid}, cost_per_gpu_hour={price} be 0 or more")
     element = 2 if train.dtype == "bfloat16" else FP32
     memory = memory_per_gpu(shapes, config, layout, tokens, text_tokens, element)
     micro = forward_flops(config, tokens, text_tokens, layout.micro_batch, fp32=element == FP32)
@@ -307,13 +301,11 @@ def plan_stage(shapes: Shapes, model: TransformerConfig, train: TrainConfig, sta
     newton_schulz = train.optim.muon_ns_steps * shapes.newton_schulz_flops * (layout.gpus // layout.shard)
     moved = traffic(shapes, config, layout, stage, tokens, element, memory["activations"])
     step_s = total / (layout.gpus * gpu.flops * mfu)
-    hours = step_s * stage.steps / 3600
+    hours, limit = step_s * stage.steps / 3600, USABLE * gpu.memory
     return {
         "stage": stage.name, "layout": asdict(layout), "image_tokens": tokens, "text_tokens": text_tokens,
-        "parameters": shapes.total,
-        "active_parameters_per_image_token": active_parameters(shapes, config, tokens),
-        "memory_bytes": memory, "usable_bytes": round(USABLE * gpu.memory),
-        "fits": memory["peak"] <= USABLE * gpu.memory,
+        "parameters": shapes.total, "active_parameters_per_image_token": active_parameters(shapes, config, tokens),
+        "memory_bytes": memory, "usable_bytes": round(limit), "fits": memory["peak"] <= limit,
         "flops": {"forward": forward, "forward_and_backward": total},
         "hardware_flops": total + newton_schulz + (layout.checkpointing == "full") * sum(forward.values()),
         "bytes_per_step": moved,
@@ -325,23 +317,21 @@ def plan_stage(shapes: Shapes, model: TransformerConfig, train: TrainConfig, sta
 
 def suggest(shapes: Shapes, model: TransformerConfig, train: TrainConfig, stage: StageConfig, asked: Layout, gpu: Gpu,
             text_tokens: int = TEXT_TOKENS) -> Layout | None:
-    """The first layout on as many GPUs that fits, nearest to `asked`; None if none does.
-
-    It keeps sharding, then expert parallelism, then checkpointing if it can, and takes the largest micro-batch.
-    """
+    """The layout on as many GPUs that fits and is nearest to `asked` (sharding first, then expert parallelism, then
+    checkpointing), with the largest micro-batch; None if none fits."""
     config, tokens = _of_stage(model, stage)
     element = 2 if train.dtype == "bfloat16" else FP32
+    divisors = lambda number: [i for i in range(1, number + 1) if number % i == 0]  # noqa: E731
     layouts = (
         Layout(asked.gpus, shard, ep, micro, checkpointing)
         for shard in dict.fromkeys((asked.shard, asked.gpus))
-        for ep in sorted(_divisors(math.gcd(shard, config.num_experts)),
+        for ep in sorted(divisors(math.gcd(shard, config.num_experts)),
                          key=lambda ep: abs(math.log(ep / asked.expert_parallel)))
         for checkpointing in sorted(("none", "full"), key=lambda name: name != asked.checkpointing)
-        for micro in reversed(_divisors(stage.batch_size // asked.gpus))
+        for micro in reversed(divisors(stage.batch_size // asked.gpus))
     )
-    limit = USABLE * gpu.memory
     peaks = ((memory_per_gpu(shapes, config, x, tokens, text_tokens, element)["peak"], x) for x in layouts)
-    return next((layout for peak, layout in peaks if peak <= limit), None)
+    return next((layout for peak, layout in peaks if peak <= USABLE * gpu.memory), None)
 
 
 def plan(model: TransformerConfig, train: TrainConfig, gpu: Gpu, *, gpus: int | None = None, shard: int | None = None,
@@ -373,25 +363,16 @@ def plan(model: TransformerConfig, train: TrainConfig, gpu: Gpu, *, gpus: int | 
     return {
         "note": NOT_YET, "gpu": asdict(gpu), "gpus": gpus, "mfu": mfu, "dtype": train.dtype,
         "parameters": {"total": shapes.total, "muon": shapes.muon, "adamw": shapes.adamw, "frozen": shapes.frozen},
-        # Tensors alone; file headers add well under a megabyte. Full: weights and optimiser state, fp32.
+        # Tensors alone, without file headers. Full: weights and optimiser state, fp32.
         "checkpoint_bytes": {"model_bf16": 2 * shapes.total, "model_fp32": FP32 * shapes.total,
                              "full": FP32 * (shapes.total + shapes.muon + 2 * shapes.adamw)},
-        "stages": stages,
-        "days": sum(stage["days"] for stage in stages),
+        "stages": stages, "days": sum(stage["days"] for stage in stages),
         "cost": None if cost_per_gpu_hour is None else sum(stage["cost"] for stage in stages),
     }
 
 
-def _is_expert(name: str) -> bool:
-    return ".img_mlp.experts." in name
-
-
 def _moe_layers(config: TransformerConfig) -> list[int]:
     return [layer for layer in range(config.num_layers) if config.is_moe_layer(layer)]
-
-
-def _divisors(number: int) -> list[int]:
-    return [i for i in range(1, number + 1) if number % i == 0]
 
 
 def _of_stage(model: TransformerConfig, stage: StageConfig) -> tuple[TransformerConfig, int]:
@@ -413,7 +394,6 @@ def _validated(section: Any, data: Any, where: str) -> Any:
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's numbers and words, as the recipe's own loader: PyYAML's 1.1 reads an unquoted 16:9 as 969."""
-
     yaml_implicit_resolvers: dict[str, Any] = {}
 
 
@@ -430,14 +410,11 @@ for _tag, _pattern, _first in (
 def load_sections(path: str | Path) -> tuple[TransformerConfig, TrainConfig]:
     """The `model` and `train` sections of a recipe file; the other sections are neither needed nor checked.
 
-    Raises ValueError: no such file, not YAML, or a section that is missing or wrong (the key is named).
-    """
+    Raises ValueError: no such file, not YAML, or a section that is missing or wrong (the key is named)."""
     try:
         data = yaml.load(Path(path).read_bytes(), Loader=_Loader)
-    except OSError as error:
-        raise ValueError(f"recipe {str(path)!r} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict) or not {"model", "train"} <= data.keys():
         raise ValueError(f"{path} must have the sections model and train")
     return _validated(TransformerConfig, data["model"], "model"), _validated(TrainConfig, data["train"], "train")

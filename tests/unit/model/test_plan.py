@@ -9,8 +9,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import TransformerConfig
 from model.plan import (
-    GPUS, USABLE, Layout, Shapes, activation_bytes, active_parameters, forward_flops, load_sections, main, memory_per_gpu, plan,
-    plan_stage, suggest,
+    GPUS,
+    USABLE,
+    Layout,
+    Shapes,
+    activation_bytes,
+    active_parameters,
+    forward_flops,
+    load_sections,
+    main,
+    memory_per_gpu,
+    plan,
+    plan_stage,
+    suggest,
 )
 from model.rope import rope_tables
 from model.transformer import NucleusTransformer
@@ -85,7 +96,8 @@ def _counted(config, side, text_tokens, dtype):
 
 
 @pytest.mark.parametrize("layout", [
-    Layout(64, 64, 64, 4, "full"), Layout(64, 64, 1, 4, "none"), Layout(64, 32, 8, 1, "none"), Layout(8, 1, 1, 1, "full"),
+    Layout(64, 64, 64, 4, "full"), Layout(64, 64, 1, 4, "none"), Layout(64, 32, 8, 1, "none"),
+    Layout(8, 1, 1, 1, "full"),
 ], ids=str)
 def test_memory_parts_sum_to_the_peak(sections, shapes, layout):
     memory = memory_per_gpu(shapes, sections[0], layout, 4096, 512, 2)
@@ -140,11 +152,8 @@ def test_activations_are_what_autograd_keeps_of_a_block(monkeypatch, layer):
     shared = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *tables, text)}
     sizes = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in saved}
     kept = sum(size for storage, size in sizes.items() if storage not in shared)
-    import collections
-    print(collections.Counter((tuple(t.shape),str(t.dtype),t.untyped_storage()._cdata%100000) for t in saved if t.untyped_storage()._cdata not in shared))
-    planned = B * activation_bytes(config, layer, S, T, 2)
-    print(layer, kept, planned)
-    assert planned == pytest.approx(kept, rel=0.1)
+    planned = activation_bytes(config, layer, S, T, 2, batch=B)
+    assert planned == pytest.approx(kept, rel=0.02)
 
 
 def test_a_small_gpu_does_not_fit_and_the_suggestion_does(sections, shapes):
@@ -161,8 +170,6 @@ def test_a_small_gpu_does_not_fit_and_the_suggestion_does(sections, shapes):
 
 
 def test_a_plan_that_does_not_fit_names_a_layout_or_says_none(capsys):
-    assert main([str(RECIPE), "--gpus", "64", "--checkpointing", "none", "--micro-batch", "64"]) == 2
-    assert "64 = 0 x" not in capsys.readouterr().out
     assert main([str(RECIPE), "--gpus", "1", "--expert-parallel", "1", "--micro-batch", "1"]) == 0
     out = capsys.readouterr().out
     assert "DOES NOT FIT" in out and "no micro-batch, checkpointing, sharding" in out
@@ -215,8 +222,8 @@ def test_a_wrong_layout_is_one_line_with_the_arithmetic(capsys, options, message
 def test_a_wrong_recipe_is_one_line(capsys, tmp_path):
     path = tmp_path / "recipe.yaml"
     for text, message in (
-        (None, "cannot be read"),
-        ("a: [", "not valid YAML"),
+        (None, "No such file"),
+        ("a: [", "cannot be read as YAML"),
         ("model: {}", "must have the sections model and train"),
         (RECIPE.read_text().replace("num_layers: 32", "num_layres: 32"), "model.num_layres"),
         (RECIPE.read_text().replace("image_size_px: 256", "image_size_px: 250"), "must be a multiple of 16"),
