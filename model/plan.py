@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -37,6 +36,7 @@ from pydantic import ValidationError
 from model.config import StageConfig, TrainConfig, TransformerConfig
 from model.optim import parameter_groups, split_matrices
 from model.transformer import NucleusTransformer
+from model.yaml12 import Loader
 
 VAE_SCALE = 8  # Qwen-Image's VAE
 TEXT_TOKENS = 512  # captions of up to 200 words and the chat template; the pipeline's limit is 1024
@@ -392,27 +392,12 @@ def _validated(section: Any, data: Any, where: str) -> Any:
         raise ValueError(f"{key}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers and words, as the recipe's own loader: PyYAML's 1.1 reads an unquoted 16:9 as 969."""
-    yaml_implicit_resolvers: dict[str, Any] = {}
-
-
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
-    ("merge", r"<<", ["<"]),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
-
-
 def load_sections(path: str | Path) -> tuple[TransformerConfig, TrainConfig]:
     """The `model` and `train` sections of a recipe file; the other sections are neither needed nor checked.
 
     Raises ValueError: no such file, not YAML, or a section that is missing or wrong (the key is named)."""
     try:
-        data = yaml.load(Path(path).read_bytes(), Loader=_Loader)
+        data = yaml.load(Path(path).read_bytes(), Loader=Loader)
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict) or not {"model", "train"} <= data.keys():

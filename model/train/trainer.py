@@ -31,7 +31,7 @@ SAMPLES = "samples"
 
 
 class NoTokenizer(BaseTokenizer):
-    """torchtitan asks for a tokenizer; text was encoded before training."""
+    """torchtitan asks for a tokenizer but calls none here: text was encoded before training. So these must raise."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseTokenizer.Config):

@@ -28,3 +28,4 @@ def test_overrides_given_twice_are_refused_however_they_are_written(monkeypatch,
 def test_overrides_given_once_are_not(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pyflyte", "run", "reproduce", "--overrides=--overrides=1"])
     importlib.reload(workflows.reproduce)
+    assert callable(workflows.reproduce.reproduce)
