@@ -37,6 +37,7 @@ def parameter_groups(model: nn.Module) -> dict[str, NamedParameters]:
     """{"muon": [(name, p), ...], "adamw": [...]}: every trainable parameter exactly once, in model order."""
     groups: dict[str, NamedParameters] = {"muon": [], "adamw": []}
     for name, parameter in model.named_parameters():
+        name = name.replace("_checkpoint_wrapped_module.", "")  # what activation checkpointing puts into names
         if parameter.requires_grad:
             groups["muon" if is_muon_parameter(name) else "adamw"].append((name, parameter))
     return groups

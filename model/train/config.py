@@ -11,10 +11,10 @@ from model.train.device import DEVICE_TYPE
 from torchtitan.components.loss import MSELoss
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.config.configs import DebugConfig
-from torchtitan.distributed.activation_checkpoint import FullAC
 
 from model.config import StageConfig, TrainConfig, TransformerConfig
 from model.hashing import hash_words
+from model.train.activation import activation_config
 from model.train.checkpoint import CHECKPOINTS, StageCheckpointer
 from model.train.data import LatentDataLoader
 from model.train.metrics import StageMetrics
@@ -30,7 +30,7 @@ def stage_seed(seed: int, stage: StageConfig) -> int:
 
 def stage_transformer(transformer: TransformerConfig, stage: StageConfig) -> TransformerConfig:
     """The model of a stage: the recipe's, with the stage's capacity factors."""
-    return TransformerConfig(**{**transformer.model_dump(), "capacity_factors": stage.capacity_factors})
+    return transformer.with_capacity_factors(stage.capacity_factors)
 
 
 def trainer_config(
@@ -96,7 +96,7 @@ def trainer_config(
             data_parallel_shard_degree=1,
             expert_parallel_degree=train.expert_parallel,
         ),
-        activation_checkpoint=None if train.activation_checkpointing == "none" else FullAC.Config(),
+        activation_checkpoint=activation_config(train.activation_checkpointing),
         compile=CompileConfig(enable=train.compile, components=["model"]),
         checkpoint=StageCheckpointer.Config(
             enable=True,

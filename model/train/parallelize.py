@@ -7,7 +7,6 @@ from typing import Any
 from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 
 import torch
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torchtitan.distributed import ParallelDims
 
 
@@ -33,8 +32,7 @@ def parallelize(
         )
     blocks = model.transformer_blocks
     if ac_config is not None:
-        for name, block in blocks.named_children():
-            blocks.register_module(name, checkpoint_wrapper(block))
+        ac_config.build().apply(model)
     if compile_config.enable:
         for block in blocks.children():
             block.compile(backend=compile_config.backend)
