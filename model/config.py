@@ -8,9 +8,9 @@ recipes/nucleus_17b.yaml).
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -30,10 +30,36 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
+class RoutingConfig(Section):
+    """How the MoE layers route. The defaults are the released model; everything else is an ablation of it.
+
+    kind: "expert_choice", each expert takes its top tokens; "token_choice", each token takes its top-k experts, with
+        k the layer's capacity factor (a whole number then), so that as many experts meet a token on average;
+        "dense", a SwiGLU in place of router and experts, as wide as what meets a token (`TransformerConfig.ffn_hidden`).
+    coupled: the router sees the modulated tokens, as the experts do, instead of the unmodulated ones.
+    expert_limit: token choice only: an expert takes at most ceil(expert_limit k S / E) of a sample's S tokens, the
+        highest scores first, and drops the others (the "capacity factor" of the Switch Transformer, arXiv
+        2101.03961); None drops nothing.
+    """
+
+    kind: Literal["expert_choice", "token_choice", "dense"] = "expert_choice"
+    coupled: bool = False
+    expert_limit: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "RoutingConfig":
+        if self.expert_limit is not None and self.kind != "token_choice":
+            raise ValueError(f"expert_limit={self.expert_limit} is of kind 'token_choice', not of {self.kind!r}")
+        if self.coupled and self.kind == "dense":
+            raise ValueError("coupled=true needs a router, and kind 'dense' has none")
+        return self
+
+
 class TransformerConfig(Section):
     """The keys of diffusers' `NucleusMoEImageTransformer2DModel` config.json, with the released defaults' names.
 
-    Source: diffusers 0.42.1, transformer_nucleusmoe_image.py. Width is heads x head dim.
+    Source: diffusers 0.42.1, transformer_nucleusmoe_image.py. Width is heads x head dim. `routing` is this project's
+    own, for ablations, which diffusers cannot load: where it has its defaults, it is left out when written.
     """
 
     patch_size: Positive = 2
@@ -54,6 +80,19 @@ class TransformerConfig(Section):
     use_sigmoid: bool = False
     route_scale: float = 2.5
     use_grouped_mm: bool = False
+    routing: RoutingConfig = RoutingConfig()
+
+    @model_serializer(mode="wrap")
+    def _without_default_routing(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = write(self)
+        if not self.is_ablation:
+            values.pop("routing", None)
+        return values
+
+    @property
+    def is_ablation(self) -> bool:
+        """Whether it computes something else than diffusers' class, which then cannot load its weights."""
+        return self.routing != RoutingConfig()
 
     @property
     def width(self) -> int:
@@ -69,7 +108,11 @@ class TransformerConfig(Section):
         return int(self.width * self.mlp_ratio * 2 / 3) // 128 * 128
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether block `layer` (from 0) routes; the rule of diffusers' `_is_moe_layer`."""
+        """Whether block `layer` (from 0) routes."""
+        return self.routing.kind != "dense" and self._is_sparse(layer)
+
+    def _is_sparse(self, layer: int) -> bool:
+        """Whether block `layer` routes in the released model; the rule of diffusers' `_is_moe_layer`."""
         if not self.moe_enabled or self.dense_moe_strategy == "all_dense":
             return False
         if self.dense_moe_strategy == "all_moe":
@@ -79,6 +122,27 @@ class TransformerConfig(Section):
         if self.dense_moe_strategy == "leave_first_three_blocks_dense":
             return layer >= 3
         return 3 <= layer < self.num_layers - 1
+
+    def ffn_hidden(self, layer: int) -> int:
+        """Inner width of the dense SwiGLU of block `layer`.
+
+        Where kind "dense" stands for an MoE layer, it has the weights that are active on a token there. E experts of
+        hidden width F and 3 D F weights take C = cf S / E of S tokens each, so that E C / S = cf of them meet a token
+        on average, and the shared expert one more: 3 D F (cf + 1) = 3 D x, x = (cf + 1) F. The router's 2 D E weights
+        (1% of that in the 17B model) are not made up for.
+        """
+        if not self._is_sparse(layer):
+            return self.dense_inner_dim
+        return round((self.capacity_factor(layer) + 1) * self.moe_intermediate_dim)
+
+    def with_capacity_factors(self, factors: float | tuple[float, ...]) -> "TransformerConfig":
+        """The same model at a training stage's capacity factors.
+
+        Of kind "dense" they are the width of its layers, which no stage may change: it is returned as it is.
+        """
+        if self.routing.kind == "dense":
+            return self
+        return TransformerConfig(**{**self.model_dump(), "capacity_factors": factors})
 
     def capacity_factor(self, layer: int) -> float:
         factors = self.capacity_factors
@@ -113,7 +177,9 @@ class TransformerConfig(Section):
                     f"capacity factor {value} must lie in (0, num_experts={self.num_experts}]: above it an expert "
                     "would take more tokens than there are"
                 )
-        if any(not self.is_moe_layer(i) for i in range(self.num_layers)) and self.dense_inner_dim == 0:
+            if self.routing.kind == "token_choice" and value != int(value):
+                raise ValueError(f"capacity factor {value} must be a whole number: with token choice, it is top-k")
+        if any(not self._is_sparse(i) for i in range(self.num_layers)) and self.dense_inner_dim == 0:
             raise ValueError(
                 f"width {self.width} x mlp_ratio {self.mlp_ratio} x 2/3 is under 128: the dense blocks would be empty"
             )
@@ -123,6 +189,7 @@ class TransformerConfig(Section):
 class OptimConfig(Section):
     """Muon for attention and expert matrices, AdamW for every other parameter; constant rate after warm-up (WSM)."""
 
+    matrices: Literal["muon", "adamw"] = "muon"  # "adamw": AdamW, at adamw_lr, for every parameter
     muon_lr: Annotated[float, Field(gt=0)]
     adamw_lr: Annotated[float, Field(gt=0)]
     muon_momentum: Fraction = 0.95
@@ -140,6 +207,7 @@ class LossConfig(Section):
 
     router_z_loss: Annotated[float, Field(ge=0)] = 0.0
     router_orthogonality: Annotated[float, Field(ge=0)] = 0.0
+    load_balance: Annotated[float, Field(ge=0)] = 0.0  # for token choice: expert choice is balanced as it is
     wavelet: Annotated[float, Field(ge=0)] = 0.0
 
 

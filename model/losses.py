@@ -1,4 +1,4 @@
-"""Losses: flow matching, router z-loss, router orthogonality, and the wavelet loss on the clean latent.
+"""Losses: flow matching; of routers z-loss, load balance and orthogonality; the wavelet loss on the clean latent.
 
 Shape suffixes: B batch, S tokens, E experts, C channels.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from model.moe import MoE
+from model.moe import MoE, Routing
 
 
 def flow_matching_loss(prediction: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,6 +29,24 @@ def router_z_loss(logits: Iterable[torch.Tensor]) -> torch.Tensor:
     one. 0 for a model without routers.
     """
     losses = [layer.float().logsumexp(dim=-1).square().mean() for layer in logits]
+    return torch.stack(losses).sum() if losses else torch.zeros(())
+
+
+def load_balance_loss(routings: Iterable[Routing]) -> torch.Tensor:
+    """E sum_e f_e p_e, summed over layers: f_e the share of a sample's assignments that went to expert e, p_e its mean
+    score over the sample's tokens; the mean over samples. 1 for each layer whose experts share the tokens evenly.
+
+    The Switch Transformer's loss (arXiv 2101.03961, eq. 4) of each sample by itself, as DeepSeek-V3's (arXiv
+    2412.19437, eq. 17), so that it does not depend on how a batch is cut into micro-batches. f_e has no gradient. For
+    token choice: where experts choose, it is the constant 1. 0 for a model without routers.
+    """
+    losses = []
+    for routing in routings:
+        scores_BSE = routing.scores_BSE.float()
+        taken_BE = routing.taken_BSE().float().sum(dim=1)
+        f_BE = taken_BE / taken_BE.sum(dim=1, keepdim=True)
+        p_BE = (scores_BSE / scores_BSE.sum(dim=-1, keepdim=True)).mean(dim=1)
+        losses.append((f_BE * p_BE).sum(dim=1).mean() * f_BE.shape[1])
     return torch.stack(losses).sum() if losses else torch.zeros(())
 
 

@@ -1,7 +1,7 @@
-"""Expert-choice mixture of experts with a shared expert.
+"""Expert-choice mixture of experts with a shared expert; token choice and coupled routing as its ablations.
 
     unmodulated tokens + timestep --> router --> scores --> each expert takes its top C tokens of each sample
-    modulated tokens --+--> gather [E, B C, D] --> experts (batched products) --> weighted scatter --+--> out
+    modulated tokens --+--> gather [E, B C, D] --> experts (batched products) --> combine, weighted -+--> out
                        +--> shared expert ----------------------------------------------------------+
 
 Every expert takes the same number of tokens, so that dense batched products need neither sorting nor padding.
@@ -18,16 +18,38 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model.config import RoutingConfig
 from model.cpu_ops import swiglu
 
 
 class Routing(NamedTuple):
-    """What one MoE layer decided. `gates` are normalised over the experts that took the token, and scaled."""
+    """What one MoE layer decided. `gates` are normalised over the experts that took the token, and scaled.
+
+    Experts that take fewer than C tokens are filled up with tokens that they did not take, at gate 0: then
+    `taken_BEC` says which are real. None: all are, as always where experts choose.
+    """
 
     logits_BSE: torch.Tensor
     scores_BSE: torch.Tensor
     indices_BEC: torch.Tensor
     gates_BEC: torch.Tensor
+    taken_BEC: torch.Tensor | None = None
+
+    def rows_R(self) -> torch.Tensor:
+        """Rows of the tokens in [B S, D]: expert after expert, within one sample after sample."""
+        B, S, _ = self.logits_BSE.shape
+        offsets = torch.arange(0, B * S, S, device=self.indices_BEC.device).view(B, 1, 1)
+        return (self.indices_BEC + offsets).transpose(0, 1).reshape(-1)
+
+    def weights_BSE(self) -> torch.Tensor:
+        """The gate of every expert on every token, 0 where the expert did not take it."""
+        return torch.zeros_like(self.scores_BSE).scatter_(1, self.indices_BEC.mT, self.gates_BEC.mT)
+
+    def taken_BSE(self) -> torch.Tensor:
+        """Whether the expert took the token, boolean."""
+        taken_BEC = torch.ones_like(self.indices_BEC, dtype=torch.bool) if self.taken_BEC is None else self.taken_BEC
+        nothing = torch.zeros(self.scores_BSE.shape, dtype=torch.bool, device=taken_BEC.device)
+        return nothing.scatter_(1, self.indices_BEC.mT, taken_BEC.mT)
 
 
 class SwiGLU(nn.Module):
@@ -57,7 +79,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """diffusers' `NucleusMoELayer`, dense."""
+    """diffusers' `NucleusMoELayer`, dense. `routing` other than the default is an ablation: see RoutingConfig."""
 
     def __init__(
         self,
@@ -67,12 +89,14 @@ class MoE(nn.Module):
         capacity_factor: float,
         use_sigmoid: bool = False,
         route_scale: float = 2.5,
+        routing: RoutingConfig = RoutingConfig(),
     ):
         super().__init__()
         self.num_experts = num_experts
         self.capacity_factor = capacity_factor
         self.use_sigmoid = use_sigmoid
         self.route_scale = route_scale
+        self.routing = routing
         self.gate = nn.Linear(2 * width, num_experts, bias=False)
         self.experts = Experts(num_experts, width, hidden)
         self.shared_expert = SwiGLU(width, hidden)
@@ -81,30 +105,70 @@ class MoE(nn.Module):
         """Tokens that each expert takes of each sample."""
         return max(1, math.ceil(self.capacity_factor * num_tokens / self.num_experts))
 
-    def route(self, unmodulated_BSD: torch.Tensor, timestep_BD: torch.Tensor) -> Routing:
+    def route(self, seen_BSD: torch.Tensor, timestep_BD: torch.Tensor) -> Routing:
         """The router sees [timestep ; tokens]; its product is split in two, so that no [B, S, 2D] is made."""
-        B, S, D = unmodulated_BSD.shape
+        B, S, D = seen_BSD.shape
         weight_time, weight_token = self.gate.weight.split(D, dim=1)
-        logits_BSE = F.linear(unmodulated_BSD, weight_token) + F.linear(timestep_BD, weight_time).unsqueeze(1)
+        logits_BSE = F.linear(seen_BSD, weight_token) + F.linear(timestep_BD, weight_time).unsqueeze(1)
         scores = torch.sigmoid(logits_BSE.float()) if self.use_sigmoid else logits_BSE.float().softmax(dim=-1)
         scores_BSE = scores.to(logits_BSE.dtype)
-        chosen_BEC, indices_BEC = scores_BSE.transpose(1, 2).topk(self.capacity(S), dim=-1)
+        taken_BEC = None
+        if self.routing.kind == "token_choice":
+            chosen_BEC, indices_BEC, taken_BEC = token_choice(
+                scores_BSE, int(self.capacity_factor), self.routing.expert_limit
+            )
+        else:
+            chosen_BEC, indices_BEC = scores_BSE.transpose(1, 2).topk(self.capacity(S), dim=-1)
         flat = indices_BEC.flatten(1)
         sums_BS = torch.zeros(B, S, dtype=chosen_BEC.dtype, device=chosen_BEC.device)
         sums_BS = sums_BS.scatter_add(1, flat, chosen_BEC.flatten(1))
         gates_BEC = chosen_BEC / (sums_BS.gather(1, flat).view_as(chosen_BEC) + 1e-12) * self.route_scale
-        return Routing(logits_BSE, scores_BSE, indices_BEC, gates_BEC)
+        return Routing(logits_BSE, scores_BSE, indices_BEC, gates_BEC, taken_BEC)
 
     def forward(
         self, x_BSD: torch.Tensor, unmodulated_BSD: torch.Tensor, timestep_BD: torch.Tensor
     ) -> tuple[torch.Tensor, Routing]:
-        B, S, D = x_BSD.shape
-        routing = self.route(unmodulated_BSD, timestep_BD)
-        offsets = torch.arange(0, B * S, S, device=x_BSD.device).view(B, 1, 1)
-        rows_R = (routing.indices_BEC + offsets).transpose(0, 1).reshape(-1)
-        gates_R1 = routing.gates_BEC.transpose(0, 1).reshape(-1, 1)
-        routed_RD = x_BSD.reshape(B * S, D).index_select(0, rows_R)
-        routed_RD = self.experts(routed_RD.view(self.num_experts, -1, D)).reshape(-1, D)
-        routed_RD = (routed_RD.float() * gates_R1).to(x_BSD.dtype)
-        out = self.shared_expert(x_BSD).reshape(B * S, D).index_add(0, rows_R, routed_RD)
-        return out.view(B, S, D), routing
+        routing = self.route(x_BSD if self.routing.coupled else unmodulated_BSD, timestep_BD)
+        rows_R = routing.rows_R()
+        routed_END = self.experts(gather(x_BSD, rows_R, self.num_experts))
+        gates_EBC = routing.gates_BEC.transpose(0, 1)
+        return combine(self.shared_expert(x_BSD), routed_END, rows_R, gates_EBC), routing
+
+
+def token_choice(
+    scores_BSE: torch.Tensor, top_k: int, expert_limit: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Each token takes its `top_k` experts, laid out as if the experts had chosen.
+
+    C is the most tokens that any expert got of any sample (at most the limit, see RoutingConfig). An expert's own
+    tokens come first, the highest scores first; what fills it up to C has score 0.
+
+    Returns:
+        scores, token indices and whether the token is the expert's own, each [B, E, C].
+    """
+    S, E = scores_BSE.shape[1:]
+    own_BSE = torch.zeros_like(scores_BSE, dtype=torch.bool)
+    own_BSE.scatter_(2, scores_BSE.topk(top_k, dim=-1).indices, True)
+    C = int(own_BSE.sum(dim=1).max())
+    if expert_limit is not None:
+        C = min(C, max(1, math.ceil(expert_limit * top_k * S / E)))
+    own_first_BES = scores_BSE.detach().masked_fill(~own_BSE, -1.0).transpose(1, 2)  # scores are at least 0
+    indices_BEC = own_first_BES.topk(C, dim=-1).indices
+    taken_BEC = own_BSE.transpose(1, 2).gather(2, indices_BEC)
+    chosen_BEC = scores_BSE.transpose(1, 2).gather(2, indices_BEC) * taken_BEC
+    return chosen_BEC, indices_BEC, taken_BEC
+
+
+def gather(x_BSD: torch.Tensor, rows_R: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """The experts' tokens [E, B C, D]."""
+    D = x_BSD.shape[-1]
+    return x_BSD.reshape(-1, D).index_select(0, rows_R).view(num_experts, -1, D)
+
+
+def combine(
+    shared_BSD: torch.Tensor, routed_END: torch.Tensor, rows_R: torch.Tensor, gates_EBC: torch.Tensor
+) -> torch.Tensor:
+    """The experts' outputs, weighted in fp32, added to the shared expert's at their tokens [B, S, D]."""
+    D = shared_BSD.shape[-1]
+    routed_RD = (routed_END.reshape(-1, D).float() * gates_EBC.reshape(-1, 1)).to(shared_BSD.dtype)
+    return shared_BSD.reshape(-1, D).index_add(0, rows_R, routed_RD).view_as(shared_BSD)

@@ -81,9 +81,10 @@ class Block(nn.Module):
                 config.capacity_factor(layer),
                 config.use_sigmoid,
                 config.route_scale,
+                config.routing,
             )
             if self.moe_enabled
-            else SwiGLU(width, config.dense_inner_dim)
+            else SwiGLU(width, config.ffn_hidden(layer))
         )
 
     def text_kv(self, text_BTJ, text_weight_J, table_text) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,9 +142,13 @@ class RouterTrace:
     def add(self, layer: int, routing: Routing) -> None:
         self.layers[layer] = routing
 
+    def routings(self) -> list[Routing]:
+        """Of each MoE layer, in order, with their graph (for the losses)."""
+        return [self.layers[i] for i in sorted(self.layers)]
+
     def logits(self) -> list[torch.Tensor]:
         """Router logits [B, S, E] of each MoE layer, in order, with their graph (for the z-loss)."""
-        return [self.layers[i].logits_BSE for i in sorted(self.layers)]
+        return [routing.logits_BSE for routing in self.routings()]
 
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:
@@ -156,17 +161,14 @@ class RouterTrace:
             return {}
         per_layer = {}
         for layer, routing in sorted(self.layers.items()):
-            B, S, E = routing.logits_BSE.shape
-            flat = routing.indices_BEC.flatten(1)
-            taken = torch.zeros(B, S, device=flat.device).scatter_add_(
-                1, flat, torch.ones(flat.shape, device=flat.device)
-            )
+            E = routing.logits_BSE.shape[-1]
+            taken = routing.taken_BSE().sum(dim=-1)
             shares = routing.scores_BSE.float()
             shares = shares / shares.sum(-1, keepdim=True)
             entropy = -(shares * shares.clamp_min(1e-20).log()).sum(-1).mean() / math.log(max(E, 2))
             per_layer[layer] = {
                 "dropped": (taken == 0).float().mean().item(),
-                "experts_max": taken.max().item(),
+                "experts_max": float(taken.max().item()),
                 "entropy": entropy.item(),
                 "logit_max": routing.logits_BSE.float().abs().max().item(),
             }
@@ -257,7 +259,7 @@ class NucleusTransformer(nn.Module):
             ValueError: a wrong count, or a factor outside (0, num_experts].
         """
         values = factors if isinstance(factors, (int, float)) else tuple(factors)
-        self.config = TransformerConfig(**{**self.config.model_dump(), "capacity_factors": values})
+        self.config = self.config.with_capacity_factors(values)
         for layer, block in enumerate(self.transformer_blocks):
             if block.moe_enabled:
                 block.img_mlp.capacity_factor = self.config.capacity_factor(layer)

@@ -90,9 +90,7 @@ class Recipe(Section):
         experts = self.model.num_experts
         for i, stage in enumerate(self.train.stages):
             try:
-                stage_model = TransformerConfig(
-                    **{**self.model.model_dump(), "capacity_factors": stage.capacity_factors}
-                )
+                stage_model = self.model.with_capacity_factors(stage.capacity_factors)
             except ValidationError as error:
                 message = error.errors()[0]["msg"].removeprefix("Value error, ")
                 raise ValueError(f"train.stages[{i}].capacity_factors: {message}") from error

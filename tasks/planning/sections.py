@@ -89,5 +89,5 @@ def train_stage(recipe: Recipe, index: int) -> TrainStage:
     train = recipe.train.model_copy(
         update={"stages": (recipe.train.stages[index],), "seed": recipe.train.seed + 1000 * index}
     )
-    model = recipe.model.model_copy(update={"capacity_factors": recipe.train.stages[index].capacity_factors})
+    model = recipe.model.with_capacity_factors(recipe.train.stages[index].capacity_factors)
     return TrainStage(model=model, train=train)
