@@ -33,13 +33,16 @@ def is_muon_parameter(name: str) -> bool:
     return MUON_PATTERN.search(name) is not None
 
 
-def parameter_groups(model: nn.Module) -> dict[str, NamedParameters]:
-    """{"muon": [(name, p), ...], "adamw": [...]}: every trainable parameter exactly once, in model order."""
+def parameter_groups(model: nn.Module, matrices: str = "muon") -> dict[str, NamedParameters]:
+    """{"muon": [(name, p), ...], "adamw": [...]}: every trainable parameter exactly once, in model order.
+
+    `matrices` is the group of attention and expert matrices: "adamw" leaves Muon nothing.
+    """
     groups: dict[str, NamedParameters] = {"muon": [], "adamw": []}
     for name, parameter in model.named_parameters():
         name = name.replace("_checkpoint_wrapped_module.", "")  # what activation checkpointing puts into names
         if parameter.requires_grad:
-            groups["muon" if is_muon_parameter(name) else "adamw"].append((name, parameter))
+            groups[matrices if is_muon_parameter(name) else "adamw"].append((name, parameter))
     return groups
 
 

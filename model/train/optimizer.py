@@ -32,7 +32,7 @@ class NucleusOptimizers(OptimizersContainer):
         self.model_parts = model_parts
         self.optimizers = []
         for model in model_parts:
-            groups = parameter_groups(model)
+            groups = parameter_groups(model, optim.matrices)
             if groups["muon"]:
                 self.optimizers.append(
                     Muon(

@@ -63,6 +63,7 @@ class NucleusTrainer(Trainer):
         extra = config.train.losses
         self.wavelet_weight = extra.wavelet if config.stage.wavelet else 0.0
         self.z_loss_weight, self.orthogonality_rate = extra.router_z_loss, extra.router_orthogonality
+        self.load_balance_weight = extra.load_balance
         self.patch = self.model.config.patch_size
         self.routing: RouterTrace | None = None  # of the last micro-batch of a logged step
         self.bin_sums = torch.zeros(LOSS_BINS, device=self.device)
@@ -106,7 +107,7 @@ class NucleusTrainer(Trainer):
         t_all = flow.sample_timesteps(plan.global_batch, rows * columns, generator, self.config.train.timesteps)
         t_B = t_all[plan.start : plan.start + len(plan)].to(self.device)
         noisy_BSC = flow.interpolate(clean_BSC, noise_BSC, t_B)
-        trace = RouterTrace() if keep_routing or self.z_loss_weight else None
+        trace = RouterTrace() if keep_routing or self.z_loss_weight or self.load_balance_weight else None
         with self.train_context():
             with self.autocast():
                 velocity_BSC = self.model(
@@ -122,6 +123,8 @@ class NucleusTrainer(Trainer):
             total = mean
             if self.z_loss_weight:
                 total = total + self.z_loss_weight * losses.router_z_loss(trace.logits())
+            if self.load_balance_weight:
+                total = total + self.load_balance_weight * losses.load_balance_loss(trace.routings())
             if self.wavelet_weight:
                 predicted_BSC = flow.predict_clean(noisy_BSC, velocity_BSC, t_B)
                 total = total + self.wavelet_weight * losses.wavelet_loss(
