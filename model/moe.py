@@ -65,6 +65,19 @@ class SwiGLU(nn.Module):
         return self.net[2](swiglu(self.net[0].proj(x), gate_first=False))
 
 
+class Router(nn.Linear):
+    """Logits [B, S, E] from [timestep ; tokens], computed in the weight's own type: fp32 in mixed precision.
+
+    Its product is split in two, so that no [B, S, 2D] is made.
+    """
+
+    def forward(self, seen_BSD: torch.Tensor, timestep_BD: torch.Tensor) -> torch.Tensor:
+        weight_time, weight_token = self.weight.split(seen_BSD.shape[-1], dim=1)
+        with torch.autocast(seen_BSD.device.type, enabled=False):
+            from_time_B1E = F.linear(timestep_BD.to(self.weight.dtype), weight_time).unsqueeze(1)
+            return F.linear(seen_BSD.to(self.weight.dtype), weight_token) + from_time_B1E
+
+
 class Experts(nn.Module):
     """All experts of a layer: gate_up_proj [E, D, 2F] (gate first) and down_proj [E, F, D]."""
 
@@ -97,7 +110,7 @@ class MoE(nn.Module):
         self.use_sigmoid = use_sigmoid
         self.route_scale = route_scale
         self.routing = routing
-        self.gate = nn.Linear(2 * width, num_experts, bias=False)
+        self.gate = Router(2 * width, num_experts, bias=False)
         self.experts = Experts(num_experts, width, hidden)
         self.shared_expert = SwiGLU(width, hidden)
 
@@ -106,10 +119,9 @@ class MoE(nn.Module):
         return max(1, math.ceil(self.capacity_factor * num_tokens / self.num_experts))
 
     def route(self, seen_BSD: torch.Tensor, timestep_BD: torch.Tensor) -> Routing:
-        """The router sees [timestep ; tokens]; its product is split in two, so that no [B, S, 2D] is made."""
-        B, S, D = seen_BSD.shape
-        weight_time, weight_token = self.gate.weight.split(D, dim=1)
-        logits_BSE = F.linear(seen_BSD, weight_token) + F.linear(timestep_BD, weight_time).unsqueeze(1)
+        """Which expert takes which of the tokens that the router sees, and with what gate."""
+        B, S, _ = seen_BSD.shape
+        logits_BSE = self.gate(seen_BSD, timestep_BD)
         scores = torch.sigmoid(logits_BSE.float()) if self.use_sigmoid else logits_BSE.float().softmax(dim=-1)
         scores_BSE = scores.to(logits_BSE.dtype)
         taken_BEC = None

@@ -12,7 +12,7 @@ Shape suffixes: B batch, S image tokens, T text tokens, D width, J text width, K
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -177,6 +177,14 @@ class RouterTrace:
         return means | {f"layer{i:02d}/{k}": v for i, values in per_layer.items() for k, v in values.items()}
 
 
+Fill = Callable[[torch.Tensor], object]
+OnWhole = Callable[[nn.Parameter, Fill], object]
+
+
+def _in_place(parameter: nn.Parameter, fill: Fill) -> None:
+    fill(parameter)
+
+
 class NucleusTransformer(nn.Module):
     """`NucleusMoEImageTransformer2DModel` in plain PyTorch: same state dict, same output, same gradients."""
 
@@ -209,8 +217,11 @@ class NucleusTransformer(nn.Module):
         return cls(TransformerConfig(**values))
 
     @torch.no_grad()
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
+    def init_weights(self, generator: torch.Generator | None = None, on_whole: OnWhole = _in_place) -> None:
         """Fresh weights in place; also after `to_empty` of a model that was made on the meta device.
+
+        `on_whole(parameter, fill)` calls `fill` with the whole parameter. It is another one where weights are sharded:
+        each rank then draws the whole and keeps its part, so that a seed gives the same weights in every layout.
 
         Xavier-uniform matrices (each expert, and each of gate and up, by itself), N(0, 0.02) in the timestep
         embedding, zero biases, unit norms, as in DiT. The output projection starts at 0, so that the first
@@ -222,9 +233,16 @@ class NucleusTransformer(nn.Module):
         named by text, 240 steps of Muon and AdamW, two seeds) the loss ended at 0.159 and 0.166, against 0.176
         and 0.177 from gates at 0, and 0.176 and 0.154 from 1.
         """
+
+        def xavier(fan_in: int, fan_out: int) -> Fill:
+            return lambda weight: _xavier(weight, fan_in, fan_out, generator)
+
+        def normal(weight: torch.Tensor) -> None:
+            nn.init.normal_(weight, std=0.02, generator=generator)
+
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                _xavier(module.weight, *reversed(module.weight.shape), generator)
+                on_whole(module.weight, xavier(*reversed(module.weight.shape)))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, RMSNorm):
@@ -232,24 +250,22 @@ class NucleusTransformer(nn.Module):
         for module in self.modules():
             if isinstance(module, TimestepEmbedding):
                 for linear in (module.timestep_embedder.linear_1, module.timestep_embedder.linear_2):
-                    nn.init.normal_(linear.weight, std=0.02, generator=generator)
+                    on_whole(linear.weight, normal)
             elif isinstance(module, OutputNorm):
                 nn.init.zeros_(module.linear.weight)
             elif isinstance(module, SwiGLU):
-                weight = module.net[0].proj.weight
-                _xavier(weight, weight.shape[1], weight.shape[0] // 2, generator)
+                hidden2, width = module.net[0].proj.weight.shape
+                on_whole(module.net[0].proj.weight, xavier(width, hidden2 // 2))
             elif isinstance(module, Experts):
                 _, width, hidden2 = module.gate_up_proj.shape
-                _xavier(module.gate_up_proj, width, hidden2 // 2, generator)
-                _xavier(module.down_proj, hidden2 // 2, width, generator)
+                on_whole(module.gate_up_proj, xavier(width, hidden2 // 2))
+                on_whole(module.down_proj, xavier(hidden2 // 2, width))
             elif isinstance(module, MoE):
                 # Small logits: the experts start near equal, and the choice among tokens is not yet a habit.
-                nn.init.normal_(module.gate.weight, std=0.02, generator=generator)
+                on_whole(module.gate.weight, normal)
             elif isinstance(module, Block):
                 nn.init.zeros_(module.img_mod[1].weight)
-                _, gate1, _, gate2 = module.img_mod[1].bias.chunk(4)
-                gate1.fill_(GATE_INIT)
-                gate2.fill_(GATE_INIT)
+                on_whole(module.img_mod[1].bias, _open_gates)
         nn.init.zeros_(self.proj_out.weight)
 
     def set_capacity_factors(self, factors: float | Sequence[float]) -> None:
@@ -328,6 +344,13 @@ class NucleusTransformer(nn.Module):
             if collect is not None and routing is not None:
                 collect.add(layer, routing)
         return self.proj_out(self.norm_out(x_BSD, silu_time_BD))
+
+
+def _open_gates(bias: torch.Tensor) -> None:
+    bias.zero_()
+    _, gate1, _, gate2 = bias.chunk(4)
+    gate1.fill_(GATE_INIT)
+    gate2.fill_(GATE_INIT)
 
 
 def _xavier(weight: torch.Tensor, fan_in: int, fan_out: int, generator: torch.Generator | None) -> None:
