@@ -30,13 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from pydantic import ValidationError
 
 from model.config import StageConfig, TrainConfig, TransformerConfig
 from model.optim import parameter_groups, split_matrices
 from model.transformer import NucleusTransformer
-from model.yaml12 import Loader
+from model.yaml12 import read_recipe
 
 VAE_SCALE = 8  # Qwen-Image's VAE
 TEXT_TOKENS = 512  # captions of up to 200 words and the chat template; the pipeline's limit is 1024
@@ -396,11 +395,8 @@ def load_sections(path: str | Path) -> tuple[TransformerConfig, TrainConfig]:
     """The `model` and `train` sections of a recipe file; the other sections are neither needed nor checked.
 
     Raises ValueError: no such file, not YAML, or a section that is missing or wrong (the key is named)."""
-    try:
-        data = yaml.load(Path(path).read_bytes(), Loader=Loader)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict) or not {"model", "train"} <= data.keys():
+    data = read_recipe(path)
+    if not {"model", "train"} <= data.keys():
         raise ValueError(f"{path} must have the sections model and train")
     return _validated(TransformerConfig, data["model"], "model"), _validated(TrainConfig, data["train"], "train")
 

@@ -1,8 +1,9 @@
-"""How recipe files are read: YAML 1.2 scalars, and no key twice."""
+"""How recipe files are read: YAML 1.2 scalars, no key twice, and overlays on another recipe."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -31,3 +32,43 @@ for _tag, _pattern, _first in (
     ("merge", r"<<", ["<"]),
 ):
     Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The mapping of a recipe file; what it means is not checked here.
+
+    A file with a key `base`, a recipe's path as seen from the file, is an overlay: it is that recipe with the
+    overlay's own values in place. Mappings are joined key by key; anything else, lists too, is replaced whole.
+
+    Raises:
+        ValueError: no such file, not YAML, not a mapping, bases that go round in a circle, or an overlay without a
+            name of its own.
+    """
+    return _read(Path(path), ())
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in above:
+        circle = " -> ".join(file.name for file in (*above, path))
+        raise ValueError(f"{above[0]}: base goes round in a circle: {circle}")
+    try:
+        data = yaml.load(path.read_bytes(), Loader=Loader)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a mapping of sections, got {type(data).__name__}")
+    if "base" not in data:
+        return data
+    base = data.pop("base")
+    if not isinstance(base, str) or not (path.parent / base).is_file():
+        raise ValueError(f"{path}: base={base!r} must be the path of a recipe file, as seen from {path.parent}")
+    if "name" not in data:
+        raise ValueError(f"{path}: an overlay needs a name of its own")
+    return _join(_read(path.parent / base, (*above, path.resolve())), data)
+
+
+def _join(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = {key for key in over if isinstance(base.get(key), dict) and isinstance(over[key], dict)}
+    return base | {key: _join(base[key], value) if key in both else value for key, value in over.items()}

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 
 from eval.config import EvalConfig
 from model.config import MergeConfig, Section, TrainConfig, TransformerConfig
-from model.yaml12 import Loader
+from model.yaml12 import Loader, read_recipe
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.publishing.config import PublishConfig
@@ -42,6 +42,7 @@ class Recipe(Section):
     def _check(self) -> "Recipe":
         self._check_pixels_and_channels()
         self._check_capacities()
+        self._check_routing()
         self._check_ranks()
         self._check_data()
         self._check_curation()
@@ -103,6 +104,19 @@ class Recipe(Section):
                         f"{factor * tokens / experts:.2f} tokens for each of {experts} experts at "
                         f"{stage.image_size_px} px ({tokens} tokens); at least {experts / tokens:g} is needed for one"
                     )
+
+    def _check_routing(self) -> None:
+        chosen = self.model.routing.kind
+        if self.train.losses.load_balance and chosen != "token_choice":
+            raise ValueError(
+                f"train.losses.load_balance={self.train.losses.load_balance} must be 0 with "
+                f"model.routing.kind={chosen!r}: only token choice can leave experts without tokens"
+            )
+        if self.train.expert_parallel > 1 and chosen != "expert_choice":
+            raise ValueError(
+                f"train.expert_parallel={self.train.expert_parallel} must be 1 with model.routing.kind={chosen!r}: ranks "
+                "exchange as many rows as expert choice fixes ahead"
+            )
 
     def _check_ranks(self) -> None:
         train = self.train
@@ -186,10 +200,12 @@ def _check_tiers(key: str, tiers: Iterable[str]) -> None:
 def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Loads recipes/NAME.yaml or a path, applies overrides such as `train.stages[0].steps=200`, and checks it all.
 
+    A file may be an overlay on another (`model.yaml12.read_recipe`), such as NAME `ablations/token_choice`.
+
     Raises:
         ValueError: one message that names the key, the value and what would be valid.
     """
-    known = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    known = sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
     path = RECIPES / f"{name_or_path}.yaml"
     if name_or_path not in known:
         path = Path(name_or_path)
@@ -198,9 +214,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
                 f"recipe {str(name_or_path)!r} is neither one of {', '.join(known)} nor a file"
                 f"{_did_you_mean(str(name_or_path), known)}"
             )
-    data = _parse(path.read_bytes(), str(path))
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a mapping of sections, got {type(data).__name__}")
+    data = read_recipe(path)
     for override in overrides:
         _apply(data, override)
     try:

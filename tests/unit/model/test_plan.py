@@ -223,7 +223,7 @@ def test_a_wrong_recipe_is_one_line(capsys, tmp_path):
     path = tmp_path / "recipe.yaml"
     for text, message in (
         (None, "No such file"),
-        ("a: [", "cannot be read as YAML"),
+        ("a: [", "is not valid YAML"),
         ("model: {}", "must have the sections model and train"),
         (RECIPE.read_text().replace("num_layers: 32", "num_layres: 32"), "model.num_layres"),
         (RECIPE.read_text().replace("image_size_px: 256", "image_size_px: 250"), "must be a multiple of 16"),
