@@ -11,6 +11,7 @@ Shape suffixes: B batch, S tokens, D width, E experts, C capacity, F expert hidd
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -73,7 +74,8 @@ class Router(nn.Linear):
 
     def forward(self, seen_BSD: torch.Tensor, timestep_BD: torch.Tensor) -> torch.Tensor:
         weight_time, weight_token = self.weight.split(seen_BSD.shape[-1], dim=1)
-        with torch.autocast(seen_BSD.device.type, enabled=False):
+        device = seen_BSD.device.type
+        with contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
             from_time_B1E = F.linear(timestep_BD.to(self.weight.dtype), weight_time).unsqueeze(1)
             return F.linear(seen_BSD.to(self.weight.dtype), weight_token) + from_time_B1E
 
@@ -87,8 +89,14 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, width))
 
     def forward(self, x_END: torch.Tensor) -> torch.Tensor:
-        """Rows of expert e at index e: [E, rows, D] -> [E, rows, D]."""
-        return torch.bmm(swiglu(torch.bmm(x_END, self.gate_up_proj), gate_first=True), self.down_proj)
+        """Rows of expert e at index e: [E, rows, D] -> [E, rows, D]; of the experts here, where ranks share them."""
+        gate_up, down = _held(self.gate_up_proj), _held(self.down_proj)
+        return torch.bmm(swiglu(torch.bmm(x_END, gate_up), gate_first=True), down)
+
+
+def _held(weight: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a distributed tensor; a plain one as it is."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
 class MoE(nn.Module):
