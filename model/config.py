@@ -240,6 +240,22 @@ class TimestepConfig(Section):
         return self
 
 
+class SkipConfig(Section):
+    """Which steps change nothing (model/train/guard.py): always those whose loss or gradient is not finite; with
+    `spike_mads`, those whose loss lies that many median absolute deviations above the median of the last
+    `window_steps`. `max_skipped` of the last `window_steps` skipped end the run."""
+
+    spike_mads: Annotated[float, Field(gt=0)] | None = None
+    window_steps: Positive = 100
+    max_skipped: Positive = 10
+
+    @model_validator(mode="after")
+    def _check(self) -> "SkipConfig":
+        if self.max_skipped > self.window_steps:
+            raise ValueError(f"max_skipped={self.max_skipped} must be at most window_steps={self.window_steps}")
+        return self
+
+
 class TrainConfig(Section):
     """The `train` section of a recipe."""
 
@@ -252,6 +268,10 @@ class TrainConfig(Section):
     local_batch_size: Positive | None = None  # per rank and accumulation step; None: global batch / ranks
     checkpoint_every_steps: Positive = 500
     keep_checkpoints: Positive = 16
+    async_checkpoint: bool = False  # written in the background while training goes on
+    checkpoint_uri: str | None = None  # s3://bucket/prefix or a folder, for all runs; None: the run's own work_dir
+    skip: SkipConfig = SkipConfig()
+    num_workers: Annotated[int, Field(ge=0)] = 0  # threads of each rank that read batches ahead
     log_every_steps: Positive = 10
     sample_every_steps: Annotated[int, Field(ge=0)] = 0  # 0: no sample grids
     sample_prompts: tuple[str, ...] = ()
