@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from model.config import TransformerConfig
-from model.export import WEIGHTS_NAME, check_state, export_transformer, read_config
+from model.export import check_state, export_transformer, read_config
+from model.load import Weights, open_weights, shapes_of
 
 Checkpoint = str | Path | Mapping[str, torch.Tensor]
-MODEL_PREFIX = "model."
 
 
 def wsm_weights(n: int) -> list[float]:
@@ -37,7 +38,7 @@ def merge(
 ) -> dict:
     """Writes the weighted sum of `checkpoints` as a diffusers transformer directory `out`.
 
-    One tensor of each checkpoint is in memory at a time, beside the result. Sums are in fp64 and rounded once
+    One tensor of each checkpoint is in memory at a time, beside one file of the result. Sums are in fp64 and rounded once
     to the tensor's type; one checkpoint with weight 1 comes back bitwise.
 
     Args:
@@ -58,89 +59,36 @@ def merge(
         raise ValueError(f"merge weights must sum to 1, got {sum(weights):.8g}")
     if config is None:
         config = _config_beside(checkpoints[-1])
-    readers = [_open(checkpoint) for checkpoint in checkpoints]
+    readers = [open_checkpoint(checkpoint) for checkpoint in checkpoints]
     shapes = readers[0][0]
     for i, (other, _) in enumerate(readers[1:], start=2):
         differing = sorted(name for name in shapes.keys() | other.keys() if shapes.get(name) != other.get(name))
         if differing:
             name = differing[0]
             raise ValueError(
-                f"checkpoint {i} of {len(readers)} does not match the first: {len(differing)} tensors differ, first "
+                f"checkpoint {i} of {len(opened)} does not match the first: {len(differing)} tensors differ, first "
                 f"{name} ({shapes.get(name, 'absent')} against {other.get(name, 'absent')})"
             )
     check_state(config, shapes)
-    merged = {}
-    for name in shapes:
-        if len(readers) == 1:
-            merged[name] = readers[0][1](name)
-            continue
+
+    def merged(name: str) -> torch.Tensor:
+        if len(opened) == 1:
+            return opened[0].read(name)
         total = torch.zeros(shapes[name], dtype=torch.float64)
-        dtype = None
-        for (_, read), weight in zip(readers, weights):
-            tensor = read(name)
-            dtype = dtype or tensor.dtype
-            total.add_(tensor.to(torch.float64), alpha=weight)
-        merged[name] = total.to(dtype)
-    export_transformer(merged, out, config)
-    parameters = sum(tensor.numel() for tensor in merged.values())
-    return {"checkpoints": len(readers), "weights": list(weights), "tensors": len(merged), "parameters": parameters}
+        for checkpoint, weight in zip(opened, weights):
+            total.add_(checkpoint.read(name).to(torch.float64), alpha=weight)
+        return total.to(opened[0].described[name].dtype)
+
+    export_transformer(Weights(opened[0].described, merged), out, config)
+    parameters = sum(map(math.prod, shapes.values()))
+    return {"checkpoints": len(opened), "weights": list(weights), "tensors": len(shapes), "parameters": parameters}
 
 
-Shapes = dict[str, tuple[int, ...]]
-
-
-def _open(checkpoint: Checkpoint) -> tuple[Shapes, Callable[[str], torch.Tensor]]:
-    """(shapes by name, a function that reads one tensor)."""
-    if isinstance(checkpoint, Mapping):
-        return {name: tuple(t.shape) for name, t in checkpoint.items()}, lambda name: checkpoint[name].detach().cpu()
-    path = Path(checkpoint)
-    if path.is_file():
-        return _open_safetensors([path])
-    if (path / ".metadata").is_file():
-        return _open_dcp(path)
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{path} is not a checkpoint: neither a safetensors file, nor a directory of them, nor DCP")
-    return _open_safetensors(files)
-
-
-def _open_safetensors(files: list[Path]) -> tuple[Shapes, Callable[[str], torch.Tensor]]:
-    from safetensors import safe_open
-
-    where, shapes = {}, {}
-    for file in files:
-        with safe_open(file, framework="pt") as reader:
-            for name in reader.keys():
-                where[name], shapes[name] = file, tuple(reader.get_slice(name).get_shape())
-
-    def read(name: str) -> torch.Tensor:
-        with safe_open(where[name], framework="pt") as reader:
-            return reader.get_tensor(name)
-
-    return shapes, read
-
-
-def _open_dcp(path: Path) -> tuple[Shapes, Callable[[str], torch.Tensor]]:
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    tensors = {key: value for key, value in metadata.items() if isinstance(value, TensorStorageMetadata)}
-    prefix = MODEL_PREFIX if any(key.startswith(MODEL_PREFIX) for key in tensors) else ""
-    # A plain checkpoint may hold the optimiser too; its keys are no parameters of the model.
-    keys = {
-        key.removeprefix(prefix): key
-        for key in tensors
-        if key.startswith(prefix) and not key.startswith(("optimizer", "state.", "param_groups"))
-    }
-
-    def read(name: str) -> torch.Tensor:
-        stored = tensors[keys[name]]
-        state = {keys[name]: torch.empty(stored.size, dtype=stored.properties.dtype)}
-        dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
-        return state[keys[name]]
-
-    return {name: tuple(tensors[key].size) for name, key in keys.items()}, read
+def _open(checkpoint: Checkpoint) -> Weights:
+    if not isinstance(checkpoint, Mapping):
+        return open_weights(checkpoint)
+    described = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in checkpoint.items()}
+    return Weights(described, lambda name: checkpoint[name].detach().cpu())
 
 
 def _config_beside(checkpoint: Checkpoint) -> TransformerConfig:
@@ -149,5 +97,3 @@ def _config_beside(checkpoint: Checkpoint) -> TransformerConfig:
     path = Path(checkpoint)
     return read_config(path.parent if path.is_file() else path)
 
-
-__all__ = ["WEIGHTS_NAME", "merge", "wsm_weights"]
