@@ -156,7 +156,9 @@ class TransformerConfig(Section):
     def _check(self) -> "TransformerConfig":
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
-                f"num_key_value_heads={self.kv_heads} must divide num_attention_heads={self.num_attention_heads}"
+                f"num_key_value_heads={self.kv_heads} must divide num_attention_heads={self.num_attention_heads}: "
+                f"{self.num_attention_heads} = {self.num_attention_heads // self.kv_heads} x {self.kv_heads} + "
+                f"{self.num_attention_heads % self.kv_heads}"
             )
         if sum(self.axes_dims_rope) != self.attention_head_dim:
             raise ValueError(
@@ -277,7 +279,10 @@ class TrainConfig(Section):
     sample_prompts: tuple[str, ...] = ()
     nnodes: Positive = 1
     nproc_per_node: Positive = 1
-    expert_parallel: Positive = 1
+    # How the ranks share the weights (model/layout.py): replicas x shard ranks, -1 for all that is left.
+    data_parallel_replicate: Positive = 1
+    data_parallel_shard: Annotated[int, Field(ge=-1)] = -1
+    expert_parallel: Positive = 1  # of the shard ranks
     dtype: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
@@ -287,6 +292,8 @@ class TrainConfig(Section):
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stages need names of their own, got {names}")
+        if self.data_parallel_shard == 0:
+            raise ValueError("data_parallel_shard=0 must be 1 or more, or -1 for all ranks that are left")
         sizes = [stage.image_size_px for stage in self.stages]
         if sizes != sorted(sizes):
             raise ValueError(f"image_size_px must not fall from stage to stage, got {sizes}")

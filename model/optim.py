@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -46,6 +47,19 @@ def parameter_groups(model: nn.Module, matrices: str = "muon") -> dict[str, Name
     return groups
 
 
+def describe_groups(groups: dict[str, NamedParameters]) -> str:
+    """A table of `parameter_groups`: tensors and parameters of each group, then of each name, blocks taken together."""
+    lines = []
+    for group, named in groups.items():
+        lines.append(f"{group}: {len(named)} tensors, {sum(p.numel() for _, p in named):,} parameters")
+        kinds: dict[tuple[str, tuple[int, ...]], int] = {}
+        for name, parameter in named:
+            kind = re.sub(r"^transformer_blocks\.\d+\.", "transformer_blocks.*.", name), tuple(parameter.shape)
+            kinds[kind] = kinds.get(kind, 0) + 1
+        lines += [f"  {count:4d} x {name} {list(shape)}" for (name, shape), count in kinds.items()]
+    return "\n".join(lines)
+
+
 def newton_schulz(matrices: torch.Tensor, steps: int = 5, eps: float = 1e-7) -> torch.Tensor:
     """Approximately orthogonal matrices with the singular vectors of `matrices` [..., m, n], each by itself.
 
@@ -55,7 +69,7 @@ def newton_schulz(matrices: torch.Tensor, steps: int = 5, eps: float = 1e-7) -> 
     value too, is up to 3 times tighter at 128 rows, and so saves about one step; the first step needs X X^T anyway.
     """
     a, b, c = NS_COEFFICIENTS
-    x = matrices if matrices.device.type == "cpu" else matrices.bfloat16()
+    x = matrices.to(compute_dtype(matrices))
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
@@ -73,10 +87,23 @@ def newton_schulz(matrices: torch.Tensor, steps: int = 5, eps: float = 1e-7) -> 
     return (x.mT if tall else x).to(matrices.dtype)
 
 
+def compute_dtype(matrices: torch.Tensor) -> torch.dtype:
+    """What `newton_schulz` computes in: bfloat16, but on a CPU the matrices' own type."""
+    return matrices.dtype if matrices.device.type == "cpu" else torch.bfloat16
+
+
 def split_matrices(name: str, parameter: torch.Tensor) -> tuple[int, bool]:
     """(matrices that lie side by side in the parameter, whether it is a stack [E, in, out]): see `Muon`."""
     packed = 2 if name.endswith(("gate_up_proj", "net.0.proj.weight")) else 1
     return packed, parameter.dim() == 3
+
+
+class Matrices(NamedTuple):
+    """Matrices [n, rows, columns]: views of where the orthogonalised update goes, of the update, and its factor."""
+
+    goal: torch.Tensor
+    update: torch.Tensor
+    rate: float
 
 
 class Muon(torch.optim.Optimizer):
@@ -130,37 +157,63 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _step_group(self, group: dict) -> None:
-        buckets: dict[tuple, list[tuple[nn.Parameter, list[torch.Tensor]]]] = {}
+        updates = []
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
             state = self.state[parameter]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-            buffer = state["momentum_buffer"]
-            buffer.lerp_(parameter.grad, 1 - group["momentum"])
-            update = parameter.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
-            # As matrices [E, out, in] or [E, in, out]; gate and up lie side by side along the output.
-            packed, stacked = split_matrices(self._names.get(parameter, ""), parameter)
-            update = update if stacked else update.unsqueeze(0)
-            parts = update.chunk(packed, dim=2 if stacked else 1)
-            shape = parts[0].shape
-            target = parameter if stacked else parameter.unsqueeze(0)
-            out_features, in_features = (shape[2], shape[1]) if stacked else (shape[1], shape[2])
-            key = (min(shape[1:]), max(shape[1:]), parameter.dtype, parameter.device)
-            for part, goal in zip(parts, target.chunk(packed, dim=2 if stacked else 1)):
-                buckets.setdefault(key, []).append((goal, part, out_features, in_features))
+            weight, gradient, buffer = map(self._held, (parameter, parameter.grad, state["momentum_buffer"]))
+            buffer.lerp_(gradient, 1 - group["momentum"])
+            update = gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
             if group["weight_decay"]:
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        for bucket in buckets.values():
-            wide = [part.mT if part.shape[1] > part.shape[2] else part for _, part, _, _ in bucket]
-            updates = newton_schulz(torch.cat(wide), group["ns_steps"])
-            for (goal, part, out_features, in_features), update in zip(
-                bucket, updates.split([part.shape[0] for part in wide])
-            ):
-                if part.shape[1] > part.shape[2]:
-                    update = update.mT
-                goal.add_(update, alpha=-group["lr"] * update_scale(out_features, in_features, group["scale"]))
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+            updates.append((parameter, weight, update))
+        self._apply(updates, group)
+
+    def _held(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What this rank holds of a parameter, a gradient or a buffer: all of it."""
+        return tensor
+
+    def _apply(self, updates: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]], group: dict) -> None:
+        """Takes (parameter, what is held of it, what is held of its update), and updates the second."""
+        matrices = []
+        for parameter, weight, update in updates:
+            matrices += self._matrices(parameter, weight, update, self._rate(parameter, group))
+        add_orthogonal(matrices, group["ns_steps"])
+
+    def _rate(self, parameter: nn.Parameter, group: dict) -> float:
+        """The factor on an orthogonal update of the parameter's matrices."""
+        packed, stacked = split_matrices(self._names.get(parameter, ""), parameter)
+        rows, columns = parameter.shape[-2:]
+        out_features, in_features = (columns // packed, rows) if stacked else (rows // packed, columns)
+        return -group["lr"] * update_scale(out_features, in_features, group["scale"])
+
+    def _matrices(
+        self, parameter: nn.Parameter, goal: torch.Tensor, update: torch.Tensor, rate: float
+    ) -> list[Matrices]:
+        """The matrices of `parameter`, or of some of its experts: views of `goal` and of its `update`."""
+        packed, stacked = split_matrices(self._names.get(parameter, ""), parameter)
+        if not stacked:
+            goal, update = goal.unsqueeze(0), update.unsqueeze(0)
+        dim = 2 if stacked else 1  # gate and up lie side by side along the output
+        return [Matrices(*pair, rate) for pair in zip(goal.chunk(packed, dim), update.chunk(packed, dim))]
+
+
+def add_orthogonal(matrices: list[Matrices], steps: int) -> None:
+    """Adds each update, orthogonalised and times its rate, to its goal; same shapes go through one iteration."""
+    buckets: dict[tuple, list[Matrices]] = {}
+    for entry in matrices:
+        shape = entry.update.shape
+        key = (min(shape[1:]), max(shape[1:]), entry.update.dtype, entry.update.device)
+        buckets.setdefault(key, []).append(entry)
+    for bucket in buckets.values():
+        tall = [entry.update.shape[1] > entry.update.shape[2] for entry in bucket]
+        wide = [entry.update.mT if turn else entry.update for entry, turn in zip(bucket, tall)]
+        orthogonal = newton_schulz(torch.cat(wide), steps).split([part.shape[0] for part in wide])
+        for entry, turn, update in zip(bucket, tall, orthogonal):
+            entry.goal.add_(update.mT if turn else update, alpha=entry.rate)
 
 
 def _without_names(entry):

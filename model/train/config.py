@@ -14,6 +14,7 @@ from torchtitan.config.configs import DebugConfig
 
 from model.config import StageConfig, TrainConfig, TransformerConfig
 from model.hashing import hash_words
+from model.layout import layout, local_batch_size
 from model.train.activation import activation_config
 from model.train.checkpoint import CHECKPOINTS, StageCheckpointer
 from model.train.data import LatentDataLoader
@@ -51,14 +52,10 @@ def trainer_config(
         ranks: processes in all; they share the global batch.
 
     Raises:
-        ValueError: the batch cannot be cut as asked.
+        ValueError: the batch or the weights cannot be cut as asked.
     """
-    local = train.local_batch_size or stage.batch_size // ranks
-    if stage.batch_size % (local * ranks):
-        raise ValueError(
-            f"stage {stage.name}: batch_size={stage.batch_size} must be a multiple of {local * ranks} "
-            f"(local_batch_size={local} x {ranks} ranks)"
-        )
+    local = local_batch_size(stage, train, ranks)
+    degrees = layout(transformer, train, ranks)
     seed = stage_seed(train.seed, stage)
     tokens = (stage.image_size_px // (8 * transformer.patch_size)) ** 2
     return NucleusTrainer.Config(
@@ -91,10 +88,9 @@ def trainer_config(
         ),
         parallelism=ParallelismConfig(
             spmd_backend="partial_dtensor",
-            # Whole weights on every rank: Muon here takes whole matrices.
-            data_parallel_replicate_degree=ranks,
-            data_parallel_shard_degree=1,
-            expert_parallel_degree=train.expert_parallel,
+            data_parallel_replicate_degree=degrees.replicate,
+            data_parallel_shard_degree=degrees.shard,
+            expert_parallel_degree=degrees.expert_parallel,
         ),
         activation_checkpoint=activation_config(train.activation_checkpointing),
         compile=CompileConfig(enable=train.compile, components=["model"]),

@@ -10,15 +10,20 @@ from typing import Any
 from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 
 import torch
+from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpointer.utils import canonical_fqn
 from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer
 
 from model.config import OptimConfig
-from model.optim import Muon, parameter_groups, wsm_schedule
+from model.optim import Muon, describe_groups, parameter_groups, wsm_schedule
+from model.train.sharded_muon import ShardedMuon
 
 
 class NucleusOptimizers(OptimizersContainer):
-    """Muon for attention and expert matrices, AdamW for the rest. Its state is saved by parameter name."""
+    """Muon for attention and expert matrices, AdamW for the rest. Its state is saved by parameter name.
+
+    Which parameter went to which group is printed once, by the first rank.
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(OptimizersContainer.Config):
@@ -33,9 +38,12 @@ class NucleusOptimizers(OptimizersContainer):
         self.optimizers = []
         for model in model_parts:
             groups = parameter_groups(model, optim.matrices)
+            if torch.distributed.get_rank() == 0:
+                print(describe_groups(groups), flush=True)
             if groups["muon"]:
+                sharded = isinstance(groups["muon"][0][1], DTensor)
                 self.optimizers.append(
-                    Muon(
+                    (ShardedMuon if sharded else Muon)(
                         [_group(groups["muon"])],
                         lr=optim.muon_lr,
                         momentum=optim.muon_momentum,

@@ -12,8 +12,8 @@ from torchtitan.protocols import BaseModel
 from torchtitan.protocols.model_spec import ModelSpec
 
 from model.config import TransformerConfig
-from model.train.parallelize import parallelize
-from model.transformer import NucleusTransformer
+from model.train.parallelize import fill_whole, gathered, parallelize
+from model.transformer import NucleusTransformer, TextKV
 
 
 class NucleusModel(NucleusTransformer, BaseModel):
@@ -39,7 +39,11 @@ class NucleusModel(NucleusTransformer, BaseModel):
         NucleusTransformer.__init__(self, config.transformer)
 
     def init_weights(self, **_: Any) -> None:
-        NucleusTransformer.init_weights(self)
+        NucleusTransformer.init_weights(self, on_whole=fill_whole)
+
+    def text_kv(self, *args: Any, **kwargs: Any) -> TextKV:
+        with gathered(self):
+            return NucleusTransformer.text_kv(self, *args, **kwargs)
 
     def verify_module_protocol(self) -> None:
         """Its submodules are plain torch modules: torchtitan's sharding configurations are not used."""

@@ -6,7 +6,7 @@ Local tensors take shape suffixes: B batch, S image tokens, C channels of a toke
 from __future__ import annotations
 
 import contextlib
-import math
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -24,10 +24,14 @@ from torchtitan.trainer import Trainer
 from model import flow, losses
 from model.config import StageConfig, TrainConfig
 from model.latents import Batch
+from model.train.guard import LossGuard
+from model.train.preemption import Preempted, StopFlag, sigterm_sets
 from model.transformer import RouterTrace
 
 LOSS_BINS = 5
 SAMPLES = "samples"
+SKIPPED = "skipped.jsonl"
+NAMED_IDS = 16  # in an error message; all of them stand in SKIPPED
 
 
 class NoTokenizer(BaseTokenizer):
@@ -66,6 +70,8 @@ class NucleusTrainer(Trainer):
         self.load_balance_weight = extra.load_balance
         self.patch = self.model.config.patch_size
         self.routing: RouterTrace | None = None  # of the last micro-batch of a logged step
+        self.guard = LossGuard(config.train.skip)
+        self.stop = StopFlag()
         self.bin_sums = torch.zeros(LOSS_BINS, device=self.device)
         self.bin_counts = torch.zeros(LOSS_BINS, device=self.device)
         self.autocast = contextlib.nullcontext
@@ -141,39 +147,75 @@ class NucleusTrainer(Trainer):
         return mean.detach() * share
 
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
-        """One optimiser step; logs it where the cadence says so.
+        """One optimiser step; logs it where the cadence says so. A skipped step (`LossGuard`) leaves weights and
+        optimisers as they are, and has no line in the metrics; the schedule and the sample order go on.
 
         Raises:
-            RuntimeError: the loss or the gradient is not finite, on a step that is logged or saved.
+            RuntimeError: too many steps were skipped.
         """
         self.optimizers.zero_grad()
         learning_rates = self.lr_schedulers.get_metrics()
         logged = self.metrics_processor.should_log(self.step) or self.step == self.config.training.steps
+        bins = self.bin_sums.clone(), self.bin_counts.clone()
         loss = torch.zeros((), device=self.device)
         for micro in range(self.gradient_accumulation_steps):
             last = micro == self.gradient_accumulation_steps - 1
             loss += self.forward_backward_step(batch=next(data_iterator), keep_routing=logged and last)
-        if self.parallel_dims.dp_replicate > 1:
+        dims = self.parallel_dims
+        if dims.dp_replicate_enabled and not dims.dp_shard_enabled:  # FSDP adds them up by itself
             self._sum_gradients()
         grad_norm = dist_utils.clip_grad_norm_(
-            list(self.model.parameters()), self.config.training.max_norm, foreach=True
+            list(self.model.parameters()), self.config.training.max_norm, foreach=True, ep_enabled=dims.ep_enabled
         )
-        saved = self.step % self.config.checkpoint.interval == 0
-        if logged or saved:
-            # Before the weights change, so that what is not finite never reaches a checkpoint.
-            values = loss.item() + grad_norm.item()
-            if not math.isfinite(values):
-                raise RuntimeError(
-                    f"stage {self.config.stage.name}: loss {loss.item()} or gradient norm {grad_norm.item()} is not "
-                    f"finite at step {self.step}; lower train.optim.muon_lr and adamw_lr, or lengthen warmup_steps"
-                )
+        mean_loss, norm = self._agree(loss, grad_norm)
+        reason = self.guard.judge(mean_loss, norm)
         self.checkpointer.maybe_wait_for_staging()
-        self.optimizers.step()
+        if reason is None:
+            self.optimizers.step()
         self.lr_schedulers.step()
+        if reason is not None:
+            self.bin_sums, self.bin_counts = bins
+            self.routing = None
+            self._note_skipped(reason, mean_loss, norm)
+            return
         if self.orthogonality_rate:
             losses.apply_router_orthogonality(self.model, self.orthogonality_rate)
         if logged:
-            self._log(loss, float(grad_norm), learning_rates)
+            self._log(mean_loss, norm, learning_rates)
+
+    def _agree(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> tuple[float, float]:
+        """(loss of the global batch, gradient norm), finite on all ranks or on none; sets `stop` on every rank where
+        it is set on one.
+
+        One message of three numbers, and one wait for the device, in every step: whether the weights change is
+        decided here, and Muon and AdamW, which must not see a bad gradient, are started from here.
+        """
+        # 0 x norm: nan where it is not finite, and otherwise nothing that could differ between ranks.
+        told = torch.stack([loss, 0 * grad_norm.to(loss), loss.new_tensor(float(self.stop.raised))])
+        mesh = self.parallel_dims.get_optional_mesh("loss")
+        if mesh is not None:
+            told = dist_utils.dist_sum_tensor(told, mesh)
+        mean_loss, not_finite, stop = told.tolist()
+        self.stop.agreed = stop > 0
+        return mean_loss, float(grad_norm) + not_finite
+
+    def _note_skipped(self, reason: str, loss: float, grad_norm: float) -> None:
+        config, guard = self.config, self.guard
+        window = f"{guard.recently_skipped} of the last {len(guard.recent)} steps were skipped"
+        self.metrics_processor.note(f"step {self.step} skipped: {reason}; {window}")
+        if not guard.exhausted:
+            return
+        plan = self.dataloader.order.batch(self.step - 1)  # of all ranks
+        ids = self.dataloader.dataset.record_ids(plan.rows)
+        path = Path(config.dump_folder) / SKIPPED
+        if torch.distributed.get_rank() == 0:
+            path.write_text(json.dumps({"step": self.step, "reason": reason, "record_ids": ids}) + "\n")
+        named = ", ".join(ids[:NAMED_IDS]) + (f" and {len(ids) - NAMED_IDS} more, in {path}" if ids[NAMED_IDS:] else "")
+        raise RuntimeError(
+            f"stage {config.stage.name}: {reason} at step {self.step}; {window} (train.skip.max_skipped="
+            f"{config.train.skip.max_skipped}). Lower train.optim.muon_lr and adamw_lr, lengthen warmup_steps, or look "
+            f"at the records of this batch: {named}"
+        )
 
     def _sum_gradients(self) -> None:
         """Adds gradients up over replicas, in one message; each replica divided its loss by the global batch."""
@@ -183,11 +225,10 @@ class NucleusTrainer(Trainer):
         for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
             gradient.copy_(part.view_as(gradient))
 
-    def _log(self, loss: torch.Tensor, grad_norm: float, extra: dict[str, float]) -> None:
+    def _log(self, mean_loss: float, grad_norm: float, extra: dict[str, float]) -> None:
         mesh = self.parallel_dims.get_optional_mesh("loss")
-        sums, counts, mean_loss = self.bin_sums, self.bin_counts, loss.item()
+        sums, counts = self.bin_sums, self.bin_counts
         if mesh is not None:
-            mean_loss = dist_utils.dist_sum(loss, mesh)
             sums, counts = (dist_utils.dist_sum_tensor(x, mesh) for x in (sums, counts))
         for i, (total, count) in enumerate(zip(sums.tolist(), counts.tolist())):
             if count:
@@ -195,6 +236,7 @@ class NucleusTrainer(Trainer):
         self.bin_sums.zero_()
         self.bin_counts.zero_()
         extra["images_seen"] = self.step * self.config.stage.batch_size
+        extra["skipped_steps"] = self.guard.skipped
         extra |= {f"expert/{name}": value for name, value in self.routing.statistics().items()}
         self.routing = None
         self.metrics_processor.log_step(self.step, mean_loss, grad_norm, extra)
@@ -204,21 +246,35 @@ class NucleusTrainer(Trainer):
 
         Returns:
             the step it went on from (0: from the start).
+
+        Raises:
+            Preempted: a rank got SIGTERM; the step under way was finished, and a checkpoint of it saved.
         """
         config = self.config
         self.checkpointer.load()
         first = self.step
         self.metrics_processor.start(first)
         batches = self.batch_generator(self.dataloader)
-        while self.should_continue_training():
-            self.step += 1
-            self.gc_handler.run(self.step)
-            self.train_step(batches)
-            self.checkpointer.save(self.step, last_step=self.step == config.training.steps)
-            every = config.train.sample_every_steps
-            if config.sample_fn and every and (self.step % every == 0 or self.step == config.training.steps):
-                self._sample(config.sample_fn)
+        with sigterm_sets() as self.stop, contextlib.closing(batches):
+            while self.should_continue_training():
+                self.step += 1
+                self.gc_handler.run(self.step)
+                self.train_step(batches)
+                self.checkpointer.save(self.step, last_step=self.step == config.training.steps)
+                if self.stop.agreed and self.should_continue_training():
+                    where = self.checkpointer.save_to_resume(self.step)
+                    raise Preempted(f"stage {config.stage.name}: SIGTERM after step {self.step}; it goes on from {where}")
+                every = config.train.sample_every_steps
+                if config.sample_fn and every and (self.step % every == 0 or self.step == config.training.steps):
+                    self._sample(config.sample_fn)
         return first
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "guard": self.guard.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.guard.load_state_dict(state_dict["guard"])
 
     @torch.no_grad()
     def _sample(self, sample_fn: Callable[[torch.nn.Module, int, Path], Any]) -> None:
