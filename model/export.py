@@ -1,4 +1,4 @@
-"""Our weights as a diffusers transformer directory: config.json and diffusion_pytorch_model.safetensors."""
+"""Our weights as a diffusers transformer directory: config.json, and safetensors in one file or with an index."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from model.config import TransformerConfig
+from model.load import INDEX_NAME, WEIGHTS_NAME, Weights, check_shapes, open_weights, shapes_of
 from model.transformer import NucleusTransformer
 
 CLASS_NAME = "NucleusMoEImageTransformer2DModel"
 DIFFUSERS_VERSION = "0.42.1"
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+FILE_PATTERN = WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors")
+MAX_SHARD_SIZE = "10GB"  # diffusers' default
 
 
 def diffusers_config(config: TransformerConfig) -> dict[str, Any]:
@@ -30,17 +36,8 @@ def check_state(config: TransformerConfig, shapes: Mapping[str, tuple[int, ...]]
         ValueError: it names missing and unknown tensors, and wrong shapes.
     """
     with torch.device("meta"):
-        expected = {name: tuple(t.shape) for name, t in NucleusTransformer(config).state_dict().items()}
-    problems = [f"missing {name}" for name in sorted(expected.keys() - shapes.keys())]
-    problems += [f"unknown {name}" for name in sorted(shapes.keys() - expected.keys())]
-    problems += [
-        f"{name} has shape {tuple(shapes[name])}, not {shape}"
-        for name, shape in expected.items()
-        if name in shapes and tuple(shapes[name]) != shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"the weights do not fit the configuration: {'; '.join(problems[:5])}{more}")
+        expected = shapes_of(NucleusTransformer(config).state_dict())
+    check_shapes(expected, shapes, "the weights")
 
 
 def write_config(config: TransformerConfig, out: Path) -> None:
@@ -48,33 +45,67 @@ def write_config(config: TransformerConfig, out: Path) -> None:
 
 
 def export_transformer(
-    source: NucleusTransformer | Mapping[str, torch.Tensor],
+    source: NucleusTransformer | Weights | Mapping[str, torch.Tensor],
     out: str | Path,
     config: TransformerConfig | None = None,
     dtype: torch.dtype | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> None:
     """Writes `out`, which diffusers' `from_pretrained(out)` and `load_transformer(out)` load.
 
+    Tensors are got one at a time, and one file's are in memory at once. Files and index are diffusers': one file up
+    to `max_shard_size`, more and an index above.
+
     Args:
-        source: a model, or a state dict with diffusers' names; then `config` is needed.
+        source: a model, a state dict with diffusers' names, or `open_weights` of a checkpoint; for the last two
+            `config` is needed. Tensors may be sharded: then every rank calls this, and the first one writes.
         dtype: of floating-point weights in the file; None keeps each as it is.
+        max_shard_size: bytes of tensors in a file at most, such as 5_000_000_000 or "5GB"; a larger tensor has a file
+            of its own.
 
     Raises:
         ValueError: weights that do not fit the configuration.
     """
-    if isinstance(source, NucleusTransformer):
+    if isinstance(source, nn.Module):
         config, source = config or source.config, source.state_dict()
     if config is None:
         raise ValueError("export_transformer of a state dict needs its config")
-    check_state(config, {name: tuple(tensor.shape) for name, tensor in source.items()})
+    weights = source if isinstance(source, Weights) else _in_memory(source)
+    check_state(config, shapes_of(weights.described))
+    described = {name: tensor.to(_stored_type(tensor, dtype)) for name, tensor in weights.described.items()}
+    split = split_torch_state_dict_into_shards(
+        described, filename_pattern=FILE_PATTERN, max_shard_size=max_shard_size
+    )
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
-        for name, tensor in source.items()
-    }
-    write_config(config, out)
-    save_file(tensors, out / WEIGHTS_NAME, metadata={"format": "pt"})
+    writes = not dist.is_initialized() or dist.get_rank() == 0
+    if writes:
+        out.mkdir(parents=True, exist_ok=True)
+    for file, names in split.filename_to_tensors.items():
+        tensors = {}
+        for name in names:
+            tensor = weights.read(name)
+            if writes:
+                tensors[name] = tensor.detach().to("cpu", described[name].dtype).contiguous()
+        if writes:
+            save_file(tensors, out / file, metadata={"format": "pt"})
+    if writes:
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            (out / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_config(config, out)
+
+
+def _in_memory(state: Mapping[str, torch.Tensor]) -> Weights:
+    def read(name: str) -> torch.Tensor:
+        tensor = state[name]
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    described = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in state.items()}
+    return Weights(described, read)
+
+
+def _stored_type(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
 
 
 def read_config(directory: str | Path) -> TransformerConfig:
@@ -94,20 +125,11 @@ def read_config(directory: str | Path) -> TransformerConfig:
 
 
 def load_transformer(directory: str | Path, dtype: torch.dtype | None = None) -> NucleusTransformer:
-    """The model in a transformer directory (ours or the released one, also in several files), in eval mode."""
-    from safetensors import safe_open
-
-    directory = Path(directory)
+    """The model in a transformer directory (ours or the released one, also in several files), in eval mode and in the
+    stored types, or in `dtype`. For a sharded model see `load_weights`."""
     with torch.device("meta"):
         model = NucleusTransformer(read_config(directory))
-    files = sorted(directory.glob("diffusion_pytorch_model*.safetensors"))
-    if not files:
-        raise ValueError(f"{directory} has no {WEIGHTS_NAME}")
-    state = {}
-    for file in files:
-        with safe_open(file, framework="pt") as reader:
-            for name in reader.keys():
-                state[name] = reader.get_tensor(name).to(dtype)
-    check_state(model.config, {name: tuple(tensor.shape) for name, tensor in state.items()})
-    model.load_state_dict(state, assign=True)
+    weights = open_weights(directory)
+    check_state(model.config, shapes_of(weights.described))
+    model.load_state_dict({name: weights.read(name).to(dtype) for name in weights.described}, assign=True)
     return model.eval()

@@ -38,12 +38,12 @@ def merge(
 ) -> dict:
     """Writes the weighted sum of `checkpoints` as a diffusers transformer directory `out`.
 
-    One tensor of each checkpoint is in memory at a time, beside one file of the result. Sums are in fp64 and rounded once
-    to the tensor's type; one checkpoint with weight 1 comes back bitwise.
+    One tensor of each checkpoint is in memory at a time, beside one file of the result. Sums are in fp64 and rounded
+    once to the tensor's type; one checkpoint with weight 1 comes back bitwise.
 
     Args:
-        checkpoints: old to new; each a state dict, a safetensors file, a directory of safetensors, or a DCP
-            directory (tensors alone are read; names under "model." or plain).
+        checkpoints: old to new; each a state dict, or what `open_weights` opens: a safetensors file, a transformer
+            directory, or a DCP checkpoint.
         weights: one for each; sum 1 (`wsm_weights`).
         config: of the model; None reads config.json beside the newest checkpoint.
 
@@ -59,9 +59,9 @@ def merge(
         raise ValueError(f"merge weights must sum to 1, got {sum(weights):.8g}")
     if config is None:
         config = _config_beside(checkpoints[-1])
-    readers = [open_checkpoint(checkpoint) for checkpoint in checkpoints]
-    shapes = readers[0][0]
-    for i, (other, _) in enumerate(readers[1:], start=2):
+    opened = [_open(checkpoint) for checkpoint in checkpoints]
+    shapes = shapes_of(opened[0].described)
+    for i, other in enumerate((shapes_of(weights.described) for weights in opened[1:]), start=2):
         differing = sorted(name for name in shapes.keys() | other.keys() if shapes.get(name) != other.get(name))
         if differing:
             name = differing[0]
@@ -96,4 +96,3 @@ def _config_beside(checkpoint: Checkpoint) -> TransformerConfig:
         raise ValueError("merge of state dicts needs config")
     path = Path(checkpoint)
     return read_config(path.parent if path.is_file() else path)
-

@@ -43,7 +43,7 @@ from model import flow
 from model.config import TransformerConfig
 from model.export import load_transformer
 from model.latents import LatentDataset
-from model.merge import open_checkpoint
+from model.load import open_weights
 from model.moe import Experts
 from model.transformer import NucleusTransformer, RouterTrace
 
@@ -205,10 +205,10 @@ def find_transformer(path: str | Path) -> NucleusTransformer:
     if not manifest.is_file():
         raise ValueError(f"{checkpoint} is no part of a checkpoints artifact: there is no {manifest}")
     config = TransformerConfig(**json.loads(manifest.read_text())["config"]["model"])
-    shapes, read = open_checkpoint(checkpoint)
+    weights = open_weights(checkpoint)
     with torch.device("meta"):
         model = NucleusTransformer(config)
-    model.load_state_dict({name: read(name) for name in shapes}, assign=True)
+    model.load_state_dict({name: weights.read(name) for name in weights.described}, assign=True)
     return model.eval()
 
 
@@ -243,8 +243,9 @@ def analyse(model: NucleusTransformer, latents: Path, out: Path, images: int, ti
     (out / "routing.json").write_text(json.dumps(report, indent=1) + "\n")
     tensors = {f"layer{i:02d}/{key}": value.contiguous() for i, layer in maps.items() for key, value in layer.items()}
     save_file(tensors, out / "maps.safetensors")
-    for i in range(len(chosen)):
-        draw_image(out / f"image{i}.png", clean[i].float(), {k: {n: m[i] for n, m in v.items()} for k, v in maps.items()}, levels)
+    for i, latent in enumerate(clean.float()):
+        of_image = {layer: {key: values[i] for key, values in of_layer.items()} for layer, of_layer in maps.items()}
+        draw_image(out / f"image{i}.png", latent, of_image, levels)
     draw_stability(out / "stability.png", described, levels)
     return report
 
@@ -268,7 +269,7 @@ def draw_image(path: Path, latent: torch.Tensor, maps: dict[int, dict[str, torch
     figure = Figure(figsize=(1.35 * columns, 1.45 * len(maps) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(maps), columns, squeeze=False)
-    most = max(int(layer["experts"].max()) for layer in maps.values())
+    most, variety = (max(int(layer[key].max()) for layer in maps.values()) for key in ("experts", "distinct"))
     shown = {}
     for row, (layer, of_layer) in zip(axes, maps.items()):
         row[0].imshow(latent_picture(latent))
@@ -276,16 +277,17 @@ def draw_image(path: Path, latent: torch.Tensor, maps: dict[int, dict[str, torch
         for axis, experts in zip(row[1:], of_layer["experts"]):
             shown["experts"] = axis.imshow(experts, vmin=0, vmax=most, cmap="viridis")
         shown["jaccard"] = row[-2].imshow(of_layer["jaccard"], vmin=0, vmax=1, cmap="magma")
-        shown["distinct"] = row[-1].imshow(of_layer["distinct"], vmin=0, cmap="cividis")
-        figure.colorbar(shown["distinct"], ax=row[-1])
+        shown["distinct"] = row[-1].imshow(of_layer["distinct"], vmin=0, vmax=variety, cmap="cividis")
     titles = ["latent", *(f"t = {level:.2f}" for level in levels), "jaccard", "distinct"]
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=8)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
-    figure.colorbar(shown["experts"], ax=axes[:, 1:-2], label="experts that took the token")
-    figure.colorbar(shown["jaccard"], ax=axes[:, -2])
+    for key, part in (("experts", axes[:, 1:-2]), ("jaccard", axes[:, -2]), ("distinct", axes[:, -1])):
+        whole = [] if key == "jaccard" else range(int(shown[key].norm.vmax) + 1)
+        figure.colorbar(shown[key], ax=part, location="bottom", shrink=0.6, ticks=whole or None)
+    axes[-1, len(levels) // 2].set_xlabel("experts that took the token", fontsize=8)
     figure.savefig(path, dpi=100)
 
 

@@ -1,0 +1,206 @@
+"""Reading weights: released or exported safetensors into a model of any layout, and DCP checkpoints tensor by tensor.
+
+A rank of a sharded model reads of each file the rows that it owns, and holds besides its own shards one such piece at
+a time: the whole model is on no host. Placements are DTensor's, whatever mesh they come from (FSDP2, experts over
+ranks, both): a rank's part is the box that `compute_local_shape_and_global_offset` gives.
+
+Files are in the layout of huggingface_hub and diffusers: `diffusion_pytorch_model.safetensors`, or shards named by
+`diffusion_pytorch_model.safetensors.index.json`. safetensors and tensors of DCP: nothing here unpickles weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
+MODEL_PREFIX = "model."  # of the model's tensors in a full checkpoint of ours
+
+Region = tuple[slice, ...]
+
+
+class Weights(NamedTuple):
+    """Tensors that are stored or spread somewhere: shape and type of each (on the meta device), and how to get one."""
+
+    described: dict[str, torch.Tensor]
+    read: Callable[[str], torch.Tensor]
+
+
+def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Refuses tensors that are not exactly those expected.
+
+    Raises:
+        ValueError: it names missing and unknown tensors, and wrong shapes.
+    """
+    problems = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"unknown {name}" for name in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"{name} has shape {tuple(found[name])}, not {shape}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"{where} do not fit the configuration: {'; '.join(problems[:5])}{more}")
+
+
+def load_weights(model: nn.Module, directory: str | Path) -> int:
+    """Fills `model`, in its own types, from a transformer directory.
+
+    A model on the meta device gets its memory first, each rank its own shards on `torch.get_default_device()`.
+    No collective is called: each rank reads by itself, and refuses what does not fit before it reads any weight.
+
+    Returns:
+        bytes of stored tensors that this rank read.
+
+    Raises:
+        ValueError: files that are missing, corrupt or inconsistent, or tensors that are not exactly the model's.
+    """
+    files = open_files(directory)
+    state = model.state_dict()
+    check_shapes(shapes_of(state), shapes_of(files.described), f"the weights in {directory}")
+    if any(tensor.is_meta for tensor in state.values()):
+        model.to_empty(device=torch.get_default_device())
+        state = model.state_dict()
+    bytes_read = 0
+    with torch.no_grad():
+        for name, tensor in state.items():
+            local, region = _own_part(tensor)
+            if local.numel():
+                piece = files.read(name, region)
+                local.copy_(piece)
+                bytes_read += piece.numel() * piece.element_size()
+    return bytes_read
+
+
+def _own_part(tensor: torch.Tensor) -> tuple[torch.Tensor, Region | None]:
+    """This rank's part of a tensor, and where it lies in the whole; None: it is the whole."""
+    if not isinstance(tensor, DTensor):
+        return tensor, None
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    local = tensor.to_local()
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    assert local.numel() == 0 or tuple(local.shape) == tuple(shape), (local.shape, shape, tensor.placements)
+    if tuple(local.shape) == tuple(tensor.shape):
+        return local, None
+    return local, tuple(slice(start, start + size) for start, size in zip(offset, shape))
+
+
+def open_weights(path: str | Path) -> Weights:
+    """Of a transformer directory, one safetensors file, or a DCP checkpoint. Reads names, shapes and types only.
+
+    Raises:
+        ValueError: nothing of these, or files that are missing, corrupt or inconsistent with their index.
+    """
+    path = Path(path)
+    if (path / ".metadata").is_file():
+        return _open_dcp(path)
+    files = open_files(path)
+    return Weights(files.described, files.read)
+
+
+def open_files(path: str | Path) -> SafetensorsFiles:
+    """Of a transformer directory or one safetensors file; raises as `open_weights`."""
+    path = Path(path)
+    if path.is_file():
+        return SafetensorsFiles([path])
+    if (path / INDEX_NAME).is_file():
+        index = _read_index(path / INDEX_NAME)
+        return SafetensorsFiles(sorted({path / file for file in index.values()}), index)
+    if (path / WEIGHTS_NAME).is_file():
+        return SafetensorsFiles([path / WEIGHTS_NAME])
+    raise ValueError(f"{path} is not a checkpoint: neither a safetensors file, nor {WEIGHTS_NAME}, nor {INDEX_NAME}, nor DCP")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Name of the file of each tensor."""
+    try:
+        index = json.loads(path.read_bytes())["weight_map"]
+        files = set(index.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not an index: it needs a JSON object with a weight_map ({error!r})") from None
+    for file in sorted(files, key=str):
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"{path} names {file!r}: a file beside it is needed")
+        if not (path.parent / file).is_file():
+            raise ValueError(f"{path} names {file}, which is missing from {path.parent}")
+    return index
+
+
+class SafetensorsFiles:
+    """The tensors of some files. `index`: the file in which each must be; None: there is no index."""
+
+    def __init__(self, files: list[Path], index: Mapping[str, str] | None = None):
+        self.described: dict[str, torch.Tensor] = {}
+        self._file: dict[str, Path] = {}
+        for file in files:
+            with _reader(file) as reader:
+                for name in reader.keys():
+                    if index is not None and index.get(name) != file.name:
+                        raise ValueError(f"{file} holds {name}, which its index puts in {index.get(name, 'no file')}")
+                    stored = reader.get_slice(name)
+                    dtype = _dtype(stored.get_dtype(), file)
+                    self.described[name] = torch.empty(stored.get_shape(), dtype=dtype, device="meta")
+                    self._file[name] = file
+        for name in sorted((index or {}).keys() - self._file.keys()):
+            raise ValueError(f"the index beside {files[0]} puts {name} in {index[name]}, which does not hold it")
+
+    def read(self, name: str, region: Region | None = None) -> torch.Tensor:
+        """One tensor, or the box `region` of it: nothing else of the file is read."""
+        with _reader(self._file[name]) as reader:
+            return reader.get_tensor(name) if region is None else reader.get_slice(name)[region]
+
+
+def _reader(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+
+
+def _dtype(name: str, file: Path) -> torch.dtype:
+    from safetensors.torch import _TYPES
+
+    if name not in _TYPES:
+        raise ValueError(f"{file} holds tensors of type {name}, which PyTorch does not know")
+    return _TYPES[name]
+
+
+def _open_dcp(path: Path) -> Weights:
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from model.checkpoints import CheckpointReader, load
+
+    metadata = CheckpointReader(path).read_metadata().state_dict_metadata
+    tensors = {key: value for key, value in metadata.items() if isinstance(value, TensorStorageMetadata)}
+    prefix = MODEL_PREFIX if any(key.startswith(MODEL_PREFIX) for key in tensors) else ""
+    # A plain checkpoint may hold the optimiser too; its keys are no parameters of the model.
+    keys = {
+        key.removeprefix(prefix): key
+        for key in tensors
+        if key.startswith(prefix) and not key.startswith(("optimizer", "state.", "param_groups"))
+    }
+    described = {
+        name: torch.empty(tensors[key].size, dtype=tensors[key].properties.dtype, device="meta")
+        for name, key in keys.items()
+    }
+
+    def read(name: str) -> torch.Tensor:
+        state = {keys[name]: torch.empty_like(described[name], device="cpu")}
+        load(state, path, alone=True)
+        return state[keys[name]]
+
+    return Weights(described, read)
