@@ -16,7 +16,8 @@ from model.config import StageConfig, TrainConfig, TransformerConfig
 from model.hashing import hash_words
 from model.layout import layout, local_batch_size
 from model.train.activation import activation_config
-from model.train.checkpoint import CHECKPOINTS, StageCheckpointer
+from model.storage import join
+from model.train.checkpoint import CHECKPOINTS, StageCheckpointer, checkpoint_root
 from model.train.data import LatentDataLoader
 from model.train.metrics import StageMetrics
 from model.train.optimizer import NucleusOptimizers, WarmupStable
@@ -72,6 +73,7 @@ def trainer_config(
             seed=seed,
             tier_weights=dict(stage.tier_weights),
             caption_dropout=train.caption_dropout,
+            num_workers=train.num_workers,
         ),
         optimizer=NucleusOptimizers.Config(optim=train.optim),
         lr_scheduler=WarmupStable.Config(warmup_steps=train.optim.warmup_steps),
@@ -96,14 +98,14 @@ def trainer_config(
         compile=CompileConfig(enable=train.compile, components=["model"]),
         checkpoint=StageCheckpointer.Config(
             enable=True,
-            folder=CHECKPOINTS,
+            folder=join(checkpoint_root(train, work_dir), CHECKPOINTS),
             interval=train.checkpoint_every_steps,
             initial_load_path=str(Path(init_from).resolve()) if init_from else None,
             initial_load_model_only=init_from is not None,
             last_save_model_only=False,
             keep_latest_k=2,
             keep_weights=train.keep_checkpoints,
-            async_mode="disabled",  # the copy a stage resumes from must be whole before the next step
+            async_mode="async" if train.async_checkpoint else "disabled",
         ),
         metrics=StageMetrics.Config(
             log_freq=train.log_every_steps,
