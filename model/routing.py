@@ -40,6 +40,7 @@ import torch
 from safetensors.torch import save_file
 
 from model import flow
+from model.checkpoints import last_checkpoint
 from model.config import TransformerConfig
 from model.export import load_transformer
 from model.latents import LatentDataset
@@ -192,15 +193,13 @@ def find_transformer(path: str | Path) -> NucleusTransformer:
     directory of checkpoints, the last is taken.
 
     Raises:
-        ValueError: nothing of these is there.
+        ValueError: nothing of these is there, or the weights are not the configuration's.
     """
     path = Path(path)
     for directory in (path / "transformer", path):
         if (directory / "config.json").is_file():
             return load_transformer(directory)
-    from model.train.checkpoint import last_checkpoint
-
-    checkpoint = last_checkpoint(path)
+    checkpoint = Path(last_checkpoint(path))
     manifest = checkpoint.parent / "manifest.json"
     if not manifest.is_file():
         raise ValueError(f"{checkpoint} is no part of a checkpoints artifact: there is no {manifest}")
