@@ -9,6 +9,12 @@ from typing import NamedTuple
 
 from model.config import StageConfig, TrainConfig, TransformerConfig
 
+# What says how a run is computed, and not what: it may change between two attempts at the same training.
+LAYOUT_KEYS = frozenset(
+    ("nnodes", "nproc_per_node", "data_parallel_replicate", "data_parallel_shard", "expert_parallel")
+    + ("local_batch_size", "activation_checkpointing", "compile")
+)
+
 
 class Layout(NamedTuple):
     """Every rank has a share of the batch. `shard` ranks hold one copy of the weights between them."""
