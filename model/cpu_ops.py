@@ -1,7 +1,8 @@
 """Element-wise chains with hand-written backward passes, for eager execution on a CPU.
 
 There a chain of small operations is bound by memory traffic and allocation. Each function here has a plain
-formula beside it, which serves compiled and accelerator code, and which the fast one must equal.
+formula beside it, which serves compiled code, and which the fast one must equal; so must the Triton kernel
+(model/kernels), which serves eager code on a CUDA device.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
+from model import kernels
 from model.rope import apply_rope
 
 
@@ -70,8 +72,16 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(packed: torch.Tensor, gate_first: bool) -> torch.Tensor:
     """silu(gate) * up of `packed` [..., 2F] -> [..., F]; which half is the gate says `gate_first`."""
+    if kernels.takes(packed):
+        from model.kernels.swiglu import SwiGLU
+
+        return SwiGLU.apply(packed, gate_first)
     if _eager_cpu(packed):
         return _SwiGLU.apply(packed, gate_first)
+    return plain_swiglu(packed, gate_first)
+
+
+def plain_swiglu(packed: torch.Tensor, gate_first: bool) -> torch.Tensor:
     first, second = packed.chunk(2, dim=-1)
     gate, up = (first, second) if gate_first else (second, first)
     return F.silu(gate) * up
@@ -103,9 +113,18 @@ class _NormRope(torch.autograd.Function):
 
 
 def norm_rope(x: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMS norm over the head dim times `weight` [N, H] or [H], then RoPE, of `x` [B, S, N, H]."""
+    """RMS norm over the head dim times `weight` [N, H] or [H], then RoPE, of `x` [B, S, N, H]; of its type."""
+    if kernels.takes(x):
+        from model.kernels import norm_rope as kernel
+
+        if kernel.fits(x, weight):
+            return kernel.NormRope.apply(x, weight, table, eps)
     if _eager_cpu(x):
         return _NormRope.apply(x, weight, table, eps)
+    return plain_norm_rope(x, weight, table, eps)
+
+
+def plain_norm_rope(x: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, eps: float) -> torch.Tensor:
     # As diffusers' RMSNorm: fp32 statistics, rounded to the weight's type before the weight.
     normed = (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
-    return apply_rope(normed, table)
+    return apply_rope(normed, table).to(x.dtype)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model import kernels
 from model.config import RoutingConfig
 from model.cpu_ops import swiglu
 
@@ -27,7 +28,8 @@ class Routing(NamedTuple):
     """What one MoE layer decided. `gates` are normalised over the experts that took the token, and scaled.
 
     Experts that take fewer than C tokens are filled up with tokens that they did not take, at gate 0: then
-    `taken_BEC` says which are real. None: all are, as always where experts choose.
+    `taken_BEC` says which are real. None: all are, as always where experts choose. `takers` is there where Triton
+    kernels chose: gather and combine then are kernels too.
     """
 
     logits_BSE: torch.Tensor
@@ -35,9 +37,12 @@ class Routing(NamedTuple):
     indices_BEC: torch.Tensor
     gates_BEC: torch.Tensor
     taken_BEC: torch.Tensor | None = None
+    takers: kernels.Takers | None = None
 
     def rows_R(self) -> torch.Tensor:
         """Rows of the tokens in [B S, D]: expert after expert, within one sample after sample."""
+        if self.takers is not None:
+            return self.takers.tokens_R
         B, S, _ = self.logits_BSE.shape
         offsets = torch.arange(0, B * S, S, device=self.indices_BEC.device).view(B, 1, 1)
         return (self.indices_BEC + offsets).transpose(0, 1).reshape(-1)
@@ -130,6 +135,12 @@ class MoE(nn.Module):
         """Which expert takes which of the tokens that the router sees, and with what gate."""
         B, S, _ = seen_BSD.shape
         logits_BSE = self.gate(seen_BSD, timestep_BD)
+        if self.routing.kind == "expert_choice" and kernels.takes(logits_BSE):
+            from model.kernels import route as kernel
+
+            if kernel.fits(logits_BSE):
+                *chosen, takers = kernel.route(logits_BSE, self.capacity(S), self.use_sigmoid, self.route_scale)
+                return Routing(logits_BSE, *chosen, takers=takers)
         scores = torch.sigmoid(logits_BSE.float()) if self.use_sigmoid else logits_BSE.float().softmax(dim=-1)
         scores_BSE = scores.to(logits_BSE.dtype)
         taken_BEC = None
@@ -150,9 +161,9 @@ class MoE(nn.Module):
     ) -> tuple[torch.Tensor, Routing]:
         routing = self.route(x_BSD if self.routing.coupled else unmodulated_BSD, timestep_BD)
         rows_R = routing.rows_R()
-        routed_END = self.experts(gather(x_BSD, rows_R, self.num_experts))
+        routed_END = self.experts(gather(x_BSD, rows_R, self.num_experts, routing.takers))
         gates_EBC = routing.gates_BEC.transpose(0, 1)
-        return combine(self.shared_expert(x_BSD), routed_END, rows_R, gates_EBC), routing
+        return combine(self.shared_expert(x_BSD), routed_END, rows_R, gates_EBC, routing.takers), routing
 
 
 def token_choice(
@@ -179,16 +190,34 @@ def token_choice(
     return chosen_BEC, indices_BEC, taken_BEC
 
 
-def gather(x_BSD: torch.Tensor, rows_R: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """The experts' tokens [E, B C, D]."""
+def gather(
+    x_BSD: torch.Tensor, rows_R: torch.Tensor, num_experts: int, takers: kernels.Takers | None = None
+) -> torch.Tensor:
+    """The experts' tokens [E, B C, D]; by Triton kernels given `takers`."""
     D = x_BSD.shape[-1]
+    if takers is not None:
+        from model.kernels.combine import gather_rows
+
+        return gather_rows(x_BSD.reshape(-1, D), takers).view(num_experts, -1, D)
     return x_BSD.reshape(-1, D).index_select(0, rows_R).view(num_experts, -1, D)
 
 
 def combine(
-    shared_BSD: torch.Tensor, routed_END: torch.Tensor, rows_R: torch.Tensor, gates_EBC: torch.Tensor
+    shared_BSD: torch.Tensor,
+    routed_END: torch.Tensor,
+    rows_R: torch.Tensor,
+    gates_EBC: torch.Tensor,
+    takers: kernels.Takers | None = None,
 ) -> torch.Tensor:
-    """The experts' outputs, weighted in fp32, added to the shared expert's at their tokens [B, S, D]."""
+    """The experts' outputs, weighted in fp32, added to the shared expert's at their tokens [B, S, D].
+
+    By Triton kernels given `takers`.
+    """
     D = shared_BSD.shape[-1]
+    if takers is not None:
+        from model.kernels.combine import combine_rows
+
+        out_TD = combine_rows(shared_BSD.reshape(-1, D), routed_END.reshape(-1, D), gates_EBC.reshape(-1), takers)
+        return out_TD.view_as(shared_BSD)
     routed_RD = (routed_END.reshape(-1, D).float() * gates_EBC.reshape(-1, 1)).to(shared_BSD.dtype)
     return shared_BSD.reshape(-1, D).index_add(0, rows_R, routed_RD).view_as(shared_BSD)

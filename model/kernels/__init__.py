@@ -1,0 +1,78 @@
+"""Which operations run as Triton kernels: decided here, for the whole process.
+
+Every kernel stands beside the plain PyTorch function that it equals. Kernels serve eager code on a CUDA device;
+compiled code takes the plain functions, which the compiler fuses itself, and so do a CPU (model/cpu_ops.py),
+sharded tensors, and shapes that a kernel does not cover. Triton is imported on first use only.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+
+Kernels = Literal["auto", "torch", "triton"]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Takers(NamedTuple):
+    """Of each token, the routed rows that experts make of it, and the other way about.
+
+    The first `counts_T` of `rows_TE` are a token's rows, by expert; `tokens_R` is the token of each row.
+    """
+
+    rows_TE: torch.Tensor
+    counts_T: torch.Tensor
+    tokens_R: torch.Tensor
+
+
+_choice: Kernels = "auto"
+
+
+@functools.cache
+def triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in Python, on CPU tensors (for tests)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def use_kernels(choice: Kernels) -> None:
+    """"auto": Triton where it can run; "torch": never; "triton": as auto, but refuse a machine without it.
+
+    Raises:
+        ValueError: an unknown choice, or "triton" where it cannot run; the message says what is missing.
+    """
+    global _choice
+    if choice not in get_args(Kernels):
+        raise ValueError(f"kernels={choice!r} must be one of {', '.join(get_args(Kernels))}")
+    if choice == "triton":
+        missing = [] if triton_installed() else ["the package triton"]
+        if not torch.cuda.is_available() and not interpreted():
+            missing.append("a CUDA device (or TRITON_INTERPRET=1, for tests)")
+        if missing:
+            raise ValueError(f"kernels='triton' needs {' and '.join(missing)}; use 'auto' or 'torch' here")
+    _choice = choice
+
+
+def takes(x: torch.Tensor) -> bool:
+    """Whether operations on `x` run as Triton kernels."""
+    if torch.compiler.is_compiling() or not (x.is_cuda or (_choice == "triton" and interpreted())):
+        return False
+    return (
+        _choice != "torch"
+        and x.dtype in DTYPES
+        and type(x) in (torch.Tensor, torch.nn.Parameter)
+        and triton_installed()
+    )
+
+
+def launch(kernel: Any, grid: tuple[int, ...], x: torch.Tensor, *args: Any, **constants: Any) -> None:
+    """Runs `kernel` on the device of `x`, which is its first argument."""
+    with torch.cuda.device_of(x):
+        kernel[grid](x, *args, **constants)

@@ -1,0 +1,121 @@
+"""The way to the experts and back: `gather_rows` equals index_select, `combine_rows` a gated index_add.
+
+Where PyTorch adds rows of the same token with atomic operations, in no fixed order, here each token sums its own
+takers in the order of the experts, in fp32: the same bits each time, and one write a token.
+
+Shape suffixes: T tokens, D width, E experts, R routed rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from model.kernels import Takers, launch
+
+BLOCK = 1024
+MAX_WIDTH = 16384
+
+
+@triton.jit
+def _sum_takers(
+    routed, takers, counts, base, gates, out, D, E,
+    BASE: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = d < D
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    if BASE:
+        total += tl.load(base + t * D + d, mask=inside, other=0.0).to(tl.float32)
+    for j in range(0, tl.load(counts + t)):
+        row = tl.load(takers + t * E + j).to(tl.int64)
+        value = tl.load(routed + row * D + d, mask=inside, other=0.0).to(tl.float32)
+        if GATED:
+            value *= tl.load(gates + row).to(tl.float32)
+        total += value
+    tl.store(out + t * D + d, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _combine_backward(grad, routed, gates, tokens, d_routed, d_gates, D, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    inside = d < D
+    t = tl.load(tokens + row)
+    g = tl.load(grad + t * D + d, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(routed + row * D + d, mask=inside, other=0.0).to(tl.float32)
+    tl.store(d_gates + row, tl.sum(g * value, axis=0).to(d_gates.dtype.element_ty))
+    gate = tl.load(gates + row).to(tl.float32)
+    tl.store(d_routed + row * D + d, (g * gate).to(d_routed.dtype.element_ty), mask=inside)
+
+
+def _token_grid(tokens: int, width: int) -> tuple[tuple[int, int], int]:
+    block = min(BLOCK, triton.next_power_of_2(width))
+    return (tokens, triton.cdiv(width, block)), block
+
+
+class GatherRows(torch.autograd.Function):
+    """x [T, D] and the token of each row -> rows [R, D]. Forward is PyTorch's: a copy at memory speed."""
+
+    @staticmethod
+    def forward(ctx, x_TD: torch.Tensor, tokens_R: torch.Tensor, takers_TE: torch.Tensor, counts_T: torch.Tensor):
+        ctx.save_for_backward(takers_TE, counts_T)
+        return x_TD.index_select(0, tokens_R)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_RD: torch.Tensor):
+        takers_TE, counts_T = ctx.saved_tensors
+        grad_RD = grad_RD.contiguous()
+        (T, E), D = takers_TE.shape, grad_RD.shape[1]
+        d_x_TD = grad_RD.new_empty(T, D)
+        grid, block = _token_grid(T, D)
+        launch(
+            _sum_takers, grid, grad_RD, takers_TE, counts_T, grad_RD, grad_RD, d_x_TD, D, E,
+            BASE=False, GATED=False, BLOCK=block,
+        )  # fmt: skip
+        return d_x_TD, None, None, None
+
+
+class CombineRows(torch.autograd.Function):
+    """base [T, D] plus, for each token, its rows of routed [R, D] times their gates [R] -> [T, D]."""
+
+    @staticmethod
+    def forward(ctx, base_TD, routed_RD, gates_R, tokens_R, takers_TE, counts_T):
+        base_TD, routed_RD, gates_R = base_TD.contiguous(), routed_RD.contiguous(), gates_R.contiguous()
+        ctx.save_for_backward(routed_RD, gates_R, tokens_R)
+        (T, E), D = takers_TE.shape, base_TD.shape[1]
+        out_TD = torch.empty_like(base_TD)
+        grid, block = _token_grid(T, D)
+        launch(
+            _sum_takers, grid, routed_RD, takers_TE, counts_T, base_TD, gates_R, out_TD, D, E,
+            BASE=True, GATED=True, BLOCK=block,
+        )  # fmt: skip
+        return out_TD
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_TD: torch.Tensor):
+        routed_RD, gates_R, tokens_R = ctx.saved_tensors
+        R, D = routed_RD.shape
+        d_routed_RD, d_gates_R, grad = torch.empty_like(routed_RD), torch.empty_like(gates_R), grad_TD.contiguous()
+        block = triton.next_power_of_2(D)
+        launch(
+            _combine_backward, (R,), grad, routed_RD, gates_R, tokens_R, d_routed_RD, d_gates_R, D,
+            BLOCK=block, num_warps=4 if block <= 2048 else 8,
+        )  # fmt: skip
+        return grad_TD, d_routed_RD, d_gates_R, None, None, None
+
+
+def gather_rows(x_TD: torch.Tensor, takers: Takers) -> torch.Tensor:
+    """The routed rows [R, D]."""
+    return GatherRows.apply(x_TD, takers.tokens_R, takers.rows_TE, takers.counts_T)
+
+
+def combine_rows(
+    base_TD: torch.Tensor, routed_RD: torch.Tensor, gates_R: torch.Tensor, takers: Takers
+) -> torch.Tensor:
+    """`base_TD` plus, at each token, its rows times their gates."""
+    return CombineRows.apply(base_TD, routed_RD, gates_R, takers.tokens_R, takers.rows_TE, takers.counts_T)

@@ -1,0 +1,302 @@
+"""Each Triton kernel equals its plain PyTorch function, forward and backward.
+
+On a CPU in Triton's interpreter; the same tests, marked gpu, on a CUDA device for real.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from model import kernels
+from model.cpu_ops import plain_norm_rope, plain_swiglu
+from model.moe import MoE
+
+pytest.importorskip("triton")
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}  # relative, of the whole tensor
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], autouse=True)
+def device(request):
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if request.param == "cpu" and not kernels.interpreted():
+        pytest.skip("needs TRITON_INTERPRET=1, under which nothing runs on the CUDA device")
+    if request.param == "cuda" and kernels.interpreted():
+        pytest.skip("TRITON_INTERPRET=1 is set")
+    kernels.use_kernels("triton")
+    yield torch.device(request.param)
+    kernels.use_kernels("auto")
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def dtype(request):
+    return request.param
+
+
+def relative(found, expected):
+    expected = expected.float()
+    return ((found.float() - expected).norm() / expected.norm().clamp_min(1e-20)).item()
+
+
+def leaves(*tensors):
+    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
+
+
+def assert_equal(kernel, plain, inputs, dtype):
+    """Outputs and gradients of `kernel` against `plain` in the same type, and gradients against fp32 too."""
+    ours, theirs, exact = leaves(*inputs), leaves(*inputs), leaves(*(tensor.float() for tensor in inputs))
+    found, expected, truth = kernel(*ours), plain(*theirs), plain(*exact)
+    assert found.dtype == expected.dtype and found.shape == expected.shape
+    assert relative(found, expected) <= TOLERANCE[dtype]
+    weight = torch.randn(found.shape, device=found.device).to(found.dtype)
+    found.backward(weight)
+    truth.backward(weight.float())
+    for ours_, exact_ in zip(ours, exact):
+        assert ours_.grad.dtype == ours_.dtype
+        assert relative(ours_.grad, exact_.grad) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("shape", [(3, 20), (2, 3, 700), (5, 1024)])
+@pytest.mark.parametrize("gate_first", [True, False])
+def test_swiglu(shape, gate_first, dtype, device):
+    from model.kernels.swiglu import SwiGLU
+
+    torch.manual_seed(0)
+    packed = torch.randn(*shape[:-1], 2 * shape[-1], device=device, dtype=dtype)
+    assert_equal(lambda p: SwiGLU.apply(p, gate_first), lambda p: plain_swiglu(p, gate_first), [packed], dtype)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3, 12), (1, 7, 4, 32), (2, 9, 1, 8)])
+@pytest.mark.parametrize("per_head", [True, False])
+def test_norm_rope(shape, per_head, dtype, device, monkeypatch):
+    from model.kernels import norm_rope
+    from model.kernels.norm_rope import NormRope
+
+    monkeypatch.setattr(norm_rope, "PROGRAMS", 4)  # so that a program of the backward pass takes several tokens
+
+    torch.manual_seed(0)
+    B, S, N, H = shape
+    wide = torch.randn(B, S, N + 2, H, device=device, dtype=dtype)
+    weight = 1 + 0.3 * torch.randn(*((N, H) if per_head else (H,)), device=device).to(dtype)
+    angles = torch.randn(S, 1, H // 2, device=device)
+    table = torch.stack((angles.cos(), angles.sin()), dim=-1)
+    # A slice of the heads, as the queries and keys are of their projection: rows that do not follow each other.
+    assert_equal(
+        lambda x, w: NormRope.apply(x[:, :, 1:-1], w, table, 1e-6),
+        lambda x, w: plain_norm_rope(x[:, :, 1:-1], w, table, 1e-6),
+        [wide, weight],
+        dtype,
+    )
+
+
+def test_norm_rope_with_fp32_weights_of_bf16_queries(device):
+    from model.kernels.norm_rope import NormRope
+
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 3, 2, 8, device=device).bfloat16(), torch.randn(8, device=device)
+    table = torch.stack((torch.ones(3, 1, 4), torch.zeros(3, 1, 4)), dim=-1).to(device)
+    found, expected = (f(x, weight, table, 1e-6) for f in (NormRope.apply, plain_norm_rope))
+    assert found.dtype == expected.dtype == torch.bfloat16
+    assert relative(found, expected) < 1e-2
+
+
+def moe_layer(device, dtype, experts=3, width=12, hidden=20, capacity_factor=1.7, **changes):
+    torch.manual_seed(0)
+    moe = MoE(width, hidden, experts, capacity_factor, **changes)
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    moe.to(device, dtype)
+    return moe, [torch.randn(shape, device=device).to(dtype) for shape in ((2, 7, 12), (2, 7, 12), (2, 12))]
+
+
+def choice(routing):
+    return routing.indices_BEC.sort(dim=-1)
+
+
+@pytest.mark.parametrize("use_sigmoid", [False, True])
+@pytest.mark.parametrize("capacity_factor", [0.1, 1.7, 3.0])
+def test_routing(use_sigmoid, capacity_factor, device):
+    """The same tokens, scores, gates and gradient of the logits; through scores as well."""
+    moe, (_, seen, timestep) = moe_layer(device, torch.float32, capacity_factor=capacity_factor, use_sigmoid=use_sigmoid)
+    weights = None
+    results = {}
+    for which in ("torch", "triton"):
+        kernels.use_kernels(which)
+        moe.zero_grad()
+        routing = moe.route(seen, timestep)
+        assert (routing.takers is None) == (which == "torch")
+        gates = routing.weights_BSE()
+        weights = torch.randn_like(gates) if weights is None else weights
+        (gates * weights + routing.scores_BSE * weights.flip(0)).sum().backward()
+        results[which] = (routing, gates, moe.gate.weight.grad.clone())
+    (plain, plain_gates, plain_grad), (ours, gates, grad) = results["torch"], results["triton"]
+    assert torch.equal(choice(ours).values, choice(plain).values)
+    assert torch.equal(ours.indices_BEC, choice(ours).values)  # in the tokens' order
+    assert relative(gates, plain_gates) < 2e-6
+    assert relative(ours.scores_BSE, plain.scores_BSE) < 2e-6
+    assert relative(grad, plain_grad) < 5e-6
+    assert torch.equal(ours.rows_R(), ours._replace(takers=None).rows_R())
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, -200.0])
+def test_equal_scores_are_taken_in_the_tokens_order_and_never_too_many(value, device):
+    from model.kernels.route import Route
+
+    _, indices_BEC, gates_R, *_ = Route.apply(torch.full((2, 9, 4), value, device=device), 3, True, 2.5)
+    assert torch.equal(indices_BEC.cpu(), torch.arange(3).expand(2, 4, 3))
+    assert gates_R.isfinite().all()
+
+
+def test_takers_list_each_tokens_rows_once(device):
+    moe, (_, seen, timestep) = moe_layer(device, torch.float32)
+    routing = moe.route(seen, timestep)
+    rows_R = routing.rows_R().tolist()
+    rows_TE, counts_T = (tensor.tolist() for tensor in routing.takers[:2])
+    for token, (rows, count) in enumerate(zip(rows_TE, counts_T)):
+        assert rows[:count] == [row for row, taken in enumerate(rows_R) if taken == token]
+
+
+def run_layer(device, dtype, which, capacity_factor):
+    kernels.use_kernels(which)
+    moe, inputs = moe_layer(device, torch.bfloat16, capacity_factor=capacity_factor)
+    moe.to(dtype)
+    own = leaves(*(tensor.to(dtype) for tensor in inputs))
+    out, routing = moe(*own)
+    torch.manual_seed(1)
+    out.backward(torch.randn(out.shape, device=device).to(dtype))
+    return routing, [out, *(tensor.grad for tensor in own), *(p.grad for p in moe.parameters())]
+
+
+@pytest.mark.parametrize("capacity_factor", [0.1, 1.7, 3.0])
+def test_layer_with_kernels_equals_the_plain_layer(capacity_factor, device):
+    """Gather, SwiGLU and combine too: the output, and gradients of inputs and weights."""
+    ours, found = run_layer(device, torch.float32, "triton", capacity_factor)
+    plain, expected = run_layer(device, torch.float32, "torch", capacity_factor)
+    assert ours.takers is not None and plain.takers is None
+    assert torch.equal(choice(ours).values, choice(plain).values)
+    # Relative to all gradients: one expert alone has a constant gate, and the router's gradient is rounding noise.
+    total = torch.stack([tensor.norm() for tensor in expected]).norm()
+    for mine, theirs in zip(found, expected):
+        assert (mine - theirs).norm() < 1e-5 * theirs.norm() + 1e-7 * total
+
+
+def test_layer_with_kernels_in_bf16_is_as_exact_as_the_plain_one(device):
+    """Where every expert takes every token, so that rounded scores do not choose otherwise."""
+    _, found = run_layer(device, torch.bfloat16, "triton", 3.0)
+    _, plain = run_layer(device, torch.bfloat16, "torch", 3.0)
+    _, exact = run_layer(device, torch.float32, "torch", 3.0)
+    slack = 1.2 if device.type == "cuda" else 4.0  # the interpreter cuts bits off instead of rounding
+    for mine, theirs, truth in zip(found, plain, exact):
+        assert mine.dtype == torch.bfloat16
+        assert relative(mine, truth) < slack * relative(theirs, truth) + 1e-3
+
+
+def test_sums_have_the_same_bits_each_time(device):
+    moe, inputs = moe_layer(device, torch.bfloat16)
+    outs = []
+    for _ in range(2):
+        own = leaves(*inputs)
+        out, _ = moe(*own)
+        out.float().square().sum().backward()
+        outs.append([out.detach(), *(tensor.grad for tensor in own)])
+    assert all(torch.equal(a, b) for a, b in zip(*outs))
+
+
+def test_shapes_that_no_kernel_covers_take_the_plain_way(monkeypatch, device):
+    from model.kernels import route
+
+    monkeypatch.setattr(route, "MAX_TOKENS", 6)
+    moe, inputs = moe_layer(device, torch.float32)
+    assert moe(*inputs)[1].takers is None
+
+
+def test_whole_model_with_kernels_equals_the_plain_one(device):
+    from model.transformer import NucleusTransformer
+
+    torch.manual_seed(0)
+    model = NucleusTransformer.from_config(
+        dict(
+            in_channels=16, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+            num_key_value_heads=2, joint_attention_dim=12, axes_dims_rope=[4, 2, 2], num_experts=3,
+            dense_moe_strategy="all_moe", moe_intermediate_dim=20, capacity_factors=1.5,
+        )
+    ).to(device)  # fmt: skip
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    kwargs = dict(
+        hidden_states=torch.randn(2, 4, 16),
+        encoder_hidden_states=torch.randn(2, 3, 12),
+        timestep=torch.rand(2),
+        encoder_hidden_states_mask=torch.tensor([[True] * 3, [True, True, False]]),
+    )
+    kwargs = {name: value.to(device) for name, value in kwargs.items()} | {"img_shapes": (1, 2, 2)}
+    results = {}
+    for which in ("torch", "triton"):
+        kernels.use_kernels(which)
+        model.zero_grad()
+        out = model(**kwargs)
+        out.square().sum().backward()
+        results[which] = [out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+    assert all(relative(a, b) < 1e-4 for a, b in zip(results["triton"], results["torch"]))
+
+
+def test_choice_of_kernels_is_refused_where_it_cannot_run(monkeypatch):
+    with pytest.raises(ValueError, match="must be one of auto, torch, triton"):
+        kernels.use_kernels("cuda")
+    monkeypatch.setattr(kernels, "triton_installed", lambda: False)
+    monkeypatch.setattr(kernels, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="needs the package triton and a CUDA device"):
+        kernels.use_kernels("triton")
+    kernels.use_kernels("auto")
+    assert not kernels.takes(torch.zeros(1))
+
+
+COMPILE_ALL = """
+import importlib, re, triton
+from triton.compiler import ASTSource
+from triton.backends.compiler import GPUTarget
+P16, P32, I32, I64, i, f = "*bf16", "*fp32", "*i32", "*i64", "i32", "fp32"
+cases = {
+    "swiglu._swiglu_forward": ([P16, P16, i, i, i], dict(BLOCK=512)),
+    "swiglu._swiglu_backward": ([P16, P16, P16, i, i, i], dict(BLOCK=512)),
+    "norm_rope._norm_rope_forward": ([P16, P16, P32, P16] + [i] * 7 + [f], dict(BLOCK_N=32, BLOCK_H=128)),
+    "norm_rope._norm_rope_backward": ([P16, P16, P32, P16, P16, P32] + [i] * 8 + [f], dict(BLOCK_N=32, BLOCK_H=128)),
+    "route._scores": ([P16, P16, P16, i, i, i], dict(SIGMOID=False, BLOCK_T=32, BLOCK_E=64)),
+    "route._select": ([P16, I64, I64, I32, i, i, i, i], dict(HIGH=31, LOW=16, BLOCK_S=4096)),
+    "route._normalise": ([P16, I32, P16, I32, I32, i, i, f], dict(BLOCK_T=32, BLOCK_E=64)),
+    "route._route_backward": (
+        [P16, I32, P16, P16, P16, i, i, f],
+        dict(SIGMOID=False, SCORES_USED=True, GATES_USED=True, BLOCK_T=32, BLOCK_E=64),
+    ),
+    "combine._sum_takers": ([P16, I32, I32, P16, P16, P16, i, i], dict(BASE=True, GATED=True, BLOCK=1024)),
+    "combine._combine_backward": ([P16, P16, P16, I64, P16, P16, i], dict(BLOCK=2048)),
+}
+jitted = set()
+for module in ("swiglu", "norm_rope", "route", "combine"):
+    for name, value in vars(importlib.import_module("model.kernels." + module)).items():
+        if isinstance(value, triton.runtime.JITFunction):
+            jitted.add(module + "." + name)
+assert jitted == set(cases) | {"route._score"}, jitted ^ set(cases)
+for name, (types, constants) in cases.items():
+    module, function = name.split(".")
+    kernel = getattr(importlib.import_module("model.kernels." + module), function)
+    names = [n for n in kernel.arg_names if n not in constants]
+    assert len(names) == len(types), name
+    source = ASTSource(kernel, dict(zip(names, types)) | {c: "constexpr" for c in constants}, constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    assert compiled.asm["cubin"], name
+    print(name, compiled.metadata.shared)
+"""
+
+
+def test_every_kernel_compiles_for_the_released_shapes_on_hopper(tmp_path):
+    """Needs no device: Triton brings its compiler. The interpreter accepts what the compiler may not."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", COMPILE_ALL], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
