@@ -10,10 +10,11 @@ Text row 0 is the empty prompt: dropped captions and the unconditional half of g
 
 from __future__ import annotations
 
+import functools
 import json
 import mmap
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from pydantic import Field
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from model.config import Positive, Section
@@ -194,21 +196,29 @@ def _map_safetensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _gather(shards: Sequence[torch.Tensor], shard_ids: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
-    """Rows (shard_ids[i], offsets[i]) of a list of equally shaped shards, as one float32 tensor."""
+def _gather(shard_of: Callable[[int], torch.Tensor], shard_ids: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
+    """Rows (shard_ids[i], offsets[i]) of equally shaped shards, as one float32 tensor."""
     order = torch.from_numpy(np.ascontiguousarray(offsets, dtype=np.int64))
     present = np.unique(shard_ids)
     if len(present) == 1:
-        return shards[int(present[0])].index_select(0, order).float()
-    out = torch.empty(len(offsets), *shards[int(present[0])].shape[1:])
-    for shard in present:
-        where = torch.from_numpy(np.flatnonzero(shard_ids == shard))
-        out[where] = shards[int(shard)].index_select(0, order[where]).float()
+        return shard_of(int(present[0])).index_select(0, order).float()
+    out = None
+    for shard_id in present:
+        where = torch.from_numpy(np.flatnonzero(shard_ids == shard_id))
+        shard = shard_of(int(shard_id))
+        out = torch.empty(len(offsets), *shard.shape[1:]) if out is None else out
+        out[where] = shard.index_select(0, order[where]).float()
     return out
 
 
 class LatentDataset:
-    """Reads a latents directory. Any row costs the same, wherever it lies; files stay memory-mapped."""
+    """Reads a latents directory. Any row costs the same, wherever it lies.
+
+    Files are memory-mapped when they are first read, and the MAPPED_FILES read last stay so: a mapping holds a file
+    descriptor, of which a process commonly has 1024. Several threads may read.
+    """
+
+    MAPPED_FILES = 256
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
@@ -229,19 +239,10 @@ class LatentDataset:
             captions = captions.chunk(0)
         self.caption_begin = captions.offsets.to_numpy().astype(np.int64)
         self.caption_rows = captions.values.to_numpy()
-        self._latents: dict[int, list[torch.Tensor]] = {}
-        for i, name in enumerate(self.bucket_names):
-            shards = -(-self.meta.buckets[name] // self.meta.rows_per_shard)
-            folder = self.directory / f"bucket-{name}"
-            self._latents[i] = [
-                _map_safetensors(folder / f"latents-{s:05d}.safetensors")["latents"] for s in range(shards)
-            ]
-        text = [
-            _map_safetensors(self.directory / "text" / f"text-{s:05d}.safetensors")
-            for s in range(-(-self.meta.text_rows // self.meta.text_rows_per_shard))
-        ]
-        self._embeds = [tensors["embeds"] for tensors in text]
-        self.text_lengths = torch.cat([tensors["lengths"] for tensors in text]).numpy()
+        self._map = functools.lru_cache(self.MAPPED_FILES)(_map_safetensors)
+        text_shards = -(-self.meta.text_rows // self.meta.text_rows_per_shard)
+        lengths = [safe_open(self._text_path(s), framework="pt").get_tensor("lengths") for s in range(text_shards)]
+        self.text_lengths = torch.cat(lengths).numpy()
 
     def __len__(self) -> int:
         return len(self.bucket)
@@ -256,7 +257,12 @@ class LatentDataset:
         rows = np.asarray(rows, dtype=np.int64)
         bucket = int(self.bucket[rows[0]])
         assert (self.bucket[rows] == bucket).all(), "rows of one batch must share a bucket"
-        return _gather(self._latents[bucket], self.shard[rows], self.offset[rows])
+        folder = self.directory / f"bucket-{self.bucket_names[bucket]}"
+        return _gather(
+            lambda shard: self._map(folder / f"latents-{shard:05d}.safetensors")["latents"],
+            self.shard[rows],
+            self.offset[rows],
+        )
 
     def text(self, text_rows: np.ndarray | Sequence[int], tokens: int | None = None) -> tuple[torch.Tensor, Any]:
         """Embeddings [n, T, D] float32 and their mask [n, T] bool, or None where every token is real.
@@ -270,7 +276,7 @@ class LatentDataset:
         if tokens is None:
             tokens = self.padded_length(text_rows)
         shard, offset = np.divmod(text_rows, self.meta.text_rows_per_shard)
-        embeds = _gather([shard_embeds[:, :tokens] for shard_embeds in self._embeds], shard, offset)
+        embeds = _gather(lambda shard: self._map(self._text_path(shard))["embeds"][:, :tokens], shard, offset)
         if (lengths == tokens).all():
             return embeds, None
         return embeds, torch.arange(tokens) < torch.from_numpy(lengths)[:, None]
@@ -283,12 +289,22 @@ class LatentDataset:
         """Text rows of an image's captions."""
         return self.caption_rows[self.caption_begin[row] : self.caption_begin[row + 1]]
 
+    def _text_path(self, shard: int) -> Path:
+        return self.directory / "text" / f"text-{shard:05d}.safetensors"
+
     def record_ids(self, rows: Iterable[int]) -> list[str]:
-        """Record ids of rows; the column is read on the first call only, as training never needs it."""
-        if not hasattr(self, "_record_ids"):
-            table = pq.read_table(self.directory / "index.parquet", columns=["record_id"])
-            self._record_ids = table["record_id"].combine_chunks()
-        return [self._record_ids[int(row)].as_py() for row in rows]
+        """Record ids of rows, read when asked for, one row group at a time: training never needs the column."""
+        wanted, found = np.asarray(list(rows), dtype=np.int64), {}
+        index = pq.ParquetFile(self.directory / "index.parquet")
+        begin = 0
+        for group in range(index.num_row_groups):
+            end = begin + index.metadata.row_group(group).num_rows
+            here = wanted[(begin <= wanted) & (wanted < end)]
+            if len(here):
+                column = index.read_row_group(group, columns=["record_id"])["record_id"]
+                found |= {int(row): column[int(row) - begin].as_py() for row in here}
+            begin = end
+        return [found[int(row)] for row in wanted]
 
 
 def _codes(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:

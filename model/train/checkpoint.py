@@ -1,63 +1,62 @@
-"""Two kinds of DCP checkpoints at every cadence, and where to find them.
+"""Two kinds of DCP checkpoints, in a run's folder or in S3, written at once or in the background.
 
-    checkpoints/step-{n}         everything that resuming needs; only the last two are kept
-    weights/step-{n:08d}         the model alone; the last `keep_weights` are what a stage hands on
+    ROOT/checkpoints/step-{n}         everything that resuming needs; only the last two are kept
+    ROOT/weights/step-{n:08d}         the model alone; the last `keep_weights` are what a stage hands on and WSM merges
 
-The weights are written first: where a full checkpoint exists, its weights do too. DCP writes `.metadata` last and
-by a rename, so a directory without it is a save that was cut off, and is never read.
+ROOT is the run's work_dir, or {train.checkpoint_uri}/{name of the work_dir}. The weights are written first: where a
+full checkpoint exists at the cadence, its weights do too. Both are copied off the device before the next step; with
+`async_mode` a thread writes them while training goes on, and a save begins only when the one before is finished.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
+import threading
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.checkpointer.base import MODEL
 from torchtitan.components.checkpointer.dcp import AsyncMode
 
+from model import checkpoints, storage
+from model.checkpoints import finished_checkpoints
+from model.config import TrainConfig
+from model.train.metrics import METRICS
+
 CHECKPOINTS = "checkpoints"
 WEIGHTS = "weights"
-_STEP = re.compile(r"step-(\d+)")
+CLOSE_TIMEOUT_S = 60
 
 
-def finished_checkpoints(folder: str | Path) -> dict[int, Path]:
-    """Finished checkpoints of a folder by step, in order."""
-    folder = Path(folder)
-    found = {}
-    for path in folder.iterdir() if folder.is_dir() else ():
-        match = _STEP.fullmatch(path.name)
-        if match and (path / ".metadata").is_file():
-            found[int(match.group(1))] = path
-    return dict(sorted(found.items()))
-
-
-def last_checkpoint(path: str | Path) -> Path:
-    """The last finished checkpoint of a folder of them; a checkpoint itself is returned as it is.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if (Path(path) / ".metadata").is_file():
-        return Path(path)
-    found = finished_checkpoints(path)
-    if not found:
-        raise ValueError(f"{path} holds no finished checkpoint (step-*/ with a .metadata file)")
-    return list(found.values())[-1]
+def checkpoint_root(train: TrainConfig, work_dir: Path) -> str:
+    """The folder or URI that holds CHECKPOINTS and WEIGHTS of the run whose work_dir this is."""
+    if train.checkpoint_uri is None:
+        return str(work_dir)
+    place = train.checkpoint_uri
+    return storage.join(place if storage.is_remote(place) else os.path.abspath(place), Path(work_dir).name)
 
 
 class StageCheckpointer(CheckpointManager):
-    """torchtitan's checkpoint manager, which besides keeps the weights of the last checkpoints."""
+    """torchtitan's checkpoint manager, which besides keeps the weights of the last checkpoints.
+
+    torchtitan's own way of saving asynchronously (dcp.async_save) makes a save of one state; here two follow each
+    other from one copy, and must not overlap, since their collectives share a process group.
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(CheckpointManager.Config):
@@ -65,60 +64,144 @@ class StageCheckpointer(CheckpointManager):
 
     def __init__(self, config: Config, *, base_folder: str = "", **kwargs: Any):
         super().__init__(config, base_folder=base_folder, **kwargs)
-        self.weights_folder = Path(base_folder) / WEIGHTS
+        self.root = os.path.dirname(self.folder)
+        self.weights_folder = storage.join(self.root, WEIGHTS)
+        self.work_dir = Path(base_folder)
         self.keep_weights = config.keep_weights
+        self.alone = dist.get_world_size() == 1
+        self.saved_step = -1
 
-    def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, async_mode: AsyncMode, **options: Any) -> Any:
+    def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str) -> None:
         """One process saves without collectives. Gloo would run them on threads of its own, each of which then keeps
         an OpenMP team: with more OpenMP threads than cores, idle ones sleep instead of spin, and for the rest of the
         process a training step takes 1.8 times as long on 2 cores."""
-        if dist.get_world_size() > 1 or async_mode != AsyncMode.DISABLED or options.get("to_hf"):
-            return super().dcp_save(state_dict, checkpoint_id, async_mode, **options)
-        return dcp.save(state_dict, checkpoint_id=checkpoint_id, no_dist=True)
+        if storage.is_remote(checkpoint_id):
+            # sync_files: a stream to S3 is no file, and DCP would sync the machine's own disks instead.
+            writer = FsspecWriter(checkpoint_id, sync_files=False, **storage.options(checkpoint_id))
+        else:
+            writer = dcp.FileSystemWriter(checkpoint_id)
+        with checkpoints.without_warning():
+            dcp.save(state_dict, storage_writer=writer, process_group=self.pg, no_dist=self.alone)
 
-    def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
-        """As `dcp_save`: one process loads without collectives."""
-        if dist.get_world_size() > 1 or from_hf:
-            super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
-            return
-        dcp.load(state_dict, checkpoint_id=checkpoint_id, no_dist=True)
+    def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, *_: Any) -> None:
+        checkpoints.load(state_dict, checkpoint_id, alone=self.alone)
         if MODEL in self.states:
             self.states[MODEL].load_state_dict(state_dict)
 
     def _save(self, curr_step: int, last_step: bool = False) -> bool:
+        """Saves at the cadence and at the last step, which is not left to the background: the stage ends with it."""
         if not self._should_save(curr_step, last_step):
             return False
-        weights = self.weights_folder / f"step-{curr_step:08d}"
+        self.maybe_wait_for_saving()
+        self._check_finite(curr_step)
+        weights = storage.join(self.weights_folder, f"step-{curr_step:08d}")
+        states = [(self.states[MODEL].state_dict(), weights), (self._full_state(), self._create_checkpoint_id(curr_step))]
+        if self.async_mode == AsyncMode.DISABLED or last_step:
+            self._write(states)
+            self._prune(curr_step)
+        else:
+            full = BlockingAsyncStager().stage(states[1][0])
+            states = [({name: full[name] for name in states[0][0]}, weights), (full, states[1][1])]
+            self.save_future = self._in_background(states)
+        self.saved_step = curr_step
+        return True
+
+    def save_to_resume(self, step: int) -> str:
+        """A full checkpoint of `step` now, whatever the cadence, and without weights: those of the cadence alone are
+        merged. Returns where it is."""
+        self.maybe_wait_for_saving()
+        path = self._create_checkpoint_id(step)
+        if self.saved_step != step:
+            self._check_finite(step)
+            self._write([(self._full_state(), path)])
+            self._prune(step)
+            self.saved_step = step
+        return path
+
+    def _full_state(self) -> dict[str, Any]:
+        states = self._flattened_model_states_sd()
+        return {name: value.state_dict() if isinstance(value, Stateful) else value for name, value in states.items()}
+
+    def _write(self, states: list[tuple[dict[str, Any], str]]) -> None:
         try:
-            self.dcp_save(
-                self.states[MODEL].state_dict(), checkpoint_id=str(weights), async_mode=AsyncMode.DISABLED
-            )
-            super()._save(curr_step, last_step)
+            for state, path in states:
+                self.dcp_save(state, path)
         except CheckpointException as error:
-            free_bytes = shutil.disk_usage(self.weights_folder.parent).free
-            for path in (weights, Path(self._create_checkpoint_id(curr_step))):
-                if not (path / ".metadata").is_file():
+            if storage.is_remote(self.root):
+                raise
+            free_bytes = shutil.disk_usage(self.work_dir).free
+            for _, path in states:
+                if not os.path.isfile(os.path.join(path, checkpoints.METADATA)):
                     shutil.rmtree(path, ignore_errors=True)
             if free_bytes < self._size_bytes():  # what DCP reports is where the write stopped, not why
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.folder) from error
             raise
-        self._prune(curr_step)
-        return True
+
+    def _in_background(self, states: list[tuple[dict[str, Any], str]]) -> Future[None]:
+        """A thread of its own for each save: with it go the OpenMP threads that it may have made."""
+        future: Future[None] = Future()
+
+        def write() -> None:
+            try:
+                self._write(states)
+                future.set_result(None)
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=write, name="checkpoint", daemon=True).start()
+        return future
+
+    def _wait_for_saving(self) -> None:
+        """Raises what went wrong in the background."""
+        future, self.save_future = self.save_future, None
+        future.result()
+        self._prune(self.saved_step)
+
+    def _close(self) -> None:
+        if self.save_future is not None:  # training was broken off: a save that can finish is worth having
+            wait([self.save_future], CLOSE_TIMEOUT_S)
+        super()._close()
+
+    def _check_finite(self, step: int) -> None:
+        """A checkpoint of weights that are not finite would be loaded again and again.
+
+        Raises:
+            RuntimeError: they are not, on some rank.
+        """
+        tensors = [tensor for tensor in self.states[MODEL].state_dict().values() if tensor.is_floating_point()]
+        local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+        norms = torch._foreach_norm([tensor for tensor in local if tensor.numel()], float("inf"))
+        bad = (~torch.isfinite(torch.stack(norms))).any().float()
+        if not self.alone:
+            dist.all_reduce(bad)
+        if bad.item():
+            raise RuntimeError(f"the weights are not finite after step {step}: nothing was saved")
 
     def _size_bytes(self) -> int:
         """About the size of a full checkpoint: weights, momentum and two moments at most."""
         return 3 * sum(v.numel() * v.element_size() for v in self.states[MODEL].state_dict().values())
 
     def _load(self, step: int = -1) -> bool:
-        resumed = self._find_load_step() if step == -1 else step
-        loaded = super()._load(step)
-        self._prune(max(resumed, 0))
-        return loaded
+        """Loads the last finished checkpoint of this run, else the weights that the stage starts from."""
+        last = [max(finished_checkpoints(self.folder), default=0) if step == -1 else step]
+        if not self.alone:
+            dist.broadcast_object_list(last)  # a node that sees another folder must fail, not start from the beginning
+        (resumed,) = last
+        if resumed:
+            self.dcp_load(self._states_to_load(model_only=False), self._create_checkpoint_id(resumed))
+        elif self.initial_load_path:
+            self.dcp_load(self._states_to_load(model_only=True), self.initial_load_path)
+        self._prune(resumed)
+        return bool(resumed or self.initial_load_path)
 
     def _prune(self, step: int) -> None:
-        """Drops weights older than the last `keep_weights`, newer than `step` (of a run cut off), or half written."""
-        if dist.get_rank() != 0 or not self.weights_folder.is_dir():
+        """After a finished save of `step`, or a resume from it. Drops what is older than the last ones, newer than
+        `step` (of a run that was cut off), or half written; only then, so that there is always a whole one."""
+        if dist.get_rank() != 0:
             return
-        finished = [path for n, path in finished_checkpoints(self.weights_folder).items() if n <= step]
-        for path in set(self.weights_folder.iterdir()) - set(finished[-self.keep_weights :]):
-            shutil.rmtree(path)
+        for folder, keep in ((self.folder, self.keep_latest_k), (self.weights_folder, self.keep_weights)):
+            finished = [path for n, path in finished_checkpoints(folder).items() if n <= step]
+            for path in set(storage.children(folder)) - set(finished[-keep:]):
+                storage.remove(path)
+        if storage.is_remote(self.root) and (self.work_dir / METRICS).is_file():
+            storage.write_bytes(storage.join(self.root, METRICS), (self.work_dir / METRICS).read_bytes())

@@ -1,8 +1,15 @@
-"""Latent batches as a torchtitan dataloader. Its whole state is a step number."""
+"""Latent batches as a torchtitan dataloader. Its whole state is a step number.
+
+torchtitan's own loaders stand on torchdata's StatefulDataLoader, whose worker processes each have a state to save and
+to fast-forward. Here what a step reads is known from its number alone, and reading is file access and copies, for
+which Python's threads do: nothing but the step number is saved, whatever the number of workers.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +18,17 @@ from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares to
 import torch
 from torchtitan.components.dataloader import BaseDataLoader
 
-from model.latents import Batch, LatentDataset, SampleOrder, read_batch
+from model.latents import Batch, BatchPlan, LatentDataset, SampleOrder, read_batch
+
+
+READ_AHEAD = 2  # micro-batches for each worker
 
 
 class LatentDataLoader(BaseDataLoader):
-    """Yields this rank's micro-batches, step after step, for ever; `step` counts the steps handed out in full."""
+    """Yields this rank's micro-batches, step after step, for ever; `step` counts the steps handed out in full.
+
+    With `num_workers`, that many threads read ahead; what is yielded, and its order, are the same.
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
@@ -24,6 +37,7 @@ class LatentDataLoader(BaseDataLoader):
         seed: int
         tier_weights: dict[str, float] = field(default_factory=dict)
         caption_dropout: float = 0.0
+        num_workers: int = 0
 
     def __init__(self, config: Config, *, dp_world_size: int, dp_rank: int, local_batch_size: int, **_: Any):
         self.dataset = LatentDataset(config.directory)
@@ -32,14 +46,34 @@ class LatentDataLoader(BaseDataLoader):
         )
         self.ranks, self.rank = dp_world_size, dp_rank
         self.accumulation = config.global_batch_size // (local_batch_size * dp_world_size)
+        self.num_workers = config.num_workers
         self.step = 0
 
     def __iter__(self) -> Iterator[Batch]:
+        batches = self._read_ahead() if self.num_workers else (read_batch(self.dataset, plan) for plan in self._plans())
+        for batch in batches:
+            self.step = batch.plan.step + 1  # before the yield: a generator runs on only when it is asked for more
+            yield batch
+
+    def _plans(self) -> Iterator[BatchPlan]:
+        step = self.step
         while True:
-            plan = self.order.batch(self.step).part(self.rank, self.ranks)
-            self.step += 1  # before the last yield: a generator runs on only when it is asked for more
+            plan = self.order.batch(step).part(self.rank, self.ranks)
             for micro in range(self.accumulation):
-                yield read_batch(self.dataset, plan.part(micro, self.accumulation))
+                yield plan.part(micro, self.accumulation)
+            step += 1
+
+    def _read_ahead(self) -> Iterator[Batch]:
+        plans = self._plans()
+        pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="latents")
+        pending: deque[Future[Batch]] = deque()
+        try:
+            while True:
+                while len(pending) < READ_AHEAD * self.num_workers:
+                    pending.append(pool.submit(read_batch, self.dataset, next(plans)))
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": torch.tensor(self.step)}  # a tensor: DCP pickles anything else

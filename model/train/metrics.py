@@ -2,8 +2,9 @@
 
 metrics.jsonl has one object per logged step: step, loss, loss_t/0.0-0.2 ... (mean loss of the samples whose
 timestep fell in that bin since the last line; absent where none did), grad_norm (before clipping), lr/...,
-images_per_s, tokens_per_s (image tokens), images_seen, seconds (since this process began training), expert/...
-(RouterTrace.statistics, means over layers). TensorBoard holds these, each layer's, and torchtitan's own. On resume, lines after the resumed step are dropped.
+images_per_s, tokens_per_s (image tokens), images_seen, skipped_steps (so far), seconds (since this process began
+training), expert/... (RouterTrace.statistics, means over layers). TensorBoard holds these, each layer's, and
+torchtitan's own. On resume, lines after the resumed step are dropped.
 """
 
 from __future__ import annotations
@@ -84,6 +85,11 @@ class StageMetrics(MetricsProcessor):
             with open(self.path, "a") as file:
                 file.write(json.dumps(self.last) + "\n")
             self._print_progress(step, loss, rates["images_per_s"], now)
+
+    def note(self, text: str) -> None:
+        """Prints what happened out of turn, once for all ranks."""
+        if dist.get_rank() == 0:
+            print(f"[{self.config.label}] {text}", flush=True)
 
     def _print_progress(self, step: int, loss: float, images_per_s: float, now: float) -> None:
         total = self.config.total_steps

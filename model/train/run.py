@@ -2,12 +2,16 @@
 
     work_dir/                            stays between attempts
       run.json                           what is trained here; another configuration is refused
-      checkpoints/step-{n}/              to resume from (the last two)
+      checkpoints/step-{n}/              to resume from (the last two); gone once the stage is sealed (`prune_run`)
       weights/step-{n:08d}/              the model alone (the last keep_checkpoints)
       metrics.jsonl tensorboard/ samples/
+      skipped.json                       of a run that skipped too many steps: the last one's records
       report.json                        when the stage is done, by the attempt that finished it
     out_dir/                             filled when the stage is done
       step-{n:08d}/ metrics.jsonl tensorboard/ samples/ report.json
+
+With train.checkpoint_uri, run.json, both kinds of checkpoints, report.json and a copy of metrics.jsonl lie there, below
+the name of the work_dir: a pod that starts on another node finds all it needs but the TensorBoard and sample files.
 
 Between stages only the model is carried: optimiser state starts afresh, and so does the warm-up, since moments
 gathered at one resolution and capacity factor say little about another's gradients.
@@ -30,14 +34,19 @@ import torch
 import torch.distributed as dist
 
 from model.config import StageConfig, TrainConfig, TransformerConfig
+from model.layout import LAYOUT_KEYS
+from model import storage
+from model.checkpoints import finished_checkpoints, last_checkpoint
 from model.latents import LatentDataset
-from model.train.checkpoint import WEIGHTS, finished_checkpoints, last_checkpoint
+from model.train.checkpoint import CHECKPOINTS, WEIGHTS, checkpoint_root
 from model.train.config import stage_transformer, trainer_config
 from model.train.metrics import METRICS, TENSORBOARD
 from model.train.spec import count_parameters
 from model.train.trainer import SAMPLES
 
+MANIFEST = "manifest.json"  # of a sealed directory
 REPORT = "report.json"
+KEEPING_KEYS = ("async_checkpoint", "checkpoint_uri", "num_workers")  # how it reads and saves, not what
 SampleFn = Callable[[torch.nn.Module, int, Path], Any]
 
 
@@ -68,14 +77,24 @@ def train_stage(
 
     Raises:
         ValueError: latents, configuration and work_dir do not fit together.
-        RuntimeError: the loss is not finite.
+        RuntimeError: too many steps were skipped (train.skip).
+        Preempted: SIGTERM; call it again to go on.
     """
     latents_dir, work_dir, out_dir = Path(latents_dir), Path(work_dir), Path(out_dir)
     stage = train.stages[stage_index]
     _check_latents(latents_dir, transformer)
     init_checkpoint = last_checkpoint(init_from) if init_from is not None else None
     work_dir.mkdir(parents=True, exist_ok=True)
-    _claim(work_dir, latents_dir, transformer, train, stage, init_checkpoint)
+    root = checkpoint_root(train, work_dir)
+    storage.check_writable_place(root)
+    _claim(root, latents_dir, transformer, train, stage, init_checkpoint)
+    if (done := storage.read_bytes(storage.join(root, REPORT))) is not None:
+        report = {**json.loads(done), "resumed_from_step": stage.steps}
+        if _rank() == 0:
+            _fill(root, work_dir, out_dir, done)
+        return report
+    if _rank() == 0:
+        _restore_metrics(root, work_dir)
     begin = time.perf_counter()
     with training_session():
         config = trainer_config(
@@ -102,17 +121,33 @@ def train_stage(
             "images_seen": stage.steps * stage.batch_size,
             "parameters": parameters,
             "active_parameters": active,
+            "skipped_steps": trainer.guard.skipped,
             "loss": last.get("loss"),
             "images_per_s": last.get("images_per_s"),
             "train_s": round(time.perf_counter() - begin, 3),
             "ranks": dist.get_world_size(),
             "device": trainer.device.type,
             "torch": torch.__version__,
+            "checkpoints": list(finished_checkpoints(storage.join(root, WEIGHTS))),
         }
         if dist.get_rank() == 0:
-            _publish(work_dir, out_dir, report)
+            done = (json.dumps(report, indent=2) + "\n").encode()
+            storage.write_bytes(storage.join(root, REPORT), done)
+            _fill(root, work_dir, out_dir, done)
         dist.barrier()
     return report
+
+
+def prune_run(train: TrainConfig, work_dir: str | Path) -> None:
+    """Drops what only resuming needs, once out_dir is safe. A lost out_dir can still be filled again: from the weights,
+    which take no room of their own beside an out_dir of hard links."""
+    root = checkpoint_root(train, Path(work_dir))
+    if storage.read_bytes(storage.join(root, REPORT)) is not None:
+        storage.remove(storage.join(root, CHECKPOINTS))
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 def _check_latents(latents_dir: Path, transformer: TransformerConfig) -> None:
@@ -129,7 +164,7 @@ def _check_latents(latents_dir: Path, transformer: TransformerConfig) -> None:
 
 
 def _claim(
-    work_dir: Path,
+    root: str,
     latents_dir: Path,
     transformer: TransformerConfig,
     train: TrainConfig,
@@ -139,45 +174,49 @@ def _claim(
     """Writes down what this directory trains, or compares it with what was written."""
     run = {
         "transformer": transformer.model_dump(mode="json"),
-        "train": train.model_dump(mode="json", exclude={"stages"}),
+        "train": train.model_dump(mode="json", exclude={"stages", *LAYOUT_KEYS, *KEEPING_KEYS}),
         "stage": stage.model_dump(mode="json"),
-        "latents": _digest(latents_dir / "index.parquet", latents_dir / "meta.json"),
-        "init_from": _digest(init_checkpoint / ".metadata") if init_checkpoint else None,
+        "latents": _content(latents_dir),
+        "init_from": _content(Path(init_checkpoint)) if init_checkpoint else None,
     }
-    path = work_dir / "run.json"
-    if path.is_file():
-        known = json.loads(path.read_text())
+    path = storage.join(root, "run.json")
+    if (claimed := storage.read_bytes(path)) is not None:
+        known = json.loads(claimed)
         differing = [name for name in run if known.get(name) != run[name]]
         if differing:
             raise ValueError(
-                f"{work_dir} holds a run with another {', '.join(differing)}: give a directory of its own, or remove it"
+                f"{root} holds a run with another {', '.join(differing)}: give a directory of its own, or remove it"
             )
-    elif int(os.environ.get("RANK", "0")) == 0:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(run, indent=2) + "\n")
-        os.replace(temporary, path)
+    elif _rank() == 0:
+        storage.write_bytes(path, (json.dumps(run, indent=2) + "\n").encode())
 
 
-def _digest(*paths: Path) -> str:
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+def _content(directory: Path) -> str:
+    """What a directory holds: the digest of its seal, or of its parent's with its own name, else of all its bytes."""
+    for sealed, name in ((directory, ""), (directory.parent, directory.name)):
+        if (sealed / MANIFEST).is_file():
+            return f"{json.loads((sealed / MANIFEST).read_text())['digest']}/{name}".rstrip("/")
+    digest = hashlib.sha256()
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        with open(path, "rb") as file:
+            digest.update(f"{path.relative_to(directory)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
-def _publish(work_dir: Path, out_dir: Path, report: dict[str, Any]) -> None:
-    """Fills out_dir from work_dir, which keeps its files: a lost out_dir is filled again without training."""
-    kept = finished_checkpoints(work_dir / WEIGHTS)
-    report["checkpoints"] = list(kept)
-    done = work_dir / REPORT
-    if report["resumed_from_step"] == report["steps"] and done.is_file():
-        # Nothing was trained: only the first report knows the loss and the times.
-        report |= {**json.loads(done.read_text()), "resumed_from_step": report["resumed_from_step"]}
-    else:
-        temporary = done.with_suffix(".tmp")
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
-        os.replace(temporary, done)
-    for step, path in kept.items():
-        shutil.copytree(path, out_dir / f"step-{step:08d}")
+def _restore_metrics(root: str, work_dir: Path) -> None:
+    """A new node's work_dir is empty: the metrics of the steps so far are beside the checkpoints."""
+    path = work_dir / METRICS
+    if not path.is_file() and (content := storage.read_bytes(storage.join(root, METRICS))) is not None:
+        path.write_bytes(content)
+
+
+def _fill(root: str, work_dir: Path, out_dir: Path, report: bytes) -> None:
+    """Fills out_dir from a finished run, which keeps its files: a lost out_dir is filled again without training."""
+    _restore_metrics(root, work_dir)
+    for step, path in finished_checkpoints(storage.join(root, WEIGHTS)).items():
+        storage.copy_folder(path, out_dir / f"step-{step:08d}")
     for name in (TENSORBOARD, SAMPLES):
         if (work_dir / name).is_dir():
             shutil.copytree(work_dir / name, out_dir / name)
     shutil.copy2(work_dir / METRICS, out_dir / METRICS)
-    shutil.copy2(done, out_dir / REPORT)
+    (out_dir / REPORT).write_bytes(report)

@@ -30,7 +30,7 @@ from model.transformer import RouterTrace
 
 LOSS_BINS = 5
 SAMPLES = "samples"
-SKIPPED = "skipped.jsonl"
+SKIPPED = "skipped.json"
 NAMED_IDS = 16  # in an error message; all of them stand in SKIPPED
 
 
@@ -169,15 +169,14 @@ class NucleusTrainer(Trainer):
         )
         mean_loss, norm = self._agree(loss, grad_norm)
         reason = self.guard.judge(mean_loss, norm)
-        self.checkpointer.maybe_wait_for_staging()
-        if reason is None:
-            self.optimizers.step()
-        self.lr_schedulers.step()
         if reason is not None:
+            self.lr_schedulers.step()
             self.bin_sums, self.bin_counts = bins
             self.routing = None
-            self._note_skipped(reason, mean_loss, norm)
+            self._note_skipped(reason)
             return
+        self.optimizers.step()
+        self.lr_schedulers.step()
         if self.orthogonality_rate:
             losses.apply_router_orthogonality(self.model, self.orthogonality_rate)
         if logged:
@@ -199,7 +198,7 @@ class NucleusTrainer(Trainer):
         self.stop.agreed = stop > 0
         return mean_loss, float(grad_norm) + not_finite
 
-    def _note_skipped(self, reason: str, loss: float, grad_norm: float) -> None:
+    def _note_skipped(self, reason: str) -> None:
         config, guard = self.config, self.guard
         window = f"{guard.recently_skipped} of the last {len(guard.recent)} steps were skipped"
         self.metrics_processor.note(f"step {self.step} skipped: {reason}; {window}")

@@ -1,0 +1,143 @@
+"""DCP checkpoints, local or in S3: which are finished, and how to read one without running what is in it.
+
+    step-{n}/.metadata                   written last, and by a rename: a folder without it is a save that was cut off
+    step-{n}/__{rank}_{i}.distcp
+
+DCP reads `.metadata` with pickle.load and whatever is no tensor with torch.load(weights_only=False): both run any
+code that a checkpoint brings along. `load` does neither.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
+
+from model.storage import filesystem, options
+
+METADATA = ".metadata"
+_STEP = re.compile(rf"step-(\d+)/{re.escape(METADATA)}")
+_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "pathlib": {"PosixPath", "PurePosixPath"},
+    "collections": {"OrderedDict"},
+}
+
+
+def finished_checkpoints(folder: str | os.PathLike) -> dict[int, str]:
+    """Finished checkpoints of a folder by step, in order."""
+    fs, root = filesystem(folder)
+    found = {}
+    for path in fs.find(root):  # one listing, also in S3
+        match = _STEP.fullmatch(os.path.relpath(path, root))
+        if match:
+            found[int(match.group(1))] = f"{str(folder).rstrip('/')}/{os.path.basename(os.path.dirname(path))}"
+    return dict(sorted(found.items()))
+
+
+def last_checkpoint(path: str | os.PathLike) -> str:
+    """The last finished checkpoint of a folder of them; a checkpoint itself is returned as it is.
+
+    Raises:
+        ValueError: there is none.
+    """
+    fs, root = filesystem(path)
+    if fs.exists(f"{root}/{METADATA}"):
+        return str(path)
+    found = finished_checkpoints(path)
+    if not found:
+        raise ValueError(f"{path} holds no finished checkpoint (step-*/ with a {METADATA} file)")
+    return list(found.values())[-1]
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Admits DCP's own classes of metadata and torch's types, and calls nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise ValueError(f"it names {module}.{name}, which is no part of a checkpoint's metadata")
+
+
+class CheckpointReader(FsspecReader):
+    """Reads a DCP checkpoint, local or remote, and unpickles nothing but metadata."""
+
+    def __init__(self, path: str | os.PathLike):
+        super().__init__(str(path), **options(path))
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """
+        Raises:
+            ValueError: `.metadata` holds something else than metadata.
+        """
+        where = self._get_metadata_path(kwargs.get("rank"))
+        with self.fs.create_stream(where, "rb") as file:
+            content = file.read()
+        try:
+            metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+            if not isinstance(metadata, Metadata):
+                raise ValueError(f"it holds a {type(metadata).__name__}")
+            names = {info.relative_path for info in (metadata.storage_data or {}).values()}
+        except (ValueError, AttributeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{where} is not the metadata of a checkpoint: {error}") from error
+        for name in names:
+            if os.path.basename(name) != name:
+                raise ValueError(f"{where} points at {name!r}, which lies outside of the checkpoint")
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        loaded = torch.load(value, weights_only=True)
+        set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], loaded)
+
+
+def load(state: dict[str, Any], path: str | os.PathLike, *, alone: bool) -> None:
+    """Fills `state` from a checkpoint.
+
+    Args:
+        alone: this process reads by itself; otherwise all ranks call it, each for its shards.
+
+    Raises:
+        ValueError, CheckpointException: damaged, or not a checkpoint of these names and shapes.
+    """
+    with without_warning():
+        dcp.load(state, storage_reader=CheckpointReader(path), planner=_LoadPlanner(), no_dist=alone)
+
+
+@contextmanager
+def without_warning() -> Iterator[None]:
+    """DCP warns wherever one process saves or loads by itself, which is what is meant here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield
