@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 
 from eval.config import EvalConfig
 from model.config import MergeConfig, Section, TrainConfig, TransformerConfig
+from model.layout import layout
 from model.yaml12 import Loader, read_recipe
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
@@ -122,12 +123,10 @@ class Recipe(Section):
         train = self.train
         ranks = train.nnodes * train.nproc_per_node
         world = f"{ranks} ranks (train.nnodes={train.nnodes} x train.nproc_per_node={train.nproc_per_node})"
-        if self.model.num_experts % train.expert_parallel:
-            raise ValueError(
-                f"train.expert_parallel={train.expert_parallel} must divide model.num_experts={self.model.num_experts}"
-            )
-        if ranks % train.expert_parallel:
-            raise ValueError(f"train.expert_parallel={train.expert_parallel} must divide the {world}")
+        try:
+            layout(self.model, train, ranks)
+        except ValueError as error:
+            raise ValueError(f"{error} (of {world})") from None
         for i, stage in enumerate(train.stages):
             if stage.batch_size % ranks:
                 raise ValueError(f"train.stages[{i}].batch_size={stage.batch_size} must be a multiple of the {world}")

@@ -68,13 +68,18 @@ def test_another_number_of_stages_is_refused_and_not_cut_to_three(count):
     [
         # Images would be scored with another text state than the one that was trained.
         (["encoding.hidden_state_index=-6"], "encoding.hidden_state_index=-6 must be -8"),
-        (["train.nproc_per_node=2", "train.expert_parallel=2"], "train.expert_parallel=2 is not supported yet"),
         (["eval.benchmark=geneval"], "eval.benchmark='geneval' has no detector"),
     ],
 )
 def test_what_would_fail_or_mislead_after_training_is_refused_before_it(overrides, told):
     with pytest.raises(ValueError, match=told):
         check_workflow(load_recipe("tiny", overrides))
+
+
+def test_experts_spread_over_ranks_are_not_refused():
+    check_workflow(load_recipe("tiny", ["train.nproc_per_node=2", "train.expert_parallel=2"]))
+    with pytest.raises(ValueError, match="eval.benchmark='geneval'"):  # and no longer for its 64 expert-parallel ranks
+        check_workflow(load_recipe("nucleus_17b"))
 
 
 def test_fingerprint_knows_the_home_directory_and_a_single_files_name(tmp_path, monkeypatch):
