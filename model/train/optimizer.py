@@ -88,6 +88,10 @@ class WarmupStable(LRSchedulersContainer):
         def build(self, *, optimizers: OptimizersContainer, training_steps: int) -> "WarmupStable":
             return WarmupStable(optimizers, functools.partial(wsm_schedule, warmup=self.warmup_steps))
 
+    def get_metrics(self) -> dict[str, float]:
+        """Learning rates as `lr/Muon` and `lr/AdamW`, in every layout."""
+        return {name.replace("Sharded", ""): value for name, value in super().get_metrics().items()}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch: get_lr() outside of step()
