@@ -77,7 +77,7 @@ def load_weights(model: nn.Module, directory: str | Path) -> int:
     bytes_read = 0
     with torch.no_grad():
         for name, tensor in state.items():
-            local, region = _own_part(tensor)
+            local, region = own_part(tensor)
             if local.numel():
                 piece = files.read(name, region)
                 local.copy_(piece)
@@ -85,7 +85,7 @@ def load_weights(model: nn.Module, directory: str | Path) -> int:
     return bytes_read
 
 
-def _own_part(tensor: torch.Tensor) -> tuple[torch.Tensor, Region | None]:
+def own_part(tensor: torch.Tensor) -> tuple[torch.Tensor, Region | None]:
     """This rank's part of a tensor, and where it lies in the whole; None: it is the whole."""
     if not isinstance(tensor, DTensor):
         return tensor, None

@@ -19,10 +19,10 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 
+from model.load import own_part
 from model.train.expert_parallel import shard_experts
 from model.transformer import Fill
 
@@ -105,13 +105,7 @@ def fill_whole(parameter: torch.Tensor, fill: Fill) -> None:
     if not isinstance(parameter, DTensor):
         fill(parameter)
         return
-    local = parameter.to_local()
+    local, region = own_part(parameter)
     whole = torch.empty(parameter.shape, dtype=local.dtype, device=local.device)
     fill(whole)
-    local.copy_(local_part(whole, parameter))
-
-
-def local_part(whole: torch.Tensor, like: DTensor) -> torch.Tensor:
-    """The part of `whole` that this rank holds of `like`, a view."""
-    shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
-    return whole[tuple(slice(start, start + size) for start, size in zip(offset, shape))]
+    local.copy_(whole if region is None else whole[region])
