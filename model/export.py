@@ -19,14 +19,16 @@ from model.load import INDEX_NAME, WEIGHTS_NAME, Weights, check_shapes, open_wei
 from model.transformer import NucleusTransformer
 
 CLASS_NAME = "NucleusMoEImageTransformer2DModel"
+OWN_CLASS_NAME = "NucleusTransformer"  # of ablations, for which diffusers has no class
 DIFFUSERS_VERSION = "0.42.1"
 FILE_PATTERN = WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors")
 MAX_SHARD_SIZE = "10GB"  # diffusers' default
 
 
 def diffusers_config(config: TransformerConfig) -> dict[str, Any]:
-    """What diffusers writes into config.json for this model."""
-    return {"_class_name": CLASS_NAME, "_diffusers_version": DIFFUSERS_VERSION, **config.model_dump(mode="json")}
+    """What diffusers writes into config.json for this model; an ablation names this project's class instead."""
+    class_name = OWN_CLASS_NAME if config.is_ablation else CLASS_NAME
+    return {"_class_name": class_name, "_diffusers_version": DIFFUSERS_VERSION, **config.model_dump(mode="json")}
 
 
 def check_state(config: TransformerConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -112,14 +114,15 @@ def read_config(directory: str | Path) -> TransformerConfig:
     """The configuration in a transformer directory's config.json.
 
     Raises:
-        ValueError: no such file, another class, or a key that this model does not know.
+        ValueError: no such file, a class that is not the configuration's, or a key that this model does not know.
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise ValueError(f"{directory} is not a transformer directory: it has no config.json")
     values = json.loads(path.read_text())
-    if values.get("_class_name", CLASS_NAME) != CLASS_NAME:
-        raise ValueError(f"{path} is of class {values['_class_name']}, not {CLASS_NAME}")
+    ours = OWN_CLASS_NAME if "routing" in values else CLASS_NAME
+    if values.get("_class_name", ours) != ours:
+        raise ValueError(f"{path} is of class {values['_class_name']}, not {ours}")
     with torch.device("meta"):
         return NucleusTransformer.from_config(values).config
 

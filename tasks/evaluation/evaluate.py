@@ -30,7 +30,8 @@ def generate_seed(
     from eval.scorecard import benchmark_prompts
 
     config = config.model_copy(update={"seeds": (seed,)})
-    sampler = diffusers_sampler(load_pipeline(merged, components), config)
+    pipeline = load_pipeline(merged, components, config.scheduler)
+    sampler = diffusers_sampler(pipeline, config, text_kv_cache=hasattr(pipeline.transformer, "enable_cache"))
     report = generate(
         sampler,
         benchmark_prompts(config),
@@ -44,8 +45,11 @@ def generate_seed(
     return {"images": report["expected"], "seconds": report["seconds"]}
 
 
-def load_pipeline(merged: Path, components: Path) -> Any:
-    """diffusers' NucleusMoEImagePipeline over the parts where they lie: the one that publishing writes down."""
+def load_pipeline(merged: Path, components: Path, scheduler: "SchedulerConfig | None" = None) -> Any:
+    """diffusers' NucleusMoEImagePipeline over the parts where they lie: the one that publishing writes down.
+
+    An ablation, which diffusers' transformer cannot compute, is this project's own model in its place.
+    """
     import transformers
     from diffusers import (
         AutoencoderKLQwenImage,
@@ -54,12 +58,18 @@ def load_pipeline(merged: Path, components: Path) -> Any:
         NucleusMoEImageTransformer2DModel,
     )
 
+    from model.export import load_transformer, read_config
+    from model.in_pipeline import PipelineTransformer
     from tasks.publishing.publish import SCHEDULER, processor_class
 
+    if read_config(merged / "transformer").is_ablation:
+        transformer = PipelineTransformer(load_transformer(merged / "transformer"))
+    else:
+        transformer = NucleusMoEImageTransformer2DModel.from_pretrained(merged / "transformer").eval()
     processor = getattr(transformers, processor_class(components / "processor"))
     return NucleusMoEImagePipeline(
-        transformer=NucleusMoEImageTransformer2DModel.from_pretrained(merged / "transformer").eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER | settings),
         vae=AutoencoderKLQwenImage.from_pretrained(components / "vae").eval(),
         text_encoder=transformers.Qwen3VLForConditionalGeneration.from_pretrained(components / "text_encoder").eval(),
         processor=processor.from_pretrained(components / "processor"),

@@ -29,22 +29,25 @@ class TrainStage(Section):
         return self.train.stages[0]
 
 
-def check_workflow(recipe: Recipe) -> None:
+def check_workflow(recipe: Recipe, publishes: bool = True) -> None:
     """Refuses, before any work, a recipe that is valid in itself and that the workflow could not carry to its end.
+
+    `publishes`: whether that end is a pipeline of diffusers.
 
     Raises:
         ValueError: naming the key, and what would be valid.
     """
     if len(recipe.train.stages) != STAGES:
         raise ValueError(f"train.stages has {len(recipe.train.stages)} entries; the workflow trains {STAGES}")
+    if publishes and recipe.model.is_ablation:
+        raise ValueError(
+            f"model.routing={recipe.model.model_dump()['routing']} is an ablation, and diffusers has no class that "
+            "computes it: it cannot be published; pyflyte run workflows/ablate.py ablate ends in its scorecard"
+        )
     if recipe.encoding.hidden_state_index != PIPELINE_TEXT_STATE:
         raise ValueError(
             f"encoding.hidden_state_index={recipe.encoding.hidden_state_index} must be {PIPELINE_TEXT_STATE}: samples "
             "and scores come from the pipeline's default text state, and must be of the one that is trained"
-        )
-    if recipe.train.expert_parallel > 1:
-        raise ValueError(
-            f"train.expert_parallel={recipe.train.expert_parallel} is not supported yet; it must be 1 to run"
         )
     if recipe.eval.benchmark != "shapes":
         raise ValueError(

@@ -46,11 +46,16 @@ class Sections(NamedTuple):
 
 
 @task(**envs.light("curation"))
-def resolve_recipe(recipe: str, overrides: Union[list[str], str], source: str) -> Sections:
-    """Checks the whole recipe before any work. Not cached: it also looks whether the source has changed."""
+def resolve_recipe(
+    recipe: str, overrides: Union[list[str], str], source: str, publishes: bool = True
+) -> Sections:
+    """Checks the whole recipe before any work. Not cached: it also looks whether the source has changed.
+
+    `publishes`: whether the workflow ends in a published pipeline, or in a scorecard.
+    """
     with plain_errors():
         loaded = load_recipe(recipe, [overrides] if isinstance(overrides, str) else overrides)
-        check_workflow(loaded)
+        check_workflow(loaded, publishes)
         path = source or loaded.source.path or ""
         if "://" not in path and path and not is_local():
             raise ValueError(f"source {path!r} is a path of your machine, which the cluster cannot read; give an s3:// URI")

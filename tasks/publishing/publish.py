@@ -33,7 +33,7 @@ PARTS = {
     "text_encoder": ("transformers", "Qwen3VLForConditionalGeneration", ("config.json", "*.safetensors")),
     "processor": ("transformers", "", ("tokenizer_config.json",)),
 }
-# The released scheduler (shift 1, no dynamic shifting): sigmas stay linear from 1 to 1/steps.
+# The released one: with shift 1 and without dynamic shifting, sigmas stay linear from 1 to 1/steps.
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False}  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def publish(
         print(f"publish {i}/{len(sources)}: {name}", flush=True)
         shutil.copytree(source, out_dir / name, copy_function=shutil.copyfile)
     diffusers = version("diffusers")
-    _write_json(out_dir / "scheduler" / "scheduler_config.json", {"_diffusers_version": diffusers, **SCHEDULER})
+    _write_json(out_dir / "scheduler" / "scheduler_config.json", {"_diffusers_version": diffusers, **SCHEDULER, **recipe["eval"]["scheduler"]})
     index: dict[str, Any] = {"_class_name": "NucleusMoEImagePipeline", "_diffusers_version": diffusers}
     for name, (library, class_name, _) in sorted(PARTS.items()):
         index[name] = [library, class_name or processor_class(sources["processor"])]
@@ -107,6 +107,12 @@ def _check_fit(sources: dict[str, Path], recipe: dict[str, Any]) -> None:
         json.loads((sources[name] / "config.json").read_text()) for name in ("transformer", "vae", "text_encoder")
     )
     text = text.get("text_config", text)
+    class_name = PARTS["transformer"][1]
+    if transformer.get("_class_name") != class_name:
+        raise ValueError(
+            f"the transformer is of class {transformer.get('_class_name')}: only {class_name} can be published, as "
+            "diffusers knows no other; an ablation ends in its scorecard (workflows/ablate.py)"
+        )
     if transformer["joint_attention_dim"] != text["hidden_size"]:
         raise ValueError(
             f"the transformer takes text of width {transformer['joint_attention_dim']}, "

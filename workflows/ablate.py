@@ -1,0 +1,64 @@
+"""An ablation: as `reproduce`, until the scorecard. Nothing is published, as diffusers has no class for it.
+
+    pyflyte run workflows/ablate.py ablate --recipe ablations/token_choice
+
+    records -> curated -> components, latents x3 -> checkpoints x3 -> merged -> scorecard
+
+Records, components and latents are those of the recipe that it overlays, and come from the cache where that ran.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Union
+
+from flytekit import workflow
+
+import workflows.reproduce  # noqa: F401  (it refuses --overrides given twice)
+from tasks.artifacts import MergedDir, ScorecardDir
+from tasks.planning.task import resolve_recipe
+from workflows.curate import curate
+from workflows.evaluate import evaluate
+from workflows.train import train
+
+
+class Ablation(NamedTuple):
+    """What an ablation leaves behind."""
+
+    scorecard: ScorecardDir
+    merged: MergedDir
+
+
+@workflow
+def ablate(recipe: str, overrides: Union[list[str], str] = [], source: str = "") -> Ablation:
+    """Curates, encodes, trains three stages, merges and evaluates one recipe.
+
+    Args:
+        recipe: name of a recipe in recipes/, such as ablations/token_choice, or the path of a YAML file.
+        overrides: a change such as train.stages[0].steps=200, or a JSON list of them.
+        source: your own images instead of the recipe's, as for `reproduce`.
+    """
+    sections = resolve_recipe(recipe=recipe, overrides=overrides, source=source, publishes=False)
+    curated = curate(
+        source=sections.source,
+        source_path=sections.source_path,
+        source_digest=sections.source_digest,
+        shards=sections.shards,
+        scoring=sections.scoring,
+        config=sections.curation,
+    )
+    trained = train(
+        curated=curated,
+        components_config=sections.components,
+        encoding=sections.encoding,
+        encode1=sections.encode1,
+        encode2=sections.encode2,
+        encode3=sections.encode3,
+        train1=sections.train1,
+        train2=sections.train2,
+        train3=sections.train3,
+        merge=sections.merge,
+    )
+    scorecard = evaluate(
+        merged=trained.merged, components=trained.components, config=sections.eval, seeds=sections.seeds
+    )
+    return Ablation(scorecard=scorecard, merged=trained.merged)
