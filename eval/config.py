@@ -7,6 +7,20 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
+class SchedulerConfig(BaseModel):
+    """What the published `FlowMatchEulerDiscreteScheduler` says; the defaults are the released model's.
+
+    shift: sigma -> shift sigma / (1 + (shift - 1) sigma): above 1, more of the steps are spent near pure noise.
+    stochastic_sampling: each step goes to the predicted clean latent and adds fresh noise, so that later steps may
+        mend what earlier ones left undecided.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    shift: Annotated[float, Field(gt=0)] = 1.0
+    stochastic_sampling: bool = False
+
+
 class EvalConfig(BaseModel):
     """How images are sampled and which benchmark scores them. Prompt counts are per task; None is all of them."""
 
@@ -19,6 +33,7 @@ class EvalConfig(BaseModel):
     image_size_px: Annotated[int, Field(gt=0)] = 1024
     num_inference_steps: Annotated[int, Field(gt=0)] = 50
     guidance_scale: Annotated[float, Field(ge=1)] = 8.0
+    scheduler: SchedulerConfig = SchedulerConfig()
     batch_size: Annotated[int, Field(gt=0)] = 64
     bootstrap_samples: Annotated[int, Field(gt=0)] = 1000
     # a missing image is an error; "official" shrinks the denominator instead, as GenEval's own code does

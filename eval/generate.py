@@ -13,10 +13,11 @@ nor on where a run was stopped.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,8 @@ def generate(
 def diffusers_sampler(pipeline: Any, config: EvalConfig, text_kv_cache: bool = True) -> Sampler:
     """A sampler over diffusers' NucleusMoEImagePipeline (or one that is called alike).
 
-    Noise is drawn on the CPU, so that it is the same on every device. With `text_kv_cache`, the text's keys and values
+    Noise is drawn on the CPU, so that it is the same on every device; that of a stochastic scheduler too, and from the
+    image's own generator. With `text_kv_cache`, the text's keys and values
     are computed once per call for the prompts and once for the empty ones, not at each step (lossless; the pipeline
     clears them at the start of each call).
 
@@ -131,15 +133,17 @@ def diffusers_sampler(pipeline: Any, config: EvalConfig, text_kv_cache: bool = T
     pipeline.set_progress_bar_config(disable=True)
 
     def sample(prompts: list[str], seeds: list[int], height: int, width: int) -> list[Image.Image]:
-        return pipeline(
-            prompt=list(prompts),
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-            height=height,
-            width=width,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-            output_type="pil",
-        ).images
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        with _noise_of_steps(pipeline.scheduler, generators):
+            return pipeline(
+                prompt=list(prompts),
+                generator=generators,
+                height=height,
+                width=width,
+                num_inference_steps=config.num_inference_steps,
+                guidance_scale=config.guidance_scale,
+                output_type="pil",
+            ).images
 
     sample.settings = {
         "pipeline": type(pipeline).__name__,
@@ -153,6 +157,20 @@ def diffusers_sampler(pipeline: Any, config: EvalConfig, text_kv_cache: bool = T
         "torch": torch.__version__,
     }
     return sample
+
+
+@contextlib.contextmanager
+def _noise_of_steps(scheduler: Any, generators: list[Any]) -> Iterator[None]:
+    """Lets a stochastic scheduler draw from these generators, one for each image: the pipeline, which draws the first
+    noise from them, hands the scheduler none, and it would draw from the global state."""
+    if not scheduler.config.get("stochastic_sampling"):
+        yield
+        return
+    scheduler.step = functools.partial(scheduler.step, generator=generators)
+    try:
+        yield
+    finally:
+        del scheduler.step
 
 
 def _claim(images_dir: Path, prompts: Sequence[Mapping[str, Any]], settings: dict[str, Any]) -> None:

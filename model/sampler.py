@@ -14,15 +14,17 @@ from model.rope import ImageShape
 from model.transformer import NucleusTransformer
 
 
-def sigmas(steps: int) -> list[float]:
-    """Linear from 1 to 1/steps, then 0 (the released scheduler: shift 1, no dynamic shifting).
+def sigmas(steps: int, shift: float = 1.0) -> list[float]:
+    """Linear from 1 to 1/steps, then 0 (the released scheduler: no dynamic shifting), each s moved to
+    shift s / (1 + (shift - 1) s): above 1, more of the steps are spent near pure noise.
 
     Raises:
         ValueError: steps < 1.
     """
     if steps < 1:
         raise ValueError(f"steps={steps} must be at least 1")
-    return [1.0 - i / steps for i in range(steps)] + [0.0]
+    linear = (1.0 - i / steps for i in range(steps))
+    return [shift * s / (1.0 + (shift - 1.0) * s) for s in linear] + [0.0]
 
 
 def guide(conditional: torch.Tensor, negative: torch.Tensor, guidance: float) -> torch.Tensor:
@@ -50,6 +52,8 @@ def sample_latents(
     steps: int,
     guidance: float,
     on_step: Callable[[int, torch.Tensor], None] | None = None,
+    shift: float = 1.0,
+    step_noise: torch.Generator | None = None,
 ) -> torch.Tensor:
     """Normalised packed latents [B, S, 64] from the noise `latents`.
 
@@ -59,13 +63,16 @@ def sample_latents(
         text_mask, negative_mask: [B, T], true for real text; None if all is.
         img_shape: (1, rows, columns) in patches.
         on_step: called after each step with its number from 0 and the latents.
+        shift: of the scheduler (`sigmas`).
+        step_noise: CPU generator; with one, sampling is stochastic, as the scheduler's `stochastic_sampling`: each
+            step goes to the clean latents that it predicts and mixes fresh noise in.
 
     Equal to the pipeline's `output_type="latent"` with the same inputs, up to rounding.
 
     Raises:
         ValueError: steps < 1, or guidance without negative text.
     """
-    schedule = sigmas(steps)
+    schedule = sigmas(steps, shift)
     guided = guidance > 1
     batch = latents.shape[0]
     if guided:
@@ -94,7 +101,12 @@ def sample_latents(
             prediction = guide(*prediction.chunk(2), guidance)
         # The model predicts clean minus noise; the path runs from noise to clean as sigma falls. In fp32, as the
         # scheduler's step.
-        latents = (latents.float() + (sigma - following) * prediction.float()).to(latents.dtype)
+        if step_noise is None:
+            latents = (latents.float() + (sigma - following) * prediction.float()).to(latents.dtype)
+        else:
+            clean = latents.float() + sigma * prediction.float()
+            noise = torch.randn(clean.shape, generator=step_noise).to(clean)
+            latents = ((1.0 - following) * clean + following * noise).to(latents.dtype)
         if on_step is not None:
             on_step(i, latents)
     model.train(was_training)

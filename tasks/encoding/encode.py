@@ -73,6 +73,7 @@ def encode_stage(
     text_row = {text: i for i, text in enumerate(texts)}
     source = _TextSource(components_dir, encoding, texts, text_from)
     meta = LatentMeta(
+        latent_channels=_latent_channels(components_dir),
         text_dim=source.dim,
         text_tokens=source.tokens,
         dtype=encoding.dtype,
@@ -157,6 +158,10 @@ def _encode_images(
         "latent_mean": mean,
         "latent_std": (squares / done - mean**2) ** 0.5,
     }
+
+
+def _latent_channels(components_dir: Path) -> int:
+    return json.loads((components_dir / "vae" / "config.json").read_text())["z_dim"]
 
 
 def _image_encoder(components_dir: Path):

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from eval.config import EvalConfig
+from eval.config import EvalConfig, SchedulerConfig
 from tasks.manifest import load_manifest
 
 
@@ -45,7 +45,7 @@ def generate_seed(
     return {"images": report["expected"], "seconds": report["seconds"]}
 
 
-def load_pipeline(merged: Path, components: Path, scheduler: "SchedulerConfig | None" = None) -> Any:
+def load_pipeline(merged: Path, components: Path, scheduler: SchedulerConfig = SchedulerConfig()) -> Any:
     """diffusers' NucleusMoEImagePipeline over the parts where they lie: the one that publishing writes down.
 
     An ablation, which diffusers' transformer cannot compute, is this project's own model in its place.
@@ -69,7 +69,7 @@ def load_pipeline(merged: Path, components: Path, scheduler: "SchedulerConfig | 
     processor = getattr(transformers, processor_class(components / "processor"))
     return NucleusMoEImagePipeline(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER | settings),
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER | scheduler.model_dump()),
         vae=AutoencoderKLQwenImage.from_pretrained(components / "vae").eval(),
         text_encoder=transformers.Qwen3VLForConditionalGeneration.from_pretrained(components / "text_encoder").eval(),
         processor=processor.from_pretrained(components / "processor"),

@@ -88,6 +88,8 @@ def _usage(recipe: dict[str, Any]) -> str:
     scores = recipe["eval"]
     size, index = scores["image_size_px"], recipe["encoding"]["hidden_state_index"]
     extra = "" if index == -8 else f"\n    return_index={index},"
+    stochastic = scores["scheduler"]["stochastic_sampling"]
+    again = "torch.manual_seed(0)  # the scheduler adds noise at each step\n" if stochastic else ""
     dtype = "bfloat16" if recipe["train"]["dtype"] == "bfloat16" else "float32"
     return f"""## Use
 
@@ -99,7 +101,7 @@ pipe = DiffusionPipeline.from_pretrained("PATH_OR_REPO_ID", torch_dtype=torch.{d
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 pipe.transformer.enable_cache(TextKVCacheConfig())  # text keys and values once, not at every step; same images
 
-image = pipe(
+{again}image = pipe(
     "a photo of a red circle left of a blue square",
     height={size},
     width={size},

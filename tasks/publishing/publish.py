@@ -72,7 +72,8 @@ def publish(
         print(f"publish {i}/{len(sources)}: {name}", flush=True)
         shutil.copytree(source, out_dir / name, copy_function=shutil.copyfile)
     diffusers = version("diffusers")
-    _write_json(out_dir / "scheduler" / "scheduler_config.json", {"_diffusers_version": diffusers, **SCHEDULER, **recipe["eval"]["scheduler"]})
+    scheduler = {"_diffusers_version": diffusers, **SCHEDULER, **recipe["eval"]["scheduler"]}
+    _write_json(out_dir / "scheduler" / "scheduler_config.json", scheduler)
     index: dict[str, Any] = {"_class_name": "NucleusMoEImagePipeline", "_diffusers_version": diffusers}
     for name, (library, class_name, _) in sorted(PARTS.items()):
         index[name] = [library, class_name or processor_class(sources["processor"])]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from model.storage import s3_access
 from tasks.manifest import MANIFEST, Manifest, sha256_file, verify
 
 MIB = 1 << 20
@@ -69,13 +69,13 @@ def _split(s3_uri: str) -> tuple[str, str]:
 def _client() -> Any:
     import boto3
 
-    environment = os.environ.get
+    access = s3_access()
     return boto3.client(
         "s3",
-        endpoint_url=environment("AWS_ENDPOINT_URL_S3") or environment("AWS_ENDPOINT_URL") or environment("FLYTE_AWS_ENDPOINT"),
-        aws_access_key_id=environment("AWS_ACCESS_KEY_ID") or environment("FLYTE_AWS_ACCESS_KEY_ID"),
-        aws_secret_access_key=environment("AWS_SECRET_ACCESS_KEY") or environment("FLYTE_AWS_SECRET_ACCESS_KEY"),
-    )  # fmt: skip
+        endpoint_url=access.get("endpoint_url"),
+        aws_access_key_id=access.get("key"),
+        aws_secret_access_key=access.get("secret"),
+    )
 
 
 def _upload(client: Any, bucket: str, prefix: str, directory: Path, manifest: Manifest, part_bytes: int) -> dict[str, Any]:

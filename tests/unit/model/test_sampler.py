@@ -91,6 +91,18 @@ def test_latents_equal_the_pipelines(models, texts, guidance, cached):
     assert (found - noise).norm() / noise.norm() > 0.1
 
 
+def test_stochastic_latents_equal_the_pipelines(models, texts):
+    reference, ours = models
+    torch.manual_seed(7)  # the pipeline leaves the scheduler to the global state
+    expected = pipeline_latents(reference, texts, 6, 4.0, shift=2.0, stochastic_sampling=True)
+    text, mask, negative, negative_mask, noise = texts
+    arguments = (text, mask, negative, negative_mask, noise, (1, ROWS, COLUMNS), 6, 4.0)
+    found = sample_latents(ours, *arguments, shift=2.0, step_noise=torch.Generator().manual_seed(7))
+    assert (found - expected).norm() / expected.norm() < 1e-4
+    other = sample_latents(ours, *arguments, shift=2.0, step_noise=torch.Generator().manual_seed(8))
+    assert (found - other).norm() / expected.norm() > 0.01
+
+
 def test_one_batched_forward_equals_two(models, texts):
     _, ours = models
     text, mask, negative, negative_mask, noise = texts
