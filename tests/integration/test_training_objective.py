@@ -1,0 +1,75 @@
+"""The gradient that the trainer takes, against the objective written from its formulas."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from train_helpers import train_config, transformer_config, write_latents
+
+pytestmark = pytest.mark.slow
+WEIGHTS = {"router_z_loss": 0.3, "load_balance": 0.7, "wavelet": 0.5}
+
+
+def objective(seen, clean, noise, wavelet):
+    """Of what the model was given and gave; latents [B, C, h, w]."""
+    t = seen["timestep"].view(-1, 1, 1, 1)
+    noisy = (1 - t) * clean + t * noise
+    tokens = F.pixel_unshuffle(noisy, 2).flatten(2).mT  # a token's channels: channel, row, column
+    assert torch.allclose(seen["hidden_states"], tokens, atol=1e-6)
+    rows, columns = noisy.shape[-2] // 2, noisy.shape[-1] // 2
+    velocity = F.pixel_shuffle(seen["output"].mT.unflatten(-1, (rows, columns)), 2)
+    error = velocity - (clean - noise)
+    total = (error**2).mean()
+    for logits in seen["logits"]:
+        total = total + WEIGHTS["router_z_loss"] * (logits.exp().sum(-1).log() ** 2).mean()
+        scores = logits.softmax(-1)
+        chosen = F.one_hot(scores.topk(2).indices, scores.shape[-1]).sum(-2) / 2
+        balance = scores.shape[-1] * (chosen.double().mean(1) * scores.mean(1)).sum(-1).mean()
+        total = total + WEIGHTS["load_balance"] * balance
+    if wavelet:
+        # The clean latent that the velocity implies is off by t error. Haar bands together keep its square (Parseval).
+        assert torch.allclose(noisy + t * (clean - noise), clean, atol=1e-5)
+        total = total + WEIGHTS["wavelet"] * ((t * error) ** 2).mean()
+    return total
+
+
+@pytest.mark.parametrize("wavelet", [False, True])
+def test_the_trainers_gradient_is_the_objectives(tmp_path, wavelet):
+    from model.train.config import trainer_config
+    from model.train.device import training_session
+
+    train = train_config(stage={"wavelet": wavelet}, losses=WEIGHTS)
+    with training_session():
+        trainer = trainer_config(
+            transformer_config(routing={"kind": "token_choice"}),
+            train.stages[0],
+            train,
+            latents_dir=write_latents(tmp_path / "latents"),
+            work_dir=tmp_path / "work",
+            init_from=None,
+            ranks=1,
+        ).build()
+        try:
+            model, seen = trainer.model, {"logits": []}
+            torch.nn.init.normal_(model.proj_out.weight, std=0.2)  # it starts at 0, and then hides everything before it
+            model.register_forward_pre_hook(lambda _, args, inputs: seen.update(inputs), with_kwargs=True)
+            model.register_forward_hook(lambda _, args, output: seen.update(output=output))
+            for block in model.transformer_blocks:
+                if block.moe_enabled:
+                    block.img_mlp.gate.register_forward_hook(lambda _, args, output: seen["logits"].append(output))
+            batch = next(trainer.batch_generator(trainer.dataloader))
+            trainer.optimizers.zero_grad()
+            trainer.forward_backward_step(batch=batch)
+            found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            seen["logits"].clear()
+            model.zero_grad()
+            again = {key: value for key, value in seen.items() if key not in ("logits", "output", "collect")}
+            model(**again)
+            objective(seen, batch.latents, batch.noise, wavelet).backward()
+            assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    scale = parameter.grad.abs().max() + 1e-8
+                    assert (found[name] - parameter.grad).abs().max() < 2e-4 * scale, name
+        finally:
+            trainer.close()
