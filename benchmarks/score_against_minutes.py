@@ -1,12 +1,14 @@
-"""Score on the shapes benchmark against minutes of training: how to split a budget between stages, and at what rates.
+"""Score on the shapes benchmark against minutes of training: how to spend a budget, and at what rates.
 
-    python benchmarks/score_against_minutes.py --recipe tiny [--overrides '["train.optim.muon_lr=0.01"]'] --name LABEL
+    pyflyte run workflows/reproduce.py reproduce --recipe tiny --overrides train.keep_checkpoints=1000
+    python benchmarks/score_against_minutes.py --recipe tiny --out LABEL.jsonl \\
+        --components .nucleus/artifacts/components/DIGEST --checkpoints .nucleus/artifacts/checkpoints/DIGEST...
     python benchmarks/score_against_minutes.py --draw docs/score_against_minutes.png a.jsonl b.jsonl
 
-Curates, encodes and trains as `reproduce` does: run `make reproduce` first, so that its artifacts are at hand; the
-newest components are taken, and the latents made with them. Scores come from the project's own sampler (equal to the
-pipeline's images, see the tests) with the unmerged weights, one seed; the time is that of training alone. Writes
-LABEL.jsonl, one line per score, and prints command and machine.
+`--checkpoints` are folders of step-*/ and metrics.jsonl, those of the stages in order; minutes are of training alone,
+added up from their metrics. Images come from the project's own sampler (equal to the pipeline's, see the tests) with
+the recipe's eval settings and the weights of one step, not merged; one image per seen prompt, one seed. Appends to
+LABEL.jsonl, one line per score; a second start skips what is there. Prints command and machine.
 """
 
 from __future__ import annotations
@@ -17,86 +19,68 @@ import os
 import platform
 import shlex
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-GUIDANCE, STEPS, BATCH = 4.0, 20, 88
+BATCH = 88
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="tiny")
     parser.add_argument("--overrides", default="[]", help="a JSON list")
-    parser.add_argument("--name", default="run")
-    parser.add_argument("--every", type=int, default=300, help="steps between scores")
-    parser.add_argument("--prompts", type=int, default=24, help="images per task")
-    parser.add_argument("--home", default=os.environ.get("NUCLEUS_HOME", ".nucleus"))
+    parser.add_argument("--components", type=Path)
+    parser.add_argument("--checkpoints", type=Path, nargs="+", default=[])
+    parser.add_argument("--out", type=Path, default=Path("score_against_minutes.jsonl"))
+    parser.add_argument("--every", type=int, default=500, help="steps between scores")
+    parser.add_argument("--prompts", type=int, default=32, help="images per task")
     parser.add_argument("--draw", help="draw the named .jsonl files instead")
     parser.add_argument("files", nargs="*")
     args = parser.parse_args()
     if args.draw:
         draw(args.draw, args.files)
+    elif args.components is None or not args.checkpoints:
+        parser.error("--components and --checkpoints are needed")
     else:
         print(f"command: {shlex.join(sys.argv)}\nmachine: {platform.platform()}, {os.cpu_count()} CPUs", flush=True)
         measure(args)
 
 
 def measure(args: argparse.Namespace) -> None:
-    from model.train.run import train_stage
-    from tasks.planning.sections import train_stage as section_of
+    from model.load import open_weights
+    from model.train.checkpoint import finished_checkpoints
+    from model.transformer import NucleusTransformer
     from tasks.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, json.loads(args.overrides))
-    artifacts = Path(args.home) / "artifacts"
-    components = max((artifacts / "components").iterdir(), key=lambda path: path.stat().st_mtime)
-    judge = Judge(components, args.prompts)
-    out = Path(f"{args.name}.jsonl")
-    out.write_text("")
-    started, paused, init = time.perf_counter(), 0.0, None
-    with tempfile.TemporaryDirectory() as scratch:
-        for index, stage in enumerate(recipe.train.stages):
-            section = section_of(recipe, index)
-            train = section.train.model_copy(update={"sample_every_steps": args.every})
-
-            def score(model: Any, step: int, path: Path, stage=stage) -> None:
-                nonlocal paused
-                begin = time.perf_counter()
-                minutes = (begin - started - paused) / 60
-                row = {"stage": stage.name, "step": step, "minutes": round(minutes, 2), "px": stage.image_size_px}
-                row |= judge(model, stage.image_size_px)
-                with open(out, "a") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(json.dumps(row), flush=True)
-                paused += time.perf_counter() - begin
-
-            latents = _latents(artifacts, components, section_of(recipe, index).stage.image_size_px)
-            work, result = Path(scratch) / f"work{index}", Path(scratch) / f"out{index}"
-            result.mkdir()
-            train_stage(latents, section.model, train, 0, init, work, result, score)
-            init = result
-
-
-def _latents(artifacts: Path, components: Path, image_size_px: int) -> Path:
-    """The latents of that size made with these components."""
-    from tasks.manifest import load_manifest
-
-    digest = load_manifest(components).digest
-    for path in sorted((artifacts / "latents").iterdir(), key=lambda p: -p.stat().st_mtime):
-        manifest = load_manifest(path)
-        same = any(parent.digest == digest for parent in manifest.parents)
-        if same and manifest.config["stage"]["image_size_px"] == image_size_px:
-            return path
-    raise SystemExit(f"no latents of {image_size_px} px for {components}; run `make reproduce` with this recipe first")
+    if len(args.checkpoints) > len(recipe.train.stages):
+        raise SystemExit(f"{len(args.checkpoints)} --checkpoints, but {len(recipe.train.stages)} stages in the recipe")
+    known = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.is_file() else []
+    done = {(row["stage"], row["step"]) for row in known}
+    judge, before = Judge(args.components, args.prompts, recipe), 0.0
+    model = NucleusTransformer(recipe.model)
+    model.set_capacity_factors(recipe.train.stages[-1].capacity_factors)
+    for stage, folder in zip(recipe.train.stages, args.checkpoints):
+        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        seconds = {row["step"]: row["seconds"] for row in metrics}
+        for step, path in finished_checkpoints(folder).items():
+            if step % args.every or step not in seconds or (stage.name, step) in done:
+                continue
+            weights = open_weights(path)
+            model.load_state_dict({name: weights.read(name) for name in weights.described})
+            row = {"stage": stage.name, "step": step, "minutes": round((before + seconds[step]) / 60, 2)} | judge(model)
+            with open(args.out, "a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
+        before += metrics[-1]["seconds"]
 
 
 class Judge:
-    """Draws the benchmark's seen prompts with a model that is being trained, and judges them."""
+    """Draws the benchmark's seen prompts with a model, and judges them."""
 
-    def __init__(self, components: Path, prompts_per_task: int):
+    def __init__(self, components: Path, prompts_per_task: int, recipe: Any):
         import torch
         from diffusers import AutoencoderKLQwenImage
         from transformers import Qwen3VLForConditionalGeneration
@@ -105,6 +89,7 @@ class Judge:
         from tasks.encoding.chat import encode_text, load_processor
         from tasks.encoding.frames import FrameCodec
 
+        self.settings, self.channels = recipe.eval, recipe.model.in_channels
         vae = AutoencoderKLQwenImage.from_pretrained(components / "vae").eval()
         encoder = Qwen3VLForConditionalGeneration.from_pretrained(components / "text_encoder").eval()
         processor = load_processor(components / "processor")
@@ -118,7 +103,7 @@ class Judge:
             self.texts = encode_text(encoder, processor, [p["prompt"] for p in self.prompts])
             self.negative = encode_text(encoder, processor, [""])
 
-    def __call__(self, model: Any, side_px: int) -> dict[str, float]:
+    def __call__(self, model: Any) -> dict[str, float]:
         import torch
         from PIL import Image
 
@@ -126,17 +111,27 @@ class Judge:
         from model.flow import unpack_latents
         from model.sampler import sample_latents
 
-        side, right = side_px // 16, {}
-        noise = torch.randn(len(self.prompts), side * side, 64, generator=torch.Generator().manual_seed(0))
+        side, right, scheduler = self.settings.image_size_px // 16, {}, self.settings.scheduler
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(len(self.prompts), side * side, self.channels, generator=generator)
         for start in range(0, len(self.prompts), BATCH):
             part = slice(start, start + BATCH)
             text, mask = (None if tensor is None else tensor[part] for tensor in self.texts)
             negative, negative_mask = (
                 None if tensor is None else tensor.expand(len(text), *tensor.shape[1:]) for tensor in self.negative
             )
-            shape = (1, side, side)
             tokens = sample_latents(
-                model, text, mask, negative, negative_mask, noise[part], shape, STEPS, GUIDANCE
+                model,
+                text,
+                mask,
+                negative,
+                negative_mask,
+                noise[part],
+                (1, side, side),
+                self.settings.num_inference_steps,
+                self.settings.guidance_scale,
+                shift=scheduler.shift,
+                step_noise=generator if scheduler.stochastic_sampling else None,
             )
             with torch.no_grad():
                 images = self.codec.decode(unpack_latents(tokens, side, side) * self.std + self.mean)
