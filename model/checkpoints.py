@@ -22,6 +22,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
@@ -118,7 +119,10 @@ class CheckpointReader(FsspecReader):
 
 class _LoadPlanner(DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        loaded = torch.load(value, weights_only=True)
+        try:
+            loaded = torch.load(value, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"{read_item.dest_index.fqn} is neither a tensor nor a plain value") from error
         set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], loaded)
 
 
@@ -129,10 +133,14 @@ def load(state: dict[str, Any], path: str | os.PathLike, *, alone: bool) -> None
         alone: this process reads by itself; otherwise all ranks call it, each for its shards.
 
     Raises:
-        ValueError, CheckpointException: damaged, or not a checkpoint of these names and shapes.
+        ValueError: damaged, or not a checkpoint of these names and shapes; or no checkpoint at all.
     """
-    with without_warning():
-        dcp.load(state, storage_reader=CheckpointReader(path), planner=_LoadPlanner(), no_dist=alone)
+    try:
+        with without_warning():
+            dcp.load(state, storage_reader=CheckpointReader(path), planner=_LoadPlanner(), no_dist=alone)
+    except CheckpointException as error:  # no Exception by its type, and it quotes whole tracebacks
+        reasons = {str(failure).splitlines()[0] for failure, _ in error.failures.values()}
+        raise ValueError(f"{path} cannot be loaded: {'; '.join(sorted(reasons))}") from error
 
 
 @contextmanager

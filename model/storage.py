@@ -22,17 +22,20 @@ def options(path: str | os.PathLike) -> dict[str, Any]:
     """What fsspec needs to open `path`. Nothing for a local one."""
     if not str(path).startswith("s3://"):
         return {}
-    environment = os.environ.get
-    found = {
-        "endpoint_url": environment("AWS_ENDPOINT_URL_S3")
-        or environment("AWS_ENDPOINT_URL")
-        or environment("FLYTE_AWS_ENDPOINT"),
-        "key": environment("AWS_ACCESS_KEY_ID") or environment("FLYTE_AWS_ACCESS_KEY_ID"),
-        "secret": environment("AWS_SECRET_ACCESS_KEY") or environment("FLYTE_AWS_SECRET_ACCESS_KEY"),
-        "token": environment("AWS_SESSION_TOKEN"),
-    }
     # Listings must be fresh: each thread has a file system of its own, and does not see what another one wrote.
-    return {"use_listings_cache": False, **{name: value for name, value in found.items() if value}}
+    return {"use_listings_cache": False, **s3_access()}
+
+
+def s3_access() -> dict[str, str]:
+    """"endpoint_url", "key" and "secret" as Flyte names them, each where botocore's own variables leave it open."""
+    environment, found = os.environ.get, {}
+    endpoint = environment("FLYTE_AWS_ENDPOINT")
+    if endpoint and not (environment("AWS_ENDPOINT_URL_S3") or environment("AWS_ENDPOINT_URL")):
+        found["endpoint_url"] = endpoint
+    key, secret = environment("FLYTE_AWS_ACCESS_KEY_ID"), environment("FLYTE_AWS_SECRET_ACCESS_KEY")
+    if key and secret and not environment("AWS_ACCESS_KEY_ID"):
+        found |= {"key": key, "secret": secret}
+    return found
 
 
 def filesystem(path: str | os.PathLike) -> tuple[AbstractFileSystem, str]:
@@ -48,10 +51,12 @@ def check_writable_place(uri: str) -> None:
         return
     try:
         fs, path = filesystem(uri)
-        if not fs.exists(path.split("/")[0]):
-            raise ValueError(f"{uri}: there is no bucket {path.split('/')[0]!r}, or no access to it")
-    except (ImportError, PermissionError, OSError) as error:
+        bucket = path.split("/")[0]
+        there = fs.exists(bucket)
+    except Exception as error:  # each of fsspec's back ends raises types of its own
         raise ValueError(f"{uri}: {error}") from error
+    if not there:
+        raise ValueError(f"{uri}: there is no bucket {bucket!r}, or no access to it")
 
 
 def join(base: str | os.PathLike, *names: str) -> str:

@@ -33,11 +33,11 @@ from model.train.device import training_session
 import torch
 import torch.distributed as dist
 
-from model.config import StageConfig, TrainConfig, TransformerConfig
-from model.layout import LAYOUT_KEYS
 from model import storage
 from model.checkpoints import finished_checkpoints, last_checkpoint
+from model.config import StageConfig, TrainConfig, TransformerConfig
 from model.latents import LatentDataset
+from model.layout import LAYOUT_KEYS
 from model.train.checkpoint import CHECKPOINTS, WEIGHTS, checkpoint_root
 from model.train.config import stage_transformer, trainer_config
 from model.train.metrics import METRICS, TENSORBOARD
@@ -88,11 +88,10 @@ def train_stage(
     root = checkpoint_root(train, work_dir)
     storage.check_writable_place(root)
     _claim(root, latents_dir, transformer, train, stage, init_checkpoint)
-    if (done := storage.read_bytes(storage.join(root, REPORT))) is not None:
-        report = {**json.loads(done), "resumed_from_step": stage.steps}
+    if (done := _done(root)) is not None:
         if _rank() == 0:
             _fill(root, work_dir, out_dir, done)
-        return report
+        return {**json.loads(done), "resumed_from_step": stage.steps}
     if _rank() == 0:
         _restore_metrics(root, work_dir)
     begin = time.perf_counter()
@@ -142,8 +141,16 @@ def prune_run(train: TrainConfig, work_dir: str | Path) -> None:
     """Drops what only resuming needs, once out_dir is safe. A lost out_dir can still be filled again: from the weights,
     which take no room of their own beside an out_dir of hard links."""
     root = checkpoint_root(train, Path(work_dir))
-    if storage.read_bytes(storage.join(root, REPORT)) is not None:
+    if _done(root) is not None:
         storage.remove(storage.join(root, CHECKPOINTS))
+
+
+def _done(root: str) -> bytes | None:
+    """The report of a run that is finished and has all that it hands on."""
+    report = storage.read_bytes(storage.join(root, REPORT))
+    if report is None or json.loads(report)["checkpoints"] != list(finished_checkpoints(storage.join(root, WEIGHTS))):
+        return None
+    return report
 
 
 def _rank() -> int:

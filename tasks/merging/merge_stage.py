@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from model.config import MergeConfig, TransformerConfig
-
-_STEP = re.compile(r"step-(\d+)")
 
 
 def merge_stage(
@@ -31,10 +28,11 @@ def merge_stage(
     Raises:
         ValueError: no finished checkpoint, or checkpoints that do not fit `transformer` or each other.
     """
+    from model.checkpoints import finished_checkpoints
     from model.merge import merge as merge_checkpoints
     from model.merge import wsm_weights
 
-    found = _finished(Path(checkpoints_dir))
+    found = finished_checkpoints(checkpoints_dir)
     if not found:
         raise ValueError(f"{checkpoints_dir} holds no finished checkpoint (step-*/ with a .metadata file) to merge")
     steps = sorted(found)[-merge.last_n :]
@@ -55,13 +53,3 @@ def merge_stage(
     }
     (Path(out_dir) / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
-
-
-def _finished(folder: Path) -> dict[int, Path]:
-    """Checkpoints by step. DCP writes .metadata last: a directory without it is a save that was cut off."""
-    found = {}
-    for path in folder.iterdir() if folder.is_dir() else ():
-        match = _STEP.fullmatch(path.name)
-        if match and (path / ".metadata").is_file():
-            found[int(match.group(1))] = path
-    return found

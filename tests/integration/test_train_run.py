@@ -1,0 +1,92 @@
+"""What a finished stage hands on, and what it keeps, without training one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from train_helpers import train_config, transformer_config, write_latents
+
+from model.train.run import CHECKPOINTS, MANIFEST, METRICS, REPORT, WEIGHTS, _claim, _content, _fill, prune_run, train_stage
+
+STEPS = 20
+REPORTED = {"stage": "small", "loss": 0.5, "resumed_from_step": 10, "checkpoints": [10, 20]}
+
+
+@pytest.fixture
+def work(tmp_path):
+    """A work_dir as a run of 20 steps leaves it."""
+    for folder, step, name in (
+        (WEIGHTS, 10, "step-00000010"),
+        (WEIGHTS, 20, "step-00000020"),
+        (CHECKPOINTS, 20, "step-20"),
+    ):
+        path = tmp_path / "work" / folder / name
+        path.mkdir(parents=True)
+        (path / ".metadata").write_bytes(b"m")
+        (path / "__0_0.distcp").write_bytes(bytes([step]))
+    (tmp_path / "work" / METRICS).write_text("{}\n")
+    (tmp_path / "work" / REPORT).write_text(json.dumps(REPORTED))
+    return tmp_path / "work"
+
+
+def files(folder) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_finished_stage_is_filled_again_from_what_pruning_leaves_without_training(work, tmp_path):
+    first, again = tmp_path / "first", tmp_path / "again"
+    first.mkdir()
+    again.mkdir()
+    _fill(str(work), work, first, (work / REPORT).read_bytes())
+    config = train_config(steps=STEPS)
+    prune_run(config, work)
+    assert not (work / CHECKPOINTS).exists() and (work / WEIGHTS).exists()
+    latents = write_latents(tmp_path / "latents")
+    # There is nothing left to train from: only filling can make these bytes.
+    report = train_stage(latents, transformer_config(), config, 0, None, work, again)
+    assert files(again) == files(first) and set(files(first)) == {
+        "step-00000010/.metadata", "step-00000010/__0_0.distcp", "step-00000020/.metadata",
+        "step-00000020/__0_0.distcp", METRICS, REPORT,
+    }  # fmt: skip
+    assert report == {**REPORTED, "resumed_from_step": STEPS}
+
+
+def test_what_is_handed_on_takes_no_room_of_its_own(work, tmp_path):
+    (tmp_path / "out").mkdir()
+    _fill(str(work), work, tmp_path / "out", b"{}")
+    here, there = work / WEIGHTS / "step-00000020" / "__0_0.distcp", tmp_path / "out" / "step-00000020" / "__0_0.distcp"
+    assert here.stat().st_ino == there.stat().st_ino
+
+
+@pytest.mark.parametrize("lost", [REPORT, f"{WEIGHTS}/step-00000020/.metadata"])
+def test_a_stage_that_is_not_done_or_lost_weights_is_not_pruned(work, lost):
+    (work / lost).unlink()
+    prune_run(train_config(steps=STEPS), work)
+    assert (work / CHECKPOINTS / "step-20" / ".metadata").is_file()
+
+
+def test_a_run_is_known_by_every_byte_it_starts_from(tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / ".metadata").write_bytes(b"m")
+    (checkpoint / "__0_0.distcp").write_bytes(b"weights")
+    before = _content(checkpoint)
+    (checkpoint / "__0_0.distcp").write_bytes(b"Weights")
+    assert _content(checkpoint) != before
+    # A seal speaks for its files, so that hundreds of gigabytes are not read for it.
+    (tmp_path / MANIFEST).write_text('{"digest": "abc"}')
+    assert _content(checkpoint) == "abc/checkpoint" and _content(tmp_path) == "abc"
+
+
+def test_other_latents_are_refused_in_the_same_place(tmp_path):
+    latents = write_latents(tmp_path / "latents")
+    config = train_config(steps=STEPS)
+    arguments = transformer_config(), config, config.stages[0], None
+    _claim(str(tmp_path), latents, *arguments)
+    _claim(str(tmp_path), latents, *arguments)
+    shard = next(latents.glob("bucket-*/*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+    with pytest.raises(ValueError, match="another latents"):
+        _claim(str(tmp_path), latents, *arguments)

@@ -1,0 +1,176 @@
+"""Which checkpoints are read, local and in S3, and that reading one runs nothing of what is in it."""
+
+from __future__ import annotations
+
+import io
+import pickle
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from moto.server import ThreadedMotoServer
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
+
+from model import storage
+from model.checkpoints import CheckpointReader, finished_checkpoints, last_checkpoint, load
+
+STATE = {"weight": torch.arange(6.0).view(2, 3), "state": {"step": 7, "half": torch.ones(4, dtype=torch.bfloat16)}}
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory):
+    """A bucket of a server of S3's protocol on this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        server = ThreadedMotoServer(port=0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        fs, _ = storage.filesystem("s3://checkpoints")
+        fs.mkdir("checkpoints")
+        yield "s3://checkpoints"
+        server.stop()
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request, tmp_path):
+    return str(tmp_path) if request.param == "local" else f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
+
+
+def save(state, path):
+    writer = FsspecWriter(path, sync_files=False, **storage.options(path)) if "://" in path else dcp.FileSystemWriter(path)
+    dcp.save(state, storage_writer=writer, no_dist=True)
+
+
+def empty():
+    return {"weight": torch.zeros(2, 3), "state": {"step": 0, "half": torch.zeros(4, dtype=torch.bfloat16)}}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_was_saved_is_loaded(place):
+    save(STATE, f"{place}/step-3")
+    state = empty()
+    load(state, f"{place}/step-3", alone=True)
+    assert torch.equal(state["weight"], STATE["weight"]) and torch.equal(state["state"]["half"], STATE["state"]["half"])
+    assert state["state"]["step"] == 7
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_without_its_metadata_does_not_exist(place):
+    assert finished_checkpoints(f"{place}/checkpoints") == {}
+    for step in (5, 10, 15):
+        save(STATE, f"{place}/checkpoints/step-{step}")
+    fs, path = storage.filesystem(f"{place}/checkpoints/step-15/.metadata")
+    fs.rm_file(path)
+    storage.write_bytes(f"{place}/checkpoints/notes.txt", b"")
+    assert finished_checkpoints(f"{place}/checkpoints") == {n: f"{place}/checkpoints/step-{n}" for n in (5, 10)}
+    assert last_checkpoint(f"{place}/checkpoints") == f"{place}/checkpoints/step-10"
+    assert last_checkpoint(f"{place}/checkpoints/step-5") == f"{place}/checkpoints/step-5"
+    with pytest.raises(ValueError, match="no finished checkpoint"):
+        last_checkpoint(f"{place}/checkpoints/step-15")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_removing_takes_the_metadata_first_and_leaves_nothing(place, monkeypatch):
+    save(STATE, f"{place}/step-5")
+    fs, path = storage.filesystem(f"{place}/step-5")
+
+    def cut_off(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fs, "rm", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            storage.remove(f"{place}/step-5")
+    assert finished_checkpoints(place) == {} and storage.children(place) == [f"{place}/step-5"]
+    storage.remove(f"{place}/step-5")
+    storage.remove(f"{place}/step-5")
+    assert storage.children(place) == []
+
+
+class Malice:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_a_pickle_in_place_of_metadata_is_refused_and_not_run(tmp_path):
+    proof = tmp_path / "it_ran"
+    folder = tmp_path / "step-1"
+    folder.mkdir()
+    (folder / ".metadata").write_bytes(pickle.dumps(Malice(proof)))
+    with pytest.raises(ValueError, match=r"names (_?io)\.open, which is no part"):
+        CheckpointReader(folder).read_metadata()
+    assert not proof.exists()
+    pickle.loads((folder / ".metadata").read_bytes())  # the pickle is one that works
+    assert proof.exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_malice_inside_of_metadata_is_refused_too(tmp_path):
+    save(STATE, str(tmp_path / "step-1"))
+    path = tmp_path / "step-1" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    metadata.planner_data = Malice(tmp_path / "it_ran")
+    path.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="no part of a checkpoint's metadata"):
+        load(empty(), tmp_path / "step-1", alone=True)
+    assert not (tmp_path / "it_ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps([1]), pickle.dumps({"a": 1})])
+def test_what_is_no_metadata_is_one_clear_error(tmp_path, content):
+    (tmp_path / ".metadata").write_bytes(content)
+    with pytest.raises(ValueError, match="is not the metadata of a checkpoint"):
+        CheckpointReader(tmp_path).read_metadata()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_metadata_may_not_point_outside_of_its_folder(tmp_path):
+    save(STATE, str(tmp_path / "step-1"))
+    path = tmp_path / "step-1" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    for info in metadata.storage_data.values():
+        info.relative_path = "../secret"
+    path.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="outside of the checkpoint"):
+        load(empty(), tmp_path / "step-1", alone=True)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_malice_among_the_values_is_refused_and_not_run(tmp_path, monkeypatch):
+    import torch.distributed.checkpoint.default_planner as planner
+
+    def resolve(self, write_item, value):
+        content = io.BytesIO()
+        torch.save(Malice(tmp_path / "it_ran"), content)
+        return content if write_item.index.fqn == "state.step" else value
+
+    with monkeypatch.context() as patch:
+        patch.setattr(planner.DefaultSavePlanner, "transform_object", resolve)
+        save(STATE, str(tmp_path / "step-1"))
+    with pytest.raises(ValueError, match="state.step is neither a tensor nor a plain value"):
+        load(empty(), tmp_path / "step-1", alone=True)
+    assert not (tmp_path / "it_ran").exists()
+
+
+@pytest.mark.filterwarnings("error")
+def test_loading_alone_warns_of_nothing(tmp_path):
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        save(STATE, str(tmp_path / "step-1"))
+    load(empty(), tmp_path / "step-1", alone=True)
+
+
+def test_a_bucket_that_does_not_exist_is_refused_before_any_work(bucket):
+    with pytest.raises(ValueError, match="no bucket 'elsewhere'"):
+        storage.check_writable_place("s3://elsewhere/run")
+    storage.check_writable_place(f"{bucket}/run")
+    with pytest.raises(ValueError, match="nowhere://run"):
+        storage.check_writable_place("nowhere://run")
