@@ -49,7 +49,8 @@ class Routing(NamedTuple):
 
     def weights_BSE(self) -> torch.Tensor:
         """The gate of every expert on every token, 0 where the expert did not take it."""
-        return torch.zeros_like(self.scores_BSE).scatter_(1, self.indices_BEC.mT, self.gates_BEC.mT)
+        nothing = torch.zeros_like(self.scores_BSE, dtype=self.gates_BEC.dtype)
+        return nothing.scatter_(1, self.indices_BEC.mT, self.gates_BEC.mT)
 
     def taken_BSE(self) -> torch.Tensor:
         """Whether the expert took the token, boolean."""

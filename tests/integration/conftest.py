@@ -29,19 +29,19 @@ class Home:
         return {kind.name: {entry.name for entry in kind.iterdir() if not entry.name.startswith(".")}
                 for kind in self.artifacts.iterdir()}
 
-    def run(self, *options: str, timeout_s: float = 900) -> subprocess.CompletedProcess:
+    def run(self, *options: str, workflow: str = "reproduce", timeout_s: float = 900) -> subprocess.CompletedProcess:
         """`pyflyte run workflows/reproduce.py reproduce ...` as a user would."""
         self.path.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {"HOME": str(self.path), "NUCLEUS_HOME": str(self.path / "nucleus")}
         return subprocess.run(
-            [str(Path(sys.executable).with_name("pyflyte")), "run", "workflows/reproduce.py", "reproduce", *options],
+            [str(Path(sys.executable).with_name("pyflyte")), "run", f"workflows/{workflow}.py", workflow, *options],
             cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s,
         )
 
     @staticmethod
-    def outputs(done: subprocess.CompletedProcess) -> dict[str, Path]:
+    def outputs(done: subprocess.CompletedProcess, of: str = "Reproduction") -> dict[str, Path]:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        last = done.stdout[done.stdout.rindex("Reproduction(") :]
+        last = done.stdout[done.stdout.rindex(f"{of}(") :]
         return {name: Path(path) for name, path in re.findall(r"(\w+)=([^\s,)]+)", last)}
 
 

@@ -55,6 +55,7 @@ def test_an_overlay_trains_two_stages_and_is_merged(name, latents, tmp_path):
     weights = read_weights(start)[4]
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
     row = json.loads((start / "metrics.jsonl").read_text().splitlines()[-1])
+    assert ("lr/Muon" in row) == (name != "adamw_alone")
     if name == "dense_ffn":
         assert not any("expert" in key for key in row) and report["parameters"] == report["active_parameters"]
     elif name == "token_choice":
