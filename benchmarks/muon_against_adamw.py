@@ -72,7 +72,11 @@ def measure(args: argparse.Namespace) -> None:
         f"AdamW {rate:g}": ["train.optim.matrices=adamw", f"train.optim.adamw_lr={rate}"] for rate in args.adamw_rates
     }
     last = len(recipe.train.stages) - 1
-    common = [f"train.stages[{last}].steps={args.steps}", f"train.sample_every_steps={args.every}"]
+    common = [
+        f"train.stages[{last}].steps={args.steps}",
+        f"train.sample_every_steps={args.every}",
+        f"train.checkpoint_every_steps={args.steps}",
+    ]
     for seed in args.seeds:
         for variant, overrides in variants.items():
             section = section_of(load_recipe(args.recipe, [*common, f"train.seed={seed}", *overrides]), last)
