@@ -8,11 +8,13 @@ recipes/nucleus_17b.yaml).
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
+INIT_FROM = re.compile(r"[^@]+|[\w.-]+/[\w.-]+(/[\w./-]+)?@[0-9a-f]{40}")
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 MoeStrategy = Literal[
@@ -267,6 +269,8 @@ class TrainConfig(Section):
     losses: LossConfig = LossConfig()
     timesteps: TimestepConfig = TimestepConfig()
     caption_dropout: Fraction = 0.1
+    # Released weights that the first stage starts from: a transformer directory, or ORG/REPO[/SUBFOLDER]@COMMIT on the Hub.
+    init_from: str | None = None
     local_batch_size: Positive | None = None  # per rank and accumulation step; None: global batch / ranks
     checkpoint_every_steps: Positive = 500
     keep_checkpoints: Positive = 16
@@ -286,12 +290,20 @@ class TrainConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    # On a CUDA device; "auto" takes what is installed and fits (model/attention.py, model/kernels).
+    attention_backend: Literal["auto", "sdpa", "flash2", "flash3"] = "auto"
+    kernels: Literal["auto", "torch", "triton"] = "auto"
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stages need names of their own, got {names}")
+        if self.init_from is not None and not INIT_FROM.fullmatch(self.init_from):
+            raise ValueError(
+                f"init_from={self.init_from!r} must be a directory, or ORG/REPO[/SUBFOLDER]@COMMIT with the 40 digits of "
+                "a commit: a branch's weights change"
+            )
         if self.data_parallel_shard == 0:
             raise ValueError("data_parallel_shard=0 must be 1 or more, or -1 for all ranks that are left")
         sizes = [stage.image_size_px for stage in self.stages]

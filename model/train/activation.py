@@ -25,6 +25,7 @@ SAVED_OPS = (
     "aten._scaled_dot_product_flash_attention_for_cpu.default",
     "aten.baddbmm.default",
     "flash_attn._flash_attn_forward.default",
+    "flash_attn._flash_attn_varlen_forward.default",
     "flash_attn_3.fwd.default",
 )
 

@@ -22,7 +22,9 @@ from torchtitan.distributed import ParallelDims, utils as dist_utils
 from torchtitan.trainer import Trainer
 
 from model import flow, losses
+from model.attention import use_attention
 from model.config import StageConfig, TrainConfig
+from model.kernels import use_kernels
 from model.latents import Batch
 from model.train.guard import LossGuard
 from model.train.preemption import Preempted, StopFlag, sigterm_sets
@@ -62,6 +64,8 @@ class NucleusTrainer(Trainer):
         sample_fn: Callable[[torch.nn.Module, int, Path], Any] | None = None
 
     def __init__(self, config: Config):
+        use_attention(config.train.attention_backend)
+        use_kernels(config.train.kernels)
         super().__init__(config)
         self.model = self.model_parts[0]
         extra = config.train.losses

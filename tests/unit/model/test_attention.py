@@ -1,0 +1,221 @@
+"""Which attention runs where, and that each way of running it computes the same."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import attention
+from model.attention import Machine, attend, choose_backend, pack_keys, prepare_mask, use_attention
+from model.transformer import NucleusTransformer
+
+BOTH = frozenset({"flash_attn", "flash_attn_interface"})
+HOPPER, AMPERE, BLACKWELL, VOLTA = ((9, 0), (8, 0), (10, 0), (7, 0))
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    "capability, modules, dtype, head_dim, expected",
+    [
+        (HOPPER, BOTH, BF16, 128, "flash3"),
+        (HOPPER, {"flash_attn"}, BF16, 128, "flash2"),
+        (HOPPER, set(), BF16, 128, "sdpa"),
+        (AMPERE, BOTH, torch.float16, 64, "flash2"),
+        (BLACKWELL, BOTH, BF16, 128, "flash2"),
+        (AMPERE, {"flash_attn_interface"}, BF16, 128, "sdpa"),
+        (VOLTA, BOTH, BF16, 128, "sdpa"),
+        (None, BOTH, BF16, 128, "sdpa"),
+        (HOPPER, BOTH, FP32, 128, "sdpa"),
+        (HOPPER, BOTH, BF16, 100, "sdpa"),
+        (HOPPER, BOTH, BF16, 512, "sdpa"),
+    ],
+)
+def test_auto_takes_the_fastest_that_fits(capability, modules, dtype, head_dim, expected):
+    backend, reason = choose_backend("auto", Machine(capability, frozenset(modules)), dtype, head_dim)
+    assert backend == expected
+    assert bool(reason) == (expected != "flash3")
+
+
+@pytest.mark.parametrize(
+    "wanted, capability, modules, dtype, head_dim, missing",
+    [
+        ("flash3", HOPPER, {"flash_attn"}, BF16, 128, "flash_attn_interface"),
+        ("flash3", AMPERE, BOTH, BF16, 128, "9.0 .Hopper., not 8.0"),
+        ("flash2", VOLTA, BOTH, BF16, 128, "8.0 or higher, not 7.0"),
+        ("flash2", None, BOTH, BF16, 128, "a CUDA device"),
+        ("flash2", HOPPER, BOTH, FP32, 128, "bfloat16 or float16 tensors, not float32"),
+        ("flash2", HOPPER, BOTH, BF16, 100, "a multiple of 8 up to 256, not 100"),
+    ],
+)
+def test_a_backend_asked_for_by_name_is_refused_with_what_is_missing(
+    wanted, capability, modules, dtype, head_dim, missing
+):
+    with pytest.raises(ValueError, match=missing):
+        choose_backend(wanted, Machine(capability, frozenset(modules)), dtype, head_dim)
+
+
+def test_sdpa_can_be_asked_for_anywhere():
+    assert choose_backend("sdpa", Machine(HOPPER, BOTH), BF16, 128)[0] == "sdpa"
+
+
+def test_this_machine_refuses_what_it_lacks(monkeypatch):
+    monkeypatch.setattr(attention, "_machine", lambda *_: Machine(None, frozenset()))
+    with pytest.raises(ValueError, match="flash-attn 3.* and a CUDA device"):
+        use_attention("flash3")
+    with pytest.raises(ValueError, match="one of auto, sdpa, flash2, flash3"):
+        use_attention("flash4")
+    assert attention._choice == "auto"
+
+
+def test_a_training_is_refused_at_its_start_where_the_machine_lacks_what_it_asks_for(monkeypatch):
+    from model.train.trainer import NucleusTrainer
+
+    monkeypatch.setattr(attention, "_machine", lambda *_: Machine(None, frozenset()))
+    asked = SimpleNamespace(train=SimpleNamespace(attention_backend="flash2", kernels="auto"))
+    with pytest.raises(ValueError, match="attention_backend='flash2' needs"):
+        NucleusTrainer(asked)
+    asked.train = SimpleNamespace(attention_backend="auto", kernels="cuda")
+    with pytest.raises(ValueError, match="kernels='cuda'"):
+        NucleusTrainer(asked)
+
+
+class FakeFlash(SimpleNamespace):
+    """flash-attn by its documented signatures, computed by scaled_dot_product_attention; records its calls.
+
+    Rows beyond the last offset get NaN outputs and gradients: flash-attn leaves their memory as it is.
+    """
+
+    def __init__(self, returns_lse=False):
+        super().__init__(calls=[], returns_lse=returns_lse)
+
+    def flash_attn_func(self, q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
+        self.calls.append(("dense", q.shape, k.shape, v.shape))
+        assert not causal and not dropout_p and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, scale=softmax_scale, enable_gqa=True).transpose(1, 2)
+        return (out, None) if self.returns_lse else out
+
+    def flash_attn_varlen_func(
+        self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None
+    ):
+        self.calls.append(("varlen", q.shape, k.shape, v.shape))
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+        assert int(cu_seqlens_q[-1]) == len(q)
+        used = int(cu_seqlens_k[-1])
+        k.register_hook(lambda g: torch.cat((g[:used], torch.full_like(g[used:], float("nan")))))
+        outs = []
+        for b in range(len(cu_seqlens_q) - 1):
+            rows, keys = (slice(int(c[b]), int(c[b + 1])) for c in (cu_seqlens_q, cu_seqlens_k))
+            assert rows.stop - rows.start <= max_seqlen_q and keys.stop - keys.start <= max_seqlen_k
+            part = (x.transpose(0, 1)[None] for x in (q[rows], k[keys], v[keys]))
+            outs.append(F.scaled_dot_product_attention(*part, scale=softmax_scale, enable_gqa=True)[0].transpose(0, 1))
+        return torch.cat(outs)
+
+
+@pytest.fixture(params=["flash2", "flash3"])
+def flash(request, monkeypatch):
+    fake = FakeFlash(returns_lse=request.param == "flash3")
+    monkeypatch.setitem(sys.modules, attention.PACKAGES[request.param], fake)
+    monkeypatch.setattr(attention, "_backend", lambda x, head_dim: request.param)
+    return fake
+
+
+def tensors(B=3, S=6, T=5, N=4, K=2, H=8):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(B, S, N, H), torch.randn(B, S + T, K, H), torch.randn(B, S + T, K, H)
+    text = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 1, 0, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)
+    return [x.requires_grad_() for x in (q, k, v)], F.pad(text, (S, 0), value=True)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_flash_attention_equals_sdpa_and_repeats_no_heads(flash, masked):
+    (q, k, v), mask = tensors()
+    mask = mask if masked else None
+    weight = torch.randn(q.shape)
+    expected = attention._sdpa(q, k, v, mask)
+    wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    found = attend(q, k, v, mask)
+    gradients = torch.autograd.grad((found * weight).sum(), (q, k, v))
+    assert torch.allclose(found, expected, atol=1e-6)
+    for ours, theirs in zip(gradients, wanted):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    rows = ("varlen", (18, 4, 8), (33, 2, 8), (33, 2, 8)) if masked else ("dense", q.shape, k.shape, v.shape)
+    assert flash.calls == [rows]
+
+
+def test_packed_keys_are_each_samples_own_in_order():
+    (_, k, _), mask = tensors()
+    packed = pack_keys(mask, 6)
+    assert packed.query_offsets.tolist() == [0, 6, 12, 18]
+    assert packed.key_offsets.tolist() == [0, 8, 17, 23]
+    assert packed.kept.sum() == 23
+    assert packed.order[:23].tolist() == mask.flatten().nonzero().flatten().tolist()
+
+
+def test_whole_model_on_flash_attention_packs_its_mask_once(flash, monkeypatch):
+    torch.manual_seed(0)
+    model = NucleusTransformer.from_config(
+        dict(
+            in_channels=16, out_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=4,
+            num_key_value_heads=2, joint_attention_dim=12, axes_dims_rope=[4, 2, 2], num_experts=3,
+            dense_moe_strategy="all_moe", moe_intermediate_dim=20, capacity_factors=1.5,
+        )
+    )  # fmt: skip
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    kwargs = dict(
+        hidden_states=torch.randn(2, 6, 16), img_shapes=(1, 2, 3), encoder_hidden_states=torch.randn(2, 5, 12),
+        timestep=torch.rand(2),
+        encoder_hidden_states_mask=torch.tensor([[True] * 5, [True, False, False, True, False]]),
+    )  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "_backend", lambda x, head_dim: "sdpa")
+        expected = model(**kwargs)
+    packings = []
+    monkeypatch.setattr(attention, "PLAIN_SCORES", 0)
+    monkeypatch.setattr(attention, "pack_keys", lambda *args: packings.append(args) or pack_keys(*args))
+    found = model(**kwargs)
+    assert torch.allclose(found, expected, atol=1e-4 * expected.detach().abs().max().item())
+    assert len(packings) == 1 and len(flash.calls) == 3
+
+
+def test_queries_of_a_group_as_rows_equal_grouped_heads(monkeypatch):
+    """The way of a mask with grouped heads on CUDA."""
+    (q, k, v), mask = tensors()
+    expected = attention._sdpa(q, k, v, mask)
+    on_cuda = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(torch.Tensor, "device", property(lambda self: on_cuda))
+    assert torch.allclose(attention._sdpa(q, k, v, mask), expected, atol=1e-6)
+
+
+def test_mask_stays_as_it_is_without_flash_attention():
+    _, mask = tensors()
+    assert prepare_mask(mask, torch.zeros(3, 6, 8), 8) is mask
+
+
+def test_the_choice_breaks_no_compiled_graph(monkeypatch):
+    monkeypatch.setattr(attention, "PLAIN_SCORES", 0)
+    torch._dynamo.reset()
+    layer = attention.Attention(16, 2, 1, 8)
+    arguments = (torch.randn(2, 4, 16), torch.randn(2, 3, 1, 8), torch.randn(2, 3, 1, 8), torch.randn(4, 1, 4, 2), None)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(*arguments), layer(*arguments), atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_backend_of_this_card_equals_fp32(masked):
+    (q, k, v), mask = ([x.detach() for x in part] if isinstance(part, list) else part for part in tensors(H=64))
+    expected = attention._sdpa(q, k, v, mask if masked else None)
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in (q, k, v))
+    try:
+        for backend in ("auto", "sdpa", "flash2", "flash3"):
+            if not attention.lacking(backend, attention._machine("cuda", None)):
+                use_attention(backend)
+                found = attend(q, k, v, mask.cuda() if masked else None)
+                assert (found.float().cpu() - expected).norm() < 0.02 * expected.norm()
+    finally:
+        use_attention("auto")
