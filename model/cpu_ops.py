@@ -128,3 +128,20 @@ def plain_norm_rope(x: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, 
     # As diffusers' RMSNorm: fp32 statistics, rounded to the weight's type before the weight.
     normed = (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
     return apply_rope(normed, table).to(x.dtype)
+
+
+def norm_modulate(
+    x: torch.Tensor, scale: torch.Tensor, eps: float, want_normed: bool
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Layer norm of `x` [B, S, D], and the same times 1 + `scale` [B, 1, D]. The first may be None if not wanted."""
+    if kernels.takes(x):
+        from model.kernels import norm_modulate as kernel
+
+        if kernel.fits(x, scale):
+            return kernel.NormModulate.apply(x, scale, eps, want_normed)
+    return plain_norm_modulate(x, scale, eps)
+
+
+def plain_norm_modulate(x: torch.Tensor, scale: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    normed = F.layer_norm(x, x.shape[-1:], eps=eps)
+    return normed, normed * (1 + scale)

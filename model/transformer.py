@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.attention import EPS, Attention, RMSNorm
+from model.attention import EPS, Attention, RMSNorm, prepare_mask
 from model.config import TransformerConfig
+from model.cpu_ops import norm_modulate
 from model.moe import Experts, MoE, Routing, SwiGLU
 from model.rope import ImageShape, image_shape, rope_tables
 
@@ -117,15 +118,14 @@ class Block(nn.Module):
         gate1, gate2 = gate1.clamp(-2.0, 2.0).tanh(), gate2.clamp(-2.0, 2.0).tanh()
         key, value = self.text_kv(*text, table_text) if text_kv is None else text_kv
 
-        normed = F.layer_norm(x_BSD, x_BSD.shape[-1:], eps=EPS)
-        x_BSD = torch.addcmul(x_BSD, gate1, self.attn(normed * (1 + scale1), key, value, table_image, mask))
+        _, modulated = norm_modulate(x_BSD, scale1, EPS, want_normed=False)
+        x_BSD = torch.addcmul(x_BSD, gate1, self.attn(modulated, key, value, table_image, mask))
 
-        normed = F.layer_norm(x_BSD, x_BSD.shape[-1:], eps=EPS)
-        modulated, routing = normed * (1 + scale2), None
+        normed, modulated = norm_modulate(x_BSD, scale2, EPS, want_normed=self.moe_enabled)
         if self.moe_enabled:
             out, routing = self.img_mlp(modulated, normed, time_BD)
         else:
-            out = self.img_mlp(modulated)
+            out, routing = self.img_mlp(modulated), None
         x_BSD = torch.addcmul(x_BSD, gate2, out)
         if x_BSD.dtype == torch.float16:
             limits = torch.finfo(torch.float16)
@@ -335,6 +335,7 @@ class NucleusTransformer(nn.Module):
                     f"not (batch, text tokens) = {(B, text_tokens)}"
                 )
             mask = F.pad(encoder_hidden_states_mask.bool(), (S, 0), value=True)
+            mask = prepare_mask(mask, x_BSD, self.config.attention_head_dim)
         shape = image_shape(img_shapes, S)
         tables = rope_tables(self.config.axes_dims_rope, shape, text_tokens, x_BSD.device)
 

@@ -52,7 +52,7 @@ def _select(affinity, indices, tokens, slots, B, S, E, C, HIGH: tl.constexpr, LO
     s = tl.arange(0, BLOCK_S)
     inside = s < S
     score = tl.load(affinity + tl.program_id(0) * S + s, mask=inside, other=0.0).to(tl.float32)
-    bits = tl.where(inside, score.to(tl.int32, bitcast=True), -1)
+    bits = tl.where(inside, score.to(tl.int32, bitcast=True) & 0x7FFFFFFF, -1)  # a NaN's sign may be set
     # The largest number that at least C scores reach: the C-th largest score.
     threshold = tl.full((), 0, dtype=tl.int32)
     for i in range(HIGH - LOW):
@@ -146,7 +146,7 @@ class Route(torch.autograd.Function):
         counts_T = torch.empty(T, dtype=torch.int32, device=device)
         grid, blocks = _tiles(T, E)
         launch(_scores, grid, logits_BSE, scores_BSE, affinity_BES, T, S, E, SIGMOID=use_sigmoid, **blocks)
-        # A score is at most 1, whose highest bit is the 29th; bfloat16 has 16 bits less than float32.
+        # Every bit but the sign, so that exactly C are taken of NaN too; bfloat16 has 16 less than float32.
         low = 16 if dtype == torch.bfloat16 else 0
         block_s = triton.next_power_of_2(S)
         launch(

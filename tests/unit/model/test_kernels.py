@@ -3,6 +3,7 @@
 On a CPU in Triton's interpreter; the same tests, marked gpu, on a CUDA device for real.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from model import kernels
-from model.cpu_ops import plain_norm_rope, plain_swiglu
+from model.cpu_ops import plain_norm_modulate, plain_norm_rope, plain_swiglu
 from model.moe import MoE
 
 pytest.importorskip("triton")
@@ -104,6 +105,30 @@ def test_norm_rope_with_fp32_weights_of_bf16_queries(device):
     assert relative(found, expected) < 1e-2
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 12), (1, 33, 8), (3, 1, 70)])
+@pytest.mark.parametrize("want_normed", [True, False])
+def test_norm_modulate(shape, want_normed, dtype, device):
+    from model.kernels.norm_modulate import NormModulate
+
+    torch.manual_seed(0)
+    B, S, D = shape
+    x = (3 * torch.randn(shape, device=device) + 1).to(dtype)
+    modulation = torch.randn(B, 1, 3 * D, device=device).to(dtype)
+    mix = 0.5 if want_normed else 0.0
+
+    def both(normed, modulated):
+        return modulated if normed is None else modulated + mix * normed
+
+    # A slice of the modulation, as in a block: rows that do not follow each other.
+    assert_equal(
+        lambda x, m: both(*NormModulate.apply(x, m[..., D : 2 * D], 1e-6, want_normed)),
+        lambda x, m: both(*plain_norm_modulate(x, m[..., D : 2 * D], 1e-6)),
+        [x, modulation],
+        dtype,
+    )
+    assert (NormModulate.apply(x, modulation[..., :D], 1e-6, want_normed)[0] is None) == (not want_normed)
+
+
 def moe_layer(device, dtype, experts=3, width=12, hidden=20, capacity_factor=1.7, **changes):
     torch.manual_seed(0)
     moe = MoE(width, hidden, experts, capacity_factor, **changes)
@@ -121,7 +146,8 @@ def choice(routing):
 @pytest.mark.parametrize("capacity_factor", [0.1, 1.7, 3.0])
 def test_routing(use_sigmoid, capacity_factor, device):
     """The same tokens, scores, gates and gradient of the logits; through scores as well."""
-    moe, (_, seen, timestep) = moe_layer(device, torch.float32, capacity_factor=capacity_factor, use_sigmoid=use_sigmoid)
+    changes = dict(capacity_factor=capacity_factor, use_sigmoid=use_sigmoid)
+    moe, (_, seen, timestep) = moe_layer(device, torch.float32, **changes)
     weights = None
     results = {}
     for which in ("torch", "triton"):
@@ -142,13 +168,13 @@ def test_routing(use_sigmoid, capacity_factor, device):
     assert torch.equal(ours.rows_R(), ours._replace(takers=None).rows_R())
 
 
-@pytest.mark.parametrize("value", [0.0, 3.0, -200.0])
+@pytest.mark.parametrize("value", [0.0, 3.0, -200.0, float("nan"), -float("nan")])
 def test_equal_scores_are_taken_in_the_tokens_order_and_never_too_many(value, device):
     from model.kernels.route import Route
 
     _, indices_BEC, gates_R, *_ = Route.apply(torch.full((2, 9, 4), value, device=device), 3, True, 2.5)
     assert torch.equal(indices_BEC.cpu(), torch.arange(3).expand(2, 4, 3))
-    assert gates_R.isfinite().all()
+    assert gates_R.isfinite().all() == math.isfinite(value)
 
 
 def test_takers_list_each_tokens_rows_once(device):
@@ -266,6 +292,10 @@ cases = {
     "swiglu._swiglu_backward": ([P16, P16, P16, i, i, i], dict(BLOCK=512)),
     "norm_rope._norm_rope_forward": ([P16, P16, P32, P16] + [i] * 7 + [f], dict(BLOCK_N=32, BLOCK_H=128)),
     "norm_rope._norm_rope_backward": ([P16, P16, P32, P16, P16, P32] + [i] * 8 + [f], dict(BLOCK_N=32, BLOCK_H=128)),
+    "norm_modulate._norm_modulate_forward": ([P16, P16, P16, P16, i, i, i, f], dict(NORMED=True, BLOCK=2048)),
+    "norm_modulate._norm_modulate_backward": (
+        [P16, P16, P16, P16, P16, P32, i, i, i, f], dict(CHUNK=16, NORMED=True, BLOCK=2048)
+    ),
     "route._scores": ([P16, P16, P16, i, i, i], dict(SIGMOID=False, BLOCK_T=32, BLOCK_E=64)),
     "route._select": ([P16, I64, I64, I32, i, i, i, i], dict(HIGH=31, LOW=16, BLOCK_S=4096)),
     "route._normalise": ([P16, I32, P16, I32, I32, i, i, f], dict(BLOCK_T=32, BLOCK_E=64)),
@@ -277,11 +307,12 @@ cases = {
     "combine._combine_backward": ([P16, P16, P16, I64, P16, P16, i], dict(BLOCK=2048)),
 }
 jitted = set()
-for module in ("swiglu", "norm_rope", "route", "combine"):
+for module in ("swiglu", "norm_rope", "norm_modulate", "route", "combine"):
     for name, value in vars(importlib.import_module("model.kernels." + module)).items():
         if isinstance(value, triton.runtime.JITFunction):
             jitted.add(module + "." + name)
-assert jitted == set(cases) | {"route._score"}, jitted ^ set(cases)
+helpers = {"route._score", "norm_modulate._normalise_row", "norm_modulate._one_plus"}
+assert jitted == set(cases) | helpers, jitted ^ set(cases)
 for name, (types, constants) in cases.items():
     module, function = name.split(".")
     kernel = getattr(importlib.import_module("model.kernels." + module), function)
