@@ -1,0 +1,222 @@
+"""What the benchmarks share: who ran what on which machine, medians and spread, matrix and memory rates."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def print_run(device: torch.device | str = "cpu") -> None:
+    """The command and the machine."""
+    print("command:", shlex.join(["python", *sys.argv]))
+    card = f", {torch.cuda.get_device_name(device)}" if torch.device(device).type == "cuda" else ""
+    print(f"machine: {platform.machine()}, {os.cpu_count()} cores ({_cpu_name()}){card}, torch {torch.__version__}")
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+class Spread(NamedTuple):
+    """Of several measurements."""
+
+    median: float
+    low: float  # quartiles
+    high: float
+    least: float
+    count: int
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else 3 * values
+        return cls(median, low, high, min(values), len(values))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.median:9.3f} (quartiles {self.low:.3f} to {self.high:.3f}, least {self.least:.3f}, n={self.count})"
+        )
+
+
+def milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    """Wall time of one call, the device's work included."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end)
+    begin = time.perf_counter()
+    run()
+    return 1000 * (time.perf_counter() - begin)
+
+
+def in_turns(
+    runs: dict[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 2
+) -> dict[str, Spread]:
+    """Milliseconds of each, one after the other in each round, so that a busy machine disturbs all alike."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(rounds + warm_up):
+        for name, run in runs.items():
+            value = milliseconds(run, device)
+            if round_ >= warm_up:
+                times[name].append(value)
+    return {name: Spread.of(values) for name, values in times.items()}
+
+
+SHOWN = 20  # rows of a table of products
+
+
+class Product(NamedTuple):
+    """`batch` matrix products [m, k] x [k, n] in one call; a side may be stored transposed."""
+
+    batch: int
+    m: int
+    k: int
+    n: int
+    transpose_a: bool = False
+    transpose_b: bool = False
+    attention: bool = False
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.batch * self.m * self.k * self.n
+
+    def bytes(self, itemsize: int) -> int:
+        """Each matrix once."""
+        return itemsize * self.batch * (self.m * self.k + self.k * self.n + self.m * self.n)
+
+    def __str__(self) -> str:
+        a, b = ("T" if transposed else "N" for transposed in (self.transpose_a, self.transpose_b))
+        batch = f"{self.batch} x " if self.batch > 1 else ""
+        return f"{batch}[{self.m}, {self.k}] x [{self.k}, {self.n}] {a}{b}{' attention' if self.attention else ''}"
+
+    def alone(self, dtype: torch.dtype, device: torch.device) -> Callable[[], torch.Tensor]:
+        """The same product on random matrices of its own."""
+        a = torch.randn(self.batch, *((self.k, self.m) if self.transpose_a else (self.m, self.k)), device=device)
+        b = torch.randn(self.batch, *((self.n, self.k) if self.transpose_b else (self.k, self.n)), device=device)
+        a, b = a.to(dtype), b.to(dtype)
+        a, b = a.mT if self.transpose_a else a, b.mT if self.transpose_b else b
+        if self.batch == 1:
+            a, b = a[0], b[0]
+            return lambda: torch.mm(a, b)
+        return lambda: torch.bmm(a, b)
+
+
+class RecordProducts(TorchDispatchMode):
+    """Counts the matrix products of what runs in it, backward passes too: `products`.
+
+    An attention kernel counts as the products that it stands for: scores and values forward, and their four
+    gradients backward (what a kernel computes again is not counted). Queries of a group are rows of one product.
+    """
+
+    FACTORS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2), "_grouped_mm": (0, 1)}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: Counter[Product] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in self.FACTORS:
+            self._add(*(args[i] for i in self.FACTORS[name]))
+        elif name.startswith("_scaled_dot_product_") or name.startswith("_flash_attn"):
+            backward = name.endswith("backward")
+            q, k = (tuple(x.shape) for x in (args[1:3] if backward else args[:2]))
+            if name.startswith("_flash_attn"):  # tokens before heads
+                q, k = ((B, heads, tokens, H) for B, tokens, heads, H in (q, k))
+            self._add_attention(q, k, backward)
+        return func(*args, **(kwargs or {}))
+
+    def _add(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        if a.dim() == 2 and b.dim() == 3:  # grouped rows: as many for each matrix
+            a = a.unflatten(0, (b.shape[0], -1))
+        transposed = (x.stride(-1) != 1 and x.stride(-2) == 1 for x in (a, b))
+        batch = a.shape[0] if a.dim() == 3 else 1
+        self.products[Product(batch, *a.shape[-2:], b.shape[-1], *transposed)] += 1
+
+    def _add_attention(self, q: tuple[int, ...], k: tuple[int, ...], backward: bool) -> None:
+        batch, rows, keys, head_dim = k[0] * k[1], q[1] * q[2] // k[1], k[2], q[3]
+        self.products[Product(batch, rows, head_dim, keys, False, True, True)] += 1
+        self.products[Product(batch, rows, keys, head_dim, False, False, True)] += 1
+        if backward:
+            self.products[Product(batch, keys, rows, head_dim, True, False, True)] += 2
+
+
+class ProductTime(NamedTuple):
+    product: Product
+    count: int
+    spread: Spread  # milliseconds of one
+
+    @property
+    def total_ms(self) -> float:
+        return self.count * self.spread.median
+
+    @property
+    def rate(self) -> float:
+        """Floating-point operations a second."""
+        return self.product.flops / self.spread.median * 1000
+
+
+def time_alone(
+    products: Counter[Product], rounds: int, dtype: torch.dtype, device: torch.device
+) -> list[ProductTime]:
+    """Each kind of product alone, the ones that take most first."""
+    times = []
+    for product, count in products.items():
+        times.append(ProductTime(product, count, in_turns({"": product.alone(dtype, device)}, rounds, device)[""]))
+    return sorted(times, key=lambda t: -t.total_ms)
+
+
+def print_products(times: list[ProductTime], step_ms: float) -> float:
+    """Prints the table and returns the share of `step_ms` that the products alone would take."""
+    for t in times[:SHOWN]:
+        print(f"  {t.count:4} x {str(t.product):46} {t.spread.median:9.3f} ms {t.rate / 1e9:9.1f} GFLOP/s")
+    total = sum(t.total_ms for t in times)
+    flops = sum(t.count * t.product.flops for t in times)
+    share = total / step_ms
+    if len(times) > SHOWN:
+        print(f"  and {len(times) - SHOWN} smaller ones")
+    print(f"  all: {flops / 1e9:.1f} GFLOP, alone {total:.1f} ms ({flops / total / 1e6:.1f} GFLOP/s)")
+    print(f"  the step runs at {flops / step_ms / 1e6:.1f} GFLOP/s, {100 * share:.1f}% of that rate")
+    return share
+
+
+PARTS = {
+    "products": ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::_grouped_mm"),
+    "attention": ("aten::_scaled_dot_product", "flash"),
+    "gather, scatter, top-k": ("aten::index", "aten::_index", "aten::scatter", "aten::gather", "aten::topk"),
+    "norms": ("aten::native_layer_norm", "aten::linalg_vector_norm"),
+    "copies, fills": ("aten::cat", "aten::copy_", "aten::fill_", "aten::zero_", "aten::repeat"),
+    "sums": ("aten::sum", "aten::mean"),
+}
+
+
+def print_parts(run: Callable[[], object], label: str) -> None:
+    """Where the CPU's time of one call goes, by kind of operation (PyTorch's profiler, which slows it a little)."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        run()
+    parts: Counter[str] = Counter()
+    for event in profiled.key_averages():
+        kind = next((part for part, names in PARTS.items() if event.key.startswith(names)), None)
+        kind = kind or ("element-wise" if event.key.startswith("aten::") else "autograd, Python")
+        parts[kind] += event.self_cpu_time_total / 1000
+    total = sum(parts.values())
+    print(f"{label}: " + ", ".join(f"{part} {ms:.0f} ms ({100 * ms / total:.1f}%)" for part, ms in parts.most_common()))

@@ -1,0 +1,104 @@
+"""The benchmarks' own logic, at a toy size: what they count, and that each command runs to its end."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gpu_blocks  # noqa: E402
+import measure  # noqa: E402
+import sampling  # noqa: E402
+import train_step  # noqa: E402
+
+from model import kernels  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def put_back():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    kernels.use_kernels("auto")
+
+
+def test_products_of_forward_and_backward_are_counted_with_their_layouts():
+    x, weight = torch.randn(6, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    experts = torch.randn(2, 3, 5, requires_grad=True)
+    with measure.RecordProducts() as record:
+        hidden = torch.nn.functional.linear(x, weight)
+        torch.bmm(hidden.view(2, 3, 3), experts).sum().backward()
+    # Forward, gradient of the input, gradient of the weight: all of one size for each of the two layers.
+    assert sum(record.products.values()) == 6
+    assert {product.flops for product in record.products} == {2 * 6 * 4 * 3, 2 * 2 * 3 * 3 * 5}
+    assert record.products[measure.Product(1, 6, 4, 3, False, True)] == 1
+    assert record.products[measure.Product(1, 6, 3, 4)] == 1
+    assert record.products[measure.Product(2, 3, 3, 5)] == 1
+    for product in record.products:
+        assert product.alone(torch.float32, torch.device("cpu"))().shape[-2:] == (product.m, product.n)
+
+
+def test_attention_counts_as_its_six_products():
+    q, k, v = (torch.randn(2, heads, rows, 8, requires_grad=True) for heads, rows in ((4, 6), (2, 9), (2, 9)))
+    with measure.RecordProducts() as record:
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).sum().backward()
+    counted = {product: count for product, count in record.products.items() if product.attention}
+    assert sum(counted.values()) == 6
+    assert sum(product.flops * count for product, count in counted.items()) == 6 * 2 * (2 * 4) * 6 * 9 * 8
+
+
+def test_spread_has_medians_and_quartiles():
+    spread = measure.Spread.of([4.0, 1.0, 2.0, 3.0, 100.0])
+    assert (spread.median, spread.least, spread.count) == (3.0, 1.0, 5)
+    assert spread.low < spread.median < spread.high
+    assert measure.Spread.of([2.0]).median == 2.0
+
+
+TOY_BLOCK = "--device cpu --width 64 --heads 4 --kv-heads 2 --experts 4 --hidden 48 --text 8 --text-dim 32 --tokens 16"
+
+
+def test_blocks_without_a_device_say_so_in_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_blocks.main([]) == gpu_blocks.NO_DEVICE == 2
+    out = capsys.readouterr().out
+    assert out.startswith("no CUDA device here") and out.count("\n") == 1
+
+
+def test_blocks_are_measured_at_a_toy_size(capsys, monkeypatch):
+    monkeypatch.setattr(gpu_blocks, "has_kernels", lambda args: False)  # the interpreter takes seconds
+    assert gpu_blocks.main([*TOY_BLOCK.split(), *"--rounds 2 --no-compile --capacities 2".split()]) == 0
+    out = capsys.readouterr().out
+    for text in ("command: ", "machine: ", "matrix rate: ", "bandwidth: ", "'ours, torch' is ", "% of its floor",
+                 "expert products together: ", "the rest takes", "combine backward", "its memory floor"):  # fmt: skip
+        assert text in out, text
+
+
+def test_blocks_that_compute_something_else_are_not_compared():
+    runs = {"diffusers, eager": lambda: torch.ones(3), "ours, torch": lambda: -torch.ones(3)}
+    with pytest.raises(RuntimeError, match="computes something else"):
+        gpu_blocks.agree(runs)
+
+
+def test_the_block_of_the_benchmark_has_the_released_axes():
+    assert gpu_blocks.axes_of(gpu_blocks.parse([])) == (16, 56, 56)
+
+
+def test_training_steps_are_measured_at_a_toy_size(capsys, monkeypatch):
+    monkeypatch.setattr(train_step, "keep_freed_memory", lambda: True)  # it would stay for the other tests
+    train_step.main(
+        "--threads 1 --rounds 2 --layers 2 --heads 2 --kv-heads 1 --head-dim 32 --hidden 32 --batch 2 --rows 4 "
+        "--text 8 --text-dim 32 --experts 4".split()
+    )
+    out = capsys.readouterr().out
+    for text in ("ours: ", "x as fast as 'diffusers, ", "time goes to  ours: ", "GFLOP/s", "% of that rate"):
+        assert text in out, text
+
+
+def test_sampling_is_measured_at_a_toy_size(capsys):
+    sampling.main("--models tiny --steps 2 --batch 2 --rounds 2 --size 32".split())
+    out = capsys.readouterr().out
+    for text in ("tiny: 32 px, 4 image tokens, random weights", "images/s", "ours, with cache: ", "ours, without"):
+        assert text in out, text
