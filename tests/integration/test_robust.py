@@ -1,0 +1,335 @@
+"""Checkpoints, signals and bad steps, with real processes. Whatever happened, the last weights have the same bits.
+
+Processes are forked from this one, which has imported what they need, and compute with one thread.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from moto.server import ThreadedMotoServer
+
+from model import storage
+from model.checkpoints import finished_checkpoints
+from model.latents import LatentDataset, SampleOrder
+from model.train.checkpoint import StageCheckpointer
+from model.train.preemption import Preempted
+from model.train.run import train_stage
+from model.train.trainer import NucleusTrainer
+from train_helpers import logged_steps, read_weights, train_config, transformer_config, write_latents
+
+pytestmark = pytest.mark.slow
+STEPS = 18
+PREEMPTED = 75
+LIMIT_S = 300
+fork = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    return write_latents(tmp_path_factory.mktemp("data") / "latents")
+
+
+def train(latents, folder, name="out", work="work", sample_fn=None, **changes):
+    out = folder / name
+    out.mkdir(exist_ok=True)
+    config = train_config(**{"steps": STEPS, **changes})
+    return train_stage(latents, transformer_config(), config, 0, None, folder / work, out, sample_fn)
+
+
+class Ranks:
+    """`function(rank)` in processes of their own; with several, as torchrun would start them."""
+
+    def __init__(self, function, ranks=1):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.processes = [fork.Process(target=self._main, args=(function, rank, ranks, port)) for rank in range(ranks)]
+        for process in self.processes:
+            process.start()
+
+    @staticmethod
+    def _main(function, rank, ranks, port):
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
+        if ranks > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        try:
+            function(rank)
+        except Preempted as error:
+            print(error, flush=True)
+            os._exit(PREEMPTED)
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def codes(self) -> set[int]:
+        deadline = time.monotonic() + LIMIT_S
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        codes = {process.exitcode for process in self.processes}
+        self.kill()
+        return codes
+
+    def wait_for(self, happened) -> None:
+        deadline = time.monotonic() + LIMIT_S
+        while not happened():
+            assert time.monotonic() < deadline and all(process.is_alive() for process in self.processes)
+            time.sleep(0.002)
+
+
+def same_weights(one: Path, other: Path) -> list[int]:
+    expected, got = read_weights(one), read_weights(other)
+    assert list(expected) == list(got)
+    for step, state in expected.items():
+        assert state.keys() == got[step].keys() and len(state) > 30
+        assert [name for name, value in state.items() if not torch.equal(value, got[step][name])] == []
+    return list(expected)
+
+
+@pytest.fixture(scope="module")
+def whole(latents, tmp_path_factory):
+    """Outputs of runs that were never disturbed, by the number of ranks."""
+    folder = tmp_path_factory.mktemp("whole")
+    made = {}
+
+    def get(ranks: int) -> Path:
+        if ranks not in made:
+            name = f"out{ranks}"
+            assert Ranks(lambda rank: train(latents, folder, name, f"work{ranks}"), ranks).codes() == {0}
+            made[ranks] = folder / name
+        return made[ranks]
+
+    return get
+
+
+def report(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_kill_in_the_middle_of_a_background_save_resumes_from_the_save_before(latents, whole, tmp_path, ranks):
+    import torch.distributed.checkpoint.filesystem as dcp_files
+
+    real, marker = dcp_files._write_item, tmp_path / "in_the_middle"
+
+    def stalling(transforms, stream, data, write_item, *args, **kwargs):
+        if "checkpoints/step-10/" in str(stream.name) and stream.tell() > 0:
+            assert threading.current_thread().name == "checkpoint"
+            stream.flush()
+            marker.touch()
+            time.sleep(600)
+        return real(transforms, stream, data, write_item, *args, **kwargs)
+
+    def killed(rank):
+        dcp_files._write_item = stalling
+        train(latents, tmp_path, async_checkpoint=True)
+
+    processes = Ranks(killed, ranks)
+    work = tmp_path / "work"
+    processes.wait_for(lambda: marker.exists() and logged_steps(work / "metrics.jsonl")[-1] >= 12)  # it trains on
+    processes.kill()
+    assert any(path.stat().st_size for path in (work / "checkpoints" / "step-10").glob("*.distcp"))
+    assert list(finished_checkpoints(work / "checkpoints")) == [5]
+    assert Ranks(lambda rank: train(latents, tmp_path, async_checkpoint=True), ranks).codes() == {0}
+    assert report(tmp_path / "out")["resumed_from_step"] == 5
+    assert same_weights(whole(ranks), tmp_path / "out") == [10, 15, 18]
+    assert list(finished_checkpoints(work / "checkpoints")) == [15, 18]
+    assert not [path for path in (work / "checkpoints").iterdir() if not (path / ".metadata").is_file()]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_to_one_rank_saves_the_step_on_all_and_the_restart_ends_with_the_same_bits(
+    latents, whole, tmp_path, ranks
+):
+    work = tmp_path / "work"
+    processes = Ranks(lambda rank: train(latents, tmp_path, num_workers=2), ranks)
+    processes.wait_for(lambda: logged_steps(work / "metrics.jsonl")[-1:] > [5])
+    os.kill(processes.processes[-1].pid, signal.SIGTERM)
+    assert processes.codes() == {PREEMPTED}
+    (last,) = list(finished_checkpoints(work / "checkpoints"))[-1:]
+    assert 5 < last < STEPS and set(finished_checkpoints(work / "weights")) <= {5, 10, 15}
+    assert not list((tmp_path / "out").iterdir())
+    assert Ranks(lambda rank: train(latents, tmp_path, num_workers=2), ranks).codes() == {0}
+    assert report(tmp_path / "out")["resumed_from_step"] == last
+    assert same_weights(whole(ranks), tmp_path / "out") == [10, 15, 18]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, *range(2, STEPS + 1, 2)]
+
+
+def test_a_killed_pair_of_processes_ends_with_the_bits_of_an_undisturbed_pair(latents, whole, tmp_path):
+    processes = Ranks(lambda rank: train(latents, tmp_path), 2)
+    processes.wait_for(lambda: logged_steps(tmp_path / "work" / "metrics.jsonl")[-1:] >= [12])
+    processes.kill()
+    assert Ranks(lambda rank: train(latents, tmp_path), 2).codes() == {0}
+    assert report(tmp_path / "out")["resumed_from_step"] == 10
+    assert same_weights(whole(2), tmp_path / "out") == [10, 15, 18]
+
+
+def spoil(monkeypatch, steps: dict[int, str], on_rank: int = 0) -> None:
+    """Makes the loss or a gradient of these steps what is asked for, on one rank."""
+    real = NucleusTrainer.forward_backward_step
+
+    def forward_backward_step(self, **kwargs):
+        loss = real(self, **kwargs)
+        how = steps.get(self.step)
+        if torch.distributed.get_rank() != on_rank or how is None:
+            return loss
+        if how == "gradient":
+            gradient = next(self.model.parameters()).grad
+            getattr(gradient, "_local_tensor", gradient).view(-1)[0] = float("nan")
+            return loss
+        self.bin_sums += float(how)
+        return loss + float(how)
+
+    monkeypatch.setattr(NucleusTrainer, "forward_backward_step", forward_backward_step)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_bad_step_changes_nothing_on_any_rank_and_is_counted(latents, tmp_path, monkeypatch, ranks):
+    spoil(monkeypatch, {3: "nan", 7: "gradient", 10: "inf", 16: "100"}, on_rank=ranks - 1)
+    real, changed = NucleusTrainer.train_step, []
+
+    def state(trainer):
+        tensors = [*trainer.model.state_dict().values(), *trainer.optimizers.state_dict().values()]
+        return [getattr(tensor, "_local_tensor", tensor).clone() for tensor in tensors if torch.is_tensor(tensor)]
+
+    def train_step(self, batches):
+        before = state(self)
+        real(self, batches)
+        now = state(self)
+        if len(now) != len(before) or not all(torch.equal(a, b) for a, b in zip(before, now)):
+            changed.append(self.step)
+
+    monkeypatch.setattr(NucleusTrainer, "train_step", train_step)
+
+    def main(rank):
+        train(latents, tmp_path, skip={"spike_mads": 30, "window_steps": 16, "max_skipped": 5})
+        (tmp_path / f"changed{rank}.json").write_text(json.dumps(changed))
+
+    assert Ranks(main, ranks).codes() == {0}
+    good = [step for step in range(1, STEPS + 1) if step not in (3, 7, 10, 16)]
+    assert [json.loads((tmp_path / f"changed{rank}.json").read_text()) for rank in range(ranks)] == [good] * ranks
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert {line["step"]: line["skipped_steps"] for line in lines} == {
+        1: 0, 2: 0, 4: 1, 6: 1, 8: 2, 12: 3, 14: 3, 18: 4,
+    }  # fmt: skip
+    assert report(tmp_path / "out")["skipped_steps"] == 4
+    bins = [value for line in lines for name, value in line.items() if name.startswith("loss")]
+    assert all(0 < value < 50 for value in bins)
+
+
+def test_skipped_steps_do_not_disturb_a_resume(latents, tmp_path, monkeypatch):
+    spoil(monkeypatch, {3: "nan", 13: "1000", 14: "nan"})
+    skip = {"spike_mads": 30, "window_steps": 16, "max_skipped": 4}
+    train(latents, tmp_path, "whole", "whole_work", skip=skip)
+
+    def stop(model, step, path):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Preempted, match="after step 8; it goes on from .*step-8"):
+        train(latents, tmp_path, skip=skip, sample_fn=stop, sample_every_steps=7)
+    told = train(latents, tmp_path, skip=skip, sample_fn=lambda *_: None, sample_every_steps=7)
+    assert told["resumed_from_step"] == 8 and told["skipped_steps"] == 3
+    same_weights(tmp_path / "whole", tmp_path / "out")
+
+
+def test_too_many_bad_steps_end_the_run_with_the_records_of_the_batch(latents, tmp_path, monkeypatch):
+    spoil(monkeypatch, {step: "nan" for step in (7, 9, 10)})
+    with pytest.raises(RuntimeError, match="not finite at step 10; 3 of the last 10 steps were skipped") as caught:
+        train(latents, tmp_path, skip={"window_steps": 10, "max_skipped": 3})
+    dataset = LatentDataset(latents)
+    from model.train.config import stage_seed
+
+    config = train_config(steps=STEPS)
+    order = SampleOrder(dataset, 8, stage_seed(config.seed, config.stages[0]), config.stages[0].tier_weights)
+    ids = dataset.record_ids(order.batch(9).rows)
+    assert len(ids) == 8 and all(record_id in str(caught.value) for record_id in ids)
+    assert json.loads((tmp_path / "work" / "skipped.json").read_text())["record_ids"] == ids
+    assert list(finished_checkpoints(tmp_path / "work" / "checkpoints")) == [5]
+
+
+def test_weights_that_are_not_finite_are_not_saved(latents, tmp_path, monkeypatch):
+    real = NucleusTrainer.train_step
+
+    def train_step(self, batches):
+        real(self, batches)
+        if self.step == 10:
+            next(self.model.parameters()).data.view(-1)[3] = float("nan")
+
+    monkeypatch.setattr(NucleusTrainer, "train_step", train_step)
+    with pytest.raises(RuntimeError, match="not finite after step 10"):
+        train(latents, tmp_path)
+    assert list(finished_checkpoints(tmp_path / "work" / "checkpoints")) == [5]
+
+
+def test_what_fails_in_the_background_ends_the_run_at_the_next_save(latents, tmp_path, monkeypatch):
+    real = StageCheckpointer.dcp_save
+
+    def dcp_save(self, state, path):
+        if path.endswith("checkpoints/step-5"):
+            raise RuntimeError("the store is gone")
+        real(self, state, path)
+
+    monkeypatch.setattr(StageCheckpointer, "dcp_save", dcp_save)
+    with pytest.raises(RuntimeError, match="the store is gone"):
+        train(latents, tmp_path, async_checkpoint=True)
+    assert not finished_checkpoints(tmp_path / "work" / "checkpoints")
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """A bucket of a server of S3's protocol on this machine, with the credentials as Flyte gives them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+            patch.delenv(name, raising=False)
+        server = ThreadedMotoServer(port=0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        patch.setenv("FLYTE_AWS_ENDPOINT", f"http://{host}:{port}")
+        patch.setenv("FLYTE_AWS_ACCESS_KEY_ID", "testing")
+        patch.setenv("FLYTE_AWS_SECRET_ACCESS_KEY", "testing")
+        fs, _ = storage.filesystem("s3://checkpoints")
+        fs.mkdir("checkpoints")
+        yield "s3://checkpoints/runs"
+        server.stop()
+
+
+def test_a_run_in_s3_goes_on_on_another_node_and_is_pruned_there(latents, tmp_path, bucket):
+    train(latents, tmp_path, "local", "local_work")
+    changes = dict(async_checkpoint=True, checkpoint_uri=bucket, sample_every_steps=7)
+
+    def stop(model, step, path):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Preempted, match="s3://checkpoints/runs/work/checkpoints/step-8"):
+        train(latents, tmp_path, sample_fn=stop, **changes)
+    assert not (tmp_path / "work" / "checkpoints").exists()
+    shutil.rmtree(tmp_path / "work")
+    # As a kill during a save leaves it: an object, but no .metadata.
+    storage.write_bytes(f"{bucket}/work/checkpoints/step-12/__0_0.distcp", b"cut off")
+    assert train(latents, tmp_path, sample_fn=lambda *_: None, **changes)["resumed_from_step"] == 8
+    assert same_weights(tmp_path / "local", tmp_path / "out") == [10, 15, 18]
+    assert [name.split("/")[-1] for name in storage.children(f"{bucket}/work/checkpoints")] == ["step-15", "step-18"]
+    assert list(finished_checkpoints(f"{bucket}/work/weights")) == [10, 15, 18]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, *range(2, STEPS + 1, 2)]
+
+    shutil.rmtree(tmp_path / "work")
+    shutil.move(tmp_path / "out", tmp_path / "first")
+    assert train(latents, tmp_path, sample_fn=lambda *_: None, **changes)["resumed_from_step"] == STEPS
+    for name in ("report.json", "metrics.jsonl", "step-00000018/__0_0.distcp"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
