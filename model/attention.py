@@ -122,7 +122,8 @@ def _chosen(wanted: AttentionBackend, device_type: str, index: int | None, dtype
 
 def _backend(x: torch.Tensor, head_dim: int) -> str:
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     return _chosen(_choice, device, x.device.index, dtype, head_dim)
 
 
