@@ -2,20 +2,14 @@
 
     python -m model.plan recipes/nucleus_17b.yaml --gpus 64 --gpu h100 [--mfu 0.35] [--cost-per-gpu-hour 2.5]
 
-Every number is arithmetic on shapes (of the model on the meta device), on the recipe and on data sheets. The memory
-model has not yet been checked against measured peaks. Sharding (FSDP2) and expert parallelism are planned here but
-not implemented yet in model/train, which holds whole weights on every rank and takes expert_parallel 1 only.
-
-A layout: `gpus` data-parallel ranks; weights, gradients and optimiser state are sharded over `shard` of them
-(replicated gpus / shard times); expert parallelism is taken from the shard ranks, as torchtitan does, so that a rank
-computes num_experts / expert_parallel experts of each layer, whose weights the shard / expert_parallel ranks share.
+Every number is arithmetic on shapes (of the model on the meta device), on the recipe and on data sheets; memory is
+model/memory.py's, which says what a layout is and what it leaves out.
 
 Units: bytes, FLOPs (one multiply-add is 2), seconds; GB is 1e9 bytes. Letters: B samples of a micro-batch, S image
 tokens, T text tokens, D width, J text width, N and K query and key-value heads, H head dim, E experts, C capacity
 (tokens an expert takes of each sample: known ahead, as experts choose), F expert hidden, I dense inner width.
 
-Sources: FLOPs of matrix products and MFU, PaLM (arXiv 2204.02311, appendix B: recomputation does not count); sharding,
-ZeRO stage 3 (arXiv 1910.02054); activations, Korthikanti et al. (arXiv 2205.05198), recounted for this model's code.
+Source of FLOPs of matrix products and MFU: PaLM (arXiv 2204.02311, appendix B: recomputation does not count).
 """
 
 from __future__ import annotations
@@ -24,8 +18,8 @@ import argparse
 import json
 import math
 import sys
-from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +27,19 @@ import torch
 from pydantic import ValidationError
 
 from model.config import StageConfig, TrainConfig, TransformerConfig
-from model.optim import parameter_groups, split_matrices
-from model.transformer import NucleusTransformer
+from model.memory import FP32, Layout, Moment, Shapes, moments
+from model.memory_trace import Step
 from model.yaml12 import read_recipe
 
 VAE_SCALE = 8  # Qwen-Image's VAE
 TEXT_TOKENS = 512  # captions of up to 200 words and the chat template; the pipeline's limit is 1024
-USABLE = 0.9  # of a card's memory; the rest is for the CUDA context, NCCL and fragmentation
-FP32 = 4
-EXPERTS = ".img_mlp.experts."  # in the names of routed experts
-NOT_YET = (
-    "The memory model is arithmetic and has not yet been checked against measured peaks. Sharding (FSDP2) and expert "
-    "parallelism are planned here; model/train does not implement them yet."
+USABLE = 0.9  # of a card's memory; the rest is for the CUDA context, NCCL, cuBLAS and fragmentation
+NOTE = (
+    "Memory is that of eager code without Triton kernels, checked on small models against measured peaks "
+    "(benchmarks/memory.py); torch.compile and the kernels need less. Times are FLOPs at the MFU that you give: "
+    "nothing here was measured on these GPUs."
 )
+CHECKPOINTING = ("none", "selective", "full")  # from most memory to least
 
 
 @dataclass(frozen=True)
@@ -62,84 +56,6 @@ GPUS = {
     "h200": Gpu("h200", 989e12, 141e9, 4.8e12, "NVIDIA H200 data sheet, SXM: 1,979 TFLOP/s with sparsity, halved"),
     "a100": Gpu("a100", 312e12, 80e9, 2.039e12, "NVIDIA A100 data sheet, 80GB SXM: 312 TFLOP/s without sparsity"),
 }
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a stage is laid out; checkpointing is "none" or "full" (each block is computed again in the backward)."""
-
-    gpus: int
-    shard: int
-    expert_parallel: int
-    micro_batch: int  # samples per rank and accumulation step
-    checkpointing: str
-
-    def check(self, num_experts: int, stage: StageConfig) -> None:
-        """Raises ValueError, with the arithmetic, when the degrees do not divide."""
-        for what, whole, name, part in (
-            ("GPUs", self.gpus, "shard", self.shard),
-            ("shard ranks", self.shard, "expert_parallel", self.expert_parallel),
-            ("num_experts", num_experts, "expert_parallel", self.expert_parallel),
-            (f"{stage.name}: batch_size", stage.batch_size, "GPUs", self.gpus),
-            (f"{stage.name}: samples per GPU and step", stage.batch_size // self.gpus, "micro_batch", self.micro_batch),
-        ):
-            if part < 1 or whole < 1 or whole % part:
-                rest = f"{whole} = {whole // part} x {part} + {whole % part}" if part > 0 else f"{name} is under 1"
-                raise ValueError(f"{what} {whole} must be a multiple of {name} {part}: {rest}")
-
-    def __str__(self) -> str:
-        degrees = f"shard {self.shard}, replicas {self.gpus // self.shard}, expert parallel {self.expert_parallel}"
-        return f"{self.gpus} GPUs, {degrees}, micro-batch {self.micro_batch}, checkpointing {self.checkpointing}"
-
-
-class Shapes:
-    """Parameter counts of a configuration, from the real module on the meta device.
-
-    `total`, `frozen`, `experts` (routed), `muon` and `adamw` (the optimiser's groups) are parameters;
-    `newton_schulz_flops` and `muon_workspace` are of one whole optimiser step on unsharded matrices.
-    """
-
-    def __init__(self, config: TransformerConfig):
-        with torch.device("meta"):
-            model = NucleusTransformer(config)
-        groups = parameter_groups(model)
-        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        self.group = {name: group for group, members in groups.items() for name, _ in members}
-        self.total = sum(map(math.prod, self.shapes.values()))
-        self.muon, self.adamw = (sum(p.numel() for _, p in groups[group]) for group in ("muon", "adamw"))
-        self.frozen = self.total - self.muon - self.adamw
-        self.experts = sum(math.prod(shape) for name, shape in self.shapes.items() if EXPERTS in name)
-        self.newton_schulz_flops = self.muon_workspace = 0
-        for name, parameter in groups["muon"]:
-            packed, stacked = split_matrices(name, parameter)
-            m, n = sorted(parameter.chunk(packed, dim=2 if stacked else 0)[0].shape[-2:])
-            count = parameter.numel() // (m * n)
-            self.newton_schulz_flops += count * (4 * m * m * n + 2 * m**3)  # of one iteration, see `newton_schulz`
-            # Updates and their concatenation in fp32; two bf16 copies; Gram matrix and polynomial.
-            self.muon_workspace += count * (m * n * (2 * FP32 + 2 * 2) + 2 * m * m * 2)
-
-    def per_gpu(self, layout: Layout, group: str | None = None) -> int:
-        """Parameters that a rank stores, of one optimiser group ("muon", "adamw") or all; padded as FSDP2 does."""
-        names = [name for name in self.shapes if group is None or self.group.get(name) == group]
-        return sum(_sharded(name, self.shapes[name], layout) for name in names)
-
-    def gathered(self, layout: Layout) -> list[int]:
-        """Parameters of each block as computed with on a rank: whole, but only its own experts; largest first."""
-        blocks: Counter[str] = Counter()
-        for name, shape in self.shapes.items():
-            block = name.split(".")[1] if name.startswith("transformer_blocks.") else "ends"
-            blocks[block] += math.prod(shape) // (layout.expert_parallel if EXPERTS in name else 1)
-        return sorted(blocks.values(), reverse=True)
-
-
-def _sharded(name: str, shape: tuple[int, ...], layout: Layout) -> int:
-    degree = layout.shard
-    if EXPERTS in name:
-        shape = (shape[0] // layout.expert_parallel, *shape[1:])
-        degree //= layout.expert_parallel
-        if degree > shape[0]:  # fewer experts than ranks: torchtitan then shards the next dimension
-            shape = (shape[1], shape[0], *shape[2:])
-    return math.ceil(shape[0] / degree) * math.prod(shape[1:])
 
 
 def active_parameters(shapes: Shapes, config: TransformerConfig, tokens: int) -> int:
@@ -172,81 +88,10 @@ def forward_flops(config: TransformerConfig, tokens: int, text_tokens: int, batc
         "experts": batch * sum(6 * E * c.capacity(layer, S) * D * F for layer in moe),
         "shared_expert": batch * len(moe) * 6 * S * D * F,
         "router": batch * len(moe) * 2 * (S + 1) * D * E,
-        "dense_ffn": batch * (L - len(moe)) * 6 * S * D * c.dense_inner_dim,
+        "dense_ffn": batch * sum(6 * S * D * c.ffn_hidden(layer) for layer in range(L) if layer not in moe),
         "modulation": batch * L * 2 * D * 4 * D,
         "ends": batch * 2 * (S * D * (c.in_channels + out) + D * 8 * D + D * 2 * D),
     }
-
-
-def activation_bytes(config: TransformerConfig, layer: int, tokens: int, text_tokens: int, element: int,
-                     batch: int = 1) -> int:
-    """Bytes that block `layer` keeps for its backward: eager code, off the CPU paths, with fused attention.
-
-    `element`: bytes of the compute type. For each token 8 tensors of width D (inputs of norms, normed, modulated,
-    gated), q and k twice in fp32, normed, and turned, k and v beside the text's, the output and log-sum-exp. For
-    each routed row its input, packed gate and up, silu, product, and the output in fp32 and weighted; the same up
-    to the product of the shared expert. Once: the joined projection weights. torch.compile keeps less; a mask
-    more, where the kernel lacks it.
-    """
-    c, S, T = config, tokens, text_tokens
-    D, H, F, E = c.width, c.attention_head_dim, c.moe_intermediate_dim, c.num_experts
-    heads, kv = c.num_attention_heads * H, c.kv_heads * H
-    per_token = element * 8 * D + (2 * FP32 + 2 * element) * (heads + kv) + element * heads
-    per_token += FP32 * (c.num_attention_heads + 4)  # log-sum-exp, and two norms' statistics
-    bytes_ = S * per_token + 2 * element * (S + T) * kv
-    bytes_ += T * (element * (c.joint_attention_dim + D) + (2 * FP32 + element) * kv)
-    if c.is_moe_layer(layer):
-        rows = E * c.capacity(layer, S)
-        bytes_ += rows * (element * (2 * D + 4 * F) + FP32 * D + 32)  # 32: indices and gates
-        bytes_ += S * (element * 4 * F + E * (2 * element + 2 * FP32))  # shared expert; logits and scores
-    else:
-        bytes_ += S * element * 4 * c.dense_inner_dim
-    return batch * bytes_ + element * D * (heads + 4 * kv)
-
-
-def _backward_bytes(config: TransformerConfig, layer: int, tokens: int, element: int) -> int:
-    """Bytes of gradients of activations alive at once in the backward of a block, for one sample."""
-    D, F = config.width, config.moe_intermediate_dim
-    if not config.is_moe_layer(layer):
-        return tokens * element * (4 * D + 3 * config.dense_inner_dim)
-    rows = config.num_experts * config.capacity(layer, tokens)
-    return rows * (FP32 * D + element * (D + 3 * F)) + tokens * element * (4 * D + 3 * F)
-
-
-def memory_per_gpu(shapes: Shapes, config: TransformerConfig, layout: Layout, tokens: int, text_tokens: int,
-                   element: int) -> dict[str, int]:
-    """Bytes on one rank by part. `peak` is the larger of two moments, each a sum of parts:
-
-    backward: weights + gradients + optimizer_muon + optimizer_adamw + gathered_weights + gathered_gradients +
-    activations + activation_gradients + all_to_all; optimiser step: the first four + muon_workspace.
-
-    Weights, gradients and optimiser state are fp32 (Muon one tensor, AdamW two). Gathered: two blocks' weights in
-    the compute type (one in use, one prefetched), and the gradient of one in it and in fp32 for the reduction; with
-    shard 1 nothing is gathered, but autocast keeps a copy of the weights in a lower compute type. all_to_all: rows
-    sent and received, E C B each of width D, of the layer with the most.
-    """
-    c, B, layers = config, layout.micro_batch, range(config.num_layers)
-    block = [activation_bytes(c, i, tokens, text_tokens, element, B) for i in layers]
-    rows = max((c.num_experts * c.capacity(i, tokens) for i in _moe_layers(c)), default=0)
-    ends = B * (tokens * element * (3 * c.width + 2 * c.in_channels) + text_tokens * element * c.joint_attention_dim)
-    inputs = B * tokens * element * c.width * c.num_layers
-    activations = inputs + max(block) if layout.checkpointing == "full" else sum(block)
-    gathered, sharded = shapes.gathered(layout), layout.shard > 1
-    parts = {
-        "weights": FP32 * shapes.per_gpu(layout),
-        "gradients": FP32 * (shapes.per_gpu(layout, "muon") + shapes.per_gpu(layout, "adamw")),
-        "optimizer_muon": FP32 * shapes.per_gpu(layout, "muon"),
-        "optimizer_adamw": 2 * FP32 * shapes.per_gpu(layout, "adamw"),
-        "gathered_weights": element * sum(gathered[:2]) if sharded else element * shapes.total * (element < FP32),
-        "gathered_gradients": (element + FP32) * gathered[0] if sharded else 0,
-        "activations": activations + ends,
-        "activation_gradients": max(B * _backward_bytes(c, i, tokens, element) for i in layers),
-        "all_to_all": 2 * element * B * rows * c.width if layout.expert_parallel > 1 else 0,
-    }
-    backward = sum(parts.values())
-    parts["muon_workspace"] = shapes.muon_workspace // layout.shard
-    in_step = ("weights", "gradients", "optimizer_muon", "optimizer_adamw", "muon_workspace")
-    return parts | {"peak": max(backward, sum(parts[key] for key in in_step))}
 
 
 def traffic(shapes: Shapes, config: TransformerConfig, layout: Layout, stage: StageConfig, tokens: int,
@@ -293,18 +138,21 @@ def plan_stage(shapes: Shapes, model: TransformerConfig, train: TrainConfig, sta
         valid = f"mfu={mfu} must lie in (0, 1], text_tokens={text_tokens} be 1 or more"
         raise ValueError(f"{valid}, cost_per_gpu_hour={price} be 0 or more")
     element = 2 if train.dtype == "bfloat16" else FP32
-    memory = memory_per_gpu(shapes, config, layout, tokens, text_tokens, element)
+    found = _moments(shapes, config, train, stage, layout, tokens, text_tokens)
+    peak = max(found, key=lambda moment: moment.total)
     micro = forward_flops(config, tokens, text_tokens, layout.micro_batch, fp32=element == FP32)
     forward = {part: flops * (stage.batch_size // layout.micro_batch) for part, flops in micro.items()}
     total = 3 * sum(forward.values())
     newton_schulz = train.optim.muon_ns_steps * shapes.newton_schulz_flops * (layout.gpus // layout.shard)
-    moved = traffic(shapes, config, layout, stage, tokens, element, memory["activations"])
+    activations = max(moment.parts.get("activations", 0) for moment in found)
+    moved = traffic(shapes, config, layout, stage, tokens, element, activations)
     step_s = total / (layout.gpus * gpu.flops * mfu)
     hours, limit = step_s * stage.steps / 3600, USABLE * gpu.memory
     return {
         "stage": stage.name, "layout": asdict(layout), "image_tokens": tokens, "text_tokens": text_tokens,
         "parameters": shapes.total, "active_parameters_per_image_token": active_parameters(shapes, config, tokens),
-        "memory_bytes": memory, "usable_bytes": round(limit), "fits": memory["peak"] <= limit,
+        "memory_bytes": peak.parts | {"peak": peak.total}, "memory_moment": peak.name,
+        "usable_bytes": round(limit), "fits": peak.total <= limit,
         "flops": {"forward": forward, "forward_and_backward": total},
         "hardware_flops": total + newton_schulz + (layout.checkpointing == "full") * sum(forward.values()),
         "bytes_per_step": moved,
@@ -314,23 +162,45 @@ def plan_stage(shapes: Shapes, model: TransformerConfig, train: TrainConfig, sta
     }
 
 
+def _moments(shapes: Shapes, config: TransformerConfig, train: TrainConfig, stage: StageConfig, layout: Layout,
+             tokens: int, text_tokens: int) -> list[Moment]:
+    step = Step(
+        batch=layout.micro_batch,
+        tokens=tokens,
+        text_tokens=text_tokens,
+        dtype=getattr(torch, train.dtype),
+        checkpointing=layout.checkpointing,
+        accumulate=stage.batch_size // layout.gpus > layout.micro_batch,
+        losses=train.losses.model_copy(update={"wavelet": train.losses.wavelet if stage.wavelet else 0.0}),
+    )
+    return moments(shapes, config, layout, step, ns_steps=train.optim.muon_ns_steps)
+
+
 def suggest(shapes: Shapes, model: TransformerConfig, train: TrainConfig, stage: StageConfig, asked: Layout, gpu: Gpu,
             text_tokens: int = TEXT_TOKENS) -> Layout | None:
     """The layout on as many GPUs that fits and is nearest to `asked` (sharding first, then expert parallelism, then
     checkpointing), with the largest micro-batch; None if none fits."""
     config, tokens = _of_stage(model, stage)
-    element = 2 if train.dtype == "bfloat16" else FP32
+
+    def fits(layout: Layout) -> bool:
+        found = _moments(shapes, config, train, stage, layout, tokens, text_tokens)
+        return max(moment.total for moment in found) <= USABLE * gpu.memory
+
     divisors = lambda number: [i for i in range(1, number + 1) if number % i == 0]  # noqa: E731
-    layouts = (
-        Layout(asked.gpus, shard, ep, micro, checkpointing)
-        for shard in dict.fromkeys((asked.shard, asked.gpus))
+    distance = lambda name: abs(CHECKPOINTING.index(name) - CHECKPOINTING.index(asked.checkpointing))  # noqa: E731
+    for shard in dict.fromkeys((asked.shard, asked.gpus)):
         for ep in sorted(divisors(math.gcd(shard, config.num_experts)),
-                         key=lambda ep: abs(math.log(ep / asked.expert_parallel)))
-        for checkpointing in sorted(("none", "full"), key=lambda name: name != asked.checkpointing)
-        for micro in reversed(divisors(stage.batch_size // asked.gpus))
-    )
-    peaks = ((memory_per_gpu(shapes, config, x, tokens, text_tokens, element)["peak"], x) for x in layouts)
-    return next((layout for peak, layout in peaks if peak <= USABLE * gpu.memory), None)
+                         key=lambda ep: abs(math.log(ep / asked.expert_parallel))):
+            for checkpointing in sorted(CHECKPOINTING, key=distance):
+                layout = replace(asked, shard=shard, expert_parallel=ep, micro_batch=1, checkpointing=checkpointing)
+                if fits(layout):  # memory grows with the micro-batch: find the largest that fits
+                    sizes = divisors(stage.batch_size // asked.gpus)
+                    low, high = 0, len(sizes) - 1
+                    while low < high:
+                        middle = (low + high + 1) // 2
+                        low, high = (middle, high) if fits(replace(layout, micro_batch=sizes[middle])) else (low, middle - 1)
+                    return replace(layout, micro_batch=sizes[low])
+    return None
 
 
 def plan(model: TransformerConfig, train: TrainConfig, gpu: Gpu, *, gpus: int | None = None, shard: int | None = None,
@@ -338,17 +208,17 @@ def plan(model: TransformerConfig, train: TrainConfig, gpu: Gpu, *, gpus: int | 
          mfu: float = 0.35, cost_per_gpu_hour: float | None = None, text_tokens: int = TEXT_TOKENS) -> dict[str, Any]:
     """`plan_stage` of each stage, checkpoint sizes, and for a stage that does not fit a `suggestion` (or None).
 
-    What is not given is the recipe's: ranks, expert_parallel, local_batch_size (or a rank's whole share), and
-    activation_checkpointing, where "selective" is planned as "full", as model/train does it today. Raises ValueError
-    as `plan_stage` does.
+    What is not given is the recipe's: ranks, replicas, expert_parallel, local_batch_size (or a rank's whole share), and
+    activation_checkpointing. Raises ValueError as `plan_stage` does.
     """
     gpus = train.nnodes * train.nproc_per_node if gpus is None else gpus
     if gpus < 1:
         raise ValueError(f"gpus={gpus} must be at least 1")
-    checkpointing = checkpointing or ("none" if train.activation_checkpointing == "none" else "full")
-    shard = gpus if shard is None else shard
+    checkpointing = checkpointing or train.activation_checkpointing
+    if shard is None:
+        shard = train.data_parallel_shard if train.data_parallel_shard > 0 else gpus // train.data_parallel_replicate
     expert_parallel = train.expert_parallel if expert_parallel is None else expert_parallel
-    shapes = Shapes(model)
+    shapes = Shapes(model, train.optim.matrices)
     options = dict(mfu=mfu, cost_per_gpu_hour=cost_per_gpu_hour, text_tokens=text_tokens)
     stages = []
     for stage in train.stages:
@@ -360,7 +230,7 @@ def plan(model: TransformerConfig, train: TrainConfig, gpu: Gpu, *, gpus: int | 
             report["suggestion"] = fitting and plan_stage(shapes, model, train, stage, fitting, gpu, **options)
         stages.append(report)
     return {
-        "note": NOT_YET, "gpu": asdict(gpu), "gpus": gpus, "mfu": mfu, "dtype": train.dtype,
+        "note": NOTE, "gpu": asdict(gpu), "gpus": gpus, "mfu": mfu, "dtype": train.dtype,
         "parameters": {"total": shapes.total, "muon": shapes.muon, "adamw": shapes.adamw, "frozen": shapes.frozen},
         # Tensors alone, without file headers. Full: weights and optimiser state, fp32.
         "checkpoint_bytes": {"model_bf16": 2 * shapes.total, "model_fp32": FP32 * shapes.total,
@@ -378,13 +248,13 @@ def _of_stage(model: TransformerConfig, stage: StageConfig) -> tuple[Transformer
     tile = VAE_SCALE * model.patch_size
     if stage.image_size_px % tile:
         raise ValueError(f"{stage.name}: image_size_px={stage.image_size_px} must be a multiple of {tile}")
-    values = {**model.model_dump(), "capacity_factors": stage.capacity_factors}
-    return _validated(TransformerConfig, values, stage.name), (stage.image_size_px // tile) ** 2
+    config = _validated(lambda: model.with_capacity_factors(stage.capacity_factors), stage.name)
+    return config, (stage.image_size_px // tile) ** 2
 
 
-def _validated(section: Any, data: Any, where: str) -> Any:
+def _validated(make: Callable[[], Any], where: str) -> Any:
     try:
-        return section.model_validate(data)
+        return make()
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, (where, *first["loc"])))
@@ -398,7 +268,10 @@ def load_sections(path: str | Path) -> tuple[TransformerConfig, TrainConfig]:
     data = read_recipe(path)
     if not {"model", "train"} <= data.keys():
         raise ValueError(f"{path} must have the sections model and train")
-    return _validated(TransformerConfig, data["model"], "model"), _validated(TrainConfig, data["train"], "train")
+    return tuple(
+        _validated(lambda: section.model_validate(data[key]), key)
+        for key, section in (("model", TransformerConfig), ("train", TrainConfig))
+    )
 
 
 def _gb(bytes_: float) -> str:
@@ -418,7 +291,7 @@ def _stage_lines(report: dict[str, Any]) -> list[str]:
         f"  active per image token: {report['active_parameters_per_image_token']:,} of {report['parameters']:,} "
         f"({report['image_tokens']} image tokens, {report['text_tokens']} text tokens assumed)",
         f"  memory per GPU: peak {_gb(memory['peak'])} of {_gb(report['usable_bytes'])} usable: "
-        f"{'fits' if report['fits'] else 'DOES NOT FIT'}",
+        f"{'fits' if report['fits'] else 'DOES NOT FIT'} ({report['memory_moment']})",
         *(f"    {part:21} {_gb(value):>13}" for part, value in memory.items() if part != "peak"),
         f"  FLOPs per step: {flops['forward_and_backward']:.3e} forward and backward "
         f"({report['hardware_flops']:.3e} with recomputation and Newton-Schulz)",
@@ -451,7 +324,7 @@ def render(result: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: 0, or 2 with one line on stderr when the recipe or the layout is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m model.plan", description=f"Plan a recipe's training. {NOT_YET}")
+    parser = argparse.ArgumentParser(prog="python -m model.plan", description=f"Plan a recipe's training. {NOTE}")
     parser.add_argument("recipe", help="path of a recipe file, such as recipes/nucleus_17b.yaml")
     add = parser.add_argument
     add("--gpus", type=int, help="default: the recipe's nnodes x nproc_per_node")
@@ -459,7 +332,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--shard", type=int, help="ranks that share weights and state (default: all GPUs)")
     add("--expert-parallel", type=int, help="default: the recipe's")
     add("--micro-batch", type=int, help="samples per GPU and accumulation step (default: the recipe's)")
-    add("--checkpointing", choices=("none", "full"), help="default: the recipe's")
+    add("--checkpointing", choices=CHECKPOINTING, help="default: the recipe's")
     add("--mfu", type=float, default=0.35, help="share of the peak that model FLOPs reach")
     add("--cost-per-gpu-hour", type=float)
     add("--text-tokens", type=int, default=TEXT_TOKENS, help="of a padded batch, template included")

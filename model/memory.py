@@ -1,0 +1,236 @@
+"""Memory of a training step on one rank: the parts of each moment at which it can peak.
+
+    forward of block i    state + ends + entered of the blocks before + the block's own peak
+    loss                  state + ends + entered of all blocks + the loss's own peak
+    backward of block i   state + ends + kept of the blocks before and of this one + its own peak + gradients so far
+    sum over replicas     state + gradients + one message of all of them (without FSDP)
+    optimiser step        state + gradients + the optimiser's workspace
+
+What a block or the loss takes comes from `model.memory_trace`, parameters from the model on the meta device; FSDP2's
+and expert parallelism's buffers are those of model/train/parallelize.py. benchmarks/memory.py sets it beside measured
+peaks. Not in it: what lies outside of PyTorch's tensors (CUDA context, NCCL, cuBLAS workspaces) and fragmentation.
+
+A layout: `gpus` data-parallel ranks; weights, gradients and optimiser state are sharded over `shard` of them
+(replicated gpus / shard times); expert parallelism is taken from the shard ranks, as torchtitan does, so that a rank
+computes num_experts / expert_parallel experts of each layer, whose weights the shard / expert_parallel ranks share.
+
+Source: ZeRO stage 3 (arXiv 1910.02054) for sharding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from model.config import StageConfig, TransformerConfig
+from model.memory_trace import Step, block_bytes, end_bytes, muon_workspace
+from model.optim import parameter_groups, split_matrices
+from model.transformer import NucleusTransformer
+
+FP32 = 4
+EXPERTS = ".img_mlp.experts."  # in the names of routed experts
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a stage is laid out; `checkpointing` is "none", "selective" or "full" (model/train/activation.py)."""
+
+    gpus: int
+    shard: int
+    expert_parallel: int
+    micro_batch: int  # samples per rank and accumulation step
+    checkpointing: str
+
+    def check(self, num_experts: int, stage: StageConfig) -> None:
+        """Raises ValueError, with the arithmetic, when the degrees do not divide."""
+        for what, whole, name, part in (
+            ("GPUs", self.gpus, "shard", self.shard),
+            ("shard ranks", self.shard, "expert_parallel", self.expert_parallel),
+            ("num_experts", num_experts, "expert_parallel", self.expert_parallel),
+            (f"{stage.name}: batch_size", stage.batch_size, "GPUs", self.gpus),
+            (f"{stage.name}: samples per GPU and step", stage.batch_size // self.gpus, "micro_batch", self.micro_batch),
+        ):
+            if part < 1 or whole < 1 or whole % part:
+                rest = f"{whole} = {whole // part} x {part} + {whole % part}" if part > 0 else f"{name} is under 1"
+                raise ValueError(f"{what} {whole} must be a multiple of {name} {part}: {rest}")
+
+    def __str__(self) -> str:
+        degrees = f"shard {self.shard}, replicas {self.gpus // self.shard}, expert parallel {self.expert_parallel}"
+        return f"{self.gpus} GPUs, {degrees}, micro-batch {self.micro_batch}, checkpointing {self.checkpointing}"
+
+
+class Shapes:
+    """Parameter counts of a configuration, from the real module on the meta device.
+
+    `total`, `frozen`, `experts` (routed), `muon` and `adamw` (the optimiser's groups) are parameters;
+    `newton_schulz_flops` are of one iteration on every matrix.
+    """
+
+    def __init__(self, config: TransformerConfig, matrices: str = "muon"):
+        with torch.device("meta"):
+            model = NucleusTransformer(config)
+        groups = parameter_groups(model, matrices)
+        self.layers = config.num_layers
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self.group = {name: group for group, members in groups.items() for name, _ in members}
+        self.total = sum(map(math.prod, self.shapes.values()))
+        self.muon, self.adamw = (sum(p.numel() for _, p in groups[group]) for group in ("muon", "adamw"))
+        self.frozen = self.total - self.muon - self.adamw
+        self.experts = sum(math.prod(shape) for name, shape in self.shapes.items() if EXPERTS in name)
+        self.newton_schulz_flops = 0
+        for name, parameter in groups["muon"]:
+            packed, stacked = split_matrices(name, parameter)
+            m, n = sorted(parameter.chunk(packed, dim=2 if stacked else 0)[0].shape[-2:])
+            count = parameter.numel() // (m * n)
+            self.newton_schulz_flops += count * (4 * m * m * n + 2 * m**3)  # see `newton_schulz`
+
+    def per_gpu(self, layout: Layout, group: str | None = None, prefix: str = "") -> int:
+        """Parameters that a rank stores, of one optimiser group ("muon", "adamw") or all, padded as FSDP2 does; of
+        those whose name starts with `prefix`."""
+        names = [n for n in self.shapes if n.startswith(prefix) and (group is None or self.group.get(n) == group)]
+        return sum(_sharded(name, self.shapes[name], layout) for name in names)
+
+    def trainable_per_gpu(self, layout: Layout, prefix: str = "") -> int:
+        return sum(self.per_gpu(layout, group, prefix) for group in ("muon", "adamw"))
+
+    def units(self, layout: Layout) -> tuple[int, list[tuple[int, int]]]:
+        """Parameters of FSDP's units as a rank gathers them: (those outside of blocks, [(a block's, its experts')])."""
+        ends, blocks = 0, [[0, 0] for _ in range(self.layers)]
+        for name, shape in self.shapes.items():
+            if not name.startswith("transformer_blocks."):
+                ends += math.prod(shape)
+            elif EXPERTS in name:
+                blocks[int(name.split(".")[1])][1] += math.prod(shape) // layout.expert_parallel
+            else:
+                blocks[int(name.split(".")[1])][0] += math.prod(shape)
+        return ends, [tuple(block) for block in blocks]
+
+
+def _sharded(name: str, shape: tuple[int, ...], layout: Layout) -> int:
+    """Elements of a parameter that a rank holds: FSDP2 pads rows, and experts are cut as in model.train.parallelize."""
+    if EXPERTS not in name:
+        return math.ceil(shape[0] / layout.shard) * math.prod(shape[1:])
+    held, degree = shape[0] // layout.expert_parallel, layout.shard // layout.expert_parallel
+    if held % degree == 0:
+        return held // degree * math.prod(shape[1:])
+    return held * math.ceil(shape[1] / degree) * shape[2]
+
+
+class Moment(NamedTuple):
+    """Bytes by part on one rank at one moment of a step; see `moments`."""
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def moments(
+    shapes: Shapes, config: TransformerConfig, layout: Layout, step: Step, device: str = "meta", ns_steps: int = 5
+) -> list[Moment]:
+    """The moments of a training step at which memory can peak, in order.
+
+    weights, optimizer_muon, optimizer_adamw: fp32; Muon has one tensor for each, AdamW two.
+    gradients: fp32, those that are complete.
+    activations: what is kept for the backward, the inputs, and copies of weights that autocast made.
+    workspace: what the block, the loss, the sum over replicas or the optimiser takes in passing.
+    gathered_weights: FSDP's units in the compute type: those outside of blocks, a block's, its experts', and in the
+        backward the next block's, under way.
+    gathered_gradients: the fp32 copy of a unit's gradients that is being reduced.
+    all_to_all: rows sent and received, E C B each of width D.
+
+    Args:
+        step: `sharded` and `checkpointing` are the layout's. `accumulate`: there are several micro-batches in a step.
+        device: where the optimiser runs, "cpu" or (as on an accelerator) "meta": see `muon_workspace`.
+    """
+    layers, sharded = range(config.num_layers), layout.shard > 1
+    accumulate = step.accumulate
+    # FSDP frees whole gradients after each micro-batch: only their shards are added up.
+    step = replace(
+        step,
+        batch=layout.micro_batch,
+        checkpointing=layout.checkpointing,
+        sharded=sharded,
+        accumulate=accumulate and not sharded,
+    )
+    element = step.dtype.itemsize
+    ends, blocks = end_bytes(config, step), [block_bytes(config, layer, step) for layer in layers]
+    outside, units = shapes.units(layout)
+    rows = [_row_bytes(config, layer, step) if layout.expert_parallel > 1 else 0 for layer in layers]
+    # Selective checkpointing saves what communication brought, in both directions.
+    kept_rows = [2 * of_layer if step.checkpointing == "selective" else 0 for of_layer in rows]
+    all_gradients = FP32 * shapes.trainable_per_gpu(layout)
+    state = {
+        "weights": FP32 * shapes.per_gpu(layout),
+        "optimizer_muon": FP32 * shapes.per_gpu(layout, "muon"),
+        "optimizer_adamw": 2 * FP32 * shapes.per_gpu(layout, "adamw"),
+    }
+
+    def gathered(*sizes: int) -> int:
+        return element * sum(sizes, outside) if sharded else 0
+
+    found = []
+    passed = 0
+    for i in layers:
+        parts = {
+            "gradients": all_gradients if accumulate else 0,
+            "activations": ends.before + passed,
+            "workspace": blocks[i].forward_peak,
+            "gathered_weights": gathered(*units[i]),
+            "all_to_all": 2 * rows[i],
+        }
+        found.append(Moment(f"forward of block {i}", state | parts))
+        passed += blocks[i].entered + kept_rows[i]
+    parts = {
+        "gradients": all_gradients if accumulate else 0,
+        "activations": ends.before + passed,
+        "workspace": ends.tail_peak - ends.before,
+        "gathered_weights": gathered(),
+    }
+    found.append(Moment("loss", state | parts))
+
+    left = complete = 0
+    kept = sum(block.kept for block in blocks) + sum(kept_rows)
+    for i in reversed(layers):
+        reduced = max(*units[i], units[min(i + 1, layers[-1])][0]) if sharded else 0
+        parts = {
+            "gradients": all_gradients if accumulate else complete,
+            "activations": ends.during + kept + left,
+            "workspace": blocks[i].backward_peak - blocks[i].kept,
+            "gathered_weights": gathered(*units[i], units[i - 1][0] if i else 0),
+            "gathered_gradients": FP32 * reduced,
+            "all_to_all": 2 * rows[i],
+        }
+        found.append(Moment(f"backward of block {i}", state | parts))
+        kept -= blocks[i].kept + kept_rows[i]
+        left += blocks[i].left
+        prefix = f"transformer_blocks.{i}."
+        complete += FP32 * shapes.trainable_per_gpu(layout, prefix) if sharded else blocks[i].gradients
+    parts = {
+        "gradients": all_gradients if accumulate else complete,
+        "activations": left,
+        "workspace": ends.head_peak,
+        "gathered_weights": gathered(),
+        "gathered_gradients": FP32 * outside if sharded else 0,
+    }
+    found.append(Moment("backward of the embeddings", state | parts))
+
+    state["gradients"] = all_gradients
+    if layout.gpus > 1 and not sharded:
+        found.append(Moment("sum over replicas", state | {"workspace": all_gradients}))
+    workspace = muon_workspace(config, ns_steps, device) // layout.shard if shapes.muon else 0
+    found.append(Moment("optimiser step", state | {"workspace": workspace}))
+    return found
+
+
+def _row_bytes(config: TransformerConfig, layer: int, step: Step) -> int:
+    """Bytes of the rows that block `layer`'s experts take of a micro-batch."""
+    if not config.is_moe_layer(layer):
+        return 0
+    rows = config.num_experts * config.capacity(layer, step.tokens) * step.batch
+    return rows * config.width * step.dtype.itemsize

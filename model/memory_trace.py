@@ -1,0 +1,267 @@
+"""What one block and what everything else keep of a training step, and need in passing: bytes, from shapes alone.
+
+Nothing is counted by hand: the model's own forward, loss and backward run on fake tensors (shapes and types without
+memory), with one block and with none, and every storage that an operation makes is followed until it is freed.
+
+The code path is an accelerator's eager one: no function of cpu_ops, fused attention, plain functions in place of Triton
+kernels. torch.compile and the kernels keep less. What a library takes inside an operation (cuBLAS workspaces, NCCL) is
+not seen, nor is fragmentation.
+
+Shape suffixes: B batch, S image tokens, T text tokens, C channels of a token, D width, E experts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from model import flow, losses
+from model.config import LossConfig, TransformerConfig
+from model.optim import Muon, parameter_groups
+from model.transformer import NucleusTransformer, RouterTrace
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operations made and that are still alive, and the most since the last `mark`."""
+
+    def __init__(self, known: Iterator[torch.Tensor] = ()):
+        super().__init__()
+        self.live = self.peak = 0
+        self._sizes: dict[int, int] = {}
+        self._known = [tensor.untyped_storage() for tensor in known]  # held, so that no other takes their place
+        self._known_ids = {storage._cdata for storage in self._known}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return out
+
+    def mark(self) -> tuple[int, int]:
+        """(bytes now, the most since the last mark)."""
+        peak, self.peak = self.peak, self.live
+        return self.live, peak
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._sizes or key in self._known_ids:
+            return
+        self._sizes[key] = storage.nbytes()
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._remove, key).atexit = False
+
+    def _remove(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+
+class BlockBytes(NamedTuple):
+    """Bytes of one block, over what was there before it."""
+
+    entered: int  # after its forward, while autocast still holds its copies of weights
+    kept: int  # from its forward for its backward
+    forward_peak: int
+    backward_peak: int  # with `kept`
+    gradients: int  # of its weights: there after its backward, where they were not before
+    left: int  # of the rest, after its backward: the routing that the loss looked at
+
+
+class EndBytes(NamedTuple):
+    """Bytes of everything but blocks: inputs, embeddings, output and loss."""
+
+    before: int  # when the first block starts
+    tail_peak: int  # from the last block's forward to its backward
+    during: int  # when the last block's backward starts
+    after: int  # when the first block's backward has ended
+    head_peak: int  # from there to the end
+    gradients: int  # of its weights, where they were not before
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward and backward of a micro-batch. `sharded`: FSDP casts weights, and frees their gradients itself;
+    otherwise autocast casts. `accumulate`: gradients are there already, and are added to."""
+
+    batch: int
+    tokens: int
+    text_tokens: int
+    dtype: torch.dtype
+    checkpointing: str
+    sharded: bool = False
+    accumulate: bool = False
+    masked: bool = True  # whether a batch has texts of different lengths
+    losses: LossConfig = LossConfig(router_z_loss=1.0, wavelet=1.0)
+
+
+@functools.lru_cache(maxsize=256)
+def end_bytes(config: TransformerConfig, step: Step) -> EndBytes:
+    marks = _run(_with_one_block(config, 0), step, blocks=False)
+    return EndBytes(
+        before=marks["enter"][0],
+        tail_peak=marks["leave"][1],
+        during=marks["leave"][0],
+        after=marks["return"][0],
+        head_peak=marks["end"][1],
+        gradients=marks["gradients"][0],
+    )
+
+
+def block_bytes(config: TransformerConfig, layer: int, step: Step) -> BlockBytes:
+    """Of block `layer`: a whole step with it alone, less a step without any block."""
+    return _block_bytes(_with_one_block(config, layer), step)
+
+
+@functools.lru_cache(maxsize=256)
+def _block_bytes(config: TransformerConfig, step: Step) -> BlockBytes:
+    ends, marks = end_bytes(config, step), _run(config, step, blocks=True)
+    gradients = marks["gradients"][0] - ends.gradients
+    return BlockBytes(
+        entered=marks["exit"][0] - ends.before,
+        kept=marks["leave"][0] - ends.during,
+        forward_peak=marks["exit"][1] - ends.before,
+        backward_peak=marks["return"][1] - ends.during,
+        gradients=gradients,
+        left=marks["return"][0] - ends.after - gradients,
+    )
+
+
+def _with_one_block(config: TransformerConfig, layer: int) -> TransformerConfig:
+    """A model whose only block is like block `layer` of `config`."""
+    strategy = "all_moe" if config.is_moe_layer(layer) else "all_dense"
+    values = {"num_layers": 1, "dense_moe_strategy": strategy, "capacity_factors": config.capacity_factor(layer)}
+    return TransformerConfig(**{**config.model_dump(), **values})
+
+
+class _Marker(nn.Module):
+    """Takes a block's place, passes its input on, and calls back in the forward and in the backward."""
+
+    def __init__(self, forward: Callable[[], None], backward: Callable[[], None]):
+        super().__init__()
+        self.calls = forward, backward
+
+    def forward(self, x_BSD: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None]:
+        return _Mark.apply(x_BSD, *self.calls), None
+
+
+class _Mark(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, forward, backward):
+        ctx.backward_call = backward
+        forward()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.backward_call()
+        return gradient, None, None
+
+
+def _run(config: TransformerConfig, step: Step, blocks: bool) -> dict[str, tuple[int, int]]:
+    """(bytes, most since the mark before) at: enter and exit of the block's forward, leave (the loss's backward has
+    reached it), return (it has passed it), end; and the gradients that there are then. Inputs count, weights do not."""
+    marks: dict[str, tuple[int, int]] = {}
+    with FakeTensorMode():
+        model = NucleusTransformer(config)
+        if step.sharded:
+            _as_fsdp_casts(model, step.dtype)
+        if step.checkpointing != "none":
+            from model.train.activation import activation_config  # imports torchtitan
+
+            activation_config(step.checkpointing).build().apply(model)
+        known = list(model.parameters())
+        if step.accumulate:
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+                known.append(parameter.grad)
+        live = LiveBytes(known)
+
+        def at(name: str) -> Callable[[], None]:
+            return lambda: marks.update({name: live.mark()})
+
+        inside = model.transformer_blocks if blocks else ()
+        model.transformer_blocks = nn.ModuleList(
+            [_Marker(at("enter"), at("return")), *inside, _Marker(at("exit"), at("leave"))]
+        )
+        with live:
+            kept = _train(model, config, step)
+            marks["end"] = live.mark()
+            del kept
+        new = 0 if step.accumulate else sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        marks["gradients"] = new, new
+    return marks
+
+
+def _as_fsdp_casts(model: NucleusTransformer, dtype: torch.dtype) -> None:
+    """Weights as `model.train.parallelize` gathers them: in `dtype`, routers in fp32."""
+    routers = [block.img_mlp.gate for block in model.transformer_blocks if block.moe_enabled]
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            # A new parameter: `Module.to` cannot change fake ones in place.
+            cast = parameter.detach().to(torch.float32 if module in routers else dtype)
+            setattr(module, name, nn.Parameter(cast, requires_grad=parameter.requires_grad))
+
+
+def _train(model: NucleusTransformer, config: TransformerConfig, step: Step) -> Any:
+    """What `NucleusTrainer.forward_backward_step` computes, on made-up data. Returns what it holds until it ends."""
+    B, S, T, patch = step.batch, step.tokens, step.text_tokens, config.patch_size
+    rows = math.isqrt(S)
+    while S % rows:
+        rows -= 1
+    columns = S // rows
+    channels = config.in_channels // patch**2
+    latents, noise = (torch.zeros(B, channels, rows * patch, columns * patch) for _ in range(2))
+    clean_BSC, noise_BSC = flow.pack_latents(latents, patch), flow.pack_latents(noise, patch)
+    text, t_B = torch.zeros(B, T, config.joint_attention_dim), torch.zeros(B)
+    mask = torch.ones(B, T, dtype=torch.bool) if step.masked else None
+    noisy_BSC = flow.interpolate(clean_BSC, noise_BSC, t_B)
+    trace = RouterTrace()
+    cast = step.dtype if step.sharded else torch.float32
+    autocast = torch.autocast("cpu", step.dtype) if step.dtype != cast else contextlib.nullcontext()
+    with autocast:
+        velocity_BSC = model(
+            noisy_BSC.to(cast), (1, rows, columns), text.to(cast), mask, t_B.to(cast), collect=trace
+        )
+    velocity_BSC = velocity_BSC.float()
+    total, loss_B = losses.flow_matching_loss(velocity_BSC, flow.velocity_target(clean_BSC, noise_BSC))
+    if step.losses.router_z_loss:
+        total = total + step.losses.router_z_loss * losses.router_z_loss(trace.logits())
+    if step.losses.load_balance:
+        total = total + step.losses.load_balance * losses.load_balance_loss(trace.routings())
+    if step.losses.wavelet:
+        predicted_BSC = flow.predict_clean(noisy_BSC, velocity_BSC, t_B)
+        total = total + step.losses.wavelet * losses.wavelet_loss(
+            flow.unpack_latents(predicted_BSC, rows, columns, patch),
+            flow.unpack_latents(clean_BSC, rows, columns, patch),
+        )
+    total.backward()
+    return trace, velocity_BSC, loss_B
+
+
+@functools.lru_cache(maxsize=64)
+def muon_workspace(config: TransformerConfig, ns_steps: int, device: str) -> int:
+    """Bytes that `Muon.step` of the whole model takes in passing: on "cpu", in fp32, or on "meta" as on an accelerator,
+    in bf16."""
+    with FakeTensorMode() if device == "cpu" else contextlib.nullcontext():
+        with torch.device(device):
+            parameters = [p for _, p in parameter_groups(NucleusTransformer(config))["muon"]]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        muon = Muon([{"params": parameters}], ns_steps=ns_steps)  # as NucleusOptimizers makes it
+        for parameter in parameters:
+            muon.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        known = [t for p in parameters for t in (p, p.grad, muon.state[p]["momentum_buffer"])]
+        with LiveBytes(known) as live:
+            muon.step()
+            return live.mark()[1]
