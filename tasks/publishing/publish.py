@@ -171,7 +171,7 @@ dtype = torch.bfloat16 if device == "cuda" else torch.float32
 pipe = DiffusionPipeline.from_pretrained(directory, torch_dtype=dtype, local_files_only=True).to(device)
 pipe.set_progress_bar_config(disable=True)
 def draw():
-    noise = torch.Generator().manual_seed(0)
+    noise = torch.manual_seed(0)  # the global state: a stochastic scheduler draws from it, whatever the pipeline is given
     return pipe("a photo of a red circle", height=height, width=width, num_inference_steps=2, generator=noise, output_type="np").images[0]
 plain = draw()
 pipe.transformer.enable_cache(TextKVCacheConfig())

@@ -18,9 +18,9 @@ from model.latents import LatentDataset
 from tasks.curation.shards import Record, ShardWriter
 from tasks.encoding import chat, curated
 from tasks.encoding.buckets import Bucket
-from tasks.encoding.config import EncodingConfig
+from tasks.encoding.config import EncodingConfig, TinyVAEConfig
 from tasks.encoding.encode import encode_stage
-from tasks.encoding.tiny_vae import to_tensor
+from tasks.encoding.tiny_vae import build_vae, to_tensor
 
 STAGE = SimpleNamespace(image_size_px=64, aspect_ratios=("1:1", "4:3"))
 
@@ -57,6 +57,17 @@ def test_latents_are_the_posteriors_mean_normalised_as_the_pipeline_undoes_it(cu
             want = vae.encode(to_tensor(by_id[record_id][None])[:, :, None]).latent_dist.mode()[0, :, 0]
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
         torch.testing.assert_close(dataset.latents([row])[0] * std + mean, want, rtol=1e-3, atol=1e-4)
+
+
+def test_latents_have_the_vaes_channels(curated_dir, components, latents, tmp_path):
+    for part in ("text_encoder", "processor"):
+        (tmp_path / part).symlink_to(components[0] / part)
+    build_vae(TinyVAEConfig(z_dim=8), seed=0).save_pretrained(tmp_path / "vae")
+    out = tmp_path / "latents"
+    out.mkdir()
+    encode_stage(curated_dir, tmp_path, STAGE, EncodingConfig(dtype="float32"), out, text_from=latents[0])
+    dataset = LatentDataset(out)
+    assert dataset.meta.latent_channels == 8 and dataset.latents([0]).shape[1] == 8
 
 
 def test_every_caption_of_an_image_finds_its_own_embedding(curated_dir, components, latents):

@@ -185,6 +185,14 @@ def test_it_loads_and_draws_in_a_fresh_process_and_the_text_cache_changes_no_pix
         assert report["cache_max_difference"] == 0.0
 
 
+def test_a_stochastic_pipeline_is_checked_with_the_same_noise_each_time(parts, recipe, tmp_path):
+    scheduler = {"shift": 3.0, "stochastic_sampling": True}
+    changed = {**recipe, "eval": {**recipe["eval"], "scheduler": scheduler}}
+    publish.publish(parts / "merged", parts / "components", None, changed, tmp_path)
+    assert scheduler.items() <= json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text()).items()
+    assert publish.check_pipeline(tmp_path, height_px=32, width_px=32)["cache_max_difference"] == 0
+
+
 def test_a_pipeline_that_does_not_load_is_one_error_with_the_reason(published, tmp_path):
     broken = shutil.copytree(published, tmp_path / "broken")
     weights = broken / "vae/diffusion_pytorch_model.safetensors"
