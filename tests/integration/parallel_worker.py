@@ -1,0 +1,122 @@
+"""Trains one tiny stage in many layouts: `python parallel_worker.py FOLDER`. Imports once, then forks each job's ranks.
+
+    FOLDER/latents
+    FOLDER/JOB/work/, FOLDER/JOB/out/       of model.train.run.train_stage
+    FOLDER/JOB/sample-{rank}.pt             what every rank sampled with its (sharded) model after the last step
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from model.sampler import sample_latents
+from model.train.run import train_stage
+from model.transformer import RouterTrace
+from train_helpers import TEXT_DIM, train_config, transformer_config, write_latents
+
+STEPS = 4
+# Uneven on purpose: 66 rows of the shared experts' first matrix do not divide by 4.
+MODEL = {"moe_intermediate_dim": 33}
+# Fewer experts than ranks: FSDP then cuts each expert's matrices.
+FEW_EXPERTS = {"num_experts": 2, "moe_intermediate_dim": 32}
+EP2_FSDP2 = {"expert_parallel": 2}
+
+# name: (ranks, changes of the train section, changes of the model, the job whose step 2 it resumes from)
+JOBS = {
+    "one": (1, {}, MODEL, None),
+    "replicas2": (2, {"data_parallel_replicate": 2}, MODEL, None),
+    "fsdp2": (2, {}, MODEL, None),
+    "ep2": (2, {"expert_parallel": 2}, MODEL, None),
+    "fsdp4": (4, {}, MODEL, None),
+    "hsdp2x2": (4, {"data_parallel_replicate": 2}, MODEL, None),
+    "ep2_fsdp2": (4, EP2_FSDP2, MODEL, None),
+    "ep2_replicas2_accumulated": (
+        4, {"expert_parallel": 2, "data_parallel_replicate": 2, "local_batch_size": 1}, MODEL, None
+    ),
+    "fsdp2_accumulated": (2, {"local_batch_size": 2, "activation_checkpointing": "full"}, MODEL, None),
+    "from_one_to_ep2_fsdp2": (4, EP2_FSDP2, MODEL, "one"),
+    "from_ep2_to_one": (1, {}, MODEL, "ep2"),
+    "from_ep2_fsdp2_to_hsdp2x2": (4, {"data_parallel_replicate": 2}, MODEL, "ep2_fsdp2"),
+    "few_one": (1, {}, FEW_EXPERTS, None),
+    "few_fsdp4": (4, {}, FEW_EXPERTS, None),
+    "few_ep2_fsdp2": (4, EP2_FSDP2, FEW_EXPERTS, None),
+    "bf16_one": (1, {"dtype": "bfloat16"}, MODEL, None),
+    "bf16_ep2_fsdp2": (
+        4, {"dtype": "bfloat16", "activation_checkpointing": "selective", **EP2_FSDP2}, MODEL, None
+    ),
+}  # fmt: skip
+
+
+def sample(model: torch.nn.Module, path: Path) -> None:
+    """Two steps of sampling, with text keys and values computed apart from the forward, and what the router gave."""
+    generator = torch.Generator().manual_seed(0)
+    text, noise = torch.randn(1, 8, TEXT_DIM, generator=generator), torch.randn(1, 16, 64, generator=generator)
+    latents = sample_latents(model, text, None, None, None, noise, (1, 4, 4), 2, 1.0)
+    trace = RouterTrace()
+    model(noise, (1, 4, 4), text, None, torch.tensor([0.5]), collect=trace)
+    torch.save({"latents": latents, "logits": trace.logits()[0]}, path)
+
+
+def train(folder: Path, name: str, rank: int) -> None:
+    ranks, train_changes, model_changes, resumed = JOBS[name]
+    job = folder / name
+    dist.init_process_group("gloo", store=dist.FileStore(str(job / "store"), ranks), rank=rank, world_size=ranks)
+    config = train_config(
+        steps=STEPS,
+        log_every_steps=1,
+        checkpoint_every_steps=2,
+        sample_every_steps=STEPS,
+        optim={"muon_lr": 0.01, "adamw_lr": 0.01, "warmup_steps": 3, "max_grad_norm": 0.05},
+        **train_changes,
+    )
+    train_stage(
+        folder / "latents",
+        transformer_config(**model_changes),
+        config,
+        0,
+        None,
+        job / "work",
+        job / "out",
+        lambda model, step, path: sample(model, job / f"sample-{rank}.pt"),
+    )
+    dist.destroy_process_group()
+
+
+def run(folder: Path, name: str) -> None:
+    ranks, _, _, resumed = JOBS[name]
+    job = folder / name
+    (job / "out").mkdir(parents=True)
+    if resumed:
+        # As a run that was killed after step 2 leaves it.
+        shutil.copytree(folder / resumed / "work", job / "work")
+        for lost in (f"checkpoints/step-{STEPS}", f"weights/step-{STEPS:08d}"):
+            shutil.rmtree(job / "work" / lost)
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            try:
+                train(folder, name, rank)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    codes = [os.waitpid(child, 0)[1] for child in children]
+    if any(codes):
+        sys.exit(f"{name}: ranks ended with {codes}")
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    write_latents(root / "latents")
+    for job_name in sys.argv[2:] or JOBS:
+        run(root, job_name)
