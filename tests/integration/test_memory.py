@@ -1,0 +1,32 @@
+"""The planner's memory against what the trainer's steps allocate."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import memory  # noqa: E402
+
+CASES = {case.name: case for case in memory.CASES}
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp32_full", "bf16_selective", "accumulated", "few_tokens"])
+def test_the_plan_is_within_a_tenth_of_the_measured_peak(name):
+    """They differ in shape, type, checkpointing and number of micro-batches, and in the moment of the peak."""
+    compared = memory.compare(CASES[name])
+    for part, tolerance in (("weights", 0.0), ("gradients", 0.0), ("optimizer", 0.0)):
+        predicted, measured = compared[part]
+        assert predicted == pytest.approx(measured, rel=tolerance, abs=1), part
+    for part in ("activations", "passes", "optimiser step", "peak"):
+        predicted, measured = compared[part]
+        assert predicted == pytest.approx(measured, rel=0.1), (part, compared)
+
+
+@pytest.mark.slow
+def test_it_holds_for_sharded_weights_and_spread_experts():
+    compared = memory.compare(CASES["experts_bf16"])
+    predicted, measured = compared["peak"]
+    assert predicted == pytest.approx(measured, rel=0.1), compared
