@@ -9,9 +9,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.distributed.tensor import distribute_tensor
 
-from model.moe import MoE, Routing
+from model.moe import MoE, Routing, held
 
 
 def flow_matching_loss(prediction: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,9 +68,7 @@ def apply_router_orthogonality(model: nn.Module, strength: float) -> float:
     penalties = []
     for module in model.modules():
         if isinstance(module, MoE):
-            parameter = module.gate.weight
-            sharded = hasattr(parameter, "full_tensor")
-            weight = parameter.full_tensor() if sharded else parameter
+            weight = held(module.gate.weight)
             norms = weight.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
             rows = weight.float() / norms
             gram = rows @ rows.mT
@@ -80,10 +77,7 @@ def apply_router_orthogonality(model: nn.Module, strength: float) -> float:
             pull = gram @ rows * 2
             # d/dw of the cosine keeps only what is at right angles to the row itself.
             pull = (pull - (pull * rows).sum(-1, keepdim=True) * rows) / norms
-            change = (strength * pull).to(weight.dtype)
-            if sharded:
-                change = distribute_tensor(change, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.sub_(change)
+            weight.sub_((strength * pull).to(weight.dtype))
     return sum(penalties) / len(penalties) if penalties else 0.0
 
 

@@ -79,7 +79,7 @@ class Router(nn.Linear):
     """
 
     def forward(self, seen_BSD: torch.Tensor, timestep_BD: torch.Tensor) -> torch.Tensor:
-        weight_time, weight_token = self.weight.split(seen_BSD.shape[-1], dim=1)
+        weight_time, weight_token = held(self.weight).split(seen_BSD.shape[-1], dim=1)
         device = seen_BSD.device.type
         with contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
             from_time_B1E = F.linear(timestep_BD.to(self.weight.dtype), weight_time).unsqueeze(1)
@@ -96,11 +96,11 @@ class Experts(nn.Module):
 
     def forward(self, x_END: torch.Tensor) -> torch.Tensor:
         """Rows of expert e at index e: [E, rows, D] -> [E, rows, D]; of the experts here, where ranks share them."""
-        gate_up, down = _held(self.gate_up_proj), _held(self.down_proj)
+        gate_up, down = held(self.gate_up_proj), held(self.down_proj)
         return torch.bmm(swiglu(torch.bmm(x_END, gate_up), gate_first=True), down)
 
 
-def _held(weight: torch.Tensor) -> torch.Tensor:
+def held(weight: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a distributed tensor; a plain one as it is."""
     return weight.to_local() if hasattr(weight, "to_local") else weight
 

@@ -2,23 +2,25 @@
 
     experts over `ep`  ->  activation checkpointing  ->  torch.compile per block  ->  FSDP2 units
 
-Units of FSDP: the experts of each block, the rest of each block, and what lies outside of the blocks. Experts are
-sharded over `efsdp`, which is what `ep` leaves of the shard ranks, everything else over all of them; both are
-replicated over `dp_replicate` (HSDP). In mixed precision the router is a unit of its own, which stays in fp32.
+Units of FSDP: each block, and what lies outside of the blocks. Experts are sharded over `efsdp`, which is what `ep`
+leaves of the shard ranks, everything else over all of them; both are replicated over `dp_replicate` (HSDP). Routers are
+left out: they are small, stay in fp32, and lie whole on every rank. There is no unit within a block: its hooks would run
+in what activation checkpointing repeats, and selective checkpointing counts operations.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import DataParallelMeshInfo, ShardPlacementResult
+from torch.distributed.fsdp._fully_shard._fsdp_init import _get_mesh_info
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 
@@ -57,17 +59,20 @@ def parallelize(
 def _shard(model: torch.nn.Module, dims: ParallelDims, dtype: torch.dtype) -> None:
     replicas = ["dp_replicate"] if dims.dp_replicate_enabled else []
     mesh = dims.get_mesh([*replicas, "fsdp"])
-    expert_mesh = dims.get_mesh([*replicas, "efsdp"]) if dims.ep_enabled else mesh
+    dense = _get_mesh_info(mesh, None)
+    sparse = _get_mesh_info(dims.get_mesh([*replicas, "efsdp"]), None) if dims.ep_enabled else dense
+    routers = [block.img_mlp.gate for block in model.transformer_blocks.children() if block.moe_enabled]
+    for router in routers:
+        whole = [Replicate()] * mesh.ndim
+        router.weight = torch.nn.Parameter(distribute_tensor(router.weight, mesh, whole, src_data_rank=None))
     # Inputs are cast once, at the root: RoPE tables stay in fp32 inside.
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    inside = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    left_out = {router.weight for router in routers}
     for block in model.transformer_blocks.children():
-        if block.moe_enabled:
-            _shard_expert_weights(block.img_mlp.experts, expert_mesh, policy)
-            if dtype != torch.float32:
-                full = MixedPrecisionPolicy(param_dtype=torch.float32, cast_forward_inputs=False)
-                fully_shard(block.img_mlp.gate, mesh=mesh, mp_policy=full)
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+        placement = _expert_placement(block.img_mlp.experts, dense, sparse) if block.moe_enabled else None
+        fully_shard(block, mesh=mesh, mp_policy=inside, shard_placement_fn=placement, ignored_params=left_out)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=left_out)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Ranks divide their losses by the global batch, so gradients add up. Plain sums also on gloo, which
@@ -76,19 +81,28 @@ def _shard(model: torch.nn.Module, dims: ParallelDims, dtype: torch.dtype) -> No
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _shard_expert_weights(experts: torch.nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
-    """Whole experts on each rank, where their number allows it: Muon then needs no communication for them."""
-    ranks = mesh.size(-1)
-    held = experts.gate_up_proj.shape[0]
-    if isinstance(experts.gate_up_proj, DTensor):
-        held = experts.gate_up_proj.to_local().shape[0]
-    placement = Shard(0 if held % ranks == 0 else 1)
-    fully_shard(experts, mesh=mesh, mp_policy=policy, shard_placement_fn=lambda parameter: placement)
+def _expert_placement(
+    experts: torch.nn.Module, dense: DataParallelMeshInfo, sparse: DataParallelMeshInfo
+) -> Callable[[torch.nn.Parameter], ShardPlacementResult]:
+    """Where FSDP cuts each parameter of a block. Experts are cut into whole experts, where their number allows it:
+    Muon then needs no communication for them."""
+    own = set(experts.parameters())
+    weight = experts.gate_up_proj
+    held = (weight.to_local() if isinstance(weight, DTensor) else weight).shape[0]
+    by_expert = held % sparse.mesh.size(-1) == 0
+    cut = ShardPlacementResult(Shard(0 if by_expert else 1), sparse)
+    other = ShardPlacementResult(Shard(0), dense)
+    return lambda parameter: cut if parameter in own else other
+
+
+def lies_whole(parameter: torch.Tensor) -> bool:
+    """Whether every rank has all of it, so that its gradient is still to be added up over the ranks."""
+    return not isinstance(parameter, DTensor) or all(place.is_replicate() for place in parameter.placements)
 
 
 @contextlib.contextmanager
 def gathered(model: torch.nn.Module) -> Iterator[None]:
-    """Whole weights of everything but the experts, for what is called besides `forward`; nothing on a plain model."""
+    """Whole weights (of the experts here), for what is called besides `forward`; a plain model has them anyway."""
     units = [m for m in (model, *model.transformer_blocks.children()) if isinstance(m, FSDPModule)]
     for unit in units:
         unit.unshard()

@@ -26,7 +26,9 @@ from model.attention import use_attention
 from model.config import StageConfig, TrainConfig
 from model.kernels import use_kernels
 from model.latents import Batch
+from model.moe import held
 from model.train.guard import LossGuard
+from model.train.parallelize import lies_whole
 from model.train.preemption import Preempted, StopFlag, sigterm_sets
 from model.transformer import RouterTrace
 
@@ -166,7 +168,7 @@ class NucleusTrainer(Trainer):
             last = micro == self.gradient_accumulation_steps - 1
             loss += self.forward_backward_step(batch=next(data_iterator), keep_routing=logged and last)
         dims = self.parallel_dims
-        if dims.dp_replicate_enabled and not dims.dp_shard_enabled:  # FSDP adds them up by itself
+        if dims.dp_enabled:
             self._sum_gradients()
         grad_norm = dist_utils.clip_grad_norm_(
             list(self.model.parameters()), self.config.training.max_norm, foreach=True, ep_enabled=dims.ep_enabled
@@ -221,10 +223,13 @@ class NucleusTrainer(Trainer):
         )
 
     def _sum_gradients(self) -> None:
-        """Adds gradients up over replicas, in one message; each replica divided its loss by the global batch."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        """Adds up over the ranks, in one message, what FSDP does not: plain replicas' gradients, or the routers'. Each
+        rank divided its loss by the global batch."""
+        gradients = [held(p.grad) for p in self.model.parameters() if p.grad is not None and lies_whole(p)]
+        if not gradients:
+            return
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        torch.distributed.all_reduce(flat, group=self.parallel_dims.get_mesh("dp_replicate").get_group())
+        torch.distributed.all_reduce(flat, group=self.parallel_dims.get_mesh("loss").get_group())
         for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
             gradient.copy_(part.view_as(gradient))
 
