@@ -19,7 +19,7 @@ intersection over the mean union would be p / (2 - p): `jaccard_by_chance`. Of t
     expert_output_cosine   mean cosine over pairs of experts of their outputs for the same token, whichever took it:
                            1 where all compute the same
 
-The paper says what its figures 14 and 15 show and gives no formulas: these definitions are this project's own.
+These definitions are this project's own.
 
 Writes routing.json (means), maps.safetensors (`layer03/experts` [images, timesteps, rows, columns], `layer03/jaccard`
 and `layer03/distinct` [images, rows, columns]), image*.png (these maps) and stability.png.
