@@ -230,3 +230,14 @@ def test_an_ablation_computes_finite_outputs_and_gradients_for_all_that_it_has(r
     assert not statistics if routing == {"kind": "dense"} else 0 <= statistics["dropped"] < 1
     if routing == {"kind": "token_choice"}:
         assert statistics["dropped"] == 0 and statistics["experts_max"] == 2
+
+
+def test_the_planner_plans_a_dense_model_at_its_own_width_in_every_stage():
+    from model.plan import forward_flops
+    from tasks.recipe import load_recipe
+
+    sparse, dense = load_recipe("tiny").model, load_recipe("ablations/dense_ffn").model
+    of_sparse, of_dense = (forward_flops(model, 16, 16) for model in (sparse, dense))
+    assert of_dense["experts"] == of_dense["shared_expert"] == of_dense["router"] == 0
+    first_blocks = of_sparse["dense_ffn"]
+    assert of_dense["dense_ffn"] == first_blocks + of_sparse["experts"] + of_sparse["shared_expert"]
