@@ -136,3 +136,27 @@ def load_transformer(directory: str | Path, dtype: torch.dtype | None = None) ->
     check_state(model.config, shapes_of(weights.described))
     model.load_state_dict({name: weights.read(name).to(dtype) for name in weights.described}, assign=True)
     return model.eval()
+
+
+def released_weights(where: str, config: TransformerConfig) -> Path:
+    """The transformer directory that `train.init_from` names, from the Hub's cache where it is there.
+
+    Raises:
+        ValueError: no such directory, or a model of other keys than `config`. Capacity factors may differ: they are
+            the stage's, and no weight has their shape.
+    """
+    name, _, commit = where.partition("@")
+    directory = Path(where)
+    if commit:
+        from huggingface_hub import snapshot_download
+
+        organisation, repository, *subfolder = name.split("/")
+        inside = "/".join([*subfolder, "*"])
+        snapshot = snapshot_download(f"{organisation}/{repository}", revision=commit, allow_patterns=[inside])
+        directory = Path(snapshot, *subfolder)
+    stored, wanted = (x.model_dump(mode="json") for x in (read_config(directory), config))
+    differing = [key for key in wanted if key not in ("capacity_factors", "use_grouped_mm") and stored.get(key) != wanted[key]]
+    if differing:
+        told = ", ".join(f"{key} {stored.get(key)!r} there, {wanted[key]!r} here" for key in differing)
+        raise ValueError(f"train.init_from={where} is another model: {told}")
+    return directory

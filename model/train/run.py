@@ -36,8 +36,10 @@ import torch.distributed as dist
 from model import storage
 from model.checkpoints import finished_checkpoints, last_checkpoint
 from model.config import StageConfig, TrainConfig, TransformerConfig
+from model.export import released_weights
 from model.latents import LatentDataset
 from model.layout import LAYOUT_KEYS
+from model.load import load_weights
 from model.train.checkpoint import CHECKPOINTS, WEIGHTS, checkpoint_root
 from model.train.config import stage_transformer, trainer_config
 from model.train.metrics import METRICS, TENSORBOARD
@@ -64,7 +66,8 @@ def train_stage(
 
     Args:
         latents_dir: this stage's latents.
-        init_from: checkpoints of the stage before (its last is taken), or None to start from scratch.
+        init_from: checkpoints of the stage before (its last is taken), or None to start from train.init_from or from
+            scratch.
         work_dir: where the run lives; the same for every attempt at this stage. Not removed here.
         out_dir: an empty directory.
         sample_fn: called as `sample_fn(model, step, path)` every `sample_every_steps` steps and at the last, in
@@ -84,6 +87,7 @@ def train_stage(
     stage = train.stages[stage_index]
     _check_latents(latents_dir, transformer)
     init_checkpoint = last_checkpoint(init_from) if init_from is not None else None
+    released = released_weights(train.init_from, transformer) if train.init_from and init_from is None else None
     work_dir.mkdir(parents=True, exist_ok=True)
     root = checkpoint_root(train, work_dir)
     storage.check_writable_place(root)
@@ -107,6 +111,8 @@ def train_stage(
             sample_fn=sample_fn,
         )
         trainer = config.build()
+        if released is not None:
+            load_weights(trainer.model, released)  # a checkpoint to resume from comes after it, and wins
         try:
             resumed_from = trainer.train()
         finally:

@@ -90,7 +90,11 @@ def encode_stage(recipe: Recipe, index: int) -> EncodeStage:
 def train_stage(recipe: Recipe, index: int) -> TrainStage:
     """The stage's section; its seed differs from stage to stage, so that noise and order do too."""
     train = recipe.train.model_copy(
-        update={"stages": (recipe.train.stages[index],), "seed": recipe.train.seed + 1000 * index}
+        update={
+            "stages": (recipe.train.stages[index],),
+            "seed": recipe.train.seed + 1000 * index,
+            "init_from": None if index else recipe.train.init_from,
+        }
     )
     model = recipe.model.with_capacity_factors(recipe.train.stages[index].capacity_factors)
     return TrainStage(model=model, train=train)
