@@ -93,13 +93,19 @@ def test_the_index_names_the_released_classes(published):
     assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
 
 
-def test_the_scheduler_is_linear_from_one_to_one_over_steps(published):
+def test_the_schedule_is_the_released_line_moved_by_the_recipes_shift(published, recipe):
     import numpy as np
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(published / "scheduler")
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.1, 10), mu=0.7)
-    assert np.allclose(scheduler.sigmas.numpy(), [*np.linspace(1.0, 0.1, 10), 0.0], atol=1e-6)
+    line = np.linspace(1.0, 0.1, 10)
+    shift = recipe["eval"]["scheduler"]["shift"]
+    released = FlowMatchEulerDiscreteScheduler.from_config(publish.SCHEDULER)
+    for scheduler, expected in (
+        (released, line),
+        (FlowMatchEulerDiscreteScheduler.from_pretrained(published / "scheduler"), shift * line / (1 + (shift - 1) * line)),
+    ):
+        scheduler.set_timesteps(sigmas=line, mu=0.7)
+        assert np.allclose(scheduler.sigmas.numpy(), [*expected, 0.0], atol=1e-6)
 
 
 def test_the_sums_cover_every_file_and_sha256sum_agrees(published):
