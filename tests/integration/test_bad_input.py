@@ -38,7 +38,7 @@ def test_a_wrong_recipe_is_refused_before_any_work(new_home, override, told):
 
 
 def test_an_unknown_recipe_is_told_which_there_are(new_home):
-    assert "neither one of nucleus_17b, smoke, tiny nor a file" in _message(new_home.run("--recipe", "tinny"))
+    assert "ablations/token_choice, nucleus_17b, smoke, tiny nor a file" in _message(new_home.run("--recipe", "tinny"))
 
 
 def test_overrides_given_twice_are_refused_not_dropped(new_home):
