@@ -255,10 +255,11 @@ def muon_workspace(config: TransformerConfig, ns_steps: int, device: str) -> int
     in bf16."""
     with FakeTensorMode() if device == "cpu" else contextlib.nullcontext():
         with torch.device(device):
-            parameters = [p for _, p in parameter_groups(NucleusTransformer(config))["muon"]]
+            named = parameter_groups(NucleusTransformer(config))["muon"]
+        parameters = [p for _, p in named]
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-        muon = Muon([{"params": parameters}], ns_steps=ns_steps)  # as NucleusOptimizers makes it
+        muon = Muon(named, ns_steps=ns_steps)
         for parameter in parameters:
             muon.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         known = [t for p in parameters for t in (p, p.grad, muon.state[p]["momentum_buffer"])]

@@ -110,8 +110,9 @@ class Muon(torch.optim.Optimizer):
     """Muon for matrices [m, n] and stacks of expert matrices [E, m, n].
 
     Each expert's matrix is orthogonalised by itself, and so are the two that lie packed in one parameter (gate
-    and up, of `gate_up_proj` and `net.0.proj`), when parameters come with names. Same-shaped matrices of the
-    whole group go through one batched Newton-Schulz: many small products cost more than a few large ones.
+    and up, of `gate_up_proj` and `net.0.proj`), when parameters come with names: as (name, parameter), or in a
+    group with `param_names`. Same-shaped matrices of the whole group go through one batched Newton-Schulz: many small
+    products cost more than a few large ones.
 
     The update is scaled by max(1, out / in) ** 0.5, where a matrix maps `in` to `out` features: an update's
     effect on activations then does not depend on the width (K. Jordan's Muon), and learning rates of the order
@@ -137,9 +138,8 @@ class Muon(torch.optim.Optimizer):
             lr=lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, weight_decay=weight_decay, scale=scale
         )
         params = list(params)
-        named = [entry for group in params if isinstance(group, dict) for entry in group["params"]] or params
         # Kept here and not in `param_groups`, whose every value a checkpoint repeats for each parameter.
-        self._names = {entry[1]: entry[0] for entry in named if isinstance(entry, tuple)}
+        self._names = dict(pair for entry in params for pair in _names(entry))
         super().__init__([_without_names(entry) for entry in params], defaults)
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -214,6 +214,15 @@ def add_orthogonal(matrices: list[Matrices], steps: int) -> None:
         orthogonal = newton_schulz(torch.cat(wide), steps).split([part.shape[0] for part in wide])
         for entry, turn, update in zip(bucket, tall, orthogonal):
             entry.goal.add_(update.mT if turn else update, alpha=entry.rate)
+
+
+def _names(entry) -> list[tuple[torch.Tensor, str]]:
+    """(parameter, name) of an entry of an optimiser's `params`: a group, a (name, parameter) or a parameter."""
+    if isinstance(entry, dict):
+        if "param_names" in entry:
+            return list(zip(entry["params"], entry["param_names"], strict=True))
+        return [pair for item in entry["params"] for pair in _names(item)]
+    return [(entry[1], entry[0])] if isinstance(entry, tuple) else []
 
 
 def _without_names(entry):
