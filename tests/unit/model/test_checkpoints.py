@@ -8,11 +8,11 @@ import pickle
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from moto.server import ThreadedMotoServer
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 
 from model import storage
 from model.checkpoints import CheckpointReader, finished_checkpoints, last_checkpoint, load
+from object_store import s3_server
 
 STATE = {"weight": torch.arange(6.0).view(2, 3), "state": {"step": 7, "half": torch.ones(4, dtype=torch.bfloat16)}}
 
@@ -20,18 +20,14 @@ STATE = {"weight": torch.arange(6.0).view(2, 3), "state": {"step": 7, "half": to
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory):
     """A bucket of a server of S3's protocol on this machine."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, s3_server() as endpoint:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             patch.setenv(name, "testing")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        server = ThreadedMotoServer(port=0, verbose=False)
-        server.start()
-        host, port = server.get_host_and_port()
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ENDPOINT_URL", endpoint)
         fs, _ = storage.filesystem("s3://checkpoints")
         fs.mkdir("checkpoints")
         yield "s3://checkpoints"
-        server.stop()
 
 
 @pytest.fixture(params=["local", "s3"])
