@@ -13,7 +13,7 @@ from typing import NamedTuple, Union
 
 from flytekit import workflow
 
-import workflows.reproduce  # noqa: F401  (it refuses --overrides given twice)
+import workflows.command_line  # noqa: F401  (it makes --overrides repeatable)
 from tasks.artifacts import MergedDir, ScorecardDir
 from tasks.planning.task import resolve_recipe
 from workflows.curate import curate
@@ -34,7 +34,7 @@ def ablate(recipe: str, overrides: Union[list[str], str] = [], source: str = "")
 
     Args:
         recipe: name of a recipe in recipes/, such as ablations/token_choice, or the path of a YAML file.
-        overrides: a change such as train.stages[0].steps=200, or a JSON list of them.
+        overrides: a change such as train.stages[0].steps=200, or a JSON list of them. May be given several times.
         source: your own images instead of the recipe's, as for `reproduce`.
     """
     sections = resolve_recipe(recipe=recipe, overrides=overrides, source=source, publishes=False)

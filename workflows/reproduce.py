@@ -9,12 +9,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import NamedTuple, Union
 
-import rich_click as click
 from flytekit import workflow
 
+import workflows.command_line  # noqa: F401  (it makes --overrides repeatable)
 from tasks.artifacts import CuratedDir, MergedDir, PipelineDir, ScorecardDir
 from tasks.planning.task import resolve_recipe
 from tasks.publishing.task import publish_pipeline, show_results
@@ -32,11 +31,6 @@ class Reproduction(NamedTuple):
     curated: CuratedDir
 
 
-# pyflyte would take the last one and drop the others.
-if sum(word.partition("=")[0] == "--overrides" for word in sys.argv) > 1:
-    raise click.UsageError("give --overrides once; several changes go into a list: --overrides '[\"a.b=1\", \"c.d=2\"]'")
-
-
 @workflow
 def reproduce(
     recipe: str = "tiny", overrides: Union[list[str], str] = [], source: str = ""
@@ -45,7 +39,7 @@ def reproduce(
 
     Args:
         recipe: name of a recipe in recipes/, or the path of a YAML file.
-        overrides: a change such as train.stages[0].steps=200, or a JSON list of them.
+        overrides: a change such as train.stages[0].steps=200, or a JSON list of them. May be given several times.
         source: your own images instead of the recipe's: a folder (or s3:// URI) of images with captions, tars or
             Parquet files.
     """

@@ -41,9 +41,10 @@ def test_an_unknown_recipe_is_told_which_there_are(new_home):
     assert "ablations/token_choice, nucleus_17b, smoke, tiny nor a file" in _message(new_home.run("--recipe", "tinny"))
 
 
-def test_overrides_given_twice_are_refused_not_dropped(new_home):
-    done = new_home.run("--overrides", "train.seed=1", "--overrides", "train.seed=2")
-    assert "give --overrides once" in _message(done)
+def test_overrides_given_twice_are_both_read(new_home):
+    done = new_home.run("--recipe", "smoke", "--overrides", "train.seed=fast", "--overrides", "merge.last_n=many")
+    message = _message(done)
+    assert "train.seed" in message and "merge.last_n" in message
 
 
 def test_an_empty_source_and_a_folder_of_texts_and_a_missing_one_are_told_apart(new_home, tmp_path):
