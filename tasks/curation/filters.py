@@ -21,7 +21,9 @@ from tasks.curation.config import FilterConfig
 
 # Raster formats that Pillow reads by itself (EPS, for one, would start Ghostscript). MPO comes in with JPEG.
 DECODABLE = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-RGB_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "La", "RGBa")  # I;16, I, F clip
+RGB_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "La", "RGBa")  # I and F clip
+GRAY16_MODES = ("I;16", "I;16L", "I;16B", "I;16N")  # by byte order
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 ANALYSIS_PX = 256  # longer side of what the statistics look at
 NEAR_COLOR = 10  # of 255, per channel: one colour to the eye, through JPEG and faint noise
 BAR_NOISE = 20  # of 255: JPEG rings on both sides of a bar's edge
@@ -38,7 +40,10 @@ class TooManyPixelsError(ValueError):
 
 @dataclass(frozen=True)
 class Header:
-    """What the header says; nothing is decoded. Width and height in px, after the EXIF orientation."""
+    """What the header says; nothing is decoded. Width and height in px, after the EXIF orientation.
+
+    `mode` is Pillow's, with L for 16-bit greyscale: deep pictures in colour count as RGB, too.
+    """
 
     format: str
     mode: str
@@ -85,7 +90,8 @@ def _open(data: bytes) -> tuple[Image.Image, Header]:
     # Phones write a second picture behind the first (MPO); the first is a plain JPEG.
     kind = "JPEG" if image.format == "MPO" else str(image.format)
     animated = kind != "JPEG" and bool(getattr(image, "is_animated", False))
-    return image, Header(kind, image.mode, width, height, orientation, animated)
+    mode = "L" if _is_gray16(image) else image.mode
+    return image, Header(kind, mode, width, height, orientation, animated)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -94,6 +100,27 @@ def _orientation(image: Image.Image) -> int:
     except Exception:  # broken EXIF does not make a broken image
         return 1
     return value if value in range(1, 9) else 1
+
+
+def _is_gray16(image: Image.Image) -> bool:
+    return image.mode in GRAY16_MODES or (image.format == "PPM" and image.mode == "I")  # PGM: scaled to 65535
+
+
+def _gray8(image: Image.Image) -> Image.Image:
+    """A 16-bit greyscale image with its whole range (TIFF's 12 bits: theirs) on 0 to 255; Pillow itself would clip.
+
+    Returns:
+        mode L, or LA where a PNG names a level that is transparent.
+    """
+    values, levels = np.asarray(image).astype(np.uint32), 2**16 - 1
+    if image.format == "TIFF":
+        levels = 2 ** image.tag_v2[BITS_PER_SAMPLE][0] - 1
+        if image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+            values = levels - values
+    gray = Image.fromarray(((values * 255 + levels // 2) // levels).astype(np.uint8))
+    if "transparency" not in image.info:
+        return gray
+    return Image.merge("LA", (gray, Image.fromarray(np.uint8(255) * (values != image.info["transparency"]))))
 
 
 def _plain(error: Exception) -> str:
@@ -145,6 +172,8 @@ def _decode(data: bytes, image: Image.Image, header: Header, max_pixels: int) ->
     try:
         image.load()
         orientation = _orientation(image)
+        if _is_gray16(image):
+            image = _gray8(image)
         if image.has_transparency_data:
             over = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)

@@ -132,9 +132,37 @@ def test_half_transparent_pixels_are_mixed_with_white():
     assert abs(int(np.asarray(filters.decode(data, 10**6))[0, 0, 0]) - 127) <= 1
 
 
-def test_sixteen_bit_grayscale_is_refused_rather_than_clipped():
-    data = to_bytes(Image.fromarray(np.full((40, 40), 40_000, np.uint16)))
-    with pytest.raises(filters.UndecodableError, match="mode I;16"):
+RAMP16 = np.linspace(0, 65535, 40 * 40).round().astype(np.uint16).reshape(40, 40)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "JPEG2000"])
+def test_sixteen_bit_grayscale_is_scaled_to_eight_and_goes_on(kind):
+    data = to_bytes(Image.fromarray(RAMP16), kind)
+    assert filters.inspect(data).mode == "L"
+    pixels = np.asarray(filters.decode(data, 10**6))
+    assert np.array_equal(pixels, np.repeat(np.rint(RAMP16 / 257)[..., None], 3, axis=2))
+    every_format = CONFIG.filters.model_copy(update={"formats": filters.DECODABLE})
+    assert verdict(data, CONFIG.model_copy(update={"filters": every_format}))[0] == ""
+
+
+def test_a_big_endian_and_an_inverted_tiff_of_sixteen_bits_have_the_right_levels():
+    want = np.rint(RAMP16 / 257)
+    swapped = to_bytes(Image.fromarray(RAMP16.astype(">u2")), "TIFF")
+    assert np.array_equal(np.asarray(filters.decode(swapped, 10**6))[..., 0], want)
+    inverted = to_bytes(Image.fromarray(RAMP16), "TIFF", tiffinfo={filters.PHOTOMETRIC: filters.WHITE_IS_ZERO})
+    assert np.array_equal(np.asarray(filters.decode(inverted, 10**6))[..., 0], 255 - want)
+
+
+def test_a_transparent_level_of_sixteen_bits_is_laid_over_white():
+    values = np.full((40, 40), 300, np.uint16)
+    values[:, 20:] = 301  # the same 8 bits
+    pixels = np.asarray(filters.decode(to_bytes(Image.fromarray(values), transparency=300), 10**6))
+    assert (pixels[:, :20] == 255).all() and (pixels[:, 20:] == 1).all()
+
+
+def test_pixels_without_a_known_range_are_refused_rather_than_clipped():
+    data = to_bytes(Image.fromarray(np.full((40, 40), 40_000, np.int32)), "TIFF")
+    with pytest.raises(filters.UndecodableError, match="mode I "):
         filters.decode(data, 10**6)
 
 
