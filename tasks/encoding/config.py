@@ -31,6 +31,7 @@ class TinyVAEConfig(Section):
     max_images: Positive = 8192  # decoded and held in memory for training
     muon_lr: Annotated[float, Field(gt=0)] = 1e-2  # kernels of the inner layers
     lr: Annotated[float, Field(gt=0)] = 2e-3  # AdamW: every other parameter
+    latent_std: Annotated[float, Field(gt=0)] = 1.0  # of normalised latents, beside noise of deviation 1
     kl_weight: Annotated[float, Field(ge=0)] = 1e-3  # on nats per latent number, beside MSE over pixels in [-1, 1]
 
     @model_validator(mode="after")

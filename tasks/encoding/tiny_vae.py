@@ -134,7 +134,8 @@ def _batch(images: dict[Bucket, np.ndarray], config: TinyVAEConfig, rng: np.rand
 
 
 def _store_statistics(codec: "FrameCodec", images: dict[Bucket, np.ndarray], config: TinyVAEConfig) -> None:
-    """Mean and deviation of each latent channel over whole images, into the VAE's configuration.
+    """Mean and deviation of each latent channel over whole images, into the VAE's configuration: latents normalised by
+    them have mean 0 and deviation `latent_std`.
 
     The deviation counts the posterior's own variance: a channel that says nothing (its means hardly vary) stays
     small after normalisation instead of being blown up to unit variance.
@@ -150,7 +151,7 @@ def _store_statistics(codec: "FrameCodec", images: dict[Bucket, np.ndarray], con
                 squares += (mean.square() + logvar.exp()).sum((0, 2, 3))
                 count += mean.numel() // config.z_dim
     center = sums / count
-    deviation = (squares / count - center.square()).sqrt()
+    deviation = (squares / count - center.square()).sqrt() / config.latent_std
     codec.vae.register_to_config(latents_mean=center.tolist(), latents_std=deviation.tolist())
 
 
