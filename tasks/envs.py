@@ -33,6 +33,9 @@ CACHE_VERSIONS = {
 # NUCLEUS_TRAIN_NNODES x NUCLEUS_TRAIN_NPROC processes. Unset means one plain process.
 TRAIN_NNODES = int(os.environ.get("NUCLEUS_TRAIN_NNODES", "1"))
 TRAIN_NPROC = int(os.environ.get("NUCLEUS_TRAIN_NPROC", "1"))
+# After SIGTERM to a node's pod: for the step under way and its checkpoint, before the workers are killed.
+TRAIN_GRACE_S = int(os.environ.get("NUCLEUS_TRAIN_GRACE_S", "300"))
+REPORT_S = 30  # from there to the pod's end: the agent writes the error that Flyte retries
 
 
 def image(role: str) -> str:
@@ -72,7 +75,12 @@ def gpu_single(role: str) -> dict[str, Any]:
 
 
 def trainer() -> dict[str, Any]:
-    """Options of a training task: a plain pod for one process, a PyTorchJob for more."""
+    """Options of a training task: a plain pod for one process, a PyTorchJob for more.
+
+    Grace after SIGTERM: of several processes, NUCLEUS_TRAIN_GRACE_S (when registering; 300 s) and the pod's
+    terminationGracePeriodSeconds somewhat more; of one process, the cluster's (30 s by default). A cloud may give a
+    node that it takes back less than either.
+    """
     gpus = _gpus(TRAIN_NPROC)
     options = {"container_image": image("trainer"), "retries": 10, "interruptible": True}
     options |= _sized("96" if gpus else "2", 1024 if gpus else 8, gpu=gpus)
@@ -80,10 +88,22 @@ def trainer() -> dict[str, Any]:
         options["accelerator"] = H100
     if TRAIN_NNODES * TRAIN_NPROC > 1:
         # Imports torch: only registrations that ask for several processes pay for it.
-        from flytekitplugins.kfpytorch import Elastic
+        from flytekit import PodTemplate
+        from kubernetes.client import V1PodSpec
 
-        options["task_config"] = Elastic(nnodes=TRAIN_NNODES, nproc_per_node=TRAIN_NPROC, max_restarts=0)
+        from tasks.training.elastic import PreemptibleElastic
+
+        options["task_config"] = PreemptibleElastic(nnodes=TRAIN_NNODES, nproc_per_node=TRAIN_NPROC, max_restarts=0)
         options["shared_memory"] = "64Gi"
+        pod = V1PodSpec(containers=[], termination_grace_period_seconds=TRAIN_GRACE_S + REPORT_S)
+        options["pod_template"] = PodTemplate(pod_spec=pod)
+        # The pods load this module too, and must find the same task.
+        options["environment"] = {
+            "NUCLEUS_TRAIN_NNODES": str(TRAIN_NNODES),
+            "NUCLEUS_TRAIN_NPROC": str(TRAIN_NPROC),
+            "NUCLEUS_TRAIN_GRACE_S": str(TRAIN_GRACE_S),
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(TRAIN_GRACE_S),
+        }
     return options
 
 

@@ -1,4 +1,5 @@
-"""One training stage. Retries and restarts go on from the last checkpoint; SIGTERM makes one and asks for a retry."""
+"""One training stage. Retries and restarts go on from the last checkpoint; SIGTERM makes one and asks for a retry, if
+the grace time lets it (`envs.trainer` says how long that is)."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def train_stage(
                 init_from=init_path,
                 work_dir=work_dir,
                 out_dir=out,
-                sample_fn=samples.sampler(components_path, stage),
+                sample_fn=samples.sampler(components_path, latents_path, stage),
             )
         except Preempted as error:
             # Flyte retries what is recoverable, and nothing else that a task raises.

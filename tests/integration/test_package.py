@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from flyteidl.admin import task_pb2
 from flyteidl.core import tasks_pb2
+from google.protobuf.json_format import MessageToDict
 
 from tasks.envs import CACHE_VERSIONS
 
@@ -17,14 +19,12 @@ ROOT = Path(__file__).resolve().parents[2]
 ROLES = ("curation", "encoder", "trainer", "evaluator", "publisher")
 
 
-@pytest.fixture(scope="module")
-def specs(tmp_path_factory) -> dict[str, task_pb2.TaskSpec]:
+def package(out: Path, **environment: str) -> dict[str, task_pb2.TaskSpec]:
     """Task name -> its TaskSpec."""
-    out = tmp_path_factory.mktemp("package") / "package.tgz"
     images = [part for role in ROLES for part in ("--image", f"{role}=registry.example/{role}:v1")]
     subprocess.run(
         [str(Path(sys.executable).with_name("pyflyte")), "--pkgs", "workflows", "package", *images, "--output", str(out), "-f"],
-        cwd=ROOT, check=True, capture_output=True,
+        cwd=ROOT, check=True, capture_output=True, env=os.environ | environment,
     )
     found = {}
     with tarfile.open(out) as tar:
@@ -33,6 +33,11 @@ def specs(tmp_path_factory) -> dict[str, task_pb2.TaskSpec]:
                 spec = task_pb2.TaskSpec.FromString(tar.extractfile(member).read())
                 found[spec.template.id.name] = spec
     return found
+
+
+@pytest.fixture(scope="module")
+def specs(tmp_path_factory) -> dict[str, task_pb2.TaskSpec]:
+    return package(tmp_path_factory.mktemp("package") / "package.tgz")
 
 
 @pytest.mark.parametrize(
@@ -67,3 +72,19 @@ def test_training_asks_for_accelerators_and_may_be_preempted(specs):
     requests = {entry.name: entry.value for entry in template.container.resources.requests}
     assert requests[tasks_pb2.Resources.GPU] == "1"
     assert template.extended_resources.gpu_accelerator.device
+
+
+def test_training_on_several_nodes_is_a_job_whose_pods_find_the_same_task_and_have_time_to_save(tmp_path):
+    asked = {"NUCLEUS_TRAIN_NNODES": "8", "NUCLEUS_TRAIN_NPROC": "4", "NUCLEUS_TRAIN_GRACE_S": "120"}
+    template = package(tmp_path / "package.tgz", **asked)["tasks.training.task.train_stage"].template
+    assert template.type == "pytorch"
+    elastic = MessageToDict(template.custom)["elasticConfig"]
+    assert elastic["minReplicas"] == elastic["maxReplicas"] == 8 and elastic["nprocPerNode"] == 4
+    pod = MessageToDict(template.k8s_pod.pod_spec)
+    (container,) = pod["containers"]
+    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert environment.items() >= asked.items()
+    assert environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "120" and pod["terminationGracePeriodSeconds"] > 120
+    assert container["image"] == "registry.example/trainer:v1"
+    assert container["resources"]["requests"] == container["resources"]["limits"]
+    assert container["resources"]["limits"]["gpu"] == "4"

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("workflows", "tasks", "model", "eval")
 HEAVY = {"torch", "diffusers", "transformers", "torchtitan"}
-FLYTE_FILES = {"tasks/envs.py", "tasks/artifacts.py"}
+FLYTE_FILES = {"tasks/envs.py", "tasks/artifacts.py", "tasks/training/elastic.py"}
 
 
 def _sources() -> list[Path]:

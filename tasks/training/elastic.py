@@ -1,0 +1,38 @@
+"""Several training processes on a node, as torch elastic starts them, where a preempted node is retried.
+
+    pod: SIGTERM -> agent (the pod's process): SIGTERM -> its workers, which finish their step, save it with the other
+    ranks, and end, or are killed after TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds -> agent: a recoverable error
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flytekit.core.base_task import IgnoreOutputs
+from flytekit.exceptions.user import FlyteRecoverableException
+from flytekit.extend import TaskPlugins
+from flytekitplugins.kfpytorch import Elastic
+from flytekitplugins.kfpytorch.task import PytorchElasticFunctionTask
+
+
+class PreemptibleElastic(Elastic):
+    """`Elastic`, of a task that asks for a retry when its pod gets SIGTERM."""
+
+
+class PreemptibleElasticTask(PytorchElasticFunctionTask):
+    def _execute(self, **kwargs: Any) -> Any:
+        """Raises FlyteRecoverableException: the agent got a signal, and its workers have ended. The plugin ignores the
+        outputs then, and ends as if all were well, with neither outputs nor an error."""
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+
+        try:
+            return super()._execute(**kwargs)
+        except IgnoreOutputs as ignored:
+            signalled = ignored.__context__
+            if not isinstance(signalled, SignalException):  # another node's agent has rank 0 and its outputs
+                raise
+            message = f"{signalled}: the next attempt goes on from the last checkpoint"
+            raise FlyteRecoverableException(message) from signalled
+
+
+TaskPlugins.register_pythontask_plugin(PreemptibleElastic, PreemptibleElasticTask)
