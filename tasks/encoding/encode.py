@@ -189,6 +189,11 @@ def _image_encoder(components_dir: Path):
 # ---------------------------------------------------------------- texts
 
 
+def text_settings(latents_dir: str | Path) -> dict[str, Any]:
+    """How the texts of a latents directory were encoded: encoder (digest), dtype, max_text_tokens, hidden_state_index."""
+    return json.loads(pq.read_schema(Path(latents_dir) / TEXTS).metadata[b"settings"])
+
+
 class _TextSource:
     """The embeddings [L, D] of texts, in order: of another stage where they are the same, else computed.
 
@@ -218,8 +223,9 @@ class _TextSource:
 
         if not (directory / TEXTS).is_file():
             return None
-        table = pq.read_table(directory / TEXTS)
-        if json.loads(table.schema.metadata[b"settings"]) != self.settings or table["text"].to_pylist() != self.texts:
+        if text_settings(directory) != self.settings:
+            return None
+        if pq.read_table(directory / TEXTS)["text"].to_pylist() != self.texts:
             return None
         return LatentDataset(directory)
 

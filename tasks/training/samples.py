@@ -11,10 +11,10 @@ from tasks.planning.sections import TrainStage
 STEPS, GUIDANCE, IMAGES_PER_PROMPT, SEED = 20, 4.0, 4, 0
 
 
-def sampler(components: Path, stage: TrainStage) -> Callable[[Any, int, Path], None] | None:
+def sampler(components: Path, latents: Path, stage: TrainStage) -> Callable[[Any, int, Path], None] | None:
     """`f(model, step, path)` that writes a PNG of one row per prompt of `train.sample_prompts`; None if there are none.
 
-    The VAE and the text encoder are loaded at the first grid, and only the embeddings of the prompts are kept.
+    Prompts are cut where the captions of `latents` were. The VAE and the text encoder are loaded at the first grid, and only the embeddings of the prompts are kept.
     """
     prompts = list(stage.train.sample_prompts)
     if not prompts or not stage.train.sample_every_steps:
@@ -31,7 +31,7 @@ def sampler(components: Path, stage: TrainStage) -> Callable[[Any, int, Path], N
         if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
             return
         if not cache:
-            cache.update(_load(components, prompts))
+            cache.update(_load(components, latents, prompts))
         vae, device = cache["vae"], next(model.parameters()).device
         side = stage.stage.image_size_px // cache["scale"] // stage.model.patch_size
         number = len(prompts) * IMAGES_PER_PROMPT
@@ -46,9 +46,9 @@ def sampler(components: Path, stage: TrainStage) -> Callable[[Any, int, Path], N
             model, text, mask, negative, negative_mask, noise.to(device), (1, side, side), STEPS, GUIDANCE
         )
         model.train(was_training)
-        latents = unpack_latents(tokens, side, side, stage.model.patch_size).cpu()
+        unpacked = unpack_latents(tokens, side, side, stage.model.patch_size).cpu()
         with torch.no_grad():
-            images = vae.decode((latents * cache["std"] + cache["mean"])[:, :, None], return_dict=False)[0][:, :, 0]
+            images = vae.decode((unpacked * cache["std"] + cache["mean"])[:, :, None], return_dict=False)[0][:, :, 0]
         pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
         height, width = pixels.shape[1:3]
         grid = Image.new("RGB", (width * IMAGES_PER_PROMPT, height * len(prompts)))
@@ -60,19 +60,21 @@ def sampler(components: Path, stage: TrainStage) -> Callable[[Any, int, Path], N
     return write
 
 
-def _load(components: Path, prompts: list[str]) -> dict[str, Any]:
+def _load(components: Path, latents: Path, prompts: list[str]) -> dict[str, Any]:
     import torch
     from diffusers import AutoencoderKLQwenImage
     from transformers import Qwen3VLForConditionalGeneration
 
     from tasks.encoding.chat import encode_text, load_processor
+    from tasks.encoding.encode import text_settings
 
+    max_tokens = text_settings(latents)["max_text_tokens"]
     vae = AutoencoderKLQwenImage.from_pretrained(components / "vae").eval()
     encoder = Qwen3VLForConditionalGeneration.from_pretrained(components / "text_encoder").eval()
     processor = load_processor(components / "processor")
     with torch.no_grad():
-        text, mask = encode_text(encoder, processor, prompts)
-        negative, negative_mask = encode_text(encoder, processor, [""])
+        text, mask = encode_text(encoder, processor, prompts, max_tokens)
+        negative, negative_mask = encode_text(encoder, processor, [""], max_tokens)
 
     def repeat(tensor: Any) -> Any:
         return None if tensor is None else tensor.repeat_interleave(IMAGES_PER_PROMPT, dim=0)

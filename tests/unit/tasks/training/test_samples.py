@@ -1,0 +1,53 @@
+"""Sample grids show what is trained: their prompts are encoded as the captions were."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+import model.sampler
+from tasks.encoding.config import TinyTextEncoderConfig, TinyVAEConfig
+from tasks.encoding.encode import TEXTS
+from tasks.planning.sections import train_stage as section
+from tasks.recipe import load_recipe
+from tasks.training import samples
+
+PROMPTS = '["a photo of a red circle left of a blue square and a green star", "a photo of a cat"]'
+
+
+@pytest.fixture
+def components(tmp_path):
+    """An untrained VAE and text encoder."""
+    from tasks.encoding.chat import build_tokenizer, save_processor
+    from tasks.encoding.tiny_text import build_text_encoder
+    from tasks.encoding.tiny_vae import build_vae
+
+    tokenizer = build_tokenizer(["a photo of a cat"], 128)
+    save_processor(tokenizer, tmp_path / "processor")
+    text = TinyTextEncoderConfig(hidden_size=48, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1)
+    build_text_encoder(text, tokenizer, 0).save_pretrained(tmp_path / "text_encoder")
+    build_vae(TinyVAEConfig(base_dim=4, dim_mult=(1, 1, 2, 2)), 0).save_pretrained(tmp_path / "vae")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("max_text_tokens", "tokens"), [(8, 8), (1024, 24)])
+def test_prompts_are_cut_where_the_captions_were(components, tmp_path, monkeypatch, max_text_tokens, tokens):
+    settings = json.dumps({"max_text_tokens": max_text_tokens})
+    pq.write_table(pa.table({"text": [""]}).replace_schema_metadata({"settings": settings}), tmp_path / TEXTS)
+    seen = []
+
+    def sample(transformer, text, mask, negative, negative_mask, noise, *_):
+        seen.append(text.shape[1])
+        return noise
+
+    monkeypatch.setattr(model.sampler, "sample_latents", sample)
+    stage = section(load_recipe("smoke", [f"train.sample_prompts={PROMPTS}", "train.sample_every_steps=1"]), 0)
+    samples.sampler(components, tmp_path, stage)(torch.nn.Linear(1, 1), 1, tmp_path / "grid.png")
+    assert seen == [tokens]
+    side = stage.stage.image_size_px
+    assert Image.open(tmp_path / "grid.png").size == (samples.IMAGES_PER_PROMPT * side, 2 * side)
