@@ -95,6 +95,22 @@ def save_processor(tokenizer: Any, directory: str | Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2))
 
 
+def hide_bars() -> None:
+    """Turns off the progress bars of transformers, which time milliseconds of reading and writing weights; the bars
+    of the Hub's downloads, and this project's own, stay."""
+    from transformers.utils import logging
+
+    logging.set_tqdm_hook(lambda make, args, kwargs: make(*args, **(kwargs | {"disable": True})))
+
+
+def load_text_encoder(directory: str | Path, dtype: Any = None) -> Any:
+    """What a `text_encoder/` directory holds, frozen as it is; `dtype` as of transformers (None: float32)."""
+    from transformers import Qwen3VLForConditionalGeneration
+
+    hide_bars()
+    return Qwen3VLForConditionalGeneration.from_pretrained(directory, dtype=dtype).eval()
+
+
 def load_processor(directory: str | Path) -> Any:
     """What a `processor/` directory holds: a Qwen3VLProcessor, or where torchvision is missing its tokenizer alone.
 

@@ -116,7 +116,7 @@ def _train_vae(
 
 
 def _train_text_encoder(train: pd.DataFrame, config: ComponentsConfig, out_dir: Path) -> dict[str, Any]:
-    from tasks.encoding.chat import UNKNOWN, build_tokenizer, save_processor
+    from tasks.encoding.chat import UNKNOWN, build_tokenizer, hide_bars, save_processor
     from tasks.encoding.tiny_text import train_text_encoder
 
     captions = [list(texts) for texts in train["captions"]]
@@ -125,6 +125,7 @@ def _train_text_encoder(train: pd.DataFrame, config: ComponentsConfig, out_dir: 
         raise ValueError("no curated record has a caption; a text encoder cannot be trained without any")
     tokenizer = build_tokenizer(flat, config.text_encoder.vocab_size)
     model, losses = train_text_encoder(captions, tokenizer, config.text_encoder, config.seed)
+    hide_bars()
     model.save_pretrained(out_dir / "text_encoder")
     save_processor(tokenizer, out_dir / "processor")
     sample = tokenizer(flat[:2000], add_special_tokens=False)["input_ids"]
@@ -226,11 +227,11 @@ def _scaled(images: dict[Bucket, np.ndarray], scale: float) -> dict[Bucket, np.n
 
     if scale == 1.0:
         return images
-    out = {}
+    out: dict[Bucket, list[np.ndarray]] = {}
     for bucket, pixels in images.items():
-        smaller = Bucket(*(max(8, round(side * scale / 8) * 8) for side in bucket))
-        out[smaller] = np.stack([np.asarray(fit(Image.fromarray(image), smaller)) for image in pixels])
-    return out
+        smaller = Bucket(*(max(8, round(side * scale / 8) * 8) for side in bucket))  # two buckets may become one
+        out.setdefault(smaller, []).extend(np.asarray(fit(Image.fromarray(image), smaller)) for image in pixels)
+    return {bucket: np.stack(pixels) for bucket, pixels in out.items()}
 
 
 def _psnr(codec: "FrameCodec", sources: dict[str, dict[Bucket, np.ndarray]]) -> dict[str, float]:

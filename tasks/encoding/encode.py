@@ -231,13 +231,11 @@ class _TextSource:
 
     def _load(self) -> None:
         import torch
-        from transformers import Qwen3VLForConditionalGeneration
 
-        from tasks.encoding.chat import PAD_MULTIPLE, load_processor, text_lengths
+        from tasks.encoding.chat import PAD_MULTIPLE, load_processor, load_text_encoder, text_lengths
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        folder = self.components_dir / "text_encoder"
-        self.model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype="auto").to(device).eval()
+        self.model = load_text_encoder(self.components_dir / "text_encoder", dtype="auto").to(device)
         self.processor = load_processor(self.components_dir / "processor")
         side = getattr(self.processor, "tokenizer", self.processor).padding_side
         if side != "right":

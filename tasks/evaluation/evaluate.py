@@ -60,6 +60,7 @@ def load_pipeline(merged: Path, components: Path, scheduler: SchedulerConfig = S
 
     from model.export import load_transformer, read_config
     from model.in_pipeline import PipelineTransformer
+    from tasks.encoding.chat import load_text_encoder
     from tasks.publishing.publish import SCHEDULER, processor_class
 
     if read_config(merged / "transformer").is_ablation:
@@ -71,7 +72,7 @@ def load_pipeline(merged: Path, components: Path, scheduler: SchedulerConfig = S
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER | scheduler.model_dump()),
         vae=AutoencoderKLQwenImage.from_pretrained(components / "vae").eval(),
-        text_encoder=transformers.Qwen3VLForConditionalGeneration.from_pretrained(components / "text_encoder").eval(),
+        text_encoder=load_text_encoder(components / "text_encoder"),
         processor=processor.from_pretrained(components / "processor"),
     )
 

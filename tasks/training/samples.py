@@ -63,14 +63,13 @@ def sampler(components: Path, latents: Path, stage: TrainStage) -> Callable[[Any
 def _load(components: Path, latents: Path, prompts: list[str]) -> dict[str, Any]:
     import torch
     from diffusers import AutoencoderKLQwenImage
-    from transformers import Qwen3VLForConditionalGeneration
 
-    from tasks.encoding.chat import encode_text, load_processor
+    from tasks.encoding.chat import encode_text, load_processor, load_text_encoder
     from tasks.encoding.encode import text_settings
 
     max_tokens = text_settings(latents)["max_text_tokens"]
     vae = AutoencoderKLQwenImage.from_pretrained(components / "vae").eval()
-    encoder = Qwen3VLForConditionalGeneration.from_pretrained(components / "text_encoder").eval()
+    encoder = load_text_encoder(components / "text_encoder")
     processor = load_processor(components / "processor")
     with torch.no_grad():
         text, mask = encode_text(encoder, processor, prompts, max_tokens)
