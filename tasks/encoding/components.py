@@ -39,8 +39,13 @@ PROCESSOR_FILES = (
 )  # fmt: skip
 
 
-def make_components(curated_dir: str | Path, config: ComponentsConfig, out_dir: str | Path) -> dict[str, Any]:
+def make_components(
+    curated_dir: str | Path, config: ComponentsConfig, out_dir: str | Path, work_dir: str | Path | None = None
+) -> dict[str, Any]:
     """Fills `out_dir` and returns the report, which is report.json too.
+
+    Args:
+        work_dir: the same for every attempt at the same components: a killed training goes on from what it left there.
 
     Raises:
         ValueError: a component cannot be had, or the VAE misses min_psnr_db on held-out images.
@@ -53,8 +58,8 @@ def make_components(curated_dir: str | Path, config: ComponentsConfig, out_dir: 
         report |= _from_hub(config, out_dir)
         report |= _check_hub_vae(curated_dir, val, config, out_dir)
     else:
-        report |= _train_vae(curated_dir, train, val, config, out_dir)
-        report |= _train_text_encoder(train, config, out_dir)
+        report |= _train_vae(curated_dir, train, val, config, out_dir, _state_path(work_dir, "vae"))
+        report |= _train_text_encoder(train, config, out_dir, _state_path(work_dir, "text_encoder"))
     # No times in it: components that were lost and made again must have the digest that latents were cached under.
     (out_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
@@ -79,8 +84,17 @@ def _splits(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 # ---------------------------------------------------------------- trained here
 
 
+def _state_path(work_dir: str | Path | None, name: str) -> Path | None:
+    return None if work_dir is None else Path(work_dir) / f"{name}.pt"
+
+
 def _train_vae(
-    curated_dir: Path, train: pd.DataFrame, val: pd.DataFrame, config: ComponentsConfig, out_dir: Path
+    curated_dir: Path,
+    train: pd.DataFrame,
+    val: pd.DataFrame,
+    config: ComponentsConfig,
+    out_dir: Path,
+    state_path: Path | None,
 ) -> dict[str, Any]:
     from tasks.encoding.frames import FrameCodec
 
@@ -89,7 +103,7 @@ def _train_vae(
     buckets = stage_buckets(size, config.vae.aspect_ratios)
     pixels, _ = _load(curated_dir, train[: config.vae.max_images], buckets)
     print(f"vae: {sum(map(len, pixels.values()))} images of {', '.join(b.name for b in sorted(pixels))}", flush=True)
-    vae = train_vae(pixels, config.vae, config.seed)
+    vae = train_vae(pixels, config.vae, config.seed, state_path)
     vae.save_pretrained(out_dir / "vae")
 
     codec = FrameCodec(vae)
@@ -115,7 +129,9 @@ def _train_vae(
     return report
 
 
-def _train_text_encoder(train: pd.DataFrame, config: ComponentsConfig, out_dir: Path) -> dict[str, Any]:
+def _train_text_encoder(
+    train: pd.DataFrame, config: ComponentsConfig, out_dir: Path, state_path: Path | None
+) -> dict[str, Any]:
     from tasks.encoding.chat import UNKNOWN, build_tokenizer, hide_bars, save_processor
     from tasks.encoding.tiny_text import train_text_encoder
 
@@ -124,7 +140,7 @@ def _train_text_encoder(train: pd.DataFrame, config: ComponentsConfig, out_dir: 
     if not flat:
         raise ValueError("no curated record has a caption; a text encoder cannot be trained without any")
     tokenizer = build_tokenizer(flat, config.text_encoder.vocab_size)
-    model, losses = train_text_encoder(captions, tokenizer, config.text_encoder, config.seed)
+    model, losses = train_text_encoder(captions, tokenizer, config.text_encoder, config.seed, state_path)
     hide_bars()
     model.save_pretrained(out_dir / "text_encoder")
     save_processor(tokenizer, out_dir / "processor")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Optional
 
 from flytekit import task
 
 from tasks import envs
-from tasks.artifacts import ComponentsDir, CuratedDir, LatentsDir, fetch, produce
+from tasks.artifacts import ComponentsDir, CuratedDir, LatentsDir, fetch, produce, work_path
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.planning.sections import EncodeStage
 
@@ -18,9 +19,11 @@ def make_components(curated: CuratedDir, config: ComponentsConfig) -> Components
     from tasks.encoding import components
 
     path = fetch(curated)
+    work_dir = work_path("components", "components", config.model_dump(mode="json"), [path])
     artifact, _, _ = produce(
-        "components", lambda out: components.make_components(path, config, out), parents=[path], config=config
+        "components", lambda out: components.make_components(path, config, out, work_dir), parents=[path], config=config
     )
+    shutil.rmtree(work_dir, ignore_errors=True)
     return artifact
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,9 +85,14 @@ def build_text_encoder(config: TinyTextEncoderConfig, tokenizer: Any, seed: int)
 
 
 def train_text_encoder(
-    caption_sets: Sequence[Sequence[str]], tokenizer: Any, config: TinyTextEncoderConfig, seed: int = 0
+    caption_sets: Sequence[Sequence[str]],
+    tokenizer: Any,
+    config: TinyTextEncoderConfig,
+    seed: int = 0,
+    state_path: Path | None = None,
 ) -> tuple[Any, dict[str, float]]:
-    """Trains on the captions of images, one sequence of them per image.
+    """Trains on the captions of images, one sequence of them per image. What a killed attempt left at `state_path` is
+    gone on with, to the same weights.
 
     Returns:
         the model (fp32, frozen), and the last losses in nats per token: of the next one at the early exit and at the
@@ -95,6 +101,7 @@ def train_text_encoder(
     import torch
 
     from model.optim import Muon
+    from tasks.encoding.resume import TrainingState
 
     model = build_text_encoder(config, tokenizer, seed)
     early = config.num_hidden_layers + 1 + EARLY_INDEX
@@ -117,9 +124,12 @@ def train_text_encoder(
         (config.lr, torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)),
     )
     losses = {"early": math.nan, "words_so_far": math.nan, "last": math.nan}
+    state = TrainingState(state_path, [*matrices, *others], [optimizer for _, optimizer in optimizers], generator, rng)
+    done, saved = state.load()
+    losses |= saved
     started = time.monotonic()
     model.train()
-    for step in range(config.steps):
+    for step in range(done, config.steps):
         tokens = _batch(ids, config.batch_size, system, pad, rng)
         full = step % FULL_EVERY == FULL_EVERY - 1
         scale = min(1.0, (step + 1) / WARMUP_STEPS, 2.0 * (1.0 - step / config.steps))
@@ -143,6 +153,7 @@ def train_text_encoder(
                 f"{losses['words_so_far']:.3f} for the words so far",
                 flush=True,
             )
+        state.save(step + 1, losses, last=step + 1 == config.steps)
     model.requires_grad_(False).eval()
     return model, losses
 

@@ -9,6 +9,7 @@ model's small errors must decode to small errors.
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,15 +62,19 @@ def build_vae(config: TinyVAEConfig, seed: int) -> "AutoencoderKLQwenImage":
     return vae
 
 
-def train_vae(images: dict[Bucket, np.ndarray], config: TinyVAEConfig, seed: int = 0) -> "AutoencoderKLQwenImage":
+def train_vae(
+    images: dict[Bucket, np.ndarray], config: TinyVAEConfig, seed: int = 0, state_path: Path | None = None
+) -> "AutoencoderKLQwenImage":
     """Trains on uint8 images [n, H, W, 3] of each bucket, and stores the latents' mean and deviation in the config.
 
-    The same seed, images and number of threads give the same weights.
+    The same seed, images and number of threads give the same weights. What a killed attempt left at `state_path` is
+    gone on with, to the same weights.
     """
     import torch
 
     from model.optim import Muon
     from tasks.encoding.frames import FrameCodec
+    from tasks.encoding.resume import TrainingState
 
     vae = build_vae(config, seed)
     codec = FrameCodec(vae)
@@ -80,8 +85,11 @@ def train_vae(images: dict[Bucket, np.ndarray], config: TinyVAEConfig, seed: int
     flat = [p.detach().view(len(p), -1) for p in matrices]  # [out, in * k * k], the same memory
     muon = Muon(flat, lr=config.muon_lr)
 
+    state = TrainingState(state_path, [*matrices, *others], (adamw, muon), generator, rng)
+    done, _ = state.load()
+
     started = time.monotonic()
-    for step in range(config.steps):
+    for step in range(done, config.steps):
         batch = _batch(images, config, rng)
         mean, logvar = codec.encode(batch)
         noise = torch.randn(mean.shape, generator=generator)
@@ -107,6 +115,7 @@ def train_vae(images: dict[Bucket, np.ndarray], config: TinyVAEConfig, seed: int
                 f"{psnr:.1f} dB on the batch, KL {float(kl.detach()):.2f} nats per number",
                 flush=True,
             )
+        state.save(step + 1, {}, last=step + 1 == config.steps)
     codec.write_back()
     vae.requires_grad_(False).eval()
     _store_statistics(codec, images, config)

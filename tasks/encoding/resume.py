@@ -1,0 +1,93 @@
+"""What a small training keeps while it runs, so that after a kill it goes on to the same bits.
+
+One file, replaced as a whole: the step, trained tensors, optimisers, both generators of randomness, and the training's
+own notes. It is written at a cadence of time, since a step takes milliseconds here and seconds elsewhere; when it was
+written does not matter to the result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+EVERY_S = 30.0
+MAX_SHARE = 0.01  # of the time may go into saving: large states are saved less often
+
+
+class TrainingState:
+    """The state of one training at `path`; with None, nothing is kept."""
+
+    def __init__(
+        self,
+        path: Path | None,
+        parameters: "Sequence[torch.Tensor]",
+        optimizers: "Sequence[torch.optim.Optimizer]",
+        generator: "torch.Generator",
+        rng: np.random.Generator,
+    ) -> None:
+        self._path, self._parameters, self._optimizers = path, parameters, optimizers
+        self._generator, self._rng = generator, rng
+        self._due = time.monotonic() + EVERY_S
+
+    def load(self) -> tuple[int, dict[str, float]]:
+        """Puts everything back as it was saved.
+
+        Returns:
+            the number of steps that are done and the notes saved with them; 0 and {} where nothing was saved.
+
+        Raises:
+            ValueError: the file holds something else; nothing in it is run.
+        """
+        import torch
+
+        if self._path is None or not self._path.is_file():
+            return 0, {}
+        try:
+            saved = torch.load(self._path, weights_only=True)
+            with torch.no_grad():
+                for parameter, value in zip(self._parameters, saved["parameters"], strict=True):
+                    parameter.copy_(value)
+            for optimizer, state in zip(self._optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            self._generator.set_state(saved["generator"])
+            self._rng.bit_generator.state = json.loads(saved["rng"])
+            step, notes = saved["step"], saved["notes"]
+        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self._path} is no state of this training ({error}); remove it to start again") from error
+        print(f"{self._path.stem}: goes on after step {step}", flush=True)
+        return step, notes
+
+    def save(self, step: int, notes: dict[str, float], last: bool) -> None:
+        """Saves after `step` steps where it is time to, and after the last one."""
+        import torch
+
+        began = time.monotonic()
+        if self._path is None or (began < self._due and not last):
+            return
+        saved: dict[str, Any] = {
+            "step": step,
+            "notes": notes,
+            "parameters": [parameter.detach() for parameter in self._parameters],
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+            "generator": self._generator.get_state(),
+            "rng": json.dumps(self._rng.bit_generator.state),  # its integers have 128 bits
+        }
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._path.with_suffix(".tmp")
+        with open(temporary, "wb") as file:
+            torch.save(saved, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self._path)
+        now = time.monotonic()
+        self._due = now + max(EVERY_S, (now - began) / MAX_SHARE)
