@@ -271,7 +271,7 @@ class TrainConfig(Section):
     caption_dropout: Fraction = 0.1
     # Released weights that the first stage starts from: a transformer directory, or ORG/REPO[/SUBFOLDER]@COMMIT on the Hub.
     init_from: str | None = None
-    local_batch_size: Positive | None = None  # per rank and accumulation step; None: global batch / ranks
+    local_batch_size: Positive | None = None  # most per rank and accumulation step; None: global batch / ranks
     checkpoint_every_steps: Positive = 500
     keep_checkpoints: Positive = 16
     async_checkpoint: bool = False  # written in the background while training goes on

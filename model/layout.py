@@ -65,13 +65,19 @@ def layout(model: TransformerConfig, train: TrainConfig, ranks: int) -> Layout:
     return found
 
 
+def micro_batch(stage: StageConfig, train: TrainConfig, ranks: int) -> int:
+    """Samples of one rank and accumulation step: train.local_batch_size, or a rank's whole share where that is less."""
+    share = max(1, stage.batch_size // ranks)
+    return min(train.local_batch_size or share, share)
+
+
 def local_batch_size(stage: StageConfig, train: TrainConfig, ranks: int) -> int:
-    """Samples of one rank and accumulation step.
+    """`micro_batch`, checked.
 
     Raises:
         ValueError: the global batch is no whole number of them.
     """
-    local = train.local_batch_size or max(1, stage.batch_size // ranks)
+    local = micro_batch(stage, train, ranks)
     if stage.batch_size % (local * ranks):
         raise ValueError(
             f"stage {stage.name}: batch_size={stage.batch_size} must be a multiple of {local * ranks} "

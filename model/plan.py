@@ -27,6 +27,7 @@ import torch
 from pydantic import ValidationError
 
 from model.config import StageConfig, TrainConfig, TransformerConfig
+from model.layout import micro_batch as micro_batch_of
 from model.memory import FP32, Layout, Moment, Shapes, moments
 from model.memory_trace import Step
 from model.yaml12 import read_recipe
@@ -208,7 +209,7 @@ def plan(model: TransformerConfig, train: TrainConfig, gpu: Gpu, *, gpus: int | 
          mfu: float = 0.35, cost_per_gpu_hour: float | None = None, text_tokens: int = TEXT_TOKENS) -> dict[str, Any]:
     """`plan_stage` of each stage, checkpoint sizes, and for a stage that does not fit a `suggestion` (or None).
 
-    What is not given is the recipe's: ranks, replicas, expert_parallel, local_batch_size (or a rank's whole share), and
+    What is not given is the recipe's: ranks, replicas, expert_parallel, local_batch_size (at most a rank's share), and
     activation_checkpointing. Raises ValueError as `plan_stage` does.
     """
     gpus = train.nnodes * train.nproc_per_node if gpus is None else gpus
@@ -222,7 +223,7 @@ def plan(model: TransformerConfig, train: TrainConfig, gpu: Gpu, *, gpus: int | 
     options = dict(mfu=mfu, cost_per_gpu_hour=cost_per_gpu_hour, text_tokens=text_tokens)
     stages = []
     for stage in train.stages:
-        local = micro_batch if micro_batch is not None else train.local_batch_size or max(1, stage.batch_size // gpus)
+        local = micro_batch_of(stage, train, gpus) if micro_batch is None else micro_batch
         asked = Layout(gpus, shard, expert_parallel, local, checkpointing)
         report = plan_stage(shapes, model, train, stage, asked, gpu, **options)
         if not report["fits"]:

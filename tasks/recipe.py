@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 
 from eval.config import EvalConfig
 from model.config import MergeConfig, Section, TrainConfig, TransformerConfig
-from model.layout import layout
+from model.layout import layout, micro_batch
 from model.yaml12 import Loader, read_recipe
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
@@ -130,7 +130,7 @@ class Recipe(Section):
         for i, stage in enumerate(train.stages):
             if stage.batch_size % ranks:
                 raise ValueError(f"train.stages[{i}].batch_size={stage.batch_size} must be a multiple of the {world}")
-            if train.local_batch_size and stage.batch_size % (ranks * train.local_batch_size):
+            if stage.batch_size % (ranks * micro_batch(stage, train, ranks)):
                 raise ValueError(
                     f"train.stages[{i}].batch_size={stage.batch_size} must be a multiple of "
                     f"train.local_batch_size={train.local_batch_size} on each of the {world}"

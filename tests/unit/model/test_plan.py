@@ -158,6 +158,16 @@ def test_a_small_gpu_does_not_fit_and_the_suggestion_does(sections, shapes):
     assert suggest(shapes, model, train, stage, asked, replace(small, memory=4e9)) is None
 
 
+def test_every_stage_of_the_published_recipe_fits_its_64_gpus_of_80_gb(sections, shapes):
+    """Where a stage's share of a rank does not, in accumulation steps."""
+    reports = plan(*sections, GPUS["h100"], gpus=64)["stages"]
+    assert [report["fits"] for report in reports] == [True] * 3
+    assert [report["layout"]["micro_batch"] for report in reports] == [32, 16, 4]
+    model, train = sections
+    whole_share = Layout(64, 64, 64, 64, train.activation_checkpointing)
+    assert not plan_stage(shapes, model, train, train.stages[0], whole_share, GPUS["h100"])["fits"]
+
+
 def test_a_plan_that_does_not_fit_names_a_layout_or_says_none(capsys):
     assert main([str(RECIPE), "--gpus", "1", "--expert-parallel", "1", "--micro-batch", "1"]) == 0
     out = capsys.readouterr().out
