@@ -58,7 +58,7 @@ _SCENES, _DEFECTS = 0, 1  # streams of randomness; digits.chosen uses 2
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """What one shard holds: half-open ranges of the corpus's scenes, defects, digits and user's items."""
+    """What one shard holds: half-open ranges of the corpus's scenes, defects, digits and units of a user's source."""
 
     shard: int
     scenes: tuple[int, int] = (0, 0)
@@ -183,6 +183,7 @@ def _write_shard(
     # What the scan skipped belongs to the source as a whole: the first shard tells it, so that sums are right.
     skipped = Counter(user.skipped if user is not None and spec.shard == 0 else {})
     made = _user_records(user, spec, skipped) if user is not None else _made_records(config, spec, truth)
+    total = f"/{spec.count}" if user is None or user.counts_images else ""
     told = time.monotonic()
     with ShardWriter(out_dir / shard_name(spec.shard)) as writer:
         for record in made:
@@ -190,8 +191,8 @@ def _write_shard(
             rows.append(record.row(spec.shard))
             if time.monotonic() - told > PROGRESS_S:
                 told = time.monotonic()
-                print(f"records: shard {spec.shard}: {len(rows)}/{spec.count}", flush=True)
-    print(f"records: shard {spec.shard}: {len(rows)}/{spec.count} done", flush=True)
+                print(f"records: shard {spec.shard}: {len(rows)}{total}", flush=True)
+    print(f"records: shard {spec.shard}: {len(rows)}{total} done", flush=True)
     return _Part(
         pa.Table.from_pylist(rows, RECORDS_SCHEMA), pa.Table.from_pylist(truth, TRUTH_SCHEMA), skipped, spec.shard
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from flytekit import Deck, task
-from flytekit.types.directory import FlyteDirectory
 
 from tasks import envs
 from tasks.artifacts import CuratedDir, RecordsDir, ScoresDir, fetch, produce
@@ -18,7 +17,7 @@ def make_shard(config: SourceConfig, path: str, source_digest: str, shard: int) 
     from tasks.curation import records
 
     if path:
-        config = config.model_copy(update={"path": FlyteDirectory(path).download() if "://" in path else path})
+        config = config.model_copy(update={"path": path})
     artifact, _, _ = produce(
         "records",
         lambda out: records.make_shard(config, shard, out),

@@ -5,9 +5,9 @@
     tar      a.jpg with a.txt or a.json; read in memory, never extracted to disk
     Parquet  a column `image` (bytes, or {"bytes", "path"}), and a column of captions
 
-A path may be one such file, or a folder with any mix of them. Bytes pass through untouched, and whether they decode
-is for curation to say: only what no name calls an image is skipped here, and counted. An image without a caption
-has captions [].
+A path may be one such file, or a folder with any mix of them, here or at a URI (s3://bucket/prefix). Bytes pass through
+untouched, and whether they decode is for curation to say: only what no name calls an image is skipped here, and
+counted. An image without a caption has captions [].
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import lzma
+import math
 import os
 import tarfile
 import zlib
@@ -27,6 +28,9 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
+
+from tasks.curation import places
+from tasks.curation.places import Place, RemotePlace
 
 IMAGE_EXTENSIONS = (
     "png jpg jpeg jpe jfif webp gif bmp tif tiff avif jp2 ppm pgm".split()  # what curation may decode or reject
@@ -63,7 +67,7 @@ class _Part(Protocol):
 
 @dataclass
 class UserSource:
-    """A scanned source: how many images it promises, and a reader of any range of them."""
+    """A scanned source: how many units it has (images, or whole remote tars), and a reader of any range of them."""
 
     parts: list[_Part]
     skipped: Counter = field(default_factory=Counter)  # what the scan left out, and why
@@ -72,8 +76,12 @@ class UserSource:
     def count(self) -> int:
         return sum(part.count for part in self.parts)
 
+    @property
+    def counts_images(self) -> bool:
+        return not any(isinstance(part, _RemoteTarPart) for part in self.parts)
+
     def read(self, start: int, stop: int, skipped: Counter | None = None) -> Iterator[Item]:
-        """Images `start` to `stop` (exclusive) in the order of the scan; counts in `skipped` what cannot be read."""
+        """Units `start` to `stop` (exclusive) in the order of the scan; counts in `skipped` what cannot be read."""
         skipped = Counter() if skipped is None else skipped
         ends = list(accumulate(part.count for part in self.parts))
         for i in range(bisect_right(ends, start), len(self.parts)):
@@ -86,23 +94,25 @@ class UserSource:
 def scan(path: str | os.PathLike) -> UserSource:
     """Lists the images of a source in an order that its names decide, without reading them.
 
+    Of a remote source this reads names, metadata files and the footers of Parquet files. What a remote tar holds shows
+    when the shard that has it reads it.
+
     Raises:
         ValueError: nothing is there, it holds no image, or a metadata file, tar or Parquet file cannot be read.
     """
-    root = Path(path).expanduser()
-    if not root.exists():
-        raise ValueError(f"source {str(path)!r} does not exist; {VALID}")
     skipped: Counter = Counter()
-    names = sorted(_walk(root, skipped)) if root.is_dir() else [root.name]
-    base = root if root.is_dir() else root.parent
+    place = places.find(path, skipped)
+    if place is None:
+        raise ValueError(f"source {str(path)!r} does not exist; {VALID}")
     parts: list[_Part] = []
     loose: list[str] = []
     rest: list[str] = []
-    for name in names:
+    for name in place.names:
         if name.lower().endswith(TAR_SUFFIXES):
-            parts.append(_TarPart.scan(base / name, name, skipped))
+            far = isinstance(place, RemotePlace)
+            parts.append(_RemoteTarPart(place, name) if far else _TarPart.scan(place.opened(name), name, skipped))
         elif name.lower().endswith(".parquet"):
-            part = _ParquetPart.scan(base / name, name)
+            part = _ParquetPart.scan(place, name)
             if part is None:
                 skipped[".parquet without image bytes"] += 1
             else:
@@ -112,7 +122,7 @@ def scan(path: str | os.PathLike) -> UserSource:
         else:
             rest.append(name)
     if loose:
-        parts.insert(0, _FolderPart.scan(base, loose, rest, skipped))
+        parts.insert(0, _FolderPart.scan(place, loose, rest, skipped))
     else:
         skipped.update(f".{_ext(name)}" if _ext(name) else "no extension" for name in rest)
     source = UserSource(parts, skipped)
@@ -120,21 +130,6 @@ def scan(path: str | os.PathLike) -> UserSource:
         found = ", ".join(f"{n} x {what}" for what, n in sorted(skipped.items())) or "nothing"
         raise ValueError(f"source {str(path)!r} holds no image (found {found}); {VALID}")
     return source
-
-
-def _walk(root: Path, skipped: Counter) -> Iterator[str]:
-    """Names of the plain files below `root`, with / between folders. Hidden folders are not entered."""
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        skipped.update("linked folder" for name in folders if (Path(folder) / name).is_symlink())  # may lead in circles
-        for name in files:
-            path = Path(folder) / name
-            if name.startswith("."):
-                skipped["hidden"] += 1
-            elif not path.is_file():
-                skipped["not a plain file"] += 1
-            else:
-                yield path.relative_to(root).as_posix()
 
 
 def _ext(name: str) -> str:
@@ -168,8 +163,8 @@ def _named_texts(row: dict[str, Any]) -> list[str]:
     return _texts([text for name in CAPTION_COLUMNS for text in _texts(row.get(name))])
 
 
-def _sidecar_texts(ext: str, data: bytes, skipped: Counter) -> list[str]:
-    if len(data) > MAX_SIDECAR_BYTES:
+def _sidecar_texts(ext: str, data: bytes | None, skipped: Counter) -> list[str]:
+    if data is None or len(data) > MAX_SIDECAR_BYTES:
         skipped["sidecar over 1 MiB"] += 1
         return []
     text = data.decode("utf-8-sig", "replace")
@@ -183,10 +178,12 @@ def _sidecar_texts(ext: str, data: bytes, skipped: Counter) -> list[str]:
     return _named_texts(value) if isinstance(value, dict) else _texts(value)
 
 
-def _metadata_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _metadata_rows(place: Place, name: str) -> Iterator[dict[str, Any]]:
     """Rows of a metadata.csv or metadata.jsonl."""
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
-    if path.suffix == ".csv":
+    path = place.shown(name)
+    ((data,),) = place.read([[name]], lambda _: math.inf)
+    text = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", "replace").read()
+    if _ext(name) == "csv":
         reader = csv.DictReader(io.StringIO(text, newline=""))
         try:
             columns = reader.fieldnames or []
@@ -214,7 +211,7 @@ def _metadata_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 @dataclass
 class _FolderPart:
-    base: Path
+    place: Place
     names: list[str]
     sidecars: dict[str, list[str]]  # image -> its sidecars' names
     listed: dict[str, list[str]]  # image -> captions of metadata files
@@ -224,14 +221,14 @@ class _FolderPart:
         return len(self.names)
 
     @classmethod
-    def scan(cls, base: Path, names: list[str], rest: list[str], skipped: Counter) -> "_FolderPart":
+    def scan(cls, place: Place, names: list[str], rest: list[str], skipped: Counter) -> "_FolderPart":
         beside = _sidecars(names, rest)
         used = {name for found in beside.values() for name in found}
         known = set(names)
         listed: dict[str, list[str]] = defaultdict(list)
         for name in rest:
             if PurePosixPath(name).name in ("metadata.csv", "metadata.jsonl"):
-                for row in _metadata_rows(base / name):
+                for row in _metadata_rows(place, name):
                     # Only compared with names that the walk found: a path that leads outside matches none.
                     target = os.path.normpath(PurePosixPath(name).parent / str(row["file_name"]))
                     if target in known:
@@ -240,18 +237,17 @@ class _FolderPart:
                         skipped["listed but absent"] += 1
             elif name not in used:
                 skipped[f".{_ext(name)}" if _ext(name) else "no extension"] += 1
-        return cls(base, names, beside, dict(listed))
+        return cls(place, names, beside, dict(listed))
 
     def read(self, start: int, stop: int, skipped: Counter) -> Iterator[Item]:
-        for name in self.names[start:stop]:
-            data = _read_capped(self.base / name)
+        groups = [[name, *self.sidecars.get(name, ())] for name in self.names[start:stop]]
+        for (name, *sidecars), (data, *found) in zip(groups, self.place.read(groups, _max_bytes), strict=True):
             if data is None:
                 skipped["larger than 256 MiB"] += 1
                 continue
             texts = list(self.listed.get(name, ()))
-            for sidecar in self.sidecars.get(name, ()):
-                with open(self.base / sidecar, "rb") as file:
-                    texts += _sidecar_texts(_ext(sidecar), file.read(MAX_SIDECAR_BYTES + 1), skipped)
+            for sidecar, text in zip(sidecars, found, strict=True):
+                texts += _sidecar_texts(_ext(sidecar), text, skipped)
             yield _item(name, _ext(name), data, _texts(texts))
 
 
@@ -266,10 +262,8 @@ def _sidecars(images: list[str], others: list[str]) -> dict[str, list[str]]:
     return {name: sidecars for name, sidecars in found.items() if sidecars}
 
 
-def _read_capped(path: Path) -> bytes | None:
-    with open(path, "rb") as file:
-        data = file.read(MAX_MEMBER_BYTES + 1)
-    return data if len(data) <= MAX_MEMBER_BYTES else None
+def _max_bytes(name: str) -> int:
+    return MAX_SIDECAR_BYTES if _ext(name) in SIDECAR_EXTENSIONS else MAX_MEMBER_BYTES
 
 
 # ---------------------------------------------------------------- tars
@@ -338,6 +332,21 @@ class _TarPart:
                 yield _item(locator, _ext(image.name), data, _texts(texts))
 
 
+@dataclass
+class _RemoteTarPart:
+    """A tar that one shard has, and fetches whole: dividing its images would take every shard through all of it."""
+
+    place: RemotePlace
+    name: str
+    count: int = 1
+
+    def read(self, start: int, stop: int, skipped: Counter) -> Iterator[Item]:
+        if start < stop:
+            with self.place.fetched(self.name) as path:
+                part = _TarPart.scan(path, self.name, skipped)
+                yield from part.read(0, part.count, skipped)
+
+
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """All members. tarfile takes a broken header for the end of the archive; here that is an error."""
     last = None
@@ -377,27 +386,27 @@ class _open_tar:
 
 @dataclass
 class _ParquetPart:
-    path: Path
+    place: Place
     name: str
     count: int
     column: str
     columns: list[str]
 
     @classmethod
-    def scan(cls, path: Path, name: str) -> "_ParquetPart | None":
+    def scan(cls, place: Place, name: str) -> "_ParquetPart | None":
         """None if the file has no column of image bytes."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
-            with pq.ParquetFile(path) as file:
+            with pq.ParquetFile(place.opened(name)) as file:
                 schema, rows = file.schema_arrow, file.metadata.num_rows
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path} is not a readable Parquet file: {error}; {VALID}") from error
+            raise ValueError(f"{place.shown(name)} is not a readable Parquet file: {error}; {VALID}") from error
         column = next((name for name in IMAGE_COLUMNS if name in schema.names and _holds_bytes(schema, name)), None)
         if column is None:
             return None
-        return cls(path, name, rows, column, [column, *(name for name in CAPTION_COLUMNS if name in schema.names)])
+        return cls(place, name, rows, column, [column, *(name for name in CAPTION_COLUMNS if name in schema.names)])
 
     def read(self, start: int, stop: int, skipped: Counter) -> Iterator[Item]:
         import pyarrow as pa
@@ -405,12 +414,12 @@ class _ParquetPart:
         try:
             yield from self._read(start, stop, skipped)
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{self.path} is not a readable Parquet file: {error}") from error
+            raise ValueError(f"{self.place.shown(self.name)} is not a readable Parquet file: {error}") from error
 
     def _read(self, start: int, stop: int, skipped: Counter) -> Iterator[Item]:
         import pyarrow.parquet as pq
 
-        with pq.ParquetFile(self.path) as file:
+        with pq.ParquetFile(self.place.opened(self.name)) as file:
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             ends = list(accumulate(sizes))
             groups = [i for i, end in enumerate(ends) if end > start and end - sizes[i] < stop]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import fsspec
 
+from model.storage import s3_access
 from tasks.manifest import sha256_file
 
 
@@ -17,7 +18,7 @@ def fingerprint(path: str) -> str:
     Hidden files and folders of a local source do not count, as nothing reads them: a .DS_Store reruns nothing.
 
     Raises:
-        ValueError: there is nothing at `path`.
+        ValueError: there is nothing at `path`, or no access to it.
     """
     if "://" not in path:
         root = Path(path).expanduser()  # as the scan reads it
@@ -27,9 +28,11 @@ def fingerprint(path: str) -> str:
         base = root if root.is_dir() else root.parent  # a single file's name is in its records' keys too
         entries = [[p.relative_to(base).as_posix(), sha256_file(p)] for p in files]
     else:
-        filesystem, inner = fsspec.core.url_to_fs(path)
-        details = filesystem.find(inner, detail=True)
-        entries = [[name, str(filesystem.checksum(name))] for name in sorted(details)]
+        try:
+            filesystem, inner = fsspec.core.url_to_fs(path, **s3_access() if path.startswith("s3://") else {})
+            entries = [[name, str(filesystem.checksum(name))] for name in sorted(filesystem.find(inner, detail=True))]
+        except Exception as error:  # each of fsspec's back ends raises types of its own
+            raise ValueError(f"source {path!r} cannot be listed: {error}") from error
     if not entries:
         raise ValueError(f"source {path!r} is empty; give a folder of images, tars or Parquet files")
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
