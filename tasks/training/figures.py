@@ -1,4 +1,4 @@
-"""What a training stage looked like: curves and sample grids as one HTML page without outside files."""
+"""What a training stage looked like: curves, expert allocation and sample grids as one HTML page without outside files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,18 @@ PANELS = (
     ("speed", "images per second", ("images_per_s",)),
     ("expert", "experts", ("expert/",)),
 )
+# Of `RouterTrace.statistics`, each layer's.
+ALLOCATION = (
+    ("dropped", "share of tokens that no expert took"),
+    ("experts_max", "most experts on one token"),
+    ("entropy", "entropy of a token's scores (1: uniform)"),
+)
+LAYER_TAG = re.compile(r"expert/layer(\d+)/(\w+)")
 
 
 def training_html(checkpoints: Path) -> str:
-    """The page of one sealed `checkpoints` directory: metrics.jsonl as curves, samples/*.png in order of steps."""
+    """The page of one sealed `checkpoints` directory: metrics.jsonl as curves, the routers' statistics of each layer from
+    tensorboard/ as maps of layers and steps, samples/*.png in order of steps."""
     rows = [json.loads(line) for line in (checkpoints / "metrics.jsonl").read_text().splitlines()]
     parts = [f"<h2>{html.escape(checkpoints.name)}</h2>"]
     if rows:
@@ -27,6 +36,12 @@ def training_html(checkpoints: Path) -> str:
         parts.append(
             f"<p>step {last['step']}, loss {last['loss']:.4f}, {last.get('images_per_s', 0.0):.0f} images/s</p>"
             f'<img alt="training curves" src="{_curves(rows)}">'
+        )
+    if allocation := allocation_by_layer(checkpoints / "tensorboard"):
+        parts.append(
+            "<h3>expert allocation by layer</h3>"
+            f'<img alt="expert allocation by layer" src="{_allocation(allocation)}">'
+            "<p>By tokens of an image: python -m model.routing CHECKPOINT --latents DIR --out DIR</p>"
         )
     for picture in sorted((checkpoints / "samples").glob("*.png")):
         data = base64.b64encode(picture.read_bytes()).decode()
@@ -55,6 +70,51 @@ def _curves(rows: list[dict[str, Any]]) -> str:
         axis.tick_params(labelsize=7)
         if len(names) > 1:
             axis.legend(fontsize=6)
+    return _png(figure)
+
+
+def allocation_by_layer(tensorboard: Path) -> dict[str, dict[int, dict[int, float]]]:
+    """Statistic -> layer -> logged step -> value; empty where there are no MoE layers or no event files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    if not tensorboard.is_dir():
+        return {}
+    events = EventAccumulator(str(tensorboard), size_guidance={"scalars": 0})  # all of them
+    events.Reload()
+    found: dict[str, dict[int, dict[int, float]]] = {}
+    for tag in sorted(events.Tags()["scalars"]):
+        if match := LAYER_TAG.fullmatch(tag):
+            by_step = {event.step: event.value for event in events.Scalars(tag)}
+            found.setdefault(match[2], {})[int(match[1])] = dict(sorted(by_step.items()))
+    return found
+
+
+def _allocation(statistics: dict[str, dict[int, dict[int, float]]]) -> str:
+    """PNG data URI: a map for each statistic, of a row for each MoE layer and a column for each logged step."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    layers = sorted(statistics[ALLOCATION[0][0]])
+    figure = Figure(figsize=(15, 1.6 + 0.14 * len(layers)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, (name, title) in zip(figure.subplots(1, len(ALLOCATION)), ALLOCATION):
+        steps = list(statistics[name][layers[0]])
+        values = [list(statistics[name][layer].values()) for layer in layers]
+        # Columns are logged steps, evenly spaced but for the first and the last.
+        image = axis.imshow(values, aspect="auto", interpolation="nearest", cmap="viridis")
+        figure.colorbar(image, ax=axis)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.set_ylabel("layer", fontsize=8)
+        shown = sorted({round(i * (len(steps) - 1) / 4) for i in range(5)})
+        axis.set_xticks(shown, [str(steps[i]) for i in shown])
+        axis.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+        axis.tick_params(labelsize=7)
+    return _png(figure)
+
+
+def _png(figure: Any) -> str:
+    """Data URI of a matplotlib figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
