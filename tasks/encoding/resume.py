@@ -63,7 +63,8 @@ class TrainingState:
             self._rng.bit_generator.state = json.loads(saved["rng"])
             step, notes = saved["step"], saved["notes"]
         except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self._path} is no state of this training ({error}); remove it to start again") from error
+            told = f"{self._path} is no state of this training ({error}); remove it to start again"
+            raise ValueError(told) from error
         print(f"{self._path.stem}: goes on after step {step}", flush=True)
         return step, notes
 

@@ -94,7 +94,7 @@ def _training(path):
     return TrainingState(path, [parameter], [optimizer], torch.Generator(), np.random.default_rng(0))
 
 
-def test_a_state_is_saved_at_its_cadence_and_at_the_last_step_and_less_often_where_saving_is_slow(tmp_path, monkeypatch):
+def test_a_state_is_saved_at_its_cadence_and_at_the_end_and_less_often_where_saving_is_slow(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(resume.time, "monotonic", lambda: clock[0])
     fsync = os.fsync
