@@ -32,6 +32,7 @@ from model.transformer import NucleusTransformer
 
 FP32 = 4
 EXPERTS = ".img_mlp.experts."  # in the names of routed experts
+ROUTER = ".img_mlp.gate."  # whole on every rank
 
 
 @dataclass(frozen=True)
@@ -97,20 +98,23 @@ class Shapes:
         return sum(self.per_gpu(layout, group, prefix) for group in ("muon", "adamw"))
 
     def units(self, layout: Layout) -> tuple[int, list[tuple[int, int]]]:
-        """Parameters of FSDP's units as a rank gathers them: (those outside of blocks, [(a block's, its experts')])."""
+        """Parameters of FSDP's units as a rank gathers them, without routers: (those outside of blocks, [(a block's, its
+        experts')])."""
         ends, blocks = 0, [[0, 0] for _ in range(self.layers)]
         for name, shape in self.shapes.items():
             if not name.startswith("transformer_blocks."):
                 ends += math.prod(shape)
             elif EXPERTS in name:
                 blocks[int(name.split(".")[1])][1] += math.prod(shape) // layout.expert_parallel
-            else:
+            elif ROUTER not in name:
                 blocks[int(name.split(".")[1])][0] += math.prod(shape)
         return ends, [tuple(block) for block in blocks]
 
 
 def _sharded(name: str, shape: tuple[int, ...], layout: Layout) -> int:
     """Elements of a parameter that a rank holds: FSDP2 pads rows, and experts are cut as in model.train.parallelize."""
+    if ROUTER in name:
+        return math.prod(shape)
     if EXPERTS not in name:
         return math.ceil(shape[0] / layout.shard) * math.prod(shape[1:])
     held, degree = shape[0] // layout.expert_parallel, layout.shard // layout.expert_parallel
@@ -223,7 +227,8 @@ def moments(
     state["gradients"] = all_gradients
     if layout.gpus > 1 and not sharded:
         found.append(Moment("sum over replicas", state | {"workspace": all_gradients}))
-    workspace = muon_workspace(config, ns_steps, device) // layout.shard if shapes.muon else 0
+    degrees = layout.shard, layout.expert_parallel
+    workspace = muon_workspace(config, ns_steps, device, *degrees) if shapes.muon else 0
     found.append(Moment("optimiser step", state | {"workspace": workspace}))
     return found
 

@@ -23,11 +23,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model import flow, losses
 from model.config import LossConfig, TransformerConfig
+from model.moe import held
 from model.optim import Muon, parameter_groups
 from model.transformer import NucleusTransformer, RouterTrace
 
@@ -250,19 +252,38 @@ def _train(model: NucleusTransformer, config: TransformerConfig, step: Step) -> 
 
 
 @functools.lru_cache(maxsize=64)
-def muon_workspace(config: TransformerConfig, ns_steps: int, device: str) -> int:
-    """Bytes that `Muon.step` of the whole model takes in passing: on "cpu", in fp32, or on "meta" as on an accelerator,
-    in bf16."""
-    with FakeTensorMode() if device == "cpu" else contextlib.nullcontext():
-        with torch.device(device):
-            named = parameter_groups(NucleusTransformer(config))["muon"]
-        parameters = [p for _, p in named]
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        muon = Muon(named, ns_steps=ns_steps)
-        for parameter in parameters:
-            muon.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        known = [t for p in parameters for t in (p, p.grad, muon.state[p]["momentum_buffer"])]
+@torch.no_grad()
+def muon_workspace(config: TransformerConfig, ns_steps: int, device: str, shard: int = 1, expert_parallel: int = 1) -> int:
+    """Bytes that Muon's step takes in passing on the first of `shard` ranks: updates, matrices on their way to their
+    owners and back, and Newton-Schulz. On "cpu", in fp32, or on "meta" as on an accelerator, in bf16."""
+    with contextlib.ExitStack() as stack:
+        if shard == 1:
+            kind = Muon
+            with torch.device("meta"):
+                model = NucleusTransformer(config)
+        else:
+            from model.train.fake_ranks import first_rank_of  # imports torchtitan
+            from model.train.sharded_muon import ShardedMuon
+
+            kind, model = ShardedMuon, stack.enter_context(first_rank_of(shard, expert_parallel, config))
+        if device == "cpu":
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # the layout is known from meta tensors
+        named = [(name, nn.Parameter(_like(p, device))) for name, p in parameter_groups(model)["muon"]]
+        muon = kind(named, ns_steps=ns_steps)
+        known = []
+        for _, parameter in named:
+            parameter.grad, buffer = _like(parameter, device), _like(parameter, device)
+            muon.state[parameter]["momentum_buffer"] = buffer
+            known += [held(parameter), held(parameter.grad), held(buffer)]
         with LiveBytes(known) as live:
             muon.step()
             return live.mark()[1]
+
+
+def _like(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """A tensor of the same shape that lies on the same ranks, on another device."""
+    local = torch.empty(held(tensor).shape, device=device)
+    if not isinstance(tensor, DTensor):
+        return local
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
