@@ -30,7 +30,7 @@ NAME = "tasks.training.task.train_stage"
 def pod(folder: Path, out: Path) -> None:
     """`pyflyte-execute` of the training task on two processes; the inputs are in folder/inputs.pb."""
     os.environ |= {"NUCLEUS_HOME": str(folder / "home"), "NUCLEUS_TRAIN_NPROC": "2", "NUCLEUS_ACCELERATOR": "none"}
-    for name in [name for name in sys.modules if name.startswith("tasks.")]:
+    for name in [name for name in sys.modules if name.split(".")[0] == "tasks"]:
         del sys.modules[name]  # their task would be one of a single process
     from tasks.training.task import train_stage
 
