@@ -10,6 +10,8 @@ from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares to
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor._redistribute import _gen_transform_infos
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torchtitan.distributed import ParallelDims
 
 from model.config import TransformerConfig
@@ -38,3 +40,6 @@ def first_rank_of(ranks: int, expert_parallel: int, config: TransformerConfig) -
         )
     finally:
         dist.destroy_process_group()
+        # What DTensor learned holds this mesh, and would give a later one of the same shape the first rank's place.
+        _clear_sharding_prop_cache()
+        _gen_transform_infos.cache_clear()

@@ -240,7 +240,8 @@ def test_two_processes_load_shards_and_export_the_same_files(released, tmp_path)
     with torch.no_grad():
         expected = plain(*inputs)
     for rank in range(2):
-        assert torch.equal(torch.load(tmp_path / f"{rank}.pt"), expected)
+        found = torch.load(tmp_path / f"{rank}.pt")  # with one thread: this process may add up in another order
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def edit_index(directory, change):

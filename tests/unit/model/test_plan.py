@@ -246,3 +246,20 @@ def _one_line(capsys):
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("error: ")
     return captured.err
+
+
+def test_a_rank_is_not_taken_for_the_first_after_planning_in_the_same_process(monkeypatch):
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor
+
+    from model.train.fake_ranks import first_rank_of
+
+    def coordinates():
+        with first_rank_of(2, 1, SMALL) as model:
+            copies = [p.detach() for p in model.parameters() if isinstance(p, DTensor)]
+            return {tuple(copy.device_mesh.get_coordinate()) for copy in copies}
+
+    assert coordinates() == {(0,)}
+    start = dist.init_process_group
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, rank, world_size: start(backend, None, rank=1, world_size=2))
+    assert coordinates() == {(1,)}
