@@ -49,10 +49,10 @@ class NoTokenizer(BaseTokenizer):
         super().__init__()
 
     def encode(self, *args: Any, **kwargs: Any) -> list[int]:
-        raise NotImplementedError
+        raise TypeError("text is encoded before training: the trainer has no tokenizer")
 
     def decode(self, *args: Any, **kwargs: Any) -> str:
-        raise NotImplementedError
+        raise TypeError("text is encoded before training: the trainer has no tokenizer")
 
     def get_vocab_size(self) -> int:
         return 0

@@ -161,7 +161,10 @@ def test_loading_alone_warns_of_nothing(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         save(STATE, str(tmp_path / "step-1"))
-    load(empty(), tmp_path / "step-1", alone=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load(empty(), tmp_path / "step-1", alone=True)
+    assert [str(warning.message) for warning in caught] == []
 
 
 def test_a_bucket_that_does_not_exist_is_refused_before_any_work(bucket):
