@@ -16,6 +16,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -124,6 +125,7 @@ class MoE(nn.Module):
         self.use_sigmoid = use_sigmoid
         self.route_scale = route_scale
         self.routing = routing
+        self.expert_ranks: dist.ProcessGroup | None = None  # that share out the experts (model.train.expert_parallel)
         self.gate = Router(2 * width, num_experts, bias=False)
         self.experts = Experts(num_experts, width, hidden)
         self.shared_expert = SwiGLU(width, hidden)
@@ -147,7 +149,7 @@ class MoE(nn.Module):
         taken_BEC = None
         if self.routing.kind == "token_choice":
             chosen_BEC, indices_BEC, taken_BEC = token_choice(
-                scores_BSE, int(self.capacity_factor), self.routing.expert_limit
+                scores_BSE, int(self.capacity_factor), self.routing.expert_limit, self.expert_ranks
             )
         else:
             chosen_BEC, indices_BEC = scores_BSE.transpose(1, 2).topk(self.capacity(S), dim=-1)
@@ -168,12 +170,16 @@ class MoE(nn.Module):
 
 
 def token_choice(
-    scores_BSE: torch.Tensor, top_k: int, expert_limit: float | None = None
+    scores_BSE: torch.Tensor,
+    top_k: int,
+    expert_limit: float | None = None,
+    expert_ranks: dist.ProcessGroup | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Each token takes its `top_k` experts, laid out as if the experts had chosen.
 
-    C is the most tokens that any expert got of any sample (at most the limit, see RoutingConfig). An expert's own
-    tokens come first, the highest scores first; what fills it up to C has score 0.
+    C is the most tokens that any expert got of any sample (at most the limit, see RoutingConfig), also on the other
+    `expert_ranks`, with which rows are exchanged. An expert's own tokens come first, the highest scores first; what
+    fills it up to C has score 0.
 
     Returns:
         scores, token indices and whether the token is the expert's own, each [B, E, C].
@@ -181,7 +187,10 @@ def token_choice(
     S, E = scores_BSE.shape[1:]
     own_BSE = torch.zeros_like(scores_BSE, dtype=torch.bool)
     own_BSE.scatter_(2, scores_BSE.topk(top_k, dim=-1).indices, True)
-    C = int(own_BSE.sum(dim=1).max())
+    most = own_BSE.sum(dim=1).max()
+    if expert_ranks is not None:
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=expert_ranks)
+    C = int(most)
     if expert_limit is not None:
         C = min(C, max(1, math.ceil(expert_limit * top_k * S / E)))
     own_first_BES = scores_BSE.detach().masked_fill(~own_BSE, -1.0).transpose(1, 2)  # scores are at least 0

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from model.config import StageConfig, TrainConfig, TransformerConfig
+from model.config import RoutingConfig, StageConfig, TrainConfig, TransformerConfig
 from model.layout import micro_batch as micro_batch_of
 from model.memory import FP32, Layout, Moment, Shapes, moments
 from model.memory_trace import Step
@@ -39,6 +39,10 @@ NOTE = (
     "Memory is that of eager code without Triton kernels, checked on small models against measured peaks "
     "(benchmarks/memory.py); torch.compile and the kernels need less. Times are FLOPs at the MFU that you give: "
     "nothing here was measured on these GPUs."
+)
+TOKEN_CHOICE_NOTE = (
+    "Token choice is planned at its limit of tokens per expert, or without one at an even load: the fullest expert of a "
+    "batch sets the rows of all, so that memory and time grow with it."
 )
 CHECKPOINTING = ("none", "selective", "full")  # from most memory to least
 
@@ -230,8 +234,9 @@ def plan(model: TransformerConfig, train: TrainConfig, gpu: Gpu, *, gpus: int | 
             fitting = suggest(shapes, model, train, stage, asked, gpu, text_tokens)
             report["suggestion"] = fitting and plan_stage(shapes, model, train, stage, fitting, gpu, **options)
         stages.append(report)
+    note = f"{NOTE} {TOKEN_CHOICE_NOTE}" if model.routing.kind == "token_choice" else NOTE
     return {
-        "note": NOTE, "gpu": asdict(gpu), "gpus": gpus, "mfu": mfu, "dtype": train.dtype,
+        "note": note, "gpu": asdict(gpu), "gpus": gpus, "mfu": mfu, "dtype": train.dtype,
         "parameters": {"total": shapes.total, "muon": shapes.muon, "adamw": shapes.adamw, "frozen": shapes.frozen},
         # Tensors alone, without file headers. Full: weights and optimiser state, fp32.
         "checkpoint_bytes": {"model_bf16": 2 * shapes.total, "model_fp32": FP32 * shapes.total,
@@ -250,7 +255,17 @@ def _of_stage(model: TransformerConfig, stage: StageConfig) -> tuple[Transformer
     if stage.image_size_px % tile:
         raise ValueError(f"{stage.name}: image_size_px={stage.image_size_px} must be a multiple of {tile}")
     config = _validated(lambda: model.with_capacity_factors(stage.capacity_factors), stage.name)
-    return config, (stage.image_size_px // tile) ** 2
+    return _planned_routing(config), (stage.image_size_px // tile) ** 2
+
+
+def _planned_routing(config: TransformerConfig) -> TransformerConfig:
+    """Token choice gives experts rows by the data, which only a run knows: see TOKEN_CHOICE_NOTE. Laid out like expert
+    choice, it takes as much then."""
+    if config.routing.kind != "token_choice":
+        return config
+    limit, E = config.routing.expert_limit or 1.0, config.num_experts
+    even = config.model_copy(update={"routing": RoutingConfig(coupled=config.routing.coupled)})
+    return even.with_capacity_factors([min(limit * config.capacity_factor(i), E) for i in range(config.num_layers)])
 
 
 def _validated(make: Callable[[], Any], where: str) -> Any:

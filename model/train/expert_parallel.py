@@ -4,7 +4,8 @@
 
 Routing stays where the samples are: an expert chooses among the tokens of one sample. With expert choice every
 expert takes the same number of rows R on every rank, so that the exchange needs no sizes, no padding and no word
-from the device to the host. Gradients come back by the same two exchanges, and an expert's gradient is the sum over
+from the device to the host. Token choice, an ablation, fills every expert up to the fullest one's rows, on whatever
+rank that is: one number more to agree on in each layer. Gradients come back by the same two exchanges, and an expert's gradient is the sum over
 the ranks of its group.
 
 All-to-all, not all-gather: a rank sends (ep - 1) / ep of its E R = cf S B rows of width D (cf is the capacity factor),
@@ -23,7 +24,7 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from model.moe import Experts
+from model.moe import MoE
 
 
 def to_owners(x_ERD: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
@@ -39,8 +40,9 @@ def from_owners(y: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     return all_to_all_single_autograd(by_rank.flatten(0, 1), None, None, mesh)
 
 
-def shard_experts(experts: Experts, mesh: DeviceMesh) -> None:
-    """Makes each rank of `mesh` hold its share of the experts; the module still takes and gives rows of all."""
+def shard_experts(moe: MoE, mesh: DeviceMesh) -> None:
+    """Makes each rank of `mesh` hold its share of the experts, which still take and give rows of all."""
+    moe.expert_ranks, experts = mesh.get_group(), moe.experts
     for name, parameter in list(experts.named_parameters()):
         setattr(experts, name, nn.Parameter(distribute_tensor(parameter, mesh, [Shard(0)])))
     experts.register_forward_pre_hook(lambda module, inputs: to_owners(inputs[0], mesh))

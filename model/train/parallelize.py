@@ -45,7 +45,7 @@ def parallelize(
     if parallel_dims.ep_enabled:
         for block in blocks.children():
             if block.moe_enabled:
-                shard_experts(block.img_mlp.experts, parallel_dims.get_mesh("ep"))
+                shard_experts(block.img_mlp, parallel_dims.get_mesh("ep"))
     if ac_config is not None:
         ac_config.build().apply(model)
     if compile_config.enable:

@@ -27,6 +27,8 @@ MODEL = {"moe_intermediate_dim": 33}
 # Fewer experts than ranks: FSDP then cuts each expert's matrices.
 FEW_EXPERTS = {"num_experts": 2, "moe_intermediate_dim": 32}
 EP2_FSDP2 = {"expert_parallel": 2}
+TOKEN_CHOICE = {**MODEL, "routing": {"kind": "token_choice"}}  # ranks differ in their fullest expert
+BALANCED = {"losses": {"load_balance": 0.01}}
 
 # name: (ranks, changes of the train section, changes of the model, the job whose step 2 it resumes from)
 JOBS = {
@@ -47,6 +49,8 @@ JOBS = {
     "few_one": (1, {}, FEW_EXPERTS, None),
     "few_fsdp4": (4, {}, FEW_EXPERTS, None),
     "few_ep2_fsdp2": (4, EP2_FSDP2, FEW_EXPERTS, None),
+    "tokens_one": (1, BALANCED, TOKEN_CHOICE, None),
+    "tokens_ep2_fsdp2": (4, {**BALANCED, **EP2_FSDP2, "activation_checkpointing": "selective"}, TOKEN_CHOICE, None),
     "bf16_one": (1, {"dtype": "bfloat16"}, MODEL, None),
     "bf16_ep2_fsdp2": (
         4, {"dtype": "bfloat16", "activation_checkpointing": "selective", **EP2_FSDP2}, MODEL, None

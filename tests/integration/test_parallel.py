@@ -71,6 +71,10 @@ def test_matrices_that_fsdp_cuts_are_orthogonalised_whole(runs):
         assert_same_training(runs, job, "few_one")
 
 
+def test_token_choice_shares_out_experts_too(runs):
+    assert_same_training(runs, "tokens_ep2_fsdp2", "tokens_one")
+
+
 def test_a_checkpoint_of_one_layout_goes_on_in_another(runs):
     for job in ("from_one_to_ep2_fsdp2", "from_ep2_to_one", "from_ep2_fsdp2_to_hsdp2x2"):
         report = json.loads((runs / job / "out" / "report.json").read_text())

@@ -49,8 +49,8 @@ def test_the_degrees_are_those_asked_for(values, ranks, expected, expert_shard):
          "train.expert_parallel=8 must divide the 4 ranks that share the weights: 4 = 0 x 8 + 4"),
         ({"expert_parallel": 24}, {}, 48,
          "train.expert_parallel=24 must divide model.num_experts=64: 64 = 2 x 24 + 16"),
-        ({}, {"routing": {"kind": "token_choice"}, "capacity_factors": 2.0}, 64,
-         "train.expert_parallel=64 needs model.routing.kind='expert_choice', not 'token_choice'"),
+        ({}, {"routing": {"kind": "dense"}, "capacity_factors": 2.0}, 64,
+         "train.expert_parallel=64 shares out experts, and model.routing.kind='dense' has none"),
         ({"expert_parallel": 1}, {}, 128,
          "128 ranks share 64 experts: neither these (64 = 0 x 128 + 64) nor moe_intermediate_dim 1344 "
          "(1344 = 10 x 128 + 64) can be cut into equal parts"),

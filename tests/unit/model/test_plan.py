@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.config import TransformerConfig
+from model.config import RoutingConfig, TransformerConfig
 from model.memory import Layout, Shapes, moments
 from model.memory_trace import Step
 from model.plan import (
@@ -201,6 +201,27 @@ def test_the_command_says_what_its_numbers_are(capsys):
     for stage in result["stages"]:
         assert stage["fits"] or stage["suggestion"]["fits"]
     assert math.isclose(result["days"], sum(stage["days"] for stage in result["stages"]))
+
+
+@pytest.mark.parametrize("path", sorted(RECIPE.parent.glob("ablations/*.yaml")), ids=lambda path: path.stem)
+def test_every_ablation_is_planned(capsys, path):
+    assert main([str(path), "--gpus", "2", "--json"]) == 0
+    assert all(stage["fits"] for stage in json.loads(capsys.readouterr().out)["stages"])
+
+
+@pytest.mark.parametrize("factor, limit, planned", [(2.0, None, 2.0), (2.0, 1.5, 3.0), (4.0, 1.5, 4.0)])
+def test_token_choice_is_planned_at_its_limit_or_at_an_even_load(sections, factor, limit, planned):
+    """4 experts: none can take more than every token."""
+
+    def experts(routing, factor):
+        stage = sections[1].stages[1].model_copy(update={"capacity_factors": factor})
+        train = sections[1].model_copy(update={"stages": (stage,), "expert_parallel": 1})
+        result = plan(SMALL.model_copy(update={"routing": routing}), train, GPUS["h100"], gpus=1, micro_batch=1)
+        assert ("the fullest expert of a batch sets the rows of all" in result["note"]) == (routing.kind != "expert_choice")
+        return result["stages"][0]["flops"]["forward"]["experts"]
+
+    token_choice = RoutingConfig(kind="token_choice", expert_limit=limit)
+    assert experts(token_choice, factor) == experts(RoutingConfig(), planned)
 
 
 @pytest.mark.parametrize("options, message", [
