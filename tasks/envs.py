@@ -19,11 +19,11 @@ from flytekit.extras.accelerators import H100
 logging.getLogger("flytekit").addFilter(lambda record: "cannot be converted to a literal type" not in record.getMessage())
 
 CACHE_VERSIONS = {
-    "records": "1",
-    "curation": "1",
+    "records": "2",
+    "curation": "2",
     "components": "1",
     "encoding": "1",
-    "training": "1",
+    "training": "2",
     "merging": "1",
     "evaluation": "1",
     "publishing": "1",
