@@ -191,13 +191,18 @@ class TransformerConfig(Section):
 
 
 class OptimConfig(Section):
-    """Muon for attention and expert matrices, AdamW for every other parameter; constant rate after warm-up (WSM)."""
+    """Muon for attention and expert matrices, AdamW for every other parameter; constant rate after warm-up (WSM).
+
+    muon_scale: of an orthogonal update (`model.optim.update_scale`). "spectral", as Muon has it, for rates of 1e-3 to
+        1e-2; "rms", as large as AdamW's updates are, where one rate is to serve both groups.
+    """
 
     matrices: Literal["muon", "adamw"] = "muon"  # "adamw": AdamW, at adamw_lr, for every parameter
     muon_lr: Annotated[float, Field(gt=0)]
     adamw_lr: Annotated[float, Field(gt=0)]
     muon_momentum: Fraction = 0.95
     muon_ns_steps: Positive = 5
+    muon_scale: Literal["spectral", "rms"] = "spectral"
     muon_weight_decay: Annotated[float, Field(ge=0)] = 0.0
     adamw_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     adamw_eps: Annotated[float, Field(gt=0)] = 1e-8

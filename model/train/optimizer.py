@@ -48,6 +48,7 @@ class NucleusOptimizers(OptimizersContainer):
                         lr=optim.muon_lr,
                         momentum=optim.muon_momentum,
                         ns_steps=optim.muon_ns_steps,
+                        scale=optim.muon_scale,
                         weight_decay=optim.muon_weight_decay,
                     )
                 )

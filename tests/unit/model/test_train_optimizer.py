@@ -18,7 +18,8 @@ def alone(tmp_path):
     dist.destroy_process_group()
 
 
-def test_gate_and_up_are_orthogonalised_apart(alone):
+@pytest.mark.parametrize("scale_kind", ["spectral", "rms"])
+def test_gate_and_up_are_orthogonalised_apart_at_the_scale_asked_for(alone, scale_kind):
     from model.train.optimizer import NucleusOptimizers
 
     torch.manual_seed(0)
@@ -28,7 +29,8 @@ def test_gate_and_up_are_orthogonalised_apart(alone):
         dense_moe_strategy="leave_first_block_dense", capacity_factors=1.0,
     )  # fmt: skip
     model = NucleusTransformer(config)
-    optimizers = NucleusOptimizers.Config(optim=OptimConfig(muon_lr=1.0, adamw_lr=1.0, muon_ns_steps=8)).build(model_parts=[model])
+    optim = OptimConfig(muon_lr=1.0, adamw_lr=1.0, muon_ns_steps=8, muon_scale=scale_kind)
+    optimizers = NucleusOptimizers.Config(optim=optim).build(model_parts=[model])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -46,9 +48,35 @@ def test_gate_and_up_are_orthogonalised_apart(alone):
         change = before[name] - parameter.detach()
         for part in change.chunk(packed, dim=2 if stacked else 0):
             rows, columns = part.shape[-2:]
-            scale = update_scale(*((columns, rows) if stacked else (rows, columns)), "spectral")
+            scale = update_scale(*((columns, rows) if stacked else (rows, columns)), scale_kind)
             values = torch.linalg.svdvals(part) / scale
             assert 0.5 < values.min() and values.max() < 1.4, name
         if packed == 2:
             packed_seen.add(name.split("img_mlp.")[1])
     assert packed_seen == {"net.0.proj.weight", "shared_expert.net.0.proj.weight", "experts.gate_up_proj"}
+
+
+def test_at_the_published_rates_both_groups_take_updates_of_one_size(alone):
+    """One rate is published for both. At Muon's own scale a 2048 x 2048 matrix would move 0.2 x 2048^0.5 = 9 times less."""
+    from model.train.optimizer import NucleusOptimizers
+    from tasks.recipe import load_recipe
+
+    optim = load_recipe("nucleus_17b").train.optim
+    assert optim.muon_lr == optim.adamw_lr
+    torch.manual_seed(0)
+    model = torch.nn.Module()
+    model.transformer_blocks = torch.nn.ModuleList([torch.nn.Module()])
+    model.transformer_blocks[0].attn = torch.nn.Module()
+    model.transformer_blocks[0].attn.to_q = torch.nn.Linear(512, 512, bias=False)
+    model.proj_out = torch.nn.Linear(512, 64, bias=False)
+    optimizers = NucleusOptimizers.Config(optim=optim).build(model_parts=[model])
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizers.step()
+    muon, adamw = (
+        (model.get_parameter(name) - before[name]).square().mean().sqrt().item() / optim.adamw_lr
+        for name in ("transformer_blocks.0.attn.to_q.weight", "proj_out.weight")
+    )
+    assert 0.15 < muon < 0.25  # AdamW's, once its averages have settled, is 0.2 to 0.4 (arXiv 2502.16982)
+    assert adamw == pytest.approx(1.0, rel=1e-3)  # its first step is the sign
