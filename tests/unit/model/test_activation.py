@@ -10,21 +10,9 @@ from model.config import TransformerConfig
 from model.optim import parameter_groups
 from model.train.activation import activation_config
 from model.transformer import NucleusTransformer, RouterTrace
+from small_model import SMALL
 
-CONFIG = TransformerConfig(
-    in_channels=16,
-    out_channels=4,
-    num_layers=3,
-    attention_head_dim=16,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    joint_attention_dim=24,
-    axes_dims_rope=(4, 6, 6),
-    dense_moe_strategy="leave_first_block_dense",
-    num_experts=4,
-    moe_intermediate_dim=40,
-    capacity_factors=2.0,
-)
+CONFIG = TransformerConfig(**SMALL | {"num_key_value_heads": 2, "moe_intermediate_dim": 40})
 TOKENS, TEXT, BATCH = 144, 9, 2  # enough tokens for the fused attention kernel
 POLICIES = ("none", "selective", "full")
 
@@ -136,6 +124,7 @@ def test_a_policy_is_what_its_name_says():
 def test_compiled_blocks_equal_eager_ones_and_keep_their_names():
     """With selective checkpointing, as the 17B recipe asks for; one MoE block, since compiling takes long."""
     one = TransformerConfig(**{**CONFIG.model_dump(), "num_layers": 1, "dense_moe_strategy": "all_moe"})
+    torch._dynamo.utils.counters.clear()  # of earlier tests
     model = build("selective", compiled=True, config=one)
     loss, gradients, _ = run(build(config=one))
     compiled_loss, compiled, _ = run(model)

@@ -7,21 +7,9 @@ from diffusers.models.transformers.transformer_nucleusmoe_image import NucleusMo
 from model.config import TransformerConfig
 from model.export import export_transformer, load_transformer
 from model.transformer import NucleusTransformer
+from small_model import SMALL
 
-CONFIG = TransformerConfig(
-    in_channels=16,
-    out_channels=4,
-    num_layers=3,
-    attention_head_dim=16,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    joint_attention_dim=24,
-    axes_dims_rope=(4, 6, 6),
-    dense_moe_strategy="leave_first_block_dense",
-    num_experts=4,
-    moe_intermediate_dim=20,
-    capacity_factors=(1.0, 2.0, 3.0),
-)
+CONFIG = TransformerConfig(**SMALL | {"num_key_value_heads": 2, "capacity_factors": (1.0, 2.0, 3.0)})
 
 
 @pytest.fixture

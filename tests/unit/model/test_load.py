@@ -1,9 +1,7 @@
 """Released weights, in small: the same files, into models of any layout, and back."""
 
 import json
-import os
 import shutil
-import socket
 
 import pytest
 import torch
@@ -19,21 +17,9 @@ from model.config import TransformerConfig
 from model.export import export_transformer, load_transformer
 from model.load import INDEX_NAME, WEIGHTS_NAME, load_weights, open_weights
 from model.transformer import NucleusTransformer
+from small_model import SMALL
 
-CONFIG = TransformerConfig(
-    in_channels=16,
-    out_channels=4,
-    num_layers=3,
-    attention_head_dim=16,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    joint_attention_dim=24,
-    axes_dims_rope=(4, 6, 6),
-    dense_moe_strategy="leave_first_block_dense",
-    num_experts=8,
-    moe_intermediate_dim=20,
-    capacity_factors=(1.0, 2.0, 3.0),
-)
+CONFIG = TransformerConfig(**SMALL | {"num_key_value_heads": 2, "num_experts": 8, "capacity_factors": (1.0, 2.0, 3.0)})
 SHARD_SIZE = 500_000
 
 
@@ -214,10 +200,9 @@ def chunk(whole, dim, parts, index):
     return pieces[index] if index < len(pieces) else None
 
 
-def _rank(rank, port, released, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def _rank(rank, released, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     built = shard(on_meta(), "fsdp", 2)
     load_weights(built, released)
     export_transformer(built, folder / "exported", CONFIG, dtype=torch.bfloat16, max_shard_size=SHARD_SIZE)
@@ -228,10 +213,7 @@ def _rank(rank, port, released, folder):
 
 
 def test_two_processes_load_shards_and_export_the_same_files(released, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, released, tmp_path), nprocs=2)
+    torch.multiprocessing.spawn(_rank, (released, tmp_path), nprocs=2)
     for file in sorted(released.glob("*.safetensors*")):
         assert (tmp_path / "exported" / file.name).read_bytes() == file.read_bytes(), file.name
     plain = on_meta()

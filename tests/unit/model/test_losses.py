@@ -5,20 +5,9 @@ import torch
 from model import losses
 from model.config import TransformerConfig
 from model.transformer import NucleusTransformer, RouterTrace
+from small_model import SMALL
 
-CONFIG = TransformerConfig(
-    in_channels=16,
-    out_channels=4,
-    num_layers=3,
-    attention_head_dim=16,
-    num_attention_heads=8,
-    joint_attention_dim=24,
-    axes_dims_rope=(4, 6, 6),
-    dense_moe_strategy="leave_first_block_dense",
-    num_experts=4,
-    moe_intermediate_dim=20,
-    capacity_factors=2.0,
-)
+CONFIG = TransformerConfig(**SMALL)
 
 
 def test_flow_matching_loss_is_the_mse_and_its_per_sample_means():

@@ -8,21 +8,9 @@ from torch import nn
 from model.config import TransformerConfig
 from model.optim import Muon, newton_schulz, parameter_groups, update_scale, wsm_schedule
 from model.transformer import NucleusTransformer
+from small_model import SMALL
 
-TINY = TransformerConfig(
-    in_channels=16,
-    out_channels=4,
-    num_layers=2,
-    attention_head_dim=16,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    joint_attention_dim=24,
-    axes_dims_rope=(4, 6, 6),
-    dense_moe_strategy="leave_first_block_dense",
-    num_experts=4,
-    moe_intermediate_dim=20,
-    capacity_factors=2.0,
-)
+TINY = TransformerConfig(**SMALL | {"num_layers": 2, "num_key_value_heads": 4})
 
 
 def polar(matrix):
@@ -67,13 +55,14 @@ def test_newton_schulz_gives_each_matrix_its_own_near_orthogonal_one(shape):
         assert torch.allclose(scaled, found, atol=1e-3)  # no expert is swamped by another
 
 
-def muon_by_hand(parameter, gradients, lr, packed_dim, transposed, steps):
+def muon_by_hand(parameter, gradients, packed_dim, transposed, lr, momentum, nesterov, ns_steps, weight_decay, scale):
     """The definition, one matrix at a time, without batching."""
     buffer = torch.zeros_like(parameter)
     parameter = parameter.clone()
     for gradient in gradients:
-        buffer = 0.95 * buffer + 0.05 * gradient
-        update = 0.05 * gradient + 0.95 * buffer
+        buffer = momentum * buffer + (1 - momentum) * gradient
+        update = (1 - momentum) * gradient + momentum * buffer if nesterov else buffer
+        parameter *= 1 - lr * weight_decay
         matrices = parameter if parameter.dim() == 3 else parameter[None]
         updates = update if update.dim() == 3 else update[None]
         for matrix, change in zip(matrices, updates):
@@ -83,12 +72,22 @@ def muon_by_hand(parameter, gradients, lr, packed_dim, transposed, steps):
             for goal, part in parts:
                 rows, columns = part.shape
                 out_features, in_features = (columns, rows) if transposed else (rows, columns)
-                goal -= lr * max(1.0, out_features / in_features) ** 0.5 * newton_schulz(part, steps)
+                factors = {
+                    "spectral": max(1.0, out_features / in_features) ** 0.5,
+                    "rms": 0.2 * max(out_features, in_features) ** 0.5,
+                }
+                goal -= lr * factors[scale] * newton_schulz(part, ns_steps)
     return parameter
 
 
-def test_muon_step_equals_the_definition_matrix_by_matrix():
+@pytest.mark.parametrize(("ns_steps", "weight_decay", "scale", "momentum", "nesterov"), [
+    (5, 0.0, "spectral", 0.95, True), (3, 0.4, "rms", 0.8, False),
+])
+def test_muon_step_equals_the_definition_matrix_by_matrix(ns_steps, weight_decay, scale, momentum, nesterov):
     torch.manual_seed(0)
+    options = dict(
+        lr=0.1, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, weight_decay=weight_decay, scale=scale
+    )
     shapes = {
         "transformer_blocks.0.attn.to_q.weight": ((16, 16), None, False),
         "transformer_blocks.0.attn.to_k.weight": ((8, 16), None, False),
@@ -100,10 +99,10 @@ def test_muon_step_equals_the_definition_matrix_by_matrix():
     parameters = {name: nn.Parameter(torch.randn(shape)) for name, (shape, _, _) in shapes.items()}
     gradients = {name: [torch.randn(shape) for _ in range(3)] for name, (shape, _, _) in shapes.items()}
     expected = {
-        name: muon_by_hand(parameters[name].detach(), gradients[name], 0.1, dim, transposed, 5)
+        name: muon_by_hand(parameters[name].detach(), gradients[name], dim, transposed, **options)
         for name, (_, dim, transposed) in shapes.items()
     }
-    optimizer = Muon(list(parameters.items()), lr=0.1)
+    optimizer = Muon(list(parameters.items()), **options)
     for step in range(3):
         for name, parameter in parameters.items():
             parameter.grad = gradients[name][step].clone()

@@ -22,22 +22,10 @@ from model.plan import (
     suggest,
 )
 from model.transformer import NucleusTransformer
+from small_model import SMALL
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "nucleus_17b.yaml"
-SMALL = TransformerConfig(
-    in_channels=16,
-    out_channels=4,
-    num_layers=3,
-    attention_head_dim=16,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    joint_attention_dim=24,
-    axes_dims_rope=(4, 6, 6),
-    dense_moe_strategy="leave_first_block_dense",
-    num_experts=4,
-    moe_intermediate_dim=20,
-    capacity_factors=(1.0, 2.0, 3.0),
-)
+CONFIG = TransformerConfig(**SMALL | {"num_key_value_heads": 2, "capacity_factors": (1.0, 2.0, 3.0)})
 STATE = {"weights", "gradients", "optimizer_muon", "optimizer_adamw"}
 PASSES = {"activations", "workspace", "gathered_weights", "gathered_gradients", "all_to_all"}
 
@@ -73,8 +61,8 @@ def test_about_two_billion_parameters_are_active(sections, shapes):
 def test_flops_are_those_that_pytorch_counts(dtype, text_tokens):
     """On the meta device, where attention is not the CPU's fused kernel, which the counter does not know."""
     fp32 = dtype == torch.float32
-    planned = forward_flops(SMALL, 256, text_tokens, batch=2, fp32=fp32)
-    assert sum(planned.values()) == pytest.approx(_counted(SMALL, 16, text_tokens, dtype), rel=0.02)
+    planned = forward_flops(CONFIG, 256, text_tokens, batch=2, fp32=fp32)
+    assert sum(planned.values()) == pytest.approx(_counted(CONFIG, 16, text_tokens, dtype), rel=0.02)
 
 
 def test_flops_of_the_17b_model_are_those_that_pytorch_counts(sections):
@@ -216,7 +204,7 @@ def test_token_choice_is_planned_at_its_limit_or_at_an_even_load(sections, facto
     def experts(routing, factor):
         stage = sections[1].stages[1].model_copy(update={"capacity_factors": factor})
         train = sections[1].model_copy(update={"stages": (stage,), "expert_parallel": 1})
-        result = plan(SMALL.model_copy(update={"routing": routing}), train, GPUS["h100"], gpus=1, micro_batch=1)
+        result = plan(CONFIG.model_copy(update={"routing": routing}), train, GPUS["h100"], gpus=1, micro_batch=1)
         assert ("the fullest expert of a batch sets the rows of all" in result["note"]) == (routing.kind != "expert_choice")
         return result["stages"][0]["flops"]["forward"]["experts"]
 
@@ -276,7 +264,7 @@ def test_a_rank_is_not_taken_for_the_first_after_planning_in_the_same_process(mo
     from model.train.fake_ranks import first_rank_of
 
     def coordinates():
-        with first_rank_of(2, 1, SMALL) as model:
+        with first_rank_of(2, 1, CONFIG) as model:
             copies = [p.detach() for p in model.parameters() if isinstance(p, DTensor)]
             return {tuple(copy.device_mesh.get_coordinate()) for copy in copies}
 

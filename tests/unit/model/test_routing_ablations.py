@@ -12,21 +12,10 @@ from model.config import RoutingConfig, TransformerConfig
 from model.moe import MoE, token_choice
 from model.train.spec import count_parameters
 from model.transformer import NucleusTransformer, RouterTrace
+from small_model import SMALL
 
 B, S, D, E, F = 2, 10, 12, 4, 8
-SHAPE = dict(
-    in_channels=16,
-    out_channels=4,
-    num_layers=4,
-    attention_head_dim=16,
-    num_attention_heads=8,
-    joint_attention_dim=24,
-    axes_dims_rope=(4, 6, 6),
-    dense_moe_strategy="leave_first_block_dense",
-    num_experts=4,
-    moe_intermediate_dim=20,
-    capacity_factors=2.0,
-)
+SHAPE = SMALL | {"num_layers": 4}
 
 
 def make(capacity_factor=2.0, **routing):

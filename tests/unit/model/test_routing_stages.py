@@ -5,21 +5,11 @@ import torch
 
 from model.config import TransformerConfig
 from model.transformer import NucleusTransformer, RouterTrace
+from small_model import SMALL
 from tasks.planning.sections import train_stage
 from tasks.recipe import load_recipe
 
-CONFIG = dict(
-    in_channels=16,
-    out_channels=4,
-    num_layers=4,
-    attention_head_dim=16,
-    num_attention_heads=8,
-    joint_attention_dim=24,
-    axes_dims_rope=(4, 6, 6),
-    dense_moe_strategy="leave_first_block_dense",
-    num_experts=4,
-    moe_intermediate_dim=8,
-)
+CONFIG = SMALL | {"num_layers": 4, "moe_intermediate_dim": 8}
 
 
 def drawn(config):
@@ -56,8 +46,8 @@ def test_the_stages_of_a_recipe_have_the_same_parameters(name):
 
 
 def test_weights_of_one_stage_are_another_model_at_its_capacity_and_the_same_at_the_old_one():
-    first = drawn(TransformerConfig(**CONFIG, capacity_factors=4.0))
-    third = NucleusTransformer(TransformerConfig(**CONFIG, capacity_factors=1.0))
+    first = drawn(TransformerConfig(**CONFIG | {"capacity_factors": 4.0}))
+    third = NucleusTransformer(TransformerConfig(**CONFIG | {"capacity_factors": 1.0}))
     third.load_state_dict(first.state_dict(), strict=True)
     before, _ = forward(first)
     switched, _ = forward(third)
@@ -66,13 +56,13 @@ def test_weights_of_one_stage_are_another_model_at_its_capacity_and_the_same_at_
     assert torch.equal(forward(third)[0], before)
     first.set_capacity_factors(1.0)
     assert torch.equal(forward(first)[0], switched)
-    assert first.config == TransformerConfig(**CONFIG, capacity_factors=1.0)
+    assert first.config == TransformerConfig(**CONFIG | {"capacity_factors": 1.0})
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(4, 4), (2, 6), (6, 6)])
 def test_each_layer_has_its_own_capacity_at_every_resolution(rows, columns):
     factors = (4.0, 4.0, 1.5, 0.5)  # the first block is dense: its factor is not read
-    model = drawn(TransformerConfig(**CONFIG, capacity_factors=factors))
+    model = drawn(TransformerConfig(**CONFIG | {"capacity_factors": factors}))
     _, trace = forward(model, rows, columns)
     S = rows * columns
     taken = {layer: routing.indices_BEC.shape[-1] for layer, routing in trace.layers.items()}

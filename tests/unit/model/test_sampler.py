@@ -7,21 +7,9 @@ from diffusers.models.transformers.transformer_nucleusmoe_image import NucleusMo
 
 from model.sampler import guide, sample_latents, sigmas
 from model.transformer import NucleusTransformer
+from small_model import SMALL
 
-CONFIG = dict(
-    in_channels=64,
-    out_channels=16,
-    num_layers=3,
-    attention_head_dim=16,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    joint_attention_dim=24,
-    axes_dims_rope=[4, 6, 6],
-    dense_moe_strategy="leave_first_block_dense",
-    num_experts=4,
-    moe_intermediate_dim=20,
-    capacity_factors=2.0,
-)
+CONFIG = SMALL | {"in_channels": 64, "out_channels": 16, "num_key_value_heads": 4}
 ROWS, COLUMNS, BATCH = 3, 4, 2
 
 

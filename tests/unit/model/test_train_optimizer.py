@@ -9,6 +9,7 @@ import torch.distributed as dist
 from model.config import OptimConfig, TransformerConfig
 from model.optim import is_muon_parameter, split_matrices, update_scale
 from model.transformer import NucleusTransformer
+from small_model import SMALL
 
 
 @pytest.fixture
@@ -80,3 +81,20 @@ def test_at_the_published_rates_both_groups_take_updates_of_one_size(alone):
     )
     assert 0.15 < muon < 0.25  # AdamW's, once its averages have settled, is 0.2 to 0.4 (arXiv 2502.16982)
     assert adamw == pytest.approx(1.0, rel=1e-3)  # its first step is the sign
+
+
+def test_every_number_of_the_recipe_reaches_its_optimiser(alone):
+    from model.train.optimizer import NucleusOptimizers
+
+    asked = dict(
+        muon_lr=0.1, muon_momentum=0.2, muon_ns_steps=3, muon_weight_decay=0.4, muon_scale="rms",
+        adamw_lr=0.5, adamw_betas=(0.6, 0.7), adamw_eps=0.8, adamw_weight_decay=0.9,
+    )  # fmt: skip
+    model = NucleusTransformer(TransformerConfig(**SMALL))
+    optimizers = NucleusOptimizers.Config(optim=OptimConfig(**asked)).build(model_parts=[model])
+    for optimizer, prefix in zip(optimizers, ("muon_", "adamw_"), strict=True):
+        (group,) = optimizer.param_groups
+        found = {prefix + key: value for key, value in group.items()}
+        assert {key: found[key] for key in asked if key.startswith(prefix)} == {
+            key: value for key, value in asked.items() if key.startswith(prefix)
+        }

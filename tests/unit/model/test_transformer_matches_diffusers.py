@@ -7,20 +7,8 @@ from diffusers.models.transformers.transformer_nucleusmoe_image import NucleusMo
 import model.attention
 from model.config import TransformerConfig
 from model.transformer import NucleusTransformer, RouterTrace
+from small_model import SMALL
 
-BASE = dict(
-    in_channels=16,
-    out_channels=4,
-    num_layers=3,
-    attention_head_dim=16,
-    num_attention_heads=8,
-    joint_attention_dim=24,
-    axes_dims_rope=[4, 6, 6],
-    dense_moe_strategy="leave_first_block_dense",
-    num_experts=4,
-    moe_intermediate_dim=20,
-    capacity_factors=2.0,
-)
 VARIANTS = {
     "base": {},
     "gqa": dict(num_key_value_heads=2),
@@ -40,7 +28,7 @@ SHAPES = [(4, 4), (3, 5), (7, 2)]
 def pair(seed=0, **changes):
     """Diffusers' model with random weights everywhere, and ours with the same."""
     torch.manual_seed(seed)
-    config = {**BASE, **changes}
+    config = {**SMALL, **changes}
     reference = NucleusMoEImageTransformer2DModel(**config)
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
@@ -182,14 +170,14 @@ def test_router_trace_collects_every_moe_layer_with_its_graph():
 
 
 def test_unknown_keys_are_named_and_notes_are_ignored():
-    config = {**BASE, "_class_name": "NucleusMoEImageTransformer2DModel", "_diffusers_version": "0.42.1"}
+    config = {**SMALL, "_class_name": "NucleusMoEImageTransformer2DModel", "_diffusers_version": "0.42.1"}
     assert NucleusTransformer.from_config(config).config.num_layers == 3
     with pytest.raises(ValueError, match="num_expert, theta"):
         NucleusTransformer.from_config({**config, "theta": 1, "num_expert": 3})
 
 
 def test_meta_init_then_init_weights_equals_a_direct_init():
-    config = TransformerConfig(**BASE)
+    config = TransformerConfig(**SMALL)
     with torch.device("meta"):
         late = NucleusTransformer(config)
     late.to_empty(device="cpu")
@@ -204,7 +192,7 @@ def test_meta_init_then_init_weights_equals_a_direct_init():
 
 
 def test_first_step_reaches_every_block_once_the_output_projection_moved():
-    ours = NucleusTransformer(TransformerConfig(**BASE))
+    ours = NucleusTransformer(TransformerConfig(**SMALL))
     torch.nn.init.normal_(ours.proj_out.weight, std=0.02)
     ours(**inputs(ours.config)).square().mean().backward()
     missing = [n for n, p in ours.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
