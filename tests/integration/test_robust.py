@@ -10,13 +10,14 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from model import storage
 from model.checkpoints import finished_checkpoints
@@ -48,23 +49,21 @@ def train(latents, folder, name="out", work="work", sample_fn=None, **changes):
 
 
 class Ranks:
-    """`function(rank)` in processes of their own; with several, as torchrun would start them."""
+    """`function(rank)` in processes of their own, in one process group where there are several."""
 
     def __init__(self, function, ranks=1):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.processes = [fork.Process(target=self._main, args=(function, rank, ranks, port)) for rank in range(ranks)]
+        self.folder = tempfile.TemporaryDirectory()  # they meet in a file: a free port may be taken before they listen
+        self.processes = [fork.Process(target=self._main, args=(function, rank, ranks)) for rank in range(ranks)]
         for process in self.processes:
             process.start()
 
-    @staticmethod
-    def _main(function, rank, ranks, port):
+    def _main(self, function, rank, ranks):
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
         if ranks > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-            os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            store = dist.FileStore(f"{self.folder.name}/store", ranks)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
         try:
             function(rank)
         except Preempted as error:
@@ -89,6 +88,19 @@ class Ranks:
         while not happened():
             assert time.monotonic() < deadline and all(process.is_alive() for process in self.processes)
             time.sleep(0.002)
+
+
+def before_step(step: int, wait) -> None:
+    """Calls `wait(trainer)` at the beginning of a step of this process: what happens to it then meets it there, however
+    fast it trains."""
+    real = NucleusTrainer.train_step
+
+    def train_step(self, batches):
+        if self.step == step:
+            wait(self)
+        real(self, batches)
+
+    NucleusTrainer.train_step = train_step
 
 
 def same_weights(one: Path, other: Path) -> list[int]:
@@ -155,13 +167,24 @@ def test_a_kill_in_the_middle_of_a_background_save_resumes_from_the_save_before(
 def test_sigterm_to_one_rank_saves_the_step_on_all_and_the_restart_ends_with_the_same_bits(
     latents, whole, tmp_path, ranks
 ):
-    work = tmp_path / "work"
-    processes = Ranks(lambda rank: train(latents, tmp_path, num_workers=2), ranks)
-    processes.wait_for(lambda: logged_steps(work / "metrics.jsonl")[-1:] > [5])
+    work, last, marker = tmp_path / "work", 8, tmp_path / "waiting"
+
+    def until_sigterm(trainer):
+        marker.touch()
+        while not trainer.stop.raised:
+            time.sleep(0.002)
+
+    def preempted(rank):
+        if rank == ranks - 1:
+            before_step(last, until_sigterm)
+        train(latents, tmp_path, num_workers=2)
+
+    processes = Ranks(preempted, ranks)
+    processes.wait_for(marker.exists)
     os.kill(processes.processes[-1].pid, signal.SIGTERM)
     assert processes.codes() == {PREEMPTED}
-    (last,) = list(finished_checkpoints(work / "checkpoints"))[-1:]
-    assert 5 < last < STEPS and set(finished_checkpoints(work / "weights")) <= {5, 10, 15}
+    assert list(finished_checkpoints(work / "checkpoints")) == [5, last]
+    assert list(finished_checkpoints(work / "weights")) == [5]
     assert not list((tmp_path / "out").iterdir())
     assert Ranks(lambda rank: train(latents, tmp_path, num_workers=2), ranks).codes() == {0}
     assert report(tmp_path / "out")["resumed_from_step"] == last
@@ -171,12 +194,35 @@ def test_sigterm_to_one_rank_saves_the_step_on_all_and_the_restart_ends_with_the
 
 
 def test_a_killed_pair_of_processes_ends_with_the_bits_of_an_undisturbed_pair(latents, whole, tmp_path):
-    processes = Ranks(lambda rank: train(latents, tmp_path), 2)
+    def killed(rank):
+        before_step(13, lambda _: time.sleep(LIMIT_S))
+        train(latents, tmp_path)
+
+    processes = Ranks(killed, 2)
     processes.wait_for(lambda: logged_steps(tmp_path / "work" / "metrics.jsonl")[-1:] >= [12])
     processes.kill()
     assert Ranks(lambda rank: train(latents, tmp_path), 2).codes() == {0}
     assert report(tmp_path / "out")["resumed_from_step"] == 10
     assert same_weights(whole(2), tmp_path / "out") == [10, 15, 18]
+
+
+def test_a_full_checkpoint_is_never_there_without_the_weights_of_its_step(latents, whole, tmp_path):
+    """A run that is broken off between the two begins again before both, and hands on every step's weights."""
+    real = StageCheckpointer.dcp_save
+
+    def broken(rank):
+        def dcp_save(self, state, path):
+            if "weights/step-00000010" in path:
+                os._exit(1)
+            real(self, state, path)
+
+        StageCheckpointer.dcp_save = dcp_save
+        train(latents, tmp_path)
+
+    assert Ranks(broken).codes() == {1}
+    assert list(finished_checkpoints(tmp_path / "work" / "checkpoints")) == [5]
+    assert Ranks(lambda rank: train(latents, tmp_path)).codes() == {0}
+    assert same_weights(whole(1), tmp_path / "out") == [10, 15, 18]
 
 
 def spoil(monkeypatch, steps: dict[int, str], on_rank: int = 0) -> None:
@@ -217,7 +263,8 @@ def test_a_bad_step_changes_nothing_on_any_rank_and_is_counted(latents, tmp_path
     monkeypatch.setattr(NucleusTrainer, "train_step", train_step)
 
     def main(rank):
-        train(latents, tmp_path, skip={"spike_mads": 30, "window_steps": 16, "max_skipped": 5})
+        optim = {"muon_lr": 0.01, "adamw_lr": 0.01, "warmup_steps": 12}
+        train(latents, tmp_path, skip={"spike_mads": 30, "window_steps": 16, "max_skipped": 5}, optim=optim)
         (tmp_path / f"changed{rank}.json").write_text(json.dumps(changed))
 
     assert Ranks(main, ranks).codes() == {0}
@@ -228,6 +275,7 @@ def test_a_bad_step_changes_nothing_on_any_rank_and_is_counted(latents, tmp_path
         1: 0, 2: 0, 4: 1, 6: 1, 8: 2, 12: 3, 14: 3, 18: 4,
     }  # fmt: skip
     assert report(tmp_path / "out")["skipped_steps"] == 4
+    assert [line["lr/Muon"] for line in lines] == pytest.approx([0.01 * min(1, line["step"] / 12) for line in lines])
     bins = [value for line in lines for name, value in line.items() if name.startswith("loss")]
     assert all(0 < value < 50 for value in bins)
 
@@ -262,17 +310,23 @@ def test_too_many_bad_steps_end_the_run_with_the_records_of_the_batch(latents, t
     assert list(finished_checkpoints(tmp_path / "work" / "checkpoints")) == [5]
 
 
-def test_weights_that_are_not_finite_are_not_saved(latents, tmp_path, monkeypatch):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_that_are_not_finite_on_one_rank_are_saved_by_none(latents, tmp_path, monkeypatch, ranks):
     real = NucleusTrainer.train_step
 
     def train_step(self, batches):
         real(self, batches)
-        if self.step == 10:
-            next(self.model.parameters()).data.view(-1)[3] = float("nan")
+        if self.step == 10 and dist.get_rank() == ranks - 1:
+            weight = next(self.model.parameters()).data
+            getattr(weight, "_local_tensor", weight).view(-1)[3] = float("nan")
 
     monkeypatch.setattr(NucleusTrainer, "train_step", train_step)
-    with pytest.raises(RuntimeError, match="not finite after step 10"):
-        train(latents, tmp_path)
+
+    def main(rank):
+        with pytest.raises(RuntimeError, match="not finite after step 10"):
+            train(latents, tmp_path)
+
+    assert Ranks(main, ranks).codes() == {0}
     assert list(finished_checkpoints(tmp_path / "work" / "checkpoints")) == [5]
 
 
