@@ -249,7 +249,7 @@ def test_two_processes_train_as_one_does(latents, tmp_path):
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
         + [str(latents), str(tmp_path / "work2"), str(together)],
         check=True,
-        timeout=180,
+        timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}:{Path(__file__).parent}"},
     )
     alone, _ = run(latents, tmp_path, "alone", steps=6)
