@@ -286,13 +286,15 @@ class NucleusTrainer(Trainer):
 
     @torch.no_grad()
     def _sample(self, sample_fn: Callable[[torch.nn.Module, int, Path], Any]) -> None:
-        """Calls `sample_fn(model, step, path)` on every rank; it must draw its noise from a generator of its own."""
+        """Calls `sample_fn(model, step, path)` on every rank, in the type that training computes in; it must draw its
+        noise from a generator of its own."""
         path = Path(self.config.dump_folder) / SAMPLES / f"step-{self.step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         begin = time.perf_counter()
         self.model.eval()
         try:
-            sample_fn(self.model, self.step, path)
+            with self.autocast():
+                sample_fn(self.model, self.step, path)
         finally:
             self.model.train()
         self.metrics_processor.time_last_log += time.perf_counter() - begin  # the rates are of training alone

@@ -1,66 +1,114 @@
-"""Sample grids while a stage trains: always the same prompts and noise, so that learning shows."""
+"""Sample grids while a stage trains: always the same prompts and noise, so that learning shows.
+
+    rank 0: prompts -> embeddings --broadcast--> every rank: noise -> latents --> rank 0: VAE -> one PNG
+
+Where ranks share weights or experts a forward takes all of them, with equally many rows each. So all sample the same
+images, and only what comes before and after is left to rank 0.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tasks.planning.sections import TrainStage
 
+if TYPE_CHECKING:
+    import torch
+
 STEPS, GUIDANCE, IMAGES_PER_PROMPT, SEED = 20, 4.0, 4, 0
+T = TypeVar("T")
 
 
 def sampler(components: Path, latents: Path, stage: TrainStage) -> Callable[[Any, int, Path], None] | None:
     """`f(model, step, path)` that writes a PNG of one row per prompt of `train.sample_prompts`; None if there are none.
 
-    Prompts are cut where the captions of `latents` were. The VAE and the text encoder are loaded at the first grid, and only the embeddings of the prompts are kept.
+    Every rank calls it, and gets an error where rank 0 fails. Prompts are cut where the captions of `latents` were. At
+    the first grid rank 0 loads the VAE, which it keeps, and the text encoder, of which the prompts' embeddings stay.
     """
     prompts = list(stage.train.sample_prompts)
     if not prompts or not stage.train.sample_every_steps:
         return None
-    cache: dict[str, Any] = {}
+    kept: dict[str, Any] = {}
+
+    def load() -> tuple[int, list[tuple[torch.Size, torch.dtype] | None]]:
+        kept.update(_load(components, latents, prompts))
+        return kept["scale"], [None if text is None else (text.shape, text.dtype) for text in kept["texts"]]
 
     def write(model: Any, step: int, path: Path) -> None:
         import torch
-        from PIL import Image
 
-        from model.flow import unpack_latents
         from model.sampler import sample_latents
 
-        if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
-            return
-        if not cache:
-            cache.update(_load(components, latents, prompts))
-        vae, device = cache["vae"], next(model.parameters()).device
-        side = stage.stage.image_size_px // cache["scale"] // stage.model.patch_size
-        number = len(prompts) * IMAGES_PER_PROMPT
+        device = next(model.parameters()).device
+        if "side" not in kept:
+            scale, shapes = on_rank_0(load)
+            kept["texts"] = [
+                None if shape is None else _from_rank_0(text, *shape, device)
+                for text, shape in zip(kept.get("texts") or [None] * len(shapes), shapes)
+            ]
+            kept["side"] = stage.stage.image_size_px // scale // stage.model.patch_size
+        side, number = kept["side"], len(prompts) * IMAGES_PER_PROMPT
         noise = torch.randn(number, side * side, stage.model.in_channels, generator=torch.Generator().manual_seed(SEED))
-        text, mask, negative, negative_mask = (
-            None if tensor is None else tensor.to(device)
-            for tensor in (cache["text"], cache["mask"], cache["negative"], cache["negative_mask"])
-        )
-        was_training = model.training
-        model.eval()
-        tokens = sample_latents(
-            model, text, mask, negative, negative_mask, noise.to(device), (1, side, side), STEPS, GUIDANCE
-        )
-        model.train(was_training)
-        unpacked = unpack_latents(tokens, side, side, stage.model.patch_size).cpu()
-        with torch.no_grad():
-            images = vae.decode((unpacked * cache["std"] + cache["mean"])[:, :, None], return_dict=False)[0][:, :, 0]
-        pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        height, width = pixels.shape[1:3]
-        grid = Image.new("RGB", (width * IMAGES_PER_PROMPT, height * len(prompts)))
-        for i, image in enumerate(pixels):
-            grid.paste(Image.fromarray(image), (i % IMAGES_PER_PROMPT * width, i // IMAGES_PER_PROMPT * height))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        grid.save(path)
+        tokens = sample_latents(model, *kept["texts"], noise.to(device), (1, side, side), STEPS, GUIDANCE)
+        on_rank_0(lambda: _save(kept, tokens.cpu(), stage.model.patch_size, path))
 
     return write
 
 
+def on_rank_0(work: Callable[[], T]) -> T:
+    """What `work()` returns on rank 0, on every rank (pickled, so small). It leaves the global random numbers as they
+    are, and computes in its tensors' own types, whatever the training's.
+
+    Raises:
+        Exception: on rank 0, what `work` raises.
+        RuntimeError: on the other ranks then, with its message, so that none waits for a rank that is gone.
+    """
+    import torch
+    import torch.distributed as dist
+
+    found, error, told = None, None, None
+    if not _several() or dist.get_rank() == 0:
+        try:
+            with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+                found = work()
+        except Exception as raised:
+            error, told = raised, f"{type(raised).__name__}: {raised}"
+    if _several():
+        answer = [found, told]
+        dist.broadcast_object_list(answer)
+        found, told = answer
+    if error is not None:
+        raise error
+    if told is not None:
+        raise RuntimeError(f"rank 0 could not sample: {told}")
+    return found
+
+
+def _several() -> bool:
+    """Whether there is anyone to tell: a process alone starts none of gloo's threads (see StageCheckpointer)."""
+    import torch.distributed as dist
+
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _from_rank_0(
+    tensor: torch.Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Rank 0's `tensor` on every rank's device; the other ranks have none yet."""
+    import torch
+    import torch.distributed as dist
+
+    # A copy: what the text encoder gives belongs to inference mode, and may not be written to, not even by itself.
+    here = torch.empty(shape, dtype=dtype, device=device) if tensor is None else tensor.to(device, copy=True)
+    if _several():
+        dist.broadcast(here, src=0)
+    return here
+
+
 def _load(components: Path, latents: Path, prompts: list[str]) -> dict[str, Any]:
+    """The VAE, its numbers, and "texts": the prompts' embeddings and mask, a row for each image, and the negative's."""
     import torch
     from diffusers import AutoencoderKLQwenImage
 
@@ -69,7 +117,7 @@ def _load(components: Path, latents: Path, prompts: list[str]) -> dict[str, Any]
 
     max_tokens = text_settings(latents)["max_text_tokens"]
     vae = AutoencoderKLQwenImage.from_pretrained(components / "vae").eval()
-    encoder = load_text_encoder(components / "text_encoder")
+    encoder = load_text_encoder(components / "text_encoder", dtype="auto")  # as the captions'
     processor = load_processor(components / "processor")
     with torch.no_grad():
         text, mask = encode_text(encoder, processor, prompts, max_tokens)
@@ -84,8 +132,24 @@ def _load(components: Path, latents: Path, prompts: list[str]) -> dict[str, Any]
         "scale": 2 ** len(vae.config.temperal_downsample),
         "mean": torch.tensor(vae.config.latents_mean).view(shape),
         "std": torch.tensor(vae.config.latents_std).view(shape),
-        "text": repeat(text),
-        "mask": repeat(mask),
-        "negative": negative,
-        "negative_mask": negative_mask,
+        "texts": [repeat(text), repeat(mask), negative, negative_mask],
     }
+
+
+def _save(kept: dict[str, Any], tokens: torch.Tensor, patch_size: int, path: Path) -> None:
+    """Decodes normalised latents [n, S, C] of square images, and writes them as a grid with a row for each prompt."""
+    import torch
+    from PIL import Image
+
+    from model.flow import unpack_latents
+
+    side = kept["side"]
+    unpacked = unpack_latents(tokens, side, side, patch_size)
+    with torch.no_grad():
+        images = kept["vae"].decode((unpacked * kept["std"] + kept["mean"])[:, :, None], return_dict=False)[0][:, :, 0]
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    height, width = pixels.shape[1:3]
+    grid = Image.new("RGB", (width * IMAGES_PER_PROMPT, height * (len(pixels) // IMAGES_PER_PROMPT)))
+    for i, image in enumerate(pixels):
+        grid.paste(Image.fromarray(image), (i % IMAGES_PER_PROMPT * width, i // IMAGES_PER_PROMPT * height))
+    grid.save(path)

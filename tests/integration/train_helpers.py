@@ -13,15 +13,15 @@ from model.latents import LatentWriter
 TEXT_DIM = 12
 
 
-def write_latents(directory: Path, images: int = 64) -> Path:
+def write_latents(directory: Path, images: int = 64, text_dim: int = TEXT_DIM) -> Path:
     """Latents in two buckets that their prompt decides, so that there is something to learn."""
     directory.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     patterns = torch.randn(4, 16, 1, 1, generator=generator)
-    with LatentWriter(directory, {"text_dim": TEXT_DIM, "text_tokens": 16, "rows_per_shard": 20}) as writer:
-        writer.add_text(torch.zeros(3, TEXT_DIM))
+    with LatentWriter(directory, {"text_dim": text_dim, "text_tokens": 16, "rows_per_shard": 20}) as writer:
+        writer.add_text(torch.zeros(3, text_dim))
         for i in range(4):
-            writer.add_text(torch.randn(5 + i, TEXT_DIM, generator=generator))
+            writer.add_text(torch.randn(5 + i, text_dim, generator=generator))
         for i in range(images):
             height, width = (8, 8) if i % 3 else (4, 8)
             latent = patterns[i % 4] + 0.1 * torch.randn(16, height, width, generator=generator)

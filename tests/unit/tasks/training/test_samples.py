@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 import model.sampler
@@ -51,3 +52,28 @@ def test_prompts_are_cut_where_the_captions_were(components, tmp_path, monkeypat
     assert seen == [tokens]
     side = stage.stage.image_size_px
     assert Image.open(tmp_path / "grid.png").size == (samples.IMAGES_PER_PROMPT * side, 2 * side)
+
+
+def test_a_process_alone_sends_nothing_and_its_random_numbers_go_on(monkeypatch):
+    """Gloo's threads would slow down the rest of the training."""
+    monkeypatch.setattr(dist, "broadcast", None)
+    monkeypatch.setattr(dist, "broadcast_object_list", None)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        before = torch.get_rng_state()
+        assert samples.on_rank_0(lambda: torch.rand(3).shape) == (3,)
+        assert torch.equal(torch.get_rng_state(), before)
+        with pytest.raises(OSError, match="disk"):
+            samples.on_rank_0(full_disk)
+    finally:
+        dist.destroy_process_group()
+
+
+def full_disk():
+    raise OSError("the disk is full")
+
+
+def test_what_is_left_to_the_first_rank_is_computed_in_its_own_type():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+        assert samples.on_rank_0(lambda: (torch.ones(2, 2) @ torch.ones(2, 2)).dtype) == torch.float32
