@@ -33,6 +33,8 @@ CACHE_VERSIONS = {
 # NUCLEUS_TRAIN_NNODES x NUCLEUS_TRAIN_NPROC processes. Unset means one plain process.
 TRAIN_NNODES = int(os.environ.get("NUCLEUS_TRAIN_NNODES", "1"))
 TRAIN_NPROC = int(os.environ.get("NUCLEUS_TRAIN_NPROC", "1"))
+# For pods that load this module too, and must see what was registered.
+REGISTERED = {"NUCLEUS_TRAIN_NNODES": str(TRAIN_NNODES), "NUCLEUS_TRAIN_NPROC": str(TRAIN_NPROC)}
 # After SIGTERM to a node's pod: for the step under way and its checkpoint, before the workers are killed.
 TRAIN_GRACE_S = int(os.environ.get("NUCLEUS_TRAIN_GRACE_S", "300"))
 REPORT_S = 30  # from there to the pod's end: the agent writes the error that Flyte retries
@@ -56,6 +58,11 @@ def _sized(cpu: str, memory_gib: int, gpu: int = 0) -> dict[str, Any]:
 def light(role: str) -> dict[str, Any]:
     """Options of a task that plans or gathers."""
     return {"container_image": image(role), "retries": 3, **_sized("1", 2)}
+
+
+def planner() -> dict[str, Any]:
+    """Options of the task that checks a recipe, also against the processes that training was registered for."""
+    return light("curation") | {"environment": REGISTERED}
 
 
 def shard(role: str) -> dict[str, Any]:
@@ -97,10 +104,7 @@ def trainer() -> dict[str, Any]:
         options["shared_memory"] = "64Gi"
         pod = V1PodSpec(containers=[], termination_grace_period_seconds=TRAIN_GRACE_S + REPORT_S)
         options["pod_template"] = PodTemplate(pod_spec=pod)
-        # The pods load this module too, and must find the same task.
-        options["environment"] = {
-            "NUCLEUS_TRAIN_NNODES": str(TRAIN_NNODES),
-            "NUCLEUS_TRAIN_NPROC": str(TRAIN_NPROC),
+        options["environment"] = REGISTERED | {
             "NUCLEUS_TRAIN_GRACE_S": str(TRAIN_GRACE_S),
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(TRAIN_GRACE_S),
         }

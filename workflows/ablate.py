@@ -16,9 +16,8 @@ from flytekit import workflow
 import workflows.command_line  # noqa: F401  (it makes --overrides repeatable)
 from tasks.artifacts import MergedDir, ScorecardDir
 from tasks.planning.task import resolve_recipe
-from workflows.curate import curate
 from workflows.evaluate import evaluate
-from workflows.train import train
+from workflows.pretrain import up_to_merged
 
 
 class Ablation(NamedTuple):
@@ -37,27 +36,8 @@ def ablate(recipe: str, overrides: Union[list[str], str] = [], source: str = "")
         overrides: a change such as train.stages[0].steps=200, or a JSON list of them. May be given several times.
         source: your own images instead of the recipe's, as for `reproduce`.
     """
-    sections = resolve_recipe(recipe=recipe, overrides=overrides, source=source, publishes=False)
-    curated = curate(
-        source=sections.source,
-        source_path=sections.source_path,
-        source_digest=sections.source_digest,
-        shards=sections.shards,
-        scoring=sections.scoring,
-        config=sections.curation,
-    )
-    trained = train(
-        curated=curated,
-        components_config=sections.components,
-        encoding=sections.encoding,
-        encode1=sections.encode1,
-        encode2=sections.encode2,
-        encode3=sections.encode3,
-        train1=sections.train1,
-        train2=sections.train2,
-        train3=sections.train3,
-        merge=sections.merge,
-    )
+    sections = resolve_recipe(recipe=recipe, overrides=overrides, source=source, ends_in="scorecard")
+    _, trained = up_to_merged(sections)
     scorecard = evaluate(
         merged=trained.merged, components=trained.components, config=sections.eval, seeds=sections.seeds
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 from model.config import Positive, Section, StageConfig, TrainConfig, TransformerConfig
 from tasks.curation.config import CurationConfig, DedupConfig, FilterConfig
 from tasks.recipe import Recipe
@@ -9,6 +11,7 @@ from tasks.recipe import Recipe
 
 STAGES = 3  # that workflows/train.py lays out
 PIPELINE_TEXT_STATE = -8  # NucleusMoEImagePipeline's default_return_index
+Ending = Literal["pipeline", "scorecard", "merged"]  # the artifact that reproduce, ablate and pretrain end in
 
 
 class EncodeStage(Section):
@@ -29,17 +32,16 @@ class TrainStage(Section):
         return self.train.stages[0]
 
 
-def check_workflow(recipe: Recipe, publishes: bool = True) -> None:
+def check_workflow(recipe: Recipe, ends_in: Ending = "pipeline") -> None:
     """Refuses, before any work, a recipe that is valid in itself and that the workflow could not carry to its end.
-
-    `publishes`: whether that end is a pipeline of diffusers.
 
     Raises:
         ValueError: naming the key, and what would be valid.
     """
+    assert ends_in in get_args(Ending), ends_in
     if len(recipe.train.stages) != STAGES:
         raise ValueError(f"train.stages has {len(recipe.train.stages)} entries; the workflow trains {STAGES}")
-    if publishes and recipe.model.is_ablation:
+    if ends_in == "pipeline" and recipe.model.is_ablation:
         raise ValueError(
             f"model.routing={recipe.model.model_dump()['routing']} is an ablation, and diffusers has no class that "
             "computes it: it cannot be published; pyflyte run workflows/ablate.py ablate ends in its scorecard"
@@ -49,9 +51,33 @@ def check_workflow(recipe: Recipe, publishes: bool = True) -> None:
             f"encoding.hidden_state_index={recipe.encoding.hidden_state_index} must be {PIPELINE_TEXT_STATE}: samples "
             "and scores come from the pipeline's default text state, and must be of the one that is trained"
         )
-    if recipe.eval.benchmark != "shapes":
+    if ends_in != "merged" and recipe.eval.benchmark != "shapes":
         raise ValueError(
-            f"eval.benchmark={recipe.eval.benchmark!r} has no detector in the workflow yet; it must be 'shapes' to run"
+            f"eval.benchmark={recipe.eval.benchmark!r} has no detector in the workflow yet; it must be 'shapes' to be "
+            "scored. What runs today: pyflyte run workflows/pretrain.py pretrain, which ends in the merged weights"
+        )
+
+
+def check_ranks(train: TrainConfig, nnodes: int, nproc_per_node: int, local: bool) -> None:
+    """Refuses, before any work, a training of other ranks than the training task's: those are fixed when workflows are
+    registered, or when a local run starts (`envs.TRAIN_NNODES`, `envs.TRAIN_NPROC`).
+
+    Raises:
+        ValueError: with the arithmetic, and how to change which.
+    """
+    processes, given = train.nnodes * train.nproc_per_node, nnodes * nproc_per_node
+    if processes != given:
+        command = "pyflyte run" if local and train.nnodes == 1 else "pyflyte register or pyflyte run --remote"
+        raise ValueError(
+            f"train.nnodes={train.nnodes} x train.nproc_per_node={train.nproc_per_node} = {processes}, but the "
+            f"training task has {nnodes} x {nproc_per_node} = {given} processes: set "
+            f"NUCLEUS_TRAIN_NNODES={train.nnodes} NUCLEUS_TRAIN_NPROC={train.nproc_per_node} for {command}, or change "
+            "the recipe"
+        )
+    if local and nnodes > 1:
+        raise ValueError(
+            f"NUCLEUS_TRAIN_NNODES={nnodes}: a local run trains on this machine alone; for several nodes use a cluster "
+            "(pyflyte run --remote)"
         )
 
 

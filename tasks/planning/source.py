@@ -12,6 +12,24 @@ from model.storage import s3_access
 from tasks.manifest import sha256_file
 
 
+PLACEHOLDER = "YOUR-BUCKET"  # in the recipes that come without data
+
+
+def check_source(path: str, local: bool) -> None:
+    """Refuses, without looking at it, what cannot be a source.
+
+    Raises:
+        ValueError: the recipe's placeholder, or on a cluster a path of somebody's machine.
+    """
+    if PLACEHOLDER in path:
+        raise ValueError(
+            f"source.path={path!r} is a placeholder: give your own images by --source, such as --source "
+            "s3://BUCKET/images/, or set source.path"
+        )
+    if path and "://" not in path and not local:
+        raise ValueError(f"source {path!r} is a path of your machine, which the cluster cannot read; give an s3:// URI")
+
+
 def fingerprint(path: str) -> str:
     """SHA-256 over the names and contents of the files under `path` (their ETags or checksums, when remote).
 

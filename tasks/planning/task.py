@@ -14,8 +14,17 @@ from tasks.artifacts import is_local, plain_errors
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.planning.local_cache import forget_lost_artifacts
-from tasks.planning.sections import EncodeStage, TrainStage, check_workflow, encode_stage, for_own_images, scoring, train_stage
-from tasks.planning.source import fingerprint
+from tasks.planning.sections import (
+    EncodeStage,
+    TrainStage,
+    check_ranks,
+    check_workflow,
+    encode_stage,
+    for_own_images,
+    scoring,
+    train_stage,
+)
+from tasks.planning.source import check_source, fingerprint
 from tasks.publishing.config import PublishConfig
 from tasks.recipe import load_recipe
 
@@ -45,20 +54,18 @@ class Sections(NamedTuple):
     recipe_json: str
 
 
-@task(**envs.light("curation"))
-def resolve_recipe(
-    recipe: str, overrides: Union[list[str], str], source: str, publishes: bool = True
-) -> Sections:
+@task(**envs.planner())
+def resolve_recipe(recipe: str, overrides: Union[list[str], str], source: str, ends_in: str) -> Sections:
     """Checks the whole recipe before any work. Not cached: it also looks whether the source has changed.
 
-    `publishes`: whether the workflow ends in a published pipeline, or in a scorecard.
+    `ends_in`: the artifact that the workflow ends in, "pipeline", "scorecard" or "merged".
     """
     with plain_errors():
         loaded = load_recipe(recipe, [overrides] if isinstance(overrides, str) else overrides)
-        check_workflow(loaded, publishes)
+        check_workflow(loaded, ends_in)
         path = source or loaded.source.path or ""
-        if "://" not in path and path and not is_local():
-            raise ValueError(f"source {path!r} is a path of your machine, which the cluster cannot read; give an s3:// URI")
+        check_source(path, is_local())
+        check_ranks(loaded.train, envs.TRAIN_NNODES, envs.TRAIN_NPROC, is_local())
         digest = fingerprint(path) if path else ""
     if source:
         loaded = for_own_images(loaded)

@@ -9,18 +9,19 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from flyteidl.admin import task_pb2
+from flyteidl.admin import task_pb2, workflow_pb2
 from flyteidl.core import tasks_pb2
 from google.protobuf.json_format import MessageToDict
 
 from tasks.envs import CACHE_VERSIONS
 
 ROOT = Path(__file__).resolve().parents[2]
+KINDS = {"_1.pb": task_pb2.TaskSpec, "_2.pb": workflow_pb2.WorkflowSpec}
 ROLES = ("curation", "encoder", "trainer", "evaluator", "publisher")
 
 
-def package(out: Path, **environment: str) -> dict[str, task_pb2.TaskSpec]:
-    """Task name -> its TaskSpec."""
+def package(out: Path, **environment: str) -> dict[str, task_pb2.TaskSpec | workflow_pb2.WorkflowSpec]:
+    """Name of a task or workflow -> its specification."""
     images = [part for role in ROLES for part in ("--image", f"{role}=registry.example/{role}:v1")]
     subprocess.run(
         [str(Path(sys.executable).with_name("pyflyte")), "--pkgs", "workflows", "package", *images, "--output", str(out), "-f"],
@@ -29,14 +30,15 @@ def package(out: Path, **environment: str) -> dict[str, task_pb2.TaskSpec]:
     found = {}
     with tarfile.open(out) as tar:
         for member in tar:
-            if member.name.endswith("_1.pb") and "arraynode" not in member.name:
-                spec = task_pb2.TaskSpec.FromString(tar.extractfile(member).read())
+            kind = KINDS.get(member.name[-5:])
+            if kind and "arraynode" not in member.name:
+                spec = kind.FromString(tar.extractfile(member).read())
                 found[spec.template.id.name] = spec
     return found
 
 
 @pytest.fixture(scope="module")
-def specs(tmp_path_factory) -> dict[str, task_pb2.TaskSpec]:
+def specs(tmp_path_factory) -> dict[str, task_pb2.TaskSpec | workflow_pb2.WorkflowSpec]:
     return package(tmp_path_factory.mktemp("package") / "package.tgz")
 
 
@@ -66,6 +68,24 @@ def test_the_recipe_is_read_anew_each_time_and_the_summary_told(specs):
         assert not specs[task].template.metadata.discoverable
 
 
+@pytest.mark.parametrize(
+    ("name", "after", "outputs"),
+    [
+        ("pretrain", [], {"merged", "components", "curated"}),
+        ("ablate", ["evaluate"], {"scorecard", "merged"}),
+        ("reproduce", ["evaluate", "publish_pipeline", "show_results"], {"pipeline", "scorecard", "merged", "curated"}),
+    ],
+)
+def test_workflows_share_the_road_to_merged_weights_and_say_where_they_end(specs, name, after, outputs):
+    template = specs[f"workflows.{name}.{name}"].template
+    nodes = [node for node in template.nodes if node.id != "start-node"]
+    called = [node.task_node.reference_id.name or node.workflow_node.sub_workflow_ref.name for node in nodes]
+    assert [path.split(".")[-1] for path in called] == ["resolve_recipe", "curate", "train", *after]
+    assert set(template.interface.outputs.variables) == outputs
+    ends_in = {binding.var: binding.binding for binding in nodes[0].inputs}["ends_in"].scalar.primitive.string_value
+    assert ends_in == {"pretrain": "merged", "ablate": "scorecard", "reproduce": "pipeline"}[name]
+
+
 def test_training_asks_for_accelerators_and_may_be_preempted(specs):
     template = specs["tasks.training.task.train_stage"].template
     assert template.metadata.interruptible
@@ -76,7 +96,9 @@ def test_training_asks_for_accelerators_and_may_be_preempted(specs):
 
 def test_training_on_several_nodes_is_a_job_whose_pods_find_the_same_task_and_have_time_to_save(tmp_path):
     asked = {"NUCLEUS_TRAIN_NNODES": "8", "NUCLEUS_TRAIN_NPROC": "4", "NUCLEUS_TRAIN_GRACE_S": "120"}
-    template = package(tmp_path / "package.tgz", **asked)["tasks.training.task.train_stage"].template
+    specs = package(tmp_path / "package.tgz", **asked)
+    planner = specs["tasks.planning.task.resolve_recipe"].template.container
+    template = specs["tasks.training.task.train_stage"].template
     assert template.type == "pytorch"
     elastic = MessageToDict(template.custom)["elasticConfig"]
     assert elastic["minReplicas"] == elastic["maxReplicas"] == 8 and elastic["nprocPerNode"] == 4
@@ -84,6 +106,7 @@ def test_training_on_several_nodes_is_a_job_whose_pods_find_the_same_task_and_ha
     (container,) = pod["containers"]
     environment = {entry["name"]: entry["value"] for entry in container["env"]}
     assert environment.items() >= asked.items()
+    assert {entry.key: entry.value for entry in planner.env}.items() >= dict(list(asked.items())[:2]).items()
     assert environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "120" and pod["terminationGracePeriodSeconds"] > 120
     assert container["image"] == "registry.example/trainer:v1"
     assert container["resources"]["requests"] == container["resources"]["limits"]

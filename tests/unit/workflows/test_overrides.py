@@ -28,7 +28,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", ["reproduce", "ablate"])
+@pytest.mark.parametrize("name", ["reproduce", "ablate", "pretrain"])
 def test_every_change_reaches_the_workflow_in_order(name):
     cases = [list(words) + ([] if "--recipe" in words else ["--recipe", "smoke"]) for words in CASES]
     code = SHOW.format(cases=cases, file=f"workflows/{name}.py", name=name)

@@ -93,7 +93,7 @@ def test_an_ablation_is_refused_before_any_work_where_the_end_is_a_pipeline(name
     recipe = load_recipe(f"ablations/{name}")
     with pytest.raises(ValueError, match=r"model.routing=\{.*is an ablation.*workflows/ablate.py ablate ends in its score"):
         check_workflow(recipe)
-    check_workflow(recipe, publishes=False)
+    check_workflow(recipe, ends_in="scorecard")
 
 
 def test_another_optimiser_is_no_ablation_of_the_model_and_is_published():

@@ -8,8 +8,8 @@ from flyteidl.core import literals_pb2
 
 from tasks.manifest import load_manifest, seal, writing
 from tasks.planning import local_cache
-from tasks.planning.sections import check_workflow, encode_stage, for_own_images, scoring, train_stage
-from tasks.planning.source import fingerprint
+from tasks.planning.sections import check_ranks, check_workflow, encode_stage, for_own_images, scoring, train_stage
+from tasks.planning.source import check_source, fingerprint
 from tasks.recipe import load_recipe
 
 
@@ -78,8 +78,57 @@ def test_what_would_fail_or_mislead_after_training_is_refused_before_it(override
 
 def test_experts_spread_over_ranks_are_not_refused():
     check_workflow(load_recipe("tiny", ["train.nproc_per_node=2", "train.expert_parallel=2"]))
-    with pytest.raises(ValueError, match="eval.benchmark='geneval'"):  # and no longer for its 64 expert-parallel ranks
-        check_workflow(load_recipe("nucleus_17b"))
+
+
+@pytest.mark.parametrize("ends_in", ["pipeline", "scorecard"])
+def test_a_benchmark_without_a_detector_is_refused_where_it_would_be_scored_and_told_what_runs(ends_in):
+    recipe = load_recipe("nucleus_17b")
+    with pytest.raises(ValueError, match="eval.benchmark='geneval' has no detector.*workflows/pretrain.py pretrain"):
+        check_workflow(recipe, ends_in)
+    check_workflow(recipe, "merged")
+
+
+def test_an_ablation_may_end_in_merged_weights_but_not_with_another_text_state():
+    check_workflow(load_recipe("ablations/token_choice"), "merged")
+    with pytest.raises(ValueError, match="hidden_state_index=-6 must be -8"):  # grids are sampled in training too
+        check_workflow(load_recipe("nucleus_17b", ["encoding.hidden_state_index=-6"]), "merged")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "registered", "local", "told"),
+    [
+        ("nucleus_17b", (1, 1), True, "8 x train.nproc_per_node=8 = 64, .* has 1 x 1 = 1 processes: set "
+         "NUCLEUS_TRAIN_NNODES=8 NUCLEUS_TRAIN_NPROC=8 for pyflyte register or pyflyte run --remote"),
+        ("nucleus_17b", (4, 8), False, "= 64, .* has 4 x 8 = 32 processes: .* for pyflyte register"),
+        ("tiny", (8, 8), False, "nnodes=1 x train.nproc_per_node=1 = 1, .* has 8 x 8 = 64 processes"),
+        ("tiny", (1, 2), True, "NUCLEUS_TRAIN_NPROC=1 for pyflyte run, or change the recipe"),
+        ("nucleus_17b", (8, 8), True, "NUCLEUS_TRAIN_NNODES=8: a local run trains on this machine alone"),
+    ],
+)  # fmt: skip
+def test_a_training_of_other_ranks_than_its_task_has_is_refused_with_the_arithmetic(recipe, registered, local, told):
+    with pytest.raises(ValueError, match=told):
+        check_ranks(load_recipe(recipe).train, *registered, local)
+
+
+def test_ranks_that_fit_their_task_are_not_refused():
+    for local in (True, False):
+        check_ranks(load_recipe("tiny").train, 1, 1, local)
+    check_ranks(load_recipe("nucleus_17b").train, 8, 8, False)
+    check_ranks(load_recipe("nucleus_17b").train, 16, 4, False)  # as many, on smaller machines
+
+
+def test_a_placeholder_is_refused_without_a_look_at_it_and_both_ways_out_are_named():
+    with pytest.raises(ValueError, match="source.path='s3://YOUR-BUCKET/.*placeholder.* --source .*or set source.path"):
+        check_source(load_recipe("nucleus_17b").source.path, local=False)
+
+
+def test_a_path_of_ones_own_machine_is_refused_on_a_cluster_alone():
+    for path in ("images/", ""):
+        check_source(path, local=True)
+    check_source("s3://bucket/images/", local=False)
+    check_source("", local=False)
+    with pytest.raises(ValueError, match="'images/' is a path of your machine"):
+        check_source("images/", local=False)
 
 
 def test_fingerprint_knows_the_home_directory_and_a_single_files_name(tmp_path, monkeypatch):
