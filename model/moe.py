@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from model import kernels
 from model.config import RoutingConfig
@@ -103,7 +104,7 @@ class Experts(nn.Module):
 
 def held(weight: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a distributed tensor; a plain one as it is."""
-    return weight.to_local() if hasattr(weight, "to_local") else weight
+    return weight.to_local() if isinstance(weight, DTensor) else weight  # a compiler knows no hasattr of one
 
 
 class MoE(nn.Module):
@@ -138,7 +139,7 @@ class MoE(nn.Module):
         """Which expert takes which of the tokens that the router sees, and with what gate."""
         B, S, _ = seen_BSD.shape
         logits_BSE = self.gate(seen_BSD, timestep_BD)
-        if self.routing.kind == "expert_choice" and kernels.takes(logits_BSE):
+        if self.routing.kind == "expert_choice" and kernels.takes_routing(logits_BSE):
             from model.kernels import route as kernel
 
             if kernel.fits(logits_BSE):

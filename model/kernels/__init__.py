@@ -1,8 +1,18 @@
 """Which operations run as Triton kernels: decided here, for the whole process.
 
-Every kernel stands beside the plain PyTorch function that it equals. Kernels serve eager code on a CUDA device;
-compiled code takes the plain functions, which the compiler fuses itself, and so do a CPU (model/cpu_ops.py),
-sharded tensors, and shapes that a kernel does not cover. Triton is imported on first use only.
+Every kernel stands beside the plain PyTorch function that it equals, and serves a CUDA device:
+
+    route, combine                        eager and compiled code
+    swiglu, norm_rope, norm_modulate      eager code; a compiler fuses the plain functions, and with their surroundings,
+                                          which it could not do with a kernel
+
+The plain way of routing adds rows with atomic operations on CUDA, in no fixed order, compiled or not; the kernels give
+the same bits each time. They are operations of PyTorch (`torch.ops.nucleus`): a compiler sees one node and neither looks
+inside nor breaks the graph there, activation checkpointing can name it, and a tensor that is still on its way from
+other ranks has arrived when the kernel reads it.
+
+A CPU (model/cpu_ops.py), sharded tensors, and shapes that a kernel does not cover take the plain functions. Triton is
+imported on first use only.
 """
 
 from __future__ import annotations
@@ -42,6 +52,14 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def lacking() -> list[str]:
+    """What this machine lacks for Triton kernels; empty if it has all."""
+    missing = [] if triton_installed() else ["the package triton"]
+    if not torch.cuda.is_available() and not interpreted():
+        missing.append("a CUDA device (or TRITON_INTERPRET=1, for tests)")
+    return missing
+
+
 def use_kernels(choice: Kernels) -> None:
     """"auto": Triton where it can run; "torch": never; "triton": as auto, but refuse a machine without it.
 
@@ -51,25 +69,30 @@ def use_kernels(choice: Kernels) -> None:
     global _choice
     if choice not in get_args(Kernels):
         raise ValueError(f"kernels={choice!r} must be one of {', '.join(get_args(Kernels))}")
-    if choice == "triton":
-        missing = [] if triton_installed() else ["the package triton"]
-        if not torch.cuda.is_available() and not interpreted():
-            missing.append("a CUDA device (or TRITON_INTERPRET=1, for tests)")
-        if missing:
-            raise ValueError(f"kernels='triton' needs {' and '.join(missing)}; use 'auto' or 'torch' here")
+    if choice == "triton" and (missing := lacking()):
+        raise ValueError(f"kernels='triton' needs {' and '.join(missing)}; use 'auto' or 'torch' here")
     _choice = choice
 
 
 def takes(x: torch.Tensor) -> bool:
-    """Whether operations on `x` run as Triton kernels."""
-    if torch.compiler.is_compiling() or not (x.is_cuda or (_choice == "triton" and interpreted())):
-        return False
+    """Whether element-wise operations on `x` run as Triton kernels."""
+    return not torch.compiler.is_compiling() and takes_routing(x)
+
+
+def takes_routing(x: torch.Tensor) -> bool:
+    """Whether routing by the logits `x` runs as Triton kernels."""
     return (
         _choice != "torch"
         and x.dtype in DTYPES
         and type(x) in (torch.Tensor, torch.nn.Parameter)
-        and triton_installed()
+        and _run_on(x.device.type, _choice == "triton")
     )
+
+
+@torch.compiler.assume_constant_result
+def _run_on(device_type: str, asked: bool) -> bool:
+    """Whether Triton runs on tensors of that device. A compiler calls this instead of reading it."""
+    return triton_installed() and (device_type == "cuda" or (asked and interpreted()))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], x: torch.Tensor, *args: Any, **constants: Any) -> None:

@@ -56,66 +56,110 @@ def _token_grid(tokens: int, width: int) -> tuple[tuple[int, int], int]:
     return (tokens, triton.cdiv(width, block)), block
 
 
-class GatherRows(torch.autograd.Function):
-    """x [T, D] and the token of each row -> rows [R, D]. Forward is PyTorch's: a copy at memory speed."""
-
-    @staticmethod
-    def forward(ctx, x_TD: torch.Tensor, tokens_R: torch.Tensor, takers_TE: torch.Tensor, counts_T: torch.Tensor):
-        ctx.save_for_backward(takers_TE, counts_T)
-        return x_TD.index_select(0, tokens_R)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_RD: torch.Tensor):
-        takers_TE, counts_T = ctx.saved_tensors
-        grad_RD = grad_RD.contiguous()
-        (T, E), D = takers_TE.shape, grad_RD.shape[1]
-        d_x_TD = grad_RD.new_empty(T, D)
-        grid, block = _token_grid(T, D)
-        launch(
-            _sum_takers, grid, grad_RD, takers_TE, counts_T, grad_RD, grad_RD, d_x_TD, D, E,
-            BASE=False, GATED=False, BLOCK=block,
-        )  # fmt: skip
-        return d_x_TD, None, None, None
+@torch.library.custom_op("nucleus::gather_rows", mutates_args=())
+def _gather(
+    x_TD: torch.Tensor, tokens_R: torch.Tensor, takers_TE: torch.Tensor, counts_T: torch.Tensor
+) -> torch.Tensor:
+    """PyTorch's: a copy at memory speed. The takers are for its backward."""
+    return x_TD.index_select(0, tokens_R)
 
 
-class CombineRows(torch.autograd.Function):
-    """base [T, D] plus, for each token, its rows of routed [R, D] times their gates [R] -> [T, D]."""
+@_gather.register_fake
+def _(x_TD, tokens_R, *_):
+    return x_TD.new_empty(tokens_R.shape[0], x_TD.shape[1])
 
-    @staticmethod
-    def forward(ctx, base_TD, routed_RD, gates_R, tokens_R, takers_TE, counts_T):
-        base_TD, routed_RD, gates_R = base_TD.contiguous(), routed_RD.contiguous(), gates_R.contiguous()
-        ctx.save_for_backward(routed_RD, gates_R, tokens_R)
-        (T, E), D = takers_TE.shape, base_TD.shape[1]
-        out_TD = torch.empty_like(base_TD)
-        grid, block = _token_grid(T, D)
-        launch(
-            _sum_takers, grid, routed_RD, takers_TE, counts_T, base_TD, gates_R, out_TD, D, E,
-            BASE=True, GATED=True, BLOCK=block,
-        )  # fmt: skip
-        return out_TD
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_TD: torch.Tensor):
-        routed_RD, gates_R, tokens_R = ctx.saved_tensors
-        R, D = routed_RD.shape
-        d_routed_RD, d_gates_R, grad = torch.empty_like(routed_RD), torch.empty_like(gates_R), grad_TD.contiguous()
-        block = triton.next_power_of_2(D)
-        launch(
-            _combine_backward, (R,), grad, routed_RD, gates_R, tokens_R, d_routed_RD, d_gates_R, D,
-            BLOCK=block, num_warps=4 if block <= 2048 else 8,
-        )  # fmt: skip
-        return grad_TD, d_routed_RD, d_gates_R, None, None, None
+@torch.library.custom_op("nucleus::gather_rows_backward", mutates_args=())
+def _gather_backward(grad_RD: torch.Tensor, takers_TE: torch.Tensor, counts_T: torch.Tensor) -> torch.Tensor:
+    grad_RD = grad_RD.contiguous()
+    (T, E), D = takers_TE.shape, grad_RD.shape[1]
+    d_x_TD = grad_RD.new_empty(T, D)
+    grid, block = _token_grid(T, D)
+    launch(
+        _sum_takers, grid, grad_RD, takers_TE, counts_T, grad_RD, grad_RD, d_x_TD, D, E,
+        BASE=False, GATED=False, BLOCK=block,
+    )  # fmt: skip
+    return d_x_TD
+
+
+@_gather_backward.register_fake
+def _(grad_RD, takers_TE, counts_T):
+    return grad_RD.new_empty(takers_TE.shape[0], grad_RD.shape[1])
+
+
+@torch.library.custom_op("nucleus::combine_rows", mutates_args=())
+def _combine(
+    base_TD: torch.Tensor,
+    routed_RD: torch.Tensor,
+    gates_R: torch.Tensor,
+    tokens_R: torch.Tensor,
+    takers_TE: torch.Tensor,
+    counts_T: torch.Tensor,
+) -> torch.Tensor:
+    """The tokens are for its backward."""
+    base_TD, routed_RD, gates_R = base_TD.contiguous(), routed_RD.contiguous(), gates_R.contiguous()
+    (T, E), D = takers_TE.shape, base_TD.shape[1]
+    out_TD = base_TD.new_empty(T, D)
+    grid, block = _token_grid(T, D)
+    launch(
+        _sum_takers, grid, routed_RD, takers_TE, counts_T, base_TD, gates_R, out_TD, D, E,
+        BASE=True, GATED=True, BLOCK=block,
+    )  # fmt: skip
+    return out_TD
+
+
+@_combine.register_fake
+def _(base_TD, *_):
+    return base_TD.new_empty(base_TD.shape)
+
+
+@torch.library.custom_op("nucleus::combine_rows_backward", mutates_args=())
+def _combine_rows_backward(
+    grad_TD: torch.Tensor, routed_RD: torch.Tensor, gates_R: torch.Tensor, tokens_R: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    grad_TD, routed_RD, gates_R = grad_TD.contiguous(), routed_RD.contiguous(), gates_R.contiguous()
+    R, D = routed_RD.shape
+    d_routed_RD, d_gates_R = routed_RD.new_empty(R, D), gates_R.new_empty(R)
+    block = triton.next_power_of_2(D)
+    launch(
+        _combine_backward, (R,), grad_TD, routed_RD, gates_R, tokens_R, d_routed_RD, d_gates_R, D,
+        BLOCK=block, num_warps=4 if block <= 2048 else 8,
+    )  # fmt: skip
+    return d_routed_RD, d_gates_R
+
+
+@_combine_rows_backward.register_fake
+def _(grad_TD, routed_RD, gates_R, tokens_R):
+    return routed_RD.new_empty(routed_RD.shape), gates_R.new_empty(gates_R.shape)
+
+
+def _save_for_gather(ctx, inputs, output) -> None:
+    _, _, *takers = inputs
+    ctx.save_for_backward(*takers)
+
+
+def _save_for_combine(ctx, inputs, output) -> None:
+    _, routed_RD, gates_R, tokens_R, *_ = inputs
+    ctx.save_for_backward(routed_RD, gates_R, tokens_R)
+
+
+_gather.register_autograd(
+    lambda ctx, grad_RD: (_gather_backward(grad_RD, *ctx.saved_tensors), None, None, None),
+    setup_context=_save_for_gather,
+)
+_combine.register_autograd(
+    lambda ctx, grad_TD: (grad_TD, *_combine_rows_backward(grad_TD, *ctx.saved_tensors), None, None, None),
+    setup_context=_save_for_combine,
+)
 
 
 def gather_rows(x_TD: torch.Tensor, takers: Takers) -> torch.Tensor:
-    """The routed rows [R, D]."""
-    return GatherRows.apply(x_TD, takers.tokens_R, takers.rows_TE, takers.counts_T)
+    """x [T, D] -> the routed rows [R, D]."""
+    return _gather(x_TD, takers.tokens_R, takers.rows_TE, takers.counts_T)
 
 
 def combine_rows(
     base_TD: torch.Tensor, routed_RD: torch.Tensor, gates_R: torch.Tensor, takers: Takers
 ) -> torch.Tensor:
-    """`base_TD` plus, at each token, its rows times their gates."""
-    return CombineRows.apply(base_TD, routed_RD, gates_R, takers.tokens_R, takers.rows_TE, takers.counts_T)
+    """`base_TD` plus, at each token, its rows of `routed_RD` times their gates [R] -> [T, D]."""
+    return _combine(base_TD, routed_RD, gates_R, takers.tokens_R, takers.rows_TE, takers.counts_T)

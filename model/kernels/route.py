@@ -81,9 +81,11 @@ def _normalise(
     score = tl.load(scores + t * E + e, mask=taken, other=0.0).to(tl.float32)
     gate = score / (tl.sum(score, axis=1)[:, None] + 1e-12) * scale
     tl.store(gates + slot, gate.to(gates.dtype.element_ty), mask=taken)
-    position = tl.cumsum(taken.to(tl.int32), axis=1) - 1
-    tl.store(takers + t * E + position, slot, mask=taken)
     count = tl.sum(taken.to(tl.int32), axis=1)[:, None]
+    reached = tl.cumsum(taken.to(tl.int32), axis=1)
+    # The slots in order, and after them the -1 of experts that did not take the token.
+    position = tl.where(taken, reached - 1, count + e - reached)
+    tl.store(takers + t * E + position, slot, mask=inside)
     tl.store(counts + t, count, mask=t < tokens)
 
 
@@ -115,12 +117,15 @@ def _route_backward(
     tl.store(d_logits + t * E + e, d_logit.to(d_logits.dtype.element_ty), mask=inside)
 
 
+Choice = tuple[(torch.Tensor,) * 7]
+
+
 def route(
     logits_BSE: torch.Tensor, capacity: int, use_sigmoid: bool, route_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Takers]:
     """Scores [B, S, E], token indices [B, E, C] in rising order, gates [B, E, C], and each token's takers."""
     B, E = logits_BSE.shape[0], logits_BSE.shape[2]
-    scores, indices, gates_R, tokens_R, rows, counts = Route.apply(logits_BSE, capacity, use_sigmoid, route_scale)
+    scores, indices, gates_R, tokens_R, rows, counts, _ = choose(logits_BSE, capacity, use_sigmoid, route_scale)
     return scores, indices, gates_R.view(E, B, capacity).transpose(0, 1), Takers(rows, counts, tokens_R)
 
 
@@ -129,52 +134,85 @@ def fits(logits_BSE: torch.Tensor) -> bool:
     return logits_BSE.shape[1] <= MAX_TOKENS and logits_BSE.shape[2] <= TILE
 
 
-class Route(torch.autograd.Function):
-    """logits [B, S, E] -> scores [B, S, E], indices [B, E, C], gates [R], tokens [R], takers [T, E], counts [T]."""
+@torch.library.custom_op("nucleus::route", mutates_args=())
+def choose(logits_BSE: torch.Tensor, capacity: int, use_sigmoid: bool, route_scale: float) -> Choice:
+    """logits [B, S, E] -> scores [B, S, E], indices [B, E, C], gates [R], tokens [R], takers [T, E], counts [T], and
+    slots [E, T]: the row in which an expert computes a token, -1 if it does not."""
+    chosen = _empty_choice(logits_BSE, capacity)
+    scores_BSE, indices_BEC, gates_R, tokens_R, takers_TE, counts_T, slots_ET = chosen
+    logits_BSE = logits_BSE.contiguous()
+    B, S, E = logits_BSE.shape
+    C, T = capacity, B * S
+    affinity_BES = logits_BSE.new_empty(B, E, S)
+    grid, blocks = _tiles(T, E)
+    launch(_scores, grid, logits_BSE, scores_BSE, affinity_BES, T, S, E, SIGMOID=use_sigmoid, **blocks)
+    # Every bit but the sign, so that exactly C are taken of NaN too; bfloat16 has 16 less than float32.
+    low = 16 if logits_BSE.dtype == torch.bfloat16 else 0
+    block_s = triton.next_power_of_2(S)
+    launch(
+        _select, (B * E,), affinity_BES, indices_BEC, tokens_R, slots_ET, B, S, E, C,
+        HIGH=31, LOW=low, BLOCK_S=block_s, num_warps=min(16, max(4, block_s // 512)),
+    )  # fmt: skip
+    launch(_normalise, grid, scores_BSE, slots_ET, gates_R, takers_TE, counts_T, T, E, route_scale, **blocks)
+    return chosen
 
-    @staticmethod
-    def forward(ctx, logits_BSE: torch.Tensor, capacity: int, use_sigmoid: bool, route_scale: float):
-        logits_BSE = logits_BSE.contiguous()
-        B, S, E = logits_BSE.shape
-        C, T, device, dtype = capacity, B * S, logits_BSE.device, logits_BSE.dtype
-        scores_BSE = torch.empty_like(logits_BSE)
-        affinity_BES = torch.empty(B, E, S, dtype=dtype, device=device)
-        indices_BEC = torch.empty(B, E, C, dtype=torch.long, device=device)
-        tokens_R = torch.empty(E * B * C, dtype=torch.long, device=device)
-        gates_R = torch.empty(E * B * C, dtype=dtype, device=device)
-        slots_ET, takers_TE = (torch.empty(shape, dtype=torch.int32, device=device) for shape in ((E, T), (T, E)))
-        counts_T = torch.empty(T, dtype=torch.int32, device=device)
-        grid, blocks = _tiles(T, E)
-        launch(_scores, grid, logits_BSE, scores_BSE, affinity_BES, T, S, E, SIGMOID=use_sigmoid, **blocks)
-        # Every bit but the sign, so that exactly C are taken of NaN too; bfloat16 has 16 less than float32.
-        low = 16 if dtype == torch.bfloat16 else 0
-        block_s = triton.next_power_of_2(S)
-        launch(
-            _select, (B * E,), affinity_BES, indices_BEC, tokens_R, slots_ET, B, S, E, C,
-            HIGH=31, LOW=low, BLOCK_S=block_s, num_warps=min(16, max(4, block_s // 512)),
-        )  # fmt: skip
-        launch(_normalise, grid, scores_BSE, slots_ET, gates_R, takers_TE, counts_T, T, E, route_scale, **blocks)
-        ctx.save_for_backward(logits_BSE, slots_ET)
-        ctx.use_sigmoid, ctx.route_scale = use_sigmoid, route_scale
-        ctx.mark_non_differentiable(indices_BEC, tokens_R, takers_TE, counts_T)
-        ctx.set_materialize_grads(False)
-        return scores_BSE, indices_BEC, gates_R, tokens_R, takers_TE, counts_T
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_scores_BSE, _indices, d_gates_R, *_rest):
-        logits_BSE, slots_ET = ctx.saved_tensors
-        B, S, E = logits_BSE.shape
-        d_logits_BSE = torch.empty_like(logits_BSE)
-        grid, blocks = _tiles(B * S, E)
-        d_gates, d_scores = (
-            logits_BSE if gradient is None else gradient.contiguous() for gradient in (d_gates_R, d_scores_BSE)
-        )
-        launch(
-            _route_backward, grid, logits_BSE, slots_ET, d_gates, d_scores, d_logits_BSE, B * S, E, ctx.route_scale,
-            SIGMOID=ctx.use_sigmoid, SCORES_USED=d_scores_BSE is not None, GATES_USED=d_gates_R is not None, **blocks,
-        )  # fmt: skip
-        return d_logits_BSE, None, None, None
+@choose.register_fake
+def _empty_choice(logits_BSE: torch.Tensor, capacity: int, *_: object) -> Choice:
+    B, S, E = logits_BSE.shape
+    T, R = B * S, E * B * capacity
+    return (
+        logits_BSE.new_empty(B, S, E),
+        logits_BSE.new_empty(B, E, capacity, dtype=torch.long),
+        logits_BSE.new_empty(R),
+        logits_BSE.new_empty(R, dtype=torch.long),
+        logits_BSE.new_empty(T, E, dtype=torch.int32),
+        logits_BSE.new_empty(T, dtype=torch.int32),
+        logits_BSE.new_empty(E, T, dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("nucleus::route_backward", mutates_args=())
+def _choose_backward(
+    logits_BSE: torch.Tensor,
+    slots_ET: torch.Tensor,
+    d_scores_BSE: torch.Tensor | None,
+    d_gates_R: torch.Tensor | None,
+    use_sigmoid: bool,
+    route_scale: float,
+) -> torch.Tensor:
+    logits_BSE = logits_BSE.contiguous()
+    B, S, E = logits_BSE.shape
+    d_logits_BSE = logits_BSE.new_empty(B, S, E)
+    grid, blocks = _tiles(B * S, E)
+    d_gates, d_scores = (
+        logits_BSE if gradient is None else gradient.contiguous() for gradient in (d_gates_R, d_scores_BSE)
+    )
+    launch(
+        _route_backward, grid, logits_BSE, slots_ET, d_gates, d_scores, d_logits_BSE, B * S, E, route_scale,
+        SIGMOID=use_sigmoid, SCORES_USED=d_scores_BSE is not None, GATES_USED=d_gates_R is not None, **blocks,
+    )  # fmt: skip
+    return d_logits_BSE
+
+
+@_choose_backward.register_fake
+def _(logits_BSE, *_):
+    return logits_BSE.new_empty(logits_BSE.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    logits_BSE, _, ctx.use_sigmoid, ctx.route_scale = inputs
+    ctx.save_for_backward(logits_BSE, output[-1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, d_scores_BSE, _indices, d_gates_R, *_rest):
+    logits_BSE, slots_ET = ctx.saved_tensors
+    d_logits_BSE = _choose_backward(logits_BSE, slots_ET, d_scores_BSE, d_gates_R, ctx.use_sigmoid, ctx.route_scale)
+    return d_logits_BSE, None, None, None
+
+
+choose.register_autograd(_backward, setup_context=_save)
 
 
 def _tiles(tokens: int, experts: int) -> tuple[tuple[int], dict[str, int]]:

@@ -3,13 +3,17 @@
 On a CPU in Triton's interpreter; the same tests, marked gpu, on a CUDA device for real.
 """
 
+import collections
 import math
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
 
 from model import kernels
 from model.cpu_ops import plain_norm_modulate, plain_norm_rope, plain_swiglu
@@ -129,13 +133,21 @@ def test_norm_modulate(shape, want_normed, dtype, device):
     assert (NormModulate.apply(x, modulation[..., :D], 1e-6, want_normed)[0] is None) == (not want_normed)
 
 
-def moe_layer(device, dtype, experts=3, width=12, hidden=20, capacity_factor=1.7, **changes):
+TINY = dict(experts=2, tokens=3, capacity_factor=1.0)  # the interpreter is slow
+
+
+def moe_layer(device, dtype, experts=3, width=12, hidden=20, capacity_factor=1.7, tokens=7, **changes):
     torch.manual_seed(0)
     moe = MoE(width, hidden, experts, capacity_factor, **changes)
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     moe.to(device, dtype)
-    return moe, [torch.randn(shape, device=device).to(dtype) for shape in ((2, 7, 12), (2, 7, 12), (2, 12))]
+    return moe, moe_inputs(device, dtype, tokens, width)
+
+
+def moe_inputs(device, dtype, tokens, width=12):
+    shapes = ((2, tokens, width), (2, tokens, width), (2, width))
+    return [torch.randn(shape, device=device).to(dtype) for shape in shapes]
 
 
 def choice(routing):
@@ -170,11 +182,11 @@ def test_routing(use_sigmoid, capacity_factor, device):
 
 @pytest.mark.parametrize("value", [0.0, 3.0, -200.0, float("nan"), -float("nan")])
 def test_equal_scores_are_taken_in_the_tokens_order_and_never_too_many(value, device):
-    from model.kernels.route import Route
+    from model.kernels.route import route
 
-    _, indices_BEC, gates_R, *_ = Route.apply(torch.full((2, 9, 4), value, device=device), 3, True, 2.5)
+    _, indices_BEC, gates_BEC, _ = route(torch.full((2, 9, 4), value, device=device), 3, True, 2.5)
     assert torch.equal(indices_BEC.cpu(), torch.arange(3).expand(2, 4, 3))
-    assert gates_R.isfinite().all() == math.isfinite(value)
+    assert gates_BEC.isfinite().all() == math.isfinite(value)
 
 
 def test_takers_list_each_tokens_rows_once(device):
@@ -189,12 +201,24 @@ def test_takers_list_each_tokens_rows_once(device):
 def run_layer(device, dtype, which, capacity_factor):
     kernels.use_kernels(which)
     moe, inputs = moe_layer(device, torch.bfloat16, capacity_factor=capacity_factor)
-    moe.to(dtype)
-    own = leaves(*(tensor.to(dtype) for tensor in inputs))
+    return step(moe.to(dtype), [tensor.to(dtype) for tensor in inputs])
+
+
+def step(moe, inputs):
+    """The routing; and the output, the gradients of the inputs, and of the parameters."""
+    moe.zero_grad()
+    own = leaves(*inputs)
     out, routing = moe(*own)
     torch.manual_seed(1)
-    out.backward(torch.randn(out.shape, device=device).to(dtype))
-    return routing, [out, *(tensor.grad for tensor in own), *(p.grad for p in moe.parameters())]
+    out.backward(torch.randn(out.shape, device=out.device).to(out.dtype))
+    return routing, [out, *(tensor.grad for tensor in own), *(p.grad.clone() for p in moe.parameters())]
+
+
+def assert_close(found, expected):
+    # Relative to all gradients: one expert alone has a constant gate, and the router's gradient is rounding noise.
+    total = torch.stack([tensor.norm() for tensor in expected]).norm()
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine - theirs).norm() < 1e-5 * theirs.norm() + 1e-7 * total
 
 
 @pytest.mark.parametrize("capacity_factor", [0.1, 1.7, 3.0])
@@ -204,10 +228,7 @@ def test_layer_with_kernels_equals_the_plain_layer(capacity_factor, device):
     plain, expected = run_layer(device, torch.float32, "torch", capacity_factor)
     assert ours.takers is not None and plain.takers is None
     assert torch.equal(choice(ours).values, choice(plain).values)
-    # Relative to all gradients: one expert alone has a constant gate, and the router's gradient is rounding noise.
-    total = torch.stack([tensor.norm() for tensor in expected]).norm()
-    for mine, theirs in zip(found, expected):
-        assert (mine - theirs).norm() < 1e-5 * theirs.norm() + 1e-7 * total
+    assert_close(found, expected)
 
 
 def test_layer_with_kernels_in_bf16_is_as_exact_as_the_plain_one(device):
@@ -223,13 +244,11 @@ def test_layer_with_kernels_in_bf16_is_as_exact_as_the_plain_one(device):
 
 def test_sums_have_the_same_bits_each_time(device):
     moe, inputs = moe_layer(device, torch.bfloat16)
-    outs = []
-    for _ in range(2):
-        own = leaves(*inputs)
-        out, _ = moe(*own)
-        out.float().square().sum().backward()
-        outs.append([out.detach(), *(tensor.grad for tensor in own)])
-    assert all(torch.equal(a, b) for a, b in zip(*outs))
+    assert_same_bits(step(moe, inputs)[1], step(moe, inputs)[1])
+
+
+def assert_same_bits(found, expected):
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
 
 
 def test_shapes_that_no_kernel_covers_take_the_plain_way(monkeypatch, device):
@@ -238,6 +257,172 @@ def test_shapes_that_no_kernel_covers_take_the_plain_way(monkeypatch, device):
     monkeypatch.setattr(route, "MAX_TOKENS", 6)
     moe, inputs = moe_layer(device, torch.float32)
     assert moe(*inputs)[1].takers is None
+
+
+class Graphs:
+    """A backend of torch.compile that runs what it gets as it is, and counts the operations."""
+
+    def __init__(self):
+        torch.compiler.reset()
+        self.forward, self.backward = collections.Counter(), collections.Counter()
+        self.backend = aot_autograd(
+            fw_compiler=self._counting(self.forward),
+            bw_compiler=self._counting(self.backward),
+            partition_fn=min_cut_rematerialization_partition,
+        )
+
+    def _counting(self, counts):
+        def compiler(graph, inputs):
+            counts.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+
+FORWARD_OPS = {f"nucleus.{name}.default" for name in ("route", "gather_rows", "combine_rows")}
+BACKWARD_OPS = {f"nucleus.{name}_backward.default" for name in ("route", "gather_rows", "combine_rows")}
+
+
+def nucleus_ops(counts):
+    return {name: count for name, count in counts.items() if name.startswith("nucleus.")}
+
+
+def test_compiled_layer_routes_with_kernels_and_equals_the_plain_eager_one(device):
+    """In one graph, with each operation once, and nothing left that adds in no fixed order on a CUDA device."""
+    moe, inputs = moe_layer(device, torch.float32, **TINY)
+    graphs = Graphs()
+    routing, found = step(torch.compile(moe, backend=graphs.backend, fullgraph=True), inputs)
+    assert nucleus_ops(graphs.forward) == dict.fromkeys(FORWARD_OPS, 1)
+    assert nucleus_ops(graphs.backward) == dict.fromkeys(BACKWARD_OPS, 1)
+    plain_ops = ("topk", "index_add", "scatter_add", "index_put", "index_select")
+    assert not [name for name in graphs.forward + graphs.backward if any(op in name for op in plain_ops)]
+    kernels.use_kernels("torch")
+    plain, expected = step(moe, inputs)
+    assert torch.equal(choice(routing).values, choice(plain).values)
+    assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_compiled_layer_follows_the_switch(device):
+    """Also after it was compiled for another choice; "auto" on a CPU is plain PyTorch."""
+    moe, inputs = moe_layer(device, torch.float32, **TINY)
+    graphs = Graphs()
+    compiled = torch.compile(moe, backend=graphs.backend, fullgraph=True)
+    for which, taken in (("torch", False), ("auto", device.type == "cuda"), ("triton", True), ("torch", False)):
+        kernels.use_kernels(which)
+        graphs.forward.clear()
+        assert (compiled(*inputs)[1].takers is not None) == taken, which
+        assert not nucleus_ops(graphs.forward) or taken
+
+
+def test_compiled_layer_is_right_for_one_image_shape_after_another(device):
+    moe, _ = moe_layer(device, torch.float32, **TINY)
+    graphs = Graphs()
+    compiled = torch.compile(moe, backend=graphs.backend, fullgraph=True)
+    for tokens in (3, 5, 3):
+        inputs = moe_inputs(device, torch.float32, tokens)
+        kernels.use_kernels("triton")
+        routing, found = step(compiled, inputs)
+        kernels.use_kernels("torch")
+        plain, expected = step(moe, inputs)
+        assert routing.takers is not None and torch.equal(choice(routing).values, choice(plain).values)
+        assert_close(found, expected)
+    assert graphs.forward["nucleus.route.default"] >= 2
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+def test_layer_compiled_by_inductor_equals_the_eager_one(device):
+    torch.compiler.reset()
+    moe, inputs = moe_layer(device, torch.float32, **TINY)
+    routing, found = step(torch.compile(moe, fullgraph=True), inputs)
+    assert routing.takers is not None
+    kernels.use_kernels("torch")
+    assert_close(found, step(moe, inputs)[1])
+
+
+@pytest.mark.gpu
+def test_compiled_steps_have_the_same_bits_each_time(device):
+    """Where the plain way, which adds atomically, has not (many rows of each token)."""
+    if device.type == "cpu":
+        pytest.skip("nothing is added atomically on a CPU")
+    torch.compiler.reset()
+    large = dict(experts=16, width=256, hidden=64, capacity_factor=8.0, tokens=512)
+    moe, inputs = moe_layer(device, torch.bfloat16, **large)
+    compiled = torch.compile(moe, fullgraph=True)
+    routing, first = step(compiled, inputs)
+    assert routing.takers is not None
+    for _ in range(5):
+        assert_same_bits(step(compiled, inputs)[1], first)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_checkpointed_layer_chooses_experts_once_and_has_the_same_gradients(compiled, device, monkeypatch):
+    """Eager and full, it chooses again, from the same bits."""
+    from model.kernels import route
+    from model.train.activation import activation_config
+
+    chosen = []
+    launch = route.launch
+    monkeypatch.setattr(route, "launch", lambda kernel, *a, **k: (chosen.append(kernel), launch(kernel, *a, **k)))
+    moe, inputs = moe_layer(device, torch.float32, **TINY)
+    expected = None
+    for policy in ("none", "selective", "full"):
+        holder = torch.nn.Module()
+        holder.transformer_blocks = torch.nn.ModuleList([moe])
+        if policy != "none":
+            activation_config(policy).build().apply(holder)
+        layer, graphs = holder.transformer_blocks[0], Graphs()
+        if compiled:
+            layer = torch.compile(layer, backend=graphs.backend, fullgraph=True)
+        chosen.clear()
+        _, found = step(layer, inputs)
+        expected = expected or found
+        assert_same_bits(found, expected)
+        assert chosen.count(route._select) == (2 if policy == "full" and not compiled else 1), policy
+        if compiled:
+            again = {} if policy == "none" else {"nucleus.gather_rows.default": 1}
+            assert nucleus_ops(graphs.forward) == dict.fromkeys(FORWARD_OPS, 1)
+            assert nucleus_ops(graphs.backward) == dict.fromkeys(BACKWARD_OPS, 1) | again, policy
+
+
+def test_operations_keep_what_pytorch_asks_of_them(device):
+    """Schema, autograd registration, and shapes, strides and gradients under tracing."""
+    from model.kernels import combine, route  # noqa: F401  (combine defines its operations)
+
+    torch.manual_seed(0)
+    logits, capacity = torch.randn(2, 5, 3, device=device, requires_grad=True), 2
+    scores, _, gates, tokens, rows, counts, slots = route.choose(logits.detach(), capacity, False, 2.5)
+    x, routed = (torch.randn(rows_, 4, device=device, requires_grad=True) for rows_ in (10, len(tokens)))
+    grad, gates = torch.randn_like(x), gates.requires_grad_()
+    ops = torch.ops.nucleus
+    calls = [
+        (ops.route, (logits, capacity, False, 2.5)),
+        (ops.route_backward, (logits.detach(), slots, scores, None, False, 2.5)),
+        (ops.route_backward, (logits.detach(), slots, None, gates.detach(), True, 2.5)),
+        (ops.gather_rows, (x, tokens, rows, counts)),
+        (ops.gather_rows_backward, (routed.detach(), rows, counts)),
+        (ops.combine_rows, (x, routed, gates, tokens, rows, counts)),
+        (ops.combine_rows_backward, (grad, routed.detach(), gates.detach(), tokens)),
+    ]
+    defined = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "nucleus::" in name}
+    assert defined == {call.__name__ for call, _ in calls}
+    for call, arguments in calls:
+        torch.library.opcheck(call.default, arguments)
+
+
+def test_rows_that_are_still_on_their_way_are_waited_for(device):
+    """Expert parallelism hands over what an all-to-all returns: a stand-in for a tensor, without memory of its own."""
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    from model.kernels.combine import combine_rows
+
+    moe, (x, seen, timestep) = moe_layer(device, torch.float32, **TINY)
+    with torch.no_grad():
+        routing = moe.route(seen, timestep)
+    gates_R, takers = routing.gates_BEC.transpose(0, 1).reshape(-1), routing.takers
+    base, routed = x.flatten(0, 1), torch.randn(len(takers.tokens_R), x.shape[-1], device=device)
+    found = combine_rows(base, AsyncCollectiveTensor(routed), gates_R, takers)
+    assert torch.equal(found, combine_rows(base, routed, gates_R, takers))
 
 
 def test_whole_model_with_kernels_equals_the_plain_one(device):
