@@ -5,7 +5,8 @@
         --text-dim 32 --tokens 16 --rounds 2 --no-compile      # its own logic, on a machine without a GPU
 
 For every number of tokens and capacity factor, in turns within one process: ours with Triton kernels, ours in plain
-PyTorch, ours under torch.compile, diffusers with grouped_mm, and the same under torch.compile; medians and quartiles.
+PyTorch, both under torch.compile (which leaves only routing to the kernels), diffusers with grouped_mm, and the same
+under torch.compile; medians and quartiles.
 Then, of our block with Triton kernels (plain PyTorch where there are none):
 
     products   every matrix product alone, beside the card's matrix rate, measured in this run on a large product,
@@ -177,7 +178,10 @@ def variants(
     runs["ours, torch"] = run_ours(ours, "torch")
     runs["diffusers, eager"] = run_theirs(theirs)
     if not args.no_compile:
-        runs["ours, compiled"] = run_ours(torch.compile(ours, mode=args.compile_mode), "torch")
+        compiled = torch.compile(ours, mode=args.compile_mode)  # once for each choice
+        if has_kernels(args):
+            runs["ours, compiled, triton"] = run_ours(compiled, "triton")
+        runs["ours, compiled, torch"] = run_ours(compiled, "torch")
         runs["diffusers, compiled"] = run_theirs(torch.compile(theirs, mode=args.compile_mode))
     return runs
 
@@ -346,7 +350,7 @@ def measure(args: argparse.Namespace, case: Case, rate: float, bandwidth: float)
     for kind, calls in kinds.items():
         measured[kind] = in_turns(calls, args.rounds, device)
         for name, spread in measured[kind].items():
-            print(f"  {kind:18}  {name:20} {spread} ms")
+            print(f"  {kind:18}  {name:22} {spread} ms")
         ours_best = min((n for n in runs if n.startswith("ours")), key=lambda n: measured[kind][n].median)
         for other in (name for name in runs if name.startswith("diffusers")):
             ratio = measured[kind][other].median / measured[kind][ours_best].median
