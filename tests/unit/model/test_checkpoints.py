@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
+import threading
 
 import pytest
 import torch
@@ -61,6 +63,7 @@ def test_a_checkpoint_without_its_metadata_does_not_exist(place):
     fs, path = storage.filesystem(f"{place}/checkpoints/step-15/.metadata")
     fs.rm_file(path)
     storage.write_bytes(f"{place}/checkpoints/notes.txt", b"")
+    save(STATE, f"{place}/checkpoints/set-aside/step-20")
     assert finished_checkpoints(f"{place}/checkpoints") == {n: f"{place}/checkpoints/step-{n}" for n in (5, 10)}
     assert last_checkpoint(f"{place}/checkpoints") == f"{place}/checkpoints/step-10"
     assert last_checkpoint(f"{place}/checkpoints/step-5") == f"{place}/checkpoints/step-5"
@@ -84,6 +87,29 @@ def test_removing_takes_the_metadata_first_and_leaves_nothing(place, monkeypatch
     storage.remove(f"{place}/step-5")
     storage.remove(f"{place}/step-5")
     assert storage.children(place) == []
+
+
+def test_a_listing_has_what_another_thread_wrote(place):
+    storage.write_bytes(f"{place}/one", b"")
+    assert storage.children(place) == [f"{place}/one"]
+    other = threading.Thread(target=storage.write_bytes, args=(f"{place}/two", b""))
+    other.start()
+    other.join()
+    assert storage.children(place) == [f"{place}/one", f"{place}/two"]
+
+
+def test_a_file_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "report.json"
+    storage.write_bytes(path, b"first")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            storage.write_bytes(path, b"second")
+    assert path.read_bytes() == b"first"
 
 
 class Malice:
@@ -116,6 +142,13 @@ def test_malice_inside_of_metadata_is_refused_too(tmp_path):
     with pytest.raises(ValueError, match="no part of a checkpoint's metadata"):
         load(empty(), tmp_path / "step-1", alone=True)
     assert not (tmp_path / "it_ran").exists()
+
+
+@pytest.mark.parametrize("name", ["torch load", "torch.serialization load", "builtins eval", "posix system"])
+def test_a_function_that_metadata_never_names_is_refused_whoever_owns_it(tmp_path, name):
+    (tmp_path / ".metadata").write_bytes(b"c" + name.replace(" ", "\n").encode() + b"\n(tR.")  # a call without arguments
+    with pytest.raises(ValueError, match=f"names {name.replace(' ', '.')}, which is no part"):
+        CheckpointReader(tmp_path).read_metadata()
 
 
 @pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps([1]), pickle.dumps({"a": 1})])
