@@ -25,15 +25,17 @@ def sampler(components: Path, latents: Path, stage: TrainStage) -> Callable[[Any
     """`f(model, step, path)` that writes a PNG of one row per prompt of `train.sample_prompts`; None if there are none.
 
     Every rank calls it, and gets an error where rank 0 fails. Prompts are cut where the captions of `latents` were. At
-    the first grid rank 0 loads the VAE, which it keeps, and the text encoder, of which the prompts' embeddings stay.
+    the first grid rank 0 loads the VAE, which then waits on the host, and the text encoder, of which the prompts'
+    embeddings are kept. Both run on the model's device: the other ranks wait, and one of torch elastic's processes has
+    a single CPU thread.
     """
     prompts = list(stage.train.sample_prompts)
     if not prompts or not stage.train.sample_every_steps:
         return None
     kept: dict[str, Any] = {}
 
-    def load() -> tuple[int, list[tuple[torch.Size, torch.dtype] | None]]:
-        kept.update(_load(components, latents, prompts))
+    def load(device: torch.device) -> tuple[int, list[tuple[torch.Size, torch.dtype] | None]]:
+        kept.update(_load(components, latents, prompts, device))
         return kept["scale"], [None if text is None else (text.shape, text.dtype) for text in kept["texts"]]
 
     def write(model: Any, step: int, path: Path) -> None:
@@ -43,7 +45,7 @@ def sampler(components: Path, latents: Path, stage: TrainStage) -> Callable[[Any
 
         device = next(model.parameters()).device
         if "side" not in kept:
-            scale, shapes = on_rank_0(load)
+            scale, shapes = on_rank_0(lambda: load(device), device)
             kept["texts"] = [
                 None if shape is None else _from_rank_0(text, *shape, device)
                 for text, shape in zip(kept.get("texts") or [None] * len(shapes), shapes)
@@ -52,14 +54,14 @@ def sampler(components: Path, latents: Path, stage: TrainStage) -> Callable[[Any
         side, number = kept["side"], len(prompts) * IMAGES_PER_PROMPT
         noise = torch.randn(number, side * side, stage.model.in_channels, generator=torch.Generator().manual_seed(SEED))
         tokens = sample_latents(model, *kept["texts"], noise.to(device), (1, side, side), STEPS, GUIDANCE)
-        on_rank_0(lambda: _save(kept, tokens.cpu(), stage.model.patch_size, path))
+        on_rank_0(lambda: _save(kept, tokens, stage.model.patch_size, path), device)
 
     return write
 
 
-def on_rank_0(work: Callable[[], T]) -> T:
+def on_rank_0(work: Callable[[], T], device: torch.device) -> T:
     """What `work()` returns on rank 0, on every rank (pickled, so small). It leaves the global random numbers as they
-    are, and computes in its tensors' own types, whatever the training's.
+    are, and computes on `device` in its tensors' own types, whatever the training's.
 
     Raises:
         Exception: on rank 0, what `work` raises.
@@ -71,7 +73,7 @@ def on_rank_0(work: Callable[[], T]) -> T:
     found, error, told = None, None, None
     if not _several() or dist.get_rank() == 0:
         try:
-            with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+            with torch.random.fork_rng(devices=[]), torch.autocast(device.type, enabled=False):
                 found = work()
         except Exception as raised:
             error, told = raised, f"{type(raised).__name__}: {raised}"
@@ -107,7 +109,7 @@ def _from_rank_0(
     return here
 
 
-def _load(components: Path, latents: Path, prompts: list[str]) -> dict[str, Any]:
+def _load(components: Path, latents: Path, prompts: list[str], device: torch.device) -> dict[str, Any]:
     """The VAE, its numbers, and "texts": the prompts' embeddings and mask, a row for each image, and the negative's."""
     import torch
     from diffusers import AutoencoderKLQwenImage
@@ -117,7 +119,7 @@ def _load(components: Path, latents: Path, prompts: list[str]) -> dict[str, Any]
 
     max_tokens = text_settings(latents)["max_text_tokens"]
     vae = AutoencoderKLQwenImage.from_pretrained(components / "vae").eval()
-    encoder = load_text_encoder(components / "text_encoder", dtype="auto")  # as the captions'
+    encoder = load_text_encoder(components / "text_encoder", dtype="auto").to(device)  # as for the captions
     processor = load_processor(components / "processor")
     with torch.no_grad():
         text, mask = encode_text(encoder, processor, prompts, max_tokens)
@@ -143,10 +145,14 @@ def _save(kept: dict[str, Any], tokens: torch.Tensor, patch_size: int, path: Pat
 
     from model.flow import unpack_latents
 
-    side = kept["side"]
+    side, device = kept["side"], tokens.device
     unpacked = unpack_latents(tokens, side, side, patch_size)
+    latents = (unpacked * kept["std"].to(device) + kept["mean"].to(device))[:, :, None]
+    vae = kept["vae"].to(device)
+    at_once = len(latents) if device.type == "cpu" else 1  # an accelerator has little memory beside the training's
     with torch.no_grad():
-        images = kept["vae"].decode((unpacked * kept["std"] + kept["mean"])[:, :, None], return_dict=False)[0][:, :, 0]
+        images = torch.cat([vae.decode(part, return_dict=False)[0][:, :, 0].cpu() for part in latents.split(at_once)])
+    vae.cpu()
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     height, width = pixels.shape[1:3]
     grid = Image.new("RGB", (width * IMAGES_PER_PROMPT, height * (len(pixels) // IMAGES_PER_PROMPT)))

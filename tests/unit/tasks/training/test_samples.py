@@ -18,6 +18,7 @@ from tasks.planning.sections import train_stage as section
 from tasks.recipe import load_recipe
 from tasks.training import samples
 
+CPU = torch.device("cpu")
 PROMPTS = '["a photo of a red circle left of a blue square and a green star", "a photo of a cat"]'
 
 
@@ -61,10 +62,10 @@ def test_a_process_alone_sends_nothing_and_its_random_numbers_go_on(monkeypatch)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         before = torch.get_rng_state()
-        assert samples.on_rank_0(lambda: torch.rand(3).shape) == (3,)
+        assert samples.on_rank_0(lambda: torch.rand(3).shape, CPU) == (3,)
         assert torch.equal(torch.get_rng_state(), before)
         with pytest.raises(OSError, match="disk"):
-            samples.on_rank_0(full_disk)
+            samples.on_rank_0(full_disk, CPU)
     finally:
         dist.destroy_process_group()
 
@@ -76,4 +77,4 @@ def full_disk():
 def test_what_is_left_to_the_first_rank_is_computed_in_its_own_type():
     with torch.autocast("cpu", torch.bfloat16):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-        assert samples.on_rank_0(lambda: (torch.ones(2, 2) @ torch.ones(2, 2)).dtype) == torch.float32
+        assert samples.on_rank_0(lambda: (torch.ones(2, 2) @ torch.ones(2, 2)).dtype, CPU) == torch.float32
