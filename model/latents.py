@@ -211,6 +211,17 @@ def _gather(shard_of: Callable[[int], torch.Tensor], shard_ids: np.ndarray, offs
     return out
 
 
+def read_meta(directory: str | Path) -> LatentMeta:
+    """
+    Raises:
+        ValueError: it is not a finished latents directory.
+    """
+    path = Path(directory) / "meta.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} is not a finished latents directory: it has no meta.json")
+    return LatentMeta(**json.loads(path.read_text()))
+
+
 class LatentDataset:
     """Reads a latents directory. Any row costs the same, wherever it lies.
 
@@ -222,10 +233,7 @@ class LatentDataset:
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        path = self.directory / "meta.json"
-        if not path.is_file():
-            raise ValueError(f"{self.directory} is not a finished latents directory: it has no meta.json")
-        self.meta = LatentMeta(**json.loads(path.read_text()))
+        self.meta = read_meta(self.directory)
         columns = ["bucket", "shard", "offset", "tier", "text_rows"]
         table = pq.read_table(self.directory / "index.parquet", columns=columns).combine_chunks()
         self.bucket_names = sorted(self.meta.buckets)

@@ -37,7 +37,7 @@ from model import storage
 from model.checkpoints import finished_checkpoints, last_checkpoint
 from model.config import StageConfig, TrainConfig, TransformerConfig
 from model.export import released_weights
-from model.latents import LatentDataset
+from model.latents import read_meta
 from model.layout import LAYOUT_KEYS
 from model.load import load_weights
 from model.train.checkpoint import CHECKPOINTS, WEIGHTS, checkpoint_root
@@ -49,6 +49,7 @@ from model.train.trainer import SAMPLES
 MANIFEST = "manifest.json"  # of a sealed directory
 REPORT = "report.json"
 KEEPING_KEYS = ("async_checkpoint", "checkpoint_uri", "num_workers")  # how it reads and saves, not what
+VISIBLE_WITHIN_S = 10.0  # another node's writes on a network file system, which may be slow to show them
 SampleFn = Callable[[torch.nn.Module, int, Path], Any]
 
 
@@ -100,6 +101,7 @@ def train_stage(
         _restore_metrics(root, work_dir)
     begin = time.perf_counter()
     with training_session():
+        _check_one_place(root)
         config = trainer_config(
             transformer,
             stage,
@@ -135,11 +137,12 @@ def train_stage(
             "torch": torch.__version__,
             "checkpoints": list(finished_checkpoints(storage.join(root, WEIGHTS))),
         }
+        done = (json.dumps(report, indent=2) + "\n").encode()
         if dist.get_rank() == 0:
-            done = (json.dumps(report, indent=2) + "\n").encode()
             storage.write_bytes(storage.join(root, REPORT), done)
-            _fill(root, work_dir, out_dir, done)
         dist.barrier()
+    if _rank() == 0:  # outside: it may take longer than other ranks wait in a group
+        _fill(root, work_dir, out_dir, done)
     return report
 
 
@@ -164,7 +167,7 @@ def _rank() -> int:
 
 
 def _check_latents(latents_dir: Path, transformer: TransformerConfig) -> None:
-    meta = LatentDataset(latents_dir).meta
+    meta = read_meta(latents_dir)  # and not the index, which has a row for each image
     channels = meta.latent_channels * meta.patch_size**2
     for name, have, want in (
         ("patch_size", meta.patch_size, transformer.patch_size),
@@ -214,6 +217,40 @@ def _content(directory: Path) -> str:
         with open(path, "rb") as file:
             digest.update(f"{path.relative_to(directory)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
+
+
+def _check_one_place(root: str) -> None:
+    """Each rank writes its part of a checkpoint, so that all must see one folder: nodes' own disks would each keep a
+    part, which nobody would notice before one is read.
+
+    Raises:
+        ValueError: not every rank sees what the first one has just written.
+    """
+    if dist.get_world_size() == 1:
+        return
+    told = [f".{os.urandom(8).hex()}"]
+    if dist.get_rank() == 0:
+        storage.write_bytes(storage.join(root, *told), b"")
+    dist.broadcast_object_list(told)
+    mark = storage.join(root, *told)
+    seen = [False] * dist.get_world_size()
+    dist.all_gather_object(seen, _appears(mark))
+    if dist.get_rank() == 0:
+        storage.remove(mark)
+    if not all(seen):
+        blind = [rank for rank, sees in enumerate(seen) if not sees]
+        raise ValueError(
+            f"{root} is not one place: rank 0 wrote a file there that ranks {blind} do not see. Set train.checkpoint_uri "
+            "to an object store, or NUCLEUS_WORK to a folder that all nodes share"
+        )
+
+
+def _appears(path: str) -> bool:
+    """Whether a file is there, or is soon."""
+    deadline = time.monotonic() + VISIBLE_WITHIN_S
+    while (found := storage.read_bytes(path)) is None and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return found is not None
 
 
 def _restore_metrics(root: str, work_dir: Path) -> None:
