@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.checkpointer.base import MODEL
 from torchtitan.components.checkpointer.dcp import AsyncMode
+from torchtitan.tools.utils import device_module
 
 from model import checkpoints, storage
 from model.checkpoints import finished_checkpoints
@@ -140,9 +141,11 @@ class StageCheckpointer(CheckpointManager):
     def _in_background(self, states: list[tuple[dict[str, Any], str]]) -> Future[None]:
         """A thread of its own for each save: with it go the OpenMP threads that it may have made."""
         future: Future[None] = Future()
+        device = device_module.current_device()
 
         def write() -> None:
             try:
+                device_module.set_device(device)  # a new thread is on the first, where DCP would then take memory
                 self._write(states)
                 future.set_result(None)
             except BaseException as error:

@@ -13,6 +13,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from types import SimpleNamespace
 
 import torch
@@ -21,6 +22,9 @@ import torchtitan.tools.utils as titan_utils
 
 from model.cpu_ops import keep_freed_memory
 
+# How long ranks wait for each other before all end: longer than compiling the blocks, reading a large checkpoint, or the
+# models of a sample grid on rank 0 take. NCCL's own 10 minutes may be less, in a stage that is well.
+PATIENCE = timedelta(minutes=30)
 CPU_PEAK_FLOPS = 1e11  # nominal: only scales the "mfu" that torchtitan logs
 
 
@@ -73,9 +77,11 @@ def training_session() -> Iterator[None]:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, _usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         if owns_group:
+            # First: whatever the new group does on a device must not be on the first one, on every rank.
+            titan_utils.device_module.set_device(titan_utils.get_local_device())
             backend = dist.Backend.default_device_backend_map.get(DEVICE_TYPE, "gloo")
             if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-                dist.init_process_group(backend)
+                dist.init_process_group(backend, timeout=PATIENCE)
             else:
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         # torchtitan keeps a stack of device meshes per thread, which backward must see.
