@@ -58,14 +58,13 @@ def router_orthogonality(weight_ER: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def apply_router_orthogonality(model: nn.Module, strength: float) -> float:
+def apply_router_orthogonality(model: nn.Module, strength: float) -> None:
     """One gradient step of size `strength` on `router_orthogonality`, direct on each router's weight.
 
     Beside the optimiser, as in the paper: Adam would scale so small a gradient up to a full step. The paper gives
     the strength (1e-7) and not the formula; this one asks for orthogonal directions and leaves each row's length
-    alone to first order, so that it does not shrink the logits. Returns the mean penalty before the update.
+    alone to first order, so that it does not shrink the logits. Nothing here waits for the device.
     """
-    penalties = []
     for module in model.modules():
         if isinstance(module, MoE):
             weight = held(module.gate.weight)
@@ -73,12 +72,10 @@ def apply_router_orthogonality(model: nn.Module, strength: float) -> float:
             rows = weight.float() / norms
             gram = rows @ rows.mT
             gram.fill_diagonal_(0.0)
-            penalties.append(gram.square().sum().item() / 2)
             pull = gram @ rows * 2
             # d/dw of the cosine keeps only what is at right angles to the row itself.
             pull = (pull - (pull * rows).sum(-1, keepdim=True) * rows) / norms
             weight.sub_((strength * pull).to(weight.dtype))
-    return sum(penalties) / len(penalties) if penalties else 0.0
 
 
 def haar_bands(x_BChw: torch.Tensor) -> torch.Tensor:
