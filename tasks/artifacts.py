@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -85,7 +87,24 @@ def is_local() -> bool:
 
 
 def fetch(directory: FlyteDirectory) -> Path:
-    """Downloads an artifact where it is remote, and verifies every file of it."""
+    """Downloads an artifact where it is remote, and verifies every file of it.
+
+    Once for all training processes of a pod: Flyte tells them to download to the same folder, where one would overwrite
+    what another is reading.
+    """
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1:
+        return _fetch(directory)
+    place = hashlib.sha256(f"{os.getppid()} {directory.path}".encode()).hexdigest()[:16]  # they have one parent
+    with open(Path(tempfile.gettempdir()) / f"nucleus-fetched-{place}", "a+") as done:
+        fcntl.flock(done, fcntl.LOCK_EX)
+        done.seek(0)
+        if not done.read():
+            _fetch(directory)
+            done.write("verified")
+    return Path(directory.path)
+
+
+def _fetch(directory: FlyteDirectory) -> Path:
     path = Path(directory.download())
     with plain_errors():
         verify(path)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
+from flytekit.types.directory import FlyteDirectory
 
 from tasks import envs
-from tasks.artifacts import work_path
+from tasks.artifacts import UserError, fetch, work_path
 from tasks.manifest import seal
 
 
@@ -40,3 +44,27 @@ def test_newer_code_does_not_hand_on_the_work_of_older_code(parent, monkeypatch)
 def test_work_may_lie_on_a_volume_that_outlives_the_pod(parent, tmp_path, monkeypatch):
     monkeypatch.setenv("NUCLEUS_WORK", str(tmp_path / "volume"))
     assert work_path("stage1", "training", {}, [parent]).is_relative_to(tmp_path / "volume")
+
+
+def test_the_training_processes_of_a_pod_download_an_artifact_once(parent, tmp_path, monkeypatch):
+    """Flyte gives them one folder to download to: a second download would overwrite what the first one verifies."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    there, downloads = tmp_path / "downloaded", []
+
+    def download():
+        downloads.append(1)
+        shutil.copytree(parent, there)  # refuses a folder that is there
+
+    with ThreadPoolExecutor(4) as ranks:
+        found = list(ranks.map(lambda _: fetch(FlyteDirectory(str(there), downloader=download)), range(4)))
+    assert found == [there] * 4 and len(downloads) == 1 and (there / "data.txt").read_text() == "data"
+
+
+def test_a_download_that_failed_is_tried_by_the_next_process(parent, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(UserError, match="not a sealed directory"):
+        fetch(FlyteDirectory(str(tmp_path / "nothing")))
+    shutil.copytree(parent, tmp_path / "nothing")
+    assert fetch(FlyteDirectory(str(tmp_path / "nothing"))) == tmp_path / "nothing"
