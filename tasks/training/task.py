@@ -21,6 +21,8 @@ def train_stage(
     latents: LatentsDir, components: ComponentsDir, stage: TrainStage, init: Optional[CheckpointsDir] = None
 ) -> CheckpointsDir:
     """Trains one stage from the last checkpoint of the stage before, or from scratch."""
+    from torch.distributed import DistError
+
     from model.train.preemption import Preempted
     from model.train.run import prune_run, train_stage as run
     from tasks.training import figures, samples
@@ -45,7 +47,7 @@ def train_stage(
                 out_dir=out,
                 sample_fn=samples.sampler(components_path, latents_path, stage),
             )
-        except Preempted as error:
+        except (Preempted, DistError) as error:  # or other ranks are gone
             # Flyte retries what is recoverable, and nothing else that a task raises.
             raise FlyteRecoverableException(str(error)) from error
 
