@@ -50,13 +50,16 @@ class LatentDataLoader(BaseDataLoader):
         self.step = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = self._read_ahead() if self.num_workers else (read_batch(self.dataset, plan) for plan in self._plans())
+        batches = self._read_ahead() if self.num_workers else self.micro_batches(self.step)
         for batch in batches:
             self.step = batch.plan.step + 1  # before the yield: a generator runs on only when it is asked for more
             yield batch
 
-    def _plans(self) -> Iterator[BatchPlan]:
-        step = self.step
+    def micro_batches(self, step: int) -> Iterator[Batch]:
+        """This rank's, from `step` (from 0) on, read when they are asked for; the loader stays where it is."""
+        return (read_batch(self.dataset, plan) for plan in self._plans(step))
+
+    def _plans(self, step: int) -> Iterator[BatchPlan]:
         while True:
             plan = self.order.batch(step).part(self.rank, self.ranks)
             for micro in range(self.accumulation):
@@ -64,7 +67,7 @@ class LatentDataLoader(BaseDataLoader):
             step += 1
 
     def _read_ahead(self) -> Iterator[Batch]:
-        plans = self._plans()
+        plans = self._plans(self.step)
         pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="latents")
         pending: deque[Future[Batch]] = deque()
         try:

@@ -50,10 +50,23 @@ def parallelize(
         ac_config.build().apply(model)
     if compile_config.enable:
         for block in blocks.children():
+            block.register_forward_pre_hook(_mark_lengths)
             block.compile(backend=compile_config.backend)
     if parallel_dims.dp_shard_enabled:
         _shard(model, parallel_dims, TORCH_DTYPE_MAP[training.mixed_precision_param])
     return model
+
+
+@torch._dynamo.disable
+def _mark_lengths(block: torch.nn.Module, inputs: tuple) -> None:
+    """Tells the compiler, of a block's inputs, that image and text tokens change in number: one set of kernels serves
+    every aspect ratio and text length, of which there are hundreds of pairs."""
+    x_BSD, _, _, text, text_kv, (table_image, table_text), mask = inputs
+    lengths = [(x_BSD, 1), (table_image, 0), (table_text, 0)]
+    lengths += [(tensor, 1) for tensor in (*(text or ())[:1], *(text_kv or ())) ]
+    lengths += [(mask, 1)] if isinstance(mask, torch.Tensor) else []
+    for tensor, dim in lengths:
+        torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 def _shard(model: torch.nn.Module, dims: ParallelDims, dtype: torch.dtype) -> None:

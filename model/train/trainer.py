@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.train.device import DEVICE_TYPE
+from model.train.device import DEVICE_TYPE, PATIENCE
 
 import torch
+import torch.fx.experimental._config
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims, utils as dist_utils
@@ -33,6 +35,7 @@ from model.train.preemption import Preempted, StopFlag, sigterm_sets
 from model.transformer import RouterTrace
 
 LOSS_BINS = 5
+BLOCK_VARIANTS = 32
 SAMPLES = "samples"
 SKIPPED = "skipped.json"
 NAMED_IDS = 16  # in an error message; all of them stand in SKIPPED
@@ -58,6 +61,18 @@ class NoTokenizer(BaseTokenizer):
         return 0
 
 
+@contextlib.contextmanager
+def _few_compilations() -> Iterator[None]:
+    """Room for the variants of a block that there are (dense, of each capacity factor; in training and in sampling), of
+    this stage alone, and an error where there are more: past its limit PyTorch would run blocks uncompiled, silently."""
+    torch.compiler.reset()
+    with (
+        torch._dynamo.config.patch(recompile_limit=BLOCK_VARIANTS, fail_on_recompile_limit_hit=True),
+        torch.fx.experimental._config.patch(use_duck_shape=False),  # as many text as image tokens are a coincidence
+    ):
+        yield
+
+
 class NucleusTrainer(Trainer):
     @dataclass(kw_only=True, slots=True)
     class Config(Trainer.Config):
@@ -69,6 +84,8 @@ class NucleusTrainer(Trainer):
         use_attention(config.train.attention_backend)
         use_kernels(config.train.kernels)
         super().__init__(config)
+        for mesh in self.parallel_dims.get_all_one_dimensional_meshes().values():  # their groups do not inherit it
+            _set_pg_timeout(PATIENCE, mesh.get_group())
         self.model = self.model_parts[0]
         extra = config.train.losses
         self.wavelet_weight = extra.wavelet if config.stage.wavelet else 0.0
@@ -80,6 +97,7 @@ class NucleusTrainer(Trainer):
         self.stop = StopFlag()
         self.bin_sums = torch.zeros(LOSS_BINS, device=self.device)
         self.bin_counts = torch.zeros(LOSS_BINS, device=self.device)
+        self.compiled = config.compile.enable
         self.autocast = contextlib.nullcontext
         dtype = TORCH_DTYPE_MAP[config.train.dtype]
         if dtype != torch.float32 and self.parallel_dims.dp_shard == 1:  # FSDP casts by itself
@@ -120,13 +138,16 @@ class NucleusTrainer(Trainer):
         t_B = t_all[plan.start : plan.start + len(plan)].to(self.device)
         noisy_BSC = flow.interpolate(clean_BSC, noise_BSC, t_B)
         trace = RouterTrace() if keep_routing or self.z_loss_weight or self.load_balance_weight else None
+        mask = batch.mask
+        if mask is None and self.compiled:  # without one, blocks would be compiled again when the first such batch comes
+            mask = torch.ones(batch.text.shape[:2], dtype=torch.bool)
         with self.train_context():
             with self.autocast():
                 velocity_BSC = self.model(
                     hidden_states=noisy_BSC,
                     img_shapes=(1, rows, columns),
                     encoder_hidden_states=batch.text.to(self.device),
-                    encoder_hidden_states_mask=None if batch.mask is None else batch.mask.to(self.device),
+                    encoder_hidden_states_mask=None if mask is None else mask.to(self.device),
                     timestep=t_B,
                     collect=trace,
                 )
@@ -261,9 +282,11 @@ class NucleusTrainer(Trainer):
         config = self.config
         self.checkpointer.load()
         first = self.step
-        self.metrics_processor.start(first)
         batches = self.batch_generator(self.dataloader)
-        with sigterm_sets() as self.stop, contextlib.closing(batches):
+        with _few_compilations(), sigterm_sets() as self.stop, contextlib.closing(batches):
+            if self.compiled:
+                self._compile()
+            self.metrics_processor.start(first)
             while self.should_continue_training():
                 self.step += 1
                 self.gc_handler.run(self.step)
@@ -276,6 +299,19 @@ class NucleusTrainer(Trainer):
                 if config.sample_fn and every and (self.step % every == 0 or self.step == config.training.steps):
                     self._sample(config.sample_fn)
         return first
+
+    def _compile(self) -> None:
+        """Compiles the blocks, on the stage's first micro-batch whatever step training goes on from.
+
+        A compiler lays its kernels out for the shapes that it meets first, and sums in their order: only so are they
+        the same in each attempt. All ranks wait here for the slowest, rather than in their first step.
+        """
+        batch = next(self.dataloader.micro_batches(step=0))
+        self.forward_backward_step(batch=batch, keep_routing=True)
+        self.routing = None
+        self.optimizers.zero_grad()
+        self.bin_sums.zero_()
+        self.bin_counts.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "guard": self.guard.state_dict()}
