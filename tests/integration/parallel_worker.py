@@ -58,19 +58,31 @@ JOBS = {
 }  # fmt: skip
 
 
-def sample(model: torch.nn.Module, path: Path) -> None:
+def note_reduced(types: set[torch.dtype]) -> None:
+    """Notes what gradients are when FSDP adds them up, in this process from now on."""
+    reduce_scatter = dist.reduce_scatter_single
+
+    def noting(*, input, **kwargs):
+        types.add(input.dtype)
+        return reduce_scatter(input=input, **kwargs)
+
+    dist.reduce_scatter_single = noting
+
+
+def sample(model: torch.nn.Module, path: Path, reduced: set[torch.dtype]) -> None:
     """Two steps of sampling, with text keys and values computed apart from the forward, and what the router gave."""
     generator = torch.Generator().manual_seed(0)
     text, noise = torch.randn(1, 8, TEXT_DIM, generator=generator), torch.randn(1, 16, 64, generator=generator)
     latents = sample_latents(model, text, None, None, None, noise, (1, 4, 4), 2, 1.0)
     trace = RouterTrace()
     model(noise, (1, 4, 4), text, None, torch.tensor([0.5]), collect=trace)
-    torch.save({"latents": latents, "logits": trace.logits()[0]}, path)
+    torch.save({"latents": latents, "logits": trace.logits()[0], "reduced": list(reduced)}, path)
 
 
 def train(folder: Path, name: str, rank: int) -> None:
     ranks, train_changes, model_changes, resumed = JOBS[name]
-    job = folder / name
+    job, reduced = folder / name, set()
+    note_reduced(reduced)
     dist.init_process_group("gloo", store=dist.FileStore(str(job / "store"), ranks), rank=rank, world_size=ranks)
     config = train_config(
         steps=STEPS,
@@ -88,7 +100,7 @@ def train(folder: Path, name: str, rank: int) -> None:
         None,
         job / "work",
         job / "out",
-        lambda model, step, path: sample(model, job / f"sample-{rank}.pt"),
+        lambda model, step, path: sample(model, job / f"sample-{rank}.pt", reduced),
     )
     dist.destroy_process_group()
 

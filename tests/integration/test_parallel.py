@@ -57,6 +57,8 @@ def assert_same_training(runs: Path, job: str, reference: str) -> None:
         assert after["loss"] == pytest.approx(before["loss"], rel=VALUES), job
         assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=VALUES), job
         assert after.keys() == before.keys() and after["lr/Muon"] == before["lr/Muon"]
+        bins = [name for name in before if name.startswith("loss_t/")]
+        assert bins and [after[name] for name in bins] == pytest.approx([before[name] for name in bins], rel=VALUES), job
 
 
 def test_every_layout_trains_as_one_process_does(runs):
@@ -111,6 +113,8 @@ def test_bfloat16_keeps_weights_router_and_reduction_in_fp32(runs):
     for job in ("bf16_one", "bf16_ep2_fsdp2"):
         assert [line["loss"] for line in lines(runs, job)] == pytest.approx(reference, rel=0.01)
         assert all(value.dtype == torch.float32 for value in weights(runs, job).values())
-    logits = torch.load(runs / "bf16_ep2_fsdp2" / "sample-0.pt")["logits"]
+    sample = torch.load(runs / "bf16_ep2_fsdp2" / "sample-0.pt")
+    assert sample["reduced"] == [torch.float32]
+    logits = sample["logits"]
     assert logits.dtype == torch.float32
     assert not torch.equal(logits, logits.bfloat16().float())
