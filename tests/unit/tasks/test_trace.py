@@ -144,6 +144,16 @@ def test_a_home_that_moved_is_searched_by_digest(home, tmp_path):
     assert len(tracing.walk(apart, home=moved)) == 8
 
 
+def test_a_parent_is_not_looked_for_among_what_is_still_being_written(home, capsys):
+    (home / "half").mkdir()
+    (home / "latents").rename(home / "half/latents")
+    assert tracing.main([str(home / "pipeline")]) == 0
+    (home / "half").rename(home / ".writing-0123")
+    capsys.readouterr()
+    assert tracing.main([str(home / "pipeline")]) == 1
+    assert "latents" in capsys.readouterr().err
+
+
 def test_a_directory_made_anew_at_the_recorded_place_is_not_taken_for_the_parent(home, capsys):
     old = load_manifest(home / "latents").digest
     (home / "latents/data.safetensors").write_bytes(b"other")
@@ -154,17 +164,20 @@ def test_a_directory_made_anew_at_the_recorded_place_is_not_taken_for_the_parent
     assert old in err and f"now holds latents {new}" in err
 
 
-def test_a_record_that_no_table_before_it_has_breaks_the_lineage(tmp_path):
-    for name, kind, parent, file, ids in (
-        ("raw", "records", None, "records.parquet", [0, 1]),
-        ("curated", "curated", "raw", "records.parquet", [0, 1]),
-        ("latents", "latents", "curated", "index.parquet", [0, 7]),
-    ):
-        table(tmp_path / name / file, ids)
-        if kind == "curated":
-            table(tmp_path / name / "ledger.parquet", ids)
-        seal(tmp_path / name, kind, [tmp_path / parent] if parent else [])
-    with pytest.raises(ValueError, match=f"the latents hold record {record_id(7)} .1 in all., which the curated"):
+@pytest.mark.parametrize(("ledger", "kept", "used", "told"), [
+    ([0, 1], [0, 1], [0, 7], "the latents hold record {} .1 in all., which the curated records do not have"),
+    ([0, 1], [0, 7], [0], "the curated records hold record {} .1 in all., which the ledger do not have"),
+    ([0, 1, 7], [0, 7], [0], "the ledger hold record {} .1 in all., which the raw records do not have"),
+])
+def test_a_record_that_no_table_before_it_has_breaks_the_lineage(tmp_path, ledger, kept, used, told):
+    table(tmp_path / "raw/records.parquet", [0, 1])
+    table(tmp_path / "curated/ledger.parquet", ledger)
+    table(tmp_path / "curated/records.parquet", kept)
+    table(tmp_path / "latents/index.parquet", used)
+    seal(tmp_path / "raw", "records")
+    seal(tmp_path / "curated", "curated", [tmp_path / "raw"])
+    seal(tmp_path / "latents", "latents", [tmp_path / "curated"])
+    with pytest.raises(ValueError, match=told.format(record_id(7))):
         tracing.trace(tmp_path / "latents")
 
 
