@@ -30,6 +30,7 @@ from train_helpers import train_config, transformer_config, write_latents
 pytestmark = pytest.mark.slow
 STEPS, EVERY = 4, 2
 PROMPTS = ("a photo of one red circle and two green square", "blue circle")  # of two lengths: the text has a mask
+COMMON = {"steps": STEPS, "checkpoint_every_steps": 2, "sample_every_steps": EVERY, "sample_prompts": PROMPTS}
 BF16 = {"dtype": "bfloat16"}
 # Name: (ranks, changes of the train section).
 JOBS = {
@@ -79,15 +80,7 @@ def failure(call) -> dict:
 def run_job(folder: Path, name: str, rank: int) -> None:
     stage = TrainStage(
         model=transformer_config(joint_attention_dim=TEXT_WIDTH),
-        train=train_config(
-            **{
-                "steps": STEPS,
-                "checkpoint_every_steps": 2,
-                "sample_every_steps": EVERY,
-                "sample_prompts": PROMPTS,
-                **JOBS[name][1],
-            }
-        ),
+        train=train_config(**COMMON | JOBS[name][1]),
     )
     found: dict = {}
     write = samples.sampler(folder / ("lost" if name == "broken" else "components"), folder / "latents", stage)
@@ -99,8 +92,7 @@ def run_job(folder: Path, name: str, rank: int) -> None:
             found["not_written"] = failure(lambda: write(model, step, folder / "taken.png"))
 
     job = folder / name
-    job.mkdir(exist_ok=True)
-    (job / "out").mkdir(exist_ok=True)
+    (job / "out").mkdir(parents=True, exist_ok=True)
     found["failed"] = failure(
         lambda: train_stage(folder / "latents", stage.model, stage.train, 0, None, job / "work", job / "out", sample)
     )
