@@ -1,14 +1,18 @@
-"""Which ends of a training process make Flyte try again."""
+"""How the nodes of a training end: which ends Flyte tries again, and that none ends before the outputs are there."""
 
 from __future__ import annotations
 
 import signal
+from types import SimpleNamespace
 
 import pytest
+from flytekit import FlyteContextManager
+from flytekit.core.base_task import IgnoreOutputs
 from flytekit.exceptions.user import FlyteRecoverableException, FlyteUserRuntimeException
 from flytekitplugins.kfpytorch.task import PytorchElasticFunctionTask
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from tasks.training import elastic
 from tasks.training.elastic import PreemptibleElastic, PreemptibleElasticTask
 
 
@@ -35,3 +39,28 @@ def test_a_worker_that_a_signal_ended_is_started_again(tmp_path, monkeypatch, ex
     with pytest.raises(raised) as caught:
         task._execute()
     assert caught.value.timestamp == 5.0
+
+
+def test_a_node_without_rank_0_waits_for_the_outputs(tmp_path, monkeypatch):
+    """An elastic PyTorchJob counts as finished as soon as one of its pods is."""
+
+    def execute(self, **_):
+        raise IgnoreOutputs()
+
+    looks = []
+
+    def sleep(seconds):
+        looks.append(seconds)
+        if len(looks) == 2:
+            (tmp_path / "outputs.pb").write_bytes(b"")
+
+    monkeypatch.setattr(PytorchElasticFunctionTask, "_execute", execute)
+    monkeypatch.setattr(elastic, "time", SimpleNamespace(sleep=sleep))
+    task = PreemptibleElasticTask(PreemptibleElastic(nnodes=2, nproc_per_node=1), nothing)
+    context = FlyteContextManager.current_context()
+    parameters = context.user_space_params.builder()
+    parameters.output_metadata_prefix = str(tmp_path)
+    state = context.execution_state.with_params(user_space_params=parameters.build())
+    with FlyteContextManager.with_context(context.with_execution_state(state)), pytest.raises(IgnoreOutputs):
+        task._execute()
+    assert len(looks) == 2

@@ -1,0 +1,109 @@
+"""What a cluster does to training that a single process does not meet: processes that are spawned and find their inputs
+in an object store, and nodes that do not share a disk."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from flytekit import FlyteContextManager
+from flytekit.core.type_engine import TypeEngine
+from flytekit.core.utils import write_proto_to_file
+from flytekit.types.directory import FlyteDirectory
+from flyteidl.core import errors_pb2, literals_pb2
+
+from model import storage
+from model.train import run
+from object_store import s3_server
+from tasks.manifest import seal, verify
+from tasks.planning.sections import TrainStage
+from train_helpers import train_config, transformer_config, write_latents
+
+ROOT = Path(__file__).resolve().parents[2]
+BUCKET = "s3://nodes"
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """A bucket on this machine; the endpoint and its keys as Flyte gives them to a pod."""
+    with s3_server() as endpoint:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("FLYTE_AWS_ENDPOINT", endpoint)
+        monkeypatch.setenv("FLYTE_AWS_ACCESS_KEY_ID", "testing")
+        monkeypatch.setenv("FLYTE_AWS_SECRET_ACCESS_KEY", "testing")
+        fs, _ = storage.filesystem(BUCKET)
+        fs.mkdir(BUCKET.removeprefix("s3://"))
+        yield fs
+
+
+@pytest.mark.slow
+def test_a_pod_spawns_its_processes_which_train_on_what_lies_in_an_object_store(store, tmp_path):
+    """The start method and the command of production: functions and inputs reach the workers pickled."""
+    write_latents(tmp_path / "latents")
+    (tmp_path / "components").mkdir()
+    (tmp_path / "components" / "file").write_text("nothing is sampled")
+    values = {"stage": TrainStage(model=transformer_config(), train=train_config(steps=2, expert_parallel=2))}
+    for kind in ("latents", "components"):
+        seal(tmp_path / kind, kind)
+        store.put(str(tmp_path / kind), f"{BUCKET}/{kind}", recursive=True)
+        values[kind] = FlyteDirectory(f"{BUCKET}/{kind}")
+    context, kinds = FlyteContextManager.current_context(), {name: type(value) for name, value in values.items()}
+    literals = TypeEngine.dict_to_literal_map(context, values, kinds)
+    write_proto_to_file(literals.to_flyte_idl(), str(tmp_path / "inputs.pb"))
+
+    command = [Path(sys.executable).with_name("pyflyte-execute"), "--inputs", tmp_path / "inputs.pb"]
+    command += ["--output-prefix", tmp_path / "told", "--raw-output-data-prefix", f"{BUCKET}/raw"]
+    command += ["--resolver", "flytekit.core.python_auto_container.default_task_resolver"]
+    command += ["--", "task-module", "tasks.training.task", "task-name", "train_stage"]
+    environment = {"NUCLEUS_TRAIN_NPROC": "2", "NUCLEUS_ACCELERATOR": "none", "NUCLEUS_HOME": str(tmp_path / "home")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([str(part) for part in command], check=True, cwd=tmp_path, env={**os.environ, **environment}, timeout=300)
+    error = tmp_path / "told" / "error.pb"
+    assert not error.exists(), errors_pb2.ErrorDocument.FromString(error.read_bytes()).error.message
+
+    outputs = literals_pb2.LiteralMap.FromString((tmp_path / "told" / "outputs.pb").read_bytes())
+    uri = outputs.literals["o0"].scalar.blob.uri
+    assert uri.startswith(f"{BUCKET}/raw")
+    store.get(uri, str(tmp_path / "artifact"), recursive=True)
+    verify(tmp_path / "artifact")
+    report = json.loads((tmp_path / "artifact" / "report.json").read_text())
+    assert (report["ranks"], report["steps"], report["checkpoints"]) == (2, 2, [2])
+    assert {path.name for path in (tmp_path / "artifact" / "step-00000002").iterdir()} > {"__0_0.distcp", "__1_0.distcp"}
+
+
+def see(rank: int, folder: Path, roots: list[Path], told) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
+    try:
+        run._check_one_place(str(roots[rank]))
+        told.put("one place")
+    except ValueError as error:
+        told.put(str(error))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_ranks_that_save_on_disks_of_their_own_are_refused_before_they_train(tmp_path, monkeypatch, shared):
+    monkeypatch.setattr(run, "VISIBLE_WITHIN_S", 0.1)
+    roots = [tmp_path / "node0", tmp_path / ("node0" if shared else "node1")]
+    for root in roots:
+        root.mkdir(exist_ok=True)
+    fork = multiprocessing.get_context("fork")
+    told = fork.Queue()
+    processes = [fork.Process(target=see, args=(rank, tmp_path, roots, told)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    messages = {told.get(timeout=60) for _ in processes}
+    for process in processes:
+        process.join()
+    if shared:
+        assert messages == {"one place"}
+    else:
+        assert all("is not one place" in message and "ranks [1]" in message for message in messages)
+    assert not list(roots[0].iterdir())
