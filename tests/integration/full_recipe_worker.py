@@ -1,0 +1,203 @@
+"""Trains recipes/nucleus_17b.yaml in small, as it says: `python full_recipe_worker.py FOLDER BACKEND JOB...`, with BACKEND
+of torch.compile. Imports once, then forks each job's ranks, which find each other as torch elastic's workers do.
+
+    FOLDER/latents{stage}
+    FOLDER/JOB/work/, FOLDER/JOB/out/       of model.train.run.train_stage
+    FOLDER/JOB/rank{rank}.json              what its compiler did, and the shapes of its micro-batches
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torchtitan.config import CompileConfig
+
+import model.train.config as train_config
+from model.latents import LatentWriter
+from model.train.preemption import Preempted
+from model.train.run import train_stage
+from model.train.trainer import NucleusTrainer
+from tasks.encoding.buckets import stage_buckets
+from tasks.planning.sections import TrainStage, train_stage as section
+from tasks.recipe import Recipe, load_recipe
+
+RANKS = 2
+TEXT_DIM = 24
+# Sizes and counts alone. Rates grow, as steps are few.
+SMALLER = (
+    "model.num_layers=5",
+    "model.attention_head_dim=16",
+    "model.num_attention_heads=4",
+    "model.num_key_value_heads=1",
+    f"model.joint_attention_dim={TEXT_DIM}",
+    "model.axes_dims_rope=[4, 6, 6]",
+    "model.num_experts=8",
+    "model.moe_intermediate_dim=32",
+    "model.capacity_factors=[4.0, 4.0, 4.0, 4.0, 2.0]",  # the two that are released
+    "train.stages[2].capacity_factors=[4.0, 4.0, 4.0, 4.0, 2.0]",
+    "train.stages[0].image_size_px=64",
+    "train.stages[1].image_size_px=96",
+    "train.stages[2].image_size_px=128",
+    "train.stages[0].batch_size=8",
+    "train.stages[1].batch_size=4",
+    "train.stages[2].batch_size=4",
+    "train.stages[0].steps=4",
+    "train.stages[1].steps=4",
+    "train.stages[2].steps=12",
+    "train.optim.warmup_steps=2",
+    "train.optim.muon_lr=0.01",
+    "train.optim.adamw_lr=0.01",
+    "train.local_batch_size=2",  # stage 0: two steps of accumulation
+    "train.checkpoint_every_steps=4",
+    "train.keep_checkpoints=3",
+    "train.log_every_steps=1",
+    "train.sample_every_steps=0",
+    "train.nnodes=1",
+    f"train.nproc_per_node={RANKS}",
+    f"train.expert_parallel={RANKS}",
+    "merge.last_n=3",
+)
+# What a C++ compiler needs many seconds for, for each kind of block.
+ONE_BLOCK = (
+    *SMALLER,
+    "model.num_layers=1",
+    "model.dense_moe_strategy=all_moe",
+    "model.capacity_factors=2.0",
+    "train.stages[2].capacity_factors=2.0",
+)
+PLAIN = {"dtype": "float32", "compile": False, "activation_checkpointing": "none", "expert_parallel": 1}
+STOP_AT = 6
+
+
+class Job(NamedTuple):
+    stage: int
+    init_from: str | None = None
+    ranks: int = RANKS
+    changes: dict = {}
+    smaller: tuple[str, ...] = SMALLER
+    work: str | None = None  # another job's, to go on from
+    stop_at: int | None = None  # its last rank gets SIGTERM in this step
+
+
+JOBS = {
+    "first": Job(0),
+    "first_plain": Job(0, ranks=1, changes=PLAIN),
+    "second": Job(1, "first"),
+    "third": Job(2, "second"),
+    "third_plain": Job(2, "second", ranks=1, changes=PLAIN),
+    "whole": Job(2, smaller=ONE_BLOCK),
+    "whole_plain": Job(2, smaller=ONE_BLOCK, ranks=1, changes=PLAIN),
+    "stopped": Job(2, smaller=ONE_BLOCK, stop_at=STOP_AT),
+    "resumed": Job(2, smaller=ONE_BLOCK, work="stopped"),
+}
+
+
+def small_recipe(smaller: tuple[str, ...] = SMALLER) -> Recipe:
+    return load_recipe("nucleus_17b", smaller)
+
+
+def stage_section(job: Job) -> TrainStage:
+    """What the training task gets."""
+    stage = section(small_recipe(job.smaller), job.stage)
+    return stage.model_copy(update={"train": stage.train.model_copy(update=job.changes)})
+
+
+def write_latents(directory: Path, stage: int) -> None:
+    """Images of every bucket of the stage and tier, with captions of many lengths that tell what is in them."""
+    recipe = small_recipe()
+    config = recipe.train.stages[stage]
+    directory.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(stage)
+    patterns = torch.randn(4, 16, 1, 1, generator=generator)
+    meta = {"text_dim": TEXT_DIM, "text_tokens": 48, "rows_per_shard": 20, "dtype": recipe.encoding.dtype}
+    with LatentWriter(directory, meta) as writer:
+        writer.add_text(torch.randn(4, TEXT_DIM, generator=generator))
+        texts = [writer.add_text(torch.randn(3 + 2 * i, TEXT_DIM, generator=generator)) for i in range(20)]
+        for b, bucket in enumerate(stage_buckets(config.image_size_px, config.aspect_ratios)):
+            for i in range(10):
+                noise = torch.randn(16, bucket.height // 8, bucket.width // 8, generator=generator)
+                captions = [text for text in texts if text % 4 == i % 4][: 1 + i % 3]
+                writer.add_image(f"{b:032x}{i:032x}", patterns[i % 4] + 0.1 * noise, f"A{1 + i % 5}", captions)
+
+
+def with_backend(name: str) -> None:
+    """Compiled blocks run on this backend of torch.compile; the recipe's is PyTorch's default, "inductor"."""
+    train_config.CompileConfig = functools.partial(CompileConfig, backend=name)
+
+
+def watch(job: Job, rank: int) -> dict:
+    """Notes the shapes of micro-batches; sends SIGTERM where the job says so."""
+    seen = {"shapes": set(), "tokens": set()}
+    forward, step = NucleusTrainer.forward_backward_step, NucleusTrainer.train_step
+
+    def forward_backward_step(self, *, batch, **options):
+        seen["shapes"].add(tuple(batch.latents.shape[-2:]))
+        seen["tokens"].add((batch.latents[0, 0].numel() // 4, batch.text.shape[1], batch.mask is None))
+        return forward(self, batch=batch, **options)
+
+    def train_step(self, batches):
+        if self.step == job.stop_at and rank == job.ranks - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batches)
+
+    NucleusTrainer.forward_backward_step, NucleusTrainer.train_step = forward_backward_step, train_step
+    return seen
+
+
+def train(folder: Path, name: str, rank: int) -> None:
+    job = JOBS[name]
+    seen = watch(job, rank)
+    stage = stage_section(job)
+    (folder / name / "out").mkdir(parents=True, exist_ok=True)
+    init_from = folder / job.init_from / "out" if job.init_from else None
+    work = folder / (job.work or name) / "work"
+    try:
+        train_stage(folder / f"latents{job.stage}", stage.model, stage.train, 0, init_from, work, folder / name / "out")
+    except Preempted:
+        assert job.stop_at
+    counters = torch._dynamo.utils.counters
+    told = {name: sorted(values) for name, values in seen.items()}
+    told |= {"graphs": counters["stats"]["unique_graphs"], "breaks": list(counters["graph_break"])}
+    (folder / name / f"rank{rank}.json").write_text(json.dumps(told))
+
+
+def run(folder: Path, name: str) -> None:
+    ranks = JOBS[name].ranks
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the agent's
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            if ranks > 1:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+                os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+            try:
+                train(folder, name, rank)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    codes = [os.waitpid(child, 0)[1] for child in children]
+    if any(codes):
+        sys.exit(f"{name}: ranks ended with {codes}")
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    with_backend(sys.argv[2])
+    for number in {JOBS[job_name].stage for job_name in sys.argv[3:]}:
+        write_latents(root / f"latents{number}", number)
+    for job_name in sys.argv[3:]:
+        run(root, job_name)

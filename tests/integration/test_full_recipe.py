@@ -1,0 +1,171 @@
+"""What recipes/nucleus_17b.yaml starts, all at once and in small: bf16, compiled blocks, selective checkpointing, experts
+over ranks, FSDP2, background checkpoints and read-ahead.
+
+CPU and gloo stand for GPUs and NCCL. Three stages, each from the last, run on torch.compile's backend "aot_eager": all of
+the compiler but its kernels, which C++ takes long to build. A training of one block runs on "inductor", as the recipe does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import model.train.run as run
+from full_recipe_worker import JOBS, STOP_AT, small_recipe, stage_section
+from model.checkpoints import finished_checkpoints
+from model.export import load_transformer
+from model.layout import layout
+from model.train.config import stage_transformer, trainer_config
+from tasks.encoding.buckets import stage_buckets
+from tasks.merging.merge_stage import merge_stage
+from train_helpers import read_weights
+
+pytestmark = pytest.mark.slow
+STAGES = ("first", "first_plain", "second", "third", "third_plain")
+RESUME = ("whole", "whole_plain", "stopped", "resumed")
+
+
+def trained(folder: Path, backend: str, jobs: tuple[str, ...]) -> Path:
+    """The folder, with these jobs of full_recipe_worker.py."""
+    here = Path(__file__).resolve().parent
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(here.parents[1])}
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")  # what is compiled, is compiled here
+    command = [sys.executable, here / "full_recipe_worker.py", folder, backend, *jobs]
+    subprocess.run([str(part) for part in command], check=True, env={**os.environ, **environment})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    return trained(tmp_path_factory.mktemp("stages"), "aot_eager", STAGES)
+
+
+def lines(runs: Path, job: str) -> list[dict]:
+    return [json.loads(line) for line in (runs / job / "out" / "metrics.jsonl").read_text().splitlines()]
+
+
+def ranks_of(runs: Path, job: str) -> list[dict]:
+    return [json.loads((runs / job / f"rank{rank}.json").read_text()) for rank in range(JOBS[job].ranks)]
+
+
+def test_it_is_the_recipe_and_only_smaller():
+    recipe = small_recipe()
+    train = recipe.train
+    assert (train.dtype, train.compile, train.activation_checkpointing) == ("bfloat16", True, "selective")
+    assert train.async_checkpoint and train.num_workers and train.caption_dropout and train.skip.spike_mads
+    assert train.losses.router_z_loss and train.losses.router_orthogonality and train.losses.wavelet
+    assert [stage.wavelet for stage in train.stages] == [False, False, True]
+    assert layout(recipe.model, train, 2) == (1, 2, 2)
+
+
+def assert_trains_alike(got: list[dict], expected: list[dict]) -> None:
+    """Within what bf16 rounds, step after step: at these rates, weights grow apart slowly."""
+    assert [line["step"] for line in got] == [line["step"] for line in expected]
+    assert all(math.isfinite(value) for line in got for value in line.values())
+    for one, other in zip(got, expected):
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.02), one["step"]
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.03 if one["step"] < 4 else 0.1), one["step"]
+    assert got[-1]["skipped_steps"] == 0 and got[-1]["loss"] < 0.8 * got[0]["loss"]
+
+
+def test_it_trains_as_one_process_does_in_fp32_without_compiler(runs):
+    for job in ("first", "third"):
+        assert_trains_alike(lines(runs, job), lines(runs, f"{job}_plain"))
+
+
+def test_every_aspect_ratio_runs_on_the_graphs_of_the_first(runs):
+    """One for each kind of block: dense, and of each capacity factor. Nothing falls back to uncompiled code."""
+    for job, graphs in (("first", 2), ("second", 2), ("third", 3)):
+        stage = stage_section(JOBS[job])
+        buckets = stage_buckets(stage.stage.image_size_px, stage.stage.aspect_ratios)
+        for told in ranks_of(runs, job):
+            assert (told["graphs"], told["breaks"]) == (graphs, [])
+            if job == "third":
+                assert len(told["shapes"]) == len(buckets) == 7
+                assert len({text for _, text, _ in told["tokens"]}) > 1
+    assert all(told["graphs"] == 0 for told in ranks_of(runs, "first_plain"))
+
+
+def test_a_stage_hands_on_its_last_checkpoints_and_the_next_starts_from_the_last(runs):
+    for job, steps in (("first", [4]), ("second", [4]), ("third", [4, 8, 12])):
+        assert list(finished_checkpoints(runs / job / "out")) == steps
+        assert list(finished_checkpoints(runs / job / "work" / "checkpoints")) == steps[-2:]
+        report = json.loads((runs / job / "out" / "report.json").read_text())
+        assert report["checkpoints"] == steps and report["ranks"] == 2 and report["skipped_steps"] == 0
+    claimed = {job: json.loads((runs / job / "work" / "run.json").read_text()) for job in ("first", "second", "third")}
+    assert claimed["first"]["init_from"] is None
+    assert claimed["second"]["init_from"] == run._content(runs / "first" / "out" / "step-00000004")
+    first, second = (read_weights(runs / job / "out")[4] for job in ("first", "second"))
+    assert first.keys() == second.keys()
+    assert all(first[name].shape == second[name].shape for name in first)
+
+
+def test_a_change_of_stage_changes_capacity_and_resolution_and_nothing_else(runs):
+    sections = [stage_section(JOBS[job]) for job in ("first", "second", "third")]
+    models = [stage_transformer(section.model, section.stage) for section in sections]
+    same = [model.model_dump(exclude={"capacity_factors"}) for model in models]
+    assert same[0] == same[1] == same[2]
+    assert [model.capacity_factor(3) for model in models] == [8.0, 4.0, 4.0]
+    assert [model.capacity_factor(4) for model in models] == [8.0, 4.0, 2.0]
+    apart = {"stages", "seed"}  # the seed is of noise and order
+    assert len({section.train.model_dump_json(exclude=apart) for section in sections}) == 1
+    own = ("name", "image_size_px", "steps", "batch_size", "capacity_factors", "tier_weights", "wavelet")
+    kept = [section.stage.model_dump(exclude=set(own)) for section in sections]
+    assert kept[0] == kept[1] == kept[2]
+    configs = [
+        trainer_config(
+            section.model, section.stage, section.train, latents_dir=runs / "latents0", work_dir=runs, init_from=None, ranks=2
+        )
+        for section in sections
+    ]
+    for part in ("optimizer", "lr_scheduler", "parallelism", "activation_checkpoint", "compile"):
+        assert len({str(getattr(config, part)) for config in configs}) == 1, part
+    assert [config.training.local_batch_size for config in configs] == [2, 2, 2]
+
+
+def test_the_last_stage_merges_into_a_transformer_that_loads(runs, tmp_path):
+    recipe, section = small_recipe(), stage_section(JOBS["third"])
+    report = merge_stage(runs / "third" / "out", stage_transformer(section.model, section.stage), recipe.merge, tmp_path)
+    assert report["steps"] == [4, 8, 12]
+    merged, last = load_transformer(tmp_path / "transformer"), read_weights(runs / "third" / "out")[12]
+    assert merged.config.capacity_factors == (4.0, 4.0, 4.0, 4.0, 2.0)
+    assert merged.state_dict().keys() == last.keys()
+    assert all(torch.isfinite(tensor).all() for tensor in merged.state_dict().values())
+
+
+def test_a_finished_stage_that_is_started_again_trains_nothing(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "trainer_config", None)  # what training needs first
+    stage = stage_section(JOBS["third"])
+    latents, init = runs / "latents2", runs / "second" / "out"
+    report = run.train_stage(latents, stage.model, stage.train, 0, init, runs / "third" / "work", tmp_path)
+    assert report["resumed_from_step"] == stage.stage.steps
+    weights = "step-00000012/__1_0.distcp"
+    assert (tmp_path / weights).read_bytes() == (runs / "third" / "out" / weights).read_bytes()
+
+
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile's inductor needs a C++ compiler on a CPU"
+)
+def test_a_stage_stopped_by_sigterm_and_resumed_ends_with_the_bits_of_the_undisturbed_one(tmp_path):
+    """In the same layout, with inductor's kernels; though the resumed processes go on with other shapes, compile and read
+    ahead anew."""
+    runs = trained(tmp_path, "inductor", RESUME)
+    report = json.loads((runs / "resumed" / "out" / "report.json").read_text())
+    assert report["resumed_from_step"] == STOP_AT
+    assert all(told["graphs"] == 1 for job in ("whole", "stopped", "resumed") for told in ranks_of(runs, job))
+    assert_trains_alike(lines(runs, "whole"), lines(runs, "whole_plain"))
+    expected, got = read_weights(runs / "whole" / "out"), read_weights(runs / "resumed" / "out")
+    assert list(expected) == list(got) == [4, 8, 12]
+    for step, state in expected.items():
+        assert state.keys() == got[step].keys() and len(state) > 20
+        assert [name for name, value in state.items() if not torch.equal(value, got[step][name])] == []
+    whole, resumed = ([line["loss"] for line in lines(runs, job)] for job in ("whole", "resumed"))
+    assert whole == resumed
