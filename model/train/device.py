@@ -69,7 +69,7 @@ def training_session() -> Iterator[None]:
     """
     environment = dict(os.environ)
     threads, collecting, rng_state = torch.get_num_threads(), gc.isenabled(), torch.get_rng_state()
-    owns_group = not dist.is_initialized()
+    owns_group, ended = not dist.is_initialized(), False
     if DEVICE_TYPE == "cpu":
         keep_freed_memory()  # stays so: glibc cannot be asked for its former settings
     try:
@@ -87,8 +87,11 @@ def training_session() -> Iterator[None]:
         # torchtitan keeps a stack of device meshes per thread, which backward must see.
         with torch.autograd.set_multithreading_enabled(False):
             yield
+        ended = True
     finally:
-        if owns_group and dist.is_initialized():
+        # After an error others may still wait for this rank: NCCL would wait for them to end the group, and the process,
+        # whose end lets torch elastic end theirs, with it.
+        if owns_group and dist.is_initialized() and (ended or dist.get_world_size() == 1):
             dist.destroy_process_group()
         torch.set_num_threads(threads)
         torch.set_rng_state(rng_state)

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 
+from model.attention import PackedKeys
 from model.load import own_part
 from model.train.expert_parallel import shard_experts
 from model.transformer import Fill
@@ -63,8 +64,11 @@ def _mark_lengths(block: torch.nn.Module, inputs: tuple) -> None:
     every aspect ratio and text length, of which there are hundreds of pairs."""
     x_BSD, _, _, text, text_kv, (table_image, table_text), mask = inputs
     lengths = [(x_BSD, 1), (table_image, 0), (table_text, 0)]
-    lengths += [(tensor, 1) for tensor in (*(text or ())[:1], *(text_kv or ())) ]
-    lengths += [(mask, 1)] if isinstance(mask, torch.Tensor) else []
+    lengths += [(text[0], 1)] if text_kv is None else [(tensor, 1) for tensor in text_kv]
+    if isinstance(mask, PackedKeys):
+        lengths += [(mask.order, 0), (mask.kept, 0)]
+    elif mask is not None:
+        lengths.append((mask, 1))
     for tensor, dim in lengths:
         torch._dynamo.maybe_mark_dynamic(tensor, dim)
 

@@ -61,18 +61,6 @@ class NoTokenizer(BaseTokenizer):
         return 0
 
 
-@contextlib.contextmanager
-def _few_compilations() -> Iterator[None]:
-    """Room for the variants of a block that there are (dense, of each capacity factor; in training and in sampling), of
-    this stage alone, and an error where there are more: past its limit PyTorch would run blocks uncompiled, silently."""
-    torch.compiler.reset()
-    with (
-        torch._dynamo.config.patch(recompile_limit=BLOCK_VARIANTS, fail_on_recompile_limit_hit=True),
-        torch.fx.experimental._config.patch(use_duck_shape=False),  # as many text as image tokens are a coincidence
-    ):
-        yield
-
-
 class NucleusTrainer(Trainer):
     @dataclass(kw_only=True, slots=True)
     class Config(Trainer.Config):
@@ -283,9 +271,8 @@ class NucleusTrainer(Trainer):
         self.checkpointer.load()
         first = self.step
         batches = self.batch_generator(self.dataloader)
-        with _few_compilations(), sigterm_sets() as self.stop, contextlib.closing(batches):
-            if self.compiled:
-                self._compile()
+        compiled = self._compiled() if self.compiled else contextlib.nullcontext()
+        with sigterm_sets() as self.stop, contextlib.closing(batches), compiled:
             self.metrics_processor.start(first)
             while self.should_continue_training():
                 self.step += 1
@@ -300,18 +287,27 @@ class NucleusTrainer(Trainer):
                     self._sample(config.sample_fn)
         return first
 
-    def _compile(self) -> None:
+    @contextlib.contextmanager
+    def _compiled(self) -> Iterator[None]:
         """Compiles the blocks, on the stage's first micro-batch whatever step training goes on from.
 
         A compiler lays its kernels out for the shapes that it meets first, and sums in their order: only so are they
         the same in each attempt. All ranks wait here for the slowest, rather than in their first step.
+
+        There is room for the variants of a block that there are (dense, of each capacity factor; in training and in
+        sampling), of this stage alone, and an error where there are more: PyTorch would run blocks uncompiled, silently.
         """
-        batch = next(self.dataloader.micro_batches(step=0))
-        self.forward_backward_step(batch=batch, keep_routing=True)
-        self.routing = None
-        self.optimizers.zero_grad()
-        self.bin_sums.zero_()
-        self.bin_counts.zero_()
+        torch.compiler.reset()
+        with (
+            torch._dynamo.config.patch(recompile_limit=BLOCK_VARIANTS, fail_on_recompile_limit_hit=True),
+            torch.fx.experimental._config.patch(use_duck_shape=False),  # as many text as image tokens: a coincidence
+        ):
+            self.forward_backward_step(batch=next(self.dataloader.micro_batches(step=0)), keep_routing=True)
+            self.routing = None
+            self.optimizers.zero_grad()
+            self.bin_sums.zero_()
+            self.bin_counts.zero_()
+            yield
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "guard": self.guard.state_dict()}
