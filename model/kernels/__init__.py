@@ -31,7 +31,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Takers(NamedTuple):
     """Of each token, the routed rows that experts make of it, and the other way about.
 
-    The first `counts_T` of `rows_TE` are a token's rows, by expert; `tokens_R` is the token of each row.
+    The first `counts_T` of `rows_TE` are a token's rows, by expert, the rest is -1; `tokens_R` is the token of each row.
     """
 
     rows_TE: torch.Tensor

@@ -15,7 +15,6 @@ import triton.language as tl
 from model.kernels import Takers, launch
 
 BLOCK = 1024
-MAX_WIDTH = 16384
 
 
 @triton.jit

@@ -198,6 +198,7 @@ def test_takers_list_each_tokens_rows_once(device):
     rows_TE, counts_T = (tensor.tolist() for tensor in routing.takers[:2])
     for token, (rows, count) in enumerate(zip(rows_TE, counts_T)):
         assert rows[:count] == [row for row, taken in enumerate(rows_R) if taken == token]
+        assert set(rows[count:]) <= {-1}
 
 
 def run_layer(device, dtype, which, capacity_factor):
