@@ -25,7 +25,7 @@ from model.cpu_ops import norm_modulate
 from model.moe import Experts, MoE, Routing, SwiGLU
 from model.rope import ImageShape, image_shape, rope_tables
 
-TextKV = list[tuple[torch.Tensor, torch.Tensor]]
+TextKV = list[tuple[torch.Tensor, torch.Tensor]]  # key and value of each block
 # tanh(0.5) = 0.46; see `NucleusTransformer.init_weights`.
 GATE_INIT = 0.5
 
@@ -287,7 +287,13 @@ class NucleusTransformer(nn.Module):
         shape = tuple(img_shapes[0] if isinstance(img_shapes, list) else img_shapes)
         text = self.txt_norm.normalise(encoder_hidden_states)
         _, table = rope_tables(self.config.axes_dims_rope, shape, text.shape[1], text.device)
-        return [block.text_kv(text, self.txt_norm.weight, table) for block in self.transformer_blocks]
+        return [self.block_text_kv(block, text, table) for block in self.transformer_blocks]
+
+    def block_text_kv(
+        self, block: Block, text_BTJ: torch.Tensor, table: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One block's, from the normalised text."""
+        return block.text_kv(text_BTJ, self.txt_norm.weight, table)
 
     def forward(
         self,

@@ -118,15 +118,16 @@ def lies_whole(parameter: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def gathered(model: torch.nn.Module) -> Iterator[None]:
-    """Whole weights (of the experts here), for what is called besides `forward`; a plain model has them anyway."""
-    units = [m for m in (model, *model.transformer_blocks.children()) if isinstance(m, FSDPModule)]
-    for unit in units:
+def gathered(unit: torch.nn.Module) -> Iterator[None]:
+    """Whole weights of one FSDP unit, a block or what lies outside of blocks, for what is called besides `forward`; a
+    plain module has them anyway."""
+    sharded = isinstance(unit, FSDPModule)
+    if sharded:
         unit.unshard()
     try:
         yield
     finally:
-        for unit in units:
+        if sharded:
             unit.reshard()
 
 

@@ -13,7 +13,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 from model.config import TransformerConfig
 from model.train.parallelize import fill_whole, gathered, parallelize
-from model.transformer import NucleusTransformer, TextKV
+from model.transformer import Block, NucleusTransformer, TextKV
 
 
 class NucleusModel(NucleusTransformer, BaseModel):
@@ -44,6 +44,10 @@ class NucleusModel(NucleusTransformer, BaseModel):
     def text_kv(self, *args: Any, **kwargs: Any) -> TextKV:
         with gathered(self):
             return NucleusTransformer.text_kv(self, *args, **kwargs)
+
+    def block_text_kv(self, block: Block, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        with gathered(block):  # one at a time, as in a forward: all of them may not fit on a device
+            return NucleusTransformer.block_text_kv(self, block, *args)
 
     def verify_module_protocol(self) -> None:
         """Its submodules are plain torch modules: torchtitan's sharding configurations are not used."""

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from model.sampler import sample_latents
 from model.train.run import train_stage
-from model.transformer import RouterTrace
+from model.transformer import Block, RouterTrace
 from train_helpers import TEXT_DIM, train_config, transformer_config, write_latents
 
 STEPS = 4
@@ -73,10 +74,21 @@ def sample(model: torch.nn.Module, path: Path, reduced: set[torch.dtype]) -> Non
     """Two steps of sampling, with text keys and values computed apart from the forward, and what the router gave."""
     generator = torch.Generator().manual_seed(0)
     text, noise = torch.randn(1, 8, TEXT_DIM, generator=generator), torch.randn(1, 16, 64, generator=generator)
+    whole_blocks = []
+    plain = Block.text_kv
+
+    def watched(block: Block, *args):
+        cut = [isinstance(other.attn.to_k.weight, DTensor) for other in model.transformer_blocks]
+        whole_blocks.append(cut.count(False))
+        return plain(block, *args)
+
+    Block.text_kv = watched
     latents = sample_latents(model, text, None, None, None, noise, (1, 4, 4), 2, 1.0)
+    Block.text_kv = plain
     trace = RouterTrace()
     model(noise, (1, 4, 4), text, None, torch.tensor([0.5]), collect=trace)
-    torch.save({"latents": latents, "logits": trace.logits()[0], "reduced": list(reduced)}, path)
+    seen = {"latents": latents, "whole_blocks": whole_blocks, "logits": trace.logits()[0], "reduced": list(reduced)}
+    torch.save(seen, path)
 
 
 def train(folder: Path, name: str, rank: int) -> None:

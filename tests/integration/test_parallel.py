@@ -105,6 +105,7 @@ def test_every_rank_samples_what_one_process_samples(runs):
         for rank in range(4):
             got = torch.load(runs / job / f"sample-{rank}.pt")
             torch.testing.assert_close(got["latents"], expected["latents"], rtol=1e-4, atol=1e-4)
+            assert got["whole_blocks"] == [1, 1, 1], "text keys and values of one gathered block at a time"
 
 
 def test_bfloat16_keeps_weights_router_and_reduction_in_fp32(runs):
