@@ -57,7 +57,7 @@ def attempt(name, die_at=0):
         os._exit(1)
     os._exit(0)
 
-print("ENDS", [attempt("whole"), attempt("killed", die_at=4), attempt("killed", die_at=9), attempt("killed")])
+print("ENDS", [attempt("whole"), *(attempt("killed", die_at) for die_at in (4, 9, 6, 0))])
 """
 
 
@@ -66,20 +66,23 @@ def test_killed_while_writing_in_both_trainings_it_ends_with_the_same_bits(curat
     config = small_config.model_copy(
         update={
             "vae": small_config.vae.model_copy(update={"steps": 8, "image_size_px": 32}),
-            "text_encoder": small_config.text_encoder.model_copy(update={"steps": 8}),
+            "text_encoder": small_config.text_encoder.model_copy(update={"steps": 10}),
             "min_psnr_db": 0.0,
         }
     )
     command = [sys.executable, "-c", SCRIPT, str(curated_dir), config.model_dump_json(), str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     kill = -signal.SIGKILL
-    assert f"ENDS {[0, kill, kill, 0]}" in done.stdout, done.stdout + done.stderr
+    assert f"ENDS {[0, kill, kill, kill, 0]}" in done.stdout, done.stdout + done.stderr
     went_on = [line for line in done.stdout.splitlines() if "goes on after step" in line]
-    # Killed at the VAE's fourth state, then (five states of the VAE later) at the text encoder's fourth.
+    # Killed at the VAE's fourth state, then (five states of the VAE later) at the text encoder's fourth, and at its ninth,
+    # after the last step that gives one of the losses in the report.
     assert went_on == [
         "vae: goes on after step 3",
         "vae: goes on after step 8",
         "text_encoder: goes on after step 3",
+        "vae: goes on after step 8",
+        "text_encoder: goes on after step 8",
     ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     names = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
