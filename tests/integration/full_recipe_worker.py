@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-import signal
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -23,7 +23,6 @@ from torchtitan.config import CompileConfig
 
 import model.train.config as train_config
 from model.latents import LatentWriter
-from model.train.preemption import Preempted
 from model.train.run import train_stage
 from model.train.trainer import NucleusTrainer
 from tasks.encoding.buckets import stage_buckets
@@ -32,6 +31,7 @@ from tasks.recipe import Recipe, load_recipe
 
 RANKS = 2
 TEXT_DIM = 24
+STEPS, RESUMED_FROM = 12, 8  # of the last stage
 # Sizes and counts alone. Rates grow, as steps are few.
 SMALLER = (
     "model.num_layers=5",
@@ -52,7 +52,7 @@ SMALLER = (
     "train.stages[2].batch_size=4",
     "train.stages[0].steps=4",
     "train.stages[1].steps=4",
-    "train.stages[2].steps=12",
+    f"train.stages[2].steps={STEPS}",
     "train.optim.warmup_steps=2",
     "train.optim.muon_lr=0.01",
     "train.optim.adamw_lr=0.01",
@@ -75,7 +75,6 @@ ONE_BLOCK = (
     "train.stages[2].capacity_factors=2.0",
 )
 PLAIN = {"dtype": "float32", "compile": False, "activation_checkpointing": "none", "expert_parallel": 1}
-STOP_AT = 6
 
 
 class Job(NamedTuple):
@@ -84,8 +83,7 @@ class Job(NamedTuple):
     ranks: int = RANKS
     changes: dict = {}
     smaller: tuple[str, ...] = SMALLER
-    work: str | None = None  # another job's, to go on from
-    stop_at: int | None = None  # its last rank gets SIGTERM in this step
+    resumes: str | None = None  # another job, as a kill after step RESUMED_FROM leaves it
 
 
 JOBS = {
@@ -96,8 +94,7 @@ JOBS = {
     "third_plain": Job(2, "second", ranks=1, changes=PLAIN),
     "whole": Job(2, smaller=ONE_BLOCK),
     "whole_plain": Job(2, smaller=ONE_BLOCK, ranks=1, changes=PLAIN),
-    "stopped": Job(2, smaller=ONE_BLOCK, stop_at=STOP_AT),
-    "resumed": Job(2, smaller=ONE_BLOCK, work="stopped"),
+    "resumed": Job(2, smaller=ONE_BLOCK, resumes="whole"),
 }
 
 
@@ -120,8 +117,10 @@ def write_latents(directory: Path, stage: int) -> None:
     patterns = torch.randn(4, 16, 1, 1, generator=generator)
     meta = {"text_dim": TEXT_DIM, "text_tokens": 48, "rows_per_shard": 20, "dtype": recipe.encoding.dtype}
     with LatentWriter(directory, meta) as writer:
-        writer.add_text(torch.randn(4, TEXT_DIM, generator=generator))
-        texts = [writer.add_text(torch.randn(3 + 2 * i, TEXT_DIM, generator=generator)) for i in range(20)]
+        writer.add_text(torch.randn(8, TEXT_DIM, generator=generator))
+        # Some batches need no mask: all of their texts are as long as the longest, and of a length that is not padded.
+        lengths = [8 * (1 + i % 3) - (3 if i % 5 == 0 else 0) for i in range(20)]
+        texts = [writer.add_text(torch.randn(length, TEXT_DIM, generator=generator)) for length in lengths]
         for b, bucket in enumerate(stage_buckets(config.image_size_px, config.aspect_ratios)):
             for i in range(10):
                 noise = torch.randn(16, bucket.height // 8, bucket.width // 8, generator=generator)
@@ -134,44 +133,40 @@ def with_backend(name: str) -> None:
     train_config.CompileConfig = functools.partial(CompileConfig, backend=name)
 
 
-def watch(job: Job, rank: int) -> dict:
-    """Notes the shapes of micro-batches; sends SIGTERM where the job says so."""
-    seen = {"shapes": set(), "tokens": set()}
-    forward, step = NucleusTrainer.forward_backward_step, NucleusTrainer.train_step
+def watch() -> dict[str, set]:
+    """Notes the steps (from 0) and shapes of micro-batches."""
+    seen = {"steps": set(), "shapes": set(), "texts": set()}
+    forward = NucleusTrainer.forward_backward_step
 
     def forward_backward_step(self, *, batch, **options):
+        seen["steps"].add(batch.plan.step)
         seen["shapes"].add(tuple(batch.latents.shape[-2:]))
-        seen["tokens"].add((batch.latents[0, 0].numel() // 4, batch.text.shape[1], batch.mask is None))
+        seen["texts"].add((batch.text.shape[1], batch.mask is not None))
         return forward(self, batch=batch, **options)
 
-    def train_step(self, batches):
-        if self.step == job.stop_at and rank == job.ranks - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, batches)
-
-    NucleusTrainer.forward_backward_step, NucleusTrainer.train_step = forward_backward_step, train_step
+    NucleusTrainer.forward_backward_step = forward_backward_step
     return seen
 
 
 def train(folder: Path, name: str, rank: int) -> None:
-    job = JOBS[name]
-    seen = watch(job, rank)
-    stage = stage_section(job)
-    (folder / name / "out").mkdir(parents=True, exist_ok=True)
+    job, seen = JOBS[name], watch()
+    stage, latents, here = stage_section(job), folder / f"latents{job.stage}", folder / name
     init_from = folder / job.init_from / "out" if job.init_from else None
-    work = folder / (job.work or name) / "work"
-    try:
-        train_stage(folder / f"latents{job.stage}", stage.model, stage.train, 0, init_from, work, folder / name / "out")
-    except Preempted:
-        assert job.stop_at
+    train_stage(latents, stage.model, stage.train, 0, init_from, here / "work", here / "out")
     counters = torch._dynamo.utils.counters
-    told = {name: sorted(values) for name, values in seen.items()}
+    told = {what: sorted(values) for what, values in seen.items()}
     told |= {"graphs": counters["stats"]["unique_graphs"], "breaks": list(counters["graph_break"])}
-    (folder / name / f"rank{rank}.json").write_text(json.dumps(told))
+    (here / f"rank{rank}.json").write_text(json.dumps(told))
 
 
 def run(folder: Path, name: str) -> None:
-    ranks = JOBS[name].ranks
+    ranks, resumes = JOBS[name].ranks, JOBS[name].resumes
+    (folder / name / "out").mkdir(parents=True)
+    if resumes:
+        shutil.copytree(folder / resumes / "work", folder / name / "work")
+        (folder / name / "work" / "report.json").unlink()
+        for lost in (f"checkpoints/step-{STEPS}", f"weights/step-{STEPS:08d}"):
+            shutil.rmtree(folder / name / "work" / lost)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the agent's
     children = []
     for rank in range(ranks):
