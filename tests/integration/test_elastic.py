@@ -20,8 +20,8 @@ from flyteidl.core import errors_pb2
 from model.checkpoints import finished_checkpoints
 from tasks.manifest import seal
 from tasks.planning.sections import TrainStage
-from test_robust import STEPS, Ranks, latents, report, same_weights, whole  # noqa: F401  (fixtures)
-from train_helpers import logged_steps, train_config, transformer_config
+from test_robust import STEPS, Ranks, before_step, latents, report, same_weights, until_sigterm, whole  # noqa: F401
+from train_helpers import train_config, transformer_config
 
 pytestmark = pytest.mark.slow
 NAME = "tasks.training.task.train_stage"
@@ -62,16 +62,21 @@ def folder(tmp_path, latents):  # noqa: F811
 
 
 def test_a_preempted_pod_is_retried_and_goes_on_from_the_step_that_both_ranks_saved(folder, whole):  # noqa: F811
-    first = Ranks(lambda _: pod(folder, folder / "first"))
-    metrics = lambda: next(iter((folder / "home" / "runs").glob("*/metrics.jsonl")), Path("none"))  # noqa: E731
-    first.wait_for(lambda: logged_steps(metrics())[-1:] > [5])
+    last = 8
+
+    def preempted(_):
+        before_step(last, until_sigterm(folder / "waiting"))
+        pod(folder, folder / "first")
+
+    first = Ranks(preempted)
+    first.wait_for((folder / "waiting").exists)
     os.kill(first.processes[0].pid, signal.SIGTERM)  # the pod's process, as Kubernetes does
     assert first.codes() == {0}
     document = errors_pb2.ErrorDocument.FromString((folder / "first" / "error.pb").read_bytes())
     assert document.error.kind == errors_pb2.ContainerError.RECOVERABLE, document.error.message
     assert f"got signal: {signal.SIGTERM:d}" in document.error.message
-    last = max(finished_checkpoints(metrics().parent / "checkpoints"))
-    assert 5 < last < STEPS
+    (run,) = (folder / "home" / "runs").iterdir()
+    assert list(finished_checkpoints(run / "checkpoints")) == [5, last]
 
     assert Ranks(lambda _: pod(folder, folder / "second")).codes() == {0}
     assert not (folder / "second" / "error.pb").exists() and (folder / "second" / "outputs.pb").is_file()

@@ -103,6 +103,17 @@ def before_step(step: int, wait) -> None:
     NucleusTrainer.train_step = train_step
 
 
+def until_sigterm(marker: Path):
+    """A wait for SIGTERM; `marker` is there when it has begun."""
+
+    def wait(trainer):
+        marker.touch()
+        while not trainer.stop.raised:
+            time.sleep(0.002)
+
+    return wait
+
+
 def same_weights(one: Path, other: Path) -> list[int]:
     expected, got = read_weights(one), read_weights(other)
     assert list(expected) == list(got)
@@ -169,14 +180,9 @@ def test_sigterm_to_one_rank_saves_the_step_on_all_and_the_restart_ends_with_the
 ):
     work, last, marker = tmp_path / "work", 8, tmp_path / "waiting"
 
-    def until_sigterm(trainer):
-        marker.touch()
-        while not trainer.stop.raised:
-            time.sleep(0.002)
-
     def preempted(rank):
         if rank == ranks - 1:
-            before_step(last, until_sigterm)
+            before_step(last, until_sigterm(marker))
         train(latents, tmp_path, num_workers=2)
 
     processes = Ranks(preempted, ranks)
