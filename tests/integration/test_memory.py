@@ -15,14 +15,14 @@ CASES = {case.name: case for case in memory.CASES}
 
 @pytest.mark.parametrize("name", ["fp32", "fp32_full", "bf16_selective", "accumulated", "few_tokens"])
 def test_the_plan_is_within_a_tenth_of_the_measured_peak(name):
-    """They differ in shape, type, checkpointing and number of micro-batches, and in the moment of the peak."""
+    """They differ in shape, type, checkpointing and number of micro-batches, and in the moment of the peak. In one process
+    nothing is freed by chance, and the peaks are within a hundredth: a part that is forgotten shows."""
     compared = memory.compare(CASES[name])
-    for part, tolerance in (("weights", 0.0), ("gradients", 0.0), ("optimizer", 0.0)):
+    exact, close = ("weights", "gradients", "optimizer"), ("passes", "optimiser step", "peak")
+    tolerances = dict.fromkeys(exact, 0.0) | dict.fromkeys(close, 0.03) | {"activations": 0.1}
+    for part, tolerance in tolerances.items():
         predicted, measured = compared[part]
-        assert predicted == pytest.approx(measured, rel=tolerance, abs=1), part
-    for part in ("activations", "passes", "optimiser step", "peak"):
-        predicted, measured = compared[part]
-        assert predicted == pytest.approx(measured, rel=0.1), (part, compared)
+        assert predicted == pytest.approx(measured, rel=tolerance, abs=1), (part, compared)
 
 
 @pytest.mark.slow
