@@ -140,13 +140,19 @@ def test_state_is_sharded_by_the_shard_degree(shapes):
         assert 0 <= per_gpu - routers - (shapes.total - routers) / shard < 0.001 * per_gpu  # FSDP2 pads small tensors
 
 
-def test_all_to_all_buffers_are_the_rows_that_experts_take(sections, shapes):
+def test_buffers_are_the_rows_that_experts_take_and_the_units_that_fsdp_gathers(sections, shapes):
     model, train = sections
-    _, found = memory(shapes, model, train.stages[2], Layout(64, 64, 64, 4, "full"))
+    layout = Layout(64, 64, 64, 4, "full")
+    _, found = memory(shapes, model, train.stages[2], layout)
     rows = 4 * 64 * 256  # samples, experts, capacity 4.0 x 4096 / 64
     by_name = {moment.name: moment.parts for moment in found}
-    assert by_name["backward of block 3"]["all_to_all"] == 2 * rows * 2048 * 2
-    assert by_name["backward of block 2"]["all_to_all"] == 0
+    for way in ("forward", "backward"):
+        assert by_name[f"{way} of block 3"]["all_to_all"] == 2 * rows * 2048 * 2
+        assert by_name[f"{way} of block 2"]["all_to_all"] == 0
+    ends, units = shapes.units(layout)
+    backward = by_name["backward of block 3"]
+    assert backward["gathered_weights"] == 2 * (ends + sum(units[3]) + units[2][0])  # bf16; those of block 2 are under way
+    assert backward["gathered_gradients"] == 4 * max(*units[3], units[4][0])  # fp32, the largest that is being reduced
 
 
 def test_bytes_of_a_step_follow_from_the_rings_and_from_what_each_pass_reads(sections, shapes):
