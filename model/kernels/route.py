@@ -124,9 +124,8 @@ def route(
     logits_BSE: torch.Tensor, capacity: int, use_sigmoid: bool, route_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Takers]:
     """Scores [B, S, E], token indices [B, E, C] in rising order, gates [B, E, C], and each token's takers."""
-    B, E = logits_BSE.shape[0], logits_BSE.shape[2]
-    scores, indices, gates_R, tokens_R, rows, counts, _ = choose(logits_BSE, capacity, use_sigmoid, route_scale)
-    return scores, indices, gates_R.view(E, B, capacity).transpose(0, 1), Takers(rows, counts, tokens_R)
+    scores, indices, gates, tokens_R, rows, counts, _ = choose(logits_BSE, capacity, use_sigmoid, route_scale)
+    return scores, indices, gates, Takers(rows, counts, tokens_R)
 
 
 def fits(logits_BSE: torch.Tensor) -> bool:
@@ -136,10 +135,10 @@ def fits(logits_BSE: torch.Tensor) -> bool:
 
 @torch.library.custom_op("nucleus::route", mutates_args=())
 def choose(logits_BSE: torch.Tensor, capacity: int, use_sigmoid: bool, route_scale: float) -> Choice:
-    """logits [B, S, E] -> scores [B, S, E], indices [B, E, C], gates [R], tokens [R], takers [T, E], counts [T], and
-    slots [E, T]: the row in which an expert computes a token, -1 if it does not."""
+    """logits [B, S, E] -> scores [B, S, E], indices [B, E, C], gates [B, E, C] (in the rows' order in memory), tokens
+    [R], takers [T, E], counts [T], and slots [E, T]: the row in which an expert computes a token, -1 if it does not."""
     chosen = _empty_choice(logits_BSE, capacity)
-    scores_BSE, indices_BEC, gates_R, tokens_R, takers_TE, counts_T, slots_ET = chosen
+    scores_BSE, indices_BEC, gates_BEC, tokens_R, takers_TE, counts_T, slots_ET = chosen
     logits_BSE = logits_BSE.contiguous()
     B, S, E = logits_BSE.shape
     C, T = capacity, B * S
@@ -153,19 +152,19 @@ def choose(logits_BSE: torch.Tensor, capacity: int, use_sigmoid: bool, route_sca
         _select, (B * E,), affinity_BES, indices_BEC, tokens_R, slots_ET, B, S, E, C,
         HIGH=31, LOW=low, BLOCK_S=block_s, num_warps=min(16, max(4, block_s // 512)),
     )  # fmt: skip
-    launch(_normalise, grid, scores_BSE, slots_ET, gates_R, takers_TE, counts_T, T, E, route_scale, **blocks)
+    launch(_normalise, grid, scores_BSE, slots_ET, gates_BEC, takers_TE, counts_T, T, E, route_scale, **blocks)
     return chosen
 
 
 @choose.register_fake
 def _empty_choice(logits_BSE: torch.Tensor, capacity: int, *_: object) -> Choice:
     B, S, E = logits_BSE.shape
-    T, R = B * S, E * B * capacity
+    T, C = B * S, capacity
     return (
         logits_BSE.new_empty(B, S, E),
-        logits_BSE.new_empty(B, E, capacity, dtype=torch.long),
-        logits_BSE.new_empty(R),
-        logits_BSE.new_empty(R, dtype=torch.long),
+        logits_BSE.new_empty(B, E, C, dtype=torch.long),
+        logits_BSE.new_empty_strided((B, E, C), (C, B * C, 1)),
+        logits_BSE.new_empty(E * B * C, dtype=torch.long),
         logits_BSE.new_empty(T, E, dtype=torch.int32),
         logits_BSE.new_empty(T, dtype=torch.int32),
         logits_BSE.new_empty(E, T, dtype=torch.int32),
@@ -177,7 +176,7 @@ def _choose_backward(
     logits_BSE: torch.Tensor,
     slots_ET: torch.Tensor,
     d_scores_BSE: torch.Tensor | None,
-    d_gates_R: torch.Tensor | None,
+    d_gates_BEC: torch.Tensor | None,
     use_sigmoid: bool,
     route_scale: float,
 ) -> torch.Tensor:
@@ -185,12 +184,11 @@ def _choose_backward(
     B, S, E = logits_BSE.shape
     d_logits_BSE = logits_BSE.new_empty(B, S, E)
     grid, blocks = _tiles(B * S, E)
-    d_gates, d_scores = (
-        logits_BSE if gradient is None else gradient.contiguous() for gradient in (d_gates_R, d_scores_BSE)
-    )
+    d_scores = logits_BSE if d_scores_BSE is None else d_scores_BSE.contiguous()
+    d_gates = logits_BSE if d_gates_BEC is None else d_gates_BEC.transpose(0, 1).contiguous()
     launch(
         _route_backward, grid, logits_BSE, slots_ET, d_gates, d_scores, d_logits_BSE, B * S, E, route_scale,
-        SIGMOID=use_sigmoid, SCORES_USED=d_scores_BSE is not None, GATES_USED=d_gates_R is not None, **blocks,
+        SIGMOID=use_sigmoid, SCORES_USED=d_scores_BSE is not None, GATES_USED=d_gates_BEC is not None, **blocks,
     )  # fmt: skip
     return d_logits_BSE
 
@@ -206,10 +204,10 @@ def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, d_scores_BSE, _indices, d_gates_R, *_rest):
+def _backward(ctx, d_scores_BSE, _indices, d_gates_BEC, *_rest):
     logits_BSE, slots_ET = ctx.saved_tensors
-    d_logits_BSE = _choose_backward(logits_BSE, slots_ET, d_scores_BSE, d_gates_R, ctx.use_sigmoid, ctx.route_scale)
-    return d_logits_BSE, None, None, None
+    arguments = slots_ET, d_scores_BSE, d_gates_BEC, ctx.use_sigmoid, ctx.route_scale
+    return _choose_backward(logits_BSE, *arguments), None, None, None
 
 
 choose.register_autograd(_backward, setup_context=_save)

@@ -180,6 +180,8 @@ def test_routing(use_sigmoid, capacity_factor, device):
     assert relative(ours.scores_BSE, plain.scores_BSE) < 2e-6
     assert relative(grad, plain_grad) < 5e-6
     assert torch.equal(ours.rows_R(), ours._replace(takers=None).rows_R())
+    # Views that leave an FSDP unit make it warn; and in the rows' order, so that combine copies nothing.
+    assert not ours.gates_BEC._is_view() and ours.gates_BEC.transpose(0, 1).is_contiguous()
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, -200.0, float("nan"), -float("nan")])
@@ -407,16 +409,16 @@ def test_operations_keep_what_pytorch_asks_of_them(device):
     logits, capacity = torch.randn(2, 5, 3, device=device, requires_grad=True), 2
     scores, _, gates, tokens, rows, counts, slots = route.choose(logits.detach(), capacity, False, 2.5)
     x, routed = (torch.randn(rows_, 4, device=device, requires_grad=True) for rows_ in (10, len(tokens)))
-    grad, gates = torch.randn_like(x), gates.requires_grad_()
+    grad, gates_R = torch.randn_like(x), gates.transpose(0, 1).reshape(-1).requires_grad_()
     ops = torch.ops.nucleus
     calls = [
         (ops.route, (logits, capacity, False, 2.5)),
         (ops.route_backward, (logits.detach(), slots, scores, None, False, 2.5)),
-        (ops.route_backward, (logits.detach(), slots, None, gates.detach(), True, 2.5)),
+        (ops.route_backward, (logits.detach(), slots, None, gates, True, 2.5)),
         (ops.gather_rows, (x, tokens, rows, counts)),
         (ops.gather_rows_backward, (routed.detach(), rows, counts)),
-        (ops.combine_rows, (x, routed, gates, tokens, rows, counts)),
-        (ops.combine_rows_backward, (grad, routed.detach(), gates.detach(), tokens)),
+        (ops.combine_rows, (x, routed, gates_R, tokens, rows, counts)),
+        (ops.combine_rows_backward, (grad, routed.detach(), gates_R.detach(), tokens)),
     ]
     defined = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "nucleus::" in name}
     assert defined == {call.__name__ for call, _ in calls}
