@@ -168,8 +168,9 @@ def attend(
         return _sdpa(q_BSNH, k_BLKH, v_BLKH, mask)
     module = importlib.import_module(PACKAGES[backend])
     q_BSNH, k_BLKH = q_BSNH.to(v_BLKH.dtype), k_BLKH.to(v_BLKH.dtype)
+    deterministic = torch.are_deterministic_algorithms_enabled()  # else its backward adds up in any order
     if mask is None:
-        out = module.flash_attn_func(q_BSNH, k_BLKH, v_BLKH)
+        out = module.flash_attn_func(q_BSNH, k_BLKH, v_BLKH, deterministic=deterministic)
         return out[0] if isinstance(out, tuple) else out  # early releases of 3 return the log-sum-exp as well
     S, L = q_BSNH.shape[1], k_BLKH.shape[1]
     keys = mask if isinstance(mask, PackedKeys) else pack_keys(mask, S)
@@ -185,6 +186,7 @@ def attend(
         cu_seqlens_k=keys.key_offsets,
         max_seqlen_q=S,
         max_seqlen_k=L,
+        deterministic=deterministic,
     )
     out = out[0] if isinstance(out, tuple) else out
     return out.view(q_BSNH.shape)

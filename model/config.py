@@ -295,6 +295,8 @@ class TrainConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    # On a CUDA device: the same bits in each attempt, by algorithms that may be slower (by how much was not measured).
+    deterministic: bool = True
     # On a CUDA device; "auto" takes what is installed and fits (model/attention.py, model/kernels).
     attention_backend: Literal["auto", "sdpa", "flash2", "flash3"] = "auto"
     kernels: Literal["auto", "torch", "triton"] = "auto"

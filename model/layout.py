@@ -12,7 +12,8 @@ from model.config import StageConfig, TrainConfig, TransformerConfig
 # What says how a run is computed, and not what: it may change between two attempts at the same training.
 LAYOUT_KEYS = frozenset(
     ("nnodes", "nproc_per_node", "data_parallel_replicate", "data_parallel_shard", "expert_parallel")
-    + ("local_batch_size", "activation_checkpointing", "compile", "attention_backend", "kernels")
+    + ("local_batch_size", "activation_checkpointing", "compile", "deterministic")
+    + ("attention_backend", "kernels")
 )
 
 

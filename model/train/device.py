@@ -65,10 +65,13 @@ def training_session() -> Iterator[None]:
 
     Under torchrun (RANK and WORLD_SIZE are set) it joins its group; otherwise it makes a group of one that needs
     no address, port or environment. torchtitan also switches off Python's garbage collector and multithreaded
-    autograd, and sets the global seed: all are put back.
+    autograd, and sets the global seed and deterministic algorithms: all are put back.
     """
     environment = dict(os.environ)
     threads, collecting, rng_state = torch.get_num_threads(), gc.isenabled(), torch.get_rng_state()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     owns_group, ended = not dist.is_initialized(), False
     if DEVICE_TYPE == "cpu":
         keep_freed_memory()  # stays so: glibc cannot be asked for its former settings
@@ -95,6 +98,8 @@ def training_session() -> Iterator[None]:
             dist.destroy_process_group()
         torch.set_num_threads(threads)
         torch.set_rng_state(rng_state)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
         if collecting:
             gc.enable()
         for name in set(os.environ) - set(environment):

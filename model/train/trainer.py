@@ -16,6 +16,7 @@ from typing import Any
 from model.train.device import DEVICE_TYPE, PATIENCE
 
 import torch
+import torch._inductor.config
 import torch.fx.experimental._config
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torchtitan.components.tokenizer import BaseTokenizer
@@ -300,6 +301,8 @@ class NucleusTrainer(Trainer):
         torch.compiler.reset()
         with (
             torch._dynamo.config.patch(recompile_limit=BLOCK_VARIANTS, fail_on_recompile_limit_hit=True),
+            # Else kernels are laid out by how fast they were in a trial, and sum in an order that depends on it.
+            torch._inductor.config.patch(deterministic=self.config.train.deterministic),
             torch.fx.experimental._config.patch(use_duck_shape=False),  # as many text as image tokens: a coincidence
         ):
             self.forward_backward_step(batch=next(self.dataloader.micro_batches(step=0)), keep_routing=True)

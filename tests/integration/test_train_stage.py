@@ -102,6 +102,28 @@ def test_samples_are_drawn_at_their_cadence_and_at_the_end_in_eval_mode(trained)
     ]
 
 
+def test_an_accelerator_trains_by_deterministic_algorithms_unless_told_otherwise(latents, tmp_path, monkeypatch):
+    """Of which memory-efficient attention has one only where PyTorch may refuse (not with warn_only)."""
+    import model.train.config as of_stage
+
+    seen = []
+
+    def sample_fn(model, step, path):
+        enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        seen.append((enabled, warns, torch.backends.cudnn.deterministic, os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+
+    runs = {}
+    for name, device, deterministic in (("cpu", "cpu", True), ("on", "cuda", True), ("off", "cuda", False)):
+        monkeypatch.setattr(of_stage, "DEVICE_TYPE", device)
+        out, _ = run(latents, tmp_path, name, 2, work=f"{name}_work", sample_fn=sample_fn, sample_every_steps=2,
+                     deterministic=deterministic)  # fmt: skip
+        runs[name] = load(out / "step-00000002")
+    off = (False, False, False, None)
+    assert seen == [off, (True, False, True, ":4096:8"), off]
+    assert not torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.deterministic
+    assert all(torch.equal(runs["cpu"][name], runs["on"][name]) for name in runs["cpu"])
+
+
 def test_the_process_is_left_as_it_was(trained):
     assert trained[4] == {"group": False, "environment": True, "gc": True, "rng": True}
 

@@ -90,17 +90,20 @@ class FakeFlash(SimpleNamespace):
     def __init__(self, returns_lse=False):
         super().__init__(calls=[], returns_lse=returns_lse)
 
-    def flash_attn_func(self, q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
+    def flash_attn_func(self, q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, deterministic=False):
         self.calls.append(("dense", q.shape, k.shape, v.shape))
+        self.deterministic = deterministic
         assert not causal and not dropout_p and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, scale=softmax_scale, enable_gqa=True).transpose(1, 2)
         return (out, None) if self.returns_lse else out
 
     def flash_attn_varlen_func(
-        self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None
-    ):
+        self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+        deterministic=False,
+    ):  # fmt: skip
         self.calls.append(("varlen", q.shape, k.shape, v.shape))
+        self.deterministic = deterministic
         assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
         assert int(cu_seqlens_q[-1]) == len(q)
         used = int(cu_seqlens_k[-1])
@@ -143,6 +146,19 @@ def test_flash_attention_equals_sdpa_and_repeats_no_heads(flash, masked):
         assert torch.allclose(ours, theirs, atol=1e-5)
     rows = ("varlen", (18, 4, 8), (33, 2, 8), (33, 2, 8)) if masked else ("dense", q.shape, k.shape, v.shape)
     assert flash.calls == [rows]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_flash_attention_adds_up_in_one_order_where_pytorch_is_asked_to(flash, masked):
+    (q, k, v), mask = tensors()
+    attend(q, k, v, mask if masked else None)
+    assert not flash.deterministic
+    torch.use_deterministic_algorithms(True)
+    try:
+        attend(q, k, v, mask if masked else None)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert flash.deterministic
 
 
 def test_packed_keys_are_each_samples_own_in_order():
