@@ -137,7 +137,10 @@ def test_state_is_sharded_by_the_shard_degree(shapes):
     routers = 29 * 64 * 4096  # whole everywhere
     for shard, ep in ((64, 1), (64, 64), (32, 4)):
         per_gpu = shapes.per_gpu(replace(whole, shard=shard, expert_parallel=ep))
-        assert 0 <= per_gpu - routers - (shapes.total - routers) / shard < 0.001 * per_gpu  # FSDP2 pads small tensors
+        assert 0 <= per_gpu - routers - (shapes.total - routers) / shard < 0.001 * per_gpu
+    three = Layout(3, 3, 1, 1, "none")  # FSDP2 pads rows: 128 to 3 x 43; of 4 experts it cuts each, here 20 rows to 3 x 7
+    assert Shapes(CONFIG).per_gpu(three, prefix="img_in.bias") == 43
+    assert Shapes(CONFIG).per_gpu(three, prefix="transformer_blocks.1.img_mlp.experts.down_proj") == 4 * 7 * 128
 
 
 def test_buffers_are_the_rows_that_experts_take_and_the_units_that_fsdp_gathers(sections, shapes):
