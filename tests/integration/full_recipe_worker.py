@@ -3,6 +3,7 @@ of torch.compile. Imports once, then forks each job's ranks, which find each oth
 
     FOLDER/latents{stage}
     FOLDER/JOB/work/, FOLDER/JOB/out/       of model.train.run.train_stage
+    FOLDER/JOB/sample{rank}-{step}.pt       what each rank sampled, where a job samples
     FOLDER/JOB/rank{rank}.json              what its compiler did, and the shapes of its micro-batches
 """
 
@@ -23,6 +24,7 @@ from torchtitan.config import CompileConfig
 
 import model.train.config as train_config
 from model.latents import LatentWriter
+from model.sampler import sample_latents
 from model.train.run import train_stage
 from model.train.trainer import NucleusTrainer
 from tasks.encoding.buckets import stage_buckets
@@ -75,6 +77,7 @@ ONE_BLOCK = (
     "train.stages[2].capacity_factors=2.0",
 )
 PLAIN = {"dtype": "float32", "compile": False, "activation_checkpointing": "none", "expert_parallel": 1}
+SAMPLED = {"sample_every_steps": 2}
 
 
 class Job(NamedTuple):
@@ -87,8 +90,8 @@ class Job(NamedTuple):
 
 
 JOBS = {
-    "first": Job(0),
-    "first_plain": Job(0, ranks=1, changes=PLAIN),
+    "first": Job(0, changes=SAMPLED),
+    "first_plain": Job(0, ranks=1, changes=PLAIN | SAMPLED),
     "second": Job(1, "first"),
     "third": Job(2, "second"),
     "third_plain": Job(2, "second", ranks=1, changes=PLAIN),
@@ -148,11 +151,20 @@ def watch() -> dict[str, set]:
     return seen
 
 
+def sample(model: torch.nn.Module, path: Path) -> None:
+    """As tasks.training.samples does, with text that is given."""
+    generator = torch.Generator().manual_seed(0)
+    text, negative = torch.randn(2, 8, TEXT_DIM, generator=generator), torch.randn(1, 8, TEXT_DIM, generator=generator)
+    noise = torch.randn(2, 16, 64, generator=generator)
+    torch.save(sample_latents(model, text, None, negative, None, noise, (1, 4, 4), 3, 2.0), path)
+
+
 def train(folder: Path, name: str, rank: int) -> None:
     job, seen = JOBS[name], watch()
     stage, latents, here = stage_section(job), folder / f"latents{job.stage}", folder / name
     init_from = folder / job.init_from / "out" if job.init_from else None
-    train_stage(latents, stage.model, stage.train, 0, init_from, here / "work", here / "out")
+    draw = lambda model, step, path: sample(model, here / f"sample{rank}-{step}.pt")  # noqa: E731
+    train_stage(latents, stage.model, stage.train, 0, init_from, here / "work", here / "out", draw)
     counters = torch._dynamo.utils.counters
     told = {what: sorted(values) for what, values in seen.items()}
     told |= {"graphs": counters["stats"]["unique_graphs"], "breaks": list(counters["graph_break"])}
