@@ -64,7 +64,7 @@ def test_a_pod_spawns_its_processes_which_train_on_what_lies_in_an_object_store(
     command += ["--", "task-module", "tasks.training.task", "task-name", "train_stage"]
     environment = {"NUCLEUS_TRAIN_NPROC": "2", "NUCLEUS_ACCELERATOR": "none", "NUCLEUS_HOME": str(tmp_path / "home")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run([str(part) for part in command], check=True, cwd=tmp_path, env={**os.environ, **environment}, timeout=300)
+    subprocess.run([str(part) for part in command], check=True, cwd=tmp_path, env={**os.environ, **environment}, timeout=900)
     error = tmp_path / "told" / "error.pb"
     assert not error.exists(), errors_pb2.ErrorDocument.FromString(error.read_bytes()).error.message
 
