@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import sys
-import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +29,7 @@ from model.train.trainer import NucleusTrainer
 from tasks.encoding.buckets import stage_buckets
 from tasks.planning.sections import TrainStage, train_stage as section
 from tasks.recipe import Recipe, load_recipe
+from train_helpers import fork_ranks
 
 RANKS = 2
 TEXT_DIM = 24
@@ -180,25 +180,16 @@ def run(folder: Path, name: str) -> None:
         for lost in (f"checkpoints/step-{STEPS}", f"weights/step-{STEPS:08d}"):
             shutil.rmtree(folder / name / "work" / lost)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the agent's
-    children = []
-    for rank in range(ranks):
-        child = os.fork()
-        if child == 0:
-            if ranks > 1:
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-                os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-            try:
-                train(folder, name, rank)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        children.append(child)
-    codes = [os.waitpid(child, 0)[1] for child in children]
-    if any(codes):
-        sys.exit(f"{name}: ranks ended with {codes}")
+
+    def start(rank: int) -> None:
+        if ranks > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        train(folder, name, rank)
+
+    fork_ranks(name, ranks, start)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import traceback
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from model.sampler import sample_latents
 from model.train.run import train_stage
 from model.transformer import Block, RouterTrace
-from train_helpers import TEXT_DIM, train_config, transformer_config, write_latents
+from train_helpers import TEXT_DIM, fork_ranks, train_config, transformer_config, write_latents
 
 STEPS = 4
 # Uneven on purpose: 66 rows of the shared experts' first matrix do not divide by 4.
@@ -93,6 +92,7 @@ def sample(model: torch.nn.Module, path: Path, reduced: set[torch.dtype]) -> Non
 
 def train(folder: Path, name: str, rank: int) -> None:
     ranks, train_changes, model_changes, resumed = JOBS[name]
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     job, reduced = folder / name, set()
     note_reduced(reduced)
     dist.init_process_group("gloo", store=dist.FileStore(str(job / "store"), ranks), rank=rank, world_size=ranks)
@@ -126,21 +126,7 @@ def run(folder: Path, name: str) -> None:
         shutil.copytree(folder / resumed / "work", job / "work")
         for lost in (f"checkpoints/step-{STEPS}", f"weights/step-{STEPS:08d}"):
             shutil.rmtree(job / "work" / lost)
-    children = []
-    for rank in range(ranks):
-        child = os.fork()
-        if child == 0:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-            try:
-                train(folder, name, rank)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        children.append(child)
-    codes = [os.waitpid(child, 0)[1] for child in children]
-    if any(codes):
-        sys.exit(f"{name}: ranks ended with {codes}")
+    fork_ranks(name, ranks, lambda rank: train(folder, name, rank))
 
 
 if __name__ == "__main__":

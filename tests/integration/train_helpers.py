@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -82,6 +86,24 @@ def read_weights(out: Path) -> dict[int, dict[str, torch.Tensor]]:
         )
         found[int(path.name.split("-")[1])] = state
     return found
+
+
+def fork_ranks(job: str, ranks: int, train: Callable[[int], None]) -> None:
+    """Calls `train(rank)` in a fork of this process for each rank. Exits where one fails."""
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            try:
+                train(rank)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    codes = [os.waitpid(child, 0)[1] for child in children]
+    if any(codes):
+        sys.exit(f"{job}: ranks ended with {codes}")
 
 
 def logged_steps(path: Path) -> list[int]:
