@@ -114,12 +114,14 @@ def encode_stage(recipe: Recipe, index: int) -> EncodeStage:
 
 
 def train_stage(recipe: Recipe, index: int) -> TrainStage:
-    """The stage's section; its seed differs from stage to stage, so that noise and order do too."""
+    """The stage's section; its seed differs from stage to stage, so that noise and order do too. Only the last stage's
+    checkpoints are merged: the others hand on the one that the next starts from."""
     train = recipe.train.model_copy(
         update={
             "stages": (recipe.train.stages[index],),
             "seed": recipe.train.seed + 1000 * index,
             "init_from": None if index else recipe.train.init_from,
+            "keep_checkpoints": recipe.train.keep_checkpoints if index == STAGES - 1 else 1,
         }
     )
     model = recipe.model.with_capacity_factors(recipe.train.stages[index].capacity_factors)

@@ -52,6 +52,11 @@ def test_each_stage_trains_at_its_own_capacity_and_seed():
     assert len({s.train.seed for s in sections}) == 3
 
 
+def test_only_the_stage_that_is_merged_hands_on_more_than_its_last_checkpoint():
+    recipe = load_recipe("nucleus_17b")
+    assert [train_stage(recipe, i).train.keep_checkpoints for i in range(3)] == [1, 1, recipe.merge.last_n]
+
+
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_another_number_of_stages_is_refused_and_not_cut_to_three(count):
     recipe = load_recipe("tiny")
