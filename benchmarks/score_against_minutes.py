@@ -83,15 +83,14 @@ class Judge:
     def __init__(self, components: Path, prompts_per_task: int, recipe: Any):
         import torch
         from diffusers import AutoencoderKLQwenImage
-        from transformers import Qwen3VLForConditionalGeneration
 
         from eval.shapes import make_prompts
-        from tasks.encoding.chat import encode_text, load_processor
+        from tasks.encoding.chat import encode_text, load_processor, load_text_encoder
         from tasks.encoding.frames import FrameCodec
 
         self.settings, self.channels = recipe.eval, recipe.model.in_channels
         vae = AutoencoderKLQwenImage.from_pretrained(components / "vae").eval()
-        encoder = Qwen3VLForConditionalGeneration.from_pretrained(components / "text_encoder").eval()
+        encoder = load_text_encoder(components / "text_encoder")
         processor = load_processor(components / "processor")
         shape = (1, vae.config.z_dim, 1, 1)
         self.mean, self.std = (
