@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,12 +89,12 @@ def fetch(directory: FlyteDirectory) -> Path:
     """Downloads an artifact where it is remote, and verifies every file of it.
 
     Once for all training processes of a pod: Flyte tells them to download to the same folder, where one would overwrite
-    what another is reading.
+    what another is reading. Each launch of them verifies again, and each restart of a launch.
     """
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1:
         return _fetch(directory)
-    place = hashlib.sha256(f"{os.getppid()} {directory.path}".encode()).hexdigest()[:16]  # they have one parent
-    with open(Path(tempfile.gettempdir()) / f"nucleus-fetched-{place}", "a+") as done:
+    attempt = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1]  # made anew by each launch, emptied by each restart
+    with open(attempt / hashlib.sha256(str(directory.path).encode()).hexdigest()[:16], "a+") as done:
         fcntl.flock(done, fcntl.LOCK_EX)
         done.seek(0)
         if not done.read():

@@ -49,7 +49,7 @@ def test_work_may_lie_on_a_volume_that_outlives_the_pod(parent, tmp_path, monkey
 def test_the_training_processes_of_a_pod_download_an_artifact_once(parent, tmp_path, monkeypatch):
     """Flyte gives them one folder to download to: a second download would overwrite what the first one verifies."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
     there, downloads = tmp_path / "downloaded", []
 
     def download():
@@ -63,7 +63,7 @@ def test_the_training_processes_of_a_pod_download_an_artifact_once(parent, tmp_p
 
 def test_a_download_that_failed_is_tried_by_the_next_process(parent, tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
     with pytest.raises(UserError, match="not a sealed directory"):
         fetch(FlyteDirectory(str(tmp_path / "nothing")))
     shutil.copytree(parent, tmp_path / "nothing")
