@@ -300,6 +300,8 @@ class TrainConfig(Section):
     # On a CUDA device; "auto" takes what is installed and fits (model/attention.py, model/kernels).
     attention_backend: Literal["auto", "sdpa", "flash2", "flash3"] = "auto"
     kernels: Literal["auto", "torch", "triton"] = "auto"
+    # Where FSDP shards the model, torchtitan's DistMuon can have what it can take of it (model/train/dist_muon.py).
+    muon_implementation: Literal["nucleus", "torchtitan"] = "nucleus"
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":

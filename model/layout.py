@@ -13,7 +13,7 @@ from model.config import StageConfig, TrainConfig, TransformerConfig
 LAYOUT_KEYS = frozenset(
     ("nnodes", "nproc_per_node", "data_parallel_replicate", "data_parallel_shard", "expert_parallel")
     + ("local_batch_size", "activation_checkpointing", "compile", "deterministic")
-    + ("attention_backend", "kernels")
+    + ("attention_backend", "kernels", "muon_implementation")
 )
 
 
@@ -44,6 +44,11 @@ def layout(model: TransformerConfig, train: TrainConfig, ranks: int) -> Layout:
         raise ValueError(
             f"train.data_parallel_replicate={replicate} x train.data_parallel_shard={shard} = {replicate * shard}, "
             f"which is not {world}"
+        )
+    if train.muon_implementation == "torchtitan" and shard == 1:
+        raise ValueError(
+            f"train.muon_implementation='torchtitan' takes matrices that FSDP shards, and 1 rank holds all weights "
+            f"({ranks} ranks / train.data_parallel_replicate={replicate}): give it more ranks, or take 'nucleus'"
         )
     found = Layout(replicate, shard, ep)
     if ep > 1:

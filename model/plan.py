@@ -44,6 +44,7 @@ TOKEN_CHOICE_NOTE = (
     "Token choice is planned at its limit of tokens per expert, or without one at an even load: the fullest expert of a "
     "batch sets the rows of all, so that memory and time grow with it."
 )
+DIST_MUON_NOTE = "Muon's memory is that of our own implementation: torchtitan's keeps two buffers of a block's matrices."
 CHECKPOINTING = ("none", "selective", "full")  # from most memory to least
 
 
@@ -234,9 +235,13 @@ def plan(model: TransformerConfig, train: TrainConfig, gpu: Gpu, *, gpus: int | 
             fitting = suggest(shapes, model, train, stage, asked, gpu, text_tokens)
             report["suggestion"] = fitting and plan_stage(shapes, model, train, stage, fitting, gpu, **options)
         stages.append(report)
-    note = f"{NOTE} {TOKEN_CHOICE_NOTE}" if model.routing.kind == "token_choice" else NOTE
+    notes = [NOTE]
+    if model.routing.kind == "token_choice":
+        notes.append(TOKEN_CHOICE_NOTE)
+    if train.muon_implementation == "torchtitan":
+        notes.append(DIST_MUON_NOTE)
     return {
-        "note": note, "gpu": asdict(gpu), "gpus": gpus, "mfu": mfu, "dtype": train.dtype,
+        "note": " ".join(notes), "gpu": asdict(gpu), "gpus": gpus, "mfu": mfu, "dtype": train.dtype,
         "parameters": {"total": shapes.total, "muon": shapes.muon, "adamw": shapes.adamw, "frozen": shapes.frozen},
         # Tensors alone, without file headers. Full: weights and optimiser state, fp32.
         "checkpoint_bytes": {"model_bf16": 2 * shapes.total, "model_fp32": FP32 * shapes.total,

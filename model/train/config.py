@@ -75,7 +75,7 @@ def trainer_config(
             caption_dropout=train.caption_dropout,
             num_workers=train.num_workers,
         ),
-        optimizer=NucleusOptimizers.Config(optim=train.optim),
+        optimizer=NucleusOptimizers.Config(optim=train.optim, dist_muon=train.muon_implementation == "torchtitan"),
         lr_scheduler=WarmupStable.Config(warmup_steps=train.optim.warmup_steps),
         training=TrainingConfig(
             local_batch_size=local,

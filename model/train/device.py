@@ -59,6 +59,21 @@ if not torch.accelerator.is_available():
 DEVICE_TYPE: str = titan_utils.device_type
 
 
+class _CpuStream(torch.cpu.Stream):
+    def __init__(self, priority: int = -1, device: object = None):
+        super().__init__(priority)
+
+
+def allow_dist_muon() -> None:
+    """Lets torchtitan's DistMuon run where there is no accelerator: it asks for CUDA, but needs only streams and events,
+    which torch.cpu has as ones that do nothing."""
+    if DEVICE_TYPE == "cpu":
+        from torchtitan.distributed.flex_shard.dist_muon import DistMuon
+
+        DistMuon._validate_parameter_storage = lambda optimizer: torch.device("cpu")
+        torch.cpu.Stream = _CpuStream
+
+
 @contextlib.contextmanager
 def training_session() -> Iterator[None]:
     """One process group for one stage, and everything as it was afterwards, so that stages can follow each other.

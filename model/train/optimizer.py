@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpointer.utils import canonical_fqn
 from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer
 
 from model.config import OptimConfig
-from model.optim import Muon, describe_groups, parameter_groups, wsm_schedule
+from model.optim import Muon, NamedParameters, describe_groups, parameter_groups, wsm_schedule
 from model.train.sharded_muon import ShardedMuon
 
 
@@ -28,9 +30,10 @@ class NucleusOptimizers(OptimizersContainer):
     @dataclass(kw_only=True, slots=True)
     class Config(OptimizersContainer.Config):
         optim: OptimConfig
+        dist_muon: bool = False  # torchtitan's, for the matrices that it can take
 
         def to_dict(self) -> dict[str, Any]:
-            return {"optim": self.optim.model_dump(mode="json")}
+            return {"optim": self.optim.model_dump(mode="json"), "dist_muon": self.dist_muon}
 
     def __init__(self, config: Config, *, model_parts: list[torch.nn.Module]):
         optim = config.optim
@@ -38,20 +41,9 @@ class NucleusOptimizers(OptimizersContainer):
         self.optimizers = []
         for model in model_parts:
             groups = parameter_groups(model, optim.matrices)
-            if torch.distributed.get_rank() == 0:
+            if dist.get_rank() == 0:
                 print(describe_groups(groups), flush=True)
-            if groups["muon"]:
-                sharded = isinstance(groups["muon"][0][1], DTensor)
-                self.optimizers.append(
-                    (ShardedMuon if sharded else Muon)(
-                        [_group(groups["muon"])],
-                        lr=optim.muon_lr,
-                        momentum=optim.muon_momentum,
-                        ns_steps=optim.muon_ns_steps,
-                        scale=optim.muon_scale,
-                        weight_decay=optim.muon_weight_decay,
-                    )
-                )
+            self.optimizers += _muon(groups["muon"], optim, config.dist_muon)
             self.optimizers.append(
                 torch.optim.AdamW(
                     [_group(groups["adamw"])],
@@ -81,6 +73,31 @@ def _group(named: list[tuple[str, torch.nn.Parameter]]) -> dict[str, Any]:
     return {"params": [p for _, p in named], "param_names": [canonical_fqn(name) for name, _ in named]}
 
 
+def _muon(named: NamedParameters, optim: OptimConfig, with_dist_muon: bool) -> list[torch.optim.Optimizer]:
+    found: list[torch.optim.Optimizer] = []
+    if with_dist_muon:
+        from model.train.dist_muon import dist_muon, split
+
+        taken, named = split(named, optim.muon_scale)
+        if dist.get_rank() == 0:
+            print(f"of Muon's, torchtitan's DistMuon takes {len(taken)} tensors and leaves {len(named)}", flush=True)
+        if taken:
+            found.append(dist_muon(_group(taken), optim))
+    if named:
+        sharded = isinstance(named[0][1], DTensor)
+        found.append(
+            (ShardedMuon if sharded else Muon)(
+                [_group(named)],
+                lr=optim.muon_lr,
+                momentum=optim.muon_momentum,
+                ns_steps=optim.muon_ns_steps,
+                scale=optim.muon_scale,
+                weight_decay=optim.muon_weight_decay,
+            )
+        )
+    return found
+
+
 class WarmupStable(LRSchedulersContainer):
     """Linear warm-up, then constant (`wsm_schedule`), for every optimiser."""
 
@@ -91,7 +108,7 @@ class WarmupStable(LRSchedulersContainer):
 
     def get_metrics(self) -> dict[str, float]:
         """Learning rates as `lr/Muon` and `lr/AdamW`, in every layout."""
-        return {name.replace("Sharded", ""): value for name, value in super().get_metrics().items()}
+        return {re.sub("Sharded|Dist", "", name): value for name, value in super().get_metrics().items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         with warnings.catch_warnings():

@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from model.optim import newton_schulz
 from model.sampler import sample_latents
 from model.train.run import train_stage
 from model.transformer import Block, RouterTrace
+from torchtitan.distributed.flex_shard import dist_muon
 from train_helpers import TEXT_DIM, fork_ranks, train_config, transformer_config, write_latents
 
 STEPS = 4
@@ -29,6 +31,9 @@ FEW_EXPERTS = {"num_experts": 2, "moe_intermediate_dim": 32}
 EP2_FSDP2 = {"expert_parallel": 2}
 TOKEN_CHOICE = {**MODEL, "routing": {"kind": "token_choice"}}  # ranks differ in their fullest expert
 BALANCED = {"losses": {"load_balance": 0.01}}
+OPTIM = {"muon_lr": 0.01, "adamw_lr": 0.01, "warmup_steps": 3, "max_grad_norm": 0.05, "muon_weight_decay": 0.1}
+RMS = {"optim": {**OPTIM, "muon_scale": "rms"}}
+DIST_MUON = {"muon_implementation": "torchtitan"}
 
 # name: (ranks, changes of the train section, changes of the model, the job whose step 2 it resumes from)
 JOBS = {
@@ -55,7 +60,28 @@ JOBS = {
     "bf16_ep2_fsdp2": (
         4, {"dtype": "bfloat16", "activation_checkpointing": "selective", **EP2_FSDP2}, MODEL, None
     ),
+    "dist_muon_fsdp2": (2, DIST_MUON, MODEL, None),
+    "dist_muon_hsdp2x2": (4, {**DIST_MUON, "data_parallel_replicate": 2}, MODEL, "one"),
+    "dist_muon_few_fsdp4": (4, DIST_MUON, FEW_EXPERTS, None),
+    "rms_one": (1, RMS, MODEL, None),
+    "dist_muon_rms_ep2_fsdp2": (4, {**RMS, **DIST_MUON, **EP2_FSDP2}, MODEL, None),
+    "dist_muon_rms_fsdp2_bf16_iteration": (2, {**RMS, **DIST_MUON}, MODEL, None),
 }  # fmt: skip
+
+
+def note_dist_muon(taken: set[str], own_iteration: bool) -> None:
+    """Notes what DistMuon updates in this process from now on. Unless told, in fp32, by the iteration that our Muon has."""
+    prepare = dist_muon.DistMuon._prepare_local
+
+    def noting(optimizer, layout, out):
+        taken.add(layout.fqn)
+        prepare(optimizer, layout, out)
+
+    dist_muon.DistMuon._prepare_local = noting
+    if not own_iteration:
+        dist_muon._zeropower_via_newtonschulz = lambda update, *, ns_coefficients, ns_steps, eps: newton_schulz(
+            update, ns_steps
+        )
 
 
 def note_reduced(types: set[torch.dtype]) -> None:
@@ -69,7 +95,7 @@ def note_reduced(types: set[torch.dtype]) -> None:
     dist.reduce_scatter_single = noting
 
 
-def sample(model: torch.nn.Module, path: Path, reduced: set[torch.dtype]) -> None:
+def sample(model: torch.nn.Module, path: Path, **seen) -> None:
     """Two steps of sampling, with text keys and values computed apart from the forward, and what the router gave."""
     generator = torch.Generator().manual_seed(0)
     text, noise = torch.randn(1, 8, TEXT_DIM, generator=generator), torch.randn(1, 16, 64, generator=generator)
@@ -86,23 +112,23 @@ def sample(model: torch.nn.Module, path: Path, reduced: set[torch.dtype]) -> Non
     Block.text_kv = plain
     trace = RouterTrace()
     model(noise, (1, 4, 4), text, None, torch.tensor([0.5]), collect=trace)
-    seen = {"latents": latents, "whole_blocks": whole_blocks, "logits": trace.logits()[0], "reduced": list(reduced)}
+    seen |= {"latents": latents, "whole_blocks": whole_blocks, "logits": trace.logits()[0]}
     torch.save(seen, path)
 
 
 def train(folder: Path, name: str, rank: int) -> None:
     ranks, train_changes, model_changes, resumed = JOBS[name]
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    job, reduced = folder / name, set()
+    job, reduced, taken = folder / name, set(), set()
     note_reduced(reduced)
+    note_dist_muon(taken, own_iteration=name.endswith("bf16_iteration"))
     dist.init_process_group("gloo", store=dist.FileStore(str(job / "store"), ranks), rank=rank, world_size=ranks)
     config = train_config(
         steps=STEPS,
         log_every_steps=1,
         checkpoint_every_steps=2,
         sample_every_steps=STEPS,
-        optim={"muon_lr": 0.01, "adamw_lr": 0.01, "warmup_steps": 3, "max_grad_norm": 0.05},
-        **train_changes,
+        **{"optim": OPTIM, **train_changes},
     )
     train_stage(
         folder / "latents",
@@ -112,7 +138,7 @@ def train(folder: Path, name: str, rank: int) -> None:
         None,
         job / "work",
         job / "out",
-        lambda model, step, path: sample(model, job / f"sample-{rank}.pt", reduced),
+        lambda model, step, path: sample(model, job / f"sample-{rank}.pt", reduced=list(reduced), taken=taken),
     )
     dist.destroy_process_group()
 

@@ -119,3 +119,31 @@ def test_bfloat16_keeps_weights_router_and_reduction_in_fp32(runs):
     logits = sample["logits"]
     assert logits.dtype == torch.float32
     assert not torch.equal(logits, logits.bfloat16().float())
+
+
+def test_dist_muon_updates_as_our_muon_does(runs):
+    """With our iteration in place of its own: what is left is where matrices lie, which they are, momentum, rates."""
+    attention = tuple(f"{name}.weight" for name in ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "to_out.0"))
+    feed_forward = ("net.0.proj.weight", "net.2.weight")
+    for job, reference, taken in (
+        ("dist_muon_fsdp2", "one", attention + feed_forward),
+        ("dist_muon_hsdp2x2", "one", attention + feed_forward),  # from a checkpoint of our Muon
+        ("dist_muon_few_fsdp4", "few_one", attention + feed_forward),
+        ("dist_muon_rms_ep2_fsdp2", "rms_one", attention + feed_forward + ("experts.down_proj",)),
+    ):
+        assert_same_training(runs, job, reference)
+        names = torch.load(runs / job / "sample-0.pt")["taken"]
+        assert {name for name in weights(runs, job) if name.endswith(taken) and "blocks" in name} == names, job
+
+
+def test_dist_muon_by_its_own_iteration_trains_as_ours_does(runs):
+    job = "dist_muon_rms_fsdp2_bf16_iteration"
+    start, expected, got = read_weights(runs / "rms_one" / "out")[2], weights(runs, "rms_one"), weights(runs, job)
+    names = torch.load(runs / job / "sample-0.pt")["taken"]
+    changes = [[after[name] - start[name] for name in names] for after in (expected, got)]
+    alike = torch.stack([torch.cosine_similarity(*map(torch.flatten, pair), dim=0) for pair in zip(*changes)])
+    assert alike.mean() > 0.9 and alike.min() > 0.75  # small singular values end anywhere from 0.3 to 1.2
+    sizes = [torch.stack([change.norm() for change in of_run]) for of_run in changes]
+    torch.testing.assert_close(sizes[1], sizes[0], rtol=0.2, atol=0)
+    reference = [line["loss"] for line in lines(runs, "rms_one")]
+    assert [line["loss"] for line in lines(runs, job)] == pytest.approx(reference, rel=0.01)

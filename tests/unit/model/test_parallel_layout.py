@@ -47,6 +47,9 @@ def test_the_degrees_are_those_asked_for(values, ranks, expected, expert_shard):
         ({}, {}, 16, "train.expert_parallel=64 must divide the 16 ranks that share the weights: 16 = 0 x 64 + 16"),
         ({"expert_parallel": 8, "data_parallel_replicate": 16}, {}, 64,
          "train.expert_parallel=8 must divide the 4 ranks that share the weights: 4 = 0 x 8 + 4"),
+        ({"muon_implementation": "torchtitan", "expert_parallel": 1, "data_parallel_replicate": 8}, {}, 8,
+         "train.muon_implementation='torchtitan' takes matrices that FSDP shards, and 1 rank holds all weights (8 ranks / "
+         "train.data_parallel_replicate=8): give it more ranks, or take 'nucleus'"),
         ({"expert_parallel": 24}, {}, 48,
          "train.expert_parallel=24 must divide model.num_experts=64: 64 = 2 x 24 + 16"),
         ({}, {"routing": {"kind": "dense"}, "capacity_factors": 2.0}, 64,

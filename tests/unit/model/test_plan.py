@@ -208,6 +208,13 @@ def test_the_hardware_computes_newton_schulz_and_what_is_recomputed_too_and_read
     assert beyond(8, 2, 2, 1, "full") == 4 * once + forward  # each copy of the weights is updated by itself
 
 
+def test_a_plan_says_whose_muon_its_memory_is_of(sections):
+    model, train = sections
+    assert "torchtitan" not in plan(model, train, GPUS["h100"], gpus=64)["note"]
+    train = train.model_copy(update={"muon_implementation": "torchtitan"})
+    assert "of our own implementation" in plan(model, train, GPUS["h100"], gpus=64)["note"]
+
+
 def test_what_is_not_given_is_the_recipes(sections):
     changes = {"nnodes": 4, "nproc_per_node": 8, "data_parallel_replicate": 2, "expert_parallel": 4, "local_batch_size": 2}
     stages = [stage.model_copy(update={"capacity_factors": 2.0}) for stage in sections[1].stages[:2]]

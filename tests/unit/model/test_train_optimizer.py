@@ -98,3 +98,22 @@ def test_every_number_of_the_recipe_reaches_its_optimiser(alone):
         assert {key: found[key] for key in asked if key.startswith(prefix)} == {
             key: value for key, value in asked.items() if key.startswith(prefix)
         }
+
+
+@pytest.mark.parametrize("expert_parallel, scale, left", [
+    (64, "rms", {"experts.gate_up_proj"}),
+    (8, "rms", {"experts.gate_up_proj"}),
+    (8, "spectral", {"experts.gate_up_proj", "experts.down_proj"}),  # 1344 to 2048: its factor is from out / in
+])  # fmt: skip
+def test_dist_muon_takes_all_of_the_17b_models_matrices_but_these(expert_parallel, scale, left):
+    from model.optim import parameter_groups
+    from model.train.dist_muon import split
+    from model.train.fake_ranks import first_rank_of
+    from tasks.recipe import load_recipe
+
+    with first_rank_of(64, expert_parallel, load_recipe("nucleus_17b").model) as model:
+        named = parameter_groups(model)["muon"]
+        taken, others = split(named, scale)
+    assert len(taken) + len(others) == len(named) == 314
+    assert {name.split("img_mlp.")[-1] for name, _ in others} == left
+    assert len(others) == 29 * len(left)
