@@ -1,0 +1,233 @@
+"""Recipes against each other, with error bars over training seeds: `python -m tasks.compare SCORECARD... [--out DIR]`.
+
+    pyflyte run workflows/ablate.py ablate --recipe RECIPE --overrides train.seed=SEED     for each recipe and seed
+    python -m tasks.compare .nucleus/artifacts/scorecard/* --out compared/
+
+Which training a scorecard is of, its lineage tells: manifests alone are read. Trainings that differ in their seed alone
+are runs of one variant, named by what differs between the variants. The first variant given is what the others are
+compared with, seed by seed where both have a seed: such runs have data, order and noise in common.
+Writes comparison.json and comparison.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eval.stats import over_seeds
+from model.layout import LAYOUT_KEYS
+from tasks.trace import Node, walk
+
+FINAL = 0.1  # of the last stage's steps: their mean is its final loss
+HOW = LAYOUT_KEYS | {"keep_checkpoints", "log_every_steps", "sample_every_steps", "sample_prompts", "num_workers"}
+HOW |= {"async_checkpoint", "checkpoint_uri"}
+
+
+@dataclass
+class Run:
+    """One training and its scores. `settings` are dotted keys of all that made it, without seed and layout."""
+
+    scorecard: Path
+    seed: int
+    settings: dict[str, Any]
+    scores: dict[str, float]  # "overall", the tasks, "held_out"
+    losses: list[tuple[int, float]]  # (step, loss) of the last stage
+
+    @property
+    def final_loss(self) -> float:
+        begin = (1 - FINAL) * self.losses[-1][0]
+        last = [loss for step, loss in self.losses if step > begin]
+        return sum(last) / len(last)
+
+
+@dataclass
+class Variant:
+    """Trainings that differ in their seed alone."""
+
+    name: str
+    runs: dict[int, Run] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """Score -> mean, std over training seeds (see `over_seeds`)."""
+        return {
+            score: over_seeds({seed: _values(run)[score] for seed, run in self.runs.items()})
+            for score in _values(next(iter(self.runs.values())))
+        }
+
+
+def read_run(scorecard: Path, home: Path | None = None) -> Run:
+    """
+    Raises:
+        ValueError: it is no scorecard of a model that was trained here, or a parent of it is gone.
+    """
+    nodes = walk(scorecard, home, check=False)
+    root = next(iter(nodes.values()))
+    if root.manifest.kind != "scorecard":
+        raise ValueError(f"{scorecard} is a {root.manifest.kind}, not a scorecard")
+    merged = [node for node in nodes.values() if node.manifest.kind == "merged"]
+    stages = [node for node in nodes.values() if node.manifest.kind == "checkpoints"]  # the last stage first
+    if len(merged) != 1 or not stages:
+        raise ValueError(f"{scorecard} is of {len(merged)} merged models and {len(stages)} trained stages, not of one")
+    last, first = stages[0], stages[-1]
+    card = json.loads((scorecard / "scorecard.json").read_text())
+    scores = {"overall": card["overall"]["mean"], **{task: value["mean"] for task, value in card["tasks"].items()}}
+    if card["held_out"]:
+        scores["held_out"] = card["held_out"]["overall"]["mean"]
+    lines = [json.loads(line) for line in (last.path / "metrics.jsonl").read_text().splitlines()]
+    return Run(
+        scorecard,
+        first.manifest.config["train"]["seed"],
+        {**_settings(merged[0], stages), **_flat("eval", card["config"])},
+        scores,
+        [(line["step"], line["loss"]) for line in lines],
+    )
+
+
+def _settings(merged: Node, stages: list[Node]) -> dict[str, Any]:
+    found = {**_flat("model", merged.manifest.config["model"]), **_flat("merge", merged.manifest.config["merge"])}
+    for node in stages:
+        section = node.manifest.config["train"]
+        train = {key: value for key, value in section.items() if key not in HOW and key != "seed"}
+        (stage,) = train.pop("stages")
+        found |= {**_flat(f"stage {stage['name']}", stage), **_flat("train", train)}
+    data = [parent.digest[:12] for node in stages for parent in node.manifest.parents if parent.kind == "latents"]
+    return {**found, "latents": data}
+
+
+def _flat(key: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, Mapping) and value:
+        return {name: leaf for part, inner in value.items() for name, leaf in _flat(f"{key}.{part}", inner).items()}
+    return {key: value}
+
+
+def variants(runs: Sequence[Run]) -> list[Variant]:
+    """Runs by what made them, in the order in which they are given.
+
+    Raises:
+        ValueError: two runs of one variant have one seed; runs were scored in different ways.
+    """
+    keys = sorted({key for run in runs for key in run.settings})
+    differing = [key for key in keys if len({_told(run, key) for run in runs}) > 1]
+    if scored := [key for key in differing if key.startswith("eval.")]:
+        values = " and ".join(sorted({_told(run, scored[0]) for run in runs}))
+        raise ValueError(f"the scorecards cannot be compared: {scored[0]} is {values}")
+    found: dict[tuple[str, ...], Variant] = {}
+    for run in runs:
+        told = tuple(f"{key.rpartition('.')[2]}={_told(run, key)}" for key in differing)
+        variant = found.setdefault(told, Variant(", ".join(told) or "all runs"))
+        if run.seed in variant.runs:
+            both = f"{variant.runs[run.seed].scorecard} and {run.scorecard}"
+            raise ValueError(f"{both} are both of train.seed={run.seed} and {variant.name}: give one of them")
+        variant.runs[run.seed] = run
+    return list(found.values())
+
+
+def _told(run: Run, key: str) -> str:
+    value = run.settings.get(key)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _values(run: Run) -> dict[str, float]:
+    return {**run.scores, "final_loss": run.final_loss}
+
+
+def compare(found: Sequence[Variant]) -> dict[str, Any]:
+    """{"variants": {name: {score: mean, std, ... over seeds}}, "differences": {name: {score: the same, of this minus the
+    first variant on the seeds that both have}}}."""
+    base = found[0]
+    differences: dict[str, Any] = {}
+    for variant in found[1:]:
+        common = sorted(base.runs.keys() & variant.runs.keys())
+        if common:
+            first, other = ({seed: _values(v.runs[seed]) for seed in common} for v in (base, variant))
+            differences[variant.name] = {
+                score: over_seeds({seed: other[seed][score] - first[seed][score] for seed in common})
+                for score in first[common[0]]
+            }
+    return {"variants": {variant.name: variant.summary() for variant in found}, "differences": differences}
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """The comparison as a Markdown table, mean (std over training seeds), and the differences under it."""
+    lines = _table(result["variants"], "variant, training seeds", "{:.3f}")
+    if result["differences"]:
+        base = next(iter(result["variants"]))
+        lines += ["", *_table(result["differences"], f"minus {base}, common seeds", "{:+.3f}")]
+    return "\n".join(lines)
+
+
+def _table(rows: Mapping[str, Mapping[str, Any]], title: str, form: str) -> list[str]:
+    scores = list(next(iter(rows.values())))
+    lines = [f"| {title} | {' | '.join(scores)} |", "| --- " * (len(scores) + 1) + "|"]
+    for name, of_scores in rows.items():
+        cells = [_cell(of_scores[score], form) for score in scores]
+        lines.append(f"| {name}, {of_scores[scores[0]]['runs']} | {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(value: Mapping[str, Any], form: str) -> str:
+    return form.format(value["mean"]) + ("" if value["std"] is None else f" ({value['std']:.3f})")
+
+
+def draw(found: Sequence[Variant], path: Path) -> None:
+    """The last stage's loss by step, and the scores: a variant's mean over seeds, and the range of its runs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.4])
+    scores = list(next(iter(found[0].runs.values())).scores)
+    for place, variant in enumerate(found):
+        curves = [_smooth([loss for _, loss in run.losses]) for run in variant.runs.values()]
+        steps = [step for step, _ in next(iter(variant.runs.values())).losses]
+        low, mean, high = zip(*((min(at), sum(at) / len(at), max(at)) for at in zip(*curves)))
+        (line,) = left.plot(steps[: len(mean)], mean, label=f"{variant.name} ({len(variant.runs)} seeds)")
+        left.fill_between(steps[: len(mean)], low, high, color=line.get_color(), alpha=0.2)
+        summary, width = variant.summary(), 0.8 / len(found)
+        at = [i + (place - (len(found) - 1) / 2) * width for i in range(len(scores))]
+        right.bar(at, [summary[score]["mean"] for score in scores], width, color=line.get_color(), alpha=0.5)
+        for x, score in zip(at, scores):
+            values = summary[score]["values"]
+            right.plot([x] * len(values), values, ".", color=line.get_color())
+    left.set(xlabel="step of the last stage", ylabel="training loss, running mean", yscale="log")
+    right.set(ylabel="accuracy, one dot per training seed", ylim=(0, 1.02))
+    right.set_xticks(range(len(scores)), scores, rotation=20)
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    left.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def _smooth(values: list[float], window: int = 10) -> list[float]:
+    return [sum(part) / len(part) for part in (values[max(0, i - window + 1) : i + 1] for i in range(len(values)))]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: 0, or 2 with one line on stderr when the scorecards cannot be compared."""
+    parser = argparse.ArgumentParser(prog="python -m tasks.compare", description=__doc__.splitlines()[0].split(":")[0])
+    parser.add_argument("scorecards", type=Path, nargs="+", help="scorecard artifacts; the first is the base")
+    parser.add_argument("--out", type=Path, help="folder for comparison.json and comparison.png")
+    parser.add_argument("--home", type=Path, help="where to look for parents that were moved")
+    args = parser.parse_args(arguments)
+    try:
+        found = variants([read_run(path, args.home) for path in args.scorecards])
+    except ValueError as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 2
+    result = compare(found)
+    print(render(result))
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "comparison.json").write_text(json.dumps(result, indent=1) + "\n")
+        draw(found, args.out / "comparison.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Comparing recipes over training seeds: which runs belong together, and what is said of their differences."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tasks.compare import compare, main, read_run, render, variants
+from tasks.manifest import seal
+
+
+def sealed(path: Path, kind: str, parents=(), config=None, **files: str) -> Path:
+    path.mkdir(parents=True)
+    for name, text in {"data__txt": path.name, **files}.items():
+        (path / name.replace("__", ".")).write_text(text)
+    seal(path, kind, list(parents), config)
+    return path
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """Makes the lineage of a training of two stages, and returns its scorecard."""
+    latents = [sealed(tmp_path / f"latents{i}", "latents") for i in (1, 2)]
+
+    def make(name: str, seed: int, overall: float, loss: float, guidance: float = 3.0, nproc: int = 1, **optim) -> Path:
+        home, stages = tmp_path / name, []
+        for i, data in enumerate(latents):
+            config = {
+                "seed": seed + 1000 * i, "nproc_per_node": nproc, "optim": {"matrices": "muon", "lr": 0.01, **optim},
+                "stages": [{"name": f"stage{i}", "steps": 100}],
+            }  # fmt: skip
+            lines = "\n".join(json.dumps({"step": step, "loss": loss + (step <= 80)}) for step in range(0, 101, 10))
+            stages.append(
+                sealed(
+                    home / f"stage{i}", "checkpoints", [data, *stages[-1:]], {"model": {}, "train": config},
+                    metrics__jsonl=lines,
+                )
+            )  # fmt: skip
+        merged = sealed(home / "merged", "merged", stages[-1:], {"merge": {"last_n": 8}, "model": {"layers": 6}})
+        images = sealed(home / "images", "images", [merged])
+        card = {
+            "overall": {"mean": overall}, "tasks": {"counting": {"mean": overall / 2}}, "held_out": None,
+            "config": {"guidance_scale": guidance},
+        }  # fmt: skip
+        return sealed(home / "card", "scorecard", [images], scorecard__json=json.dumps(card))
+
+    return make
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_variant(trained):
+    cards = [
+        trained("a0", 0, 0.90, 0.10), trained("b0", 0, 0.80, 0.20, lr=0.003, matrices="adamw"),
+        trained("a1", 1, 0.94, 0.14, nproc=2), trained("b1", 1, 0.88, 0.20, lr=0.003, matrices="adamw"),
+        trained("b2", 2, 0.60, 0.26, lr=0.003, matrices="adamw"),
+    ]  # fmt: skip
+    found = variants([read_run(card) for card in cards])
+    assert [(v.name, sorted(v.runs)) for v in found] == [
+        ("lr=0.01, matrices=muon", [0, 1]), ("lr=0.003, matrices=adamw", [0, 1, 2])
+    ]  # fmt: skip
+    result = compare(found)
+    muon, adamw = result["variants"].values()
+    assert muon["overall"]["mean"] == pytest.approx(0.92) and muon["overall"]["std"] == pytest.approx(0.02 * 2**0.5)
+    assert adamw["counting"]["mean"] == pytest.approx(0.38)
+    assert adamw["final_loss"]["mean"] == pytest.approx(0.22)  # of the last tenth of the steps
+    (difference,) = result["differences"].values()  # of seeds 0 and 1, which both have
+    assert difference["overall"]["values"] == pytest.approx([-0.10, -0.06])
+    assert difference["overall"]["std"] == pytest.approx(0.04 / 2**0.5)
+
+
+def test_the_command_prints_the_table_and_draws_it(trained, tmp_path, capsys):
+    cards = [trained("a0", 0, 0.9, 0.1), trained("b0", 0, 0.8, 0.2, lr=0.003)]
+    assert main([*map(str, cards), "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "| lr=0.01, 1 | 0.900 | 0.450 | 0.100 |" in printed and "| lr=0.003, 1 | -0.100 | -0.050 | +0.100 |" in printed
+    assert render(json.loads((tmp_path / "out" / "comparison.json").read_text())) == printed.strip()
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("second, message", [
+    (dict(seed=0, overall=0.9, loss=0.1), "are both of train.seed=0 and all runs"),
+    (dict(seed=1, overall=0.9, loss=0.1, guidance=4.0), "eval.guidance_scale is 3.0 and 4.0"),
+])  # fmt: skip
+def test_what_cannot_be_compared_is_refused(trained, capsys, second, message):
+    cards = [trained("a", 0, 0.9, 0.1), trained("b", **second)]
+    assert main([str(card) for card in cards]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and not printed.out
+
+
+def test_another_artifact_is_refused(trained, capsys):
+    merged = trained("a", 0, 0.9, 0.1).parent / "merged"
+    assert main([str(merged)]) == 2
+    assert f"{merged} is a merged, not a scorecard" in capsys.readouterr().err
