@@ -283,6 +283,8 @@ class TrainConfig(Section):
     checkpoint_uri: str | None = None  # s3://bucket/prefix or a folder, for all runs; None: the run's own work_dir
     skip: SkipConfig = SkipConfig()
     num_workers: Annotated[int, Field(ge=0)] = 0  # threads of each rank that read batches ahead
+    # "stream": each rank reads the rows of its batches where the latents lie (s3://...), instead of a copy of them all.
+    latents: Literal["download", "stream"] = "download"
     log_every_steps: Positive = 10
     sample_every_steps: Annotated[int, Field(ge=0)] = 0  # 0: no sample grids
     sample_prompts: tuple[str, ...] = ()

@@ -1,9 +1,11 @@
 """Latent shards: their format, a writer, a reader with O(1) random reads, and the order in which a run reads them.
 
     meta.json                                  LatentMeta; written last, so a directory without it is unfinished
-    index.parquet                              one row per image: row, record_id, bucket, shard, offset, tier, text_rows
+    index.parquet                              one row per image: row, record_id, bucket, shard, offset, tier, text_rows,
+                                               crc32 of the latent's bytes
     bucket-{W}x{H}/latents-{i:05d}.safetensors "latents" [n, C, H/8, W/8], normalised: (z - mean) / std
     text/text-{i:05d}.safetensors              "embeds" [m, T, D], right-padded with zeros; "lengths" [m] int32
+    text/index.parquet                         one row per text: length, crc32 of its real tokens' bytes
 
 Text row 0 is the empty prompt: dropped captions and the unconditional half of guidance use it.
 """
@@ -14,6 +16,7 @@ import functools
 import json
 import mmap
 import os
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +40,19 @@ _SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16,
     "I32": torch.int32,
 }
+INDEX = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("record_id", pa.string()),
+        ("bucket", pa.string()),
+        ("shard", pa.int32()),
+        ("offset", pa.int32()),
+        ("tier", pa.string()),
+        ("text_rows", pa.list_(pa.int32())),
+        ("crc32", pa.uint32()),
+    ]
+)
+TEXT_INDEX = pa.schema([("length", pa.int32()), ("crc32", pa.uint32())])
 EMPTY_TEXT_ROW = 0
 TEXT_LENGTH_MULTIPLE = 8  # the pipeline's processor pads prompts to a multiple of 8
 
@@ -56,6 +72,20 @@ class LatentMeta(Section):
     buckets: dict[str, int] = {}
 
 
+def latent_file(bucket: str, shard: int) -> str:
+    return f"bucket-{bucket}/latents-{shard:05d}.safetensors"
+
+
+def text_file(shard: int) -> str:
+    return f"text/text-{shard:05d}.safetensors"
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """CRC-32 of a tensor's bytes: 4 bytes for each row of an index that every rank holds. It is to find damage, as the
+    manifest's SHA-256 does for whole files: who can replace a row can replace the manifest too."""
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+
 class LatentWriter:
     """Writes a latents directory, shard by shard; at most one shard per bucket is held in memory.
 
@@ -73,9 +103,8 @@ class LatentWriter:
         self._counts: dict[str, int] = {}
         self._text_pending: list[torch.Tensor] = []
         self._text_count = 0
-        self._index: dict[str, list] = {
-            name: [] for name in ("row", "record_id", "bucket", "shard", "offset", "tier", "text_rows")
-        }
+        self._index: dict[str, list] = {name: [] for name in INDEX.names}
+        self._text_index: dict[str, list] = {name: [] for name in TEXT_INDEX.names}
         self._closed = False
 
     def __enter__(self) -> "LatentWriter":
@@ -92,7 +121,10 @@ class LatentWriter:
             raise ValueError(
                 f"text embeddings of shape {list(embeds.shape)} do not fit [1..{self.meta.text_tokens}, {self.meta.text_dim}]"
             )
-        self._text_pending.append(embeds.detach().to("cpu", self._dtype))
+        stored = embeds.detach().to("cpu", self._dtype)
+        self._text_pending.append(stored)
+        self._text_index["length"].append(length)
+        self._text_index["crc32"].append(checksum(stored))
         self._text_count += 1
         if len(self._text_pending) == self.meta.text_rows_per_shard:
             self._flush_text()
@@ -112,10 +144,12 @@ class LatentWriter:
         bucket = f"{width * scale}x{height * scale}"
         shard, offset = divmod(self._counts.get(bucket, 0), self.meta.rows_per_shard)
         row = len(self._index["row"])
-        for name, value in zip(self._index, (row, record_id, bucket, shard, offset, tier, rows), strict=True):
+        stored = latent.detach().to("cpu", self._dtype)
+        values = (row, record_id, bucket, shard, offset, tier, rows, checksum(stored))
+        for name, value in zip(self._index, values, strict=True):
             self._index[name].append(value)
         pending = self._pending.setdefault(bucket, [])
-        pending.append(latent.detach().to("cpu", self._dtype))
+        pending.append(stored)
         self._counts[bucket] = self._counts.get(bucket, 0) + 1
         if len(pending) == self.meta.rows_per_shard:
             self._flush_bucket(bucket)
@@ -135,18 +169,8 @@ class LatentWriter:
         for bucket in list(self._pending):
             if self._pending[bucket]:
                 self._flush_bucket(bucket)
-        schema = pa.schema(
-            [
-                ("row", pa.int64()),
-                ("record_id", pa.string()),
-                ("bucket", pa.string()),
-                ("shard", pa.int32()),
-                ("offset", pa.int32()),
-                ("tier", pa.string()),
-                ("text_rows", pa.list_(pa.int32())),
-            ]
-        )
-        pq.write_table(pa.table(self._index, schema=schema), self.out_dir / "index.parquet")
+        pq.write_table(pa.table(self._index, schema=INDEX), self.out_dir / "index.parquet")
+        pq.write_table(pa.table(self._text_index, schema=TEXT_INDEX), self.out_dir / "text" / "index.parquet")
         self.meta = self.meta.model_copy(
             update={"buckets": dict(sorted(self._counts.items())), "text_rows": self._text_count}
         )
@@ -157,21 +181,20 @@ class LatentWriter:
 
     def _flush_bucket(self, bucket: str) -> None:
         shard = (self._counts[bucket] - 1) // self.meta.rows_per_shard
-        folder = self.out_dir / f"bucket-{bucket}"
-        folder.mkdir(exist_ok=True)
-        latents = torch.stack(self._pending[bucket]).contiguous()
-        save_file({"latents": latents}, folder / f"latents-{shard:05d}.safetensors")
+        path = self.out_dir / latent_file(bucket, shard)
+        path.parent.mkdir(exist_ok=True)
+        save_file({"latents": torch.stack(self._pending[bucket]).contiguous()}, path)
         self._pending[bucket] = []
 
     def _flush_text(self) -> None:
         shard = (self._text_count - 1) // self.meta.text_rows_per_shard
-        folder = self.out_dir / "text"
-        folder.mkdir(exist_ok=True)
+        path = self.out_dir / text_file(shard)
+        path.parent.mkdir(exist_ok=True)
         embeds = torch.zeros(len(self._text_pending), self.meta.text_tokens, self.meta.text_dim, dtype=self._dtype)
         for i, text in enumerate(self._text_pending):
             embeds[i, : len(text)] = text
         lengths = torch.tensor([len(text) for text in self._text_pending], dtype=torch.int32)
-        save_file({"embeds": embeds, "lengths": lengths}, folder / f"text-{shard:05d}.safetensors")
+        save_file({"embeds": embeds, "lengths": lengths}, path)
         self._text_pending = []
 
 
@@ -234,23 +257,20 @@ class LatentDataset:
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
         self.meta = read_meta(self.directory)
-        columns = ["bucket", "shard", "offset", "tier", "text_rows"]
-        table = pq.read_table(self.directory / "index.parquet", columns=columns).combine_chunks()
         self.bucket_names = sorted(self.meta.buckets)
-        self.tier_names, self.tier = _codes(table["tier"])
-        names, codes = _codes(table["bucket"])
-        self.bucket = np.array([self.bucket_names.index(name) for name in names], dtype=np.int32)[codes]
-        self.shard = table["shard"].to_numpy()
-        self.offset = table["offset"].to_numpy()
-        captions = table["text_rows"].combine_chunks()
-        if isinstance(captions, pa.ChunkedArray):  # pyarrow keeps the wrapper on some versions
-            captions = captions.chunk(0)
-        self.caption_begin = captions.offsets.to_numpy().astype(np.int64)
-        self.caption_rows = captions.values.to_numpy()
+        # Every rank holds these, so each number takes the fewest bytes that fit, and one column is read at a time.
+        self.tier_names, self.tier = _codes(self._column("tier"))
+        names, codes = _codes(self._column("bucket"))
+        self.bucket = _packed(np.array([self.bucket_names.index(name) for name in names]))[codes]
+        self.place = _packed(  # in its bucket
+            self._column("shard").to_numpy().astype(np.int64) * self.meta.rows_per_shard + self._column("offset").to_numpy()
+        )
+        captions = self._column("text_rows").chunks
+        self.caption_rows = np.concatenate([chunk.flatten().to_numpy() for chunk in captions])
+        counts = np.concatenate([[0], *(chunk.value_lengths().to_numpy() for chunk in captions)])
+        self.caption_begin = _packed(np.cumsum(counts))
         self._map = functools.lru_cache(self.MAPPED_FILES)(_map_safetensors)
-        text_shards = -(-self.meta.text_rows // self.meta.text_rows_per_shard)
-        lengths = [safe_open(self._text_path(s), framework="pt").get_tensor("lengths") for s in range(text_shards)]
-        self.text_lengths = torch.cat(lengths).numpy()
+        self.text_lengths = _packed(self._read_text_lengths())
 
     def __len__(self) -> int:
         return len(self.bucket)
@@ -265,12 +285,7 @@ class LatentDataset:
         rows = np.asarray(rows, dtype=np.int64)
         bucket = int(self.bucket[rows[0]])
         assert (self.bucket[rows] == bucket).all(), "rows of one batch must share a bucket"
-        folder = self.directory / f"bucket-{self.bucket_names[bucket]}"
-        return _gather(
-            lambda shard: self._map(folder / f"latents-{shard:05d}.safetensors")["latents"],
-            self.shard[rows],
-            self.offset[rows],
-        )
+        return self._read_latents(rows, self.bucket_names[bucket])
 
     def text(self, text_rows: np.ndarray | Sequence[int], tokens: int | None = None) -> tuple[torch.Tensor, Any]:
         """Embeddings [n, T, D] float32 and their mask [n, T] bool, or None where every token is real.
@@ -280,11 +295,10 @@ class LatentDataset:
             tokens: T; by default the longest of these rows, rounded up to a multiple of 8 as the pipeline does.
         """
         text_rows = np.asarray(text_rows, dtype=np.int64)
-        lengths = self.text_lengths[text_rows]
+        lengths = self.text_lengths[text_rows].astype(np.int64)
         if tokens is None:
             tokens = self.padded_length(text_rows)
-        shard, offset = np.divmod(text_rows, self.meta.text_rows_per_shard)
-        embeds = _gather(lambda shard: self._map(self._text_path(shard))["embeds"][:, :tokens], shard, offset)
+        embeds = self._read_text(text_rows, tokens)
         if (lengths == tokens).all():
             return embeds, None
         return embeds, torch.arange(tokens) < torch.from_numpy(lengths)[:, None]
@@ -297,8 +311,22 @@ class LatentDataset:
         """Text rows of an image's captions."""
         return self.caption_rows[self.caption_begin[row] : self.caption_begin[row + 1]]
 
-    def _text_path(self, shard: int) -> Path:
-        return self.directory / "text" / f"text-{shard:05d}.safetensors"
+    def _column(self, name: str) -> pa.ChunkedArray:
+        """A column of the index; words as codes, which hold them once."""
+        return pq.ParquetFile(self.directory / "index.parquet", read_dictionary=["bucket", "tier"]).read([name])[name]
+
+    def _read_text_lengths(self) -> np.ndarray:
+        shards = range(-(-self.meta.text_rows // self.meta.text_rows_per_shard))
+        lengths = [safe_open(self.directory / text_file(s), framework="pt").get_tensor("lengths") for s in shards]
+        return torch.cat(lengths).numpy()
+
+    def _read_latents(self, rows: np.ndarray, bucket: str) -> torch.Tensor:
+        shard, offset = np.divmod(self.place[rows].astype(np.int64), self.meta.rows_per_shard)
+        return _gather(lambda shard: self._map(self.directory / latent_file(bucket, shard))["latents"], shard, offset)
+
+    def _read_text(self, text_rows: np.ndarray, tokens: int) -> torch.Tensor:
+        shard, offset = np.divmod(text_rows, self.meta.text_rows_per_shard)
+        return _gather(lambda shard: self._map(self.directory / text_file(shard))["embeds"][:, :tokens], shard, offset)
 
     def record_ids(self, rows: Iterable[int]) -> list[str]:
         """Record ids of rows, read when asked for, one row group at a time: training never needs the column."""
@@ -316,11 +344,15 @@ class LatentDataset:
 
 
 def _codes(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
-    encoded = column.combine_chunks()
-    if isinstance(encoded, pa.ChunkedArray):
-        encoded = encoded.chunk(0)
-    encoded = encoded.dictionary_encode()
-    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int32)
+    """The words of a dictionary-encoded column, and for each row the index of its word."""
+    column = column.unify_dictionaries()
+    codes = np.concatenate([chunk.indices.to_numpy() for chunk in column.chunks])
+    return column.chunk(0).dictionary.to_pylist(), _packed(codes)
+
+
+def _packed(values: np.ndarray) -> np.ndarray:
+    """The same whole numbers from 0 on, in the fewest bytes that hold the largest."""
+    return values.astype(np.min_scalar_type(values.max()))
 
 
 @dataclass(frozen=True)
@@ -389,20 +421,20 @@ class SampleOrder:
         if tier_weights is None:
             tier_weights = {tier: 1.0 for tier in dataset.tier_names}
         of_tier = np.array([float(tier_weights.get(tier, 0.0)) for tier in dataset.tier_names])
-        weights = of_tier[dataset.tier]
-        if not weights.sum() > 0:
+        used = (of_tier > 0)[dataset.tier]
+        if not used.any():
             raise ValueError(
                 f"tier weights {dict(tier_weights)} leave no image: this stage's images are of the tiers "
                 f"{', '.join(sorted(dataset.tier_names))}"
             )
         self._buckets, self._rows, self._cumulative, sizes = [], [], [], []
         for code, name in enumerate(dataset.bucket_names):
-            rows = np.flatnonzero((dataset.bucket == code) & (weights > 0))
+            rows = np.flatnonzero((dataset.bucket == code) & used)
             if len(rows):
-                of_rows = weights[rows]
+                of_rows = of_tier[dataset.tier[rows]]
                 equal = bool((of_rows == of_rows[0]).all())
                 self._buckets.append(name)
-                self._rows.append(rows)
+                self._rows.append(_packed(rows))
                 self._cumulative.append(None if equal else np.cumsum(of_rows) / of_rows.sum())
                 sizes.append(of_rows.sum())
         self._slots = _slots_by_share(np.array(sizes), self.CYCLE)
@@ -419,10 +451,10 @@ class SampleOrder:
         if cumulative is not None:
             shift = uniform(hash_words(self.seed, 2, bucket, epoch))
             place = np.minimum(np.searchsorted(cumulative, (place + shift) / epoch_rows, "right"), epoch_rows - 1)
-        rows = self._rows[bucket][place]
+        rows = self._rows[bucket][place].astype(np.int64)
 
         sample = np.arange(size, dtype=np.int64)
-        begin = self.dataset.caption_begin[rows]
+        begin = self.dataset.caption_begin[rows].astype(np.int64)
         count = self.dataset.caption_begin[rows + 1] - begin
         captions = (uniform(hash_words(self.seed, 3, step, sample)) * count).astype(np.int64)
         text_rows = self.dataset.caption_rows[begin + captions].astype(np.int64)

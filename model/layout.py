@@ -13,7 +13,7 @@ from model.config import StageConfig, TrainConfig, TransformerConfig
 LAYOUT_KEYS = frozenset(
     ("nnodes", "nproc_per_node", "data_parallel_replicate", "data_parallel_shard", "expert_parallel")
     + ("local_batch_size", "activation_checkpointing", "compile", "deterministic")
-    + ("attention_backend", "kernels", "muon_implementation")
+    + ("attention_backend", "kernels", "muon_implementation", "latents")
 )
 
 

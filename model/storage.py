@@ -7,11 +7,17 @@ are botocore's own (AWS_ENDPOINT_URL, ...), or Flyte's (FLYTE_AWS_ENDPOINT, FLYT
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
+
+
+READ_ATTEMPTS, FIRST_WAIT_S = 5, 1.0  # waits that double: 15 s in all, besides s3fs's and botocore's own attempts
+PERMANENT = (FileNotFoundError, PermissionError)
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -79,6 +85,37 @@ def read_bytes(path: str | os.PathLike) -> bytes | None:
         return fs.cat_file(where)
     except FileNotFoundError:
         return None
+
+
+def read_ranges(folder: str | os.PathLike, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+    """The bytes [begin, end) of files below a folder, for each (name, begin, end); fewer where a file ends before.
+
+    All are asked for at the same time. Threads, and processes forked from this one, may call it: fsspec has a file system
+    for each of them.
+
+    Raises:
+        ConnectionError: naming a file and its range that READ_ATTEMPTS attempts could not read.
+        FileNotFoundError, PermissionError: the same at the first attempt, since others would fare no better.
+    """
+    fs, root = filesystem(folder)
+    found: dict[int, bytes] = {}
+    for attempt in range(READ_ATTEMPTS):
+        if attempt:
+            time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1))
+        left = [i for i in range(len(ranges)) if i not in found]
+        names, begins, ends = (list(column) for column in zip(*(ranges[i] for i in left)))
+        answers = fs.cat_ranges([join(root, name) for name in names], begins, ends, on_error="return")
+        for i, answer in zip(left, answers, strict=True):
+            if isinstance(answer, bytes):
+                found[i] = answer
+            elif attempt == READ_ATTEMPTS - 1 or isinstance(answer, PERMANENT):
+                kind = next((kind for kind in PERMANENT if isinstance(answer, kind)), ConnectionError)
+                name, begin, end = ranges[i]
+                told = f"{join(folder, name)}: bytes {begin} to {end} could not be read in {attempt + 1} attempt(s)"
+                raise kind(f"{told}: {type(answer).__name__}: {answer}") from answer
+        if len(found) == len(ranges):
+            break
+    return [found[i] for i in range(len(ranges))]
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:

@@ -41,6 +41,7 @@ def trainer_config(
     train: TrainConfig,
     *,
     latents_dir: Path,
+    latents_uri: str | None = None,
     work_dir: Path,
     init_from: Path | None,
     ranks: int,
@@ -49,6 +50,7 @@ def trainer_config(
     """The whole configuration of one stage.
 
     Args:
+        latents_uri: where the safetensors of `latents_dir` lie, to be read by ranges; None: in latents_dir, to be mapped.
         init_from: a finished checkpoint whose weights the stage starts from.
         ranks: processes in all; they share the global batch.
 
@@ -69,6 +71,7 @@ def trainer_config(
         tokenizer=NoTokenizer.Config(),
         dataloader=LatentDataLoader.Config(
             directory=str(latents_dir),
+            stream_from=latents_uri,
             global_batch_size=stage.batch_size,
             seed=seed,
             tier_weights=dict(stage.tier_weights),

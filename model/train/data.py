@@ -19,6 +19,7 @@ import torch
 from torchtitan.components.dataloader import BaseDataLoader
 
 from model.latents import Batch, BatchPlan, LatentDataset, SampleOrder, read_batch
+from model.streamed_latents import StreamedLatents
 
 
 READ_AHEAD = 2  # micro-batches for each worker
@@ -33,6 +34,7 @@ class LatentDataLoader(BaseDataLoader):
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
         directory: str
+        stream_from: str | None = None  # a folder or URI of the directory's safetensors, read by ranges
         global_batch_size: int
         seed: int
         tier_weights: dict[str, float] = field(default_factory=dict)
@@ -40,7 +42,10 @@ class LatentDataLoader(BaseDataLoader):
         num_workers: int = 0
 
     def __init__(self, config: Config, *, dp_world_size: int, dp_rank: int, local_batch_size: int, **_: Any):
-        self.dataset = LatentDataset(config.directory)
+        if config.stream_from is None:
+            self.dataset = LatentDataset(config.directory)
+        else:
+            self.dataset = StreamedLatents(config.directory, config.stream_from)
         self.order = SampleOrder(
             self.dataset, config.global_batch_size, config.seed, config.tier_weights, config.caption_dropout
         )

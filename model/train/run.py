@@ -62,6 +62,7 @@ def train_stage(
     work_dir: str | Path,
     out_dir: str | Path,
     sample_fn: SampleFn | None = None,
+    latents_uri: str | None = None,
 ) -> dict[str, Any]:
     """Trains stage `stage_index` of `train`.
 
@@ -74,6 +75,7 @@ def train_stage(
         sample_fn: called as `sample_fn(model, step, path)` every `sample_every_steps` steps and at the last, in
             eval mode without gradients, on every rank; it writes an image to `path` and draws its random numbers
             from generators of its own.
+        latents_uri: with train.latents "stream", where the safetensors of latents_dir lie; None: in latents_dir.
 
     Returns:
         the report. out_dir/report.json is that of the attempt which finished the training: filled again from the same
@@ -82,6 +84,7 @@ def train_stage(
     Raises:
         ValueError: latents, configuration and work_dir do not fit together.
         RuntimeError: too many steps were skipped (train.skip).
+        ConnectionError: latents that are streamed cannot be reached.
         Preempted: SIGTERM; call it again to go on.
     """
     latents_dir, work_dir, out_dir = Path(latents_dir), Path(work_dir), Path(out_dir)
@@ -107,6 +110,7 @@ def train_stage(
             stage,
             train,
             latents_dir=latents_dir,
+            latents_uri=(latents_uri or str(latents_dir)) if train.latents == "stream" else None,
             work_dir=work_dir,
             init_from=init_checkpoint,
             ranks=dist.get_world_size(),
