@@ -220,17 +220,17 @@ def _map_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _gather(shard_of: Callable[[int], torch.Tensor], shard_ids: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
-    """Rows (shard_ids[i], offsets[i]) of equally shaped shards, as one float32 tensor."""
+    """Rows (shard_ids[i], offsets[i]) of equally shaped shards, as one tensor of their type."""
     order = torch.from_numpy(np.ascontiguousarray(offsets, dtype=np.int64))
     present = np.unique(shard_ids)
     if len(present) == 1:
-        return shard_of(int(present[0])).index_select(0, order).float()
+        return shard_of(int(present[0])).index_select(0, order)
     out = None
     for shard_id in present:
         where = torch.from_numpy(np.flatnonzero(shard_ids == shard_id))
         shard = shard_of(int(shard_id))
-        out = torch.empty(len(offsets), *shard.shape[1:]) if out is None else out
-        out[where] = shard.index_select(0, order[where]).float()
+        out = torch.empty(len(offsets), *shard.shape[1:], dtype=shard.dtype) if out is None else out
+        out[where] = shard.index_select(0, order[where])
     return out
 
 
@@ -285,20 +285,25 @@ class LatentDataset:
         rows = np.asarray(rows, dtype=np.int64)
         bucket = int(self.bucket[rows[0]])
         assert (self.bucket[rows] == bucket).all(), "rows of one batch must share a bucket"
-        return self._read_latents(rows, self.bucket_names[bucket])
+        return self._read_latents(rows, self.bucket_names[bucket]).float()
 
-    def text(self, text_rows: np.ndarray | Sequence[int], tokens: int | None = None) -> tuple[torch.Tensor, Any]:
+    def text(
+        self, text_rows: np.ndarray | Sequence[int], tokens: int | None = None, widen: bool = True
+    ) -> tuple[torch.Tensor, Any]:
         """Embeddings [n, T, D] float32 and their mask [n, T] bool, or None where every token is real.
 
         Args:
             text_rows: global text rows.
             tokens: T; by default the longest of these rows, rounded up to a multiple of 8 as the pipeline does.
+            widen: False leaves the embeddings in the type that they are stored in.
         """
         text_rows = np.asarray(text_rows, dtype=np.int64)
         lengths = self.text_lengths[text_rows].astype(np.int64)
         if tokens is None:
             tokens = self.padded_length(text_rows)
         embeds = self._read_text(text_rows, tokens)
+        if widen:
+            embeds = embeds.float()
         if (lengths == tokens).all():
             return embeds, None
         return embeds, torch.arange(tokens) < torch.from_numpy(lengths)[:, None]
@@ -502,7 +507,8 @@ def _slots_by_share(sizes: np.ndarray, slots: int) -> np.ndarray:
 
 @dataclass
 class Batch:
-    """latents [B, C, h, w] and noise, of the same shape, float32; text [B, T, D] float32; mask [B, T] bool or None."""
+    """latents [B, C, h, w] and noise, of the same shape, float32; text [B, T, D] float32, or as it is stored; mask
+    [B, T] bool or None."""
 
     plan: BatchPlan
     latents: torch.Tensor
@@ -511,10 +517,10 @@ class Batch:
     noise: torch.Tensor
 
 
-def read_batch(dataset: LatentDataset, plan: BatchPlan) -> Batch:
+def read_batch(dataset: LatentDataset, plan: BatchPlan, widen_text: bool = True) -> Batch:
     """Reads what a plan names. A sample's noise depends on (seed, step, place in the global batch) only."""
     latents = dataset.latents(plan.rows)
-    text, mask = dataset.text(plan.text_rows, plan.text_tokens)
+    text, mask = dataset.text(plan.text_rows, plan.text_tokens, widen_text)
     noise = torch.empty_like(latents)
     generator = torch.Generator()
     for i, seed in enumerate(plan.noise_seeds.tolist()):
