@@ -113,11 +113,6 @@ class Recipe(Section):
                 f"train.losses.load_balance={self.train.losses.load_balance} must be 0 with "
                 f"model.routing.kind={chosen!r}: only token choice can leave experts without tokens"
             )
-        if self.train.expert_parallel > 1 and chosen != "expert_choice":
-            raise ValueError(
-                f"train.expert_parallel={self.train.expert_parallel} must be 1 with model.routing.kind={chosen!r}: ranks "
-                "exchange as many rows as expert choice fixes ahead"
-            )
 
     def _check_ranks(self) -> None:
         train = self.train

@@ -100,11 +100,17 @@ def test_bases_that_lead_nowhere_are_refused(tmp_path):
         (["train.losses.load_balance=0.01"], "train.losses.load_balance=0.01 must be 0 with model.routing.kind='expert_"),
         (["model.routing.kind=token_choice", "train.stages[0].capacity_factors=2.5"], r"train.stages\[0\].*whole number"),
         (
-            ["model.routing.kind=token_choice", "train.expert_parallel=2", "train.nproc_per_node=2"],
-            "train.expert_parallel=2 must be 1 with model.routing.kind='token_choice'",
+            ["model.routing.kind=dense", "train.expert_parallel=2", "train.nproc_per_node=2"],
+            "train.expert_parallel=2 shares out experts, and model.routing.kind='dense' has none",
         ),
     ],
 )
 def test_what_does_not_go_with_an_ablation_is_refused(overrides, told):
     with pytest.raises(ValueError, match=told):
         load_recipe("tiny", overrides)
+
+
+@pytest.mark.parametrize("kind", ["expert_choice", "token_choice"])
+def test_experts_that_choose_and_that_are_chosen_can_be_shared_out(kind):
+    overrides = [f"model.routing.kind={kind}", "train.expert_parallel=2", "train.nproc_per_node=2"]
+    assert load_recipe("tiny", overrides).train.expert_parallel == 2
