@@ -70,7 +70,7 @@ class StreamedLatents(LatentDataset):
             self.crc32[rows],
             lambda i: f"record {self.record_ids(rows[i : i + 1])[0]} (row {rows[i]})",
         )
-        return torch.frombuffer(bytearray().join(parts), dtype=dtype).view(len(rows), *shape).float()
+        return torch.frombuffer(bytearray().join(parts), dtype=dtype).view(len(rows), *shape)
 
     def _read_text(self, text_rows: np.ndarray, tokens: int) -> torch.Tensor:
         """Reads the real tokens, which the checksum covers: the rest of a row are zeros. A text row is read once."""
@@ -86,7 +86,7 @@ class StreamedLatents(LatentDataset):
             self.text_crc32[distinct],
             lambda i: f"text row {distinct[i]}",
         )
-        embeds = torch.zeros(len(parts), tokens, self.meta.text_dim)
+        embeds = torch.zeros(len(parts), tokens, self.meta.text_dim, dtype=dtype)
         for row, part in zip(embeds, parts):
             real = torch.frombuffer(bytearray(part), dtype=dtype).view(-1, self.meta.text_dim)[:tokens]
             row[: len(real)] = real

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
+from model.train.device import DEVICE_TYPE  # (first: it prepares torchtitan)
 
 import torch
 from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.tools.utils import device_module
 
 from model.latents import Batch, BatchPlan, LatentDataset, SampleOrder, read_batch
 from model.streamed_latents import StreamedLatents
@@ -25,10 +26,21 @@ from model.streamed_latents import StreamedLatents
 READ_AHEAD = 2  # micro-batches for each worker
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host, on the device. The host does not wait for the copy, nor for what the device does before it.
+
+    That takes pinned memory, which PyTorch gives to nobody else before the copy is done, though the tensor be gone.
+    """
+    if device.type == "cuda" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class LatentDataLoader(BaseDataLoader):
     """Yields this rank's micro-batches, step after step, for ever; `step` counts the steps handed out in full.
 
-    With `num_workers`, that many threads read ahead; what is yielded, and its order, are the same.
+    With `num_workers`, that many threads read ahead; what is yielded, and its order, are the same. For a CUDA device
+    batches are in pinned memory, and their text as it is stored, to be widened there: in half the bytes.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -62,7 +74,14 @@ class LatentDataLoader(BaseDataLoader):
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """This rank's, from `step` (from 0) on, read when they are asked for; the loader stays where it is."""
-        return (read_batch(self.dataset, plan) for plan in self._plans(step))
+        return (self._read(plan) for plan in self._plans(step))
+
+    def _read(self, plan: BatchPlan) -> Batch:
+        if DEVICE_TYPE != "cuda":
+            return read_batch(self.dataset, plan)
+        batch = read_batch(self.dataset, plan, widen_text=False)
+        tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+        return replace(batch, **{name: tensor.pin_memory() for name, tensor in tensors.items()})
 
     def _plans(self, step: int) -> Iterator[BatchPlan]:
         while True:
@@ -73,12 +92,14 @@ class LatentDataLoader(BaseDataLoader):
 
     def _read_ahead(self) -> Iterator[Batch]:
         plans = self._plans(self.step)
-        pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="latents")
+        # A new thread is on the first device, where pinning must not make a context for every rank.
+        device = device_module.set_device, (device_module.current_device(),)
+        pool = ThreadPoolExecutor(self.num_workers, "latents", *device)
         pending: deque[Future[Batch]] = deque()
         try:
             while True:
                 while len(pending) < READ_AHEAD * self.num_workers:
-                    pending.append(pool.submit(read_batch, self.dataset, next(plans)))
+                    pending.append(pool.submit(self._read, next(plans)))
                 yield pending.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
