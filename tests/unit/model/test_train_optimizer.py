@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from model.config import OptimConfig, TransformerConfig
-from model.optim import is_muon_parameter, split_matrices, update_scale
+from model.optim import describe_groups, is_muon_parameter, parameter_groups, split_matrices, update_scale
 from model.transformer import NucleusTransformer
 from small_model import SMALL
 
@@ -100,13 +100,24 @@ def test_every_number_of_the_recipe_reaches_its_optimiser(alone):
         }
 
 
+def test_the_first_rank_prints_which_parameters_are_in_which_group(alone, capsys, monkeypatch):
+    from model.train.optimizer import NucleusOptimizers
+
+    model = NucleusTransformer(TransformerConfig(**SMALL))
+    config = NucleusOptimizers.Config(optim=OptimConfig(muon_lr=0.1, adamw_lr=0.1))
+    config.build(model_parts=[model])
+    assert capsys.readouterr().out == describe_groups(parameter_groups(model)) + "\n"
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    config.build(model_parts=[model])
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("expert_parallel, scale, left", [
     (64, "rms", {"experts.gate_up_proj"}),
     (8, "rms", {"experts.gate_up_proj"}),
     (8, "spectral", {"experts.gate_up_proj", "experts.down_proj"}),  # 1344 to 2048: its factor is from out / in
 ])  # fmt: skip
 def test_dist_muon_takes_all_of_the_17b_models_matrices_but_these(expert_parallel, scale, left):
-    from model.optim import parameter_groups
     from model.train.dist_muon import split
     from model.train.fake_ranks import first_rank_of
     from tasks.recipe import load_recipe
