@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import rich_click as click
 from flytekit import FlyteContextManager, HashMethod
 from flytekit.core.context_manager import ExecutionState
+from flytekit.exceptions.user import FlyteRecoverableException
 from flytekit.types.directory import FlyteDirectory
 
 from tasks import envs
@@ -78,6 +79,35 @@ def work_path(name: str, step: str, config: Any, parents: Sequence[Path]) -> Pat
     key = json.dumps([step, envs.CACHE_VERSIONS[step], config, digests], sort_keys=True)
     root = Path(os.environ.get("NUCLEUS_WORK") or home() / "runs")
     return root / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
+@contextlib.contextmanager
+def held(work_dir: Path) -> Iterator[None]:
+    """Makes `work_dir`, and keeps other runs of the same work out of it until the block ends.
+
+    Two at once would write over each other's files. Of several processes that train together, the first holds it for
+    all. It is free again when its process is gone, however that ended.
+
+    Raises:
+        UserError: another run is at it; on a cluster, where that is an attempt that has not ended yet, an error that
+            Flyte retries.
+    """
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = os.open(work_dir, os.O_RDONLY)
+            stack.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.callback(fcntl.flock, lock, fcntl.LOCK_UN)  # closing leaves it to forked children, who have it too
+            busy = not os.path.samestat(os.fstat(lock), os.stat(work_dir))  # the other one is just removing it
+        except (BlockingIOError, FileNotFoundError):
+            busy = True
+        except OSError:  # a file system without locks, such as some NFS: go on without
+            busy = False
+        if busy:
+            error = UserError if is_local() else FlyteRecoverableException
+            raise error(f"another run is at the same work, in {work_dir}: stop it, or start again when it has ended")
+        yield
 
 
 def is_local() -> bool:

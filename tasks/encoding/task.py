@@ -8,7 +8,7 @@ from typing import Optional
 from flytekit import task
 
 from tasks import envs
-from tasks.artifacts import ComponentsDir, CuratedDir, LatentsDir, fetch, produce, work_path
+from tasks.artifacts import ComponentsDir, CuratedDir, LatentsDir, fetch, held, produce, work_path
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.planning.sections import EncodeStage
 
@@ -20,10 +20,11 @@ def make_components(curated: CuratedDir, config: ComponentsConfig) -> Components
 
     path = fetch(curated)
     work_dir = work_path("components", "components", config.model_dump(mode="json"), [path])
-    artifact, _, _ = produce(
-        "components", lambda out: components.make_components(path, config, out, work_dir), parents=[path], config=config
-    )
-    shutil.rmtree(work_dir, ignore_errors=True)
+    with held(work_dir):
+        artifact, _, _ = produce(
+            "components", lambda out: components.make_components(path, config, out, work_dir), parents=[path], config=config
+        )
+        shutil.rmtree(work_dir, ignore_errors=True)
     return artifact
 
 

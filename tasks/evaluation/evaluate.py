@@ -20,7 +20,7 @@ def generate_seed(
         merged: sealed directory with `transformer/`.
         components: sealed directory with `vae/`, `text_encoder/`, `processor/`.
         config: the recipe's eval section; its `seeds` are replaced by `seed`.
-        work_dir: the same for every attempt at the same images.
+        work_dir: the same for every attempt at the same images. Not removed here.
         out_dir: gets images/ in GenEval's layout.
 
     Returns:
@@ -40,8 +40,9 @@ def generate_seed(
         provenance={part: load_manifest(path).digest for part, path in (("merged", merged), ("components", components))},
         log=lambda line: print(f"[seed {seed}] {line}", flush=True),
     )
-    shutil.copytree(work_dir / IMAGES, out_dir / IMAGES, copy_function=shutil.copyfile)
-    shutil.rmtree(work_dir)
+    # Hidden files are what an attempt that was killed had half written.
+    hidden = shutil.ignore_patterns(".*")
+    shutil.copytree(work_dir / IMAGES, out_dir / IMAGES, copy_function=shutil.copyfile, ignore=hidden)
     return {"images": report["expected"], "seconds": report["seconds"]}
 
 

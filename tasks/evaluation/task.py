@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from flytekit import Deck, task
 
 from eval.config import EvalConfig
 from tasks import envs
-from tasks.artifacts import ComponentsDir, ImagesDir, MergedDir, ScorecardDir, fetch, produce, work_path
+from tasks.artifacts import ComponentsDir, ImagesDir, MergedDir, ScorecardDir, fetch, held, produce, work_path
 
 
 @task(cache=envs.cache("evaluation"), **envs.gpu_single("evaluator"))
@@ -20,13 +21,15 @@ def generate_images(merged: MergedDir, components: ComponentsDir, config: EvalCo
     parents = [merged_path, components_path]
     section = {"eval": config.model_dump(mode="json"), "seed": seed}
     work_dir = work_path("images", "evaluation", section, parents)
-    artifact, _, _ = produce(
-        "images",
-        lambda out: evaluate.generate_seed(merged_path, components_path, config, seed, work_dir, out),
-        parents=parents,
-        config=section,
-        counts=lambda report: {"images": int(report["images"])},
-    )
+    with held(work_dir):
+        artifact, _, _ = produce(
+            "images",
+            lambda out: evaluate.generate_seed(merged_path, components_path, config, seed, work_dir, out),
+            parents=parents,
+            config=section,
+            counts=lambda report: {"images": int(report["images"])},
+        )
+        shutil.rmtree(work_dir, ignore_errors=True)
     return artifact
 
 

@@ -12,7 +12,7 @@ from flytekit.exceptions.user import FlyteRecoverableException
 from flytekit.types.directory import FlyteDirectory
 
 from tasks import envs
-from tasks.artifacts import CheckpointsDir, ComponentsDir, LatentsDir, fetch, produce, work_path
+from tasks.artifacts import CheckpointsDir, ComponentsDir, LatentsDir, fetch, held, produce, work_path
 from tasks.planning.sections import TrainStage
 
 
@@ -54,7 +54,8 @@ def train_stage(
     if int(os.environ.get("RANK", "0")):
         train(work_dir)
         return FlyteDirectory(str(work_dir), remote_directory=False)  # rank 0's is the one that Elastic hands on
-    artifact, final, _ = produce("checkpoints", train, parents=parents, config=stage)
-    prune_run(stage.train, work_dir)
+    with held(work_dir):
+        artifact, final, _ = produce("checkpoints", train, parents=parents, config=stage)
+        prune_run(stage.train, work_dir)
     Deck(f"Training {stage.stage.name}", figures.training_html(Path(final)))
     return artifact

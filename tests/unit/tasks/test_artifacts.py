@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from flytekit import FlyteContextManager
+from flytekit.core.context_manager import ExecutionState
+from flytekit.exceptions.user import FlyteRecoverableException
 from flytekit.types.directory import FlyteDirectory
 
 from tasks import envs
-from tasks.artifacts import UserError, fetch, work_path
+from tasks.artifacts import UserError, fetch, held, work_path
 from tasks.manifest import seal
 
 
@@ -44,6 +50,59 @@ def test_newer_code_does_not_hand_on_the_work_of_older_code(parent, monkeypatch)
 def test_work_may_lie_on_a_volume_that_outlives_the_pod(parent, tmp_path, monkeypatch):
     monkeypatch.setenv("NUCLEUS_WORK", str(tmp_path / "volume"))
     assert work_path("stage1", "training", {}, [parent]).is_relative_to(tmp_path / "volume")
+
+
+fork = multiprocessing.get_context("fork")
+LIMIT_S = 60
+
+
+def hold(work_dir, holding, end, all_over):
+    with held(work_dir):
+        if os.fork() == 0:  # as a data loader does: the child is there for some seconds more
+            all_over.wait(LIMIT_S)
+            os._exit(0)
+        holding.set()
+        end.wait(LIMIT_S)
+
+
+def test_a_second_run_of_the_same_work_is_refused_until_the_first_has_ended(tmp_path):
+    work_dir, holding, end, all_over = tmp_path / "runs" / "stage1", fork.Event(), fork.Event(), fork.Event()
+    first = fork.Process(target=hold, args=(work_dir, holding, end, all_over), daemon=True)
+    first.start()
+    assert holding.wait(LIMIT_S)
+    with pytest.raises(UserError, match="another run is at the same work, in .*stage1: stop it, or start again"):
+        with held(work_dir):
+            pass
+    context = FlyteContextManager.current_context()
+    state = context.execution_state.with_params(mode=ExecutionState.Mode.TASK_EXECUTION)
+    pod = context.with_execution_state(state)
+    with FlyteContextManager.with_context(pod), pytest.raises(FlyteRecoverableException, match="another run"):
+        with held(work_dir):
+            pass
+    end.set()
+    first.join()
+    for _ in range(2):
+        with held(work_dir):
+            shutil.rmtree(work_dir)  # as of work that is done
+    assert list(work_dir.parent.iterdir()) == []
+    all_over.set()
+
+
+def test_a_killed_run_holds_its_work_no_longer(tmp_path):
+    holding = fork.Event()
+
+    def work():
+        with held(tmp_path):
+            holding.set()
+            time.sleep(LIMIT_S)
+
+    first = fork.Process(target=work, daemon=True)
+    first.start()
+    assert holding.wait(LIMIT_S)
+    first.kill()
+    first.join()
+    with held(tmp_path):
+        pass
 
 
 def test_the_training_processes_of_a_pod_download_an_artifact_once(parent, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from flytekit.types.directory import FlyteDirectory
 
-from tasks.artifacts import home
+from tasks.artifacts import UserError, home
 from tasks.encoding import components, resume, task
 from tasks.encoding.resume import TrainingState
 from tasks.manifest import seal
@@ -142,6 +142,8 @@ def test_every_attempt_of_the_task_works_in_one_place_which_goes_with_success(tm
         places.append(work_dir)
         work_dir.mkdir(parents=True, exist_ok=True)
         (work_dir / "vae.pt").write_text("so far")
+        with pytest.raises(UserError, match="another run is at the same work"):
+            task.make_components.task_function(**inputs)
         if len(places) == 1:
             raise MemoryError
         (out / "report.json").write_text("{}")

@@ -11,7 +11,7 @@ from flytekit.exceptions.user import FlyteRecoverableException
 from flytekit.types.directory import FlyteDirectory
 
 from model.train.preemption import Preempted
-from tasks.artifacts import home
+from tasks.artifacts import UserError, home
 from tasks.manifest import load_manifest, seal
 from tasks.planning.sections import train_stage as section
 from tasks.recipe import load_recipe
@@ -59,6 +59,20 @@ def test_a_run_is_pruned_once_its_artifact_is_sealed(stage):
 
     artifact, pruned = stage(finished)
     assert load_manifest(artifact.path).kind == "checkpoints" and len(pruned) == 1
+
+
+def test_a_second_run_of_the_same_stage_is_refused_while_other_ranks_of_the_first_join_it(stage, monkeypatch):
+    joined = []
+
+    def training(*_, work_dir, out_dir, **__):
+        with pytest.raises(UserError, match="another run is at the same work"):
+            stage(training)
+        monkeypatch.setenv("RANK", "1")
+        stage(lambda *_, **options: joined.append(options["work_dir"]))
+        assert joined == [work_dir]
+        (out_dir / "report.json").write_text(json.dumps({"steps": 1}))
+
+    assert len(stage(training)[1]) == 1
 
 
 def test_a_run_that_could_not_be_sealed_is_not_pruned(stage):
