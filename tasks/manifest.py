@@ -211,21 +211,23 @@ def writing(final: str | os.PathLike, by_digest: bool = False) -> Iterator[Path]
         assert (temporary / MANIFEST).is_file(), f"{final} would become visible without a seal"
         if by_digest:
             final = sealed_path(folder, load_manifest(temporary).digest)
-            with contextlib.suppress(ValueError):  # absent, or damaged: the fresh one takes its place
-                verify(final)
-                return
-        while True:
-            try:
-                os.replace(temporary, final)
-                break
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-            # Aside before it is deleted: a directory deleted in place is half there for as long as that takes.
-            aside = folder / f"{WRITING}{uuid.uuid4().hex}"
-            os.replace(final, aside)
-            shutil.rmtree(aside, ignore_errors=True)
-        _fsync(folder)
+        with _locked(folder):  # so that equal content of another attempt does not appear between our look and our rename
+            if by_digest:
+                with contextlib.suppress(ValueError):  # absent, or damaged: the fresh one takes its place
+                    verify(final)
+                    return
+            while True:
+                try:
+                    os.replace(temporary, final)
+                    break
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+                # Aside before it is deleted: a directory deleted in place is half there for as long as that takes.
+                aside = folder / f"{WRITING}{uuid.uuid4().hex}"
+                os.replace(final, aside)
+                shutil.rmtree(aside, ignore_errors=True)
+            _fsync(folder)
     except Exception as error:
         # Libraries raise types of their own for it (safetensors, Arrow), so the words decide.
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -285,6 +286,31 @@ def test_writing_by_digest_takes_the_place_of_a_damaged_directory(tmp_path):
         (final / "a.bin").write_bytes(b"alphA")
     with pytest.raises(ValueError, match="a.bin was changed"):
         verify(final)
+
+
+def test_what_one_attempt_has_made_visible_is_not_replaced_by_another_s_equal_content(tmp_path, monkeypatch):
+    """The first one's readers are in it."""
+    folder, real, seen = tmp_path / "records", manifest.verify, []
+
+    def write():
+        with writing(folder, by_digest=True) as out:
+            digest = load_manifest(make(out)).digest
+        seen.append((manifest.sealed_path(folder, digest) / MANIFEST).stat().st_ino)
+
+    other = threading.Thread(target=write)
+
+    def looked(directory):
+        try:
+            return real(directory)
+        finally:
+            if threading.current_thread() is not other:
+                other.start()  # between the look and the rename
+                other.join(1)
+
+    monkeypatch.setattr(manifest, "verify", looked)
+    write()
+    other.join()
+    assert seen[0] == seen[1] and len(leftovers(folder)) == 1
 
 
 @pytest.fixture
