@@ -123,7 +123,7 @@ def fetch(directory: FlyteDirectory) -> Path:
     """
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1:
         return _fetch(directory)
-    attempt = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1]  # made anew by each launch, emptied by each restart
+    attempt = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1]  # each launch makes one, each restart empties it
     with open(attempt / hashlib.sha256(str(directory.path).encode()).hexdigest()[:16], "a+") as done:
         fcntl.flock(done, fcntl.LOCK_EX)
         done.seek(0)

@@ -211,7 +211,7 @@ def writing(final: str | os.PathLike, by_digest: bool = False) -> Iterator[Path]
         assert (temporary / MANIFEST).is_file(), f"{final} would become visible without a seal"
         if by_digest:
             final = sealed_path(folder, load_manifest(temporary).digest)
-        with _locked(folder):  # so that equal content of another attempt does not appear between our look and our rename
+        with _locked(folder):  # else another attempt's equal content may appear between our look and our rename
             if by_digest:
                 with contextlib.suppress(ValueError):  # absent, or damaged: the fresh one takes its place
                     verify(final)

@@ -63,10 +63,14 @@ def test_a_pod_spawns_its_processes_which_train_on_what_lies_in_an_object_store(
     command += ["--resolver", "flytekit.core.python_auto_container.default_task_resolver"]
     command += ["--", "task-module", "tasks.training.task", "task-name", "train_stage"]
     environment = {"NUCLEUS_TRAIN_NPROC": "2", "NUCLEUS_ACCELERATOR": "none", "NUCLEUS_HOME": str(tmp_path / "home")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "temporary")}
+    (tmp_path / "temporary").mkdir()
     subprocess.run([str(part) for part in command], check=True, cwd=tmp_path, env={**os.environ, **environment}, timeout=900)
     error = tmp_path / "told" / "error.pb"
     assert not error.exists(), errors_pb2.ErrorDocument.FromString(error.read_bytes()).error.message
+
+    verified = [path for path in (tmp_path / "temporary").glob("torchelastic_*/*/attempt_0/*") if path.is_file()]
+    assert len(verified) == 2  # latents and components, which the second process did not download again
 
     outputs = literals_pb2.LiteralMap.FromString((tmp_path / "told" / "outputs.pb").read_bytes())
     uri = outputs.literals["o0"].scalar.blob.uri

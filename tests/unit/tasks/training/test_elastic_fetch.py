@@ -1,4 +1,4 @@
-"""How often the training processes that torch elastic starts verify an artifact: once each time that they are started."""
+"""Training processes that torch elastic starts verify an artifact once each time that they are started."""
 
 from __future__ import annotations
 
