@@ -1,6 +1,7 @@
 """What a recipe needs before it is started: memory, time, cost, and a layout that fits.
 
     python -m model.plan recipes/nucleus_17b.yaml --gpus 64 --gpu h100 [--mfu 0.35] [--cost-per-gpu-hour 2.5]
+                         [--network-gbps 400]
 
 Every number is arithmetic on shapes (of the model on the meta device), on the recipe and on data sheets; memory is
 model/memory.py's, which says what a layout is and what it leaves out.
@@ -35,10 +36,12 @@ from model.yaml12 import read_recipe
 VAE_SCALE = 8  # Qwen-Image's VAE
 TEXT_TOKENS = 512  # captions of up to 200 words and the chat template; the pipeline's limit is 1024
 USABLE = 0.9  # of a card's memory; the rest is for the CUDA context, NCCL, cuBLAS and fragmentation
+NODE = 8  # GPUs of a node, joined by NVLink, each with a link of its own to other nodes
 NOTE = (
     "Memory is that of eager code without Triton kernels, checked on small models against measured peaks "
     "(benchmarks/memory.py); torch.compile and the kernels need less. Times are FLOPs at the MFU that you give: "
-    "nothing here was measured on these GPUs."
+    "nothing here was measured on these GPUs. Network, own memory, input, checkpoints and samples have no term in "
+    "them: give an MFU that is reached with all of these."
 )
 TOKEN_CHOICE_NOTE = (
     "Token choice is planned at its limit of tokens per expert, or without one at an even load: the fullest expert of a "
@@ -54,13 +57,16 @@ class Gpu:
     flops: float  # dense bf16 tensor-core peak per second, without sparsity
     memory: float  # bytes
     bandwidth: float  # bytes per second to its own memory
+    network: float  # bytes per second, each way, of its link to other nodes
     source: str
 
 
+_HOPPER = "SXM: 1,979 TFLOP/s with sparsity, halved; network: DGX data sheet, 8 ConnectX-7 of 400 Gb/s for 8 GPUs"
+_AMPERE = "80GB SXM: 312 TFLOP/s without sparsity; network: DGX data sheet, 8 ConnectX-6 of 200 Gb/s for 8 GPUs"
 GPUS = {
-    "h100": Gpu("h100", 989e12, 80e9, 3.35e12, "NVIDIA H100 data sheet, SXM: 1,979 TFLOP/s with sparsity, halved"),
-    "h200": Gpu("h200", 989e12, 141e9, 4.8e12, "NVIDIA H200 data sheet, SXM: 1,979 TFLOP/s with sparsity, halved"),
-    "a100": Gpu("a100", 312e12, 80e9, 2.039e12, "NVIDIA A100 data sheet, 80GB SXM: 312 TFLOP/s without sparsity"),
+    "h100": Gpu("h100", 989e12, 80e9, 3.35e12, 50e9, f"NVIDIA H100 data sheet, {_HOPPER}"),
+    "h200": Gpu("h200", 989e12, 141e9, 4.8e12, 50e9, f"NVIDIA H200 data sheet, {_HOPPER}"),
+    "a100": Gpu("a100", 312e12, 80e9, 2.039e12, 25e9, f"NVIDIA A100 data sheet, {_AMPERE}"),
 }
 
 
@@ -107,6 +113,8 @@ def traffic(shapes: Shapes, config: TransformerConfig, layout: Layout, stage: St
     Network, ring formulas: each accumulation step gathers weights twice (forward, backward) and reduces fp32
     gradients once, (n-1)/n of a block's size over n ranks; replicas all-reduce once a step; the experts' rows
     travel there and back in the forward, the backward and the recomputation, (ep-1)/ep of them to other ranks.
+    Of these, `between_nodes` pass a GPU's own link: neighbours in the order replicas, shard, ep (torchtitan's) share a
+    node, so that a ring enters it once for all of its ranks there, while rows go straight to the expert's rank.
     Memory, a floor: weights are read by each pass (the backward twice), kept activations written and read once, and
     the optimiser reads and writes weights and state (16 bytes a Muon parameter and 24 an AdamW one) and gradients.
     """
@@ -114,14 +122,24 @@ def traffic(shapes: Shapes, config: TransformerConfig, layout: Layout, stage: St
     micro_steps = local // layout.micro_batch
     shard, ep, replicas = layout.shard, layout.expert_parallel, layout.gpus // layout.shard
     dense, experts = shapes.total - shapes.experts, shapes.experts // ep
-    over_network = dense * (shard - 1) / shard + experts * (shard // ep - 1) / (shard // ep)
+    rings = [(dense * (shard - 1) / shard, shard, 1), (experts * (shard // ep - 1) / (shard // ep), shard // ep, ep)]
+    over_network = sum(size for size, _, _ in rings)
     all_reduced = 2 * shapes.per_gpu(layout) * (replicas - 1) / replicas
     rows = sum(config.num_experts * config.capacity(i, tokens) for i in _moe_layers(config))
+    rows_sent = local * rows * config.width * element * (4 + 2 * again)
+
+    def entering(size: float, ranks: int, stride: int) -> float:
+        together = max(1, NODE // stride)  # of the ring's ranks, in one node
+        return size / together if ranks > together else 0.0
+
+    between = micro_steps * (2 * element + FP32) * sum(entering(*ring) for ring in rings)
+    between += FP32 * entering(all_reduced, replicas, shard) + rows_sent * max(0, ep - NODE) / ep
     muon, adamw = (shapes.per_gpu(layout, group) for group in ("muon", "adamw"))
     return {
         "network_weights": round(micro_steps * 2 * element * over_network),
         "network_gradients": round(FP32 * (micro_steps * over_network + all_reduced)),
-        "network_all_to_all": round(local * rows * config.width * element * (4 + 2 * again) * (ep - 1) / ep),
+        "network_all_to_all": round(rows_sent * (ep - 1) / ep),
+        "between_nodes": round(between),
         "memory_weights": micro_steps * element * (dense + experts) * (3 + again),
         "memory_activations": micro_steps * 2 * activations,
         "memory_optimizer": (4 * FP32 + FP32) * muon + (6 * FP32 + FP32) * adamw,
@@ -134,7 +152,8 @@ def plan_stage(shapes: Shapes, model: TransformerConfig, train: TrainConfig, sta
     """Everything about one stage, as plain numbers (bytes, FLOPs, seconds, days, and the price's currency).
 
     step time = 3 x forward FLOPs / (gpus x peak x mfu): the backward is twice the forward; recomputation and the
-    optimiser are in `hardware_flops` but not in MFU's definition, which they lower. Image tokens are those of the
+    optimiser are in `hardware_flops` but not in MFU's definition, which they lower. It has no term for what is moved:
+    the two floors stand beside it, and a step is no shorter than the longest of the three. Image tokens are those of the
     square bucket; other shapes differ by about 1 to 2 percent. The peak is bf16's, whatever the recipe computes in.
     Raises ValueError: degrees that do not divide, sizes that do not tile, or an MFU or price out of range."""
     config, tokens = _of_stage(model, stage)
@@ -154,6 +173,7 @@ def plan_stage(shapes: Shapes, model: TransformerConfig, train: TrainConfig, sta
     moved = traffic(shapes, config, layout, stage, tokens, element, activations)
     step_s = total / (layout.gpus * gpu.flops * mfu)
     hours, limit = step_s * stage.steps / 3600, USABLE * gpu.memory
+    gpu_hours = hours * layout.gpus
     return {
         "stage": stage.name, "layout": asdict(layout), "image_tokens": tokens, "text_tokens": text_tokens,
         "parameters": shapes.total, "active_parameters_per_image_token": active_parameters(shapes, config, tokens),
@@ -163,8 +183,9 @@ def plan_stage(shapes: Shapes, model: TransformerConfig, train: TrainConfig, sta
         "hardware_flops": total + newton_schulz + (layout.checkpointing == "full") * sum(forward.values()),
         "bytes_per_step": moved,
         "memory_floor_s": sum(v for key, v in moved.items() if key.startswith("memory")) / gpu.bandwidth,
+        "network_floor_s": moved["between_nodes"] / gpu.network,
         "step_s": step_s, "images_per_s": stage.batch_size / step_s, "days": hours / 24,
-        "cost": None if price is None else hours * layout.gpus * price,
+        "gpu_hours": gpu_hours, "cost": None if price is None else gpu_hours * price,
     }
 
 
@@ -247,6 +268,7 @@ def plan(model: TransformerConfig, train: TrainConfig, gpu: Gpu, *, gpus: int | 
         "checkpoint_bytes": {"model_bf16": 2 * shapes.total, "model_fp32": FP32 * shapes.total,
                              "full": FP32 * (shapes.total + shapes.muon + 2 * shapes.adamw)},
         "stages": stages, "days": sum(stage["days"] for stage in stages),
+        "gpu_hours": sum(stage["gpu_hours"] for stage in stages),
         "cost": None if cost_per_gpu_hour is None else sum(stage["cost"] for stage in stages),
     }
 
@@ -300,10 +322,23 @@ def _gb(bytes_: float) -> str:
 
 
 def _days(report: dict[str, Any]) -> str:
-    return f"{report['days']:,.1f} days" + ("" if report["cost"] is None else f", cost {report['cost']:,.0f}")
+    cost = "" if report["cost"] is None else f", cost {report['cost']:,.0f}"
+    return f"{report['days']:,.1f} days, {report['gpu_hours']:,.0f} GPU-hours{cost}"
 
 
-def _stage_lines(report: dict[str, Any]) -> list[str]:
+def _network_line(report: dict[str, Any], gpu: dict[str, Any], mfu: float) -> str:
+    seconds, moved = report["network_floor_s"], report["bytes_per_step"]["between_nodes"]
+    line = (
+        f"  network between nodes at least {seconds:.3f} s: {_gb(moved)} through each GPU's link at "
+        f"{gpu['network'] * 8 / 1e9:g} Gb/s (of {NODE} GPUs a node)"
+    )
+    if seconds <= report["step_s"]:
+        return line
+    reached = mfu * report["step_s"] / seconds
+    return f"{line}: IT MAY DOMINATE, an MFU of {reached:.2f} at most even if all of it is hidden"
+
+
+def _stage_lines(report: dict[str, Any], gpu: dict[str, Any], mfu: float) -> list[str]:
     memory, flops, moved = report["memory_bytes"], report["flops"], report["bytes_per_step"]
     total = sum(flops["forward"].values())
     shares = ", ".join(f"{part} {value / total:.1%}" for part, value in flops["forward"].items())
@@ -320,6 +355,7 @@ def _stage_lines(report: dict[str, Any]) -> list[str]:
         "  bytes per step and GPU: " + ", ".join(f"{part} {_gb(value)}" for part, value in moved.items()),
         f"  step {report['step_s']:.3f} s (own memory alone at least {report['memory_floor_s']:.3f} s), "
         f"{report['images_per_s']:,.0f} images/s, {_days(report)}",
+        _network_line(report, gpu, mfu),
     ]
 
 
@@ -328,19 +364,21 @@ def render(result: dict[str, Any]) -> str:
     gpu, parameters, sizes = result["gpu"], result["parameters"], result["checkpoint_bytes"]
     lines = [
         f"{result['gpus']} x {gpu['name']}: {gpu['flops'] / 1e12:g} TFLOP/s bf16 dense, {gpu['memory'] / 1e9:g} GB, "
-        f"{gpu['bandwidth'] / 1e12:g} TB/s ({gpu['source']}); MFU {result['mfu']:g} assumed, {result['dtype']}",
+        f"{gpu['bandwidth'] / 1e12:g} TB/s, {gpu['network'] * 8 / 1e9:g} Gb/s ({gpu['source']}); "
+        f"MFU {result['mfu']:g} assumed, {result['dtype']}",
         f"NOTE: {result['note']}",
         f"parameters: {parameters['total']:,} (Muon {parameters['muon']:,}, AdamW {parameters['adamw']:,}, "
         f"frozen {parameters['frozen']:,})",
         "checkpoints: " + ", ".join(f"{name} {_gb(size)}" for name, size in sizes.items()),
     ]
     for report in result["stages"]:
-        lines += ["", report["stage"], *_stage_lines(report)]
+        lines += ["", report["stage"], *_stage_lines(report, gpu, result["mfu"])]
         if fitting := report.get("suggestion"):
-            lines += ["  a layout that fits:", *("  " + line for line in _stage_lines(fitting))]
+            lines += ["  a layout that fits:", *("  " + line for line in _stage_lines(fitting, gpu, result["mfu"]))]
         elif not report["fits"]:
             lines.append("  no micro-batch, checkpointing, sharding or expert-parallel degree fits on these GPUs")
-    return "\n".join([*lines, "", f"all stages: {_days(result)}"])
+    asking = " (--cost-per-gpu-hour gives the cost)" if result["cost"] is None else ""
+    return "\n".join([*lines, "", f"all stages: {_days(result)}{asking}"])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -356,11 +394,16 @@ def main(arguments: list[str] | None = None) -> int:
     add("--checkpointing", choices=CHECKPOINTING, help="default: the recipe's")
     add("--mfu", type=float, default=0.35, help="share of the peak that model FLOPs reach")
     add("--cost-per-gpu-hour", type=float)
+    add("--network-gbps", type=float, help="of each GPU's link to other nodes (default: the GPU's, see the first line)")
     add("--text-tokens", type=int, default=TEXT_TOKENS, help="of a padded batch, template included")
     add("--json", action="store_true")
     options = vars(parser.parse_args(arguments))
     as_json, path, gpu = options.pop("json"), options.pop("recipe"), GPUS[options.pop("gpu")]
     try:
+        if (gbps := options.pop("network_gbps")) is not None:
+            if not 0 < gbps < math.inf:
+                raise ValueError(f"network_gbps={gbps} must be above 0")
+            gpu = replace(gpu, network=gbps * 1e9 / 8)
         result = plan(*load_sections(path), gpu, **options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

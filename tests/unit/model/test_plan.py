@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -191,6 +192,48 @@ def test_bytes_of_a_step_follow_from_the_rings_and_from_what_each_pass_reads(sec
     )
 
 
+def test_what_passes_a_gpus_own_link_is_what_its_node_does_not_share(sections, shapes):
+    """By hand, for nodes of 8. A ring enters a node once for all its ranks there; a row goes straight to its expert."""
+    model, train = sections
+    experts = 29 * 64 * 3 * 2048 * 1344
+    dense = shapes.total - experts
+
+    def between(*layout):
+        found = traffic(shapes, model, Layout(*layout), train.stages[2], tokens=4096, element=2, activations=0)
+        return found["between_nodes"], found["network_all_to_all"]
+
+    ring = 2 * 2 + 4  # bytes of a weight: gathered in bf16 by both passes, and its gradient reduced in fp32
+    found, rows = between(64, 64, 64, 4, "selective")
+    assert found == pytest.approx(ring * dense * 63 / 64 / 8 + rows * 56 / 63)
+    found, rows = between(64, 64, 8, 4, "selective")  # each ring of experts: a rank of each node
+    assert rows > 0 and found == pytest.approx(ring * (dense * 63 / 64 / 8 + experts / 8 * 7 / 8))
+    found, _ = between(64, 64, 4, 4, "selective")  # of each of 4 rings, 2 ranks are in a node
+    assert found == pytest.approx(ring * (dense * 63 / 64 / 8 + experts / 4 * 15 / 16 / 2))
+    found, _ = between(16, 8, 1, 16, "selective")  # a replica in each of two nodes
+    assert found == pytest.approx(2 * 4 * shapes.per_gpu(Layout(16, 8, 1, 16, "selective")) / 2)
+    assert between(8, 8, 8, 32, "selective")[0] == between(8, 4, 2, 32, "selective")[0] == 0
+
+
+def test_the_network_is_told_in_seconds_and_where_it_may_dominate(capsys):
+    command = [str(RECIPE), "--gpus", "64", "--json"]
+    found = {}
+    for options in ((), ("--network-gbps", "100"), ("--gpu", "a100")):
+        assert main([*command, *options]) == 0
+        found[options] = json.loads(capsys.readouterr().out)["stages"]
+    for options, rate in ((), 50e9), (("--network-gbps", "100"), 12.5e9), (("--gpu", "a100"), 25e9):
+        for stage in found[options]:
+            assert stage["network_floor_s"] == pytest.approx(stage["bytes_per_step"]["between_nodes"] / rate)
+    assert [a["step_s"] for a in found[()]] == [b["step_s"] for b in found["--network-gbps", "100"]]
+    last = found[()][2]
+    assert last["network_floor_s"] < last["step_s"] < 4 * last["network_floor_s"]
+    for rate, dominates in ((400, False), (100, True)):
+        assert main([*command[:-1], "--network-gbps", str(rate)]) == 0
+        line = [line for line in capsys.readouterr().out.splitlines() if "network between nodes" in line][2]
+        assert f"at {rate} Gb/s" in line and ("IT MAY DOMINATE" in line) == dominates
+    mfu = 0.35 * last["step_s"] / (4 * last["network_floor_s"])
+    assert f"an MFU of {mfu:.2f} at most" in line
+
+
 def test_the_hardware_computes_newton_schulz_and_what_is_recomputed_too_and_reads_its_memory(sections):
     train = sections[1]
     stage, small = train.stages[0].model_copy(update={"capacity_factors": 2.0, "batch_size": 8}), Shapes(CONFIG)
@@ -273,7 +316,8 @@ def test_time_and_cost_follow_from_flops(sections, shapes):
     assert report["flops"]["forward_and_backward"] == flops
     assert report["step_s"] == pytest.approx(flops / (64 * 989e12 * 0.5))
     assert report["days"] == pytest.approx(report["step_s"] * 200_000 / 86400)
-    assert report["cost"] == pytest.approx(report["days"] * 24 * 64 * 2.0)
+    assert report["gpu_hours"] == pytest.approx(report["days"] * 24 * 64)
+    assert report["cost"] == pytest.approx(report["gpu_hours"] * 2.0)
     assert plan_stage(shapes, model, train, stage, layout, GPUS["h100"])["cost"] is None
 
 
@@ -282,12 +326,18 @@ def test_the_command_says_what_its_numbers_are(capsys):
     assert main(command) == 0
     text = capsys.readouterr().out
     assert "checked on small models" in text and "nothing here was measured on these GPUs" in text
-    assert "checkpointing selective" in text
+    assert "checkpointing selective" in text and "have no term in them" in text
+    hours = [float(found.replace(",", "")) for found in re.findall(r"([\d,]+) GPU-hours", text)]
+    assert len(hours) == 4 and sum(hours[:3]) == pytest.approx(hours[3], abs=2)
+    assert text.endswith("GPU-hours (--cost-per-gpu-hour gives the cost)\n")
     assert main([*command, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     for stage in result["stages"]:
         assert stage["fits"] or stage["suggestion"]["fits"]
     assert math.isclose(result["days"], sum(stage["days"] for stage in result["stages"]))
+    assert math.isclose(result["gpu_hours"], result["days"] * 24 * 64)
+    assert main([*command, "--cost-per-gpu-hour", "2"]) == 0
+    assert capsys.readouterr().out.endswith(f" GPU-hours, cost {2 * result['gpu_hours']:,.0f}\n")
 
 
 @pytest.mark.parametrize("path", sorted(RECIPE.parent.glob("ablations/*.yaml")), ids=lambda path: path.stem)
@@ -322,6 +372,7 @@ def test_token_choice_is_planned_at_its_limit_or_at_an_even_load(sections, facto
     (["--gpus", "0"], "gpus=0 must be at least 1"),
     (["--mfu", "1.5"], "mfu=1.5 must lie in (0, 1]"),
     (["--cost-per-gpu-hour", "-1"], "cost_per_gpu_hour=-1.0"),
+    (["--network-gbps", "0"], "network_gbps=0.0 must be above 0"),
 ])
 def test_a_wrong_layout_is_one_line_with_the_arithmetic(capsys, options, message):
     assert main([str(RECIPE), *options]) == 2
