@@ -8,6 +8,7 @@ images, and only what comes before and after is left to rank 0.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -158,4 +159,6 @@ def _save(kept: dict[str, Any], tokens: torch.Tensor, patch_size: int, path: Pat
     grid = Image.new("RGB", (width * IMAGES_PER_PROMPT, height * (len(pixels) // IMAGES_PER_PROMPT)))
     for i, image in enumerate(pixels):
         grid.paste(Image.fromarray(image), (i % IMAGES_PER_PROMPT * width, i // IMAGES_PER_PROMPT * height))
-    grid.save(path)
+    temporary = path.with_name(f".{path.name}")  # a kill leaves no half of a picture under its name
+    grid.save(temporary, format="PNG")
+    os.replace(temporary, path)
