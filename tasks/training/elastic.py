@@ -6,12 +6,16 @@
     the last step -> rank 0's node seals and uploads; the others wait for its outputs
 
     a node is gone -> NCCL's watchdog aborts the workers of the others, which wait for it -> agents: a recoverable error
+
+    a worker's exception -> its error.json, and beside it a marker if the task calls it recoverable -> agent: recoverable,
+    unless some worker's was not; of the errors of several nodes, Flyte takes the earliest
 """
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from flytekit import FlyteContextManager
 from flytekit.core.base_task import IgnoreOutputs
@@ -19,7 +23,11 @@ from flytekit.core.constants import OUTPUT_FILE_NAME
 from flytekit.exceptions.user import FlyteRecoverableException, FlyteUserRuntimeException
 from flytekit.extend import TaskPlugins
 from flytekitplugins.kfpytorch import Elastic
+from flytekitplugins.kfpytorch.error_handling import RECOVERABLE_ERROR_FILE_NAME
 from flytekitplugins.kfpytorch.task import PytorchElasticFunctionTask
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 LOOK_EVERY_S = 10.0
 
@@ -32,12 +40,21 @@ class PreemptibleElasticTask(PytorchElasticFunctionTask):
     def _execute(self, **kwargs: Any) -> Any:
         """Raises FlyteRecoverableException: the agent got a signal, and its workers have ended. The plugin ignores the
         outputs then, and ends as if all were well, with neither outputs nor an error. Or a signal ended a worker (an
-        abort, or the kernel's for want of memory), which the plugin takes for an error of the user's code."""
+        abort, or the kernel's for want of memory), which the plugin takes for an error of the user's code.
+
+        Where one worker's exception makes the others lose it, torch hands on any of those that it finds ended when it
+        looks, every `monitor_interval` seconds: the plugin may see a lost connection, and not why. An error that is not
+        recoverable follows from no other one, so that it decides, whichever worker has it."""
         from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
         try:
             return super()._execute(**kwargs)
+        except FlyteRecoverableException as error:
+            failed = error.__context__
+            if not isinstance(failed, ChildFailedError) or not (told := errors_of_code(failed.get_first_failure()[1])):
+                raise
+            raise FlyteUserRuntimeException(RuntimeError(told), timestamp=error.timestamp) from failed
         except FlyteUserRuntimeException as error:
             failed = error.value
             if not isinstance(failed, ChildFailedError) or failed.get_first_failure()[1].exitcode >= 0:
@@ -51,6 +68,13 @@ class PreemptibleElasticTask(PytorchElasticFunctionTask):
                 raise
             message = f"{signalled}: the next attempt goes on from the last checkpoint"
             raise FlyteRecoverableException(message) from signalled
+
+
+def errors_of_code(failure: ProcessFailure) -> str:
+    """What the workers of this attempt raised that is not recoverable, or nothing."""
+    workers = Path(failure.error_file).parents[1]
+    found = [path for path in workers.glob("*/error.json") if not (path.parent / RECOVERABLE_ERROR_FILE_NAME).exists()]
+    return "\n".join(path.read_text() for path in sorted(found))
 
 
 def wait_for_outputs() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -39,6 +41,26 @@ def test_a_worker_that_a_signal_ended_is_started_again(tmp_path, monkeypatch, ex
     with pytest.raises(raised) as caught:
         task._execute()
     assert caught.value.timestamp == 5.0
+
+
+@pytest.mark.parametrize("of_code", [None, 0, 1])
+def test_a_workers_error_that_is_not_recoverable_decides_whichever_worker_torch_looks_at(of_code):
+    """Both end between two looks of the agent. The others of a failed worker lose it: an error that would be retried."""
+    def work():
+        rank = int(os.environ["RANK"])
+        if rank == of_code:
+            raise ValueError("no such tier")
+        if of_code is not None:
+            time.sleep(0.1)
+        raise FlyteRecoverableException("connection closed by peer")
+
+    task = PreemptibleElasticTask(PreemptibleElastic(nproc_per_node=2, start_method="fork", monitor_interval=1), work)
+    if of_code is None:
+        with pytest.raises(FlyteRecoverableException, match="connection closed"):
+            task._execute()
+    else:
+        with pytest.raises(FlyteUserRuntimeException, match="no such tier"):
+            task._execute()
 
 
 def test_a_node_without_rank_0_waits_for_the_outputs(tmp_path, monkeypatch):
