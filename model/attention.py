@@ -13,6 +13,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+from types import ModuleType
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -34,6 +35,7 @@ PLAIN_SCORES = 16384
 
 
 _choice: AttentionBackend = "auto"
+_packages: dict[str, ModuleType] = {}  # by backend; what is compiled reads them here, since it cannot import
 
 
 class Machine(NamedTuple):
@@ -105,10 +107,24 @@ def use_attention(choice: AttentionBackend) -> None:
     _choice = choice
 
 
+def _import(backend: str) -> None:
+    if backend in PACKAGES and backend not in _packages:
+        _packages[backend] = importlib.import_module(PACKAGES[backend])
+
+
+def flash_backend() -> Literal["flash2", "flash3"] | None:
+    """The flash-attn that this process chooses for tensors that it takes, imported; None: it chooses none."""
+    machine = _machine("cuda" if torch.cuda.is_available() else "cpu", None)
+    backend, _ = choose_backend(_choice, machine, torch.bfloat16, MAX_FLASH_HEAD_DIM)
+    _import(backend)
+    return backend if backend in PACKAGES else None
+
+
 @functools.cache
 def _decide(wanted: AttentionBackend, device_type: str, index: int | None, dtype: torch.dtype, head_dim: int) -> str:
     """The backend for such tensors; cached, so that its reason is logged once."""
     backend, reason = choose_backend(wanted, _machine(device_type, index), dtype, head_dim)
+    _import(backend)
     if device_type == "cuda":
         logger.info("attention runs on %s%s", backend, f" ({reason})" if reason else "")
     return backend
@@ -130,12 +146,13 @@ def _backend(x: torch.Tensor, head_dim: int) -> str:
 class PackedKeys(NamedTuple):
     """A key mask as flash-attn's "varlen" functions take it.
 
-    `order` lists the keys [B L] of all samples, those that the mask leaves first and in their order; `kept` says which
-    of them those are. Nothing here waits for the device: there are as many rows as keys, and the last ones, which the
-    mask drops, lie beyond the offsets.
+    `order` lists the keys [B L] of all samples, those that the mask leaves first and in their order; `places` is its
+    inverse: where each key is listed. `kept` says which of the listed ones the mask leaves. Nothing here waits for the
+    device: there are as many rows as keys, and the last ones, which the mask drops, lie beyond the offsets.
     """
 
     order: torch.Tensor
+    places: torch.Tensor
     kept: torch.Tensor
     query_offsets: torch.Tensor  # [B + 1], int32
     key_offsets: torch.Tensor
@@ -148,7 +165,22 @@ def pack_keys(mask_BL: torch.Tensor, queries: int) -> PackedKeys:
     key_offsets = F.pad(mask_BL.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
     order = torch.argsort(~flat, stable=True)
     kept = torch.arange(len(flat), device=device) < key_offsets[-1]
-    return PackedKeys(order, kept, query_offsets, key_offsets)
+    return PackedKeys(order, torch.argsort(order), kept, query_offsets, key_offsets)
+
+
+class _Reordered(torch.autograd.Function):
+    """x[order], whose gradient is a gather as well. That of `index_select` adds up, which a permutation does not need,
+    and by a sort where PyTorch is asked for one order on CUDA."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, order: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return gradient.index_select(0, places), None, None
 
 
 def prepare_mask(mask_BL: torch.Tensor | None, x_BSD: torch.Tensor, head_dim: int) -> torch.Tensor | PackedKeys | None:
@@ -166,7 +198,7 @@ def attend(
     if backend == "sdpa":
         assert not isinstance(mask, PackedKeys), "a mask prepared for flash-attn"
         return _sdpa(q_BSNH, k_BLKH, v_BLKH, mask)
-    module = importlib.import_module(PACKAGES[backend])
+    module = _packages[backend]
     q_BSNH, k_BLKH = q_BSNH.to(v_BLKH.dtype), k_BLKH.to(v_BLKH.dtype)
     deterministic = torch.are_deterministic_algorithms_enabled()  # else its backward adds up in any order
     if mask is None:
@@ -176,7 +208,8 @@ def attend(
     keys = mask if isinstance(mask, PackedKeys) else pack_keys(mask, S)
     # Zeros in place of the dropped keys also stop their gradients, which flash-attn leaves unwritten.
     k, v = (
-        torch.where(keys.kept[:, None, None], x.flatten(0, 1).index_select(0, keys.order), 0) for x in (k_BLKH, v_BLKH)
+        torch.where(keys.kept[:, None, None], _Reordered.apply(x.flatten(0, 1), keys.order, keys.places), 0)
+        for x in (k_BLKH, v_BLKH)
     )
     out = module.flash_attn_varlen_func(
         q_BSNH.flatten(0, 1),

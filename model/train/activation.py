@@ -24,18 +24,19 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts, noop_co
 from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing, FullAC, SelectiveAC
 
 from model import kernels
+from model.attention import PACKAGES, flash_backend
 
 # The choice of experts: plain, and by the Triton kernel.
 CHOICE_OPS = ("aten.topk.default", "nucleus.route.default")
-# Saved besides torchtitan's list; those of packages that are not installed are skipped.
-SAVED_OPS = (
-    *CHOICE_OPS,
-    "aten._scaled_dot_product_flash_attention_for_cpu.default",
-    "aten.baddbmm.default",
-    "flash_attn._flash_attn_forward.default",
-    "flash_attn._flash_attn_varlen_forward.default",
-    "flash_attn_3.fwd.default",
-)
+# Saved besides torchtitan's list.
+SAVED_OPS = (*CHOICE_OPS, "aten._scaled_dot_product_flash_attention_for_cpu.default", "aten.baddbmm.default")
+# The forward pass of flash-attn, by what is chosen.
+FLASH_OPS = {
+    "flash2": ("flash_attn._flash_attn_forward.default", "flash_attn._flash_attn_varlen_forward.default"),
+    "flash3": ("flash_attn_3._flash_attn_forward.default",),
+}
+# All that early releases have: no compiler can tell what shape it returns.
+EARLY_FLASH_OPS = {"flash3": ("flash_attn_3.fwd.default",)}
 
 
 class _OnBlocks(ActivationCheckpointing):
@@ -77,7 +78,8 @@ class SelectiveCheckpointing(_OnBlocks, SelectiveAC):
         pass
 
     def get_save_ops(self) -> set:
-        return super().get_save_ops() | set(_operations(SAVED_OPS))
+        attention = flash_operations("train.activation_checkpointing='selective'", early=True)
+        return super().get_save_ops() | set(_operations(SAVED_OPS)) | set(attention)
 
     def _wrap_block(self, module: torch.nn.Module, *, base_fqn: str | None = None) -> torch.nn.Module:
         saved = list(self.get_save_ops())
@@ -96,6 +98,29 @@ def activation_config(policy: Literal["none", "selective", "full"]) -> Activatio
         return None
     kind = SelectiveCheckpointing if policy == "selective" else FullCheckpointing
     return kind.Config(preserve_rng_state=False)
+
+
+def flash_operations(asked_for: str, early: bool = False) -> list[object]:
+    """The forward pass of the flash-attn that this process chooses; empty if it chooses none.
+
+    Args:
+        asked_for: what cannot do without, for the message.
+        early: early releases will do.
+
+    Raises:
+        ValueError: flash-attn is chosen, of a release that has no such operation.
+    """
+    backend = flash_backend()  # which imports it: its operations exist from then on
+    if backend is None:
+        return []
+    names = FLASH_OPS[backend] + (EARLY_FLASH_OPS.get(backend, ()) if early else ())
+    found = _operations(names)
+    if not found:
+        raise ValueError(
+            f"{asked_for} needs a release of flash-attn whose module {PACKAGES[backend]} has the operation "
+            f"{' or '.join(names)}: install a newer one, or set train.attention_backend='sdpa'"
+        )
+    return found
 
 
 def _operations(names: tuple[str, ...]) -> list[object]:

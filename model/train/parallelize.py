@@ -26,6 +26,7 @@ from torchtitan.distributed import ParallelDims
 
 from model.attention import PackedKeys
 from model.load import own_part
+from model.train.activation import flash_operations
 from model.train.expert_parallel import shard_experts
 from model.transformer import Fill
 
@@ -41,7 +42,11 @@ def parallelize(
     dump_folder: str,
 ) -> torch.nn.Module:
     """Lays the model out over the ranks. With one shard rank weights stay whole, plain tensors: one process, or
-    replicas whose gradients the trainer adds up."""
+    replicas whose gradients the trainer adds up.
+
+    Raises:
+        ValueError: a release of flash-attn that cannot be compiled, or checkpointed, as asked.
+    """
     blocks = model.transformer_blocks
     if parallel_dims.ep_enabled:
         for block in blocks.children():
@@ -50,9 +55,10 @@ def parallelize(
     if ac_config is not None:
         ac_config.build().apply(model)
     if compile_config.enable:
+        flash_operations("train.compile")
         for block in blocks.children():
             block.register_forward_pre_hook(_mark_lengths)
-            block.compile(backend=compile_config.backend)
+            block.compile(backend=compile_config.backend, fullgraph=True)  # else what it cannot compile runs eagerly
     if parallel_dims.dp_shard_enabled:
         _shard(model, parallel_dims, TORCH_DTYPE_MAP[training.mixed_precision_param])
     return model
@@ -66,7 +72,7 @@ def _mark_lengths(block: torch.nn.Module, inputs: tuple) -> None:
     lengths = [(x_BSD, 1), (table_image, 0), (table_text, 0)]
     lengths += [(text[0], 1)] if text_kv is None else [(tensor, 1) for tensor in text_kv]
     if isinstance(mask, PackedKeys):
-        lengths += [(mask.order, 0), (mask.kept, 0)]
+        lengths += [(keys, 0) for keys in (mask.order, mask.places, mask.kept)]
     elif mask is not None:
         lengths.append((mask, 1))
     for tensor, dim in lengths:
