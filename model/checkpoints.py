@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
-from model.storage import filesystem, options
+from model.storage import filesystem, may_pass, options
 
 METADATA = ".metadata"
 _STEP = re.compile(rf"step-(\d+)/{re.escape(METADATA)}")
@@ -134,13 +134,16 @@ def load(state: dict[str, Any], path: str | os.PathLike, *, alone: bool) -> None
 
     Raises:
         ValueError: damaged, or not a checkpoint of these names and shapes; or no checkpoint at all.
+        ConnectionError: it may be whole, and could not be read.
     """
     try:
         with without_warning():
             dcp.load(state, storage_reader=CheckpointReader(path), planner=_LoadPlanner(), no_dist=alone)
     except CheckpointException as error:  # no Exception by its type, and it quotes whole tracebacks
-        reasons = {str(failure).splitlines()[0] for failure, _ in error.failures.values()}
-        raise ValueError(f"{path} cannot be loaded: {'; '.join(sorted(reasons))}") from error
+        failures = [failure for failure, _ in error.failures.values()]
+        reasons = {(str(failure) or type(failure).__name__).splitlines()[0] for failure in failures}
+        kind = ConnectionError if any(may_pass(failure) for failure in failures) else ValueError
+        raise kind(f"{path} cannot be loaded: {'; '.join(sorted(reasons))}") from error
 
 
 @contextmanager

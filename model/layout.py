@@ -15,6 +15,9 @@ LAYOUT_KEYS = frozenset(
     + ("local_batch_size", "activation_checkpointing", "compile", "deterministic")
     + ("attention_backend", "kernels", "muon_implementation", "latents")
 )
+# And what says how it reads, saves and tells.
+KEEPING_KEYS = frozenset(("async_checkpoint", "checkpoint_uri", "num_workers", "log_every_steps"))
+FREE_KEYS = LAYOUT_KEYS | KEEPING_KEYS
 
 
 class Layout(NamedTuple):

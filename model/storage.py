@@ -6,6 +6,7 @@ are botocore's own (AWS_ENDPOINT_URL, ...), or Flyte's (FLYTE_AWS_ENDPOINT, FLYT
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Sequence
@@ -18,10 +19,18 @@ if TYPE_CHECKING:
 
 READ_ATTEMPTS, FIRST_WAIT_S = 5, 1.0  # waits that double: 15 s in all, besides s3fs's and botocore's own attempts
 PERMANENT = (FileNotFoundError, PermissionError)
+CLIENTS = ("botocore", "aiobotocore", "aiohttp")  # of s3fs, which lets some of their errors through
 
 
 def is_remote(path: str | os.PathLike) -> bool:
     return "://" in str(path)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether it is a fault of a disk, a network or an object store that another attempt need not meet."""
+    if isinstance(error, OSError):
+        return not isinstance(error, PERMANENT) and error.errno != errno.ENOSPC
+    return type(error).__module__.split(".")[0] in CLIENTS
 
 
 def options(path: str | os.PathLike) -> dict[str, Any]:

@@ -37,6 +37,11 @@ TRAIN_NPROC = int(os.environ.get("NUCLEUS_TRAIN_NPROC", "1"))
 REGISTERED = {"NUCLEUS_TRAIN_NNODES": str(TRAIN_NNODES), "NUCLEUS_TRAIN_NPROC": str(TRAIN_NPROC)}
 # After SIGTERM to a node's pod: for the step under way and its checkpoint, before the workers are killed.
 TRAIN_GRACE_S = int(os.environ.get("NUCLEUS_TRAIN_GRACE_S", "300"))
+# Attempts beyond the first at a training stage, each from the last checkpoint. Flyte counts here what the task itself
+# calls recoverable (SIGTERM and with it each preemption, faults) and each PyTorchJob that fails, but not a single pod
+# that ends without a word, as its node does: that is Propeller's max-node-retries-system-failures (3 by default, the
+# last on a node that is not interruptible). Two weeks of a preemption every four hours are 84.
+TRAIN_RETRIES = int(os.environ.get("NUCLEUS_TRAIN_RETRIES", "100"))
 REPORT_S = 30  # from there to the pod's end: the agent writes the error that Flyte retries
 
 
@@ -89,10 +94,14 @@ def trainer() -> dict[str, Any]:
     node that it takes back less than either.
     """
     gpus = _gpus(TRAIN_NPROC)
-    options = {"container_image": image("trainer"), "retries": 10, "interruptible": True}
+    options = {"container_image": image("trainer"), "retries": TRAIN_RETRIES, "interruptible": True}
     options |= _sized("96" if gpus else "2", 1024 if gpus else 8, gpu=gpus)
+    environment = {}
     if gpus:
         options["accelerator"] = H100
+        # Shapes change from step to step: in segments of fixed size, freed memory would lie about in parts too small
+        # for the next. Set it when registering for something else; an image's PYTORCH_CUDA_ALLOC_CONF goes before it.
+        environment["PYTORCH_ALLOC_CONF"] = os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if TRAIN_NNODES * TRAIN_NPROC > 1:
         # Imports torch: only registrations that ask for several processes pay for it.
         from flytekit import PodTemplate
@@ -104,11 +113,11 @@ def trainer() -> dict[str, Any]:
         options["shared_memory"] = "64Gi"
         pod = V1PodSpec(containers=[], termination_grace_period_seconds=TRAIN_GRACE_S + REPORT_S)
         options["pod_template"] = PodTemplate(pod_spec=pod)
-        options["environment"] = REGISTERED | {
+        environment |= REGISTERED | {
             "NUCLEUS_TRAIN_GRACE_S": str(TRAIN_GRACE_S),
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(TRAIN_GRACE_S),
         }
-    return options
+    return options | {"environment": environment}
 
 
 def _gpus(count: int) -> int:

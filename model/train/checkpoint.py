@@ -37,6 +37,7 @@ from torchtitan.tools.utils import device_module
 from model import checkpoints, storage
 from model.checkpoints import finished_checkpoints
 from model.config import TrainConfig
+from model.train.guard import Diverged
 from model.train.metrics import METRICS
 
 CHECKPOINTS = "checkpoints"
@@ -169,7 +170,7 @@ class StageCheckpointer(CheckpointManager):
         """A checkpoint of weights that are not finite would be loaded again and again.
 
         Raises:
-            RuntimeError: they are not, on some rank.
+            Diverged: they are not, on some rank.
         """
         tensors = [tensor for tensor in self.states[MODEL].state_dict().values() if tensor.is_floating_point()]
         local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
@@ -178,7 +179,7 @@ class StageCheckpointer(CheckpointManager):
         if not self.alone:
             dist.all_reduce(bad)
         if bad.item():
-            raise RuntimeError(f"the weights are not finite after step {step}: nothing was saved")
+            raise Diverged(f"the weights are not finite after step {step}: nothing was saved")
 
     def _size_bytes(self) -> int:
         """About the size of a full checkpoint: weights, momentum and two moments at most."""

@@ -14,6 +14,10 @@ from model.config import SkipConfig
 _EMPTY = math.inf  # of a window that is not full yet; a skipped step is nan, an accepted loss is finite
 
 
+class Diverged(RuntimeError):
+    """The numbers are bad, not the machine: from the last checkpoint, the same steps would end the same."""
+
+
 class LossGuard:
     """Judges every step by its global loss and gradient norm, which are the same on every rank, so that all agree.
 

@@ -38,7 +38,7 @@ from model.checkpoints import finished_checkpoints, last_checkpoint
 from model.config import StageConfig, TrainConfig, TransformerConfig
 from model.export import released_weights
 from model.latents import read_meta
-from model.layout import LAYOUT_KEYS
+from model.layout import FREE_KEYS
 from model.load import load_weights
 from model.train.checkpoint import CHECKPOINTS, WEIGHTS, checkpoint_root
 from model.train.config import stage_transformer, trainer_config
@@ -48,7 +48,6 @@ from model.train.trainer import SAMPLES
 
 MANIFEST = "manifest.json"  # of a sealed directory
 REPORT = "report.json"
-KEEPING_KEYS = ("async_checkpoint", "checkpoint_uri", "num_workers")  # how it reads and saves, not what
 VISIBLE_WITHIN_S = 10.0  # another node's writes on a network file system, which may be slow to show them
 SampleFn = Callable[[torch.nn.Module, int, Path], Any]
 
@@ -83,7 +82,7 @@ def train_stage(
 
     Raises:
         ValueError: latents, configuration and work_dir do not fit together.
-        RuntimeError: too many steps were skipped (train.skip).
+        Diverged: too many steps were skipped (train.skip), or weights are not finite.
         ConnectionError: latents that are streamed cannot be reached.
         Preempted: SIGTERM; call it again to go on.
     """
@@ -194,7 +193,7 @@ def _claim(
     """Writes down what this directory trains, or compares it with what was written."""
     run = {
         "transformer": transformer.model_dump(mode="json"),
-        "train": train.model_dump(mode="json", exclude={"stages", *LAYOUT_KEYS, *KEEPING_KEYS}),
+        "train": train.model_dump(mode="json", exclude={"stages", *FREE_KEYS}),
         "stage": stage.model_dump(mode="json"),
         "latents": _content(latents_dir),
         "init_from": _content(Path(init_checkpoint)) if init_checkpoint else None,
@@ -202,6 +201,7 @@ def _claim(
     path = storage.join(root, "run.json")
     if (claimed := storage.read_bytes(path)) is not None:
         known = json.loads(claimed)
+        known["train"] = {key: value for key, value in known["train"].items() if key not in FREE_KEYS}
         differing = [name for name in run if known.get(name) != run[name]]
         if differing:
             raise ValueError(

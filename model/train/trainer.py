@@ -30,7 +30,7 @@ from model.config import StageConfig, TrainConfig
 from model.kernels import use_kernels
 from model.latents import Batch
 from model.moe import held
-from model.train.guard import LossGuard
+from model.train.guard import Diverged, LossGuard
 from model.train.parallelize import lies_whole
 from model.train.preemption import Preempted, StopFlag, sigterm_sets
 from model.transformer import RouterTrace
@@ -167,7 +167,7 @@ class NucleusTrainer(Trainer):
         optimisers as they are, and has no line in the metrics; the schedule and the sample order go on.
 
         Raises:
-            RuntimeError: too many steps were skipped.
+            Diverged: too many steps were skipped.
         """
         self.optimizers.zero_grad()
         learning_rates = self.lr_schedulers.get_metrics()
@@ -226,7 +226,7 @@ class NucleusTrainer(Trainer):
         if torch.distributed.get_rank() == 0:
             path.write_text(json.dumps({"step": self.step, "reason": reason, "record_ids": ids}) + "\n")
         named = ", ".join(ids[:NAMED_IDS]) + (f" and {len(ids) - NAMED_IDS} more, in {path}" if ids[NAMED_IDS:] else "")
-        raise RuntimeError(
+        raise Diverged(
             f"stage {config.stage.name}: {reason} at step {self.step}; {window} (train.skip.max_skipped="
             f"{config.train.skip.max_skipped}). Lower train.optim.muon_lr and adamw_lr, lengthen warmup_steps, or look "
             f"at the records of this batch: {named}"

@@ -1,9 +1,15 @@
 """One training stage. Retries and restarts go on from the last checkpoint; SIGTERM makes one and asks for a retry, if
-the grace time lets it (`envs.trainer` says how long that is)."""
+the grace time lets it (`envs.trainer` says how long that is). So do faults of machines and networks (`faults`).
+
+Flyte caches by the whole section: with other ranks, or another cadence of logs, it calls the task again. That goes on
+with the same work, or hands on again what it made, as long as nothing of what is trained is another.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional
 
@@ -16,27 +22,45 @@ from tasks.artifacts import CheckpointsDir, ComponentsDir, LatentsDir, fetch, he
 from tasks.planning.sections import TrainStage
 
 
+@contextlib.contextmanager
+def retried() -> Iterator[None]:
+    """Flyte retries what is recoverable, and nothing else that a task raises."""
+    from torch.distributed.checkpoint.api import CheckpointException  # no Exception by its type
+
+    from tasks.training.faults import comes_again
+
+    try:
+        yield
+    except FlyteRecoverableException:
+        raise
+    except (Exception, CheckpointException) as error:
+        if not comes_again(error):
+            raise FlyteRecoverableException(f"{type(error).__name__}: {error}") from error
+        if isinstance(error, CheckpointException):
+            raise RuntimeError(str(error)) from error
+        raise
+
+
 @task(cache=envs.cache("training"), enable_deck=True, **envs.trainer())
 def train_stage(
     latents: LatentsDir, components: ComponentsDir, stage: TrainStage, init: Optional[CheckpointsDir] = None
 ) -> CheckpointsDir:
     """Trains one stage from the last checkpoint of the stage before, or from scratch."""
-    from torch.distributed import DistError
-
-    from model.train.preemption import Preempted
+    from model.layout import FREE_KEYS
     from model.train.run import prune_run, train_stage as run
     from tasks.training import figures, samples
 
-    latents_path, components_path = fetch(latents), fetch(components)
-    parents = [latents_path, components_path]
-    init_path = None
-    if init is not None:
-        init_path = fetch(init)
-        parents.append(init_path)
-    work_dir = work_path(stage.stage.name, "training", stage.model_dump(mode="json"), parents)
+    with retried():
+        latents_path, components_path = fetch(latents), fetch(components)
+        parents = [latents_path, components_path]
+        init_path = None
+        if init is not None:
+            init_path = fetch(init)
+            parents.append(init_path)
+        trained = stage.model_dump(mode="json", exclude={"train": set(FREE_KEYS)})
+        work_dir = work_path(stage.stage.name, "training", trained, parents)
 
-    def train(out: Path) -> dict:
-        try:
+        def train(out: Path) -> dict:
             return run(
                 latents_path,
                 stage.model,
@@ -47,15 +71,12 @@ def train_stage(
                 out_dir=out,
                 sample_fn=samples.sampler(components_path, latents_path, stage),
             )
-        except (Preempted, DistError) as error:  # or other ranks are gone
-            # Flyte retries what is recoverable, and nothing else that a task raises.
-            raise FlyteRecoverableException(str(error)) from error
 
-    if int(os.environ.get("RANK", "0")):
-        train(work_dir)
-        return FlyteDirectory(str(work_dir), remote_directory=False)  # rank 0's is the one that Elastic hands on
-    with held(work_dir):
-        artifact, final, _ = produce("checkpoints", train, parents=parents, config=stage)
-        prune_run(stage.train, work_dir)
-    Deck(f"Training {stage.stage.name}", figures.training_html(Path(final)))
-    return artifact
+        if int(os.environ.get("RANK", "0")):
+            train(work_dir)
+            return FlyteDirectory(str(work_dir), remote_directory=False)  # rank 0's is the one that Elastic hands on
+        with held(work_dir):
+            artifact, final, _ = produce("checkpoints", train, parents=parents, config=stage)
+            prune_run(stage.train, work_dir)
+        Deck(f"Training {stage.stage.name}", figures.training_html(Path(final)))
+        return artifact

@@ -96,7 +96,7 @@ def test_training_asks_for_accelerators_and_may_be_preempted(specs):
 
 def test_training_on_several_nodes_is_a_job_whose_pods_find_the_same_task_and_have_time_to_save(tmp_path):
     asked = {"NUCLEUS_TRAIN_NNODES": "8", "NUCLEUS_TRAIN_NPROC": "4", "NUCLEUS_TRAIN_GRACE_S": "120"}
-    specs = package(tmp_path / "package.tgz", **asked)
+    specs = package(tmp_path / "package.tgz", **asked, NUCLEUS_TRAIN_RETRIES="7")
     planner = specs["tasks.planning.task.resolve_recipe"].template.container
     template = specs["tasks.training.task.train_stage"].template
     assert template.type == "pytorch"
@@ -105,7 +105,8 @@ def test_training_on_several_nodes_is_a_job_whose_pods_find_the_same_task_and_ha
     pod = MessageToDict(template.k8s_pod.pod_spec)
     (container,) = pod["containers"]
     environment = {entry["name"]: entry["value"] for entry in container["env"]}
-    assert environment.items() >= asked.items()
+    assert environment.items() >= asked.items() and template.metadata.retries.retries == 7
+    assert environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert {entry.key: entry.value for entry in planner.env}.items() >= dict(list(asked.items())[:2]).items()
     assert environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "120" and pod["terminationGracePeriodSeconds"] > 120
     assert container["image"] == "registry.example/trainer:v1"

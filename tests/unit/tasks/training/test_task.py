@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from types import ModuleType
 
 import pytest
+import torch
+from botocore.exceptions import EndpointConnectionError
+from flytekit.exceptions.system import FlyteDownloadDataException
 from flytekit.exceptions.user import FlyteRecoverableException
 from flytekit.types.directory import FlyteDirectory
+from torch.distributed import DistError
+from torch.distributed.checkpoint.api import CheckpointException
 
+from model.train.guard import Diverged
 from model.train.preemption import Preempted
 from tasks.artifacts import UserError, home
 from tasks.manifest import load_manifest, seal
@@ -35,10 +42,10 @@ def stage(tmp_path, monkeypatch):
         (tmp_path / kind / "file").write_text(kind)
         seal(tmp_path / kind, kind)
         inputs[kind] = FlyteDirectory(str(tmp_path / kind))
-    config = section(load_recipe("smoke"), 0)
 
-    def call(train_stage):
+    def call(train_stage, *overrides):
         run.train_stage = train_stage
+        config = section(load_recipe("smoke", overrides), 0)
         return task.train_stage.task_function(stage=config, **inputs), run.pruned
 
     return call
@@ -51,6 +58,57 @@ def test_sigterm_is_an_error_that_flyte_retries(stage):
     with pytest.raises(FlyteRecoverableException, match="SIGTERM after step 7"):
         stage(preempted)
     assert not [path for path in (home() / "artifacts" / "checkpoints").iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (lambda: DistError("NCCL error: remote process exited"), False),
+        (lambda: RuntimeError("CUDA error: uncorrectable ECC error encountered"), False),
+        (lambda: torch.AcceleratorError("CUDA error: unspecified launch failure"), False),
+        (lambda: OSError(errno.EIO, "Input/output error"), False),
+        (lambda: TimeoutError("read timed out"), False),
+        (lambda: EndpointConnectionError(endpoint_url="http://store"), False),
+        (lambda: FlyteDownloadDataException("s3://bucket/latents: connection reset"), False),
+        (lambda: CheckpointException("write", {1: (ConnectionResetError("reset by peer"), None)}), False),
+        (lambda: CheckpointException("write", {0: (RuntimeError("?"), None), 1: (KeyError("name"), None)}), True),
+        (lambda: UserError("train.init_from: no such repository"), True),
+        (lambda: ValueError("the latents need model.in_channels=16"), True),
+        (lambda: TypeError("a bug"), True),
+        (lambda: FileNotFoundError(errno.ENOENT, "No such file", "weights"), True),
+        (lambda: OSError(errno.ENOSPC, "No space left on device"), True),
+        (lambda: torch.OutOfMemoryError("CUDA out of memory"), True),
+        (lambda: Diverged("3 of the last 10 steps were skipped"), True),
+    ],
+    ids=lambda value: type(value()).__name__ if callable(value) else None,
+)
+def test_faults_of_machines_and_networks_are_retried_and_what_would_come_again_is_not(stage, error, again):
+    def fails(*_, **__):
+        raise error()
+
+    with pytest.raises(Exception) as caught:
+        stage(fails)
+    assert isinstance(caught.value, FlyteRecoverableException) != again, caught.value
+
+
+def test_a_stage_keeps_its_place_when_only_how_it_is_trained_changes(stage):
+    places = []
+
+    def place(*overrides):
+        def note(*_, work_dir, **__):
+            places.append(work_dir)
+            raise Preempted("enough")
+
+        with pytest.raises(FlyteRecoverableException):
+            stage(note, *overrides)
+        return places[-1]
+
+    first = place()
+    for change in ("nproc_per_node=2", "nnodes=2", "local_batch_size=1", "compile=true", "num_workers=2"):
+        assert place(f"train.{change}") == first, change
+    assert place("train.log_every_steps=3", "train.checkpoint_uri=s3://bucket/runs") == first
+    for change in ("optim.muon_lr=0.123", "seed=5", "sample_every_steps=3", "stages[0].steps=77", "dtype=bfloat16"):
+        assert place(f"train.{change}") != first, change
 
 
 def test_a_run_is_pruned_once_its_artifact_is_sealed(stage):
