@@ -271,6 +271,7 @@ class TrainConfig(Section):
     seed: int = 0
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     optim: OptimConfig
+    carry_optimizer: bool = True  # a stage goes on with the optimiser state and rate of the one before; no new warm-up
     losses: LossConfig = LossConfig()
     timesteps: TimestepConfig = TimestepConfig()
     caption_dropout: Fraction = 0.1
@@ -279,6 +280,7 @@ class TrainConfig(Section):
     local_batch_size: Positive | None = None  # most per rank and accumulation step; None: global batch / ranks
     checkpoint_every_steps: Positive = 500
     keep_checkpoints: Positive = 16
+    keep_full_checkpoints: Positive = 2  # of those to resume from; one needs the least room, more allow a look back
     async_checkpoint: bool = False  # written in the background while training goes on
     checkpoint_uri: str | None = None  # s3://bucket/prefix or a folder, for all runs; None: the run's own work_dir
     skip: SkipConfig = SkipConfig()

@@ -16,7 +16,9 @@ LAYOUT_KEYS = frozenset(
     + ("attention_backend", "kernels", "muon_implementation", "latents")
 )
 # And what says how it reads, saves and tells.
-KEEPING_KEYS = frozenset(("async_checkpoint", "checkpoint_uri", "num_workers", "log_every_steps"))
+KEEPING_KEYS = frozenset(
+    ("async_checkpoint", "checkpoint_uri", "keep_full_checkpoints", "num_workers", "log_every_steps")
+)
 FREE_KEYS = LAYOUT_KEYS | KEEPING_KEYS
 
 

@@ -25,7 +25,7 @@ from tasks.trace import Node, walk
 
 FINAL = 0.1  # of the last stage's steps: their mean is its final loss
 HOW = LAYOUT_KEYS | {"keep_checkpoints", "log_every_steps", "sample_every_steps", "sample_prompts", "num_workers"}
-HOW |= {"async_checkpoint", "checkpoint_uri"}
+HOW |= {"async_checkpoint", "checkpoint_uri", "keep_full_checkpoints"}
 
 
 @dataclass

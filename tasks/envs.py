@@ -23,7 +23,7 @@ CACHE_VERSIONS = {
     "curation": "2",
     "components": "1",
     "encoding": "1",
-    "training": "2",
+    "training": "3",
     "merging": "1",
     "evaluation": "1",
     "publishing": "1",

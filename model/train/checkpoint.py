@@ -1,11 +1,13 @@
-"""Two kinds of DCP checkpoints, in a run's folder or in S3, written at once or in the background.
+"""Three kinds of DCP checkpoints, in a run's folder or in S3, written at once or in the background.
 
-    ROOT/checkpoints/step-{n}         everything that resuming needs; only the last two are kept
+    ROOT/checkpoints/step-{n}         everything that resuming needs; the last `keep_full`
     ROOT/weights/step-{n:08d}         the model alone; the last `keep_weights` are what a stage hands on and WSM merges
+    ROOT/optimizer/step-{n:08d}       of the last step, for a stage that goes on: optimiser state and schedule alone
 
-ROOT is the run's work_dir, or {train.checkpoint_uri}/{name of the work_dir}. The weights are written first: where a
-full checkpoint exists at the cadence, its weights do too. Both are copied off the device before the next step; with
-`async_mode` a thread writes them while training goes on, and a save begins only when the one before is finished.
+ROOT is the run's work_dir, or {train.checkpoint_uri}/{name of the work_dir}. The full one is written last: where it
+exists at the cadence, the others do too. All are copied off the device before the next step; with `async_mode` a thread
+writes them while training goes on, and a save begins only when the one before is finished. Older ones are removed when
+it is, so that one full checkpoint is enough to resume from whenever a run is killed.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpointer import CheckpointManager
-from torchtitan.components.checkpointer.base import MODEL
+from torchtitan.components.checkpointer.base import LR_SCHEDULER, MODEL, OPTIMIZER
 from torchtitan.components.checkpointer.dcp import AsyncMode
 from torchtitan.tools.utils import device_module
 
@@ -42,6 +44,7 @@ from model.train.metrics import METRICS
 
 CHECKPOINTS = "checkpoints"
 WEIGHTS = "weights"
+CARRIED = (OPTIMIZER, LR_SCHEDULER)  # what lies in ROOT/optimizer
 CLOSE_TIMEOUT_S = 60
 
 
@@ -54,7 +57,7 @@ def checkpoint_root(train: TrainConfig, work_dir: Path) -> str:
 
 
 class StageCheckpointer(CheckpointManager):
-    """torchtitan's checkpoint manager, which besides keeps the weights of the last checkpoints.
+    """torchtitan's checkpoint manager, which besides keeps what a stage hands on: weights, and the optimiser state.
 
     torchtitan's own way of saving asynchronously (dcp.async_save) makes a save of one state; here two follow each
     other from one copy, and must not overlap, since their collectives share a process group.
@@ -62,14 +65,18 @@ class StageCheckpointer(CheckpointManager):
 
     @dataclass(kw_only=True, slots=True)
     class Config(CheckpointManager.Config):
+        keep_full: int = 2
         keep_weights: int = 16
+        optimizer_from: str | None = None
+        hand_on_optimizer: bool = False
 
     def __init__(self, config: Config, *, base_folder: str = "", **kwargs: Any):
         super().__init__(config, base_folder=base_folder, **kwargs)
         self.root = os.path.dirname(self.folder)
-        self.weights_folder = storage.join(self.root, WEIGHTS)
+        self.weights_folder, self.optimizer_folder = (storage.join(self.root, name) for name in (WEIGHTS, OPTIMIZER))
         self.work_dir = Path(base_folder)
-        self.keep_weights = config.keep_weights
+        self.keep_full, self.keep_weights = config.keep_full, config.keep_weights
+        self.optimizer_from, self.hand_on_optimizer = config.optimizer_from, config.hand_on_optimizer
         self.alone = dist.get_world_size() == 1
         self.saved_step = -1
 
@@ -96,15 +103,21 @@ class StageCheckpointer(CheckpointManager):
             return False
         self.maybe_wait_for_saving()
         self._check_finite(curr_step)
-        weights = storage.join(self.weights_folder, f"step-{curr_step:08d}")
-        states = [(self.states[MODEL].state_dict(), weights), (self._full_state(), self._create_checkpoint_id(curr_step))]
-        if self.async_mode == AsyncMode.DISABLED or last_step:
+        weights, optimizer = (
+            storage.join(folder, f"step-{curr_step:08d}") for folder in (self.weights_folder, self.optimizer_folder)
+        )
+        full, path = self._full_state(), self._create_checkpoint_id(curr_step)
+        background = self.async_mode != AsyncMode.DISABLED and not last_step
+        if background:
+            full = BlockingAsyncStager().stage(full)
+        states = [({name: full[name] for name in self.states[MODEL].state_dict()}, weights), (full, path)]
+        if last_step and self.hand_on_optimizer:
+            states.insert(1, ({name: full[name] for name in CARRIED}, optimizer))
+        if background:
+            self.save_future = self._in_background(states)
+        else:
             self._write(states)
             self._prune(curr_step)
-        else:
-            full = BlockingAsyncStager().stage(states[1][0])
-            states = [({name: full[name] for name in states[0][0]}, weights), (full, states[1][1])]
-            self.save_future = self._in_background(states)
         self.saved_step = curr_step
         return True
 
@@ -186,7 +199,7 @@ class StageCheckpointer(CheckpointManager):
         return 3 * sum(v.numel() * v.element_size() for v in self.states[MODEL].state_dict().values())
 
     def _load(self, step: int = -1) -> bool:
-        """Loads the last finished checkpoint of this run, else the weights that the stage starts from."""
+        """Loads the last finished checkpoint of this run, else what the stage starts from: weights, optimiser state."""
         last = [max(finished_checkpoints(self.folder), default=0) if step == -1 else step]
         if not self.alone:
             dist.broadcast_object_list(last)  # a node that sees another folder must fail, not start from the beginning
@@ -195,6 +208,8 @@ class StageCheckpointer(CheckpointManager):
             self.dcp_load(self._states_to_load(model_only=False), self._create_checkpoint_id(resumed))
         elif self.initial_load_path:
             self.dcp_load(self._states_to_load(model_only=True), self.initial_load_path)
+            if self.optimizer_from:
+                checkpoints.load({name: self.states[name] for name in CARRIED}, self.optimizer_from, alone=self.alone)
         self._prune(resumed)
         return bool(resumed or self.initial_load_path)
 
@@ -203,7 +218,8 @@ class StageCheckpointer(CheckpointManager):
         `step` (of a run that was cut off), or half written; only then, so that there is always a whole one."""
         if dist.get_rank() != 0:
             return
-        for folder, keep in ((self.folder, self.keep_latest_k), (self.weights_folder, self.keep_weights)):
+        keeping = ((self.folder, self.keep_full), (self.weights_folder, self.keep_weights), (self.optimizer_folder, 1))
+        for folder, keep in keeping:
             finished = [path for n, path in finished_checkpoints(folder).items() if n <= step]
             for path in set(storage.children(folder)) - set(finished[-keep:]):
                 storage.remove(path)

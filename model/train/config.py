@@ -44,6 +44,8 @@ def trainer_config(
     latents_uri: str | None = None,
     work_dir: Path,
     init_from: Path | None,
+    optimizer_from: Path | None = None,
+    hand_on_optimizer: bool = False,
     ranks: int,
     sample_fn: Callable[..., Any] | None = None,
 ) -> NucleusTrainer.Config:
@@ -52,6 +54,8 @@ def trainer_config(
     Args:
         latents_uri: where the safetensors of `latents_dir` lie, to be read by ranges; None: in latents_dir, to be mapped.
         init_from: a finished checkpoint whose weights the stage starts from.
+        optimizer_from: the optimiser state of that step, to go on with.
+        hand_on_optimizer: the stage keeps that of its last step for the next.
         ranks: processes in all; they share the global batch.
 
     Raises:
@@ -106,8 +110,11 @@ def trainer_config(
             initial_load_path=str(Path(init_from).resolve()) if init_from else None,
             initial_load_model_only=init_from is not None,
             last_save_model_only=False,
-            keep_latest_k=2,
+            keep_latest_k=0,  # torchtitan's way of removing older ones, which allows no single one
+            keep_full=train.keep_full_checkpoints,
             keep_weights=train.keep_checkpoints,
+            optimizer_from=str(Path(optimizer_from).resolve()) if optimizer_from else None,
+            hand_on_optimizer=hand_on_optimizer,
             async_mode="async" if train.async_checkpoint else "disabled",
         ),
         metrics=StageMetrics.Config(

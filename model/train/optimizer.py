@@ -110,10 +110,14 @@ class WarmupStable(LRSchedulersContainer):
         """Learning rates as `lr/Muon` and `lr/AdamW`, in every layout."""
         return {re.sub("Sharded|Dist", "", name): value for name, value in super().get_metrics().items()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Steps so far, those of stages that it carries on included: a tensor, as all that a stage hands on."""
+        return {key: torch.tensor(value) for key, value in super().state_dict().items()}
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch: get_lr() outside of step()
-            super().load_state_dict(state_dict)
+            super().load_state_dict({key: int(value) for key, value in state_dict.items()})
         for scheduler in self.schedulers:  # the rates are not in a checkpoint: see `NucleusOptimizers.state_dict`
             for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr()):
                 group["lr"] = rate

@@ -2,19 +2,23 @@
 
     work_dir/                            stays between attempts
       run.json                           what is trained here; another configuration is refused
-      checkpoints/step-{n}/              to resume from (the last two); gone once the stage is sealed (`prune_run`)
+      checkpoints/step-{n}/              to resume from (the last keep_full_checkpoints); gone once the stage is sealed
+                                         (`prune_run`)
       weights/step-{n:08d}/              the model alone (the last keep_checkpoints)
+      optimizer/step-{n:08d}/            of the last step, if another stage goes on: optimiser state and schedule alone
       metrics.jsonl tensorboard/ samples/
       skipped.json                       of a run that skipped too many steps: the last one's records
       report.json                        when the stage is done, by the attempt that finished it
     out_dir/                             filled when the stage is done
-      step-{n:08d}/ metrics.jsonl tensorboard/ samples/ report.json
+      step-{n:08d}/ optimizer/ metrics.jsonl tensorboard/ samples/ report.json
 
-With train.checkpoint_uri, run.json, both kinds of checkpoints, report.json and a copy of metrics.jsonl lie there, below
-the name of the work_dir: a pod that starts on another node finds all it needs but the TensorBoard and sample files.
+With train.checkpoint_uri, run.json, all checkpoints, report.json and a copy of metrics.jsonl lie there, below the name
+of the work_dir: a pod that starts on another node finds all it needs but the TensorBoard and sample files.
 
-Between stages only the model is carried: optimiser state starts afresh, and so does the warm-up, since moments
-gathered at one resolution and capacity factor say little about another's gradients.
+A stage goes on from the one before with its weights, and with train.carry_optimizer with its momentum, moments and
+learning rate too, as if one training went on; without, it begins with a warm-up of its own. Its data, their order and
+noise, the counts of its steps and images, and the window in which `LossGuard` looks for spikes are always its own:
+losses at another resolution and capacity lie elsewhere.
 """
 
 from __future__ import annotations
@@ -34,13 +38,13 @@ import torch
 import torch.distributed as dist
 
 from model import storage
-from model.checkpoints import finished_checkpoints, last_checkpoint
+from model.checkpoints import METADATA, finished_checkpoints, last_checkpoint
 from model.config import StageConfig, TrainConfig, TransformerConfig
 from model.export import released_weights
 from model.latents import read_meta
 from model.layout import FREE_KEYS
 from model.load import load_weights
-from model.train.checkpoint import CHECKPOINTS, WEIGHTS, checkpoint_root
+from model.train.checkpoint import CHECKPOINTS, OPTIMIZER, WEIGHTS, checkpoint_root
 from model.train.config import stage_transformer, trainer_config
 from model.train.metrics import METRICS, TENSORBOARD
 from model.train.spec import count_parameters
@@ -48,6 +52,7 @@ from model.train.trainer import SAMPLES
 
 MANIFEST = "manifest.json"  # of a sealed directory
 REPORT = "report.json"
+HANDED_ON = {"checkpoints": WEIGHTS, "optimizer": OPTIMIZER}  # the steps of each, in the report
 VISIBLE_WITHIN_S = 10.0  # another node's writes on a network file system, which may be slow to show them
 SampleFn = Callable[[torch.nn.Module, int, Path], Any]
 
@@ -62,6 +67,7 @@ def train_stage(
     out_dir: str | Path,
     sample_fn: SampleFn | None = None,
     latents_uri: str | None = None,
+    hand_on_optimizer: bool = False,
 ) -> dict[str, Any]:
     """Trains stage `stage_index` of `train`.
 
@@ -75,6 +81,7 @@ def train_stage(
             eval mode without gradients, on every rank; it writes an image to `path` and draws its random numbers
             from generators of its own.
         latents_uri: with train.latents "stream", where the safetensors of latents_dir lie; None: in latents_dir.
+        hand_on_optimizer: out_dir also gets what the next stage needs if it has train.carry_optimizer.
 
     Returns:
         the report. out_dir/report.json is that of the attempt which finished the training: filled again from the same
@@ -94,7 +101,8 @@ def train_stage(
     work_dir.mkdir(parents=True, exist_ok=True)
     root = checkpoint_root(train, work_dir)
     storage.check_writable_place(root)
-    _claim(root, latents_dir, transformer, train, stage, init_checkpoint)
+    carried = _optimizer_of(init_checkpoint) if init_checkpoint and train.carry_optimizer else None
+    _claim(root, latents_dir, transformer, train, stage, init_checkpoint, carried, hand_on_optimizer)
     if (done := _done(root)) is not None:
         if _rank() == 0:
             _fill(root, work_dir, out_dir, done)
@@ -112,12 +120,15 @@ def train_stage(
             latents_uri=(latents_uri or str(latents_dir)) if train.latents == "stream" else None,
             work_dir=work_dir,
             init_from=init_checkpoint,
+            optimizer_from=carried,
+            hand_on_optimizer=hand_on_optimizer,
             ranks=dist.get_world_size(),
             sample_fn=sample_fn,
         )
         trainer = config.build()
         if released is not None:
             load_weights(trainer.model, released)  # a checkpoint to resume from comes after it, and wins
+        trainer.metrics_processor.note(_told_start(train, init_checkpoint, carried))
         try:
             resumed_from = trainer.train()
         finally:
@@ -138,7 +149,7 @@ def train_stage(
             "ranks": dist.get_world_size(),
             "device": trainer.device.type,
             "torch": torch.__version__,
-            "checkpoints": list(finished_checkpoints(storage.join(root, WEIGHTS))),
+            **{name: list(finished_checkpoints(storage.join(root, folder))) for name, folder in HANDED_ON.items()},
         }
         done = (json.dumps(report, indent=2) + "\n").encode()
         if dist.get_rank() == 0:
@@ -150,8 +161,8 @@ def train_stage(
 
 
 def prune_run(train: TrainConfig, work_dir: str | Path) -> None:
-    """Drops what only resuming needs, once out_dir is safe. A lost out_dir can still be filled again: from the weights,
-    which take no room of their own beside an out_dir of hard links."""
+    """Drops what only resuming needs, once out_dir is safe. A lost out_dir can still be filled again: from what is
+    handed on, which takes no room of its own beside an out_dir of hard links."""
     root = checkpoint_root(train, Path(work_dir))
     if _done(root) is not None:
         storage.remove(storage.join(root, CHECKPOINTS))
@@ -160,9 +171,39 @@ def prune_run(train: TrainConfig, work_dir: str | Path) -> None:
 def _done(root: str) -> bytes | None:
     """The report of a run that is finished and has all that it hands on."""
     report = storage.read_bytes(storage.join(root, REPORT))
-    if report is None or json.loads(report)["checkpoints"] != list(finished_checkpoints(storage.join(root, WEIGHTS))):
+    if report is None:
         return None
-    return report
+    told = json.loads(report)
+    whole = all(told[name] == list(finished_checkpoints(storage.join(root, kind))) for name, kind in HANDED_ON.items())
+    return report if whole else None
+
+
+def _optimizer_of(checkpoint: str | Path) -> Path:
+    """The optimiser state that a stage handed on beside its last weights.
+
+    Raises:
+        ValueError: there is none.
+    """
+    weights = Path(checkpoint)
+    found = weights.parent / OPTIMIZER / weights.name
+    if not (found / METADATA).is_file():
+        raise ValueError(
+            f"train.carry_optimizer=true goes on with the optimiser state of the stage before, but {found} is not "
+            "there: train that stage again with the same key, or set train.carry_optimizer=false for a warm-up of this "
+            "stage's own"
+        )
+    return found
+
+
+def _told_start(train: TrainConfig, init_checkpoint: str | Path | None, carried: Path | None) -> str:
+    if carried is not None:
+        return f"goes on from {init_checkpoint} with the optimiser state of that step"
+    start = ""
+    if init_checkpoint is not None:
+        start = f", from the weights {init_checkpoint}"
+    elif train.init_from is not None:
+        start = f", from the weights {train.init_from}, which bring no optimiser state"
+    return f"begins with {train.optim.warmup_steps} steps of warm-up{start}"
 
 
 def _rank() -> int:
@@ -189,6 +230,8 @@ def _claim(
     train: TrainConfig,
     stage: StageConfig,
     init_checkpoint: Path | None,
+    carried: Path | None,
+    hand_on_optimizer: bool,
 ) -> None:
     """Writes down what this directory trains, or compares it with what was written."""
     run = {
@@ -197,6 +240,8 @@ def _claim(
         "stage": stage.model_dump(mode="json"),
         "latents": _content(latents_dir),
         "init_from": _content(Path(init_checkpoint)) if init_checkpoint else None,
+        "optimizer_from": _content(carried) if carried else None,
+        "hand_on_optimizer": hand_on_optimizer,
     }
     path = storage.join(root, "run.json")
     if (claimed := storage.read_bytes(path)) is not None:
@@ -212,10 +257,11 @@ def _claim(
 
 
 def _content(directory: Path) -> str:
-    """What a directory holds: the digest of its seal, or of its parent's with its own name, else of all its bytes."""
-    for sealed, name in ((directory, ""), (directory.parent, directory.name)):
+    """What a directory holds: the digest of the seal it lies in, with its place there, else of all its bytes."""
+    for sealed in (directory, *directory.parents[:2]):
         if (sealed / MANIFEST).is_file():
-            return f"{json.loads((sealed / MANIFEST).read_text())['digest']}/{name}".rstrip("/")
+            digest, place = json.loads((sealed / MANIFEST).read_text())["digest"], directory.relative_to(sealed)
+            return f"{digest}/{place.as_posix()}".removesuffix("/.")
     digest = hashlib.sha256()
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         with open(path, "rb") as file:
@@ -267,8 +313,9 @@ def _restore_metrics(root: str, work_dir: Path) -> None:
 def _fill(root: str, work_dir: Path, out_dir: Path, report: bytes) -> None:
     """Fills out_dir from a finished run, which keeps its files: a lost out_dir is filled again without training."""
     _restore_metrics(root, work_dir)
-    for step, path in finished_checkpoints(storage.join(root, WEIGHTS)).items():
-        storage.copy_folder(path, out_dir / f"step-{step:08d}")
+    for kind, target in ((WEIGHTS, out_dir), (OPTIMIZER, out_dir / OPTIMIZER)):
+        for step, path in finished_checkpoints(storage.join(root, kind)).items():
+            storage.copy_folder(path, target / f"step-{step:08d}")
     for name in (TENSORBOARD, SAMPLES):
         if (work_dir / name).is_dir():
             shutil.copytree(work_dir / name, out_dir / name)

@@ -26,6 +26,7 @@ class TrainStage(Section):
 
     model: TransformerConfig
     train: TrainConfig
+    hand_on_optimizer: bool = False  # to the next stage
 
     @property
     def stage(self) -> StageConfig:
@@ -125,4 +126,5 @@ def train_stage(recipe: Recipe, index: int) -> TrainStage:
         }
     )
     model = recipe.model.with_capacity_factors(recipe.train.stages[index].capacity_factors)
-    return TrainStage(model=model, train=train)
+    carried_on = recipe.train.carry_optimizer and index < STAGES - 1
+    return TrainStage(model=model, train=train, hand_on_optimizer=carried_on)

@@ -70,6 +70,7 @@ def train_stage(
                 work_dir=work_dir,
                 out_dir=out,
                 sample_fn=samples.sampler(components_path, latents_path, stage),
+                hand_on_optimizer=stage.hand_on_optimizer,
             )
 
         if int(os.environ.get("RANK", "0")):

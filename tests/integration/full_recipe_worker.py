@@ -5,6 +5,7 @@ of torch.compile. Imports once, then forks each job's ranks, which find each oth
     FOLDER/JOB/work/, FOLDER/JOB/out/       of model.train.run.train_stage
     FOLDER/JOB/sample{rank}-{step}.pt       what each rank sampled, where a job samples
     FOLDER/JOB/rank{rank}.json              what its compiler did, and the shapes of its micro-batches
+    FOLDER/JOB/start.pt                     optimiser state, schedule, rates and weights before the first step
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torchtitan.config import CompileConfig
 
 import model.train.config as train_config
@@ -151,6 +153,26 @@ def watch() -> dict[str, set]:
     return seen
 
 
+def note_start(path: Path) -> None:
+    """Saves what this process's first step starts from, whole tensors in every layout."""
+    train_step = NucleusTrainer.train_step
+
+    def whole(tensor: torch.Tensor) -> torch.Tensor:
+        return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+    def first_step(self, batches):
+        begun = any(optimizer.state for optimizer in self.optimizers)
+        state = {"optimizer": self.optimizers.state_dict() if begun else {}, "weights": self.model.state_dict()}
+        state = {part: {name: whole(tensor) for name, tensor in tensors.items()} for part, tensors in state.items()}
+        state |= {"lr_scheduler": self.lr_schedulers.state_dict(), "rates": self.lr_schedulers.get_metrics()}
+        if dist.get_rank() == 0:
+            torch.save(state, path)
+        NucleusTrainer.train_step = train_step
+        train_step(self, batches)
+
+    NucleusTrainer.train_step = first_step
+
+
 def sample(model: torch.nn.Module, path: Path) -> None:
     """As tasks.training.samples does, with text that is given."""
     generator = torch.Generator().manual_seed(0)
@@ -164,7 +186,18 @@ def train(folder: Path, name: str, rank: int) -> None:
     stage, latents, here = stage_section(job), folder / f"latents{job.stage}", folder / name
     init_from = folder / job.init_from / "out" if job.init_from else None
     draw = lambda model, step, path: sample(model, here / f"sample{rank}-{step}.pt")  # noqa: E731
-    train_stage(latents, stage.model, stage.train, 0, init_from, here / "work", here / "out", draw)
+    note_start(here / "start.pt")
+    train_stage(
+        latents,
+        stage.model,
+        stage.train,
+        0,
+        init_from,
+        here / "work",
+        here / "out",
+        draw,
+        hand_on_optimizer=stage.hand_on_optimizer,
+    )
     counters = torch._dynamo.utils.counters
     told = {what: sorted(values) for what, values in seen.items()}
     told |= {"graphs": counters["stats"]["unique_graphs"], "breaks": list(counters["graph_break"])}

@@ -34,6 +34,7 @@ BALANCED = {"losses": {"load_balance": 0.01}}
 OPTIM = {"muon_lr": 0.01, "adamw_lr": 0.01, "warmup_steps": 3, "max_grad_norm": 0.05, "muon_weight_decay": 0.1}
 RMS = {"optim": {**OPTIM, "muon_scale": "rms"}}
 DIST_MUON = {"muon_implementation": "torchtitan"}
+NEXT = {"stage": {"name": "next"}}
 
 # name: (ranks, changes of the train section, changes of the model, the job whose step 2 it resumes from)
 JOBS = {
@@ -66,7 +67,10 @@ JOBS = {
     "rms_one": (1, RMS, MODEL, None),
     "dist_muon_rms_ep2_fsdp2": (4, {**RMS, **DIST_MUON, **EP2_FSDP2}, MODEL, None),
     "dist_muon_rms_fsdp2_bf16_iteration": (2, {**RMS, **DIST_MUON}, MODEL, None),
+    "next_one": (1, NEXT, MODEL, None),
+    "next_ep2_fsdp2": (4, {**NEXT, **EP2_FSDP2}, MODEL, None),
 }  # fmt: skip
+STAGE_BEFORE = {"next_one": "one", "next_ep2_fsdp2": "one"}
 
 
 def note_dist_muon(taken: set[str], own_iteration: bool) -> None:
@@ -135,10 +139,11 @@ def train(folder: Path, name: str, rank: int) -> None:
         transformer_config(**model_changes),
         config,
         0,
-        None,
+        folder / STAGE_BEFORE[name] / "out" if name in STAGE_BEFORE else None,
         job / "work",
         job / "out",
         lambda model, step, path: sample(model, job / f"sample-{rank}.pt", reduced=list(reduced), taken=taken),
+        hand_on_optimizer=True,
     )
     dist.destroy_process_group()
 

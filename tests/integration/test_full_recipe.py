@@ -107,8 +107,9 @@ def test_compiled_blocks_sample_on_every_rank_while_they_train(runs):
 
 
 def test_a_stage_hands_on_its_last_checkpoints_and_the_next_starts_from_the_last(runs):
-    for job, steps in (("first", [4]), ("second", [4]), ("third", [4, 8, 12])):
+    for job, steps, optimizer in (("first", [4], [4]), ("second", [4], [4]), ("third", [4, 8, 12], [])):
         assert list(finished_checkpoints(runs / job / "out")) == steps
+        assert list(finished_checkpoints(runs / job / "out" / "optimizer")) == optimizer
         assert list(finished_checkpoints(runs / job / "work" / "checkpoints")) == steps[-2:]
         report = json.loads((runs / job / "out" / "report.json").read_text())
         assert report["checkpoints"] == steps and report["ranks"] == 2 and report["skipped_steps"] == 0
@@ -141,6 +142,21 @@ def test_a_change_of_stage_changes_capacity_and_resolution_and_nothing_else(runs
     for part in ("optimizer", "lr_scheduler", "parallelism", "activation_checkpoint", "compile"):
         assert len({str(getattr(config, part)) for config in configs}) == 1, part
     assert [config.training.local_batch_size for config in configs] == [2, 2, 2]
+    begun = {job: torch.load(runs / job / "start.pt") for job in STAGES}
+    rates = {"lr/Muon": 0.01, "lr/AdamW": 0.01}
+    for job in ("first", "first_plain"):
+        assert begun[job]["optimizer"] == {} and begun[job]["rates"] == {name: rate / 2 for name, rate in rates.items()}
+    # Steps so far are those of all stages: one warm-up, of 2 steps. The plain stage is on one process, not on two.
+    for job, before, steps in (("second", "first", 4), ("third", "second", 8), ("third_plain", "second", 8)):
+        (left,), (weights,) = (read_weights(runs / before / "out" / part).values() for part in ("optimizer", "."))
+        start = begun[job]
+        assert start["rates"] == rates and start["lr_scheduler"] == left["lr_scheduler"] == {"last_epoch": steps}
+        for expected, got in ((left["optimizer"], start["optimizer"]), (weights, start["weights"])):
+            assert expected.keys() == got.keys() and len(expected) > 50
+            assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+        moments = [value for name, value in left["optimizer"].items() if not name.endswith(".step")]
+        assert sum(bool(value.any()) for value in moments) > 0.9 * len(moments)
+        assert {value.item() for name, value in left["optimizer"].items() if name.endswith(".step")} == {steps}
 
 
 def test_the_last_stage_merges_into_a_transformer_that_loads(runs, tmp_path):

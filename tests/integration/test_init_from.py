@@ -35,14 +35,16 @@ def train(latents, folder, name, before=None, **changes):
     return out, read_weights(out)[1]
 
 
-def test_training_starts_from_them_unless_a_stage_comes_before(latents, released, tmp_path):
+def test_training_starts_from_them_unless_a_stage_comes_before(latents, released, tmp_path, capsys):
     directory, expected = released
     out, scratch = train(latents, tmp_path, "scratch")
     _, found = train(latents, tmp_path, "from_released", init_from=str(directory), activation_checkpointing="full")
     assert found.keys() == expected.keys()
     assert all(torch.allclose(found[name], tensor, rtol=0, atol=1e-20) for name, tensor in expected.items())
     assert not torch.allclose(found["img_in.weight"], scratch["img_in.weight"])
-    _, found = train(latents, tmp_path, "second_stage", before=out, init_from=str(directory))
+    told = capsys.readouterr().out
+    assert f"begins with 1000 steps of warm-up, from the weights {directory}, which bring no optimiser state" in told
+    _, found = train(latents, tmp_path, "second_stage", before=out, init_from=str(directory), carry_optimizer=False)
     assert torch.allclose(found["img_in.weight"], scratch["img_in.weight"], rtol=0, atol=1e-20)
 
 

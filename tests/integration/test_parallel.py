@@ -84,6 +84,11 @@ def test_a_checkpoint_of_one_layout_goes_on_in_another(runs):
         assert_same_training(runs, job, "one")  # which a lost momentum or moment would change by 1e-2
 
 
+def test_a_stage_goes_on_in_another_layout_with_the_optimiser_of_the_stage_before(runs):
+    assert_same_training(runs, "next_ep2_fsdp2", "next_one")
+    assert [line["lr/Muon"] for line in lines(runs, "next_ep2_fsdp2")] == [0.01] * STEPS  # no second warm-up
+
+
 def test_weights_of_experts_spread_over_ranks_merge_into_a_transformer(runs, tmp_path):
     config = transformer_config(moe_intermediate_dim=33)
     saved = sorted((runs / "ep2_fsdp2" / "out").glob("step-*"))

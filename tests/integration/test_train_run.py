@@ -8,10 +8,12 @@ import pytest
 
 from train_helpers import train_config, transformer_config, write_latents
 
-from model.train.run import CHECKPOINTS, MANIFEST, METRICS, REPORT, WEIGHTS, _claim, _content, _fill, prune_run, train_stage
+from model.train.run import (
+    CHECKPOINTS, MANIFEST, METRICS, OPTIMIZER, REPORT, WEIGHTS, _claim, _content, _fill, prune_run, train_stage,
+)  # fmt: skip
 
 STEPS = 20
-REPORTED = {"stage": "small", "loss": 0.5, "resumed_from_step": 10, "checkpoints": [10, 20]}
+REPORTED = {"stage": "small", "loss": 0.5, "resumed_from_step": 10, "checkpoints": [10, 20], "optimizer": [20]}
 
 
 @pytest.fixture
@@ -20,6 +22,7 @@ def work(tmp_path):
     for folder, step, name in (
         (WEIGHTS, 10, "step-00000010"),
         (WEIGHTS, 20, "step-00000020"),
+        (OPTIMIZER, 20, "step-00000020"),
         (CHECKPOINTS, 20, "step-20"),
     ):
         path = tmp_path / "work" / folder / name
@@ -45,8 +48,9 @@ def test_a_finished_stage_is_filled_again_from_what_pruning_leaves_without_train
     assert not (work / CHECKPOINTS).exists() and (work / WEIGHTS).exists()
     latents = write_latents(tmp_path / "latents")
     # There is nothing left to train from: only filling can make these bytes.
-    report = train_stage(latents, transformer_config(), config, 0, None, work, again)
+    report = train_stage(latents, transformer_config(), config, 0, None, work, again, hand_on_optimizer=True)
     assert files(again) == files(first) and set(files(first)) == {
+        "optimizer/step-00000020/.metadata", "optimizer/step-00000020/__0_0.distcp",
         "step-00000010/.metadata", "step-00000010/__0_0.distcp", "step-00000020/.metadata",
         "step-00000020/__0_0.distcp", METRICS, REPORT,
     }  # fmt: skip
@@ -60,8 +64,8 @@ def test_what_is_handed_on_takes_no_room_of_its_own(work, tmp_path):
     assert here.stat().st_ino == there.stat().st_ino
 
 
-@pytest.mark.parametrize("lost", [REPORT, f"{WEIGHTS}/step-00000020/.metadata"])
-def test_a_stage_that_is_not_done_or_lost_weights_is_not_pruned(work, lost):
+@pytest.mark.parametrize("lost", [REPORT, f"{WEIGHTS}/step-00000020/.metadata", f"{OPTIMIZER}/step-00000020/.metadata"])
+def test_a_stage_that_is_not_done_or_lost_what_it_hands_on_is_not_pruned(work, lost):
     (work / lost).unlink()
     prune_run(train_config(steps=STEPS), work)
     assert (work / CHECKPOINTS / "step-20" / ".metadata").is_file()
@@ -78,12 +82,13 @@ def test_a_run_is_known_by_every_byte_it_starts_from(tmp_path):
     # A seal speaks for its files, so that hundreds of gigabytes are not read for it.
     (tmp_path / MANIFEST).write_text('{"digest": "abc"}')
     assert _content(checkpoint) == "abc/checkpoint" and _content(tmp_path) == "abc"
+    assert _content(tmp_path / "optimizer" / "step-00000003") == "abc/optimizer/step-00000003"
 
 
 def test_other_latents_are_refused_in_the_same_place(tmp_path):
     latents = write_latents(tmp_path / "latents")
     config = train_config(steps=STEPS)
-    arguments = transformer_config(), config, config.stages[0], None
+    arguments = transformer_config(), config, config.stages[0], None, None, False
     _claim(str(tmp_path), latents, *arguments)
     _claim(str(tmp_path), latents, *arguments)
     shard = next(latents.glob("bucket-*/*.safetensors"))

@@ -167,6 +167,7 @@ def test_the_next_stage_starts_from_the_last_weights(trained, latents, tmp_path)
         steps=1,
         init_from=out,
         stage={"name": "second", "capacity_factors": 1.0},
+        carry_optimizer=False,
         **frozen,
     )
     assert report["resumed_from_step"] == 0
@@ -175,6 +176,22 @@ def test_the_next_stage_starts_from_the_last_weights(trained, latents, tmp_path)
         assert torch.equal(before[name], after[name]), name
     scratch, _ = run(latents, tmp_path, "scratch", steps=1, work="scratch_work", **frozen)
     assert not torch.equal(load(scratch / "step-00000001")["img_in.weight"], after["img_in.weight"])
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_as_many_full_checkpoints_stay_as_are_asked_for(latents, tmp_path, asynchronous):
+    from model.checkpoints import finished_checkpoints
+
+    changes = dict(steps=12, checkpoint_every_steps=3, async_checkpoint=asynchronous, keep_checkpoints=1)
+    for keep, steps in ((1, [12]), (3, [6, 9, 12])):
+        work = f"work{keep}"
+        run(latents, tmp_path, f"out{keep}", work=work, keep_full_checkpoints=keep, **changes)
+        assert list(finished_checkpoints(tmp_path / work / "checkpoints")) == steps
+        assert list(finished_checkpoints(tmp_path / work / "weights")) == [12]
+    _, report = run(latents, tmp_path, "again", work="work3", keep_full_checkpoints=2, **changes)  # it is no other run
+    assert report["resumed_from_step"] == 12
+    with pytest.raises(ValueError, match="keep_full_checkpoints"):
+        train_config(keep_full_checkpoints=0)
 
 
 def test_a_checkpoint_cut_off_while_it_was_written_is_never_loaded(latents, tmp_path):

@@ -57,6 +57,13 @@ def test_only_the_stage_that_is_merged_hands_on_more_than_its_last_checkpoint():
     assert [train_stage(recipe, i).train.keep_checkpoints for i in range(3)] == [1, 1, recipe.merge.last_n]
 
 
+@pytest.mark.parametrize(("recipe", "handed_on"), [
+    ("nucleus_17b", [True, True, False]), ("smoke", [True, True, False]), ("tiny", [False] * 3),
+])  # fmt: skip
+def test_a_stage_hands_its_optimiser_state_on_where_another_goes_on_with_it(recipe, handed_on):
+    assert [train_stage(load_recipe(recipe), i).hand_on_optimizer for i in range(3)] == handed_on
+
+
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_another_number_of_stages_is_refused_and_not_cut_to_three(count):
     recipe = load_recipe("tiny")
