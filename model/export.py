@@ -127,14 +127,30 @@ def read_config(directory: str | Path) -> TransformerConfig:
         return NucleusTransformer.from_config(values).config
 
 
-def load_transformer(directory: str | Path, dtype: torch.dtype | None = None) -> NucleusTransformer:
+def load_transformer(
+    directory: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+) -> NucleusTransformer:
     """The model in a transformer directory (ours or the released one, also in several files), in eval mode and in the
-    stored types, or in `dtype`. For a sharded model see `load_weights`."""
+    stored types, or in `dtype`; on the CPU, or on `device`. For a sharded model see `load_weights`."""
+    return assembled(read_config(directory), open_weights(directory), dtype, device)
+
+
+def assembled(
+    config: TransformerConfig,
+    weights: Weights,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> NucleusTransformer:
+    """The model of these weights, in eval mode. Another device gets them one at a time: the host never holds them all.
+
+    Raises:
+        ValueError: weights that do not fit the configuration.
+    """
     with torch.device("meta"):
-        model = NucleusTransformer(read_config(directory))
-    weights = open_weights(directory)
-    check_state(model.config, shapes_of(weights.described))
-    model.load_state_dict({name: weights.read(name).to(dtype) for name in weights.described}, assign=True)
+        model = NucleusTransformer(config)
+    check_state(config, shapes_of(weights.described))
+    state = {name: weights.read(name).to(device=device, dtype=dtype) for name in weights.described}
+    model.load_state_dict(state, assign=True)
     return model.eval()
 
 

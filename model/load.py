@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from model.storage import is_remote
+
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 MODEL_PREFIX = "model."  # of the model's tensors in a full checkpoint of ours
@@ -100,11 +102,14 @@ def own_part(tensor: torch.Tensor) -> tuple[torch.Tensor, Region | None]:
 
 
 def open_weights(path: str | Path) -> Weights:
-    """Of a transformer directory, one safetensors file, or a DCP checkpoint. Reads names, shapes and types only.
+    """Of a transformer directory, one safetensors file, or a DCP checkpoint, which may lie in s3://. Reads names, shapes
+    and types only.
 
     Raises:
         ValueError: nothing of these, or files that are missing, corrupt or inconsistent with their index.
     """
+    if is_remote(path):
+        return _open_dcp(str(path))
     path = Path(path)
     if (path / ".metadata").is_file():
         return _open_dcp(path)
@@ -179,7 +184,7 @@ def _dtype(name: str, file: Path) -> torch.dtype:
     return _TYPES[name]
 
 
-def _open_dcp(path: Path) -> Weights:
+def _open_dcp(path: str | Path) -> Weights:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     from model.checkpoints import CheckpointReader, load

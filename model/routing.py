@@ -1,9 +1,10 @@
 """What a model's routers do with the tokens of real images: stability over timesteps, expert diversity, allocation.
 
-    python -m model.routing CHECKPOINT --latents DIR --out DIR [--images 4] [--timesteps 8] [--seed 0]
+    python -m model.routing CHECKPOINT --latents DIR --out DIR [--images 4] [--timesteps 8] [--seed 0] [--device cpu]
 
-CHECKPOINT is a transformer directory, an artifact that holds one (merged, pipeline), a checkpoints artifact, or one
-checkpoint in it. Each image gets one noise, and is shown to the model at falling timesteps, from 0.95 to 0.05.
+CHECKPOINT is a transformer directory, an artifact that holds one (merged, pipeline), a checkpoints artifact, the
+weights/ of a stage that is still being trained, or one checkpoint in either of these two, which may lie in s3://. Each
+image gets one noise, and is shown to the model at falling timesteps, from 0.95 to 0.05.
 
 For one token in one layer, A(t) is the set of experts that take it at timestep t and w(t) their gates, 0 elsewhere:
 
@@ -39,10 +40,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from model import flow
+from model import flow, storage
 from model.checkpoints import last_checkpoint
 from model.config import TransformerConfig
-from model.export import load_transformer
+from model.export import assembled, load_transformer
 from model.latents import LatentDataset
 from model.load import open_weights
 from model.moe import Experts
@@ -113,12 +114,19 @@ def watch_routing(
         ValueError: the model has no routers.
     """
     patch = model.config.patch_size
+    every = max(1, len(timesteps) * clean[:, 0].numel() // patch**2 // OUTPUT_TOKENS)
     rows, columns = (side // patch for side in clean.shape[-2:])
     clean_BSC, noise_BSC = flow.pack_latents(clean, patch), flow.pack_latents(noise, patch)
     seen: dict[int, list[torch.Tensor]] = {}
+
+    def some(layer: int, inputs_ND: torch.Tensor) -> None:
+        """Every so many, counted through all timesteps. Copies: all of them, of a 17B model, would fill a GPU."""
+        kept = seen.setdefault(layer, [])
+        kept.append(inputs_ND[-len(kept) * len(inputs_ND) % every :: every].clone())
+
     hooks = [
         block.img_mlp.register_forward_pre_hook(
-            lambda module, inputs, layer=layer: seen.setdefault(layer, []).append(inputs[0].flatten(0, 1))
+            lambda module, inputs, layer=layer: some(layer, inputs[0].flatten(0, 1))
         )
         for layer, block in enumerate(model.transformer_blocks)
         if block.moe_enabled
@@ -144,11 +152,10 @@ def watch_routing(
             hook.remove()
     found = {}
     for layer, inputs in seen.items():
-        inputs_ND = torch.cat(inputs)
         found[layer] = LayerRouting(
             torch.stack([trace.layers[layer].weights_BSE() for trace in traces]),
             torch.stack([trace.layers[layer].taken_BSE() for trace in traces]),
-            inputs_ND[:: max(1, len(inputs_ND) // OUTPUT_TOKENS)],
+            torch.cat(inputs),
         )
     return found
 
@@ -177,8 +184,8 @@ def describe_layer(model: NucleusTransformer, layer: int, routing: LayerRouting)
 
 
 def token_maps(routing: LayerRouting, rows: int, columns: int) -> dict[str, torch.Tensor]:
-    """experts [B, T, rows, columns] (bytes), jaccard (mean over timesteps) and distinct [B, rows, columns]."""
-    taken = routing.taken_TBSE
+    """experts [B, T, rows, columns] (bytes), jaccard (mean over timesteps) and distinct [B, rows, columns]; on the CPU."""
+    taken = routing.taken_TBSE.cpu()
     return {
         "experts": taken.sum(-1).transpose(0, 1).unflatten(-1, (rows, columns)).to(torch.uint8),
         "jaccard": jaccard(taken[:-1], taken[1:]).mean(0).unflatten(-1, (rows, columns)),
@@ -186,29 +193,33 @@ def token_maps(routing: LayerRouting, rows: int, columns: int) -> dict[str, torc
     }
 
 
-def find_transformer(path: str | Path) -> NucleusTransformer:
+def find_transformer(path: str | Path, device: str | torch.device = "cpu") -> NucleusTransformer:
     """The model of a transformer directory, of an artifact that holds one, or of a training checkpoint, in eval mode.
 
-    A training checkpoint is the weights alone (DCP); its configuration is in the sealed artifact around it. Of a
-    directory of checkpoints, the last is taken.
+    A training checkpoint is the weights alone (DCP), here or remote; its configuration is in the sealed artifact around
+    it, or in the run.json of the stage that is being trained. Of a directory of checkpoints, the last is taken.
 
     Raises:
         ValueError: nothing of these is there, or the weights are not the configuration's.
     """
-    path = Path(path)
-    for directory in (path / "transformer", path):
-        if (directory / "config.json").is_file():
-            return load_transformer(directory)
-    checkpoint = Path(last_checkpoint(path))
-    manifest = checkpoint.parent / "manifest.json"
-    if not manifest.is_file():
-        raise ValueError(f"{checkpoint} is no part of a checkpoints artifact: there is no {manifest}")
-    config = TransformerConfig(**json.loads(manifest.read_text())["config"]["model"])
-    weights = open_weights(checkpoint)
-    with torch.device("meta"):
-        model = NucleusTransformer(config)
-    model.load_state_dict({name: weights.read(name) for name in weights.described}, assign=True)
-    return model.eval()
+    if not storage.is_remote(path):
+        path = Path(path).absolute()
+        for directory in (path / "transformer", path):
+            if (directory / "config.json").is_file():
+                return load_transformer(directory, device=device)
+    checkpoint = last_checkpoint(path)
+    around = checkpoint.rstrip("/").rsplit("/", 1)[0]
+    if sealed := storage.read_bytes(storage.join(around, "manifest.json")):
+        config = TransformerConfig(**json.loads(sealed)["config"]["model"])
+    elif running := storage.read_bytes(f"{around.rpartition('/')[0]}/run.json"):
+        run = json.loads(running)
+        config = TransformerConfig(**run["transformer"]).with_capacity_factors(run["stage"]["capacity_factors"])
+    else:
+        raise ValueError(
+            f"{checkpoint} is no part of a checkpoints artifact (no {around}/manifest.json), nor of a stage that is "
+            "being trained (no run.json above weights/)"
+        )
+    return assembled(config, open_weights(checkpoint), device=device)
 
 
 def analyse(model: NucleusTransformer, latents: Path, out: Path, images: int, timesteps: int, seed: int) -> dict:
@@ -219,12 +230,13 @@ def analyse(model: NucleusTransformer, latents: Path, out: Path, images: int, ti
     bucket = int(np.bincount(dataset.bucket).argmax())
     of_bucket = np.flatnonzero(dataset.bucket == bucket)
     chosen = of_bucket[np.linspace(0, len(of_bucket) - 1, min(images, len(of_bucket))).round().astype(int)]
-    dtype = model.proj_out.weight.dtype
-    clean = dataset.latents(chosen).to(dtype)
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    weight = model.proj_out.weight
+    clean = dataset.latents(chosen).to(weight)  # its type, and its device
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)).to(weight)
     text, mask = dataset.text([dataset.captions(row)[0] for row in chosen])
     levels = torch.linspace(0.95, 0.05, timesteps).tolist()
-    layers = watch_routing(model, clean, noise, text.to(dtype), mask, levels)
+    mask = None if mask is None else mask.to(weight.device)
+    layers = watch_routing(model, clean, noise, text.to(weight), mask, levels)
 
     described = {layer: describe_layer(model, layer, routing) for layer, routing in sorted(layers.items())}
     grid = dataset.bucket_tokens(dataset.bucket_names[bucket])
@@ -242,7 +254,7 @@ def analyse(model: NucleusTransformer, latents: Path, out: Path, images: int, ti
     (out / "routing.json").write_text(json.dumps(report, indent=1) + "\n")
     tensors = {f"layer{i:02d}/{key}": value.contiguous() for i, layer in maps.items() for key, value in layer.items()}
     save_file(tensors, out / "maps.safetensors")
-    for i, latent in enumerate(clean.float()):
+    for i, latent in enumerate(clean.float().cpu()):
         of_image = {layer: {key: values[i] for key, values in of_layer.items()} for layer, of_layer in maps.items()}
         draw_image(out / f"image{i}.png", latent, of_image, levels)
     draw_stability(out / "stability.png", described, levels)
@@ -320,9 +332,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--timesteps", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    parser.add_argument("--device", type=torch.device, default=accelerator or "cpu", help="default: %(default)s")
     args = parser.parse_args(arguments)
     try:
-        model = find_transformer(args.checkpoint)
+        model = find_transformer(args.checkpoint, args.device)
         report = analyse(model, args.latents, args.out, args.images, args.timesteps, args.seed)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model import flow
+from model import flow, storage
 from model.config import TransformerConfig
 from model.export import export_transformer
 from model.latents import LatentWriter
@@ -14,6 +14,7 @@ from model.moe import Experts
 from model.routing import (
     describe_layer,
     expert_output_cosine,
+    find_transformer,
     gate_cosine,
     jaccard,
     main,
@@ -22,6 +23,7 @@ from model.routing import (
     watch_routing,
 )
 from model.transformer import NucleusTransformer
+from object_store import s3_server
 
 LEVELS = [0.9, 0.6, 0.3, 0.1]
 
@@ -209,8 +211,62 @@ def test_the_command_reads_the_weights_of_a_training_checkpoint(latents, tmp_pat
     options = ["--latents", str(latents), "--images", "1", "--timesteps", "2"]
     assert main([str(tmp_path / "kept"), *options, "--out", str(tmp_path / "out")]) == 2
     assert "is no part of a checkpoints artifact" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     (tmp_path / "kept" / "manifest.json").write_text(json.dumps({"config": {"model": model.config.model_dump()}}))
     assert main([str(tmp_path / "kept"), *options, "--out", str(tmp_path / "out")]) == 0
     assert main([str(tmp_path / "merged" / "transformer"), *options, "--out", str(tmp_path / "same")]) == 0
     assert (tmp_path / "out" / "routing.json").read_text() == (tmp_path / "same" / "routing.json").read_text()
     assert main([str(tmp_path / "nothing"), *options, "--out", str(tmp_path / "out")]) == 2
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request, tmp_path, monkeypatch):
+    """Where a stage keeps its run."""
+    if request.param == "local":
+        yield str(tmp_path / "run")
+        return
+    with s3_server() as endpoint:
+        for name, value in (("ACCESS_KEY_ID", "testing"), ("SECRET_ACCESS_KEY", "testing"), ("ENDPOINT_URL", endpoint)):
+            monkeypatch.setenv(f"AWS_{name}", value)
+        storage.filesystem("s3://runs")[0].mkdir("runs")
+        yield "s3://runs/stage"
+
+
+def test_the_command_reads_the_weights_of_a_stage_that_is_being_trained(latents, tmp_path, place):
+    """Its capacity factors are the stage's, which the model section need not have."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
+
+    model = model_of()
+    export_transformer(model, tmp_path / "transformer")
+    if place.startswith("/"):
+        (tmp_path / "run" / "weights").mkdir(parents=True)
+    for step in (5, 10):
+        path = f"{place}/weights/step-{step:08d}"
+        writer = FsspecWriter(path, sync_files=False, **storage.options(path))
+        dcp.save(model.state_dict(), storage_writer=writer, no_dist=True)
+    section = model.config.model_dump(mode="json") | {"capacity_factors": 1.0}
+    run = {"transformer": section, "train": {}, "stage": {"capacity_factors": model.config.capacity_factors}}
+    storage.write_bytes(f"{place}/run.json", json.dumps(run).encode())
+    options = ["--latents", str(latents), "--images", "1", "--timesteps", "2", "--device", "cpu"]
+    assert main([str(tmp_path / "transformer"), *options, "--out", str(tmp_path / "same")]) == 0
+    for checkpoint in (f"{place}/weights", f"{place}/weights/step-00000005"):
+        assert main([checkpoint, *options, "--out", str(tmp_path / "out")]) == 0
+        assert (tmp_path / "out" / "routing.json").read_text() == (tmp_path / "same" / "routing.json").read_text()
+
+
+def test_the_tokens_that_experts_are_shown_are_every_so_many_of_all_timesteps(monkeypatch):
+    """As if all were kept and thinned out at the end, which takes more memory than there is."""
+    import model.routing as routing
+
+    all_ND = watch(model_of(), same_noise=False)[0].inputs_ND  # 4 timesteps of 3 x 8 tokens, fewer than OUTPUT_TOKENS
+    assert len(all_ND) == 96
+    monkeypatch.setattr(routing, "OUTPUT_TOKENS", 13)
+    assert torch.equal(watch(model_of(), same_noise=False)[0].inputs_ND, all_ND[::7])
+
+
+def test_a_model_is_put_together_on_the_device_that_is_asked_for(tmp_path):
+    """Every weight there on its own, as it is read."""
+    export_transformer(model_of(), tmp_path)
+    assert {p.device.type for p in find_transformer(tmp_path, "meta").parameters()} == {"meta"}
+    assert {p.device.type for p in find_transformer(tmp_path).parameters()} == {"cpu"}
