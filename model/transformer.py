@@ -152,28 +152,26 @@ class RouterTrace:
 
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:
-        """Means over the MoE layers and, as `layer03/...`, of each.
+        """Means over the MoE layers and, as `layer03/...`, of each: of the forward pass that was traced alone, which in
+        training is a rank's share of one micro-batch. One wait for the device, for all layers.
 
         dropped: share of tokens that no expert took; experts_max: most experts on one token; entropy: of a
         token's scores over the experts, 1 for uniform; logit_max: the largest absolute router logit.
         """
         if not self.layers:
             return {}
-        per_layer = {}
-        for layer, routing in sorted(self.layers.items()):
+        found = []
+        for routing in self.routings():
             E = routing.logits_BSE.shape[-1]
             taken = routing.taken_BSE().sum(dim=-1)
             shares = routing.scores_BSE.float()
             shares = shares / shares.sum(-1, keepdim=True)
             entropy = -(shares * shares.clamp_min(1e-20).log()).sum(-1).mean() / math.log(max(E, 2))
-            per_layer[layer] = {
-                "dropped": (taken == 0).float().mean().item(),
-                "experts_max": float(taken.max().item()),
-                "entropy": entropy.item(),
-                "logit_max": routing.logits_BSE.float().abs().max().item(),
-            }
-        first = next(iter(per_layer.values()))
-        means = {key: sum(values[key] for values in per_layer.values()) / len(per_layer) for key in first}
+            found += [(taken == 0).float().mean(), taken.max().float(), entropy, routing.logits_BSE.float().abs().max()]
+        names = ("dropped", "experts_max", "entropy", "logit_max")
+        values = torch.stack(found).view(-1, len(names)).tolist()
+        per_layer = {layer: dict(zip(names, of_layer)) for layer, of_layer in zip(sorted(self.layers), values)}
+        means = {key: sum(values[key] for values in per_layer.values()) / len(per_layer) for key in names}
         return means | {f"layer{i:02d}/{k}": v for i, values in per_layer.items() for k, v in values.items()}
 
 

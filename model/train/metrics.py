@@ -3,8 +3,8 @@
 metrics.jsonl has one object per logged step: step, loss, loss_t/0.0-0.2 ... (mean loss of the samples whose
 timestep fell in that bin since the last line; absent where none did), grad_norm (before clipping), lr/...,
 images_per_s, tokens_per_s (image tokens), images_seen, skipped_steps (so far), seconds (since this process began
-training), expert/... (RouterTrace.statistics, means over layers). TensorBoard holds these, each layer's, and
-torchtitan's own. On resume, lines after the resumed step are dropped.
+training), expert/... (RouterTrace.statistics, means over layers; of rank 0's last micro-batch of the step). TensorBoard
+holds these, each layer's, and torchtitan's own. On resume, lines after the resumed step are dropped.
 """
 
 from __future__ import annotations

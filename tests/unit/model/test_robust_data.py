@@ -20,7 +20,7 @@ def directory(tmp_path_factory):
     """40 images in two buckets, in shards of 4: 14 files."""
     path = tmp_path_factory.mktemp("latents")
     generator = torch.Generator().manual_seed(0)
-    meta = {"text_dim": 6, "text_tokens": 16, "rows_per_shard": 4, "text_rows_per_shard": 4}
+    meta = {"text_dim": 6, "text_tokens": 16, "rows_per_shard": 4, "text_rows_per_shard": 4, "dtype": "float16"}
     with LatentWriter(path, meta) as writer:
         writer.add_text(torch.zeros(3, 6))
         for i in range(10):
@@ -104,6 +104,56 @@ def test_an_error_of_a_worker_reaches_training(directory, monkeypatch):
     monkeypatch.setattr(data, "read_batch", lambda dataset, plan: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         next(iter(loader(directory, workers=2)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_for_a_cuda_device_batches_are_pinned_by_who_reads_them_and_text_is_as_stored(
+    directory, expected, workers, monkeypatch
+):
+    import model.train.data as data
+
+    main, by_main = threading.main_thread(), []
+
+    def pin_memory(tensor):
+        by_main.append(threading.current_thread() is main)
+        tensor.pinned = True  # this machine has no memory that a device could read
+        return tensor
+
+    monkeypatch.setattr(data, "DEVICE_TYPE", "cuda")
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    found = read(loader(directory, workers=workers))
+    for batch, plain in zip(found, expected, strict=True):
+        assert batch.text.dtype == torch.float16 and plain.text.dtype == torch.float32
+        assert torch.equal(batch.text.float(), plain.text)
+        for name in ("latents", "noise", "mask"):
+            assert torch.equal(getattr(batch, name), getattr(plain, name)), name
+        assert all(getattr(batch, name).pinned for name in ("latents", "noise", "text", "mask"))
+    assert set(by_main) == {not workers}
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_the_host_copies_from_pinned_memory_without_waiting(pinned):
+    from model.train.data import to_device
+
+    class Tensor:
+        calls: list = []
+
+        def is_pinned(self):
+            return pinned
+
+        def pin_memory(self):
+            self.calls.append("pin")
+            return self
+
+        def to(self, device, non_blocking=False):
+            self.calls.append((device.type, non_blocking))
+            return self
+
+    Tensor.calls = []
+    to_device(Tensor(), torch.device("cuda"))
+    assert Tensor.calls == ["pin"] * (not pinned) + [("cuda", True)]
+    plain = torch.ones(2)
+    assert to_device(plain, torch.device("cpu")) is plain
 
 
 def open_files(directory) -> int:
