@@ -6,6 +6,7 @@ Local tensors take shape suffixes: B batch, S image tokens, C channels of a toke
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,10 @@ from model.train.device import DEVICE_TYPE, PATIENCE
 import torch
 import torch._inductor.config
 import torch.fx.experimental._config
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims, utils as dist_utils
@@ -30,6 +34,7 @@ from model.config import StageConfig, TrainConfig
 from model.kernels import use_kernels
 from model.latents import Batch
 from model.moe import held
+from model.train.data import to_device
 from model.train.guard import Diverged, LossGuard
 from model.train.parallelize import lies_whole
 from model.train.preemption import Preempted, StopFlag, sigterm_sets
@@ -81,7 +86,8 @@ class NucleusTrainer(Trainer):
         self.z_loss_weight, self.orthogonality_rate = extra.router_z_loss, extra.router_orthogonality
         self.load_balance_weight = extra.load_balance
         self.patch = self.model.config.patch_size
-        self.routing: RouterTrace | None = None  # of the last micro-batch of a logged step
+        self.writes = torch.distributed.get_rank() == 0
+        self.routing: RouterTrace | None = None  # of the last micro-batch of a logged step, where metrics are written
         self.guard = LossGuard(config.train.skip)
         self.stop = StopFlag()
         self.bin_sums = torch.zeros(LOSS_BINS, device=self.device)
@@ -119,12 +125,12 @@ class NucleusTrainer(Trainer):
         """
         plan = batch.plan
         rows, columns = (side // self.patch for side in batch.latents.shape[-2:])
-        clean_BSC = flow.pack_latents(batch.latents.to(self.device), self.patch)
-        noise_BSC = flow.pack_latents(batch.noise.to(self.device), self.patch)
+        clean_BSC = flow.pack_latents(to_device(batch.latents, self.device), self.patch)
+        noise_BSC = flow.pack_latents(to_device(batch.noise, self.device), self.patch)
         # Timesteps of the whole global batch, then this slice's: they must not depend on how it is cut.
         generator = torch.Generator().manual_seed(plan.timestep_seed)
         t_all = flow.sample_timesteps(plan.global_batch, rows * columns, generator, self.config.train.timesteps)
-        t_B = t_all[plan.start : plan.start + len(plan)].to(self.device)
+        t_B = to_device(t_all[plan.start : plan.start + len(plan)], self.device)
         noisy_BSC = flow.interpolate(clean_BSC, noise_BSC, t_B)
         trace = RouterTrace() if keep_routing or self.z_loss_weight or self.load_balance_weight else None
         mask = batch.mask
@@ -135,8 +141,8 @@ class NucleusTrainer(Trainer):
                 velocity_BSC = self.model(
                     hidden_states=noisy_BSC,
                     img_shapes=(1, rows, columns),
-                    encoder_hidden_states=batch.text.to(self.device),
-                    encoder_hidden_states_mask=None if mask is None else mask.to(self.device),
+                    encoder_hidden_states=to_device(batch.text, self.device).float(),
+                    encoder_hidden_states_mask=None if mask is None else to_device(mask, self.device),
                     timestep=t_B,
                     collect=trace,
                 )
@@ -176,14 +182,14 @@ class NucleusTrainer(Trainer):
         loss = torch.zeros((), device=self.device)
         for micro in range(self.gradient_accumulation_steps):
             last = micro == self.gradient_accumulation_steps - 1
-            loss += self.forward_backward_step(batch=next(data_iterator), keep_routing=logged and last)
-        dims = self.parallel_dims
-        if dims.dp_enabled:
+            if isinstance(self.model, FSDPModule):
+                # Until the last, FSDP adds up among a replica's shard ranks alone, in a buffer that takes .grad's place.
+                self.model.set_requires_all_reduce(last)
+            keep_routing = logged and last and self.writes
+            loss += self.forward_backward_step(batch=next(data_iterator), keep_routing=keep_routing)
+        if self.parallel_dims.dp_enabled:
             self._sum_gradients()
-        grad_norm = dist_utils.clip_grad_norm_(
-            list(self.model.parameters()), self.config.training.max_norm, foreach=True, ep_enabled=dims.ep_enabled
-        )
-        mean_loss, norm = self._agree(loss, grad_norm)
+        mean_loss, norm = self._clip_gradients(loss)
         reason = self.guard.judge(mean_loss, norm)
         if reason is not None:
             self.lr_schedulers.step()
@@ -198,21 +204,36 @@ class NucleusTrainer(Trainer):
         if logged:
             self._log(mean_loss, norm, learning_rates)
 
-    def _agree(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> tuple[float, float]:
-        """(loss of the global batch, gradient norm), finite on all ranks or on none; sets `stop` on every rank where
-        it is set on one.
+    def _clip_gradients(self, loss: torch.Tensor) -> tuple[float, float]:
+        """Clips the gradients by the norm of all of them.
 
         One message of three numbers, and one wait for the device, in every step: whether the weights change is
         decided here, and Muon and AdamW, which must not see a bad gradient, are started from here.
+
+        The norm is the ranks' mean. Each adds up squares in an order of its own, among the ranks of its replica, and by
+        a rounding of the norm what is replicated would come apart, never to meet again.
+
+        Returns:
+            (loss of the global batch, gradient norm before), the same on every rank, and finite on all or on none. `stop`
+            is set on every rank where it is set on one.
         """
-        # 0 x norm: nan where it is not finite, and otherwise nothing that could differ between ranks.
-        told = torch.stack([loss, 0 * grad_norm.to(loss), loss.new_tensor(float(self.stop.raised))])
-        mesh = self.parallel_dims.get_optional_mesh("loss")
-        if mesh is not None:
-            told = dist_utils.dist_sum_tensor(told, mesh)
-        mean_loss, not_finite, stop = told.tolist()
+        by_mesh: dict[DeviceMesh | None, list[torch.nn.Parameter]] = {}  # no operation takes two meshes
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+                by_mesh.setdefault(mesh, []).append(parameter)
+        norms = [torch.nn.utils.get_total_norm([p.grad for p in of_mesh], foreach=True) for of_mesh in by_mesh.values()]
+        norm = functools.reduce(torch.hypot, (x.full_tensor() if isinstance(x, DTensor) else x for x in norms))
+        ranks = self.parallel_dims.get_optional_mesh("loss")
+        told = torch.stack([loss, norm, torch.full_like(loss, float(self.stop.raised))])
+        if ranks is not None:
+            told[1] /= ranks.size()
+            told = dist_utils.dist_sum_tensor(told, ranks)
+        for of_mesh in by_mesh.values():
+            torch.nn.utils.clip_grads_with_norm_(of_mesh, self.config.training.max_norm, told[1], foreach=True)
+        mean_loss, grad_norm, stop = told.tolist()
         self.stop.agreed = stop > 0
-        return mean_loss, float(grad_norm) + not_finite
+        return mean_loss, grad_norm
 
     def _note_skipped(self, reason: str) -> None:
         config, guard = self.config, self.guard
@@ -223,7 +244,7 @@ class NucleusTrainer(Trainer):
         plan = self.dataloader.order.batch(self.step - 1)  # of all ranks
         ids = self.dataloader.dataset.record_ids(plan.rows)
         path = Path(config.dump_folder) / SKIPPED
-        if torch.distributed.get_rank() == 0:
+        if self.writes:
             path.write_text(json.dumps({"step": self.step, "reason": reason, "record_ids": ids}) + "\n")
         named = ", ".join(ids[:NAMED_IDS]) + (f" and {len(ids) - NAMED_IDS} more, in {path}" if ids[NAMED_IDS:] else "")
         raise Diverged(
@@ -255,7 +276,8 @@ class NucleusTrainer(Trainer):
         self.bin_counts.zero_()
         extra["images_seen"] = self.step * self.config.stage.batch_size
         extra["skipped_steps"] = self.guard.skipped
-        extra |= {f"expert/{name}": value for name, value in self.routing.statistics().items()}
+        if self.routing is not None:
+            extra |= {f"expert/{name}": value for name, value in self.routing.statistics().items()}
         self.routing = None
         self.metrics_processor.log_step(self.step, mean_loss, grad_norm, extra)
 

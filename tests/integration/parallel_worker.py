@@ -99,6 +99,18 @@ def note_reduced(types: set[torch.dtype]) -> None:
     dist.reduce_scatter_single = noting
 
 
+def note_all_reduced(numbers: list[int], ranks: int) -> None:
+    """Notes how many numbers this process adds up with groups of so many ranks, from now on."""
+    all_reduce = dist.all_reduce
+
+    def noting(tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
+        if dist.get_world_size(group) == ranks and op == dist.ReduceOp.SUM:
+            numbers.append(tensor.numel())
+        return all_reduce(tensor, op, group, async_op)
+
+    dist.all_reduce = noting
+
+
 def sample(model: torch.nn.Module, path: Path, **seen) -> None:
     """Two steps of sampling, with text keys and values computed apart from the forward, and what the router gave."""
     generator = torch.Generator().manual_seed(0)
@@ -123,8 +135,9 @@ def sample(model: torch.nn.Module, path: Path, **seen) -> None:
 def train(folder: Path, name: str, rank: int) -> None:
     ranks, train_changes, model_changes, resumed = JOBS[name]
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    job, reduced, taken = folder / name, set(), set()
+    job, reduced, taken, replicated = folder / name, set(), set(), []
     note_reduced(reduced)
+    note_all_reduced(replicated, train_changes.get("data_parallel_replicate", 1))
     note_dist_muon(taken, own_iteration=name.endswith("bf16_iteration"))
     dist.init_process_group("gloo", store=dist.FileStore(str(job / "store"), ranks), rank=rank, world_size=ranks)
     config = train_config(
@@ -142,7 +155,9 @@ def train(folder: Path, name: str, rank: int) -> None:
         folder / STAGE_BEFORE[name] / "out" if name in STAGE_BEFORE else None,
         job / "work",
         job / "out",
-        lambda model, step, path: sample(model, job / f"sample-{rank}.pt", reduced=list(reduced), taken=taken),
+        lambda model, step, path: sample(
+            model, job / f"sample-{rank}.pt", reduced=list(reduced), taken=taken, replicated=sum(replicated)
+        ),
         hand_on_optimizer=True,
     )
     dist.destroy_process_group()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from model.export import load_transformer
+from model.memory import Layout, Shapes
 from model.merge import merge
 from train_helpers import read_weights, transformer_config
 
@@ -66,6 +67,18 @@ def test_every_layout_trains_as_one_process_does(runs):
     assert all(line["grad_norm"] > 0.05 for line in reference)  # so that every step is clipped, by the global norm
     for job in SAME_MODEL:
         assert_same_training(runs, job, "one")
+
+
+def test_replicas_add_up_their_gradients_once_a_step_however_many_micro_batches_it_has(runs):
+    """As the plan counts: what a rank holds, but for the routers, which all ranks add up together."""
+    shapes = Shapes(transformer_config(moe_intermediate_dim=33))
+    for job, layout in (
+        ("hsdp2x2", Layout(gpus=4, shard=2, expert_parallel=1, micro_batch=2, checkpointing="none")),
+        ("ep2_replicas2_accumulated", Layout(gpus=4, shard=2, expert_parallel=2, micro_batch=1, checkpointing="none")),
+    ):
+        routers = sum(shapes.per_gpu(layout, prefix=f"transformer_blocks.{i}.img_mlp.gate") for i in (1, 2))
+        summed = torch.load(runs / job / "sample-0.pt")["replicated"]
+        assert summed == STEPS * (shapes.trainable_per_gpu(layout) - routers), job
 
 
 def test_matrices_that_fsdp_cuts_are_orthogonalised_whole(runs):

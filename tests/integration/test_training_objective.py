@@ -1,8 +1,11 @@
 """The gradient that the trainer takes, against the objective written from its formulas."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from train_helpers import train_config, transformer_config, write_latents
 
@@ -33,43 +36,74 @@ def objective(seen, clean, noise, wavelet):
     return total
 
 
-@pytest.mark.parametrize("wavelet", [False, True])
-def test_the_trainers_gradient_is_the_objectives(tmp_path, wavelet):
+@pytest.fixture
+def trainer_of(tmp_path):
+    """Builds a trainer in a session that lasts as long as the test."""
     from model.train.config import trainer_config
     from model.train.device import training_session
 
-    train = train_config(stage={"wavelet": wavelet}, losses=WEIGHTS)
+    built = []
+
+    def build(train, model):
+        built.append(
+            trainer_config(
+                model,
+                train.stages[0],
+                train,
+                latents_dir=write_latents(tmp_path / "latents"),
+                work_dir=tmp_path / "work",
+                init_from=None,
+                ranks=1,
+            ).build()
+        )
+        return built[0]
+
     with training_session():
-        trainer = trainer_config(
-            transformer_config(routing={"kind": "token_choice"}),
-            train.stages[0],
-            train,
-            latents_dir=write_latents(tmp_path / "latents"),
-            work_dir=tmp_path / "work",
-            init_from=None,
-            ranks=1,
-        ).build()
-        try:
-            model, seen = trainer.model, {"logits": []}
-            torch.nn.init.normal_(model.proj_out.weight, std=0.2)  # it starts at 0, and then hides everything before it
-            model.register_forward_pre_hook(lambda _, args, inputs: seen.update(inputs), with_kwargs=True)
-            model.register_forward_hook(lambda _, args, output: seen.update(output=output))
-            for block in model.transformer_blocks:
-                if block.moe_enabled:
-                    block.img_mlp.gate.register_forward_hook(lambda _, args, output: seen["logits"].append(output))
-            batch = next(trainer.batch_generator(trainer.dataloader))
-            trainer.optimizers.zero_grad()
-            trainer.forward_backward_step(batch=batch)
-            found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-            seen["logits"].clear()
-            model.zero_grad()
-            again = {key: value for key, value in seen.items() if key not in ("logits", "output", "collect")}
-            model(**again)
-            objective(seen, batch.latents, batch.noise, wavelet).backward()
-            assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    scale = parameter.grad.abs().max() + 1e-8
-                    assert (found[name] - parameter.grad).abs().max() < 2e-4 * scale, name
-        finally:
-            trainer.close()
+        yield build
+        built[0].close()
+
+
+@pytest.mark.parametrize("wavelet", [False, True])
+def test_the_trainers_gradient_is_the_objectives(trainer_of, wavelet):
+    train = train_config(stage={"wavelet": wavelet}, losses=WEIGHTS)
+    trainer = trainer_of(train, transformer_config(routing={"kind": "token_choice"}))
+    model, seen = trainer.model, {"logits": []}
+    torch.nn.init.normal_(model.proj_out.weight, std=0.2)  # it starts at 0, and then hides everything before it
+    model.register_forward_pre_hook(lambda _, args, inputs: seen.update(inputs), with_kwargs=True)
+    model.register_forward_hook(lambda _, args, output: seen.update(output=output))
+    for block in model.transformer_blocks:
+        if block.moe_enabled:
+            block.img_mlp.gate.register_forward_hook(lambda _, args, output: seen["logits"].append(output))
+    batch = next(trainer.batch_generator(trainer.dataloader))
+    trainer.optimizers.zero_grad()
+    trainer.forward_backward_step(batch=batch)
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    seen["logits"].clear()
+    model.zero_grad()
+    again = {key: value for key, value in seen.items() if key not in ("logits", "output", "collect")}
+    model(**again)
+    objective(seen, batch.latents, batch.noise, wavelet).backward()
+    assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = parameter.grad.abs().max() + 1e-8
+            assert (found[name] - parameter.grad).abs().max() < 2e-4 * scale, name
+
+
+def test_a_batch_reaches_the_device_without_a_wait_and_its_text_is_widened_there(trainer_of):
+    trainer = trainer_of(train_config(), transformer_config())
+    batch = next(trainer.dataloader.micro_batches(0))
+    copies, seen = [], {}
+    trainer.model.register_forward_pre_hook(lambda _, args, inputs: seen.update(inputs), with_kwargs=True)
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            if getattr(func, "__name__", "") in ("to", "cuda") and torch.device in map(type, (*args, *kwargs.values())):
+                copies.append(kwargs.get("non_blocking", False))
+            return func(*args, **kwargs)
+
+    with Watch():
+        trainer.forward_backward_step(batch=replace(batch, text=batch.text.half()), keep_routing=True)
+    assert copies == [True] * 5  # latents, noise, timesteps, text, mask
+    assert torch.equal(seen["encoder_hidden_states"], batch.text.half().float())
