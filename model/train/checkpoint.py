@@ -41,11 +41,13 @@ from model.checkpoints import finished_checkpoints
 from model.config import TrainConfig
 from model.train.guard import Diverged
 from model.train.metrics import METRICS
+from model.train.replicas import differing
 
 CHECKPOINTS = "checkpoints"
 WEIGHTS = "weights"
 CARRIED = (OPTIMIZER, LR_SCHEDULER)  # what lies in ROOT/optimizer
 CLOSE_TIMEOUT_S = 60
+NAMED = 8  # parameters in an error message
 
 
 def checkpoint_root(train: TrainConfig, work_dir: Path) -> str:
@@ -103,6 +105,7 @@ class StageCheckpointer(CheckpointManager):
             return False
         self.maybe_wait_for_saving()
         self._check_finite(curr_step)
+        self._check_alike(curr_step)
         weights, optimizer = (
             storage.join(folder, f"step-{curr_step:08d}") for folder in (self.weights_folder, self.optimizer_folder)
         )
@@ -128,6 +131,7 @@ class StageCheckpointer(CheckpointManager):
         path = self._create_checkpoint_id(step)
         if self.saved_step != step:
             self._check_finite(step)
+            self._check_alike(step)
             self._write([(self._full_state(), path)])
             self._prune(step)
             self.saved_step = step
@@ -193,6 +197,21 @@ class StageCheckpointer(CheckpointManager):
             dist.all_reduce(bad)
         if bad.item():
             raise Diverged(f"the weights are not finite after step {step}: nothing was saved")
+
+    def _check_alike(self, step: int) -> None:
+        """A checkpoint keeps one copy of what is replicated, and would hide that others are not the same.
+
+        Raises:
+            RuntimeError: on every rank, naming the parameters.
+        """
+        names = [] if self.alone else differing(self.states[MODEL].state_dict())
+        if names:
+            more = f" and {len(names) - NAMED} more" if names[NAMED:] else ""
+            raise RuntimeError(
+                f"after step {step} ranks hold different values of weights that are replicated: "
+                f"{', '.join(names[:NAMED])}{more}. Nothing was saved; the last checkpoint is of an earlier step. Start "
+                "again from it, and look for a defective device where it happens again"
+            )
 
     def _size_bytes(self) -> int:
         """About the size of a full checkpoint: weights, momentum and two moments at most."""

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from model import storage
 from model.checkpoints import finished_checkpoints
 from model.latents import LatentDataset, SampleOrder
+from model.moe import held
 from model.train.checkpoint import StageCheckpointer
 from model.train.preemption import Preempted
 from model.train.run import train_stage
@@ -342,6 +343,38 @@ def test_weights_that_are_not_finite_on_one_rank_are_saved_by_none(latents, tmp_
 
     assert Ranks(main, ranks).codes() == {0}
     assert list(finished_checkpoints(tmp_path / "work" / "checkpoints")) == [5]
+
+
+@pytest.mark.parametrize("replicas, name", [(1, "transformer_blocks.1.img_mlp.gate.weight"), (2, "proj_out.weight")])
+def test_replicated_weights_that_come_apart_by_one_bit_are_named_on_every_rank_and_not_saved(
+    latents, tmp_path, monkeypatch, replicas, name
+):
+    """Routers of a sharded model, and any weight of plain replicas."""
+    real = NucleusTrainer.train_step
+
+    def train_step(self, batches):
+        real(self, batches)
+        if self.step == 10 and dist.get_rank() == 1:
+            weight = held(self.model.get_parameter(name)).data.view(-1)
+            weight[3] = weight[3].nextafter(torch.tensor(1.0))
+
+    monkeypatch.setattr(NucleusTrainer, "train_step", train_step)
+
+    def main(rank):
+        with pytest.raises(RuntimeError, match=f"after step 10 .* replicated: {name}. Nothing was saved"):
+            train(latents, tmp_path, data_parallel_replicate=replicas)
+
+    assert Ranks(main, 2).codes() == {0}
+    assert list(finished_checkpoints(tmp_path / "work" / "checkpoints")) == [5]
+
+
+def test_a_gradient_norm_that_ranks_round_differently_does_not_part_their_weights(latents, tmp_path, monkeypatch):
+    real = torch.nn.utils.get_total_norm
+    monkeypatch.setattr(
+        torch.nn.utils, "get_total_norm", lambda *args, **options: real(*args, **options) * (1 + 1e-6 * dist.get_rank())
+    )
+    clipped = {"muon_lr": 0.01, "adamw_lr": 0.01, "warmup_steps": 3, "max_grad_norm": 0.05}
+    assert Ranks(lambda rank: train(latents, tmp_path, data_parallel_replicate=2, optim=clipped, steps=5), 2).codes() == {0}
 
 
 def test_what_fails_in_the_background_ends_the_run_at_the_next_save(latents, tmp_path, monkeypatch):
