@@ -10,6 +10,7 @@ import threading
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from botocore.exceptions import EndpointConnectionError
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 
 from model import storage
@@ -206,3 +207,23 @@ def test_a_bucket_that_does_not_exist_is_refused_before_any_work(bucket):
     storage.check_writable_place(f"{bucket}/run")
     with pytest.raises(ValueError, match="nowhere://run"):
         storage.check_writable_place("nowhere://run")
+
+
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (ConnectionResetError("reset by peer"), ConnectionError),
+        (EndpointConnectionError(endpoint_url="http://store"), ConnectionError),
+        (FileNotFoundError("__0_0.distcp"), ValueError),
+        (RuntimeError("PytorchStreamReader failed"), ValueError),
+    ],
+)
+def test_what_could_not_be_read_is_told_from_what_is_damaged(tmp_path, monkeypatch, failure, told):
+    save(STATE, str(tmp_path / "step-1"))
+
+    def read_data(*_):
+        raise failure
+
+    monkeypatch.setattr(CheckpointReader, "read_data", read_data)
+    with pytest.raises(told, match="step-1 cannot be loaded: "):
+        load({"weight": torch.zeros(2, 3)}, tmp_path / "step-1", alone=True)
