@@ -26,6 +26,8 @@ from model.cpu_ops import keep_freed_memory
 # models of a sample grid on rank 0 take. NCCL's own 10 minutes may be less, in a stage that is well.
 PATIENCE = timedelta(minutes=30)
 CPU_PEAK_FLOPS = 1e11  # nominal: only scales the "mfu" that torchtitan logs
+# Without sums made in NVLink's switches (NVLSTree: over several nodes). Megatron-LM's deterministic mode refuses them too.
+DETERMINISTIC_NCCL = "^NVLS,NVLSTree"
 
 
 def _cpu_memory_stats(device: object = None) -> dict[str, int]:
@@ -75,8 +77,11 @@ def allow_dist_muon() -> None:
 
 
 @contextlib.contextmanager
-def training_session() -> Iterator[None]:
+def training_session(deterministic: bool = False) -> Iterator[None]:
     """One process group for one stage, and everything as it was afterwards, so that stages can follow each other.
+
+    `deterministic` keeps NCCL, which reads the environment when groups are made, to algorithms that add up in one order;
+    an NCCL_ALGO that is set already stays.
 
     Under torchrun (RANK and WORLD_SIZE are set) it joins its group; otherwise it makes a group of one that needs
     no address, port or environment. torchtitan also switches off Python's garbage collector and multithreaded
@@ -84,7 +89,7 @@ def training_session() -> Iterator[None]:
     """
     environment = dict(os.environ)
     threads, collecting, rng_state = torch.get_num_threads(), gc.isenabled(), torch.get_rng_state()
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    algorithms = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     owns_group, ended = not dist.is_initialized(), False
@@ -97,6 +102,8 @@ def training_session() -> Iterator[None]:
         if owns_group:
             # First: whatever the new group does on a device must not be on the first one, on every rank.
             titan_utils.device_module.set_device(titan_utils.get_local_device())
+            if deterministic and DEVICE_TYPE != "cpu":
+                os.environ.setdefault("NCCL_ALGO", DETERMINISTIC_NCCL)
             backend = dist.Backend.default_device_backend_map.get(DEVICE_TYPE, "gloo")
             if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
                 dist.init_process_group(backend, timeout=PATIENCE)
@@ -113,7 +120,7 @@ def training_session() -> Iterator[None]:
             dist.destroy_process_group()
         torch.set_num_threads(threads)
         torch.set_rng_state(rng_state)
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.use_deterministic_algorithms(algorithms, warn_only=warn_only)
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
         if collecting:
             gc.enable()

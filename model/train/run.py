@@ -110,7 +110,7 @@ def train_stage(
     if _rank() == 0:
         _restore_metrics(root, work_dir)
     begin = time.perf_counter()
-    with training_session():
+    with training_session(train.deterministic):
         _check_one_place(root)
         config = trainer_config(
             transformer,

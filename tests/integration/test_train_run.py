@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
+import torch.distributed as dist
 
 from train_helpers import train_config, transformer_config, write_latents
 
+import model.train.device
 from model.train.run import (
     CHECKPOINTS, MANIFEST, METRICS, OPTIMIZER, REPORT, WEIGHTS, _claim, _content, _fill, prune_run, train_stage,
 )  # fmt: skip
@@ -83,6 +86,36 @@ def test_a_run_is_known_by_every_byte_it_starts_from(tmp_path):
     (tmp_path / MANIFEST).write_text('{"digest": "abc"}')
     assert _content(checkpoint) == "abc/checkpoint" and _content(tmp_path) == "abc"
     assert _content(tmp_path / "optimizer" / "step-00000003") == "abc/optimizer/step-00000003"
+
+
+@pytest.mark.parametrize(
+    "device, deterministic, own, expected",
+    [
+        ("cuda", True, None, "^NVLS,NVLSTree"),
+        ("cuda", True, "Ring", "Ring"),
+        ("cuda", False, None, None),
+        ("cpu", True, None, None),
+    ],
+)
+def test_nccl_adds_up_in_one_order_where_training_is_deterministic(
+    tmp_path, monkeypatch, device, deterministic, own, expected
+):
+    """It reads the environment when the group is made, and for no longer than the stage must it be so."""
+    seen = []
+
+    def init_process_group(*args, **kwargs):
+        seen.append(os.environ.get("NCCL_ALGO"))
+        raise ConnectionError
+
+    monkeypatch.setattr(model.train.device, "DEVICE_TYPE", device)
+    monkeypatch.setattr(dist, "init_process_group", init_process_group)
+    monkeypatch.delenv("NCCL_ALGO", raising=False)
+    if own is not None:
+        monkeypatch.setenv("NCCL_ALGO", own)
+    latents, config = write_latents(tmp_path / "latents"), train_config(deterministic=deterministic)
+    with pytest.raises(ConnectionError):
+        train_stage(latents, transformer_config(), config, 0, None, tmp_path / "work", tmp_path / "out")
+    assert seen == [expected] and os.environ.get("NCCL_ALGO") == own
 
 
 def test_other_latents_are_refused_in_the_same_place(tmp_path):
