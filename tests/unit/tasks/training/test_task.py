@@ -119,6 +119,18 @@ def test_a_run_is_pruned_once_its_artifact_is_sealed(stage):
     assert load_manifest(artifact.path).kind == "checkpoints" and len(pruned) == 1
 
 
+@pytest.mark.parametrize("carried", [True, False])
+def test_a_stage_hands_its_optimiser_state_on_where_the_recipe_says_so(stage, carried):
+    told = []
+
+    def finished(*_, out_dir, hand_on_optimizer, **__):
+        told.append(hand_on_optimizer)
+        (out_dir / "report.json").write_text("{}")
+
+    stage(finished, f"train.carry_optimizer={str(carried).lower()}")
+    assert told == [carried]
+
+
 def test_a_second_run_of_the_same_stage_is_refused_while_other_ranks_of_the_first_join_it(stage, monkeypatch):
     joined = []
 
