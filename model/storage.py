@@ -138,14 +138,16 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def copy_folder(source: str | os.PathLike, target: Path) -> None:
-    """Copies a folder to a local path that is not there yet.
+def copy_folder(source: str | os.PathLike, target: Path, without: tuple[str, ...] = ()) -> None:
+    """Copies a folder to a local path that is not there yet, without the files whose names end so.
 
     Local files become hard links where the file system allows it: checkpoints are large, and no file of a finished
     one is ever written again.
     """
     fs, root = filesystem(source)
     for name in fs.find(root):
+        if name.endswith(without):
+            continue
         path = target / os.path.relpath(name, root)
         path.parent.mkdir(parents=True, exist_ok=True)
         if is_remote(source):

@@ -22,6 +22,7 @@ from flytekit.core.context_manager import ExecutionState
 from flytekit.exceptions.user import FlyteRecoverableException
 from flytekit.types.directory import FlyteDirectory
 
+from model import storage
 from tasks import envs
 from tasks.manifest import load_manifest, seal, sealed_path, verify, writing
 
@@ -115,28 +116,38 @@ def is_local() -> bool:
     return state is None or state.mode != ExecutionState.Mode.TASK_EXECUTION
 
 
-def fetch(directory: FlyteDirectory) -> Path:
-    """Downloads an artifact where it is remote, and verifies every file of it.
+def source(directory: FlyteDirectory) -> str:
+    """Where an artifact lies: a URI, or a local path."""
+    return str(directory.remote_source or directory.path)
+
+
+def fetch(directory: FlyteDirectory, without: tuple[str, ...] = ()) -> Path:
+    """Downloads an artifact where it is remote, and verifies every file of it, but for those whose names end in one of
+    `without`: these stay at its `source`, unread.
 
     Once for all training processes of a pod: Flyte tells them to download to the same folder, where one would overwrite
     what another is reading. Each launch of them verifies again, and each restart of a launch.
     """
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1:
-        return _fetch(directory)
+        return _fetch(directory, without)
     attempt = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1]  # each launch makes one, each restart empties it
-    with open(attempt / hashlib.sha256(str(directory.path).encode()).hexdigest()[:16], "a+") as done:
+    with open(attempt / hashlib.sha256(f"{directory.path} {without}".encode()).hexdigest()[:16], "a+") as done:
         fcntl.flock(done, fcntl.LOCK_EX)
         done.seek(0)
         if not done.read():
-            _fetch(directory)
+            _fetch(directory, without)
             done.write("verified")
     return Path(directory.path)
 
 
-def _fetch(directory: FlyteDirectory) -> Path:
-    path = Path(directory.download())
+def _fetch(directory: FlyteDirectory, without: tuple[str, ...]) -> Path:
+    if without and directory.remote_source:
+        storage.copy_folder(directory.remote_source, Path(directory.path), without)
+    else:
+        directory.download()
+    path = Path(directory.path)
     with plain_errors():
-        verify(path)
+        verify(path, without)
     return path
 
 

@@ -22,7 +22,7 @@ CACHE_VERSIONS = {
     "records": "2",
     "curation": "2",
     "components": "1",
-    "encoding": "1",
+    "encoding": "2",
     "training": "3",
     "merging": "1",
     "evaluation": "1",

@@ -163,8 +163,11 @@ def seal(
     return manifest
 
 
-def verify(directory: str | os.PathLike) -> Manifest:
+def verify(directory: str | os.PathLike, without: tuple[str, ...] = ()) -> Manifest:
     """Reads every file of a sealed directory again and compares.
+
+    Args:
+        without: files whose names end so are not looked at, and may be absent.
 
     Raises:
         ValueError: naming the first file that is missing, added or changed, or the manifest itself.
@@ -174,12 +177,16 @@ def verify(directory: str | os.PathLike) -> Manifest:
     if _digest(manifest.model_dump(mode="json")) != manifest.digest:
         raise ValueError(f"{directory / MANIFEST} was changed: its digest does not cover its content")
     _refuse_links(directory)
-    present = {p.relative_to(directory).as_posix() for p in _files(directory)}
-    for name in sorted(manifest.files.keys() - present):
+    listed, present = (
+        {name for name in names if not name.endswith(without)}
+        for names in (manifest.files, [p.relative_to(directory).as_posix() for p in _files(directory)])
+    )
+    for name in sorted(listed - present):
         raise ValueError(f"{directory} lacks {name}, which its manifest lists")
-    for name in sorted(present - manifest.files.keys()):
+    for name in sorted(present - listed):
         raise ValueError(f"{directory} holds {name}, which its manifest does not list")
-    for name, digest in manifest.files.items():
+    for name in sorted(listed):
+        digest = manifest.files[name]
         if sha256_file(directory / name) != digest:
             raise ValueError(f"{directory / name} was changed: its SHA-256 is not the manifest's {digest}")
     return manifest

@@ -18,7 +18,7 @@ from flytekit.exceptions.user import FlyteRecoverableException
 from flytekit.types.directory import FlyteDirectory
 
 from tasks import envs
-from tasks.artifacts import CheckpointsDir, ComponentsDir, LatentsDir, fetch, held, produce, work_path
+from tasks.artifacts import CheckpointsDir, ComponentsDir, LatentsDir, fetch, held, produce, source, work_path
 from tasks.planning.sections import TrainStage
 
 
@@ -51,7 +51,9 @@ def train_stage(
     from tasks.training import figures, samples
 
     with retried():
-        latents_path, components_path = fetch(latents), fetch(components)
+        streamed = stage.train.latents == "stream"
+        latents_path = fetch(latents, without=(".safetensors",) if streamed else ())
+        components_path = fetch(components)
         parents = [latents_path, components_path]
         init_path = None
         if init is not None:
@@ -71,6 +73,7 @@ def train_stage(
                 out_dir=out,
                 sample_fn=samples.sampler(components_path, latents_path, stage),
                 hand_on_optimizer=stage.hand_on_optimizer,
+                latents_uri=source(latents) if streamed else None,
             )
 
         if int(os.environ.get("RANK", "0")):

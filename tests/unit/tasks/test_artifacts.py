@@ -15,7 +15,7 @@ from flytekit.exceptions.user import FlyteRecoverableException
 from flytekit.types.directory import FlyteDirectory
 
 from tasks import envs
-from tasks.artifacts import UserError, fetch, held, work_path
+from tasks.artifacts import UserError, fetch, held, source, work_path
 from tasks.manifest import seal
 
 
@@ -127,3 +127,16 @@ def test_a_download_that_failed_is_tried_by_the_next_process(parent, tmp_path, m
         fetch(FlyteDirectory(str(tmp_path / "nothing")))
     shutil.copytree(parent, tmp_path / "nothing")
     assert fetch(FlyteDirectory(str(tmp_path / "nothing"))) == tmp_path / "nothing"
+
+
+def test_files_that_stay_where_they_lie_are_neither_needed_nor_verified_and_all_others_are(parent, tmp_path):
+    (parent / "rows.bin").write_text("rows")
+    seal(parent, "latents")
+    partly = shutil.copytree(parent, tmp_path / "partly", ignore=shutil.ignore_patterns("*.bin"))
+    artifact = FlyteDirectory(str(partly))
+    with pytest.raises(UserError, match="lacks rows.bin"):
+        fetch(artifact)
+    assert fetch(artifact, without=(".bin",)) == partly and source(artifact) == str(partly)
+    (partly / "data.txt").write_text("Data")
+    with pytest.raises(UserError, match="data.txt was changed"):
+        fetch(artifact, without=(".bin",))
