@@ -1,6 +1,6 @@
 """Trains one tiny stage in many layouts: `python parallel_worker.py FOLDER`. Imports once, then forks each job's ranks.
 
-    FOLDER/latents
+    FOLDER/latents, FOLDER/released
     FOLDER/JOB/work/, FOLDER/JOB/out/       of model.train.run.train_stage
     FOLDER/JOB/sample-{rank}.pt             what every rank sampled with its (sharded) model after the last step
 """
@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from model.export import export_transformer
 from model.optim import newton_schulz
 from model.sampler import sample_latents
 from model.train.run import train_stage
-from model.transformer import Block, RouterTrace
+from model.transformer import Block, NucleusTransformer, RouterTrace
 from torchtitan.distributed.flex_shard import dist_muon
 from train_helpers import TEXT_DIM, fork_ranks, train_config, transformer_config, write_latents
 
@@ -35,6 +36,7 @@ OPTIM = {"muon_lr": 0.01, "adamw_lr": 0.01, "warmup_steps": 3, "max_grad_norm": 
 RMS = {"optim": {**OPTIM, "muon_scale": "rms"}}
 DIST_MUON = {"muon_implementation": "torchtitan"}
 NEXT = {"stage": {"name": "next"}}
+RELEASED = {"init_from": "released"}  # below FOLDER
 
 # name: (ranks, changes of the train section, changes of the model, the job whose step 2 it resumes from)
 JOBS = {
@@ -69,6 +71,8 @@ JOBS = {
     "dist_muon_rms_fsdp2_bf16_iteration": (2, {**RMS, **DIST_MUON}, MODEL, None),
     "next_one": (1, NEXT, MODEL, None),
     "next_ep2_fsdp2": (4, {**NEXT, **EP2_FSDP2}, MODEL, None),
+    "released_one": (1, RELEASED, MODEL, None),
+    "released_ep2_fsdp2": (4, {**RELEASED, **EP2_FSDP2}, MODEL, None),
 }  # fmt: skip
 STAGE_BEFORE = {"next_one": "one", "next_ep2_fsdp2": "one"}
 
@@ -134,6 +138,8 @@ def sample(model: torch.nn.Module, path: Path, **seen) -> None:
 
 def train(folder: Path, name: str, rank: int) -> None:
     ranks, train_changes, model_changes, resumed = JOBS[name]
+    if "init_from" in train_changes:
+        train_changes = {**train_changes, "init_from": str(folder / train_changes["init_from"])}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     job, reduced, taken, replicated = folder / name, set(), set(), []
     note_reduced(reduced)
@@ -178,5 +184,8 @@ def run(folder: Path, name: str) -> None:
 if __name__ == "__main__":
     root = Path(sys.argv[1])
     write_latents(root / "latents")
+    torch.manual_seed(7)
+    released = NucleusTransformer(transformer_config(**MODEL, capacity_factors=1.0)).to(torch.bfloat16)
+    export_transformer(released, root / "released", max_shard_size="50KB")
     for job_name in sys.argv[2:] or JOBS:
         run(root, job_name)

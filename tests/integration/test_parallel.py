@@ -102,6 +102,13 @@ def test_a_stage_goes_on_in_another_layout_with_the_optimiser_of_the_stage_befor
     assert [line["lr/Muon"] for line in lines(runs, "next_ep2_fsdp2")] == [0.01] * STEPS  # no second warm-up
 
 
+def test_released_weights_start_a_sharded_training(runs):
+    assert len(list((runs / "released").glob("*.safetensors"))) > 2
+    assert_same_training(runs, "released_ep2_fsdp2", "released_one")
+    start, scratch = (weights(runs, job)["img_in.weight"] for job in ("released_one", "one"))
+    assert (start - scratch).abs().max() > 0.05
+
+
 def test_weights_of_experts_spread_over_ranks_merge_into_a_transformer(runs, tmp_path):
     config = transformer_config(moe_intermediate_dim=33)
     saved = sorted((runs / "ep2_fsdp2" / "out").glob("step-*"))
