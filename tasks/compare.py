@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from eval.stats import over_seeds
-from model.layout import LAYOUT_KEYS
+from model.layout import FREE_KEYS
 from tasks.trace import Node, walk
 
 FINAL = 0.1  # of the last stage's steps: their mean is its final loss
-HOW = LAYOUT_KEYS | {"keep_checkpoints", "log_every_steps", "sample_every_steps", "sample_prompts", "num_workers"}
-HOW |= {"async_checkpoint", "checkpoint_uri", "keep_full_checkpoints"}
+HOW = FREE_KEYS | {"keep_checkpoints", "sample_every_steps", "sample_prompts"}
 
 
 @dataclass
