@@ -186,7 +186,7 @@ def draw(found: Sequence[Variant], path: Path) -> None:
         curves = [_smooth([loss for _, loss in run.losses]) for run in variant.runs.values()]
         steps = [step for step, _ in next(iter(variant.runs.values())).losses]
         low, mean, high = zip(*((min(at), sum(at) / len(at), max(at)) for at in zip(*curves)))
-        (line,) = left.plot(steps[: len(mean)], mean, label=f"{variant.name} ({len(variant.runs)} seeds)")
+        (line,) = left.plot(steps[: len(mean)], mean, label=f"{variant.name} (seeds: {len(variant.runs)})")
         left.fill_between(steps[: len(mean)], low, high, color=line.get_color(), alpha=0.2)
         summary, width = variant.summary(), 0.8 / len(found)
         at = [i + (place - (len(found) - 1) / 2) * width for i in range(len(scores))]

@@ -37,7 +37,7 @@ def different(one, other, above=()):
         ("coupled_routing", {"model.routing"}),
         ("token_choice", {"model.routing", "train.losses.load_balance"}),
         ("dense_ffn", {"model.routing"}),
-        ("adamw_alone", {"train.optim.matrices"}),
+        ("adamw_alone", {"train.optim.matrices", "train.optim.adamw_lr"}),
     ],
 )
 def test_an_ablation_changes_what_it_is_named_for_and_nothing_else(name, keys):
