@@ -49,7 +49,8 @@ def test_an_overlay_trains_two_stages_and_is_merged(name, latents, tmp_path):
     for index in range(2):
         out = tmp_path / f"out{index}"
         out.mkdir()
-        report = train_stage(latents, model, train, index, start, tmp_path / f"work{index}", out)
+        work_dir = tmp_path / f"work{index}"
+        report = train_stage(latents, model, train, index, start, work_dir, out, hand_on_optimizer=index == 0)
         assert report["steps"] == 4 and math.isfinite(report["loss"])
         start = out
     weights = read_weights(start)[4]

@@ -167,9 +167,18 @@ def test_another_state_in_the_same_work_dir_and_a_pickle_in_it_are_refused(laten
         train(latents, tmp_path / "elsewhere", "second", 1, before=other)
 
 
-def test_a_kill_within_the_stage_resumes_to_the_same_bits(latents, first, tmp_path):
+@pytest.fixture
+def one_thread(monkeypatch):
+    """In a forked process OpenMP would wait for threads that it has not inherited."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # or a training takes all cores
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_kill_within_the_stage_resumes_to_the_same_bits(latents, first, tmp_path, one_thread):
     def killed():
-        torch.set_num_threads(1)
         step = NucleusTrainer.train_step
 
         def train_step(self, batches):

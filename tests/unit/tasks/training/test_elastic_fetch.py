@@ -22,10 +22,10 @@ def fetch_together(directory: FlyteDirectory, folder: str) -> str:
     """What each process of a launch does; the first attempt fails when all have fetched."""
     attempt, verify = os.environ["TORCHELASTIC_RESTART_COUNT"], artifacts.verify
 
-    def noted(path):
+    def noted(path, *without):
         with open(Path(folder, "verified"), "a") as file:
             file.write(f"{attempt}\n")
-        return verify(path)
+        return verify(path, *without)
 
     artifacts.verify = noted  # in this process, which ends with the attempt
     found = artifacts.fetch(directory)
