@@ -1,4 +1,4 @@
-"""Latent shards: their format, a writer, a reader with O(1) random reads, and the order in which a run reads them.
+"""Latent shards: their format, a writer, and a reader with O(1) random reads.
 
     meta.json                                  LatentMeta; written last, so a directory without it is unfinished
     index.parquet                              one row per image: row, record_id, bucket, shard, offset, tier, text_rows,
@@ -18,7 +18,6 @@ import mmap
 import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,7 +30,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from model.config import Positive, Section
-from model.hashing import hash_words, permuted_index, uniform
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SAFETENSORS_DTYPES = {
@@ -261,16 +259,16 @@ class LatentDataset:
         # Every rank holds these, so each number takes the fewest bytes that fit, and one column is read at a time.
         self.tier_names, self.tier = _codes(self._column("tier"))
         names, codes = _codes(self._column("bucket"))
-        self.bucket = _packed(np.array([self.bucket_names.index(name) for name in names]))[codes]
-        self.place = _packed(  # in its bucket
+        self.bucket = packed(np.array([self.bucket_names.index(name) for name in names]))[codes]
+        self.place = packed(  # in its bucket
             self._column("shard").to_numpy().astype(np.int64) * self.meta.rows_per_shard + self._column("offset").to_numpy()
         )
         captions = self._column("text_rows").chunks
         self.caption_rows = np.concatenate([chunk.flatten().to_numpy() for chunk in captions])
         counts = np.concatenate([[0], *(chunk.value_lengths().to_numpy() for chunk in captions)])
-        self.caption_begin = _packed(np.cumsum(counts))
+        self.caption_begin = packed(np.cumsum(counts))
         self._map = functools.lru_cache(self.MAPPED_FILES)(_map_safetensors)
-        self.text_lengths = _packed(self._read_text_lengths())
+        self.text_lengths = packed(self._read_text_lengths())
 
     def __len__(self) -> int:
         return len(self.bucket)
@@ -352,178 +350,9 @@ def _codes(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
     """The words of a dictionary-encoded column, and for each row the index of its word."""
     column = column.unify_dictionaries()
     codes = np.concatenate([chunk.indices.to_numpy() for chunk in column.chunks])
-    return column.chunk(0).dictionary.to_pylist(), _packed(codes)
+    return column.chunk(0).dictionary.to_pylist(), packed(codes)
 
 
-def _packed(values: np.ndarray) -> np.ndarray:
+def packed(values: np.ndarray) -> np.ndarray:
     """The same whole numbers from 0 on, in the fewest bytes that hold the largest."""
     return values.astype(np.min_scalar_type(values.max()))
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """What one step reads, before anything is read. A slice of it keeps the shapes of the whole.
-
-    rows [n], captions [n] (index of the caption, -1 where it was dropped), text_rows [n], noise_seeds [n];
-    `start` and `global_batch` place a slice within the step's global batch, `text_tokens` is the padded length
-    of the longest text of the whole batch, so that every rank's slice has the same shape.
-    """
-
-    step: int
-    bucket: str
-    rows: np.ndarray
-    captions: np.ndarray
-    text_rows: np.ndarray
-    noise_seeds: np.ndarray
-    timestep_seed: int
-    text_tokens: int
-    start: int
-    global_batch: int
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def part(self, index: int, parts: int) -> "BatchPlan":
-        """Part `index` of `parts` equal, consecutive parts: a rank's share, or a micro-batch of it."""
-        if len(self) % parts:
-            raise ValueError(f"a batch of {len(self)} cannot be cut into {parts} equal parts")
-        size = len(self) // parts
-        cut = slice(index * size, (index + 1) * size)
-        return replace(
-            self,
-            rows=self.rows[cut],
-            captions=self.captions[cut],
-            text_rows=self.text_rows[cut],
-            noise_seeds=self.noise_seeds[cut],
-            start=self.start + index * size,
-        )
-
-
-class SampleOrder:
-    """Which samples each step reads: a pure function of (seed, step), whatever the ranks and workers.
-
-    All samples of a step share one bucket. Of every CYCLE consecutive steps a bucket gets its share by weight
-    (the sum of its images' tier weights), in an order that changes from cycle to cycle. Within a bucket, images
-    are drawn by systematic sampling: with equal weights, each image once per epoch, in a new order each epoch;
-    otherwise within one of its expected number of times per epoch.
-
-    Args:
-        tier_weights: weight of each tier; tiers without one are not read.
-        caption_dropout: share of samples whose caption is replaced by the empty prompt.
-    """
-
-    CYCLE = 1024
-
-    def __init__(
-        self,
-        dataset: LatentDataset,
-        batch_size: int,
-        seed: int,
-        tier_weights: Mapping[str, float] | None = None,
-        caption_dropout: float = 0.0,
-    ):
-        self.dataset, self.batch_size, self.seed, self.caption_dropout = dataset, batch_size, seed, caption_dropout
-        if tier_weights is None:
-            tier_weights = {tier: 1.0 for tier in dataset.tier_names}
-        of_tier = np.array([float(tier_weights.get(tier, 0.0)) for tier in dataset.tier_names])
-        used = (of_tier > 0)[dataset.tier]
-        if not used.any():
-            raise ValueError(
-                f"tier weights {dict(tier_weights)} leave no image: this stage's images are of the tiers "
-                f"{', '.join(sorted(dataset.tier_names))}"
-            )
-        self._buckets, self._rows, self._cumulative, sizes = [], [], [], []
-        for code, name in enumerate(dataset.bucket_names):
-            rows = np.flatnonzero((dataset.bucket == code) & used)
-            if len(rows):
-                of_rows = of_tier[dataset.tier[rows]]
-                equal = bool((of_rows == of_rows[0]).all())
-                self._buckets.append(name)
-                self._rows.append(_packed(rows))
-                self._cumulative.append(None if equal else np.cumsum(of_rows) / of_rows.sum())
-                sizes.append(of_rows.sum())
-        self._slots = _slots_by_share(np.array(sizes), self.CYCLE)
-        self._cycle: tuple[int, np.ndarray] | None = None
-
-    def batch(self, step: int) -> BatchPlan:
-        """The plan of a step (from 0): `batch_size` samples of one bucket."""
-        bucket, turn = self._bucket_of(step)
-        size, epoch_rows = self.batch_size, len(self._rows[bucket])
-        position = np.arange(size, dtype=np.int64) + turn * size
-        epoch, place = np.divmod(position, epoch_rows)
-        place = permuted_index(place, epoch_rows, hash_words(self.seed, 1, bucket, epoch))
-        cumulative = self._cumulative[bucket]
-        if cumulative is not None:
-            shift = uniform(hash_words(self.seed, 2, bucket, epoch))
-            place = np.minimum(np.searchsorted(cumulative, (place + shift) / epoch_rows, "right"), epoch_rows - 1)
-        rows = self._rows[bucket][place].astype(np.int64)
-
-        sample = np.arange(size, dtype=np.int64)
-        begin = self.dataset.caption_begin[rows].astype(np.int64)
-        count = self.dataset.caption_begin[rows + 1] - begin
-        captions = (uniform(hash_words(self.seed, 3, step, sample)) * count).astype(np.int64)
-        text_rows = self.dataset.caption_rows[begin + captions].astype(np.int64)
-        dropped = uniform(hash_words(self.seed, 4, step, sample)) < self.caption_dropout
-        captions[dropped] = -1
-        text_rows[dropped] = EMPTY_TEXT_ROW
-        return BatchPlan(
-            step=step,
-            bucket=self._buckets[bucket],
-            rows=rows,
-            captions=captions,
-            text_rows=text_rows,
-            noise_seeds=hash_words(self.seed, 5, step, sample),
-            timestep_seed=int(hash_words(self.seed, 6, step, 0)[0]),
-            text_tokens=self.dataset.padded_length(text_rows),
-            start=0,
-            global_batch=size,
-        )
-
-    def _bucket_of(self, step: int) -> tuple[int, int]:
-        """(bucket, how many earlier steps had it)."""
-        if len(self._slots) == 1:
-            return 0, step
-        cycle, place = divmod(step, self.CYCLE)
-        if self._cycle is None or self._cycle[0] != cycle:
-            schedule = np.repeat(np.arange(len(self._slots)), self._slots)
-            order = permuted_index(np.arange(self.CYCLE), self.CYCLE, hash_words(self.seed, 7, cycle, 0))
-            self._cycle = (cycle, schedule[order])
-        schedule = self._cycle[1]
-        bucket = int(schedule[place])
-        return bucket, cycle * int(self._slots[bucket]) + int((schedule[:place] == bucket).sum())
-
-
-def _slots_by_share(sizes: np.ndarray, slots: int) -> np.ndarray:
-    """Whole numbers near sizes / sum * slots that add up to `slots`, each at least 1 (largest remainders)."""
-    assert len(sizes) <= slots, "more buckets than steps in a cycle"
-    exact = sizes / sizes.sum() * slots
-    whole = np.maximum(np.floor(exact), 1).astype(np.int64)
-    while whole.sum() > slots:  # the floors of 1 took too many: the largest bucket gives
-        whole[np.argmax(whole)] -= 1
-    for i in np.argsort(-(exact - whole), kind="stable")[: slots - whole.sum()]:
-        whole[i] += 1
-    return whole
-
-
-@dataclass
-class Batch:
-    """latents [B, C, h, w] and noise, of the same shape, float32; text [B, T, D] float32, or as it is stored; mask
-    [B, T] bool or None."""
-
-    plan: BatchPlan
-    latents: torch.Tensor
-    text: torch.Tensor
-    mask: torch.Tensor | None
-    noise: torch.Tensor
-
-
-def read_batch(dataset: LatentDataset, plan: BatchPlan, widen_text: bool = True) -> Batch:
-    """Reads what a plan names. A sample's noise depends on (seed, step, place in the global batch) only."""
-    latents = dataset.latents(plan.rows)
-    text, mask = dataset.text(plan.text_rows, plan.text_tokens, widen_text)
-    noise = torch.empty_like(latents)
-    generator = torch.Generator()
-    for i, seed in enumerate(plan.noise_seeds.tolist()):
-        generator.manual_seed(seed)
-        noise[i].normal_(generator=generator)
-    return Batch(plan=plan, latents=latents, text=text, mask=mask, noise=noise)

@@ -19,7 +19,8 @@ import torch
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.utils import device_module
 
-from model.latents import Batch, BatchPlan, LatentDataset, SampleOrder, read_batch
+from model.latents import LatentDataset
+from model.sample_order import Batch, BatchPlan, SampleOrder, read_batch
 from model.streamed_latents import StreamedLatents
 
 

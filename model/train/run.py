@@ -318,6 +318,7 @@ def _fill(root: str, work_dir: Path, out_dir: Path, report: bytes) -> None:
             storage.copy_folder(path, target / f"step-{step:08d}")
     for name in (TENSORBOARD, SAMPLES):
         if (work_dir / name).is_dir():
-            shutil.copytree(work_dir / name, out_dir / name)
+            # Hidden files are what a kill left half written.
+            shutil.copytree(work_dir / name, out_dir / name, ignore=shutil.ignore_patterns(".*"))
     shutil.copy2(work_dir / METRICS, out_dir / METRICS)
     (out_dir / REPORT).write_bytes(report)

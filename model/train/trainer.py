@@ -32,8 +32,8 @@ from model import flow, losses
 from model.attention import use_attention
 from model.config import StageConfig, TrainConfig
 from model.kernels import use_kernels
-from model.latents import Batch
 from model.moe import held
+from model.sample_order import Batch
 from model.train.data import to_device
 from model.train.guard import Diverged, LossGuard
 from model.train.parallelize import lies_whole

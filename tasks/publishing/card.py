@@ -174,6 +174,7 @@ def _how(recipe: dict[str, Any]) -> str:
         )
         if losses[key]
     ]
+    each = "" if train["carry_optimizer"] else " in each stage"
     return "\n".join(
         [
             "## How it was made\n",
@@ -183,7 +184,7 @@ def _how(recipe: dict[str, Any]) -> str:
             *rows,
             "",
             f"- Muon (rate {optim['muon_lr']:g}, momentum {optim['muon_momentum']:g}) for attention and expert matrices, "
-            f"AdamW (rate {optim['adamw_lr']:g}) for the rest; {optim['warmup_steps']:,} steps of warm-up, then constant",
+            f"AdamW (rate {optim['adamw_lr']:g}) for the rest; {optim['warmup_steps']:,} steps of warm-up{each}, then constant",
             f"- Merged offline from at most the last {recipe['merge']['last_n']} checkpoints (Warmup-Stable-Merge, "
             "arXiv 2507.17634), in place of a decay",
             f"- Captions dropped: {train['caption_dropout']:.0%}; extra losses: {', '.join(extra) or 'none'}",

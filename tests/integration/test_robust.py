@@ -21,7 +21,8 @@ import torch.distributed as dist
 
 from model import storage
 from model.checkpoints import finished_checkpoints
-from model.latents import LatentDataset, SampleOrder
+from model.latents import LatentDataset
+from model.sample_order import SampleOrder
 from model.moe import held
 from model.train.checkpoint import StageCheckpointer
 from model.train.preemption import Preempted

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from model.hashing import permuted_index, hash_words
-from model.latents import LatentDataset, LatentWriter, SampleOrder, read_batch
+from model.latents import LatentDataset, LatentWriter
+from model.sample_order import SampleOrder, read_batch
 
 META = dict(text_dim=6, text_tokens=24, rows_per_shard=7, text_rows_per_shard=5)
 TIERS = ("A1", "A2", "A3")
