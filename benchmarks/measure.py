@@ -185,18 +185,37 @@ def time_alone(
     return sorted(times, key=lambda t: -t.total_ms)
 
 
-def print_products(times: list[ProductTime], step_ms: float) -> float:
-    """Prints the table and returns the share of `step_ms` that the products alone would take."""
+class ProductsAlone:
+    """The same products, each as often as it was counted and nothing else, to be timed in turns with what they are of."""
+
+    def __init__(self, products: Counter[Product], dtype: torch.dtype, device: torch.device) -> None:
+        self.counts, self.device = products, device
+        self.runs = {product: product.alone(dtype, device) for product in products}
+        self.times: dict[Product, list[float]] = {product: [] for product in products}
+
+    def measure(self) -> float:
+        """Milliseconds of one pass over all of them; of each product, a first run is left out."""
+        total = 0.0
+        for product, run in self.runs.items():
+            run()
+            taken = milliseconds(lambda: [run() for _ in range(self.counts[product])], self.device)
+            self.times[product].append(taken / self.counts[product])
+            total += taken
+        return total
+
+    def found(self) -> list[ProductTime]:
+        """The ones that take most first."""
+        found = [ProductTime(p, self.counts[p], Spread.of(times)) for p, times in self.times.items()]
+        return sorted(found, key=lambda t: -t.total_ms)
+
+
+def print_products(times: list[ProductTime]) -> float:
+    """Prints the table; returns how many GFLOP they are together."""
     for t in times[:SHOWN]:
         print(f"  {t.count:4} x {str(t.product):46} {t.spread.median:9.3f} ms {t.rate / 1e9:9.1f} GFLOP/s")
-    total = sum(t.total_ms for t in times)
-    flops = sum(t.count * t.product.flops for t in times)
-    share = total / step_ms
     if len(times) > SHOWN:
         print(f"  and {len(times) - SHOWN} smaller ones")
-    print(f"  all: {flops / 1e9:.1f} GFLOP, alone {total:.1f} ms ({flops / total / 1e6:.1f} GFLOP/s)")
-    print(f"  the step runs at {flops / step_ms / 1e6:.1f} GFLOP/s, {100 * share:.1f}% of that rate")
-    return share
+    return sum(t.count * t.product.flops for t in times) / 1e9
 
 
 PARTS = {

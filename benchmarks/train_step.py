@@ -4,17 +4,19 @@
 
 The defaults are 12 layers of width 512 with 16 experts, at 256 image tokens and batch 8, in the proportions of the
 released model: a quarter as many key-value heads as heads, expert width 0.656 of the width, text twice as wide as it.
-Both models run in turns within one process, so that a busy machine disturbs both alike; diffusers' at the faster
-of its two expert paths (loop, grouped products) for each setting. Prints the command, the machine, and for each side
-the median and the quartiles over the rounds, of wall time and of CPU time (which counts all threads, and is the
-steadier of the two on a machine that does other work as well). Then where the time goes, by kind of operation, and
-how long the very same matrix products take alone: their share of the step is how much of the machine's matrix rate
-the step reaches.
+Ours runs as it is and with its blocks compiled (train.compile); diffusers' with each of its two expert paths (loop,
+grouped products), as they are and with its blocks compiled by its own method, where the compiler takes them. All run in
+turns within one process, and so do the step's very same matrix products, each alone, so that a busy machine disturbs
+all alike. Prints the command, the machine, and for each side the median and the quartiles over the rounds, of wall time
+and of CPU time (which counts all threads); ratios of medians, and those within each round; where the time goes, by kind
+of operation; and how much of the machine's matrix rate, that of the products alone, the step reaches.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -23,12 +25,14 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-from measure import RecordProducts, Spread, print_parts, print_products, print_run, time_alone  # noqa: E402
+from measure import ProductsAlone, RecordProducts, Spread, print_parts, print_products, print_run  # noqa: E402
 
 from model.cpu_ops import keep_freed_memory  # noqa: E402
+from model.train.compiled import compile_blocks  # noqa: E402
 from model.transformer import NucleusTransformer  # noqa: E402
 
 CPU = torch.device("cpu")
+ALONE = "our products alone"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -48,7 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--capacity", type=float, default=2.0)
     parser.add_argument("--no-mask", action="store_true", help="no text mask")
     parser.add_argument("--return-memory", action="store_true", help="without keep_freed_memory(), on both sides")
-    parser.add_argument("--compile", action="store_true", help="our model also with torch.compile")
+    parser.add_argument("--no-compile", action="store_true", help="nothing compiled: neither our model nor diffusers'")
     return parser.parse_args(argv)
 
 
@@ -75,11 +79,14 @@ def build(args: argparse.Namespace) -> tuple[dict, dict]:
     ours = NucleusTransformer.from_config(config)
     torch.nn.init.normal_(ours.proj_out.weight, std=0.05)
     models = {"ours": ours}
-    if args.compile:
-        models["ours, compiled"] = torch.compile(ours)
     for name, grouped in (("diffusers, loop", False), ("diffusers, grouped", True)):
         models[name] = NucleusMoEImageTransformer2DModel(**config, use_grouped_mm=grouped)
         models[name].load_state_dict(ours.state_dict())
+    if not args.no_compile:
+        for name, model in list(models.items()):
+            compiled = copy.deepcopy(model)
+            compile_blocks(compiled) if name == "ours" else compiled.compile_repeated_blocks()
+            models[f"{name}, compiled"] = compiled
     tokens = args.rows**2
     mask = torch.arange(args.text)[None] < torch.randint(args.text // 2, args.text + 1, (args.batch, 1))
     inputs = dict(
@@ -102,36 +109,78 @@ def step(model: torch.nn.Module, inputs: dict, target: torch.Tensor) -> tuple[fl
     return 1000 * (time.perf_counter() - wall), 1000 * (time.process_time() - cpu)
 
 
+def run_once(models: dict, inputs: dict, target: torch.Tensor) -> dict:
+    """Those that run, after their first step, which compiles; the others are printed with the reason."""
+    running = {}
+    for name, model in models.items():
+        torch.compiler.reset()  # one model's kernels and limits are not another's
+        begin = time.perf_counter()
+        try:
+            step(model, inputs, target)
+        except Exception as error:  # the compiler's errors have no common base
+            if not name.startswith("diffusers") or not name.endswith("compiled"):
+                raise
+            while cause := error.__cause__ or error.__context__:
+                error = cause
+            print(f"{name}: cannot be compiled: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+            continue
+        running[name] = model
+        if name.endswith("compiled"):
+            print(f"{name}: first step, which compiles, {time.perf_counter() - begin:.0f} s")
+    return running
+
+
+def print_ratio(label: str, above: list[float], below: list[float]) -> None:
+    ratio = statistics.median(above) / statistics.median(below)
+    print(f"{label}: {ratio:.3f} (within a round {Spread.of([a / b for a, b in zip(above, below)])})")
+
+
+def faster(times: dict[str, list[float]], compiled: bool) -> str | None:
+    """diffusers' faster way."""
+    names = [name for name in times if name.startswith("diffusers") and name.endswith("compiled") == compiled]
+    return min(names, key=lambda name: statistics.median(times[name]), default=None)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if not args.return_memory:
         keep_freed_memory()
+    print_run()
     models, inputs = build(args)
     target = torch.randn(args.batch, args.rows**2, 64)
-    print_run()
     print(f"model: {sum(p.numel() for p in models['ours'].parameters()) / 1e6:.2f}M parameters, batch {args.batch}")
+    with RecordProducts() as record:
+        step(models["ours"], inputs, target)
     for threads in args.threads:
         torch.set_num_threads(threads)
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-        for round_ in range(args.rounds + 2):
-            for name, model in models.items():
-                measured = step(model, inputs, target)
-                if round_ >= 2:
-                    times[name].append(measured)
-        walls = {}
-        for i, kind in reversed(list(enumerate(("wall", "CPU")))):
-            walls = {name: Spread.of([pair[i] for pair in pairs]) for name, pairs in times.items()}
-            for name, spread in walls.items():
-                print(f"{threads} threads  {kind:4}  {name:20} {spread} ms")
-            faster = min((name for name in models if name.startswith("diffusers")), key=lambda n: walls[n].median)
-            ratio = walls[faster].median / walls["ours"].median
-            print(f"{threads} threads  {kind:4}  ours: {ratio:.3f}x as fast as '{faster}'")
-        for name in ("ours", faster):
-            print_parts(lambda: step(models[name], inputs, target), f"{threads} threads  time goes to  {name}")
-        with RecordProducts() as record:
-            step(models["ours"], inputs, target)
+        running = run_once(models, inputs, target)
+        alone = ProductsAlone(record.products, torch.float32, CPU)
+        walls: dict[str, list[float]] = {name: [] for name in [*running, ALONE]}
+        cpus: dict[str, list[float]] = {name: [] for name in running}
+        for round_ in range(args.rounds + 1):
+            measured = {name: step(model, inputs, target) for name, model in running.items()}
+            products = alone.measure()
+            if round_ == 0:
+                continue
+            for name, (wall, cpu) in measured.items():
+                walls[name].append(wall)
+                cpus[name].append(cpu)
+            walls[ALONE].append(products)
+        for kind, times in (("CPU", cpus), ("wall", walls)):
+            for name, values in times.items():
+                print(f"{threads} threads  {kind:4}  {name:27} {Spread.of(values)} ms")
+        for ours in (name for name in running if name.startswith("ours")):
+            for compiled in (False, True):
+                if theirs := faster(walls, compiled):
+                    label = f"{threads} threads  {ours}: times as fast as '{theirs}'"
+                    print_ratio(label, walls[theirs], walls[ours])
+        for ours in (name for name in running if name.startswith("ours")):
+            print_ratio(f"{threads} threads  {ours}: share of the products' rate", walls[ALONE], walls[ours])
+        for name in ("ours", faster(walls, compiled=False)):
+            print_parts(lambda: step(running[name], inputs, target), f"{threads} threads  time goes to  {name}")
         print(f"{threads} threads  our step's matrix products, each alone:")
-        print_products(time_alone(record.products, args.rounds, torch.float32, CPU), walls["ours"].median)
+        flops, took = print_products(alone.found()), statistics.median(walls[ALONE])
+        print(f"  all: {flops:.1f} GFLOP in {took:.1f} ms ({1000 * flops / took:.1f} GFLOP/s)")
 
 
 if __name__ == "__main__":

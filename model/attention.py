@@ -227,15 +227,16 @@ def attend(
 
 def _sdpa(q_BSNH, k_BLKH, v_BLKH, mask_BL) -> torch.Tensor:
     N, K = q_BSNH.shape[2], k_BLKH.shape[2]
-    q, k, v = (x.transpose(1, 2) for x in (q_BSNH, k_BLKH, v_BLKH))
+    k, v = k_BLKH.transpose(1, 2), v_BLKH.transpose(1, 2)
     mask = None if mask_BL is None else mask_BL[:, None, None]
-    if mask is None or N == K or q.device.type != "cuda":
+    if N == K or (mask is None and q_BSNH.device.type != "cpu"):
+        q = q_BSNH.transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=N != K).transpose(1, 2)
-    # On CUDA, PyTorch's flash kernel takes no mask, and its memory-efficient one no grouped heads: the queries of a
-    # group become rows of the same head, so that keys are not repeated either.
-    rows_BKRH = q.unflatten(1, (K, N // K)).flatten(2, 3)
+    # The queries of a group become rows of the same head, so that keys are not repeated: on CUDA, PyTorch's flash kernel
+    # takes no mask, and its memory-efficient one no grouped heads; on a CPU its products are larger ones.
+    rows_BKRH = q_BSNH.unflatten(2, (K, N // K)).transpose(1, 2).flatten(2, 3)
     out = F.scaled_dot_product_attention(rows_BKRH, k, v, attn_mask=mask)
-    return out.unflatten(2, (N // K, -1)).flatten(1, 2).transpose(1, 2)
+    return out.unflatten(2, (-1, N // K)).transpose(1, 2).flatten(2, 3)
 
 
 class RMSNorm(nn.Module):

@@ -206,11 +206,20 @@ def gather(
 ) -> torch.Tensor:
     """The experts' tokens [E, B C, D]; by Triton kernels given `takers`."""
     D = x_BSD.shape[-1]
+    x_TD = x_BSD.reshape(-1, D)
     if takers is not None:
         from model.kernels.combine import gather_rows
 
-        return gather_rows(x_BSD.reshape(-1, D), takers).view(num_experts, -1, D)
-    return x_BSD.reshape(-1, D).index_select(0, rows_R).view(num_experts, -1, D)
+        return gather_rows(x_TD, takers).view(num_experts, -1, D)
+    if _compiled_for_cpu(x_BSD):
+        return x_TD.gather(0, rows_R[:, None].expand(-1, D)).view(num_experts, -1, D)
+    return x_TD.index_select(0, rows_R).view(num_experts, -1, D)
+
+
+def _compiled_for_cpu(x: torch.Tensor) -> bool:
+    """There the compiler turns `index_add`, and the gradient of `index_select`, into one atomic addition an element, in
+    no fixed order; it leaves `scatter_add`, and the gradient of `gather`, to PyTorch, which sorts the rows first."""
+    return x.device.type == "cpu" and torch.compiler.is_compiling()
 
 
 def combine(
@@ -225,10 +234,15 @@ def combine(
     By Triton kernels given `takers`.
     """
     D = shared_BSD.shape[-1]
+    shared_TD = shared_BSD.reshape(-1, D)
     if takers is not None:
         from model.kernels.combine import combine_rows
 
-        out_TD = combine_rows(shared_BSD.reshape(-1, D), routed_END.reshape(-1, D), gates_EBC.reshape(-1), takers)
+        out_TD = combine_rows(shared_TD, routed_END.reshape(-1, D), gates_EBC.reshape(-1), takers)
         return out_TD.view_as(shared_BSD)
     routed_RD = (routed_END.reshape(-1, D).float() * gates_EBC.reshape(-1, 1)).to(shared_BSD.dtype)
-    return shared_BSD.reshape(-1, D).index_add(0, rows_R, routed_RD).view_as(shared_BSD)
+    if _compiled_for_cpu(shared_BSD):
+        out_TD = shared_TD.scatter_add(0, rows_R[:, None].expand(-1, D), routed_RD)
+    else:
+        out_TD = shared_TD.index_add(0, rows_R, routed_RD)
+    return out_TD.view_as(shared_BSD)

@@ -24,9 +24,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 
-from model.attention import PackedKeys
 from model.load import own_part
 from model.train.activation import flash_operations
+from model.train.compiled import compile_blocks
 from model.train.expert_parallel import shard_experts
 from model.transformer import Fill
 
@@ -47,36 +47,18 @@ def parallelize(
     Raises:
         ValueError: a release of flash-attn that cannot be compiled, or checkpointed, as asked.
     """
-    blocks = model.transformer_blocks
     if parallel_dims.ep_enabled:
-        for block in blocks.children():
+        for block in model.transformer_blocks.children():
             if block.moe_enabled:
                 shard_experts(block.img_mlp, parallel_dims.get_mesh("ep"))
     if ac_config is not None:
         ac_config.build().apply(model)
     if compile_config.enable:
         flash_operations("train.compile")
-        for block in blocks.children():
-            block.register_forward_pre_hook(_mark_lengths)
-            block.compile(backend=compile_config.backend, fullgraph=True)  # else what it cannot compile runs eagerly
+        compile_blocks(model, compile_config.backend)
     if parallel_dims.dp_shard_enabled:
         _shard(model, parallel_dims, TORCH_DTYPE_MAP[training.mixed_precision_param])
     return model
-
-
-@torch._dynamo.disable
-def _mark_lengths(block: torch.nn.Module, inputs: tuple) -> None:
-    """Tells the compiler, of a block's inputs, that image and text tokens change in number: one set of kernels serves
-    every aspect ratio and text length, of which there are hundreds of pairs."""
-    x_BSD, _, _, text, text_kv, (table_image, table_text), mask = inputs
-    lengths = [(x_BSD, 1), (table_image, 0), (table_text, 0)]
-    lengths += [(text[0], 1)] if text_kv is None else [(tensor, 1) for tensor in text_kv]
-    if isinstance(mask, PackedKeys):
-        lengths += [(keys, 0) for keys in (mask.order, mask.places, mask.kept)]
-    elif mask is not None:
-        lengths.append((mask, 1))
-    for tensor, dim in lengths:
-        torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 def _shard(model: torch.nn.Module, dims: ParallelDims, dtype: torch.dtype) -> None:

@@ -15,11 +15,10 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from model import storage
 from model.checkpoints import METADATA, CheckpointReader, finished_checkpoints
 from model.train.run import prune_run, train_stage
 from model.train.trainer import NucleusTrainer
-from object_store import s3_server
+from object_store import s3_bucket
 from train_helpers import read_weights, train_config, transformer_config, write_latents
 
 pytestmark = pytest.mark.slow
@@ -204,13 +203,8 @@ def test_a_kill_within_the_stage_resumes_to_the_same_bits(latents, first, tmp_pa
     assert handed_on(resumed)["last_epoch"] == 10
 
 
-def test_the_state_travels_through_an_object_store_as_the_weights_do(latents, first, tmp_path, monkeypatch):
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    with s3_server() as endpoint:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        fs, _ = storage.filesystem("s3://checkpoints")
-        fs.mkdir("checkpoints")
+def test_the_state_travels_through_an_object_store_as_the_weights_do(latents, first, tmp_path):
+    with s3_bucket("checkpoints"):
         out = train(latents, tmp_path, "first", 3, hand_on=True, checkpoint_uri="s3://checkpoints/runs")
         assert list(finished_checkpoints("s3://checkpoints/runs/work/optimizer")) == [3]
         assert not (tmp_path / "work" / "optimizer").exists()

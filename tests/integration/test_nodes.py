@@ -18,9 +18,8 @@ from flytekit.core.utils import write_proto_to_file
 from flytekit.types.directory import FlyteDirectory
 from flyteidl.core import errors_pb2, literals_pb2
 
-from model import storage
 from model.train import run
-from object_store import s3_server
+from object_store import s3_bucket
 from tasks.manifest import seal, verify
 from tasks.planning.sections import TrainStage
 from train_helpers import train_config, transformer_config, write_latents
@@ -30,16 +29,9 @@ BUCKET = "s3://nodes"
 
 
 @pytest.fixture
-def store(monkeypatch):
+def store():
     """A bucket on this machine; the endpoint and its keys as Flyte gives them to a pod."""
-    with s3_server() as endpoint:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("FLYTE_AWS_ENDPOINT", endpoint)
-        monkeypatch.setenv("FLYTE_AWS_ACCESS_KEY_ID", "testing")
-        monkeypatch.setenv("FLYTE_AWS_SECRET_ACCESS_KEY", "testing")
-        fs, _ = storage.filesystem(BUCKET)
-        fs.mkdir(BUCKET.removeprefix("s3://"))
+    with s3_bucket(BUCKET.removeprefix("s3://"), as_flyte_tells=True) as fs:
         yield fs
 
 

@@ -28,7 +28,7 @@ from model.train.checkpoint import StageCheckpointer
 from model.train.preemption import Preempted
 from model.train.run import train_stage
 from model.train.trainer import NucleusTrainer
-from object_store import s3_server
+from object_store import s3_bucket
 from train_helpers import logged_steps, read_weights, train_config, transformer_config, write_latents
 
 pytestmark = pytest.mark.slow
@@ -395,14 +395,7 @@ def test_what_fails_in_the_background_ends_the_run_at_the_next_save(latents, tmp
 @pytest.fixture(scope="module")
 def bucket():
     """A bucket of a server of S3's protocol on this machine, with the credentials as Flyte gives them."""
-    with pytest.MonkeyPatch.context() as patch, s3_server() as endpoint:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
-            patch.delenv(name, raising=False)
-        patch.setenv("FLYTE_AWS_ENDPOINT", endpoint)
-        patch.setenv("FLYTE_AWS_ACCESS_KEY_ID", "testing")
-        patch.setenv("FLYTE_AWS_SECRET_ACCESS_KEY", "testing")
-        fs, _ = storage.filesystem("s3://checkpoints")
-        fs.mkdir("checkpoints")
+    with s3_bucket("checkpoints", as_flyte_tells=True):
         yield "s3://checkpoints/runs"
 
 

@@ -10,7 +10,7 @@ from flytekit.types.directory import FlyteDirectory
 from s3fs import S3FileSystem
 
 from model import storage
-from object_store import s3_server
+from object_store import s3_bucket
 from tasks.manifest import load_manifest, seal
 from tasks.planning.sections import TrainStage
 from tasks.training.task import train_stage
@@ -23,14 +23,7 @@ STEPS = 4
 def inputs(tmp_path, monkeypatch):
     """Sealed latents in a bucket, its endpoint and keys given as Flyte gives them to a pod, and components here."""
     monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
-        monkeypatch.delenv(name, raising=False)
-    with s3_server() as endpoint:
-        monkeypatch.setenv("FLYTE_AWS_ENDPOINT", endpoint)
-        monkeypatch.setenv("FLYTE_AWS_ACCESS_KEY_ID", "testing")
-        monkeypatch.setenv("FLYTE_AWS_SECRET_ACCESS_KEY", "testing")
-        fs, _ = storage.filesystem("s3://store")
-        fs.mkdir("store")
+    with s3_bucket("store", as_flyte_tells=True) as fs:
         write_latents(tmp_path / "latents")
         (tmp_path / "components").mkdir()
         (tmp_path / "components" / "file").write_text("nothing is sampled")

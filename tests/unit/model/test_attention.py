@@ -196,13 +196,34 @@ def test_whole_model_on_flash_attention_packs_its_mask_once(flash, monkeypatch):
     assert len(packings) == 1 and len(flash.calls) == 3
 
 
-def test_queries_of_a_group_as_rows_equal_grouped_heads(monkeypatch):
-    """The way of a mask with grouped heads on CUDA."""
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
+def test_sdpa_of_grouped_heads_equals_its_definition(device, masked, monkeypatch):
+    """Each way that a device takes, computed here; with its gradients."""
     (q, k, v), mask = tensors()
-    expected = attention._sdpa(q, k, v, mask)
-    on_cuda = SimpleNamespace(type="cuda")
-    monkeypatch.setattr(torch.Tensor, "device", property(lambda self: on_cuda))
-    assert torch.allclose(attention._sdpa(q, k, v, mask), expected, atol=1e-6)
+    mask = mask if masked else None
+    repeated = [x.repeat_interleave(2, dim=2) for x in (k, v)]
+    scores = torch.einsum("bsnh,blnh->bnsl", q, repeated[0]) / 8**0.5
+    if masked:
+        scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
+    expected = torch.einsum("bnsl,blnh->bsnh", scores.softmax(-1), repeated[1])
+    weight = torch.randn(q.shape)
+    wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "device", property(lambda self: SimpleNamespace(type=device)))
+        found = attention._sdpa(q, k, v, mask)
+    assert found.shape == expected.shape
+    for mine, theirs in zip((found, *torch.autograd.grad((found * weight).sum(), (q, k, v))), (expected, *wanted)):
+        assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_sdpa_repeats_no_heads_on_a_cpu(masked):
+    (q, k, v), mask = tensors()
+    with torch.profiler.profile(record_shapes=True) as profiled:
+        attention._sdpa(q, k, v, mask if masked else None)
+    (kernel,) = [event for event in profiled.events() if "flash_attention_for_cpu" in event.name]
+    assert kernel.input_shapes[:3] == [[3, 2, 2 * 6, 8], [3, 2, 11, 8], [3, 2, 11, 8]]  # 4 heads of 6 queries, 2 of keys
 
 
 def test_mask_stays_as_it_is_without_flash_attention():

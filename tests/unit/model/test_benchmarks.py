@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 
@@ -86,15 +87,66 @@ def test_the_block_of_the_benchmark_has_the_released_axes():
     assert gpu_blocks.axes_of(gpu_blocks.parse([])) == (16, 56, 56)
 
 
-def test_training_steps_are_measured_at_a_toy_size(capsys, monkeypatch):
+def toy_step(monkeypatch, *more):
     monkeypatch.setattr(train_step, "keep_freed_memory", lambda: True)  # it would stay for the other tests
     train_step.main(
         "--threads 1 --rounds 2 --layers 2 --heads 2 --kv-heads 1 --head-dim 32 --hidden 32 --batch 2 --rows 4 "
-        "--text 8 --text-dim 32 --experts 4".split()
+        "--text 8 --text-dim 32 --experts 4".split() + list(more)
     )
+
+
+def test_training_steps_are_measured_at_a_toy_size(capsys, monkeypatch):
+    toy_step(monkeypatch, "--no-compile")
     out = capsys.readouterr().out
-    for text in ("ours: ", "x as fast as 'diffusers, ", "time goes to  ours: ", "GFLOP/s", "% of that rate"):
+    for text in ("ours: times as fast as 'diffusers, ", "ours: share of the products' rate: ", "our products alone",
+                 "time goes to  ours: ", "GFLOP/s"):  # fmt: skip
         assert text in out, text
+    assert "compiled" not in out
+
+
+def refusing(message):
+    def hook(*args):
+        raise RuntimeError(message)
+
+    return hook
+
+
+def test_compiled_training_steps_stand_beside_diffusers_own(capsys, monkeypatch):
+    """Its grouped products cannot be compiled in fp32: that is told, and the rest is measured."""
+
+    def compile_repeated_blocks(model):
+        block = model.transformer_blocks[1]
+        if block.img_mlp.experts.use_grouped_mm:
+            block.register_forward_pre_hook(refusing("no such product\nin this type"))
+
+    transformer = diffusers.NucleusMoEImageTransformer2DModel
+    monkeypatch.setattr(transformer, "compile_repeated_blocks", compile_repeated_blocks)
+    monkeypatch.setattr(train_step, "compile_blocks", lambda model: None)
+    toy_step(monkeypatch)
+    out = capsys.readouterr().out
+    assert "diffusers, grouped, compiled: cannot be compiled: no such product\n" in out
+    for text in ("ours, compiled: times as fast as 'diffusers, loop, compiled'",
+                 "ours, compiled: share of the products' rate: ", "first step, which compiles"):  # fmt: skip
+        assert text in out, text
+
+
+def test_our_own_model_must_compile(monkeypatch):
+    monkeypatch.setattr(
+        train_step, "compile_blocks", lambda model: model.register_forward_pre_hook(refusing("not taken whole"))
+    )
+    with pytest.raises(RuntimeError, match="not taken whole"):
+        toy_step(monkeypatch)
+
+
+def test_products_alone_are_all_timed_as_often_as_they_were_counted():
+    product = measure.Product(1, 8, 4, 2)
+    alone = measure.ProductsAlone({product: 3}, torch.float32, torch.device("cpu"))
+    ran = []
+    alone.runs[product] = lambda: ran.append(1)
+    total = alone.measure()
+    assert len(ran) == 4  # one to warm up
+    (found,) = alone.found()
+    assert found.count == 3 and found.total_ms == pytest.approx(total)
 
 
 def test_sampling_is_measured_at_a_toy_size(capsys):

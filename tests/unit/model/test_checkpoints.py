@@ -15,7 +15,7 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 
 from model import storage
 from model.checkpoints import CheckpointReader, finished_checkpoints, last_checkpoint, load
-from object_store import s3_server
+from object_store import s3_bucket
 
 STATE = {"weight": torch.arange(6.0).view(2, 3), "state": {"step": 7, "half": torch.ones(4, dtype=torch.bfloat16)}}
 
@@ -23,13 +23,7 @@ STATE = {"weight": torch.arange(6.0).view(2, 3), "state": {"step": 7, "half": to
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory):
     """A bucket of a server of S3's protocol on this machine."""
-    with pytest.MonkeyPatch.context() as patch, s3_server() as endpoint:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", endpoint)
-        fs, _ = storage.filesystem("s3://checkpoints")
-        fs.mkdir("checkpoints")
+    with s3_bucket("checkpoints"):
         yield "s3://checkpoints"
 
 

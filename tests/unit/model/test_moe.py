@@ -1,11 +1,13 @@
 """Expert-choice routing against a loop written from its definition, one expert and one token at a time."""
 
 import math
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 from model.cpu_ops import _NormRope, _SwiGLU, keep_freed_memory
 from model.moe import MoE
@@ -98,6 +100,34 @@ def test_fast_backward_passes_equal_numeric_ones():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def step(moe, inputs):
+    """The output, and the gradients of the inputs and of the parameters."""
+    moe.zero_grad()
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    out, _ = moe(*leaves)
+    (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    return [out.detach(), *(leaf.grad for leaf in leaves), *(p.grad.clone() for p in moe.parameters())]
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+def test_layer_compiled_for_a_cpu_equals_the_eager_one_and_adds_nothing_atomically():
+    """Atomic additions would be slow, and add up in no fixed order."""
+    torch.compiler.reset()
+    moe, *inputs = make(capacity_factor=2.0)
+    expected = step(moe, inputs)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # of one thread, the compiler writes other code
+    try:
+        with torch._inductor.config.patch(force_disable_caches=True):
+            found, code = run_and_get_code(lambda: step(torch.compile(moe, fullgraph=True), inputs))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(code) == 2  # forward and backward
+    assert not any("atomic_add" in source for source in code)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5, rtol=1e-4)
+
+
 def test_keep_freed_memory_spares_page_faults():
     """In a process of its own: the setting stays for good."""
     code = """

@@ -23,7 +23,7 @@ from model.routing import (
     watch_routing,
 )
 from model.transformer import NucleusTransformer
-from object_store import s3_server
+from object_store import s3_bucket
 
 LEVELS = [0.9, 0.6, 0.3, 0.1]
 
@@ -220,15 +220,12 @@ def test_the_command_reads_the_weights_of_a_training_checkpoint(latents, tmp_pat
 
 
 @pytest.fixture(params=["local", "s3"])
-def place(request, tmp_path, monkeypatch):
+def place(request, tmp_path):
     """Where a stage keeps its run."""
     if request.param == "local":
         yield str(tmp_path / "run")
         return
-    with s3_server() as endpoint:
-        for name, value in (("ACCESS_KEY_ID", "testing"), ("SECRET_ACCESS_KEY", "testing"), ("ENDPOINT_URL", endpoint)):
-            monkeypatch.setenv(f"AWS_{name}", value)
-        storage.filesystem("s3://runs")[0].mkdir("runs")
+    with s3_bucket("runs"):
         yield "s3://runs/stage"
 
 

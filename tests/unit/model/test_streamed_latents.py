@@ -17,7 +17,7 @@ from s3fs import S3FileSystem
 from model import storage
 from model.latents import LatentDataset, LatentWriter
 from model.streamed_latents import StreamedLatents
-from object_store import s3_server
+from object_store import s3_bucket
 
 IMAGES, SHARD = 24, 5
 LATENT_BYTES = {8: 16 * 8 * 8 * 4, 4: 16 * 4 * 8 * 4}  # by height
@@ -45,13 +45,7 @@ def directory(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory):
     """A bucket of a server of S3's protocol on this machine, with the float32 latents in it, and the local ones."""
-    with pytest.MonkeyPatch.context() as patch, s3_server() as endpoint:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", endpoint)
-        fs, _ = storage.filesystem("s3://latents")
-        fs.mkdir("latents")
+    with s3_bucket("latents") as fs:
         local = write(tmp_path_factory.mktemp("latents") / "float32")
         fs.put(str(local), "latents/stage", recursive=True)
         yield local, "s3://latents/stage"

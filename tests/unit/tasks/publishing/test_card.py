@@ -123,3 +123,9 @@ def test_what_comes_from_data_is_text_and_never_markup(recipe):
     assert not re.search(r"(?<!\\)\]\(http://evil", card) and "![a](" not in card
     assert header(card)["license"] == "mit\nextra: true" and "extra" not in header(card)
     assert len(re.findall(r"(?m)^# ", card)) == 1
+
+
+@pytest.mark.parametrize("carried, told", [(True, "warm-up, then constant"), (False, "warm-up in each stage, then constant")])
+def test_a_warm_up_in_each_stage_is_told(recipe, carried, told):
+    changed = {**recipe, "train": {**recipe["train"], "carry_optimizer": carried}}
+    assert told in model_card(changed, SCORECARD, LINEAGE)

@@ -1,0 +1,29 @@
+"""torch.compile, block by block: blocks of one kind share their kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from model.attention import PackedKeys
+
+
+def compile_blocks(model: torch.nn.Module, backend: str = "inductor") -> None:
+    """Compiles each block in place; what the compiler cannot take whole is an error when it first runs."""
+    for block in model.transformer_blocks.children():
+        block.register_forward_pre_hook(_mark_lengths)
+        block.compile(backend=backend, fullgraph=True)
+
+
+@torch._dynamo.disable
+def _mark_lengths(block: torch.nn.Module, inputs: tuple) -> None:
+    """Tells the compiler, of a block's inputs, that image and text tokens change in number: one set of kernels serves
+    every aspect ratio and text length, of which there are hundreds of pairs."""
+    x_BSD, _, _, text, text_kv, (table_image, table_text), mask = inputs
+    lengths = [(x_BSD, 1), (table_image, 0), (table_text, 0)]
+    lengths += [(text[0], 1)] if text_kv is None else [(tensor, 1) for tensor in text_kv]
+    if isinstance(mask, PackedKeys):
+        lengths += [(keys, 0) for keys in (mask.order, mask.places, mask.kept)]
+    elif mask is not None:
+        lengths.append((mask, 1))
+    for tensor, dim in lengths:
+        torch._dynamo.maybe_mark_dynamic(tensor, dim)
