@@ -61,17 +61,31 @@ def filesystem(path: str | os.PathLike) -> tuple[AbstractFileSystem, str]:
 
 
 def check_writable_place(uri: str) -> None:
-    """Raises ValueError where `uri` cannot hold a run: no such scheme, bucket, or access."""
+    """Asks for the bucket that is to hold a run.
+
+    Raises:
+        ValueError: no such scheme, bucket, or access.
+        ConnectionError: the object store does not answer, which another attempt need not meet.
+    """
     if not is_remote(uri):
         return
     try:
         fs, path = filesystem(uri)
         bucket = path.split("/")[0]
-        there = fs.exists(bucket)
+        fs.info(bucket)  # `exists` takes a store that does not answer for one without the bucket
+    except PERMANENT as error:
+        raise ValueError(f"{uri}: there is no bucket {bucket!r}, or no access to it") from error
     except Exception as error:  # each of fsspec's back ends raises types of its own
+        if _unanswered(error):
+            raise ConnectionError(f"{uri}: the object store does not answer: {error}") from error
         raise ValueError(f"{uri}: {error}") from error
-    if not there:
-        raise ValueError(f"{uri}: there is no bucket {bucket!r}, or no access to it")
+
+
+def _unanswered(error: Exception) -> bool:
+    from botocore.exceptions import ConnectionError as NoConnection
+    from botocore.exceptions import HTTPClientError
+
+    return isinstance(error, (NoConnection, HTTPClientError)) or (isinstance(error, OSError) and may_pass(error))
 
 
 def join(base: str | os.PathLike, *names: str) -> str:

@@ -90,7 +90,7 @@ def train_stage(
     Raises:
         ValueError: latents, configuration and work_dir do not fit together.
         Diverged: too many steps were skipped (train.skip), or weights are not finite.
-        ConnectionError: latents that are streamed cannot be reached.
+        ConnectionError: the object store of checkpoints, or of streamed latents, does not answer.
         Preempted: SIGTERM; call it again to go on.
     """
     latents_dir, work_dir, out_dir = Path(latents_dir), Path(work_dir), Path(out_dir)

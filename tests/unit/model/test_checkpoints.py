@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import socket
 import threading
 
 import pytest
+import s3fs
 import torch
 import torch.distributed.checkpoint as dcp
 from botocore.exceptions import EndpointConnectionError
@@ -16,6 +18,7 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 from model import storage
 from model.checkpoints import CheckpointReader, finished_checkpoints, last_checkpoint, load
 from object_store import s3_bucket
+from tasks.training.faults import comes_again
 
 STATE = {"weight": torch.arange(6.0).view(2, 3), "state": {"step": 7, "half": torch.ones(4, dtype=torch.bfloat16)}}
 
@@ -201,6 +204,18 @@ def test_a_bucket_that_does_not_exist_is_refused_before_any_work(bucket):
     storage.check_writable_place(f"{bucket}/run")
     with pytest.raises(ValueError, match="nowhere://run"):
         storage.check_writable_place("nowhere://run")
+
+
+def test_an_object_store_that_does_not_answer_is_worth_another_attempt(bucket, monkeypatch):
+    with socket.socket() as unanswered:  # nothing listens there
+        unanswered.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{unanswered.getsockname()[1]}")
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        monkeypatch.setattr(s3fs.S3FileSystem, "cachable", False)  # else the one that knows the other address
+        with pytest.raises(ConnectionError, match="does not answer") as failure:
+            storage.check_writable_place(f"{bucket}/run")
+    assert not comes_again(failure.value)
+    assert comes_again(ValueError("no bucket"))
 
 
 @pytest.mark.parametrize(
