@@ -218,7 +218,7 @@ def gather(
 
 def _compiled_for_cpu(x: torch.Tensor) -> bool:
     """There the compiler turns `index_add`, and the gradient of `index_select`, into one atomic addition an element, in
-    no fixed order; it leaves `scatter_add`, and the gradient of `gather`, to PyTorch, which sorts the rows first."""
+    no fixed order; it leaves `scatter_add`, and the gradient of `gather`, to PyTorch, which adds in one order."""
     return x.device.type == "cpu" and torch.compiler.is_compiling()
 
 
