@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
-from model.storage import filesystem, may_pass, options
+from model.storage import check_path, filesystem, may_pass, options
 
 METADATA = ".metadata"
 _STEP = re.compile(rf"step-(\d+)/{re.escape(METADATA)}")
@@ -91,7 +91,8 @@ class CheckpointReader(FsspecReader):
     """Reads a DCP checkpoint, local or remote, and unpickles nothing but metadata."""
 
     def __init__(self, path: str | os.PathLike):
-        super().__init__(str(path), **options(path))
+        path = check_path(path)  # before DCP makes a file system for it
+        super().__init__(path, **options(path))
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """

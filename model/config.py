@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from model.storage import check_path
+
 Positive = Annotated[int, Field(gt=0)]
 INIT_FROM = re.compile(r"[^@]+|[\w.-]+/[\w.-]+(/[\w./-]+)?@[0-9a-f]{40}")
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -317,6 +319,11 @@ class TrainConfig(Section):
                 f"init_from={self.init_from!r} must be a directory, or ORG/REPO[/SUBFOLDER]@COMMIT with the 40 digits of "
                 "a commit: a branch's weights change"
             )
+        if self.checkpoint_uri is not None:
+            try:
+                check_path(self.checkpoint_uri)
+            except ValueError as error:
+                raise ValueError(f"checkpoint_uri: {error}") from None
         if self.data_parallel_shard == 0:
             raise ValueError("data_parallel_shard=0 must be 1 or more, or -1 for all ranks that are left")
         sizes = [stage.image_size_px for stage in self.stages]

@@ -1,13 +1,17 @@
-"""Local folders and s3:// (or another fsspec URI) behind one interface, for what a run keeps between attempts.
+"""Local folders and object stores (s3://, and gs:// or abfs:// where allowed) behind one interface.
 
-fsspec with s3fs, since DCP's own reader and writer of remote checkpoints are made of it. Credentials and endpoint
-are botocore's own (AWS_ENDPOINT_URL, ...), or Flyte's (FLYTE_AWS_ENDPOINT, FLYTE_AWS_ACCESS_KEY_ID, ...).
+Every path that a user, a recipe or an artifact names passes `check_path` before a file system is made for it. fsspec
+alone would accept chains such as reference::http://..., whose file lists can run code.
+
+Credentials and endpoint are botocore's own (AWS_ENDPOINT_URL, ...), or Flyte's (FLYTE_AWS_ENDPOINT, ...).
 """
 
 from __future__ import annotations
 
 import errno
+import importlib
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +24,60 @@ if TYPE_CHECKING:
 READ_ATTEMPTS, FIRST_WAIT_S = 5, 1.0  # waits that double: 15 s in all, besides s3fs's and botocore's own attempts
 PERMANENT = (FileNotFoundError, PermissionError)
 CLIENTS = ("botocore", "aiobotocore", "aiohttp")  # of s3fs, which lets some of their errors through
+
+
+# scheme -> module and class of its file system: nothing else is ever constructed
+STORES = {
+    "s3": ("s3fs", "S3FileSystem"),
+    "gs": ("gcsfs", "GCSFileSystem"),
+    "abfs": ("adlfs", "AzureBlobFileSystem"),
+}
+ALLOWED_STORES = "NUCLEUS_STORES"  # environment variable: schemes allowed, separated by commas; default: s3
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
+
+
+def allowed_stores() -> tuple[str, ...]:
+    """Schemes that `check_path` accepts."""
+    named = [name.strip() for name in os.environ.get(ALLOWED_STORES, "s3").split(",") if name.strip()]
+    unknown = sorted(set(named) - set(STORES))
+    if unknown:
+        raise ValueError(f"{ALLOWED_STORES} names {', '.join(unknown)}; it may name {', '.join(STORES)}")
+    return tuple(named)
+
+
+def check_path(path: str | os.PathLike) -> str:
+    """The path, if it is a plain local path or a URI of an allowed object store. file:///PATH becomes the plain path.
+
+    Raises:
+        ValueError: another scheme, a chain of schemes (::), or a user name or password inside the URI.
+    """
+    text = str(path)
+    stores = allowed_stores()
+    valid = f"use a plain path, or {' or '.join(f'{name}://BUCKET/PREFIX' for name in stores)}"
+    if "\0" in text or any(ord(c) < 32 for c in text):
+        raise ValueError(f"{text!r} has control characters; {valid}")
+    if "::" in text:
+        raise ValueError(f"{text!r} chains file systems with '::', which may run code of the first; {valid}")
+    scheme = _SCHEME.match(text)
+    if scheme is None:
+        if "://" in text:
+            raise ValueError(f"{text!r} is not a path or URI; {valid}")
+        return text
+    name = scheme.group(1)
+    if name == "file":
+        local = text[scheme.end() :]
+        if not local.startswith("/"):
+            raise ValueError(f"{text!r} must be file:///PATH, or a plain path")
+        return local
+    if name not in stores:
+        hint = f" ({ALLOWED_STORES} may allow it)" if name in STORES else ""
+        raise ValueError(f"{text!r} has the scheme {name!r}, which is not allowed{hint}; {valid}")
+    bucket = text[scheme.end() :].split("/")[0]
+    if "@" in bucket and name != "abfs":  # abfs://CONTAINER@ACCOUNT is a place, not a login
+        raise ValueError(f"the URI of {name}://...@{bucket.rpartition('@')[2]} holds a user name or password; {valid}")
+    if not bucket:
+        raise ValueError(f"{text!r} names no bucket; {valid}")
+    return text
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -54,10 +112,22 @@ def s3_access() -> dict[str, str]:
 
 
 def filesystem(path: str | os.PathLike) -> tuple[AbstractFileSystem, str]:
-    """(file system, the path on it)."""
-    from fsspec.core import url_to_fs
+    """(file system, the path on it), built by class: `check_path` decides which classes there are.
 
-    return url_to_fs(str(path) if is_remote(path) else os.path.abspath(path), **options(path))
+    Raises:
+        ValueError: see `check_path`; or the package of an allowed store is not installed.
+    """
+    text = check_path(path)
+    if not is_remote(text):
+        from fsspec.implementations.local import LocalFileSystem
+
+        return LocalFileSystem(), os.path.abspath(text)
+    module, name = STORES[text.split("://")[0]]
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise ValueError(f"{text!r} needs the package {module}, which is not installed") from error
+    return kind(**options(text)), kind._strip_protocol(text)
 
 
 def check_writable_place(uri: str) -> None:
@@ -67,10 +137,10 @@ def check_writable_place(uri: str) -> None:
         ValueError: no such scheme, bucket, or access.
         ConnectionError: the object store does not answer, which another attempt need not meet.
     """
-    if not is_remote(uri):
+    if not is_remote(check_path(uri)):
         return
+    fs, path = filesystem(uri)
     try:
-        fs, path = filesystem(uri)
         bucket = path.split("/")[0]
         fs.info(bucket)  # `exists` takes a store that does not answer for one without the bucket
     except PERMANENT as error:

@@ -54,7 +54,7 @@ def checkpoint_root(train: TrainConfig, work_dir: Path) -> str:
     """The folder or URI that holds CHECKPOINTS and WEIGHTS of the run whose work_dir this is."""
     if train.checkpoint_uri is None:
         return str(work_dir)
-    place = train.checkpoint_uri
+    place = storage.check_path(train.checkpoint_uri)
     return storage.join(place if storage.is_remote(place) else os.path.abspath(place), Path(work_dir).name)
 
 
@@ -88,6 +88,7 @@ class StageCheckpointer(CheckpointManager):
         process a training step takes 1.8 times as long on 2 cores."""
         if storage.is_remote(checkpoint_id):
             # sync_files: a stream to S3 is no file, and DCP would sync the machine's own disks instead.
+            checkpoint_id = storage.check_path(checkpoint_id)
             writer = FsspecWriter(checkpoint_id, sync_files=False, **storage.options(checkpoint_id))
         else:
             writer = dcp.FileSystemWriter(checkpoint_id)

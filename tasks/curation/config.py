@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from model.config import Fraction, Positive, Section
+from model.storage import check_path
 
 
 class SourceConfig(Section):
@@ -19,6 +20,11 @@ class SourceConfig(Section):
     path: str | None = None
     shards: Positive = 4
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("path")
+    @classmethod
+    def _check_path(cls, path: str | None) -> str | None:
+        return None if path is None else check_path(path)
 
 
 class FilterConfig(Section):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from model.storage import filesystem, is_remote, join
+from model.storage import check_path, filesystem, is_remote, join
 
 FETCH_FILES, FETCH_BYTES = 64, 64 * 2**20  # at most so many (or one larger file) are fetched at a time, and in memory
 BLOCK_BYTES = 2**20  # the least that is read of a remote file that is read in parts
@@ -44,6 +44,7 @@ def find(path: str | os.PathLike, skipped: Counter) -> Place | None:
     Raises:
         ValueError: a remote place cannot be listed.
     """
+    path = check_path(path)
     if is_remote(path):
         place = RemotePlace(str(path).rstrip("/"), skipped)
         return place if place.there else None
@@ -85,8 +86,8 @@ def _walk(root: Path, skipped: Counter) -> Iterator[str]:
 
 class RemotePlace:
     def __init__(self, uri: str, skipped: Counter) -> None:
+        self._fs, root = filesystem(uri)
         try:
-            self._fs, root = filesystem(uri)
             found = self._fs.find(root, detail=True)
         except FileNotFoundError:
             found = {}

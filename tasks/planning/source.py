@@ -6,9 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-import fsspec
-
-from model.storage import s3_access
+from model import storage
 from tasks.manifest import sha256_file
 
 
@@ -19,14 +17,15 @@ def check_source(path: str, local: bool) -> None:
     """Refuses, without looking at it, what cannot be a source.
 
     Raises:
-        ValueError: the recipe's placeholder, or on a cluster a path of somebody's machine.
+        ValueError: the recipe's placeholder, a URI that `storage.check_path` refuses, or on a cluster a path of
+            somebody's machine.
     """
     if PLACEHOLDER in path:
         raise ValueError(
             f"source.path={path!r} is a placeholder: give your own images by --source, such as --source "
             "s3://BUCKET/images/, or set source.path"
         )
-    if path and "://" not in path and not local:
+    if path and not storage.is_remote(storage.check_path(path)) and not local:
         raise ValueError(f"source {path!r} is a path of your machine, which the cluster cannot read; give an s3:// URI")
 
 
@@ -38,7 +37,8 @@ def fingerprint(path: str) -> str:
     Raises:
         ValueError: there is nothing at `path`, or no access to it.
     """
-    if "://" not in path:
+    path = storage.check_path(path)
+    if not storage.is_remote(path):
         root = Path(path).expanduser()  # as the scan reads it
         if not root.exists():
             raise ValueError(f"source {path!r} does not exist; give a folder of images, tars or Parquet files")
@@ -47,7 +47,7 @@ def fingerprint(path: str) -> str:
         entries = [[p.relative_to(base).as_posix(), sha256_file(p)] for p in files]
     else:
         try:
-            filesystem, inner = fsspec.core.url_to_fs(path, **s3_access() if path.startswith("s3://") else {})
+            filesystem, inner = storage.filesystem(path)
             entries = [[name, str(filesystem.checksum(name))] for name in sorted(filesystem.find(inner, detail=True))]
         except Exception as error:  # each of fsspec's back ends raises types of its own
             raise ValueError(f"source {path!r} cannot be listed: {error}") from error

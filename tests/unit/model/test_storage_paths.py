@@ -1,0 +1,123 @@
+"""No path of a user, a recipe or an artifact makes another file system than those allowed."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+
+import fsspec
+import pytest
+
+from model import storage
+from model.checkpoints import CheckpointReader
+from model.config import OptimConfig, StageConfig, TrainConfig
+from tasks.curation import user_source
+from tasks.curation.config import SourceConfig
+from tasks.planning.source import check_source, fingerprint
+from tasks.recipe import load_recipe
+
+SCHEMES = sorted(set(fsspec.available_protocols()) - {"s3", "file"})
+CHAINS = [
+    "reference::http://127.0.0.1:9/x.json",
+    "reference::file:///etc/hostname",
+    "simplecache::s3://bucket/x",
+    "zip://a.png::s3://bucket/x.zip",
+    "s3://bucket/x::memory://y",
+    "filecache::memory://x",
+]
+
+
+@pytest.fixture
+def no_filesystem(monkeypatch):
+    """Fails when fsspec makes a file system of any class."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"a file system was made: {args} {kwargs}")
+
+    monkeypatch.setattr(fsspec.spec._Cached, "__call__", refuse)
+
+
+def stage(**changes) -> TrainConfig:
+    one = StageConfig(name="a", image_size_px=32, steps=1, batch_size=1, capacity_factors=1.0)
+    return TrainConfig(stages=(one,), optim=OptimConfig(muon_lr=1e-3, adamw_lr=1e-3), **changes)
+
+
+@pytest.mark.parametrize("path", [*(f"{scheme}://host/x" for scheme in SCHEMES), *CHAINS])
+def test_every_other_scheme_and_every_chain_is_refused_before_a_file_system_is_made(path, no_filesystem):
+    for use in (
+        storage.filesystem,
+        storage.check_writable_place,
+        fingerprint,
+        lambda path: check_source(path, True),
+        user_source.scan,
+        CheckpointReader,
+        lambda path: SourceConfig(path=path),
+        lambda path: stage(checkpoint_uri=path),
+        lambda path: load_recipe("smoke", [f"source.path={json.dumps(path)}"]),
+        lambda path: load_recipe("smoke", [f"train.checkpoint_uri={json.dumps(path)}"]),
+    ):
+        with pytest.raises(ValueError, match="::|not allowed|not a path"):
+            use(path)
+
+
+@pytest.mark.parametrize("path", ["s3://key:secret@bucket/x", "s3://user@bucket/x", "s3:///x", "S3://bucket/x", "a\0b"])
+def test_uris_with_a_login_without_a_bucket_or_with_control_characters_are_refused(path, no_filesystem):
+    with pytest.raises(ValueError) as error:
+        storage.filesystem(path)
+    assert "secret" not in str(error.value)
+
+
+def test_plain_paths_file_uris_and_s3_are_accepted(tmp_path, monkeypatch):
+    assert storage.check_path(tmp_path) == str(tmp_path)
+    assert storage.check_path(f"file://{tmp_path}") == str(tmp_path)
+    assert storage.check_path("s3://bucket/a b/ü") == "s3://bucket/a b/ü"
+    fs, path = storage.filesystem("s3://bucket/a/b")
+    assert (type(fs).__name__, path) == ("S3FileSystem", "bucket/a/b")
+    with pytest.raises(ValueError, match="NUCLEUS_STORES may allow it"):
+        storage.check_path("gs://bucket/x")
+    monkeypatch.setenv("NUCLEUS_STORES", "s3,gs")
+    assert storage.check_path("gs://bucket/x") == "gs://bucket/x"
+    monkeypatch.setenv("NUCLEUS_STORES", "s3,http")
+    with pytest.raises(ValueError, match="it may name s3, gs, abfs"):
+        storage.check_path("s3://bucket/x")
+
+
+def test_a_cluster_refuses_a_file_uri_as_it_refuses_a_local_path():
+    with pytest.raises(ValueError, match="your machine"):
+        check_source("file:///data/images", local=False)
+
+
+def test_a_reference_file_with_a_template_runs_nothing(tmp_path):
+    """The payload of the finding: a list of files whose template runs a command when it is rendered."""
+    marker = tmp_path / "marker"
+    attack = "{{ cycler.__init__.__globals__.os.system('touch MARKER') }}".replace("MARKER", str(marker))
+    listing = {"version": 1, "templates": {"u": attack}, "gen": [], "refs": {"a.png": [attack, 0, 1]}}
+    (tmp_path / "refs.json").write_text(json.dumps(listing))
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        asked: list[str] = []
+
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(tmp_path))
+
+        def do_GET(self):
+            self.asked.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        for inner in (f"http://127.0.0.1:{server.server_port}/refs.json", f"file://{tmp_path}/refs.json"):
+            path = f"reference::{inner}"
+            for use in (fingerprint, user_source.scan, storage.children, CheckpointReader):
+                with pytest.raises(ValueError, match="::"):
+                    use(path)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert not marker.exists()
+    assert not Handler.asked
