@@ -267,7 +267,7 @@ def print_block_products(
             experts["floor"] += t.count * floor
         bound = "arithmetic" if arithmetic > traffic else "memory"
         print(
-            f"  {t.count} x {str(t.product):48} {t.spread.median:8.4f} ms  "
+            f"  {t.count} x {t.product!s:48} {t.spread.median:8.4f} ms  "
             f"{100 * t.rate / rate:5.1f}% of the matrix rate  "
             f"{100 * floor / t.spread.median:5.1f}% of its floor ({bound})"
         )

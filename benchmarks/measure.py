@@ -175,9 +175,7 @@ class ProductTime(NamedTuple):
         return self.product.flops / self.spread.median * 1000
 
 
-def time_alone(
-    products: Counter[Product], rounds: int, dtype: torch.dtype, device: torch.device
-) -> list[ProductTime]:
+def time_alone(products: Counter[Product], rounds: int, dtype: torch.dtype, device: torch.device) -> list[ProductTime]:
     """Each kind of product alone, the ones that take most first."""
     times = []
     for product, count in products.items():
@@ -212,7 +210,7 @@ class ProductsAlone:
 def print_products(times: list[ProductTime]) -> float:
     """Prints the table; returns how many GFLOP they are together."""
     for t in times[:SHOWN]:
-        print(f"  {t.count:4} x {str(t.product):46} {t.spread.median:9.3f} ms {t.rate / 1e9:9.1f} GFLOP/s")
+        print(f"  {t.count:4} x {t.product!s:46} {t.spread.median:9.3f} ms {t.rate / 1e9:9.1f} GFLOP/s")
     if len(times) > SHOWN:
         print(f"  and {len(times) - SHOWN} smaller ones")
     return sum(t.count * t.product.flops for t in times) / 1e9

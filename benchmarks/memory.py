@@ -69,11 +69,15 @@ CASES = (
     Case("bf16_full", dtype="bfloat16", checkpointing="full", batch=2, micro_batch=2, image_px=512),
     Case("accumulated", batch=8, micro_batch=4),
     Case("wide", batch=2, micro_batch=2, text_tokens=64, model={"num_attention_heads": 16, "capacity_factors": 4.0}),
-    Case("few_tokens", batch=1, micro_batch=1, model={"num_attention_heads": 16, "num_layers": 6}),  # the optimiser's peak
+    Case(
+        "few_tokens", batch=1, micro_batch=1, model={"num_attention_heads": 16, "num_layers": 6}
+    ),  # the optimiser's peak
     Case("sharded", ranks=2, batch=8),
     Case("sharded_bf16_full", ranks=2, batch=8, dtype="bfloat16", checkpointing="full"),
     Case("experts_bf16", ranks=2, batch=8, expert_parallel=2, dtype="bfloat16", checkpointing="selective"),
-    Case("sharded_few", ranks=2, batch=2, micro_batch=1, model={"num_attention_heads": 16, "num_experts": 3}),  # cut experts
+    Case(
+        "sharded_few", ranks=2, batch=2, micro_batch=1, model={"num_attention_heads": 16, "num_experts": 3}
+    ),  # cut experts
     Case("replicas", ranks=2, batch=4, micro_batch=2, replicas=2),
 )
 
@@ -148,9 +152,8 @@ def predict(case: Case) -> dict[str, float]:
 
 def measure(case: Case) -> dict[str, float]:
     """Bytes of one rank in a step, by a trainer in this process (or, under torchrun, in its group)."""
-    from model.train.device import training_session
-
     from model.train.config import trainer_config
+    from model.train.device import training_session
 
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # what the trainer says

@@ -144,7 +144,9 @@ class Compared:
         """Mean squared error of the velocity."""
         from model.losses import flow_matching_loss
 
-        return statistics.fmean(flow_matching_loss(model(**inputs), target)[0].item() for inputs, target in self.batches)
+        return statistics.fmean(
+            flow_matching_loss(model(**inputs), target)[0].item() for inputs, target in self.batches
+        )
 
 
 def by_variant(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -147,18 +147,20 @@ def samplers(args: argparse.Namespace, model: Model) -> dict[str, Callable[[int]
         )
 
     def run_pipeline(pipeline: Any) -> Callable[[int], torch.Tensor]:
-        return lambda steps: pipeline(
-            prompt_embeds=text,
-            prompt_embeds_mask=mask,
-            negative_prompt_embeds=negative,
-            negative_prompt_embeds_mask=negative_mask,
-            latents=noise,
-            height=model.size_px,
-            width=model.size_px,
-            num_inference_steps=steps,
-            guidance_scale=args.guidance,
-            output_type="latent",
-        ).images
+        return lambda steps: (
+            pipeline(
+                prompt_embeds=text,
+                prompt_embeds_mask=mask,
+                negative_prompt_embeds=negative,
+                negative_prompt_embeds_mask=negative_mask,
+                latents=noise,
+                height=model.size_px,
+                width=model.size_px,
+                num_inference_steps=steps,
+                guidance_scale=args.guidance,
+                output_type="latent",
+            ).images
+        )
 
     return {
         "ours, without cache": run_ours(WithoutCache(ours)),

@@ -51,7 +51,7 @@ class RoutingConfig(Section):
     expert_limit: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
-    def _check(self) -> "RoutingConfig":
+    def _check(self) -> RoutingConfig:
         if self.expert_limit is not None and self.kind != "token_choice":
             raise ValueError(f"expert_limit={self.expert_limit} is of kind 'token_choice', not of {self.kind!r}")
         if self.coupled and self.kind == "dense":
@@ -139,7 +139,7 @@ class TransformerConfig(Section):
             return self.dense_inner_dim
         return round((self.capacity_factor(layer) + 1) * self.moe_intermediate_dim)
 
-    def with_capacity_factors(self, factors: float | tuple[float, ...]) -> "TransformerConfig":
+    def with_capacity_factors(self, factors: float | tuple[float, ...]) -> TransformerConfig:
         """The same model at a training stage's capacity factors.
 
         Of kind "dense" they are the width of its layers, which no stage may change: it is returned as it is.
@@ -157,7 +157,7 @@ class TransformerConfig(Section):
         return max(1, math.ceil(self.capacity_factor(layer) * num_tokens / self.num_experts))
 
     @model_validator(mode="after")
-    def _check(self) -> "TransformerConfig":
+    def _check(self) -> TransformerConfig:
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
                 f"num_key_value_heads={self.kv_heads} must divide num_attention_heads={self.num_attention_heads}: "
@@ -245,7 +245,7 @@ class TimestepConfig(Section):
     uniform_fraction: Fraction = 0.1
 
     @model_validator(mode="after")
-    def _check(self) -> "TimestepConfig":
+    def _check(self) -> TimestepConfig:
         if self.max_tokens <= self.base_tokens:
             raise ValueError(f"max_tokens={self.max_tokens} must be above base_tokens={self.base_tokens}")
         return self
@@ -261,7 +261,7 @@ class SkipConfig(Section):
     max_skipped: Positive = 10
 
     @model_validator(mode="after")
-    def _check(self) -> "SkipConfig":
+    def _check(self) -> SkipConfig:
         if self.max_skipped > self.window_steps:
             raise ValueError(f"max_skipped={self.max_skipped} must be at most window_steps={self.window_steps}")
         return self
@@ -310,7 +310,7 @@ class TrainConfig(Section):
     muon_implementation: Literal["nucleus", "torchtitan"] = "nucleus"
 
     @model_validator(mode="after")
-    def _check(self) -> "TrainConfig":
+    def _check(self) -> TrainConfig:
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stages need names of their own, got {names}")

@@ -75,9 +75,7 @@ def export_transformer(
     weights = source if isinstance(source, Weights) else _in_memory(source)
     check_state(config, shapes_of(weights.described))
     described = {name: tensor.to(_stored_type(tensor, dtype)) for name, tensor in weights.described.items()}
-    split = split_torch_state_dict_into_shards(
-        described, filename_pattern=FILE_PATTERN, max_shard_size=max_shard_size
-    )
+    split = split_torch_state_dict_into_shards(described, filename_pattern=FILE_PATTERN, max_shard_size=max_shard_size)
     out = Path(out)
     writes = not dist.is_initialized() or dist.get_rank() == 0
     if writes:
@@ -171,7 +169,9 @@ def released_weights(where: str, config: TransformerConfig) -> Path:
         snapshot = snapshot_download(f"{organisation}/{repository}", revision=commit, allow_patterns=[inside])
         directory = Path(snapshot, *subfolder)
     stored, wanted = (x.model_dump(mode="json") for x in (read_config(directory), config))
-    differing = [key for key in wanted if key not in ("capacity_factors", "use_grouped_mm") and stored.get(key) != wanted[key]]
+    differing = [
+        key for key in wanted if key not in ("capacity_factors", "use_grouped_mm") and stored.get(key) != wanted[key]
+    ]
     if differing:
         told = ", ".join(f"{key} {stored.get(key)!r} there, {wanted[key]!r} here" for key in differing)
         raise ValueError(f"train.init_from={where} is another model: {told}")

@@ -105,7 +105,7 @@ class LatentWriter:
         self._text_index: dict[str, list] = {name: [] for name in TEXT_INDEX.names}
         self._closed = False
 
-    def __enter__(self) -> "LatentWriter":
+    def __enter__(self) -> LatentWriter:
         return self
 
     def __exit__(self, error_type: type | None, *_: object) -> None:
@@ -261,7 +261,8 @@ class LatentDataset:
         names, codes = _codes(self._column("bucket"))
         self.bucket = packed(np.array([self.bucket_names.index(name) for name in names]))[codes]
         self.place = packed(  # in its bucket
-            self._column("shard").to_numpy().astype(np.int64) * self.meta.rows_per_shard + self._column("offset").to_numpy()
+            self._column("shard").to_numpy().astype(np.int64) * self.meta.rows_per_shard
+            + self._column("offset").to_numpy()
         )
         captions = self._column("text_rows").chunks
         self.caption_rows = np.concatenate([chunk.flatten().to_numpy() for chunk in captions])

@@ -127,7 +127,9 @@ def open_files(path: str | Path) -> SafetensorsFiles:
         return SafetensorsFiles(sorted({path / file for file in index.values()}), index)
     if (path / WEIGHTS_NAME).is_file():
         return SafetensorsFiles([path / WEIGHTS_NAME])
-    raise ValueError(f"{path} is not a checkpoint: neither a safetensors file, nor {WEIGHTS_NAME}, nor {INDEX_NAME}, nor DCP")
+    raise ValueError(
+        f"{path} is not a checkpoint: neither a safetensors file, nor {WEIGHTS_NAME}, nor {INDEX_NAME}, nor DCP"
+    )
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -232,9 +232,7 @@ def _train(model: NucleusTransformer, config: TransformerConfig, step: Step) -> 
     cast = step.dtype if step.sharded else torch.float32
     autocast = torch.autocast("cpu", step.dtype) if step.dtype != cast else contextlib.nullcontext()
     with autocast:
-        velocity_BSC = model(
-            noisy_BSC.to(cast), (1, rows, columns), text.to(cast), mask, t_B.to(cast), collect=trace
-        )
+        velocity_BSC = model(noisy_BSC.to(cast), (1, rows, columns), text.to(cast), mask, t_B.to(cast), collect=trace)
     velocity_BSC = velocity_BSC.float()
     total, loss_B = losses.flow_matching_loss(velocity_BSC, flow.velocity_target(clean_BSC, noise_BSC))
     if step.losses.router_z_loss:
@@ -253,7 +251,9 @@ def _train(model: NucleusTransformer, config: TransformerConfig, step: Step) -> 
 
 @functools.lru_cache(maxsize=64)
 @torch.no_grad()
-def muon_workspace(config: TransformerConfig, ns_steps: int, device: str, shard: int = 1, expert_parallel: int = 1) -> int:
+def muon_workspace(
+    config: TransformerConfig, ns_steps: int, device: str, shard: int = 1, expert_parallel: int = 1
+) -> int:
     """Bytes that Muon's step takes in passing on the first of `shard` ranks: updates, matrices on their way to their
     owners and back, and Newton-Schulz. On "cpu", in fp32, or on "meta" as on an accelerator, in bf16."""
     with contextlib.ExitStack() as stack:

@@ -47,7 +47,9 @@ TOKEN_CHOICE_NOTE = (
     "Token choice is planned at its limit of tokens per expert, or without one at an even load: the fullest expert of a "
     "batch sets the rows of all, so that memory and time grow with it."
 )
-DIST_MUON_NOTE = "Muon's memory is that of our own implementation: torchtitan's keeps two buffers of a block's matrices."
+DIST_MUON_NOTE = (
+    "Muon's memory is that of our own implementation: torchtitan's keeps two buffers of a block's matrices."
+)
 CHECKPOINTING = ("none", "selective", "full")  # from most memory to least
 
 
@@ -80,8 +82,9 @@ def active_parameters(shapes: Shapes, config: TransformerConfig, tokens: int) ->
     return round(shapes.total - shapes.experts + met * expert)
 
 
-def forward_flops(config: TransformerConfig, tokens: int, text_tokens: int, batch: int = 1,
-                  fp32: bool = False) -> dict[str, int]:
+def forward_flops(
+    config: TransformerConfig, tokens: int, text_tokens: int, batch: int = 1, fp32: bool = False
+) -> dict[str, int]:
     """FLOPs by part of a forward pass of `batch` samples: the matrix products; element-wise work is left out.
 
     attention: scores and values, 4 S (S + T) N H a sample; experts: 6 E C D F at the capacity factors; the other
@@ -106,8 +109,15 @@ def forward_flops(config: TransformerConfig, tokens: int, text_tokens: int, batc
     }
 
 
-def traffic(shapes: Shapes, config: TransformerConfig, layout: Layout, stage: StageConfig, tokens: int,
-            element: int, activations: int) -> dict[str, int]:
+def traffic(
+    shapes: Shapes,
+    config: TransformerConfig,
+    layout: Layout,
+    stage: StageConfig,
+    tokens: int,
+    element: int,
+    activations: int,
+) -> dict[str, int]:
     """Bytes of one rank per optimiser step: sent over the network, and read or written in its own memory.
 
     Network, ring formulas: each accumulation step gathers weights twice (forward, backward) and reduces fp32
@@ -146,9 +156,18 @@ def traffic(shapes: Shapes, config: TransformerConfig, layout: Layout, stage: St
     }
 
 
-def plan_stage(shapes: Shapes, model: TransformerConfig, train: TrainConfig, stage: StageConfig, layout: Layout,
-               gpu: Gpu, *, mfu: float = 0.35, cost_per_gpu_hour: float | None = None,
-               text_tokens: int = TEXT_TOKENS) -> dict[str, Any]:
+def plan_stage(
+    shapes: Shapes,
+    model: TransformerConfig,
+    train: TrainConfig,
+    stage: StageConfig,
+    layout: Layout,
+    gpu: Gpu,
+    *,
+    mfu: float = 0.35,
+    cost_per_gpu_hour: float | None = None,
+    text_tokens: int = TEXT_TOKENS,
+) -> dict[str, Any]:
     """Everything about one stage, as plain numbers (bytes, FLOPs, seconds, days, and the price's currency).
 
     step time = 3 x forward FLOPs / (gpus x peak x mfu): the backward is twice the forward; recomputation and the
@@ -159,7 +178,7 @@ def plan_stage(shapes: Shapes, model: TransformerConfig, train: TrainConfig, sta
     config, tokens = _of_stage(model, stage)
     layout.check(config.num_experts, stage)
     price = cost_per_gpu_hour
-    if not 0 < mfu <= 1 or text_tokens < 1 or price is not None and not 0 <= price < math.inf:
+    if not 0 < mfu <= 1 or text_tokens < 1 or (price is not None and not 0 <= price < math.inf):
         valid = f"mfu={mfu} must lie in (0, 1], text_tokens={text_tokens} be 1 or more"
         raise ValueError(f"{valid}, cost_per_gpu_hour={price} be 0 or more")
     element = 2 if train.dtype == "bfloat16" else FP32
@@ -175,22 +194,38 @@ def plan_stage(shapes: Shapes, model: TransformerConfig, train: TrainConfig, sta
     hours, limit = step_s * stage.steps / 3600, USABLE * gpu.memory
     gpu_hours = hours * layout.gpus
     return {
-        "stage": stage.name, "layout": asdict(layout), "image_tokens": tokens, "text_tokens": text_tokens,
-        "parameters": shapes.total, "active_parameters_per_image_token": active_parameters(shapes, config, tokens),
-        "memory_bytes": peak.parts | {"peak": peak.total}, "memory_moment": peak.name,
-        "usable_bytes": round(limit), "fits": peak.total <= limit,
+        "stage": stage.name,
+        "layout": asdict(layout),
+        "image_tokens": tokens,
+        "text_tokens": text_tokens,
+        "parameters": shapes.total,
+        "active_parameters_per_image_token": active_parameters(shapes, config, tokens),
+        "memory_bytes": peak.parts | {"peak": peak.total},
+        "memory_moment": peak.name,
+        "usable_bytes": round(limit),
+        "fits": peak.total <= limit,
         "flops": {"forward": forward, "forward_and_backward": total},
         "hardware_flops": total + newton_schulz + (layout.checkpointing == "full") * sum(forward.values()),
         "bytes_per_step": moved,
         "memory_floor_s": sum(v for key, v in moved.items() if key.startswith("memory")) / gpu.bandwidth,
         "network_floor_s": moved["between_nodes"] / gpu.network,
-        "step_s": step_s, "images_per_s": stage.batch_size / step_s, "days": hours / 24,
-        "gpu_hours": gpu_hours, "cost": None if price is None else gpu_hours * price,
+        "step_s": step_s,
+        "images_per_s": stage.batch_size / step_s,
+        "days": hours / 24,
+        "gpu_hours": gpu_hours,
+        "cost": None if price is None else gpu_hours * price,
     }
 
 
-def _moments(shapes: Shapes, config: TransformerConfig, train: TrainConfig, stage: StageConfig, layout: Layout,
-             tokens: int, text_tokens: int) -> list[Moment]:
+def _moments(
+    shapes: Shapes,
+    config: TransformerConfig,
+    train: TrainConfig,
+    stage: StageConfig,
+    layout: Layout,
+    tokens: int,
+    text_tokens: int,
+) -> list[Moment]:
     step = Step(
         batch=layout.micro_batch,
         tokens=tokens,
@@ -203,8 +238,15 @@ def _moments(shapes: Shapes, config: TransformerConfig, train: TrainConfig, stag
     return moments(shapes, config, layout, step, ns_steps=train.optim.muon_ns_steps)
 
 
-def suggest(shapes: Shapes, model: TransformerConfig, train: TrainConfig, stage: StageConfig, asked: Layout, gpu: Gpu,
-            text_tokens: int = TEXT_TOKENS) -> Layout | None:
+def suggest(
+    shapes: Shapes,
+    model: TransformerConfig,
+    train: TrainConfig,
+    stage: StageConfig,
+    asked: Layout,
+    gpu: Gpu,
+    text_tokens: int = TEXT_TOKENS,
+) -> Layout | None:
     """The layout on as many GPUs that fits and is nearest to `asked` (sharding first, then expert parallelism, then
     checkpointing), with the largest micro-batch; None if none fits."""
     config, tokens = _of_stage(model, stage)
@@ -216,8 +258,9 @@ def suggest(shapes: Shapes, model: TransformerConfig, train: TrainConfig, stage:
     divisors = lambda number: [i for i in range(1, number + 1) if number % i == 0]  # noqa: E731
     distance = lambda name: abs(CHECKPOINTING.index(name) - CHECKPOINTING.index(asked.checkpointing))  # noqa: E731
     for shard in dict.fromkeys((asked.shard, asked.gpus)):
-        for ep in sorted(divisors(math.gcd(shard, config.num_experts)),
-                         key=lambda ep: abs(math.log(ep / asked.expert_parallel))):
+        for ep in sorted(
+            divisors(math.gcd(shard, config.num_experts)), key=lambda ep: abs(math.log(ep / asked.expert_parallel))
+        ):
             for checkpointing in sorted(CHECKPOINTING, key=distance):
                 layout = replace(asked, shard=shard, expert_parallel=ep, micro_batch=1, checkpointing=checkpointing)
                 if fits(layout):  # memory grows with the micro-batch: find the largest that fits
@@ -225,14 +268,27 @@ def suggest(shapes: Shapes, model: TransformerConfig, train: TrainConfig, stage:
                     low, high = 0, len(sizes) - 1
                     while low < high:
                         middle = (low + high + 1) // 2
-                        low, high = (middle, high) if fits(replace(layout, micro_batch=sizes[middle])) else (low, middle - 1)
+                        low, high = (
+                            (middle, high) if fits(replace(layout, micro_batch=sizes[middle])) else (low, middle - 1)
+                        )
                     return replace(layout, micro_batch=sizes[low])
     return None
 
 
-def plan(model: TransformerConfig, train: TrainConfig, gpu: Gpu, *, gpus: int | None = None, shard: int | None = None,
-         expert_parallel: int | None = None, micro_batch: int | None = None, checkpointing: str | None = None,
-         mfu: float = 0.35, cost_per_gpu_hour: float | None = None, text_tokens: int = TEXT_TOKENS) -> dict[str, Any]:
+def plan(
+    model: TransformerConfig,
+    train: TrainConfig,
+    gpu: Gpu,
+    *,
+    gpus: int | None = None,
+    shard: int | None = None,
+    expert_parallel: int | None = None,
+    micro_batch: int | None = None,
+    checkpointing: str | None = None,
+    mfu: float = 0.35,
+    cost_per_gpu_hour: float | None = None,
+    text_tokens: int = TEXT_TOKENS,
+) -> dict[str, Any]:
     """`plan_stage` of each stage, checkpoint sizes, and for a stage that does not fit a `suggestion` (or None).
 
     What is not given is the recipe's: ranks, replicas, expert_parallel, local_batch_size (at most a rank's share), and
@@ -262,12 +318,20 @@ def plan(model: TransformerConfig, train: TrainConfig, gpu: Gpu, *, gpus: int | 
     if train.muon_implementation == "torchtitan":
         notes.append(DIST_MUON_NOTE)
     return {
-        "note": " ".join(notes), "gpu": asdict(gpu), "gpus": gpus, "mfu": mfu, "dtype": train.dtype,
+        "note": " ".join(notes),
+        "gpu": asdict(gpu),
+        "gpus": gpus,
+        "mfu": mfu,
+        "dtype": train.dtype,
         "parameters": {"total": shapes.total, "muon": shapes.muon, "adamw": shapes.adamw, "frozen": shapes.frozen},
         # Tensors alone, without file headers. Full: weights and optimiser state, fp32.
-        "checkpoint_bytes": {"model_bf16": 2 * shapes.total, "model_fp32": FP32 * shapes.total,
-                             "full": FP32 * (shapes.total + shapes.muon + 2 * shapes.adamw)},
-        "stages": stages, "days": sum(stage["days"] for stage in stages),
+        "checkpoint_bytes": {
+            "model_bf16": 2 * shapes.total,
+            "model_fp32": FP32 * shapes.total,
+            "full": FP32 * (shapes.total + shapes.muon + 2 * shapes.adamw),
+        },
+        "stages": stages,
+        "days": sum(stage["days"] for stage in stages),
         "gpu_hours": sum(stage["gpu_hours"] for stage in stages),
         "cost": None if cost_per_gpu_hour is None else sum(stage["cost"] for stage in stages),
     }

@@ -327,7 +327,9 @@ def main(arguments: list[str] | None = None) -> int:
     """The command: 0, or 2 with one line on stderr when something is not what it should be."""
     parser = argparse.ArgumentParser(prog="python -m model.routing", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint")
-    parser.add_argument("--latents", required=True, type=Path, help="a latents artifact, of the checkpoint's resolution")
+    parser.add_argument(
+        "--latents", required=True, type=Path, help="a latents artifact, of the checkpoint's resolution"
+    )
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--timesteps", type=int, default=8)

@@ -35,7 +35,7 @@ class BatchPlan:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def part(self, index: int, parts: int) -> "BatchPlan":
+    def part(self, index: int, parts: int) -> BatchPlan:
         """Part `index` of `parts` equal, consecutive parts: a rank's share, or a micro-batch of it."""
         if len(self) % parts:
             raise ValueError(f"a batch of {len(self)} cannot be cut into {parts} equal parts")
@@ -76,7 +76,7 @@ class SampleOrder:
     ):
         self.dataset, self.batch_size, self.seed, self.caption_dropout = dataset, batch_size, seed, caption_dropout
         if tier_weights is None:
-            tier_weights = {tier: 1.0 for tier in dataset.tier_names}
+            tier_weights = dict.fromkeys(dataset.tier_names, 1.0)
         of_tier = np.array([float(tier_weights.get(tier, 0.0)) for tier in dataset.tier_names])
         used = (of_tier > 0)[dataset.tier]
         if not used.any():

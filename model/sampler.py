@@ -1,6 +1,6 @@
 """The project's own sampler: the Euler loop of diffusers' NucleusMoEImagePipeline, in one batched forward a step.
 
-    noise [B,S,64], text [B,T,J], negative text --> text K, V once --> steps x (forward 2B, guidance, Euler)
+noise [B,S,64], text [B,T,J], negative text --> text K, V once --> steps x (forward 2B, guidance, Euler)
 """
 
 from __future__ import annotations

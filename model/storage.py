@@ -100,7 +100,7 @@ def options(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def s3_access() -> dict[str, str]:
-    """"endpoint_url", "key" and "secret" as Flyte names them, each where botocore's own variables leave it open."""
+    """ "endpoint_url", "key" and "secret" as Flyte names them, each where botocore's own variables leave it open."""
     environment, found = os.environ.get, {}
     endpoint = environment("FLYTE_AWS_ENDPOINT")
     if endpoint and not (environment("AWS_ENDPOINT_URL_S3") or environment("AWS_ENDPOINT_URL")):

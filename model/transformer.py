@@ -278,9 +278,7 @@ class NucleusTransformer(nn.Module):
             if block.moe_enabled:
                 block.img_mlp.capacity_factor = self.config.capacity_factor(layer)
 
-    def text_kv(
-        self, encoder_hidden_states: torch.Tensor, img_shapes: ImageShape | list[ImageShape]
-    ) -> TextKV:
+    def text_kv(self, encoder_hidden_states: torch.Tensor, img_shapes: ImageShape | list[ImageShape]) -> TextKV:
         """Each block's text key and value [B, T, K, H]: the same at every denoising step of one image shape."""
         shape = tuple(img_shapes[0] if isinstance(img_shapes, list) else img_shapes)
         text = self.txt_norm.normalise(encoder_hidden_states)

@@ -16,7 +16,9 @@ from flytekit.extras.accelerators import H100
 
 # flytekit warns that it offers no console form for single fields of type tuple; the sections themselves travel
 # whole, as Pydantic models.
-logging.getLogger("flytekit").addFilter(lambda record: "cannot be converted to a literal type" not in record.getMessage())
+logging.getLogger("flytekit").addFilter(
+    lambda record: "cannot be converted to a literal type" not in record.getMessage()
+)
 
 CACHE_VERSIONS = {
     "records": "2",

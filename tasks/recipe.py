@@ -40,7 +40,7 @@ class Recipe(Section):
     publish: PublishConfig
 
     @model_validator(mode="after")
-    def _check(self) -> "Recipe":
+    def _check(self) -> Recipe:
         self._check_pixels_and_channels()
         self._check_capacities()
         self._check_routing()

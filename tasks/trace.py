@@ -224,7 +224,9 @@ def render(story: dict[str, Any], list_records: bool = False) -> str:
             return
         told.add(digest)
         lines.append(f"{pad}{node['kind']} {digest}: {node['files']} files, {node['bytes']:,} bytes{counts}")
-        lines.append(f"{pad}  at {node['path']}, by {node['code_version']}{' in ' * bool(node['image'])}{node['image']}")
+        lines.append(
+            f"{pad}  at {node['path']}, by {node['code_version']}{' in ' * bool(node['image'])}{node['image']}"
+        )
         lines.extend(f"{pad}  shard {name} {sha}" for name, sha in sorted(node["shards"].items()))
         for parent in node["parents"]:
             tell(parent, depth + 1)

@@ -33,9 +33,7 @@ class Reproduction(NamedTuple):
 
 
 @workflow
-def reproduce(
-    recipe: str = "tiny", overrides: Union[list[str], str] = [], source: str = ""
-) -> Reproduction:
+def reproduce(recipe: str = "tiny", overrides: Union[list[str], str] = [], source: str = "") -> Reproduction:
     """Curates, encodes, trains three stages, merges, evaluates and publishes one recipe.
 
     Args:

@@ -38,12 +38,8 @@ def train(
     """Each stage starts from the last; resolution rises and the capacity factor falls."""
     components = make_components(curated=curated, config=components_config)
     latents1 = encode_stage(curated=curated, components=components, stage=encode1, config=encoding)
-    latents2 = encode_stage(
-        curated=curated, components=components, stage=encode2, config=encoding, text_from=latents1
-    )
-    latents3 = encode_stage(
-        curated=curated, components=components, stage=encode3, config=encoding, text_from=latents1
-    )
+    latents2 = encode_stage(curated=curated, components=components, stage=encode2, config=encoding, text_from=latents1)
+    latents3 = encode_stage(curated=curated, components=components, stage=encode3, config=encoding, text_from=latents1)
     stage1 = train_stage(latents=latents1, components=components, stage=train1)
     stage2 = train_stage(latents=latents2, components=components, stage=train2, init=stage1)
     stage3 = train_stage(latents=latents3, components=components, stage=train3, init=stage2)

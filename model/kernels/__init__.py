@@ -61,7 +61,7 @@ def lacking() -> list[str]:
 
 
 def use_kernels(choice: Kernels) -> None:
-    """"auto": Triton where it can run; "torch": never; "triton": as auto, but refuse a machine without it.
+    """ "auto": Triton where it can run; "torch": never; "triton": as auto, but refuse a machine without it.
 
     Raises:
         ValueError: an unknown choice, or "triton" where it cannot run; the message says what is missing.

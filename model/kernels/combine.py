@@ -28,7 +28,7 @@ def _sum_takers(
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     if BASE:
         total += tl.load(base + t * D + d, mask=inside, other=0.0).to(tl.float32)
-    for j in range(0, tl.load(counts + t)):
+    for j in range(tl.load(counts + t)):
         row = tl.load(takers + t * E + j).to(tl.int64)
         value = tl.load(routed + row * D + d, mask=inside, other=0.0).to(tl.float32)
         if GATED:
@@ -157,8 +157,6 @@ def gather_rows(x_TD: torch.Tensor, takers: Takers) -> torch.Tensor:
     return _gather(x_TD, takers.tokens_R, takers.rows_TE, takers.counts_T)
 
 
-def combine_rows(
-    base_TD: torch.Tensor, routed_RD: torch.Tensor, gates_R: torch.Tensor, takers: Takers
-) -> torch.Tensor:
+def combine_rows(base_TD: torch.Tensor, routed_RD: torch.Tensor, gates_R: torch.Tensor, takers: Takers) -> torch.Tensor:
     """`base_TD` plus, at each token, its rows of `routed_RD` times their gates [R] -> [T, D]."""
     return _combine(base_TD, routed_RD, gates_R, takers.tokens_R, takers.rows_TE, takers.counts_T)

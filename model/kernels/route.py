@@ -70,9 +70,7 @@ def _select(affinity, indices, tokens, slots, B, S, E, C, HIGH: tl.constexpr, LO
 
 
 @triton.jit
-def _normalise(
-    scores, slots, gates, takers, counts, tokens, E, scale, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
-):
+def _normalise(scores, slots, gates, takers, counts, tokens, E, scale, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     e = tl.arange(0, BLOCK_E)[None, :]
     inside = (t < tokens) & (e < E)

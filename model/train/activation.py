@@ -16,8 +16,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
-
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import create_selective_checkpoint_contexts, noop_context_fn
@@ -25,6 +23,7 @@ from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing
 
 from model import kernels
 from model.attention import PACKAGES, flash_backend
+from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 
 # The choice of experts: plain, and by the Triton kernel.
 CHOICE_OPS = ("aten.topk.default", "nucleus.route.default")

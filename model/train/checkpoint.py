@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
-
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -39,6 +37,7 @@ from torchtitan.tools.utils import device_module
 from model import checkpoints, storage
 from model.checkpoints import finished_checkpoints
 from model.config import TrainConfig
+from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 from model.train.guard import Diverged
 from model.train.metrics import METRICS
 from model.train.replicas import differing

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from model.train.device import DEVICE_TYPE
-
 from torchtitan.components.loss import MSELoss
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.config.configs import DebugConfig
@@ -15,10 +13,11 @@ from torchtitan.config.configs import DebugConfig
 from model.config import StageConfig, TrainConfig, TransformerConfig
 from model.hashing import hash_words
 from model.layout import layout, local_batch_size
-from model.train.activation import activation_config
 from model.storage import join
+from model.train.activation import activation_config
 from model.train.checkpoint import CHECKPOINTS, StageCheckpointer, checkpoint_root
 from model.train.data import LatentDataLoader
+from model.train.device import DEVICE_TYPE
 from model.train.metrics import StageMetrics
 from model.train.optimizer import NucleusOptimizers, WarmupStable
 from model.train.spec import model_spec

@@ -13,8 +13,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from model.train.device import DEVICE_TYPE  # (first: it prepares torchtitan)
-
 import torch
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.utils import device_module
@@ -22,7 +20,7 @@ from torchtitan.tools.utils import device_module
 from model.latents import LatentDataset
 from model.sample_order import Batch, BatchPlan, SampleOrder, read_batch
 from model.streamed_latents import StreamedLatents
-
+from model.train.device import DEVICE_TYPE  # (first: it prepares torchtitan)
 
 READ_AHEAD = 2  # micro-batches for each worker
 

@@ -16,14 +16,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from model.train.device import allow_dist_muon  # first: it prepares torchtitan
-
 import torch
 from torch.distributed.tensor import DTensor, Shard
 from torchtitan.distributed.flex_shard import BlockShard, BucketConfig, ComputeLayout, Owned, build_dist_muon
 
 from model.config import OptimConfig
 from model.optim import NS_COEFFICIENTS, NamedParameters, split_matrices, update_scale
+from model.train.device import allow_dist_muon  # first: it prepares torchtitan
 
 
 def compute_layout(name: str, parameter: torch.Tensor, scale: str) -> ComputeLayout | None:
@@ -40,7 +39,7 @@ def compute_layout(name: str, parameter: torch.Tensor, scale: str) -> ComputeLay
         return None
     if not stacked:
         how = Owned() if packed == 1 else BlockShard(dim=0, block_size=parameter.shape[0] // packed)
-        return ComputeLayout({axis: how for axis in axes})
+        return ComputeLayout(dict.fromkeys(axes, how))
     rows, columns = parameter.shape[-2:]
     if packed > 1 or update_scale(columns, rows, scale) != update_scale(rows, columns, scale):
         return None

@@ -16,8 +16,6 @@ Shape suffixes: E experts, R rows of one expert on one rank, D width.
 
 from __future__ import annotations
 
-from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
-
 import torch
 from torch import nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
@@ -25,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from model.moe import MoE
+from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 
 
 def to_owners(x_ERD: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:

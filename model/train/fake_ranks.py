@@ -6,8 +6,6 @@ import contextlib
 from collections.abc import Iterator
 from types import SimpleNamespace
 
-from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
-
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor._redistribute import _gen_transform_infos
@@ -15,6 +13,7 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torchtitan.distributed import ParallelDims
 
 from model.config import TransformerConfig
+from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 from model.train.parallelize import parallelize
 from model.transformer import NucleusTransformer
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
-
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 from torchtitan.components.metrics import BaseLogger, MetricsProcessor
+
+from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -118,4 +118,3 @@ def truncate_metrics(path: Path, step: int) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)
-

@@ -8,8 +8,6 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
-
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
@@ -18,6 +16,7 @@ from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersCon
 
 from model.config import OptimConfig
 from model.optim import Muon, NamedParameters, describe_groups, parameter_groups, wsm_schedule
+from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 from model.train.sharded_muon import ShardedMuon
 
 
@@ -103,7 +102,7 @@ class WarmupStable(LRSchedulersContainer):
 
     @dataclass(kw_only=True, slots=True)
     class Config(LRSchedulersContainer.Config):
-        def build(self, *, optimizers: OptimizersContainer, training_steps: int) -> "WarmupStable":
+        def build(self, *, optimizers: OptimizersContainer, training_steps: int) -> WarmupStable:
             return WarmupStable(optimizers, functools.partial(wsm_schedule, warmup=self.warmup_steps))
 
     def get_metrics(self) -> dict[str, float]:

@@ -14,8 +14,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
-
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import DataParallelMeshInfo, ShardPlacementResult
@@ -27,6 +25,7 @@ from torchtitan.distributed import ParallelDims
 from model.load import own_part
 from model.train.activation import flash_operations
 from model.train.compiled import compile_blocks
+from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 from model.train.expert_parallel import shard_experts
 from model.transformer import Fill
 

@@ -32,8 +32,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from model.train.device import training_session
-
 import torch
 import torch.distributed as dist
 
@@ -46,6 +44,7 @@ from model.layout import FREE_KEYS
 from model.load import load_weights
 from model.train.checkpoint import CHECKPOINTS, OPTIMIZER, WEIGHTS, checkpoint_root
 from model.train.config import stage_transformer, trainer_config
+from model.train.device import training_session
 from model.train.metrics import METRICS, TENSORBOARD
 from model.train.spec import count_parameters
 from model.train.trainer import SAMPLES

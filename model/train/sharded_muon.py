@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
-
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from model.optim import Matrices, Muon, add_orthogonal, compute_dtype
+from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 
 
 class _Cut(NamedTuple):
@@ -103,7 +102,9 @@ class _Exchange:
 
     def scatter(self) -> list[tuple[_Cut, torch.Tensor]]:
         """All matrices and the rows of this rank of what their owners made of them."""
-        cut_up = [orthogonal.split(split_rows(cut.rows, self.ranks)) for cut, orthogonal in zip(self.mine, self.orthogonal)]
+        cut_up = [
+            orthogonal.split(split_rows(cut.rows, self.ranks)) for cut, orthogonal in zip(self.mine, self.orthogonal)
+        ]
         sent = [[parts[rank] for parts in cut_up] for rank in range(self.ranks)]
         received = self._all_to_all(sent, [[cut.weight.shape for cut in owned] for owned in self.owned])
         return [pair for owned, parts in zip(self.owned, received) for pair in zip(owned, parts)]

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.train.device import DEVICE_TYPE, PATIENCE
-
 import torch
 import torch._inductor.config
 import torch.fx.experimental._config
@@ -25,7 +23,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import TORCH_DTYPE_MAP
-from torchtitan.distributed import ParallelDims, utils as dist_utils
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed import utils as dist_utils
 from torchtitan.trainer import Trainer
 
 from model import flow, losses
@@ -35,6 +34,7 @@ from model.kernels import use_kernels
 from model.moe import held
 from model.sample_order import Batch
 from model.train.data import to_device
+from model.train.device import DEVICE_TYPE, PATIENCE
 from model.train.guard import Diverged, LossGuard
 from model.train.parallelize import lies_whole
 from model.train.preemption import Preempted, StopFlag, sigterm_sets
@@ -134,7 +134,9 @@ class NucleusTrainer(Trainer):
         noisy_BSC = flow.interpolate(clean_BSC, noise_BSC, t_B)
         trace = RouterTrace() if keep_routing or self.z_loss_weight or self.load_balance_weight else None
         mask = batch.mask
-        if mask is None and self.compiled:  # without one, blocks would be compiled again when the first such batch comes
+        if (
+            mask is None and self.compiled
+        ):  # without one, blocks would be compiled again when the first such batch comes
             mask = torch.ones(batch.text.shape[:2], dtype=torch.bool)
         with self.train_context():
             with self.autocast():
@@ -304,7 +306,9 @@ class NucleusTrainer(Trainer):
                 self.checkpointer.save(self.step, last_step=self.step == config.training.steps)
                 if self.stop.agreed and self.should_continue_training():
                     where = self.checkpointer.save_to_resume(self.step)
-                    raise Preempted(f"stage {config.stage.name}: SIGTERM after step {self.step}; it goes on from {where}")
+                    raise Preempted(
+                        f"stage {config.stage.name}: SIGTERM after step {self.step}; it goes on from {where}"
+                    )
                 every = config.train.sample_every_steps
                 if config.sample_fn and every and (self.step % every == 0 or self.step == config.training.steps):
                     self._sample(config.sample_fn)

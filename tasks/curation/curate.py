@@ -43,9 +43,7 @@ DECIDED = ("tier", "bucket", "captions", "split")
 # --- scoring ---------------------------------------------------------------------------------------------------
 
 
-def score_shard(
-    records_dir: str | os.PathLike, shard: int, config: CurationConfig, out_dir: str | os.PathLike
-) -> dict:
+def score_shard(records_dir: str | os.PathLike, shard: int, config: CurationConfig, out_dir: str | os.PathLike) -> dict:
     """Scores the records of one shard: scores.parquet and thumbnails.parquet, one row per record, in table order.
 
     Raises:

@@ -57,9 +57,7 @@ def _outside(a: np.ndarray, b: np.ndarray) -> float:
     return float((excess[:-1, :-1] + excess[1:, :-1] + excess[:-1, 1:] + excess[1:, 1:]).max()) / 4
 
 
-def candidate_pairs(
-    hashes: np.ndarray, coarse: np.ndarray, aspect: np.ndarray, max_distance: int
-) -> np.ndarray:
+def candidate_pairs(hashes: np.ndarray, coarse: np.ndarray, aspect: np.ndarray, max_distance: int) -> np.ndarray:
     """All pairs within `max_distance` bits that coarse colour and aspect ratio do not rule out.
 
     Multi-index hashing: of max_distance + 1 bands, two hashes within max_distance agree in one at least, so pairs

@@ -271,9 +271,7 @@ def border_fraction(pixels: np.ndarray) -> float:
     picture = ~_near(np.moveaxis(pixels, -1, 0), corners.mean(axis=0), BAR_NOISE)
     if not picture.any():
         return 0.0  # one colour all over: the blank rule's business
-    rows, columns = (
-        (count >= 0.1 * count.max()).nonzero()[0] for count in (picture.sum(axis=1), picture.sum(axis=0))
-    )
+    rows, columns = ((count >= 0.1 * count.max()).nonzero()[0] for count in (picture.sum(axis=1), picture.sum(axis=0)))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     margin = (top, width - right, height - bottom, left)  # in the order in which np.rot90 brings them to the top
     for k, bar in enumerate(margin):

@@ -175,9 +175,7 @@ class _Part:
     first: int  # number of its first shard
 
 
-def _write_shard(
-    config: SourceConfig, spec: ShardSpec, user: user_source.UserSource | None, out_dir: Path
-) -> _Part:
+def _write_shard(config: SourceConfig, spec: ShardSpec, user: user_source.UserSource | None, out_dir: Path) -> _Part:
     rows: list[dict[str, Any]] = []
     truth: list[dict[str, Any]] = []
     # What the scan skipped belongs to the source as a whole: the first shard tells it, so that sums are right.

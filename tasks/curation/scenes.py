@@ -86,7 +86,7 @@ class Scene:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Scene":
+    def from_dict(cls, data: dict[str, Any]) -> Scene:
         return cls(**{**data, "objects": tuple(SceneObject(**item) for item in data["objects"])})
 
 

@@ -75,7 +75,7 @@ class ShardWriter:
         info.size = len(data)
         self._tar.addfile(info, io.BytesIO(data))
 
-    def __enter__(self) -> "ShardWriter":
+    def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -221,7 +221,7 @@ class _FolderPart:
         return len(self.names)
 
     @classmethod
-    def scan(cls, place: Place, names: list[str], rest: list[str], skipped: Counter) -> "_FolderPart":
+    def scan(cls, place: Place, names: list[str], rest: list[str], skipped: Counter) -> _FolderPart:
         beside = _sidecars(names, rest)
         used = {name for found in beside.values() for name in found}
         known = set(names)
@@ -285,7 +285,7 @@ class _TarPart:
         return len(self.samples)
 
     @classmethod
-    def scan(cls, path: Path, name: str, skipped: Counter) -> "_TarPart":
+    def scan(cls, path: Path, name: str, skipped: Counter) -> _TarPart:
         images: list[tarfile.TarInfo] = []
         others: list[tarfile.TarInfo] = []
         with _open_tar(path) as tar:
@@ -305,9 +305,7 @@ class _TarPart:
                     others.append(member)
         beside = _sidecars([m.name for m in images], [m.name for m in others])
         used = {name for found in beside.values() for name in found}
-        skipped.update(
-            f".{_ext(m.name)}" if _ext(m.name) else "no extension" for m in others if m.name not in used
-        )
+        skipped.update(f".{_ext(m.name)}" if _ext(m.name) else "no extension" for m in others if m.name not in used)
         by_name = {member.name: member for member in others}
         repeats: Counter = Counter()
         samples = []
@@ -393,7 +391,7 @@ class _ParquetPart:
     columns: list[str]
 
     @classmethod
-    def scan(cls, place: Place, name: str) -> "_ParquetPart | None":
+    def scan(cls, place: Place, name: str) -> _ParquetPart | None:
         """None if the file has no column of image bytes."""
         import pyarrow as pa
         import pyarrow.parquet as pq

@@ -74,7 +74,7 @@ def cropped_fraction(width: int, height: int, bucket: Bucket) -> float:
     return 1 - min(have / want, want / have)
 
 
-def fit(image: "Image", bucket: Bucket) -> "Image":
+def fit(image: Image, bucket: Bucket) -> Image:
     """The image resized to cover the bucket and cropped at its centre, in one resampling (bicubic, antialiased)."""
     from PIL import Image as pil
 

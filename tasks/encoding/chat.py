@@ -168,7 +168,7 @@ def first_layers(text_encoder: Any, count: int) -> Iterator[None]:
 
 def encode_text(
     text_encoder: Any, processor: Any, texts: Sequence[str], max_tokens: int = 1024, hidden_state_index: int = -8
-) -> tuple["torch.Tensor", "torch.Tensor | None"]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What `NucleusMoEImagePipeline.encode_prompt` gives for these prompts in one batch.
 
     Layers above the wanted hidden state are not run: with 10 layers and index -8 that saves seven of ten.

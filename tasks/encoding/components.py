@@ -123,7 +123,9 @@ def _train_vae(
         "vae_parameters": sum(p.numel() for p in vae.parameters()),
     }
     seconds = time.monotonic() - started
-    print(f"vae: {report['psnr_db']:.2f} dB on {len(val[:MAX_VAL_IMAGES])} held-out images, {seconds:.0f} s", flush=True)
+    print(
+        f"vae: {report['psnr_db']:.2f} dB on {len(val[:MAX_VAL_IMAGES])} held-out images, {seconds:.0f} s", flush=True
+    )
     _show(codec, sources, out_dir / "reconstructions.png")
     _require(report["psnr_db"], config, "raise components.vae.steps, or lower components.vae.kl_weight")
     return report
@@ -250,7 +252,7 @@ def _scaled(images: dict[Bucket, np.ndarray], scale: float) -> dict[Bucket, np.n
     return {bucket: np.stack(pixels) for bucket, pixels in out.items()}
 
 
-def _psnr(codec: "FrameCodec", sources: dict[str, dict[Bucket, np.ndarray]]) -> dict[str, float]:
+def _psnr(codec: FrameCodec, sources: dict[str, dict[Bucket, np.ndarray]]) -> dict[str, float]:
     """PSNR in dB of each source and, as `all`, of all their pixels together."""
     out, errors, counts = {}, [], []
     for name, images in sources.items():
@@ -268,7 +270,7 @@ def _decibels(squared_errors: list[float], weights: list[int]) -> float:
     return round(10 * math.log10(255.0**2 / max(float(np.average(squared_errors, weights=weights)), 1e-10)), 3)
 
 
-def _show(codec: "FrameCodec", sources: dict[str, dict[Bucket, np.ndarray]], path: Path) -> None:
+def _show(codec: FrameCodec, sources: dict[str, dict[Bucket, np.ndarray]], path: Path) -> None:
     """A PNG of held-out images, each above its reconstruction; a line for each source and bucket."""
     from PIL import Image
 

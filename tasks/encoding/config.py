@@ -35,7 +35,7 @@ class TinyVAEConfig(Section):
     kl_weight: Annotated[float, Field(ge=0)] = 1e-3  # on nats per latent number, beside MSE over pixels in [-1, 1]
 
     @model_validator(mode="after")
-    def _check(self) -> "TinyVAEConfig":
+    def _check(self) -> TinyVAEConfig:
         if len(self.dim_mult) != 4:
             raise ValueError(f"dim_mult={list(self.dim_mult)} must have 4 entries: 8x takes three halvings")
         return self
@@ -56,7 +56,7 @@ class TinyTextEncoderConfig(Section):
     lr: Annotated[float, Field(gt=0)] = 2e-3  # AdamW: embeddings and norms
 
     @model_validator(mode="after")
-    def _check(self) -> "TinyTextEncoderConfig":
+    def _check(self) -> TinyTextEncoderConfig:
         if self.hidden_size % self.num_attention_heads or self.hidden_size // self.num_attention_heads % 2:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be an even multiple of num_attention_heads={self.num_attention_heads}"
@@ -85,7 +85,7 @@ class ComponentsConfig(Section):
     seed: int = 0
 
     @model_validator(mode="after")
-    def _check(self) -> "ComponentsConfig":
+    def _check(self) -> ComponentsConfig:
         wanted = ("hub_vae", "hub_text_encoder") if self.kind == "hub" else ("vae", "text_encoder")
         for name in wanted:
             if getattr(self, name) is None:

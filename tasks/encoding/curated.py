@@ -83,4 +83,6 @@ def read_images(
             done, future = waiting.popleft()
             yield done, future.result()
     if rows:
-        raise ValueError(f"{curated_dir}: {len(rows)} records of records.parquet are in no shard, such as {next(iter(rows))!r}")
+        raise ValueError(
+            f"{curated_dir}: {len(rows)} records of records.parquet are in no shard, such as {next(iter(rows))!r}"
+        )

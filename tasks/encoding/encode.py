@@ -108,7 +108,7 @@ def _encode_images(
     buckets: list[Bucket],
     encoding: EncodingConfig,
     text_row: dict[str, int],
-    writer: "LatentWriter",
+    writer: LatentWriter,
 ) -> dict[str, Any]:
     """Encodes every record whose crop is not too large; the report counts the others."""
     assigned = curated.buckets_of(table, buckets)
@@ -178,7 +178,7 @@ def _image_encoder(components_dir: Path):
     center = torch.tensor(vae.config.latents_mean, device=device).view(1, -1, 1, 1)
     deviation = torch.tensor(vae.config.latents_std, device=device).view(1, -1, 1, 1)
 
-    def encode(pixels: np.ndarray) -> "torch.Tensor":
+    def encode(pixels: np.ndarray) -> torch.Tensor:
         with torch.inference_mode():
             mean, _ = codec.encode(to_tensor(pixels).to(device))
             return ((mean - center) / deviation).float().cpu()
@@ -244,7 +244,7 @@ class _TextSource:
         self.dim = self.model.config.text_config.hidden_size
         self.tokens = -(-max(self.lengths) // PAD_MULTIPLE) * PAD_MULTIPLE
 
-    def __iter__(self) -> Iterator["torch.Tensor"]:
+    def __iter__(self) -> Iterator[torch.Tensor]:
         """Shard by shard, so that at most one shard of embeddings is in memory."""
         started, said = time.monotonic(), 0
         for start in range(0, len(self.texts), TEXT_ROWS_PER_SHARD):
@@ -255,15 +255,15 @@ class _TextSource:
                 how = "taken over" if self.reused else "encoded"
                 print(f"texts: {rows.stop}/{len(self.texts)} {how}, {time.monotonic() - started:.0f} s", flush=True)
 
-    def _copied(self, rows: range) -> Iterator["torch.Tensor"]:
+    def _copied(self, rows: range) -> Iterator[torch.Tensor]:
         embeds, _ = self.earlier.text(np.arange(rows.start, rows.stop), self.tokens)
         for row, embed in zip(rows, embeds, strict=True):
             yield embed[: int(self.earlier.text_lengths[row])]
 
-    def _computed(self, rows: range) -> Iterator["torch.Tensor"]:
+    def _computed(self, rows: range) -> Iterator[torch.Tensor]:
         from tasks.encoding.chat import encode_text
 
-        found: dict[int, "torch.Tensor"] = {}
+        found: dict[int, torch.Tensor] = {}
         by_length = sorted(rows, key=lambda row: self.lengths[row])  # little padding
         for start in range(0, len(by_length), self.encoding.text_batch_size):
             batch = by_length[start : start + self.encoding.text_batch_size]

@@ -23,7 +23,7 @@ class FrameCodec:
     into the VAE.
     """
 
-    def __init__(self, vae: "AutoencoderKLQwenImage"):
+    def __init__(self, vae: AutoencoderKLQwenImage):
         import torch
         from diffusers.models.autoencoders import autoencoder_kl_qwenimage as source
 
@@ -38,10 +38,10 @@ class FrameCodec:
         }
 
     @property
-    def device(self) -> "torch.device":
+    def device(self) -> torch.device:
         return self.vae.quant_conv.bias.device
 
-    def matrices(self) -> list["torch.nn.Parameter"]:
+    def matrices(self) -> list[torch.nn.Parameter]:
         """Kernels [out, in, k, k] of the inner layers: what Muon orthogonalises."""
         import torch
 
@@ -51,11 +51,13 @@ class FrameCodec:
         flat = [module.weight for module in vae.modules() if isinstance(module, torch.nn.Conv2d)]
         return [kernel for module, kernel in self.kernels.items() if module not in ends] + flat
 
-    def others(self) -> list["torch.nn.Parameter"]:
+    def others(self) -> list[torch.nn.Parameter]:
         """Every other parameter that a single frame uses: first and last kernels, biases, norms."""
         known = {id(p) for p in self.matrices()} | {id(module.weight) for module in self.kernels}
         plain = [p for name, p in self.vae.named_parameters() if "time_conv" not in name and id(p) not in known]
-        return [kernel for kernel in self.kernels.values() if id(kernel) not in {id(p) for p in self.matrices()}] + plain
+        return [
+            kernel for kernel in self.kernels.values() if id(kernel) not in {id(p) for p in self.matrices()}
+        ] + plain
 
     def write_back(self) -> None:
         """Puts the 2-D kernels into the VAE; kernels of the past become zero: a video is coded frame by frame."""
@@ -66,7 +68,7 @@ class FrameCodec:
                 module.weight.zero_()
                 module.weight[:, :, -1] = kernel
 
-    def encode(self, images: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance [B, z, H/8, W/8] of the posterior of images [B, 3, H, W] in [-1, 1]."""
         import torch
 
@@ -78,7 +80,7 @@ class FrameCodec:
         mean, logvar = self._conv(self.vae.quant_conv, x).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
-    def decode(self, latents: "torch.Tensor") -> "torch.Tensor":
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, H, W] of latents [B, z, H/8, W/8], NOT clamped to [-1, 1] (`vae.decode` clamps)."""
         import torch
 

@@ -30,9 +30,9 @@ class TrainingState:
     def __init__(
         self,
         path: Path | None,
-        parameters: "Sequence[torch.Tensor]",
-        optimizers: "Sequence[torch.optim.Optimizer]",
-        generator: "torch.Generator",
+        parameters: Sequence[torch.Tensor],
+        optimizers: Sequence[torch.optim.Optimizer],
+        generator: torch.Generator,
         rng: np.random.Generator,
     ) -> None:
         self._path, self._parameters, self._optimizers = path, parameters, optimizers

@@ -22,7 +22,10 @@ def make_components(curated: CuratedDir, config: ComponentsConfig) -> Components
     work_dir = work_path("components", "components", config.model_dump(mode="json"), [path])
     with held(work_dir):
         artifact, _, _ = produce(
-            "components", lambda out: components.make_components(path, config, out, work_dir), parents=[path], config=config
+            "components",
+            lambda out: components.make_components(path, config, out, work_dir),
+            parents=[path],
+            config=config,
         )
         shutil.rmtree(work_dir, ignore_errors=True)
     return artifact

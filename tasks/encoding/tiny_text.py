@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tasks.encoding.chat import PAD_MULTIPLE, SYSTEM, END, VISION, first_layers
+from tasks.encoding.chat import END, PAD_MULTIPLE, SYSTEM, VISION, first_layers
 from tasks.encoding.config import TinyTextEncoderConfig
 
 if TYPE_CHECKING:
@@ -160,12 +160,12 @@ def train_text_encoder(
 
 def _early_loss(
     model: Any,
-    backwards: "torch.nn.ModuleList",
+    backwards: torch.nn.ModuleList,
     early: int,
-    tokens: "torch.Tensor",
+    tokens: torch.Tensor,
     pad: int,
-    generator: "torch.Generator",
-) -> tuple["torch.Tensor", "torch.Tensor"]:
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropies at the early exit: of the next token, and of the words so far (mean over the heads).
 
     The state is brought to unit RMS, as the transformer does with it, and noise is added: what it says must then
@@ -185,7 +185,7 @@ def _early_loss(
     return ahead, named
 
 
-def _cross_entropy(logits: "torch.Tensor", tokens: "torch.Tensor", pad: int) -> "torch.Tensor":
+def _cross_entropy(logits: torch.Tensor, tokens: torch.Tensor, pad: int) -> torch.Tensor:
     """Mean over tokens [B, T] that are not padding. Padded on the right and causal, the model needs no mask."""
     import torch
 
@@ -202,7 +202,7 @@ def _tokenized(caption_sets: Sequence[Sequence[str]], tokenizer: Any) -> list[li
 
 def _batch(
     ids: list[list[list[int]]], batch_size: int, system: int, pad: int, rng: np.random.Generator
-) -> "torch.Tensor":
+) -> torch.Tensor:
     """`<|system|>` caption `<|im_end|>` other caption `<|im_end|>`, right-padded: [batch_size, T].
 
     Four times as many chats are drawn and the batch is a run of them by length, so that little is padding.

@@ -31,14 +31,14 @@ FIRST_LOGVAR = -4.0  # of the posterior: starts nearly without noise
 WARMUP_STEPS = 20
 
 
-def to_tensor(pixels: np.ndarray) -> "torch.Tensor":
+def to_tensor(pixels: np.ndarray) -> torch.Tensor:
     """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1], channels last in memory."""
     import torch
 
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
-def build_vae(config: TinyVAEConfig, seed: int) -> "AutoencoderKLQwenImage":
+def build_vae(config: TinyVAEConfig, seed: int) -> AutoencoderKLQwenImage:
     """An untrained VAE; its weights are a function of the seed."""
     import torch
     from diffusers import AutoencoderKLQwenImage
@@ -64,7 +64,7 @@ def build_vae(config: TinyVAEConfig, seed: int) -> "AutoencoderKLQwenImage":
 
 def train_vae(
     images: dict[Bucket, np.ndarray], config: TinyVAEConfig, seed: int = 0, state_path: Path | None = None
-) -> "AutoencoderKLQwenImage":
+) -> AutoencoderKLQwenImage:
     """Trains on uint8 images [n, H, W, 3] of each bucket, and stores the latents' mean and deviation in the config.
 
     The same seed, images and number of threads give the same weights. What a killed attempt left at `state_path` is
@@ -122,7 +122,7 @@ def train_vae(
     return vae
 
 
-def _batch(images: dict[Bucket, np.ndarray], config: TinyVAEConfig, rng: np.random.Generator) -> "torch.Tensor":
+def _batch(images: dict[Bucket, np.ndarray], config: TinyVAEConfig, rng: np.random.Generator) -> torch.Tensor:
     """One view of images of one bucket: float32 [B, 3, h, w]. Smaller views hold more images."""
     from torch.nn.functional import interpolate
 
@@ -142,7 +142,7 @@ def _batch(images: dict[Bucket, np.ndarray], config: TinyVAEConfig, rng: np.rand
     return batch
 
 
-def _store_statistics(codec: "FrameCodec", images: dict[Bucket, np.ndarray], config: TinyVAEConfig) -> None:
+def _store_statistics(codec: FrameCodec, images: dict[Bucket, np.ndarray], config: TinyVAEConfig) -> None:
     """Mean and deviation of each latent channel over whole images, into the VAE's configuration: latents normalised by
     them have mean 0 and deviation `latent_std`.
 
@@ -164,7 +164,7 @@ def _store_statistics(codec: "FrameCodec", images: dict[Bucket, np.ndarray], con
     codec.vae.register_to_config(latents_mean=center.tolist(), latents_std=deviation.tolist())
 
 
-def reconstruct(codec: "FrameCodec", pixels: np.ndarray, batch_size: int = 64) -> np.ndarray:
+def reconstruct(codec: FrameCodec, pixels: np.ndarray, batch_size: int = 64) -> np.ndarray:
     """uint8 [n, H, W, 3] -> the same through the posterior's mean and back."""
     import torch
 

@@ -37,7 +37,9 @@ def generate_seed(
         benchmark_prompts(config),
         config,
         work_dir,
-        provenance={part: load_manifest(path).digest for part, path in (("merged", merged), ("components", components))},
+        provenance={
+            part: load_manifest(path).digest for part, path in (("merged", merged), ("components", components))
+        },
         log=lambda line: print(f"[seed {seed}] {line}", flush=True),
     )
     # Hidden files are what an attempt that was killed had half written.

@@ -8,7 +8,6 @@ from model.config import Positive, Section, StageConfig, TrainConfig, Transforme
 from tasks.curation.config import CurationConfig, DedupConfig, FilterConfig
 from tasks.recipe import Recipe
 
-
 STAGES = 3  # that workflows/train.py lays out
 PIPELINE_TEXT_STATE = -8  # NucleusMoEImagePipeline's default_return_index
 Ending = Literal["pipeline", "scorecard", "merged"]  # the artifact that reproduce, ablate and pretrain end in

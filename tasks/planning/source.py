@@ -9,7 +9,6 @@ from pathlib import Path
 from model import storage
 from tasks.manifest import sha256_file
 
-
 PLACEHOLDER = "YOUR-BUCKET"  # in the recipes that come without data
 
 

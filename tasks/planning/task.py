@@ -70,7 +70,10 @@ def resolve_recipe(recipe: str, overrides: Union[list[str], str], source: str, e
     if source:
         loaded = for_own_images(loaded)
         words = loaded.curation.captions.max_words
-        print(f"own images: captions of up to {words} words are kept; the VAE's PSNR is reported, not required", flush=True)
+        print(
+            f"own images: captions of up to {words} words are kept; the VAE's PSNR is reported, not required",
+            flush=True,
+        )
     forget_lost_artifacts(CACHE_LOCATION)
     return Sections(
         name=loaded.name,

@@ -160,7 +160,9 @@ def _how(recipe: dict[str, Any]) -> str:
     rows = []
     for stage in train["stages"]:
         factors = stage["capacity_factors"]
-        shown = f"{factors:g}" if isinstance(factors, (int, float)) else f"{max(factors):g} to {min(factors):g} by layer"
+        shown = (
+            f"{factors:g}" if isinstance(factors, (int, float)) else f"{max(factors):g} to {min(factors):g} by layer"
+        )
         rows.append(
             f"| {_text(stage['name'])} | {stage['image_size_px']} | {stage['steps']:,} | {stage['batch_size']:,} | "
             f"{shown} | {len(stage['aspect_ratios'])} |"
@@ -245,6 +247,4 @@ def _components_licence(recipe: dict[str, Any]) -> str:
     if recipe["components"]["kind"] != "hub":
         return "All of its parts were trained by the recipe."
     vae, text = recipe["components"]["hub_vae"], recipe["components"]["hub_text_encoder"]
-    return (
-        f"It contains, unchanged, parts of {_text(vae['repo_id'])} and {_text(text['repo_id'])}, under their own licences."
-    )
+    return f"It contains, unchanged, parts of {_text(vae['repo_id'])} and {_text(text['repo_id'])}, under their own licences."

@@ -17,7 +17,7 @@ class PublishConfig(Section):
     s3_uri: str | None = None  # uploaded there when set
 
     @model_validator(mode="after")
-    def _check(self) -> "PublishConfig":
+    def _check(self) -> PublishConfig:
         if self.s3_uri is not None and not self.s3_uri.startswith("s3://"):
             raise ValueError(f"s3_uri={self.s3_uri!r} must start with s3://")
         return self

@@ -51,7 +51,9 @@ def upload(directory: str | Path, s3_uri: str, client: Any = None, part_bytes: i
         if code in ("NoSuchBucket", "404"):
             raise ValueError(f"{s3_uri}: there is no bucket {bucket!r}") from error
         if code in ("AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
-            raise ValueError(f"{s3_uri}: access denied ({code}); check the credentials and the bucket's policy") from error
+            raise ValueError(
+                f"{s3_uri}: access denied ({code}); check the credentials and the bucket's policy"
+            ) from error
         raise
     except BotoCoreError as error:  # no credentials, no route to the endpoint
         raise ValueError(f"{s3_uri}: {error}") from error
@@ -78,7 +80,9 @@ def _client() -> Any:
     )
 
 
-def _upload(client: Any, bucket: str, prefix: str, directory: Path, manifest: Manifest, part_bytes: int) -> dict[str, Any]:
+def _upload(
+    client: Any, bucket: str, prefix: str, directory: Path, manifest: Manifest, part_bytes: int
+) -> dict[str, Any]:
     from boto3.s3.transfer import TransferConfig
 
     client.head_bucket(Bucket=bucket)

@@ -8,7 +8,16 @@ from pathlib import Path
 from flytekit import Deck, task
 
 from tasks import envs
-from tasks.artifacts import ComponentsDir, CuratedDir, MergedDir, PipelineDir, ScorecardDir, fetch, plain_errors, produce
+from tasks.artifacts import (
+    ComponentsDir,
+    CuratedDir,
+    MergedDir,
+    PipelineDir,
+    ScorecardDir,
+    fetch,
+    plain_errors,
+    produce,
+)
 from tasks.publishing.config import PublishConfig
 
 

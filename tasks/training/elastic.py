@@ -1,14 +1,14 @@
 """Several training processes on a node, as torch elastic starts them, where a preempted or lost node is retried.
 
-    pod: SIGTERM -> agent (the pod's process): SIGTERM -> its workers, which finish their step, save it with the other
-    ranks, and end, or are killed after TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds -> agent: a recoverable error
+pod: SIGTERM -> agent (the pod's process): SIGTERM -> its workers, which finish their step, save it with the other
+ranks, and end, or are killed after TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds -> agent: a recoverable error
 
-    the last step -> rank 0's node seals and uploads; the others wait for its outputs
+the last step -> rank 0's node seals and uploads; the others wait for its outputs
 
-    a node is gone -> NCCL's watchdog aborts the workers of the others, which wait for it -> agents: a recoverable error
+a node is gone -> NCCL's watchdog aborts the workers of the others, which wait for it -> agents: a recoverable error
 
-    a worker's exception -> its error.json, and beside it a marker if the task calls it recoverable -> agent: recoverable,
-    unless some worker's was not; of the errors of several nodes, Flyte takes the earliest
+a worker's exception -> its error.json, and beside it a marker if the task calls it recoverable -> agent: recoverable,
+unless some worker's was not; of the errors of several nodes, Flyte takes the earliest
 """
 
 from __future__ import annotations

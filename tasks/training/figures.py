@@ -46,8 +46,9 @@ def training_html(checkpoints: Path) -> str:
     for picture in sorted((checkpoints / "samples").glob("*.png")):
         data = base64.b64encode(picture.read_bytes()).decode()
         parts.append(f'<h3>{html.escape(picture.stem)}</h3><img alt="samples" src="data:image/png;base64,{data}">')
-    return "<!doctype html><meta charset=utf-8><style>body{font-family:sans-serif}img{max-width:100%}</style>" + "".join(
-        parts
+    return (
+        "<!doctype html><meta charset=utf-8><style>body{font-family:sans-serif}img{max-width:100%}</style>"
+        + "".join(parts)
     )
 
 

@@ -47,7 +47,8 @@ def train_stage(
 ) -> CheckpointsDir:
     """Trains one stage from the last checkpoint of the stage before, or from scratch."""
     from model.layout import FREE_KEYS
-    from model.train.run import prune_run, train_stage as run
+    from model.train.run import prune_run
+    from model.train.run import train_stage as run
     from tasks.training import figures, samples
 
     with retried():

@@ -67,7 +67,9 @@ def kill_before(folder: Path, job: str, step: int, device: str = "cuda") -> None
     process = start(folder, job, step, device=device)
     deadline, work = time.monotonic() + WAIT_S, folder / job / "work"
     saved = (step - 1) // SAVED_EVERY * SAVED_EVERY
-    while logged_steps(work / "metrics.jsonl")[-1:] < [step - 1] or saved not in finished_checkpoints(work / "checkpoints"):
+    while logged_steps(work / "metrics.jsonl")[-1:] < [step - 1] or saved not in finished_checkpoints(
+        work / "checkpoints"
+    ):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)

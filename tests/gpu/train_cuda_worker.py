@@ -1,7 +1,7 @@
 """Trains one small stage: `python train_cuda_worker.py FOLDER JOB [STEP]`. With STEP it waits before that step, to be killed.
 
-    FOLDER/latents
-    FOLDER/JOB/work/, FOLDER/JOB/out/       of model.train.run.train_stage
+FOLDER/latents
+FOLDER/JOB/work/, FOLDER/JOB/out/       of model.train.run.train_stage
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+from train_helpers import train_config, transformer_config
+
 from model.train.run import train_stage
 from model.train.trainer import NucleusTrainer
-from train_helpers import train_config, transformer_config
 
 STEPS, SAVED_EVERY = 16, 5
 WAIT_S = 600

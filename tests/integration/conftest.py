@@ -26,8 +26,10 @@ class Home:
 
     def listing(self) -> dict[str, set[str]]:
         """Kind -> digests that are there."""
-        return {kind.name: {entry.name for entry in kind.iterdir() if not entry.name.startswith(".")}
-                for kind in self.artifacts.iterdir()}
+        return {
+            kind.name: {entry.name for entry in kind.iterdir() if not entry.name.startswith(".")}
+            for kind in self.artifacts.iterdir()
+        }
 
     def run(self, *options: str, workflow: str = "reproduce", timeout_s: float = 900) -> subprocess.CompletedProcess:
         """`pyflyte run workflows/reproduce.py reproduce ...` as a user would."""
@@ -35,7 +37,11 @@ class Home:
         environment = os.environ | {"HOME": str(self.path), "NUCLEUS_HOME": str(self.path / "nucleus")}
         return subprocess.run(
             [str(Path(sys.executable).with_name("pyflyte")), "run", f"workflows/{workflow}.py", workflow, *options],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s,
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
         )
 
     @staticmethod
@@ -49,7 +55,12 @@ def left_over(home: Home) -> list[Path]:
     """Half-written things: temporary directories and files outside of sealed directories."""
     if not home.artifacts.is_dir():
         return []
-    return [entry for kind in home.artifacts.iterdir() for entry in kind.iterdir() if not (entry / "manifest.json").is_file()]
+    return [
+        entry
+        for kind in home.artifacts.iterdir()
+        for entry in kind.iterdir()
+        if not (entry / "manifest.json").is_file()
+    ]
 
 
 @pytest.fixture(scope="session")

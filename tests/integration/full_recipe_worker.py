@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torchtitan.config import CompileConfig
+from train_helpers import fork_ranks
 
 import model.train.config as train_config
 from model.latents import LatentWriter
@@ -29,9 +30,9 @@ from model.sampler import sample_latents
 from model.train.run import train_stage
 from model.train.trainer import NucleusTrainer
 from tasks.encoding.buckets import stage_buckets
-from tasks.planning.sections import TrainStage, train_stage as section
+from tasks.planning.sections import TrainStage
+from tasks.planning.sections import train_stage as section
 from tasks.recipe import Recipe, load_recipe
-from train_helpers import fork_ranks
 
 RANKS = 2
 TEXT_DIM = 24

@@ -1,8 +1,8 @@
 """Trains one tiny stage in many layouts: `python parallel_worker.py FOLDER`. Imports once, then forks each job's ranks.
 
-    FOLDER/latents, FOLDER/released
-    FOLDER/JOB/work/, FOLDER/JOB/out/       of model.train.run.train_stage
-    FOLDER/JOB/sample-{rank}.pt             what every rank sampled with its (sharded) model after the last step
+FOLDER/latents, FOLDER/released
+FOLDER/JOB/work/, FOLDER/JOB/out/       of model.train.run.train_stage
+FOLDER/JOB/sample-{rank}.pt             what every rank sampled with its (sharded) model after the last step
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torchtitan.distributed.flex_shard import dist_muon
+from train_helpers import TEXT_DIM, fork_ranks, train_config, transformer_config, write_latents
 
 from model.export import export_transformer
 from model.optim import newton_schulz
 from model.sampler import sample_latents
 from model.train.run import train_stage
 from model.transformer import Block, NucleusTransformer, RouterTrace
-from torchtitan.distributed.flex_shard import dist_muon
-from train_helpers import TEXT_DIM, fork_ranks, train_config, transformer_config, write_latents
 
 STEPS = 4
 # Uneven on purpose: 66 rows of the shared experts' first matrix do not divide by 4.

@@ -46,4 +46,6 @@ def test_an_ablation_shares_the_data_and_ends_in_a_scorecard(smoke, smoke_home, 
 def test_reproduce_refuses_an_ablation_before_any_work(new_home, overlay):
     done = new_home.run("--recipe", overlay)
     assert done.returncode != 0 and not new_home.artifacts.is_dir()
-    assert "is an ablation, and diffusers has no class that computes it" in " ".join((done.stdout + done.stderr).split())
+    assert "is an ablation, and diffusers has no class that computes it" in " ".join(
+        (done.stdout + done.stderr).split()
+    )

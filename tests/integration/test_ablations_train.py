@@ -6,13 +6,12 @@ import math
 
 import pytest
 import torch
+from train_helpers import read_weights, train_config, transformer_config, write_latents
 
-from model.config import TransformerConfig
+from model.config import MergeConfig, TransformerConfig
 from model.export import load_transformer
 from tasks.merging.merge_stage import merge_stage
-from model.config import MergeConfig
 from tasks.recipe import load_recipe
-from train_helpers import read_weights, train_config, transformer_config, write_latents
 
 pytestmark = pytest.mark.slow
 OVERLAYS = ("coupled_routing", "token_choice", "dense_ffn", "adamw_alone")

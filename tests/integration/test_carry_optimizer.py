@@ -13,13 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from object_store import s3_bucket
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from train_helpers import read_weights, train_config, transformer_config, write_latents
 
 from model.checkpoints import METADATA, CheckpointReader, finished_checkpoints
 from model.train.run import prune_run, train_stage
 from model.train.trainer import NucleusTrainer
-from object_store import s3_bucket
-from train_helpers import read_weights, train_config, transformer_config, write_latents
 
 pytestmark = pytest.mark.slow
 WARMUP = 5
@@ -50,7 +50,8 @@ def first(latents, tmp_path_factory) -> Path:
 
 def rates(out: Path) -> list[dict[str, float]]:
     return [
-        {name: line[name] for name in RATES} for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        {name: line[name] for name in RATES}
+        for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     ]
 
 
@@ -122,7 +123,8 @@ def test_without_it_a_stage_begins_with_a_warm_up_of_its_own(latents, first, tmp
 def test_data_and_noise_are_the_stages_own(latents, first, tmp_path):
     out = train(latents, tmp_path, "second", 3, before=first)
     of_first, of_second = (
-        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (first, out)
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (first, out)
     )
     assert len(set(of_first) | set(of_second)) == 6
     told = json.loads((out / "report.json").read_text())

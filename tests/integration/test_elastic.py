@@ -3,25 +3,24 @@ that gets SIGTERM, and its retry. Its processes are forked from this one, which 
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 from pathlib import Path
 
 import pytest
+from flyteidl.core import errors_pb2
 from flytekit import FlyteContextManager
 from flytekit.bin.entrypoint import execute_task_cmd
 from flytekit.core.type_engine import TypeEngine
 from flytekit.core.utils import write_proto_to_file
 from flytekit.types.directory import FlyteDirectory
-from flyteidl.core import errors_pb2
+from test_robust import STEPS, Ranks, before_step, latents, report, same_weights, until_sigterm, whole  # noqa: F401
+from train_helpers import train_config, transformer_config
 
 from model.checkpoints import finished_checkpoints
 from tasks.manifest import seal
 from tasks.planning.sections import TrainStage
-from test_robust import STEPS, Ranks, before_step, latents, report, same_weights, until_sigterm, whole  # noqa: F401
-from train_helpers import train_config, transformer_config
 
 pytestmark = pytest.mark.slow
 NAME = "tasks.training.task.train_stage"

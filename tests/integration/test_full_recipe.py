@@ -17,16 +17,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from full_recipe_worker import JOBS, RESUMED_FROM, STEPS, Job, small_recipe, stage_section
+from train_helpers import read_weights
 
 import model.train.run as run
-from full_recipe_worker import JOBS, RESUMED_FROM, STEPS, Job, small_recipe, stage_section
 from model.checkpoints import finished_checkpoints
 from model.export import load_transformer
 from model.layout import layout
 from model.train.config import stage_transformer, trainer_config
 from tasks.encoding.buckets import stage_buckets
 from tasks.merging.merge_stage import merge_stage
-from train_helpers import read_weights
 
 pytestmark = pytest.mark.slow
 STAGES = ("first", "first_plain", "second", "third", "third_plain")
@@ -135,7 +135,13 @@ def test_a_change_of_stage_changes_capacity_and_resolution_and_nothing_else(runs
     assert kept[0] == kept[1] == kept[2]
     configs = [
         trainer_config(
-            section.model, section.stage, section.train, latents_dir=runs / "latents0", work_dir=runs, init_from=None, ranks=2
+            section.model,
+            section.stage,
+            section.train,
+            latents_dir=runs / "latents0",
+            work_dir=runs,
+            init_from=None,
+            ranks=2,
         )
         for section in sections
     ]
@@ -161,7 +167,9 @@ def test_a_change_of_stage_changes_capacity_and_resolution_and_nothing_else(runs
 
 def test_the_last_stage_merges_into_a_transformer_that_loads(runs, tmp_path):
     recipe, section = small_recipe(), stage_section(JOBS["third"])
-    report = merge_stage(runs / "third" / "out", stage_transformer(section.model, section.stage), recipe.merge, tmp_path)
+    report = merge_stage(
+        runs / "third" / "out", stage_transformer(section.model, section.stage), recipe.merge, tmp_path
+    )
     assert report["steps"] == [4, 8, 12]
     merged, last = load_transformer(tmp_path / "transformer"), read_weights(runs / "third" / "out")[12]
     assert merged.config.capacity_factors == (4.0, 4.0, 4.0, 4.0, 2.0)
@@ -180,7 +188,8 @@ def test_a_finished_stage_that_is_started_again_trains_nothing(runs, tmp_path, m
 
 
 @pytest.mark.skipif(
-    not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile's inductor needs a C++ compiler on a CPU"
+    not (shutil.which("g++") or shutil.which("clang++")),
+    reason="torch.compile's inductor needs a C++ compiler on a CPU",
 )
 def test_a_stage_that_was_killed_and_resumed_ends_with_the_bits_of_the_undisturbed_one(tmp_path):
     """In the same layout, with inductor's kernels; though resumed processes meet other shapes first, compile and read ahead

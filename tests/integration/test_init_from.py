@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from train_helpers import read_weights, train_config, transformer_config, write_latents
 
 from model.config import TrainConfig
 from model.export import export_transformer
 from model.transformer import NucleusTransformer
-from train_helpers import read_weights, train_config, transformer_config, write_latents
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +55,18 @@ def test_weights_of_another_model_are_refused(latents, tmp_path):
         train(latents, tmp_path, "out", init_from=str(tmp_path / "other"))
 
 
-@pytest.mark.parametrize("where, valid", [
-    ("/models/released", True), ("NucleusAI/image/transformer@" + "a" * 40, True), ("NucleusAI/image@" + "1" * 40, True),
-    ("NucleusAI/image@main", False), ("image@" + "1" * 40, False), ("NucleusAI/image@" + "1" * 39, False), ("", False),
-])
+@pytest.mark.parametrize(
+    "where, valid",
+    [
+        ("/models/released", True),
+        ("NucleusAI/image/transformer@" + "a" * 40, True),
+        ("NucleusAI/image@" + "1" * 40, True),
+        ("NucleusAI/image@main", False),
+        ("image@" + "1" * 40, False),
+        ("NucleusAI/image@" + "1" * 39, False),
+        ("", False),
+    ],
+)
 def test_a_hub_repository_is_pinned_by_commit(where, valid):
     values = train_config().model_dump() | {"init_from": where}
     if valid:

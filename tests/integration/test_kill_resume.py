@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from train_helpers import logged_steps, read_weights, write_latents
 
 STEPS = 24
@@ -37,7 +36,12 @@ train_stage(latents, transformer_config(), train_config(steps={steps}), 0, None,
 def start(latents: Path, work: Path, out: Path, *stop_before: int) -> subprocess.Popen:
     root = Path(__file__).resolve().parents[2]
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT.format(steps=STEPS, limit=LIMIT_S), *map(str, (latents, work, out, *stop_before))],
+        [
+            sys.executable,
+            "-c",
+            SCRIPT.format(steps=STEPS, limit=LIMIT_S),
+            *map(str, (latents, work, out, *stop_before)),
+        ],
         cwd=root,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}:{Path(__file__).parent}"},
         stdout=subprocess.DEVNULL,

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-
 from train_helpers import read_weights, train_config, transformer_config, write_latents
 
 STEPS = 4
@@ -34,7 +33,9 @@ def runs(tmp_path_factory):
             patch.setattr(owner, name, spied)
 
         with pytest.MonkeyPatch.context() as patch:
-            spy(moe.MoE, "route", lambda args, r: {"logits": r.logits_BSE, "scores": r.scores_BSE, "gates": r.gates_BEC})
+            spy(
+                moe.MoE, "route", lambda args, r: {"logits": r.logits_BSE, "scores": r.scores_BSE, "gates": r.gates_BEC}
+            )
             spy(moe.Experts, "forward", lambda args, out: {"experts": out})
             spy(losses, "flow_matching_loss", lambda args, out: {"prediction": args[0], "loss": out[0]})
             spy(losses, "wavelet_loss", lambda args, out: {"wavelet": out, "latents": args[0]})

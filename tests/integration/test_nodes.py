@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from flyteidl.core import errors_pb2, literals_pb2
 from flytekit import FlyteContextManager
 from flytekit.core.type_engine import TypeEngine
 from flytekit.core.utils import write_proto_to_file
 from flytekit.types.directory import FlyteDirectory
-from flyteidl.core import errors_pb2, literals_pb2
+from object_store import s3_bucket
+from train_helpers import train_config, transformer_config, write_latents
 
 from model.train import run
-from object_store import s3_bucket
 from tasks.manifest import seal, verify
 from tasks.planning.sections import TrainStage
-from train_helpers import train_config, transformer_config, write_latents
 
 ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "s3://nodes"
@@ -57,7 +57,9 @@ def test_a_pod_spawns_its_processes_which_train_on_what_lies_in_an_object_store(
     environment = {"NUCLEUS_TRAIN_NPROC": "2", "NUCLEUS_ACCELERATOR": "none", "NUCLEUS_HOME": str(tmp_path / "home")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "temporary")}
     (tmp_path / "temporary").mkdir()
-    subprocess.run([str(part) for part in command], check=True, cwd=tmp_path, env={**os.environ, **environment}, timeout=900)
+    subprocess.run(
+        [str(part) for part in command], check=True, cwd=tmp_path, env={**os.environ, **environment}, timeout=900
+    )
     error = tmp_path / "told" / "error.pb"
     assert not error.exists(), errors_pb2.ErrorDocument.FromString(error.read_bytes()).error.message
 
@@ -71,7 +73,10 @@ def test_a_pod_spawns_its_processes_which_train_on_what_lies_in_an_object_store(
     verify(tmp_path / "artifact")
     report = json.loads((tmp_path / "artifact" / "report.json").read_text())
     assert (report["ranks"], report["steps"], report["checkpoints"]) == (2, 2, [2])
-    assert {path.name for path in (tmp_path / "artifact" / "step-00000002").iterdir()} > {"__0_0.distcp", "__1_0.distcp"}
+    assert {path.name for path in (tmp_path / "artifact" / "step-00000002").iterdir()} > {
+        "__0_0.distcp",
+        "__1_0.distcp",
+    }
 
 
 def see(rank: int, folder: Path, roots: list[Path], told) -> None:

@@ -24,8 +24,20 @@ def package(out: Path, **environment: str) -> dict[str, task_pb2.TaskSpec | work
     """Name of a task or workflow -> its specification."""
     images = [part for role in ROLES for part in ("--image", f"{role}=registry.example/{role}:v1")]
     subprocess.run(
-        [str(Path(sys.executable).with_name("pyflyte")), "--pkgs", "workflows", "package", *images, "--output", str(out), "-f"],
-        cwd=ROOT, check=True, capture_output=True, env=os.environ | environment,
+        [
+            str(Path(sys.executable).with_name("pyflyte")),
+            "--pkgs",
+            "workflows",
+            "package",
+            *images,
+            "--output",
+            str(out),
+            "-f",
+        ],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        env=os.environ | environment,
     )
     found = {}
     with tarfile.open(out) as tar:

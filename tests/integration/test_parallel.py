@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from train_helpers import read_weights, transformer_config
 
 from model.export import load_transformer
 from model.memory import Layout, Shapes
 from model.merge import merge
-from train_helpers import read_weights, transformer_config
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +59,9 @@ def assert_same_training(runs: Path, job: str, reference: str) -> None:
         assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=VALUES), job
         assert after.keys() == before.keys() and after["lr/Muon"] == before["lr/Muon"]
         bins = [name for name in before if name.startswith("loss_t/")]
-        assert bins and [after[name] for name in bins] == pytest.approx([before[name] for name in bins], rel=VALUES), job
+        assert bins and [after[name] for name in bins] == pytest.approx([before[name] for name in bins], rel=VALUES), (
+            job
+        )
 
 
 def test_every_layout_trains_as_one_process_does(runs):

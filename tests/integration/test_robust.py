@@ -18,18 +18,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from object_store import s3_bucket
+from train_helpers import logged_steps, read_weights, train_config, transformer_config, write_latents
 
 from model import storage
 from model.checkpoints import finished_checkpoints
 from model.latents import LatentDataset
-from model.sample_order import SampleOrder
 from model.moe import held
+from model.sample_order import SampleOrder
 from model.train.checkpoint import StageCheckpointer
 from model.train.preemption import Preempted
 from model.train.run import train_stage
 from model.train.trainer import NucleusTrainer
-from object_store import s3_bucket
-from train_helpers import logged_steps, read_weights, train_config, transformer_config, write_latents
 
 pytestmark = pytest.mark.slow
 STEPS = 18
@@ -312,7 +312,7 @@ def test_skipped_steps_do_not_disturb_a_resume(latents, tmp_path, monkeypatch):
 
 
 def test_too_many_bad_steps_end_the_run_with_the_records_of_the_batch(latents, tmp_path, monkeypatch):
-    spoil(monkeypatch, {step: "nan" for step in (7, 9, 10)})
+    spoil(monkeypatch, dict.fromkeys((7, 9, 10), "nan"))
     with pytest.raises(RuntimeError, match="not finite at step 10; 3 of the last 10 steps were skipped") as caught:
         train(latents, tmp_path, skip={"window_steps": 10, "max_skipped": 3})
     dataset = LatentDataset(latents)
@@ -375,7 +375,9 @@ def test_a_gradient_norm_that_ranks_round_differently_does_not_part_their_weight
         torch.nn.utils, "get_total_norm", lambda *args, **options: real(*args, **options) * (1 + 1e-6 * dist.get_rank())
     )
     clipped = {"muon_lr": 0.01, "adamw_lr": 0.01, "warmup_steps": 3, "max_grad_norm": 0.05}
-    assert Ranks(lambda rank: train(latents, tmp_path, data_parallel_replicate=2, optim=clipped, steps=5), 2).codes() == {0}
+    assert Ranks(
+        lambda rank: train(latents, tmp_path, data_parallel_replicate=2, optim=clipped, steps=5), 2
+    ).codes() == {0}
 
 
 def test_what_fails_in_the_background_ends_the_run_at_the_next_save(latents, tmp_path, monkeypatch):

@@ -16,16 +16,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from test_robust import Ranks, same_weights
+from tiny_pipeline import TEXT_WIDTH, make_components
 from torch.distributed.tensor import DTensor
+from train_helpers import train_config, transformer_config, write_latents
 
 from model import moe
 from model.train.run import train_stage
 from tasks.encoding.encode import TEXTS
 from tasks.planning.sections import TrainStage
 from tasks.training import samples
-from test_robust import Ranks, same_weights
-from tiny_pipeline import TEXT_WIDTH, make_components
-from train_helpers import train_config, transformer_config, write_latents
 
 pytestmark = pytest.mark.slow
 STEPS, EVERY = 4, 2

@@ -7,14 +7,14 @@ import json
 import pytest
 import torch
 from flytekit.types.directory import FlyteDirectory
+from object_store import s3_bucket
 from s3fs import S3FileSystem
+from train_helpers import read_weights, train_config, transformer_config, write_latents
 
 from model import storage
-from object_store import s3_bucket
 from tasks.manifest import load_manifest, seal
 from tasks.planning.sections import TrainStage
 from tasks.training.task import train_stage
-from train_helpers import read_weights, train_config, transformer_config, write_latents
 
 STEPS = 4
 

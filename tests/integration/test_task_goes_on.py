@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from flytekit.exceptions.user import FlyteRecoverableException
 from flytekit.types.directory import FlyteDirectory
+from train_helpers import train_config, transformer_config, write_latents
 
 from model.train.trainer import NucleusTrainer
 from tasks.manifest import seal
 from tasks.planning.sections import TrainStage
 from tasks.training.task import train_stage
-from train_helpers import train_config, transformer_config, write_latents
 
 pytestmark = pytest.mark.slow
 

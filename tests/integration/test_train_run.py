@@ -7,12 +7,21 @@ import os
 
 import pytest
 import torch.distributed as dist
-
 from train_helpers import train_config, transformer_config, write_latents
 
 import model.train.device
 from model.train.run import (
-    CHECKPOINTS, MANIFEST, METRICS, OPTIMIZER, REPORT, WEIGHTS, _claim, _content, _fill, prune_run, train_stage,
+    CHECKPOINTS,
+    MANIFEST,
+    METRICS,
+    OPTIMIZER,
+    REPORT,
+    WEIGHTS,
+    _claim,
+    _content,
+    _fill,
+    prune_run,
+    train_stage,
 )  # fmt: skip
 
 STEPS = 20

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-
 from train_helpers import read_weights, train_config, transformer_config, write_latents
 
 pytestmark = pytest.mark.slow
@@ -109,7 +108,10 @@ def test_an_accelerator_trains_by_deterministic_algorithms_unless_told_otherwise
     seen = []
 
     def sample_fn(model, step, path):
-        enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        enabled, warns = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
         seen.append((enabled, warns, torch.backends.cudnn.deterministic, os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
 
     runs = {}
@@ -143,9 +145,7 @@ def test_checkpoints_hold_the_model_alone_under_its_own_names(trained):
 
 def test_a_finished_stage_fills_a_lost_output_again_without_training(trained, latents):
     tmp_path, out, _, _, _ = trained
-    again, report = run(
-        latents, tmp_path, "again", steps=120, sample_every_steps=50, checkpoint_every_steps=50
-    )
+    again, report = run(latents, tmp_path, "again", steps=120, sample_every_steps=50, checkpoint_every_steps=50)
     assert report["resumed_from_step"] == 120
     assert (again / "metrics.jsonl").read_bytes() == (out / "metrics.jsonl").read_bytes()
     expected, got = load(out / "step-00000120"), load(again / "step-00000120")

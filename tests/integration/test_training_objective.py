@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
-
 from train_helpers import train_config, transformer_config, write_latents
 
 pytestmark = pytest.mark.slow

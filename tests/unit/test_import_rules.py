@@ -25,12 +25,16 @@ def _imports(path: Path) -> list[tuple[str, bool]]:
     """(top-level package, whether it runs when the module is imported) of every import in a file."""
     tree = ast.parse(path.read_text())
     inside = {
-        node for outer in ast.walk(tree) if isinstance(outer, (ast.FunctionDef, ast.AsyncFunctionDef))
+        node
+        for outer in ast.walk(tree)
+        if isinstance(outer, (ast.FunctionDef, ast.AsyncFunctionDef))
         for node in ast.walk(outer)
     }
     inside |= {
-        node for outer in ast.walk(tree)
-        if isinstance(outer, ast.If) and "TYPE_CHECKING" in ast.unparse(outer.test) for node in ast.walk(outer)
+        node
+        for outer in ast.walk(tree)
+        if isinstance(outer, ast.If) and "TYPE_CHECKING" in ast.unparse(outer.test)
+        for node in ast.walk(outer)
     }
     found = []
     for node in ast.walk(tree):
@@ -63,8 +67,11 @@ def test_imports_point_one_way(path: Path):
         assert "flytekit" not in imported, f"{name} imports flytekit"
 
 
-@pytest.mark.parametrize("path", [p for p in _sources() if p.relative_to(ROOT).parts[0] in ("workflows", "tasks")],
-                         ids=lambda p: p.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "path",
+    [p for p in _sources() if p.relative_to(ROOT).parts[0] in ("workflows", "tasks")],
+    ids=lambda p: p.relative_to(ROOT).as_posix(),
+)
 def test_heavy_libraries_load_inside_task_bodies(path: Path):
     at_import = {top for top, runs in _imports(path) if runs}
     assert not at_import & HEAVY, f"{path.relative_to(ROOT)} imports {at_import & HEAVY} when it is loaded"

@@ -113,8 +113,12 @@ def test_seeds_must_differ():
 @pytest.fixture(scope="module")
 def pipeline():
     """The real pipeline, transformer, VAE and scheduler; prompts become embeddings of unequal length by their hash."""
-    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler
-    from diffusers import NucleusMoEImagePipeline, NucleusMoEImageTransformer2DModel
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        NucleusMoEImagePipeline,
+        NucleusMoEImageTransformer2DModel,
+    )
 
     torch.manual_seed(0)
     transformer = NucleusMoEImageTransformer2DModel(

@@ -5,8 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from eval.geneval import expected_images, filter_detections, judge_image, load_prompts, relative_position
-from eval.geneval import summarise, walk_layout
+from eval.geneval import (
+    expected_images,
+    filter_detections,
+    judge_image,
+    load_prompts,
+    relative_position,
+    summarise,
+    walk_layout,
+)
 
 # box A, box B, threshold, where A is relative to B
 POSITIONS = [

@@ -93,7 +93,7 @@ def test_the_files_hold_every_image_and_how_it_was_made(run):
 def test_the_page_is_whole_and_escaped(run):
     page = (run[0] / "scorecard.html").read_text()
     assert "&lt;abc&gt;" in page and "<abc>" not in page
-    assert "data:image/png;base64," in page and "src=\"http" not in page and "<script" not in page
+    assert "data:image/png;base64," in page and 'src="http' not in page and "<script" not in page
     assert "held out of training" in page and "95% interval" in page
 
 

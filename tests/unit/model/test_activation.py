@@ -4,10 +4,11 @@ import shutil
 import weakref
 from types import SimpleNamespace
 
+import flash_standin
 import pytest
 import torch
+from small_model import SMALL
 
-import flash_standin
 from model import attention, moe
 from model.config import TransformerConfig
 from model.optim import parameter_groups
@@ -15,10 +16,11 @@ from model.train import activation
 from model.train.activation import activation_config
 from model.train.parallelize import parallelize
 from model.transformer import NucleusTransformer, RouterTrace
-from small_model import SMALL
 
 CONFIG = TransformerConfig(**SMALL | {"num_key_value_heads": 2, "moe_intermediate_dim": 40})
-ONE = TransformerConfig(**{**CONFIG.model_dump(), "num_layers": 1, "dense_moe_strategy": "all_moe"})  # compiling takes long
+ONE = TransformerConfig(
+    **{**CONFIG.model_dump(), "num_layers": 1, "dense_moe_strategy": "all_moe"}
+)  # compiling takes long
 TOKENS, TEXT, BATCH = 144, 9, 2  # enough tokens for the fused attention kernel
 POLICIES = ("none", "selective", "full")
 
@@ -132,7 +134,9 @@ def test_a_policy_is_what_its_name_says():
     assert names == {"selective": "SelectiveCheckpointing", "full": "FullCheckpointing"}
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile on a CPU needs a C++ compiler")
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile on a CPU needs a C++ compiler"
+)
 def test_compiled_blocks_equal_eager_ones_and_keep_their_names():
     """With selective checkpointing, as the 17B recipe asks for."""
     model = build("selective", "inductor", config=ONE)
@@ -200,7 +204,9 @@ def test_flash_attention_compiles_whole_and_is_computed_once_unless_all_is_again
 
 @EARLY
 def test_an_early_flash_attention_3_is_computed_once_and_not_compiled(flash, monkeypatch):
-    monkeypatch.setitem(activation.FLASH_OPS, "flash3", ("flash_attn_3.missing.default",))  # what other tests registered
+    monkeypatch.setitem(
+        activation.FLASH_OPS, "flash3", ("flash_attn_3.missing.default",)
+    )  # what other tests registered
     run(build("selective", config=ONE), torch.bfloat16)
     assert len(flash.calls) == 1
     with pytest.raises(ValueError, match="^train.compile needs .*flash_attn_interface has "):
@@ -211,5 +217,7 @@ def test_an_early_flash_attention_3_is_computed_once_and_not_compiled(flash, mon
 def test_a_flash_attention_that_selective_checkpointing_cannot_name_is_refused(flash, monkeypatch):
     monkeypatch.setattr(activation, "FLASH_OPS", dict.fromkeys(activation.FLASH_OPS, ("flash_attn.missing.default",)))
     monkeypatch.setattr(activation, "EARLY_FLASH_OPS", {})
-    with pytest.raises(ValueError, match="^train.activation_checkpointing='selective' needs .*attention_backend='sdpa'"):
+    with pytest.raises(
+        ValueError, match="^train.activation_checkpointing='selective' needs .*attention_backend='sdpa'"
+    ):
         build("selective")

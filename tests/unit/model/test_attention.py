@@ -2,12 +2,12 @@
 
 from types import SimpleNamespace
 
+import flash_standin
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import flash_standin
 from model import attention
 from model.attention import Machine, attend, choose_backend, pack_keys, prepare_mask, use_attention
 from model.transformer import NucleusTransformer
@@ -223,7 +223,11 @@ def test_sdpa_repeats_no_heads_on_a_cpu(masked):
     with torch.profiler.profile(record_shapes=True) as profiled:
         attention._sdpa(q, k, v, mask if masked else None)
     (kernel,) = [event for event in profiled.events() if "flash_attention_for_cpu" in event.name]
-    assert kernel.input_shapes[:3] == [[3, 2, 2 * 6, 8], [3, 2, 11, 8], [3, 2, 11, 8]]  # 4 heads of 6 queries, 2 of keys
+    assert kernel.input_shapes[:3] == [
+        [3, 2, 2 * 6, 8],
+        [3, 2, 11, 8],
+        [3, 2, 11, 8],
+    ]  # 4 heads of 6 queries, 2 of keys
 
 
 def test_mask_stays_as_it_is_without_flash_attention():

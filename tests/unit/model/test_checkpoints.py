@@ -13,11 +13,11 @@ import s3fs
 import torch
 import torch.distributed.checkpoint as dcp
 from botocore.exceptions import EndpointConnectionError
+from object_store import s3_bucket
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 
 from model import storage
 from model.checkpoints import CheckpointReader, finished_checkpoints, last_checkpoint, load
-from object_store import s3_bucket
 from tasks.training.faults import comes_again
 
 STATE = {"weight": torch.arange(6.0).view(2, 3), "state": {"step": 7, "half": torch.ones(4, dtype=torch.bfloat16)}}
@@ -36,7 +36,9 @@ def place(request, tmp_path):
 
 
 def save(state, path):
-    writer = FsspecWriter(path, sync_files=False, **storage.options(path)) if "://" in path else dcp.FileSystemWriter(path)
+    writer = (
+        FsspecWriter(path, sync_files=False, **storage.options(path)) if "://" in path else dcp.FileSystemWriter(path)
+    )
     dcp.save(state, storage_writer=writer, no_dist=True)
 
 
@@ -144,7 +146,9 @@ def test_malice_inside_of_metadata_is_refused_too(tmp_path):
 
 @pytest.mark.parametrize("name", ["torch load", "torch.serialization load", "builtins eval", "posix system"])
 def test_a_function_that_metadata_never_names_is_refused_whoever_owns_it(tmp_path, name):
-    (tmp_path / ".metadata").write_bytes(b"c" + name.replace(" ", "\n").encode() + b"\n(tR.")  # a call without arguments
+    (tmp_path / ".metadata").write_bytes(
+        b"c" + name.replace(" ", "\n").encode() + b"\n(tR."
+    )  # a call without arguments
     with pytest.raises(ValueError, match=f"names {name.replace(' ', '.')}, which is no part"):
         CheckpointReader(tmp_path).read_metadata()
 

@@ -420,7 +420,9 @@ def test_operations_keep_what_pytorch_asks_of_them(device):
         (ops.combine_rows, (x, routed, gates_R, tokens, rows, counts)),
         (ops.combine_rows_backward, (grad, routed.detach(), gates_R.detach(), tokens)),
     ]
-    defined = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "nucleus::" in name}
+    defined = {
+        name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "nucleus::" in name
+    }
     assert defined == {call.__name__ for call, _ in calls}
     for call, arguments in calls:
         torch.library.opcheck(call.default, arguments)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.hashing import permuted_index, hash_words
+from model.hashing import hash_words, permuted_index
 from model.latents import LatentDataset, LatentWriter
 from model.sample_order import SampleOrder, read_batch
 

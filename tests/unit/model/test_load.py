@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from safetensors.torch import load_file, save_file
+from small_model import SMALL
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -17,7 +18,6 @@ from model.config import TransformerConfig
 from model.export import export_transformer, load_transformer
 from model.load import INDEX_NAME, WEIGHTS_NAME, load_weights, open_weights
 from model.transformer import NucleusTransformer
-from small_model import SMALL
 
 CONFIG = TransformerConfig(**SMALL | {"num_key_value_heads": 2, "num_experts": 8, "capacity_factors": (1.0, 2.0, 3.0)})
 SHARD_SIZE = 500_000
@@ -245,23 +245,40 @@ def rewrite(directory, change):
     save_file(tensors, file, {"format": "pt"})
 
 
-@pytest.mark.parametrize("breaking, message", [
-    (lambda d: first_file(d).unlink(), "-00001-of-0000. *.*which is missing"),
-    (lambda d: first_file(d).write_bytes(first_file(d).read_bytes()[:-7]), "00001-of-.* is not a whole safetensors file"),
-    (lambda d: first_file(d).write_bytes(b"\0" * 99), "00001-of-.* is not a whole safetensors file"),
-    (lambda d: edit_index(d, lambda m: m.update(nonsense=first_file(d).name)), "index .* puts nonsense in .*00001"),
-    (lambda d: edit_index(d, lambda m: m.pop("img_in.bias")), "holds img_in.bias, which its index puts in no file"),
-    (lambda d: edit_index(d, lambda m: m.update({"img_in.bias": "../x.safetensors"})), "names '../x.safetensors'"),
-    (lambda d: (d / INDEX_NAME).write_text("{"), "index.json is not an index"),
-    (lambda d: (d / INDEX_NAME).write_text('{"weight_map": 3}'), "index.json is not an index"),
-    (lambda d: rewrite(d, lambda t: t.pop("img_in.bias")), "puts img_in.bias in .* does not hold it"),
-    (lambda d: rewrite(d, lambda t: t.update({"img_in.bias": torch.ones(3)})), r"img_in.bias has shape \(3,\), not"),
-    (lambda d: (rewrite(d, lambda t: t.pop("img_in.bias")), edit_index(d, lambda m: m.pop("img_in.bias"))),
-     "missing img_in.bias"),
-    (lambda d: (rewrite(d, lambda t: t.update(extra=torch.ones(3))),
-                edit_index(d, lambda m: m.update(extra=m["img_in.bias"]))), "unknown extra"),
-    (lambda d: (d / INDEX_NAME).unlink(), "is not a checkpoint"),
-], ids=range(13))
+@pytest.mark.parametrize(
+    "breaking, message",
+    [
+        (lambda d: first_file(d).unlink(), "-00001-of-0000. *.*which is missing"),
+        (
+            lambda d: first_file(d).write_bytes(first_file(d).read_bytes()[:-7]),
+            "00001-of-.* is not a whole safetensors file",
+        ),
+        (lambda d: first_file(d).write_bytes(b"\0" * 99), "00001-of-.* is not a whole safetensors file"),
+        (lambda d: edit_index(d, lambda m: m.update(nonsense=first_file(d).name)), "index .* puts nonsense in .*00001"),
+        (lambda d: edit_index(d, lambda m: m.pop("img_in.bias")), "holds img_in.bias, which its index puts in no file"),
+        (lambda d: edit_index(d, lambda m: m.update({"img_in.bias": "../x.safetensors"})), "names '../x.safetensors'"),
+        (lambda d: (d / INDEX_NAME).write_text("{"), "index.json is not an index"),
+        (lambda d: (d / INDEX_NAME).write_text('{"weight_map": 3}'), "index.json is not an index"),
+        (lambda d: rewrite(d, lambda t: t.pop("img_in.bias")), "puts img_in.bias in .* does not hold it"),
+        (
+            lambda d: rewrite(d, lambda t: t.update({"img_in.bias": torch.ones(3)})),
+            r"img_in.bias has shape \(3,\), not",
+        ),
+        (
+            lambda d: (rewrite(d, lambda t: t.pop("img_in.bias")), edit_index(d, lambda m: m.pop("img_in.bias"))),
+            "missing img_in.bias",
+        ),
+        (
+            lambda d: (
+                rewrite(d, lambda t: t.update(extra=torch.ones(3))),
+                edit_index(d, lambda m: m.update(extra=m["img_in.bias"])),
+            ),
+            "unknown extra",
+        ),
+        (lambda d: (d / INDEX_NAME).unlink(), "is not a checkpoint"),
+    ],
+    ids=range(13),
+)
 def test_what_is_wrong_is_named_before_anything_is_read(broken, breaking, message):
     breaking(broken)
     built = on_meta()

@@ -1,11 +1,11 @@
 import pytest
 import pywt
 import torch
+from small_model import SMALL
 
 from model import losses
 from model.config import TransformerConfig
 from model.transformer import NucleusTransformer, RouterTrace
-from small_model import SMALL
 
 CONFIG = TransformerConfig(**SMALL)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
-from model.cpu_ops import _NormRope, _SwiGLU, keep_freed_memory
+from model.cpu_ops import _NormRope, _SwiGLU
 from model.moe import MoE
 
 B, S, D, E, F = 3, 10, 12, 4, 8

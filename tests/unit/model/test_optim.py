@@ -3,12 +3,12 @@ import math
 
 import pytest
 import torch
+from small_model import SMALL
 from torch import nn
 
 from model.config import TransformerConfig
 from model.optim import Muon, newton_schulz, parameter_groups, update_scale, wsm_schedule
 from model.transformer import NucleusTransformer
-from small_model import SMALL
 
 TINY = TransformerConfig(**SMALL | {"num_layers": 2, "num_key_value_heads": 4})
 
@@ -66,9 +66,11 @@ def muon_by_hand(parameter, gradients, packed_dim, transposed, lr, momentum, nes
         matrices = parameter if parameter.dim() == 3 else parameter[None]
         updates = update if update.dim() == 3 else update[None]
         for matrix, change in zip(matrices, updates):
-            parts = zip(matrix.chunk(2, packed_dim), change.chunk(2, packed_dim)) if packed_dim is not None else [
-                (matrix, change)
-            ]
+            parts = (
+                zip(matrix.chunk(2, packed_dim), change.chunk(2, packed_dim))
+                if packed_dim is not None
+                else [(matrix, change)]
+            )
             for goal, part in parts:
                 rows, columns = part.shape
                 out_features, in_features = (columns, rows) if transposed else (rows, columns)
@@ -80,9 +82,13 @@ def muon_by_hand(parameter, gradients, packed_dim, transposed, lr, momentum, nes
     return parameter
 
 
-@pytest.mark.parametrize(("ns_steps", "weight_decay", "scale", "momentum", "nesterov"), [
-    (5, 0.0, "spectral", 0.95, True), (3, 0.4, "rms", 0.8, False),
-])
+@pytest.mark.parametrize(
+    ("ns_steps", "weight_decay", "scale", "momentum", "nesterov"),
+    [
+        (5, 0.0, "spectral", 0.95, True),
+        (3, 0.4, "rms", 0.8, False),
+    ],
+)
 def test_muon_step_equals_the_definition_matrix_by_matrix(ns_steps, weight_decay, scale, momentum, nesterov):
     torch.manual_seed(0)
     options = dict(

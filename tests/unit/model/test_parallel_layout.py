@@ -69,7 +69,9 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused_with_the_arithmetic():
     stage = TRAIN.stages[2]
     assert local_batch_size(stage, TRAIN, 64) == 4 and local_batch_size(stage, changed(local_batch_size=1), 64) == 1
     assert [local_batch_size(stage, changed(local_batch_size=16), 64) for stage in TRAIN.stages] == [16, 16, 4]
-    with pytest.raises(ValueError, match=r"stage_1024: batch_size=256 must be a multiple of 240 .*: 256 = 1 x 240 \+ 16"):
+    with pytest.raises(
+        ValueError, match=r"stage_1024: batch_size=256 must be a multiple of 240 .*: 256 = 1 x 240 \+ 16"
+    ):
         local_batch_size(stage, TRAIN, 48)
     with pytest.raises(ValueError, match=r"\(local_batch_size=3 x 64 ranks\): 256 = 1 x 192 \+ 64"):
         local_batch_size(stage, changed(local_batch_size=3), 64)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_model import SMALL
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import RoutingConfig, TransformerConfig
@@ -26,7 +27,6 @@ from model.plan import (
     traffic,
 )
 from model.transformer import NucleusTransformer
-from small_model import SMALL
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "nucleus_17b.yaml"
 CONFIG = TransformerConfig(**SMALL | {"num_key_value_heads": 2, "capacity_factors": (1.0, 2.0, 3.0)})
@@ -104,9 +104,15 @@ def memory(shapes, model, stage, layout, **options):
     return max(found, key=lambda moment: moment.total), found
 
 
-@pytest.mark.parametrize("layout", [
-    Layout(64, 64, 64, 4, "full"), Layout(64, 32, 8, 1, "selective"), Layout(8, 1, 1, 1, "full"),
-], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(64, 64, 64, 4, "full"),
+        Layout(64, 32, 8, 1, "selective"),
+        Layout(8, 1, 1, 1, "full"),
+    ],
+    ids=str,
+)
 def test_a_peak_is_the_sum_of_its_parts(sections, shapes, layout):
     model, train = sections
     stage = train.stages[2]
@@ -126,7 +132,9 @@ def test_a_peak_is_the_sum_of_its_parts(sections, shapes, layout):
 def test_checkpointing_keeps_less_in_the_order_of_its_names(sections, shapes):
     model, train = sections
     kept = [
-        max(m.parts.get("activations", 0) for m in memory(shapes, model, train.stages[2], Layout(64, 64, 1, 4, name))[1])
+        max(
+            m.parts.get("activations", 0) for m in memory(shapes, model, train.stages[2], Layout(64, 64, 1, 4, name))[1]
+        )
         for name in ("none", "selective", "full")
     ]
     assert kept[0] > 1.5 * kept[1] > 1.5 * 1.5 * kept[2]
@@ -139,7 +147,9 @@ def test_state_is_sharded_by_the_shard_degree(shapes):
     for shard, ep in ((64, 1), (64, 64), (32, 4)):
         per_gpu = shapes.per_gpu(replace(whole, shard=shard, expert_parallel=ep))
         assert 0 <= per_gpu - routers - (shapes.total - routers) / shard < 0.001 * per_gpu
-    three = Layout(3, 3, 1, 1, "none")  # FSDP2 pads rows: 128 to 3 x 43; of 4 experts it cuts each, here 20 rows to 3 x 7
+    three = Layout(
+        3, 3, 1, 1, "none"
+    )  # FSDP2 pads rows: 128 to 3 x 43; of 4 experts it cuts each, here 20 rows to 3 x 7
     assert Shapes(CONFIG).per_gpu(three, prefix="img_in.bias") == 43
     assert Shapes(CONFIG).per_gpu(three, prefix="transformer_blocks.1.img_mlp.experts.down_proj") == 4 * 7 * 128
 
@@ -155,7 +165,9 @@ def test_buffers_are_the_rows_that_experts_take_and_the_units_that_fsdp_gathers(
         assert by_name[f"{way} of block 2"]["all_to_all"] == 0
     ends, units = shapes.units(layout)
     backward = by_name["backward of block 3"]
-    assert backward["gathered_weights"] == 2 * (ends + sum(units[3]) + units[2][0])  # bf16; those of block 2 are under way
+    assert backward["gathered_weights"] == 2 * (
+        ends + sum(units[3]) + units[2][0]
+    )  # bf16; those of block 2 are under way
     assert backward["gathered_gradients"] == 4 * max(*units[3], units[4][0])  # fp32, the largest that is being reduced
 
 
@@ -188,7 +200,8 @@ def test_bytes_of_a_step_follow_from_the_rings_and_from_what_each_pass_reads(sec
     assert replicas["network_gradients"] == pytest.approx(2 * 4 * shapes.total * 7 / 8)
     both = moved(8, 4, 1, 1, "full")  # 32 micro-steps
     assert both["network_gradients"] == pytest.approx(
-        32 * 4 * shapes.total * 3 / 4 + 2 * 4 * shapes.total / 4 * 1 / 2, rel=1e-3  # routers are whole, rows are padded
+        32 * 4 * shapes.total * 3 / 4 + 2 * 4 * shapes.total / 4 * 1 / 2,
+        rel=1e-3,  # routers are whole, rows are padded
     )
 
 
@@ -259,7 +272,13 @@ def test_a_plan_says_whose_muon_its_memory_is_of(sections):
 
 
 def test_what_is_not_given_is_the_recipes(sections):
-    changes = {"nnodes": 4, "nproc_per_node": 8, "data_parallel_replicate": 2, "expert_parallel": 4, "local_batch_size": 2}
+    changes = {
+        "nnodes": 4,
+        "nproc_per_node": 8,
+        "data_parallel_replicate": 2,
+        "expert_parallel": 4,
+        "local_batch_size": 2,
+    }
     stages = [stage.model_copy(update={"capacity_factors": 2.0}) for stage in sections[1].stages[:2]]
     train = sections[1].model_copy(update={**changes, "stages": tuple(stages)})
     found = plan(CONFIG, train, GPUS["h100"], cost_per_gpu_hour=2.0)
@@ -354,26 +373,34 @@ def test_token_choice_is_planned_at_its_limit_or_at_an_even_load(sections, facto
         stage = sections[1].stages[1].model_copy(update={"capacity_factors": factor})
         train = sections[1].model_copy(update={"stages": (stage,), "expert_parallel": 1})
         result = plan(CONFIG.model_copy(update={"routing": routing}), train, GPUS["h100"], gpus=1, micro_batch=1)
-        assert ("the fullest expert of a batch sets the rows of all" in result["note"]) == (routing.kind != "expert_choice")
+        assert ("the fullest expert of a batch sets the rows of all" in result["note"]) == (
+            routing.kind != "expert_choice"
+        )
         return result["stages"][0]["flops"]["forward"]["experts"]
 
     token_choice = RoutingConfig(kind="token_choice", expert_limit=limit)
     assert experts(token_choice, factor) == experts(RoutingConfig(), planned)
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--gpus", "48"], "shard ranks 48 must be a multiple of expert_parallel 64: 48 = 0 x 64 + 48"),
-    (["--gpus", "64", "--shard", "24"], "GPUs 64 must be a multiple of shard 24: 64 = 2 x 24 + 16"),
-    (["--gpus", "48", "--expert-parallel", "48"], "num_experts 64 must be a multiple of expert_parallel 48"),
-    (["--gpus", "48", "--expert-parallel", "1"], "batch_size 4096 must be a multiple of GPUs 48: 4096 = 85 x 48 + 16"),
-    (["--gpus", "64", "--micro-batch", "3"], "samples per GPU and step 64 must be a multiple of micro_batch 3"),
-    (["--gpus", "64", "--micro-batch", "0"], "micro_batch is under 1"),
-    (["--gpus", "64", "--expert-parallel", "0"], "expert_parallel is under 1"),
-    (["--gpus", "0"], "gpus=0 must be at least 1"),
-    (["--mfu", "1.5"], "mfu=1.5 must lie in (0, 1]"),
-    (["--cost-per-gpu-hour", "-1"], "cost_per_gpu_hour=-1.0"),
-    (["--network-gbps", "0"], "network_gbps=0.0 must be above 0"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--gpus", "48"], "shard ranks 48 must be a multiple of expert_parallel 64: 48 = 0 x 64 + 48"),
+        (["--gpus", "64", "--shard", "24"], "GPUs 64 must be a multiple of shard 24: 64 = 2 x 24 + 16"),
+        (["--gpus", "48", "--expert-parallel", "48"], "num_experts 64 must be a multiple of expert_parallel 48"),
+        (
+            ["--gpus", "48", "--expert-parallel", "1"],
+            "batch_size 4096 must be a multiple of GPUs 48: 4096 = 85 x 48 + 16",
+        ),
+        (["--gpus", "64", "--micro-batch", "3"], "samples per GPU and step 64 must be a multiple of micro_batch 3"),
+        (["--gpus", "64", "--micro-batch", "0"], "micro_batch is under 1"),
+        (["--gpus", "64", "--expert-parallel", "0"], "expert_parallel is under 1"),
+        (["--gpus", "0"], "gpus=0 must be at least 1"),
+        (["--mfu", "1.5"], "mfu=1.5 must lie in (0, 1]"),
+        (["--cost-per-gpu-hour", "-1"], "cost_per_gpu_hour=-1.0"),
+        (["--network-gbps", "0"], "network_gbps=0.0 must be above 0"),
+    ],
+)
 def test_a_wrong_layout_is_one_line_with_the_arithmetic(capsys, options, message):
     assert main([str(RECIPE), *options]) == 2
     assert message in _one_line(capsys)
@@ -420,5 +447,7 @@ def test_a_rank_is_not_taken_for_the_first_after_planning_in_the_same_process(mo
 
     assert coordinates() == {(0,)}
     start = dist.init_process_group
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, rank, world_size: start(backend, None, rank=1, world_size=2))
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend, rank, world_size: start(backend, None, rank=1, world_size=2)
+    )
     assert coordinates() == {(1,)}

@@ -51,7 +51,9 @@ def rank_main(folder, rank, ranks):
 
     def weights(disturbed=None):
         found = {
-            SHARDED: DTensor.from_local(torch.full((3, 2), float(shard)), mesh, [Replicate(), Shard(0)], run_check=False),
+            SHARDED: DTensor.from_local(
+                torch.full((3, 2), float(shard)), mesh, [Replicate(), Shard(0)], run_check=False
+            ),
             WHOLE: DTensor.from_local(torch.ones(4), mesh, [Replicate(), Replicate()], run_check=False),
             EVERYWHERE: torch.arange(5.0),
             CUT: DTensor.from_local(torch.full((2,), float(rank)), mesh, [Shard(0), Shard(0)], run_check=False),

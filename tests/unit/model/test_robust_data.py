@@ -53,7 +53,9 @@ def expected(directory):
     return read(loader(directory))
 
 
-@pytest.mark.parametrize("ranks, accumulation, workers", [(1, 1, 1), (1, 1, 5), (1, 4, 3), (2, 1, 0), (2, 2, 2), (8, 1, 3)])
+@pytest.mark.parametrize(
+    "ranks, accumulation, workers", [(1, 1, 1), (1, 1, 5), (1, 4, 3), (2, 1, 0), (2, 2, 2), (8, 1, 3)]
+)
 def test_each_step_reads_the_same_samples_and_noise_for_any_ranks_and_workers(
     directory, expected, ranks, accumulation, workers
 ):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from object_store import s3_bucket
 from safetensors.torch import load_file
 
 from model import flow, storage
@@ -23,7 +24,6 @@ from model.routing import (
     watch_routing,
 )
 from model.transformer import NucleusTransformer
-from object_store import s3_bucket
 
 LEVELS = [0.9, 0.6, 0.3, 0.1]
 
@@ -176,7 +176,9 @@ def test_a_model_without_routers_is_refused():
 def latents(tmp_path_factory):
     directory = tmp_path_factory.mktemp("latents")
     generator = torch.Generator().manual_seed(0)
-    with LatentWriter(directory, {"text_dim": 24, "text_tokens": 8, "rows_per_shard": 20, "latent_channels": 4}) as writer:
+    with LatentWriter(
+        directory, {"text_dim": 24, "text_tokens": 8, "rows_per_shard": 20, "latent_channels": 4}
+    ) as writer:
         for length in (1, 3, 5):
             writer.add_text(torch.randn(length, 24, generator=generator))
         for i in range(7):

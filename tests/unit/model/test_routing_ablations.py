@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 from pydantic import ValidationError
+from small_model import SMALL
 
 from model import losses
 from model.config import RoutingConfig, TransformerConfig
 from model.moe import MoE, token_choice
 from model.train.spec import count_parameters
 from model.transformer import NucleusTransformer, RouterTrace
-from small_model import SMALL
 
 B, S, D, E, F = 2, 10, 12, 4, 8
 SHAPE = SMALL | {"num_layers": 4}
@@ -176,7 +176,9 @@ def test_the_default_writes_diffusers_keys_alone_and_ablations_come_back():
 
     config = TransformerConfig(**SHAPE)
     assert "routing" not in config.model_dump() and "routing" not in config.model_dump_json()
-    assert ["self", *config.model_dump()] == list(inspect.signature(NucleusMoEImageTransformer2DModel.__init__).parameters)
+    assert ["self", *config.model_dump()] == list(
+        inspect.signature(NucleusMoEImageTransformer2DModel.__init__).parameters
+    )
     assert TransformerConfig(**SHAPE, routing={"kind": "expert_choice"}).model_dump() == config.model_dump()
     for routing in ({"kind": "token_choice", "expert_limit": 1.5}, {"coupled": True}, {"kind": "dense"}):
         ablation = TransformerConfig(**SHAPE, routing=routing)

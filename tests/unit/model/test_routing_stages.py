@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from small_model import SMALL
 
 from model.config import TransformerConfig
 from model.transformer import NucleusTransformer, RouterTrace
-from small_model import SMALL
 from tasks.planning.sections import train_stage
 from tasks.recipe import load_recipe
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, NucleusMoEImagePipeline, TextKVCacheConfig
 from diffusers.models.transformers.transformer_nucleusmoe_image import NucleusMoEImageTransformer2DModel
+from small_model import SMALL
 
 from model.sampler import guide, sample_latents, sigmas
 from model.transformer import NucleusTransformer
-from small_model import SMALL
 
 CONFIG = SMALL | {"in_channels": 64, "out_channels": 16, "num_key_value_heads": 4}
 ROWS, COLUMNS, BATCH = 3, 4, 2

@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
+from object_store import s3_bucket
 from s3fs import S3FileSystem
 
 from model import storage
 from model.latents import LatentDataset, LatentWriter
 from model.streamed_latents import StreamedLatents
-from object_store import s3_bucket
 
 IMAGES, SHARD = 24, 5
 LATENT_BYTES = {8: 16 * 8 * 8 * 4, 4: 16 * 4 * 8 * 4}  # by height
@@ -75,7 +75,9 @@ def assert_same(streamed, copied):
         assert np.array_equal(ours.plan.rows, theirs.plan.rows) and ours.plan.bucket == theirs.plan.bucket
         for name in ("latents", "text", "noise"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
-        assert (ours.mask is None) == (theirs.mask is None) and (ours.mask is None or torch.equal(ours.mask, theirs.mask))
+        assert (ours.mask is None) == (theirs.mask is None) and (
+            ours.mask is None or torch.equal(ours.mask, theirs.mask)
+        )
 
 
 def test_batches_are_the_same_bits_as_those_of_a_copy(directory, tmp_path):
@@ -96,13 +98,18 @@ def test_an_object_store_is_asked_for_the_rows_of_a_batch_and_no_file_as_a_whole
     streamed = batches(local, uri, workers=2)
     assert_same(streamed, batches(local))
     assert {method for method, _, _ in asked} == {"get_object"} and all("safetensors" in key for _, key, _ in asked)
-    sizes = [int(end) - int(begin) + 1 for begin, end in (limits.removeprefix("bytes=").split("-") for _, _, limits in asked)]
+    sizes = [
+        int(end) - int(begin) + 1 for begin, end in (limits.removeprefix("bytes=").split("-") for _, _, limits in asked)
+    ]
     read = sum(size for (_, key, limits), size in zip(asked, sizes) if "bucket" in key and "bytes=0-" not in limits)
     wanted = sum(LATENT_BYTES[batch.latents.shape[2]] * len(batch.plan) for batch in streamed)
     ahead = 2 * 2 * 4 * LATENT_BYTES[8]  # micro-batches that the workers read ahead
     assert wanted <= read <= wanted + ahead
     # Of a text its real tokens, once where several samples of a batch have it.
-    assert max(size for (_, key, limits), size in zip(asked, sizes) if "text" in key and "bytes=0-" not in limits) <= 11 * 6 * 4
+    assert (
+        max(size for (_, key, limits), size in zip(asked, sizes) if "text" in key and "bytes=0-" not in limits)
+        <= 11 * 6 * 4
+    )
 
 
 def test_a_forked_process_reads_though_its_parent_has_read(bucket):
@@ -131,9 +138,14 @@ def test_a_flipped_bit_is_refused_when_its_row_is_read_with_the_record_id(damage
     dataset = StreamedLatents(damaged, damaged)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dataset.meta.dtype]
     good = dataset.latents([13, 14])
-    flip(damaged / "bucket-64x64/latents-00001.safetensors", bytes(good[1].to(dtype).view(torch.uint8).flatten().tolist()))
+    flip(
+        damaged / "bucket-64x64/latents-00001.safetensors",
+        bytes(good[1].to(dtype).view(torch.uint8).flatten().tolist()),
+    )
     assert torch.equal(dataset.latents([13]), good[:1])
-    named = rf"record {14:064x} \(row 14\): bytes \d+ to \d+ of .*bucket-64x64/latents-00001.safetensors are not what was"
+    named = (
+        rf"record {14:064x} \(row 14\): bytes \d+ to \d+ of .*bucket-64x64/latents-00001.safetensors are not what was"
+    )
     with pytest.raises(ValueError, match=named):
         dataset.latents([13, 14])
 
@@ -145,7 +157,9 @@ def test_a_flipped_bit_of_a_text_is_refused(damaged):
     real = embeds[0, :8].to(dtype).view(torch.uint8).flatten().tolist()
     flip(damaged / "text/text-00001.safetensors", bytes(real))
     dataset.text([6, 8])
-    with pytest.raises(ValueError, match=r"text row 7: bytes \d+ to \d+ of .*text/text-00001.safetensors are not what was"):
+    with pytest.raises(
+        ValueError, match=r"text row 7: bytes \d+ to \d+ of .*text/text-00001.safetensors are not what was"
+    ):
         dataset.text([6, 7, 8])
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from small_model import SMALL
 
 from model.config import OptimConfig, TransformerConfig
 from model.optim import describe_groups, is_muon_parameter, parameter_groups, split_matrices, update_scale
 from model.transformer import NucleusTransformer
-from small_model import SMALL
 
 
 @pytest.fixture

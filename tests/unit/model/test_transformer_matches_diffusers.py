@@ -3,11 +3,11 @@
 import pytest
 import torch
 from diffusers.models.transformers.transformer_nucleusmoe_image import NucleusMoEImageTransformer2DModel
+from small_model import SMALL
 
 import model.attention
 from model.config import TransformerConfig
 from model.transformer import NucleusTransformer, RouterTrace
-from small_model import SMALL
 
 VARIANTS = {
     "base": {},

@@ -73,7 +73,9 @@ def test_the_command_prints_the_table_and_draws_it(trained, tmp_path, capsys):
     cards = [trained("a0", 0, 0.9, 0.1), trained("b0", 0, 0.8, 0.2, lr=0.003)]
     assert main([*map(str, cards), "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
-    assert "| lr=0.01, 1 | 0.900 | 0.450 | 0.100 |" in printed and "| lr=0.003, 1 | -0.100 | -0.050 | +0.100 |" in printed
+    assert (
+        "| lr=0.01, 1 | 0.900 | 0.450 | 0.100 |" in printed and "| lr=0.003, 1 | -0.100 | -0.050 | +0.100 |" in printed
+    )
     assert render(json.loads((tmp_path / "out" / "comparison.json").read_text())) == printed.strip()
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 10_000
 

@@ -335,7 +335,9 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing(small_disk):
     verify(small_disk / "final")
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("I/O: No space left on device")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("I/O: No space left on device")]
+)
 def test_a_disk_that_fills_up_while_sealing_leaves_nothing(tmp_path, monkeypatch, error):
     def full(path):
         raise error

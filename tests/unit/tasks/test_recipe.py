@@ -136,8 +136,14 @@ def test_an_override_of_a_wrong_place_says_what_is_there(small, override, parts)
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        (lambda d: d["train"].update(sed=1), ["train.sed: unknown key", "did you mean 'seed'?", "checkpoint_every_steps"]),
-        (lambda d: d["train"]["stages"][1].update(batchsize=1), ["train.stages[1].batchsize", "did you mean 'batch_size'"]),
+        (
+            lambda d: d["train"].update(sed=1),
+            ["train.sed: unknown key", "did you mean 'seed'?", "checkpoint_every_steps"],
+        ),
+        (
+            lambda d: d["train"]["stages"][1].update(batchsize=1),
+            ["train.stages[1].batchsize", "did you mean 'batch_size'"],
+        ),
         (lambda d: d.update(traning={}), ["traning: unknown key", "did you mean 'train'?"]),
         (lambda d: d["components"]["vae"].update(zdim=1), ["components.vae.zdim", "did you mean 'z_dim'?"]),
         (lambda d: d["train"].update(qqqq=1), ["train.qqqq: unknown key (valid: "]),
@@ -192,7 +198,11 @@ def test_all_mistakes_are_in_the_one_message(small):
         (["train.expert_parallel=4"], ["train.expert_parallel=4 must divide the 1 ranks", "train.nproc_per_node=1"]),
         (
             ["train.stages[0].capacity_factors=0.25"],
-            ["train.stages[0].capacity_factors=0.25 at layer 3", "0.50 tokens for each of 8 experts", "at least 0.5 is"],
+            [
+                "train.stages[0].capacity_factors=0.25 at layer 3",
+                "0.50 tokens for each of 8 experts",
+                "at least 0.5 is",
+            ],
         ),
         (
             ["model.num_layers=5", "train.stages[1].capacity_factors=[1, 1, 1, 2]"],
@@ -209,14 +219,20 @@ def test_all_mistakes_are_in_the_one_message(small):
         (["eval.image_size_px=8"], ["eval.image_size_px=8 must be a multiple of 16", "such as 16"]),
         (
             ["train.nproc_per_node=3"],
-            ["train.stages[0].batch_size=8 must be a multiple of the 3 ranks", "train.nnodes=1 x train.nproc_per_node=3"],
+            [
+                "train.stages[0].batch_size=8 must be a multiple of the 3 ranks",
+                "train.nnodes=1 x train.nproc_per_node=3",
+            ],
         ),
         (["train.local_batch_size=3"], ["train.stages[0].batch_size=8", "train.local_batch_size=3"]),
         (["model.axes_dims_rope=[4, 4, 4]"], ["model: axes_dims_rope=[4, 4, 4] must sum to attention_head_dim=16"]),
         (["model.num_key_value_heads=5"], ["model: num_key_value_heads=5 must divide num_attention_heads=12"]),
         (["model.in_channels=16"], ["model.in_channels=16 must be 64"]),
         (["model.out_channels=64"], ["model.out_channels=64 must be 16"]),
-        (["model.joint_attention_dim=64"], ["model.joint_attention_dim=64 must be components.text_encoder.hidden_size=32"]),
+        (
+            ["model.joint_attention_dim=64"],
+            ["model.joint_attention_dim=64 must be components.text_encoder.hidden_size=32"],
+        ),
         (["encoding.hidden_state_index=-10"], ["encoding.hidden_state_index=-10 must lie above"]),
         (["merge.last_n=20"], ["merge.last_n=20 must be at most train.keep_checkpoints=16"]),
         (["train.stages[1].image_size_px=32"], ["train: image_size_px must not fall", "[64, 32]"]),
@@ -273,7 +289,11 @@ def test_a_file_that_is_no_mapping_in_yaml_is_refused_by_path(tmp_path, text, pa
 
 
 def test_numbers_and_ratios_are_read_as_they_are_written(tmp_path):
-    text = yaml.safe_dump(SMALL).replace("muon_lr: 0.001", "muon_lr: 4e-3").replace("name: one", "name: one\n    aspect_ratios: [1:1, 16:9, 9:16]")
+    text = (
+        yaml.safe_dump(SMALL)
+        .replace("muon_lr: 0.001", "muon_lr: 4e-3")
+        .replace("name: one", "name: one\n    aspect_ratios: [1:1, 16:9, 9:16]")
+    )
     recipe = load_recipe(write(tmp_path, text))
     assert recipe.train.optim.muon_lr == 0.004
     assert recipe.train.stages[0].aspect_ratios == ("1:1", "16:9", "9:16")

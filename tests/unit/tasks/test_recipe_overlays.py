@@ -66,7 +66,13 @@ def test_an_overlay_joins_mappings_replaces_the_rest_and_takes_overrides(tmp_pat
     write(tmp_path / "bottom.yaml", name="bottom", a={"x": 1, "y": {"p": 1, "q": [1, 2]}}, b={"z": 1}, c=[1])
     write(tmp_path / "sub" / "middle.yaml", base="../bottom.yaml", name="middle", a={"y": {"q": [3]}}, d={"new": 1})
     top = write(tmp_path / "top.yaml", base="sub/middle.yaml", name="top", b=7)
-    assert read_recipe(top) == {"name": "top", "a": {"x": 1, "y": {"p": 1, "q": [3]}}, "b": 7, "c": [1], "d": {"new": 1}}
+    assert read_recipe(top) == {
+        "name": "top",
+        "a": {"x": 1, "y": {"p": 1, "q": [3]}},
+        "b": 7,
+        "c": [1],
+        "d": {"new": 1},
+    }
     mine = write(tmp_path / "mine.yaml", base=str(RECIPES / "tiny.yaml"), name="mine", train={"seed": 3})
     recipe = load_recipe(mine, ["train.stages[0].steps=7"])
     tiny = load_recipe("tiny")
@@ -76,7 +82,9 @@ def test_an_overlay_joins_mappings_replaces_the_rest_and_takes_overrides(tmp_pat
 
 def test_an_overlays_mistakes_are_told_as_any_recipes(tmp_path):
     mine = write(tmp_path / "mine.yaml", base=str(RECIPES / "tiny.yaml"), name="mine", train={"optim": {"muonlr": 3}})
-    with pytest.raises(ValueError, match=r"recipe mine.yaml is not valid: train.optim.muonlr: unknown key; did you mean"):
+    with pytest.raises(
+        ValueError, match=r"recipe mine.yaml is not valid: train.optim.muonlr: unknown key; did you mean"
+    ):
         load_recipe(mine)
     with pytest.raises(ValueError, match=r"model.routing.knd: unknown key; did you mean 'kind'"):
         load_recipe("tiny", ["model.routing.knd=dense"])
@@ -97,8 +105,14 @@ def test_bases_that_lead_nowhere_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["train.losses.load_balance=0.01"], "train.losses.load_balance=0.01 must be 0 with model.routing.kind='expert_"),
-        (["model.routing.kind=token_choice", "train.stages[0].capacity_factors=2.5"], r"train.stages\[0\].*whole number"),
+        (
+            ["train.losses.load_balance=0.01"],
+            "train.losses.load_balance=0.01 must be 0 with model.routing.kind='expert_",
+        ),
+        (
+            ["model.routing.kind=token_choice", "train.stages[0].capacity_factors=2.5"],
+            r"train.stages\[0\].*whole number",
+        ),
         (
             ["model.routing.kind=dense", "train.expert_parallel=2", "train.nproc_per_node=2"],
             "train.expert_parallel=2 shares out experts, and model.routing.kind='dense' has none",

@@ -164,11 +164,14 @@ def test_a_directory_made_anew_at_the_recorded_place_is_not_taken_for_the_parent
     assert old in err and f"now holds latents {new}" in err
 
 
-@pytest.mark.parametrize(("ledger", "kept", "used", "told"), [
-    ([0, 1], [0, 1], [0, 7], "the latents hold record {} .1 in all., which the curated records do not have"),
-    ([0, 1], [0, 7], [0], "the curated records hold record {} .1 in all., which the ledger do not have"),
-    ([0, 1, 7], [0, 7], [0], "the ledger hold record {} .1 in all., which the raw records do not have"),
-])
+@pytest.mark.parametrize(
+    ("ledger", "kept", "used", "told"),
+    [
+        ([0, 1], [0, 1], [0, 7], "the latents hold record {} .1 in all., which the curated records do not have"),
+        ([0, 1], [0, 7], [0], "the curated records hold record {} .1 in all., which the ledger do not have"),
+        ([0, 1, 7], [0, 7], [0], "the ledger hold record {} .1 in all., which the raw records do not have"),
+    ],
+)
 def test_a_record_that_no_table_before_it_has_breaks_the_lineage(tmp_path, ledger, kept, used, told):
     table(tmp_path / "raw/records.parquet", [0, 1])
     table(tmp_path / "curated/ledger.parquet", ledger)

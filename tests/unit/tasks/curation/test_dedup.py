@@ -159,9 +159,7 @@ def test_banding_finds_every_pair_that_brute_force_finds(distance, bits):
     hashes ^= flips
     coarse = rng.integers(100, 104, (200, 48)).astype(np.uint8)
     pairs = {tuple(pair) for pair in candidate_pairs(hashes, coarse, np.ones(200), distance).tolist()}
-    want = {
-        (i, j) for i in range(200) for j in range(i + 1, 200) if (hashes[i] != hashes[j]).sum() <= distance
-    }
+    want = {(i, j) for i in range(200) for j in range(i + 1, 200) if (hashes[i] != hashes[j]).sum() <= distance}
     assert pairs == want
     assert len(want) > 20
 

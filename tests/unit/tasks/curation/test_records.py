@@ -107,7 +107,7 @@ def test_good_scenes_show_what_the_truth_says(made):
 
 def test_every_defect_is_planted_at_least_once(tmp_path):
     report = records.make_records(SourceConfig(scenes=5, scene_size_px=32, shards=1), tmp_path)
-    assert report["defects"] == {kind: 1 for kind in sorted(defects.KINDS)} and report["records"] == 5 + 12
+    assert report["defects"] == dict.fromkeys(sorted(defects.KINDS), 1) and report["records"] == 5 + 12
 
 
 def test_no_defects_when_none_are_asked_for(tmp_path):

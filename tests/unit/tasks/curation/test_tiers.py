@@ -46,6 +46,7 @@ def test_buckets_cut_a_source_evenly_and_by_content_alone():
 
 def test_a_source_without_an_entry_is_one_bucket():
     config = TierConfig(episodic_buckets={"scenes": 4})
-    assert list(assign_buckets(pd.Series(["elsewhere"] * 3), pd.Series(["ab" * 32, "cd" * 32, "ef" * 32]), config)) == [
-        "elsewhere-0"
-    ] * 3
+    assert (
+        list(assign_buckets(pd.Series(["elsewhere"] * 3), pd.Series(["ab" * 32, "cd" * 32, "ef" * 32]), config))
+        == ["elsewhere-0"] * 3
+    )

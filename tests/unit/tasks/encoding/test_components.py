@@ -99,7 +99,9 @@ def test_the_same_seed_trains_the_same_vae_and_another_seed_another():
 
 
 def test_a_vae_under_the_wanted_psnr_is_refused(curated_dir, small_config, tmp_path):
-    config = small_config.model_copy(update={"min_psnr_db": 60.0, "vae": small_config.vae.model_copy(update={"steps": 1})})
+    config = small_config.model_copy(
+        update={"min_psnr_db": 60.0, "vae": small_config.vae.model_copy(update={"steps": 1})}
+    )
     with pytest.raises(ValueError, match=r"under components\.min_psnr_db=60\.0: raise components\.vae\.steps"):
         make_components(curated_dir, config, tmp_path)
 

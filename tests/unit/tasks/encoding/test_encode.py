@@ -45,17 +45,15 @@ def test_latents_are_the_posteriors_mean_normalised_as_the_pipeline_undoes_it(cu
     vae = AutoencoderKLQwenImage.from_pretrained(components[0] / "vae")
     dataset = LatentDataset(latents[0])
     table = curated.load_table(curated_dir)
-    images = dict(
-        curated.read_images(
-            curated_dir, table, curated.buckets_of(table, [Bucket(64, 64), Bucket(64, 48)])
-        )
-    )
+    images = dict(curated.read_images(curated_dir, table, curated.buckets_of(table, [Bucket(64, 64), Bucket(64, 48)])))
     by_id = {record_id: images[i] for i, record_id in enumerate(table["record_id"])}
     for row in (0, 1, len(dataset) - 1):
         (record_id,) = dataset.record_ids([row])
         with torch.no_grad():
             want = vae.encode(to_tensor(by_id[record_id][None])[:, :, None]).latent_dist.mode()[0, :, 0]
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
+        mean, std = (
+            torch.tensor(values).view(-1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
         torch.testing.assert_close(dataset.latents([row])[0] * std + mean, want, rtol=1e-3, atol=1e-4)
 
 

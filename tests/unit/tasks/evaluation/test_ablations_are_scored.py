@@ -91,7 +91,9 @@ def test_an_ablation_is_not_published(parts, tmp_path):
 @pytest.mark.parametrize("name", ["coupled_routing", "token_choice", "dense_ffn"])
 def test_an_ablation_is_refused_before_any_work_where_the_end_is_a_pipeline(name):
     recipe = load_recipe(f"ablations/{name}")
-    with pytest.raises(ValueError, match=r"model.routing=\{.*is an ablation.*workflows/ablate.py ablate ends in its score"):
+    with pytest.raises(
+        ValueError, match=r"model.routing=\{.*is an ablation.*workflows/ablate.py ablate ends in its score"
+    ):
         check_workflow(recipe)
     check_workflow(recipe, ends_in="scorecard")
 

@@ -24,7 +24,10 @@ def score(mean: float, std: float | None = 0.012, **more) -> dict:
 SCORECARD = {
     "benchmark": "shapes",
     "overall": score(0.812),
-    "tasks": {"colors": score(0.95, prompts=22, images=66, correct=62), "position": score(0.7, None, prompts=9, images=9)},
+    "tasks": {
+        "colors": score(0.95, prompts=22, images=66, correct=62),
+        "position": score(0.7, None, prompts=9, images=9),
+    },
     "held_out": {"overall": score(0.444), "tasks": {"colors": score(0.5, prompts=2, images=6)}},
     "counts": {"expected": 100, "scored": 99, "failed": 1},
     "seeds": [0, 1, 2],
@@ -125,7 +128,9 @@ def test_what_comes_from_data_is_text_and_never_markup(recipe):
     assert len(re.findall(r"(?m)^# ", card)) == 1
 
 
-@pytest.mark.parametrize("carried, told", [(True, "warm-up, then constant"), (False, "warm-up in each stage, then constant")])
+@pytest.mark.parametrize(
+    "carried, told", [(True, "warm-up, then constant"), (False, "warm-up in each stage, then constant")]
+)
 def test_a_warm_up_in_each_stage_is_told(recipe, carried, told):
     changed = {**recipe, "train": {**recipe["train"], "carry_optimizer": carried}}
     assert told in model_card(changed, SCORECARD, LINEAGE)

@@ -102,7 +102,10 @@ def test_the_schedule_is_the_released_line_moved_by_the_recipes_shift(published,
     released = FlowMatchEulerDiscreteScheduler.from_config(publish.SCHEDULER)
     for scheduler, expected in (
         (released, line),
-        (FlowMatchEulerDiscreteScheduler.from_pretrained(published / "scheduler"), shift * line / (1 + (shift - 1) * line)),
+        (
+            FlowMatchEulerDiscreteScheduler.from_pretrained(published / "scheduler"),
+            shift * line / (1 + (shift - 1) * line),
+        ),
     ):
         scheduler.set_timesteps(sigmas=line, mu=0.7)
         assert np.allclose(scheduler.sigmas.numpy(), [*expected, 0.0], atol=1e-6)
@@ -160,7 +163,11 @@ def test_a_missing_part_is_named(parts, recipe, tmp_path, source, gone, message)
     [
         ("merged/transformer", {"joint_attention_dim": 48}, "takes text of width 48, the text encoder gives 32"),
         ("components/vae", {"z_dim": 8}, "takes 64 channels, the VAE gives 32 packed"),
-        ("components/text_encoder", {"num_hidden_layers": 8}, "return_index -8 needs more than 8 text layers; .* has 8"),
+        (
+            "components/text_encoder",
+            {"num_hidden_layers": 8},
+            "return_index -8 needs more than 8 text layers; .* has 8",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_together_are_refused_before_any_copy(parts, recipe, tmp_path, part, change, message):
@@ -216,7 +223,9 @@ def test_an_upload_goes_where_the_config_says_and_nowhere_else(published, monkey
     from tasks.publishing import hub, s3
 
     sent = []
-    monkeypatch.setattr(hub, "push", lambda directory, repo_id, private: sent.append((repo_id, private)) or {"to": "hub"})
+    monkeypatch.setattr(
+        hub, "push", lambda directory, repo_id, private: sent.append((repo_id, private)) or {"to": "hub"}
+    )
     monkeypatch.setattr(s3, "upload", lambda directory, uri: sent.append(uri) or {"to": "s3"})
     assert publish.upload(published, PublishConfig()) == {} and sent == []
     config = PublishConfig(hub_repo_id="me/model", hub_private=False, s3_uri="s3://bucket/x")
