@@ -38,7 +38,7 @@ from measure import Product, ProductTime, RecordProducts, Spread, in_turns, prin
 from model import kernels  # noqa: E402
 from model.attention import EPS  # noqa: E402
 from model.config import TransformerConfig  # noqa: E402
-from model.cpu_ops import norm_modulate, norm_rope, swiglu  # noqa: E402
+from model.kernels.elementwise import norm_modulate, norm_rope, swiglu  # noqa: E402
 from model.moe import Routing, combine, gather  # noqa: E402
 from model.rope import rope_angles, rope_tables  # noqa: E402
 from model.transformer import Block  # noqa: E402

@@ -1,10 +1,10 @@
-"""Peaks of training steps in PyTorch's allocator, beside what `model.plan` predicts of them.
+"""Peaks of training steps in PyTorch's allocator, beside what `model.plan.planner` predicts of them.
 
     python benchmarks/memory.py [--case NAME]
 
 Each case trains a small model by the real trainer, and follows every allocation of some steps from the third on (the
 profiler's memory events); the least of each counts. On a CPU, by the code that an accelerator runs eagerly: without the
-functions of model/cpu_ops.py. Cases with several ranks are processes over gloo; the first rank is measured.
+functions of model/kernels/elementwise.py. Cases with several ranks are processes over gloo; the first rank is measured.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import TrainConfig, TransformerConfig
-from model.latents import LatentWriter
-from model.memory import Layout, Shapes, moments
-from model.memory_trace import Step
+from model.data.latents import LatentWriter
+from model.plan.memory import Layout, Shapes, moments
+from model.plan.memory_trace import Step
 
 PROFILED_STEPS = 3  # the least counts: whatever is freed late only adds
 PAUSE_S = 0.01  # see `collectives_let_go`
@@ -159,7 +159,7 @@ def measure(case: Case) -> dict[str, float]:
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # what the trainer says
         latents = Path(folder) / "latents"
         write_latents(latents, case)
-        stack.enter_context(mock.patch("model.cpu_ops._eager_cpu", lambda x: False))
+        stack.enter_context(mock.patch("model.kernels.elementwise._eager_cpu", lambda x: False))
         stack.enter_context(training_session())
         train = train_config(case)
         config = trainer_config(

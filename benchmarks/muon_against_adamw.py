@@ -119,8 +119,8 @@ class Compared:
         import torch
 
         from model import flow
-        from model.latents import LatentDataset
-        from model.sample_order import SampleOrder, read_batch
+        from model.data.latents import LatentDataset
+        from model.data.order import SampleOrder, read_batch
 
         dataset = LatentDataset(latents)
         order = SampleOrder(dataset, BATCH, HELD_SEED)

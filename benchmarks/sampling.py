@@ -25,9 +25,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 from measure import in_turns, print_run  # noqa: E402
 
 from model.config import TransformerConfig  # noqa: E402
-from model.export import load_transformer, read_config  # noqa: E402
-from model.sampler import sample_latents  # noqa: E402
+from model.sampling.sampler import sample_latents  # noqa: E402
 from model.transformer import NucleusTransformer  # noqa: E402
+from model.weights.export import load_transformer, read_config  # noqa: E402
 
 NEGATIVE_TOKENS = 8
 COMPARED_STEPS = 2  # the second reuses the cache; over many steps random weights make much of a rounding error

@@ -49,9 +49,9 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace) -> None:
-    from model.load import open_weights
     from model.train.checkpoint import finished_checkpoints
     from model.transformer import NucleusTransformer
+    from model.weights.load import open_weights
     from tasks.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, json.loads(args.overrides))
@@ -84,9 +84,9 @@ class Judge:
         import torch
         from diffusers import AutoencoderKLQwenImage
 
-        from eval.shapes import make_prompts
+        from eval.benchmarks.shapes.benchmark import make_prompts
         from tasks.encoding.chat import encode_text, load_processor, load_text_encoder
-        from tasks.encoding.frames import FrameCodec
+        from tasks.encoding.vae_codec import FrameCodec
 
         self.settings, self.channels = recipe.eval, recipe.model.in_channels
         vae = AutoencoderKLQwenImage.from_pretrained(components / "vae").eval()
@@ -106,9 +106,9 @@ class Judge:
         import torch
         from PIL import Image
 
-        from eval.shapes import judge
+        from eval.benchmarks.shapes.benchmark import judge
         from model.flow import unpack_latents
-        from model.sampler import sample_latents
+        from model.sampling.sampler import sample_latents
 
         side, right, scheduler = self.settings.image_size_px // 16, {}, self.settings.scheduler
         generator = torch.Generator().manual_seed(0)

@@ -28,7 +28,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 from measure import ProductsAlone, RecordProducts, Spread, print_parts, print_products, print_run  # noqa: E402
 
-from model.cpu_ops import keep_freed_memory  # noqa: E402
+from model.kernels.elementwise import keep_freed_memory  # noqa: E402
 from model.train.compiled import compile_blocks  # noqa: E402
 from model.transformer import NucleusTransformer  # noqa: E402
 

@@ -18,7 +18,8 @@ from typing import Any
 
 from PIL import Image
 
-from eval import shapes, stats
+from eval import stats
+from eval.benchmarks.shapes import benchmark as shapes
 from eval.config import EvalConfig
 from eval.generate import IMAGES, PROMPTS, SETTINGS, Sampler, generate
 from eval.geneval import TASKS, expected_images, judge_image, load_prompts, summarise, walk_layout

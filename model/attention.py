@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.cpu_ops import norm_rope
+from model.kernels.elementwise import norm_rope
 
 logger = logging.getLogger(__name__)
 

@@ -294,7 +294,7 @@ class TrainConfig(Section):
     sample_prompts: tuple[str, ...] = ()
     nnodes: Positive = 1
     nproc_per_node: Positive = 1
-    # How the ranks share the weights (model/layout.py): replicas x shard ranks, -1 for all that is left.
+    # How the ranks share the weights (model/ranks.py): replicas x shard ranks, -1 for all that is left.
     data_parallel_replicate: Positive = 1
     data_parallel_shard: Annotated[int, Field(ge=-1)] = -1
     expert_parallel: Positive = 1  # of the shard ranks

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from model.config import TransformerConfig
-from model.export import check_state, export_transformer, read_config
-from model.load import Weights, open_weights, shapes_of
+from model.weights.export import check_state, export_transformer, read_config
+from model.weights.load import Weights, open_weights, shapes_of
 
 Checkpoint = str | Path | Mapping[str, torch.Tensor]
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from model import kernels
 from model.config import RoutingConfig
-from model.cpu_ops import swiglu
+from model.kernels.elementwise import swiglu
 
 
 class Routing(NamedTuple):

@@ -21,7 +21,7 @@ from torch import nn
 
 from model.attention import EPS, Attention, RMSNorm, prepare_mask
 from model.config import TransformerConfig
-from model.cpu_ops import norm_modulate
+from model.kernels.elementwise import norm_modulate
 from model.moe import Experts, MoE, Routing, SwiGLU
 from model.rope import ImageShape, image_shape, rope_tables
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.stats import over_seeds
-from model.layout import FREE_KEYS
+from model.ranks import FREE_KEYS
 from tasks.trace import Node, walk
 
 FINAL = 0.1  # of the last stage's steps: their mean is its final loss

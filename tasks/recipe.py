@@ -13,8 +13,8 @@ from pydantic import BaseModel, ValidationError, model_validator
 
 from eval.config import EvalConfig
 from model.config import MergeConfig, Section, TrainConfig, TransformerConfig
-from model.layout import layout, micro_batch
-from model.yaml12 import Loader, read_recipe
+from model.ranks import layout, micro_batch
+from model.recipe_yaml import Loader, read_recipe
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.publishing.config import PublishConfig
@@ -111,7 +111,7 @@ class Recipe(Section):
         if self.train.losses.load_balance and chosen != "token_choice":
             raise ValueError(
                 f"train.losses.load_balance={self.train.losses.load_balance} must be 0 with "
-                f"model.routing.kind={chosen!r}: only token choice can leave experts without tokens"
+                f"model.routing_report.kind={chosen!r}: only token choice can leave experts without tokens"
             )
 
     def _check_ranks(self) -> None:
@@ -194,7 +194,7 @@ def _check_tiers(key: str, tiers: Iterable[str]) -> None:
 def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Loads recipes/NAME.yaml or a path, applies overrides such as `train.stages[0].steps=200`, and checks it all.
 
-    A file may be an overlay on another (`model.yaml12.read_recipe`), such as NAME `ablations/token_choice`.
+    A file may be an overlay on another (`model.recipe_yaml.read_recipe`), such as NAME `ablations/token_choice`.
 
     Raises:
         ValueError: one message that names the key, the value and what would be valid.

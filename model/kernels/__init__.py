@@ -11,7 +11,7 @@ the same bits each time. They are operations of PyTorch (`torch.ops.nucleus`): a
 inside nor breaks the graph there, activation checkpointing can name it, and a tensor that is still on its way from
 other ranks has arrived when the kernel reads it.
 
-A CPU (model/cpu_ops.py), sharded tensors, and shapes that a kernel does not cover take the plain functions. Triton is
+A CPU (model/kernels/elementwise.py), sharded tensors, and shapes that a kernel does not cover take the plain functions. Triton is
 imported on first use only.
 """
 

@@ -1,4 +1,4 @@
-"""Layer norm without weights, then the timestep's scale: equals `model.cpu_ops.plain_norm_modulate`.
+"""Layer norm without weights, then the timestep's scale: equals `model.kernels.elementwise.plain_norm_modulate`.
 
 One read and one write (two, where the router sees the unmodulated tokens); backward computes the norm again, and sums
 the scale's gradient over a chunk of tokens in each program, in a fixed order.

@@ -1,4 +1,4 @@
-"""RMS norm over the head dim, then RoPE, of queries and keys: equals `model.cpu_ops.plain_norm_rope`.
+"""RMS norm over the head dim, then RoPE, of queries and keys: equals `model.kernels.elementwise.plain_norm_rope`.
 
 One program takes one token, all its heads at once: one read and one write. Backward computes the norm again from
 the input; the weight's gradient is summed per program first, in a fixed order, so that it is deterministic.

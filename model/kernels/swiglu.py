@@ -1,4 +1,4 @@
-"""SwiGLU between the two products of an expert: equals `model.cpu_ops.plain_swiglu`.
+"""SwiGLU between the two products of an expert: equals `model.kernels.elementwise.plain_swiglu`.
 
 One pass over memory each way; backward computes the sigmoid again, so that only the product's output is kept.
 """

@@ -34,13 +34,14 @@ from torchtitan.components.checkpointer.base import LR_SCHEDULER, MODEL, OPTIMIZ
 from torchtitan.components.checkpointer.dcp import AsyncMode
 from torchtitan.tools.utils import device_module
 
-from model import checkpoints, storage
-from model.checkpoints import finished_checkpoints
+from model import storage
 from model.config import TrainConfig
 from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 from model.train.guard import Diverged
 from model.train.metrics import METRICS
 from model.train.replicas import differing
+from model.weights import checkpoints
+from model.weights.checkpoints import finished_checkpoints
 
 CHECKPOINTS = "checkpoints"
 WEIGHTS = "weights"

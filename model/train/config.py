@@ -11,8 +11,8 @@ from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.config.configs import DebugConfig
 
 from model.config import StageConfig, TrainConfig, TransformerConfig
-from model.hashing import hash_words
-from model.layout import layout, local_batch_size
+from model.data.hashing import hash_words
+from model.ranks import layout, local_batch_size
 from model.storage import join
 from model.train.activation import activation_config
 from model.train.checkpoint import CHECKPOINTS, StageCheckpointer, checkpoint_root

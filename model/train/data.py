@@ -17,9 +17,9 @@ import torch
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.utils import device_module
 
-from model.latents import LatentDataset
-from model.sample_order import Batch, BatchPlan, SampleOrder, read_batch
-from model.streamed_latents import StreamedLatents
+from model.data.latents import LatentDataset
+from model.data.order import Batch, BatchPlan, SampleOrder, read_batch
+from model.data.streamed import StreamedLatents
 from model.train.device import DEVICE_TYPE  # (first: it prepares torchtitan)
 
 READ_AHEAD = 2  # micro-batches for each worker

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torchtitan.tools.utils as titan_utils
 
-from model.cpu_ops import keep_freed_memory
+from model.kernels.elementwise import keep_freed_memory
 
 # How long ranks wait for each other before all end: longer than compiling the blocks, reading a large checkpoint, or the
 # models of a sample grid on rank 0 take. NCCL's own 10 minutes may be less, in a stage that is well.

@@ -17,7 +17,7 @@ from model.moe import held
 from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 
 CHUNK = 1 << 22  # elements hashed at a time: 32 MB for each of a few temporary tensors
-# The multipliers of SplitMix64's finaliser (model.hashing), as the signed numbers that PyTorch has.
+# The multipliers of SplitMix64's finaliser (model.data.hashing), as the signed numbers that PyTorch has.
 FIRST, SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
 

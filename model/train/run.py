@@ -36,18 +36,18 @@ import torch
 import torch.distributed as dist
 
 from model import storage
-from model.checkpoints import METADATA, finished_checkpoints, last_checkpoint
 from model.config import StageConfig, TrainConfig, TransformerConfig
-from model.export import released_weights
-from model.latents import read_meta
-from model.layout import FREE_KEYS
-from model.load import load_weights
+from model.data.latents import read_meta
+from model.ranks import FREE_KEYS
 from model.train.checkpoint import CHECKPOINTS, OPTIMIZER, WEIGHTS, checkpoint_root
 from model.train.config import stage_transformer, trainer_config
 from model.train.device import training_session
 from model.train.metrics import METRICS, TENSORBOARD
 from model.train.spec import count_parameters
 from model.train.trainer import SAMPLES
+from model.weights.checkpoints import METADATA, finished_checkpoints, last_checkpoint
+from model.weights.export import released_weights
+from model.weights.load import load_weights
 
 MANIFEST = "manifest.json"  # of a sealed directory
 REPORT = "report.json"

@@ -30,9 +30,9 @@ from torchtitan.trainer import Trainer
 from model import flow, losses
 from model.attention import use_attention
 from model.config import StageConfig, TrainConfig
+from model.data.order import Batch
 from model.kernels import use_kernels
 from model.moe import held
-from model.sample_order import Batch
 from model.train.data import to_device
 from model.train.device import DEVICE_TYPE, PATIENCE
 from model.train.guard import Diverged, LossGuard

@@ -26,9 +26,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.curation import defects, digits, scenes, user_source
 from tasks.curation.config import SourceConfig
 from tasks.curation.shards import RECORDS_SCHEMA, Record, ShardWriter, read_records, read_shard, shard_name
+from tasks.curation.sources import user_source
+from tasks.curation.sources.made import defects, digits, scenes
 
 __all__ = [
     "Record",

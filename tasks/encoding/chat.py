@@ -45,7 +45,7 @@ CHAT_TEMPLATE = (
 
 def benchmark_words() -> list[str]:
     """Every word that a prompt of the shapes benchmark can hold: the tokenizer must know them all."""
-    from eval import vocabulary
+    from eval.benchmarks.shapes import vocabulary
 
     texts = [*vocabulary.SHAPES, *vocabulary.PLURALS.values(), *vocabulary.COLORS, *vocabulary.BACKGROUNDS]
     texts += [*vocabulary.RELATIONS, *vocabulary.NUMBERS.values(), "a photo of and"]

@@ -21,10 +21,10 @@ import pandas as pd
 from tasks.encoding import curated
 from tasks.encoding.buckets import Bucket, fit, stage_buckets
 from tasks.encoding.config import ComponentsConfig, HubComponent
-from tasks.encoding.tiny_vae import reconstruct, train_vae
+from tasks.encoding.small.vae import reconstruct, train_vae
 
 if TYPE_CHECKING:
-    from tasks.encoding.frames import FrameCodec
+    from tasks.encoding.vae_codec import FrameCodec
 
 HUB_CHECK_PX = 256  # side of the held-out images that a VAE of the Hub is checked with
 HUB_CHECK_IMAGES = 32
@@ -96,7 +96,7 @@ def _train_vae(
     out_dir: Path,
     state_path: Path | None,
 ) -> dict[str, Any]:
-    from tasks.encoding.frames import FrameCodec
+    from tasks.encoding.vae_codec import FrameCodec
 
     started = time.monotonic()
     size = config.vae.image_size_px
@@ -135,7 +135,7 @@ def _train_text_encoder(
     train: pd.DataFrame, config: ComponentsConfig, out_dir: Path, state_path: Path | None
 ) -> dict[str, Any]:
     from tasks.encoding.chat import UNKNOWN, build_tokenizer, hide_bars, save_processor
-    from tasks.encoding.tiny_text import train_text_encoder
+    from tasks.encoding.small.text_encoder import train_text_encoder
 
     captions = [list(texts) for texts in train["captions"]]
     flat = [text for texts in captions for text in texts]
@@ -212,7 +212,7 @@ def _check_hub_vae(curated_dir: Path, val: pd.DataFrame, config: ComponentsConfi
     import torch
     from diffusers import AutoencoderKLQwenImage
 
-    from tasks.encoding.frames import FrameCodec
+    from tasks.encoding.vae_codec import FrameCodec
 
     vae = AutoencoderKLQwenImage.from_pretrained(out_dir / "vae", torch_dtype=torch.float32).requires_grad_(False)
     codec = FrameCodec(vae.to("cuda" if torch.cuda.is_available() else "cpu").eval())

@@ -2,7 +2,7 @@
 
     curated ----+--> bucket-{W}x{H}/latents-*.safetensors   (posterior mean - latents_mean) / latents_std
     components -+--> text/text-*.safetensors                hidden state -8 of each distinct caption, row 0 is ""
-                     index.parquet, meta.json (model/latents.py), texts.parquet, report.json
+                     index.parquet, meta.json (model/data/latents.py), texts.parquet, report.json
 
 Only records of the train split are encoded. Stages of one corpus share their captions, so a later stage takes the
 embeddings of an earlier one instead of computing them again.
@@ -29,7 +29,7 @@ from tasks.encoding.config import EncodingConfig
 if TYPE_CHECKING:
     import torch
 
-    from model.latents import LatentWriter
+    from model.data.latents import LatentWriter
 
 TEXTS = "texts.parquet"
 TEXT_ROWS_PER_SHARD = 4096
@@ -59,7 +59,7 @@ def encode_stage(
     Raises:
         ValueError: nothing to train on, or settings that do not fit.
     """
-    from model.latents import LatentMeta, LatentWriter
+    from model.data.latents import LatentMeta, LatentWriter
 
     curated_dir, components_dir, out_dir = Path(curated_dir), Path(components_dir), Path(out_dir)
     started = time.monotonic()
@@ -169,8 +169,8 @@ def _image_encoder(components_dir: Path):
     import torch
     from diffusers import AutoencoderKLQwenImage
 
-    from tasks.encoding.frames import FrameCodec
-    from tasks.encoding.tiny_vae import to_tensor
+    from tasks.encoding.small.vae import to_tensor
+    from tasks.encoding.vae_codec import FrameCodec
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vae = AutoencoderKLQwenImage.from_pretrained(components_dir / "vae", torch_dtype=torch.float32)
@@ -219,7 +219,7 @@ class _TextSource:
 
     def _same_texts(self, directory: Path) -> Any:
         """The dataset of another stage if it holds exactly these texts with these settings, else None."""
-        from model.latents import LatentDataset
+        from model.data.latents import LatentDataset
 
         if not (directory / TEXTS).is_file():
             return None

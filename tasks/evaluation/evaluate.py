@@ -61,8 +61,8 @@ def load_pipeline(merged: Path, components: Path, scheduler: SchedulerConfig = S
         NucleusMoEImageTransformer2DModel,
     )
 
-    from model.export import load_transformer, read_config
-    from model.in_pipeline import PipelineTransformer
+    from model.sampling.pipeline_transformer import PipelineTransformer
+    from model.weights.export import load_transformer, read_config
     from tasks.encoding.chat import load_text_encoder
     from tasks.publishing.publish import SCHEDULER, processor_class
 

@@ -28,9 +28,9 @@ def merge_stage(
     Raises:
         ValueError: no finished checkpoint, or checkpoints that do not fit `transformer` or each other.
     """
-    from model.checkpoints import finished_checkpoints
     from model.merge import merge as merge_checkpoints
     from model.merge import wsm_weights
+    from model.weights.checkpoints import finished_checkpoints
 
     found = finished_checkpoints(checkpoints_dir)
     if not found:

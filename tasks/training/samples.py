@@ -42,7 +42,7 @@ def sampler(components: Path, latents: Path, stage: TrainStage) -> Callable[[Any
     def write(model: Any, step: int, path: Path) -> None:
         import torch
 
-        from model.sampler import sample_latents
+        from model.sampling.sampler import sample_latents
 
         device = next(model.parameters()).device
         if "side" not in kept:

@@ -46,10 +46,11 @@ def train_stage(
     latents: LatentsDir, components: ComponentsDir, stage: TrainStage, init: Optional[CheckpointsDir] = None
 ) -> CheckpointsDir:
     """Trains one stage from the last checkpoint of the stage before, or from scratch."""
-    from model.layout import FREE_KEYS
+    from model.ranks import FREE_KEYS
     from model.train.run import prune_run
     from model.train.run import train_stage as run
-    from tasks.training import figures, samples
+    from tasks.training import plots as figures
+    from tasks.training import samples
 
     with retried():
         streamed = stage.train.latents == "stream"

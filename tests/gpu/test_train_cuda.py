@@ -24,8 +24,8 @@ pytest.importorskip("torchtitan")
 from train_cuda_worker import SAVED_EVERY, STEPS, WAIT_S  # noqa: E402
 from train_helpers import logged_steps, read_weights, write_latents  # noqa: E402
 
-from model.checkpoints import finished_checkpoints  # noqa: E402
 from model.train.data import to_device  # noqa: E402
+from model.weights.checkpoints import finished_checkpoints  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,

@@ -25,8 +25,8 @@ from torchtitan.config import CompileConfig
 from train_helpers import fork_ranks
 
 import model.train.config as train_config
-from model.latents import LatentWriter
-from model.sampler import sample_latents
+from model.data.latents import LatentWriter
+from model.sampling.sampler import sample_latents
 from model.train.run import train_stage
 from model.train.trainer import NucleusTrainer
 from tasks.encoding.buckets import stage_buckets

@@ -18,11 +18,11 @@ from torch.distributed.tensor import DTensor
 from torchtitan.distributed.flex_shard import dist_muon
 from train_helpers import TEXT_DIM, fork_ranks, train_config, transformer_config, write_latents
 
-from model.export import export_transformer
 from model.optim import newton_schulz
-from model.sampler import sample_latents
+from model.sampling.sampler import sample_latents
 from model.train.run import train_stage
 from model.transformer import Block, NucleusTransformer, RouterTrace
+from model.weights.export import export_transformer
 
 STEPS = 4
 # Uneven on purpose: 66 rows of the shared experts' first matrix do not divide by 4.

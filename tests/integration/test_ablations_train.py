@@ -9,7 +9,7 @@ import torch
 from train_helpers import read_weights, train_config, transformer_config, write_latents
 
 from model.config import MergeConfig, TransformerConfig
-from model.export import load_transformer
+from model.weights.export import load_transformer
 from tasks.merging.merge_stage import merge_stage
 from tasks.recipe import load_recipe
 

@@ -17,9 +17,9 @@ from object_store import s3_bucket
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from train_helpers import read_weights, train_config, transformer_config, write_latents
 
-from model.checkpoints import METADATA, CheckpointReader, finished_checkpoints
 from model.train.run import prune_run, train_stage
 from model.train.trainer import NucleusTrainer
+from model.weights.checkpoints import METADATA, CheckpointReader, finished_checkpoints
 
 pytestmark = pytest.mark.slow
 WARMUP = 5

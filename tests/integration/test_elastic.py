@@ -18,7 +18,7 @@ from flytekit.types.directory import FlyteDirectory
 from test_robust import STEPS, Ranks, before_step, latents, report, same_weights, until_sigterm, whole  # noqa: F401
 from train_helpers import train_config, transformer_config
 
-from model.checkpoints import finished_checkpoints
+from model.weights.checkpoints import finished_checkpoints
 from tasks.manifest import seal
 from tasks.planning.sections import TrainStage
 

@@ -21,10 +21,10 @@ from full_recipe_worker import JOBS, RESUMED_FROM, STEPS, Job, small_recipe, sta
 from train_helpers import read_weights
 
 import model.train.run as run
-from model.checkpoints import finished_checkpoints
-from model.export import load_transformer
-from model.layout import layout
+from model.ranks import layout
 from model.train.config import stage_transformer, trainer_config
+from model.weights.checkpoints import finished_checkpoints
+from model.weights.export import load_transformer
 from tasks.encoding.buckets import stage_buckets
 from tasks.merging.merge_stage import merge_stage
 

@@ -5,8 +5,8 @@ import torch
 from train_helpers import read_weights, train_config, transformer_config, write_latents
 
 from model.config import TrainConfig
-from model.export import export_transformer
 from model.transformer import NucleusTransformer
+from model.weights.export import export_transformer
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_a_hub_repository_is_pinned_by_commit(where, valid):
 def test_the_hub_gives_the_subfolder_of_the_commit(released, tmp_path, monkeypatch):
     import huggingface_hub
 
-    from model.export import released_weights
+    from model.weights.export import released_weights
 
     directory, _ = released
     asked = {}

@@ -12,9 +12,9 @@ import pytest
 import torch
 from train_helpers import read_weights, transformer_config
 
-from model.export import load_transformer
-from model.memory import Layout, Shapes
 from model.merge import merge
+from model.plan.memory import Layout, Shapes
+from model.weights.export import load_transformer
 
 pytestmark = pytest.mark.slow
 

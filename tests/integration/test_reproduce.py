@@ -88,9 +88,9 @@ def test_the_published_directory_draws_what_our_own_sampler_draws(smoke):
     import torch
     from diffusers import DiffusionPipeline, TextKVCacheConfig
 
-    from model.export import load_transformer
     from model.flow import unpack_latents
-    from model.sampler import sample_latents
+    from model.sampling.sampler import sample_latents
+    from model.weights.export import load_transformer
 
     pipe = DiffusionPipeline.from_pretrained(smoke["pipeline"], local_files_only=True)
     assert type(pipe).__name__ == "NucleusMoEImagePipeline"
@@ -150,7 +150,7 @@ def test_a_cache_whose_files_were_deleted_is_made_again_and_sets_off_no_training
 @pytest.fixture(scope="module")
 def own_images(tmp_path_factory) -> Path:
     """A user's folder: images with captions beside them, one of them a bomb, one broken, one a text."""
-    from tasks.curation import scenes
+    from tasks.curation.sources.made import scenes
 
     folder = tmp_path_factory.mktemp("own")
     rng = np.random.default_rng(5)

@@ -22,14 +22,14 @@ from object_store import s3_bucket
 from train_helpers import logged_steps, read_weights, train_config, transformer_config, write_latents
 
 from model import storage
-from model.checkpoints import finished_checkpoints
-from model.latents import LatentDataset
+from model.data.latents import LatentDataset
+from model.data.order import SampleOrder
 from model.moe import held
-from model.sample_order import SampleOrder
 from model.train.checkpoint import StageCheckpointer
 from model.train.preemption import Preempted
 from model.train.run import train_stage
 from model.train.trainer import NucleusTrainer
+from model.weights.checkpoints import finished_checkpoints
 
 pytestmark = pytest.mark.slow
 STEPS = 18

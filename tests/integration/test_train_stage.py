@@ -180,7 +180,7 @@ def test_the_next_stage_starts_from_the_last_weights(trained, latents, tmp_path)
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_as_many_full_checkpoints_stay_as_are_asked_for(latents, tmp_path, asynchronous):
-    from model.checkpoints import finished_checkpoints
+    from model.weights.checkpoints import finished_checkpoints
 
     changes = dict(steps=12, checkpoint_every_steps=3, async_checkpoint=asynchronous, keep_checkpoints=1)
     for keep, steps in ((1, [12]), (3, [6, 9, 12])):

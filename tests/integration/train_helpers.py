@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from model.config import TrainConfig, TransformerConfig
-from model.latents import LatentWriter
+from model.data.latents import LatentWriter
 
 TEXT_DIM = 12
 

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image, ImageDraw
 
 from eval import scorecard as module
+from eval.benchmarks.shapes.prompts import make_prompts
+from eval.benchmarks.shapes.vocabulary import COLORS
 from eval.config import EvalConfig
 from eval.scorecard import benchmark_prompts, evaluate, main, rescore, score, scorecard
 from eval.scorecard_page import draw_grid, render_page
-from eval.shapes_prompts import make_prompts
-from eval.vocabulary import COLORS
 
 CONFIG = EvalConfig(prompts_per_task=2, seeds=(0, 1), image_size_px=64, bootstrap_samples=100)
 

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 from scipy import ndimage
 
-from eval import shapes
-from eval.shapes_detector import detect, estimate_background, name_color
-from eval.shapes_prompts import make_prompts
-from eval.vocabulary import BACKGROUNDS, COLORS, INVERSE, SHAPES
-from tasks.curation.scenes import Scene, SceneObject, render
+from eval.benchmarks.shapes import benchmark as shapes
+from eval.benchmarks.shapes.detector import detect, estimate_background, name_color
+from eval.benchmarks.shapes.prompts import make_prompts
+from eval.benchmarks.shapes.vocabulary import BACKGROUNDS, COLORS, INVERSE, SHAPES
+from tasks.curation.sources.made.scenes import Scene, SceneObject, render
 
 CLEAR = 0.9
 

@@ -5,9 +5,15 @@ from collections import Counter
 
 import pytest
 
+from eval.benchmarks.shapes.prompts import make_prompts
+from eval.benchmarks.shapes.vocabulary import (
+    COLORS,
+    HELD_OUT_COLOR_PAIRS,
+    HELD_OUT_COLOR_SHAPE,
+    HELD_OUT_RELATIONS,
+    SHAPES,
+)
 from eval.geneval import TASKS
-from eval.shapes_prompts import make_prompts
-from eval.vocabulary import COLORS, HELD_OUT_COLOR_PAIRS, HELD_OUT_COLOR_SHAPE, HELD_OUT_RELATIONS, SHAPES
 
 PROMPTS = make_prompts()
 SEEN = [m for m in PROMPTS if m["split"] == "seen"]

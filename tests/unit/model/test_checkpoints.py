@@ -17,7 +17,7 @@ from object_store import s3_bucket
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 
 from model import storage
-from model.checkpoints import CheckpointReader, finished_checkpoints, last_checkpoint, load
+from model.weights.checkpoints import CheckpointReader, finished_checkpoints, last_checkpoint, load
 from tasks.training.faults import comes_again
 
 STATE = {"weight": torch.arange(6.0).view(2, 3), "state": {"step": 7, "half": torch.ones(4, dtype=torch.bfloat16)}}

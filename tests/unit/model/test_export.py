@@ -6,8 +6,8 @@ from diffusers.models.transformers.transformer_nucleusmoe_image import NucleusMo
 from small_model import SMALL
 
 from model.config import TransformerConfig
-from model.export import export_transformer, load_transformer
 from model.transformer import NucleusTransformer
+from model.weights.export import export_transformer, load_transformer
 
 CONFIG = TransformerConfig(**SMALL | {"num_key_value_heads": 2, "capacity_factors": (1.0, 2.0, 3.0)})
 

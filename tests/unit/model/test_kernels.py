@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
 from model import kernels
-from model.cpu_ops import plain_norm_modulate, plain_norm_rope, plain_swiglu
+from model.kernels.elementwise import plain_norm_modulate, plain_norm_rope, plain_swiglu
 from model.moe import MoE
 
 pytest.importorskip("triton")

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from model.hashing import hash_words, permuted_index
-from model.latents import LatentDataset, LatentWriter
-from model.sample_order import SampleOrder, read_batch
+from model.data.hashing import hash_words, permuted_index
+from model.data.latents import LatentDataset, LatentWriter
+from model.data.order import SampleOrder, read_batch
 
 META = dict(text_dim=6, text_tokens=24, rows_per_shard=7, text_rows_per_shard=5)
 TIERS = ("A1", "A2", "A3")

@@ -13,11 +13,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-import model.load
+import model.weights.load
 from model.config import TransformerConfig
-from model.export import export_transformer, load_transformer
-from model.load import INDEX_NAME, WEIGHTS_NAME, load_weights, open_weights
 from model.transformer import NucleusTransformer
+from model.weights.export import export_transformer, load_transformer
+from model.weights.load import INDEX_NAME, WEIGHTS_NAME, load_weights, open_weights
 
 CONFIG = TransformerConfig(**SMALL | {"num_key_value_heads": 2, "num_experts": 8, "capacity_factors": (1.0, 2.0, 3.0)})
 SHARD_SIZE = 500_000
@@ -98,7 +98,7 @@ def test_an_export_holds_one_file_at_a_time(released, tmp_path):
         held.clear()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model.export, "save_file", save)
+        patch.setattr(model.weights.export, "save_file", save)
         export_transformer(weights._replace(read=weights.read), tmp_path, CONFIG, max_shard_size=SHARD_SIZE)
 
 
@@ -166,8 +166,8 @@ def test_each_rank_reads_and_holds_its_share_alone(released, monkeypatch, kind):
 
             return Slice()
 
-    safe_open = model.load.safe_open
-    monkeypatch.setattr(model.load, "safe_open", Counting)
+    safe_open = model.weights.load.safe_open
+    monkeypatch.setattr(model.weights.load, "safe_open", Counting)
     shares = world // 2 if kind == "hsdp" else world
     for rank in range(world):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)

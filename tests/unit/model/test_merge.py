@@ -5,9 +5,9 @@ from diffusers.models.transformers.transformer_nucleusmoe_image import NucleusMo
 from safetensors.torch import save_file
 
 from model.config import TransformerConfig
-from model.export import export_transformer, load_transformer
 from model.merge import merge, wsm_weights
 from model.transformer import NucleusTransformer
+from model.weights.export import export_transformer, load_transformer
 
 CONFIG = TransformerConfig(
     in_channels=16,

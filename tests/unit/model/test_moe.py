@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
-from model.cpu_ops import _NormRope, _SwiGLU
+from model.kernels.elementwise import _NormRope, _SwiGLU
 from model.moe import MoE
 
 B, S, D, E, F = 3, 10, 12, 4, 8
@@ -132,7 +132,7 @@ def test_keep_freed_memory_spares_page_faults():
     """In a process of its own: the setting stays for good."""
     code = """
 import resource, torch
-from model.cpu_ops import keep_freed_memory
+from model.kernels.elementwise import keep_freed_memory
 torch.set_num_threads(1)
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

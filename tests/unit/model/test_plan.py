@@ -10,10 +10,10 @@ from small_model import SMALL
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import RoutingConfig, TransformerConfig
-from model.memory import Layout, Shapes, moments
-from model.memory_trace import Step
 from model.optim import Muon, parameter_groups
-from model.plan import (
+from model.plan.memory import Layout, Shapes, moments
+from model.plan.memory_trace import Step
+from model.plan.planner import (
     CHECKPOINTING,
     GPUS,
     USABLE,

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.export import diffusers_config
-from model.memory import Shapes
-from model.plan import active_parameters, load_sections
+from model.plan.memory import Shapes
+from model.plan.planner import active_parameters, load_sections
 from model.transformer import NucleusTransformer
+from model.weights.export import diffusers_config
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "nucleus_17b.yaml"
 

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from model.latents import LatentDataset, LatentWriter
+from model.data.latents import LatentDataset, LatentWriter
 
 BATCH, STEPS = 8, 6
 

@@ -9,10 +9,9 @@ from safetensors.torch import load_file
 
 from model import flow, storage
 from model.config import TransformerConfig
-from model.export import export_transformer
-from model.latents import LatentWriter
+from model.data.latents import LatentWriter
 from model.moe import Experts
-from model.routing import (
+from model.routing_report import (
     describe_layer,
     expert_output_cosine,
     find_transformer,
@@ -24,6 +23,7 @@ from model.routing import (
     watch_routing,
 )
 from model.transformer import NucleusTransformer
+from model.weights.export import export_transformer
 
 LEVELS = [0.9, 0.6, 0.3, 0.1]
 
@@ -256,7 +256,7 @@ def test_the_command_reads_the_weights_of_a_stage_that_is_being_trained(latents,
 
 def test_the_tokens_that_experts_are_shown_are_every_so_many_of_all_timesteps(monkeypatch):
     """As if all were kept and thinned out at the end, which takes more memory than there is."""
-    import model.routing as routing
+    import model.routing_report as routing
 
     all_ND = watch(model_of(), same_noise=False)[0].inputs_ND  # 4 timesteps of 3 x 8 tokens, fewer than OUTPUT_TOKENS
     assert len(all_ND) == 96

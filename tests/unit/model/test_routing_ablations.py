@@ -224,7 +224,7 @@ def test_an_ablation_computes_finite_outputs_and_gradients_for_all_that_it_has(r
 
 
 def test_the_planner_plans_a_dense_model_at_its_own_width_in_every_stage():
-    from model.plan import forward_flops
+    from model.plan.planner import forward_flops
     from tasks.recipe import load_recipe
 
     sparse, dense = load_recipe("tiny").model, load_recipe("ablations/dense_ffn").model

@@ -6,7 +6,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, NucleusMoEImagePipeline, 
 from diffusers.models.transformers.transformer_nucleusmoe_image import NucleusMoEImageTransformer2DModel
 from small_model import SMALL
 
-from model.sampler import guide, sample_latents, sigmas
+from model.sampling.sampler import guide, sample_latents, sigmas
 from model.transformer import NucleusTransformer
 
 CONFIG = SMALL | {"in_channels": 64, "out_channels": 16, "num_key_value_heads": 4}

@@ -10,10 +10,10 @@ import fsspec
 import pytest
 
 from model import storage
-from model.checkpoints import CheckpointReader
 from model.config import OptimConfig, StageConfig, TrainConfig
-from tasks.curation import user_source
+from model.weights.checkpoints import CheckpointReader
 from tasks.curation.config import SourceConfig
+from tasks.curation.sources import user_source
 from tasks.planning.source import check_source, fingerprint
 from tasks.recipe import load_recipe
 

@@ -16,8 +16,8 @@ from object_store import s3_bucket
 from s3fs import S3FileSystem
 
 from model import storage
-from model.latents import LatentDataset, LatentWriter
-from model.streamed_latents import StreamedLatents
+from model.data.latents import LatentDataset, LatentWriter
+from model.data.streamed import StreamedLatents
 
 IMAGES, SHARD = 24, 5
 LATENT_BYTES = {8: 16 * 8 * 8 * 4, 4: 16 * 4 * 8 * 4}  # by height
@@ -225,7 +225,7 @@ def test_a_header_is_read_once(directory, reads, monkeypatch):
     dataset.text([3])
     assert len([name for name, begin in reads if name.startswith("text") and begin]) == 3  # and each text of a batch
     assert [name for name, begin in reads if begin == 0] == ["latents-00000.safetensors", "text-00000.safetensors"]
-    monkeypatch.setattr("model.streamed_latents.HEADERS_KEPT", 2)
+    monkeypatch.setattr("model.data.streamed.HEADERS_KEPT", 2)
     dataset.latents([IMAGES - 1])
     assert len(dataset._data_begin) <= 2
     assert torch.equal(dataset.latents([1, IMAGES - 1]), LatentDataset(directory).latents([1, IMAGES - 1]))

@@ -100,9 +100,9 @@ def test_blocked_attention_equals_diffusers_like_the_plain_one(monkeypatch):
 
 
 def test_plain_formulas_equal_the_fast_ones(monkeypatch):
-    import model.cpu_ops
+    import model.kernels.elementwise
 
-    monkeypatch.setattr(model.cpu_ops, "_eager_cpu", lambda x: False)
+    monkeypatch.setattr(model.kernels.elementwise, "_eager_cpu", lambda x: False)
     reference, ours = pair(num_key_value_heads=4)
     assert_equal_with_gradients(reference, ours, inputs(ours.config, (3, 5)))
 

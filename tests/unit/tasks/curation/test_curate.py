@@ -12,10 +12,11 @@ import pytest
 from PIL import Image, ImageDraw
 
 from tasks.curation import curate as curate_module
-from tasks.curation import defects, ledger, records
+from tasks.curation import ledger, records
 from tasks.curation.config import CurationConfig, FilterConfig, SourceConfig, TierConfig
 from tasks.curation.curate import curate, score_shard
 from tasks.curation.shards import RECORDS_SCHEMA, Record, ShardWriter, read_records, shard_name
+from tasks.curation.sources.made import defects
 
 CONFIG = CurationConfig(filters=FilterConfig(min_side_px=32, min_entropy_bits=0.1))
 

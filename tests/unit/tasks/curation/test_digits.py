@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from tasks.curation import digits
+from tasks.curation.sources.made import digits
 
 
 def test_a_digit_is_its_scan_enlarged_and_named():

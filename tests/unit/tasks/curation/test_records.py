@@ -8,10 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageOps
 
-from eval.vocabulary import BACKGROUNDS
-from tasks.curation import defects, records, scenes
+from eval.benchmarks.shapes.vocabulary import BACKGROUNDS
+from tasks.curation import records
 from tasks.curation.config import SourceConfig
-from tasks.curation.scenes import Scene
+from tasks.curation.sources.made import defects, scenes
+from tasks.curation.sources.made.scenes import Scene
 
 CONFIG = SourceConfig(scenes=120, scene_size_px=64, defect_fraction=0.2, digits=10, shards=3, seed=5)
 

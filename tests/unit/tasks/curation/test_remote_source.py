@@ -18,8 +18,9 @@ from object_store import s3_server
 from PIL import Image
 
 from model import storage
-from tasks.curation import places, records, user_source
+from tasks.curation import records
 from tasks.curation.config import SourceConfig
+from tasks.curation.sources import places, user_source
 from tasks.curation.task import make_shard
 from tasks.planning.source import fingerprint
 

@@ -4,8 +4,7 @@ import re
 import numpy as np
 import pytest
 
-from eval.geneval import relative_position
-from eval.vocabulary import (
+from eval.benchmarks.shapes.vocabulary import (
     BACKGROUNDS,
     COLORS,
     HELD_OUT_COLOR_PAIRS,
@@ -16,8 +15,9 @@ from eval.vocabulary import (
     RELATIONS,
     SHAPES,
 )
-from tasks.curation import scenes
-from tasks.curation.scenes import GAP, KINDS, LONG_WORDS, SHORT_WORDS, Scene, SceneObject
+from eval.geneval import relative_position
+from tasks.curation.sources.made import scenes
+from tasks.curation.sources.made.scenes import GAP, KINDS, LONG_WORDS, SHORT_WORDS, Scene, SceneObject
 
 SINGULARS = {plural: shape for shape, plural in PLURALS.items()}
 COUNTS = {"a": 1, **{word: n for n, word in NUMBERS.items()}}

@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tasks.curation import records, user_source
+from tasks.curation import records
 from tasks.curation.config import SourceConfig
+from tasks.curation.sources import user_source
 
 
 def picture(seed, form="PNG"):

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tasks.curation import scenes
 from tasks.curation.shards import Record, ShardWriter
+from tasks.curation.sources.made import scenes
 from tasks.encoding.config import ComponentsConfig, TinyTextEncoderConfig, TinyVAEConfig
 
 

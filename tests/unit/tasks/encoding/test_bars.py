@@ -10,7 +10,7 @@ def test_reading_and_writing_weights_draws_no_bar_and_other_bars_stay(tmp_path, 
     from tqdm import tqdm
 
     from tasks.encoding.config import TinyTextEncoderConfig
-    from tasks.encoding.tiny_text import build_text_encoder
+    from tasks.encoding.small.text_encoder import build_text_encoder
 
     tokenizer = chat.build_tokenizer([], 64)
     config = TinyTextEncoderConfig(hidden_size=48, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1)

@@ -10,13 +10,14 @@ import transformers
 from diffusers import AutoencoderKLQwenImage, NucleusMoEImagePipeline
 from transformers import Qwen3VLForConditionalGeneration
 
-from eval.vocabulary import COLORS, HELD_OUT_COLOR_SHAPE, NUMBERS, PLURALS, RELATIONS, SHAPES
-from tasks.curation import scenes
-from tasks.encoding import chat, tiny_text
+from eval.benchmarks.shapes.vocabulary import COLORS, HELD_OUT_COLOR_SHAPE, NUMBERS, PLURALS, RELATIONS, SHAPES
+from tasks.curation.sources.made import scenes
+from tasks.encoding import chat
 from tasks.encoding.components import make_components
 from tasks.encoding.config import ComponentsConfig, HubComponent, TinyTextEncoderConfig, TinyVAEConfig
-from tasks.encoding.frames import FrameCodec
-from tasks.encoding.tiny_vae import to_tensor, train_vae
+from tasks.encoding.small import text_encoder as tiny_text
+from tasks.encoding.small.vae import to_tensor, train_vae
+from tasks.encoding.vae_codec import FrameCodec
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 

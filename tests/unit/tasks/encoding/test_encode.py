@@ -14,13 +14,13 @@ from diffusers import AutoencoderKLQwenImage
 from PIL import Image
 from transformers import Qwen3VLForConditionalGeneration
 
-from model.latents import LatentDataset
+from model.data.latents import LatentDataset
 from tasks.curation.shards import Record, ShardWriter
 from tasks.encoding import chat, curated
 from tasks.encoding.buckets import Bucket
 from tasks.encoding.config import EncodingConfig, TinyVAEConfig
 from tasks.encoding.encode import encode_stage
-from tasks.encoding.tiny_vae import build_vae, to_tensor
+from tasks.encoding.small.vae import build_vae, to_tensor
 
 STAGE = SimpleNamespace(image_size_px=64, aspect_ratios=("1:1", "4:3"))
 

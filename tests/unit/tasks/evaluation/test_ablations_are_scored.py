@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from model.config import TransformerConfig
-from model.export import export_transformer, load_transformer, read_config
-from model.in_pipeline import PipelineTransformer
+from model.sampling.pipeline_transformer import PipelineTransformer
 from model.transformer import NucleusTransformer
+from model.weights.export import export_transformer, load_transformer, read_config
 from tasks.evaluation.evaluate import load_pipeline
 from tasks.planning.sections import check_workflow
 from tasks.publishing import publish

@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from model.config import TransformerConfig
 from model.transformer import NucleusTransformer, RouterTrace
-from tasks.training.figures import ALLOCATION, allocation_by_layer, training_html
+from tasks.training.plots import ALLOCATION, allocation_by_layer, training_html
 
 ALT = 'alt="expert allocation by layer"'
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-import model.sampler
+import model.sampling.sampler
 from tasks.encoding.config import TinyTextEncoderConfig, TinyVAEConfig
 from tasks.encoding.encode import TEXTS
 from tasks.planning.sections import train_stage as section
@@ -26,8 +26,8 @@ PROMPTS = '["a photo of a red circle left of a blue square and a green star", "a
 def components(tmp_path):
     """An untrained VAE and text encoder."""
     from tasks.encoding.chat import build_tokenizer, save_processor
-    from tasks.encoding.tiny_text import build_text_encoder
-    from tasks.encoding.tiny_vae import build_vae
+    from tasks.encoding.small.text_encoder import build_text_encoder
+    from tasks.encoding.small.vae import build_vae
 
     tokenizer = build_tokenizer(["a photo of a cat"], 128)
     save_processor(tokenizer, tmp_path / "processor")
@@ -47,7 +47,7 @@ def test_prompts_are_cut_where_the_captions_were(components, tmp_path, monkeypat
         seen.append(text.shape[1])
         return noise
 
-    monkeypatch.setattr(model.sampler, "sample_latents", sample)
+    monkeypatch.setattr(model.sampling.sampler, "sample_latents", sample)
     stage = section(load_recipe("smoke", [f"train.sample_prompts={PROMPTS}", "train.sample_every_steps=1"]), 0)
     samples.sampler(components, tmp_path, stage)(torch.nn.Linear(1, 1), 1, tmp_path / "grid.png")
     assert seen == [tokens]

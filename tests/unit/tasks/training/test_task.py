@@ -22,7 +22,8 @@ from tasks.artifacts import UserError, home
 from tasks.manifest import load_manifest, seal
 from tasks.planning.sections import train_stage as section
 from tasks.recipe import load_recipe
-from tasks.training import figures, samples, task
+from tasks.training import plots as figures
+from tasks.training import samples, task
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ def train_text_encoder(
     import torch
 
     from model.optim import Muon
-    from tasks.encoding.resume import TrainingState
+    from tasks.encoding.training_state import TrainingState
 
     model = build_text_encoder(config, tokenizer, seed)
     early = config.num_hidden_layers + 1 + EARLY_INDEX

@@ -29,8 +29,8 @@ from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
-from tasks.curation import places
-from tasks.curation.places import Place, RemotePlace
+from tasks.curation.sources import places
+from tasks.curation.sources.places import Place, RemotePlace
 
 IMAGE_EXTENSIONS = (
     "png jpg jpeg jpe jfif webp gif bmp tif tiff avif jp2 ppm pgm".split()  # what curation may decode or reject

@@ -1,4 +1,4 @@
-"""The `shapes` benchmark: GenEval's six tasks and decision rule on coloured shapes (see eval/vocabulary.py).
+"""The `shapes` benchmark: GenEval's six tasks and decision rule on coloured shapes (see eval/benchmarks/shapes/vocabulary.py).
 
     image --shapes_detector.detect--> objects --geneval.judge_image(prompt)--> right or wrong
 
@@ -13,9 +13,9 @@ from typing import Any
 
 from PIL import Image
 
+from eval.benchmarks.shapes.detector import detect
+from eval.benchmarks.shapes.prompts import make_prompts
 from eval.geneval import judge_image
-from eval.shapes_detector import detect
-from eval.shapes_prompts import make_prompts
 
 __all__ = ["detect", "judge", "make_prompts"]
 

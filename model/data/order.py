@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from model.hashing import hash_words, permuted_index, uniform
-from model.latents import EMPTY_TEXT_ROW, LatentDataset, packed
+from model.data.hashing import hash_words, permuted_index, uniform
+from model.data.latents import EMPTY_TEXT_ROW, LatentDataset, packed
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,7 @@ def _dtype(name: str, file: Path) -> torch.dtype:
 def _open_dcp(path: str | Path) -> Weights:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    from model.checkpoints import CheckpointReader, load
+    from model.weights.checkpoints import CheckpointReader, load
 
     metadata = CheckpointReader(path).read_metadata().state_dict_metadata
     tensors = {key: value for key, value in metadata.items() if isinstance(value, TensorStorageMetadata)}

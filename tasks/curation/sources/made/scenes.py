@@ -4,7 +4,7 @@ A scene holds 1 to 4 objects. Lengths are in units of the SHORTER image side: cx
 [0, H/min(W,H)], size = side of the (square) bounding box, the same for every shape. Scenes are a function of
 the generator that they are given, so that the same seed draws the same corpus.
 
-What eval/vocabulary.py holds out never occurs: no held-out coloured shape, no held-out pair of coloured
+What eval/benchmarks/shapes/vocabulary.py holds out never occurs: no held-out coloured shape, no held-out pair of coloured
 shapes, and no two objects whose centres stand in a held-out relation (stricter than GenEval's rule, which
 needs a clear offset as well).
 """
@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from eval.geneval import relative_position
-from eval.vocabulary import (
+from eval.benchmarks.shapes.vocabulary import (
     BACKGROUNDS,
     COLORS,
     HELD_OUT_COLOR_PAIRS,
@@ -31,6 +30,7 @@ from eval.vocabulary import (
     RELATIONS,
     SHAPES,
 )
+from eval.geneval import relative_position
 
 # Colours bind to shapes only where two things differ, and counts are only learnt from equal shapes: hence the mix.
 KINDS = {"single": 0.22, "two": 0.48, "counting": 0.25, "mixed": 0.05}

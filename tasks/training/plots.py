@@ -41,7 +41,7 @@ def training_html(checkpoints: Path) -> str:
         parts.append(
             "<h3>expert allocation by layer</h3>"
             f'<img alt="expert allocation by layer" src="{_allocation(allocation)}">'
-            "<p>By tokens of an image: python -m model.routing CHECKPOINT --latents DIR --out DIR</p>"
+            "<p>By tokens of an image: python -m model.routing_report CHECKPOINT --latents DIR --out DIR</p>"
         )
     for picture in sorted((checkpoints / "samples").glob("*.png")):
         data = base64.b64encode(picture.read_bytes()).decode()

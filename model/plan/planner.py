@@ -4,7 +4,7 @@
                          [--network-gbps 400]
 
 Every number is arithmetic on shapes (of the model on the meta device), on the recipe and on data sheets; memory is
-model/memory.py's, which says what a layout is and what it leaves out.
+model/plan/memory.py's, which says what a layout is and what it leaves out.
 
 Units: bytes, FLOPs (one multiply-add is 2), seconds; GB is 1e9 bytes. Letters: B samples of a micro-batch, S image
 tokens, T text tokens, D width, J text width, N and K query and key-value heads, H head dim, E experts, C capacity
@@ -28,10 +28,10 @@ import torch
 from pydantic import ValidationError
 
 from model.config import RoutingConfig, StageConfig, TrainConfig, TransformerConfig
-from model.layout import micro_batch as micro_batch_of
-from model.memory import FP32, Layout, Moment, Shapes, moments
-from model.memory_trace import Step
-from model.yaml12 import read_recipe
+from model.plan.memory import FP32, Layout, Moment, Shapes, moments
+from model.plan.memory_trace import Step
+from model.ranks import micro_batch as micro_batch_of
+from model.recipe_yaml import read_recipe
 
 VAE_SCALE = 8  # Qwen-Image's VAE
 TEXT_TOKENS = 512  # captions of up to 200 words and the chat template; the pipeline's limit is 1024
@@ -313,7 +313,7 @@ def plan(
             report["suggestion"] = fitting and plan_stage(shapes, model, train, stage, fitting, gpu, **options)
         stages.append(report)
     notes = [NOTE]
-    if model.routing.kind == "token_choice":
+    if model.routing_report.kind == "token_choice":
         notes.append(TOKEN_CHOICE_NOTE)
     if train.muon_implementation == "torchtitan":
         notes.append(DIST_MUON_NOTE)
@@ -447,7 +447,9 @@ def render(result: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: 0, or 2 with one line on stderr when the recipe or the layout is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m model.plan", description=f"Plan a recipe's training. {NOTE}")
+    parser = argparse.ArgumentParser(
+        prog="python -m model.plan", description=f"Plan a recipe's training. {NOTE}"
+    )
     parser.add_argument("recipe", help="path of a recipe file, such as recipes/nucleus_17b.yaml")
     add = parser.add_argument
     add("--gpus", type=int, help="default: the recipe's nnodes x nproc_per_node")
@@ -475,6 +477,3 @@ def main(arguments: list[str] | None = None) -> int:
     print(json.dumps(result, indent=2) if as_json else render(result))
     return 0
 
-
-if __name__ == "__main__":
-    sys.exit(main())

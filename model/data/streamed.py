@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import torch
 
 from model import storage
-from model.latents import DTYPES, INDEX, TEXT_INDEX, LatentDataset, latent_file, text_file
+from model.data.latents import DTYPES, INDEX, TEXT_INDEX, LatentDataset, latent_file, text_file
 
 HEADER_BYTES = 1024  # read at a file's beginning; the headers, of one or two tensors, have some 150
 HEADERS_KEPT = 1 << 20  # 0.2 kB each; when there are more, all are forgotten

@@ -1,6 +1,6 @@
 """What a model's routers do with the tokens of real images: stability over timesteps, expert diversity, allocation.
 
-    python -m model.routing CHECKPOINT --latents DIR --out DIR [--images 4] [--timesteps 8] [--seed 0] [--device cpu]
+    python -m model.routing_report CHECKPOINT --latents DIR --out DIR [--images 4] [--timesteps 8] [--seed 0] [--device cpu]
 
 CHECKPOINT is a transformer directory, an artifact that holds one (merged, pipeline), a checkpoints artifact, the
 weights/ of a stage that is still being trained, or one checkpoint in either of these two, which may lie in s3://. Each
@@ -41,13 +41,13 @@ import torch
 from safetensors.torch import save_file
 
 from model import flow, storage
-from model.checkpoints import last_checkpoint
 from model.config import TransformerConfig
-from model.export import assembled, load_transformer
-from model.latents import LatentDataset
-from model.load import open_weights
+from model.data.latents import LatentDataset
 from model.moe import Experts
 from model.transformer import NucleusTransformer, RouterTrace
+from model.weights.checkpoints import last_checkpoint
+from model.weights.export import assembled, load_transformer
+from model.weights.load import open_weights
 
 OUTPUT_TOKENS = 256  # of all that a layer sees, this many are shown to every expert
 
@@ -325,7 +325,7 @@ def draw_stability(path: Path, layers: dict[int, dict[str, Any]], levels: list[f
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: 0, or 2 with one line on stderr when something is not what it should be."""
-    parser = argparse.ArgumentParser(prog="python -m model.routing", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m model.routing_report", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint")
     parser.add_argument(
         "--latents", required=True, type=Path, help="a latents artifact, of the checkpoint's resolution"

@@ -6,7 +6,7 @@
     sum over replicas     state + gradients + one message of all of them (without FSDP)
     optimiser step        state + gradients + the optimiser's workspace
 
-What a block or the loss takes comes from `model.memory_trace`, parameters from the model on the meta device; FSDP2's
+What a block or the loss takes comes from `model.plan.memory_trace`, parameters from the model on the meta device; FSDP2's
 and expert parallelism's buffers are those of model/train/parallelize.py. benchmarks/memory.py sets it beside measured
 peaks. Not in it: what lies outside of PyTorch's tensors (CUDA context, NCCL, cuBLAS workspaces) and fragmentation.
 
@@ -26,8 +26,8 @@ from typing import NamedTuple
 import torch
 
 from model.config import StageConfig, TransformerConfig
-from model.memory_trace import Step, block_bytes, end_bytes, muon_workspace
 from model.optim import parameter_groups, split_matrices
+from model.plan.memory_trace import Step, block_bytes, end_bytes, muon_workspace
 from model.transformer import NucleusTransformer
 
 FP32 = 4

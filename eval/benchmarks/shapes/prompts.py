@@ -1,4 +1,4 @@
-"""The prompts of the `shapes` benchmark: GenEval's six tasks, metadata and wording, over eval/vocabulary.py.
+"""The prompts of the `shapes` benchmark: GenEval's six tasks, metadata and wording, over eval/benchmarks/shapes/vocabulary.py.
 
 Each prompt has two keys that GenEval's have not: "split" ("seen", or "held_out": no training caption says it and no
 training image shows it) and "images" (how many images of it a run makes, since some tasks have few distinct prompts).
@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.geneval import TASKS
-from eval.vocabulary import (
+from eval.benchmarks.shapes.vocabulary import (
     COLORS,
     HELD_OUT_COLOR_PAIRS,
     HELD_OUT_COLOR_SHAPE,
@@ -22,6 +21,7 @@ from eval.vocabulary import (
     RELATIONS,
     SHAPES,
 )
+from eval.geneval import TASKS
 
 DEFAULT_PER_TASK = 48
 Metadata = dict[str, Any]

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from eval.vocabulary import BACKGROUNDS
-from tasks.curation import scenes
-from tasks.curation.scenes import Scene
+from eval.benchmarks.shapes.vocabulary import BACKGROUNDS
+from tasks.curation.sources.made import scenes
+from tasks.curation.sources.made.scenes import Scene
 
 KINDS = (
     "exact_duplicate",

@@ -15,8 +15,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from model.config import TransformerConfig
-from model.load import INDEX_NAME, WEIGHTS_NAME, Weights, check_shapes, open_weights, shapes_of
 from model.transformer import NucleusTransformer
+from model.weights.load import INDEX_NAME, WEIGHTS_NAME, Weights, check_shapes, open_weights, shapes_of
 
 CLASS_NAME = "NucleusMoEImageTransformer2DModel"
 OWN_CLASS_NAME = "NucleusTransformer"  # of ablations, for which diffusers has no class

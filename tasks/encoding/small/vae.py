@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKLQwenImage
 
-    from tasks.encoding.frames import FrameCodec
+    from tasks.encoding.vae_codec import FrameCodec
 
 # How a step sees its batch: (share of steps, scale, whether it is a crop instead of the whole). Smaller views are
 # cheaper, hold more images, and teach the lower resolutions of the earlier training stages.
@@ -73,8 +73,8 @@ def train_vae(
     import torch
 
     from model.optim import Muon
-    from tasks.encoding.frames import FrameCodec
-    from tasks.encoding.resume import TrainingState
+    from tasks.encoding.training_state import TrainingState
+    from tasks.encoding.vae_codec import FrameCodec
 
     vae = build_vae(config, seed)
     codec = FrameCodec(vae)

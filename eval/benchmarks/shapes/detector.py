@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from eval.vocabulary import COLORS, SHAPES
+from eval.benchmarks.shapes.vocabulary import COLORS, SHAPES
 
 MAX_SIDE_PX = 256  # larger images are shrunk first: nothing to see is smaller than a tenth of the side
 BORDER = 0.03  # width of the ring that tells the background / shorter side
