@@ -34,7 +34,7 @@ class Answers:
         self._file = None
         if write:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.folder / JOURNAL, "ab")
+            self._file = open(self.folder / JOURNAL, "ab")  # noqa: SIM115  (open until `close`)
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:

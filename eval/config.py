@@ -50,7 +50,9 @@ class EvalConfig(BaseModel):
     scheduler: SchedulerConfig = SchedulerConfig()
     batch_size: Annotated[int, Field(gt=0)] = 64
     judge_batch_size: Annotated[int, Field(gt=0)] = 64
-    bootstrap_samples: Annotated[int, Field(gt=0)] = 1000  # read by no code since intervals need no draws; old recipes have it
+    bootstrap_samples: Annotated[int, Field(gt=0)] = (
+        1000  # read by no code since intervals need no draws; old recipes have it
+    )
     equal_within: Annotated[float, Field(gt=0, lt=1)] = 0.01
     # a missing image is an error; "official" shrinks the denominator instead, as GenEval's own code does
     missing: Literal["error", "official"] = "error"

@@ -32,6 +32,7 @@ class DetectionBenchmark:
     pooling: Literal["categories", "prompts"] = "categories"
     layout: Literal["folders", "grids"] = "folders"
     scale: float = 1.0
+    has_official_code: bool = True
 
     def prompts(self, config: EvalConfig) -> list[dict[str, Any]]:
         return self.make_prompts(config)
@@ -44,6 +45,8 @@ class DetectionBenchmark:
         return Verdict(float(verdict["correct"]), verdict["reason"])
 
     def summarise(self, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> dict[str, dict[str, Any]]:
+        if not self.has_official_code:
+            return {}
         judged = [
             {"tag": row["category"], "correct": row["score"] == 1, "metadata": row["prompt_id"]}
             for row in rows
@@ -82,7 +85,7 @@ def first_of_each_category(prompts: Sequence[Mapping[str, Any]], number: int | N
     return kept
 
 
-SHAPES = DetectionBenchmark("shapes", _shapes_prompts, ("shapes-detector",), "shapes-detector")
+SHAPES = DetectionBenchmark("shapes", _shapes_prompts, ("shapes-detector",), "shapes-detector", has_official_code=False)
 # The official judge: mmdet's Mask2Former Swin-S with CLIP ViT-L/14 for colours.
 GENEVAL = DetectionBenchmark("geneval", _geneval_prompts, ("mask2former-swin-s-mmdet+clip-vit-l-14",), None)
 

@@ -354,6 +354,16 @@ def _last_accepted(p_value, mean: float, direction: int, error: float, alpha: fl
     return mean + direction * outside
 
 
+def holm(p: Sequence[float]) -> list[float]:
+    """P-values of several tests, adjusted so that all of them together keep the level (Holm 1979)."""
+    order = sorted(range(len(p)), key=lambda i: p[i])
+    adjusted, largest = [0.0] * len(p), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
 # ---- Several candidates against an incumbent
 
 
