@@ -65,8 +65,6 @@ def load_questions(path_or_text_file: str | os.PathLike[str] | TextIO, mode: Mod
             if item not in questions or (mode == "official" and item != previous):
                 questions[item] = {"qid2tuple": {}, "qid2dependency": {}, "qid2question": {}}
             group = questions[item]
-            if mode == "fixed" and qid in group["qid2question"]:
-                raise ValueError(f"{name}, line {line}: prompt {item!r} has a question {qid} already")
             group["qid2tuple"][qid] = row["tuple"]
             group["qid2dependency"][qid] = parents
             group["qid2question"][qid] = row["question_natural_language"]
