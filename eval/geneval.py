@@ -116,7 +116,7 @@ def filter_detections(
     A list already in falling order keeps its order among ties, so that filtering twice changes nothing; otherwise
     ties come out in the official order (an ascending sort, reversed).
     """
-    found = [_as_object(d) for d in detections]
+    found = [as_object(d) for d in detections]
     scores = np.array([d["score"] for d in found], dtype=np.float32)
     order = np.arange(len(found)) if (scores[1:] <= scores[:-1]).all() else np.argsort(scores)[::-1]
     kept = [found[i] for i in order[scores[order] > np.float32(threshold)][:max_objects]]
@@ -232,7 +232,7 @@ def _clause(clause: Mapping[str, Any]) -> tuple[str, int]:
         raise ValueError(f"clause {dict(clause)!r} has no {error}; it needs 'class' and 'count'") from None
 
 
-def _as_object(detection: Any) -> dict[str, Any]:
+def as_object(detection: Any) -> dict[str, Any]:
     if isinstance(detection, Mapping):
         if "box" not in detection:
             raise ValueError(f"detection {dict(detection)!r} has no 'box' (x0, y0, x1, y1)")

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.geneval_files import read_json_lines
+from eval.text_files import read_json_lines, replacing
 
 SKILLS = ("object", "attribute", "count", "position", "verb")
 ATOMICITIES = range(3, 11)
@@ -58,8 +58,8 @@ def soft_tifa(scores: Sequence[float]) -> dict[str, float]:
     odd = [score for score in scores if not 0 <= score < math.inf]
     if odd:
         raise ValueError(f"score {odd[0]!r} must be a probability")
-    logs = 0.0 if min(scores) == 0 else math.exp(math.fsum(map(math.log, scores)) / len(scores))
-    return {"am": sum(scores) / len(scores), "gm": logs}
+    geometric = 0.0 if min(scores) == 0 else math.exp(math.fsum(map(math.log, scores)) / len(scores))
+    return {"am": sum(scores) / len(scores), "gm": geometric}
 
 
 def summarise(scores: Sequence[Sequence[float]], data: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -129,4 +129,5 @@ def load_prompts(path: str | Path) -> list[dict[str, Any]]:
 
 def write_scores(path: str | Path, scores: Sequence[Sequence[float]]) -> None:
     """Writes the official score_lists.json, for soft_tifa_analysis.py."""
-    Path(path).write_text(json.dumps([[float(value) for value in values] for values in scores]), encoding="utf-8")
+    with replacing(path) as file:
+        json.dump([[float(value) for value in values] for values in scores], file)

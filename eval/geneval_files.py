@@ -12,35 +12,14 @@ github.com/djghosh13/geneval at af4902f.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from eval.text_files import read_json_lines, replacing
+
 RESULT_KEYS = ("filename", "tag", "prompt", "correct", "reason", "metadata", "details")
-
-
-def read_json_lines(path: str | Path) -> Iterable[tuple[int, Any]]:
-    """Yields (line number, value) for each line of a JSON Lines file that is not blank.
-
-    Lines end at "\\n" only: U+2028 and its like may stand inside a JSON string.
-
-    Raises:
-        ValueError: the file is absent, not UTF-8, or a line is not JSON; names the line.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file (expected one JSON object per line)")
-    with open(path, encoding="utf-8") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def load_prompts(path: str | Path) -> list[dict[str, Any]]:
@@ -150,25 +129,16 @@ def write_results(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         ValueError: a row lacks a key; names the row's number.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "w", encoding="ascii", newline="\n") as file:
-            for number, row in enumerate(rows, start=1):
-                absent = [key for key in RESULT_KEYS if key not in row]
-                if absent:
-                    raise ValueError(f"row {number} has no {', '.join(map(repr, absent))}; see eval.geneval.result_row")
-                values = {key: row[key] for key in RESULT_KEYS} | {"correct": bool(row["correct"])}
-                for key in ("metadata", "details"):
-                    values[key] = values[key] if isinstance(values[key], str) else json.dumps(values[key])
-                # pandas writes the official file: no spaces, and every slash escaped.
-                file.write(json.dumps(values, separators=(",", ":")).replace("/", "\\/") + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as file:
+        for number, row in enumerate(rows, start=1):
+            absent = [key for key in RESULT_KEYS if key not in row]
+            if absent:
+                raise ValueError(f"row {number} has no {', '.join(map(repr, absent))}; see eval.geneval.result_row")
+            values = {key: row[key] for key in RESULT_KEYS} | {"correct": bool(row["correct"])}
+            for key in ("metadata", "details"):
+                values[key] = values[key] if isinstance(values[key], str) else json.dumps(values[key])
+            # pandas writes the official file: no spaces, and every slash escaped.
+            file.write(json.dumps(values, separators=(",", ":")).replace("/", "\\/") + "\n")
 
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:
