@@ -317,7 +317,7 @@ def summarise(
                 raise ValueError("it is not a prompt of the benchmark")
             if item not in answers:
                 raise ValueError("it has no answers")
-            count, raw, kept = _visit(*_questions_of(answers[item], group, mode), images)
+            count, raw, kept = _visit(*answers_of(answers[item], group, mode), images)
             per_image = [sum(scores.values()) / len(scores) for scores in kept]
             prompts[item] = {"score": sum(per_image) / count, "per_image": per_image}
             category_scores = raw[-1:] if mode == "official" else kept
@@ -352,7 +352,15 @@ def summarise(
     }
 
 
-def _questions_of(answers, group: Question, mode: Mode) -> tuple[dict[int, Sequence[str]], dict[int, list[int]]]:
+def answers_of(
+    answers: Mapping[int, Sequence[str]], group: Question, mode: Mode = "official"
+) -> tuple[dict[int, Sequence[str]], dict[int, list[int]]]:
+    """(answers, dependency) of one prompt for `score_sample`: those of its questions; mode="fixed" leaves out parents
+    that are no question.
+
+    Raises:
+        ValueError: a question has no answers.
+    """
     absent = [qid for qid in group["qid2question"] if qid not in answers]
     if absent:
         raise ValueError(f"it has no answers to questions {absent}")

@@ -248,13 +248,37 @@ def max_new_tokens(text_content: str) -> int:
     return 256 if len(text_content.split()) > 60 else 128
 
 
+def compare_text(text_content: str, ocr: str) -> tuple[int, bool, float]:
+    """(edit distance, whether it is 0, share of the wanted words that were read) of one tile."""
+    distance, _, ratio, _ = _compared(text_content, ocr)
+    return distance, distance == 0, ratio
+
+
+def _compared(text_content: str, ocr: str) -> tuple[int, int, float, int]:
+    """(edit distance, matched words, their share, wanted words) of one tile."""
+    wanted, read = preprocess_string(text_content), preprocess_string(clean_and_remove_hallucinations([ocr])[0])
+    return levenshtein_distance(read, wanted), *calculate_char_match_ratio(wanted, read)
+
+
+def text_score(ed: float, cr: float, wac: float, language: Literal["EN", "ZH"] = "EN") -> float:
+    """1 - min(MAX, ED) (1 - CR) (1 - WAC) / MAX, MAX being 100 in English and 50 in Chinese.
+
+    Raises:
+        ValueError: an unknown language.
+    """
+    if language not in MAX_EDIT_DISTANCE:
+        raise ValueError(f"language={language!r} must be one of {', '.join(MAX_EDIT_DISTANCE)}")
+    limit = MAX_EDIT_DISTANCE[language]
+    return 1 - min(limit, ed) * (1 - cr) * (1 - wac) / limit
+
+
 def summarise_text(
     contents: Mapping[str, str],
     ocr: Mapping[str, Sequence[str] | None],
     language: Literal["EN", "ZH"] = "EN",
     mode: Mode = "official",
 ) -> dict[str, Any]:
-    """The text score: 1 - min(MAX, ED) (1 - CR) (1 - WAC) / MAX, MAX being 100 in English and 50 in Chinese.
+    """The `text_score` of the benchmark.
 
     ED is the mean edit distance over all tiles, CR the share of tiles at distance 0, WAC the matched words of all
     tiles / their wanted words.
@@ -274,9 +298,6 @@ def summarise_text(
         ValueError: an unknown language, no text at all, or mode="official" and a first picture that is all black.
     """
     _check_mode(mode)
-    if language not in MAX_EDIT_DISTANCE:
-        raise ValueError(f"language={language!r} must be one of {', '.join(MAX_EDIT_DISTANCE)}")
-    limit = MAX_EDIT_DISTANCE[language]
     distances: list[int] = []
     matched_words = wanted_words = 0
     prompts: dict[str, list[float] | None] = {}
@@ -295,17 +316,13 @@ def summarise_text(
         if len(texts) == 0:
             continue
         before = texts
-        wanted = preprocess_string(content)
-        rows = []
-        for text in map(preprocess_string, clean_and_remove_hallucinations(texts)):
-            matched, ratio, count = calculate_char_match_ratio(wanted, text)
-            rows.append((levenshtein_distance(text, wanted), ratio))
-            matched_words += matched
-            wanted_words += count
-        distances += [distance for distance, _ in rows]
-        ratios = [ratio for _, ratio in rows]
-        edits, exact = [distance for distance, _ in rows], sum(distance == 0 for distance, _ in rows)
-        prompts[key] = [sum(edits) / len(rows), exact / len(rows), sum(ratios) / len(rows)]
+        rows = [_compared(content, text) for text in texts]
+        edits = [distance for distance, _, _, _ in rows]
+        distances += edits
+        matched_words += sum(matched for _, matched, _, _ in rows)
+        wanted_words += sum(count for _, _, _, count in rows)
+        ratios = [ratio for _, _, ratio, _ in rows]
+        prompts[key] = [sum(edits) / len(rows), edits.count(0) / len(rows), sum(ratios) / len(rows)]
     if not distances or not wanted_words:
         raise ValueError(f"none of {len(contents)} prompts has a text to compare")
     ed, cr, wac = sum(distances) / len(distances), distances.count(0) / len(distances), matched_words / wanted_words
@@ -313,7 +330,7 @@ def summarise_text(
         "ED": ed,
         "CR": cr,
         "WAC": wac,
-        "score": 1 - min(limit, ed) * (1 - cr) * (1 - wac) / limit,
+        "score": text_score(ed, cr, wac, language),
         "prompts": prompts,
         "scored": sum(value is not None for value in prompts.values()),
         "failed": [key for key, value in prompts.items() if value is None],

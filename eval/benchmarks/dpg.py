@@ -51,19 +51,18 @@ class DPG:
     def score(self, prompt: Prompt, judged: Judged) -> Scored:
         """Official and fixed scores of a prompt are the same, but for the one whose first question is skipped."""
         group = _group(prompt["questions"])
-        summaries = [
-            None if answers is None else rule.summarise({"": _answers([answers])}, {"": group}, "fixed", 1)
-            for answers in judged.images
-        ]
-        for summary in summaries:
-            if summary is not None and summary["errors"]:
-                raise ValueError(f"prompt {prompt['id']!r}: {summary['errors']['']}")
-        scores = tuple(None if s is None else s["prompts"][""]["score"] for s in summaries)
+        scores: list[float | None] = []
+        for answers in judged.images:
+            try:
+                chosen = None if answers is None else rule.answers_of(_answers([answers]), group, "fixed")
+                scores.append(None if chosen is None else rule.score_sample(*chosen)["score"])
+            except ValueError as error:
+                raise ValueError(f"prompt {prompt['id']!r}: {error}") from None
         reasons = []
         for answers in judged.images:
             no = [] if answers is None else [q[3] for q in prompt["questions"] if answers[str(q[0])] != rule.YES]
             reasons.append("not judged" if answers is None else "\n".join(no))
-        return Scored(mean(scores), scores, tuple(reasons))
+        return Scored(mean(scores), tuple(scores), tuple(reasons))
 
     def summarise(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], mode: Mode) -> dict[str, Any]:
         """See `Benchmark.summarise`; also what `eval.dpg.summarise` returns. It counts prompts: one that misses an
