@@ -137,8 +137,15 @@ def write_results(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
             values = {key: row[key] for key in RESULT_KEYS} | {"correct": bool(row["correct"])}
             for key in ("metadata", "details"):
                 values[key] = values[key] if isinstance(values[key], str) else json.dumps(values[key])
-            # pandas writes the official file: no spaces, and every slash escaped.
-            file.write(json.dumps(values, separators=(",", ":")).replace("/", "\\/") + "\n")
+            file.write(_as_pandas(values) + "\n")
+
+
+def _as_pandas(values: Mapping[str, Any]) -> str:
+    """One JSON object as pandas writes it: no spaces, every slash escaped, and DEL as it is."""
+    text = json.dumps(values, separators=(",", ":")).replace("/", "\\/")
+    if "\\u007f" in text:  # rare; it may also be the text of an escape, whose backslash is escaped in turn
+        text = re.sub(r"\\(u007f|.)", lambda match: "\x7f" if match[1] == "u007f" else match[0], text)
+    return text
 
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:

@@ -163,9 +163,14 @@ def summarise_alignment(scores: Mapping[str, float | None] | Iterable[float | No
     return summary | {"classes": _class_means(summary["prompts"])}
 
 
+def _by_prompt(values: Mapping[Any, Any] | Iterable[Any]) -> dict[Any, Any]:
+    return dict(values) if isinstance(values, Mapping) else dict(enumerate(values))
+
+
 def _summary(scores) -> dict[str, Any]:
-    prompts = dict(scores) if isinstance(scores, Mapping) else dict(enumerate(scores))
-    prompts = {key: None if value is None or math.isnan(value) else float(value) for key, value in prompts.items()}
+    prompts = {
+        key: None if value is None or math.isnan(value) else float(value) for key, value in _by_prompt(scores).items()
+    }
     values = [value for value in prompts.values() if value is not None]
     if not values:
         raise ValueError(f"none of {len(prompts)} prompts has a score")
@@ -273,8 +278,8 @@ def text_score(ed: float, cr: float, wac: float, language: Literal["EN", "ZH"] =
 
 
 def summarise_text(
-    contents: Mapping[str, str],
-    ocr: Mapping[str, Sequence[str] | None],
+    contents: Mapping[str, str] | Sequence[str],
+    ocr: Mapping[str, Sequence[str] | None] | Sequence[Sequence[str] | None],
     language: Literal["EN", "ZH"] = "EN",
     mode: Mode = "official",
 ) -> dict[str, Any]:
@@ -284,8 +289,8 @@ def summarise_text(
     tiles / their wanted words.
 
     Args:
-        contents: {id: wanted text}, the column text_content of text_content.csv, in its order.
-        ocr: {id: what the judge read in each tile}; None or no entry: there is no picture.
+        contents: {id: wanted text}, the column text_content of text_content.csv, in its order; or the texts alone.
+        ocr: {id: what the judge read in each tile}, None or no entry where there is no picture; or one per text.
         language: of the benchmark.
         mode: a picture whose tiles are all black has no texts ([]). "official" then scores the texts of the prompt
             before it once more, under this prompt, as the official code does; "fixed" gives it no score.
@@ -298,6 +303,7 @@ def summarise_text(
         ValueError: an unknown language, no text at all, or mode="official" and a first picture that is all black.
     """
     _check_mode(mode)
+    contents, ocr = _by_prompt(contents), _by_prompt(ocr)
     distances: list[int] = []
     matched_words = wanted_words = 0
     prompts: dict[str, list[float] | None] = {}
@@ -348,15 +354,14 @@ def style_score(csd: Any, se: Any, csd_refs: Any, se_refs: Any) -> float | None:
     `se` and `se_refs` are bfloat16 values, products are rounded to bfloat16.
 
     Args:
-        csd, se: unit embeddings, [tiles, 768] and [tiles, 1280], or of one tile without the first axis.
+        csd, se: unit embeddings, [tiles, 768] and [tiles, 1280], or of one tile without the first axis; arrays, lists
+            or tensors.
         csd_refs, se_refs: of the references of the prompt's style, [references, 768] and [references, 1280].
 
     Raises:
         ValueError: unequal numbers of tiles, or widths that do not fit.
     """
-    csd, se = np.atleast_2d(np.asarray(csd, np.float32)), np.atleast_2d(np.asarray(se, np.float32))
-    csd_refs = np.atleast_2d(np.asarray(csd_refs, np.float32))
-    se_refs = np.atleast_2d(np.asarray(se_refs, np.float32))
+    csd, se, csd_refs, se_refs = map(_rows_of, (csd, se, csd_refs, se_refs))
     if not csd.size and not se.size:
         return None
     if len(csd) != len(se) or csd.shape[1] != csd_refs.shape[1] or se.shape[1] != se_refs.shape[1]:
@@ -370,6 +375,12 @@ def style_score(csd: Any, se: Any, csd_refs: Any, se_refs: Any) -> float | None:
         products = _to_bfloat16(products.astype(np.float32)).astype(np.float64)
     tiles = (np.maximum(csd_best, 0) + np.maximum(products.max(axis=1), 0)) / 2
     return float(tiles.mean())
+
+
+def _rows_of(values: Any) -> np.ndarray:
+    """[..., width] as float32 [rows, width]; also a torch tensor of any dtype and device."""
+    values = values.detach().float().cpu().numpy() if hasattr(values, "detach") else np.asarray(values, np.float32)
+    return values.reshape(-1, values.shape[-1]) if values.size else np.zeros((0, 0), np.float32)
 
 
 def _is_bfloat16(values: np.ndarray) -> bool:
@@ -395,11 +406,9 @@ def summarise_style(
     Raises:
         ValueError: a prompt without an entry in `styles`, an unknown style, or no score at all.
     """
-    if not isinstance(scores, Mapping):
-        if len(styles) != len(scores):
-            raise ValueError(f"{len(styles)} styles and {len(scores)} scores must be as many")
-        scores = dict(enumerate(scores))
-    named = dict(styles) if isinstance(styles, Mapping) else dict(enumerate(styles))
+    if not isinstance(scores, Mapping) and len(styles) != len(scores):
+        raise ValueError(f"{len(styles)} styles and {len(scores)} scores must be as many")
+    scores, named = _by_prompt(scores), _by_prompt(styles)
     absent = [key for key in scores if key not in named]
     if absent:
         raise ValueError(f"prompts {absent[:5]} have scores but no row in the table of styles (style.csv)")
