@@ -14,6 +14,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 SCHEMA_VERSION = 2
+# How prompts make the overall score: the plain mean of categories, of prompts, or of named parts of prompts.
+Pooling = Literal["categories", "prompts", "parts"]
 FILE = "scorecard.json"
 
 
@@ -71,7 +73,9 @@ class Counts(Section):
 
 
 class JudgeRecord(Section):
+    role: str
     name: str
+    model: str
     revision: str
     spec: dict[str, Any]
     official: bool
@@ -126,8 +130,9 @@ class Scorecard(Section):
     schema_version: Literal[2] = SCHEMA_VERSION
     name: str
     benchmark: str
+    version: str
     scale: float
-    pooling: Literal["categories", "prompts"]
+    pooling: Pooling
     overall: CategoryScore
     tasks: dict[str, CategoryScore]
     image_accuracy: float
@@ -147,7 +152,7 @@ class Scorecard(Section):
 
 
 def dumps(card: Scorecard) -> str:
-    return json.dumps(card.model_dump(mode="json"), indent=1, ensure_ascii=True) + "\n"
+    return json.dumps(card.model_dump(mode="json"), indent=1, ensure_ascii=True, allow_nan=False) + "\n"
 
 
 def load(path: str | Path) -> Scorecard:

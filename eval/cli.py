@@ -24,6 +24,7 @@ import yaml
 from pydantic import ValidationError
 
 from eval import catalog
+from eval.benchmarks import registry
 from eval.config import EvalConfig
 
 RUN_TIMES = "timing.json"  # beside images/, and no part of any score
@@ -63,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("judge", _judge, "Asks a judge about a run's images.")
     sub.add_argument("run", type=Path)
-    sub.add_argument("--judge", help="default: the benchmark's own")
+    sub.add_argument("--judge", action="append", default=[], metavar="[ROLE=]NAME", help="who answers: for one role of the benchmark, or for all")  # fmt: skip
     sub.add_argument("--out", type=Path, help="where the answers go (default: RUN/judged)")
     sub.add_argument("--missing", choices=("error", "official"), help="what to do about missing images")
     _shard_option(sub)
@@ -160,32 +161,37 @@ def _shard(options: argparse.Namespace) -> tuple[int, int]:
 
 
 def _ls(options: argparse.Namespace) -> None:
-    if options.name is not None:
-        if options.name in catalog.JUDGES:
-            print(f"judge {options.name}: {catalog.JUDGES[options.name][1]}")
-            return
+    if options.name in catalog.JUDGES:
+        _, roles, text = catalog.JUDGES[options.name]
+        print(f"judge {options.name}: {text}; answers as {', '.join(roles)}")
+    elif options.name is not None:
         benchmark = catalog.benchmark(options.name)
-        print(f"benchmark {benchmark.name}: {catalog.BENCHMARKS[benchmark.name][1]}")
-        print(f"  official judges  {', '.join(benchmark.official_judges)}")
-        print(f"  default judge    {benchmark.default_judge or 'none: name one'}")
-        print(f"  overall          mean of {benchmark.pooling}")
-        print(f"  official layout  {benchmark.layout}")
-        return
-    for title, table in (("benchmarks", catalog.BENCHMARKS), ("judges", catalog.JUDGES)):
-        print(title)
-        for name, (_, text) in sorted(table.items()):
-            print(f"  {name:<20} {text}")
+        print(f"benchmark {benchmark.name}, {benchmark.version}")
+        print(f"  prompts          {benchmark.data or 'made by this package'}")
+        print(f"  images           {benchmark.images_per_prompt} per prompt, {'grids' if benchmark.grid else 'files'}")
+        print(f"  tasks            {', '.join(benchmark.tasks)}")
+        print(f"  overall          mean of {catalog.POOLING.get(benchmark.name, 'prompts')}")
+        for role, model in benchmark.judges.items():
+            usable = [name for name, (_, roles, _) in catalog.JUDGES.items() if role in roles]
+            print(f"  judge {role:<10} officially {model}; here {', '.join(usable) or 'none'}")
+    else:
+        print("benchmarks")
+        for name in registry.BENCHMARKS:
+            print(f"  {name:<20} {catalog.benchmark(name).version}")
+        print("judges")
+        for name, (_, roles, text) in sorted(catalog.JUDGES.items()):
+            print(f"  {name:<20} {', '.join(roles)}: {text}")
 
 
 def _generate(options: argparse.Namespace) -> None:
     from eval.generate import IMAGES, generate
     from eval.layouts import export
     from eval.pipelines import diffusers_sampler, load_pipeline
-    from eval.scorecard import benchmark_prompts, check_out_dir
+    from eval.scorecard import check_out_dir
 
     config, (shard, shards) = read_config(options), _shard(options)
     out = check_out_dir(options.out)
-    prompts = benchmark_prompts(config)  # before the weights are loaded
+    prompts = catalog.prompts(config)  # before the weights are loaded
     pipeline, provenance = load_pipeline(
         options.model, revision=options.revision, dtype=options.dtype, device=options.device
     )
@@ -202,16 +208,19 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _judge(options: argparse.Namespace) -> None:
-    from eval.scorecard import JUDGED, default_judge, judge_run
+    from eval.scorecard import JUDGED, judge_run
 
     config = _recorded(options)
-    if options.judge is not None:
-        catalog.check_name("judge", options.judge)
-        config = config.model_copy(update={"judge": options.judge})
+    roles = catalog.benchmark(config.benchmark).judges
+    judges = dict(config.judges)
+    for item in options.judge:
+        role, separator, name = item.partition("=")
+        judges |= {role: name} if separator else dict.fromkeys(roles, item)
+    config = EvalConfig(**config.model_dump(exclude={"judges"}), judges=judges)
     shard, shards = _shard(options)
     out = options.out or options.run / JUDGED
-    report = judge_run(options.run, out, default_judge(config), config, shard=shard, shards=shards)
-    print(f"{report['asked']} questions asked, {report['known']} known: {out}")
+    report = judge_run(options.run, out, catalog.load_judges(config), config, shard=shard, shards=shards)
+    print(f"{report['asked']} questions asked: {out}")
 
 
 def _recorded(options: argparse.Namespace) -> EvalConfig:
@@ -222,11 +231,12 @@ def _recorded(options: argparse.Namespace) -> EvalConfig:
 
 
 def _score(options: argparse.Namespace) -> None:
+    from eval.judging import JUDGES
     from eval.scorecard import CARD, JUDGED, PAGE, lines, rescore
 
     config, out = _recorded(options), options.out or options.run
     judged = options.judged
-    if judged is None and (options.run / JUDGED / "judge.json").is_file():
+    if judged is None and (options.run / JUDGED / JUDGES).is_file():
         judged = options.run / JUDGED
     card = rescore(options.run, out, config, judged=judged, training_runs=options.training_runs)
     print("\n".join([*lines(card), f"{out / CARD}", f"{out / PAGE}"]))

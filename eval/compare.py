@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict
 
 from eval import card as cards
 from eval import stats
-from eval.card import Scorecard
-from eval.judging import Row, read_rows
+from eval.card import Pooling, Scorecard
+from eval.judging import Row, prompt_scores, read_rows
 
 SCORES = "scores.parquet"
 # Settings that may differ without being what is compared, such as what follows from others.
@@ -60,13 +60,11 @@ def read_scores(folder: str | Path) -> tuple[Scorecard, list[Row]]:
     return cards.load(folder), read_rows(folder / SCORES)
 
 
-def prompt_means(rows: Sequence[Row], split: str = "seen") -> dict[str, dict[str, float]]:
-    """category -> prompt id -> mean score of its images, over all seeds."""
-    values: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
-        if row["score"] is not None and (row["split"] == "held_out") == (split == "held_out"):
-            values.setdefault(row["category"], {}).setdefault(row["prompt_id"], []).append(row["score"])
-    return {name: {i: sum(v) / len(v) for i, v in sorted(of.items())} for name, of in sorted(values.items())}
+def prompt_means(rows: Sequence[Row], pooling: Pooling, split: str = "seen") -> dict[str, dict[str, float]]:
+    """category -> prompt id -> mean score over its images and seeds."""
+    mine = [row for row in rows if (row["split"] == "held_out") == (split == "held_out")]
+    units = prompt_scores(mine, pooling)
+    return {name: {i: sum(v) / len(v) for i, v in sorted(units[name].items())} for name in sorted(units)}
 
 
 def pairs(a: Mapping[str, Mapping[str, float]], b: Mapping[str, Mapping[str, float]]) -> stats.Pairs:
@@ -88,15 +86,15 @@ def compare_runs(a: str | Path, b: str | Path, margin: float | None = None) -> C
     (card_a, rows_a), (card_b, rows_b) = read_scores(a), read_scores(b)
     if reason := cards.not_comparable(card_a, card_b):
         raise ValueError(f"{a} and {b} cannot be compared: {reason}")
-    scale, pooling = card_a.scale, card_a.pooling
+    scale, pooling = card_a.scale, "prompts" if card_a.pooling == "prompts" else "categories"
     margin = None if margin is None else margin / scale
-    seen = pairs(prompt_means(rows_a), prompt_means(rows_b))
+    seen = pairs(prompt_means(rows_a, card_a.pooling), prompt_means(rows_b, card_a.pooling))
     if not seen:
         raise ValueError(f"{a} and {b} have no scored prompt in common")
     overall = stats.compare(seen, pooling, margin=margin)
     each = {name: stats.compare({name: values}, pooling, margin=margin) for name, values in seen.items()}
     adjusted = dict(zip(each, stats.holm([d.p for d in each.values()]), strict=True))
-    held_out = pairs(prompt_means(rows_a, "held_out"), prompt_means(rows_b, "held_out"))
+    held_out = pairs(*(prompt_means(rows, card_a.pooling, "held_out") for rows in (rows_a, rows_b)))
     held = stats.compare(held_out, pooling, margin=margin) if held_out else None
     result = _compared(overall, seen, pooling, scale)
     return Comparison(

@@ -24,7 +24,9 @@ class SchedulerConfig(BaseModel):
 class EvalConfig(BaseModel):
     """How images are sampled, and which benchmark and judge score them.
 
-    benchmark, judge: names of eval.catalog; judge None is the benchmark's own.
+    benchmark: a name of eval.benchmarks.registry.
+    judges: {role: name of eval.catalog}, for the roles that the benchmark has (Benchmark.judges); the shapes benchmark has
+        judges of its own.
     prompts_file: the benchmark's prompts, where they are not part of this package.
     prompt_set: "development" prompts are other ones of the same kind, to choose by; "official" ones are to report.
     prompts_per_task: per category; None is all of them.
@@ -36,7 +38,7 @@ class EvalConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     benchmark: str = "shapes"
-    judge: str | None = None
+    judges: dict[str, str] = {}
     prompts_file: str | None = None
     prompt_set: Literal["official", "development"] = "official"
     prompts_per_task: Annotated[int, Field(gt=0)] | None = None
@@ -64,15 +66,23 @@ class EvalConfig(BaseModel):
             raise ValueError("seeds must be different whole numbers from 0 up: a repeated run is no new evidence")
         return seeds
 
-    @field_validator("benchmark", "judge")
+    @field_validator("benchmark")
     @classmethod
-    def _known(cls, name: str | None, info) -> str | None:
+    def _known_benchmark(cls, name: str) -> str:
+        from eval.benchmarks import registry
+
+        registry.load(name)
+        return name
+
+    @field_validator("judges")
+    @classmethod
+    def _known_judges(cls, judges: dict[str, str]) -> dict[str, str]:
         from eval import catalog
 
-        if name is not None:
-            catalog.check_name(info.field_name, name)
-        return name
+        for name in judges.values():
+            catalog.check_judge(name)
+        return judges
 
 
 # What scoring alone reads: it may change while the images stay.
-SCORING_KEYS = frozenset({"judge", "judge_batch_size", "bootstrap_samples", "equal_within", "missing"})
+SCORING_KEYS = frozenset({"judges", "judge_batch_size", "bootstrap_samples", "equal_within", "missing"})

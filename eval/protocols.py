@@ -1,84 +1,47 @@
-"""What a benchmark and a judge offer: generating, judging and scoring know nothing else of them.
+"""What a judge offers, and the names of prompts and scores: generating, judging and scoring know nothing else of either.
 
     benchmark.prompts -> images --judge.answer(benchmark.questions)--> answers --benchmark.score--> a float per image
 
-A prompt is a mapping with "prompt" (its text) and "category" (or GenEval's "tag"); "id" (else derived from category and
-text), "split" ("seen" or "held_out", which is scored apart) and "images" (how many a run makes of it) are optional.
+Benchmarks are eval.benchmarks.base.Benchmark.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from PIL import Image
 
-from eval.config import EvalConfig
-
-Prompt = Mapping[str, Any]
-Request = tuple[Image.Image, str]  # (image, question)
+from eval.benchmarks.base import Benchmark, Prompt, Question
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Score of one image, in [0, 1], and why it is not 1."""
+class Request:
+    """A question about one image, or about all images of a prompt (eval.benchmarks.base.Question)."""
 
-    score: float
-    reason: str = ""
-
-
-class Benchmark(Protocol):
-    """A set of prompts, what is asked about their images, and what the answers are worth.
-
-    pooling: how prompts make the overall score: the plain mean of "categories", or of "prompts".
-    layout: of the official code: "folders" (GenEval) or "grids" (DPG-Bench, OneIG-Bench).
-    scale: what official tables multiply a share by: 1 or 100.
-    official_judges: names; a score by other judges has their names in brackets.
-    default_judge: what judges it where a recipe names none; None: a recipe must.
-    """
-
-    name: str
-    pooling: Literal["categories", "prompts"]
-    layout: Literal["folders", "grids"]
-    scale: float
-    official_judges: Sequence[str]
-    default_judge: str | None
-
-    def prompts(self, config: EvalConfig) -> list[dict[str, Any]]:
-        """All prompts, in the official order.
-
-        Raises:
-            ValueError: a prompt file is needed, or is not one.
-        """
-
-    def questions(self, prompt: Prompt) -> list[str]:
-        """What a judge is asked about each image of a prompt."""
-
-    def score(self, prompt: Prompt, answers: Mapping[str, Any]) -> Verdict:
-        """From the answer to each of `questions`, one image's score."""
-
-    def summarise(self, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> dict[str, dict[str, Any]]:
-        """The official aggregate of scored rows: {"official": {"overall", "categories"}, "fixed": the same}, in the
-        benchmark's own scale. Either may be left out: "fixed" where the official code has no bug, both where a benchmark
-        has no official code."""
+    images: Sequence[Image.Image]
+    text: str
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Judge(Protocol):
     """A model, or a rule, that answers questions about images.
 
+    model: what it computes, in the words of `Benchmark.judges`: a score is official if these are the same.
     spec: everything that may change an answer: class, repository at revision or file digest, dtype, attention, processor,
     decoding, library versions. revision: its digest.
     """
 
     name: str
+    model: str
     spec: Mapping[str, Any]
     revision: str
 
     def answer(self, requests: Sequence[Request]) -> list[Any]:
-        """One JSON-able answer to each request."""
+        """One JSON value per request."""
 
     def selftest(self) -> None:
         """Answers known questions about made images.
@@ -89,21 +52,33 @@ class Judge(Protocol):
 
 
 def digest_of(value: Any) -> str:
-    """SHA-256 of a JSON-able value, independent of the order of keys."""
+    """SHA-256 of a JSON value, independent of the order of keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def score_name(benchmark: Benchmark, judges: Iterable[str]) -> str:
-    """`geneval` by official judges alone, else `geneval[judge+judge]`: the only name a score may have."""
-    names = list(judges)
-    if names and set(names) <= set(benchmark.official_judges):
+def question_key(question: Question) -> str:
+    """The question as the journal of answers knows it."""
+    if not question.options and not question.together:
+        return f"{question.judge}: {question.text}"
+    rest = json.dumps(dict(question.options), sort_keys=True, ensure_ascii=True)
+    return f"{question.judge}{' of all' if question.together else ''}: {question.text} {rest}"
+
+
+def score_name(benchmark: Benchmark, judges: Mapping[str, Mapping[str, Any]]) -> str:
+    """`geneval` by official judges alone, else `geneval[judge+judge]`: the only name a score may have.
+
+    Args:
+        judges: {role: {"name", "model"}} for each role of `benchmark.judges`.
+    """
+    if judges and all(judges[role]["model"] == model for role, model in benchmark.judges.items() if role in judges):
         return benchmark.name
+    names = dict.fromkeys(judge["name"] for judge in judges.values())
     return f"{benchmark.name}[{'+'.join(names) or 'no judge'}]"
 
 
 def category_of(prompt: Prompt) -> str:
-    return str(prompt.get("category", prompt.get("tag", "all")))
+    return str(prompt.get("tag", "all"))
 
 
 def with_ids(prompts: Sequence[Prompt]) -> list[dict[str, Any]]:

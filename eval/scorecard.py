@@ -10,6 +10,7 @@ python -m eval.cli score DIR [--out DIR2]
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import tempfile
@@ -19,14 +20,15 @@ from typing import Any
 
 from eval import catalog, stats
 from eval.answers import Answers
+from eval.benchmarks.base import Benchmark, Judged, Mode
 from eval.card import (
-    SCHEMA_VERSION,
     CategoryScore,
     Comparison,
     Counts,
     Interval,
     JudgeRecord,
     Noise,
+    Pooling,
     Scorecard,
     Scores,
     Settings,
@@ -42,16 +44,17 @@ from eval.judging import (
     expected_count,
     index_images,
     judge_images,
-    read_judge,
+    judged_prompts,
+    prompt_scores,
+    read_judges,
     read_rows,
     score_rows,
-    write_judge,
+    write_judges,
     write_rows,
 )
-from eval.protocols import Benchmark, Judge, category_of, digest_of, score_name
+from eval.protocols import Judge, category_of, digest_of, score_name
 from eval.references import PUBLISHED
 
-__all__ = ["SCHEMA_VERSION", "benchmark_prompts", "evaluate", "judge_run", "main", "rescore", "scorecard", "write"]
 JUDGED = "judged"
 SCORES, CARD, PAGE, GRID = "scores.parquet", "scorecard.json", "scorecard.html", "grid.png"
 Log = Callable[[str], None]
@@ -64,35 +67,15 @@ def evaluate(
     *,
     prompts: Sequence[Mapping[str, Any]] | None = None,
     provenance: Mapping[str, Any] | None = None,
-    judge: Judge | None = None,
+    judges: Mapping[str, Judge] | None = None,
     log: Log = print,
 ) -> dict[str, Any]:
     """Samples, judges, scores and writes. Returns the scorecard; see `generate`, `judge_run` and `rescore`."""
     if prompts is None:
-        prompts = benchmark_prompts(config)
-    judge = judge or default_judge(config)  # before any sampling
+        prompts = catalog.prompts(config)
+    judges = judges or catalog.load_judges(config)  # before any sampling
     generate(sampler, prompts, config, out_dir, provenance=provenance, log=log)
-    return rescore(out_dir, out_dir, config, judge=judge, log=log)
-
-
-def benchmark_prompts(config: EvalConfig) -> list[dict[str, Any]]:
-    """
-    Raises:
-        ValueError: the benchmark needs a prompt file, or has no development prompts.
-    """
-    return catalog.benchmark(config.benchmark).prompts(config)
-
-
-def default_judge(config: EvalConfig) -> Judge:
-    """The judge that the configuration names, else the benchmark's own.
-
-    Raises:
-        ValueError: the benchmark has none, and none is named.
-    """
-    name = config.judge or catalog.benchmark(config.benchmark).default_judge
-    if name is None:
-        raise ValueError(f"benchmark {config.benchmark!r} needs a judge: set judge to one of {', '.join(sorted(catalog.JUDGES))}")  # fmt: skip
-    return catalog.judge(name)
+    return rescore(out_dir, out_dir, config, judges=judges, log=log)
 
 
 def read_run(run_dir: str | Path) -> tuple[Path, list[dict[str, Any]], dict[str, Any]]:
@@ -116,27 +99,27 @@ def read_run(run_dir: str | Path) -> tuple[Path, list[dict[str, Any]], dict[str,
 def judge_run(
     run_dir: str | Path,
     out_dir: str | Path,
-    judge: Judge,
+    judges: Mapping[str, Judge],
     config: EvalConfig | None = None,
     *,
     shard: int = 0,
     shards: int = 1,
     log: Log = print,
 ) -> dict[str, int]:
-    """Answers of a judge about a run's images, in `out_dir`: images.parquet, judge.json and answers.parquet.
+    """Answers of judges about a run's images, in `out_dir`: images.parquet, judges.json and answers.parquet.
 
     Raises:
-        ValueError: missing images, or the judge fails (see `judge_images`); what it answered is kept.
+        ValueError: missing images, or a judge fails (see `judge_images`); what it answered is kept.
     """
     images_dir, prompts, generation = read_run(run_dir)
     config = config or EvalConfig(**generation["config"])
     benchmark, out_dir = catalog.benchmark(config.benchmark), check_out_dir(out_dir)
     rows = index_images(images_dir, prompts, config)
     write_rows(rows, out_dir / INDEX)
-    write_judge(judge, out_dir)
+    write_judges(judges, out_dir)
     with Answers(out_dir, write=True) as answers:
         report = judge_images(
-            rows, images_dir, prompts, benchmark, judge, answers,
+            rows, images_dir, prompts, benchmark, judges, answers,
             batch_size=config.judge_batch_size, shard=shard, shards=shards, log=log,
         )  # fmt: skip
         answers.seal()
@@ -148,7 +131,7 @@ def rescore(
     out_dir: str | Path,
     config: EvalConfig | None = None,
     *,
-    judge: Judge | None = None,
+    judges: Mapping[str, Judge] | None = None,
     judged: str | Path | None = None,
     training_runs: Sequence[str | Path] = (),
     log: Log = print,
@@ -157,12 +140,13 @@ def rescore(
 
     Args:
         config: the recorded one unless given.
-        judge: asked about what has no answer yet.
+        judges: {role: judge}, asked about what has no answer yet.
         judged: a folder of `judge_run` whose answers are complete: then no judge, and no image, is needed.
         training_runs: scorecards of the same recipe at other training seeds, for the noise of training.
 
     Raises:
-        ValueError: no run there, `out_dir` is sealed or a file, images are missing, or the answers are incomplete.
+        ValueError: no run there, `out_dir` is sealed or a file, images are missing, or the answers are incomplete or
+            older than an image.
     """
     out_dir = check_out_dir(out_dir)
     images_dir, prompts, generation = read_run(run_dir)
@@ -170,15 +154,28 @@ def rescore(
     benchmark = catalog.benchmark(config.benchmark)
     if judged is None:
         judged = out_dir / JUDGED
-        judge_run(run_dir, judged, judge or default_judge(config), config, log=log)
+        judge_run(run_dir, judged, judges or catalog.load_judges(config), config, log=log)
     judged = Path(judged)
-    record = read_judge(judged)
-    rows = score_rows(read_rows(judged / INDEX), prompts, benchmark, Answers(judged), record["revision"])
-    card = scorecard(rows, prompts, config, generation, judges=[record])
+    record, rows = read_judges(judged), read_rows(judged / INDEX)
+    _refuse_stale(rows, images_dir, judged / INDEX)
+    revisions = {role: judge["revision"] for role, judge in record.items()}
+    answered = judged_prompts(rows, prompts, config, benchmark, Answers(judged), revisions)
+    rows = score_rows(rows, prompts, benchmark, answered)
+    card = scorecard(rows, prompts, config, generation, judges=record, answered=answered)
     if training_runs:
         card = with_training_noise(card, [load(path) for path in training_runs])
     write(card, rows, images_dir, out_dir)
     return card.model_dump(mode="json")
+
+
+def _refuse_stale(rows: Sequence[Row], images_dir: Path, index: Path) -> None:
+    """Images that are newer than their index are compared with it; images that are gone need not be."""
+    written = index.stat().st_mtime_ns
+    for row in rows:
+        path = images_dir / row["file"]
+        is_newer = path.is_file() and path.stat().st_mtime_ns > written
+        if is_newer and hashlib.sha256(path.read_bytes()).hexdigest() != row["sha256"]:
+            raise ValueError(f"{path} changed since it was judged; judge the run again")
 
 
 def check_out_dir(out_dir: str | Path) -> Path:
@@ -200,7 +197,8 @@ def scorecard(
     prompts: Sequence[Mapping[str, Any]],
     config: EvalConfig,
     generation: Mapping[str, Any] | None = None,
-    judges: Sequence[Mapping[str, Any]] = (),
+    judges: Mapping[str, Mapping[str, Any]] | None = None,
+    answered: Mapping[int, Mapping[str, Judged]] | None = None,
 ) -> Scorecard:
     """The scores with their error bars, and everything that they depend on.
 
@@ -208,51 +206,81 @@ def scorecard(
         rows: of `score_rows`.
         prompts: all that the run should have, with ids.
         generation: content of generation.json.
-        judges: {"name", "revision", "spec"} of each.
+        judges: {role: {"name", "model", "revision", "spec"}}.
+        answered: of `judged_prompts`, for the official aggregates.
 
     Raises:
         ValueError: no image could be scored.
     """
     benchmark = catalog.benchmark(config.benchmark)
+    pooling = catalog.POOLING.get(benchmark.name, "prompts")
     scored = [row for row in rows if row["score"] is not None]
     expected = expected_count(prompts, config)
     seen = [row for row in scored if row["split"] != "held_out"]
     held_out = [row for row in scored if row["split"] == "held_out"]
     if not seen:
         raise ValueError(f"none of {expected} images could be scored")
-    aggregates = benchmark.summarise(seen, prompts)
-    main_scores = _scores(seen, prompts, benchmark, aggregates)
-    name = score_name(benchmark, [judge["name"] for judge in judges])
+    aggregates = {mode: official_scores(benchmark, prompts, answered or {}, mode) for mode in ("official", "fixed")}
+    main_scores = _scores(seen, prompts, pooling, aggregates)
+    name = score_name(benchmark, judges or {})
     wanted = dict.fromkeys(category_of(p) for p in prompts if p.get("split") != "held_out")
+    present = {row["category"] for row in seen}
     generation = dict(generation or {})
     return Scorecard(
         name=name,
         benchmark=benchmark.name,
+        version=benchmark.version,
         scale=benchmark.scale,
-        pooling=benchmark.pooling,
+        pooling=pooling,
         overall=main_scores.overall,
         tasks=main_scores.tasks,
         image_accuracy=main_scores.image_accuracy,
         prompt_accuracy=main_scores.prompt_accuracy,
-        held_out=_scores(held_out, prompts, benchmark, {}) if held_out else None,
-        official=aggregates.get("official"),
-        fixed=aggregates.get("fixed"),
-        missing_tasks=[tag for tag in wanted if tag not in main_scores.tasks],
+        held_out=_scores(held_out, prompts, pooling, {}) if held_out else None,
+        official=aggregates["official"],
+        fixed=aggregates["fixed"],
+        missing_tasks=[tag for tag in wanted if tag not in present],
         counts=Counts(
             expected=expected,
             generated=len(rows),
             scored=len(scored),
             failed=max(0, expected - len(scored)),
         ),
-        deviations=_deviations(config, generation, expected - len(scored)),
+        deviations=_deviations(benchmark, config, generation, expected - len(scored)),
         seeds=list(config.seeds),
         interval=Interval(),
-        settings=_settings(rows, prompts, config, generation, benchmark, judges),
+        settings=_settings(rows, prompts, config, generation, benchmark, judges or {}),
         references=_references(benchmark, name, main_scores),
-        # What scoring no longer reads, or only for verdicts, is no part of how these scores came about.
         config=config.model_dump(mode="json", exclude={"bootstrap_samples"}),
         generation=generation,
     )
+
+
+def official_scores(
+    benchmark: Benchmark,
+    prompts: Sequence[Mapping[str, Any]],
+    answered: Mapping[int, Mapping[str, Judged]],
+    mode: Mode,
+) -> dict[str, Any] | None:
+    """What the official code would say ("official"), or would without its bugs ("fixed"): the mean over the seeds of the
+    benchmark's own summary, {"overall", "categories"}. None where nothing was answered."""
+    summaries = []
+    for of_seed in answered.values():
+        judged = {key: value for key, value in of_seed.items() if any(image is not None for image in value.images)}
+        if judged:
+            summaries.append(benchmark.summarise(prompts, judged, mode))
+    if not summaries:
+        return None
+    names = dict.fromkeys(name for summary in summaries for name in summary["categories"])
+
+    def mean(values: Sequence[float | None]) -> float | None:
+        present = [value for value in values if value is not None]
+        return sum(present) / len(present) if present else None
+
+    return {
+        "overall": mean([summary["score"] for summary in summaries]),
+        "categories": {name: mean([summary["categories"].get(name) for summary in summaries]) for name in names},
+    }
 
 
 def with_training_noise(card: Scorecard, others: Sequence[Scorecard]) -> Scorecard:
@@ -272,36 +300,22 @@ def with_training_noise(card: Scorecard, others: Sequence[Scorecard]) -> Scoreca
     return card.model_copy(update={"overall": card.overall.model_copy(update={"noise": noise})})
 
 
-def _grouped(rows: Sequence[Row], category_order: Mapping[str, int]) -> dict[str, dict[int, list[float]]]:
-    """category -> prompt index -> scores of its images."""
-    groups: dict[str, dict[int, list[float]]] = {}
-    keys = ("category", "prompt_index", "seed", "image_index")
-    ranked = sorted(
-        rows, key=lambda row: (category_order.get(row["category"], len(category_order)), *map(row.get, keys))
-    )
-    for row in ranked:
-        groups.setdefault(row["category"], {}).setdefault(row["prompt_index"], []).append(row["score"])
-    return groups
-
-
 def _scores(
     rows: Sequence[Row],
     prompts: Sequence[Mapping[str, Any]],
-    benchmark: Benchmark,
-    aggregates: Mapping[str, Mapping[str, Any]],
+    pooling: Pooling,
+    aggregates: Mapping[str, Mapping[str, Any] | None],
 ) -> Scores:
-    order = {name: i for i, name in enumerate(dict.fromkeys(category_of(p) for p in prompts))}
-    groups = {name: list(prompts.values()) for name, prompts in _grouped(rows, order).items()}
-    overall, by_category = stats.estimate(groups, benchmark.pooling)
-    of_seeds: dict[int, tuple[stats.Estimate, dict[str, stats.Estimate]]] = {}
-    for seed in sorted({row["seed"] for row in rows}):
-        mine = _grouped([row for row in rows if row["seed"] == seed], order)
-        of_seeds[seed] = stats.estimate({n: list(p.values()) for n, p in mine.items()}, benchmark.pooling)
+    order = [category_of(prompt) for prompt in prompts]
+    overall, by_category = _estimate(rows, order, pooling)
+    seeds = sorted({row["seed"] for row in rows})
+    of_seeds = {seed: _estimate([row for row in rows if row["seed"] == seed], order, pooling) for seed in seeds}
 
     def score(estimate: stats.Estimate, values: dict[int, float], name: str | None) -> CategoryScore:
         official = {
             kind: aggregate["overall"] if name is None else aggregate["categories"].get(name)
             for kind, aggregate in aggregates.items()
+            if aggregate is not None
         }
         return CategoryScore(
             **{**stats.over_seeds(values), "mean": estimate.mean},
@@ -329,9 +343,19 @@ def _scores(
     )
 
 
-def _deviations(config: EvalConfig, generation: Mapping[str, Any], failed: int) -> list[str]:
+def _estimate(rows: Sequence[Row], order: Sequence[str], pooling: Pooling) -> tuple[stats.Estimate, dict]:
+    units = prompt_scores(rows, pooling)
+    rank = {name: i for i, name in enumerate(dict.fromkeys(order))}
+    names = sorted(units, key=lambda name: (rank.get(name, len(rank)), name))
+    groups = {name: [units[name][prompt] for prompt in sorted(units[name])] for name in names}
+    return stats.estimate(groups, "prompts" if pooling == "prompts" else "categories")
+
+
+def _deviations(benchmark: Benchmark, config: EvalConfig, generation: Mapping[str, Any], failed: int) -> list[str]:
     """What keeps this score from being the benchmark's: named beside it."""
     found = []
+    if config.images_per_prompt != benchmark.images_per_prompt:
+        found.append(f"{config.images_per_prompt} images per prompt, officially {benchmark.images_per_prompt}")
     if config.prompt_set != "official":
         found.append("development prompts: a score to choose by, not to report")
     if config.prompts_per_task is not None:
@@ -349,12 +373,15 @@ def _settings(
     config: EvalConfig,
     generation: Mapping[str, Any],
     benchmark: Benchmark,
-    judges: Sequence[Mapping[str, Any]],
+    judges: Mapping[str, Mapping[str, Any]],
 ) -> Settings:
     sampler = generation.get("sampler", {})
     digests = sorted((r["seed"], r["prompt_id"], r["image_index"], r["sha256"]) for r in rows)
     return Settings(
-        judges=[JudgeRecord(**judge, official=judge["name"] in benchmark.official_judges) for judge in judges],
+        judges=[
+            JudgeRecord(role=role, **judge, official=judge["model"] == benchmark.judges.get(role))
+            for role, judge in sorted(judges.items())
+        ],
         pipeline=sampler.get("pipeline", "unknown"),
         denoiser=sampler.get("denoiser", "unknown"),
         dtype=sampler.get("dtype", "unknown"),

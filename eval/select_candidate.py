@@ -68,13 +68,13 @@ def select_candidate(
                 f"{folder} is of official prompts, which are to report and not to choose by: score it with "
                 "prompt_set=development, or allow official prompts"
             )
-    means = [prompt_means(rows) for _, rows in read]
+    means = [prompt_means(rows, base.pooling) for _, rows in read]
     common = {
         name: sorted(set.intersection(*(set(of.get(name, ())) for of in means)))
         for name in sorted(set.intersection(*map(set, means)))
     }
     scores = [{name: [of[name][i] for i in ids] for name, ids in common.items() if ids} for of in means]
-    choice = stats.choose(scores[0], scores[1:], base.pooling)
+    choice = stats.choose(scores[0], scores[1:], "prompts" if base.pooling == "prompts" else "categories")
     scale = base.scale
     found = [
         Candidate(
