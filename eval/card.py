@@ -7,6 +7,7 @@ clock or on where the files lie: the same images and answers give the same bytes
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -194,3 +195,20 @@ def not_comparable(a: Scorecard, b: Scorecard) -> str | None:
         names = [", ".join(f"{name} at {revision[:12]}" for name, revision in side) for side in revisions]
         return f"one was judged by {names[0]}, the other by {names[1]}"
     return None
+
+
+def model_index(card: Mapping[str, Any], title: str) -> dict[str, Any]:
+    """The Hub's `model-index` entry of a scorecard (as JSON): its scores under their full name."""
+
+    def plain(text: Any) -> str:  # in the header of a Markdown file, where nothing of it may be markup
+        return re.sub(r"[^\w\[\]+,.: -]", "", str(text))
+
+    scale = card.get("scale", 1.0)
+    rows = {"overall": card["overall"], **card["tasks"]}
+    metrics = [
+        {"type": "score", "name": plain(f"{card['name']}, {name}"), "value": round(scale * score["mean"], 4)}
+        for name, score in rows.items()
+    ]
+    dataset = {"type": plain(card["benchmark"]), "name": plain(card["name"])}
+    results = [{"task": {"type": "text-to-image"}, "dataset": dataset, "metrics": metrics}]
+    return {"name": plain(title), "results": results}

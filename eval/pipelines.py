@@ -48,16 +48,8 @@ def load_pipeline(
     import torch
     from diffusers import DiffusionPipeline
 
+    check_model(model, revision)
     local = is_local(model)
-    if local:
-        if not (Path(model) / "model_index.json").is_file():
-            raise ValueError(f"{model} is not a pipeline directory: it has no model_index.json")
-        if revision is not None:
-            raise ValueError(f"{model} is a directory, which has no revision ({revision})")
-    elif not _HUB_ID.fullmatch(model):
-        raise ValueError(f"model {model!r} is neither a directory (./NAME or /PATH) nor a Hub id (OWNER/NAME)")
-    elif not _COMMIT.fullmatch(revision or ""):
-        raise ValueError(f"{model} needs its revision, a commit of 40 hexadecimal digits, and not {revision!r}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -83,16 +75,38 @@ def is_local(model: str) -> bool:
 
 
 def directory_digest(directory: Path) -> str:
-    """SHA-256 over the names and contents of all files; a sealed directory's manifest already has it."""
-    manifest = directory / "manifest.json"
-    if manifest.is_file():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            return str(json.loads(manifest.read_text(encoding="utf-8"))["digest"])
+    """SHA-256 over the names and contents of all files."""
     digests = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         with open(path, "rb") as file:
             digests[path.relative_to(directory).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return digest_of(digests)
+
+
+def resolve(model: str, revision: str | None = None) -> str:
+    """What names the weights of `model` for good: the digest of a directory's files, or the commit of a Hub id.
+
+    Raises:
+        ValueError: see `load_pipeline`.
+    """
+    check_model(model, revision)
+    return directory_digest(Path(model)) if is_local(model) else str(revision)
+
+
+def check_model(model: str, revision: str | None) -> None:
+    """
+    Raises:
+        ValueError: no such directory or id, no pinned commit, or a commit of a directory.
+    """
+    if is_local(model):
+        if not (Path(model) / "model_index.json").is_file():
+            raise ValueError(f"{model} is not a pipeline directory: it has no model_index.json")
+        if revision is not None:
+            raise ValueError(f"{model} is a directory, which has no revision ({revision})")
+    elif not _HUB_ID.fullmatch(model):
+        raise ValueError(f"model {model!r} is neither a directory (./NAME or /PATH) nor a Hub id (OWNER/NAME)")
+    elif not _COMMIT.fullmatch(revision or ""):
+        raise ValueError(f"{model} needs its revision, a commit of 40 hexadecimal digits, and not {revision!r}")
 
 
 def diffusers_sampler(pipeline: Any, config: EvalConfig, text_kv_cache: bool | None = None) -> Sampler:
