@@ -179,7 +179,9 @@ def _headline(card: Scorecard) -> str:
 
 def _table(card: Scorecard, scores: Mapping[str, CategoryScore]) -> str:
     scale = card.scale
-    kinds = [k for k in ("official", "fixed") if any(getattr(s, k) is not None for s in scores.values())]
+    kinds = [k for k in ("official", "fixed") if any(_differs(s, getattr(s, k), scale) for s in scores.values())]
+    if kinds:  # side by side, or not at all: where both equal the score, they would say nothing
+        kinds = ["official", "fixed"]
     heads = ["category", "score", "interval over prompts", *kinds, "&plusmn; over seeds", "prompts", "images"]
     lines = []
     for name, score in scores.items():
@@ -192,12 +194,19 @@ def _table(card: Scorecard, scores: Mapping[str, CategoryScore]) -> str:
     return f'<div class="scroll"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
 
 
+def _differs(score: CategoryScore, other: float | None, scale: float) -> bool:
+    return other is not None and abs(other - scale * score.mean) > 1e-6 * scale
+
+
 def _noises(card: Scorecard) -> str:
     noise, scale = card.overall.noise, card.scale
+    training = f"models of other training seeds, machine included (deviation over {noise.training_runs} runs)"
+    if noise.training is None:
+        training = "models of other training seeds, machine included: needs their scorecards (--training-runs)"
     rows = [
         ("sampling", noise.sampling, "other noise on the same prompts (standard error)"),
         ("prompts", noise.prompts, "other prompts of the same kind (standard error)"),
-        ("training", noise.training, f"models of other training seeds, machine included (deviation over {noise.training_runs} runs)"),
+        ("training", noise.training, training),
     ]  # fmt: skip
     cells = "".join(
         f'<tr><td>{name}</td><td class="n">{"not measured" if value is None else _number(value, scale)}</td>'
