@@ -71,7 +71,7 @@ def score_name(benchmark: Benchmark, judges: Mapping[str, Mapping[str, Any]]) ->
     Args:
         judges: {role: {"name", "model"}} for each role of `benchmark.judges`.
     """
-    if judges and all(judges[role]["model"] == model for role, model in benchmark.judges.items() if role in judges):
+    if all(role in judges and judges[role]["model"] == model for role, model in benchmark.judges.items()):
         return benchmark.name
     names = dict.fromkeys(judge["name"] for judge in judges.values())
     return f"{benchmark.name}[{'+'.join(names) or 'no judge'}]"
