@@ -205,7 +205,9 @@ def clean_and_remove_hallucinations(texts: Iterable[str]) -> list[str]:
     """Takes out of each text what the OCR judge is known to make up, or says where it sees no text."""
     cleaned = list(texts)
     for phrase in HALLUCINATIONS:
-        cleaned = [text.replace(phrase, "") for text in cleaned]
+        # A removal can leave the phrase again; with a line break beside it, it goes too.
+        for part in (phrase, f"\n{phrase}", f"{phrase}\n"):
+            cleaned = [text.replace(part, "") for text in cleaned]
     return cleaned
 
 

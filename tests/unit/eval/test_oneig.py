@@ -112,6 +112,8 @@ def test_what_the_ocr_judge_makes_up_is_taken_out():
     texts = ["addCriterion\nHello", "No text recognized.", "No text recognized", "addaddCriterionCriterion"]
     assert oneig.clean_and_remove_hallucinations(texts) == ["\nHello", "", "No text recognized", "addCriterion"]
     assert oneig.clean_and_remove_hallucinations(["No text addCriterionrecognized."]) == [""]
+    beside_a_break = ["a\naddaddCriterionCriterion", "addaddCriterionCriterion\nb"]
+    assert oneig.clean_and_remove_hallucinations(beside_a_break) == ["a", "b"]
     assert oneig.clean_and_remove_hallucinations([]) == []
 
 
