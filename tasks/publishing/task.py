@@ -33,8 +33,9 @@ def publish_pipeline(
     """Assembles, checks in a fresh process, and uploads where the recipe says so."""
     from tasks.publishing import publish, summary
 
-    merged_path, components_path, scorecard_path, curated_path = map(fetch, (merged, components, scorecard, curated))
-    recipe = json.loads(recipe_json)
+    merged_path, components_path = fetch(merged, "merged"), fetch(components, "components")
+    scorecard_path, curated_path = fetch(scorecard, "scorecard"), fetch(curated, "curated")
+    recipe = publish.public_recipe(json.loads(recipe_json))
     side = recipe["eval"]["image_size_px"]
 
     def make(out: Path) -> dict:
@@ -46,7 +47,7 @@ def publish_pipeline(
         "pipeline",
         make,
         parents=[merged_path, components_path, scorecard_path, curated_path],
-        config={"publish": config.model_dump(mode="json"), "recipe": recipe},
+        config={"recipe": recipe},
     )
     with plain_errors():
         publish.upload(final, config)
