@@ -51,7 +51,6 @@ __all__ = [
 Mode = Literal["official", "fixed"]
 DIMENSIONS = ("alignment", "text", "reasoning", "style", "diversity")
 YES = "Yes"
-JPEG_QUALITY = 75  # Pillow's default, with which the official code writes the tiles
 MAX_EDIT_DISTANCE = {"EN": 100, "ZH": 50}
 HALLUCINATIONS = ("addCriterion", "No text recognized.")
 STYLES = (

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from eval.benchmarks.base import Judged, prompt_digest
+from eval.benchmarks.base import Judged, Question, prompt_digest
 from eval.benchmarks.registry import BENCHMARKS, load
 from eval.benchmarks.shapes.prompts import make_prompts
 
@@ -31,7 +31,8 @@ def test_every_registered_benchmark_loads_and_says_what_it_is():
     for name in BENCHMARKS:
         benchmark = load(name)
         assert benchmark.name == name and benchmark.version and benchmark.scale in (1, 100)
-        assert benchmark.judges and benchmark.images_per_prompt >= 1
+        assert benchmark.judges and benchmark.images_per_prompt >= 1 and benchmark.prompt_count > 0
+    assert load("shapes").prompt_count == len(load("shapes").prompts())
 
 
 @pytest.mark.parametrize("name, message", [("genevall", "did you mean 'geneval'"), ("DPG", "did you mean 'dpg'"),
@@ -62,6 +63,14 @@ def test_prompt_data_that_is_not_there_is_named_with_its_source(name, tmp_path):
         benchmark.prompts()
     with pytest.raises(ValueError, match="absent does not exist; .*github.com"):
         benchmark.prompts(tmp_path / "absent")
+
+
+def test_a_question_digest_is_what_the_judge_is_asked():
+    question = Question("vqa", "1", "Is it?", {"a": 1, "b": 2})
+    assert question.digest == Question("vqa", "2", "Is it?", {"b": 2, "a": 1}).digest  # another place for the answer
+    others = [Question("ocr", "1", "Is it?", {"a": 1, "b": 2}), Question("vqa", "1", "is it?", {"a": 1, "b": 2}),
+              Question("vqa", "1", "Is it?", {"a": 1})]  # fmt: skip
+    assert len({question.digest, *(q.digest for q in others)}) == 4
 
 
 def test_a_digest_of_prompts_does_not_hang_on_their_order():

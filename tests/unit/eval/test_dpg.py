@@ -84,6 +84,12 @@ def test_a_table_cut_anywhere_inside_a_row_is_refused_with_its_line(tmp_path, mo
             dpg.load_questions(path, mode)
 
 
+def test_a_table_cut_inside_quotes_is_refused_with_its_line():
+    whole = table(ROWS).getvalue().rstrip() + ' "or, not'
+    with pytest.raises(ValueError, match="line 7.*cut short"):
+        dpg.load_questions(io.StringIO(whole.replace("Question 1 of ñ 7?", '"Question 1'), newline=""))
+
+
 @pytest.mark.parametrize("row, message", [(("p", "x", "0", "a"), "line 3: proposition_id 'x'"),
                                           (("p", 1, "1; 2", "a"), "line 3: dependency '1; 2'"),
                                           (("p", 1, "", "a"), "line 3: dependency ''")])  # fmt: skip
