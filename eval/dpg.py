@@ -35,7 +35,6 @@ Mode = Literal["official", "fixed"]
 Question = dict[str, dict[int, Any]]  # qid2tuple, qid2dependency, qid2question
 YES = "yes"
 IMAGES = 4
-PROMPTS = 1065
 COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
 
 

@@ -15,6 +15,7 @@ Source: the rule of github.com/djghosh13/geneval at af4902f. It is followed to t
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -116,10 +117,11 @@ def filter_detections(
     A list already in falling order keeps its order among ties, so that filtering twice changes nothing; otherwise
     ties come out in the official order (an ascending sort, reversed).
     """
-    found = [as_object(d) for d in detections]
-    scores = np.array([d["score"] for d in found], dtype=np.float32)
-    order = np.arange(len(found)) if (scores[1:] <= scores[:-1]).all() else np.argsort(scores)[::-1]
-    kept = [found[i] for i in order[scores[order] > np.float32(threshold)][:max_objects]]
+    scores = np.array([_score(d) for d in detections], dtype=np.float32)
+    rounded, limit = scores.tolist(), float(np.float32(threshold))
+    falling = all(a >= b for a, b in itertools.pairwise(rounded))
+    order = range(len(rounded)) if falling else np.argsort(scores)[::-1].tolist()
+    kept = [as_object(detections[i]) for i in order if rounded[i] > limit][:max_objects]
     return kept if max_overlap == 1 else _suppress(kept, max_overlap)
 
 
@@ -232,14 +234,25 @@ def _clause(clause: Mapping[str, Any]) -> tuple[str, int]:
         raise ValueError(f"clause {dict(clause)!r} has no {error}; it needs 'class' and 'count'") from None
 
 
-def as_object(detection: Any) -> dict[str, Any]:
-    if isinstance(detection, Mapping):
-        if "box" not in detection:
-            raise ValueError(f"detection {dict(detection)!r} has no 'box' (x0, y0, x1, y1)")
-        return {**detection, "score": detection.get("score", 1.0)}
+def _score(detection: Any) -> float:
+    if isinstance(detection, (dict, Mapping)):  # dict first: the quicker check
+        return detection.get("score", 1.0)
     if len(detection) not in (4, 5):
         raise ValueError(f"detection {detection!r} must be a mapping with 'box', or 4 or 5 numbers (box, score)")
-    return {"box": detection[:4], "score": detection[4] if len(detection) == 5 else 1.0}
+    return detection[4] if len(detection) == 5 else 1.0
+
+
+def as_object(detection: Any) -> dict[str, Any]:
+    """A detection as a mapping with "box" and "score"; see the top of this file.
+
+    Raises:
+        ValueError: it is neither a mapping with "box" nor 4 or 5 numbers.
+    """
+    if isinstance(detection, (dict, Mapping)):
+        if "box" not in detection:
+            raise ValueError(f"detection {dict(detection)!r} has no 'box' (x0, y0, x1, y1)")
+        return {**detection, "score": _score(detection)}
+    return {"box": detection[:4], "score": _score(detection)}
 
 
 def summarise(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from eval.text_files import read_json_lines, replacing
 
 SKILLS = ("object", "attribute", "count", "position", "verb")
 ATOMICITIES = range(3, 11)
-PROMPTS = 800
 YES = ("Yes", "yes", " yes", " Yes")
 NUMERALS = {
     word: str(number)

@@ -51,7 +51,6 @@ __all__ = [
 Mode = Literal["official", "fixed"]
 DIMENSIONS = ("alignment", "text", "reasoning", "style", "diversity")
 YES = "Yes"
-JPEG_QUALITY = 75  # Pillow's default, with which the official code writes the tiles
 MAX_EDIT_DISTANCE = {"EN": 100, "ZH": 50}
 HALLUCINATIONS = ("addCriterion", "No text recognized.")
 STYLES = (
@@ -205,7 +204,9 @@ def clean_and_remove_hallucinations(texts: Iterable[str]) -> list[str]:
     """Takes out of each text what the OCR judge is known to make up, or says where it sees no text."""
     cleaned = list(texts)
     for phrase in HALLUCINATIONS:
-        cleaned = [text.replace(phrase, "") for text in cleaned]
+        # A removal can leave the phrase again; with a line break beside it, it goes too.
+        for part in (phrase, f"\n{phrase}", f"{phrase}\n"):
+            cleaned = [text.replace(part, "") for text in cleaned]
     return cleaned
 
 

@@ -48,6 +48,8 @@ def official_files(dimension: str, summary: Mapping[str, Any], model: str, langu
         raise ValueError(f"dimension {dimension!r} must be alignment, text, reasoning, style or diversity")
     # The text script alone leaves its prompts in the order of its table.
     order = list(prompts) if dimension == "text" else sorted(prompts)
+    if dimension == "diversity":
+        order = [key for key in order if prompts[key] is not None]  # the script passes over them
     return {
         f"{dimension}_score_{language}.csv": _csv(["", *columns], [[model, *columns.values()]]),
         **files,

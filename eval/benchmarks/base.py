@@ -44,6 +44,12 @@ class Question:
     options: Mapping[str, Any] = field(default_factory=dict)
     together: bool = False
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the judge is asked: the question's part of the key under which an answer is cached."""
+        asked = json.dumps([self.judge, self.text, dict(self.options)], sort_keys=True)
+        return hashlib.sha256(asked.encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -82,7 +88,7 @@ class Benchmark(Protocol):
         name, version: of the rule; the version names the official commit.
         scale: what a perfect summary score is, 1 or 100.
         tasks: the tags, in the order of published tables; () where prompts are not grouped.
-        images_per_prompt: the official number.
+        prompt_count, images_per_prompt: the official numbers.
         grid: (columns, rows) of the picture that holds a prompt's images; None where each image is a file.
         judges: {judge: the official model}.
         data: the file that `prompts` reads, and where it comes from; "" for prompts that are made.
@@ -92,6 +98,7 @@ class Benchmark(Protocol):
     version: str
     scale: float
     tasks: tuple[str, ...]
+    prompt_count: int
     images_per_prompt: int
     grid: tuple[int, int] | None
     judges: Mapping[str, str]

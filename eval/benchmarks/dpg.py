@@ -17,6 +17,7 @@ class DPG:
     version = "TencentQQGYLab/ELLA@3c228f1"
     scale = 100.0
     tasks = ("dpg",)
+    prompt_count = 1065
     images_per_prompt = rule.IMAGES
     grid = (2, 2)
     judges: Mapping[str, str] = {"vqa": "damo/mplug_visual-question-answering_coco_large_en (modelscope)"}

@@ -32,6 +32,7 @@ class GenEval:
     version = "djghosh13/geneval@af4902f"
     scale = 1.0
     tasks = rule.TASKS
+    prompt_count = 553
     images_per_prompt = 4
     grid = None
     judges: Mapping[str, str] = {
@@ -40,8 +41,6 @@ class GenEval:
     }
     data = "prompts/evaluation_metadata.jsonl of github.com/djghosh13/geneval (553 prompts)"
     classes: tuple[str, ...] = CLASSES
-    # of the official prompt file, as its bytes
-    prompts_sha256 = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
 
     def prompts(self, path: str | Path | None = None) -> list[dict[str, Any]]:
         """The prompts of a file in the official form; an id is the name of the prompt's folder.

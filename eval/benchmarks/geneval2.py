@@ -17,6 +17,7 @@ class GenEval2:
     version = "facebookresearch/GenEval2 (arXiv 2512.16853)"
     scale = 100.0
     tasks = tuple(str(count) for count in rule.ATOMICITIES)
+    prompt_count = 800
     images_per_prompt = 1
     grid = None
     judges: Mapping[str, str] = {"soft_tifa": "Qwen/Qwen3-VL-8B-Instruct"}

@@ -55,8 +55,8 @@ class OneIG:
         self.tasks = tuple(CLASS_OF.values()) if chinese else tuple(CLASS_OF.values())[:-1]
         self._table, self._column = ("OneIG-Bench-ZH.csv", "prompt_cn") if chinese else ("OneIG-Bench.csv", "prompt_en")
         self._suffix = "_zh" if chinese else ""
-        number = "1,320" if chinese else "1,120"
-        self.data = f"a checkout of github.com/OneIG-Bench/OneIG-Benchmark ({self._table}, scripts/; {number} prompts)"
+        self.prompt_count = 1320 if chinese else 1120
+        self.data = f"a checkout of github.com/OneIG-Bench/OneIG-Benchmark ({self._table}, scripts/; {self.prompt_count:,} prompts)"
 
     def prompts(self, path: str | Path | None = None) -> list[dict[str, Any]]:
         """The prompts of a checkout; an id is "<class>_<id>".

@@ -39,6 +39,7 @@ class Shapes(GenEval):
 
     name = "shapes"
     version = "1"
+    prompt_count = 156
     images_per_prompt = 1
     judges: Mapping[str, str] = {"detector": "eval.benchmarks.shapes.detector:detect"}
     data = ""
