@@ -246,7 +246,7 @@ def scorecard(
             scored=len(scored),
             failed=max(0, expected - len(scored)),
         ),
-        deviations=_deviations(benchmark, config, generation, expected - len(scored)),
+        deviations=_deviations(benchmark, config, generation, len(prompts), expected - len(scored)),
         seeds=list(config.seeds),
         interval=Interval(),
         settings=_settings(rows, prompts, config, generation, benchmark, judges or {}),
@@ -351,15 +351,17 @@ def _estimate(rows: Sequence[Row], order: Sequence[str], pooling: Pooling) -> tu
     return stats.estimate(groups, "prompts" if pooling == "prompts" else "categories")
 
 
-def _deviations(benchmark: Benchmark, config: EvalConfig, generation: Mapping[str, Any], failed: int) -> list[str]:
+def _deviations(
+    benchmark: Benchmark, config: EvalConfig, generation: Mapping[str, Any], prompts: int, failed: int
+) -> list[str]:
     """What keeps this score from being the benchmark's: named beside it."""
     found = []
     if config.images_per_prompt != benchmark.images_per_prompt:
         found.append(f"{config.images_per_prompt} images per prompt, officially {benchmark.images_per_prompt}")
     if config.prompt_set != "official":
         found.append("development prompts: a score to choose by, not to report")
-    if config.prompts_per_task is not None:
-        found.append(f"at most {config.prompts_per_task} prompts per category")
+    if prompts != benchmark.prompt_count:
+        found.append(f"{prompts} prompts, officially {benchmark.prompt_count}")
     if generation.get("prompt_rewriting"):
         found.append(f"prompts were rewritten (file {generation['prompt_rewriting']['sha256'][:12]})")
     if failed > 0:

@@ -236,8 +236,10 @@ def _references(card: Scorecard) -> str:
 def _gallery(rows: Sequence[Mapping[str, Any]], images_dir: Path) -> Iterable[str]:
     scored = [row for row in rows if row["score"] is not None]
     ranked = sorted(scored, key=lambda row: (-row["score"], row["seed"], row["image_index"], row["prompt_index"]))
-    yield f"<h2>Best</h2>{_figures(_spread(ranked), images_dir)}"
-    yield f"<h2>Worst</h2>{_figures(_spread(ranked[::-1]), images_dir)}"
+    best = [row for row in ranked if row["score"] >= FAILURE]
+    worst = [row for row in ranked[::-1] if row["score"] < 1]
+    yield f"<h2>Best</h2>{_figures(_spread(best), images_dir)}"
+    yield f"<h2>Worst</h2>{_figures(_spread(worst), images_dir)}"
     failures = [row for row in rows if row["error"] or row["score"] is None or row["score"] < FAILURE]
     failures.sort(key=lambda row: (row["category"], row["prompt_index"], row["seed"], row["image_index"]))
     yield f"<h2>Failures ({len(failures)})</h2>"

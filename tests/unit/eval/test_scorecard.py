@@ -403,6 +403,7 @@ class Staged:
     """Two rounds of questions, one question about all images, and scores between 0 and 1."""
 
     name, version, scale, tasks, images_per_prompt, grid, data = "staged", "1", 100.0, ("a",), 2, None, ""
+    prompt_count = 6
     judges = {"vqa": "m"}
 
     def prompts(self, path=None):
