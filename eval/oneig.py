@@ -136,7 +136,7 @@ def alignment_score(
         tiles = max((len(texts) for texts in answers.values()), default=None)
     if tiles == 0:
         return None
-    if not answers or sorted(answers) != list(range(1, len(answers) + 1)):
+    if tiles is None or not answers or sorted(answers) != list(range(1, len(answers) + 1)):
         raise ValueError(f"questions {sorted(answers)} must be numbered from 1 up, without a gap")
     short = [qid for qid, texts in answers.items() if len(texts) < tiles]
     if short:

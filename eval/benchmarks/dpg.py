@@ -7,10 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from eval import dpg as rule
-from eval.benchmarks.base import Judged, Mode, Prompt, Question, Scored, check_known, complete, mean, required
+from eval.benchmarks.base import (
+    Benchmark,
+    Judged,
+    Mode,
+    Prompt,
+    Question,
+    Scored,
+    check_known,
+    complete,
+    mean,
+    required,
+)
 
 
-class DPG:
+class DPG(Benchmark):
     """See `eval.benchmarks.base.Benchmark`; the rule is `eval.dpg`'s."""
 
     name = "dpg"

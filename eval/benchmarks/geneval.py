@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from eval import geneval as rule
-from eval.benchmarks.base import Judged, Mode, Prompt, Question, Scored, check_known, complete, mean, required
+from eval.benchmarks.base import (
+    Benchmark,
+    Judged,
+    Mode,
+    Prompt,
+    Question,
+    Scored,
+    check_known,
+    complete,
+    mean,
+    required,
+)
 
 # COCO's classes in the order of evaluation/object_names.txt, with the three that GenEval names otherwise.
 CLASSES = (
@@ -25,7 +36,7 @@ CLASSES = (
 )  # fmt: skip
 
 
-class GenEval:
+class GenEval(Benchmark):
     """See `eval.benchmarks.base.Benchmark`; the rule is `eval.geneval`'s."""
 
     name = "geneval"

@@ -7,10 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from eval import geneval2 as rule
-from eval.benchmarks.base import Judged, Mode, Prompt, Question, Scored, check_known, complete, mean, required
+from eval.benchmarks.base import (
+    Benchmark,
+    Judged,
+    Mode,
+    Prompt,
+    Question,
+    Scored,
+    check_known,
+    complete,
+    mean,
+    required,
+)
 
 
-class GenEval2:
+class GenEval2(Benchmark):
     """See `eval.benchmarks.base.Benchmark`; the rule is `eval.geneval2`'s. The headline is Soft-TIFA GM."""
 
     name = "geneval2"

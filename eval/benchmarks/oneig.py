@@ -14,10 +14,21 @@ import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from eval import oneig as rule
-from eval.benchmarks.base import Judged, Mode, Prompt, Question, Scored, check_known, complete, mean, required
+from eval.benchmarks.base import (
+    Benchmark,
+    Judged,
+    Mode,
+    Prompt,
+    Question,
+    Scored,
+    check_known,
+    complete,
+    mean,
+    required,
+)
 
 CLASS_OF = {
     "Anime_Stylization": "anime",
@@ -33,7 +44,7 @@ OCR_PROMPT = (
 )
 
 
-class OneIG:
+class OneIG(Benchmark):
     """See `eval.benchmarks.base.Benchmark`; the rule is `eval.oneig`'s."""
 
     version = "OneIG-Bench/OneIG-Benchmark@41b4983"
@@ -48,9 +59,9 @@ class OneIG:
         "diversity": "dreamsim 0.2.1, ensemble",
     }
 
-    def __init__(self, language: str):
+    def __init__(self, language: Literal["EN", "ZH"]):
         chinese = language == "ZH"
-        self.language = language
+        self.language: Literal["EN", "ZH"] = language
         self.name = "oneig-zh" if chinese else "oneig"
         self.tasks = tuple(CLASS_OF.values()) if chinese else tuple(CLASS_OF.values())[:-1]
         self._table, self._column = ("OneIG-Bench-ZH.csv", "prompt_cn") if chinese else ("OneIG-Bench.csv", "prompt_en")
