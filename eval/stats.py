@@ -386,10 +386,12 @@ def choose(
     flips: int = FLIPS,
     seed: int = 0,
 ) -> Choice:
-    """The best candidate that beats the incumbent, by max-T over sign flips; the incumbent where none does.
+    """The best candidate that beats the incumbent, by the maximum over all of them; the incumbent where none does.
 
-    The same signs flip all candidates, so that the correlation between them is kept: of many equal candidates a wrong
-    choice happens in at most 1 - level of the runs. One-sided: only an improvement changes anything.
+    Two tests must agree. Sign flips, the same for all candidates, keep the correlation between them, whatever their
+    spread. Exchanged labels, the same model's scores going by another name on each prompt, are exact where all models are
+    equal: of many such candidates a wrong choice happens in at most 1 - level of the runs (sign flips alone: up to 0.08,
+    since all differences share the incumbent). One-sided: only an improvement changes anything.
 
     Args:
         incumbent, candidates: mean score of each prompt, by category; all over the same prompts in the same order.
@@ -412,11 +414,30 @@ def choose(
     d, weight, _ = _weighted(differences, pooling)  # [K, n]
     means = d @ weight
     signs = _signs(d.shape[1], flips, seed)
-    # Not divided by each candidate's own error: picking the largest ratio picks underestimated errors (0.059 for 0.05).
-    largest = (signs @ (d * weight).T.astype(np.float32)).max(axis=1)  # [flips, K] -> [flips]
-    extra = 0 if len(signs) < flips else 1
-    p = [(int((largest >= mean - 1e-6).sum()) + extra) / (len(signs) + extra) for mean in means]
-    limit = max(float(np.quantile(largest, level, method="higher")), 0.0)
+    # Not divided by each candidate's own error: picking the largest ratio picks underestimated errors.
+    flipped = (signs @ (d * weight).T.astype(np.float32)).max(axis=1)  # [flips, K] -> [flips]
+    exchanged = _exchanged(d * weight, min(flips, 1999), seed)
+    p, limit = [0.0] * len(means), 0.0
+    for largest, extra in ((flipped, 0 if len(signs) < flips else 1), (exchanged, 1)):
+        of_test = [(int((largest >= mean - 1e-6).sum()) + extra) / (len(largest) + extra) for mean in means]
+        p = [max(pair) for pair in zip(p, of_test, strict=True)]
+        limit = max(limit, float(np.quantile(largest, level, method="higher")))
     best = int(np.argmax(means))
     accepted = p[best] <= 1 - level and means[best] > 0
     return Choice(best if accepted else None, means.tolist(), p, (means - limit).tolist())
+
+
+def _exchanged(d: np.ndarray, draws: int, seed: int) -> np.ndarray:
+    """[draws]: the largest candidate minus the incumbent when, on each prompt, all models' labels shift by a random number.
+
+    Args:
+        d: [K, n] weighted differences to the incumbent, whose own row is 0.
+    """
+    models = np.concatenate([np.zeros((1, d.shape[1])), d]).astype(np.float32)  # [K + 1, n]
+    count = len(models)
+    shifts = np.random.default_rng((seed, 1)).integers(0, count, size=(draws, d.shape[1]))
+    totals = np.zeros((draws, count), dtype=np.float32)
+    for shift in range(count):
+        chosen = (shifts == shift).astype(np.float32)  # [draws, n]
+        totals += np.roll(chosen @ models.T, -shift, axis=1)  # label k has the scores of model k + shift
+    return totals[:, 1:].max(axis=1) - totals[:, 0]

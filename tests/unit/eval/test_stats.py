@@ -52,9 +52,9 @@ def test_the_mean_of_geneval_s_categories_is_covered(correlation):
 
 @pytest.mark.parametrize("correlation", [0.0, 0.2, 0.4])
 def test_two_equal_models_are_rarely_called_different(correlation):
-    shares = simulation.verdicts(simulation.GENEVAL, simulation.ACCURACY, 4, correlation, runs=200, flips=499)
+    shares = simulation.verdicts(simulation.GENEVAL, simulation.ACCURACY, 4, correlation, runs=150, flips=299)
     assert shares["better"] + shares["worse"] <= 0.06
-    few = simulation.verdicts({"a": 22}, {"a": 0.95}, 6, correlation, runs=100, flips=499)
+    few = simulation.verdicts({"a": 22}, {"a": 0.95}, 6, correlation, runs=80, flips=299)
     assert few["better"] + few["worse"] <= 0.06
 
 
@@ -63,9 +63,18 @@ def test_a_real_gain_is_seen():
     assert shares["better"] >= 0.8 and shares["worse"] == 0
 
 
-def test_of_sixteen_equal_candidates_a_wrong_one_is_rarely_chosen():
-    _, wrong = simulation.choices(16, 0.2, runs=200, flips=499)
+@pytest.mark.parametrize("correlation", [0.0, 0.2])
+def test_of_sixteen_equal_candidates_a_wrong_one_is_rarely_chosen(correlation):
+    _, wrong = simulation.choices(16, correlation, runs=120, flips=299)
     assert wrong <= 0.05
+
+
+def test_one_bad_candidate_hides_no_good_one():
+    rng = np.random.default_rng(0)
+    q = {"a": rng.beta(8, 2, size=300)}
+    draw = lambda shift: {"a": rng.binomial(4, np.clip(q["a"] + shift, 0, 1)) / 4}  # noqa: E731
+    choice = choose(draw(0), [draw(-0.6), draw(0.1), draw(0)], flips=999)
+    assert choice.index == 1 and choice.low[1] > 0 and choice.p[0] > 0.5
 
 
 def test_a_candidate_that_is_clearly_better_is_chosen():
