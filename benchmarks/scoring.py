@@ -161,7 +161,9 @@ def main() -> None:
     print("torch imported:", "torch" in sys.modules)
     # One thread: on an idle machine CPU time is wall time, and on a busy one it says what scoring takes.
     verdict = (
-        f"MISSED, {LIMIT_S:g} s of CPU time or more: {missed}" if missed else f"GenEval, DPG-Bench: under {LIMIT_S:g} s"
+        f"MISSED, {LIMIT_S:g} s of CPU time or more: {missed}"
+        if missed
+        else f"GenEval, DPG-Bench: under {LIMIT_S:g} s of CPU time"
     )
     print(f"{verdict} (load average {os.getloadavg()[0]:.1f})")
 
