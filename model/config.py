@@ -304,7 +304,7 @@ class TrainConfig(Section):
     # On a CUDA device: the same bits in each attempt, by algorithms that may be slower (by how much was not measured).
     deterministic: bool = True
     # On a CUDA device; "auto" takes what is installed and fits (model/attention.py, model/kernels).
-    attention_backend: Literal["auto", "sdpa", "flash2", "flash3"] = "auto"
+    attention_backend: Literal["auto", "sdpa", "varlen", "flash2", "flash3"] = "auto"
     kernels: Literal["auto", "torch", "triton"] = "auto"
     # Where FSDP shards the model, torchtitan's DistMuon can have what it can take of it (model/train/dist_muon.py).
     muon_implementation: Literal["nucleus", "torchtitan"] = "nucleus"

@@ -36,7 +36,6 @@ from torchtitan.tools.utils import device_module
 
 from model import storage
 from model.config import TrainConfig
-from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 from model.train.guard import Diverged
 from model.train.metrics import METRICS
 from model.train.replicas import differing

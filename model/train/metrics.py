@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 from torchtitan.components.metrics import BaseLogger, MetricsProcessor
 
-from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"

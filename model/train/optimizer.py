@@ -16,7 +16,6 @@ from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersCon
 
 from model.config import OptimConfig
 from model.optim import Muon, NamedParameters, describe_groups, parameter_groups, wsm_schedule
-from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 from model.train.sharded_muon import ShardedMuon
 
 
