@@ -447,9 +447,7 @@ def render(result: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: 0, or 2 with one line on stderr when the recipe or the layout is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m model.plan", description=f"Plan a recipe's training. {NOTE}"
-    )
+    parser = argparse.ArgumentParser(prog="python -m model.plan", description=f"Plan a recipe's training. {NOTE}")
     parser.add_argument("recipe", help="path of a recipe file, such as recipes/nucleus_17b.yaml")
     add = parser.add_argument
     add("--gpus", type=int, help="default: the recipe's nnodes x nproc_per_node")
@@ -476,4 +474,3 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(json.dumps(result, indent=2) if as_json else render(result))
     return 0
-
