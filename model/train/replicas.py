@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from model.moe import held
+from model.moe import local_part
 
 CHUNK = 1 << 22  # elements hashed at a time: 32 MB for each of a few temporary tensors
 # The multipliers of SplitMix64's finaliser (model.data.hashing), as the signed numbers that PyTorch has.
@@ -49,7 +49,7 @@ def differing(weights: Mapping[str, torch.Tensor]) -> list[str]:
     for i, name in enumerate(names):
         for group in _replicas(weights[name]):
             groups.setdefault(group, []).append(i)
-    checksums = torch.stack([checksum(held(weight)) for weight in weights.values()])
+    checksums = torch.stack([checksum(local_part(weight)) for weight in weights.values()])
     apart = torch.zeros_like(checksums)
     for group, members in groups.items():
         own = checksums[members]

@@ -32,7 +32,7 @@ from model.attention import use_attention
 from model.config import StageConfig, TrainConfig
 from model.data.order import Batch
 from model.kernels import use_kernels
-from model.moe import held
+from model.moe import local_part
 from model.train.data import to_device
 from model.train.device import DEVICE_TYPE, PATIENCE
 from model.train.guard import Diverged, LossGuard
@@ -258,7 +258,7 @@ class NucleusTrainer(Trainer):
     def _sum_gradients(self) -> None:
         """Adds up over the ranks, in one message, what FSDP does not: plain replicas' gradients, or the routers'. Each
         rank divided its loss by the global batch."""
-        gradients = [held(p.grad) for p in self.model.parameters() if p.grad is not None and lies_whole(p)]
+        gradients = [local_part(p.grad) for p in self.model.parameters() if p.grad is not None and lies_whole(p)]
         if not gradients:
             return
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])

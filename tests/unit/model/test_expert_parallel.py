@@ -1,0 +1,106 @@
+"""Exchanges of rows with the ranks that own experts: what runs between their start and their end. One rank, on gloo;
+several ranks are in tests/integration/test_parallel.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model.moe import MoE
+from model.train.expert_parallel import shard_experts
+
+START, END = "_c10d_functional.all_to_all_single.default", "_c10d_functional.wait_tensor.default"
+PRODUCT, OF_EXPERTS = "aten.mm.default", "aten.bmm.default"
+
+
+@pytest.fixture
+def layers():
+    """A layer whose experts are shared by the ranks of a group of one, and the same layer alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        alone, shared = MoE(16, 24, 4, 1.5), MoE(16, 24, 4, 1.5)
+        for parameter in alone.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        shared.load_state_dict(alone.state_dict())
+        shard_experts(shared, init_device_mesh("cpu", (1,)))
+        yield alone, shared
+    finally:
+        dist.destroy_process_group()
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if str(function) in (START, END, PRODUCT, OF_EXPERTS):
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    shapes = (2, 8, 16), (2, 8, 16), (2, 16)
+    return [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+
+
+def under_way(names: list[str]) -> list[list[str]]:
+    """What runs during each exchange."""
+    spans, current = [], None
+    for name in names:
+        if name == START:
+            assert current is None, "two exchanges at once"
+            current = []
+        elif name == END:
+            spans.append(current)
+            current = None
+        elif current is not None:
+            current.append(name)
+    assert current is None
+    return spans
+
+
+def test_the_shared_expert_is_computed_while_rows_are_on_their_way_forward_and_backward(layers):
+    _, shared = layers
+    with Operations() as forward:
+        out, _ = shared(*inputs())
+    with Operations() as backward:
+        out.sum().backward()
+    assert under_way(forward.names) == [[PRODUCT], [PRODUCT]]  # up, down
+    assert under_way(backward.names) == [[PRODUCT, PRODUCT], [PRODUCT, PRODUCT]]  # of input and weight, each
+
+
+def test_exchanged_rows_give_the_bits_of_the_layer_alone(layers):
+    results = []
+    for layer in layers:
+        given = inputs()
+        out, _ = layer(*given)
+        out.square().sum().backward()
+        gradients = [p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad for p in layer.parameters()]
+        results.append([out, *(tensor.grad for tensor in given), *gradients])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*results, strict=True))
+
+
+def test_a_compiler_takes_the_layer_whole_and_keeps_the_shared_expert_between(layers):
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    alone, shared = layers
+    orders = []
+
+    def compiler(graph, _):
+        names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        orders.append([name for name in names if name in (START, END, PRODUCT, OF_EXPERTS)])
+        return make_boxed_func(graph.forward)
+
+    torch.compiler.reset()
+    compiled = torch.compile(shared, backend=aot_autograd(fw_compiler=compiler), fullgraph=True)
+    out, _ = compiled(*inputs())
+    out.sum().backward()
+    assert torch.allclose(out, alone(*inputs())[0], atol=1e-5)
+    assert len(orders) == 2 and all(all(span) and len(span) == 2 for span in map(under_way, orders)), orders
