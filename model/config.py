@@ -177,7 +177,9 @@ class TransformerConfig(Section):
             raise ValueError(
                 f"capacity_factors has {len(factors)} values; give one number or one for each of the {self.num_layers} layers"
             )
-        for value in factors if isinstance(factors, tuple) else (factors,):
+        # A dense layer's factor is never read: diffusers accepts any number there.
+        moe_layers = [layer for layer in range(self.num_layers) if self._is_sparse(layer)]
+        for value in dict.fromkeys(map(self.capacity_factor, moe_layers)):
             if not 0 < value <= self.num_experts:
                 raise ValueError(
                     f"capacity factor {value} must lie in (0, num_experts={self.num_experts}]: above it an expert "

@@ -7,7 +7,7 @@ its nearest orthogonal one through a Newton-Schulz iteration.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,9 @@ MUON_PATTERN = re.compile(
     r")$"
 )
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+# Updates that go through one iteration at most: enough to fill a GPU (48 expert matrices of the 17B model), while all
+# experts of 8 ranks, 7.7 GB, would need that much memory several times over.
+MAX_BATCH_BYTES = 1 << 29
 
 
 def is_muon_parameter(name: str) -> bool:
@@ -164,7 +167,7 @@ class Muon(torch.optim.Optimizer):
             state = self.state[parameter]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-            weight, gradient, buffer = map(self._held, (parameter, parameter.grad, state["momentum_buffer"]))
+            weight, gradient, buffer = map(self._local_part, (parameter, parameter.grad, state["momentum_buffer"]))
             buffer.lerp_(gradient, 1 - group["momentum"])
             update = gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
             if group["weight_decay"]:
@@ -172,12 +175,12 @@ class Muon(torch.optim.Optimizer):
             updates.append((parameter, weight, update))
         self._apply(updates, group)
 
-    def _held(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What this rank holds of a parameter, a gradient or a buffer: all of it."""
+    def _local_part(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a parameter, a gradient or a buffer: all of it, without sharding."""
         return tensor
 
     def _apply(self, updates: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]], group: dict) -> None:
-        """Takes (parameter, what is held of it, what is held of its update), and updates the second."""
+        """Adds the orthogonalised updates to the weights, from (parameter, its local part, that of its update)."""
         matrices = []
         for parameter, weight, update in updates:
             matrices += self._matrices(parameter, weight, update, self._rate(parameter, group))
@@ -202,18 +205,37 @@ class Muon(torch.optim.Optimizer):
 
 
 def add_orthogonal(matrices: list[Matrices], steps: int) -> None:
-    """Adds each update, orthogonalised and times its rate, to its goal; same shapes go through one iteration."""
+    """Adds each update, orthogonalised and times its rate, to its goal. Matrices of one shape go through an iteration
+    together, up to MAX_BATCH_BYTES."""
     buckets: dict[tuple, list[Matrices]] = {}
     for entry in matrices:
         shape = entry.update.shape
         key = (min(shape[1:]), max(shape[1:]), entry.update.dtype, entry.update.device)
         buckets.setdefault(key, []).append(entry)
     for bucket in buckets.values():
-        tall = [entry.update.shape[1] > entry.update.shape[2] for entry in bucket]
-        wide = [entry.update.mT if turn else entry.update for entry, turn in zip(bucket, tall)]
-        orthogonal = newton_schulz(torch.cat(wide), steps).split([part.shape[0] for part in wide])
-        for entry, turn, update in zip(bucket, tall, orthogonal):
-            entry.goal.add_(update.mT if turn else update, alpha=entry.rate)
+        for batch in _batches(bucket):
+            tall = [entry.update.shape[1] > entry.update.shape[2] for entry in batch]
+            wide = [entry.update.mT if turn else entry.update for entry, turn in zip(batch, tall)]
+            orthogonal = newton_schulz(torch.cat(wide), steps).split([part.shape[0] for part in wide])
+            for entry, turn, update in zip(batch, tall, orthogonal):
+                entry.goal.add_(update.mT if turn else update, alpha=entry.rate)
+
+
+def _batches(bucket: list[Matrices]) -> Iterator[list[Matrices]]:
+    """Matrices of one size, in order, in batches of at most MAX_BATCH_BYTES (or one matrix)."""
+    limit = max(1, MAX_BATCH_BYTES // bucket[0].update[0].nbytes)
+    batch, free = [], limit
+    for entry in bucket:
+        start = 0
+        while start < len(entry.update):
+            stop = min(len(entry.update), start + free)
+            batch.append(Matrices(entry.goal[start:stop], entry.update[start:stop], entry.rate))
+            free, start = free - (stop - start), stop
+            if not free:
+                yield batch
+                batch, free = [], limit
+    if batch:
+        yield batch
 
 
 def _names(entry) -> list[tuple[torch.Tensor, str]]:

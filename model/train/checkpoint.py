@@ -36,6 +36,7 @@ from torchtitan.tools.utils import device_module
 
 from model import storage
 from model.config import TrainConfig
+from model.train.device import DEVICE_TYPE
 from model.train.guard import Diverged
 from model.train.metrics import METRICS
 from model.train.replicas import differing
@@ -78,6 +79,8 @@ class StageCheckpointer(CheckpointManager):
         self.work_dir = Path(base_folder)
         self.keep_full, self.keep_weights = config.keep_full, config.keep_weights
         self.optimizer_from, self.hand_on_optimizer = config.optimizer_from, config.hand_on_optimizer
+        # On CUDA it keeps its pinned memory from save to save, of the size of this rank's part of a full checkpoint.
+        self.stager = BlockingAsyncStager(cache_staged_state_dict=DEVICE_TYPE == "cuda")
         self.alone = dist.get_world_size() == 1
         self.saved_step = -1
 
@@ -112,7 +115,7 @@ class StageCheckpointer(CheckpointManager):
         full, path = self._full_state(), self._create_checkpoint_id(curr_step)
         background = self.async_mode != AsyncMode.DISABLED and not last_step
         if background:
-            full = BlockingAsyncStager().stage(full)
+            full = self.stager.stage(full)  # the save before has ended, so its memory is free
         states = [({name: full[name] for name in self.states[MODEL].state_dict()}, weights), (full, path)]
         if last_step and self.hand_on_optimizer:
             states.insert(1, ({name: full[name] for name in CARRIED}, optimizer))

@@ -91,6 +91,7 @@ def training_session(deterministic: bool = False) -> Iterator[None]:
     threads, collecting, rng_state = torch.get_num_threads(), gc.isenabled(), torch.get_rng_state()
     algorithms = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     owns_group, ended = not dist.is_initialized(), False
     if DEVICE_TYPE == "cpu":
@@ -121,6 +122,7 @@ def training_session(deterministic: bool = False) -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.set_rng_state(rng_state)
         torch.use_deterministic_algorithms(algorithms, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
         if collecting:
             gc.enable()

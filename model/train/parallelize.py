@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import DataParallelMeshInfo, ShardPlacementResult
 from torch.distributed.fsdp._fully_shard._fsdp_init import _get_mesh_info
@@ -59,11 +60,16 @@ def parallelize(
     return model
 
 
-def _shard(model: torch.nn.Module, dims: ParallelDims, dtype: torch.dtype) -> None:
+def fsdp_meshes(dims: ParallelDims) -> tuple[DeviceMesh, DeviceMesh]:
+    """The meshes over which FSDP shards the dense weights, and the experts."""
     replicas = ["dp_replicate"] if dims.dp_replicate_enabled else []
-    mesh = dims.get_mesh([*replicas, "fsdp"])
-    dense = _get_mesh_info(mesh, None)
-    sparse = _get_mesh_info(dims.get_mesh([*replicas, "efsdp"]), None) if dims.ep_enabled else dense
+    dense = dims.get_mesh([*replicas, "fsdp"])
+    return dense, dims.get_mesh([*replicas, "efsdp"]) if dims.ep_enabled else dense
+
+
+def _shard(model: torch.nn.Module, dims: ParallelDims, dtype: torch.dtype) -> None:
+    mesh, of_experts = fsdp_meshes(dims)
+    dense, sparse = (_get_mesh_info(each, None) for each in (mesh, of_experts))
     routers = [block.img_mlp.gate for block in model.transformer_blocks.children() if block.moe_enabled]
     for router in routers:
         whole = [Replicate()] * mesh.ndim

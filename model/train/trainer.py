@@ -36,7 +36,7 @@ from model.moe import local_part
 from model.train.data import to_device
 from model.train.device import DEVICE_TYPE, PATIENCE
 from model.train.guard import Diverged, LossGuard
-from model.train.parallelize import lies_whole
+from model.train.parallelize import fsdp_meshes, lies_whole
 from model.train.preemption import Preempted, StopFlag, sigterm_sets
 from model.transformer import RouterTrace
 
@@ -78,8 +78,8 @@ class NucleusTrainer(Trainer):
         use_attention(config.train.attention_backend)
         use_kernels(config.train.kernels)
         super().__init__(config)
-        for mesh in self.parallel_dims.get_all_one_dimensional_meshes().values():  # their groups do not inherit it
-            _set_pg_timeout(PATIENCE, mesh.get_group())
+        for group in self._groups():  # they do not inherit the timeout of the whole
+            _set_pg_timeout(PATIENCE, group)
         self.model = self.model_parts[0]
         extra = config.train.losses
         self.wavelet_weight = extra.wavelet if config.stage.wavelet else 0.0
@@ -101,6 +101,14 @@ class NucleusTrainer(Trainer):
     def init_distributed(self) -> ParallelDims:
         """The process group exists already (`training_session`)."""
         return ParallelDims.from_config(self.config.parallelism, torch.distributed.get_world_size())
+
+    def _groups(self) -> set[torch.distributed.ProcessGroup]:
+        """The groups of all meshes. FSDP's two may have groups of their own for the same axis (`dp_replicate`)."""
+        dims = self.parallel_dims
+        groups = {mesh.get_group() for mesh in dims.get_all_one_dimensional_meshes().values()}
+        if dims.dp_shard_enabled:
+            groups |= {group for mesh in fsdp_meshes(dims) for group in mesh.get_all_groups()}
+        return groups
 
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
         metrics, ranks = self.metrics_processor, self.dataloader.ranks
@@ -316,24 +324,26 @@ class NucleusTrainer(Trainer):
 
     @contextlib.contextmanager
     def _compiled(self) -> Iterator[None]:
-        """Compiles the blocks, on the stage's first micro-batch whatever step training goes on from.
+        """Compiles the blocks on one micro-batch of each bucket, in a fixed order, whatever step training resumes from.
 
-        A compiler lays its kernels out for the shapes that it meets first, and sums in their order: only so are they
-        the same in each attempt. All ranks wait here for the slowest, rather than in their first step.
+        A compiler chooses tile sizes, and with them the order of sums, for the shapes that it sees first, and may
+        compile further variants for later ones. In a fixed order every attempt gets the same kernels. All ranks wait
+        here for the slowest, instead of in their first steps.
 
-        There is room for the variants of a block that there are (dense, of each capacity factor; in training and in
-        sampling), of this stage alone, and an error where there are more: PyTorch would run blocks uncompiled, silently.
+        The limit leaves room for the variants of a block in this stage (dense, and each capacity factor; in training
+        and in sampling). Beyond it PyTorch would silently run blocks uncompiled, so it is an error.
         """
         torch.compiler.reset()
         with (
             torch._dynamo.config.patch(recompile_limit=BLOCK_VARIANTS, fail_on_recompile_limit_hit=True),
-            # Else kernels are laid out by how fast they were in a trial, and sum in an order that depends on it.
+            # Otherwise tile sizes are chosen by timing trials, and the order of sums depends on the timings.
             torch._inductor.config.patch(deterministic=self.config.train.deterministic),
             torch.fx.experimental._config.patch(use_duck_shape=False),  # as many text as image tokens: a coincidence
         ):
-            self.forward_backward_step(batch=next(self.dataloader.micro_batches(step=0)), keep_routing=True)
+            for step in self.dataloader.order.first_steps():
+                self.forward_backward_step(batch=next(self.dataloader.micro_batches(step)), keep_routing=True)
+                self.optimizers.zero_grad()
             self.routing = None
-            self.optimizers.zero_grad()
             self.bin_sums.zero_()
             self.bin_counts.zero_()
             yield

@@ -191,7 +191,8 @@ def _open_dcp(path: str | Path) -> Weights:
 
     from model.weights.checkpoints import CheckpointReader, load
 
-    metadata = CheckpointReader(path).read_metadata().state_dict_metadata
+    reader = CheckpointReader(path)
+    metadata = reader.read_metadata().state_dict_metadata
     tensors = {key: value for key, value in metadata.items() if isinstance(value, TensorStorageMetadata)}
     prefix = MODEL_PREFIX if any(key.startswith(MODEL_PREFIX) for key in tensors) else ""
     # A plain checkpoint may hold the optimiser too; its keys are no parameters of the model.
@@ -207,7 +208,7 @@ def _open_dcp(path: str | Path) -> Weights:
 
     def read(name: str) -> torch.Tensor:
         state = {keys[name]: torch.empty_like(described[name], device="cpu")}
-        load(state, path, alone=True)
+        load(state, reader, alone=True)
         return state[keys[name]]
 
     return Weights(described, read)
