@@ -1,3 +1,7 @@
-"""Training on torchtitan, which `model.train.device` prepares for this machine before any module here imports it."""
+"""Training on torchtitan: the only package that imports it.
 
-from model.train import device  # noqa: F401
+torchtitan chooses its device when it is imported, and believes in accelerators. Importing any module of this package
+first imports `model.train.device`, which sets the device where there is none.
+"""
+
+from model.train import device as device

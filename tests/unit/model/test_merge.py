@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from model.config import TransformerConfig
 from model.merge import merge, wsm_weights
 from model.transformer import NucleusTransformer
-from model.weights import checkpoints
+from model.weights.checkpoints import _MetadataUnpickler
 from model.weights.export import export_transformer, load_transformer
 
 CONFIG = TransformerConfig(
@@ -126,8 +126,8 @@ def test_the_metadata_of_each_checkpoint_is_parsed_once_however_many_tensors_it_
     for i, checkpoint in enumerate(trajectory[:3]):
         dcp.save(dict(checkpoint), checkpoint_id=tmp_path / f"step-{i}", no_dist=True)
     parsed = []
-    unpickle = checkpoints._MetadataUnpickler.load
-    monkeypatch.setattr(checkpoints._MetadataUnpickler, "load", lambda self: parsed.append(1) or unpickle(self))
+    unpickle = _MetadataUnpickler.load
+    monkeypatch.setattr(_MetadataUnpickler, "load", lambda self: parsed.append(1) or unpickle(self))
     report = merge([tmp_path / f"step-{i}" for i in range(3)], wsm_weights(3), tmp_path / "merged", CONFIG)
     assert report["tensors"] > 20 and len(parsed) == 3
     merge(trajectory[:3], wsm_weights(3), tmp_path / "expected", CONFIG)
