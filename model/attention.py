@@ -161,7 +161,7 @@ def _chosen(wanted: AttentionBackend, device_type: str, index: int | None, dtype
     return _decide(wanted, device_type, index, dtype, head_dim)
 
 
-def _product_dtype(x: torch.Tensor) -> torch.dtype:
+def product_dtype(x: torch.Tensor) -> torch.dtype:
     """The type in which matrix products of `x` run: autocast's where it is on."""
     device = x.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
@@ -169,7 +169,7 @@ def _product_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def _backend(x: torch.Tensor, head_dim: int) -> str:
-    return _chosen(_choice, x.device.type, x.device.index, _product_dtype(x), head_dim)
+    return _chosen(_choice, x.device.type, x.device.index, product_dtype(x), head_dim)
 
 
 class PackedKeys(NamedTuple):
@@ -275,7 +275,7 @@ def _sdpa(q_BSNH, k_BLKH, v_BLKH, mask_BL) -> torch.Tensor:
     k, v = k_BLKH.transpose(1, 2), v_BLKH.transpose(1, 2)
     mask = None if mask_BL is None else mask_BL[:, None, None]
     # Only PyTorch's flash kernels on an accelerator take grouped heads: half precision, and no mask.
-    takes_groups = mask is None and q_BSNH.device.type != "cpu" and _product_dtype(q_BSNH) in HALF
+    takes_groups = mask is None and q_BSNH.device.type != "cpu" and product_dtype(q_BSNH) in HALF
     if N == K or takes_groups:
         q = q_BSNH.transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=N != K).transpose(1, 2)
