@@ -398,7 +398,10 @@ def test_token_choice_is_planned_at_its_limit_or_at_an_even_load(sections, facto
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--gpus", "48", "--expert-parallel", "64"], "shard ranks 48 must be a multiple of expert_parallel 64: 48 = 0 x 64 + 48"),
+        (
+            ["--gpus", "48", "--expert-parallel", "64"],
+            "shard ranks 48 must be a multiple of expert_parallel 64: 48 = 0 x 64 + 48",
+        ),
         (["--gpus", "64", "--shard", "24"], "GPUs 64 must be a multiple of shard 24: 64 = 2 x 24 + 16"),
         (["--gpus", "48", "--expert-parallel", "48"], "num_experts 64 must be a multiple of expert_parallel 48"),
         (
