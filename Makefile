@@ -1,5 +1,6 @@
 # make reproduce   the whole recipe (RECIPE=tiny unless set), from raw images to a published pipeline
 # make smoke       the same in about 100 seconds, with a model too small to be good
+# make draw PROMPT="a red circle"   one image from the newest published pipeline
 # make test        all tests; make test-fast: those without training
 # make gpu-check   on a machine with a GPU: does it work, how fast is it (benchmarks/first_card.py; results in first_card/)
 # make test-gpu    the tests that need a GPU; both take PYTHON as it is, where packages are missing too
@@ -15,13 +16,18 @@ STAMP := $(VENV)/.installed
 # The project's environment where there is one, else Python as it is: a borrowed GPU machine has a PyTorch of its own.
 GPU_PYTHON = $(if $(wildcard $(STAMP)),$(VENV)/bin/python,$(PYTHON))
 
-.PHONY: reproduce smoke test test-fast test-gpu gpu-check lint format lock env clean
+.PHONY: reproduce smoke draw test test-fast test-gpu gpu-check lint format lock env clean
 
 reproduce: $(STAMP)
 	$(VENV)/bin/pyflyte run workflows/reproduce.py reproduce --recipe $(RECIPE) $(if $(SOURCE),--source "$(SOURCE)")
 
 smoke:
 	$(MAKE) reproduce RECIPE=smoke
+
+# PROMPT and SEED reach Python through the environment: quotes in a prompt are then no part of a shell command.
+draw: export NUCLEUS_PROMPT = $(PROMPT)
+draw: $(STAMP)
+	@$(VENV)/bin/python -m tasks.draw "$$NUCLEUS_PROMPT" --seed $(or $(SEED),0)
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest $(ARGS)

@@ -250,6 +250,24 @@ def test_sdpa_of_grouped_heads_equals_its_definition(device, masked, monkeypatch
         assert torch.allclose(mine, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype, grouped", [(FP32, False), (BF16, True)])
+def test_sdpa_on_a_gpu_takes_grouped_heads_only_where_a_fused_kernel_does(dtype, grouped, monkeypatch):
+    """In fp32 none does: PyTorch would fall back to plain products with repeated heads."""
+    (q, k, v), _ = tensors()
+    seen = []
+    real = F.scaled_dot_product_attention
+
+    def noting(q, k, v, **options):
+        seen.append((options.get("enable_gqa", False), q.shape[1] == k.shape[1]))
+        return real(q, k, v, **options)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", noting)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "device", property(lambda self: SimpleNamespace(type="cuda")))
+        attention._sdpa(*(x.to(dtype) for x in (q, k, v)), None)
+    assert seen == [(grouped, not grouped)]
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_sdpa_repeats_no_heads_on_a_cpu(masked):
     (q, k, v), mask = tensors()
