@@ -94,7 +94,10 @@ class Block(nn.Module):
         """Text key and value [B, T, K, H] of this block from the normalised text and the norm's weight."""
         weight_kv = torch.cat((self.attn.add_k_proj.weight, self.attn.add_v_proj.weight))
         rows, (kv, width), text = text_BTJ.shape[0] * text_BTJ.shape[1], weight_kv.shape, text_BTJ.shape[2]
-        if product_dtype(text_BTJ) == torch.float32 and rows * (text * width + width * kv - text * kv) > kv * width * text:
+        if (
+            product_dtype(text_BTJ) == torch.float32
+            and rows * (text * width + width * kv - text * kv) > kv * width * text
+        ):
             # Three linear maps in a row are one: cheaper when there are more rows than the products of the
             # weights cost, and the gradient then stops at weights. Only in fp32, where rounding allows it.
             weight = (weight_kv @ self.encoder_proj.weight) * text_weight_J

@@ -49,7 +49,7 @@ NAMED_IDS = 16  # in an error message; all of them stand in SKIPPED
 
 
 class NoTokenizer(BaseTokenizer):
-    """torchtitan asks for a tokenizer but calls none here: text was encoded before training. So these must raise."""
+    """torchtitan requires a tokenizer. None is called here, since text is encoded before training, so its methods raise."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseTokenizer.Config):
@@ -79,7 +79,7 @@ class NucleusTrainer(Trainer):
         use_attention(config.train.attention_backend)
         use_kernels(config.train.kernels)
         super().__init__(config)
-        for group in self._groups():  # they do not inherit the timeout of the whole
+        for group in self._groups():  # they do not inherit the timeout of the default group
             _set_pg_timeout(PATIENCE, group)
         self.model = self.model_parts[0]
         extra = config.train.losses
@@ -100,7 +100,7 @@ class NucleusTrainer(Trainer):
             self.autocast = lambda: torch.autocast(DEVICE_TYPE, dtype)
 
     def init_distributed(self) -> ParallelDims:
-        """The process group exists already (`training_session`)."""
+        """The process group exists (`training_session`)."""
         return ParallelDims.from_config(self.config.parallelism, torch.distributed.get_world_size())
 
     def _groups(self) -> set[torch.distributed.ProcessGroup]:
@@ -136,7 +136,7 @@ class NucleusTrainer(Trainer):
         rows, columns = (side // self.patch for side in batch.latents.shape[-2:])
         clean_BSC = flow.pack_latents(to_device(batch.latents, self.device), self.patch)
         noise_BSC = flow.pack_latents(to_device(batch.noise, self.device), self.patch)
-        # Timesteps of the whole global batch, then this slice's: they must not depend on how it is cut.
+        # Timesteps are drawn for the global batch, then sliced: they must not depend on the number of ranks.
         generator = torch.Generator().manual_seed(plan.timestep_seed)
         t_all = flow.sample_timesteps(plan.global_batch, rows * columns, generator, self.config.train.timesteps)
         t_B = to_device(t_all[plan.start : plan.start + len(plan)], self.device)
@@ -194,7 +194,7 @@ class NucleusTrainer(Trainer):
         for micro in range(self.gradient_accumulation_steps):
             last = micro == self.gradient_accumulation_steps - 1
             if isinstance(self.model, FSDPModule):
-                # Until the last, FSDP adds up among a replica's shard ranks alone, in a buffer that takes .grad's place.
+                # Before the last micro-batch, FSDP reduces over a replica's shard ranks only.
                 self.model.set_requires_all_reduce(last)
             keep_routing = logged and last and self.writes
             loss += self.forward_backward_step(batch=next(data_iterator), keep_routing=keep_routing)
@@ -216,19 +216,19 @@ class NucleusTrainer(Trainer):
             self._log(mean_loss, norm, learning_rates)
 
     def _clip_gradients(self, loss: torch.Tensor) -> tuple[float, float]:
-        """Clips the gradients by the norm of all of them.
+        """Clips the gradients by their global norm.
 
-        One message of three numbers, and one wait for the device, in every step: whether the weights change is
-        decided here, and Muon and AdamW, which must not see a bad gradient, are started from here.
+        One all-reduce of three numbers and one synchronisation with the device in each step: the host must know whether
+        the gradients are finite before it starts Muon and AdamW.
 
-        The norm is the ranks' mean. Each adds up squares in an order of its own, among the ranks of its replica, and by
-        a rounding of the norm what is replicated would come apart, never to meet again.
+        The norm is averaged over the ranks. Each rank sums squares in its own order, among the ranks of its replica;
+        norms that differ by a rounding would let replicated weights drift apart.
 
         Returns:
-            (loss of the global batch, gradient norm before), the same on every rank, and finite on all or on none. `stop`
-            is set on every rank where it is set on one.
+            (loss of the global batch, gradient norm before clipping), the same on every rank. `stop.agreed` is set on every
+            rank if `stop.raised` is set on one.
         """
-        by_mesh: dict[DeviceMesh | None, list[torch.nn.Parameter]] = {}  # no operation takes two meshes
+        by_mesh: dict[DeviceMesh | None, list[torch.nn.Parameter]] = {}  # DTensor operations take one mesh
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
@@ -236,13 +236,13 @@ class NucleusTrainer(Trainer):
         norms = [torch.nn.utils.get_total_norm([p.grad for p in of_mesh], foreach=True) for of_mesh in by_mesh.values()]
         norm = functools.reduce(torch.hypot, (x.full_tensor() if isinstance(x, DTensor) else x for x in norms))
         ranks = self.parallel_dims.get_optional_mesh("loss")
-        told = torch.stack([loss, norm, torch.full_like(loss, float(self.stop.raised))])
+        sums = torch.stack([loss, norm, torch.full_like(loss, float(self.stop.raised))])
         if ranks is not None:
-            told[1] /= ranks.size()
-            told = dist_utils.dist_sum_tensor(told, ranks)
+            sums[1] /= ranks.size()
+            sums = dist_utils.dist_sum_tensor(sums, ranks)
         for of_mesh in by_mesh.values():
-            torch.nn.utils.clip_grads_with_norm_(of_mesh, self.config.training.max_norm, told[1], foreach=True)
-        mean_loss, grad_norm, stop = told.tolist()
+            torch.nn.utils.clip_grads_with_norm_(of_mesh, self.config.training.max_norm, sums[1], foreach=True)
+        mean_loss, grad_norm, stop = sums.tolist()
         self.stop.agreed = stop > 0
         return mean_loss, grad_norm
 
@@ -265,8 +265,8 @@ class NucleusTrainer(Trainer):
         )
 
     def _sum_gradients(self) -> None:
-        """Adds up over the ranks, in one message, what FSDP does not: plain replicas' gradients, or the routers'. Each
-        rank divided its loss by the global batch."""
+        """Sums over the ranks, in one all-reduce, the gradients that FSDP does not: of plain replicas, and of routers. Each
+        rank has divided its loss by the global batch."""
         gradients = [local_part(p.grad) for p in self.model.parameters() if p.grad is not None and lies_whole(p)]
         if not gradients:
             return
@@ -296,10 +296,10 @@ class NucleusTrainer(Trainer):
         """Trains from the last checkpoint, or from the start, to the last step.
 
         Returns:
-            the step it went on from (0: from the start).
+            the step that it resumed from (0: the start).
 
         Raises:
-            Preempted: a rank got SIGTERM; the step under way was finished, and a checkpoint of it saved.
+            Preempted: a rank received SIGTERM; the current step was finished and saved.
         """
         config = self.config
         self.checkpointer.load()
@@ -358,8 +358,8 @@ class NucleusTrainer(Trainer):
 
     @torch.no_grad()
     def _sample(self, sample_fn: Callable[[torch.nn.Module, int, Path], Any]) -> None:
-        """Calls `sample_fn(model, step, path)` on every rank, in the type that training computes in; it must draw its
-        noise from a generator of its own."""
+        """Calls `sample_fn(model, step, path)` on every rank, in the type that training computes in. It must use its own
+        random generators."""
         path = Path(self.config.dump_folder) / SAMPLES / f"step-{self.step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         begin = time.perf_counter()

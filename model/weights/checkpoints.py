@@ -1,10 +1,10 @@
-"""DCP checkpoints, local or in S3: which are finished, and how to read one without running what is in it.
+"""DCP checkpoints, local or in S3: listing the finished ones, and reading one without executing code in it.
 
     step-{n}/.metadata                   written last, and by a rename: a folder without it is a save that was cut off
     step-{n}/__{rank}_{i}.distcp
 
-DCP reads `.metadata` with pickle.load and whatever is no tensor with torch.load(weights_only=False): both run any
-code that a checkpoint brings along. `load` does neither.
+DCP reads `.metadata` with pickle.load, and values other than tensors with torch.load(weights_only=False): both execute
+code that a checkpoint contains. `load` does neither.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def last_checkpoint(path: str | os.PathLike) -> str:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Admits DCP's own classes of metadata and torch's types, and calls nothing else."""
+    """Allows DCP's metadata classes and torch's dtypes, and no other global."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name in _CLASSES.get(module, ()):
@@ -88,7 +88,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class CheckpointReader(FsspecReader):
-    """Reads a DCP checkpoint, local or remote, and unpickles nothing but metadata."""
+    """Reads a DCP checkpoint, local or remote. Of its pickles only the metadata is read, by `_MetadataUnpickler`."""
 
     def __init__(self, path: str | os.PathLike):
         path = check_path(path)  # before DCP makes a file system for it
@@ -160,7 +160,7 @@ def load(state: dict[str, Any], source: str | os.PathLike | CheckpointReader, *,
 
 @contextmanager
 def without_warning() -> Iterator[None]:
-    """DCP warns wherever one process saves or loads by itself, which is what is meant here."""
+    """Silences DCP's warning that a single process saves or loads without a process group, which is intended here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
         yield

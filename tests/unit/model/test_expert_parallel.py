@@ -104,3 +104,43 @@ def test_a_compiler_takes_the_layer_whole_and_keeps_the_shared_expert_between(la
     out.sum().backward()
     assert torch.allclose(out, alone(*inputs())[0], atol=1e-5)
     assert len(orders) == 2 and all(all(span) and len(span) == 2 for span in map(under_way, orders)), orders
+
+
+def test_all_groups_that_fsdp_communicates_in_get_the_stages_patience():
+    """With replicas and expert parallelism FSDP's two meshes each have groups of their own for the replicas."""
+    from types import SimpleNamespace
+
+    from small_model import SMALL
+    from torch.distributed.fsdp import FSDPModule
+
+    from model.config import TransformerConfig
+    from model.train.parallelize import parallelize
+    from model.train.trainer import NucleusTrainer
+    from model.transformer import NucleusTransformer
+
+    from torchtitan.distributed import ParallelDims
+
+    dist.init_process_group("fake", rank=0, world_size=8)
+    try:
+        degrees = dict(dp_replicate=2, dp_shard=4, cp=1, tp=1, pp=1, ep=2, world_size=8)
+        dims = ParallelDims(**degrees, spmd_backend="partial_dtensor")
+        with torch.device("meta"):
+            model = NucleusTransformer(TransformerConfig(**SMALL | {"num_experts": 4, "dense_moe_strategy": "all_moe"}))
+        parallelize(
+            model,
+            parallel_dims=dims,
+            training=SimpleNamespace(mixed_precision_param="bfloat16"),
+            parallelism=None,
+            compile_config=SimpleNamespace(enable=False),
+            ac_config=None,
+            dump_folder="",
+        )
+        used = set()
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                for group in module._get_fsdp_state()._fsdp_param_groups:
+                    used |= {group.mesh_info.shard_process_group, group.mesh_info.replicate_process_group}
+        patient = NucleusTrainer._groups(SimpleNamespace(parallel_dims=dims))
+        assert len(used) >= 4 and used <= patient
+    finally:
+        dist.destroy_process_group()
