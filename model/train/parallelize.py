@@ -71,7 +71,8 @@ def fsdp_meshes(dims: ParallelDims) -> tuple[DeviceMesh, DeviceMesh]:
 
 def _shard(model: torch.nn.Module, dims: ParallelDims, dtype: torch.dtype) -> None:
     mesh, of_experts = fsdp_meshes(dims)
-    dense, sparse = (_get_mesh_info(each, None) for each in (mesh, of_experts))
+    dense = _get_mesh_info(mesh, None)
+    sparse = dense if of_experts is mesh else _get_mesh_info(of_experts, None)  # one object for one mesh
     routers = [block.img_mlp.gate for block in model.transformer_blocks.children() if block.moe_enabled]
     for router in routers:
         whole = [Replicate()] * mesh.ndim
