@@ -29,9 +29,11 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from model.moe import ExpertRanks, MoE
 
 
-def exchange(x: torch.Tensor, group_name: str, ranks: int) -> torch.Tensor:
-    """Starts an all-to-all of equal parts along the first dim. The result may not be read before `wait`."""
-    parts = [x.shape[0] // ranks] * ranks
+def exchange(x: torch.Tensor, group_name: str, parts: list[int]) -> torch.Tensor:
+    """Starts an all-to-all of equal parts along the first dim. The result may not be read before `wait`.
+
+    It does not look at the shape of `x`: within an autograd function a compiler has no source for sizes that follow from
+    a layer's capacity factor."""
     return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), parts, parts, group_name)
 
 
@@ -45,8 +47,8 @@ class _Start(torch.autograd.Function):
     `_Finish.backward` has started."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, group_name: str, ranks: int) -> torch.Tensor:
-        return exchange(x, group_name, ranks)
+    def forward(ctx, x: torch.Tensor, group_name: str, parts: list[int]) -> torch.Tensor:
+        return exchange(x, group_name, parts)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -55,8 +57,8 @@ class _Start(torch.autograd.Function):
 
 class _Finish(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, sent: torch.Tensor, group_name: str, ranks: int) -> torch.Tensor:
-        ctx.group = group_name, ranks
+    def forward(ctx, sent: torch.Tensor, group_name: str, parts: list[int]) -> torch.Tensor:
+        ctx.group = group_name, parts
         return wait(sent)
 
     @staticmethod
@@ -64,31 +66,32 @@ class _Finish(torch.autograd.Function):
         return exchange(gradient, *ctx.group), None, None
 
 
-def expert_ranks(group: dist.ProcessGroup) -> ExpertRanks:
+def expert_ranks(group: dist.ProcessGroup, num_experts: int) -> ExpertRanks:
     """The exchanges of a layer: rows to the ranks that own their experts, and back."""
     name, ranks = group.group_name, group.size()
+    parts = [num_experts // ranks] * ranks
 
     def receive(sent: torch.Tensor) -> torch.Tensor:
         """[E, R, D], still on its way -> [E / ep, ep R, D], the ranks' rows in order."""
-        x_ERD = _Finish.apply(sent, name, ranks)
+        x_ERD = _Finish.apply(sent, name, parts)
         return x_ERD.unflatten(0, (ranks, -1)).transpose(0, 1).flatten(1, 2)
 
     def send_back(y: torch.Tensor) -> torch.Tensor:
         """The inverse order: [E / ep, ep R, D] -> [E, R, D], still on its way."""
         by_rank = y.unflatten(1, (ranks, -1)).transpose(0, 1)
-        return _Start.apply(by_rank.flatten(0, 1), name, ranks)
+        return _Start.apply(by_rank.flatten(0, 1), name, parts)
 
     return ExpertRanks(
         group=group,
-        send=lambda x_ERD: _Start.apply(x_ERD, name, ranks),
+        send=lambda x_ERD: _Start.apply(x_ERD, name, parts),
         receive=receive,
         send_back=send_back,
-        receive_back=lambda sent: _Finish.apply(sent, name, ranks),
+        receive_back=lambda sent: _Finish.apply(sent, name, parts),
     )
 
 
 def shard_experts(moe: MoE, mesh: DeviceMesh) -> None:
     """Leaves each rank of `mesh` its share of the experts; the layer exchanges rows with the other ranks."""
-    moe.expert_ranks, experts = expert_ranks(mesh.get_group()), moe.experts
+    moe.expert_ranks, experts = expert_ranks(mesh.get_group(), moe.num_experts), moe.experts
     for name, parameter in list(experts.named_parameters()):
         setattr(experts, name, nn.Parameter(distribute_tensor(parameter, mesh, [Shard(0)])))

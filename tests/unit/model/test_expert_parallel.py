@@ -106,6 +106,18 @@ def test_a_compiler_takes_the_layer_whole_and_keeps_the_shared_expert_between(la
     assert len(orders) == 2 and all(all(span) and len(span) == 2 for span in map(under_way, orders)), orders
 
 
+def test_layers_of_several_capacity_factors_and_numbers_of_tokens_compile_whole(layers):
+    _, shared = layers
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *given: shared(*given)[0], backend="aot_eager", fullgraph=True, dynamic=True)
+    for factor, tokens in ((1.5, 8), (2.0, 8), (1.0, 12)):
+        shared.capacity_factor = factor
+        given = [torch.randn(2, tokens, 16, requires_grad=True), torch.randn(2, tokens, 16), torch.randn(2, 16)]
+        out = compiled(*given)
+        out.sum().backward()
+        assert torch.allclose(out, shared(*given)[0], atol=1e-5)
+
+
 def test_all_groups_that_fsdp_communicates_in_get_the_stages_patience():
     """With replicas and expert parallelism FSDP's two meshes each have groups of their own for the replicas."""
     from types import SimpleNamespace
