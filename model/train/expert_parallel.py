@@ -12,8 +12,8 @@ factor), where gathering every token everywhere would receive (ep - 1) S B rows.
 
 Each exchange is two functions, one that starts it and one that waits, so that `model.moe.MoE` computes its shared expert
 in between. The compiler keeps the two apart (its nodes `all_to_all_single` and `wait_tensor`) and may move independent
-work between them. In the backward pass the gradient of waiting starts the exchange of gradients, and the gradient of
-starting waits for it: there autograd runs the shared expert's backward in between.
+work between them. In the backward pass PyTorch's own gradients of the two operations exchange and wait at once: autograd
+functions that would keep them apart do not compile where layers have several capacity factors (PyTorch 2.13).
 
 Shape suffixes: E experts, R rows of one expert on one rank, D width.
 """
@@ -30,40 +30,13 @@ from model.moe import ExpertRanks, MoE
 
 
 def exchange(x: torch.Tensor, group_name: str, parts: list[int]) -> torch.Tensor:
-    """Starts an all-to-all of equal parts along the first dim. The result may not be read before `wait`.
-
-    It does not look at the shape of `x`: within an autograd function a compiler has no source for sizes that follow from
-    a layer's capacity factor."""
+    """Starts an all-to-all of equal parts along the first dim. The result may not be read before `wait`."""
     return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), parts, parts, group_name)
 
 
 def wait(x: torch.Tensor) -> torch.Tensor:
     """On CUDA the stream waits, not the host."""
     return torch.ops._c10d_functional.wait_tensor(x)
-
-
-class _Start(torch.autograd.Function):
-    """Starts an exchange. An all-to-all of equal parts is its own inverse, so its gradient is one too, which
-    `_Finish.backward` has started."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, group_name: str, parts: list[int]) -> torch.Tensor:
-        return exchange(x, group_name, parts)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return wait(gradient), None, None
-
-
-class _Finish(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, sent: torch.Tensor, group_name: str, parts: list[int]) -> torch.Tensor:
-        ctx.group = group_name, parts
-        return wait(sent)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return exchange(gradient, *ctx.group), None, None
 
 
 def expert_ranks(group: dist.ProcessGroup, num_experts: int) -> ExpertRanks:
@@ -73,20 +46,20 @@ def expert_ranks(group: dist.ProcessGroup, num_experts: int) -> ExpertRanks:
 
     def receive(sent: torch.Tensor) -> torch.Tensor:
         """[E, R, D], still on its way -> [E / ep, ep R, D], the ranks' rows in order."""
-        x_ERD = _Finish.apply(sent, name, parts)
+        x_ERD = wait(sent)
         return x_ERD.unflatten(0, (ranks, -1)).transpose(0, 1).flatten(1, 2)
 
     def send_back(y: torch.Tensor) -> torch.Tensor:
         """The inverse order: [E / ep, ep R, D] -> [E, R, D], still on its way."""
         by_rank = y.unflatten(1, (ranks, -1)).transpose(0, 1)
-        return _Start.apply(by_rank.flatten(0, 1), name, parts)
+        return exchange(by_rank.flatten(0, 1), name, parts)
 
     return ExpertRanks(
         group=group,
-        send=lambda x_ERD: _Start.apply(x_ERD, name, parts),
+        send=lambda x_ERD: exchange(x_ERD, name, parts),
         receive=receive,
         send_back=send_back,
-        receive_back=lambda sent: _Finish.apply(sent, name, parts),
+        receive_back=lambda sent: wait(sent),
     )
 
 
