@@ -111,7 +111,7 @@ class Recipe(Section):
         if self.train.losses.load_balance and chosen != "token_choice":
             raise ValueError(
                 f"train.losses.load_balance={self.train.losses.load_balance} must be 0 with "
-                f"model.routing_report.kind={chosen!r}: only token choice can leave experts without tokens"
+                f"model.routing.kind={chosen!r}: only token choice can leave experts without tokens"
             )
 
     def _check_ranks(self) -> None:

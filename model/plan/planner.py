@@ -313,7 +313,7 @@ def plan(
             report["suggestion"] = fitting and plan_stage(shapes, model, train, stage, fitting, gpu, **options)
         stages.append(report)
     notes = [NOTE]
-    if model.routing_report.kind == "token_choice":
+    if model.routing.kind == "token_choice":
         notes.append(TOKEN_CHOICE_NOTE)
     if train.muon_implementation == "torchtitan":
         notes.append(DIST_MUON_NOTE)
