@@ -23,7 +23,6 @@ from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing
 
 from model import kernels
 from model.attention import PACKAGES, flash_backend
-from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 
 # The choice of experts: plain, and by the Triton kernel.
 CHOICE_OPS = ("aten.topk.default", "nucleus.route.default")

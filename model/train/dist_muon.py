@@ -22,7 +22,7 @@ from torchtitan.distributed.flex_shard import BlockShard, BucketConfig, ComputeL
 
 from model.config import OptimConfig
 from model.optim import NS_COEFFICIENTS, NamedParameters, split_matrices, update_scale
-from model.train.device import allow_dist_muon  # first: it prepares torchtitan
+from model.train.device import allow_dist_muon
 
 
 def compute_layout(name: str, parameter: torch.Tensor, scale: str) -> ComputeLayout | None:

@@ -13,7 +13,6 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torchtitan.distributed import ParallelDims
 
 from model.config import TransformerConfig
-from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 from model.train.parallelize import parallelize
 from model.transformer import NucleusTransformer
 

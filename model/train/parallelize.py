@@ -24,7 +24,6 @@ from torchtitan.distributed import ParallelDims
 
 from model.train.activation import flash_operations
 from model.train.compiled import compile_blocks
-from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 from model.train.expert_parallel import shard_experts
 from model.transformer import Fill
 from model.weights.load import own_part

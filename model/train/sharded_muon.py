@@ -18,7 +18,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from model.optim import Matrices, Muon, add_orthogonal, compute_dtype
-from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 
 
 class _Cut(NamedTuple):
@@ -41,7 +40,7 @@ class _Cut(NamedTuple):
 class ShardedMuon(Muon):
     """`Muon` for DTensors. State, names and result are the same in every layout, up to rounding."""
 
-    def _held(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _local(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to_local()
 
     def _apply(self, updates: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]], group: dict) -> None:

@@ -10,7 +10,6 @@ from torchtitan.protocols import BaseModel
 from torchtitan.protocols.model_spec import ModelSpec
 
 from model.config import TransformerConfig
-from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 from model.train.parallelize import fill_whole, gathered, parallelize
 from model.transformer import Block, NucleusTransformer, TextKV
 
