@@ -58,8 +58,8 @@ class Recipe(Section):
                     f"{key}={size} must be a multiple of {tile} (VAE {VAE_FACTOR}x, patches of {model.patch_size}), "
                     f"such as {near}"
                 )
-        trained = self.components.kind == "trained"
-        channels = self.components.vae.z_dim if trained else VAE_CHANNELS
+        vae = self.components.vae if self.components.kind == "trained" else None
+        channels = vae.z_dim if vae is not None else VAE_CHANNELS
         packed = channels * model.patch_size**2
         if model.in_channels != packed:
             raise ValueError(
@@ -72,7 +72,7 @@ class Recipe(Section):
                 f"model.out_channels={model.out_channels} must be {channels}: a token's output has "
                 f"patch_size^2 x out_channels values, here {out}, and must have {packed} like its input"
             )
-        text = self.components.text_encoder if trained else None
+        text = self.components.text_encoder if self.components.kind == "trained" else None
         if text is not None:
             if model.joint_attention_dim != text.hidden_size:
                 raise ValueError(
@@ -216,7 +216,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
 
 def _parse(text: str | bytes, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=Loader)
+        return yaml.load(text, Loader=Loader)  # noqa: S506  (a SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
 

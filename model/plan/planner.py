@@ -21,6 +21,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -377,7 +378,7 @@ def load_sections(path: str | Path) -> tuple[TransformerConfig, TrainConfig]:
     if not {"model", "train"} <= data.keys():
         raise ValueError(f"{path} must have the sections model and train")
     return tuple(
-        _validated(lambda: section.model_validate(data[key]), key)
+        _validated(partial(section.model_validate, data[key]), key)
         for key, section in (("model", TransformerConfig), ("train", TrainConfig))
     )
 

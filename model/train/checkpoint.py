@@ -29,10 +29,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
-from torchtitan.components.checkpointer import CheckpointManager
-from torchtitan.components.checkpointer.base import LR_SCHEDULER, MODEL, OPTIMIZER
-from torchtitan.components.checkpointer.dcp import AsyncMode
-from torchtitan.tools.utils import device_module
 
 from model import storage
 from model.config import TrainSettings
@@ -41,6 +37,11 @@ from model.train.metrics import METRICS
 from model.train.replicas import differing
 from model.weights import checkpoints
 from model.weights.checkpoints import finished_checkpoints, incomplete_files
+
+from torchtitan.components.checkpointer import CheckpointManager
+from torchtitan.components.checkpointer.base import LR_SCHEDULER, MODEL, OPTIMIZER
+from torchtitan.components.checkpointer.dcp import AsyncMode
+from torchtitan.tools.utils import device_module
 
 CHECKPOINTS = "checkpoints"
 WEIGHTS = "weights"

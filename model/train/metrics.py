@@ -17,9 +17,10 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
-from torchtitan.components.metrics import BaseLogger, MetricsProcessor
 
 from model import storage
+
+from torchtitan.components.metrics import BaseLogger, MetricsProcessor
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
