@@ -236,7 +236,8 @@ def _train(model: NucleusTransformer, config: TransformerConfig, step: Step) -> 
             example.noisy_BSC.to(cast), (1, rows, columns), text.to(cast), mask, t_B.to(cast), collect=trace
         )
     velocity_BSC = velocity_BSC.float()
-    total, _mean, loss_B, _kept = losses.objective(example, velocity_BSC, trace, step.losses)
+    total, mean, loss_B, _kept = losses.objective(example, velocity_BSC, trace, step.losses)
+    del mean  # 4 bytes
     total.backward()
     return trace, velocity_BSC, loss_B
 
