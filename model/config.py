@@ -15,9 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 from model.storage import check_path
 
-VAE_FACTOR = 8  # pixels per latent row: Qwen-Image's VAE; diffusers derives it as 2 ** 3 temporal stages
-VAE_CHANNELS = 16  # of the released VAE
-TEXT_STATE = -8  # hidden state of the text encoder that NucleusMoEImagePipeline conditions on by default
 TIERS = ("A1", "A2", "A3", "A4", "A5")  # quality of a curated image, best first
 
 Positive = Annotated[int, Field(gt=0)]

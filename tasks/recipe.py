@@ -12,7 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
 from eval.config import EvalConfig
-from model.config import TIERS, VAE_CHANNELS, VAE_FACTOR, MergeConfig, Section, TrainConfig, TransformerConfig
+from model.config import TIERS, MergeConfig, Section, TrainConfig, TransformerConfig
+from model.constants import VAE_SCALE
 from model.ranks import micro_batch, rank_degrees
 from model.recipe_yaml import Loader, read_recipe
 from tasks.curation.config import CurationConfig, SourceConfig
@@ -20,6 +21,7 @@ from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.publishing.config import PublishConfig
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+VAE_CHANNELS = 16  # of the released VAE
 
 
 class Recipe(Section):
@@ -48,14 +50,14 @@ class Recipe(Section):
         return self
 
     def _check_pixels_and_channels(self) -> None:
-        model, tile = self.model, VAE_FACTOR * self.model.patch_size
+        model, tile = self.model, VAE_SCALE * self.model.patch_size
         sizes = [(f"train.stages[{i}].image_size_px", stage.image_size_px) for i, stage in enumerate(self.train.stages)]
         for key, size in [*sizes, ("eval.image_size_px", self.eval.image_size_px)]:
             if size % tile:
                 below = size // tile * tile
                 near = f"{below} or {below + tile}" if below else str(tile)
                 raise ValueError(
-                    f"{key}={size} must be a multiple of {tile} (VAE {VAE_FACTOR}x, patches of {model.patch_size}), "
+                    f"{key}={size} must be a multiple of {tile} (VAE {VAE_SCALE}x, patches of {model.patch_size}), "
                     f"such as {near}"
                 )
         vae = self.components.vae if self.components.kind == "trained" else None
@@ -93,7 +95,7 @@ class Recipe(Section):
             except ValidationError as error:
                 message = error.errors()[0]["msg"].removeprefix("Value error, ")
                 raise ValueError(f"train.stages[{i}].capacity_factors: {message}") from error
-            tokens = (stage.image_size_px // (VAE_FACTOR * self.model.patch_size)) ** 2
+            tokens = (stage.image_size_px // (VAE_SCALE * self.model.patch_size)) ** 2
             for layer in range(self.model.num_layers):
                 factor = stage_model.capacity_factor(layer)
                 if stage_model.is_moe_layer(layer) and factor * tokens / experts < 1:

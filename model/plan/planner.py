@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from model.config import VAE_FACTOR, RoutingConfig, StageConfig, TrainConfig, TransformerConfig
+from model.config import RoutingConfig, StageConfig, TrainConfig, TransformerConfig
+from model.constants import VAE_SCALE
 from model.optim import OPTIMIZERS
 from model.plan.memory import FP32, Layout, Moment, Shapes, moments
 from model.plan.memory_trace import Step
@@ -344,7 +345,7 @@ def _moe_layers(config: TransformerConfig) -> list[int]:
 
 
 def _of_stage(model: TransformerConfig, stage: StageConfig) -> tuple[TransformerConfig, int]:
-    tile = VAE_FACTOR * model.patch_size
+    tile = VAE_SCALE * model.patch_size
     if stage.image_size_px % tile:
         raise ValueError(f"{stage.name}: image_size_px={stage.image_size_px} must be a multiple of {tile}")
     config = _validated(lambda: model.with_capacity_factors(stage.capacity_factors), stage.name)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from model.config import VAE_FACTOR
+from model.constants import VAE_SCALE
 from model.ranks import local_batch_size, rank_degrees
 from model.stages import TrainingStage
 from model.storage import join
@@ -49,7 +49,7 @@ def trainer_config(
     train, values = stage.train, stage.stage
     local = local_batch_size(values, train, ranks)
     degrees = rank_degrees(stage.model, train, ranks)
-    tokens = (values.image_size_px // (VAE_FACTOR * stage.model.patch_size)) ** 2
+    tokens = (values.image_size_px // (VAE_SCALE * stage.model.patch_size)) ** 2
     return NucleusTrainer.Config(
         model_spec=model_spec(stage.model, values.name),
         dump_folder=str(work_dir),

@@ -103,3 +103,11 @@ class EncodingConfig(Section):
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     max_text_tokens: Positive = 1024
     hidden_state_index: Annotated[int, Field(lt=0)] = -8
+
+
+class EncodeStage(Section):
+    """The part of a training stage that decides its latents. Steps and batch size do not: a change of them encodes nothing
+    again."""
+
+    image_size_px: Positive
+    aspect_ratios: tuple[str, ...]
