@@ -27,18 +27,20 @@ from tasks.training.task import train_stage
 
 
 class Stages(NamedTuple):
-    """The result of all stages: the merged transformer, and the checkpoints of each stage in order."""
+    """The result of all stages: the merged transformer, the checkpoints of each stage, the latents of the last."""
 
     merged: MergedDir
     checkpoints: list[CheckpointsDir]
+    latents: LatentsDir
 
 
 class Trained(NamedTuple):
-    """A transformer, the frozen components that it was trained with, and the checkpoints of each stage."""
+    """`Stages`, and the frozen components that the transformer was trained with."""
 
     merged: MergedDir
     components: ComponentsDir
     checkpoints: list[CheckpointsDir]
+    latents: LatentsDir
 
 
 def encode(
@@ -75,7 +77,7 @@ def train_stages(
             )
         )
     merged = merge_checkpoints(checkpoints=checkpoints[-1], model=stages[-1].train.model, config=merge)
-    return Stages(merged=merged, checkpoints=checkpoints)
+    return Stages(merged=merged, checkpoints=checkpoints, latents=latents[-1])
 
 
 def train_curated(curated: CuratedDir, sections: Sections) -> Trained:
@@ -90,7 +92,9 @@ def train_curated(curated: CuratedDir, sections: Sections) -> Trained:
         encoding=sections.encoding,
         merge=sections.merge,
     )
-    return Trained(merged=trained.merged, components=components, checkpoints=trained.checkpoints)
+    return Trained(
+        merged=trained.merged, components=components, checkpoints=trained.checkpoints, latents=trained.latents
+    )
 
 
 @workflow
@@ -104,4 +108,9 @@ def train(recipe: str, curated: CuratedDir, overrides: Union[list[str], str] = [
     """
     sections = resolve_recipe(recipe=recipe, overrides=overrides, source="", starts_from="curated", ends_in="merged")
     trained = train_curated(curated, sections)
-    return Trained(merged=trained.merged, components=trained.components, checkpoints=trained.checkpoints)
+    return Trained(
+        merged=trained.merged,
+        components=trained.components,
+        checkpoints=trained.checkpoints,
+        latents=trained.latents,
+    )
