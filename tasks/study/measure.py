@@ -79,7 +79,8 @@ def training_flops(stage: TrainingStage, text_tokens: int) -> int:
     from model.plan.planner import forward_flops
 
     tokens = (stage.stage.image_size_px * 2 // (TILE_PX * stage.model.patch_size)) ** 2
-    forward = forward_flops(stage.model, tokens, text_tokens, stage.stage.batch_size)
+    fp32 = stage.train.dtype == "float32"
+    forward = forward_flops(stage.model, tokens, text_tokens, stage.stage.batch_size, fp32)
     return 3 * sum(forward.values()) * stage.stage.steps
 
 
