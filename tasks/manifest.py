@@ -27,7 +27,6 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION = 2
-MANIFEST = "manifest.json"
 WRITING = ".writing-"
 KINDS = (
     "records",  # one shard of made images and captions, as a tar

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from model.config import Section, Seed
 
@@ -27,9 +28,10 @@ def plan_runs(recipe: str, variants: str, seeds: str, overrides: Sequence[str]) 
     Raises:
         ValueError: no or repeated names or seeds; an override of train.seed; a seed that is not a whole number.
     """
-    names = [recipe, *(name.strip() for name in variants.split(",") if name.strip())]
-    if len(set(names)) < len(names):
-        raise ValueError(f"recipe and variants must differ from each other, got {', '.join(names)}")
+    recipes = [recipe, *(name.strip() for name in variants.split(",") if name.strip())]
+    names = {_label(name): name for name in recipes}
+    if len(names) < len(recipes):
+        raise ValueError(f"recipe and variants must differ from each other by name, got {', '.join(recipes)}")
     try:
         numbers = [int(seed) for seed in seeds.split(",")]
     except ValueError:
@@ -41,7 +43,12 @@ def plan_runs(recipe: str, variants: str, seeds: str, overrides: Sequence[str]) 
     if any(change.partition("=")[0].strip() == "train.seed" for change in overrides):
         raise ValueError("overrides set train.seed, which a study varies: give --seeds instead")
     return [
-        StudyRun(variant=name, recipe=name, overrides=(*overrides, f"train.seed={seed}"), seed=seed)
+        StudyRun(variant=label, recipe=name, overrides=(*overrides, f"train.seed={seed}"), seed=seed)
         for seed in numbers  # seed by seed: a study that is interrupted has compared something
-        for name in names
+        for label, name in names.items()
     ]
+
+
+def _label(recipe: str) -> str:
+    """The name of a recipe in tables: of a file, its own."""
+    return Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe

@@ -133,8 +133,8 @@ def test_a_study_compares_what_exists_and_can_be_started_again(smoke, smoke_home
     (study,) = (smoke_home.artifacts / "study").iterdir()
     verify(study)
     content = json.loads((study / "study.json").read_text())
-    assert [run["variant"] for run in content["runs"]] == [base, str(variant)]
-    assert content["changes"][str(variant)]["model.routing.kind"] == "token_choice"
+    assert [run["variant"] for run in content["runs"]] == ["stages1", "variant"]
+    assert content["changes"]["variant"]["model.routing.kind"] == "token_choice"
     cost = content["runs"][0]["cost"]
     assert cost["steps"] == 2 and cost["training_flops"] > 0 and 0 < cost["active_parameters"] < cost["parameters"]
     assert 0 <= content["runs"][0]["routing"]["routing_stability"] <= 1

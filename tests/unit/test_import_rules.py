@@ -25,7 +25,7 @@ LAYERS = (
     ("tasks.encoding",),
     ("tasks.training", "tasks.merging"),
     ("tasks.evaluation",),
-    ("tasks.publishing",),
+    ("tasks.publishing", "tasks.draw"),
     ("tasks.recipe",),
     ("tasks.planning",),
     ("tasks.compare",),

@@ -43,8 +43,8 @@ def test_every_variant_meets_every_seed_and_the_recipe_comes_first():
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (("tiny", "a,a", "0", ()), "must differ from each other, got tiny, a, a"),
-    (("tiny", "tiny", "0", ()), "must differ from each other"),
+    (("tiny", "a,a", "0", ()), "must differ from each other by name, got tiny, a, a"),
+    (("tiny", "my/tiny.yaml", "0", ()), "must differ from each other"),
     (("tiny", "a", "0,0", ()), "a repeated run is no new evidence"),
     (("tiny", "a", "0;1", ()), "whole numbers separated by commas"),
     (("tiny", "a", "-1", ()), "-1 must be 0 or more"),
