@@ -26,6 +26,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from model.storage import MANIFEST
+
 SCHEMA_VERSION = 2
 WRITING = ".writing-"
 KINDS = (
