@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eval.stats import over_seeds
+from eval.stats import mean_interval, over_seeds
 from tasks.trace import Node, walk
 
 FINAL = 0.1  # of the last stage's steps: their mean is its final loss
-LEVEL = 0.95  # of intervals
 # Settings that are recorded with checkpoints and do not change what is trained.
 HOW = {"seed", "keep_checkpoints", "sample_every_steps", "sample_prompts"}
 
@@ -65,15 +63,9 @@ class Variant:
 
 
 def over_runs(values: Mapping[int, float]) -> dict[str, Any]:
-    """`eval.stats.over_seeds`, and "interval": Student's, of the mean over training seeds; None for a single one."""
+    """`eval.stats.over_seeds`, with Student's 95% interval of the mean over training seeds; None for a single one."""
     summary = over_seeds(values)
-    interval = None
-    if summary["std"] is not None:
-        from scipy.stats import t
-
-        half = float(t.ppf((1 + LEVEL) / 2, summary["runs"] - 1)) * summary["std"] / math.sqrt(summary["runs"])
-        interval = [summary["mean"] - half, summary["mean"] + half]
-    return summary | {"interval": interval}
+    return {**summary, "interval": mean_interval(summary["values"])}
 
 
 def read_run(scorecard: Path, home: Path | None = None) -> Run:
@@ -161,11 +153,22 @@ def compare(found: Sequence[Variant]) -> dict[str, Any]:
         if common:
             first, other = ({seed: _values(v.runs[seed]) for seed in common} for v in (base, variant))
             differences[variant.name] = {
-                score: over_runs({seed: other[seed][score] - first[seed][score] for seed in common})
+                score: _paired({seed: other[seed][score] - first[seed][score] for seed in common})
                 for score in first[common[0]]
                 if all(score in values[seed] for values in (first, other) for seed in common)
             }
     return {"variants": {variant.name: variant.summary() for variant in found}, "differences": differences}
+
+
+def _paired(differences: Mapping[int, float]) -> dict[str, Any]:
+    """`over_runs`, and what the interval says: a difference within the noise of
+    training, the machine's part included, is none. None for one seed, which cannot tell."""
+    values = over_runs(differences)
+    interval = values["interval"]
+    verdict = None
+    if interval is not None:
+        verdict = "higher" if interval[0] > 0 else "lower" if interval[1] < 0 else "cannot tell"
+    return {**values, "verdict": verdict}
 
 
 def render(result: Mapping[str, Any]) -> str:
@@ -174,6 +177,13 @@ def render(result: Mapping[str, Any]) -> str:
     if result["differences"]:
         base = next(iter(result["variants"]))
         lines += ["", *_table(result["differences"], f"minus {base}, common seeds", "{:+.3f}")]
+        for name, of_scores in result["differences"].items():
+            if (overall := of_scores["overall"])["verdict"] is not None:
+                low, high = overall["interval"]
+                lines.append(
+                    f"\n{name}: overall {overall['verdict']}, 95% interval over {overall['runs']} training seeds "
+                    f"{low:+.3f} to {high:+.3f}"
+                )
     return "\n".join(lines)
 
 

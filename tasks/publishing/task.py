@@ -60,7 +60,7 @@ def show_results(pipeline: PipelineDir, scorecard: ScorecardDir, curated: Curate
     """Where everything is and how good it is. Not cached, so that a run that finds everything in the cache prints it too."""
     from tasks.publishing import summary
 
-    kinds = {"pipeline": pipeline, "scorecard": scorecard, "curated": curated}
-    text = "\n".join(summary.lines(*(fetch(directory, kind) for kind, directory in kinds.items())))
+    paths = fetch(pipeline, "pipeline"), fetch(scorecard, "scorecard"), fetch(curated, "curated")
+    text = "\n".join(summary.lines(*paths))
     print(text, flush=True)
     return text

@@ -121,14 +121,16 @@ def markdown(study: dict[str, Any], timing: list[dict[str, Any]]) -> str:
 
 
 def _differences(study: dict[str, Any]) -> list[str]:
-    lines = ["| variant | score | seeds | difference | interval | smallest visible |", "| --- " * 6 + "|"]
+    lines = ["| variant | score | seeds | difference | interval | smallest visible | verdict |", "| --- " * 7 + "|"]
     for name, scores in study["differences"].items():
         for score, value in scores.items():
             interval, visible = "one seed: none", ""
             if value["interval"] is not None:
                 low, high = value["interval"]
                 interval, visible = f"{low:+.3f} to {high:+.3f}", f"{study['smallest_visible'][name][score]:.3f}"
-            lines.append(f"| {name} | {score} | {value['runs']} | {value['mean']:+.3f} | {interval} | {visible} |")
+            lines.append(
+                f"| {name} | {score} | {value['runs']} | {value['mean']:+.3f} | {interval} | {visible} | {value['verdict'] or ''} |"
+            )
     return lines
 
 
