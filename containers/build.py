@@ -67,7 +67,7 @@ class Engine:
         if wheels:
             if self.name == "docker":
                 raise ValueError("--wheels needs podman or buildah: docker build mounts no folder")
-            command += ["--network", "none", "--pull-never" if self.name == "buildah" else "--pull=never"]
+            command += ["--pull-never" if self.name == "buildah" else "--pull=never"]
             command += ["--volume", f"{wheels.resolve()}:/wheels:ro"]
         subprocess.run([*command, *shlex.split(os.environ.get("IMAGE_BUILD_FLAGS", "")), "."], cwd=ROOT, check=True)
 
