@@ -1,8 +1,8 @@
 """Builds the images of all roles, pushes them, and writes their digests to containers/images.lock.json.
 
-    python containers/build.py                                             # CPU variants, in the local store
-    python containers/build.py --variant cuda --registry registry.example/nucleus
-    python containers/build.py --role curation --wheels wheels/            # no network: packages from a folder
+    python -m containers.build                                             # CPU variants, in the local store
+    python -m containers.build --variant cuda --registry registry.example/nucleus
+    python -m containers.build --role curation --wheels wheels/            # no network: packages from a folder
 
 Docker, Podman or Buildah builds, the first that works. Without --registry nothing is pushed and no lock is written: a
 digest exists once a registry has the image. IMAGE_BUILD_FLAGS has further options for `build`, such as --network host.
@@ -21,8 +21,7 @@ import tempfile
 import tomllib
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from lock import ROLES, ROOT
+from containers.lock import ROLES, ROOT
 
 LOCK = ROOT / "containers" / "images.lock.json"
 SBOMS = ROOT / "containers" / "sbom"

@@ -35,10 +35,11 @@ rm -rf "$site"/pyarrow/libarrow_flight.so* "$site"/pyarrow/_flight*.so
 
 # The root is read-only: bytecode is written now or never. Importing compiles what runs, and shows that the lock is whole.
 modules="flytekit.bin.entrypoint flytekit.clis.sdk_in_container.pyflyte pandas pyarrow.parquet pyarrow.dataset PIL.Image
-         matplotlib.pyplot s3fs botocore.session safetensors.numpy scipy.ndimage yaml pydantic"
+         matplotlib.pyplot s3fs botocore.session safetensors.numpy yaml pydantic"
 case "$role" in
-  curation) modules="$modules imagehash webdataset sklearn.datasets" ;;
-  encoder | evaluator) modules="$modules torch._dynamo diffusers transformers accelerate" ;;
+  curation) modules="$modules imagehash webdataset scipy.ndimage sklearn.datasets" ;;
+  encoder) modules="$modules torch._dynamo diffusers transformers accelerate" ;;
+  evaluator) modules="$modules scipy.ndimage torch._dynamo diffusers transformers accelerate" ;;
   trainer) modules="$modules torch._dynamo torch._inductor.compile_fx torch.distributed.checkpoint torchtitan.train
                     diffusers transformers tensorboard torch.utils.tensorboard" ;;
   publisher) modules="$modules torch diffusers transformers huggingface_hub boto3" ;;

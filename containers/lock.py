@@ -1,7 +1,7 @@
 """Writes containers/requirements/ROLE.txt: every package of a role's image, at the version of constraints.txt.
 
-    python containers/lock.py          # after a change of pyproject.toml or constraints.txt
-    python containers/lock.py --check  # exits 1 where a file differs from what would be written
+    python -m containers.lock          # after a change of pyproject.toml or constraints.txt
+    python -m containers.lock --check  # exits 1 where a file differs from what would be written
 
 A role's packages are the project's dependencies, the role's extra in pyproject.toml, and whatever those require, as the
 metadata of the installed packages says: run it in the development environment, which has them all. No network.
