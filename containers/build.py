@@ -129,7 +129,7 @@ def differences(role: str, packages: str) -> list[str]:
     """Packages of an image that the role's lock has not, or has at another version; local versions (+cpu) count as equal.
     CUDA's libraries, which torch itself pins, are left out."""
     lines = (ROOT / "containers" / "requirements" / f"{role}.txt").read_text().splitlines()
-    wanted = {line.lower().replace("_", "-") for line in lines if line and not line.startswith("#")}
+    wanted = {line.lower().replace("_", "-") for line in lines if line and not line.startswith(("#", "triton=="))}
     installed = {line.split("+")[0].lower().replace("_", "-").replace(".", "-", line.split("==")[0].count("."))
                  for line in packages.splitlines()}  # fmt: skip
     installed = {p for p in installed if not p.startswith(("nvidia-", "triton==", "cuda-", "nucleus-flyte=="))}

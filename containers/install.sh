@@ -4,11 +4,9 @@
 set -eu
 role=$1
 cp "/requirements/$role.txt" /tmp/wanted.txt
+set -- --no-deps
 if [ "$VARIANT" = cuda ] && grep -q '^torch==' /tmp/wanted.txt; then
-  cat /requirements/cuda.txt >> /tmp/wanted.txt
   set --   # PyPI's torch requires CUDA's libraries at exact versions; the lock leaves them to it
-else
-  set -- --no-deps
 fi
 if [ -n "$(ls /wheels 2>/dev/null || true)" ]; then
   set -- "$@" --no-index --find-links /wheels
@@ -30,8 +28,12 @@ if ! grep -q '^setuptools==' /tmp/wanted.txt; then
   rm -rf "$site/setuptools" "$site"/setuptools-*.dist-info "$site/pkg_resources" "$site/_distutils_hack" \
          "$site/distutils-precedence.pth"
 fi
-rm -f /opt/venv/bin/pip*
+rm -rf /opt/venv/bin/pip* "$site/torch/test" "$site"/torch/bin/*test* "$site"/torch/bin/protoc*
 rm -rf "$site"/pyarrow/libarrow_flight.so* "$site"/pyarrow/_flight*.so
+
+if [ "$VARIANT" = cpu ]; then  # torchtitan imports triton wherever it runs; the programs that make GPU code do not run here
+  rm -rf "$site/triton/backends/nvidia/bin" "$site/triton/backends/nvidia/lib" "$site/triton/backends/amd/lib"
+fi
 
 # The root is read-only: bytecode is written now or never. Importing compiles what runs, and shows that the lock is whole.
 modules="flytekit.bin.entrypoint flytekit.clis.sdk_in_container.pyflyte pandas pyarrow.parquet pyarrow.dataset PIL.Image

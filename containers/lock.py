@@ -21,8 +21,6 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 REQUIREMENTS = ROOT / "containers" / "requirements"
 ROLES = ("curation", "encoder", "trainer", "evaluator", "publisher")
-# The CUDA build of torch requires these itself; the CPU variant does without. They are in cuda.txt.
-CUDA_ONLY = {"triton"}
 # pip installs these by default beside everything; no module of ours, nor of a dependency, imports them at run time.
 INSTALLERS = {"pip", "wheel"}
 HEADER = "# Made by containers/lock.py from pyproject.toml and constraints.txt. Do not edit.\n"
@@ -48,7 +46,7 @@ def closure(wanted: list[str]) -> set[str]:
             continue
         name = canonicalize_name(requirement.name)
         for wanted_extra in ("", *requirement.extras):
-            if (name, wanted_extra) in seen or name in CUDA_ONLY | INSTALLERS:
+            if (name, wanted_extra) in seen or name in INSTALLERS:
                 continue
             seen.add((name, wanted_extra))
             try:
@@ -73,7 +71,6 @@ def locked() -> dict[str, str]:
         if missing := sorted(names - versions.keys()):
             raise ValueError(f"constraints.txt pins no version of {', '.join(missing)}, which the {role} image needs")
         files[f"{role}.txt"] = HEADER + "".join(f"{name}=={versions[name]}\n" for name in sorted(names))
-    files["cuda.txt"] = HEADER + "".join(f"{name}=={versions[name]}\n" for name in sorted(CUDA_ONLY))
     return files
 
 

@@ -28,7 +28,9 @@ MODULES = {
     "evaluator": "tasks.evaluation.task",
     "publisher": "tasks.publishing.task",
 }
-pytestmark = pytest.mark.skipif(not LOCK, reason="NUCLEUS_TEST_IMAGES is unset: .ci/containers builds images and sets it")
+pytestmark = pytest.mark.skipif(
+    not LOCK, reason="NUCLEUS_TEST_IMAGES is unset: .ci/containers builds images and sets it"
+)
 
 
 def _images() -> dict[str, str]:
@@ -96,7 +98,9 @@ def test_inductor_compiles_in_the_hardened_trainer(hardened):
 @pytest.fixture(scope="module")
 def package(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("package") / "package.tgz"
-    images = [part for role in MODULES for part in ("--image", f"{role}={IMAGES.get(role, f'absent/nucleus-{role}:v1')}")]
+    images = [
+        part for role in MODULES for part in ("--image", f"{role}={IMAGES.get(role, f'absent/nucleus-{role}:v1')}")
+    ]
     pyflyte = str(Path(sys.executable).with_name("pyflyte"))
     command = [pyflyte, "--pkgs", "workflows", "package", *images, "--output", str(out), "-f"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
@@ -119,7 +123,11 @@ def test_the_smoke_recipe_runs_task_by_task_in_the_containers(hardened, package)
         )
         s3.create_bucket(Bucket=BUCKET)
         store = OWN | {"AWS_ENDPOINT_URL": endpoint, "FLYTE_AWS_ENDPOINT": endpoint, "AWS_DEFAULT_REGION": "us-east-1"}
-        store |= {"FLYTE_AWS_ACCESS_KEY_ID": "testing", "FLYTE_AWS_SECRET_ACCESS_KEY": "testing", "OMP_NUM_THREADS": "1"}
+        store |= {
+            "FLYTE_AWS_ACCESS_KEY_ID": "testing",
+            "FLYTE_AWS_SECRET_ACCESS_KEY": "testing",
+            "OMP_NUM_THREADS": "1",
+        }
 
         def run(role: str, args: list[str], environment: dict[str, str]) -> None:
             if role not in IMAGES:
