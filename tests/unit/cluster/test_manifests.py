@@ -215,7 +215,7 @@ def test_kueue_admits_pytorch_jobs_whole_into_flavors_that_exist():
 # Keys of propeller's and admin's configuration, from Flyte's configuration reference (deployment/configuration/generated).
 PLUGIN_KEYS = {
     "inject-finalizer", "default-cpus", "default-memory", "gpu-device-node-label", "resource-tolerations",
-    "interruptible-tolerations", "interruptible-node-selector", "enable-distributed-error-aggregation",
+    "interruptible-tolerations", "enable-distributed-error-aggregation",
 }  # fmt: skip
 OFFLOADING_KEYS = {
     "enabled",
