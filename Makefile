@@ -3,16 +3,23 @@
 # make draw PROMPT="a red circle"   one image from the newest published pipeline
 # make test        all tests; make test-fast: those without training
 # make lint        ruff and mypy; make format repairs what ruff can
+# make images      images of all roles, by docker, podman or buildah; REGISTRY=... pushes them, VARIANT=cuda for GPUs
+# make preflight   what a run of RECIPE on SHAPE needs of the cluster in config/flyte.yaml
+# make register    the workflows, by the digests of make images, at this commit, for SHAPE
 # make lock        resolves constraints.txt again
 # Each makes the environment it needs in .venv.
 
 PYTHON ?= python3
 RECIPE ?= tiny
 SOURCE ?=
+SHAPE ?= 1x1
+VARIANT ?= cpu
+REGISTRY ?=
+CONFIG ?= config/flyte.yaml
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: reproduce smoke draw test test-fast lint format lock env clean
+.PHONY: reproduce smoke draw test test-fast lint format lock images register preflight env clean
 
 reproduce: $(STAMP)
 	$(VENV)/bin/pyflyte run workflows/reproduce.py reproduce --recipe $(RECIPE) $(if $(SOURCE),--source "$(SOURCE)")
@@ -47,6 +54,15 @@ lock: $(STAMP)
 		--no-emit-package setuptools --output-file constraints.new
 	grep -vE '^(nvidia-|cuda-)' constraints.new > constraints.txt
 	rm constraints.new
+
+images: $(STAMP)
+	$(VENV)/bin/python -m containers.build --variant $(VARIANT) $(if $(REGISTRY),--registry "$(REGISTRY)") $(ARGS)
+
+register: $(STAMP)
+	$(VENV)/bin/python -m tools.register --config "$(CONFIG)" --shape $(SHAPE) $(ARGS)
+
+preflight: $(STAMP)
+	$(VENV)/bin/python -m tasks.preflight --config "$(CONFIG)" --recipe $(RECIPE) --shape $(SHAPE) $(ARGS)
 
 env: $(STAMP)
 

@@ -1,11 +1,11 @@
 """What a site's nodes have, by the name that NUCLEUS_PROFILE gives when workflows are registered.
 
-    NUCLEUS_PROFILE         cpu-small, a10g, l40s, h100 (default), h200, b200; NUCLEUS_ACCELERATOR=none is cpu-small
-    NUCLEUS_ACCELERATOR_LABEL   the value of the site's own accelerator label, where it differs from the profile's
-    NUCLEUS_FABRIC          efa, or nothing: which PodTemplate training takes, and libfabric's environment
-    NUCLEUS_QUEUE           Kueue's LocalQueue for training jobs; unset: no queue
-    NUCLEUS_POD_TEMPLATES   off: where the namespace has no PodTemplates (k8s/base has them)
-    NUCLEUS_HUB_SECRET      name of the secret with HF_TOKEN, for tasks that read from or publish to the Hub
+NUCLEUS_PROFILE         cpu-small, a10g, l40s, h100 (default), h200, b200; NUCLEUS_ACCELERATOR=none is cpu-small
+NUCLEUS_ACCELERATOR_LABEL   the value of the site's own accelerator label, where it differs from the profile's
+NUCLEUS_FABRIC          efa, or nothing: which PodTemplate training takes, and libfabric's environment
+NUCLEUS_QUEUE           Kueue's LocalQueue for training jobs; unset: no queue
+NUCLEUS_POD_TEMPLATES   off: where the namespace has no PodTemplates (k8s/base has them)
+NUCLEUS_HUB_SECRET      name of the secret with HF_TOKEN, for tasks that read from or publish to the Hub
 """
 
 from __future__ import annotations

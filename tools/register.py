@@ -22,38 +22,9 @@ import yaml
 
 from containers.build import BUILT_FROM, LOCK
 from containers.lock import ROLES, ROOT
+from tasks.site import SETTINGS, load_site
 
 CONFIG = ROOT / "config" / "flyte.yaml"
-# key of the section `nucleus` -> environment variable of tasks/profiles.py
-SETTINGS = {
-    "profile": "NUCLEUS_PROFILE",
-    "accelerator_label": "NUCLEUS_ACCELERATOR_LABEL",
-    "fabric": "NUCLEUS_FABRIC",
-    "queue": "NUCLEUS_QUEUE",
-    "pod_templates": "NUCLEUS_POD_TEMPLATES",
-    "hub_secret": "NUCLEUS_HUB_SECRET",
-}
-REQUIRED = ("project", "domain")
-FREE = ("bucket",)
-
-
-def load_config(path: Path) -> dict:
-    """The Flyte configuration with its section `nucleus`.
-
-    Raises:
-        ValueError: no such file, no endpoint, or an unknown or missing key of the section.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: copy config/flyte.example.yaml to it and name your endpoint")
-    config = yaml.safe_load(path.read_text()) or {}
-    section = config.get("nucleus", {})
-    if not config.get("admin", {}).get("endpoint"):
-        raise ValueError(f"{path} has no admin.endpoint")
-    if missing := [key for key in REQUIRED if not section.get(key)]:
-        raise ValueError(f"{path}: nucleus.{missing[0]} is missing")
-    if unknown := sorted(section.keys() - {*REQUIRED, *FREE, *SETTINGS}):
-        raise ValueError(f"{path}: nucleus.{unknown[0]} is unknown; use {', '.join([*REQUIRED, *SETTINGS, *FREE])}")
-    return config
 
 
 def images(lock: Path) -> dict[str, str]:
@@ -68,9 +39,14 @@ def images(lock: Path) -> dict[str, str]:
     if missing := [role for role in ROLES if role not in locked["images"]]:
         raise ValueError(f"{lock} has no image of {', '.join(missing)}: make images REGISTRY=... builds all roles")
     built = locked["revision"]
-    same = subprocess.run(["git", "diff", "--quiet", built, "--", *BUILT_FROM], cwd=ROOT, capture_output=True).returncode == 0
+    same = (
+        subprocess.run(["git", "diff", "--quiet", built, "--", *BUILT_FROM], cwd=ROOT, capture_output=True).returncode
+        == 0
+    )
     if not same:
-        raise ValueError(f"the images of {lock} were built from {built}, and the code differs: make images REGISTRY=...")
+        raise ValueError(
+            f"the images of {lock} were built from {built}, and the code differs: make images REGISTRY=..."
+        )
     return {role: f"{locked['images'][role]['image']}@{locked['images'][role]['digest']}" for role in ROLES}
 
 
@@ -93,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shape", type=shape, default=(1, 1), help="NODESxPROCESSES of a training stage")
     parser.add_argument("--dry-run", action="store_true", help="packages and shows, sends nothing")
     options = parser.parse_args(arguments)
-    config = load_config(options.config)
+    config = load_site(options.config)
     nnodes, nproc = options.shape
     commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
     version = commit if options.shape == (1, 1) else f"{commit}-{nnodes}x{nproc}"
@@ -103,7 +79,14 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         merged = Path(folder) / "flyte.yaml"
         merged.write_text(yaml.safe_dump(config | {"images": images(options.lock)}))
-        command = [str(Path(sys.executable).with_name("pyflyte")), "--config", str(merged), "register", "--copy", "none"]
+        command = [
+            str(Path(sys.executable).with_name("pyflyte")),
+            "--config",
+            str(merged),
+            "register",
+            "--copy",
+            "none",
+        ]
         command += ["--project", section["project"], "--domain", section["domain"], "--version", version]
         command += ["--dry-run"] if options.dry_run else []
         done = subprocess.run([*command, "workflows"], cwd=ROOT, env=environment)

@@ -15,6 +15,7 @@ import yaml
 from flyteadmin import STOCK_LIMITS, flyteadmin
 
 from containers.lock import ROLES
+from tasks.site import load_site
 from tools import register
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -67,7 +68,9 @@ def registered(lock, tmp_path_factory):
 
 def test_everything_is_registered_by_digest_in_the_project_and_domain_at_the_commit(registered):
     admin, _ = registered
-    assert {"workflows.reproduce.reproduce", "workflows.pretrain.pretrain"} <= admin.workflows.keys() <= admin.plans.keys()
+    assert (
+        {"workflows.reproduce.reproduce", "workflows.pretrain.pretrain"} <= admin.workflows.keys() <= admin.plans.keys()
+    )
     for request in (*admin.tasks.values(), *admin.workflows.values(), *admin.plans.values()):
         assert (request.id.project, request.id.domain) == ("nucleus", "production")
         assert request.id.version == f"{head()}-8x8"
@@ -138,14 +141,14 @@ def test_images_of_other_code_are_refused(tmp_path):
 
 def test_a_config_without_an_endpoint_or_with_an_unknown_key_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"copy config/flyte\.example\.yaml"):
-        register.load_config(tmp_path / "none.yaml")
+        load_site(tmp_path / "none.yaml")
     path = config(tmp_path, "127.0.0.1:1", profil="h100")
     with pytest.raises(ValueError, match="nucleus.profil is unknown"):
-        register.load_config(path)
+        load_site(path)
 
 
 def test_the_example_config_is_one_that_loads():
-    assert register.load_config(ROOT / "config" / "flyte.example.yaml")["nucleus"]["profile"] == "h100"
+    assert load_site(ROOT / "config" / "flyte.example.yaml")["nucleus"]["profile"] == "h100"
 
 
 @pytest.mark.parametrize("text", ["8", "0x8", "8x", "x8", "8x8x8"])

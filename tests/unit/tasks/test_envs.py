@@ -108,7 +108,9 @@ def test_the_sites_own_label_template_and_secret_are_used(site):
 
 
 def test_a_job_of_several_processes_waits_in_the_queue_and_cleans_its_pods(site):
-    options = site(NUCLEUS_PROFILE="h100", NUCLEUS_TRAIN_NNODES="8", NUCLEUS_TRAIN_NPROC="8", NUCLEUS_QUEUE="q").trainer()
+    options = site(
+        NUCLEUS_PROFILE="h100", NUCLEUS_TRAIN_NNODES="8", NUCLEUS_TRAIN_NPROC="8", NUCLEUS_QUEUE="q"
+    ).trainer()
     assert options["labels"] == {"kueue.x-k8s.io/queue-name": "q"}
     assert options["task_config"].run_policy.clean_pod_policy.name == "ALL"
     assert options["shared_memory"] == "64Gi"
