@@ -80,6 +80,13 @@ def test_everything_is_registered_by_digest_in_the_project_and_domain_at_the_com
         assert re.fullmatch(rf"registry\.example/nucleus-({'|'.join(ROLES)})@{DIGEST}", image), name
 
 
+def test_the_shapes_launch_plan_is_registered_with_its_recipe(registered):
+    admin, _ = registered
+    plan = admin.plans["pretrain-nucleus_17b-8x8"].spec
+    assert plan.fixed_inputs.literals["recipe"].scalar.primitive.string_value == "nucleus_17b"
+    assert plan.max_parallelism == 64 and "reproduce-smoke" not in admin.plans
+
+
 def test_nothing_that_is_sent_names_a_path_of_the_machine_that_registers(registered):
     admin, _ = registered
     for request in (*admin.tasks.values(), *admin.workflows.values(), *admin.plans.values()):
