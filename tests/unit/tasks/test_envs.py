@@ -41,7 +41,6 @@ def test_memory_of_an_accelerator_is_in_segments_that_grow_unless_the_user_says_
         assert ALLOCATOR not in trainer(**asked, NUCLEUS_ACCELERATOR="none")["environment"]
 
 
-<<<<<<< HEAD
 SITE = ("NUCLEUS_PROFILE", "NUCLEUS_FABRIC", "NUCLEUS_QUEUE", "NUCLEUS_POD_TEMPLATES", "NUCLEUS_HUB_SECRET")
 
 
@@ -122,9 +121,9 @@ def test_a_job_of_several_processes_waits_in_the_queue_and_cleans_its_pods(site)
 def test_an_unknown_setting_is_refused_with_the_valid_ones(site, name, value):
     with pytest.raises(ValueError, match=f"{name}='{value}'.*use"):
         site(**{name: value}).trainer()
-=======
+
+
 def test_a_pod_with_accelerators_sets_what_is_read_when_a_process_starts(trainer):
     environment = trainer(NUCLEUS_TRAIN_NPROC="8")["environment"]
     assert environment["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert 8 * int(environment["TORCHINDUCTOR_COMPILE_THREADS"]) <= 96  # cores
->>>>>>> main
