@@ -146,8 +146,6 @@ def trainer() -> dict[str, Any]:
     environment = {}
     if gpus:
         environment |= PROFILE.environment | (profiles.EFA if profiles.fabric() else {})
-        # cuBLAS reads it once, at its first product: without it deterministic training raises.
-        environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         # Shapes change from step to step: in segments of fixed size, freed memory would lie about in parts too small
         # for the next. Set it when registering for something else; an image's PYTORCH_CUDA_ALLOC_CONF goes before it.
         environment["PYTORCH_ALLOC_CONF"] = os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
