@@ -227,8 +227,8 @@ def analyse(model: NucleusTransformer, latents: Path, out: Path, images: int, ti
     if images < 1 or timesteps < 2:
         raise ValueError(f"images={images} must be at least 1 and timesteps={timesteps} at least 2")
     dataset = LatentDataset(latents)
-    bucket = int(np.bincount(dataset.bucket).argmax())
-    of_bucket = np.flatnonzero(dataset.bucket == bucket)
+    bucket = int(dataset.counts.sum(1).argmax())
+    of_bucket = np.arange(*dataset.bucket_begin[bucket : bucket + 2])
     chosen = of_bucket[np.linspace(0, len(of_bucket) - 1, min(images, len(of_bucket))).round().astype(int)]
     weight = model.proj_out.weight
     clean = dataset.latents(chosen).to(weight)  # its type, and its device

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torchtitan.components.dataloader import BaseDataLoader
-from torchtitan.tools.utils import device_module
+from torchtitan.tools import utils as titan_utils
 
 from model.data.latents import LatentDataset
 from model.data.order import Batch, BatchPlan, SampleOrder, read_batch
@@ -92,7 +92,8 @@ class LatentDataLoader(BaseDataLoader):
     def _read_ahead(self) -> Iterator[Batch]:
         plans = self._plans(self.step)
         # A new thread is on the first device, where pinning must not make a context for every rank.
-        device = device_module.set_device, (device_module.current_device(),)
+        module = titan_utils.device_module  # looked up now: model.train.device may have replaced it
+        device = module.set_device, (module.current_device(),)
         pool = ThreadPoolExecutor(self.num_workers, "latents", *device)
         pending: deque[Future[Batch]] = deque()
         try:

@@ -37,7 +37,7 @@ import torch.distributed as dist
 
 from model import storage
 from model.config import StageConfig, TrainConfig, TransformerConfig
-from model.data.latents import read_meta
+from model.data.index import read_index_meta
 from model.ranks import FREE_KEYS
 from model.train.checkpoint import CHECKPOINTS, OPTIMIZER, WEIGHTS, checkpoint_root
 from model.train.config import stage_transformer, trainer_config
@@ -71,7 +71,7 @@ def train_stage(
     """Trains stage `stage_index` of `train`.
 
     Args:
-        latents_dir: this stage's latents.
+        latents_dir: the index of this stage's latents and texts (model/data/index.py).
         init_from: checkpoints of the stage before (its last is taken), or None to start from train.init_from or from
             scratch.
         work_dir: where the run lives; the same for every attempt at this stage. Not removed here.
@@ -79,7 +79,7 @@ def train_stage(
         sample_fn: called as `sample_fn(model, step, path)` every `sample_every_steps` steps and at the last, in
             eval mode without gradients, on every rank; it writes an image to `path` and draws its random numbers
             from generators of its own.
-        latents_uri: with train.latents "stream", where the safetensors of latents_dir lie; None: in latents_dir.
+        latents_uri: with train.latents "stream", what relative locations of parts start from; None: latents_dir.
         hand_on_optimizer: out_dir also gets what the next stage needs if it has train.carry_optimizer.
 
     Returns:
@@ -210,7 +210,7 @@ def _rank() -> int:
 
 
 def _check_latents(latents_dir: Path, transformer: TransformerConfig) -> None:
-    meta = read_meta(latents_dir)  # and not the index, which has a row for each image
+    meta = read_index_meta(latents_dir)
     channels = meta.latent_channels * meta.patch_size**2
     for name, have, want in (
         ("patch_size", meta.patch_size, transformer.patch_size),
@@ -237,7 +237,7 @@ def _claim(
         "transformer": transformer.model_dump(mode="json"),
         "train": train.model_dump(mode="json", exclude={"stages", *FREE_KEYS}),
         "stage": stage.model_dump(mode="json"),
-        "latents": _content(latents_dir),
+        "latents": read_index_meta(latents_dir).content,
         "init_from": _content(Path(init_checkpoint)) if init_checkpoint else None,
         "optimizer_from": _content(carried) if carried else None,
         "hand_on_optimizer": hand_on_optimizer,

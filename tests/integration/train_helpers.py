@@ -22,7 +22,7 @@ def write_latents(directory: Path, images: int = 64, text_dim: int = TEXT_DIM) -
     directory.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     patterns = torch.randn(4, 16, 1, 1, generator=generator)
-    with LatentWriter(directory, {"text_dim": text_dim, "text_tokens": 16, "rows_per_shard": 20}) as writer:
+    with LatentWriter(directory, text_dim=text_dim, rows_per_file=20) as writer:
         writer.add_text(torch.zeros(3, text_dim))
         for i in range(4):
             writer.add_text(torch.randn(5 + i, text_dim, generator=generator))
