@@ -14,13 +14,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torchtitan.components.dataloader import BaseDataLoader
-from torchtitan.tools import utils as titan_utils
 
 from model.data.latents import LatentDataset
 from model.data.order import Batch, BatchPlan, SampleOrder, read_batch
 from model.data.streamed import StreamedLatents
-from model.train.device import DEVICE_TYPE  # (first: it prepares torchtitan)
+from model.train.device import DEVICE_TYPE
+
+from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.tools.utils import device_module
 
 READ_AHEAD = 2  # micro-batches for each worker
 
@@ -92,8 +93,7 @@ class LatentDataLoader(BaseDataLoader):
     def _read_ahead(self) -> Iterator[Batch]:
         plans = self._plans(self.step)
         # A new thread is on the first device, where pinning must not make a context for every rank.
-        module = titan_utils.device_module  # looked up now: model.train.device may have replaced it
-        device = module.set_device, (module.current_device(),)
+        device = device_module.set_device, (device_module.current_device(),)
         pool = ThreadPoolExecutor(self.num_workers, "latents", *device)
         pending: deque[Future[Batch]] = deque()
         try:
