@@ -126,6 +126,7 @@ def make_part(
     make: Callable[[Path], int],
     parents: Sequence[str | os.PathLike | Parent] = (),
     config: Any = None,
+    logs: Sequence[str] = (),
 ) -> Part:
     """A part: the one that was made from the same inputs before, or a new one.
 
@@ -137,7 +138,7 @@ def make_part(
     known = _known(kind, name, key)
     if known is not None:
         return known
-    path, manifest, rows = make_sealed(kind, make, parents, config, lambda rows: {"rows": rows})
+    path, manifest, rows = make_sealed(kind, make, parents, config, lambda rows: {"rows": rows}, logs)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     uri = _publish(path, kind, manifest.digest)
     record = {"digest": manifest.digest, "rows": rows, "size_bytes": size}
