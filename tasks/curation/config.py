@@ -35,7 +35,9 @@ class SourceConfig(Section):
     def _check_encoding(cls, encoding: str | None) -> str | None:
         if encoding is not None:
             try:
-                b"".decode(encoding)
+                b"caption.".decode(encoding)
+            except UnicodeError:
+                pass
             except LookupError as error:
                 raise ValueError(
                     f"{encoding!r} is not a text encoding; use a name that Python knows, such as cp1252, shift_jis or "
