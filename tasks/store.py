@@ -191,6 +191,8 @@ def fetch_part(part: Part, without: tuple[str, ...] = ()) -> Path:
     path = local_path(part.kind, part.digest)
     if not path.exists() and storage.is_remote(part.uri):
         _download(part, path, without)
+    elif storage.is_remote(part.uri) and (path / MANIFEST).is_file():
+        _download_rest(part, path, without)
     elif not path.exists() and Path(part.uri).is_dir():
         path = Path(part.uri)  # in another home
     if not (path / MANIFEST).is_file():
@@ -210,6 +212,18 @@ def _download(part: Part, path: Path, without: tuple[str, ...]) -> None:
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _download_rest(part: Part, path: Path, without: tuple[str, ...]) -> None:
+    """Files that an earlier `fetch_part` left out and this one needs."""
+    manifest = load_manifest(path)
+    for name in sorted(manifest.files | manifest.logs):
+        if not name.endswith(without) and not (path / name).exists():
+            temporary = path.with_name(f".file-{part.digest[:16]}-{os.getpid()}")
+            filesystem, source = storage.filesystem(storage.join(part.uri, name))
+            filesystem.get_file(source, str(temporary))
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary, path / name)
 
 
 def write_index(out_dir: str | os.PathLike, parts: Iterable[Part]) -> dict[str, int]:

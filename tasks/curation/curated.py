@@ -1,9 +1,9 @@
 """Reads a curated directory: which records of which shard to train on, and their bytes from where they always were.
 
-    curated = open_curated(path)
-    for part in curated.parts():                    # one for each shard
-        table = curated.selection(part)             # its kept records (selections.SELECTION)
-        for i, record in curated.images(part): ...  # row i of that table, and its bytes
+curated = open_curated(path)
+for part in curated.parts():                    # one for each shard
+    table = curated.selection(part)             # its kept records (selections.SELECTION)
+    for i, record in curated.images(part): ...  # row i of that table, and its bytes
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Deciding: the scores of all shards -> what becomes of each record. A pure function of columns: no image is read.
+r"""Deciding: the scores of all shards -> what becomes of each record. A pure function of columns: no image is read.
 
     scores of shard 0..n --filters, captions--> candidates --dedup--> rejected
                          \--------------------- tiers, captions <-----/
@@ -14,6 +14,7 @@ The scores are streamed twice, one shard at a time; what must be compared over t
 from __future__ import annotations
 
 import bisect
+import hashlib
 import json
 import os
 import tempfile
@@ -137,7 +138,7 @@ class _Rejections:
             names = [name for name, _ in fields]
             batch = pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in rows], pa.schema(fields))
             self._db.register("batch", batch)
-            self._db.execute(f"INSERT INTO {table} SELECT * FROM batch")
+            self._db.execute(f"INSERT INTO {table} SELECT * FROM batch")  # noqa: S608 (one of ours)
             self._db.unregister("batch")
 
     def between(self, start: int, stop: int) -> list[tuple[int, str, str]]:
@@ -281,9 +282,7 @@ def _write(
     return summary
 
 
-def _ledger_rows(
-    scores: pd.DataFrame, part: Part, start: int, rejected: list[tuple[int, str, str]]
-) -> pa.Table:
+def _ledger_rows(scores: pd.DataFrame, part: Part, start: int, rejected: list[tuple[int, str, str]]) -> pa.Table:
     rule, detail = np.full(len(scores), "", object), np.full(len(scores), "", object)
     for position, name, sentence in rejected:
         assert rule[position - start] == "", f"{part.name}: row {position - start} is rejected twice"
@@ -359,10 +358,25 @@ def _remedy(rule: str, content: dict, config: CurationConfig) -> str:
     if rule == ledger.CAPTION_TOO_LONG:
         low, high = content["too_long_words"]
         return f"The shortest captions have {low} to {high} words: raise curation.captions.max_words={config.captions.max_words}."
-    return "See docs/curation.md for the rules, and filters under curation in the recipe." if rule in _FILTER_RULES else ""
+    return (
+        "See docs/curation.md for the rules, and filters under curation in the recipe." if rule in _FILTER_RULES else ""
+    )
 
 
 _FILTER_RULES = {rule.name for rule in filters.RULES if rule.step != filters.SOURCE}
+
+
+def digest_of_parts(parts: Sequence[Part]) -> str:
+    """Of what the parts are, in their order; a failed part counts by its error."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{part.name} {part.digest or part.error}\n".encode())
+    return digest.hexdigest()
+
+
+def digest_of_table(table: pa.Table) -> str:
+    """Of the values, however the table is cut into chunks."""
+    return hashlib.sha256(json.dumps(table.to_pydict(), ensure_ascii=False).encode()).hexdigest()
 
 
 def _batches(items: Iterator) -> Iterator[list]:

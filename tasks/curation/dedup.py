@@ -184,8 +184,9 @@ class DuplicateSearch:
     def exact_duplicates(self) -> Iterator[tuple[int, int]]:
         """(position, keeper's position) of the records whose bytes another one has, by position."""
         self._db.execute(
-            f"CREATE OR REPLACE TABLE exact AS SELECT * FROM (SELECT position, first_value(position) OVER "
-            f"(PARTITION BY record_id ORDER BY {PREFERENCE}) AS keeper FROM candidates) WHERE position != keeper"
+            "CREATE OR REPLACE TABLE exact AS SELECT * FROM (SELECT position, first_value(position) OVER "
+            f"(PARTITION BY record_id ORDER BY {PREFERENCE}) AS keeper FROM candidates) "  # noqa: S608 (a constant)
+            "WHERE position != keeper"
         )
         yield from _rows(self._db, "SELECT position, keeper FROM exact ORDER BY position")
 
@@ -212,7 +213,8 @@ class DuplicateSearch:
         if not near:
             return
         self._db.register("near", pa.table({"position": np.array(sorted(near), np.int64)}))
-        ranked = self._db.execute(f"SELECT position FROM candidates JOIN near USING (position) ORDER BY {PREFERENCE}")
+        query = f"SELECT position FROM candidates JOIN near USING (position) ORDER BY {PREFERENCE}"  # noqa: S608
+        ranked = self._db.execute(query)
         rank = {position: place for place, (position,) in enumerate(ranked.fetchall())}
         dropped: dict[int, tuple[int, float]] = {}
         for position in rank:  # the most wanted first
@@ -224,7 +226,7 @@ class DuplicateSearch:
 
     def _candidate_pairs(self) -> np.ndarray:
         """int64 [P, 2] of positions, i < j, sorted."""
-        columns = self._db.execute(
+        columns = self._db.sql(
             "SELECT position, phash, coarse, aspect FROM candidates WHERE position NOT IN (SELECT position FROM exact) "
             "ORDER BY position"
         ).to_arrow_table()

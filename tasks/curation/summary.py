@@ -90,7 +90,9 @@ class Summary:
             at = np.flatnonzero(rules == rule)[: EXAMPLES - len(shown)]
             for row in at.tolist():
                 pixels = next(iter(thumbnails(np.array([row])).values()), None)
-                shown.append({"file": rows["file"][row].as_py(), "detail": rows["detail"][row].as_py(), "pixels": pixels})
+                shown.append(
+                    {"file": rows["file"][row].as_py(), "detail": rows["detail"][row].as_py(), "pixels": pixels}
+                )
         shortest = [min(scores["words"].iloc[i]) for i in np.flatnonzero(rules == ledger.CAPTION_TOO_LONG)]
         if shortest:
             low, high = self.too_long_words or (shortest[0], shortest[0])

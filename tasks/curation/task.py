@@ -9,9 +9,6 @@ part, whatever group it falls into. A shard that fails does not stop the others:
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple, Optional
 
 from flytekit import Deck, task
@@ -34,7 +31,6 @@ from tasks.store import (
     Part,
     fetch_part,
     group_range,
-    make_part,
     num_groups,
     read_index,
     write_index,

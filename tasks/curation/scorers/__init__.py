@@ -77,4 +77,13 @@ def build_scorers(config: ScorerConfig) -> list[Scorer]:
     return scorers
 
 
-__all__ = ["COLUMNS", "SCORERS", "Sample", "Scorer", "ScorerSpec", "build_scorers", "chosen_scorers", "scorer_revisions"]
+__all__ = [
+    "COLUMNS",
+    "SCORERS",
+    "Sample",
+    "Scorer",
+    "ScorerSpec",
+    "build_scorers",
+    "chosen_scorers",
+    "scorer_revisions",
+]
