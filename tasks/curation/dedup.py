@@ -185,7 +185,7 @@ class DuplicateSearch:
         """(position, keeper's position) of the records whose bytes another one has, by position."""
         self._db.execute(
             "CREATE OR REPLACE TABLE exact AS SELECT * FROM (SELECT position, first_value(position) OVER "
-            f"(PARTITION BY record_id ORDER BY {PREFERENCE}) AS keeper FROM candidates) "  # noqa: S608 (a constant)
+            f"(PARTITION BY record_id ORDER BY {PREFERENCE}) AS keeper FROM candidates) "
             "WHERE position != keeper"
         )
         yield from _rows(self._db, "SELECT position, keeper FROM exact ORDER BY position")

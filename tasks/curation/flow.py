@@ -23,7 +23,18 @@ from tasks.curation.sources import base
 from tasks.curation.sources.base import Account, Shard
 from tasks.envs import CACHE_VERSIONS
 from tasks.manifest import MANIFEST, load_manifest
-from tasks.store import LOCATIONS, Part, fetch_part, group_range, make_part, read_index, write_index
+from tasks.store import (
+    INDEX,
+    LOCATIONS,
+    Part,
+    fetch_part,
+    group_range,
+    make_part,
+    make_sealed,
+    num_groups,
+    read_index,
+    write_index,
+)
 
 REPORT_PAGE = "report.html"
 # Where shards are is no part of what a corpus is; its digest of them is in report.json.
@@ -244,3 +255,44 @@ def gather_curated(corpus_dir: Path, decision: Part, parts: Iterable[Part], out_
     if kept != content["kept"]:
         raise ValueError(f"the selections have {kept} records, the decision has {content['kept']}: run again")
     return content
+
+
+def curate_source(source: SourceConfig, path: str, config: CurationConfig, until: str = "curated") -> tuple[Path, Part]:
+    """All steps in one process, a group for each shard.
+
+    Args:
+        path: of the user's own images; "" makes the recipe's.
+        until: "decisions" or "curated".
+
+    Returns:
+        the path of the corpus or of the curated directory, and the decision.
+
+    Raises:
+        ValueError: the source is refused, or (until "curated") no record is left.
+    """
+    made = [] if path else [make_shard(source, index) for index in range(source.shards)]
+    corpus_dir, _, report = make_sealed(
+        "corpus",
+        lambda out: write_corpus(source, path, made, out),
+        [part.as_parent() for part in made if not part.error],
+        logs=CORPUS_LOGS,
+    )
+    groups = num_groups(report["shards"], config.max_groups)
+    indices = [_index("scores", score_group(corpus_dir, config, group, groups)) for group in range(groups)]
+    decision = decide_corpus(corpus_dir, indices, config, groups)
+    if until == "decisions":
+        return corpus_dir, decision
+    result_line(fetch_part(decision), decision, config)
+    parts = [part for group in range(groups) for part in select_group(decision, config, group, groups)]
+    curated_dir, _, _ = make_sealed(
+        "curated",
+        lambda out: gather_curated(corpus_dir, decision, parts, out),
+        [corpus_dir],
+        config.deciding(),
+        logs=CURATED_LOGS,
+    )
+    return curated_dir, decision
+
+
+def _index(kind: str, parts: Sequence[Part]) -> Path:
+    return make_sealed(kind, lambda out: write_index(out, parts), logs=(LOCATIONS,))[0]

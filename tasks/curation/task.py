@@ -62,7 +62,7 @@ def list_corpus(config: SourceConfig, path: str, made: list[RecordsDir], max_gro
     from tasks.curation import flow
 
     parts = [part for directory in made for part in read_index(fetch(directory, "records"))]
-    artifact, final, report = produce(
+    artifact, _, report = produce(
         "corpus",
         lambda out: flow.write_corpus(config, path, parts, out),
         parents=[part.as_parent() for part in parts],
