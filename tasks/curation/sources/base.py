@@ -49,6 +49,7 @@ CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "prompt", "raw")
 MAX_IMAGE_BYTES = 256 * 2**20  # nothing larger is read into memory
 MAX_CONTAINER_BYTES = 64 * 2**30  # of one tar, Parquet or Arrow file
 
+CHANGED = "has changed since the source was scanned; start the run again"
 UNREADABLE_CAPTION = "unreadable_caption"
 AMBIGUOUS_CAPTION = "ambiguous_caption"
 UNREADABLE_FILE = "unreadable_file"
@@ -101,6 +102,13 @@ class Record(NamedTuple):
     row: int
     problem: str = ""
     detail: str = ""
+
+
+class Options(NamedTuple):
+    """What the readers need of a recipe: `source.encoding` and `source.caption_columns`."""
+
+    encoding: str | None = None
+    caption_columns: tuple[str, ...] = ()
 
 
 class Account:
@@ -280,8 +288,9 @@ def digest_of(*parts: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def shard_id(kind: str, name: str, first_row: int, digest: str, options: dict[str, Any]) -> str:
-    return digest_of(kind, name, first_row, digest, options)[:16]
+def shard_id(kind: str, name: str, first_row: int, digest: str, options: Options, captions: str = "") -> str:
+    """captions: digest of what tables beside a tar say of it."""
+    return digest_of(kind, name, first_row, digest, options, captions)[:16]
 
 
 def count_of(number: int, noun: str) -> str:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.curation.sources import tables
-from tasks.curation.sources.base import MAX_CONTAINER_BYTES, Account, Record, count_of, visible
+from tasks.curation.sources.base import CHANGED, MAX_CONTAINER_BYTES, Account, Options, Record, Shard, count_of, visible
 from tasks.curation.sources.places import Place
 
 BATCH_ROWS, BATCH_BYTES = 64, 32 * 2**20
@@ -70,13 +70,11 @@ def opened(shown: str, file: BinaryIO) -> Iterator[pq.ParquetFile]:
 
 def scan(
     shown: str, file: BinaryIO, wanted: tuple[str, ...], rows_per_shard: int
-) -> tuple[list[Range], str] | None:
-    """The ranges of a file that become shards, and why none of its rows has image bytes ("" mostly).
-
-    None if no column has image bytes.
+) -> list[Range] | None:
+    """The ranges of a file that become shards; None if no column is of image bytes.
 
     Raises:
-        ValueError: no caption column, a column twice, or not a readable file.
+        ValueError: no caption column, a column twice, no row with image bytes, or not a readable file.
     """
     with opened(shown, file) as parquet:
         columns = tables.columns_of(parquet.schema_arrow, wanted)
@@ -102,11 +100,10 @@ def scan(
             else:
                 ranges.append(Range(i, i + 1, row, rows, begin, end))
             row += rows
-        without = _without_bytes(parquet, columns.image)
-    total = count_of(row, "row")
-    return [found for found in ranges if found.num_rows], f"{shown}: none of {total} has image bytes{without}" if (
-        without and row
-    ) else ""
+        why = _without_bytes(parquet, columns.image)
+    if why is not None:
+        raise ValueError(f"{shown}: none of {count_of(row, 'row')} has image bytes{why}")
+    return [found for found in ranges if found.num_rows]
 
 
 def _extent(metadata: pq.FileMetaData, group: int) -> tuple[int, int]:
@@ -121,8 +118,8 @@ def _extent(metadata: pq.FileMetaData, group: int) -> tuple[int, int]:
     return min(begins, default=0), max(ends, default=0)
 
 
-def _without_bytes(parquet: pq.ParquetFile, image: str) -> str:
-    """Why no row has image bytes, as far as statistics tell."""
+def _without_bytes(parquet: pq.ParquetFile, image: str) -> str | None:
+    """What the rows have in place of image bytes, if the statistics show that none has any."""
     metadata = parquet.metadata
     nulls = values = 0
     paths = False
@@ -138,30 +135,22 @@ def _without_bytes(parquet: pq.ParquetFile, image: str) -> str:
                 continue
             statistics = column.statistics
             if statistics is None or not statistics.has_null_count:
-                return ""
+                return None
             nulls, values = nulls + statistics.null_count, values + column.num_values
     if not values or nulls < values:
-        return ""
+        return None
     return f"; they name files ({image}.path)" if paths else ""
 
 
-def read(
-    place: Place,
-    name: str,
-    first_row: int,
-    num_rows: int,
-    wanted: tuple[str, ...],
-    encoding: str | None,
-    account: Account,
-) -> Iterator[Record]:
-    """The records of a range of rows that `scan` gave.
+def read(place: Place, name: str, shard: Shard, options: Options, account: Account) -> Iterator[Record]:
+    """The records of a range of rows.
 
     Raises:
-        ValueError: the file cannot be read, or is beyond the bounds.
+        ValueError: the file cannot be read, is beyond the bounds, or has changed since the scan.
     """
-    shown = place.shown(name)
+    shown, first_row, num_rows = place.shown(name), shard.first_row, shard.num_rows
     with place.open(name) as file, opened(shown, file) as parquet:
-        columns = tables.columns_of(parquet.schema_arrow, wanted)
+        columns = tables.columns_of(parquet.schema_arrow, options.caption_columns)
         assert columns is not None, shown
         groups, row = [], 0
         for i in range(parquet.metadata.num_row_groups):
@@ -169,11 +158,14 @@ def read(
             if first_row <= row < first_row + num_rows and rows:
                 groups.append(i)
             row += rows
-        stored = sum(end - begin for begin, end in (_extent(parquet.metadata, i) for i in groups))
+        extents = [_extent(parquet.metadata, i) for i in groups]
+        begin, end = min((b for b, _ in extents), default=0), max((e for _, e in extents), default=0)
+        if place.digest(name, begin, end) != shard.digest:
+            raise ValueError(f"{shown} {CHANGED}")
+        stored = end - begin
         row, given = first_row, 0
         for batch in batches(shown, file, parquet, [columns.image, *columns.captions], groups):
-            account_rows = account
-            for record in tables.records(batch, columns, row, name, place.locator(name), encoding, account_rows):
+            for record in tables.records(batch, columns, row, name, place.locator(name), options.encoding, account):
                 given += len(record.data)
                 if given > RATIO_FREE_BYTES + MAX_RATIO * stored:
                     raise ValueError(f"{shown} has more than {given // 2**20} MiB of images in {stored:,} bytes")

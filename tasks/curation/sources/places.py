@@ -100,6 +100,10 @@ class Place:
     def _list(self, path: str) -> Folder:
         raise NotImplementedError
 
+    def folder(self, path: str) -> Folder | None:
+        """One folder by its path; None where there is none."""
+        raise NotImplementedError
+
     def size(self, name: str) -> int:
         raise NotImplementedError
 
@@ -164,6 +168,17 @@ class LocalPlace(Place):
         folder.left_out.sort()
         return folder
 
+    def folder(self, path: str) -> Folder | None:
+        at = self._root
+        for part in path.split("/"):
+            at = at / part
+            try:
+                if not stat.S_ISDIR(os.lstat(at).st_mode):
+                    return None
+            except OSError:
+                return None
+        return self._list(path)
+
     def size(self, name: str) -> int:
         with self.open(name) as file:
             return os.fstat(file.fileno()).st_size
@@ -217,6 +232,7 @@ class RemotePlace(Place):
     def __init__(self, uri: str, alone: str | None = None) -> None:
         self._uri, self.alone = uri, alone
         self._fs, self._root = filesystem(uri)
+        self._listed: tuple[dict[str, Any], dict[str, Any]] = ({}, {})  # details of the files of the last two folders
 
     @classmethod
     def find(cls, uri: str) -> RemotePlace:
@@ -240,6 +256,7 @@ class RemotePlace(Place):
             entries = self._fs.ls(at, detail=True)
         except Exception as error:  # each of fsspec's back ends raises types of its own
             raise ValueError(f"{self.shown(path)} cannot be listed: {visible(str(error))}") from error
+        self._listed = (self._listed[1], {entry["name"]: entry for entry in entries if entry["type"] == "file"})
         for entry in entries:
             name = entry["name"].rstrip("/")[len(at) + 1 :]
             if not name:
@@ -250,8 +267,27 @@ class RemotePlace(Place):
                 folder.files[name] = int(entry["size"])
         return folder
 
+    def folder(self, path: str) -> Folder | None:
+        try:
+            found = self._fs.isdir(self._at(path))
+        except Exception as error:  # each of fsspec's back ends raises types of its own
+            raise ValueError(f"{self.shown(path)} cannot be listed: {visible(str(error))}") from error
+        return self._list(path) if found else None
+
+    def _details(self, name: str) -> dict[str, Any]:
+        at = self._at(name)
+        for listed in self._listed:
+            if at in listed:
+                return listed[at]
+        try:
+            return self._fs.info(at)
+        except OSError:
+            raise
+        except Exception as error:  # each of fsspec's back ends raises types of its own
+            raise OSError(str(error)) from error
+
     def size(self, name: str) -> int:
-        return int(self._fs.info(self._at(name))["size"])
+        return int(self._details(name)["size"])
 
     def uri(self, name: str = "") -> str:
         return join(self._uri, name) if name else self._uri
@@ -268,7 +304,7 @@ class RemotePlace(Place):
             raise OSError(str(error)) from error
 
     def digest(self, name: str, first: int = 0, stop: int | None = None) -> str:
-        details = self._fs.info(self._at(name))
+        details = self._details(name)
         mark = details.get("ETag") or details.get("etag") or details.get("md5Hash") or details.get("content_md5")
         return f"{details['size']}-{mark or self._fs.checksum(self._at(name))}".replace('"', "")
 

@@ -108,6 +108,14 @@ def records(
         yield Record(record_key(f"{name}:{row}"), data, ext, texts, "user", at, 0, problem, detail)
 
 
+def count_without_bytes(images: pa.Array) -> int:
+    """How many cells have no image bytes, by their null counts. An empty list counts as one that has some."""
+    kind = images.type
+    if types.is_struct(kind):
+        return images.flatten()[kind.get_field_index("bytes")].null_count
+    return images.null_count
+
+
 def sniffed(data: bytes) -> str:
     """Extension by the first bytes, where no name tells; `bin` if they are of no image that we know."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
