@@ -21,8 +21,9 @@ logging.getLogger("flytekit").addFilter(
 )
 
 CACHE_VERSIONS = {
-    "records": "2",
-    "curation": "2",
+    "records": "3",
+    "scores": "1",
+    "curation": "3",
     "components": "1",
     "encoding": "2",
     "training": "3",
