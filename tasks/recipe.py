@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 
 from eval.config import EvalConfig
 from model.config import MergeConfig, Section, TrainConfig, TransformerConfig
+from model.constants import TILE_PX, VAE_SCALE
 from model.ranks import layout, micro_batch
 from model.recipe_yaml import Loader, read_recipe
 from tasks.curation.config import CurationConfig, SourceConfig
@@ -20,7 +21,6 @@ from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.publishing.config import PublishConfig
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-VAE_SCALE = 8  # Qwen-Image's VAE; diffusers derives it as 2 ** 3 temporal stages
 VAE_CHANNELS = 16
 TIERS = ("A1", "A2", "A3", "A4", "A5")
 
@@ -165,17 +165,16 @@ class Recipe(Section):
         vae, text = self.components.vae, self.components.text_encoder
         if self.components.kind != "trained" or vae is None or text is None:
             return
-        from tasks.encoding.buckets import TILE_PX
-        from tasks.encoding.chat import SPECIAL_TOKENS, benchmark_words
+        from tasks.encoding.small.tokenizer import SPECIAL_TOKENS
 
         if vae.image_size_px % TILE_PX:
             raise ValueError(f"components.vae.image_size_px={vae.image_size_px} must be a multiple of {TILE_PX}")
         _check_ratios("components.vae.aspect_ratios", vae.aspect_ratios)
-        needed = len({*SPECIAL_TOKENS, *benchmark_words()})
+        needed = len({*SPECIAL_TOKENS, *text.words})
         if text.vocab_size < needed:
             raise ValueError(
                 f"components.text_encoder.vocab_size={text.vocab_size} must be at least {needed}: special tokens and "
-                "the benchmark's words"
+                "components.text_encoder.words"
             )
 
 

@@ -33,6 +33,7 @@ from pydantic import Field
 from safetensors.torch import save_file
 
 from model.config import Positive, Section
+from model.constants import PIPELINE_TEXT_STATE, VAE_SCALE
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32}
@@ -41,7 +42,7 @@ ROWS_FILE, CAPTIONS_FILE, TEXTS_FILE = "rows.parquet", "captions.parquet", "text
 PREFIX, PREFIX_FILE = "prefix", "prefix.safetensors"
 ROWS = pa.schema(
     [
-        ("row", pa.int32()),  # of the shard's selection
+        ("row", pa.int64()),  # in the shard
         ("record_id", pa.string()),
         ("bucket", pa.string()),
         ("place", pa.int32()),  # in the bucket: file place // rows_per_file, row place % rows_per_file of it
@@ -50,7 +51,7 @@ ROWS = pa.schema(
 )
 CAPTIONS = pa.schema(
     [
-        ("row", pa.int32()),  # of the shard's selection
+        ("row", pa.int64()),  # in the shard
         ("tier", pa.string()),
         ("texts", pa.list_(pa.int32())),  # rows of texts.parquet; empty: the empty prompt
     ]
@@ -70,7 +71,7 @@ class LatentMeta(Section):
     """meta.json of a latents part."""
 
     latent_channels: Positive = 16
-    vae_scale: Positive = 8  # pixels of a side per latent
+    vae_scale: Positive = VAE_SCALE  # pixels of a side per latent
     patch_size: Positive = 2
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     rows_per_file: Positive = 4096
@@ -85,7 +86,7 @@ class TextMeta(Section):
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the states, stored or computed
     prefix_tokens: Annotated[int, Field(ge=0)] = 0
     max_tokens: Positive = 1024
-    hidden_state_index: int = -8
+    hidden_state_index: int = PIPELINE_TEXT_STATE
 
 
 def latent_file(bucket: str, file: int) -> str:
@@ -253,4 +254,3 @@ def map_safetensors(path: Path) -> dict[str, torch.Tensor]:
             )
             tensors[name] = flat.view(entry["shape"])
     return tensors
-

@@ -51,7 +51,9 @@ class IndexMeta(Section):
     text_rows: Positive  # the empty prompt among them
     tiers: tuple[str, ...]
     buckets: dict[str, tuple[int, ...]]  # images of each tier
-    weights: dict[str, float] = {}  # by which a tier's weight is multiplied; 1 where it is not named (see `build_index`)
+    weights: dict[
+        str, float
+    ] = {}  # by which a tier's weight is multiplied; 1 where it is not named (see `build_index`)
 
 
 class PartFiles(NamedTuple):
@@ -169,9 +171,7 @@ def _settings(out_dir: Path, parts: Sequence[PartFiles], prefix: str | os.PathLi
     return latents, texts
 
 
-def _fill(
-    out_dir: Path, parts: Sequence[PartFiles], prefix: str | os.PathLike, meta: IndexMeta, captions: int
-) -> None:
+def _fill(out_dir: Path, parts: Sequence[PartFiles], prefix: str | os.PathLike, meta: IndexMeta, captions: int) -> None:
     images = sum(map(sum, meta.buckets.values()))
     texts = meta.text_rows
 
@@ -243,7 +243,9 @@ def _fill_texts(
             inside = np.flatnonzero(table.bucket == bucket)
             inside = inside[np.argsort(table.place[inside], kind="stable")]
             at = int(caption_begin[next(begins)])
-            mine = [table.caption_texts[ends[i] - table.caption_counts[i] : ends[i]].astype(np.int64) + base for i in inside]
+            mine = [
+                table.caption_texts[ends[i] - table.caption_counts[i] : ends[i]].astype(np.int64) + base for i in inside
+            ]
             flat = np.concatenate([texts if len(texts) else np.zeros(1, np.int64) for texts in mine])
             caption_texts[at : at + len(flat)] = flat
         texts = pq.read_table(out_dir / part.texts / TEXTS_FILE)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +197,9 @@ class LatentWriter:
         form: str = "states",
     ):
         self.out_dir = Path(out_dir)
-        self._latents_dir, self._texts_dir, self._prefix_dir = (self.out_dir / n for n in ("latents", "texts", "prefix"))
+        self._latents_dir, self._texts_dir, self._prefix_dir = (
+            self.out_dir / n for n in ("latents", "texts", "prefix")
+        )
         for path in (self._latents_dir, self._texts_dir, self._prefix_dir):
             path.mkdir(parents=True)
         self._text_meta = TextMeta(text_dim=text_dim, dtype=dtype, form=form)
@@ -239,4 +241,3 @@ class LatentWriter:
         for name in (f"latents/{ROWS_FILE}", f"texts/{TEXTS_FILE}", f"texts/{CAPTIONS_FILE}"):
             digest.update((self.out_dir / name).read_bytes())
         return build_index(self.out_dir, parts, "prefix", digest.hexdigest())
-

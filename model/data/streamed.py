@@ -127,7 +127,9 @@ def common_folder(places: Sequence[str]) -> str:
     same = next((i for i in range(shortest) if len({step[i] for step in steps}) > 1), shortest)
     folder = "/".join(steps[0][:same])
     if any(map(storage.is_remote, places)) and same < 3:
-        raise ValueError(f"latents and texts are in several stores, such as {places[0]} and {places[-1]}; stream from one")
+        raise ValueError(
+            f"latents and texts are in several stores, such as {places[0]} and {places[-1]}; stream from one"
+        )
     return folder or "/"
 
 

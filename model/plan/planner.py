@@ -29,12 +29,12 @@ import torch
 from pydantic import ValidationError
 
 from model.config import RoutingConfig, StageConfig, TrainConfig, TransformerConfig
+from model.constants import VAE_SCALE
 from model.plan.memory import FP32, Layout, Moment, Shapes, moments
 from model.plan.memory_trace import Step
 from model.ranks import micro_batch as micro_batch_of
 from model.recipe_yaml import read_recipe
 
-VAE_SCALE = 8  # Qwen-Image's VAE
 TEXT_TOKENS = 512  # captions of up to 200 words and the chat template; the pipeline's limit is 1024
 USABLE = 0.9  # of a card's memory; the rest is for the CUDA context, NCCL, cuBLAS and fragmentation
 NODE = 8  # GPUs of a node, joined by NVLink, each with a link of its own to other nodes

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -60,8 +60,15 @@ class Curated:
             self._shards = {shard.shard_id: shard for shard in self._corpus.shards()}
         return self._shards[part.name]
 
-    def images(self, part: Part) -> Iterator[tuple[int, Record]]:
+    def images(
+        self, part: Part, rows: Container[int] | None = None, lost: Callable[[int, str], None] | None = None
+    ) -> Iterator[tuple[int, Record]]:
         """(row of `selection(part)`, record with its original bytes) of every kept record of one shard.
+
+        Args:
+            rows: rows of the selection; others are left out, unchecked. None: all.
+            lost: called with the row and the reason for each record that has changed since it was scored, or is gone;
+                None: that is an error.
 
         Raises:
             ValueError: the source has changed since it was scored, naming the file.
@@ -70,18 +77,25 @@ class Curated:
         wanted = {
             key: (i, record_id)
             for i, (key, record_id) in enumerate(zip(table["key"].to_pylist(), table["record_id"].to_pylist()))
+            if rows is None or i in rows
         }
         for record in self._corpus.read(self.shard(part), Account()):
             if record.key not in wanted:
                 continue
             i, record_id = wanted.pop(record.key)
             if hashlib.sha256(record.data).hexdigest() != record_id:
+                if lost is not None:
+                    lost(i, f"{record.locator} has changed since it was scored")
+                    continue
                 raise ValueError(
                     f"{record.locator} has changed since it was scored (SHA-256 {record_id[:16]}... is expected): "
                     "restore the file, or run the curation again"
                 )
             yield i, record
-        if wanted:
+        if lost is not None:
+            for i, _ in wanted.values():
+                lost(i, f"{table['locator'][i].as_py()} is gone since it was scored")
+        elif wanted:
             i, _ = next(iter(wanted.values()))
             raise ValueError(
                 f"{table['locator'][i].as_py()} is gone since it was scored ({len(wanted)} records of shard "

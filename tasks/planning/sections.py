@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from model.config import Positive, Section, StageConfig, TrainConfig, TransformerConfig
+from model.constants import PIPELINE_TEXT_STATE
 from tasks.curation.config import CurationConfig, DedupConfig, FilterConfig
 from tasks.recipe import Recipe
 
 STAGES = 3  # that workflows/train.py lays out
-PIPELINE_TEXT_STATE = -8  # NucleusMoEImagePipeline's default_return_index
 Ending = Literal[
     "curated", "pipeline", "scorecard", "merged"
 ]  # the artifact that reproduce, ablate and pretrain end in

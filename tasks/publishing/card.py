@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from model.constants import PIPELINE_TEXT_STATE
+
 PAPER = "https://arxiv.org/abs/2604.12163"
 
 
@@ -87,7 +89,7 @@ def _what(recipe: dict[str, Any]) -> str:
 def _usage(recipe: dict[str, Any]) -> str:
     scores = recipe["eval"]
     size, index = scores["image_size_px"], recipe["encoding"]["hidden_state_index"]
-    extra = "" if index == -8 else f"\n    return_index={index},"
+    extra = "" if index == PIPELINE_TEXT_STATE else f"\n    return_index={index},"
     stochastic = scores["scheduler"]["stochastic_sampling"]
     again = "torch.manual_seed(0)  # the scheduler adds noise at each step\n" if stochastic else ""
     dtype = "bfloat16" if recipe["train"]["dtype"] == "bfloat16" else "float32"

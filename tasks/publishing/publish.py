@@ -19,13 +19,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from model.constants import PIPELINE_TEXT_STATE
 from tasks.manifest import MANIFEST, sha256_file
 from tasks.publishing.card import model_card
 from tasks.publishing.config import PublishConfig
 from tasks.trace import lineage_rows
 
 SUMS = "SHA256SUMS"
-DEFAULT_RETURN_INDEX = -8  # NucleusMoEImagePipeline.default_return_index
 # Where each part comes from, the class that diffusers looks up for it, and files without which it cannot load.
 PARTS = {
     "transformer": ("diffusers", "NucleusMoEImageTransformer2DModel", ("config.json", "*.safetensors")),
@@ -123,7 +123,7 @@ def _check_fit(sources: dict[str, Path], recipe: dict[str, Any]) -> None:
     if transformer["in_channels"] != packed:
         raise ValueError(f"the transformer takes {transformer['in_channels']} channels, the VAE gives {packed} packed")
     index = recipe["encoding"]["hidden_state_index"]
-    for name, value in (("the pipeline's default", DEFAULT_RETURN_INDEX), ("the recipe's", index)):
+    for name, value in (("the pipeline's default", PIPELINE_TEXT_STATE), ("the recipe's", index)):
         if abs(value) >= text["num_hidden_layers"]:
             raise ValueError(
                 f"{name} return_index {value} needs more than {abs(value)} text layers; "

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from tasks.encoding.encode import TEXTS
 from test_robust import Ranks, same_weights
 from tiny_pipeline import TEXT_WIDTH, make_components
 from torch.distributed.tensor import DTensor
@@ -23,7 +24,6 @@ from train_helpers import train_config, transformer_config, write_latents
 
 from model import moe
 from model.train.run import train_stage
-from tasks.encoding.encode import TEXTS
 from tasks.planning.sections import TrainStage
 from tasks.training import samples
 

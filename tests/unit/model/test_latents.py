@@ -35,7 +35,11 @@ def test_any_row_reads_back_what_was_written(written):
     directory, texts, images, captions = written
     dataset = LatentDataset(directory)
     assert len(dataset) == 60
-    assert {name: sum(counts) for name, counts in dataset.meta.buckets.items()} == {"64x32": 15, "64x64": 30, "96x64": 15}
+    assert {name: sum(counts) for name, counts in dataset.meta.buckets.items()} == {
+        "64x32": 15,
+        "64x64": 30,
+        "96x64": 15,
+    }
     numbers = [int(record_id, 16) for record_id in dataset.record_ids(range(60))]
     assert sorted(numbers) == list(range(60))
     for row in np.random.default_rng(0).permutation(60):

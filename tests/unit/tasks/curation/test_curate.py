@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
+from tasks.curation.curate import curate, score_shard
 
 from tasks.curation import curate as curate_module
 from tasks.curation import ledger, records
 from tasks.curation.config import CurationConfig, FilterConfig, SourceConfig, TierConfig
-from tasks.curation.curate import curate, score_shard
 from tasks.curation.shards import RECORDS_SCHEMA, Record, ShardWriter, read_records, shard_name
 from tasks.curation.sources.made import defects
 

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image, ImageDraw
+from tasks.curation.curate import score_record
 
 from tasks.curation import dedup
 from tasks.curation.config import CurationConfig, DedupConfig
-from tasks.curation.curate import score_record
 from tasks.curation.dedup import candidate_pairs, find_duplicates, thumbnail, thumbnail_difference
 
 CONFIG = CurationConfig()

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tasks.curation.curate import score_record
 
 from tasks.curation import filters
 from tasks.curation.config import CurationConfig, FilterConfig, ScorerConfig
-from tasks.curation.curate import score_record
 from tasks.curation.scorers import build_scorers, watermark_score
 
 CONFIG = CurationConfig(filters=FilterConfig(min_side_px=32, min_entropy_bits=0.05))

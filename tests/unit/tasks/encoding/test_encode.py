@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage
 from PIL import Image
+from tasks.encoding.encode import encode_stage
 from transformers import Qwen3VLForConditionalGeneration
 
 from model.data.latents import LatentDataset
@@ -19,7 +20,6 @@ from tasks.curation.shards import Record, ShardWriter
 from tasks.encoding import chat, curated
 from tasks.encoding.buckets import Bucket
 from tasks.encoding.config import EncodingConfig, TinyVAEConfig
-from tasks.encoding.encode import encode_stage
 from tasks.encoding.small.vae import build_vae, to_tensor
 
 STAGE = SimpleNamespace(image_size_px=64, aspect_ratios=("1:1", "4:3"))

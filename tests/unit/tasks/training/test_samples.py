@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from tasks.encoding.encode import TEXTS
 
 import model.sampling.sampler
 from tasks.encoding.config import TinyTextEncoderConfig, TinyVAEConfig
-from tasks.encoding.encode import TEXTS
 from tasks.planning.sections import train_stage as section
 from tasks.recipe import load_recipe
 from tasks.training import samples
