@@ -1,4 +1,7 @@
-"""Parameter groups by name, Muon with one orthogonalisation per matrix and expert, and the WSM schedule.
+"""Parameter groups by name, the optimisers of the recipe, Muon, and the WSM schedule.
+
+`train.optim.matrices` names the optimiser of attention and expert matrices, an entry of `OPTIMIZERS`; every other parameter
+goes to AdamW. docs/extending.md shows how to add one.
 
 Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/): momentum, then the update matrix is replaced by
 its nearest orthogonal one through a Newton-Schulz iteration.
@@ -7,11 +10,13 @@ its nearest orthogonal one through a Newton-Schulz iteration.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from model.config import OptimConfig
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -35,11 +40,11 @@ def is_muon_parameter(name: str) -> bool:
 
 
 def parameter_groups(model: nn.Module, matrices: str = "muon") -> dict[str, NamedParameters]:
-    """{"muon": [(name, p), ...], "adamw": [...]}: every trainable parameter exactly once, in model order.
+    """{name in OPTIMIZERS: [(name, p), ...]}: every trainable parameter exactly once, in model order.
 
-    `matrices` is the group of attention and expert matrices: "adamw" leaves Muon nothing.
+    `matrices` is the optimiser of attention and expert matrices; AdamW takes everything else.
     """
-    groups: dict[str, NamedParameters] = {"muon": [], "adamw": []}
+    groups: dict[str, NamedParameters] = {name: [] for name in OPTIMIZERS}
     for name, parameter in model.named_parameters():
         name = name.replace("_checkpoint_wrapped_module.", "")  # what activation checkpointing puts into names
         if parameter.requires_grad:
@@ -51,6 +56,8 @@ def describe_groups(groups: dict[str, NamedParameters]) -> str:
     """A table of `parameter_groups`: tensors and parameters of each group, then of each name, blocks taken together."""
     lines = []
     for group, named in groups.items():
+        if not named:
+            continue
         lines.append(f"{group}: {len(named)} tensors, {sum(p.numel() for _, p in named):,} parameters")
         kinds: dict[tuple[str, tuple[int, ...]], int] = {}
         for name, parameter in named:
@@ -93,13 +100,13 @@ def compute_dtype(matrices: torch.Tensor) -> torch.dtype:
 
 
 def split_matrices(name: str, parameter: torch.Tensor) -> tuple[int, bool]:
-    """(matrices that lie side by side in the parameter, whether it is a stack [E, in, out]): see `Muon`."""
+    """(matrices packed side by side in the parameter, whether it is a stack [E, in, out]): see `Muon`."""
     packed = 2 if name.endswith(("gate_up_proj", "net.0.proj.weight")) else 1
     return packed, parameter.dim() == 3
 
 
 class Matrices(NamedTuple):
-    """Matrices [n, rows, columns]: views of where the orthogonalised update goes, of the update, and its factor."""
+    """Matrices [n, rows, columns]: views of the target of the orthogonalised update, of the update, and its factor."""
 
     goal: torch.Tensor
     update: torch.Tensor
@@ -164,7 +171,7 @@ class Muon(torch.optim.Optimizer):
             state = self.state[parameter]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-            weight, gradient, buffer = map(self._held, (parameter, parameter.grad, state["momentum_buffer"]))
+            weight, gradient, buffer = map(self._local, (parameter, parameter.grad, state["momentum_buffer"]))
             buffer.lerp_(gradient, 1 - group["momentum"])
             update = gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
             if group["weight_decay"]:
@@ -172,12 +179,12 @@ class Muon(torch.optim.Optimizer):
             updates.append((parameter, weight, update))
         self._apply(updates, group)
 
-    def _held(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What this rank holds of a parameter, a gradient or a buffer: all of it."""
+    def _local(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a parameter, a gradient or a buffer: all of it."""
         return tensor
 
     def _apply(self, updates: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]], group: dict) -> None:
-        """Takes (parameter, what is held of it, what is held of its update), and updates the second."""
+        """Takes (parameter, local part of it, local part of its update), and updates the second."""
         matrices = []
         for parameter, weight, update in updates:
             matrices += self._matrices(parameter, weight, update, self._rate(parameter, group))
@@ -244,3 +251,39 @@ def wsm_schedule(step: int, warmup: int) -> float:
     Warmup-Stable-Merge (arXiv 2507.17634) has no decay: merging the last checkpoints stands for it.
     """
     return min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0
+
+
+class OptimizerEntry(NamedTuple):
+    """An optimiser of the recipe: `build(group, config)` takes {"params", "param_names"}."""
+
+    build: Callable[[dict[str, Any], OptimConfig], torch.optim.Optimizer]
+    state_tensors: int  # fp32 tensors of a parameter's size, which the planner counts and checkpoints store
+
+
+def muon_options(optim: OptimConfig) -> dict[str, Any]:
+    """Arguments of `Muon` but its parameters."""
+    return {
+        "lr": optim.muon_lr,
+        "momentum": optim.muon_momentum,
+        "ns_steps": optim.muon_ns_steps,
+        "scale": optim.muon_scale,
+        "weight_decay": optim.muon_weight_decay,
+    }
+
+
+def _adamw(group: dict[str, Any], optim: OptimConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        [group],
+        lr=optim.adamw_lr,
+        betas=optim.adamw_betas,
+        eps=optim.adamw_eps,
+        weight_decay=optim.adamw_weight_decay,
+        fused=True,
+    )
+
+
+# Names that `OptimConfig.matrices` admits. Of sharded models, model/train/optimizer.py builds Muon's distributed versions.
+OPTIMIZERS = {
+    "muon": OptimizerEntry(lambda group, optim: Muon([group], **muon_options(optim)), state_tensors=1),
+    "adamw": OptimizerEntry(_adamw, state_tensors=2),
+}

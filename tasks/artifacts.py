@@ -24,11 +24,16 @@ from flytekit.types.directory import FlyteDirectory
 
 from model import storage
 from tasks import envs
-from tasks.manifest import Parent, load_manifest, verify
+from tasks.manifest import MANIFEST, Manifest, Parent, load_manifest, verify
 from tasks.store import home, make_sealed
 
 
 def _content_digest(directory: FlyteDirectory) -> str:
+    remote = directory.remote_source
+    if remote and not (Path(str(directory.path)) / MANIFEST).is_file():  # a dynamic workflow hands it on unread
+        content = storage.read_bytes(storage.join(str(remote), MANIFEST))
+        if content is not None:
+            return Manifest.model_validate_json(content).digest
     return load_manifest(str(directory.path)).digest
 
 
@@ -132,16 +137,21 @@ def fetch(directory: FlyteDirectory, kind: str, without: tuple[str, ...] = ()) -
     Raises:
         UserError: the artifact is of another kind, or was changed.
     """
+    return once(f"{directory.path} {without}", lambda: _fetch(directory, kind, without))
+
+
+def once(name: str, work: Callable[[], Path]) -> Path:
+    """The path that `work()` returns, called by one of the training processes of this pod; the others wait for it."""
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1:
-        return _fetch(directory, kind, without)
+        return work()
     attempt = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1]  # each launch makes one, each restart empties it
-    with open(attempt / hashlib.sha256(f"{directory.path} {without}".encode()).hexdigest()[:16], "a+") as done:
+    with open(attempt / hashlib.sha256(name.encode()).hexdigest()[:16], "a+") as done:
         fcntl.flock(done, fcntl.LOCK_EX)
         done.seek(0)
-        if not done.read():
-            _fetch(directory, kind, without)
-            done.write("verified")
-    return Path(directory.path)
+        if not (path := done.read()):
+            path = str(work())
+            done.write(path)
+    return Path(path)
 
 
 def _fetch(directory: FlyteDirectory, kind: str, without: tuple[str, ...]) -> Path:

@@ -37,8 +37,6 @@ CACHE_VERSIONS = {
 # NUCLEUS_TRAIN_NNODES x NUCLEUS_TRAIN_NPROC processes. Unset means one plain process.
 TRAIN_NNODES = int(os.environ.get("NUCLEUS_TRAIN_NNODES", "1"))
 TRAIN_NPROC = int(os.environ.get("NUCLEUS_TRAIN_NPROC", "1"))
-# For pods that load this module too, and must see what was registered.
-REGISTERED = {"NUCLEUS_TRAIN_NNODES": str(TRAIN_NNODES), "NUCLEUS_TRAIN_NPROC": str(TRAIN_NPROC)}
 # After SIGTERM to a node's pod: for the step under way and its checkpoint, before the workers are killed.
 TRAIN_GRACE_S = int(os.environ.get("NUCLEUS_TRAIN_GRACE_S", "300"))
 # Attempts beyond the first at a training stage, each from the last checkpoint. Flyte counts here what the task itself
@@ -46,6 +44,15 @@ TRAIN_GRACE_S = int(os.environ.get("NUCLEUS_TRAIN_GRACE_S", "300"))
 # that ends without a word, as its node does: that is Propeller's max-node-retries-system-failures (3 by default, the
 # last on a node that is not interruptible). Two weeks of a preemption every four hours are 84.
 TRAIN_RETRIES = int(os.environ.get("NUCLEUS_TRAIN_RETRIES", "100"))
+# For pods that load this module too, and must see what was registered: those that check a recipe, train, or lay out a
+# dynamic workflow.
+REGISTERED = {
+    "NUCLEUS_TRAIN_NNODES": str(TRAIN_NNODES),
+    "NUCLEUS_TRAIN_NPROC": str(TRAIN_NPROC),
+    "NUCLEUS_TRAIN_GRACE_S": str(TRAIN_GRACE_S),
+    "NUCLEUS_TRAIN_RETRIES": str(TRAIN_RETRIES),
+    "NUCLEUS_ACCELERATOR": os.environ.get("NUCLEUS_ACCELERATOR", "h100"),
+}
 REPORT_S = 30  # from there to the pod's end: the agent writes the error that Flyte retries
 
 
@@ -72,6 +79,11 @@ def light(role: str) -> dict[str, Any]:
 def planner() -> dict[str, Any]:
     """Options of the task that checks a recipe, also against the processes that training was registered for."""
     return light("curation") | {"environment": REGISTERED}
+
+
+def dynamic() -> dict[str, Any]:
+    """Options of a dynamic workflow: its pod writes down the tasks to run, those of training included, and ends."""
+    return light("trainer") | {"environment": REGISTERED}
 
 
 def shard(role: str) -> dict[str, Any]:
@@ -111,14 +123,13 @@ def trainer() -> dict[str, Any]:
         from flytekit import PodTemplate
         from kubernetes.client import V1PodSpec
 
-        from tasks.training.elastic import PreemptibleElastic
+        from tasks.elastic import PreemptibleElastic
 
         options["task_config"] = PreemptibleElastic(nnodes=TRAIN_NNODES, nproc_per_node=TRAIN_NPROC, max_restarts=0)
         options["shared_memory"] = "64Gi"
         pod = V1PodSpec(containers=[], termination_grace_period_seconds=TRAIN_GRACE_S + REPORT_S)
         options["pod_template"] = PodTemplate(pod_spec=pod)
         environment |= REGISTERED | {
-            "NUCLEUS_TRAIN_GRACE_S": str(TRAIN_GRACE_S),
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(TRAIN_GRACE_S),
         }
     return options | {"environment": environment}

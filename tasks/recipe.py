@@ -12,17 +12,16 @@ import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
 from eval.config import EvalConfig
-from model.config import MergeConfig, Section, TrainConfig, TransformerConfig
+from model.config import TIERS, MergeConfig, Section, TrainConfig, TransformerConfig
 from model.constants import TILE_PX, VAE_SCALE
-from model.ranks import layout, micro_batch
+from model.ranks import micro_batch, rank_degrees
 from model.recipe_yaml import Loader, read_recipe
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.publishing.config import PublishConfig
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-VAE_CHANNELS = 16
-TIERS = ("A1", "A2", "A3", "A4", "A5")
+VAE_CHANNELS = 16  # of the released VAE
 
 
 class Recipe(Section):
@@ -119,7 +118,7 @@ class Recipe(Section):
         ranks = train.nnodes * train.nproc_per_node
         world = f"{ranks} ranks (train.nnodes={train.nnodes} x train.nproc_per_node={train.nproc_per_node})"
         try:
-            layout(self.model, train, ranks)
+            rank_degrees(self.model, train, ranks)
         except ValueError as error:
             raise ValueError(f"{error} (of {world})") from None
         for i, stage in enumerate(train.stages):

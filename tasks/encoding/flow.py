@@ -127,6 +127,12 @@ def fractions_of(curated_dir: str | Path, stage: StageConfig) -> dict[str, float
     weights = {weight for weight in stage.tier_weights.values() if weight}
     if stage.steps * stage.batch_size * min(weights, default=1.0) >= records * max(weights, default=1.0):
         return {tier: float(weight > 0) for tier, weight in stage.tier_weights.items()}
+    return latents.drawn_fractions(stage, images_by_tier(curated_dir))
+
+
+def images_by_tier(curated_dir: str | Path) -> dict[str, int]:
+    """Images of the train split, by tier."""
+    curated = open_curated(curated_dir)
     images: Counter[str] = Counter()
 
     def tiers(part: Part) -> list[dict[str, Any]]:
@@ -136,7 +142,7 @@ def fractions_of(curated_dir: str | Path, stage: StageConfig) -> dict[str, float
     with ThreadPoolExecutor(READERS) as pool:
         for counts in pool.map(tiers, curated.parts()):
             images.update({count["values"]: count["counts"] for count in counts})
-    return latents.drawn_fractions(stage, images)
+    return dict(sorted(images.items()))
 
 
 def _lazy(make: Callable[[], Callable]) -> Callable:

@@ -160,8 +160,11 @@ class OnlineText:
     Everything is rounded to the type in which states would be stored, and padding is zero.
     """
 
-    def __init__(self, components_dir: str | Path, config: EncodingConfig):
-        self._dir, self._config = components_dir, config
+    def __init__(self, components_dir: str | Path, meta: TextMeta):
+        self._dir = components_dir
+        self._config = EncodingConfig(
+            dtype=meta.dtype, max_text_tokens=meta.max_tokens, hidden_state_index=meta.hidden_state_index, text="online"
+        )
         self._encoder: PromptEncoder | None = None
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from object_store import s3_bucket
-from train_helpers import logged_steps, read_weights, train_config, transformer_config, write_latents
+from train_helpers import logged_steps, read_weights, train_config, training_stage, write_latents
 
 from model import storage
 from model.data.latents import LatentDataset
@@ -47,7 +47,7 @@ def train(latents, folder, name="out", work="work", sample_fn=None, **changes):
     out = folder / name
     out.mkdir(exist_ok=True)
     config = train_config(**{"steps": STEPS, **changes})
-    return train_stage(latents, transformer_config(), config, 0, None, folder / work, out, sample_fn)
+    return train_stage(latents, training_stage(config), None, folder / work, out, sample_fn)
 
 
 class Ranks:
@@ -316,10 +316,8 @@ def test_too_many_bad_steps_end_the_run_with_the_records_of_the_batch(latents, t
     with pytest.raises(RuntimeError, match="not finite at step 10; 3 of the last 10 steps were skipped") as caught:
         train(latents, tmp_path, skip={"window_steps": 10, "max_skipped": 3})
     dataset = LatentDataset(latents)
-    from model.train.config import stage_seed
-
-    config = train_config(steps=STEPS)
-    order = SampleOrder(dataset, 8, stage_seed(config.seed, config.stages[0]), config.stages[0].tier_weights)
+    stage = training_stage(train_config(steps=STEPS))
+    order = SampleOrder(dataset, 8, stage.seed, stage.stage.tier_weights)
     ids = dataset.record_ids(order.batch(9).rows)
     assert len(ids) == 8 and all(record_id in str(caught.value) for record_id in ids)
     assert json.loads((tmp_path / "work" / "skipped.json").read_text())["record_ids"] == ids

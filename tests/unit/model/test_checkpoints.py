@@ -18,7 +18,7 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 
 from model import storage
 from model.weights.checkpoints import CheckpointReader, finished_checkpoints, last_checkpoint, load
-from tasks.training.faults import comes_again
+from tasks.training.faults import is_permanent
 
 STATE = {"weight": torch.arange(6.0).view(2, 3), "state": {"step": 7, "half": torch.ones(4, dtype=torch.bfloat16)}}
 
@@ -218,7 +218,7 @@ def test_an_object_store_that_does_not_answer_is_worth_another_attempt(bucket, m
         monkeypatch.setattr(s3fs.S3FileSystem, "cachable", False)  # else the one that knows the other address
         with pytest.raises(ConnectionError, match="does not answer") as failure:
             storage.check_writable_place(f"{bucket}/run")
-    assert not comes_again(failure.value)
+    assert not is_permanent(failure.value)
 
 
 @pytest.mark.parametrize(
