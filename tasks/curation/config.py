@@ -19,7 +19,9 @@ class SourceConfig(Section):
     digits: Annotated[int, Field(ge=0, le=1797)] = 0
     path: str | None = None
     shards: Positive = 4  # of the made sources
-    images_per_shard: Positive = 1000  # of a user's loose images (about so many) and Parquet rows (at most, if row groups allow)
+    images_per_shard: Positive = (
+        1000  # of a user's loose images (about so many) and Parquet rows (at most, if row groups allow)
+    )
     encoding: str | None = None  # of captions without a byte order mark that are not UTF-8, such as cp1252 or shift_jis
     caption_columns: tuple[str, ...] = ()  # read instead of caption, captions, text, texts, prompt and raw
     captions_folder: str | None = None  # below the source: captions_folder/a.txt describes a.png, or FOLDER/a.png

@@ -146,9 +146,7 @@ class Account:
         assert self.seen == self.used + left_out, f"seen {self.seen}, used {self.used}, skipped {left_out}"
 
     def __add__(self, other: Account) -> Account:
-        total = Account(
-            self.seen + other.seen, self.used + other.used, self.records + other.records, self.skipped
-        )
+        total = Account(self.seen + other.seen, self.used + other.used, self.records + other.records, self.skipped)
         for reason, (count, example) in other.skipped.items():
             total._add(reason, count, example)
         return total

@@ -68,9 +68,7 @@ def opened(shown: str, file: BinaryIO) -> Iterator[pq.ParquetFile]:
         raise ValueError(f"{shown} is not a readable Parquet file: {_one_line(error)}") from error
 
 
-def scan(
-    shown: str, file: BinaryIO, wanted: tuple[str, ...], rows_per_shard: int
-) -> list[Range] | None:
+def scan(shown: str, file: BinaryIO, wanted: tuple[str, ...], rows_per_shard: int) -> list[Range] | None:
     """The ranges of a file that become shards; None if no column is of image bytes.
 
     Raises:
@@ -192,9 +190,7 @@ def batches(
         yield from parquet.iter_batches(size, row_groups=[group], columns=columns, use_threads=False)
 
 
-def _batch_rows(
-    shown: str, file: BinaryIO | None, metadata: pq.FileMetaData, columns: list[str], group: int
-) -> int:
+def _batch_rows(shown: str, file: BinaryIO | None, metadata: pq.FileMetaData, columns: list[str], group: int) -> int:
     row_group = metadata.row_group(group)
     largest = 1.0  # bytes of a row, at most or on average
     for i in range(row_group.num_columns):

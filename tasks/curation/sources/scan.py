@@ -66,7 +66,9 @@ def write_corpus(config: SourceConfig, path: str | None, out_dir: str | os.PathL
         if not table.images and not table.unknown:
             raise ValueError(f"source {visible(path)!r} has no image; left out: {left_out or 'nothing'}; {VALID}")
     report = table.report(scan.account, scan.options, place.uri())
-    images = count_of(table.images, "image") + (f" and {count_of(table.unknown, 'remote tar')}" if table.unknown else "")
+    images = count_of(table.images, "image") + (
+        f" and {count_of(table.unknown, 'remote tar')}" if table.unknown else ""
+    )
     print(f"source: {images} in {count_of(table.shards, 'shard')}", flush=True)
     if left_out:
         print(f"source: left out: {left_out}", flush=True)
@@ -284,7 +286,9 @@ class _Scan:
                     if no_column and not sample.texts and not sample.captions:
                         raise ValueError(no_column)
                     if captions or why:
-                        problem, detail = (AMBIGUOUS_CAPTION, f"{shown}:{visible(sample.place)}: {why}") if why else ("", "")
+                        problem, detail = (
+                            (AMBIGUOUS_CAPTION, f"{shown}:{visible(sample.place)}: {why}") if why else ("", "")
+                        )
                         beside.append(File(sample.place, captions=tuple(captions), problem=problem, detail=detail))
             name = shard_id("tar", path, 0, digest, self.options, folder.digest(beside) if beside else "")
             if beside:
@@ -347,6 +351,8 @@ class _naming:
 def _names_beside(found: Folder, path: str, member: str) -> list[str]:
     """The paths by which a table beside a tar may name one of its members."""
     tar = PurePosixPath(path).name
-    stem = next(tar[: -len(suffix)] for suffix in sorted(TAR_SUFFIXES, key=len, reverse=True) if tar.lower().endswith(suffix))
+    stem = next(
+        tar[: -len(suffix)] for suffix in sorted(TAR_SUFFIXES, key=len, reverse=True) if tar.lower().endswith(suffix)
+    )
     inner = os.path.normpath(member)
     return [found.at(inner), found.at(f"{tar}/{inner}"), found.at(f"{stem}/{inner}")]

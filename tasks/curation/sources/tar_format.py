@@ -82,7 +82,7 @@ class Forward:
 
 
 def compression(file: BinaryIO) -> str | None:
-    """"gzip", "bz2", "xz", or None for an archive that is not compressed; leaves the file at its start."""
+    """ "gzip", "bz2", "xz", or None for an archive that is not compressed; leaves the file at its start."""
     file.seek(0)
     start = file.read(6)
     file.seek(0)
@@ -172,7 +172,9 @@ def members(stream: Forward) -> Iterator[Member]:
         size, flag = _number(block[124:136]), block[156:157]
         if flag in b"LKxgX":
             if size > MAX_HEADER_BYTES:
-                raise TarError(f"it has a header of {size:,} bytes {_after(last)}; at most {MAX_HEADER_BYTES:,} are read")
+                raise TarError(
+                    f"it has a header of {size:,} bytes {_after(last)}; at most {MAX_HEADER_BYTES:,} are read"
+                )
             data = stream.read(size)
             if len(data) < size or not stream.skip_to(_padded(stream.position)):
                 raise TarError(f"it is cut off in a header {_after(last)}")
@@ -204,10 +206,7 @@ def _member(block: bytes, size: int, flag: bytes, offset: int, facts: dict[str, 
         size = _decimal(facts["size"])
     if flag == b"S" or any(key.startswith("GNU.sparse.") for key in facts):
         raise TarError(f"it has the sparse member {visible(name)!r}; pack it anew without --sparse")
-    if flag == b"\0" and name.endswith("/"):
-        kind = "folder"
-    else:
-        kind = _KINDS.get(flag, "unknown")
+    kind = "folder" if flag == b"\x00" and name.endswith("/") else _KINDS.get(flag, "unknown")
     return Member(name.rstrip("/") if kind == "folder" else name, size, offset, kind, link)
 
 

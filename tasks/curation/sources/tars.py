@@ -58,7 +58,9 @@ class Sample(NamedTuple):
     detail: str
 
 
-Beside = dict[str, tuple[list[str], str, str]]  # place of an image -> captions, problem and detail of tables beside the tar
+Beside = dict[
+    str, tuple[list[str], str, str]
+]  # place of an image -> captions, problem and detail of tables beside the tar
 
 
 def samples(shown: str, file: BinaryIO, options: Options, account: Account) -> list[Sample]:
@@ -75,11 +77,17 @@ def samples(shown: str, file: BinaryIO, options: Options, account: Account) -> l
     with Listed(options.encoding, options.caption_columns) as listed:
         for member, data in tables:
             folder = posixpath.dirname(posixpath.normpath(member.name))
-            inside = {PurePosixPath(other).parts[len(PurePosixPath(folder).parts)] for other in folders if _below(other, folder)}
+            inside = {
+                PurePosixPath(other).parts[len(PurePosixPath(folder).parts)]
+                for other in folders
+                if _below(other, folder)
+            }
             name = f"{shown}:{visible(member.name)}"
             listed.add(name, folder, inside, extension(member.name), io.BytesIO(data), PurePosixPath(shown).stem)
             account.use()
-        found = [sample for members in folders.values() for sample in _of_folder(shown, members, options, listed, account)]
+        found = [
+            sample for members in folders.values() for sample in _of_folder(shown, members, options, listed, account)
+        ]
         listed.finish(account)
     return sorted(found, key=lambda sample: (sample.image.offset, sample.place))
 
@@ -117,7 +125,9 @@ def _index(stream: Forward, account: Account, shown: str) -> tuple[list[Member],
         elif is_metadata(base, ()) and member.offset == stream.position:
             table_bytes += member.size
             if table_bytes > MAX_METADATA_BYTES:
-                raise TarError(f"its metadata files have more than {MAX_METADATA_BYTES // 2**20} MiB; put them beside it")
+                raise TarError(
+                    f"its metadata files have more than {MAX_METADATA_BYTES // 2**20} MiB; put them beside it"
+                )
             tables.append((member, stream.read(member.size)))
         elif is_image(base) or extension(base) in SIDECAR_EXTENSIONS:
             files.append(member)
@@ -185,9 +195,7 @@ def seekable(file: BinaryIO) -> Iterator[BinaryIO]:
         yield plain
 
 
-def read(
-    place: Place, name: str, options: Options, beside: Beside, account: Account
-) -> Iterator[Record]:
+def read(place: Place, name: str, options: Options, beside: Beside, account: Account) -> Iterator[Record]:
     """The records of a tar.
 
     Raises:
