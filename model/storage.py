@@ -222,16 +222,25 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     os.replace(temporary, path)
 
 
+def upload(source: Path, target: str) -> None:
+    """Copies a local file to a remote path."""
+    fs, where = filesystem(target)
+    fs.put_file(str(source), where)
+
+
 def copy_folder(source: str | os.PathLike, target: Path, without: tuple[str, ...] = ()) -> None:
-    """Copies a folder to a local path that is not there yet, without the files whose names end so.
+    """Copies a folder to a local path that is not there yet, without the files whose names end in one of `without`.
 
     Local files become hard links where the file system allows it: checkpoints are large, and no file of a finished
     one is ever written again.
     """
     fs, root = filesystem(source)
-    for name in fs.find(root):
-        if name.endswith(without):
-            continue
+    names = [name for name in fs.find(root) if not name.endswith(without)]
+    for name in names:  # before any download: a key of an object store may lead anywhere
+        inside = name[len(root.rstrip("/")) + 1 :]
+        if not name.startswith(root) or "\\" in inside or any(step in ("", ".", "..") for step in inside.split("/")):
+            raise ValueError(f"{join(source, inside)!r} would be written outside of the folder; nothing was copied")
+    for name in names:
         path = target / os.path.relpath(name, root)
         path.parent.mkdir(parents=True, exist_ok=True)
         if is_remote(source):

@@ -24,7 +24,8 @@ from flytekit.types.directory import FlyteDirectory
 
 from model import storage
 from tasks import envs
-from tasks.manifest import load_manifest, seal, sealed_path, verify, writing
+from tasks.manifest import Parent, load_manifest, verify
+from tasks.store import home, make_sealed
 
 
 def _content_digest(directory: FlyteDirectory) -> str:
@@ -35,16 +36,19 @@ def _artifact() -> Any:
     return Annotated[FlyteDirectory, HashMethod(_content_digest)]
 
 
+CorpusDir = _artifact()
 RecordsDir = _artifact()
 ScoresDir = _artifact()
 CuratedDir = _artifact()
 ComponentsDir = _artifact()
+TextsDir = _artifact()
 LatentsDir = _artifact()
 CheckpointsDir = _artifact()
 MergedDir = _artifact()
 ImagesDir = _artifact()
 ScorecardDir = _artifact()
 PipelineDir = _artifact()
+StudyDir = _artifact()
 
 
 class UserError(click.ClickException, ValueError):
@@ -64,11 +68,6 @@ def plain_errors() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-def home() -> Path:
-    """Where local artifacts and the state of running stages lie."""
-    return Path(os.environ.get("NUCLEUS_HOME", ".nucleus")).resolve()
-
-
 def work_path(name: str, step: str, config: Any, parents: Sequence[Path]) -> Path:
     """Where a long task keeps what it has so far: the same for the same inputs, whatever attempt it is.
 
@@ -83,7 +82,7 @@ def work_path(name: str, step: str, config: Any, parents: Sequence[Path]) -> Pat
 
 
 @contextlib.contextmanager
-def held(work_dir: Path) -> Iterator[None]:
+def exclusive(work_dir: Path) -> Iterator[None]:
     """Makes `work_dir`, and keeps other runs of the same work out of it until the block ends.
 
     Two at once would write over each other's files. Of several processes that train together, the first holds it for
@@ -121,44 +120,48 @@ def source(directory: FlyteDirectory) -> str:
     return str(directory.remote_source or directory.path)
 
 
-def fetch(directory: FlyteDirectory, without: tuple[str, ...] = ()) -> Path:
-    """Downloads an artifact where it is remote, and verifies every file of it, but for those whose names end in one of
-    `without`: these stay at its `source`, unread.
+def fetch(directory: FlyteDirectory, kind: str, without: tuple[str, ...] = ()) -> Path:
+    """Downloads an artifact where it is remote, checks its kind, and verifies every file of it, but for those whose
+    names end in one of `without`: these stay at its `source`, unread. Parts of an index are not fetched (`fetch_part`).
 
-    Once for all training processes of a pod: Flyte tells them to download to the same folder, where one would overwrite
+    Once for all training processes of a pod: Flyte makes them download to the same folder, where one would overwrite
     what another is reading. Each launch of them verifies again, and each restart of a launch.
+
+    Raises:
+        UserError: the artifact is of another kind, or was changed.
     """
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1:
-        return _fetch(directory, without)
+        return _fetch(directory, kind, without)
     attempt = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1]  # each launch makes one, each restart empties it
     with open(attempt / hashlib.sha256(f"{directory.path} {without}".encode()).hexdigest()[:16], "a+") as done:
         fcntl.flock(done, fcntl.LOCK_EX)
         done.seek(0)
         if not done.read():
-            _fetch(directory, without)
+            _fetch(directory, kind, without)
             done.write("verified")
     return Path(directory.path)
 
 
-def _fetch(directory: FlyteDirectory, without: tuple[str, ...]) -> Path:
+def _fetch(directory: FlyteDirectory, kind: str, without: tuple[str, ...]) -> Path:
     if without and directory.remote_source:
         storage.copy_folder(directory.remote_source, Path(directory.path), without)
     else:
         directory.download()
     path = Path(directory.path)
     with plain_errors():
-        verify(path, without)
+        verify(path, without, kind=kind)
     return path
 
 
 def produce(
     kind: str,
     make: Callable[[Path], Any],
-    parents: Sequence[Path] = (),
+    parents: Sequence[Path | Parent] = (),
     config: Any = None,
     counts: Callable[[Any], dict[str, int]] | None = None,
+    logs: Sequence[str] = (),
 ) -> tuple[FlyteDirectory, Path, Any]:
-    """Runs `make(out_dir)` into a directory that appears sealed and whole, or not at all.
+    """Runs `make(out_dir)` into a directory that appears sealed and whole, or not at all (`store.make_sealed`).
 
     Returns:
         the artifact to hand to Flyte, its local path, and what `make` returned.
@@ -166,16 +169,13 @@ def produce(
     Raises:
         UserError: the disk is full; whatever `make` raises. Nothing half-written stays behind.
     """
-    folder = home() / "artifacts" / kind
     try:
-        with plain_errors(), writing(folder, by_digest=True) as out_dir:
-            report = make(out_dir)
-            manifest = seal(out_dir, kind, list(parents), config, counts(report) if counts else None)
+        with plain_errors():
+            final, _, report = make_sealed(kind, make, parents, config, counts, logs)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise UserError(f"the disk under {folder} is full while making {kind}; nothing was kept") from error
+            raise UserError(error.strerror or str(error)) from error
         raise
-    final = sealed_path(folder, manifest.digest)
-    # remote_directory=False: a local run reads the artifact where it lies.
+    # remote_directory=False: a local run reads the artifact where it is.
     artifact = FlyteDirectory(str(final), remote_directory=False) if is_local() else FlyteDirectory(str(final))
     return artifact, final, report

@@ -1,8 +1,11 @@
-"""Sealed directories: what passes from hop to hop.
+"""Sealed directories: the artifacts that pass from task to task.
 
-A pass writes into a temporary directory beside its final name (`writing`); `seal` records the digests of its
-files, of its parents and of its configuration in manifest.json; the rename that ends `writing` makes it
-visible at once or not at all. `verify` refuses a missing, added or changed file.
+A pass writes into a temporary directory beside its final name (`writing`). `seal` records the digests of its files, of
+its parents and of its configuration in manifest.json. The rename that ends `writing` makes the directory visible at
+once or not at all. `verify` refuses a missing, added or changed file.
+
+An artifact's digest is what it is: its content, its parents' digests, its configuration. Logs, timings, locations and
+what made it are recorded and checksummed, but are not part of the digest: the same work done twice gives the same digest.
 """
 
 from __future__ import annotations
@@ -10,57 +13,68 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import fnmatch
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 WRITING = ".writing-"
 KINDS = (
-    "records",  # raw images and captions in tar shards
+    "records",  # one shard of made images and captions, as a tar
+    "corpus",  # table of shards; their bytes stay where they are
     "scores",  # one shard's scorer columns
-    "curated",  # records kept, with tiers and captions, and the ledger
+    "selections",  # one shard's kept records: tier, bucket, captions, split
+    "curated",  # index of selections, and the ledger
     "components",  # frozen VAE, text encoder, processor
-    "latents",  # one stage's latents and text embeddings
-    "checkpoints",  # one stage's last checkpoints and metrics
+    "texts",  # caption embeddings: one shard's, or the index of all
+    "latents",  # one stage's latents: one shard's, or the index of all
+    "checkpoints",  # one stage's last checkpoints
     "merged",  # one transformer, diffusers layout
-    "images",  # one seed's generated images
+    "images",  # generated images
+    "answers",  # what judges answered about generated images
     "scorecard",  # scores, error bars, grid
     "pipeline",  # the published diffusers directory
+    "study",  # paired comparison of several recipes
 )
 
 
 class Parent(BaseModel):
-    """A sealed directory that this one was made from: its kind, its digest, and where it lay."""
+    """A sealed directory that this one was made from: its kind, its digest, and its path or URI at that time."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: str
     digest: str
-    path: str
+    uri: str
 
 
 class Manifest(BaseModel):
-    """The seal of a directory. `digest` covers what it is: not `code_version`, `image` and the parents' paths."""
+    """The seal of a directory.
+
+    `digest` covers what the artifact is: kind, files, parents' digests, config, counts. `checksum` covers the whole
+    manifest, so that a change of a location or of `made_by` is noticed as well.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     schema_version: int
     kind: str
     files: dict[str, str]  # path inside the directory -> SHA-256
+    logs: dict[str, str] = {}  # the same for logs, timings, locations: checksummed, not part of the digest
     parents: tuple[Parent, ...]
     config: dict[str, Any]
-    code_version: str
-    image: str
     counts: dict[str, int]
+    made_by: dict[str, str]  # code_version, image, execution, task, attempt, git_revision: those that are known
     digest: str
+    checksum: str
 
 
 def sha256_file(path: Path) -> str:
@@ -82,12 +96,34 @@ def _files(directory: Path) -> list[Path]:
     return sorted(p for p in directory.rglob("*") if p.is_file() and p != directory / MANIFEST)
 
 
+def made_by() -> dict[str, str]:
+    """What runs now: code version, and on a cluster the image, the Flyte execution, the task and its attempt."""
+    environment = os.environ.get
+    execution = [environment(f"FLYTE_INTERNAL_EXECUTION_{name}", "") for name in ("PROJECT", "DOMAIN", "ID")]
+    known = {
+        "code_version": code_version(),
+        "git_revision": environment("NUCLEUS_GIT_REVISION", ""),
+        "image": environment("NUCLEUS_IMAGE") or environment("FLYTE_INTERNAL_IMAGE", ""),
+        "execution": "/".join(execution) if execution[-1] else "",
+        "task": environment("FLYTE_INTERNAL_TASK_NAME", ""),
+        "attempt": environment("FLYTE_ATTEMPT_NUMBER", ""),
+    }
+    return {name: value for name, value in known.items() if value}
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def _digest(fields: dict[str, Any]) -> str:
-    """Digest of what the directory is: content, parents' digests, configuration. Not where or by what it was made,
-    so that the same bytes made twice are the same artifact."""
+    """Digest of what the directory is, so that the same bytes made twice are the same artifact."""
     keep = {k: fields[k] for k in ("schema_version", "kind", "files", "config", "counts")}
     keep["parents"] = sorted((p["kind"], p["digest"]) for p in fields["parents"])
-    return hashlib.sha256(json.dumps(keep, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return _hash(keep)
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    return _hash({name: value for name, value in fields.items() if name != "checksum"})
 
 
 def load_manifest(directory: str | os.PathLike) -> Manifest:
@@ -111,18 +147,22 @@ def load_manifest(directory: str | os.PathLike) -> Manifest:
 def seal(
     directory: str | os.PathLike,
     kind: str,
-    parents: list[str | os.PathLike] | tuple = (),
+    parents: Sequence[str | os.PathLike | Parent] = (),
     config: BaseModel | dict[str, Any] | None = None,
     counts: dict[str, int] | None = None,
+    logs: Sequence[str] = (),
 ) -> Manifest:
     """Writes manifest.json over the files of `directory`, fsyncs them all, and returns it.
 
     Args:
         directory: the finished directory; afterwards no file in it may change.
         kind: one of `KINDS`.
-        parents: sealed directories that this one was made from (their manifests are read, not verified again).
+        parents: sealed directories that this one was made from (their manifests are read, not verified again), or
+            what is known of them where they are not on this machine.
         config: what decided the content, as a recipe section or a JSON-able dict.
         counts: whole numbers to show in lineage, such as {"records": 100}.
+        logs: patterns (fnmatch on the path inside the directory) of files that are checksummed but do not count for the
+            digest, such as "logs/*" or "metrics.jsonl".
 
     Raises:
         ValueError: unknown kind, nothing to seal, or a parent without a seal.
@@ -134,24 +174,25 @@ def seal(
     if not files:
         raise ValueError(f"{directory} holds no file to seal")
     _refuse_links(directory)
+    hashed = {p.relative_to(directory).as_posix(): sha256_file(p) for p in files}
+    outside = {name for name in hashed if any(fnmatch.fnmatchcase(name, pattern) for pattern in logs)}
+    if len(outside) == len(hashed):
+        raise ValueError(f"{directory} holds nothing but logs ({', '.join(sorted(outside))})")
     fields: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "kind": kind,
-        "files": {p.relative_to(directory).as_posix(): sha256_file(p) for p in files},
-        "parents": [
-            {"kind": m.kind, "digest": m.digest, "path": str(Path(p).resolve())}
-            for p in parents
-            for m in [load_manifest(p)]
-        ],
+        "files": {name: digest for name, digest in hashed.items() if name not in outside},
+        "logs": {name: digest for name, digest in hashed.items() if name in outside},
+        "parents": [parent if isinstance(parent, Parent) else as_parent(parent) for parent in parents],
         "config": config.model_dump(mode="json") if isinstance(config, BaseModel) else (config or {}),
-        "code_version": code_version(),
-        "image": os.environ.get("FLYTE_INTERNAL_IMAGE", ""),
         "counts": counts or {},
+        "made_by": made_by(),
     }
     # Through JSON and back first: the digest must be that of what a reader of manifest.json sees (a key 1 reads
     # back as "1", a count of 100.0 as 100).
-    draft = json.loads(Manifest(digest="", **fields).model_dump_json())
-    manifest = Manifest.model_validate({**draft, "digest": _digest(draft)})
+    draft = json.loads(Manifest(digest="", checksum="", **fields).model_dump_json())
+    draft["digest"] = _digest(draft)
+    manifest = Manifest.model_validate({**draft, "checksum": _checksum(draft)})
     for path in files:
         _fsync(path)
     for path in {parent for file in files for parent in file.relative_to(directory).parents}:
@@ -164,32 +205,51 @@ def seal(
     return manifest
 
 
-def verify(directory: str | os.PathLike, without: tuple[str, ...] = ()) -> Manifest:
+def as_parent(directory: str | os.PathLike) -> Parent:
+    """A sealed directory as its children name it.
+
+    Raises:
+        ValueError: see `load_manifest`.
+    """
+    manifest = load_manifest(directory)
+    return Parent(kind=manifest.kind, digest=manifest.digest, uri=str(Path(directory).resolve()))
+
+
+def verify(
+    directory: str | os.PathLike, without: tuple[str, ...] = (), kind: str | None = None, digest: str | None = None
+) -> Manifest:
     """Reads every file of a sealed directory again and compares.
 
     Args:
         without: files whose names end so are not looked at, and may be absent.
+        kind: the kind that it must have.
+        digest: the digest that it must have: whoever can write the directory can also reseal it.
 
     Raises:
         ValueError: naming the first file that is missing, added or changed, or the manifest itself.
     """
     directory = Path(directory)
     manifest = load_manifest(directory)
-    if _digest(manifest.model_dump(mode="json")) != manifest.digest:
+    fields = manifest.model_dump(mode="json")
+    if _digest(fields) != manifest.digest or _checksum(fields) != manifest.checksum:
         raise ValueError(f"{directory / MANIFEST} was changed: its digest does not cover its content")
+    if kind is not None and manifest.kind != kind:
+        raise ValueError(f"{directory} is an artifact of kind {manifest.kind!r}; {kind!r} is needed")
+    if digest is not None and manifest.digest != digest:
+        raise ValueError(f"{directory} has the digest {manifest.digest}; {digest} was expected")
     _refuse_links(directory)
+    hashes = manifest.files | manifest.logs
     listed, present = (
         {name for name in names if not name.endswith(without)}
-        for names in (manifest.files, [p.relative_to(directory).as_posix() for p in _files(directory)])
+        for names in (hashes, [p.relative_to(directory).as_posix() for p in _files(directory)])
     )
     for name in sorted(listed - present):
         raise ValueError(f"{directory} lacks {name}, which its manifest lists")
     for name in sorted(present - listed):
         raise ValueError(f"{directory} holds {name}, which its manifest does not list")
     for name in sorted(listed):
-        digest = manifest.files[name]
-        if sha256_file(directory / name) != digest:
-            raise ValueError(f"{directory / name} was changed: its SHA-256 is not the manifest's {digest}")
+        if sha256_file(directory / name) != hashes[name]:
+            raise ValueError(f"{directory / name} was changed: its SHA-256 is not the manifest's {hashes[name]}")
     return manifest
 
 
@@ -217,12 +277,13 @@ def writing(final: str | os.PathLike, by_digest: bool = False) -> Iterator[Path]
     try:
         yield temporary
         assert (temporary / MANIFEST).is_file(), f"{final} would become visible without a seal"
+        digest = load_manifest(temporary).digest
         if by_digest:
-            final = sealed_path(folder, load_manifest(temporary).digest)
+            final = sealed_path(folder, digest)
         with _locked(folder):  # else another attempt's equal content may appear between our look and our rename
             if by_digest:
-                with contextlib.suppress(ValueError):  # absent, or damaged: the fresh one takes its place
-                    verify(final)
+                with contextlib.suppress(ValueError):  # absent, damaged or another: the fresh one takes its place
+                    verify(final, digest=digest)
                     return
             while True:
                 try:
@@ -251,7 +312,7 @@ def writing(final: str | os.PathLike, by_digest: bool = False) -> Iterator[Path]
 
 def sealed_path(folder: str | os.PathLike, digest: str) -> Path:
     """Where `writing(folder, by_digest=True)` puts the directory of that digest."""
-    return Path(folder) / digest[:16]
+    return Path(folder) / digest
 
 
 @contextlib.contextmanager

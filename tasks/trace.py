@@ -81,7 +81,7 @@ class _Search:
         self.by_digest: dict[str, Path] | None = None
 
     def find(self, parent: Parent, child: Path) -> Path:
-        recorded = Path(parent.path)
+        recorded = Path(parent.uri)
         there = load_manifest(recorded) if (recorded / MANIFEST).is_file() else None
         if there is not None and there.digest == parent.digest:
             return recorded
@@ -113,7 +113,7 @@ def trace(directory: str | os.PathLike, home: str | os.PathLike | None = None) -
     """Verifies the whole lineage, and tells it as a JSON-able dict.
 
     Returns:
-        {"root": digest, "nodes": [{"kind", "digest", "path", "counts", "files", "bytes", "code_version", "image",
+        {"root": digest, "nodes": [{"kind", "digest", "path", "counts", "files", "bytes", "made_by",
         "parents": [digest], "shards": {name: SHA-256}}], "records": {"input", "kept", "used", "ids": {key: record id}}}.
         `input` counts the raw records, `kept` the curated ones, `used` those with a latent.
 
@@ -129,8 +129,7 @@ def trace(directory: str | os.PathLike, home: str | os.PathLike | None = None) -
             "counts": dict(node.manifest.counts),
             "files": len(node.manifest.files),
             "bytes": sum((node.path / name).stat().st_size for name in node.manifest.files),
-            "code_version": node.manifest.code_version,
-            "image": node.manifest.image,
+            "made_by": dict(node.manifest.made_by),
             "parents": node.parents,
             "shards": node.shards,
         }
@@ -195,7 +194,7 @@ def lineage_rows(directories: list[str | os.PathLike]) -> list[dict[str, Any]]:
             "kind": manifest.kind,
             "digest": manifest.digest,
             "counts": dict(manifest.counts),
-            "code_version": manifest.code_version,
+            "code_version": manifest.made_by.get("code_version", ""),
         }
         search = search or _Search(path, None)
         for parent in manifest.parents:
@@ -225,7 +224,7 @@ def render(story: dict[str, Any], list_records: bool = False) -> str:
         told.add(digest)
         lines.append(f"{pad}{node['kind']} {digest}: {node['files']} files, {node['bytes']:,} bytes{counts}")
         lines.append(
-            f"{pad}  at {node['path']}, by {node['code_version']}{' in ' * bool(node['image'])}{node['image']}"
+            f"{pad}  at {node['path']}, by {', '.join(f'{name} {value}' for name, value in node['made_by'].items())}"
         )
         lines.extend(f"{pad}  shard {name} {sha}" for name, sha in sorted(node["shards"].items()))
         for parent in node["parents"]:

@@ -32,7 +32,7 @@ def gather_records(shards: list[RecordsDir]) -> RecordsDir:
     """All shards as one artifact with one table."""
     from tasks.curation import records
 
-    paths = [fetch(shard) for shard in shards]
+    paths = [fetch(shard, "records") for shard in shards]
     artifact, _, _ = produce("records", lambda out: records.gather(paths, out), parents=paths, counts=_records)
     return artifact
 
@@ -42,7 +42,7 @@ def score_shard(records: RecordsDir, config: CurationConfig, shard: int) -> Scor
     """Adds columns to the records of one shard; decides nothing."""
     from tasks.curation import curate
 
-    path = fetch(records)
+    path = fetch(records, "records")
     artifact, _, _ = produce(
         "scores",
         lambda out: curate.score_shard(path, shard, config, out),
@@ -57,7 +57,7 @@ def curate_records(records: RecordsDir, scores: list[ScoresDir], config: Curatio
     """Decides, deduplicates, tiers, keeps captions; the ledger accounts for every record."""
     from tasks.curation import curate
 
-    path, score_paths = fetch(records), [fetch(part) for part in scores]
+    path, score_paths = fetch(records, "records"), [fetch(part, "scores") for part in scores]
     artifact, final, _ = produce(
         "curated",
         lambda out: curate.curate(path, score_paths, config, out),

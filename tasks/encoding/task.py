@@ -8,7 +8,7 @@ from typing import Optional
 from flytekit import task
 
 from tasks import envs
-from tasks.artifacts import ComponentsDir, CuratedDir, LatentsDir, fetch, held, produce, work_path
+from tasks.artifacts import ComponentsDir, CuratedDir, LatentsDir, exclusive, fetch, produce, work_path
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.planning.sections import EncodeStage
 
@@ -18,9 +18,9 @@ def make_components(curated: CuratedDir, config: ComponentsConfig) -> Components
     """VAE, text encoder and processor: pinned from the Hub, or small ones trained on the curated corpus."""
     from tasks.encoding import components
 
-    path = fetch(curated)
+    path = fetch(curated, "curated")
     work_dir = work_path("components", "components", config.model_dump(mode="json"), [path])
-    with held(work_dir):
+    with exclusive(work_dir):
         artifact, _, _ = produce(
             "components",
             lambda out: components.make_components(path, config, out, work_dir),
@@ -42,8 +42,8 @@ def encode_stage(
     """Latents and text embeddings of one stage. Stages share their texts: later ones take them from the first."""
     from tasks.encoding import encode
 
-    curated_path, components_path = fetch(curated), fetch(components)
-    text_path = fetch(text_from) if text_from is not None else None
+    curated_path, components_path = fetch(curated, "curated"), fetch(components, "components")
+    text_path = fetch(text_from, "latents") if text_from is not None else None
     artifact, _, _ = produce(
         "latents",
         lambda out: encode.encode_stage(curated_path, components_path, stage, config, out, text_from=text_path),

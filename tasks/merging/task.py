@@ -15,7 +15,7 @@ def merge_checkpoints(checkpoints: CheckpointsDir, stage: TrainStage, config: Me
     """One transformer in diffusers' layout, at the capacity factors of the stage."""
     from tasks.merging import merge_stage
 
-    path = fetch(checkpoints)
+    path = fetch(checkpoints, "checkpoints")
     artifact, _, _ = produce(
         "merged",
         lambda out: merge_stage.merge_stage(path, stage.model, config, out),

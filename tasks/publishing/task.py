@@ -33,7 +33,8 @@ def publish_pipeline(
     """Assembles, checks in a fresh process, and uploads where the recipe says so."""
     from tasks.publishing import publish, summary
 
-    merged_path, components_path, scorecard_path, curated_path = map(fetch, (merged, components, scorecard, curated))
+    merged_path, components_path = fetch(merged, "merged"), fetch(components, "components")
+    scorecard_path, curated_path = fetch(scorecard, "scorecard"), fetch(curated, "curated")
     recipe = json.loads(recipe_json)
     side = recipe["eval"]["image_size_px"]
 

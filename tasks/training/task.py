@@ -18,7 +18,7 @@ from flytekit.exceptions.user import FlyteRecoverableException
 from flytekit.types.directory import FlyteDirectory
 
 from tasks import envs
-from tasks.artifacts import CheckpointsDir, ComponentsDir, LatentsDir, fetch, held, produce, source, work_path
+from tasks.artifacts import CheckpointsDir, ComponentsDir, LatentsDir, exclusive, fetch, produce, source, work_path
 from tasks.planning.sections import TrainStage
 
 
@@ -54,12 +54,12 @@ def train_stage(
 
     with retried():
         streamed = stage.train.latents == "stream"
-        latents_path = fetch(latents, without=(".safetensors",) if streamed else ())
-        components_path = fetch(components)
+        latents_path = fetch(latents, "latents", without=(".safetensors",) if streamed else ())
+        components_path = fetch(components, "components")
         parents = [latents_path, components_path]
         init_path = None
         if init is not None:
-            init_path = fetch(init)
+            init_path = fetch(init, "checkpoints")
             parents.append(init_path)
         trained = stage.model_dump(mode="json", exclude={"train": set(FREE_KEYS)})
         work_dir = work_path(stage.stage.name, "training", trained, parents)
@@ -81,7 +81,7 @@ def train_stage(
         if int(os.environ.get("RANK", "0")):
             train(work_dir)
             return FlyteDirectory(str(work_dir), remote_directory=False)  # rank 0's is the one that Elastic hands on
-        with held(work_dir):
+        with exclusive(work_dir):
             artifact, final, _ = produce("checkpoints", train, parents=parents, config=stage)
             prune_run(stage.train, work_dir)
         Deck(f"Training {stage.stage.name}", figures.training_html(Path(final)))

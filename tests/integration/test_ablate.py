@@ -39,7 +39,7 @@ def test_an_ablation_shares_the_data_and_ends_in_a_scorecard(smoke, smoke_home, 
     config = json.loads((made["merged"] / "transformer" / "config.json").read_text())
     assert config["_class_name"] == "NucleusTransformer" and config["routing"]["kind"] == "token_choice"
     parent = next(p for p in load_manifest(made["merged"]).parents if p.kind == "checkpoints")
-    rows = (Path(parent.path) / "metrics.jsonl").read_text().splitlines()
+    rows = (Path(parent.uri) / "metrics.jsonl").read_text().splitlines()
     assert json.loads(rows[-1])["expert/dropped"] == 0
 
 

@@ -13,4 +13,4 @@ def test_what_a_reproduction_made_is_not_made_again(smoke, smoke_home):
     assert made["merged"] == smoke["merged"] and made["curated"] == smoke["curated"]
     (checkpoints,) = load_manifest(made["merged"]).parents
     verify(made["components"])
-    assert str(made["components"]) in [parent.path for parent in load_manifest(checkpoints.path).parents]
+    assert str(made["components"]) in [parent.uri for parent in load_manifest(checkpoints.path).parents]

@@ -15,7 +15,7 @@ from flytekit.exceptions.user import FlyteRecoverableException
 from flytekit.types.directory import FlyteDirectory
 
 from tasks import envs
-from tasks.artifacts import UserError, fetch, held, source, work_path
+from tasks.artifacts import UserError, exclusive, fetch, source, work_path
 from tasks.manifest import seal
 
 
@@ -57,7 +57,7 @@ LIMIT_S = 60
 
 
 def hold(work_dir, holding, end, all_over):
-    with held(work_dir):
+    with exclusive(work_dir):
         if os.fork() == 0:  # as a data loader does: the child is there for some seconds more
             all_over.wait(LIMIT_S)
             os._exit(0)
@@ -71,18 +71,18 @@ def test_a_second_run_of_the_same_work_is_refused_until_the_first_has_ended(tmp_
     first.start()
     assert holding.wait(LIMIT_S)
     with pytest.raises(UserError, match="another run is at the same work, in .*stage1: stop it, or start again"):
-        with held(work_dir):
+        with exclusive(work_dir):
             pass
     context = FlyteContextManager.current_context()
     state = context.execution_state.with_params(mode=ExecutionState.Mode.TASK_EXECUTION)
     pod = context.with_execution_state(state)
     with FlyteContextManager.with_context(pod), pytest.raises(FlyteRecoverableException, match="another run"):
-        with held(work_dir):
+        with exclusive(work_dir):
             pass
     end.set()
     first.join()
     for _ in range(2):
-        with held(work_dir):
+        with exclusive(work_dir):
             shutil.rmtree(work_dir)  # as of work that is done
     assert list(work_dir.parent.iterdir()) == []
     all_over.set()
@@ -92,7 +92,7 @@ def test_a_killed_run_holds_its_work_no_longer(tmp_path):
     holding = fork.Event()
 
     def work():
-        with held(tmp_path):
+        with exclusive(tmp_path):
             holding.set()
             time.sleep(LIMIT_S)
 
@@ -101,7 +101,7 @@ def test_a_killed_run_holds_its_work_no_longer(tmp_path):
     assert holding.wait(LIMIT_S)
     first.kill()
     first.join()
-    with held(tmp_path):
+    with exclusive(tmp_path):
         pass
 
 
@@ -116,7 +116,7 @@ def test_the_training_processes_of_a_pod_download_an_artifact_once(parent, tmp_p
         shutil.copytree(parent, there)  # refuses a folder that is there
 
     with ThreadPoolExecutor(4) as ranks:
-        found = list(ranks.map(lambda _: fetch(FlyteDirectory(str(there), downloader=download)), range(4)))
+        found = list(ranks.map(lambda _: fetch(FlyteDirectory(str(there), downloader=download), "latents"), range(4)))
     assert found == [there] * 4 and len(downloads) == 1 and (there / "data.txt").read_text() == "data"
 
 
@@ -124,9 +124,9 @@ def test_a_download_that_failed_is_tried_by_the_next_process(parent, tmp_path, m
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
     with pytest.raises(UserError, match="not a sealed directory"):
-        fetch(FlyteDirectory(str(tmp_path / "nothing")))
+        fetch(FlyteDirectory(str(tmp_path / "nothing")), "latents")
     shutil.copytree(parent, tmp_path / "nothing")
-    assert fetch(FlyteDirectory(str(tmp_path / "nothing"))) == tmp_path / "nothing"
+    assert fetch(FlyteDirectory(str(tmp_path / "nothing")), "latents") == tmp_path / "nothing"
 
 
 def test_files_that_stay_where_they_lie_are_neither_needed_nor_verified_and_all_others_are(parent, tmp_path):
@@ -135,8 +135,8 @@ def test_files_that_stay_where_they_lie_are_neither_needed_nor_verified_and_all_
     partly = shutil.copytree(parent, tmp_path / "partly", ignore=shutil.ignore_patterns("*.bin"))
     artifact = FlyteDirectory(str(partly))
     with pytest.raises(UserError, match="lacks rows.bin"):
-        fetch(artifact)
-    assert fetch(artifact, without=(".bin",)) == partly and source(artifact) == str(partly)
+        fetch(artifact, "latents")
+    assert fetch(artifact, "latents", without=(".bin",)) == partly and source(artifact) == str(partly)
     (partly / "data.txt").write_text("Data")
     with pytest.raises(UserError, match="data.txt was changed"):
-        fetch(artifact, without=(".bin",))
+        fetch(artifact, "latents", without=(".bin",))

@@ -109,8 +109,8 @@ def test_a_manifest_that_is_missing_broken_or_of_another_schema_is_refused(tmp_p
     (done / MANIFEST).write_text(text[:-9])
     with pytest.raises(ValueError, match="is not a manifest"):
         verify(done)
-    (done / MANIFEST).write_text(text.replace('"schema_version": 1', '"schema_version": 2'))
-    with pytest.raises(ValueError, match="has schema 2"):
+    (done / MANIFEST).write_text(text.replace('"schema_version": 2', '"schema_version": 9'))
+    with pytest.raises(ValueError, match="has schema 9"):
         verify(done)
 
 
@@ -120,7 +120,7 @@ def test_equal_content_has_equal_seals_wherever_and_by_whatever_it_was_made(tmp_
     monkeypatch.setenv("FLYTE_INTERNAL_IMAGE", "registry/other:1")
     second = load_manifest(make(tmp_path / "two/y", parents=[make(tmp_path / "q")]))
     assert first.digest == second.digest
-    assert second.image == "registry/other:1" and second.code_version.endswith("f" * 40)
+    assert second.made_by["image"] == "registry/other:1" and second.made_by["code_version"].endswith("f" * 40)
 
 
 def test_content_names_kind_config_counts_and_parents_each_change_the_seal(tmp_path):
@@ -299,9 +299,9 @@ def test_what_one_attempt_has_made_visible_is_not_replaced_by_another_s_equal_co
 
     other = threading.Thread(target=write)
 
-    def looked(directory):
+    def looked(directory, **wanted):
         try:
-            return real(directory)
+            return real(directory, **wanted)
         finally:
             if threading.current_thread() is not other:
                 other.start()  # between the look and the rename
@@ -358,3 +358,64 @@ def test_every_file_and_directory_is_fsynced_before_the_rename(tmp_path, monkeyp
         assert {"a.bin", "b.bin", "sub", "deep", out.name} <= set(synced)
         assert any(name.startswith(f".{MANIFEST}.") for name in synced)
     assert synced[-1] == tmp_path.name
+
+
+def test_logs_are_checksummed_but_do_not_change_the_digest(tmp_path):
+    first, second, third = (tmp_path / name for name in "abc")
+    for directory, log, content in ((first, "one", "x"), (second, "two", "x"), (third, "one", "y")):
+        (directory / "logs").mkdir(parents=True)
+        (directory / "logs/train.txt").write_text(log)
+        (directory / "weights.bin").write_text(content)
+        seal(directory, "checkpoints", logs=("logs/*",))
+    digests = [load_manifest(directory).digest for directory in (first, second, third)]
+    assert digests[0] == digests[1] != digests[2]
+    assert set(load_manifest(first).logs) == {"logs/train.txt"}
+    (first / "logs/train.txt").write_text("changed")
+    with pytest.raises(ValueError, match="train.txt was changed"):
+        verify(first)
+
+
+def test_a_changed_location_or_maker_is_noticed(tmp_path):
+    done = make(tmp_path / "x", parents=[make(tmp_path / "p")])
+    for change in (
+        lambda m: m["parents"][0].update(uri="s3://elsewhere"),
+        lambda m: m["made_by"].update(image="forged"),
+    ):
+        fields = json.loads((done / MANIFEST).read_text())
+        change(fields)
+        with pytest.raises(ValueError, match="was changed"):
+            (tmp_path / "copy").mkdir(exist_ok=True)
+            for file in done.rglob("*"):
+                if file.is_file():
+                    (tmp_path / "copy" / file.relative_to(done)).parent.mkdir(parents=True, exist_ok=True)
+                    (tmp_path / "copy" / file.relative_to(done)).write_bytes(file.read_bytes())
+            (tmp_path / "copy" / MANIFEST).write_text(json.dumps(fields))
+            verify(tmp_path / "copy")
+
+
+def test_a_directory_of_another_kind_or_digest_is_refused(tmp_path):
+    done = make(tmp_path / "x")
+    assert verify(done, kind="records", digest=load_manifest(done).digest)
+    with pytest.raises(ValueError, match="'latents' is needed"):
+        verify(done, kind="latents")
+    with pytest.raises(ValueError, match="was expected"):
+        verify(done, digest="0" * 64)
+
+
+def test_a_planted_directory_does_not_replace_the_artifact_that_is_made(tmp_path):
+    """Somebody else's self-consistent directory under our digest's name is put aside, not handed on."""
+    planted = tmp_path / "planted"
+    planted.mkdir()
+    (planted / "a.bin").write_text("malicious")
+    seal(planted, "records")
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    (reference / "a.bin").write_text("real")
+    digest = seal(reference, "records").digest
+    place = manifest.sealed_path(tmp_path / "records", digest)
+    place.parent.mkdir()
+    planted.rename(place)
+    with writing(tmp_path / "records", by_digest=True) as out:
+        (out / "a.bin").write_text("real")
+        seal(out, "records")
+    assert verify(place, digest=digest) and (place / "a.bin").read_text() == "real"

@@ -205,7 +205,7 @@ def _artifact(home):
     with writing(home / "artifacts" / "records", by_digest=True) as out:
         (out / "data.txt").write_text("data")
         digest = seal(out, "records").digest
-    return home / "artifacts" / "records" / digest[:16]
+    return home / "artifacts" / "records" / digest
 
 
 def _entry(path) -> bytes:
