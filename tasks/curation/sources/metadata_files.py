@@ -272,10 +272,12 @@ def _csv_rows(shown: str, text: bytes, delimiter: str, wanted: tuple[str, ...], 
                 caption_at = [columns.index(name) for name in _captions_of_columns(shown, columns, wanted, table)]
                 continue
             if len(fields) != len(columns):
+                remedy = f"put captions that contain {delimiter!r} between double quotes"
+                if len(fields) < len(columns):
+                    remedy = "write each column, an empty one too"
                 raise ValueError(
                     f"{shown}, line {first_line}, has {count_of(len(fields), 'field')} where the header has "
-                    f"{count_of(len(columns), 'column')} ({_few(columns)}); put captions that contain {delimiter!r} "
-                    "between double quotes"
+                    f"{count_of(len(columns), 'column')} ({_few(columns)}); {remedy}"
                 )
             _check_quotes(shown, first_line, fields, fields[name_at])
             values = dict(enumerate(fields[i] for i in caption_at))
@@ -430,7 +432,9 @@ def _parquet_rows(shown: str, file: BinaryIO, wanted: tuple[str, ...], table: _F
         columns = opened.schema_arrow.names
         name = _needed_name(shown, columns)
         captions = [c for c in _captions_of_columns(shown, columns, wanted, table) if c != name]
-        for row, values in enumerate(parquet.rows(shown, opened, [name, *captions], range(opened.num_row_groups))):
+        for row, values in enumerate(
+            parquet.rows(shown, file, opened, [name, *captions], range(opened.num_row_groups))
+        ):
             try:
                 found = row_captions({c: values[c] for c in captions}, wanted)
             except CaptionError as error:

@@ -34,6 +34,7 @@ from tasks.curation.sources.base import (
     Options,
     Shard,
     count_of,
+    digest_of,
     extension,
     is_image,
     reason_of,
@@ -308,14 +309,15 @@ class _Scan:
     def _add_parquet(self, path: str) -> None:
         shown = self.place.shown(path)
         with _naming(shown), self.place.open(path) as file:
-            ranges = parquet.scan(shown, file, self.options.caption_columns, self.config.images_per_shard)
-        if ranges is None:
+            found = parquet.scan(shown, file, self.options.caption_columns, self.config.images_per_shard)
+        if found is None:
             self.account.skip(f".parquet {NO_IMAGE_COLUMN}", path)
             return
         self.account.use()
+        ranges, schema = found
         for rows in ranges:
             digest = self.place.digest(path, rows.begin, rows.end)
-            name = shard_id("parquet", path, rows.first_row, digest, self.options)
+            name = shard_id("parquet", path, rows.first_row, digest, self.options, digest_of(schema, rows.num_rows))
             uri, size = self.place.uri(path), rows.end - rows.begin
             self.table.add(Shard(name, "parquet", uri, rows.first_row, rows.num_rows, size, digest, "user"))
 

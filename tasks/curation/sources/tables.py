@@ -107,7 +107,7 @@ def records(
         if len(data) > MAX_IMAGE_BYTES:
             problem, detail, data = UNREADABLE_FILE, f"{at} is larger than {MAX_IMAGE_BYTES // 2**20} MiB", b""
         account.records += 1
-        yield Record(record_key(f"{name}:{row}"), data, ext, texts, "user", at, 0, problem, detail)
+        yield Record(record_key(name, str(row)), data, ext, texts, "user", at, 0, problem, detail)
 
 
 def count_without_bytes(images: pa.Array) -> int:

@@ -13,12 +13,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
-from tasks.curation.sources.base import from_bytes, visible
+from tasks.curation.sources.base import from_bytes, to_bytes, visible
 
 BLOCK = 512
 CHUNK = 2**20
 MAX_HEADER_BYTES = 2**20  # of a GNU long name or a pax header
-MAX_MEMBERS = 500_000  # their names are in memory
+MAX_MEMBERS, MAX_NAME_BYTES, MAX_NAMES_BYTES = 500_000, 4096, 64 * 2**20  # the names are in memory
 MAX_DECOMPRESSED_BYTES = 8 * 2**30
 MAX_RATIO, RATIO_FREE_BYTES = 100, 64 * 2**20  # decompressed to compressed bytes, beyond the first ones
 LZMA_MEMORY_BYTES = 128 * 2**20  # xz -9 needs 65 MiB
@@ -145,7 +145,8 @@ def members(stream: Forward) -> Iterator[Member]:
     Raises:
         TarError: a broken header, an archive that is cut off, or a header beyond the limits.
     """
-    count, last, ended = 0, "", False
+    count = name_bytes = 0
+    last, ended = "", False
     pending: dict[str, str] = {}  # path, linkpath, size and sparse marks of the next member, by the headers before it
     shared: dict[str, str] = {}  # of all members that follow
     while True:
@@ -159,6 +160,8 @@ def members(stream: Forward) -> Iterator[Member]:
             if ended:
                 yield Member("", len(block), at, "rest", "")
                 return
+            if not count and not pending:
+                raise TarError("it has no tar header, or is cut off; copy it again, or pack it anew")
             raise TarError(f"it is cut off {_after(last)}: its end mark is missing; copy it again, or pack it anew")
         if not block.strip(b"\0"):
             ended = True
@@ -167,7 +170,8 @@ def members(stream: Forward) -> Iterator[Member]:
             if ended:
                 yield Member("", BLOCK, at, "rest", "")
                 return
-            raise TarError(f"it has a broken header {_after(last)}")
+            why = "it has a broken header" if count else "it is no tar: it has no header"
+            raise TarError(f"{why} {_after(last)}")
         ended = False
         size, flag = _number(block[124:136]), block[156:157]
         if flag in b"LKxgX":
@@ -186,8 +190,14 @@ def members(stream: Forward) -> Iterator[Member]:
         facts, pending = shared | pending, {}
         member = _member(block, size, flag, stream.position, facts)
         count, last = count + 1, member.name
-        if count > MAX_MEMBERS:
-            raise TarError(f"it has more than {MAX_MEMBERS:,} members; divide it")
+        length = len(to_bytes(member.name))
+        name_bytes += length
+        if length > MAX_NAME_BYTES:
+            raise TarError(f"it has a name of {length:,} bytes; at most {MAX_NAME_BYTES:,} are read")
+        if count > MAX_MEMBERS or name_bytes > MAX_NAMES_BYTES:
+            raise TarError(
+                f"it has more than {MAX_MEMBERS:,} members or {MAX_NAMES_BYTES // 2**20} MiB of names; divide it"
+            )
         yield member
         end = member.offset + (member.size if member.kind in ("file", "unknown") else 0)
         if not stream.skip_to(max(stream.position, end)) or not stream.skip_to(_padded(stream.position)):
