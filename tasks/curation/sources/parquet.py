@@ -97,9 +97,9 @@ def scan(shown: str, file: BinaryIO, wanted: tuple[str, ...], rows_per_shard: in
                 ranges.append(Range(row, rows, begin, end))
             row += rows
         why = _without_bytes(parquet, columns.image)
+        schema = "\n".join(f"{field.name}: {field.type}" for field in parquet.schema_arrow)
     if why is not None:
         raise ValueError(f"{shown}: none of {count_of(row, 'row')} has image bytes{why}")
-        schema = str(parquet.schema)
     return [found for found in ranges if found.num_rows], schema
 
 
@@ -170,6 +170,8 @@ def read(place: Place, name: str, shard: Shard, options: Options, account: Accou
                     raise ValueError(f"{shown} has more than {given // 2**20} MiB of images in {stored:,} bytes")
                 yield record
             row += len(batch)
+        if row != first_row + num_rows:
+            raise ValueError(f"{shown} is not a readable Parquet file: it has {row} rows and claims {first_row + num_rows}")
 
 
 def rows(
