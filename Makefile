@@ -1,6 +1,8 @@
-# make reproduce   the whole arrow with RECIPE (tiny unless told), from raw images to a published pipeline
-# make smoke       the same in under three minutes, with a model too small to be good
-# make test        the tests
+# make reproduce   the whole recipe (RECIPE=tiny unless set), from raw images to a published pipeline
+# make smoke       the same in about 100 seconds, with a model too small to be good
+# make test        all tests; make test-fast: those without training
+# make lint        ruff and mypy; make format repairs what ruff can
+# make lock        resolves constraints.txt again
 # Each makes the environment it needs in .venv.
 
 PYTHON ?= python3
@@ -9,7 +11,7 @@ SOURCE ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: reproduce smoke test env clean
+.PHONY: reproduce smoke test test-fast lint format lock env clean
 
 reproduce: $(STAMP)
 	$(VENV)/bin/pyflyte run workflows/reproduce.py reproduce --recipe $(RECIPE) $(if $(SOURCE),--source "$(SOURCE)")
@@ -19,6 +21,26 @@ smoke:
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+test-fast: $(STAMP)
+	$(VENV)/bin/python -m pytest -m "not slow" tests/unit $(ARGS)
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(STAMP)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# CUDA packages of torch are left out: constraints.txt serves CPU and CUDA builds alike.
+lock: $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet uv
+	$(VENV)/bin/uv pip compile pyproject.toml --extra dev --python-version 3.11 --quiet --no-header --no-annotate \
+		--no-emit-package setuptools --output-file constraints.new
+	grep -vE '^(nvidia-|cuda-)' constraints.new > constraints.txt
+	rm constraints.new
 
 env: $(STAMP)
 

@@ -137,7 +137,7 @@ class RecordProducts(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in self.FACTORS:
             self._add(*(args[i] for i in self.FACTORS[name]))
-        elif name.startswith("_scaled_dot_product_") or name.startswith("_flash_attn"):
+        elif name.startswith(("_scaled_dot_product_", "_flash_attn")):
             backward = name.endswith("backward")
             q, k = (tuple(x.shape) for x in (args[1:3] if backward else args[:2]))
             if name.startswith("_flash_attn"):  # tokens before heads

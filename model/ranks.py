@@ -59,10 +59,8 @@ def layout(model: TransformerConfig, train: TrainConfig, ranks: int) -> Layout:
     if ep > 1:
         _divide(model.num_experts, f"model.num_experts={model.num_experts}", ep, "train.expert_parallel")
         _divide(shard, f"the {shard} ranks that share the weights", ep, "train.expert_parallel")
-        if model.routing_report.kind == "dense":
-            raise ValueError(
-                f"train.expert_parallel={ep} shares out experts, and model.routing_report.kind='dense' has none"
-            )
+        if model.routing.kind == "dense":
+            raise ValueError(f"train.expert_parallel={ep} shares out experts, and model.routing.kind='dense' has none")
     held = model.num_experts // ep
     if held % found.expert_shard and any(model.is_moe_layer(i) for i in range(model.num_layers)):
         # Then each expert's matrices are cut, along their rows, which must be equal parts.

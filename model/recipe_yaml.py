@@ -52,7 +52,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         circle = " -> ".join(file.name for file in (*above, path))
         raise ValueError(f"{above[0]}: base goes round in a circle: {circle}")
     try:
-        data = yaml.load(path.read_bytes(), Loader=Loader)
+        data = yaml.load(path.read_bytes(), Loader=Loader)  # noqa: S506  (a SafeLoader)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -176,7 +176,7 @@ def produce(
             final, _, report = make_sealed(kind, make, parents, config, counts, logs)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise UserError(error.strerror) from error
+            raise UserError(error.strerror or str(error)) from error
         raise
     # remote_directory=False: a local run reads the artifact where it is.
     artifact = FlyteDirectory(str(final), remote_directory=False) if is_local() else FlyteDirectory(str(final))

@@ -61,8 +61,8 @@ class Recipe(Section):
                     f"{key}={size} must be a multiple of {tile} (VAE {VAE_SCALE}x, patches of {model.patch_size}), "
                     f"such as {near}"
                 )
-        trained = self.components.kind == "trained"
-        channels = self.components.vae.z_dim if trained else VAE_CHANNELS
+        vae = self.components.vae if self.components.kind == "trained" else None
+        channels = vae.z_dim if vae is not None else VAE_CHANNELS
         packed = channels * model.patch_size**2
         if model.in_channels != packed:
             raise ValueError(
@@ -75,7 +75,7 @@ class Recipe(Section):
                 f"model.out_channels={model.out_channels} must be {channels}: a token's output has "
                 f"patch_size^2 x out_channels values, here {out}, and must have {packed} like its input"
             )
-        text = self.components.text_encoder if trained else None
+        text = self.components.text_encoder if self.components.kind == "trained" else None
         if text is not None:
             if model.joint_attention_dim != text.hidden_size:
                 raise ValueError(
@@ -111,7 +111,7 @@ class Recipe(Section):
         if self.train.losses.load_balance and chosen != "token_choice":
             raise ValueError(
                 f"train.losses.load_balance={self.train.losses.load_balance} must be 0 with "
-                f"model.routing_report.kind={chosen!r}: only token choice can leave experts without tokens"
+                f"model.routing.kind={chosen!r}: only token choice can leave experts without tokens"
             )
 
     def _check_ranks(self) -> None:
@@ -219,7 +219,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
 
 def _parse(text: str | bytes, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=Loader)
+        return yaml.load(text, Loader=Loader)  # noqa: S506  (a SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
 

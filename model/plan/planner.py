@@ -21,6 +21,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -313,7 +314,7 @@ def plan(
             report["suggestion"] = fitting and plan_stage(shapes, model, train, stage, fitting, gpu, **options)
         stages.append(report)
     notes = [NOTE]
-    if model.routing_report.kind == "token_choice":
+    if model.routing.kind == "token_choice":
         notes.append(TOKEN_CHOICE_NOTE)
     if train.muon_implementation == "torchtitan":
         notes.append(DIST_MUON_NOTE)
@@ -376,7 +377,7 @@ def load_sections(path: str | Path) -> tuple[TransformerConfig, TrainConfig]:
     if not {"model", "train"} <= data.keys():
         raise ValueError(f"{path} must have the sections model and train")
     return tuple(
-        _validated(lambda: section.model_validate(data[key]), key)
+        _validated(partial(section.model_validate, data[key]), key)
         for key, section in (("model", TransformerConfig), ("train", TrainConfig))
     )
 

@@ -19,11 +19,11 @@ from typing import Literal
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import create_selective_checkpoint_contexts, noop_context_fn
-from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing, FullAC, SelectiveAC
 
 from model import kernels
 from model.attention import PACKAGES, flash_backend
-from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
+
+from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing, FullAC, SelectiveAC
 
 # The choice of experts: plain, and by the Triton kernel.
 CHOICE_OPS = ("aten.topk.default", "nucleus.route.default")

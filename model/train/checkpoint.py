@@ -29,19 +29,19 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
-from torchtitan.components.checkpointer import CheckpointManager
-from torchtitan.components.checkpointer.base import LR_SCHEDULER, MODEL, OPTIMIZER
-from torchtitan.components.checkpointer.dcp import AsyncMode
-from torchtitan.tools.utils import device_module
 
 from model import storage
 from model.config import TrainConfig
-from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 from model.train.guard import Diverged
 from model.train.metrics import METRICS
 from model.train.replicas import differing
 from model.weights import checkpoints
 from model.weights.checkpoints import finished_checkpoints
+
+from torchtitan.components.checkpointer import CheckpointManager
+from torchtitan.components.checkpointer.base import LR_SCHEDULER, MODEL, OPTIMIZER
+from torchtitan.components.checkpointer.dcp import AsyncMode
+from torchtitan.tools.utils import device_module
 
 CHECKPOINTS = "checkpoints"
 WEIGHTS = "weights"

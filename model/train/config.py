@@ -6,10 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torchtitan.components.loss import MSELoss
-from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
-from torchtitan.config.configs import DebugConfig
-
 from model.config import StageConfig, TrainConfig, TransformerConfig
 from model.data.hashing import hash_words
 from model.ranks import layout, local_batch_size
@@ -22,6 +18,10 @@ from model.train.metrics import StageMetrics
 from model.train.optimizer import NucleusOptimizers, WarmupStable
 from model.train.spec import model_spec
 from model.train.trainer import NoTokenizer, NucleusTrainer
+
+from torchtitan.components.loss import MSELoss
+from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
+from torchtitan.config.configs import DebugConfig
 
 
 def stage_seed(seed: int, stage: StageConfig) -> int:

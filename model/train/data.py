@@ -14,13 +14,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torchtitan.components.dataloader import BaseDataLoader
-from torchtitan.tools.utils import device_module
 
 from model.data.latents import LatentDataset
 from model.data.order import Batch, BatchPlan, SampleOrder, read_batch
 from model.data.streamed import StreamedLatents
-from model.train.device import DEVICE_TYPE  # (first: it prepares torchtitan)
+from model.train.device import DEVICE_TYPE
+
+from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.tools.utils import device_module
 
 READ_AHEAD = 2  # micro-batches for each worker
 

@@ -18,9 +18,10 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-import torchtitan.tools.utils as titan_utils
 
 from model.kernels.elementwise import keep_freed_memory
+
+import torchtitan.tools.utils as titan_utils
 
 # How long ranks wait for each other before all end: longer than compiling the blocks, reading a large checkpoint, or the
 # models of a sample grid on rank 0 take. NCCL's own 10 minutes may be less, in a stage that is well.

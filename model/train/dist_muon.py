@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, Shard
-from torchtitan.distributed.flex_shard import BlockShard, BucketConfig, ComputeLayout, Owned, build_dist_muon
 
 from model.config import OptimConfig
 from model.optim import NS_COEFFICIENTS, NamedParameters, split_matrices, update_scale
-from model.train.device import allow_dist_muon  # first: it prepares torchtitan
+from model.train.device import allow_dist_muon
+
+from torchtitan.distributed.flex_shard import BlockShard, BucketConfig, ComputeLayout, Owned, build_dist_muon
 
 
 def compute_layout(name: str, parameter: torch.Tensor, scale: str) -> ComputeLayout | None:

@@ -23,7 +23,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from model.moe import MoE
-from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 
 
 def to_owners(x_ERD: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:

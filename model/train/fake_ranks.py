@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor._redistribute import _gen_transform_infos
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-from torchtitan.distributed import ParallelDims
 
 from model.config import TransformerConfig
-from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 from model.train.parallelize import parallelize
 from model.transformer import NucleusTransformer
+
+from torchtitan.distributed import ParallelDims
 
 
 @contextlib.contextmanager

@@ -18,9 +18,8 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
-from torchtitan.components.metrics import BaseLogger, MetricsProcessor
 
-from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
+from torchtitan.components.metrics import BaseLogger, MetricsProcessor
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"

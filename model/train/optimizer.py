@@ -11,13 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torchtitan.components.checkpointer.utils import canonical_fqn
-from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer
 
 from model.config import OptimConfig
 from model.optim import Muon, NamedParameters, describe_groups, parameter_groups, wsm_schedule
-from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 from model.train.sharded_muon import ShardedMuon
+
+from torchtitan.components.checkpointer.utils import canonical_fqn
+from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer
 
 
 class NucleusOptimizers(OptimizersContainer):

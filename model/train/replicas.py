@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from model.moe import held
-from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 
 CHUNK = 1 << 22  # elements hashed at a time: 32 MB for each of a few temporary tensors
 # The multipliers of SplitMix64's finaliser (model.data.hashing), as the signed numbers that PyTorch has.

@@ -18,7 +18,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from model.optim import Matrices, Muon, add_orthogonal, compute_dtype
-from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 
 
 class _Cut(NamedTuple):

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torchtitan.protocols import BaseModel
-from torchtitan.protocols.model_spec import ModelSpec
 
 from model.config import TransformerConfig
-from model.train.device import DEVICE_TYPE  # noqa: F401  (first: it prepares torchtitan)
 from model.train.parallelize import fill_whole, gathered, parallelize
 from model.transformer import Block, NucleusTransformer, TextKV
+
+from torchtitan.protocols import BaseModel
+from torchtitan.protocols.model_spec import ModelSpec
 
 
 class NucleusModel(NucleusTransformer, BaseModel):

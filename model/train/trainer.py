@@ -21,11 +21,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torchtitan.components.tokenizer import BaseTokenizer
-from torchtitan.config import TORCH_DTYPE_MAP
-from torchtitan.distributed import ParallelDims
-from torchtitan.distributed import utils as dist_utils
-from torchtitan.trainer import Trainer
 
 from model import flow, losses
 from model.attention import use_attention
@@ -39,6 +34,12 @@ from model.train.guard import Diverged, LossGuard
 from model.train.parallelize import lies_whole
 from model.train.preemption import Preempted, StopFlag, sigterm_sets
 from model.transformer import RouterTrace
+
+from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.trainer import Trainer
 
 LOSS_BINS = 5
 BLOCK_VARIANTS = 32

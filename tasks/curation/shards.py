@@ -62,7 +62,7 @@ class ShardWriter:
     def __init__(self, path: str | os.PathLike) -> None:
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._tar = tarfile.open(self._path, "w", format=tarfile.USTAR_FORMAT)
+        self._tar = tarfile.open(self._path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115  (closed by __exit__)
 
     def add(self, record: Record) -> None:
         assert "." not in record.key and "/" not in record.key, f"a key names tar members: {record.key!r}"

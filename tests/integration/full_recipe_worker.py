@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torchtitan.config import CompileConfig
 from train_helpers import fork_ranks
 
 import model.train.config as train_config
@@ -33,6 +32,8 @@ from tasks.encoding.buckets import stage_buckets
 from tasks.planning.sections import TrainStage
 from tasks.planning.sections import train_stage as section
 from tasks.recipe import Recipe, load_recipe
+
+from torchtitan.config import CompileConfig
 
 RANKS = 2
 TEXT_DIM = 24

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torchtitan.distributed.flex_shard import dist_muon
 from train_helpers import TEXT_DIM, fork_ranks, train_config, transformer_config, write_latents
 
 from model.optim import newton_schulz
@@ -23,6 +22,8 @@ from model.sampling.sampler import sample_latents
 from model.train.run import train_stage
 from model.transformer import Block, NucleusTransformer, RouterTrace
 from model.weights.export import export_transformer
+
+from torchtitan.distributed.flex_shard import dist_muon
 
 STEPS = 4
 # Uneven on purpose: 66 rows of the shared experts' first matrix do not divide by 4.

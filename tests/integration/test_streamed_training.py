@@ -38,7 +38,7 @@ def train(inputs, tmp_path, **changes):
     stage = TrainStage(model=transformer_config(), train=train_config(steps=STEPS, log_every_steps=1, **changes))
     given = {kind: FlyteDirectory.from_source(uri) for kind, uri in inputs.items()}
     artifact = train_stage.task_function(stage=stage, **given)
-    metrics = [json.loads(line) for line in open(f"{artifact.path}/metrics.jsonl")]
+    metrics = [json.loads(line) for line in (tmp_path / artifact.path / "metrics.jsonl").read_text().splitlines()]
     return given, read_weights(tmp_path / artifact.path), [row["loss"] for row in metrics], load_manifest(artifact.path)
 
 

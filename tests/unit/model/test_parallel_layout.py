@@ -53,7 +53,7 @@ def test_the_degrees_are_those_asked_for(values, ranks, expected, expert_shard):
         ({"expert_parallel": 24}, {}, 48,
          "train.expert_parallel=24 must divide model.num_experts=64: 64 = 2 x 24 + 16"),
         ({}, {"routing": {"kind": "dense"}, "capacity_factors": 2.0}, 64,
-         "train.expert_parallel=64 shares out experts, and model.routing_report.kind='dense' has none"),
+         "train.expert_parallel=64 shares out experts, and model.routing.kind='dense' has none"),
         ({"expert_parallel": 1}, {}, 128,
          "128 ranks share 64 experts: neither these (64 = 0 x 128 + 64) nor moe_intermediate_dim 1344 "
          "(1344 = 10 x 128 + 64) can be cut into equal parts"),

@@ -34,9 +34,9 @@ def different(one, other, above=()):
 @pytest.mark.parametrize(
     ("name", "keys"),
     [
-        ("coupled_routing", {"model.routing_report"}),
-        ("token_choice", {"model.routing_report", "train.losses.load_balance"}),
-        ("dense_ffn", {"model.routing_report"}),
+        ("coupled_routing", {"model.routing"}),
+        ("token_choice", {"model.routing", "train.losses.load_balance"}),
+        ("dense_ffn", {"model.routing"}),
         ("adamw_alone", {"train.optim.matrices", "train.optim.adamw_lr"}),
     ],
 )
@@ -86,8 +86,8 @@ def test_an_overlays_mistakes_are_told_as_any_recipes(tmp_path):
         ValueError, match=r"recipe mine.yaml is not valid: train.optim.muonlr: unknown key; did you mean"
     ):
         load_recipe(mine)
-    with pytest.raises(ValueError, match=r"model.routing_report.knd: unknown key; did you mean 'kind'"):
-        load_recipe("tiny", ["model.routing_report.knd=dense"])
+    with pytest.raises(ValueError, match=r"model.routing.knd: unknown key; did you mean 'kind'"):
+        load_recipe("tiny", ["model.routing.knd=dense"])
 
 
 def test_bases_that_lead_nowhere_are_refused(tmp_path):
@@ -107,15 +107,15 @@ def test_bases_that_lead_nowhere_are_refused(tmp_path):
     [
         (
             ["train.losses.load_balance=0.01"],
-            "train.losses.load_balance=0.01 must be 0 with model.routing_report.kind='expert_",
+            "train.losses.load_balance=0.01 must be 0 with model.routing.kind='expert_",
         ),
         (
-            ["model.routing_report.kind=token_choice", "train.stages[0].capacity_factors=2.5"],
+            ["model.routing.kind=token_choice", "train.stages[0].capacity_factors=2.5"],
             r"train.stages\[0\].*whole number",
         ),
         (
-            ["model.routing_report.kind=dense", "train.expert_parallel=2", "train.nproc_per_node=2"],
-            "train.expert_parallel=2 shares out experts, and model.routing_report.kind='dense' has none",
+            ["model.routing.kind=dense", "train.expert_parallel=2", "train.nproc_per_node=2"],
+            "train.expert_parallel=2 shares out experts, and model.routing.kind='dense' has none",
         ),
     ],
 )
@@ -126,5 +126,5 @@ def test_what_does_not_go_with_an_ablation_is_refused(overrides, told):
 
 @pytest.mark.parametrize("kind", ["expert_choice", "token_choice"])
 def test_experts_that_choose_and_that_are_chosen_can_be_shared_out(kind):
-    overrides = [f"model.routing_report.kind={kind}", "train.expert_parallel=2", "train.nproc_per_node=2"]
+    overrides = [f"model.routing.kind={kind}", "train.expert_parallel=2", "train.nproc_per_node=2"]
     assert load_recipe("tiny", overrides).train.expert_parallel == 2

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from model.storage import join
 from tasks.curation.config import SourceConfig
 from tasks.curation.sources import tar_format
-from tasks.curation.sources.base import REPORT, SHARDS_TABLE, TRUTH_TABLE, Account, Options, Record, Shard, visible
+from tasks.curation.sources.base import TRUTH_TABLE, Account, Options, Record, Shard, visible
 from tasks.curation.sources.made import defects, digits, scenes
 from tasks.curation.sources.places import Place
 

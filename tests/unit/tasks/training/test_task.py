@@ -58,7 +58,7 @@ def test_sigterm_is_an_error_that_flyte_retries(stage):
 
     with pytest.raises(FlyteRecoverableException, match="SIGTERM after step 7"):
         stage(preempted)
-    assert not [path for path in (home() / "artifacts" / "checkpoints").iterdir()]
+    assert not list((home() / "artifacts" / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize(
