@@ -37,9 +37,10 @@ from tasks.store import (
 )
 
 REPORT_PAGE = "report.html"
-# Where shards are is no part of what a corpus is; its digest of them is in report.json.
-CORPUS_LOGS = (base.SHARDS_TABLE,)
-CURATED_LOGS = (LOCATIONS, f"{CORPUS}/{base.SHARDS_TABLE}")
+# Where shards are is no part of what a corpus is: its tables are logs of the seal, and corpus.json has their digest.
+CORPUS_DIGEST = "corpus.json"
+CORPUS_LOGS = (base.SHARDS_TABLE, base.REPORT)
+CURATED_LOGS = (LOCATIONS, *(f"{CORPUS}/{name}" for name in CORPUS_LOGS))
 
 
 def make_shard(config: SourceConfig, index: int) -> Part:
@@ -53,7 +54,7 @@ def make_shard(config: SourceConfig, index: int) -> Part:
             name,
             CACHE_VERSIONS["records"],
             inputs,
-            lambda out: int(base.write_made_shard(config, index, out)["records"]),
+            lambda out: int(base.write_made_shard(config, index, out)["images"]),
             config=inputs,
         ),
     )
@@ -68,14 +69,25 @@ def write_corpus(config: SourceConfig, path: str, made: Sequence[Part], out_dir:
     Raises:
         ValueError: what a scan can see to be wrong, or a part that could not be made.
     """
+    check_made(made)
     if path:
-        return base.write_corpus(config, path, out_dir)
-    for part in made:
+        report = base.write_corpus(config, path, out_dir)
+    else:
+        # The tables of a shard are enough; its tar is read by who scores it.
+        directories = [fetch_part(part, without=(".tar",)) for part in made]
+        report = base.made_corpus(directories, out_dir, [part.uri for part in made])
+    (out_dir / CORPUS_DIGEST).write_text(json.dumps({"digest": report["digest"]}) + "\n")
+    return report
+
+
+def check_made(parts: Sequence[Part]) -> None:
+    """
+    Raises:
+        ValueError: a shard could not be made.
+    """
+    for part in parts:
         if part.error:
             raise ValueError(f"shard {part.name} of the source could not be made: {part.error}")
-    # The tables of a shard are enough; its tar is read by who scores it.
-    directories = [fetch_part(part, without=(".tar",)) for part in made]
-    return base.made_corpus(directories, out_dir, [part.uri for part in made])
 
 
 def score_group(corpus_dir: Path, config: CurationConfig, group: int, groups: int) -> list[Part]:

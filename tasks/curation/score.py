@@ -14,7 +14,10 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +30,7 @@ from tasks.curation.config import CurationConfig
 from tasks.curation.scorers import COLUMNS as MODEL_COLUMNS
 from tasks.curation.scorers import Sample, Scorer, build_scorers
 from tasks.curation.sources.base import Account, Record, Shard
+from tasks.curation.workers import CrashError, Workers
 
 SCORES_TABLE, THUMBNAILS_TABLE, ACCOUNT = "scores.parquet", "thumbnails.parquet", "account.json"
 BATCH = 64  # records that a scorer sees at once
@@ -79,27 +83,39 @@ def score_shard(corpus, shard: Shard, config: CurationConfig, out_dir: str | os.
     with (
         _Writer(out_dir / SCORES_TABLE, SCORES, ROW_GROUP) as scores,
         _Writer(out_dir / THUMBNAILS_TABLE, THUMBNAILS, THUMBNAIL_GROUP) as thumbnails,
+        Workers(partial(measure, config=config)) as workers,
     ):
-        for batch in _batches(corpus.read(shard, account)):
-            rows, samples = [], []
-            for record in batch:
-                row, sample = score_record(record, config)
-                rows.append(row)
-                if sample is not None:
-                    samples.append((row, sample))
-                    thumbnails.add(_thumbnail_row(record.row, sample, config.dedup.thumbnail_px))
+        for batch in _batches(_measured(corpus.read(shard, account), workers)):
+            samples = [(row, sample) for row, sample in batch if sample is not None]
             run_scorers(scorers, samples)
-            for row in rows:
+            for row, sample in samples:
+                thumbnails.add(_thumbnail_row(row["row"], sample, config.dedup.thumbnail_px))
+            for row, _ in batch:
                 scores.add(row)
-            count += len(rows)
+            count += len(batch)
     (out_dir / ACCOUNT).write_text(json.dumps(account.to_json(), sort_keys=True, ensure_ascii=False) + "\n")
     return count
 
 
+def _measured(records: Iterator[Record], workers: Workers) -> Iterator[tuple[dict, Sample | None]]:
+    """The row of each record, and what the scorers are to see. Its bytes are in memory only until they are measured."""
+    # A record with a problem is rejected, whatever the image is.
+    rows = ((_described(record), None if record.problem else record.data) for record in records)
+    for row, measured in workers.map(rows):
+        if isinstance(measured, CrashError):
+            measured = Measured({"error_rule": "undecodable", "error": str(measured)})
+        yield row, _sample(row, measured)
+
+
 def score_record(record: Record, config: CurationConfig) -> tuple[dict, Sample | None]:
-    """The row of `SCORES` of one record, those of the model scorers still empty; and what they are to see."""
+    """The row of `SCORES` of one record, in this process; the columns of the model scorers are still empty."""
+    row = _described(record)
+    return row, _sample(row, None if record.problem else measure(record.data, config))
+
+
+def _described(record: Record) -> dict:
     captions = clean_captions(record.captions)
-    row = _blank() | {
+    return _blank() | {
         "key": record.key,
         "record_id": hashlib.sha256(record.data).hexdigest(),
         "row": record.row,
@@ -113,23 +129,34 @@ def score_record(record: Record, config: CurationConfig) -> tuple[dict, Sample |
         "problem": record.problem,
         "problem_detail": record.detail,
     }
-    if record.problem:  # it is rejected, whatever the image is
-        return row, None
-    columns, image = measure(record.data, config)
-    row |= columns
-    if image is None:
-        return row, None
+
+
+def _sample(row: dict, measured: Measured | None) -> Sample | None:
+    """Enters what was measured into the row; what the model scorers are to see, if the image decodes."""
+    if measured is None:
+        return None
+    row.update(measured.columns)
+    if not measured.rgb:
+        return None
+    image = Image.frombytes("RGB", measured.size, measured.rgb)
     view = filters.reduced(image, filters.ANALYSIS_PX)
-    return row, Sample(image, np.asarray(view), np.asarray(view.convert("L")), tuple(captions))
+    return Sample(image, np.asarray(view), np.asarray(view.convert("L")), tuple(row["captions"]))
 
 
-def measure(data: bytes, config: CurationConfig) -> tuple[dict, Image.Image | None]:
-    """The columns of passes 1 and 2 and of deduplication, and the image with a shorter side of at most `SCORER_PX`.
+class Measured(NamedTuple):
+    """The columns of passes 1 and 2 and of deduplication that are known, and the image as far as scorers need it.
 
-    Returns:
-        the columns that are known, and None where the image does not decode.
+    size: (width, height) with a shorter side of at most `SCORER_PX`. rgb: its pixels; b"" where it does not decode.
     """
-    columns: dict = {}
+
+    columns: dict[str, Any]
+    size: tuple[int, int] = (0, 0)
+    rgb: bytes = b""
+
+
+def measure(data: bytes, config: CurationConfig) -> Measured:
+    """Decodes one image."""
+    columns: dict[str, Any] = {}
     try:
         header, image = filters.inspect_and_decode(data, config.filters.max_pixels)
         columns |= {"format": header.format, "mode": header.mode, "animated": header.animated}
@@ -138,9 +165,9 @@ def measure(data: bytes, config: CurationConfig) -> tuple[dict, Image.Image | No
         if isinstance(image, ValueError):
             raise image
     except filters.TooManyPixelsError as error:
-        return columns | {"error_rule": "too_many_pixels", "error": str(error)}, None
+        return Measured(columns | {"error_rule": "too_many_pixels", "error": str(error)})
     except filters.UndecodableError as error:
-        return columns | {"error_rule": "undecodable", "error": str(error)}, None
+        return Measured(columns | {"error_rule": "undecodable", "error": str(error)})
     columns["width"], columns["height"] = image.size
     scale = min(image.size) / SCORER_PX
     if scale > 1:
@@ -153,7 +180,7 @@ def measure(data: bytes, config: CurationConfig) -> tuple[dict, Image.Image | No
     columns["border_fraction"] = filters.border_fraction(pixels)
     columns["phash"] = dedup.perceptual_hash(view, config.dedup.hash_size)
     columns["coarse"] = np.asarray(view.resize((dedup.COARSE_PX,) * 2, Image.Resampling.BOX)).tobytes()
-    return columns, image
+    return Measured(columns, image.size, image.tobytes())
 
 
 def run_scorers(scorers: list[Scorer], samples: list[tuple[dict, Sample]]) -> None:
@@ -182,14 +209,8 @@ def _thumbnail_row(row: int, sample: Sample, side_px: int) -> dict:
     return {"row": row, "height": pixels.shape[0], "width": pixels.shape[1], "rgb": pixels.tobytes()}
 
 
-def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
-    batch: list[Record] = []
-    for record in records:
-        batch.append(record)
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    if batch:
+def _batches(rows: Iterator[tuple[dict, Sample | None]]) -> Iterator[list[tuple[dict, Sample | None]]]:
+    while batch := list(islice(rows, BATCH)):
         yield batch
 
 

@@ -62,6 +62,8 @@ def list_corpus(config: SourceConfig, path: str, made: list[RecordsDir], max_gro
     from tasks.curation import flow
 
     parts = [part for directory in made for part in read_index(fetch(directory, "records"))]
+    with plain_errors():
+        flow.check_made(parts)
     artifact, _, report = produce(
         "corpus",
         lambda out: flow.write_corpus(config, path, parts, out),

@@ -57,7 +57,9 @@ def opened(shown: str, file: BinaryIO) -> Iterator[tuple[pa.Schema, Iterator[pa.
             finally:
                 del content
     except (pa.ArrowException, OSError, BufferError, UnicodeDecodeError) as error:
-        raise ValueError(f"{shown} is not a readable Arrow file: {visible(' '.join(str(error).split())[:300])}") from error
+        raise ValueError(
+            f"{shown} is not a readable Arrow file: {visible(' '.join(str(error).split())[:300])}"
+        ) from error
 
 
 def _read(shown: str, content: pa.Buffer) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:

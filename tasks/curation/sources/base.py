@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
@@ -50,6 +51,8 @@ MAX_IMAGE_BYTES = 256 * 2**20  # nothing larger is read into memory
 MAX_CONTAINER_BYTES = 64 * 2**30  # of one tar, Parquet or Arrow file
 
 CHANGED = "has changed since the source was scanned; start the run again"
+_CONTAINER = re.compile(r"\.(tar|tgz|tar\.gz|tar\.bz2|tar\.xz|parquet|arrow):", re.IGNORECASE)
+
 UNREADABLE_CAPTION = "unreadable_caption"
 AMBIGUOUS_CAPTION = "ambiguous_caption"
 UNREADABLE_FILE = "unreadable_file"
@@ -146,9 +149,7 @@ class Account:
         assert self.seen == self.used + left_out, f"seen {self.seen}, used {self.used}, skipped {left_out}"
 
     def __add__(self, other: Account) -> Account:
-        total = Account(
-            self.seen + other.seen, self.used + other.used, self.records + other.records, self.skipped
-        )
+        total = Account(self.seen + other.seen, self.used + other.used, self.records + other.records, self.skipped)
         for reason, (count, example) in other.skipped.items():
             total._add(reason, count, example)
         return total
@@ -278,7 +279,15 @@ def from_bytes(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
-def record_key(place: str) -> str:
+def record_key(name: str, inner: str | None = None) -> str:
+    """The key of a loose file, or of a member or row inside a file; different for different places.
+
+    `x.tar:a.png` may be a member of x.tar and a file of that name: the odd one is written in another way.
+    """
+    if inner is None:
+        place = f"\0{name}" if _CONTAINER.search(name) else name
+    else:
+        place = f"{name}\0{inner}" if _CONTAINER.search(name) else f"{name}:{inner}"
     return f"user-{hashlib.sha256(to_bytes(place)).hexdigest()[:20]}"
 
 
@@ -288,9 +297,9 @@ def digest_of(*parts: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def shard_id(kind: str, name: str, first_row: int, digest: str, options: Options, captions: str = "") -> str:
-    """captions: digest of what tables beside a tar say of it."""
-    return digest_of(kind, name, first_row, digest, options, captions)[:16]
+def shard_id(kind: str, name: str, first_row: int, digest: str, options: Options, more: str = "") -> str:
+    """more: digest of what else decides the records: a table's schema, or what tables beside a tar say of it."""
+    return digest_of(kind, name, first_row, digest, options, more)[:16]
 
 
 def count_of(number: int, noun: str) -> str:

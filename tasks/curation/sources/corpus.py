@@ -73,7 +73,9 @@ class Corpus:
         if shard.kind != "parquet" and place.digest(name) != shard.digest:
             raise ValueError(f"{place.shown(name)} {CHANGED}")
         if shard.kind == "tar":
-            beside = {f.name: (list(f.captions), f.problem, f.detail) for f in folder.load(table)} if table.is_file() else {}
+            beside = (
+                {f.name: (list(f.captions), f.problem, f.detail) for f in folder.load(table)} if table.is_file() else {}
+            )
             yield from tars.read(place, name, self._options, beside, account)
         elif shard.kind == "parquet":
             yield from parquet.read(place, name, shard, self._options, account)

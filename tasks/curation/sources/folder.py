@@ -237,9 +237,7 @@ def _why(error: Exception) -> str:
 def _checked(place: Place, name: str, content: bytes | OSError, size: int, digest: str) -> bytes:
     if isinstance(content, OSError):
         raise content
-    is_same = len(content) == size and (
-        isinstance(place, RemotePlace) or hashlib.sha256(content).hexdigest() == digest
-    )
+    is_same = len(content) == size and (isinstance(place, RemotePlace) or hashlib.sha256(content).hexdigest() == digest)
     if not is_same:
         raise ValueError(f"{place.shown(name)} {CHANGED}")
     return content

@@ -72,7 +72,9 @@ class Listed:
         self._db.execute("PRAGMA synchronous=OFF")
         self._db.execute("PRAGMA cache_size=-32768")
         self._db.execute("BEGIN")
-        self._db.execute("CREATE TABLE rows (fold BLOB, name BLOB, file INT, line INT, captions TEXT, owner BLOB, shared INT)")
+        self._db.execute(
+            "CREATE TABLE rows (fold BLOB, name BLOB, file INT, line INT, captions TEXT, owner BLOB, shared INT)"
+        )
         self._db.execute("CREATE INDEX folds ON rows (fold)")
         return self
 
@@ -173,7 +175,8 @@ class Listed:
             if not unused:
                 continue
             name, line = self._db.execute(
-                "SELECT name, line FROM rows WHERE file = ? AND owner IS NOT x'' ORDER BY rowid LIMIT 1", (table.number,)
+                "SELECT name, line FROM rows WHERE file = ? AND owner IS NOT x'' ORDER BY rowid LIMIT 1",
+                (table.number,),
             ).fetchone()
             example = f"{visible(from_bytes(name))} (line {line})"
             if not table.used:
@@ -269,10 +272,12 @@ def _csv_rows(shown: str, text: bytes, delimiter: str, wanted: tuple[str, ...], 
                 caption_at = [columns.index(name) for name in _captions_of_columns(shown, columns, wanted, table)]
                 continue
             if len(fields) != len(columns):
+                remedy = f"put captions that contain {delimiter!r} between double quotes"
+                if len(fields) < len(columns):
+                    remedy = "write each column, an empty one too"
                 raise ValueError(
                     f"{shown}, line {first_line}, has {count_of(len(fields), 'field')} where the header has "
-                    f"{count_of(len(columns), 'column')} ({_few(columns)}); put captions that contain {delimiter!r} "
-                    "between double quotes"
+                    f"{count_of(len(columns), 'column')} ({_few(columns)}); {remedy}"
                 )
             _check_quotes(shown, first_line, fields, fields[name_at])
             values = dict(enumerate(fields[i] for i in caption_at))
@@ -404,7 +409,9 @@ def _object_rows(
         name = _name_column(list(value)) if isinstance(value, dict) else None
         if name is None or not isinstance(value[name], str):
             keys = ", ".join(visible(key) for key in value) if isinstance(value, dict) else type(value).__name__
-            raise ValueError(f"{shown}, line {line}, has {keys or 'nothing'}; it needs file_name and {column_hint(wanted)}")
+            raise ValueError(
+                f"{shown}, line {line}, has {keys or 'nothing'}; it needs file_name and {column_hint(wanted)}"
+            )
         keys = keys or list(value)
         columns = [c for c in caption_columns(value, wanted) if c != name] + [c for c in ("\0value",) if c in value]
         any_column = any_column or bool(columns)
@@ -425,8 +432,9 @@ def _parquet_rows(shown: str, file: BinaryIO, wanted: tuple[str, ...], table: _F
         columns = opened.schema_arrow.names
         name = _needed_name(shown, columns)
         captions = [c for c in _captions_of_columns(shown, columns, wanted, table) if c != name]
-        row = 0
-        for values in parquet.rows(shown, opened, [name, *captions], range(opened.num_row_groups)):
+        for row, values in enumerate(
+            parquet.rows(shown, file, opened, [name, *captions], range(opened.num_row_groups))
+        ):
             try:
                 found = row_captions({c: values[c] for c in captions}, wanted)
             except CaptionError as error:
@@ -434,7 +442,6 @@ def _parquet_rows(shown: str, file: BinaryIO, wanted: tuple[str, ...], table: _F
             if not isinstance(values[name], str):
                 raise ValueError(f"{shown}, row {row}, has no file name in {visible(name)}")
             yield Row(row, values[name], found)
-            row += 1
 
 
 def _name_column(columns: list[str]) -> str | None:

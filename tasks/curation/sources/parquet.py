@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from tasks.curation.sources import tables
 from tasks.curation.sources.base import CHANGED, MAX_CONTAINER_BYTES, Account, Options, Record, Shard, count_of, visible
+from tasks.curation.sources.parquet_pages import PageError, pages
 from tasks.curation.sources.places import Place
 
 BATCH_ROWS, BATCH_BYTES = 64, 32 * 2**20
@@ -27,10 +28,8 @@ MAX_VALUES = 4_000_000  # of lists, in a row group
 
 
 class Range(NamedTuple):
-    """Row groups [first_group, stop_group), which are rows [first_row, first_row + num_rows) and bytes [begin, end)."""
+    """Whole row groups: rows [first_row, first_row + num_rows) and bytes [begin, end) of a file."""
 
-    first_group: int
-    stop_group: int
     first_row: int
     num_rows: int
     begin: int
@@ -68,10 +67,8 @@ def opened(shown: str, file: BinaryIO) -> Iterator[pq.ParquetFile]:
         raise ValueError(f"{shown} is not a readable Parquet file: {_one_line(error)}") from error
 
 
-def scan(
-    shown: str, file: BinaryIO, wanted: tuple[str, ...], rows_per_shard: int
-) -> list[Range] | None:
-    """The ranges of a file that become shards; None if no column is of image bytes.
+def scan(shown: str, file: BinaryIO, wanted: tuple[str, ...], rows_per_shard: int) -> tuple[list[Range], str] | None:
+    """The ranges of a file that become shards, and its schema as text; None if no column is of image bytes.
 
     Raises:
         ValueError: no caption column, a column twice, no row with image bytes, or not a readable file.
@@ -92,30 +89,32 @@ def scan(
             last = ranges[-1] if ranges else None
             if last is not None and last.num_rows + rows <= rows_per_shard:
                 ranges[-1] = last._replace(
-                    stop_group=i + 1,
                     num_rows=last.num_rows + rows,
                     begin=min(begin, last.begin),
                     end=max(end, last.end),
                 )
             else:
-                ranges.append(Range(i, i + 1, row, rows, begin, end))
+                ranges.append(Range(row, rows, begin, end))
             row += rows
         why = _without_bytes(parquet, columns.image)
+        schema = "\n".join(f"{field.name}: {field.type}" for field in parquet.schema_arrow)
     if why is not None:
         raise ValueError(f"{shown}: none of {count_of(row, 'row')} has image bytes{why}")
-    return [found for found in ranges if found.num_rows]
+    return [found for found in ranges if found.num_rows], schema
 
 
 def _extent(metadata: pq.FileMetaData, group: int) -> tuple[int, int]:
     """Where the bytes of a row group begin and end."""
     row_group = metadata.row_group(group)
-    begins, ends = [], []
-    for i in range(row_group.num_columns):
-        column = row_group.column(i)
-        starts = [column.data_page_offset, column.dictionary_page_offset or column.data_page_offset]
-        begins.append(min(starts))
-        ends.append(min(starts) + column.total_compressed_size)
-    return min(begins, default=0), max(ends, default=0)
+    extents = [_column_extent(row_group.column(i)) for i in range(row_group.num_columns)]
+    return min((begin for begin, _ in extents), default=0), max((end for _, end in extents), default=0)
+
+
+def _column_extent(column: pq.ColumnChunkMetaData) -> tuple[int, int]:
+    begin = column.data_page_offset
+    if column.dictionary_page_offset:
+        begin = min(begin, column.dictionary_page_offset)
+    return begin, begin + column.total_compressed_size
 
 
 def _without_bytes(parquet: pq.ParquetFile, image: str) -> str | None:
@@ -171,16 +170,22 @@ def read(place: Place, name: str, shard: Shard, options: Options, account: Accou
                     raise ValueError(f"{shown} has more than {given // 2**20} MiB of images in {stored:,} bytes")
                 yield record
             row += len(batch)
+        if row != first_row + num_rows:
+            raise ValueError(
+                f"{shown} is not a readable Parquet file: it has {row} rows and claims {first_row + num_rows}"
+            )
 
 
-def rows(shown: str, parquet: pq.ParquetFile, columns: list[str], groups: Iterable[int]) -> Iterator[dict[str, Any]]:
+def rows(
+    shown: str, file: BinaryIO, parquet: pq.ParquetFile, columns: list[str], groups: Iterable[int]
+) -> Iterator[dict[str, Any]]:
     """Rows as dicts, for tables without images."""
-    for batch in batches(shown, None, parquet, columns, list(groups)):
+    for batch in batches(shown, file, parquet, columns, list(groups)):
         yield from batch.to_pylist()
 
 
 def batches(
-    shown: str, file: BinaryIO | None, parquet: pq.ParquetFile, columns: list[str], groups: Sequence[int]
+    shown: str, file: BinaryIO, parquet: pq.ParquetFile, columns: list[str], groups: Sequence[int]
 ) -> Iterator[pa.RecordBatch]:
     """Batches of at most `BATCH_ROWS` rows, and of about `BATCH_BYTES` at most.
 
@@ -192,19 +197,32 @@ def batches(
         yield from parquet.iter_batches(size, row_groups=[group], columns=columns, use_threads=False)
 
 
-def _batch_rows(
-    shown: str, file: BinaryIO | None, metadata: pq.FileMetaData, columns: list[str], group: int
-) -> int:
+def _batch_rows(shown: str, file: BinaryIO, metadata: pq.FileMetaData, columns: list[str], group: int) -> int:
+    """How many rows of a group are read at a time. Their bytes are bounded by the average and by pages whose largest
+    value every row may repeat."""
     row_group = metadata.row_group(group)
-    largest = 1.0  # bytes of a row, at most or on average
+    bytes_a_row = 1.0
     for i in range(row_group.num_columns):
         column = row_group.column(i)
         if not any(column.path_in_schema == name or column.path_in_schema.startswith(f"{name}.") for name in columns):
             continue
         if column.num_values > MAX_VALUES + row_group.num_rows:
             raise ValueError(f"{shown}, row group {group}: {column.num_values:,} values in {row_group.num_rows:,} rows")
-        largest = max(largest, column.total_uncompressed_size / max(1, row_group.num_rows))
-    return max(1, min(BATCH_ROWS, int(BATCH_BYTES / largest)))
+        begin, end = _column_extent(column)
+        try:
+            found = pages(file, begin, end)
+        except PageError as error:
+            raise ValueError(f"{shown} is not a readable Parquet file: {error}") from error
+        if found.largest > MAX_PAGE_BYTES:
+            raise ValueError(
+                f"{shown}, row group {group}: a page of {found.largest // 2**20} MiB is over {MAX_PAGE_BYTES // 2**20} "
+                "MiB; write the table with smaller row groups (row_group_size=100)"
+            )
+        repeats = column.num_values / max(1, row_group.num_rows)
+        bytes_a_row += max(
+            column.total_uncompressed_size / max(1, row_group.num_rows), found.repeated * max(1, repeats)
+        )
+    return max(1, min(BATCH_ROWS, int(BATCH_BYTES / bytes_a_row)))
 
 
 def _one_line(error: Exception) -> str:

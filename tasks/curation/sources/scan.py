@@ -34,6 +34,7 @@ from tasks.curation.sources.base import (
     Options,
     Shard,
     count_of,
+    digest_of,
     extension,
     is_image,
     reason_of,
@@ -66,7 +67,9 @@ def write_corpus(config: SourceConfig, path: str | None, out_dir: str | os.PathL
         if not table.images and not table.unknown:
             raise ValueError(f"source {visible(path)!r} has no image; left out: {left_out or 'nothing'}; {VALID}")
     report = table.report(scan.account, scan.options, place.uri())
-    images = count_of(table.images, "image") + (f" and {count_of(table.unknown, 'remote tar')}" if table.unknown else "")
+    images = count_of(table.images, "image") + (
+        f" and {count_of(table.unknown, 'remote tar')}" if table.unknown else ""
+    )
     print(f"source: {images} in {count_of(table.shards, 'shard')}", flush=True)
     if left_out:
         print(f"source: left out: {left_out}", flush=True)
@@ -284,7 +287,9 @@ class _Scan:
                     if no_column and not sample.texts and not sample.captions:
                         raise ValueError(no_column)
                     if captions or why:
-                        problem, detail = (AMBIGUOUS_CAPTION, f"{shown}:{visible(sample.place)}: {why}") if why else ("", "")
+                        problem, detail = (
+                            (AMBIGUOUS_CAPTION, f"{shown}:{visible(sample.place)}: {why}") if why else ("", "")
+                        )
                         beside.append(File(sample.place, captions=tuple(captions), problem=problem, detail=detail))
             name = shard_id("tar", path, 0, digest, self.options, folder.digest(beside) if beside else "")
             if beside:
@@ -304,14 +309,15 @@ class _Scan:
     def _add_parquet(self, path: str) -> None:
         shown = self.place.shown(path)
         with _naming(shown), self.place.open(path) as file:
-            ranges = parquet.scan(shown, file, self.options.caption_columns, self.config.images_per_shard)
-        if ranges is None:
+            found = parquet.scan(shown, file, self.options.caption_columns, self.config.images_per_shard)
+        if found is None:
             self.account.skip(f".parquet {NO_IMAGE_COLUMN}", path)
             return
         self.account.use()
+        ranges, schema = found
         for rows in ranges:
             digest = self.place.digest(path, rows.begin, rows.end)
-            name = shard_id("parquet", path, rows.first_row, digest, self.options)
+            name = shard_id("parquet", path, rows.first_row, digest, self.options, digest_of(schema, rows.num_rows))
             uri, size = self.place.uri(path), rows.end - rows.begin
             self.table.add(Shard(name, "parquet", uri, rows.first_row, rows.num_rows, size, digest, "user"))
 
@@ -347,6 +353,8 @@ class _naming:
 def _names_beside(found: Folder, path: str, member: str) -> list[str]:
     """The paths by which a table beside a tar may name one of its members."""
     tar = PurePosixPath(path).name
-    stem = next(tar[: -len(suffix)] for suffix in sorted(TAR_SUFFIXES, key=len, reverse=True) if tar.lower().endswith(suffix))
+    stem = next(
+        tar[: -len(suffix)] for suffix in sorted(TAR_SUFFIXES, key=len, reverse=True) if tar.lower().endswith(suffix)
+    )
     inner = os.path.normpath(member)
     return [found.at(inner), found.at(f"{tar}/{inner}"), found.at(f"{stem}/{inner}")]

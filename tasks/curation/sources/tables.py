@@ -43,7 +43,9 @@ class Columns(NamedTuple):
 def columns_of(schema: pa.Schema, wanted: tuple[str, ...]) -> Columns | None:
     """The columns to read; None if there is none of image bytes."""
     by_name = {column_name(name): name for name in reversed(schema.names)}
-    names = [by_name[name] for name in IMAGE_COLUMNS if name in by_name and _has_bytes(schema.field(by_name[name]).type)]
+    names = [
+        by_name[name] for name in IMAGE_COLUMNS if name in by_name and _has_bytes(schema.field(by_name[name]).type)
+    ]
     if not names:
         return None
     captions = [name for name in caption_columns(schema.names, wanted) if name != names[0]]
@@ -105,7 +107,7 @@ def records(
         if len(data) > MAX_IMAGE_BYTES:
             problem, detail, data = UNREADABLE_FILE, f"{at} is larger than {MAX_IMAGE_BYTES // 2**20} MiB", b""
         account.records += 1
-        yield Record(record_key(f"{name}:{row}"), data, ext, texts, "user", at, 0, problem, detail)
+        yield Record(record_key(name, str(row)), data, ext, texts, "user", at, 0, problem, detail)
 
 
 def count_without_bytes(images: pa.Array) -> int:

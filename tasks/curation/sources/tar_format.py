@@ -13,12 +13,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
-from tasks.curation.sources.base import from_bytes, visible
+from tasks.curation.sources.base import from_bytes, to_bytes, visible
 
 BLOCK = 512
 CHUNK = 2**20
 MAX_HEADER_BYTES = 2**20  # of a GNU long name or a pax header
-MAX_MEMBERS = 500_000  # their names are in memory
+MAX_MEMBERS, MAX_NAME_BYTES, MAX_NAMES_BYTES = 500_000, 4096, 64 * 2**20  # the names are in memory
 MAX_DECOMPRESSED_BYTES = 8 * 2**30
 MAX_RATIO, RATIO_FREE_BYTES = 100, 64 * 2**20  # decompressed to compressed bytes, beyond the first ones
 LZMA_MEMORY_BYTES = 128 * 2**20  # xz -9 needs 65 MiB
@@ -82,7 +82,7 @@ class Forward:
 
 
 def compression(file: BinaryIO) -> str | None:
-    """"gzip", "bz2", "xz", or None for an archive that is not compressed; leaves the file at its start."""
+    """ "gzip", "bz2", "xz", or None for an archive that is not compressed; leaves the file at its start."""
     file.seek(0)
     start = file.read(6)
     file.seek(0)
@@ -145,7 +145,8 @@ def members(stream: Forward) -> Iterator[Member]:
     Raises:
         TarError: a broken header, an archive that is cut off, or a header beyond the limits.
     """
-    count, last, ended = 0, "", False
+    count = name_bytes = 0
+    last, ended = "", False
     pending: dict[str, str] = {}  # path, linkpath, size and sparse marks of the next member, by the headers before it
     shared: dict[str, str] = {}  # of all members that follow
     while True:
@@ -159,6 +160,8 @@ def members(stream: Forward) -> Iterator[Member]:
             if ended:
                 yield Member("", len(block), at, "rest", "")
                 return
+            if not count and not pending:
+                raise TarError("it has no tar header, or is cut off; copy it again, or pack it anew")
             raise TarError(f"it is cut off {_after(last)}: its end mark is missing; copy it again, or pack it anew")
         if not block.strip(b"\0"):
             ended = True
@@ -167,12 +170,15 @@ def members(stream: Forward) -> Iterator[Member]:
             if ended:
                 yield Member("", BLOCK, at, "rest", "")
                 return
-            raise TarError(f"it has a broken header {_after(last)}")
+            why = "it has a broken header" if count else "it is no tar: it has no header"
+            raise TarError(f"{why} {_after(last)}")
         ended = False
         size, flag = _number(block[124:136]), block[156:157]
         if flag in b"LKxgX":
             if size > MAX_HEADER_BYTES:
-                raise TarError(f"it has a header of {size:,} bytes {_after(last)}; at most {MAX_HEADER_BYTES:,} are read")
+                raise TarError(
+                    f"it has a header of {size:,} bytes {_after(last)}; at most {MAX_HEADER_BYTES:,} are read"
+                )
             data = stream.read(size)
             if len(data) < size or not stream.skip_to(_padded(stream.position)):
                 raise TarError(f"it is cut off in a header {_after(last)}")
@@ -184,8 +190,14 @@ def members(stream: Forward) -> Iterator[Member]:
         facts, pending = shared | pending, {}
         member = _member(block, size, flag, stream.position, facts)
         count, last = count + 1, member.name
-        if count > MAX_MEMBERS:
-            raise TarError(f"it has more than {MAX_MEMBERS:,} members; divide it")
+        length = len(to_bytes(member.name))
+        name_bytes += length
+        if length > MAX_NAME_BYTES:
+            raise TarError(f"it has a name of {length:,} bytes; at most {MAX_NAME_BYTES:,} are read")
+        if count > MAX_MEMBERS or name_bytes > MAX_NAMES_BYTES:
+            raise TarError(
+                f"it has more than {MAX_MEMBERS:,} members or {MAX_NAMES_BYTES // 2**20} MiB of names; divide it"
+            )
         yield member
         end = member.offset + (member.size if member.kind in ("file", "unknown") else 0)
         if not stream.skip_to(max(stream.position, end)) or not stream.skip_to(_padded(stream.position)):
@@ -204,10 +216,7 @@ def _member(block: bytes, size: int, flag: bytes, offset: int, facts: dict[str, 
         size = _decimal(facts["size"])
     if flag == b"S" or any(key.startswith("GNU.sparse.") for key in facts):
         raise TarError(f"it has the sparse member {visible(name)!r}; pack it anew without --sparse")
-    if flag == b"\0" and name.endswith("/"):
-        kind = "folder"
-    else:
-        kind = _KINDS.get(flag, "unknown")
+    kind = "folder" if flag == b"\x00" and name.endswith("/") else _KINDS.get(flag, "unknown")
     return Member(name.rstrip("/") if kind == "folder" else name, size, offset, kind, link)
 
 

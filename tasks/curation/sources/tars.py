@@ -11,7 +11,7 @@ import io
 import posixpath
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 from typing import BinaryIO, NamedTuple
 
@@ -58,7 +58,9 @@ class Sample(NamedTuple):
     detail: str
 
 
-Beside = dict[str, tuple[list[str], str, str]]  # place of an image -> captions, problem and detail of tables beside the tar
+Beside = dict[
+    str, tuple[list[str], str, str]
+]  # place of an image -> captions, problem and detail of tables beside the tar
 
 
 def samples(shown: str, file: BinaryIO, options: Options, account: Account) -> list[Sample]:
@@ -72,20 +74,38 @@ def samples(shown: str, file: BinaryIO, options: Options, account: Account) -> l
     folders: dict[str, list[Member]] = {}
     for member in files:
         folders.setdefault(posixpath.dirname(posixpath.normpath(member.name)), []).append(member)
+    inside = _folders_inside(folders) if tables else {}
     with Listed(options.encoding, options.caption_columns) as listed:
         for member, data in tables:
             folder = posixpath.dirname(posixpath.normpath(member.name))
-            inside = {PurePosixPath(other).parts[len(PurePosixPath(folder).parts)] for other in folders if _below(other, folder)}
             name = f"{shown}:{visible(member.name)}"
-            listed.add(name, folder, inside, extension(member.name), io.BytesIO(data), PurePosixPath(shown).stem)
+            listed.add(
+                name,
+                folder,
+                inside.get(folder, ()),
+                extension(member.name),
+                io.BytesIO(data),
+                PurePosixPath(shown).stem,
+            )
             account.use()
-        found = [sample for members in folders.values() for sample in _of_folder(shown, members, options, listed, account)]
+        found = [
+            sample for members in folders.values() for sample in _of_folder(shown, members, options, listed, account)
+        ]
         listed.finish(account)
     return sorted(found, key=lambda sample: (sample.image.offset, sample.place))
 
 
-def _below(path: str, folder: str) -> bool:
-    return path != folder and (not folder or path.startswith(f"{folder}/"))
+def _folders_inside(folders: Iterable[str]) -> dict[str, set[str]]:
+    """Folder -> names of the folders in it."""
+    inside: dict[str, set[str]] = {}
+    for folder in folders:
+        while folder:
+            above, _, name = folder.rpartition("/")
+            if name in inside.setdefault(above, set()):
+                break
+            inside[above].add(name)
+            folder = above
+    return inside
 
 
 def _index(stream: Forward, account: Account, shown: str) -> tuple[list[Member], list[tuple[Member, bytes]]]:
@@ -117,7 +137,9 @@ def _index(stream: Forward, account: Account, shown: str) -> tuple[list[Member],
         elif is_metadata(base, ()) and member.offset == stream.position:
             table_bytes += member.size
             if table_bytes > MAX_METADATA_BYTES:
-                raise TarError(f"its metadata files have more than {MAX_METADATA_BYTES // 2**20} MiB; put them beside it")
+                raise TarError(
+                    f"its metadata files have more than {MAX_METADATA_BYTES // 2**20} MiB; put them beside it"
+                )
             tables.append((member, stream.read(member.size)))
         elif is_image(base) or extension(base) in SIDECAR_EXTENSIONS:
             files.append(member)
@@ -185,15 +207,14 @@ def seekable(file: BinaryIO) -> Iterator[BinaryIO]:
         yield plain
 
 
-def read(
-    place: Place, name: str, options: Options, beside: Beside, account: Account
-) -> Iterator[Record]:
+def read(place: Place, name: str, options: Options, beside: Beside, account: Account) -> Iterator[Record]:
     """The records of a tar.
 
     Raises:
         ValueError: naming the tar by its own path or URI.
     """
     shown, locator = place.shown(name), place.locator(name)
+    check_size(shown, place.size(name))
     with named_errors(shown), place.local_copy(name) as copy, seekable(copy) as file:
         for sample in samples(shown, file, options, account):
             account.records += 1
@@ -220,9 +241,16 @@ def _record(
     if problem:
         captions = []
     captions = list(dict.fromkeys(captions))
-    place = f"{name}:{sample.place}"
     return Record(
-        record_key(place), data, ext, captions, "user", f"{locator}:{visible(sample.place)}", 0, problem, detail
+        record_key(name, sample.place),
+        data,
+        ext,
+        captions,
+        "user",
+        f"{locator}:{visible(sample.place)}",
+        0,
+        problem,
+        detail,
     )
 
 
