@@ -171,7 +171,9 @@ def read(place: Place, name: str, shard: Shard, options: Options, account: Accou
                 yield record
             row += len(batch)
         if row != first_row + num_rows:
-            raise ValueError(f"{shown} is not a readable Parquet file: it has {row} rows and claims {first_row + num_rows}")
+            raise ValueError(
+                f"{shown} is not a readable Parquet file: it has {row} rows and claims {first_row + num_rows}"
+            )
 
 
 def rows(
