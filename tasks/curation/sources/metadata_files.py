@@ -131,6 +131,8 @@ class Listed:
         Returns:
             (captions, why none can be told to be its own, why its table has no captions), the last two "" mostly.
         """
+        if not self._files:
+            return [], "", ""
         captions: list[str] = []
         no_column = ambiguous = ""
         exact = {to_bytes(path) for path in paths}
@@ -157,8 +159,6 @@ class Listed:
         return list(dict.fromkeys(captions)), ambiguous, "" if captions else no_column
 
     def _candidates(self, paths: list[str]) -> list[tuple[int, bytes, bytes | None, int]]:
-        if not self._files:
-            return []
         folds = list(dict.fromkeys(to_bytes(fold(path)) for path in paths))
         marks = ", ".join("?" * len(folds))
         query = f"SELECT rowid, name, owner, shared FROM rows WHERE fold IN ({marks}) ORDER BY rowid"  # noqa: S608

@@ -85,7 +85,7 @@ def samples(shown: str, file: BinaryIO, options: Options, account: Account) -> l
                 inside.get(folder, ()),
                 extension(member.name),
                 io.BytesIO(data),
-                PurePosixPath(shown).stem,
+                base_name(shown).partition(".")[0],
             )
             account.use()
         found = [
