@@ -13,7 +13,7 @@ import numpy as np
 from tasks.curation.config import CaptionConfig
 
 JOINERS = "\u200c\u200d"  # they change letters in Persian and Hindi, and make one emoji of several
-LETTERS_PER_WORD = 4  # of scripts that write neither spaces nor ideographs, such as Thai, on average
+LETTERS_PER_WORD = 3  # of scripts that write neither spaces nor ideographs, such as Thai, on average
 
 
 def clean_captions(captions: Iterable[str] | None) -> list[str]:

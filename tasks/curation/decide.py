@@ -326,7 +326,7 @@ def _kept_rows(
             more = clean_captions([*usable, *extra[start + i]])
             usable = [text for text in more if count_words(text) <= config.captions.max_words]
         chosen.append(choose_captions(usable, tier, record_id, config.captions))
-    kept["captions"] = chosen
+    kept["captions"] = pd.Series(chosen, dtype=object)
     kept["bucket"] = tiers.assign_buckets(kept["source"], kept["record_id"], config.tiers)
     kept["split"] = [ledger.split(record_id) for record_id in kept["record_id"]]
     return kept

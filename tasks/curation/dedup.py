@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import imagehash
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -44,8 +45,6 @@ def thumbnail(image: Image.Image, side_px: int) -> np.ndarray:
 
 def perceptual_hash(image: Image.Image, hash_size: int) -> str:
     """imagehash's pHash of hash_size x hash_size bits, as hex."""
-    import imagehash
-
     return str(imagehash.phash(image, hash_size=hash_size))
 
 

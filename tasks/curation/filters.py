@@ -65,7 +65,7 @@ _TRANSPOSE = {
 
 
 @functools.cache
-def _decodable() -> tuple[str, ...]:
+def decodable() -> tuple[str, ...]:
     """`DECODABLE`, as far as this Pillow was built with it."""
     Image.init()
     return tuple(name for name in DECODABLE if name in Image.OPEN)
@@ -77,7 +77,7 @@ def _open(data: bytes) -> tuple[Image.Image, Header]:
             # Our own limit follows at once; Pillow's stays as the last resort (its error, at twice its limit).
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             warnings.simplefilter("ignore", UserWarning)  # odd EXIF, odd TIFF tags
-            image = Image.open(io.BytesIO(data), formats=_decodable())
+            image = Image.open(io.BytesIO(data), formats=decodable())
             # A PNG may carry EXIF behind its pixels, and Pillow would decode them to find it.
             orientation = _orientation(image) if image.format != "PNG" or "exif" in image.info else 1
     except Image.DecompressionBombError as error:

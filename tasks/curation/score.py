@@ -10,11 +10,11 @@ Memory is bounded by a batch of records, not by the shard.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 from collections.abc import Iterator
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,12 +78,13 @@ def score_shard(corpus, shard: Shard, config: CurationConfig, out_dir: str | os.
     """
     out_dir = Path(out_dir)
     scorers = build_scorers(config.scorers)
+    _load_libraries()
     account = Account()
     count = 0
     with (
         _Writer(out_dir / SCORES_TABLE, SCORES, ROW_GROUP) as scores,
         _Writer(out_dir / THUMBNAILS_TABLE, THUMBNAILS, THUMBNAIL_GROUP) as thumbnails,
-        Workers(partial(measure, config=config)) as workers,
+        Workers(functools.partial(measure, config=config)) as workers,
     ):
         for batch in _batches(_measured(corpus.read(shard, account), workers)):
             samples = [(row, sample) for row, sample in batch if sample is not None]
@@ -95,6 +96,13 @@ def score_shard(corpus, shard: Shard, config: CurationConfig, out_dir: str | os.
             count += len(batch)
     (out_dir / ACCOUNT).write_text(json.dumps(account.to_json(), sort_keys=True, ensure_ascii=False) + "\n")
     return count
+
+
+@functools.cache
+def _load_libraries() -> None:
+    """Imports what `measure` needs, once: workers are forked, and each would import it anew."""
+    filters.decodable()
+    dedup.perceptual_hash(Image.new("RGB", (32, 32)), 8)
 
 
 def _measured(records: Iterator[Record], workers: Workers) -> Iterator[tuple[dict, Sample | None]]:

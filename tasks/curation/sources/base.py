@@ -19,7 +19,6 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
@@ -247,23 +246,29 @@ def open_corpus(corpus_dir: str | os.PathLike) -> Corpus:
 
 def visible(text: str) -> str:
     """The text with everything escaped that a terminal obeys or cannot show, so that names in messages stay names."""
-    return "".join(c if c == " " or unicodedata.category(c)[0] not in "CZ" else _escaped(c) for c in text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
 
 
 def _escaped(character: str) -> str:
-    if character == "\u3000" or unicodedata.category(character) == "Zs":
+    if unicodedata.category(character) == "Zs":
         return character
     return character.encode("unicode_escape").decode()
 
 
-def extension(name: str) -> str:
+def base_name(path: str) -> str:
+    """The last part of a path with / between its parts."""
+    return path[path.rfind("/") + 1 :]
+
+
+def extension(path: str) -> str:
     """Lower case, without the dot; "" where there is none."""
-    return PurePosixPath(name).suffix[1:].lower()
+    dot = path.rfind(".")
+    return path[dot + 1 :].lower() if path.rfind("/") + 1 < dot else ""
 
 
 def reason_of(name: str) -> str:
     """Why a file of an unknown kind is left out: its kind."""
-    return f".{extension(name)}" if extension(name) else "no extension"
+    return f".{visible(extension(name))}" if extension(name) else "no extension"
 
 
 def is_image(name: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -167,7 +167,7 @@ class Texts:
             if claimed:
                 account.use()
             else:
-                account.skip(reason_of(PurePosixPath(from_bytes(name)).name), from_bytes(name))
+                account.skip(reason_of(from_bytes(name)), from_bytes(name))
         self._db.close()
 
 

@@ -16,10 +16,10 @@ import sqlite3
 import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from tasks.curation.sources.base import Account, count_of, extension, from_bytes, is_image, to_bytes, visible
+from tasks.curation.sources.base import Account, base_name, count_of, extension, from_bytes, is_image, to_bytes, visible
 from tasks.curation.sources.caption_text import (
     CaptionError,
     caption_columns,
@@ -41,10 +41,10 @@ _TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{},]', re.DOTALL)
 
 def is_metadata(name: str, beside: Iterable[str]) -> bool:
     """Whether a file of this name (without folders) is such a table; `beside`: the other names in its folder."""
-    if extension(name) not in FORMATS or PurePosixPath(name).stem.casefold() != "metadata":
+    if extension(name) not in FORMATS or name.casefold() != f"metadata.{extension(name)}":
         return False
     # metadata.json may also describe a picture metadata.png
-    return not any(is_image(other) and PurePosixPath(other).stem.casefold() == "metadata" for other in beside)
+    return not any(is_image(other) and other.casefold() == f"metadata.{extension(other)}" for other in beside)
 
 
 class Row(NamedTuple):
@@ -101,7 +101,7 @@ class Listed:
         table = _File(shown, len(self._files))
         self._files.append(table)
         inside = {fold(name) for name in folders}
-        own_name = fold(PurePosixPath(folder).name or root_name)
+        own_name = fold(base_name(folder) or root_name)
         try:
             for row in _rows(shown, format, file, self._encoding, self._wanted, table):
                 path = _target(row.file_name, folder, inside, own_name)
@@ -131,6 +131,8 @@ class Listed:
         Returns:
             (captions, why none can be told to be its own, why its table has no captions), the last two "" mostly.
         """
+        if not self._files:
+            return [], "", ""
         captions: list[str] = []
         no_column = ambiguous = ""
         exact = {to_bytes(path) for path in paths}
@@ -157,8 +159,6 @@ class Listed:
         return list(dict.fromkeys(captions)), ambiguous, "" if captions else no_column
 
     def _candidates(self, paths: list[str]) -> list[tuple[int, bytes, bytes | None, int]]:
-        if not self._files:
-            return []
         folds = list(dict.fromkeys(to_bytes(fold(path)) for path in paths))
         marks = ", ".join("?" * len(folds))
         query = f"SELECT rowid, name, owner, shared FROM rows WHERE fold IN ({marks}) ORDER BY rowid"  # noqa: S608
@@ -182,7 +182,7 @@ class Listed:
             if not table.used:
                 raise ValueError(
                     f"{count_of(unused, 'row')} of {table.shown} name no image, such as {example}; file_name is a path "
-                    f"from the folder of {PurePosixPath(table.shown).name}"
+                    f"from the folder of {base_name(table.shown)}"
                 )
             account.skip(UNMATCHED, f"{table.shown}: {example}", unused)
 

@@ -35,6 +35,8 @@ class Pair:
 
 def fold(name: str) -> str:
     """Equal for names that differ in Unicode form or case only."""
+    if name.isascii():
+        return name.lower()
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
@@ -64,7 +66,11 @@ def pair(names: Sequence[str], caption_columns: tuple[str, ...] = ()) -> dict[in
     words = {column_name(word) for word in (*CAPTION_COLUMNS, *caption_columns)}
     pairs: dict[int, Pair] = {}
     for group in groups.values():
-        pairs.update(_pair_group(names, group, words))
+        if len(group) == 1:
+            if is_image(names[group[0]]):
+                pairs[group[0]] = Pair()
+        else:
+            pairs.update(_pair_group(names, group, words))
     return pairs
 
 
@@ -73,6 +79,9 @@ def _pair_group(names: Sequence[str], group: list[int], words: set[str]) -> dict
     texts = [i for i in group if not is_image(names[i])]
     pairs = {i: Pair() for i in images}
     if not images or not texts:
+        return pairs
+    if len(group) == 2 and stem(names[images[0]]) == stem(names[texts[0]]):
+        pairs[images[0]].texts.append(texts[0])
         return pairs
     twice, count = Counter(names[i] for i in group).most_common(1)[0]
     if count > 1:

@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -26,6 +26,7 @@ from tasks.curation.sources.base import (
     AMBIGUOUS_CAPTION,
     FILES_FOLDER,
     IMAGE_EXTENSIONS,
+    MAX_IMAGE_BYTES,
     REPORT,
     SHARDS,
     SHARDS_TABLE,
@@ -33,6 +34,7 @@ from tasks.curation.sources.base import (
     Account,
     Options,
     Shard,
+    base_name,
     count_of,
     digest_of,
     extension,
@@ -156,7 +158,7 @@ class _Scan:
             if is_metadata(name, found.files) and not self._is_data(found, name):
                 shown = self.place.shown(found.at(name))
                 with _naming(shown), self.place.open(found.at(name)) as file:
-                    root = PurePosixPath(self.place.uri()).name
+                    root = base_name(self.place.uri())
                     self.listed.add(shown, found.path, found.folders, extension(name), file, root)
                 self.account.use()
 
@@ -251,9 +253,9 @@ class _Scan:
         for text in texts:
             with _naming(self.place.shown(text)):
                 text_size = self.place.size(text)
-                sidecars.append((text, text_size, self.place.digest(text)))
+                sidecars.append((text, text_size, "" if folder.too_large(text, text_size) else self.place.digest(text)))
         with _naming(self.place.shown(path)):
-            digest = self.place.digest(path)
+            digest = self.place.digest(path) if size <= MAX_IMAGE_BYTES else ""  # what is never read
         detail = f"{self.place.shown(path)}: {why}" if why else ""
         return File(path, size, digest, tuple(sidecars), tuple(captions), AMBIGUOUS_CAPTION if why else "", detail)
 
@@ -275,8 +277,8 @@ class _Scan:
         for path in paths:
             shown = self.place.shown(path)
             with _naming(shown):
-                size, digest = self.place.size(path), self.place.digest(path)
-            tars.check_size(shown, size)
+                size = self.place.size(path)
+                tars.check_size(shown, size)
             beside: list[File] = []
             count = -1
             if self.listed or not isinstance(self.place, RemotePlace):
@@ -291,6 +293,8 @@ class _Scan:
                             (AMBIGUOUS_CAPTION, f"{shown}:{visible(sample.place)}: {why}") if why else ("", "")
                         )
                         beside.append(File(sample.place, captions=tuple(captions), problem=problem, detail=detail))
+            with _naming(shown):
+                digest = self.place.digest(path)
             name = shard_id("tar", path, 0, digest, self.options, folder.digest(beside) if beside else "")
             if beside:
                 (self.table.out_dir / FILES_FOLDER).mkdir(exist_ok=True)
@@ -352,7 +356,7 @@ class _naming:
 
 def _names_beside(found: Folder, path: str, member: str) -> list[str]:
     """The paths by which a table beside a tar may name one of its members."""
-    tar = PurePosixPath(path).name
+    tar = base_name(path)
     stem = next(
         tar[: -len(suffix)] for suffix in sorted(TAR_SUFFIXES, key=len, reverse=True) if tar.lower().endswith(suffix)
     )

@@ -234,8 +234,9 @@ def _is_header(block: bytes) -> bool:
     except TarError:
         return False
     unsigned = sum(block) - sum(block[148:156]) + 8 * 32
-    signed = unsigned - 256 * sum(byte > 127 for i, byte in enumerate(block) if not 148 <= i < 156)
-    return stated in (unsigned, signed)
+    if stated == unsigned:
+        return True
+    return stated == unsigned - 256 * sum(byte > 127 for byte in block[:148] + block[156:])  # as signed bytes
 
 
 def _number(field: bytes) -> int:

@@ -12,7 +12,6 @@ import posixpath
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 from tasks.curation.sources import tar_format
@@ -25,6 +24,7 @@ from tasks.curation.sources.base import (
     Account,
     Options,
     Record,
+    base_name,
     extension,
     is_image,
     reason_of,
@@ -73,11 +73,11 @@ def samples(shown: str, file: BinaryIO, options: Options, account: Account) -> l
         files, tables = _index(Forward(file), account, shown)
     folders: dict[str, list[Member]] = {}
     for member in files:
-        folders.setdefault(posixpath.dirname(posixpath.normpath(member.name)), []).append(member)
+        folders.setdefault(posixpath.dirname(_plain(member.name)), []).append(member)
     inside = _folders_inside(folders) if tables else {}
     with Listed(options.encoding, options.caption_columns) as listed:
         for member, data in tables:
-            folder = posixpath.dirname(posixpath.normpath(member.name))
+            folder = posixpath.dirname(_plain(member.name))
             name = f"{shown}:{visible(member.name)}"
             listed.add(
                 name,
@@ -85,7 +85,7 @@ def samples(shown: str, file: BinaryIO, options: Options, account: Account) -> l
                 inside.get(folder, ()),
                 extension(member.name),
                 io.BytesIO(data),
-                PurePosixPath(shown).stem,
+                base_name(shown).partition(".")[0],
             )
             account.use()
         found = [
@@ -108,6 +108,17 @@ def _folders_inside(folders: Iterable[str]) -> dict[str, set[str]]:
     return inside
 
 
+def _plain(name: str) -> str:
+    """The path without . and .., as far as it has any."""
+    return posixpath.normpath(name) if "." in (name[:1], name[-1:]) or "/." in name or "//" in name else name
+
+
+def _is_hidden(name: str) -> bool:
+    if not name.startswith(".") and "/." not in name:
+        return False
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+
+
 def _index(stream: Forward, account: Account, shown: str) -> tuple[list[Member], list[tuple[Member, bytes]]]:
     """Images and what may describe them, and the metadata files with their content."""
     files: list[Member] = []
@@ -116,14 +127,14 @@ def _index(stream: Forward, account: Account, shown: str) -> tuple[list[Member],
     table_bytes = 0
     for member in tar_format.members(stream):
         at = f"{shown}:{member.name}"
-        base = PurePosixPath(member.name).name
+        base = base_name(member.name)
         if member.kind == "folder":
             continue
         if member.kind == "rest":
             account.skip(BEHIND_THE_END, f"{shown} at byte {member.offset:,}")
             continue
         if member.kind == "hard link":
-            target = by_name.get(posixpath.normpath(member.link))
+            target = by_name.get(_plain(member.link))
             if target is None:
                 account.skip(DEAD_LINK, at)
                 continue
@@ -131,8 +142,8 @@ def _index(stream: Forward, account: Account, shown: str) -> tuple[list[Member],
         if member.kind != "file":
             account.skip(LINK if member.kind == "symbolic link" else NOT_A_FILE, at)
             continue
-        by_name[posixpath.normpath(member.name)] = member
-        if any(part.startswith(".") and part not in (".", "..") for part in PurePosixPath(member.name).parts):
+        by_name[_plain(member.name)] = member
+        if _is_hidden(member.name):
             account.skip(HIDDEN, at)
         elif is_metadata(base, ()) and member.offset == stream.position:
             table_bytes += member.size
@@ -151,7 +162,7 @@ def _index(stream: Forward, account: Account, shown: str) -> tuple[list[Member],
 def _of_folder(
     shown: str, members: list[Member], options: Options, listed: Listed, account: Account
 ) -> Iterator[Sample]:
-    names = [PurePosixPath(member.name).name for member in members]
+    names = [base_name(member.name) for member in members]
     pairs = pair(names, options.caption_columns)
     used = {i for found in pairs.values() for i in found.texts}
     for i, member in enumerate(members):
@@ -161,12 +172,12 @@ def _of_folder(
     account.use(len(pairs) + len(used))
     rivals: dict[str, set[str]] = {}
     for i in pairs:
-        path = posixpath.normpath(members[i].name)
+        path = _plain(members[i].name)
         rivals.setdefault(fold(path), set()).add(path)
     repeats: Counter = Counter()
     for i, found in pairs.items():
         member = members[i]
-        path = posixpath.normpath(member.name)
+        path = _plain(member.name)
         repeats[member.name] += 1
         place = member.name + (f"#{repeats[member.name]}" if repeats[member.name] > 1 else "")
         captions, ambiguous, no_column = listed.match([path], sorted(rivals[fold(path)] - {path}))
