@@ -26,6 +26,7 @@ from tasks.curation.curated import Curated, open_curated
 from tasks.curation.ledger import LEDGER, LEDGER_TABLE
 from tasks.encoding import latents, texts
 from tasks.encoding.config import EncodingConfig
+from tasks.encoding.images import ChangedRecords
 from tasks.encoding.ledger import HELD_OUT, NOT_DRAWN, REPORT, SHARD_FAILED, add_up
 from tasks.encoding.prompts import PromptEncoder
 from tasks.store import Part, fetch_part, group_range, make_part, num_groups, read_index, write_index
@@ -104,14 +105,23 @@ def encode_latents_group(
         selection = curated.selection(part)
         rows, held_out, not_drawn = latents.draw(selection, fractions, seed=stage.image_size_px)
         key = settings | {"records": selection.select(latents.COLUMNS).take(rows).to_pylist()}
-        made = make_part(
-            "latents",
-            part.name,
-            envs.CACHE_VERSIONS["encoding"],
-            key,
-            lambda out: latents.encode_latents(curated, part, rows, shape, config, channels, encoder, out),
-            config=settings,
-        )
+
+        def make(changed: dict[int, str]) -> Part:
+            return make_part(
+                "latents",
+                part.name,
+                envs.CACHE_VERSIONS["encoding"],
+                key | ({"changed": sorted(changed)} if changed else {}),
+                lambda out: latents.encode_latents(
+                    curated, part, rows, shape, config, channels, encoder, out, changed
+                ),
+                config=settings,
+            )
+
+        try:
+            made = make({})
+        except ChangedRecords as error:
+            made = make(error.reasons)  # a part under another key: a source that is restored is read again
         return made, {"records": len(selection), HELD_OUT: held_out, NOT_DRAWN: not_drawn}
 
     return _encode_group(curated, encode, group, groups, out_dir, [])

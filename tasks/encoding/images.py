@@ -67,3 +67,11 @@ def read_images(
 
 class Changed(ValueError):
     """The bytes are not those that were scored, or they are gone."""
+
+
+class ChangedRecords(ValueError):
+    """Some records of a shard have changed. `reasons`: row of the selection -> why."""
+
+    def __init__(self, reasons: dict[int, str]):
+        super().__init__("; ".join(list(reasons.values())[:3]))
+        self.reasons = reasons

@@ -23,7 +23,7 @@ from model.data.files import LatentMeta, LatentPartWriter
 from model.data.hashing import hash_words, uniform
 from tasks.encoding.buckets import Bucket, cropped_fraction, nearest_bucket, stage_buckets
 from tasks.encoding.config import EncodingConfig
-from tasks.encoding.images import Changed, read_images
+from tasks.encoding.images import Changed, ChangedRecords, read_images
 from tasks.encoding.ledger import CHANGED_SINCE_SCORING, SHAPE_FITS_NO_BUCKET, UNDECODABLE, Notes
 
 if TYPE_CHECKING:
@@ -95,11 +95,16 @@ def encode_latents(
     channels: int,
     encode: EncodeImages,
     out_dir: str | Path,
+    changed: Mapping[int, str],
 ) -> int:
     """Fills `out_dir` with the latents of rows of one shard's selection; returns the number of images.
 
     Args:
         encode: see `image_encoder`.
+        changed: rows that are known to have changed since they were scored, and why: listed, not read.
+
+    Raises:
+        ChangedRecords: other rows have changed, after all are read.
     """
     out_dir, notes = Path(out_dir), Notes(part.name)
     table = {
@@ -109,6 +114,9 @@ def encode_latents(
     assigned: dict[int, tuple[Bucket, int]] = {}
     crops = []
     for i, row in table.items():
+        if i in changed:
+            notes.reject(row, CHANGED_SINCE_SCORING, changed[i])
+            continue
         bucket = nearest_bucket(row["width"], row["height"], buckets)
         crop = cropped_fraction(row["width"], row["height"], bucket)
         words = f"{row['width']}x{row['height']} loses {crop:.0%} to the nearest bucket, {bucket.name}"
@@ -120,8 +128,13 @@ def encode_latents(
         crops.append(crop)
         assigned[i] = (bucket, row["width"] * row["height"])
 
+    found_changed: dict[int, str] = {}
+
     def lost(i: int, error: ValueError) -> None:
-        notes.reject(table[i], CHANGED_SINCE_SCORING if isinstance(error, Changed) else UNDECODABLE, str(error))
+        if isinstance(error, Changed):
+            found_changed[i] = str(error)
+        else:
+            notes.reject(table[i], UNDECODABLE, str(error))
 
     sums, squares, done = 0.0, 0.0, 0
     meta = LatentMeta(latent_channels=channels, dtype=encoding.dtype, rows_per_file=encoding.rows_per_file)
@@ -145,6 +158,8 @@ def encode_latents(
                 flush(bucket)
         for bucket in sorted(waiting):
             flush(bucket)
+    if found_changed:
+        raise ChangedRecords(found_changed)
     notes.write(
         out_dir,
         encoded=done,

@@ -7,17 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image, ImageDraw
-from tasks.curation.curate import score_record
 
 from tasks.curation import dedup
 from tasks.curation.config import CurationConfig, DedupConfig
-<<<<<<< HEAD
-from tasks.curation.dedup import candidate_pairs, find_duplicates, thumbnail, thumbnail_difference
-=======
 from tasks.curation.dedup import DuplicateSearch, candidate_pairs, thumbnail, thumbnail_difference
 from tasks.curation.score import score_record
 from tasks.curation.sources.base import Record
->>>>>>> curationflow
 
 CONFIG = CurationConfig()
 COLORS = [(220, 40, 40), (40, 170, 70), (40, 80, 225), (240, 205, 30), (150, 50, 200), (25, 25, 25)]

@@ -17,7 +17,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from model.config import StageConfig
 from model.data.latents import LatentDataset
-from tasks.curation.curated import open_curated
+from tasks.curation.curated import Curated, open_curated
 from tasks.curation.filters import decode
 from tasks.curation.ledger import LEDGER
 from tasks.encoding import chat, flow, latents, prompts
@@ -240,20 +240,24 @@ def test_a_caption_with_special_tokens_of_the_chat_format_is_left_out(components
     assert ledger_of(found[1]) == {"000.tar:0000.png": "caption_special_token"} and report["encoded"] == 1
 
 
-def test_a_source_that_changed_since_it_was_scored_loses_its_changed_records_alone(components, tmp_path):
+def test_records_that_changed_since_they_were_scored_are_listed_and_read_again_once_restored(
+    components, tmp_path, monkeypatch
+):
     shard = [uniform(64, 64 + i, color=(i, 0, 0)) for i in range(3)]
     curated = select(tmp_path / "s", [shard], tmp_path / "c")
-    path = tmp_path / "s" / "000.tar"
-    content = path.read_bytes()
-    at = content.index(b"IDAT", content.index(b"0001.png")) + 8
-    stamp = path.stat()
-    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-    import os
+    real = Curated.images
 
-    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    (found, _), (report, _) = encode(curated, components[0], tmp_path, groups=1)
-    assert ledger_of(found) == {"000.tar:0001.png": "changed_since_scoring"}
-    assert report["encoded"] == 2
+    def images(self, part, rows=None, lost=None):
+        if 1 in rows:
+            lost(1, "000.tar:0001.png has changed since it was scored")
+        return real(self, part, {row for row in rows if row != 1}, lost)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Curated, "images", images)
+        (found,), (report,) = encode(curated, components[0], tmp_path / "changed", groups=1, kinds=("latents",))
+    assert ledger_of(found) == {"000.tar:0001.png": "changed_since_scoring"} and report["encoded"] == 2
+    _, (report,) = encode(curated, components[0], tmp_path / "restored", groups=1, kinds=("latents",))
+    assert report["encoded"] == 3
 
 
 def test_nothing_left_is_one_error_with_the_rules_and_an_example(components, tmp_path):
