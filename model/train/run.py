@@ -56,7 +56,7 @@ LOGS = (METRICS, REPORT, f"{TENSORBOARD}/*", f"{SAMPLES}/*")
 HANDED_ON = {"checkpoints": WEIGHTS, "optimizer": OPTIMIZER}  # the steps of each, in the report
 VISIBLE_WITHIN_S = 10.0  # another node's writes on a network file system, which may be slow to show them
 SampleFn = Callable[[torch.nn.Module, int, Path], Any]
-TextFn = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+TextFn = Callable[[torch.Tensor, torch.Tensor | None, torch.device], torch.Tensor]
 
 
 def train_stage(
@@ -81,8 +81,8 @@ def train_stage(
             eval mode without gradients, on every rank; it writes an image to `path` and draws its random numbers
             from generators of its own.
         latents_uri: with train.latents "stream", what relative locations of parts start from; None: latents_dir.
-        text_fn: called as `text_fn(ids, mask)` where texts are stored as tokens: ids [B, T - P] and mask [B, T] or None
-            to states [B, T, D] float32, all on the device. It has no part in autograd.
+        text_fn: called as `text_fn(ids, mask, device)` where texts are stored as tokens: ids [B, T - P] on the host and
+            mask [B, T] or None on the device, to states [B, T, D] float32 there. It has no part in autograd.
 
     Returns:
         the report. out_dir/report.json is that of the attempt which finished the training. Filled again from the same

@@ -73,7 +73,7 @@ class NucleusTrainer(Trainer):
     class Config(Trainer.Config):
         stage: TrainingStage
         sample_fn: Callable[[torch.nn.Module, int, Path], Any] | None = None
-        text_fn: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] | None = None
+        text_fn: Callable[[torch.Tensor, torch.Tensor | None, torch.device], torch.Tensor] | None = None
 
     def __init__(self, config: Config):
         self.settings = config.stage.train
@@ -157,11 +157,10 @@ class NucleusTrainer(Trainer):
     def _text(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """States [B, T, D] float32 of a batch's texts, and their mask [B, T] or None, on the device."""
         mask = None if batch.mask is None else to_device(batch.mask, self.device)
-        text = to_device(batch.text, self.device)
         if batch.text.is_floating_point():
-            text = text.float()
+            text = to_device(batch.text, self.device).float()
         else:  # token ids: the text encoder runs here
-            text = self.config.text_fn(text, mask)
+            text = self.config.text_fn(batch.text, mask, self.device)
         if mask is None and self.compiled:
             # Without one, blocks would be compiled again when the first batch with a mask comes.
             mask = torch.ones(text.shape[:2], dtype=torch.bool, device=self.device)

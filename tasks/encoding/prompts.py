@@ -102,6 +102,8 @@ class PromptEncoder:
         wanted = state_layer(encoder.config.text_config.num_hidden_layers, self.config.hidden_state_index)
         # Layers above the wanted state, the final norm and the vision tower are neither run nor kept.
         model.layers, model.norm = torch.nn.ModuleList(model.layers[:wanted]), torch.nn.Identity()
+        self._embed = model.embed_tokens  # stays on the host: it is large, and little of it is read
+        model.embed_tokens = torch.nn.Identity()
         return model.to(device).requires_grad_(False)
 
     @cached_property
@@ -112,9 +114,8 @@ class PromptEncoder:
         model = self._model
         if not self.prefix_ids:
             return torch.zeros(0, model.config.hidden_size, dtype=model.dtype, device=model.device), []
-        ids = torch.tensor([self.prefix_ids], device=model.device)
         with torch.no_grad():
-            out = model(input_ids=ids, use_cache=True)
+            out = model(inputs_embeds=self._embeddings(torch.tensor([self.prefix_ids])), use_cache=True)
         layers = out.past_key_values.layers[: len(model.layers)]
         return out.last_hidden_state[0], [(layer.keys, layer.values) for layer in layers]
 
@@ -123,9 +124,12 @@ class PromptEncoder:
         with _plain(self._model.device):
             return self._prefix[0]
 
+    def _embeddings(self, ids: torch.Tensor) -> torch.Tensor:
+        return self._embed(ids).to(self._model.device)
+
     def states(self, ids: torch.Tensor) -> torch.Tensor:
-        """States [n, L, D] of what follows the prefix, ids [n, L] padded on the right. Nothing looks ahead, so that
-        padding changes no state before it."""
+        """States [n, L, D] on the device of what follows the prefix; ids [n, L] on the host, padded on the right. Nothing
+        looks ahead, so that padding changes no state before it."""
         import torch
         from transformers import DynamicCache
 
@@ -134,7 +138,8 @@ class PromptEncoder:
             for i, (keys, values) in enumerate(self._prefix[1]):
                 cache.update(keys.expand(len(ids), -1, -1, -1), values.expand(len(ids), -1, -1, -1), i)
             past = cache if self._prefix[1] else None
-            out = self._model(input_ids=ids.to(self._model.device), past_key_values=past, use_cache=past is not None)
+            embeds = self._embeddings(ids)
+            out = self._model(inputs_embeds=embeds, past_key_values=past, use_cache=past is not None)
         return out.last_hidden_state
 
     def encode(self, texts: Sequence[list[int]]) -> list[torch.Tensor]:
@@ -155,7 +160,8 @@ class PromptEncoder:
 
 
 class OnlineText:
-    """Called inside of training: ids [B, T - P] and mask [B, T] or None -> states [B, T, D] float32, as the stored ones.
+    """Called inside of training: ids [B, T - P] on the host, and mask [B, T] or None on `device`, to states [B, T, D]
+    float32 there, equal to the stored ones up to rounding.
 
     Everything is rounded to the type in which states would be stored, and padding is zero.
     """
@@ -167,11 +173,11 @@ class OnlineText:
         )
         self._encoder: PromptEncoder | None = None
 
-    def __call__(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, ids: torch.Tensor, mask: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         import torch
 
         if self._encoder is None:
-            self._encoder = PromptEncoder(self._dir, self._config, ids.device)
+            self._encoder = PromptEncoder(self._dir, self._config, device)
         prefix = self._encoder.prefix_states()
         states = torch.cat([prefix.expand(len(ids), -1, -1), self._encoder.states(ids)], dim=1)
         states = states.to(DTYPES[self._config.dtype]).float()

@@ -59,7 +59,7 @@ def specs(tmp_path_factory) -> dict[str, task_pb2.TaskSpec | workflow_pb2.Workfl
     [
         ("tasks.curation.task.make_shard", "curation", "records"),
         ("tasks.curation.task.curate_records", "curation", "curation"),
-        ("tasks.encoding.task.encode_stage", "encoder", "encoding"),
+        ("tasks.encoding.task.make_components", "encoder", "components"),
         ("tasks.training.task.train_stage", "trainer", "training"),
         ("tasks.merging.task.merge_checkpoints", "trainer", "merging"),
         ("tasks.evaluation.task.generate_images", "evaluator", "evaluation"),

@@ -34,6 +34,26 @@ def write_latents(directory: Path, images: int = 64, text_dim: int = TEXT_DIM) -
     return directory
 
 
+def write_artifacts(folder: Path) -> dict[str, Path]:
+    """The same as sealed artifacts: the indices "latents" and "texts", each of one part below `folder`."""
+    from tasks.manifest import load_manifest, seal
+    from tasks.store import LOCATIONS, Part, write_index
+
+    whole = write_latents(folder / "whole")
+    found = {}
+    for kind, names in (("latents", {"shard": "latents"}), ("texts", {"prefix": "prefix", "shard": "texts"})):
+        parts = []
+        for name, place in names.items():
+            seal(whole / place, kind)
+            parts.append(Part(name, kind, load_manifest(whole / place).digest, str(whole / place), rows=1))
+        found[kind] = folder / kind
+        found[kind].mkdir()
+        write_index(found[kind], parts)
+        (found[kind] / "report.json").write_text("{}")
+        seal(found[kind], kind, logs=(LOCATIONS,))
+    return found
+
+
 def transformer_config(**changes) -> TransformerConfig:
     values = dict(
         out_channels=16,

@@ -178,7 +178,7 @@ def test_online_texts_are_tokens_whose_states_are_those_that_would_be_stored(cur
     ids, mask = tokens.text(rows)
     want, want_mask = states.text(rows)
     assert not ids.is_floating_point() and torch.equal(mask, want_mask)
-    torch.testing.assert_close(encoder(ids, mask), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(encoder(ids, mask, torch.device("cpu")), want, rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------- what is left out
