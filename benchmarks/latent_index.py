@@ -64,7 +64,9 @@ def write_synthetic(folder: Path, images: int) -> None:
     parts = -(-images // PART)
     runs = np.stack([np.arange(parts) * PART, np.arange(parts)], axis=1)
     np.save(folder / "runs.npy", runs)
-    text_runs = np.concatenate([[[0, -1, 0]], np.stack([runs[:, 0] * CAPTIONS + 1, runs[:, 1], 0 * runs[:, 1]], axis=1)])
+    text_runs = np.concatenate(
+        [[[0, -1, 0]], np.stack([runs[:, 0] * CAPTIONS + 1, runs[:, 1], 0 * runs[:, 1]], axis=1)]
+    )
     np.save(folder / "text_runs.npy", text_runs)
     (folder / "prefix").mkdir()
     write_prefix(folder / "prefix", TextMeta(text_dim=8), torch.zeros(0, 8), torch.zeros(2, 8))

@@ -328,7 +328,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m model.routing_report", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint")
     parser.add_argument(
-        "--latents", required=True, type=Path, help="a latents artifact, of the checkpoint's resolution"
+        "--latents",
+        required=True,
+        type=Path,
+        help="an index of latents (HOME/indexes/KEY), of the checkpoint's resolution",
     )
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--images", type=int, default=4)

@@ -112,9 +112,7 @@ def encode_latents_group(
                 part.name,
                 envs.CACHE_VERSIONS["encoding"],
                 key | ({"changed": sorted(changed)} if changed else {}),
-                lambda out: latents.encode_latents(
-                    curated, part, rows, shape, config, channels, encoder, out, changed
-                ),
+                lambda out: latents.encode_latents(curated, part, rows, shape, config, channels, encoder, out, changed),
                 config=settings,
             )
 

@@ -52,16 +52,19 @@ def artifacts(tmp_path, monkeypatch):
 
     config = EncodingConfig(dtype="float16")
     online = config.model_copy(update={"text": "online"})
-    return components, made("latents", "latents", config), made("texts", "stored", config), made("texts", "online", online)
+    return (
+        components,
+        made("latents", "latents", config),
+        made("texts", "stored", config),
+        made("texts", "online", online),
+    )
 
 
 def test_losses_with_online_texts_equal_those_with_stored_ones(artifacts, tmp_path):
     from model.train.run import train_stage
 
     components, latents, *texts = artifacts
-    stage = training_stage(
-        train_config(steps=8, log_every_steps=1), transformer_config(joint_attention_dim=48)
-    )
+    stage = training_stage(train_config(steps=8, log_every_steps=1), transformer_config(joint_attention_dim=48))
     losses = []
     for number, directory in enumerate(texts):
         index, settings = open_latents(latents, directory), text_settings(directory)

@@ -23,7 +23,9 @@ from tasks.encoding.small.vae import train_vae
 from tasks.encoding.vae_codec import FrameCodec, to_tensor
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
-BENCHMARK = [word for text in (*SHAPES, *COLORS, *PLURALS.values(), *NUMBERS.values(), *RELATIONS) for word in text.split()]
+BENCHMARK = [
+    word for text in (*SHAPES, *COLORS, *PLURALS.values(), *NUMBERS.values(), *RELATIONS) for word in text.split()
+]
 
 
 def make_components(curated_dir, config, out_dir):
@@ -130,7 +132,9 @@ def tokenizer():
 def test_a_prompt_costs_two_tokens_beside_its_words(tokenizer):
     (prompt,) = chat.format_prompts(tokenizer, ["a photo of a red circle"])
     assert tokenizer.tokenize(prompt) == ["<|system|>", "a", "photo", "of", "a", "red", "circle", "<|im_end|>"]
-    lengths = [len(ids) for ids in tokenizer(chat.format_prompts(tokenizer, [" ".join(["circle"] * 14), ""]))["input_ids"]]
+    lengths = [
+        len(ids) for ids in tokenizer(chat.format_prompts(tokenizer, [" ".join(["circle"] * 14), ""]))["input_ids"]
+    ]
     assert lengths == [16, 2]
 
 

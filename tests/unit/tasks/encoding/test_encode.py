@@ -48,9 +48,7 @@ def encode(curated, components, out, stage=STAGE, config=CONFIG, groups=2, kinds
                 flow.encode_texts_group(curated, components, config, group, groups, folders[-1])
             else:
                 fractions = flow.fractions_of(curated, stage)
-                flow.encode_latents_group(
-                    curated, components, stage, fractions, config, group, groups, folders[-1]
-                )
+                flow.encode_latents_group(curated, components, stage, fractions, config, group, groups, folders[-1])
         (out / kind).mkdir()
         more = {"fractions": flow.fractions_of(curated, stage)} if kind == "latents" else {}
         reports.append(flow.gather(curated, folders, kind, out / kind, **more))
@@ -166,7 +164,9 @@ def test_texts_are_stored_by_their_real_tokens_once_for_each_distinct_text_of_a_
 # ---------------------------------------------------------------- online
 
 
-def test_online_texts_are_tokens_whose_states_are_those_that_would_be_stored(curated_dir, components, encoded, tmp_path):
+def test_online_texts_are_tokens_whose_states_are_those_that_would_be_stored(
+    curated_dir, components, encoded, tmp_path
+):
     found, _ = encode(
         curated_dir, components[0], tmp_path, config=CONFIG.model_copy(update={"text": "online"}), kinds=("texts",)
     )
@@ -203,7 +203,9 @@ def test_images_that_would_lose_too_much_are_listed_with_the_owners_file_and_an_
     )
     assert ledger_of(found) == {"000.tar:0001.png": "shape_fits_no_bucket"}
     line = summary(report, "latents of small")
-    assert line.startswith("latents of small: 2 of 3 curated records; 1 shape_fits_no_bucket (such as 000.tar:0001.png: 114x64")
+    assert line.startswith(
+        "latents of small: 2 of 3 curated records; 1 shape_fits_no_bucket (such as 000.tar:0001.png: 114x64"
+    )
 
 
 def test_with_buckets_from_the_data_no_shape_is_left_out_and_crops_above_12_percent_are_said(components, tmp_path):
@@ -346,7 +348,13 @@ def test_an_index_copies_nothing_of_its_parts(encoded):
     for directory in encoded[:2]:
         assert not list(directory.rglob("*.safetensors"))
         names = {path.name for path in directory.iterdir()}
-        assert names == {"parts.parquet", "locations.parquet", "encoding_ledger.parquet", "report.json", "manifest.json"}
+        assert names == {
+            "parts.parquet",
+            "locations.parquet",
+            "encoding_ledger.parquet",
+            "report.json",
+            "manifest.json",
+        }
 
 
 def test_a_changed_part_is_refused_when_it_is_opened(curated_dir, components, tmp_path, monkeypatch, curated_home):
