@@ -194,7 +194,7 @@ def _fill(out_dir: Path, parts: Sequence[PartFiles], prefix: str | os.PathLike, 
     tier_cursor = np.concatenate([[0], np.cumsum(sizes.ravel())[:-1]]).reshape(sizes.shape)
     order = {name: i for i, name in enumerate(sorted(meta.buckets))}
     runs: list[tuple[int, int]] = []  # first image, part
-    for number, (part, table) in enumerate((part, _read_part(out_dir, part)) for part in parts):
+    for number, table in enumerate(_read_part(out_dir, part) for part in parts):
         for bucket in np.unique(table.bucket):
             inside = np.flatnonzero(table.bucket == bucket)
             inside = inside[np.argsort(table.place[inside], kind="stable")]

@@ -107,9 +107,7 @@ def encode_latents(
         ChangedRecords: other rows have changed, after all are read.
     """
     out_dir, notes = Path(out_dir), Notes(part.name)
-    table = {
-        i: row for i, row in zip(rows, curated.selection(part).select(COLUMNS).take(rows).to_pylist(), strict=True)
-    }
+    table = dict(zip(rows, curated.selection(part).select(COLUMNS).take(rows).to_pylist(), strict=True))
     buckets = stage_buckets(shape.image_size_px, shape.aspect_ratios, from_data=encoding.shapes == "data")
     assigned: dict[int, tuple[Bucket, int]] = {}
     crops = []
