@@ -182,11 +182,9 @@ class DuplicateSearch:
 
     def exact_duplicates(self) -> Iterator[tuple[int, int]]:
         """(position, keeper's position) of the records whose bytes another one has, by position."""
-        self._db.execute(
-            "CREATE OR REPLACE TABLE exact AS SELECT * FROM (SELECT position, first_value(position) OVER "
-            f"(PARTITION BY record_id ORDER BY {PREFERENCE}) AS keeper FROM candidates) "
-            "WHERE position != keeper"
-        )
+        window = f"OVER (PARTITION BY record_id ORDER BY {PREFERENCE})"
+        keepers = f"SELECT position, first_value(position) {window} AS keeper FROM candidates"  # noqa: S608 (a constant)
+        self._db.execute(f"CREATE OR REPLACE TABLE exact AS FROM ({keepers}) WHERE position != keeper")
         yield from _rows(self._db, "SELECT position, keeper FROM exact ORDER BY position")
 
     def near_duplicates(
