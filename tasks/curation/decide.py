@@ -357,7 +357,10 @@ def _remedy(rule: str, content: dict, config: CurationConfig) -> str:
         )
     if rule == ledger.CAPTION_TOO_LONG:
         low, high = content["too_long_words"]
-        return f"The shortest captions have {low} to {high} words: raise curation.captions.max_words={config.captions.max_words}."
+        seen = f"{low} to {high}" if high > low else f"{low}"
+        return (
+            f"The shortest captions have {seen} words: raise curation.captions.max_words={config.captions.max_words}."
+        )
     return "The limits are under curation.filters in the recipe." if rule in _FILTER_RULES else ""
 
 

@@ -102,7 +102,7 @@ def test_nothing_left_keeps_ledger_and_report_and_names_causes_and_remedies(tmp_
         flow.curate_source(SourceConfig(), str(folder), limit)
     message = str(caught.value)
     assert "kept none of 4 records: caption_too_long 3 (such as p000.png: every caption is over max_words 14" in message
-    assert "have 20 to 20 words: raise curation.captions.max_words=14" in message
+    assert "have 20 words: raise curation.captions.max_words=14" in message
     assert "no_caption 1 (such as bare.png" in message and "source.caption_columns" in message
     kept = Path(re.search(r"Ledger and report: (\S+)", message)[1])
     assert len(book_of(kept)) == 4 and "<html" in (kept / "report.html").read_text()
