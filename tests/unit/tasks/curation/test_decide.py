@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from own_images import picture, png, write_folder
 
-from tasks.curation import check, filters, flow, score
+from tasks.curation import check, filters, flow, replay, score
 from tasks.curation.config import CaptionConfig, CurationConfig, FilterConfig, SourceConfig, TierConfig
 from tasks.curation.curated import open_curated
 from tasks.curation.sources.made import defects
@@ -200,6 +200,35 @@ def test_check_of_a_source_that_is_refused_is_one_line(tmp_path, capsys):
     assert check.main([str(tmp_path / "nothing")]) == 1
     out = capsys.readouterr().out
     assert out.startswith("ValueError: ") and len(out.splitlines()) == 1
+
+
+def test_replay_gives_the_decisions_that_a_run_would_give_and_reads_no_image(folder, tmp_path, capsys, monkeypatch):
+    strict = CONFIG.model_copy(update={"captions": CaptionConfig(max_words=3)})
+    curated, _ = flow.curate_source(SourceConfig(images_per_shard=5), str(folder), strict)
+    monkeypatch.setattr(score, "measure", None)
+    monkeypatch.setattr(filters, "decode", None)
+    arguments = [str(curated), "--overrides", "curation.captions.max_words=200", "--out", str(tmp_path / "out")]
+    assert replay.main(arguments) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("kept 1 -> 10 of 16 records; ")
+    assert {line["file"] for line in map(json.loads, lines) if line["after"] == "kept"} >= {"p000.png", "p009.png"}
+    monkeypatch.undo()
+    monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
+    pd.testing.assert_frame_equal(book_of(tmp_path / "out"), book_of(decide(folder)))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("curation.scorers.watermark=none", "changes the scores"),
+        ("train.seed=1", "only decisions of curation"),
+        ("curation.filters.min_side=1", "min_side_px"),
+    ],
+)
+def test_what_cannot_be_replayed_is_refused(override, message, tmp_path, capsys):
+    curated, _ = flow.curate_source(SourceConfig(), str(write_folder(tmp_path / "images", range(2))), CONFIG)
+    assert replay.main([str(curated), "--overrides", override]) == 1
+    assert re.match(f"ValueError: .*{message}", capsys.readouterr().out)
 
 
 @pytest.fixture(scope="module")
