@@ -68,7 +68,7 @@ def write_corpus(config: SourceConfig, path: str | None, out_dir: str | os.PathL
         left_out = scan.account.left_out()
         if not table.images and not table.unknown:
             raise ValueError(f"source {visible(path)!r} has no image; left out: {left_out or 'nothing'}; {VALID}")
-    report = table.report(scan.account, scan.options, place.uri())
+    report = table.report(scan.account, scan.options, place.uri(), alone=place.alone)
     images = count_of(table.images, "image") + (
         f" and {count_of(table.unknown, 'remote tar')}" if table.unknown else ""
     )
