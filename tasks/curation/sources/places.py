@@ -61,10 +61,10 @@ def find(path: str | os.PathLike) -> Place:
     return LocalPlace(root) if is_folder else LocalPlace(root.parent, alone=root.name)
 
 
-def at(uri: str) -> Place:
-    """The place with this root, for reading: nothing is listed."""
+def at(uri: str, alone: str | None = None) -> Place:
+    """The place with this root, for reading: nothing is listed. `alone`: see `Place`."""
     uri = check_path(uri)
-    return RemotePlace(uri) if is_remote(uri) else LocalPlace(Path(uri))
+    return RemotePlace(uri, alone) if is_remote(uri) else LocalPlace(Path(uri), alone)
 
 
 class Place:

@@ -45,7 +45,7 @@ from tasks.curation.sources.base import (
 )
 from tasks.curation.sources.folder import File, Texts
 from tasks.curation.sources.metadata_files import Listed, is_metadata
-from tasks.curation.sources.pairing import fold, pair
+from tasks.curation.sources.pairing import Rivals, pair
 from tasks.curation.sources.places import Folder, Place, RemotePlace
 
 TABLE_ROWS = 1000  # of shards.parquet, written at a time
@@ -68,7 +68,7 @@ def write_corpus(config: SourceConfig, path: str | None, out_dir: str | os.PathL
         left_out = scan.account.left_out()
         if not table.images and not table.unknown:
             raise ValueError(f"source {visible(path)!r} has no image; left out: {left_out or 'nothing'}; {VALID}")
-    report = table.report(scan.account, scan.options, place.uri())
+    report = table.report(scan.account, scan.options, place.uri(), alone=place.alone)
     images = count_of(table.images, "image") + (
         f" and {count_of(table.unknown, 'remote tar')}" if table.unknown else ""
     )
@@ -159,8 +159,11 @@ class _Scan:
                 shown = self.place.shown(found.at(name))
                 with _naming(shown), self.place.open(found.at(name)) as file:
                     root = base_name(self.place.uri())
-                    self.listed.add(shown, found.path, found.folders, extension(name), file, root)
-                self.account.use()
+                    is_table = self.listed.add(shown, found.path, found.folders, extension(name), file, root)
+                if is_table:
+                    self.account.use()
+                else:
+                    self.account.skip(reason_of(name), found.at(name))
 
     def _is_data(self, found: Folder, name: str) -> bool:
         """Whether a metadata.parquet has the images themselves."""
@@ -209,13 +212,10 @@ class _Scan:
         self.account.use(len(pairs) + len(used))
         bare: list[str] = []
         rows: dict[str, tuple[list[str], list[str], str]] = {}  # image -> paths of texts, captions, why ambiguous
-        folds: dict[str, list[str]] = {}
-        for i in pairs:
-            folds.setdefault(fold(names[i]), []).append(found.at(names[i]))
+        rivals = Rivals(found.at(names[i]) for i in pairs)
         for i, one in pairs.items():
             name = names[i]
-            rivals = [path for path in folds[fold(name)] if path != found.at(name)]
-            captions, ambiguous, no_column = self.listed.match([found.at(name)], rivals)
+            captions, ambiguous, no_column = self.listed.match([found.at(name)], rivals.of(found.at(name)))
             texts = [found.at(names[j]) for j in one.texts]
             rows[name] = texts, captions, one.ambiguous or ambiguous
             if not texts and not captions and not rows[name][2]:
