@@ -364,7 +364,7 @@ def _remedy(rule: str, content: dict, config: CurationConfig) -> str:
     return "The limits are under curation.filters in the recipe." if rule in _FILTER_RULES else ""
 
 
-_FILTER_RULES = {rule.name for rule in filters.RULES if rule.step != filters.SOURCE}
+_FILTER_RULES = {rule.name for rule in filters.RULES if rule.step != filters.SOURCE and rule.name != "undecodable"}
 
 
 def digest_of_parts(parts: Sequence[Part]) -> str:

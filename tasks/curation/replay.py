@@ -10,7 +10,9 @@ kept there. Exits 1, with one line `ValueError: ...`, where the change needs new
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -109,7 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             decision = Path(folder) / "decision"
             decision.mkdir()
-            before, after = replay(options.curated, options.overrides, decision)
+            with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):  # lines of progress
+                before, after = replay(options.curated, options.overrides, decision)
             for change in changes(options.curated / "ledger.parquet", decision / "ledger.parquet"):
                 print(json.dumps(change, ensure_ascii=False))
             if options.out:
