@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from object_store import s3_bucket
 from own_images import png, write_tar
 
 from tasks.curation import flow, score
@@ -235,3 +236,27 @@ def test_images_are_the_kept_records_with_their_original_bytes(tars):
             assert table["key"][i].as_py() == record.key
             seen[table["locator"][i].as_py()] = record.data
     assert seen["1.tar:p004.png"] == png(4) and len(seen) == curated.num_records
+
+
+def test_pods_share_parts_through_the_store_and_fetch_what_they_need(tars, tmp_path, monkeypatch):
+    with s3_bucket("corpora") as bucket:
+        monkeypatch.setenv("NUCLEUS_STORE", "s3://corpora/nucleus")
+        monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "pod1"))
+        curated = curate(tars)
+        shutil.rmtree(tmp_path / "pod1" / "artifacts" / "scores")
+        monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "pod2"))
+        monkeypatch.setattr(score, "score_shard", None)  # nothing is scored again
+        read = open_curated(curate(tars))
+        assert sum(len(list(read.images(part))) for part in read.parts()) == 12
+        assert load_manifest(read.path).digest == load_manifest(curated).digest
+        assert all(part.uri.startswith("s3://corpora/nucleus/artifacts/") for part in read.parts())
+        # A group's task fetches of the decision what its group needs.
+        monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "pod3"))
+        _, decision = flow.curate_source(SOURCE, str(tars), CONFIG, until="decisions")
+        shutil.rmtree(tmp_path / "pod3" / "artifacts" / "decisions", ignore_errors=True)
+        flow.select_group(decision, CONFIG, 1, 3)
+        fetched = tmp_path / "pod3" / "artifacts" / "decisions" / decision.digest
+        assert sorted(p.name for p in (fetched / "groups").iterdir()) == ["00001.parquet"]
+        assert not (fetched / "ledger.parquet").exists()
+        flow.select_group(decision, CONFIG, 2, 3)
+        assert bucket.exists("corpora/nucleus/keys/selections")
