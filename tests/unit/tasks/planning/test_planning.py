@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from diskcache import Cache
 from flyteidl.core import literals_pb2
 
-from tasks.manifest import load_manifest, seal, writing
+from tasks import store
+from tasks.manifest import seal, writing
 from tasks.planning import local_cache
 from tasks.planning.sections import check_ranks, check_workflow, encode_stage, for_own_images, scoring, train_stage
 from tasks.planning.source import check_source, fingerprint
@@ -173,27 +176,6 @@ def test_fingerprint_passes_over_what_the_scan_passes_over(tmp_path):
     assert fingerprint(str(tmp_path)) != first
 
 
-def test_a_shard_that_no_change_of_the_source_touched_is_the_same_artifact(tmp_path, monkeypatch):
-    from tasks.curation.config import SourceConfig
-    from tasks.curation.task import make_shard
-
-    monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
-    source = tmp_path / "source"
-    source.mkdir()
-
-    def digests() -> list[str]:
-        digest, config = fingerprint(str(source)), SourceConfig(shards=2)
-        made = [make_shard.task_function(config, str(source), digest, shard) for shard in range(2)]
-        return [load_manifest(shard.path).digest for shard in made]
-
-    for name in "abcd":
-        (source / f"{name}.png").write_bytes(name.encode())
-    before = digests()
-    (source / "d.png").write_bytes(b"changed")
-    after = digests()
-    assert after[0] == before[0] and after[1] != before[1]
-
-
 def test_fingerprint_refuses_nothing_in_words(tmp_path):
     with pytest.raises(ValueError, match="is empty; give a folder of images"):
         fingerprint(str(tmp_path))
@@ -226,3 +208,14 @@ def test_cached_artifacts_that_are_gone_are_forgotten_and_others_kept(tmp_path):
     assert local_cache.forget_lost_artifacts(str(tmp_path / "cache")) == 2
     with Cache(str(tmp_path / "cache")) as cache:
         assert set(cache.iterkeys()) == {"whole", "someone else's"}
+
+
+def test_an_index_of_which_a_part_is_gone_is_forgotten(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
+    part = store.make_part("scores", "a", "1", {}, lambda out: (out / "data.txt").write_text("data"))
+    index, _, _ = store.make_sealed("scores", lambda out: store.write_index(out, [part]), logs=(store.LOCATIONS,))
+    with Cache(str(tmp_path / "cache")) as cache:
+        cache["index"] = _entry(index)
+    assert local_cache.forget_lost_artifacts(str(tmp_path / "cache")) == 0
+    shutil.rmtree(part.uri)
+    assert local_cache.forget_lost_artifacts(str(tmp_path / "cache")) == 1
