@@ -168,12 +168,12 @@ def xz_dictionary_of_1_gib(folder: Path) -> None:
 
 @kind("read")
 def most_members(folder: Path) -> None:
-    _members(folder, 500_000)
+    _members(folder, 300_000)
 
 
 @kind("refused")
 def too_many_members(folder: Path) -> None:
-    _members(folder, 500_001)
+    _members(folder, 300_001)
 
 
 def _members(folder: Path, count: int) -> None:

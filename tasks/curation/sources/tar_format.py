@@ -18,7 +18,7 @@ from tasks.curation.sources.base import from_bytes, to_bytes, visible
 BLOCK = 512
 CHUNK = 2**20
 MAX_HEADER_BYTES = 2**20  # of a GNU long name or a pax header
-MAX_MEMBERS, MAX_NAME_BYTES, MAX_NAMES_BYTES = 500_000, 4096, 64 * 2**20  # the names are in memory
+MAX_MEMBERS, MAX_NAME_BYTES, MAX_NAMES_BYTES = 300_000, 4096, 64 * 2**20  # the names are in memory
 MAX_DECOMPRESSED_BYTES = 8 * 2**30
 MAX_RATIO, RATIO_FREE_BYTES = 100, 64 * 2**20  # decompressed to compressed bytes, beyond the first ones
 LZMA_MEMORY_BYTES = 128 * 2**20  # xz -9 needs 65 MiB
