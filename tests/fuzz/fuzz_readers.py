@@ -166,7 +166,7 @@ def try_one(name: str, data: bytes, scratch: Path) -> str:
             for shard in corpus.shards():
                 account = Account()
                 for record in corpus.read(shard, account):
-                    assert isinstance(record.data, bytes) and record.locator.encode() and record.detail.encode()
+                    assert isinstance(record.data, bytes) and record.locator.encode() + record.detail.encode()
                     assert all(text.encode() and text.strip() for text in record.captions)
                 total += account
             total.check()
