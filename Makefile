@@ -1,5 +1,6 @@
 # make reproduce   the whole recipe (RECIPE=tiny unless set), from raw images to a published pipeline
 # make smoke       the same in about 100 seconds, with a model too small to be good
+# make draw PROMPT="a red circle"   one image from the newest published pipeline
 # make test        all tests; make test-fast: those without training
 # make lint        ruff and mypy; make format repairs what ruff can
 # make lock        resolves constraints.txt again
@@ -11,13 +12,18 @@ SOURCE ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: reproduce smoke test test-fast lint format lock env clean
+.PHONY: reproduce smoke draw test test-fast lint format lock env clean
 
 reproduce: $(STAMP)
 	$(VENV)/bin/pyflyte run workflows/reproduce.py reproduce --recipe $(RECIPE) $(if $(SOURCE),--source "$(SOURCE)")
 
 smoke:
 	$(MAKE) reproduce RECIPE=smoke
+
+# PROMPT and SEED reach Python through the environment: quotes in a prompt are then no part of a shell command.
+draw: export NUCLEUS_PROMPT = $(PROMPT)
+draw: $(STAMP)
+	@$(VENV)/bin/python -m tasks.draw "$$NUCLEUS_PROMPT" --seed $(or $(SEED),0)
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest $(ARGS)

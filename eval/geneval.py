@@ -15,13 +15,39 @@ Source: the rule of github.com/djghosh13/geneval at af4902f. It is followed to t
 
 from __future__ import annotations
 
+import itertools
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from eval.geneval_files import (
+    expected_images,
+    load_prompts,
+    read_results,
+    walk_layout,
+    write_results,
+)
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = [
+    "box_iou",
+    "crop_object",
+    "expected_images",
+    "filter_detections",
+    "judge_image",
+    "load_prompts",
+    "read_results",
+    "relative_position",
+    "result_row",
+    "summarise",
+    "summary_text",
+    "walk_layout",
+    "write_results",
+]
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 # The order in which the official message lists what was found.
@@ -29,7 +55,9 @@ COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown",
 THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
 MAX_OBJECTS = 16
+MAX_OVERLAP = 1.0  # no detection is dropped for its overlap
 POSITION_THRESHOLD = 0.1
+BACKGROUND = "#999"  # of the crops whose colour is classified
 
 Objects = Mapping[str, Sequence[Any]]
 
@@ -65,19 +93,46 @@ def relative_position(
     return [relation for relation, true in holds.items() if true]
 
 
+def box_iou(box_a: Sequence[float], box_b: Sequence[float]) -> float:
+    """Intersection over union of two boxes (x0, y0, x1, y1, ...) that include their last pixel: a side measures
+    x1 - x0 + 1. In the dtype of the boxes; 0 if neither has an area."""
+    both = _area((max(box_a[0], box_b[0]), max(box_a[1], box_b[1]), min(box_a[2], box_b[2]), min(box_a[3], box_b[3])))
+    union = _area(box_a) + _area(box_b) - both
+    return both / union if union else 0
+
+
+def _area(box: Sequence[float]) -> float:
+    return max(box[2] - box[0] + 1, 0) * max(box[3] - box[1] + 1, 0)
+
+
 def filter_detections(
-    detections: Sequence[Any], threshold: float = THRESHOLD, max_objects: int = MAX_OBJECTS
+    detections: Sequence[Any],
+    threshold: float = THRESHOLD,
+    max_objects: int = MAX_OBJECTS,
+    max_overlap: float = MAX_OVERLAP,
 ) -> list[dict[str, Any]]:
-    """One class's detections, scores strictly above `threshold` (both float32), highest first, at most `max_objects`.
+    """One class's detections, scores strictly above `threshold` (both float32), highest first, at most `max_objects`;
+    of these, each drops the later ones whose IoU with it is `max_overlap` or more (1: none).
 
     A list already in falling order keeps its order among ties, so that filtering twice changes nothing; otherwise
     ties come out in the official order (an ascending sort, reversed).
     """
-    found = [_as_object(d) for d in detections]
-    scores = np.array([d["score"] for d in found], dtype=np.float32)
-    order = np.arange(len(found)) if (scores[1:] <= scores[:-1]).all() else np.argsort(scores)[::-1]
-    keep = order[scores[order] > np.float32(threshold)][:max_objects]
-    return [found[i] for i in keep]
+    scores = np.array([_score(d) for d in detections], dtype=np.float32)
+    rounded, limit = scores.tolist(), float(np.float32(threshold))
+    falling = all(a >= b for a, b in itertools.pairwise(rounded))
+    order = range(len(rounded)) if falling else np.argsort(scores)[::-1].tolist()
+    kept = [as_object(detections[i]) for i in order if rounded[i] > limit][:max_objects]
+    return kept if max_overlap == 1 else _suppress(kept, max_overlap)
+
+
+def _suppress(found: list[dict[str, Any]], max_overlap: float) -> list[dict[str, Any]]:
+    boxes = [np.asarray(d["box"][:4], dtype=np.float32) for d in found]  # the official boxes' dtype
+    kept, rest = [], list(range(len(found)))
+    while rest:
+        best, rest = rest[0], rest[1:]
+        kept.append(found[best])
+        rest = [i for i in rest if box_iou(boxes[best], boxes[i]) < max_overlap]
+    return kept
 
 
 def judge_image(
@@ -88,6 +143,7 @@ def judge_image(
     counting_threshold: float = COUNTING_THRESHOLD,
     max_objects: int = MAX_OBJECTS,
     position_threshold: float = POSITION_THRESHOLD,
+    max_overlap: float = MAX_OVERLAP,
     classify_colors: Callable[[str, list[dict[str, Any]]], list[str]] | None = None,
 ) -> dict[str, Any]:
     """Whether an image shows what its prompt asks for, by GenEval's rule.
@@ -102,6 +158,7 @@ def judge_image(
         threshold, counting_threshold: a detection's score must lie strictly above; the latter for the tag "counting".
         max_objects: detections kept of each class.
         position_threshold: see `relative_position`.
+        max_overlap: see `filter_detections`.
         classify_colors: (class, objects looked at) -> their colours; when left out, each object says its own.
 
     Returns:
@@ -112,7 +169,7 @@ def judge_image(
         ValueError: a malformed clause or object, or a colour asked for and not known.
     """
     limit = counting_threshold if metadata.get("tag") == "counting" else threshold
-    kept = {name: filter_detections(found, limit, max_objects) for name, found in objects.items()}
+    kept = {name: filter_detections(found, limit, max_objects, max_overlap) for name, found in objects.items()}
     reasons: list[str] = []
     matched: list[list[dict[str, Any]] | None] = []
     for clause in metadata.get("include", ()):
@@ -177,14 +234,25 @@ def _clause(clause: Mapping[str, Any]) -> tuple[str, int]:
         raise ValueError(f"clause {dict(clause)!r} has no {error}; it needs 'class' and 'count'") from None
 
 
-def _as_object(detection: Any) -> dict[str, Any]:
-    if isinstance(detection, Mapping):
-        if "box" not in detection:
-            raise ValueError(f"detection {dict(detection)!r} has no 'box' (x0, y0, x1, y1)")
-        return {**detection, "score": detection.get("score", 1.0)}
+def _score(detection: Any) -> float:
+    if isinstance(detection, (dict, Mapping)):  # dict first: the quicker check
+        return detection.get("score", 1.0)
     if len(detection) not in (4, 5):
         raise ValueError(f"detection {detection!r} must be a mapping with 'box', or 4 or 5 numbers (box, score)")
-    return {"box": detection[:4], "score": detection[4] if len(detection) == 5 else 1.0}
+    return detection[4] if len(detection) == 5 else 1.0
+
+
+def as_object(detection: Any) -> dict[str, Any]:
+    """A detection as a mapping with "box" and "score"; see the top of this file.
+
+    Raises:
+        ValueError: it is neither a mapping with "box" nor 4 or 5 numbers.
+    """
+    if isinstance(detection, (dict, Mapping)):
+        if "box" not in detection:
+            raise ValueError(f"detection {dict(detection)!r} has no 'box' (x0, y0, x1, y1)")
+        return {**detection, "score": _score(detection)}
+    return {"box": detection[:4], "score": _score(detection)}
 
 
 def summarise(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -205,9 +273,7 @@ def summarise(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """
     tasks: dict[str, dict[Any, list[bool]]] = {}
     for row in rows:
-        metadata = row.get("metadata", row.get("prompt"))
-        key = metadata if isinstance(metadata, (str, type(None))) else json.dumps(metadata, sort_keys=True)
-        tasks.setdefault(row["tag"], {}).setdefault(key, []).append(bool(row["correct"]))
+        tasks.setdefault(row["tag"], {}).setdefault(_prompt_key(row), []).append(bool(row["correct"]))
     if not tasks:
         raise ValueError("there are no judged images to summarise")
     rank = {tag: i for i, tag in enumerate(TASKS)}
@@ -233,103 +299,104 @@ def summarise(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def load_prompts(path: str | Path) -> list[dict[str, Any]]:
-    """A prompt file: one metadata object per line, as GenEval's evaluation_metadata.jsonl.
-
-    Raises:
-        ValueError: the file is absent or empty, or a line is not a prompt; names the line.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file of prompts (one JSON object per line)")
-    prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            metadata = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-        if not isinstance(metadata, dict) or not {"tag", "prompt", "include"} <= metadata.keys():
-            raise ValueError(f"{path}, line {number}: a prompt needs 'tag', 'prompt' and 'include'")
-        prompts.append(metadata)
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt")
-    return prompts
-
-
-def expected_images(metadata: Mapping[str, Any], images_per_prompt: int = 1) -> int:
-    """Images a run makes of a prompt: `images_per_prompt`, times the prompt's own "images" where it has one."""
-    return images_per_prompt * metadata.get("images", 1)
-
-
-def walk_layout(
-    images_dir: str | Path,
-    prompts: Sequence[Mapping[str, Any]] | None = None,
-    images_per_prompt: int | None = None,
-    missing: Literal["error", "official"] = "error",
-) -> list[dict[str, Any]]:
-    """The images of DIR/00000/{metadata.jsonl, samples/0000.png ...}, in order.
-
-    As in the official code, a folder counts if its name `isdigit()`, and a file if its name starts with digits and
-    ".png"; other entries are passed over.
+def summary_text(rows: Iterable[Mapping[str, Any]]) -> str:
+    """What evaluation/summary_scores.py prints of a results.jsonl, byte for byte; tasks in the order of the rows.
 
     Args:
-        prompts: what should be there (folder n is prompt n); when left out, the folders say.
-        images_per_prompt: see `expected_images`; when left out, the fullest folder says.
-        missing: "error" refuses a missing prompt or image; "official" scores what is there, on a smaller denominator.
-
-    Returns:
-        one {"folder", "metadata", "path"} per image; `folder` is the folder's name.
+        rows: see `summarise`.
 
     Raises:
-        ValueError: nothing to score, a folder without metadata or of another prompt, or (missing="error") a gap.
+        ValueError: no rows.
     """
-    if missing not in ("error", "official"):
-        raise ValueError(f"missing={missing!r} must be 'error' or 'official'")
-    images_dir = Path(images_dir)
-    if not images_dir.is_dir():
-        raise ValueError(f"{images_dir} is not a folder of images")
-    names = [p.name for p in images_dir.iterdir() if p.is_dir() and p.name.isdigit()]
-    folders = []
-    for name in sorted(names, key=lambda n: (len(n), n)):
-        folder = images_dir / name
-        file = folder / "metadata.jsonl"
-        if not file.is_file():
-            raise ValueError(f"{folder} has no metadata.jsonl")
-        metadata = json.loads(file.read_text(encoding="utf-8"))
-        files = [p for p in folder.glob("samples/*") if p.is_file() and re.match(r"\d+\.png", p.name)]
-        folders.append((name, metadata, sorted(files, key=lambda p: (len(p.name), p.name))))
-    if prompts is not None:
-        _check_prompts(images_dir, folders, prompts, missing)
-    if missing == "error":
-        if images_per_prompt is None:
-            images_per_prompt = max((-(-len(f) // m.get("images", 1)) for _, m, f in folders), default=1) or 1
-        for name, metadata, files in folders:
-            wanted = expected_images(metadata, images_per_prompt)
-            if len(files) != wanted:
-                raise ValueError(
-                    f"{images_dir / name} holds {len(files)} images, not {wanted}; complete or clear it, or score what "
-                    "is there with missing='official' (which changes the denominator)"
-                )
-    found = [{"folder": name, "metadata": m, "path": path} for name, m, files in folders for path in files]
-    if not found:
-        raise ValueError(f"{images_dir} holds no image to score (expected 00000/samples/0000.png)")
-    return found
+    tags: dict[str, list[bool]] = {}
+    prompts: dict[Any, bool] = {}
+    for row in rows:
+        correct = bool(row["correct"])
+        tags.setdefault(row["tag"], []).append(correct)
+        key = _prompt_key(row)
+        prompts[key] = prompts.get(key, False) or correct
+    if not tags:
+        raise ValueError("there are no judged images to summarise")
+    images, right = sum(map(len, tags.values())), sum(map(sum, tags.values()))
+    lines = [
+        "Summary",
+        "=======",
+        f"Total images: {images}",
+        f"Total prompts: {len(prompts)}",
+        f"% correct images: {right / images:.2%}",
+        f"% correct prompts: {sum(prompts.values()) / len(prompts):.2%}",
+        "",
+        "Task breakdown",
+        "==============",
+    ]
+    lines += [f"{tag:<16} = {sum(v) / len(v):.2%} ({sum(v)} / {len(v)})" for tag, v in tags.items()]
+    overall = np.mean([sum(v) / len(v) for v in tags.values()])
+    return "\n".join([*lines, "", f"Overall score (avg. over tasks): {overall:.5f}", ""])
 
 
-def _check_prompts(images_dir, folders, prompts, missing) -> None:
-    # isdigit() holds for superscripts too, which are no numbers of prompts.
-    present = {int(name) if name.isdecimal() else len(prompts): metadata for name, metadata, _ in folders}
-    for index, metadata in present.items():
-        # Through JSON: a tuple in the caller's metadata is a list in the file.
-        if index >= len(prompts) or json.loads(json.dumps(prompts[index])) != metadata:
-            wanted = prompts[index]["prompt"] if index < len(prompts) else "no such prompt"
-            shown = metadata.get("prompt")
-            raise ValueError(f"{images_dir}/{index:05d} shows {shown!r}, not prompt {index} ({wanted!r})")
-    absent = [i for i in range(len(prompts)) if i not in present]
-    if absent and missing == "error":
-        raise ValueError(
-            f"{images_dir} lacks {len(absent)} of {len(prompts)} prompts, the first {absent[0]:05d} "
-            f"({prompts[absent[0]]['prompt']!r}); make them, or score with missing='official'"
-        )
+def _prompt_key(row: Mapping[str, Any]) -> str | None:
+    """The official key of a prompt is its metadata as JSON text."""
+    metadata = row.get("metadata", row.get("prompt"))
+    return metadata if isinstance(metadata, (str, type(None))) else json.dumps(metadata)
+
+
+def result_row(
+    filename: str, objects: Objects, metadata: Mapping[str, Any], verdict: Mapping[str, Any], **settings: Any
+) -> dict[str, Any]:
+    """One row for `write_results`: "details" lists the kept boxes (x0, y0, x1, y1, score) of each class.
+
+    Args:
+        filename: the image's path, as it should stand in the file.
+        objects, metadata: what `judge_image` was given.
+        verdict: what it returned.
+        settings: its thresholds, where they are not the official ones.
+    """
+    limit = settings.get("threshold", THRESHOLD)
+    if metadata["tag"] == "counting":
+        limit = settings.get("counting_threshold", COUNTING_THRESHOLD)
+    max_objects, max_overlap = settings.get("max_objects", MAX_OBJECTS), settings.get("max_overlap", MAX_OVERLAP)
+    details = {}
+    for name, found in objects.items():
+        kept = filter_detections(found, limit, max_objects, max_overlap)
+        if kept:
+            details[name] = [[*map(float, d["box"][:4]), float(d["score"])] for d in kept]
+    return {
+        "filename": filename,
+        "tag": metadata["tag"],
+        "prompt": metadata["prompt"],
+        "correct": verdict["correct"],
+        "reason": verdict["reason"],
+        "metadata": json.dumps(metadata),
+        "details": json.dumps(details),
+    }
+
+
+def crop_object(
+    image: Image.Image,
+    box: Sequence[float],
+    mask: np.ndarray | None = None,
+    background: str = BACKGROUND,
+    crop: bool = True,
+) -> Image.Image:
+    """The picture of one object whose colour is classified: what is outside the mask turns grey, then the box is cut.
+
+    Args:
+        image: any mode; read as RGB.
+        box: (x0, y0, x1, y1, ...) in pixels; rounded, as Pillow does.
+        mask: [height, width] bool, true on the object; None keeps the whole box.
+        background: a colour for the pixels outside the mask, or "original" to leave them.
+        crop: False keeps the whole image.
+
+    Raises:
+        ValueError: a mask of another size than the image.
+    """
+    from PIL import Image
+
+    rgb = image.convert("RGB")
+    if mask is not None:
+        mask = np.asarray(mask, dtype=bool)
+        if mask.shape != rgb.size[::-1]:
+            raise ValueError(f"mask of shape {mask.shape} must be (height, width) = {rgb.size[::-1]} of the image")
+        blank = rgb if background == "original" else Image.new("RGB", rgb.size, color=background)
+        rgb = Image.composite(rgb, blank, Image.fromarray(mask))
+    return rgb.crop(tuple(box[:4])) if crop else rgb

@@ -24,7 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -53,7 +53,7 @@ class Parent(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: str
-    digest: str
+    digest: str = Field(pattern=r"^[0-9a-f]{64}$")  # it is printed into cards and terminals
     uri: str
 
 
@@ -203,6 +203,17 @@ def seal(
     os.replace(temporary, directory / MANIFEST)
     _fsync(directory)
     return manifest
+
+
+PUBLIC = ("code_version", "git_revision")  # of made_by
+
+
+def public_manifest(manifest: Manifest) -> Manifest:
+    """The manifest as it is published: without paths, buckets, user names, images and executions. Its digest stays."""
+    parents = tuple(parent.model_copy(update={"uri": ""}) for parent in manifest.parents)
+    made_by = {name: value for name, value in manifest.made_by.items() if name in PUBLIC}
+    public = manifest.model_copy(update={"parents": parents, "made_by": made_by})
+    return public.model_copy(update={"checksum": _checksum(public.model_dump(mode="json"))})
 
 
 def as_parent(directory: str | os.PathLike) -> Parent:

@@ -13,8 +13,9 @@ class PublishConfig(Section):
     title: str = "Nucleus-Image reproduction"
     license: str = "apache-2.0"
     hub_repo_id: str | None = None  # pushed there when set
-    hub_private: bool = True  # whether a repository that is made for it is private
+    hub_private: bool = True  # a repository made for it is private; an existing public one is refused
     s3_uri: str | None = None  # uploaded there when set
+    s3_bucket_owner: str | None = None  # account id that must own that bucket
 
     @model_validator(mode="after")
     def _check(self) -> PublishConfig:

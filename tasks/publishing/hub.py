@@ -1,31 +1,38 @@
-"""Pushes a sealed pipeline directory to the Hugging Face Hub."""
+"""Pushes a sealed pipeline directory to the Hugging Face Hub, in one commit."""
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from tasks.manifest import MANIFEST, verify
+from tasks.manifest import MANIFEST, Manifest, public_manifest, verify
+
+FRESH = {".gitattributes"}  # what the Hub puts into a new repository
 
 
 def push(directory: str | Path, repo_id: str, private: bool = True, api: Any = None) -> dict[str, Any]:
-    """Makes the repository if it is absent, uploads every file in one commit, and looks whether all of it arrived.
+    """Makes the repository if it is absent, uploads every file in one commit, and checks that all of it arrived.
 
-    Running it again is safe: the Hub skips files that it has. Files of an older push that are not in the directory
-    are deleted in the same commit.
+    Running it again is safe: the Hub skips files that it has. Files of an older push of ours that are not in the
+    directory are deleted in the same commit; no other file is. The commit names its parent, so that of two publishers
+    one fails.
 
     Args:
         directory: a sealed directory.
         repo_id: "name" or "owner/name".
-        private: whether a repository that is made here is private; one that exists stays as it is.
+        private: whether a repository that is made here is private. One that exists must be as private as asked.
         api: a huggingface_hub.HfApi; default: one with the token of HF_TOKEN or `hf auth login`.
 
     Returns:
         {"repo_id", "url", "commit", "files", "digest"}.
 
     Raises:
-        ValueError: the directory does not verify, the Hub refuses the name or the token, or a file is missing or
-            different after the upload.
+        ValueError: the directory does not verify, the Hub refuses the name or the token, the repository holds files that
+            are not of a push like this one, it is public where `private` is asked, or a file is missing or different
+            after the upload.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import HfHubHTTPError, LocalTokenNotFoundError, validate_repo_id
@@ -34,24 +41,14 @@ def push(directory: str | Path, repo_id: str, private: bool = True, api: Any = N
     manifest = verify(directory)
     validate_repo_id(repo_id)  # its error is a ValueError that names the id
     api = api or HfApi()
-    wanted = [*manifest.files, MANIFEST]
+    wanted = [*manifest.files, *manifest.logs, MANIFEST]
     try:
         repo = api.create_repo(repo_id, repo_type="model", private=private, exist_ok=True)
         repo_id = getattr(repo, "repo_id", repo_id)  # with the owner
+        parent, stale = _look(api, repo_id, private, set(wanted))
         print(f"hub: pushing {len(wanted)} files to {repo_id}", flush=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            repo_type="model",
-            folder_path=str(directory),
-            commit_message=f"{manifest.kind} {manifest.digest}",
-            delete_patterns="*",
-        )
-        revision = commit.oid
-        there = {
-            entry.path: entry
-            for entry in api.list_repo_tree(repo_id, repo_type="model", revision=revision, recursive=True)
-            if hasattr(entry, "blob_id")  # a file, not a folder
-        }
+        commit = _commit(api, repo_id, directory, manifest, parent, stale)
+        there = _files(api, repo_id, commit.oid)
     except LocalTokenNotFoundError as error:
         raise ValueError("the Hub needs a token: set HF_TOKEN or run `hf auth login`") from error
     except HfHubHTTPError as error:
@@ -60,11 +57,14 @@ def push(directory: str | Path, repo_id: str, private: bool = True, api: Any = N
             raise ValueError(
                 f"the Hub refuses to write to {repo_id} ({status}): set HF_TOKEN to a token that may write there"
             ) from error
+        if status in (409, 412):
+            raise ValueError(f"{repo_id} was changed by another commit meanwhile; run it again") from error
         raise
-    for name in wanted:
+    sizes = {name: (directory / name).stat().st_size for name in (*manifest.files, *manifest.logs)}
+    sizes[MANIFEST] = len(_public(manifest))
+    for name, size in sizes.items():
         if name not in there:
             raise ValueError(f"{repo_id} lacks {name} after the push; run it again")
-        size = (directory / name).stat().st_size
         if there[name].size != size:
             raise ValueError(f"{repo_id} holds {there[name].size} bytes of {name}, not {size}; run it again")
         lfs = getattr(there[name], "lfs", None)  # only large files have a SHA-256 there
@@ -73,7 +73,64 @@ def push(directory: str | Path, repo_id: str, private: bool = True, api: Any = N
     return {
         "repo_id": repo_id,
         "url": f"https://huggingface.co/{repo_id}",
-        "commit": revision,
+        "commit": commit.oid,
         "files": len(wanted),
         "digest": manifest.digest,
     }
+
+
+def _public(manifest: Manifest) -> bytes:
+    return public_manifest(manifest).model_dump_json(indent=1).encode()
+
+
+def _files(api: Any, repo_id: str, revision: str | None) -> dict[str, Any]:
+    entries = api.list_repo_tree(repo_id, repo_type="model", revision=revision, recursive=True)
+    return {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}  # files, not folders
+
+
+def _look(api: Any, repo_id: str, private: bool, wanted: set[str]) -> tuple[str | None, list[str]]:
+    """(commit to build on, files of an older push that are to go).
+
+    Raises:
+        ValueError: the repository is public where `private` is asked, or is not one of ours.
+    """
+    info = api.repo_info(repo_id, repo_type="model")
+    if private and info.private is False:
+        raise ValueError(
+            f"{repo_id} is public, and publish.hub_private is true: set it to false to publish there, or choose another name"
+        )
+    there = set(_files(api, repo_id, info.sha))
+    if not there - FRESH:
+        return info.sha, []
+    if MANIFEST not in there:
+        raise ValueError(
+            f"{repo_id} holds {len(there)} files, such as {min(there - FRESH)}, and no {MANIFEST} of a push like this one: "
+            "nothing was changed; choose an empty repository or another name"
+        )
+    path = api.hf_hub_download(repo_id, MANIFEST, repo_type="model", revision=info.sha)
+    try:
+        fields = json.loads(Path(path).read_bytes())
+        ours = {*fields["files"], *fields.get("logs", {}), MANIFEST}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{repo_id}: its {MANIFEST} is not of a push like this one; choose another name") from error
+    return info.sha, sorted((ours & there) - wanted)
+
+
+def _commit(api: Any, repo_id: str, directory: Path, manifest: Manifest, parent: str | None, stale: list[str]) -> Any:
+    """One commit of links to the directory's files and the public manifest."""
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".pushing-") as staging:
+        for name in (*manifest.files, *manifest.logs):
+            (Path(staging) / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                (Path(staging) / name).hardlink_to(directory / name)
+            except OSError:  # a file system without links
+                shutil.copyfile(directory / name, Path(staging) / name)
+        (Path(staging) / MANIFEST).write_bytes(_public(manifest))
+        return api.upload_folder(
+            repo_id=repo_id,
+            repo_type="model",
+            folder_path=staging,
+            commit_message=f"{manifest.kind} {manifest.digest}",
+            parent_commit=parent,
+            delete_patterns=stale or None,
+        )

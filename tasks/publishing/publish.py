@@ -10,7 +10,9 @@ Weights are copied byte by byte: what was scored is what is published, and no mo
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -40,7 +42,7 @@ SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timest
 def publish(
     merged_dir: str | Path,
     components_dir: str | Path,
-    scorecard_dir: str | Path | None,
+    scorecard_dir: str | Path,
     recipe: dict[str, Any],
     out_dir: str | Path,
 ) -> dict[str, Any]:
@@ -49,8 +51,8 @@ def publish(
     Args:
         merged_dir: holds `transformer/` in diffusers' layout.
         components_dir: holds `vae/`, `text_encoder/` and `processor/`.
-        scorecard_dir: holds `scorecard.json` and `grid.png`; None publishes without scores, and the card says so.
-        recipe: the whole recipe as `Recipe.model_dump(mode="json")`: what the card tells.
+        scorecard_dir: holds `scorecard.json`, and `grid.png` where there is one: nothing is published without scores.
+        recipe: the whole recipe as `Recipe.model_dump(mode="json")`, which the card describes.
         out_dir: an empty directory.
 
     Returns:
@@ -80,17 +82,15 @@ def publish(
     index["scheduler"] = ["diffusers", SCHEDULER["_class_name"]]
     _write_json(out_dir / "model_index.json", index)
 
-    scorecard = None
-    if scorecard_dir is not None:
-        path = Path(scorecard_dir) / "scorecard.json"
-        if not path.is_file():
-            raise ValueError(f"{scorecard_dir} has no scorecard.json")
-        scorecard = json.loads(path.read_text())
-        shutil.copyfile(path, out_dir / "scorecard.json")
-        if (Path(scorecard_dir) / "grid.png").is_file():
-            shutil.copyfile(Path(scorecard_dir) / "grid.png", out_dir / "grid.png")
+    path = Path(scorecard_dir) / "scorecard.json"
+    if not path.is_file():
+        raise ValueError(f"{scorecard_dir} has no scorecard.json; only a model with scores is published")
+    scorecard = json.loads(path.read_text())
+    shutil.copyfile(path, out_dir / "scorecard.json")
+    if (Path(scorecard_dir) / "grid.png").is_file():
+        shutil.copyfile(Path(scorecard_dir) / "grid.png", out_dir / "grid.png")
 
-    parents = [merged_dir, components_dir, *([scorecard_dir] if scorecard_dir is not None else [])]
+    parents = [merged_dir, components_dir, scorecard_dir]
     card = model_card(recipe, scorecard, lineage_rows(parents), has_grid=(out_dir / "grid.png").is_file())
     (out_dir / "README.md").write_text(card)
     files = _write_sums(out_dir)
@@ -100,6 +100,22 @@ def publish(
         "image_size_px": recipe["eval"]["image_size_px"],
         "class": index["_class_name"],
     }
+
+
+PRIVATE = (("source", "path"), ("train", "checkpoint_uri"), ("publish", "s3_uri"), ("publish", "s3_bucket_owner"))
+
+
+def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe as it may be published: without paths, buckets and accounts. A local directory that weights came from
+    is named by its last step alone."""
+    public = copy.deepcopy(recipe)
+    for section, key in PRIVATE:
+        if public.get(section, {}).get(key) is not None:
+            public[section][key] = "(private)"
+    init_from = public.get("train", {}).get("init_from")
+    if init_from and ("@" not in init_from or init_from.startswith(("/", "."))):
+        public["train"]["init_from"] = Path(init_from).name
+    return public
 
 
 def _check_fit(sources: dict[str, Path], recipe: dict[str, Any]) -> None:
@@ -131,9 +147,23 @@ def _check_fit(sources: dict[str, Path], recipe: dict[str, Any]) -> None:
             )
 
 
+# Names come from files of the Hub or of other artifacts: only these classes are looked up.
+PROCESSORS = (
+    "Qwen3VLProcessor",
+    "PreTrainedTokenizerFast",
+    "TokenizersBackend",
+    "Qwen2Tokenizer",
+    "Qwen2TokenizerFast",
+)
+
+
 def processor_class(directory: Path) -> str:
     """The class that the directory says it is: a processor, or a tokenizer alone, which the pipeline can use as well
-    (a Qwen3VLProcessor needs torchvision to load, for its video half)."""
+    (a Qwen3VLProcessor needs torchvision to load, for its video half).
+
+    Raises:
+        ValueError: none is named, or one that is not in `PROCESSORS`.
+    """
     for name, key in (
         ("processor_config.json", "processor_class"),
         ("preprocessor_config.json", "processor_class"),
@@ -142,6 +172,8 @@ def processor_class(directory: Path) -> str:
     ):
         path = directory / name
         if path.is_file() and (found := json.loads(path.read_text()).get(key)):
+            if found not in PROCESSORS:
+                raise ValueError(f"{path} names the class {found!r}; it must be one of {', '.join(PROCESSORS)}")
             return found
     raise ValueError(f"{directory} names neither a processor_class nor a tokenizer_class in its configs")
 
@@ -185,6 +217,22 @@ print("CHECK " + json.dumps({"ok": True, "class": type(pipe).__name__, "device":
 """
 
 
+def _without_secrets(home: str) -> dict[str, str]:
+    """The environment of a process that loads files of others: no tokens, no credentials, no home of the user."""
+    kept = (
+        "PATH",
+        "LANG",
+        "LC_ALL",
+        "TMPDIR",
+        "LD_LIBRARY_PATH",
+        "CUDA_VISIBLE_DEVICES",
+        "OMP_NUM_THREADS",
+        "VIRTUAL_ENV",
+    )
+    environment = {name: os.environ[name] for name in kept if name in os.environ}
+    return environment | {"HOME": home, "HF_HOME": home, "HF_HUB_OFFLINE": "1"}
+
+
 def check_pipeline(
     directory: str | Path, height_px: int = 64, width_px: int = 64, timeout_s: float = 1800
 ) -> dict[str, Any]:
@@ -203,8 +251,13 @@ def check_pipeline(
         try:
             done = subprocess.run(
                 [*command, "workflows", "tasks", "model", "eval", "flytekit", "torchtitan"],
-                cwd=elsewhere, capture_output=True, text=True, timeout=timeout_s,
-            )  # fmt: skip
+                cwd=elsewhere,
+                stdin=subprocess.DEVNULL,
+                env=_without_secrets(elsewhere),
+                capture_output=True,
+                text=True,
+                timeout=timeout_s,
+            )
         except subprocess.TimeoutExpired:
             raise ValueError(f"{directory} did not draw an image within {timeout_s:.0f} s") from None
     told = [line for line in done.stdout.splitlines() if line.startswith("CHECK ")]
@@ -234,7 +287,7 @@ def upload(directory: str | Path, config: PublishConfig) -> dict[str, Any]:
 
     done: dict[str, Any] = {}
     if config.s3_uri is not None:
-        done["s3"] = s3.upload(directory, config.s3_uri)
+        done["s3"] = s3.upload(directory, config.s3_uri, bucket_owner=config.s3_bucket_owner)
     if config.hub_repo_id is not None:
         done["hub"] = hub.push(directory, config.hub_repo_id, private=config.hub_private)
     return done

@@ -1,41 +1,57 @@
-"""Uploads a sealed directory to S3, its manifest last: what has a manifest there is whole."""
+"""Publishes a sealed directory to S3 as a new version, then moves `latest.json` to it.
+
+    PREFIX/versions/DIGEST/...            the files, then manifest.json: a version with a manifest is whole
+    PREFIX/latest.json                    {"digest", "uri", "manifest_sha256"} of the version to read
+
+A version is never changed, and nothing is deleted, so readers of an older version are not disturbed. `latest.json` is
+written last, and only if it is still the one that this publisher read (If-Match, If-None-Match): of two publishers one
+fails, and neither can mix its files with the other's. A publisher that is killed leaves the old version in place.
+"""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from model.storage import s3_access
-from tasks.manifest import MANIFEST, Manifest, sha256_file, verify
+from tasks.manifest import MANIFEST, Manifest, public_manifest, verify
 
 MIB = 1 << 20
 PART_BYTES = 64 * MIB
 MAX_PARTS = 10_000  # S3's limit
-MARK = "sha256"  # our object metadata: what the object holds, whatever its ETag
+VERSIONS, LATEST = "versions", "latest.json"
+ABSENT = ("NoSuchKey", "404", "NotFound")
+CONFLICT = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 
 
-def upload(directory: str | Path, s3_uri: str, client: Any = None, part_bytes: int = PART_BYTES) -> dict[str, Any]:
-    """Uploads every file below `s3_uri`, checks each against its SHA-256, then uploads manifest.json.
+def upload(
+    directory: str | Path,
+    s3_uri: str,
+    client: Any = None,
+    part_bytes: int = PART_BYTES,
+    bucket_owner: str | None = None,
+) -> dict[str, Any]:
+    """Uploads a sealed directory as a version below `s3_uri` and makes it the latest.
 
-    Objects that are there with the same digest are skipped, so running it again after a failure goes on where it
-    stopped. The manifest of an older upload is removed before anything of it is replaced, so that a reader never
-    finds a manifest over a mixture; the older upload's other files are removed too.
+    Objects that are there with the same bytes, by the store's own SHA-256, are skipped: after a failure, run it again.
 
     Args:
         directory: a sealed directory.
         s3_uri: s3://bucket/prefix.
         client: a boto3 S3 client; default: boto3's own configuration, or Flyte's (FLYTE_AWS_ENDPOINT, ...).
         part_bytes: files above it go in parts of that size (at least 5 MiB, S3's limit).
+        bucket_owner: account id that must own the bucket.
 
     Returns:
-        {"uri", "digest", "uploaded", "skipped", "removed", "bytes"} (counts of objects; bytes of the uploaded).
+        {"uri", "latest", "digest", "uploaded", "skipped", "bytes"} (counts of objects; bytes of the uploaded).
 
     Raises:
-        ValueError: not an S3 URI, no such bucket, no access, a place that holds somebody else's objects, or an
-            object that differs from its file after the upload.
+        ValueError: not an S3 URI, no such bucket, no access, a version directory with other objects in it, an object that
+            differs from its file after the upload, or another publisher that moved `latest.json` meanwhile.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -44,25 +60,109 @@ def upload(directory: str | Path, s3_uri: str, client: Any = None, part_bytes: i
         raise ValueError(f"part_bytes={part_bytes} must be at least {5 * MIB} (5 MiB)")
     directory = Path(directory)
     manifest = verify(directory)
+    place = _Place(client or _client(), bucket, prefix, {"ExpectedBucketOwner": bucket_owner} if bucket_owner else {})
     try:
-        return _upload(client or _client(), bucket, prefix, directory, manifest, part_bytes)
+        return _publish(place, directory, manifest, part_bytes)
     except ClientError as error:
-        code = error.response.get("Error", {}).get("Code", "")
+        code = _code(error)
         if code in ("NoSuchBucket", "404"):
             raise ValueError(f"{s3_uri}: there is no bucket {bucket!r}") from error
         if code in ("AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
+            owner = f", and that account {bucket_owner} owns the bucket" if bucket_owner else ""
             raise ValueError(
-                f"{s3_uri}: access denied ({code}); check the credentials and the bucket's policy"
+                f"{s3_uri}: access denied ({code}); check the credentials and the bucket's policy{owner}"
             ) from error
         raise
     except BotoCoreError as error:  # no credentials, no route to the endpoint
         raise ValueError(f"{s3_uri}: {error}") from error
 
 
+def latest(s3_uri: str, client: Any = None) -> dict[str, str] | None:
+    """What `latest.json` below `s3_uri` says: {"digest", "uri", "manifest_sha256"}; None where nothing was published.
+
+    Raises:
+        ValueError: it is not one of ours.
+    """
+    bucket, prefix = _split(s3_uri)
+    content, _ = _Place(client or _client(), bucket, prefix, {}).read(LATEST)
+    return None if content is None else _pointer(content, f"s3://{bucket}/{prefix}{LATEST}")
+
+
+class _Place:
+    """A prefix of a bucket; keys are relative to it."""
+
+    def __init__(self, client: Any, bucket: str, prefix: str, owner: dict[str, str]) -> None:
+        self.client, self.bucket, self.prefix, self.owner = client, bucket, prefix, owner
+
+    def uri(self, name: str) -> str:
+        return f"s3://{self.bucket}/{self.prefix}{name}"
+
+    def read(self, name: str) -> tuple[bytes | None, str]:
+        """(content, ETag) of a small object; (None, "") where there is none."""
+        from botocore.exceptions import ClientError
+
+        try:
+            found = self.client.get_object(Bucket=self.bucket, Key=self.prefix + name, **self.owner)
+        except ClientError as error:
+            if _code(error) in ABSENT:
+                return None, ""
+            raise
+        return found["Body"].read(), found["ETag"]
+
+    def head(self, name: str) -> dict[str, Any] | None:
+        from botocore.exceptions import ClientError
+
+        try:
+            return self.client.head_object(
+                Bucket=self.bucket, Key=self.prefix + name, ChecksumMode="ENABLED", **self.owner
+            )
+        except ClientError as error:
+            if _code(error) in ABSENT:
+                return None
+            raise
+
+    def names(self, folder: str) -> Iterator[str]:
+        """Names of all objects below a folder, relative to it."""
+        root = f"{self.prefix}{folder}/"
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=root, **self.owner)
+        for page in pages:
+            for entry in page.get("Contents", []):
+                yield entry["Key"][len(root) :]
+
+    def write(self, name: str, content: bytes, condition: dict[str, str]) -> None:
+        """Writes a small object if the condition (IfMatch, IfNoneMatch) holds.
+
+        Raises:
+            ValueError: it does not.
+        """
+        from botocore.exceptions import ClientError
+
+        try:
+            self.client.put_object(
+                Bucket=self.bucket,
+                Key=self.prefix + name,
+                Body=content,
+                ContentType="application/json",
+                ChecksumAlgorithm="SHA256",
+                **condition,
+                **self.owner,
+            )
+        except ClientError as error:
+            if _code(error) in CONFLICT:
+                raise ValueError(
+                    f"{self.uri(name)} was changed by another publisher meanwhile; nothing of it was replaced. Run it again"
+                ) from error
+            raise
+
+
+def _code(error: Any) -> str:
+    return error.response.get("Error", {}).get("Code", "")
+
+
 def _split(s3_uri: str) -> tuple[str, str]:
     """(bucket, prefix that is empty or ends with a slash)."""
     bucket, _, prefix = s3_uri.removeprefix("s3://").partition("/")
-    if not s3_uri.startswith("s3://") or not bucket:
+    if not s3_uri.startswith("s3://") or not bucket or "@" in bucket:
         raise ValueError(f"{s3_uri!r} is not of the form s3://bucket/prefix")
     prefix = prefix.strip("/")
     return bucket, f"{prefix}/" if prefix else ""
@@ -80,99 +180,86 @@ def _client() -> Any:
     )
 
 
-def _upload(
-    client: Any, bucket: str, prefix: str, directory: Path, manifest: Manifest, part_bytes: int
-) -> dict[str, Any]:
-    from boto3.s3.transfer import TransferConfig
+def _pointer(content: bytes, uri: str) -> dict[str, str]:
+    try:
+        fields = json.loads(content)
+        return {name: str(fields[name]) for name in ("digest", "uri", "manifest_sha256")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{uri} is not a pointer to a published version; choose an empty prefix") from error
 
-    client.head_bucket(Bucket=bucket)
-    older = _older_manifest(client, bucket, prefix)
-    there = _list(client, bucket, prefix)
-    wanted = {prefix + name for name in (*manifest.files, MANIFEST)}
-    strays = sorted(there - wanted)
-    ours = {prefix + name for name in older}
-    for key in strays:
-        if key not in ours and _mark(client.head_object(Bucket=bucket, Key=key)) is None:
-            raise ValueError(f"s3://{bucket}/{key} is not of an upload like this one; choose an empty prefix")
 
-    fresh = sha256_file(directory / MANIFEST)
-    if prefix + MANIFEST in there and _mark(client.head_object(Bucket=bucket, Key=prefix + MANIFEST)) != fresh:
-        client.delete_object(Bucket=bucket, Key=prefix + MANIFEST)
-    for key in strays:
-        client.delete_object(Bucket=bucket, Key=key)
+def _publish(place: _Place, directory: Path, manifest: Manifest, part_bytes: int) -> dict[str, Any]:
+    place.client.head_bucket(Bucket=place.bucket, **place.owner)
+    before, etag = place.read(LATEST)
+    if before is not None:
+        _pointer(before, place.uri(LATEST))
+    version = f"{VERSIONS}/{manifest.digest}"
+    names = {**manifest.files, **manifest.logs}
+    for name in place.names(version):
+        if name not in names and name != MANIFEST:
+            raise ValueError(f"{place.uri(version)}/{name} is no file of this version; choose an empty prefix")
 
-    report = {"uri": f"s3://{bucket}/{prefix}", "digest": manifest.digest, "uploaded": 0, "skipped": 0, "removed": len(strays), "bytes": 0}  # fmt: skip
-    files = [*manifest.files.items(), (MANIFEST, fresh)]
-    for i, (name, digest) in enumerate(files, 1):
+    report = {"uri": place.uri(version), "latest": place.uri(LATEST), "digest": manifest.digest}
+    counts = {"uploaded": 0, "skipped": 0, "bytes": 0}
+    for i, (name, digest) in enumerate(names.items(), 1):
         path = directory / name
         size = path.stat().st_size
-        if _same(client, bucket, prefix + name, digest, size):
-            report["skipped"] += 1
-            continue
         part = max(part_bytes, -(-size // MAX_PARTS))
-        client.upload_file(
-            str(path),
-            bucket,
-            prefix + name,
-            # S3 refuses a part whose bytes do not have the checksum that boto3 sends with it.
-            ExtraArgs={"Metadata": {MARK: digest}, "ChecksumAlgorithm": "SHA256"},
-            Config=TransferConfig(multipart_threshold=part, multipart_chunksize=part),
+        key = f"{version}/{name}"
+        if _holds(place.head(key), path, digest, size, part):
+            counts["skipped"] += 1
+            continue
+        _send(place, key, path, digest, size, part)
+        counts["uploaded"] += 1
+        counts["bytes"] += size
+        print(f"s3: {i}/{len(names) + 1} {place.uri(key)} ({size:,} bytes)", flush=True)
+
+    content = public_manifest(manifest).model_dump_json(indent=1).encode()
+    there, there_etag = place.read(f"{version}/{MANIFEST}")
+    if there is not None and hashlib.sha256(there).digest() == hashlib.sha256(content).digest():
+        counts["skipped"] += 1
+    else:
+        place.write(f"{version}/{MANIFEST}", content, {"IfMatch": there_etag} if there else {"IfNoneMatch": "*"})
+        counts["uploaded"] += 1
+        counts["bytes"] += len(content)
+    sha256 = hashlib.sha256(content).hexdigest()
+    pointer = {"digest": manifest.digest, "uri": report["uri"], "manifest_sha256": sha256}
+    after = (json.dumps(pointer, indent=1) + "\n").encode()
+    if before != after:
+        place.write(LATEST, after, {"IfMatch": etag} if before is not None else {"IfNoneMatch": "*"})
+    return report | counts
+
+
+def _send(place: _Place, key: str, path: Path, digest: str, size: int, part: int) -> None:
+    from boto3.s3.transfer import TransferConfig
+
+    place.client.upload_file(
+        str(path),
+        place.bucket,
+        place.prefix + key,
+        # S3 refuses a part whose bytes do not have the checksum that boto3 sends with it.
+        ExtraArgs={"ChecksumAlgorithm": "SHA256", **place.owner},
+        Config=TransferConfig(multipart_threshold=part, multipart_chunksize=part),
+    )
+    head = place.head(key)
+    if head is None or head["ContentLength"] != size:
+        stored = "no object" if head is None else f"{head['ContentLength']} bytes"
+        raise ValueError(f"{place.uri(key)} has {stored} after the upload, {path} has {size} bytes")
+    # A store that keeps no checksum, such as some S3-compatible ones: boto3's own check of each part must do.
+    if head.get("ChecksumSHA256") is not None and not _holds(head, path, digest, size, part):
+        raise ValueError(
+            f"{place.uri(key)} has the checksum {head['ChecksumSHA256']} after the upload, not that of {path}"
         )
-        _check(client, bucket, prefix + name, path, digest, size, part)
-        report["uploaded"] += 1
-        report["bytes"] += size
-        print(f"s3: {i}/{len(files)} s3://{bucket}/{prefix}{name} ({size:,} bytes)", flush=True)
-    return report
 
 
-def _list(client: Any, bucket: str, prefix: str) -> set[str]:
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    return {entry["Key"] for page in pages for entry in page.get("Contents", [])}
-
-
-def _older_manifest(client: Any, bucket: str, prefix: str) -> set[str]:
-    """The names that a manifest there lists; empty without one."""
-    from botocore.exceptions import ClientError
-
-    try:
-        body = client.get_object(Bucket=bucket, Key=prefix + MANIFEST)["Body"].read()
-    except ClientError as error:
-        if error.response.get("Error", {}).get("Code") in ("NoSuchKey", "404"):
-            return set()
-        raise
-    try:
-        return set(json.loads(body)["files"])
-    except (ValueError, KeyError, TypeError):
-        return set()
-
-
-def _mark(head: dict[str, Any]) -> str | None:
-    return head.get("Metadata", {}).get(MARK)
-
-
-def _same(client: Any, bucket: str, key: str, digest: str, size: int) -> bool:
-    from botocore.exceptions import ClientError
-
-    try:
-        head = client.head_object(Bucket=bucket, Key=key)
-    except ClientError as error:
-        if error.response.get("Error", {}).get("Code") in ("NoSuchKey", "404", "NotFound"):
-            return False
-        raise
-    return _mark(head) == digest and head["ContentLength"] == size
-
-
-def _check(client: Any, bucket: str, key: str, path: Path, digest: str, size: int, part: int) -> None:
-    head = client.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
-    if head["ContentLength"] != size:
-        raise ValueError(f"s3://{bucket}/{key} has {head['ContentLength']} bytes after the upload, {path} has {size}")
-    stored = head.get("ChecksumSHA256")
-    if stored is None:  # a store that keeps none, such as some S3-compatible ones: boto3's own checks must do
-        return
+def _holds(head: dict[str, Any] | None, path: Path, digest: str, size: int, part: int) -> bool:
+    """Whether an object has the file's bytes, by the checksum that the store computed. Object metadata is not believed:
+    whoever wrote the object also wrote that."""
+    if head is None or head["ContentLength"] != size or head.get("ChecksumSHA256") is None:
+        return False
     whole = base64.b64encode(bytes.fromhex(digest)).decode()
     expected = _composite(path, part) if size >= part else whole  # boto3 uploads in parts from the threshold on
-    if stored.split("-")[0] != expected:  # S3 adds the number of parts, not every store does
-        raise ValueError(f"s3://{bucket}/{key} has the checksum {stored} after the upload, {path} has {expected}")
+    return head["ChecksumSHA256"].split("-")[0] == expected  # S3 adds the number of parts, not every store does
 
 
 def _composite(path: Path, part: int) -> str:

@@ -35,7 +35,7 @@ def publish_pipeline(
 
     merged_path, components_path = fetch(merged, "merged"), fetch(components, "components")
     scorecard_path, curated_path = fetch(scorecard, "scorecard"), fetch(curated, "curated")
-    recipe = json.loads(recipe_json)
+    recipe = publish.public_recipe(json.loads(recipe_json))
     side = recipe["eval"]["image_size_px"]
 
     def make(out: Path) -> dict:
@@ -47,7 +47,7 @@ def publish_pipeline(
         "pipeline",
         make,
         parents=[merged_path, components_path, scorecard_path, curated_path],
-        config={"publish": config.model_dump(mode="json"), "recipe": recipe},
+        config={"recipe": recipe},
     )
     with plain_errors():
         publish.upload(final, config)

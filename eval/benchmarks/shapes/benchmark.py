@@ -8,16 +8,20 @@ prompts with "split": "seen"; those that ask for a combination held out of train
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from eval.benchmarks.base import Judged, Mode, Prompt
+from eval.benchmarks.geneval import GenEval
 from eval.benchmarks.shapes.detector import detect
 from eval.benchmarks.shapes.prompts import make_prompts
+from eval.benchmarks.shapes.vocabulary import SHAPES
 from eval.geneval import judge_image
 
-__all__ = ["detect", "judge", "make_prompts"]
+__all__ = ["BENCHMARK", "detect", "judge", "make_prompts"]
 
 
 def judge(image: Image.Image, metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,3 +32,43 @@ def judge(image: Image.Image, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """
     objects = detect(image)
     return {**judge_image(objects, metadata), "objects": objects}
+
+
+class Shapes(GenEval):
+    """See `eval.benchmarks.base.Benchmark`. The judge "detector" is `detect`, which names colours too."""
+
+    name = "shapes"
+    version = "1"
+    prompt_count = 156
+    images_per_prompt = 1
+    judges: Mapping[str, str] = {"detector": "eval.benchmarks.shapes.detector:detect"}
+    data = ""
+    classes = SHAPES
+
+    def prompts(self, path: str | Path | None = None) -> list[dict[str, Any]]:
+        """`make_prompts` with ids; or those of a file in the same form.
+
+        Raises:
+            ValueError: see `GenEval.prompts`.
+        """
+        if path is not None:
+            return super().prompts(path)
+        return [{"id": f"{index:05d}", **prompt} for index, prompt in enumerate(make_prompts())]
+
+    def summarise(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], mode: Mode) -> dict[str, Any]:
+        """Of the prompts with "split": "seen"; "held_out" has the summary of the others, or None."""
+        splits: dict[bool, list[Prompt]] = {False: [], True: []}
+        for prompt in prompts:
+            splits[prompt.get("split") == "held_out"].append(prompt)
+        summaries = {}
+        for held_out, chosen in splits.items():
+            ids = {prompt["id"] for prompt in chosen}
+            other = {prompt["id"] for prompt in splits[not held_out]}
+            answers = {key: value for key, value in judged.items() if key in ids or key not in other}
+            summaries[held_out] = super().summarise(chosen, answers, mode) if chosen else None
+        if summaries[False] is None:
+            raise ValueError("there are no seen prompts to summarise")
+        return {**summaries[False], "held_out": summaries[True]}
+
+
+BENCHMARK = Shapes()

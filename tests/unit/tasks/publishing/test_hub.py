@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ class FakeHub:
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.calls: list[tuple[str, dict]] = []
+        self.private, self.sha = True, "0" * 40
         self.lose: str | None = None
         self.change: str | None = None
         self.error: Exception | None = None
@@ -32,8 +34,10 @@ class FakeHub:
 
     def upload_folder(self, **options):
         self.calls.append(("upload", options))
-        if options["delete_patterns"] == "*":
-            self.files.clear()
+        if options["parent_commit"] != self.sha:
+            raise HfHubHTTPError("conflict", response=httpx.Response(412, request=httpx.Request("POST", "https://hub")))
+        for name in options["delete_patterns"] or ():
+            del self.files[name]
         folder = Path(options["folder_path"])
         for path in folder.rglob("*"):
             if path.is_file():
@@ -41,10 +45,19 @@ class FakeHub:
         self.files.pop(self.lose, None)
         if self.change:
             self.files[self.change] = self.files[self.change][::-1]
-        return SimpleNamespace(oid="1" * 40)
+        self.sha = "1" * 40
+        return SimpleNamespace(oid=self.sha)
+
+    def repo_info(self, repo_id, **options):
+        return SimpleNamespace(sha=self.sha, private=self.private)
+
+    def hf_hub_download(self, repo_id, name, **options):
+        path = Path(tempfile.mkdtemp()) / name
+        path.write_bytes(self.files[name])
+        return str(path)
 
     def list_repo_tree(self, repo_id, **options):
-        assert options["revision"] == "1" * 40 and options["recursive"]
+        assert options["revision"] == self.sha and options["recursive"]
         yield SimpleNamespace(path="sub", tree_id="x")
         for name, content in self.files.items():
             large = name.endswith(".safetensors")
@@ -89,11 +102,62 @@ def test_a_name_without_owner_gets_the_one_that_the_hub_gives(pipeline):
     assert push(pipeline, "model", api=FakeHub())["repo_id"] == "me/model"
 
 
-def test_a_second_push_replaces_the_first_whole(pipeline, tmp_path):
+def test_a_second_push_deletes_what_only_the_first_had_and_nothing_else(pipeline, tmp_path):
     hub = FakeHub()
-    hub.files["old.bin"] = b"old"
+    hub.files[".gitattributes"] = b"* lfs"
     push(pipeline, "me/model", api=hub)
-    assert "old.bin" not in hub.files
+    hub.files["discussion.md"] = b"by a user"
+    newer = tmp_path / "newer"
+    newer.mkdir()
+    (newer / "README.md").write_text("new card")
+    seal(newer, "pipeline")
+    push(newer, "me/model", api=hub)
+    assert set(hub.files) == {".gitattributes", "README.md", "manifest.json", "discussion.md"}
+
+
+def test_a_repository_with_other_files_is_refused_untouched(pipeline):
+    hub = FakeHub()
+    hub.files["weights.bin"] = b"of somebody else"
+    with pytest.raises(ValueError, match="holds 1 files, such as weights.bin"):
+        push(pipeline, "me/model", api=hub)
+    hub.files["manifest.json"] = b"{}"
+    with pytest.raises(ValueError, match="is not of a push like this one"):
+        push(pipeline, "me/model", api=hub)
+    assert set(hub.files) == {"weights.bin", "manifest.json"}
+
+
+def test_a_public_repository_is_refused_where_private_is_asked(pipeline):
+    hub = FakeHub()
+    hub.private = False
+    with pytest.raises(ValueError, match="is public, and publish.hub_private is true"):
+        push(pipeline, "me/model", api=hub)
+    assert not hub.files
+    push(pipeline, "me/model", private=False, api=hub)
+
+
+def test_a_commit_of_somebody_else_meanwhile_is_one_message(pipeline):
+    hub = FakeHub()
+    looked = hub.repo_info
+
+    def stale(*args, **options):
+        info = looked(*args, **options)
+        hub.sha = "2" * 40
+        return info
+
+    hub.repo_info = stale
+    hub.list_repo_tree = lambda *args, **options: iter(())
+    with pytest.raises(ValueError, match="changed by another commit meanwhile"):
+        push(pipeline, "me/model", api=hub)
+
+
+def test_the_pushed_manifest_names_no_place(pipeline, tmp_path):
+    hub = FakeHub()
+    child = tmp_path / "child"
+    child.mkdir()
+    (child / "README.md").write_text("card")
+    seal(child, "pipeline", parents=[pipeline])
+    push(child, "me/model", api=hub)
+    assert str(tmp_path) not in hub.files["manifest.json"].decode()
 
 
 def test_a_damaged_directory_is_not_pushed(pipeline):

@@ -135,9 +135,30 @@ def test_publishing_twice_gives_the_same_bytes(parts, recipe, published, tmp_pat
     assert (tmp_path / "SHA256SUMS").read_bytes() == (published / "SHA256SUMS").read_bytes()
 
 
-def test_without_a_scorecard_there_is_none_and_the_card_says_so(parts, recipe, tmp_path):
-    publish.publish(parts / "merged", parts / "components", None, recipe, tmp_path)
-    assert not (tmp_path / "scorecard.json").exists() and "Not scored." in (tmp_path / "README.md").read_text()
+def test_without_scores_nothing_is_published(parts, recipe, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="only a model with scores is published"):
+        publish.publish(parts / "merged", parts / "components", tmp_path / "empty", recipe, tmp_path / "out")
+
+
+def test_a_published_recipe_names_no_place():
+    recipe = load_recipe("smoke", ["source.path=/home/someone/images", "train.checkpoint_uri=s3://secret/x"])
+    public = publish.public_recipe(recipe.model_dump(mode="json"))
+    assert "someone" not in json.dumps(public) and "secret" not in json.dumps(public)
+    assert public["train"]["seed"] == recipe.train.seed
+
+
+def test_a_class_that_is_no_processor_is_not_looked_up(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Trainer"}))
+    with pytest.raises(ValueError, match="names the class 'Trainer'; it must be one of"):
+        publish.processor_class(tmp_path)
+
+
+def test_the_check_runs_without_tokens_and_credentials(monkeypatch, tmp_path):
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "FLYTE_AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "planted")
+    assert "planted" not in publish._without_secrets(str(tmp_path)).values()
 
 
 @pytest.mark.parametrize(
@@ -177,7 +198,7 @@ def test_parts_that_do_not_fit_together_are_refused_before_any_copy(parts, recip
     (copied / part / "config.json").write_text(json.dumps(config))
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match=message):
-        publish.publish(copied / "merged", copied / "components", None, recipe, tmp_path / "out")
+        publish.publish(copied / "merged", copied / "components", copied / "scorecard", recipe, tmp_path / "out")
     assert not any((tmp_path / "out").iterdir())
 
 
@@ -185,7 +206,7 @@ def test_a_processor_is_published_as_what_its_own_files_say(parts, recipe, tmp_p
     copied = shutil.copytree(parts, tmp_path / "parts")
     (copied / "components/processor/processor_config.json").write_text('{"processor_class": "Qwen3VLProcessor"}')
     (tmp_path / "out").mkdir()
-    publish.publish(copied / "merged", copied / "components", None, recipe, tmp_path / "out")
+    publish.publish(copied / "merged", copied / "components", copied / "scorecard", recipe, tmp_path / "out")
     index = json.loads((tmp_path / "out/model_index.json").read_text())
     assert index["processor"] == ["transformers", "Qwen3VLProcessor"]
 
@@ -201,7 +222,7 @@ def test_it_loads_and_draws_in_a_fresh_process_and_the_text_cache_changes_no_pix
 def test_a_stochastic_pipeline_is_checked_with_the_same_noise_each_time(parts, recipe, tmp_path):
     scheduler = {"shift": 3.0, "stochastic_sampling": True}
     changed = {**recipe, "eval": {**recipe["eval"], "scheduler": scheduler}}
-    publish.publish(parts / "merged", parts / "components", None, changed, tmp_path)
+    publish.publish(parts / "merged", parts / "components", parts / "scorecard", changed, tmp_path)
     assert scheduler.items() <= json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text()).items()
     assert publish.check_pipeline(tmp_path, height_px=32, width_px=32)["cache_max_difference"] == 0
 
@@ -226,7 +247,7 @@ def test_an_upload_goes_where_the_config_says_and_nowhere_else(published, monkey
     monkeypatch.setattr(
         hub, "push", lambda directory, repo_id, private: sent.append((repo_id, private)) or {"to": "hub"}
     )
-    monkeypatch.setattr(s3, "upload", lambda directory, uri: sent.append(uri) or {"to": "s3"})
+    monkeypatch.setattr(s3, "upload", lambda directory, uri, bucket_owner: sent.append(uri) or {"to": "s3"})
     assert publish.upload(published, PublishConfig()) == {} and sent == []
     config = PublishConfig(hub_repo_id="me/model", hub_private=False, s3_uri="s3://bucket/x")
     assert publish.upload(published, config) == {"s3": {"to": "s3"}, "hub": {"to": "hub"}}
@@ -237,4 +258,4 @@ def test_another_hidden_state_needs_as_many_text_layers(parts, recipe, tmp_path)
     changed = copy.deepcopy(recipe)
     changed["encoding"]["hidden_state_index"] = -10
     with pytest.raises(ValueError, match="the recipe's return_index -10 needs more than 10 text layers"):
-        publish.publish(parts / "merged", parts / "components", None, changed, tmp_path)
+        publish.publish(parts / "merged", parts / "components", parts / "scorecard", changed, tmp_path)

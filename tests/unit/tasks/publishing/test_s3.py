@@ -1,17 +1,16 @@
-"""An upload to S3 never looks complete before it is, goes on where it stopped, and holds exactly the directory."""
+"""A published version never looks complete before it is, is never changed, and of two publishers one fails."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from pathlib import Path
 
 import boto3
 import pytest
 from moto import mock_aws
 
-from tasks.manifest import MANIFEST, seal, verify
+from tasks.manifest import MANIFEST, load_manifest, seal, verify
 from tasks.publishing import s3
 
 BUCKET = "nucleus-artifacts-eu-west-1"
@@ -53,63 +52,115 @@ def objects(client, prefix: str = PREFIX) -> dict[str, bytes]:
     }
 
 
-def download(client, directory: Path) -> Path:
-    for name, content in objects(client).items():
+def version(directory: Path) -> str:
+    return f"{PREFIX}versions/{load_manifest(directory).digest}/"
+
+
+def download(client, directory: Path, prefix: str) -> Path:
+    for name, content in objects(client, prefix).items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_bytes(content)
     return directory
 
 
-class Recorder:
-    """A client that notes what is written, in order, and can fail at an upload or damage one."""
+class Killed(Exception):
+    """Stands for SIGKILL at a call of the client."""
 
-    def __init__(self, client, fail_at: str = "", damage: str = "") -> None:
-        self._client, self.fail_at, self.damage = client, fail_at, damage
-        self.written: list[str] = []
+
+class Recorder:
+    """A client that lists what it writes, and can stop before its n-th call, or damage an upload."""
+
+    CALLS = ("head_bucket", "get_object", "head_object", "put_object", "upload_file", "get_paginator")
+
+    def __init__(self, client, kill_at: int = -1, damage: str = "", before=None) -> None:
+        self._client, self.kill_at, self.damage, self.before = client, kill_at, damage, before
+        self.calls, self.written = 0, []
 
     def __getattr__(self, name):
-        return getattr(self._client, name)
+        if name not in self.CALLS:
+            return getattr(self._client, name)
 
-    def upload_file(self, path, bucket, key, **options):
-        if self.fail_at and key.endswith(self.fail_at):
-            raise ConnectionError("the line went dead")
-        self.written.append(f"put {key.removeprefix(PREFIX)}")
+        def call(*args, **options):
+            if self.calls == self.kill_at:
+                raise Killed
+            self.calls += 1
+            return getattr(self, f"_{name}", getattr(self._client, name))(*args, **options)
+
+        return call
+
+    def _put_object(self, **options):
+        key = options["Key"].removeprefix(PREFIX)
+        if self.before:
+            self.before(key)
+        result = self._client.put_object(**options)
+        self.written.append(key)
+        return result
+
+    def _upload_file(self, path, bucket, key, **options):
         if self.damage and key.endswith(self.damage):
             content = b"!" + Path(path).read_bytes()[1:]
-            self._client.put_object(Bucket=bucket, Key=key, Body=content, **options["ExtraArgs"])
-            return
-        self._client.upload_file(path, bucket, key, **options)
-
-    def delete_object(self, Bucket, Key):
-        self.written.append(f"delete {Key.removeprefix(PREFIX)}")
-        return self._client.delete_object(Bucket=Bucket, Key=Key)
+            extra = dict(options["ExtraArgs"])
+            self._client.put_object(Bucket=bucket, Key=key, Body=content, **extra)
+        else:
+            self._client.upload_file(path, bucket, key, **options)
+        self.written.append(key.removeprefix(PREFIX))
 
 
-def test_what_is_uploaded_can_be_downloaded_and_verifies(client, pipeline, tmp_path):
+def test_a_published_version_can_be_downloaded_and_verifies(client, pipeline, tmp_path):
     report = s3.upload(pipeline, URI, client)
-    assert report["uploaded"] == 3 and report["skipped"] == 0 and report["uri"] == URI + "/"
-    assert verify(download(client, tmp_path / "back")).digest == verify(pipeline).digest == report["digest"]
+    assert report["uploaded"] == 3 and report["skipped"] == 0
+    pointer = s3.latest(URI, client)
+    assert pointer["digest"] == verify(pipeline).digest and pointer["uri"] == report["uri"]
+    back = download(client, tmp_path / "back", version(pipeline))
+    assert verify(back, digest=pointer["digest"])
+    assert hashlib.sha256((back / MANIFEST).read_bytes()).hexdigest() == pointer["manifest_sha256"]
 
 
-def test_the_default_client_is_boto3s_own(client, pipeline):
-    assert s3.upload(pipeline, URI)["uploaded"] == 3
-    assert set(objects(client)) == {"README.md", "transformer/model.safetensors", MANIFEST}
+def test_the_published_manifest_names_no_place_and_no_machine(client, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLYTE_INTERNAL_IMAGE", "registry.internal/trainer:1")
+    parent = make(tmp_path / "secret-project/parent", {"a": b"1"})
+    directory = tmp_path / "pipeline"
+    directory.mkdir()
+    (directory / "README.md").write_bytes(b"card")
+    seal(directory, "pipeline", parents=[parent])
+    s3.upload(directory, URI, client)
+    text = objects(client, version(directory))[MANIFEST].decode()
+    assert "secret-project" not in text and "registry.internal" not in text and str(tmp_path) not in text
+    assert load_manifest(parent).digest in text
 
 
-def test_the_manifest_is_the_last_to_appear(client, pipeline):
+def test_nothing_published_has_no_latest(client):
+    assert s3.latest(URI, client) is None
+
+
+def test_the_manifest_follows_the_files_and_the_pointer_follows_the_manifest(client, pipeline):
     recorder = Recorder(client)
     s3.upload(pipeline, URI, recorder)
-    assert recorder.written[-1] == f"put {MANIFEST}" and len(recorder.written) == 3
+    assert [name.rpartition("/")[2] for name in recorder.written[-2:]] == [MANIFEST, s3.LATEST]
+    assert len(recorder.written) == 4
 
 
-def test_a_half_uploaded_directory_has_no_manifest_and_the_next_run_goes_on_from_there(client, pipeline):
-    with pytest.raises(ConnectionError):
-        s3.upload(pipeline, URI, Recorder(client, fail_at="model.safetensors"))
-    assert set(objects(client)) == {"README.md"}
-    recorder = Recorder(client)
-    report = s3.upload(pipeline, URI, recorder)
-    assert recorder.written == ["put transformer/model.safetensors", f"put {MANIFEST}"]
-    assert (report["uploaded"], report["skipped"]) == (2, 1)
+def test_a_publisher_killed_anywhere_leaves_the_old_version_or_the_new_one(client, pipeline, tmp_path):
+    s3.upload(pipeline, URI, client)
+    old = s3.latest(URI, client)
+    other = make(tmp_path / "other", {"README.md": b"new!", "vae/model.safetensors": b"v" * 10, "a": b"1", "b": b"2"})
+    new_digest = load_manifest(other).digest
+    whole = Recorder(client)
+    kills, seen = 0, set()
+    while True:
+        try:
+            s3.upload(other, URI, Recorder(client, kill_at=kills))
+            break
+        except Killed:
+            kills += 1
+        pointer = s3.latest(URI, client)
+        seen.add(pointer["digest"])
+        back = download(client, tmp_path / f"back{kills}", f"{PREFIX}versions/{pointer['digest']}/")
+        assert verify(back, digest=pointer["digest"])
+    assert kills >= 10 and old["digest"] in seen
+    assert s3.latest(URI, client)["digest"] == new_digest
+    s3.upload(other, URI, whole)
+    assert whole.written == []
 
 
 def test_running_it_again_writes_nothing(client, pipeline):
@@ -119,44 +170,56 @@ def test_running_it_again_writes_nothing(client, pipeline):
     assert recorder.written == [] and (report["uploaded"], report["skipped"], report["bytes"]) == (0, 3, 0)
 
 
-def test_an_object_of_the_same_length_with_other_bytes_is_replaced(client, pipeline):
-    client.put_object(Bucket=BUCKET, Key=PREFIX + "README.md", Body=b"cart")
+def test_object_metadata_is_not_believed(client, pipeline):
+    """Somebody uploaded other bytes of the same length, and marked them with the right digest."""
+    digest = verify(pipeline).files["README.md"]
+    client.put_object(
+        Bucket=BUCKET,
+        Key=version(pipeline) + "README.md",
+        Body=b"cart",
+        Metadata={"sha256": digest},
+        ChecksumAlgorithm="SHA256",
+    )
     s3.upload(pipeline, URI, client)
-    assert objects(client)["README.md"] == b"card"
+    assert objects(client, version(pipeline))["README.md"] == b"card"
 
 
-def test_another_version_replaces_the_older_one_whole_and_never_under_its_manifest(client, pipeline, tmp_path):
-    s3.upload(pipeline, URI, client)
-    other = make(tmp_path / "other", {"README.md": b"new!", "vae/model.safetensors": b"v" * 10})
-    recorder = Recorder(client, fail_at="vae/model.safetensors")
-    with pytest.raises(ConnectionError):
-        s3.upload(other, URI, recorder)
-    assert recorder.written[0] == f"delete {MANIFEST}"
-    assert MANIFEST not in objects(client)
-    s3.upload(other, URI, client)
-    assert set(objects(client)) == {"README.md", "vae/model.safetensors", MANIFEST}
-    verify(download(client, tmp_path / "back"))
-
-
-def test_an_interrupted_version_leaves_nothing_behind_in_the_next_one(client, pipeline, tmp_path):
-    with pytest.raises(ConnectionError):
-        s3.upload(pipeline, URI, Recorder(client, fail_at=MANIFEST))
+def test_of_two_publishers_at_once_one_fails_and_the_pointer_is_the_others(client, pipeline, tmp_path):
     other = make(tmp_path / "other", {"README.md": b"new!"})
-    assert s3.upload(other, URI, client)["removed"] == 1
-    assert set(objects(client)) == {"README.md", MANIFEST}
+
+    def meanwhile(key):
+        if key == s3.LATEST:
+            s3.upload(other, URI, client)
+
+    with pytest.raises(ValueError, match="changed by another publisher"):
+        s3.upload(pipeline, URI, Recorder(client, before=meanwhile))
+    assert s3.latest(URI, client)["digest"] == load_manifest(other).digest
+    s3.upload(pipeline, URI, client)
+    assert s3.latest(URI, client)["digest"] == load_manifest(pipeline).digest
+
+
+def test_another_version_leaves_the_older_one_in_place(client, pipeline, tmp_path):
+    s3.upload(pipeline, URI, client)
+    other = make(tmp_path / "other", {"README.md": b"new!"})
+    s3.upload(other, URI, client)
+    assert s3.latest(URI, client)["digest"] == load_manifest(other).digest
+    verify(download(client, tmp_path / "back", version(pipeline)))
 
 
 def test_somebody_elses_objects_are_never_touched(client, pipeline):
     client.put_object(Bucket=BUCKET, Key=PREFIX + "thesis.pdf", Body=b"years of work")
-    with pytest.raises(ValueError, match="thesis.pdf is not of an upload like this one; choose an empty prefix"):
-        s3.upload(pipeline, URI, client)
-    assert set(objects(client)) == {"thesis.pdf"}
-
-
-def test_neighbours_whose_prefix_begins_alike_are_not_looked_at(client, pipeline):
-    client.put_object(Bucket=BUCKET, Key="nucleus/pipeline-2/x", Body=b"x")
     s3.upload(pipeline, URI, client)
-    assert objects(client, "nucleus/pipeline-2/") == {"x": b"x"}
+    assert objects(client)["thesis.pdf"] == b"years of work"
+    client.put_object(Bucket=BUCKET, Key=version(pipeline) + "stray.bin", Body=b"x")
+    with pytest.raises(ValueError, match="stray.bin is no file of this version"):
+        s3.upload(pipeline, URI, client)
+
+
+def test_a_latest_that_is_not_ours_is_refused(client, pipeline):
+    client.put_object(Bucket=BUCKET, Key=PREFIX + s3.LATEST, Body=b"[1, 2]")
+    with pytest.raises(ValueError, match="is not a pointer to a published version"):
+        s3.upload(pipeline, URI, client)
+    assert set(objects(client)) == {s3.LATEST}
 
 
 def test_a_damaged_directory_is_not_uploaded(client, pipeline):
@@ -169,16 +232,16 @@ def test_a_damaged_directory_is_not_uploaded(client, pipeline):
 def test_an_object_that_arrived_changed_is_refused_and_no_manifest_follows(client, pipeline):
     with pytest.raises(ValueError, match="model.safetensors has the checksum"):
         s3.upload(pipeline, URI, Recorder(client, damage="model.safetensors"))
-    assert MANIFEST not in objects(client)
+    assert MANIFEST not in objects(client, version(pipeline)) and s3.latest(URI, client) is None
 
 
 def test_large_files_go_in_parts_and_are_checked_as_such(client, tmp_path):
     content = b"".join(hashlib.sha256(bytes([i])).digest() * 1024 for i in range(200)) * 2  # 12.5 MiB
     directory = make(tmp_path / "large", {"model.safetensors": content})
     s3.upload(directory, URI, client, part_bytes=5 * s3.MIB)
-    head = client.head_object(Bucket=BUCKET, Key=PREFIX + "model.safetensors")
+    head = client.head_object(Bucket=BUCKET, Key=version(directory) + "model.safetensors")
     assert head["ETag"].strip('"').endswith("-3") and head["ContentLength"] == len(content)
-    assert objects(client)["model.safetensors"] == content
+    assert s3.upload(directory, URI, client, part_bytes=5 * s3.MIB)["skipped"] == 2
 
 
 @pytest.mark.parametrize("size", [1, 4096, 4097, 10000])
@@ -212,7 +275,6 @@ def test_missing_credentials_are_one_message(pipeline, monkeypatch, tmp_path):
         s3.upload(pipeline, URI)
 
 
-def test_the_manifest_there_names_the_files_there(client, pipeline):
-    s3.upload(pipeline, f"s3://{BUCKET}", client)  # a whole bucket is a place as well
-    there = objects(client, "")
-    assert set(json.loads(there[MANIFEST])["files"]) | {MANIFEST} == set(there)
+def test_a_whole_bucket_is_a_place_as_well(client, pipeline):
+    s3.upload(pipeline, f"s3://{BUCKET}", client)
+    assert s3.LATEST in objects(client, "")

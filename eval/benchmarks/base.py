@@ -1,0 +1,193 @@
+"""What a benchmark is: prompts, the questions that judges answer about their images, and the rule that scores them.
+
+    prompts() --(a pipeline)--> images --questions()--> (judges) --> answers --score()--> score of a prompt
+                                                                     answers --summarise()--> the benchmark's scores
+
+A prompt is a JSON object with "id" (text; the same prompt has the same id in every run), "prompt", "tag" (the task it
+belongs to), and what the rule reads. Everything a benchmark says of a prompt's images hangs on their order: image 0, 1,
+... of a prompt, whether the official layout keeps them as files or as the tiles of one grid.
+
+Scores of images and prompts are floats in [0, 1] (Soft-TIFA may pass 1 by a little). Summaries are on the published
+scale, `Benchmark.scale`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+Mode = Literal["official", "fixed"]
+Prompt = Mapping[str, Any]
+# The answers about one image, by `Question.key`; None for an image that is missing or could not be judged.
+Answers = Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Question:
+    """What one judge is asked about one image, or about all images of a prompt together.
+
+    Attributes:
+        judge: which judge answers, a key of `Benchmark.judges`.
+        key: where the answer goes in the image's answers.
+        text: the question's words, as the official code says them; "" where a judge needs none.
+        options: what else the judge needs, JSON values; together with `judge` and `text` it tells questions apart.
+        together: asked once about all images of the prompt.
+    """
+
+    judge: str
+    key: str
+    text: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    together: bool = False
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the judge is asked: the question's part of the key under which an answer is cached."""
+        asked = json.dumps([self.judge, self.text, dict(self.options)], sort_keys=True)
+        return hashlib.sha256(asked.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The answers about one prompt.
+
+    Attributes:
+        images: the answers about each image that was asked for, in order; None for one that is missing.
+        together: the answers to questions about all images.
+    """
+
+    images: Sequence[Answers]
+    together: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores of one prompt.
+
+    Attributes:
+        score: the prompt's; None if no image was judged.
+        images: of each image, None where it was not judged.
+        reasons: why each image is not fully right; "" where it is, or where the rule gives no reason.
+        parts: named scores of the prompt, where the rule has several.
+    """
+
+    score: float | None
+    images: tuple[float | None, ...]
+    reasons: tuple[str, ...]
+    parts: Mapping[str, float | None] = field(default_factory=dict)
+
+
+class Benchmark(Protocol):
+    """The interface of the registry's objects.
+
+    Attributes:
+        name, version: of the rule; the version names the official commit.
+        scale: what a perfect summary score is, 1 or 100.
+        tasks: the tags, in the order of published tables; () where prompts are not grouped.
+        prompt_count, images_per_prompt: the official numbers.
+        grid: (columns, rows) of the picture that holds a prompt's images; None where each image is a file.
+        judges: {judge: the official model}.
+        data: the file that `prompts` reads, and where it comes from; "" for prompts that are made.
+    """
+
+    name: str
+    version: str
+    scale: float
+    tasks: tuple[str, ...]
+    prompt_count: int
+    images_per_prompt: int
+    grid: tuple[int, int] | None
+    judges: Mapping[str, str]
+    data: str
+
+    def prompts(self, path: str | Path | None = None) -> list[dict[str, Any]]:
+        """The prompts, from the official data at `path`.
+
+        Raises:
+            ValueError: the data is absent, or malformed; names the file and what it must be.
+        """
+
+    def picture_path(self, prompt: Prompt, image: int, model: str) -> str:
+        """Where the official layout keeps an image (or the grid it is in), relative to the folder of images."""
+
+    def questions(self, prompt: Prompt, answers: Mapping[str, Any]) -> list[Question]:
+        """The questions about an image that can be asked now; none when its answers are complete.
+
+        Args:
+            answers: what has been answered so far; a question may need an earlier answer.
+        """
+
+    def score(self, prompt: Prompt, judged: Judged) -> Scored:
+        """The scores of one prompt.
+
+        Raises:
+            ValueError: an answer is missing or malformed.
+        """
+
+    def summarise(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], mode: Mode) -> dict[str, Any]:
+        """The benchmark's scores.
+
+        Args:
+            prompts: those of the run.
+            judged: {prompt's id: answers}.
+            mode: "official" has the official code's bugs and drops what failed; "fixed" has neither.
+
+        Returns:
+            {"score", "categories": {name: score}, "expected", "scored", "failed": numbers of images (of prompts, where
+            the rule scores prompts only)}, and what else the rule has
+
+        Raises:
+            ValueError: nothing to score, or answers to an unknown prompt (mode="fixed").
+        """
+
+
+def required(path: str | Path | None, benchmark: Benchmark) -> Path:
+    """`path`, which must exist.
+
+    Raises:
+        ValueError: it is None or absent; says which file of which repository is needed.
+    """
+    if path is None:
+        raise ValueError(f"benchmark {benchmark.name!r} needs the path of its prompt data: {benchmark.data}")
+    if not Path(path).exists():
+        raise ValueError(f"{path} does not exist; benchmark {benchmark.name!r} needs {benchmark.data}")
+    return Path(path)
+
+
+def check_known(prompts: Sequence[Prompt], judged: Mapping[str, Judged]) -> None:
+    """Raises:
+    ValueError: answers to a prompt that is not one of `prompts`, or two prompts of one id.
+    """
+    ids = {prompt["id"] for prompt in prompts}
+    if len(ids) < len(prompts):
+        raise ValueError(f"{len(prompts)} prompts have {len(ids)} different ids; each prompt needs its own")
+    unknown = [key for key in judged if key not in ids]
+    if unknown:
+        raise ValueError(f"answers to {len(unknown)} unknown prompts, such as {unknown[0]!r}; ids are {_some(ids)}")
+
+
+def complete(prompts: Sequence[Prompt], judged: Mapping[str, Judged]) -> dict[str, Judged]:
+    """`judged` for every prompt: one without answers misses as many images as the fullest other has."""
+    share = {prompt["id"]: prompt.get("images", 1) for prompt in prompts}
+    images = max((-(-len(answers.images) // share[key]) for key, answers in judged.items() if key in share), default=1)
+    return {key: judged.get(key) or Judged((None,) * (images * share[key])) for key in share}
+
+
+def _some(ids: set[str]) -> str:
+    return ", ".join(sorted(ids)[:3]) + (", ..." if len(ids) > 3 else "")
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean of the values that are not None; None if there are none."""
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None
+
+
+def prompt_digest(prompts: Sequence[Prompt]) -> str:
+    """SHA-256 of a set of prompts, whatever their order and that of their keys."""
+    lines = sorted(json.dumps(prompt, sort_keys=True) for prompt in prompts)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

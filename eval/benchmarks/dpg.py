@@ -1,0 +1,118 @@
+"""The benchmark `dpg`: a visual question answering model says yes or no to the questions of long prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval import dpg as rule
+from eval.benchmarks.base import (
+    Benchmark,
+    Judged,
+    Mode,
+    Prompt,
+    Question,
+    Scored,
+    check_known,
+    complete,
+    mean,
+    required,
+)
+
+
+class DPG(Benchmark):
+    """See `eval.benchmarks.base.Benchmark`; the rule is `eval.dpg`'s."""
+
+    name = "dpg"
+    version = "TencentQQGYLab/ELLA@3c228f1"
+    scale = 100.0
+    tasks = ("dpg",)
+    prompt_count = 1065
+    images_per_prompt = rule.IMAGES
+    grid = (2, 2)
+    judges: Mapping[str, str] = {"vqa": "damo/mplug_visual-question-answering_coco_large_en (modelscope)"}
+    data = "dpg_bench/dpg_bench.csv of github.com/TencentQQGYLab/ELLA (1,065 prompts)"
+
+    def prompts(self, path: str | Path | None = None) -> list[dict[str, Any]]:
+        """The prompts of the official CSV; an id is an item id.
+
+        "questions" and, where the official code reads others, "official_questions" are lists of [qid, tuple, parents,
+        question]; "official_questions" is None where the official code knows no question of the prompt.
+
+        Raises:
+            ValueError: see `eval.dpg.load_questions`.
+        """
+        path = required(path, self)
+        texts = rule.load_prompts(path)
+        fixed, official = rule.load_questions(path, "fixed"), rule.load_questions(path, "official")
+        prompts = []
+        for item, text in texts.items():
+            prompt = {"id": item, "prompt": text, "tag": "dpg", "questions": _rows(fixed[item])}
+            theirs = _rows(official[item]) if item in official else None
+            prompts.append(prompt if theirs == prompt["questions"] else {**prompt, "official_questions": theirs})
+        return prompts
+
+    def picture_path(self, prompt: Prompt, image: int, model: str) -> str:
+        return f"{prompt['id']}.png"
+
+    def questions(self, prompt: Prompt, answers: Mapping[str, Any]) -> list[Question]:
+        """One for each question; the answer is the judge's text, as it is."""
+        return [Question("vqa", str(q[0]), q[3]) for q in prompt["questions"] if str(q[0]) not in answers]
+
+    def score(self, prompt: Prompt, judged: Judged) -> Scored:
+        """Official and fixed scores of a prompt are the same, but for the one whose first question is skipped."""
+        group = _group(prompt["questions"])
+        scores: list[float | None] = []
+        for answers in judged.images:
+            try:
+                chosen = None if answers is None else rule.answers_of(_answers([answers]), group, "fixed")
+                scores.append(None if chosen is None else rule.score_sample(*chosen)["score"])
+            except ValueError as error:
+                raise ValueError(f"prompt {prompt['id']!r}: {error}") from None
+        reasons = []
+        for answers in judged.images:
+            no = [] if answers is None else [q[3] for q in prompt["questions"] if answers[str(q[0])] != rule.YES]
+            reasons.append("not judged" if answers is None else "\n".join(no))
+        return Scored(mean(scores), tuple(scores), tuple(reasons))
+
+    def summarise(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], mode: Mode) -> dict[str, Any]:
+        """See `Benchmark.summarise`; also what `eval.dpg.summarise` returns. It counts prompts: one that misses an
+        image is left out ("official") or has the score 0 ("fixed")."""
+        check_known(prompts, judged)
+        questions = {}
+        for prompt in prompts:
+            rows = prompt.get("official_questions", prompt["questions"]) if mode == "official" else prompt["questions"]
+            if rows is not None:
+                questions[prompt["id"]] = _group(rows)
+        answers = {
+            key: _answers(value.images) for key, value in judged.items() if value.images and None not in value.images
+        }
+        images = max(len(value.images) for value in complete(prompts, judged).values())
+        summary = rule.summarise(answers, questions, mode, images)
+        counts = {"expected": len(prompts), "scored": summary["scored"], "failed": len(prompts) - summary["scored"]}
+        return {**summary, **counts, "failed_items": sorted({*summary["failed"], *summary["missing"]})}
+
+
+def _rows(group: rule.Question) -> list[list[Any]]:
+    return [
+        [qid, group["qid2tuple"][qid], group["qid2dependency"][qid], text]
+        for qid, text in group["qid2question"].items()
+    ]
+
+
+def _group(rows: Sequence[Sequence[Any]]) -> rule.Question:
+    return {
+        "qid2tuple": {qid: text for qid, text, _, _ in rows},
+        "qid2dependency": {qid: parents for qid, _, parents, _ in rows},
+        "qid2question": {qid: question for qid, _, _, question in rows},
+    }
+
+
+def _answers(images: Sequence[Mapping[str, Any]]) -> dict[int, list[str]]:
+    """Per question, as `eval.dpg` takes them; a question that an image lacks is left out."""
+    shared = [key for key in images[0] if all(key in answers for answers in images)]
+    return {int(key): [answers[key] for answers in images] for key in shared}
+
+
+BENCHMARK = DPG()

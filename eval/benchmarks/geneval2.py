@@ -1,0 +1,104 @@
+"""The benchmark `geneval2`: a vision-language model says how probable the expected answer of each question is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval import geneval2 as rule
+from eval.benchmarks.base import (
+    Benchmark,
+    Judged,
+    Mode,
+    Prompt,
+    Question,
+    Scored,
+    check_known,
+    complete,
+    mean,
+    required,
+)
+
+
+class GenEval2(Benchmark):
+    """See `eval.benchmarks.base.Benchmark`; the rule is `eval.geneval2`'s. The headline is Soft-TIFA GM."""
+
+    name = "geneval2"
+    version = "facebookresearch/GenEval2 (arXiv 2512.16853)"
+    scale = 100.0
+    tasks = tuple(str(count) for count in rule.ATOMICITIES)
+    prompt_count = 800
+    images_per_prompt = 1
+    grid = None
+    judges: Mapping[str, str] = {"soft_tifa": "Qwen/Qwen3-VL-8B-Instruct"}
+    data = "geneval2_data.jsonl of github.com/facebookresearch/GenEval2 (800 prompts)"
+
+    def prompts(self, path: str | Path | None = None) -> list[dict[str, Any]]:
+        """The prompts of a file in the official form; the tag is the number of atoms.
+
+        Raises:
+            ValueError: no such file, or a malformed line.
+        """
+        rows = rule.load_prompts(required(path, self))
+        return [{"id": f"{index:04d}", "tag": str(row["atom_count"]), **row} for index, row in enumerate(rows)]
+
+    def picture_path(self, prompt: Prompt, image: int, model: str) -> str:
+        """Ours: the official code is given {prompt: path} instead."""
+        return f"{prompt['id']}/{image:04d}.png"
+
+    def questions(self, prompt: Prompt, answers: Mapping[str, Any]) -> list[Question]:
+        """One for each pair of "vqa_list"; options are {"answers": the replies whose probabilities are summed}, and the
+        answer is their sum."""
+        return [
+            Question("soft_tifa", str(i), rule.question_text(text), {"answers": rule.expected_answers(text, answer)})
+            for i, (text, answer) in enumerate(prompt["vqa_list"])
+            if str(i) not in answers
+        ]
+
+    def _values(self, prompt: Prompt, answers: Mapping[str, Any]) -> list[float]:
+        absent = [i for i in range(len(prompt["vqa_list"])) if str(i) not in answers]
+        if absent:
+            raise ValueError(f"prompt {prompt['id']!r} has no answers to questions {absent}")
+        return [float(answers[str(i)]) for i in range(len(prompt["vqa_list"]))]
+
+    def score(self, prompt: Prompt, judged: Judged) -> Scored:
+        means = [None if a is None else rule.soft_tifa(self._values(prompt, a)) for a in judged.images]
+        scores = tuple(None if m is None else m["gm"] for m in means)
+        reasons = []
+        for answers in judged.images:
+            if answers is None:
+                reasons.append("not judged")
+                continue
+            values = self._values(prompt, answers)
+            low = min(range(len(values)), key=values.__getitem__)
+            reasons.append(f"{prompt['vqa_list'][low][0]} {values[low]:.2f}" if values[low] < 0.5 else "")
+        parts = {name: mean([None if m is None else m[name] for m in means]) for name in ("gm", "am")}
+        return Scored(mean(scores), scores, tuple(reasons), parts)
+
+    def summarise(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], mode: Mode) -> dict[str, Any]:
+        """See `Benchmark.summarise`; also "am", "gm", "skills" and "atomicity" of `eval.geneval2.summarise`. Several
+        images of a prompt count as prompts of their own. An image that was not judged is left out ("official": the
+        official code stops there) or has the score 0 for each question ("fixed")."""
+        check_known(prompts, judged)
+        whole = complete(prompts, judged)
+        scores: list[list[float]] = []
+        rows: list[Prompt] = []
+        failed = expected = 0
+        for prompt in prompts:
+            for answers in whole[prompt["id"]].images:
+                expected += 1
+                failed += answers is None
+                if answers is None and mode == "official":
+                    continue
+                scores.append([0.0] * len(prompt["vqa_list"]) if answers is None else self._values(prompt, answers))
+                rows.append(prompt)
+        if failed == expected:
+            raise ValueError(f"none of {expected} images was judged")
+        summary = rule.summarise(scores, rows)
+        categories = {**summary["skills"], **{f"{n} atoms": value for n, value in summary["atomicity"].items()}}
+        counts = {"expected": expected, "scored": expected - failed, "failed": failed}
+        return {**summary, "score": summary["gm"], "categories": categories, **counts}
+
+
+BENCHMARK = GenEval2()

@@ -1,0 +1,278 @@
+"""The benchmarks `oneig` and `oneig-zh`: five dimensions, each with its own prompts and judges.
+
+class            alignment  text  reasoning  style                diversity
+anime            x                           prompts with a style  x
+human, object    x                                                 x
+multilingualism  x (Chinese only)                                  x
+text                        x                                      x
+reasoning                         x                                x
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from eval import oneig as rule
+from eval.benchmarks.base import (
+    Benchmark,
+    Judged,
+    Mode,
+    Prompt,
+    Question,
+    Scored,
+    check_known,
+    complete,
+    mean,
+    required,
+)
+
+CLASS_OF = {
+    "Anime_Stylization": "anime",
+    "Portrait": "human",
+    "General_Object": "object",
+    "Text_Rendering": "text",
+    "Knowledge_Reasoning": "reasoning",
+    "Multilingualism": "multilingualism",
+}
+OCR_PROMPT = (
+    "Recognize the text in the image, only reply with the text content, but avoid repeating previously mentioned "
+    "content. If no text is recognized, please reply with 'No text recognized'."
+)
+
+
+class OneIG(Benchmark):
+    """See `eval.benchmarks.base.Benchmark`; the rule is `eval.oneig`'s."""
+
+    version = "OneIG-Bench/OneIG-Benchmark@41b4983"
+    scale = 1.0
+    images_per_prompt = 4
+    grid = (2, 2)
+    judges: Mapping[str, str] = {
+        "vqa": "Qwen/Qwen2.5-VL-7B-Instruct",
+        "ocr": "Qwen/Qwen2.5-VL-7B-Instruct",
+        "reasoning": "microsoft/LLM2CLIP-Openai-L-14-336 with LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned",
+        "style": "CSD ViT-L and xingpng/OneIG-StyleEncoder",
+        "diversity": "dreamsim 0.2.1, ensemble",
+    }
+
+    def __init__(self, language: Literal["EN", "ZH"]):
+        chinese = language == "ZH"
+        self.language: Literal["EN", "ZH"] = language
+        self.name = "oneig-zh" if chinese else "oneig"
+        self.tasks = tuple(CLASS_OF.values()) if chinese else tuple(CLASS_OF.values())[:-1]
+        self._table, self._column = ("OneIG-Bench-ZH.csv", "prompt_cn") if chinese else ("OneIG-Bench.csv", "prompt_en")
+        self._suffix = "_zh" if chinese else ""
+        self.prompt_count = 1320 if chinese else 1120
+        self.data = f"a checkout of github.com/OneIG-Bench/OneIG-Benchmark ({self._table}, scripts/; {self.prompt_count:,} prompts)"
+
+    def prompts(self, path: str | Path | None = None) -> list[dict[str, Any]]:
+        """The prompts of a checkout; an id is "<class>_<id>".
+
+        What the rule reads: "questions" ([qid, parents, question]), "text_content", "answer" and "style", each where
+        the prompt has one.
+
+        Raises:
+            ValueError: a file of the checkout is absent or malformed, or has no row for a prompt.
+        """
+        root = required(path, self)
+        texts = self._table_of(root, f"scripts/text/text_content{self._suffix}.csv", "id", "text_content")
+        styles = self._table_of(root, "scripts/style/style.csv", "id", "class")
+        answers = self._json(root, f"scripts/reasoning/gt_answer{self._suffix}.json")
+        questions: dict[str, Any] = {}
+        prompts = []
+        for line, row in self._csv_rows(root / self._table, ("category", "id", self._column)):
+            if row["category"] not in CLASS_OF:
+                raise ValueError(
+                    f"{root / self._table}, line {line}: category {row['category']!r} must be one of "
+                    f"{', '.join(CLASS_OF)}"
+                )
+            tag, number = CLASS_OF[row["category"]], row["id"]
+            prompt: dict[str, Any] = {"id": f"{tag}_{number}", "prompt": row[self._column], "tag": tag}
+            if tag == "text":
+                prompt["text_content"] = self._entry(texts, number, prompt)
+            elif tag == "reasoning":
+                prompt["answer"] = self._entry(answers, number, prompt)
+            else:
+                if tag not in questions:
+                    questions[tag] = self._json(root, f"scripts/alignment/Q_D/{tag}{self._suffix}.json")
+                prompt["questions"] = self._questions(self._entry(questions[tag], number, prompt), prompt)
+                if tag == "anime" and (style := rule.style_name(self._entry(styles, number, prompt))):
+                    prompt["style"] = style
+            prompts.append(prompt)
+        return prompts
+
+    @staticmethod
+    def _entry(table: Mapping[str, Any], number: str, prompt: Prompt) -> Any:
+        if number not in table:
+            raise ValueError(f"the checkout has no entry {number!r} for prompt {prompt['id']!r}")
+        return table[number]
+
+    @staticmethod
+    def _questions(entry: Mapping[str, Any], prompt: Prompt) -> list[list[Any]]:
+        try:
+            question, dependency = (
+                {int(qid): value for qid, value in (json.loads(part) if isinstance(part, str) else part).items()}
+                for part in (entry["question"], entry["dependency"])
+            )
+        except (KeyError, ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"the questions of prompt {prompt['id']!r} cannot be read: {error!r}") from None
+        return [[qid, list(dependency.get(qid, ())), text] for qid, text in question.items()]
+
+    @staticmethod
+    def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+        if not path.is_file():
+            raise ValueError(f"{path} is not a file; it belongs to github.com/OneIG-Bench/OneIG-Benchmark")
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            absent = [column for column in columns if column not in (reader.fieldnames or ())]
+            if absent:
+                raise ValueError(
+                    f"{path} has no column {', '.join(absent)}; it has {', '.join(reader.fieldnames or ())}"
+                )
+            try:
+                for row in reader:
+                    if None in row or None in row.values():
+                        raise ValueError(f"{path}, line {reader.line_num}: a row of another length; is it cut short?")
+                    yield reader.line_num, row
+            except csv.Error as error:
+                raise ValueError(f"{path}, line {reader.line_num}: {error}; is the file cut short?") from error
+
+    def _table_of(self, root: Path, name: str, key: str, value: str) -> dict[str, str]:
+        return {row[key]: row[value] for _, row in self._csv_rows(root / name, (key, value))}
+
+    @staticmethod
+    def _json(root: Path, name: str) -> dict[str, Any]:
+        path = root / name
+        if not path.is_file():
+            raise ValueError(f"{path} is not a file; it belongs to github.com/OneIG-Bench/OneIG-Benchmark")
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+
+    def picture_path(self, prompt: Prompt, image: int, model: str) -> str:
+        tag, _, number = prompt["id"].rpartition("_")
+        return f"{tag}/{model}/{number}.webp"
+
+    def questions(self, prompt: Prompt, answers: Mapping[str, Any]) -> list[Question]:
+        """What each dimension of the prompt asks.
+
+        Answers: "vqa" the judge's text as it is; "ocr" its text; "style" the tile's `eval.oneig.style_score` against
+        the references of options["style"]; "reasoning" the cosine to the text; "diversity" (together) the distances of
+        all pairs of tiles, (0, 1), (0, 2), ..., in the order of the tiles that are not black.
+        """
+        asked = [Question("diversity", "diversity", together=True)]
+        for qid, _, text in prompt.get("questions", ()):
+            asked.append(Question("vqa", str(qid), f"{text}. Please answer 'Yes' or 'No' only."))
+        if "text_content" in prompt:
+            tokens = rule.max_new_tokens(prompt["text_content"])
+            asked.append(Question("ocr", "ocr", OCR_PROMPT, {"max_new_tokens": tokens}))
+        if "answer" in prompt:
+            asked.append(Question("reasoning", "reasoning", prompt["answer"]))
+        if "style" in prompt:
+            asked.append(Question("style", "style", options={"style": prompt["style"]}))
+        return [question for question in asked if question.key not in answers]
+
+    def score(self, prompt: Prompt, judged: Judged) -> Scored:
+        """`parts` has a score for each dimension; `score` is that of alignment, text or reasoning. A text image's score
+        is the text formula on that image alone: a unit for error bars, not part of the official score."""
+        images = [answers for answers in judged.images if answers is not None]
+        scores: list[float | None] = []
+        reasons: list[str] = []
+        for answers in judged.images:
+            score, reason = (None, "not judged") if answers is None else self._image(prompt, answers)
+            scores.append(score)
+            reasons.append(reason)
+        parts: dict[str, float | None] = {self.dimension(prompt): mean(scores)}
+        if "style" in prompt:
+            parts["style"] = mean([self._answer(prompt, answers, "style") for answers in images])
+        if len(images) > 1:
+            parts["diversity"] = rule.diversity_score(self._answer(prompt, judged.together, "diversity"))
+        return Scored(mean(scores), tuple(scores), tuple(reasons), parts)
+
+    @staticmethod
+    def dimension(prompt: Prompt) -> str:
+        return prompt["tag"] if prompt["tag"] in ("text", "reasoning") else "alignment"
+
+    @staticmethod
+    def _answer(prompt: Prompt, answers: Mapping[str, Any], key: str) -> Any:
+        if key not in answers:
+            raise ValueError(f"prompt {prompt['id']!r} has no answer {key!r}")
+        return answers[key]
+
+    def _image(self, prompt: Prompt, answers: Mapping[str, Any]) -> tuple[float | None, str]:
+        if "text_content" in prompt:
+            text = self._answer(prompt, answers, "ocr")
+            edits, exact, ratio = rule.compare_text(prompt["text_content"], text)
+            return rule.text_score(edits, exact, ratio, self.language), "" if exact else f"read {text!r}"
+        if "answer" in prompt:
+            return self._answer(prompt, answers, "reasoning"), ""
+        replies = {qid: [self._answer(prompt, answers, str(qid))] for qid, _, _ in prompt["questions"]}
+        score = rule.alignment_score(replies, {qid: parents for qid, parents, _ in prompt["questions"]})
+        no = [text for qid, _, text in prompt["questions"] if replies[qid][0] != rule.YES]
+        return score, "\n".join(no)
+
+    def summarise(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], mode: Mode) -> dict[str, Any]:
+        """See `Benchmark.summarise`; "dimensions" has what the `eval.oneig.summarise_...` return, and "categories"
+        their scores. "score" is the mean of the dimensions that were scored; "missing_dimensions" names the others.
+
+        The dimensions leave out images that were not judged in both modes, as black tiles are; `failed` counts them.
+        """
+        check_known(prompts, judged)
+        whole = complete(prompts, judged)
+        scores: dict[str, dict[str, float | None]] = {
+            name: {} for name in ("alignment", "reasoning", "style", "diversity")
+        }
+        contents: dict[str, str] = {}
+        ocr: dict[str, list[str] | None] = {}
+        styles: dict[str, str] = {}
+        expected = failed = 0
+        for prompt in prompts:
+            answers = whole[prompt["id"]]
+            expected += len(answers.images)
+            failed += sum(image is None for image in answers.images)
+            key, number = prompt["id"], prompt["id"].rpartition("_")[2]
+            parts = self.score(prompt, answers).parts
+            scores["diversity"][key] = parts.get("diversity")
+            dimension = self.dimension(prompt)
+            if dimension == "text":
+                contents[number] = prompt["text_content"]
+                texts = [image["ocr"] for image in answers.images if image is not None]
+                # A picture that is there and all black has no texts; a prompt without a picture has None.
+                ocr[number] = texts if key in judged else None
+            else:
+                scores[dimension][key if dimension == "alignment" else number] = parts[dimension]
+            if "style" in prompt:
+                styles[number], scores["style"][number] = prompt["style"], parts["style"]
+        dimensions = {}
+        classes = [task for task in self.tasks if any(prompt["tag"] == task for prompt in prompts)]
+        for name, summarise in (
+            ("alignment", lambda: rule.summarise_alignment(scores["alignment"])),
+            ("text", lambda: rule.summarise_text(contents, ocr, self.language, mode)),
+            ("reasoning", lambda: rule.summarise_reasoning(scores["reasoning"])),
+            ("style", lambda: rule.summarise_style(styles, scores["style"])),
+            ("diversity", lambda: rule.summarise_diversity(scores["diversity"], classes)),
+        ):
+            if any(ocr.values()) if name == "text" else any(v is not None for v in scores[name].values()):
+                dimensions[name] = summarise()
+        if not dimensions:
+            raise ValueError(f"none of {len(prompts)} prompts has an image that was judged")
+        missing = [name for name in rule.DIMENSIONS if name not in dimensions]
+        categories = {name: dimensions[name]["score"] for name in rule.DIMENSIONS if name in dimensions}
+        return {
+            "score": mean(list(categories.values())),
+            "categories": categories,
+            "dimensions": dimensions,
+            "missing_dimensions": missing,
+            "expected": expected,
+            "scored": expected - failed,
+            "failed": failed,
+        }
+
+
+ENGLISH = OneIG("EN")
+CHINESE = OneIG("ZH")

@@ -1,0 +1,39 @@
+"""The benchmarks by name, each imported when it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+from eval.benchmarks.base import Benchmark
+
+BENCHMARKS = {
+    "shapes": "eval.benchmarks.shapes.benchmark:BENCHMARK",
+    "geneval": "eval.benchmarks.geneval:BENCHMARK",
+    "geneval2": "eval.benchmarks.geneval2:BENCHMARK",
+    "dpg": "eval.benchmarks.dpg:BENCHMARK",
+    "oneig": "eval.benchmarks.oneig:ENGLISH",
+    "oneig-zh": "eval.benchmarks.oneig:CHINESE",
+}
+
+
+def load(name: str) -> Benchmark:
+    """The benchmark of a name in `BENCHMARKS`, or of a "module:object" of your own.
+
+    Raises:
+        ValueError: there is none; says what could have been meant.
+    """
+    target = BENCHMARKS.get(name, name if ":" in name else None)
+    if target is None:
+        close = difflib.get_close_matches(name.lower(), BENCHMARKS, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(
+            f"there is no benchmark {name!r}; {hint}It must be one of {', '.join(BENCHMARKS)}, or module:object"
+        )
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        if name in BENCHMARKS:
+            raise
+        raise ValueError(f"benchmark {name!r} cannot be imported: {error}") from error
