@@ -202,7 +202,7 @@ def one_key_for_all_members(folder: Path) -> None:
         file.write(bytes(1024))
 
 
-@kind("read or refused")
+@kind("refused")
 def zeros_behind_the_end(folder: Path) -> None:
     start = header(b"a.png", len(picture()), b"0") + pad(picture()) + bytes(1024)
     sparse(folder / "x.tar", start, 20 * 2**30)

@@ -87,7 +87,10 @@ def _json() -> bytes:
 # kind -> (name of the file, valid contents to change)
 KINDS: dict[str, tuple[str, Callable[[], list[bytes]]]] = {
     "tar": ("x.tar", lambda: [_tar(), gzip.compress(_tar(), mtime=0)]),
-    "parquet": ("x.parquet", lambda: [_parquet(), _parquet("zstd"), _parquet(use_dictionary=False, data_page_version="2.0")]),
+    "parquet": (
+        "x.parquet",
+        lambda: [_parquet(), _parquet("zstd"), _parquet(use_dictionary=False, data_page_version="2.0")],
+    ),
     "arrow": ("x.arrow", lambda: [_arrow()]),
     "csv": ("metadata.csv", lambda: [_csv()]),
     "jsonl": ("metadata.jsonl", lambda: [_jsonl()]),

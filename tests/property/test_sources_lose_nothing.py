@@ -148,7 +148,9 @@ def test_metadata_files_give_whole_captions_in_any_format_and_order(captions, fo
             csv.writer(buffer, delimiter="\t" if format == "tsv" else ",", quoting=csv.QUOTE_ALL).writerows([("file_name", "text"), *rows])  # fmt: skip
             content = buffer.getvalue()
         elif format == "parquet":
-            pq.write_table(pa.table([list(c) for c in zip(*rows)], names=["file_name", "text"]), root / "metadata.parquet")
+            pq.write_table(
+                pa.table([list(c) for c in zip(*rows)], names=["file_name", "text"]), root / "metadata.parquet"
+            )
             content = None
         else:
             dicts = [{"file_name": name, "text": text} for name, text in rows]
