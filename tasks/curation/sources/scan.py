@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ from tasks.curation.sources.metadata_files import Listed, is_metadata
 from tasks.curation.sources.pairing import Rivals, pair
 from tasks.curation.sources.places import Folder, Place, RemotePlace
 
+PROGRESS_S = 5.0
 TABLE_ROWS = 1000  # of shards.parquet, written at a time
 NO_IMAGE_COLUMN = "without image bytes"
 VALID = (
@@ -140,8 +142,14 @@ class _Scan:
         self.config, self.place, self.table, self.scratch = config, place, table, scratch
         self.options = Options(config.encoding, config.caption_columns)
         self.account = Account()
+        self._files, self._report_at = 0, time.monotonic() + PROGRESS_S
 
     def run(self) -> None:
+        texts = self.config.captions_folder
+        if texts is not None and (self.place.alone is not None or self.place.folder(texts) is None):
+            raise ValueError(
+                f"source.captions_folder={texts!r}: {self.place.shown(texts)} is not a folder of the source"
+            )
         self.texts = Texts(self.scratch)
         with Listed(self.options.encoding, self.options.caption_columns) as self.listed:
             for found in self.place.walk():
@@ -222,7 +230,8 @@ class _Scan:
                 bare.append(name)
                 rows[name] = [], [], no_column and f"\0{no_column}"
         self._take_parallel(found, bare, rows)
-        for name, (texts, captions, why) in rows.items():
+        for name in sorted(rows):
+            texts, captions, why = rows[name]
             if why.startswith("\0"):
                 raise ValueError(why[1:])
             yield self._file(found.at(name), found.files[name], texts, captions, why)
@@ -249,6 +258,12 @@ class _Scan:
             rows[image] = candidates[0][1], [], why
 
     def _file(self, path: str, size: int, texts: list[str], captions: list[str], why: str) -> File:
+        self._files += 1
+        if time.monotonic() > self._report_at:
+            self._report_at = time.monotonic() + PROGRESS_S
+            print(
+                f"source: {self._files:,} images read, in {visible(os.path.dirname(path)) or 'the source'}", flush=True
+            )
         sidecars = []
         for text in texts:
             with _naming(self.place.shown(text)):

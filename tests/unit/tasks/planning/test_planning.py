@@ -12,7 +12,6 @@ from tasks import store
 from tasks.manifest import seal, writing
 from tasks.planning import local_cache
 from tasks.planning.sections import check_ranks, check_workflow, encode_stage, for_own_images, scoring, train_stage
-from tasks.planning.source import check_source, fingerprint
 from tasks.recipe import load_recipe
 
 
@@ -130,57 +129,6 @@ def test_ranks_that_fit_their_task_are_not_refused():
         check_ranks(load_recipe("tiny").train, 1, 1, local)
     check_ranks(load_recipe("nucleus_17b").train, 8, 8, False)
     check_ranks(load_recipe("nucleus_17b").train, 16, 4, False)  # as many, on smaller machines
-
-
-def test_a_placeholder_is_refused_without_a_look_at_it_and_both_ways_out_are_named():
-    with pytest.raises(ValueError, match="source.path='s3://YOUR-BUCKET/.*placeholder.* --source .*or set source.path"):
-        check_source(load_recipe("nucleus_17b").source.path, local=False)
-
-
-def test_a_path_of_ones_own_machine_is_refused_on_a_cluster_alone():
-    for path in ("images/", ""):
-        check_source(path, local=True)
-    check_source("s3://bucket/images/", local=False)
-    check_source("", local=False)
-    with pytest.raises(ValueError, match="'images/' is a path of your machine"):
-        check_source("images/", local=False)
-
-
-def test_fingerprint_knows_the_home_directory_and_a_single_files_name(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "a.parquet").write_bytes(b"one")
-    first = fingerprint("~/a.parquet")
-    (tmp_path / "a.parquet").rename(tmp_path / "b.parquet")
-    assert fingerprint("~/b.parquet") != first
-
-
-def test_fingerprint_follows_content_and_names(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"one")
-    first = fingerprint(str(tmp_path))
-    assert fingerprint(str(tmp_path)) == first
-    (tmp_path / "a.png").write_bytes(b"two")
-    second = fingerprint(str(tmp_path))
-    (tmp_path / "a.png").rename(tmp_path / "b.png")
-    assert len({first, second, fingerprint(str(tmp_path))}) == 3
-
-
-def test_fingerprint_passes_over_what_the_scan_passes_over(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "a.png").write_bytes(b"one")
-    first = fingerprint(str(tmp_path))
-    (tmp_path / ".cache").mkdir()
-    for name in (".DS_Store", "sub/.a.png.swp", ".cache/b.png"):
-        (tmp_path / name).write_bytes(b"noise")
-    assert fingerprint(str(tmp_path)) == first
-    (tmp_path / "sub" / "b.png").write_bytes(b"two")
-    assert fingerprint(str(tmp_path)) != first
-
-
-def test_fingerprint_refuses_nothing_in_words(tmp_path):
-    with pytest.raises(ValueError, match="is empty; give a folder of images"):
-        fingerprint(str(tmp_path))
-    with pytest.raises(ValueError, match="does not exist"):
-        fingerprint(str(tmp_path / "gone"))
 
 
 def _artifact(home):

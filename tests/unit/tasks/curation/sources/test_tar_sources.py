@@ -231,3 +231,15 @@ def test_a_tar_without_images_beside_others_is_no_error(tmp_path):
     tar_of(tmp_path / "y.tar", {"a.png": PNG})
     assert list(captions_in(tmp_path)) == ["y.tar:a.png"]
     assert left_out(tmp_path) == {".md": 1}
+
+
+def test_zeros_between_and_behind_archives_are_passed_over_up_to_a_bound(tmp_path, monkeypatch):
+    one = tar_of(tmp_path / "one.tar", {"a.png": PNG}).read_bytes()
+    two = tar_of(tmp_path / "two.tar", {"b.png": PNG}).read_bytes()
+    for gap in (0, 512, 2**20 - 512, 2**20, 3 * 2**20 + 512):
+        for pack in (bytes, gzip.compress):
+            monkeypatch.setattr(tar_format, "MAX_RATIO", 10_000)
+            (tmp_path / "x.tar").write_bytes(pack(one + bytes(gap) + two + bytes(gap)))
+            assert list(captions_in(tmp_path / "x.tar")) == ["x.tar:a.png", "x.tar:b.png"]
+    monkeypatch.setattr(tar_format, "MAX_ZEROS", 2**20)
+    refused(tmp_path / "x.tar", "of zeros behind its end")
