@@ -33,7 +33,7 @@ def curate_source(source: SourceConfig, path: str, config: CurationConfig) -> Cu
     groups = 0 if path else num_groups(source.shards, config.max_groups)
     make = partial(make_group, config=source, groups=groups)
     made = map_task(make, concurrency=options["concurrency"])(group=list(range(groups))) if groups else []
-    listed = list_corpus(config=source, path=path, made=made, max_groups=config.max_groups)
+    listed = list_corpus(source=source, path=path, made=made, config=config)
     score = partial(score_group, corpus=listed.corpus, config=config, groups=listed.groups)
     scores = map_task(score, **options)(group=listed.groups)
     decisions = decide_corpus(corpus=listed.corpus, scores=scores, config=config, groups=listed.groups)

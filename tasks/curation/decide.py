@@ -353,17 +353,18 @@ def _remedy(rule: str, content: dict, config: CurationConfig) -> str:
     if rule == ledger.NO_CAPTION:
         return (
             "Captions are read from a .txt or .json file of the image's name, from metadata.csv, .tsv, .jsonl, .json or "
-            ".parquet with file_name and text, or from a caption column; source.caption_column names another column."
+            ".parquet with file_name and text, or from a caption column; source.caption_columns names others."
         )
     if rule == ledger.CAPTION_TOO_LONG:
         low, high = content["too_long_words"]
-        return f"The shortest captions have {low} to {high} words: raise curation.captions.max_words={config.captions.max_words}."
-    return (
-        "See docs/curation.md for the rules, and filters under curation in the recipe." if rule in _FILTER_RULES else ""
-    )
+        seen = f"{low} to {high}" if high > low else f"{low}"
+        return (
+            f"The shortest captions have {seen} words: raise curation.captions.max_words={config.captions.max_words}."
+        )
+    return "The limits are under curation.filters in the recipe." if rule in _FILTER_RULES else ""
 
 
-_FILTER_RULES = {rule.name for rule in filters.RULES if rule.step != filters.SOURCE}
+_FILTER_RULES = {rule.name for rule in filters.RULES if rule.step != filters.SOURCE and rule.name != "undecodable"}
 
 
 def digest_of_parts(parts: Sequence[Part]) -> str:

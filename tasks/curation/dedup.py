@@ -11,8 +11,10 @@ resembles its keeper directly; A~B~C merges A with C only if A~C.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ MAX_COARSE_DIFFERENCE = 40  # of 255; a shift by 2 % of the side moves a full-co
 MAX_BRIGHTNESS_DIFFERENCE = 6  # of 255, of the means: re-encoding and small shifts hardly change it
 PAIRS_AT_ONCE = 1_000_000
 PAIRS_CONFIRMED_AT_ONCE = 2048  # so that at most twice as many thumbnails are in memory
+COMPARED_IN_MEMORY = 100_000  # records; more are compared by joins on disk
+MAX_KEYS, MAX_JOINED_ROWS = 100, 1e11
 MEMORY = "2GB"  # of DuckDB, which spills what is more
 BATCH_ROWS = 10_000
 PREFERENCE = "pixels DESC, aesthetic DESC, position"  # of several, the first is kept
@@ -154,7 +158,7 @@ class DuplicateSearch:
         self._db.execute("SET preserve_insertion_order = false")
         self._db.execute(
             "CREATE TABLE candidates (position BIGINT, record_id VARCHAR, pixels BIGINT, aesthetic DOUBLE, "
-            "aspect DOUBLE, phash VARCHAR, coarse BLOB)"
+            "aspect DOUBLE, light DOUBLE, phash VARCHAR, coarse BLOB)"
         )
 
     def add(self, positions: np.ndarray, scores: pd.DataFrame) -> None:
@@ -172,6 +176,7 @@ class DuplicateSearch:
                 # In half points: a re-encoded copy must not win by a hair.
                 "aesthetic": np.floor(2 * scores["aesthetic"].fillna(0).to_numpy(float)),
                 "aspect": (scores["width"] / scores["height"]).to_numpy(float),
+                "light": [float(np.frombuffer(data, np.uint8).mean()) for data in scores["coarse"]],
                 "phash": pa.array(scores["phash"], pa.string()),
                 "coarse": pa.array(scores["coarse"], pa.binary()),
             }
@@ -182,11 +187,9 @@ class DuplicateSearch:
 
     def exact_duplicates(self) -> Iterator[tuple[int, int]]:
         """(position, keeper's position) of the records whose bytes another one has, by position."""
-        self._db.execute(
-            "CREATE OR REPLACE TABLE exact AS SELECT * FROM (SELECT position, first_value(position) OVER "
-            f"(PARTITION BY record_id ORDER BY {PREFERENCE}) AS keeper FROM candidates) "
-            "WHERE position != keeper"
-        )
+        window = f"OVER (PARTITION BY record_id ORDER BY {PREFERENCE})"
+        keepers = f"SELECT position, first_value(position) {window} AS keeper FROM candidates"  # noqa: S608 (a constant)
+        self._db.execute(f"CREATE OR REPLACE TABLE exact AS FROM ({keepers}) WHERE position != keeper")
         yield from _rows(self._db, "SELECT position, keeper FROM exact ORDER BY position")
 
     def near_duplicates(
@@ -225,11 +228,12 @@ class DuplicateSearch:
 
     def _candidate_pairs(self) -> np.ndarray:
         """int64 [P, 2] of positions, i < j, sorted."""
-        columns = self._db.sql(
-            "SELECT position, phash, coarse, aspect FROM candidates WHERE position NOT IN (SELECT position FROM exact) "
-            "ORDER BY position"
-        ).to_arrow_table()
-        if not len(columns):
+        left = "FROM candidates WHERE position NOT IN (SELECT position FROM exact)"
+        count = self._db.sql(f"SELECT count(*) {left}").fetchall()[0][0]
+        if count > COMPARED_IN_MEMORY:
+            return self._joined_pairs(count, left)
+        columns = self._db.sql(f"SELECT position, phash, coarse, aspect {left} ORDER BY position").to_arrow_table()
+        if not count:
             return np.empty((0, 2), np.int64)
         positions = columns["position"].to_numpy()
         hashes = np.stack([hash_bits(text, self._config.hash_size) for text in columns["phash"].to_pylist()])
@@ -237,8 +241,71 @@ class DuplicateSearch:
         found = candidate_pairs(hashes, coarse, columns["aspect"].to_numpy(), self._config.max_hamming_distance)
         return positions[found]
 
+    def _joined_pairs(self, count: int, left: str) -> np.ndarray:
+        """The same pairs by joins that spill to disk: two hashes within `max_hamming_distance` bits agree in all but so
+        many blocks, so each choice of the other blocks is a key; a pair counts at the first key that it shares."""
+        distance = self._config.max_hamming_distance
+        keys = block_masks(plan_blocks(count, distance, self._config.hash_size), distance)
+        self._db.execute(
+            f"CREATE OR REPLACE TABLE hashes AS SELECT position, ('0x' || phash)::UBIGINT AS hash, aspect, light, coarse {left}"
+        )
+        found = []
+        for place, key in enumerate(keys):
+            earlier = "".join(f" AND (xor(a.hash, b.hash) & {mask}::UBIGINT) != 0" for mask in keys[:place])
+            result = self._db.cursor().execute(
+                "SELECT a.position, b.position, a.coarse, b.coarse FROM hashes a JOIN hashes b "  # noqa: S608 (numbers)
+                f"ON (a.hash & {key}::UBIGINT) = (b.hash & {key}::UBIGINT) AND a.position < b.position "
+                f"WHERE bit_count(xor(a.hash, b.hash)) <= {distance} "
+                f"AND abs(a.light - b.light) <= {MAX_BRIGHTNESS_DIFFERENCE} "
+                f"AND greatest(a.aspect / b.aspect, b.aspect / a.aspect) <= {1 + MAX_ASPECT_DIFFERENCE}{earlier}"
+            )
+            while rows := result.fetchmany(BATCH_ROWS):
+                i, j, x, y = zip(*rows, strict=True)
+                small = [
+                    np.frombuffer(b"".join(data), np.uint8).reshape(len(rows), -1).astype(np.int16) for data in (x, y)
+                ]
+                near = np.abs(small[0] - small[1]).max(axis=1, initial=0) <= MAX_COARSE_DIFFERENCE
+                found.append(np.array([i, j], np.int64).T[near])
+        pairs = np.concatenate(found) if found else np.empty((0, 2), np.int64)
+        return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+
     def close(self) -> None:
         self._db.close()
+
+
+def plan_blocks(count: int, distance: int, hash_size: int) -> int:
+    """Blocks of the 64 bits for which the joins over `count` hashes cost least.
+
+    Raises:
+        ValueError: so many records cannot be compared within so many bits, with the figures.
+    """
+    if hash_size != 8:
+        raise ValueError(
+            f"curation.dedup.hash_size={hash_size} must be 8 for over {COMPARED_IN_MEMORY} records, not {count}"
+        )
+    costs = {blocks: join_cost(count, blocks, distance) for blocks in range(distance + 1, 17)}
+    costs = {blocks: cost for blocks, cost in costs.items() if math.comb(blocks, distance) <= MAX_KEYS}
+    best = min(costs, key=costs.__getitem__, default=0)
+    if not best or costs[best] > MAX_JOINED_ROWS:
+        found = f"about {costs[best]:.1e}" if best else "too many"
+        raise ValueError(
+            f"curation.dedup.max_hamming_distance={distance}: near duplicates among {count} records would take {found} "
+            f"comparisons, {MAX_JOINED_ROWS:.0e} are allowed; 4 takes about {min(join_cost(count, b, 4) for b in range(5, 11)):.1e}"
+        )
+    return best
+
+
+def join_cost(count: int, blocks: int, distance: int) -> float:
+    """Rows that are joined, and pairs of random hashes that share a key."""
+    keys = math.comb(blocks, distance)
+    return keys * (count + count**2 / 2 / 2 ** (64 * (blocks - distance) / blocks))
+
+
+def block_masks(blocks: int, distance: int) -> list[int]:
+    """A mask of 64 bits for every choice of `blocks - distance` of the blocks. Bits are dealt out to the blocks in turn:
+    neighbours in frequency are alike."""
+    block = [sum(1 << bit for bit in range(64) if bit % blocks == i) for i in range(blocks)]
+    return [sum(block[i] for i in chosen) for chosen in combinations(range(blocks), blocks - distance)]
 
 
 def _rows(db: Any, query: str) -> Iterator[tuple]:

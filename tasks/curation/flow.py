@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tasks.curation import decide, ledger, score, selections
+from tasks.curation import decide, dedup, ledger, score, selections
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.curation.curated import CORPUS
 from tasks.curation.scorers import scorer_revisions
@@ -88,6 +88,16 @@ def check_made(parts: Sequence[Part]) -> None:
     for part in parts:
         if part.error:
             raise ValueError(f"shard {part.name} of the source could not be made: {part.error}")
+
+
+def check_size(images: int, config: CurationConfig) -> None:
+    """Refuses, before anything is scored, what could not be decided about so many images.
+
+    Raises:
+        ValueError: see dedup.plan_blocks.
+    """
+    if images > dedup.COMPARED_IN_MEMORY:
+        dedup.plan_blocks(images, config.dedup.max_hamming_distance, config.dedup.hash_size)
 
 
 def score_group(corpus_dir: Path, config: CurationConfig, group: int, groups: int) -> list[Part]:

@@ -54,7 +54,7 @@ def make_group(config: SourceConfig, groups: int, group: int) -> RecordsDir:
 
 
 @task(**envs.gather("curation"))
-def list_corpus(config: SourceConfig, path: str, made: list[RecordsDir], max_groups: int) -> Listed:
+def list_corpus(source: SourceConfig, path: str, made: list[RecordsDir], config: CurationConfig) -> Listed:
     """Lists the shards of a source: the user's own at `path`, else those that were made.
 
     Not cached: the shards are named by their content, and where they are now is read anew.
@@ -66,12 +66,14 @@ def list_corpus(config: SourceConfig, path: str, made: list[RecordsDir], max_gro
         flow.check_made(parts)
     artifact, _, report = produce(
         "corpus",
-        lambda out: flow.write_corpus(config, path, parts, out),
+        lambda out: flow.write_corpus(source, path, parts, out),
         parents=[part.as_parent() for part in parts],
         counts=lambda report: {"shards": int(report["shards"])},
         logs=flow.CORPUS_LOGS,
     )
-    return Listed(corpus=artifact, groups=list(range(num_groups(report["shards"], max_groups))))
+    with plain_errors():
+        flow.check_size(report["images"], config)
+    return Listed(corpus=artifact, groups=list(range(num_groups(report["shards"], config.max_groups))))
 
 
 @task(**envs.shard("curation"))

@@ -44,21 +44,21 @@ class Workers:
         waiting: deque[tuple[Any, _Worker | None]] = deque()
         free: deque[_Worker] = deque(self._workers)
         for tag, data in items:
-            if data is None:
-                waiting.append((tag, None))
-                if len(waiting) < self._count:
-                    continue
-            elif not free and len(self._workers) < self._count:
-                self._workers.append(_Worker(self._function))
-                free.append(self._workers[-1])
-            while waiting and (len(waiting) >= self._count or not free):
-                yield self._collect(waiting, free)
+            worker = None
             if data is not None:
-                worker = free.popleft()
+                while not free and len(self._workers) == self._count:
+                    yield self._collect(waiting, free)
+                worker = free.popleft() if free else self._start()
                 worker.send(data)
-                waiting.append((tag, worker))
+            waiting.append((tag, worker))
+            while len(waiting) > self._count:
+                yield self._collect(waiting, free)
         while waiting:
             yield self._collect(waiting, free)
+
+    def _start(self) -> _Worker:
+        self._workers.append(_Worker(self._function))
+        return self._workers[-1]
 
     def _collect(self, waiting: deque, free: deque) -> tuple[Any, Any]:
         tag, worker = waiting.popleft()

@@ -20,7 +20,7 @@ from tasks.curation.sources.places import Folder, Place
 
 STATE = "state.json"  # of a saved data set: names its files
 MAX_STATE_BYTES = 2**20
-MAGIC = b"ARROW1"
+MAGIC, END = b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0"
 SLICE_ROWS = 64
 
 
@@ -50,39 +50,33 @@ def opened(shown: str, file: BinaryIO) -> Iterator[tuple[pa.Schema, Iterator[pa.
     try:
         if not size:
             raise OSError("it is empty")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            content = pa.py_buffer(mapped)
-            try:
-                yield _read(shown, content)
-            finally:
-                del content
-    except (pa.ArrowException, OSError, BufferError, UnicodeDecodeError) as error:
+        # Unmapped when the last array that points into it is gone; closing it earlier is an error.
+        content = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        source = pa.BufferReader(content)
+        if content[: len(MAGIC)].to_pybytes() == MAGIC:  # a file is a stream between two marks
+            source.seek(8)
+        schema = pa.ipc.read_schema(source)
+        yield schema, _batches(shown, source, schema)
+    except (pa.ArrowException, OSError, UnicodeDecodeError, struct.error) as error:
         raise ValueError(
             f"{shown} is not a readable Arrow file: {visible(' '.join(str(error).split())[:300])}"
         ) from error
 
 
-def _read(shown: str, content: pa.Buffer) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    if content[: len(MAGIC)].to_pybytes() == MAGIC:
-        reader = pa.ipc.open_file(content)
-        return reader.schema, (_checked(reader.get_batch(i)) for i in range(reader.num_record_batches))
-    source = pa.BufferReader(content)
-    schema = pa.ipc.read_schema(source)
-    return schema, _stream(shown, source, schema)
-
-
-def _stream(shown: str, source: pa.BufferReader, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    memo = pa.ipc.DictionaryMemo()
+def _batches(shown: str, source: pa.BufferReader, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     while True:
         try:
             message = pa.ipc.read_message(source)
         except EOFError:
+            source.seek(max(0, source.tell() - len(END)))
+            if source.read(len(END)) != END:
+                raise OSError("it is cut off: its end mark is missing") from None
             return
         if message.type != "record batch":
-            raise ValueError(f"{shown} has a message of the kind {message.type!r}; only plain record batches are read")
+            raise OSError(f"it has a message of the kind {message.type!r}; only plain record batches are read")
         if _is_compressed(message.metadata.to_pybytes()):
-            raise ValueError(f"{shown} has compressed batches; save it again without compression")
-        yield _checked(pa.ipc.read_record_batch(message, schema, memo))
+            raise OSError("its batches are compressed; save it again without compression")
+        yield _checked(pa.ipc.read_record_batch(message, schema))
 
 
 def _checked(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -124,7 +118,6 @@ def scan(shown: str, file: BinaryIO, wanted: tuple[str, ...]) -> int | None:
         for batch in batches:
             rows += len(batch)
             with_bytes += len(batch) - tables.count_without_bytes(batch.column(columns.image))
-        del batches
     if rows and not with_bytes:
         raise ValueError(f"{shown}: none of its rows has image bytes; they name files ({columns.image}.path)")
     return rows
@@ -148,6 +141,3 @@ def read(place: Place, name: str, options: Options, account: Account) -> Iterato
                 part = batch.slice(first, SLICE_ROWS)
                 yield from tables.records(part, columns, row, name, place.locator(name), options.encoding, account)
                 row += len(part)
-                del part
-            del batch
-        del batches

@@ -47,7 +47,7 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "prompt", "raw")
 
 MAX_IMAGE_BYTES = 256 * 2**20  # nothing larger is read into memory
-MAX_CONTAINER_BYTES = 64 * 2**30  # of one tar, Parquet or Arrow file
+MAX_CONTAINER_BYTES = 32 * 2**30  # of one tar, Parquet or Arrow file
 
 CHANGED = "has changed since the source was scanned; start the run again"
 _CONTAINER = re.compile(r"\.(tar|tgz|tar\.gz|tar\.bz2|tar\.xz|parquet|arrow):", re.IGNORECASE)

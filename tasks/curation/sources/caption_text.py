@@ -39,11 +39,11 @@ def decode(data: bytes, encoding: str | None) -> str:
             try:
                 return _without_nul(data[len(mark) :].decode(name))
             except UnicodeError as error:
-                raise CaptionError(f"has the mark of {name} and is not: {error.reason}") from error
+                raise CaptionError(f"has the mark of {name} and is none: {error}") from error
     try:
         return _without_nul(data.decode("utf-8"))
     except UnicodeError as error:
-        why = f"is not UTF-8 (byte {error.start + 1})" if isinstance(error, UnicodeDecodeError) else str(error)
+        why = f"is not UTF-8 (byte {error.start + 1})" if isinstance(error, UnicodeDecodeError) else f"{error}"
         if encoding is None:
             raise CaptionError(f"{why}; save it as UTF-8, or name its encoding in source.encoding") from error
     try:

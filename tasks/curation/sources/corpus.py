@@ -64,7 +64,10 @@ class Corpus:
             yield from corpus.read(places.at(above), name, shard, account)
             return
         root = self.report["root"]
-        place, table = places.at(root), self.directory / FILES_FOLDER / f"{shard.shard_id}.parquet"
+        place, table = (
+            places.at(root, self.report.get("alone")),
+            self.directory / FILES_FOLDER / f"{shard.shard_id}.parquet",
+        )
         if shard.kind == "files":
             yield from folder.read(place, table, self._options, account)
             return

@@ -94,28 +94,28 @@ def load(path: Path) -> Iterator[File]:
                 yield File.of(row)
 
 
-def cut(files: Iterator[File], length: int) -> Iterator[list[File]]:
+def cut(files: Iterator[File], length: int, salt: str = "") -> Iterator[list[File]]:
     """Lists of about `length` files, in order; each a function of its own names and of those around its ends."""
     run: list[File] = []
     for file in files:
         run.append(file)
-        if _hash(file.name) % length == 0:
-            yield from _divided(run, length)
+        if _hash(salt, file.name) % length == 0:
+            yield from _divided(run, length, salt)
             run = []
     if run:
-        yield from _divided(run, length)
+        yield from _divided(run, length, salt)
 
 
-def _divided(run: list[File], length: int) -> Iterator[list[File]]:
-    """A run that chance made long is cut at more names."""
-    if len(run) <= 2 * length or length < 2:
+def _divided(run: list[File], length: int, salt: str) -> Iterator[list[File]]:
+    """A run that chance made long is cut where other hashes say so."""
+    if len(run) <= 4 * length:
         yield run
     else:
-        yield from cut(iter(run), length // 2)
+        yield from cut(iter(run), length, f"{salt}+")
 
 
-def _hash(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(to_bytes(name)).digest()[:8], "big")
+def _hash(salt: str, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(to_bytes(f"{salt}{name}")).digest()[:8], "big")
 
 
 # ---------------------------------------------------------------- captions in a parallel folder

@@ -85,8 +85,8 @@ class Listed:
     def __bool__(self) -> bool:
         return bool(self._files)
 
-    def add(self, shown: str, folder: str, folders: Iterable[str], format: str, file: BinaryIO, root_name: str) -> None:
-        """Reads one table.
+    def add(self, shown: str, folder: str, folders: Iterable[str], format: str, file: BinaryIO, root_name: str) -> bool:
+        """Reads one table. False for a .json file that is about something else: its rows are forgotten.
 
         Args:
             shown: its name for messages.
@@ -105,21 +105,28 @@ class Listed:
         try:
             for row in _rows(shown, format, file, self._encoding, self._wanted, table):
                 path = _target(row.file_name, folder, inside, own_name)
-                values = (to_bytes(fold(path)), to_bytes(unicodedata.normalize("NFC", path)), table.number, row.line)
+                values = (to_bytes(fold(path)), to_bytes(path), table.number, row.line)
                 self._db.execute(
                     "INSERT INTO rows VALUES (?, ?, ?, ?, ?, NULL, 0)", (*values, json.dumps(row.captions))
                 )
                 table.rows += 1
+                table.names_images = table.names_images or is_image(path)
         except UnicodeEncodeError as error:
             raise ValueError(f"{shown} has text that is not Unicode: {error}") from error
+        if table.is_mapping and not table.names_images:
+            self._db.execute("DELETE FROM rows WHERE file = ?", (table.number,))
+            table.rows = 0
+        return table.rows > 0 or not table.is_mapping
 
     def claim(self, paths: list[str], owner: str) -> None:
         """Marks the rows that match any of the paths (one image's names) as the owner's; a row of two owners is shared."""
-        for number, _, other, _ in self._candidates(paths):
-            if other is None:
-                self._db.execute("UPDATE rows SET owner = ? WHERE rowid = ?", (to_bytes(owner), number))
-            elif other != to_bytes(owner):
-                self._db.execute("UPDATE rows SET shared = 1 WHERE rowid = ?", (number,))
+        for number, *_ in self._candidates(paths):
+            name = to_bytes(owner)
+            self._db.execute(
+                "UPDATE rows SET shared = owner IS NOT NULL AND (shared OR owner IS NOT ?), owner = coalesce(owner, ?) "
+                "WHERE rowid = ?",
+                (name, name, number),
+            )
 
     def match(self, paths: list[str], rivals: list[str]) -> tuple[list[str], str, str]:
         """The captions of one image.
@@ -135,34 +142,27 @@ class Listed:
             return [], "", ""
         captions: list[str] = []
         no_column = ambiguous = ""
-        exact = {to_bytes(path) for path in paths}
-        composed = {to_bytes(unicodedata.normalize("NFC", path)) for path in paths}
-        others = {to_bytes(path) for path in rivals}
-        others_composed = {to_bytes(unicodedata.normalize("NFC", path)) for path in rivals}
-        for number, name, _, shared in self._candidates(paths):
-            file, line, text = self._db.execute(
-                "SELECT file, line, captions FROM rows WHERE rowid = ?", (number,)
-            ).fetchone()
-            if name not in exact and name in others:
+        for number, name, file, line, text, shared in self._candidates(paths):
+            own, others = _distance(name, paths), _distance(name, rivals)
+            if others < own:
                 continue
-            if name not in exact and rivals and not (name in composed and name not in others_composed):
-                if name not in others_composed or name in composed:
-                    ambiguous = f"{self._files[file].shown}, line {line}, may name several images"
-                continue
-            if shared:
-                ambiguous = f"{self._files[file].shown}, line {line}, may name an image in each of several tars"
-            self._files[file].used += self._db.execute(
+            table = self._files[file]
+            table.used += self._db.execute(
                 "UPDATE rows SET owner = x'' WHERE rowid = ? AND owner IS NOT x''", (number,)
             ).rowcount
+            if others == own:
+                ambiguous = f"{table.shown}, line {line}, may name several images"
+            elif shared:
+                ambiguous = f"{table.shown}, line {line}, may name an image in each of several tars"
             captions += json.loads(text)
-            no_column = no_column or self._files[file].no_column
+            no_column = no_column or table.no_column
         return list(dict.fromkeys(captions)), ambiguous, "" if captions else no_column
 
-    def _candidates(self, paths: list[str]) -> list[tuple[int, bytes, bytes | None, int]]:
+    def _candidates(self, paths: list[str]) -> list[tuple[int, str, int, int, str, int]]:
         folds = list(dict.fromkeys(to_bytes(fold(path)) for path in paths))
         marks = ", ".join("?" * len(folds))
-        query = f"SELECT rowid, name, owner, shared FROM rows WHERE fold IN ({marks}) ORDER BY rowid"  # noqa: S608
-        return self._db.execute(query, folds).fetchall()
+        query = f"SELECT rowid, name, file, line, captions, shared FROM rows WHERE fold IN ({marks}) ORDER BY rowid"  # noqa: S608
+        return [(row[0], from_bytes(row[1]), *row[2:]) for row in self._db.execute(query, folds)]
 
     def finish(self, account: Account) -> None:
         """Counts the rows that named no image.
@@ -192,6 +192,17 @@ class _File:
         self.shown, self.number = shown, number
         self.rows = self.used = 0
         self.no_column = ""  # why the table has no captions at all
+        self.is_mapping = self.names_images = False  # {name: captions}, which any JSON object resembles
+
+
+def _distance(name: str, paths: list[str]) -> int:
+    """0: equal; 1: equal in Unicode's composed form; 2: equal without case; 3: there is no path."""
+    if not paths:
+        return 3
+    if name in paths:
+        return 0
+    composed = unicodedata.normalize("NFC", name)
+    return 1 if any(unicodedata.normalize("NFC", path) == composed for path in paths) else 2
 
 
 def _target(file_name: str, folder: str, inside: set[str], own_name: str) -> str:
@@ -225,7 +236,7 @@ def _rows(
     if format in ("csv", "tsv"):
         yield from _csv_rows(shown, text, "\t" if format == "tsv" else ",", wanted, table)
     else:
-        yield from _object_rows(shown, _objects(shown, text, format), wanted, table)
+        yield from _object_rows(shown, _objects(shown, text, format, table), wanted, table)
 
 
 def _utf8(shown: str, data: bytes, encoding: str | None) -> bytes:
@@ -337,11 +348,12 @@ def _check_quotes(shown: str, line: int, fields: list[str], own: str) -> None:
                 )
 
 
-def _objects(shown: str, text: bytes, format: str) -> Iterator[tuple[int, Any]]:
+def _objects(shown: str, text: bytes, format: str, table: _File) -> Iterator[tuple[int, Any]]:
     """(line, value) of JSON lines; of a .json file, (position, element) of its list, or {name: captions} as objects."""
     start = text.lstrip()[:1]
     if format == "json" and start in (b"[", b"{") and not _is_lines(text):
-        yield from _elements(shown, text, start == b"{")
+        table.is_mapping = start == b"{"
+        yield from _elements(shown, text, table.is_mapping)
         return
     for number, line in enumerate(io.BytesIO(text), start=1):
         if not line.strip():

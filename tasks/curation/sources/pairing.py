@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tasks.curation.sources.base import CAPTION_COLUMNS, extension, is_image, visible
@@ -38,6 +38,22 @@ def fold(name: str) -> str:
     if name.isascii():
         return name.lower()
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+class Rivals:
+    """Of some paths those that differ from each other in Unicode form or case only."""
+
+    MOST = 64  # of one path; more do not change that they are ambiguous
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self._groups: dict[str, dict[str, None]] = {}
+        for path in paths:
+            group = self._groups.setdefault(fold(path), {})
+            if len(group) < self.MOST:
+                group[path] = None
+
+    def of(self, path: str) -> list[str]:
+        return [other for other in self._groups[fold(path)] if other != path]
 
 
 def stem(name: str) -> str:

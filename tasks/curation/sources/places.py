@@ -22,6 +22,7 @@ FETCH_FILES, FETCH_BYTES = 64, 64 * 2**20  # at most so many (or one larger file
 BLOCK_BYTES = 2**20  # the least that is read of a remote file that is read in parts
 COPY_BYTES = 2**20
 LINK, NOT_A_FILE, HIDDEN = "symbolic link", "neither a file nor a folder", "hidden"
+NAMELESS = "folder without a name"
 NAMES = "give a folder of images, tars or Parquet files, or one such file"
 
 
@@ -61,10 +62,10 @@ def find(path: str | os.PathLike) -> Place:
     return LocalPlace(root) if is_folder else LocalPlace(root.parent, alone=root.name)
 
 
-def at(uri: str) -> Place:
-    """The place with this root, for reading: nothing is listed."""
+def at(uri: str, alone: str | None = None) -> Place:
+    """The place with this root, for reading: nothing is listed. `alone`: see `Place`."""
     uri = check_path(uri)
-    return RemotePlace(uri) if is_remote(uri) else LocalPlace(Path(uri))
+    return RemotePlace(uri, alone) if is_remote(uri) else LocalPlace(Path(uri), alone)
 
 
 class Place:
@@ -84,7 +85,12 @@ class Place:
         waiting = [("", False)]
         while waiting:
             path, hidden = waiting.pop()
-            folder = self._list(path)
+            try:
+                folder = self._list(path)
+            except ValueError:
+                if not hidden:
+                    raise
+                folder = Folder(path, [], {}, [(HIDDEN, path)])
             below = sorted(folder.folders, reverse=True)
             waiting += [(folder.at(name), hidden or name.startswith(".")) for name in below]
             files = {name: folder.files[name] for name in sorted(folder.files)}
@@ -259,8 +265,10 @@ class RemotePlace(Place):
         self._listed = (self._listed[1], {entry["name"]: entry for entry in entries if entry["type"] == "file"})
         for entry in entries:
             name = entry["name"].rstrip("/")[len(at) + 1 :]
-            if not name:
-                continue  # the object that stands for the folder
+            if not name:  # the object that stands for the folder, or a folder without a name (`a//b.png`)
+                if entry["type"] == "directory" and entry["name"] != at:
+                    folder.left_out.append((NAMELESS, path))
+                continue
             if entry["type"] == "directory":
                 folder.folders.append(name)
             else:

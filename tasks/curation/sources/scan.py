@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,10 @@ from tasks.curation.sources.base import (
 )
 from tasks.curation.sources.folder import File, Texts
 from tasks.curation.sources.metadata_files import Listed, is_metadata
-from tasks.curation.sources.pairing import fold, pair
+from tasks.curation.sources.pairing import Rivals, pair
 from tasks.curation.sources.places import Folder, Place, RemotePlace
 
+PROGRESS_S = 5.0
 TABLE_ROWS = 1000  # of shards.parquet, written at a time
 NO_IMAGE_COLUMN = "without image bytes"
 VALID = (
@@ -68,7 +70,7 @@ def write_corpus(config: SourceConfig, path: str | None, out_dir: str | os.PathL
         left_out = scan.account.left_out()
         if not table.images and not table.unknown:
             raise ValueError(f"source {visible(path)!r} has no image; left out: {left_out or 'nothing'}; {VALID}")
-    report = table.report(scan.account, scan.options, place.uri())
+    report = table.report(scan.account, scan.options, place.uri(), alone=place.alone)
     images = count_of(table.images, "image") + (
         f" and {count_of(table.unknown, 'remote tar')}" if table.unknown else ""
     )
@@ -140,8 +142,14 @@ class _Scan:
         self.config, self.place, self.table, self.scratch = config, place, table, scratch
         self.options = Options(config.encoding, config.caption_columns)
         self.account = Account()
+        self._files, self._report_at = 0, time.monotonic() + PROGRESS_S
 
     def run(self) -> None:
+        texts = self.config.captions_folder
+        if texts is not None and (self.place.alone is not None or self.place.folder(texts) is None):
+            raise ValueError(
+                f"source.captions_folder={texts!r}: {self.place.shown(texts)} is not a folder of the source"
+            )
         self.texts = Texts(self.scratch)
         with Listed(self.options.encoding, self.options.caption_columns) as self.listed:
             for found in self.place.walk():
@@ -159,8 +167,11 @@ class _Scan:
                 shown = self.place.shown(found.at(name))
                 with _naming(shown), self.place.open(found.at(name)) as file:
                     root = base_name(self.place.uri())
-                    self.listed.add(shown, found.path, found.folders, extension(name), file, root)
-                self.account.use()
+                    is_table = self.listed.add(shown, found.path, found.folders, extension(name), file, root)
+                if is_table:
+                    self.account.use()
+                else:
+                    self.account.skip(reason_of(name), found.at(name))
 
     def _is_data(self, found: Folder, name: str) -> bool:
         """Whether a metadata.parquet has the images themselves."""
@@ -209,20 +220,18 @@ class _Scan:
         self.account.use(len(pairs) + len(used))
         bare: list[str] = []
         rows: dict[str, tuple[list[str], list[str], str]] = {}  # image -> paths of texts, captions, why ambiguous
-        folds: dict[str, list[str]] = {}
-        for i in pairs:
-            folds.setdefault(fold(names[i]), []).append(found.at(names[i]))
+        rivals = Rivals(found.at(names[i]) for i in pairs)
         for i, one in pairs.items():
             name = names[i]
-            rivals = [path for path in folds[fold(name)] if path != found.at(name)]
-            captions, ambiguous, no_column = self.listed.match([found.at(name)], rivals)
+            captions, ambiguous, no_column = self.listed.match([found.at(name)], rivals.of(found.at(name)))
             texts = [found.at(names[j]) for j in one.texts]
             rows[name] = texts, captions, one.ambiguous or ambiguous
             if not texts and not captions and not rows[name][2]:
                 bare.append(name)
                 rows[name] = [], [], no_column and f"\0{no_column}"
         self._take_parallel(found, bare, rows)
-        for name, (texts, captions, why) in rows.items():
+        for name in sorted(rows):
+            texts, captions, why = rows[name]
             if why.startswith("\0"):
                 raise ValueError(why[1:])
             yield self._file(found.at(name), found.files[name], texts, captions, why)
@@ -249,6 +258,12 @@ class _Scan:
             rows[image] = candidates[0][1], [], why
 
     def _file(self, path: str, size: int, texts: list[str], captions: list[str], why: str) -> File:
+        self._files += 1
+        if time.monotonic() > self._report_at:
+            self._report_at = time.monotonic() + PROGRESS_S
+            print(
+                f"source: {self._files:,} images read, in {visible(os.path.dirname(path)) or 'the source'}", flush=True
+            )
         sidecars = []
         for text in texts:
             with _naming(self.place.shown(text)):

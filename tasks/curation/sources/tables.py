@@ -155,7 +155,7 @@ def _as_bytes(column: pa.Array) -> pa.Array:
 
 
 def _has_bytes(kind: pa.DataType) -> bool:
-    if types.is_list(kind) or types.is_large_list(kind):
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_dictionary(kind):
         return _has_bytes(kind.value_type)
     if types.is_struct(kind):
         index = kind.get_field_index("bytes")

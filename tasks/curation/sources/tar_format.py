@@ -17,8 +17,9 @@ from tasks.curation.sources.base import from_bytes, to_bytes, visible
 
 BLOCK = 512
 CHUNK = 2**20
+MAX_ZEROS = 2**30  # behind the end of an archive
 MAX_HEADER_BYTES = 2**20  # of a GNU long name or a pax header
-MAX_MEMBERS, MAX_NAME_BYTES, MAX_NAMES_BYTES = 500_000, 4096, 64 * 2**20  # the names are in memory
+MAX_MEMBERS, MAX_NAME_BYTES, MAX_NAMES_BYTES = 300_000, 4096, 64 * 2**20  # the names are in memory
 MAX_DECOMPRESSED_BYTES = 8 * 2**30
 MAX_RATIO, RATIO_FREE_BYTES = 100, 64 * 2**20  # decompressed to compressed bytes, beyond the first ones
 LZMA_MEMORY_BYTES = 128 * 2**20  # xz -9 needs 65 MiB
@@ -65,6 +66,26 @@ class Forward:
             self._at += len(data)
         self.position += len(data)
         return data
+
+    def skip_zeros(self) -> None:
+        """Moves over blocks of zeros, to the first that has something or to the end.
+
+        Raises:
+            TarError: there are more zeros than any program writes.
+        """
+        start = self.position
+        while data := self.read(CHUNK):
+            rest = data.lstrip(b"\0")
+            if rest:
+                back = len(data) - (len(data) - len(rest)) // BLOCK * BLOCK
+                self.position -= back
+                if self._file is not None:
+                    self._file.seek(-back, 1)
+                else:
+                    self._buffer, self._at = data[len(data) - back :] + self._buffer[self._at :], 0
+                return
+            if self.position - start > MAX_ZEROS:
+                raise TarError(f"it has more than {MAX_ZEROS // 2**20} MiB of zeros behind its end; cut them off")
 
     def skip_to(self, position: int) -> bool:
         """Whether the file reaches so far."""
@@ -165,6 +186,7 @@ def members(stream: Forward) -> Iterator[Member]:
             raise TarError(f"it is cut off {_after(last)}: its end mark is missing; copy it again, or pack it anew")
         if not block.strip(b"\0"):
             ended = True
+            stream.skip_zeros()
             continue
         if not _is_header(block):
             if ended:

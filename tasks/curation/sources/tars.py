@@ -39,7 +39,7 @@ from tasks.curation.sources.caption_text import (
 )
 from tasks.curation.sources.metadata_files import MAX_BYTES as MAX_METADATA_BYTES
 from tasks.curation.sources.metadata_files import Listed, is_metadata
-from tasks.curation.sources.pairing import fold, pair
+from tasks.curation.sources.pairing import Rivals, pair
 from tasks.curation.sources.places import HIDDEN, LINK, NOT_A_FILE, Place
 from tasks.curation.sources.tar_format import Forward, Member, TarError
 
@@ -79,15 +79,12 @@ def samples(shown: str, file: BinaryIO, options: Options, account: Account) -> l
         for member, data in tables:
             folder = posixpath.dirname(_plain(member.name))
             name = f"{shown}:{visible(member.name)}"
-            listed.add(
-                name,
-                folder,
-                inside.get(folder, ()),
-                extension(member.name),
-                io.BytesIO(data),
-                base_name(shown).partition(".")[0],
-            )
-            account.use()
+            own = base_name(shown).partition(".")[0]
+            kind = extension(member.name)
+            if listed.add(name, folder, inside.get(folder, ()), kind, io.BytesIO(data), own):
+                account.use()
+            else:
+                account.skip(reason_of(member.name), name)
         found = [
             sample for members in folders.values() for sample in _of_folder(shown, members, options, listed, account)
         ]
@@ -170,17 +167,14 @@ def _of_folder(
             # A text that could describe several images is read by none.
             account.skip(reason_of(names[i]), f"{shown}:{member.name}")
     account.use(len(pairs) + len(used))
-    rivals: dict[str, set[str]] = {}
-    for i in pairs:
-        path = _plain(members[i].name)
-        rivals.setdefault(fold(path), set()).add(path)
+    rivals = Rivals(_plain(members[i].name) for i in pairs)
     repeats: Counter = Counter()
     for i, found in pairs.items():
         member = members[i]
         path = _plain(member.name)
         repeats[member.name] += 1
         place = member.name + (f"#{repeats[member.name]}" if repeats[member.name] > 1 else "")
-        captions, ambiguous, no_column = listed.match([path], sorted(rivals[fold(path)] - {path}))
+        captions, ambiguous, no_column = listed.match([path], rivals.of(path))
         if no_column and not found.texts:
             raise ValueError(no_column)
         why = found.ambiguous or ambiguous

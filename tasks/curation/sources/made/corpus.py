@@ -23,10 +23,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from model.storage import join
+from model.storage import is_remote, join
 from tasks.curation.config import SourceConfig
 from tasks.curation.sources import tar_format
-from tasks.curation.sources.base import TRUTH_TABLE, Account, Options, Record, Shard, visible
+from tasks.curation.sources.base import TRUTH_TABLE, Account, Options, Record, Shard, shard_id, visible
 from tasks.curation.sources.made import defects, digits, scenes
 from tasks.curation.sources.places import Place
 
@@ -99,10 +99,11 @@ def write_made_shard(config: SourceConfig, index: int, out_dir: str | os.PathLik
     assert sources.total() == total
     if truth:
         pq.write_table(pa.Table.from_pylist(truth, TRUTH), out_dir / TRUTH_TABLE)
-    digest = hashlib.sha256((out_dir / name).read_bytes()).hexdigest()
+    with open(out_dir / name, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     with TableWriter(out_dir) as table:
         size, source = (out_dir / name).stat().st_size, "scenes" if config.scenes else "digits"
-        table.add(Shard(_shard_id(name, digest), "tar", name, 0, total, size, digest, source))
+        table.add(Shard(shard_id("tar", name, 0, digest, Options()), "tar", name, 0, total, size, digest, source))
     planted = Counter(row["defect"] for row in truth if row["defect"])
     return table.report(
         Account(),
@@ -150,7 +151,7 @@ def read(place: Place, name: str, shard: Shard, account: Account) -> Iterator[Re
     """
     shown = place.shown(name)
     try:
-        if place.digest(name) != shard.digest and "://" not in shard.uri:
+        if not is_remote(shard.uri) and place.digest(name) != shard.digest:
             raise ValueError(f"{shown} is not what it was when it was made")
         with place.local_copy(name) as file:
             stream = tar_format.Forward(file)
@@ -175,12 +176,6 @@ def read(place: Place, name: str, shard: Shard, account: Account) -> Iterator[Re
                 raise ValueError(f"{shown}: record {image[0]!r} has no {image[0]}.json")
     except (tar_format.TarError, OSError) as error:
         raise ValueError(f"{shown} is not a readable record shard: {visible(str(error))}") from error
-
-
-def _shard_id(name: str, digest: str) -> str:
-    from tasks.curation.sources.base import shard_id
-
-    return shard_id("tar", name, 0, digest, Options())
 
 
 def _add(tar: tarfile.TarFile, made: Made) -> None:

@@ -217,3 +217,32 @@ def test_hash_bits_are_imagehashs(size):
     value = imagehash.phash(draw_scene(SCENES[5]), hash_size=size)
     bits = dedup.hash_bits(str(value), size)
     assert np.array_equal(bits, value.hash.ravel())
+
+
+@pytest.mark.parametrize("distance", [2, 4, 6])
+def test_joins_on_disk_find_the_pairs_that_comparing_in_memory_finds(distance, monkeypatch):
+    rng = np.random.default_rng(3)
+    hashes = np.repeat(rng.integers(0, 2**63, 40, dtype=np.uint64), 6)
+    for i in range(len(hashes)):
+        for bit in rng.choice(64, rng.integers(0, 5), replace=False):
+            hashes[i] ^= np.uint64(1) << np.uint64(bit)
+    coarse = [rng.integers(100, 130, 48).astype(np.uint8).tobytes() for _ in hashes]
+    scores = plain(phash=[f"{int(value):016x}" for value in hashes], coarse=coarse)
+    pairs = []
+    for limit in (10**6, 10):
+        monkeypatch.setattr(dedup, "COMPARED_IN_MEMORY", limit)
+        with tempfile.TemporaryDirectory() as work:
+            found = DuplicateSearch(work, DedupConfig(max_hamming_distance=distance))
+            with contextlib.closing(found):
+                found.add(np.arange(len(scores)), scores)
+                assert list(found.exact_duplicates()) == []
+                pairs.append(found._candidate_pairs().tolist())
+    assert pairs[0] == pairs[1] and len(pairs[0]) > 50
+
+
+def test_a_distance_that_is_too_wide_for_the_corpus_is_refused_with_the_figures():
+    with pytest.raises(
+        ValueError, match=r"max_hamming_distance=14: near duplicates among 700000000 .* 4 takes about 5\.\de\+10"
+    ):
+        dedup.plan_blocks(700_000_000, 14, 8)
+    assert [dedup.plan_blocks(count, 4, 8) for count in (10**6, 10**7, 7 * 10**8)] == [6, 7, 8]

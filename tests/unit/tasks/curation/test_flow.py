@@ -9,14 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from object_store import s3_bucket
 from own_images import png, write_tar
 
 from tasks.curation import flow, score
 from tasks.curation.config import CaptionConfig, CurationConfig, FilterConfig, SourceConfig, TierConfig
 from tasks.curation.curated import open_curated
 from tasks.manifest import load_manifest
-from tasks.store import LOCATIONS, Part, fetch_part, make_sealed, read_index, write_index
+from tasks.store import LOCATIONS, make_sealed, read_index, write_index
 
 CONFIG = CurationConfig(filters=FilterConfig(min_side_px=32, min_entropy_bits=0.05))
 SOURCE = SourceConfig()
@@ -78,19 +80,20 @@ def test_a_new_threshold_makes_no_score_and_leaves_shards_it_does_not_touch_alon
     assert len(parts_of(home, "selections") - selections) == 1  # that of 3.tar, now empty
 
 
-def test_a_group_reads_its_own_shards_alone(tars, home, monkeypatch):
+def test_a_group_reads_its_own_shards_alone(tars):
     opened: list[str] = []
-    real = open
+    watching = True
 
-    def watching(file, *rest, **options):
-        if str(file).endswith(".tar"):
-            opened.append(Path(file).name)
-        return real(file, *rest, **options)
+    def watch(event: str, arguments: tuple) -> None:  # an audit hook stays for the life of the process
+        if watching and event == "open" and str(arguments[0]).endswith(".tar"):
+            opened.append(Path(str(arguments[0])).name)
 
-    corpus, _, _ = make_sealed("corpus", lambda out: flow.write_corpus(SOURCE, str(tars), [], out), logs=flow.CORPUS_LOGS)
-    monkeypatch.setattr("builtins.open", watching)
-    monkeypatch.setattr("io.open", watching)
+    corpus, _, _ = make_sealed(
+        "corpus", lambda out: flow.write_corpus(SOURCE, str(tars), [], out), logs=flow.CORPUS_LOGS
+    )
+    sys.addaudithook(watch)
     (part,) = flow.score_group(corpus, CONFIG, 1, 3)
+    watching = False
     assert not part.error and set(opened) == {"1.tar"}
 
 
@@ -140,7 +143,9 @@ def test_a_shard_that_fails_is_named_and_made_alone_the_next_time(tars, home, mo
         return real(corpus, shard, config, out_dir)
 
     monkeypatch.setattr(score, "score_shard", failing)
-    with pytest.raises(ValueError, match=r"1 of 3 shards could not be scored .*1\.tar: OSError: the connection was closed"):
+    with pytest.raises(
+        ValueError, match=r"1 of 3 shards could not be scored .*1\.tar: OSError: the connection was closed"
+    ):
         curate(tars)
     assert len(parts_of(home, "scores")) == 2
     made = []
@@ -159,7 +164,7 @@ def test_within_the_ratio_a_failed_shard_is_a_row_of_the_ledger(tars, home, monk
 
     monkeypatch.setattr(score, "score_shard", failing)
     path = curate(tars, CONFIG.model_copy(update={"min_success_ratio": 0.6}))
-    book = __import__("pandas").read_parquet(path / "ledger.parquet")
+    book = pd.read_parquet(path / "ledger.parquet")
     failed = book[book["rule"] == "shard_failed"]
     assert len(book) == 9 and failed["file"].str.endswith("1.tar").tolist() == [True]
     assert failed["detail"].item() == "OSError: the connection was closed"
@@ -168,7 +173,9 @@ def test_within_the_ratio_a_failed_shard_is_a_row_of_the_ledger(tars, home, monk
 
 
 def test_a_group_whose_task_never_finished_counts_as_failed(tars):
-    corpus, _, _ = make_sealed("corpus", lambda out: flow.write_corpus(SOURCE, str(tars), [], out), logs=flow.CORPUS_LOGS)
+    corpus, _, _ = make_sealed(
+        "corpus", lambda out: flow.write_corpus(SOURCE, str(tars), [], out), logs=flow.CORPUS_LOGS
+    )
     parts = flow.score_group(corpus, CONFIG, 0, 3)
     index, _, _ = make_sealed("scores", lambda out: write_index(out, parts), logs=(LOCATIONS,))
     with pytest.raises(ValueError, match="2 of 3 shards could not be scored .*the task that scores its group did not"):
@@ -202,7 +209,7 @@ flow.curate_source(SourceConfig(), {str(tars)!r}, CONFIG)
 
 
 def test_a_new_tier_setting_rewrites_selections_and_no_scores(tars, home):
-    curate(tars)
+    curate(tars, CONFIG.model_copy(update={"tiers": TierConfig(thresholds=(9.9, 9.8, 9.7, 9.6))}))
     scores, selections = parts_of(home, "scores"), parts_of(home, "selections")
     curate(tars, CONFIG.model_copy(update={"tiers": TierConfig(thresholds=(0.4, 0.3, 0.2, 0.1))}))
     assert parts_of(home, "scores") == scores and len(parts_of(home, "selections") - selections) == 3
@@ -231,6 +238,25 @@ def test_images_are_the_kept_records_with_their_original_bytes(tars):
     assert seen["1.tar:p004.png"] == png(4) and len(seen) == curated.num_records
 
 
-def test_parts_are_small_literals():
-    assert Part("a" * 16, "scores").digest == ""
-    assert fetch_part is not None
+def test_pods_share_parts_through_the_store_and_fetch_what_they_need(tars, tmp_path, monkeypatch):
+    with s3_bucket("corpora") as bucket:
+        monkeypatch.setenv("NUCLEUS_STORE", "s3://corpora/nucleus")
+        monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "pod1"))
+        curated = curate(tars)
+        shutil.rmtree(tmp_path / "pod1" / "artifacts" / "scores")
+        monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "pod2"))
+        monkeypatch.setattr(score, "score_shard", None)  # nothing is scored again
+        read = open_curated(curate(tars))
+        assert sum(len(list(read.images(part))) for part in read.parts()) == 12
+        assert load_manifest(read.path).digest == load_manifest(curated).digest
+        assert all(part.uri.startswith("s3://corpora/nucleus/artifacts/") for part in read.parts())
+        # A group's task fetches of the decision what its group needs.
+        monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "pod3"))
+        _, decision = flow.curate_source(SOURCE, str(tars), CONFIG, until="decisions")
+        shutil.rmtree(tmp_path / "pod3" / "artifacts" / "decisions", ignore_errors=True)
+        flow.select_group(decision, CONFIG, 1, 3)
+        fetched = tmp_path / "pod3" / "artifacts" / "decisions" / decision.digest
+        assert sorted(p.name for p in (fetched / "groups").iterdir()) == ["00001.parquet"]
+        assert not (fetched / "ledger.parquet").exists()
+        flow.select_group(decision, CONFIG, 2, 3)
+        assert bucket.exists("corpora/nucleus/keys/selections")

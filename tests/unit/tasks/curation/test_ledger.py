@@ -5,7 +5,6 @@ import pytest
 
 from tasks.curation import ledger
 
-
 RULES = ["", "min_side", "", "near_duplicate", "undecodable", "", "no_caption", "watermark", "min_side"]
 
 

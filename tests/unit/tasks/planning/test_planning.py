@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from diskcache import Cache
 from flyteidl.core import literals_pb2
 
-from tasks.manifest import load_manifest, seal, writing
+from tasks import store
+from tasks.manifest import seal, writing
 from tasks.planning import local_cache
 from tasks.planning.sections import check_ranks, check_workflow, encode_stage, for_own_images, scoring, train_stage
-from tasks.planning.source import check_source, fingerprint
 from tasks.recipe import load_recipe
 
 
@@ -129,78 +131,6 @@ def test_ranks_that_fit_their_task_are_not_refused():
     check_ranks(load_recipe("nucleus_17b").train, 16, 4, False)  # as many, on smaller machines
 
 
-def test_a_placeholder_is_refused_without_a_look_at_it_and_both_ways_out_are_named():
-    with pytest.raises(ValueError, match="source.path='s3://YOUR-BUCKET/.*placeholder.* --source .*or set source.path"):
-        check_source(load_recipe("nucleus_17b").source.path, local=False)
-
-
-def test_a_path_of_ones_own_machine_is_refused_on_a_cluster_alone():
-    for path in ("images/", ""):
-        check_source(path, local=True)
-    check_source("s3://bucket/images/", local=False)
-    check_source("", local=False)
-    with pytest.raises(ValueError, match="'images/' is a path of your machine"):
-        check_source("images/", local=False)
-
-
-def test_fingerprint_knows_the_home_directory_and_a_single_files_name(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "a.parquet").write_bytes(b"one")
-    first = fingerprint("~/a.parquet")
-    (tmp_path / "a.parquet").rename(tmp_path / "b.parquet")
-    assert fingerprint("~/b.parquet") != first
-
-
-def test_fingerprint_follows_content_and_names(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"one")
-    first = fingerprint(str(tmp_path))
-    assert fingerprint(str(tmp_path)) == first
-    (tmp_path / "a.png").write_bytes(b"two")
-    second = fingerprint(str(tmp_path))
-    (tmp_path / "a.png").rename(tmp_path / "b.png")
-    assert len({first, second, fingerprint(str(tmp_path))}) == 3
-
-
-def test_fingerprint_passes_over_what_the_scan_passes_over(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "a.png").write_bytes(b"one")
-    first = fingerprint(str(tmp_path))
-    (tmp_path / ".cache").mkdir()
-    for name in (".DS_Store", "sub/.a.png.swp", ".cache/b.png"):
-        (tmp_path / name).write_bytes(b"noise")
-    assert fingerprint(str(tmp_path)) == first
-    (tmp_path / "sub" / "b.png").write_bytes(b"two")
-    assert fingerprint(str(tmp_path)) != first
-
-
-def test_a_shard_that_no_change_of_the_source_touched_is_the_same_artifact(tmp_path, monkeypatch):
-    from tasks.curation.config import SourceConfig
-    from tasks.curation.task import make_shard
-
-    monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
-    source = tmp_path / "source"
-    source.mkdir()
-
-    def digests() -> list[str]:
-        digest, config = fingerprint(str(source)), SourceConfig(shards=2)
-        made = [make_shard.task_function(config, str(source), digest, shard) for shard in range(2)]
-        return [load_manifest(shard.path).digest for shard in made]
-
-    for name in "abcd":
-        (source / f"{name}.png").write_bytes(name.encode())
-    before = digests()
-    (source / "d.png").write_bytes(b"changed")
-    after = digests()
-    assert after[0] == before[0] and after[1] != before[1]
-
-
-def test_fingerprint_refuses_nothing_in_words(tmp_path):
-    with pytest.raises(ValueError, match="is empty; give a folder of images"):
-        fingerprint(str(tmp_path))
-    with pytest.raises(ValueError, match="does not exist"):
-        fingerprint(str(tmp_path / "gone"))
-
-
 def _artifact(home):
     with writing(home / "artifacts" / "records", by_digest=True) as out:
         (out / "data.txt").write_text("data")
@@ -226,3 +156,14 @@ def test_cached_artifacts_that_are_gone_are_forgotten_and_others_kept(tmp_path):
     assert local_cache.forget_lost_artifacts(str(tmp_path / "cache")) == 2
     with Cache(str(tmp_path / "cache")) as cache:
         assert set(cache.iterkeys()) == {"whole", "someone else's"}
+
+
+def test_an_index_of_which_a_part_is_gone_is_forgotten(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
+    part = store.make_part("scores", "a", "1", {}, lambda out: (out / "data.txt").write_text("data"))
+    index, _, _ = store.make_sealed("scores", lambda out: store.write_index(out, [part]), logs=(store.LOCATIONS,))
+    with Cache(str(tmp_path / "cache")) as cache:
+        cache["index"] = _entry(index)
+    assert local_cache.forget_lost_artifacts(str(tmp_path / "cache")) == 0
+    shutil.rmtree(part.uri)
+    assert local_cache.forget_lost_artifacts(str(tmp_path / "cache")) == 1
