@@ -209,7 +209,7 @@ def find_transformer(path: str | Path, device: str | torch.device = "cpu") -> Nu
                 return load_transformer(directory, device=device)
     checkpoint = last_checkpoint(path)
     around = checkpoint.rstrip("/").rsplit("/", 1)[0]
-    if sealed := storage.read_bytes(storage.join(around, "manifest.json")):
+    if sealed := storage.read_bytes(storage.join(around, storage.MANIFEST)):
         config = TransformerConfig(**json.loads(sealed)["config"]["model"])
     elif running := storage.read_bytes(f"{around.rpartition('/')[0]}/run.json"):
         run = json.loads(running)
@@ -227,6 +227,8 @@ def analyse(model: NucleusTransformer, latents: Path, out: Path, images: int, ti
     if images < 1 or timesteps < 2:
         raise ValueError(f"images={images} must be at least 1 and timesteps={timesteps} at least 2")
     dataset = LatentDataset(latents)
+    if dataset.meta.text_form != "states":
+        raise ValueError(f"the texts of {latents} are tokens (encoding.text: online); states are needed here")
     bucket = int(dataset.counts.sum(1).argmax())
     of_bucket = np.arange(*dataset.bucket_begin[bucket : bucket + 2])
     chosen = of_bucket[np.linspace(0, len(of_bucket) - 1, min(images, len(of_bucket))).round().astype(int)]

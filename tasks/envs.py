@@ -31,6 +31,7 @@ CACHE_VERSIONS = {
     "merging": "1",
     "evaluation": "1",
     "publishing": "1",
+    "study": "1",
 }
 
 # Multi-node training is decided when the workflows are registered, since Flyte fixes a task's type then:

@@ -293,6 +293,8 @@ def _explain(error: ValidationError) -> str:
         if location and item["type"] != "missing" and not isinstance(item["input"], (dict, BaseModel)):
             got[key] = f" (got {value if len(value) < 80 else value[:77] + '...'})"
         message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "literal_error":  # "... should be 'muon' or 'adamw'"
+            message += _did_you_mean(str(item["input"]), re.findall("'([^']*)'", item["ctx"]["expected"]))
         messages = wrong.setdefault(key, [])
         if message not in messages:
             messages.append(message)

@@ -13,7 +13,7 @@ from tasks.encoding.config import EncodingConfig
 from tasks.encoding.task import encode_latents_group, encode_texts_group, gather_latents, gather_texts, plan_encoding
 
 
-@dynamic(**envs.light("encoder"))
+@dynamic(**envs.dynamic())
 def encode_texts(curated: CuratedDir, components: ComponentsDir, config: EncodingConfig) -> TextsDir:
     """Encodes the captions of a corpus, once for all stages.
 
@@ -26,7 +26,7 @@ def encode_texts(curated: CuratedDir, components: ComponentsDir, config: Encodin
     return gather_texts(curated=curated, components=components, config=config, groups=parts)
 
 
-@dynamic(**envs.light("encoder"))
+@dynamic(**envs.dynamic())
 def encode_latents(
     curated: CuratedDir, components: ComponentsDir, stage: StageConfig, config: EncodingConfig
 ) -> LatentsDir:

@@ -18,7 +18,7 @@ from flytekit import dynamic, workflow
 
 from model.config import MergeConfig
 from tasks import envs
-from tasks.artifacts import CheckpointsDir, ComponentsDir, CuratedDir, MergedDir
+from tasks.artifacts import CheckpointsDir, ComponentsDir, CuratedDir, LatentsDir, MergedDir, TextsDir
 from tasks.encoding.config import EncodingConfig
 from tasks.encoding.task import make_components
 from tasks.merging.task import merge_checkpoints
@@ -29,18 +29,22 @@ from workflows.encode import encode_latents, encode_texts
 
 
 class Stages(NamedTuple):
-    """The result of all stages: the merged transformer, and the checkpoints of each stage in order."""
+    """The result of all stages: the merged transformer, the checkpoints of each stage, texts, and latents of the last."""
 
     merged: MergedDir
     checkpoints: list[CheckpointsDir]
+    latents: LatentsDir
+    texts: TextsDir
 
 
 class Trained(NamedTuple):
-    """A transformer, the frozen components that it was trained with, and the checkpoints of each stage."""
+    """`Stages`, and the frozen components that the transformer was trained with."""
 
     merged: MergedDir
     components: ComponentsDir
     checkpoints: list[CheckpointsDir]
+    latents: LatentsDir
+    texts: TextsDir
 
 
 @dynamic(**envs.dynamic())
@@ -69,7 +73,7 @@ def train_stages(
             )
         )
     merged = merge_checkpoints(checkpoints=checkpoints[-1], model=stages[-1].train.model, config=merge)
-    return Stages(merged=merged, checkpoints=checkpoints)
+    return Stages(merged=merged, checkpoints=checkpoints, latents=latents[-1], texts=texts)
 
 
 def train_curated(curated: CuratedDir, sections: Sections) -> Trained:
@@ -84,7 +88,13 @@ def train_curated(curated: CuratedDir, sections: Sections) -> Trained:
         encoding=sections.encoding,
         merge=sections.merge,
     )
-    return Trained(merged=trained.merged, components=components, checkpoints=trained.checkpoints)
+    return Trained(
+        merged=trained.merged,
+        components=components,
+        checkpoints=trained.checkpoints,
+        latents=trained.latents,
+        texts=trained.texts,
+    )
 
 
 @workflow
@@ -98,4 +108,10 @@ def train(recipe: str, curated: CuratedDir, overrides: Union[list[str], str] = [
     """
     sections = resolve_recipe(recipe=recipe, overrides=overrides, source="", starts_from="curated", ends_in="merged")
     trained = train_curated(curated, sections)
-    return Trained(merged=trained.merged, components=trained.components, checkpoints=trained.checkpoints)
+    return Trained(
+        merged=trained.merged,
+        components=trained.components,
+        checkpoints=trained.checkpoints,
+        latents=trained.latents,
+        texts=trained.texts,
+    )

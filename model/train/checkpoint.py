@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.stateful import Stateful
@@ -35,6 +34,7 @@ from model.config import TrainSettings
 from model.train.guard import Diverged
 from model.train.metrics import METRICS
 from model.train.replicas import differing
+from model.train.torch_private import FsspecWriter
 from model.weights import checkpoints
 from model.weights.checkpoints import finished_checkpoints, incomplete_files
 

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from model.moe import MoE
+from model.train.torch_private import all_to_all_single_autograd
 
 
 def to_owners(x_ERD: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:

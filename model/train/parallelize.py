@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_common import DataParallelMeshInfo, ShardPlacementResult
-from torch.distributed.fsdp._fully_shard._fsdp_init import _get_mesh_info
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from model.train.activation import flash_operations
 from model.train.compiled import compile_blocks
 from model.train.expert_parallel import shard_experts
+from model.train.torch_private import DataParallelMeshInfo, ShardPlacementResult, mesh_info
 from model.transformer import Fill
 from model.weights.load import own_part
 
@@ -63,8 +62,8 @@ def parallelize(
 def _shard(model: torch.nn.Module, dims: ParallelDims, dtype: torch.dtype) -> None:
     replicas = ["dp_replicate"] if dims.dp_replicate_enabled else []
     mesh = dims.get_mesh([*replicas, "fsdp"])
-    dense = _get_mesh_info(mesh, None)
-    sparse = _get_mesh_info(dims.get_mesh([*replicas, "efsdp"]), None) if dims.ep_enabled else dense
+    dense = mesh_info(mesh, None)
+    sparse = mesh_info(dims.get_mesh([*replicas, "efsdp"]), None) if dims.ep_enabled else dense
     routers = [block.img_mlp.gate for block in model.transformer_blocks.children() if block.moe_enabled]
     for router in routers:
         whole = [Replicate()] * mesh.ndim

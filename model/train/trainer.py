@@ -18,7 +18,6 @@ import torch
 import torch._inductor.config
 import torch.fx.experimental._config
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -33,6 +32,7 @@ from model.train.device import DEVICE_TYPE, PATIENCE
 from model.train.guard import Diverged, LossGuard
 from model.train.parallelize import lies_whole
 from model.train.preemption import Preempted, StopFlag, sigterm_sets
+from model.train.torch_private import set_group_timeout
 from model.transformer import RouterTrace
 
 from torchtitan.components.tokenizer import BaseTokenizer
@@ -81,7 +81,7 @@ class NucleusTrainer(Trainer):
         use_kernels(self.settings.kernels)
         super().__init__(config)
         for mesh in self.parallel_dims.get_all_one_dimensional_meshes().values():  # their groups do not inherit it
-            _set_pg_timeout(PATIENCE, mesh.get_group())
+            set_group_timeout(PATIENCE, mesh.get_group())
         self.model = self.model_parts[0]
         self.loss_weights = config.stage.losses
         self.patch = self.model.config.patch_size

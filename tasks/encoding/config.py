@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from model.config import Fraction, Positive, Section
+from model.config import Fraction, Positive, Section, Seed
 from model.constants import PIPELINE_TEXT_STATE
 
 
@@ -92,7 +92,7 @@ class ComponentsConfig(Section):
     vae: TinyVAEConfig | None = None
     text_encoder: TinyTextEncoderConfig | None = None
     min_psnr_db: float = 28.0
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _check(self) -> ComponentsConfig:

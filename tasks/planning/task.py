@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple, Union
 
 from flytekit import task
@@ -14,6 +15,7 @@ from tasks.artifacts import CuratedDir, fetch, is_local, plain_errors
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.planning.local_cache import forget_lost_artifacts
+from tasks.planning.local_run import check_directories
 from tasks.planning.sections import (
     HOPS,
     Stage,
@@ -26,6 +28,7 @@ from tasks.planning.sections import (
 from tasks.planning.source import check_source
 from tasks.publishing.config import PublishConfig
 from tasks.recipe import load_recipe
+from tasks.store import home
 
 
 class Sections(NamedTuple):
@@ -54,6 +57,8 @@ def resolve_recipe(
     `starts_from`, `ends_in`: the artifacts that the workflow is given and makes (`sections.Hop`).
     """
     with plain_errors():
+        if is_local():
+            check_directories(home(), Path(CACHE_LOCATION))
         loaded = load_recipe(recipe, [overrides] if isinstance(overrides, str) else overrides)
         check_workflow(loaded, ends_in, starts_from)
         path = ""

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from model.constants import PIPELINE_TEXT_STATE
+from tasks.diffusers_parts import SCHEDULER, processor_class
 from tasks.manifest import MANIFEST, sha256_file
 from tasks.publishing.card import model_card
 from tasks.publishing.config import PublishConfig
@@ -35,8 +36,6 @@ PARTS = {
     "text_encoder": ("transformers", "Qwen3VLForConditionalGeneration", ("config.json", "*.safetensors")),
     "processor": ("transformers", "", ("tokenizer_config.json",)),
 }
-# The released one: with shift 1 and without dynamic shifting, sigmas stay linear from 1 to 1/steps.
-SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False}  # fmt: skip
 
 
 def publish(
@@ -155,27 +154,6 @@ PROCESSORS = (
     "Qwen2Tokenizer",
     "Qwen2TokenizerFast",
 )
-
-
-def processor_class(directory: Path) -> str:
-    """The class that the directory says it is: a processor, or a tokenizer alone, which the pipeline can use as well
-    (a Qwen3VLProcessor needs torchvision to load, for its video half).
-
-    Raises:
-        ValueError: none is named, or one that is not in `PROCESSORS`.
-    """
-    for name, key in (
-        ("processor_config.json", "processor_class"),
-        ("preprocessor_config.json", "processor_class"),
-        ("tokenizer_config.json", "processor_class"),
-        ("tokenizer_config.json", "tokenizer_class"),
-    ):
-        path = directory / name
-        if path.is_file() and (found := json.loads(path.read_text()).get(key)):
-            if found not in PROCESSORS:
-                raise ValueError(f"{path} names the class {found!r}; it must be one of {', '.join(PROCESSORS)}")
-            return found
-    raise ValueError(f"{directory} names neither a processor_class nor a tokenizer_class in its configs")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -177,6 +177,21 @@ def test_a_kill_in_the_middle_of_a_background_save_resumes_from_the_save_before(
     assert not [path for path in (work / "checkpoints").iterdir() if not (path / ".metadata").is_file()]
 
 
+def test_a_newest_checkpoint_that_was_cut_off_is_passed_over_with_a_message(latents, whole, tmp_path, capfd):
+    def fails(rank):
+        before_step(12, lambda trainer: os._exit(3))
+        train(latents, tmp_path)
+
+    assert Ranks(fails).codes() == {3}
+    newest = tmp_path / "work" / "checkpoints" / "step-10"
+    (file,) = newest.glob("*.distcp")
+    os.truncate(file, file.stat().st_size // 2)
+    assert Ranks(lambda rank: train(latents, tmp_path)).codes() == {0}
+    assert f"checkpoint {newest} is damaged ({file.name} is cut off or missing)" in capfd.readouterr().out
+    assert report(tmp_path / "out")["resumed_from_step"] == 5
+    assert same_weights(whole(1), tmp_path / "out") == [10, 15, 18]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_sigterm_to_one_rank_saves_the_step_on_all_and_the_restart_ends_with_the_same_bits(
     latents, whole, tmp_path, ranks

@@ -28,13 +28,13 @@ def trained(tmp_path):
         home, stages = tmp_path / name, []
         for i, data in enumerate(latents):
             config = {
-                "seed": seed + 1000 * i, "nproc_per_node": nproc, "optim": {"matrices": "muon", "lr": 0.01, **optim},
-                "stages": [{"name": f"stage{i}", "steps": 100}],
+                "model": {}, "stage": {"name": f"stage{i}", "steps": 100}, "seed": seed + 1000 * i,
+                "train": {"seed": seed, "keep_checkpoints": nproc, "optim": {"matrices": "muon", "lr": 0.01, **optim}},
             }  # fmt: skip
             lines = "\n".join(json.dumps({"step": step, "loss": loss + (step <= 80)}) for step in range(0, 101, 10))
             stages.append(
                 sealed(
-                    home / f"stage{i}", "checkpoints", [data, *stages[-1:]], {"model": {}, "train": config},
+                    home / f"stage{i}", "checkpoints", [data, *stages[-1:]], config,
                     metrics__jsonl=lines,
                 )
             )  # fmt: skip
@@ -67,6 +67,8 @@ def test_runs_that_differ_in_their_seed_alone_are_one_variant(trained):
     (difference,) = result["differences"].values()  # of seeds 0 and 1, which both have
     assert difference["overall"]["values"] == pytest.approx([-0.10, -0.06])
     assert difference["overall"]["std"] == pytest.approx(0.04 / 2**0.5)
+    low, high = difference["overall"]["interval"]  # of two seeds: t = 12.706
+    assert (low + high) / 2 == pytest.approx(-0.08) and high - low == pytest.approx(2 * 12.706 * 0.02, rel=1e-3)
 
 
 def test_the_command_prints_the_table_and_draws_it(trained, tmp_path, capsys):

@@ -11,8 +11,8 @@ from flytekit.exceptions.user import FlyteUserRuntimeException
 from flytekit.types.directory import FlyteDirectory
 
 from tasks import artifacts
-from tasks.manifest import seal
 from tasks.elastic import PreemptibleElastic, PreemptibleElasticTask
+from tasks.manifest import seal
 
 RANKS = 3
 LIMIT_S = 60
