@@ -23,13 +23,14 @@ def test_another_stages_steps_do_not_touch_this_stage():
     assert [one == other for one, other in zip(stages(before), stages(after))] == [True, True, False]
 
 
-def test_own_images_keep_long_captions_and_need_no_psnr_and_change_nothing_else():
+def test_own_images_keep_long_captions_and_every_shape_and_need_no_psnr_and_change_nothing_else():
     recipe = load_recipe("tiny")
     own = for_own_images(recipe)
     assert own.curation.captions.max_words == 60 and own.components.min_psnr_db == 0.0
     assert own.curation.captions.max_words + 2 <= recipe.encoding.max_text_tokens
-    restored = own.model_copy(update={"curation": recipe.curation, "components": recipe.components})
-    assert restored == recipe
+    assert own.encoding == recipe.encoding.model_copy(update={"shapes": "data"})
+    parts = {name: getattr(recipe, name) for name in ("curation", "components", "encoding")}
+    assert own.model_copy(update=parts) == recipe
     assert own.curation.filters == recipe.curation.filters and own.components.vae == recipe.components.vae
 
 
