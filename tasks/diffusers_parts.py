@@ -14,13 +14,22 @@ SCHEDULER: dict[str, Any] = {
     "use_dynamic_shifting": False,
 }
 
+# Names come from files of the Hub or of other artifacts: only these classes are looked up.
+PROCESSORS = (
+    "Qwen3VLProcessor",
+    "PreTrainedTokenizerFast",
+    "TokenizersBackend",
+    "Qwen2Tokenizer",
+    "Qwen2TokenizerFast",
+)
+
 
 def processor_class(directory: Path) -> str:
     """The class that the files of a processor name: a processor, or a tokenizer alone, which the pipeline accepts too (a
     Qwen3VLProcessor needs torchvision to load, for its video half).
 
     Raises:
-        ValueError: none is named.
+        ValueError: none is named, or one that is not in `PROCESSORS`.
     """
     for name, key in (
         ("processor_config.json", "processor_class"),
@@ -30,5 +39,7 @@ def processor_class(directory: Path) -> str:
     ):
         path = directory / name
         if path.is_file() and (found := json.loads(path.read_text()).get(key)):
+            if found not in PROCESSORS:
+                raise ValueError(f"{path} names the class {found!r}; it must be one of {', '.join(PROCESSORS)}")
             return found
     raise ValueError(f"{directory} names neither a processor_class nor a tokenizer_class in its configs")

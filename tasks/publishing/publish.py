@@ -146,16 +146,6 @@ def _check_fit(sources: dict[str, Path], recipe: dict[str, Any]) -> None:
             )
 
 
-# Names come from files of the Hub or of other artifacts: only these classes are looked up.
-PROCESSORS = (
-    "Qwen3VLProcessor",
-    "PreTrainedTokenizerFast",
-    "TokenizersBackend",
-    "Qwen2Tokenizer",
-    "Qwen2TokenizerFast",
-)
-
-
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")
