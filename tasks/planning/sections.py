@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from model.config import Positive, Section, StageConfig, TrainConfig, TransformerConfig
-from tasks.curation.config import CurationConfig, DedupConfig, FilterConfig
+from tasks.curation.config import CurationConfig
 from tasks.recipe import Recipe
 
 STAGES = 3  # that workflows/train.py lays out
@@ -104,12 +104,7 @@ def for_own_images(recipe: Recipe) -> Recipe:
 def scoring(recipe: Recipe) -> CurationConfig:
     """What scoring reads of the curation section; every threshold is left at its default, so that a new one scores
     nothing again."""
-    config = recipe.curation
-    return CurationConfig(
-        scorers=config.scorers,
-        filters=FilterConfig(max_pixels=config.filters.max_pixels),
-        dedup=DedupConfig(hash_size=config.dedup.hash_size, thumbnail_px=config.dedup.thumbnail_px),
-    )
+    return recipe.curation.scoring()
 
 
 def encode_stage(recipe: Recipe, index: int) -> EncodeStage:
