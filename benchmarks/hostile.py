@@ -229,12 +229,12 @@ def parquet_dictionary(folder: Path) -> None:
 
 
 @kind("refused")
-def parquet_dictionary_of_100_mib(folder: Path) -> None:
-    """100 MiB, 64 times: one batch would have 6.4 GiB."""
+def parquet_dictionary_of_80_mib(folder: Path) -> None:
+    """80 MiB, 64 times: one batch would have 5 GiB."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    image = pa.DictionaryArray.from_arrays(pa.array([0] * 64, pa.int32()), pa.array([bytes(100 * MIB)], pa.binary()))
+    image = pa.DictionaryArray.from_arrays(pa.array([0] * 64, pa.int32()), pa.array([bytes(80 * MIB)], pa.binary()))
     table = pa.table({"image": image, "text": ["a"] * 64})
     limit = 2**30
     pq.write_table(table, folder / "x.parquet", compression="zstd", store_schema=False, dictionary_pagesize_limit=limit)
@@ -251,12 +251,12 @@ def parquet_page_of_1_gib(folder: Path) -> None:
 
 @kind("read")
 def parquet_pages_under_the_cap(folder: Path) -> None:
-    """Row groups of one page of 120 MiB, not compressed, and one snappy."""
+    """Row groups of one page of 103 MiB, not compressed, and one snappy."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    data = [np.random.default_rng(i).bytes(60 * MIB) for i in range(2)]
+    data = [np.random.default_rng(i).bytes(103 * MIB // 2) for i in range(2)]
     table = pa.table({"image": pa.array(data, pa.binary()), "text": ["a", "b"]})
     for name, compression in (("x", "none"), ("y", "snappy")):
         pq.write_table(table, folder / f"{name}.parquet", compression=compression, use_dictionary=False)

@@ -145,7 +145,7 @@ class Recipe(Section):
     def _check_curation(self) -> None:
         """What curation would refuse, or reject every record for, when the records are made already."""
         from tasks.curation.filters import DECODABLE, RGB_MODES
-        from tasks.curation.scorers import build_scorers
+        from tasks.curation.scorers import chosen_scorers
 
         for key, names, valid in (
             ("formats", self.curation.filters.formats, DECODABLE),
@@ -154,7 +154,7 @@ class Recipe(Section):
             for name in names or ("",):
                 if name not in valid:
                     raise ValueError(f"curation.filters.{key} has {name!r}; valid are {', '.join(valid)}")
-        build_scorers(self.curation.scorers)
+        chosen_scorers(self.curation.scorers)
         thresholds = self.curation.tiers.thresholds
         if list(thresholds) != sorted(thresholds, reverse=True):
             raise ValueError(f"curation.tiers.thresholds={list(thresholds)} must fall from A1 to A4")

@@ -139,7 +139,7 @@ class CurationConfig(Section):
         """What scores depend on. Every threshold is left at its default, so that a new one needs no new scores."""
         return CurationConfig(
             scorers=self.scorers,
-            filters=FilterConfig(max_pixels=self.filters.max_pixels),
+            filters=FilterConfig(formats=self.filters.formats, max_pixels=self.filters.max_pixels),
             dedup=DedupConfig(hash_size=self.dedup.hash_size, thumbnail_px=self.dedup.thumbnail_px),
         )
 

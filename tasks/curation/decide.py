@@ -19,7 +19,7 @@ import json
 import os
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -44,8 +44,6 @@ KEPT = pa.schema(
 ROW_GROUP = 50_000
 THUMBNAIL_GROUPS_IN_MEMORY = 64
 
-Fetch = Callable[[Part], Path]
-
 
 def decide(
     parts: Sequence[Part],
@@ -54,7 +52,6 @@ def decide(
     out_dir: str | os.PathLike,
     groups: int = 1,
     shard_names: dict[str, str] | None = None,
-    fetch: Fetch = fetch_part,
 ) -> dict:
     """Writes a decision directory (see the module) and returns the content of its report.json.
 
@@ -73,20 +70,25 @@ def decide(
         search = dedup.DuplicateSearch(work, config.dedup)
         for part, start in zip(parts, starts, strict=False):
             if not part.error:
-                scores = read_scores(fetch(part))
+                scores = read_scores(fetch_columns(part))
                 rule, detail = judge(scores, config)
                 rejections.add(start, rule, detail)
                 alive = np.flatnonzero(rule == "")
                 search.add(start + alive, scores.iloc[alive])
         print(f"curation: {starts[-1]} records, {starts[-1] - rejections.count} pass the filters", flush=True)
-        extra = _drop_duplicates(search, rejections, parts, starts, fetch)
+        extra = _drop_duplicates(search, rejections, parts, starts)
         search.close()
-        summary = _write(parts, starts, rejections, extra, scan, config, out_dir, groups, shard_names or {}, fetch)
+        summary = _write(parts, starts, rejections, extra, scan, config, out_dir, groups, shard_names or {})
         rejections.close()
     content = summary.content()
     (out_dir / "report.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     (out_dir / "report.html").write_text(report.render(summary, config))
     return content
+
+
+def fetch_columns(part: Part) -> Path:
+    """A score part without its pictures: they are fetched for the few shards whose pictures are compared or shown."""
+    return fetch_part(part, without=(THUMBNAILS_TABLE,))
 
 
 def read_scores(directory: Path, columns: list[str] | None = None) -> pd.DataFrame:
@@ -157,17 +159,17 @@ class _Rejections:
 
 
 def _drop_duplicates(
-    search: dedup.DuplicateSearch, rejections: _Rejections, parts: Sequence[Part], starts: list[int], fetch: Fetch
+    search: dedup.DuplicateSearch, rejections: _Rejections, parts: Sequence[Part], starts: list[int]
 ) -> int:
     """Rejects exact and near duplicates, and gives the captions of exact ones to the record that is kept."""
-    names = _Column("locator", parts, starts, fetch)
-    texts = _Column("captions", parts, starts, fetch)
+    names = _Column("locator", parts, starts)
+    texts = _Column("captions", parts, starts)
     count = 0
     for batch in _batches(search.exact_duplicates()):
         rejections.add_rows([(p, "exact_duplicate", f"same bytes as {names[keeper]}") for p, keeper in batch])
         rejections.add_captions([(keeper, p, list(texts[p])) for p, keeper in batch])
         count += len(batch)
-    thumbnails = Thumbnails(parts, starts, fetch)
+    thumbnails = Thumbnails(parts, starts)
     for batch in _batches(search.near_duplicates(thumbnails.at)):
         rejections.add_rows(
             [(p, "near_duplicate", f"thumbnail differs by {d:.1f} from {names[keeper]}") for p, keeper, d in batch]
@@ -181,14 +183,14 @@ class _Column:
 
     SHARDS = 16
 
-    def __init__(self, name: str, parts: Sequence[Part], starts: list[int], fetch: Fetch) -> None:
-        self._name, self._parts, self._starts, self._fetch = name, parts, starts, fetch
+    def __init__(self, name: str, parts: Sequence[Part], starts: list[int]) -> None:
+        self._name, self._parts, self._starts = name, parts, starts
         self._known: OrderedDict[int, list] = OrderedDict()
 
     def __getitem__(self, position: int):
         index = bisect.bisect_right(self._starts, position) - 1
         if index not in self._known:
-            table = pq.read_table(self._fetch(self._parts[index]) / SCORES_TABLE, columns=[self._name])
+            table = pq.read_table(fetch_columns(self._parts[index]) / SCORES_TABLE, columns=[self._name])
             self._known[index] = table[self._name].to_pylist()
             if len(self._known) > self.SHARDS:
                 self._known.popitem(last=False)
@@ -199,8 +201,8 @@ class _Column:
 class Thumbnails:
     """Thumbnails by position; the last `THUMBNAIL_GROUPS_IN_MEMORY` row groups stay in memory."""
 
-    def __init__(self, parts: Sequence[Part], starts: list[int], fetch: Fetch = fetch_part) -> None:
-        self._parts, self._starts, self._fetch = parts, starts, fetch
+    def __init__(self, parts: Sequence[Part], starts: list[int]) -> None:
+        self._parts, self._starts = parts, starts
         self._rows: OrderedDict[int, tuple[pq.ParquetFile, np.ndarray, list[int]]] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], list[dict]] = OrderedDict()
 
@@ -231,7 +233,7 @@ class Thumbnails:
 
     def _open(self, index: int) -> tuple[pq.ParquetFile, np.ndarray, list[int]]:
         if index not in self._rows:
-            file = pq.ParquetFile(self._fetch(self._parts[index]) / THUMBNAILS_TABLE)
+            file = pq.ParquetFile(fetch_part(self._parts[index]) / THUMBNAILS_TABLE)
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             self._rows[index] = (file, file.read(["row"])["row"].to_numpy(), [0, *accumulate(sizes)][:-1])
             if len(self._rows) > _Column.SHARDS:
@@ -250,11 +252,10 @@ def _write(
     out_dir: Path,
     groups: int,
     shard_names: dict[str, str],
-    fetch: Fetch,
 ) -> Summary:
     """The second reading of the scores: ledger, kept records of each group, and the counts of the report."""
     summary = Summary(scan)
-    thumbnails = Thumbnails(parts, starts, fetch)
+    thumbnails = Thumbnails(parts, starts)
     (out_dir / GROUPS).mkdir()
     with _TableWriter(out_dir / ledger.LEDGER_TABLE, ledger.LEDGER) as book:
         for group in range(groups):
@@ -270,7 +271,7 @@ def _write(
                         summary.add_failed(part, file)
                         continue
                     start, stop = starts[index], starts[index + 1]
-                    directory = fetch(part)
+                    directory = fetch_columns(part)
                     scores = read_scores(directory)
                     assert len(scores) == part.rows, part
                     rows = _ledger_rows(scores, part, start, rejections.between(start, stop))

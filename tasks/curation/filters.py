@@ -149,13 +149,18 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     return _decode(data, *_open(data), max_pixels)
 
 
-def inspect_and_decode(data: bytes, max_pixels: int) -> tuple[Header, Image.Image | ValueError]:
-    """Both, opening once: the header, and the image or what `decode` would raise.
+def inspect_and_decode(
+    data: bytes, max_pixels: int, formats: tuple[str, ...]
+) -> tuple[Header, Image.Image | ValueError | None]:
+    """Both, opening once: the header, and the image or what `decode` would raise. None where the format is not one of
+    `formats`: what is rejected for its format is not decoded.
 
     Raises:
         ValueError: as `inspect`.
     """
     image, header = _open(data)
+    if header.format not in formats:
+        return header, None
     try:
         return header, _decode(data, image, header, max_pixels)
     except ValueError as error:

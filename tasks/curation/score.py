@@ -4,7 +4,7 @@
                                              thumbnails.parquet  small pictures of those that decode
                                              account.json        what the reader saw and left out
 
-A threshold can change without new scores; `max_pixels`, `hash_size`, `thumbnail_px` and the scorers cannot.
+A threshold can change without new scores; `formats`, `max_pixels`, `hash_size`, `thumbnail_px` and the scorers cannot.
 Memory is bounded by a batch of records, not by the shard.
 """
 
@@ -166,7 +166,7 @@ def measure(data: bytes, config: CurationConfig) -> Measured:
     """Decodes one image."""
     columns: dict[str, Any] = {}
     try:
-        header, image = filters.inspect_and_decode(data, config.filters.max_pixels)
+        header, image = filters.inspect_and_decode(data, config.filters.max_pixels, config.filters.formats)
         columns |= {"format": header.format, "mode": header.mode, "animated": header.animated}
         columns |= {"width": header.width, "height": header.height, "orientation": header.orientation}
         columns["bytes_per_pixel"] = len(data) / max(1, header.width * header.height)
@@ -176,6 +176,8 @@ def measure(data: bytes, config: CurationConfig) -> Measured:
         return Measured(columns | {"error_rule": "too_many_pixels", "error": str(error)})
     except filters.UndecodableError as error:
         return Measured(columns | {"error_rule": "undecodable", "error": str(error)})
+    if image is None:
+        return Measured(columns)
     columns["width"], columns["height"] = image.size
     scale = min(image.size) / SCORER_PX
     if scale > 1:

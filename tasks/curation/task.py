@@ -13,6 +13,7 @@ from typing import NamedTuple, Optional
 
 from flytekit import Deck, task
 
+from model.storage import is_remote
 from tasks import envs
 from tasks.artifacts import (
     CorpusDir,
@@ -22,6 +23,7 @@ from tasks.artifacts import (
     ScoresDir,
     SelectionsDir,
     fetch,
+    is_local,
     plain_errors,
     produce,
 )
@@ -33,6 +35,7 @@ from tasks.store import (
     group_range,
     num_groups,
     read_index,
+    store,
     write_index,
 )
 
@@ -49,6 +52,7 @@ def make_group(config: SourceConfig, groups: int, group: int) -> RecordsDir:
     """Makes the shards of one group of a made source: rendered scenes and digits."""
     from tasks.curation import flow
 
+    _check_store()
     parts = [flow.make_shard(config, index) for index in group_range(group, groups, config.shards)]
     return _index("records", parts)
 
@@ -61,6 +65,7 @@ def list_corpus(source: SourceConfig, path: str, made: list[RecordsDir], config:
     """
     from tasks.curation import flow
 
+    _check_store()
     parts = [part for directory in made for part in read_index(fetch(directory, "records"))]
     with plain_errors():
         flow.check_made(parts)
@@ -129,6 +134,12 @@ def gather_curated(
         logs=flow.CURATED_LOGS,
     )
     return artifact
+
+
+def _check_store() -> None:
+    """Parts outlive a pod only in a store that all pods reach."""
+    if not is_local() and not is_remote(store()):
+        raise ValueError("NUCLEUS_STORE is not set: register the workflows with NUCLEUS_STORE=s3://BUCKET/PREFIX")
 
 
 def _index(kind: str, parts: list[Part]):

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from tasks.curation.sources import tables
-from tasks.curation.sources.base import MAX_CONTAINER_BYTES, Account, Options, Record, visible
+from tasks.curation.sources.base import Account, Options, Record, check_size, visible
 from tasks.curation.sources.places import Folder, Place
 
 STATE = "state.json"  # of a saved data set: names its files
@@ -44,8 +44,7 @@ def opened(shown: str, file: BinaryIO) -> Iterator[tuple[pa.Schema, Iterator[pa.
         ValueError: the file is no Arrow file, is compressed, or is damaged.
     """
     size = file.seek(0, 2)
-    if size > MAX_CONTAINER_BYTES:
-        raise ValueError(f"{shown} is larger than {MAX_CONTAINER_BYTES // 2**30} GiB; divide it")
+    check_size(shown, size)
     file.seek(0)
     try:
         if not size:
@@ -130,6 +129,7 @@ def read(place: Place, name: str, options: Options, account: Account) -> Iterato
         ValueError: see `opened`.
     """
     shown = place.shown(name)
+    check_size(shown, place.size(name))
     with place.local_copy(name) as file, opened(shown, file) as (schema, batches):
         columns = tables.columns_of(schema, options.caption_columns)
         if columns is None:

@@ -296,6 +296,15 @@ def record_key(name: str, inner: str | None = None) -> str:
     return f"user-{hashlib.sha256(to_bytes(place)).hexdigest()[:20]}"
 
 
+def check_size(shown: str, size: int) -> None:
+    """
+    Raises:
+        ValueError: a tar, Parquet or Arrow file is larger than any that is read.
+    """
+    if size > MAX_CONTAINER_BYTES:
+        raise ValueError(f"{shown} is larger than {MAX_CONTAINER_BYTES // 2**30} GiB; divide it")
+
+
 def digest_of(*parts: Any) -> str:
     """SHA-256 of JSON."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))

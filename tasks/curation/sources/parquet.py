@@ -14,14 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.curation.sources import tables
-from tasks.curation.sources.base import CHANGED, MAX_CONTAINER_BYTES, Account, Options, Record, Shard, count_of, visible
+from tasks.curation.sources.base import CHANGED, Account, Options, Record, Shard, check_size, count_of, visible
 from tasks.curation.sources.parquet_pages import PageError, pages
 from tasks.curation.sources.places import Place
 
 BATCH_ROWS, BATCH_BYTES = 64, 32 * 2**20
 MAX_FOOTER_BYTES = 16 * 2**20
-MAX_PAGE_BYTES = 128 * 2**20
-MAX_PAGE_HEADER_BYTES = 2**20
+MAX_PAGE_BYTES = 104 * 2**20
+MAX_DICTIONARY_BYTES = 88 * 2**20  # Arrow copies a dictionary twice
 MAX_RATIO, RATIO_FREE_BYTES = 100, 64 * 2**20  # image bytes read to bytes of the row groups, beyond the first ones
 MAX_ROWS, MAX_ROWS_PER_BYTE = 1_000_000, 1  # rows of a file: the first, and as many as it has bytes
 MAX_VALUES = 4_000_000  # of lists, in a row group
@@ -45,8 +45,7 @@ def opened(shown: str, file: BinaryIO) -> Iterator[pq.ParquetFile]:
     """
     try:
         size = file.seek(0, 2)
-        if size > MAX_CONTAINER_BYTES:
-            raise ValueError(f"{shown} is larger than {MAX_CONTAINER_BYTES // 2**30} GiB; divide it")
+        check_size(shown, size)
         file.seek(max(0, size - 8))
         tail = file.read(8)
         if len(tail) < 8 or tail[4:] != b"PAR1":
@@ -213,11 +212,15 @@ def _batch_rows(shown: str, file: BinaryIO, metadata: pq.FileMetaData, columns: 
             found = pages(file, begin, end)
         except PageError as error:
             raise ValueError(f"{shown} is not a readable Parquet file: {error}") from error
-        if found.largest > MAX_PAGE_BYTES:
-            raise ValueError(
-                f"{shown}, row group {group}: a page of {found.largest // 2**20} MiB is over {MAX_PAGE_BYTES // 2**20} "
-                "MiB; write the table with smaller row groups (row_group_size=100)"
-            )
+        for what, size, limit, remedy in (
+            ("page", found.largest, MAX_PAGE_BYTES, "smaller row groups (row_group_size=100)"),
+            ("dictionary", found.repeated, MAX_DICTIONARY_BYTES, "use_dictionary=False, or smaller row groups"),
+        ):
+            if size > limit:
+                raise ValueError(
+                    f"{shown}, row group {group}: a {what} of {size // 2**20} MiB is over {limit // 2**20} MiB; write the "
+                    f"table with {remedy}"
+                )
         repeats = column.num_values / max(1, row_group.num_rows)
         bytes_a_row += max(
             column.total_uncompressed_size / max(1, row_group.num_rows), found.repeated * max(1, repeats)

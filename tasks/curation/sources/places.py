@@ -267,7 +267,7 @@ class RemotePlace(Place):
             name = entry["name"].rstrip("/")[len(at) + 1 :]
             if not name:  # the object that stands for the folder, or a folder without a name (`a//b.png`)
                 if entry["type"] == "directory" and entry["name"] != at:
-                    folder.left_out.append((NAMELESS, path))
+                    folder.left_out.append((NAMELESS, f"{path}//"))
                 continue
             if entry["type"] == "directory":
                 folder.folders.append(name)

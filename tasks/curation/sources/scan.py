@@ -36,6 +36,7 @@ from tasks.curation.sources.base import (
     Options,
     Shard,
     base_name,
+    check_size,
     count_of,
     digest_of,
     extension,
@@ -293,7 +294,7 @@ class _Scan:
             shown = self.place.shown(path)
             with _naming(shown):
                 size = self.place.size(path)
-                tars.check_size(shown, size)
+                check_size(shown, size)
             beside: list[File] = []
             count = -1
             if self.listed or not isinstance(self.place, RemotePlace):
@@ -320,7 +321,7 @@ class _Scan:
     def _samples(self, path: str) -> list[tars.Sample]:
         shown = self.place.shown(path)
         with tars.named_errors(shown):
-            tars.check_size(shown, self.place.size(path))
+            check_size(shown, self.place.size(path))
             opened = self.place.local_copy(path) if isinstance(self.place, RemotePlace) else self.place.open(path)
             with opened as file:
                 return tars.samples(shown, file, self.options, Account())
@@ -342,6 +343,8 @@ class _Scan:
 
     def _add_arrow(self, path: str) -> None:
         shown = self.place.shown(path)
+        with _naming(shown):
+            check_size(shown, self.place.size(path))
         with _naming(shown), self.place.local_copy(path) as file:
             rows = arrow.scan(shown, file, self.options.caption_columns)
         if rows is None:

@@ -17,7 +17,6 @@ from typing import BinaryIO, NamedTuple
 from tasks.curation.sources import tar_format
 from tasks.curation.sources.base import (
     AMBIGUOUS_CAPTION,
-    MAX_CONTAINER_BYTES,
     MAX_IMAGE_BYTES,
     UNREADABLE_CAPTION,
     UNREADABLE_FILE,
@@ -25,6 +24,7 @@ from tasks.curation.sources.base import (
     Options,
     Record,
     base_name,
+    check_size,
     extension,
     is_image,
     reason_of,
@@ -191,11 +191,6 @@ def named_errors(shown: str) -> Iterator[None]:
         yield
     except (TarError, OSError) as error:
         raise ValueError(f"{shown} is not a readable tar: {visible(str(error))}") from error
-
-
-def check_size(shown: str, size: int) -> None:
-    if size > MAX_CONTAINER_BYTES:
-        raise ValueError(f"{shown} is larger than {MAX_CONTAINER_BYTES // 2**30} GiB; divide it")
 
 
 @contextlib.contextmanager

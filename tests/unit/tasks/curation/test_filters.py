@@ -287,6 +287,13 @@ def test_each_rule_rejects_what_it_names(rule, data, fields):
     assert bool(detail) == bool(rule)
 
 
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "JPEG2000", "PPM"])
+def test_a_format_that_the_recipe_rejects_is_not_decoded(kind, monkeypatch):
+    data = to_bytes(busy(), kind)
+    monkeypatch.setattr(filters, "_decode", None)
+    assert verdict(data)[0] == "format"
+
+
 def table(**columns) -> pd.DataFrame:
     """Scores of good records, of as many rows as the columns given."""
     size = len(next(iter(columns.values())))

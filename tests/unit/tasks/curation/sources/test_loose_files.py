@@ -267,3 +267,9 @@ def test_lists_of_files_stay_what_they_are_when_files_are_added(tmp_path):
         after = {tuple(run) for run in folder.cut(iter(more), 10)}
         assert len(before - after) <= 1 and len(after - before) <= 2
         assert sorted(file for run in after for file in run) == more
+
+
+def test_a_captions_folder_that_is_not_there_is_an_error(tmp_path):
+    write(tmp_path, {"a.png": PNG})
+    with pytest.raises(ValueError, match=r"source.captions_folder='blurbs': .*/blurbs is not a folder"):
+        read_records(tmp_path, captions_folder="blurbs")

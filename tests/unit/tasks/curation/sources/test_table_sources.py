@@ -127,6 +127,8 @@ def test_bombs_of_dictionaries_pages_prefixes_nulls_and_lists_are_refused(tmp_pa
     refuse({"image": [bytes(2**20)] * 8, "text": ["x"] * 8}, "a page of 8 MiB", use_dictionary=False)
     delta = {"image": "DELTA_BYTE_ARRAY", "text": "PLAIN"}
     refuse({"image": [bytes(2**18)] * 64, "text": ["x"] * 64}, "MiB of images in", use_dictionary=False, column_encoding=delta)  # fmt: skip
+    monkeypatch.setattr(parquet, "MAX_DICTIONARY_BYTES", 2**16)
+    refuse({"image": repeated, "text": ["x"] * 200}, "a dictionary of 0 MiB is over")
     nulls = {"image": pa.nulls(50_000, pa.binary()), "text": pa.nulls(50_000, pa.string())}
     refuse(nulls, "claims 50,000 rows", write_statistics=False)
     texts = pa.ListArray.from_arrays(pa.array([0, 50_000], pa.int32()), pa.nulls(50_000, pa.string()))
