@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-<<<<<<< HEAD
 from model.config import Section, TrainSettings
 from model.constants import PIPELINE_TEXT_STATE
 from model.stages import TrainingStage, training_stages
-=======
-from model.config import Positive, Section, StageConfig, TrainConfig, TransformerConfig
-from tasks.curation.config import CurationConfig
->>>>>>> curationflow
 from tasks.recipe import Recipe
 
 Hop = Literal["source", "curated", "merged", "scorecard", "pipeline"]  # artifacts that workflows start from or end in
@@ -116,33 +111,3 @@ def for_own_images(recipe: Recipe) -> Recipe:
             "encoding": recipe.encoding.model_copy(update={"shapes": "data"}),
         }
     )
-
-
-<<<<<<< HEAD
-=======
-def scoring(recipe: Recipe) -> CurationConfig:
-    """What scoring reads of the curation section; every threshold is left at its default, so that a new one scores
-    nothing again."""
-    return recipe.curation.scoring()
-
-
-def encode_stage(recipe: Recipe, index: int) -> EncodeStage:
-    stage = recipe.train.stages[index]
-    return EncodeStage(image_size_px=stage.image_size_px, aspect_ratios=stage.aspect_ratios)
-
-
-def train_stage(recipe: Recipe, index: int) -> TrainStage:
-    """The stage's section; its seed differs from stage to stage, so that noise and order do too. Only the last stage's
-    checkpoints are merged: the others hand on the one that the next starts from."""
-    train = recipe.train.model_copy(
-        update={
-            "stages": (recipe.train.stages[index],),
-            "seed": recipe.train.seed + 1000 * index,
-            "init_from": None if index else recipe.train.init_from,
-            "keep_checkpoints": recipe.train.keep_checkpoints if index == STAGES - 1 else 1,
-        }
-    )
-    model = recipe.model.with_capacity_factors(recipe.train.stages[index].capacity_factors)
-    carried_on = recipe.train.carry_optimizer and index < STAGES - 1
-    return TrainStage(model=model, train=train, hand_on_optimizer=carried_on)
->>>>>>> curationflow
