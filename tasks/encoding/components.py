@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 from model.data.hashing import hash_words
+from tasks.curation.curated import Curated, open_curated
 from tasks.encoding import hub
 from tasks.encoding.buckets import Bucket, fit, nearest_bucket, stage_buckets
 from tasks.encoding.config import ComponentsConfig
@@ -30,7 +31,6 @@ from tasks.encoding.small.vae import train_vae
 from tasks.encoding.vae_codec import FrameCodec, reconstruct
 
 if TYPE_CHECKING:
-    from tasks.curation.curated import Curated
     from tasks.store import Part
 
 Load = Callable[[pd.DataFrame, list[Bucket]], dict[Bucket, np.ndarray]]
@@ -45,7 +45,7 @@ SAMPLE_COLUMNS = ["record_id", "width", "height", "source", "captions", "split"]
 
 
 def make_components(
-    curated: Curated, config: ComponentsConfig, out_dir: str | Path, work_dir: str | Path | None = None
+    curated_dir: str | Path, config: ComponentsConfig, out_dir: str | Path, work_dir: str | Path | None = None
 ) -> dict[str, Any]:
     """Fills `out_dir` and returns the report, which is report.json too.
 
@@ -55,7 +55,7 @@ def make_components(
     Raises:
         ValueError: a component cannot be had, or the VAE misses min_psnr_db on held-out images.
     """
-    out_dir = Path(out_dir)
+    out_dir, curated = Path(out_dir), open_curated(curated_dir)
     table, parts = sample(curated)
     train, val = _splits(table)
     load = partial(_load, curated, parts)

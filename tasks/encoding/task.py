@@ -42,7 +42,6 @@ class EncodingPlan(NamedTuple):
 @task(cache=envs.cache("components"), **envs.gpu_single("encoder"))
 def make_components(curated: CuratedDir, config: ComponentsConfig) -> ComponentsDir:
     """VAE, text encoder and processor: pinned from the Hub, or small ones trained on a sample of the corpus."""
-    from tasks.curation.curated import open_curated
     from tasks.encoding import components
 
     path = fetch(curated, "curated")
@@ -50,7 +49,7 @@ def make_components(curated: CuratedDir, config: ComponentsConfig) -> Components
     with exclusive(work_dir):
         artifact, _, _ = produce(
             "components",
-            lambda out: components.make_components(open_curated(path), config, out, work_dir),
+            lambda out: components.make_components(path, config, out, work_dir),
             parents=[path],
             config=config,
         )

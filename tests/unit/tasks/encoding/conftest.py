@@ -44,12 +44,11 @@ def small_config() -> ComponentsConfig:
 @pytest.fixture(scope="session")
 def components(curated_dir, small_config, tmp_path_factory, curated_home) -> tuple[Path, dict]:
     """(components directory, its report)."""
-    from tasks.curation.curated import open_curated
     from tasks.encoding.components import make_components
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NUCLEUS_HOME", str(curated_home))
         out = tmp_path_factory.mktemp("components")
-        report = make_components(open_curated(curated_dir), small_config, out)
+        report = make_components(curated_dir, small_config, out)
         seal(out, "components")
         return out, report

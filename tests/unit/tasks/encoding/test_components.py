@@ -12,7 +12,6 @@ from diffusers import AutoencoderKLQwenImage, NucleusMoEImagePipeline
 from transformers import Qwen3VLForConditionalGeneration
 
 from eval.benchmarks.shapes.vocabulary import COLORS, HELD_OUT_COLOR_SHAPE, NUMBERS, PLURALS, RELATIONS, SHAPES
-from tasks.curation.curated import open_curated
 from tasks.curation.sources.made import scenes
 from tasks.encoding import chat
 from tasks.encoding.components import make_components as make_components_of
@@ -29,7 +28,7 @@ BENCHMARK = [
 
 
 def make_components(curated_dir, config, out_dir):
-    return make_components_of(open_curated(curated_dir), config, out_dir)
+    return make_components_of(curated_dir, config, out_dir)
 
 
 def build_tokenizer(captions, vocab_size=128):

@@ -29,7 +29,6 @@ from diffusers import AutoencoderKLQwenImage  # here, so that attempts need not 
 from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 import model.optim
 from tasks.encoding.small import training_state as resume
-from tasks.curation.curated import open_curated
 from tasks.encoding.components import make_components
 from tasks.encoding.config import ComponentsConfig
 
@@ -53,7 +52,7 @@ def attempt(name, die_at=0):
     torch.save = broken
     try:
         (folder / name).mkdir(exist_ok=True)
-        make_components(open_curated(curated), config, folder / name, folder / f"{name}-work")
+        make_components(curated, config, folder / name, folder / f"{name}-work")
     except BaseException:
         traceback.print_exc()
         os._exit(1)
