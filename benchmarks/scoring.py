@@ -62,7 +62,8 @@ def make_geneval(folder: Path, rng: random.Random) -> Callable[[], str]:
         for prompt in prompts:
             images = []
             for _ in range(4):
-                names = {prompt["include"][0]["class"], prompt["include"][-1]["class"], *rng.sample(CLASSES, 4)}
+                asked = [clause["class"] for clause in prompt["include"]]
+                names = dict.fromkeys([*asked, *rng.sample(CLASSES, 4)])
                 objects = {
                     name: [
                         {
@@ -152,13 +153,19 @@ def main() -> None:
                 what = run()
                 seconds.append(time.perf_counter() - begin)
                 busy.append(time.process_time() - begin_cpu)
-            median = statistics.median(seconds)
-            if title != "OneIG text" and median >= LIMIT_S:
+            median, cpu = statistics.median(seconds), statistics.median(busy)
+            if title != "OneIG text" and cpu >= LIMIT_S:
                 missed.append(title)
-            spread = f"{min(seconds):.3f} to {max(seconds):.3f}, CPU time {statistics.median(busy):.3f}, n={rounds}"
+            spread = f"{min(seconds):.3f} to {max(seconds):.3f}, CPU time {cpu:.3f}, n={rounds}"
             print(f"{title:<11} median {median:.3f} s ({spread}): {what}")
     print("torch imported:", "torch" in sys.modules)
-    print(f"under {LIMIT_S:g} s: GenEval and DPG-Bench" if not missed else f"MISSED, {LIMIT_S:g} s or more: {missed}")
+    # One thread: on an idle machine CPU time is wall time, and on a busy one it says what scoring takes.
+    verdict = (
+        f"MISSED, {LIMIT_S:g} s of CPU time or more: {missed}"
+        if missed
+        else f"GenEval, DPG-Bench: under {LIMIT_S:g} s of CPU time"
+    )
+    print(f"{verdict} (load average {os.getloadavg()[0]:.1f})")
 
 
 if __name__ == "__main__":

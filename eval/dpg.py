@@ -249,8 +249,8 @@ def result_line(filename: str, per_image: Sequence[float], score: float) -> str:
 
 
 def detail_line(filename: str, crop: Sequence[int], question: str, answer: str) -> str:
-    """One line of the official details file, with its newline: name, box, question, answer."""
-    return f"{filename}, {tuple(crop)}, {question}, {answer}\n"
+    """One line of the official details file, without its newline: name, box, question, answer."""
+    return f"{filename}, {tuple(crop)}, {question}, {answer}"
 
 
 def read_results(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:

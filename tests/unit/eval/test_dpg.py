@@ -260,7 +260,7 @@ def test_result_files_come_back(tmp_path):
     path.write_text(line + dpg.summary_text(summary, "m", "a", "b"), encoding="utf-8")
     assert dpg.read_results(path) == {"ñ 7": {"score": sample["score"], "per_image": [1, 0, 1]}}
     assert path.read_text(encoding="utf-8").endswith("Save results to: b\nDPG-Bench score: 100.0\n")
-    assert dpg.detail_line("x.png", (0, 0, 8, 8), "Is it?", "yes") == "x.png, (0, 0, 8, 8), Is it?, yes\n"
+    assert dpg.detail_line("x.png", (0, 0, 8, 8), "Is it?", "yes") == "x.png, (0, 0, 8, 8), Is it?, yes"
     path.write_text("a, 1.0\n")
     with pytest.raises(ValueError, match="line 1"):
         dpg.read_results(path)

@@ -258,3 +258,15 @@ def test_a_prompt_file_is_read_and_a_broken_line_named(tmp_path):
         load_prompts(path)
     with pytest.raises(ValueError, match="not a file"):
         load_prompts(tmp_path / "absent.jsonl")
+
+
+def test_every_class_is_counted_alike_whether_the_prompt_asks_for_it_or_not():
+    objects = {
+        "dog": [box(20 * i, score=0.3 + i / 100) for i in range(25)],
+        "cat": [box(0, score=0.2), box(20, score=0.5)],
+        "cow": [box(0, score=0.3)],
+    }
+    for name in objects:
+        found = judge_image(objects, ask({"class": name, "count": 1}, tag="two_object"))["found"]
+        assert found == {"dog": 16, "cat": 1}
+    assert judge_image(objects, ask(), max_overlap=0.5)["found"] == {"cat": 1, "dog": 16}
