@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from model.config import Fraction, Positive, Section
+from model.config import Fraction, Positive, Section, Seed
 from model.storage import check_path
 
 
@@ -25,7 +25,7 @@ class SourceConfig(Section):
     encoding: str | None = None  # of captions without a byte order mark that are not UTF-8, such as cp1252 or shift_jis
     caption_columns: tuple[str, ...] = ()  # read instead of caption, captions, text, texts, prompt and raw
     captions_folder: str | None = None  # below the source: captions_folder/a.txt describes a.png, or FOLDER/a.png
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Seed = 0
 
     @field_validator("path")
     @classmethod
