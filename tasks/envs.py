@@ -58,13 +58,16 @@ TRAIN_GRACE_S = int(os.environ.get("NUCLEUS_TRAIN_GRACE_S", "300"))
 TRAIN_RETRIES = int(os.environ.get("NUCLEUS_TRAIN_RETRIES", "100"))
 # For pods that load this module too, and must see what was registered: those that check a recipe, train, or lay out a
 # dynamic workflow.
+STORE = {
+    name: value for name, value in os.environ.items() if name == "NUCLEUS_STORE"
+}  # of parts: all pods must reach it
 REGISTERED = {
     "NUCLEUS_TRAIN_NNODES": str(TRAIN_NNODES),
     "NUCLEUS_TRAIN_NPROC": str(TRAIN_NPROC),
     "NUCLEUS_TRAIN_GRACE_S": str(TRAIN_GRACE_S),
     "NUCLEUS_TRAIN_RETRIES": str(TRAIN_RETRIES),
     **{name: os.environ[name] for name in profiles.SETTINGS if name in os.environ},
-}
+} | STORE
 REPORT_S = 30  # from there to the pod's end: the agent writes the error that Flyte retries
 
 
