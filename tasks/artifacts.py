@@ -39,6 +39,8 @@ def _artifact() -> Any:
 CorpusDir = _artifact()
 RecordsDir = _artifact()
 ScoresDir = _artifact()
+DecisionsDir = _artifact()
+SelectionsDir = _artifact()
 CuratedDir = _artifact()
 ComponentsDir = _artifact()
 TextsDir = _artifact()

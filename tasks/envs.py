@@ -21,8 +21,9 @@ logging.getLogger("flytekit").addFilter(
 )
 
 CACHE_VERSIONS = {
-    "records": "2",
-    "curation": "2",
+    "records": "3",
+    "scores": "1",
+    "curation": "3",
     "components": "1",
     "encoding": "2",
     "training": "3",
@@ -62,29 +63,36 @@ def _sized(cpu: str, memory_gib: int, gpu: int = 0) -> dict[str, Any]:
     return {"requests": size, "limits": size}
 
 
+def _pod(role: str) -> dict[str, Any]:
+    """Image, retries, and the store of parts that was named when the workflows were registered."""
+    shared = os.environ.get("NUCLEUS_STORE", "")
+    return {"container_image": image(role), "retries": 3, "environment": {"NUCLEUS_STORE": shared} if shared else {}}
+
+
 def light(role: str) -> dict[str, Any]:
     """Options of a task that plans or gathers."""
-    return {"container_image": image(role), "retries": 3, **_sized("1", 2)}
+    return _pod(role) | _sized("1", 2)
 
 
 def planner() -> dict[str, Any]:
     """Options of the task that checks a recipe, also against the processes that training was registered for."""
-    return light("curation") | {"environment": REGISTERED}
+    options = light("curation")
+    return options | {"environment": options["environment"] | REGISTERED}
 
 
 def shard(role: str) -> dict[str, Any]:
     """Options of one map task over a shard."""
-    return {"container_image": image(role), "retries": 3, "interruptible": True, **_sized("4", 16)}
+    return _pod(role) | {"interruptible": True, **_sized("4", 16)}
 
 
 def gather(role: str) -> dict[str, Any]:
     """Options of a task that reads every shard."""
-    return {"container_image": image(role), "retries": 3, **_sized("16", 64)}
+    return _pod(role) | _sized("16", 64)
 
 
 def gpu_single(role: str) -> dict[str, Any]:
     """Options of a task on one accelerator."""
-    options = {"container_image": image(role), "retries": 3, **_sized("16", 128, gpu=_gpus(1))}
+    options = _pod(role) | _sized("16", 128, gpu=_gpus(1))
     return options | ({"accelerator": H100} if _gpus(1) else {})
 
 

@@ -19,7 +19,7 @@ from flytekit import workflow
 import workflows.command_line  # noqa: F401  (it makes --overrides repeatable)
 from tasks.artifacts import ComponentsDir, CuratedDir, MergedDir
 from tasks.planning.task import Sections, resolve_recipe
-from workflows.curate import curate
+from workflows.curate import curate_source
 from workflows.train import Trained, train
 
 
@@ -33,14 +33,7 @@ class Pretrained(NamedTuple):
 
 def up_to_merged(sections: Sections) -> tuple[CuratedDir, Trained]:
     """The road that every recipe takes, as part of a workflow: it is called while one is composed."""
-    curated = curate(
-        source=sections.source,
-        source_path=sections.source_path,
-        source_digest=sections.source_digest,
-        shards=sections.shards,
-        scoring=sections.scoring,
-        config=sections.curation,
-    )
+    curated = curate_source(source=sections.source, path=sections.source_path, config=sections.curation)
     trained = train(
         curated=curated,
         components_config=sections.components,

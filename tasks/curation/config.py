@@ -131,3 +131,18 @@ class CurationConfig(Section):
     dedup: DedupConfig = DedupConfig()
     tiers: TierConfig = TierConfig()
     captions: CaptionConfig = CaptionConfig()
+    max_groups: Annotated[int, Field(ge=1, le=5000)] = 2000  # sub-tasks of a map task; each takes a group of shards
+    concurrency: Annotated[int, Field(ge=0)] = 0  # sub-tasks at a time; 0 leaves it to Flyte
+    min_success_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0  # of shards that must be made and scored
+
+    def scoring(self) -> CurationConfig:
+        """What scores depend on. Every threshold is left at its default, so that a new one needs no new scores."""
+        return CurationConfig(
+            scorers=self.scorers,
+            filters=FilterConfig(formats=self.filters.formats, max_pixels=self.filters.max_pixels),
+            dedup=DedupConfig(hash_size=self.dedup.hash_size, thumbnail_px=self.dedup.thumbnail_px),
+        )
+
+    def deciding(self) -> CurationConfig:
+        """What decisions depend on: how many sub-tasks there are does not change them."""
+        return self.model_copy(update={"max_groups": 2000, "concurrency": 0, "min_success_ratio": 1.0})

@@ -21,10 +21,9 @@ from tasks.planning.sections import (
     check_workflow,
     encode_stage,
     for_own_images,
-    scoring,
     train_stage,
 )
-from tasks.planning.source import check_source, fingerprint
+from tasks.planning.source import check_source
 from tasks.publishing.config import PublishConfig
 from tasks.recipe import load_recipe
 
@@ -35,9 +34,6 @@ class Sections(NamedTuple):
     name: str
     source: SourceConfig
     source_path: str
-    source_digest: str
-    shards: list[int]
-    scoring: CurationConfig
     curation: CurationConfig
     components: ComponentsConfig
     encoding: EncodingConfig
@@ -56,17 +52,17 @@ class Sections(NamedTuple):
 
 @task(**envs.planner())
 def resolve_recipe(recipe: str, overrides: Union[list[str], str], source: str, ends_in: str) -> Sections:
-    """Checks the whole recipe before any work. Not cached: it also looks whether the source has changed.
+    """Checks the whole recipe before any work. Not cached: it also forgets artifacts that are gone.
 
-    `ends_in`: the artifact that the workflow ends in, "pipeline", "scorecard" or "merged".
+    `ends_in`: the artifact that the workflow ends in, "pipeline", "scorecard", "merged" or "curated".
     """
     with plain_errors():
         loaded = load_recipe(recipe, [overrides] if isinstance(overrides, str) else overrides)
         check_workflow(loaded, ends_in)
         path = source or loaded.source.path or ""
         check_source(path, is_local())
-        check_ranks(loaded.train, envs.TRAIN_NNODES, envs.TRAIN_NPROC, is_local())
-        digest = fingerprint(path) if path else ""
+        if ends_in != "curated":
+            check_ranks(loaded.train, envs.TRAIN_NNODES, envs.TRAIN_NPROC, is_local())
     if source:
         loaded = for_own_images(loaded)
         words = loaded.curation.captions.max_words
@@ -79,9 +75,6 @@ def resolve_recipe(recipe: str, overrides: Union[list[str], str], source: str, e
         name=loaded.name,
         source=loaded.source.model_copy(update={"path": None}),
         source_path=path,
-        source_digest=digest,
-        shards=list(range(loaded.source.shards)),
-        scoring=scoring(loaded),
         curation=loaded.curation,
         components=loaded.components,
         encoding=loaded.encoding,

@@ -57,8 +57,6 @@ def specs(tmp_path_factory) -> dict[str, task_pb2.TaskSpec | workflow_pb2.Workfl
 @pytest.mark.parametrize(
     ("task", "role", "cache"),
     [
-        ("tasks.curation.task.make_shard", "curation", "records"),
-        ("tasks.curation.task.curate_records", "curation", "curation"),
         ("tasks.encoding.task.encode_stage", "encoder", "encoding"),
         ("tasks.training.task.train_stage", "trainer", "training"),
         ("tasks.merging.task.merge_checkpoints", "trainer", "merging"),
@@ -80,6 +78,17 @@ def test_the_recipe_is_read_anew_each_time_and_the_summary_told(specs):
         assert not specs[task].template.metadata.discoverable
 
 
+@pytest.mark.parametrize("task", ["list_corpus", "score_group", "decide_corpus", "select_group", "gather_curated"])
+def test_curation_is_cached_part_by_part_and_not_by_flyte(specs, task):
+    name = f"tasks.curation.task.{task}"
+    mapped = [spec for found, spec in specs.items() if found == name]
+    assert mapped, sorted(specs)
+    template = mapped[0].template
+    assert not template.metadata.discoverable and template.container.image == "registry.example/curation:v1"
+    requests = {entry.name: entry.value for entry in template.container.resources.requests}
+    assert requests and requests == {entry.name: entry.value for entry in template.container.resources.limits}
+
+
 @pytest.mark.parametrize(
     ("name", "after", "outputs"),
     [
@@ -92,7 +101,7 @@ def test_workflows_share_the_road_to_merged_weights_and_say_where_they_end(specs
     template = specs[f"workflows.{name}.{name}"].template
     nodes = [node for node in template.nodes if node.id != "start-node"]
     called = [node.task_node.reference_id.name or node.workflow_node.sub_workflow_ref.name for node in nodes]
-    assert [path.split(".")[-1] for path in called] == ["resolve_recipe", "curate", "train", *after]
+    assert [path.split(".")[-1] for path in called] == ["resolve_recipe", "curate_source", "train", *after]
     assert set(template.interface.outputs.variables) == outputs
     ends_in = {binding.var: binding.binding for binding in nodes[0].inputs}["ends_in"].scalar.primitive.string_value
     assert ends_in == {"pretrain": "merged", "ablate": "scorecard", "reproduce": "pipeline"}[name]

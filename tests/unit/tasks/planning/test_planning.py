@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from diskcache import Cache
 from flyteidl.core import literals_pb2
 
+from tasks import store
 from tasks.manifest import seal, writing
 from tasks.planning import local_cache
 from tasks.planning.sections import check_ranks, check_workflow, encode_stage, for_own_images, scoring, train_stage
@@ -153,3 +156,14 @@ def test_cached_artifacts_that_are_gone_are_forgotten_and_others_kept(tmp_path):
     assert local_cache.forget_lost_artifacts(str(tmp_path / "cache")) == 2
     with Cache(str(tmp_path / "cache")) as cache:
         assert set(cache.iterkeys()) == {"whole", "someone else's"}
+
+
+def test_an_index_of_which_a_part_is_gone_is_forgotten(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
+    part = store.make_part("scores", "a", "1", {}, lambda out: (out / "data.txt").write_text("data"))
+    index, _, _ = store.make_sealed("scores", lambda out: store.write_index(out, [part]), logs=(store.LOCATIONS,))
+    with Cache(str(tmp_path / "cache")) as cache:
+        cache["index"] = _entry(index)
+    assert local_cache.forget_lost_artifacts(str(tmp_path / "cache")) == 0
+    shutil.rmtree(part.uri)
+    assert local_cache.forget_lost_artifacts(str(tmp_path / "cache")) == 1
