@@ -8,11 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class SchedulerConfig(BaseModel):
-    """What the published `FlowMatchEulerDiscreteScheduler` says; the defaults are the released model's.
+    """The published `FlowMatchEulerDiscreteScheduler`'s settings; the defaults are the released model's.
 
     shift: sigma -> shift sigma / (1 + (shift - 1) sigma): above 1, more of the steps are spent near pure noise.
     stochastic_sampling: each step goes to the predicted clean latent and adds fresh noise, so that later steps may
-        mend what earlier ones left undecided.
+        mend what earlier ones left undecided. Off: sampling is deterministic from the first noise on.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -22,20 +22,40 @@ class SchedulerConfig(BaseModel):
 
 
 class EvalConfig(BaseModel):
-    """How images are sampled and which benchmark scores them. Prompt counts are per task; None is all of them."""
+    """How images are sampled, and which benchmark and judge score them.
+
+    benchmark: a name of eval.benchmarks.registry.
+    judges: {role: name of eval.catalog}, for the roles that the benchmark has (Benchmark.judges); the shapes benchmark has
+        judges of its own.
+    prompts_file: the benchmark's prompts, where they are not part of this package.
+    prompt_set: "development" prompts are other ones of the same kind, to choose by; "official" ones are to report.
+    prompts_per_task: per category; None is all of them.
+    prompt_rewrites: a JSON file {prompt id or text: rewritten text}; None samples the prompts as they are.
+    negative_prompt: None is the pipeline's own (the empty prompt).
+    equal_within: differences of the overall score below it do not matter: for the verdict "equal".
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    benchmark: Literal["shapes", "geneval"] = "shapes"
+    benchmark: str = "shapes"
+    judges: dict[str, str] = {}
+    prompts_file: str | None = None
+    prompt_set: Literal["official", "development"] = "official"
     prompts_per_task: Annotated[int, Field(gt=0)] | None = None
+    prompt_rewrites: str | None = None
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     images_per_prompt: Annotated[int, Field(gt=0)] = 1
     image_size_px: Annotated[int, Field(gt=0)] = 1024
     num_inference_steps: Annotated[int, Field(gt=0)] = 50
     guidance_scale: Annotated[float, Field(ge=1)] = 8.0
+    negative_prompt: str | None = None
     scheduler: SchedulerConfig = SchedulerConfig()
     batch_size: Annotated[int, Field(gt=0)] = 64
-    bootstrap_samples: Annotated[int, Field(gt=0)] = 1000
+    judge_batch_size: Annotated[int, Field(gt=0)] = 64
+    bootstrap_samples: Annotated[int, Field(gt=0)] = (
+        1000  # read by no code since intervals need no draws; old recipes have it
+    )
+    equal_within: Annotated[float, Field(gt=0, lt=1)] = 0.01
     # a missing image is an error; "official" shrinks the denominator instead, as GenEval's own code does
     missing: Literal["error", "official"] = "error"
 
@@ -45,3 +65,24 @@ class EvalConfig(BaseModel):
         if len(set(seeds)) < len(seeds) or min(seeds) < 0:
             raise ValueError("seeds must be different whole numbers from 0 up: a repeated run is no new evidence")
         return seeds
+
+    @field_validator("benchmark")
+    @classmethod
+    def _known_benchmark(cls, name: str) -> str:
+        from eval.benchmarks import registry
+
+        registry.load(name)
+        return name
+
+    @field_validator("judges")
+    @classmethod
+    def _known_judges(cls, judges: dict[str, str]) -> dict[str, str]:
+        from eval import catalog
+
+        for name in judges.values():
+            catalog.check_judge(name)
+        return judges
+
+
+# What scoring alone reads: it may change while the images stay.
+SCORING_KEYS = frozenset({"judges", "judge_batch_size", "bootstrap_samples", "equal_within", "missing"})

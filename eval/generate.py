@@ -1,41 +1,87 @@
-"""Samples the benchmark's images from a pipeline, in GenEval's folder layout, and goes on where it was stopped.
+"""Samples the benchmark's images from a pipeline, in GenEval's folder layout, and resumes where it was stopped.
 
-    OUT/images/prompts.jsonl            what was asked, one prompt per line
+    OUT/images/prompts.jsonl            one prompt per line, each with its id
                generation.json          how it was sampled
                seed0/00000/metadata.jsonl
                            samples/0000.png ...
                seed1/...
 
-Every image has its own noise, a function of (seed, prompt, image) alone, so that it depends on neither the batch size
-nor on where a run was stopped.
+An image's noise is a function of (benchmark, prompt id, image, seed) alone: neither the batch, the shard, the other
+prompts nor an interruption decides it. A batch is whole prompts of one seed; batches are the same whatever the number of
+shards, are sampled whole, and are what an interrupted run loses at most one of.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
+import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from eval.config import EvalConfig
+from eval.config import SCORING_KEYS, EvalConfig
 from eval.geneval import expected_images
+from eval.protocols import with_ids
 
 # (prompts, noise seeds, height, width) -> one image per prompt
 Sampler = Callable[[list[str], list[int], int, int], list[Image.Image]]
 IMAGES, PROMPTS, SETTINGS = "images", "prompts.jsonl", "generation.json"
+MAX_REWRITES_BYTES = 64 << 20
 
 
-def image_seed(seed: int, prompt_index: int, image_index: int) -> int:
-    """The noise seed of one image, in [0, 2^63): no two images of a benchmark share one."""
-    low, high = np.random.SeedSequence([seed, prompt_index, image_index]).generate_state(2)
-    return (int(high) << 32 | int(low)) & (2**63 - 1)
+def image_seed(benchmark: str, prompt_id: str, image_index: int, seed: int) -> int:
+    """The noise seed of one image, in [0, 2^63)."""
+    key = json.dumps([benchmark, prompt_id, image_index, seed]).encode()
+    return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
+
+
+@dataclass(frozen=True)
+class Job:
+    path: Path
+    text: str
+    noise: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Whole prompts of one seed: (prompt index, prompt) and the images to make of them."""
+
+    seed: int
+    prompts: tuple[tuple[int, Mapping[str, Any]], ...]
+    jobs: tuple[Job, ...]
+
+
+def plan_batches(prompts: Sequence[Mapping[str, Any]], config: EvalConfig, images_dir: Path) -> list[Batch]:
+    """All batches of a run, in order: as many whole prompts as fit in `config.batch_size` images, at least one.
+
+    Args:
+        prompts: with ids (`with_ids`); "rewritten" is sampled in place of "prompt".
+    """
+    batches = []
+    for seed in config.seeds:
+        part: list[tuple[int, Mapping[str, Any]]] = []
+        jobs: list[Job] = []
+        for index, prompt in enumerate(prompts):
+            samples = images_dir / f"seed{seed}" / f"{index:05d}" / "samples"
+            count = expected_images(prompt, config.images_per_prompt)
+            if jobs and len(jobs) + count > config.batch_size:
+                batches.append(Batch(seed, tuple(part), tuple(jobs)))
+                part, jobs = [], []
+            part.append((index, prompt))
+            text = prompt.get("rewritten", prompt["prompt"])
+            jobs += [
+                Job(samples / f"{i:04d}.png", text, image_seed(config.benchmark, prompt["id"], i, seed))
+                for i in range(count)
+            ]
+        if jobs:
+            batches.append(Batch(seed, tuple(part), tuple(jobs)))
+    return batches
 
 
 def generate(
@@ -44,171 +90,186 @@ def generate(
     config: EvalConfig,
     out_dir: str | Path,
     *,
+    shard: int = 0,
+    shards: int = 1,
     provenance: Mapping[str, Any] | None = None,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Samples each prompt's images (`expected_images`) for each of `config.seeds` into `out_dir`/images.
 
-    Images that exist are kept. A batch is what it would be in an unbroken run, and is sampled whole if any image of it
-    is missing: its composition may change the last bits of an image, and a resumed run should equal an unbroken one.
+    Images that exist are kept, and never written again. A batch is sampled whole if any image of it is missing: its
+    composition may change the last bits of an image, and a resumed run equals an unbroken one.
 
     Args:
         sampler: see `Sampler`; a `settings` attribute (a dict) on it is recorded.
-        prompts: metadata with "prompt".
+        prompts: with "prompt"; an "id" is derived where there is none.
         config: seeds, images per prompt, image size, batch size.
         out_dir: made if absent.
+        shard, shards: makes every batch whose number leaves the remainder `shard`.
         provenance: recorded as it is, such as the digest of the weights.
         log: gets a line of progress now and then.
 
     Returns:
-        {"expected", "made", "kept": numbers of images, "seconds"}
+        {"expected", "made", "kept": numbers of images of this shard, "seconds"}
 
     Raises:
         ValueError: `out_dir` holds images of other prompts or settings, or the sampler returns too few images.
     """
+    if not 0 <= shard < shards:
+        raise ValueError(f"shard={shard} must be one of the {shards} from 0 to {shards - 1}")
     images_dir = Path(out_dir) / IMAGES
+    rewrites = read_rewrites(config.prompt_rewrites)
+    prompts = rewrite(with_ids(prompts), rewrites)
     settings = {
         "config": config.model_dump(mode="json"),
         "sampler": dict(getattr(sampler, "settings", {})),
+        "prompt_rewriting": rewrites and {"sha256": rewrites["sha256"], "prompts": len(rewrites["texts"])},
         "provenance": dict(provenance or {}),
     }
     _claim(images_dir, prompts, settings)
-    jobs = []
-    for seed in config.seeds:
-        for index, metadata in enumerate(prompts):
-            folder = images_dir / f"seed{seed}" / f"{index:05d}"
+    batches = plan_batches(prompts, config, images_dir)[shard::shards]
+    for batch in batches:
+        for index, prompt in batch.prompts:
+            folder = images_dir / f"seed{batch.seed}" / f"{index:05d}"
             (folder / "samples").mkdir(parents=True, exist_ok=True)
-            _write(folder / "metadata.jsonl", json.dumps(metadata) + "\n")
-            for image in range(expected_images(metadata, config.images_per_prompt)):
-                path = folder / "samples" / f"{image:04d}.png"
-                jobs.append((path, metadata["prompt"], image_seed(seed, index, image)))
-    batches = [jobs[i : i + config.batch_size] for i in range(0, len(jobs), config.batch_size)]
-    todo = [batch for batch in batches if not all(path.is_file() for path, _, _ in batch)]
-    total = sum(len(batch) for batch in todo)
+            write_once(folder / "metadata.jsonl", json.dumps(prompt) + "\n")
+    todo = [batch for batch in batches if not all(job.path.is_file() for job in batch.jobs)]
+    expected, total = (sum(len(batch.jobs) for batch in some) for some in (batches, todo))
     made, done, started, last_line = 0, 0, time.monotonic(), 0.0
-    if total < len(jobs):
-        log(f"images: {len(jobs) - total} of {len(jobs)} are there already")
+    if total < expected:
+        log(f"images: {expected - total} of {expected} exist")
     for batch in todo:
-        texts, seeds = [prompt for _, prompt, _ in batch], [seed for _, _, seed in batch]
-        images = sampler(texts, seeds, config.image_size_px, config.image_size_px)
-        if len(images) != len(batch):
-            raise ValueError(f"the sampler returned {len(images)} images for {len(batch)} prompts")
-        for (path, _, _), image in zip(batch, images, strict=True):
-            if not path.is_file():
-                _save_png(image, path)
+        images = _sample(sampler, batch, config)
+        for job, image in zip(batch.jobs, images, strict=True):
+            if not job.path.is_file():
+                save_png(image, job.path)
                 made += 1
-        done += len(batch)
+        done += len(batch.jobs)
         elapsed = time.monotonic() - started
         if elapsed - last_line >= 5 or done == total:
             last_line = elapsed
-            log(f"images: {len(jobs) - total + done}/{len(jobs)}, {done / elapsed:.1f}/s, {elapsed:.0f} s")
-    return {
-        "expected": len(jobs),
-        "made": made,
-        "kept": len(jobs) - made,
-        "seconds": round(time.monotonic() - started, 3),
-    }
+            log(f"images: {expected - total + done}/{expected}, {done / elapsed:.1f}/s, {elapsed:.0f} s")
+    seconds = round(time.monotonic() - started, 3)
+    return {"expected": expected, "made": made, "kept": expected - made, "seconds": seconds}
 
 
-def diffusers_sampler(pipeline: Any, config: EvalConfig, text_kv_cache: bool = True) -> Sampler:
-    """A sampler over diffusers' NucleusMoEImagePipeline (or one that is called alike).
+def _sample(sampler: Sampler, batch: Batch, config: EvalConfig) -> list[Image.Image]:
+    """A prompt of more images than `batch_size` is sampled in several calls."""
+    images: list[Image.Image] = []
+    side = config.image_size_px
+    for i in range(0, len(batch.jobs), config.batch_size):
+        jobs = batch.jobs[i : i + config.batch_size]
+        some = sampler([job.text for job in jobs], [job.noise for job in jobs], side, side)
+        if len(some) != len(jobs):
+            raise ValueError(f"the sampler returned {len(some)} images for {len(jobs)} prompts")
+        images += some
+    return images
 
-    Noise is drawn on the CPU, so that it is the same on every device; that of a stochastic scheduler too, and from the
-    image's own generator. With `text_kv_cache`, the text's keys and values
-    are computed once per call for the prompts and once for the empty ones, not at each step (lossless; the pipeline
-    clears them at the start of each call).
 
-    Args:
-        pipeline: loaded, on its device.
-        config: steps and guidance.
+def read_rewrites(path: str | Path | None) -> dict[str, Any] | None:
+    """{"texts": {prompt id or text: rewritten text}, "sha256"} of a JSON file; None without one.
+
+    Raises:
+        ValueError: no such file, or not an object of texts.
     """
-    import diffusers
-    import torch
-
-    transformer = pipeline.transformer
-    if text_kv_cache and not transformer.is_cache_enabled:
-        transformer.enable_cache(diffusers.TextKVCacheConfig())
-    elif not text_kv_cache and transformer.is_cache_enabled:
-        transformer.disable_cache()
-    pipeline.set_progress_bar_config(disable=True)
-
-    def sample(prompts: list[str], seeds: list[int], height: int, width: int) -> list[Image.Image]:
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        with _noise_of_steps(pipeline.scheduler, generators):
-            return pipeline(
-                prompt=list(prompts),
-                generator=generators,
-                height=height,
-                width=width,
-                num_inference_steps=config.num_inference_steps,
-                guidance_scale=config.guidance_scale,
-                output_type="pil",
-            ).images
-
-    sample.settings = {
-        "pipeline": type(pipeline).__name__,
-        "scheduler": type(pipeline.scheduler).__name__,
-        "dtype": str(transformer.dtype).removeprefix("torch."),
-        "device": str(transformer.device.type),
-        "negative_prompt": "",
-        "prompt_rewriting": False,
-        "text_kv_cache": text_kv_cache,
-        "diffusers": diffusers.__version__,
-        "torch": torch.__version__,
-    }
-    return sample
-
-
-@contextlib.contextmanager
-def _noise_of_steps(scheduler: Any, generators: list[Any]) -> Iterator[None]:
-    """Lets a stochastic scheduler draw from these generators, one for each image: the pipeline, which draws the first
-    noise from them, hands the scheduler none, and it would draw from the global state."""
-    if not scheduler.config.get("stochastic_sampling"):
-        yield
-        return
-    scheduler.step = functools.partial(scheduler.step, generator=generators)
+    if path is None:
+        return None
+    path = Path(path)
+    if not path.is_file() or path.stat().st_size > MAX_REWRITES_BYTES:
+        raise ValueError(f"prompt_rewrites={str(path)!r} is not a JSON file of at most {MAX_REWRITES_BYTES >> 20} MiB")
+    data = path.read_bytes()
     try:
-        yield
-    finally:
-        del scheduler.step
+        texts = json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(texts, dict) or not all(isinstance(v, str) and v.strip() for v in texts.values()):
+        raise ValueError(f"{path} must be an object that gives each prompt (its id or its text) a rewritten text")
+    return {"texts": texts, "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def rewrite(prompts: Sequence[dict[str, Any]], rewrites: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Each prompt with its text of `rewrites` as "rewritten": of all of them, or the score would mix two benchmarks.
+
+    Raises:
+        ValueError: a prompt has no rewritten text.
+    """
+    if rewrites is None:
+        return list(prompts)
+    texts = rewrites["texts"]
+    absent = [p for p in prompts if p["id"] not in texts and p["prompt"] not in texts]
+    if absent:
+        raise ValueError(
+            f"the rewrites lack {len(absent)} of {len(prompts)} prompts, the first {absent[0]['prompt']!r}"
+        )
+    return [{**p, "rewritten": texts.get(p["id"], texts.get(p["prompt"]))} for p in prompts]
+
+
+def read_prompts(path: str | Path) -> list[dict[str, Any]]:
+    """The prompts of a run, with their ids.
+
+    Raises:
+        ValueError: no such file, or a line is not a prompt; names the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file of prompts (one JSON object per line)")
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            prompt = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
+        if not isinstance(prompt, dict) or not isinstance(prompt.get("prompt"), str):
+            raise ValueError(f"{path}, line {number}: a prompt needs 'prompt'")
+        prompts.append(prompt)
+    if not prompts:
+        raise ValueError(f"{path} has no prompt")
+    return with_ids(prompts)
 
 
 def _claim(images_dir: Path, prompts: Sequence[Mapping[str, Any]], settings: dict[str, Any]) -> None:
-    """Writes what is asked and how; refuses a folder in which something else was."""
+    """Writes the prompts and the settings; refuses a folder that has others."""
     images_dir.mkdir(parents=True, exist_ok=True)
-    asked = "".join(json.dumps(metadata) + "\n" for metadata in prompts)
+    asked = "".join(json.dumps(prompt) + "\n" for prompt in prompts)
     wanted = _of_sampling(settings)
     same = {PROMPTS: lambda text: text == asked, SETTINGS: lambda text: _of_sampling(json.loads(text)) == wanted}
     for name, is_same in same.items():
         path = images_dir / name
         if path.is_file() and not is_same(path.read_text(encoding="utf-8")):
             raise ValueError(f"{images_dir} holds images of another run: its {name} differs; use an empty folder")
-    _write(images_dir / PROMPTS, asked)
-    _write(images_dir / SETTINGS, json.dumps(settings, indent=1) + "\n")
+    write_once(images_dir / PROMPTS, asked)
+    write_once(images_dir / SETTINGS, json.dumps(settings, indent=1) + "\n")
 
 
 def _of_sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what only scoring reads, which may change while the images stay."""
-    config = {k: v for k, v in settings["config"].items() if k not in ("bootstrap_samples", "missing")}
+    """Without what only scoring reads, and without where the rewrites lie: their digest is compared."""
+    ignored = SCORING_KEYS | {"prompt_rewrites"}
+    config = EvalConfig(**{k: v for k, v in settings["config"].items() if k not in ignored}).model_dump(mode="json")
     return {**json.loads(json.dumps(settings)), "config": config}
 
 
-def _write(path: Path, text: str) -> None:
-    with _replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+def write_once(path: Path, text: str) -> None:
+    """Writes a file that does not exist."""
+    if not path.is_file():
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
-def _save_png(image: Image.Image, path: Path) -> None:
-    with _replacing(path) as temporary:
+def save_png(image: Image.Image, path: Path) -> None:
+    with replacing(path) as temporary:
         image.save(temporary, format="PNG")
 
 
 @contextlib.contextmanager
-def _replacing(path: Path):
-    """A file that exists is whole: what is there after a kill needs no check when resuming."""
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name that becomes `path` when the block ends: a file that exists is whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eval.stats import over_seeds
+from eval.stats import mean_interval, over_seeds
 from model.ranks import FREE_KEYS
 from tasks.trace import Node, walk
 
@@ -145,10 +145,21 @@ def compare(found: Sequence[Variant]) -> dict[str, Any]:
         if common:
             first, other = ({seed: _values(v.runs[seed]) for seed in common} for v in (base, variant))
             differences[variant.name] = {
-                score: over_seeds({seed: other[seed][score] - first[seed][score] for seed in common})
+                score: _paired({seed: other[seed][score] - first[seed][score] for seed in common})
                 for score in first[common[0]]
             }
     return {"variants": {variant.name: variant.summary() for variant in found}, "differences": differences}
+
+
+def _paired(differences: Mapping[int, float]) -> dict[str, Any]:
+    """`over_seeds`, with Student's 95% interval over training seeds and what it says: a difference within the noise of
+    training, the machine's part included, is none. None for one seed, which cannot tell."""
+    values = over_seeds(differences)
+    interval = mean_interval(values["values"])
+    verdict = None
+    if interval is not None:
+        verdict = "higher" if interval[0] > 0 else "lower" if interval[1] < 0 else "cannot tell"
+    return {**values, "interval": interval, "verdict": verdict}
 
 
 def render(result: Mapping[str, Any]) -> str:
@@ -157,6 +168,13 @@ def render(result: Mapping[str, Any]) -> str:
     if result["differences"]:
         base = next(iter(result["variants"]))
         lines += ["", *_table(result["differences"], f"minus {base}, common seeds", "{:+.3f}")]
+        for name, of_scores in result["differences"].items():
+            if (overall := of_scores["overall"])["verdict"] is not None:
+                low, high = overall["interval"]
+                lines.append(
+                    f"\n{name}: overall {overall['verdict']}, 95% interval over {overall['runs']} training seeds "
+                    f"{low:+.3f} to {high:+.3f}"
+                )
     return "\n".join(lines)
 
 

@@ -27,7 +27,7 @@ CACHE_VERSIONS = {
     "encoding": "2",
     "training": "3",
     "merging": "1",
-    "evaluation": "1",
+    "evaluation": "2",
     "publishing": "1",
 }
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from eval.card import model_index
+
 PAPER = "https://arxiv.org/abs/2604.12163"
 
 
@@ -28,6 +30,8 @@ def model_card(
         "pipeline_tag": "text-to-image",
         "tags": ["text-to-image", "mixture-of-experts", "flow-matching", "nucleus-image"],
     }
+    if scorecard is not None:
+        header["model-index"] = [model_index(scorecard, publish["title"])]
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n",
         f"# {_text(publish['title'])}\n",
@@ -124,12 +128,12 @@ def _scores(scorecard: dict[str, Any] | None) -> str:
     overall = scorecard["overall"]
     seeds = ", ".join(str(seed) for seed in overall["seeds"])
     counts = scorecard["counts"]
-    samples = scorecard["bootstrap"]
+    interval = scorecard["interval"]
     lines = [
         "## Scores\n",
-        f"Benchmark `{_text(scorecard['benchmark'])}`; {overall['runs']} runs (seeds {seeds}); {counts['scored']} of "
+        f"Score `{_text(scorecard['name'])}`; {overall['runs']} runs (seeds {seeds}); {counts['scored']} of "
         f"{counts['expected']} images scored, {counts['failed']} failed. Deviation: over seeds. Interval: "
-        f"{samples['level']:.0%}, bootstrap over prompts ({samples['samples']} draws).\n",
+        f"{interval['level']:.0%}, over prompts ({_text(interval['method'])}).\n",
         "| task | mean | deviation | interval | prompts | images |",
         "| --- | --- | --- | --- | --- | --- |",
         *(_row(_text(name), score) for name, score in scorecard["tasks"].items()),

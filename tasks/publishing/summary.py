@@ -15,7 +15,7 @@ def lines(pipeline: Path, scorecard: Path, curated: Path) -> list[str]:
     spread = "" if overall["std"] is None else f" +- {overall['std']:.3f} over {overall['runs']} seeds"
     tasks = ", ".join(f"{name} {task['mean']:.2f}" for name, task in card["tasks"].items())
     return [
-        f"{card['benchmark']} overall {overall['mean']:.3f}{spread} ({tasks})",
+        f"{card['name']} overall {overall['mean']:.3f}{spread} ({tasks})",
         f"pipeline   {pipeline}",
         f"scorecard  {scorecard / 'scorecard.html'}",
         f"grid       {scorecard / 'grid.png'}",

@@ -1,14 +1,20 @@
-"""Images depend on (seed, prompt, image) alone, and a stopped run goes on."""
+"""Images depend on (benchmark, prompt id, image, seed) alone, and a stopped run resumes without writing any again."""
+
+from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import random
+import signal
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from eval.config import EvalConfig
-from eval.generate import diffusers_sampler, generate, image_seed
+from eval.generate import generate, image_seed
+from eval.layouts import export, join_tiles
 
 PROMPTS = [
     {"tag": "colors", "include": [], "prompt": "a photo of a red circle"},
@@ -19,21 +25,23 @@ FILES = 2 * (1 + 3) * 2
 
 
 class Noise:
-    """A sampler whose image tells its prompt and noise seed; it can be stopped after some calls."""
+    """A sampler whose image shows its prompt and noise seed, and its place in the batch in the last bit, as real kernels
+    do; it can be stopped after some calls."""
 
-    def __init__(self, calls=10**9):
-        self.calls, self.batches = calls, []
+    def __init__(self, calls=10**9, by_place=True):
+        self.calls, self.by_place, self.batches = calls, by_place, []
         self.settings = {"name": "noise"}
 
     def __call__(self, prompts, seeds, height, width):
         if len(self.batches) == self.calls:
             raise KeyboardInterrupt
         self.batches.append(len(prompts))
-        return [self.image(p, s, height, width) for p, s in zip(prompts, seeds, strict=True)]
+        places = range(len(prompts)) if self.by_place else [0] * len(prompts)
+        return [self.image(*item, height, width) for item in zip(prompts, seeds, places, strict=True)]
 
-    def image(self, prompt, seed, height, width):
-        pixels = np.random.default_rng([seed, len(prompt)]).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        return Image.fromarray(pixels)
+    def image(self, prompt, seed, place, height, width):
+        rng = np.random.default_rng([seed, len(prompt), place])
+        return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def quiet(_):
@@ -44,13 +52,18 @@ def contents(root):
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
+def pictures(root):
+    return {name: data for name, data in contents(root).items() if name.endswith(".png")}
+
+
 def test_the_layout_is_geneval_s_in_a_folder_per_seed(tmp_path):
     report = generate(Noise(), PROMPTS, CONFIG, tmp_path, log=quiet)
     files = contents(tmp_path / "images")
     assert report["expected"] == report["made"] == FILES == sum(name.endswith(".png") for name in files)
     assert "seed5/00001/samples/0005.png" in files and "seed5/00001/samples/0006.png" not in files
-    assert json.loads(files["seed0/00001/metadata.jsonl"]) == PROMPTS[1]
-    assert [json.loads(line) for line in files["prompts.jsonl"].splitlines()] == PROMPTS
+    metadata = json.loads(files["seed0/00001/metadata.jsonl"])
+    assert {**metadata, **PROMPTS[1]} == metadata and metadata["id"]
+    assert [json.loads(line) for line in files["prompts.jsonl"].splitlines()][1] == metadata
 
 
 def test_settings_and_provenance_are_recorded(tmp_path):
@@ -58,34 +71,112 @@ def test_settings_and_provenance_are_recorded(tmp_path):
     recorded = json.loads((tmp_path / "images" / "generation.json").read_text())
     assert recorded["sampler"] == {"name": "noise"} and recorded["provenance"] == {"merged": "abc"}
     assert recorded["config"]["guidance_scale"] == 8.0 and recorded["config"]["seeds"] == [0, 5]
+    assert recorded["prompt_rewriting"] is None
 
 
 def test_every_image_has_its_own_noise():
-    seeds = {image_seed(s, p, i) for s in range(4) for p in range(30) for i in range(8)}
-    assert len(seeds) == 4 * 30 * 8 and all(0 <= s < 2**63 for s in seeds)
-    assert image_seed(0, 1, 2) == image_seed(0, 1, 2)
+    keys = [(b, p, i, s) for b in ("shapes", "geneval") for p in ("a", "b", "a1") for i in range(12) for s in range(12)]
+    seeds = {image_seed(*key) for key in keys}
+    assert len(seeds) == len(keys) and all(0 <= s < 2**63 for s in seeds)
+    assert image_seed("shapes", "a", 1, 2) == image_seed("shapes", "a", 1, 2)
 
 
-def test_a_stopped_run_goes_on_and_equals_an_unbroken_one(tmp_path):
+def test_an_image_does_not_depend_on_the_other_prompts_their_order_or_the_number_of_seeds(tmp_path):
+    """Those that stay the same keep their noise when the list of prompts changes around them."""
+    sampler = Noise(by_place=False)
+    generate(sampler, PROMPTS, CONFIG, tmp_path / "a", log=quiet)
+    generate(sampler, PROMPTS[::-1], CONFIG.model_copy(update={"seeds": (5,)}), tmp_path / "b", log=quiet)
+    a, b = pictures(tmp_path / "a/images"), pictures(tmp_path / "b/images")
+    assert a["seed5/00001/samples/0002.png"] == b["seed5/00000/samples/0002.png"]
+    assert a["seed5/00000/samples/0001.png"] == b["seed5/00001/samples/0001.png"]
+    assert a["seed0/00000/samples/0001.png"] != a["seed5/00000/samples/0001.png"]
+
+
+def test_equal_prompts_have_noise_of_their_own(tmp_path):
+    generate(Noise(by_place=False), PROMPTS[:1] * 3, CONFIG, tmp_path, log=quiet)
+    assert len(set(pictures(tmp_path).values())) == 3 * 2 * 2
+
+
+def test_a_stopped_run_resumes_and_equals_an_unbroken_one(tmp_path):
     generate(Noise(), PROMPTS, CONFIG, tmp_path / "whole", log=quiet)
     with pytest.raises(KeyboardInterrupt):
-        generate(Noise(calls=2), PROMPTS, CONFIG, tmp_path / "broken", log=quiet)
+        generate(Noise(calls=3), PROMPTS, CONFIG, tmp_path / "broken", log=quiet)
     # as after a kill between two images of a batch
-    (tmp_path / "broken/images/seed0/00000/samples/0001.png").unlink()
+    (tmp_path / "broken/images/seed0/00001/samples/0004.png").unlink(missing_ok=True)
     rest = Noise()
     report = generate(rest, PROMPTS, CONFIG, tmp_path / "broken", log=quiet)
-    assert report["kept"] == 5 and report["made"] == FILES - 5
-    assert rest.batches == [3, 3, 3, 3, 1]  # the first again, whole; the second was done
+    assert report["made"] + report["kept"] == FILES and report["kept"] >= 2
     assert contents(tmp_path / "whole") == contents(tmp_path / "broken")
     done = Noise()
     assert generate(done, PROMPTS, CONFIG, tmp_path / "broken", log=quiet)["made"] == 0 and not done.batches
 
 
-def test_the_batch_size_does_not_change_the_images(tmp_path):
-    generate(Noise(), PROMPTS, CONFIG, tmp_path / "a", log=quiet)
-    generate(Noise(), PROMPTS, CONFIG.model_copy(update={"batch_size": 16}), tmp_path / "b", log=quiet)
-    a, b = contents(tmp_path / "a"), contents(tmp_path / "b")
-    assert {k: v for k, v in a.items() if k.endswith(".png")} == {k: v for k, v in b.items() if k.endswith(".png")}
+MANY = [{"tag": "colors", "include": [], "prompt": f"prompt {i}"} for i in range(23)]
+
+
+def test_twenty_kills_lose_at_most_a_batch_each_and_write_nothing_again(tmp_path):
+    """SIGKILL just before or just after a file takes its name, at random ones of all files that a run writes."""
+    generate(Noise(), MANY, CONFIG, tmp_path / "whole", log=quiet)
+    rng, run = random.Random(1), tmp_path / "killed"
+
+    def attempt(after: int, before_it: bool) -> None:
+        real, count = os.replace, 0
+
+        def replace(source, target):
+            nonlocal count
+            count += 1
+            if count < after:
+                return real(source, target)
+            if not before_it:
+                real(source, target)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        os.replace = replace
+        generate(Noise(), MANY, CONFIG, run, log=quiet)
+
+    identity = {}
+    for _ in range(20):
+        child = multiprocessing.get_context("fork").Process(
+            target=attempt, args=(rng.randint(1, 7), rng.random() < 0.5)
+        )
+        child.start()
+        child.join()
+        for path in run.rglob("[0-9]*.png"):
+            stat = path.stat()
+            assert identity.setdefault(path, (stat.st_ino, stat.st_mtime_ns)) == (stat.st_ino, stat.st_mtime_ns)
+    made = Noise()
+    exist = len(pictures(run))
+    generate(made, MANY, CONFIG, run, log=quiet)
+    whole = pictures(tmp_path / "whole")
+    assert pictures(run / "images") == pictures(tmp_path / "whole/images")
+    assert sum(made.batches) <= len(whole) - exist + CONFIG.batch_size  # at most the one batch is sampled twice
+    assert not [p for p in run.rglob(".*.png.*") if p.stat().st_ino in {i for i, _ in identity.values()}]
+
+
+@pytest.mark.parametrize("shards", [1, 2, 5])
+def test_any_number_of_shards_gives_the_same_bytes(tmp_path, shards):
+    generate(Noise(), MANY, CONFIG, tmp_path / "whole", log=quiet)
+    reports = [
+        generate(Noise(), MANY, CONFIG, tmp_path / "parts", shard=i, shards=shards, log=quiet)
+        for i in reversed(range(shards))
+    ]
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert sum(report["made"] for report in reports) == len(pictures(tmp_path / "whole"))
+    with pytest.raises(ValueError, match="must be one of"):
+        generate(Noise(), MANY, CONFIG, tmp_path / "parts", shard=shards, shards=shards, log=quiet)
+
+
+def test_a_batch_has_whole_prompts_of_one_seed(tmp_path):
+    sampler = Noise()
+    generate(sampler, PROMPTS, CONFIG, tmp_path, log=quiet)
+    assert sampler.batches == [2, 3, 3, 2, 3, 3]  # 2 images, then 6 in calls of at most 3; for each seed
+
+
+def test_the_batch_size_does_not_change_the_images_of_a_sampler_that_does_not_mind(tmp_path):
+    generate(Noise(by_place=False), PROMPTS, CONFIG, tmp_path / "a", log=quiet)
+    big = CONFIG.model_copy(update={"batch_size": 16})
+    generate(Noise(by_place=False), PROMPTS, big, tmp_path / "b", log=quiet)
+    assert pictures(tmp_path / "a") == pictures(tmp_path / "b")
 
 
 def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path):
@@ -96,12 +187,12 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path):
     with pytest.raises(ValueError, match="generation.json differs"):
         generate(Noise(), PROMPTS, CONFIG.model_copy(update={"guidance_scale": 2.0}), tmp_path, log=quiet)
     assert contents(tmp_path) == before
-    rescored = CONFIG.model_copy(update={"bootstrap_samples": 7})
+    rescored = CONFIG.model_copy(update={"bootstrap_samples": 7, "judge_batch_size": 2})
     assert generate(Noise(), PROMPTS, rescored, tmp_path, log=quiet)["made"] == 0
 
 
 def test_a_sampler_that_drops_images_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="returned 1 images for 3 prompts"):
+    with pytest.raises(ValueError, match="returned 1 images for 2 prompts"):
         generate(lambda p, s, h, w: [Image.new("RGB", (w, h))], PROMPTS, CONFIG, tmp_path, log=quiet)
 
 
@@ -110,86 +201,70 @@ def test_seeds_must_differ():
         EvalConfig(seeds=(0, 0))
 
 
-@pytest.fixture(scope="module")
-def pipeline():
-    """The real pipeline, transformer, VAE and scheduler; prompts become embeddings of unequal length by their hash."""
-    from diffusers import (
-        AutoencoderKLQwenImage,
-        FlowMatchEulerDiscreteScheduler,
-        NucleusMoEImagePipeline,
-        NucleusMoEImageTransformer2DModel,
-    )
-
-    torch.manual_seed(0)
-    transformer = NucleusMoEImageTransformer2DModel(
-        num_layers=2, num_attention_heads=2, num_key_value_heads=1, attention_head_dim=16, joint_attention_dim=24,
-        axes_dims_rope=(4, 6, 6), dense_moe_strategy="leave_first_block_dense", num_experts=2, moe_intermediate_dim=16,
-        capacity_factors=2.0, out_channels=16,
-    )  # fmt: skip
-    for parameter in transformer.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    vae = AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
-    pipe = NucleusMoEImagePipeline(
-        transformer.eval(), FlowMatchEulerDiscreteScheduler(), vae.eval(), text_encoder=None, processor=None
-    )
-
-    def encode_prompt(prompt, **_):
-        embeds, mask = torch.zeros(len(prompt), 8, 24), torch.zeros(len(prompt), 8, dtype=torch.bool)
-        for row, text in enumerate(prompt):
-            length = 2 + len(text) % 7
-            generator = torch.Generator().manual_seed(sum(text.encode()))
-            embeds[row, :length] = torch.randn(length, 24, generator=generator)
-            mask[row, :length] = True
-        return embeds, None if mask.all() else mask
-
-    pipe.encode_prompt = encode_prompt
-    return pipe
+class Prompted(Noise):
+    def __call__(self, prompts, seeds, height, width):
+        self.seen = [*getattr(self, "seen", []), *prompts]
+        return super().__call__(prompts, seeds, height, width)
 
 
-def pixels(images):
-    return np.stack([np.asarray(image, dtype=np.int16) for image in images])
+def test_prompts_are_rewritten_only_by_a_file_and_the_run_says_so(tmp_path):
+    rewrites = tmp_path / "rewrites.json"
+    rewrites.write_text(json.dumps({p["prompt"]: p["prompt"].upper() for p in PROMPTS}))
+    sampler = Prompted()
+    config = CONFIG.model_copy(update={"prompt_rewrites": str(rewrites)})
+    generate(sampler, PROMPTS, config, tmp_path / "run", log=quiet)
+    assert set(sampler.seen) == {p["prompt"].upper() for p in PROMPTS}
+    recorded = json.loads((tmp_path / "run/images/generation.json").read_text())
+    assert recorded["prompt_rewriting"]["prompts"] == 2 and len(recorded["prompt_rewriting"]["sha256"]) == 64
+    with pytest.raises(ValueError, match="differs"):  # without the file it is another run
+        generate(Prompted(), PROMPTS, CONFIG, tmp_path / "run", log=quiet)
+    plain = Prompted()
+    generate(plain, PROMPTS, CONFIG, tmp_path / "plain", log=quiet)
+    assert set(plain.seen) == {p["prompt"] for p in PROMPTS}
 
 
-TEXTS, NOISES = ["a red circle", "a square", "two blue crosses"], [11, 12, 13]
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "must be an object"),
+        ('{"a photo of a square": " "}', "must be an object"),
+        ('{"a photo of a square": "x"}', "lack 1 of 2 prompts, the first 'a photo of a red circle'"),
+    ],
+)
+def test_a_file_of_rewrites_that_would_mix_two_benchmarks_is_refused(tmp_path, text, message):
+    (tmp_path / "rewrites.json").write_text(text)
+    config = CONFIG.model_copy(update={"prompt_rewrites": str(tmp_path / "rewrites.json")})
+    with pytest.raises(ValueError, match=message):
+        generate(Noise(), PROMPTS, config, tmp_path / "run", log=quiet)
+    assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-def test_cached_text_gives_the_same_images_in_mixed_batches_call_after_call(pipeline, guidance_scale):
-    config = EvalConfig(num_inference_steps=3, guidance_scale=guidance_scale)
-    plain = pixels(diffusers_sampler(pipeline, config, text_kv_cache=False)(TEXTS, NOISES, 32, 32))
-    assert not pipeline.transformer.is_cache_enabled
-    cached = diffusers_sampler(pipeline, config)
-    assert pipeline.transformer.is_cache_enabled
-    # another batch in between: nothing of it may stay
-    first, other = pixels(cached(TEXTS, NOISES, 32, 32)), pixels(cached(TEXTS[::-1], NOISES, 32, 32))
-    again = pixels(cached(TEXTS, NOISES, 32, 32))
-    assert np.abs(first - plain).max() <= 1 and np.array_equal(first, again)
-    assert np.abs(other - plain).max() > 1  # else the prompts decide nothing and this test shows nothing
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "x" * 200])
+def test_a_prompt_id_that_is_no_file_name_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="prompt id"):
+        generate(Noise(), [{**PROMPTS[0], "id": name}], CONFIG, tmp_path, log=quiet)
 
 
-def test_an_image_is_the_same_alone_and_in_a_batch(pipeline):
-    sample = diffusers_sampler(pipeline, EvalConfig(num_inference_steps=3, guidance_scale=4.0))
-    together = pixels(sample(TEXTS, NOISES, 32, 32))
-    alone = np.concatenate([pixels(sample([t], [n], 32, 32)) for t, n in zip(TEXTS, NOISES, strict=True)])
-    assert np.abs(together - alone).max() <= 1
-    assert np.abs(pixels(sample(TEXTS[:1], [99], 32, 32)) - alone[:1]).max() > 1
+FOUR = EvalConfig(seeds=(0,), images_per_prompt=4, image_size_px=16, batch_size=8)
 
 
-def test_a_stochastic_schedulers_noise_is_the_images_own(pipeline, monkeypatch):
-    """Drawn from the image's generator at every step: neither the batch nor the global state decides it."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
+def test_official_layouts_hold_the_same_pixels(tmp_path):
+    prompts = [{**PROMPTS[0], "id": "dpg_1"}, {**PROMPTS[0], "tag": "anime", "id": "002"}]
+    generate(Noise(), prompts, FOUR, tmp_path / "run", log=quiet)
+    images = tmp_path / "run/images"
+    assert export(images, tmp_path / "geneval", "geneval") == 2 * 5
+    assert pictures(tmp_path / "geneval") == pictures(images / "seed0")
+    assert export(images, tmp_path / "dpg", "dpg") == 2 and export(images, tmp_path / "oneig", "oneig", model="m") == 2
+    tiles = [np.asarray(Image.open(images / f"seed0/00001/samples/{i:04d}.png")) for i in range(4)]
+    expected = np.concatenate([np.concatenate(tiles[:2], axis=1), np.concatenate(tiles[2:], axis=1)])
+    for path in (tmp_path / "dpg/002.png", tmp_path / "oneig/images/anime/m/002.webp"):
+        assert np.array_equal(np.asarray(Image.open(path)), expected)
+    assert export(images, tmp_path / "dpg", "dpg") == 0  # nothing is written again
 
-    config = EvalConfig(num_inference_steps=3, guidance_scale=4.0, scheduler={"stochastic_sampling": True})
-    deterministic = pixels(diffusers_sampler(pipeline, config)(TEXTS, NOISES, 32, 32))
-    monkeypatch.setattr(pipeline, "scheduler", FlowMatchEulerDiscreteScheduler(**config.scheduler.model_dump()))
-    sample = diffusers_sampler(pipeline, config)
-    together = pixels(sample(TEXTS, NOISES, 32, 32))
-    alone = np.concatenate([pixels(sample([t], [n], 32, 32)) for t, n in zip(TEXTS, NOISES, strict=True)])
-    assert np.abs(together - alone).max() <= 1
-    assert np.abs(together - deterministic).max() > 1
 
-
-def test_the_sampler_says_how_it_samples(pipeline):
-    settings = diffusers_sampler(pipeline, EvalConfig()).settings
-    assert settings["pipeline"] == "NucleusMoEImagePipeline" and settings["text_kv_cache"] is True
-    assert settings["scheduler"] == "FlowMatchEulerDiscreteScheduler" and json.dumps(settings)
+def test_a_grid_of_tiles_that_differ_in_size_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="tiles of one size"):
+        join_tiles([Image.new("RGB", (4, 4)), Image.new("RGB", (5, 4))])
+    with pytest.raises(ValueError, match="layout 'x'"):
+        export(tmp_path, tmp_path, "x")

@@ -67,6 +67,19 @@ def test_runs_that_differ_in_their_seed_alone_are_one_variant(trained):
     (difference,) = result["differences"].values()  # of seeds 0 and 1, which both have
     assert difference["overall"]["values"] == pytest.approx([-0.10, -0.06])
     assert difference["overall"]["std"] == pytest.approx(0.04 / 2**0.5)
+    # two training seeds say little: Student's quantile for one degree of freedom is 12.7
+    low, high = difference["overall"]["interval"]
+    assert (low, high) == pytest.approx((-0.08 - 12.706 * 0.02, -0.08 + 12.706 * 0.02), abs=1e-3)
+    assert difference["overall"]["verdict"] == "cannot tell"
+
+
+def test_a_difference_that_all_training_seeds_agree_on_is_one(trained):
+    cards = [trained(f"a{i}", i, 0.90 + 0.001 * i, 0.1) for i in range(4)]
+    cards += [trained(f"b{i}", i, 0.80 + 0.002 * i, 0.1, lr=0.003) for i in range(4)]
+    result = compare(variants([read_run(card) for card in cards]))
+    (difference,) = result["differences"].values()
+    assert difference["overall"]["verdict"] == "lower"
+    assert "lr=0.003: overall lower, 95% interval over 4 training seeds" in render(result)
 
 
 def test_the_command_prints_the_table_and_draws_it(trained, tmp_path, capsys):

@@ -12,12 +12,13 @@ import pytest
 from flytekit.types.directory import FlyteDirectory
 from PIL import Image
 
-from eval import generate
+from eval import pipelines
 from eval.config import EvalConfig
-from tasks import artifacts
-from tasks.artifacts import UserError, home
+from tasks import store
+from tasks.artifacts import UserError
 from tasks.evaluation import evaluate, task
 from tasks.manifest import load_manifest, seal
+from tasks.store import home
 
 CONFIG = EvalConfig(images_per_prompt=1, image_size_px=16, batch_size=4)
 
@@ -33,7 +34,7 @@ def sample(tmp_path, monkeypatch):
         seal(tmp_path / kind, kind)
         inputs[kind] = FlyteDirectory(str(tmp_path / kind))
     prompts = [{"tag": "colors", "include": [], "prompt": "a photo of a red circle"}] * 6
-    monkeypatch.setattr("eval.scorecard.benchmark_prompts", lambda _: prompts)
+    monkeypatch.setattr("eval.catalog.prompts", lambda _: prompts)
     monkeypatch.setattr(evaluate, "load_pipeline", lambda *_: type("Pipeline", (), {"transformer": None}))
 
     def call(before_batch=lambda: None) -> Path:
@@ -41,7 +42,7 @@ def sample(tmp_path, monkeypatch):
             before_batch()
             return [Image.new("RGB", (16, 16), "red") for _ in prompts]
 
-        monkeypatch.setattr(generate, "diffusers_sampler", lambda *_, **__: sampler)
+        monkeypatch.setattr(pipelines, "diffusers_sampler", lambda *_, **__: sampler)
         return Path(task.generate_images.task_function(**inputs).path)
 
     return call
@@ -70,7 +71,7 @@ def test_images_that_could_not_be_sealed_are_not_sampled_again(sample, monkeypat
 
     batches = []
     with monkeypatch.context() as context:
-        context.setattr(artifacts, "seal", full)
+        context.setattr(store, "seal", full)
         with pytest.raises(UserError, match="the disk under .* is full"):
             sample(lambda: batches.append(1))
     sample(lambda: batches.append(1))

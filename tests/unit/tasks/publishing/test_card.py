@@ -22,6 +22,7 @@ def score(mean: float, std: float | None = 0.012, **more) -> dict:
 
 
 SCORECARD = {
+    "name": "shapes",
     "benchmark": "shapes",
     "overall": score(0.812),
     "tasks": {
@@ -31,7 +32,7 @@ SCORECARD = {
     "held_out": {"overall": score(0.444), "tasks": {"colors": score(0.5, prompts=2, images=6)}},
     "counts": {"expected": 100, "scored": 99, "failed": 1},
     "seeds": [0, 1, 2],
-    "bootstrap": {"samples": 1000, "level": 0.95},
+    "interval": {"method": "Wilson", "level": 0.95},
 }
 
 
@@ -121,7 +122,7 @@ def test_what_comes_from_data_is_text_and_never_markup(recipe):
     evil["publish"]["title"] = "x\n---\n# <script>alert(1)</script> ![a](http://evil)"
     evil["publish"]["license"] = "mit\nextra: true"
     rows = [{"kind": "<b>", "digest": "c" * 64, "counts": {"a|b": 1}, "code_version": "`x`"}]
-    card = model_card(evil, {**SCORECARD, "benchmark": "<img src=x>"}, rows)
+    card = model_card(evil, {**SCORECARD, "name": "<img src=x>", "benchmark": "<img src=x>"}, rows)
     assert "<script" not in card and "<img" not in card and "<b>" not in card
     assert not re.search(r"(?<!\\)\]\(http://evil", card) and "![a](" not in card
     assert header(card)["license"] == "mit\nextra: true" and "extra" not in header(card)

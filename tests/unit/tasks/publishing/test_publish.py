@@ -35,12 +35,13 @@ def recipe() -> dict:
 
 SCORE = {"mean": 0.5, "std": 0.1, "runs": 2, "seeds": [0, 1], "interval": [0.4, 0.6]}
 SCORECARD = {
+    "name": "shapes",
     "benchmark": "shapes",
     "overall": SCORE,
     "tasks": {"colors": {**SCORE, "prompts": 3, "images": 6, "correct": 3}},
     "held_out": None,
     "counts": {"expected": 6, "scored": 6, "failed": 0},
-    "bootstrap": {"samples": 10, "level": 0.95},
+    "interval": {"method": "Wilson", "level": 0.95},
 }
 
 

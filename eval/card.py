@@ -1,0 +1,214 @@
+"""The scorecard's schema: what scorecard.json contains, typed and versioned.
+
+Scores lie in [0, 1]; `scale` is what official tables of the benchmark multiply them by. Nothing here depends on the
+clock or on where the files lie: the same images and answers give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+SCHEMA_VERSION = 2
+# How prompts make the overall score: the plain mean of categories, of prompts, or of named parts of prompts.
+Pooling = Literal["categories", "prompts", "parts"]
+FILE = "scorecard.json"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Noise(Section):
+    """Standard errors, and where they come from: each is None where it was not measured.
+
+    sampling: other noise on the same prompts. prompts: other prompts of the same kind. training: standard deviation over
+    models of other training seeds, the machine's part included; one model cannot tell it.
+    """
+
+    sampling: float | None
+    prompts: float | None
+    training: float | None = None
+    training_runs: int = 0
+
+
+class Score(Section):
+    """A mean with its interval over prompts; `std`, `runs`, `seeds` and `values` are over sampling seeds."""
+
+    mean: float
+    interval: tuple[float, float]
+    standard_error: float
+    std: float | None
+    runs: int
+    seeds: list[int]
+    values: list[float]
+    noise: Noise
+    prompts: int
+    images: int
+
+
+class CategoryScore(Score):
+    official: float | None = None  # in the benchmark's own scale
+    fixed: float | None = None
+
+
+class Scores(Section):
+    """Scores of one split."""
+
+    overall: CategoryScore
+    tasks: dict[str, CategoryScore]  # by category; GenEval's word for them
+    image_accuracy: float  # share of images with score 1
+    prompt_accuracy: float  # share of prompts with such an image
+
+
+class Counts(Section):
+    expected: int
+    generated: int
+    scored: int
+    failed: int
+
+
+class JudgeRecord(Section):
+    role: str
+    name: str
+    model: str
+    revision: str
+    spec: dict[str, Any]
+    official: bool
+
+
+class Settings(Section):
+    """Everything known to move a score."""
+
+    judges: list[JudgeRecord]
+    pipeline: str
+    denoiser: str
+    dtype: str
+    attention: str
+    device: str
+    sampler: str
+    sampler_config: dict[str, Any]
+    steps: int
+    guidance_scale: float
+    negative_prompt: str
+    prompt_rewriting: dict[str, Any] | None
+    image_size_px: int
+    seeds: list[int]
+    images_per_prompt: int
+    batch_size: int
+    prompt_set: Literal["official", "development"]
+    prompt_set_sha256: str
+    model_digests: dict[str, str]
+    images_sha256: str
+    versions: dict[str, str]
+
+
+class Comparison(Section):
+    """Our score beside a published one. within_noise: our interval has the published figure; None: not comparable."""
+
+    model: str
+    category: str
+    published: float
+    ours: float | None
+    source: str
+    within_noise: bool | None
+
+
+class Interval(Section):
+    method: str = "Wilson with cluster-adjusted effective sample size; categories combined by MOVER"
+    level: float = 0.95
+    over: str = "prompts, within their category"
+
+
+class Scorecard(Section):
+    """schema_version 2. `name` is `benchmark`, or `benchmark[judge]` where a judge is not an official one."""
+
+    schema_version: Literal[2] = SCHEMA_VERSION
+    name: str
+    benchmark: str
+    version: str
+    scale: float
+    pooling: Pooling
+    overall: CategoryScore
+    tasks: dict[str, CategoryScore]
+    image_accuracy: float
+    prompt_accuracy: float
+    held_out: Scores | None
+    official: dict[str, Any] | None
+    fixed: dict[str, Any] | None
+    missing_tasks: list[str]
+    counts: Counts
+    deviations: list[str]
+    seeds: list[int]
+    interval: Interval
+    settings: Settings
+    references: list[Comparison]
+    config: dict[str, Any]
+    generation: dict[str, Any]
+
+
+def dumps(card: Scorecard) -> str:
+    return json.dumps(card.model_dump(mode="json"), indent=1, ensure_ascii=True, allow_nan=False) + "\n"
+
+
+def load(path: str | Path) -> Scorecard:
+    """A scorecard from its file, or from the directory that has it.
+
+    Raises:
+        ValueError: no such file, or not a scorecard of this schema.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / FILE
+    if not path.is_file():
+        raise ValueError(f"{path} is not a scorecard")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a scorecard: {error}") from error
+    version = content.get("schema_version") if isinstance(content, Mapping) else None
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has schema {version}, and this version reads schema {SCHEMA_VERSION}: score its images again with "
+            "python -m eval.cli score"
+        )
+    try:
+        return Scorecard.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{path} is not a scorecard: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def not_comparable(a: Scorecard, b: Scorecard) -> str | None:
+    """Why two scores cannot be compared; None where they can: the same prompts, judged alike."""
+    if a.benchmark != b.benchmark:
+        return f"one is of {a.benchmark}, the other of {b.benchmark}"
+    if a.settings.prompt_set_sha256 != b.settings.prompt_set_sha256:
+        return "they are of different prompts"
+    revisions = [sorted((j.name, j.revision) for j in card.settings.judges) for card in (a, b)]
+    if revisions[0] != revisions[1]:
+        names = [", ".join(f"{name} at {revision[:12]}" for name, revision in side) for side in revisions]
+        return f"one was judged by {names[0]}, the other by {names[1]}"
+    return None
+
+
+def model_index(card: Mapping[str, Any], title: str) -> dict[str, Any]:
+    """The Hub's `model-index` entry of a scorecard (as JSON): its scores under their full name."""
+
+    def plain(text: Any) -> str:  # in the header of a Markdown file, where nothing of it may be markup
+        return re.sub(r"[^\w\[\]+,.: -]", "", str(text))
+
+    scale = card.get("scale", 1.0)
+    rows = {"overall": card["overall"], **card["tasks"]}
+    metrics = [
+        {"type": "score", "name": plain(f"{card['name']}, {name}"), "value": round(scale * score["mean"], 4)}
+        for name, score in rows.items()
+    ]
+    dataset = {"type": plain(card["benchmark"]), "name": plain(card["name"])}
+    results = [{"task": {"type": "text-to-image"}, "dataset": dataset, "metrics": metrics}]
+    return {"name": plain(title), "results": results}

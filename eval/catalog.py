@@ -1,0 +1,128 @@
+"""The benchmarks and judges there are, by name: loaded when they are asked for, and not before.
+
+A judge is a `module:function` that takes no argument and returns one (eval.protocols.Judge), since loading one may take
+gigabytes. It answers for one or several roles of a benchmark (`Benchmark.judges`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from eval.benchmarks import registry
+
+if TYPE_CHECKING:
+    from eval.benchmarks.base import Benchmark
+    from eval.config import EvalConfig
+    from eval.protocols import Judge
+
+# name -> (module:function, roles, what it is)
+JUDGES: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "shapes-detector": (
+        "eval.shapes_judge:ShapesDetector",
+        ("detector",),
+        "classical image processing for the shapes benchmark",
+    ),
+}
+# The judges of a benchmark that need no choice: of shapes, which no model judges.
+DEFAULT_JUDGES: dict[str, dict[str, str]] = {"shapes": {"detector": "shapes-detector"}}
+# How prompts make the overall score, for its interval: the plain mean of tasks, of prompts, or of named parts.
+POOLING: dict[str, Literal["categories", "prompts", "parts"]] = {
+    "shapes": "categories",
+    "geneval": "categories",
+    "oneig": "parts",
+    "oneig-zh": "parts",
+}
+
+
+def check_judge(name: str) -> None:
+    """
+    Raises:
+        ValueError: there is no such judge; names the nearest.
+    """
+    if name not in JUDGES and ":" not in name:
+        close = difflib.get_close_matches(name.lower(), JUDGES, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"there is no judge {name!r}; {hint}It must be one of {', '.join(JUDGES)}, or module:function")
+
+
+def judge(name: str) -> Judge:
+    """Makes the judge: its weights are loaded now.
+
+    Raises:
+        ValueError: see `check_judge`; or what it needs is not installed.
+    """
+    check_judge(name)
+    target = JUDGES[name][0] if name in JUDGES else name
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"judge {name!r} cannot be loaded: {error}") from error
+
+
+def judges_of(config: EvalConfig) -> dict[str, str]:
+    """{role: name of a judge} for each role of the configured benchmark.
+
+    Raises:
+        ValueError: a role without a judge, or a judge for a role that the benchmark has not.
+    """
+    benchmark = registry.load(config.benchmark)
+    named = {**DEFAULT_JUDGES.get(config.benchmark, {}), **config.judges}
+    unknown = sorted(set(config.judges) - set(benchmark.judges))
+    if unknown:
+        raise ValueError(f"judges has the role {unknown[0]!r}, and {benchmark.name} has {', '.join(benchmark.judges)}")
+    absent = [role for role in benchmark.judges if role not in named]
+    if absent:
+        official = "; ".join(f"{role}: {benchmark.judges[role]}" for role in absent)
+        raise ValueError(f"benchmark {benchmark.name!r} needs a judge for {', '.join(absent)} (official are {official}): set judges")  # fmt: skip
+    return {role: named[role] for role in benchmark.judges}
+
+
+def load_judges(config: EvalConfig) -> dict[str, Judge]:
+    """{role: judge}; a judge of several roles is loaded once.
+
+    Raises:
+        ValueError: see `judges_of` and `judge`.
+    """
+    names = judges_of(config)
+    loaded = {name: judge(name) for name in dict.fromkeys(names.values())}
+    return {role: loaded[name] for role, name in names.items()}
+
+
+def prompts(config: EvalConfig) -> list[dict[str, Any]]:
+    """The prompts that a configuration asks for, with ids.
+
+    Raises:
+        ValueError: the benchmark needs a prompt file, or has no development prompts.
+    """
+    from eval.protocols import with_ids
+
+    benchmark = registry.load(config.benchmark)
+    if config.benchmark == "shapes" and config.prompts_file is None:
+        from eval.benchmarks.shapes.prompts import make_prompts
+
+        return with_ids(make_prompts(config.prompts_per_task, seed=0 if config.prompt_set == "official" else 1))
+    if config.prompt_set == "development" and config.prompts_file is None:
+        raise ValueError(f"{benchmark.name} has no development prompts of its own: give other ones by prompts_file")
+    return with_ids(_first_of_each_task(benchmark.prompts(config.prompts_file), config.prompts_per_task))
+
+
+def _first_of_each_task(prompts: list[dict[str, Any]], number: int | None) -> list[Mapping[str, Any]]:
+    counts: dict[str, int] = {}
+    kept = []
+    for prompt in prompts:
+        counts[prompt["tag"]] = counts.get(prompt["tag"], 0) + 1
+        if number is None or counts[prompt["tag"]] <= number:
+            kept.append(prompt)
+    return kept
+
+
+def benchmark(name: str) -> Benchmark:
+    """
+    Raises:
+        ValueError: there is none; says what could have been meant.
+    """
+    return registry.load(name)
