@@ -42,6 +42,16 @@ JUDGES: dict[str, tuple[str, tuple[str, ...], str]] = {
         ("vqa",),
         "Qwen2.5-VL-7B for DPG-Bench's questions, instead of mPLUG",
     ),
+    "llm2clip": (
+        "eval.judges.llm2clip:LLM2CLIP",
+        ("reasoning",),
+        "OneIG's judge of reasoning; needs @COMMIT, runs its code",
+    ),
+    "oneig-style": (
+        "eval.judges.style:OneIGStyle",
+        ("style",),
+        "CSD and OneIG's style encoder; needs @DIR of converted weights",
+    ),
     "qwen3-vl-8b": ("eval.judges.qwen_vl:Qwen3VL", ("soft_tifa",), "GenEval 2's judge: probabilities of first tokens"),
 }
 
