@@ -42,6 +42,7 @@ JUDGES: dict[str, tuple[str, tuple[str, ...], str]] = {
         ("vqa",),
         "Qwen2.5-VL-7B for DPG-Bench's questions, instead of mPLUG",
     ),
+    "blip-vqa": ("eval.judges.blip_vqa:BlipVQA", ("vqa",), "BLIP, fine-tuned on VQA v2, for DPG-Bench's questions"),
     "llm2clip": (
         "eval.judges.llm2clip:LLM2CLIP",
         ("reasoning",),
