@@ -2,6 +2,8 @@
 # make smoke       the same in about 100 seconds, with a model too small to be good
 # make draw PROMPT="a red circle"   one image from the newest published pipeline
 # make test        all tests; make test-fast: those without training
+# make gpu-check   on a machine with a GPU: does it work, how fast is it (benchmarks/first_card.py; results in first_card/)
+# make test-gpu    the tests that need a GPU; both take PYTHON as it is, where packages are missing too
 # make lint        ruff and mypy; make format repairs what ruff can
 # make lock        resolves constraints.txt again
 # Each makes the environment it needs in .venv.
@@ -11,8 +13,10 @@ RECIPE ?= tiny
 SOURCE ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
+# The project's environment where there is one, else Python as it is: a borrowed GPU machine has a PyTorch of its own.
+GPU_PYTHON = $(if $(wildcard $(STAMP)),$(VENV)/bin/python,$(PYTHON))
 
-.PHONY: reproduce smoke draw test test-fast lint format lock env clean
+.PHONY: reproduce smoke draw test test-fast test-gpu gpu-check lint format lock env clean
 
 reproduce: $(STAMP)
 	$(VENV)/bin/pyflyte run workflows/reproduce.py reproduce --recipe $(RECIPE) $(if $(SOURCE),--source "$(SOURCE)")
@@ -30,6 +34,12 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	$(VENV)/bin/python -m pytest -m "not slow" tests/unit $(ARGS)
+
+gpu-check:
+	$(GPU_PYTHON) benchmarks/first_card.py $(ARGS)
+
+test-gpu:
+	$(GPU_PYTHON) -m pytest -m gpu $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

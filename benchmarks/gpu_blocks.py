@@ -1,17 +1,24 @@
 """One block of the 17B shape on a GPU, forward and backward, beside diffusers' with the same weights.
 
-    python benchmarks/gpu_blocks.py [--tokens 1024 4096] [--capacities 2 4] [--batch 1] [--rounds 20]
+    python benchmarks/gpu_blocks.py [--cases 4x4096x2 32x256x8] [--rounds 10]
     python benchmarks/gpu_blocks.py --device cpu --width 64 --heads 4 --kv-heads 2 --experts 4 --hidden 48 --text 8 \\
-        --text-dim 32 --tokens 16 --rounds 2 --no-compile      # its own logic, on a machine without a GPU
+        --text-dim 32 --cases 1x16x2 --rounds 2 --no-compile      # its own logic, on a machine without a GPU
 
-For every number of tokens and capacity factor, in turns within one process: ours with Triton kernels, ours in plain
-PyTorch, both under torch.compile (which leaves only routing to the kernels), diffusers with grouped_mm, and the same
-under torch.compile; medians and quartiles.
+A case is samples x image tokens x capacity factor. The default cases are micro-batches of the last and of the first stage
+of recipes/nucleus_17b.yaml, with 512 and 1024 rows an expert: an expert's weights then take less time to read than to
+multiply. As in training there is a key mask (which keeps all keys) and the router is in fp32; diffusers' block gets no
+mask and a router in the block's type.
+
+For every case, in turns within one process: ours with Triton kernels, ours in plain PyTorch, both under torch.compile
+(which leaves routing to the kernels), diffusers with grouped_mm, and the same under torch.compile; medians and quartiles.
+Compiled code is for the shapes of the case, where training compiles for any number of tokens. Without diffusers, ours
+alone. A variant that fails is named, and the others are measured.
 Then, of our block with Triton kernels (plain PyTorch where there are none):
 
     products   every matrix product alone, beside the card's matrix rate, measured in this run on a large product,
                and beside its own floor: the later of arithmetic at that rate and memory traffic at the measured
                bandwidth (few rows an expert, and reading its weights takes longer than multiplying them)
+    attention  the kernel that the block runs, against its arithmetic at that rate
     the rest   each step between products alone, plain and as a kernel, against the time in which memory delivers
                what it must read and write once
 
@@ -22,9 +29,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,11 +42,19 @@ import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-from measure import Product, ProductTime, RecordProducts, Spread, in_turns, print_run, time_alone  # noqa: E402
+from measure import (  # noqa: E402
+    Product,
+    ProductTime,
+    RecordProducts,
+    Spread,
+    in_turns,
+    print_run,
+    spin_up,
+    time_alone,
+)
 
 from model import kernels  # noqa: E402
-from model.attention import EPS  # noqa: E402
-from model.config import TransformerConfig  # noqa: E402
+from model.attention import EPS, attend, prepare_mask  # noqa: E402
 from model.kernels.elementwise import norm_modulate, norm_rope, swiglu  # noqa: E402
 from model.moe import Routing, combine, gather  # noqa: E402
 from model.rope import rope_angles, rope_tables  # noqa: E402
@@ -45,28 +62,70 @@ from model.transformer import Block  # noqa: E402
 
 NO_DEVICE = 2
 AGREEMENT = 0.1  # relative; routers of two implementations may choose otherwise between equal rounded scores
+# Variants, kinds of blocks and capacity factors: more than PyTorch's limit of 8, beyond which it silently runs uncompiled.
+COMPILED_VARIANTS = 64
+REFERENCE = "diffusers, eager"
 
 
 class Case(NamedTuple):
+    batch: int
     tokens: int
     capacity: float
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        batch, tokens, capacity = text.split("x")
+        return cls(int(batch), int(tokens), float(capacity))
+
+    def __str__(self) -> str:
+        return f"{self.batch} samples of {self.tokens} tokens, capacity factor {self.capacity:g}"
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """What `Block` reads of a TransformerConfig, which needs pydantic."""
+
+    width: int
+    num_attention_heads: int
+    kv_heads: int
+    joint_attention_dim: int
+    num_experts: int
+    moe_intermediate_dim: int
+    factor: float
+    use_sigmoid: bool = False
+    route_scale: float = 2.5
+    routing: None = None
+
+    @property
+    def attention_head_dim(self) -> int:
+        return self.width // self.num_attention_heads
+
+    def is_moe_layer(self, layer: int) -> bool:
+        return True
+
+    def capacity_factor(self, layer: int) -> float:
+        return self.factor
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="bfloat16 on a GPU, else float32")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096], help="image tokens of a sample")
-    parser.add_argument("--capacities", type=float, nargs="+", default=[2.0, 4.0])
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument(
+        "--cases",
+        type=Case.parse,
+        nargs="+",
+        default=[Case(4, 4096, 2.0), Case(32, 256, 8.0)],
+        help="samples x image tokens x capacity factor",
+    )
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--kv-heads", type=int, default=4)
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--hidden", type=int, default=1344)
-    parser.add_argument("--text", type=int, default=256, help="text tokens, none masked")
+    parser.add_argument("--text", type=int, default=512, help="text tokens")
     parser.add_argument("--text-dim", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=10, help="of ten calls each on a GPU")
     parser.add_argument("--matrix", type=int, help="side of the large product; 8192 on a GPU, else 512")
     parser.add_argument("--compile-mode", default="default")
     parser.add_argument("--no-compile", action="store_true")
@@ -77,46 +136,47 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def build(args: argparse.Namespace, case: Case) -> tuple[Block, torch.nn.Module]:
-    """Our block and diffusers', with the same weights."""
-    from diffusers.models.transformers.transformer_nucleusmoe_image import NucleusMoEImageTransformerBlock
+def has_diffusers() -> bool:
+    return importlib.util.find_spec("diffusers") is not None
 
-    head_dim = args.width // args.heads
-    config = TransformerConfig(
-        num_layers=1,
-        attention_head_dim=head_dim,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads,
-        joint_attention_dim=args.text_dim,
-        axes_dims_rope=axes_of(args),
-        dense_moe_strategy="all_moe",
-        num_experts=args.experts,
-        moe_intermediate_dim=args.hidden,
-        capacity_factors=case.capacity,
+
+def build(args: argparse.Namespace, case: Case) -> tuple[Block, torch.nn.Module | None]:
+    """Our block, made on the device, and diffusers' with the same weights, if it is installed."""
+    config = BlockConfig(
+        args.width, args.heads, args.kv_heads, args.text_dim, args.experts, args.hidden, factor=case.capacity
     )
     torch.manual_seed(0)
-    theirs = NucleusMoEImageTransformerBlock(
-        dim=args.width,
-        num_attention_heads=args.heads,
-        attention_head_dim=head_dim,
-        num_key_value_heads=args.kv_heads,
-        joint_attention_dim=args.text_dim,
-        moe_enabled=True,
-        num_experts=args.experts,
-        moe_intermediate_dim=args.hidden,
-        capacity_factor=case.capacity,
-        use_grouped_mm=True,
-    )
     with torch.device("meta"):
-        ours = Block(config, 0)
-    for name, parameter in theirs.named_parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-        elif name.endswith("bias"):
+        ours = Block(config, 0).to(args.dtype)
+    ours.to_empty(device=args.device)
+    for name, parameter in ours.named_parameters():
+        if name.endswith("bias"):
             torch.nn.init.zeros_(parameter)
-    theirs.to(args.device, args.dtype)
-    ours.load_state_dict(theirs.state_dict(), assign=True)  # one copy of the weights for both
-    return ours, theirs
+        elif parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        else:
+            torch.nn.init.ones_(parameter)
+    return ours, _diffusers_block(args, case, ours) if has_diffusers() else None
+
+
+def _diffusers_block(args: argparse.Namespace, case: Case, ours: Block) -> torch.nn.Module:
+    from diffusers.models.transformers.transformer_nucleusmoe_image import NucleusMoEImageTransformerBlock
+
+    with torch.device("meta"):
+        theirs = NucleusMoEImageTransformerBlock(
+            dim=args.width,
+            num_attention_heads=args.heads,
+            attention_head_dim=args.width // args.heads,
+            num_key_value_heads=args.kv_heads,
+            joint_attention_dim=args.text_dim,
+            moe_enabled=True,
+            num_experts=args.experts,
+            moe_intermediate_dim=args.hidden,
+            capacity_factor=case.capacity,
+            use_grouped_mm=True,
+        )
+    theirs.load_state_dict(ours.state_dict(), assign=True)  # one copy of the weights for both
+    return theirs.requires_grad_()
 
 
 def axes_of(args: argparse.Namespace) -> tuple[int, int, int]:
@@ -127,6 +187,7 @@ def axes_of(args: argparse.Namespace) -> tuple[int, int, int]:
 
 
 class Inputs(NamedTuple):
+    mask: Any  # of `prepare_mask`
     x: torch.Tensor
     time: torch.Tensor
     text: torch.Tensor
@@ -145,27 +206,31 @@ def make_inputs(args: argparse.Namespace, case: Case) -> Inputs:
         return torch.randn(*size, device=args.device).to(args.dtype)
 
     angles = rope_angles(axes, shape, args.text, args.device)
+    x = randn(case.batch, case.tokens, args.width).requires_grad_()
+    keys = torch.ones(case.batch, case.tokens + args.text, dtype=torch.bool, device=args.device)
     return Inputs(
-        randn(args.batch, case.tokens, args.width).requires_grad_(),
-        randn(args.batch, args.width).requires_grad_(),
-        randn(args.batch, args.text, args.text_dim),
+        prepare_mask(keys, x, args.width // args.heads),
+        x,
+        randn(case.batch, args.width).requires_grad_(),
+        randn(case.batch, args.text, args.text_dim),
         torch.ones(args.text_dim, device=args.device, dtype=args.dtype),
         rope_tables(axes, shape, args.text, torch.device(args.device)),
         tuple(torch.polar(torch.ones_like(a), a) for a in angles),
-        randn(args.batch, case.tokens, args.width),
+        randn(case.batch, case.tokens, args.width),
     )
 
 
 def variants(
-    args: argparse.Namespace, ours: Block, theirs: torch.nn.Module, inputs: Inputs
+    args: argparse.Namespace, ours: Block, theirs: torch.nn.Module | None, inputs: Inputs
 ) -> dict[str, Callable[[], torch.Tensor]]:
-    """Forward passes by name."""
+    """Forward passes by name. What a compiler cannot take whole is an error."""
+    compile_ = functools.partial(torch.compile, mode=args.compile_mode, fullgraph=True)
 
     def run_ours(block: Any, choice: str) -> Callable[[], torch.Tensor]:
         def forward() -> torch.Tensor:
             kernels.use_kernels(choice)
             text = (inputs.text, inputs.text_weight)
-            return block(inputs.x, inputs.time, F.silu(inputs.time), text, None, inputs.tables, None)[0]
+            return block(inputs.x, inputs.time, F.silu(inputs.time), text, None, inputs.tables, inputs.mask)[0]
 
         return forward
 
@@ -176,14 +241,17 @@ def variants(
     if has_kernels(args):
         runs["ours, triton"] = run_ours(ours, "triton")
     runs["ours, torch"] = run_ours(ours, "torch")
-    runs["diffusers, eager"] = run_theirs(theirs)
+    if theirs is not None:
+        runs[REFERENCE] = run_theirs(theirs)
     if not args.no_compile:
-        compiled = torch.compile(ours, mode=args.compile_mode)  # once for each choice
+        compiled = compile_(ours)  # once for each choice
         if has_kernels(args):
             runs["ours, compiled, triton"] = run_ours(compiled, "triton")
         runs["ours, compiled, torch"] = run_ours(compiled, "torch")
-        theirs.img_mlp.experts.register_forward_pre_hook(_sum_in_int32(args))
-        runs["diffusers, compiled"] = run_theirs(torch.compile(theirs, mode=args.compile_mode))
+        if theirs is not None:
+            theirs.img_mlp.experts.register_forward_pre_hook(_sum_in_int32(args))
+            # diffusers does not promise one graph.
+            runs["diffusers, compiled"] = run_theirs(torch.compile(theirs, mode=args.compile_mode))
     return runs
 
 
@@ -220,27 +288,36 @@ def without_gradients(forward: Callable[[], torch.Tensor]) -> Callable[[], objec
     return run
 
 
-def agree(runs: dict[str, Callable[[], torch.Tensor]]) -> None:
-    """Prints how far each output lies from diffusers' eager one.
+def agree(runs: dict[str, Callable[[], torch.Tensor]]) -> dict[str, str]:
+    """Prints the distance of each output from diffusers' eager one, or from the first variant's without it.
 
-    Raises:
-        RuntimeError: further than AGREEMENT: then there is nothing to compare.
+    Returns:
+        the variants that fail or compute something else, with the reason.
     """
+    bad: dict[str, str] = {}
+    name = REFERENCE if REFERENCE in runs else next(iter(runs))
     with torch.no_grad():
-        reference = runs["diffusers, eager"]().float()
-        for name, forward in runs.items():
-            distance = ((forward().float() - reference).norm() / reference.norm()).item()
-            print(f"  output of '{name}': {distance:.1e} from diffusers'")
+        reference = runs[name]().float()
+        for variant, forward in runs.items():
+            try:
+                distance = ((forward().float() - reference).norm() / reference.norm()).item()
+            except Exception as error:
+                bad[variant] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+                print(f"  '{variant}' fails: {bad[variant]}")
+                continue
+            print(f"  output of '{variant}': {distance:.1e} from that of '{name}'")
             if not distance < AGREEMENT:
-                raise RuntimeError(f"'{name}' computes something else: {distance:.2g} from diffusers' output")
+                bad[variant] = f"computes something else: {distance:.2g} from the output of '{name}'"
+    return bad
 
 
 def rates(args: argparse.Namespace) -> tuple[float, float]:
     """The device's matrix rate (FLOP/s, one large product) and memory bandwidth (bytes/s, one large copy)."""
     device = torch.device(args.device)
-    (large,) = time_alone({Product(1, args.matrix, args.matrix, args.matrix): 1}, args.rounds, args.dtype, device)
     source = torch.empty(args.matrix**2 * 8, dtype=torch.bfloat16, device=device).zero_()
     target = torch.empty_like(source)
+    spin_up(device)
+    (large,) = time_alone({Product(1, args.matrix, args.matrix, args.matrix): 1}, args.rounds, args.dtype, device)
     copy = in_turns({"": lambda: target.copy_(source)}, args.rounds, device)[""]
     bandwidth = 2 * source.numel() * source.element_size() / copy.median * 1000
     print(f"matrix rate: {large.rate / 1e12:.3f} TFLOP/s ({large.product}, {large.spread} ms)")
@@ -250,18 +327,18 @@ def rates(args: argparse.Namespace) -> tuple[float, float]:
 
 def print_block_products(
     args: argparse.Namespace, times: list[ProductTime], rate: float, bandwidth: float
-) -> tuple[float, float]:
-    """Prints each product against its floor; (ms that they take alone, their floor in ms)."""
+) -> dict[str, float]:
+    """Prints each product against its floor. Returns what they take alone, and their floor, in ms; and of the experts'
+    the share of the matrix rate."""
     itemsize = torch.empty((), dtype=args.dtype).element_size()
     total = floors = 0.0
     experts = {"ms": 0.0, "flops": 0.0, "floor": 0.0}
     for t in times:
         arithmetic = 1000 * t.product.flops / rate
-        # Attention's scores stay on the chip: it moves what a fused kernel reads and writes, which is little.
-        traffic = 0.0 if t.product.attention else 1000 * t.product.bytes(itemsize) / bandwidth
+        traffic = 1000 * t.product.bytes(itemsize) / bandwidth
         floor = max(arithmetic, traffic)
         total, floors = total + t.total_ms, floors + t.count * floor
-        if t.product.batch == args.experts and not t.product.attention:
+        if t.product.batch == args.experts:
             experts["ms"] += t.total_ms
             experts["flops"] += t.count * t.product.flops
             experts["floor"] += t.count * floor
@@ -271,14 +348,39 @@ def print_block_products(
             f"{100 * t.rate / rate:5.1f}% of the matrix rate  "
             f"{100 * floor / t.spread.median:5.1f}% of its floor ({bound})"
         )
+    found = {"ms": total, "floor_ms": floors}
     if not experts["ms"]:
-        return total, floors
+        return found
     share = experts["flops"] / rate / experts["ms"] * 1000
     print(
         f"  expert products together: {experts['ms']:.4f} ms, {100 * share:.1f}% of the matrix rate, "
         f"{100 * experts['floor'] / experts['ms']:.1f}% of their floor"
     )
-    return total, floors
+    return found | {"experts_ms": experts["ms"], "experts_share_of_matrix_rate": share}
+
+
+def time_attention(args: argparse.Namespace, case: Case, inputs: Inputs, rate: float) -> dict[str, dict[str, float]]:
+    """The attention kernel that the block runs, alone. Arithmetic: 2 products forward, 4 gradients backward."""
+    B, S, N, K, H = case.batch, case.tokens, args.heads, args.kv_heads, args.width // args.heads
+    L = S + args.text
+
+    def leaf(*size: int) -> torch.Tensor:
+        return torch.randn(*size, device=args.device).to(args.dtype).requires_grad_()
+
+    tensors = leaf(B, S, N, H), leaf(B, L, K, H), leaf(B, L, K, H)
+    out = attend(*tensors, inputs.mask)
+    grad = torch.randn_like(out)
+    runs = {
+        "attention forward": without_gradients(lambda: attend(*tensors, inputs.mask)),
+        "attention backward": lambda: torch.autograd.grad(out, tensors, grad, retain_graph=True),
+    }
+    flops = {"attention forward": 4 * B * S * L * N * H, "attention backward": 8 * B * S * L * N * H}
+    found = {}
+    for name, spread in in_turns(runs, args.rounds, torch.device(args.device)).items():
+        share = flops[name] / rate / spread.median * 1000
+        found[name] = {"ms": spread.median, "share_of_matrix_rate": share}
+        print(f"  {name:45} {spread.median:8.4f} ms  {100 * share:5.1f}% of the matrix rate")
+    return found
 
 
 class Step(NamedTuple):
@@ -294,7 +396,7 @@ class Step(NamedTuple):
 def steps_between(args: argparse.Namespace, ours: Block, inputs: Inputs, routing: Routing) -> list[Step]:
     """Forward counts inputs read and outputs written; backward the saved inputs and the output's gradient read, and
     the inputs' gradients written. Rows of experts are R = E B C."""
-    B, S, D, E, H = args.batch, inputs.x.shape[1], args.width, args.experts, args.width // args.heads
+    (B, S, D), E, H = inputs.x.shape, args.experts, args.width // args.heads
     rows_R, hidden, N = routing.rows_R(), args.hidden, args.heads + args.kv_heads
     R, tokens = len(rows_R), B * S
 
@@ -323,8 +425,9 @@ def steps_between(args: argparse.Namespace, ours: Block, inputs: Inputs, routing
     ]  # fmt: skip
 
 
-def print_steps(args: argparse.Namespace, ours: Block, inputs: Inputs, bandwidth: float) -> None:
+def print_steps(args: argparse.Namespace, ours: Block, inputs: Inputs, bandwidth: float) -> dict[str, dict[str, float]]:
     itemsize = torch.empty((), dtype=args.dtype).element_size()
+    found = {}
     for choice in (["triton"] if has_kernels(args) else []) + ["torch"]:
         kernels.use_kernels(choice)
         with torch.no_grad():
@@ -344,45 +447,76 @@ def print_steps(args: argparse.Namespace, ours: Block, inputs: Inputs, bandwidth
         for name, spread in in_turns(runs, args.rounds, torch.device(args.device)).items():
             floor = 1000 * itemsize * numbers.get(name, 0) / bandwidth
             against = f"{100 * floor / spread.median:5.1f}% of its memory floor {floor:.4f} ms" if floor else ""
+            found[f"{name}, {choice}"] = {"ms": spread.median, "floor_ms": floor}
             print(f"  {choice:6} {name:38} {spread.median:8.4f} ms  {against}")
+    return found
 
 
-def measure(args: argparse.Namespace, case: Case, rate: float, bandwidth: float) -> dict[str, dict[str, Spread]]:
+def measure(args: argparse.Namespace, case: Case, rate: float, bandwidth: float) -> dict[str, Any]:
+    """Everything about one case; printed, and returned as numbers (times in ms)."""
+    # A new case, other shapes: what was compiled before must not count against the limit.
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=COMPILED_VARIANTS, fail_on_recompile_limit_hit=True):
+        return _measure(args, case, rate, bandwidth)
+
+
+def _measure(args: argparse.Namespace, case: Case, rate: float, bandwidth: float) -> dict[str, Any]:
     device = torch.device(args.device)
-    print(f"\n{case.tokens} tokens, batch {args.batch}, capacity factor {case.capacity}")
+    print(f"\n{case}")
     ours, theirs = build(args, case)
     inputs = make_inputs(args, case)
     runs = variants(args, ours, theirs, inputs)
-    agree(runs)
-    parameters = [*ours.parameters(), *theirs.parameters()]
+    failures = agree(runs)
+    runs = {name: forward for name, forward in runs.items() if name not in failures}
+    gate = ours.img_mlp.gate  # from here on as in training; so far as diffusers, to compare what comes out
+    gate.weight = torch.nn.Parameter(gate.weight.detach().float())
+    parameters = [*ours.parameters(), *(theirs.parameters() if theirs is not None else ())]
     kinds = {
         "forward": {name: without_gradients(forward) for name, forward in runs.items()},
         "forward + backward": {name: forward_backward(f, parameters, inputs) for name, f in runs.items()},
     }
-    measured = {}
+    found: dict[str, Any] = {"case": str(case), "failures": failures, "ms": {}, "speed": {}, "products": {}}
+    measured: dict[str, dict[str, Spread]] = {}
     for kind, calls in kinds.items():
+        for name in list(calls):
+            try:
+                calls[name]()
+            except Exception as error:
+                failures[f"{name}, {kind}"] = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+                print(f"  '{name}', {kind}, fails: {failures[f'{name}, {kind}']}")
+                del calls[name]
+        spin_up(device)
         measured[kind] = in_turns(calls, args.rounds, device)
+        found["ms"][kind] = {name: spread._asdict() for name, spread in measured[kind].items()}
         for name, spread in measured[kind].items():
             print(f"  {kind:18}  {name:22} {spread} ms")
-        ours_best = min((n for n in runs if n.startswith("ours")), key=lambda n: measured[kind][n].median)
-        for other in (name for name in runs if name.startswith("diffusers")):
+        of_ours = [name for name in calls if name.startswith("ours")]
+        ours_best = min(of_ours, key=lambda n: measured[kind][n].median, default=None)
+        for other in (name for name in calls if name.startswith("diffusers") and ours_best):
             ratio = measured[kind][other].median / measured[kind][ours_best].median
+            found["speed"][f"{kind}: '{ours_best}' against '{other}'"] = ratio
             print(f"  {kind:18}  '{ours_best}' is {ratio:.2f}x as fast as '{other}'")
-    first = next(iter(runs))
     for kind, calls in kinds.items():
+        first = next((name for name in calls if name.startswith("ours")), None)
+        if first is None:
+            continue
         with RecordProducts() as record:
             calls[first]()
         print(f"  products of '{first}', {kind}, each alone:")
-        times = time_alone(record.products, args.rounds, args.dtype, device)
-        total, floor = print_block_products(args, times, rate, bandwidth)
+        products = {product: count for product, count in record.products.items() if not product.attention}
+        times = time_alone(products, args.rounds, args.dtype, device)
+        alone = print_block_products(args, times, rate, bandwidth)
         step = measured[kind][first].median
+        found["products"][kind] = alone | {"block_ms": step}
         print(
-            f"  {kind}: products {total:.4f} ms alone ({100 * total / step:.1f}% of the block's {step:.4f} ms), "
-            f"their floor {floor:.4f} ms; the rest takes {step - total:.4f} ms"
+            f"  {kind}: products {alone['ms']:.4f} ms alone ({100 * alone['ms'] / step:.1f}% of the block's {step:.4f} ms), "
+            f"their floor {alone['floor_ms']:.4f} ms; the rest takes {step - alone['ms']:.4f} ms"
         )
+    print("  attention alone:")
+    found["attention"] = time_attention(args, case, inputs, rate)
     print("  the rest, step by step:")
-    print_steps(args, ours, inputs, bandwidth)
-    return measured
+    found["steps"] = print_steps(args, ours, inputs, bandwidth)
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -392,9 +526,8 @@ def main(argv: list[str] | None = None) -> int:
         return NO_DEVICE
     print_run(args.device)
     rate, bandwidth = rates(args)
-    for tokens in args.tokens:
-        for capacity in args.capacities:
-            measure(args, Case(tokens, capacity), rate, bandwidth)
+    for case in args.cases:
+        measure(args, case, rate, bandwidth)
     return 0
 
 

@@ -53,19 +53,37 @@ class Spread(NamedTuple):
         )
 
 
-def milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call, the device's work included."""
+def milliseconds(run: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """Mean wall time of `calls` calls one after the other, the device's work included. On CUDA one call may be over
+    before the device is told to start the clock: several keep it busy."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
         start.record()
-        run()
+        for _ in range(calls):
+            run()
         end.record()
         torch.cuda.synchronize(device)
-        return start.elapsed_time(end)
+        return start.elapsed_time(end) / calls
     begin = time.perf_counter()
-    run()
-    return 1000 * (time.perf_counter() - begin)
+    for _ in range(calls):
+        run()
+    return 1000 * (time.perf_counter() - begin) / calls
+
+
+def spin_up(device: torch.device, seconds: float = 1.0) -> None:
+    """Keeps a GPU busy until its clocks have risen from their idle rate. Nothing on a CPU."""
+    if device.type != "cuda":
+        return
+    side = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for _ in range(10):
+            side @ side
+        torch.cuda.synchronize(device)
+
+
+CUDA_CALLS = 10  # for each pair of events
 
 
 def in_turns(
@@ -73,9 +91,10 @@ def in_turns(
 ) -> dict[str, Spread]:
     """Milliseconds of each, one after the other in each round, so that a busy machine disturbs all alike."""
     times: dict[str, list[float]] = {name: [] for name in runs}
+    calls = CUDA_CALLS if device.type == "cuda" else 1
     for round_ in range(rounds + warm_up):
         for name, run in runs.items():
-            value = milliseconds(run, device)
+            value = milliseconds(run, device, calls if round_ >= warm_up else 1)
             if round_ >= warm_up:
                 times[name].append(value)
     return {name: Spread.of(values) for name, values in times.items()}

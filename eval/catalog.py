@@ -27,6 +27,9 @@ POOLING: dict[str, Literal["categories", "prompts", "parts"]] = {
     "oneig-zh": "parts",
 }
 
+# Benchmarks whose official code shows each image to the judges through JPEG (quality 75).
+JPEG_TILES = ("oneig", "oneig-zh")
+
 
 def check_judge(name: str) -> None:
     """

@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from eval import catalog
 from eval.answers import Answers, Key
 from eval.benchmarks.base import Benchmark, Judged, Prompt, Question
 from eval.card import Pooling
@@ -180,7 +181,7 @@ def judge_images(
                 tested.add(judge.revision)
             for i in range(0, len(questions), batch_size):
                 batch = questions[i : i + batch_size]
-                replies = _ask(judge, batch, images_dir, asked)
+                replies = _ask(judge, batch, images_dir, asked, benchmark.name in catalog.JPEG_TILES)
                 answers.add(zip([key for key, _, _ in batch], replies, strict=True))
                 asked += len(batch)
                 elapsed = time.monotonic() - started
@@ -191,11 +192,14 @@ def judge_images(
     return {"asked": asked, "prompts": len(groups)}
 
 
-def _ask(judge: Judge, batch: Sequence[tuple[Key, Question, list[Row]]], images_dir: Path, before: int) -> list[Any]:
+def _ask(
+    judge: Judge, batch: Sequence[tuple[Key, Question, list[Row]]], images_dir: Path, before: int, jpeg: bool
+) -> list[Any]:
     opened: dict[str, Image.Image] = {}
     for row in (row for _, _, shown in batch for row in shown):
         if row["file"] not in opened:
-            opened[row["file"]] = _read(images_dir / row["file"], row["sha256"])
+            image = _read(images_dir / row["file"], row["sha256"])
+            opened[row["file"]] = through_jpeg(image) if jpeg else image
     requests = [
         Request([opened[row["file"]] for row in shown], question.text, question.options) for _, question, shown in batch
     ]
@@ -209,6 +213,16 @@ def _ask(judge: Judge, batch: Sequence[tuple[Key, Question, list[Row]]], images_
     if len(replies) != len(batch):
         raise ValueError(f"judge {judge.name} gave {len(replies)} answers to {len(batch)} questions")
     return replies
+
+
+def through_jpeg(image: Image.Image) -> Image.Image:
+    """The image as OneIG-Bench's judges see it. A black one, which the official code drops, stays as it is."""
+    from eval.oneig import split_grid
+
+    for tile in split_grid(image, (1, 1), "fixed"):
+        image = Image.open(io.BytesIO(tile), formats=("JPEG",))
+        image.load()
+    return image
 
 
 def _read(path: Path, sha256: str) -> Image.Image:

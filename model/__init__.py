@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
-from model.config import TransformerConfig
+# cuBLAS takes a workspace of this shape at a process's first matrix product on CUDA and never again. Deterministic
+# training refuses any other, and in a local run encoding on the GPU comes before training, in the same process.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 __all__ = ["NucleusTransformer", "TransformerConfig"]
+_MODULES = {"NucleusTransformer": "model.transformer", "TransformerConfig": "model.config"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "NucleusTransformer":
-        return importlib.import_module("model.transformer").NucleusTransformer
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'model' has no attribute {name!r}")

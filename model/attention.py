@@ -1,7 +1,15 @@
 """Attention of image queries over image and text keys and values, with grouped heads, QK norm and RoPE.
 
-The implementation is chosen here (`choose_backend`), for the whole process: flash-attn 3 or 2 where the package is
-installed and the card, type and head dim allow it, else PyTorch's. None repeats key-value heads in memory.
+Four backends compute the same function; `choose_backend` picks one for the process:
+
+    flash3, flash2   flash-attn 3 or 2, where the package is installed
+    varlen           PyTorch's own flash kernel for packed sequences (torch.nn.attention.varlen)
+    sdpa             F.scaled_dot_product_attention: everywhere, and with any type
+
+The first three need a CUDA device and half precision. They take a key mask as packed keys: the kept keys of all samples
+one after the other, with offsets. SDPA on CUDA sends a mask to its memory-efficient kernel, whose deterministic
+backward runs one thread block for each head and sample, too few to fill a large GPU. No backend repeats key-value heads
+in memory.
 
 Shape suffixes: B batch, S image tokens, T text tokens, L = S + T keys, D width, J text width, N query heads, K
 key-value heads, G = N / K query heads per key-value head, H head dim.
@@ -12,9 +20,10 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import logging
 from types import ModuleType
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,25 +33,30 @@ from model.kernels.elementwise import norm_rope
 
 logger = logging.getLogger(__name__)
 
-AttentionBackend = Literal["auto", "sdpa", "flash2", "flash3"]
-PACKAGES = {"flash2": "flash_attn", "flash3": "flash_attn_interface"}  # modules of flash-attn 2 and 3
+AttentionBackend = Literal["auto", "sdpa", "varlen", "flash2", "flash3"]
+PackedBackend = Literal["varlen", "flash2", "flash3"]
+# The module that each backend needs, and where it comes from; "auto" tries them in this order.
+PACKAGES = {"flash3": "flash_attn_interface", "flash2": "flash_attn", "varlen": "torch.nn.attention.varlen"}
+_SOURCES = {"flash3": "package flash-attn 3", "flash2": "package flash-attn", "varlen": "PyTorch 2.10 or newer"}
+HALF = (torch.bfloat16, torch.float16)
 MAX_FLASH_HEAD_DIM = 256
 
 EPS = 1e-6
-# Under this many scores per head, plain batched products beat PyTorch's blocked CPU kernel (about twice at
+# Up to this many scores per head, plain batched products beat PyTorch's blocked CPU kernel (about twice as fast at
 # 16 x 32, forward and backward; benchmarks/train_step.py).
 PLAIN_SCORES = 16384
 
 
 _choice: AttentionBackend = "auto"
-_packages: dict[str, ModuleType] = {}  # by backend; what is compiled reads them here, since it cannot import
+_packages: dict[str, ModuleType] = {}  # by backend; compiled code reads them here, since it cannot import
+_varlen_options: dict[str, Any] = {}
 
 
 class Machine(NamedTuple):
-    """What the choice of a backend depends on, of the machine."""
+    """The properties of the machine that decide which backends it can run."""
 
-    capability: tuple[int, int] | None  # of the CUDA device; None: there is none, or the tensors are not on it
-    modules: frozenset[str]  # of PACKAGES, those that are installed
+    capability: tuple[int, int] | None  # of the CUDA device; None without one, or for tensors of another device
+    modules: frozenset[str]  # the installed modules of PACKAGES
 
 
 @functools.cache
@@ -52,68 +66,74 @@ def _machine(device_type: str, index: int | None) -> Machine:
 
 
 def lacking(backend: AttentionBackend, machine: Machine) -> list[str]:
-    """What the machine lacks for `backend`; empty if it has all."""
+    """What the machine lacks for `backend`; empty if it can run it."""
     if backend not in PACKAGES:
         return []
-    lacks = []
+    missing = []
     if PACKAGES[backend] not in machine.modules:
-        lacks.append(f"the module {PACKAGES[backend]} (package flash-attn{' 3' if backend == 'flash3' else ''})")
+        missing.append(f"the module {PACKAGES[backend]} ({_SOURCES[backend]})")
     wanted = "compute capability 9.0 (Hopper)" if backend == "flash3" else "compute capability 8.0 or higher"
     if machine.capability is None:
-        lacks.append(f"a CUDA device of {wanted}")
+        missing.append(f"a CUDA device of {wanted}")
     elif (machine.capability[0] != 9) if backend == "flash3" else (machine.capability < (8, 0)):
-        lacks.append(f"{wanted}, not {'.'.join(map(str, machine.capability))}")
-    return lacks
+        missing.append(f"{wanted}, not {'.'.join(map(str, machine.capability))}")
+    return missing
 
 
 def choose_backend(
     wanted: AttentionBackend, machine: Machine, dtype: torch.dtype, head_dim: int
-) -> tuple[Literal["sdpa", "flash2", "flash3"], str]:
-    """The backend, and why no faster one. A key mask decides nothing: flash-attn takes the keys packed then.
+) -> tuple[Literal["sdpa"] | PackedBackend, str]:
+    """The backend to use, and why the faster ones are not used.
 
     Raises:
-        ValueError: a flash backend is asked for by name, and machine, type or head dim do not allow it.
+        ValueError: `wanted` names a backend that the machine, the type or the head dim does not allow.
     """
     if wanted == "sdpa":
         return "sdpa", "asked for"
     unfit = []
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in HALF:
         unfit.append(f"bfloat16 or float16 tensors, not {str(dtype).removeprefix('torch.')}")
     if head_dim % 8 or head_dim > MAX_FLASH_HEAD_DIM:
         unfit.append(f"a head dim that is a multiple of 8 up to {MAX_FLASH_HEAD_DIM}, not {head_dim}")
     reasons = []
-    for backend in ("flash3", "flash2") if wanted == "auto" else (wanted,):
-        lacks = lacking(backend, machine) + unfit
-        if not lacks:
+    for backend in PACKAGES if wanted == "auto" else (wanted,):
+        missing = lacking(backend, machine) + unfit
+        if not missing:
             return backend, "; ".join(reasons)
-        reasons.append(f"{backend} needs {' and '.join(lacks)}")
+        reasons.append(f"{backend} needs {' and '.join(missing)}")
     if wanted != "auto":
         raise ValueError(f"attention_backend='{wanted}': {reasons[0]}; use 'auto' or 'sdpa'")
     return "sdpa", "; ".join(reasons)
 
 
 def use_attention(choice: AttentionBackend) -> None:
-    """Chooses the backend for the whole process; "auto" is what holds before any call.
+    """Sets the backend of the whole process. Without a call it is "auto".
 
     Raises:
-        ValueError: an unknown name, or one that this machine cannot run; the message says what is missing.
+        ValueError: an unknown name, or a backend that this machine cannot run; the message says what is missing.
     """
     global _choice
     if choice not in get_args(AttentionBackend):
         raise ValueError(f"attention_backend={choice!r} must be one of {', '.join(get_args(AttentionBackend))}")
-    lacks = lacking(choice, _machine("cuda" if torch.cuda.is_available() else "cpu", None))
-    if lacks:
-        raise ValueError(f"attention_backend='{choice}' needs {' and '.join(lacks)}; use 'auto' or 'sdpa' here")
+    missing = lacking(choice, _machine("cuda" if torch.cuda.is_available() else "cpu", None))
+    if missing:
+        raise ValueError(f"attention_backend='{choice}' needs {' and '.join(missing)}; use 'auto' or 'sdpa' here")
     _choice = choice
 
 
 def _import(backend: str) -> None:
-    if backend in PACKAGES and backend not in _packages:
-        _packages[backend] = importlib.import_module(PACKAGES[backend])
+    if backend not in PACKAGES or backend in _packages:
+        return
+    module = importlib.import_module(PACKAGES[backend])
+    _packages[backend] = module
+    if backend == "varlen":
+        # PyTorch 2.13 refuses grouped heads without this argument; 2.10 and 2.11 take them and do not know it.
+        grouped = "enable_gqa" in inspect.signature(module.varlen_attn).parameters
+        _varlen_options.update({"enable_gqa": True} if grouped else {})
 
 
-def flash_backend() -> Literal["flash2", "flash3"] | None:
-    """The flash-attn that this process chooses for tensors that it takes, imported; None: it chooses none."""
+def packed_backend() -> PackedBackend | None:
+    """The backend of half-precision tensors in this process, imported, if it takes packed keys; None: it is SDPA."""
     machine = _machine("cuda" if torch.cuda.is_available() else "cpu", None)
     backend, _ = choose_backend(_choice, machine, torch.bfloat16, MAX_FLASH_HEAD_DIM)
     _import(backend)
@@ -122,33 +142,42 @@ def flash_backend() -> Literal["flash2", "flash3"] | None:
 
 @functools.cache
 def _decide(wanted: AttentionBackend, device_type: str, index: int | None, dtype: torch.dtype, head_dim: int) -> str:
-    """The backend for such tensors; cached, so that its reason is logged once."""
+    """The backend for such tensors. Cached, so that its reason is logged once."""
     backend, reason = choose_backend(wanted, _machine(device_type, index), dtype, head_dim)
     _import(backend)
     if device_type == "cuda":
         logger.info("attention runs on %s%s", backend, f" ({reason})" if reason else "")
+        if backend == "sdpa" and dtype in HALF:
+            logger.warning(
+                "attention with a key mask is slow here in deterministic training: SDPA's memory-efficient kernel uses "
+                "few of the GPU's multiprocessors. Install flash-attn, or PyTorch 2.10 or newer"
+            )
     return backend
 
 
 @torch.compiler.assume_constant_result
 def _chosen(wanted: AttentionBackend, device_type: str, index: int | None, dtype: torch.dtype, head_dim: int) -> str:
-    """The same, which a compiler calls instead of reading it."""
+    """`_decide` for a compiler, which takes the result as a constant instead of tracing the function."""
     return _decide(wanted, device_type, index, dtype, head_dim)
 
 
-def _backend(x: torch.Tensor, head_dim: int) -> str:
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """The type in which matrix products of `x` run: autocast's where it is on."""
     device = x.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-    return _chosen(_choice, device, x.device.index, dtype, head_dim)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
+
+
+def _backend(x: torch.Tensor, head_dim: int) -> str:
+    return _chosen(_choice, x.device.type, x.device.index, product_dtype(x), head_dim)
 
 
 class PackedKeys(NamedTuple):
-    """A key mask as flash-attn's "varlen" functions take it.
+    """A key mask in the form that kernels for packed sequences take.
 
-    `order` lists the keys [B L] of all samples, those that the mask leaves first and in their order; `places` is its
-    inverse: where each key is listed. `kept` says which of the listed ones the mask leaves. Nothing here waits for the
-    device: there are as many rows as keys, and the last ones, which the mask drops, lie beyond the offsets.
+    `order` [B L] indexes the keys of all samples: the kept ones first, in their order, then the masked ones. `places`
+    is the inverse permutation. `kept` [B L] is true for the kept keys, in the new order. The number of rows does not
+    depend on the mask, so the host never waits for the device; the masked keys come after the last offset.
     """
 
     order: torch.Tensor
@@ -169,8 +198,8 @@ def pack_keys(mask_BL: torch.Tensor, queries: int) -> PackedKeys:
 
 
 class _Reordered(torch.autograd.Function):
-    """x[order], whose gradient is a gather as well. That of `index_select` adds up, which a permutation does not need,
-    and by a sort where PyTorch is asked for one order on CUDA."""
+    """x[order] for a permutation. Its gradient is a gather too: that of `index_select` is an addition, which a
+    permutation does not need and which deterministic algorithms on CUDA do by sorting."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, order: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -184,7 +213,7 @@ class _Reordered(torch.autograd.Function):
 
 
 def prepare_mask(mask_BL: torch.Tensor | None, x_BSD: torch.Tensor, head_dim: int) -> torch.Tensor | PackedKeys | None:
-    """What every block's attention needs of the mask, once for all blocks."""
+    """The mask in the form that `attend` needs, computed once for all blocks."""
     if mask_BL is None or _backend(x_BSD, head_dim) == "sdpa":
         return mask_BL
     return pack_keys(mask_BL, x_BSD.shape[1])
@@ -193,47 +222,65 @@ def prepare_mask(mask_BL: torch.Tensor | None, x_BSD: torch.Tensor, head_dim: in
 def attend(
     q_BSNH: torch.Tensor, k_BLKH: torch.Tensor, v_BLKH: torch.Tensor, mask: torch.Tensor | PackedKeys | None
 ) -> torch.Tensor:
-    """softmax(q k / sqrt(H)) v over the keys that `mask` leaves: [B, S, N, H]."""
+    """softmax(q k / sqrt(H)) v over the keys that `mask` keeps: [B, S, N, H]."""
     backend = _backend(q_BSNH, q_BSNH.shape[-1])
     if backend == "sdpa":
-        assert not isinstance(mask, PackedKeys), "a mask prepared for flash-attn"
+        assert not isinstance(mask, PackedKeys), "a mask prepared for packed keys"
         return _sdpa(q_BSNH, k_BLKH, v_BLKH, mask)
-    module = _packages[backend]
     q_BSNH, k_BLKH = q_BSNH.to(v_BLKH.dtype), k_BLKH.to(v_BLKH.dtype)
-    deterministic = torch.are_deterministic_algorithms_enabled()  # else its backward adds up in any order
     if mask is None:
-        out = module.flash_attn_func(q_BSNH, k_BLKH, v_BLKH, deterministic=deterministic)
-        return out[0] if isinstance(out, tuple) else out  # early releases of 3 return the log-sum-exp as well
-    S, L = q_BSNH.shape[1], k_BLKH.shape[1]
-    keys = mask if isinstance(mask, PackedKeys) else pack_keys(mask, S)
-    # Zeros in place of the dropped keys also stop their gradients, which flash-attn leaves unwritten.
+        return _dense(backend, q_BSNH, k_BLKH, v_BLKH)
+    keys = mask if isinstance(mask, PackedKeys) else pack_keys(mask, q_BSNH.shape[1])
+    # Zeros in place of the masked keys also stop their gradients, which the kernels leave unwritten.
     k, v = (
         torch.where(keys.kept[:, None, None], _Reordered.apply(x.flatten(0, 1), keys.order, keys.places), 0)
         for x in (k_BLKH, v_BLKH)
     )
+    out = _packed(backend, q_BSNH.flatten(0, 1), k, v, keys, q_BSNH.shape[1], k_BLKH.shape[1])
+    return out.view(q_BSNH.shape)
+
+
+def _dense(backend: str, q_BSNH: torch.Tensor, k_BLKH: torch.Tensor, v_BLKH: torch.Tensor) -> torch.Tensor:
+    if backend == "varlen":  # without a mask SDPA runs the same kernel
+        return _sdpa(q_BSNH, k_BLKH, v_BLKH, None)
+    deterministic = torch.are_deterministic_algorithms_enabled()  # else the backward adds in any order
+    return _first(_packages[backend].flash_attn_func(q_BSNH, k_BLKH, v_BLKH, deterministic=deterministic))
+
+
+def _packed(backend: str, q_RNH, k_RKH, v_RKH, keys: PackedKeys, S: int, L: int) -> torch.Tensor:
+    """R rows of all samples. PyTorch's kernel reads by itself whether it must be deterministic."""
+    module = _packages[backend]
+    if backend == "varlen":
+        return module.varlen_attn(q_RNH, k_RKH, v_RKH, keys.query_offsets, keys.key_offsets, S, L, **_varlen_options)
     out = module.flash_attn_varlen_func(
-        q_BSNH.flatten(0, 1),
-        k,
-        v,
+        q_RNH,
+        k_RKH,
+        v_RKH,
         cu_seqlens_q=keys.query_offsets,
         cu_seqlens_k=keys.key_offsets,
         max_seqlen_q=S,
         max_seqlen_k=L,
-        deterministic=deterministic,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
-    out = out[0] if isinstance(out, tuple) else out
-    return out.view(q_BSNH.shape)
+    return _first(out)
+
+
+def _first(out: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Early releases of flash-attn 3 return the log-sum-exp as well."""
+    return out[0] if isinstance(out, tuple) else out
 
 
 def _sdpa(q_BSNH, k_BLKH, v_BLKH, mask_BL) -> torch.Tensor:
     N, K = q_BSNH.shape[2], k_BLKH.shape[2]
     k, v = k_BLKH.transpose(1, 2), v_BLKH.transpose(1, 2)
     mask = None if mask_BL is None else mask_BL[:, None, None]
-    if N == K or (mask is None and q_BSNH.device.type != "cpu"):
+    # Only PyTorch's flash kernels on an accelerator take grouped heads: half precision, and no mask.
+    takes_groups = mask is None and q_BSNH.device.type != "cpu" and product_dtype(q_BSNH) in HALF
+    if N == K or takes_groups:
         q = q_BSNH.transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=N != K).transpose(1, 2)
-    # The queries of a group become rows of the same head, so that keys are not repeated: on CUDA, PyTorch's flash kernel
-    # takes no mask, and its memory-efficient one no grouped heads; on a CPU its products are larger ones.
+    # Elsewhere the queries of a group become rows of one head: the other kernels would repeat the keys, or fall back to
+    # plain products. On a CPU the products get larger.
     rows_BKRH = q_BSNH.unflatten(2, (K, N // K)).transpose(1, 2).flatten(2, 3)
     out = F.scaled_dot_product_attention(rows_BKRH, k, v, attn_mask=mask)
     return out.unflatten(2, (-1, N // K)).transpose(1, 2).flatten(2, 3)
@@ -262,7 +309,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Projections and norms under the names of diffusers' `Attention`.
 
-    `norm_added_q` has no use (text has no queries): diffusers creates it, so checkpoints hold it. It is frozen.
+    `norm_added_q` is never used (text has no queries). diffusers creates it and stores it, so it exists here, frozen.
     """
 
     def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int):
@@ -282,7 +329,7 @@ class Attention(nn.Module):
         self.norm_added_k = RMSNorm(head_dim)
 
     def text_kv(self, keys_values: torch.Tensor, table_text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Key and value [B, T, K, H] of text whose two projections side by side are `keys_values` [B, T, 2KH]."""
+        """Key and value [B, T, K, H] of the text from its two projections, concatenated: `keys_values` [B, T, 2KH]."""
         k_BTKH, v_BTKH = keys_values.unflatten(-1, (2, self.kv_heads, self.head_dim)).unbind(-3)
         return norm_rope(k_BTKH, self.norm_added_k.weight, table_text, EPS), v_BTKH
 
@@ -294,8 +341,12 @@ class Attention(nn.Module):
         table_image: torch.Tensor,
         mask: torch.Tensor | PackedKeys | None,
     ) -> torch.Tensor:
-        """`mask`: None, or boolean [B, S + T], True where a query may look, or of `prepare_mask`. Returns [B, S, D]."""
-        # One product for the three projections; the parameters stay apart under diffusers' names.
+        """Attention output [B, S, D].
+
+        Args:
+            mask: from `prepare_mask`, or a boolean [B, S + T], true for the keys that queries attend to.
+        """
+        # One product for the three projections; the parameters stay separate, under diffusers' names.
         weight = torch.cat((self.to_q.weight, self.to_k.weight, self.to_v.weight))
         qkv = F.linear(x_BSD, weight).unflatten(-1, (-1, self.head_dim))
         qk, v_BSKH = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=-2)

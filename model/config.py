@@ -177,7 +177,9 @@ class TransformerConfig(Section):
             raise ValueError(
                 f"capacity_factors has {len(factors)} values; give one number or one for each of the {self.num_layers} layers"
             )
-        for value in factors if isinstance(factors, tuple) else (factors,):
+        # A dense layer's factor is never read: diffusers accepts any number there.
+        moe_layers = [layer for layer in range(self.num_layers) if self._is_sparse(layer)]
+        for value in dict.fromkeys(map(self.capacity_factor, moe_layers)):
             if not 0 < value <= self.num_experts:
                 raise ValueError(
                     f"capacity factor {value} must lie in (0, num_experts={self.num_experts}]: above it an expert "
@@ -304,7 +306,7 @@ class TrainConfig(Section):
     # On a CUDA device: the same bits in each attempt, by algorithms that may be slower (by how much was not measured).
     deterministic: bool = True
     # On a CUDA device; "auto" takes what is installed and fits (model/attention.py, model/kernels).
-    attention_backend: Literal["auto", "sdpa", "flash2", "flash3"] = "auto"
+    attention_backend: Literal["auto", "sdpa", "varlen", "flash2", "flash3"] = "auto"
     kernels: Literal["auto", "torch", "triton"] = "auto"
     # Where FSDP shards the model, torchtitan's DistMuon can have what it can take of it (model/train/dist_muon.py).
     muon_implementation: Literal["nucleus", "torchtitan"] = "nucleus"

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from model.moe import MoE, Routing, held
+from model.moe import MoE, Routing, local_part
 
 
 def flow_matching_loss(prediction: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,7 +67,7 @@ def apply_router_orthogonality(model: nn.Module, strength: float) -> None:
     """
     for module in model.modules():
         if isinstance(module, MoE):
-            weight = held(module.gate.weight)
+            weight = local_part(module.gate.weight)
             norms = weight.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
             rows = weight.float() / norms
             gram = rows @ rows.mT

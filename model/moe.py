@@ -1,10 +1,11 @@
-"""Expert-choice mixture of experts with a shared expert; token choice and coupled routing as its ablations.
+"""Expert-choice mixture of experts with a shared expert; token choice and coupled routing as ablations.
 
     unmodulated tokens + timestep --> router --> scores --> each expert takes its top C tokens of each sample
     modulated tokens --+--> gather [E, B C, D] --> experts (batched products) --> combine, weighted -+--> out
                        +--> shared expert ----------------------------------------------------------+
 
-Every expert takes the same number of tokens, so that dense batched products need neither sorting nor padding.
+Every expert takes the same number of tokens, so dense batched products need neither sorting nor padding. Where ranks
+share the experts (model/train/expert_parallel.py), the shared expert runs while the rows are on their way.
 
 Shape suffixes: B batch, S tokens, D width, E experts, C capacity, F expert hidden, R = E B C routed rows.
 """
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,16 +24,18 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from model import kernels
-from model.config import RoutingConfig
 from model.kernels.elementwise import swiglu
+
+if TYPE_CHECKING:  # pydantic, which a layer does without
+    from model.config import RoutingConfig
 
 
 class Routing(NamedTuple):
-    """What one MoE layer decided. `gates` are normalised over the experts that took the token, and scaled.
+    """The routing of one MoE layer. `gates` are normalised over the experts that took the token, and scaled.
 
-    Experts that take fewer than C tokens are filled up with tokens that they did not take, at gate 0: then
-    `taken_BEC` says which are real. None: all are, as always where experts choose. `takers` is there where Triton
-    kernels chose: gather and combine then are kernels too.
+    With token choice an expert may take fewer than C tokens. It is then padded with tokens that it did not take, at
+    gate 0, and `taken_BEC` is true for the real ones; None means that all are real, as with expert choice. `takers` is
+    set by the Triton kernels, which then also gather and combine.
     """
 
     logits_BSE: torch.Tensor
@@ -42,7 +46,7 @@ class Routing(NamedTuple):
     takers: kernels.Takers | None = None
 
     def rows_R(self) -> torch.Tensor:
-        """Rows of the tokens in [B S, D]: expert after expert, within one sample after sample."""
+        """Row index in [B S, D] of each routed row: ordered by expert, then by sample."""
         if self.takers is not None:
             return self.takers.tokens_R
         B, S, _ = self.logits_BSE.shape
@@ -51,18 +55,18 @@ class Routing(NamedTuple):
 
     def weights_BSE(self) -> torch.Tensor:
         """The gate of every expert on every token, 0 where the expert did not take it."""
-        nothing = torch.zeros_like(self.scores_BSE, dtype=self.gates_BEC.dtype)
-        return nothing.scatter_(1, self.indices_BEC.mT, self.gates_BEC.mT)
+        weights = torch.zeros_like(self.scores_BSE, dtype=self.gates_BEC.dtype)
+        return weights.scatter_(1, self.indices_BEC.mT, self.gates_BEC.mT)
 
     def taken_BSE(self) -> torch.Tensor:
         """Whether the expert took the token, boolean."""
         taken_BEC = torch.ones_like(self.indices_BEC, dtype=torch.bool) if self.taken_BEC is None else self.taken_BEC
-        nothing = torch.zeros(self.scores_BSE.shape, dtype=torch.bool, device=taken_BEC.device)
-        return nothing.scatter_(1, self.indices_BEC.mT, taken_BEC.mT)
+        taken = torch.zeros(self.scores_BSE.shape, dtype=torch.bool, device=taken_BEC.device)
+        return taken.scatter_(1, self.indices_BEC.mT, taken_BEC.mT)
 
 
 class SwiGLU(nn.Module):
-    """diffusers' "swiglu" FeedForward without bias: `net.0.proj` is [up ; gate], `net.2` goes down."""
+    """diffusers' "swiglu" FeedForward without bias: `net.0.proj` is [up ; gate], `net.2` the down projection."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -71,17 +75,24 @@ class SwiGLU(nn.Module):
         self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(hidden, width, bias=False)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net[2](swiglu(self.net[0].proj(x), gate_first=False))
+        return self.down(self.up(x))
+
+    def up(self, x: torch.Tensor) -> torch.Tensor:
+        """The gated hidden state [..., F]."""
+        return swiglu(self.net[0].proj(x), gate_first=False)
+
+    def down(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.net[2](hidden)
 
 
 class Router(nn.Linear):
     """Logits [B, S, E] from [timestep ; tokens], computed in the weight's own type: fp32 in mixed precision.
 
-    Its product is split in two, so that no [B, S, 2D] is made.
+    The product is split in two, so that no [B, S, 2D] tensor is built.
     """
 
     def forward(self, seen_BSD: torch.Tensor, timestep_BD: torch.Tensor) -> torch.Tensor:
-        weight_time, weight_token = held(self.weight).split(seen_BSD.shape[-1], dim=1)
+        weight_time, weight_token = local_part(self.weight).split(seen_BSD.shape[-1], dim=1)
         device = seen_BSD.device.type
         with contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
             from_time_B1E = F.linear(timestep_BD.to(self.weight.dtype), weight_time).unsqueeze(1)
@@ -97,18 +108,32 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, width))
 
     def forward(self, x_END: torch.Tensor) -> torch.Tensor:
-        """Rows of expert e at index e: [E, rows, D] -> [E, rows, D]; of the experts here, where ranks share them."""
-        gate_up, down = held(self.gate_up_proj), held(self.down_proj)
+        """Rows of expert e at index e: [E, rows, D] -> [E, rows, D]. E is this rank's number of experts."""
+        gate_up, down = local_part(self.gate_up_proj), local_part(self.down_proj)
         return torch.bmm(swiglu(torch.bmm(x_END, gate_up), gate_first=True), down)
 
 
-def held(weight: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a distributed tensor; a plain one as it is."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight  # a compiler knows no hasattr of one
+def local_part(weight: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a distributed tensor; a plain tensor as it is."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight  # a compiler cannot trace hasattr of a DTensor
+
+
+class ExpertRanks(NamedTuple):
+    """Ranks that share the experts of a layer, and the exchanges of rows with them.
+
+    `send` starts an exchange and returns what `receive` waits for: between the two, the device computes.
+    """
+
+    group: dist.ProcessGroup
+    send: Callable[[torch.Tensor], torch.Tensor]
+    receive: Callable[[torch.Tensor], torch.Tensor]
+    send_back: Callable[[torch.Tensor], torch.Tensor]
+    receive_back: Callable[[torch.Tensor], torch.Tensor]
 
 
 class MoE(nn.Module):
-    """diffusers' `NucleusMoELayer`, dense. `routing` other than the default is an ablation: see RoutingConfig."""
+    """diffusers' `NucleusMoELayer`, with dense products. `routing` other than None (expert choice) is an ablation: see
+    RoutingConfig."""
 
     def __init__(
         self,
@@ -118,15 +143,17 @@ class MoE(nn.Module):
         capacity_factor: float,
         use_sigmoid: bool = False,
         route_scale: float = 2.5,
-        routing: RoutingConfig = RoutingConfig(),
+        routing: RoutingConfig | None = None,
     ):
         super().__init__()
         self.num_experts = num_experts
         self.capacity_factor = capacity_factor
         self.use_sigmoid = use_sigmoid
         self.route_scale = route_scale
-        self.routing = routing
-        self.expert_ranks: dist.ProcessGroup | None = None  # that share out the experts (model.train.expert_parallel)
+        self.kind: Literal["expert_choice", "token_choice"] = routing.kind if routing else "expert_choice"
+        self.coupled = bool(routing and routing.coupled)
+        self.expert_limit = routing.expert_limit if routing else None
+        self.expert_ranks: ExpertRanks | None = None  # set by model.train.expert_parallel
         self.gate = Router(2 * width, num_experts, bias=False)
         self.experts = Experts(num_experts, width, hidden)
         self.shared_expert = SwiGLU(width, hidden)
@@ -136,10 +163,10 @@ class MoE(nn.Module):
         return max(1, math.ceil(self.capacity_factor * num_tokens / self.num_experts))
 
     def route(self, seen_BSD: torch.Tensor, timestep_BD: torch.Tensor) -> Routing:
-        """Which expert takes which of the tokens that the router sees, and with what gate."""
+        """Each expert's tokens of each sample, and their gates, from the tokens that the router sees."""
         B, S, _ = seen_BSD.shape
         logits_BSE = self.gate(seen_BSD, timestep_BD)
-        if self.routing.kind == "expert_choice" and kernels.takes_routing(logits_BSE):
+        if self.kind == "expert_choice" and kernels.takes_routing(logits_BSE):
             from model.kernels import route as kernel
 
             if kernel.fits(logits_BSE):
@@ -148,9 +175,9 @@ class MoE(nn.Module):
         scores = torch.sigmoid(logits_BSE.float()) if self.use_sigmoid else logits_BSE.float().softmax(dim=-1)
         scores_BSE = scores.to(logits_BSE.dtype)
         taken_BEC = None
-        if self.routing.kind == "token_choice":
+        if self.kind == "token_choice":
             chosen_BEC, indices_BEC, taken_BEC = token_choice(
-                scores_BSE, int(self.capacity_factor), self.routing.expert_limit, self.expert_ranks
+                scores_BSE, int(self.capacity_factor), self.expert_limit, self.expert_ranks and self.expert_ranks.group
             )
         else:
             chosen_BEC, indices_BEC = scores_BSE.transpose(1, 2).topk(self.capacity(S), dim=-1)
@@ -163,11 +190,21 @@ class MoE(nn.Module):
     def forward(
         self, x_BSD: torch.Tensor, unmodulated_BSD: torch.Tensor, timestep_BD: torch.Tensor
     ) -> tuple[torch.Tensor, Routing]:
-        routing = self.route(x_BSD if self.routing.coupled else unmodulated_BSD, timestep_BD)
-        rows_R = routing.rows_R()
-        routed_END = self.experts(gather(x_BSD, rows_R, self.num_experts, routing.takers))
+        routing = self.route(x_BSD if self.coupled else unmodulated_BSD, timestep_BD)
+        rows_R, ranks = routing.rows_R(), self.expert_ranks
+        rows_END = gather(x_BSD, rows_R, self.num_experts, routing.takers)
         gates_EBC = routing.gates_BEC.transpose(0, 1)
-        return combine(self.shared_expert(x_BSD), routed_END, rows_R, gates_EBC, routing.takers), routing
+        if ranks is None:
+            routed_END = self.experts(rows_END)
+            shared_BSD = self.shared_expert(x_BSD)
+        else:
+            # Half of the shared expert hides the way to the experts, the other half the way back.
+            sent = ranks.send(rows_END)
+            hidden_BSF = self.shared_expert.up(x_BSD)
+            sent_back = ranks.send_back(self.experts(ranks.receive(sent)))
+            shared_BSD = self.shared_expert.down(hidden_BSF)
+            routed_END = ranks.receive_back(sent_back)
+        return combine(shared_BSD, routed_END, rows_R, gates_EBC, routing.takers), routing
 
 
 def token_choice(
@@ -176,14 +213,14 @@ def token_choice(
     expert_limit: float | None = None,
     expert_ranks: dist.ProcessGroup | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Each token takes its `top_k` experts, laid out as if the experts had chosen.
+    """Each token takes its `top_k` experts, in the layout of expert choice.
 
-    C is the most tokens that any expert got of any sample (at most the limit, see RoutingConfig), also on the other
-    `expert_ranks`, with which rows are exchanged. An expert's own tokens come first, the highest scores first; what
-    fills it up to C has score 0.
+    C is the largest number of tokens that an expert got from a sample (at most the limit, see RoutingConfig), over all
+    `expert_ranks`, since they exchange rows. An expert's own tokens come first, in falling order of their scores; the
+    padding up to C has score 0.
 
     Returns:
-        scores, token indices and whether the token is the expert's own, each [B, E, C].
+        scores, token indices, and whether the expert really took the token, each [B, E, C].
     """
     S, E = scores_BSE.shape[1:]
     own_BSE = torch.zeros_like(scores_BSE, dtype=torch.bool)
@@ -204,7 +241,7 @@ def token_choice(
 def gather(
     x_BSD: torch.Tensor, rows_R: torch.Tensor, num_experts: int, takers: kernels.Takers | None = None
 ) -> torch.Tensor:
-    """The experts' tokens [E, B C, D]; by Triton kernels given `takers`."""
+    """The experts' tokens [E, B C, D]. With `takers`, a Triton kernel computes it."""
     D = x_BSD.shape[-1]
     x_TD = x_BSD.reshape(-1, D)
     if takers is not None:
@@ -217,8 +254,8 @@ def gather(
 
 
 def _compiled_for_cpu(x: torch.Tensor) -> bool:
-    """There the compiler turns `index_add`, and the gradient of `index_select`, into one atomic addition an element, in
-    no fixed order; it leaves `scatter_add`, and the gradient of `gather`, to PyTorch, which adds in one order."""
+    """On a CPU the compiler turns `index_add`, and the gradient of `index_select`, into atomic additions in no fixed
+    order. It leaves `scatter_add`, and the gradient of `gather`, to PyTorch, which adds in a fixed order."""
     return x.device.type == "cpu" and torch.compiler.is_compiling()
 
 
@@ -229,9 +266,9 @@ def combine(
     gates_EBC: torch.Tensor,
     takers: kernels.Takers | None = None,
 ) -> torch.Tensor:
-    """The experts' outputs, weighted in fp32, added to the shared expert's at their tokens [B, S, D].
+    """The experts' outputs, weighted in fp32, added to the shared expert's output at their tokens: [B, S, D].
 
-    By Triton kernels given `takers`.
+    With `takers`, a Triton kernel computes it.
     """
     D = shared_BSD.shape[-1]
     shared_TD = shared_BSD.reshape(-1, D)

@@ -7,7 +7,7 @@ its nearest orthogonal one through a Newton-Schulz iteration.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,8 +16,8 @@ from torch import nn
 NamedParameters = list[tuple[str, nn.Parameter]]
 
 # Attention projections, routed experts, shared expert, dense feed-forward. The paper says "attention and expert
-# matrices"; the dense feed-forward of the first blocks is the same SwiGLU, as hidden, and is counted as one
-# expert that takes every token. `encoder_proj` enters from outside the backbone and is an embedding: AdamW.
+# matrices". The dense feed-forward of the first blocks is the same SwiGLU, a hidden layer too, and counts as one
+# expert that takes every token. `encoder_proj` brings text into the backbone and counts as an embedding: AdamW.
 MUON_PATTERN = re.compile(
     r"(^|\.)transformer_blocks\.\d+\.("
     r"attn\.(to_q|to_k|to_v|add_k_proj|add_v_proj|to_out\.0)\.weight"
@@ -27,6 +27,9 @@ MUON_PATTERN = re.compile(
     r")$"
 )
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+# Updates that go through one iteration at most: enough to fill a GPU (48 expert matrices of the 17B model), while all
+# experts of 8 ranks, 7.7 GB, would need that much memory several times over.
+MAX_BATCH_BYTES = 1 << 29
 
 
 def is_muon_parameter(name: str) -> bool:
@@ -37,18 +40,19 @@ def is_muon_parameter(name: str) -> bool:
 def parameter_groups(model: nn.Module, matrices: str = "muon") -> dict[str, NamedParameters]:
     """{"muon": [(name, p), ...], "adamw": [...]}: every trainable parameter exactly once, in model order.
 
-    `matrices` is the group of attention and expert matrices: "adamw" leaves Muon nothing.
+    `matrices` is the group of attention and expert matrices; with "adamw" the Muon group is empty.
     """
     groups: dict[str, NamedParameters] = {"muon": [], "adamw": []}
     for name, parameter in model.named_parameters():
-        name = name.replace("_checkpoint_wrapped_module.", "")  # what activation checkpointing puts into names
+        name = name.replace("_checkpoint_wrapped_module.", "")  # a prefix of activation checkpointing
         if parameter.requires_grad:
             groups[matrices if is_muon_parameter(name) else "adamw"].append((name, parameter))
     return groups
 
 
 def describe_groups(groups: dict[str, NamedParameters]) -> str:
-    """A table of `parameter_groups`: tensors and parameters of each group, then of each name, blocks taken together."""
+    """A table of `parameter_groups`: counts of tensors and parameters for each group, then for each name over all
+    blocks."""
     lines = []
     for group, named in groups.items():
         lines.append(f"{group}: {len(named)} tensors, {sum(p.numel() for _, p in named):,} parameters")
@@ -61,12 +65,12 @@ def describe_groups(groups: dict[str, NamedParameters]) -> str:
 
 
 def newton_schulz(matrices: torch.Tensor, steps: int = 5, eps: float = 1e-7) -> torch.Tensor:
-    """Approximately orthogonal matrices with the singular vectors of `matrices` [..., m, n], each by itself.
+    """For each matrix of `matrices` [..., m, n], an approximately orthogonal one with the same singular vectors.
 
-    Singular values end within about 0.7 to 1.2. fp32 on a CPU, bfloat16 elsewhere (as in Muon).
+    Singular values end between about 0.7 and 1.2. Computed in fp32 on a CPU, in bfloat16 elsewhere (as Muon does).
 
-    The start is scaled by |X X^T|^(1/2) where Muon takes |X| (both Frobenius): it bounds the largest singular
-    value too, is up to 3 times tighter at 128 rows, and so saves about one step; the first step needs X X^T anyway.
+    X is first divided by |X X^T|^(1/2), where Muon divides by |X| (both Frobenius). This also bounds the largest singular
+    value, up to 3 times more tightly at 128 rows, which saves about one step. The first step needs X X^T anyway.
     """
     a, b, c = NS_COEFFICIENTS
     x = matrices.to(compute_dtype(matrices))
@@ -88,18 +92,18 @@ def newton_schulz(matrices: torch.Tensor, steps: int = 5, eps: float = 1e-7) -> 
 
 
 def compute_dtype(matrices: torch.Tensor) -> torch.dtype:
-    """What `newton_schulz` computes in: bfloat16, but on a CPU the matrices' own type."""
+    """The type in which `newton_schulz` computes: bfloat16, or on a CPU the matrices' own type."""
     return matrices.dtype if matrices.device.type == "cpu" else torch.bfloat16
 
 
 def split_matrices(name: str, parameter: torch.Tensor) -> tuple[int, bool]:
-    """(matrices that lie side by side in the parameter, whether it is a stack [E, in, out]): see `Muon`."""
+    """(how many matrices are concatenated in the parameter, whether it is a stack [E, in, out]); see `Muon`."""
     packed = 2 if name.endswith(("gate_up_proj", "net.0.proj.weight")) else 1
     return packed, parameter.dim() == 3
 
 
 class Matrices(NamedTuple):
-    """Matrices [n, rows, columns]: views of where the orthogonalised update goes, of the update, and its factor."""
+    """Matrices [n, rows, columns]: a view of the tensor to update, a view of its update, and the update's factor."""
 
     goal: torch.Tensor
     update: torch.Tensor
@@ -109,15 +113,15 @@ class Matrices(NamedTuple):
 class Muon(torch.optim.Optimizer):
     """Muon for matrices [m, n] and stacks of expert matrices [E, m, n].
 
-    Each expert's matrix is orthogonalised by itself, and so are the two that lie packed in one parameter (gate
-    and up, of `gate_up_proj` and `net.0.proj`), when parameters come with names: as (name, parameter), or in a
-    group with `param_names`. Same-shaped matrices of the whole group go through one batched Newton-Schulz: many small
-    products cost more than a few large ones.
+    Each expert's matrix is orthogonalised separately. So are the two that one parameter contains (gate and up, of
+    `gate_up_proj` and `net.0.proj`), if parameters are given with names: as (name, parameter), or in a group with
+    `param_names`. Matrices of one shape go through Newton-Schulz in batches: a few large products are faster than many
+    small ones.
 
-    The update is scaled by max(1, out / in) ** 0.5, where a matrix maps `in` to `out` features: an update's
-    effect on activations then does not depend on the width (K. Jordan's Muon), and learning rates of the order
-    of 1e-3..1e-2 fit beside AdamW's. `scale="rms"` takes 0.2 max(in, out) ** 0.5 instead (Moonlight, arXiv
-    2502.16982), whose updates have the RMS of AdamW's, so that one rate serves both.
+    The update is scaled by max(1, out / in) ** 0.5, for a matrix that maps `in` to `out` features. The effect of an update
+    on activations then does not depend on the width (K. Jordan's Muon); learning rates are 1e-3 to 1e-2. `scale="rms"`
+    uses 0.2 max(in, out) ** 0.5 (Moonlight, arXiv 2502.16982): the updates then have the RMS of AdamW's, so that both can
+    share one learning rate.
 
     State: one tensor per parameter, `momentum_buffer`.
     """
@@ -138,7 +142,7 @@ class Muon(torch.optim.Optimizer):
             lr=lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, weight_decay=weight_decay, scale=scale
         )
         params = list(params)
-        # Kept here and not in `param_groups`, whose every value a checkpoint repeats for each parameter.
+        # Not in `param_groups`: a checkpoint repeats every value there for each parameter.
         self._names = dict(pair for entry in params for pair in _names(entry))
         super().__init__([_without_names(entry) for entry in params], defaults)
         for group in self.param_groups:
@@ -164,7 +168,7 @@ class Muon(torch.optim.Optimizer):
             state = self.state[parameter]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-            weight, gradient, buffer = map(self._held, (parameter, parameter.grad, state["momentum_buffer"]))
+            weight, gradient, buffer = map(self._local_part, (parameter, parameter.grad, state["momentum_buffer"]))
             buffer.lerp_(gradient, 1 - group["momentum"])
             update = gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
             if group["weight_decay"]:
@@ -172,12 +176,12 @@ class Muon(torch.optim.Optimizer):
             updates.append((parameter, weight, update))
         self._apply(updates, group)
 
-    def _held(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What this rank holds of a parameter, a gradient or a buffer: all of it."""
+    def _local_part(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a parameter, a gradient or a buffer: all of it, without sharding."""
         return tensor
 
     def _apply(self, updates: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]], group: dict) -> None:
-        """Takes (parameter, what is held of it, what is held of its update), and updates the second."""
+        """Adds the orthogonalised updates to the weights, from (parameter, its local part, that of its update)."""
         matrices = []
         for parameter, weight, update in updates:
             matrices += self._matrices(parameter, weight, update, self._rate(parameter, group))
@@ -197,23 +201,42 @@ class Muon(torch.optim.Optimizer):
         packed, stacked = split_matrices(self._names.get(parameter, ""), parameter)
         if not stacked:
             goal, update = goal.unsqueeze(0), update.unsqueeze(0)
-        dim = 2 if stacked else 1  # gate and up lie side by side along the output
+        dim = 2 if stacked else 1  # gate and up are concatenated along the output
         return [Matrices(*pair, rate) for pair in zip(goal.chunk(packed, dim), update.chunk(packed, dim))]
 
 
 def add_orthogonal(matrices: list[Matrices], steps: int) -> None:
-    """Adds each update, orthogonalised and times its rate, to its goal; same shapes go through one iteration."""
+    """Adds each update, orthogonalised and times its rate, to its goal. Matrices of one shape go through an iteration
+    together, up to MAX_BATCH_BYTES."""
     buckets: dict[tuple, list[Matrices]] = {}
     for entry in matrices:
         shape = entry.update.shape
         key = (min(shape[1:]), max(shape[1:]), entry.update.dtype, entry.update.device)
         buckets.setdefault(key, []).append(entry)
     for bucket in buckets.values():
-        tall = [entry.update.shape[1] > entry.update.shape[2] for entry in bucket]
-        wide = [entry.update.mT if turn else entry.update for entry, turn in zip(bucket, tall)]
-        orthogonal = newton_schulz(torch.cat(wide), steps).split([part.shape[0] for part in wide])
-        for entry, turn, update in zip(bucket, tall, orthogonal):
-            entry.goal.add_(update.mT if turn else update, alpha=entry.rate)
+        for batch in _batches(bucket):
+            tall = [entry.update.shape[1] > entry.update.shape[2] for entry in batch]
+            wide = [entry.update.mT if turn else entry.update for entry, turn in zip(batch, tall)]
+            orthogonal = newton_schulz(torch.cat(wide), steps).split([part.shape[0] for part in wide])
+            for entry, turn, update in zip(batch, tall, orthogonal):
+                entry.goal.add_(update.mT if turn else update, alpha=entry.rate)
+
+
+def _batches(bucket: list[Matrices]) -> Iterator[list[Matrices]]:
+    """Matrices of one size, in order, in batches of at most MAX_BATCH_BYTES (or one matrix)."""
+    limit = max(1, MAX_BATCH_BYTES // bucket[0].update[0].nbytes)
+    batch, free = [], limit
+    for entry in bucket:
+        start = 0
+        while start < len(entry.update):
+            stop = min(len(entry.update), start + free)
+            batch.append(Matrices(entry.goal[start:stop], entry.update[start:stop], entry.rate))
+            free, start = free - (stop - start), stop
+            if not free:
+                yield batch
+                batch, free = [], limit
+    if batch:
+        yield batch
 
 
 def _names(entry) -> list[tuple[torch.Tensor, str]]:
@@ -239,8 +262,8 @@ def update_scale(out_features: int, in_features: int, scale: str) -> float:
 
 
 def wsm_schedule(step: int, warmup: int) -> float:
-    """Factor on the learning rate at `step` (from 0): linear warm-up, then constant for ever.
+    """Factor on the learning rate at `step` (from 0): linear warm-up, then constant.
 
-    Warmup-Stable-Merge (arXiv 2507.17634) has no decay: merging the last checkpoints stands for it.
+    Warmup-Stable-Merge (arXiv 2507.17634) has no decay: merging the last checkpoints replaces it.
     """
     return min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0

@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.attention import EPS, Attention, RMSNorm, prepare_mask
-from model.config import TransformerConfig
+from model.attention import EPS, Attention, RMSNorm, prepare_mask, product_dtype
 from model.kernels.elementwise import norm_modulate
 from model.moe import Experts, MoE, Routing, SwiGLU
 from model.rope import ImageShape, image_shape, rope_tables
+
+if TYPE_CHECKING:  # pydantic, which blocks do without
+    from model.config import TransformerConfig
 
 TextKV = list[tuple[torch.Tensor, torch.Tensor]]  # key and value of each block
 # tanh(0.5) = 0.46; see `NucleusTransformer.init_weights`.
@@ -92,7 +94,10 @@ class Block(nn.Module):
         """Text key and value [B, T, K, H] of this block from the normalised text and the norm's weight."""
         weight_kv = torch.cat((self.attn.add_k_proj.weight, self.attn.add_v_proj.weight))
         rows, (kv, width), text = text_BTJ.shape[0] * text_BTJ.shape[1], weight_kv.shape, text_BTJ.shape[2]
-        if text_BTJ.dtype == torch.float32 and rows * (text * width + width * kv - text * kv) > kv * width * text:
+        if (
+            product_dtype(text_BTJ) == torch.float32
+            and rows * (text * width + width * kv - text * kv) > kv * width * text
+        ):
             # Three linear maps in a row are one: cheaper when there are more rows than the products of the
             # weights cost, and the gradient then stops at weights. Only in fp32, where rounding allows it.
             weight = (weight_kv @ self.encoder_proj.weight) * text_weight_J
@@ -207,6 +212,8 @@ class NucleusTransformer(nn.Module):
         Raises:
             ValueError: an unknown key (named) or an impossible value.
         """
+        from model.config import TransformerConfig
+
         known = TransformerConfig.model_fields
         values = {key: value for key, value in config.items() if not key.startswith("_")}
         unknown = sorted(set(values) - set(known))

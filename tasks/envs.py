@@ -104,6 +104,9 @@ def trainer() -> dict[str, Any]:
         # Shapes change from step to step: in segments of fixed size, freed memory would lie about in parts too small
         # for the next. Set it when registering for something else; an image's PYTORCH_CUDA_ALLOC_CONF goes before it.
         environment["PYTORCH_ALLOC_CONF"] = os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # see model/__init__.py: read at the first matrix product
+        # Of 96 cores for 8 ranks. By default each rank starts as many compilers as the node has cores, up to 32.
+        environment["TORCHINDUCTOR_COMPILE_THREADS"] = "8"
     if TRAIN_NNODES * TRAIN_NPROC > 1:
         # Imports torch: only registrations that ask for several processes pay for it.
         from flytekit import PodTemplate

@@ -7,13 +7,30 @@ from pathlib import Path
 
 import pytest
 
+NVIDIA = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg")  # a sandbox may have only some of them
+
 # Without an NVIDIA device, Triton's kernels run in its interpreter. Triton reads this when it is first imported.
-if not Path("/proc/driver/nvidia").exists():
+if not any(Path(path).exists() for path in NVIDIA):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Before any matrix product on CUDA: see model/__init__.py, which not every test imports first.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Garbage of earlier tests may hold gloo's groups, whose threads a forked process does not have: ending one there waits for
 # them for ever. So it is collected before, and what a child inherits is never collected by it.
 os.register_at_fork(before=gc.collect, after_in_child=gc.freeze)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """`pytest -m gpu` imports only files with tests marked gpu: the others need packages that a GPU machine may lack."""
+    if config.option.markexpr != "gpu":
+        return None
+    if collection_path.is_dir():
+        files = collection_path.rglob("test_*.py")
+    elif collection_path.name.startswith("test_"):
+        files = [collection_path]
+    else:
+        return None
+    return None if any("mark.gpu" in file.read_text() for file in files) else True
 
 
 @pytest.fixture(autouse=True)

@@ -131,6 +131,13 @@ class SampleOrder:
             global_batch=size,
         )
 
+    def first_steps(self) -> list[int]:
+        """The first step (from 0) of each bucket, in rising order."""
+        first: dict[int, int] = {}
+        for step in range(self.CYCLE if len(self._slots) > 1 else 1):
+            first.setdefault(self._bucket_of(step)[0], step)
+        return list(first.values())
+
     def _bucket_of(self, step: int) -> tuple[int, int]:
         """(bucket, how many earlier steps had it)."""
         if len(self._slots) == 1:

@@ -1,18 +1,17 @@
-"""Which operations run as Triton kernels: decided here, for the whole process.
+"""The choice between Triton kernels and plain PyTorch, for the whole process.
 
-Every kernel stands beside the plain PyTorch function that it equals, and serves a CUDA device:
+Every kernel has a plain PyTorch function that it must equal, and runs on CUDA:
 
     route, combine                        eager and compiled code
-    swiglu, norm_rope, norm_modulate      eager code; a compiler fuses the plain functions, and with their surroundings,
-                                          which it could not do with a kernel
+    swiglu, norm_rope, norm_modulate      eager code; a compiler fuses the plain functions with the operations around
+                                          them, which it could not do with a kernel
 
-The plain way of routing adds rows with atomic operations on CUDA, in no fixed order, compiled or not; the kernels give
-the same bits each time. They are operations of PyTorch (`torch.ops.nucleus`): a compiler sees one node and neither looks
-inside nor breaks the graph there, activation checkpointing can name it, and a tensor that is still on its way from
-other ranks has arrived when the kernel reads it.
+Plain routing on CUDA adds rows with atomic operations in no fixed order, compiled or not; the kernels give the same bits
+each time. They are PyTorch operations (`torch.ops.nucleus`): a compiler sees one node without a graph break, activation
+checkpointing can name it, and an asynchronous result of a collective is waited for before the kernel reads it.
 
-A CPU (model/kernels/elementwise.py), sharded tensors, and shapes that a kernel does not cover take the plain functions. Triton is
-imported on first use only.
+A CPU (model/kernels/elementwise.py), sharded tensors, and shapes that a kernel does not support use the plain functions.
+Triton is imported on first use.
 """
 
 from __future__ import annotations
@@ -29,9 +28,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Takers(NamedTuple):
-    """Of each token, the routed rows that experts make of it, and the other way about.
+    """The map between tokens and routed rows, in both directions.
 
-    The first `counts_T` of `rows_TE` are a token's rows, by expert, the rest is -1; `tokens_R` is the token of each row.
+    The first `counts_T` entries of `rows_TE` are the rows of a token, ordered by expert; the rest is -1. `tokens_R` is the
+    token of each row.
     """
 
     rows_TE: torch.Tensor
@@ -91,7 +91,7 @@ def takes_routing(x: torch.Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def _run_on(device_type: str, asked: bool) -> bool:
-    """Whether Triton runs on tensors of that device. A compiler calls this instead of reading it."""
+    """Whether Triton runs on tensors of that device. A compiler takes the result as a constant."""
     return triton_installed() and (device_type == "cuda" or (asked and interpreted()))
 
 

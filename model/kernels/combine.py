@@ -1,7 +1,7 @@
-"""The way to the experts and back: `gather_rows` equals index_select, `combine_rows` a gated index_add.
+"""Tokens to experts and back: `gather_rows` equals index_select, `combine_rows` a gated index_add.
 
-Where PyTorch adds rows of the same token with atomic operations, in no fixed order, here each token sums its own
-takers in the order of the experts, in fp32: the same bits each time, and one write a token.
+PyTorch adds rows of the same token with atomic operations, in no fixed order. Here each token sums its rows in the order
+of the experts, in fp32: the same bits each time, and one write for each token.
 
 Shape suffixes: T tokens, D width, E experts, R routed rows.
 """
@@ -59,7 +59,7 @@ def _token_grid(tokens: int, width: int) -> tuple[tuple[int, int], int]:
 def _gather(
     x_TD: torch.Tensor, tokens_R: torch.Tensor, takers_TE: torch.Tensor, counts_T: torch.Tensor
 ) -> torch.Tensor:
-    """PyTorch's: a copy at memory speed. The takers are for its backward."""
+    """PyTorch's own gather, which runs at memory speed. The other arguments are for the backward."""
     return x_TD.index_select(0, tokens_R)
 
 

@@ -3,10 +3,10 @@
     logits [B,S,E] --> scores --> an expert and a sample: its C largest --> a token: its takers, its gates
                        (_scores)  (_select)                                 (_normalise)
 
-`torch.topk` sorts what needs no order and is followed by eight small operations; here the choice is a threshold
-found bit by bit (scores are not negative, so their bits order as integers), taken in the tokens' order, the lowest
-of equal ones first. It also leaves for each token the list of rows that experts computed of it, with which
-combine.py sums without atomic operations.
+`torch.topk` sorts, which is not needed, and eight small operations follow it. Here the threshold is found bit by bit
+(scores are not negative, so their bits have the order of integers); tokens above it are taken in their order, and of equal
+scores the first ones. It also writes for each token the list of its rows, with which combine.py sums without atomic
+operations.
 
 Shape suffixes: B batch, S tokens of a sample, T = B S tokens, E experts, C capacity, R = E B C routed rows.
 """

@@ -117,10 +117,10 @@ def _sharded(name: str, shape: tuple[int, ...], layout: Layout) -> int:
         return math.prod(shape)
     if EXPERTS not in name:
         return math.ceil(shape[0] / layout.shard) * math.prod(shape[1:])
-    held, degree = shape[0] // layout.expert_parallel, layout.shard // layout.expert_parallel
-    if held % degree == 0:
-        return held // degree * math.prod(shape[1:])
-    return held * math.ceil(shape[1] / degree) * shape[2]
+    experts, degree = shape[0] // layout.expert_parallel, layout.shard // layout.expert_parallel
+    if experts % degree == 0:
+        return experts // degree * math.prod(shape[1:])
+    return experts * math.ceil(shape[1] / degree) * shape[2]
 
 
 class Moment(NamedTuple):

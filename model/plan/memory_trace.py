@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from model import flow, losses
 from model.config import LossConfig, TransformerConfig
-from model.moe import held
+from model.moe import local_part
 from model.optim import Muon, parameter_groups
 from model.transformer import NucleusTransformer, RouterTrace
 
@@ -274,7 +274,7 @@ def muon_workspace(
         for _, parameter in named:
             parameter.grad, buffer = _like(parameter, device), _like(parameter, device)
             muon.state[parameter]["momentum_buffer"] = buffer
-            known += [held(parameter), held(parameter.grad), held(buffer)]
+            known += [local_part(parameter), local_part(parameter.grad), local_part(buffer)]
         with LiveBytes(known) as live:
             muon.step()
             return live.mark()[1]
@@ -282,7 +282,7 @@ def muon_workspace(
 
 def _like(tensor: torch.Tensor, device: str) -> torch.Tensor:
     """A tensor of the same shape that lies on the same ranks, on another device."""
-    local = torch.empty(held(tensor).shape, device=device)
+    local = torch.empty(local_part(tensor).shape, device=device)
     if not isinstance(tensor, DTensor):
         return local
     mesh, placements = tensor.device_mesh, tensor.placements

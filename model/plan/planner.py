@@ -61,15 +61,16 @@ class Gpu:
     memory: float  # bytes
     bandwidth: float  # bytes per second to its own memory
     network: float  # bytes per second, each way, of its link to other nodes
+    nvlink: float  # bytes per second, each way, to the other GPUs of its node
     source: str
 
 
 _HOPPER = "SXM: 1,979 TFLOP/s with sparsity, halved; network: DGX data sheet, 8 ConnectX-7 of 400 Gb/s for 8 GPUs"
 _AMPERE = "80GB SXM: 312 TFLOP/s without sparsity; network: DGX data sheet, 8 ConnectX-6 of 200 Gb/s for 8 GPUs"
 GPUS = {
-    "h100": Gpu("h100", 989e12, 80e9, 3.35e12, 50e9, f"NVIDIA H100 data sheet, {_HOPPER}"),
-    "h200": Gpu("h200", 989e12, 141e9, 4.8e12, 50e9, f"NVIDIA H200 data sheet, {_HOPPER}"),
-    "a100": Gpu("a100", 312e12, 80e9, 2.039e12, 25e9, f"NVIDIA A100 data sheet, {_AMPERE}"),
+    "h100": Gpu("h100", 989e12, 80e9, 3.35e12, 50e9, 450e9, f"NVIDIA H100 data sheet, {_HOPPER}"),
+    "h200": Gpu("h200", 989e12, 141e9, 4.8e12, 50e9, 450e9, f"NVIDIA H200 data sheet, {_HOPPER}"),
+    "a100": Gpu("a100", 312e12, 80e9, 2.039e12, 25e9, 300e9, f"NVIDIA A100 data sheet, {_AMPERE}"),
 }
 
 
@@ -125,7 +126,8 @@ def traffic(
     gradients once, (n-1)/n of a block's size over n ranks; replicas all-reduce once a step; the experts' rows
     travel there and back in the forward, the backward and the recomputation, (ep-1)/ep of them to other ranks.
     Of these, `between_nodes` pass a GPU's own link: neighbours in the order replicas, shard, ep (torchtitan's) share a
-    node, so that a ring enters it once for all of its ranks there, while rows go straight to the expert's rank.
+    node, so that a ring enters it once for all of its ranks there, while rows go straight to the expert's rank
+    (`between_nodes_rows` of them leave the node).
     Memory, a floor: weights are read by each pass (the backward twice), kept activations written and read once, and
     the optimiser reads and writes weights and state (16 bytes a Muon parameter and 24 an AdamW one) and gradients.
     """
@@ -144,13 +146,15 @@ def traffic(
         return size / together if ranks > together else 0.0
 
     between = micro_steps * (2 * element + FP32) * sum(entering(*ring) for ring in rings)
-    between += FP32 * entering(all_reduced, replicas, shard) + rows_sent * max(0, ep - NODE) / ep
+    rows_between = rows_sent * max(0, ep - NODE) / ep
+    between += FP32 * entering(all_reduced, replicas, shard) + rows_between
     muon, adamw = (shapes.per_gpu(layout, group) for group in ("muon", "adamw"))
     return {
         "network_weights": round(micro_steps * 2 * element * over_network),
         "network_gradients": round(FP32 * (micro_steps * over_network + all_reduced)),
         "network_all_to_all": round(rows_sent * (ep - 1) / ep),
         "between_nodes": round(between),
+        "between_nodes_rows": round(rows_between),
         "memory_weights": micro_steps * element * (dense + experts) * (3 + again),
         "memory_activations": micro_steps * 2 * activations,
         "memory_optimizer": (4 * FP32 + FP32) * muon + (6 * FP32 + FP32) * adamw,
@@ -173,7 +177,9 @@ def plan_stage(
 
     step time = 3 x forward FLOPs / (gpus x peak x mfu): the backward is twice the forward; recomputation and the
     optimiser are in `hardware_flops` but not in MFU's definition, which they lower. It has no term for what is moved:
-    the two floors stand beside it, and a step is no shorter than the longest of the three. Image tokens are those of the
+    the two floors stand beside it, and a step is no shorter than the longest of the three. `exposed_rows_s` is the time in
+    which the experts' rows travel and only the shared expert computes: the next product needs them, where weights and
+    gradients of other blocks travel while one computes. Image tokens are those of the
     square bucket; other shapes differ by about 1 to 2 percent. The peak is bf16's, whatever the recipe computes in.
     Raises ValueError: degrees that do not divide, sizes that do not tile, or an MFU or price out of range."""
     config, tokens = _of_stage(model, stage)
@@ -192,6 +198,9 @@ def plan_stage(
     activations = max(moment.parts.get("activations", 0) for moment in found)
     moved = traffic(shapes, config, layout, stage, tokens, element, activations)
     step_s = total / (layout.gpus * gpu.flops * mfu)
+    rows_s = moved["between_nodes_rows"] / gpu.network
+    rows_s += (moved["network_all_to_all"] - moved["between_nodes_rows"]) / gpu.nvlink
+    hidden_s = 3 * forward["shared_expert"] / (layout.gpus * gpu.flops * mfu)
     hours, limit = step_s * stage.steps / 3600, USABLE * gpu.memory
     gpu_hours = hours * layout.gpus
     return {
@@ -210,6 +219,7 @@ def plan_stage(
         "bytes_per_step": moved,
         "memory_floor_s": sum(v for key, v in moved.items() if key.startswith("memory")) / gpu.bandwidth,
         "network_floor_s": moved["between_nodes"] / gpu.network,
+        "exposed_rows_s": max(0.0, rows_s - hidden_s),
         "step_s": step_s,
         "images_per_s": stage.batch_size / step_s,
         "days": hours / 24,
@@ -421,6 +431,8 @@ def _stage_lines(report: dict[str, Any], gpu: dict[str, Any], mfu: float) -> lis
         f"  step {report['step_s']:.3f} s (own memory alone at least {report['memory_floor_s']:.3f} s), "
         f"{report['images_per_s']:,.0f} images/s, {_days(report)}",
         _network_line(report, gpu, mfu),
+        f"  of the network, exposed: about {report['exposed_rows_s']:.3f} s of experts' rows (less what the shared expert "
+        "hides)",
     ]
 
 

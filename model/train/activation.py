@@ -1,14 +1,14 @@
-"""Activation checkpointing of the blocks: what the backward keeps of a block's forward, and what it computes again.
+"""Activation checkpointing of the blocks: which tensors of a block's forward are saved, and which are recomputed.
 
-    none       every tensor that autograd saves
-    selective  the outputs of matrix products, attention, top-k and communication; the rest is computed again
-    full       the block's input alone; the whole block is computed again (compiled, all but the choice of experts)
+    none       saves every tensor that autograd needs
+    selective  saves the outputs of matrix products, attention, top-k and communication; recomputes the rest
+    full       saves the block's input; recomputes the whole block (compiled: all but the choice of experts)
 
-Experts must choose the same tokens again. Eager code runs the same kernels on the same bits; a compiler may fuse, and
-so round, otherwise in the backward pass, where a token on the edge would then change experts.
+Experts must choose the same tokens in the recomputation. Eager code runs the same kernels on the same bits. A compiler
+may fuse differently in the backward pass, and round differently: a token near the threshold would change experts.
 
-Selective checkpointing (Korthikanti et al., arXiv 2205.05198) buys most of the memory for little time: what it
-computes again (norms, modulation, RoPE, SwiGLU, gather) is bound by memory traffic and not by the matrix units.
+Selective checkpointing (Korthikanti et al., arXiv 2205.05198) saves most of the memory for little time: what it
+recomputes (norms, modulation, RoPE, SwiGLU, gather) is bound by memory traffic, not by the matrix units.
 """
 
 from __future__ import annotations
@@ -21,35 +21,36 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.checkpoint import create_selective_checkpoint_contexts, noop_context_fn
 
 from model import kernels
-from model.attention import PACKAGES, flash_backend
+from model.attention import PACKAGES, packed_backend
 
 from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing, FullAC, SelectiveAC
 
 # The choice of experts: plain, and by the Triton kernel.
 CHOICE_OPS = ("aten.topk.default", "nucleus.route.default")
-# Saved besides torchtitan's list.
+# Saved in addition to torchtitan's list.
 SAVED_OPS = (*CHOICE_OPS, "aten._scaled_dot_product_flash_attention_for_cpu.default", "aten.baddbmm.default")
-# The forward pass of flash-attn, by what is chosen.
+# The forward operations of each attention backend other than SDPA.
 FLASH_OPS = {
+    "varlen": ("torch_attn._varlen_attn.default",),
     "flash2": ("flash_attn._flash_attn_forward.default", "flash_attn._flash_attn_varlen_forward.default"),
     "flash3": ("flash_attn_3._flash_attn_forward.default",),
 }
-# All that early releases have: no compiler can tell what shape it returns.
+# The only operation of early releases. It has no shape function, so it cannot be compiled.
 EARLY_FLASH_OPS = {"flash3": ("flash_attn_3.fwd.default",)}
 
 
 class _OnBlocks(ActivationCheckpointing):
-    """torchtitan's policies look for `model.layers`; here blocks have diffusers' name."""
+    """torchtitan's policies wrap `model.layers`; the blocks here have diffusers' name."""
 
     def apply(self, model: torch.nn.Module) -> None:
-        """Wraps every block. `state_dict` keeps its names; `named_parameters` shows the wrapper's (`canonical_fqn`)."""
+        """Wraps every block. `state_dict` keeps the names; `named_parameters` adds the wrapper's (`canonical_fqn`)."""
         blocks = model.transformer_blocks
         for name, block in blocks.named_children():
             blocks.register_module(name, self._wrap_block(block))
 
 
 class FullCheckpointing(_OnBlocks, FullAC):
-    """torchtitan's, but compiled blocks keep the choice of experts."""
+    """torchtitan's, but compiled blocks save the choice of experts."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(FullAC.Config):
@@ -69,8 +70,8 @@ class FullCheckpointing(_OnBlocks, FullAC):
 
 
 class SelectiveCheckpointing(_OnBlocks, SelectiveAC):
-    """torchtitan's set of operations, but every product is saved: its own policy drops every second one by count,
-    and which of ours that hits would be chance."""
+    """torchtitan's set of operations, but every product is saved. Its own policy recomputes every second product,
+    counted in execution order, which has no meaning for these blocks."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(SelectiveAC.Config):
@@ -91,49 +92,49 @@ class SelectiveCheckpointing(_OnBlocks, SelectiveAC):
 
 
 def activation_config(policy: Literal["none", "selective", "full"]) -> ActivationCheckpointing.Config | None:
-    """torchtitan's configuration of `train.activation_checkpointing`. The model draws no random numbers: no RNG state
-    is kept."""
+    """torchtitan's configuration of `train.activation_checkpointing`. The model draws no random numbers, so no RNG
+    state is saved."""
     if policy == "none":
         return None
     kind = SelectiveCheckpointing if policy == "selective" else FullCheckpointing
     return kind.Config(preserve_rng_state=False)
 
 
-def flash_operations(asked_for: str, early: bool = False) -> list[object]:
-    """The forward pass of the flash-attn that this process chooses; empty if it chooses none.
+def flash_operations(needed_by: str, early: bool = False) -> list[object]:
+    """The forward operations of this process's attention backend; empty for SDPA.
 
     Args:
-        asked_for: what cannot do without, for the message.
-        early: early releases will do.
+        needed_by: the setting that needs the operation, named in the error.
+        early: whether the operation of an early release is enough.
 
     Raises:
-        ValueError: flash-attn is chosen, of a release that has no such operation.
+        ValueError: a release of flash-attn without such an operation.
     """
-    backend = flash_backend()  # which imports it: its operations exist from then on
+    backend = packed_backend()  # imports it, which registers its operations
     if backend is None:
         return []
     names = FLASH_OPS[backend] + (EARLY_FLASH_OPS.get(backend, ()) if early else ())
-    found = _operations(names)
-    if not found:
+    operations = _operations(names)
+    if not operations:
         raise ValueError(
-            f"{asked_for} needs a release of flash-attn whose module {PACKAGES[backend]} has the operation "
+            f"{needed_by} needs a release of flash-attn whose module {PACKAGES[backend]} has the operation "
             f"{' or '.join(names)}: install a newer one, or set train.attention_backend='sdpa'"
         )
-    return found
+    return operations
 
 
 def _operations(names: tuple[str, ...]) -> list[object]:
-    """Those that exist."""
+    """The operations of these names that are registered."""
     if not kernels.lacking():
-        import model.kernels.route  # noqa: F401  (its operation exists from then on)
+        import model.kernels.route  # noqa: F401  (registers its operation)
     return [op for op in map(_operation, names) if op is not None]
 
 
 def _operation(name: str) -> object | None:
-    found = torch.ops
+    operation = torch.ops
     for part in name.split("."):
         try:
-            found = getattr(found, part)
+            operation = getattr(operation, part)
         except AttributeError:
             return None
-    return found
+    return operation

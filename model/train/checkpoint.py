@@ -4,10 +4,10 @@
     ROOT/weights/step-{n:08d}         the model alone; the last `keep_weights` are what a stage hands on and WSM merges
     ROOT/optimizer/step-{n:08d}       of the last step, for a stage that goes on: optimiser state and schedule alone
 
-ROOT is the run's work_dir, or {train.checkpoint_uri}/{name of the work_dir}. The full one is written last: where it
-exists at the cadence, the others do too. All are copied off the device before the next step; with `async_mode` a thread
-writes them while training goes on, and a save begins only when the one before is finished. Older ones are removed when
-it is, so that one full checkpoint is enough to resume from whenever a run is killed.
+ROOT is the run's work_dir, or {train.checkpoint_uri}/{name of the work_dir}. The full checkpoint is written last, so where
+it exists the others do too. All are copied to host memory before the next step; with `async_mode` a thread writes them while
+training continues. A save waits for the one before, and then removes older checkpoints, so that a killed run always has a
+finished one to resume from.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from model import storage
 from model.config import TrainConfig
+from model.train.device import DEVICE_TYPE
 from model.train.guard import Diverged
 from model.train.metrics import METRICS
 from model.train.replicas import differing
@@ -59,10 +60,10 @@ def checkpoint_root(train: TrainConfig, work_dir: Path) -> str:
 
 
 class StageCheckpointer(CheckpointManager):
-    """torchtitan's checkpoint manager, which besides keeps what a stage hands on: weights, and the optimiser state.
+    """torchtitan's checkpoint manager, which also saves what a stage hands on: weights, and the optimiser state.
 
-    torchtitan's own way of saving asynchronously (dcp.async_save) makes a save of one state; here two follow each
-    other from one copy, and must not overlap, since their collectives share a process group.
+    torchtitan saves asynchronously with dcp.async_save, one state at a time. Here several states are saved from one copy,
+    one after the other, since their collectives share a process group.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -79,13 +80,15 @@ class StageCheckpointer(CheckpointManager):
         self.work_dir = Path(base_folder)
         self.keep_full, self.keep_weights = config.keep_full, config.keep_weights
         self.optimizer_from, self.hand_on_optimizer = config.optimizer_from, config.hand_on_optimizer
+        # On CUDA it keeps its pinned memory from save to save, of the size of this rank's part of a full checkpoint.
+        self.stager = BlockingAsyncStager(cache_staged_state_dict=DEVICE_TYPE == "cuda")
         self.alone = dist.get_world_size() == 1
         self.saved_step = -1
 
     def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str) -> None:
-        """One process saves without collectives. Gloo would run them on threads of its own, each of which then keeps
-        an OpenMP team: with more OpenMP threads than cores, idle ones sleep instead of spin, and for the rest of the
-        process a training step takes 1.8 times as long on 2 cores."""
+        """A single process saves without collectives. gloo runs them on its own threads, and each keeps an OpenMP team:
+        with more OpenMP threads than cores idle threads sleep instead of spinning, and from then on a training step takes
+        1.8 times as long on 2 cores."""
         if storage.is_remote(checkpoint_id):
             # sync_files: a stream to S3 is no file, and DCP would sync the machine's own disks instead.
             checkpoint_id = storage.check_path(checkpoint_id)
@@ -101,7 +104,7 @@ class StageCheckpointer(CheckpointManager):
             self.states[MODEL].load_state_dict(state_dict)
 
     def _save(self, curr_step: int, last_step: bool = False) -> bool:
-        """Saves at the cadence and at the last step, which is not left to the background: the stage ends with it."""
+        """Saves at the configured interval and at the last step. The last save is not in the background."""
         if not self._should_save(curr_step, last_step):
             return False
         self.maybe_wait_for_saving()
@@ -113,7 +116,7 @@ class StageCheckpointer(CheckpointManager):
         full, path = self._full_state(), self._create_checkpoint_id(curr_step)
         background = self.async_mode != AsyncMode.DISABLED and not last_step
         if background:
-            full = BlockingAsyncStager().stage(full)
+            full = self.stager.stage(full)  # the save before has ended, so its memory is free
         states = [({name: full[name] for name in self.states[MODEL].state_dict()}, weights), (full, path)]
         if last_step and self.hand_on_optimizer:
             states.insert(1, ({name: full[name] for name in CARRIED}, optimizer))
@@ -158,7 +161,7 @@ class StageCheckpointer(CheckpointManager):
             raise
 
     def _in_background(self, states: list[tuple[dict[str, Any], str]]) -> Future[None]:
-        """A thread of its own for each save: with it go the OpenMP threads that it may have made."""
+        """A new thread for each save: the OpenMP threads that it starts end with it."""
         future: Future[None] = Future()
         device = device_module.current_device()
 
@@ -174,7 +177,7 @@ class StageCheckpointer(CheckpointManager):
         return future
 
     def _wait_for_saving(self) -> None:
-        """Raises what went wrong in the background."""
+        """Raises the error of the background thread, if there is one."""
         future, self.save_future = self.save_future, None
         future.result()
         self._prune(self.saved_step)
@@ -185,7 +188,7 @@ class StageCheckpointer(CheckpointManager):
         super()._close()
 
     def _check_finite(self, step: int) -> None:
-        """A checkpoint of weights that are not finite would be loaded again and again.
+        """Refuses to save weights that are not finite: every resume would load them again.
 
         Raises:
             Diverged: they are not, on some rank.
@@ -200,7 +203,7 @@ class StageCheckpointer(CheckpointManager):
             raise Diverged(f"the weights are not finite after step {step}: nothing was saved")
 
     def _check_alike(self, step: int) -> None:
-        """A checkpoint keeps one copy of what is replicated, and would hide that others are not the same.
+        """Refuses to save replicated weights that differ between ranks: a checkpoint keeps one copy and hides the others.
 
         Raises:
             RuntimeError: on every rank, naming the parameters.

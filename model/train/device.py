@@ -23,11 +23,11 @@ from model.kernels.elementwise import keep_freed_memory
 
 import torchtitan.tools.utils as titan_utils
 
-# How long ranks wait for each other before all end: longer than compiling the blocks, reading a large checkpoint, or the
-# models of a sample grid on rank 0 take. NCCL's own 10 minutes may be less, in a stage that is well.
+# Timeout of collectives: longer than compiling the blocks, reading a large checkpoint, or a sample grid on rank 0 takes.
+# NCCL's default of 10 minutes may not be.
 PATIENCE = timedelta(minutes=30)
 CPU_PEAK_FLOPS = 1e11  # nominal: only scales the "mfu" that torchtitan logs
-# Without sums made in NVLink's switches (NVLSTree: over several nodes). Megatron-LM's deterministic mode refuses them too.
+# No reductions in NVLink switches (NVLSTree: over several nodes). Megatron-LM's deterministic mode excludes them too.
 DETERMINISTIC_NCCL = "^NVLS,NVLSTree"
 
 
@@ -68,8 +68,8 @@ class _CpuStream(torch.cpu.Stream):
 
 
 def allow_dist_muon() -> None:
-    """Lets torchtitan's DistMuon run where there is no accelerator: it asks for CUDA, but needs only streams and events,
-    which torch.cpu has as ones that do nothing."""
+    """Makes torchtitan's DistMuon run without an accelerator. It requires CUDA but uses only streams and events, which
+    torch.cpu provides as no-ops."""
     if DEVICE_TYPE == "cpu":
         from torchtitan.distributed.flex_shard.dist_muon import DistMuon
 
@@ -79,19 +79,20 @@ def allow_dist_muon() -> None:
 
 @contextlib.contextmanager
 def training_session(deterministic: bool = False) -> Iterator[None]:
-    """One process group for one stage, and everything as it was afterwards, so that stages can follow each other.
+    """A process group for one stage. Afterwards all global settings are restored, so that another stage can follow.
 
-    `deterministic` keeps NCCL, which reads the environment when groups are made, to algorithms that add up in one order;
-    an NCCL_ALGO that is set already stays.
+    `deterministic` restricts NCCL, which reads the environment when groups are created, to algorithms that reduce in a
+    fixed order, unless NCCL_ALGO is set.
 
-    Under torchrun (RANK and WORLD_SIZE are set) it joins its group; otherwise it makes a group of one that needs
-    no address, port or environment. torchtitan also switches off Python's garbage collector and multithreaded
-    autograd, and sets the global seed and deterministic algorithms: all are put back.
+    Under torchrun (RANK and WORLD_SIZE are set) it joins that group; otherwise it creates a group of one, which needs
+    no address, port or environment. torchtitan also disables Python's garbage collector and multithreaded autograd, and
+    sets the global seed and deterministic algorithms.
     """
     environment = dict(os.environ)
     threads, collecting, rng_state = torch.get_num_threads(), gc.isenabled(), torch.get_rng_state()
     algorithms = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     owns_group, ended = not dist.is_initialized(), False
     if DEVICE_TYPE == "cpu":
@@ -101,7 +102,7 @@ def training_session(deterministic: bool = False) -> Iterator[None]:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, _usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         if owns_group:
-            # First: whatever the new group does on a device must not be on the first one, on every rank.
+            # First: otherwise the new group would use device 0 on every rank.
             titan_utils.device_module.set_device(titan_utils.get_local_device())
             if deterministic and DEVICE_TYPE != "cpu":
                 os.environ.setdefault("NCCL_ALGO", DETERMINISTIC_NCCL)
@@ -115,13 +116,14 @@ def training_session(deterministic: bool = False) -> Iterator[None]:
             yield
         ended = True
     finally:
-        # After an error others may still wait for this rank: NCCL would wait for them to end the group, and the process,
-        # whose end lets torch elastic end theirs, with it.
+        # After an error other ranks may be waiting for this one. Destroying an NCCL group would wait for them, and this
+        # process must exit for torch elastic to stop them.
         if owns_group and dist.is_initialized() and (ended or dist.get_world_size() == 1):
             dist.destroy_process_group()
         torch.set_num_threads(threads)
         torch.set_rng_state(rng_state)
         torch.use_deterministic_algorithms(algorithms, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
         if collecting:
             gc.enable()

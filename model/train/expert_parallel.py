@@ -1,15 +1,19 @@
-"""Expert parallelism: each of `ep` ranks holds E / ep of a layer's experts, and runs them on the rows of all of them.
+"""Expert parallelism: each of `ep` ranks owns E / ep of a layer's experts, and runs them on the rows of all ranks.
 
     [E, R, D] of this rank --all-to-all--> [E/ep, ep R, D] --experts--> [E/ep, ep R, D] --all-to-all--> [E, R, D]
 
-Routing stays where the samples are: an expert chooses among the tokens of one sample. With expert choice every
-expert takes the same number of rows R on every rank, so that the exchange needs no sizes, no padding and no word
-from the device to the host. Token choice, an ablation, fills every expert up to the fullest one's rows, on whatever
-rank that is: one number more to agree on in each layer. Gradients come back by the same two exchanges, and an expert's gradient is the sum over
-the ranks of its group.
+Routing is local: an expert chooses among the tokens of one sample. With expert choice every expert takes the same number
+of rows R on every rank, so the exchange needs no sizes, no padding, and no synchronisation of device and host. Token
+choice, an ablation, pads every expert to the rows of the fullest one on any rank, which one all-reduce of a number finds
+in each layer. Gradients return by the same two exchanges; an expert's gradient is summed over the ranks of its group.
 
-All-to-all, not all-gather: a rank sends (ep - 1) / ep of its E R = cf S B rows of width D (cf is the capacity factor),
-where gathering every token everywhere would receive (ep - 1) S B. That is less only for ep < cf.
+All-to-all instead of all-gather: a rank sends (ep - 1) / ep of its E R = cf S B rows of width D (cf is the capacity
+factor), where gathering every token everywhere would receive (ep - 1) S B rows. That is less only for ep < cf.
+
+Each exchange is two functions, one that starts it and one that waits, so that `model.moe.MoE` computes its shared expert
+in between. The compiler keeps the two apart (its nodes `all_to_all_single` and `wait_tensor`) and may move independent
+work between them. In the backward pass PyTorch's own gradients of the two operations exchange and wait at once: autograd
+functions that would keep them apart do not compile where layers have several capacity factors (PyTorch 2.13).
 
 Shape suffixes: E experts, R rows of one expert on one rank, D width.
 """
@@ -17,31 +21,50 @@ Shape suffixes: E experts, R rows of one expert on one rank, D width.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from model.moe import MoE
+from model.moe import ExpertRanks, MoE
 
 
-def to_owners(x_ERD: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    """Every expert's rows to the rank that holds it: [E, R, D] -> [E / ep, ep R, D], the ranks' rows in order."""
-    received = all_to_all_single_autograd(x_ERD.contiguous(), None, None, mesh)
-    by_rank = received.view(mesh.size(), -1, *x_ERD.shape[1:])
-    return by_rank.transpose(0, 1).flatten(1, 2)
+def exchange(x: torch.Tensor, group_name: str, parts: list[int]) -> torch.Tensor:
+    """Starts an all-to-all of equal parts along the first dim. The result may not be read before `wait`."""
+    return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), parts, parts, group_name)
 
 
-def from_owners(y: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    """The inverse of `to_owners`: [E / ep, ep R, D] -> [E, R, D]."""
-    by_rank = y.unflatten(1, (mesh.size(), -1)).transpose(0, 1).contiguous()
-    return all_to_all_single_autograd(by_rank.flatten(0, 1), None, None, mesh)
+def wait(x: torch.Tensor) -> torch.Tensor:
+    """On CUDA the stream waits, not the host."""
+    return torch.ops._c10d_functional.wait_tensor(x)
+
+
+def expert_ranks(group: dist.ProcessGroup, num_experts: int) -> ExpertRanks:
+    """The exchanges of a layer: rows to the ranks that own their experts, and back."""
+    name, ranks = group.group_name, group.size()
+    parts = [num_experts // ranks] * ranks
+
+    def receive(sent: torch.Tensor) -> torch.Tensor:
+        """[E, R, D], still on its way -> [E / ep, ep R, D], the ranks' rows in order."""
+        x_ERD = wait(sent)
+        return x_ERD.unflatten(0, (ranks, -1)).transpose(0, 1).flatten(1, 2)
+
+    def send_back(y: torch.Tensor) -> torch.Tensor:
+        """The inverse order: [E / ep, ep R, D] -> [E, R, D], still on its way."""
+        by_rank = y.unflatten(1, (ranks, -1)).transpose(0, 1)
+        return exchange(by_rank.flatten(0, 1), name, parts)
+
+    return ExpertRanks(
+        group=group,
+        send=lambda x_ERD: exchange(x_ERD, name, parts),
+        receive=receive,
+        send_back=send_back,
+        receive_back=lambda sent: wait(sent),
+    )
 
 
 def shard_experts(moe: MoE, mesh: DeviceMesh) -> None:
-    """Makes each rank of `mesh` hold its share of the experts, which still take and give rows of all."""
-    moe.expert_ranks, experts = mesh.get_group(), moe.experts
+    """Leaves each rank of `mesh` its share of the experts; the layer exchanges rows with the other ranks."""
+    moe.expert_ranks, experts = expert_ranks(mesh.get_group(), moe.num_experts), moe.experts
     for name, parameter in list(experts.named_parameters()):
         setattr(experts, name, nn.Parameter(distribute_tensor(parameter, mesh, [Shard(0)])))
-    experts.register_forward_pre_hook(lambda module, inputs: to_owners(inputs[0], mesh))
-    experts.register_forward_hook(lambda module, inputs, output: from_owners(output, mesh))

@@ -1,11 +1,11 @@
-"""What torchtitan calls on the model (on the meta device) before weights exist.
+"""The layout of the model over the ranks. torchtitan calls `parallelize` on the meta device, before weights exist.
 
     experts over `ep`  ->  activation checkpointing  ->  torch.compile per block  ->  FSDP2 units
 
-Units of FSDP: each block, and what lies outside of the blocks. Experts are sharded over `efsdp`, which is what `ep`
-leaves of the shard ranks, everything else over all of them; both are replicated over `dp_replicate` (HSDP). Routers are
-left out: they are small, stay in fp32, and lie whole on every rank. There is no unit within a block: its hooks would run
-in what activation checkpointing repeats, and selective checkpointing counts operations.
+FSDP's units are the blocks, and the parameters outside of blocks. Experts are sharded over `efsdp` (shard ranks / ep), all
+other weights over all shard ranks; both are replicated over `dp_replicate` (HSDP). Routers are not sharded: they are small,
+stay in fp32, and every rank has them whole. There are no units within a block: their hooks would run during the
+recomputation of activation checkpointing, and selective checkpointing depends on the order of operations.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import DataParallelMeshInfo, ShardPlacementResult
 from torch.distributed.fsdp._fully_shard._fsdp_init import _get_mesh_info
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from model.moe import local_part
 from model.train.activation import flash_operations
 from model.train.compiled import compile_blocks
 from model.train.expert_parallel import shard_experts
@@ -40,8 +42,8 @@ def parallelize(
     ac_config: Any,
     dump_folder: str,
 ) -> torch.nn.Module:
-    """Lays the model out over the ranks. With one shard rank weights stay whole, plain tensors: one process, or
-    replicas whose gradients the trainer adds up.
+    """Shards, checkpoints and compiles the model. With one shard rank the weights stay plain tensors: one process, or
+    replicas whose gradients the trainer sums.
 
     Raises:
         ValueError: a release of flash-attn that cannot be compiled, or checkpointed, as asked.
@@ -60,16 +62,22 @@ def parallelize(
     return model
 
 
-def _shard(model: torch.nn.Module, dims: ParallelDims, dtype: torch.dtype) -> None:
+def fsdp_meshes(dims: ParallelDims) -> tuple[DeviceMesh, DeviceMesh]:
+    """The meshes over which FSDP shards the dense weights, and the experts."""
     replicas = ["dp_replicate"] if dims.dp_replicate_enabled else []
-    mesh = dims.get_mesh([*replicas, "fsdp"])
+    dense = dims.get_mesh([*replicas, "fsdp"])
+    return dense, dims.get_mesh([*replicas, "efsdp"]) if dims.ep_enabled else dense
+
+
+def _shard(model: torch.nn.Module, dims: ParallelDims, dtype: torch.dtype) -> None:
+    mesh, of_experts = fsdp_meshes(dims)
     dense = _get_mesh_info(mesh, None)
-    sparse = _get_mesh_info(dims.get_mesh([*replicas, "efsdp"]), None) if dims.ep_enabled else dense
+    sparse = dense if of_experts is mesh else _get_mesh_info(of_experts, None)  # one object for one mesh
     routers = [block.img_mlp.gate for block in model.transformer_blocks.children() if block.moe_enabled]
     for router in routers:
         whole = [Replicate()] * mesh.ndim
         router.weight = torch.nn.Parameter(distribute_tensor(router.weight, mesh, whole, src_data_rank=None))
-    # Inputs are cast once, at the root: RoPE tables stay in fp32 inside.
+    # Inputs are cast once, at the root, so that RoPE tables stay in fp32.
     inside = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     left_out = {router.weight for router in routers}
     for block in model.transformer_blocks.children():
@@ -79,8 +87,7 @@ def _shard(model: torch.nn.Module, dims: ParallelDims, dtype: torch.dtype) -> No
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=left_out)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # Ranks divide their losses by the global batch, so gradients add up. Plain sums also on gloo, which
-            # knows no other reduction.
+            # Ranks divide their losses by the global batch, so gradients are summed. gloo has no other reduction.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
@@ -88,26 +95,24 @@ def _shard(model: torch.nn.Module, dims: ParallelDims, dtype: torch.dtype) -> No
 def _expert_placement(
     experts: torch.nn.Module, dense: DataParallelMeshInfo, sparse: DataParallelMeshInfo
 ) -> Callable[[torch.nn.Parameter], ShardPlacementResult]:
-    """Where FSDP cuts each parameter of a block. Experts are cut into whole experts, where their number allows it:
+    """FSDP's sharding of each parameter of a block. Experts are sharded into whole experts where their number is divisible:
     Muon then needs no communication for them."""
     own = set(experts.parameters())
     weight = experts.gate_up_proj
-    held = (weight.to_local() if isinstance(weight, DTensor) else weight).shape[0]
-    by_expert = held % sparse.mesh.size(-1) == 0
+    by_expert = local_part(weight).shape[0] % sparse.mesh.size(-1) == 0
     cut = ShardPlacementResult(Shard(0 if by_expert else 1), sparse)
     other = ShardPlacementResult(Shard(0), dense)
     return lambda parameter: cut if parameter in own else other
 
 
 def lies_whole(parameter: torch.Tensor) -> bool:
-    """Whether every rank has all of it, so that its gradient is still to be added up over the ranks."""
+    """Whether every rank has the whole parameter. The trainer sums the gradients of these."""
     return not isinstance(parameter, DTensor) or all(place.is_replicate() for place in parameter.placements)
 
 
 @contextlib.contextmanager
 def gathered(unit: torch.nn.Module) -> Iterator[None]:
-    """Whole weights of one FSDP unit, a block or what lies outside of blocks, for what is called besides `forward`; a
-    plain module has them anyway."""
+    """Gathers the weights of one FSDP unit for calls other than `forward`. Without FSDP it does nothing."""
     sharded = isinstance(unit, FSDPModule)
     if sharded:
         unit.unshard()
@@ -120,7 +125,7 @@ def gathered(unit: torch.nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def fill_whole(parameter: torch.Tensor, fill: Fill) -> None:
-    """Calls `fill` with a tensor of the whole parameter, and keeps this rank's part of it."""
+    """Calls `fill` with a whole tensor, and copies this rank's part of it into the parameter."""
     if not isinstance(parameter, DTensor):
         fill(parameter)
         return

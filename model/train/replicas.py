@@ -1,8 +1,8 @@
-"""Whether weights that should be the same on several ranks still are.
+"""Checks that replicated weights are the same on all ranks.
 
-Each rank updates its own copy of what is replicated: all weights of plain replicas, FSDP's shards over `dp_replicate`,
-and the routers everywhere. Nothing brings copies together again that have come apart (by a defective device, or an
-update that depended on the rank), and a checkpoint saves one of them.
+Each rank updates its own copy of replicated weights: all weights of plain replicas, FSDP's shards over `dp_replicate`, and
+the routers. Copies that have diverged (by a defective device, or an update that depended on the rank) stay different, and a
+checkpoint saves only one of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from model.moe import held
+from model.moe import local_part
 
 CHUNK = 1 << 22  # elements hashed at a time: 32 MB for each of a few temporary tensors
 # The multipliers of SplitMix64's finaliser (model.data.hashing), as the signed numbers that PyTorch has.
@@ -22,8 +22,9 @@ FIRST, SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
 @torch.no_grad()
 def checksum(weight: torch.Tensor) -> torch.Tensor:
-    """Of the bits of fp32 numbers and their places, an int64 on their device: the sum, in whatever order, of one hash for
-    each. One number that changed shows for certain; several hide from it with a probability of about 2^-64."""
+    """A checksum, an int64 on the weight's device, of the bits of fp32 numbers and their positions: the sum of a hash of
+    each, which does not depend on the order. It detects every single change, and several changes with a probability of
+    about 1 - 2^-64."""
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
     begin = 0
     for bits in weight.detach().reshape(-1).view(torch.int32).split(CHUNK):
@@ -49,7 +50,7 @@ def differing(weights: Mapping[str, torch.Tensor]) -> list[str]:
     for i, name in enumerate(names):
         for group in _replicas(weights[name]):
             groups.setdefault(group, []).append(i)
-    checksums = torch.stack([checksum(held(weight)) for weight in weights.values()])
+    checksums = torch.stack([checksum(local_part(weight)) for weight in weights.values()])
     apart = torch.zeros_like(checksums)
     for group, members in groups.items():
         own = checksums[members]

@@ -40,7 +40,7 @@ class _Cut(NamedTuple):
 class ShardedMuon(Muon):
     """`Muon` for DTensors. State, names and result are the same in every layout, up to rounding."""
 
-    def _held(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _local_part(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to_local()
 
     def _apply(self, updates: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]], group: dict) -> None:

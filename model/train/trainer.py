@@ -27,11 +27,11 @@ from model.attention import use_attention
 from model.config import StageConfig, TrainConfig
 from model.data.order import Batch
 from model.kernels import use_kernels
-from model.moe import held
+from model.moe import local_part
 from model.train.data import to_device
 from model.train.device import DEVICE_TYPE, PATIENCE
 from model.train.guard import Diverged, LossGuard
-from model.train.parallelize import lies_whole
+from model.train.parallelize import fsdp_meshes, lies_whole
 from model.train.preemption import Preempted, StopFlag, sigterm_sets
 from model.transformer import RouterTrace
 
@@ -49,7 +49,7 @@ NAMED_IDS = 16  # in an error message; all of them stand in SKIPPED
 
 
 class NoTokenizer(BaseTokenizer):
-    """torchtitan asks for a tokenizer but calls none here: text was encoded before training. So these must raise."""
+    """torchtitan requires a tokenizer. None is called here, since text is encoded before training, so its methods raise."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseTokenizer.Config):
@@ -79,8 +79,8 @@ class NucleusTrainer(Trainer):
         use_attention(config.train.attention_backend)
         use_kernels(config.train.kernels)
         super().__init__(config)
-        for mesh in self.parallel_dims.get_all_one_dimensional_meshes().values():  # their groups do not inherit it
-            _set_pg_timeout(PATIENCE, mesh.get_group())
+        for group in self._groups():  # they do not inherit the timeout of the default group
+            _set_pg_timeout(PATIENCE, group)
         self.model = self.model_parts[0]
         extra = config.train.losses
         self.wavelet_weight = extra.wavelet if config.stage.wavelet else 0.0
@@ -100,8 +100,16 @@ class NucleusTrainer(Trainer):
             self.autocast = lambda: torch.autocast(DEVICE_TYPE, dtype)
 
     def init_distributed(self) -> ParallelDims:
-        """The process group exists already (`training_session`)."""
+        """The process group exists (`training_session`)."""
         return ParallelDims.from_config(self.config.parallelism, torch.distributed.get_world_size())
+
+    def _groups(self) -> set[torch.distributed.ProcessGroup]:
+        """The groups of all meshes. FSDP's two may have groups of their own for the same axis (`dp_replicate`)."""
+        dims = self.parallel_dims
+        groups = {mesh.get_group() for mesh in dims.get_all_one_dimensional_meshes().values()}
+        if dims.dp_shard_enabled:
+            groups |= {group for mesh in fsdp_meshes(dims) for group in mesh.get_all_groups()}
+        return groups
 
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
         metrics, ranks = self.metrics_processor, self.dataloader.ranks
@@ -128,7 +136,7 @@ class NucleusTrainer(Trainer):
         rows, columns = (side // self.patch for side in batch.latents.shape[-2:])
         clean_BSC = flow.pack_latents(to_device(batch.latents, self.device), self.patch)
         noise_BSC = flow.pack_latents(to_device(batch.noise, self.device), self.patch)
-        # Timesteps of the whole global batch, then this slice's: they must not depend on how it is cut.
+        # Timesteps are drawn for the global batch, then sliced: they must not depend on the number of ranks.
         generator = torch.Generator().manual_seed(plan.timestep_seed)
         t_all = flow.sample_timesteps(plan.global_batch, rows * columns, generator, self.config.train.timesteps)
         t_B = to_device(t_all[plan.start : plan.start + len(plan)], self.device)
@@ -186,7 +194,7 @@ class NucleusTrainer(Trainer):
         for micro in range(self.gradient_accumulation_steps):
             last = micro == self.gradient_accumulation_steps - 1
             if isinstance(self.model, FSDPModule):
-                # Until the last, FSDP adds up among a replica's shard ranks alone, in a buffer that takes .grad's place.
+                # Before the last micro-batch, FSDP reduces over a replica's shard ranks only.
                 self.model.set_requires_all_reduce(last)
             keep_routing = logged and last and self.writes
             loss += self.forward_backward_step(batch=next(data_iterator), keep_routing=keep_routing)
@@ -208,19 +216,19 @@ class NucleusTrainer(Trainer):
             self._log(mean_loss, norm, learning_rates)
 
     def _clip_gradients(self, loss: torch.Tensor) -> tuple[float, float]:
-        """Clips the gradients by the norm of all of them.
+        """Clips the gradients by their global norm.
 
-        One message of three numbers, and one wait for the device, in every step: whether the weights change is
-        decided here, and Muon and AdamW, which must not see a bad gradient, are started from here.
+        One all-reduce of three numbers and one synchronisation with the device in each step: the host must know whether
+        the gradients are finite before it starts Muon and AdamW.
 
-        The norm is the ranks' mean. Each adds up squares in an order of its own, among the ranks of its replica, and by
-        a rounding of the norm what is replicated would come apart, never to meet again.
+        The norm is averaged over the ranks. Each rank sums squares in its own order, among the ranks of its replica;
+        norms that differ by a rounding would let replicated weights drift apart.
 
         Returns:
-            (loss of the global batch, gradient norm before), the same on every rank, and finite on all or on none. `stop`
-            is set on every rank where it is set on one.
+            (loss of the global batch, gradient norm before clipping), the same on every rank. `stop.agreed` is set on every
+            rank if `stop.raised` is set on one.
         """
-        by_mesh: dict[DeviceMesh | None, list[torch.nn.Parameter]] = {}  # no operation takes two meshes
+        by_mesh: dict[DeviceMesh | None, list[torch.nn.Parameter]] = {}  # DTensor operations take one mesh
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
@@ -228,13 +236,13 @@ class NucleusTrainer(Trainer):
         norms = [torch.nn.utils.get_total_norm([p.grad for p in of_mesh], foreach=True) for of_mesh in by_mesh.values()]
         norm = functools.reduce(torch.hypot, (x.full_tensor() if isinstance(x, DTensor) else x for x in norms))
         ranks = self.parallel_dims.get_optional_mesh("loss")
-        told = torch.stack([loss, norm, torch.full_like(loss, float(self.stop.raised))])
+        sums = torch.stack([loss, norm, torch.full_like(loss, float(self.stop.raised))])
         if ranks is not None:
-            told[1] /= ranks.size()
-            told = dist_utils.dist_sum_tensor(told, ranks)
+            sums[1] /= ranks.size()
+            sums = dist_utils.dist_sum_tensor(sums, ranks)
         for of_mesh in by_mesh.values():
-            torch.nn.utils.clip_grads_with_norm_(of_mesh, self.config.training.max_norm, told[1], foreach=True)
-        mean_loss, grad_norm, stop = told.tolist()
+            torch.nn.utils.clip_grads_with_norm_(of_mesh, self.config.training.max_norm, sums[1], foreach=True)
+        mean_loss, grad_norm, stop = sums.tolist()
         self.stop.agreed = stop > 0
         return mean_loss, grad_norm
 
@@ -257,9 +265,9 @@ class NucleusTrainer(Trainer):
         )
 
     def _sum_gradients(self) -> None:
-        """Adds up over the ranks, in one message, what FSDP does not: plain replicas' gradients, or the routers'. Each
-        rank divided its loss by the global batch."""
-        gradients = [held(p.grad) for p in self.model.parameters() if p.grad is not None and lies_whole(p)]
+        """Sums over the ranks, in one all-reduce, the gradients that FSDP does not: of plain replicas, and of routers. Each
+        rank has divided its loss by the global batch."""
+        gradients = [local_part(p.grad) for p in self.model.parameters() if p.grad is not None and lies_whole(p)]
         if not gradients:
             return
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
@@ -288,10 +296,10 @@ class NucleusTrainer(Trainer):
         """Trains from the last checkpoint, or from the start, to the last step.
 
         Returns:
-            the step it went on from (0: from the start).
+            the step that it resumed from (0: the start).
 
         Raises:
-            Preempted: a rank got SIGTERM; the step under way was finished, and a checkpoint of it saved.
+            Preempted: a rank received SIGTERM; the current step was finished and saved.
         """
         config = self.config
         self.checkpointer.load()
@@ -317,24 +325,26 @@ class NucleusTrainer(Trainer):
 
     @contextlib.contextmanager
     def _compiled(self) -> Iterator[None]:
-        """Compiles the blocks, on the stage's first micro-batch whatever step training goes on from.
+        """Compiles the blocks on one micro-batch of each bucket, in a fixed order, whatever step training resumes from.
 
-        A compiler lays its kernels out for the shapes that it meets first, and sums in their order: only so are they
-        the same in each attempt. All ranks wait here for the slowest, rather than in their first step.
+        A compiler chooses tile sizes, and with them the order of sums, for the shapes that it sees first, and may
+        compile further variants for later ones. In a fixed order every attempt gets the same kernels. All ranks wait
+        here for the slowest, instead of in their first steps.
 
-        There is room for the variants of a block that there are (dense, of each capacity factor; in training and in
-        sampling), of this stage alone, and an error where there are more: PyTorch would run blocks uncompiled, silently.
+        The limit leaves room for the variants of a block in this stage (dense, and each capacity factor; in training
+        and in sampling). Beyond it PyTorch would silently run blocks uncompiled, so it is an error.
         """
         torch.compiler.reset()
         with (
             torch._dynamo.config.patch(recompile_limit=BLOCK_VARIANTS, fail_on_recompile_limit_hit=True),
-            # Else kernels are laid out by how fast they were in a trial, and sum in an order that depends on it.
+            # Otherwise tile sizes are chosen by timing trials, and the order of sums depends on the timings.
             torch._inductor.config.patch(deterministic=self.config.train.deterministic),
             torch.fx.experimental._config.patch(use_duck_shape=False),  # as many text as image tokens: a coincidence
         ):
-            self.forward_backward_step(batch=next(self.dataloader.micro_batches(step=0)), keep_routing=True)
+            for step in self.dataloader.order.first_steps():
+                self.forward_backward_step(batch=next(self.dataloader.micro_batches(step)), keep_routing=True)
+                self.optimizers.zero_grad()
             self.routing = None
-            self.optimizers.zero_grad()
             self.bin_sums.zero_()
             self.bin_counts.zero_()
             yield
@@ -348,8 +358,8 @@ class NucleusTrainer(Trainer):
 
     @torch.no_grad()
     def _sample(self, sample_fn: Callable[[torch.nn.Module, int, Path], Any]) -> None:
-        """Calls `sample_fn(model, step, path)` on every rank, in the type that training computes in; it must draw its
-        noise from a generator of its own."""
+        """Calls `sample_fn(model, step, path)` on every rank, in the type that training computes in. It must use its own
+        random generators."""
         path = Path(self.config.dump_folder) / SAMPLES / f"step-{self.step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         begin = time.perf_counter()

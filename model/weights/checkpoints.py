@@ -1,10 +1,10 @@
-"""DCP checkpoints, local or in S3: which are finished, and how to read one without running what is in it.
+"""DCP checkpoints, local or in S3: listing the finished ones, and reading one without executing code in it.
 
     step-{n}/.metadata                   written last, and by a rename: a folder without it is a save that was cut off
     step-{n}/__{rank}_{i}.distcp
 
-DCP reads `.metadata` with pickle.load and whatever is no tensor with torch.load(weights_only=False): both run any
-code that a checkpoint brings along. `load` does neither.
+DCP reads `.metadata` with pickle.load, and values other than tensors with torch.load(weights_only=False): both execute
+code that a checkpoint contains. `load` does neither.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def last_checkpoint(path: str | os.PathLike) -> str:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Admits DCP's own classes of metadata and torch's types, and calls nothing else."""
+    """Allows DCP's metadata classes and torch's dtypes, and no other global."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name in _CLASSES.get(module, ()):
@@ -88,17 +88,27 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class CheckpointReader(FsspecReader):
-    """Reads a DCP checkpoint, local or remote, and unpickles nothing but metadata."""
+    """Reads a DCP checkpoint, local or remote. Of its pickles only the metadata is read, by `_MetadataUnpickler`."""
 
     def __init__(self, path: str | os.PathLike):
         path = check_path(path)  # before DCP makes a file system for it
         super().__init__(path, **options(path))
+        self.source = path
+        self._metadata: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """
+        """The metadata, parsed once for a reader: it has an entry for each shard of each tensor of the model and of
+        the optimiser, and reading tensor by tensor asks for it as often as there are tensors.
+
         Raises:
-            ValueError: `.metadata` holds something else than metadata.
+            ValueError: `.metadata` is not the metadata of a checkpoint.
         """
+        if self._metadata is None:
+            self._metadata = self._parse_metadata(*args, **kwargs)
+        self._metadata.storage_meta.load_id = self.load_id
+        return self._metadata
+
+    def _parse_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         where = self._get_metadata_path(kwargs.get("rank"))
         with self.fs.create_stream(where, "rb") as file:
             content = file.read()
@@ -114,7 +124,6 @@ class CheckpointReader(FsspecReader):
                 raise ValueError(f"{where} points at {name!r}, which lies outside of the checkpoint")
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
         return metadata
 
 
@@ -127,29 +136,31 @@ class _LoadPlanner(DefaultLoadPlanner):
         set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], loaded)
 
 
-def load(state: dict[str, Any], path: str | os.PathLike, *, alone: bool) -> None:
+def load(state: dict[str, Any], source: str | os.PathLike | CheckpointReader, *, alone: bool) -> None:
     """Fills `state` from a checkpoint.
 
     Args:
+        source: the checkpoint, or a reader of it, which parses its metadata once for all calls.
         alone: this process reads by itself; otherwise all ranks call it, each for its shards.
 
     Raises:
         ValueError: damaged, or not a checkpoint of these names and shapes; or no checkpoint at all.
         ConnectionError: it may be whole, and could not be read.
     """
+    reader = source if isinstance(source, CheckpointReader) else CheckpointReader(source)
     try:
         with without_warning():
-            dcp.load(state, storage_reader=CheckpointReader(path), planner=_LoadPlanner(), no_dist=alone)
+            dcp.load(state, storage_reader=reader, planner=_LoadPlanner(), no_dist=alone)
     except CheckpointException as error:  # no Exception by its type, and it quotes whole tracebacks
         failures = [failure for failure, _ in error.failures.values()]
         reasons = {(str(failure) or type(failure).__name__).splitlines()[0] for failure in failures}
         kind = ConnectionError if any(may_pass(failure) for failure in failures) else ValueError
-        raise kind(f"{path} cannot be loaded: {'; '.join(sorted(reasons))}") from error
+        raise kind(f"{reader.source} cannot be loaded: {'; '.join(sorted(reasons))}") from error
 
 
 @contextmanager
 def without_warning() -> Iterator[None]:
-    """DCP warns wherever one process saves or loads by itself, which is what is meant here."""
+    """Silences DCP's warning that a single process saves or loads without a process group, which is intended here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
         yield

@@ -1,8 +1,8 @@
 """Reading weights: released or exported safetensors into a model of any layout, and DCP checkpoints tensor by tensor.
 
-A rank of a sharded model reads of each file the rows that it owns, and holds besides its own shards one such piece at
-a time: the whole model is on no host. Placements are DTensor's, whatever mesh they come from (FSDP2, experts over
-ranks, both): a rank's part is the box that `compute_local_shape_and_global_offset` gives.
+A rank of a sharded model reads only its own rows of each file, one piece at a time, so that no host has the whole model in
+memory. It works for DTensors of any mesh (FSDP2, expert parallelism, both): a rank's part is the region that
+`compute_local_shape_and_global_offset` returns.
 
 Files are in the layout of huggingface_hub and diffusers: `diffusion_pytorch_model.safetensors`, or shards named by
 `diffusion_pytorch_model.safetensors.index.json`. safetensors and tensors of DCP: nothing here unpickles weights.
@@ -30,7 +30,7 @@ Region = tuple[slice, ...]
 
 
 class Weights(NamedTuple):
-    """Tensors that are stored or spread somewhere: shape and type of each (on the meta device), and how to get one."""
+    """Stored or sharded tensors: the shape and type of each (on the meta device), and a function that reads one."""
 
     described: dict[str, torch.Tensor]
     read: Callable[[str], torch.Tensor]
@@ -41,7 +41,7 @@ def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]
 
 
 def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Refuses tensors that are not exactly those expected.
+    """Checks names and shapes.
 
     Raises:
         ValueError: it names missing and unknown tensors, and wrong shapes.
@@ -88,7 +88,7 @@ def load_weights(model: nn.Module, directory: str | Path) -> int:
 
 
 def own_part(tensor: torch.Tensor) -> tuple[torch.Tensor, Region | None]:
-    """This rank's part of a tensor, and where it lies in the whole; None: it is the whole."""
+    """This rank's part of a tensor, and its region in the whole tensor; None if the part is the whole tensor."""
     if not isinstance(tensor, DTensor):
         return tensor, None
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -102,11 +102,10 @@ def own_part(tensor: torch.Tensor) -> tuple[torch.Tensor, Region | None]:
 
 
 def open_weights(path: str | Path) -> Weights:
-    """Of a transformer directory, one safetensors file, or a DCP checkpoint, which may lie in s3://. Reads names, shapes
-    and types only.
+    """Opens a transformer directory, a safetensors file, or a DCP checkpoint (also s3://). Reads names, shapes and types only.
 
     Raises:
-        ValueError: nothing of these, or files that are missing, corrupt or inconsistent with their index.
+        ValueError: none of these, or files that are missing, corrupt or inconsistent with their index.
     """
     if is_remote(path):
         return _open_dcp(str(path))
@@ -118,7 +117,7 @@ def open_weights(path: str | Path) -> Weights:
 
 
 def open_files(path: str | Path) -> SafetensorsFiles:
-    """Of a transformer directory or one safetensors file; raises as `open_weights`."""
+    """Opens a transformer directory or a safetensors file; raises as `open_weights`."""
     path = Path(path)
     if path.is_file():
         return SafetensorsFiles([path])
@@ -191,7 +190,8 @@ def _open_dcp(path: str | Path) -> Weights:
 
     from model.weights.checkpoints import CheckpointReader, load
 
-    metadata = CheckpointReader(path).read_metadata().state_dict_metadata
+    reader = CheckpointReader(path)
+    metadata = reader.read_metadata().state_dict_metadata
     tensors = {key: value for key, value in metadata.items() if isinstance(value, TensorStorageMetadata)}
     prefix = MODEL_PREFIX if any(key.startswith(MODEL_PREFIX) for key in tensors) else ""
     # A plain checkpoint may hold the optimiser too; its keys are no parameters of the model.
@@ -207,7 +207,7 @@ def _open_dcp(path: str | Path) -> Weights:
 
     def read(name: str) -> torch.Tensor:
         state = {keys[name]: torch.empty_like(described[name], device="cpu")}
-        load(state, path, alone=True)
+        load(state, reader, alone=True)
         return state[keys[name]]
 
     return Weights(described, read)

@@ -60,6 +60,7 @@ def show_results(pipeline: PipelineDir, scorecard: ScorecardDir, curated: Curate
     """Where everything is and how good it is. Not cached: a run that made nothing again tells it too."""
     from tasks.publishing import summary
 
-    text = "\n".join(summary.lines(*map(fetch, (pipeline, scorecard, curated))))
+    paths = fetch(pipeline, "pipeline"), fetch(scorecard, "scorecard"), fetch(curated, "curated")
+    text = "\n".join(summary.lines(*paths))
     print(text, flush=True)
     return text

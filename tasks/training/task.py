@@ -8,7 +8,9 @@ with the same work, or hands on again what it made, as long as nothing of what i
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional
@@ -17,8 +19,10 @@ from flytekit import Deck, task
 from flytekit.exceptions.user import FlyteRecoverableException
 from flytekit.types.directory import FlyteDirectory
 
+from model import storage
 from tasks import envs
 from tasks.artifacts import CheckpointsDir, ComponentsDir, LatentsDir, exclusive, fetch, produce, source, work_path
+from tasks.manifest import MANIFEST
 from tasks.planning.sections import TrainStage
 
 
@@ -41,6 +45,17 @@ def retried() -> Iterator[None]:
         raise
 
 
+def earlier_checkpoints(trained: FlyteDirectory) -> tuple[str, ...]:
+    """The files of all checkpoints but the last, by their paths in the artifact. They are for the merge: the next stage
+    starts from the last one, and at 17B each has 67.7 GB, which every node would download."""
+    manifest = storage.read_bytes(storage.join(source(trained), MANIFEST))
+    if manifest is None:
+        return ()  # `fetch` says what is wrong
+    step_of = {name: re.match(r"step-(\d+)/", name) for name in json.loads(manifest)["files"]}
+    steps = {name: int(match[1]) for name, match in step_of.items() if match}
+    return tuple(name for name, step in steps.items() if step < max(steps.values()))
+
+
 @task(cache=envs.cache("training"), enable_deck=True, **envs.trainer())
 def train_stage(
     latents: LatentsDir, components: ComponentsDir, stage: TrainStage, init: Optional[CheckpointsDir] = None
@@ -59,7 +74,7 @@ def train_stage(
         parents = [latents_path, components_path]
         init_path = None
         if init is not None:
-            init_path = fetch(init, "checkpoints")
+            init_path = fetch(init, "checkpoints", without=earlier_checkpoints(init))
             parents.append(init_path)
         trained = stage.model_dump(mode="json", exclude={"train": set(FREE_KEYS)})
         work_dir = work_path(stage.stage.name, "training", trained, parents)

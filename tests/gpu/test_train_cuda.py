@@ -3,6 +3,7 @@ read-ahead, and the kernels and attention that this card takes. One process of N
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -19,7 +20,13 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.append(str(HERE.parent / "integration"))
 
-pytest.importorskip("torchtitan")
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+for package in ("torchtitan", "pydantic", "safetensors"):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"training needs {package}", allow_module_level=True)
+# PyTorch 2.11 lacks names that FSDP's layout needs, and torchtitan asks for what else it needs itself.
+pytest.importorskip("model.train.parallelize", reason="training needs a newer PyTorch", exc_type=ImportError)
 
 from train_cuda_worker import SAVED_EVERY, STEPS, WAIT_S  # noqa: E402
 from train_helpers import logged_steps, read_weights, write_latents  # noqa: E402
@@ -30,7 +37,6 @@ from model.weights.checkpoints import finished_checkpoints  # noqa: E402
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.slow,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 two_cards = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 KILLED_BEFORE = 8  # between two checkpoints

@@ -199,8 +199,11 @@ def test_a_stage_that_was_killed_and_resumed_ends_with_the_bits_of_the_undisturb
     assert report["resumed_from_step"] == RESUMED_FROM
     for told in (*ranks_of(runs, "whole"), *ranks_of(runs, "resumed")):
         assert told["graphs"] == 1
-    for told in ranks_of(runs, "resumed"):  # it compiles on the first batch, as the undisturbed one did
-        assert told["steps"] == [0, *range(RESUMED_FROM, STEPS)]
+    for told, undisturbed in zip(ranks_of(runs, "resumed"), ranks_of(runs, "whole")):
+        # It compiles on the first batch of each bucket, as the undisturbed one did.
+        first = [step for step in told["steps"] if step < RESUMED_FROM]
+        assert first[0] == 0 and set(range(RESUMED_FROM, STEPS)) <= set(told["steps"])
+        assert len(undisturbed["shapes"]) == len(told["shapes"]) == 7
     assert_trains_alike(lines(runs, "whole"), lines(runs, "whole_plain"))
     expected, got = read_weights(runs / "whole" / "out"), read_weights(runs / "resumed" / "out")
     assert list(expected) == list(got) == [4, 8, 12]

@@ -24,7 +24,7 @@ from train_helpers import logged_steps, read_weights, train_config, transformer_
 from model import storage
 from model.data.latents import LatentDataset
 from model.data.order import SampleOrder
-from model.moe import held
+from model.moe import local_part
 from model.train.checkpoint import StageCheckpointer
 from model.train.preemption import Preempted
 from model.train.run import train_stage
@@ -356,7 +356,7 @@ def test_replicated_weights_that_come_apart_by_one_bit_are_named_on_every_rank_a
     def train_step(self, batches):
         real(self, batches)
         if self.step == 10 and dist.get_rank() == 1:
-            weight = held(self.model.get_parameter(name)).data.view(-1)
+            weight = local_part(self.model.get_parameter(name)).data.view(-1)
             weight[3] = weight[3].nextafter(torch.tensor(1.0))
 
     monkeypatch.setattr(NucleusTrainer, "train_step", train_step)

@@ -120,7 +120,7 @@ def test_an_accelerator_trains_by_deterministic_algorithms_unless_told_otherwise
         out, _ = run(latents, tmp_path, name, 2, work=f"{name}_work", sample_fn=sample_fn, sample_every_steps=2,
                      deterministic=deterministic)  # fmt: skip
         runs[name] = load(out / "step-00000002")
-    off = (False, False, False, None)
+    off = (False, False, False, ":4096:8")  # the process's, from its start: see model/__init__.py
     assert seen == [off, (True, False, True, ":4096:8"), off]
     assert not torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.deterministic
     assert all(torch.equal(runs["cpu"][name], runs["on"][name]) for name in runs["cpu"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -81,3 +82,34 @@ def test_loading_the_workflow_loads_no_heavy_library():
     code = f"import sys, workflows.reproduce; print(sorted({HEAVY!r} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_loading_the_workflow_sets_cublas_workspace_before_anything_can_multiply_on_a_gpu():
+    """PyTorch reads it at a process's first product on CUDA; a local run encodes there before it trains."""
+    code = (
+        "import os, sys, workflows.reproduce; print(os.environ['CUBLAS_WORKSPACE_CONFIG'], 'torch' in sys.modules)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, env=environment
+    )
+    assert out.stdout.split() == [":4096:8", "False"]
+
+
+@pytest.mark.parametrize("module", ["model.attention", "model.moe", "model.transformer", "model.kernels"])
+def test_the_engine_is_imported_without_the_packages_that_a_gpu_machine_may_lack(module):
+    missing = ("pydantic", "diffusers", "torchtitan", "flytekit", "safetensors")
+    code = f"import sys\nfor name in {missing}: sys.modules[name] = None\nimport {module}"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_pytest_for_gpus_imports_no_file_without_such_tests(tmp_path):
+    """Else a package that is missing there would be an error of collection, and no test would run."""
+    for name in ("flytekit", "moto", "torchtitan", "pydantic", "diffusers"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('not installed here')")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert out.returncode == 0, out.stdout[-3000:]
+    assert "test_kernels.py::test_routing" in out.stdout and "test_attention.py::test_every_backend" in out.stdout
+    assert "error" not in out.stdout.lower()

@@ -161,7 +161,8 @@ def test_any_number_of_shards_gives_the_same_bytes(tmp_path, shards):
         for i in reversed(range(shards))
     ]
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
-    assert sum(report["made"] for report in reports) == len(pictures(tmp_path / "whole"))
+    made, expected = (sum(report[key] for report in reports) for key in ("made", "expected"))
+    assert made == expected == len(pictures(tmp_path / "whole"))
     with pytest.raises(ValueError, match="must be one of"):
         generate(Noise(), MANY, CONFIG, tmp_path / "parts", shard=shards, shards=shards, log=quiet)
 

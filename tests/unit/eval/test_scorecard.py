@@ -440,6 +440,29 @@ class Teller(Counting):
         pass
 
 
+def test_judges_of_oneig_see_images_through_jpeg_and_others_do_not(tmp_path, monkeypatch):
+    shown = []
+
+    class Looking(Teller):
+        def answer(self, requests):
+            shown.extend(request.images[0] for request in requests)
+            return super().answer(requests)
+
+    def sampler(prompts, seeds, height, width):
+        noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        return [Image.fromarray(noise)] * len(prompts)
+
+    config = EvalConfig(benchmark="test_scorecard:STAGED", seeds=(0,), images_per_prompt=2, image_size_px=8)
+    monkeypatch.setitem(sys.modules, "test_scorecard", sys.modules[__name__])
+    generate(sampler, STAGED.prompts(), config, tmp_path, log=quiet)
+    for names in ((), ("staged",)):
+        monkeypatch.setattr(catalog, "JPEG_TILES", names)
+        judge_run(tmp_path, tmp_path / f"judged{len(names)}", {"vqa": Looking()}, config, log=quiet)
+    original = np.asarray(open_png(tmp_path / "images/seed0/00000/samples/0000.png"))
+    assert np.array_equal(np.asarray(shown[0]), original)
+    assert shown[-1].format == "JPEG" and np.abs(np.asarray(shown[-1]).astype(int) - original).max() > 10
+
+
 @pytest.mark.parametrize("pooling", ["prompts", "parts"])
 def test_any_benchmark_is_judged_in_rounds_and_scored_with_floats(tmp_path, monkeypatch, pooling):
     monkeypatch.setitem(catalog.POOLING, "staged", pooling)

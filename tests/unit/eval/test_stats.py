@@ -52,9 +52,9 @@ def test_the_mean_of_geneval_s_categories_is_covered(correlation):
 
 @pytest.mark.parametrize("correlation", [0.0, 0.2, 0.4])
 def test_two_equal_models_are_rarely_called_different(correlation):
-    shares = simulation.verdicts(simulation.GENEVAL, simulation.ACCURACY, 4, correlation, runs=150, flips=299)
+    shares = simulation.verdicts(simulation.GENEVAL, simulation.ACCURACY, 4, correlation, runs=200, flips=499)
     assert shares["better"] + shares["worse"] <= 0.06
-    few = simulation.verdicts({"a": 22}, {"a": 0.95}, 6, correlation, runs=80, flips=299)
+    few = simulation.verdicts({"a": 22}, {"a": 0.95}, 6, correlation, runs=100, flips=499)
     assert few["better"] + few["worse"] <= 0.06
 
 

@@ -183,8 +183,12 @@ RELEASES = pytest.mark.parametrize("flash", [("flash2",), ("flash3",)], indirect
 EARLY = pytest.mark.parametrize("flash", [("flash3", True)], indirect=True, ids=str)
 
 
-@RELEASES
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "flash, masked",
+    [(("flash2",), False), (("flash2",), True), (("flash3",), False), (("flash3",), True), (("varlen",), True)],
+    indirect=["flash"],
+    ids=str,
+)
 def test_flash_attention_compiles_whole_and_is_computed_once_unless_all_is_again(flash, masked):
     """Compiled and not. Its package is imported when blocks are wrapped: else its operations need not exist."""
     build("selective", config=ONE)

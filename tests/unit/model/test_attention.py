@@ -1,5 +1,6 @@
 """Which attention runs where, and that each way of running it computes the same."""
 
+import importlib.util
 from types import SimpleNamespace
 
 import flash_standin
@@ -10,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import attention
 from model.attention import Machine, attend, choose_backend, pack_keys, prepare_mask, use_attention
-from model.transformer import NucleusTransformer
 
+VARLEN = {flash_standin.VARLEN}
 BOTH = frozenset({"flash_attn", "flash_attn_interface"})
 HOPPER, AMPERE, BLACKWELL, VOLTA = ((9, 0), (8, 0), (10, 0), (7, 0))
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -23,6 +24,14 @@ BF16, FP32 = torch.bfloat16, torch.float32
         (HOPPER, BOTH, BF16, 128, "flash3"),
         (HOPPER, {"flash_attn"}, BF16, 128, "flash2"),
         (HOPPER, set(), BF16, 128, "sdpa"),
+        (HOPPER, VARLEN, BF16, 128, "varlen"),
+        (HOPPER, VARLEN | BOTH, BF16, 128, "flash3"),
+        (AMPERE, VARLEN | {"flash_attn"}, BF16, 128, "flash2"),
+        (BLACKWELL, VARLEN, torch.float16, 64, "varlen"),
+        (VOLTA, VARLEN, BF16, 128, "sdpa"),
+        (None, VARLEN, BF16, 128, "sdpa"),
+        (HOPPER, VARLEN, FP32, 128, "sdpa"),
+        (HOPPER, VARLEN, BF16, 100, "sdpa"),
         (AMPERE, BOTH, torch.float16, 64, "flash2"),
         (BLACKWELL, BOTH, BF16, 128, "flash2"),
         (AMPERE, {"flash_attn_interface"}, BF16, 128, "sdpa"),
@@ -48,6 +57,10 @@ def test_auto_takes_the_fastest_that_fits(capability, modules, dtype, head_dim, 
         ("flash2", None, BOTH, BF16, 128, "a CUDA device"),
         ("flash2", HOPPER, BOTH, FP32, 128, "bfloat16 or float16 tensors, not float32"),
         ("flash2", HOPPER, BOTH, BF16, 100, "a multiple of 8 up to 256, not 100"),
+        ("varlen", HOPPER, BOTH, BF16, 128, "torch.nn.attention.varlen .PyTorch 2.10 or newer"),
+        ("varlen", VOLTA, VARLEN, BF16, 128, "8.0 or higher, not 7.0"),
+        ("varlen", None, VARLEN, BF16, 128, "a CUDA device"),
+        ("varlen", HOPPER, VARLEN, FP32, 128, "bfloat16 or float16 tensors, not float32"),
     ],
 )
 def test_a_backend_asked_for_by_name_is_refused_with_what_is_missing(
@@ -65,11 +78,12 @@ def test_this_machine_refuses_what_it_lacks(monkeypatch):
     monkeypatch.setattr(attention, "_machine", lambda *_: Machine(None, frozenset()))
     with pytest.raises(ValueError, match="flash-attn 3.* and a CUDA device"):
         use_attention("flash3")
-    with pytest.raises(ValueError, match="one of auto, sdpa, flash2, flash3"):
+    with pytest.raises(ValueError, match="one of auto, sdpa, varlen, flash2, flash3"):
         use_attention("flash4")
     assert attention._choice == "auto"
 
 
+@pytest.mark.skipif(importlib.util.find_spec("torchtitan") is None, reason="training needs torchtitan")
 def test_a_training_is_refused_at_its_start_where_the_machine_lacks_what_it_asks_for(monkeypatch):
     from model.train.trainer import NucleusTrainer
 
@@ -82,7 +96,21 @@ def test_a_training_is_refused_at_its_start_where_the_machine_lacks_what_it_asks
         NucleusTrainer(asked)
 
 
-@pytest.fixture(params=["flash2", "flash3", "early flash3"])
+def test_this_machine_refuses_pytorchs_own_kernel_without_a_cuda_device(monkeypatch):
+    monkeypatch.setattr(attention, "_machine", lambda *_: Machine(None, frozenset(VARLEN)))
+    with pytest.raises(ValueError, match="attention_backend='varlen' needs a CUDA device of compute capability 8.0"):
+        use_attention("varlen")
+
+
+def test_slow_attention_on_a_gpu_is_a_warning_and_fast_attention_is_none(monkeypatch, caplog):
+    for modules, warned in ((frozenset(), True), (frozenset(VARLEN), False)):
+        monkeypatch.setattr(attention, "_machine", lambda *_, modules=modules: Machine(HOPPER, modules))
+        caplog.clear()
+        attention._decide.__wrapped__("auto", "cuda", 0, BF16, 128)
+        assert ("slow here" in caplog.text) == warned
+
+
+@pytest.fixture(params=["flash2", "flash3", "early flash3", "varlen"])
 def flash(request, monkeypatch):
     """Chosen for tensors of any type, also fp32."""
     *early, backend = request.param.split()
@@ -112,7 +140,8 @@ def test_flash_attention_equals_sdpa_and_repeats_no_heads(flash, masked):
     for ours, theirs in zip(gradients, wanted):
         assert torch.allclose(ours, theirs, atol=1e-5)
     rows = ("varlen", (18, 4, 8), (33, 2, 8), (33, 2, 8)) if masked else ("dense", q.shape, k.shape, v.shape)
-    assert flash.calls == [rows]
+    dense_by_sdpa = not masked and attention._backend(q, 8) == "varlen"
+    assert flash.calls == ([] if dense_by_sdpa else [rows])
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -124,7 +153,8 @@ def test_flash_attention_adds_up_in_one_order_where_pytorch_is_asked_to(flash, m
         attend(q, k, v, mask if masked else None).sum().backward()
     finally:
         torch.use_deterministic_algorithms(False)
-    assert flash.deterministic == [False, True]
+    dense_by_sdpa = not masked and attention._backend(q, 8) == "varlen"  # PyTorch asks itself
+    assert flash.deterministic == ([] if dense_by_sdpa else [False, True])
 
 
 class Operations(TorchDispatchMode):
@@ -170,6 +200,9 @@ def test_packed_keys_are_each_samples_own_in_order():
 
 
 def test_whole_model_on_flash_attention_packs_its_mask_once(flash, monkeypatch):
+    pytest.importorskip("pydantic", reason="a model's configuration needs pydantic")
+    from model.transformer import NucleusTransformer
+
     torch.manual_seed(0)
     model = NucleusTransformer.from_config(
         dict(
@@ -217,6 +250,24 @@ def test_sdpa_of_grouped_heads_equals_its_definition(device, masked, monkeypatch
         assert torch.allclose(mine, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype, grouped", [(FP32, False), (BF16, True)])
+def test_sdpa_on_a_gpu_takes_grouped_heads_only_where_a_fused_kernel_does(dtype, grouped, monkeypatch):
+    """In fp32 none does: PyTorch would fall back to plain products with repeated heads."""
+    (q, k, v), _ = tensors()
+    seen = []
+    real = F.scaled_dot_product_attention
+
+    def noting(q, k, v, **options):
+        seen.append((options.get("enable_gqa", False), q.shape[1] == k.shape[1]))
+        return real(q, k, v, **options)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", noting)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "device", property(lambda self: SimpleNamespace(type="cuda")))
+        attention._sdpa(*(x.to(dtype) for x in (q, k, v)), None)
+    assert seen == [(grouped, not grouped)]
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_sdpa_repeats_no_heads_on_a_cpu(masked):
     (q, k, v), mask = tensors()
@@ -235,7 +286,7 @@ def test_mask_stays_as_it_is_without_flash_attention():
     assert prepare_mask(mask, torch.zeros(3, 6, 8), 8) is mask
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "flash2", "flash3"])
+@pytest.mark.parametrize("backend", ["sdpa", "flash2", "flash3", "varlen"])
 def test_the_choice_breaks_no_compiled_graph(backend, monkeypatch):
     """Also where it is made first while compiling: blocks of it are in test_activation.py."""
     monkeypatch.setattr(attention, "PLAIN_SCORES", 0)
@@ -244,7 +295,8 @@ def test_the_choice_breaks_no_compiled_graph(backend, monkeypatch):
         flash_standin.install(monkeypatch, backend)
     torch._dynamo.reset()
     layer = attention.Attention(16, 2, 1, 8)
-    arguments = (torch.randn(2, 4, 16), torch.randn(2, 3, 1, 8), torch.randn(2, 3, 1, 8), torch.randn(4, 1, 4, 2), None)
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    arguments = (torch.randn(2, 4, 16), torch.randn(2, 3, 1, 8), torch.randn(2, 3, 1, 8), torch.randn(4, 1, 4, 2), mask)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     with torch.autocast("cpu", BF16):
         assert torch.allclose(compiled(*arguments), layer(*arguments), atol=1e-2)
@@ -259,7 +311,7 @@ def test_every_backend_of_this_card_equals_fp32(masked):
     expected = attention._sdpa(q, k, v, mask if masked else None)
     q, k, v = (x.to("cuda", torch.bfloat16) for x in (q, k, v))
     try:
-        for backend in ("auto", "sdpa", "flash2", "flash3"):
+        for backend in ("auto", "sdpa", *attention.PACKAGES):
             if not attention.lacking(backend, attention._machine("cuda", None)):
                 use_attention(backend)
                 found = attend(q, k, v, mask.cuda() if masked else None)

@@ -118,6 +118,15 @@ def test_all_samples_of_a_step_share_one_bucket_and_buckets_get_their_share(writ
     assert steps == {"64x32": 256, "64x64": 512, "96x64": 256}
 
 
+def test_the_first_step_of_each_bucket_is_the_one_that_a_run_meets_first(written):
+    """A compiler warms up on these, in this order."""
+    order = SampleOrder(LatentDataset(written[0]), 8, 0)
+    met = {}
+    for step in range(order.CYCLE):
+        met.setdefault(order.batch(step).bucket, step)
+    assert order.first_steps() == list(met.values()) and len(met) > 1
+
+
 def test_every_image_is_seen_once_per_epoch(written):
     dataset = LatentDataset(written[0])
     order = SampleOrder(dataset, 5, 0)

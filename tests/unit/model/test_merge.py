@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from model.config import TransformerConfig
 from model.merge import merge, wsm_weights
 from model.transformer import NucleusTransformer
+from model.weights.checkpoints import _MetadataUnpickler
 from model.weights.export import export_transformer, load_transformer
 
 CONFIG = TransformerConfig(
@@ -119,3 +120,16 @@ def test_what_does_not_fit_is_refused(trajectory, tmp_path):
     with pytest.raises(ValueError, match="config"):
         merge(trajectory[:1], [1.0], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_metadata_of_each_checkpoint_is_parsed_once_however_many_tensors_it_has(trajectory, tmp_path, monkeypatch):
+    for i, checkpoint in enumerate(trajectory[:3]):
+        dcp.save(dict(checkpoint), checkpoint_id=tmp_path / f"step-{i}", no_dist=True)
+    parsed = []
+    unpickle = _MetadataUnpickler.load
+    monkeypatch.setattr(_MetadataUnpickler, "load", lambda self: parsed.append(1) or unpickle(self))
+    report = merge([tmp_path / f"step-{i}" for i in range(3)], wsm_weights(3), tmp_path / "merged", CONFIG)
+    assert report["tensors"] > 20 and len(parsed) == 3
+    merge(trajectory[:3], wsm_weights(3), tmp_path / "expected", CONFIG)
+    expected, found = (load_transformer(tmp_path / name).state_dict() for name in ("expected", "merged"))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())

@@ -6,6 +6,7 @@ import torch
 from small_model import SMALL
 from torch import nn
 
+from model import optim
 from model.config import TransformerConfig
 from model.optim import Muon, newton_schulz, parameter_groups, update_scale, wsm_schedule
 from model.transformer import NucleusTransformer
@@ -178,3 +179,18 @@ def test_muon_learns_a_linear_map():
 def test_schedule_warms_up_linearly_and_never_decays():
     assert [wsm_schedule(step, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert wsm_schedule(10**7, 1000) == 1.0 and wsm_schedule(0, 0) == 1.0
+
+
+@pytest.mark.parametrize("most", [1, 3, 5, 100])
+def test_matrices_go_through_newton_schulz_in_batches_of_bounded_size_with_the_same_result(most, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(n, *shape, generator=generator) for n, shape in ((4, (6, 8)), (1, (8, 6)), (3, (6, 8)))]
+    goals = [torch.zeros_like(stack) for stack in matrices]
+    sizes = []
+    iterate = optim.newton_schulz
+    monkeypatch.setattr(optim, "MAX_BATCH_BYTES", most * 6 * 8 * 4)
+    monkeypatch.setattr(optim, "newton_schulz", lambda x, steps: sizes.append(len(x)) or iterate(x, steps))
+    optim.add_orthogonal([optim.Matrices(goal, stack, -0.5) for goal, stack in zip(goals, matrices)], 5)
+    assert max(sizes) == min(most, 8) and sum(sizes) == 8
+    for goal, stack in zip(goals, matrices):
+        assert torch.allclose(goal, -0.5 * torch.stack([iterate(matrix, 5) for matrix in stack]), atol=1e-5)

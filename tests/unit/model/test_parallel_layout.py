@@ -25,8 +25,8 @@ def changed(**values) -> TrainConfig:
 @pytest.mark.parametrize(
     ("values", "ranks", "expected", "expert_shard"),
     [
-        ({}, 64, Layout(1, 64, 64), 1),  # the recipe's: one expert of each layer on each GPU
-        ({"expert_parallel": 8}, 64, Layout(1, 64, 8), 8),
+        ({}, 64, Layout(1, 64, 8), 8),  # the recipe's: the ranks of a node exchange rows
+        ({"expert_parallel": 64}, 64, Layout(1, 64, 64), 1),  # the paper's: one expert of each layer on each GPU
         ({"expert_parallel": 8, "data_parallel_replicate": 8}, 64, Layout(8, 8, 8), 1),
         ({"expert_parallel": 1, "data_parallel_replicate": 2, "data_parallel_shard": 32}, 64, Layout(2, 32, 1), 32),
         ({"expert_parallel": 1}, 1, Layout(1, 1, 1), 1),  # one process: whole weights
@@ -44,7 +44,7 @@ def test_the_degrees_are_those_asked_for(values, ranks, expected, expert_shard):
          "train.data_parallel_replicate=3 must divide the 64 ranks: 64 = 21 x 3 + 1"),
         ({"data_parallel_replicate": 2, "data_parallel_shard": 16}, {}, 64,
          "train.data_parallel_replicate=2 x train.data_parallel_shard=16 = 32, which is not the 64 ranks"),
-        ({}, {}, 16, "train.expert_parallel=64 must divide the 16 ranks that share the weights: 16 = 0 x 64 + 16"),
+        ({"expert_parallel": 64}, {}, 16, "train.expert_parallel=64 must divide the 16 ranks that share the weights: 16 = 0 x 64 + 16"),
         ({"expert_parallel": 8, "data_parallel_replicate": 16}, {}, 64,
          "train.expert_parallel=8 must divide the 4 ranks that share the weights: 4 = 0 x 8 + 4"),
         ({"muon_implementation": "torchtitan", "expert_parallel": 1, "data_parallel_replicate": 8}, {}, 8,
@@ -53,7 +53,7 @@ def test_the_degrees_are_those_asked_for(values, ranks, expected, expert_shard):
         ({"expert_parallel": 24}, {}, 48,
          "train.expert_parallel=24 must divide model.num_experts=64: 64 = 2 x 24 + 16"),
         ({}, {"routing": {"kind": "dense"}, "capacity_factors": 2.0}, 64,
-         "train.expert_parallel=64 shares out experts, and model.routing.kind='dense' has none"),
+         "train.expert_parallel=8 shares out experts, and model.routing.kind='dense' has none"),
         ({"expert_parallel": 1}, {}, 128,
          "128 ranks share 64 experts: neither these (64 = 0 x 128 + 64) nor moe_intermediate_dim 1344 "
          "(1344 = 10 x 128 + 64) can be cut into equal parts"),

@@ -227,6 +227,19 @@ def test_what_passes_a_gpus_own_link_is_what_its_node_does_not_share(sections, s
     assert between(8, 8, 8, 32, "selective")[0] == between(8, 4, 2, 32, "selective")[0] == 0
 
 
+def test_the_recipes_layout_keeps_the_exchange_of_rows_inside_a_node_and_exposes_less_of_it(sections):
+    ours, papers = (plan(*sections, GPUS["h100"], expert_parallel=degree)["stages"] for degree in (None, 64))
+    for one, other in zip(ours, papers):
+        assert (one["layout"]["expert_parallel"], other["layout"]["expert_parallel"]) == (8, 64)
+        assert one["bytes_per_step"]["between_nodes_rows"] == 0
+        assert other["bytes_per_step"]["between_nodes_rows"] == pytest.approx(
+            other["bytes_per_step"]["network_all_to_all"] * 56 / 63
+        )
+        assert one["exposed_rows_s"] < 0.1 * other["exposed_rows_s"]
+        # What may overlap with computation is no more than there is of it.
+        assert one["network_floor_s"] < one["step_s"] and one["network_floor_s"] < other["network_floor_s"]
+
+
 def test_the_network_is_told_in_seconds_and_where_it_may_dominate(capsys):
     command = [str(RECIPE), "--gpus", "64", "--json"]
     found = {}
@@ -314,7 +327,7 @@ def test_every_stage_of_the_published_recipe_fits_its_64_gpus_of_80_gb(sections,
     assert [report["fits"] for report in reports] == [True] * 3
     assert [report["layout"]["micro_batch"] for report in reports] == [32, 16, 4]
     model, train = sections
-    whole_share = Layout(64, 64, 64, 64, train.activation_checkpointing)
+    whole_share = Layout(64, 64, 8, 64, train.activation_checkpointing)
     assert not plan_stage(shapes, model, train, train.stages[0], whole_share, GPUS["h100"])["fits"]
 
 
@@ -385,7 +398,10 @@ def test_token_choice_is_planned_at_its_limit_or_at_an_even_load(sections, facto
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--gpus", "48"], "shard ranks 48 must be a multiple of expert_parallel 64: 48 = 0 x 64 + 48"),
+        (
+            ["--gpus", "48", "--expert-parallel", "64"],
+            "shard ranks 48 must be a multiple of expert_parallel 64: 48 = 0 x 64 + 48",
+        ),
         (["--gpus", "64", "--shard", "24"], "GPUs 64 must be a multiple of shard 24: 64 = 2 x 24 + 16"),
         (["--gpus", "48", "--expert-parallel", "48"], "num_experts 64 must be a multiple of expert_parallel 48"),
         (

@@ -59,7 +59,7 @@ def rank_main(folder, rank, ranks):
             CUT: DTensor.from_local(torch.full((2,), float(rank)), mesh, [Shard(0), Shard(0)], run_check=False),
         }
         if disturbed is not None:
-            replicas.held(found[disturbed]).view(-1)[1] += 1e-6
+            replicas.local_part(found[disturbed]).view(-1)[1] += 1e-6
         return found
 
     told = [replicas.differing(weights())]

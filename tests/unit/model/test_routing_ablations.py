@@ -33,7 +33,7 @@ def expert(moe, e, token):
 
 def token_choice_by_definition(moe, x, unmodulated, timestep):
     """One token at a time; a full expert keeps the tokens that it has the highest scores for."""
-    k, limit = int(moe.capacity_factor), moe.routing.expert_limit
+    k, limit = int(moe.capacity_factor), moe.expert_limit
     room = S if limit is None else max(1, math.ceil(limit * k * S / E))
     outputs = []
     for b in range(B):

@@ -71,3 +71,14 @@ def test_each_layer_has_its_own_capacity_at_every_resolution(rows, columns):
     _, trace = forward(model, rows, columns)
     taken = {layer: routing.indices_BEC.shape[-1] for layer, routing in trace.layers.items()}
     assert taken == {1: -(-S // 4), 2: -(-S // 4), 3: -(-S // 2)}
+
+
+def test_only_moe_layers_need_a_capacity_factor():
+    """A dense layer's is never read, and diffusers loads a configuration with 0.0 there."""
+    values = SMALL | {"dense_moe_strategy": "leave_first_block_dense", "capacity_factors": (0.0, 2.0, 2.0)}
+    model = NucleusTransformer(TransformerConfig(**values))
+    assert [block.moe_enabled for block in model.transformer_blocks] == [False, True, True]
+    TransformerConfig(**values | {"dense_moe_strategy": "all_dense", "capacity_factors": 0.0})
+    for factors in ((2.0, 0.0, 2.0), 0.0):
+        with pytest.raises(ValueError, match="capacity factor 0.0 must lie in"):
+            TransformerConfig(**values | {"capacity_factors": factors})

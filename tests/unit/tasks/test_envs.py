@@ -39,3 +39,9 @@ def test_memory_of_an_accelerator_is_in_segments_that_grow_unless_the_user_says_
         assert trainer(**asked)["environment"][ALLOCATOR] == "expandable_segments:True"
         assert trainer(**asked, PYTORCH_ALLOC_CONF="backend:native")["environment"][ALLOCATOR] == "backend:native"
         assert ALLOCATOR not in trainer(**asked, NUCLEUS_ACCELERATOR="none")["environment"]
+
+
+def test_a_pod_with_accelerators_sets_what_is_read_when_a_process_starts(trainer):
+    environment = trainer(NUCLEUS_TRAIN_NPROC="8")["environment"]
+    assert environment["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert 8 * int(environment["TORCHINDUCTOR_COMPILE_THREADS"]) <= 96  # cores

@@ -336,7 +336,7 @@ def test_the_17b_recipe_trains_as_the_paper_says():
     t = train.timesteps
     assert (t.base_tokens, t.base_shift, t.max_tokens, t.max_shift, t.uniform_fraction) == (256, 0.5, 4096, 1.15, 0.1)
     assert (train.caption_dropout, recipe.merge.last_n) == (0.1, 16)
-    assert (train.nnodes * train.nproc_per_node, train.expert_parallel, train.dtype) == (64, 64, "bfloat16")
+    assert (train.nnodes * train.nproc_per_node, train.expert_parallel, train.dtype) == (64, 8, "bfloat16")
     scores = recipe.eval
     assert (scores.benchmark, scores.num_inference_steps, scores.guidance_scale) == ("geneval", 50, 8.0)
     assert (scores.images_per_prompt, scores.image_size_px, len(scores.seeds)) == (4, 1024, 3)

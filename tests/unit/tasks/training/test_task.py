@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import sys
 from types import ModuleType
 
@@ -18,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from model.train.guard import Diverged
 from model.train.preemption import Preempted
-from tasks.artifacts import UserError, home
+from tasks.artifacts import UserError, fetch, home
 from tasks.manifest import load_manifest, seal
 from tasks.planning.sections import train_stage as section
 from tasks.recipe import load_recipe
@@ -44,10 +45,10 @@ def stage(tmp_path, monkeypatch):
         seal(tmp_path / kind, kind)
         inputs[kind] = FlyteDirectory(str(tmp_path / kind))
 
-    def call(train_stage, *overrides):
+    def call(train_stage, *overrides, init=None):
         run.train_stage = train_stage
         config = section(load_recipe("smoke", overrides), 0)
-        return task.train_stage.task_function(stage=config, **inputs), run.pruned
+        return task.train_stage.task_function(stage=config, init=init, **inputs), run.pruned
 
     return call
 
@@ -163,3 +164,35 @@ def test_other_ranks_train_and_seal_nothing(stage, monkeypatch):
     calls = []
     _, pruned = stage(lambda *_, **options: calls.append(options["out_dir"]))
     assert len(calls) == 1 and pruned == [] and not (home() / "artifacts").exists()
+
+
+def test_a_stage_fetches_the_last_checkpoint_and_the_optimiser_of_the_one_before_and_no_others(tmp_path):
+    trained = tmp_path / "trained"
+    for name in ("step-00000010/a", "step-00000100/a", "step-00000100/b", "optimizer/step-00000100/a", "report.json"):
+        (trained / name).parent.mkdir(parents=True, exist_ok=True)
+        (trained / name).write_text(name)
+    seal(trained, "checkpoints")
+    assert task.earlier_checkpoints(FlyteDirectory(str(trained))) == ("step-00000010/a",)
+    shutil.rmtree(trained / "step-00000010")
+    artifact = FlyteDirectory(str(trained))
+    with pytest.raises(UserError, match="lacks step-00000010/a"):
+        fetch(artifact, "checkpoints")
+    assert fetch(artifact, "checkpoints", without=task.earlier_checkpoints(artifact)) == trained
+
+
+def test_the_training_task_asks_for_the_last_checkpoint_alone(stage, tmp_path):
+    seen = []
+
+    def trained(*_, init_from, out_dir, **__):
+        seen.append(init_from)
+        (out_dir / "step-00000004").mkdir()
+        (out_dir / "step-00000004" / "a").write_text("a")
+
+    before = tmp_path / "before"
+    for step in (4, 8):
+        (before / f"step-{step:08d}").mkdir(parents=True)
+        (before / f"step-{step:08d}" / "a").write_text(str(step))
+    seal(before, "checkpoints")
+    shutil.rmtree(before / "step-00000004")
+    stage(trained, init=FlyteDirectory(str(before)))
+    assert seen == [before]

@@ -58,7 +58,9 @@ def test_spread_has_medians_and_quartiles():
     assert measure.Spread.of([2.0]).median == 2.0
 
 
-TOY_BLOCK = "--device cpu --width 64 --heads 4 --kv-heads 2 --experts 4 --hidden 48 --text 8 --text-dim 32 --tokens 16"
+TOY_BLOCK = (
+    "--device cpu --width 64 --heads 4 --kv-heads 2 --experts 4 --hidden 48 --text 8 --text-dim 32 --cases 1x16x2"
+)
 
 
 def test_blocks_without_a_device_say_so_in_one_line(capsys, monkeypatch):
@@ -70,17 +72,64 @@ def test_blocks_without_a_device_say_so_in_one_line(capsys, monkeypatch):
 
 def test_blocks_are_measured_at_a_toy_size(capsys, monkeypatch):
     monkeypatch.setattr(gpu_blocks, "has_kernels", lambda args: False)  # the interpreter takes seconds
-    assert gpu_blocks.main([*TOY_BLOCK.split(), *"--rounds 2 --no-compile --capacities 2".split()]) == 0
+    assert gpu_blocks.main([*TOY_BLOCK.split(), *"--rounds 2 --no-compile".split()]) == 0
     out = capsys.readouterr().out
     for text in ("command: ", "machine: ", "matrix rate: ", "bandwidth: ", "'ours, torch' is ", "% of its floor",
-                 "expert products together: ", "the rest takes", "combine backward", "its memory floor"):  # fmt: skip
+                 "expert products together: ", "the rest takes", "attention backward", "combine backward",
+                 "its memory floor"):  # fmt: skip
         assert text in out, text
 
 
-def test_blocks_that_compute_something_else_are_not_compared():
-    runs = {"diffusers, eager": lambda: torch.ones(3), "ours, torch": lambda: -torch.ones(3)}
-    with pytest.raises(RuntimeError, match="computes something else"):
-        gpu_blocks.agree(runs)
+def failing():
+    raise RuntimeError("not taken whole\nbecause")
+
+
+def test_blocks_that_fail_or_compute_something_else_are_named_and_not_measured(monkeypatch):
+    """The others are."""
+    runs = {
+        "diffusers, eager": lambda: torch.ones(3),
+        "ours, torch": lambda: -torch.ones(3),
+        "ours, triton": failing,
+        "ours, compiled, torch": lambda: torch.ones(3) * 1.01,
+    }
+    bad = gpu_blocks.agree(runs)
+    assert bad == {
+        "ours, torch": "computes something else: 2 from the output of 'diffusers, eager'",
+        "ours, triton": "RuntimeError: not taken whole",
+    }
+    assert gpu_blocks.agree({"ours, torch": runs["ours, torch"], "other": runs["ours, torch"]}) == {}
+    real = gpu_blocks.variants
+    monkeypatch.setattr(gpu_blocks, "has_kernels", lambda args: False)
+    monkeypatch.setattr(gpu_blocks, "variants", lambda *a: real(*a) | {"ours, broken": failing})
+    args = gpu_blocks.parse([*TOY_BLOCK.split(), *"--rounds 2 --no-compile".split()])
+    found = gpu_blocks.measure(args, args.cases[0], 1e10, 1e9)
+    assert found["failures"] == {"ours, broken": "RuntimeError: not taken whole"}
+    assert set(found["ms"]["forward + backward"]) == {"ours, torch", "diffusers, eager"}
+
+
+def test_every_case_is_compiled_anew_and_a_variant_that_falls_back_is_an_error(monkeypatch):
+    """PyTorch would run what exceeds its limit uncompiled, and say so in a log alone."""
+    seen = []
+
+    def measured(*_):
+        config = torch._dynamo.config
+        seen.append((config.recompile_limit, config.fail_on_recompile_limit_hit, torch._dynamo.utils.counters["stats"]))
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] = 9
+
+    monkeypatch.setattr(gpu_blocks, "_measure", measured)
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    for _ in range(2):
+        gpu_blocks.measure(None, None, 1.0, 1.0)
+    assert len(resets) == 2 and all(limit > 8 and fails for limit, fails, _ in seen)
+
+
+def test_without_diffusers_the_block_is_measured_alone(monkeypatch):
+    monkeypatch.setattr(gpu_blocks, "has_diffusers", lambda: False)
+    monkeypatch.setattr(gpu_blocks, "has_kernels", lambda args: False)
+    args = gpu_blocks.parse([*TOY_BLOCK.split(), *"--rounds 2 --no-compile".split()])
+    found = gpu_blocks.measure(args, args.cases[0], 1e10, 1e9)
+    assert set(found["ms"]["forward"]) == {"ours, torch"} and not found["failures"] and not found["speed"]
 
 
 def test_the_block_of_the_benchmark_has_the_released_axes():
