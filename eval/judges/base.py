@@ -7,7 +7,6 @@ probes --answer--> answers == those recorded   or the judge is refused before it
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -174,15 +173,6 @@ def check_sha256(path: Path, sha256: str) -> Path:
     if actual != sha256:
         raise ValueError(f"{path} has the SHA-256 {actual}, and this judge's weights have {sha256}")
     return path
-
-
-def as_jpeg(image: Image.Image) -> Image.Image:
-    """The image through JPEG of quality 75: what OneIG's judges see of a tile (eval.oneig.split_grid)."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, format="JPEG")
-    return Image.open(buffer, formats=("JPEG",)).convert("RGB")
 
 
 def only_image(request: Request) -> Image.Image:

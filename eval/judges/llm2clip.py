@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from eval.judges.base import BaseJudge, Probe, as_jpeg, device, libraries, only_image, resolve
+from eval.judges.base import BaseJudge, Probe, device, libraries, only_image, resolve
 from eval.protocols import Request
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class LLM2CLIP(BaseJudge):
     """
 
     name = "llm2clip"
-    model = "microsoft/LLM2CLIP-Openai-L-14-336 with LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned"
+    model = "microsoft/LLM2CLIP-Openai-L-14-336 with LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned, pooled here"
 
     def __init__(self, at: str = ""):
         if not re.fullmatch(r"[0-9a-f]{40}", at):
@@ -115,7 +115,7 @@ class LLM2CLIP(BaseJudge):
                 "weights": identities,
                 "dtype": f"{llama.dtype}, the towers' heads under autocast".replace("torch.", ""),
                 "attention": llama.config._attn_implementation,
-                "processor": "CLIPImageProcessorPil, JPEG quality 75",
+                "processor": "CLIPImageProcessorPil",
                 "decoding": f"cosine; text: mean over its tokens and {END}, at most {MAX_TOKENS}",
                 "libraries": libraries("torch", "transformers", "pillow"),
             }
@@ -134,7 +134,7 @@ class LLM2CLIP(BaseJudge):
         where = self._llama.device
         if request.text not in self._texts:
             self._texts[request.text] = embed_texts(self._llama, self._tokenizer, [request.text])
-        pixels = self._processor(images=[as_jpeg(only_image(request))], return_tensors="pt")["pixel_values"]
+        pixels = self._processor(images=[only_image(request)], return_tensors="pt")["pixel_values"]
         with torch.inference_mode(), torch.autocast(where.type):
             features = [
                 self._clip.get_image_features(pixels.to(where)),

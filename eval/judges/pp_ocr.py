@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from eval.judges.base import BaseJudge, Probe, as_jpeg, check_sha256, libraries, only_image, package_folder
+from eval.judges.base import BaseJudge, Probe, check_sha256, libraries, only_image, package_folder
 from eval.protocols import Request
 
 WEIGHTS = {
@@ -48,7 +48,7 @@ class PPOCR(BaseJudge):
                 "weights": WEIGHTS,
                 "dtype": "float32",
                 "attention": None,
-                "processor": "JPEG quality 75, BGR, rapidocr's defaults",
+                "processor": "BGR, rapidocr's defaults",
                 "decoding": f"lines of a score above {MIN_SCORE}, in rapidocr's order, joined by spaces",
                 "settings": SETTINGS,
                 "libraries": versions,
@@ -57,7 +57,7 @@ class PPOCR(BaseJudge):
         self._ocr = RapidOCR(params=dict(SETTINGS))
 
     def answer_one(self, request: Request) -> str:
-        pixels = np.ascontiguousarray(np.asarray(as_jpeg(only_image(request)))[..., ::-1])
+        pixels = np.ascontiguousarray(np.asarray(only_image(request))[..., ::-1])
         read = self._ocr(pixels)
         lines = zip(read.txts, read.scores, strict=True) if read.txts else ()
         return " ".join(text for text, score in lines if score > MIN_SCORE)

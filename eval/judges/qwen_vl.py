@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from PIL import Image, ImageDraw, ImageFont
 
-from eval.judges.base import BaseJudge, Probe, as_jpeg, device, libraries, only_image, resolve
+from eval.judges.base import BaseJudge, Probe, device, libraries, only_image, resolve
 from eval.protocols import Request
 
 IMAGE = "<|image_pad|>"
@@ -49,7 +49,6 @@ class _QwenVL(BaseJudge):
     architecture: ClassVar[str]
     template: ClassVar[str]
     decoding: ClassVar[str]
-    picture: ClassVar[str]
 
     def __init__(self, at: str | None = None):
         import torch
@@ -75,7 +74,7 @@ class _QwenVL(BaseJudge):
                 "weights": identity,
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "attention": model.config._attn_implementation,
-                "processor": f"Qwen2VLImageProcessorPil of the checkpoint, one image at a time, {self.picture}",
+                "processor": "Qwen2VLImageProcessorPil of the checkpoint, one image at a time",
                 "decoding": self.decoding,
                 "template": self.template,
                 "libraries": libraries("torch", "transformers", "pillow"),
@@ -108,12 +107,11 @@ class Qwen25VL(_QwenVL):
     architecture = "Qwen2_5_VLForConditionalGeneration"
     template = SYSTEM + USER
     decoding = f"the checkpoint's own generation_config, seed {SEED}, at most {MAX_NEW_TOKENS} tokens or as asked"
-    picture = "JPEG quality 75"
 
     def answer_one(self, request: Request) -> str:
         import torch
 
-        inputs = self._inputs(as_jpeg(only_image(request)), request.text)
+        inputs = self._inputs(only_image(request), request.text)
         tokens = int(request.options.get("max_new_tokens", MAX_NEW_TOKENS))
         with torch.inference_mode(), torch.random.fork_rng():
             torch.manual_seed(SEED)
@@ -163,7 +161,6 @@ class Qwen3VL(_QwenVL):
     architecture = "Qwen3VLForConditionalGeneration"
     template = USER
     decoding = "softmax of the first token's scores"
-    picture = "as it is"
 
     def answer_one(self, request: Request) -> float:
         import torch

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from eval import oneig
-from eval.judges.base import BaseJudge, Probe, as_jpeg, device, file_sha256, libraries, only_image, resolve
+from eval.judges.base import BaseJudge, Probe, device, file_sha256, libraries, only_image, resolve
 from eval.protocols import Request
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class OneIGStyle(BaseJudge):
                 "weights": identities,
                 "dtype": f"{tower.dtype} and {encoder.dtype}".replace("torch.", ""),
                 "attention": encoder.config._attn_implementation,
-                "processor": "JPEG quality 75; short side to 224 px, bicubic, the middle",
+                "processor": "short side to 224 px, bicubic, the middle",
                 "decoding": "eval.oneig.style_score",
                 "libraries": libraries("torch", "transformers", "pillow", "numpy"),
             }
@@ -161,7 +161,7 @@ class OneIGStyle(BaseJudge):
         known = sorted(name.removeprefix("csd/") for name in self._references if name.startswith("csd/"))
         if style not in known:
             raise ValueError(f"there are no references of style {style!r}; there are {', '.join(known)}")
-        image = as_jpeg(only_image(request))
+        image = only_image(request)
         with torch.inference_mode():
             pixels = torch.from_numpy(csd_pixels(image, self._tower.config.image_size))[None].to(self._tower.device)
             csd = self._tower(pixel_values=pixels).pooler_output @ self._head

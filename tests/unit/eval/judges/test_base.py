@@ -163,14 +163,3 @@ def test_the_command_records_and_checks(tmp_path, capsys, monkeypatch):
     assert selftest.main(["xkcd-color", "--check"]) == 0
     assert selftest.main(["shapes-detector"]) == 1
     assert "self-test of its own" in capsys.readouterr().err
-
-
-def test_a_picture_through_jpeg_is_the_tile_that_the_official_code_judges():
-    from io import BytesIO
-
-    from eval.oneig import split_grid
-
-    rng = np.random.default_rng(0)
-    image = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
-    tile = Image.open(BytesIO(split_grid(image, (1, 1), mode="fixed")[0])).convert("RGB")
-    assert np.array_equal(np.asarray(base.as_jpeg(image)), np.asarray(tile))

@@ -6,7 +6,6 @@ from conftest import picture
 
 from eval import oneig
 from eval.judges import registry, style
-from eval.judges.base import as_jpeg
 from eval.judges.llm2clip import END, HEADER, LLM2CLIP, bidirectional, embed_texts
 from eval.judges.style import OneIGStyle, convert_csd, csd_pixels, load_tower
 from eval.protocols import Request
@@ -173,8 +172,8 @@ def test_a_small_style_judge_scores_against_the_references_of_the_style(judge):
     image = picture(80, 60)
     (score,) = judge.answer([Request([image], "", {"style": "lego"})])
     with torch.no_grad():
-        csd = openai_tower()(torch.from_numpy(csd_pixels(as_jpeg(image), SIZE))[None])
-        inputs = judge._processor(images=as_jpeg(image), return_tensors="pt")["pixel_values"].to(torch.bfloat16)
+        csd = openai_tower()(torch.from_numpy(csd_pixels(image, SIZE))[None])
+        inputs = judge._processor(images=image, return_tensors="pt")["pixel_values"].to(torch.bfloat16)
         se = torch.nn.functional.normalize(judge._encoder(inputs).image_embeds, dim=-1)
     best_csd = max(float((csd @ judge._references["csd/lego"].T).max()), 0)
     best_se = max(float((se @ judge._references["se/lego"].T).max()), 0)  # bfloat16, as the official code multiplies
