@@ -25,10 +25,12 @@ POOLING: dict[str, Literal["categories", "prompts", "parts"]] = {
     "geneval": "categories",
     "oneig": "parts",
     "oneig-zh": "parts",
+    "oneig-text": "parts",
+    "oneig-text-zh": "parts",
 }
 
 # Benchmarks whose official code shows each image to the judges through JPEG (quality 75).
-JPEG_TILES = ("oneig", "oneig-zh")
+JPEG_TILES = ("oneig", "oneig-zh", "oneig-text", "oneig-text-zh")
 
 
 def check_judge(name: str) -> None:

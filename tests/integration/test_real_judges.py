@@ -167,6 +167,49 @@ def test_chinese_text_is_read(ocr):
 
 
 @needs(*OCR)
+def test_oneigs_text_is_scored_by_the_real_reader_from_prompts_to_a_card(tmp_path):
+    """A generator that writes what it should, but for one prompt; the other dimensions need no judge here."""
+    from eval.scorecard import evaluate
+
+    checkout = tmp_path / "checkout"
+    for folder in ("scripts/text", "scripts/style", "scripts/reasoning"):
+        (checkout / folder).mkdir(parents=True)
+    wanted, written = ["OPEN", "Fresh Coffee"], ["OPEN", "Stale Tea"]
+    (checkout / "OneIG-Bench.csv").write_text(
+        "category,id,prompt_en\n" + "".join(f"Text_Rendering,00{i},{text}\n" for i, text in enumerate(wanted))
+    )
+    (checkout / "scripts/text/text_content.csv").write_text(
+        "id,text_content\n" + "".join(f"00{i},{text}\n" for i, text in enumerate(wanted))
+    )
+    (checkout / "scripts/style/style.csv").write_text("id,class\n")
+    (checkout / "scripts/reasoning/gt_answer.json").write_text("{}")
+
+    def sampler(prompts, seeds, height, width):
+        images = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            image = Image.new("RGB", (width, height), "white")
+            text = written[wanted.index(prompt if isinstance(prompt, str) else prompt["prompt"])]
+            ImageDraw.Draw(image).text((30, 100), text, font=ImageFont.load_default(44), fill=(20, 20, 20 + seed % 50))
+            images.append(image)
+        return images
+
+    config = EvalConfig(
+        benchmark="oneig-text", judges={"ocr": "pp-ocr"}, prompts_file=str(checkout), seeds=(0,), image_size_px=384
+    )
+    card = evaluate(sampler, config, tmp_path / "run", log=lambda _: None)
+    text = json.dumps(card)
+    assert "oneig-text[pp-ocr]" in text and "Stale Tea" in (tmp_path / "run/scorecard.html").read_text()
+    rows = {row["prompt_id"]: row["score"] for row in _rows(tmp_path / "run/scores.parquet")}
+    assert rows["text_000"] == 1 and rows["text_001"] < 1
+
+
+def _rows(path):
+    import pyarrow.parquet as parquet
+
+    return parquet.read_table(path).to_pylist()
+
+
+@needs(*OCR)
 def test_a_photograph_without_text_has_none(ocr):
     assert ocr.answer([Request([photo("flower.jpg")], "")]) == [""]
 
