@@ -5,18 +5,25 @@
 # make gpu-check   on a machine with a GPU: does it work, how fast is it (benchmarks/first_card.py; results in first_card/)
 # make test-gpu    the tests that need a GPU; both take PYTHON as it is, where packages are missing too
 # make lint        ruff and mypy; make format repairs what ruff can
+# make images      images of all roles, by docker, podman or buildah; REGISTRY=... pushes them, VARIANT=cuda for GPUs
+# make preflight   what a run of RECIPE on SHAPE needs of the cluster in config/flyte.yaml
+# make register    the workflows, by the digests of make images, at this commit, for SHAPE
 # make lock        resolves constraints.txt again
 # Each makes the environment it needs in .venv.
 
 PYTHON ?= python3
 RECIPE ?= tiny
 SOURCE ?=
+SHAPE ?= 1x1
+VARIANT ?= cpu
+REGISTRY ?=
+CONFIG ?= config/flyte.yaml
 VENV := .venv
 STAMP := $(VENV)/.installed
 # The project's environment where there is one, else Python as it is: a borrowed GPU machine has a PyTorch of its own.
 GPU_PYTHON = $(if $(wildcard $(STAMP)),$(VENV)/bin/python,$(PYTHON))
 
-.PHONY: reproduce smoke draw test test-fast test-gpu gpu-check lint format lock env clean
+.PHONY: reproduce smoke draw test test-fast test-gpu gpu-check lint format lock images register preflight env clean
 
 reproduce: $(STAMP)
 	$(VENV)/bin/pyflyte run workflows/reproduce.py reproduce --recipe $(RECIPE) $(if $(SOURCE),--source "$(SOURCE)")
@@ -57,6 +64,15 @@ lock: $(STAMP)
 		--no-emit-package setuptools --output-file constraints.new
 	grep -vE '^(nvidia-|cuda-)' constraints.new > constraints.txt
 	rm constraints.new
+
+images: $(STAMP)
+	$(VENV)/bin/python -m containers.build --variant $(VARIANT) $(if $(REGISTRY),--registry "$(REGISTRY)") $(ARGS)
+
+register: $(STAMP)
+	$(VENV)/bin/python -m tools.register --config "$(CONFIG)" --shape $(SHAPE) $(ARGS)
+
+preflight: $(STAMP)
+	$(VENV)/bin/python -m tasks.preflight --config "$(CONFIG)" --recipe $(RECIPE) --shape $(SHAPE) $(ARGS)
 
 env: $(STAMP)
 

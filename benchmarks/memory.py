@@ -152,6 +152,7 @@ def predict(case: Case) -> dict[str, float]:
 
 def measure(case: Case) -> dict[str, float]:
     """Bytes of one rank in a step, by a trainer in this process (or, under torchrun, in its group)."""
+    from model.stages import training_stages
     from model.train.config import trainer_config
     from model.train.device import training_session
 
@@ -162,10 +163,9 @@ def measure(case: Case) -> dict[str, float]:
         stack.enter_context(mock.patch("model.kernels.elementwise._eager_cpu", lambda x: False))
         stack.enter_context(training_session())
         train = train_config(case)
+        (stage,) = training_stages(transformer(case), train)
         config = trainer_config(
-            transformer(case),
-            train.stages[0],
-            train,
+            stage,
             latents_dir=latents,
             work_dir=Path(folder) / "work",
             init_from=None,

@@ -57,8 +57,8 @@ def read(results: Path) -> list[dict[str, Any]]:
 
 
 def measure(args: argparse.Namespace) -> None:
+    from model.stages import training_stages
     from tasks.manifest import load_manifest
-    from tasks.planning.sections import train_stage as section_of
     from tasks.recipe import load_recipe
 
     recipe = load_recipe(args.recipe)
@@ -79,7 +79,8 @@ def measure(args: argparse.Namespace) -> None:
     ]
     for seed in args.seeds:
         for variant, overrides in variants.items():
-            section = section_of(load_recipe(args.recipe, [*common, f"train.seed={seed}", *overrides]), last)
+            changed = load_recipe(args.recipe, [*common, f"train.seed={seed}", *overrides])
+            section = training_stages(changed.model, changed.train)[last]
             told = json.dumps([section.model_dump(mode="json"), latents.digest, BATCHES, BATCH], sort_keys=True)
             key = hashlib.sha256(told.encode()).hexdigest()[:12]
             if any(row["key"] == key for row in read(args.results)):
@@ -108,7 +109,7 @@ def train(section: Any, latents: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
         out.mkdir()
-        report = train_stage(latents, section.model, section.train, 0, None, Path(scratch) / "work", out, score)
+        report = train_stage(latents, section, None, Path(scratch) / "work", out, score)
     return {"curve": curve, "seconds": round(report["train_s"] - paused, 1)}
 
 

@@ -62,8 +62,10 @@ class EvalConfig(BaseModel):
     @field_validator("seeds")
     @classmethod
     def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) < len(seeds) or min(seeds) < 0:
-            raise ValueError("seeds must be different whole numbers from 0 up: a repeated run is no new evidence")
+        if len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**32:
+            raise ValueError(
+                f"seeds must be different whole numbers from 0 to {2**32 - 1}: a repeated run is no new evidence"
+            )
         return seeds
 
     @field_validator("benchmark")

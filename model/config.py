@@ -15,7 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 from model.storage import check_path
 
+TIERS = ("A1", "A2", "A3", "A4", "A5")  # quality of a curated image, best first
+
 Positive = Annotated[int, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+# 32 bits: every random number generator takes such a seed, and offsets added to it never overflow.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 INIT_FROM = re.compile(r"[^@]+|[\w.-]+/[\w.-]+(/[\w./-]+)?@[0-9a-f]{40}")
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -26,6 +31,16 @@ MoeStrategy = Literal[
     "all_moe",
     "all_dense",
 ]
+
+
+class Free:
+    """Marks a setting of `TrainSettings` that may change between two attempts at one training.
+
+    Such a setting says how training is computed, stored or logged. What is trained does not depend on it, up to rounding.
+    """
+
+
+FREE = Free()
 
 
 class Section(BaseModel):
@@ -216,12 +231,16 @@ class OptimConfig(Section):
 
 
 class LossConfig(Section):
-    """Weights of the extra losses; 0 switches one off."""
+    """Weight of each loss beside flow matching; 0 switches it off.
 
-    router_z_loss: Annotated[float, Field(ge=0)] = 0.0
-    router_orthogonality: Annotated[float, Field(ge=0)] = 0.0
-    load_balance: Annotated[float, Field(ge=0)] = 0.0  # for token choice: expert choice is balanced as it is
-    wavelet: Annotated[float, Field(ge=0)] = 0.0
+    A field's name is the name of its function in `model.losses` (`LOSSES`, or `AFTER_STEP` for what is applied to weights
+    after the optimiser step). docs/extending.md shows how to add one.
+    """
+
+    router_z_loss: Weight = 0.0
+    router_orthogonality: Weight = 0.0
+    load_balance: Weight = 0.0  # for token choice: expert choice is balanced by construction
+    wavelet: Weight = 0.0  # only in stages with `StageConfig.wavelet`
 
 
 class StageConfig(Section):
@@ -233,8 +252,12 @@ class StageConfig(Section):
     batch_size: Positive  # global: all ranks and accumulation steps together
     capacity_factors: float | tuple[float, ...]
     aspect_ratios: tuple[str, ...] = ("1:1",)
-    tier_weights: dict[str, Annotated[float, Field(ge=0)]] = {"A1": 1.0, "A2": 1.0, "A3": 1.0, "A4": 1.0, "A5": 1.0}
-    wavelet: bool = False  # the wavelet loss is on at the last stage only
+    tier_weights: dict[str, Weight] = dict.fromkeys(TIERS, 1.0)
+    wavelet: bool = False  # whether the wavelet loss is on
+
+    def active_losses(self, losses: LossConfig) -> LossConfig:
+        """The weights of this stage."""
+        return losses if self.wavelet else losses.model_copy(update={"wavelet": 0.0})
 
 
 class TimestepConfig(Section):
@@ -269,53 +292,53 @@ class SkipConfig(Section):
         return self
 
 
-class TrainConfig(Section):
-    """The `train` section of a recipe."""
+class TrainSettings(Section):
+    """The `train` section of a recipe without its stages: what all stages share."""
 
-    seed: int = 0
-    stages: tuple[StageConfig, ...] = Field(min_length=1)
+    seed: Seed = 0  # of the whole training; each stage derives its own (model.stages)
     optim: OptimConfig
-    carry_optimizer: bool = True  # a stage goes on with the optimiser state and rate of the one before; no new warm-up
+    carry_optimizer: bool = (
+        True  # a stage continues with the optimiser state and rate of the one before, without warm-up
+    )
     losses: LossConfig = LossConfig()
     timesteps: TimestepConfig = TimestepConfig()
     caption_dropout: Fraction = 0.1
     # Released weights that the first stage starts from: a transformer directory, or ORG/REPO[/SUBFOLDER]@COMMIT on the Hub.
     init_from: str | None = None
-    local_batch_size: Positive | None = None  # most per rank and accumulation step; None: global batch / ranks
+    # Most samples per rank and accumulation step; None: global batch / ranks.
+    local_batch_size: Annotated[Positive | None, FREE] = None
     checkpoint_every_steps: Positive = 500
-    keep_checkpoints: Positive = 16
-    keep_full_checkpoints: Positive = 2  # of those to resume from; one needs the least room, more allow a look back
-    async_checkpoint: bool = False  # written in the background while training goes on
-    checkpoint_uri: str | None = None  # s3://bucket/prefix or a folder, for all runs; None: the run's own work_dir
+    keep_checkpoints: Positive = 16  # of the model alone, for merging
+    keep_full_checkpoints: Annotated[Positive, FREE] = 2  # to resume from; 1 needs the least space
+    async_checkpoint: Annotated[bool, FREE] = False  # written in the background while training continues
+    # s3://bucket/prefix or a folder, for all runs; None: the run's own work_dir.
+    checkpoint_uri: Annotated[str | None, FREE] = None
     skip: SkipConfig = SkipConfig()
-    num_workers: Annotated[int, Field(ge=0)] = 0  # threads of each rank that read batches ahead
-    # "stream": each rank reads the rows of its batches where the latents lie (s3://...), instead of a copy of them all.
-    latents: Literal["download", "stream"] = "download"
-    log_every_steps: Positive = 10
+    num_workers: Annotated[int, Field(ge=0), FREE] = 0  # threads of each rank that read batches ahead
+    # "stream": each rank reads the rows of its batches from where the latents are stored, instead of a copy of them all.
+    latents: Annotated[Literal["download", "stream"], FREE] = "download"
+    log_every_steps: Annotated[Positive, FREE] = 10
     sample_every_steps: Annotated[int, Field(ge=0)] = 0  # 0: no sample grids
     sample_prompts: tuple[str, ...] = ()
-    nnodes: Positive = 1
-    nproc_per_node: Positive = 1
+    nnodes: Annotated[Positive, FREE] = 1
+    nproc_per_node: Annotated[Positive, FREE] = 1
     # How the ranks share the weights (model/ranks.py): replicas x shard ranks, -1 for all that is left.
-    data_parallel_replicate: Positive = 1
-    data_parallel_shard: Annotated[int, Field(ge=-1)] = -1
-    expert_parallel: Positive = 1  # of the shard ranks
+    data_parallel_replicate: Annotated[Positive, FREE] = 1
+    data_parallel_shard: Annotated[int, Field(ge=-1), FREE] = -1
+    expert_parallel: Annotated[Positive, FREE] = 1  # of the shard ranks
     dtype: Literal["float32", "bfloat16"] = "float32"
-    compile: bool = False
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    compile: Annotated[bool, FREE] = False
+    activation_checkpointing: Annotated[Literal["none", "selective", "full"], FREE] = "none"
     # On a CUDA device: the same bits in each attempt, by algorithms that may be slower (by how much was not measured).
-    deterministic: bool = True
+    deterministic: Annotated[bool, FREE] = True
     # On a CUDA device; "auto" takes what is installed and fits (model/attention.py, model/kernels).
-    attention_backend: Literal["auto", "sdpa", "varlen", "flash2", "flash3"] = "auto"
-    kernels: Literal["auto", "torch", "triton"] = "auto"
-    # Where FSDP shards the model, torchtitan's DistMuon can have what it can take of it (model/train/dist_muon.py).
-    muon_implementation: Literal["nucleus", "torchtitan"] = "nucleus"
+    attention_backend: Annotated[Literal["auto", "sdpa", "varlen", "flash2", "flash3"], FREE] = "auto"
+    kernels: Annotated[Literal["auto", "torch", "triton"], FREE] = "auto"
+    # Where FSDP shards the model, torchtitan's DistMuon can take some matrices (model/train/dist_muon.py).
+    muon_implementation: Annotated[Literal["nucleus", "torchtitan"], FREE] = "nucleus"
 
     @model_validator(mode="after")
-    def _check(self) -> TrainConfig:
-        names = [stage.name for stage in self.stages]
-        if len(set(names)) != len(names):
-            raise ValueError(f"stages need names of their own, got {names}")
+    def _check_settings(self) -> TrainSettings:
         if self.init_from is not None and not INIT_FROM.fullmatch(self.init_from):
             raise ValueError(
                 f"init_from={self.init_from!r} must be a directory, or ORG/REPO[/SUBFOLDER]@COMMIT with the 40 digits of "
@@ -328,6 +351,22 @@ class TrainConfig(Section):
                 raise ValueError(f"checkpoint_uri: {error}") from None
         if self.data_parallel_shard == 0:
             raise ValueError("data_parallel_shard=0 must be 1 or more, or -1 for all ranks that are left")
+        return self
+
+
+FREE_KEYS = frozenset(name for name, field in TrainSettings.model_fields.items() if FREE in field.metadata)
+
+
+class TrainConfig(TrainSettings):
+    """The `train` section of a recipe."""
+
+    stages: tuple[StageConfig, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> TrainConfig:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stages need names of their own, got {names}")
         sizes = [stage.image_size_px for stage in self.stages]
         if sizes != sorted(sizes):
             raise ValueError(f"image_size_px must not fall from stage to stage, got {sizes}")

@@ -1,16 +1,97 @@
 """Losses: flow matching; of routers z-loss, load balance and orthogonality; the wavelet loss on the clean latent.
 
+    latents, noise, t --noised--> Example --model--> velocity --objective--> one scalar to differentiate
+
+`objective` is the only place where losses are added up: the trainer differentiates it, and the planner traces the memory
+of the same code. A loss with a weight in the recipe (`train.losses.NAME`) is a field of `LossConfig` and an entry of
+`LOSSES` here.
+
 Shape suffixes: B batch, S tokens, E experts, C channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
 
+from model import flow
+from model.config import LossConfig
 from model.moe import MoE, Routing, local_part
+from model.transformer import RouterTrace
+
+
+@dataclass
+class Example:
+    """A micro-batch on the path from clean to noise: the model's input, and what its output is compared with."""
+
+    clean_BSC: torch.Tensor
+    noise_BSC: torch.Tensor
+    noisy_BSC: torch.Tensor
+    t_B: torch.Tensor
+    rows: int  # patches
+    columns: int
+    patch_size: int
+
+
+@dataclass
+class Output(Example):
+    """An example and what the model made of it. `trace` is None where no loss of the step reads the routers."""
+
+    velocity_BSC: torch.Tensor
+    trace: RouterTrace | None
+
+    @cached_property
+    def predicted_clean_BSC(self) -> torch.Tensor:
+        return flow.predict_clean(self.noisy_BSC, self.velocity_BSC, self.t_B)
+
+    def unpack(self, tokens_BSC: torch.Tensor) -> torch.Tensor:
+        return flow.unpack_latents(tokens_BSC, self.rows, self.columns, self.patch_size)
+
+
+def noised(latents: torch.Tensor, noise: torch.Tensor, t_B: torch.Tensor, patch_size: int) -> Example:
+    """The example of latents and noise [B, C, h, w] at the timesteps `t_B` (1 is noise)."""
+    rows, columns = (side // patch_size for side in latents.shape[-2:])
+    clean_BSC, noise_BSC = flow.pack_latents(latents, patch_size), flow.pack_latents(noise, patch_size)
+    noisy_BSC = flow.interpolate(clean_BSC, noise_BSC, t_B)
+    return Example(clean_BSC, noise_BSC, noisy_BSC, t_B, rows, columns, patch_size)
+
+
+def objective(
+    example: Example, velocity_BSC: torch.Tensor, trace: RouterTrace | None, weights: LossConfig
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Output]:
+    """The loss of a micro-batch.
+
+    Args:
+        velocity_BSC: the model's output, in fp32.
+        trace: of the forward pass; needed where `needs_trace(weights)`.
+
+    Returns:
+        the sum to differentiate, flow matching alone, flow matching of each sample [B] without graph, and the tensors to
+        keep until the backward pass ends.
+    """
+    output = Output(**vars(example), velocity_BSC=velocity_BSC, trace=trace)
+    mean, loss_B = flow_matching_loss(velocity_BSC, flow.velocity_target(output.clean_BSC, output.noise_BSC))
+    total = mean
+    for name, loss in LOSSES.items():
+        if weight := getattr(weights, name):
+            total = total + weight * loss(output)
+    return total, mean, loss_B, output
+
+
+def needs_trace(weights: LossConfig) -> bool:
+    """Whether a loss that is on reads the routers' scores."""
+    return any(getattr(weights, name) for name in READS_ROUTERS)
+
+
+def apply_after_step(model: nn.Module, weights: LossConfig) -> None:
+    """Applies what acts on weights directly, after the optimiser step."""
+    for name, apply in AFTER_STEP.items():
+        if strength := getattr(weights, name):
+            apply(model, strength)
 
 
 def flow_matching_loss(prediction: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,3 +188,14 @@ def wavelet_loss(predicted_clean: torch.Tensor, clean: torch.Tensor) -> torch.Te
     does; relative to the velocity loss it adds weight t^2, that is to noisy timesteps (`flow.predict_clean`).
     """
     return (haar_bands(predicted_clean.float()) - haar_bands(clean.float())).square().mean()
+
+
+# A loss is a function of the model's output; its weight is the field of this name in `LossConfig`.
+LOSSES: dict[str, Callable[[Output], torch.Tensor]] = {
+    "router_z_loss": lambda output: router_z_loss(output.trace.logits()),
+    "load_balance": lambda output: load_balance_loss(output.trace.routings()),
+    "wavelet": lambda output: wavelet_loss(output.unpack(output.predicted_clean_BSC), output.unpack(output.clean_BSC)),
+}
+READS_ROUTERS = ("router_z_loss", "load_balance")  # those that need `Output.trace`
+# Applied to the weights themselves, with the optimiser's scaling bypassed.
+AFTER_STEP: dict[str, Callable[[nn.Module, float], None]] = {"router_orthogonality": apply_router_orthogonality}

@@ -1,4 +1,7 @@
-"""Parameter groups by name, Muon with one orthogonalisation per matrix and expert, and the WSM schedule.
+"""Parameter groups by name, the optimisers of the recipe, Muon, and the WSM schedule.
+
+`train.optim.matrices` names the optimiser of attention and expert matrices, an entry of `OPTIMIZERS`; every other parameter
+goes to AdamW. docs/extending.md shows how to add one.
 
 Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/): momentum, then the update matrix is replaced by
 its nearest orthogonal one through a Newton-Schulz iteration.
@@ -7,11 +10,13 @@ its nearest orthogonal one through a Newton-Schulz iteration.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from model.config import OptimConfig
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -38,11 +43,11 @@ def is_muon_parameter(name: str) -> bool:
 
 
 def parameter_groups(model: nn.Module, matrices: str = "muon") -> dict[str, NamedParameters]:
-    """{"muon": [(name, p), ...], "adamw": [...]}: every trainable parameter exactly once, in model order.
+    """{name in OPTIMIZERS: [(name, p), ...]}: every trainable parameter exactly once, in model order.
 
-    `matrices` is the group of attention and expert matrices; with "adamw" the Muon group is empty.
+    `matrices` is the optimiser of attention and expert matrices; AdamW takes everything else.
     """
-    groups: dict[str, NamedParameters] = {"muon": [], "adamw": []}
+    groups: dict[str, NamedParameters] = {name: [] for name in OPTIMIZERS}
     for name, parameter in model.named_parameters():
         name = name.replace("_checkpoint_wrapped_module.", "")  # a prefix of activation checkpointing
         if parameter.requires_grad:
@@ -55,6 +60,8 @@ def describe_groups(groups: dict[str, NamedParameters]) -> str:
     blocks."""
     lines = []
     for group, named in groups.items():
+        if not named:
+            continue
         lines.append(f"{group}: {len(named)} tensors, {sum(p.numel() for _, p in named):,} parameters")
         kinds: dict[tuple[str, tuple[int, ...]], int] = {}
         for name, parameter in named:
@@ -267,3 +274,39 @@ def wsm_schedule(step: int, warmup: int) -> float:
     Warmup-Stable-Merge (arXiv 2507.17634) has no decay: merging the last checkpoints replaces it.
     """
     return min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0
+
+
+class OptimizerEntry(NamedTuple):
+    """An optimiser of the recipe: `build(group, config)` takes {"params", "param_names"}."""
+
+    build: Callable[[dict[str, Any], OptimConfig], torch.optim.Optimizer]
+    state_tensors: int  # fp32 tensors of a parameter's size, which the planner counts and checkpoints store
+
+
+def muon_options(optim: OptimConfig) -> dict[str, Any]:
+    """Arguments of `Muon` but its parameters."""
+    return {
+        "lr": optim.muon_lr,
+        "momentum": optim.muon_momentum,
+        "ns_steps": optim.muon_ns_steps,
+        "scale": optim.muon_scale,
+        "weight_decay": optim.muon_weight_decay,
+    }
+
+
+def _adamw(group: dict[str, Any], optim: OptimConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        [group],
+        lr=optim.adamw_lr,
+        betas=optim.adamw_betas,
+        eps=optim.adamw_eps,
+        weight_decay=optim.adamw_weight_decay,
+        fused=True,
+    )
+
+
+# Names that `OptimConfig.matrices` admits. Of sharded models, model/train/optimizer.py builds Muon's distributed versions.
+OPTIMIZERS = {
+    "muon": OptimizerEntry(lambda group, optim: Muon([group], **muon_options(optim)), state_tensors=1),
+    "adamw": OptimizerEntry(_adamw, state_tensors=2),
+}

@@ -7,22 +7,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from model.config import StageConfig, TrainConfig, TransformerConfig
-
-# What says how a run is computed, and not what: it may change between two attempts at the same training.
-LAYOUT_KEYS = frozenset(
-    ("nnodes", "nproc_per_node", "data_parallel_replicate", "data_parallel_shard", "expert_parallel")
-    + ("local_batch_size", "activation_checkpointing", "compile", "deterministic")
-    + ("attention_backend", "kernels", "muon_implementation", "latents")
-)
-# And what says how it reads, saves and tells.
-KEEPING_KEYS = frozenset(
-    ("async_checkpoint", "checkpoint_uri", "keep_full_checkpoints", "num_workers", "log_every_steps")
-)
-FREE_KEYS = LAYOUT_KEYS | KEEPING_KEYS
+from model.config import StageConfig, TrainSettings, TransformerConfig
 
 
-class Layout(NamedTuple):
+class Degrees(NamedTuple):
     """Every rank has a share of the batch. `shard` ranks hold one copy of the weights between them."""
 
     replicate: int
@@ -35,15 +23,15 @@ class Layout(NamedTuple):
         return self.shard // self.expert_parallel
 
 
-def layout(model: TransformerConfig, train: TrainConfig, ranks: int) -> Layout:
-    """The layout that `train` asks for on `ranks` processes.
+def rank_degrees(model: TransformerConfig, train: TrainSettings, ranks: int) -> Degrees:
+    """The degrees that `train` asks for on `ranks` processes.
 
     Raises:
         ValueError: the degrees do not fit the ranks or the experts.
     """
     replicate, ep = train.data_parallel_replicate, train.expert_parallel
     world = f"the {ranks} ranks"
-    _divide(ranks, world, replicate, "train.data_parallel_replicate")
+    check_divides(ranks, world, replicate, "train.data_parallel_replicate")
     shard = ranks // replicate if train.data_parallel_shard == -1 else train.data_parallel_shard
     if replicate * shard != ranks:
         raise ValueError(
@@ -55,10 +43,10 @@ def layout(model: TransformerConfig, train: TrainConfig, ranks: int) -> Layout:
             f"train.muon_implementation='torchtitan' takes matrices that FSDP shards, and 1 rank holds all weights "
             f"({ranks} ranks / train.data_parallel_replicate={replicate}): give it more ranks, or take 'nucleus'"
         )
-    found = Layout(replicate, shard, ep)
+    found = Degrees(replicate, shard, ep)
     if ep > 1:
-        _divide(model.num_experts, f"model.num_experts={model.num_experts}", ep, "train.expert_parallel")
-        _divide(shard, f"the {shard} ranks that share the weights", ep, "train.expert_parallel")
+        check_divides(model.num_experts, f"model.num_experts={model.num_experts}", ep, "train.expert_parallel")
+        check_divides(shard, f"the {shard} ranks that share the weights", ep, "train.expert_parallel")
         if model.routing.kind == "dense":
             raise ValueError(f"train.expert_parallel={ep} shares out experts, and model.routing.kind='dense' has none")
     held = model.num_experts // ep
@@ -67,19 +55,19 @@ def layout(model: TransformerConfig, train: TrainConfig, ranks: int) -> Layout:
         for name, rows in (("model width", model.width), ("moe_intermediate_dim", model.moe_intermediate_dim)):
             if rows % found.expert_shard:
                 raise ValueError(
-                    f"{found.expert_shard} ranks share {held} experts: neither these ({_rest(held, found.expert_shard)}) "
-                    f"nor {name} {rows} ({_rest(rows, found.expert_shard)}) can be cut into equal parts"
+                    f"{found.expert_shard} ranks share {held} experts: neither these ({remainder(held, found.expert_shard)}) "
+                    f"nor {name} {rows} ({remainder(rows, found.expert_shard)}) can be cut into equal parts"
                 )
     return found
 
 
-def micro_batch(stage: StageConfig, train: TrainConfig, ranks: int) -> int:
+def micro_batch(stage: StageConfig, train: TrainSettings, ranks: int) -> int:
     """Samples of one rank and accumulation step: train.local_batch_size, or a rank's whole share where that is less."""
     share = max(1, stage.batch_size // ranks)
     return min(train.local_batch_size or share, share)
 
 
-def local_batch_size(stage: StageConfig, train: TrainConfig, ranks: int) -> int:
+def local_batch_size(stage: StageConfig, train: TrainSettings, ranks: int) -> int:
     """`micro_batch`, checked.
 
     Raises:
@@ -89,15 +77,18 @@ def local_batch_size(stage: StageConfig, train: TrainConfig, ranks: int) -> int:
     if stage.batch_size % (local * ranks):
         raise ValueError(
             f"stage {stage.name}: batch_size={stage.batch_size} must be a multiple of {local * ranks} "
-            f"(local_batch_size={local} x {ranks} ranks): {_rest(stage.batch_size, local * ranks)}"
+            f"(local_batch_size={local} x {ranks} ranks): {remainder(stage.batch_size, local * ranks)}"
         )
     return local
 
 
-def _divide(whole: int, what: str, part: int, name: str) -> None:
-    if whole % part:
-        raise ValueError(f"{name}={part} must divide {what}: {_rest(whole, part)}")
+def check_divides(whole: int, what: str, part: int, name: str) -> None:
+    """Raises ValueError, with the arithmetic, when `part` does not divide `whole`."""
+    if part < 1 or whole < 1 or whole % part:
+        rest = remainder(whole, part) if part > 0 else f"{name} is under 1"
+        raise ValueError(f"{name}={part} must divide {what}: {rest}")
 
 
-def _rest(whole: int, part: int) -> str:
+def remainder(whole: int, part: int) -> str:
+    """The division with its remainder, for an error message."""
     return f"{whole} = {whole // part} x {part} + {whole % part}"

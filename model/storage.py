@@ -8,12 +8,14 @@ Credentials and endpoint are botocore's own (AWS_ENDPOINT_URL, ...), or Flyte's 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
+import json
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 
+MANIFEST = "manifest.json"  # seals a directory, with its digest
 READ_ATTEMPTS, FIRST_WAIT_S = 5, 1.0  # waits that double: 15 s in all, besides s3fs's and botocore's own attempts
 PERMANENT = (FileNotFoundError, PermissionError)
 CLIENTS = ("botocore", "aiobotocore", "aiohttp")  # of s3fs, which lets some of their errors through
@@ -217,9 +220,36 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
         fs, where = filesystem(path)
         fs.pipe_file(where, content)
         return
-    temporary = Path(f"{path}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike, sync: bool = False) -> Iterator[Path]:
+    """A hidden temporary file beside the local `path`, which it replaces at once when the block ends without an error.
+
+    Args:
+        sync: whether the content must be on the disk first, so that a power failure leaves the old file or the new one.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        if sync:
+            descriptor = os.open(temporary, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sealed_digest(directory: str | os.PathLike) -> str | None:
+    """The digest of a sealed directory (tasks/manifest.py), local or remote; None where there is no seal."""
+    manifest = read_bytes(join(directory, MANIFEST))
+    return None if manifest is None else json.loads(manifest)["digest"]
 
 
 def upload(source: Path, target: str) -> None:

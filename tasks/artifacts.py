@@ -24,11 +24,18 @@ from flytekit.types.directory import FlyteDirectory
 
 from model import storage
 from tasks import envs
-from tasks.manifest import Parent, load_manifest, verify
+from tasks.manifest import MANIFEST, Parent, load_manifest, verify
 from tasks.store import home, make_sealed
 
 
 def _content_digest(directory: FlyteDirectory) -> str:
+    uri = source(directory)
+    if storage.is_remote(uri) and not (Path(directory.path) / MANIFEST).is_file():
+        # Not downloaded: an artifact that a user names, or that the pod of a dynamic workflow passes on.
+        digest = storage.sealed_digest(uri)
+        if digest is None:
+            raise ValueError(f"{uri} is not a sealed directory: it has no {MANIFEST}")
+        return digest
     return load_manifest(str(directory.path)).digest
 
 

@@ -3,10 +3,10 @@
     pyflyte run workflows/ablate.py ablate --recipe RECIPE --overrides train.seed=SEED     for each recipe and seed
     python -m tasks.compare .nucleus/artifacts/scorecard/* --out compared/
 
-Which training a scorecard is of, its lineage tells: manifests alone are read. Trainings that differ in their seed alone
-are runs of one variant, named by what differs between the variants. The first variant given is what the others are
-compared with, seed by seed where both have a seed: such runs have data, order and noise in common.
-Writes comparison.json and comparison.png.
+The lineage of a scorecard says which training it belongs to; only manifests are read. Trainings that differ in their seed
+alone are runs of one variant, named by the settings in which the variants differ. The others are compared with the first
+variant given, on the seeds that both have: such runs share data, order and noise. Writes comparison.json and comparison.png.
+`pyflyte run workflows/study.py study` does all of this, the trainings included (tasks/study).
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from pathlib import Path
 from typing import Any
 
 from eval.stats import mean_interval, over_seeds
-from model.ranks import FREE_KEYS
 from tasks.trace import Node, walk
 
 FINAL = 0.1  # of the last stage's steps: their mean is its final loss
-HOW = FREE_KEYS | {"keep_checkpoints", "sample_every_steps", "sample_prompts"}
+# Settings that are recorded with checkpoints and do not change what is trained.
+HOW = {"seed", "keep_checkpoints", "sample_every_steps", "sample_prompts"}
 
 
 @dataclass
 class Run:
-    """One training and its scores. `settings` are dotted keys of all that made it, without seed and layout."""
+    """One training and its scores. `settings` are the dotted keys that decide it, without seed and layout."""
 
-    scorecard: Path
+    scorecard: Path | str
     seed: int
     settings: dict[str, Any]
     scores: dict[str, float]  # "overall", the tasks, "held_out"
     losses: list[tuple[int, float]]  # (step, loss) of the last stage
+    measures: dict[str, float] = field(default_factory=dict)  # what else is compared, such as routing stability
 
     @property
     def final_loss(self) -> float:
@@ -52,11 +53,19 @@ class Variant:
     runs: dict[int, Run] = field(default_factory=dict)
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """Score -> mean, std over training seeds (see `over_seeds`)."""
+        """Score -> mean, deviation and interval over training seeds (see `over_runs`)."""
+        values = {seed: _values(run) for seed, run in self.runs.items()}
         return {
-            score: over_seeds({seed: _values(run)[score] for seed, run in self.runs.items()})
-            for score in _values(next(iter(self.runs.values())))
+            score: over_runs({seed: of_run[score] for seed, of_run in values.items()})
+            for score in next(iter(values.values()))
+            if all(score in of_run for of_run in values.values())
         }
+
+
+def over_runs(values: Mapping[int, float]) -> dict[str, Any]:
+    """`eval.stats.over_seeds`, with Student's 95% interval of the mean over training seeds; None for a single one."""
+    summary = over_seeds(values)
+    return {**summary, "interval": mean_interval(summary["values"])}
 
 
 def read_run(scorecard: Path, home: Path | None = None) -> Run:
@@ -90,9 +99,8 @@ def read_run(scorecard: Path, home: Path | None = None) -> Run:
 def _settings(merged: Node, stages: list[Node]) -> dict[str, Any]:
     found = {**_flat("model", merged.manifest.config["model"]), **_flat("merge", merged.manifest.config["merge"])}
     for node in stages:
-        section = node.manifest.config["train"]
-        train = {key: value for key, value in section.items() if key not in HOW and key != "seed"}
-        (stage,) = train.pop("stages")
+        stage = node.manifest.config["stage"]
+        train = {key: value for key, value in node.manifest.config["train"].items() if key not in HOW}
         found |= {**_flat(f"stage {stage['name']}", stage), **_flat("train", train)}
     data = [parent.digest[:12] for node in stages for parent in node.manifest.parents if parent.kind == "latents"]
     return {**found, "latents": data}
@@ -111,14 +119,14 @@ def variants(runs: Sequence[Run]) -> list[Variant]:
         ValueError: two runs of one variant have one seed; runs were scored in different ways.
     """
     keys = sorted({key for run in runs for key in run.settings})
-    differing = [key for key in keys if len({_told(run, key) for run in runs}) > 1]
+    differing = [key for key in keys if len({_text(run, key) for run in runs}) > 1]
     if scored := [key for key in differing if key.startswith("eval.")]:
-        values = " and ".join(sorted({_told(run, scored[0]) for run in runs}))
+        values = " and ".join(sorted({_text(run, scored[0]) for run in runs}))
         raise ValueError(f"the scorecards cannot be compared: {scored[0]} is {values}")
     found: dict[tuple[str, ...], Variant] = {}
     for run in runs:
-        told = tuple(f"{key.rpartition('.')[2]}={_told(run, key)}" for key in differing)
-        variant = found.setdefault(told, Variant(", ".join(told) or "all runs"))
+        names = tuple(f"{key.rpartition('.')[2]}={_text(run, key)}" for key in differing)
+        variant = found.setdefault(names, Variant(", ".join(names) or "all runs"))
         if run.seed in variant.runs:
             both = f"{variant.runs[run.seed].scorecard} and {run.scorecard}"
             raise ValueError(f"{both} are both of train.seed={run.seed} and {variant.name}: give one of them")
@@ -126,18 +134,18 @@ def variants(runs: Sequence[Run]) -> list[Variant]:
     return list(found.values())
 
 
-def _told(run: Run, key: str) -> str:
+def _text(run: Run, key: str) -> str:
     value = run.settings.get(key)
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _values(run: Run) -> dict[str, float]:
-    return {**run.scores, "final_loss": run.final_loss}
+    return {**run.scores, "final_loss": run.final_loss, **run.measures}
 
 
 def compare(found: Sequence[Variant]) -> dict[str, Any]:
-    """{"variants": {name: {score: mean, std, ... over seeds}}, "differences": {name: {score: the same, of this minus the
-    first variant on the seeds that both have}}}."""
+    """{"variants": {name: {score: `over_runs`}}, "differences": {name: {score: `over_runs` of this variant minus the first,
+    on the seeds that both have}}}."""
     base = found[0]
     differences: dict[str, Any] = {}
     for variant in found[1:]:
@@ -147,23 +155,24 @@ def compare(found: Sequence[Variant]) -> dict[str, Any]:
             differences[variant.name] = {
                 score: _paired({seed: other[seed][score] - first[seed][score] for seed in common})
                 for score in first[common[0]]
+                if all(score in values[seed] for values in (first, other) for seed in common)
             }
     return {"variants": {variant.name: variant.summary() for variant in found}, "differences": differences}
 
 
 def _paired(differences: Mapping[int, float]) -> dict[str, Any]:
-    """`over_seeds`, with Student's 95% interval over training seeds and what it says: a difference within the noise of
+    """`over_runs`, and what the interval says: a difference within the noise of
     training, the machine's part included, is none. None for one seed, which cannot tell."""
-    values = over_seeds(differences)
-    interval = mean_interval(values["values"])
+    values = over_runs(differences)
+    interval = values["interval"]
     verdict = None
     if interval is not None:
         verdict = "higher" if interval[0] > 0 else "lower" if interval[1] < 0 else "cannot tell"
-    return {**values, "interval": interval, "verdict": verdict}
+    return {**values, "verdict": verdict}
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """The comparison as a Markdown table, mean (std over training seeds), and the differences under it."""
+    """The comparison as Markdown: a table of means (deviations over training seeds) and one of the differences."""
     lines = _table(result["variants"], "variant, training seeds", "{:.3f}")
     if result["differences"]:
         base = next(iter(result["variants"]))
@@ -179,11 +188,11 @@ def render(result: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Mapping[str, Mapping[str, Any]], title: str, form: str) -> list[str]:
-    scores = list(next(iter(rows.values())))
+    scores = list(dict.fromkeys(score for row in rows.values() for score in row))
     lines = [f"| {title} | {' | '.join(scores)} |", "| --- " * (len(scores) + 1) + "|"]
     for name, of_scores in rows.items():
-        cells = [_cell(of_scores[score], form) for score in scores]
-        lines.append(f"| {name}, {of_scores[scores[0]]['runs']} | {' | '.join(cells)} |")
+        cells = [_cell(of_scores[score], form) if score in of_scores else "" for score in scores]
+        lines.append(f"| {name}, {next(iter(of_scores.values()))['runs']} | {' | '.join(cells)} |")
     return lines
 
 
@@ -192,7 +201,7 @@ def _cell(value: Mapping[str, Any], form: str) -> str:
 
 
 def draw(found: Sequence[Variant], path: Path) -> None:
-    """The last stage's loss by step, and the scores: a variant's mean over seeds, and the range of its runs."""
+    """The last stage's loss by step, and the scores: the mean of each variant over seeds, and the range of its runs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

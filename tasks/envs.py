@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import logging
 import os
+from datetime import timedelta
 from typing import Any
 
-from flytekit import Cache, Resources
-from flytekit.extras.accelerators import H100
+from flytekit import Cache, Resources, Secret
+from flytekit.extras.accelerators import GPUAccelerator
+
+from tasks import profiles
 
 # flytekit warns that it offers no console form for single fields of type tuple; the sections themselves travel
 # whole, as Pydantic models.
@@ -29,14 +32,22 @@ CACHE_VERSIONS = {
     "merging": "1",
     "evaluation": "2",
     "publishing": "1",
+    "study": "1",
 }
 
 # Multi-node training is decided when the workflows are registered, since Flyte fixes a task's type then:
 # NUCLEUS_TRAIN_NNODES x NUCLEUS_TRAIN_NPROC processes. Unset means one plain process.
 TRAIN_NNODES = int(os.environ.get("NUCLEUS_TRAIN_NNODES", "1"))
 TRAIN_NPROC = int(os.environ.get("NUCLEUS_TRAIN_NPROC", "1"))
-# For pods that load this module too, and must see what was registered.
-REGISTERED = {"NUCLEUS_TRAIN_NNODES": str(TRAIN_NNODES), "NUCLEUS_TRAIN_NPROC": str(TRAIN_NPROC)}
+PROFILE = profiles.chosen()
+# Limits of one attempt: long enough for any recipe, and an end for a pod that hangs.
+TIMEOUTS = {
+    "light": timedelta(hours=1),
+    "shard": timedelta(hours=6),
+    "gather": timedelta(days=2),
+    "gpu_single": timedelta(days=7),
+    "trainer": timedelta(days=60),
+}
 # After SIGTERM to a node's pod: for the step under way and its checkpoint, before the workers are killed.
 TRAIN_GRACE_S = int(os.environ.get("NUCLEUS_TRAIN_GRACE_S", "300"))
 # Attempts beyond the first at a training stage, each from the last checkpoint. Flyte counts here what the task itself
@@ -44,6 +55,15 @@ TRAIN_GRACE_S = int(os.environ.get("NUCLEUS_TRAIN_GRACE_S", "300"))
 # that ends without a word, as its node does: that is Propeller's max-node-retries-system-failures (3 by default, the
 # last on a node that is not interruptible). Two weeks of a preemption every four hours are 84.
 TRAIN_RETRIES = int(os.environ.get("NUCLEUS_TRAIN_RETRIES", "100"))
+# For pods that load this module too, and must see what was registered: those that check a recipe, train, or lay out a
+# dynamic workflow.
+REGISTERED = {
+    "NUCLEUS_TRAIN_NNODES": str(TRAIN_NNODES),
+    "NUCLEUS_TRAIN_NPROC": str(TRAIN_NPROC),
+    "NUCLEUS_TRAIN_GRACE_S": str(TRAIN_GRACE_S),
+    "NUCLEUS_TRAIN_RETRIES": str(TRAIN_RETRIES),
+    **{name: os.environ[name] for name in profiles.SETTINGS if name in os.environ},
+}
 REPORT_S = 30  # from there to the pod's end: the agent writes the error that Flyte retries
 
 
@@ -56,15 +76,42 @@ def cache(step: str, ignored_inputs: tuple[str, ...] = ()) -> Cache:
     return Cache(version=CACHE_VERSIONS[step], ignored_inputs=ignored_inputs, serialize=True)
 
 
-def _sized(cpu: str, memory_gib: int, gpu: int = 0) -> dict[str, Any]:
-    """Equal requests and limits, so that a node is never overcommitted."""
-    size = Resources(cpu=cpu, mem=f"{memory_gib}Gi", gpu=str(gpu) if gpu else None)
-    return {"requests": size, "limits": size}
+def _options(role: str, kind: str, size: profiles.Size, gpu: int = 0) -> dict[str, Any]:
+    """What tasks of all kinds have. Equal requests and limits, so that a node is never overcommitted."""
+    resources = Resources(
+        cpu=str(size.cpu),
+        mem=f"{size.memory_gib}Gi",
+        gpu=str(gpu) if gpu else None,
+        ephemeral_storage=f"{size.ephemeral_gib}Gi",
+    )
+    options = {
+        "container_image": image(role),
+        "retries": 3,
+        "timeout": TIMEOUTS[kind],
+        "requests": resources,
+        "limits": resources,
+        "pod_template_name": profiles.pod_template(role),
+    }
+    return options | ({"accelerator": _accelerator()} if gpu else {})
+
+
+def _accelerator() -> GPUAccelerator:
+    """By the site's own label where NUCLEUS_ACCELERATOR_LABEL has its value."""
+    return GPUAccelerator(os.environ.get("NUCLEUS_ACCELERATOR_LABEL") or PROFILE.accelerator or "")
+
+
+def _hub_secret(role: str) -> dict[str, Any]:
+    """HF_TOKEN in the environment of tasks that read from or publish to the Hub, where the site names a secret."""
+    name = os.environ.get("NUCLEUS_HUB_SECRET")
+    if not name or role not in ("encoder", "publisher"):
+        return {}
+    secret = Secret(group=name, key="HF_TOKEN", mount_requirement=Secret.MountType.ENV_VAR, env_var="HF_TOKEN")
+    return {"secret_requests": [secret]}
 
 
 def light(role: str) -> dict[str, Any]:
     """Options of a task that plans or gathers."""
-    return {"container_image": image(role), "retries": 3, **_sized("1", 2)}
+    return _options(role, "light", PROFILE.light)
 
 
 def planner() -> dict[str, Any]:
@@ -72,20 +119,25 @@ def planner() -> dict[str, Any]:
     return light("curation") | {"environment": REGISTERED}
 
 
+def dynamic() -> dict[str, Any]:
+    """Options of a dynamic workflow: its pod writes down the tasks to run, those of training included, and ends."""
+    return light("trainer") | {"environment": REGISTERED}
+
+
 def shard(role: str) -> dict[str, Any]:
     """Options of one map task over a shard."""
-    return {"container_image": image(role), "retries": 3, "interruptible": True, **_sized("4", 16)}
+    return _options(role, "shard", PROFILE.shard) | {"interruptible": True}
 
 
 def gather(role: str) -> dict[str, Any]:
     """Options of a task that reads every shard."""
-    return {"container_image": image(role), "retries": 3, **_sized("16", 64)}
+    return _options(role, "gather", PROFILE.gather) | _hub_secret(role)
 
 
 def gpu_single(role: str) -> dict[str, Any]:
     """Options of a task on one accelerator."""
-    options = {"container_image": image(role), "retries": 3, **_sized("16", 128, gpu=_gpus(1))}
-    return options | ({"accelerator": H100} if _gpus(1) else {})
+    environment = {"environment": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}} if _gpus(1) else {}
+    return _options(role, "gpu_single", PROFILE.gpu, gpu=_gpus(1)) | environment | _hub_secret(role)
 
 
 def trainer() -> dict[str, Any]:
@@ -96,11 +148,13 @@ def trainer() -> dict[str, Any]:
     node that it takes back less than either.
     """
     gpus = _gpus(TRAIN_NPROC)
-    options = {"container_image": image("trainer"), "retries": TRAIN_RETRIES, "interruptible": True}
-    options |= _sized("96" if gpus else "2", 1024 if gpus else 8, gpu=gpus)
+    share = PROFILE.train
+    size = profiles.Size(share.cpu * TRAIN_NPROC, share.memory_gib * TRAIN_NPROC, share.ephemeral_gib * TRAIN_NPROC)
+    options = _options("trainer", "trainer", size if gpus else share, gpu=gpus)
+    options |= {"retries": TRAIN_RETRIES, "interruptible": True}
     environment = {}
     if gpus:
-        options["accelerator"] = H100
+        environment |= PROFILE.environment | (profiles.EFA if profiles.fabric() else {})
         # Shapes change from step to step: in segments of fixed size, freed memory would lie about in parts too small
         # for the next. Set it when registering for something else; an image's PYTORCH_CUDA_ALLOC_CONF goes before it.
         environment["PYTORCH_ALLOC_CONF"] = os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -110,21 +164,27 @@ def trainer() -> dict[str, Any]:
     if TRAIN_NNODES * TRAIN_NPROC > 1:
         # Imports torch: only registrations that ask for several processes pay for it.
         from flytekit import PodTemplate
+        from flytekitplugins.kfpytorch import CleanPodPolicy, RunPolicy
         from kubernetes.client import V1PodSpec
 
-        from tasks.training.elastic import PreemptibleElastic
+        from tasks.elastic import PreemptibleElastic
 
-        options["task_config"] = PreemptibleElastic(nnodes=TRAIN_NNODES, nproc_per_node=TRAIN_NPROC, max_restarts=0)
-        options["shared_memory"] = "64Gi"
+        # The operator's default cleans no pods: those that outlive a failed job would keep their accelerators.
+        policy = RunPolicy(clean_pod_policy=CleanPodPolicy.ALL, ttl_seconds_after_finished=24 * 3600)
+        options["task_config"] = PreemptibleElastic(
+            nnodes=TRAIN_NNODES, nproc_per_node=TRAIN_NPROC, max_restarts=0, run_policy=policy
+        )
+        options["shared_memory"] = f"{PROFILE.shared_memory_gib}Gi"
+        if queue := os.environ.get("NUCLEUS_QUEUE"):
+            options["labels"] = {"kueue.x-k8s.io/queue-name": queue}
         pod = V1PodSpec(containers=[], termination_grace_period_seconds=TRAIN_GRACE_S + REPORT_S)
         options["pod_template"] = PodTemplate(pod_spec=pod)
         environment |= REGISTERED | {
-            "NUCLEUS_TRAIN_GRACE_S": str(TRAIN_GRACE_S),
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(TRAIN_GRACE_S),
         }
     return options | {"environment": environment}
 
 
 def _gpus(count: int) -> int:
-    """Accelerators asked for: none when NUCLEUS_ACCELERATOR=none, as for a cluster of CPU nodes."""
-    return 0 if os.environ.get("NUCLEUS_ACCELERATOR", "h100") == "none" else count
+    """Accelerators to ask for: none where the profile has none, as for a cluster of CPU nodes."""
+    return count if PROFILE.accelerator else 0

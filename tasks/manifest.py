@@ -26,8 +26,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from model.storage import MANIFEST
+
 SCHEMA_VERSION = 2
-MANIFEST = "manifest.json"
 WRITING = ".writing-"
 KINDS = (
     "records",  # one shard of made images and captions, as a tar

@@ -12,17 +12,16 @@ import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
 from eval.config import EvalConfig
-from model.config import MergeConfig, Section, TrainConfig, TransformerConfig
-from model.ranks import layout, micro_batch
+from model.config import TIERS, MergeConfig, Section, TrainConfig, TransformerConfig
+from model.constants import VAE_SCALE
+from model.ranks import micro_batch, rank_degrees
 from model.recipe_yaml import Loader, read_recipe
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.publishing.config import PublishConfig
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-VAE_SCALE = 8  # Qwen-Image's VAE; diffusers derives it as 2 ** 3 temporal stages
-VAE_CHANNELS = 16
-TIERS = ("A1", "A2", "A3", "A4", "A5")
+VAE_CHANNELS = 16  # of the released VAE
 
 
 class Recipe(Section):
@@ -119,7 +118,7 @@ class Recipe(Section):
         ranks = train.nnodes * train.nproc_per_node
         world = f"{ranks} ranks (train.nnodes={train.nnodes} x train.nproc_per_node={train.nproc_per_node})"
         try:
-            layout(self.model, train, ranks)
+            rank_degrees(self.model, train, ranks)
         except ValueError as error:
             raise ValueError(f"{error} (of {world})") from None
         for i, stage in enumerate(train.stages):
@@ -295,6 +294,8 @@ def _explain(error: ValidationError) -> str:
         if location and item["type"] != "missing" and not isinstance(item["input"], (dict, BaseModel)):
             got[key] = f" (got {value if len(value) < 80 else value[:77] + '...'})"
         message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "literal_error":  # "... should be 'muon' or 'adamw'"
+            message += _did_you_mean(str(item["input"]), re.findall("'([^']*)'", item["ctx"]["expected"]))
         messages = wrong.setdefault(key, [])
         if message not in messages:
             messages.append(message)

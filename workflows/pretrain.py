@@ -1,13 +1,13 @@
-"""The training alone: raw records to merged weights, without images, scorecard or publishing.
+"""Training without evaluation: raw records to merged weights.
 
     NUCLEUS_TRAIN_NNODES=8 NUCLEUS_TRAIN_NPROC=8 \\
         pyflyte run --remote workflows/pretrain.py pretrain --recipe nucleus_17b --source s3://BUCKET/images/
     pyflyte run workflows/pretrain.py pretrain --recipe tiny
 
-    records -> curated -> components, latents x3 -> checkpoints x3 -> merged
+    records -> curated -> components, latents and checkpoints of each stage -> merged
 
-What a team starts on 64 GPUs, as GenEval has no detector yet; and ablations too. Whatever `reproduce` or `ablate` made
-of the same recipe comes from the cache, and the other way about.
+For 64 GPUs, where nothing scores GenEval yet, and for ablations. What `reproduce` or `ablate` made of the same recipe comes
+from the cache, and vice versa.
 """
 
 from __future__ import annotations
@@ -16,24 +16,23 @@ from typing import NamedTuple, Union
 
 from flytekit import workflow
 
-import workflows.command_line  # noqa: F401  (it makes --overrides repeatable)
 from tasks.artifacts import ComponentsDir, CuratedDir, MergedDir
 from tasks.planning.task import Sections, resolve_recipe
 from workflows.curate import curate
-from workflows.train import Trained, train
+from workflows.train import Trained, train_curated
 
 
 class Pretrained(NamedTuple):
-    """What a pretraining leaves behind: the transformer, what it was trained with, and what on."""
+    """The transformer, the components that it was trained with, and the corpus."""
 
     merged: MergedDir
     components: ComponentsDir
     curated: CuratedDir
 
 
-def up_to_merged(sections: Sections) -> tuple[CuratedDir, Trained]:
-    """The road that every recipe takes, as part of a workflow: it is called while one is composed."""
-    curated = curate(
+def curate_source(sections: Sections) -> CuratedDir:
+    """The nodes from raw records to a curated corpus, for the workflow that is being composed."""
+    return curate(
         source=sections.source,
         source_path=sections.source_path,
         source_digest=sections.source_digest,
@@ -41,30 +40,23 @@ def up_to_merged(sections: Sections) -> tuple[CuratedDir, Trained]:
         scoring=sections.scoring,
         config=sections.curation,
     )
-    trained = train(
-        curated=curated,
-        components_config=sections.components,
-        encoding=sections.encoding,
-        encode1=sections.encode1,
-        encode2=sections.encode2,
-        encode3=sections.encode3,
-        train1=sections.train1,
-        train2=sections.train2,
-        train3=sections.train3,
-        merge=sections.merge,
-    )
-    return curated, trained
+
+
+def up_to_merged(sections: Sections) -> tuple[CuratedDir, Trained]:
+    """The nodes from raw records to merged weights, for the workflow that is being composed."""
+    curated = curate_source(sections)
+    return curated, train_curated(curated, sections)
 
 
 @workflow
 def pretrain(recipe: str, overrides: Union[list[str], str] = [], source: str = "") -> Pretrained:
-    """Curates, encodes, trains three stages and merges one recipe.
+    """Curates, encodes, trains all stages and merges one recipe.
 
     Args:
         recipe: name of a recipe in recipes/, such as nucleus_17b, or the path of a YAML file.
         overrides: a change such as train.stages[0].steps=200, or a JSON list of them. May be given several times.
         source: your own images instead of the recipe's, as for `reproduce`.
     """
-    sections = resolve_recipe(recipe=recipe, overrides=overrides, source=source, ends_in="merged")
+    sections = resolve_recipe(recipe=recipe, overrides=overrides, source=source, starts_from="source", ends_in="merged")
     curated, trained = up_to_merged(sections)
     return Pretrained(merged=trained.merged, components=trained.components, curated=curated)

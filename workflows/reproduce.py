@@ -1,10 +1,10 @@
-"""The whole road: raw records to a published pipeline.
+"""The whole way: raw records to a published pipeline.
 
     pyflyte run workflows/reproduce.py reproduce --recipe tiny
     pyflyte run workflows/reproduce.py reproduce --recipe tiny --source my_images/
     pyflyte run --remote workflows/reproduce.py reproduce --recipe my_recipe.yaml --source s3://BUCKET/images/
 
-    records -> curated -> components, latents x3 -> checkpoints x3 -> merged -> scorecard -> pipeline
+    records -> curated -> components, latents and checkpoints of each stage -> merged -> scorecard -> pipeline
 
 nucleus_17b trains by workflows/pretrain.py: its benchmark has no detector yet.
 """
@@ -15,16 +15,15 @@ from typing import NamedTuple, Union
 
 from flytekit import workflow
 
-import workflows.command_line  # noqa: F401  (it makes --overrides repeatable)
 from tasks.artifacts import CuratedDir, MergedDir, PipelineDir, ScorecardDir
 from tasks.planning.task import resolve_recipe
 from tasks.publishing.task import publish_pipeline, show_results
-from workflows.evaluate import evaluate
+from workflows.evaluate import score_merged
 from workflows.pretrain import up_to_merged
 
 
 class Reproduction(NamedTuple):
-    """What a reproduction leaves behind."""
+    """The published pipeline, and what it was made of."""
 
     pipeline: PipelineDir
     scorecard: ScorecardDir
@@ -34,7 +33,7 @@ class Reproduction(NamedTuple):
 
 @workflow
 def reproduce(recipe: str = "tiny", overrides: Union[list[str], str] = [], source: str = "") -> Reproduction:
-    """Curates, encodes, trains three stages, merges, evaluates and publishes one recipe.
+    """Curates, encodes, trains all stages, merges, evaluates and publishes one recipe.
 
     Args:
         recipe: name of a recipe in recipes/, or the path of a YAML file.
@@ -42,9 +41,11 @@ def reproduce(recipe: str = "tiny", overrides: Union[list[str], str] = [], sourc
         source: your own images instead of the recipe's: a folder (or s3:// URI) of images with captions, tars or
             Parquet files.
     """
-    sections = resolve_recipe(recipe=recipe, overrides=overrides, source=source, ends_in="pipeline")
+    sections = resolve_recipe(
+        recipe=recipe, overrides=overrides, source=source, starts_from="source", ends_in="pipeline"
+    )
     curated, trained = up_to_merged(sections)
-    scorecard = evaluate(
+    scorecard = score_merged(
         merged=trained.merged, components=trained.components, config=sections.eval, seeds=sections.seeds
     )
     pipeline = publish_pipeline(

@@ -1,47 +1,116 @@
-"""Curated shards to one merged transformer: components, latents, three stages, merge."""
+"""A curated corpus to one merged transformer: components, latents and training stages, merge.
+
+    pyflyte run workflows/train.py train --recipe tiny --curated .nucleus/artifacts/curated/DIGEST
+
+    curated --> components --> latents of stage 1 --> checkpoints 1 --+
+                               latents of stage 2 --> checkpoints 2 <-+--> ... --> merged
+
+The number of stages is the recipe's: `train_stages` is a dynamic workflow, laid out when it runs
+(docs/decisions/workflows.md).
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional, Union
 
-from flytekit import workflow
+from flytekit import dynamic, workflow
 
 from model.config import MergeConfig
-from tasks.artifacts import ComponentsDir, CuratedDir, MergedDir
-from tasks.encoding.config import ComponentsConfig, EncodingConfig
+from tasks import envs
+from tasks.artifacts import CheckpointsDir, ComponentsDir, CuratedDir, LatentsDir, MergedDir
+from tasks.encoding.config import EncodingConfig
 from tasks.encoding.task import encode_stage, make_components
 from tasks.merging.task import merge_checkpoints
-from tasks.planning.sections import EncodeStage, TrainStage
+from tasks.planning.sections import Stage
+from tasks.planning.task import Sections, check_curated, resolve_recipe
 from tasks.training.task import train_stage
 
 
+class Stages(NamedTuple):
+    """The result of all stages: the merged transformer, the checkpoints of each stage, the latents of the last."""
+
+    merged: MergedDir
+    checkpoints: list[CheckpointsDir]
+    latents: LatentsDir
+
+
 class Trained(NamedTuple):
-    """A transformer and the frozen components that it was trained with."""
+    """`Stages`, and the frozen components that the transformer was trained with."""
 
     merged: MergedDir
     components: ComponentsDir
+    checkpoints: list[CheckpointsDir]
+    latents: LatentsDir
+
+
+def encode(
+    curated: CuratedDir,
+    components: ComponentsDir,
+    stage: Stage,
+    config: EncodingConfig,
+    text_from: Optional[LatentsDir],
+) -> LatentsDir:
+    """The inputs of one stage. Stages share their texts: later ones take them from the first."""
+    return encode_stage(curated=curated, components=components, stage=stage.encode, config=config, text_from=text_from)
+
+
+@dynamic(**envs.dynamic())
+def train_stages(
+    curated: CuratedDir,
+    components: ComponentsDir,
+    stages: list[Stage],
+    encoding: EncodingConfig,
+    merge: MergeConfig,
+) -> Stages:
+    """Each stage starts from the one before. Encoding comes first: it needs no trained weights, and may run in parallel."""
+    latents: list[LatentsDir] = []
+    for stage in stages:
+        latents.append(encode(curated, components, stage, encoding, latents[0] if latents else None))
+    checkpoints: list[CheckpointsDir] = []
+    for stage, encoded in zip(stages, latents):
+        checkpoints.append(
+            train_stage(
+                latents=encoded,
+                components=components,
+                stage=stage.train,
+                init=checkpoints[-1] if checkpoints else None,
+            )
+        )
+    merged = merge_checkpoints(checkpoints=checkpoints[-1], model=stages[-1].train.model, config=merge)
+    return Stages(merged=merged, checkpoints=checkpoints, latents=latents[-1])
+
+
+def train_curated(curated: CuratedDir, sections: Sections) -> Trained:
+    """The nodes from a curated corpus to merged weights, for the workflow that is being composed."""
+    checked = check_curated(curated=curated, stages=sections.stages)
+    components = make_components(curated=curated, config=sections.components)
+    checked >> components
+    trained = train_stages(
+        curated=curated,
+        components=components,
+        stages=sections.stages,
+        encoding=sections.encoding,
+        merge=sections.merge,
+    )
+    return Trained(
+        merged=trained.merged, components=components, checkpoints=trained.checkpoints, latents=trained.latents
+    )
 
 
 @workflow
-def train(
-    curated: CuratedDir,
-    components_config: ComponentsConfig,
-    encoding: EncodingConfig,
-    encode1: EncodeStage,
-    encode2: EncodeStage,
-    encode3: EncodeStage,
-    train1: TrainStage,
-    train2: TrainStage,
-    train3: TrainStage,
-    merge: MergeConfig,
-) -> Trained:
-    """Each stage starts from the last; resolution rises and the capacity factor falls."""
-    components = make_components(curated=curated, config=components_config)
-    latents1 = encode_stage(curated=curated, components=components, stage=encode1, config=encoding)
-    latents2 = encode_stage(curated=curated, components=components, stage=encode2, config=encoding, text_from=latents1)
-    latents3 = encode_stage(curated=curated, components=components, stage=encode3, config=encoding, text_from=latents1)
-    stage1 = train_stage(latents=latents1, components=components, stage=train1)
-    stage2 = train_stage(latents=latents2, components=components, stage=train2, init=stage1)
-    stage3 = train_stage(latents=latents3, components=components, stage=train3, init=stage2)
-    merged = merge_checkpoints(checkpoints=stage3, stage=train3, config=merge)
-    return Trained(merged=merged, components=components)
+def train(recipe: str, curated: CuratedDir, overrides: Union[list[str], str] = []) -> Trained:
+    """Trains the stages of a recipe on a corpus that is curated already.
+
+    Args:
+        recipe: name of a recipe in recipes/, or the path of a YAML file.
+        curated: a sealed directory of kind curated.
+        overrides: a change such as train.stages[0].steps=200, or a JSON list of them. May be given several times.
+    """
+    sections = resolve_recipe(recipe=recipe, overrides=overrides, source="", starts_from="curated", ends_in="merged")
+    trained = train_curated(curated, sections)
+    return Trained(
+        merged=trained.merged,
+        components=trained.components,
+        checkpoints=trained.checkpoints,
+        latents=trained.latents,
+    )

@@ -26,8 +26,9 @@ from typing import NamedTuple
 import torch
 
 from model.config import StageConfig, TransformerConfig
-from model.optim import parameter_groups, split_matrices
+from model.optim import OPTIMIZERS, parameter_groups, split_matrices
 from model.plan.memory_trace import Step, block_bytes, end_bytes, muon_workspace
+from model.ranks import remainder
 from model.transformer import NucleusTransformer
 
 FP32 = 4
@@ -55,7 +56,7 @@ class Layout:
             (f"{stage.name}: samples per GPU and step", stage.batch_size // self.gpus, "micro_batch", self.micro_batch),
         ):
             if part < 1 or whole < 1 or whole % part:
-                rest = f"{whole} = {whole // part} x {part} + {whole % part}" if part > 0 else f"{name} is under 1"
+                rest = remainder(whole, part) if part > 0 else f"{name} is under 1"
                 raise ValueError(f"{what} {whole} must be a multiple of {name} {part}: {rest}")
 
     def __str__(self) -> str:
@@ -66,7 +67,7 @@ class Layout:
 class Shapes:
     """Parameter counts of a configuration, from the real module on the meta device.
 
-    `total`, `frozen`, `experts` (routed), `muon` and `adamw` (the optimiser's groups) are parameters;
+    `total`, `frozen`, `experts` (routed), `muon`, `adamw` and `trained` (by optimiser, all of them) are parameters;
     `newton_schulz_flops` are of one iteration on every matrix.
     """
 
@@ -78,8 +79,9 @@ class Shapes:
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.group = {name: group for group, members in groups.items() for name, _ in members}
         self.total = sum(map(math.prod, self.shapes.values()))
-        self.muon, self.adamw = (sum(p.numel() for _, p in groups[group]) for group in ("muon", "adamw"))
-        self.frozen = self.total - self.muon - self.adamw
+        self.trained = {name: sum(p.numel() for _, p in named) for name, named in groups.items()}
+        self.muon, self.adamw = self.trained["muon"], self.trained["adamw"]
+        self.frozen = self.total - sum(self.trained.values())
         self.experts = sum(math.prod(shape) for name, shape in self.shapes.items() if EXPERTS in name)
         self.newton_schulz_flops = 0
         for name, parameter in groups["muon"]:
@@ -89,13 +91,13 @@ class Shapes:
             self.newton_schulz_flops += count * (4 * m * m * n + 2 * m**3)  # see `newton_schulz`
 
     def per_gpu(self, layout: Layout, group: str | None = None, prefix: str = "") -> int:
-        """Parameters that a rank stores, of one optimiser group ("muon", "adamw") or all, padded as FSDP2 does; of
-        those whose name starts with `prefix`."""
+        """Parameters that a rank stores, of one optimiser (a name in OPTIMIZERS) or all, padded as FSDP2 does; of those
+        whose name starts with `prefix`."""
         names = [n for n in self.shapes if n.startswith(prefix) and (group is None or self.group.get(n) == group)]
         return sum(_sharded(name, self.shapes[name], layout) for name in names)
 
     def trainable_per_gpu(self, layout: Layout, prefix: str = "") -> int:
-        return sum(self.per_gpu(layout, group, prefix) for group in ("muon", "adamw"))
+        return sum(self.per_gpu(layout, group, prefix) for group in self.trained)
 
     def units(self, layout: Layout) -> tuple[int, list[tuple[int, int]]]:
         """Parameters of FSDP's units as a rank gathers them, without routers: (those outside of blocks, [(a block's, its
@@ -139,7 +141,7 @@ def moments(
 ) -> list[Moment]:
     """The moments of a training step at which memory can peak, in order.
 
-    weights, optimizer_muon, optimizer_adamw: fp32; Muon has one tensor for each, AdamW two.
+    weights, optimizer_muon, optimizer_adamw: fp32; see `OPTIMIZERS` for the number of state tensors.
     gradients: fp32, those that are complete.
     activations: what is kept for the backward, the inputs, and copies of weights that autocast made.
     workspace: what the block, the loss, the sum over replicas or the optimiser takes in passing.
@@ -171,9 +173,9 @@ def moments(
     all_gradients = FP32 * shapes.trainable_per_gpu(layout)
     state = {
         "weights": FP32 * shapes.per_gpu(layout),
-        "optimizer_muon": FP32 * shapes.per_gpu(layout, "muon"),
-        "optimizer_adamw": 2 * FP32 * shapes.per_gpu(layout, "adamw"),
     }
+    for name, optimizer in OPTIMIZERS.items():
+        state[f"optimizer_{name}"] = optimizer.state_tensors * FP32 * shapes.per_gpu(layout, name)
 
     def gathered(*sizes: int) -> int:
         return element * sum(sizes, outside) if sharded else 0

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import flow, losses
+from model import losses
 from model.config import LossConfig, TransformerConfig
 from model.moe import local_part
 from model.optim import Muon, parameter_groups
@@ -216,7 +216,8 @@ def _as_fsdp_casts(model: NucleusTransformer, dtype: torch.dtype) -> None:
 
 
 def _train(model: NucleusTransformer, config: TransformerConfig, step: Step) -> Any:
-    """What `NucleusTrainer.forward_backward_step` computes, on made-up data. Returns what it holds until it ends."""
+    """A step of `NucleusTrainer.forward_backward_step` on made-up data. Returns the tensors that the trainer keeps alive
+    for the step."""
     B, S, T, patch = step.batch, step.tokens, step.text_tokens, config.patch_size
     rows = math.isqrt(S)
     while S % rows:
@@ -224,27 +225,19 @@ def _train(model: NucleusTransformer, config: TransformerConfig, step: Step) -> 
     columns = S // rows
     channels = config.in_channels // patch**2
     latents, noise = (torch.zeros(B, channels, rows * patch, columns * patch) for _ in range(2))
-    clean_BSC, noise_BSC = flow.pack_latents(latents, patch), flow.pack_latents(noise, patch)
     text, t_B = torch.zeros(B, T, config.joint_attention_dim), torch.zeros(B)
     mask = torch.ones(B, T, dtype=torch.bool) if step.masked else None
-    noisy_BSC = flow.interpolate(clean_BSC, noise_BSC, t_B)
+    example = losses.noised(latents, noise, t_B, patch)
     trace = RouterTrace()
     cast = step.dtype if step.sharded else torch.float32
     autocast = torch.autocast("cpu", step.dtype) if step.dtype != cast else contextlib.nullcontext()
     with autocast:
-        velocity_BSC = model(noisy_BSC.to(cast), (1, rows, columns), text.to(cast), mask, t_B.to(cast), collect=trace)
-    velocity_BSC = velocity_BSC.float()
-    total, loss_B = losses.flow_matching_loss(velocity_BSC, flow.velocity_target(clean_BSC, noise_BSC))
-    if step.losses.router_z_loss:
-        total = total + step.losses.router_z_loss * losses.router_z_loss(trace.logits())
-    if step.losses.load_balance:
-        total = total + step.losses.load_balance * losses.load_balance_loss(trace.routings())
-    if step.losses.wavelet:
-        predicted_BSC = flow.predict_clean(noisy_BSC, velocity_BSC, t_B)
-        total = total + step.losses.wavelet * losses.wavelet_loss(
-            flow.unpack_latents(predicted_BSC, rows, columns, patch),
-            flow.unpack_latents(clean_BSC, rows, columns, patch),
+        velocity_BSC = model(
+            example.noisy_BSC.to(cast), (1, rows, columns), text.to(cast), mask, t_B.to(cast), collect=trace
         )
+    velocity_BSC = velocity_BSC.float()
+    total, mean, loss_B, _kept = losses.objective(example, velocity_BSC, trace, step.losses)
+    del mean  # 4 bytes
     total.backward()
     return trace, velocity_BSC, loss_B
 

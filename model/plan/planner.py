@@ -29,12 +29,13 @@ import torch
 from pydantic import ValidationError
 
 from model.config import RoutingConfig, StageConfig, TrainConfig, TransformerConfig
+from model.constants import VAE_SCALE
+from model.optim import OPTIMIZERS
 from model.plan.memory import FP32, Layout, Moment, Shapes, moments
 from model.plan.memory_trace import Step
 from model.ranks import micro_batch as micro_batch_of
 from model.recipe_yaml import read_recipe
 
-VAE_SCALE = 8  # Qwen-Image's VAE
 TEXT_TOKENS = 512  # captions of up to 200 words and the chat template; the pipeline's limit is 1024
 USABLE = 0.9  # of a card's memory; the rest is for the CUDA context, NCCL, cuBLAS and fragmentation
 NODE = 8  # GPUs of a node, joined by NVLink, each with a link of its own to other nodes
@@ -129,7 +130,7 @@ def traffic(
     node, so that a ring enters it once for all of its ranks there, while rows go straight to the expert's rank
     (`between_nodes_rows` of them leave the node).
     Memory, a floor: weights are read by each pass (the backward twice), kept activations written and read once, and
-    the optimiser reads and writes weights and state (16 bytes a Muon parameter and 24 an AdamW one) and gradients.
+    the optimiser reads and writes weights and state (16 bytes a Muon parameter and 24 an AdamW one) and reads gradients.
     """
     local, again = stage.batch_size // layout.gpus, layout.checkpointing == "full"
     micro_steps = local // layout.micro_batch
@@ -148,7 +149,7 @@ def traffic(
     between = micro_steps * (2 * element + FP32) * sum(entering(*ring) for ring in rings)
     rows_between = rows_sent * max(0, ep - NODE) / ep
     between += FP32 * entering(all_reduced, replicas, shard) + rows_between
-    muon, adamw = (shapes.per_gpu(layout, group) for group in ("muon", "adamw"))
+    updated = sum((2 * (1 + o.state_tensors) + 1) * shapes.per_gpu(layout, name) for name, o in OPTIMIZERS.items())
     return {
         "network_weights": round(micro_steps * 2 * element * over_network),
         "network_gradients": round(FP32 * (micro_steps * over_network + all_reduced)),
@@ -157,7 +158,7 @@ def traffic(
         "between_nodes_rows": round(rows_between),
         "memory_weights": micro_steps * element * (dense + experts) * (3 + again),
         "memory_activations": micro_steps * 2 * activations,
-        "memory_optimizer": (4 * FP32 + FP32) * muon + (6 * FP32 + FP32) * adamw,
+        "memory_optimizer": FP32 * updated,  # weights and state read and written, gradients read
     }
 
 
@@ -244,7 +245,7 @@ def _moments(
         dtype=getattr(torch, train.dtype),
         checkpointing=layout.checkpointing,
         accumulate=stage.batch_size // layout.gpus > layout.micro_batch,
-        losses=train.losses.model_copy(update={"wavelet": train.losses.wavelet if stage.wavelet else 0.0}),
+        losses=stage.active_losses(train.losses),
     )
     return moments(shapes, config, layout, step, ns_steps=train.optim.muon_ns_steps)
 
@@ -334,12 +335,13 @@ def plan(
         "gpus": gpus,
         "mfu": mfu,
         "dtype": train.dtype,
-        "parameters": {"total": shapes.total, "muon": shapes.muon, "adamw": shapes.adamw, "frozen": shapes.frozen},
+        "parameters": {"total": shapes.total, **shapes.trained, "frozen": shapes.frozen},
         # Tensors alone, without file headers. Full: weights and optimiser state, fp32.
         "checkpoint_bytes": {
             "model_bf16": 2 * shapes.total,
             "model_fp32": FP32 * shapes.total,
-            "full": FP32 * (shapes.total + shapes.muon + 2 * shapes.adamw),
+            "full": FP32
+            * (shapes.total + sum(o.state_tensors * shapes.trained[name] for name, o in OPTIMIZERS.items())),
         },
         "stages": stages,
         "days": sum(stage["days"] for stage in stages),

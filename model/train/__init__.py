@@ -1,7 +1,7 @@
-"""Training on torchtitan: the only package that imports it.
+"""The torchtitan integration.
 
-torchtitan chooses its device when it is imported, and believes in accelerators. Importing any module of this package
-first imports `model.train.device`, which sets the device where there is none.
+Python runs this file before any module of the package: torchtitan is prepared for machines without an accelerator before
+anything in here imports it, whatever the order of imports in a module.
 """
 
-from model.train import device as device
+from model.train import device  # noqa: F401

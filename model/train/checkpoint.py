@@ -24,20 +24,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
 from model import storage
-from model.config import TrainConfig
+from model.config import TrainSettings
 from model.train.device import DEVICE_TYPE
 from model.train.guard import Diverged
 from model.train.metrics import METRICS
 from model.train.replicas import differing
+from model.train.torch_private import FsspecWriter
 from model.weights import checkpoints
-from model.weights.checkpoints import finished_checkpoints
+from model.weights.checkpoints import finished_checkpoints, incomplete_files
 
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.checkpointer.base import LR_SCHEDULER, MODEL, OPTIMIZER
@@ -51,8 +51,8 @@ CLOSE_TIMEOUT_S = 60
 NAMED = 8  # parameters in an error message
 
 
-def checkpoint_root(train: TrainConfig, work_dir: Path) -> str:
-    """The folder or URI that holds CHECKPOINTS and WEIGHTS of the run whose work_dir this is."""
+def checkpoint_root(train: TrainSettings, work_dir: Path) -> str:
+    """The folder or URI of a run's CHECKPOINTS and WEIGHTS."""
     if train.checkpoint_uri is None:
         return str(work_dir)
     place = storage.check_path(train.checkpoint_uri)
@@ -222,8 +222,8 @@ class StageCheckpointer(CheckpointManager):
         return 3 * sum(v.numel() * v.element_size() for v in self.states[MODEL].state_dict().values())
 
     def _load(self, step: int = -1) -> bool:
-        """Loads the last finished checkpoint of this run, else what the stage starts from: weights, optimiser state."""
-        last = [max(finished_checkpoints(self.folder), default=0) if step == -1 else step]
+        """Loads the last whole checkpoint of this run, else what the stage starts from: weights, optimiser state."""
+        last = [self._last_whole() if step == -1 else step]
         if not self.alone:
             dist.broadcast_object_list(last)  # a node that sees another folder must fail, not start from the beginning
         (resumed,) = last
@@ -236,9 +236,25 @@ class StageCheckpointer(CheckpointManager):
         self._prune(resumed)
         return bool(resumed or self.initial_load_path)
 
+    def _last_whole(self) -> int:
+        """The newest step whose files have the lengths that its metadata says; 0 where there is none.
+
+        A full disk or a node that went down may cut files off after they were written.
+        """
+        finished = finished_checkpoints(self.folder)
+        for step, path in reversed(finished.items()):
+            if not (missing := incomplete_files(path)):
+                return step
+            if dist.get_rank() == 0:
+                print(
+                    f"checkpoint {path} is damaged ({missing[0]} is cut off or missing): trying an older one",
+                    flush=True,
+                )
+        return 0
+
     def _prune(self, step: int) -> None:
-        """After a finished save of `step`, or a resume from it. Drops what is older than the last ones, newer than
-        `step` (of a run that was cut off), or half written; only then, so that there is always a whole one."""
+        """After a finished save of `step`, or a resume from it: removes checkpoints that are older than the last ones,
+        newer than `step` (left by an interrupted run) or half written. Only then, so that a whole one always exists."""
         if dist.get_rank() != 0:
             return
         keeping = ((self.folder, self.keep_full), (self.weights_folder, self.keep_weights), (self.optimizer_folder, 1))

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from model.config import StageConfig, TrainConfig, TransformerConfig
-from model.data.hashing import hash_words
-from model.ranks import layout, local_batch_size
+from model.constants import VAE_SCALE
+from model.ranks import local_batch_size, rank_degrees
+from model.stages import TrainingStage
 from model.storage import join
 from model.train.activation import activation_config
 from model.train.checkpoint import CHECKPOINTS, StageCheckpointer, checkpoint_root
@@ -24,50 +24,35 @@ from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.config.configs import DebugConfig
 
 
-def stage_seed(seed: int, stage: StageConfig) -> int:
-    """Every stage has random numbers of its own."""
-    return int(hash_words(seed, *stage.name.encode())[0] >> 1)
-
-
-def stage_transformer(transformer: TransformerConfig, stage: StageConfig) -> TransformerConfig:
-    """The model of a stage: the recipe's, with the stage's capacity factors."""
-    return transformer.with_capacity_factors(stage.capacity_factors)
-
-
 def trainer_config(
-    transformer: TransformerConfig,
-    stage: StageConfig,
-    train: TrainConfig,
+    stage: TrainingStage,
     *,
     latents_dir: Path,
     latents_uri: str | None = None,
     work_dir: Path,
     init_from: Path | None,
     optimizer_from: Path | None = None,
-    hand_on_optimizer: bool = False,
     ranks: int,
     sample_fn: Callable[..., Any] | None = None,
 ) -> NucleusTrainer.Config:
     """The whole configuration of one stage.
 
     Args:
-        latents_uri: where the safetensors of `latents_dir` lie, to be read by ranges; None: in latents_dir, to be mapped.
+        latents_uri: where the safetensors of `latents_dir` are, to be read by ranges; None: in latents_dir, to be mapped.
         init_from: a finished checkpoint whose weights the stage starts from.
-        optimizer_from: the optimiser state of that step, to go on with.
-        hand_on_optimizer: the stage keeps that of its last step for the next.
+        optimizer_from: the optimiser state of that step.
         ranks: processes in all; they share the global batch.
 
     Raises:
         ValueError: the batch or the weights cannot be cut as asked.
     """
-    local = local_batch_size(stage, train, ranks)
-    degrees = layout(transformer, train, ranks)
-    seed = stage_seed(train.seed, stage)
-    tokens = (stage.image_size_px // (8 * transformer.patch_size)) ** 2
+    train, values = stage.train, stage.stage
+    local = local_batch_size(values, train, ranks)
+    degrees = rank_degrees(stage.model, train, ranks)
+    tokens = (values.image_size_px // (VAE_SCALE * stage.model.patch_size)) ** 2
     return NucleusTrainer.Config(
-        model_spec=model_spec(stage_transformer(transformer, stage), stage.name),
+        model_spec=model_spec(stage.model, values.name),
         dump_folder=str(work_dir),
-        train=train,
         stage=stage,
         sample_fn=sample_fn,
         loss=MSELoss.Config(),
@@ -75,9 +60,9 @@ def trainer_config(
         dataloader=LatentDataLoader.Config(
             directory=str(latents_dir),
             stream_from=latents_uri,
-            global_batch_size=stage.batch_size,
-            seed=seed,
-            tier_weights=dict(stage.tier_weights),
+            global_batch_size=values.batch_size,
+            seed=stage.seed,
+            tier_weights=dict(values.tier_weights),
             caption_dropout=train.caption_dropout,
             num_workers=train.num_workers,
         ),
@@ -85,10 +70,10 @@ def trainer_config(
         lr_scheduler=WarmupStable.Config(warmup_steps=train.optim.warmup_steps),
         training=TrainingConfig(
             local_batch_size=local,
-            global_batch_size=stage.batch_size,
+            global_batch_size=values.batch_size,
             seq_len=tokens,
             max_norm=train.optim.max_grad_norm,
-            steps=stage.steps,
+            steps=values.steps,
             dtype="float32",  # weights; train.dtype is what is computed in
             mixed_precision_param=train.dtype,
             disable_cuda_graphs=True,  # the shapes change with the bucket
@@ -113,18 +98,18 @@ def trainer_config(
             keep_full=train.keep_full_checkpoints,
             keep_weights=train.keep_checkpoints,
             optimizer_from=str(Path(optimizer_from).resolve()) if optimizer_from else None,
-            hand_on_optimizer=hand_on_optimizer,
+            hand_on_optimizer=stage.hand_on_optimizer,
             async_mode="async" if train.async_checkpoint else "disabled",
         ),
         metrics=StageMetrics.Config(
             log_freq=train.log_every_steps,
             enable_tensorboard=True,
             disable_color_printing=True,
-            label=stage.name,
-            total_steps=stage.steps,
+            label=values.name,
+            total_steps=values.steps,
         ),
         debug=DebugConfig(
-            seed=seed % 2**63,
+            seed=stage.seed,
             # On a CPU nothing depends on timing. No warn_only: memory-efficient attention takes it for leave to add
             # up its gradients in any order.
             deterministic=train.deterministic and DEVICE_TYPE != "cpu",

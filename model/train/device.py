@@ -1,8 +1,8 @@
-"""Makes torchtitan 0.3.0 run where there is no accelerator. Import it before any module of torchtitan.
+"""Makes torchtitan 0.3.0 run where there is no accelerator. model/train/__init__.py imports it first.
 
-torchtitan picks its device when `torchtitan.tools.utils` is imported, and takes "cuda" when it finds none. This
-module is the only place that knows: on a machine without an accelerator it puts "cpu" there, with a device module
-that answers the few questions torchtitan asks (torch.cpu lacks them). With an accelerator it changes nothing.
+torchtitan picks its device when `torchtitan.tools.utils` is imported, and takes "cuda" when it finds none. On a machine
+without an accelerator this module sets it to "cpu", with a device module that has the few functions that torchtitan calls
+(torch.cpu lacks them). With an accelerator it changes nothing.
 """
 
 from __future__ import annotations

@@ -8,11 +8,10 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor._redistribute import _gen_transform_infos
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from model.config import TransformerConfig
 from model.train.parallelize import parallelize
+from model.train.torch_private import clear_sharding_caches
 from model.transformer import NucleusTransformer
 
 from torchtitan.distributed import ParallelDims
@@ -39,6 +38,4 @@ def first_rank_of(ranks: int, expert_parallel: int, config: TransformerConfig) -
         )
     finally:
         dist.destroy_process_group()
-        # What DTensor learned holds this mesh, and would give a later one of the same shape the first rank's place.
-        _clear_sharding_prop_cache()
-        _gen_transform_infos.cache_clear()
+        clear_sharding_caches()

@@ -10,7 +10,6 @@ holds these, each layer's, and torchtitan's own. On resume, lines after the resu
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
+
+from model import storage
 
 from torchtitan.components.metrics import BaseLogger, MetricsProcessor
 
@@ -114,6 +115,4 @@ def truncate_metrics(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError):
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    storage.write_bytes(path, "".join(kept).encode())

@@ -1,4 +1,4 @@
-"""Muon and AdamW as torchtitan's optimisers, and the warm-up of WSM as its learning-rate scheduler."""
+"""The recipe's optimisers (`model.optim.OPTIMIZERS`) in torchtitan's container, and the warm-up of WSM as its learning-rate scheduler."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from model.config import OptimConfig
-from model.optim import Muon, NamedParameters, describe_groups, parameter_groups, wsm_schedule
+from model.optim import OPTIMIZERS, NamedParameters, describe_groups, muon_options, parameter_groups, wsm_schedule
 from model.train.sharded_muon import ShardedMuon
 
 from torchtitan.components.checkpointer.utils import canonical_fqn
@@ -21,9 +21,9 @@ from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersCon
 
 
 class NucleusOptimizers(OptimizersContainer):
-    """Muon for attention and expert matrices, AdamW for the rest. Its state is saved by parameter name.
+    """One optimiser for attention and expert matrices, AdamW for the rest. Their state is saved by parameter name.
 
-    Which parameter went to which group is printed once, by the first rank.
+    The first rank prints the groups once.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -42,17 +42,11 @@ class NucleusOptimizers(OptimizersContainer):
             groups = parameter_groups(model, optim.matrices)
             if dist.get_rank() == 0:
                 print(describe_groups(groups), flush=True)
-            self.optimizers += _muon(groups["muon"], optim, config.dist_muon)
-            self.optimizers.append(
-                torch.optim.AdamW(
-                    [_group(groups["adamw"])],
-                    lr=optim.adamw_lr,
-                    betas=optim.adamw_betas,
-                    eps=optim.adamw_eps,
-                    weight_decay=optim.adamw_weight_decay,
-                    fused=True,
-                )
-            )
+            for name, named in groups.items():
+                if name == "muon":
+                    self.optimizers += _muon(named, optim, config.dist_muon)
+                elif named:
+                    self.optimizers.append(OPTIMIZERS[name].build(_group(named), optim))
         parameters = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
         self._validate_params(parameters)
         self._post_init(parameters)
@@ -83,17 +77,10 @@ def _muon(named: NamedParameters, optim: OptimConfig, with_dist_muon: bool) -> l
         if taken:
             found.append(dist_muon(_group(taken), optim))
     if named:
-        sharded = isinstance(named[0][1], DTensor)
-        found.append(
-            (ShardedMuon if sharded else Muon)(
-                [_group(named)],
-                lr=optim.muon_lr,
-                momentum=optim.muon_momentum,
-                ns_steps=optim.muon_ns_steps,
-                scale=optim.muon_scale,
-                weight_decay=optim.muon_weight_decay,
-            )
-        )
+        if isinstance(named[0][1], DTensor):
+            found.append(ShardedMuon([_group(named)], **muon_options(optim)))
+        else:
+            found.append(OPTIMIZERS["muon"].build(_group(named), optim))
     return found
 
 

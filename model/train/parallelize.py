@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_common import DataParallelMeshInfo, ShardPlacementResult
-from torch.distributed.fsdp._fully_shard._fsdp_init import _get_mesh_info
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from model.moe import local_part
 from model.train.activation import flash_operations
 from model.train.compiled import compile_blocks
 from model.train.expert_parallel import shard_experts
+from model.train.torch_private import DataParallelMeshInfo, ShardPlacementResult, mesh_info
 from model.transformer import Fill
 from model.weights.load import own_part
 
@@ -71,8 +70,8 @@ def fsdp_meshes(dims: ParallelDims) -> tuple[DeviceMesh, DeviceMesh]:
 
 def _shard(model: torch.nn.Module, dims: ParallelDims, dtype: torch.dtype) -> None:
     mesh, of_experts = fsdp_meshes(dims)
-    dense = _get_mesh_info(mesh, None)
-    sparse = dense if of_experts is mesh else _get_mesh_info(of_experts, None)  # one object for one mesh
+    dense = mesh_info(mesh, None)
+    sparse = dense if of_experts is mesh else mesh_info(of_experts, None)  # one object for one mesh
     routers = [block.img_mlp.gate for block in model.transformer_blocks.children() if block.moe_enabled]
     for router in routers:
         whole = [Replicate()] * mesh.ndim

@@ -1,24 +1,25 @@
-"""Trains one stage: latent shards in, checkpoints out. Killed at any moment and called again, it goes on.
+"""Trains one stage: latent shards in, checkpoints out. After a kill at any moment, a second call resumes it.
 
-    work_dir/                            stays between attempts
-      run.json                           what is trained here; another configuration is refused
+    work_dir/                            kept between attempts
+      run.json                           configuration of the run; another one is refused
       checkpoints/step-{n}/              to resume from (the last keep_full_checkpoints); gone once the stage is sealed
                                          (`prune_run`)
       weights/step-{n:08d}/              the model alone (the last keep_checkpoints)
-      optimizer/step-{n:08d}/            of the last step, if another stage goes on: optimiser state and schedule alone
+      optimizer/step-{n:08d}/            of the last step, for a next stage that continues: optimiser state and schedule
       metrics.jsonl tensorboard/ samples/
       skipped.json                       of a run that skipped too many steps: the last one's records
       report.json                        when the stage is done, by the attempt that finished it
     out_dir/                             filled when the stage is done
-      step-{n:08d}/ optimizer/ metrics.jsonl tensorboard/ samples/ report.json
+      step-{n:08d}/ optimizer/           what the stage is: the same bytes however often it was interrupted
+      metrics.jsonl tensorboard/ samples/ report.json        how it went (`LOGS`): with times, speeds and counts of attempts
 
-With train.checkpoint_uri, run.json, all checkpoints, report.json and a copy of metrics.jsonl lie there, below the name
-of the work_dir: a pod that starts on another node finds all it needs but the TensorBoard and sample files.
+With train.checkpoint_uri, run.json, all checkpoints, report.json and a copy of metrics.jsonl are stored there, below the
+name of the work_dir: a pod that starts on another node has everything but the TensorBoard and sample files.
 
-A stage goes on from the one before with its weights, and with train.carry_optimizer with its momentum, moments and
-learning rate too, as if one training went on; without, it begins with a warm-up of its own. Its data, their order and
-noise, the counts of its steps and images, and the window in which `LossGuard` looks for spikes are always its own:
-losses at another resolution and capacity lie elsewhere.
+A stage starts from the weights of the one before, and with train.carry_optimizer also from its momentum, moments and
+learning rate, as one long training would; without, it starts with a warm-up. Its data, their order and noise, its counts
+of steps and images, and the window in which `LossGuard` looks for spikes are always its own: losses differ in level at
+another resolution and capacity.
 """
 
 from __future__ import annotations
@@ -36,21 +37,22 @@ import torch
 import torch.distributed as dist
 
 from model import storage
-from model.config import StageConfig, TrainConfig, TransformerConfig
+from model.config import FREE_KEYS, TrainSettings, TransformerConfig
 from model.data.latents import read_meta
-from model.ranks import FREE_KEYS
+from model.stages import TrainingStage
 from model.train.checkpoint import CHECKPOINTS, OPTIMIZER, WEIGHTS, checkpoint_root
-from model.train.config import stage_transformer, trainer_config
+from model.train.config import trainer_config
 from model.train.device import training_session
 from model.train.metrics import METRICS, TENSORBOARD
 from model.train.spec import count_parameters
 from model.train.trainer import SAMPLES
-from model.weights.checkpoints import METADATA, finished_checkpoints, last_checkpoint
+from model.weights.checkpoints import METADATA, canonical_metadata, finished_checkpoints, last_checkpoint
 from model.weights.export import released_weights
 from model.weights.load import load_weights
 
-MANIFEST = "manifest.json"  # of a sealed directory
 REPORT = "report.json"
+# Files of out_dir that record how training went. They depend on the machine and its clock.
+LOGS = (METRICS, REPORT, f"{TENSORBOARD}/*", f"{SAMPLES}/*")
 HANDED_ON = {"checkpoints": WEIGHTS, "optimizer": OPTIMIZER}  # the steps of each, in the report
 VISIBLE_WITHIN_S = 10.0  # another node's writes on a network file system, which may be slow to show them
 SampleFn = Callable[[torch.nn.Module, int, Path], Any]
@@ -58,42 +60,38 @@ SampleFn = Callable[[torch.nn.Module, int, Path], Any]
 
 def train_stage(
     latents_dir: str | Path,
-    transformer: TransformerConfig,
-    train: TrainConfig,
-    stage_index: int,
+    stage: TrainingStage,
     init_from: str | Path | None,
     work_dir: str | Path,
     out_dir: str | Path,
     sample_fn: SampleFn | None = None,
     latents_uri: str | None = None,
-    hand_on_optimizer: bool = False,
 ) -> dict[str, Any]:
-    """Trains stage `stage_index` of `train`.
+    """Trains one stage.
 
     Args:
         latents_dir: this stage's latents.
-        init_from: checkpoints of the stage before (its last is taken), or None to start from train.init_from or from
-            scratch.
-        work_dir: where the run lives; the same for every attempt at this stage. Not removed here.
+        init_from: checkpoints of the stage before (the last one is loaded), or None to start from train.init_from or
+            from scratch.
+        work_dir: the state of the run; the same for every attempt at this stage. Not removed here.
         out_dir: an empty directory.
         sample_fn: called as `sample_fn(model, step, path)` every `sample_every_steps` steps and at the last, in
             eval mode without gradients, on every rank; it writes an image to `path` and draws its random numbers
             from generators of its own.
-        latents_uri: with train.latents "stream", where the safetensors of latents_dir lie; None: in latents_dir.
-        hand_on_optimizer: out_dir also gets what the next stage needs if it has train.carry_optimizer.
+        latents_uri: with train.latents "stream", where the safetensors of latents_dir are; None: in latents_dir.
 
     Returns:
-        the report. out_dir/report.json is that of the attempt which finished the training: filled again from the same
-        work_dir, out_dir is the same to the byte, and so is its digest.
+        the report. out_dir/report.json is that of the attempt which finished the training. Filled again from the same
+        work_dir, out_dir is the same to the byte.
 
     Raises:
         ValueError: latents, configuration and work_dir do not fit together.
         Diverged: too many steps were skipped (train.skip), or weights are not finite.
         ConnectionError: the object store of checkpoints, or of streamed latents, does not answer.
-        Preempted: SIGTERM; call it again to go on.
+        Preempted: SIGTERM; call it again to resume.
     """
     latents_dir, work_dir, out_dir = Path(latents_dir), Path(work_dir), Path(out_dir)
-    stage = train.stages[stage_index]
+    transformer, train, steps = stage.model, stage.train, stage.stage.steps
     _check_latents(latents_dir, transformer)
     init_checkpoint = last_checkpoint(init_from) if init_from is not None else None
     released = released_weights(train.init_from, transformer) if train.init_from and init_from is None else None
@@ -101,44 +99,41 @@ def train_stage(
     root = checkpoint_root(train, work_dir)
     storage.check_writable_place(root)
     carried = _optimizer_of(init_checkpoint) if init_checkpoint and train.carry_optimizer else None
-    _claim(root, latents_dir, transformer, train, stage, init_checkpoint, carried, hand_on_optimizer)
+    _claim(root, latents_dir, stage, init_checkpoint, carried)
     if (done := _done(root)) is not None:
         if _rank() == 0:
             _fill(root, work_dir, out_dir, done)
-        return {**json.loads(done), "resumed_from_step": stage.steps}
+        return {**json.loads(done), "resumed_from_step": steps}
     if _rank() == 0:
         _restore_metrics(root, work_dir)
     begin = time.perf_counter()
     with training_session(train.deterministic):
         _check_one_place(root)
         config = trainer_config(
-            transformer,
             stage,
-            train,
             latents_dir=latents_dir,
             latents_uri=(latents_uri or str(latents_dir)) if train.latents == "stream" else None,
             work_dir=work_dir,
             init_from=init_checkpoint,
             optimizer_from=carried,
-            hand_on_optimizer=hand_on_optimizer,
             ranks=dist.get_world_size(),
             sample_fn=sample_fn,
         )
         trainer = config.build()
         if released is not None:
             load_weights(trainer.model, released)  # a checkpoint to resume from comes after it, and wins
-        trainer.metrics_processor.note(_told_start(train, init_checkpoint, carried))
+        trainer.metrics_processor.note(_describe_start(train, init_checkpoint, carried))
         try:
             resumed_from = trainer.train()
         finally:
             trainer.close()
-        parameters, active = count_parameters(trainer.model, stage_transformer(transformer, stage))
+        parameters, active = count_parameters(trainer.model, transformer)
         last = trainer.metrics_processor.last
         report = {
-            "stage": stage.name,
-            "steps": stage.steps,
+            "stage": stage.stage.name,
+            "steps": steps,
             "resumed_from_step": resumed_from,
-            "images_seen": stage.steps * stage.batch_size,
+            "images_seen": steps * stage.stage.batch_size,
             "parameters": parameters,
             "active_parameters": active,
             "skipped_steps": trainer.guard.skipped,
@@ -159,21 +154,21 @@ def train_stage(
     return report
 
 
-def prune_run(train: TrainConfig, work_dir: str | Path) -> None:
-    """Drops what only resuming needs, once out_dir is safe. A lost out_dir can still be filled again: from what is
-    handed on, which takes no room of its own beside an out_dir of hard links."""
+def prune_run(train: TrainSettings, work_dir: str | Path) -> None:
+    """Removes what only resuming needs, once out_dir is sealed. What is handed on stays, so that a lost out_dir can be
+    filled again; beside an out_dir of hard links it takes no space of its own."""
     root = checkpoint_root(train, Path(work_dir))
     if _done(root) is not None:
         storage.remove(storage.join(root, CHECKPOINTS))
 
 
 def _done(root: str) -> bytes | None:
-    """The report of a run that is finished and has all that it hands on."""
+    """The report of a finished run whose checkpoints are all there, else None."""
     report = storage.read_bytes(storage.join(root, REPORT))
     if report is None:
         return None
-    told = json.loads(report)
-    whole = all(told[name] == list(finished_checkpoints(storage.join(root, kind))) for name, kind in HANDED_ON.items())
+    steps = json.loads(report)
+    whole = all(steps[name] == list(finished_checkpoints(storage.join(root, kind))) for name, kind in HANDED_ON.items())
     return report if whole else None
 
 
@@ -187,16 +182,15 @@ def _optimizer_of(checkpoint: str | Path) -> Path:
     found = weights.parent / OPTIMIZER / weights.name
     if not (found / METADATA).is_file():
         raise ValueError(
-            f"train.carry_optimizer=true goes on with the optimiser state of the stage before, but {found} is not "
-            "there: train that stage again with the same key, or set train.carry_optimizer=false for a warm-up of this "
-            "stage's own"
+            f"train.carry_optimizer=true continues with the optimiser state of the stage before, but {found} does not "
+            "exist: train that stage again with the same key, or set train.carry_optimizer=false for a warm-up"
         )
     return found
 
 
-def _told_start(train: TrainConfig, init_checkpoint: str | Path | None, carried: Path | None) -> str:
+def _describe_start(train: TrainSettings, init_checkpoint: str | Path | None, carried: Path | None) -> str:
     if carried is not None:
-        return f"goes on from {init_checkpoint} with the optimiser state of that step"
+        return f"continues from {init_checkpoint} with the optimiser state of that step"
     start = ""
     if init_checkpoint is not None:
         start = f", from the weights {init_checkpoint}"
@@ -223,24 +217,19 @@ def _check_latents(latents_dir: Path, transformer: TransformerConfig) -> None:
 
 
 def _claim(
-    root: str,
-    latents_dir: Path,
-    transformer: TransformerConfig,
-    train: TrainConfig,
-    stage: StageConfig,
-    init_checkpoint: Path | None,
-    carried: Path | None,
-    hand_on_optimizer: bool,
+    root: str, latents_dir: Path, stage: TrainingStage, init_checkpoint: Path | None, carried: Path | None
 ) -> None:
-    """Writes down what this directory trains, or compares it with what was written."""
+    """Records in run.json what this directory trains, or compares it with what is recorded there."""
+    values = stage.model_dump(mode="json")
     run = {
-        "transformer": transformer.model_dump(mode="json"),
-        "train": train.model_dump(mode="json", exclude={"stages", *FREE_KEYS}),
-        "stage": stage.model_dump(mode="json"),
+        "transformer": values["model"],
+        "train": {key: value for key, value in values["train"].items() if key not in FREE_KEYS},
+        "stage": values["stage"],
+        "seed": stage.seed,
         "latents": _content(latents_dir),
         "init_from": _content(Path(init_checkpoint)) if init_checkpoint else None,
         "optimizer_from": _content(carried) if carried else None,
-        "hand_on_optimizer": hand_on_optimizer,
+        "hand_on_optimizer": stage.hand_on_optimizer,
     }
     path = storage.join(root, "run.json")
     if (claimed := storage.read_bytes(path)) is not None:
@@ -256,11 +245,10 @@ def _claim(
 
 
 def _content(directory: Path) -> str:
-    """What a directory holds: the digest of the seal it lies in, with its place there, else of all its bytes."""
+    """A digest of a directory: that of the sealed directory around it, with its place there, else of all its bytes."""
     for sealed in (directory, *directory.parents[:2]):
-        if (sealed / MANIFEST).is_file():
-            digest, place = json.loads((sealed / MANIFEST).read_text())["digest"], directory.relative_to(sealed)
-            return f"{digest}/{place.as_posix()}".removesuffix("/.")
+        if (digest := storage.sealed_digest(sealed)) is not None:
+            return f"{digest}/{directory.relative_to(sealed).as_posix()}".removesuffix("/.")
     digest = hashlib.sha256()
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         with open(path, "rb") as file:
@@ -269,19 +257,19 @@ def _content(directory: Path) -> str:
 
 
 def _check_one_place(root: str) -> None:
-    """Each rank writes its part of a checkpoint, so that all must see one folder: nodes' own disks would each keep a
-    part, which nobody would notice before one is read.
+    """Each rank writes its part of a checkpoint, so all ranks must see one folder. Local disks of several nodes would each
+    keep a part, which would be noticed only when a checkpoint is read.
 
     Raises:
         ValueError: not every rank sees what the first one has just written.
     """
     if dist.get_world_size() == 1:
         return
-    told = [f".{os.urandom(8).hex()}"]
+    name = [f".{os.urandom(8).hex()}"]
     if dist.get_rank() == 0:
-        storage.write_bytes(storage.join(root, *told), b"")
-    dist.broadcast_object_list(told)
-    mark = storage.join(root, *told)
+        storage.write_bytes(storage.join(root, *name), b"")
+    dist.broadcast_object_list(name)
+    mark = storage.join(root, *name)
     seen = [False] * dist.get_world_size()
     dist.all_gather_object(seen, _appears(mark))
     if dist.get_rank() == 0:
@@ -314,10 +302,12 @@ def _fill(root: str, work_dir: Path, out_dir: Path, report: bytes) -> None:
     _restore_metrics(root, work_dir)
     for kind, target in ((WEIGHTS, out_dir), (OPTIMIZER, out_dir / OPTIMIZER)):
         for step, path in finished_checkpoints(storage.join(root, kind)).items():
-            storage.copy_folder(path, target / f"step-{step:08d}")
+            copied = target / f"step-{step:08d}"
+            storage.copy_folder(path, copied)
+            canonical_metadata(copied)
     for name in (TENSORBOARD, SAMPLES):
         if (work_dir / name).is_dir():
-            # Hidden files are what a kill left half written.
+            # Hidden files are those that a kill left half written.
             shutil.copytree(work_dir / name, out_dir / name, ignore=shutil.ignore_patterns(".*"))
     shutil.copy2(work_dir / METRICS, out_dir / METRICS)
     (out_dir / REPORT).write_bytes(report)

@@ -18,21 +18,21 @@ import torch
 import torch._inductor.config
 import torch.fx.experimental._config
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from model import flow, losses
 from model.attention import use_attention
-from model.config import StageConfig, TrainConfig
 from model.data.order import Batch
 from model.kernels import use_kernels
 from model.moe import local_part
+from model.stages import TrainingStage
 from model.train.data import to_device
 from model.train.device import DEVICE_TYPE, PATIENCE
 from model.train.guard import Diverged, LossGuard
 from model.train.parallelize import fsdp_meshes, lies_whole
 from model.train.preemption import Preempted, StopFlag, sigterm_sets
+from model.train.torch_private import set_group_timeout
 from model.transformer import RouterTrace
 
 from torchtitan.components.tokenizer import BaseTokenizer
@@ -71,31 +71,28 @@ class NoTokenizer(BaseTokenizer):
 class NucleusTrainer(Trainer):
     @dataclass(kw_only=True, slots=True)
     class Config(Trainer.Config):
-        train: TrainConfig
-        stage: StageConfig
+        stage: TrainingStage
         sample_fn: Callable[[torch.nn.Module, int, Path], Any] | None = None
 
     def __init__(self, config: Config):
-        use_attention(config.train.attention_backend)
-        use_kernels(config.train.kernels)
+        self.settings = config.stage.train
+        use_attention(self.settings.attention_backend)
+        use_kernels(self.settings.kernels)
         super().__init__(config)
         for group in self._groups():  # they do not inherit the timeout of the default group
-            _set_pg_timeout(PATIENCE, group)
+            set_group_timeout(PATIENCE, group)
         self.model = self.model_parts[0]
-        extra = config.train.losses
-        self.wavelet_weight = extra.wavelet if config.stage.wavelet else 0.0
-        self.z_loss_weight, self.orthogonality_rate = extra.router_z_loss, extra.router_orthogonality
-        self.load_balance_weight = extra.load_balance
+        self.loss_weights = config.stage.losses
         self.patch = self.model.config.patch_size
         self.writes = torch.distributed.get_rank() == 0
         self.routing: RouterTrace | None = None  # of the last micro-batch of a logged step, where metrics are written
-        self.guard = LossGuard(config.train.skip)
+        self.guard = LossGuard(self.settings.skip)
         self.stop = StopFlag()
         self.bin_sums = torch.zeros(LOSS_BINS, device=self.device)
         self.bin_counts = torch.zeros(LOSS_BINS, device=self.device)
         self.compiled = config.compile.enable
         self.autocast = contextlib.nullcontext
-        dtype = TORCH_DTYPE_MAP[config.train.dtype]
+        dtype = TORCH_DTYPE_MAP[self.settings.dtype]
         if dtype != torch.float32 and self.parallel_dims.dp_shard == 1:  # FSDP casts by itself
             self.autocast = lambda: torch.autocast(DEVICE_TYPE, dtype)
 
@@ -133,43 +130,31 @@ class NucleusTrainer(Trainer):
             micro-batches and ranks add up to that mean.
         """
         plan = batch.plan
-        rows, columns = (side // self.patch for side in batch.latents.shape[-2:])
-        clean_BSC = flow.pack_latents(to_device(batch.latents, self.device), self.patch)
-        noise_BSC = flow.pack_latents(to_device(batch.noise, self.device), self.patch)
+        tokens = batch.latents[0, 0].numel() // self.patch**2
         # Timesteps are drawn for the global batch, then sliced: they must not depend on the number of ranks.
         generator = torch.Generator().manual_seed(plan.timestep_seed)
-        t_all = flow.sample_timesteps(plan.global_batch, rows * columns, generator, self.config.train.timesteps)
+        t_all = flow.sample_timesteps(plan.global_batch, tokens, generator, self.settings.timesteps)
         t_B = to_device(t_all[plan.start : plan.start + len(plan)], self.device)
-        noisy_BSC = flow.interpolate(clean_BSC, noise_BSC, t_B)
-        trace = RouterTrace() if keep_routing or self.z_loss_weight or self.load_balance_weight else None
+        example = losses.noised(
+            to_device(batch.latents, self.device), to_device(batch.noise, self.device), t_B, self.patch
+        )
+        trace = RouterTrace() if keep_routing or losses.needs_trace(self.loss_weights) else None
         mask = batch.mask
-        if (
-            mask is None and self.compiled
-        ):  # without one, blocks would be compiled again when the first such batch comes
+        if mask is None and self.compiled:
+            # Without one, blocks would be compiled again when the first batch with a mask comes.
             mask = torch.ones(batch.text.shape[:2], dtype=torch.bool)
         with self.train_context():
             with self.autocast():
                 velocity_BSC = self.model(
-                    hidden_states=noisy_BSC,
-                    img_shapes=(1, rows, columns),
+                    hidden_states=example.noisy_BSC,
+                    img_shapes=(1, example.rows, example.columns),
                     encoder_hidden_states=to_device(batch.text, self.device).float(),
                     encoder_hidden_states_mask=None if mask is None else to_device(mask, self.device),
                     timestep=t_B,
                     collect=trace,
                 )
             velocity_BSC = velocity_BSC.float()
-            mean, loss_B = losses.flow_matching_loss(velocity_BSC, flow.velocity_target(clean_BSC, noise_BSC))
-            total = mean
-            if self.z_loss_weight:
-                total = total + self.z_loss_weight * losses.router_z_loss(trace.logits())
-            if self.load_balance_weight:
-                total = total + self.load_balance_weight * losses.load_balance_loss(trace.routings())
-            if self.wavelet_weight:
-                predicted_BSC = flow.predict_clean(noisy_BSC, velocity_BSC, t_B)
-                total = total + self.wavelet_weight * losses.wavelet_loss(
-                    flow.unpack_latents(predicted_BSC, rows, columns, self.patch),
-                    flow.unpack_latents(clean_BSC, rows, columns, self.patch),
-                )
+            total, mean, loss_B, _kept = losses.objective(example, velocity_BSC, trace, self.loss_weights)
             share = len(plan) / plan.global_batch
             (total * share).backward()
         if keep_routing:
@@ -210,8 +195,7 @@ class NucleusTrainer(Trainer):
             return
         self.optimizers.step()
         self.lr_schedulers.step()
-        if self.orthogonality_rate:
-            losses.apply_router_orthogonality(self.model, self.orthogonality_rate)
+        losses.apply_after_step(self.model, self.loss_weights)
         if logged:
             self._log(mean_loss, norm, learning_rates)
 
@@ -259,8 +243,8 @@ class NucleusTrainer(Trainer):
             path.write_text(json.dumps({"step": self.step, "reason": reason, "record_ids": ids}) + "\n")
         named = ", ".join(ids[:NAMED_IDS]) + (f" and {len(ids) - NAMED_IDS} more, in {path}" if ids[NAMED_IDS:] else "")
         raise Diverged(
-            f"stage {config.stage.name}: {reason} at step {self.step}; {window} (train.skip.max_skipped="
-            f"{config.train.skip.max_skipped}). Lower train.optim.muon_lr and adamw_lr, lengthen warmup_steps, or look "
+            f"stage {config.stage.stage.name}: {reason} at step {self.step}; {window} (train.skip.max_skipped="
+            f"{self.settings.skip.max_skipped}). Lower train.optim.muon_lr and adamw_lr, lengthen warmup_steps, or look "
             f"at the records of this batch: {named}"
         )
 
@@ -285,7 +269,7 @@ class NucleusTrainer(Trainer):
                 extra[f"loss_t/{i / LOSS_BINS:.1f}-{(i + 1) / LOSS_BINS:.1f}"] = total / count
         self.bin_sums.zero_()
         self.bin_counts.zero_()
-        extra["images_seen"] = self.step * self.config.stage.batch_size
+        extra["images_seen"] = self.step * self.config.stage.stage.batch_size
         extra["skipped_steps"] = self.guard.skipped
         if self.routing is not None:
             extra |= {f"expert/{name}": value for name, value in self.routing.statistics().items()}
@@ -316,9 +300,9 @@ class NucleusTrainer(Trainer):
                 if self.stop.agreed and self.should_continue_training():
                     where = self.checkpointer.save_to_resume(self.step)
                     raise Preempted(
-                        f"stage {config.stage.name}: SIGTERM after step {self.step}; it goes on from {where}"
+                        f"stage {config.stage.stage.name}: SIGTERM after step {self.step}; it goes on from {where}"
                     )
-                every = config.train.sample_every_steps
+                every = self.settings.sample_every_steps
                 if config.sample_fn and every and (self.step % every == 0 or self.step == config.training.steps):
                     self._sample(config.sample_fn)
         return first
@@ -338,7 +322,7 @@ class NucleusTrainer(Trainer):
         with (
             torch._dynamo.config.patch(recompile_limit=BLOCK_VARIANTS, fail_on_recompile_limit_hit=True),
             # Otherwise tile sizes are chosen by timing trials, and the order of sums depends on the timings.
-            torch._inductor.config.patch(deterministic=self.config.train.deterministic),
+            torch._inductor.config.patch(deterministic=self.settings.deterministic),
             torch.fx.experimental._config.patch(use_duck_shape=False),  # as many text as image tokens: a coincidence
         ):
             for step in self.dataloader.order.first_steps():

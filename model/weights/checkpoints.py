@@ -16,6 +16,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
-from model.storage import check_path, filesystem, may_pass, options
+from model.storage import check_path, filesystem, may_pass, options, replacing
 
 METADATA = ".metadata"
 _STEP = re.compile(rf"step-(\d+)/{re.escape(METADATA)}")
@@ -87,6 +88,51 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise ValueError(f"it names {module}.{name}, which is no part of a checkpoint's metadata")
 
 
+def _read_metadata(content: bytes, where: Any) -> Metadata:
+    try:
+        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+        if not isinstance(metadata, Metadata):
+            raise ValueError(f"it is a {type(metadata).__name__}")
+        names = {info.relative_path for info in (metadata.storage_data or {}).values()}
+    except (ValueError, AttributeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{where} is not the metadata of a checkpoint: {error}") from error
+    for name in names:
+        if os.path.basename(name) != name:
+            raise ValueError(f"{where} points at {name!r}, which is outside of the checkpoint")
+    return metadata
+
+
+def canonical_metadata(checkpoint: Path) -> None:
+    """Rewrites `.metadata` of a local checkpoint so that equal checkpoints have equal bytes.
+
+    DCP writes a random id and the path into it, and a pickle's bytes also depend on which of its objects were one object
+    in memory, which differs after a resume. The file is replaced, not changed: it may be a hard link to the run's own.
+    """
+    path = checkpoint / METADATA
+    metadata = _read_metadata(path.read_bytes(), path)
+    metadata.storage_meta = None
+    buffer = io.BytesIO()
+    pickler = pickle.Pickler(buffer, protocol=4)
+    pickler.fast = True  # writes each object out in full, without references to earlier ones
+    pickler.dump(metadata)
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+
+
+def incomplete_files(checkpoint: str | os.PathLike) -> list[str]:
+    """Files of a checkpoint that are missing, or shorter than its metadata says; `.metadata` where that is damaged."""
+    fs, root = filesystem(checkpoint)
+    try:
+        metadata = _read_metadata(fs.cat_file(f"{root}/{METADATA}"), f"{checkpoint}/{METADATA}")
+    except (ValueError, FileNotFoundError):
+        return [METADATA]
+    ends: dict[str, int] = {}
+    for info in metadata.storage_data.values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    sizes = {os.path.basename(path): entry["size"] for path, entry in fs.find(root, detail=True).items()}
+    return sorted(name for name, end in ends.items() if sizes.get(name, -1) < end)
+
+
 class CheckpointReader(FsspecReader):
     """Reads a DCP checkpoint, local or remote. Of its pickles only the metadata is read, by `_MetadataUnpickler`."""
 
@@ -111,17 +157,7 @@ class CheckpointReader(FsspecReader):
     def _parse_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         where = self._get_metadata_path(kwargs.get("rank"))
         with self.fs.create_stream(where, "rb") as file:
-            content = file.read()
-        try:
-            metadata = _MetadataUnpickler(io.BytesIO(content)).load()
-            if not isinstance(metadata, Metadata):
-                raise ValueError(f"it holds a {type(metadata).__name__}")
-            names = {info.relative_path for info in (metadata.storage_data or {}).values()}
-        except (ValueError, AttributeError, TypeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{where} is not the metadata of a checkpoint: {error}") from error
-        for name in names:
-            if os.path.basename(name) != name:
-                raise ValueError(f"{where} points at {name!r}, which lies outside of the checkpoint")
+            metadata = _read_metadata(file.read(), where)
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         return metadata

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from model.config import Fraction, Positive, Section
+from model.config import Fraction, Positive, Section, Seed
 from model.storage import check_path
 
 
@@ -19,7 +19,7 @@ class SourceConfig(Section):
     digits: Annotated[int, Field(ge=0, le=1797)] = 0
     path: str | None = None
     shards: Positive = 4
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
     @field_validator("path")
     @classmethod

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from model.config import Fraction, Positive, Section
+from model.config import Fraction, Positive, Section, Seed
 
 
 class HubComponent(Section):
@@ -82,7 +82,7 @@ class ComponentsConfig(Section):
     vae: TinyVAEConfig | None = None
     text_encoder: TinyTextEncoderConfig | None = None
     min_psnr_db: float = 28.0
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _check(self) -> ComponentsConfig:
@@ -103,3 +103,11 @@ class EncodingConfig(Section):
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     max_text_tokens: Positive = 1024
     hidden_state_index: Annotated[int, Field(lt=0)] = -8
+
+
+class EncodeStage(Section):
+    """The part of a training stage that decides its latents. Steps and batch size do not: a change of them encodes nothing
+    again."""
+
+    image_size_px: Positive
+    aspect_ratios: tuple[str, ...]

@@ -35,6 +35,11 @@ def load_table(curated_dir: str | os.PathLike) -> pd.DataFrame:
     return table.sort_values(["shard", "key"], kind="stable").reset_index(drop=True)
 
 
+def images_by_tier(curated_dir: str | os.PathLike) -> dict[str, int]:
+    """Images of each tier that training draws from."""
+    return {str(tier): int(count) for tier, count in load_table(curated_dir)["tier"].value_counts().items()}
+
+
 def buckets_of(table: pd.DataFrame, buckets: list[Bucket]) -> list[Bucket]:
     """The bucket of each row. Few sizes occur many times, so each is looked up once."""
     known: dict[tuple[int, int], Bucket] = {}

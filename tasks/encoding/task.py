@@ -9,8 +9,7 @@ from flytekit import task
 
 from tasks import envs
 from tasks.artifacts import ComponentsDir, CuratedDir, LatentsDir, exclusive, fetch, produce, work_path
-from tasks.encoding.config import ComponentsConfig, EncodingConfig
-from tasks.planning.sections import EncodeStage
+from tasks.encoding.config import ComponentsConfig, EncodeStage, EncodingConfig
 
 
 @task(cache=envs.cache("components"), **envs.gpu_single("encoder"))

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from eval.config import EvalConfig, SchedulerConfig
+from tasks.diffusers_parts import SCHEDULER, processor_class
 from tasks.manifest import load_manifest
 
 
@@ -136,7 +137,6 @@ def load_pipeline(merged: Path, components: Path, scheduler: SchedulerConfig = S
     from model.sampling.pipeline_transformer import PipelineTransformer
     from model.weights.export import load_transformer, read_config
     from tasks.encoding.chat import load_text_encoder
-    from tasks.publishing.publish import SCHEDULER, processor_class
 
     if read_config(merged / "transformer").is_ablation:
         transformer = PipelineTransformer(load_transformer(merged / "transformer"))

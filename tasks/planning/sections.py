@@ -1,47 +1,52 @@
-"""What each task needs of the recipe, and no more: a task reruns when its own section changes."""
+"""The part of a recipe that each task needs, and no more: a task runs again only when its own part changes."""
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
-from model.config import Positive, Section, StageConfig, TrainConfig, TransformerConfig
+from model.config import Section, TrainSettings
+from model.constants import PIPELINE_TEXT_STATE
+from model.stages import TrainingStage, training_stages
 from tasks.curation.config import CurationConfig, DedupConfig, FilterConfig
+from tasks.encoding.config import EncodeStage
 from tasks.recipe import Recipe
 
-STAGES = 3  # that workflows/train.py lays out
-PIPELINE_TEXT_STATE = -8  # NucleusMoEImagePipeline's default_return_index
-Ending = Literal["pipeline", "scorecard", "merged"]  # the artifact that reproduce, ablate and pretrain end in
+Hop = Literal["source", "curated", "merged", "scorecard", "pipeline"]  # artifacts that workflows start from or end in
+HOPS: tuple[Hop, ...] = get_args(Hop)
+OWN_CAPTION_WORDS = 60  # with the tokens of the chat format they fit in 64
 
 
-class EncodeStage(Section):
-    """What decides a stage's latents. Steps and batch size are not in here: changing them encodes nothing again."""
+class Stage(Section):
+    """One stage as its tasks get it."""
 
-    image_size_px: Positive
-    aspect_ratios: tuple[str, ...]
-
-
-class TrainStage(Section):
-    """One training stage. `train.stages` holds only this stage, so that another stage's numbers do not matter."""
-
-    model: TransformerConfig
-    train: TrainConfig
-    hand_on_optimizer: bool = False  # to the next stage
-
-    @property
-    def stage(self) -> StageConfig:
-        return self.train.stages[0]
+    encode: EncodeStage
+    train: TrainingStage
 
 
-def check_workflow(recipe: Recipe, ends_in: Ending = "pipeline") -> None:
-    """Refuses, before any work, a recipe that is valid in itself and that the workflow could not carry to its end.
+def stages(recipe: Recipe) -> list[Stage]:
+    """The stages of a recipe, any number of them, in order."""
+    return [
+        Stage(
+            encode=EncodeStage(image_size_px=stage.stage.image_size_px, aspect_ratios=stage.stage.aspect_ratios),
+            train=stage,
+        )
+        for stage in training_stages(recipe.model, recipe.train)
+    ]
+
+
+def check_workflow(recipe: Recipe, ends_in: Hop = "pipeline", starts_from: Hop = "source") -> None:
+    """Refuses, before any work, a valid recipe that a workflow could not carry to its end.
+
+    Args:
+        ends_in: the artifact that the workflow makes.
+        starts_from: what it is given.
 
     Raises:
         ValueError: naming the key, and what would be valid.
     """
-    assert ends_in in get_args(Ending), ends_in
-    if len(recipe.train.stages) != STAGES:
-        raise ValueError(f"train.stages has {len(recipe.train.stages)} entries; the workflow trains {STAGES}")
-    if ends_in == "pipeline" and recipe.model.is_ablation:
+    hops = HOPS[HOPS.index(starts_from) + 1 : HOPS.index(ends_in) + 1]
+    assert hops, (starts_from, ends_in)
+    if "pipeline" in hops and recipe.model.is_ablation:
         raise ValueError(
             f"model.routing={recipe.model.model_dump()['routing']} is an ablation, and diffusers has no class that "
             "computes it: it cannot be published; pyflyte run workflows/ablate.py ablate ends in its scorecard"
@@ -49,21 +54,21 @@ def check_workflow(recipe: Recipe, ends_in: Ending = "pipeline") -> None:
     if recipe.encoding.hidden_state_index != PIPELINE_TEXT_STATE:
         raise ValueError(
             f"encoding.hidden_state_index={recipe.encoding.hidden_state_index} must be {PIPELINE_TEXT_STATE}: samples "
-            "and scores come from the pipeline's default text state, and must be of the one that is trained"
+            "and scores use the default text state of the pipeline, so training must use it too"
         )
-    if ends_in != "merged" and recipe.eval.benchmark != "shapes":
+    if "scorecard" in hops and recipe.eval.benchmark != "shapes":
         raise ValueError(
             f"eval.benchmark={recipe.eval.benchmark!r} has no detector in the workflow yet; it must be 'shapes' to be "
             "scored. What runs today: pyflyte run workflows/pretrain.py pretrain, which ends in the merged weights"
         )
 
 
-def check_ranks(train: TrainConfig, nnodes: int, nproc_per_node: int, local: bool) -> None:
-    """Refuses, before any work, a training of other ranks than the training task's: those are fixed when workflows are
+def check_ranks(train: TrainSettings, nnodes: int, nproc_per_node: int, local: bool) -> None:
+    """Refuses, before any work, a recipe with other ranks than the training task has. Those are fixed when workflows are
     registered, or when a local run starts (`envs.TRAIN_NNODES`, `envs.TRAIN_NPROC`).
 
     Raises:
-        ValueError: with the arithmetic, and how to change which.
+        ValueError: with the arithmetic, and how to change it.
     """
     processes, given = train.nnodes * train.nproc_per_node, nnodes * nproc_per_node
     if processes != given:
@@ -81,12 +86,30 @@ def check_ranks(train: TrainConfig, nnodes: int, nproc_per_node: int, local: boo
         )
 
 
-OWN_CAPTION_WORDS = 60  # with the chat format's tokens they fit in 64
+def check_tiers(images_by_tier: dict[str, int], stages: list[Stage]) -> None:
+    """Refuses, right after curation, a corpus in which a stage would find no image to draw.
+
+    Args:
+        images_by_tier: images of the curated corpus.
+
+    Raises:
+        ValueError: naming the stage, its weights and the tiers that there are.
+    """
+    present = {tier for tier, images in images_by_tier.items() if images}
+    for i, stage in enumerate(stages):
+        weights = {tier: weight for tier, weight in stage.train.stage.tier_weights.items() if weight > 0}
+        if not present & weights.keys():
+            found = ", ".join(f"{tier}: {images_by_tier[tier]}" for tier in sorted(present)) or "none"
+            raise ValueError(
+                f"train.stages[{i}].tier_weights draws from {', '.join(weights)} alone, and the curated corpus has no "
+                f"image of these (images by tier: {found}). Change the weights, or curation.tiers.thresholds and "
+                "synthetic_tier"
+            )
 
 
 def for_own_images(recipe: Recipe) -> Recipe:
-    """The recipe, with two bars lifted that are set for rendered scenes: captions may have up to 60 words (or what
-    fits in encoding.max_text_tokens), and a small VAE's PSNR on photographs is reported, not required."""
+    """The recipe, with two limits lifted that are set for rendered scenes: captions may have up to 60 words (or as many as
+    fit in encoding.max_text_tokens), and the PSNR of a small VAE on photographs is reported, not required."""
     words = max(recipe.curation.captions.max_words, min(OWN_CAPTION_WORDS, recipe.encoding.max_text_tokens - 4))
     captions = recipe.curation.captions.model_copy(update={"max_words": words})
     return recipe.model_copy(
@@ -98,7 +121,7 @@ def for_own_images(recipe: Recipe) -> Recipe:
 
 
 def scoring(recipe: Recipe) -> CurationConfig:
-    """What scoring reads of the curation section; every threshold is left at its default, so that a new one scores
+    """The part of the curation section that scoring reads. Thresholds keep their defaults, so that a new one scores
     nothing again."""
     config = recipe.curation
     return CurationConfig(
@@ -106,24 +129,3 @@ def scoring(recipe: Recipe) -> CurationConfig:
         filters=FilterConfig(max_pixels=config.filters.max_pixels),
         dedup=DedupConfig(hash_size=config.dedup.hash_size, thumbnail_px=config.dedup.thumbnail_px),
     )
-
-
-def encode_stage(recipe: Recipe, index: int) -> EncodeStage:
-    stage = recipe.train.stages[index]
-    return EncodeStage(image_size_px=stage.image_size_px, aspect_ratios=stage.aspect_ratios)
-
-
-def train_stage(recipe: Recipe, index: int) -> TrainStage:
-    """The stage's section; its seed differs from stage to stage, so that noise and order do too. Only the last stage's
-    checkpoints are merged: the others hand on the one that the next starts from."""
-    train = recipe.train.model_copy(
-        update={
-            "stages": (recipe.train.stages[index],),
-            "seed": recipe.train.seed + 1000 * index,
-            "init_from": None if index else recipe.train.init_from,
-            "keep_checkpoints": recipe.train.keep_checkpoints if index == STAGES - 1 else 1,
-        }
-    )
-    model = recipe.model.with_capacity_factors(recipe.train.stages[index].capacity_factors)
-    carried_on = recipe.train.carry_optimizer and index < STAGES - 1
-    return TrainStage(model=model, train=train, hand_on_optimizer=carried_on)

@@ -1,7 +1,8 @@
-"""Reads the recipe and hands each task its section."""
+"""Reads the recipe and hands each task its part."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple, Union
 
 from flytekit import task
@@ -10,27 +11,29 @@ from flytekit.core.local_cache import CACHE_LOCATION
 from eval.config import EvalConfig
 from model.config import MergeConfig
 from tasks import envs
-from tasks.artifacts import is_local, plain_errors
+from tasks.artifacts import CuratedDir, fetch, is_local, plain_errors
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.planning.local_cache import forget_lost_artifacts
+from tasks.planning.local_run import check_directories
 from tasks.planning.sections import (
-    EncodeStage,
-    TrainStage,
+    HOPS,
+    Stage,
     check_ranks,
+    check_tiers,
     check_workflow,
-    encode_stage,
     for_own_images,
     scoring,
-    train_stage,
+    stages,
 )
 from tasks.planning.source import check_source, fingerprint
 from tasks.publishing.config import PublishConfig
 from tasks.recipe import load_recipe
+from tasks.store import home
 
 
 class Sections(NamedTuple):
-    """The recipe, cut into what each task depends on."""
+    """The recipe, cut into the inputs of tasks."""
 
     name: str
     source: SourceConfig
@@ -41,12 +44,7 @@ class Sections(NamedTuple):
     curation: CurationConfig
     components: ComponentsConfig
     encoding: EncodingConfig
-    encode1: EncodeStage
-    encode2: EncodeStage
-    encode3: EncodeStage
-    train1: TrainStage
-    train2: TrainStage
-    train3: TrainStage
+    stages: list[Stage]
     merge: MergeConfig
     eval: EvalConfig
     seeds: list[int]
@@ -55,18 +53,25 @@ class Sections(NamedTuple):
 
 
 @task(**envs.planner())
-def resolve_recipe(recipe: str, overrides: Union[list[str], str], source: str, ends_in: str) -> Sections:
-    """Checks the whole recipe before any work. Not cached: it also looks whether the source has changed.
+def resolve_recipe(
+    recipe: str, overrides: Union[list[str], str], source: str, ends_in: str, starts_from: str = "source"
+) -> Sections:
+    """Checks the whole recipe before any work. Not cached: it also finds out whether the source has changed.
 
-    `ends_in`: the artifact that the workflow ends in, "pipeline", "scorecard" or "merged".
+    `starts_from`, `ends_in`: the artifacts that the workflow is given and makes (`sections.Hop`).
     """
     with plain_errors():
+        if is_local():
+            check_directories(home(), Path(CACHE_LOCATION))
         loaded = load_recipe(recipe, [overrides] if isinstance(overrides, str) else overrides)
-        check_workflow(loaded, ends_in)
-        path = source or loaded.source.path or ""
-        check_source(path, is_local())
-        check_ranks(loaded.train, envs.TRAIN_NNODES, envs.TRAIN_NPROC, is_local())
-        digest = fingerprint(path) if path else ""
+        check_workflow(loaded, ends_in, starts_from)
+        path = digest = ""
+        if starts_from == "source":
+            path = source or loaded.source.path or ""
+            check_source(path, is_local())
+            digest = fingerprint(path) if path else ""
+        if HOPS.index(starts_from) < HOPS.index("merged") <= HOPS.index(ends_in):
+            check_ranks(loaded.train, envs.TRAIN_NNODES, envs.TRAIN_NPROC, is_local())
     if source:
         loaded = for_own_images(loaded)
         words = loaded.curation.captions.max_words
@@ -85,15 +90,22 @@ def resolve_recipe(recipe: str, overrides: Union[list[str], str], source: str, e
         curation=loaded.curation,
         components=loaded.components,
         encoding=loaded.encoding,
-        encode1=encode_stage(loaded, 0),
-        encode2=encode_stage(loaded, 1),
-        encode3=encode_stage(loaded, 2),
-        train1=train_stage(loaded, 0),
-        train2=train_stage(loaded, 1),
-        train3=train_stage(loaded, 2),
+        stages=stages(loaded),
         merge=loaded.merge,
         eval=loaded.eval,
         seeds=list(loaded.eval.seeds),
         publish=loaded.publish,
         recipe_json=loaded.model_dump_json(),
     )
+
+
+@task(**envs.light("curation"))
+def check_curated(curated: CuratedDir, stages: list[Stage]) -> dict[str, int]:
+    """Refuses a corpus that leaves a stage without images, before it is encoded. Returns the images of each tier."""
+    from tasks.encoding.curated import images_by_tier
+
+    path = fetch(curated, "curated", without=(".tar",))
+    with plain_errors():
+        counts = images_by_tier(path)
+        check_tiers(counts, stages)
+    return counts

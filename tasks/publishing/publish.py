@@ -21,13 +21,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from model.constants import PIPELINE_TEXT_STATE
+from tasks.diffusers_parts import SCHEDULER, processor_class
 from tasks.manifest import MANIFEST, sha256_file
 from tasks.publishing.card import model_card
 from tasks.publishing.config import PublishConfig
 from tasks.trace import lineage_rows
 
 SUMS = "SHA256SUMS"
-DEFAULT_RETURN_INDEX = -8  # NucleusMoEImagePipeline.default_return_index
 # Where each part comes from, the class that diffusers looks up for it, and files without which it cannot load.
 PARTS = {
     "transformer": ("diffusers", "NucleusMoEImageTransformer2DModel", ("config.json", "*.safetensors")),
@@ -35,8 +36,6 @@ PARTS = {
     "text_encoder": ("transformers", "Qwen3VLForConditionalGeneration", ("config.json", "*.safetensors")),
     "processor": ("transformers", "", ("tokenizer_config.json",)),
 }
-# The released one: with shift 1 and without dynamic shifting, sigmas stay linear from 1 to 1/steps.
-SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False}  # fmt: skip
 
 
 def publish(
@@ -139,43 +138,12 @@ def _check_fit(sources: dict[str, Path], recipe: dict[str, Any]) -> None:
     if transformer["in_channels"] != packed:
         raise ValueError(f"the transformer takes {transformer['in_channels']} channels, the VAE gives {packed} packed")
     index = recipe["encoding"]["hidden_state_index"]
-    for name, value in (("the pipeline's default", DEFAULT_RETURN_INDEX), ("the recipe's", index)):
+    for name, value in (("the pipeline's default", PIPELINE_TEXT_STATE), ("the recipe's", index)):
         if abs(value) >= text["num_hidden_layers"]:
             raise ValueError(
                 f"{name} return_index {value} needs more than {abs(value)} text layers; "
                 f"the text encoder has {text['num_hidden_layers']}"
             )
-
-
-# Names come from files of the Hub or of other artifacts: only these classes are looked up.
-PROCESSORS = (
-    "Qwen3VLProcessor",
-    "PreTrainedTokenizerFast",
-    "TokenizersBackend",
-    "Qwen2Tokenizer",
-    "Qwen2TokenizerFast",
-)
-
-
-def processor_class(directory: Path) -> str:
-    """The class that the directory says it is: a processor, or a tokenizer alone, which the pipeline can use as well
-    (a Qwen3VLProcessor needs torchvision to load, for its video half).
-
-    Raises:
-        ValueError: none is named, or one that is not in `PROCESSORS`.
-    """
-    for name, key in (
-        ("processor_config.json", "processor_class"),
-        ("preprocessor_config.json", "processor_class"),
-        ("tokenizer_config.json", "processor_class"),
-        ("tokenizer_config.json", "tokenizer_class"),
-    ):
-        path = directory / name
-        if path.is_file() and (found := json.loads(path.read_text()).get(key)):
-            if found not in PROCESSORS:
-                raise ValueError(f"{path} names the class {found!r}; it must be one of {', '.join(PROCESSORS)}")
-            return found
-    raise ValueError(f"{directory} names neither a processor_class nor a tokenizer_class in its configs")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ def publish_pipeline(
 
 @task(**envs.light("publisher"))
 def show_results(pipeline: PipelineDir, scorecard: ScorecardDir, curated: CuratedDir) -> str:
-    """Where everything is and how good it is. Not cached: a run that made nothing again tells it too."""
+    """Where everything is and how good it is. Not cached, so that a run that finds everything in the cache prints it too."""
     from tasks.publishing import summary
 
     paths = fetch(pipeline, "pipeline"), fetch(scorecard, "scorecard"), fetch(curated, "curated")

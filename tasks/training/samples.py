@@ -1,19 +1,19 @@
-"""Sample grids while a stage trains: always the same prompts and noise, so that learning shows.
+"""Sample grids during training: always the same prompts and noise, so that pictures of different steps compare.
 
     rank 0: prompts -> embeddings --broadcast--> every rank: noise -> latents --> rank 0: VAE -> one PNG
 
-Where ranks share weights or experts a forward takes all of them, with equally many rows each. So all sample the same
-images, and only what comes before and after is left to rank 0.
+Where ranks share weights or experts, a forward pass needs all of them, with equally many rows each. So all ranks sample
+the same images; rank 0 alone encodes the prompts before, and decodes the images after.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tasks.planning.sections import TrainStage
+from model import storage
+from model.stages import TrainingStage
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,7 @@ STEPS, GUIDANCE, IMAGES_PER_PROMPT, SEED = 20, 4.0, 4, 0
 T = TypeVar("T")
 
 
-def sampler(components: Path, latents: Path, stage: TrainStage) -> Callable[[Any, int, Path], None] | None:
+def sampler(components: Path, latents: Path, stage: TrainingStage) -> Callable[[Any, int, Path], None] | None:
     """`f(model, step, path)` that writes a PNG of one row per prompt of `train.sample_prompts`; None if there are none.
 
     Every rank calls it, and gets an error where rank 0 fails. Prompts are cut where the captions of `latents` were. At
@@ -61,8 +61,8 @@ def sampler(components: Path, latents: Path, stage: TrainStage) -> Callable[[Any
 
 
 def on_rank_0(work: Callable[[], T], device: torch.device) -> T:
-    """What `work()` returns on rank 0, on every rank (pickled, so small). It leaves the global random numbers as they
-    are, and computes on `device` in its tensors' own types, whatever the training's.
+    """The result of `work()` on rank 0, on every rank (pickled, so keep it small). The global random state stays as it is,
+    and autocast is off: `work` computes on `device` in the types of its tensors.
 
     Raises:
         Exception: on rank 0, what `work` raises.
@@ -71,26 +71,26 @@ def on_rank_0(work: Callable[[], T], device: torch.device) -> T:
     import torch
     import torch.distributed as dist
 
-    found, error, told = None, None, None
+    result, error, message = None, None, None
     if not _several() or dist.get_rank() == 0:
         try:
             with torch.random.fork_rng(devices=[]), torch.autocast(device.type, enabled=False):
-                found = work()
+                result = work()
         except Exception as raised:
-            error, told = raised, f"{type(raised).__name__}: {raised}"
+            error, message = raised, f"{type(raised).__name__}: {raised}"
     if _several():
-        answer = [found, told]
+        answer = [result, message]
         dist.broadcast_object_list(answer)
-        found, told = answer
+        result, message = answer
     if error is not None:
         raise error
-    if told is not None:
-        raise RuntimeError(f"rank 0 could not sample: {told}")
-    return found
+    if message is not None:
+        raise RuntimeError(f"rank 0 could not sample: {message}")
+    return result
 
 
 def _several() -> bool:
-    """Whether there is anyone to tell: a process alone starts none of gloo's threads (see StageCheckpointer)."""
+    """Whether there are other ranks. A single process must not start gloo's threads (see StageCheckpointer)."""
     import torch.distributed as dist
 
     return dist.is_initialized() and dist.get_world_size() > 1
@@ -159,6 +159,5 @@ def _save(kept: dict[str, Any], tokens: torch.Tensor, patch_size: int, path: Pat
     grid = Image.new("RGB", (width * IMAGES_PER_PROMPT, height * (len(pixels) // IMAGES_PER_PROMPT)))
     for i, image in enumerate(pixels):
         grid.paste(Image.fromarray(image), (i % IMAGES_PER_PROMPT * width, i // IMAGES_PER_PROMPT * height))
-    temporary = path.with_name(f".{path.name}")  # a kill leaves no half of a picture under its name
-    grid.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with storage.replacing(path) as temporary:
+        grid.save(temporary, format="PNG")

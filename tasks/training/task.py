@@ -1,8 +1,8 @@
-"""One training stage. Retries and restarts go on from the last checkpoint; SIGTERM makes one and asks for a retry, if
-the grace time lets it (`envs.trainer` says how long that is). So do faults of machines and networks (`faults`).
+"""One training stage. Retries and restarts resume from the last checkpoint. SIGTERM saves one and asks for a retry, if the
+grace time allows it (`envs.trainer` says how long that is). So do faults of machines and networks (`faults`).
 
-Flyte caches by the whole section: with other ranks, or another cadence of logs, it calls the task again. That goes on
-with the same work, or hands on again what it made, as long as nothing of what is trained is another.
+Flyte's cache key is the whole stage: with other ranks, or another interval of logs, it calls the task again. The task then
+resumes the same work, or hands on the finished result again, unless something that decides the weights has changed.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ from flytekit.exceptions.user import FlyteRecoverableException
 from flytekit.types.directory import FlyteDirectory
 
 from model import storage
+from model.config import FREE_KEYS
+from model.stages import TrainingStage
 from tasks import envs
 from tasks.artifacts import CheckpointsDir, ComponentsDir, LatentsDir, exclusive, fetch, produce, source, work_path
 from tasks.manifest import MANIFEST
-from tasks.planning.sections import TrainStage
 
 
 @contextlib.contextmanager
 def retried() -> Iterator[None]:
-    """Flyte retries what is recoverable, and nothing else that a task raises."""
-    from torch.distributed.checkpoint.api import CheckpointException  # no Exception by its type
+    """Raises as recoverable what another attempt may survive: Flyte retries nothing else."""
+    from torch.distributed.checkpoint.api import CheckpointException  # not a subclass of Exception
 
-    from tasks.training.faults import comes_again
+    from tasks.training.faults import is_permanent
 
     try:
         yield
     except FlyteRecoverableException:
         raise
     except (Exception, CheckpointException) as error:
-        if not comes_again(error):
+        if not is_permanent(error):
             raise FlyteRecoverableException(f"{type(error).__name__}: {error}") from error
         if isinstance(error, CheckpointException):
             raise RuntimeError(str(error)) from error
@@ -58,14 +59,12 @@ def earlier_checkpoints(trained: FlyteDirectory) -> tuple[str, ...]:
 
 @task(cache=envs.cache("training"), enable_deck=True, **envs.trainer())
 def train_stage(
-    latents: LatentsDir, components: ComponentsDir, stage: TrainStage, init: Optional[CheckpointsDir] = None
+    latents: LatentsDir, components: ComponentsDir, stage: TrainingStage, init: Optional[CheckpointsDir] = None
 ) -> CheckpointsDir:
     """Trains one stage from the last checkpoint of the stage before, or from scratch."""
-    from model.ranks import FREE_KEYS
-    from model.train.run import prune_run
+    from model.train.run import LOGS, prune_run
     from model.train.run import train_stage as run
-    from tasks.training import plots as figures
-    from tasks.training import samples
+    from tasks.training import plots, samples
 
     with retried():
         streamed = stage.train.latents == "stream"
@@ -82,22 +81,19 @@ def train_stage(
         def train(out: Path) -> dict:
             return run(
                 latents_path,
-                stage.model,
-                stage.train,
-                0,
+                stage,
                 init_from=init_path,
                 work_dir=work_dir,
                 out_dir=out,
                 sample_fn=samples.sampler(components_path, latents_path, stage),
-                hand_on_optimizer=stage.hand_on_optimizer,
                 latents_uri=source(latents) if streamed else None,
             )
 
         if int(os.environ.get("RANK", "0")):
             train(work_dir)
-            return FlyteDirectory(str(work_dir), remote_directory=False)  # rank 0's is the one that Elastic hands on
+            return FlyteDirectory(str(work_dir), remote_directory=False)  # Elastic hands on the directory of rank 0
         with exclusive(work_dir):
-            artifact, final, _ = produce("checkpoints", train, parents=parents, config=stage)
+            artifact, final, _ = produce("checkpoints", train, parents=parents, config=trained, logs=LOGS)
             prune_run(stage.train, work_dir)
-        Deck(f"Training {stage.stage.name}", figures.training_html(Path(final)))
+        Deck(f"Training {stage.stage.name}", plots.training_html(Path(final)))
         return artifact

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from train_helpers import train_config, transformer_config
+from train_helpers import train_config, training_stage, transformer_config
 
 from model.train.run import train_stage
 from model.train.trainer import NucleusTrainer
@@ -44,7 +44,8 @@ def train(folder: Path, job: str) -> None:
         checkpoint_every_steps=SAVED_EVERY,
         **JOBS[job],
     )
-    train_stage(folder / "latents", transformer_config(**MODEL), config, 0, None, folder / job / "work", out)
+    stage = training_stage(config, transformer_config(**MODEL))
+    train_stage(folder / "latents", stage, None, folder / job / "work", out)
 
 
 def wait_before(step: int) -> None:

@@ -31,14 +31,20 @@ class Home:
             for kind in self.artifacts.iterdir()
         }
 
+    def environment(self) -> dict[str, str]:
+        return os.environ | {"HOME": str(self.path), "NUCLEUS_HOME": str(self.path / "nucleus")}
+
+    @staticmethod
+    def command(*options: str, workflow: str = "reproduce") -> list[str]:
+        return [str(Path(sys.executable).with_name("pyflyte")), "run", f"workflows/{workflow}.py", workflow, *options]
+
     def run(self, *options: str, workflow: str = "reproduce", timeout_s: float = 900) -> subprocess.CompletedProcess:
         """`pyflyte run workflows/reproduce.py reproduce ...` as a user would."""
         self.path.mkdir(parents=True, exist_ok=True)
-        environment = os.environ | {"HOME": str(self.path), "NUCLEUS_HOME": str(self.path / "nucleus")}
         return subprocess.run(
-            [str(Path(sys.executable).with_name("pyflyte")), "run", f"workflows/{workflow}.py", workflow, *options],
+            self.command(*options, workflow=workflow),
             cwd=ROOT,
-            env=environment,
+            env=self.environment(),
             capture_output=True,
             text=True,
             timeout=timeout_s,

@@ -26,11 +26,10 @@ from train_helpers import fork_ranks
 import model.train.config as train_config
 from model.data.latents import LatentWriter
 from model.sampling.sampler import sample_latents
+from model.stages import TrainingStage, training_stages
 from model.train.run import train_stage
 from model.train.trainer import NucleusTrainer
 from tasks.encoding.buckets import stage_buckets
-from tasks.planning.sections import TrainStage
-from tasks.planning.sections import train_stage as section
 from tasks.recipe import Recipe, load_recipe
 
 from torchtitan.config import CompileConfig
@@ -109,9 +108,10 @@ def small_recipe(smaller: tuple[str, ...] = SMALLER) -> Recipe:
     return load_recipe("nucleus_17b", smaller)
 
 
-def stage_section(job: Job) -> TrainStage:
-    """What the training task gets."""
-    stage = section(small_recipe(job.smaller), job.stage)
+def stage_section(job: Job) -> TrainingStage:
+    """The stage as the training task gets it."""
+    recipe = small_recipe(job.smaller)
+    stage = training_stages(recipe.model, recipe.train)[job.stage]
     return stage.model_copy(update={"train": stage.train.model_copy(update=job.changes)})
 
 
@@ -191,14 +191,11 @@ def train(folder: Path, name: str, rank: int) -> None:
     note_start(here / "start.pt")
     train_stage(
         latents,
-        stage.model,
-        stage.train,
-        0,
+        stage,
         init_from,
         here / "work",
         here / "out",
         draw,
-        hand_on_optimizer=stage.hand_on_optimizer,
     )
     counters = torch._dynamo.utils.counters
     told = {what: sorted(values) for what, values in seen.items()}

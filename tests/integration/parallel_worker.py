@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from train_helpers import TEXT_DIM, fork_ranks, train_config, transformer_config, write_latents
+from train_helpers import TEXT_DIM, fork_ranks, train_config, training_stage, transformer_config, write_latents
 
 from model.optim import newton_schulz
 from model.sampling.sampler import sample_latents
@@ -156,16 +156,13 @@ def train(folder: Path, name: str, rank: int) -> None:
     )
     train_stage(
         folder / "latents",
-        transformer_config(**model_changes),
-        config,
-        0,
+        training_stage(config, transformer_config(**model_changes), hand_on_optimizer=True),
         folder / STAGE_BEFORE[name] / "out" if name in STAGE_BEFORE else None,
         job / "work",
         job / "out",
         lambda model, step, path: sample(
             model, job / f"sample-{rank}.pt", reduced=list(reduced), taken=taken, replicated=sum(replicated)
         ),
-        hand_on_optimizer=True,
     )
     dist.destroy_process_group()
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from train_helpers import read_weights, train_config, transformer_config, write_latents
+from train_helpers import read_weights, train_config, training_stage, transformer_config, write_latents
 
 from model.config import MergeConfig, TransformerConfig
 from model.weights.export import load_transformer
@@ -49,7 +49,7 @@ def test_an_overlay_trains_two_stages_and_is_merged(name, latents, tmp_path):
         out = tmp_path / f"out{index}"
         out.mkdir()
         work_dir = tmp_path / f"work{index}"
-        report = train_stage(latents, model, train, index, start, work_dir, out, hand_on_optimizer=index == 0)
+        report = train_stage(latents, training_stage(train, model, index), start, work_dir, out)
         assert report["steps"] == 4 and math.isfinite(report["loss"])
         start = out
     weights = read_weights(start)[4]
@@ -91,15 +91,16 @@ def test_a_switch_of_stage_changes_capacity_and_resolution_in_the_trainers_confi
         )
     )
     first, second = (
-        trainer_config(
-            transformer_config(), stage, train, latents_dir=latents, work_dir=tmp_path, init_from=None, ranks=1
-        )
-        for stage in train.stages
+        trainer_config(training_stage(train, index=i), latents_dir=latents, work_dir=tmp_path, init_from=None, ranks=1)
+        for i in range(2)
     )
     assert different(first, second) == {
-        "stage.name", "stage.image_size_px", "stage.capacity_factors",
+        "stage.stage.name", "stage.stage.image_size_px", "stage.stage.capacity_factors", "stage.model.capacity_factors",
         "model_spec.flavor", "model_spec.model.transformer.capacity_factors", "training.seq_len",
-        "dataloader.seed", "debug.seed", "metrics.label",  # a stage's name gives it random numbers of its own
+        "stage.seed", "dataloader.seed", "debug.seed", "metrics.label",  # every stage has its own random numbers
+        # The last stage is merged, and hands no optimiser state on.
+        "stage.train.keep_checkpoints", "checkpoint.keep_weights",
+        "stage.hand_on_optimizer", "checkpoint.hand_on_optimizer",
     }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from object_store import s3_bucket
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from train_helpers import read_weights, train_config, transformer_config, write_latents
+from train_helpers import read_weights, train_config, training_stage, write_latents
 
 from model.train.run import prune_run, train_stage
 from model.train.trainer import NucleusTrainer
@@ -38,7 +38,7 @@ def train(latents, folder, name, steps, before=None, hand_on=False, out="out", *
     target.mkdir(parents=True, exist_ok=True)
     values = {"optim": OPTIM, "log_every_steps": 1, "checkpoint_every_steps": 100, "keep_checkpoints": 1, **changes}
     config = train_config(steps=steps, stage={"name": name}, **values)
-    train_stage(latents, transformer_config(), config, 0, before, folder / "work", target, hand_on_optimizer=hand_on)
+    train_stage(latents, training_stage(config, hand_on_optimizer=hand_on), before, folder / "work", target)
     return target
 
 

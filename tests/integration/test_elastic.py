@@ -16,11 +16,10 @@ from flytekit.core.type_engine import TypeEngine
 from flytekit.core.utils import write_proto_to_file
 from flytekit.types.directory import FlyteDirectory
 from test_robust import STEPS, Ranks, before_step, latents, report, same_weights, until_sigterm, whole  # noqa: F401
-from train_helpers import train_config, transformer_config
+from train_helpers import train_config, training_stage
 
 from model.weights.checkpoints import finished_checkpoints
 from tasks.manifest import seal
-from tasks.planning.sections import TrainStage
 
 pytestmark = pytest.mark.slow
 NAME = "tasks.training.task.train_stage"
@@ -52,7 +51,7 @@ def folder(tmp_path, latents):  # noqa: F811
     values = {
         "latents": FlyteDirectory(str(latents), remote_directory=False),
         "components": FlyteDirectory(str(tmp_path / "components"), remote_directory=False),
-        "stage": TrainStage(model=transformer_config(), train=train_config(steps=STEPS)),
+        "stage": training_stage(train_config(steps=STEPS)),
     }
     context, kinds = FlyteContextManager.current_context(), {name: type(value) for name, value in values.items()}
     literals = TypeEngine.dict_to_literal_map(context, values, kinds)

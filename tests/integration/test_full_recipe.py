@@ -21,8 +21,8 @@ from full_recipe_worker import JOBS, RESUMED_FROM, STEPS, Job, small_recipe, sta
 from train_helpers import read_weights
 
 import model.train.run as run
-from model.ranks import layout
-from model.train.config import stage_transformer, trainer_config
+from model.ranks import rank_degrees
+from model.train.config import trainer_config
 from model.weights.checkpoints import finished_checkpoints
 from model.weights.export import load_transformer
 from tasks.encoding.buckets import stage_buckets
@@ -63,7 +63,7 @@ def test_it_is_the_recipe_and_only_smaller():
     assert train.async_checkpoint and train.num_workers and train.caption_dropout and train.skip.spike_mads
     assert train.losses.router_z_loss and train.losses.router_orthogonality and train.losses.wavelet
     assert [stage.wavelet for stage in train.stages] == [False, False, True]
-    assert layout(recipe.model, train, 2) == (1, 2, 2)
+    assert rank_degrees(recipe.model, train, 2) == (1, 2, 2)
 
 
 def assert_trains_alike(got: list[dict], expected: list[dict]) -> None:
@@ -123,21 +123,19 @@ def test_a_stage_hands_on_its_last_checkpoints_and_the_next_starts_from_the_last
 
 def test_a_change_of_stage_changes_capacity_and_resolution_and_nothing_else(runs):
     sections = [stage_section(Job(stage)) for stage in range(3)]
-    models = [stage_transformer(section.model, section.stage) for section in sections]
+    models = [section.model for section in sections]
     same = [model.model_dump(exclude={"capacity_factors"}) for model in models]
     assert same[0] == same[1] == same[2]
     assert [model.capacity_factor(3) for model in models] == [8.0, 4.0, 4.0]
     assert [model.capacity_factor(4) for model in models] == [8.0, 4.0, 2.0]
-    apart = {"stages", "seed", "keep_checkpoints"}  # the seed is of noise and order; only the last stage is merged
+    apart = {"keep_checkpoints"}  # only the last stage is merged
     assert len({section.train.model_dump_json(exclude=apart) for section in sections}) == 1
     own = ("name", "image_size_px", "steps", "batch_size", "capacity_factors", "tier_weights", "wavelet")
     kept = [section.stage.model_dump(exclude=set(own)) for section in sections]
     assert kept[0] == kept[1] == kept[2]
     configs = [
         trainer_config(
-            section.model,
-            section.stage,
-            section.train,
+            section,
             latents_dir=runs / "latents0",
             work_dir=runs,
             init_from=None,
@@ -167,9 +165,7 @@ def test_a_change_of_stage_changes_capacity_and_resolution_and_nothing_else(runs
 
 def test_the_last_stage_merges_into_a_transformer_that_loads(runs, tmp_path):
     recipe, section = small_recipe(), stage_section(JOBS["third"])
-    report = merge_stage(
-        runs / "third" / "out", stage_transformer(section.model, section.stage), recipe.merge, tmp_path
-    )
+    report = merge_stage(runs / "third" / "out", section.model, recipe.merge, tmp_path)
     assert report["steps"] == [4, 8, 12]
     merged, last = load_transformer(tmp_path / "transformer"), read_weights(runs / "third" / "out")[12]
     assert merged.config.capacity_factors == (4.0, 4.0, 4.0, 4.0, 2.0)
@@ -181,7 +177,7 @@ def test_a_finished_stage_that_is_started_again_trains_nothing(runs, tmp_path, m
     monkeypatch.setattr(run, "trainer_config", None)  # what training needs first
     stage = stage_section(JOBS["third"])
     latents, init = runs / "latents2", runs / "second" / "out"
-    report = run.train_stage(latents, stage.model, stage.train, 0, init, runs / "third" / "work", tmp_path)
+    report = run.train_stage(latents, stage, init, runs / "third" / "work", tmp_path)
     assert report["resumed_from_step"] == stage.stage.steps
     weights = "step-00000012/__1_0.distcp"
     assert (tmp_path / weights).read_bytes() == (runs / "third" / "out" / weights).read_bytes()

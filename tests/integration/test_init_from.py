@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from train_helpers import read_weights, train_config, transformer_config, write_latents
+from train_helpers import read_weights, train_config, training_stage, transformer_config, write_latents
 
 from model.config import TrainConfig
 from model.transformer import NucleusTransformer
@@ -31,7 +31,7 @@ def train(latents, folder, name, before=None, **changes):
     )
     out = folder / name
     out.mkdir()
-    train_stage(latents, transformer_config(), config, 0, before, folder / f"work_{name}", out)
+    train_stage(latents, training_stage(config), before, folder / f"work_{name}", out)
     return out, read_weights(out)[1]
 
 

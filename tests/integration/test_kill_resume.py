@@ -18,7 +18,7 @@ LIMIT_S = 600
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from train_helpers import train_config, transformer_config
+from train_helpers import train_config, training_stage
 from model.train.run import train_stage
 from model.train.trainer import NucleusTrainer
 latents, work, out = (Path(argument) for argument in sys.argv[1:4])
@@ -29,7 +29,7 @@ def train_step(self, batches):
         time.sleep({limit})  # until it is killed
     real(self, batches)
 NucleusTrainer.train_step = train_step
-train_stage(latents, transformer_config(), train_config(steps={steps}), 0, None, work, out)
+train_stage(latents, training_stage(train_config(steps={steps})), None, work, out)
 """
 
 

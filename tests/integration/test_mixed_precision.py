@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from train_helpers import read_weights, train_config, transformer_config, write_latents
+from train_helpers import read_weights, train_config, training_stage, write_latents
 
 STEPS = 4
 
@@ -45,7 +45,7 @@ def runs(tmp_path_factory):
             config = train_config(
                 steps=STEPS, dtype=dtype, activation_checkpointing=policy, log_every_steps=1, checkpoint_every_steps=2
             )
-            train_stage(latents, transformer_config(), config, 0, None, folder / f"work_{dtype}", out)
+            train_stage(latents, training_stage(config), None, folder / f"work_{dtype}", out)
         metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         found[dtype] = metrics, read_weights(out), seen
     return found

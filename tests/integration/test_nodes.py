@@ -18,11 +18,10 @@ from flytekit.core.type_engine import TypeEngine
 from flytekit.core.utils import write_proto_to_file
 from flytekit.types.directory import FlyteDirectory
 from object_store import s3_bucket
-from train_helpers import train_config, transformer_config, write_latents
+from train_helpers import train_config, training_stage, write_latents
 
 from model.train import run
 from tasks.manifest import seal, verify
-from tasks.planning.sections import TrainStage
 
 ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "s3://nodes"
@@ -41,7 +40,7 @@ def test_a_pod_spawns_its_processes_which_train_on_what_lies_in_an_object_store(
     write_latents(tmp_path / "latents")
     (tmp_path / "components").mkdir()
     (tmp_path / "components" / "file").write_text("nothing is sampled")
-    values = {"stage": TrainStage(model=transformer_config(), train=train_config(steps=2, expert_parallel=2))}
+    values = {"stage": training_stage(train_config(steps=2, expert_parallel=2))}
     for kind in ("latents", "components"):
         seal(tmp_path / kind, kind)
         store.put(str(tmp_path / kind), f"{BUCKET}/{kind}", recursive=True)

@@ -84,18 +84,47 @@ def test_the_recipe_is_read_anew_each_time_and_the_summary_told(specs):
     ("name", "after", "outputs"),
     [
         ("pretrain", [], {"merged", "components", "curated"}),
-        ("ablate", ["evaluate"], {"scorecard", "merged"}),
-        ("reproduce", ["evaluate", "publish_pipeline", "show_results"], {"pipeline", "scorecard", "merged", "curated"}),
+        ("ablate", ["score_merged"], {"scorecard", "merged"}),
+        ("reproduce", ["score_merged", "publish_pipeline", "show_results"],
+         {"pipeline", "scorecard", "merged", "curated"}),
     ],
-)
-def test_workflows_share_the_road_to_merged_weights_and_say_where_they_end(specs, name, after, outputs):
+)  # fmt: skip
+def test_workflows_share_the_way_to_merged_weights(specs, name, after, outputs):
     template = specs[f"workflows.{name}.{name}"].template
+    assert calls(template) == [
+        "resolve_recipe", "curate", "check_curated", "make_components", "train_stages", *after,
+    ]  # fmt: skip
+    assert set(template.interface.outputs.variables) == outputs
+    nodes = {node.id: node for node in template.nodes}
+    ends_in = {binding.var: binding.binding for binding in nodes["n0"].inputs}["ends_in"].scalar.primitive.string_value
+    assert ends_in == {"pretrain": "merged", "ablate": "scorecard", "reproduce": "pipeline"}[name]
+    # A corpus that leaves a stage without images must not be encoded.
+    assert "n2" in nodes["n3"].upstream_node_ids
+
+
+@pytest.mark.parametrize(
+    ("name", "called", "artifacts"),
+    [
+        ("train", ["resolve_recipe", "check_curated", "make_components", "train_stages"], {"curated"}),
+        ("evaluate", ["resolve_recipe", "score_merged"], {"merged", "components"}),
+        ("publish", ["resolve_recipe", "publish_pipeline", "show_results"],
+         {"merged", "components", "scorecard", "curated"}),
+        ("study", ["plan_study", "run_study"], set()),
+    ],
+)  # fmt: skip
+def test_each_hop_starts_by_itself_from_a_recipe_and_artifacts(specs, name, called, artifacts):
+    template = specs[f"workflows.{name}.{name}"].template
+    assert calls(template) == called
+    inputs = template.interface.inputs.variables
+    assert {key for key, variable in inputs.items() if variable.type.HasField("blob")} == artifacts
+    assert {"recipe", "overrides"} <= set(inputs)
+
+
+def calls(template) -> list[str]:
+    """Names of the tasks and workflows that a workflow calls, in order."""
     nodes = [node for node in template.nodes if node.id != "start-node"]
     called = [node.task_node.reference_id.name or node.workflow_node.sub_workflow_ref.name for node in nodes]
-    assert [path.split(".")[-1] for path in called] == ["resolve_recipe", "curate", "train", *after]
-    assert set(template.interface.outputs.variables) == outputs
-    ends_in = {binding.var: binding.binding for binding in nodes[0].inputs}["ends_in"].scalar.primitive.string_value
-    assert ends_in == {"pretrain": "merged", "ablate": "scorecard", "reproduce": "pipeline"}[name]
+    return [path.split(".")[-1] for path in called]
 
 
 def test_training_asks_for_accelerators_and_may_be_preempted(specs):
@@ -124,3 +153,9 @@ def test_training_on_several_nodes_is_a_job_whose_pods_find_the_same_task_and_ha
     assert container["image"] == "registry.example/trainer:v1"
     assert container["resources"]["requests"] == container["resources"]["limits"]
     assert container["resources"]["limits"]["gpu"] == "4"
+    # The pod of a dynamic workflow writes down the training task again, so it must see the same settings.
+    for name in ("workflows.train.train_stages", "workflows.study.run_study"):
+        container = specs[name].template.container
+        assert container.image == "registry.example/trainer:v1"
+        registered = asked | {"NUCLEUS_TRAIN_RETRIES": "7"}
+        assert {entry.key: entry.value for entry in container.env}.items() >= registered.items()

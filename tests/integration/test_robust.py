@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from object_store import s3_bucket
-from train_helpers import logged_steps, read_weights, train_config, transformer_config, write_latents
+from train_helpers import logged_steps, read_weights, train_config, training_stage, write_latents
 
 from model import storage
 from model.data.latents import LatentDataset
@@ -47,7 +47,7 @@ def train(latents, folder, name="out", work="work", sample_fn=None, **changes):
     out = folder / name
     out.mkdir(exist_ok=True)
     config = train_config(**{"steps": STEPS, **changes})
-    return train_stage(latents, transformer_config(), config, 0, None, folder / work, out, sample_fn)
+    return train_stage(latents, training_stage(config), None, folder / work, out, sample_fn)
 
 
 class Ranks:
@@ -175,6 +175,21 @@ def test_a_kill_in_the_middle_of_a_background_save_resumes_from_the_save_before(
     assert same_weights(whole(ranks), tmp_path / "out") == [10, 15, 18]
     assert list(finished_checkpoints(work / "checkpoints")) == [18]
     assert not [path for path in (work / "checkpoints").iterdir() if not (path / ".metadata").is_file()]
+
+
+def test_a_newest_checkpoint_that_was_cut_off_is_passed_over_with_a_message(latents, whole, tmp_path, capfd):
+    def fails(rank):
+        before_step(12, lambda trainer: os._exit(3))
+        train(latents, tmp_path)
+
+    assert Ranks(fails).codes() == {3}
+    newest = tmp_path / "work" / "checkpoints" / "step-10"
+    (file,) = newest.glob("*.distcp")
+    os.truncate(file, file.stat().st_size // 2)
+    assert Ranks(lambda rank: train(latents, tmp_path)).codes() == {0}
+    assert f"checkpoint {newest} is damaged ({file.name} is cut off or missing)" in capfd.readouterr().out
+    assert report(tmp_path / "out")["resumed_from_step"] == 5
+    assert same_weights(whole(1), tmp_path / "out") == [10, 15, 18]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -316,10 +331,8 @@ def test_too_many_bad_steps_end_the_run_with_the_records_of_the_batch(latents, t
     with pytest.raises(RuntimeError, match="not finite at step 10; 3 of the last 10 steps were skipped") as caught:
         train(latents, tmp_path, skip={"window_steps": 10, "max_skipped": 3})
     dataset = LatentDataset(latents)
-    from model.train.config import stage_seed
-
-    config = train_config(steps=STEPS)
-    order = SampleOrder(dataset, 8, stage_seed(config.seed, config.stages[0]), config.stages[0].tier_weights)
+    stage = training_stage(train_config(steps=STEPS))
+    order = SampleOrder(dataset, 8, stage.seed, stage.stage.tier_weights)
     ids = dataset.record_ids(order.batch(9).rows)
     assert len(ids) == 8 and all(record_id in str(caught.value) for record_id in ids)
     assert json.loads((tmp_path / "work" / "skipped.json").read_text())["record_ids"] == ids

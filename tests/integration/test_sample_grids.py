@@ -19,12 +19,11 @@ from PIL import Image
 from test_robust import Ranks, same_weights
 from tiny_pipeline import TEXT_WIDTH, make_components
 from torch.distributed.tensor import DTensor
-from train_helpers import train_config, transformer_config, write_latents
+from train_helpers import train_config, training_stage, transformer_config, write_latents
 
 from model import moe
 from model.train.run import train_stage
 from tasks.encoding.encode import TEXTS
-from tasks.planning.sections import TrainStage
 from tasks.training import samples
 
 pytestmark = pytest.mark.slow
@@ -78,10 +77,8 @@ def failure(call) -> dict:
 
 
 def run_job(folder: Path, name: str, rank: int) -> None:
-    stage = TrainStage(
-        model=transformer_config(joint_attention_dim=TEXT_WIDTH),
-        train=train_config(**COMMON | JOBS[name][1]),
-    )
+    model = transformer_config(joint_attention_dim=TEXT_WIDTH)
+    stage = training_stage(train_config(**COMMON | JOBS[name][1]), model)
     found: dict = {}
     write = samples.sampler(folder / ("lost" if name == "broken" else "components"), folder / "latents", stage)
 
@@ -93,9 +90,7 @@ def run_job(folder: Path, name: str, rank: int) -> None:
 
     job = folder / name
     (job / "out").mkdir(parents=True, exist_ok=True)
-    found["failed"] = failure(
-        lambda: train_stage(folder / "latents", stage.model, stage.train, 0, None, job / "work", job / "out", sample)
-    )
+    found["failed"] = failure(lambda: train_stage(folder / "latents", stage, None, job / "work", job / "out", sample))
     (job / f"found-{rank}.json").write_text(json.dumps(found))
 
 

@@ -9,11 +9,10 @@ import torch
 from flytekit.types.directory import FlyteDirectory
 from object_store import s3_bucket
 from s3fs import S3FileSystem
-from train_helpers import read_weights, train_config, transformer_config, write_latents
+from train_helpers import read_weights, train_config, training_stage, write_latents
 
 from model import storage
 from tasks.manifest import load_manifest, seal
-from tasks.planning.sections import TrainStage
 from tasks.training.task import train_stage
 
 STEPS = 4
@@ -35,7 +34,7 @@ def inputs(tmp_path, monkeypatch):
 
 def train(inputs, tmp_path, **changes):
     """The weights of each checkpoint and the losses of a stage that started anew."""
-    stage = TrainStage(model=transformer_config(), train=train_config(steps=STEPS, log_every_steps=1, **changes))
+    stage = training_stage(train_config(steps=STEPS, log_every_steps=1, **changes))
     given = {kind: FlyteDirectory.from_source(uri) for kind, uri in inputs.items()}
     artifact = train_stage.task_function(stage=stage, **given)
     metrics = [json.loads(line) for line in (tmp_path / artifact.path / "metrics.jsonl").read_text().splitlines()]

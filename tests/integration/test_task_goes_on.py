@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 from flytekit.exceptions.user import FlyteRecoverableException
 from flytekit.types.directory import FlyteDirectory
-from train_helpers import train_config, transformer_config, write_latents
+from train_helpers import train_config, training_stage, write_latents
 
 from model.train.trainer import NucleusTrainer
 from tasks.manifest import seal
-from tasks.planning.sections import TrainStage
 from tasks.training.task import train_stage
 
 pytestmark = pytest.mark.slow
@@ -29,7 +28,7 @@ def test_a_stage_goes_on_from_its_checkpoint_in_other_micro_batches_and_with_oth
         inputs[kind] = FlyteDirectory(str(folder), remote_directory=False)
 
     def call(**changes) -> dict:
-        stage = TrainStage(model=transformer_config(), train=train_config(steps=8, **changes))
+        stage = training_stage(train_config(steps=8, **changes))
         return json.loads((Path(train_stage.task_function(stage=stage, **inputs).path) / "report.json").read_text())
 
     real = NucleusTrainer.train_step

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 
 import pytest
 import torch.distributed as dist
-from train_helpers import train_config, transformer_config, write_latents
+from torch.distributed.checkpoint.metadata import Metadata
+from train_helpers import train_config, training_stage, write_latents
 
 import model.train.device
 from model.train.run import (
     CHECKPOINTS,
-    MANIFEST,
     METRICS,
     OPTIMIZER,
     REPORT,
@@ -39,7 +40,7 @@ def work(tmp_path):
     ):
         path = tmp_path / "work" / folder / name
         path.mkdir(parents=True)
-        (path / ".metadata").write_bytes(b"m")
+        (path / ".metadata").write_bytes(pickle.dumps(Metadata(state_dict_metadata={}, storage_data={})))
         (path / "__0_0.distcp").write_bytes(bytes([step]))
     (tmp_path / "work" / METRICS).write_text("{}\n")
     (tmp_path / "work" / REPORT).write_text(json.dumps(REPORTED))
@@ -60,7 +61,7 @@ def test_a_finished_stage_is_filled_again_from_what_pruning_leaves_without_train
     assert not (work / CHECKPOINTS).exists() and (work / WEIGHTS).exists()
     latents = write_latents(tmp_path / "latents")
     # There is nothing left to train from: only filling can make these bytes.
-    report = train_stage(latents, transformer_config(), config, 0, None, work, again, hand_on_optimizer=True)
+    report = train_stage(latents, training_stage(config, hand_on_optimizer=True), None, work, again)
     assert files(again) == files(first) and set(files(first)) == {
         "optimizer/step-00000020/.metadata", "optimizer/step-00000020/__0_0.distcp",
         "step-00000010/.metadata", "step-00000010/__0_0.distcp", "step-00000020/.metadata",
@@ -92,7 +93,7 @@ def test_a_run_is_known_by_every_byte_it_starts_from(tmp_path):
     (checkpoint / "__0_0.distcp").write_bytes(b"Weights")
     assert _content(checkpoint) != before
     # A seal speaks for its files, so that hundreds of gigabytes are not read for it.
-    (tmp_path / MANIFEST).write_text('{"digest": "abc"}')
+    (tmp_path / "manifest.json").write_text('{"digest": "abc"}')
     assert _content(checkpoint) == "abc/checkpoint" and _content(tmp_path) == "abc"
     assert _content(tmp_path / "optimizer" / "step-00000003") == "abc/optimizer/step-00000003"
 
@@ -123,14 +124,13 @@ def test_nccl_adds_up_in_one_order_where_training_is_deterministic(
         monkeypatch.setenv("NCCL_ALGO", own)
     latents, config = write_latents(tmp_path / "latents"), train_config(deterministic=deterministic)
     with pytest.raises(ConnectionError):
-        train_stage(latents, transformer_config(), config, 0, None, tmp_path / "work", tmp_path / "out")
+        train_stage(latents, training_stage(config), None, tmp_path / "work", tmp_path / "out")
     assert seen == [expected] and os.environ.get("NCCL_ALGO") == own
 
 
 def test_other_latents_are_refused_in_the_same_place(tmp_path):
     latents = write_latents(tmp_path / "latents")
-    config = train_config(steps=STEPS)
-    arguments = transformer_config(), config, config.stages[0], None, None, False
+    arguments = training_stage(train_config(steps=STEPS)), None, None
     _claim(str(tmp_path), latents, *arguments)
     _claim(str(tmp_path), latents, *arguments)
     shard = next(latents.glob("bucket-*/*.safetensors"))

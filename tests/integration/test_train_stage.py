@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from train_helpers import read_weights, train_config, transformer_config, write_latents
+from train_helpers import read_weights, train_config, training_stage, transformer_config, write_latents
 
 pytestmark = pytest.mark.slow
 
@@ -26,9 +26,7 @@ def run(latents, tmp_path, name="out", steps=20, work="work", init_from=None, mo
     out = tmp_path / name
     out.mkdir()
     config = train_config(steps=steps, **changes)
-    return out, train_stage(
-        latents, model or transformer_config(), config, 0, init_from, tmp_path / work, out, sample_fn
-    )
+    return out, train_stage(latents, training_stage(config, model), init_from, tmp_path / work, out, sample_fn)
 
 
 def load(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -276,10 +274,10 @@ def test_two_processes_train_as_one_does(latents, tmp_path):
     script.write_text(
         "import sys\n"
         "from pathlib import Path\n"
-        "from train_helpers import train_config, transformer_config\n"
+        "from train_helpers import train_config, training_stage\n"
         "from model.train.run import train_stage\n"
         "latents, work, out = (Path(argument) for argument in sys.argv[1:])\n"
-        "train_stage(latents, transformer_config(), train_config(steps=6), 0, None, work, out)\n"
+        "train_stage(latents, training_stage(train_config(steps=6)), None, work, out)\n"
     )
     together = tmp_path / "together"
     together.mkdir()

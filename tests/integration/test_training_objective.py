@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
-from train_helpers import train_config, transformer_config, write_latents
+from train_helpers import train_config, training_stage, transformer_config, write_latents
 
 pytestmark = pytest.mark.slow
 WEIGHTS = {"router_z_loss": 0.3, "load_balance": 0.7, "wavelet": 0.5}
@@ -46,9 +46,7 @@ def trainer_of(tmp_path):
     def build(train, model):
         built.append(
             trainer_config(
-                model,
-                train.stages[0],
-                train,
+                training_stage(train, model),
                 latents_dir=write_latents(tmp_path / "latents"),
                 work_dir=tmp_path / "work",
                 init_from=None,

@@ -13,6 +13,7 @@ import torch
 
 from model.config import TrainConfig, TransformerConfig
 from model.data.latents import LatentWriter
+from model.stages import TrainingStage, training_stages
 
 TEXT_DIM = 12
 
@@ -70,6 +71,14 @@ def train_config(steps: int = 20, stage: dict | None = None, **changes) -> Train
         log_every_steps=2,
     )
     return TrainConfig(**{**values, **changes})
+
+
+def training_stage(
+    train: TrainConfig | None = None, model: TransformerConfig | None = None, index: int = 0, **changes
+) -> TrainingStage:
+    """One stage of a training of the small model; `changes` are fields of it."""
+    stages = training_stages(model or transformer_config(), train or train_config())
+    return stages[index].model_copy(update=changes)
 
 
 def read_weights(out: Path) -> dict[int, dict[str, torch.Tensor]]:

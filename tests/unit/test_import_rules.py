@@ -13,7 +13,26 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("workflows", "tasks", "model", "eval")
 HEAVY = {"torch", "diffusers", "transformers", "torchtitan"}
-FLYTE_FILES = {"tasks/envs.py", "tasks/artifacts.py", "tasks/training/elastic.py"}
+FLYTE_FILES = {"tasks/envs.py", "tasks/artifacts.py", "tasks/elastic.py"}
+# The layers inside tasks/, lowest first (docs/architecture.md). A module imports its own layer's package and lower layers.
+# Configuration sections are below all passes, so that a recipe can be composed of them.
+LAYERS = (
+    ("tasks.manifest", "tasks.diffusers_parts"),
+    ("tasks.store", "tasks.trace", "tasks.elastic"),
+    ("tasks.envs",),
+    ("tasks.artifacts",),
+    ("tasks.curation.config", "tasks.encoding.config", "tasks.publishing.config", "tasks.study.config"),
+    ("tasks.curation",),
+    ("tasks.encoding",),
+    ("tasks.training", "tasks.merging"),
+    ("tasks.evaluation",),
+    ("tasks.publishing", "tasks.draw"),
+    ("tasks.recipe",),
+    ("tasks.planning",),
+    ("tasks.compare",),
+    ("tasks.study",),
+)
+LAYERS_OF_MODEL = (("model",), ("model.train",), ("model.plan",))
 
 
 def _sources() -> list[Path]:
@@ -37,16 +56,44 @@ def _imports(path: Path) -> list[tuple[str, bool]]:
         if isinstance(outer, ast.If) and "TYPE_CHECKING" in ast.unparse(outer.test)
         for node in ast.walk(outer)
     }
+    return [(name.split(".")[0], node not in inside) for node, name in _imported(tree)]
+
+
+def _imported(tree: ast.AST) -> list[tuple[ast.AST, str]]:
+    """(statement, dotted name) of every import, wherever it stands; of `from x import y`, x.y."""
     found = []
     for node in ast.walk(tree):
-        names = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found += [(node, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            names = [node.module or ""]
-        found += [(name.split(".")[0], node not in inside) for name in names]
+            assert node.level == 0, f"relative import of {node.module}"
+            found += [(node, f"{node.module}.{alias.name}") for alias in node.names]
     return found
+
+
+def _layer(name: str, layers: tuple[tuple[str, ...], ...]) -> tuple[int, str]:
+    """(layer, its entry) of a dotted name: the entry with the longest common beginning."""
+    entries = [(entry, i) for i, layer in enumerate(layers) for entry in layer if f"{name}.".startswith(f"{entry}.")]
+    assert entries, f"{name} is in no layer: add it to LAYERS, and to docs/architecture.md"
+    entry, index = max(entries, key=lambda pair: len(pair[0]))
+    return index, entry
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in _sources() if p.relative_to(ROOT).parts[0] in ("tasks", "model") and p.name != "__init__.py"],
+    ids=lambda p: p.relative_to(ROOT).as_posix(),
+)
+def test_no_import_runs_upward(path: Path):
+    package = path.relative_to(ROOT).parts[0]
+    layers = LAYERS if package == "tasks" else LAYERS_OF_MODEL
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    own, entry = _layer(name, layers)
+    for _, imported in _imported(ast.parse(path.read_text())):
+        if imported.split(".")[0] != package:
+            continue
+        layer, other = _layer(imported, layers)
+        assert layer < own or other == entry, f"{name} imports {imported}, of the layer above ({other})"
 
 
 @pytest.mark.parametrize("path", _sources(), ids=lambda p: p.relative_to(ROOT).as_posix())
@@ -78,17 +125,18 @@ def test_heavy_libraries_load_inside_task_bodies(path: Path):
     assert not at_import & HEAVY, f"{path.relative_to(ROOT)} imports {at_import & HEAVY} when it is loaded"
 
 
-def test_loading_the_workflow_loads_no_heavy_library():
-    code = f"import sys, workflows.reproduce; print(sorted({HEAVY!r} & set(sys.modules)))"
+@pytest.mark.parametrize("name", ["reproduce", "study"])
+def test_loading_a_workflow_loads_no_heavy_library(name: str):
+    """`pyflyte run ... --help` takes about as long as flytekit itself: seconds depend on the machine, modules do not."""
+    heavy = HEAVY | {"scipy", "sklearn", "matplotlib", "duckdb", "imagehash", "s3fs", "kubernetes"}
+    code = f"import sys, workflows.{name}; print(sorted({heavy!r} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 
 
 def test_loading_the_workflow_sets_cublas_workspace_before_anything_can_multiply_on_a_gpu():
     """PyTorch reads it at a process's first product on CUDA; a local run encodes there before it trains."""
-    code = (
-        "import os, sys, workflows.reproduce; print(os.environ['CUBLAS_WORKSPACE_CONFIG'], 'torch' in sys.modules)"
-    )
+    code = "import os, sys, workflows.reproduce; print(os.environ['CUBLAS_WORKSPACE_CONFIG'], 'torch' in sys.modules)"
     environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
     out = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, env=environment

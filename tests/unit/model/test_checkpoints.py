@@ -17,8 +17,16 @@ from object_store import s3_bucket
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 
 from model import storage
-from model.weights.checkpoints import CheckpointReader, finished_checkpoints, last_checkpoint, load
-from tasks.training.faults import comes_again
+from model.weights.checkpoints import (
+    METADATA,
+    CheckpointReader,
+    canonical_metadata,
+    finished_checkpoints,
+    incomplete_files,
+    last_checkpoint,
+    load,
+)
+from tasks.training.faults import is_permanent
 
 STATE = {"weight": torch.arange(6.0).view(2, 3), "state": {"step": 7, "half": torch.ones(4, dtype=torch.bfloat16)}}
 
@@ -218,7 +226,7 @@ def test_an_object_store_that_does_not_answer_is_worth_another_attempt(bucket, m
         monkeypatch.setattr(s3fs.S3FileSystem, "cachable", False)  # else the one that knows the other address
         with pytest.raises(ConnectionError, match="does not answer") as failure:
             storage.check_writable_place(f"{bucket}/run")
-    assert not comes_again(failure.value)
+    assert not is_permanent(failure.value)
 
 
 @pytest.mark.parametrize(
@@ -239,3 +247,41 @@ def test_what_could_not_be_read_is_told_from_what_is_damaged(tmp_path, monkeypat
     monkeypatch.setattr(CheckpointReader, "read_data", read_data)
     with pytest.raises(told, match="step-1 cannot be loaded: "):
         load({"weight": torch.zeros(2, 3)}, tmp_path / "step-1", alone=True)
+
+
+def test_equal_checkpoints_have_equal_bytes_however_their_tensors_were_made(tmp_path):
+    """DCP writes a random id and the path, and pickle writes what was one object in memory only once."""
+    value = torch.arange(6.0).view(2, 3)
+    apart = {"one": value.clone(), "other": value.clone()}
+    for name in ("a", "elsewhere"):
+        dcp.save(apart if name == "a" else dict(apart), checkpoint_id=tmp_path / name, no_dist=True)
+        shape = pickle.loads((tmp_path / name / METADATA).read_bytes())
+        if name == "elsewhere":  # as after a resume: two objects where there was one
+            shape.state_dict_metadata["one"].size = torch.Size([2, 3])
+            (tmp_path / name / METADATA).write_bytes(pickle.dumps(shape))
+    linked = tmp_path / "linked"
+    os.link(tmp_path / "a" / METADATA, linked)
+    files = [tmp_path / name / METADATA for name in ("a", "elsewhere")]
+    assert files[0].read_bytes() != files[1].read_bytes()
+    before = linked.read_bytes()
+    for file in files:
+        canonical_metadata(file.parent)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert linked.read_bytes() == before, "a hard link to the run's own file was changed"
+    state = {"one": torch.zeros(2, 3), "other": torch.zeros(2, 3)}
+    load(state, tmp_path / "elsewhere", alone=True)
+    assert torch.equal(state["one"], value) and torch.equal(state["other"], value)
+
+
+def test_a_checkpoint_that_was_cut_off_is_noticed_by_its_lengths(tmp_path):
+    dcp.save({"weight": torch.rand(100)}, checkpoint_id=tmp_path / "step-1", no_dist=True)
+    assert incomplete_files(tmp_path / "step-1") == []
+    file = next((tmp_path / "step-1").glob("*.distcp"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    assert incomplete_files(tmp_path / "step-1") == [file.name]
+    file.unlink()
+    assert incomplete_files(tmp_path / "step-1") == [file.name]
+    file.write_bytes(whole)
+    (tmp_path / "step-1" / METADATA).write_bytes(b"cut")
+    assert incomplete_files(tmp_path / "step-1") == [METADATA]

@@ -9,7 +9,7 @@ import torch
 
 from model.config import TrainConfig, TransformerConfig
 from model.optim import describe_groups, parameter_groups
-from model.ranks import Layout, layout, local_batch_size
+from model.ranks import Degrees, local_batch_size, rank_degrees
 from model.recipe_yaml import read_recipe
 from model.transformer import NucleusTransformer
 
@@ -25,15 +25,15 @@ def changed(**values) -> TrainConfig:
 @pytest.mark.parametrize(
     ("values", "ranks", "expected", "expert_shard"),
     [
-        ({}, 64, Layout(1, 64, 8), 8),  # the recipe's: the ranks of a node exchange rows
-        ({"expert_parallel": 64}, 64, Layout(1, 64, 64), 1),  # the paper's: one expert of each layer on each GPU
-        ({"expert_parallel": 8, "data_parallel_replicate": 8}, 64, Layout(8, 8, 8), 1),
-        ({"expert_parallel": 1, "data_parallel_replicate": 2, "data_parallel_shard": 32}, 64, Layout(2, 32, 1), 32),
-        ({"expert_parallel": 1}, 1, Layout(1, 1, 1), 1),  # one process: whole weights
+        ({}, 64, Degrees(1, 64, 8), 8),  # the recipe's: the ranks of a node exchange rows
+        ({"expert_parallel": 64}, 64, Degrees(1, 64, 64), 1),  # the paper's: one expert of each layer on each GPU
+        ({"expert_parallel": 8, "data_parallel_replicate": 8}, 64, Degrees(8, 8, 8), 1),
+        ({"expert_parallel": 1, "data_parallel_replicate": 2, "data_parallel_shard": 32}, 64, Degrees(2, 32, 1), 32),
+        ({"expert_parallel": 1}, 1, Degrees(1, 1, 1), 1),  # one process: whole weights
     ],
 )
 def test_the_degrees_are_those_asked_for(values, ranks, expected, expert_shard):
-    found = layout(MODEL, changed(**values), ranks)
+    found = rank_degrees(MODEL, changed(**values), ranks)
     assert found == expected and found.expert_shard == expert_shard
 
 
@@ -61,7 +61,7 @@ def test_the_degrees_are_those_asked_for(values, ranks, expected, expert_shard):
 )  # fmt: skip
 def test_degrees_that_do_not_fit_are_refused_with_the_arithmetic(values, model, ranks, message):
     with pytest.raises(ValueError) as caught:
-        layout(TransformerConfig(**{**RECIPE["model"], **model}), changed(**values), ranks)
+        rank_degrees(TransformerConfig(**{**RECIPE["model"], **model}), changed(**values), ranks)
     assert message in str(caught.value)
 
 

@@ -5,8 +5,8 @@ import torch
 from small_model import SMALL
 
 from model.config import TransformerConfig
+from model.stages import training_stages
 from model.transformer import NucleusTransformer, RouterTrace
-from tasks.planning.sections import train_stage
 from tasks.recipe import load_recipe
 
 CONFIG = SMALL | {"num_layers": 4, "moe_intermediate_dim": 8}
@@ -36,7 +36,7 @@ def forward(model, rows=4, columns=4):
 @pytest.mark.parametrize("name", ["tiny", "nucleus_17b"])
 def test_the_stages_of_a_recipe_have_the_same_parameters(name):
     recipe = load_recipe(name)
-    models = [train_stage(recipe, i).model for i in range(3)]
+    models = [stage.model for stage in training_stages(recipe.model, recipe.train)]
     with torch.device("meta"):
         shapes = [{k: v.shape for k, v in NucleusTransformer(model).state_dict().items()} for model in models]
     assert list(shapes[0].items()) == list(shapes[1].items()) == list(shapes[2].items())

@@ -28,13 +28,13 @@ def trained(tmp_path):
         home, stages = tmp_path / name, []
         for i, data in enumerate(latents):
             config = {
-                "seed": seed + 1000 * i, "nproc_per_node": nproc, "optim": {"matrices": "muon", "lr": 0.01, **optim},
-                "stages": [{"name": f"stage{i}", "steps": 100}],
+                "model": {}, "stage": {"name": f"stage{i}", "steps": 100}, "seed": seed + 1000 * i,
+                "train": {"seed": seed, "keep_checkpoints": nproc, "optim": {"matrices": "muon", "lr": 0.01, **optim}},
             }  # fmt: skip
             lines = "\n".join(json.dumps({"step": step, "loss": loss + (step <= 80)}) for step in range(0, 101, 10))
             stages.append(
                 sealed(
-                    home / f"stage{i}", "checkpoints", [data, *stages[-1:]], {"model": {}, "train": config},
+                    home / f"stage{i}", "checkpoints", [data, *stages[-1:]], config,
                     metrics__jsonl=lines,
                 )
             )  # fmt: skip

@@ -41,6 +41,88 @@ def test_memory_of_an_accelerator_is_in_segments_that_grow_unless_the_user_says_
         assert ALLOCATOR not in trainer(**asked, NUCLEUS_ACCELERATOR="none")["environment"]
 
 
+SITE = ("NUCLEUS_PROFILE", "NUCLEUS_FABRIC", "NUCLEUS_QUEUE", "NUCLEUS_POD_TEMPLATES", "NUCLEUS_HUB_SECRET")
+
+
+@pytest.fixture
+def site(monkeypatch):
+    """tasks.envs as a registration with these settings sees it."""
+
+    def module(**environment):
+        for name in (*NAMES, *SITE, "NUCLEUS_ACCELERATOR_LABEL"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        spec = importlib.util.spec_from_file_location("tasks.envs_of_site", envs.__file__)
+        loaded = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+        return loaded
+
+    return module
+
+
+def _all(module):
+    return [
+        module.light("curation"),
+        module.planner(),
+        module.shard("curation"),
+        module.gather("publisher"),
+        module.gpu_single("encoder"),
+        module.trainer(),
+    ]
+
+
+@pytest.mark.parametrize("profile", ["cpu-small", "a10g", "l40s", "h100", "h200", "b200"])
+def test_every_task_of_every_profile_has_a_timeout_scratch_space_and_equal_requests_and_limits(site, profile):
+    for options in _all(site(NUCLEUS_PROFILE=profile)):
+        assert options["timeout"].total_seconds() > 0
+        assert options["requests"] == options["limits"] and options["requests"].ephemeral_storage
+        assert options["pod_template_name"].startswith("nucleus-")
+
+
+def test_without_accelerators_everything_fits_a_laptop(site):
+    for options in _all(site(NUCLEUS_ACCELERATOR="none")):
+        assert int(options["requests"].cpu) <= 2 and int(options["requests"].mem[:-2]) <= 8
+        assert "accelerator" not in options and options["requests"].gpu is None
+
+
+def test_one_rank_asks_for_its_share_of_a_node_and_eight_for_a_node(site):
+    one = site(NUCLEUS_PROFILE="h100").trainer()["requests"]
+    node = site(NUCLEUS_PROFILE="h100", NUCLEUS_TRAIN_NPROC="8").trainer()["requests"]
+    assert (int(one.gpu), int(node.gpu)) == (1, 8)
+    assert int(node.cpu) == 8 * int(one.cpu) <= 190 and int(node.mem[:-2]) == 8 * int(one.mem[:-2]) <= 1950
+
+
+def test_the_sites_own_label_template_and_secret_are_used(site):
+    module = site(
+        NUCLEUS_PROFILE="h200", NUCLEUS_ACCELERATOR_LABEL="NVIDIA-H200", NUCLEUS_FABRIC="efa", NUCLEUS_HUB_SECRET="hub"
+    )
+    options = module.trainer()
+    assert options["accelerator"].to_flyte_idl().device == "NVIDIA-H200"
+    assert options["pod_template_name"] == "nucleus-trainer-efa"
+    assert options["environment"]["FI_PROVIDER"] == "efa" and "secret_requests" not in options
+    (secret,) = module.gather("publisher")["secret_requests"]
+    assert (secret.group, secret.env_var) == ("hub", "HF_TOKEN")
+    assert "secret_requests" not in module.shard("curation")  # it decodes what strangers made
+    assert site(NUCLEUS_POD_TEMPLATES="off").trainer()["pod_template_name"] is None
+
+
+def test_a_job_of_several_processes_waits_in_the_queue_and_cleans_its_pods(site):
+    options = site(
+        NUCLEUS_PROFILE="h100", NUCLEUS_TRAIN_NNODES="8", NUCLEUS_TRAIN_NPROC="8", NUCLEUS_QUEUE="q"
+    ).trainer()
+    assert options["labels"] == {"kueue.x-k8s.io/queue-name": "q"}
+    assert options["task_config"].run_policy.clean_pod_policy.name == "ALL"
+    assert options["shared_memory"] == "64Gi"
+    assert "labels" not in site(NUCLEUS_PROFILE="h100", NUCLEUS_TRAIN_NPROC="8").trainer()
+
+
+@pytest.mark.parametrize(("name", "value"), [("NUCLEUS_PROFILE", "v100"), ("NUCLEUS_FABRIC", "infiniband")])
+def test_an_unknown_setting_is_refused_with_the_valid_ones(site, name, value):
+    with pytest.raises(ValueError, match=f"{name}='{value}'.*use"):
+        site(**{name: value}).trainer()
+
+
 def test_a_pod_with_accelerators_sets_what_is_read_when_a_process_starts(trainer):
     environment = trainer(NUCLEUS_TRAIN_NPROC="8")["environment"]
     assert environment["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

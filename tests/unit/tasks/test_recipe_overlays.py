@@ -7,7 +7,7 @@ import yaml
 
 from model.plan.planner import load_sections
 from model.recipe_yaml import read_recipe
-from tasks.planning.sections import train_stage
+from model.stages import training_stages
 from tasks.recipe import RECIPES, load_recipe
 
 ABLATIONS = sorted(path.stem for path in (RECIPES / "ablations").glob("*.yaml"))
@@ -53,12 +53,12 @@ def test_all_shipped_ablations_are_tested():
 
 def test_token_choice_takes_as_many_experts_as_meet_a_token_at_each_stage():
     recipe = load_recipe("ablations/token_choice")
-    assert [train_stage(recipe, i).model.capacity_factors for i in range(3)] == [4.0, 3.0, 2.0]
+    assert [stage.model.capacity_factors for stage in training_stages(recipe.model, recipe.train)] == [4.0, 3.0, 2.0]
 
 
 def test_the_dense_model_has_one_width_through_all_stages():
     recipe = load_recipe("ablations/dense_ffn")
-    models = [train_stage(recipe, i).model for i in range(3)]
+    models = [stage.model for stage in training_stages(recipe.model, recipe.train)]
     assert models[0] == models[1] == models[2] and models[0].ffn_hidden(3) == 384
 
 

@@ -1,14 +1,7 @@
 """Small random instances of the judges' own classes: no weights are downloaded, and all code paths run."""
 
-import numpy as np
 import pytest
-from PIL import Image
-
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")  # fmt: skip
-
-
-def picture(width=96, height=80, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+from tiny_judges import SPECIAL
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """BLIP as DPG-Bench's judge, as a small random instance."""
 
 import pytest
-from conftest import picture
+from tiny_judges import picture
 
 from eval.judges.blip_vqa import BlipVQA
 from eval.protocols import Request

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from conftest import picture
 from PIL import Image
+from tiny_judges import picture
 
 from eval.benchmarks.geneval import CLASSES
 from eval.judges.clip_color import CLIPColors

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import picture
+from tiny_judges import picture
 
 from eval import oneig
 from eval.judges import registry, style

@@ -1,7 +1,7 @@
 """Qwen's judges: inputs made by hand against the library's processor, answers of small random models."""
 
 import pytest
-from conftest import SPECIAL, picture
+from tiny_judges import SPECIAL, picture
 
 from eval.judges.qwen_vl import SYSTEM, USER, Qwen3VL, Qwen25VL, Qwen25VLYesNo, model_inputs
 from eval.protocols import Request

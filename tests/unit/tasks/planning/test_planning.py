@@ -8,7 +8,8 @@ from flyteidl.core import literals_pb2
 
 from tasks.manifest import load_manifest, seal, writing
 from tasks.planning import local_cache
-from tasks.planning.sections import check_ranks, check_workflow, encode_stage, for_own_images, scoring, train_stage
+from tasks.planning.local_run import check_directories
+from tasks.planning.sections import check_ranks, check_tiers, check_workflow, for_own_images, scoring, stages
 from tasks.planning.source import check_source, fingerprint
 from tasks.recipe import load_recipe
 
@@ -16,16 +17,14 @@ from tasks.recipe import load_recipe
 def test_another_stages_steps_do_not_touch_this_stage():
     before = load_recipe("tiny")
     after = load_recipe("tiny", ["train.stages[2].steps=7"])
-    assert train_stage(before, 0) == train_stage(after, 0)
-    assert train_stage(before, 1) == train_stage(after, 1)
-    assert train_stage(before, 2) != train_stage(after, 2)
+    assert [one == other for one, other in zip(stages(before), stages(after))] == [True, True, False]
 
 
 def test_training_numbers_do_not_touch_encoding():
     before = load_recipe("tiny")
     after = load_recipe("tiny", ["train.stages[1].steps=7", "train.stages[1].batch_size=64", "train.optim.muon_lr=0.1"])
-    assert encode_stage(before, 1) == encode_stage(after, 1)
-    assert encode_stage(before, 1) != encode_stage(load_recipe("tiny", ["train.stages[1].image_size_px=64"]), 1)
+    assert stages(before)[1].encode == stages(after)[1].encode
+    assert stages(before)[1].encode != stages(load_recipe("tiny", ["train.stages[1].image_size_px=64"]))[1].encode
 
 
 def test_a_threshold_does_not_touch_scoring_but_a_scorer_does():
@@ -47,32 +46,50 @@ def test_own_images_keep_long_captions_and_need_no_psnr_and_change_nothing_else(
 
 def test_each_stage_trains_at_its_own_capacity_and_seed():
     recipe = load_recipe("tiny")
-    sections = [train_stage(recipe, i) for i in range(3)]
-    assert [s.model.capacity_factors for s in sections] == [s.capacity_factors for s in recipe.train.stages]
-    assert len({s.train.seed for s in sections}) == 3
+    trained = [stage.train for stage in stages(recipe)]
+    assert [s.model.capacity_factors for s in trained] == [s.capacity_factors for s in recipe.train.stages]
+    assert len({s.seed for s in trained}) == 3
+    assert not {s.seed for s in trained} & {s.train.seed for s in stages(load_recipe("tiny", ["train.seed=1"]))}
 
 
-def test_only_the_stage_that_is_merged_hands_on_more_than_its_last_checkpoint():
+def test_only_the_stage_that_is_merged_keeps_more_than_its_last_checkpoint():
     recipe = load_recipe("nucleus_17b")
-    assert [train_stage(recipe, i).train.keep_checkpoints for i in range(3)] == [1, 1, recipe.merge.last_n]
+    assert [s.train.train.keep_checkpoints for s in stages(recipe)] == [1, 1, recipe.merge.last_n]
+
+
+def test_only_the_first_stage_starts_from_released_weights(tmp_path):
+    recipe = load_recipe("smoke", [f"train.init_from={tmp_path}"])
+    assert [s.train.train.init_from for s in stages(recipe)] == [str(tmp_path), None, None]
 
 
 @pytest.mark.parametrize(("recipe", "handed_on"), [
     ("nucleus_17b", [True, True, False]), ("smoke", [True, True, False]), ("tiny", [False] * 3),
 ])  # fmt: skip
-def test_a_stage_hands_its_optimiser_state_on_where_another_goes_on_with_it(recipe, handed_on):
-    assert [train_stage(load_recipe(recipe), i).hand_on_optimizer for i in range(3)] == handed_on
+def test_a_stage_hands_its_optimiser_state_on_where_the_next_continues_with_it(recipe, handed_on):
+    assert [s.train.hand_on_optimizer for s in stages(load_recipe(recipe))] == handed_on
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_another_number_of_stages_is_refused_and_not_cut_to_three(count):
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_any_number_of_stages_is_laid_out(count):
     recipe = load_recipe("tiny")
-    check_workflow(recipe)
     last = recipe.train.stages[-1]
-    stages = (*recipe.train.stages, last.model_copy(update={"name": "fourth"}))[:count]
-    other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"stages": stages})})
-    with pytest.raises(ValueError, match=f"train.stages has {count} entries; the workflow trains 3"):
-        check_workflow(other)
+    more = (last.model_copy(update={"name": f"more{i}"}) for i in range(3))
+    entries = (*recipe.train.stages, *more)[:count]
+    other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"stages": entries})})
+    check_workflow(other)
+    laid_out = stages(other)
+    assert [s.train.stage for s in laid_out] == list(entries)
+    assert len({s.train.seed for s in laid_out}) == count
+    assert [s.train.train.keep_checkpoints for s in laid_out] == [1] * (count - 1) + [recipe.train.keep_checkpoints]
+
+
+def test_tier_weights_that_leave_a_stage_without_images_are_refused_and_others_are_not():
+    weights = "{A1: 1, A2: 0, A3: 0, A4: 0, A5: 0}"
+    laid_out = stages(load_recipe("smoke", [f"train.stages[1].tier_weights={weights}"]))
+    with pytest.raises(ValueError, match=r"stages\[1\].tier_weights draws from A1 alone.*A2: 5, A5: 1"):
+        check_tiers({"A1": 0, "A2": 5, "A5": 1}, laid_out)
+    check_tiers({"A1": 1, "A2": 5}, laid_out)
+    check_tiers({"A5": 1}, stages(load_recipe("smoke")))
 
 
 @pytest.mark.parametrize(
@@ -127,6 +144,24 @@ def test_ranks_that_fit_their_task_are_not_refused():
         check_ranks(load_recipe("tiny").train, 1, 1, local)
     check_ranks(load_recipe("nucleus_17b").train, 8, 8, False)
     check_ranks(load_recipe("nucleus_17b").train, 16, 4, False)  # as many, on smaller machines
+
+
+def test_an_evaluation_is_not_refused_for_what_only_training_or_publishing_needs():
+    check_workflow(load_recipe("ablations/token_choice"), "scorecard", starts_from="merged")
+    with pytest.raises(ValueError, match="is an ablation"):
+        check_workflow(load_recipe("ablations/token_choice"), "pipeline", starts_from="scorecard")
+
+
+def test_a_home_that_cannot_be_written_is_one_message(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    good, bad = tmp_path / "good", tmp_path / "file" / "below"
+    check_directories(good, good)
+    with pytest.raises(ValueError, match="NUCLEUS_HOME=.*/file/below: artifacts cannot be written there"):
+        check_directories(bad, good)
+    with pytest.raises(ValueError, match="local cache .* cannot be written .*FLYTE_LOCAL_CACHE_ENABLED=false"):
+        check_directories(good, bad)
+    monkeypatch.setenv("FLYTE_LOCAL_CACHE_ENABLED", "false")
+    check_directories(good, bad)
 
 
 def test_a_placeholder_is_refused_without_a_look_at_it_and_both_ways_out_are_named():

@@ -14,8 +14,8 @@ from flytekit.exceptions.user import FlyteRecoverableException, FlyteUserRuntime
 from flytekitplugins.kfpytorch.task import PytorchElasticFunctionTask
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from tasks.training import elastic
-from tasks.training.elastic import PreemptibleElastic, PreemptibleElasticTask
+from tasks import elastic
+from tasks.elastic import PreemptibleElastic, PreemptibleElasticTask
 
 
 def nothing() -> None:

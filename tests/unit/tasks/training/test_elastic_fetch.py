@@ -11,8 +11,8 @@ from flytekit.exceptions.user import FlyteUserRuntimeException
 from flytekit.types.directory import FlyteDirectory
 
 from tasks import artifacts
+from tasks.elastic import PreemptibleElastic, PreemptibleElasticTask
 from tasks.manifest import seal
-from tasks.training.elastic import PreemptibleElastic, PreemptibleElasticTask
 
 RANKS = 3
 LIMIT_S = 60
@@ -22,10 +22,10 @@ def fetch_together(directory: FlyteDirectory, folder: str) -> str:
     """What each process of a launch does; the first attempt fails when all have fetched."""
     attempt, verify = os.environ["TORCHELASTIC_RESTART_COUNT"], artifacts.verify
 
-    def noted(path, *without):
+    def noted(path, *without, **options):
         with open(Path(folder, "verified"), "a") as file:
             file.write(f"{attempt}\n")
-        return verify(path, *without)
+        return verify(path, *without, **options)
 
     artifacts.verify = noted  # in this process, which ends with the attempt
     found = artifacts.fetch(directory, "latents")

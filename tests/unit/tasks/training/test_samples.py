@@ -12,9 +12,9 @@ import torch.distributed as dist
 from PIL import Image
 
 import model.sampling.sampler
+from model.stages import training_stages
 from tasks.encoding.config import TinyTextEncoderConfig, TinyVAEConfig
 from tasks.encoding.encode import TEXTS
-from tasks.planning.sections import train_stage as section
 from tasks.recipe import load_recipe
 from tasks.training import samples
 
@@ -48,7 +48,8 @@ def test_prompts_are_cut_where_the_captions_were(components, tmp_path, monkeypat
         return noise
 
     monkeypatch.setattr(model.sampling.sampler, "sample_latents", sample)
-    stage = section(load_recipe("smoke", [f"train.sample_prompts={PROMPTS}", "train.sample_every_steps=1"]), 0)
+    recipe = load_recipe("smoke", [f"train.sample_prompts={PROMPTS}", "train.sample_every_steps=1"])
+    stage = training_stages(recipe.model, recipe.train)[0]
     samples.sampler(components, tmp_path, stage)(torch.nn.Linear(1, 1), 1, tmp_path / "grid.png")
     assert seen == [tokens]
     side = stage.stage.image_size_px

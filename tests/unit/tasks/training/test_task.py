@@ -17,14 +17,13 @@ from flytekit.types.directory import FlyteDirectory
 from torch.distributed import DistError
 from torch.distributed.checkpoint.api import CheckpointException
 
+from model.stages import training_stages
 from model.train.guard import Diverged
 from model.train.preemption import Preempted
 from tasks.artifacts import UserError, fetch, home
 from tasks.manifest import load_manifest, seal
-from tasks.planning.sections import train_stage as section
 from tasks.recipe import load_recipe
-from tasks.training import plots as figures
-from tasks.training import samples, task
+from tasks.training import plots, samples, task
 
 
 @pytest.fixture
@@ -33,11 +32,11 @@ def stage(tmp_path, monkeypatch):
     monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("RANK", raising=False)
     run = ModuleType("model.train.run")
-    run.pruned = []
+    run.pruned, run.LOGS = [], ()
     run.prune_run = lambda train, work_dir: run.pruned.append(work_dir)
     monkeypatch.setitem(sys.modules, "model.train.run", run)
     monkeypatch.setattr(samples, "sampler", lambda *_: None)
-    monkeypatch.setattr(figures, "training_html", lambda _: "")
+    monkeypatch.setattr(plots, "training_html", lambda _: "")
     inputs = {}
     for kind in ("latents", "components"):
         (tmp_path / kind).mkdir()
@@ -47,7 +46,8 @@ def stage(tmp_path, monkeypatch):
 
     def call(train_stage, *overrides, init=None):
         run.train_stage = train_stage
-        config = section(load_recipe("smoke", overrides), 0)
+        recipe = load_recipe("smoke", overrides)
+        config = training_stages(recipe.model, recipe.train)[0]
         return task.train_stage.task_function(stage=config, init=init, **inputs), run.pruned
 
     return call
@@ -125,8 +125,8 @@ def test_a_run_is_pruned_once_its_artifact_is_sealed(stage):
 def test_a_stage_hands_its_optimiser_state_on_where_the_recipe_says_so(stage, carried):
     told = []
 
-    def finished(*_, out_dir, hand_on_optimizer, **__):
-        told.append(hand_on_optimizer)
+    def finished(_, stage, *, out_dir, **__):
+        told.append(stage.hand_on_optimizer)
         (out_dir / "report.json").write_text("{}")
 
     stage(finished, f"train.carry_optimizer={str(carried).lower()}")

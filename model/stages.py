@@ -1,0 +1,63 @@
+"""Training stages as objects: everything that decides one stage, so that its task needs nothing else.
+
+    recipe: model, train ---> TrainingStage, TrainingStage, ...   seeds derived and capacity factors applied, once, here
+
+Needs neither torch nor Flyte: a plan and a workflow use it as well as the trainer.
+"""
+
+from __future__ import annotations
+
+from model.config import LossConfig, Section, StageConfig, TrainConfig, TrainSettings, TransformerConfig
+from model.data.hashing import hash_words
+
+
+class TrainingStage(Section):
+    """One stage of a training. No field of another stage is part of it: a stage is trained again only when it changes.
+
+    model: at the capacity factors of the stage.
+    train: the settings that stages share, as they apply to this one.
+    seed: 63 bits, of weights, sample order, noise, timesteps and caption dropout.
+    hand_on_optimizer: whether the next stage continues with this one's optimiser state.
+    """
+
+    model: TransformerConfig
+    stage: StageConfig
+    train: TrainSettings
+    seed: int
+    hand_on_optimizer: bool = False
+
+    @property
+    def losses(self) -> LossConfig:
+        """The weights of the losses that are on in this stage."""
+        return self.stage.active_losses(self.train.losses)
+
+
+def training_stages(model: TransformerConfig, train: TrainConfig) -> list[TrainingStage]:
+    """The stages of a recipe's `model` and `train` sections, in order.
+
+    Only the last stage is merged: the others keep one checkpoint, from which the next starts. Only the first starts from
+    `train.init_from`.
+    """
+    settings = {name: getattr(train, name) for name in TrainSettings.model_fields}
+    last = len(train.stages) - 1
+    return [
+        TrainingStage(
+            model=model.with_capacity_factors(stage.capacity_factors),
+            stage=stage,
+            train=TrainSettings(
+                **settings
+                | {
+                    "init_from": train.init_from if i == 0 else None,
+                    "keep_checkpoints": train.keep_checkpoints if i == last else 1,
+                }
+            ),
+            seed=_stage_seed(train.seed, i, stage.name),
+            hand_on_optimizer=train.carry_optimizer and i < last,
+        )
+        for i, stage in enumerate(train.stages)
+    ]
+
+
+def _stage_seed(seed: int, index: int, name: str) -> int:
+    # Position and name: inserting a stage, or renaming one, gives it random numbers of its own.
+    return int(hash_words(seed + 1000 * index, *name.encode())[0] >> 1)

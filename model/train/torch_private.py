@@ -1,0 +1,36 @@
+"""Names that PyTorch keeps private and model/train uses: where to look when a new release breaks. activation.py has one more,
+and model/weights those of DCP's reader.
+
+    all_to_all_single_autograd     differentiable exchange of experts' rows
+    clear_sharding_caches          forgets meshes that exist no longer
+    FsspecWriter                   DCP checkpoints in an object store
+    mesh_info, DataParallelMeshInfo, ShardPlacementResult      FSDP units on meshes of their own
+    set_group_timeout              timeout of a process group that exists already
+"""
+
+from __future__ import annotations
+
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
+from torch.distributed.distributed_c10d import _set_pg_timeout as set_group_timeout
+from torch.distributed.fsdp._fully_shard._fsdp_common import DataParallelMeshInfo, ShardPlacementResult
+from torch.distributed.fsdp._fully_shard._fsdp_init import _get_mesh_info as mesh_info
+from torch.distributed.tensor._redistribute import _gen_transform_infos
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+
+def clear_sharding_caches() -> None:
+    """What DTensor learned refers to its mesh, and would give a later mesh of the same shape the first one's ranks."""
+    _clear_sharding_prop_cache()
+    _gen_transform_infos.cache_clear()
+
+
+__all__ = [
+    "DataParallelMeshInfo",
+    "FsspecWriter",
+    "ShardPlacementResult",
+    "all_to_all_single_autograd",
+    "clear_sharding_caches",
+    "mesh_info",
+    "set_group_timeout",
+]

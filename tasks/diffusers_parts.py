@@ -1,0 +1,45 @@
+"""What diffusers needs to know of the parts of a pipeline: the scheduler's configuration, the class of the processor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+# The released one: with shift 1 and without dynamic shifting, sigmas stay linear from 1 to 1/steps.
+SCHEDULER: dict[str, Any] = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "use_dynamic_shifting": False,
+}
+
+# Names come from files of the Hub or of other artifacts: only these classes are looked up.
+PROCESSORS = (
+    "Qwen3VLProcessor",
+    "PreTrainedTokenizerFast",
+    "TokenizersBackend",
+    "Qwen2Tokenizer",
+    "Qwen2TokenizerFast",
+)
+
+
+def processor_class(directory: Path) -> str:
+    """The class that the files of a processor name: a processor, or a tokenizer alone, which the pipeline accepts too (a
+    Qwen3VLProcessor needs torchvision to load, for its video half).
+
+    Raises:
+        ValueError: none is named, or one that is not in `PROCESSORS`.
+    """
+    for name, key in (
+        ("processor_config.json", "processor_class"),
+        ("preprocessor_config.json", "processor_class"),
+        ("tokenizer_config.json", "processor_class"),
+        ("tokenizer_config.json", "tokenizer_class"),
+    ):
+        path = directory / name
+        if path.is_file() and (found := json.loads(path.read_text()).get(key)):
+            if found not in PROCESSORS:
+                raise ValueError(f"{path} names the class {found!r}; it must be one of {', '.join(PROCESSORS)}")
+            return found
+    raise ValueError(f"{directory} names neither a processor_class nor a tokenizer_class in its configs")

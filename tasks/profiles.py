@@ -1,0 +1,111 @@
+"""What a site's nodes have, by the name that NUCLEUS_PROFILE gives when workflows are registered.
+
+NUCLEUS_PROFILE         cpu-small, a10g, l40s, h100 (default), h200, b200; NUCLEUS_ACCELERATOR=none is cpu-small
+NUCLEUS_ACCELERATOR_LABEL   the value of the site's own accelerator label, where it differs from the profile's
+NUCLEUS_FABRIC          efa, or nothing: which PodTemplate training takes, and libfabric's environment
+NUCLEUS_QUEUE           Kueue's LocalQueue for training jobs; unset: no queue
+NUCLEUS_POD_TEMPLATES   off: where the namespace has no PodTemplates (k8s/base has them)
+NUCLEUS_HUB_SECRET      name of the secret with HF_TOKEN, for tasks that read from or publish to the Hub
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Size:
+    """Requests and limits of a container, which are equal."""
+
+    cpu: int
+    memory_gib: int
+    ephemeral_gib: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Sizes of each kind of task. `gpu` and `train` are for one accelerator, and for a rank of training."""
+
+    name: str
+    accelerator: str | None  # value of the label that Flyte's gpu-device-node-label names
+    gpus_per_node: int
+    gpu: Size
+    train: Size
+    shared_memory_gib: int
+    light: Size = Size(1, 2, 5)
+    shard: Size = Size(4, 16, 50)
+    gather: Size = Size(16, 64, 500)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+# NCCL reports what every rank was doing when one of them waits too long: torch's flight recorder.
+_NCCL = {
+    "NCCL_DEBUG": "WARN",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "/scratch/nccl_trace_rank_",
+}
+EFA = {"FI_PROVIDER": "efa", "FI_EFA_USE_DEVICE_RDMA": "1", "NCCL_SOCKET_IFNAME": "^lo,docker,veth"}
+
+# Shares of the nodes that AWS calls g5.4xlarge, g6e.8xlarge, p5.48xlarge, p5en.48xlarge and p6-b200.48xlarge, less what
+# the system keeps for itself.
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile(
+            "cpu-small", None, 0, gpu=Size(2, 6, 5), train=Size(2, 6, 5), shared_memory_gib=1,
+            shard=Size(1, 4, 5), gather=Size(2, 6, 5),
+        ),
+        Profile("a10g", "nvidia-a10g", 1, Size(12, 48, 200), Size(12, 48, 200), 8, environment=_NCCL),
+        Profile("l40s", "nvidia-l40s", 1, Size(24, 200, 300), Size(24, 200, 300), 16, environment=_NCCL),
+        Profile("h100", "nvidia-h100", 8, Size(22, 220, 800), Size(22, 220, 800), 64, environment=_NCCL),
+        Profile("h200", "nvidia-h200", 8, Size(22, 220, 800), Size(22, 220, 800), 64, environment=_NCCL),
+        Profile("b200", "nvidia-b200", 8, Size(22, 220, 800), Size(22, 220, 800), 64, environment=_NCCL),
+    )
+}  # fmt: skip
+
+SETTINGS = (
+    "NUCLEUS_PROFILE",
+    "NUCLEUS_ACCELERATOR",
+    "NUCLEUS_ACCELERATOR_LABEL",
+    "NUCLEUS_FABRIC",
+    "NUCLEUS_QUEUE",
+    "NUCLEUS_POD_TEMPLATES",
+    "NUCLEUS_HUB_SECRET",
+)
+
+
+def chosen() -> Profile:
+    """The profile of the environment.
+
+    Raises:
+        ValueError: NUCLEUS_PROFILE names none.
+    """
+    default = "cpu-small" if os.environ.get("NUCLEUS_ACCELERATOR") == "none" else "h100"
+    name = os.environ.get("NUCLEUS_PROFILE") or default
+    if name not in PROFILES:
+        raise ValueError(f"NUCLEUS_PROFILE={name!r} is unknown; use one of {', '.join(PROFILES)}")
+    return PROFILES[name]
+
+
+def fabric() -> str:
+    """ "efa" or "".
+
+    Raises:
+        ValueError: NUCLEUS_FABRIC is something else.
+    """
+    name = os.environ.get("NUCLEUS_FABRIC", "")
+    if name not in ("", "efa"):
+        raise ValueError(f"NUCLEUS_FABRIC={name!r} is unknown; use efa, or leave it unset")
+    return name
+
+
+def pod_template(role: str) -> str | None:
+    """Name of the namespace's PodTemplate for a role, as k8s/base/podtemplates.yaml has them."""
+    if os.environ.get("NUCLEUS_POD_TEMPLATES") == "off":
+        return None
+    if role == "trainer":
+        return "nucleus-trainer-efa" if fabric() else "nucleus-trainer"
+    return {"curation": "nucleus-curation", "publisher": "nucleus-publisher"}.get(role, "nucleus-gpu")

@@ -1,0 +1,95 @@
+"""What a study compares of one run: scores, losses, cost, routing. Reads sealed directories, trains nothing."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from model.constants import TILE_PX
+from model.stages import TrainingStage, training_stages
+from tasks.manifest import as_parent
+from tasks.recipe import Recipe
+from tasks.study.config import StudyRun
+
+MAX_POINTS = 400  # of a loss curve
+IMAGES, TIMESTEPS = 4, 5  # on which routing is measured
+# Means over layers of model/routing_report.py, by the names of a study.
+ROUTING = {
+    "routing_stability": "jaccard",
+    "routing_stability_by_chance": "jaccard_by_chance",
+    "gate_stability": "cosine",
+    "router_similarity": "router_row_cosine",
+    "expert_similarity": "expert_output_cosine",
+}
+
+
+def describe_run(
+    run: StudyRun, recipe: Recipe, checkpoints: list[Path], merged: Path, latents: Path, scorecard: Path
+) -> dict[str, Any]:
+    """
+    Args:
+        checkpoints: of each stage, in order; their weights are not read.
+        latents: of the last stage.
+
+    Returns:
+        JSON-able: variant, seed, settings, scores, losses [[step, loss]] of the last stage, cost, routing, timing (all that
+        depends on the machine), parents.
+    """
+    reports = [json.loads((path / "report.json").read_text()) for path in checkpoints]
+    lines = [json.loads(line) for line in (checkpoints[-1] / "metrics.jsonl").read_text().splitlines()]
+    every = max(1, len(lines) // MAX_POINTS)
+    stages = training_stages(recipe.model, recipe.train)
+    return {
+        "variant": run.variant,
+        "seed": run.seed,
+        "settings": recipe.model_dump(mode="json"),
+        "scores": read_scores(scorecard),
+        "losses": [[line["step"], line["loss"]] for line in lines[::every]],
+        "cost": {
+            "steps": sum(report["steps"] for report in reports),
+            "images": sum(report["images_seen"] for report in reports),
+            "training_flops": sum(training_flops(stage, recipe.encoding.max_text_tokens) for stage in stages),
+            "parameters": reports[-1]["parameters"],
+            "active_parameters": reports[-1]["active_parameters"],
+            "skipped_steps": sum(report["skipped_steps"] for report in reports),
+        },
+        "routing": measure_routing(merged, latents, recipe),
+        "timing": {
+            "minutes": sum(report["train_s"] for report in reports) / 60,
+            "device": reports[-1]["device"],
+            "ranks": reports[-1]["ranks"],
+        },
+        "parents": [as_parent(scorecard).model_dump(), as_parent(merged).model_dump()],
+    }
+
+
+def read_scores(scorecard: Path) -> dict[str, float]:
+    """ "overall", each task, and "held_out" where there is one."""
+    card = json.loads((scorecard / "scorecard.json").read_text())
+    scores = {"overall": card["overall"]["mean"], **{task: value["mean"] for task, value in card["tasks"].items()}}
+    if card.get("held_out"):
+        scores["held_out"] = card["held_out"]["overall"]["mean"]
+    return scores
+
+
+def training_flops(stage: TrainingStage, text_tokens: int) -> int:
+    """FLOPs of all steps of a stage, forward and backward, as the planner counts them: square images, texts at full length."""
+    from model.plan.planner import forward_flops
+
+    tokens = (stage.stage.image_size_px * 2 // (TILE_PX * stage.model.patch_size)) ** 2
+    fp32 = stage.train.dtype == "float32"
+    forward = forward_flops(stage.model, tokens, text_tokens, stage.stage.batch_size, fp32)
+    return 3 * sum(forward.values()) * stage.stage.steps
+
+
+def measure_routing(merged: Path, latents: Path, recipe: Recipe) -> dict[str, float]:
+    """Stability of routing over timesteps and similarity of experts (1: all the same); empty without MoE layers."""
+    from model.routing_report import analyse, find_transformer
+
+    if not any(recipe.model.is_moe_layer(layer) for layer in range(recipe.model.num_layers)):
+        return {}
+    with tempfile.TemporaryDirectory() as scratch:
+        report = analyse(find_transformer(merged), latents, Path(scratch) / "routing", IMAGES, TIMESTEPS, seed=0)
+    return {name: report["mean"][key] for name, key in ROUTING.items()}

@@ -1,0 +1,95 @@
+"""Each role's image has the packages that its tasks import, at the versions of constraints.txt."""
+
+from __future__ import annotations
+
+import ast
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.utils import canonicalize_name
+
+from containers import lock
+
+ROOT = Path(__file__).resolve().parents[3]
+OURS = ("workflows", "tasks", "model", "eval")
+# role -> folders of its own, whose task.py files its pods load; all share the files of tasks/ itself
+FOLDERS = {
+    "curation": ["tasks.planning", "tasks.curation"],
+    "encoder": ["tasks.encoding", "model"],
+    "trainer": ["tasks.training", "tasks.merging", "model"],
+    "evaluator": ["tasks.evaluation", "eval", "model"],
+    "publisher": ["tasks.publishing"],
+}
+
+
+def _file(module: str) -> Path | None:
+    path = ROOT.joinpath(*module.split("."))
+    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
+
+
+def _imports(path: Path) -> set[str]:
+    """Modules that a file imports, wherever in it, but for type checkers and in `try` (what may be absent)."""
+    tree = ast.parse(path.read_text())
+    optional = {
+        inner
+        for outer in ast.walk(tree)
+        if isinstance(outer, ast.Try) or (isinstance(outer, ast.If) and "TYPE_CHECKING" in ast.unparse(outer.test))
+        for inner in ast.walk(outer)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if node in optional:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def _third_party(folders: list[str]) -> dict[str, str]:
+    """Top-level package -> the file of ours that imports it, reached within these folders from their tasks, when they
+    are loaded or run."""
+    own = [f"{folder}.task" for folder in folders]
+    seen, todo, packages = set(), [module for module in own if _file(module)], {}
+    while todo:
+        module = todo.pop()
+        if module in seen or not (path := _file(module)):
+            continue
+        seen.add(module)
+        for name in _imports(path):
+            if name.split(".")[0] in OURS:
+                if name.startswith(tuple(folders)) or name.count(".") == 1:
+                    todo.append(name)
+            else:
+                packages.setdefault(name.split(".")[0], path.relative_to(ROOT).as_posix())
+    return packages
+
+
+def _locked(role: str) -> set[str]:
+    lines = (lock.REQUIREMENTS / f"{role}.txt").read_text().splitlines()
+    return {line.split("==")[0] for line in lines if line and not line.startswith("#")}
+
+
+def test_the_locks_are_what_pyproject_and_constraints_give():
+    for name, text in lock.locked().items():
+        assert (lock.REQUIREMENTS / name).read_text() == text, f"{name} is stale: run python -m containers.lock"
+
+
+@pytest.mark.parametrize("role", lock.ROLES)
+def test_a_roles_lock_has_every_package_that_its_own_folder_imports(role):
+    distributions = packages_distributions()
+    locked = _locked(role)
+    missing = {
+        f"{package} ({path})"
+        for package, path in _third_party(FOLDERS[role]).items()
+        if package in distributions
+        and package != "triton"  # used where it is installed; torchtitan needs it, and so the trainer has it
+        and not locked & {canonicalize_name(name) for name in distributions[package]}
+    }
+    assert not missing
+
+
+def test_the_planners_image_has_no_torch():
+    assert not _locked("curation") & {"torch", "diffusers", "transformers", "triton"}
