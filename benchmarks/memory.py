@@ -287,7 +287,7 @@ def _bytes(tensors: list[torch.Tensor]) -> int:
 def write_latents(directory: Path, case: Case, images: int = 16) -> None:
     directory.mkdir(parents=True)
     length = case.text_tokens - case.masked  # padded to the next multiple of 8, which makes a mask
-    with LatentWriter(directory, {"text_dim": TEXT_DIM, "text_tokens": case.text_tokens}) as writer:
+    with LatentWriter(directory, text_dim=TEXT_DIM) as writer:
         writer.add_text(torch.zeros(length, TEXT_DIM))
         writer.add_text(torch.randn(length, TEXT_DIM))
         for i in range(images):

@@ -1,6 +1,6 @@
 """Muon with AdamW against AdamW alone, on the last stage of a recipe from scratch, at equal steps.
 
-    python benchmarks/muon_against_adamw.py --latents .nucleus/artifacts/latents/DIGEST [--steps 400] [--seeds 0 1 2]
+    python benchmarks/muon_against_adamw.py --latents .nucleus/artifacts/latents/DIGEST --texts .nucleus/artifacts/texts/DIGEST [--steps 400] [--seeds 0 1 2]
     python benchmarks/muon_against_adamw.py --draw docs/muon_against_adamw.png
 
 AdamW alone is train.optim.matrices=adamw (recipes/ablations/adamw_alone.yaml): the same model, data, order, noise and
@@ -32,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="tiny")
     parser.add_argument("--latents", type=Path, help="a latents artifact of the last stage")
+    parser.add_argument("--texts", type=Path, help="the texts artifact of the same corpus")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--muon-rates", type=float, nargs="*", help="default: the recipe's")
@@ -42,8 +43,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.draw:
         draw(args.draw, read(args.results))
-    elif args.latents is None:
-        parser.error("give --latents, or --draw")
+    elif args.latents is None or args.texts is None:
+        parser.error("give --latents and --texts, or --draw")
     else:
         from measure import print_run
 
@@ -58,11 +59,13 @@ def read(results: Path) -> list[dict[str, Any]]:
 
 def measure(args: argparse.Namespace) -> None:
     from model.stages import training_stages
+    from tasks.encoding.open_latents import open_latents
     from tasks.manifest import load_manifest
     from tasks.recipe import load_recipe
 
     recipe = load_recipe(args.recipe)
     latents = load_manifest(args.latents)
+    index = open_latents(args.latents, args.texts)
     size_px = recipe.train.stages[-1].image_size_px
     if latents.config["stage"]["image_size_px"] != size_px:
         raise SystemExit(f"{args.latents} is of {latents.config['stage']['image_size_px']} px, not {size_px}")
@@ -86,7 +89,7 @@ def measure(args: argparse.Namespace) -> None:
             if any(row["key"] == key for row in read(args.results)):
                 print(f"{variant}, seed {seed}: done before", flush=True)
                 continue
-            row = {"key": key, "variant": variant, "seed": seed, "steps": args.steps, **train(section, args.latents)}
+            row = {"key": key, "variant": variant, "seed": seed, "steps": args.steps, **train(section, index)}
             with open(args.results, "a") as file:
                 file.write(json.dumps(row) + "\n")
             print(f"{variant}, seed {seed}: loss {row['curve'][-1][1]:.4f}, {row['seconds']:.0f} s", flush=True)

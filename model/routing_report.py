@@ -227,8 +227,10 @@ def analyse(model: NucleusTransformer, latents: Path, out: Path, images: int, ti
     if images < 1 or timesteps < 2:
         raise ValueError(f"images={images} must be at least 1 and timesteps={timesteps} at least 2")
     dataset = LatentDataset(latents)
-    bucket = int(np.bincount(dataset.bucket).argmax())
-    of_bucket = np.flatnonzero(dataset.bucket == bucket)
+    if dataset.meta.text_form != "states":
+        raise ValueError(f"the texts of {latents} are tokens (encoding.text: online); states are needed here")
+    bucket = int(dataset.counts.sum(1).argmax())
+    of_bucket = np.arange(*dataset.bucket_begin[bucket : bucket + 2])
     chosen = of_bucket[np.linspace(0, len(of_bucket) - 1, min(images, len(of_bucket))).round().astype(int)]
     weight = model.proj_out.weight
     clean = dataset.latents(chosen).to(weight)  # its type, and its device
@@ -328,7 +330,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m model.routing_report", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint")
     parser.add_argument(
-        "--latents", required=True, type=Path, help="a latents artifact, of the checkpoint's resolution"
+        "--latents",
+        required=True,
+        type=Path,
+        help="an index of latents (HOME/indexes/KEY), of the checkpoint's resolution",
     )
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--images", type=int, default=4)

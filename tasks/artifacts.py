@@ -46,6 +46,8 @@ def _artifact() -> Any:
 CorpusDir = _artifact()
 RecordsDir = _artifact()
 ScoresDir = _artifact()
+DecisionsDir = _artifact()
+SelectionsDir = _artifact()
 CuratedDir = _artifact()
 ComponentsDir = _artifact()
 TextsDir = _artifact()
@@ -138,16 +140,21 @@ def fetch(directory: FlyteDirectory, kind: str, without: tuple[str, ...] = ()) -
     Raises:
         UserError: the artifact is of another kind, or was changed.
     """
+    return once(f"{directory.path} {without}", lambda: _fetch(directory, kind, without))
+
+
+def once(name: str, work: Callable[[], Path]) -> Path:
+    """The path that `work()` returns, called by one of the training processes of this pod; the others wait for it."""
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1:
-        return _fetch(directory, kind, without)
+        return work()
     attempt = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1]  # each launch makes one, each restart empties it
-    with open(attempt / hashlib.sha256(f"{directory.path} {without}".encode()).hexdigest()[:16], "a+") as done:
+    with open(attempt / hashlib.sha256(name.encode()).hexdigest()[:16], "a+") as done:
         fcntl.flock(done, fcntl.LOCK_EX)
         done.seek(0)
-        if not done.read():
-            _fetch(directory, kind, without)
-            done.write("verified")
-    return Path(directory.path)
+        if not (path := done.read()):
+            path = str(work())
+            done.write(path)
+    return Path(path)
 
 
 def _fetch(directory: FlyteDirectory, kind: str, without: tuple[str, ...]) -> Path:

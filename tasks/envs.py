@@ -24,10 +24,12 @@ logging.getLogger("flytekit").addFilter(
 )
 
 CACHE_VERSIONS = {
-    "records": "2",
-    "curation": "2",
-    "components": "1",
-    "encoding": "2",
+    "records": "3",
+    "scores": "1",
+    "curation": "3",
+    "components": "2",
+    "texts": "1",
+    "encoding": "3",
     "training": "3",
     "merging": "1",
     "evaluation": "2",
@@ -86,6 +88,7 @@ def _options(role: str, kind: str, size: profiles.Size, gpu: int = 0) -> dict[st
     )
     options = {
         "container_image": image(role),
+        "environment": _shared(),
         "retries": 3,
         "timeout": TIMEOUTS[kind],
         "requests": resources,
@@ -109,6 +112,12 @@ def _hub_secret(role: str) -> dict[str, Any]:
     return {"secret_requests": [secret]}
 
 
+def _shared() -> dict[str, str]:
+    """The store of parts that was named when the workflows were registered."""
+    store = os.environ.get("NUCLEUS_STORE", "")
+    return {"NUCLEUS_STORE": store} if store else {}
+
+
 def light(role: str) -> dict[str, Any]:
     """Options of a task that plans or gathers."""
     return _options(role, "light", PROFILE.light)
@@ -116,12 +125,14 @@ def light(role: str) -> dict[str, Any]:
 
 def planner() -> dict[str, Any]:
     """Options of the task that checks a recipe, also against the processes that training was registered for."""
-    return light("curation") | {"environment": REGISTERED}
+    options = light("curation")
+    return options | {"environment": options["environment"] | REGISTERED}
 
 
 def dynamic() -> dict[str, Any]:
     """Options of a dynamic workflow: its pod writes down the tasks to run, those of training included, and ends."""
-    return light("trainer") | {"environment": REGISTERED}
+    options = light("trainer")
+    return options | {"environment": options["environment"] | REGISTERED}
 
 
 def shard(role: str) -> dict[str, Any]:
@@ -136,8 +147,10 @@ def gather(role: str) -> dict[str, Any]:
 
 def gpu_single(role: str) -> dict[str, Any]:
     """Options of a task on one accelerator."""
-    environment = {"environment": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}} if _gpus(1) else {}
-    return _options(role, "gpu_single", PROFILE.gpu, gpu=_gpus(1)) | environment | _hub_secret(role)
+    options = _options(role, "gpu_single", PROFILE.gpu, gpu=_gpus(1)) | _hub_secret(role)
+    if _gpus(1):
+        options["environment"] = options["environment"] | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    return options
 
 
 def trainer() -> dict[str, Any]:
@@ -152,7 +165,7 @@ def trainer() -> dict[str, Any]:
     size = profiles.Size(share.cpu * TRAIN_NPROC, share.memory_gib * TRAIN_NPROC, share.ephemeral_gib * TRAIN_NPROC)
     options = _options("trainer", "trainer", size if gpus else share, gpu=gpus)
     options |= {"retries": TRAIN_RETRIES, "interruptible": True}
-    environment = {}
+    environment = dict(options["environment"])
     if gpus:
         environment |= PROFILE.environment | (profiles.EFA if profiles.fabric() else {})
         # Shapes change from step to step: in segments of fixed size, freed memory would lie about in parts too small

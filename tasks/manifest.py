@@ -34,6 +34,7 @@ KINDS = (
     "records",  # one shard of made images and captions, as a tar
     "corpus",  # table of shards; their bytes stay where they are
     "scores",  # one shard's scorer columns
+    "decisions",  # of one corpus: what becomes of each record, and why
     "selections",  # one shard's kept records: tier, bucket, captions, split
     "curated",  # index of selections, and the ledger
     "components",  # frozen VAE, text encoder, processor
@@ -294,9 +295,10 @@ def writing(final: str | os.PathLike, by_digest: bool = False) -> Iterator[Path]
             final = sealed_path(folder, digest)
         with _locked(folder):  # else another attempt's equal content may appear between our look and our rename
             if by_digest:
-                with contextlib.suppress(ValueError):  # absent, damaged or another: the fresh one takes its place
-                    verify(final, digest=digest)
-                    return
+                # Absent, damaged, another, or with other logs (such as locations): the fresh one takes its place.
+                with contextlib.suppress(ValueError):
+                    if verify(final, digest=digest).logs == load_manifest(temporary).logs:
+                        return
             while True:
                 try:
                     os.replace(temporary, final)

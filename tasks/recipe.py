@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 
 from eval.config import EvalConfig
 from model.config import TIERS, MergeConfig, Section, TrainConfig, TransformerConfig
-from model.constants import VAE_SCALE
+from model.constants import TILE_PX, VAE_SCALE
 from model.ranks import micro_batch, rank_degrees
 from model.recipe_yaml import Loader, read_recipe
 from tasks.curation.config import CurationConfig, SourceConfig
@@ -145,7 +145,7 @@ class Recipe(Section):
     def _check_curation(self) -> None:
         """What curation would refuse, or reject every record for, when the records are made already."""
         from tasks.curation.filters import DECODABLE, RGB_MODES
-        from tasks.curation.scorers import build_scorers
+        from tasks.curation.scorers import chosen_scorers
 
         for key, names, valid in (
             ("formats", self.curation.filters.formats, DECODABLE),
@@ -154,7 +154,7 @@ class Recipe(Section):
             for name in names or ("",):
                 if name not in valid:
                     raise ValueError(f"curation.filters.{key} has {name!r}; valid are {', '.join(valid)}")
-        build_scorers(self.curation.scorers)
+        chosen_scorers(self.curation.scorers)
         thresholds = self.curation.tiers.thresholds
         if list(thresholds) != sorted(thresholds, reverse=True):
             raise ValueError(f"curation.tiers.thresholds={list(thresholds)} must fall from A1 to A4")
@@ -164,17 +164,16 @@ class Recipe(Section):
         vae, text = self.components.vae, self.components.text_encoder
         if self.components.kind != "trained" or vae is None or text is None:
             return
-        from tasks.encoding.buckets import TILE_PX
-        from tasks.encoding.chat import SPECIAL_TOKENS, benchmark_words
+        from tasks.encoding.small.tokenizer import SPECIAL_TOKENS
 
         if vae.image_size_px % TILE_PX:
             raise ValueError(f"components.vae.image_size_px={vae.image_size_px} must be a multiple of {TILE_PX}")
         _check_ratios("components.vae.aspect_ratios", vae.aspect_ratios)
-        needed = len({*SPECIAL_TOKENS, *benchmark_words()})
+        needed = len({*SPECIAL_TOKENS, *text.words})
         if text.vocab_size < needed:
             raise ValueError(
                 f"components.text_encoder.vocab_size={text.vocab_size} must be at least {needed}: special tokens and "
-                "the benchmark's words"
+                "components.text_encoder.words"
             )
 
 

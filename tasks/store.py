@@ -126,6 +126,7 @@ def make_part(
     make: Callable[[Path], int],
     parents: Sequence[str | os.PathLike | Parent] = (),
     config: Any = None,
+    logs: Sequence[str] = (),
 ) -> Part:
     """A part: the one that was made from the same inputs before, or a new one.
 
@@ -137,7 +138,7 @@ def make_part(
     known = _known(kind, name, key)
     if known is not None:
         return known
-    path, manifest, rows = make_sealed(kind, make, parents, config, lambda rows: {"rows": rows})
+    path, manifest, rows = make_sealed(kind, make, parents, config, lambda rows: {"rows": rows}, logs)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     uri = _publish(path, kind, manifest.digest)
     record = {"digest": manifest.digest, "rows": rows, "size_bytes": size}
@@ -190,6 +191,8 @@ def fetch_part(part: Part, without: tuple[str, ...] = ()) -> Path:
     path = local_path(part.kind, part.digest)
     if not path.exists() and storage.is_remote(part.uri):
         _download(part, path, without)
+    elif storage.is_remote(part.uri) and (path / MANIFEST).is_file():
+        _download_rest(part, path, without)
     elif not path.exists() and Path(part.uri).is_dir():
         path = Path(part.uri)  # in another home
     if not (path / MANIFEST).is_file():
@@ -209,6 +212,18 @@ def _download(part: Part, path: Path, without: tuple[str, ...]) -> None:
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _download_rest(part: Part, path: Path, without: tuple[str, ...]) -> None:
+    """Files that an earlier `fetch_part` left out and this one needs."""
+    manifest = load_manifest(path)
+    for name in sorted(manifest.files | manifest.logs):
+        if not name.endswith(without) and not (path / name).exists():
+            temporary = path.with_name(f".file-{part.digest[:16]}-{os.getpid()}")
+            filesystem, source = storage.filesystem(storage.join(part.uri, name))
+            filesystem.get_file(source, str(temporary))
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary, path / name)
 
 
 def write_index(out_dir: str | os.PathLike, parts: Iterable[Part]) -> dict[str, int]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.manifest import KINDS, MANIFEST, Manifest, Parent, load_manifest, verify
+from tasks.store import fetch_part, is_index, read_index
 
 SHARD_SUFFIXES = (".tar", ".safetensors", ".distcp")
 
@@ -141,9 +142,9 @@ def trace(directory: str | os.PathLike, home: str | os.PathLike | None = None) -
 def _records(nodes: dict[str, Node]) -> dict[str, Any]:
     """The records behind it, as the tables tell; each table's ids must be among those of the table before it."""
     raw = _ids(nodes, "records", "records.parquet")
-    kept = _ids(nodes, "curated", "records.parquet")
+    kept = _ids(nodes, "curated", "records.parquet") | _ids(nodes, "curated", "selection.parquet")
     ledger = _ids(nodes, "curated", "ledger.parquet")
-    used = _ids(nodes, "latents", "index.parquet", key=None)
+    used = _ids(nodes, "latents", "index.parquet", key=None) | _ids(nodes, "latents", "rows.parquet", key=None)
     for name, ids, source_name, source in (
         ("the curated records", kept, "the ledger", ledger),
         ("the ledger", ledger, "the raw records", raw),
@@ -168,15 +169,25 @@ def _ids(nodes: dict[str, Node], kind: str, table: str, key: str | None = "key")
 
     found: set[tuple[str, str]] = set()
     for node in nodes.values():
-        if node.manifest.kind != kind or table not in node.manifest.files:
-            continue
-        names = pq.read_schema(node.path / table).names
-        columns = [name for name in (key, "record_id") if name]
-        if "record_id" not in names or (key and key not in names):
-            raise ValueError(f"{node.path / table} lacks the columns {', '.join(columns)}; it has {', '.join(names)}")
-        data = pq.read_table(node.path / table, columns=columns).to_pydict()
-        found.update(zip(data[key] if key else data["record_id"], data["record_id"]))
+        for path in _tables(node, table) if node.manifest.kind == kind else ():
+            names = pq.read_schema(path).names
+            columns = [name for name in (key, "record_id") if name]
+            if "record_id" not in names or (key and key not in names):
+                raise ValueError(f"{path} lacks the columns {', '.join(columns)}; it has {', '.join(names)}")
+            data = pq.read_table(path, columns=columns).to_pydict()
+            found.update(zip(data[key] if key else data["record_id"], data["record_id"]))
     return found
+
+
+def _tables(node: Node, table: str) -> Iterator[Path]:
+    """The table in a directory, or in each part of an index, which is read again and verified."""
+    if table in node.manifest.files:
+        yield node.path / table
+    elif is_index(node.path):
+        for part in read_index(node.path):
+            path = fetch_part(part) / table if part.digest else None
+            if path is not None and path.is_file():
+                yield path
 
 
 def lineage_rows(directories: list[str | os.PathLike]) -> list[dict[str, Any]]:

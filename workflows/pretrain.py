@@ -18,7 +18,7 @@ from flytekit import workflow
 
 from tasks.artifacts import ComponentsDir, CuratedDir, MergedDir
 from tasks.planning.task import Sections, resolve_recipe
-from workflows.curate import curate
+from workflows.curate import curate_source
 from workflows.train import Trained, train_curated
 
 
@@ -30,21 +30,9 @@ class Pretrained(NamedTuple):
     curated: CuratedDir
 
 
-def curate_source(sections: Sections) -> CuratedDir:
-    """The nodes from raw records to a curated corpus, for the workflow that is being composed."""
-    return curate(
-        source=sections.source,
-        source_path=sections.source_path,
-        source_digest=sections.source_digest,
-        shards=sections.shards,
-        scoring=sections.scoring,
-        config=sections.curation,
-    )
-
-
 def up_to_merged(sections: Sections) -> tuple[CuratedDir, Trained]:
     """The nodes from raw records to merged weights, for the workflow that is being composed."""
-    curated = curate_source(sections)
+    curated = curate_source(source=sections.source, path=sections.source_path, config=sections.curation)
     return curated, train_curated(curated, sections)
 
 

@@ -46,6 +46,7 @@ def run_study(runs: list[StudyRun], source: str) -> StudyDir:
                 checkpoints=trained.checkpoints,
                 merged=trained.merged,
                 latents=trained.latents,
+                texts=trained.texts,
                 scorecard=scorecard,
             )
         )

@@ -2,7 +2,8 @@
 
     pyflyte run workflows/train.py train --recipe tiny --curated .nucleus/artifacts/curated/DIGEST
 
-    curated --> components --> latents of stage 1 --> checkpoints 1 --+
+    curated --> components --> texts
+                               latents of stage 1 --> checkpoints 1 --+
                                latents of stage 2 --> checkpoints 2 <-+--> ... --> merged
 
 The number of stages is the recipe's: `train_stages` is a dynamic workflow, laid out when it runs
@@ -11,27 +12,29 @@ The number of stages is the recipe's: `train_stages` is a dynamic workflow, laid
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple, Union
 
 from flytekit import dynamic, workflow
 
 from model.config import MergeConfig
 from tasks import envs
-from tasks.artifacts import CheckpointsDir, ComponentsDir, CuratedDir, LatentsDir, MergedDir
+from tasks.artifacts import CheckpointsDir, ComponentsDir, CuratedDir, LatentsDir, MergedDir, TextsDir
 from tasks.encoding.config import EncodingConfig
-from tasks.encoding.task import encode_stage, make_components
+from tasks.encoding.task import make_components
 from tasks.merging.task import merge_checkpoints
 from tasks.planning.sections import Stage
 from tasks.planning.task import Sections, check_curated, resolve_recipe
 from tasks.training.task import train_stage
+from workflows.encode import encode_latents, encode_texts
 
 
 class Stages(NamedTuple):
-    """The result of all stages: the merged transformer, the checkpoints of each stage, the latents of the last."""
+    """The result of all stages: the merged transformer, the checkpoints of each stage, texts, and latents of the last."""
 
     merged: MergedDir
     checkpoints: list[CheckpointsDir]
     latents: LatentsDir
+    texts: TextsDir
 
 
 class Trained(NamedTuple):
@@ -41,17 +44,7 @@ class Trained(NamedTuple):
     components: ComponentsDir
     checkpoints: list[CheckpointsDir]
     latents: LatentsDir
-
-
-def encode(
-    curated: CuratedDir,
-    components: ComponentsDir,
-    stage: Stage,
-    config: EncodingConfig,
-    text_from: Optional[LatentsDir],
-) -> LatentsDir:
-    """The inputs of one stage. Stages share their texts: later ones take them from the first."""
-    return encode_stage(curated=curated, components=components, stage=stage.encode, config=config, text_from=text_from)
+    texts: TextsDir
 
 
 @dynamic(**envs.dynamic())
@@ -63,21 +56,24 @@ def train_stages(
     merge: MergeConfig,
 ) -> Stages:
     """Each stage starts from the one before. Encoding comes first: it needs no trained weights, and may run in parallel."""
-    latents: list[LatentsDir] = []
-    for stage in stages:
-        latents.append(encode(curated, components, stage, encoding, latents[0] if latents else None))
+    texts = encode_texts(curated=curated, components=components, config=encoding)
+    latents = [
+        encode_latents(curated=curated, components=components, stage=stage.train.stage, config=encoding)
+        for stage in stages
+    ]
     checkpoints: list[CheckpointsDir] = []
     for stage, encoded in zip(stages, latents):
         checkpoints.append(
             train_stage(
                 latents=encoded,
+                texts=texts,
                 components=components,
                 stage=stage.train,
                 init=checkpoints[-1] if checkpoints else None,
             )
         )
     merged = merge_checkpoints(checkpoints=checkpoints[-1], model=stages[-1].train.model, config=merge)
-    return Stages(merged=merged, checkpoints=checkpoints, latents=latents[-1])
+    return Stages(merged=merged, checkpoints=checkpoints, latents=latents[-1], texts=texts)
 
 
 def train_curated(curated: CuratedDir, sections: Sections) -> Trained:
@@ -93,7 +89,11 @@ def train_curated(curated: CuratedDir, sections: Sections) -> Trained:
         merge=sections.merge,
     )
     return Trained(
-        merged=trained.merged, components=components, checkpoints=trained.checkpoints, latents=trained.latents
+        merged=trained.merged,
+        components=components,
+        checkpoints=trained.checkpoints,
+        latents=trained.latents,
+        texts=trained.texts,
     )
 
 
@@ -113,4 +113,5 @@ def train(recipe: str, curated: CuratedDir, overrides: Union[list[str], str] = [
         components=trained.components,
         checkpoints=trained.checkpoints,
         latents=trained.latents,
+        texts=trained.texts,
     )

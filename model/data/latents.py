@@ -1,11 +1,4 @@
-"""Latent shards: their format, a writer, and a reader with O(1) random reads.
-
-    meta.json                                  LatentMeta; written last, so a directory without it is unfinished
-    index.parquet                              one row per image: row, record_id, bucket, shard, offset, tier, text_rows,
-                                               crc32 of the latent's bytes
-    bucket-{W}x{H}/latents-{i:05d}.safetensors "latents" [n, C, H/8, W/8], normalised: (z - mean) / std
-    text/text-{i:05d}.safetensors              "embeds" [m, T, D], right-padded with zeros; "lengths" [m] int32
-    text/index.parquet                         one row per text: length, crc32 of its real tokens' bytes
+"""Reads latents and texts through the index of a node (model/data/index.py), with O(1) random reads.
 
 Text row 0 is the empty prompt: dropped captions and the unconditional half of guidance use it.
 """
@@ -13,238 +6,38 @@ Text row 0 is the empty prompt: dropped captions and the unconditional half of g
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
-import mmap
-import os
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from pydantic import Field
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from model.config import Positive, Section
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_SAFETENSORS_DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-}
-INDEX = pa.schema(
-    [
-        ("row", pa.int64()),
-        ("record_id", pa.string()),
-        ("bucket", pa.string()),
-        ("shard", pa.int32()),
-        ("offset", pa.int32()),
-        ("tier", pa.string()),
-        ("text_rows", pa.list_(pa.int32())),
-        ("crc32", pa.uint32()),
-    ]
+from model.data.files import (
+    CAPTIONS_FILE,
+    PREFIX_FILE,
+    ROWS_FILE,
+    TEXTS_FILE,
+    LatentMeta,
+    LatentPartWriter,
+    TextMeta,
+    TextPartWriter,
+    latent_file,
+    map_safetensors,
+    text_file,
+    write_prefix,
 )
-TEXT_INDEX = pa.schema([("length", pa.int32()), ("crc32", pa.uint32())])
+from model.data.index import IMAGES, LOCATIONS, RUNS, TEXTS, IndexMeta, PartFiles, build_index, read_index_meta
+
 EMPTY_TEXT_ROW = 0
 TEXT_LENGTH_MULTIPLE = 8  # the pipeline's processor pads prompts to a multiple of 8
 
 
-class LatentMeta(Section):
-    """`meta.json`. `buckets` (images per bucket) and `text_rows` are filled in by the writer."""
-
-    latent_channels: Positive = 16
-    vae_scale: Positive = 8
-    patch_size: Positive = 2
-    text_dim: Positive
-    text_tokens: Positive  # T: every stored text row is padded to it
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    rows_per_shard: Positive = 4096
-    text_rows_per_shard: Positive = 4096
-    text_rows: Annotated[int, Field(ge=0)] = 0
-    buckets: dict[str, int] = {}
-
-
-def latent_file(bucket: str, shard: int) -> str:
-    return f"bucket-{bucket}/latents-{shard:05d}.safetensors"
-
-
-def text_file(shard: int) -> str:
-    return f"text/text-{shard:05d}.safetensors"
-
-
-def checksum(tensor: torch.Tensor) -> int:
-    """CRC-32 of a tensor's bytes: 4 bytes for each row of an index that every rank holds. It is to find damage, as the
-    manifest's SHA-256 does for whole files: who can replace a row can replace the manifest too."""
-    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy())
-
-
-class LatentWriter:
-    """Writes a latents directory, shard by shard; at most one shard per bucket is held in memory.
-
-    Use as a context manager: `meta.json` and the index are written only if the block ends without an error.
-    The first text row must be the empty prompt.
-    """
-
-    def __init__(self, out_dir: str | Path, meta: LatentMeta | Mapping[str, Any]):
-        self.out_dir = Path(out_dir)
-        self.meta = meta if isinstance(meta, LatentMeta) else LatentMeta(**meta)
-        if self.meta.text_tokens % TEXT_LENGTH_MULTIPLE:
-            raise ValueError(f"text_tokens={self.meta.text_tokens} must be a multiple of {TEXT_LENGTH_MULTIPLE}")
-        self._dtype = DTYPES[self.meta.dtype]
-        self._pending: dict[str, list[torch.Tensor]] = {}
-        self._counts: dict[str, int] = {}
-        self._text_pending: list[torch.Tensor] = []
-        self._text_count = 0
-        self._index: dict[str, list] = {name: [] for name in INDEX.names}
-        self._text_index: dict[str, list] = {name: [] for name in TEXT_INDEX.names}
-        self._closed = False
-
-    def __enter__(self) -> LatentWriter:
-        return self
-
-    def __exit__(self, error_type: type | None, *_: object) -> None:
-        if error_type is None:
-            self.close()
-
-    def add_text(self, embeds: torch.Tensor) -> int:
-        """Adds one prompt's embeddings [L, D], without padding, and returns its text row."""
-        length, dim = embeds.shape
-        if dim != self.meta.text_dim or not 0 < length <= self.meta.text_tokens:
-            raise ValueError(
-                f"text embeddings of shape {list(embeds.shape)} do not fit [1..{self.meta.text_tokens}, {self.meta.text_dim}]"
-            )
-        stored = embeds.detach().to("cpu", self._dtype)
-        self._text_pending.append(stored)
-        self._text_index["length"].append(length)
-        self._text_index["crc32"].append(checksum(stored))
-        self._text_count += 1
-        if len(self._text_pending) == self.meta.text_rows_per_shard:
-            self._flush_text()
-        return self._text_count - 1
-
-    def add_image(self, record_id: str, latent: torch.Tensor, tier: str, text_rows: Sequence[int]) -> int:
-        """Adds one normalised latent [C, h, w] with the text rows of its captions, and returns its row."""
-        channels, height, width = latent.shape
-        if channels != self.meta.latent_channels:
-            raise ValueError(f"latent of {record_id} has {channels} channels, expected {self.meta.latent_channels}")
-        if height % self.meta.patch_size or width % self.meta.patch_size:
-            raise ValueError(f"latent of {record_id} is {height}x{width}: not a multiple of the patch size")
-        rows = [int(row) for row in text_rows]
-        if not rows or any(not 0 <= row < self._text_count for row in rows):
-            raise ValueError(f"{record_id}: text rows {rows} must be of the {self._text_count} rows added so far")
-        scale = self.meta.vae_scale
-        bucket = f"{width * scale}x{height * scale}"
-        shard, offset = divmod(self._counts.get(bucket, 0), self.meta.rows_per_shard)
-        row = len(self._index["row"])
-        stored = latent.detach().to("cpu", self._dtype)
-        values = (row, record_id, bucket, shard, offset, tier, rows, checksum(stored))
-        for name, value in zip(self._index, values, strict=True):
-            self._index[name].append(value)
-        pending = self._pending.setdefault(bucket, [])
-        pending.append(stored)
-        self._counts[bucket] = self._counts.get(bucket, 0) + 1
-        if len(pending) == self.meta.rows_per_shard:
-            self._flush_bucket(bucket)
-        return row
-
-    def close(self) -> LatentMeta:
-        """Writes what is pending, the index and, last, meta.json."""
-        assert not self._closed, "LatentWriter.close() was called twice"
-        if not self._text_count or not self._index["row"]:
-            raise ValueError(
-                f"a latents directory needs the empty prompt and at least one image, got {self._text_count} texts "
-                f"and {len(self._index['row'])} images"
-            )
-        self._closed = True
-        if self._text_pending:
-            self._flush_text()
-        for bucket in list(self._pending):
-            if self._pending[bucket]:
-                self._flush_bucket(bucket)
-        pq.write_table(pa.table(self._index, schema=INDEX), self.out_dir / "index.parquet")
-        pq.write_table(pa.table(self._text_index, schema=TEXT_INDEX), self.out_dir / "text" / "index.parquet")
-        self.meta = self.meta.model_copy(
-            update={"buckets": dict(sorted(self._counts.items())), "text_rows": self._text_count}
-        )
-        temporary = self.out_dir / "meta.json.tmp"
-        temporary.write_text(json.dumps(self.meta.model_dump(), indent=2) + "\n")
-        os.replace(temporary, self.out_dir / "meta.json")
-        return self.meta
-
-    def _flush_bucket(self, bucket: str) -> None:
-        shard = (self._counts[bucket] - 1) // self.meta.rows_per_shard
-        path = self.out_dir / latent_file(bucket, shard)
-        path.parent.mkdir(exist_ok=True)
-        save_file({"latents": torch.stack(self._pending[bucket]).contiguous()}, path)
-        self._pending[bucket] = []
-
-    def _flush_text(self) -> None:
-        shard = (self._text_count - 1) // self.meta.text_rows_per_shard
-        path = self.out_dir / text_file(shard)
-        path.parent.mkdir(exist_ok=True)
-        embeds = torch.zeros(len(self._text_pending), self.meta.text_tokens, self.meta.text_dim, dtype=self._dtype)
-        for i, text in enumerate(self._text_pending):
-            embeds[i, : len(text)] = text
-        lengths = torch.tensor([len(text) for text in self._text_pending], dtype=torch.int32)
-        save_file({"embeds": embeds, "lengths": lengths}, path)
-        self._text_pending = []
-
-
-def _map_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file as views of a memory map: nothing is read until it is used.
-
-    safetensors' own reader copies whole tensors (or a range of rows); a batch needs scattered rows.
-    """
-    with open(path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # copy-on-write: torch refuses read-only buffers
-    header_bytes = int.from_bytes(mapped[:8], "little")
-    header = json.loads(mapped[8 : 8 + header_bytes])
-    tensors = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            dtype = _SAFETENSORS_DTYPES[entry["dtype"]]
-            begin, end = entry["data_offsets"]
-            flat = torch.frombuffer(
-                mapped, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=8 + header_bytes + begin
-            )
-            tensors[name] = flat.view(entry["shape"])
-    return tensors
-
-
-def _gather(shard_of: Callable[[int], torch.Tensor], shard_ids: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
-    """Rows (shard_ids[i], offsets[i]) of equally shaped shards, as one tensor of their type."""
-    order = torch.from_numpy(np.ascontiguousarray(offsets, dtype=np.int64))
-    present = np.unique(shard_ids)
-    if len(present) == 1:
-        return shard_of(int(present[0])).index_select(0, order)
-    out = None
-    for shard_id in present:
-        where = torch.from_numpy(np.flatnonzero(shard_ids == shard_id))
-        shard = shard_of(int(shard_id))
-        out = torch.empty(len(offsets), *shard.shape[1:], dtype=shard.dtype) if out is None else out
-        out[where] = shard.index_select(0, order[where])
-    return out
-
-
-def read_meta(directory: str | Path) -> LatentMeta:
-    """
-    Raises:
-        ValueError: it is not a finished latents directory.
-    """
-    path = Path(directory) / "meta.json"
-    if not path.is_file():
-        raise ValueError(f"{directory} is not a finished latents directory: it has no meta.json")
-    return LatentMeta(**json.loads(path.read_text()))
-
-
 class LatentDataset:
-    """Reads a latents directory. Any row costs the same, wherever it lies.
+    """Latents and texts of a stage. Any row costs the same, wherever it is.
 
     Files are memory-mapped when they are first read, and the MAPPED_FILES read last stay so: a mapping holds a file
     descriptor, of which a process commonly has 1024. Several threads may read.
@@ -254,25 +47,26 @@ class LatentDataset:
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        self.meta = read_meta(self.directory)
-        self.bucket_names = sorted(self.meta.buckets)
-        # Every rank holds these, so each number takes the fewest bytes that fit, and one column is read at a time.
-        self.tier_names, self.tier = _codes(self._column("tier"))
-        names, codes = _codes(self._column("bucket"))
-        self.bucket = packed(np.array([self.bucket_names.index(name) for name in names]))[codes]
-        self.place = packed(  # in its bucket
-            self._column("shard").to_numpy().astype(np.int64) * self.meta.rows_per_shard
-            + self._column("offset").to_numpy()
-        )
-        captions = self._column("text_rows").chunks
-        self.caption_rows = np.concatenate([chunk.flatten().to_numpy() for chunk in captions])
-        counts = np.concatenate([[0], *(chunk.value_lengths().to_numpy() for chunk in captions)])
-        self.caption_begin = packed(np.cumsum(counts))
-        self._map = functools.lru_cache(self.MAPPED_FILES)(_map_safetensors)
-        self.text_lengths = packed(self._read_text_lengths())
+        self.meta: IndexMeta = read_index_meta(self.directory)
+        self.bucket_names = list(self.meta.buckets)
+        self.tier_names = list(self.meta.tiers)
+        # [buckets, tiers]: how many images, and where those of each tier begin in `by_tier`.
+        self.counts = np.array(list(self.meta.buckets.values()), dtype=np.int64)
+        self.bucket_begin = np.concatenate([[0], np.cumsum(self.counts.sum(1))])
+        for name in (*IMAGES, *TEXTS):
+            setattr(self, name, np.load(self.directory / f"{name}.npy", mmap_mode="r"))
+        self.runs, self.text_runs = (np.load(self.directory / f"{name}.npy") for name in RUNS)
+        places = json.loads((self.directory / LOCATIONS).read_text())
+        self.parts = [PartFiles(**part) for part in places["parts"]]
+        self.prefix = map_safetensors(self.directory / places["prefix"] / PREFIX_FILE)
+        self._map = functools.lru_cache(self.MAPPED_FILES)(map_safetensors)
 
     def __len__(self) -> int:
-        return len(self.bucket)
+        return int(self.bucket_begin[-1])
+
+    def bucket_of(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
+        """The bucket of each row, as an index into `bucket_names`."""
+        return np.searchsorted(self.bucket_begin, np.asarray(rows), "right") - 1
 
     def bucket_tokens(self, bucket: str) -> tuple[int, int]:
         """(rows, columns) of image tokens of a bucket named WxH in pixels."""
@@ -282,78 +76,168 @@ class LatentDataset:
     def latents(self, rows: np.ndarray | Sequence[int]) -> torch.Tensor:
         """Latents [n, C, h, w] float32 of rows that share one bucket."""
         rows = np.asarray(rows, dtype=np.int64)
-        bucket = int(self.bucket[rows[0]])
-        assert (self.bucket[rows] == bucket).all(), "rows of one batch must share a bucket"
-        return self._read_latents(rows, self.bucket_names[bucket]).float()
+        bucket = self.bucket_of(rows)
+        assert (bucket == bucket[0]).all(), "rows of one batch must share a bucket"
+        return self._read_latents(rows, self.bucket_names[bucket[0]]).float()
 
     def text(
         self, text_rows: np.ndarray | Sequence[int], tokens: int | None = None, widen: bool = True
     ) -> tuple[torch.Tensor, Any]:
-        """Embeddings [n, T, D] float32 and their mask [n, T] bool, or None where every token is real.
+        """Texts and their mask [n, T] bool, or None where every token is real.
 
         Args:
             text_rows: global text rows.
             tokens: T; by default the longest of these rows, rounded up to a multiple of 8 as the pipeline does.
-            widen: False leaves the embeddings in the type that they are stored in.
+            widen: False leaves the states in the type that they are stored in.
+
+        Returns:
+            states [n, T, D], float32 or as stored, padded with zeros; of texts of form "tokens" the ids [n, T - P]
+            int64 that follow the prefix of P tokens, padded with zeros.
         """
         text_rows = np.asarray(text_rows, dtype=np.int64)
-        lengths = self.text_lengths[text_rows].astype(np.int64)
         if tokens is None:
             tokens = self.padded_length(text_rows)
-        embeds = self._read_text(text_rows, tokens)
-        if widen:
-            embeds = embeds.float()
+        distinct, where = np.unique(text_rows, return_inverse=True)
+        lengths = self.text_lengths(text_rows)
+        kind = self.prefix["prefix"]
+        begin = self.meta.prefix_tokens if self.meta.text_form == "states" else 0
+        out = torch.zeros(len(distinct), tokens - self.meta.prefix_tokens + begin, *kind.shape[1:], dtype=kind.dtype)
+        out[:, :begin] = kind[:begin]
+        for row, text in zip(out, self._read_texts(distinct), strict=True):
+            row[begin : begin + len(text)] = text[: tokens - self.meta.prefix_tokens]
+        text = out if len(distinct) == len(text_rows) and (where == np.arange(len(where))).all() else out[where]
+        if self.meta.text_form == "tokens":
+            text = text.long()
+        elif widen:
+            text = text.float()
         if (lengths == tokens).all():
-            return embeds, None
-        return embeds, torch.arange(tokens) < torch.from_numpy(lengths)[:, None]
+            return text, None
+        return text, torch.arange(tokens) < torch.from_numpy(lengths)[:, None]
+
+    def text_lengths(self, text_rows: np.ndarray) -> np.ndarray:
+        """Tokens of texts, the prefix among them."""
+        return np.asarray(self.text_tokens[text_rows], dtype=np.int64) + self.meta.prefix_tokens
 
     def padded_length(self, text_rows: np.ndarray) -> int:
-        longest = int(self.text_lengths[text_rows].max())
+        longest = int(self.text_lengths(text_rows).max())
         return -(-longest // TEXT_LENGTH_MULTIPLE) * TEXT_LENGTH_MULTIPLE
 
     def captions(self, row: int) -> np.ndarray:
         """Text rows of an image's captions."""
-        return self.caption_rows[self.caption_begin[row] : self.caption_begin[row + 1]]
+        return np.asarray(self.caption_texts[int(self.caption_begin[row]) : int(self.caption_begin[row + 1])])
 
-    def _column(self, name: str) -> pa.ChunkedArray:
-        """A column of the index; words as codes, which hold them once."""
-        return pq.ParquetFile(self.directory / "index.parquet", read_dictionary=["bucket", "tier"]).read([name])[name]
+    def latent_places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(part, file, row of the file) of each image."""
+        part = self.runs[np.searchsorted(self.runs[:, 0], rows, "right") - 1, 1]
+        file, offset = np.divmod(np.asarray(self.place[rows], dtype=np.int64), self.meta.rows_per_file)
+        return part, file, offset
 
-    def _read_text_lengths(self) -> np.ndarray:
-        shards = range(-(-self.meta.text_rows // self.meta.text_rows_per_shard))
-        lengths = [safe_open(self.directory / text_file(s), framework="pt").get_tensor("lengths") for s in shards]
-        return torch.cat(lengths).numpy()
+    def text_places(self, text_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(part, file, first token in the file, tokens) of each text; part -1 is the prefix's."""
+        part, file = self.text_runs[np.searchsorted(self.text_runs[:, 0], text_rows, "right") - 1, 1:].T
+        begin, tokens = (np.asarray(column[text_rows], np.int64) for column in (self.text_begin, self.text_tokens))
+        return part, file, begin, tokens
 
     def _read_latents(self, rows: np.ndarray, bucket: str) -> torch.Tensor:
-        shard, offset = np.divmod(self.place[rows].astype(np.int64), self.meta.rows_per_shard)
-        return _gather(lambda shard: self._map(self.directory / latent_file(bucket, shard))["latents"], shard, offset)
+        part, file, offset = self.latent_places(rows)
+        out: torch.Tensor | None = None
+        for one in np.unique(np.stack([part, file], 1), axis=0):
+            where = np.flatnonzero((part == one[0]) & (file == one[1]))
+            path = self.directory / self.parts[one[0]].latents_at / latent_file(bucket, int(one[1]))
+            stored = self._map(path)["latents"]
+            chosen = stored.index_select(0, torch.from_numpy(offset[where]))
+            if len(where) == len(rows):
+                return chosen
+            out = torch.empty(len(rows), *stored.shape[1:], dtype=stored.dtype) if out is None else out
+            out[torch.from_numpy(where)] = chosen
+        assert out is not None
+        return out
 
-    def _read_text(self, text_rows: np.ndarray, tokens: int) -> torch.Tensor:
-        shard, offset = np.divmod(text_rows, self.meta.text_rows_per_shard)
-        return _gather(lambda shard: self._map(self.directory / text_file(shard))["embeds"][:, :tokens], shard, offset)
+    def _read_texts(self, text_rows: np.ndarray) -> list[torch.Tensor]:
+        """What follows the prefix in each text: states [L, D] or ids [L]."""
+        found = []
+        for part, file, begin, tokens in zip(*(column.tolist() for column in self.text_places(text_rows)), strict=True):
+            if part < 0:
+                found.append(self.prefix["empty"])
+                continue
+            stored = self._map(self.directory / self.parts[part].texts_at / text_file(file))["texts"]
+            found.append(stored[begin : begin + tokens])
+        return found
 
     def record_ids(self, rows: Iterable[int]) -> list[str]:
-        """Record ids of rows, read when asked for, one row group at a time: training never needs the column."""
-        wanted, found = np.asarray(list(rows), dtype=np.int64), {}
-        index = pq.ParquetFile(self.directory / "index.parquet")
-        begin = 0
-        for group in range(index.num_row_groups):
-            end = begin + index.metadata.row_group(group).num_rows
-            here = wanted[(begin <= wanted) & (wanted < end)]
-            if len(here):
-                column = index.read_row_group(group, columns=["record_id"])["record_id"]
-                found |= {int(row): column[int(row) - begin].as_py() for row in here}
-            begin = end
-        return [found[int(row)] for row in wanted]
+        """Record ids of rows, read from the parts' tables when asked for: training never needs them."""
+        rows = np.asarray(list(rows), dtype=np.int64)
+        part = self.latent_places(rows)[0]
+        found: dict[int, str] = {}
+        for number in np.unique(part):
+            path = self.directory / self.parts[number].latents / ROWS_FILE
+            table = pq.read_table(path, columns=["record_id", "bucket", "place"])
+            keys = zip(table["bucket"].to_pylist(), table["place"].to_pylist(), strict=True)
+            ids = dict(zip(keys, table["record_id"].to_pylist(), strict=True))
+            for row in rows[part == number]:
+                bucket = self.bucket_names[int(self.bucket_of(row))]
+                found[int(row)] = ids[bucket, int(self.place[row])]
+        return [found[int(row)] for row in rows]
 
 
-def _codes(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
-    """The words of a dictionary-encoded column, and for each row the index of its word."""
-    column = column.unify_dictionaries()
-    codes = np.concatenate([chunk.indices.to_numpy() for chunk in column.chunks])
-    return column.chunk(0).dictionary.to_pylist(), packed(codes)
+class LatentWriter:
+    """Writes latents and texts of one part, and their index, into one directory that `LatentDataset` opens.
 
+    Use as a context manager: the index is written when the block ends without an error. The first text must be the
+    empty prompt; no prefix is taken out of the texts.
+    """
 
-def packed(values: np.ndarray) -> np.ndarray:
-    """The same whole numbers from 0 on, in the fewest bytes that hold the largest."""
-    return values.astype(np.min_scalar_type(values.max()))
+    def __init__(
+        self,
+        out_dir: str | Path,
+        text_dim: int,
+        dtype: str = "float32",
+        rows_per_file: int = 4096,
+        latent_channels: int = 16,
+        form: str = "states",
+    ):
+        self.out_dir = Path(out_dir)
+        self._latents_dir, self._texts_dir, self._prefix_dir = (
+            self.out_dir / n for n in ("latents", "texts", "prefix")
+        )
+        for path in (self._latents_dir, self._texts_dir, self._prefix_dir):
+            path.mkdir(parents=True)
+        self._text_meta = TextMeta(text_dim=text_dim, dtype=dtype, form=form)
+        meta = LatentMeta(dtype=dtype, rows_per_file=rows_per_file, latent_channels=latent_channels)
+        self._latents = LatentPartWriter(self._latents_dir, meta)
+        self._texts = TextPartWriter(self._texts_dir, self._text_meta)
+        self._images = self._text_count = 0
+
+    def __enter__(self) -> LatentWriter:
+        return self
+
+    def __exit__(self, error_type: type | None, *_: object) -> None:
+        if error_type is None:
+            self.close()
+
+    def add_text(self, tokens: torch.Tensor) -> int:
+        """Adds one prompt, states [L, D] or ids [L] without padding, and returns its text row."""
+        if self._text_count == EMPTY_TEXT_ROW:
+            write_prefix(self._prefix_dir, self._text_meta, tokens[:0], tokens)
+        else:
+            self._texts.add_text(tokens)
+        self._text_count += 1
+        return self._text_count - 1
+
+    def add_image(self, record_id: str, latent: torch.Tensor, tier: str, text_rows: Sequence[int]) -> None:
+        """Adds one normalised latent [C, h, w] with the text rows of its captions."""
+        if not text_rows or any(not 0 <= row < self._text_count for row in text_rows):
+            raise ValueError(f"{record_id}: text rows {text_rows} must be of the {self._text_count} rows added so far")
+        self._latents.add(self._images, record_id, latent)
+        self._texts.add_captions(self._images, tier, [row - 1 for row in text_rows if row != EMPTY_TEXT_ROW])
+        self._images += 1
+
+    def close(self) -> IndexMeta:
+        """Writes what is pending, and the index last."""
+        self._latents.close()
+        self._texts.close()
+        parts = [PartFiles("latents", "texts", "latents", "texts")]
+        digest = hashlib.sha256()
+        for name in (f"latents/{ROWS_FILE}", f"texts/{TEXTS_FILE}", f"texts/{CAPTIONS_FILE}"):
+            digest.update((self.out_dir / name).read_bytes())
+        return build_index(self.out_dir, parts, "prefix", digest.hexdigest())

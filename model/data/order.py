@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from model.data.hashing import hash_words, permuted_index, uniform
-from model.data.latents import EMPTY_TEXT_ROW, LatentDataset, packed
+from model.data.latents import EMPTY_TEXT_ROW, LatentDataset
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,11 @@ class SampleOrder:
     are drawn by systematic sampling: with equal weights, each image once per epoch, in a new order each epoch;
     otherwise within one of its expected number of times per epoch.
 
+    It needs the counts of the index alone, and no table of images.
+
     Args:
-        tier_weights: weight of each tier; tiers without one are not read.
+        tier_weights: weight of each tier; tiers without one are not read. Multiplied by the index's own weights, for
+            tiers of which only a part was encoded.
         caption_dropout: share of samples whose caption is replaced by the empty prompt.
     """
 
@@ -77,50 +81,40 @@ class SampleOrder:
         self.dataset, self.batch_size, self.seed, self.caption_dropout = dataset, batch_size, seed, caption_dropout
         if tier_weights is None:
             tier_weights = dict.fromkeys(dataset.tier_names, 1.0)
-        of_tier = np.array([float(tier_weights.get(tier, 0.0)) for tier in dataset.tier_names])
-        used = (of_tier > 0)[dataset.tier]
-        if not used.any():
+        scale = dataset.meta.weights
+        of_tier = np.array([float(tier_weights.get(t, 0.0)) * scale.get(t, 1.0) for t in dataset.tier_names])
+        self._buckets: list[_Bucket] = []
+        for name, counts, begin in zip(dataset.bucket_names, dataset.counts, dataset.bucket_begin, strict=False):
+            if (counts * of_tier).sum() > 0:
+                self._buckets.append(_Bucket.of(name, int(begin), counts, of_tier))
+        if not self._buckets:
             raise ValueError(
                 f"tier weights {dict(tier_weights)} leave no image: this stage's images are of the tiers "
                 f"{', '.join(sorted(dataset.tier_names))}"
             )
-        self._buckets, self._rows, self._cumulative, sizes = [], [], [], []
-        for code, name in enumerate(dataset.bucket_names):
-            rows = np.flatnonzero((dataset.bucket == code) & used)
-            if len(rows):
-                of_rows = of_tier[dataset.tier[rows]]
-                equal = bool((of_rows == of_rows[0]).all())
-                self._buckets.append(name)
-                self._rows.append(packed(rows))
-                self._cumulative.append(None if equal else np.cumsum(of_rows) / of_rows.sum())
-                sizes.append(of_rows.sum())
-        self._slots = _slots_by_share(np.array(sizes), self.CYCLE)
+        self._slots = _slots_by_share(np.array([bucket.weight for bucket in self._buckets]), self.CYCLE)
         self._cycle: tuple[int, np.ndarray] | None = None
 
     def batch(self, step: int) -> BatchPlan:
         """The plan of a step (from 0): `batch_size` samples of one bucket."""
-        bucket, turn = self._bucket_of(step)
-        size, epoch_rows = self.batch_size, len(self._rows[bucket])
+        number, turn = self._bucket_of(step)
+        bucket, size = self._buckets[number], self.batch_size
         position = np.arange(size, dtype=np.int64) + turn * size
-        epoch, place = np.divmod(position, epoch_rows)
-        place = permuted_index(place, epoch_rows, hash_words(self.seed, 1, bucket, epoch))
-        cumulative = self._cumulative[bucket]
-        if cumulative is not None:
-            shift = uniform(hash_words(self.seed, 2, bucket, epoch))
-            place = np.minimum(np.searchsorted(cumulative, (place + shift) / epoch_rows, "right"), epoch_rows - 1)
-        rows = self._rows[bucket][place].astype(np.int64)
+        epoch, place = np.divmod(position, bucket.images)
+        place = permuted_index(place, bucket.images, hash_words(self.seed, 1, number, epoch))
+        rows = bucket.rows(self.dataset, place, uniform(hash_words(self.seed, 2, number, epoch)))
 
         sample = np.arange(size, dtype=np.int64)
-        begin = self.dataset.caption_begin[rows].astype(np.int64)
-        count = self.dataset.caption_begin[rows + 1] - begin
+        begin = np.asarray(self.dataset.caption_begin[rows], dtype=np.int64)
+        count = np.asarray(self.dataset.caption_begin[rows + 1], dtype=np.int64) - begin
         captions = (uniform(hash_words(self.seed, 3, step, sample)) * count).astype(np.int64)
-        text_rows = self.dataset.caption_rows[begin + captions].astype(np.int64)
+        text_rows = np.asarray(self.dataset.caption_texts[begin + captions], dtype=np.int64)
         dropped = uniform(hash_words(self.seed, 4, step, sample)) < self.caption_dropout
         captions[dropped] = -1
         text_rows[dropped] = EMPTY_TEXT_ROW
         return BatchPlan(
             step=step,
-            bucket=self._buckets[bucket],
+            bucket=bucket.name,
             rows=rows,
             captions=captions,
             text_rows=text_rows,
@@ -152,6 +146,40 @@ class SampleOrder:
         return bucket, cycle * int(self._slots[bucket]) + int((schedule[:place] == bucket).sum())
 
 
+class _Bucket(NamedTuple):
+    """The images of one bucket that are drawn, and how place 0..images-1 leads to one."""
+
+    name: str
+    begin: int  # of its images, in the index and in `by_tier`
+    images: int
+    weight: float
+    equal: bool  # all images of the bucket are drawn with the same weight
+    offsets: np.ndarray  # of each drawn tier in `by_tier`
+    counts: np.ndarray
+    ends: np.ndarray  # cumulative share of the drawn tiers' weight
+
+    @classmethod
+    def of(cls, name: str, begin: int, counts: np.ndarray, of_tier: np.ndarray) -> _Bucket:
+        present = counts > 0
+        drawn = present & (of_tier > 0)
+        shares = (counts * of_tier)[drawn]
+        ends = np.cumsum(shares) / shares.sum()
+        equal = bool((present == drawn).all()) and len(set(of_tier[drawn].tolist())) == 1
+        offsets = begin + (np.cumsum(counts) - counts)[drawn]
+        return cls(name, begin, int(counts[drawn].sum()), float(shares.sum()), equal, offsets, counts[drawn], ends)
+
+    def rows(self, dataset: LatentDataset, place: np.ndarray, shift: np.ndarray) -> np.ndarray:
+        """Images [n] for places [n] of an epoch; `shift` in [0, 1) moves the grid of systematic sampling."""
+        if self.equal:
+            return self.begin + place
+        at = (place + shift) / self.images
+        tier = np.minimum(np.searchsorted(self.ends, at, "right"), len(self.ends) - 1)
+        first = np.concatenate([[0.0], self.ends[:-1]])[tier]
+        inside = ((at - first) / (self.ends[tier] - first) * self.counts[tier]).astype(np.int64)
+        inside = np.clip(inside, 0, self.counts[tier] - 1)
+        return np.asarray(dataset.by_tier[self.offsets[tier] + inside], dtype=np.int64)
+
+
 def _slots_by_share(sizes: np.ndarray, slots: int) -> np.ndarray:
     """Whole numbers near sizes / sum * slots that add up to `slots`, each at least 1 (largest remainders)."""
     assert len(sizes) <= slots, "more buckets than steps in a cycle"
@@ -166,8 +194,8 @@ def _slots_by_share(sizes: np.ndarray, slots: int) -> np.ndarray:
 
 @dataclass
 class Batch:
-    """latents [B, C, h, w] and noise, of the same shape, float32; text [B, T, D] float32, or as it is stored; mask
-    [B, T] bool or None."""
+    """latents [B, C, h, w] and noise, of the same shape, float32; text [B, T, D] float32, or as it is stored, or the
+    ids [B, T - P] int64 of texts of form "tokens"; mask [B, T] bool or None."""
 
     plan: BatchPlan
     latents: torch.Tensor

@@ -31,6 +31,8 @@ from pydantic import ValidationError
 from model.config import RoutingConfig, StageConfig, TrainConfig, TransformerConfig
 from model.constants import VAE_SCALE
 from model.optim import OPTIMIZERS
+from model.plan.data_costs import Corpus, Prices, data_costs
+from model.plan.data_costs import render as data_costs_text
 from model.plan.memory import FP32, Layout, Moment, Shapes, moments
 from model.plan.memory_trace import Step
 from model.ranks import micro_batch as micro_batch_of
@@ -475,6 +477,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--cost-per-gpu-hour", type=float)
     add("--network-gbps", type=float, help="of each GPU's link to other nodes (default: the GPU's, see the first line)")
     add("--text-tokens", type=int, default=TEXT_TOKENS, help="of a padded batch, template included")
+    for name, value in asdict(Corpus()).items():
+        add(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"of the corpus (default: {value:,})")
     add("--json", action="store_true")
     options = vars(parser.parse_args(arguments))
     as_json, path, gpu = options.pop("json"), options.pop("recipe"), GPUS[options.pop("gpu")]
@@ -483,9 +487,22 @@ def main(arguments: list[str] | None = None) -> int:
             if not 0 < gbps < math.inf:
                 raise ValueError(f"network_gbps={gbps} must be above 0")
             gpu = replace(gpu, network=gbps * 1e9 / 8)
-        result = plan(*load_sections(path), gpu, **options)
+        corpus = Corpus(**{name: options.pop(name) for name in asdict(Corpus())})
+        model, train = load_sections(path)
+        result = plan(model, train, gpu, **options)
+        result["data"] = data_costs(
+            train.stages,
+            corpus,
+            gpu_flops=gpu.flops,
+            training_days=result["days"],
+            gpus=result["gpus"],
+            text_width=model.joint_attention_dim,
+            prices=Prices() if options["cost_per_gpu_hour"] is None else Prices(gpu_hour=options["cost_per_gpu_hour"]),
+        )
+        chosen = (read_recipe(path).get("encoding") or {}).get("text")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(result, indent=2) if as_json else render(result))
+    text = "\n".join([render(result), "", *data_costs_text(result["data"], result["stages"], chosen)])
+    print(json.dumps(result, indent=2) if as_json else text)
     return 0

@@ -34,11 +34,12 @@ def trainer_config(
     optimizer_from: Path | None = None,
     ranks: int,
     sample_fn: Callable[..., Any] | None = None,
+    text_fn: Callable[..., Any] | None = None,
 ) -> NucleusTrainer.Config:
     """The whole configuration of one stage.
 
     Args:
-        latents_uri: where the safetensors of `latents_dir` are, to be read by ranges; None: in latents_dir, to be mapped.
+        latents_uri: read latents and texts by ranges; relative locations of parts start there. None: they are mapped.
         init_from: a finished checkpoint whose weights the stage starts from.
         optimizer_from: the optimiser state of that step.
         ranks: processes in all; they share the global batch.
@@ -55,6 +56,7 @@ def trainer_config(
         dump_folder=str(work_dir),
         stage=stage,
         sample_fn=sample_fn,
+        text_fn=text_fn,
         loss=MSELoss.Config(),
         tokenizer=NoTokenizer.Config(),
         dataloader=LatentDataLoader.Config(

@@ -38,7 +38,7 @@ import torch.distributed as dist
 
 from model import storage
 from model.config import FREE_KEYS, TrainSettings, TransformerConfig
-from model.data.latents import read_meta
+from model.data.index import read_index_meta
 from model.stages import TrainingStage
 from model.train.checkpoint import CHECKPOINTS, OPTIMIZER, WEIGHTS, checkpoint_root
 from model.train.config import trainer_config
@@ -56,6 +56,7 @@ LOGS = (METRICS, REPORT, f"{TENSORBOARD}/*", f"{SAMPLES}/*")
 HANDED_ON = {"checkpoints": WEIGHTS, "optimizer": OPTIMIZER}  # the steps of each, in the report
 VISIBLE_WITHIN_S = 10.0  # another node's writes on a network file system, which may be slow to show them
 SampleFn = Callable[[torch.nn.Module, int, Path], Any]
+TextFn = Callable[[torch.Tensor, torch.Tensor | None, torch.device], torch.Tensor]
 
 
 def train_stage(
@@ -66,11 +67,12 @@ def train_stage(
     out_dir: str | Path,
     sample_fn: SampleFn | None = None,
     latents_uri: str | None = None,
+    text_fn: TextFn | None = None,
 ) -> dict[str, Any]:
     """Trains one stage.
 
     Args:
-        latents_dir: this stage's latents.
+        latents_dir: the index of this stage's latents and texts (model/data/index.py).
         init_from: checkpoints of the stage before (the last one is loaded), or None to start from train.init_from or
             from scratch.
         work_dir: the state of the run; the same for every attempt at this stage. Not removed here.
@@ -78,7 +80,9 @@ def train_stage(
         sample_fn: called as `sample_fn(model, step, path)` every `sample_every_steps` steps and at the last, in
             eval mode without gradients, on every rank; it writes an image to `path` and draws its random numbers
             from generators of its own.
-        latents_uri: with train.latents "stream", where the safetensors of latents_dir are; None: in latents_dir.
+        latents_uri: with train.latents "stream", what relative locations of parts start from; None: latents_dir.
+        text_fn: called as `text_fn(ids, mask, device)` where texts are stored as tokens: ids [B, T - P] on the host and
+            mask [B, T] or None on the device, to states [B, T, D] float32 there. It has no part in autograd.
 
     Returns:
         the report. out_dir/report.json is that of the attempt which finished the training. Filled again from the same
@@ -92,7 +96,7 @@ def train_stage(
     """
     latents_dir, work_dir, out_dir = Path(latents_dir), Path(work_dir), Path(out_dir)
     transformer, train, steps = stage.model, stage.train, stage.stage.steps
-    _check_latents(latents_dir, transformer)
+    _check_latents(latents_dir, transformer, text_fn)
     init_checkpoint = last_checkpoint(init_from) if init_from is not None else None
     released = released_weights(train.init_from, transformer) if train.init_from and init_from is None else None
     work_dir.mkdir(parents=True, exist_ok=True)
@@ -118,6 +122,7 @@ def train_stage(
             optimizer_from=carried,
             ranks=dist.get_world_size(),
             sample_fn=sample_fn,
+            text_fn=text_fn,
         )
         trainer = config.build()
         if released is not None:
@@ -203,8 +208,10 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _check_latents(latents_dir: Path, transformer: TransformerConfig) -> None:
-    meta = read_meta(latents_dir)  # and not the index, which has a row for each image
+def _check_latents(latents_dir: Path, transformer: TransformerConfig, text_fn: TextFn | None) -> None:
+    meta = read_index_meta(latents_dir)
+    if meta.text_form == "tokens" and text_fn is None:
+        raise ValueError(f"the texts of {latents_dir} are tokens: training needs the text encoder, text_fn")
     channels = meta.latent_channels * meta.patch_size**2
     for name, have, want in (
         ("patch_size", meta.patch_size, transformer.patch_size),
@@ -226,7 +233,7 @@ def _claim(
         "train": {key: value for key, value in values["train"].items() if key not in FREE_KEYS},
         "stage": values["stage"],
         "seed": stage.seed,
-        "latents": _content(latents_dir),
+        "latents": read_index_meta(latents_dir).content,
         "init_from": _content(Path(init_checkpoint)) if init_checkpoint else None,
         "optimizer_from": _content(carried) if carried else None,
         "hand_on_optimizer": stage.hand_on_optimizer,

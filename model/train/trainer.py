@@ -73,6 +73,7 @@ class NucleusTrainer(Trainer):
     class Config(Trainer.Config):
         stage: TrainingStage
         sample_fn: Callable[[torch.nn.Module, int, Path], Any] | None = None
+        text_fn: Callable[[torch.Tensor, torch.Tensor | None, torch.device], torch.Tensor] | None = None
 
     def __init__(self, config: Config):
         self.settings = config.stage.train
@@ -139,17 +140,14 @@ class NucleusTrainer(Trainer):
             to_device(batch.latents, self.device), to_device(batch.noise, self.device), t_B, self.patch
         )
         trace = RouterTrace() if keep_routing or losses.needs_trace(self.loss_weights) else None
-        mask = batch.mask
-        if mask is None and self.compiled:
-            # Without one, blocks would be compiled again when the first batch with a mask comes.
-            mask = torch.ones(batch.text.shape[:2], dtype=torch.bool)
+        text, mask = self._text(batch)
         with self.train_context():
             with self.autocast():
                 velocity_BSC = self.model(
                     hidden_states=example.noisy_BSC,
                     img_shapes=(1, example.rows, example.columns),
-                    encoder_hidden_states=to_device(batch.text, self.device).float(),
-                    encoder_hidden_states_mask=None if mask is None else to_device(mask, self.device),
+                    encoder_hidden_states=text,
+                    encoder_hidden_states_mask=mask,
                     timestep=t_B,
                     collect=trace,
                 )
@@ -163,6 +161,18 @@ class NucleusTrainer(Trainer):
         self.bin_sums.index_add_(0, bins_B, loss_B)
         self.bin_counts.index_add_(0, bins_B, torch.ones_like(t_B))
         return mean.detach() * share
+
+    def _text(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """States [B, T, D] float32 of a batch's texts, and their mask [B, T] or None, on the device."""
+        mask = None if batch.mask is None else to_device(batch.mask, self.device)
+        if batch.text.is_floating_point():
+            text = to_device(batch.text, self.device).float()
+        else:  # token ids: the text encoder runs here
+            text = self.config.text_fn(batch.text, mask, self.device)
+        if mask is None and self.compiled:
+            # Without one, blocks would be compiled again when the first batch with a mask comes.
+            mask = torch.ones(text.shape[:2], dtype=torch.bool, device=self.device)
+        return text, mask
 
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
         """One optimiser step; logs it where the cadence says so. A skipped step (`LossGuard`) leaves weights and

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from tasks.curation.config import CaptionConfig
 
 JOINERS = "\u200c\u200d"  # they change letters in Persian and Hindi, and make one emoji of several
+LETTERS_PER_WORD = 3  # of scripts that write neither spaces nor ideographs, such as Thai, on average
 
 
-def usable_captions(captions: Iterable[str] | None, config: CaptionConfig) -> list[str]:
-    """Normalised (NFC, single spaces, no control characters but joiners), without empties and repeats, in order.
-
-    Captions over `max_words` are dropped rather than cut: half a sentence may say something else.
-    """
+def clean_captions(captions: Iterable[str] | None) -> list[str]:
+    """Normalised (NFC, single spaces, no control characters but joiners), without empties and repeats, in order."""
     seen: dict[str, str] = {}
     for caption in captions if captions is not None else ():
         if not isinstance(caption, str):
@@ -24,18 +25,53 @@ def usable_captions(captions: Iterable[str] | None, config: CaptionConfig) -> li
         text = unicodedata.normalize("NFC", caption)
         text = "".join(c if unicodedata.category(c)[0] != "C" or c.isspace() or c in JOINERS else "" for c in text)
         text = " ".join(text.split())
-        if text and len(text.split()) <= config.max_words:
+        if text:
             seen.setdefault(text.casefold(), text)
     return list(seen.values())
 
 
-def choose_captions(captions: list[str], tier: str, record_id: str, config: CaptionConfig) -> list[str]:
+def usable_captions(captions: Iterable[str] | None, config: CaptionConfig) -> list[str]:
+    """The clean captions of at most `max_words`. Longer ones are dropped, not cut: half a sentence may say something
+    else."""
+    return [text for text in clean_captions(captions) if count_words(text) <= config.max_words]
+
+
+def count_words(text: str) -> int:
+    """Words of a clean caption, also of languages that put no spaces between them.
+
+    An ideograph or a kana is a word; of Thai, Lao, Khmer, Burmese and Tibetan every `LETTERS_PER_WORD` letters are.
+    """
+    if text.isascii():
+        return len(text.split())
+    ideographs, letters = _scripts()
+    count = 0
+    for token in text.split():
+        single, rest = len(ideographs.findall(token)), ideographs.sub("", token)
+        run = len(letters.findall(rest))
+        other = letters.sub("", rest)
+        count += single + math.ceil(run / LETTERS_PER_WORD)
+        if not (single or run) or any(c.isalnum() for c in other):
+            count += 1
+    return count
+
+
+@functools.cache
+def _scripts() -> tuple[Any, Any]:
+    import regex
+
+    return (
+        regex.compile(r"(?V1)[[\p{Han}\p{Hiragana}\p{Katakana}]&&\p{L}]"),
+        regex.compile(r"(?V1)[[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]&&\p{L}]"),
+    )
+
+
+def choose_captions(captions: Sequence[str], tier: str, record_id: str, config: CaptionConfig) -> list[str]:
     """At most `per_tier[tier]` of the usable captions, shortest first, spread over the whole range of lengths.
 
     The shortest and the longest stay, the others at even ranks between them. Where only one may stay, the record's
     hash picks it, so that the corpus as a whole still has every length.
     """
-    ranked = sorted(captions, key=lambda text: (len(text.split()), len(text), text))
+    ranked = sorted(captions, key=lambda text: (count_words(text), len(text), text))
     limit = config.per_tier[tier]
     if len(ranked) <= limit:
         return ranked

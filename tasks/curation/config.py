@@ -18,13 +18,51 @@ class SourceConfig(Section):
     defect_fraction: Fraction = 0.03  # of `scenes`, all kinds of defects together; if above 0, one of each at least
     digits: Annotated[int, Field(ge=0, le=1797)] = 0
     path: str | None = None
-    shards: Positive = 4
+    shards: Positive = 4  # of the made sources
+    images_per_shard: Positive = (
+        1000  # of a user's loose images (about so many) and Parquet rows (at most, if row groups allow)
+    )
+    encoding: str | None = None  # of captions without a byte order mark that are not UTF-8, such as cp1252 or shift_jis
+    caption_columns: tuple[str, ...] = ()  # read instead of caption, captions, text, texts, prompt and raw
+    captions_folder: str | None = None  # below the source: captions_folder/a.txt describes a.png, or FOLDER/a.png
     seed: Seed = 0
 
     @field_validator("path")
     @classmethod
     def _check_path(cls, path: str | None) -> str | None:
         return None if path is None else check_path(path)
+
+    @field_validator("encoding")
+    @classmethod
+    def _check_encoding(cls, encoding: str | None) -> str | None:
+        if encoding is not None:
+            try:
+                b"caption.".decode(encoding)
+            except UnicodeError:
+                pass
+            except LookupError as error:
+                raise ValueError(
+                    f"{encoding!r} is not a text encoding; use a name that Python knows, such as cp1252, shift_jis or "
+                    "utf-16-le"
+                ) from error
+        return encoding
+
+    @field_validator("caption_columns")
+    @classmethod
+    def _check_columns(cls, columns: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not name.strip() for name in columns):
+            raise ValueError(f"{columns} names an empty column")
+        return columns
+
+    @field_validator("captions_folder")
+    @classmethod
+    def _check_folder(cls, folder: str | None) -> str | None:
+        if folder is None:
+            return None
+        parts = folder.strip("/").split("/")
+        if folder.startswith("/") or not all(parts) or {".", ".."} & set(parts):
+            raise ValueError(f"{folder!r} must be a folder inside the source, such as captions")
+        return "/".join(parts)
 
 
 class FilterConfig(Section):
@@ -93,3 +131,18 @@ class CurationConfig(Section):
     dedup: DedupConfig = DedupConfig()
     tiers: TierConfig = TierConfig()
     captions: CaptionConfig = CaptionConfig()
+    max_groups: Annotated[int, Field(ge=1, le=5000)] = 2000  # sub-tasks of a map task; each takes a group of shards
+    concurrency: Annotated[int, Field(ge=0)] = 0  # sub-tasks at a time; 0 leaves it to Flyte
+    min_success_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0  # of shards that must be made and scored
+
+    def scoring(self) -> CurationConfig:
+        """What scores depend on. Every threshold is left at its default, so that a new one needs no new scores."""
+        return CurationConfig(
+            scorers=self.scorers,
+            filters=FilterConfig(formats=self.filters.formats, max_pixels=self.filters.max_pixels),
+            dedup=DedupConfig(hash_size=self.dedup.hash_size, thumbnail_px=self.dedup.thumbnail_px),
+        )
+
+    def deciding(self) -> CurationConfig:
+        """What decisions depend on: how many sub-tasks there are does not change them."""
+        return self.model_copy(update={"max_groups": 2000, "concurrency": 0, "min_success_ratio": 1.0})

@@ -1,7 +1,6 @@
 """Passes 1 and 2, and every rule of passes 1 to 3: statistics of one image, then decisions on columns alone.
 
-`decode` is the one way in which this project turns bytes into pixels. `measure` gives the columns of passes 1 and 2;
-scorers.py those of pass 3. `decide` is a pure function of the columns, so that a new threshold reruns no decoding.
+`decode` is the one way in which this project turns bytes into pixels. score.py fills the columns. `decide` is a pure function of the columns, so that a new threshold reruns no decoding.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import pandas as pd
 from PIL import Image
 
 from tasks.curation.config import FilterConfig
+from tasks.curation.sources.base import PROBLEMS
 
 # Raster formats that Pillow reads by itself (EPS, for one, would start Ghostscript). MPO comes in with JPEG.
 DECODABLE = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
@@ -65,7 +65,7 @@ _TRANSPOSE = {
 
 
 @functools.cache
-def _decodable() -> tuple[str, ...]:
+def decodable() -> tuple[str, ...]:
     """`DECODABLE`, as far as this Pillow was built with it."""
     Image.init()
     return tuple(name for name in DECODABLE if name in Image.OPEN)
@@ -77,7 +77,7 @@ def _open(data: bytes) -> tuple[Image.Image, Header]:
             # Our own limit follows at once; Pillow's stays as the last resort (its error, at twice its limit).
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             warnings.simplefilter("ignore", UserWarning)  # odd EXIF, odd TIFF tags
-            image = Image.open(io.BytesIO(data), formats=_decodable())
+            image = Image.open(io.BytesIO(data), formats=decodable())
             # A PNG may carry EXIF behind its pixels, and Pillow would decode them to find it.
             orientation = _orientation(image) if image.format != "PNG" or "exif" in image.info else 1
     except Image.DecompressionBombError as error:
@@ -149,13 +149,18 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     return _decode(data, *_open(data), max_pixels)
 
 
-def inspect_and_decode(data: bytes, max_pixels: int) -> tuple[Header, Image.Image | ValueError]:
-    """Both, opening once: the header, and the image or what `decode` would raise.
+def inspect_and_decode(
+    data: bytes, max_pixels: int, formats: tuple[str, ...]
+) -> tuple[Header, Image.Image | ValueError | None]:
+    """Both, opening once: the header, and the image or what `decode` would raise. None where the format is not one of
+    `formats`: what is rejected for its format is not decoded.
 
     Raises:
         ValueError: as `inspect`.
     """
     image, header = _open(data)
+    if header.format not in formats:
+        return header, None
     try:
         return header, _decode(data, image, header, max_pixels)
     except ValueError as error:
@@ -328,10 +333,15 @@ def _below(name: str, step: str, column: str, limit: str) -> Rule:
     )
 
 
-PASS1, PASS2, PASS3 = "format and geometry", "histogram and orientation", "models"
+def _problem(name: str) -> Rule:
+    return Rule(name, SOURCE, lambda s, c: s.problem == name, lambda r, c: r.problem_detail)
+
+
+SOURCE, PASS1, PASS2, PASS3 = "source", "format and geometry", "histogram and orientation", "models"
 
 # The order is the order of rejection: the ledger names the first rule that a record breaks.
 RULES: tuple[Rule, ...] = (
+    *(_problem(name) for name in PROBLEMS),
     Rule(
         "too_many_pixels",
         PASS1,
@@ -375,20 +385,12 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def decide(scores: pd.DataFrame, config: FilterConfig) -> pd.DataFrame:
-    """Ledger rows (key, record_id, kept, rule, detail), one for each row of `scores` and in its order."""
+def decide(scores: pd.DataFrame, config: FilterConfig) -> tuple[np.ndarray, np.ndarray]:
+    """For each row the first rule that it breaks, "" if none, and one sentence about it; two object arrays [N]."""
     rule = np.full(len(scores), "", object)
     detail = np.full(len(scores), "", object)
     for entry in RULES:
         hit = np.asarray(entry.rejects(scores, config), bool) & (rule == "")
         for i in hit.nonzero()[0]:
             rule[i], detail[i] = entry.name, entry.detail(scores.iloc[i], config)
-    return pd.DataFrame(
-        {
-            "key": scores["key"].to_numpy(),
-            "record_id": scores["record_id"].to_numpy(),
-            "kept": rule == "",
-            "rule": rule,
-            "detail": detail,
-        }
-    )
+    return rule, detail

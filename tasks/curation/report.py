@@ -5,21 +5,21 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterable, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
+from PIL import Image
 
-from tasks.curation import filters, ledger, tiers
+from tasks.curation import ledger, tiers
 from tasks.curation.config import CurationConfig
-
-EXAMPLES = 6  # rejected pictures shown for each rule
-PICTURE_PX = 96
-MAX_PICTURE_PIXELS = 4_000_000  # a report decodes no giants
+from tasks.curation.sources.base import Account
+from tasks.curation.summary import Histogram, Summary
 
 # score column -> its thresholds in FilterConfig
-HISTOGRAMS = {
+THRESHOLDS = {
     "bytes_per_pixel": "min_bytes_per_pixel",
     "entropy_bits": "min_entropy_bits",
     "single_color_fraction": "max_single_color_fraction",
@@ -41,96 +41,103 @@ figure{margin:0}figcaption{font-size:.8rem;color:#51606e;max-width:17rem;overflo
 """
 
 
-def pick_examples(book: pd.DataFrame) -> dict[str, list[dict]]:
-    """The first few records that each rule rejected: rule -> [{"key", "detail"}]."""
-    rejected = book[~book["kept"]]
-    return {
-        rule: [{"key": row.key, "detail": row.detail} for row in part.head(EXAMPLES).itertuples()]
-        for rule, part in rejected.groupby("rule")
-    }
-
-
-def picture(data: bytes, max_pixels: int) -> str:
-    """A small PNG of a record as a data URI; empty if it does not decode."""
-    try:
-        image = filters.decode(data, min(max_pixels, MAX_PICTURE_PIXELS))
-    except ValueError:
-        return ""
-    image.thumbnail((PICTURE_PX, PICTURE_PX))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def render(
-    summary: dict,
-    scores: pd.DataFrame,
-    book: pd.DataFrame,
-    curated: pd.DataFrame,
-    gallery: dict[str, list[dict]],
-    config: CurationConfig,
-) -> str:
-    """The whole page.
-
-    Args:
-        summary: as curate.summarise makes it.
-        scores: the scores of every input record.
-        book: the ledger.
-        curated: the records kept.
-        gallery: rule -> [{"key", "detail", "picture"}].
-    """
-    input_count, kept = summary["input"], summary["kept"]
-    words = [len(text.split()) for captions in curated["captions"] for text in captions]
-    by_tier = {
-        tier: [len(text.split()) for captions in curated.loc[curated["tier"] == tier, "captions"] for text in captions]
-        for tier in tiers.TIERS
-    }
-    rules = [(rule, step, summary["rejected"][rule]) for step, names in ledger.STEPS.items() for rule in names]
-    buckets = sorted(summary["buckets"])
-    cross = pd.crosstab(curated["bucket"], curated["tier"]).reindex(columns=tiers.TIERS, fill_value=0)
-    short_side = scores[["width", "height"]].min(axis=1)
+def render(summary: Summary, config: CurationConfig) -> str:
+    """The whole page."""
+    content = summary.content()
+    total, kept = content["input"], content["kept"]
+    rules = [(rule, step, content["rejected"][rule]) for step, names in ledger.STEPS.items() for rule in names]
+    buckets = content["buckets"]
+    all_words = sum(summary.words.values(), Counter())
     parts = [
         "<h1>Retention report</h1>",
-        f"<p>{kept} of {input_count} records kept ({_percent(kept, input_count)}): {summary['captions']} captions, "
-        f"{summary['splits']['train']} records to train on, {summary['splits']['val']} held out. "
+        f"<p>{kept} of {total} records kept ({_percent(kept, total)}): {content['captions']} captions, "
+        f"{content['splits']['train']} records to train on, {content['splits']['val']} held out. "
         "Each record is kept, or counted under the first rule that it breaks; the counts add up to the input.</p>",
+        *_left_out(summary.account),
         "<h2>What survives each step</h2>",
-        _bars([("input", input_count)] + [(step["step"], step["kept"]) for step in summary["retention"]]),
+        _bars([("input", total)] + [(step["step"], step["kept"]) for step in content["retention"]]),
         "<h2>Rejected, by rule</h2>",
         _table(
             ("rule", "step", "records", "share of input"),
-            [(rule, step, n, _percent(n, input_count)) for rule, step, n in rules]
-            + [("kept", "", kept, _percent(kept, input_count)), ("all", "", input_count, "100.0 %")],
+            [(rule, step, n, _percent(n, total)) for rule, step, n in rules]
+            + [("kept", "", kept, _percent(kept, total)), ("all", "", total, "100.0 %")],
         ),
         "<h2>Scores of the input, and their thresholds</h2><div class=row>",
         *(
-            _histogram(scores[column].dropna(), column, getattr(config.filters, limit), limit)
-            for column, limit in HISTOGRAMS.items()
+            _histogram(summary.scores[column], column, getattr(config.filters, limit), limit)
+            for column, limit in THRESHOLDS.items()
         ),
-        _histogram(short_side, "shorter side, px", config.filters.min_side_px, "min_side_px"),
+        _histogram(
+            summary.scores["log2_short_side"],
+            "shorter side, px",
+            math.log2(config.filters.min_side_px),
+            "min_side_px",
+            shown=lambda x: f"{2**x:.0f}",
+        ),
+        "</div>",
+        "<h2>Shapes: width over height</h2><div class=row>",
+        _histogram(summary.scores["log2_aspect"], "input", None, "", shown=_ratio),
+        _histogram(summary.shapes, "kept", None, "", shown=_ratio),
         "</div>",
         "<h2>Tiers and episodic buckets</h2>",
-        _bars([(tier, n) for tier, n in summary["tiers"].items()]),
+        _bars([(tier, n) for tier, n in content["tiers"].items()]),
         _table(
             ("bucket", *tiers.TIERS, "all"),
-            [(name, *(int(n) for n in cross.loc[name]), summary["buckets"][name]) for name in buckets],
+            [(name, *(summary.cells[name, tier] for tier in tiers.TIERS), n) for name, n in buckets.items()],
         ),
         "<h2>Caption lengths, in words</h2><div class=row>",
-        _histogram(pd.Series(words), "all captions", None, ""),
-        *(_histogram(pd.Series(found), f"tier {tier}", None, "") for tier, found in by_tier.items() if found),
+        _word_histogram(all_words, "all captions"),
+        *(_word_histogram(words, f"tier {tier}") for tier, words in summary.words.items() if words),
         "</div>",
         "<h2>Examples of what was rejected</h2>",
-        *(_examples(rule, gallery[rule]) for rule in ledger.RULES if gallery.get(rule)),
+        *(_examples(rule, summary.examples[rule]) for rule in ledger.RULES if summary.examples.get(rule)),
         "<h2>Thresholds</h2>",
         *(
             f"<h3>{_text(section)}</h3>" + _table(("key", "value"), [(k, str(v)) for k, v in values.items()])
             for section, values in config.model_dump(mode="json").items()
+            if isinstance(values, dict)
         ),
     ]
     return (
         "<!doctype html><html lang=en><head><meta charset=utf-8><title>Retention report</title>"
         f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
+
+
+def _left_out(account: Account) -> list[str]:
+    """Nothing for sources that are made: they have no files."""
+    if not account.seen:
+        return []
+    rows = [(reason, count, example) for reason, (count, example) in account.skipped.items()]
+    rows.sort(key=lambda row: (-row[1], row[0]))
+    return [
+        "<h2>Files of the source</h2>",
+        f"<p>{account.seen} files, archive members and table rows seen, {account.used} of them used, "
+        f"{account.seen - account.used} left out; {account.records} records.</p>",
+        _table(("left out", "files", "such as"), rows) if rows else "",
+    ]
+
+
+def _png(pixels: np.ndarray | None) -> str:
+    """A data URI; "" where there is no picture."""
+    if pixels is None:
+        return ""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _ratio(log2: float) -> str:
+    return f"{2**log2:.3g}:1" if log2 >= 0 else f"1:{2**-log2:.3g}"
+
+
+def _word_histogram(words: Counter[int], name: str) -> str:
+    histogram = Histogram(0.5, max(words, default=0) + 0.5)
+    for n, count in words.items():
+        one = Histogram(histogram.low, histogram.high)
+        one.add(np.array([float(n)]))
+        histogram.counts += count * one.counts
+    return _histogram(histogram, name, None, "")
 
 
 def _text(value: Any) -> str:
@@ -161,39 +168,39 @@ def _bars(items: list[tuple[str, int]]) -> str:
     return f'<svg width="760" height="{24 * len(items) + 4}" font-size="13" role="img">{rows}</svg>'
 
 
-def _histogram(values: pd.Series, name: str, threshold: float | None, limit: str) -> str:
-    """24 bins over what there is; the threshold as a line where it falls inside."""
-    if not len(values):
+def _histogram(
+    histogram: Histogram,
+    name: str,
+    threshold: float | None,
+    limit: str,
+    shown: Callable[[float], str] = "{:.3g}".format,
+) -> str:
+    """Bars, and the threshold as a line where it falls inside the range."""
+    if not histogram.total:
         return f"<figure><figcaption>{_text(name)}: not scored</figcaption></figure>"
-    data = values.to_numpy(float)
-    low, high = float(data.min()), float(data.max())
-    if threshold is not None and abs(threshold - low) < 2 * (high - low) + 1:
-        low, high = min(low, threshold), max(high, threshold)
-    if high <= low:
-        low, high = low - 0.5, high + 0.5
-    counts, _ = np.histogram(data, bins=24, range=(low, high))
+    most, low, high = histogram.counts.max(), histogram.low, histogram.high
     bars = "".join(
-        f'<rect x="{10 * i}" y="{90 - 80 * n / counts.max():.1f}" width="9" height="{80 * n / counts.max():.1f}" '
-        'fill="#3d7ea6"/>'
-        for i, n in enumerate(counts)
+        f'<rect x="{10 * i}" y="{90 - 80 * n / most:.1f}" width="9" height="{80 * n / most:.1f}" fill="#3d7ea6"/>'
+        for i, n in enumerate(histogram.counts)
     )
     line = ""
     if threshold is not None and low <= threshold <= high:
         x = 240 * (threshold - low) / (high - low)
         line = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="90" stroke="#c0392b" stroke-width="2"/>'
-    says = f"; {limit} {threshold:g}" if threshold is not None else ""
+    says = f"; {limit} {shown(threshold)}" if threshold is not None else ""
     return (
         f'<figure><svg width="244" height="108" font-size="11" role="img">{bars}{line}'
-        f'<text x="0" y="104">{low:.3g}</text><text x="240" y="104" text-anchor="end">{high:.3g}</text></svg>'
-        f"<figcaption>{_text(name)} ({len(data)}){_text(says)}</figcaption></figure>"
+        f'<text x="0" y="104">{shown(low)}</text><text x="240" y="104" text-anchor="end">{shown(high)}</text></svg>'
+        f"<figcaption>{_text(name)} ({histogram.total}){_text(says)}</figcaption></figure>"
     )
 
 
 def _examples(rule: str, items: list[dict]) -> str:
+    pictures = [_png(item["pixels"]) for item in items]
     shots = "".join(
         "<figure class=shot>"
-        + (f'<img src="{item["picture"]}" alt="">' if item["picture"] else "<div class=none>no picture</div>")
-        + f"<figcaption>{_text(item['key'])}: {_text(item['detail'])}</figcaption></figure>"
-        for item in items
+        + (f'<img src="{picture}" alt="">' if picture else "<div class=none>no picture</div>")
+        + f"<figcaption>{_text(item['file'])}: {_text(item['detail'])}</figcaption></figure>"
+        for item, picture in zip(items, pictures, strict=True)
     )
     return f"<h3>{_text(rule)}</h3><div class=row>{shots}</div>"

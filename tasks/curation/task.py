@@ -1,77 +1,147 @@
-"""Raw images to curated shards: one map task makes records, one scores them, two gather."""
+"""Curation as tasks: list the source's shards, score them in groups, decide once, write selections in groups.
+
+    make_group (made sources) -> list_corpus -> score_group -> decide_corpus -> select_group -> gather_curated
+        per group                                 per group      columns only     per group
+
+The map tasks have no Flyte cache: a part is made once for its inputs (store.make_part), so that one new shard costs one
+part, whatever group it falls into. A shard that fails does not stop the others: its part names the error.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import NamedTuple, Optional
 
 from flytekit import Deck, task
 
+from model.storage import is_remote
 from tasks import envs
-from tasks.artifacts import CuratedDir, RecordsDir, ScoresDir, fetch, produce
+from tasks.artifacts import (
+    CorpusDir,
+    CuratedDir,
+    DecisionsDir,
+    RecordsDir,
+    ScoresDir,
+    SelectionsDir,
+    fetch,
+    is_local,
+    plain_errors,
+    produce,
+)
 from tasks.curation.config import CurationConfig, SourceConfig
+from tasks.store import (
+    LOCATIONS,
+    Part,
+    fetch_part,
+    group_range,
+    num_groups,
+    read_index,
+    store,
+    write_index,
+)
 
 
-@task(cache=envs.cache("records", ignored_inputs=("path",)), **envs.shard("curation"))
-def make_shard(config: SourceConfig, path: str, source_digest: str, shard: int) -> RecordsDir:
-    """One shard of raw records. The digest of a user's source, not its path, decides whether to read it again."""
-    from tasks.curation import records
+class Listed(NamedTuple):
+    """A corpus, and the groups of its shards that map tasks run over."""
 
-    if path:
-        config = config.model_copy(update={"path": path})
-    artifact, _, _ = produce(
-        "records",
-        lambda out: records.make_shard(config, shard, out),
-        # Not the source's digest: a shard that none of its changes touched is the same artifact.
-        config={"source": config.model_dump(mode="json", exclude={"path"}), "shard": shard},
+    corpus: CorpusDir
+    groups: list[int]
+
+
+@task(**envs.shard("curation"))
+def make_group(config: SourceConfig, groups: int, group: int) -> RecordsDir:
+    """Makes the shards of one group of a made source: rendered scenes and digits."""
+    from tasks.curation import flow
+
+    _check_store()
+    parts = [flow.make_shard(config, index) for index in group_range(group, groups, config.shards)]
+    return _index("records", parts)
+
+
+@task(**envs.gather("curation"))
+def list_corpus(source: SourceConfig, path: str, made: list[RecordsDir], config: CurationConfig) -> Listed:
+    """Lists the shards of a source: the user's own at `path`, else those that were made.
+
+    Not cached: the shards are named by their content, and where they are now is read anew.
+    """
+    from tasks.curation import flow
+
+    _check_store()
+    parts = [part for directory in made for part in read_index(fetch(directory, "records"))]
+    with plain_errors():
+        flow.check_made(parts)
+    artifact, _, report = produce(
+        "corpus",
+        lambda out: flow.write_corpus(source, path, parts, out),
+        parents=[part.as_parent() for part in parts],
+        counts=lambda report: {"shards": int(report["shards"])},
+        logs=flow.CORPUS_LOGS,
     )
-    return artifact
+    with plain_errors():
+        flow.check_size(report["images"], config)
+    return Listed(corpus=artifact, groups=list(range(num_groups(report["shards"], config.max_groups))))
 
 
-@task(cache=envs.cache("records"), **envs.gather("curation"))
-def gather_records(shards: list[RecordsDir]) -> RecordsDir:
-    """All shards as one artifact with one table."""
-    from tasks.curation import records
+@task(**envs.shard("curation"))
+def score_group(corpus: CorpusDir, config: CurationConfig, groups: list[int], group: int) -> ScoresDir:
+    """Adds columns to the records of the shards of one group, and reads no other shard."""
+    from tasks.curation import flow
 
-    paths = [fetch(shard, "records") for shard in shards]
-    artifact, _, _ = produce("records", lambda out: records.gather(paths, out), parents=paths, counts=_records)
-    return artifact
+    return _index("scores", flow.score_group(fetch(corpus, "corpus"), config, group, len(groups)))
 
 
-@task(cache=envs.cache("curation"), **envs.shard("curation"))
-def score_shard(records: RecordsDir, config: CurationConfig, shard: int) -> ScoresDir:
-    """Adds columns to the records of one shard; decides nothing."""
-    from tasks.curation import curate
+@task(enable_deck=True, **envs.gather("curation"))
+def decide_corpus(
+    corpus: CorpusDir, scores: list[Optional[ScoresDir]], config: CurationConfig, groups: list[int]
+) -> DecisionsDir:
+    """Decides what becomes of each record of the corpus, from columns alone; the ledger accounts for every one."""
+    from tasks.curation import flow
 
-    path = fetch(records, "records")
+    indices = [fetch(directory, "scores") if directory is not None else None for directory in scores]
+    with plain_errors():
+        part = flow.decide_corpus(fetch(corpus, "corpus"), indices, config, len(groups))
+    directory = fetch_part(part)
+    Deck("Retention", (directory / flow.REPORT_PAGE).read_text())
+    with plain_errors():
+        print(flow.result_line(directory, part, config), flush=True)
+    return _index("decisions", [part])
+
+
+@task(**envs.shard("curation"))
+def select_group(decisions: DecisionsDir, config: CurationConfig, groups: list[int], group: int) -> SelectionsDir:
+    """Writes the kept records of the shards of one group, a part for each shard."""
+    from tasks.curation import flow
+
+    (part,) = read_index(fetch(decisions, "decisions"))
+    return _index("selections", flow.select_group(part, config, group, len(groups)))
+
+
+@task(**envs.gather("curation"))
+def gather_curated(
+    corpus: CorpusDir, decisions: DecisionsDir, selections: list[SelectionsDir], config: CurationConfig
+) -> CuratedDir:
+    """The index of the selections, with the tables of the corpus, the ledger and the report."""
+    from tasks.curation import flow
+
+    corpus_path = fetch(corpus, "corpus")
+    (decision,) = read_index(fetch(decisions, "decisions"))
+    parts = (part for directory in selections for part in read_index(fetch(directory, "selections")))
     artifact, _, _ = produce(
-        "scores",
-        lambda out: curate.score_shard(path, shard, config, out),
-        parents=[path],
-        config={"curation": config.model_dump(mode="json"), "shard": shard},
-    )
-    return artifact
-
-
-@task(cache=envs.cache("curation"), enable_deck=True, **envs.gather("curation"))
-def curate_records(records: RecordsDir, scores: list[ScoresDir], config: CurationConfig) -> CuratedDir:
-    """Decides, deduplicates, tiers, keeps captions; the ledger accounts for every record."""
-    from tasks.curation import curate
-
-    path, score_paths = fetch(records, "records"), [fetch(part, "scores") for part in scores]
-    artifact, final, _ = produce(
         "curated",
-        lambda out: curate.curate(path, score_paths, config, out),
-        parents=[path, *score_paths],
-        config=config,
-        counts=_counts,
+        lambda out: flow.gather_curated(corpus_path, decision, parts, out),
+        parents=[corpus_path],
+        config=config.deciding(),
+        counts=lambda report: {name: int(report[name]) for name in ("input", "kept")},
+        logs=flow.CURATED_LOGS,
     )
-    Deck("Retention", (Path(final) / "report.html").read_text())
     return artifact
 
 
-def _records(report: dict) -> dict[str, int]:
-    return {"records": int(report["records"])}
+def _check_store() -> None:
+    """Parts outlive a pod only in a store that all pods reach."""
+    if not is_local() and not is_remote(store()):
+        raise ValueError("NUCLEUS_STORE is not set: register the workflows with NUCLEUS_STORE=s3://BUCKET/PREFIX")
 
 
-def _counts(report: dict) -> dict[str, int]:
-    return {key: int(report[key]) for key in ("input", "kept") if key in report}
+def _index(kind: str, parts: list[Part]):
+    artifact, _, _ = produce(kind, lambda out: write_index(out, parts), logs=(LOCATIONS,))
+    return artifact

@@ -6,10 +6,18 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from model.constants import TILE_PX
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-TILE_PX = 16  # VAE 8x, patches of 2: sides must be multiples of it
+
+# What cameras and screens make, upright too: any ratio between 1:3 and 3:1 is within 12% of one of them.
+DATA_RATIOS = tuple(
+    name
+    for wide in ("1:1", "5:4", "4:3", "3:2", "16:9", "2:1", "12:5", "3:1")
+    for name in (wide, ":".join(wide.split(":")[::-1]))
+)
 
 
 class Bucket(NamedTuple):
@@ -50,17 +58,21 @@ def bucket_of(image_size_px: int, ratio: float) -> Bucket:
     return Bucket(long, short) if ratio >= 1 else Bucket(short, long)
 
 
-def stage_buckets(image_size_px: int, aspect_ratios: Sequence[str]) -> list[Bucket]:
+def stage_buckets(image_size_px: int, aspect_ratios: Sequence[str], from_data: bool = False) -> list[Bucket]:
     """The distinct buckets of a stage, in the order of its aspect ratios.
+
+    Args:
+        from_data: also those of DATA_RATIOS, so that an image of nearly any shape has a bucket near its own.
 
     Raises:
         ValueError: a size that does not tile, no ratio, or one that is not W:H.
     """
     if image_size_px < TILE_PX or image_size_px % TILE_PX:
-        raise ValueError(f"image_size_px={image_size_px} must be a multiple of {TILE_PX} (VAE 8x, patches of 2)")
+        raise ValueError(f"image_size_px={image_size_px} must be a multiple of {TILE_PX} (a token of the transformer)")
     if not aspect_ratios:
         raise ValueError("aspect_ratios is empty; give at least one, such as 1:1")
-    return list(dict.fromkeys(bucket_of(image_size_px, parse_ratio(name)) for name in aspect_ratios))
+    names = [*aspect_ratios, *(DATA_RATIOS if from_data else ())]
+    return list(dict.fromkeys(bucket_of(image_size_px, parse_ratio(name)) for name in names))
 
 
 def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:

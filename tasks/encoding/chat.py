@@ -1,8 +1,4 @@
-"""The small text encoder's tokenizer and chat format, and the one way in which texts become embeddings.
-
-The pipeline sends every prompt as a fixed system message of some 50 words and the user's text. Each text token is
-a key and a value in every block of the transformer, so here the system message is ONE special token and a turn ends
-with one more: `<|system|>a photo of a red circle<|im_end|>` is 8 tokens. A caption of up to 14 words fits in 16.
+"""Frozen text encoders, and the one way in which prompts become states of them, as the pipeline computes them.
 
 Padding is on the right. The pipeline gives text positions by place in the sequence: padding on the left (what
 language models use to generate) would move a text when it is batched with a longer one.
@@ -11,88 +7,16 @@ language models use to generate) would move a text when it is batched with a lon
 from __future__ import annotations
 
 import contextlib
-import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from model.constants import PIPELINE_TEXT_STATE
 
 if TYPE_CHECKING:
     import torch
 
-PAD, UNKNOWN, START, END, SYSTEM = "<|pad|>", "<|unk|>", "<|im_start|>", "<|im_end|>", "<|system|>"
-VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-SPECIAL_TOKENS = (PAD, UNKNOWN, START, END, SYSTEM, *VISION)
 PAD_MULTIPLE = 8  # NucleusMoEImagePipeline.encode_prompt
-# Roles: system (any text: this encoder knows only one), user and assistant. A generation prompt adds nothing.
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message.role == 'system' -%}<|system|>"
-    "{%- else -%}"
-    "{%- if message.content is string -%}{{ message.content }}"
-    "{%- else -%}"
-    "{%- for part in message.content -%}"
-    "{%- if part.type == 'text' -%}{{ part.text }}"
-    "{%- elif part.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>"
-    "{%- elif part.type == 'video' -%}<|vision_start|><|video_pad|><|vision_end|>"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- endif -%}<|im_end|>"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-)
-
-
-def benchmark_words() -> list[str]:
-    """Every word that a prompt of the shapes benchmark can hold: the tokenizer must know them all."""
-    from eval.benchmarks.shapes import vocabulary
-
-    texts = [*vocabulary.SHAPES, *vocabulary.PLURALS.values(), *vocabulary.COLORS, *vocabulary.BACKGROUNDS]
-    texts += [*vocabulary.RELATIONS, *vocabulary.NUMBERS.values(), "a photo of and"]
-    return list(dict.fromkeys(word for text in texts for word in text.split()))
-
-
-def build_tokenizer(captions: Iterable[str], vocab_size: int) -> Any:
-    """A word-level tokenizer: lower case, split at spaces and punctuation; the captions' most frequent words.
-
-    Raises:
-        ValueError: vocab_size does not hold the special tokens and the benchmark's words.
-    """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    splitter = pre_tokenizers.Whitespace()
-    counts: Counter[str] = Counter()
-    for caption, times in Counter(captions).items():
-        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption)):
-            counts[word] += times
-    needed = [*SPECIAL_TOKENS, *benchmark_words()]
-    if vocab_size < len(needed):
-        raise ValueError(f"vocab_size={vocab_size} must be at least {len(needed)}: special tokens and benchmark words")
-    frequent = sorted(counts, key=lambda word: (-counts[word], word))
-    words = list(dict.fromkeys([*needed, *frequent]))[:vocab_size]
-
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        unk_token=UNKNOWN,
-        eos_token=END,
-        additional_special_tokens=[START, SYSTEM, *VISION],
-        padding_side="right",
-        truncation_side="right",
-        model_input_names=["input_ids", "attention_mask"],
-        chat_template=CHAT_TEMPLATE,
-    )
-
-
-def save_processor(tokenizer: Any, directory: str | Path) -> None:
-    """Writes `processor/`: the tokenizer and the chat template, under a class name that old and new releases know."""
-    tokenizer.save_pretrained(directory)
-    path = Path(directory) / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2))
 
 
 def hide_bars() -> None:
@@ -145,11 +69,19 @@ def format_prompts(processor: Any, texts: Sequence[str]) -> list[str]:
     return [render(text) for text in texts]
 
 
-def text_lengths(processor: Any, texts: Sequence[str], max_tokens: int) -> list[int]:
-    """Tokens of each chat-formatted text, cut at max_tokens."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    prompts = format_prompts(processor, texts)
-    return [min(len(tokens), max_tokens) for tokens in tokenizer(prompts)["input_ids"]]
+def state_layer(layers: int, hidden_state_index: int) -> int:
+    """How many of a text encoder's layers lead to a hidden state, counted from the end as transformers does.
+
+    Raises:
+        ValueError: there is no such state.
+    """
+    wanted = layers + 1 + hidden_state_index  # hidden_states holds the embeddings and each layer's output
+    if not 0 <= wanted < layers:
+        raise ValueError(
+            f"hidden_state_index={hidden_state_index} of a text encoder of {layers} layers: "
+            f"valid are {-layers - 1} to -2 (-1, behind the final norm, is not supported)"
+        )
+    return wanted
 
 
 @contextlib.contextmanager
@@ -167,7 +99,11 @@ def first_layers(text_encoder: Any, count: int) -> Iterator[None]:
 
 
 def encode_text(
-    text_encoder: Any, processor: Any, texts: Sequence[str], max_tokens: int = 1024, hidden_state_index: int = -8
+    text_encoder: Any,
+    processor: Any,
+    texts: Sequence[str],
+    max_tokens: int = 1024,
+    hidden_state_index: int = PIPELINE_TEXT_STATE,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What `NucleusMoEImagePipeline.encode_prompt` gives for these prompts in one batch.
 
@@ -181,13 +117,7 @@ def encode_text(
     """
     import torch
 
-    layers = text_encoder.config.text_config.num_hidden_layers
-    wanted = layers + 1 + hidden_state_index  # hidden_states holds the embeddings and each layer's output
-    if not 0 <= wanted < layers:
-        raise ValueError(
-            f"hidden_state_index={hidden_state_index} of a text encoder of {layers} layers: "
-            f"valid are {-layers - 1} to -2 (-1, behind the final norm, is not supported)"
-        )
+    wanted = state_layer(text_encoder.config.text_config.num_hidden_layers, hidden_state_index)
     inputs = processor(
         text=format_prompts(processor, texts),
         padding="longest",

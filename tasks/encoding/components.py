@@ -3,40 +3,45 @@
     curated --> vae/ (AutoencoderKLQwenImage), text_encoder/ (Qwen3VLForConditionalGeneration), processor/,
                 report.json, reconstructions.png
 
-Either way the VAE must reconstruct held-out images of the corpus (`min_psnr_db`) before anything is encoded.
+Either way the VAE must reconstruct held-out images of the corpus (`min_psnr_db`) before anything is encoded. What is
+trained or checked reads a bounded sample of the corpus: the images of lowest record ids, which are hashes, in at most
+SAMPLED_SHARDS shards.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from tasks.encoding import curated
-from tasks.encoding.buckets import Bucket, fit, stage_buckets
-from tasks.encoding.config import ComponentsConfig, HubComponent
-from tasks.encoding.small.vae import reconstruct, train_vae
+from model.data.hashing import hash_words
+from tasks.curation.curated import Curated, open_curated
+from tasks.encoding import hub
+from tasks.encoding.buckets import Bucket, fit, nearest_bucket, stage_buckets
+from tasks.encoding.config import ComponentsConfig
+from tasks.encoding.images import read_images
+from tasks.encoding.small.vae import train_vae
+from tasks.encoding.vae_codec import FrameCodec, reconstruct
 
 if TYPE_CHECKING:
-    from tasks.encoding.vae_codec import FrameCodec
+    from tasks.store import Part
 
+Load = Callable[[pd.DataFrame, list[Bucket]], dict[Bucket, np.ndarray]]
 HUB_CHECK_PX = 256  # side of the held-out images that a VAE of the Hub is checked with
 HUB_CHECK_IMAGES = 32
 MAX_VAL_IMAGES = 1024
+SAMPLED_SHARDS = 64
+SAMPLED_RECORDS = 100_000  # whose captions train the small text encoder
 VAL_SCALES = (1.0, 0.75, 0.5)  # the VAE is scored at the resolutions of earlier stages as well
 SHOWN = 12  # pairs in reconstructions.png, of each source
-VAE_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
-MODEL_FILES = (*VAE_FILES, "generation_config.json")
-PROCESSOR_FILES = (
-    "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-    "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json",
-)  # fmt: skip
+SAMPLE_COLUMNS = ["record_id", "width", "height", "source", "captions", "split"]
 
 
 def make_components(
@@ -50,19 +55,41 @@ def make_components(
     Raises:
         ValueError: a component cannot be had, or the VAE misses min_psnr_db on held-out images.
     """
-    curated_dir, out_dir = Path(curated_dir), Path(out_dir)
-    table = curated.load_table(curated_dir)
+    out_dir, curated = Path(out_dir), open_curated(curated_dir)
+    table, parts = sample(curated)
     train, val = _splits(table)
+    load = partial(_load, curated, parts)
     report: dict[str, Any] = {"kind": config.kind, "train_records": len(train), "val_records": len(val)}
     if config.kind == "hub":
-        report |= _from_hub(config, out_dir)
-        report |= _check_hub_vae(curated_dir, val, config, out_dir)
+        report |= hub.copy_components(config, out_dir)
+        report |= _check_hub_vae(load, val, config, out_dir)
     else:
-        report |= _train_vae(curated_dir, train, val, config, out_dir, _state_path(work_dir, "vae"))
+        report |= _train_vae(load, train, val, config, out_dir, _state_path(work_dir, "vae"))
         report |= _train_text_encoder(train, config, out_dir, _state_path(work_dir, "text_encoder"))
     # No times in it: components that were lost and made again must have the digest that latents were cached under.
     (out_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
+
+
+def sample(curated: Curated, limit: int = SAMPLED_RECORDS) -> tuple[pd.DataFrame, list[Part]]:
+    """SAMPLE_COLUMNS of at most `limit` records, those of lowest id, with their shard (`part`, its place in the list
+    that is returned too) and `row` in its selection. Reads at most SAMPLED_SHARDS selections, and is in memory for one of them at a time.
+
+    Raises:
+        ValueError: there is no record.
+    """
+    parts = list(curated.parts())
+    if len(parts) > SAMPLED_SHARDS:
+        order = hash_words(0, np.array([int(part.digest[:15], 16) for part in parts]))
+        parts = [parts[i] for i in sorted(np.argsort(order, kind="stable")[:SAMPLED_SHARDS])]
+    table = pd.DataFrame()
+    for number, part in enumerate(parts):
+        rows = curated.selection(part).select(SAMPLE_COLUMNS).to_pandas()
+        rows["part"], rows["row"] = number, np.arange(len(rows))
+        table = pd.concat([table, rows]).sort_values("record_id", kind="stable")[:limit]
+    if table.empty:
+        raise ValueError("the curated corpus has no record to encode; its ledger says which rule rejected each")
+    return table, parts
 
 
 def _splits(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -71,7 +98,7 @@ def _splits(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     Raises:
         ValueError: a single record.
     """
-    table = table.sort_values("record_id", kind="stable")  # record ids are hashes: a prefix is a fair sample
+    # In the order of record ids, which are hashes: a prefix is a fair sample.
     train, val = table[table["split"] == "train"], table[table["split"] == "val"]
     if val.empty:
         held = math.ceil(0.03 * len(train))
@@ -89,19 +116,17 @@ def _state_path(work_dir: str | Path | None, name: str) -> Path | None:
 
 
 def _train_vae(
-    curated_dir: Path,
+    load: Load,
     train: pd.DataFrame,
     val: pd.DataFrame,
     config: ComponentsConfig,
     out_dir: Path,
     state_path: Path | None,
 ) -> dict[str, Any]:
-    from tasks.encoding.vae_codec import FrameCodec
-
     started = time.monotonic()
     size = config.vae.image_size_px
     buckets = stage_buckets(size, config.vae.aspect_ratios)
-    pixels, _ = _load(curated_dir, train[: config.vae.max_images], buckets)
+    pixels = load(train[: config.vae.max_images], buckets)
     print(f"vae: {sum(map(len, pixels.values()))} images of {', '.join(b.name for b in sorted(pixels))}", flush=True)
     vae = train_vae(pixels, config.vae, config.seed, state_path)
     vae.save_pretrained(out_dir / "vae")
@@ -109,7 +134,7 @@ def _train_vae(
     codec = FrameCodec(vae)
     sources: dict[str, dict[Bucket, np.ndarray]] = {}
     for source, rows in val[:MAX_VAL_IMAGES].groupby("source"):
-        sources[str(source)], _ = _load(curated_dir, rows.reset_index(drop=True), buckets)
+        sources[str(source)] = load(rows, buckets)
     by_size = {
         str(int(size * scale)): _psnr(codec, {name: _scaled(images, scale) for name, images in sources.items()})
         for scale in VAL_SCALES
@@ -134,14 +159,15 @@ def _train_vae(
 def _train_text_encoder(
     train: pd.DataFrame, config: ComponentsConfig, out_dir: Path, state_path: Path | None
 ) -> dict[str, Any]:
-    from tasks.encoding.chat import UNKNOWN, build_tokenizer, hide_bars, save_processor
+    from tasks.encoding.chat import hide_bars
     from tasks.encoding.small.text_encoder import train_text_encoder
+    from tasks.encoding.small.tokenizer import UNKNOWN, build_tokenizer, save_processor
 
     captions = [list(texts) for texts in train["captions"]]
     flat = [text for texts in captions for text in texts]
     if not flat:
         raise ValueError("no curated record has a caption; a text encoder cannot be trained without any")
-    tokenizer = build_tokenizer(flat, config.text_encoder.vocab_size)
+    tokenizer = build_tokenizer(flat, config.text_encoder.vocab_size, config.text_encoder.words)
     model, losses = train_text_encoder(captions, tokenizer, config.text_encoder, config.seed, state_path)
     hide_bars()
     model.save_pretrained(out_dir / "text_encoder")
@@ -156,67 +182,13 @@ def _train_text_encoder(
     }
 
 
-# ---------------------------------------------------------------- from the Hub
-
-
-def _from_hub(config: ComponentsConfig, out_dir: Path) -> dict[str, Any]:
-    fetch(config.hub_vae, VAE_FILES, out_dir / "vae")
-    fetch(config.hub_text_encoder, MODEL_FILES, out_dir / "text_encoder")
-    fetch(config.hub_text_encoder, PROCESSOR_FILES, out_dir / "processor")
-    for name, key, wanted in (
-        ("vae", "_class_name", "AutoencoderKLQwenImage"),
-        ("text_encoder", "architectures", ["Qwen3VLForConditionalGeneration"]),
-    ):
-        found = json.loads((out_dir / name / "config.json").read_text()).get(key)
-        if found != wanted:
-            raise ValueError(f"components.hub_{name}: its config.json has {key}={found!r}, {wanted!r} is needed")
-    return {
-        name: {"repo_id": part.repo_id, "revision": part.revision, "subfolder": part.subfolder}
-        for name, part in (("vae", config.hub_vae), ("text_encoder", config.hub_text_encoder))
-    }
-
-
-def fetch(component: HubComponent, patterns: tuple[str, ...], target: Path) -> None:
-    """Puts the files of a pinned component that match into `target`. A `repo_id` that is a directory is copied.
-
-    Raises:
-        ValueError: the Hub has no such repository or revision, cannot be reached, or has no config.json in it.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    inside = f"{component.subfolder}/" if component.subfolder else ""
-    if Path(component.repo_id).is_dir():
-        source = Path(component.repo_id)
-    else:
-        print(f"downloading {component.repo_id}@{component.revision[:12]} {inside}", flush=True)
-        try:
-            source = Path(
-                snapshot_download(
-                    component.repo_id,
-                    revision=component.revision,
-                    allow_patterns=[inside + pattern for pattern in patterns],
-                )
-            )
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise ValueError(f"{component.repo_id} at {component.revision} is not to be had: {error}") from error
-    target.mkdir(parents=True, exist_ok=True)
-    found = {path for pattern in patterns for path in (source / inside).glob(pattern) if path.is_file()}
-    if not found:
-        raise ValueError(f"{component.repo_id} at {component.revision} has no {inside}{patterns[0]}")
-    for path in sorted(found):
-        shutil.copyfile(path, target / path.name)  # the content: the Hub's cache holds links
-
-
-def _check_hub_vae(curated_dir: Path, val: pd.DataFrame, config: ComponentsConfig, out_dir: Path) -> dict[str, Any]:
+def _check_hub_vae(load: Load, val: pd.DataFrame, config: ComponentsConfig, out_dir: Path) -> dict[str, Any]:
     import torch
     from diffusers import AutoencoderKLQwenImage
 
-    from tasks.encoding.vae_codec import FrameCodec
-
     vae = AutoencoderKLQwenImage.from_pretrained(out_dir / "vae", torch_dtype=torch.float32).requires_grad_(False)
     codec = FrameCodec(vae.to("cuda" if torch.cuda.is_available() else "cpu").eval())
-    pixels, _ = _load(curated_dir, val[:HUB_CHECK_IMAGES], stage_buckets(HUB_CHECK_PX, ["1:1", "4:3", "3:4"]))
+    pixels = load(val[:HUB_CHECK_IMAGES], stage_buckets(HUB_CHECK_PX, ["1:1", "4:3", "3:4"]))
     psnr = _psnr(codec, {"all": pixels})["all"]
     _show(codec, {"val": pixels}, out_dir / "reconstructions.png")
     _require(psnr, config, "this corpus does not suit the VAE of components.hub_vae")
@@ -226,17 +198,18 @@ def _check_hub_vae(curated_dir: Path, val: pd.DataFrame, config: ComponentsConfi
 # ---------------------------------------------------------------- held-out reconstruction
 
 
-def _load(
-    curated_dir: Path, table: pd.DataFrame, buckets: list[Bucket]
-) -> tuple[dict[Bucket, np.ndarray], dict[Bucket, list[int]]]:
-    """uint8 [n, H, W, 3] of each bucket, and the rows of `table` they came from."""
-    assigned = curated.buckets_of(table, buckets)
+def _load(curated: Curated, parts: list[Part], table: pd.DataFrame, buckets: list[Bucket]) -> dict[Bucket, np.ndarray]:
+    """uint8 [n, H, W, 3] of each bucket, in the order of the corpus. Images that cannot be read are left out: encoding
+    lists them."""
     pixels: dict[Bucket, list[np.ndarray]] = {}
-    rows: dict[Bucket, list[int]] = {}
-    for row, image in curated.read_images(curated_dir, table, assigned):
-        pixels.setdefault(assigned[row], []).append(image)
-        rows.setdefault(assigned[row], []).append(row)
-    return {bucket: np.stack(images) for bucket, images in pixels.items()}, rows
+    for number, rows in table.groupby("part", sort=True):
+        assigned: Mapping[int, tuple[Bucket, int]] = {
+            int(row.row): (nearest_bucket(row.width, row.height, buckets), int(row.width) * int(row.height))
+            for row in rows.itertuples()
+        }
+        for row, image in read_images(curated, parts[number], assigned, lambda row, error: None):
+            pixels.setdefault(assigned[row][0], []).append(image)
+    return {bucket: np.stack(images) for bucket, images in pixels.items()}
 
 
 def _scaled(images: dict[Bucket, np.ndarray], scale: float) -> dict[Bucket, np.ndarray]:

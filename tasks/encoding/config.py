@@ -7,14 +7,23 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from model.config import Fraction, Positive, Section, Seed
+from model.constants import PIPELINE_TEXT_STATE
 
 
 class HubComponent(Section):
-    """A pinned model of the Hugging Face Hub. `revision` is a commit, never a branch."""
+    """A pinned model of the Hugging Face Hub. `revision` is a commit, never a branch.
 
-    repo_id: str
+    `repo_id` is ORG/NAME, or a local directory that begins with ./ or /, whose files are then taken as they are.
+    """
+
+    repo_id: Annotated[str, Field(pattern=r"^(\.?/.*|[\w.-]+/[\w.-]+)$")]
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
     subfolder: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """A directory of the same name as a repository must not take its place: only ./ and / mean a directory."""
+        return self.repo_id.startswith(("./", "/"))
 
 
 class TinyVAEConfig(Section):
@@ -45,6 +54,7 @@ class TinyTextEncoderConfig(Section):
     """A small `Qwen3VLForConditionalGeneration` trained as a language model of the captions."""
 
     vocab_size: Positive = 512  # upper bound of the tokenizer
+    words: tuple[str, ...] = ()  # in the vocabulary whether the corpus has them or not; then its most frequent ones
     hidden_size: Positive = 128
     intermediate_size: Positive = 256
     num_hidden_layers: Annotated[int, Field(ge=9)] = 10  # the pipeline's return_index -8 needs at least 9
@@ -96,18 +106,19 @@ class ComponentsConfig(Section):
 class EncodingConfig(Section):
     """How curated records become latent shards."""
 
-    rows_per_shard: Positive = 4096
+    rows_per_file: Positive = 4096  # images of a file of latents
     batch_size: Positive = 64  # images
     text_batch_size: Positive = 256
-    max_crop_fraction: Fraction = 0.5  # images that would lose more to their bucket's aspect ratio are left out
+    # "stage": buckets are the stage's aspect ratios, and an image that would lose more than max_crop_fraction to the
+    # nearest is left out, listed in the ledger. "data": more aspect ratios (buckets.DATA_RATIOS), and no image is left out.
+    shapes: Literal["stage", "data"] = "stage"
+    max_crop_fraction: Fraction = 0.5
+    # "stored": the states of all captions are written to disk before training. "online": only their tokens, and the
+    # text encoder runs inside of training. The losses are the same up to rounding; the planner compares the costs.
+    text: Literal["stored", "online"] = "stored"
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     max_text_tokens: Positive = 1024
-    hidden_state_index: Annotated[int, Field(lt=0)] = -8
-
-
-class EncodeStage(Section):
-    """The part of a training stage that decides its latents. Steps and batch size do not: a change of them encodes nothing
-    again."""
-
-    image_size_px: Positive
-    aspect_ratios: tuple[str, ...]
+    hidden_state_index: Annotated[int, Field(lt=0)] = PIPELINE_TEXT_STATE
+    max_groups: Positive = 2000  # sub-tasks of a map task; each encodes the shards of its group
+    concurrency: Annotated[int, Field(ge=0)] = 0  # sub-tasks at a time; 0: as many as the cluster takes
+    min_success_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the groups; shards of others are left out, named

@@ -1,20 +1,47 @@
-"""Frozen components, and each stage's latents and text embeddings."""
+"""Frozen components, the texts that all stages share, and each stage's latents.
+
+    plan_encoding -> encode_texts_group   -> gather_texts
+                     encode_latents_group -> gather_latents     per stage
+                     per group
+
+The map tasks have no Flyte cache: a part is made once for its inputs (store.make_part), so that one new shard costs one
+part of texts, and one of latents for each stage.
+"""
 
 from __future__ import annotations
 
 import shutil
-from typing import Optional
+from typing import NamedTuple, Optional
 
 from flytekit import task
 
+from model.config import StageConfig
 from tasks import envs
-from tasks.artifacts import ComponentsDir, CuratedDir, LatentsDir, exclusive, fetch, produce, work_path
-from tasks.encoding.config import ComponentsConfig, EncodeStage, EncodingConfig
+from tasks.artifacts import (
+    ComponentsDir,
+    CuratedDir,
+    LatentsDir,
+    TextsDir,
+    exclusive,
+    fetch,
+    plain_errors,
+    produce,
+    work_path,
+)
+from tasks.encoding.config import ComponentsConfig, EncodingConfig
+from tasks.store import LOCATIONS
+
+
+class EncodingPlan(NamedTuple):
+    """Groups of shards for map tasks, and the share of each tier's images that a stage encodes."""
+
+    groups: list[int]
+    fractions: dict[str, float]
 
 
 @task(cache=envs.cache("components"), **envs.gpu_single("encoder"))
 def make_components(curated: CuratedDir, config: ComponentsConfig) -> ComponentsDir:
-    """VAE, text encoder and processor: pinned from the Hub, or small ones trained on the curated corpus."""
+    """VAE, text encoder and processor: pinned from the Hub, or small ones trained on a sample of the corpus."""
     from tasks.encoding import components
 
     path = fetch(curated, "curated")
@@ -30,24 +57,104 @@ def make_components(curated: CuratedDir, config: ComponentsConfig) -> Components
     return artifact
 
 
-@task(cache=envs.cache("encoding"), **envs.gpu_single("encoder"))
-def encode_stage(
-    curated: CuratedDir,
-    components: ComponentsDir,
-    stage: EncodeStage,
-    config: EncodingConfig,
-    text_from: Optional[LatentsDir] = None,
-) -> LatentsDir:
-    """Latents and text embeddings of one stage. Stages share their texts: later ones take them from the first."""
-    from tasks.encoding import encode
+@task(**envs.light("encoder"))
+def plan_encoding(curated: CuratedDir, config: EncodingConfig, stage: Optional[StageConfig] = None) -> EncodingPlan:
+    """Groups of the corpus's shards; of a stage also what it draws."""
+    from tasks.encoding import flow
+
+    path = fetch(curated, "curated")
+    fractions = flow.fractions_of(path, stage) if stage is not None else {}
+    return EncodingPlan(groups=flow.list_groups(path, config.max_groups), fractions=fractions)
+
+
+@task(**envs.gpu_single("encoder"))
+def encode_texts_group(
+    curated: CuratedDir, components: ComponentsDir, config: EncodingConfig, groups: list[int], group: int
+) -> TextsDir:
+    """The captions of the shards of one group."""
+    from tasks.encoding import flow
 
     curated_path, components_path = fetch(curated, "curated"), fetch(components, "components")
-    text_path = fetch(text_from, "latents") if text_from is not None else None
+    artifact, _, _ = produce(
+        "texts",
+        lambda out: flow.encode_texts_group(curated_path, components_path, config, group, len(groups), out),
+        logs=(LOCATIONS,),
+    )
+    return artifact
+
+
+@task(**envs.gpu_single("encoder"))
+def encode_latents_group(
+    curated: CuratedDir,
+    components: ComponentsDir,
+    stage: StageConfig,
+    fractions: dict[str, float],
+    config: EncodingConfig,
+    groups: list[int],
+    group: int,
+) -> LatentsDir:
+    """The latents of the shards of one group, for one stage."""
+    from tasks.encoding import flow
+
+    curated_path, components_path = fetch(curated, "curated"), fetch(components, "components")
     artifact, _, _ = produce(
         "latents",
-        lambda out: encode.encode_stage(curated_path, components_path, stage, config, out, text_from=text_path),
-        parents=[curated_path, components_path],
-        config={"stage": stage.model_dump(mode="json"), "encoding": config.model_dump(mode="json")},
-        counts=lambda report: {"images": int(report["images"])},
+        lambda out: flow.encode_latents_group(
+            curated_path, components_path, stage, fractions, config, group, len(groups), out
+        ),
+        logs=(LOCATIONS,),
     )
+    return artifact
+
+
+@task(**envs.gather("encoder"))
+def gather_texts(
+    curated: CuratedDir, components: ComponentsDir, config: EncodingConfig, groups: list[Optional[TextsDir]]
+) -> TextsDir:
+    """The index of the texts of all shards, with the ledger of what was left out."""
+    from tasks.encoding import flow, ledger
+
+    paths = [fetch(group, "texts") if group is not None else None for group in groups]
+    parents = [fetch(curated, "curated"), fetch(components, "components", without=flow.TENSORS)]
+    with plain_errors():
+        artifact, _, report = produce(
+            "texts",
+            lambda out: flow.gather(parents[0], paths, "texts", out),
+            parents=parents,
+            config={name: getattr(config, name) for name in flow.TEXT_KEYS},
+            counts=lambda report: {"records": int(report["encoded"]), "texts": int(report["texts"])},
+            logs=(LOCATIONS,),
+        )
+    print(ledger.summary(report, "texts"), flush=True)
+    return artifact
+
+
+@task(**envs.gather("encoder"))
+def gather_latents(
+    curated: CuratedDir,
+    components: ComponentsDir,
+    stage: StageConfig,
+    fractions: dict[str, float],
+    config: EncodingConfig,
+    groups: list[Optional[LatentsDir]],
+) -> LatentsDir:
+    """The index of one stage's latents of all shards, with the ledger of what was left out."""
+    from tasks.encoding import flow, ledger
+
+    paths = [fetch(group, "latents") if group is not None else None for group in groups]
+    parents = [fetch(curated, "curated"), fetch(components, "components", without=flow.TENSORS)]
+    shape = {"image_size_px": stage.image_size_px, "aspect_ratios": list(stage.aspect_ratios)}
+    with plain_errors():
+        artifact, _, report = produce(
+            "latents",
+            lambda out: flow.gather(parents[0], paths, "latents", out, fractions=fractions, **shape),
+            parents=parents,
+            config={
+                "stage": shape | {"fractions": fractions},
+                "encoding": {name: getattr(config, name) for name in flow.LATENT_KEYS},
+            },
+            counts=lambda report: {"images": int(report["encoded"])},
+            logs=(LOCATIONS,),
+        )
+    print(ledger.summary(report, f"latents of {stage.name}"), flush=True)
     return artifact

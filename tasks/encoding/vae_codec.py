@@ -11,9 +11,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKLQwenImage
+
+
+def to_tensor(pixels: np.ndarray) -> torch.Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1], channels last in memory."""
+    import torch
+
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 class FrameCodec:
@@ -138,3 +147,16 @@ class FrameCodec:
         from torch.nn.functional import silu
 
         return self._conv(part.conv_out, silu(self._norm(part.norm_out, x)))
+
+
+def reconstruct(codec: FrameCodec, pixels: np.ndarray, batch_size: int = 64) -> np.ndarray:
+    """uint8 [n, H, W, 3] -> the same through the posterior's mean and back."""
+    import torch
+
+    out = []
+    with torch.inference_mode():
+        for start in range(0, len(pixels), batch_size):
+            mean, _ = codec.encode(to_tensor(pixels[start : start + batch_size]).to(codec.device))
+            image = codec.decode(mean).clamp_(-1.0, 1.0).add_(1.0).mul_(127.5).round_()
+            out.append(image.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy())
+    return np.concatenate(out)

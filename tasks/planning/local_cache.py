@@ -1,8 +1,8 @@
 """Keeps Flyte's local cache honest about files.
 
 A cached output of a local run is a path. When the files there are gone, Flyte would hand the path on and the
-next task would fail; so entries whose artifact is missing or incomplete are dropped before a run, and the
-task behind them runs again. On a cluster the cache is Flyte's own and nothing is done.
+next task would fail; so entries whose artifact is missing or incomplete, or is an index of parts of which one is gone,
+are dropped before a run, and the task behind them runs again. On a cluster the cache is Flyte's own and nothing is done.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.manifest import MANIFEST, load_manifest
+from tasks.store import is_index, missing_parts
 
 
 def forget_lost_artifacts(location: str) -> int:
@@ -67,4 +68,6 @@ def _whole(path: Path) -> bool:
         manifest = load_manifest(path)
     except ValueError:
         return False
-    return all((path / name).is_file() for name in manifest.files)
+    if not all((path / name).is_file() for name in manifest.files | manifest.logs):
+        return False
+    return not (is_index(path) and missing_parts(path))

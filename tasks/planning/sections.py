@@ -7,8 +7,6 @@ from typing import Literal, get_args
 from model.config import Section, TrainSettings
 from model.constants import PIPELINE_TEXT_STATE
 from model.stages import TrainingStage, training_stages
-from tasks.curation.config import CurationConfig, DedupConfig, FilterConfig
-from tasks.encoding.config import EncodeStage
 from tasks.recipe import Recipe
 
 Hop = Literal["source", "curated", "merged", "scorecard", "pipeline"]  # artifacts that workflows start from or end in
@@ -19,19 +17,12 @@ OWN_CAPTION_WORDS = 60  # with the tokens of the chat format they fit in 64
 class Stage(Section):
     """One stage as its tasks get it."""
 
-    encode: EncodeStage
     train: TrainingStage
 
 
 def stages(recipe: Recipe) -> list[Stage]:
     """The stages of a recipe, any number of them, in order."""
-    return [
-        Stage(
-            encode=EncodeStage(image_size_px=stage.stage.image_size_px, aspect_ratios=stage.stage.aspect_ratios),
-            train=stage,
-        )
-        for stage in training_stages(recipe.model, recipe.train)
-    ]
+    return [Stage(train=stage) for stage in training_stages(recipe.model, recipe.train)]
 
 
 def check_workflow(recipe: Recipe, ends_in: Hop = "pipeline", starts_from: Hop = "source") -> None:
@@ -108,24 +99,15 @@ def check_tiers(images_by_tier: dict[str, int], stages: list[Stage]) -> None:
 
 
 def for_own_images(recipe: Recipe) -> Recipe:
-    """The recipe, with two limits lifted that are set for rendered scenes: captions may have up to 60 words (or as many as
-    fit in encoding.max_text_tokens), and the PSNR of a small VAE on photographs is reported, not required."""
+    """The recipe, with three limits lifted that are set for rendered scenes: captions may have up to 60 words (or as many
+    as fit in encoding.max_text_tokens), the PSNR of a small VAE on photographs is reported, not required, and images of
+    every shape are encoded."""
     words = max(recipe.curation.captions.max_words, min(OWN_CAPTION_WORDS, recipe.encoding.max_text_tokens - 4))
     captions = recipe.curation.captions.model_copy(update={"max_words": words})
     return recipe.model_copy(
         update={
             "curation": recipe.curation.model_copy(update={"captions": captions}),
             "components": recipe.components.model_copy(update={"min_psnr_db": 0.0}),
+            "encoding": recipe.encoding.model_copy(update={"shapes": "data"}),
         }
-    )
-
-
-def scoring(recipe: Recipe) -> CurationConfig:
-    """The part of the curation section that scoring reads. Thresholds keep their defaults, so that a new one scores
-    nothing again."""
-    config = recipe.curation
-    return CurationConfig(
-        scorers=config.scorers,
-        filters=FilterConfig(max_pixels=config.filters.max_pixels),
-        dedup=DedupConfig(hash_size=config.dedup.hash_size, thumbnail_px=config.dedup.thumbnail_px),
     )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from pathlib import Path
+import tempfile
 
 from model import storage
-from tasks.manifest import sha256_file
+from tasks.curation.config import SourceConfig
+from tasks.curation.sources.base import visible, write_corpus
 
 PLACEHOLDER = "YOUR-BUCKET"  # in the recipes that come without data
 
@@ -25,35 +24,16 @@ def check_source(path: str, local: bool) -> None:
             "s3://BUCKET/images/, or set source.path"
         )
     if path and not storage.is_remote(storage.check_path(path)) and not local:
-        raise ValueError(f"source {path!r} is a path of your machine, which the cluster cannot read; give an s3:// URI")
+        raise ValueError(
+            f"source {visible(path)!r} is a path of your machine, which the cluster cannot read; give an s3:// URI"
+        )
 
 
-def fingerprint(path: str) -> str:
-    """SHA-256 over the names and contents of the files under `path` (their ETags or checksums, when remote).
-
-    Hidden files and folders of a local source do not count, as nothing reads them: a .DS_Store reruns nothing.
+def fingerprint(path: str, config: SourceConfig | None = None) -> str:
+    """The digest of the corpus that a scan of `path` gives: of names and contents (checksums, when remote), not of the path.
 
     Raises:
-        ValueError: there is nothing at `path`, or no access to it.
+        ValueError: what a scan can see to be wrong; see `write_corpus`.
     """
-    path = storage.check_path(path)
-    if not storage.is_remote(path):
-        root = Path(path).expanduser()  # as the scan reads it
-        if not root.exists():
-            raise ValueError(f"source {path!r} does not exist; give a folder of images, tars or Parquet files")
-        files = sorted(p for p in root.rglob("*") if p.is_file() and not _hidden(p, root)) if root.is_dir() else [root]
-        base = root if root.is_dir() else root.parent  # a single file's name is in its records' keys too
-        entries = [[p.relative_to(base).as_posix(), sha256_file(p)] for p in files]
-    else:
-        try:
-            filesystem, inner = storage.filesystem(path)
-            entries = [[name, str(filesystem.checksum(name))] for name in sorted(filesystem.find(inner, detail=True))]
-        except Exception as error:  # each of fsspec's back ends raises types of its own
-            raise ValueError(f"source {path!r} cannot be listed: {error}") from error
-    if not entries:
-        raise ValueError(f"source {path!r} is empty; give a folder of images, tars or Parquet files")
-    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
-
-
-def _hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
+    with tempfile.TemporaryDirectory() as scratch:
+        return write_corpus(config or SourceConfig(), path, scratch)["digest"]

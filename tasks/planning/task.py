@@ -23,10 +23,9 @@ from tasks.planning.sections import (
     check_tiers,
     check_workflow,
     for_own_images,
-    scoring,
     stages,
 )
-from tasks.planning.source import check_source, fingerprint
+from tasks.planning.source import check_source
 from tasks.publishing.config import PublishConfig
 from tasks.recipe import load_recipe
 from tasks.store import home
@@ -38,9 +37,6 @@ class Sections(NamedTuple):
     name: str
     source: SourceConfig
     source_path: str
-    source_digest: str
-    shards: list[int]
-    scoring: CurationConfig
     curation: CurationConfig
     components: ComponentsConfig
     encoding: EncodingConfig
@@ -56,7 +52,7 @@ class Sections(NamedTuple):
 def resolve_recipe(
     recipe: str, overrides: Union[list[str], str], source: str, ends_in: str, starts_from: str = "source"
 ) -> Sections:
-    """Checks the whole recipe before any work. Not cached: it also finds out whether the source has changed.
+    """Checks the whole recipe before any work. Not cached: it also forgets artifacts that are gone.
 
     `starts_from`, `ends_in`: the artifacts that the workflow is given and makes (`sections.Hop`).
     """
@@ -65,11 +61,10 @@ def resolve_recipe(
             check_directories(home(), Path(CACHE_LOCATION))
         loaded = load_recipe(recipe, [overrides] if isinstance(overrides, str) else overrides)
         check_workflow(loaded, ends_in, starts_from)
-        path = digest = ""
+        path = ""
         if starts_from == "source":
             path = source or loaded.source.path or ""
             check_source(path, is_local())
-            digest = fingerprint(path) if path else ""
         if HOPS.index(starts_from) < HOPS.index("merged") <= HOPS.index(ends_in):
             check_ranks(loaded.train, envs.TRAIN_NNODES, envs.TRAIN_NPROC, is_local())
     if source:
@@ -84,9 +79,6 @@ def resolve_recipe(
         name=loaded.name,
         source=loaded.source.model_copy(update={"path": None}),
         source_path=path,
-        source_digest=digest,
-        shards=list(range(loaded.source.shards)),
-        scoring=scoring(loaded),
         curation=loaded.curation,
         components=loaded.components,
         encoding=loaded.encoding,
@@ -102,9 +94,9 @@ def resolve_recipe(
 @task(**envs.light("curation"))
 def check_curated(curated: CuratedDir, stages: list[Stage]) -> dict[str, int]:
     """Refuses a corpus that leaves a stage without images, before it is encoded. Returns the images of each tier."""
-    from tasks.encoding.curated import images_by_tier
+    from tasks.encoding.flow import images_by_tier
 
-    path = fetch(curated, "curated", without=(".tar",))
+    path = fetch(curated, "curated")
     with plain_errors():
         counts = images_by_tier(path)
         check_tiers(counts, stages)

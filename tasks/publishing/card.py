@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from eval.card import model_index
+from model.constants import PIPELINE_TEXT_STATE
 
 PAPER = "https://arxiv.org/abs/2604.12163"
 
@@ -70,10 +71,7 @@ def _what(recipe: dict[str, Any]) -> str:
     encoder = recipe["components"]
     if encoder["kind"] == "hub":
         vae, text = encoder["hub_vae"], encoder["hub_text_encoder"]
-        parts = (
-            f"VAE of {_text(vae['repo_id'])} at `{vae['revision']}`, "
-            f"text encoder {_text(text['repo_id'])} at `{text['revision']}`"
-        )
+        parts = f"VAE of {_component(vae)}, text encoder {_component(text)}"
     else:
         parts = "a small VAE and a small text encoder of the released classes, trained on the same corpus"
     return (
@@ -91,7 +89,7 @@ def _what(recipe: dict[str, Any]) -> str:
 def _usage(recipe: dict[str, Any]) -> str:
     scores = recipe["eval"]
     size, index = scores["image_size_px"], recipe["encoding"]["hidden_state_index"]
-    extra = "" if index == -8 else f"\n    return_index={index},"
+    extra = "" if index == PIPELINE_TEXT_STATE else f"\n    return_index={index},"
     stochastic = scores["scheduler"]["stochastic_sampling"]
     again = "torch.manual_seed(0)  # the scheduler adds noise at each step\n" if stochastic else ""
     dtype = "bfloat16" if recipe["train"]["dtype"] == "bfloat16" else "float32"
@@ -251,4 +249,16 @@ def _components_licence(recipe: dict[str, Any]) -> str:
     if recipe["components"]["kind"] != "hub":
         return "All of its parts were trained by the recipe."
     vae, text = recipe["components"]["hub_vae"], recipe["components"]["hub_text_encoder"]
-    return f"It contains, unchanged, parts of {_text(vae['repo_id'])} and {_text(text['repo_id'])}, under their own licences."
+    names = " and ".join(_text(part["repo_id"]) if _is_pinned(part) else "a local directory" for part in (vae, text))
+    return f"It contains, unchanged, parts of {names}, under their own licences."
+
+
+def _is_pinned(component: dict[str, Any]) -> bool:
+    """A directory, ./NAME or /NAME, is no repository: its files are of no commit."""
+    return not component["repo_id"].startswith(("./", "/"))
+
+
+def _component(component: dict[str, Any]) -> str:
+    if not _is_pinned(component):
+        return "a local directory"
+    return f"{_text(component['repo_id'])} at `{component['revision']}`"

@@ -14,6 +14,7 @@ from tasks.artifacts import (
     MergedDir,
     ScorecardDir,
     StudyDir,
+    TextsDir,
     fetch,
     is_local,
     plain_errors,
@@ -44,9 +45,11 @@ def describe_run(
     checkpoints: list[CheckpointsDir],
     merged: MergedDir,
     latents: LatentsDir,
+    texts: TextsDir,
     scorecard: ScorecardDir,
 ) -> str:
     """What a study compares of one run, as JSON."""
+    from tasks.encoding.open_latents import open_latents
     from tasks.study import measure
 
     described = measure.describe_run(
@@ -54,7 +57,7 @@ def describe_run(
         Recipe.model_validate_json(recipe_json),
         [fetch(stage, "checkpoints", without=(".distcp",)) for stage in checkpoints],
         fetch(merged, "merged"),
-        fetch(latents, "latents"),
+        open_latents(fetch(latents, "latents"), fetch(texts, "texts")),
         fetch(scorecard, "scorecard"),
     )
     return json.dumps(described)

@@ -22,10 +22,10 @@ STEPS, GUIDANCE, IMAGES_PER_PROMPT, SEED = 20, 4.0, 4, 0
 T = TypeVar("T")
 
 
-def sampler(components: Path, latents: Path, stage: TrainingStage) -> Callable[[Any, int, Path], None] | None:
+def sampler(components: Path, max_text_tokens: int, stage: TrainingStage) -> Callable[[Any, int, Path], None] | None:
     """`f(model, step, path)` that writes a PNG of one row per prompt of `train.sample_prompts`; None if there are none.
 
-    Every rank calls it, and gets an error where rank 0 fails. Prompts are cut where the captions of `latents` were. At
+    Every rank calls it, and gets an error where rank 0 fails. Prompts are cut at `max_text_tokens`. At
     the first grid rank 0 loads the VAE, which then waits on the host, and the text encoder, of which the prompts'
     embeddings are kept. Both run on the model's device: the other ranks wait, and one of torch elastic's processes has
     a single CPU thread.
@@ -36,7 +36,7 @@ def sampler(components: Path, latents: Path, stage: TrainingStage) -> Callable[[
     kept: dict[str, Any] = {}
 
     def load(device: torch.device) -> tuple[int, list[tuple[torch.Size, torch.dtype] | None]]:
-        kept.update(_load(components, latents, prompts, device))
+        kept.update(_load(components, max_text_tokens, prompts, device))
         return kept["scale"], [None if text is None else (text.shape, text.dtype) for text in kept["texts"]]
 
     def write(model: Any, step: int, path: Path) -> None:
@@ -110,15 +110,13 @@ def _from_rank_0(
     return here
 
 
-def _load(components: Path, latents: Path, prompts: list[str], device: torch.device) -> dict[str, Any]:
+def _load(components: Path, max_tokens: int, prompts: list[str], device: torch.device) -> dict[str, Any]:
     """The VAE, its numbers, and "texts": the prompts' embeddings and mask, a row for each image, and the negative's."""
     import torch
     from diffusers import AutoencoderKLQwenImage
 
     from tasks.encoding.chat import encode_text, load_processor, load_text_encoder
-    from tasks.encoding.encode import text_settings
 
-    max_tokens = text_settings(latents)["max_text_tokens"]
     vae = AutoencoderKLQwenImage.from_pretrained(components / "vae").eval()
     encoder = load_text_encoder(components / "text_encoder", dtype="auto").to(device)  # as for the captions
     processor = load_processor(components / "processor")

@@ -23,7 +23,19 @@ from model import storage
 from model.config import FREE_KEYS
 from model.stages import TrainingStage
 from tasks import envs
-from tasks.artifacts import CheckpointsDir, ComponentsDir, LatentsDir, exclusive, fetch, produce, source, work_path
+from tasks.artifacts import (
+    CheckpointsDir,
+    ComponentsDir,
+    LatentsDir,
+    TextsDir,
+    exclusive,
+    fetch,
+    once,
+    plain_errors,
+    produce,
+    source,
+    work_path,
+)
 from tasks.manifest import MANIFEST
 
 
@@ -59,34 +71,46 @@ def earlier_checkpoints(trained: FlyteDirectory) -> tuple[str, ...]:
 
 @task(cache=envs.cache("training"), enable_deck=True, **envs.trainer())
 def train_stage(
-    latents: LatentsDir, components: ComponentsDir, stage: TrainingStage, init: Optional[CheckpointsDir] = None
+    latents: LatentsDir,
+    texts: TextsDir,
+    components: ComponentsDir,
+    stage: TrainingStage,
+    init: Optional[CheckpointsDir] = None,
 ) -> CheckpointsDir:
     """Trains one stage from the last checkpoint of the stage before, or from scratch."""
     from model.train.run import LOGS, prune_run
     from model.train.run import train_stage as run
+    from tasks.encoding.open_latents import open_latents, text_settings
+    from tasks.encoding.prompts import OnlineText
     from tasks.training import plots, samples
 
     with retried():
         streamed = stage.train.latents == "stream"
-        latents_path = fetch(latents, "latents", without=(".safetensors",) if streamed else ())
+        latents_path, texts_path = fetch(latents, "latents"), fetch(texts, "texts")
         components_path = fetch(components, "components")
-        parents = [latents_path, components_path]
+        parents = [latents_path, texts_path, components_path]
         init_path = None
         if init is not None:
             init_path = fetch(init, "checkpoints", without=earlier_checkpoints(init))
             parents.append(init_path)
         trained = stage.model_dump(mode="json", exclude={"train": set(FREE_KEYS)})
+        with plain_errors():
+            index = once(
+                f"{latents_path} {texts_path} {streamed}", lambda: open_latents(latents_path, texts_path, streamed)
+            )
+        text = text_settings(texts_path)
         work_dir = work_path(stage.stage.name, "training", trained, parents)
 
         def train(out: Path) -> dict:
             return run(
-                latents_path,
+                index,
                 stage,
                 init_from=init_path,
                 work_dir=work_dir,
                 out_dir=out,
-                sample_fn=samples.sampler(components_path, latents_path, stage),
-                latents_uri=source(latents) if streamed else None,
+                sample_fn=samples.sampler(components_path, text.max_tokens, stage),
+                latents_uri=str(index) if streamed else None,
+                text_fn=OnlineText(components_path, text) if text.form == "tokens" else None,
             )
 
         if int(os.environ.get("RANK", "0")):

@@ -122,8 +122,7 @@ def write_latents(directory: Path, stage: int) -> None:
     directory.mkdir(parents=True)
     generator = torch.Generator().manual_seed(stage)
     patterns = torch.randn(4, 16, 1, 1, generator=generator)
-    meta = {"text_dim": TEXT_DIM, "text_tokens": 48, "rows_per_shard": 20, "dtype": recipe.encoding.dtype}
-    with LatentWriter(directory, meta) as writer:
+    with LatentWriter(directory, text_dim=TEXT_DIM, rows_per_file=20, dtype=recipe.encoding.dtype) as writer:
         writer.add_text(torch.randn(8, TEXT_DIM, generator=generator))
         # Some batches need no mask: all of their texts are as long as the longest, and of a length that is not padded.
         lengths = [8 * (1 + i % 3) - (3 if i % 5 == 0 else 0) for i in range(20)]

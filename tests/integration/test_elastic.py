@@ -16,7 +16,7 @@ from flytekit.core.type_engine import TypeEngine
 from flytekit.core.utils import write_proto_to_file
 from flytekit.types.directory import FlyteDirectory
 from test_robust import STEPS, Ranks, before_step, latents, report, same_weights, until_sigterm, whole  # noqa: F401
-from train_helpers import train_config, training_stage
+from train_helpers import train_config, training_stage, write_artifacts
 
 from model.weights.checkpoints import finished_checkpoints
 from tasks.manifest import seal
@@ -46,10 +46,8 @@ def folder(tmp_path, latents):  # noqa: F811
     (tmp_path / "components").mkdir()
     (tmp_path / "components" / "file").write_text("nothing is sampled")
     seal(tmp_path / "components", "components")
-    if not (latents / "manifest.json").exists():
-        seal(latents, "latents")
     values = {
-        "latents": FlyteDirectory(str(latents), remote_directory=False),
+        **{kind: FlyteDirectory(str(path), remote_directory=False) for kind, path in write_artifacts(tmp_path).items()},
         "components": FlyteDirectory(str(tmp_path / "components"), remote_directory=False),
         "stage": training_stage(train_config(steps=STEPS)),
     }

@@ -18,7 +18,7 @@ from flytekit.core.type_engine import TypeEngine
 from flytekit.core.utils import write_proto_to_file
 from flytekit.types.directory import FlyteDirectory
 from object_store import s3_bucket
-from train_helpers import train_config, training_stage, write_latents
+from train_helpers import train_config, training_stage, write_artifacts
 
 from model.train import run
 from tasks.manifest import seal, verify
@@ -37,12 +37,12 @@ def store():
 @pytest.mark.slow
 def test_a_pod_spawns_its_processes_which_train_on_what_lies_in_an_object_store(store, tmp_path):
     """The start method and the command of production: functions and inputs reach the workers pickled."""
-    write_latents(tmp_path / "latents")
+    write_artifacts(tmp_path)
     (tmp_path / "components").mkdir()
     (tmp_path / "components" / "file").write_text("nothing is sampled")
     values = {"stage": training_stage(train_config(steps=2, expert_parallel=2))}
-    for kind in ("latents", "components"):
-        seal(tmp_path / kind, kind)
+    seal(tmp_path / "components", "components")
+    for kind in ("latents", "texts", "components"):
         store.put(str(tmp_path / kind), f"{BUCKET}/{kind}", recursive=True)
         values[kind] = FlyteDirectory(f"{BUCKET}/{kind}")
     context, kinds = FlyteContextManager.current_context(), {name: type(value) for name, value in values.items()}
@@ -63,7 +63,8 @@ def test_a_pod_spawns_its_processes_which_train_on_what_lies_in_an_object_store(
     assert not error.exists(), errors_pb2.ErrorDocument.FromString(error.read_bytes()).error.message
 
     verified = [path for path in (tmp_path / "temporary").glob("torchelastic_*/*/attempt_0/*") if path.is_file()]
-    assert len(verified) == 2  # latents and components, which the second process did not download again
+    # Latents, texts and components, which the second process did not download again, and the index.
+    assert len(verified) == 4
 
     outputs = literals_pb2.LiteralMap.FromString((tmp_path / "told" / "outputs.pb").read_bytes())
     uri = outputs.literals["o0"].scalar.blob.uri

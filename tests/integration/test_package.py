@@ -57,9 +57,7 @@ def specs(tmp_path_factory) -> dict[str, task_pb2.TaskSpec | workflow_pb2.Workfl
 @pytest.mark.parametrize(
     ("task", "role", "cache"),
     [
-        ("tasks.curation.task.make_shard", "curation", "records"),
-        ("tasks.curation.task.curate_records", "curation", "curation"),
-        ("tasks.encoding.task.encode_stage", "encoder", "encoding"),
+        ("tasks.encoding.task.make_components", "encoder", "components"),
         ("tasks.training.task.train_stage", "trainer", "training"),
         ("tasks.merging.task.merge_checkpoints", "trainer", "merging"),
         ("tasks.evaluation.task.generate_images", "evaluator", "evaluation"),
@@ -80,6 +78,17 @@ def test_the_recipe_is_read_anew_each_time_and_the_summary_told(specs):
         assert not specs[task].template.metadata.discoverable
 
 
+@pytest.mark.parametrize("task", ["list_corpus", "score_group", "decide_corpus", "select_group", "gather_curated"])
+def test_curation_is_cached_part_by_part_and_not_by_flyte(specs, task):
+    name = f"tasks.curation.task.{task}"
+    mapped = [spec for found, spec in specs.items() if found == name]
+    assert mapped, sorted(specs)
+    template = mapped[0].template
+    assert not template.metadata.discoverable and template.container.image == "registry.example/curation:v1"
+    requests = {entry.name: entry.value for entry in template.container.resources.requests}
+    assert requests and requests == {entry.name: entry.value for entry in template.container.resources.limits}
+
+
 @pytest.mark.parametrize(
     ("name", "after", "outputs"),
     [
@@ -92,7 +101,7 @@ def test_the_recipe_is_read_anew_each_time_and_the_summary_told(specs):
 def test_workflows_share_the_way_to_merged_weights(specs, name, after, outputs):
     template = specs[f"workflows.{name}.{name}"].template
     assert calls(template) == [
-        "resolve_recipe", "curate", "check_curated", "make_components", "train_stages", *after,
+        "resolve_recipe", "curate_source", "check_curated", "make_components", "train_stages", *after,
     ]  # fmt: skip
     assert set(template.interface.outputs.variables) == outputs
     nodes = {node.id: node for node in template.nodes}

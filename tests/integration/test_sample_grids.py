@@ -11,8 +11,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -23,7 +21,6 @@ from train_helpers import train_config, training_stage, transformer_config, writ
 
 from model import moe
 from model.train.run import train_stage
-from tasks.encoding.encode import TEXTS
 from tasks.training import samples
 
 pytestmark = pytest.mark.slow
@@ -80,7 +77,7 @@ def run_job(folder: Path, name: str, rank: int) -> None:
     model = transformer_config(joint_attention_dim=TEXT_WIDTH)
     stage = training_stage(train_config(**COMMON | JOBS[name][1]), model)
     found: dict = {}
-    write = samples.sampler(folder / ("lost" if name == "broken" else "components"), folder / "latents", stage)
+    write = samples.sampler(folder / ("lost" if name == "broken" else "components"), 64, stage)
 
     def sample(model, step, path):
         with watched(model, found):
@@ -101,8 +98,6 @@ def runs(tmp_path_factory) -> Path:
     make_components(folder / "components")
     (folder / "taken.png").mkdir()
     write_latents(folder / "latents", text_dim=TEXT_WIDTH)
-    settings = json.dumps({"max_text_tokens": 64})
-    pq.write_table(pa.table({"text": [""]}).replace_schema_metadata({"settings": settings}), folder / "latents" / TEXTS)
 
     def run(ranks, rank):
         if rank:

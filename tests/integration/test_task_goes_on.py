@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from flytekit.exceptions.user import FlyteRecoverableException
 from flytekit.types.directory import FlyteDirectory
-from train_helpers import train_config, training_stage, write_latents
+from train_helpers import train_config, training_stage, write_artifacts
 
 from model.train.trainer import NucleusTrainer
 from tasks.manifest import seal
@@ -23,8 +23,8 @@ def test_a_stage_goes_on_from_its_checkpoint_in_other_micro_batches_and_with_oth
     (tmp_path / "components").mkdir()
     (tmp_path / "components" / "file").write_text("nothing is sampled")
     inputs = {}
-    for kind, folder in (("latents", write_latents(tmp_path / "latents")), ("components", tmp_path / "components")):
-        seal(folder, kind)
+    seal(tmp_path / "components", "components")
+    for kind, folder in (write_artifacts(tmp_path) | {"components": tmp_path / "components"}).items():
         inputs[kind] = FlyteDirectory(str(folder), remote_directory=False)
 
     def call(**changes) -> dict:

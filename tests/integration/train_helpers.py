@@ -23,7 +23,7 @@ def write_latents(directory: Path, images: int = 64, text_dim: int = TEXT_DIM) -
     directory.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     patterns = torch.randn(4, 16, 1, 1, generator=generator)
-    with LatentWriter(directory, {"text_dim": text_dim, "text_tokens": 16, "rows_per_shard": 20}) as writer:
+    with LatentWriter(directory, text_dim=text_dim, rows_per_file=20) as writer:
         writer.add_text(torch.zeros(3, text_dim))
         for i in range(4):
             writer.add_text(torch.randn(5 + i, text_dim, generator=generator))
@@ -32,6 +32,26 @@ def write_latents(directory: Path, images: int = 64, text_dim: int = TEXT_DIM) -
             latent = patterns[i % 4] + 0.1 * torch.randn(16, height, width, generator=generator)
             writer.add_image(f"{i:064x}", latent, f"A{1 + i % 5}", [1 + i % 4])
     return directory
+
+
+def write_artifacts(folder: Path) -> dict[str, Path]:
+    """The same as sealed artifacts: the indices "latents" and "texts", each of one part below `folder`."""
+    from tasks.manifest import load_manifest, seal
+    from tasks.store import LOCATIONS, Part, write_index
+
+    whole = write_latents(folder / "whole")
+    found = {}
+    for kind, names in (("latents", {"shard": "latents"}), ("texts", {"prefix": "prefix", "shard": "texts"})):
+        parts = []
+        for name, place in names.items():
+            seal(whole / place, kind)
+            parts.append(Part(name, kind, load_manifest(whole / place).digest, str(whole / place), rows=1))
+        found[kind] = folder / kind
+        found[kind].mkdir()
+        write_index(found[kind], parts)
+        (found[kind] / "report.json").write_text("{}")
+        seal(found[kind], kind, logs=(LOCATIONS,))
+    return found
 
 
 def transformer_config(**changes) -> TransformerConfig:

@@ -18,7 +18,8 @@ FLYTE_FILES = {"tasks/envs.py", "tasks/artifacts.py", "tasks/elastic.py"}
 # Configuration sections are below all passes, so that a recipe can be composed of them.
 LAYERS = (
     ("tasks.manifest", "tasks.diffusers_parts"),
-    ("tasks.store", "tasks.trace", "tasks.elastic"),
+    ("tasks.store", "tasks.elastic"),
+    ("tasks.trace",),
     ("tasks.envs",),
     ("tasks.artifacts",),
     ("tasks.curation.config", "tasks.encoding.config", "tasks.publishing.config", "tasks.study.config"),

@@ -1,151 +1,357 @@
-"""Where a user's own images lie: a folder or file of this machine, or below a URI such as s3://bucket/prefix.
+"""Where a user's own images are: a folder or file of this machine, or below a URI such as s3://bucket/prefix.
 
-Both list names and read files by name. A remote place is listed whole; then only what is asked for is fetched, many
-small files at a time.
+A place lists one folder at a time and opens files by name. A local place opens nothing outside its root: links are
+neither followed nor read, at any level.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import stat
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 from model.storage import check_path, filesystem, is_remote, join
+from tasks.curation.sources.base import visible
 
 FETCH_FILES, FETCH_BYTES = 64, 64 * 2**20  # at most so many (or one larger file) are fetched at a time, and in memory
 BLOCK_BYTES = 2**20  # the least that is read of a remote file that is read in parts
-
-Groups = Sequence[Sequence[str]]
-Limit = Callable[[str], float]  # bytes that a file of this name may have
-
-
-class Place(Protocol):
-    """`names`: of all files, sorted, with / between folders; hidden ones are left out."""
-
-    names: list[str]
-
-    def shown(self, name: str) -> str:
-        """The file's path or URI, for messages."""
-
-    def read(self, groups: Groups, limit: Limit) -> Iterator[list[bytes | None]]:
-        """The contents of groups of files, group by group; None for what is larger than its limit."""
-
-    def opened(self, name: str) -> Any:
-        """A path, or a seekable file, of which parts can be read."""
+COPY_BYTES = 2**20
+LINK, NOT_A_FILE, HIDDEN = "symbolic link", "neither a file nor a folder", "hidden"
+NAMELESS = "folder without a name"
+NAMES = "give a folder of images, tars or Parquet files, or one such file"
 
 
-def find(path: str | os.PathLike, skipped: Counter) -> Place | None:
-    """What lies at `path`, or None. Counts in `skipped` what cannot be an image for its kind or name.
+class Folder(NamedTuple):
+    """One folder of a source. Names inside `files` and `folders` are without the path, sorted.
+
+    path: of the folder, from the root, with / between; "" for the root.
+    files: name -> size in bytes.
+    left_out: (reason, path from the root) of what is never read: links, devices, hidden files.
+    """
+
+    path: str
+    folders: list[str]
+    files: dict[str, int]
+    left_out: list[tuple[str, str]]
+
+    def at(self, name: str) -> str:
+        return f"{self.path}/{name}" if self.path else name
+
+
+def find(path: str | os.PathLike) -> Place:
+    """The place at `path`, for a scan.
 
     Raises:
-        ValueError: a remote place cannot be listed.
+        ValueError: nothing is there, or it cannot be listed.
     """
     path = check_path(path)
     if is_remote(path):
-        place = RemotePlace(str(path).rstrip("/"), skipped)
-        return place if place.there else None
-    root = Path(path).expanduser()
-    return LocalPlace(root, skipped) if root.exists() else None
+        return RemotePlace.find(path.rstrip("/"))
+    root = Path(path).expanduser().absolute()
+    try:
+        is_folder = stat.S_ISDIR(os.stat(root).st_mode)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(f"source {visible(path)!r} does not exist; {NAMES}") from error
+    except OSError as error:
+        raise _unreadable(str(root), error) from error
+    return LocalPlace(root) if is_folder else LocalPlace(root.parent, alone=root.name)
 
 
-class LocalPlace:
-    def __init__(self, root: Path, skipped: Counter) -> None:
-        self._base = root if root.is_dir() else root.parent
-        self.names = sorted(_walk(root, skipped)) if root.is_dir() else [root.name]
-
-    def shown(self, name: str) -> str:
-        return str(self._base / name)
-
-    def read(self, groups: Groups, limit: Limit) -> Iterator[list[bytes | None]]:
-        for group in groups:
-            paths = [self._base / name for name in group]
-            yield [p.read_bytes() if p.stat().st_size <= limit(name) else None for p, name in zip(paths, group)]
-
-    def opened(self, name: str) -> Path:
-        return self._base / name
+def at(uri: str, alone: str | None = None) -> Place:
+    """The place with this root, for reading: nothing is listed. `alone`: see `Place`."""
+    uri = check_path(uri)
+    return RemotePlace(uri, alone) if is_remote(uri) else LocalPlace(Path(uri), alone)
 
 
-def _walk(root: Path, skipped: Counter) -> Iterator[str]:
-    """Names of the plain files below `root`. Hidden folders are not entered."""
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        skipped.update("linked folder" for name in folders if (Path(folder) / name).is_symlink())  # may lead in circles
-        for name in files:
-            path = Path(folder) / name
-            if name.startswith("."):
-                skipped["hidden"] += 1
-            elif not path.is_file():
-                skipped["not a plain file"] += 1
-            else:
-                yield path.relative_to(root).as_posix()
+class Place:
+    """A tree of files. `alone`: the only file of it that is in the source, if the source is one file."""
 
+    alone: str | None = None
 
-class RemotePlace:
-    def __init__(self, uri: str, skipped: Counter) -> None:
-        self._fs, root = filesystem(uri)
-        try:
-            found = self._fs.find(root, detail=True)
-        except FileNotFoundError:
-            found = {}
-        except Exception as error:  # each of fsspec's back ends raises types of its own
-            raise ValueError(f"source {uri!r} cannot be listed: {error}") from error
-        self.there = bool(found)
-        alone = list(found) == [root]
-        self._root, self._uri = (root.rpartition("/")[0], uri.rpartition("/")[0]) if alone else (root, uri)
-        self._sizes: dict[str, int] = {}
-        for path, details in found.items():
-            name = path[len(self._root) + 1 :]
-            *folders, last = name.split("/")
-            if not last or any(folder.startswith(".") for folder in folders):
-                continue  # an object that stands for a folder; a hidden folder
-            if last.startswith("."):
-                skipped["hidden"] += 1
-            else:
-                self._sizes[name] = int(details["size"])
-        self.names = sorted(self._sizes)
+    def walk(self) -> Iterator[Folder]:
+        """Every folder once, a folder before those inside it, in the order of their names.
 
-    def shown(self, name: str) -> str:
-        return join(self._uri, name)
+        Raises:
+            ValueError: naming a folder that cannot be listed.
+        """
+        if self.alone is not None:
+            yield Folder("", [], {self.alone: self.size(self.alone)}, [])
+            return
+        waiting = [("", False)]
+        while waiting:
+            path, hidden = waiting.pop()
+            try:
+                folder = self._list(path)
+            except ValueError:
+                if not hidden:
+                    raise
+                folder = Folder(path, [], {}, [(HIDDEN, path)])
+            below = sorted(folder.folders, reverse=True)
+            waiting += [(folder.at(name), hidden or name.startswith(".")) for name in below]
+            files = {name: folder.files[name] for name in sorted(folder.files)}
+            left_out = list(folder.left_out)
+            if hidden or any(name.startswith(".") for name in files):
+                unseen = [name for name in files if hidden or name.startswith(".")]
+                left_out += [(HIDDEN, folder.at(name)) for name in unseen]
+                for name in unseen:
+                    del files[name]
+            shown = [name for name in reversed(below) if not hidden and not name.startswith(".")]
+            yield Folder(path, shown, files, left_out)
 
-    def read(self, groups: Groups, limit: Limit) -> Iterator[list[bytes | None]]:
-        for batch in self._batches(groups, limit):
-            wanted = list(dict.fromkeys(n for group in batch for n in group if 0 < self._sizes[n] <= limit(n)))
-            ends = [self._sizes[name] for name in wanted]
-            fetched = self._fs.cat_ranges([self._at(name) for name in wanted], [0] * len(wanted), ends)
-            for name, data in zip(wanted, fetched, strict=True):
-                if isinstance(data, BaseException):
-                    raise OSError(f"{self.shown(name)} cannot be read: {data}") from data
-            content = dict(zip(wanted, fetched, strict=True))
-            for group in batch:
-                yield [content.get(name, None if self._sizes[name] else b"") for name in group]
+    def _list(self, path: str) -> Folder:
+        raise NotImplementedError
 
-    def _batches(self, groups: Groups, limit: Limit) -> Iterator[list[Sequence[str]]]:
-        batch: list[Sequence[str]] = []
-        files = size = 0
-        for group in groups:
-            more = sum(self._sizes[name] for name in group if self._sizes[name] <= limit(name))
-            if batch and (files + len(group) > FETCH_FILES or size + more > FETCH_BYTES):
-                yield batch
-                batch, files, size = [], 0, 0
-            batch.append(group)
-            files, size = files + len(group), size + more
-        if batch:
-            yield batch
+    def folder(self, path: str) -> Folder | None:
+        """One folder by its path; None where there is none."""
+        raise NotImplementedError
 
-    def opened(self, name: str) -> Any:
-        return self._fs.open(self._at(name), "rb", block_size=BLOCK_BYTES)
+    def size(self, name: str) -> int:
+        raise NotImplementedError
+
+    def uri(self, name: str = "") -> str:
+        """Path or URI of a file, as it is opened; of the root."""
+        raise NotImplementedError
+
+    def shown(self, name: str = "") -> str:
+        """The same for messages."""
+        return visible(self.uri(name))
+
+    def locator(self, name: str) -> str:
+        """How a record names its file: from the root of a local source, by the URI of a remote one."""
+        return visible(name)
+
+    def open(self, name: str) -> BinaryIO:
+        """A seekable file.
+
+        Raises:
+            OSError: it cannot be opened, or is not a plain file.
+        """
+        raise NotImplementedError
+
+    def digest(self, name: str, first: int = 0, stop: int | None = None) -> str:
+        """SHA-256 of a local file, or of bytes [first, stop) of it; size and checksum of a remote object."""
+        raise NotImplementedError
+
+    def read_batch(self, files: Sequence[tuple[str, int]]) -> list[bytes | OSError]:
+        """The contents of some (name, size); the error in place of what cannot be read."""
+        raise NotImplementedError
+
+    def batches(self, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Ranges of the files of these sizes that are read together."""
+        return ((i, i + 1) for i in range(len(sizes)))
 
     @contextlib.contextmanager
-    def fetched(self, name: str) -> Iterator[Path]:
-        """A copy of the file, for as long as the context lasts."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / PurePosixPath(name).name
-            self._fs.get_file(self._at(name), str(path))
-            yield path
+    def local_copy(self, name: str) -> Iterator[BinaryIO]:
+        """A file in which seeking is cheap: the local one itself, or a temporary copy."""
+        with self.open(name) as file:
+            yield file
+
+
+class LocalPlace(Place):
+    def __init__(self, root: Path, alone: str | None = None) -> None:
+        self._root, self.alone = root, alone
+
+    def _list(self, path: str) -> Folder:
+        folder = Folder(path, [], {}, [])
+        try:
+            with os.scandir(self._root / path) as entries:
+                for entry in entries:
+                    if entry.is_symlink():
+                        folder.left_out.append((LINK, folder.at(entry.name)))
+                    elif entry.is_dir(follow_symlinks=False):
+                        folder.folders.append(entry.name)
+                    elif entry.is_file(follow_symlinks=False):
+                        folder.files[entry.name] = entry.stat(follow_symlinks=False).st_size
+                    else:
+                        folder.left_out.append((NOT_A_FILE, folder.at(entry.name)))
+        except OSError as error:
+            raise _unreadable(self.shown(path), error) from error
+        folder.left_out.sort()
+        return folder
+
+    def folder(self, path: str) -> Folder | None:
+        at = self._root
+        for part in path.split("/"):
+            at = at / part
+            try:
+                if not stat.S_ISDIR(os.lstat(at).st_mode):
+                    return None
+            except OSError:
+                return None
+        return self._list(path)
+
+    def size(self, name: str) -> int:
+        with self.open(name) as file:
+            return os.fstat(file.fileno()).st_size
+
+    def uri(self, name: str = "") -> str:
+        return str(self._root / name)
+
+    def open(self, name: str) -> BinaryIO:
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must not block
+        *folders, last = name.split("/")
+        if name == self.alone:
+            file = os.open(self._root / name, flags)  # the user named it, a link too
+        else:
+            folder = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                for part in folders:
+                    inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+                    os.close(folder)
+                    folder = inner
+                file = os.open(last, flags | os.O_NOFOLLOW, dir_fd=folder)
+            finally:
+                os.close(folder)
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            os.close(file)
+            raise OSError("not a plain file")
+        return os.fdopen(file, "rb")
+
+    def digest(self, name: str, first: int = 0, stop: int | None = None) -> str:
+        digest = hashlib.sha256()
+        with self.open(name) as file:
+            if stop is None:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(first)
+            while first < stop and (data := file.read(min(COPY_BYTES, stop - first))):
+                digest.update(data)
+                first += len(data)
+        return digest.hexdigest()
+
+    def read_batch(self, files: Sequence[tuple[str, int]]) -> list[bytes | OSError]:
+        contents: list[bytes | OSError] = []
+        for name, size in files:
+            try:
+                with self.open(name) as file:
+                    contents.append(file.read(size + 1))  # one more byte shows a file that grew
+            except OSError as error:
+                contents.append(error)
+        return contents
+
+
+class RemotePlace(Place):
+    def __init__(self, uri: str, alone: str | None = None) -> None:
+        self._uri, self.alone = uri, alone
+        self._fs, self._root = filesystem(uri)
+        self._listed: tuple[dict[str, Any], dict[str, Any]] = ({}, {})  # details of the files of the last two folders
+
+    @classmethod
+    def find(cls, uri: str) -> RemotePlace:
+        place = cls(uri)
+        try:
+            entries = place._fs.ls(place._root, detail=True)
+        except FileNotFoundError:
+            entries = []
+        except Exception as error:  # each of fsspec's back ends raises types of its own
+            raise ValueError(f"source {visible(uri)!r} cannot be reached: {visible(str(error))}") from error
+        if not entries:
+            raise ValueError(f"source {visible(uri)!r} does not exist, or is empty; {NAMES}")
+        if len(entries) == 1 and entries[0]["name"] == place._root and entries[0]["type"] == "file":
+            above, _, name = uri.rpartition("/")
+            return cls(above, alone=name)
+        return place
+
+    def _list(self, path: str) -> Folder:
+        folder, at = Folder(path, [], {}, []), self._at(path)
+        try:
+            entries = self._fs.ls(at, detail=True)
+        except Exception as error:  # each of fsspec's back ends raises types of its own
+            raise ValueError(f"{self.shown(path)} cannot be listed: {visible(str(error))}") from error
+        self._listed = (self._listed[1], {entry["name"]: entry for entry in entries if entry["type"] == "file"})
+        for entry in entries:
+            name = entry["name"].rstrip("/")[len(at) + 1 :]
+            if not name:  # the object that stands for the folder, or a folder without a name (`a//b.png`)
+                if entry["type"] == "directory" and entry["name"] != at:
+                    folder.left_out.append((NAMELESS, f"{path}//"))
+                continue
+            if entry["type"] == "directory":
+                folder.folders.append(name)
+            else:
+                folder.files[name] = int(entry["size"])
+        return folder
+
+    def folder(self, path: str) -> Folder | None:
+        try:
+            found = self._fs.isdir(self._at(path))
+        except Exception as error:  # each of fsspec's back ends raises types of its own
+            raise ValueError(f"{self.shown(path)} cannot be listed: {visible(str(error))}") from error
+        return self._list(path) if found else None
+
+    def _details(self, name: str) -> dict[str, Any]:
+        at = self._at(name)
+        for listed in self._listed:
+            if at in listed:
+                return listed[at]
+        try:
+            return self._fs.info(at)
+        except OSError:
+            raise
+        except Exception as error:  # each of fsspec's back ends raises types of its own
+            raise OSError(str(error)) from error
+
+    def size(self, name: str) -> int:
+        return int(self._details(name)["size"])
+
+    def uri(self, name: str = "") -> str:
+        return join(self._uri, name) if name else self._uri
+
+    def locator(self, name: str) -> str:
+        return self.shown(name)
+
+    def open(self, name: str) -> BinaryIO:
+        try:
+            return self._fs.open(self._at(name), "rb", block_size=BLOCK_BYTES)
+        except OSError:
+            raise
+        except Exception as error:  # each of fsspec's back ends raises types of its own
+            raise OSError(str(error)) from error
+
+    def digest(self, name: str, first: int = 0, stop: int | None = None) -> str:
+        details = self._details(name)
+        mark = details.get("ETag") or details.get("etag") or details.get("md5Hash") or details.get("content_md5")
+        return f"{details['size']}-{mark or self._fs.checksum(self._at(name))}".replace('"', "")
+
+    def read_batch(self, files: Sequence[tuple[str, int]]) -> list[bytes | OSError]:
+        wanted = [(name, size) for name, size in files if size]
+        contents: dict[str, Any] = {name: b"" for name, _ in files}
+        if wanted:
+            names, ends = zip(*wanted, strict=True)
+            paths = [self._at(name) for name in names]
+            answers = self._fs.cat_ranges(paths, [0] * len(paths), list(ends), on_error="return")
+            contents |= dict(zip(names, answers, strict=True))
+        return [
+            content if isinstance(content, bytes | OSError) else OSError(str(content))
+            for content in (contents[name] for name, _ in files)
+        ]
+
+    def batches(self, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+        first = total = 0
+        for i, size in enumerate(sizes):
+            if i > first and (i - first >= FETCH_FILES or total + size > FETCH_BYTES):
+                yield first, i
+                first, total = i, 0
+            total += size
+        if first < len(sizes):
+            yield first, len(sizes)
+
+    @contextlib.contextmanager
+    def local_copy(self, name: str) -> Iterator[BinaryIO]:
+        with tempfile.TemporaryFile() as copy:
+            with self.open(name) as file:
+                while data := file.read(16 * COPY_BYTES):
+                    copy.write(data)
+            copy.seek(0)
+            yield copy
 
     def _at(self, name: str) -> str:
-        return f"{self._root}/{name}"
+        return f"{self._root}/{name}" if name else self._root
+
+
+def _unreadable(shown: str, error: OSError) -> ValueError:
+    why = visible(error.strerror or str(error))
+    return ValueError(f"{shown} cannot be read: {why}; grant the right to read it, or move it out of the source")

@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tasks.encoding.chat import END, PAD_MULTIPLE, SYSTEM, VISION, first_layers
+from model.constants import PIPELINE_TEXT_STATE
+from tasks.encoding.chat import PAD_MULTIPLE, first_layers
 from tasks.encoding.config import TinyTextEncoderConfig
+from tasks.encoding.small.tokenizer import END, SYSTEM, VISION
 
 if TYPE_CHECKING:
     import torch
 
-EARLY_INDEX = -8  # of the pipeline
 FULL_EVERY = 4  # steps: the others stop at the early exit, which is what diffusion reads
 WARMUP_STEPS = 50
 WORDS_BACK = 4  # `a circle left of a red square`: square names red and left, too
@@ -101,10 +102,10 @@ def train_text_encoder(
     import torch
 
     from model.optim import Muon
-    from tasks.encoding.training_state import TrainingState
+    from tasks.encoding.small.training_state import TrainingState
 
     model = build_text_encoder(config, tokenizer, seed)
-    early = config.num_hidden_layers + 1 + EARLY_INDEX
+    early = config.num_hidden_layers + 1 + PIPELINE_TEXT_STATE
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

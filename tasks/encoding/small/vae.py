@@ -1,6 +1,6 @@
 """A small `AutoencoderKLQwenImage`, trained on the curated corpus in a few minutes of a laptop.
 
-What makes it fast, by measurement on 2 CPU cores: still frames in two dimensions (`frames.FrameCodec`), Muon for
+What makes it fast, by measurement on 2 CPU cores: still frames in two dimensions (`vae_codec.FrameCodec`), Muon for
 the inner kernels (after equal time AdamW was 4 dB behind), a larger first spread of the kernels, and most steps on
 halved or cropped images. A KL term and latents sampled from the posterior keep the latents smooth: a diffusion
 model's small errors must decode to small errors.
@@ -16,12 +16,11 @@ import numpy as np
 
 from tasks.encoding.buckets import Bucket
 from tasks.encoding.config import TinyVAEConfig
+from tasks.encoding.vae_codec import FrameCodec, to_tensor
 
 if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKLQwenImage
-
-    from tasks.encoding.vae_codec import FrameCodec
 
 # How a step sees its batch: (share of steps, scale, whether it is a crop instead of the whole). Smaller views are
 # cheaper, hold more images, and teach the lower resolutions of the earlier training stages.
@@ -29,13 +28,6 @@ VIEWS = ((0.25, 0.5, True), (0.30, 0.5, False), (0.20, 0.75, False), (0.25, 1.0,
 KERNEL_GAIN = 1.7  # about sqrt(3): PyTorch's default is too small for a deep net of convolutions
 FIRST_LOGVAR = -4.0  # of the posterior: starts nearly without noise
 WARMUP_STEPS = 20
-
-
-def to_tensor(pixels: np.ndarray) -> torch.Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1], channels last in memory."""
-    import torch
-
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def build_vae(config: TinyVAEConfig, seed: int) -> AutoencoderKLQwenImage:
@@ -73,8 +65,7 @@ def train_vae(
     import torch
 
     from model.optim import Muon
-    from tasks.encoding.training_state import TrainingState
-    from tasks.encoding.vae_codec import FrameCodec
+    from tasks.encoding.small.training_state import TrainingState
 
     vae = build_vae(config, seed)
     codec = FrameCodec(vae)
@@ -162,16 +153,3 @@ def _store_statistics(codec: FrameCodec, images: dict[Bucket, np.ndarray], confi
     center = sums / count
     deviation = (squares / count - center.square()).sqrt() / config.latent_std
     codec.vae.register_to_config(latents_mean=center.tolist(), latents_std=deviation.tolist())
-
-
-def reconstruct(codec: FrameCodec, pixels: np.ndarray, batch_size: int = 64) -> np.ndarray:
-    """uint8 [n, H, W, 3] -> the same through the posterior's mean and back."""
-    import torch
-
-    out = []
-    with torch.inference_mode():
-        for start in range(0, len(pixels), batch_size):
-            mean, _ = codec.encode(to_tensor(pixels[start : start + batch_size]).to(codec.device))
-            image = codec.decode(mean).clamp_(-1.0, 1.0).add_(1.0).mul_(127.5).round_()
-            out.append(image.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy())
-    return np.concatenate(out)

@@ -8,7 +8,7 @@ from model.data.hashing import hash_words, permuted_index
 from model.data.latents import LatentDataset, LatentWriter
 from model.data.order import SampleOrder, read_batch
 
-META = dict(text_dim=6, text_tokens=24, rows_per_shard=7, text_rows_per_shard=5)
+META = dict(text_dim=6, rows_per_file=7)
 TIERS = ("A1", "A2", "A3")
 
 
@@ -20,7 +20,7 @@ def written(tmp_path_factory):
     texts = [torch.randn(3, 6, generator=generator)]
     texts += [torch.randn(1 + i % 20, 6, generator=generator) for i in range(30)]
     images, captions = [], []
-    with LatentWriter(directory, META) as writer:
+    with LatentWriter(directory, **META) as writer:
         for text in texts:
             writer.add_text(text)
         for i in range(60):
@@ -35,11 +35,18 @@ def test_any_row_reads_back_what_was_written(written):
     directory, texts, images, captions = written
     dataset = LatentDataset(directory)
     assert len(dataset) == 60
-    assert dataset.meta.buckets == {"64x32": 15, "64x64": 30, "96x64": 15}
+    assert {name: sum(counts) for name, counts in dataset.meta.buckets.items()} == {
+        "64x32": 15,
+        "64x64": 30,
+        "96x64": 15,
+    }
+    numbers = [int(record_id, 16) for record_id in dataset.record_ids(range(60))]
+    assert sorted(numbers) == list(range(60))
     for row in np.random.default_rng(0).permutation(60):
-        assert torch.equal(dataset.latents([row])[0], images[row])
-        assert dataset.captions(row).tolist() == captions[row]
-        assert dataset.record_ids([row]) == [f"{row:064x}"]
+        assert torch.equal(dataset.latents([row])[0], images[numbers[row]])
+        assert dataset.captions(row).tolist() == captions[numbers[row]]
+        assert dataset.record_ids([row]) == [f"{numbers[row]:064x}"]
+        assert dataset.tier_names[dataset.tier[row]] == TIERS[numbers[row] % 3]
     for row, text in enumerate(texts):
         embeds, mask = dataset.text([row])
         assert embeds.shape[1] % 8 == 0
@@ -47,12 +54,24 @@ def test_any_row_reads_back_what_was_written(written):
         assert mask is None if len(text) % 8 == 0 else mask.sum() == len(text)
 
 
-def test_a_gather_over_shards_keeps_the_order_asked_for(written):
+def test_images_of_a_bucket_keep_the_order_of_the_corpus_and_by_tier_has_each_once(written):
+    dataset = LatentDataset(written[0])
+    ids = dataset.record_ids(range(60))
+    for code in range(3):
+        begin, end = dataset.bucket_begin[code : code + 2]
+        assert ids[begin:end] == sorted(ids[begin:end])
+        inside = dataset.by_tier[begin:end]
+        assert sorted(inside.tolist()) == list(range(begin, end))
+        assert dataset.tier[inside].tolist() == sorted(dataset.tier[begin:end].tolist())
+
+
+def test_a_gather_over_files_keeps_the_order_asked_for(written):
     directory, texts, images, _ = written
     dataset = LatentDataset(directory)
-    rows = [i for i in range(60) if i % 4 < 2][::-1]
+    rows = list(range(*dataset.bucket_begin[1:3]))[::-1]
     rows = rows + rows[:3]  # repeats too
-    assert torch.equal(dataset.latents(rows), torch.stack([images[row] for row in rows]))
+    numbers = [int(record_id, 16) for record_id in dataset.record_ids(rows)]
+    assert torch.equal(dataset.latents(rows), torch.stack([images[number] for number in numbers]))
     text_rows = [19, 2, 0, 30, 2]
     embeds, mask = dataset.text(text_rows)
     assert mask.sum(1).tolist() == [len(texts[row]) for row in text_rows]
@@ -65,7 +84,7 @@ def test_a_half_precision_store_reads_as_float32(tmp_path):
     for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16)):
         out = tmp_path / name
         out.mkdir()
-        with LatentWriter(out, {**META, "dtype": name}) as writer:
+        with LatentWriter(out, dtype=name, **META) as writer:
             writer.add_text(torch.ones(8, 6))
             writer.add_image("a", latent, "A1", [0])
         read = LatentDataset(out).latents([0])
@@ -113,7 +132,7 @@ def test_all_samples_of_a_step_share_one_bucket_and_buckets_get_their_share(writ
     steps = {}
     for step in range(SampleOrder.CYCLE):
         plan = order.batch(step)
-        assert {dataset.bucket_names[code] for code in dataset.bucket[plan.rows]} == {plan.bucket}
+        assert {dataset.bucket_names[code] for code in dataset.bucket_of(plan.rows)} == {plan.bucket}
         steps[plan.bucket] = steps.get(plan.bucket, 0) + 1
     assert steps == {"64x32": 256, "64x64": 512, "96x64": 256}
 
@@ -135,7 +154,7 @@ def test_every_image_is_seen_once_per_epoch(written):
         plan = order.batch(step)
         seen[plan.bucket] += plan.rows.tolist()
     for code, name in enumerate(dataset.bucket_names):
-        rows = np.flatnonzero(dataset.bucket == code)
+        rows = np.arange(*dataset.bucket_begin[code : code + 2])
         epochs = [seen[name][i : i + len(rows)] for i in range(0, len(seen[name]) - len(rows) + 1, len(rows))]
         assert len(epochs) > 50 and all(sorted(epoch) == rows.tolist() for epoch in epochs)
         assert epochs[0] != epochs[1]
@@ -151,7 +170,8 @@ def test_tiers_are_read_in_proportion_to_their_weights(written):
     assert of_tier["A3"] == 0
     assert of_tier["A1"] / of_tier["A2"] == pytest.approx(3.0, rel=0.02)
     for code in range(3):
-        rows = (dataset.bucket == code) & (dataset.tier == dataset.tier_names.index("A1"))
+        inside = dataset.bucket_of(np.arange(60)) == code
+        rows = inside & (np.asarray(dataset.tier) == dataset.tier_names.index("A1"))
         assert counts[rows].min() > 0.9 * counts[rows].max()
     with pytest.raises(ValueError, match="A1, A2, A3"):
         SampleOrder(dataset, 8, 0, {"A5": 1.0})
@@ -198,19 +218,19 @@ def test_permuted_index_is_a_bijection(size):
 
 
 def test_an_unfinished_directory_is_refused(tmp_path):
-    with pytest.raises(RuntimeError), LatentWriter(tmp_path, META) as writer:
+    with pytest.raises(RuntimeError), LatentWriter(tmp_path, **META) as writer:
         writer.add_text(torch.ones(8, 6))
         writer.add_image("a", torch.zeros(16, 4, 4), "A1", [0])
         raise RuntimeError
-    with pytest.raises(ValueError, match="no meta.json"):
+    with pytest.raises(ValueError, match="no index.json"):
         LatentDataset(tmp_path)
 
 
 def test_the_writer_names_what_does_not_fit(tmp_path):
-    writer = LatentWriter(tmp_path, META)
-    with pytest.raises(ValueError, match=r"\[25, 6\] do not fit \[1\.\.24, 6\]"):
-        writer.add_text(torch.zeros(25, 6))
+    writer = LatentWriter(tmp_path, **META)
     writer.add_text(torch.zeros(1, 6))
+    with pytest.raises(ValueError, match=r"shape \[25, 5\] does not fit \[1 or more, 6\]"):
+        writer.add_text(torch.zeros(25, 5))
     with pytest.raises(ValueError, match="text rows"):
         writer.add_image("a", torch.zeros(16, 4, 4), "A1", [1])
     with pytest.raises(ValueError, match="has 4 channels"):
@@ -220,5 +240,5 @@ def test_the_writer_names_what_does_not_fit(tmp_path):
 
 
 def test_meta_says_what_is_there(written):
-    meta = json.loads((written[0] / "meta.json").read_text())
-    assert meta["text_rows"] == 31 and meta["text_dim"] == 6 and sum(meta["buckets"].values()) == 60
+    meta = json.loads((written[0] / "index.json").read_text())
+    assert meta["text_rows"] == 31 and meta["text_dim"] == 6 and sum(map(sum, meta["buckets"].values())) == 60

@@ -176,9 +176,7 @@ def test_a_model_without_routers_is_refused():
 def latents(tmp_path_factory):
     directory = tmp_path_factory.mktemp("latents")
     generator = torch.Generator().manual_seed(0)
-    with LatentWriter(
-        directory, {"text_dim": 24, "text_tokens": 8, "rows_per_shard": 20, "latent_channels": 4}
-    ) as writer:
+    with LatentWriter(directory, text_dim=24, rows_per_file=20, latent_channels=4) as writer:
         for length in (1, 3, 5):
             writer.add_text(torch.randn(length, 24, generator=generator))
         for i in range(7):

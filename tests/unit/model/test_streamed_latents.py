@@ -8,7 +8,6 @@ import shutil
 import zlib
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
@@ -17,7 +16,7 @@ from s3fs import S3FileSystem
 
 from model import storage
 from model.data.latents import LatentDataset, LatentWriter
-from model.data.streamed import StreamedLatents
+from model.data.streamed import StreamedLatents, common_folder
 
 IMAGES, SHARD = 24, 5
 LATENT_BYTES = {8: 16 * 8 * 8 * 4, 4: 16 * 4 * 8 * 4}  # by height
@@ -27,8 +26,7 @@ def write(path, dtype="float32"):
     """Images in two buckets and texts of 1 to 11 tokens, in shards of 5."""
     path.mkdir()
     generator = torch.Generator().manual_seed(0)
-    meta = {"text_dim": 6, "text_tokens": 16, "rows_per_shard": SHARD, "text_rows_per_shard": SHARD, "dtype": dtype}
-    with LatentWriter(path, meta) as writer:
+    with LatentWriter(path, text_dim=6, rows_per_file=SHARD, dtype=dtype) as writer:
         for length in range(1, 12):
             writer.add_text(torch.randn(6, length, generator=generator).T)  # as strided as a batch's may be
         for i in range(IMAGES):
@@ -82,7 +80,7 @@ def assert_same(streamed, copied):
 
 def test_batches_are_the_same_bits_as_those_of_a_copy(directory, tmp_path):
     indices = tmp_path / "indices"
-    shutil.copytree(directory, indices, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(directory, indices, ignore=shutil.ignore_patterns("latents-*", "texts-*"))
     assert_same(batches(indices, str(directory)), batches(directory))
 
 
@@ -107,7 +105,7 @@ def test_an_object_store_is_asked_for_the_rows_of_a_batch_and_no_file_as_a_whole
     assert wanted <= read <= wanted + ahead
     # Of a text its real tokens, once where several samples of a batch have it.
     assert (
-        max(size for (_, key, limits), size in zip(asked, sizes) if "text" in key and "bytes=0-" not in limits)
+        max(size for (_, key, limits), size in zip(asked, sizes) if "texts-" in key and "bytes=0-1023" not in limits)
         <= 11 * 6 * 4
     )
 
@@ -138,13 +136,14 @@ def test_a_flipped_bit_is_refused_when_its_row_is_read_with_the_record_id(damage
     dataset = StreamedLatents(damaged, damaged)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dataset.meta.dtype]
     good = dataset.latents([13, 14])
+    (record_id,) = dataset.record_ids([14])
     flip(
-        damaged / "bucket-64x64/latents-00001.safetensors",
+        damaged / "latents/bucket-64x64/latents-00001.safetensors",
         bytes(good[1].to(dtype).view(torch.uint8).flatten().tolist()),
     )
     assert torch.equal(dataset.latents([13]), good[:1])
     named = (
-        rf"record {14:064x} \(row 14\): bytes \d+ to \d+ of .*bucket-64x64/latents-00001.safetensors are not what was"
+        rf"record {record_id} \(row 14\): bytes \d+ to \d+ of .*bucket-64x64/latents-00001.safetensors are not what was"
     )
     with pytest.raises(ValueError, match=named):
         dataset.latents([13, 14])
@@ -155,18 +154,18 @@ def test_a_flipped_bit_of_a_text_is_refused(damaged):
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dataset.meta.dtype]
     embeds, _ = dataset.text([7])
     real = embeds[0, :8].to(dtype).view(torch.uint8).flatten().tolist()
-    flip(damaged / "text/text-00001.safetensors", bytes(real))
+    flip(damaged / "texts/text/texts-00000.safetensors", bytes(real))
     dataset.text([6, 8])
     with pytest.raises(
-        ValueError, match=r"text row 7: bytes \d+ to \d+ of .*text/text-00001.safetensors are not what was"
+        ValueError, match=r"text row 7: bytes \d+ to \d+ of .*text/texts-00000.safetensors are not what was"
     ):
         dataset.text([6, 7, 8])
 
 
 def test_a_shortened_file_is_refused(damaged):
-    path = damaged / "bucket-64x64/latents-00000.safetensors"
+    path = damaged / "latents/bucket-64x64/latents-00000.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
-    last = [row for row in range(IMAGES) if row % 3][SHARD - 1]
+    last = int(LatentDataset(damaged).bucket_begin[1]) + SHARD - 1
     with pytest.raises(ValueError, match=f"row {last}"):
         StreamedLatents(damaged, damaged).latents([last])
 
@@ -204,14 +203,14 @@ def test_what_fails_for_a_moment_is_read_again_and_nothing_else_is(directory, re
 
 def test_what_fails_for_long_is_one_error_with_the_file_and_the_range(directory, reads):
     reads.failing = 10**6
-    told = r"bucket-64x64/latents-00000.safetensors: bytes 0 to \d+ could not be read in 5 attempt.*503 Slow Down"
+    told = r"bucket-64x32/latents-00000.safetensors: bytes 0 to \d+ could not be read in 5 attempt.*503 Slow Down"
     with pytest.raises(ConnectionError, match=told):
         StreamedLatents(directory, directory).latents([1])
     assert len(reads) == 5
 
 
 def test_a_file_that_is_gone_is_not_waited_for(damaged, reads):
-    (damaged / "bucket-64x64/latents-00000.safetensors").unlink()
+    (damaged / "latents/bucket-64x32/latents-00000.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="latents-00000.safetensors: bytes 0 to"):
         StreamedLatents(damaged, damaged).latents([1])
     assert len(reads) == 1
@@ -219,35 +218,30 @@ def test_a_file_that_is_gone_is_not_waited_for(damaged, reads):
 
 def test_a_header_is_read_once(directory, reads, monkeypatch):
     dataset = StreamedLatents(directory, directory)
-    dataset.latents([1, 2, 4])
-    dataset.latents([5, 1])
+    dataset.latents([0, 1, 2])
+    dataset.latents([3, 1])
     dataset.text([1, 2, 1])
-    dataset.text([3])
+    dataset.text([3, 0])
     assert len([name for name, begin in reads if name.startswith("text") and begin]) == 3  # and each text of a batch
-    assert [name for name, begin in reads if begin == 0] == ["latents-00000.safetensors", "text-00000.safetensors"]
+    assert [name for name, begin in reads if begin == 0] == ["latents-00000.safetensors", "texts-00000.safetensors"]
     monkeypatch.setattr("model.data.streamed.HEADERS_KEPT", 2)
     dataset.latents([IMAGES - 1])
     assert len(dataset._data_begin) <= 2
-    assert torch.equal(dataset.latents([1, IMAGES - 1]), LatentDataset(directory).latents([1, IMAGES - 1]))
+    assert torch.equal(dataset.latents([8, IMAGES - 1]), LatentDataset(directory).latents([8, IMAGES - 1]))
 
 
-@pytest.mark.parametrize("lost", ["index.parquet", "text/index.parquet"])
-def test_latents_without_checksums_are_refused_in_one_message_and_read_from_a_copy(damaged, directory, lost):
-    if lost == "index.parquet":
-        pq.write_table(pq.read_table(damaged / lost).drop_columns(["crc32"]), damaged / lost)
-    else:
-        (damaged / lost).unlink()
-    with pytest.raises(ValueError, match="without checksums .*encode them again, or set train.latents='download'"):
-        StreamedLatents(damaged, damaged)
-    assert_same(batches(damaged), batches(directory))
+def test_parts_in_several_stores_are_refused_and_others_are_read_from_their_common_folder():
+    assert common_folder(["s3://b/x/latents/1", "s3://b/x/texts/2"]) == "s3://b/x"
+    assert common_folder(["/a/latents/1", "/b/texts/2"]) == "/"
+    with pytest.raises(ValueError, match="in several stores, such as s3://a/x and s3://b/y"):
+        common_folder(["s3://a/x", "s3://b/y"])
 
 
 def test_the_checksums_are_of_the_bytes_in_the_files(directory):
-    index, texts = (pq.read_table(directory / name) for name in ("index.parquet", "text/index.parquet"))
-    assert texts["length"].to_pylist() == list(range(1, 12))
-    file = (directory / "bucket-64x32/latents-00000.safetensors").read_bytes()
+    dataset = LatentDataset(directory)
+    assert dataset.text_lengths(np.arange(11)).tolist() == list(range(1, 12))
+    file = (directory / "latents/bucket-64x32/latents-00000.safetensors").read_bytes()
     end = 8 + int.from_bytes(file[:8], "little")
     size = (len(file) - end) // SHARD
-    rows = [i for i in range(IMAGES) if i % 3 == 0][:SHARD]
     found = [zlib.crc32(file[end + i * size : end + (i + 1) * size]) for i in range(SHARD)]
-    assert [index["crc32"][row].as_py() for row in rows] == found
+    assert dataset.crc32[:SHARD].tolist() == found

@@ -244,7 +244,7 @@ def test_all_mistakes_are_in_the_one_message(small):
         (["components.kind=hub"], ["components: ", "'hub'", "'hub_vae'"]),
         (["components.vae.image_size_px=72"], ["components.vae.image_size_px=72 must be a multiple of 16"]),
         (["components.vae.aspect_ratios=[]"], ["components.vae.aspect_ratios has ''", "such as 16:9"]),
-        (["components.text_encoder.vocab_size=20"], ["components.text_encoder.vocab_size=20 must be at least "]),
+        (["components.text_encoder.vocab_size=5"], ["components.text_encoder.vocab_size=5 must be at least "]),
         (["curation.scorers.nsfw=clip"], ["curation.scorers.nsfw='clip' is unknown; use one of none"]),
         (["curation.filters.formats=[JPG]"], ["curation.filters.formats has 'JPG'; valid are JPEG, PNG"]),
         (["curation.filters.modes=[RGB, rgb]"], ["curation.filters.modes has 'rgb'"]),

@@ -4,7 +4,7 @@ A scene holds 1 to 4 objects. Lengths are in units of the SHORTER image side: cx
 [0, H/min(W,H)], size = side of the (square) bounding box, the same for every shape. Scenes are a function of
 the generator that they are given, so that the same seed draws the same corpus.
 
-What eval/benchmarks/shapes/vocabulary.py holds out never occurs: no held-out coloured shape, no held-out pair of coloured
+What vocabulary.py holds out never occurs: no held-out coloured shape, no held-out pair of coloured
 shapes, and no two objects whose centres stand in a held-out relation (stricter than GenEval's rule, which
 needs a clear offset as well).
 """
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from eval.benchmarks.shapes.vocabulary import (
+from tasks.curation.sources.made.vocabulary import (
     BACKGROUNDS,
     COLORS,
     HELD_OUT_COLOR_PAIRS,
@@ -30,7 +30,6 @@ from eval.benchmarks.shapes.vocabulary import (
     RELATIONS,
     SHAPES,
 )
-from eval.geneval import relative_position
 
 # Colours bind to shapes only where two things differ, and counts are only learnt from equal shapes: hence the mix.
 KINDS = {"single": 0.22, "two": 0.48, "counting": 0.25, "mixed": 0.05}
@@ -289,7 +288,20 @@ def captions(scene: Scene, rng: np.random.Generator) -> list[str]:
 def relations(scene: Scene, a: SceneObject, b: SceneObject) -> list[str]:
     """The clear relations of `a` to `b`, which the benchmark's own rule confirms."""
     clear = _relations(a, b, CLEAR_OFFSET)
-    return sorted(clear & set(relative_position(scene.box_px(a), scene.box_px(b)))) if clear else []
+    return sorted(clear & _genevals_relations(scene.box_px(a), scene.box_px(b))) if clear else []
+
+
+def _genevals_relations(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> set[str]:
+    """GenEval's rule for boxes (x0, y0, x1, y1) in px: the offset of the centres shrinks on each axis by a tenth of both
+    extents; what is left must lie beyond half of the offset's length."""
+    offset = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]
+    extents = [abs(a[i + 2] - a[i]) + abs(b[i + 2] - b[i]) for i in (0, 1)]
+    left = [np.sign(d) * max(abs(d) - 0.1 * extent, 0) for d, extent in zip(offset, extents, strict=True)]
+    if max(map(abs, left)) < 1e-3:
+        return set()
+    dx, dy = (d / np.hypot(*offset) for d in left)
+    holds = {"above": dy < -0.5, "below": dy > 0.5, "left of": dx < -0.5, "right of": dx > 0.5}
+    return {relation for relation, true in holds.items() if true}
 
 
 def _noun(item: SceneObject, color: bool = True, size: bool = False) -> str:

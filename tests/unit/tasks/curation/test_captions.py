@@ -3,7 +3,7 @@ import hashlib
 import pytest
 from pydantic import ValidationError
 
-from tasks.curation.captions import choose_captions, usable_captions
+from tasks.curation.captions import choose_captions, count_words, usable_captions
 from tasks.curation.config import CaptionConfig
 
 PER_TIER = {"A1": 4, "A2": 3, "A3": 3, "A4": 2, "A5": 1}
@@ -51,3 +51,26 @@ def test_where_one_stays_the_corpus_still_has_every_length():
 def test_a_tier_without_a_number_is_refused():
     with pytest.raises(ValidationError, match="must name each of A1, A2, A3, A4, A5"):
         CaptionConfig(per_tier={"A1": 2})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a photo of two cats", 5),
+        ("a well-known café, at noon - 5 pm", 8),
+        ("一只红色的猫在椅子旁边", 11),
+        ("一只红色的猫\uff0c在椅子旁边\u3002", 11),
+        ("赤い猫が椅子の横にいる", 11),
+        ("แมวสีแดงอยู่ข้างเก้าอี้", 6),
+        ("빨간 고양이가 의자 옆에 있다", 5),
+        ("a cat 猫 on a chair", 6),
+    ],
+)
+def test_words_are_counted_in_languages_without_spaces_too(text, words):
+    assert count_words(text) == words
+
+
+def test_a_long_sentence_without_spaces_is_over_the_limit():
+    config = CaptionConfig(per_tier=PER_TIER, max_words=12)
+    assert usable_captions(["一只红色的猫在椅子旁边" * 36], config) == []
+    assert usable_captions(["一只红色的猫在椅子旁边"], config) == ["一只红色的猫在椅子旁边"]

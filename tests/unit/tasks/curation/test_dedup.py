@@ -1,5 +1,6 @@
-import hashlib
+import contextlib
 import io
+import tempfile
 
 import imagehash
 import numpy as np
@@ -9,8 +10,9 @@ from PIL import Image, ImageDraw
 
 from tasks.curation import dedup
 from tasks.curation.config import CurationConfig, DedupConfig
-from tasks.curation.curate import score_record
-from tasks.curation.dedup import candidate_pairs, find_duplicates, thumbnail, thumbnail_difference
+from tasks.curation.dedup import DuplicateSearch, candidate_pairs, thumbnail, thumbnail_difference
+from tasks.curation.score import score_record
+from tasks.curation.sources.base import Record
 
 CONFIG = CurationConfig()
 COLORS = [(220, 40, 40), (40, 170, 70), (40, 80, 225), (240, 205, 30), (150, 50, 200), (25, 25, 25)]
@@ -47,16 +49,27 @@ def shifted(image: Image.Image, dx: int, dy: int) -> Image.Image:
     return out
 
 
+def search(scores: pd.DataFrame, config: DedupConfig, thumbnails: dict[int, np.ndarray]) -> pd.DataFrame:
+    """position, keeper and rule of each duplicate; the records are added one by one, as from as many shards."""
+    with tempfile.TemporaryDirectory() as work, contextlib.closing(DuplicateSearch(work, config)) as found:
+        for i in range(len(scores)):
+            found.add(np.array([i]), scores.iloc[i : i + 1])
+        exact = [(position, keeper, "exact_duplicate") for position, keeper in found.exact_duplicates()]
+        near = found.near_duplicates(lambda wanted: {i: thumbnails[i] for i in wanted.tolist()})
+        rows = exact + [(position, keeper, "near_duplicate") for position, keeper, _ in near]
+    return pd.DataFrame(rows, columns=["position", "keeper", "rule"])
+
+
 def find(images: list[Image.Image], config: DedupConfig = CONFIG.dedup) -> pd.DataFrame:
     rows, small = [], {}
     for i, image in enumerate(images):
         buffer = io.BytesIO()
         image.save(buffer, "PNG", compress_level=1)
-        columns, sample = score_record(buffer.getvalue(), [], CurationConfig(dedup=config))
+        record = Record(f"k{i}", buffer.getvalue(), "png", [], "user", f"{i}.png", i)
+        row, sample = score_record(record, CurationConfig(dedup=config))
         small[i] = thumbnail(sample.image, config.thumbnail_px)
-        digest = hashlib.sha256(buffer.getvalue()).hexdigest()
-        rows.append({"key": f"k{i}", "record_id": digest} | columns | {"aesthetic": 5.0})
-    return find_duplicates(pd.DataFrame(rows), config, lambda wanted: {int(i): small[i] for i in wanted})
+        rows.append(row | {"aesthetic": 5.0})
+    return search(pd.DataFrame(rows), config, small)
 
 
 RNG = np.random.default_rng(7)
@@ -126,26 +139,26 @@ def test_the_larger_copy_is_kept_wherever_it_stands():
     assert list(find([large, small])["position"]) == [1]
 
 
-def test_the_better_scored_copy_is_kept():
-    row = {"width": 100, "height": 100}
-    scores = pd.DataFrame([row | {"aesthetic": 5.0}, row | {"aesthetic": 5.1}, row | {"aesthetic": 7.0}])
-    assert list(dedup._preference(scores)) == [2, 0, 1]
+def plain(**columns) -> pd.DataFrame:
+    """Scores of records that look alike."""
+    count = len(next(iter(columns.values())))
+    alike = {"width": 64, "height": 64, "aesthetic": 5.0, "phash": "0" * 16}
+    alike["coarse"] = [np.full(48, 100, np.uint8).tobytes()] * count
+    return pd.DataFrame({"record_id": [f"id{i}" for i in range(count)]} | alike | columns, index=range(count))
+
+
+def test_of_near_copies_the_better_scored_one_is_kept_and_a_hair_does_not_count():
+    flat = dict.fromkeys(range(3), np.zeros((64, 64, 3), np.uint8))
+    found = search(plain(aesthetic=[5.0, 5.1, 7.0]), CONFIG.dedup, flat)
+    assert found[["position", "keeper"]].to_numpy().tolist() == [[0, 2], [1, 2]]
+    found = search(plain(aesthetic=[5.0, 5.1]), CONFIG.dedup, flat)
+    assert found[["position", "keeper"]].to_numpy().tolist() == [[1, 0]]
 
 
 def test_a_chain_does_not_merge_its_ends():
     """a ~ b ~ c, but not a ~ c: b falls to a, and c stays."""
-    hashes = ["0" * 16] * 3
     thumbs = {i: np.full((64, 64, 3), 30 * i, np.uint8) for i in range(3)}
-    scores = pd.DataFrame(
-        {
-            "key": list("abc"),
-            "record_id": list("abc"),
-            **{"width": 64, "height": 64, "aesthetic": 5.0},
-            "phash": hashes,
-            "coarse": [np.full(48, 100 + i, np.uint8).tobytes() for i in range(3)],
-        }
-    )
-    found = find_duplicates(scores, DedupConfig(max_thumbnail_difference=40), lambda rows: {i: thumbs[i] for i in rows})
+    found = search(plain(aesthetic=[5.0] * 3), DedupConfig(max_thumbnail_difference=40), thumbs)
     assert found[["position", "keeper"]].to_numpy().tolist() == [[1, 0]]
 
 
@@ -204,3 +217,32 @@ def test_hash_bits_are_imagehashs(size):
     value = imagehash.phash(draw_scene(SCENES[5]), hash_size=size)
     bits = dedup.hash_bits(str(value), size)
     assert np.array_equal(bits, value.hash.ravel())
+
+
+@pytest.mark.parametrize("distance", [2, 4, 6])
+def test_joins_on_disk_find_the_pairs_that_comparing_in_memory_finds(distance, monkeypatch):
+    rng = np.random.default_rng(3)
+    hashes = np.repeat(rng.integers(0, 2**63, 40, dtype=np.uint64), 6)
+    for i in range(len(hashes)):
+        for bit in rng.choice(64, rng.integers(0, 5), replace=False):
+            hashes[i] ^= np.uint64(1) << np.uint64(bit)
+    coarse = [rng.integers(100, 130, 48).astype(np.uint8).tobytes() for _ in hashes]
+    scores = plain(phash=[f"{int(value):016x}" for value in hashes], coarse=coarse)
+    pairs = []
+    for limit in (10**6, 10):
+        monkeypatch.setattr(dedup, "COMPARED_IN_MEMORY", limit)
+        with tempfile.TemporaryDirectory() as work:
+            found = DuplicateSearch(work, DedupConfig(max_hamming_distance=distance))
+            with contextlib.closing(found):
+                found.add(np.arange(len(scores)), scores)
+                assert list(found.exact_duplicates()) == []
+                pairs.append(found._candidate_pairs().tolist())
+    assert pairs[0] == pairs[1] and len(pairs[0]) > 50
+
+
+def test_a_distance_that_is_too_wide_for_the_corpus_is_refused_with_the_figures():
+    with pytest.raises(
+        ValueError, match=r"max_hamming_distance=14: near duplicates among 700000000 .* 4 takes about 5\.\de\+10"
+    ):
+        dedup.plan_blocks(700_000_000, 14, 8)
+    assert [dedup.plan_blocks(count, 4, 8) for count in (10**6, 10**7, 7 * 10**8)] == [6, 7, 8]

@@ -1,5 +1,7 @@
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -9,8 +11,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from tasks.curation import filters
 from tasks.curation.config import CurationConfig, FilterConfig, ScorerConfig
-from tasks.curation.curate import score_record
-from tasks.curation.scorers import build_scorers, watermark_score
+from tasks.curation.score import measure, run_scorers, score_record
+from tasks.curation.scorers import SCORERS, build_scorers
+from tasks.curation.scorers.classical import watermark_score
+from tasks.curation.sources.base import Record
 
 CONFIG = CurationConfig(filters=FilterConfig(min_side_px=32, min_entropy_bits=0.05))
 
@@ -44,14 +48,11 @@ def png_header(width: int, height: int) -> bytes:
 
 def verdict(data: bytes, config: CurationConfig = CONFIG) -> tuple[str, str]:
     """(rule, detail) of one record."""
-    columns, sample = score_record(data, ["a circle"], config)
+    row, sample = score_record(Record("k", data, "png", ["a circle"], "user", "a.png", 0), config)
     if sample is not None:
-        for scorer in build_scorers(config.scorers):
-            columns[scorer.column] = float(scorer([sample])[0])
-    frame = pd.DataFrame([{"key": "k", "record_id": "0" * 64} | columns])
-    row = filters.decide(frame, config.filters).iloc[0]
-    assert row.kept == (row.rule == "")
-    return row.rule, row.detail
+        run_scorers(build_scorers(config.scorers), [(row, sample)])
+    rule, detail = filters.decide(pd.DataFrame([row]), config.filters)
+    return rule[0], detail[0]
 
 
 # --- decoding --------------------------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ def test_exif_orientation_is_made_real_as_pillow_does(orientation):
         data = to_bytes(busy(), kind, exif=exif)
         want = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
         assert np.array_equal(np.asarray(filters.decode(data, 10**6)), np.asarray(want.convert("RGB")))
-        columns, _ = score_record(data, [], CONFIG)
+        columns = measure(data, CONFIG).columns
         assert (columns["width"], columns["height"]) == want.size
         assert columns["orientation"] == orientation
         header = filters.inspect(data)
@@ -286,11 +287,18 @@ def test_each_rule_rejects_what_it_names(rule, data, fields):
     assert bool(detail) == bool(rule)
 
 
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "JPEG2000", "PPM"])
+def test_a_format_that_the_recipe_rejects_is_not_decoded(kind, monkeypatch):
+    data = to_bytes(busy(), kind)
+    monkeypatch.setattr(filters, "_decode", None)
+    assert verdict(data)[0] == "format"
+
+
 def table(**columns) -> pd.DataFrame:
     """Scores of good records, of as many rows as the columns given."""
     size = len(next(iter(columns.values())))
     good = {
-        **{"key": [f"k{i}" for i in range(size)], "record_id": "0" * 64, "error_rule": "", "error": ""},
+        **{"key": [f"k{i}" for i in range(size)], "record_id": "0" * 64, "error_rule": "", "error": "", "problem": ""},
         **{"format": "PNG", "mode": "RGB", "animated": False, "width": 512, "height": 512, "bytes_per_pixel": 1.0},
         **{"entropy_bits": 5.0, "single_color_fraction": 0.2, "border_fraction": 0.0},
         **{"nsfw": np.nan, "watermark": 0.0, "aesthetic": 5.0, "similarity": np.nan},
@@ -301,21 +309,48 @@ def table(**columns) -> pd.DataFrame:
 def test_the_models_scores_decide_by_their_thresholds_and_missing_ones_reject_nothing():
     scores = table(nsfw=[0.9, 0.1, np.nan, np.nan], similarity=[0.3, 0.05, 0.3, np.nan])
     config = FilterConfig(max_nsfw=0.5, min_image_text_similarity=0.2)
-    assert list(filters.decide(scores, config)["rule"]) == ["nsfw", "image_text_similarity", "", ""]
+    assert list(filters.decide(scores, config)[0]) == ["nsfw", "image_text_similarity", "", ""]
 
 
 def test_the_first_broken_rule_is_named():
     scores = table(width=[10, 512], entropy_bits=[0.0, 0.0], nsfw=[1.0, 1.0])
-    assert list(filters.decide(scores, FilterConfig())["rule"]) == ["min_side", "low_entropy"]
+    assert list(filters.decide(scores, FilterConfig())[0]) == ["min_side", "low_entropy"]
 
 
 def test_a_threshold_is_still_good_and_deciding_leaves_the_scores_alone():
     scores = table(entropy_bits=[0.5, 0.4999])
     before = scores.copy()
-    assert list(filters.decide(scores, FilterConfig(min_entropy_bits=0.5))["kept"]) == [True, False]
+    assert list(filters.decide(scores, FilterConfig(min_entropy_bits=0.5))[0]) == ["", "low_entropy"]
     pd.testing.assert_frame_equal(scores, before)
+
+
+def test_a_problem_of_the_source_comes_before_every_other_rule():
+    scores = table(problem=["unreadable_caption", ""], problem_detail=["a.txt is not UTF-8", ""], width=[1, 512])
+    rule, detail = filters.decide(scores, FilterConfig())
+    assert (rule[0], detail[0]) == ("unreadable_caption", "a.txt is not UTF-8") and rule[1] == ""
 
 
 def test_a_scorer_that_does_not_exist_is_refused_by_name():
     with pytest.raises(ValueError, match="curation.scorers.nsfw='clip' is unknown; use one of none"):
         build_scorers(ScorerConfig(nsfw="clip"))
+    with pytest.raises(ValueError, match="curation.scorers.watermark='clasical' is unknown; did you mean 'classical'?"):
+        build_scorers(ScorerConfig(watermark="clasical"))
+
+
+def test_a_scorer_is_imported_only_where_a_recipe_names_it():
+    code = (
+        "import sys; from tasks.curation.scorers import build_scorers; from tasks.curation.config import ScorerConfig\n"
+        "build_scorers(ScorerConfig(watermark='none', aesthetic='none'))\n"
+        "assert 'tasks.curation.scorers.classical' not in sys.modules\n"
+        "build_scorers(ScorerConfig())\n"
+        "assert 'tasks.curation.scorers.classical' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("spec", SCORERS, ids=lambda spec: spec.name)
+def test_every_scorer_of_the_registry_fills_its_column(spec):
+    (scorer,) = build_scorers(ScorerConfig(**{"watermark": "none", "aesthetic": "none", spec.column: spec.name}))
+    row, sample = score_record(Record("k", to_bytes(busy()), "png", ["a"], "user", "a.png", 0), CONFIG)
+    run_scorers([scorer], [(row, sample)])
+    assert np.isfinite(row[spec.column])

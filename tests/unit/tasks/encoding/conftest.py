@@ -1,47 +1,32 @@
-"""A small curated directory of rendered scenes, and components trained on it for some steps."""
+"""A small curated corpus of rendered scenes in two shards, and components trained on it for some steps."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pytest
+from selected import scenes, select
 
-from tasks.curation.shards import Record, ShardWriter
-from tasks.curation.sources.made import scenes
 from tasks.encoding.config import ComponentsConfig, TinyTextEncoderConfig, TinyVAEConfig
-
-
-def write_curated(out: Path, count: int, seed: int = 0, aspects: tuple[float, ...] = (1.0, 4 / 3)) -> pd.DataFrame:
-    """Scenes of 64 px in two shards; every seventh record is held out."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for shard in range(2):
-        with ShardWriter(out / f"shards/{shard:05d}.tar") as writer:
-            for i in range(count // 2):
-                scene = scenes.sample_scene(rng, size_px=64, aspect=aspects[i % len(aspects)])
-                image = scenes.render(scene)
-                data = io.BytesIO()
-                image.save(data, "PNG")
-                sidecar = {"captions": scenes.captions(scene, rng)[:3], "source": "scenes", "meta": {}}
-                record = Record(f"scene-{shard}-{i:03d}", data.getvalue(), sidecar, "png")
-                writer.add(record)
-                split = "val" if i % 7 == 0 else "train"
-                rows.append(
-                    record.row(shard) | {"width": image.width, "height": image.height, "tier": "A2", "split": split}
-                )
-    table = pd.DataFrame(rows)
-    table.to_parquet(out / "records.parquet")
-    return table
+from tasks.manifest import seal
 
 
 @pytest.fixture(scope="session")
-def curated_dir(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("curated")
-    write_curated(out, 120)
-    return out
+def curated_home(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(autouse=True)
+def _home(curated_home, monkeypatch):
+    monkeypatch.setenv("NUCLEUS_HOME", str(curated_home))
+
+
+@pytest.fixture(scope="session")
+def curated_dir(tmp_path_factory, curated_home) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NUCLEUS_HOME", str(curated_home))
+        out = tmp_path_factory.mktemp("curated")
+        return select(out / "source", [scenes(60, 0), scenes(60, 1)], out / "curated")
 
 
 @pytest.fixture(scope="session")
@@ -57,9 +42,13 @@ def small_config() -> ComponentsConfig:
 
 
 @pytest.fixture(scope="session")
-def components(curated_dir, small_config, tmp_path_factory) -> tuple[Path, dict]:
+def components(curated_dir, small_config, tmp_path_factory, curated_home) -> tuple[Path, dict]:
     """(components directory, its report)."""
     from tasks.encoding.components import make_components
 
-    out = tmp_path_factory.mktemp("components")
-    return out, make_components(curated_dir, small_config, out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NUCLEUS_HOME", str(curated_home))
+        out = tmp_path_factory.mktemp("components")
+        report = make_components(curated_dir, small_config, out)
+        seal(out, "components")
+        return out, report

@@ -11,8 +11,9 @@ def test_reading_and_writing_weights_draws_no_bar_and_other_bars_stay(tmp_path, 
 
     from tasks.encoding.config import TinyTextEncoderConfig
     from tasks.encoding.small.text_encoder import build_text_encoder
+    from tasks.encoding.small.tokenizer import build_tokenizer
 
-    tokenizer = chat.build_tokenizer([], 64)
+    tokenizer = build_tokenizer([], 64)
     config = TinyTextEncoderConfig(hidden_size=48, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1)
     model = build_text_encoder(config, tokenizer, 0)
     chat.hide_bars()

@@ -15,8 +15,8 @@ from flytekit.types.directory import FlyteDirectory
 
 from tasks.artifacts import UserError, home
 from tasks.encoding import components, task
-from tasks.encoding import training_state as resume
-from tasks.encoding.training_state import TrainingState
+from tasks.encoding.small import training_state as resume
+from tasks.encoding.small.training_state import TrainingState
 from tasks.manifest import seal
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -28,7 +28,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage  # here, so that attempts need not load it again
 from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 import model.optim
-from tasks.encoding import training_state as resume
+from tasks.encoding.small import training_state as resume
 from tasks.encoding.components import make_components
 from tasks.encoding.config import ComponentsConfig
 

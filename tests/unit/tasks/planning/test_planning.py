@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from diskcache import Cache
 from flyteidl.core import literals_pb2
 
-from tasks.manifest import load_manifest, seal, writing
+from tasks import store
+from tasks.manifest import seal, writing
 from tasks.planning import local_cache
 from tasks.planning.local_run import check_directories
-from tasks.planning.sections import check_ranks, check_tiers, check_workflow, for_own_images, scoring, stages
-from tasks.planning.source import check_source, fingerprint
+from tasks.planning.sections import check_ranks, check_tiers, check_workflow, for_own_images, stages
+from tasks.planning.source import check_source
 from tasks.recipe import load_recipe
 
 
@@ -20,27 +23,14 @@ def test_another_stages_steps_do_not_touch_this_stage():
     assert [one == other for one, other in zip(stages(before), stages(after))] == [True, True, False]
 
 
-def test_training_numbers_do_not_touch_encoding():
-    before = load_recipe("tiny")
-    after = load_recipe("tiny", ["train.stages[1].steps=7", "train.stages[1].batch_size=64", "train.optim.muon_lr=0.1"])
-    assert stages(before)[1].encode == stages(after)[1].encode
-    assert stages(before)[1].encode != stages(load_recipe("tiny", ["train.stages[1].image_size_px=64"]))[1].encode
-
-
-def test_a_threshold_does_not_touch_scoring_but_a_scorer_does():
-    before = load_recipe("tiny")
-    assert scoring(before) == scoring(load_recipe("tiny", ["curation.filters.min_side_px=32"]))
-    assert scoring(before) != scoring(load_recipe("tiny", ["curation.scorers.watermark=none"]))
-    assert scoring(before) != scoring(load_recipe("tiny", ["curation.dedup.hash_size=16"]))
-
-
-def test_own_images_keep_long_captions_and_need_no_psnr_and_change_nothing_else():
+def test_own_images_keep_long_captions_and_every_shape_and_need_no_psnr_and_change_nothing_else():
     recipe = load_recipe("tiny")
     own = for_own_images(recipe)
     assert own.curation.captions.max_words == 60 and own.components.min_psnr_db == 0.0
     assert own.curation.captions.max_words + 2 <= recipe.encoding.max_text_tokens
-    restored = own.model_copy(update={"curation": recipe.curation, "components": recipe.components})
-    assert restored == recipe
+    assert own.encoding == recipe.encoding.model_copy(update={"shapes": "data"})
+    parts = {name: getattr(recipe, name) for name in ("curation", "components", "encoding")}
+    assert own.model_copy(update=parts) == recipe
     assert own.curation.filters == recipe.curation.filters and own.components.vae == recipe.components.vae
 
 
@@ -178,64 +168,6 @@ def test_a_path_of_ones_own_machine_is_refused_on_a_cluster_alone():
         check_source("images/", local=False)
 
 
-def test_fingerprint_knows_the_home_directory_and_a_single_files_name(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "a.parquet").write_bytes(b"one")
-    first = fingerprint("~/a.parquet")
-    (tmp_path / "a.parquet").rename(tmp_path / "b.parquet")
-    assert fingerprint("~/b.parquet") != first
-
-
-def test_fingerprint_follows_content_and_names(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"one")
-    first = fingerprint(str(tmp_path))
-    assert fingerprint(str(tmp_path)) == first
-    (tmp_path / "a.png").write_bytes(b"two")
-    second = fingerprint(str(tmp_path))
-    (tmp_path / "a.png").rename(tmp_path / "b.png")
-    assert len({first, second, fingerprint(str(tmp_path))}) == 3
-
-
-def test_fingerprint_passes_over_what_the_scan_passes_over(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "a.png").write_bytes(b"one")
-    first = fingerprint(str(tmp_path))
-    (tmp_path / ".cache").mkdir()
-    for name in (".DS_Store", "sub/.a.png.swp", ".cache/b.png"):
-        (tmp_path / name).write_bytes(b"noise")
-    assert fingerprint(str(tmp_path)) == first
-    (tmp_path / "sub" / "b.png").write_bytes(b"two")
-    assert fingerprint(str(tmp_path)) != first
-
-
-def test_a_shard_that_no_change_of_the_source_touched_is_the_same_artifact(tmp_path, monkeypatch):
-    from tasks.curation.config import SourceConfig
-    from tasks.curation.task import make_shard
-
-    monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
-    source = tmp_path / "source"
-    source.mkdir()
-
-    def digests() -> list[str]:
-        digest, config = fingerprint(str(source)), SourceConfig(shards=2)
-        made = [make_shard.task_function(config, str(source), digest, shard) for shard in range(2)]
-        return [load_manifest(shard.path).digest for shard in made]
-
-    for name in "abcd":
-        (source / f"{name}.png").write_bytes(name.encode())
-    before = digests()
-    (source / "d.png").write_bytes(b"changed")
-    after = digests()
-    assert after[0] == before[0] and after[1] != before[1]
-
-
-def test_fingerprint_refuses_nothing_in_words(tmp_path):
-    with pytest.raises(ValueError, match="is empty; give a folder of images"):
-        fingerprint(str(tmp_path))
-    with pytest.raises(ValueError, match="does not exist"):
-        fingerprint(str(tmp_path / "gone"))
-
-
 def _artifact(home):
     with writing(home / "artifacts" / "records", by_digest=True) as out:
         (out / "data.txt").write_text("data")
@@ -261,3 +193,14 @@ def test_cached_artifacts_that_are_gone_are_forgotten_and_others_kept(tmp_path):
     assert local_cache.forget_lost_artifacts(str(tmp_path / "cache")) == 2
     with Cache(str(tmp_path / "cache")) as cache:
         assert set(cache.iterkeys()) == {"whole", "someone else's"}
+
+
+def test_an_index_of_which_a_part_is_gone_is_forgotten(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
+    part = store.make_part("scores", "a", "1", {}, lambda out: (out / "data.txt").write_text("data"))
+    index, _, _ = store.make_sealed("scores", lambda out: store.write_index(out, [part]), logs=(store.LOCATIONS,))
+    with Cache(str(tmp_path / "cache")) as cache:
+        cache["index"] = _entry(index)
+    assert local_cache.forget_lost_artifacts(str(tmp_path / "cache")) == 0
+    shutil.rmtree(part.uri)
+    assert local_cache.forget_lost_artifacts(str(tmp_path / "cache")) == 1

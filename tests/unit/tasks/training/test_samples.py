@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,7 +10,6 @@ from PIL import Image
 import model.sampling.sampler
 from model.stages import training_stages
 from tasks.encoding.config import TinyTextEncoderConfig, TinyVAEConfig
-from tasks.encoding.encode import TEXTS
 from tasks.recipe import load_recipe
 from tasks.training import samples
 
@@ -25,8 +20,8 @@ PROMPTS = '["a photo of a red circle left of a blue square and a green star", "a
 @pytest.fixture
 def components(tmp_path):
     """An untrained VAE and text encoder."""
-    from tasks.encoding.chat import build_tokenizer, save_processor
     from tasks.encoding.small.text_encoder import build_text_encoder
+    from tasks.encoding.small.tokenizer import build_tokenizer, save_processor
     from tasks.encoding.small.vae import build_vae
 
     tokenizer = build_tokenizer(["a photo of a cat"], 128)
@@ -39,8 +34,6 @@ def components(tmp_path):
 
 @pytest.mark.parametrize(("max_text_tokens", "tokens"), [(8, 8), (1024, 24)])
 def test_prompts_are_cut_where_the_captions_were(components, tmp_path, monkeypatch, max_text_tokens, tokens):
-    settings = json.dumps({"max_text_tokens": max_text_tokens})
-    pq.write_table(pa.table({"text": [""]}).replace_schema_metadata({"settings": settings}), tmp_path / TEXTS)
     seen = []
 
     def sample(transformer, text, mask, negative, negative_mask, noise, *_):
@@ -50,7 +43,7 @@ def test_prompts_are_cut_where_the_captions_were(components, tmp_path, monkeypat
     monkeypatch.setattr(model.sampling.sampler, "sample_latents", sample)
     recipe = load_recipe("smoke", [f"train.sample_prompts={PROMPTS}", "train.sample_every_steps=1"])
     stage = training_stages(recipe.model, recipe.train)[0]
-    samples.sampler(components, tmp_path, stage)(torch.nn.Linear(1, 1), 1, tmp_path / "grid.png")
+    samples.sampler(components, max_text_tokens, stage)(torch.nn.Linear(1, 1), 1, tmp_path / "grid.png")
     assert seen == [tokens]
     side = stage.stage.image_size_px
     assert Image.open(tmp_path / "grid.png").size == (samples.IMAGES_PER_PROMPT * side, 2 * side)

@@ -17,6 +17,7 @@ from flytekit.types.directory import FlyteDirectory
 from torch.distributed import DistError
 from torch.distributed.checkpoint.api import CheckpointException
 
+from model.data.files import TextMeta
 from model.stages import training_stages
 from model.train.guard import Diverged
 from model.train.preemption import Preempted
@@ -35,10 +36,12 @@ def stage(tmp_path, monkeypatch):
     run.pruned, run.LOGS = [], ()
     run.prune_run = lambda train, work_dir: run.pruned.append(work_dir)
     monkeypatch.setitem(sys.modules, "model.train.run", run)
+    monkeypatch.setattr("tasks.encoding.open_latents.open_latents", lambda *_: tmp_path / "latents")
+    monkeypatch.setattr("tasks.encoding.open_latents.text_settings", lambda _: TextMeta(text_dim=1))
     monkeypatch.setattr(samples, "sampler", lambda *_: None)
     monkeypatch.setattr(plots, "training_html", lambda _: "")
     inputs = {}
-    for kind in ("latents", "components"):
+    for kind in ("latents", "texts", "components"):
         (tmp_path / kind).mkdir()
         (tmp_path / kind / "file").write_text(kind)
         seal(tmp_path / kind, kind)

@@ -1,54 +1,14 @@
-"""Pass 3: scorers behind one interface. A scorer adds one column; filters.decide decides on it.
-
-The small recipes use classical scorers (numpy only). A model scorer (NSFW, watermark, aesthetic, similarity) is one
-more class with `column` and `__call__`, entered in `SCORERS` under the name that a recipe chooses it by.
-`none` leaves the column empty (NaN), and a rule never rejects on an empty score.
-"""
+"""Scorers without a model: numpy and scipy only."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
-from PIL import Image
 from scipy import ndimage
 
-from tasks.curation.config import ScorerConfig
-
-COLUMNS = ("watermark", "aesthetic", "nsfw", "similarity")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What a scorer sees of one record: decoded once, upright, reduced.
-
-    `image`: RGB, shorter side at most 384 px (enough for the CLIP family). `pixels`: uint8 [H, W, 3] and `gray`:
-    uint8 [H, W], longer side at most 256 px. `captions`: as they came.
-    """
-
-    image: Image.Image
-    pixels: np.ndarray
-    gray: np.ndarray
-    captions: tuple[str, ...]
-
-
-class Scorer(Protocol):
-    """Scores a batch: float32 [N], NaN where it has no opinion. Loads its model on first use, not at construction."""
-
-    column: str
-
-    def __call__(self, samples: Sequence[Sample]) -> np.ndarray: ...
-
-
-class NoScorer:
-    def __init__(self, column: str) -> None:
-        self.column = column
-
-    def __call__(self, samples: Sequence[Sample]) -> np.ndarray:
-        return np.full(len(samples), np.nan, np.float32)
+from tasks.curation.scorers.base import Sample
 
 
 class PerImageScorer:
@@ -59,6 +19,14 @@ class PerImageScorer:
 
     def __call__(self, samples: Sequence[Sample]) -> np.ndarray:
         return np.array([self._score(sample) for sample in samples], np.float32)
+
+
+def watermark_scorer() -> PerImageScorer:
+    return PerImageScorer("watermark", lambda sample: watermark_score(sample.gray))
+
+
+def aesthetic_scorer() -> PerImageScorer:
+    return PerImageScorer("aesthetic", aesthetic_proxy)
 
 
 # --- watermark -------------------------------------------------------------------------------------------------
@@ -166,31 +134,3 @@ def aesthetic_proxy(sample: Sample) -> float:
         min(math.log1p(laplacian) / math.log1p(2000), 1),
     )
     return 10 * (0.3 * parts[0] + 0.4 * parts[1] + 0.3 * parts[2])
-
-
-SCORERS: dict[str, dict[str, Callable[[], Scorer]]] = {
-    "watermark": {"classical": lambda: PerImageScorer("watermark", lambda s: watermark_score(s.gray))},
-    "aesthetic": {"proxy": lambda: PerImageScorer("aesthetic", aesthetic_proxy)},
-    "nsfw": {},
-    "similarity": {},
-}
-
-
-def build_scorers(config: ScorerConfig) -> list[Scorer]:
-    """One scorer for each column of `COLUMNS`.
-
-    Raises:
-        ValueError: the recipe names a scorer that does not exist.
-    """
-    scorers: list[Scorer] = []
-    for column in COLUMNS:
-        name = getattr(config, column)
-        if name == "none":
-            scorers.append(NoScorer(column))
-        elif name in SCORERS[column]:
-            scorers.append(SCORERS[column][name]())
-        else:
-            raise ValueError(
-                f"curation.scorers.{column}={name!r} is unknown; use one of {', '.join(['none', *SCORERS[column]])}"
-            )
-    return scorers

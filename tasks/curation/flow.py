@@ -1,0 +1,320 @@
+"""What the tasks of curation do, without Flyte: each step over its shards, by parts that are made once.
+
+`curate_source` runs all steps in one process, as `python -m tasks.curation.check` and the tests do.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from tasks.curation import decide, dedup, ledger, score, selections
+from tasks.curation.config import CurationConfig, SourceConfig
+from tasks.curation.curated import CORPUS
+from tasks.curation.scorers import scorer_revisions
+from tasks.curation.sources import base
+from tasks.curation.sources.base import Account, Shard
+from tasks.envs import CACHE_VERSIONS
+from tasks.manifest import MANIFEST, load_manifest
+from tasks.store import (
+    INDEX,
+    LOCATIONS,
+    Part,
+    fetch_part,
+    group_range,
+    make_part,
+    make_sealed,
+    num_groups,
+    read_index,
+    write_index,
+)
+
+REPORT_PAGE = "report.html"
+# Where shards are is no part of what a corpus is: its tables are logs of the seal, and corpus.json has their digest.
+CORPUS_DIGEST = "corpus.json"
+CORPUS_LOGS = (base.SHARDS_TABLE, base.REPORT)
+CURATED_LOGS = (LOCATIONS, *(f"{CORPUS}/{name}" for name in CORPUS_LOGS))
+
+
+def make_shard(config: SourceConfig, index: int) -> Part:
+    """A shard of a made source as a `records` part."""
+    inputs = {"source": config.model_dump(mode="json", include=MADE_BY), "shard": index}
+    return attempt(
+        "records",
+        f"{index:05d}",
+        lambda name: make_part(
+            "records",
+            name,
+            CACHE_VERSIONS["records"],
+            inputs,
+            lambda out: int(base.write_made_shard(config, index, out)["images"]),
+            config=inputs,
+        ),
+    )
+
+
+MADE_BY = {"scenes", "scene_size_px", "defect_fraction", "digits", "shards", "seed"}
+
+
+def write_corpus(config: SourceConfig, path: str, made: Sequence[Part], out_dir: Path) -> dict:
+    """Writes the table of a user's shards at `path`, or of the `made` parts; returns its report.
+
+    Raises:
+        ValueError: what a scan can see to be wrong, or a part that could not be made.
+    """
+    check_made(made)
+    if path:
+        report = base.write_corpus(config, path, out_dir)
+    else:
+        # The tables of a shard are enough; its tar is read by who scores it.
+        directories = [fetch_part(part, without=(".tar",)) for part in made]
+        report = base.made_corpus(directories, out_dir, [part.uri for part in made])
+    (out_dir / CORPUS_DIGEST).write_text(json.dumps({"digest": report["digest"]}) + "\n")
+    return report
+
+
+def check_made(parts: Sequence[Part]) -> None:
+    """
+    Raises:
+        ValueError: a shard could not be made.
+    """
+    for part in parts:
+        if part.error:
+            raise ValueError(f"shard {part.name} of the source could not be made: {part.error}")
+
+
+def check_size(images: int, config: CurationConfig) -> None:
+    """Refuses, before anything is scored, what could not be decided about so many images.
+
+    Raises:
+        ValueError: see dedup.plan_blocks.
+    """
+    if images > dedup.COMPARED_IN_MEMORY:
+        dedup.plan_blocks(images, config.dedup.max_hamming_distance, config.dedup.hash_size)
+
+
+def score_group(corpus_dir: Path, config: CurationConfig, group: int, groups: int) -> list[Part]:
+    """The score parts of the shards of one group, made where they are not known."""
+    corpus = base.open_corpus(corpus_dir)
+    shards = list(corpus.shards())
+    return [score_shard(corpus, shards[i], config) for i in group_range(group, groups, len(shards))]
+
+
+def score_shard(corpus, shard: Shard, config: CurationConfig) -> Part:
+    config = config.scoring()
+    inputs = {
+        "shard": shard.shard_id,
+        "scoring": config.model_dump(mode="json"),
+        "scorers": scorer_revisions(config.scorers),
+    }
+    return attempt(
+        "scores",
+        shard.shard_id,
+        lambda name: make_part(
+            "scores",
+            name,
+            CACHE_VERSIONS["scores"],
+            inputs,
+            lambda out: score.score_shard(corpus, shard, config, out),
+            config=inputs | {"digest": shard.digest},
+        ),
+    )
+
+
+def attempt(kind: str, name: str, make) -> Part:
+    """The part, or a part that names the error, so that one shard does not stop the others of its group.
+
+    Raises:
+        OSError: the disk is full: the others would fail as well.
+    """
+    try:
+        return make(name)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        print(f"{kind} of shard {name} failed: {text}", flush=True)
+        return Part(name, kind, error=text)
+
+
+def decide_corpus(corpus_dir: Path, indices: Sequence[Path | None], config: CurationConfig, groups: int) -> Part:
+    """The decision about a corpus, as a part.
+
+    Args:
+        indices: for each group the index of its score parts; None where its task failed.
+
+    Raises:
+        ValueError: more shards failed than min_success_ratio allows; the others are kept, so that only these are
+            scored when the same command runs again.
+    """
+    corpus = base.open_corpus(corpus_dir)
+    shards = list(corpus.shards())
+    parts = list(_score_parts(shards, indices))
+    names = {shard.shard_id: shard.uri for shard in shards}
+    failed = [part for part in parts if part.error]
+    if len(failed) > (1 - config.min_success_ratio) * len(parts):
+        few = "; ".join(f"{names[part.name]}: {part.error}" for part in failed[:3])
+        raise ValueError(
+            f"{len(failed)} of {len(parts)} shards could not be scored (curation.min_success_ratio="
+            f"{config.min_success_ratio:g}): {few}. Run again to score these alone"
+        )
+    inputs = {
+        "corpus": load_manifest(corpus_dir).digest,
+        "scores": decide.digest_of_parts(parts),
+        "config": config.deciding().model_dump(mode="json"),
+        "groups": groups,
+    }
+    scan = Account.from_json(json.loads((corpus_dir / base.REPORT).read_text())["account"])
+
+    def make(out: Path) -> int:
+        return decide.decide(parts, scan, config.deciding(), out, groups, names)["kept"]
+
+    return make_part(
+        "decisions", "decisions", CACHE_VERSIONS["curation"], inputs, make, [corpus_dir], inputs, decide.LOGS
+    )
+
+
+def _score_parts(shards: list[Shard], indices: Sequence[Path | None]) -> Iterator[Part]:
+    """One part for each shard, in the corpus's order."""
+    for group, index in enumerate(indices):
+        members = [shards[i] for i in group_range(group, len(indices), len(shards))]
+        if index is None:
+            for shard in members:
+                yield Part(shard.shard_id, "scores", error="the task that scores its group did not finish")
+            continue
+        found = list(read_index(index))
+        if [part.name for part in found] != [shard.shard_id for shard in members]:
+            raise ValueError(f"{index} has the scores of other shards than group {group} of this corpus")
+        yield from found
+
+
+def fetch_decision(part: Part, group: int, groups: int) -> Path:
+    """The decision's directory; of a remote one the files of `group` alone."""
+    others = [i for i in range(groups) if i != group]
+    without = [f"{decide.GROUPS}/{i:05d}.parquet" for i in others]
+    without += [f"{decide.SCORES_INDEX}/{i:05d}/{name}" for i in others for name in (INDEX, LOCATIONS)]
+    return fetch_part(part, without=(ledger.LEDGER_TABLE, *without))
+
+
+def result_line(directory: Path, part: Part, config: CurationConfig) -> str:
+    """What a run says about its curation.
+
+    Raises:
+        ValueError: no record is left; names the causes, and where ledger and report are.
+    """
+    content = json.loads((directory / base.REPORT).read_text())
+    if not content["kept"]:
+        raise ValueError(f"{decide.nothing_left(content, config)} Ledger and report: {part.uri}")
+    line = f"curation: kept {content['kept']} of {content['input']} records"
+    rejected = [
+        f"{count} x {rule} ({content['examples'][rule]['file']})"
+        for rule, count in sorted(content["rejected"].items(), key=lambda item: -item[1])
+        if count
+    ]
+    line += f"; rejected: {', '.join(rejected)}" if rejected else ""
+    left_out = content["account"]["left_out"]
+    return line + (f"; left out: {left_out}" if left_out else "")
+
+
+def select_group(decision: Part, config: CurationConfig, group: int, groups: int) -> list[Part]:
+    """The selections parts of the shards of one group."""
+    directory = fetch_decision(decision, group, groups)
+    kept = pq.read_table(directory / decide.GROUPS / f"{group:05d}.parquet")
+    parts = []
+    for scores in read_index(directory / decide.SCORES_INDEX / f"{group:05d}"):
+        if scores.error:
+            parts.append(Part(scores.name, "selections", error=scores.error))
+            continue
+        decided = kept.filter(pc.equal(kept["shard"], scores.name)).select(["row", "tier", "captions"])
+        parts.append(select_shard(scores, decided, config))
+    return parts
+
+
+def select_shard(scores: Part, decided: pa.Table, config: CurationConfig) -> Part:
+    buckets = config.tiers.model_dump(mode="json", include={"episodic_buckets"})
+    inputs = {"scores": scores.digest, "decided": decide.digest_of_table(decided), "tiers": buckets}
+
+    def make(out: Path) -> int:
+        return selections.write_selection(
+            fetch_part(scores, without=(score.THUMBNAILS_TABLE,)), decided, config.tiers, out
+        )
+
+    return attempt(
+        "selections",
+        scores.name,
+        lambda name: make_part(
+            "selections", name, CACHE_VERSIONS["curation"], inputs, make, [scores.as_parent()], {"tiers": buckets}
+        ),
+    )
+
+
+def gather_curated(corpus_dir: Path, decision: Part, parts: Iterable[Part], out_dir: Path) -> dict:
+    """Writes the curated directory; returns the content of report.json.
+
+    Raises:
+        ValueError: selections could not be written.
+    """
+    directory = fetch_part(decision)
+    (out_dir / CORPUS).mkdir()
+    for path in sorted(corpus_dir.rglob("*")):
+        target = out_dir / CORPUS / path.relative_to(corpus_dir)
+        if path.is_dir():
+            target.mkdir(exist_ok=True)
+        elif path.name != MANIFEST:
+            shutil.copyfile(path, target)
+    for name in (ledger.LEDGER_TABLE, base.REPORT, REPORT_PAGE):
+        shutil.copyfile(directory / name, out_dir / name)
+    write_index(out_dir, parts)
+    content = json.loads((out_dir / base.REPORT).read_text())
+    kept = sum(part.rows for part in read_index(out_dir))
+    if kept != content["kept"]:
+        raise ValueError(f"the selections have {kept} records, the decision has {content['kept']}: run again")
+    return content
+
+
+def curate_source(source: SourceConfig, path: str, config: CurationConfig, until: str = "curated") -> tuple[Path, Part]:
+    """All steps in one process, a group for each shard.
+
+    Args:
+        path: of the user's own images; "" makes the recipe's.
+        until: "decisions" or "curated".
+
+    Returns:
+        the path of the corpus or of the curated directory, and the decision.
+
+    Raises:
+        ValueError: the source is refused, or (until "curated") no record is left.
+    """
+    made = [] if path else [make_shard(source, index) for index in range(source.shards)]
+    corpus_dir, _, report = make_sealed(
+        "corpus",
+        lambda out: write_corpus(source, path, made, out),
+        [part.as_parent() for part in made if not part.error],
+        logs=CORPUS_LOGS,
+    )
+    groups = num_groups(report["shards"], config.max_groups)
+    indices = [_index("scores", score_group(corpus_dir, config, group, groups)) for group in range(groups)]
+    decision = decide_corpus(corpus_dir, indices, config, groups)
+    if until == "decisions":
+        return corpus_dir, decision
+    result_line(fetch_part(decision), decision, config)
+    parts = [part for group in range(groups) for part in select_group(decision, config, group, groups)]
+    curated_dir, _, _ = make_sealed(
+        "curated",
+        lambda out: gather_curated(corpus_dir, decision, parts, out),
+        [corpus_dir],
+        config.deciding(),
+        logs=CURATED_LOGS,
+    )
+    return curated_dir, decision
+
+
+def _index(kind: str, parts: Sequence[Part]) -> Path:
+    return make_sealed(kind, lambda out: write_index(out, parts), logs=(LOCATIONS,))[0]

@@ -1,0 +1,327 @@
+"""What the input side hands to curation: a corpus is a table of shards, and a shard gives records.
+
+    write_corpus(config, path, out_dir)                                      a user's own images: the only scan
+    write_made_shard(config, i, part) ... made_corpus(parts, out_dir)        rendered scenes and digits
+        -> shards.parquet, files/*.parquet, report.json
+    open_corpus(out_dir).read(shard, account) -> Record, Record, ...
+
+A shard is a tar, a range of row groups of a Parquet file, an Arrow file, or a list of image files. It is fixed when it
+is first seen: another file in the source changes no other shard. The original bytes stay where they are.
+
+Everything that a source has is counted once, by the scan or by the reader of a shard: see `Account`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyarrow as pa
+
+if TYPE_CHECKING:
+    from tasks.curation.config import SourceConfig
+    from tasks.curation.sources.corpus import Corpus
+
+SHARDS = pa.schema(
+    [
+        ("shard_id", pa.string()),
+        ("kind", pa.string()),
+        ("uri", pa.string()),
+        ("first_row", pa.int64()),
+        ("num_rows", pa.int64()),
+        ("size_bytes", pa.int64()),
+        ("digest", pa.string()),
+        ("source", pa.string()),
+    ]
+)
+SHARDS_TABLE, FILES_FOLDER, REPORT, TRUTH_TABLE = "shards.parquet", "files", "report.json", "truth.parquet"
+
+# What curation may decode or reject by name; anything else is counted as left out.
+IMAGE_EXTENSIONS = tuple("png jpg jpeg jpe jfif webp gif bmp tif tiff avif jp2 ppm pgm".split())
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "prompt", "raw")
+
+MAX_IMAGE_BYTES = 256 * 2**20  # nothing larger is read into memory
+MAX_CONTAINER_BYTES = 32 * 2**30  # of one tar, Parquet or Arrow file
+
+CHANGED = "has changed since the source was scanned; start the run again"
+_CONTAINER = re.compile(r"\.(tar|tgz|tar\.gz|tar\.bz2|tar\.xz|parquet|arrow):", re.IGNORECASE)
+
+UNREADABLE_CAPTION = "unreadable_caption"
+AMBIGUOUS_CAPTION = "ambiguous_caption"
+UNREADABLE_FILE = "unreadable_file"
+PROBLEMS = (UNREADABLE_FILE, UNREADABLE_CAPTION, AMBIGUOUS_CAPTION)  # rules of the ledger
+
+
+class Shard(NamedTuple):
+    """A row of shards.parquet.
+
+    shard_id: 16 hex digits, a function of the shard's content, of its name inside the source and of the settings that
+        decide what its captions are; not of the place of the source.
+    kind: "tar", "parquet", "arrow" or "files".
+    uri: of the tar, Parquet or Arrow file; of the source's root for "files". A relative one lies beside the table.
+    first_row, num_rows: the range of a Parquet file's rows; num_rows is -1 where only reading tells (a remote tar).
+    size_bytes: of the file, of the row groups, or of the image files together.
+    digest: SHA-256 of local content; size and checksum of a remote object; for "files" over names and digests.
+    source: "user", "scenes" or "digits".
+    """
+
+    shard_id: str
+    kind: str
+    uri: str
+    first_row: int
+    num_rows: int
+    size_bytes: int
+    digest: str
+    source: str
+
+
+class Record(NamedTuple):
+    """One image of a source, with the captions that its owner wrote.
+
+    key: a function of the image's place inside the source, so that another image renames none.
+    data: the original bytes; b"" where they cannot be read.
+    ext: lower case, without a dot; "bin" where neither a name nor the first bytes tell.
+    captions: whole, in the order in which they were written; [] where there is none.
+    source: "user", "scenes" or "digits".
+    locator: the user's own file, tar member or row: `holiday/a.jpg`, `x.tar:a.jpg`, `x.parquet:7`. For a remote source
+        the URI stands before it. What a terminal would obey is escaped.
+    row: position in the shard, from 0.
+    problem, detail: "" or one of `PROBLEMS`, and one sentence that names the file and the remedy.
+    """
+
+    key: str
+    data: bytes
+    ext: str
+    captions: list[str]
+    source: str
+    locator: str
+    row: int
+    problem: str = ""
+    detail: str = ""
+
+
+class Options(NamedTuple):
+    """What the readers need of a recipe: `source.encoding` and `source.caption_columns`."""
+
+    encoding: str | None = None
+    caption_columns: tuple[str, ...] = ()
+
+
+class Account:
+    """What was seen of a source and what became of it: seen = used + skipped.
+
+    seen: files, tar members and table rows, links and devices included.
+    used: those that are an image, hold images, or describe one.
+    records: images that were read as records.
+    skipped: reason -> (count, an example's name).
+    """
+
+    def __init__(self, seen: int = 0, used: int = 0, records: int = 0, skipped: dict | None = None) -> None:
+        self.seen, self.used, self.records = seen, used, records
+        self.skipped: dict[str, tuple[int, str]] = dict(skipped or {})
+
+    def use(self, count: int = 1) -> None:
+        """Counts files that are images, hold them or describe them."""
+        self.seen += count
+        self.used += count
+
+    def skip(self, reason: str, example: str, count: int = 1) -> None:
+        """Counts files that are left out. The example of a reason is the first in the order of names."""
+        if not count:
+            return
+        self.seen += count
+        self._add(reason, count, visible(example))
+
+    def _add(self, reason: str, count: int, example: str) -> None:
+        before, first = self.skipped.get(reason, (0, example))
+        self.skipped[reason] = (before + count, min(first, example))
+
+    def check(self) -> None:
+        """Asserts that everything seen is accounted for."""
+        left_out = sum(count for count, _ in self.skipped.values())
+        assert self.seen == self.used + left_out, f"seen {self.seen}, used {self.used}, skipped {left_out}"
+
+    def __add__(self, other: Account) -> Account:
+        total = Account(self.seen + other.seen, self.used + other.used, self.records + other.records, self.skipped)
+        for reason, (count, example) in other.skipped.items():
+            total._add(reason, count, example)
+        return total
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Account) and self.to_json() == other.to_json()
+
+    __hash__ = None  # it changes
+
+    def __repr__(self) -> str:
+        return f"Account({self.to_json()})"
+
+    def to_json(self) -> dict[str, Any]:
+        """{"seen", "used", "records", "skipped": {reason: [count, example]}}, reasons sorted."""
+        skipped = {reason: list(self.skipped[reason]) for reason in sorted(self.skipped)}
+        return {"seen": self.seen, "used": self.used, "records": self.records, "skipped": skipped}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Account:
+        skipped = {reason: (int(count), str(example)) for reason, (count, example) in value["skipped"].items()}
+        return cls(int(value["seen"]), int(value["used"]), int(value["records"]), skipped)
+
+    @classmethod
+    def total(cls, accounts: Iterable[Account]) -> Account:
+        return sum(accounts, cls())
+
+    def left_out(self) -> str:
+        """`3 x .heic (IMG_0.HEIC), 1 x .zip (photos.zip)`, the most frequent first; "" if nothing was left out."""
+        ordered = sorted(self.skipped.items(), key=lambda item: (-item[1][0], item[0]))
+        return ", ".join(f"{count} x {reason} ({example})" for reason, (count, example) in ordered)
+
+
+def write_corpus(config: SourceConfig, path: str | None, out_dir: str | os.PathLike) -> dict[str, Any]:
+    """Scans a user's own images and writes the corpus: shards.parquet, files/*.parquet and report.json.
+
+    Args:
+        config: the `source` section of a recipe.
+        path: a folder, file or URI; None takes `config.path`.
+        out_dir: an empty directory.
+
+    Returns:
+        The report: {"digest": of the corpus, wherever it lies; "shards", "images" (-1 if a remote tar is among them),
+        "size_bytes", "account": of the scan alone, "options": what the reader needs of `config`}.
+
+    Raises:
+        ValueError: naming the user's file, line or row: what a scan can see to be wrong.
+    """
+    from tasks.curation.sources import scan
+
+    return scan.write_corpus(config, path, out_dir)
+
+
+def write_made_shard(config: SourceConfig, index: int, out_dir: str | os.PathLike) -> dict[str, Any]:
+    """Makes shard `index` of `config.shards` of the rendered scenes and digits, in an empty directory.
+
+    Writes NNNNN.tar, a shards.parquet of one row (uri relative), report.json, and truth.parquet (for tests: which defect
+    was planted where). Every record depends on (seed, its number) alone, so that another number of shards gives the
+    same records.
+
+    Raises:
+        ValueError: no such shard, no record at all, or more digits than there are.
+    """
+    from tasks.curation.sources.made import corpus
+
+    return corpus.write_made_shard(config, index, out_dir)
+
+
+def made_corpus(
+    parts: Sequence[str | os.PathLike], out_dir: str | os.PathLike, uris: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Writes the table of a made corpus over the directories of `write_made_shard`; copies no tar.
+
+    Args:
+        parts: the directories, in any order.
+        uris: where the parts will be read, if elsewhere than at `parts`.
+    """
+    from tasks.curation.sources.made import corpus
+
+    return corpus.made_corpus(parts, out_dir, uris)
+
+
+def open_corpus(corpus_dir: str | os.PathLike) -> Corpus:
+    """Opens what `write_corpus` or `made_corpus` wrote.
+
+    Raises:
+        ValueError: the directory is not a corpus.
+    """
+    from tasks.curation.sources.corpus import Corpus
+
+    return Corpus(corpus_dir)
+
+
+# ---------------------------------------------------------------- names
+
+
+def visible(text: str) -> str:
+    """The text with everything escaped that a terminal obeys or cannot show, so that names in messages stay names."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    if unicodedata.category(character) == "Zs":
+        return character
+    return character.encode("unicode_escape").decode()
+
+
+def base_name(path: str) -> str:
+    """The last part of a path with / between its parts."""
+    return path[path.rfind("/") + 1 :]
+
+
+def extension(path: str) -> str:
+    """Lower case, without the dot; "" where there is none."""
+    dot = path.rfind(".")
+    return path[dot + 1 :].lower() if path.rfind("/") + 1 < dot else ""
+
+
+def reason_of(name: str) -> str:
+    """Why a file of an unknown kind is left out: its kind."""
+    return f".{visible(extension(name))}" if extension(name) else "no extension"
+
+
+def is_image(name: str) -> bool:
+    return extension(name) in IMAGE_EXTENSIONS
+
+
+def to_bytes(name: str) -> bytes:
+    """A name as its file system or archive has it, which need not be UTF-8."""
+    return name.encode("utf-8", "surrogateescape")
+
+
+def from_bytes(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
+
+
+def record_key(name: str, inner: str | None = None) -> str:
+    """The key of a loose file, or of a member or row inside a file; different for different places.
+
+    `x.tar:a.png` may be a member of x.tar and a file of that name: the odd one is written in another way.
+    """
+    if inner is None:
+        place = f"\0{name}" if _CONTAINER.search(name) else name
+    else:
+        place = f"{name}\0{inner}" if _CONTAINER.search(name) else f"{name}:{inner}"
+    return f"user-{hashlib.sha256(to_bytes(place)).hexdigest()[:20]}"
+
+
+def check_size(shown: str, size: int) -> None:
+    """
+    Raises:
+        ValueError: a tar, Parquet or Arrow file is larger than any that is read.
+    """
+    if size > MAX_CONTAINER_BYTES:
+        raise ValueError(f"{shown} is larger than {MAX_CONTAINER_BYTES // 2**30} GiB; divide it")
+
+
+def digest_of(*parts: Any) -> str:
+    """SHA-256 of JSON."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def shard_id(kind: str, name: str, first_row: int, digest: str, options: Options, more: str = "") -> str:
+    """more: digest of what else decides the records: a table's schema, or what tables beside a tar say of it."""
+    return digest_of(kind, name, first_row, digest, options, more)[:16]
+
+
+def count_of(number: int, noun: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def records_in_order(records: Iterable[Record]) -> Iterator[Record]:
+    """The records with their positions as `row`."""
+    for row, record in enumerate(records):
+        yield record._replace(row=row)

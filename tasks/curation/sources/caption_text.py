@@ -1,0 +1,146 @@
+"""Captions as their owners wrote them: text of any encoding that can be told, JSON, and cells of tables.
+
+A caption is read whole or not at all: what cannot be decoded or parsed is a `CaptionError`, never a shorter text.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import unicodedata
+from collections.abc import Iterable
+from typing import Any
+
+from tasks.curation.sources.base import CAPTION_COLUMNS, extension, visible
+
+SIDECAR_EXTENSIONS = ("txt", "caption", "json")
+MAX_TEXT_BYTES, MAX_JSON_BYTES = 2**20, 4 * 2**20
+_MARKS = (  # the longer first: UTF-32's begins with UTF-16's
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+
+
+class CaptionError(ValueError):
+    """Why a caption cannot be read, without the name of its file."""
+
+
+def decode(data: bytes, encoding: str | None) -> str:
+    """Text by its byte order mark; else UTF-8; else `encoding`.
+
+    Raises:
+        CaptionError: it is none of these. UTF-16 without a mark is valid UTF-8 with NULs, so NULs count as unreadable.
+    """
+    for mark, name in _MARKS:
+        if data.startswith(mark):
+            try:
+                return _without_nul(data[len(mark) :].decode(name))
+            except UnicodeError as error:
+                raise CaptionError(f"has the mark of {name} and is none: {error}") from error
+    try:
+        return _without_nul(data.decode("utf-8"))
+    except UnicodeError as error:
+        why = f"is not UTF-8 (byte {error.start + 1})" if isinstance(error, UnicodeDecodeError) else f"{error}"
+        if encoding is None:
+            raise CaptionError(f"{why}; save it as UTF-8, or name its encoding in source.encoding") from error
+    try:
+        return _without_nul(data.decode(encoding))
+    except UnicodeError as error:
+        raise CaptionError(f"is neither UTF-8 nor source.encoding={encoding}; save it as UTF-8") from error
+
+
+def _without_nul(text: str) -> str:
+    if "\0" in text:
+        raise UnicodeError("has NUL characters, as UTF-16 without a byte order mark does")
+    return text
+
+
+def column_name(name: str) -> str:
+    """How columns are compared: without case and outer blanks."""
+    return unicodedata.normalize("NFC", name).strip().casefold()
+
+
+def caption_columns(columns: Iterable[str], wanted: tuple[str, ...]) -> list[str]:
+    """Those of `columns` that have captions, in the order of `wanted` (of the default names, if that is empty)."""
+    found: dict[str, list[str]] = {}
+    for column in columns:
+        found.setdefault(column_name(column), []).append(column)
+    names = dict.fromkeys(column_name(name) for name in wanted or CAPTION_COLUMNS)
+    return [column for name in names for column in found.get(name, ())]
+
+
+def column_hint(wanted: tuple[str, ...]) -> str:
+    names = ", ".join(wanted or CAPTION_COLUMNS)
+    return f"a caption column ({names}); name yours in source.caption_columns"
+
+
+def captions_of(value: Any) -> list[str]:
+    """Captions in a string or a list of strings; other values have none.
+
+    Raises:
+        CaptionError: half a surrogate pair, which JSON can write and no text has; or NULs.
+    """
+    texts = []
+    for text in value if isinstance(value, list | tuple) else [value]:
+        if not isinstance(text, str) or not text.strip():
+            continue
+        try:
+            _without_nul(text).encode("utf-8")
+        except UnicodeError as error:
+            raise CaptionError(f"has a caption that is no Unicode text ({error})") from error
+        texts.append(text.strip())
+    return list(dict.fromkeys(texts))
+
+
+def row_captions(row: dict[str, Any], wanted: tuple[str, ...]) -> list[str]:
+    """The captions of a row or JSON object, column by column.
+
+    Raises:
+        CaptionError: see `captions_of`.
+    """
+    columns = caption_columns(row, wanted)
+    return list(dict.fromkeys(text for column in columns for text in captions_of(row[column])))
+
+
+def sidecar_captions(name: str, data: bytes, encoding: str | None, wanted: tuple[str, ...]) -> list[str]:
+    """The captions of a file beside an image: .txt and .caption have one in a line, .json as a row or a list.
+
+    Raises:
+        CaptionError: it cannot be read, or is over its limit.
+    """
+    is_json = extension(name) == "json"
+    limit = MAX_JSON_BYTES if is_json else MAX_TEXT_BYTES
+    if len(data) > limit:
+        raise CaptionError(f"is larger than {limit // 2**20} MiB")
+    text = decode(data, encoding)
+    if not is_json:
+        return captions_of(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"))
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        raise CaptionError(f"is not JSON: {visible(str(error))}") from error
+    return row_captions(value, wanted) if isinstance(value, dict) else captions_of(value)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """A JSON value.
+
+    Raises:
+        ValueError: it is none, is nested too deeply, or an object names a key twice.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"it has the key {visible(twice)!r} twice")
+    return value

@@ -1,0 +1,87 @@
+"""A written corpus, opened for reading: one shard at a time, each from its own files alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from model.storage import is_remote, join
+from tasks.curation.sources import arrow, folder, parquet, places, tars
+from tasks.curation.sources.base import (
+    CHANGED,
+    FILES_FOLDER,
+    REPORT,
+    SHARDS_TABLE,
+    Account,
+    Options,
+    Record,
+    Shard,
+    records_in_order,
+)
+
+
+class Corpus:
+    """See base.open_corpus. `report` is what the scan wrote."""
+
+    def __init__(self, directory: str | os.PathLike) -> None:
+        self.directory = Path(directory)
+        for name in (SHARDS_TABLE, REPORT):
+            if not (self.directory / name).is_file():
+                raise ValueError(f"{directory} is not a corpus: it has no {name}")
+        self.report = json.loads((self.directory / REPORT).read_text())
+        options = self.report["options"]
+        self._options = Options(options["encoding"], tuple(options["caption_columns"]))
+
+    def account(self) -> Account:
+        """What the scan counted. With the accounts of all shards it is the account of the source."""
+        return Account.from_json(self.report["account"])
+
+    def shards(self) -> Iterator[Shard]:
+        """The rows of shards.parquet, in its order."""
+        with pq.ParquetFile(self.directory / SHARDS_TABLE) as file:
+            for batch in file.iter_batches(1024, use_threads=False):
+                for row in batch.to_pylist():
+                    yield Shard(**row)
+
+    def read(self, shard: Shard, account: Account) -> Iterator[Record]:
+        """The records of a shard in an order that it decides; counts in `account` what it has besides.
+
+        Raises:
+            ValueError: a file cannot be read, or has changed since the scan.
+        """
+        yield from records_in_order(self._read(shard, account))
+
+    def _read(self, shard: Shard, account: Account) -> Iterator[Record]:
+        if shard.source != "user":
+            from tasks.curation.sources.made import corpus
+
+            uri = shard.uri if is_remote(shard.uri) or os.path.isabs(shard.uri) else join(self.directory, shard.uri)
+            above, _, name = uri.rpartition("/")
+            yield from corpus.read(places.at(above), name, shard, account)
+            return
+        root = self.report["root"]
+        place, table = (
+            places.at(root, self.report.get("alone")),
+            self.directory / FILES_FOLDER / f"{shard.shard_id}.parquet",
+        )
+        if shard.kind == "files":
+            yield from folder.read(place, table, self._options, account)
+            return
+        assert shard.uri.startswith(root), (shard.uri, root)
+        name = shard.uri[len(root) :].lstrip("/")
+        if shard.kind != "parquet" and place.digest(name) != shard.digest:
+            raise ValueError(f"{place.shown(name)} {CHANGED}")
+        if shard.kind == "tar":
+            beside = (
+                {f.name: (list(f.captions), f.problem, f.detail) for f in folder.load(table)} if table.is_file() else {}
+            )
+            yield from tars.read(place, name, self._options, beside, account)
+        elif shard.kind == "parquet":
+            yield from parquet.read(place, name, shard, self._options, account)
+        else:
+            assert shard.kind == "arrow", shard.kind
+            yield from arrow.read(place, name, self._options, account)

@@ -1,0 +1,247 @@
+"""Shards of loose image files: lists of names that stay what they are when other files come or go.
+
+A list ends after a name whose hash says so, about every `source.images_per_shard` names: a new file changes the list that it
+falls into, and no other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks.curation.sources.base import (
+    CHANGED,
+    MAX_IMAGE_BYTES,
+    UNREADABLE_CAPTION,
+    UNREADABLE_FILE,
+    Account,
+    Options,
+    Record,
+    digest_of,
+    extension,
+    from_bytes,
+    reason_of,
+    record_key,
+    to_bytes,
+    visible,
+)
+from tasks.curation.sources.caption_text import (
+    MAX_JSON_BYTES,
+    MAX_TEXT_BYTES,
+    SIDECAR_EXTENSIONS,
+    CaptionError,
+    sidecar_captions,
+)
+from tasks.curation.sources.pairing import Pair, pair
+from tasks.curation.sources.places import Place, RemotePlace
+
+_TEXT = pa.struct([("name", pa.binary()), ("size_bytes", pa.int64()), ("digest", pa.string())])
+FILES = pa.schema(
+    [
+        ("name", pa.binary()),  # from the root; bytes, since names need not be UTF-8
+        ("size_bytes", pa.int64()),
+        ("digest", pa.string()),
+        ("sidecars", pa.list_(_TEXT)),
+        ("captions", pa.list_(pa.string())),  # of metadata files
+        ("problem", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
+IMAGE_FOLDERS = ("images", "image", "imgs", "img", "pictures", "photos")
+CAPTION_FOLDERS = ("captions", "caption", "texts", "text", "txt", "prompts")
+
+
+class File(NamedTuple):
+    """A row of FILES. In a shard of the kind "tar" it says what tables beside the tar say of one member."""
+
+    name: str
+    size_bytes: int = 0
+    digest: str = ""
+    sidecars: tuple[tuple[str, int, str], ...] = ()
+    captions: tuple[str, ...] = ()
+    problem: str = ""
+    detail: str = ""
+
+    def row(self) -> dict[str, Any]:
+        texts = [{"name": to_bytes(name), "size_bytes": size, "digest": digest} for name, size, digest in self.sidecars]
+        return {**self._asdict(), "name": to_bytes(self.name), "sidecars": texts, "captions": list(self.captions)}
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> File:
+        texts = tuple((from_bytes(text["name"]), text["size_bytes"], text["digest"]) for text in row["sidecars"])
+        fields = {**row, "name": from_bytes(row["name"]), "sidecars": texts, "captions": tuple(row["captions"])}
+        return cls(**fields)
+
+
+def digest(files: list[File]) -> str:
+    return digest_of([list(file) for file in files])
+
+
+def write(files: list[File], path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist([file.row() for file in files], FILES), path, compression="zstd")
+
+
+def load(path: Path) -> Iterator[File]:
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(256, use_threads=False):
+            for row in batch.to_pylist():
+                yield File.of(row)
+
+
+def cut(files: Iterator[File], length: int, salt: str = "") -> Iterator[list[File]]:
+    """Lists of about `length` files, in order; each a function of its own names and of those around its ends."""
+    run: list[File] = []
+    for file in files:
+        run.append(file)
+        if _hash(salt, file.name) % length == 0:
+            yield from _divided(run, length, salt)
+            run = []
+    if run:
+        yield from _divided(run, length, salt)
+
+
+def _divided(run: list[File], length: int, salt: str) -> Iterator[list[File]]:
+    """A run that chance made long is cut where other hashes say so."""
+    if len(run) <= 4 * length:
+        yield run
+    else:
+        yield from cut(iter(run), length, f"{salt}+")
+
+
+def _hash(salt: str, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(to_bytes(f"{salt}{name}")).digest()[:8], "big")
+
+
+# ---------------------------------------------------------------- captions in a parallel folder
+
+
+def caption_folders(path: str, configured: str | None) -> list[str]:
+    """Where the captions of the images in folder `path` may be: images/train -> captions/train, and so on."""
+    parts = path.split("/") if path else []
+    places: list[str] = []
+    if configured is not None:
+        places += ["/".join([configured, *parts]), "/".join([configured, *parts[1:]])]
+    else:
+        for i, part in enumerate(parts):
+            if part.casefold() in IMAGE_FOLDERS:
+                places += ["/".join([*parts[:i], name, *parts[i + 1 :]]) for name in CAPTION_FOLDERS]
+        places += ["/".join([*parts, name]) for name in CAPTION_FOLDERS]
+    return [place for place in dict.fromkeys(places) if place != path]
+
+
+def pair_with(images: list[str], texts: list[str], words: tuple[str, ...]) -> dict[str, tuple[list[str], str]]:
+    """Image -> its text files in another folder, and why none can be told to be its own."""
+    names = [*images, *texts]
+    pairs: dict[int, Pair] = pair(names, words)
+    return {
+        names[i]: ([names[j] for j in found.texts], found.ambiguous)
+        for i, found in pairs.items()
+        if found.texts or found.ambiguous
+    }
+
+
+class Texts:
+    """Text files that describe no image of their own folder: those that no other folder claims are counted at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self._db = sqlite3.connect(folder / "texts", isolation_level=None)
+        self._db.execute("PRAGMA journal_mode=OFF")
+        self._db.execute("PRAGMA synchronous=OFF")
+        self._db.execute("CREATE TABLE texts (name BLOB PRIMARY KEY, claimed INT) WITHOUT ROWID")
+        self._db.execute("BEGIN")
+
+    def add(self, name: str) -> None:
+        self._db.execute("INSERT INTO texts VALUES (?, 0) ON CONFLICT DO NOTHING", (to_bytes(name),))
+
+    def claim(self, name: str) -> None:
+        self._db.execute("INSERT INTO texts VALUES (?, 1) ON CONFLICT DO UPDATE SET claimed = 1", (to_bytes(name),))
+
+    def finish(self, account: Account) -> None:
+        for name, claimed in self._db.execute("SELECT name, claimed FROM texts ORDER BY name"):
+            if claimed:
+                account.use()
+            else:
+                account.skip(reason_of(from_bytes(name)), from_bytes(name))
+        self._db.close()
+
+
+# ---------------------------------------------------------------- reading
+
+
+def too_large(name: str, size: int) -> str:
+    """Why a text file is not read, or ""."""
+    limit = MAX_JSON_BYTES if extension(name) == "json" else MAX_TEXT_BYTES
+    return f"is larger than {limit // 2**20} MiB" if size > limit else ""
+
+
+def read(place: Place, path: Path, options: Options, account: Account) -> Iterator[Record]:
+    """The records of a list of files.
+
+    Raises:
+        ValueError: a file is not what it was when the source was scanned.
+    """
+    files = list(load(path))
+    sizes = [_bytes_to_read(file) for file in files]
+    for first, stop in place.batches(sizes):
+        wanted = []
+        for file in files[first:stop]:
+            if file.size_bytes <= MAX_IMAGE_BYTES:
+                wanted.append((file.name, file.size_bytes))
+            wanted += [(name, size) for name, size, _ in file.sidecars if not too_large(name, size)]
+        contents = dict(zip([name for name, _ in wanted], place.read_batch(wanted), strict=True))
+        for file in files[first:stop]:
+            account.records += 1
+            yield _record(place, file, contents, options)
+
+
+def _bytes_to_read(file: File) -> int:
+    own = file.size_bytes if file.size_bytes <= MAX_IMAGE_BYTES else 0
+    return own + sum(size for name, size, _ in file.sidecars if not too_large(name, size))
+
+
+def _record(place: Place, file: File, contents: dict[str, bytes | OSError], options: Options) -> Record:
+    problem, detail = file.problem, file.detail
+    captions = list(file.captions)
+    for name, size, digest in file.sidecars:
+        try:
+            if why := too_large(name, size):
+                raise CaptionError(why)
+            data = _checked(place, name, contents[name], size, digest)
+            captions += sidecar_captions(name, data, options.encoding, options.caption_columns)
+        except (CaptionError, OSError) as error:
+            problem, detail = UNREADABLE_CAPTION, f"{place.shown(name)} {_why(error)}"
+    data = b""
+    try:
+        if file.size_bytes > MAX_IMAGE_BYTES:
+            raise OSError(f"it is larger than {MAX_IMAGE_BYTES // 2**20} MiB")
+        data = _checked(place, file.name, contents[file.name], file.size_bytes, file.digest)
+    except OSError as error:
+        problem, detail = UNREADABLE_FILE, f"{place.shown(file.name)} {_why(error)}"
+    captions = [] if problem else list(dict.fromkeys(captions))
+    ext = extension(file.name)
+    return Record(record_key(file.name), data, ext, captions, "user", place.locator(file.name), 0, problem, detail)
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, CaptionError):
+        return str(error)
+    return f"cannot be read: {visible(getattr(error, 'strerror', None) or str(error))}"
+
+
+def _checked(place: Place, name: str, content: bytes | OSError, size: int, digest: str) -> bytes:
+    if isinstance(content, OSError):
+        raise content
+    is_same = len(content) == size and (isinstance(place, RemotePlace) or hashlib.sha256(content).hexdigest() == digest)
+    if not is_same:
+        raise ValueError(f"{place.shown(name)} {CHANGED}")
+    return content
+
+
+def is_text(name: str) -> bool:
+    return extension(name) in SIDECAR_EXTENSIONS

@@ -1,0 +1,43 @@
+"""What rendered scenes show, and what is held out of them so that the `shapes` benchmark can ask for it.
+
+The benchmark has its own copy (eval/benchmarks/shapes/vocabulary.py), since neither imports the other; a test compares
+them. A held-out combination occurs in no scene, hence in no caption.
+"""
+
+from __future__ import annotations
+
+SHAPES = ("circle", "square", "triangle", "cross")
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 70),
+    "blue": (40, 80, 225),
+    "yellow": (240, 205, 30),
+    "purple": (150, 50, 200),
+    "black": (25, 25, 25),
+}
+BACKGROUNDS = {"white": (250, 250, 250), "gray": (200, 200, 200), "cream": (250, 236, 205)}
+RELATIONS = ("left of", "right of", "above", "below")
+INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
+PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
+
+# (color, shape): no training scene shows one.
+HELD_OUT_COLOR_SHAPE = frozenset({("purple", "cross"), ("yellow", "triangle")})
+# (shape, relation, shape), closed under inversion: no training scene of two objects shows one.
+HELD_OUT_RELATIONS = frozenset(
+    {
+        ("triangle", "above", "circle"),
+        ("circle", "below", "triangle"),
+        ("cross", "left of", "square"),
+        ("square", "right of", "cross"),
+    }
+)
+# Unordered pairs of coloured shapes: no training scene shows both of a pair.
+HELD_OUT_COLOR_PAIRS = frozenset(
+    {
+        frozenset({("red", "circle"), ("blue", "square")}),
+        frozenset({("green", "triangle"), ("red", "cross")}),
+        frozenset({("black", "square"), ("yellow", "circle")}),
+        frozenset({("blue", "triangle"), ("purple", "circle")}),
+    }
+)

@@ -1,0 +1,232 @@
+"""Parquet files with image bytes: shards of row groups, read in batches whose size is bounded.
+
+Sizes are checked in the page headers before Arrow allocates anything: what a footer says of itself proves nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks.curation.sources import tables
+from tasks.curation.sources.base import CHANGED, Account, Options, Record, Shard, check_size, count_of, visible
+from tasks.curation.sources.parquet_pages import PageError, pages
+from tasks.curation.sources.places import Place
+
+BATCH_ROWS, BATCH_BYTES = 64, 32 * 2**20
+MAX_FOOTER_BYTES = 16 * 2**20
+MAX_PAGE_BYTES = 104 * 2**20
+MAX_DICTIONARY_BYTES = 88 * 2**20  # Arrow copies a dictionary twice
+MAX_RATIO, RATIO_FREE_BYTES = 100, 64 * 2**20  # image bytes read to bytes of the row groups, beyond the first ones
+MAX_ROWS, MAX_ROWS_PER_BYTE = 1_000_000, 1  # rows of a file: the first, and as many as it has bytes
+MAX_VALUES = 4_000_000  # of lists, in a row group
+
+
+class Range(NamedTuple):
+    """Whole row groups: rows [first_row, first_row + num_rows) and bytes [begin, end) of a file."""
+
+    first_row: int
+    num_rows: int
+    begin: int
+    end: int
+
+
+@contextlib.contextmanager
+def opened(shown: str, file: BinaryIO) -> Iterator[pq.ParquetFile]:
+    """A Parquet file whose footer is within bounds. Errors inside the context name the file.
+
+    Raises:
+        ValueError: it is no Parquet file, or beyond the bounds.
+    """
+    try:
+        size = file.seek(0, 2)
+        check_size(shown, size)
+        file.seek(max(0, size - 8))
+        tail = file.read(8)
+        if len(tail) < 8 or tail[4:] != b"PAR1":
+            raise ValueError(f"{shown} is not a readable Parquet file: its end is missing")
+        footer = struct.unpack("<I", tail[:4])[0]
+        if footer > min(size - 8, MAX_FOOTER_BYTES):
+            raise ValueError(
+                f"{shown} is not a readable Parquet file: its footer has {footer:,} bytes, of at most "
+                f"{min(size - 8, MAX_FOOTER_BYTES):,}"
+            )
+        limits = {"thrift_string_size_limit": MAX_FOOTER_BYTES, "thrift_container_size_limit": 1_000_000}
+        with pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20, **limits) as parquet:
+            rows = parquet.metadata.num_rows
+            if not 0 <= rows <= MAX_ROWS + MAX_ROWS_PER_BYTE * size:
+                raise ValueError(f"{shown} claims {rows:,} rows in {size:,} bytes")
+            yield parquet
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{shown} is not a readable Parquet file: {_one_line(error)}") from error
+
+
+def scan(shown: str, file: BinaryIO, wanted: tuple[str, ...], rows_per_shard: int) -> tuple[list[Range], str] | None:
+    """The ranges of a file that become shards, and its schema as text; None if no column is of image bytes.
+
+    Raises:
+        ValueError: no caption column, a column twice, no row with image bytes, or not a readable file.
+    """
+    with opened(shown, file) as parquet:
+        columns = tables.columns_of(parquet.schema_arrow, wanted)
+        if columns is None:
+            return None
+        tables.check_columns(shown, parquet.schema_arrow, wanted)
+        metadata = parquet.metadata
+        ranges: list[Range] = []
+        row = 0
+        for i in range(metadata.num_row_groups):
+            rows = metadata.row_group(i).num_rows
+            begin, end = _extent(metadata, i)
+            if not 0 <= begin <= end <= file.seek(0, 2):
+                raise ValueError(f"{shown} is not a readable Parquet file: row group {i} lies outside of it")
+            last = ranges[-1] if ranges else None
+            if last is not None and last.num_rows + rows <= rows_per_shard:
+                ranges[-1] = last._replace(
+                    num_rows=last.num_rows + rows,
+                    begin=min(begin, last.begin),
+                    end=max(end, last.end),
+                )
+            else:
+                ranges.append(Range(row, rows, begin, end))
+            row += rows
+        why = _without_bytes(parquet, columns.image)
+        schema = "\n".join(f"{field.name}: {field.type}" for field in parquet.schema_arrow)
+    if why is not None:
+        raise ValueError(f"{shown}: none of {count_of(row, 'row')} has image bytes{why}")
+    return [found for found in ranges if found.num_rows], schema
+
+
+def _extent(metadata: pq.FileMetaData, group: int) -> tuple[int, int]:
+    """Where the bytes of a row group begin and end."""
+    row_group = metadata.row_group(group)
+    extents = [_column_extent(row_group.column(i)) for i in range(row_group.num_columns)]
+    return min((begin for begin, _ in extents), default=0), max((end for _, end in extents), default=0)
+
+
+def _column_extent(column: pq.ColumnChunkMetaData) -> tuple[int, int]:
+    begin = column.data_page_offset
+    if column.dictionary_page_offset:
+        begin = min(begin, column.dictionary_page_offset)
+    return begin, begin + column.total_compressed_size
+
+
+def _without_bytes(parquet: pq.ParquetFile, image: str) -> str | None:
+    """What the rows have in place of image bytes, if the statistics show that none has any."""
+    metadata = parquet.metadata
+    nulls = values = 0
+    paths = False
+    for i in range(metadata.num_row_groups):
+        row_group = metadata.row_group(i)
+        for j in range(row_group.num_columns):
+            column = row_group.column(j)
+            *_, last = column.path_in_schema.split(".")
+            if column.path_in_schema != image and not column.path_in_schema.startswith(f"{image}."):
+                continue
+            paths = paths or last == "path"
+            if last == "path":
+                continue
+            statistics = column.statistics
+            if statistics is None or not statistics.has_null_count:
+                return None
+            nulls, values = nulls + statistics.null_count, values + column.num_values
+    if not values or nulls < values:
+        return None
+    return f"; they name files ({image}.path)" if paths else ""
+
+
+def read(place: Place, name: str, shard: Shard, options: Options, account: Account) -> Iterator[Record]:
+    """The records of a range of rows.
+
+    Raises:
+        ValueError: the file cannot be read, is beyond the bounds, or has changed since the scan.
+    """
+    shown, first_row, num_rows = place.shown(name), shard.first_row, shard.num_rows
+    with place.open(name) as file, opened(shown, file) as parquet:
+        columns = tables.columns_of(parquet.schema_arrow, options.caption_columns)
+        assert columns is not None, shown
+        groups, row = [], 0
+        for i in range(parquet.metadata.num_row_groups):
+            rows = parquet.metadata.row_group(i).num_rows
+            if first_row <= row < first_row + num_rows and rows:
+                groups.append(i)
+            row += rows
+        extents = [_extent(parquet.metadata, i) for i in groups]
+        begin, end = min((b for b, _ in extents), default=0), max((e for _, e in extents), default=0)
+        if place.digest(name, begin, end) != shard.digest:
+            raise ValueError(f"{shown} {CHANGED}")
+        stored = end - begin
+        row, given = first_row, 0
+        for batch in batches(shown, file, parquet, [columns.image, *columns.captions], groups):
+            for record in tables.records(batch, columns, row, name, place.locator(name), options.encoding, account):
+                given += len(record.data)
+                if given > RATIO_FREE_BYTES + MAX_RATIO * stored:
+                    raise ValueError(f"{shown} has more than {given // 2**20} MiB of images in {stored:,} bytes")
+                yield record
+            row += len(batch)
+        if row != first_row + num_rows:
+            raise ValueError(
+                f"{shown} is not a readable Parquet file: it has {row} rows and claims {first_row + num_rows}"
+            )
+
+
+def rows(
+    shown: str, file: BinaryIO, parquet: pq.ParquetFile, columns: list[str], groups: Iterable[int]
+) -> Iterator[dict[str, Any]]:
+    """Rows as dicts, for tables without images."""
+    for batch in batches(shown, file, parquet, columns, list(groups)):
+        yield from batch.to_pylist()
+
+
+def batches(
+    shown: str, file: BinaryIO, parquet: pq.ParquetFile, columns: list[str], groups: Sequence[int]
+) -> Iterator[pa.RecordBatch]:
+    """Batches of at most `BATCH_ROWS` rows, and of about `BATCH_BYTES` at most.
+
+    Raises:
+        ValueError: a page or a list beyond the bounds.
+    """
+    for group in groups:
+        size = _batch_rows(shown, file, parquet.metadata, columns, group)
+        yield from parquet.iter_batches(size, row_groups=[group], columns=columns, use_threads=False)
+
+
+def _batch_rows(shown: str, file: BinaryIO, metadata: pq.FileMetaData, columns: list[str], group: int) -> int:
+    """How many rows of a group are read at a time. Their bytes are bounded by the average and by pages whose largest
+    value every row may repeat."""
+    row_group = metadata.row_group(group)
+    bytes_a_row = 1.0
+    for i in range(row_group.num_columns):
+        column = row_group.column(i)
+        if not any(column.path_in_schema == name or column.path_in_schema.startswith(f"{name}.") for name in columns):
+            continue
+        if column.num_values > MAX_VALUES + row_group.num_rows:
+            raise ValueError(f"{shown}, row group {group}: {column.num_values:,} values in {row_group.num_rows:,} rows")
+        begin, end = _column_extent(column)
+        try:
+            found = pages(file, begin, end)
+        except PageError as error:
+            raise ValueError(f"{shown} is not a readable Parquet file: {error}") from error
+        for what, size, limit, remedy in (
+            ("page", found.largest, MAX_PAGE_BYTES, "smaller row groups (row_group_size=100)"),
+            ("dictionary", found.repeated, MAX_DICTIONARY_BYTES, "use_dictionary=False, or smaller row groups"),
+        ):
+            if size > limit:
+                raise ValueError(
+                    f"{shown}, row group {group}: a {what} of {size // 2**20} MiB is over {limit // 2**20} MiB; write the "
+                    f"table with {remedy}"
+                )
+        repeats = column.num_values / max(1, row_group.num_rows)
+        bytes_a_row += max(
+            column.total_uncompressed_size / max(1, row_group.num_rows), found.repeated * max(1, repeats)
+        )
+    return max(1, min(BATCH_ROWS, int(BATCH_BYTES / bytes_a_row)))
+
+
+def _one_line(error: Exception) -> str:
+    return visible(" ".join(str(error).split())[:300])

@@ -1,0 +1,382 @@
+"""The only scan of a user's own images: from a folder, file or URI to the table of a corpus.
+
+    place.walk() --1--> metadata files -> Listed
+                 --2--> tars, Parquet, Arrow -> a shard each, or several
+                        loose images and their texts -> lists of files
+
+It reads names, headers, footers and metadata files, and the content of local files for their digests. It decodes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks.curation.config import SourceConfig
+from tasks.curation.sources import arrow, folder, parquet, places, tars
+from tasks.curation.sources.base import (
+    AMBIGUOUS_CAPTION,
+    FILES_FOLDER,
+    IMAGE_EXTENSIONS,
+    MAX_IMAGE_BYTES,
+    REPORT,
+    SHARDS,
+    SHARDS_TABLE,
+    TAR_SUFFIXES,
+    Account,
+    Options,
+    Shard,
+    base_name,
+    check_size,
+    count_of,
+    digest_of,
+    extension,
+    is_image,
+    reason_of,
+    shard_id,
+    visible,
+)
+from tasks.curation.sources.folder import File, Texts
+from tasks.curation.sources.metadata_files import Listed, is_metadata
+from tasks.curation.sources.pairing import Rivals, pair
+from tasks.curation.sources.places import Folder, Place, RemotePlace
+
+PROGRESS_S = 5.0
+TABLE_ROWS = 1000  # of shards.parquet, written at a time
+NO_IMAGE_COLUMN = "without image bytes"
+VALID = (
+    f"give a folder of images (.{', .'.join(IMAGE_EXTENSIONS[:5])} ...) with captions beside them, WebDataset tars, "
+    "or Parquet files with a column of image bytes (image) and one of captions (text)"
+)
+
+
+def write_corpus(config: SourceConfig, path: str | None, out_dir: str | os.PathLike) -> dict[str, Any]:
+    """See base.write_corpus."""
+    path = path or config.path
+    if not path:
+        raise ValueError("there is no source: set source.path, or give --source")
+    place = places.find(path)
+    with tempfile.TemporaryDirectory() as scratch, TableWriter(Path(out_dir)) as table:
+        scan = _Scan(config, place, table, Path(scratch))
+        scan.run()
+        left_out = scan.account.left_out()
+        if not table.images and not table.unknown:
+            raise ValueError(f"source {visible(path)!r} has no image; left out: {left_out or 'nothing'}; {VALID}")
+    report = table.report(scan.account, scan.options, place.uri(), alone=place.alone)
+    images = count_of(table.images, "image") + (
+        f" and {count_of(table.unknown, 'remote tar')}" if table.unknown else ""
+    )
+    print(f"source: {images} in {count_of(table.shards, 'shard')}", flush=True)
+    if left_out:
+        print(f"source: left out: {left_out}", flush=True)
+    return report
+
+
+class TableWriter:
+    """Writes shards.parquet row by row, and report.json; counts what it writes. A context manager."""
+
+    def __init__(self, out_dir: Path) -> None:
+        self.out_dir = out_dir
+        self.shards = self.images = self.unknown = self.size_bytes = 0
+        self._digest = hashlib.sha256()
+        self._rows: list[dict[str, Any]] = []
+        self._ids: set[bytes] = set()
+
+    def __enter__(self) -> TableWriter:
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        self._writer = pq.ParquetWriter(self.out_dir / SHARDS_TABLE, SHARDS, compression="zstd")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._flush()
+        self._writer.close()
+
+    def add(self, shard: Shard) -> None:
+        identity = bytes.fromhex(shard.shard_id)
+        assert identity not in self._ids, shard
+        self._ids.add(identity)
+        if any("\ud800" <= c <= "\udfff" for c in shard.uri):
+            raise ValueError(f"{visible(shard.uri)} has a name that is not UTF-8; rename it")
+        self._digest.update(json.dumps([value for field, value in shard._asdict().items() if field != "uri"]).encode())
+        self._rows.append(shard._asdict())
+        self.shards += 1
+        self.size_bytes += shard.size_bytes
+        if shard.num_rows < 0:
+            self.unknown += 1
+        else:
+            self.images += shard.num_rows
+        if len(self._rows) >= TABLE_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.write_table(pa.Table.from_pylist(self._rows, SHARDS))
+            self._rows = []
+
+    def report(self, account: Account, options: Options, root: str, **more: Any) -> dict[str, Any]:
+        account.check()
+        report = {
+            "digest": self._digest.hexdigest(),
+            "shards": self.shards,
+            "images": -1 if self.unknown else self.images,
+            "size_bytes": self.size_bytes,
+            "account": account.to_json(),
+            "options": options._asdict(),
+            "root": root,
+            **more,
+        }
+        (self.out_dir / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+        return report
+
+
+class _Scan:
+    def __init__(self, config: SourceConfig, place: Place, table: TableWriter, scratch: Path) -> None:
+        self.config, self.place, self.table, self.scratch = config, place, table, scratch
+        self.options = Options(config.encoding, config.caption_columns)
+        self.account = Account()
+        self._files, self._report_at = 0, time.monotonic() + PROGRESS_S
+
+    def run(self) -> None:
+        texts = self.config.captions_folder
+        if texts is not None and (self.place.alone is not None or self.place.folder(texts) is None):
+            raise ValueError(
+                f"source.captions_folder={texts!r}: {self.place.shown(texts)} is not a folder of the source"
+            )
+        self.texts = Texts(self.scratch)
+        with Listed(self.options.encoding, self.options.caption_columns) as self.listed:
+            for found in self.place.walk():
+                self._read_metadata(found)
+            for files in folder.cut(self._loose(), self.config.images_per_shard):
+                self._add_files(files)
+            self.listed.finish(self.account)
+        self.texts.finish(self.account)
+
+    def _read_metadata(self, found: Folder) -> None:
+        if self.place.alone is not None:
+            return
+        for name in found.files:
+            if is_metadata(name, found.files) and not self._is_data(found, name):
+                shown = self.place.shown(found.at(name))
+                with _naming(shown), self.place.open(found.at(name)) as file:
+                    root = base_name(self.place.uri())
+                    is_table = self.listed.add(shown, found.path, found.folders, extension(name), file, root)
+                if is_table:
+                    self.account.use()
+                else:
+                    self.account.skip(reason_of(name), found.at(name))
+
+    def _is_data(self, found: Folder, name: str) -> bool:
+        """Whether a metadata.parquet has the images themselves."""
+        if extension(name) != "parquet":
+            return False
+        shown = self.place.shown(found.at(name))
+        with _naming(shown), self.place.open(found.at(name)) as file, parquet.opened(shown, file) as opened:
+            return parquet.tables.columns_of(opened.schema_arrow, ()) is not None
+
+    def _loose(self) -> Iterator[File]:
+        """The loose images; on the way, shards of everything else, and the account."""
+        for found in self.place.walk():
+            for reason, path in found.left_out:
+                self.account.skip(reason, path)
+            saved = arrow.data_files(self.place, found)
+            loose: list[str] = []
+            archives: list[str] = []
+            for name in found.files:
+                lower, path = name.lower(), found.at(name)
+                if lower.endswith(TAR_SUFFIXES):
+                    archives.append(path)
+                elif lower.endswith((".parquet", ".arrow")):
+                    if is_metadata(name, found.files) and not self._is_data(found, name):
+                        continue  # counted when it was read
+                    if lower.endswith(".arrow") and saved is not None and name not in saved:
+                        self.account.skip("cache of a saved data set", path)
+                    else:
+                        (self._add_parquet if lower.endswith(".parquet") else self._add_arrow)(path)
+                elif is_metadata(name, found.files) and self.place.alone is None:
+                    continue
+                elif is_image(name) or folder.is_text(name):
+                    loose.append(name)
+                else:
+                    self.account.skip(reason_of(name), path)
+            yield from self._files_of(found, loose)
+            self._add_tars(found, archives)
+
+    # ------------------------------------------------------------ loose files
+
+    def _files_of(self, found: Folder, names: list[str]) -> Iterator[File]:
+        pairs = pair(names, self.options.caption_columns)
+        used = {i for one in pairs.values() for i in one.texts}
+        for i, name in enumerate(names):
+            if i not in pairs and i not in used:
+                self.texts.add(found.at(name))
+        self.account.use(len(pairs) + len(used))
+        bare: list[str] = []
+        rows: dict[str, tuple[list[str], list[str], str]] = {}  # image -> paths of texts, captions, why ambiguous
+        rivals = Rivals(found.at(names[i]) for i in pairs)
+        for i, one in pairs.items():
+            name = names[i]
+            captions, ambiguous, no_column = self.listed.match([found.at(name)], rivals.of(found.at(name)))
+            texts = [found.at(names[j]) for j in one.texts]
+            rows[name] = texts, captions, one.ambiguous or ambiguous
+            if not texts and not captions and not rows[name][2]:
+                bare.append(name)
+                rows[name] = [], [], no_column and f"\0{no_column}"
+        self._take_parallel(found, bare, rows)
+        for name in sorted(rows):
+            texts, captions, why = rows[name]
+            if why.startswith("\0"):
+                raise ValueError(why[1:])
+            yield self._file(found.at(name), found.files[name], texts, captions, why)
+
+    def _take_parallel(self, found: Folder, bare: list[str], rows: dict[str, tuple[list[str], list[str], str]]) -> None:
+        """Gives images without captions those of a parallel folder."""
+        if not bare or self.place.alone is not None:
+            return
+        sources: dict[str, list[tuple[str, list[str], str]]] = {}
+        for path in folder.caption_folders(found.path, self.config.captions_folder):
+            other = self.place.folder(path)
+            if other is None:
+                continue
+            texts = [name for name in other.files if folder.is_text(name) and not name.startswith(".")]
+            for image, (own, why) in folder.pair_with(bare, texts, self.options.caption_columns).items():
+                sources.setdefault(image, []).append((path, [other.at(name) for name in own], why))
+        for image, candidates in sources.items():
+            for _, texts, _ in candidates:
+                for text in texts:
+                    self.texts.claim(text)
+            why = candidates[0][2]
+            if len(candidates) > 1:
+                why = f"{' and '.join(visible(path) for path, _, _ in candidates[:2])} both have captions of it"
+            rows[image] = candidates[0][1], [], why
+
+    def _file(self, path: str, size: int, texts: list[str], captions: list[str], why: str) -> File:
+        self._files += 1
+        if time.monotonic() > self._report_at:
+            self._report_at = time.monotonic() + PROGRESS_S
+            print(
+                f"source: {self._files:,} images read, in {visible(os.path.dirname(path)) or 'the source'}", flush=True
+            )
+        sidecars = []
+        for text in texts:
+            with _naming(self.place.shown(text)):
+                text_size = self.place.size(text)
+                sidecars.append((text, text_size, "" if folder.too_large(text, text_size) else self.place.digest(text)))
+        with _naming(self.place.shown(path)):
+            digest = self.place.digest(path) if size <= MAX_IMAGE_BYTES else ""  # what is never read
+        detail = f"{self.place.shown(path)}: {why}" if why else ""
+        return File(path, size, digest, tuple(sidecars), tuple(captions), AMBIGUOUS_CAPTION if why else "", detail)
+
+    def _add_files(self, files: list[File]) -> None:
+        digest = folder.digest(files)
+        name = shard_id("files", "", 0, digest, self.options)
+        (self.table.out_dir / FILES_FOLDER).mkdir(exist_ok=True)
+        folder.write(files, self.table.out_dir / FILES_FOLDER / f"{name}.parquet")
+        size = sum(file.size_bytes for file in files)
+        self.table.add(Shard(name, "files", self.place.uri(), 0, len(files), size, digest, "user"))
+
+    # ------------------------------------------------------------ containers
+
+    def _add_tars(self, found: Folder, paths: list[str]) -> None:
+        if self.listed:
+            for path in paths:
+                for sample in self._samples(path):
+                    self.listed.claim(_names_beside(found, path, sample.place), path)
+        for path in paths:
+            shown = self.place.shown(path)
+            with _naming(shown):
+                size = self.place.size(path)
+                check_size(shown, size)
+            beside: list[File] = []
+            count = -1
+            if self.listed or not isinstance(self.place, RemotePlace):
+                count = 0
+                for sample in self._samples(path):
+                    count += 1
+                    captions, why, no_column = self.listed.match(_names_beside(found, path, sample.place), [])
+                    if no_column and not sample.texts and not sample.captions:
+                        raise ValueError(no_column)
+                    if captions or why:
+                        problem, detail = (
+                            (AMBIGUOUS_CAPTION, f"{shown}:{visible(sample.place)}: {why}") if why else ("", "")
+                        )
+                        beside.append(File(sample.place, captions=tuple(captions), problem=problem, detail=detail))
+            with _naming(shown):
+                digest = self.place.digest(path)
+            name = shard_id("tar", path, 0, digest, self.options, folder.digest(beside) if beside else "")
+            if beside:
+                (self.table.out_dir / FILES_FOLDER).mkdir(exist_ok=True)
+                folder.write(beside, self.table.out_dir / FILES_FOLDER / f"{name}.parquet")
+            self.account.use()
+            self.table.add(Shard(name, "tar", self.place.uri(path), 0, count, size, digest, "user"))
+
+    def _samples(self, path: str) -> list[tars.Sample]:
+        shown = self.place.shown(path)
+        with tars.named_errors(shown):
+            check_size(shown, self.place.size(path))
+            opened = self.place.local_copy(path) if isinstance(self.place, RemotePlace) else self.place.open(path)
+            with opened as file:
+                return tars.samples(shown, file, self.options, Account())
+
+    def _add_parquet(self, path: str) -> None:
+        shown = self.place.shown(path)
+        with _naming(shown), self.place.open(path) as file:
+            found = parquet.scan(shown, file, self.options.caption_columns, self.config.images_per_shard)
+        if found is None:
+            self.account.skip(f".parquet {NO_IMAGE_COLUMN}", path)
+            return
+        self.account.use()
+        ranges, schema = found
+        for rows in ranges:
+            digest = self.place.digest(path, rows.begin, rows.end)
+            name = shard_id("parquet", path, rows.first_row, digest, self.options, digest_of(schema, rows.num_rows))
+            uri, size = self.place.uri(path), rows.end - rows.begin
+            self.table.add(Shard(name, "parquet", uri, rows.first_row, rows.num_rows, size, digest, "user"))
+
+    def _add_arrow(self, path: str) -> None:
+        shown = self.place.shown(path)
+        with _naming(shown):
+            check_size(shown, self.place.size(path))
+        with _naming(shown), self.place.local_copy(path) as file:
+            rows = arrow.scan(shown, file, self.options.caption_columns)
+        if rows is None:
+            self.account.skip(f".arrow {NO_IMAGE_COLUMN}", path)
+            return
+        self.account.use()
+        size, digest = self.place.size(path), self.place.digest(path)
+        name = shard_id("arrow", path, 0, digest, self.options)
+        self.table.add(Shard(name, "arrow", self.place.uri(path), 0, rows, size, digest, "user"))
+
+
+class _naming:
+    """Errors of the disk or the store become one with the name of the file."""
+
+    def __init__(self, shown: str) -> None:
+        self._shown = shown
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            why = visible(error.strerror or str(error))
+            raise ValueError(
+                f"{self._shown} cannot be read: {why}; grant the right to read it, or move it out of the source"
+            ) from error
+
+
+def _names_beside(found: Folder, path: str, member: str) -> list[str]:
+    """The paths by which a table beside a tar may name one of its members."""
+    tar = base_name(path)
+    stem = next(
+        tar[: -len(suffix)] for suffix in sorted(TAR_SUFFIXES, key=len, reverse=True) if tar.lower().endswith(suffix)
+    )
+    inner = os.path.normpath(member)
+    return [found.at(inner), found.at(f"{tar}/{inner}"), found.at(f"{stem}/{inner}")]

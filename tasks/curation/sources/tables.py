@@ -1,0 +1,163 @@
+"""Rows of tables with image bytes (Parquet, Arrow): which columns they have, and one row as a record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.types as types
+
+from tasks.curation.sources.base import (
+    MAX_IMAGE_BYTES,
+    UNREADABLE_CAPTION,
+    UNREADABLE_FILE,
+    Account,
+    Record,
+    extension,
+    is_image,
+    record_key,
+    visible,
+)
+from tasks.curation.sources.caption_text import (
+    MAX_TEXT_BYTES,
+    CaptionError,
+    caption_columns,
+    captions_of,
+    column_hint,
+    column_name,
+    decode,
+)
+
+IMAGE_COLUMNS = ("image", "images", "image_bytes", "img", "jpg", "jpeg", "png", "webp")
+NO_BYTES, SEVERAL = "row without image bytes", "row with several images"
+
+
+class Columns(NamedTuple):
+    """image: the column of image bytes, structs of bytes and path, or lists of these. captions: those of captions."""
+
+    image: str
+    captions: list[str]
+
+
+def columns_of(schema: pa.Schema, wanted: tuple[str, ...]) -> Columns | None:
+    """The columns to read; None if there is none of image bytes."""
+    by_name = {column_name(name): name for name in reversed(schema.names)}
+    names = [
+        by_name[name] for name in IMAGE_COLUMNS if name in by_name and _has_bytes(schema.field(by_name[name]).type)
+    ]
+    if not names:
+        return None
+    captions = [name for name in caption_columns(schema.names, wanted) if name != names[0]]
+    return Columns(names[0], captions)
+
+
+def check_columns(shown: str, schema: pa.Schema, wanted: tuple[str, ...]) -> None:
+    """Refuses a table with images and without captions, or with a column twice.
+
+    Raises:
+        ValueError: naming the columns.
+    """
+    names = ", ".join(visible(name) for name in schema.names[:12])
+    twice = next((name for name in schema.names if schema.names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{shown} has the column {visible(twice)!r} twice (columns {names})")
+    columns = columns_of(schema, wanted)
+    if columns is not None and not columns.captions:
+        raise ValueError(f"{shown} has columns {names}; it needs {column_hint(wanted)}")
+
+
+def records(
+    batch: pa.RecordBatch,
+    columns: Columns,
+    first_row: int,
+    name: str,
+    locator: str,
+    encoding: str | None,
+    account: Account,
+) -> Iterator[Record]:
+    """The rows of a batch that have an image; the others are counted.
+
+    Args:
+        first_row: the batch's first row in the file.
+        name, locator: the file's name inside the source, and for messages.
+    """
+    images = batch.column(columns.image)
+    captions = [_as_bytes(batch.column(column)) for column in columns.captions]
+    for i in range(len(batch)):
+        row = first_row + i
+        at = f"{locator}:{row}"
+        cells = images[i].as_py()
+        cells = [cell for cell in cells if cell is not None] if isinstance(cells, list) else [cells]
+        if len(cells) > 1:
+            account.skip(SEVERAL, at)
+            continue
+        data, path = _bytes_and_path(cells[0] if cells else None)
+        if data is None:
+            account.skip(NO_BYTES, at)
+            continue
+        account.use()
+        problem = detail = ""
+        texts: list[str] = []
+        try:
+            texts = list(dict.fromkeys(text for column in captions for text in _texts(column[i].as_py(), encoding)))
+        except CaptionError as error:
+            problem, detail = UNREADABLE_CAPTION, f"{at} {error}"
+        ext = extension(path) if is_image(path) else sniffed(data)
+        if len(data) > MAX_IMAGE_BYTES:
+            problem, detail, data = UNREADABLE_FILE, f"{at} is larger than {MAX_IMAGE_BYTES // 2**20} MiB", b""
+        account.records += 1
+        yield Record(record_key(name, str(row)), data, ext, texts, "user", at, 0, problem, detail)
+
+
+def count_without_bytes(images: pa.Array) -> int:
+    """How many cells have no image bytes, by their null counts. An empty list counts as one that has some."""
+    kind = images.type
+    if types.is_struct(kind):
+        return images.flatten()[kind.get_field_index("bytes")].null_count
+    return images.null_count
+
+
+def sniffed(data: bytes) -> str:
+    """Extension by the first bytes, where no name tells; `bin` if they are of no image that we know."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    signs = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tif", b"MM\0*": "tif"}
+    return next((ext for sign, ext in signs.items() if data.startswith(sign)), "bin")
+
+
+def _bytes_and_path(cell: Any) -> tuple[bytes | None, str]:
+    if isinstance(cell, dict):
+        path = cell.get("path")
+        return cell.get("bytes"), path if isinstance(path, str) else ""
+    return (cell, "") if isinstance(cell, bytes) else (None, "")
+
+
+def _texts(value: Any, encoding: str | None) -> list[str]:
+    cells = value if isinstance(value, list) else [value]
+    if any(isinstance(cell, bytes) and len(cell) > MAX_TEXT_BYTES for cell in cells):
+        raise CaptionError(f"has a caption larger than {MAX_TEXT_BYTES // 2**20} MiB")
+    return captions_of([decode(cell, encoding) if isinstance(cell, bytes) else cell for cell in cells])
+
+
+def _as_bytes(column: pa.Array) -> pa.Array:
+    """Strings as bytes: Parquet does not check that they are UTF-8."""
+    kind = column.type
+    if types.is_dictionary(kind):
+        return _as_bytes(column.dictionary_decode())
+    if types.is_string(kind) or types.is_large_string(kind):
+        return column.cast(pa.large_binary())
+    if (types.is_list(kind) or types.is_large_list(kind)) and (
+        types.is_string(kind.value_type) or types.is_large_string(kind.value_type)
+    ):
+        return column.cast(pa.large_list(pa.large_binary()))
+    return column
+
+
+def _has_bytes(kind: pa.DataType) -> bool:
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_dictionary(kind):
+        return _has_bytes(kind.value_type)
+    if types.is_struct(kind):
+        index = kind.get_field_index("bytes")
+        return index >= 0 and _has_bytes(kind.field(index).type)
+    return types.is_binary(kind) or types.is_large_binary(kind)

@@ -1,0 +1,127 @@
+"""Worker processes for code that parses untrusted bytes: a crash, or an image without end, costs one record."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+TIMEOUT_S = 120.0  # a photograph takes under a second
+
+
+class CrashError(Exception):
+    """The worker died, took too long, or its function raised what it should not."""
+
+
+class Workers:
+    """Runs a function of bytes in other processes; a context manager.
+
+    Processes are forked: each starts in milliseconds, and shares the modules that are loaded. The function must not use
+    threads or devices of its parent.
+    """
+
+    def __init__(
+        self, function: Callable[[bytes], Any], count: int | None = None, timeout_s: float = TIMEOUT_S
+    ) -> None:
+        self._function, self._timeout_s = function, timeout_s
+        self._count = count or min(4, len(os.sched_getaffinity(0)))
+        self._workers: list[_Worker] = []
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.stop()
+
+    def map(self, items: Iterable[tuple[Any, bytes | None]]) -> Iterator[tuple[Any, Any]]:
+        """(tag, result) of each (tag, data), in order. A result is a `CrashError` where the function failed; None where
+        data is None. At most one item for each worker is in memory."""
+        waiting: deque[tuple[Any, _Worker | None]] = deque()
+        free: deque[_Worker] = deque(self._workers)
+        for tag, data in items:
+            worker = None
+            if data is not None:
+                while not free and len(self._workers) == self._count:
+                    yield self._collect(waiting, free)
+                worker = free.popleft() if free else self._start()
+                worker.send(data)
+            waiting.append((tag, worker))
+            while len(waiting) > self._count:
+                yield self._collect(waiting, free)
+        while waiting:
+            yield self._collect(waiting, free)
+
+    def _start(self) -> _Worker:
+        self._workers.append(_Worker(self._function))
+        return self._workers[-1]
+
+    def _collect(self, waiting: deque, free: deque) -> tuple[Any, Any]:
+        tag, worker = waiting.popleft()
+        if worker is None:
+            return tag, None
+        try:
+            result = worker.receive(self._timeout_s)
+        except CrashError as error:
+            result = error
+        if worker.alive:
+            free.append(worker)
+        else:
+            self._workers.remove(worker)
+            worker.stop()
+        return tag, result
+
+
+class _Worker:
+    def __init__(self, function: Callable[[bytes], Any]) -> None:
+        context = multiprocessing.get_context("fork")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(function, theirs, self._connection), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.alive = True
+
+    def send(self, data: bytes) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died: `receive` says so
+            self._connection.send_bytes(data)
+
+    def receive(self, timeout_s: float) -> Any:
+        try:
+            if not self._connection.poll(timeout_s):
+                self.alive = False
+                raise CrashError(f"the image took over {timeout_s:g} s to decode")
+            result = self._connection.recv()
+        except (EOFError, ConnectionResetError):
+            self.alive = False
+            self._process.join(5)
+            code = self._process.exitcode
+            how = f"signal {-code}" if code is not None and code < 0 else f"exit status {code}"
+            raise CrashError(f"the image crashed its decoder ({how})") from None
+        if isinstance(result, Exception):
+            raise CrashError(f"{type(result).__name__}: {result}"[:300])
+        return result
+
+    def stop(self) -> None:
+        self._connection.close()
+        self._process.join(0.2)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+def _serve(function: Callable[[bytes], Any], connection: Connection, parents: Connection) -> None:
+    parents.close()  # so that the end of the parent is the end of the pipe
+    while True:
+        try:
+            data = connection.recv_bytes()
+        except (EOFError, OSError):
+            os._exit(0)  # without the parent's exit handlers
+        try:
+            result = function(data)
+        except Exception as error:
+            result = error
+        connection.send(result)

@@ -1,0 +1,204 @@
+"""One shard's images -> a latents part of one stage: VAE latents in aspect buckets.
+
+    selection, original bytes -> bucket-{W}x{H}/latents-*.safetensors   (posterior mean - latents_mean) / latents_std
+    VAE                          rows.parquet (model/data/files.py), ledger.parquet, report.json
+
+Only records that the stage draws are encoded: of the train split, of tiers with a weight, and of a stage that reads less
+than an epoch a sample of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from model.config import Section, StageConfig
+from model.data.files import LatentMeta, LatentPartWriter
+from model.data.hashing import hash_words, uniform
+from tasks.encoding.buckets import Bucket, cropped_fraction, nearest_bucket, stage_buckets
+from tasks.encoding.config import EncodingConfig
+from tasks.encoding.images import Changed, ChangedRecords, read_images
+from tasks.encoding.ledger import CHANGED_SINCE_SCORING, SHAPE_FITS_NO_BUCKET, UNDECODABLE, Notes
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import torch
+
+    from tasks.curation.curated import Curated
+    from tasks.store import Part
+
+COLUMNS = ["key", "record_id", "row", "locator", "width", "height"]  # of a selection, which decide the part
+WARN_CROP = 0.12  # images that lose more to their bucket are counted, and said
+STEPS_PER_OCTAVE = 8  # a sampled fraction is rounded up to a power of 2 ** (1/8): a new shard seldom changes it
+EncodeImages = Callable[[np.ndarray], "torch.Tensor"]
+
+
+class StageShape(Section):
+    """What of a stage decides the latents of an image that it draws."""
+
+    image_size_px: int
+    aspect_ratios: tuple[str, ...]
+
+
+def drawn_fractions(stage: StageConfig, images: Mapping[str, int]) -> dict[str, float]:
+    """The share of each tier's images that a stage encodes: all where it draws them once or more.
+
+    A stage draws steps x batch_size samples, of each tier in proportion to weight x images. A share below 1 is rounded
+    up by at most 9%.
+
+    Args:
+        images: of the train split, by tier.
+    """
+    weight = {tier: stage.tier_weights.get(tier, 0.0) * count for tier, count in images.items()}
+    total = sum(weight.values())
+    found = {}
+    for tier, count in images.items():
+        share = stage.steps * stage.batch_size * weight[tier] / total / count if total and count else 0.0
+        step = math.floor(-math.log2(share) * STEPS_PER_OCTAVE + 1e-9) if 0 < share < 1 else 0
+        found[tier] = 2.0 ** (-step / STEPS_PER_OCTAVE) if share > 0 else 0.0
+    return found
+
+
+def is_drawn(record_id: str, fraction: float, seed: int) -> bool:
+    """Whether a record is of the share that is encoded: a function of its id, so that another record changes nothing."""
+    if fraction >= 1 or fraction <= 0:
+        return fraction > 0
+    return float(uniform(hash_words(seed, int(record_id[:16], 16)))[0]) < fraction
+
+
+def draw(selection: pa.Table, fractions: Mapping[str, float], seed: int) -> tuple[list[int], int, int]:
+    """(rows of the selection that a stage encodes, held-out records, records that it does not draw)."""
+    rows, held_out, not_drawn = [], 0, 0
+    columns = (selection[name].to_pylist() for name in ("record_id", "tier", "split"))
+    for i, (record_id, tier, split) in enumerate(zip(*columns, strict=True)):
+        if split != "train":
+            held_out += 1
+        elif is_drawn(record_id, fractions.get(tier, 0.0), seed):
+            rows.append(i)
+        else:
+            not_drawn += 1
+    return rows, held_out, not_drawn
+
+
+def encode_latents(
+    curated: Curated,
+    part: Part,
+    rows: list[int],
+    shape: StageShape,
+    encoding: EncodingConfig,
+    channels: int,
+    encode: EncodeImages,
+    out_dir: str | Path,
+    changed: Mapping[int, str],
+) -> int:
+    """Fills `out_dir` with the latents of rows of one shard's selection; returns the number of images.
+
+    Args:
+        encode: see `image_encoder`.
+        changed: rows that are known to have changed since they were scored, and why: listed, not read.
+
+    Raises:
+        ChangedRecords: other rows have changed, after all are read.
+    """
+    out_dir, notes = Path(out_dir), Notes(part.name)
+    table = dict(zip(rows, curated.selection(part).select(COLUMNS).take(rows).to_pylist(), strict=True))
+    buckets = stage_buckets(shape.image_size_px, shape.aspect_ratios, from_data=encoding.shapes == "data")
+    assigned: dict[int, tuple[Bucket, int]] = {}
+    crops = []
+    for i, row in table.items():
+        if i in changed:
+            notes.reject(row, CHANGED_SINCE_SCORING, changed[i])
+            continue
+        bucket = nearest_bucket(row["width"], row["height"], buckets)
+        crop = cropped_fraction(row["width"], row["height"], bucket)
+        words = f"{row['width']}x{row['height']} loses {crop:.0%} to the nearest bucket, {bucket.name}"
+        if encoding.shapes == "stage" and crop > encoding.max_crop_fraction:
+            notes.reject(row, SHAPE_FITS_NO_BUCKET, f"{words}; encoding.max_crop_fraction={encoding.max_crop_fraction}")
+            continue
+        if crop > WARN_CROP:
+            notes.remark(row, f"cropped_over_{WARN_CROP:.0%}", words)
+        crops.append(crop)
+        assigned[i] = (bucket, row["width"] * row["height"])
+
+    found_changed: dict[int, str] = {}
+
+    def lost(i: int, error: ValueError) -> None:
+        if isinstance(error, Changed):
+            found_changed[i] = str(error)
+        else:
+            notes.reject(table[i], UNDECODABLE, str(error))
+
+    sums, squares, done = 0.0, 0.0, 0
+    meta = LatentMeta(latent_channels=channels, dtype=encoding.dtype, rows_per_file=encoding.rows_per_file)
+    with LatentPartWriter(out_dir, meta) as writer:
+        waiting: dict[Bucket, list[tuple[int, np.ndarray]]] = {}
+
+        def flush(bucket: Bucket) -> None:
+            nonlocal sums, squares, done
+            batch = waiting.pop(bucket)
+            latents = encode(np.stack([pixels for _, pixels in batch]))
+            sums += float(latents.mean()) * len(batch)
+            squares += float(latents.square().mean()) * len(batch)
+            for (i, _), latent in zip(batch, latents, strict=True):
+                writer.add(table[i]["row"], table[i]["record_id"], latent)
+            done += len(batch)
+
+        for i, pixels in read_images(curated, part, assigned, lost):
+            bucket = assigned[i][0]
+            waiting.setdefault(bucket, []).append((i, pixels))
+            if len(waiting[bucket]) == encoding.batch_size:
+                flush(bucket)
+        for bucket in sorted(waiting):
+            flush(bucket)
+    if found_changed:
+        raise ChangedRecords(found_changed)
+    notes.write(
+        out_dir,
+        encoded=done,
+        buckets=writer.meta.buckets,
+        crop_sum=sum(crops),
+        max_crop=max(crops, default=0.0),
+        latent_sum=sums,
+        latent_square_sum=squares,
+    )
+    return done
+
+
+def latent_channels(components_dir: str | Path) -> int:
+    return json.loads((Path(components_dir) / "vae" / "config.json").read_text())["z_dim"]
+
+
+def vae_digest(components_dir: str | Path) -> str:
+    """SHA-256 over the VAE's files."""
+    digest = hashlib.sha256()
+    for path in sorted((Path(components_dir) / "vae").iterdir()):
+        with open(path, "rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def image_encoder(components_dir: str | Path) -> EncodeImages:
+    """uint8 [B, H, W, 3] -> normalised latents [B, C, H/8, W/8] float32: the posterior's mean, as nothing is sampled."""
+    import torch
+    from diffusers import AutoencoderKLQwenImage
+
+    from tasks.encoding.vae_codec import FrameCodec, to_tensor
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vae: Any = AutoencoderKLQwenImage.from_pretrained(Path(components_dir) / "vae", torch_dtype=torch.float32)
+    codec = FrameCodec(vae.to(device).eval().requires_grad_(False))
+    center = torch.tensor(vae.config.latents_mean, device=device).view(1, -1, 1, 1)
+    deviation = torch.tensor(vae.config.latents_std, device=device).view(1, -1, 1, 1)
+
+    def encode(pixels: np.ndarray) -> torch.Tensor:
+        with torch.inference_mode():
+            mean, _ = codec.encode(to_tensor(pixels).to(device))
+            return ((mean - center) / deviation).float().cpu()
+
+    return encode

@@ -1,0 +1,185 @@
+"""Random sources with random defects: everything seen is accounted for, and a kept caption is what its owner wrote."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import tarfile
+import tempfile
+import unicodedata
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from source_files import picture, read_records, tar_of, write
+
+PICTURES = [picture(i) for i in range(4)]
+SETTINGS = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+# Letters that differ in Unicode form, in case, in script; blanks and dots inside names.
+names = st.text("aAbé1_ -.ß中", min_size=1, max_size=6).filter(lambda text: text.strip(" .") and text[0] not in ". ")
+folders = st.sampled_from(["", "sub/", "sub/deep/", "train/"])
+# Any text without surrogates, controls and ends of lines, which would make several captions of one.
+words = st.text(st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp")), min_size=1, max_size=30).filter(str.strip)
+bad_text = st.sampled_from([b"\xff\xfe\x00\xd8", b"caf\xe9", b"a\0b", "boats".encode("utf-16-le")])
+junk = st.sampled_from(["x.heic", "y.zip", "README", "stray.TXT", ".DS_Store", "z.jxl", "._a.png", "a.cls", "b.xmp"])
+
+
+@st.composite
+def samples(draw, count=6):
+    """(path without extension, picture, caption or bytes that are none, extension of the caption's file)."""
+    paths = draw(st.lists(st.tuples(folders, names).map("".join), min_size=1, max_size=count, unique_by=_plain))
+    kinds = st.one_of(words, words, words, st.none(), bad_text)
+    return [(path, draw(st.sampled_from(PICTURES)), draw(kinds), draw(st.sampled_from(["txt", "json", "caption"]))) for path in paths]  # fmt: skip
+
+
+def _plain(path):
+    """Names of which WebDataset's keys differ, so that every caption has one owner."""
+    folder, _, name = path.rpartition("/")
+    return folder, unicodedata.normalize("NFC", name[: name.find(".", 1) if "." in name[1:] else None].casefold())
+
+
+def text_file(caption, ext):
+    if isinstance(caption, bytes):
+        return caption
+    return json.dumps({"text": caption}) if ext == "json" else caption
+
+
+def sample_files(drawn):
+    """Files, and what each picture's captions are to be: a list, or a problem."""
+    files, expected = {}, {}
+    for path, data, caption, ext in drawn:
+        files[f"{path}.png"] = data
+        expected[f"{path}.png"] = [caption.strip()] if isinstance(caption, str) else []
+        if isinstance(caption, bytes):
+            expected[f"{path}.png"] = "unreadable_caption"
+        if caption is not None:
+            files[f"{path}.{ext}"] = text_file(caption, ext)
+    return files, expected
+
+
+def outcome(records):
+    return {record.locator: record.problem or record.captions for record in records}
+
+
+@SETTINGS
+@given(samples(), st.lists(st.tuples(folders, junk).map("".join), max_size=5, unique=True), st.integers(0, 3))
+def test_loose_files(drawn, others, links):
+    files, expected = sample_files(drawn)
+    others = [name for name in others if name not in files and not _describes(name, expected)]
+    with tempfile.TemporaryDirectory() as scratch:
+        root = write(Path(scratch) / "source", {**files, **dict.fromkeys(others, b"x")})
+        for i in range(links):
+            (root / f"link{i}.png").symlink_to("/etc/hostname")
+        records, account = read_records(root)
+        assert account.seen == sum(len(found) for _, _, found in os.walk(root)), "every file is seen once"
+        assert len(records) == len(expected)
+        assert outcome(records) == expected
+        assert {record.locator: record.data for record in records} == {n: d for n, d in files.items() if n in expected}
+
+
+def _describes(name, images):
+    folder, _, base = name.rpartition("/")
+    keys = {_plain(image[:-4]) for image in images}
+    return _plain(name) in keys
+
+
+@SETTINGS
+@given(samples(), st.lists(junk, max_size=4, unique=True), st.randoms(use_true_random=False), st.sampled_from(["w", "w:gz", "w:xz"]))  # fmt: skip
+def test_tars_in_any_order_of_their_members(drawn, others, random, mode):
+    files, expected = sample_files(drawn)
+    others = [name for name in others if name not in files and not _describes(name, expected)]
+    outcomes = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for order in range(2):
+            members = list({**files, **dict.fromkeys(others, b"x")}.items())
+            if order:
+                random.shuffle(members)
+            path = tar_of(Path(scratch) / "x.tar", members, mode, tarfile.PAX_FORMAT)
+            records, account = read_records(path)
+            assert account.seen == 1 + len(members), "the tar and its members"
+            outcomes.append(outcome(records))
+    assert outcomes[0] == outcomes[1] == {f"x.tar:{name}": value for name, value in expected.items()}
+
+
+@SETTINGS
+@given(st.lists(st.tuples(st.one_of(st.sampled_from(PICTURES), st.none()), st.one_of(words, st.none(), st.lists(words, max_size=3))), min_size=1, max_size=12), st.integers(1, 5), st.booleans(), st.booleans())  # fmt: skip
+def test_parquet_rows(rows, row_group_size, as_structs, as_lists):
+    if all(image is None for image, _ in rows):
+        rows = [*rows, (PICTURES[0], "one")]
+    kind, cell = pa.binary(), lambda image: image
+    if as_structs:
+        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        cell = lambda image: {"bytes": image, "path": "x.png"}  # noqa: E731
+    if as_lists:
+        inner, kind = cell, pa.list_(kind)
+        cell = lambda image: [inner(image)]  # noqa: E731
+    texts = [[text] if isinstance(text, str) else text for _, text in rows]
+    table = pa.table({"image": pa.array([cell(image) for image, _ in rows], kind), "text": pa.array(texts, pa.list_(pa.string()))})  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        pq.write_table(table, Path(scratch) / "x.parquet", row_group_size=row_group_size)
+        records, account = read_records(scratch, images_per_shard=row_group_size)
+    assert account.seen == 1 + len(rows)
+    expected = {
+        f"x.parquet:{i}": list(dict.fromkeys(text.strip() for text in (texts[i] or [])))
+        for i, (image, _) in enumerate(rows)
+        if image is not None
+    }
+    assert outcome(records) == expected
+    assert [record.data for record in records] == [image for image, _ in rows if image is not None]
+
+
+any_line = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=40)
+
+
+@SETTINGS
+@given(st.lists(any_line, min_size=1, max_size=8), st.sampled_from(["csv", "tsv", "jsonl", "json", "parquet"]), st.randoms(use_true_random=False))  # fmt: skip
+def test_metadata_files_give_whole_captions_in_any_format_and_order(captions, format, random):
+    rows = [(f"{i}.png", text) for i, text in enumerate(captions)]
+    random.shuffle(rows)
+    with tempfile.TemporaryDirectory() as scratch:
+        root = write(Path(scratch), {name: PICTURES[0] for name, _ in rows})
+        if format in ("csv", "tsv"):
+            buffer = io.StringIO(newline="")
+            csv.writer(buffer, delimiter="\t" if format == "tsv" else ",", quoting=csv.QUOTE_ALL).writerows([("file_name", "text"), *rows])  # fmt: skip
+            content = buffer.getvalue()
+        elif format == "parquet":
+            pq.write_table(
+                pa.table([list(c) for c in zip(*rows)], names=["file_name", "text"]), root / "metadata.parquet"
+            )
+            content = None
+        else:
+            dicts = [{"file_name": name, "text": text} for name, text in rows]
+            content = json.dumps(dicts, ensure_ascii=False) if format == "json" else "\n".join(map(json.dumps, dicts))
+        if content is not None:
+            write(root, {f"metadata.{format}": content})
+        records, account = read_records(root)
+    assert account.seen == len(rows) + 1 and not account.skipped
+    assert outcome(records) == {f"{i}.png": [text.strip()] if text.strip() else [] for i, text in enumerate(captions)}
+
+
+@SETTINGS
+@given(st.lists(words, min_size=2, max_size=6), st.data())
+def test_a_csv_with_a_broken_quote_or_comma_is_an_error_or_whole(captions, data):
+    """Characters lost or added anywhere in a CSV never shorten a caption in silence: it is as written, or refused."""
+    buffer = io.StringIO(newline="")
+    rows = [(f"{i}.png", text.replace('"', "'")) for i, text in enumerate(captions)]
+    csv.writer(buffer, quoting=csv.QUOTE_ALL).writerows([("file_name", "text"), *rows])
+    content = buffer.getvalue()
+    quotes = [i for i, c in enumerate(content) if c == '"']
+    at = data.draw(st.sampled_from(quotes[4:]))
+    broken = content[:at] + content[at + 1 :]
+    with tempfile.TemporaryDirectory() as scratch:
+        write(Path(scratch), {**{name: PICTURES[0] for name, _ in rows}, "metadata.csv": broken})
+        try:
+            records, _ = read_records(scratch)
+        except ValueError as error:
+            assert "metadata.csv" in str(error)
+            return
+    for record in records:
+        own = rows[int(record.locator[:-4])][1].strip()
+        assert record.problem or not record.captions or own in (record.captions[0], record.captions[0].strip('"'))

@@ -1,0 +1,220 @@
+import json
+import unicodedata
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from source_files import captions_in, left_out, picture, read_records, write
+
+PNG = picture(1)
+
+
+def refused(path, *words, **config):
+    with pytest.raises(ValueError) as caught:
+        read_records(path, **config)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+ROWS = [("a.png", "a red barn, at dusk"), ("b.png", 'two "boats"\non a lake'), ("b.png", "a second caption")]
+
+
+def table(path, columns=("file_name", "text")):
+    pq.write_table(pa.table([list(column) for column in zip(*ROWS)], names=columns), path)
+
+
+def as_csv(delimiter=",", columns=("file_name", "text"), newline="\n"):
+    quoted = ['"{}"'.format(text.replace('"', '""')) for _, text in ROWS]
+    rows = [delimiter.join(columns), *(f"{name}{delimiter}{text}" for (name, _), text in zip(ROWS, quoted))]
+    return newline.join(rows) + newline
+
+
+def as_lines(columns=("file_name", "text")):
+    return "".join(json.dumps(dict(zip(columns, row))) + "\n" for row in ROWS)
+
+
+def as_list(columns=("file_name", "text")):
+    return json.dumps([dict(zip(columns, row)) for row in ROWS], indent=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.csv", as_csv()),
+        ("Metadata.CSV", as_csv(newline="\r\n")),
+        ("metadata.csv", as_csv(";")),
+        ("metadata.tsv", as_csv("\t")),
+        ("metadata.csv", as_csv(columns=("file_name", " text"))),
+        ("metadata.csv", as_csv(columns=(" Filename ", "TEXT"))),
+        ("metadata.csv", as_csv(columns=("image", "Prompt"))),
+        ("metadata.csv", "\ufeff" + as_csv(columns=("path", "raw"))),
+        ("METADATA.csv", as_csv().encode("utf-16")),
+        ("metadata.jsonl", as_lines()),
+        ("metadata.jsonl", "\n" + as_lines(("file_name", "Captions")).replace("\n", "\n\n")),
+        ("metadata.json", as_list()),
+        ("Metadata.json", as_lines()),
+        ("metadata.json", json.dumps({"a.png": ROWS[0][1], "b.png": [text for _, text in ROWS[1:]]})),
+        ("metadata.json", json.dumps({"a.png": {"caption": ROWS[0][1]}, "b.png": {"texts": [t for _, t in ROWS[1:]]}})),
+        ("metadata.json", as_list().encode("utf-16-le")),
+        ("metadata.parquet", None),
+    ],
+)
+def test_every_format_and_spelling_of_a_table_gives_the_same_captions(tmp_path, name, content):
+    write(tmp_path, {"a.png": PNG, "b.png": PNG})
+    config = {}
+    if content is None:
+        table(tmp_path / name)
+    else:
+        write(tmp_path, {name: content})
+        if isinstance(content, bytes) and content[:1] == b"[":
+            config = {"encoding": "utf-16-le"}
+    assert captions_in(tmp_path, **config) == {
+        "a.png": ["a red barn, at dusk"],
+        "b.png": ['two "boats"\non a lake', "a second caption"],
+    }
+    assert left_out(tmp_path, **config) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("file_name,text\na.png,ok\nb.png,a barn, at dusk\n", ("line 3", "3 fields", "2 columns", "double quotes")),
+        ("file_name,text,more\na.png,ok\n", ("line 2", "2 fields", "3 columns", "write each column")),
+        ('file_name,text\na.png,"never closed\nb.png,two boats\n', ("line 2", "metadata.csv", "quotes")),
+        ('file_name,text\na.png,"never closed\nb.png,"two boats"\n', ("line 2", "quotes")),
+        ('file_name,text\na.png,"not closed\nb.png,two boats"\n', ("line 2", "'a.png'", "'b.png'", "not closed")),
+        ('file_name,text\na.png,"a "red" barn"\nb.png,x\n', ("line 2", "quotes")),
+        ("file_name,text,text\na.png,x,y\n", ("file_name, text, text", "twice")),
+        ("name,text\na.png,x\n", ("name, text", "file_name")),
+        ("", ("empty", "file_name")),
+        ("file_name,text\na.png,caf\xe9\n".encode("latin-1"), ("UTF-8", "source.encoding")),
+        ("file_name,text\n" + "".join(f"a.png,{i}\n" for i in range(5)) + '"\n' * 3, ("line 9",)),
+    ],
+)
+def test_csv_is_strict_and_names_file_and_line(tmp_path, content, words):
+    write(tmp_path, {"a.png": PNG, "b.png": PNG, "metadata.csv": content})
+    refused(tmp_path, str(tmp_path / "metadata.csv"), *words)
+
+
+def test_a_field_of_200000_characters_is_a_caption_like_others(tmp_path):
+    caption = "word " * 40_000
+    write(tmp_path, {"a.png": PNG, "metadata.csv": f"file_name,text\na.png,{caption}\n"})
+    assert captions_in(tmp_path) == {"a.png": [caption.strip()]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "x"}\n{broken\n', ("line 2", "not JSON")),
+        ("metadata.jsonl", '["a.png"]\n', ("line 1", "file_name")),
+        ("metadata.jsonl", '{"file_name": 3, "text": "x"}\n', ("line 1", "file_name")),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "x", "text": "y"}\n', ("line 1", "'text' twice")),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "\\ud800"}\n', ("line 1", "no Unicode")),
+        ("metadata.jsonl", "[" * 100_000 + "\n", ("line 1", "nested")),
+        ("metadata.json", '[{"file_name": "a.png", "text": "x"}, {"file_name": }]', ("element 2",)),
+        ("metadata.json", '[{"file_name": "a.png", "text": "x"}', ("ends early",)),
+        ("metadata.json", '[{"file_name": "a.png", "text": "x"}] []', ("follows its end",)),
+        ("metadata.parquet", b"no table", ("metadata.parquet", "not a readable Parquet")),
+    ],
+)
+def test_a_broken_table_is_named(tmp_path, name, content, words):
+    write(tmp_path, {"a.png": PNG, name: content})
+    refused(tmp_path, str(tmp_path / name), *words)
+
+
+@pytest.mark.parametrize(
+    "name", ["metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.json", "metadata.parquet"]
+)
+def test_a_missing_caption_column_is_named_unless_the_recipe_maps_it_or_sidecars_have_captions(tmp_path, name):
+    write(tmp_path, {"a.png": PNG, "b.png": PNG})
+    content = {"csv": as_csv, "tsv": lambda **c: as_csv("\t", **c), "jsonl": as_lines, "json": as_list}
+    columns = ("file_name", "blurb")
+    if name.endswith("parquet"):
+        table(tmp_path / name, columns)
+    else:
+        write(tmp_path, {name: content[name.partition(".")[2]](columns=columns)})
+    refused(tmp_path, name, "file_name, blurb", "caption, captions, text, texts, prompt, raw", "source.caption_columns")
+    refused(tmp_path, "(prose)", caption_columns=("prose",))
+    assert captions_in(tmp_path, caption_columns=("Blurb",))["a.png"] == ["a red barn, at dusk"]
+    write(tmp_path, {"a.txt": "beside", "b.txt": "beside"})
+    assert captions_in(tmp_path) == {"a.png": ["beside"], "b.png": ["beside"]}
+
+
+def test_names_match_with_backslashes_with_the_folder_in_front_and_in_either_unicode_form(tmp_path):
+    nfd = unicodedata.normalize("NFD", "café")
+    write(
+        tmp_path,
+        {
+            "windows/images/p0.png": PNG,
+            "windows/metadata.csv": "file_name,text\n.\\images\\p0.png,windows\n",
+            "prefix/train/p0.png": PNG,
+            "prefix/train/deep/p1.png": PNG,
+            "prefix/train/metadata.csv": "file_name,text\ntrain/p0.png,near\n/data/train/deep/p1.png,absolute\n",
+            f"nfd/{nfd}.png": PNG,
+            "nfd/metadata.csv": f"file_name,text\n{unicodedata.normalize('NFC', 'café')}.png,composed\n",
+            "case/A.PNG": PNG,
+            "case/metadata.csv": "file_name,text\na.png,by case\n",
+            "above/in/metadata.csv": "file_name,text\n../a.png,from below\n",
+            "above/a.png": PNG,
+        },
+    )
+    assert captions_in(tmp_path) == {
+        "above/a.png": ["from below"],
+        "case/A.PNG": ["by case"],
+        f"nfd/{nfd}.png": ["composed"],
+        "prefix/train/p0.png": ["near"],
+        "prefix/train/deep/p1.png": ["absolute"],
+        "windows/images/p0.png": ["windows"],
+    }
+
+
+def test_a_folder_of_the_tables_own_name_inside_it_is_meant_itself(tmp_path):
+    write(tmp_path, {"train/train/a.png": PNG, "train/a.png": PNG})
+    write(tmp_path, {"train/metadata.csv": "file_name,text\ntrain/a.png,inner\n"})
+    assert captions_in(tmp_path) == {"train/a.png": [], "train/train/a.png": ["inner"]}
+
+
+def test_a_name_that_may_mean_two_images_gives_neither_a_caption(tmp_path):
+    write(tmp_path, {"É.png": PNG, unicodedata.normalize("NFD", "é") + ".png": PNG})
+    write(tmp_path, {"metadata.csv": f"file_name,text\n{unicodedata.normalize('NFD', 'É')}.png,composed\n"})
+    captions = captions_in(tmp_path)
+    assert captions == {"É.png": ["composed"], unicodedata.normalize("NFD", "é") + ".png": []}
+    write(tmp_path, {"b.PNG": PNG, "B.png": PNG, "metadata.csv": "file_name,text\nb.png,whose\n"})
+    captions = captions_in(tmp_path)
+    assert captions["b.PNG"] == captions["B.png"] == "ambiguous_caption"
+
+
+def test_rows_that_name_no_image_are_counted_with_an_example_and_all_of_them_are_an_error(tmp_path):
+    write(tmp_path, {"a.png": PNG, "metadata.csv": "file_name,text\na.png,x\ngone.png,y\n../../etc/passwd,z\n"})
+    assert captions_in(tmp_path) == {"a.png": ["x"]}
+    _, account = read_records(tmp_path)
+    count, example = account.skipped["metadata row that names no image"]
+    assert count == 2 and example.startswith(str(tmp_path / "metadata.csv")) and "gone.png (line 3)" in example
+    write(tmp_path, {"metadata.csv": "file_name,text\nimages/a.png,x\ngone.png,y\n"})
+    refused(tmp_path, "2 rows of", "metadata.csv name no image", "images/a.png (line 2)")
+
+
+def test_a_json_file_that_is_no_table_of_images_is_left_out(tmp_path):
+    write(tmp_path, {"a.png": PNG, "a.txt": "x", "metadata.json": '{"license": "CC0", "images": [1, 2]}'})
+    assert captions_in(tmp_path) == {"a.png": ["x"]}
+    assert left_out(tmp_path) == {".json": 1}
+
+
+def test_a_picture_called_metadata_keeps_its_sidecar(tmp_path):
+    write(tmp_path, {"metadata.png": PNG, "metadata.json": '{"text": "of the picture"}'})
+    assert captions_in(tmp_path) == {"metadata.png": ["of the picture"]}
+
+
+def test_a_table_over_its_cap_is_refused_before_it_is_read(tmp_path):
+    import os
+
+    write(tmp_path, {"a.png": PNG, "metadata.jsonl": ""})
+    os.truncate(tmp_path / "metadata.jsonl", 10 * 2**30)
+    refused(tmp_path, "metadata.jsonl", "64 MiB")
+
+
+def test_lines_with_an_escape_sequence_do_not_reach_the_terminal(tmp_path):
+    write(tmp_path, {"a.png": PNG, "metadata.csv": "file_name,\x1b[31m\na.png,x\n"})
+    with pytest.raises(ValueError) as caught:
+        read_records(tmp_path)
+    assert "\x1b" not in str(caught.value)

@@ -1,0 +1,289 @@
+"""Every record is kept, or has the first rule that rejected it; what is left out is counted and named."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from own_images import picture, png, write_folder
+
+from tasks.curation import check, filters, flow, replay, score
+from tasks.curation.config import CaptionConfig, CurationConfig, FilterConfig, SourceConfig, TierConfig
+from tasks.curation.curated import open_curated
+from tasks.curation.sources.made import defects
+from tasks.store import fetch_part
+
+CONFIG = CurationConfig(filters=FilterConfig(min_side_px=32, min_entropy_bits=0.05))
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("NUCLEUS_STORE", raising=False)
+
+
+def decide(folder: Path, config: CurationConfig = CONFIG, source: SourceConfig | None = None) -> Path:
+    _, part = flow.curate_source(source or SourceConfig(images_per_shard=5), str(folder), config, until="decisions")
+    return fetch_part(part)
+
+
+def book_of(decision: Path) -> pd.DataFrame:
+    return pd.read_parquet(decision / "ledger.parquet").set_index("file", drop=False)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    folder = write_folder(tmp_path / "images", range(10))
+    (folder / "twin.png").write_bytes(png(3))
+    (folder / "twin.txt").write_text("another caption of it")
+    (folder / "silent.png").write_bytes(png(100))
+    (folder / "page.png").write_bytes(b"<html>")
+    (folder / "page.txt").write_text("<script>alert(1)</script>")
+    (folder / "cut.png").write_bytes(png(101)[:200])
+    (folder / "cut.txt").write_text("cut off")
+    (folder / "long.png").write_bytes(png(102))
+    (folder / "long.txt").write_text("word " * 300)
+    (folder / "latin.png").write_bytes(png(103))
+    (folder / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    (folder / "IMG.HEIC").write_bytes(b"heic")
+    (folder / "notes.docx").write_bytes(b"docx")
+    return folder
+
+
+def test_every_record_is_in_the_ledger_once_with_the_file_that_its_owner_knows(folder):
+    decision = decide(folder)
+    book = book_of(decision)
+    report = json.loads((decision / "report.json").read_text())
+    assert len(book) == 16 == report["input"] == report["kept"] + sum(report["rejected"].values())
+    assert book["file"].is_unique and set(book["file"]) == {p.name for p in folder.glob("*.png")}
+    rules = book["rule"].to_dict()
+    assert {name: rules[name] for name in ("silent.png", "page.png", "cut.png", "long.png", "latin.png")} == {
+        "silent.png": "no_caption",
+        "page.png": "undecodable",
+        "cut.png": "undecodable",
+        "long.png": "caption_too_long",
+        "latin.png": "unreadable_caption",
+    }
+    assert sorted([rules["twin.png"], rules["p003.png"]]) == ["", "exact_duplicate"]
+    assert book.loc["twin.png", "detail"] == "same bytes as p003.png"
+    assert book.loc["long.png", "detail"] == "every caption is over max_words 200 (the shortest has 300)"
+    assert (book["kept"] == (book["rule"] == "")).all()
+
+
+def test_every_file_of_the_source_is_accounted_for(folder):
+    decision = decide(folder)
+    account = json.loads((decision / "report.json").read_text())["account"]
+    assert account["seen"] == len(list(folder.iterdir()))
+    assert account["seen"] == account["used"] + sum(count for count, _ in account["skipped"].values())
+    assert account["records"] == len(book_of(decision))
+    assert account["skipped"] == {".docx": [1, "notes.docx"], ".heic": [1, "IMG.HEIC"]}
+    page = (decision / "report.html").read_text()
+    assert "notes.docx" in page and "IMG.HEIC" in page
+
+
+def test_the_summary_line_names_what_was_left_out_with_an_example_each(folder):
+    decision = decide(folder)
+    line = flow.result_line(decision, None, CONFIG)
+    assert "kept 10 of 16 records" in line and "2 x undecodable (cut.png)" in line
+    assert "1 x .heic (IMG.HEIC)" in line and "1 x .docx (notes.docx)" in line
+
+
+def test_nothing_left_keeps_ledger_and_report_and_names_causes_and_remedies(tmp_path):
+    folder = write_folder(tmp_path / "images", range(3), caption="word " * 20)
+    (folder / "bare.png").write_bytes(png(9))
+    limit = CONFIG.model_copy(update={"captions": CaptionConfig(max_words=14)})
+    with pytest.raises(ValueError) as caught:
+        flow.curate_source(SourceConfig(), str(folder), limit)
+    message = str(caught.value)
+    assert "kept none of 4 records: caption_too_long 3 (such as p000.png: every caption is over max_words 14" in message
+    assert "have 20 words: raise curation.captions.max_words=14" in message
+    assert "no_caption 1 (such as bare.png" in message and "source.caption_columns" in message
+    kept = Path(re.search(r"Ledger and report: (\S+)", message)[1])
+    assert len(book_of(kept)) == 4 and "<html" in (kept / "report.html").read_text()
+
+
+def test_the_same_input_gives_the_same_bytes(folder, tmp_path, monkeypatch):
+    made = []
+    for name in ("a", "b"):
+        monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / name))
+        made.append(decide(folder))
+    files = [p.relative_to(made[0]) for p in made[0].rglob("*") if p.is_file() and p.name != "manifest.json"]
+    for name in files:
+        if name.name != "locations.parquet":
+            assert (made[0] / name).read_bytes() == (made[1] / name).read_bytes(), name
+
+
+def test_deciding_again_reads_no_image(folder, monkeypatch):
+    decide(folder)
+    monkeypatch.setattr(score, "measure", None)
+    monkeypatch.setattr(filters, "decode", None)
+    strict = CONFIG.model_copy(update={"tiers": TierConfig(thresholds=(0.4, 0.3, 0.2, 0.1))})
+    report = json.loads((decide(folder, strict) / "report.json").read_text())
+    assert report["tiers"]["A1"] == report["kept"] > 0
+
+
+def test_the_report_is_self_contained_and_escaped(tmp_path):
+    folder = write_folder(tmp_path / "images", range(5), caption="<b>bold</b> & 'more' {}")
+    (folder / "<img src=x onerror=1>.png").write_bytes(png(50, (16, 16)))
+    (folder / "<img src=x onerror=1>.txt").write_text("small")
+    page = (decide(folder) / "report.html").read_text()
+    assert "<img src=x" not in page and "&lt;img src=x" in page
+    assert "<script" not in page and not re.search(r"""(src|href)=["']?(http|//)""", page)
+    for word in ("min_side", "max_watermark_score", "Thresholds", "data:image/png;base64", "<svg", "A5", "Shapes"):
+        assert word in page
+
+
+def test_a_bare_twin_does_not_displace_one_with_captions(tmp_path):
+    folder = write_folder(tmp_path / "images", [1])
+    (folder / "a.png").write_bytes(png(1))
+    rules = book_of(decide(folder))["rule"].to_dict()
+    assert rules == {"a.png": "no_caption", "p001.png": ""}
+
+
+def test_an_image_repeated_for_each_of_its_captions_keeps_them_all(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, text in enumerate(["one", "two words", "One", "far too long for this limit"]):
+        (folder / f"{i}.png").write_bytes(png(1))
+        (folder / f"{i}.txt").write_text(text)
+    config = CONFIG.model_copy(update={"captions": CaptionConfig(max_words=3)})
+    path, _ = flow.curate_source(SourceConfig(images_per_shard=1), str(folder), config)
+    curated = open_curated(path)
+    (part,) = curated.parts()
+    assert curated.selection(part)["captions"].to_pylist() == [["one", "two words"]]
+
+
+def test_own_images_of_every_shape_up_to_the_limit_are_kept_and_counted(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, size in enumerate([(160, 90), (90, 160), (96, 96), (128, 52)]):
+        picture(i, size).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+    decision = decide(folder)
+    assert book_of(decision)["kept"].all()
+    assert sum(json.loads((decision / "report.json").read_text())["shapes"]["kept"]) == 4
+
+
+def test_an_image_that_crashes_its_decoder_costs_one_record(folder, monkeypatch):
+    real = score.measure
+
+    def measure(data, config):
+        if data == png(5):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(data, config)
+
+    monkeypatch.setattr(score, "measure", measure)
+    book = book_of(decide(folder))
+    assert (
+        book.loc["p005.png", "rule"] == "undecodable"
+        and "crashed its decoder (signal 9)" in book.loc["p005.png", "detail"]
+    )
+    assert book["kept"].sum() == 9
+
+
+def test_check_prints_the_fate_of_each_file(folder, capsys):
+    assert check.main([str(folder), "--overrides", "curation.filters.min_side_px=32"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    fates = {line["file"]: line for line in map(json.loads, lines[:-1])}
+    assert fates["p000.png"] == {"file": "p000.png", "captions": ["a picture of 0"], "fate": "kept"}
+    assert fates["silent.png"]["fate"] == "no_caption: no caption" and fates["silent.png"]["captions"] == []
+    assert lines[-1].startswith("skipped ") and json.loads(lines[-1][8:])[".heic"] == [1, "IMG.HEIC"]
+
+
+def test_check_of_a_source_that_is_refused_is_one_line(tmp_path, capsys):
+    assert check.main([str(tmp_path / "nothing")]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("ValueError: ") and len(out.splitlines()) == 1
+
+
+def test_replay_gives_the_decisions_that_a_run_would_give_and_reads_no_image(folder, tmp_path, capsys, monkeypatch):
+    (folder / "p000.txt").write_text("a picture")
+    strict = CONFIG.model_copy(update={"captions": CaptionConfig(max_words=3)})
+    curated, _ = flow.curate_source(SourceConfig(images_per_shard=5), str(folder), strict)
+    monkeypatch.setattr(score, "measure", None)
+    monkeypatch.setattr(filters, "decode", None)
+    capsys.readouterr()
+    arguments = [str(curated), "--overrides", "curation.captions.max_words=200", "--out", str(tmp_path / "out")]
+    assert replay.main(arguments) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("kept 1 -> 10 of 16 records; ")
+    assert {line["file"] for line in map(json.loads, lines) if line["after"] == "kept"} >= {"p001.png", "p009.png"}
+    monkeypatch.undo()
+    monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
+    pd.testing.assert_frame_equal(book_of(tmp_path / "out"), book_of(decide(folder)))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("curation.scorers.watermark=none", "changes the scores"),
+        ("train.seed=1", "only decisions of curation"),
+        ("curation.filters.min_side=1", "min_side_px"),
+    ],
+)
+def test_what_cannot_be_replayed_is_refused(override, message, tmp_path, capsys):
+    curated, _ = flow.curate_source(SourceConfig(), str(write_folder(tmp_path / "images", range(2))), CONFIG)
+    capsys.readouterr()
+    assert replay.main([str(curated), "--overrides", override]) == 1
+    assert re.match(f"ValueError: .*{message}", capsys.readouterr().out)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """Scenes with planted defects, and digits, through the whole of curation: (ledger with truth, report)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NUCLEUS_HOME", str(tmp_path_factory.mktemp("planted")))
+        source = SourceConfig(scenes=400, digits=60, scene_size_px=128, defect_fraction=0.6, shards=2, seed=5)
+        _, part = flow.curate_source(source, "", CurationConfig(filters=CONFIG.filters), until="decisions")
+        decision = fetch_part(part)
+        truth = [
+            pd.read_parquet(fetch_part(flow.make_shard(source, index)) / "truth.parquet")
+            for index in range(source.shards)
+        ]
+        book = pd.read_parquet(decision / "ledger.parquet")
+        book = book.merge(pd.concat(truth).drop(columns="detail"), on="key", how="left").set_index("key")
+        return book, json.loads((decision / "report.json").read_text())
+
+
+EXPECTED = {
+    "truncated": {"undecodable"},
+    "corrupt": {"undecodable"},
+    "text_file": {"undecodable"},
+    "blank": {"single_color"},
+    "near_uniform": {"single_color"},
+    "tiny": {"min_side"},
+    "extreme_aspect": {"aspect_ratio"},
+    "watermark": {"watermark"},
+    "border": {"border"},
+}
+
+
+@pytest.mark.parametrize("defect", EXPECTED)
+def test_a_planted_defect_is_caught_by_its_rule(planted, defect):
+    rows = planted[0][planted[0]["defect"] == defect]
+    assert len(rows) == 20
+    assert rows["rule"].isin(EXPECTED[defect]).mean() >= 0.95, rows["rule"].value_counts().to_dict()
+
+
+@pytest.mark.parametrize("defect", defects.DUPLICATES)
+def test_of_planted_duplicates_one_stays(planted, defect):
+    book = planted[0]
+    rows = book[book["defect"] == defect]
+    merged = [not (kept and book.loc[of, "kept"]) for kept, of in zip(rows["kept"], rows["original"], strict=True)]
+    assert np.mean(merged) >= (1.0 if defect == "exact_duplicate" else 0.9)
+
+
+def test_clean_scenes_digits_and_rotated_ones_are_kept(planted):
+    book, report = planted
+    duplicated = set(book.loc[book["defect"].isin(defects.DUPLICATES), "original"])
+    clean = book[book["defect"].isin(["", *defects.KEPT]) & ~book.index.isin(duplicated)]
+    lost = clean[~clean["kept"]]
+    assert len(lost) <= 0.005 * len(clean), lost[["rule", "detail"]].to_dict()
+    assert book[book["defect"].isna()]["kept"].all(), "a digit was rejected"
+    assert report["input"] == len(book) == report["kept"] + sum(report["rejected"].values())

@@ -1,0 +1,66 @@
+"""What Flyte sees of curation: few sub-tasks, small literals, settings of the recipe."""
+
+from __future__ import annotations
+
+import pytest
+from flytekit.configuration import Image, ImageConfig, SerializationSettings
+from flytekit.core.context_manager import ExecutionState, FlyteContextManager
+from flytekit.core.type_engine import TypeEngine
+from flytekit.models.core.types import BlobType
+from flytekit.models.literals import Blob, BlobMetadata, Literal, LiteralCollection, Scalar
+
+from tasks import store
+from tasks.curation.config import CurationConfig, SourceConfig
+from workflows.curate import curate_source
+
+SHARDS, LIMIT = 70_000, 2 * 2**20
+ROLES = ("curation", "encoder", "trainer", "evaluator", "publisher")
+
+
+@pytest.fixture
+def nodes():
+    """The nodes of `curate_source` as a cluster composes them, for a made source of 70,000 shards."""
+    default = Image("default", "registry/image", "tag")
+    images = ImageConfig(default_image=default, images=[default, *(Image(r, f"registry/{r}", "tag") for r in ROLES)])
+    settings = SerializationSettings(project="p", domain="d", version="v", image_config=images, env={})
+    inputs = {
+        "source": SourceConfig(scenes=SHARDS, shards=SHARDS),
+        "path": "",
+        "config": CurationConfig(concurrency=64, min_success_ratio=0.99),
+    }
+    ctx = FlyteContextManager.current_context()
+    with (
+        FlyteContextManager.with_context(ctx.with_serialization_settings(settings)) as ctx,
+        FlyteContextManager.with_context(
+            ctx.with_execution_state(ctx.execution_state.with_params(mode=ExecutionState.Mode.TASK_EXECUTION))
+        ) as ctx,
+    ):
+        literals = TypeEngine.dict_to_literal_map(ctx, inputs, {name: type(value) for name, value in inputs.items()})
+        spec = curate_source.dispatch_execute(ctx, literals)
+        assert spec.to_flyte_idl().ByteSize() < LIMIT
+        yield spec.nodes
+
+
+def test_the_recipe_says_how_many_sub_tasks_run_at_a_time_and_how_many_may_fail(nodes):
+    mapped = [(node.array_node._parallelism, node.array_node._min_success_ratio) for node in nodes if node.array_node]
+    assert mapped == [(64, 1.0), (64, 0.99), (64, 1.0)]  # make, score, select
+
+
+def test_seventy_thousand_shards_are_made_in_two_thousand_sub_tasks(nodes):
+    (group,) = [binding for binding in nodes[0].inputs if binding.var == "group"]
+    assert len(group.binding.collection.bindings) == 2000
+
+
+def test_seventy_thousand_shards_are_two_thousand_groups_whose_literals_are_small():
+    groups = list(range(store.num_groups(SHARDS, CurationConfig().max_groups)))
+    assert len(groups) == 2000
+    members = [i for group in groups for i in store.group_range(group, len(groups), SHARDS)]
+    assert members == list(range(SHARDS))
+    ctx = FlyteContextManager.current_context()
+    literal = TypeEngine.to_literal(ctx, groups, list[int], TypeEngine.to_literal_type(list[int]))
+    assert literal.to_flyte_idl().ByteSize() < LIMIT
+    # What a map task hands on: a directory for each group, with a long URI and the hash of its content.
+    kind = BlobMetadata(BlobType("", BlobType.BlobDimensionality.MULTIPART))
+    uri = "s3://" + "x" * 300
+    directories = [Literal(scalar=Scalar(blob=Blob(kind, f"{uri}{i}")), hash="0" * 64) for i in groups]
+    assert Literal(collection=LiteralCollection(directories)).to_flyte_idl().ByteSize() < LIMIT
