@@ -379,7 +379,7 @@ def metadata_jsonl_of_10_gib(folder: Path) -> None:
     sparse(folder / "metadata.jsonl", b'{"file_name": "a.png", "text": "', 10 * 2**30)
 
 
-@kind("read")
+@kind("read or refused")
 def metadata_jsonl_at_the_cap(folder: Path) -> None:
     _beside_a_picture(folder)
     row = json.dumps({"file_name": "a.png", "text": "a red barn \U0001f600"}, ensure_ascii=False).encode() + b"\n"
@@ -428,7 +428,7 @@ def metadata_json_of_empty_lists(folder: Path) -> None:
     (folder / "metadata.json").write_bytes(b'[{"file_name": "a.png", "text": [' + b"[]," * (20 * MIB) + b"[]]}]")
 
 
-@kind("read")
+@kind("read or refused")
 def metadata_json_at_the_cap(folder: Path) -> None:
     _beside_a_picture(folder)
     row = b'{"file_name": "a.png", "text": "a red barn at dusk, with a door"},'

@@ -59,13 +59,16 @@ TRAIN_GRACE_S = int(os.environ.get("NUCLEUS_TRAIN_GRACE_S", "300"))
 TRAIN_RETRIES = int(os.environ.get("NUCLEUS_TRAIN_RETRIES", "100"))
 # For pods that load this module too, and must see what was registered: those that check a recipe, train, or lay out a
 # dynamic workflow.
+STORE = {
+    name: value for name, value in os.environ.items() if name == "NUCLEUS_STORE"
+}  # of parts: all pods must reach it
 REGISTERED = {
     "NUCLEUS_TRAIN_NNODES": str(TRAIN_NNODES),
     "NUCLEUS_TRAIN_NPROC": str(TRAIN_NPROC),
     "NUCLEUS_TRAIN_GRACE_S": str(TRAIN_GRACE_S),
     "NUCLEUS_TRAIN_RETRIES": str(TRAIN_RETRIES),
     **{name: os.environ[name] for name in profiles.SETTINGS if name in os.environ},
-}
+} | STORE
 REPORT_S = 30  # from there to the pod's end: the agent writes the error that Flyte retries
 
 
@@ -88,12 +91,12 @@ def _options(role: str, kind: str, size: profiles.Size, gpu: int = 0) -> dict[st
     )
     options = {
         "container_image": image(role),
-        "environment": _shared(),
         "retries": 3,
         "timeout": TIMEOUTS[kind],
         "requests": resources,
         "limits": resources,
         "pod_template_name": profiles.pod_template(role),
+        "environment": dict(STORE),
     }
     return options | ({"accelerator": _accelerator()} if gpu else {})
 
@@ -112,12 +115,6 @@ def _hub_secret(role: str) -> dict[str, Any]:
     return {"secret_requests": [secret]}
 
 
-def _shared() -> dict[str, str]:
-    """The store of parts that was named when the workflows were registered."""
-    store = os.environ.get("NUCLEUS_STORE", "")
-    return {"NUCLEUS_STORE": store} if store else {}
-
-
 def light(role: str) -> dict[str, Any]:
     """Options of a task that plans or gathers."""
     return _options(role, "light", PROFILE.light)
@@ -125,8 +122,7 @@ def light(role: str) -> dict[str, Any]:
 
 def planner() -> dict[str, Any]:
     """Options of the task that checks a recipe, also against the processes that training was registered for."""
-    options = light("curation")
-    return options | {"environment": options["environment"] | REGISTERED}
+    return light("curation") | {"environment": REGISTERED}
 
 
 def dynamic() -> dict[str, Any]:

@@ -14,7 +14,6 @@ from typing import Union
 
 from flytekit import dynamic, map_task, workflow
 
-import workflows.command_line  # noqa: F401  (it makes --overrides repeatable)
 from tasks import envs
 from tasks.artifacts import CuratedDir
 from tasks.curation.config import CurationConfig, SourceConfig

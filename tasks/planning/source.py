@@ -1,12 +1,9 @@
-"""A digest of a user's own images, so that changing one of them reruns what depends on it."""
+"""What is said of a source before anything looks at it. The scan itself: tasks/curation/sources."""
 
 from __future__ import annotations
 
-import tempfile
-
 from model import storage
-from tasks.curation.config import SourceConfig
-from tasks.curation.sources.base import visible, write_corpus
+from tasks.curation.sources.base import visible
 
 PLACEHOLDER = "YOUR-BUCKET"  # in the recipes that come without data
 
@@ -27,13 +24,3 @@ def check_source(path: str, local: bool) -> None:
         raise ValueError(
             f"source {visible(path)!r} is a path of your machine, which the cluster cannot read; give an s3:// URI"
         )
-
-
-def fingerprint(path: str, config: SourceConfig | None = None) -> str:
-    """The digest of the corpus that a scan of `path` gives: of names and contents (checksums, when remote), not of the path.
-
-    Raises:
-        ValueError: what a scan can see to be wrong; see `write_corpus`.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        return write_corpus(config or SourceConfig(), path, scratch)["digest"]

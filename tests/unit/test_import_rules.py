@@ -30,7 +30,7 @@ LAYERS = (
     ("tasks.publishing", "tasks.draw"),
     ("tasks.recipe",),
     ("tasks.planning",),
-    ("tasks.compare",),
+    ("tasks.compare", "tasks.curation.check", "tasks.curation.replay"),  # commands
     ("tasks.study",),
 )
 LAYERS_OF_MODEL = (("model",), ("model.train",), ("model.plan",))

@@ -21,7 +21,7 @@ from tasks.curation.sources.places import Folder, Place
 STATE = "state.json"  # of a saved data set: names its files
 MAX_STATE_BYTES = 2**20
 MAGIC, END = b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0"
-SLICE_ROWS = 64
+SLICE_ROWS, SLICE_BYTES = 64, 32 * 2**20
 
 
 def data_files(place: Place, folder: Folder) -> set[str] | None:
@@ -50,19 +50,21 @@ def opened(shown: str, file: BinaryIO) -> Iterator[tuple[pa.Schema, Iterator[pa.
         if not size:
             raise OSError("it is empty")
         # Unmapped when the last array that points into it is gone; closing it earlier is an error.
-        content = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        content = pa.py_buffer(mapped)
         source = pa.BufferReader(content)
         if content[: len(MAGIC)].to_pybytes() == MAGIC:  # a file is a stream between two marks
             source.seek(8)
         schema = pa.ipc.read_schema(source)
-        yield schema, _batches(shown, source, schema)
+        yield schema, _batches(mapped, source, schema)
     except (pa.ArrowException, OSError, UnicodeDecodeError, struct.error) as error:
         raise ValueError(
             f"{shown} is not a readable Arrow file: {visible(' '.join(str(error).split())[:300])}"
         ) from error
 
 
-def _batches(shown: str, source: pa.BufferReader, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def _batches(mapped: mmap.mmap, source: pa.BufferReader, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Slices of the batches. What a slice has read of the file is given back before the next."""
     while True:
         try:
             message = pa.ipc.read_message(source)
@@ -75,7 +77,11 @@ def _batches(shown: str, source: pa.BufferReader, schema: pa.Schema) -> Iterator
             raise OSError(f"it has a message of the kind {message.type!r}; only plain record batches are read")
         if _is_compressed(message.metadata.to_pybytes()):
             raise OSError("its batches are compressed; save it again without compression")
-        yield _checked(pa.ipc.read_record_batch(message, schema))
+        batch = _checked(pa.ipc.read_record_batch(message, schema))
+        rows = max(1, min(SLICE_ROWS, int(SLICE_BYTES * len(batch) / max(1, batch.nbytes))))
+        for first in range(0, len(batch), rows):
+            yield batch.slice(first, rows)
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _checked(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -137,7 +143,5 @@ def read(place: Place, name: str, options: Options, account: Account) -> Iterato
         tables.check_columns(shown, schema, options.caption_columns)
         row = 0
         for batch in batches:
-            for first in range(0, len(batch), SLICE_ROWS):
-                part = batch.slice(first, SLICE_ROWS)
-                yield from tables.records(part, columns, row, name, place.locator(name), options.encoding, account)
-                row += len(part)
+            yield from tables.records(batch, columns, row, name, place.locator(name), options.encoding, account)
+            row += len(batch)

@@ -35,6 +35,7 @@ FORMATS = ("csv", "tsv", "jsonl", "json", "parquet")
 NAME_COLUMNS = ("file_name", "filename", "file", "image", "image_file", "image_path", "path")
 MAX_BYTES = 64 * 2**20
 MAX_ROW_BYTES = 4 * 2**20
+MAX_ROWS_PER_IMAGE = 1000
 UNMATCHED = "metadata row that names no image"
 _TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{},]', re.DOTALL)
 
@@ -161,8 +162,12 @@ class Listed:
     def _candidates(self, paths: list[str]) -> list[tuple[int, str, int, int, str, int]]:
         folds = list(dict.fromkeys(to_bytes(fold(path)) for path in paths))
         marks = ", ".join("?" * len(folds))
-        query = f"SELECT rowid, name, file, line, captions, shared FROM rows WHERE fold IN ({marks}) ORDER BY rowid"  # noqa: S608
-        return [(row[0], from_bytes(row[1]), *row[2:]) for row in self._db.execute(query, folds)]
+        query = f"SELECT rowid, name, file, line, captions, shared FROM rows WHERE fold IN ({marks}) ORDER BY rowid LIMIT {MAX_ROWS_PER_IMAGE + 1}"  # noqa: S608
+        rows = [(row[0], from_bytes(row[1]), *row[2:]) for row in self._db.execute(query, folds)]
+        if len(rows) > MAX_ROWS_PER_IMAGE:
+            shown, line = self._files[rows[-1][2]].shown, rows[-1][3]
+            raise ValueError(f"{shown}, line {line}: more than {MAX_ROWS_PER_IMAGE:,} rows name {visible(paths[0])}")
+        return rows
 
     def finish(self, account: Account) -> None:
         """Counts the rows that named no image.
@@ -381,6 +386,8 @@ def _elements(shown: str, text: bytes, is_object: bool) -> Iterator[tuple[int, A
     opening = text.index(b"{" if is_object else b"[")
     depth, begin, count, closed = 0, opening + 1, 0, -1
     for token in _TOKENS.finditer(text, opening):
+        if token.start() - begin > MAX_ROW_BYTES:
+            raise ValueError(f"{shown}: element {count + 1} is longer than {MAX_ROW_BYTES // 2**20} MiB")
         mark = token.group()[:1]
         if mark in b"[{":
             depth += 1
@@ -391,8 +398,6 @@ def _elements(shown: str, text: bytes, is_object: bool) -> Iterator[tuple[int, A
             begin = token.end()
             if piece.strip() or depth:
                 count += 1
-                if len(piece) > MAX_ROW_BYTES:
-                    raise ValueError(f"{shown}: element {count} is longer than {MAX_ROW_BYTES // 2**20} MiB")
                 try:
                     value = parse_json(b"{%s}" % piece if is_object else piece)
                 except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -59,8 +60,8 @@ def check_columns(shown: str, schema: pa.Schema, wanted: tuple[str, ...]) -> Non
         ValueError: naming the columns.
     """
     names = ", ".join(visible(name) for name in schema.names[:12])
-    twice = next((name for name in schema.names if schema.names.count(name) > 1), None)
-    if twice is not None:
+    twice, count = Counter(schema.names).most_common(1)[0]
+    if count > 1:
         raise ValueError(f"{shown} has the column {visible(twice)!r} twice (columns {names})")
     columns = columns_of(schema, wanted)
     if columns is not None and not columns.captions:

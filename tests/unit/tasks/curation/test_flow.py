@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +15,7 @@ import pytest
 from object_store import s3_bucket
 from own_images import png, write_tar
 
-from tasks.curation import flow, score
+from tasks.curation import flow, score, selections
 from tasks.curation.config import CaptionConfig, CurationConfig, FilterConfig, SourceConfig, TierConfig
 from tasks.curation.curated import open_curated
 from tasks.manifest import load_manifest
@@ -47,37 +48,46 @@ def parts_of(home: Path, kind: str) -> set[str]:
     return {p.name for p in (home / "artifacts" / kind).iterdir() if not (p / "parts.parquet").is_file()}
 
 
-def test_one_more_shard_costs_one_score_part_and_one_selections_part(tars, home):
+@pytest.fixture
+def made(monkeypatch) -> Counter:
+    """How often scores and selections of a shard are made, by kind."""
+    counts: Counter = Counter()
+    for kind, module, name in (("scores", score, "score_shard"), ("selections", selections, "write_selection")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, kind=kind, real=real: counts.update([kind]) or real(*args))
+    return counts
+
+
+def test_one_more_shard_costs_one_score_part_and_one_selections_part(tars, home, made):
     curate(tars)
+    assert made == {"scores": 3, "selections": 3}
     before = {kind: parts_of(home, kind) for kind in ("scores", "selections")}
     write_tar(tars / "1a.tar", range(50, 54))  # between the others
     curate(tars)
+    assert made == {"scores": 4, "selections": 4}
     for kind, known in before.items():
         after = parts_of(home, kind)
         assert known < after and len(after - known) == 1, kind
 
 
-def test_a_changed_image_redoes_its_own_shard(tars, home):
+def test_a_changed_image_redoes_its_own_shard(tars, made):
     curate(tars)
-    before = {kind: parts_of(home, kind) for kind in ("scores", "selections")}
     write_tar(tars / "1.tar", [4, 5, 6, 99])
-    curated = open_curated(curate(tars))
-    for kind, known in before.items():
-        assert len(parts_of(home, kind) - known) == 1, kind
-    assert curated.num_records == 12
+    assert open_curated(curate(tars)).num_records == 12
+    assert made == {"scores": 4, "selections": 4}
 
 
 def test_a_new_threshold_makes_no_score_and_leaves_shards_it_does_not_touch_alone(tars, home):
     curate(tars)
-    scores, selections = parts_of(home, "scores"), parts_of(home, "selections")
+    scores, selected = parts_of(home, "scores"), parts_of(home, "selections")
     write_tar(tars / "3.tar", range(60, 63), caption="far too many words to be kept under a limit of six words {}")
     curate(tars)
-    assert len(parts_of(home, "selections") - selections) == 1
-    scores, selections = parts_of(home, "scores"), parts_of(home, "selections")
+    assert len(parts_of(home, "selections") - selected) == 1
+    scores, selected = parts_of(home, "scores"), parts_of(home, "selections")
     limit = CONFIG.model_copy(update={"captions": CaptionConfig(max_words=6)})
     curated = open_curated(curate(tars, limit))
     assert curated.num_records == 12 and parts_of(home, "scores") == scores
-    assert len(parts_of(home, "selections") - selections) == 1  # that of 3.tar, now empty
+    assert len(parts_of(home, "selections") - selected) == 1  # that of 3.tar, now empty
 
 
 def test_a_group_reads_its_own_shards_alone(tars):
@@ -185,7 +195,7 @@ def test_a_group_whose_task_never_finished_counts_as_failed(tars):
 def test_killed_in_the_middle_and_run_again_nothing_is_scored_twice(tars, home):
     code = f"""
 import os, signal
-from tasks.curation import flow, score
+from tasks.curation import flow, score, selections
 from tasks.curation.config import SourceConfig
 from {__name__} import CONFIG
 real, count = score.score_shard, 0
@@ -210,9 +220,9 @@ flow.curate_source(SourceConfig(), {str(tars)!r}, CONFIG)
 
 def test_a_new_tier_setting_rewrites_selections_and_no_scores(tars, home):
     curate(tars, CONFIG.model_copy(update={"tiers": TierConfig(thresholds=(9.9, 9.8, 9.7, 9.6))}))
-    scores, selections = parts_of(home, "scores"), parts_of(home, "selections")
+    scores, selected = parts_of(home, "scores"), parts_of(home, "selections")
     curate(tars, CONFIG.model_copy(update={"tiers": TierConfig(thresholds=(0.4, 0.3, 0.2, 0.1))}))
-    assert parts_of(home, "scores") == scores and len(parts_of(home, "selections") - selections) == 3
+    assert parts_of(home, "scores") == scores and len(parts_of(home, "selections") - selected) == 3
 
 
 def test_bytes_that_changed_since_scoring_are_refused(tars):

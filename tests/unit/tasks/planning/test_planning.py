@@ -13,7 +13,6 @@ from tasks.manifest import seal, writing
 from tasks.planning import local_cache
 from tasks.planning.local_run import check_directories
 from tasks.planning.sections import check_ranks, check_tiers, check_workflow, for_own_images, stages
-from tasks.planning.source import check_source
 from tasks.recipe import load_recipe
 
 
@@ -152,20 +151,6 @@ def test_a_home_that_cannot_be_written_is_one_message(tmp_path, monkeypatch):
         check_directories(good, bad)
     monkeypatch.setenv("FLYTE_LOCAL_CACHE_ENABLED", "false")
     check_directories(good, bad)
-
-
-def test_a_placeholder_is_refused_without_a_look_at_it_and_both_ways_out_are_named():
-    with pytest.raises(ValueError, match="source.path='s3://YOUR-BUCKET/.*placeholder.* --source .*or set source.path"):
-        check_source(load_recipe("nucleus_17b").source.path, local=False)
-
-
-def test_a_path_of_ones_own_machine_is_refused_on_a_cluster_alone():
-    for path in ("images/", ""):
-        check_source(path, local=True)
-    check_source("s3://bucket/images/", local=False)
-    check_source("", local=False)
-    with pytest.raises(ValueError, match="'images/' is a path of your machine"):
-        check_source("images/", local=False)
 
 
 def _artifact(home):

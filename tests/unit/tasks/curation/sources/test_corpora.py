@@ -12,7 +12,6 @@ from source_files import picture, read_records, tar_of, write
 from tasks.curation.config import SourceConfig
 from tasks.curation.sources import places
 from tasks.curation.sources.base import SHARDS, Account, open_corpus, visible, write_corpus
-from tasks.planning.source import fingerprint
 
 
 def mixed(folder):
@@ -56,7 +55,14 @@ def test_the_digest_follows_contents_and_names_and_not_the_place_or_the_clock(tm
     assert written(tmp_path / "moved", tmp_path / "three")[1]["digest"] == report["digest"]
     (tmp_path / "moved/0.png").rename(tmp_path / "moved/00.png")
     assert written(tmp_path / "moved", tmp_path / "four")[1]["digest"] != report["digest"]
-    assert fingerprint(str(tmp_path / "moved")) == fingerprint(str(tmp_path / "moved"))
+
+
+def test_one_file_and_a_path_in_the_home_folder_are_known_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.png").write_bytes(b"one")
+    first = write_corpus(SourceConfig(), "~/a.png", tmp_path / "one")["digest"]
+    (tmp_path / "a.png").rename(tmp_path / "b.png")
+    assert write_corpus(SourceConfig(), "~/b.png", tmp_path / "two")["digest"] != first
 
 
 def test_adding_and_changing_files_changes_their_own_shards_alone(tmp_path):
