@@ -1,31 +1,22 @@
 """The benchmarks and judges there are, by name: loaded when they are asked for, and not before.
 
-A judge is a `module:function` that takes no argument and returns one (eval.protocols.Judge), since loading one may take
-gigabytes. It answers for one or several roles of a benchmark (`Benchmark.judges`).
+Judges are those of eval.judges.registry; each answers for one or several roles of a benchmark (`Benchmark.judges`).
 """
 
 from __future__ import annotations
 
-import difflib
-import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from eval.benchmarks import registry
+from eval.judges import registry as judge_registry
 
 if TYPE_CHECKING:
     from eval.benchmarks.base import Benchmark
     from eval.config import EvalConfig
     from eval.protocols import Judge
 
-# name -> (module:function, roles, what it is)
-JUDGES: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "shapes-detector": (
-        "eval.shapes_judge:ShapesDetector",
-        ("detector",),
-        "classical image processing for the shapes benchmark",
-    ),
-}
+JUDGES = judge_registry.JUDGES
 # The judges of a benchmark that need no choice: of shapes, which no model judges.
 DEFAULT_JUDGES: dict[str, dict[str, str]] = {"shapes": {"detector": "shapes-detector"}}
 # How prompts make the overall score, for its interval: the plain mean of tasks, of prompts, or of named parts.
@@ -34,10 +25,12 @@ POOLING: dict[str, Literal["categories", "prompts", "parts"]] = {
     "geneval": "categories",
     "oneig": "parts",
     "oneig-zh": "parts",
+    "oneig-text": "parts",
+    "oneig-text-zh": "parts",
 }
 
 # Benchmarks whose official code shows each image to the judges through JPEG (quality 75).
-JPEG_TILES = ("oneig", "oneig-zh")
+JPEG_TILES = ("oneig", "oneig-zh", "oneig-text", "oneig-text-zh")
 
 
 def check_judge(name: str) -> None:
@@ -45,25 +38,16 @@ def check_judge(name: str) -> None:
     Raises:
         ValueError: there is no such judge; names the nearest.
     """
-    if name not in JUDGES and ":" not in name:
-        close = difflib.get_close_matches(name.lower(), JUDGES, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"there is no judge {name!r}; {hint}It must be one of {', '.join(JUDGES)}, or module:function")
+    judge_registry.check(name)
 
 
 def judge(name: str) -> Judge:
     """Makes the judge: its weights are loaded now.
 
     Raises:
-        ValueError: see `check_judge`; or what it needs is not installed.
+        ValueError: see `eval.judges.registry.load`.
     """
-    check_judge(name)
-    target = JUDGES[name][0] if name in JUDGES else name
-    module, _, attribute = target.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"judge {name!r} cannot be loaded: {error}") from error
+    return judge_registry.load(name)
 
 
 def judges_of(config: EvalConfig) -> dict[str, str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -274,5 +275,29 @@ class OneIG(Benchmark):
         }
 
 
+class OneIGText(OneIG):
+    """The text dimension alone: its prompts, and no judge but that of text."""
+
+    judges: Mapping[str, str] = {"ocr": OneIG.judges["ocr"]}
+
+    def __init__(self, language: Literal["EN", "ZH"]):
+        super().__init__(language)
+        self.name = self.name.replace("oneig", "oneig-text")
+        self.tasks = ("text",)
+        self.prompt_count = 200
+
+    def prompts(self, path: str | Path | None = None) -> list[dict[str, Any]]:
+        return [prompt for prompt in super().prompts(path) if prompt["tag"] == "text"]
+
+    def questions(self, prompt: Prompt, answers: Mapping[str, Any]) -> list[Question]:
+        return [question for question in super().questions(prompt, answers) if question.judge in self.judges]
+
+    def score(self, prompt: Prompt, judged: Judged) -> Scored:
+        scored = super().score(prompt, Judged(judged.images, {"diversity": ()}))
+        return replace(scored, parts={"text": scored.parts["text"]})
+
+
 ENGLISH = OneIG("EN")
 CHINESE = OneIG("ZH")
+ENGLISH_TEXT = OneIGText("EN")
+CHINESE_TEXT = OneIGText("ZH")

@@ -14,6 +14,8 @@ BENCHMARKS = {
     "dpg": "eval.benchmarks.dpg:BENCHMARK",
     "oneig": "eval.benchmarks.oneig:ENGLISH",
     "oneig-zh": "eval.benchmarks.oneig:CHINESE",
+    "oneig-text": "eval.benchmarks.oneig:ENGLISH_TEXT",
+    "oneig-text-zh": "eval.benchmarks.oneig:CHINESE_TEXT",
 }
 
 

@@ -296,6 +296,17 @@ def test_oneig_repeats_the_text_before_a_black_picture_officially_only(checkout)
     assert benchmark.summarise(prompts, judged, "official")["score"] == 1
 
 
+def test_oneigs_text_alone_needs_no_other_judge(checkout):
+    benchmark = load("oneig-text")
+    prompts = benchmark.prompts(checkout)
+    assert [p["id"] for p in prompts] == ["text_000", "text_001"] and set(benchmark.judges) == {"ocr"}
+    judged = {p["id"]: Judged([{"ocr": text}] * 2) for p, text in zip(prompts, ("Open", "Shut"))}
+    assert [q.judge for q in benchmark.questions(prompts[0], {})] == ["ocr"]
+    summary = benchmark.summarise(prompts, judged, "fixed")
+    assert summary["score"] == summary["categories"]["text"] == 1
+    assert benchmark.score(prompts[0], judged["text_000"]).parts == {"text": 1}
+
+
 def test_a_score_of_zero_is_a_score(checkout):
     benchmark = load("oneig")
     prompts = [p for p in benchmark.prompts(checkout) if p["tag"] == "reasoning"]

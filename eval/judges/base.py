@@ -1,0 +1,228 @@
+"""What the judges share: the spec whose digest is their revision, weights at a known revision, and the self-test.
+
+weights + settings --spec--> revision          an answer is cached under it
+probes --answer--> answers == those recorded   or the judge is refused before it answers anything
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval.protocols import Request, digest_of
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+RECORDS = Path(__file__).parent / "selftests"
+TOLERANCE = (
+    0.02  # between processors, scores differ in the last bits; another model or preprocessing moves them further
+)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A question about a made image. `expected`: the answer that any working weights give; None if there is no such."""
+
+    request: Request
+    expected: Any = None
+
+
+class BaseJudge:
+    """See eval.protocols.Judge. A subclass sets `name` and `model` and writes `answer_one` and `probes`."""
+
+    name: str
+    model: str
+
+    def __init__(self, spec: Mapping[str, Any]):
+        self.spec: Mapping[str, Any] = dict(spec)
+        self.revision = digest_of(self.spec)
+
+    def answer_one(self, request: Request) -> Any:
+        """The answer as a JSON value. It does not depend on what else is asked."""
+        raise NotImplementedError
+
+    def probes(self) -> Sequence[Probe]:
+        raise NotImplementedError
+
+    def answer(self, requests: Sequence[Request]) -> list[Any]:
+        return [self.answer_one(request) for request in requests]
+
+    def comparable(self, answer: Any) -> Any:
+        """The part of a probe's answer that stays the same between processors."""
+        return answer
+
+    def selftest(self) -> None:
+        """Answers the probes, and compares with the expected and the recorded answers.
+
+        Raises:
+            ValueError: an answer differs, or the record was made with another spec.
+        """
+        record = read_record(self.name)
+        if record is not None and (differences := list(spec_differences(record["spec"], dict(self.spec)))):
+            raise ValueError(
+                f"the self-test of judge {self.name} is stale: it was recorded with {'; '.join(differences)}. Install "
+                f"what it was recorded with, or record it again: python -m eval.judges.selftest {self.name}"
+            )
+        for number, (probe, answer) in enumerate(zip(self.probes(), self._probe_answers(), strict=True)):
+            wanted = [probe.expected] if probe.expected is not None else []
+            wanted += [record["answers"][number]] if record is not None else []
+            for value in wanted:
+                if not close(answer, value):
+                    raise ValueError(
+                        f"judge {self.name} fails its self-test: it answers {answer!r} to probe {number}, not {value!r}"
+                    )
+
+    def _probe_answers(self) -> list[Any]:
+        return [self.comparable(answer) for answer in self.answer([probe.request for probe in self.probes()])]
+
+    def record(self, folder: Path = RECORDS) -> Path:
+        """Writes the answers to the probes as those that every later self-test must give."""
+        path = folder / f"{self.name}.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"spec": dict(self.spec), "answers": self._probe_answers()}, indent=1, ensure_ascii=False)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(path)
+        return path
+
+
+def read_record(name: str, folder: Path | None = None) -> dict[str, Any] | None:
+    """{"spec", "answers"} of a judge, or None where nobody recorded it.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = (folder or RECORDS) / f"{name}.json"
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {"spec": dict(record["spec"]), "answers": list(record["answers"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the record of a self-test: {error}") from error
+
+
+def spec_differences(recorded: Mapping[str, Any], present: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """ "libraries.torch = '2.12.0', and it is '2.13.0'" for each value that differs."""
+    for key in sorted({*recorded, *present}):
+        old, new = recorded.get(key), present.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from spec_differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key} = {old!r}, and it is {new!r}"
+
+
+def close(a: Any, b: Any, tolerance: float = TOLERANCE) -> bool:
+    """Equal JSON values, but for numbers: those may differ by `tolerance`, or by that share of the larger."""
+    if isinstance(a, str) or isinstance(b, str) or a is None or b is None:
+        return a == b
+    if isinstance(a, Mapping):
+        return isinstance(b, Mapping) and a.keys() == b.keys() and all(close(a[k], b[k], tolerance) for k in a)
+    if isinstance(a, Sequence):
+        return isinstance(b, Sequence) and len(a) == len(b) and all(map(close, a, b, [tolerance] * len(a)))
+    return isinstance(b, (int, float)) and math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance)
+
+
+def libraries(*names: str) -> dict[str, str]:
+    """{package: installed version}.
+
+    Raises:
+        ValueError: a package is not installed.
+    """
+    try:
+        return {name: metadata.version(name) for name in names}
+    except metadata.PackageNotFoundError as error:
+        raise ValueError(f"package {error.name!r} is not installed: this judge needs {', '.join(names)}") from error
+
+
+def package_folder(package: str, distribution: str) -> Path:
+    """The folder of an installed package, which is not imported: some import what is no longer there.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    from importlib.util import find_spec
+
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"package {distribution!r} is not installed; its weights are this judge's")
+    return Path(spec.origin).parent
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_sha256(path: Path, sha256: str) -> Path:
+    """`path`, if its bytes are the expected ones.
+
+    Raises:
+        ValueError: no such file, or another one.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; its package should bring it")
+    actual = file_sha256(path)
+    if actual != sha256:
+        raise ValueError(f"{path} has the SHA-256 {actual}, and this judge's weights have {sha256}")
+    return path
+
+
+def only_image(request: Request) -> Image.Image:
+    assert len(request.images) == 1, "asked about one image"
+    return request.images[0].convert("RGB")
+
+
+def device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where weights come from: a repository of the Hub at a revision, or a directory.
+
+    identity: "repository@commit", or "sha256:..." of a directory's safetensors. official: it is the repository that the
+        class names; a directory may have anything in it.
+    """
+
+    place: str
+    revision: str | None
+    identity: str
+    official: bool
+
+
+def resolve(repository: str, at: str | None = None) -> Weights:
+    """The weights of `repository` at a revision, or in a directory.
+
+    Args:
+        at: a commit, tag or branch of the Hub, or the path of a directory; None is the branch "main".
+
+    Raises:
+        ValueError: neither on the Hub nor in its cache; or a directory without safetensors.
+    """
+    if at is not None and (Path(at).is_dir() or "/" in at):
+        files = sorted(Path(at).glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"{at} has no *.safetensors; it must be a directory of {repository}'s class")
+        digest = digest_of([[file.name, file_sha256(file)] for file in files])
+        return Weights(at, None, f"sha256:{digest}", official=False)
+    from huggingface_hub import hf_hub_download
+
+    try:  # the cached file's folder is named by the commit
+        config = Path(hf_hub_download(repository, "config.json", revision=at))
+    except Exception as error:  # of the network, of the Hub, of the cache
+        raise ValueError(
+            f"{repository} at {at or 'main'} is neither in the Hub's cache nor can it be downloaded "
+            f"({type(error).__name__}): {error}"
+        ) from error
+    commit = config.parent.name
+    return Weights(repository, commit, f"{repository}@{commit}", official=True)
