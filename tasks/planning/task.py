@@ -67,7 +67,7 @@ def resolve_recipe(
             check_source(path, is_local())
         if HOPS.index(starts_from) < HOPS.index("merged") <= HOPS.index(ends_in):
             check_ranks(loaded.train, envs.TRAIN_NNODES, envs.TRAIN_NPROC, is_local())
-    if source:
+    if path and (loaded.source.scenes or loaded.source.digits):  # a recipe for made images, given others
         loaded = for_own_images(loaded)
         words = loaded.curation.captions.max_words
         print(

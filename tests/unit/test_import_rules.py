@@ -19,7 +19,7 @@ FLYTE_FILES = {"tasks/envs.py", "tasks/artifacts.py", "tasks/elastic.py"}
 LAYERS = (
     ("tasks.manifest", "tasks.diffusers_parts"),
     ("tasks.store", "tasks.elastic"),
-    ("tasks.trace",),
+    ("tasks.trace", "tasks.profiles", "tasks.site"),
     ("tasks.envs",),
     ("tasks.artifacts",),
     ("tasks.curation.config", "tasks.encoding.config", "tasks.publishing.config", "tasks.study.config"),
@@ -30,7 +30,7 @@ LAYERS = (
     ("tasks.publishing", "tasks.draw"),
     ("tasks.recipe",),
     ("tasks.planning",),
-    ("tasks.compare", "tasks.curation.check", "tasks.curation.replay"),  # commands
+    ("tasks.compare", "tasks.preflight", "tasks.curation.check", "tasks.curation.replay"),  # commands
     ("tasks.study",),
 )
 LAYERS_OF_MODEL = (("model",), ("model.train",), ("model.plan",))
