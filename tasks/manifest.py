@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+import unicodedata
 import uuid
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -48,6 +49,17 @@ KINDS = (
     "pipeline",  # the published diffusers directory
     "study",  # paired comparison of several recipes
 )
+
+
+def visible(text: str) -> str:
+    """The text with everything escaped that a terminal obeys or cannot show, so that names in messages stay names."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    if unicodedata.category(character) == "Zs":
+        return character
+    return character.encode("unicode_escape").decode()
 
 
 class Parent(BaseModel):
@@ -137,12 +149,21 @@ def load_manifest(directory: str | os.PathLike) -> Manifest:
     path = Path(directory) / MANIFEST
     if not path.is_file():
         raise ValueError(f"{directory} is not a sealed directory: it has no {MANIFEST}")
+    return parse_manifest(path.read_bytes(), path)
+
+
+def parse_manifest(content: bytes, where: str | os.PathLike) -> Manifest:
+    """The manifest in the content of a manifest.json; `where` is for messages.
+
+    Raises:
+        ValueError: it is not one of ours.
+    """
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        manifest = Manifest.model_validate_json(content)
     except ValueError as error:
-        raise ValueError(f"{path} is not a manifest of schema {SCHEMA_VERSION}: {error}") from error
+        raise ValueError(f"{where} is not a manifest of schema {SCHEMA_VERSION}: {error}") from error
     if manifest.schema_version != SCHEMA_VERSION:
-        raise ValueError(f"{path} has schema {manifest.schema_version}; this version reads schema {SCHEMA_VERSION}")
+        raise ValueError(f"{where} has schema {manifest.schema_version}; this version reads schema {SCHEMA_VERSION}")
     return manifest
 
 
@@ -243,13 +264,7 @@ def verify(
     """
     directory = Path(directory)
     manifest = load_manifest(directory)
-    fields = manifest.model_dump(mode="json")
-    if _digest(fields) != manifest.digest or _checksum(fields) != manifest.checksum:
-        raise ValueError(f"{directory / MANIFEST} was changed: its digest does not cover its content")
-    if kind is not None and manifest.kind != kind:
-        raise ValueError(f"{directory} is an artifact of kind {manifest.kind!r}; {kind!r} is needed")
-    if digest is not None and manifest.digest != digest:
-        raise ValueError(f"{directory} has the digest {manifest.digest}; {digest} was expected")
+    check_covers(manifest, directory, kind, digest)
     _refuse_links(directory)
     hashes = manifest.files | manifest.logs
     listed, present = (
@@ -264,6 +279,21 @@ def verify(
         if sha256_file(directory / name) != hashes[name]:
             raise ValueError(f"{directory / name} was changed: its SHA-256 is not the manifest's {hashes[name]}")
     return manifest
+
+
+def check_covers(manifest: Manifest, where: str | os.PathLike, kind: str | None, digest: str | None) -> None:
+    """Checks a manifest against itself, and against the kind and digest that it must have.
+
+    Raises:
+        ValueError: it was changed, or is of another kind or digest.
+    """
+    fields = manifest.model_dump(mode="json")
+    if _digest(fields) != manifest.digest or _checksum(fields) != manifest.checksum:
+        raise ValueError(f"{where}/{MANIFEST} was changed: its digest does not cover its content")
+    if kind is not None and manifest.kind != kind:
+        raise ValueError(f"{where} is an artifact of kind {manifest.kind!r}; {kind!r} is needed")
+    if digest is not None and manifest.digest != digest:
+        raise ValueError(f"{where} has the digest {manifest.digest}; {digest} was expected")
 
 
 @contextlib.contextmanager

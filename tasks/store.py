@@ -261,15 +261,20 @@ def read_index(directory: str | os.PathLike) -> Iterator[Part]:
     """The parts of an index, in its order, without loading the whole table."""
     directory = Path(directory)
     with pq.ParquetFile(directory / INDEX) as index, pq.ParquetFile(directory / LOCATIONS) as places:
-        uris = (row for batch in places.iter_batches(BATCH_ROWS) for row in batch.to_pylist())
-        for batch in index.iter_batches(BATCH_ROWS):
-            for row in batch.to_pylist():
-                uri = ""
-                if row["digest"]:
-                    place = next(uris)
-                    assert place["digest"] == row["digest"], f"{directory}: {LOCATIONS} is of another {INDEX}"
-                    uri = place["uri"]
-                yield Part(uri=uri, **row)
+        yield from zip_index(index, places, str(directory))
+
+
+def zip_index(index: pq.ParquetFile, places: pq.ParquetFile, where: str) -> Iterator[Part]:
+    """The parts of the two open tables of an index; `where` is for messages."""
+    uris = (row for batch in places.iter_batches(BATCH_ROWS) for row in batch.to_pylist())
+    for batch in index.iter_batches(BATCH_ROWS):
+        for row in batch.to_pylist():
+            uri = ""
+            if row["digest"]:
+                place = next(uris)
+                assert place["digest"] == row["digest"], f"{where}: {LOCATIONS} is of another {INDEX}"
+                uri = place["uri"]
+            yield Part(uri=uri, **row)
 
 
 def is_index(directory: str | os.PathLike) -> bool:
@@ -325,4 +330,5 @@ __all__ = [
     "read_index",
     "store",
     "write_index",
+    "zip_index",
 ]

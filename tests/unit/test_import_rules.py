@@ -19,6 +19,8 @@ FLYTE_FILES = {"tasks/envs.py", "tasks/artifacts.py", "tasks/elastic.py"}
 LAYERS = (
     ("tasks.manifest", "tasks.diffusers_parts"),
     ("tasks.store", "tasks.elastic"),
+    ("tasks.sealed", "tasks.trace_page"),
+    ("tasks.record_usage",),
     ("tasks.trace", "tasks.profiles", "tasks.site"),
     ("tasks.envs",),
     ("tasks.artifacts",),

@@ -17,11 +17,12 @@ import hashlib
 import json
 import os
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
+
+from tasks.manifest import visible
 
 if TYPE_CHECKING:
     from tasks.curation.config import SourceConfig
@@ -242,17 +243,6 @@ def open_corpus(corpus_dir: str | os.PathLike) -> Corpus:
 
 
 # ---------------------------------------------------------------- names
-
-
-def visible(text: str) -> str:
-    """The text with everything escaped that a terminal obeys or cannot show, so that names in messages stay names."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
-
-
-def _escaped(character: str) -> str:
-    if unicodedata.category(character) == "Zs":
-        return character
-    return character.encode("unicode_escape").decode()
 
 
 def base_name(path: str) -> str:
