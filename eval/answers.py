@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ class Answers:
         arrays = [pa.array([key[i] for key in keys], pa.string()) for i in range(3)]
         texts = [json.dumps(self._answers[key], sort_keys=True, ensure_ascii=True) for key in keys]
         table = pa.table(dict(zip(COLUMNS, (*arrays, pa.array(texts, pa.string())), strict=True)))
-        path, temporary = self.folder / SEALED, self.folder / f".{SEALED}.{os.getpid()}"
+        path, temporary = self.folder / SEALED, self.folder / f".{SEALED}.{uuid.uuid4().hex}"
         try:
             parquet.write_table(table, temporary, compression="zstd")
             with open(temporary, "rb") as written:

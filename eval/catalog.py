@@ -41,6 +41,30 @@ def check_judge(name: str) -> None:
     judge_registry.check(name)
 
 
+RUN_CODE = ("llm2clip",)  # judges that run code of the commit which is named
+
+
+def refuse_code(section: Any, where: str) -> None:
+    """Checks the `eval` section of a file: a recipe of somebody else must not choose what is imported. The user's own
+    overrides and command line may.
+
+    Raises:
+        ValueError: it names a module:function, or a judge of `RUN_CODE`.
+    """
+    if not isinstance(section, Mapping):
+        return
+    judges = section.get("judges")
+    for key, name in [
+        ("benchmark", section.get("benchmark")),
+        *(judges.items() if isinstance(judges, Mapping) else ()),
+    ]:
+        if isinstance(name, str) and (":" in name.partition("@")[0] or name.partition("@")[0] in RUN_CODE):
+            raise ValueError(
+                f"{where} names {name!r} for {key}, which runs code that is not part of this package: a file may not; "
+                "name it in an override or on the command line"
+            )
+
+
 def judge(name: str) -> Judge:
     """Makes the judge: its weights are loaded now.
 

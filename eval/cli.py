@@ -120,6 +120,7 @@ def read_config(options: argparse.Namespace) -> EvalConfig:
             raise ValueError(f"{options.config} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(content, dict):
             raise ValueError(f"{options.config} is no mapping of keys")
+        catalog.refuse_code(content.get("eval", content), str(options.config))
         values |= content.get("eval", content)
     for item in options.set:
         key, separator, text = item.partition("=")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -37,7 +38,7 @@ def replacing(path: str | Path) -> Iterator[TextIO]:
     """A new UTF-8 text file that takes the place of `path` when the block ends, and vanishes when it raises."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with open(partial, "w", encoding="utf-8", newline="\n") as file:
             yield file

@@ -21,7 +21,8 @@ Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 # 32 bits: every random number generator takes such a seed, and offsets added to it never overflow.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-INIT_FROM = re.compile(r"[^@]+|[\w.-]+/[\w.-]+(/[\w./-]+)?@[0-9a-f]{40}")
+SUBFOLDER = r"\w[\w.-]*(?:/\w[\w.-]*)*"  # names with / between them, none of them . or ..
+INIT_FROM = re.compile(rf"[^@]+|[\w.-]+/[\w.-]+(?:/{SUBFOLDER})?@[0-9a-f]{{40}}")
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 MoeStrategy = Literal[

@@ -8,11 +8,27 @@ from typing import Any
 
 import yaml
 
+SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
+MAX_FILE_BYTES = 1 << 20
+MAX_VALUES = 100_000  # with each alias counted as what it stands for
+
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars, not PyYAML's 1.1, which reads 1e-4 as text and 16:9 as the number 969; keys once only."""
+    """YAML 1.2's scalars, not PyYAML's 1.1, which reads 1e-4 as text and 16:9 as the number 969; keys once only.
+
+    Aliases may stand for `MAX_VALUES` values in all: nine lines of aliases of aliases are a billion.
+    """
 
     yaml_implicit_resolvers: dict[str, Any] = {}
+
+    def get_single_node(self) -> yaml.Node | None:
+        try:
+            node = super().get_single_node()
+            if node is not None and _count(node, {}) > MAX_VALUES:
+                raise yaml.composer.ComposerError(None, None, f"more than {MAX_VALUES:,} values", node.start_mark)
+        except RecursionError:
+            raise yaml.composer.ComposerError(None, None, "nested too deeply", None) from None
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -22,6 +38,23 @@ class Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is given twice", key.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep)
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values in a node, those behind aliases counted each time.
+
+    Raises:
+        ComposerError: a node is inside itself.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = -1
+        inside = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + sum(_count(part, known) for part in inside)
+    if known[id(node)] < 0:
+        raise yaml.composer.ComposerError(None, None, "an alias stands for what it is inside of", node.start_mark)
+    return known[id(node)]
 
 
 for _tag, _pattern, _first in (
@@ -39,6 +72,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
     A file with a key `base`, a recipe's path as seen from the file, is an overlay: it is that recipe with the
     overlay's own values in place. Mappings are joined key by key; anything else, lists too, is replaced whole.
+    The path ends in .yaml or .yml, and is relative or in the folder of recipes that come with the code, so that
+    a recipe of somebody else reads no other files.
 
     Raises:
         ValueError: no such file, not YAML, not a mapping, bases that go round in a circle, or an overlay without a
@@ -52,7 +87,11 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         circle = " -> ".join(file.name for file in (*above, path))
         raise ValueError(f"{above[0]}: base goes round in a circle: {circle}")
     try:
-        data = yaml.load(path.read_bytes(), Loader=Loader)  # noqa: S506  (a SafeLoader)
+        with open(path, "rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES:
+            raise ValueError(f"{path} has more than {MAX_FILE_BYTES:,} bytes: it is no recipe")
+        data = yaml.load(content, Loader=Loader)  # noqa: S506  (a SafeLoader)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -62,8 +101,14 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if "base" not in data:
         return data
     base = data.pop("base")
-    if not isinstance(base, str) or not (path.parent / base).is_file():
-        raise ValueError(f"{path}: base={base!r} must be the path of a recipe file, as seen from {path.parent}")
+    valid = isinstance(base, str) and base.endswith((".yaml", ".yml"))
+    if valid and Path(base).is_absolute():
+        valid = Path(base).resolve().is_relative_to(SHIPPED)
+    if not valid or not (path.parent / base).is_file():
+        raise ValueError(
+            f"{path}: base={base!r} must be the path of a recipe file, as seen from {path.parent}: "
+            "relative or below the recipes that come with the code, and a .yaml"
+        )
     if "name" not in data:
         raise ValueError(f"{path}: an overlay needs a name of its own")
     return _join(_read(path.parent / base, (*above, path.resolve())), data)

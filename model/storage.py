@@ -15,6 +15,7 @@ import json
 import os
 import re
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -232,7 +233,7 @@ def replacing(path: str | os.PathLike, sync: bool = False) -> Iterator[Path]:
         sync: whether the content must be on the disk first, so that a power failure leaves the old file or the new one.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # no name at which somebody could put a link
     try:
         yield temporary
         if sync:

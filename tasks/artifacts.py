@@ -24,7 +24,7 @@ from flytekit.types.directory import FlyteDirectory
 
 from model import storage
 from tasks import envs
-from tasks.manifest import MANIFEST, Parent, load_manifest, verify
+from tasks.manifest import MANIFEST, Parent, as_parent, load_manifest, verify
 from tasks.store import home, make_sealed
 
 
@@ -140,7 +140,19 @@ def fetch(directory: FlyteDirectory, kind: str, without: tuple[str, ...] = ()) -
     Raises:
         UserError: the artifact is of another kind, or was changed.
     """
-    return once(f"{directory.path} {without}", lambda: _fetch(directory, kind, without))
+    path = once(f"{directory.path} {without}", lambda: _fetch(directory, kind, without))
+    if directory.remote_source:
+        _fetched_from[path] = str(directory.remote_source)
+    return path
+
+
+_fetched_from: dict[Path, str] = {}  # local copy -> URI, for manifests: the copy is gone when its pod is
+
+
+def _as_parent(parent: Path | Parent) -> Parent:
+    named = parent if isinstance(parent, Parent) else as_parent(parent)
+    uri = None if isinstance(parent, Parent) else _fetched_from.get(parent)
+    return named if uri is None else named.model_copy(update={"uri": uri})
 
 
 def once(name: str, work: Callable[[], Path]) -> Path:
@@ -186,7 +198,7 @@ def produce(
     """
     try:
         with plain_errors():
-            final, _, report = make_sealed(kind, make, parents, config, counts, logs)
+            final, _, report = make_sealed(kind, make, [_as_parent(p) for p in parents], config, counts, logs)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise UserError(error.strerror or str(error)) from error

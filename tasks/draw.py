@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from model.storage import replacing
 from tasks.manifest import MANIFEST, load_manifest
 from tasks.store import home
 
@@ -63,9 +64,8 @@ def draw(prompt: str, pipeline: Path, out: Path, seed: int = 0) -> dict[str, Any
         prompt, height=side, width=side, num_inference_steps=steps, guidance_scale=guidance, generator=generator
     ).images[0]
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
-    image.save(temporary, "PNG")
-    temporary.replace(out)
+    with replacing(out) as temporary:
+        image.save(temporary, "PNG")
     seconds = round(time.monotonic() - started, 1)
     return {"path": out, "steps": steps, "guidance": guidance, "size_px": side, "seconds": seconds}
 

@@ -31,6 +31,7 @@ from model.storage import MANIFEST
 
 SCHEMA_VERSION = 2
 WRITING = ".writing-"
+FOLDER_ONLY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW  # opening a pipe would wait for ever
 KINDS = (
     "records",  # one shard of made images and captions, as a tar
     "corpus",  # table of shards; their bytes stay where they are
@@ -361,7 +362,7 @@ def sealed_path(folder: str | os.PathLike, digest: str) -> Path:
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    descriptor = os.open(directory, os.O_RDONLY)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with contextlib.suppress(OSError):  # a file system without locks, such as some NFS: go on without
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -371,9 +372,9 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _lock(directory: Path) -> int | None:
-    """A descriptor that holds an exclusive lock on `directory`; None where somebody else does, or it is gone."""
+    """A descriptor that holds an exclusive lock on `directory`; None where somebody else does, or it is no directory."""
     try:
-        descriptor = os.open(directory, os.O_RDONLY)
+        descriptor = os.open(directory, FOLDER_ONLY)
     except OSError:
         return None
     try:
@@ -396,6 +397,8 @@ def _refuse_links(directory: Path) -> None:
     for path in sorted(directory.rglob("*")):
         if path.is_symlink():
             raise ValueError(f"{path} is a symbolic link; a sealed directory holds plain files only")
+        if not path.is_file() and not path.is_dir():
+            raise ValueError(f"{path} is a pipe, socket or device; a sealed directory holds plain files only")
 
 
 def _fsync(path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
+from eval.catalog import refuse_code
 from eval.config import EvalConfig
 from model.config import TIERS, MergeConfig, Section, TrainConfig, TransformerConfig
 from model.constants import TILE_PX, VAE_SCALE
@@ -207,6 +208,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
                 f"{_did_you_mean(str(name_or_path), known)}"
             )
     data = read_recipe(path)
+    refuse_code(data.get("eval"), f"recipe {path.name}")
     for override in overrides:
         _apply(data, override)
     try:

@@ -78,10 +78,12 @@ def used_by(record: str, home: str) -> list[Use]:
 def _artifacts(home: str) -> Iterator[Artifact]:
     for kind in KINDS:
         for uri in storage.children(storage.join(home, "artifacts", kind)):
+            if uri.rpartition("/")[2].startswith("."):
+                continue  # being written
             try:
                 yield Artifact(uri, sealed.load(uri))
             except (ValueError, OSError):
-                continue  # being written, or not one of ours
+                continue  # not one of ours
 
 
 def _in_tables(record: str, uri: str, manifest: Manifest) -> tuple[bool, str] | None:

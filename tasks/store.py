@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -203,7 +204,7 @@ def fetch_part(part: Part, without: tuple[str, ...] = ()) -> Path:
 
 def _download(part: Part, path: Path, without: tuple[str, ...]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing-{part.digest[:16]}-{os.getpid()}")
+    temporary = path.with_name(f".fetching-{uuid.uuid4().hex}")
     try:
         storage.copy_folder(part.uri, temporary, without)
         if not (temporary / MANIFEST).is_file():
@@ -219,7 +220,7 @@ def _download_rest(part: Part, path: Path, without: tuple[str, ...]) -> None:
     manifest = load_manifest(path)
     for name in sorted(manifest.files | manifest.logs):
         if not name.endswith(without) and not (path / name).exists():
-            temporary = path.with_name(f".file-{part.digest[:16]}-{os.getpid()}")
+            temporary = path.with_name(f".file-{uuid.uuid4().hex}")
             filesystem, source = storage.filesystem(storage.join(part.uri, name))
             filesystem.get_file(source, str(temporary))
             (path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -191,7 +191,7 @@ class _Search:
                     digest = sealed.digest_at(folder)
                     if digest is not None:  # else not one of ours, or damaged: not the one that we look for
                         yield digest, folder
-                names[:] = sorted(name for name in names if not name.startswith(".writing-"))
+                names[:] = sorted(name for name in names if not name.startswith("."))  # being written
 
 
 def _above(uri: str) -> str:

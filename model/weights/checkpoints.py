@@ -9,6 +9,7 @@ code that a checkpoint contains. `load` does neither.
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import pickle
@@ -46,7 +47,6 @@ _CLASSES = {
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
-    "pathlib": {"PosixPath", "PurePosixPath"},
     "collections": {"OrderedDict"},
 }
 
@@ -77,10 +77,37 @@ def last_checkpoint(path: str | os.PathLike) -> str:
     return list(found.values())[-1]
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Allows DCP's metadata classes and torch's dtypes, and no other global."""
+_INSTANCES = tuple(
+    getattr(importlib.import_module(module), name)
+    for module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+    for name in sorted(_CLASSES[module] - {"_MEM_FORMAT_ENCODING"})
+)
+
+
+def _path_text(*steps: str) -> str:
+    """Stands for pathlib's classes, which DCP names in the place that it saved to: text has no attributes to change."""
+    return "/".join(steps)
+
+
+class _MetadataUnpickler(pickle._Unpickler):
+    """Allows DCP's metadata classes and torch's dtypes, and no other global.
+
+    Python's own reader instead of the C one, as torch's weights_only has it, since only there BUILD can be bounded: it sets
+    attributes of whatever object it is given, and on a class or an enum's member that would last in this process.
+    """
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def load_build(self) -> None:
+        if type(self.stack[-2]) not in _INSTANCES:
+            raise ValueError(f"it changes attributes of {self.stack[-2]!r}, which is no instance of a metadata class")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
 
     def find_class(self, module: str, name: str) -> Any:
+        if module.split(".")[0] == "pathlib" and name in ("PosixPath", "PurePosixPath"):
+            return _path_text
         if name in _CLASSES.get(module, ()):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -94,7 +121,15 @@ def _read_metadata(content: bytes, where: Any) -> Metadata:
         if not isinstance(metadata, Metadata):
             raise ValueError(f"it is a {type(metadata).__name__}")
         names = {info.relative_path for info in (metadata.storage_data or {}).values()}
-    except (ValueError, AttributeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+    except (
+        ValueError,
+        AttributeError,
+        TypeError,
+        LookupError,
+        EOFError,
+        RecursionError,
+        pickle.UnpicklingError,
+    ) as error:
         raise ValueError(f"{where} is not the metadata of a checkpoint: {error}") from error
     for name in names:
         if os.path.basename(name) != name:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from model.config import Fraction, Positive, Section, Seed
+from model.config import SUBFOLDER, Fraction, Positive, Section, Seed
 from model.constants import PIPELINE_TEXT_STATE
 
 
@@ -18,7 +18,7 @@ class HubComponent(Section):
 
     repo_id: Annotated[str, Field(pattern=r"^(\.?/.*|[\w.-]+/[\w.-]+)$")]
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
-    subfolder: str | None = None
+    subfolder: Annotated[str, Field(pattern=rf"^{SUBFOLDER}$")] | None = None
 
     @property
     def is_local(self) -> bool:

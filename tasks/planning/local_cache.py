@@ -17,16 +17,27 @@ from tasks.store import is_index, missing_parts
 
 def forget_lost_artifacts(location: str) -> int:
     """Drops entries of Flyte's local cache at `location` whose artifacts are gone or lack files; returns how many."""
-    from diskcache import Cache
+    from diskcache import Cache, Disk
+    from diskcache.core import MODE_PICKLE
     from flyteidl.core.literals_pb2 import LiteralMap
 
     location = Path(location).expanduser()
     if not location.is_dir():
         return 0
+
+    class WithoutPickles(Disk):
+        """Flyte's keys are texts and its values bytes. Of any other entry nothing is unpickled: that can run code."""
+
+        def get(self, key: Any, raw: bool) -> Any:
+            return super().get(key, raw) if raw else None
+
+        def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> Any:
+            return None if mode == MODE_PICKLE else super().fetch(mode, filename, value, read)
+
     dropped = 0
-    with Cache(str(location)) as cache:
+    with Cache(str(location), disk=WithoutPickles) as cache:
         for key in list(cache.iterkeys()):
-            value = cache.get(key)
+            value = cache.get(key) if isinstance(key, str) else None
             if not isinstance(value, bytes):
                 continue
             literals = LiteralMap()

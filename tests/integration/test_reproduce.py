@@ -40,20 +40,21 @@ def test_a_run_leaves_a_verified_pipeline_scorecard_grid_and_report(smoke):
 
 def test_the_ledger_accounts_for_every_record_once(smoke):
     ledger = pd.read_parquet(smoke["curated"] / "ledger.parquet")
-    records = next(p for p in load_manifest(smoke["curated"]).parents if p.kind == "records")
-    table = pd.read_parquet(Path(records.path) / "records.parquet")
-    assert sorted(ledger["key"]) == sorted(table["key"])
-    assert ledger["kept"].sum() + (ledger["rule"] != "").sum() == len(table)
+    (corpus,) = [node for node in walk(smoke["pipeline"]).values() if node.manifest.kind == "corpus"]
+    made = [Path(parent.uri) for parent in corpus.manifest.parents if parent.kind == "records"]
+    keys = [key for path in made for key in pd.read_parquet(path / "truth.parquet")["key"]]
+    assert sorted(ledger["key"]) == sorted(keys)
+    assert ledger["kept"].sum() + (ledger["rule"] != "").sum() == len(keys)
     report = json.loads((smoke["curated"] / "report.json").read_text())
-    assert report["input"] == len(table) and report["kept"] == int(ledger["kept"].sum())
+    assert report["input"] == len(keys) and report["kept"] == int(ledger["kept"].sum())
 
 
 def test_the_trace_leads_from_the_pipeline_to_the_ids_of_the_records(smoke):
-    done = _trace(smoke["pipeline"], "--records")
+    done = _trace(smoke["pipeline"], "--records", "--expect", load_manifest(smoke["pipeline"]).digest)
     assert done.returncode == 0, done.stderr
-    kept = pd.read_parquet(smoke["curated"] / "records.parquet")
-    assert all(record_id in done.stdout for record_id in kept["record_id"])
-    for kind in ("merged", "checkpoints", "latents", "curated", "components", "records", "scorecard", "images"):
+    ledger = pd.read_parquet(smoke["curated"] / "ledger.parquet")
+    assert all(record_id in done.stdout for record_id in ledger["record_id"][ledger["kept"]])
+    for kind in ("merged", "checkpoints", "latents", "curated", "components", "corpus", "records", "scorecard", "images"):
         assert f"{kind} " in done.stdout
 
 

@@ -8,7 +8,6 @@ written does not matter to the result.
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import time
 from collections.abc import Sequence
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from model.storage import replacing
 
 if TYPE_CHECKING:
     import torch
@@ -84,11 +85,7 @@ class TrainingState:
             "rng": json.dumps(self._rng.bit_generator.state),  # its integers have 128 bits
         }
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
-            torch.save(saved, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self._path)
+        with replacing(self._path, sync=True) as temporary:
+            torch.save(saved, temporary)
         now = time.monotonic()
         self._due = now + max(EVERY_S, (now - began) / MAX_SHARE)

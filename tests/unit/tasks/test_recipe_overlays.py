@@ -95,11 +95,12 @@ def test_bases_that_lead_nowhere_are_refused(tmp_path):
     write(tmp_path / "second.yaml", base="first.yaml", name="second")
     with pytest.raises(ValueError, match="base goes round in a circle: first.yaml -> second.yaml -> first.yaml"):
         load_recipe(first)
-    for base in ("gone.yaml", 3, "."):
+    (tmp_path / "secret").write_text("name: secret")
+    for base in ("gone.yaml", 3, ".", "secret", "../tiny", str(tmp_path / "first.yaml"), "/etc/passwd"):
         with pytest.raises(ValueError, match=f"base={base!r} must be the path of a recipe file, as seen from"):
             load_recipe(write(tmp_path / "bad.yaml", base=base, name="bad"))
     with pytest.raises(ValueError, match="an overlay needs a name of its own"):
-        load_recipe(write(tmp_path / "bad.yaml", base=str(RECIPES / "tiny.yaml")))
+        load_recipe(write(tmp_path / "bad.yaml", base="first.yaml"))
 
 
 @pytest.mark.parametrize(
