@@ -15,8 +15,8 @@ from flytekit.exceptions.user import FlyteRecoverableException
 from flytekit.types.directory import FlyteDirectory
 
 from tasks import envs
-from tasks.artifacts import UserError, exclusive, fetch, source, work_path
-from tasks.manifest import seal
+from tasks.artifacts import UserError, exclusive, fetch, produce, source, work_path
+from tasks.manifest import Parent, load_manifest, seal
 
 
 @pytest.fixture
@@ -140,3 +140,13 @@ def test_files_that_stay_where_they_lie_are_neither_needed_nor_verified_and_all_
     (partly / "data.txt").write_text("Data")
     with pytest.raises(UserError, match="data.txt was changed"):
         fetch(artifact, "latents", without=(".bin",))
+
+
+def test_a_manifest_names_the_uris_of_parents_that_were_downloaded_and_not_the_pods_copies(parent, tmp_path):
+    copy = shutil.copytree(parent, tmp_path / "copy")
+    artifact = FlyteDirectory(str(copy))
+    artifact._remote_source = "s3://bucket/raw/latents"
+    paths = [fetch(artifact, "latents"), parent]
+    part = Parent(kind="scores", digest="0" * 64, uri="s3://bucket/part")
+    _, made, _ = produce("merged", lambda out: (out / "a").write_text("a"), [*paths, part])
+    assert [p.uri for p in load_manifest(made).parents] == ["s3://bucket/raw/latents", str(parent), "s3://bucket/part"]
