@@ -34,6 +34,7 @@ from tasks.curation.sources.pairing import fold
 FORMATS = ("csv", "tsv", "jsonl", "json", "parquet")
 NAME_COLUMNS = ("file_name", "filename", "file", "image", "image_file", "image_path", "path")
 MAX_BYTES = 64 * 2**20
+MAX_ROWS = 500_000  # of a CSV or JSON table, at some 50 us of processor time each
 MAX_ROW_BYTES = 4 * 2**20
 MAX_ROWS_PER_IMAGE = 1000
 UNMATCHED = "metadata row that names no image"
@@ -111,6 +112,10 @@ class Listed:
                     "INSERT INTO rows VALUES (?, ?, ?, ?, ?, NULL, 0)", (*values, json.dumps(row.captions))
                 )
                 table.rows += 1
+                if table.rows > MAX_ROWS and format != "parquet":
+                    raise ValueError(
+                        f"{shown} has more than {MAX_ROWS:,} rows; divide it by folders, or write metadata.parquet"
+                    )
                 table.names_images = table.names_images or is_image(path)
         except UnicodeEncodeError as error:
             raise ValueError(f"{shown} has text that is not Unicode: {error}") from error
