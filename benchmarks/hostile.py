@@ -410,7 +410,7 @@ def metadata_csv_of_quoted_fields(folder: Path) -> None:
     (folder / "metadata.csv").write_bytes(b"file_name,text\na.png" + b',"\n"' * (15 * MIB))
 
 
-@kind("read")
+@kind("refused")
 def metadata_csv_of_blank_lines(folder: Path) -> None:
     _beside_a_picture(folder)
     (folder / "metadata.csv").write_bytes(b"file_name,text\na.png,a\n" + b"\n" * (60 * MIB))

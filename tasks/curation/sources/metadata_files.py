@@ -34,7 +34,8 @@ from tasks.curation.sources.pairing import fold
 FORMATS = ("csv", "tsv", "jsonl", "json", "parquet")
 NAME_COLUMNS = ("file_name", "filename", "file", "image", "image_file", "image_path", "path")
 MAX_BYTES = 64 * 2**20
-MAX_ROWS = 500_000  # of a CSV or JSON table, at some 50 us of processor time each
+MAX_ROWS = 500_000  # of a CSV or JSON table, at 70 us of processor time each (benchmarks/hostile.py)
+MAX_LINES = 4_000_000  # of a CSV table, blank ones too
 MAX_ROW_BYTES = 4 * 2**20
 MAX_ROWS_PER_IMAGE = 1000
 UNMATCHED = "metadata row that names no image"
@@ -327,6 +328,8 @@ class _Lines:
     def __next__(self) -> str:
         line = self._file.readline(MAX_ROW_BYTES)
         self._number += 1
+        if self._number > MAX_LINES:
+            raise ValueError(f"{self._shown} has more than {MAX_LINES:,} lines; divide it by folders")
         self.row_bytes += len(line)
         if self.row_bytes >= MAX_ROW_BYTES:
             raise ValueError(

@@ -6,6 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 from source_files import captions_in, left_out, picture, read_records, write
 
+from tasks.curation.sources import metadata_files
+
 PNG = picture(1)
 
 
@@ -211,6 +213,23 @@ def test_a_table_over_its_cap_is_refused_before_it_is_read(tmp_path):
     write(tmp_path, {"a.png": PNG, "metadata.jsonl": ""})
     os.truncate(tmp_path / "metadata.jsonl", 10 * 2**30)
     refused(tmp_path, "metadata.jsonl", "64 MiB")
+
+
+def test_a_table_of_too_many_rows_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(metadata_files, "MAX_ROWS", 3)
+    rows = "".join(f'{{"file_name": "{i}.png", "text": "a"}}\n' for i in range(4))
+    write(tmp_path, {"0.png": PNG, "metadata.jsonl": rows})
+    refused(tmp_path, "metadata.jsonl", "more than 3 rows", "metadata.parquet")
+    write(tmp_path, {"metadata.jsonl": rows[: rows.rindex("{")]})
+    assert len(read_records(tmp_path)) > 0
+
+
+def test_a_table_of_too_many_blank_lines_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(metadata_files, "MAX_LINES", 10)
+    write(tmp_path, {"a.png": PNG, "metadata.csv": "file_name,text\na.png,x\n" + "\n" * 8})
+    assert captions_in(tmp_path) == {"a.png": ["x"]}
+    write(tmp_path, {"metadata.csv": "file_name,text\na.png,x\n" + "\n" * 9})
+    refused(tmp_path, "metadata.csv", "more than 10 lines")
 
 
 def test_lines_with_an_escape_sequence_do_not_reach_the_terminal(tmp_path):
