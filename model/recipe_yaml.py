@@ -1,4 +1,4 @@
-"""How recipe files are read: YAML 1.2 scalars, no key twice, and overlays on another recipe."""
+"""Reads recipe files: YAML with 1.2 scalars, without duplicate keys, and with overlays on a base recipe."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import yaml
 
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars, not PyYAML's 1.1, which reads 1e-4 as text and 16:9 as the number 969; keys once only."""
+    """Reads scalars by YAML 1.2, as PyYAML's YAML 1.1 parses 1e-4 as text and 16:9 as 969. Rejects duplicate keys."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
 
@@ -35,14 +35,13 @@ for _tag, _pattern, _first in (
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The mapping of a recipe file; what it means is not checked here.
+    """The content of a recipe file, without validation of its values.
 
-    A file with a key `base`, a recipe's path as seen from the file, is an overlay: it is that recipe with the
-    overlay's own values in place. Mappings are joined key by key; anything else, lists too, is replaced whole.
+    A file with the key `base`, the relative path of another recipe, is an overlay: its values override the base recipe's.
+    Mappings are merged key by key; other values, including lists, are replaced as a whole.
 
     Raises:
-        ValueError: no such file, not YAML, not a mapping, bases that go round in a circle, or an overlay without a
-            name of its own.
+        ValueError: no such file, not YAML, not a mapping, a cycle of bases, or an overlay without its own name.
     """
     return _read(Path(path), ())
 
