@@ -184,12 +184,12 @@ def _slots_by_share(sizes: np.ndarray, slots: int) -> np.ndarray:
     """Integers near sizes / sum * slots with sum `slots`, each at least 1 (largest remainder method)."""
     assert len(sizes) <= slots, "more buckets than steps in a cycle"
     exact = sizes / sizes.sum() * slots
-    whole = np.maximum(np.floor(exact), 1).astype(np.int64)
-    while whole.sum() > slots:  # because of the minimum of 1: take from the largest bucket
-        whole[np.argmax(whole)] -= 1
-    for i in np.argsort(-(exact - whole), kind="stable")[: slots - whole.sum()]:
-        whole[i] += 1
-    return whole
+    rounded = np.maximum(np.floor(exact), 1).astype(np.int64)
+    while rounded.sum() > slots:  # because of the minimum of 1: take from the largest bucket
+        rounded[np.argmax(rounded)] -= 1
+    for i in np.argsort(-(exact - rounded), kind="stable")[: slots - rounded.sum()]:
+        rounded[i] += 1
+    return rounded
 
 
 @dataclass

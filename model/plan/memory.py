@@ -48,16 +48,16 @@ class Layout:
 
     def check(self, num_experts: int, stage: StageConfig) -> None:
         """Raises ValueError if a degree does not divide what it splits; the message shows the division."""
-        for what, whole, name, part in (
+        for what, total, name, part in (
             ("GPUs", self.gpus, "shard", self.shard),
             ("shard ranks", self.shard, "expert_parallel", self.expert_parallel),
             ("num_experts", num_experts, "expert_parallel", self.expert_parallel),
             (f"{stage.name}: batch_size", stage.batch_size, "GPUs", self.gpus),
             (f"{stage.name}: samples per GPU and step", stage.batch_size // self.gpus, "micro_batch", self.micro_batch),
         ):
-            if part < 1 or whole < 1 or whole % part:
-                rest = remainder(whole, part) if part > 0 else f"{name} is under 1"
-                raise ValueError(f"{what} {whole} must be a multiple of {name} {part}: {rest}")
+            if part < 1 or total < 1 or total % part:
+                rest = remainder(total, part) if part > 0 else f"{name} is under 1"
+                raise ValueError(f"{what} {total} must be a multiple of {name} {part}: {rest}")
 
     def __str__(self) -> str:
         degrees = f"shard {self.shard}, replicas {self.gpus // self.shard}, expert parallel {self.expert_parallel}"

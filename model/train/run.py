@@ -248,7 +248,7 @@ def _claim(
         differing = [name for name in run if known.get(name) != run[name]]
         if differing:
             raise ValueError(
-                f"{root} holds a run with another {', '.join(differing)}: give a directory of its own, or remove it"
+                f"{root} holds a run with another {', '.join(differing)}: use another directory, or remove it"
             )
     elif _rank() == 0:
         storage.write_bytes(path, (json.dumps(run, indent=2) + "\n").encode())

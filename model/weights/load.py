@@ -40,18 +40,18 @@ def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str) -> None:
+def check_shapes(expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Checks names and shapes.
 
     Raises:
         ValueError: missing or unknown tensors, or wrong shapes; the message names up to five.
     """
-    problems = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
-    problems += [f"unknown {name}" for name in sorted(found.keys() - expected.keys())]
+    problems = [f"missing {name}" for name in sorted(expected.keys() - actual.keys())]
+    problems += [f"unknown {name}" for name in sorted(actual.keys() - expected.keys())]
     problems += [
-        f"{name} has shape {tuple(found[name])}, not {shape}"
+        f"{name} has shape {tuple(actual[name])}, not {shape}"
         for name, shape in expected.items()
-        if name in found and tuple(found[name]) != tuple(shape)
+        if name in actual and tuple(actual[name]) != tuple(shape)
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -140,7 +140,7 @@ def _read_index(path: Path) -> dict[str, str]:
         raise ValueError(f"{path} is not an index: it needs a JSON object with a weight_map ({error!r})") from None
     for file in sorted(files, key=str):
         if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(f"{path} names {file!r}: a file beside it is needed")
+            raise ValueError(f"{path} names {file!r}: it must be a file in the same directory")
         if not (path.parent / file).is_file():
             raise ValueError(f"{path} names {file}, which is missing from {path.parent}")
     return index
@@ -162,7 +162,7 @@ class SafetensorsFiles:
                     self.described[name] = torch.empty(stored.get_shape(), dtype=dtype, device="meta")
                     self._file[name] = file
         for name in sorted((index or {}).keys() - self._file.keys()):
-            raise ValueError(f"the index beside {files[0]} puts {name} in {index[name]}, which does not hold it")
+            raise ValueError(f"the index of {files[0]} puts {name} in {index[name]}, which does not contain it")
 
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:
         """One tensor, or only `region` of it. Reads no other bytes of the file's data."""
@@ -174,7 +174,7 @@ def _reader(file: Path) -> safe_open:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+        raise ValueError(f"{file} is not a complete safetensors file: {error}") from None
 
 
 def _dtype(name: str, file: Path) -> torch.dtype:

@@ -43,8 +43,8 @@ def load_processor(directory: str | Path) -> Any:
     from transformers import AutoTokenizer, Qwen3VLProcessor
     from transformers.utils import is_torchvision_available
 
-    whole = (Path(directory) / "preprocessor_config.json").is_file()
-    return (Qwen3VLProcessor if whole and is_torchvision_available() else AutoTokenizer).from_pretrained(directory)
+    complete = (Path(directory) / "preprocessor_config.json").is_file()
+    return (Qwen3VLProcessor if complete and is_torchvision_available() else AutoTokenizer).from_pretrained(directory)
 
 
 def format_prompts(processor: Any, texts: Sequence[str]) -> list[str]:
