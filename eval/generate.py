@@ -268,7 +268,7 @@ def save_png(image: Image.Image, path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path that is renamed to `path` when the block ends, so that an existing file is complete."""
+    """A temporary name that becomes `path` when the block ends: a file that exists is whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary

@@ -10,7 +10,7 @@ import yaml
 
 
 class Loader(yaml.SafeLoader):
-    """Reads scalars by YAML 1.2, as PyYAML's YAML 1.1 parses 1e-4 as text and 16:9 as 969. Rejects duplicate keys."""
+    """YAML 1.2's scalars, not PyYAML's 1.1, which reads 1e-4 as text and 16:9 as the number 969; keys once only."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
 
@@ -35,13 +35,14 @@ for _tag, _pattern, _first in (
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The content of a recipe file, without validation of its values.
+    """The mapping of a recipe file; what it means is not checked here.
 
-    A file with the key `base`, the relative path of another recipe, is an overlay: its values override the base recipe's.
-    Mappings are merged key by key; other values, including lists, are replaced as a whole.
+    A file with a key `base`, a recipe's path as seen from the file, is an overlay: it is that recipe with the
+    overlay's own values in place. Mappings are joined key by key; anything else, lists too, is replaced whole.
 
     Raises:
-        ValueError: no such file, not YAML, not a mapping, a cycle of bases, or an overlay without its own name.
+        ValueError: no such file, not YAML, not a mapping, bases that go round in a circle, or an overlay without a
+            name of its own.
     """
     return _read(Path(path), ())
 

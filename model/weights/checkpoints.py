@@ -78,7 +78,7 @@ def last_checkpoint(path: str | os.PathLike) -> str:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Allows only DCP's metadata classes and torch's dtypes as globals."""
+    """Allows DCP's metadata classes and torch's dtypes, and no other global."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name in _CLASSES.get(module, ()):
