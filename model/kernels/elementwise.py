@@ -1,4 +1,4 @@
-"""Fused element-wise functions, each with three implementations that must agree.
+"""Fused element-wise functions, with up to three implementations each, which must agree.
 
     eager CPU    a hand-written backward: small operations are bound by memory traffic and allocation
     eager CUDA   a Triton kernel (model/kernels)

@@ -27,7 +27,7 @@ class HubComponent(Section):
 
 
 class TinyVAEConfig(Section):
-    """A small `AutoencoderKLQwenImage` trained on the curated corpus. Its factor is 8, set by three temporal stages."""
+    """A small `AutoencoderKLQwenImage` trained on the curated corpus. Three temporal stages fix its downsampling to 8x."""
 
     base_dim: Positive = 8
     z_dim: Positive = 16
