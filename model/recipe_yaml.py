@@ -1,4 +1,4 @@
-"""How recipe files are read: YAML 1.2 scalars, no key twice, and overlays on another recipe."""
+"""Reads recipe files: YAML with 1.2 scalars, without duplicate keys, and with overlays on a base recipe."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in above:
         circle = " -> ".join(file.name for file in (*above, path))
-        raise ValueError(f"{above[0]}: base goes round in a circle: {circle}")
+        raise ValueError(f"{above[0]}: the bases form a cycle: {circle}")
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
