@@ -7,6 +7,7 @@ mended row might be a wrong caption.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -37,6 +38,7 @@ MAX_BYTES = 64 * 2**20
 MAX_ROWS = 500_000  # of a CSV or JSON table, at 70 us of processor time each (benchmarks/hostile.py)
 MAX_LINES = 4_000_000  # of a CSV table, blank ones too
 MAX_ROW_BYTES = 4 * 2**20
+DECODED_BYTES = 2**20  # at a time, to see whether a table is UTF-8
 MAX_ROWS_PER_IMAGE = 1000
 UNMATCHED = "metadata row that names no image"
 _TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{},]', re.DOTALL)
@@ -253,13 +255,12 @@ def _rows(
 def _utf8(shown: str, data: bytes, encoding: str | None) -> bytes:
     """The text as UTF-8: a tenth of the memory that Python's own text may take."""
     try:
-        if not data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):
-            for line in io.BytesIO(data):
-                if b"\0" in line:
-                    break
-                line.decode("utf-8")
-            else:
-                return data
+        if not data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")) and b"\0" not in data:
+            decoder = codecs.getincrementaldecoder("utf-8")()
+            for begin in range(0, len(data), DECODED_BYTES):
+                decoder.decode(data[begin : begin + DECODED_BYTES])
+            decoder.decode(b"", final=True)
+            return data
         return decode(data, encoding).encode("utf-8")
     except UnicodeDecodeError:
         try:
