@@ -329,7 +329,7 @@ class _Lines:
     def __next__(self) -> str:
         line = self._file.readline(MAX_ROW_BYTES)
         self._number += 1
-        if self._number > MAX_LINES:
+        if line and self._number > MAX_LINES:
             raise ValueError(f"{self._shown} has more than {MAX_LINES:,} lines; divide it by folders")
         self.row_bytes += len(line)
         if self.row_bytes >= MAX_ROW_BYTES:
