@@ -54,7 +54,17 @@ def test_the_trace_leads_from_the_pipeline_to_the_ids_of_the_records(smoke):
     assert done.returncode == 0, done.stderr
     ledger = pd.read_parquet(smoke["curated"] / "ledger.parquet")
     assert all(record_id in done.stdout for record_id in ledger["record_id"][ledger["kept"]])
-    for kind in ("merged", "checkpoints", "latents", "curated", "components", "corpus", "records", "scorecard", "images"):
+    for kind in (
+        "merged",
+        "checkpoints",
+        "latents",
+        "curated",
+        "components",
+        "corpus",
+        "records",
+        "scorecard",
+        "images",
+    ):
         assert f"{kind} " in done.stdout
 
 

@@ -31,12 +31,13 @@ def home(tmp_path_factory) -> Path:
     (parts / "scorecard").mkdir()
     score = {"mean": 0.5, "std": 0.1, "runs": 2, "seeds": [0, 1], "interval": [0.4, 0.6]}
     card = {
+        "name": "shapes",
         "benchmark": "shapes",
         "overall": score,
         "tasks": {},
         "held_out": None,
         "counts": {"expected": 6, "scored": 6, "failed": 0},
-        "bootstrap": {"samples": 10, "level": 0.95},
+        "interval": {"method": "Wilson", "level": 0.95},
     }
     (parts / "scorecard/scorecard.json").write_text(json.dumps(card))
     for name in ("components", "merged", "scorecard"):
