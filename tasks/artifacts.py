@@ -67,7 +67,7 @@ class UserError(click.ClickException, ValueError):
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Makes a ValueError (ours, for users) one readable message in a local run; on a cluster it stays as it is."""
+    """Makes a ValueError (ours, for users) or a full disk one readable message in a local run; on a cluster it stays."""
     try:
         yield
     except UserError:
@@ -76,6 +76,10 @@ def plain_errors() -> Iterator[None]:
         if not is_local():
             raise
         raise UserError(str(error)) from error
+    except OSError as error:
+        if error.errno != errno.ENOSPC or not is_local():
+            raise
+        raise UserError(error.strerror) from error
 
 
 def work_path(name: str, step: str, config: Any, parents: Sequence[Path]) -> Path:

@@ -86,7 +86,8 @@ def score_group(corpus: CorpusDir, config: CurationConfig, groups: list[int], gr
     """Adds columns to the records of the shards of one group, and reads no other shard."""
     from tasks.curation import flow
 
-    return _index("scores", flow.score_group(fetch(corpus, "corpus"), config, group, len(groups)))
+    with plain_errors():
+        return _index("scores", flow.score_group(fetch(corpus, "corpus"), config, group, len(groups)))
 
 
 @task(enable_deck=True, **envs.gather("curation"))
@@ -112,7 +113,8 @@ def select_group(decisions: DecisionsDir, config: CurationConfig, groups: list[i
     from tasks.curation import flow
 
     (part,) = read_index(fetch(decisions, "decisions"))
-    return _index("selections", flow.select_group(part, config, group, len(groups)))
+    with plain_errors():
+        return _index("selections", flow.select_group(part, config, group, len(groups)))
 
 
 @task(**envs.gather("curation"))

@@ -59,10 +59,25 @@ def test_the_digest_follows_contents_and_names_and_not_the_place_or_the_clock(tm
 
 def test_one_file_and_a_path_in_the_home_folder_are_known_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "a.png").write_bytes(b"one")
-    first = write_corpus(SourceConfig(), "~/a.png", tmp_path / "one")["digest"]
-    (tmp_path / "a.png").rename(tmp_path / "b.png")
-    assert write_corpus(SourceConfig(), "~/b.png", tmp_path / "two")["digest"] != first
+    tar_of(tmp_path / "a.tar", {"a.png": picture(0)})
+    first = write_corpus(SourceConfig(), "~/a.tar", tmp_path / "one")["digest"]
+    (tmp_path / "a.tar").rename(tmp_path / "b.tar")
+    assert write_corpus(SourceConfig(), "~/b.tar", tmp_path / "two")["digest"] != first
+
+
+def test_a_source_of_one_image_asks_for_its_folder_where_its_caption_is(tmp_path):
+    write(tmp_path, {"a.png": picture(0), "a.txt": "a red barn"})
+    with pytest.raises(ValueError, match="a.png' is one image; give the folder"):
+        write_corpus(SourceConfig(), str(tmp_path / "a.png"), tmp_path / "out")
+
+
+def test_the_projects_own_output_inside_a_source_is_no_part_of_it(tmp_path, monkeypatch):
+    source = write(tmp_path / "source", {"a.png": picture(0), "out/artifacts/pipelines/x/grid.png": picture(1)})
+    assert len(read_records(source)[0]) == 2
+    monkeypatch.setenv("NUCLEUS_HOME", str(source / "out"))
+    records, account = read_records(source)
+    assert [record.locator for record in records] == ["a.png"]
+    assert account.skipped == {"this project's own output (NUCLEUS_HOME)": (1, "out")}
 
 
 def test_adding_and_changing_files_changes_their_own_shards_alone(tmp_path):
