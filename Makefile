@@ -36,11 +36,15 @@ draw: export NUCLEUS_PROMPT = $(PROMPT)
 draw: $(STAMP)
 	@$(VENV)/bin/python -m tasks.draw "$$NUCLEUS_PROMPT" --seed $(or $(SEED),0)
 
+# A worker for each of two cores, each with one thread; files stay together, since they share fixtures.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: $(STAMP)
-	$(VENV)/bin/python -m pytest -m "not slow" tests/unit $(ARGS)
+	$(PYTEST) -m "not slow" tests/unit $(ARGS)
 
 gpu-check:
 	$(GPU_PYTHON) benchmarks/first_card.py $(ARGS)

@@ -44,6 +44,11 @@ class Output(Example):
     velocity_BSC: torch.Tensor
     trace: RouterTrace | None
 
+    @property
+    def routers(self) -> RouterTrace:
+        assert self.trace is not None, "the loss reads routers: see `needs_trace`"
+        return self.trace
+
     @cached_property
     def predicted_clean_BSC(self) -> torch.Tensor:
         return flow.predict_clean(self.noisy_BSC, self.velocity_BSC, self.t_B)
@@ -192,8 +197,8 @@ def wavelet_loss(predicted_clean: torch.Tensor, clean: torch.Tensor) -> torch.Te
 
 # A loss is a function of the model's output; its weight is the field of this name in `LossConfig`.
 LOSSES: dict[str, Callable[[Output], torch.Tensor]] = {
-    "router_z_loss": lambda output: router_z_loss(output.trace.logits()),
-    "load_balance": lambda output: load_balance_loss(output.trace.routings()),
+    "router_z_loss": lambda output: router_z_loss(output.routers.logits()),
+    "load_balance": lambda output: load_balance_loss(output.routers.routings()),
     "wavelet": lambda output: wavelet_loss(output.unpack(output.predicted_clean_BSC), output.unpack(output.clean_BSC)),
 }
 READS_ROUTERS = ("router_z_loss", "load_balance")  # those that need `Output.trace`

@@ -67,19 +67,16 @@ class UserError(click.ClickException, ValueError):
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Makes a ValueError (ours, for users) or a full disk one readable message in a local run; on a cluster it stays."""
+    """Makes a ValueError (ours, for users), or a full disk, one readable message in a local run; on a cluster it stays as
+    it is."""
     try:
         yield
     except UserError:
         raise
-    except ValueError as error:
-        if not is_local():
+    except (ValueError, OSError) as error:
+        if not is_local() or (isinstance(error, OSError) and error.errno != errno.ENOSPC):
             raise
-        raise UserError(str(error)) from error
-    except OSError as error:
-        if error.errno != errno.ENOSPC or not is_local():
-            raise
-        raise UserError(error.strerror) from error
+        raise UserError(getattr(error, "strerror", None) or str(error)) from error
 
 
 def work_path(name: str, step: str, config: Any, parents: Sequence[Path]) -> Path:
@@ -188,13 +185,8 @@ def produce(
     Raises:
         UserError: the disk is full; whatever `make` raises. Nothing half-written stays behind.
     """
-    try:
-        with plain_errors():
-            final, _, report = make_sealed(kind, make, parents, config, counts, logs)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UserError(error.strerror or str(error)) from error
-        raise
+    with plain_errors():
+        final, _, report = make_sealed(kind, make, parents, config, counts, logs)
     # remote_directory=False: a local run reads the artifact where it is.
     artifact = FlyteDirectory(str(final), remote_directory=False) if is_local() else FlyteDirectory(str(final))
     return artifact, final, report

@@ -26,7 +26,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from model.storage import MANIFEST
+from model.storage import MANIFEST as MANIFEST
 
 SCHEMA_VERSION = 2
 WRITING = ".writing-"

@@ -53,7 +53,8 @@ def make_group(config: SourceConfig, groups: int, group: int) -> RecordsDir:
     from tasks.curation import flow
 
     _check_store()
-    parts = [flow.make_shard(config, index) for index in group_range(group, groups, config.shards)]
+    with plain_errors():
+        parts = [flow.make_shard(config, index) for index in group_range(group, groups, config.shards)]
     return _index("records", parts)
 
 

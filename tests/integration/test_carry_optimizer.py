@@ -148,11 +148,13 @@ def test_only_tensors_of_optimiser_and_schedule_are_handed_on_and_a_lost_output_
 def test_a_stage_that_handed_no_state_on_is_one_error_that_says_what_to_do(latents, first, tmp_path):
     older = tmp_path / "older"
     shutil.copytree(first / "step-00000003", older / "step-00000003")
-    with pytest.raises(ValueError, match="older/optimizer/step-00000003 is not there: .* train.carry_optimizer=false"):
+    with pytest.raises(
+        ValueError, match="older/optimizer/step-00000003 does not exist: .* train.carry_optimizer=false"
+    ):
         train(latents, tmp_path, "second", 1, before=older)
     shutil.copytree(first / "optimizer", older / "optimizer")
     (older / "optimizer" / "step-00000003" / METADATA).unlink()  # cut off
-    with pytest.raises(ValueError, match="is not there"):
+    with pytest.raises(ValueError, match="does not exist"):
         train(latents, tmp_path, "second", 1, before=older)
     assert not (tmp_path / "work" / "run.json").exists()
 

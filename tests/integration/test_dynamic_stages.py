@@ -77,7 +77,9 @@ def test_a_pod_lays_out_as_many_stages_as_the_recipe_has(sizes_px, tmp_path, mon
     spec = dynamic_job_pb2.DynamicJobSpec.FromString((tmp_path / "out" / "futures.pb").read_bytes())
     called = [node.task_node.reference_id.name.split(".")[-1] for node in spec.nodes]
     count = len(sizes_px)
-    assert sorted(called) == sorted(["encode_stage"] * count + ["train_stage"] * count + ["merge_checkpoints"])
+    assert sorted(called) == sorted(
+        ["encode_texts", *["encode_latents"] * count, *["train_stage"] * count, "merge_checkpoints"]
+    )
     trains = [node for node in spec.nodes if node.task_node.reference_id.name.endswith("train_stage")]
     starts = [{binding.var for binding in node.inputs if binding.binding.HasField("promise")} for node in trains]
     assert ["init" in inputs for inputs in starts] == [False] + [True] * (count - 1)

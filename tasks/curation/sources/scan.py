@@ -72,6 +72,8 @@ def write_corpus(config: SourceConfig, path: str | None, out_dir: str | os.PathL
         scan.run()
         left_out = scan.account.left_out()
         if not table.images and not table.unknown:
+            if not scan.account.seen:
+                raise ValueError(f"source {visible(path)!r} is empty; {VALID}")
             raise ValueError(f"source {visible(path)!r} has no image; left out: {left_out or 'nothing'}; {VALID}")
     report = table.report(scan.account, scan.options, place.uri(), alone=place.alone)
     images = count_of(table.images, "image") + (

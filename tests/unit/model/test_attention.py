@@ -88,10 +88,10 @@ def test_a_training_is_refused_at_its_start_where_the_machine_lacks_what_it_asks
     from model.train.trainer import NucleusTrainer
 
     monkeypatch.setattr(attention, "_machine", lambda *_: Machine(None, frozenset()))
-    asked = SimpleNamespace(train=SimpleNamespace(attention_backend="flash2", kernels="auto"))
+    asked = SimpleNamespace(stage=SimpleNamespace(train=SimpleNamespace(attention_backend="flash2", kernels="auto")))
     with pytest.raises(ValueError, match="attention_backend='flash2' needs"):
         NucleusTrainer(asked)
-    asked.train = SimpleNamespace(attention_backend="auto", kernels="cuda")
+    asked.stage.train = SimpleNamespace(attention_backend="auto", kernels="cuda")
     with pytest.raises(ValueError, match="kernels='cuda'"):
         NucleusTrainer(asked)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -15,7 +16,7 @@ from flytekit.exceptions.user import FlyteRecoverableException
 from flytekit.types.directory import FlyteDirectory
 
 from tasks import envs
-from tasks.artifacts import UserError, exclusive, fetch, source, work_path
+from tasks.artifacts import UserError, exclusive, fetch, plain_errors, source, work_path
 from tasks.manifest import seal
 
 
@@ -140,3 +141,10 @@ def test_files_that_stay_where_they_lie_are_neither_needed_nor_verified_and_all_
     (partly / "data.txt").write_text("Data")
     with pytest.raises(UserError, match="data.txt was changed"):
         fetch(artifact, "latents", without=(".bin",))
+
+
+def test_a_full_disk_is_one_message_and_other_errors_of_the_disk_stay():
+    with pytest.raises(UserError, match="the disk is full while making scores"), plain_errors():
+        raise OSError(errno.ENOSPC, "the disk is full while making scores")
+    with pytest.raises(PermissionError), plain_errors():
+        raise PermissionError(errno.EACCES, "not allowed")
