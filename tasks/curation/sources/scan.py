@@ -65,8 +65,6 @@ def write_corpus(config: SourceConfig, path: str | None, out_dir: str | os.PathL
     if not path:
         raise ValueError("there is no source: set source.path, or give --source")
     place = places.find(path)
-    if place.alone is not None and is_image(place.alone):
-        raise ValueError(f"source {visible(path)!r} is one image; give the folder of the images and their captions")
     with tempfile.TemporaryDirectory() as scratch, TableWriter(Path(out_dir)) as table:
         scan = _Scan(config, place, table, Path(scratch))
         scan.run()

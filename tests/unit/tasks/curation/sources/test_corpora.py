@@ -65,12 +65,6 @@ def test_one_file_and_a_path_in_the_home_folder_are_known_by_name(tmp_path, monk
     assert write_corpus(SourceConfig(), "~/b.tar", tmp_path / "two")["digest"] != first
 
 
-def test_a_source_of_one_image_asks_for_its_folder_where_its_caption_is(tmp_path):
-    write(tmp_path, {"a.png": picture(0), "a.txt": "a red barn"})
-    with pytest.raises(ValueError, match="a.png' is one image; give the folder"):
-        write_corpus(SourceConfig(), str(tmp_path / "a.png"), tmp_path / "out")
-
-
 def test_the_projects_own_output_inside_a_source_is_no_part_of_it(tmp_path, monkeypatch):
     source = write(tmp_path / "source", {"a.png": picture(0), "out/artifacts/pipelines/x/grid.png": picture(1)})
     assert len(read_records(source)[0]) == 2
@@ -206,7 +200,7 @@ def test_a_source_without_images_is_one_error_with_what_was_seen(tmp_path):
     source = write(tmp_path / "source", {})
     refused(tmp_path / "missing", "missing", "does not exist", "folder of images")
     refused(source / "missing" / "deep", "does not exist")
-    refused(source, "has no image", "nothing", "WebDataset")
+    refused(source, "is empty", "WebDataset")
     write(source, {"a.txt": "x", "b.txt": "x", "c.heic": "x"})
     refused(source, "has no image", "2 x .txt (a.txt), 1 x .heic (c.heic)")
     refused(source / "a.txt", "has no image")
