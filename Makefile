@@ -1,15 +1,15 @@
-# make reproduce   the whole recipe (RECIPE=tiny unless set), from raw images to a published pipeline
-# make smoke       the same in about 100 seconds, with a model too small to be good
-# make draw PROMPT="a red circle"   one image from the newest published pipeline
-# make test        all tests; make test-fast: those without training
-# make gpu-check   on a machine with a GPU: does it work, how fast is it (benchmarks/first_card.py; results in first_card/)
-# make test-gpu    the tests that need a GPU; both take PYTHON as it is, where packages are missing too
-# make lint        ruff and mypy; make format repairs what ruff can
-# make images      images of all roles, by docker, podman or buildah; REGISTRY=... pushes them, VARIANT=cuda for GPUs
-# make preflight   what a run of RECIPE on SHAPE needs of the cluster in config/flyte.yaml
-# make register    the workflows, by the digests of make images, at this commit, for SHAPE
+# make reproduce   runs a recipe (RECIPE=tiny by default), from raw images to a published pipeline
+# make smoke       runs the same steps in about 100 seconds, with a model too small to give good images
+# make draw PROMPT="a red circle"   draws one image with the newest published pipeline
+# make test        runs all tests; make test-fast: only those without training
+# make gpu-check   checks and measures a machine with a GPU (benchmarks/first_card.py; results in first_card/)
+# make test-gpu    runs the tests that need a GPU. Without .venv, both use PYTHON and do not install packages
+# make lint        runs ruff and mypy; make format applies ruff's fixes
+# make images      builds the images of all roles with docker, podman or buildah; REGISTRY=... pushes them, VARIANT=cuda for GPUs
+# make preflight   checks that the cluster in config/flyte.yaml can run RECIPE on SHAPE
+# make register    registers the workflows at this commit for SHAPE, with the digests of make images
 # make lock        resolves constraints.txt again
-# Each makes the environment it needs in .venv.
+# Except for gpu-check and test-gpu, each target creates the environment .venv if necessary.
 
 PYTHON ?= python3
 RECIPE ?= tiny
@@ -20,7 +20,7 @@ REGISTRY ?=
 CONFIG ?= config/flyte.yaml
 VENV := .venv
 STAMP := $(VENV)/.installed
-# The project's environment where there is one, else Python as it is: a borrowed GPU machine has a PyTorch of its own.
+# .venv if it exists, else PYTHON: a GPU machine may come with its own build of PyTorch.
 GPU_PYTHON = $(if $(wildcard $(STAMP)),$(VENV)/bin/python,$(PYTHON))
 
 .PHONY: reproduce smoke draw test test-fast test-gpu gpu-check lint format lock images register preflight env clean
@@ -31,7 +31,7 @@ reproduce: $(STAMP)
 smoke:
 	$(MAKE) reproduce RECIPE=smoke
 
-# PROMPT and SEED reach Python through the environment: quotes in a prompt are then no part of a shell command.
+# PROMPT reaches Python through the environment, so that quotes in it cannot change the shell command.
 draw: export NUCLEUS_PROMPT = $(PROMPT)
 draw: $(STAMP)
 	@$(VENV)/bin/python -m tasks.draw "$$NUCLEUS_PROMPT" --seed $(or $(SEED),0)
@@ -61,7 +61,7 @@ format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# CUDA packages of torch are left out: constraints.txt serves CPU and CUDA builds alike.
+# Leaves out torch's CUDA packages, so that constraints.txt serves CPU and CUDA builds.
 lock: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet uv
 	$(VENV)/bin/uv pip compile pyproject.toml --extra dev --python-version 3.11 --quiet --no-header --no-annotate \

@@ -1,14 +1,14 @@
-"""Samples the benchmark's images from a pipeline, in GenEval's folder layout, and resumes where it was stopped.
+"""Samples a benchmark's images from a pipeline, in GenEval's folder layout, and resumes after an interruption.
 
     OUT/images/prompts.jsonl            one prompt per line, each with its id
-               generation.json          how it was sampled
+               generation.json          the settings of sampling
                seed0/00000/metadata.jsonl
                            samples/0000.png ...
                seed1/...
 
-An image's noise is a function of (benchmark, prompt id, image, seed) alone: neither the batch, the shard, the other
-prompts nor an interruption decides it. A batch is whole prompts of one seed; batches are the same whatever the number of
-shards, are sampled whole, and are what an interrupted run loses at most one of.
+An image's noise is a function of (benchmark, prompt id, image, seed). It does not depend on the batch, the shard, other
+prompts or interruptions. A batch has all images of several prompts with one seed. Batches do not depend on the number of
+shards, and an interrupted run loses at most one.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Batch:
-    """Whole prompts of one seed: (prompt index, prompt) and the images to make of them."""
+    """Several prompts with one seed: (prompt index, prompt), and all images to make of them."""
 
     seed: int
     prompts: tuple[tuple[int, Mapping[str, Any]], ...]
@@ -58,10 +58,10 @@ class Batch:
 
 
 def plan_batches(prompts: Sequence[Mapping[str, Any]], config: EvalConfig, images_dir: Path) -> list[Batch]:
-    """All batches of a run, in order: as many whole prompts as fit in `config.batch_size` images, at least one.
+    """All batches of a run, in order. A batch has as many prompts as fit into `config.batch_size` images, at least one.
 
     Args:
-        prompts: with ids (`with_ids`); "rewritten" is sampled in place of "prompt".
+        prompts: with ids (`with_ids`); the text of "rewritten", if present, replaces that of "prompt".
     """
     batches = []
     for seed in config.seeds:
@@ -97,23 +97,23 @@ def generate(
 ) -> dict[str, Any]:
     """Samples each prompt's images (`expected_images`) for each of `config.seeds` into `out_dir`/images.
 
-    Images that exist are kept, and never written again. A batch is sampled whole if any image of it is missing: its
-    composition may change the last bits of an image, and a resumed run equals an unbroken one.
+    Existing images are never overwritten. If any image of a batch is missing, the whole batch is sampled, because the
+    composition of a batch may change the last bits of its images, and a resumed run must equal an uninterrupted one.
 
     Args:
-        sampler: see `Sampler`; a `settings` attribute (a dict) on it is recorded.
-        prompts: with "prompt"; an "id" is derived where there is none.
+        sampler: see `Sampler`; its attribute `settings` (a dict), if any, is recorded.
+        prompts: with "prompt"; a missing "id" is derived.
         config: seeds, images per prompt, image size, batch size.
-        out_dir: made if absent.
-        shard, shards: makes every batch whose number leaves the remainder `shard`.
-        provenance: recorded as it is, such as the digest of the weights.
-        log: gets a line of progress now and then.
+        out_dir: created if it does not exist.
+        shard, shards: samples the batches whose number modulo `shards` is `shard`.
+        provenance: recorded unchanged, such as the digest of the weights.
+        log: called with progress lines.
 
     Returns:
-        {"expected", "made", "kept": numbers of images of this shard, "seconds"}
+        {"expected", "made", "kept": numbers of images of this shard, "seconds": duration}
 
     Raises:
-        ValueError: `out_dir` holds images of other prompts or settings, or the sampler returns too few images.
+        ValueError: `out_dir` contains images of other prompts or settings, or the sampler returns too few images.
     """
     if not 0 <= shard < shards:
         raise ValueError(f"shard={shard} must be one of the {shards} from 0 to {shards - 1}")
@@ -134,7 +134,7 @@ def generate(
             (folder / "samples").mkdir(parents=True, exist_ok=True)
             write_once(folder / "metadata.jsonl", json.dumps(prompt) + "\n")
     todo = [batch for batch in batches if not all(job.path.is_file() for job in batch.jobs)]
-    expected, total = (sum(len(batch.jobs) for batch in some) for some in (batches, todo))
+    expected, total = (sum(len(batch.jobs) for batch in selected) for selected in (batches, todo))
     made, done, started, last_line = 0, 0, time.monotonic(), 0.0
     if total < expected:
         log(f"images: {expected - total} of {expected} exist")
@@ -154,23 +154,23 @@ def generate(
 
 
 def _sample(sampler: Sampler, batch: Batch, config: EvalConfig) -> list[Image.Image]:
-    """A prompt of more images than `batch_size` is sampled in several calls."""
+    """Samples one batch. A prompt with more images than `batch_size` takes several calls."""
     images: list[Image.Image] = []
     side = config.image_size_px
     for i in range(0, len(batch.jobs), config.batch_size):
         jobs = batch.jobs[i : i + config.batch_size]
-        some = sampler([job.text for job in jobs], [job.noise for job in jobs], side, side)
-        if len(some) != len(jobs):
-            raise ValueError(f"the sampler returned {len(some)} images for {len(jobs)} prompts")
-        images += some
+        sampled = sampler([job.text for job in jobs], [job.noise for job in jobs], side, side)
+        if len(sampled) != len(jobs):
+            raise ValueError(f"the sampler returned {len(sampled)} images for {len(jobs)} prompts")
+        images += sampled
     return images
 
 
 def read_rewrites(path: str | Path | None) -> dict[str, Any] | None:
-    """{"texts": {prompt id or text: rewritten text}, "sha256"} of a JSON file; None without one.
+    """{"texts": {prompt id or text: rewritten text}, "sha256"} of a JSON file; None if `path` is None.
 
     Raises:
-        ValueError: no such file, or not an object of texts.
+        ValueError: no such file, or not a JSON object whose values are texts.
     """
     if path is None:
         return None
@@ -183,12 +183,13 @@ def read_rewrites(path: str | Path | None) -> dict[str, Any] | None:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(texts, dict) or not all(isinstance(v, str) and v.strip() for v in texts.values()):
-        raise ValueError(f"{path} must be an object that gives each prompt (its id or its text) a rewritten text")
+        raise ValueError(f"{path} must be a JSON object that maps each prompt (its id or text) to a rewritten text")
     return {"texts": texts, "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def rewrite(prompts: Sequence[dict[str, Any]], rewrites: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Each prompt with its text of `rewrites` as "rewritten": of all of them, or the score would mix two benchmarks.
+    """Adds the text of `rewrites` to each prompt as "rewritten". All prompts need one, as a score over rewritten and original
+    prompts would mix two benchmarks.
 
     Raises:
         ValueError: a prompt has no rewritten text.
@@ -208,7 +209,7 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     """The prompts of a run, with their ids.
 
     Raises:
-        ValueError: no such file, or a line is not a prompt; names the line.
+        ValueError: no such file, or a line that is not a prompt; the message names the line.
     """
     path = Path(path)
     if not path.is_file():
@@ -230,28 +231,31 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _claim(images_dir: Path, prompts: Sequence[Mapping[str, Any]], settings: dict[str, Any]) -> None:
-    """Writes the prompts and the settings; refuses a folder that has others."""
+    """Writes prompts and settings. Raises ValueError if the folder has other ones."""
     images_dir.mkdir(parents=True, exist_ok=True)
-    asked = "".join(json.dumps(prompt) + "\n" for prompt in prompts)
-    wanted = _of_sampling(settings)
-    same = {PROMPTS: lambda text: text == asked, SETTINGS: lambda text: _of_sampling(json.loads(text)) == wanted}
+    prompt_lines = "".join(json.dumps(prompt) + "\n" for prompt in prompts)
+    sampling = _sampling_settings(settings)
+    same = {
+        PROMPTS: lambda text: text == prompt_lines,
+        SETTINGS: lambda text: _sampling_settings(json.loads(text)) == sampling,
+    }
     for name, is_same in same.items():
         path = images_dir / name
         if path.is_file() and not is_same(path.read_text(encoding="utf-8")):
             raise ValueError(f"{images_dir} holds images of another run: its {name} differs; use an empty folder")
-    write_once(images_dir / PROMPTS, asked)
+    write_once(images_dir / PROMPTS, prompt_lines)
     write_once(images_dir / SETTINGS, json.dumps(settings, indent=1) + "\n")
 
 
-def _of_sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what only scoring reads, and without where the rewrites lie: their digest is compared."""
+def _sampling_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without those that only scoring reads, and without the path of the rewrites (their digest remains)."""
     ignored = SCORING_KEYS | {"prompt_rewrites"}
     config = EvalConfig(**{k: v for k, v in settings["config"].items() if k not in ignored}).model_dump(mode="json")
     return {**json.loads(json.dumps(settings)), "config": config}
 
 
 def write_once(path: Path, text: str) -> None:
-    """Writes a file that does not exist."""
+    """Writes a file unless it exists."""
     if not path.is_file():
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")

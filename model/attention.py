@@ -9,7 +9,7 @@ Four backends compute the same function; `choose_backend` picks one for the proc
 The first three need a CUDA device and half precision. They take a key mask as packed keys: the kept keys of all samples
 one after the other, with offsets. SDPA on CUDA sends a mask to its memory-efficient kernel, whose deterministic
 backward runs one thread block for each head and sample, too few to fill a large GPU. No backend repeats key-value heads
-in memory.
+in memory. See docs/decisions/kernels.md and docs/decisions/gpu.md.
 
 Shape suffixes: B batch, S image tokens, T text tokens, L = S + T keys, D width, J text width, N query heads, K
 key-value heads, G = N / K query heads per key-value head, H head dim.

@@ -1,4 +1,4 @@
-"""WSM: merging checkpoints of a constant learning rate in place of decaying it (arXiv 2507.17634)."""
+"""WSM: merges checkpoints trained at a constant learning rate, instead of decaying it (arXiv 2507.17634)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Checkpoint = str | Path | Mapping[str, torch.Tensor]
 
 
 def wsm_weights(n: int) -> list[float]:
-    """Merge weights c_1..c_n, old to new, of sum 1, for an inverse-square-root decay w_j = 1 / sqrt(j).
+    """Merge weights c_1..c_n, oldest first, with sum 1, that emulate an inverse-square-root decay w_j = 1 / sqrt(j).
 
-    Merging with c scales the update between checkpoints j-1 and j by w_j = c_j + ... + c_n; so
+    Merging with weights c scales the update between checkpoints j-1 and j by w_j = c_j + ... + c_n. Therefore
     c_j = w_j - w_(j+1), c_n = w_n, and w_1 = 1.
 
     Raises:
@@ -38,20 +38,21 @@ def merge(
 ) -> dict:
     """Writes the weighted sum of `checkpoints` as a diffusers transformer directory `out`.
 
-    One tensor of each checkpoint is in memory at a time, beside one file of the result. Sums are in fp64 and rounded
-    once to the tensor's type; one checkpoint with weight 1 comes back bitwise.
+    Memory holds one tensor of each checkpoint at a time, and one file of the result. Sums are computed in fp64 and rounded
+    once to the tensor's type. A single checkpoint with weight 1 is copied bit for bit.
 
     Args:
-        checkpoints: old to new; each a state dict, or what `open_weights` opens: a safetensors file, a transformer
-            directory, or a DCP checkpoint.
-        weights: one for each; sum 1 (`wsm_weights`).
-        config: of the model; None reads config.json beside the newest checkpoint.
+        checkpoints: oldest first; each a state dict, or a path that `open_weights` accepts: a safetensors file, a
+            transformer directory, or a DCP checkpoint.
+        weights: one per checkpoint, with sum 1 (`wsm_weights`).
+        config: the model's configuration; None reads config.json next to the newest checkpoint.
 
     Returns:
         {"checkpoints": n, "weights": [...], "tensors": n, "parameters": n}.
 
     Raises:
-        ValueError: counts that differ, a sum that is not 1, or checkpoints of different tensors.
+        ValueError: different numbers of checkpoints and weights, a sum other than 1, or checkpoints with different
+            tensors.
     """
     if not checkpoints or len(checkpoints) != len(weights):
         raise ValueError(f"merge needs one weight for each checkpoint, got {len(checkpoints)} and {len(weights)}")

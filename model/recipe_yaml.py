@@ -1,4 +1,4 @@
-"""How recipe files are read: YAML 1.2 scalars, no key twice, and overlays on another recipe."""
+"""Reads recipe files: YAML with 1.2 scalars, without duplicate keys, and with overlays on a base recipe."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in above:
         circle = " -> ".join(file.name for file in (*above, path))
-        raise ValueError(f"{above[0]}: base goes round in a circle: {circle}")
+        raise ValueError(f"{above[0]}: the bases form a cycle: {circle}")
     try:
         data = yaml.load(path.read_bytes(), Loader=Loader)  # noqa: S506  (a SafeLoader)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Rotary positions on three axes (frame, row, column), centred on the image; text comes after the image.
+"""Rotary position embedding on three axes (frame, row, column), centred on the image. Text positions follow the image's.
 
 Shape suffixes: B batch, S image tokens, T text tokens, N heads, H head dim.
 """
@@ -14,10 +14,10 @@ ImageShape = tuple[int, int, int]
 
 
 def image_shape(img_shapes: ImageShape | list[ImageShape], num_tokens: int) -> ImageShape:
-    """The one (frames, rows, columns) of a batch, from diffusers' argument.
+    """(frames, rows, columns) of all images of a batch, from diffusers' `img_shapes`.
 
     Raises:
-        ValueError: images of several shapes in one batch, or a shape that does not give `num_tokens`.
+        ValueError: images of several shapes in one batch, or a shape whose product is not `num_tokens`.
     """
     shapes = {tuple(shape) for shape in img_shapes} if isinstance(img_shapes, list) else {tuple(img_shapes)}
     if len(shapes) != 1:
@@ -38,8 +38,8 @@ def rope_angles(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Angles of the image tokens [S, H/2] and of the text tokens [T, H/2], fp32, in radians.
 
-    Rows and columns are centred: of n, the first n - n//2 are negative. Text positions start at
-    max(rows, columns) // 2 and are the same on the three axes (diffusers' `NucleusMoEEmbedRope`, scale_rope).
+    Rows and columns are centred: of n positions, the first n - n//2 are negative. Text positions start at
+    max(rows, columns) // 2 and are equal on all three axes (diffusers' `NucleusMoEEmbedRope`, scale_rope).
     """
     frames, rows, columns = shape
     axes = [torch.arange(frames, device=device)]
@@ -61,7 +61,7 @@ def rope_angles(
 @lru_cache(maxsize=128)
 def _cached_tables(axes_dims, shape, text_tokens, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     image, text = rope_angles(axes_dims, shape, text_tokens, device)
-    # [S, 1, H/2, 2]: cos and sin side by side, so that the pair reads as one complex number without a copy.
+    # [S, 1, H/2, 2]: cos and sin are adjacent, so that a pair can be viewed as one complex number without a copy.
     return tuple(torch.stack((a.cos(), a.sin()), dim=-1).unsqueeze(-3) for a in (image, text))
 
 
@@ -70,8 +70,8 @@ def rope_tables(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(cos, sin) pairs [S, 1, H/2, 2] of the image and [T, 1, H/2, 2] of the text, fp32.
 
-    No buffer holds them: nothing to save, and nothing to materialise after a meta-device init. They are kept
-    per shape, apart from compiled and fake-tensor code, where a kept tensor would belong to another trace.
+    They are not module buffers, so that nothing is saved or has to be materialised after a meta-device init. They are
+    cached per shape, except in compiled and fake-tensor code, where a cached tensor would belong to another trace.
     """
     if torch.compiler.is_compiling() or _is_fake(device):
         return _cached_tables.__wrapped__(axes_dims, shape, text_tokens, str(device))
@@ -84,13 +84,13 @@ def _is_fake(device: torch.device) -> bool:
 
 
 def apply_rope(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Turns the pairs (x[2i], x[2i+1]) of `x` [B, S, N, H] by the angles of `table` [S, 1, H/2, 2], in fp32."""
+    """Rotates the pairs (x[2i], x[2i+1]) of `x` [B, S, N, H] by the angles of `table` [S, 1, H/2, 2], in fp32."""
     pairs = x.float().unflatten(-1, (-1, 2))
     if not torch.compiler.is_compiling() and x.device.type == "cpu":
-        # One complex product: 4 to 10 times faster on a CPU than the real formula, whose strided halves do not
-        # vectorise there. A compiler fuses the real formula and knows no complex numbers.
-        turned = torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(table)
-        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+        # One complex product is 4 to 10 times faster on a CPU than the real formula, whose strided halves do not
+        # vectorise. torch.compile fuses the real formula but does not support complex numbers.
+        rotated = torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(table)
+        return torch.view_as_real(rotated).flatten(-2).to(x.dtype)
     real, imag = pairs.unbind(-1)
     cos, sin = table.unbind(-1)
     return torch.stack((real * cos - imag * sin, real * sin + imag * cos), dim=-1).flatten(-2).to(x.dtype)

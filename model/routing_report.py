@@ -1,26 +1,27 @@
-"""What a model's routers do with the tokens of real images: stability over timesteps, expert diversity, allocation.
+"""Reports how a model routes the tokens of real images: stability over timesteps, expert diversity, compute allocation.
 
     python -m model.routing_report CHECKPOINT --latents DIR --out DIR [--images 4] [--timesteps 8] [--seed 0] [--device cpu]
 
-CHECKPOINT is a transformer directory, an artifact that holds one (merged, pipeline), a checkpoints artifact, the
-weights/ of a stage that is still being trained, or one checkpoint in either of these two, which may lie in s3://. Each
-image gets one noise, and is shown to the model at falling timesteps, from 0.95 to 0.05.
+CHECKPOINT is a transformer directory, an artifact that contains one (merged, pipeline), a checkpoints artifact, the
+weights/ folder of a running stage, or one checkpoint in either of these two, local or in s3://. Each image is noised with
+one noise sample, and the model sees it at falling timesteps, from 0.95 to 0.05.
 
-For one token in one layer, A(t) is the set of experts that take it at timestep t and w(t) their gates, 0 elsewhere:
+For one token in one layer, A(t) is the set of experts that take it at timestep t, and w(t) the vector of their gates, 0 for
+other experts:
 
     jaccard      |A(t) & A(t')| / |A(t) | A(t')| of neighbouring timesteps; 1 where both sets are empty
-    cosine       of w(t) and w(t'); 1 where both are 0, and 0 where one is
-    experts      |A(t)|: the allocation map; its mean over tokens is the capacity factor where experts choose
+    cosine       cosine of w(t) and w(t'); 1 where both are 0, and 0 where only one is
+    experts      |A(t)|: the allocation map; with expert choice, its mean over tokens is the capacity factor
     distinct     |union of A(t) over all t|
 
-Routing is stable at 1. Did each expert take a token at random with probability p, whatever it took before, the mean
-intersection over the mean union would be p / (2 - p): `jaccard_by_chance`. Of the experts themselves:
+A value of 1 means stable routing. If each expert took a token with probability p, independently at each timestep, the mean
+intersection over the mean union would be p / (2 - p): `jaccard_by_chance`. Diversity of the experts:
 
     router_row_cosine      mean |cosine| over pairs of a router's rows [E, 2D]: 0 orthogonal, 1 parallel
-    expert_output_cosine   mean cosine over pairs of experts of their outputs for the same token, whichever took it:
-                           1 where all compute the same
+    expert_output_cosine   mean cosine over pairs of experts of their outputs for the same token, routed to them or not:
+                           1 if all experts compute the same function
 
-These definitions are this project's own.
+This project defines these measures; they are not taken from a paper.
 
 Writes routing.json (means), maps.safetensors (`layer03/experts` [images, timesteps, rows, columns], `layer03/jaccard`
 and `layer03/distinct` [images, rows, columns]), image*.png (these maps) and stability.png.
@@ -49,11 +50,11 @@ from model.weights.checkpoints import last_checkpoint
 from model.weights.export import assembled, load_transformer
 from model.weights.load import open_weights
 
-OUTPUT_TOKENS = 256  # of all that a layer sees, this many are shown to every expert
+OUTPUT_TOKENS = 256  # number of tokens per layer that all experts process, for expert_output_cosine
 
 
 class LayerRouting(NamedTuple):
-    """What one MoE layer did with the same images at each timestep; `inputs_ND` are some tokens that experts saw."""
+    """Routing of the same images by one MoE layer at each timestep. `inputs_ND` is a sample of the experts' inputs."""
 
     weights_TBSE: torch.Tensor
     taken_TBSE: torch.Tensor
@@ -61,13 +62,13 @@ class LayerRouting(NamedTuple):
 
 
 def jaccard(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Of two sets of experts for each token, boolean [..., E] -> [...]; 1 where both are empty."""
+    """Jaccard index of two sets of experts, boolean [..., E] -> [...]; 1 where both are empty."""
     union = (one | other).sum(-1)
     return torch.where(union > 0, (one & other).sum(-1) / union.clamp_min(1), 1.0)
 
 
 def gate_cosine(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Of two vectors of gates [..., E] -> [...]; 1 where both are 0, 0 where one is."""
+    """Cosine of two vectors of gates [..., E] -> [...]; 1 where both are 0, 0 where only one is."""
     silent = (one == 0).all(-1) & (other == 0).all(-1)
     return torch.where(silent, 1.0, torch.cosine_similarity(one.double(), other.double(), dim=-1).float())
 
@@ -76,7 +77,7 @@ def mean_pair_cosine(vectors: torch.Tensor, absolute: bool = False) -> torch.Ten
     """Mean cosine (or its absolute value) over the pairs of E vectors [..., E, D] -> [...].
 
     Raises:
-        ValueError: there are no two vectors to compare.
+        ValueError: there are fewer than two vectors.
     """
     E = vectors.shape[-2]
     if E < 2:
@@ -89,7 +90,7 @@ def mean_pair_cosine(vectors: torch.Tensor, absolute: bool = False) -> torch.Ten
 
 @torch.no_grad()
 def expert_output_cosine(experts: Experts, inputs_ND: torch.Tensor) -> float:
-    """Mean over tokens of the mean cosine over pairs of experts of their outputs for that token."""
+    """Cosine of two experts' outputs for one token, averaged over pairs of experts and over tokens."""
     E = experts.gate_up_proj.shape[0]
     outputs_END = experts(inputs_ND.expand(E, *inputs_ND.shape))
     return mean_pair_cosine(outputs_END.transpose(0, 1)).mean().item()
@@ -104,10 +105,10 @@ def watch_routing(
     mask: torch.Tensor | None,
     timesteps: list[float],
 ) -> dict[int, LayerRouting]:
-    """Block index -> what its routers did with the latents `clean` [B, C, h, w] on the way to `noise`.
+    """The routing of each MoE layer (keys are block indices) for the latents `clean` [B, C, h, w] mixed with `noise`.
 
     Args:
-        text, mask: [B, tokens, joint_attention_dim] and [B, tokens], true for real text, or None if all is.
+        text, mask: [B, tokens, joint_attention_dim] and [B, tokens], true for real tokens, or None if all are real.
         timesteps: in [0, 1], 1 is noise.
 
     Raises:
@@ -120,7 +121,7 @@ def watch_routing(
     seen: dict[int, list[torch.Tensor]] = {}
 
     def some(layer: int, inputs_ND: torch.Tensor) -> None:
-        """Every so many, counted through all timesteps. Copies: all of them, of a 17B model, would fill a GPU."""
+        """Keeps every `every`-th token, counted across timesteps. All tokens of a 17B model would fill a GPU."""
         kept = seen.setdefault(layer, [])
         kept.append(inputs_ND[-len(kept) * len(inputs_ND) % every :: every].clone())
 
@@ -132,7 +133,7 @@ def watch_routing(
         if block.moe_enabled
     ]
     if not hooks:
-        raise ValueError("this model has no MoE layer, so there is no routing to look at")
+        raise ValueError("this model has no MoE layer, so it has no routing to report")
     traces = []
     try:
         for value in timesteps:
@@ -150,18 +151,18 @@ def watch_routing(
     finally:
         for hook in hooks:
             hook.remove()
-    found = {}
+    routings = {}
     for layer, inputs in seen.items():
-        found[layer] = LayerRouting(
+        routings[layer] = LayerRouting(
             torch.stack([trace.layers[layer].weights_BSE() for trace in traces]),
             torch.stack([trace.layers[layer].taken_BSE() for trace in traces]),
             torch.cat(inputs),
         )
-    return found
+    return routings
 
 
 def describe_layer(model: NucleusTransformer, layer: int, routing: LayerRouting) -> dict[str, Any]:
-    """The numbers of one layer, as in routing.json; see the module's docstring."""
+    """The measures of one layer, as in routing.json. See the module's docstring."""
     weights, taken = routing.weights_TBSE, routing.taken_TBSE
     same_set, same_gates = jaccard(taken[:-1], taken[1:]), gate_cosine(weights[:-1], weights[1:])
     experts_TN = taken.sum(-1).flatten(1).float()
@@ -194,13 +195,13 @@ def token_maps(routing: LayerRouting, rows: int, columns: int) -> dict[str, torc
 
 
 def find_transformer(path: str | Path, device: str | torch.device = "cpu") -> NucleusTransformer:
-    """The model of a transformer directory, of an artifact that holds one, or of a training checkpoint, in eval mode.
+    """The model of a transformer directory, of an artifact that contains one, or of a training checkpoint, in eval mode.
 
-    A training checkpoint is the weights alone (DCP), here or remote; its configuration is in the sealed artifact around
-    it, or in the run.json of the stage that is being trained. Of a directory of checkpoints, the last is taken.
+    A training checkpoint has only weights (DCP), local or remote. Its configuration is in the manifest of the artifact that
+    contains it, or in the run.json of a running stage. For a directory of checkpoints, the last one is loaded.
 
     Raises:
-        ValueError: nothing of these is there, or the weights are not the configuration's.
+        ValueError: the path is none of these, or the weights do not match the configuration.
     """
     if not storage.is_remote(path):
         path = Path(path).absolute()
@@ -216,24 +217,24 @@ def find_transformer(path: str | Path, device: str | torch.device = "cpu") -> Nu
         config = TransformerConfig(**run["transformer"]).with_capacity_factors(run["stage"]["capacity_factors"])
     else:
         raise ValueError(
-            f"{checkpoint} is no part of a checkpoints artifact (no {around}/manifest.json), nor of a stage that is "
-            "being trained (no run.json above weights/)"
+            f"{checkpoint} is neither in a checkpoints artifact (no {around}/manifest.json) nor in a running stage "
+            "(no run.json above weights/)"
         )
     return assembled(config, open_weights(checkpoint), device=device)
 
 
 def analyse(model: NucleusTransformer, latents: Path, out: Path, images: int, timesteps: int, seed: int) -> dict:
-    """Writes everything into `out`, and returns what routing.json says. See the module's docstring."""
+    """Writes all files into `out` and returns the content of routing.json. See the module's docstring."""
     if images < 1 or timesteps < 2:
         raise ValueError(f"images={images} must be at least 1 and timesteps={timesteps} at least 2")
     dataset = LatentDataset(latents)
     if dataset.meta.text_form != "states":
-        raise ValueError(f"the texts of {latents} are tokens (encoding.text: online); states are needed here")
+        raise ValueError(f"the texts of {latents} are stored as tokens (encoding.text: online), not as states")
     bucket = int(dataset.counts.sum(1).argmax())
-    of_bucket = np.arange(*dataset.bucket_begin[bucket : bucket + 2])
-    chosen = of_bucket[np.linspace(0, len(of_bucket) - 1, min(images, len(of_bucket))).round().astype(int)]
+    bucket_rows = np.arange(*dataset.bucket_begin[bucket : bucket + 2])
+    chosen = bucket_rows[np.linspace(0, len(bucket_rows) - 1, min(images, len(bucket_rows))).round().astype(int)]
     weight = model.proj_out.weight
-    clean = dataset.latents(chosen).to(weight)  # its type, and its device
+    clean = dataset.latents(chosen).to(weight)  # in the model's type and on its device
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)).to(weight)
     text, mask = dataset.text([dataset.captions(row)[0] for row in chosen])
     levels = torch.linspace(0.95, 0.05, timesteps).tolist()
@@ -257,14 +258,16 @@ def analyse(model: NucleusTransformer, latents: Path, out: Path, images: int, ti
     tensors = {f"layer{i:02d}/{key}": value.contiguous() for i, layer in maps.items() for key, value in layer.items()}
     save_file(tensors, out / "maps.safetensors")
     for i, latent in enumerate(clean.float().cpu()):
-        of_image = {layer: {key: values[i] for key, values in of_layer.items()} for layer, of_layer in maps.items()}
-        draw_image(out / f"image{i}.png", latent, of_image, levels)
+        image_maps = {
+            layer: {key: values[i] for key, values in layer_maps.items()} for layer, layer_maps in maps.items()
+        }
+        draw_image(out / f"image{i}.png", latent, image_maps, levels)
     draw_stability(out / "stability.png", described, levels)
     return report
 
 
 def latent_picture(latent: torch.Tensor) -> torch.Tensor:
-    """RGB [h, w, 3] in [0, 1] of a latent [C, h, w]: its three main directions among the channels."""
+    """A latent [C, h, w] as RGB [h, w, 3] in [0, 1]: its three principal components over the channels."""
     pixels = latent.flatten(1).T
     pixels = pixels - pixels.mean(0)
     directions = torch.linalg.eigh(pixels.T @ pixels).eigenvectors[:, -3:]
@@ -274,7 +277,7 @@ def latent_picture(latent: torch.Tensor) -> torch.Tensor:
 
 
 def draw_image(path: Path, latent: torch.Tensor, maps: dict[int, dict[str, torch.Tensor]], levels: list[float]) -> None:
-    """A row for each layer: how many experts took each token at each timestep, its mean jaccard, its distinct experts."""
+    """Draws one row per layer: experts per token at each timestep, mean jaccard, and distinct experts."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -284,13 +287,13 @@ def draw_image(path: Path, latent: torch.Tensor, maps: dict[int, dict[str, torch
     axes = figure.subplots(len(maps), columns, squeeze=False)
     most, variety = (max(int(layer[key].max()) for layer in maps.values()) for key in ("experts", "distinct"))
     shown = {}
-    for row, (layer, of_layer) in zip(axes, maps.items()):
+    for row, (layer, layer_maps) in zip(axes, maps.items()):
         row[0].imshow(latent_picture(latent))
         row[0].set_ylabel(f"layer {layer}", fontsize=8)
-        for axis, experts in zip(row[1:], of_layer["experts"]):
+        for axis, experts in zip(row[1:], layer_maps["experts"]):
             shown["experts"] = axis.imshow(experts, vmin=0, vmax=most, cmap="viridis")
-        shown["jaccard"] = row[-2].imshow(of_layer["jaccard"], vmin=0, vmax=1, cmap="magma")
-        shown["distinct"] = row[-1].imshow(of_layer["distinct"], vmin=0, vmax=variety, cmap="cividis")
+        shown["jaccard"] = row[-2].imshow(layer_maps["jaccard"], vmin=0, vmax=1, cmap="magma")
+        shown["distinct"] = row[-1].imshow(layer_maps["distinct"], vmin=0, vmax=variety, cmap="cividis")
     titles = ["latent", *(f"t = {level:.2f}" for level in levels), "jaccard", "distinct"]
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=8)
@@ -305,7 +308,7 @@ def draw_image(path: Path, latent: torch.Tensor, maps: dict[int, dict[str, torch
 
 
 def draw_stability(path: Path, layers: dict[int, dict[str, Any]], levels: list[float]) -> None:
-    """Jaccard and cosine between neighbouring timesteps, a line for each layer."""
+    """Plots jaccard and cosine between neighbouring timesteps, one line per layer."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -326,19 +329,19 @@ def draw_stability(path: Path, layers: dict[int, dict[str, Any]], levels: list[f
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command: 0, or 2 with one line on stderr when something is not what it should be."""
+    """The command. Returns 0, or 2 with one line on stderr if an argument or a file is wrong."""
     parser = argparse.ArgumentParser(prog="python -m model.routing_report", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint")
     parser.add_argument(
         "--latents",
         required=True,
         type=Path,
-        help="an index of latents (HOME/indexes/KEY), of the checkpoint's resolution",
+        help="an index of latents at the checkpoint's resolution (HOME/indexes/KEY)",
     )
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--timesteps", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     parser.add_argument("--device", type=torch.device, default=accelerator or "cpu", help="default: %(default)s")
     args = parser.parse_args(arguments)

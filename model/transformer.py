@@ -24,11 +24,11 @@ from model.kernels.elementwise import norm_modulate
 from model.moe import Experts, MoE, Routing, SwiGLU
 from model.rope import ImageShape, image_shape, rope_tables
 
-if TYPE_CHECKING:  # pydantic, which blocks do without
+if TYPE_CHECKING:  # imports pydantic, which a container that only runs blocks may lack
     from model.config import TransformerConfig
 
 TextKV = list[tuple[torch.Tensor, torch.Tensor]]  # key and value of each block
-# tanh(0.5) = 0.46; see `NucleusTransformer.init_weights`.
+# Initial bias of the gates, tanh(0.5) = 0.46; see `NucleusTransformer.init_weights`.
 GATE_INIT = 0.5
 
 
@@ -98,8 +98,8 @@ class Block(nn.Module):
             product_dtype(text_BTJ) == torch.float32
             and rows * (text * width + width * kv - text * kv) > kv * width * text
         ):
-            # Three linear maps in a row are one: cheaper when there are more rows than the products of the
-            # weights cost, and the gradient then stops at weights. Only in fp32, where rounding allows it.
+            # Fuses three consecutive linear maps into one by multiplying their weights first. This is cheaper if the text
+            # has many rows. Only in fp32, where the different rounding does not matter.
             weight = (weight_kv @ self.encoder_proj.weight) * text_weight_J
             keys_values = F.linear(text_BTJ, weight, weight_kv @ self.encoder_proj.bias)
         else:
@@ -139,7 +139,7 @@ class Block(nn.Module):
 
 
 class RouterTrace:
-    """Collects each MoE layer's `Routing` of one forward pass: `model(..., collect=trace)`; block index -> Routing."""
+    """Collects the `Routing` of each MoE layer in one forward pass: `model(..., collect=trace)`. Keys are block indices."""
 
     def __init__(self) -> None:
         self.layers: dict[int, Routing] = {}
@@ -148,34 +148,35 @@ class RouterTrace:
         self.layers[layer] = routing
 
     def routings(self) -> list[Routing]:
-        """Of each MoE layer, in order, with their graph (for the losses)."""
+        """Routing of each MoE layer, in order, with autograd graph (for the losses)."""
         return [self.layers[i] for i in sorted(self.layers)]
 
     def logits(self) -> list[torch.Tensor]:
-        """Router logits [B, S, E] of each MoE layer, in order, with their graph (for the z-loss)."""
+        """Router logits [B, S, E] of each MoE layer, in order, with autograd graph (for the z-loss)."""
         return [routing.logits_BSE for routing in self.routings()]
 
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:
-        """Means over the MoE layers and, as `layer03/...`, of each: of the forward pass that was traced alone, which in
-        training is a rank's share of one micro-batch. One wait for the device, for all layers.
+        """Statistics of the traced forward pass: means over the MoE layers and, as `layer03/...`, values of each layer.
+        In training the pass is one rank's micro-batch. Synchronises with the device once.
 
-        dropped: share of tokens that no expert took; experts_max: most experts on one token; entropy: of a
-        token's scores over the experts, 1 for uniform; logit_max: the largest absolute router logit.
+        dropped: share of tokens that no expert took; experts_max: most experts that took one token; entropy: normalised
+        entropy of a token's scores over the experts, 1 for uniform; logit_max: the largest absolute router logit.
         """
         if not self.layers:
             return {}
-        found = []
+        statistics = []
         for routing in self.routings():
             E = routing.logits_BSE.shape[-1]
             taken = routing.taken_BSE().sum(dim=-1)
             shares = routing.scores_BSE.float()
             shares = shares / shares.sum(-1, keepdim=True)
             entropy = -(shares * shares.clamp_min(1e-20).log()).sum(-1).mean() / math.log(max(E, 2))
-            found += [(taken == 0).float().mean(), taken.max().float(), entropy, routing.logits_BSE.float().abs().max()]
+            largest = routing.logits_BSE.float().abs().max()
+            statistics += [(taken == 0).float().mean(), taken.max().float(), entropy, largest]
         names = ("dropped", "experts_max", "entropy", "logit_max")
-        values = torch.stack(found).view(-1, len(names)).tolist()
-        per_layer = {layer: dict(zip(names, of_layer)) for layer, of_layer in zip(sorted(self.layers), values)}
+        rows = torch.stack(statistics).view(-1, len(names)).tolist()
+        per_layer = {layer: dict(zip(names, row)) for layer, row in zip(sorted(self.layers), rows)}
         means = {key: sum(values[key] for values in per_layer.values()) / len(per_layer) for key in names}
         return means | {f"layer{i:02d}/{k}": v for i, values in per_layer.items() for k, v in values.items()}
 
@@ -189,7 +190,7 @@ def _in_place(parameter: nn.Parameter, fill: Fill) -> None:
 
 
 class NucleusTransformer(nn.Module):
-    """`NucleusMoEImageTransformer2DModel` in plain PyTorch: same state dict, same output, same gradients."""
+    """`NucleusMoEImageTransformer2DModel` in plain PyTorch, with the same state dict, outputs and gradients."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -207,10 +208,10 @@ class NucleusTransformer(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> NucleusTransformer:
-        """From the keys of diffusers' config.json; keys that start with "_" are notes and ignored.
+        """The model of diffusers' config.json. Keys that start with "_" are ignored.
 
         Raises:
-            ValueError: an unknown key (named) or an impossible value.
+            ValueError: an unknown key (the message names it) or an invalid value.
         """
         from model.config import TransformerConfig
 
@@ -223,20 +224,19 @@ class NucleusTransformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None, on_whole: OnWhole = _in_place) -> None:
-        """Fresh weights in place; also after `to_empty` of a model that was made on the meta device.
+        """Initialises all weights in place. Also initialises a model from the meta device after `to_empty`.
 
-        `on_whole(parameter, fill)` calls `fill` with the whole parameter. It is another one where weights are sharded:
-        each rank then draws the whole and keeps its part, so that a seed gives the same weights in every layout.
+        `on_whole(parameter, fill)` calls `fill` with the full parameter. Sharded models pass another function: each rank
+        then draws the full parameter and keeps its shard, so that a seed gives the same weights in every layout.
 
-        Xavier-uniform matrices (each expert, and each of gate and up, by itself), N(0, 0.02) in the timestep
-        embedding, zero biases, unit norms, as in DiT. The output projection starts at 0, so that the first
-        prediction is 0, and modulation weights at 0, so that scales start at 1 for every timestep. DiT also
-        starts gates at 0, which makes every block the identity: then the gradient that reaches a block is
-        proportional to a gate that must grow first, and Muon, which normalises updates, amplifies noise in the
-        meantime. A gate here is tanh of a clamped number and a bias of 0.5 gives 0.46: every block takes part
-        from the first step, and tanh is far from saturation. On a toy (4 layers of width 64, two coloured cells
-        named by text, 240 steps of Muon and AdamW, two seeds) the loss ended at 0.159 and 0.166, against 0.176
-        and 0.177 from gates at 0, and 0.176 and 0.154 from 1.
+        Matrices are Xavier-uniform (each expert, gate and up separately), the timestep embedding N(0, 0.02), biases 0 and
+        norms 1, as in DiT. The output projection is 0, so that the first prediction is 0. Modulation weights are 0, so
+        that scales are 1 at every timestep. DiT also starts gates at 0, which makes every block the identity: the
+        gradient of a block is then proportional to a gate that must grow first, while Muon, which normalises updates,
+        amplifies noise. Here a gate is tanh of a clamped number, and a bias of 0.5 gives 0.46: every block contributes
+        from the first step, and tanh is far from saturation. In a toy training (4 layers of width 64, two coloured cells
+        named by text, 240 steps of Muon and AdamW, two seeds) the final loss was 0.159 and 0.166, against 0.176 and 0.177
+        with gates at 0, and 0.176 and 0.154 at 1.
         """
 
         def xavier(fan_in: int, fan_out: int) -> Fill:
@@ -266,7 +266,7 @@ class NucleusTransformer(nn.Module):
                 on_whole(module.gate_up_proj, xavier(width, hidden2 // 2))
                 on_whole(module.down_proj, xavier(hidden2 // 2, width))
             elif isinstance(module, MoE):
-                # Small logits: the experts start near equal, and the choice among tokens is not yet a habit.
+                # Small logits: experts start nearly equal, so that routing can still change.
                 on_whole(module.gate.weight, normal)
             elif isinstance(module, Block):
                 nn.init.zeros_(module.img_mod[1].weight)
@@ -274,10 +274,10 @@ class NucleusTransformer(nn.Module):
         nn.init.zeros_(self.proj_out.weight)
 
     def set_capacity_factors(self, factors: float | Sequence[float]) -> None:
-        """Changes how many tokens the experts take (a number, or one for each block); weights stay as they are.
+        """Sets the capacity factors (a number, or one per block). Does not change weights.
 
         Raises:
-            ValueError: a wrong count, or a factor outside (0, num_experts].
+            ValueError: a wrong number of factors, or a factor outside (0, num_experts].
         """
         values = factors if isinstance(factors, (int, float)) else tuple(factors)
         self.config = self.config.with_capacity_factors(values)
@@ -286,7 +286,7 @@ class NucleusTransformer(nn.Module):
                 block.img_mlp.capacity_factor = self.config.capacity_factor(layer)
 
     def text_kv(self, encoder_hidden_states: torch.Tensor, img_shapes: ImageShape | list[ImageShape]) -> TextKV:
-        """Each block's text key and value [B, T, K, H]: the same at every denoising step of one image shape."""
+        """Each block's text key and value [B, T, K, H]. They are equal at all denoising steps of one image shape."""
         shape = tuple(img_shapes[0] if isinstance(img_shapes, list) else img_shapes)
         text = self.txt_norm.normalise(encoder_hidden_states)
         _, table = rope_tables(self.config.axes_dims_rope, shape, text.shape[1], text.device)
@@ -295,7 +295,7 @@ class NucleusTransformer(nn.Module):
     def block_text_kv(
         self, block: Block, text_BTJ: torch.Tensor, table: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One block's, from the normalised text."""
+        """The text key and value of one block, from the normalised text."""
         return block.text_kv(text_BTJ, self.txt_norm.weight, table)
 
     def forward(
@@ -315,10 +315,10 @@ class NucleusTransformer(nn.Module):
             hidden_states: packed latents [B, S, in_channels].
             img_shapes: (1, rows, columns) in patches, or a list of equal ones.
             encoder_hidden_states: text [B, T, joint_attention_dim]; not needed with `text_kv`.
-            encoder_hidden_states_mask: [B, T], true for real text; None if all is.
+            encoder_hidden_states_mask: [B, T], true for real tokens; None if all are real.
             timestep: [B] in [0, 1], 1 is noise.
-            text_kv: from `text_kv()`, instead of `encoder_hidden_states`.
-            collect: receives what the routers decided.
+            text_kv: the result of `text_kv()`, instead of `encoder_hidden_states`.
+            collect: records the routing of each MoE layer.
 
         Returns:
             [B, S, patch_size^2 * out_channels].

@@ -1,7 +1,7 @@
 """The typed artifacts that pass between tasks: sealed directories whose cache key is their content.
 
 In a local run an artifact stays under NUCLEUS_HOME (default: .nucleus in the working directory), named by its
-digest; on a cluster Flyte uploads it.
+digest; on a cluster Flyte uploads it. See docs/decisions/artifacts.md.
 """
 
 from __future__ import annotations

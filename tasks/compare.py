@@ -1,12 +1,12 @@
-"""Recipes against each other, with error bars over training seeds: `python -m tasks.compare SCORECARD... [--out DIR]`.
+"""Compares recipes, with error bars over training seeds: `python -m tasks.compare SCORECARD... [--out DIR]`.
 
     pyflyte run workflows/ablate.py ablate --recipe RECIPE --overrides train.seed=SEED     for each recipe and seed
     python -m tasks.compare .nucleus/artifacts/scorecard/* --out compared/
 
-The lineage of a scorecard says which training it belongs to; only manifests are read. Trainings that differ in their seed
-alone are runs of one variant, named by the settings in which the variants differ. The others are compared with the first
-variant given, on the seeds that both have: such runs share data, order and noise. Writes comparison.json and comparison.png.
-`pyflyte run workflows/study.py study` does all of this, the trainings included (tasks/study).
+The lineage of a scorecard leads to its training, whose settings are in the manifests. Trainings that differ only in their
+seed are runs of one variant, which is named by the settings that distinguish it. Each variant is compared with the first
+one, on the seeds that both have: runs with the same seed share data, order and noise. Writes comparison.json and
+comparison.png. `pyflyte run workflows/study.py study` runs the trainings as well (tasks/study).
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from typing import Any
 from eval.stats import mean_interval, over_seeds
 from tasks.trace import Node, walk
 
-FINAL = 0.1  # of the last stage's steps: their mean is its final loss
-# Settings that are recorded with checkpoints and do not change what is trained.
+FINAL = 0.1  # the final loss is the mean over this last fraction of the last stage's steps
+# Settings in the manifests of checkpoints that do not change the result of training.
 HOW = {"seed", "keep_checkpoints", "sample_every_steps", "sample_prompts"}
 
 
 @dataclass
 class Run:
-    """One training and its scores. `settings` are the dotted keys that decide it, without seed and layout."""
+    """One training and its scores. `settings`: dotted keys that determine the training, without seed and layout."""
 
     scorecard: Path | str
     seed: int
     settings: dict[str, Any]
-    scores: dict[str, float]  # "overall", the tasks, "held_out"
+    scores: dict[str, float]  # "overall", tasks, "held_out"
     losses: list[tuple[int, float]]  # (step, loss) of the last stage
-    measures: dict[str, float] = field(default_factory=dict)  # what else is compared, such as routing stability
+    measures: dict[str, float] = field(default_factory=dict)  # further values to compare, such as routing stability
 
     @property
     def final_loss(self) -> float:
@@ -47,31 +47,32 @@ class Run:
 
 @dataclass
 class Variant:
-    """Trainings that differ in their seed alone."""
+    """Trainings that differ only in their seed."""
 
     name: str
     runs: dict[int, Run] = field(default_factory=dict)
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """Score -> mean, deviation and interval over training seeds (see `over_runs`)."""
+        """Score -> mean, standard deviation and interval over training seeds (see `over_runs`)."""
         values = {seed: _values(run) for seed, run in self.runs.items()}
         return {
-            score: over_runs({seed: of_run[score] for seed, of_run in values.items()})
+            score: over_runs({seed: run_values[score] for seed, run_values in values.items()})
             for score in next(iter(values.values()))
-            if all(score in of_run for of_run in values.values())
+            if all(score in run_values for run_values in values.values())
         }
 
 
 def over_runs(values: Mapping[int, float]) -> dict[str, Any]:
-    """`eval.stats.over_seeds`, with Student's 95% interval of the mean over training seeds; None for a single one."""
+    """`eval.stats.over_seeds`, plus Student's 95% interval of the mean over training seeds (None for one seed)."""
     summary = over_seeds(values)
     return {**summary, "interval": mean_interval(summary["values"])}
 
 
 def read_run(scorecard: Path, home: Path | None = None) -> Run:
-    """
+    """Reads a scorecard and the settings of its training.
+
     Raises:
-        ValueError: it is no scorecard of a model that was trained here, or a parent of it is gone.
+        ValueError: it is not a scorecard of one trained model, or one of its parents is missing.
     """
     nodes = walk(scorecard, home, check=False)
     root = next(iter(nodes.values()))
@@ -80,7 +81,9 @@ def read_run(scorecard: Path, home: Path | None = None) -> Run:
     merged = [node for node in nodes.values() if node.manifest.kind == "merged"]
     stages = [node for node in nodes.values() if node.manifest.kind == "checkpoints"]  # the last stage first
     if len(merged) != 1 or not stages:
-        raise ValueError(f"{scorecard} is of {len(merged)} merged models and {len(stages)} trained stages, not of one")
+        raise ValueError(
+            f"{scorecard} has {len(merged)} merged models and {len(stages)} trained stages, not one training"
+        )
     last, first = stages[0], stages[-1]
     card = json.loads((scorecard / "scorecard.json").read_text())
     scores = {"overall": card["overall"]["mean"], **{task: value["mean"] for task, value in card["tasks"].items()}}
@@ -97,13 +100,13 @@ def read_run(scorecard: Path, home: Path | None = None) -> Run:
 
 
 def _settings(merged: Node, stages: list[Node]) -> dict[str, Any]:
-    found = {**_flat("model", merged.manifest.config["model"]), **_flat("merge", merged.manifest.config["merge"])}
+    settings = {**_flat("model", merged.manifest.config["model"]), **_flat("merge", merged.manifest.config["merge"])}
     for node in stages:
         stage = node.manifest.config["stage"]
         train = {key: value for key, value in node.manifest.config["train"].items() if key not in HOW}
-        found |= {**_flat(f"stage {stage['name']}", stage), **_flat("train", train)}
+        settings |= {**_flat(f"stage {stage['name']}", stage), **_flat("train", train)}
     data = [parent.digest[:12] for node in stages for parent in node.manifest.parents if parent.kind == "latents"]
-    return {**found, "latents": data}
+    return {**settings, "latents": data}
 
 
 def _flat(key: str, value: Any) -> dict[str, Any]:
@@ -113,25 +116,25 @@ def _flat(key: str, value: Any) -> dict[str, Any]:
 
 
 def variants(runs: Sequence[Run]) -> list[Variant]:
-    """Runs by what made them, in the order in which they are given.
+    """Groups runs by their settings, in the given order.
 
     Raises:
-        ValueError: two runs of one variant have one seed; runs were scored in different ways.
+        ValueError: two runs of one variant have the same seed, or runs were scored with different settings.
     """
     keys = sorted({key for run in runs for key in run.settings})
     differing = [key for key in keys if len({_text(run, key) for run in runs}) > 1]
     if scored := [key for key in differing if key.startswith("eval.")]:
         values = " and ".join(sorted({_text(run, scored[0]) for run in runs}))
         raise ValueError(f"the scorecards cannot be compared: {scored[0]} is {values}")
-    found: dict[tuple[str, ...], Variant] = {}
+    grouped: dict[tuple[str, ...], Variant] = {}
     for run in runs:
         names = tuple(f"{key.rpartition('.')[2]}={_text(run, key)}" for key in differing)
-        variant = found.setdefault(names, Variant(", ".join(names) or "all runs"))
+        variant = grouped.setdefault(names, Variant(", ".join(names) or "all runs"))
         if run.seed in variant.runs:
             both = f"{variant.runs[run.seed].scorecard} and {run.scorecard}"
-            raise ValueError(f"{both} are both of train.seed={run.seed} and {variant.name}: give one of them")
+            raise ValueError(f"{both} both have train.seed={run.seed} and {variant.name}: give only one of them")
         variant.runs[run.seed] = run
-    return list(found.values())
+    return list(grouped.values())
 
 
 def _text(run: Run, key: str) -> str:
@@ -143,12 +146,12 @@ def _values(run: Run) -> dict[str, float]:
     return {**run.scores, "final_loss": run.final_loss, **run.measures}
 
 
-def compare(found: Sequence[Variant]) -> dict[str, Any]:
+def compare(compared: Sequence[Variant]) -> dict[str, Any]:
     """{"variants": {name: {score: `over_runs`}}, "differences": {name: {score: `over_runs` of this variant minus the first,
     on the seeds that both have}}}."""
-    base = found[0]
+    base = compared[0]
     differences: dict[str, Any] = {}
-    for variant in found[1:]:
+    for variant in compared[1:]:
         common = sorted(base.runs.keys() & variant.runs.keys())
         if common:
             first, other = ({seed: _values(v.runs[seed]) for seed in common} for v in (base, variant))
@@ -157,12 +160,12 @@ def compare(found: Sequence[Variant]) -> dict[str, Any]:
                 for score in first[common[0]]
                 if all(score in values[seed] for values in (first, other) for seed in common)
             }
-    return {"variants": {variant.name: variant.summary() for variant in found}, "differences": differences}
+    return {"variants": {variant.name: variant.summary() for variant in compared}, "differences": differences}
 
 
 def _paired(differences: Mapping[int, float]) -> dict[str, Any]:
-    """`over_runs`, and what the interval says: a difference within the noise of
-    training, the machine's part included, is none. None for one seed, which cannot tell."""
+    """`over_runs`, plus a verdict: "higher" or "lower" if the interval excludes 0, else "cannot tell"; None for one seed.
+    The interval covers the noise of training, including that of the machine."""
     values = over_runs(differences)
     interval = values["interval"]
     verdict = None
@@ -172,13 +175,13 @@ def _paired(differences: Mapping[int, float]) -> dict[str, Any]:
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """The comparison as Markdown: a table of means (deviations over training seeds) and one of the differences."""
+    """The comparison as Markdown: a table of means (with standard deviations over training seeds), and one of differences."""
     lines = _table(result["variants"], "variant, training seeds", "{:.3f}")
     if result["differences"]:
         base = next(iter(result["variants"]))
         lines += ["", *_table(result["differences"], f"minus {base}, common seeds", "{:+.3f}")]
-        for name, of_scores in result["differences"].items():
-            if (overall := of_scores["overall"])["verdict"] is not None:
+        for name, scores in result["differences"].items():
+            if (overall := scores["overall"])["verdict"] is not None:
                 low, high = overall["interval"]
                 lines.append(
                     f"\n{name}: overall {overall['verdict']}, 95% interval over {overall['runs']} training seeds "
@@ -188,11 +191,11 @@ def render(result: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Mapping[str, Mapping[str, Any]], title: str, form: str) -> list[str]:
-    scores = list(dict.fromkeys(score for row in rows.values() for score in row))
-    lines = [f"| {title} | {' | '.join(scores)} |", "| --- " * (len(scores) + 1) + "|"]
-    for name, of_scores in rows.items():
-        cells = [_cell(of_scores[score], form) if score in of_scores else "" for score in scores]
-        lines.append(f"| {name}, {next(iter(of_scores.values()))['runs']} | {' | '.join(cells)} |")
+    columns = list(dict.fromkeys(score for row in rows.values() for score in row))
+    lines = [f"| {title} | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
+    for name, scores in rows.items():
+        cells = [_cell(scores[column], form) if column in scores else "" for column in columns]
+        lines.append(f"| {name}, {next(iter(scores.values()))['runs']} | {' | '.join(cells)} |")
     return lines
 
 
@@ -200,25 +203,25 @@ def _cell(value: Mapping[str, Any], form: str) -> str:
     return form.format(value["mean"]) + ("" if value["std"] is None else f" ({value['std']:.3f})")
 
 
-def draw(found: Sequence[Variant], path: Path) -> None:
-    """The last stage's loss by step, and the scores: the mean of each variant over seeds, and the range of its runs."""
+def draw(compared: Sequence[Variant], path: Path) -> None:
+    """Plots the last stage's loss by step and the scores: the mean of each variant over seeds, and its single runs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.4])
-    scores = list(next(iter(found[0].runs.values())).scores)
-    for place, variant in enumerate(found):
+    scores = list(next(iter(compared[0].runs.values())).scores)
+    for place, variant in enumerate(compared):
         curves = [_smooth([loss for _, loss in run.losses]) for run in variant.runs.values()]
         steps = [step for step, _ in next(iter(variant.runs.values())).losses]
         low, mean, high = zip(*((min(at), sum(at) / len(at), max(at)) for at in zip(*curves)))
         (line,) = left.plot(steps[: len(mean)], mean, label=f"{variant.name} (seeds: {len(variant.runs)})")
         left.fill_between(steps[: len(mean)], low, high, color=line.get_color(), alpha=0.2)
-        summary, width = variant.summary(), 0.8 / len(found)
-        at = [i + (place - (len(found) - 1) / 2) * width for i in range(len(scores))]
-        right.bar(at, [summary[score]["mean"] for score in scores], width, color=line.get_color(), alpha=0.5)
-        for x, score in zip(at, scores):
+        summary, width = variant.summary(), 0.8 / len(compared)
+        positions = [i + (place - (len(compared) - 1) / 2) * width for i in range(len(scores))]
+        right.bar(positions, [summary[score]["mean"] for score in scores], width, color=line.get_color(), alpha=0.5)
+        for x, score in zip(positions, scores):
             values = summary[score]["values"]
             right.plot([x] * len(values), values, ".", color=line.get_color())
     left.set(xlabel="step of the last stage", ylabel="training loss, running mean", yscale="log")
@@ -235,23 +238,23 @@ def _smooth(values: list[float], window: int = 10) -> list[float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0, or 2 with one line on stderr when the scorecards cannot be compared."""
+    """The command. Returns 0, or 2 with one line on stderr if the scorecards cannot be compared."""
     parser = argparse.ArgumentParser(prog="python -m tasks.compare", description=__doc__.splitlines()[0].split(":")[0])
     parser.add_argument("scorecards", type=Path, nargs="+", help="scorecard artifacts; the first is the base")
     parser.add_argument("--out", type=Path, help="folder for comparison.json and comparison.png")
-    parser.add_argument("--home", type=Path, help="where to look for parents that were moved")
+    parser.add_argument("--home", type=Path, help="folder to search for parents that were moved")
     args = parser.parse_args(arguments)
     try:
-        found = variants([read_run(path, args.home) for path in args.scorecards])
+        compared = variants([read_run(path, args.home) for path in args.scorecards])
     except ValueError as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
-    result = compare(found)
+    result = compare(compared)
     print(render(result))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "comparison.json").write_text(json.dumps(result, indent=1) + "\n")
-        draw(found, args.out / "comparison.png")
+        draw(compared, args.out / "comparison.png")
     return 0
 
 

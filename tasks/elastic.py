@@ -9,6 +9,8 @@ a node is gone -> NCCL's watchdog aborts the workers of the others, which wait f
 
 a worker's exception -> its error.json, and beside it a marker if the task calls it recoverable -> agent: recoverable,
 unless some worker's was not; of the errors of several nodes, Flyte takes the earliest
+
+See docs/decisions/flyte.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The recipe: every number that a user may change, in one file, checked before any work."""
+"""The recipe: all settings of a run in one file, validated before any work starts."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.publishing.config import PublishConfig
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-VAE_CHANNELS = 16  # of the released VAE
+VAE_CHANNELS = 16  # latent channels of the released VAE
 
 
 class Recipe(Section):
-    """A whole reproduction. Load one with `load_recipe`."""
+    """The settings of a complete reproduction. Load one with `load_recipe`."""
 
     name: str
     source: SourceConfig
@@ -143,7 +143,7 @@ class Recipe(Section):
         _check_tiers("curation.captions.per_tier", self.curation.captions.per_tier)
 
     def _check_curation(self) -> None:
-        """What curation would refuse, or reject every record for, when the records are made already."""
+        """Checks settings with which curation would fail, or reject all records, only after the records exist."""
         from tasks.curation.filters import DECODABLE, RGB_MODES
         from tasks.curation.scorers import chosen_scorers
 
@@ -160,7 +160,7 @@ class Recipe(Section):
             raise ValueError(f"curation.tiers.thresholds={list(thresholds)} must fall from A1 to A4")
 
     def _check_components(self) -> None:
-        """What training the small components would refuse when everything is curated already."""
+        """Checks settings with which training of the small components would fail only after curation."""
         vae, text = self.components.vae, self.components.text_encoder
         if self.components.kind != "trained" or vae is None or text is None:
             return
@@ -190,12 +190,12 @@ def _check_tiers(key: str, tiers: Iterable[str]) -> None:
 
 
 def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Loads recipes/NAME.yaml or a path, applies overrides such as `train.stages[0].steps=200`, and checks it all.
+    """Loads recipes/NAME.yaml or a path, applies overrides such as `train.stages[0].steps=200`, and validates the result.
 
-    A file may be an overlay on another (`model.recipe_yaml.read_recipe`), such as NAME `ablations/token_choice`.
+    The file may be an overlay on another recipe (`model.recipe_yaml.read_recipe`), such as `ablations/token_choice`.
 
     Raises:
-        ValueError: one message that names the key, the value and what would be valid.
+        ValueError: a wrong key or value; the message names the key, the value and valid values.
     """
     known = sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
     path = RECIPES / f"{name_or_path}.yaml"
@@ -272,7 +272,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
         if i == len(steps) - 1:
             here[step] = value
         elif isinstance(step, str) and here.get(step) is None:
-            here[step] = here = {}  # a section that the file leaves out
+            here[step] = here = {}  # a section that is not in the file
         else:
             here = here[step]
 
@@ -294,7 +294,7 @@ def _unknown(key: str, name: str, valid: Iterable[str]) -> str:
 
 
 def _explain(error: ValidationError) -> str:
-    """One line: for each key that is wrong, what it has and what would be valid."""
+    """One line with each wrong key, its value and valid values."""
     wrong: dict[str, list[str]] = {}
     got: dict[str, str] = {}
     for item in error.errors():
@@ -321,13 +321,13 @@ def _explain(error: ValidationError) -> str:
 
 
 def _locate(location: tuple[str | int, ...]) -> tuple[list[str | int], Any]:
-    """Splits Pydantic's location into the user's key and the section class around its last step.
+    """Converts Pydantic's location to (the user's key, the section class that contains the last step).
 
-    Pydantic also names the member of a union that it tried ("capacity_factors.float"): that is not a key.
+    Pydantic's location also names the member of a union that it tried ("capacity_factors.float"), which is not a key.
     """
     section: Any = Recipe
     key: list[str | int] = []
-    around = section
+    enclosing = section
     for step in location:
         if isinstance(step, int):
             key.append(step)
@@ -337,18 +337,18 @@ def _locate(location: tuple[str | int, ...]) -> tuple[list[str | int], Any]:
                 key.append(step)  # a key of a plain mapping, such as a tier
             continue
         key.append(step)
-        around = section
+        enclosing = section
         field = section.model_fields.get(step)
         section = _section_class(field.annotation) if field else None
-    return key, around
+    return key, enclosing
 
 
 def _section_class(annotation: Any) -> type[BaseModel] | None:
-    """The section inside an annotation such as `SectionA | None` or `tuple[SectionB, ...]`, if there is one."""
+    """The section class in an annotation such as `SectionA | None` or `tuple[SectionB, ...]`, or None."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for argument in getattr(annotation, "__args__", ()):
-        found = _section_class(argument)
-        if found is not None:
-            return found
+        section = _section_class(argument)
+        if section is not None:
+            return section
     return None

@@ -1,19 +1,19 @@
-"""The files of latents and texts: one part of each for a shard of the corpus.
+"""File format of latents and texts: one latents part and one texts part per shard of the corpus.
 
     latents part   meta.json                                  LatentMeta
-                   rows.parquet                               one line per image, see ROWS
+                   rows.parquet                               one row per image, see ROWS
                    bucket-{W}x{H}/latents-{i:05d}.safetensors "latents" [n, C, H/8, W/8], normalised: (z - mean) / std
     texts part     meta.json                                  TextMeta
-                   captions.parquet                           one line per record, see CAPTIONS
-                   texts.parquet                              one line per distinct text, see TEXTS
-                   text/texts-{i:05d}.safetensors             "texts": real tokens of many texts, one after the other
+                   captions.parquet                           one row per record, see CAPTIONS
+                   texts.parquet                              one row per distinct text, see TEXTS
+                   text/texts-{i:05d}.safetensors             "texts": unpadded tokens of many texts, concatenated
 
-Every prompt begins with the same tokens (the system message), and a causal text encoder gives them the same states. So
-these are stored once, in the part named PREFIX: prefix.safetensors has "prefix" and "empty", the tokens of the empty
-prompt that follow it. All other texts are what follows the prefix.
+Every prompt begins with the same tokens (the system message), for which a causal text encoder always computes the same
+states. The part named PREFIX stores these once: prefix.safetensors has "prefix", and "empty", the tokens of the empty
+prompt after the prefix. All other texts are stored without the prefix. See docs/decisions/encoding.md.
 
-A texts part is of form "states" (hidden states [n, D] of the text encoder) or "tokens" (token ids [n], from which
-training computes the states).
+A texts part has the form "states" (hidden states [n, D] of the text encoder) or "tokens" (token ids [n]; training computes
+the states).
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ ROWS_FILE, CAPTIONS_FILE, TEXTS_FILE = "rows.parquet", "captions.parquet", "text
 PREFIX, PREFIX_FILE = "prefix", "prefix.safetensors"
 ROWS = pa.schema(
     [
-        ("row", pa.int64()),  # in the shard
+        ("row", pa.int64()),  # of the record in the shard
         ("record_id", pa.string()),
         ("bucket", pa.string()),
-        ("place", pa.int32()),  # in the bucket: file place // rows_per_file, row place % rows_per_file of it
+        ("place", pa.int32()),  # in the bucket: row place % rows_per_file of file place // rows_per_file
         ("crc32", pa.uint32()),  # of the latent's bytes
     ]
 )
 CAPTIONS = pa.schema(
     [
-        ("row", pa.int64()),  # in the shard
+        ("row", pa.int64()),  # of the record in the shard
         ("tier", pa.string()),
-        ("texts", pa.list_(pa.int32())),  # rows of texts.parquet; empty: the empty prompt
+        ("texts", pa.list_(pa.int32())),  # rows of texts.parquet; an empty list means the empty prompt
     ]
 )
 TEXTS = pa.schema(
@@ -64,22 +64,22 @@ TEXTS = pa.schema(
         ("crc32", pa.uint32()),  # of the text's bytes
     ]
 )
-TEXT_FILE_BYTES = 256 << 20  # a file of texts is closed when it has as many; it is in memory until then
+TEXT_FILE_BYTES = 256 << 20  # a file of texts is written when it reaches this size; until then it is in memory
 
 
 class LatentMeta(Section):
     """meta.json of a latents part."""
 
     latent_channels: Positive = 16
-    vae_scale: Positive = VAE_SCALE  # pixels of a side per latent
+    vae_scale: Positive = VAE_SCALE  # pixels per latent, along each side
     patch_size: Positive = 2
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     rows_per_file: Positive = 4096
-    buckets: dict[str, int] = {}  # images in each; filled in by the writer
+    buckets: dict[str, int] = {}  # number of images by bucket; set by the writer
 
 
 class TextMeta(Section):
-    """meta.json of a texts part. `max_tokens` and `hidden_state_index` say how its texts were encoded."""
+    """meta.json of a texts part. `max_tokens` and `hidden_state_index` are settings of its text encoder."""
 
     form: Literal["states", "tokens"] = "states"
     text_dim: Positive
@@ -98,22 +98,22 @@ def text_file(file: int) -> str:
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    """CRC-32 of a tensor's bytes. It finds damage, as the manifest's SHA-256 does for whole files: whoever can replace
-    a row can replace the manifest too."""
+    """CRC-32 of a tensor's bytes. It detects corruption of single rows, not tampering: whoever can replace a row can also
+    replace the manifest with its SHA-256."""
     return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file that appears whole or not at all."""
+    """Writes a JSON file atomically."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(temporary, path)
 
 
 class LatentPartWriter:
-    """Writes one latents part; at most one file of each bucket is in memory.
+    """Writes one latents part. Memory holds at most one file of each bucket.
 
-    Use as a context manager: meta.json and the table are written when the block ends without an error.
+    Use as a context manager: it writes meta.json and rows.parquet if the block ends without an error.
     """
 
     def __init__(self, out_dir: str | Path, meta: LatentMeta):
@@ -133,7 +133,7 @@ class LatentPartWriter:
         """Adds one normalised latent [C, h, w].
 
         Raises:
-            ValueError: its shape does not fit the part.
+            ValueError: wrong number of channels, or a size that is not a multiple of the patch size.
         """
         channels, height, width = latent.shape
         if channels != self.meta.latent_channels:
@@ -168,7 +168,7 @@ class LatentPartWriter:
 
 
 class TextPartWriter:
-    """Writes one texts part; at most one file is in memory. Use as a context manager, as `LatentPartWriter`."""
+    """Writes one texts part. Memory holds at most one file. Use as a context manager, like `LatentPartWriter`."""
 
     def __init__(self, out_dir: str | Path, meta: TextMeta):
         self.out_dir, self.meta = Path(out_dir), meta
@@ -186,10 +186,10 @@ class TextPartWriter:
             self.close()
 
     def add_text(self, tokens: torch.Tensor) -> int:
-        """Adds what follows the prefix in one prompt: states [L, D] or ids [L]. Returns its row in texts.parquet."""
-        wanted = self.meta.text_dim if self.meta.form == "states" else None
-        if not len(tokens) or tokens.shape[1:] != ((wanted,) if wanted else ()):
-            raise ValueError(f"a text of shape {list(tokens.shape)} does not fit [1 or more, {wanted}]")
+        """Adds one text without the prefix, states [L, D] or ids [L]. Returns its row in texts.parquet."""
+        width = self.meta.text_dim if self.meta.form == "states" else None
+        if not len(tokens) or tokens.shape[1:] != ((width,) if width else ()):
+            raise ValueError(f"a text of shape {list(tokens.shape)} does not fit [1 or more, {width}]")
         stored = tokens.detach().to("cpu", self._dtype)
         for name, value in zip(TEXTS.names, (len(stored), self._file, self._begin, checksum(stored)), strict=True):
             self._texts[name].append(value)
@@ -200,7 +200,7 @@ class TextPartWriter:
         return len(self._texts["tokens"]) - 1
 
     def add_captions(self, row: int, tier: str, texts: Sequence[int]) -> None:
-        """Says which texts are the captions of a record."""
+        """Adds a record whose captions are these rows of texts.parquet."""
         rows = [int(text) for text in texts]
         known = len(self._texts["tokens"])
         if any(not 0 <= text < known for text in rows):
@@ -223,8 +223,7 @@ class TextPartWriter:
 
 
 def write_prefix(out_dir: str | Path, meta: TextMeta, prefix: torch.Tensor, empty: torch.Tensor) -> None:
-    """Writes the part named PREFIX: states [P, D] or ids [P] of what begins every prompt, and what follows in the
-    empty one."""
+    """Writes the part named PREFIX: states [P, D] or ids [P] of the common prefix, and of the rest of the empty prompt."""
     dtype = DTYPES[meta.dtype] if meta.form == "states" else torch.int32
     assert len(prefix) == meta.prefix_tokens and len(empty), (prefix.shape, empty.shape)
     tensors = {"prefix": prefix, "empty": empty}
@@ -233,9 +232,9 @@ def write_prefix(out_dir: str | Path, meta: TextMeta, prefix: torch.Tensor, empt
 
 
 def map_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file as views of a memory map: nothing is read until it is used.
+    """Tensors of a safetensors file as views of a memory map. Data is read when it is accessed.
 
-    safetensors' own reader copies whole tensors (or a range of rows); a batch needs scattered rows.
+    The safetensors library copies whole tensors (or ranges of rows), but a batch needs scattered rows.
     """
     with open(path, "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # copy-on-write: torch refuses read-only buffers

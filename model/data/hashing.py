@@ -1,7 +1,7 @@
-"""Random access to randomness: hashes and permutations that cost O(1) per element and keep no state.
+"""Stateless random numbers: hashes and permutations that cost O(1) per element.
 
-A training run must know the sample order at any step without replaying the earlier ones, and without a table of
-all rows (700 million at full size): so each number is a hash of what it is for.
+Training must know the sample order at any step without replaying earlier steps, and without a table of all rows (700
+million at full size). So each random number is a hash of its purpose and position.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _mix(words: np.ndarray) -> np.ndarray:
 
 
 def hash_words(*words: int | np.ndarray) -> np.ndarray:
-    """Hashes integers, broadcast against each other, to uint64 [n]."""
+    """Hashes tuples of integers, broadcast against each other, to uint64 [n]."""
     with np.errstate(over="ignore"):
         state = np.zeros(1, dtype=np.uint64)
         for word in words:
@@ -30,15 +30,15 @@ def hash_words(*words: int | np.ndarray) -> np.ndarray:
 
 
 def uniform(hashes: np.ndarray) -> np.ndarray:
-    """Hashes to float64 in [0, 1)."""
+    """Maps hashes to float64 in [0, 1)."""
     return (hashes >> np.uint64(11)) * 2.0**-53
 
 
 def permuted_index(index: np.ndarray, size: int, key: np.ndarray, rounds: int = 4) -> np.ndarray:
-    """Where a permutation of range(size), chosen by `key`, takes each index: no table, whatever the size.
+    """Applies a pseudo-random permutation of range(size), selected by `key`, to indices, without a table.
 
-    A Feistel network over pairs (left, right) of a grid of about sqrt(size) x sqrt(size); the few results that
-    fall beyond `size` are walked on along their cycle (Black and Rogaway 2002), which keeps it a bijection.
+    A Feistel network permutes pairs (left, right) of a grid of about sqrt(size) x sqrt(size). Results of `size` or more
+    are permuted again until they are in range (cycle walking, Black and Rogaway 2002), which keeps it a bijection.
 
     Args:
         index: int64 [n] in [0, size).

@@ -1,16 +1,16 @@
-"""The index of a stage's latents and texts on one node: fixed-width columns that all ranks of the node map.
+"""The index of a stage's latents and texts on one node: fixed-width columns, memory-mapped by all ranks of the node.
 
     index.json          IndexMeta
-    parts.json          where the files of each part are
+    parts.json          paths or URIs of each part's files
     place.npy crc32.npy tier.npy              one entry per image
     caption_begin.npy caption_texts.npy       the captions of image i are caption_texts[caption_begin[i]:caption_begin[i + 1]]
     by_tier.npy                               the images of each bucket, sorted by tier
     text_tokens.npy text_begin.npy text_crc32.npy     one entry per text; text 0 is the empty prompt
-    runs.npy text_runs.npy                    which part (and file) a range of images (of texts) is in
+    runs.npy text_runs.npy                    the part (and file) of each range of images (of texts)
 
-Images are numbered bucket by bucket, in each in the order of the corpus. So the sample order needs the counts of
-index.json only, and opening the index reads nothing else: a rank's private memory does not grow with the corpus.
-It is built once on each node from the tables of the parts, one part at a time.
+Images are numbered bucket by bucket, and within a bucket in the order of the corpus. So the sample order needs only the
+counts in index.json, and opening the index reads nothing else: a rank's private memory does not grow with the corpus.
+Each node builds the index once from the tables of the parts, one part at a time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RUNS = ("runs", "text_runs")
 class IndexMeta(Section):
     """index.json."""
 
-    content: str  # equal for indices of equal latents and texts, wherever these are stored
+    content: str  # identifies the latents and texts, independently of their location
     latent_channels: Positive = 16
     vae_scale: Positive = 8
     patch_size: Positive = 2
@@ -48,17 +48,15 @@ class IndexMeta(Section):
     text_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     text_form: Literal["states", "tokens"] = "states"
     prefix_tokens: Annotated[int, Field(ge=0)] = 0
-    text_rows: Positive  # the empty prompt among them
+    text_rows: Positive  # including the empty prompt
     tiers: tuple[str, ...]
-    buckets: dict[str, tuple[int, ...]]  # images of each tier
-    weights: dict[
-        str, float
-    ] = {}  # by which a tier's weight is multiplied; 1 where it is not named (see `build_index`)
+    buckets: dict[str, tuple[int, ...]]  # number of images of each tier
+    weights: dict[str, float] = {}  # factors on tier weights; 1 for other tiers (see `build_index`)
 
 
 class PartFiles(NamedTuple):
-    """A shard's latents and texts: directories with their tables, and the paths or URIs that hold their tensors. Paths
-    may be relative to the index."""
+    """A shard's latents and texts: local directories with their tables, and paths or URIs with their tensors. Paths may be
+    relative to the index."""
 
     latents: str
     texts: str
@@ -67,9 +65,10 @@ class PartFiles(NamedTuple):
 
 
 def read_index_meta(directory: str | os.PathLike) -> IndexMeta:
-    """
+    """Reads index.json.
+
     Raises:
-        ValueError: it is not a finished index.
+        ValueError: the directory is not a finished index.
     """
     path = Path(directory) / INDEX
     if not path.is_file():
@@ -78,7 +77,7 @@ def read_index_meta(directory: str | os.PathLike) -> IndexMeta:
 
 
 class _Table(NamedTuple):
-    """The images of one part that have captions, in the part's order."""
+    """Images of one part that have a row in its captions.parquet, in the part's order."""
 
     bucket: np.ndarray  # names
     place: np.ndarray
@@ -112,17 +111,17 @@ def build_index(
     content: str,
     weights: dict[str, float] | None = None,
 ) -> IndexMeta:
-    """Writes an index into `out_dir`, which holds index.json when it is finished.
+    """Writes an index into `out_dir`. index.json is written last.
 
     Args:
         parts: in the order of the corpus. Their tables are read twice, one part at a time.
         prefix: the directory of the texts' PREFIX part, absolute or relative to `out_dir`.
-        content: what stands for the content of all parts, such as a digest.
-        weights: where only a fraction f of a tier's images was encoded, 1 / f: the sample order multiplies the tier's
-            weight by it, so that the tier is drawn as often as if all were there.
+        content: an identifier of the content of all parts, such as a digest.
+        weights: 1 / f for tiers of which only a fraction f was encoded. The sample order multiplies the tier's weight by
+            it, so that the tier is drawn as often as if all of its images were encoded.
 
     Raises:
-        ValueError: there is no image, or parts were not written with the same settings.
+        ValueError: no image has captions, or the parts differ in their settings.
     """
     out_dir = Path(out_dir)
     latents, texts = _settings(out_dir, parts, prefix)
@@ -131,13 +130,13 @@ def build_index(
     for part in parts:
         table = _read_part(out_dir, part)
         for bucket, tier in zip(table.bucket.tolist(), table.tier.tolist(), strict=True):
-            of_bucket = counts.setdefault(bucket, {})
-            of_bucket[tier] = of_bucket.get(tier, 0) + 1
+            tier_counts = counts.setdefault(bucket, {})
+            tier_counts[tier] = tier_counts.get(tier, 0) + 1
         captions += len(table.caption_texts) + int((table.caption_counts == 0).sum())
         text_rows += pq.read_metadata(out_dir / part.texts / TEXTS_FILE).num_rows
     if not counts:
         raise ValueError("there is no image to train on: no record has both a latent and a caption")
-    tiers = tuple(sorted({tier for of_bucket in counts.values() for tier in of_bucket}))
+    tiers = tuple(sorted({tier for tier_counts in counts.values() for tier in tier_counts}))
     meta = IndexMeta(
         content=content,
         **latents.model_dump(exclude={"buckets"}),
@@ -164,7 +163,7 @@ def _settings(out_dir: Path, parts: Sequence[PartFiles], prefix: str | os.PathLi
         mine = LatentMeta(**json.loads((out_dir / part.latents / META).read_text()) | {"buckets": {}})
         theirs = TextMeta(**json.loads((out_dir / part.texts / META).read_text()))
         if (latents is not None and mine != latents) or theirs != texts:
-            raise ValueError(f"{part.latents} and {part.texts} were encoded with other settings than the parts before")
+            raise ValueError(f"{part.latents} and {part.texts} were encoded with other settings than earlier parts")
         latents = mine
     if latents is None:
         raise ValueError("there is no part to train on")
@@ -176,12 +175,12 @@ def _fill(out_dir: Path, parts: Sequence[PartFiles], prefix: str | os.PathLike, 
     texts = meta.text_rows
 
     def column(name: str, size: int, largest: int) -> np.ndarray:
-        kind = np.min_scalar_type(largest)
-        return np.lib.format.open_memmap(out_dir / f"{name}.npy", mode="w+", dtype=kind, shape=(size,))
+        dtype = np.min_scalar_type(largest)
+        return np.lib.format.open_memmap(out_dir / f"{name}.npy", mode="w+", dtype=dtype, shape=(size,))
 
     place, crc32 = column("place", images, 2**31), column("crc32", images, 2**32 - 1)
     tier, by_tier = column("tier", images, len(meta.tiers)), column("by_tier", images, images)
-    counts = column("caption_begin", images + 1, captions)  # counts first, their sums below
+    counts = column("caption_begin", images + 1, captions)  # counts, replaced by cumulative sums below
     rows = column("caption_texts", captions, texts)
     text_tokens, text_begin = column("text_tokens", texts, 65535), column("text_begin", texts, 2**32 - 1)
     text_crc32 = column("text_crc32", texts, 2**32 - 1)
@@ -202,15 +201,15 @@ def _fill(out_dir: Path, parts: Sequence[PartFiles], prefix: str | os.PathLike, 
             end = cursor[bucket] = begin + len(inside)
             tiers = np.array([codes[name] for name in table.tier[inside]], dtype=np.int64)
             place[begin:end], crc32[begin:end], tier[begin:end] = table.place[inside], table.crc32[inside], tiers
-            counts[begin + 1 : end + 1] = np.maximum(table.caption_counts[inside], 1)  # 1: the empty prompt
+            counts[begin + 1 : end + 1] = np.maximum(table.caption_counts[inside], 1)  # at least the empty prompt
             runs.append((begin, number))
             for code in np.unique(tiers):
-                of_tier = begin + np.flatnonzero(tiers == code)
+                members = begin + np.flatnonzero(tiers == code)
                 first = tier_cursor[order[bucket], code]
-                by_tier[first : first + len(of_tier)] = of_tier
-                tier_cursor[order[bucket], code] += len(of_tier)
+                by_tier[first : first + len(members)] = members
+                tier_cursor[order[bucket], code] += len(members)
     counts[0] = 0
-    for begin in range(0, images, 1 << 22):  # sums, a block at a time
+    for begin in range(0, images, 1 << 22):  # cumulative sums, in blocks
         end = min(begin + (1 << 22), images)
         counts[begin + 1 : end + 1] = np.cumsum(counts[begin + 1 : end + 1], dtype=np.int64) + int(counts[begin])
     runs.sort()
@@ -230,23 +229,23 @@ def _fill_texts(
     text_begin: np.ndarray,
     text_crc32: np.ndarray,
 ) -> None:
-    """The columns of texts, and which of them each image has."""
-    of_part: dict[int, list[int]] = {}
+    """Fills the columns of texts and `caption_texts`."""
+    runs_by_part: dict[int, list[int]] = {}
     for begin, number in runs:
-        of_part.setdefault(number, []).append(begin)
+        runs_by_part.setdefault(number, []).append(begin)
     base, text_runs = 1, [(0, -1, 0)]  # first text, part (-1: the prefix), file
     for number, part in enumerate(parts):
         table = _read_part(out_dir, part)
         ends = np.cumsum(table.caption_counts)
-        begins = iter(of_part.get(number, ()))
+        begins = iter(runs_by_part.get(number, ()))
         for bucket in np.unique(table.bucket):
             inside = np.flatnonzero(table.bucket == bucket)
             inside = inside[np.argsort(table.place[inside], kind="stable")]
             at = int(caption_begin[next(begins)])
-            mine = [
+            captions = [
                 table.caption_texts[ends[i] - table.caption_counts[i] : ends[i]].astype(np.int64) + base for i in inside
             ]
-            flat = np.concatenate([texts if len(texts) else np.zeros(1, np.int64) for texts in mine])
+            flat = np.concatenate([rows if len(rows) else np.zeros(1, np.int64) for rows in captions])
             caption_texts[at : at + len(flat)] = flat
         texts = pq.read_table(out_dir / part.texts / TEXTS_FILE)
         end = base + len(texts)
@@ -261,7 +260,7 @@ def _fill_texts(
 
 
 def empty_prompt_tokens(directory: Path) -> int:
-    """Tokens of the empty prompt behind the prefix."""
+    """Number of tokens of the empty prompt after the prefix."""
     from safetensors import safe_open
 
     with safe_open(directory / PREFIX_FILE, framework="pt") as file:

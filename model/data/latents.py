@@ -1,6 +1,6 @@
-"""Reads latents and texts through the index of a node (model/data/index.py), with O(1) random reads.
+"""Reads latents and texts through the index of a node (model/data/index.py). Every random read costs O(1).
 
-Text row 0 is the empty prompt: dropped captions and the unconditional half of guidance use it.
+Text row 0 is the empty prompt, for dropped captions and for the unconditional prediction of guidance.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ TEXT_LENGTH_MULTIPLE = 8  # the pipeline's processor pads prompts to a multiple 
 
 
 class LatentDataset:
-    """Latents and texts of a stage. Any row costs the same, wherever it is.
+    """Latents and texts of a stage, with random access.
 
-    Files are memory-mapped when they are first read, and the MAPPED_FILES read last stay so: a mapping holds a file
-    descriptor, of which a process commonly has 1024. Several threads may read.
+    Files are memory-mapped at their first read. The MAPPED_FILES most recently used stay mapped: each mapping takes a file
+    descriptor, and the limit of a process is commonly 1024. Thread-safe.
     """
 
     MAPPED_FILES = 256
@@ -50,7 +50,7 @@ class LatentDataset:
         self.meta: IndexMeta = read_index_meta(self.directory)
         self.bucket_names = list(self.meta.buckets)
         self.tier_names = list(self.meta.tiers)
-        # [buckets, tiers]: how many images, and where those of each tier begin in `by_tier`.
+        # Number of images [buckets, tiers]. Images of bucket b are rows bucket_begin[b] to bucket_begin[b + 1].
         self.counts = np.array(list(self.meta.buckets.values()), dtype=np.int64)
         self.bucket_begin = np.concatenate([[0], np.cumsum(self.counts.sum(1))])
         for name in (*IMAGES, *TEXTS):
@@ -83,26 +83,27 @@ class LatentDataset:
     def text(
         self, text_rows: np.ndarray | Sequence[int], tokens: int | None = None, widen: bool = True
     ) -> tuple[torch.Tensor, Any]:
-        """Texts and their mask [n, T] bool, or None where every token is real.
+        """Texts, and their mask [n, T] bool or None if no text is padded.
 
         Args:
             text_rows: global text rows.
-            tokens: T; by default the longest of these rows, rounded up to a multiple of 8 as the pipeline does.
-            widen: False leaves the states in the type that they are stored in.
+            tokens: T; None takes the longest of these texts, rounded up to a multiple of 8 as the pipeline does.
+            widen: convert states to float32; False keeps the stored type.
 
         Returns:
-            states [n, T, D], float32 or as stored, padded with zeros; of texts of form "tokens" the ids [n, T - P]
-            int64 that follow the prefix of P tokens, padded with zeros.
+            states [n, T, D], padded with zeros; for texts of form "tokens" the ids [n, T - P] int64 after the prefix of P
+            tokens, padded with zeros.
         """
         text_rows = np.asarray(text_rows, dtype=np.int64)
         if tokens is None:
             tokens = self.padded_length(text_rows)
         distinct, where = np.unique(text_rows, return_inverse=True)
         lengths = self.text_lengths(text_rows)
-        kind = self.prefix["prefix"]
+        prefix = self.prefix["prefix"]
         begin = self.meta.prefix_tokens if self.meta.text_form == "states" else 0
-        out = torch.zeros(len(distinct), tokens - self.meta.prefix_tokens + begin, *kind.shape[1:], dtype=kind.dtype)
-        out[:, :begin] = kind[:begin]
+        length = tokens - self.meta.prefix_tokens + begin
+        out = torch.zeros(len(distinct), length, *prefix.shape[1:], dtype=prefix.dtype)
+        out[:, :begin] = prefix[:begin]
         for row, text in zip(out, self._read_texts(distinct), strict=True):
             row[begin : begin + len(text)] = text[: tokens - self.meta.prefix_tokens]
         text = out if len(distinct) == len(text_rows) and (where == np.arange(len(where))).all() else out[where]
@@ -115,7 +116,7 @@ class LatentDataset:
         return text, torch.arange(tokens) < torch.from_numpy(lengths)[:, None]
 
     def text_lengths(self, text_rows: np.ndarray) -> np.ndarray:
-        """Tokens of texts, the prefix among them."""
+        """Number of tokens of each text, including the prefix."""
         return np.asarray(self.text_tokens[text_rows], dtype=np.int64) + self.meta.prefix_tokens
 
     def padded_length(self, text_rows: np.ndarray) -> int:
@@ -127,13 +128,13 @@ class LatentDataset:
         return np.asarray(self.caption_texts[int(self.caption_begin[row]) : int(self.caption_begin[row + 1])])
 
     def latent_places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(part, file, row of the file) of each image."""
+        """(part, file, row in the file) of each image."""
         part = self.runs[np.searchsorted(self.runs[:, 0], rows, "right") - 1, 1]
         file, offset = np.divmod(np.asarray(self.place[rows], dtype=np.int64), self.meta.rows_per_file)
         return part, file, offset
 
     def text_places(self, text_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(part, file, first token in the file, tokens) of each text; part -1 is the prefix's."""
+        """(part, file, first token in the file, number of tokens) of each text; part -1 is the PREFIX part."""
         part, file = self.text_runs[np.searchsorted(self.text_runs[:, 0], text_rows, "right") - 1, 1:].T
         begin, tokens = (np.asarray(column[text_rows], np.int64) for column in (self.text_begin, self.text_tokens))
         return part, file, begin, tokens
@@ -141,9 +142,9 @@ class LatentDataset:
     def _read_latents(self, rows: np.ndarray, bucket: str) -> torch.Tensor:
         part, file, offset = self.latent_places(rows)
         out: torch.Tensor | None = None
-        for one in np.unique(np.stack([part, file], 1), axis=0):
-            where = np.flatnonzero((part == one[0]) & (file == one[1]))
-            path = self.directory / self.parts[one[0]].latents_at / latent_file(bucket, int(one[1]))
+        for part_number, file_number in np.unique(np.stack([part, file], 1), axis=0):
+            where = np.flatnonzero((part == part_number) & (file == file_number))
+            path = self.directory / self.parts[part_number].latents_at / latent_file(bucket, int(file_number))
             stored = self._map(path)["latents"]
             chosen = stored.index_select(0, torch.from_numpy(offset[where]))
             if len(where) == len(rows):
@@ -154,21 +155,21 @@ class LatentDataset:
         return out
 
     def _read_texts(self, text_rows: np.ndarray) -> list[torch.Tensor]:
-        """What follows the prefix in each text: states [L, D] or ids [L]."""
-        found = []
+        """Each text without the prefix: states [L, D] or ids [L]."""
+        texts = []
         for part, file, begin, tokens in zip(*(column.tolist() for column in self.text_places(text_rows)), strict=True):
             if part < 0:
-                found.append(self.prefix["empty"])
+                texts.append(self.prefix["empty"])
                 continue
             stored = self._map(self.directory / self.parts[part].texts_at / text_file(file))["texts"]
-            found.append(stored[begin : begin + tokens])
-        return found
+            texts.append(stored[begin : begin + tokens])
+        return texts
 
     def record_ids(self, rows: Iterable[int]) -> list[str]:
-        """Record ids of rows, read from the parts' tables when asked for: training never needs them."""
+        """Record ids of rows. They are not in the index, as training does not need them; reads the parts' tables."""
         rows = np.asarray(list(rows), dtype=np.int64)
         part = self.latent_places(rows)[0]
-        found: dict[int, str] = {}
+        record_ids: dict[int, str] = {}
         for number in np.unique(part):
             path = self.directory / self.parts[number].latents / ROWS_FILE
             table = pq.read_table(path, columns=["record_id", "bucket", "place"])
@@ -176,15 +177,15 @@ class LatentDataset:
             ids = dict(zip(keys, table["record_id"].to_pylist(), strict=True))
             for row in rows[part == number]:
                 bucket = self.bucket_names[int(self.bucket_of(row))]
-                found[int(row)] = ids[bucket, int(self.place[row])]
-        return [found[int(row)] for row in rows]
+                record_ids[int(row)] = ids[bucket, int(self.place[row])]
+        return [record_ids[int(row)] for row in rows]
 
 
 class LatentWriter:
     """Writes latents and texts of one part, and their index, into one directory that `LatentDataset` opens.
 
-    Use as a context manager: the index is written when the block ends without an error. The first text must be the
-    empty prompt; no prefix is taken out of the texts.
+    Use as a context manager: it writes the index if the block ends without an error. The first text must be the empty
+    prompt. Texts are stored in full, with an empty prefix.
     """
 
     def __init__(
@@ -233,7 +234,7 @@ class LatentWriter:
         self._images += 1
 
     def close(self) -> IndexMeta:
-        """Writes what is pending, and the index last."""
+        """Writes the remaining files, then the index."""
         self._latents.close()
         self._texts.close()
         parts = [PartFiles("latents", "texts", "latents", "texts")]

@@ -1,4 +1,4 @@
-"""The order in which a run reads its latents, as a function of the step alone, and the batches that it reads."""
+"""The sample order of a run, a function of (seed, step), and the batches that it reads."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from model.data.latents import EMPTY_TEXT_ROW, LatentDataset
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """What one step reads, before anything is read. A slice of it keeps the shapes of the whole.
+    """The samples of one step, or of a rank's slice of it.
 
-    rows [n], captions [n] (index of the caption, -1 where it was dropped), text_rows [n], noise_seeds [n];
-    `start` and `global_batch` place a slice within the step's global batch, `text_tokens` is the padded length
-    of the longest text of the whole batch, so that every rank's slice has the same shape.
+    rows [n], captions [n] (index of the caption, -1 if it is dropped), text_rows [n], noise_seeds [n]. `start` is the
+    slice's position in the global batch of `global_batch` samples. `text_tokens` is the padded length of the longest text
+    of the global batch, so that the slices of all ranks have the same shape.
     """
 
     step: int
@@ -53,18 +53,18 @@ class BatchPlan:
 
 
 class SampleOrder:
-    """Which samples each step reads: a pure function of (seed, step), whatever the ranks and workers.
+    """The samples of each step: a pure function of (seed, step), independent of ranks and workers.
 
-    All samples of a step share one bucket. Of every CYCLE consecutive steps a bucket gets its share by weight
-    (the sum of its images' tier weights), in an order that changes from cycle to cycle. Within a bucket, images
-    are drawn by systematic sampling: with equal weights, each image once per epoch, in a new order each epoch;
-    otherwise within one of its expected number of times per epoch.
+    All samples of a step are from one bucket. In every CYCLE consecutive steps a bucket gets steps in proportion to its
+    weight (the sum of its images' tier weights), in an order that changes from cycle to cycle. Within a bucket, images
+    are drawn by systematic sampling: with equal weights, each image once per epoch, in a new order each epoch; otherwise
+    the count of an image per epoch differs from its expectation by less than one.
 
-    It needs the counts of the index alone, and no table of images.
+    Needs only the counts of the index, and no table of images.
 
     Args:
-        tier_weights: weight of each tier; tiers without one are not read. Multiplied by the index's own weights, for
-            tiers of which only a part was encoded.
+        tier_weights: weight of each tier; tiers without a weight are not read. They are multiplied by the index's
+            `weights`, which compensate for tiers that were encoded in part.
         caption_dropout: share of samples whose caption is replaced by the empty prompt.
     """
 
@@ -82,11 +82,11 @@ class SampleOrder:
         if tier_weights is None:
             tier_weights = dict.fromkeys(dataset.tier_names, 1.0)
         scale = dataset.meta.weights
-        of_tier = np.array([float(tier_weights.get(t, 0.0)) * scale.get(t, 1.0) for t in dataset.tier_names])
+        weights = np.array([float(tier_weights.get(t, 0.0)) * scale.get(t, 1.0) for t in dataset.tier_names])
         self._buckets: list[_Bucket] = []
         for name, counts, begin in zip(dataset.bucket_names, dataset.counts, dataset.bucket_begin, strict=False):
-            if (counts * of_tier).sum() > 0:
-                self._buckets.append(_Bucket.of(name, int(begin), counts, of_tier))
+            if (counts * weights).sum() > 0:
+                self._buckets.append(_Bucket.of(name, int(begin), counts, weights))
         if not self._buckets:
             raise ValueError(
                 f"tier weights {dict(tier_weights)} leave no image: this stage's images are of the tiers "
@@ -96,7 +96,7 @@ class SampleOrder:
         self._cycle: tuple[int, np.ndarray] | None = None
 
     def batch(self, step: int) -> BatchPlan:
-        """The plan of a step (from 0): `batch_size` samples of one bucket."""
+        """The plan of a step (counted from 0): `batch_size` samples of one bucket."""
         number, turn = self._bucket_of(step)
         bucket, size = self._buckets[number], self.batch_size
         position = np.arange(size, dtype=np.int64) + turn * size
@@ -126,14 +126,14 @@ class SampleOrder:
         )
 
     def first_steps(self) -> list[int]:
-        """The first step (from 0) of each bucket, in rising order."""
+        """The first step (counted from 0) of each bucket, in ascending order."""
         first: dict[int, int] = {}
         for step in range(self.CYCLE if len(self._slots) > 1 else 1):
             first.setdefault(self._bucket_of(step)[0], step)
         return list(first.values())
 
     def _bucket_of(self, step: int) -> tuple[int, int]:
-        """(bucket, how many earlier steps had it)."""
+        """(bucket of the step, number of earlier steps with this bucket)."""
         if len(self._slots) == 1:
             return 0, step
         cycle, place = divmod(step, self.CYCLE)
@@ -147,29 +147,29 @@ class SampleOrder:
 
 
 class _Bucket(NamedTuple):
-    """The images of one bucket that are drawn, and how place 0..images-1 leads to one."""
+    """The images of one bucket that are drawn, and a map from places 0..images-1 to them."""
 
     name: str
-    begin: int  # of its images, in the index and in `by_tier`
+    begin: int  # first row of the bucket in the index and in `by_tier`
     images: int
     weight: float
     equal: bool  # all images of the bucket are drawn with the same weight
-    offsets: np.ndarray  # of each drawn tier in `by_tier`
-    counts: np.ndarray
+    offsets: np.ndarray  # first position of each drawn tier in `by_tier`
+    counts: np.ndarray  # images of each drawn tier
     ends: np.ndarray  # cumulative share of the drawn tiers' weight
 
     @classmethod
-    def of(cls, name: str, begin: int, counts: np.ndarray, of_tier: np.ndarray) -> _Bucket:
+    def of(cls, name: str, begin: int, counts: np.ndarray, weights: np.ndarray) -> _Bucket:
         present = counts > 0
-        drawn = present & (of_tier > 0)
-        shares = (counts * of_tier)[drawn]
+        drawn = present & (weights > 0)
+        shares = (counts * weights)[drawn]
         ends = np.cumsum(shares) / shares.sum()
-        equal = bool((present == drawn).all()) and len(set(of_tier[drawn].tolist())) == 1
+        equal = bool((present == drawn).all()) and len(set(weights[drawn].tolist())) == 1
         offsets = begin + (np.cumsum(counts) - counts)[drawn]
         return cls(name, begin, int(counts[drawn].sum()), float(shares.sum()), equal, offsets, counts[drawn], ends)
 
     def rows(self, dataset: LatentDataset, place: np.ndarray, shift: np.ndarray) -> np.ndarray:
-        """Images [n] for places [n] of an epoch; `shift` in [0, 1) moves the grid of systematic sampling."""
+        """Rows [n] for places [n] of an epoch. `shift` in [0, 1) offsets the grid of systematic sampling."""
         if self.equal:
             return self.begin + place
         at = (place + shift) / self.images
@@ -181,21 +181,21 @@ class _Bucket(NamedTuple):
 
 
 def _slots_by_share(sizes: np.ndarray, slots: int) -> np.ndarray:
-    """Whole numbers near sizes / sum * slots that add up to `slots`, each at least 1 (largest remainders)."""
+    """Integers near sizes / sum * slots with sum `slots`, each at least 1 (largest remainder method)."""
     assert len(sizes) <= slots, "more buckets than steps in a cycle"
     exact = sizes / sizes.sum() * slots
-    whole = np.maximum(np.floor(exact), 1).astype(np.int64)
-    while whole.sum() > slots:  # the floors of 1 took too many: the largest bucket gives
-        whole[np.argmax(whole)] -= 1
-    for i in np.argsort(-(exact - whole), kind="stable")[: slots - whole.sum()]:
-        whole[i] += 1
-    return whole
+    rounded = np.maximum(np.floor(exact), 1).astype(np.int64)
+    while rounded.sum() > slots:  # because of the minimum of 1: take from the largest bucket
+        rounded[np.argmax(rounded)] -= 1
+    for i in np.argsort(-(exact - rounded), kind="stable")[: slots - rounded.sum()]:
+        rounded[i] += 1
+    return rounded
 
 
 @dataclass
 class Batch:
-    """latents [B, C, h, w] and noise, of the same shape, float32; text [B, T, D] float32, or as it is stored, or the
-    ids [B, T - P] int64 of texts of form "tokens"; mask [B, T] bool or None."""
+    """latents [B, C, h, w] float32; noise, of the same shape; text [B, T, D] in float32 or the stored type, or ids
+    [B, T - P] int64 for texts of form "tokens"; mask [B, T] bool or None."""
 
     plan: BatchPlan
     latents: torch.Tensor
@@ -205,7 +205,7 @@ class Batch:
 
 
 def read_batch(dataset: LatentDataset, plan: BatchPlan, widen_text: bool = True) -> Batch:
-    """Reads what a plan names. A sample's noise depends on (seed, step, place in the global batch) only."""
+    """Reads the samples of a plan. A sample's noise depends only on (seed, step, position in the global batch)."""
     latents = dataset.latents(plan.rows)
     text, mask = dataset.text(plan.text_rows, plan.text_tokens, widen_text)
     noise = torch.empty_like(latents)

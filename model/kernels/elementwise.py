@@ -1,8 +1,10 @@
-"""Element-wise chains with hand-written backward passes, for eager execution on a CPU.
+"""Fused element-wise functions, with up to three implementations each, which must agree.
 
-There a chain of small operations is bound by memory traffic and allocation. Each function here has a plain
-formula beside it, which serves compiled code, and which the fast one must equal; so must the Triton kernel
-(model/kernels), which serves eager code on a CUDA device.
+    eager CPU    a hand-written backward: small operations are bound by memory traffic and allocation
+    eager CUDA   a Triton kernel (model/kernels)
+    otherwise    the plain formula (`plain_*`), which torch.compile fuses
+
+See docs/decisions/kernels.md.
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ def _eager_cpu(x: torch.Tensor) -> bool:
 
 
 def keep_freed_memory() -> bool:
-    """Makes glibc keep freed memory in the process instead of returning it to the kernel; True if it took.
+    """Makes glibc keep freed memory in the process instead of returning it to the kernel. Returns whether that worked.
 
-    A training step frees and takes again the same megabytes; each time the kernel would hand out zeroed pages,
-    which costs more than the arithmetic on them. Call it once, before the first step, on a CPU trainer.
+    Every training step frees and allocates the same memory. Zeroed pages from the kernel cost more time than the
+    arithmetic on them. Call it once, before the first step of a training on the CPU.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -43,7 +45,7 @@ def keep_freed_memory() -> bool:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Keeps the sigmoid: one exponential a step, where silu and its derivative would take three."""
+    """Saves the sigmoid: one exponential per step, where silu and its derivative would need three."""
 
     @staticmethod
     def forward(ctx, packed: torch.Tensor, gate_first: bool) -> torch.Tensor:
@@ -71,7 +73,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(packed: torch.Tensor, gate_first: bool) -> torch.Tensor:
-    """silu(gate) * up of `packed` [..., 2F] -> [..., F]; which half is the gate says `gate_first`."""
+    """silu(gate) * up of `packed` [..., 2F] -> [..., F]. `gate_first`: the first half is the gate."""
     if kernels.takes(packed):
         from model.kernels.swiglu import SwiGLU
 
@@ -94,15 +96,15 @@ class _NormRope(torch.autograd.Function):
         inverse_rms = inverse_rms.div_(x.shape[-1]).add_(eps).rsqrt_()
         normed = x * inverse_rms
         ctx.save_for_backward(normed, inverse_rms, weight, table)
-        turned = torch.view_as_complex((normed * weight).unflatten(-1, (-1, 2))) * torch.view_as_complex(table)
-        return torch.view_as_real(turned).flatten(-2)
+        rotated = torch.view_as_complex((normed * weight).unflatten(-1, (-1, 2))) * torch.view_as_complex(table)
+        return torch.view_as_real(rotated).flatten(-2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         normed, inverse_rms, weight, table = ctx.saved_tensors
         grad = torch.view_as_complex(grad.contiguous().unflatten(-1, (-1, 2)))
-        # The transpose of a rotation turns back.
+        # The transpose of a rotation is its inverse.
         grad = torch.view_as_real(grad * torch.view_as_complex(table).conj()).flatten(-2)
         product = grad * normed
         d_weight = product.sum(dim=tuple(range(product.dim() - weight.dim())))
@@ -113,7 +115,7 @@ class _NormRope(torch.autograd.Function):
 
 
 def norm_rope(x: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMS norm over the head dim times `weight` [N, H] or [H], then RoPE, of `x` [B, S, N, H]; of its type."""
+    """RMS norm over the head dim times `weight` [N, H] or [H], then RoPE, of `x` [B, S, N, H]. Returns the type of `x`."""
     if kernels.takes(x):
         from model.kernels import norm_rope as kernel
 
@@ -133,7 +135,7 @@ def plain_norm_rope(x: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, 
 def norm_modulate(
     x: torch.Tensor, scale: torch.Tensor, eps: float, want_normed: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Layer norm of `x` [B, S, D], and the same times 1 + `scale` [B, 1, D]. The first may be None if not wanted."""
+    """(layer norm of `x` [B, S, D], the same times 1 + `scale` [B, 1, D]). The first may be None without `want_normed`."""
     if kernels.takes(x):
         from model.kernels import norm_modulate as kernel
 

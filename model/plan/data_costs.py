@@ -1,9 +1,9 @@
-"""What the data of a training costs, for a corpus of any size: bytes, objects, requests, and GPU-hours of the encoders.
+"""Cost of the training data, for a corpus of any size: bytes, objects, requests, and GPU-hours of the encoders.
 
-    captions --text encoder--> states, stored (stored) or computed in every step (online)
-    images   --VAE-----------> latents of what each stage draws
+    captions --text encoder--> hidden states, stored once ("stored") or computed in every step ("online")
+    images   --VAE-----------> latents of the images that each stage draws
 
-Arithmetic on shapes and counts; nothing here is measured. TB is 1e12 bytes.
+All numbers follow from shapes and counts; none is measured. TB is 1e12 bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from model.constants import VAE_SCALE
 
 BF16 = 2
 LATENT_CHANNELS = 16
-ROWS_PER_FILE, TEXT_FILE_BYTES = 4096, 256 << 20  # of the format (model/data/files.py)
+ROWS_PER_FILE, TEXT_FILE_BYTES = 4096, 256 << 20  # limits of the file format (model/data/files.py)
 PARTS_TABLES = 4  # small files of a part: its tables, meta.json and manifest
 INDEX_BYTES_PER_IMAGE = 4 + 4 + 1 + 4 + 8  # place, CRC, tier, order by tier, first caption (model/data/index.py)
 INDEX_BYTES_PER_CAPTION = 4 + 2 + 4 + 4  # reference; tokens, begin and CRC of its text
@@ -28,13 +28,13 @@ VAE_FLOPS_PER_PIXEL = 2_326_496
 
 @dataclass(frozen=True)
 class Corpus:
-    """What is encoded. The defaults are the paper's counts; tokens and bytes are assumed."""
+    """Size of the corpus to encode. Counts default to the paper's; tokens and bytes are assumptions."""
 
     images: float = 700e6
     captions: float = 1.5e9
-    caption_tokens: float = 140.0  # of a caption of about 100 words and the end of its turn, mean; assumed
-    prefix_tokens: float = 70.0  # of the system message of 45 words and the chat format; assumed
-    image_bytes: float = 300e3  # of an original, mean; assumed
+    caption_tokens: float = 140.0  # mean tokens of a caption of about 100 words and its end-of-turn; assumed
+    prefix_tokens: float = 70.0  # tokens of the 45-word system message and the chat format; assumed
+    image_bytes: float = 300e3  # mean size of an original image file; assumed
     shards: int = 70_000
 
     def check(self) -> None:
@@ -45,7 +45,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A decoder-only text encoder that is run up to one hidden state. Defaults: Qwen3-VL-8B's config.json, state -8."""
+    """A decoder-only text encoder, run up to the layer of one hidden state. Defaults: Qwen3-VL-8B's config.json, state -8."""
 
     layers: int = 29  # of 36: 37 states, counted from the end
     width: int = 4096
@@ -56,19 +56,19 @@ class TextEncoder:
 
     @property
     def parameters(self) -> int:
-        """Of the layers that are run; the table of embeddings stays on the host."""
+        """Parameters of the layers that run. The embedding table stays on the host and is not counted."""
         attention = self.width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         return self.layers * (attention + 3 * self.width * self.hidden)
 
     def flops(self, tokens: float, prefix: float) -> float:
-        """Of `tokens` behind a prefix whose keys and values are kept: matrix products, and scores and values."""
+        """FLOPs for `tokens` after a prefix with cached keys and values: matrix products and attention."""
         attention = 4 * self.layers * tokens * (prefix + tokens / 2) * self.heads * self.head_dim
         return 2 * self.parameters * tokens + attention
 
 
 @dataclass(frozen=True)
 class Prices:
-    """Assumed prices: list prices of a large cloud's object storage, and of a GPU-hour where none is given."""
+    """Assumed prices: list prices of a large cloud's object storage, and a default for a GPU-hour."""
 
     tb_month: float = 23.0
     million_reads: float = 0.4
@@ -88,16 +88,16 @@ def data_costs(
     prices: Prices | None = None,
     encoder: TextEncoder | None = None,
 ) -> dict[str, Any]:
-    """The data side of a plan, as plain numbers (bytes, seconds, GPU-hours and the prices' currency).
+    """The data costs of a plan, as plain numbers (bytes, seconds, GPU-hours and the prices' currency).
 
     Args:
-        gpu_flops: bf16 peak of one GPU; `text_mfu` and `vae_mfu` are the shares of it that are reached. The VAE runs in
-            fp32, which tensor cores do at half the rate at best.
-        training_days: how long stored data is needed.
-        text_width: width of the states.
+        gpu_flops: bf16 peak of one GPU, in FLOP/s. `text_mfu` and `vae_mfu` are the shares of it that the encoders reach.
+            The VAE runs in fp32, for which tensor cores reach half the bf16 rate at best.
+        training_days: how long stored data must be kept.
+        text_width: width of the text encoder's hidden states.
 
     Raises:
-        ValueError: a count or share that is out of range.
+        ValueError: a count or share is out of range.
     """
     corpus.check()
     if not (0 < text_mfu <= 1 and 0 < vae_mfu <= 1):
@@ -150,7 +150,7 @@ def data_costs(
 
 
 def _stage_costs(stage: StageConfig, corpus: Corpus, flops_per_s: float) -> dict[str, Any]:
-    """Of the square bucket, with all tiers: other buckets and tier weights differ."""
+    """Costs of one stage, as if all images were square and all tiers were drawn alike."""
     samples = stage.steps * stage.batch_size
     images = min(corpus.images, samples)
     size = LATENT_CHANNELS * (stage.image_size_px // VAE_SCALE) ** 2 * BF16
@@ -169,16 +169,16 @@ def _stage_costs(stage: StageConfig, corpus: Corpus, flops_per_s: float) -> dict
 
 
 def render(costs: dict[str, Any], planned: Sequence[dict[str, Any]], chosen: str | None) -> list[str]:
-    """The data side as text.
+    """The data costs as text.
 
     Args:
-        planned: the plan's stages, for the memory beside which an online encoder must fit.
-        chosen: encoding.text of the recipe, where it has one.
+        planned: the plan's stages; an online encoder must fit into the memory that they leave.
+        chosen: the recipe's encoding.text, if it has one.
     """
     corpus, texts, prices = costs["corpus"], costs["texts"], costs["prices"]
     lines = [
         f"data: {corpus['images']:,.0f} images, {corpus['captions']:,.0f} captions of {corpus['caption_tokens']:g} tokens "
-        f"behind a prefix of {corpus['prefix_tokens']:g} (assumed), {corpus['shards']:,} shards",
+        f"after a prefix of {corpus['prefix_tokens']:g} (assumed), {corpus['shards']:,} shards",
     ]
     for stage in costs["stages"]:
         share = stage["images"] / corpus["images"]
@@ -186,15 +186,15 @@ def render(costs: dict[str, Any], planned: Sequence[dict[str, Any]], chosen: str
             f"  latents of {stage['stage']}: {stage['samples']:,.0f} samples draw {stage['images']:,.0f} images "
             f"({share:.1%}): {_tb(stage['bytes'])} in {stage['objects']:,.0f} objects, "
             f"{_tb(stage['originals_read'])} of originals read, {stage['gpu_hours']:,.0f} GPU-hours of VAE; training reads "
-            f"{_tb(stage['bytes_read'])} in {stage['reads']:,.0f} requests where it streams"
+            f"{_tb(stage['bytes_read'])} in {stage['reads']:,.0f} requests if it streams"
         )
     for name in ("stored", "online"):
         text = texts[name]
         lines.append(
             f"  texts {name}: {_tb(text['bytes'])} in {text['objects']:,.0f} objects, {text['gpu_hours']:,.0f} GPU-hours of "
             f"text encoder, {_tb(text['bytes_read'])} read in training ({text['bytes_per_s'] / 1e9:,.2f} GB/s, "
-            f"{text['bytes_per_s'] / costs['gpus'] / 1e6:,.1f} MB/s a GPU), {text['memory_bytes_per_gpu'] / 1e9:,.1f} GB a "
-            f"GPU beside the model: cost {text['cost']:,.0f}"
+            f"{text['bytes_per_s'] / costs['gpus'] / 1e6:,.1f} MB/s per GPU), {text['memory_bytes_per_gpu'] / 1e9:,.1f} GB "
+            f"per GPU in addition to the model: cost {text['cost']:,.0f}"
         )
     memory = texts["online"]["memory_bytes_per_gpu"]
     for stage in planned:
@@ -205,12 +205,12 @@ def render(costs: dict[str, Any], planned: Sequence[dict[str, Any]], chosen: str
         )
     ours = f"; the recipe has encoding.text: {chosen}" if chosen else ""
     lines += [
-        f"  at {prices['gpu_hour']:g} a GPU-hour, {prices['tb_month']:g} a TB-month and {prices['million_reads']:g} a million "
-        f"reads (assumed): {costs['better']} texts cost less{ours}",
+        f"  at {prices['gpu_hour']:g} per GPU-hour, {prices['tb_month']:g} per TB-month and {prices['million_reads']:g} per "
+        f"million reads (assumed): {costs['better']} texts cost less{ours}",
         f"  online adds {texts['online']['gpu_hours'] / costs['gpus'] / 24:,.1f} days to training; stored adds "
-        f"{texts['stored']['gpu_hours'] / costs['gpus'] / 24:,.1f} days before it, on as many GPUs",
-        f"  (padded to 330 tokens and a prefix each, as before, texts would take {_tb(texts['padded_bytes'])})",
-        f"  index of a node: {costs['index_bytes'] / 1e9:,.1f} GB on its disk for all images, shared by its ranks",
+        f"{texts['stored']['gpu_hours'] / costs['gpus'] / 24:,.1f} days before it, on the same number of GPUs",
+        f"  (stored with a prefix each and padded to 330 tokens, texts would take {_tb(texts['padded_bytes'])})",
+        f"  index: {costs['index_bytes'] / 1e9:,.1f} GB of each node's disk for all images, shared by its ranks",
     ]
     return lines
 

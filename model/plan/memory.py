@@ -1,18 +1,18 @@
-"""Memory of a training step on one rank: the parts of each moment at which it can peak.
+"""Memory of a training step on one rank, by part, at each moment at which it can peak.
 
-    forward of block i    state + ends + entered of the blocks before + the block's own peak
-    loss                  state + ends + entered of all blocks + the loss's own peak
-    backward of block i   state + ends + kept of the blocks before and of this one + its own peak + gradients so far
-    sum over replicas     state + gradients + one message of all of them (without FSDP)
+    forward of block i    state + ends + `entered` of earlier blocks + the block's own peak
+    loss                  state + ends + `entered` of all blocks + the loss's own peak
+    backward of block i   state + ends + `kept` of earlier blocks and of this one + its own peak + gradients so far
+    sum over replicas     state + gradients + one all-reduce buffer for all gradients (without FSDP)
     optimiser step        state + gradients + the optimiser's workspace
 
-What a block or the loss takes comes from `model.plan.memory_trace`, parameters from the model on the meta device; FSDP2's
-and expert parallelism's buffers are those of model/train/parallelize.py. benchmarks/memory.py sets it beside measured
-peaks. Not in it: what lies outside of PyTorch's tensors (CUDA context, NCCL, cuBLAS workspaces) and fragmentation.
+Sizes of blocks and of the loss come from `model.plan.memory_trace`, parameter counts from the model on the meta device.
+Buffers of FSDP2 and expert parallelism follow model/train/parallelize.py. benchmarks/memory.py compares the result with
+measured peaks. Not included: memory outside of PyTorch's tensors (CUDA context, NCCL, cuBLAS workspaces), fragmentation.
 
-A layout: `gpus` data-parallel ranks; weights, gradients and optimiser state are sharded over `shard` of them
-(replicated gpus / shard times); expert parallelism is taken from the shard ranks, as torchtitan does, so that a rank
-computes num_experts / expert_parallel experts of each layer, whose weights the shard / expert_parallel ranks share.
+A layout has `gpus` data-parallel ranks. Weights, gradients and optimiser state are sharded over `shard` of them and
+replicated gpus / shard times. Expert-parallel ranks are a subset of the shard ranks, as in torchtitan: a rank computes
+num_experts / expert_parallel experts of each layer, and shard / expert_parallel ranks shard the weights of those.
 
 Source: ZeRO stage 3 (arXiv 1910.02054) for sharding.
 """
@@ -33,12 +33,12 @@ from model.transformer import NucleusTransformer
 
 FP32 = 4
 EXPERTS = ".img_mlp.experts."  # in the names of routed experts
-ROUTER = ".img_mlp.gate."  # whole on every rank
+ROUTER = ".img_mlp.gate."  # in the names of routers; every rank stores a full copy
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a stage is laid out; `checkpointing` is "none", "selective" or "full" (model/train/activation.py)."""
+    """Parallelism degrees of a stage. `checkpointing` is "none", "selective" or "full" (model/train/activation.py)."""
 
     gpus: int
     shard: int
@@ -47,17 +47,17 @@ class Layout:
     checkpointing: str
 
     def check(self, num_experts: int, stage: StageConfig) -> None:
-        """Raises ValueError, with the arithmetic, when the degrees do not divide."""
-        for what, whole, name, part in (
+        """Raises ValueError if a degree does not divide what it splits; the message shows the division."""
+        for what, total, name, part in (
             ("GPUs", self.gpus, "shard", self.shard),
             ("shard ranks", self.shard, "expert_parallel", self.expert_parallel),
             ("num_experts", num_experts, "expert_parallel", self.expert_parallel),
             (f"{stage.name}: batch_size", stage.batch_size, "GPUs", self.gpus),
             (f"{stage.name}: samples per GPU and step", stage.batch_size // self.gpus, "micro_batch", self.micro_batch),
         ):
-            if part < 1 or whole < 1 or whole % part:
-                rest = remainder(whole, part) if part > 0 else f"{name} is under 1"
-                raise ValueError(f"{what} {whole} must be a multiple of {name} {part}: {rest}")
+            if part < 1 or total < 1 or total % part:
+                rest = remainder(total, part) if part > 0 else f"{name} is under 1"
+                raise ValueError(f"{what} {total} must be a multiple of {name} {part}: {rest}")
 
     def __str__(self) -> str:
         degrees = f"shard {self.shard}, replicas {self.gpus // self.shard}, expert parallel {self.expert_parallel}"
@@ -67,8 +67,8 @@ class Layout:
 class Shapes:
     """Parameter counts of a configuration, from the real module on the meta device.
 
-    `total`, `frozen`, `experts` (routed), `muon`, `adamw` and `trained` (by optimiser, all of them) are parameters;
-    `newton_schulz_flops` are of one iteration on every matrix.
+    `total`, `frozen`, `experts` (routed), `muon`, `adamw` and `trained` (a dict by optimiser) count parameters.
+    `newton_schulz_flops` counts one iteration on every Muon matrix.
     """
 
     def __init__(self, config: TransformerConfig, matrices: str = "muon"):
@@ -91,8 +91,10 @@ class Shapes:
             self.newton_schulz_flops += count * (4 * m * m * n + 2 * m**3)  # see `newton_schulz`
 
     def per_gpu(self, layout: Layout, group: str | None = None, prefix: str = "") -> int:
-        """Parameters that a rank stores, of one optimiser (a name in OPTIMIZERS) or all, padded as FSDP2 does; of those
-        whose name starts with `prefix`."""
+        """Parameters that a rank stores, with FSDP2's padding.
+
+        `group` selects the parameters of one optimiser (a name in OPTIMIZERS), `prefix` those whose name starts with it.
+        """
         names = [n for n in self.shapes if n.startswith(prefix) and (group is None or self.group.get(n) == group)]
         return sum(_sharded(name, self.shapes[name], layout) for name in names)
 
@@ -100,8 +102,8 @@ class Shapes:
         return sum(self.per_gpu(layout, group, prefix) for group in self.trained)
 
     def units(self, layout: Layout) -> tuple[int, list[tuple[int, int]]]:
-        """Parameters of FSDP's units as a rank gathers them, without routers: (those outside of blocks, [(a block's, its
-        experts')])."""
+        """Parameters that a rank gathers for each FSDP unit, without routers: (the unit outside of blocks, [(a block's
+        dense unit, the unit of its local experts), ...])."""
         ends, blocks = 0, [[0, 0] for _ in range(self.layers)]
         for name, shape in self.shapes.items():
             if not name.startswith("transformer_blocks."):
@@ -114,7 +116,7 @@ class Shapes:
 
 
 def _sharded(name: str, shape: tuple[int, ...], layout: Layout) -> int:
-    """Elements of a parameter that a rank holds: FSDP2 pads rows, and experts are cut as in model.train.parallelize."""
+    """Elements of a parameter that a rank stores. FSDP2 pads rows; experts are sharded as in model.train.parallelize."""
     if ROUTER in name:
         return math.prod(shape)
     if EXPERTS not in name:
@@ -126,7 +128,7 @@ def _sharded(name: str, shape: tuple[int, ...], layout: Layout) -> int:
 
 
 class Moment(NamedTuple):
-    """Bytes by part on one rank at one moment of a step; see `moments`."""
+    """Bytes by part on one rank at one moment of a step. See `moments` for the parts."""
 
     name: str
     parts: dict[str, int]
@@ -142,21 +144,22 @@ def moments(
     """The moments of a training step at which memory can peak, in order.
 
     weights, optimizer_muon, optimizer_adamw: fp32; see `OPTIMIZERS` for the number of state tensors.
-    gradients: fp32, those that are complete.
-    activations: what is kept for the backward, the inputs, and copies of weights that autocast made.
-    workspace: what the block, the loss, the sum over replicas or the optimiser takes in passing.
-    gathered_weights: FSDP's units in the compute type: those outside of blocks, a block's, its experts', and in the
-        backward the next block's, under way.
-    gathered_gradients: the fp32 copy of a unit's gradients that is being reduced.
-    all_to_all: rows sent and received, E C B each of width D.
+    gradients: fp32, complete ones.
+    activations: tensors saved for the backward, inputs, and autocast's copies of weights.
+    workspace: temporary tensors of the block, the loss, the sum over replicas or the optimiser.
+    gathered_weights: FSDP units in the compute type: the one outside of blocks, the current block's, its experts', and
+        in the backward the next block's, which is prefetched.
+    gathered_gradients: the fp32 copy of a unit's gradients during its reduce-scatter.
+    all_to_all: rows sent and rows received by expert parallelism, E C B rows of width D each.
 
     Args:
-        step: `sharded` and `checkpointing` are the layout's. `accumulate`: there are several micro-batches in a step.
-        device: where the optimiser runs, "cpu" or (as on an accelerator) "meta": see `muon_workspace`.
+        step: `batch`, `sharded` and `checkpointing` are taken from the layout. `accumulate`: a step has several
+            micro-batches.
+        device: "cpu", or "meta" for an optimiser that runs on an accelerator; see `muon_workspace`.
     """
     layers, sharded = range(config.num_layers), layout.shard > 1
     accumulate = step.accumulate
-    # FSDP frees whole gradients after each micro-batch: only their shards are added up.
+    # FSDP frees unsharded gradients after each micro-batch and accumulates only their shards.
     step = replace(
         step,
         batch=layout.micro_batch,
@@ -168,8 +171,8 @@ def moments(
     ends, blocks = end_bytes(config, step), [block_bytes(config, layer, step) for layer in layers]
     outside, units = shapes.units(layout)
     rows = [_row_bytes(config, layer, step) if layout.expert_parallel > 1 else 0 for layer in layers]
-    # Selective checkpointing saves what communication brought, in both directions.
-    kept_rows = [2 * of_layer if step.checkpointing == "selective" else 0 for of_layer in rows]
+    # Selective checkpointing saves the outputs of both all-to-alls.
+    kept_rows = [2 * row_bytes if step.checkpointing == "selective" else 0 for row_bytes in rows]
     all_gradients = FP32 * shapes.trainable_per_gpu(layout)
     state = {
         "weights": FP32 * shapes.per_gpu(layout),
@@ -180,25 +183,25 @@ def moments(
     def gathered(*sizes: int) -> int:
         return element * sum(sizes, outside) if sharded else 0
 
-    found = []
-    passed = 0
+    result = []
+    saved = 0
     for i in layers:
         parts = {
             "gradients": all_gradients if accumulate else 0,
-            "activations": ends.before + passed,
+            "activations": ends.before + saved,
             "workspace": blocks[i].forward_peak,
             "gathered_weights": gathered(*units[i]),
             "all_to_all": 2 * rows[i],
         }
-        found.append(Moment(f"forward of block {i}", state | parts))
-        passed += blocks[i].entered + kept_rows[i]
+        result.append(Moment(f"forward of block {i}", state | parts))
+        saved += blocks[i].entered + kept_rows[i]
     parts = {
         "gradients": all_gradients if accumulate else 0,
-        "activations": ends.before + passed,
+        "activations": ends.before + saved,
         "workspace": ends.tail_peak - ends.before,
         "gathered_weights": gathered(),
     }
-    found.append(Moment("loss", state | parts))
+    result.append(Moment("loss", state | parts))
 
     left = complete = 0
     kept = sum(block.kept for block in blocks) + sum(kept_rows)
@@ -212,7 +215,7 @@ def moments(
             "gathered_gradients": FP32 * reduced,
             "all_to_all": 2 * rows[i],
         }
-        found.append(Moment(f"backward of block {i}", state | parts))
+        result.append(Moment(f"backward of block {i}", state | parts))
         kept -= blocks[i].kept + kept_rows[i]
         left += blocks[i].left
         prefix = f"transformer_blocks.{i}."
@@ -224,19 +227,19 @@ def moments(
         "gathered_weights": gathered(),
         "gathered_gradients": FP32 * outside if sharded else 0,
     }
-    found.append(Moment("backward of the embeddings", state | parts))
+    result.append(Moment("backward of the embeddings", state | parts))
 
     state["gradients"] = all_gradients
     if layout.gpus > 1 and not sharded:
-        found.append(Moment("sum over replicas", state | {"workspace": all_gradients}))
+        result.append(Moment("sum over replicas", state | {"workspace": all_gradients}))
     degrees = layout.shard, layout.expert_parallel
     workspace = muon_workspace(config, ns_steps, device, *degrees) if shapes.muon else 0
-    found.append(Moment("optimiser step", state | {"workspace": workspace}))
-    return found
+    result.append(Moment("optimiser step", state | {"workspace": workspace}))
+    return result
 
 
 def _row_bytes(config: TransformerConfig, layer: int, step: Step) -> int:
-    """Bytes of the rows that block `layer`'s experts take of a micro-batch."""
+    """Bytes of the rows that the experts of block `layer` select from a micro-batch; 0 for a dense block."""
     if not config.is_moe_layer(layer):
         return 0
     rows = config.num_experts * config.capacity(layer, step.tokens) * step.batch

@@ -1,11 +1,11 @@
-"""What one block and what everything else keep of a training step, and need in passing: bytes, from shapes alone.
+"""Activation memory of one block, and of the rest of the model, in a training step: bytes, from shapes alone.
 
-Nothing is counted by hand: the model's own forward, loss and backward run on fake tensors (shapes and types without
-memory), with one block and with none, and every storage that an operation makes is followed until it is freed.
+The model's own forward, loss and backward run on fake tensors (shapes and types without memory), with one block and with
+none. A dispatch mode follows every storage from its allocation until it is freed.
 
-The code path is an accelerator's eager one: no function of cpu_ops, fused attention, plain functions in place of Triton
-kernels. torch.compile and the kernels keep less. What a library takes inside an operation (cuBLAS workspaces, NCCL) is
-not seen, nor is fragmentation.
+The code path is the eager one of an accelerator: fused attention, no CPU functions, plain functions in place of Triton
+kernels. torch.compile and the kernels save less. Memory inside an operation (cuBLAS workspaces, NCCL) is not seen, nor is
+fragmentation.
 
 Shape suffixes: B batch, S image tokens, T text tokens, C channels of a token, D width, E experts.
 """
@@ -35,13 +35,13 @@ from model.transformer import NucleusTransformer, RouterTrace
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operations made and that are still alive, and the most since the last `mark`."""
+    """Bytes of live storages that operations allocated, and their peak since the last `mark`."""
 
     def __init__(self, known: Iterator[torch.Tensor] = ()):
         super().__init__()
         self.live = self.peak = 0
         self._sizes: dict[int, int] = {}
-        self._known = [tensor.untyped_storage() for tensor in known]  # held, so that no other takes their place
+        self._known = [tensor.untyped_storage() for tensor in known]  # kept alive, so that no address is reused
         self._known_ids = {storage._cdata for storage in self._known}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -52,7 +52,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def mark(self) -> tuple[int, int]:
-        """(bytes now, the most since the last mark)."""
+        """(bytes now, peak since the last mark)."""
         peak, self.peak = self.peak, self.live
         return self.live, peak
 
@@ -70,31 +70,34 @@ class LiveBytes(TorchDispatchMode):
 
 
 class BlockBytes(NamedTuple):
-    """Bytes of one block, over what was there before it."""
+    """Bytes that one block adds to the memory already in use."""
 
-    entered: int  # after its forward, while autocast still holds its copies of weights
-    kept: int  # from its forward for its backward
+    entered: int  # after its forward, while autocast still caches its copies of weights
+    kept: int  # saved by its forward for its backward
     forward_peak: int
-    backward_peak: int  # with `kept`
-    gradients: int  # of its weights: there after its backward, where they were not before
-    left: int  # of the rest, after its backward: the routing that the loss looked at
+    backward_peak: int  # includes `kept`
+    gradients: int  # of its weights, if its backward allocates them
+    left: int  # after its backward, without gradients: the router trace that the loss reads
 
 
 class EndBytes(NamedTuple):
-    """Bytes of everything but blocks: inputs, embeddings, output and loss."""
+    """Bytes of everything outside of blocks: inputs, embeddings, output and loss."""
 
     before: int  # when the first block starts
     tail_peak: int  # from the last block's forward to its backward
     during: int  # when the last block's backward starts
     after: int  # when the first block's backward has ended
-    head_peak: int  # from there to the end
-    gradients: int  # of its weights, where they were not before
+    head_peak: int  # from then to the end
+    gradients: int  # of the weights outside of blocks, if the backward allocates them
 
 
 @dataclass(frozen=True)
 class Step:
-    """One forward and backward of a micro-batch. `sharded`: FSDP casts weights, and frees their gradients itself;
-    otherwise autocast casts. `accumulate`: gradients are there already, and are added to."""
+    """One forward and backward of a micro-batch.
+
+    `sharded`: FSDP casts weights and frees their unsharded gradients; otherwise autocast casts. `accumulate`: gradients
+    exist already and are added to.
+    """
 
     batch: int
     tokens: int
@@ -121,7 +124,7 @@ def end_bytes(config: TransformerConfig, step: Step) -> EndBytes:
 
 
 def block_bytes(config: TransformerConfig, layer: int, step: Step) -> BlockBytes:
-    """Of block `layer`: a whole step with it alone, less a step without any block."""
+    """Bytes of block `layer`: a step of a model with only this block, minus a step of one without blocks."""
     return _block_bytes(_with_one_block(config, layer), step)
 
 
@@ -147,7 +150,7 @@ def _with_one_block(config: TransformerConfig, layer: int) -> TransformerConfig:
 
 
 class _Marker(nn.Module):
-    """Takes a block's place, passes its input on, and calls back in the forward and in the backward."""
+    """An identity block that calls `forward` in the forward pass and `backward` in the backward pass."""
 
     def __init__(self, forward: Callable[[], None], backward: Callable[[], None]):
         super().__init__()
@@ -171,13 +174,16 @@ class _Mark(torch.autograd.Function):
 
 
 def _run(config: TransformerConfig, step: Step, blocks: bool) -> dict[str, tuple[int, int]]:
-    """(bytes, most since the mark before) at: enter and exit of the block's forward, leave (the loss's backward has
-    reached it), return (it has passed it), end; and the gradients that there are then. Inputs count, weights do not."""
+    """(bytes, peak since the previous mark) by mark. Inputs count, weights do not.
+
+    enter, exit: before and after the block's forward. leave, return: before and after its backward. end: after the
+    step. gradients: bytes of the gradients that the step allocated.
+    """
     marks: dict[str, tuple[int, int]] = {}
     with FakeTensorMode():
         model = NucleusTransformer(config)
         if step.sharded:
-            _as_fsdp_casts(model, step.dtype)
+            _cast_as_fsdp(model, step.dtype)
         if step.checkpointing != "none":
             from model.train.activation import activation_config  # imports torchtitan
 
@@ -205,8 +211,8 @@ def _run(config: TransformerConfig, step: Step, blocks: bool) -> dict[str, tuple
     return marks
 
 
-def _as_fsdp_casts(model: NucleusTransformer, dtype: torch.dtype) -> None:
-    """Weights as `model.train.parallelize` gathers them: in `dtype`, routers in fp32."""
+def _cast_as_fsdp(model: NucleusTransformer, dtype: torch.dtype) -> None:
+    """Casts weights to the types in which `model.train.parallelize` gathers them: `dtype`, and fp32 for routers."""
     routers = [block.img_mlp.gate for block in model.transformer_blocks if block.moe_enabled]
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -216,8 +222,8 @@ def _as_fsdp_casts(model: NucleusTransformer, dtype: torch.dtype) -> None:
 
 
 def _train(model: NucleusTransformer, config: TransformerConfig, step: Step) -> Any:
-    """A step of `NucleusTrainer.forward_backward_step` on made-up data. Returns the tensors that the trainer keeps alive
-    for the step."""
+    """The work of `NucleusTrainer.forward_backward_step` on zeros. Returns the tensors that the trainer keeps alive until
+    the end of the step."""
     B, S, T, patch = step.batch, step.tokens, step.text_tokens, config.patch_size
     rows = math.isqrt(S)
     while S % rows:
@@ -247,22 +253,23 @@ def _train(model: NucleusTransformer, config: TransformerConfig, step: Step) -> 
 def muon_workspace(
     config: TransformerConfig, ns_steps: int, device: str, shard: int = 1, expert_parallel: int = 1
 ) -> int:
-    """Bytes that Muon's step takes in passing on the first of `shard` ranks: updates, matrices on their way to their
-    owners and back, and Newton-Schulz. On "cpu", in fp32, or on "meta" as on an accelerator, in bf16."""
+    """Bytes of temporary tensors in Muon's step on the first of `shard` ranks: updates, matrices sent to their owners and
+    back, and Newton-Schulz. `device` is "cpu" (fp32), or "meta" for an accelerator (bf16)."""
     with contextlib.ExitStack() as stack:
         if shard == 1:
-            kind = Muon
+            optimizer_class = Muon
             with torch.device("meta"):
                 model = NucleusTransformer(config)
         else:
             from model.train.fake_ranks import first_rank_of  # imports torchtitan
             from model.train.sharded_muon import ShardedMuon
 
-            kind, model = ShardedMuon, stack.enter_context(first_rank_of(shard, expert_parallel, config))
+            optimizer_class = ShardedMuon
+            model = stack.enter_context(first_rank_of(shard, expert_parallel, config))
         if device == "cpu":
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # the layout is known from meta tensors
         named = [(name, nn.Parameter(_like(p, device))) for name, p in parameter_groups(model)["muon"]]
-        muon = kind(named, ns_steps=ns_steps)
+        muon = optimizer_class(named, ns_steps=ns_steps)
         known = []
         for _, parameter in named:
             parameter.grad, buffer = _like(parameter, device), _like(parameter, device)
@@ -274,7 +281,7 @@ def muon_workspace(
 
 
 def _like(tensor: torch.Tensor, device: str) -> torch.Tensor:
-    """A tensor of the same shape that lies on the same ranks, on another device."""
+    """An empty tensor with the shape and sharding of `tensor`, on another device."""
     local = torch.empty(local_part(tensor).shape, device=device)
     if not isinstance(tensor, DTensor):
         return local

@@ -1,16 +1,16 @@
-"""What a recipe needs before it is started: memory, time, cost, and a layout that fits.
+"""Estimates the memory, time and cost of training a recipe, and suggests a layout that fits.
 
     python -m model.plan recipes/nucleus_17b.yaml --gpus 64 --gpu h100 [--mfu 0.35] [--cost-per-gpu-hour 2.5]
                          [--network-gbps 400]
 
-Every number is arithmetic on shapes (of the model on the meta device), on the recipe and on data sheets; memory is
-model/plan/memory.py's, which says what a layout is and what it leaves out.
+Every number is computed from the model's shapes (on the meta device), the recipe and data sheets. model/plan/memory.py
+estimates memory, defines a layout and lists what the estimate leaves out. See docs/decisions/planner.md.
 
 Units: bytes, FLOPs (one multiply-add is 2), seconds; GB is 1e9 bytes. Letters: B samples of a micro-batch, S image
 tokens, T text tokens, D width, J text width, N and K query and key-value heads, H head dim, E experts, C capacity
-(tokens an expert takes of each sample: known ahead, as experts choose), F expert hidden, I dense inner width.
+(tokens that an expert takes of each sample; fixed, since experts choose tokens), F expert hidden, I dense inner width.
 
-Source of FLOPs of matrix products and MFU: PaLM (arXiv 2204.02311, appendix B: recomputation does not count).
+Source of the FLOPs of matrix products and of MFU: PaLM (arXiv 2204.02311, appendix B: recomputation does not count).
 """
 
 from __future__ import annotations
@@ -39,20 +39,21 @@ from model.ranks import micro_batch as micro_batch_of
 from model.recipe_yaml import read_recipe
 
 TEXT_TOKENS = 512  # captions of up to 200 words and the chat template; the pipeline's limit is 1024
-USABLE = 0.9  # of a card's memory; the rest is for the CUDA context, NCCL, cuBLAS and fragmentation
-NODE = 8  # GPUs of a node, joined by NVLink, each with a link of its own to other nodes
+USABLE = 0.9  # share of a GPU's memory; the rest is for the CUDA context, NCCL, cuBLAS and fragmentation
+NODE = 8  # GPUs per node, connected by NVLink; each has its own network link to other nodes
 NOTE = (
-    "Memory is that of eager code without Triton kernels, checked on small models against measured peaks "
-    "(benchmarks/memory.py); torch.compile and the kernels need less. Times are FLOPs at the MFU that you give: "
-    "nothing here was measured on these GPUs. Network, own memory, input, checkpoints and samples have no term in "
-    "them: give an MFU that is reached with all of these."
+    "Memory is estimated for eager code without Triton kernels and was checked against measured peaks of small models "
+    "(benchmarks/memory.py); torch.compile and the kernels need less. Times are FLOPs at the given MFU; nothing was "
+    "measured on these GPUs. Times contain no separate terms for network, GPU memory traffic, data loading, checkpoints "
+    "and sampling: choose an MFU that includes them."
 )
 TOKEN_CHOICE_NOTE = (
-    "Token choice is planned at its limit of tokens per expert, or without one at an even load: the fullest expert of a "
-    "batch sets the rows of all, so that memory and time grow with it."
+    "Token choice is planned at its limit of tokens per expert, or at an even load if it has no limit: the most loaded "
+    "expert of a batch sets the number of rows of all experts, and memory and time grow with it."
 )
 DIST_MUON_NOTE = (
-    "Muon's memory is that of our own implementation: torchtitan's keeps two buffers of a block's matrices."
+    "Muon's memory is estimated for this project's implementation; torchtitan's allocates two buffers of a block's "
+    "matrices."
 )
 CHECKPOINTING = ("none", "selective", "full")  # from most memory to least
 
@@ -62,9 +63,9 @@ class Gpu:
     name: str
     flops: float  # dense bf16 tensor-core peak per second, without sparsity
     memory: float  # bytes
-    bandwidth: float  # bytes per second to its own memory
-    network: float  # bytes per second, each way, of its link to other nodes
-    nvlink: float  # bytes per second, each way, to the other GPUs of its node
+    bandwidth: float  # bytes per second to GPU memory
+    network: float  # bytes per second and direction, to other nodes
+    nvlink: float  # bytes per second and direction, to the other GPUs of the node
     source: str
 
 
@@ -78,22 +79,22 @@ GPUS = {
 
 
 def active_parameters(shapes: Shapes, config: TransformerConfig, tokens: int) -> int:
-    """Parameters that act on one image token: all but routed experts, and the E C / S experts a token meets on average.
+    """Parameters that process one image token: all but routed experts, plus the E C / S experts of an average token.
 
-    Includes what acts once per sample (modulation, timestep) or on text (its projections), as "17B, about 2B" does.
+    Includes parameters that run once per sample (modulation, timestep) or on text, as "17B, about 2B active" does.
     """
     expert = 3 * config.width * config.moe_intermediate_dim
-    met = sum(config.num_experts * config.capacity(layer, tokens) / tokens for layer in _moe_layers(config))
-    return round(shapes.total - shapes.experts + met * expert)
+    experts = sum(config.num_experts * config.capacity(layer, tokens) / tokens for layer in _moe_layers(config))
+    return round(shapes.total - shapes.experts + experts * expert)
 
 
 def forward_flops(
     config: TransformerConfig, tokens: int, text_tokens: int, batch: int = 1, fp32: bool = False
 ) -> dict[str, int]:
-    """FLOPs by part of a forward pass of `batch` samples: the matrix products; element-wise work is left out.
+    """FLOPs of a forward pass of `batch` samples, by part. Counts matrix products, not element-wise operations.
 
-    attention: scores and values, 4 S (S + T) N H a sample; experts: 6 E C D F at the capacity factors; the other
-    parts are 2 x weights x rows. `fp32`: text K/V as one product where `Block.text_kv` does so.
+    attention: scores and values, 4 S (S + T) N H per sample; experts: 6 E C D F at the capacity factors; all other
+    parts: 2 x weights x rows. `fp32`: text K/V use one fused product wherever `Block.text_kv` does.
     """
     c, S, T = config, tokens, text_tokens
     D, J, E, F, L = c.width, c.joint_attention_dim, c.num_experts, c.moe_intermediate_dim, c.num_layers
@@ -123,18 +124,19 @@ def traffic(
     element: int,
     activations: int,
 ) -> dict[str, int]:
-    """Bytes of one rank per optimiser step: sent over the network, and read or written in its own memory.
+    """Bytes that one rank sends over the network, and reads or writes in GPU memory, per optimiser step.
 
-    Network, ring formulas: each accumulation step gathers weights twice (forward, backward) and reduces fp32
-    gradients once, (n-1)/n of a block's size over n ranks; replicas all-reduce once a step; the experts' rows
-    travel there and back in the forward, the backward and the recomputation, (ep-1)/ep of them to other ranks.
-    Of these, `between_nodes` pass a GPU's own link: neighbours in the order replicas, shard, ep (torchtitan's) share a
-    node, so that a ring enters it once for all of its ranks there, while rows go straight to the expert's rank
-    (`between_nodes_rows` of them leave the node).
-    Memory, a floor: weights are read by each pass (the backward twice), kept activations written and read once, and
-    the optimiser reads and writes weights and state (16 bytes a Muon parameter and 24 an AdamW one) and reads gradients.
+    Network, by ring formulas: each accumulation step all-gathers weights twice (forward, backward) and reduce-scatters
+    fp32 gradients once, (n-1)/n of a block's size over n ranks; replicas all-reduce once per step. Expert parallelism
+    sends rows to the experts and back in the forward, the backward and the recomputation; (ep-1)/ep of them go to other
+    ranks. `between_nodes` is the traffic through a GPU's link to other nodes. Ranks are placed in torchtitan's order
+    (replicas, shard, ep), so a ring enters a node once for all of its ranks there, while rows go directly to the
+    expert's rank (`between_nodes_rows` of them leave the node).
+    Memory, a lower bound: each pass reads the weights (the backward twice), saved activations are written and read once,
+    and the optimiser reads gradients and reads and writes weights and state (16 bytes per Muon parameter, 24 per AdamW
+    parameter).
     """
-    local, again = stage.batch_size // layout.gpus, layout.checkpointing == "full"
+    local, recompute = stage.batch_size // layout.gpus, layout.checkpointing == "full"
     micro_steps = local // layout.micro_batch
     shard, ep, replicas = layout.shard, layout.expert_parallel, layout.gpus // layout.shard
     dense, experts = shapes.total - shapes.experts, shapes.experts // ep
@@ -142,10 +144,10 @@ def traffic(
     over_network = sum(size for size, _, _ in rings)
     all_reduced = 2 * shapes.per_gpu(layout) * (replicas - 1) / replicas
     rows = sum(config.num_experts * config.capacity(i, tokens) for i in _moe_layers(config))
-    rows_sent = local * rows * config.width * element * (4 + 2 * again)
+    rows_sent = local * rows * config.width * element * (4 + 2 * recompute)
 
     def entering(size: float, ranks: int, stride: int) -> float:
-        together = max(1, NODE // stride)  # of the ring's ranks, in one node
+        together = max(1, NODE // stride)  # ranks of the ring in one node
         return size / together if ranks > together else 0.0
 
     between = micro_steps * (2 * element + FP32) * sum(entering(*ring) for ring in rings)
@@ -158,7 +160,7 @@ def traffic(
         "network_all_to_all": round(rows_sent * (ep - 1) / ep),
         "between_nodes": round(between),
         "between_nodes_rows": round(rows_between),
-        "memory_weights": micro_steps * element * (dense + experts) * (3 + again),
+        "memory_weights": micro_steps * element * (dense + experts) * (3 + recompute),
         "memory_activations": micro_steps * 2 * activations,
         "memory_optimizer": FP32 * updated,  # weights and state read and written, gradients read
     }
@@ -176,29 +178,32 @@ def plan_stage(
     cost_per_gpu_hour: float | None = None,
     text_tokens: int = TEXT_TOKENS,
 ) -> dict[str, Any]:
-    """Everything about one stage, as plain numbers (bytes, FLOPs, seconds, days, and the price's currency).
+    """The plan of one stage, as plain numbers (bytes, FLOPs, seconds, days, and the price's currency).
 
-    step time = 3 x forward FLOPs / (gpus x peak x mfu): the backward is twice the forward; recomputation and the
-    optimiser are in `hardware_flops` but not in MFU's definition, which they lower. It has no term for what is moved:
-    the two floors stand beside it, and a step is no shorter than the longest of the three. `exposed_rows_s` is the time in
-    which the experts' rows travel and only the shared expert computes: the next product needs them, where weights and
-    gradients of other blocks travel while one computes. Image tokens are those of the
-    square bucket; other shapes differ by about 1 to 2 percent. The peak is bf16's, whatever the recipe computes in.
-    Raises ValueError: degrees that do not divide, sizes that do not tile, or an MFU or price out of range."""
-    config, tokens = _of_stage(model, stage)
+    step time = 3 x forward FLOPs / (gpus x peak x mfu), as the backward takes twice the FLOPs of the forward. Recomputation
+    and the optimiser count in `hardware_flops`, not in MFU. Step time contains no term for data transfer; the memory and
+    network floors are lower bounds of their own, and a step takes at least the longest of the three. `exposed_rows_s` is
+    the communication time of the experts' rows that the shared expert's computation does not hide; transfers of weights
+    and gradients overlap with the computation of other blocks. Image tokens are those of the square bucket; other aspect
+    ratios differ by about 1 to 2 percent. The peak is bf16's, also if the recipe trains in fp32.
+
+    Raises:
+        ValueError: degrees that do not divide, sizes that do not tile, or an MFU or price out of range.
+    """
+    config, tokens = _stage_model(model, stage)
     layout.check(config.num_experts, stage)
     price = cost_per_gpu_hour
     if not 0 < mfu <= 1 or text_tokens < 1 or (price is not None and not 0 <= price < math.inf):
-        valid = f"mfu={mfu} must lie in (0, 1], text_tokens={text_tokens} be 1 or more"
-        raise ValueError(f"{valid}, cost_per_gpu_hour={price} be 0 or more")
+        valid = f"mfu={mfu} must be in (0, 1], text_tokens={text_tokens} at least 1"
+        raise ValueError(f"{valid}, cost_per_gpu_hour={price} at least 0")
     element = 2 if train.dtype == "bfloat16" else FP32
-    found = _moments(shapes, config, train, stage, layout, tokens, text_tokens)
-    peak = max(found, key=lambda moment: moment.total)
+    step_moments = _moments(shapes, config, train, stage, layout, tokens, text_tokens)
+    peak = max(step_moments, key=lambda moment: moment.total)
     micro = forward_flops(config, tokens, text_tokens, layout.micro_batch, fp32=element == FP32)
     forward = {part: flops * (stage.batch_size // layout.micro_batch) for part, flops in micro.items()}
     total = 3 * sum(forward.values())
     newton_schulz = train.optim.muon_ns_steps * shapes.newton_schulz_flops * (layout.gpus // layout.shard)
-    activations = max(moment.parts.get("activations", 0) for moment in found)
+    activations = max(moment.parts.get("activations", 0) for moment in step_moments)
     moved = traffic(shapes, config, layout, stage, tokens, element, activations)
     step_s = total / (layout.gpus * gpu.flops * mfu)
     rows_s = moved["between_nodes_rows"] / gpu.network
@@ -261,13 +266,13 @@ def suggest(
     gpu: Gpu,
     text_tokens: int = TEXT_TOKENS,
 ) -> Layout | None:
-    """The layout on as many GPUs that fits and is nearest to `asked` (sharding first, then expert parallelism, then
-    checkpointing), with the largest micro-batch; None if none fits."""
-    config, tokens = _of_stage(model, stage)
+    """The layout on the same number of GPUs that fits and is nearest to `asked` (sharding first, then expert parallelism,
+    then checkpointing), with the largest micro-batch; None if no layout fits."""
+    config, tokens = _stage_model(model, stage)
 
     def fits(layout: Layout) -> bool:
-        found = _moments(shapes, config, train, stage, layout, tokens, text_tokens)
-        return max(moment.total for moment in found) <= USABLE * gpu.memory
+        step_moments = _moments(shapes, config, train, stage, layout, tokens, text_tokens)
+        return max(moment.total for moment in step_moments) <= USABLE * gpu.memory
 
     divisors = lambda number: [i for i in range(1, number + 1) if number % i == 0]  # noqa: E731
     distance = lambda name: abs(CHECKPOINTING.index(name) - CHECKPOINTING.index(asked.checkpointing))  # noqa: E731
@@ -303,10 +308,10 @@ def plan(
     cost_per_gpu_hour: float | None = None,
     text_tokens: int = TEXT_TOKENS,
 ) -> dict[str, Any]:
-    """`plan_stage` of each stage, checkpoint sizes, and for a stage that does not fit a `suggestion` (or None).
+    """`plan_stage` of each stage, checkpoint sizes, and a `suggestion` (or None) for each stage that does not fit.
 
-    What is not given is the recipe's: ranks, replicas, expert_parallel, local_batch_size (at most a rank's share), and
-    activation_checkpointing. Raises ValueError as `plan_stage` does.
+    Arguments that are None come from the recipe: ranks, replicas, expert_parallel, local_batch_size (at most a rank's
+    share of the batch) and activation_checkpointing. Raises ValueError as `plan_stage` does.
     """
     gpus = train.nnodes * train.nproc_per_node if gpus is None else gpus
     if gpus < 1:
@@ -338,7 +343,7 @@ def plan(
         "mfu": mfu,
         "dtype": train.dtype,
         "parameters": {"total": shapes.total, **shapes.trained, "frozen": shapes.frozen},
-        # Tensors alone, without file headers. Full: weights and optimiser state, fp32.
+        # Bytes of tensors, without file headers. full: weights and optimiser state in fp32.
         "checkpoint_bytes": {
             "model_bf16": 2 * shapes.total,
             "model_fp32": FP32 * shapes.total,
@@ -356,7 +361,8 @@ def _moe_layers(config: TransformerConfig) -> list[int]:
     return [layer for layer in range(config.num_layers) if config.is_moe_layer(layer)]
 
 
-def _of_stage(model: TransformerConfig, stage: StageConfig) -> tuple[TransformerConfig, int]:
+def _stage_model(model: TransformerConfig, stage: StageConfig) -> tuple[TransformerConfig, int]:
+    """(the model with the stage's capacity factors, image tokens of the square bucket)."""
     tile = VAE_SCALE * model.patch_size
     if stage.image_size_px % tile:
         raise ValueError(f"{stage.name}: image_size_px={stage.image_size_px} must be a multiple of {tile}")
@@ -365,8 +371,8 @@ def _of_stage(model: TransformerConfig, stage: StageConfig) -> tuple[Transformer
 
 
 def _planned_routing(config: TransformerConfig) -> TransformerConfig:
-    """Token choice gives experts rows by the data, which only a run knows: see TOKEN_CHOICE_NOTE. Laid out like expert
-    choice, it takes as much then."""
+    """Replaces token choice, whose rows per expert depend on the data, by expert choice with the same number of rows; see
+    TOKEN_CHOICE_NOTE."""
     if config.routing.kind != "token_choice":
         return config
     limit, E = config.routing.expert_limit or 1.0, config.num_experts
@@ -384,9 +390,11 @@ def _validated(make: Callable[[], Any], where: str) -> Any:
 
 
 def load_sections(path: str | Path) -> tuple[TransformerConfig, TrainConfig]:
-    """The `model` and `train` sections of a recipe file; the other sections are neither needed nor checked.
+    """The `model` and `train` sections of a recipe file. Other sections are neither required nor checked.
 
-    Raises ValueError: no such file, not YAML, or a section that is missing or wrong (the key is named)."""
+    Raises:
+        ValueError: no such file, not YAML, or a missing or wrong section (the message names the key).
+    """
     data = read_recipe(path)
     if not {"model", "train"} <= data.keys():
         raise ValueError(f"{path} must have the sections model and train")
@@ -414,7 +422,7 @@ def _network_line(report: dict[str, Any], gpu: dict[str, Any], mfu: float) -> st
     if seconds <= report["step_s"]:
         return line
     reached = mfu * report["step_s"] / seconds
-    return f"{line}: IT MAY DOMINATE, an MFU of {reached:.2f} at most even if all of it is hidden"
+    return f"{line}: IT MAY DOMINATE, the MFU is at most {reached:.2f} even if computation hides all of it"
 
 
 def _stage_lines(report: dict[str, Any], gpu: dict[str, Any], mfu: float) -> list[str]:
@@ -432,11 +440,11 @@ def _stage_lines(report: dict[str, Any], gpu: dict[str, Any], mfu: float) -> lis
         f"({report['hardware_flops']:.3e} with recomputation and Newton-Schulz)",
         f"    of the forward: {shares}",
         "  bytes per step and GPU: " + ", ".join(f"{part} {_gb(value)}" for part, value in moved.items()),
-        f"  step {report['step_s']:.3f} s (own memory alone at least {report['memory_floor_s']:.3f} s), "
+        f"  step {report['step_s']:.3f} s (GPU memory traffic alone at least {report['memory_floor_s']:.3f} s), "
         f"{report['images_per_s']:,.0f} images/s, {_days(report)}",
         _network_line(report, gpu, mfu),
-        f"  of the network, exposed: about {report['exposed_rows_s']:.3f} s of experts' rows (less what the shared expert "
-        "hides)",
+        f"  exposed communication: about {report['exposed_rows_s']:.3f} s for experts' rows (minus the shared expert's "
+        "computation)",
     ]
 
 
@@ -458,12 +466,12 @@ def render(result: dict[str, Any]) -> str:
             lines += ["  a layout that fits:", *("  " + line for line in _stage_lines(fitting, gpu, result["mfu"]))]
         elif not report["fits"]:
             lines.append("  no micro-batch, checkpointing, sharding or expert-parallel degree fits on these GPUs")
-    asking = " (--cost-per-gpu-hour gives the cost)" if result["cost"] is None else ""
-    return "\n".join([*lines, "", f"all stages: {_days(result)}{asking}"])
+    hint = " (--cost-per-gpu-hour adds the cost)" if result["cost"] is None else ""
+    return "\n".join([*lines, "", f"all stages: {_days(result)}{hint}"])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command: 0, or 2 with one line on stderr when the recipe or the layout is wrong."""
+    """The command. Returns 0, or 2 with one line on stderr if the recipe or the layout is wrong."""
     parser = argparse.ArgumentParser(prog="python -m model.plan", description=f"Plan a recipe's training. {NOTE}")
     parser.add_argument("recipe", help="path of a recipe file, such as recipes/nucleus_17b.yaml")
     add = parser.add_argument
@@ -473,12 +481,17 @@ def main(arguments: list[str] | None = None) -> int:
     add("--expert-parallel", type=int, help="default: the recipe's")
     add("--micro-batch", type=int, help="samples per GPU and accumulation step (default: the recipe's)")
     add("--checkpointing", choices=CHECKPOINTING, help="default: the recipe's")
-    add("--mfu", type=float, default=0.35, help="share of the peak that model FLOPs reach")
+    add("--mfu", type=float, default=0.35, help="assumed share of the peak FLOP/s (model FLOPs utilisation)")
     add("--cost-per-gpu-hour", type=float)
-    add("--network-gbps", type=float, help="of each GPU's link to other nodes (default: the GPU's, see the first line)")
-    add("--text-tokens", type=int, default=TEXT_TOKENS, help="of a padded batch, template included")
+    add(
+        "--network-gbps",
+        type=float,
+        help="each GPU's bandwidth to other nodes (default: see the first line of the plan)",
+    )
+    add("--text-tokens", type=int, default=TEXT_TOKENS, help="padded text length of a batch, chat template included")
     for name, value in asdict(Corpus()).items():
-        add(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"of the corpus (default: {value:,})")
+        option = f"--{name.replace('_', '-')}"
+        add(option, type=type(value), default=value, help=f"property of the corpus (default: {value:,})")
     add("--json", action="store_true")
     options = vars(parser.parse_args(arguments))
     as_json, path, gpu = options.pop("json"), options.pop("recipe"), GPUS[options.pop("gpu")]

@@ -1,4 +1,4 @@
-"""NucleusTransformer in the place of diffusers' transformer in its own pipeline: for ablations, which that lacks."""
+"""NucleusTransformer as the transformer of diffusers' pipeline, for ablations that diffusers' class does not support."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from model.transformer import NucleusTransformer
 
 
 class PipelineTransformer(nn.Module):
-    """What `NucleusMoEImagePipeline` asks of its transformer, answered by ours. Text keys and values are not cached."""
+    """Wraps NucleusTransformer in the interface that `NucleusMoEImagePipeline` expects. Does not cache text K/V."""
 
     is_cache_enabled = False
 
@@ -33,6 +33,6 @@ class PipelineTransformer(nn.Module):
         return self.transformer.proj_out.weight.device
 
     def forward(self, *, attention_kwargs: Any = None, return_dict: bool = False, **inputs: Any) -> tuple[torch.Tensor]:
-        """`inputs` are those of NucleusTransformer, which diffusers' class names alike."""
+        """`inputs` are the arguments of NucleusTransformer, which have the names of diffusers' class."""
         assert not attention_kwargs and not return_dict
         return (self.transformer(**inputs),)

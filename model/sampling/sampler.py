@@ -1,4 +1,4 @@
-"""The project's own sampler: the Euler loop of diffusers' NucleusMoEImagePipeline, in one batched forward a step.
+"""Sampling: the Euler loop of diffusers' NucleusMoEImagePipeline, with one batched forward per step.
 
 noise [B,S,64], text [B,T,J], negative text --> text K, V once --> steps x (forward 2B, guidance, Euler)
 """
@@ -15,8 +15,8 @@ from model.transformer import NucleusTransformer
 
 
 def sigmas(steps: int, shift: float = 1.0) -> list[float]:
-    """Linear from 1 to 1/steps, then 0 (the released scheduler: no dynamic shifting), each s moved to
-    shift s / (1 + (shift - 1) s): above 1, more of the steps are spent near pure noise.
+    """The noise levels of the released scheduler (no dynamic shifting): linear from 1 to 1/steps, then 0, each s mapped to
+    shift s / (1 + (shift - 1) s). A shift above 1 spends more steps near pure noise.
 
     Raises:
         ValueError: steps < 1.
@@ -28,7 +28,7 @@ def sigmas(steps: int, shift: float = 1.0) -> list[float]:
 
 
 def guide(conditional: torch.Tensor, negative: torch.Tensor, guidance: float) -> torch.Tensor:
-    """Classifier-free guidance; each token is then rescaled to the conditional prediction's norm (as diffusers)."""
+    """Classifier-free guidance, with each token rescaled to the norm of the conditional prediction, as in diffusers."""
     combined = negative + guidance * (conditional - negative)
     return combined * (conditional.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
 
@@ -58,16 +58,16 @@ def sample_latents(
     """Normalised packed latents [B, S, 64] from the noise `latents`.
 
     Args:
-        text, negative: embeddings [B, T, J] and [B, T', J] (or [1, T', J]) as the pipeline feeds them; the
-            shorter is padded and masked. `negative` is not used, and may be None, with guidance <= 1.
-        text_mask, negative_mask: [B, T], true for real text; None if all is.
+        text, negative: embeddings [B, T, J] and [B, T', J] (or [1, T', J]) as the pipeline passes them; the
+            shorter is padded and masked. `negative` is unused, and may be None, with guidance <= 1.
+        text_mask, negative_mask: [B, T], true for real tokens; None if all are real.
         img_shape: (1, rows, columns) in patches.
-        on_step: called after each step with its number from 0 and the latents.
-        shift: of the scheduler (`sigmas`).
-        step_noise: CPU generator; with one, sampling is stochastic, as the scheduler's `stochastic_sampling`: each
-            step goes to the clean latents that it predicts and mixes fresh noise in.
+        on_step: called after each step with its number (from 0) and the latents.
+        shift: shift of the scheduler (`sigmas`).
+        step_noise: a CPU generator for stochastic sampling, the scheduler's `stochastic_sampling`: each step predicts
+            clean latents and mixes them with fresh noise. None: deterministic.
 
-    Equal to the pipeline's `output_type="latent"` with the same inputs, up to rounding.
+    Equals the pipeline's `output_type="latent"` for the same inputs, up to rounding.
 
     Raises:
         ValueError: steps < 1, or guidance without negative text.
@@ -99,8 +99,7 @@ def sample_latents(
         )
         if guided:
             prediction = guide(*prediction.chunk(2), guidance)
-        # The model predicts clean minus noise; the path runs from noise to clean as sigma falls. In fp32, as the
-        # scheduler's step.
+        # The model predicts clean minus noise, and sigma falls from noise to clean. In fp32, like the scheduler's step.
         if step_noise is None:
             latents = (latents.float() + (sigma - following) * prediction.float()).to(latents.dtype)
         else:

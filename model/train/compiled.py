@@ -1,4 +1,4 @@
-"""torch.compile, block by block: blocks of one kind share their kernels."""
+"""torch.compile for each block: blocks with the same code share compiled kernels. See docs/decisions/gpu.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from model.attention import PackedKeys
 
 
 def compile_blocks(model: torch.nn.Module, backend: str = "inductor") -> None:
-    """Compiles each block in place; what the compiler cannot take whole is an error when it first runs."""
+    """Compiles each block in place. A graph break raises an error on the first call."""
     for block in model.transformer_blocks.children():
         block.register_forward_pre_hook(_mark_lengths)
         block.compile(backend=backend, fullgraph=True)
@@ -16,8 +16,8 @@ def compile_blocks(model: torch.nn.Module, backend: str = "inductor") -> None:
 
 @torch._dynamo.disable
 def _mark_lengths(block: torch.nn.Module, inputs: tuple) -> None:
-    """Tells the compiler, of a block's inputs, that image and text tokens change in number: one set of kernels serves
-    every aspect ratio and text length, of which there are hundreds of pairs."""
+    """Marks the numbers of image and text tokens as dynamic, so that one set of kernels serves all pairs of aspect ratio
+    and text length, of which there are hundreds."""
     x_BSD, _, _, text, text_kv, (table_image, table_text), mask = inputs
     lengths = [(x_BSD, 1), (table_image, 0), (table_text, 0)]
     lengths += [(text[0], 1)] if text_kv is None else [(tensor, 1) for tensor in text_kv]

@@ -1,8 +1,8 @@
 """Makes torchtitan 0.3.0 run where there is no accelerator. model/train/__init__.py imports it first.
 
-torchtitan picks its device when `torchtitan.tools.utils` is imported, and takes "cuda" when it finds none. On a machine
-without an accelerator this module sets it to "cpu", with a device module that has the few functions that torchtitan calls
-(torch.cpu lacks them). With an accelerator it changes nothing.
+torchtitan chooses its device when `torchtitan.tools.utils` is imported, and chooses "cuda" if there is no accelerator. In
+that case this module sets the device to "cpu", with a device module that has the functions which torchtitan calls and
+torch.cpu lacks. With an accelerator it changes nothing. See docs/decisions/cpu.md.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from model.kernels.elementwise import keep_freed_memory
 
 import torchtitan.tools.utils as titan_utils
 
-# Timeout of collectives: longer than compiling the blocks, reading a large checkpoint, or a sample grid on rank 0 takes.
-# NCCL's default of 10 minutes may not be.
+# Timeout of collectives. It must exceed the time to compile the blocks, to read a large checkpoint, and to draw samples on
+# rank 0, which may take longer than NCCL's default of 10 minutes.
 PATIENCE = timedelta(minutes=30)
-CPU_PEAK_FLOPS = 1e11  # nominal: only scales the "mfu" that torchtitan logs
-# No reductions in NVLink switches (NVLSTree: over several nodes). Megatron-LM's deterministic mode excludes them too.
+CPU_PEAK_FLOPS = 1e11  # nominal; only scales the "mfu" that torchtitan logs
+# Excludes reductions in NVLink switches (NVLSTree: across nodes), as Megatron-LM's deterministic mode does.
 DETERMINISTIC_NCCL = "^NVLS,NVLSTree"
 
 
@@ -57,7 +57,7 @@ _CPU_MODULE = SimpleNamespace(
 if not torch.accelerator.is_available():
     assert "torchtitan.components.metrics" not in sys.modules, "import model.train.device before torchtitan"
     titan_utils.device_type, titan_utils.device_module = "cpu", _CPU_MODULE
-    titan_utils.get_peak_flops = lambda device_name: CPU_PEAK_FLOPS  # else it runs lspci, twice per trainer
+    titan_utils.get_peak_flops = lambda device_name: CPU_PEAK_FLOPS  # the original runs lspci twice per trainer
 
 DEVICE_TYPE: str = titan_utils.device_type
 
@@ -68,7 +68,7 @@ class _CpuStream(torch.cpu.Stream):
 
 
 def allow_dist_muon() -> None:
-    """Makes torchtitan's DistMuon run without an accelerator. It requires CUDA but uses only streams and events, which
+    """Makes torchtitan's DistMuon run without an accelerator. It checks for CUDA but uses only streams and events, which
     torch.cpu provides as no-ops."""
     if DEVICE_TYPE == "cpu":
         from torchtitan.distributed.flex_shard.dist_muon import DistMuon
@@ -79,14 +79,14 @@ def allow_dist_muon() -> None:
 
 @contextlib.contextmanager
 def training_session(deterministic: bool = False) -> Iterator[None]:
-    """A process group for one stage. Afterwards all global settings are restored, so that another stage can follow.
+    """Opens a process group for one stage. On exit it restores all global settings, so that another stage can follow.
 
-    `deterministic` restricts NCCL, which reads the environment when groups are created, to algorithms that reduce in a
-    fixed order, unless NCCL_ALGO is set.
+    `deterministic` restricts NCCL to algorithms that reduce in a fixed order, unless NCCL_ALGO is set. NCCL reads the
+    environment when a group is created.
 
-    Under torchrun (RANK and WORLD_SIZE are set) it joins that group; otherwise it creates a group of one, which needs
-    no address, port or environment. torchtitan also disables Python's garbage collector and multithreaded autograd, and
-    sets the global seed and deterministic algorithms.
+    Under torchrun (RANK and WORLD_SIZE are set) it joins that group; otherwise it creates a group with one rank, which
+    needs no address, port or environment. The settings to restore include those that torchtitan changes: Python's garbage
+    collector, multithreaded autograd, the global seed and deterministic algorithms.
     """
     environment = dict(os.environ)
     threads, collecting, rng_state = torch.get_num_threads(), gc.isenabled(), torch.get_rng_state()
@@ -96,13 +96,13 @@ def training_session(deterministic: bool = False) -> Iterator[None]:
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     owns_group, ended = not dist.is_initialized(), False
     if DEVICE_TYPE == "cpu":
-        keep_freed_memory()  # stays so: glibc cannot be asked for its former settings
+        keep_freed_memory()  # not restored: glibc cannot report its previous settings
     try:
         os.environ.setdefault("LOCAL_RANK", "0")
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, _usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         if owns_group:
-            # First: otherwise the new group would use device 0 on every rank.
+            # Before the group is created, which would otherwise use device 0 on every rank.
             titan_utils.device_module.set_device(titan_utils.get_local_device())
             if deterministic and DEVICE_TYPE != "cpu":
                 os.environ.setdefault("NCCL_ALGO", DETERMINISTIC_NCCL)
@@ -111,13 +111,13 @@ def training_session(deterministic: bool = False) -> Iterator[None]:
                 dist.init_process_group(backend, timeout=PATIENCE)
             else:
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        # torchtitan keeps a stack of device meshes per thread, which backward must see.
+        # torchtitan keeps a stack of device meshes per thread; backward must run in this thread to use it.
         with torch.autograd.set_multithreading_enabled(False):
             yield
         ended = True
     finally:
-        # After an error other ranks may be waiting for this one. Destroying an NCCL group would wait for them, and this
-        # process must exit for torch elastic to stop them.
+        # After an error, other ranks may wait for this one. Destroying an NCCL group would wait for them, but this process
+        # must exit before torch elastic stops them.
         if owns_group and dist.is_initialized() and (ended or dist.get_world_size() == 1):
             dist.destroy_process_group()
         torch.set_num_threads(threads)

@@ -1,14 +1,16 @@
-"""torchtitan's DistMuon, for the matrices that it can take of a model that FSDP shards.
+"""torchtitan's DistMuon, for those matrices of an FSDP model that it supports.
 
-    matrices [out, in], cut by rows        one owner each, as in `ShardedMuon`
-    gate and up [2 out, in], one on top    by blocks of rows: two matrices
-    experts [E, in, out], cut by expert    where they lie
+    matrices [out, in], sharded by rows          one owner rank each, as in `ShardedMuon`
+    gate and up [2 out, in], stacked by rows     two matrices, split into blocks of rows
+    experts [E, in, out], sharded by expert      each rank computes its own experts
 
-Not taken: `gate_up_proj` of the experts, whose two matrices lie side by side; experts whose own rows are cut; and, at
-the scale "spectral", `down_proj`, whose factor DistMuon would take from rows / columns = in / out. `ShardedMuon` keeps
-these. State and its names are the same, so a checkpoint of one goes on with the other. Between two matrices DistMuon
-overlaps exchange and computation, a block at a time; its iteration is Muon's own in bf16, and starts less tightly
-scaled than `model.optim.newton_schulz`.
+`ShardedMuon` keeps the rest: `gate_up_proj` of the experts, whose two matrices are stacked by columns; experts whose rows
+are sharded; and, with the scale "spectral", `down_proj`, for which DistMuon would compute the factor from
+rows / columns = in / out. Both optimisers use the same state names, so a checkpoint of one resumes with the other. DistMuon
+overlaps communication and computation, one block at a time. Its Newton-Schulz iteration runs in bf16, with a looser
+initial scaling than `model.optim.newton_schulz`.
+
+See docs/decisions/optimiser.md.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from torchtitan.distributed.flex_shard import BlockShard, BucketConfig, ComputeL
 
 
 def compute_layout(name: str, parameter: torch.Tensor, scale: str) -> ComputeLayout | None:
-    """Where DistMuon computes the updates of a parameter's matrices; None where it cannot take them."""
+    """The layout in which DistMuon computes a parameter's updates; None if it does not support the parameter."""
     if not isinstance(parameter, DTensor):
         return None
     packed, stacked = split_matrices(name, parameter)
@@ -39,8 +41,8 @@ def compute_layout(name: str, parameter: torch.Tensor, scale: str) -> ComputeLay
     if not axes or any(axes.values()):  # dims other than the first
         return None
     if not stacked:
-        how = Owned() if packed == 1 else BlockShard(dim=0, block_size=parameter.shape[0] // packed)
-        return ComputeLayout(dict.fromkeys(axes, how))
+        sharding = Owned() if packed == 1 else BlockShard(dim=0, block_size=parameter.shape[0] // packed)
+        return ComputeLayout(dict.fromkeys(axes, sharding))
     rows, columns = parameter.shape[-2:]
     if packed > 1 or update_scale(columns, rows, scale) != update_scale(rows, columns, scale):
         return None
@@ -48,16 +50,16 @@ def compute_layout(name: str, parameter: torch.Tensor, scale: str) -> ComputeLay
 
 
 def split(named: NamedParameters, scale: str) -> tuple[NamedParameters, NamedParameters]:
-    """(what DistMuon takes of Muon's parameters, what it leaves)."""
-    taken: NamedParameters = []
-    left: NamedParameters = []
+    """(Muon's parameters that DistMuon supports, the others)."""
+    supported: NamedParameters = []
+    others: NamedParameters = []
     for name, parameter in named:
-        (left if compute_layout(name, parameter, scale) is None else taken).append((name, parameter))
-    return taken, left
+        (others if compute_layout(name, parameter, scale) is None else supported).append((name, parameter))
+    return supported, others
 
 
 def dist_muon(group: dict[str, Any], optim: OptimConfig) -> torch.optim.Optimizer:
-    """DistMuon of one group {"params", "param_names"}, of parameters that `split` says it takes."""
+    """DistMuon for one group {"params", "param_names"}, all of which it supports (see `split`)."""
     allow_dist_muon()
     named = list(zip(group["param_names"], group["params"], strict=True))
     blocks: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""The model as one of many ranks holds it, without the others: for planning."""
+"""The sharded model of one rank, built in a single process for the planner."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from torchtitan.distributed import ParallelDims
 
 @contextlib.contextmanager
 def first_rank_of(ranks: int, expert_parallel: int, config: TransformerConfig) -> Iterator[NucleusTransformer]:
-    """The model on the meta device, laid out over `ranks` shard ranks, of which this process is the first for as long
-    as the context lasts. Collectives return at once and move nothing: torch's fake backend."""
-    assert not dist.is_initialized(), "a process that plans is in no process group"
+    """Yields the model on the meta device, sharded over `ranks` ranks, of which this process acts as rank 0. Collectives
+    return at once without communication (torch's fake backend)."""
+    assert not dist.is_initialized(), "the planner must run outside of a process group"
     degrees = dict(dp_replicate=1, dp_shard=ranks, cp=1, tp=1, pp=1, ep=expert_parallel, world_size=ranks)
     dist.init_process_group("fake", rank=0, world_size=ranks)
     try:

@@ -1,4 +1,4 @@
-"""Which steps are skipped, and when there were too many of them."""
+"""Skips steps with bad losses or gradients, and detects divergence."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 
 from model.config import SkipConfig
 
-_EMPTY = math.inf  # of a window that is not full yet; a skipped step is nan, an accepted loss is finite
+_EMPTY = math.inf  # an unused slot of the saved window; a skipped step is nan, an accepted loss is finite
 
 
 class Diverged(RuntimeError):
-    """The numbers are bad, not the machine: from the last checkpoint, the same steps would end the same."""
+    """Training diverged. A retry from the last checkpoint would repeat the same steps and fail again."""
 
 
 class LossGuard:
-    """Judges every step by its global loss and gradient norm, which are the same on every rank, so that all agree.
+    """Checks the global loss and gradient norm of every step. They are equal on all ranks, so all ranks decide alike.
 
-    Only losses of accepted steps enter the median: a level that has risen for good ends the run with a message,
-    rather than becoming the new normal unseen. The spike rule waits until half of the window is accepted losses.
+    Only losses of accepted steps enter the median. If the loss rises permanently, the run ends with an error; the median
+    does not adapt to the new level. The spike rule starts once half of the window holds accepted losses.
     """
 
     def __init__(self, config: SkipConfig):
@@ -31,7 +31,7 @@ class LossGuard:
         self.skipped = 0  # since the stage began
 
     def judge(self, loss: float, grad_norm: float) -> str | None:
-        """Notes one step. Returns why it must be skipped, or None."""
+        """Records one step. Returns the reason to skip it, or None."""
         reason = None
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             reason = f"loss {loss} or gradient norm {grad_norm} is not finite"

@@ -1,10 +1,10 @@
-"""torchtitan's metrics processor, which besides keeps metrics.jsonl and prints a line of progress now and then.
+"""torchtitan's metrics processor, extended to write metrics.jsonl and to print progress lines.
 
-metrics.jsonl has one object per logged step: step, loss, loss_t/0.0-0.2 ... (mean loss of the samples whose
-timestep fell in that bin since the last line; absent where none did), grad_norm (before clipping), lr/...,
-images_per_s, tokens_per_s (image tokens), images_seen, skipped_steps (so far), seconds (since this process began
-training), expert/... (RouterTrace.statistics, means over layers; of rank 0's last micro-batch of the step). TensorBoard
-holds these, each layer's, and torchtitan's own. On resume, lines after the resumed step are dropped.
+metrics.jsonl has one object per logged step: step, loss, loss_t/0.0-0.2 ... (mean loss of the samples whose timestep fell
+into that bin since the last line; absent if there were none), grad_norm (before clipping), lr/..., images_per_s,
+tokens_per_s (image tokens), images_seen, skipped_steps (so far), seconds (since this process began training), expert/...
+(RouterTrace.statistics of rank 0's last micro-batch, means over layers). TensorBoard also has the values of each layer and
+torchtitan's own metrics. On resume, lines after the resumed step are dropped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TENSORBOARD = "tensorboard"
 
 
 class _TensorBoard(BaseLogger):
-    """Opened at the first line, when it is known from which step on an earlier, killed run must be forgotten."""
+    """Opens its file at the first log call, which sets the step from which entries of a killed run are purged."""
 
     def __init__(self, folder: Path):
         self.folder, self.writer = folder, None
@@ -55,21 +55,21 @@ class StageMetrics(MetricsProcessor):
         self.path = Path(dump_folder) / METRICS
         self.started = self.last_line = time.perf_counter()
         self.first_step = 0
-        self.images_since_last_log = self.tokens_since_last_log = 0  # of all ranks
+        self.images_since_last_log = self.tokens_since_last_log = 0  # sums over all ranks
         self.last: dict[str, float] = {}
 
     def _build_metric_logger(self, *, dump_folder: str, **_: Any) -> BaseLogger:
         return _TensorBoard(Path(dump_folder) / TENSORBOARD) if dist.get_rank() == 0 else BaseLogger()
 
     def start(self, step: int) -> None:
-        """Begins after `step` finished steps: forgets what a killed run logged beyond it."""
+        """Starts the clocks after `step` finished steps, and drops later lines that a killed run logged."""
         self.first_step = step
         self.started = self.last_line = self.time_last_log = time.perf_counter()
         if dist.get_rank() == 0:
             truncate_metrics(self.path, step)
 
     def log_step(self, step: int, loss: float, grad_norm: float, extra: dict[str, float]) -> None:
-        """Logs one step everywhere. `extra` goes into metrics.jsonl and TensorBoard by its own names."""
+        """Logs one step to all outputs. The keys of `extra` become names in metrics.jsonl and TensorBoard."""
         now = time.perf_counter()
         elapsed = max(now - self.time_last_log, 1e-9)
         rates = {
@@ -87,7 +87,7 @@ class StageMetrics(MetricsProcessor):
             self._print_progress(step, loss, rates["images_per_s"], now)
 
     def note(self, text: str) -> None:
-        """Prints what happened out of turn, once for all ranks."""
+        """Prints a message on rank 0."""
         if dist.get_rank() == 0:
             print(f"[{self.config.label}] {text}", flush=True)
 
@@ -105,7 +105,7 @@ class StageMetrics(MetricsProcessor):
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Keeps the lines of steps up to `step`; a last line that was cut off is dropped too."""
+    """Keeps the lines of steps up to `step`. Drops an incomplete last line."""
     if not path.is_file():
         return
     kept = []

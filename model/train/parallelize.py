@@ -6,6 +6,8 @@ FSDP's units are the blocks, and the parameters outside of blocks. Experts are s
 other weights over all shard ranks; both are replicated over `dp_replicate` (HSDP). Routers are not sharded: they are small,
 stay in fp32, and every rank has them whole. There are no units within a block: their hooks would run during the
 recomputation of activation checkpointing, and selective checkpointing depends on the order of operations.
+
+See docs/decisions/distributed.md.
 """
 
 from __future__ import annotations

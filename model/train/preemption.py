@@ -1,4 +1,4 @@
-"""SIGTERM: what Kubernetes sends to a pod, terminationGracePeriodSeconds before it kills it."""
+"""Handling of SIGTERM, which Kubernetes sends to a pod terminationGracePeriodSeconds before it kills it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 
 class Preempted(Exception):
-    """Training stopped on request, behind a checkpoint. Called again, it goes on from there."""
+    """Training stopped on SIGTERM after it saved a checkpoint. The next call resumes from it."""
 
 
 class StopFlag:
-    """`raised`: this process was asked to stop. `agreed`: some rank was, and by now all ranks know."""
+    """`raised`: this process received SIGTERM. `agreed`: all ranks know that at least one rank received it."""
 
     raised = False
     agreed = False
@@ -21,9 +21,9 @@ class StopFlag:
 
 @contextlib.contextmanager
 def sigterm_sets() -> Iterator[StopFlag]:
-    """A flag that SIGTERM raises instead of ending the process; afterwards the former handler is back.
+    """Yields a flag that SIGTERM sets instead of ending the process. Restores the previous handler on exit.
 
-    Only the main thread may handle signals: elsewhere the flag stays down.
+    Python allows only the main thread to handle signals: in other threads the flag is never set.
     """
     flag = StopFlag()
     if threading.current_thread() is not threading.main_thread():

@@ -1,25 +1,26 @@
-"""Trains one stage: latent shards in, checkpoints out. After a kill at any moment, a second call resumes it.
+"""Trains one stage: reads latents, writes checkpoints. If it is killed, a second call resumes it.
 
     work_dir/                            kept between attempts
-      run.json                           configuration of the run; another one is refused
-      checkpoints/step-{n}/              to resume from (the last keep_full_checkpoints); gone once the stage is sealed
-                                         (`prune_run`)
-      weights/step-{n:08d}/              the model alone (the last keep_checkpoints)
-      optimizer/step-{n:08d}/            of the last step, for a next stage that continues: optimiser state and schedule
+      run.json                           configuration of the run; a call with another configuration is an error
+      checkpoints/step-{n}/              full checkpoints to resume from (the last keep_full_checkpoints); `prune_run`
+                                         deletes them once the stage is sealed
+      weights/step-{n:08d}/              model weights only (the last keep_checkpoints)
+      optimizer/step-{n:08d}/            optimiser state and schedule of the last step, for a next stage that continues
       metrics.jsonl tensorboard/ samples/
-      skipped.json                       of a run that skipped too many steps: the last one's records
-      report.json                        when the stage is done, by the attempt that finished it
-    out_dir/                             filled when the stage is done
-      step-{n:08d}/ optimizer/           what the stage is: the same bytes however often it was interrupted
-      metrics.jsonl tensorboard/ samples/ report.json        how it went (`LOGS`): with times, speeds and counts of attempts
+      skipped.json                       written if too many steps were skipped: the records of the last one
+      report.json                        written by the attempt that finishes the stage
+    out_dir/                             filled when the stage is finished
+      step-{n:08d}/ optimizer/           the result: the same bytes however often the run was interrupted
+      metrics.jsonl tensorboard/ samples/ report.json        logs (`LOGS`), with times, speeds and attempt counts
 
-With train.checkpoint_uri, run.json, all checkpoints, report.json and a copy of metrics.jsonl are stored there, below the
-name of the work_dir: a pod that starts on another node has everything but the TensorBoard and sample files.
+With train.checkpoint_uri, run.json, all checkpoints, report.json and a copy of metrics.jsonl are stored there, under the
+name of the work_dir. A pod on another node then finds everything except the TensorBoard and sample files.
 
-A stage starts from the weights of the one before, and with train.carry_optimizer also from its momentum, moments and
-learning rate, as one long training would; without, it starts with a warm-up. Its data, their order and noise, its counts
-of steps and images, and the window in which `LossGuard` looks for spikes are always its own: losses differ in level at
-another resolution and capacity.
+A stage starts from the weights of the previous stage. With train.carry_optimizer it also takes over momentum, moments and
+learning rate; otherwise it starts with a warm-up. The data, their order and noise, the counts of steps and images, and the
+loss window of `LossGuard` always start anew, because losses differ in level at another resolution and capacity.
+
+See docs/decisions/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -51,10 +52,10 @@ from model.weights.export import released_weights
 from model.weights.load import load_weights
 
 REPORT = "report.json"
-# Files of out_dir that record how training went. They depend on the machine and its clock.
+# Log files of out_dir. They depend on the machine and its clock, so an artifact's digest leaves them out.
 LOGS = (METRICS, REPORT, f"{TENSORBOARD}/*", f"{SAMPLES}/*")
-HANDED_ON = {"checkpoints": WEIGHTS, "optimizer": OPTIMIZER}  # the steps of each, in the report
-VISIBLE_WITHIN_S = 10.0  # another node's writes on a network file system, which may be slow to show them
+HANDED_ON = {"checkpoints": WEIGHTS, "optimizer": OPTIMIZER}  # report key -> folder whose steps it lists
+VISIBLE_WITHIN_S = 10.0  # a network file system may show another node's writes late
 SampleFn = Callable[[torch.nn.Module, int, Path], Any]
 TextFn = Callable[[torch.Tensor, torch.Tensor | None, torch.device], torch.Tensor]
 
@@ -73,26 +74,26 @@ def train_stage(
 
     Args:
         latents_dir: the index of this stage's latents and texts (model/data/index.py).
-        init_from: checkpoints of the stage before (the last one is loaded), or None to start from train.init_from or
+        init_from: checkpoints of the previous stage (the last one is loaded), or None to start from train.init_from or
             from scratch.
         work_dir: the state of the run; the same for every attempt at this stage. Not removed here.
         out_dir: an empty directory.
-        sample_fn: called as `sample_fn(model, step, path)` every `sample_every_steps` steps and at the last, in
-            eval mode without gradients, on every rank; it writes an image to `path` and draws its random numbers
-            from generators of its own.
-        latents_uri: with train.latents "stream", what relative locations of parts start from; None: latents_dir.
-        text_fn: called as `text_fn(ids, mask, device)` where texts are stored as tokens: ids [B, T - P] on the host and
-            mask [B, T] or None on the device, to states [B, T, D] float32 there. It has no part in autograd.
+        sample_fn: called as `sample_fn(model, step, path)` every `sample_every_steps` steps and at the last step, in
+            eval mode without gradients, on every rank. It writes an image to `path` and must use its own random
+            generators.
+        latents_uri: with train.latents "stream", the base of relative part locations; None: latents_dir.
+        text_fn: called as `text_fn(ids, mask, device)` if texts are stored as tokens, with ids [B, T - P] on the host and
+            mask [B, T] or None on the device. Returns states [B, T, D] float32 on the device, without gradients.
 
     Returns:
-        the report. out_dir/report.json is that of the attempt which finished the training. Filled again from the same
-        work_dir, out_dir is the same to the byte.
+        the report. out_dir/report.json is the report of the attempt that finished the training. Filling out_dir again
+        from the same work_dir gives the same bytes.
 
     Raises:
-        ValueError: latents, configuration and work_dir do not fit together.
+        ValueError: latents, configuration and work_dir do not match.
         Diverged: too many steps were skipped (train.skip), or weights are not finite.
         ConnectionError: the object store of checkpoints, or of streamed latents, does not answer.
-        Preempted: SIGTERM; call it again to resume.
+        Preempted: the process received SIGTERM; call again to resume.
     """
     latents_dir, work_dir, out_dir = Path(latents_dir), Path(work_dir), Path(out_dir)
     transformer, train, steps = stage.model, stage.train, stage.stage.steps
@@ -126,7 +127,7 @@ def train_stage(
         )
         trainer = config.build()
         if released is not None:
-            load_weights(trainer.model, released)  # a checkpoint to resume from comes after it, and wins
+            load_weights(trainer.model, released)  # a checkpoint to resume from is loaded later and replaces them
         trainer.metrics_processor.note(_describe_start(train, init_checkpoint, carried))
         try:
             resumed_from = trainer.train()
@@ -154,43 +155,45 @@ def train_stage(
         if dist.get_rank() == 0:
             storage.write_bytes(storage.join(root, REPORT), done)
         dist.barrier()
-    if _rank() == 0:  # outside: it may take longer than other ranks wait in a group
+    if _rank() == 0:  # outside of the process group: copying may take longer than its timeout
         _fill(root, work_dir, out_dir, done)
     return report
 
 
 def prune_run(train: TrainSettings, work_dir: str | Path) -> None:
-    """Removes what only resuming needs, once out_dir is sealed. What is handed on stays, so that a lost out_dir can be
-    filled again; beside an out_dir of hard links it takes no space of its own."""
+    """Removes the full checkpoints once out_dir is sealed. Weights and optimiser state stay, so that a lost out_dir can be
+    filled again; they take no extra space while out_dir has hard links to them."""
     root = checkpoint_root(train, Path(work_dir))
     if _done(root) is not None:
         storage.remove(storage.join(root, CHECKPOINTS))
 
 
 def _done(root: str) -> bytes | None:
-    """The report of a finished run whose checkpoints are all there, else None."""
+    """The report of a finished run whose checkpoints are complete, else None."""
     report = storage.read_bytes(storage.join(root, REPORT))
     if report is None:
         return None
     steps = json.loads(report)
-    whole = all(steps[name] == list(finished_checkpoints(storage.join(root, kind))) for name, kind in HANDED_ON.items())
-    return report if whole else None
+    complete = all(
+        steps[name] == list(finished_checkpoints(storage.join(root, folder))) for name, folder in HANDED_ON.items()
+    )
+    return report if complete else None
 
 
 def _optimizer_of(checkpoint: str | Path) -> Path:
-    """The optimiser state that a stage handed on beside its last weights.
+    """The optimiser state that the previous stage saved with its last weights.
 
     Raises:
-        ValueError: there is none.
+        ValueError: it saved none.
     """
     weights = Path(checkpoint)
-    found = weights.parent / OPTIMIZER / weights.name
-    if not (found / METADATA).is_file():
+    state = weights.parent / OPTIMIZER / weights.name
+    if not (state / METADATA).is_file():
         raise ValueError(
-            f"train.carry_optimizer=true continues with the optimiser state of the stage before, but {found} does not "
+            f"train.carry_optimizer=true continues with the optimiser state of the previous stage, but {state} does not "
             "exist: train that stage again with the same key, or set train.carry_optimizer=false for a warm-up"
         )
-    return found
+    return state
 
 
 def _describe_start(train: TrainSettings, init_checkpoint: str | Path | None, carried: Path | None) -> str:
@@ -200,7 +203,7 @@ def _describe_start(train: TrainSettings, init_checkpoint: str | Path | None, ca
     if init_checkpoint is not None:
         start = f", from the weights {init_checkpoint}"
     elif train.init_from is not None:
-        start = f", from the weights {train.init_from}, which bring no optimiser state"
+        start = f", from the weights {train.init_from} (without optimiser state)"
     return f"begins with {train.optim.warmup_steps} steps of warm-up{start}"
 
 
@@ -211,7 +214,7 @@ def _rank() -> int:
 def _check_latents(latents_dir: Path, transformer: TransformerConfig, text_fn: TextFn | None) -> None:
     meta = read_index_meta(latents_dir)
     if meta.text_form == "tokens" and text_fn is None:
-        raise ValueError(f"the texts of {latents_dir} are tokens: training needs the text encoder, text_fn")
+        raise ValueError(f"the texts of {latents_dir} are stored as tokens: training needs a text encoder (text_fn)")
     channels = meta.latent_channels * meta.patch_size**2
     for name, have, want in (
         ("patch_size", meta.patch_size, transformer.patch_size),
@@ -226,7 +229,7 @@ def _check_latents(latents_dir: Path, transformer: TransformerConfig, text_fn: T
 def _claim(
     root: str, latents_dir: Path, stage: TrainingStage, init_checkpoint: Path | None, carried: Path | None
 ) -> None:
-    """Records in run.json what this directory trains, or compares it with what is recorded there."""
+    """Writes the run's configuration to run.json, or compares it with the one recorded there."""
     values = stage.model_dump(mode="json")
     run = {
         "transformer": values["model"],
@@ -245,14 +248,15 @@ def _claim(
         differing = [name for name in run if known.get(name) != run[name]]
         if differing:
             raise ValueError(
-                f"{root} holds a run with another {', '.join(differing)}: give a directory of its own, or remove it"
+                f"{root} holds a run with another {', '.join(differing)}: use another directory, or remove it"
             )
     elif _rank() == 0:
         storage.write_bytes(path, (json.dumps(run, indent=2) + "\n").encode())
 
 
 def _content(directory: Path) -> str:
-    """A digest of a directory: that of the sealed directory around it, with its place there, else of all its bytes."""
+    """A digest of a directory: the digest of the sealed artifact that contains it plus the relative path, else a digest of
+    all its bytes."""
     for sealed in (directory, *directory.parents[:2]):
         if (digest := storage.sealed_digest(sealed)) is not None:
             return f"{digest}/{directory.relative_to(sealed).as_posix()}".removesuffix("/.")
@@ -264,11 +268,11 @@ def _content(directory: Path) -> str:
 
 
 def _check_one_place(root: str) -> None:
-    """Each rank writes its part of a checkpoint, so all ranks must see one folder. Local disks of several nodes would each
-    keep a part, which would be noticed only when a checkpoint is read.
+    """Checks that all ranks see the same folder, as each rank writes its part of a checkpoint. With local disks on several
+    nodes, each would get a part, and the error would appear only when a checkpoint is read.
 
     Raises:
-        ValueError: not every rank sees what the first one has just written.
+        ValueError: a rank does not see a file that rank 0 has just written.
     """
     if dist.get_world_size() == 1:
         return
@@ -284,28 +288,28 @@ def _check_one_place(root: str) -> None:
     if not all(seen):
         blind = [rank for rank, sees in enumerate(seen) if not sees]
         raise ValueError(
-            f"{root} is not one place: rank 0 wrote a file there that ranks {blind} do not see. Set train.checkpoint_uri "
+            f"{root} is not shared: rank 0 wrote a file there that ranks {blind} do not see. Set train.checkpoint_uri "
             "to an object store, or NUCLEUS_WORK to a folder that all nodes share"
         )
 
 
 def _appears(path: str) -> bool:
-    """Whether a file is there, or is soon."""
+    """Whether a file exists, or appears within VISIBLE_WITHIN_S."""
     deadline = time.monotonic() + VISIBLE_WITHIN_S
-    while (found := storage.read_bytes(path)) is None and time.monotonic() < deadline:
+    while (content := storage.read_bytes(path)) is None and time.monotonic() < deadline:
         time.sleep(0.5)
-    return found is not None
+    return content is not None
 
 
 def _restore_metrics(root: str, work_dir: Path) -> None:
-    """A new node's work_dir is empty: the metrics of the steps so far are beside the checkpoints."""
+    """Copies metrics.jsonl from the checkpoints' folder if work_dir has none, as on a new node."""
     path = work_dir / METRICS
     if not path.is_file() and (content := storage.read_bytes(storage.join(root, METRICS))) is not None:
         path.write_bytes(content)
 
 
 def _fill(root: str, work_dir: Path, out_dir: Path, report: bytes) -> None:
-    """Fills out_dir from a finished run, which keeps its files: a lost out_dir is filled again without training."""
+    """Copies a finished run into out_dir. The run keeps its files, so that a lost out_dir can be filled again."""
     _restore_metrics(root, work_dir)
     for kind, target in ((WEIGHTS, out_dir), (OPTIMIZER, out_dir / OPTIMIZER)):
         for step, path in finished_checkpoints(storage.join(root, kind)).items():
@@ -314,7 +318,7 @@ def _fill(root: str, work_dir: Path, out_dir: Path, report: bytes) -> None:
             canonical_metadata(copied)
     for name in (TENSORBOARD, SAMPLES):
         if (work_dir / name).is_dir():
-            # Hidden files are those that a kill left half written.
+            # Hidden files are incomplete: a kill interrupted their writing.
             shutil.copytree(work_dir / name, out_dir / name, ignore=shutil.ignore_patterns(".*"))
     shutil.copy2(work_dir / METRICS, out_dir / METRICS)
     (out_dir / REPORT).write_bytes(report)

@@ -1,4 +1,4 @@
-"""NucleusTransformer as a model of torchtitan."""
+"""NucleusTransformer behind torchtitan's model protocol."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 
 class NucleusModel(NucleusTransformer, BaseModel):
-    """The model itself, with what torchtitan's protocol asks for. Parameter names stay diffusers'."""
+    """NucleusTransformer with the methods of torchtitan's protocol. Parameter names are diffusers'."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseModel.Config):
         transformer: TransformerConfig
 
         def update_from_config(self, *, config: Any, **_: Any) -> None:
-            """Nothing of the job's configuration changes the model."""
+            """Does nothing: the model does not depend on the job's configuration."""
 
         def get_nparams_and_flops(self, model: torch.nn.Module, seq_len: int) -> tuple[int, int]:
-            """Parameters, and training FLOPs per image token (6 per active weight, and attention among seq_len)."""
+            """Parameters, and training FLOPs per image token (6 per active weight, plus attention over seq_len)."""
             total, active = count_parameters(model, self.transformer)
             attention = 12 * self.transformer.num_layers * self.transformer.width * seq_len
             return total, 6 * active + attention
@@ -45,15 +45,15 @@ class NucleusModel(NucleusTransformer, BaseModel):
             return NucleusTransformer.text_kv(self, *args, **kwargs)
 
     def block_text_kv(self, block: Block, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        with gathered(block):  # one at a time, as in a forward: all of them may not fit on a device
+        with gathered(block):  # one block at a time, as in a forward: all weights may not fit on a device
             return NucleusTransformer.block_text_kv(self, block, *args)
 
     def verify_module_protocol(self) -> None:
-        """Its submodules are plain torch modules: torchtitan's sharding configurations are not used."""
+        """Does nothing: submodules are plain torch modules without torchtitan's sharding configurations."""
 
 
 def count_parameters(model: torch.nn.Module, config: TransformerConfig) -> tuple[int, int]:
-    """(all parameters, parameters that work on an average token: each expert takes capacity factor / E of them)."""
+    """(all parameters, active parameters of an average token: each expert processes capacity factor / E of the tokens)."""
     total = active = 0
     for name, parameter in model.named_parameters():
         total += parameter.numel()

@@ -1,10 +1,10 @@
-"""DCP checkpoints, local or in S3: listing the finished ones, and reading one without executing code in it.
+"""DCP checkpoints, local or in S3: lists finished ones, and loads them without executing code that they contain.
 
-    step-{n}/.metadata                   written last, and by a rename: a folder without it is a save that was cut off
+    step-{n}/.metadata                   written last, by a rename; a folder without it is an interrupted save
     step-{n}/__{rank}_{i}.distcp
 
-DCP reads `.metadata` with pickle.load, and values other than tensors with torch.load(weights_only=False): both execute
-code that a checkpoint contains. `load` does neither.
+DCP reads `.metadata` with pickle.load, and values other than tensors with torch.load(weights_only=False). Both execute
+code from the checkpoint. `load` does neither. See docs/decisions/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -52,29 +52,29 @@ _CLASSES = {
 
 
 def finished_checkpoints(folder: str | os.PathLike) -> dict[int, str]:
-    """Finished checkpoints of a folder by step, in order."""
+    """Step -> path of each finished checkpoint of a folder, in ascending order."""
     fs, root = filesystem(folder)
-    found = {}
+    checkpoints = {}
     for path in fs.find(root):  # one listing, also in S3
         match = _STEP.fullmatch(os.path.relpath(path, root))
         if match:
-            found[int(match.group(1))] = f"{str(folder).rstrip('/')}/{os.path.basename(os.path.dirname(path))}"
-    return dict(sorted(found.items()))
+            checkpoints[int(match.group(1))] = f"{str(folder).rstrip('/')}/{os.path.basename(os.path.dirname(path))}"
+    return dict(sorted(checkpoints.items()))
 
 
 def last_checkpoint(path: str | os.PathLike) -> str:
-    """The last finished checkpoint of a folder of them; a checkpoint itself is returned as it is.
+    """The last finished checkpoint of a folder of checkpoints. The path of a checkpoint is returned unchanged.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no finished checkpoint.
     """
     fs, root = filesystem(path)
     if fs.exists(f"{root}/{METADATA}"):
         return str(path)
-    found = finished_checkpoints(path)
-    if not found:
+    checkpoints = finished_checkpoints(path)
+    if not checkpoints:
         raise ValueError(f"{path} holds no finished checkpoint (step-*/ with a {METADATA} file)")
-    return list(found.values())[-1]
+    return list(checkpoints.values())[-1]
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -105,22 +105,22 @@ def _read_metadata(content: bytes, where: Any) -> Metadata:
 def canonical_metadata(checkpoint: Path) -> None:
     """Rewrites `.metadata` of a local checkpoint so that equal checkpoints have equal bytes.
 
-    DCP writes a random id and the path into it, and a pickle's bytes also depend on which of its objects were one object
-    in memory, which differs after a resume. The file is replaced, not changed: it may be a hard link to the run's own.
+    DCP writes a random id and the path into it. A pickle's bytes also depend on object identity in memory, which differs
+    after a resume. The file is replaced instead of changed in place, as it may be a hard link to the run's file.
     """
     path = checkpoint / METADATA
     metadata = _read_metadata(path.read_bytes(), path)
     metadata.storage_meta = None
     buffer = io.BytesIO()
     pickler = pickle.Pickler(buffer, protocol=4)
-    pickler.fast = True  # writes each object out in full, without references to earlier ones
+    pickler.fast = True  # writes each object in full, without references to earlier ones
     pickler.dump(metadata)
     with replacing(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
 
 
 def incomplete_files(checkpoint: str | os.PathLike) -> list[str]:
-    """Files of a checkpoint that are missing, or shorter than its metadata says; `.metadata` where that is damaged."""
+    """Files of a checkpoint that are missing or shorter than in its metadata; `.metadata` itself if that is unreadable."""
     fs, root = filesystem(checkpoint)
     try:
         metadata = _read_metadata(fs.cat_file(f"{root}/{METADATA}"), f"{checkpoint}/{METADATA}")
@@ -134,17 +134,17 @@ def incomplete_files(checkpoint: str | os.PathLike) -> list[str]:
 
 
 class CheckpointReader(FsspecReader):
-    """Reads a DCP checkpoint, local or remote. Of its pickles only the metadata is read, by `_MetadataUnpickler`."""
+    """Reads a DCP checkpoint, local or remote. The only pickle that it reads is the metadata, by `_MetadataUnpickler`."""
 
     def __init__(self, path: str | os.PathLike):
-        path = check_path(path)  # before DCP makes a file system for it
+        path = check_path(path)  # before DCP creates a file system for it
         super().__init__(path, **options(path))
         self.source = path
         self._metadata: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The metadata, parsed once for a reader: it has an entry for each shard of each tensor of the model and of
-        the optimiser, and reading tensor by tensor asks for it as often as there are tensors.
+        """The metadata, parsed once per reader. It has an entry for each shard of each tensor, and loading tensor by
+        tensor requests it for each tensor.
 
         Raises:
             ValueError: `.metadata` is not the metadata of a checkpoint.
@@ -176,22 +176,22 @@ def load(state: dict[str, Any], source: str | os.PathLike | CheckpointReader, *,
     """Fills `state` from a checkpoint.
 
     Args:
-        source: the checkpoint, or a reader of it, which parses its metadata once for all calls.
-        alone: this process reads by itself; otherwise all ranks call it, each for its shards.
+        source: the checkpoint's path, or a reader, which parses the metadata once for several calls.
+        alone: only this process reads; otherwise all ranks must call, and each reads its shards.
 
     Raises:
-        ValueError: damaged, or not a checkpoint of these names and shapes; or no checkpoint at all.
-        ConnectionError: it may be whole, and could not be read.
+        ValueError: no checkpoint, a damaged one, or one with other names or shapes.
+        ConnectionError: the checkpoint could not be read, but may be intact.
     """
     reader = source if isinstance(source, CheckpointReader) else CheckpointReader(source)
     try:
         with without_warning():
             dcp.load(state, storage_reader=reader, planner=_LoadPlanner(), no_dist=alone)
-    except CheckpointException as error:  # no Exception by its type, and it quotes whole tracebacks
+    except CheckpointException as error:  # a BaseException whose message contains full tracebacks
         failures = [failure for failure, _ in error.failures.values()]
         reasons = {(str(failure) or type(failure).__name__).splitlines()[0] for failure in failures}
-        kind = ConnectionError if any(may_pass(failure) for failure in failures) else ValueError
-        raise kind(f"{reader.source} cannot be loaded: {'; '.join(sorted(reasons))}") from error
+        error_type = ConnectionError if any(may_pass(failure) for failure in failures) else ValueError
+        raise error_type(f"{reader.source} cannot be loaded: {'; '.join(sorted(reasons))}") from error
 
 
 @contextmanager

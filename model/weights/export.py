@@ -1,4 +1,4 @@
-"""Our weights as a diffusers transformer directory: config.json, and safetensors in one file or with an index."""
+"""Writes and reads diffusers transformer directories: config.json, and safetensors in one file or sharded with an index."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from model.transformer import NucleusTransformer
 from model.weights.load import INDEX_NAME, WEIGHTS_NAME, Weights, check_shapes, open_weights, shapes_of
 
 CLASS_NAME = "NucleusMoEImageTransformer2DModel"
-OWN_CLASS_NAME = "NucleusTransformer"  # of ablations, for which diffusers has no class
+OWN_CLASS_NAME = "NucleusTransformer"  # for ablations, which diffusers' class does not support
 DIFFUSERS_VERSION = "0.42.1"
 FILE_PATTERN = WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors")
 MAX_SHARD_SIZE = "10GB"  # diffusers' default
 
 
 def diffusers_config(config: TransformerConfig) -> dict[str, Any]:
-    """What diffusers writes into config.json for this model; an ablation names this project's class instead."""
+    """The config.json that diffusers writes for this model. Ablations have this project's class name."""
     class_name = OWN_CLASS_NAME if config.is_ablation else CLASS_NAME
     return {"_class_name": class_name, "_diffusers_version": DIFFUSERS_VERSION, **config.model_dump(mode="json")}
 
 
 def check_state(config: TransformerConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses tensors that are not exactly the model's.
+    """Checks that names and shapes are those of the model.
 
     Raises:
-        ValueError: it names missing and unknown tensors, and wrong shapes.
+        ValueError: missing or unknown tensors, or wrong shapes; the message names them.
     """
     with torch.device("meta"):
         expected = shapes_of(NucleusTransformer(config).state_dict())
@@ -53,20 +53,20 @@ def export_transformer(
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> None:
-    """Writes `out`, which diffusers' `from_pretrained(out)` and `load_transformer(out)` load.
+    """Writes a directory that diffusers' `from_pretrained(out)` and `load_transformer(out)` load.
 
-    Tensors are got one at a time, and one file's are in memory at once. Files and index are diffusers': one file up
-    to `max_shard_size`, more and an index above.
+    Memory holds the tensors of one file at a time. The layout is diffusers': one file up to `max_shard_size`, several files
+    with an index above.
 
     Args:
-        source: a model, a state dict with diffusers' names, or `open_weights` of a checkpoint; for the last two
-            `config` is needed. Tensors may be sharded: then every rank calls this, and the first one writes.
-        dtype: of floating-point weights in the file; None keeps each as it is.
-        max_shard_size: bytes of tensors in a file at most, such as 5_000_000_000 or "5GB"; a larger tensor has a file
-            of its own.
+        source: a model, a state dict with diffusers' names, or `open_weights` of a checkpoint; the last two need
+            `config`. Tensors may be sharded: then all ranks must call, and rank 0 writes.
+        dtype: type of floating-point weights in the file; None keeps their types.
+        max_shard_size: maximum bytes of tensors per file, such as 5_000_000_000 or "5GB"; a larger tensor gets a file
+            to itself.
 
     Raises:
-        ValueError: weights that do not fit the configuration.
+        ValueError: weights that do not match the configuration.
     """
     if isinstance(source, nn.Module):
         config, source = config or source.config, source.state_dict()
@@ -112,7 +112,7 @@ def read_config(directory: str | Path) -> TransformerConfig:
     """The configuration in a transformer directory's config.json.
 
     Raises:
-        ValueError: no such file, a class that is not the configuration's, or a key that this model does not know.
+        ValueError: no such file, another class, or an unknown key.
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
@@ -128,8 +128,8 @@ def read_config(directory: str | Path) -> TransformerConfig:
 def load_transformer(
     directory: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None
 ) -> NucleusTransformer:
-    """The model in a transformer directory (ours or the released one, also in several files), in eval mode and in the
-    stored types, or in `dtype`; on the CPU, or on `device`. For a sharded model see `load_weights`."""
+    """The model in a transformer directory (written here or released by the authors), in eval mode, in `dtype` (None: the
+    stored types) and on `device` (None: the CPU). For a sharded model see `load_weights`."""
     return assembled(read_config(directory), open_weights(directory), dtype, device)
 
 
@@ -139,10 +139,11 @@ def assembled(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> NucleusTransformer:
-    """The model of these weights, in eval mode. Another device gets them one at a time: the host never holds them all.
+    """The model with these weights, in eval mode. Tensors move to `device` one at a time, so that the host never holds all
+    of them.
 
     Raises:
-        ValueError: weights that do not fit the configuration.
+        ValueError: weights that do not match the configuration.
     """
     with torch.device("meta"):
         model = NucleusTransformer(config)
@@ -153,11 +154,11 @@ def assembled(
 
 
 def released_weights(where: str, config: TransformerConfig) -> Path:
-    """The transformer directory that `train.init_from` names, from the Hub's cache where it is there.
+    """The transformer directory of `train.init_from`: a local path, or a Hub repository, downloaded unless it is cached.
 
     Raises:
-        ValueError: no such directory, or a model of other keys than `config`. Capacity factors may differ: they are
-            the stage's, and no weight has their shape.
+        ValueError: no such directory, or a model with another configuration than `config`. Capacity factors may differ:
+            each stage sets its own, and no weight depends on them.
     """
     name, _, commit = where.partition("@")
     directory = Path(where)
@@ -168,11 +169,11 @@ def released_weights(where: str, config: TransformerConfig) -> Path:
         inside = "/".join([*subfolder, "*"])
         snapshot = snapshot_download(f"{organisation}/{repository}", revision=commit, allow_patterns=[inside])
         directory = Path(snapshot, *subfolder)
-    stored, wanted = (x.model_dump(mode="json") for x in (read_config(directory), config))
+    stored, recipe = (x.model_dump(mode="json") for x in (read_config(directory), config))
     differing = [
-        key for key in wanted if key not in ("capacity_factors", "use_grouped_mm") and stored.get(key) != wanted[key]
+        key for key in recipe if key not in ("capacity_factors", "use_grouped_mm") and stored.get(key) != recipe[key]
     ]
     if differing:
-        told = ", ".join(f"{key} {stored.get(key)!r} there, {wanted[key]!r} here" for key in differing)
-        raise ValueError(f"train.init_from={where} is another model: {told}")
+        differences = ", ".join(f"{key} {stored.get(key)!r} there, {recipe[key]!r} here" for key in differing)
+        raise ValueError(f"train.init_from={where} is another model: {differences}")
     return directory

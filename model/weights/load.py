@@ -1,11 +1,11 @@
-"""Reading weights: released or exported safetensors into a model of any layout, and DCP checkpoints tensor by tensor.
+"""Loads weights: safetensors into a model of any layout, and DCP checkpoints tensor by tensor.
 
-A rank of a sharded model reads only its own rows of each file, one piece at a time, so that no host has the whole model in
-memory. It works for DTensors of any mesh (FSDP2, expert parallelism, both): a rank's part is the region that
-`compute_local_shape_and_global_offset` returns.
+A rank of a sharded model reads only its own rows of each file, one tensor at a time, so that no host holds the whole model
+in memory. This works for DTensors on any mesh (FSDP2, expert parallelism, both): `compute_local_shape_and_global_offset`
+gives a rank's region of a tensor.
 
-Files are in the layout of huggingface_hub and diffusers: `diffusion_pytorch_model.safetensors`, or shards named by
-`diffusion_pytorch_model.safetensors.index.json`. safetensors and tensors of DCP: nothing here unpickles weights.
+The file layout is that of huggingface_hub and diffusers: `diffusion_pytorch_model.safetensors`, or shards listed in
+`diffusion_pytorch_model.safetensors.index.json`. No function here unpickles weights.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from model.storage import is_remote
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
-MODEL_PREFIX = "model."  # of the model's tensors in a full checkpoint of ours
+MODEL_PREFIX = "model."  # name prefix of the model's tensors in a full checkpoint
 
 Region = tuple[slice, ...]
 
 
 class Weights(NamedTuple):
-    """Stored or sharded tensors: the shape and type of each (on the meta device), and a function that reads one."""
+    """Stored or sharded tensors: name -> shape and type (a meta tensor), and a function that reads one by name."""
 
     described: dict[str, torch.Tensor]
     read: Callable[[str], torch.Tensor]
@@ -40,18 +40,18 @@ def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str) -> None:
+def check_shapes(expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Checks names and shapes.
 
     Raises:
-        ValueError: it names missing and unknown tensors, and wrong shapes.
+        ValueError: missing or unknown tensors, or wrong shapes; the message names up to five.
     """
-    problems = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
-    problems += [f"unknown {name}" for name in sorted(found.keys() - expected.keys())]
+    problems = [f"missing {name}" for name in sorted(expected.keys() - actual.keys())]
+    problems += [f"unknown {name}" for name in sorted(actual.keys() - expected.keys())]
     problems += [
-        f"{name} has shape {tuple(found[name])}, not {shape}"
+        f"{name} has shape {tuple(actual[name])}, not {shape}"
         for name, shape in expected.items()
-        if name in found and tuple(found[name]) != tuple(shape)
+        if name in actual and tuple(actual[name]) != tuple(shape)
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -59,16 +59,16 @@ def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tu
 
 
 def load_weights(model: nn.Module, directory: str | Path) -> int:
-    """Fills `model`, in its own types, from a transformer directory.
+    """Loads a transformer directory into `model`, converting to the types of its parameters.
 
-    A model on the meta device gets its memory first, each rank its own shards on `torch.get_default_device()`.
-    No collective is called: each rank reads by itself, and refuses what does not fit before it reads any weight.
+    A model on the meta device is first allocated on `torch.get_default_device()`, each rank its own shards. Uses no
+    collectives: each rank reads by itself. Names and shapes are checked before any weight is read.
 
     Returns:
         bytes of stored tensors that this rank read.
 
     Raises:
-        ValueError: files that are missing, corrupt or inconsistent, or tensors that are not exactly the model's.
+        ValueError: files that are missing, corrupt or inconsistent, or tensors that do not match the model.
     """
     files = open_files(directory)
     state = model.state_dict()
@@ -88,7 +88,7 @@ def load_weights(model: nn.Module, directory: str | Path) -> int:
 
 
 def own_part(tensor: torch.Tensor) -> tuple[torch.Tensor, Region | None]:
-    """This rank's part of a tensor, and its region in the whole tensor; None if the part is the whole tensor."""
+    """This rank's part of a tensor, and its region in the full tensor; None if the part is the full tensor."""
     if not isinstance(tensor, DTensor):
         return tensor, None
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -105,7 +105,7 @@ def open_weights(path: str | Path) -> Weights:
     """Opens a transformer directory, a safetensors file, or a DCP checkpoint (also s3://). Reads names, shapes and types only.
 
     Raises:
-        ValueError: none of these, or files that are missing, corrupt or inconsistent with their index.
+        ValueError: the path is none of these, or files are missing, corrupt or inconsistent with their index.
     """
     if is_remote(path):
         return _open_dcp(str(path))
@@ -117,7 +117,7 @@ def open_weights(path: str | Path) -> Weights:
 
 
 def open_files(path: str | Path) -> SafetensorsFiles:
-    """Opens a transformer directory or a safetensors file; raises as `open_weights`."""
+    """Opens a transformer directory or a safetensors file. Raises like `open_weights`."""
     path = Path(path)
     if path.is_file():
         return SafetensorsFiles([path])
@@ -132,7 +132,7 @@ def open_files(path: str | Path) -> SafetensorsFiles:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Name of the file of each tensor."""
+    """Tensor name -> file name."""
     try:
         index = json.loads(path.read_bytes())["weight_map"]
         files = set(index.values())
@@ -140,14 +140,14 @@ def _read_index(path: Path) -> dict[str, str]:
         raise ValueError(f"{path} is not an index: it needs a JSON object with a weight_map ({error!r})") from None
     for file in sorted(files, key=str):
         if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(f"{path} names {file!r}: a file beside it is needed")
+            raise ValueError(f"{path} names {file!r}: it must be a file in the same directory")
         if not (path.parent / file).is_file():
             raise ValueError(f"{path} names {file}, which is missing from {path.parent}")
     return index
 
 
 class SafetensorsFiles:
-    """The tensors of some files. `index`: the file in which each must be; None: there is no index."""
+    """The tensors of several files. `index` maps each tensor to the file that must contain it; None: no index."""
 
     def __init__(self, files: list[Path], index: Mapping[str, str] | None = None):
         self.described: dict[str, torch.Tensor] = {}
@@ -162,10 +162,10 @@ class SafetensorsFiles:
                     self.described[name] = torch.empty(stored.get_shape(), dtype=dtype, device="meta")
                     self._file[name] = file
         for name in sorted((index or {}).keys() - self._file.keys()):
-            raise ValueError(f"the index beside {files[0]} puts {name} in {index[name]}, which does not hold it")
+            raise ValueError(f"the index of {files[0]} puts {name} in {index[name]}, which does not contain it")
 
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:
-        """One tensor, or the box `region` of it: nothing else of the file is read."""
+        """One tensor, or only `region` of it. Reads no other bytes of the file's data."""
         with _reader(self._file[name]) as reader:
             return reader.get_tensor(name) if region is None else reader.get_slice(name)[region]
 
@@ -174,7 +174,7 @@ def _reader(file: Path) -> safe_open:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+        raise ValueError(f"{file} is not a complete safetensors file: {error}") from None
 
 
 def _dtype(name: str, file: Path) -> torch.dtype:
@@ -194,7 +194,7 @@ def _open_dcp(path: str | Path) -> Weights:
     metadata = reader.read_metadata().state_dict_metadata
     tensors = {key: value for key, value in metadata.items() if isinstance(value, TensorStorageMetadata)}
     prefix = MODEL_PREFIX if any(key.startswith(MODEL_PREFIX) for key in tensors) else ""
-    # A plain checkpoint may hold the optimiser too; its keys are no parameters of the model.
+    # A checkpoint without the prefix may also contain optimiser state, whose keys are skipped.
     keys = {
         key.removeprefix(prefix): key
         for key in tensors

@@ -84,7 +84,7 @@ class FilterConfig(Section):
 
 
 class ScorerConfig(Section):
-    """Which scorer fills each column of pass 3 (tasks/curation/scorers.py); none leaves it empty, and rejects nothing."""
+    """Which scorer fills each column of pass 3 (tasks/curation/scorers); none leaves it empty, and rejects nothing."""
 
     watermark: str = "classical"
     aesthetic: str = "proxy"

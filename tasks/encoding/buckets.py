@@ -1,4 +1,4 @@
-"""Aspect buckets: which widths and heights a stage trains on, and how an image is fitted to one."""
+"""Aspect buckets: the widths and heights that a stage trains on, and the resize and crop to a bucket."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-# What cameras and screens make, upright too: any ratio between 1:3 and 3:1 is within 12% of one of them.
+# Common ratios of cameras and screens, in both orientations: any ratio from 1:3 to 3:1 is within 12% of one of them.
 DATA_RATIOS = tuple(
     name
     for wide in ("1:1", "5:4", "4:3", "3:2", "16:9", "2:1", "12:5", "3:1")
@@ -46,15 +46,15 @@ def parse_ratio(name: str) -> float:
 def bucket_of(image_size_px: int, ratio: float) -> Bucket:
     """The bucket of an aspect ratio, with an area near image_size_px squared.
 
-    The short side is S / sqrt(ratio) rounded to the unit, the long side that times the ratio, cut to the unit; the
-    unit is S / 32, but at least 16 px. At 1024 this gives the released list exactly (1344x768, 1184x896, 1248x832),
-    at 512 its half. At small sizes a unit is coarse and ratios fall together: at 64 both 4:3 and 3:2 are 64x48, and
-    at 32 4:3 is 32x32.
+    The short side is S / sqrt(ratio) rounded to a multiple of the unit; the long side is the short side times the ratio,
+    rounded down to the unit. The unit is S / 32, but at least 16 px. At 1024 this gives exactly the released list
+    (1344x768, 1184x896, 1248x832), at 512 its half. At small sizes the unit is coarse and ratios share buckets: at 64
+    both 4:3 and 3:2 are 64x48, and at 32 4:3 is 32x32.
     """
     unit = max(TILE_PX, image_size_px // 32 // TILE_PX * TILE_PX)
     wide = max(ratio, 1 / ratio)
     short = max(unit, math.floor(image_size_px / math.sqrt(wide) / unit + 0.5) * unit)
-    long = max(short, int(short * wide / unit + 1e-6) * unit)  # 1e-6: 832 * 1.5 must not fall under 1248
+    long = max(short, int(short * wide / unit + 1e-6) * unit)  # 1e-6: 832 * 1.5 must not round below 1248
     return Bucket(long, short) if ratio >= 1 else Bucket(short, long)
 
 
@@ -62,10 +62,10 @@ def stage_buckets(image_size_px: int, aspect_ratios: Sequence[str], from_data: b
     """The distinct buckets of a stage, in the order of its aspect ratios.
 
     Args:
-        from_data: also those of DATA_RATIOS, so that an image of nearly any shape has a bucket near its own.
+        from_data: also use DATA_RATIOS, so that almost any image has a bucket near its aspect ratio.
 
     Raises:
-        ValueError: a size that does not tile, no ratio, or one that is not W:H.
+        ValueError: a size that is not a multiple of TILE_PX, no ratio, or a ratio that is not W:H.
     """
     if image_size_px < TILE_PX or image_size_px % TILE_PX:
         raise ValueError(f"image_size_px={image_size_px} must be a multiple of {TILE_PX} (a token of the transformer)")
@@ -76,14 +76,14 @@ def stage_buckets(image_size_px: int, aspect_ratios: Sequence[str], from_data: b
 
 
 def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
-    """The bucket whose aspect ratio is nearest on a log scale; the first of equals."""
+    """The bucket with the nearest aspect ratio on a log scale; the first one in a tie."""
     return min(buckets, key=lambda bucket: abs(math.log(bucket.width / bucket.height) - math.log(width / height)))
 
 
 def cropped_fraction(width: int, height: int, bucket: Bucket) -> float:
-    """Share of the image that the centre crop to the bucket's aspect ratio cuts away (0: none)."""
-    have, want = width / height, bucket.width / bucket.height
-    return 1 - min(have / want, want / have)
+    """Fraction of the image that the centre crop to the bucket's aspect ratio removes."""
+    ratio, target = width / height, bucket.width / bucket.height
+    return 1 - min(ratio / target, target / ratio)
 
 
 def fit(image: Image, bucket: Bucket) -> Image:

@@ -1,7 +1,7 @@
-"""Frozen text encoders, and the one way in which prompts become states of them, as the pipeline computes them.
+"""Loads frozen text encoders, and encodes prompts as NucleusMoEImagePipeline does.
 
-Padding is on the right. The pipeline gives text positions by place in the sequence: padding on the left (what
-language models use to generate) would move a text when it is batched with a longer one.
+Padding is on the right. The pipeline derives text positions from the place in the sequence: with padding on the left (the
+default for generation with language models), a text's positions would depend on the longest text of its batch.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ PAD_MULTIPLE = 8  # NucleusMoEImagePipeline.encode_prompt
 
 
 def hide_bars() -> None:
-    """Turns off the progress bars of transformers, which time milliseconds of reading and writing weights; the bars
-    of the Hub's downloads, and this project's own, stay."""
+    """Turns off transformers' progress bars for loading and saving weights. Bars of Hub downloads stay on."""
     from transformers.utils import logging
 
     logging.set_tqdm_hook(lambda make, args, kwargs: make(*args, **(kwargs | {"disable": True})))
 
 
 def load_text_encoder(directory: str | Path, dtype: Any = None) -> Any:
-    """What a `text_encoder/` directory holds, frozen as it is; `dtype` as of transformers (None: float32)."""
+    """The text encoder in a `text_encoder/` directory, in eval mode. `dtype` as in transformers (None: float32)."""
     from transformers import Qwen3VLForConditionalGeneration
 
     hide_bars()
@@ -36,22 +35,22 @@ def load_text_encoder(directory: str | Path, dtype: Any = None) -> Any:
 
 
 def load_processor(directory: str | Path) -> Any:
-    """What a `processor/` directory holds: a Qwen3VLProcessor, or where torchvision is missing its tokenizer alone.
+    """The processor in a `processor/` directory: a Qwen3VLProcessor, or only its tokenizer without torchvision.
 
-    transformers needs torchvision for the processor's video half, which no text uses; both format and tokenize
-    texts alike.
+    transformers requires torchvision for the processor's video part, which texts do not use. Both format and tokenize
+    texts in the same way.
     """
     from transformers import AutoTokenizer, Qwen3VLProcessor
     from transformers.utils import is_torchvision_available
 
-    whole = (Path(directory) / "preprocessor_config.json").is_file()
-    return (Qwen3VLProcessor if whole and is_torchvision_available() else AutoTokenizer).from_pretrained(directory)
+    complete = (Path(directory) / "preprocessor_config.json").is_file()
+    return (Qwen3VLProcessor if complete and is_torchvision_available() else AutoTokenizer).from_pretrained(directory)
 
 
 def format_prompts(processor: Any, texts: Sequence[str]) -> list[str]:
     """Chat-formatted prompts, as `NucleusMoEImagePipeline._format_prompt` makes them.
 
-    A template that puts the user's text in as it is renders once, for all texts.
+    If the template inserts the user's text unchanged, it is rendered only once.
     """
     from diffusers.pipelines.nucleusmoe_image.pipeline_nucleusmoe_image import DEFAULT_SYSTEM_PROMPT
 
@@ -62,31 +61,32 @@ def format_prompts(processor: Any, texts: Sequence[str]) -> list[str]:
         ]
         return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
-    before, found, after = render("\ue000").partition("\ue000")  # a private character: no template holds it
+    marker = "\ue000"  # a private-use character, which no template contains
+    before, separator, after = render(marker).partition(marker)
     probe = " A \n b "
-    if found and render(probe) == before + probe + after and render("") == before + after:
+    if separator and render(probe) == before + probe + after and render("") == before + after:
         return [before + text + after for text in texts]
     return [render(text) for text in texts]
 
 
 def state_layer(layers: int, hidden_state_index: int) -> int:
-    """How many of a text encoder's layers lead to a hidden state, counted from the end as transformers does.
+    """The number of layers that compute hidden state `hidden_state_index` (counted from the end, as in transformers).
 
     Raises:
         ValueError: there is no such state.
     """
-    wanted = layers + 1 + hidden_state_index  # hidden_states holds the embeddings and each layer's output
-    if not 0 <= wanted < layers:
+    count = layers + 1 + hidden_state_index  # hidden_states has the embeddings and each layer's output
+    if not 0 <= count < layers:
         raise ValueError(
             f"hidden_state_index={hidden_state_index} of a text encoder of {layers} layers: "
-            f"valid are {-layers - 1} to -2 (-1, behind the final norm, is not supported)"
+            f"valid are {-layers - 1} to -2 (-1, after the final norm, is not supported)"
         )
-    return wanted
+    return count
 
 
 @contextlib.contextmanager
 def first_layers(text_encoder: Any, count: int) -> Iterator[None]:
-    """Within the block the language model ends after `count` layers, without its final norm: at hidden state `count`."""
+    """Truncates the language model to its first `count` layers, without final norm, inside the `with` block."""
     import torch
 
     model = text_encoder.model.language_model
@@ -105,19 +105,19 @@ def encode_text(
     max_tokens: int = 1024,
     hidden_state_index: int = PIPELINE_TEXT_STATE,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What `NucleusMoEImagePipeline.encode_prompt` gives for these prompts in one batch.
+    """The result of `NucleusMoEImagePipeline.encode_prompt` for these prompts in one batch.
 
-    Layers above the wanted hidden state are not run: with 10 layers and index -8 that saves seven of ten.
+    Layers above the hidden state do not run: with 10 layers and index -8 that saves seven of ten.
 
     Returns:
-        embeddings [n, T, D], T a multiple of 8 (unless cut at max_tokens), and mask [n, T], or None if all is true.
+        embeddings [n, T, D], T a multiple of 8 (unless truncated at max_tokens), and mask [n, T], or None if all is true.
 
     Raises:
-        ValueError: the index reaches below the embeddings.
+        ValueError: the index is out of range.
     """
     import torch
 
-    wanted = state_layer(text_encoder.config.text_config.num_hidden_layers, hidden_state_index)
+    layers = state_layer(text_encoder.config.text_config.num_hidden_layers, hidden_state_index)
     inputs = processor(
         text=format_prompts(processor, texts),
         padding="longest",
@@ -127,7 +127,7 @@ def encode_text(
         return_attention_mask=True,
         return_tensors="pt",
     ).to(text_encoder.device)
-    with torch.inference_mode(), first_layers(text_encoder, wanted):
+    with torch.inference_mode(), first_layers(text_encoder, layers):
         embeds = text_encoder.model(**inputs, use_cache=False).last_hidden_state
     mask = inputs.attention_mask
     return embeds.to(text_encoder.dtype), None if mask.all() else mask

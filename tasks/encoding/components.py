@@ -1,11 +1,10 @@
-"""The frozen components: a VAE, a text encoder and its processor, pinned from the Hub or trained here in small.
+"""Makes the frozen components: a VAE, a text encoder and its processor, pinned from the Hub or small and trained here.
 
     curated --> vae/ (AutoencoderKLQwenImage), text_encoder/ (Qwen3VLForConditionalGeneration), processor/,
                 report.json, reconstructions.png
 
-Either way the VAE must reconstruct held-out images of the corpus (`min_psnr_db`) before anything is encoded. What is
-trained or checked reads a bounded sample of the corpus: the images of lowest record ids, which are hashes, in at most
-SAMPLED_SHARDS shards.
+In both cases the VAE must reconstruct held-out images of the corpus with at least `min_psnr_db`. Training and checks read a
+bounded sample of the corpus: the images with the lowest record ids (which are hashes) in at most SAMPLED_SHARDS shards.
 """
 
 from __future__ import annotations
@@ -34,26 +33,26 @@ if TYPE_CHECKING:
     from tasks.store import Part
 
 Load = Callable[[pd.DataFrame, list[Bucket]], dict[Bucket, np.ndarray]]
-HUB_CHECK_PX = 256  # side of the held-out images that a VAE of the Hub is checked with
+HUB_CHECK_PX = 256  # size of the held-out images that check a VAE from the Hub
 HUB_CHECK_IMAGES = 32
 MAX_VAL_IMAGES = 1024
 SAMPLED_SHARDS = 64
-SAMPLED_RECORDS = 100_000  # whose captions train the small text encoder
-VAL_SCALES = (1.0, 0.75, 0.5)  # the VAE is scored at the resolutions of earlier stages as well
-SHOWN = 12  # pairs in reconstructions.png, of each source
+SAMPLED_RECORDS = 100_000  # maximum number of records that train the small components
+VAL_SCALES = (1.0, 0.75, 0.5)  # the VAE is also scored at the lower resolutions of earlier stages
+SHOWN = 12  # pairs per source and bucket in reconstructions.png
 SAMPLE_COLUMNS = ["record_id", "width", "height", "source", "captions", "split"]
 
 
 def make_components(
     curated_dir: str | Path, config: ComponentsConfig, out_dir: str | Path, work_dir: str | Path | None = None
 ) -> dict[str, Any]:
-    """Fills `out_dir` and returns the report, which is report.json too.
+    """Writes the components and report.json to `out_dir`; returns the report.
 
     Args:
-        work_dir: the same for every attempt at the same components: a killed training goes on from what it left there.
+        work_dir: training state, the same for every attempt; a killed training resumes from it.
 
     Raises:
-        ValueError: a component cannot be had, or the VAE misses min_psnr_db on held-out images.
+        ValueError: a component is not available, or the VAE does not reach min_psnr_db on held-out images.
     """
     out_dir, curated = Path(out_dir), open_curated(curated_dir)
     table, parts = sample(curated)
@@ -66,17 +65,17 @@ def make_components(
     else:
         report |= _train_vae(load, train, val, config, out_dir, _state_path(work_dir, "vae"))
         report |= _train_text_encoder(train, config, out_dir, _state_path(work_dir, "text_encoder"))
-    # No times in it: components that were lost and made again must have the digest that latents were cached under.
+    # The report contains no times: components that are made again must have the same digest, as latents depend on it.
     (out_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
 
 
 def sample(curated: Curated, limit: int = SAMPLED_RECORDS) -> tuple[pd.DataFrame, list[Part]]:
-    """SAMPLE_COLUMNS of at most `limit` records, those of lowest id, with their shard (`part`, its place in the list
-    that is returned too) and `row` in its selection. Reads at most SAMPLED_SHARDS selections, and is in memory for one of them at a time.
+    """SAMPLE_COLUMNS of the `limit` records with the lowest ids, with columns `part` (index into the returned list of
+    parts) and `row` (in the part's selection). Reads at most SAMPLED_SHARDS selections, one at a time.
 
     Raises:
-        ValueError: there is no record.
+        ValueError: the corpus has no record.
     """
     parts = list(curated.parts())
     if len(parts) > SAMPLED_SHARDS:
@@ -93,12 +92,12 @@ def sample(curated: Curated, limit: int = SAMPLED_RECORDS) -> tuple[pd.DataFrame
 
 
 def _splits(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Train and held-out records. A corpus too small to have any of the latter gives up 3%, and at least one.
+    """Training and held-out records. If a small corpus has no held-out records, 3% (at least one) are taken as such.
 
     Raises:
-        ValueError: a single record.
+        ValueError: there is only one record.
     """
-    # In the order of record ids, which are hashes: a prefix is a fair sample.
+    # Sorted by record ids, which are hashes, so that the first records are a random sample.
     train, val = table[table["split"] == "train"], table[table["split"] == "val"]
     if val.empty:
         held = math.ceil(0.03 * len(train))
@@ -108,7 +107,7 @@ def _splits(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return train.reset_index(drop=True), val.reset_index(drop=True)
 
 
-# ---------------------------------------------------------------- trained here
+# ---------------------------------------------------------------- small components, trained
 
 
 def _state_path(work_dir: str | Path | None, name: str) -> Path | None:
@@ -199,8 +198,7 @@ def _check_hub_vae(load: Load, val: pd.DataFrame, config: ComponentsConfig, out_
 
 
 def _load(curated: Curated, parts: list[Part], table: pd.DataFrame, buckets: list[Bucket]) -> dict[Bucket, np.ndarray]:
-    """uint8 [n, H, W, 3] of each bucket, in the order of the corpus. Images that cannot be read are left out: encoding
-    lists them."""
+    """Images uint8 [n, H, W, 3] by bucket, in the order of the corpus. Skips unreadable images; encoding lists them."""
     pixels: dict[Bucket, list[np.ndarray]] = {}
     for number, rows in table.groupby("part", sort=True):
         assigned: Mapping[int, tuple[Bucket, int]] = {
@@ -213,7 +211,7 @@ def _load(curated: Curated, parts: list[Part], table: pd.DataFrame, buckets: lis
 
 
 def _scaled(images: dict[Bucket, np.ndarray], scale: float) -> dict[Bucket, np.ndarray]:
-    """The images at another resolution, sides rounded to what the VAE takes."""
+    """The images scaled, with sides rounded to multiples of 8."""
     from PIL import Image
 
     if scale == 1.0:
@@ -226,7 +224,7 @@ def _scaled(images: dict[Bucket, np.ndarray], scale: float) -> dict[Bucket, np.n
 
 
 def _psnr(codec: FrameCodec, sources: dict[str, dict[Bucket, np.ndarray]]) -> dict[str, float]:
-    """PSNR in dB of each source and, as `all`, of all their pixels together."""
+    """PSNR in dB by source, and of all pixels together as `all`."""
     out, errors, counts = {}, [], []
     for name, images in sources.items():
         pairs = [(pixels, reconstruct(codec, pixels)) for pixels in images.values()]
@@ -239,12 +237,12 @@ def _psnr(codec: FrameCodec, sources: dict[str, dict[Bucket, np.ndarray]]) -> di
 
 
 def _decibels(squared_errors: list[float], weights: list[int]) -> float:
-    """PSNR of 8-bit pixels from mean squared errors: of the pooled error, which is stricter than a mean of PSNRs."""
+    """PSNR of 8-bit pixels from the weighted mean of squared errors, which is stricter than a mean of PSNRs."""
     return round(10 * math.log10(255.0**2 / max(float(np.average(squared_errors, weights=weights)), 1e-10)), 3)
 
 
 def _show(codec: FrameCodec, sources: dict[str, dict[Bucket, np.ndarray]], path: Path) -> None:
-    """A PNG of held-out images, each above its reconstruction; a line for each source and bucket."""
+    """Writes a PNG of held-out images above their reconstructions, one line per source and bucket."""
     from PIL import Image
 
     lines = []

@@ -1,9 +1,9 @@
-"""Encoding over groups of shards, without Flyte: a part for each shard, made once for its inputs, and their index.
+"""Encodes groups of shards, without Flyte: one part per shard, reused if its inputs are unchanged, and an index of parts.
 
     curated, components --group--> texts parts, latents parts --gather--> index: parts.parquet, encoding_ledger, report
 
-The index copies nothing of the parts. A shard that fails does not stop the others of its group: the group's error names
-it at the end, and another attempt makes that shard alone.
+The index contains references, no copies of the parts. If a shard fails, the others of its group are still encoded; then the
+group raises an error that names the failed shards, and a retry encodes only those.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ LATENT_KEYS = ("dtype", "rows_per_file", "shapes", "max_crop_fraction", "batch_s
 
 
 def list_groups(curated_dir: str | Path, max_groups: int) -> list[int]:
-    """The groups that map tasks run over."""
+    """The numbers of the groups for the map tasks."""
     return list(range(num_groups(sum(1 for _ in open_curated(curated_dir).parts()), max_groups)))
 
 
 def encode_texts_group(
     curated_dir: str | Path, components_dir: Path, config: EncodingConfig, group: int, groups: int, out_dir: Path
 ) -> dict[str, Any]:
-    """Fills `out_dir` with an index of the texts parts of one group of shards; returns their report.
+    """Encodes the texts of one group of shards and writes the index of their parts to `out_dir`; returns the report.
 
     Raises:
-        RuntimeError: naming the shards that failed, after all others are made.
+        RuntimeError: shards failed; the message names them. Raised after all other shards are encoded.
     """
     curated, encoder = open_curated(curated_dir), PromptEncoder(components_dir, config)
     version = envs.CACHE_VERSIONS["texts"]
@@ -90,7 +90,7 @@ def encode_latents_group(
     groups: int,
     out_dir: Path,
 ) -> dict[str, Any]:
-    """As `encode_texts_group`, of the latents of one stage.
+    """Like `encode_texts_group`, for the latents of one stage.
 
     Args:
         fractions: see `fractions_of`.
@@ -119,16 +119,16 @@ def encode_latents_group(
         try:
             made = make({})
         except ChangedRecords as error:
-            made = make(error.reasons)  # a part under another key: a source that is restored is read again
+            made = make(error.reasons)  # under another key, so that a restored source is read again
         return made, {"records": len(selection), HELD_OUT: held_out, NOT_DRAWN: not_drawn}
 
     return _encode_group(curated, encode, group, groups, out_dir, [])
 
 
 def fractions_of(curated_dir: str | Path, stage: StageConfig) -> dict[str, float]:
-    """The share of each tier's images that a stage encodes (`latents.drawn_fractions`).
+    """The fraction of each tier's images that a stage encodes (`latents.drawn_fractions`).
 
-    Reads the selections' tiers where the stage may draw less than an epoch.
+    Reads the tiers of all selections only if the stage may draw less than an epoch.
     """
     curated = open_curated(curated_dir)
     records = curated.num_records
@@ -139,7 +139,7 @@ def fractions_of(curated_dir: str | Path, stage: StageConfig) -> dict[str, float
 
 
 def images_by_tier(curated_dir: str | Path) -> dict[str, int]:
-    """Images of the train split, by tier."""
+    """Number of images of the train split, by tier."""
     curated = open_curated(curated_dir)
     images: Counter[str] = Counter()
 
@@ -154,7 +154,7 @@ def images_by_tier(curated_dir: str | Path) -> dict[str, int]:
 
 
 def _lazy(make: Callable[[], Callable]) -> Callable:
-    """A function that is made when it is first called: a group whose parts are all there loads no model."""
+    """Delays `make` until the first call, so that a group whose parts all exist loads no model."""
     made: list[Callable] = []
 
     def call(*arguments: Any) -> Any:
@@ -174,10 +174,10 @@ def _encode_group(
     parts: list[Part],
 ) -> dict[str, Any]:
     selections = list(curated.parts())
-    mine = [selections[i] for i in group_range(group, groups, len(selections))]
+    selected = [selections[i] for i in group_range(group, groups, len(selections))]
     reports, failed = [], []
     with pq.ParquetWriter(out_dir / ENCODING_LEDGER, LEDGER, compression="zstd") as ledger:
-        for number, selection in enumerate(mine, start=1):
+        for number, selection in enumerate(selected, start=1):
             try:
                 part, counted = encode(selection)
             except Exception as error:
@@ -190,9 +190,10 @@ def _encode_group(
             records = counted.pop("records")
             counts = {name: count for name, count in counted.items() if count}
             reports += [json.loads((directory / REPORT).read_text()), {"records": records, "counts": counts}]
-            print(f"{part.kind}: shard {number} of {len(mine)} of group {group}, {part.rows} records", flush=True)
+            print(f"{part.kind}: shard {number} of {len(selected)} of group {group}, {part.rows} records", flush=True)
     if failed:
-        raise RuntimeError(f"{len(failed)} of {len(mine)} shards of group {group} failed: " + "; ".join(failed[:10]))
+        named = "; ".join(failed[:10])
+        raise RuntimeError(f"{len(failed)} of {len(selected)} shards of group {group} failed: {named}")
     write_index(out_dir, parts)
     report = add_up(reports)
     (out_dir / REPORT).write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
@@ -202,14 +203,14 @@ def _encode_group(
 def gather(
     curated_dir: str | Path, groups: Sequence[Path | None], kind: str, out_dir: Path, **report: Any
 ) -> dict[str, Any]:
-    """Fills `out_dir` with the index of all groups' parts, and returns the report, which is report.json too.
+    """Writes the index of all groups' parts, the ledger and report.json to `out_dir`; returns the report.
 
     Args:
-        groups: directories that `encode_texts_group` or `encode_latents_group` filled; None where that failed.
+        groups: output directories of `encode_texts_group` or `encode_latents_group`; None for a failed group.
         report: further entries of the report.
 
     Raises:
-        ValueError: nothing was encoded.
+        ValueError: no record was encoded.
     """
     selections = list(open_curated(curated_dir).parts())
     reports: list[dict[str, Any]] = []
@@ -262,6 +263,6 @@ def _parts(
         for batch in pq.ParquetFile(directory / ENCODING_LEDGER).iter_batches():
             ledger.write_batch(batch)
         for part in read_index(directory):
-            if part.name != PREFIX or not prefix_written:  # each group has it, the same
+            if part.name != PREFIX or not prefix_written:  # all groups contain the same prefix part
                 yield part
             prefix_written |= part.name == PREFIX

@@ -1,4 +1,4 @@
-"""Pinned components of the Hugging Face Hub: exact files of one commit, or those of a local directory."""
+"""Copies pinned components from the Hugging Face Hub (named files of one commit) or from a local directory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from tasks.encoding.config import ComponentsConfig, HubComponent
 
-# Names, so that nothing else of a repository is fetched, its code least of all. A ? is one digit of a file's number.
+# Only these files are downloaded, in particular no code. A ? stands for one digit of a file's number.
 VAE_FILES = (
     "config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json",
     "diffusion_pytorch_model-?????-of-?????.safetensors",
@@ -30,10 +30,10 @@ CLASSES = (
 
 
 def copy_components(config: ComponentsConfig, out_dir: Path) -> dict[str, Any]:
-    """Fills vae/, text_encoder/ and processor/ of `out_dir`, and says where from.
+    """Fills vae/, text_encoder/ and processor/ of `out_dir`. Returns the origin of each component.
 
     Raises:
-        ValueError: a component is not available, or of another class.
+        ValueError: a component is not available, or has another class.
     """
     sources = {"vae": config.hub_vae, "text_encoder": config.hub_text_encoder}
     for name, files, source in (
@@ -44,18 +44,18 @@ def copy_components(config: ComponentsConfig, out_dir: Path) -> dict[str, Any]:
         component = sources[source]
         assert component is not None
         fetch(component, files, out_dir / name)
-    for name, key, wanted in CLASSES:
+    for name, key, expected in CLASSES:
         value = json.loads((out_dir / name / "config.json").read_text()).get(key)
-        if value != wanted:
-            raise ValueError(f"components.hub_{name}: its config.json has {key}={value!r}, {wanted!r} is needed")
+        if value != expected:
+            raise ValueError(f"components.hub_{name}: its config.json has {key}={value!r}, {expected!r} is needed")
     return {name: _origin(source) for name, source in sources.items() if source is not None}
 
 
 def fetch(component: HubComponent, files: tuple[str, ...], target: Path) -> None:
-    """Puts the named files of a pinned component into `target`.
+    """Copies the named files of a pinned component into `target`.
 
     Raises:
-        ValueError: the Hub has no such repository or revision, cannot be reached, or has none of the files.
+        ValueError: no such repository or revision, the Hub cannot be reached, or none of the files exists.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -82,10 +82,10 @@ def fetch(component: HubComponent, files: tuple[str, ...], target: Path) -> None
     if not present:
         raise ValueError(f"{component.repo_id} at {component.revision} has no {inside}{files[0]}")
     for path in present:
-        shutil.copyfile(path, target / path.name)  # the content: the Hub's cache holds links
+        shutil.copyfile(path, target / path.name)  # copies the content, as the Hub's cache contains links
 
 
 def _origin(component: HubComponent) -> dict[str, Any]:
-    if component.is_local:  # the commit is not what was copied
+    if component.is_local:  # its files are not those of the commit
         return {"repo_id": "local directory", "revision": None, "subfolder": component.subfolder}
     return {"repo_id": component.repo_id, "revision": component.revision, "subfolder": component.subfolder}

@@ -1,4 +1,4 @@
-"""The images of a shard, decoded and fitted to aspect buckets."""
+"""Decodes the images of a shard and fits them to aspect buckets."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from tasks.curation.curated import Curated
     from tasks.store import Part
 
-AHEAD = 256  # images that are decoded ahead of their use, at most
-AHEAD_PIXELS = 64_000_000  # of them together; a decoded pixel may take 12 bytes
-Lost = Callable[[int, ValueError], None]
+AHEAD = 256  # maximum number of images decoded ahead of their use
+AHEAD_PIXELS = 64_000_000  # maximum of their pixels in total; a decoded pixel may take 12 bytes
+OnFailure = Callable[[int, ValueError], None]
 
 
 def read_images(
-    curated: Curated, part: Part, rows: Mapping[int, tuple[Bucket, int]], lost: Lost
+    curated: Curated, part: Part, rows: Mapping[int, tuple[Bucket, int]], on_failure: OnFailure
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(row of the selection, uint8 pixels [H, W, 3]) of rows of one shard, each fitted to its bucket, in their order.
+    """Yields (row of the selection, uint8 pixels [H, W, 3]) for rows of one shard, in order, each fitted to its bucket.
 
     Args:
-        rows: row -> its bucket, and the number of pixels that its header promised when it was scored.
-        lost: called with the row and the reason where an image has changed (`Changed`), or does not decode.
+        rows: row -> (bucket, number of pixels in the image's header when it was scored).
+        on_failure: called with the row and the error if an image has changed (`Changed`) or does not decode.
     """
 
     def pixels(data: bytes, row: int) -> np.ndarray | ValueError:
@@ -39,7 +39,7 @@ def read_images(
         except ValueError as error:
             return error
 
-    # Pillow decodes and resizes without the interpreter's lock: threads run beside the model.
+    # Pillow releases the GIL while it decodes and resizes, so that threads run in parallel with the model.
     waiting: deque[tuple[int, Future]] = deque()
     ahead = 0
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
@@ -50,11 +50,11 @@ def read_images(
             ahead -= rows[row][1]
             image = future.result()
             if isinstance(image, ValueError):
-                lost(row, image)
+                on_failure(row, image)
                 return None
             return row, image
 
-        for row, record in curated.images(part, rows, lambda row, reason: lost(row, Changed(reason))):
+        for row, record in curated.images(part, rows, lambda row, reason: on_failure(row, Changed(reason))):
             waiting.append((row, pool.submit(pixels, record.data, row)))
             ahead += rows[row][1]
             while len(waiting) >= AHEAD or (ahead > AHEAD_PIXELS and len(waiting) > 1):
@@ -66,7 +66,7 @@ def read_images(
 
 
 class Changed(ValueError):
-    """The bytes are not those that were scored, or they are gone."""
+    """An image's bytes differ from those that were scored, or no longer exist."""
 
 
 class ChangedRecords(ValueError):

@@ -1,10 +1,10 @@
-"""One shard's images -> a latents part of one stage: VAE latents in aspect buckets.
+"""Encodes one shard's images into a latents part of one stage: VAE latents in aspect buckets.
 
     selection, original bytes -> bucket-{W}x{H}/latents-*.safetensors   (posterior mean - latents_mean) / latents_std
     VAE                          rows.parquet (model/data/files.py), ledger.parquet, report.json
 
-Only records that the stage draws are encoded: of the train split, of tiers with a weight, and of a stage that reads less
-than an epoch a sample of them.
+Encodes only records that the stage draws: those of the train split, of tiers with a weight, and only a sample of these if
+the stage draws less than an epoch.
 """
 
 from __future__ import annotations
@@ -33,47 +33,47 @@ if TYPE_CHECKING:
     from tasks.curation.curated import Curated
     from tasks.store import Part
 
-COLUMNS = ["key", "record_id", "row", "locator", "width", "height"]  # of a selection, which decide the part
-WARN_CROP = 0.12  # images that lose more to their bucket are counted, and said
-STEPS_PER_OCTAVE = 8  # a sampled fraction is rounded up to a power of 2 ** (1/8): a new shard seldom changes it
+COLUMNS = ["key", "record_id", "row", "locator", "width", "height"]  # columns of a selection that the part depends on
+WARN_CROP = 0.12  # images that the crop to their bucket cuts by more are counted in the report
+STEPS_PER_OCTAVE = 8  # fractions are rounded up to a power of 2 ** (1/8), so that a new shard rarely changes them
 EncodeImages = Callable[[np.ndarray], "torch.Tensor"]
 
 
 class StageShape(Section):
-    """What of a stage decides the latents of an image that it draws."""
+    """The settings of a stage that latents depend on."""
 
     image_size_px: int
     aspect_ratios: tuple[str, ...]
 
 
 def drawn_fractions(stage: StageConfig, images: Mapping[str, int]) -> dict[str, float]:
-    """The share of each tier's images that a stage encodes: all where it draws them once or more.
+    """The fraction of each tier's images that a stage encodes: 1 if it draws each image at least once on average.
 
-    A stage draws steps x batch_size samples, of each tier in proportion to weight x images. A share below 1 is rounded
-    up by at most 9%.
+    A stage draws steps x batch_size samples, from each tier in proportion to weight x images. A fraction below 1 is
+    rounded up by at most 9%.
 
     Args:
-        images: of the train split, by tier.
+        images: number of images of the train split, by tier.
     """
     weight = {tier: stage.tier_weights.get(tier, 0.0) * count for tier, count in images.items()}
     total = sum(weight.values())
-    found = {}
+    fractions = {}
     for tier, count in images.items():
         share = stage.steps * stage.batch_size * weight[tier] / total / count if total and count else 0.0
         step = math.floor(-math.log2(share) * STEPS_PER_OCTAVE + 1e-9) if 0 < share < 1 else 0
-        found[tier] = 2.0 ** (-step / STEPS_PER_OCTAVE) if share > 0 else 0.0
-    return found
+        fractions[tier] = 2.0 ** (-step / STEPS_PER_OCTAVE) if share > 0 else 0.0
+    return fractions
 
 
 def is_drawn(record_id: str, fraction: float, seed: int) -> bool:
-    """Whether a record is of the share that is encoded: a function of its id, so that another record changes nothing."""
+    """Whether a record is in the encoded fraction. Depends only on its id, so that other records do not change it."""
     if fraction >= 1 or fraction <= 0:
         return fraction > 0
     return float(uniform(hash_words(seed, int(record_id[:16], 16)))[0]) < fraction
 
 
 def draw(selection: pa.Table, fractions: Mapping[str, float], seed: int) -> tuple[list[int], int, int]:
-    """(rows of the selection that a stage encodes, held-out records, records that it does not draw)."""
+    """(rows of the selection to encode, number of held-out records, number of records that the stage does not draw)."""
     rows, held_out, not_drawn = [], 0, 0
     columns = (selection[name].to_pylist() for name in ("record_id", "tier", "split"))
     for i, (record_id, tier, split) in enumerate(zip(*columns, strict=True)):
@@ -97,14 +97,14 @@ def encode_latents(
     out_dir: str | Path,
     changed: Mapping[int, str],
 ) -> int:
-    """Fills `out_dir` with the latents of rows of one shard's selection; returns the number of images.
+    """Encodes rows of one shard's selection into `out_dir`; returns the number of images.
 
     Args:
         encode: see `image_encoder`.
-        changed: rows that are known to have changed since they were scored, and why: listed, not read.
+        changed: rows known to have changed since scoring, with the reason. They are listed in the ledger and not read.
 
     Raises:
-        ChangedRecords: other rows have changed, after all are read.
+        ChangedRecords: other rows have changed; raised after all rows are read.
     """
     out_dir, notes = Path(out_dir), Notes(part.name)
     table = dict(zip(rows, curated.selection(part).select(COLUMNS).take(rows).to_pylist(), strict=True))
@@ -117,20 +117,21 @@ def encode_latents(
             continue
         bucket = nearest_bucket(row["width"], row["height"], buckets)
         crop = cropped_fraction(row["width"], row["height"], bucket)
-        words = f"{row['width']}x{row['height']} loses {crop:.0%} to the nearest bucket, {bucket.name}"
+        detail = f"{row['width']}x{row['height']} loses {crop:.0%} to the nearest bucket, {bucket.name}"
         if encoding.shapes == "stage" and crop > encoding.max_crop_fraction:
-            notes.reject(row, SHAPE_FITS_NO_BUCKET, f"{words}; encoding.max_crop_fraction={encoding.max_crop_fraction}")
+            limit = f"encoding.max_crop_fraction={encoding.max_crop_fraction}"
+            notes.reject(row, SHAPE_FITS_NO_BUCKET, f"{detail}; {limit}")
             continue
         if crop > WARN_CROP:
-            notes.remark(row, f"cropped_over_{WARN_CROP:.0%}", words)
+            notes.remark(row, f"cropped_over_{WARN_CROP:.0%}", detail)
         crops.append(crop)
         assigned[i] = (bucket, row["width"] * row["height"])
 
-    found_changed: dict[int, str] = {}
+    newly_changed: dict[int, str] = {}
 
-    def lost(i: int, error: ValueError) -> None:
+    def on_failure(i: int, error: ValueError) -> None:
         if isinstance(error, Changed):
-            found_changed[i] = str(error)
+            newly_changed[i] = str(error)
         else:
             notes.reject(table[i], UNDECODABLE, str(error))
 
@@ -149,15 +150,15 @@ def encode_latents(
                 writer.add(table[i]["row"], table[i]["record_id"], latent)
             done += len(batch)
 
-        for i, pixels in read_images(curated, part, assigned, lost):
+        for i, pixels in read_images(curated, part, assigned, on_failure):
             bucket = assigned[i][0]
             waiting.setdefault(bucket, []).append((i, pixels))
             if len(waiting[bucket]) == encoding.batch_size:
                 flush(bucket)
         for bucket in sorted(waiting):
             flush(bucket)
-    if found_changed:
-        raise ChangedRecords(found_changed)
+    if newly_changed:
+        raise ChangedRecords(newly_changed)
     notes.write(
         out_dir,
         encoded=done,
@@ -175,7 +176,7 @@ def latent_channels(components_dir: str | Path) -> int:
 
 
 def vae_digest(components_dir: str | Path) -> str:
-    """SHA-256 over the VAE's files."""
+    """SHA-256 of the VAE's files."""
     digest = hashlib.sha256()
     for path in sorted((Path(components_dir) / "vae").iterdir()):
         with open(path, "rb") as file:
@@ -184,7 +185,7 @@ def vae_digest(components_dir: str | Path) -> str:
 
 
 def image_encoder(components_dir: str | Path) -> EncodeImages:
-    """uint8 [B, H, W, 3] -> normalised latents [B, C, H/8, W/8] float32: the posterior's mean, as nothing is sampled."""
+    """A function from uint8 [B, H, W, 3] to normalised latents [B, C, H/8, W/8] float32, the posterior's mean."""
     import torch
     from diffusers import AutoencoderKLQwenImage
 

@@ -1,8 +1,9 @@
-"""What encoding leaves out, in the format of curation's ledger: every curated record is encoded, or counted by a rule.
+"""The encoding ledger, in the format of curation's: every curated record is encoded, or counted under a rule.
 
-    curated records = encoded + held out + not drawn + those of the rules below, which the ledger lists one by one
+    curated records = encoded + held out + not drawn + rejected by RULES (listed one by one)
 
-Held-out records are of the val split. Records that are not drawn are of tiers or shares that the stage never reads.
+Held-out records are those of the val split. Records that are not drawn are in tiers, or in the part of a tier, that the
+stage does not read.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ HELD_OUT, NOT_DRAWN = "held_out", "not_drawn"  # counted, not listed
 SHAPE_FITS_NO_BUCKET = "shape_fits_no_bucket"
 CHANGED_SINCE_SCORING = "changed_since_scoring"
 UNDECODABLE = "undecodable"
-CAPTION_SPECIAL_TOKEN = "caption_special_token"  # the caption has a special token of the chat format
+CAPTION_SPECIAL_TOKEN = "caption_special_token"  # the caption contains a special token of the chat format
 RULES = (
     SHAPE_FITS_NO_BUCKET,
     CHANGED_SINCE_SCORING,
@@ -35,7 +36,7 @@ REPORT = "report.json"
 
 
 class Notes:
-    """Collects what one part leaves out, and writes ledger.parquet and report.json."""
+    """Collects rejections and remarks for one part, and writes ledger.parquet and report.json."""
 
     def __init__(self, shard: str):
         self.shard = shard
@@ -45,14 +46,14 @@ class Notes:
         self._lines: list[dict[str, Any]] = []
 
     def reject(self, record: dict[str, Any], rule: str, detail: str) -> None:
-        """A curated record (key, record_id, locator, row) that is not encoded."""
+        """Notes a curated record (key, record_id, locator, row) that is not encoded."""
         assert rule in RULES, rule
         self.counts[rule] += 1
         self.examples.setdefault(rule, f"{record['locator']}: {detail}")
         self._add(record, False, rule, detail)
 
     def remark(self, record: dict[str, Any], what: str, detail: str) -> None:
-        """Something about a record that is encoded all the same, such as a caption of several that is left out."""
+        """Notes something about a record that is encoded, such as one rejected caption out of several."""
         self.remarks[what] += 1
         self.examples.setdefault(what, f"{record['locator']}: {detail}")
         self._add(record, True, "", f"{what}: {detail}")
@@ -69,7 +70,7 @@ class Notes:
 
 
 def add_up(reports: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The sum of parts' reports: numbers are added, the first example of a kind is kept, and of a "max" the largest."""
+    """The sum of the parts' reports: adds numbers, keeps the first of each example, and the maximum of keys in "max..."."""
     total: dict[str, Any] = {}
     for report in reports:
         _add_into(total, report)
@@ -89,7 +90,7 @@ def _add_into(total: dict[str, Any], report: dict[str, Any]) -> None:
 
 
 def summary(report: dict[str, Any], what: str) -> str:
-    """One line: what was encoded, and what was left out with an example of each kind."""
+    """One line: the number of encoded records, and counts of all others with an example of each kind."""
     examples = report.get("examples", {})
     counts = dict(report.get("counts", {}))
     parts = [f"{report['encoded']:,} of {report['records']:,} curated records"]

@@ -1,8 +1,8 @@
-"""Opens a stage's latents and texts on a node: fetches their parts, and builds the index that its ranks share.
+"""Opens a stage's latents and texts on a node: fetches their parts and builds the index that the node's ranks share.
 
-    latents, texts (indices of parts) --fetch_part--> tables [and tensors] here --build_index--> HOME/indexes/KEY
+    latents, texts (indices of parts) --fetch_part--> local tables [and tensors] --build_index--> HOME/indexes/KEY
 
-With `stream` the tensors stay where they are, and training reads the rows of its batches there.
+With `stream` the tensors are not fetched, and training reads the rows of its batches from the store.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from tasks.encoding.ledger import REPORT
 from tasks.manifest import load_manifest
 from tasks.store import Part, fetch_part, home, read_index
 
-VERSION = 1  # of the layout of model/data/index.py
+VERSION = 1  # of the file layout of model/data/index.py
 
 
 def open_latents(latents_dir: str | Path, texts_dir: str | Path, stream: bool = False) -> Path:
-    """The directory of the index, built where it is not there yet. Processes of one node may call it at once.
+    """The directory of the index, which is built if it does not exist. Safe for concurrent processes of one node.
 
     Raises:
-        ValueError: a part was changed, or no record has both a latent and texts.
-        FileNotFoundError: a part is gone.
+        ValueError: a part has changed, or no record has both a latent and texts.
+        FileNotFoundError: a part no longer exists.
     """
     latents_dir, texts_dir = Path(latents_dir), Path(texts_dir)
     digests = [load_manifest(path).digest for path in (latents_dir, texts_dir)]
@@ -44,7 +44,7 @@ def open_latents(latents_dir: str | Path, texts_dir: str | Path, stream: bool = 
     with _locked(folder / f".{key}.lock"):
         texts = {part.name: part for part in read_index(texts_dir) if part.digest}
         pairs = [(part, texts[part.name]) for part in read_index(latents_dir) if part.digest and part.name in texts]
-        # Fetching verifies. What stays in a store is verified row by row when it is read, against the index.
+        # Fetching verifies parts. Streamed rows are verified against the index's checksums when they are read.
         if not (index / INDEX).is_file() or not stream:
             parts = [_files(latents, text, stream) for latents, text in pairs]
             prefix = fetch_part(texts[PREFIX])
@@ -54,16 +54,16 @@ def open_latents(latents_dir: str | Path, texts_dir: str | Path, stream: bool = 
 
 
 def text_settings(texts_dir: str | Path) -> TextMeta:
-    """How the texts of an artifact were encoded."""
+    """The settings with which the texts of an artifact were encoded."""
     prefix = next(part for part in read_index(texts_dir) if part.name == PREFIX)
     return TextMeta(**json.loads((fetch_part(prefix, TENSORS) / "meta.json").read_text()))
 
 
 def _files(latents: Part, texts: Part, stream: bool) -> PartFiles:
     without = TENSORS if stream else ()
-    here = [str(fetch_part(part, without)) for part in (latents, texts)]
-    at = [part.uri or path for part, path in zip((latents, texts), here, strict=True)] if stream else here
-    return PartFiles(*here, *at)
+    local = [str(fetch_part(part, without)) for part in (latents, texts)]
+    tensors = [part.uri or path for part, path in zip((latents, texts), local, strict=True)] if stream else local
+    return PartFiles(*local, *tensors)
 
 
 def _weights(latents_dir: Path) -> dict[str, float]:

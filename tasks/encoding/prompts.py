@@ -1,9 +1,9 @@
-"""The frozen text encoder with the prefix of all prompts computed once.
+"""Encodes prompts with the frozen text encoder, and computes their common prefix only once.
 
     prompt = prefix (chat format and system message, the same for all) + text + end of the turn
 
-A causal encoder gives the prefix the same states in every prompt. So its keys and values are computed once, and only
-what follows is run through the model. The states equal those of whole prompts up to rounding.
+In a causal encoder the states of the prefix do not depend on the text. So its keys and values are cached, and only the rest
+of a prompt runs through the model. The states equal those of full prompts up to rounding.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from tasks.encoding.config import EncodingConfig
 if TYPE_CHECKING:
     import torch
 
-# Texts whose token ids begin alike exactly where every text's do.
+# Different first characters: the common prefix of these prompts' tokens is the common prefix of all prompts.
 PROBES = ("", "a", " a", "A.", "\n", "\t", "1", "-", "'s", "é", "一", "א")
 
 
 class Prompt(NamedTuple):
-    """The tokens that follow the prefix; `special` if the text itself has special tokens of the chat format."""
+    """The tokens after the prefix. `special`: the text itself contains special tokens of the chat format."""
 
     ids: list[int]
     special: bool
 
 
 class PromptEncoder:
-    """Tokenizes and encodes prompts. The model is loaded when states are first asked for, on `device`."""
+    """Tokenizes and encodes prompts. Loads the model onto `device` when states are first requested."""
 
     def __init__(self, components_dir: str | Path, config: EncodingConfig, device: Any = None):
         self._dir, self.config, self._device = Path(components_dir), config, device
@@ -42,9 +42,11 @@ class PromptEncoder:
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
         if self.tokenizer.padding_side != "right":
             side = self.tokenizer.padding_side
-            raise ValueError(f"the processor pads on the {side}: a text's place would depend on its batch; set right")
+            raise ValueError(
+                f"the processor pads on the {side}: a text's position would depend on its batch; set padding_side to right"
+            )
         probes = self._tokenize(PROBES)
-        shortest = min(map(len, probes)) - 1  # something must follow the prefix
+        shortest = min(map(len, probes)) - 1  # at least one token must follow the prefix
         same = next((i for i in range(shortest) if len({ids[i] for ids in probes}) > 1), shortest)
         self.prefix_ids = probes[0][:same]
         unknown = self.tokenizer.unk_token_id
@@ -53,7 +55,7 @@ class PromptEncoder:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the files of the text encoder and the processor."""
+        """SHA-256 of the files of the text encoder and the processor."""
         digest = hashlib.sha256()
         for part in ("text_encoder", "processor"):
             for path in sorted((self._dir / part).iterdir()):
@@ -76,18 +78,18 @@ class PromptEncoder:
         )
 
     def prompts(self, texts: Sequence[str]) -> list[Prompt]:
-        """What follows the prefix in the prompt of each text.
+        """The tokens after the prefix in the prompt of each text.
 
         Raises:
-            ValueError: the tokenizer joins the beginning of a text with the prefix.
+            ValueError: the tokenizer merges the beginning of a text with the prefix.
         """
-        size, found = len(self.prefix_ids), []
+        size, prompts = len(self.prefix_ids), []
         plain = sum(i in self._special for i in self.empty_ids)
         for text, ids in zip(texts, self._tokenize(texts), strict=True):
             if ids[:size] != self.prefix_ids or len(ids) == size:
-                raise ValueError(f"the tokens of {text!r} do not begin with those of every prompt")
-            found.append(Prompt(ids[size:], sum(i in self._special for i in ids[size:]) != plain))
-        return found
+                raise ValueError(f"the tokens of {text!r} do not begin with the common prefix of all prompts")
+            prompts.append(Prompt(ids[size:], sum(i in self._special for i in ids[size:]) != plain))
+        return prompts
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         return self.tokenizer(format_prompts(self.processor, texts))["input_ids"] if len(texts) else []
@@ -99,10 +101,10 @@ class PromptEncoder:
         device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
         encoder = load_text_encoder(self._dir / "text_encoder", dtype="auto")
         model = encoder.model.language_model
-        wanted = state_layer(encoder.config.text_config.num_hidden_layers, self.config.hidden_state_index)
-        # Layers above the wanted state, the final norm and the vision tower are neither run nor kept.
-        model.layers, model.norm = torch.nn.ModuleList(model.layers[:wanted]), torch.nn.Identity()
-        self._embed = model.embed_tokens  # stays on the host: it is large, and little of it is read
+        layers = state_layer(encoder.config.text_config.num_hidden_layers, self.config.hidden_state_index)
+        # Layers above the hidden state, the final norm and the vision tower are dropped.
+        model.layers, model.norm = torch.nn.ModuleList(model.layers[:layers]), torch.nn.Identity()
+        self._embed = model.embed_tokens  # stays on the host: it is large, and a batch reads few of its rows
         model.embed_tokens = torch.nn.Identity()
         return model.to(device).requires_grad_(False)
 
@@ -120,7 +122,7 @@ class PromptEncoder:
         return out.last_hidden_state[0], [(layer.keys, layer.values) for layer in layers]
 
     def prefix_states(self) -> torch.Tensor:
-        """[P, D]"""
+        """States [P, D] of the prefix, on the device."""
         with _plain(self._model.device):
             return self._prefix[0]
 
@@ -128,8 +130,8 @@ class PromptEncoder:
         return self._embed(ids).to(self._model.device)
 
     def states(self, ids: torch.Tensor) -> torch.Tensor:
-        """States [n, L, D] on the device of what follows the prefix; ids [n, L] on the host, padded on the right. Nothing
-        looks ahead, so that padding changes no state before it."""
+        """States [n, L, D] on the device for the tokens after the prefix, ids [n, L] on the host. Padding on the right does
+        not change the states before it, as the encoder is causal."""
         import torch
         from transformers import DynamicCache
 
@@ -143,7 +145,7 @@ class PromptEncoder:
         return out.last_hidden_state
 
     def encode(self, texts: Sequence[list[int]]) -> list[torch.Tensor]:
-        """States [L, D] of each list of token ids, on the host. Texts of similar length are run together."""
+        """States [L, D] of each list of token ids, on the host. Batches texts of similar length."""
         import torch
 
         out: list[Any] = [None] * len(texts)
@@ -160,10 +162,10 @@ class PromptEncoder:
 
 
 class OnlineText:
-    """Called inside of training: ids [B, T - P] on the host, and mask [B, T] or None on `device`, to states [B, T, D]
-    float32 there, equal to the stored ones up to rounding.
+    """Encodes texts during training: ids [B, T - P] on the host and mask [B, T] or None on `device` -> states [B, T, D]
+    float32 on `device`, equal to stored states up to rounding.
 
-    Everything is rounded to the type in which states would be stored, and padding is zero.
+    States are rounded to the type in which they would be stored. Padding is zero.
     """
 
     def __init__(self, components_dir: str | Path, meta: TextMeta):
@@ -185,7 +187,7 @@ class OnlineText:
 
 
 def _plain(device: Any) -> contextlib.AbstractContextManager:
-    """The encoder computes in its own types, whatever the training's."""
+    """Disables autocast: the encoder computes in its own types, independent of the training's."""
     import torch
 
     return torch.autocast(device.type, enabled=False)

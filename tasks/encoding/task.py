@@ -1,11 +1,11 @@
-"""Frozen components, the texts that all stages share, and each stage's latents.
+"""Tasks that make the frozen components, the texts that all stages share, and each stage's latents.
 
     plan_encoding -> encode_texts_group   -> gather_texts
                      encode_latents_group -> gather_latents     per stage
-                     per group
+                     map tasks over groups of shards
 
-The map tasks have no Flyte cache: a part is made once for its inputs (store.make_part), so that one new shard costs one
-part of texts, and one of latents for each stage.
+The map tasks do not use Flyte's cache. `store.make_part` reuses parts by their inputs instead, so that a new shard costs
+one new part of texts, and one new part of latents per stage. See docs/decisions/encoding.md.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tasks.store import LOCATIONS
 
 
 class EncodingPlan(NamedTuple):
-    """Groups of shards for map tasks, and the share of each tier's images that a stage encodes."""
+    """Groups of shards for the map tasks, and the fraction of each tier's images that a stage encodes."""
 
     groups: list[int]
     fractions: dict[str, float]
@@ -41,7 +41,7 @@ class EncodingPlan(NamedTuple):
 
 @task(cache=envs.cache("components"), **envs.gpu_single("encoder"))
 def make_components(curated: CuratedDir, config: ComponentsConfig) -> ComponentsDir:
-    """VAE, text encoder and processor: pinned from the Hub, or small ones trained on a sample of the corpus."""
+    """Makes VAE, text encoder and processor: pinned ones from the Hub, or small ones trained on a sample of the corpus."""
     from tasks.encoding import components
 
     path = fetch(curated, "curated")
@@ -59,7 +59,7 @@ def make_components(curated: CuratedDir, config: ComponentsConfig) -> Components
 
 @task(**envs.light("encoder"))
 def plan_encoding(curated: CuratedDir, config: EncodingConfig, stage: Optional[StageConfig] = None) -> EncodingPlan:
-    """Groups of the corpus's shards; of a stage also what it draws."""
+    """Groups the corpus's shards. With a stage, also computes the fraction of each tier that it draws."""
     from tasks.encoding import flow
 
     path = fetch(curated, "curated")
@@ -71,7 +71,7 @@ def plan_encoding(curated: CuratedDir, config: EncodingConfig, stage: Optional[S
 def encode_texts_group(
     curated: CuratedDir, components: ComponentsDir, config: EncodingConfig, groups: list[int], group: int
 ) -> TextsDir:
-    """The captions of the shards of one group."""
+    """Encodes the captions of one group of shards."""
     from tasks.encoding import flow
 
     curated_path, components_path = fetch(curated, "curated"), fetch(components, "components")
@@ -93,7 +93,7 @@ def encode_latents_group(
     groups: list[int],
     group: int,
 ) -> LatentsDir:
-    """The latents of the shards of one group, for one stage."""
+    """Encodes the images of one group of shards for one stage."""
     from tasks.encoding import flow
 
     curated_path, components_path = fetch(curated, "curated"), fetch(components, "components")
@@ -111,7 +111,7 @@ def encode_latents_group(
 def gather_texts(
     curated: CuratedDir, components: ComponentsDir, config: EncodingConfig, groups: list[Optional[TextsDir]]
 ) -> TextsDir:
-    """The index of the texts of all shards, with the ledger of what was left out."""
+    """Writes the index of all texts parts, and the ledger of records that are not encoded."""
     from tasks.encoding import flow, ledger
 
     paths = [fetch(group, "texts") if group is not None else None for group in groups]
@@ -138,7 +138,7 @@ def gather_latents(
     config: EncodingConfig,
     groups: list[Optional[LatentsDir]],
 ) -> LatentsDir:
-    """The index of one stage's latents of all shards, with the ledger of what was left out."""
+    """Writes the index of one stage's latents parts, and the ledger of records that are not encoded."""
     from tasks.encoding import flow, ledger
 
     paths = [fetch(group, "latents") if group is not None else None for group in groups]

@@ -1,10 +1,10 @@
-"""One shard's captions -> a texts part: the states, or only the tokens, of each distinct caption.
+"""Encodes one shard's captions into a texts part: the states, or only the tokens, of each distinct caption.
 
     selection -> captions.parquet, texts.parquet, text/*.safetensors (model/data/files.py), ledger.parquet, report.json
 
-A caption is encoded whole or not at all: what is longer than the encoder's limit, counted in its own tokens, is left
-out, and so is what has special tokens of the chat format, which would end the user's turn. A record that had captions and
-keeps none is left out with them. Records without any caption are trained with the empty prompt.
+Captions are never truncated. A caption is rejected if it exceeds the encoder's token limit, or if it contains special
+tokens of the chat format, which could end the user's turn. A record whose captions are all rejected is rejected too.
+Records without captions are trained with the empty prompt.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import torch
 
-CHUNK = 1024  # texts whose states are in memory together
-COLUMNS = ["key", "record_id", "row", "locator", "captions", "tier"]  # of a selection, which decide the part
+CHUNK = 1024  # texts whose states are in memory at a time
+COLUMNS = ["key", "record_id", "row", "locator", "captions", "tier"]  # columns of a selection that the part depends on
 
 
 def encode_texts(selection: pa.Table, shard: str, encoder: PromptEncoder, out_dir: str | Path) -> int:
-    """Fills `out_dir` with the texts of one shard; returns the number of records that it is trained with.
+    """Writes the texts of one shard to `out_dir`; returns the number of records that are not rejected.
 
     Args:
         selection: COLUMNS of the shard's records of the train split.
@@ -36,31 +36,31 @@ def encode_texts(selection: pa.Table, shard: str, encoder: PromptEncoder, out_di
     train = selection.select(COLUMNS).to_pylist()
     distinct = list(dict.fromkeys(text for row in train for text in row["captions"]))
     prompts = dict(zip(distinct, encoder.prompts(distinct), strict=True))
-    reasons = {text: reason for text, prompt in prompts.items() if (reason := _refused(prompt, encoder))}
-    fit = [text for text in distinct if text not in reasons]
-    place = {text: i for i, text in enumerate(fit)}
+    reasons = {text: reason for text, prompt in prompts.items() if (reason := _reason_to_reject(prompt, encoder))}
+    accepted = [text for text in distinct if text not in reasons]
+    place = {text: i for i, text in enumerate(accepted)}
     encoded = 0
     with TextPartWriter(out_dir, encoder.meta) as writer:
-        for tokens in _encoded([prompts[text].ids for text in fit], encoder):
+        for tokens in _encoded([prompts[text].ids for text in accepted], encoder):
             writer.add_text(tokens)
         for row in train:
             kept = [text for text in row["captions"] if text in place]
-            lost = [text for text in row["captions"] if text not in place]
-            if lost and not kept:
-                notes.reject(row, *reasons[lost[0]])
+            rejected = [text for text in row["captions"] if text not in place]
+            if rejected and not kept:
+                notes.reject(row, *reasons[rejected[0]])
                 continue
-            for text in lost:
+            for text in rejected:
                 rule, detail = reasons[text]
                 notes.remark(row, rule, f"one of {len(row['captions'])} captions: {detail}")
             writer.add_captions(row["row"], row["tier"], [place[text] for text in kept])
             encoded += 1
-    tokens = sum(len(prompts[text].ids) for text in fit)
-    notes.write(out_dir, encoded=encoded, texts=len(fit), tokens=tokens)
+    tokens = sum(len(prompts[text].ids) for text in accepted)
+    notes.write(out_dir, encoded=encoded, texts=len(accepted), tokens=tokens)
     return encoded
 
 
 def write_prefix_part(encoder: PromptEncoder, out_dir: str | Path) -> int:
-    """Fills `out_dir` with what all prompts begin with, and the empty prompt."""
+    """Writes the common prefix of all prompts and the empty prompt to `out_dir`; returns 1, the number of texts."""
     import torch
 
     if encoder.meta.form == "states":
@@ -71,7 +71,8 @@ def write_prefix_part(encoder: PromptEncoder, out_dir: str | Path) -> int:
     return 1
 
 
-def _refused(prompt: Prompt, encoder: PromptEncoder) -> tuple[str, str] | None:
+def _reason_to_reject(prompt: Prompt, encoder: PromptEncoder) -> tuple[str, str] | None:
+    """(rule, detail) for a caption that cannot be encoded, else None."""
     size, limit = len(encoder.prefix_ids) + len(prompt.ids), encoder.config.max_text_tokens
     if prompt.special:
         return CAPTION_SPECIAL_TOKEN, "it has a special token of the text encoder's chat format"

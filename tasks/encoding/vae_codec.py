@@ -1,10 +1,9 @@
-"""Still images through `AutoencoderKLQwenImage`, in two dimensions.
+"""Encodes and decodes still images with `AutoencoderKLQwenImage` by 2-D convolutions.
 
-The VAE is a causal video model. For one frame every causal Conv3d sees zeros in the past, so only the last
-temporal slice of its kernel matters: the convolution is a Conv2d with `weight[:, :, -1]`. The temporal
-convolutions of the resampling layers are skipped for a first frame (diffusers 0.42.1,
-`QwenImageResample.forward`). So the same weights run here as 2-D convolutions, channels last, several times
-faster on a CPU. The results equal `vae.encode` / `vae.decode` of a single frame.
+The VAE is a causal video model. For a single frame, the past of every causal Conv3d is zero, so only the last temporal
+slice of its kernel contributes: it equals a Conv2d with `weight[:, :, -1]`. The temporal convolutions of the resampling
+layers are skipped for the first frame (diffusers 0.42.1, `QwenImageResample.forward`). 2-D convolutions in channels-last
+layout are several times faster on a CPU. Results equal `vae.encode` and `vae.decode` of a single frame.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ def to_tensor(pixels: np.ndarray) -> torch.Tensor:
 class FrameCodec:
     """Encodes and decodes batches of single frames with the weights of `vae`.
 
-    The 2-D kernels are copies, so that training holds (and moves) no weights of the past; `write_back` puts them
-    into the VAE.
+    The 2-D kernels are copies, so that training does not store or update the temporal slices of the past; `write_back`
+    copies them into the VAE.
     """
 
     def __init__(self, vae: AutoencoderKLQwenImage):
@@ -51,7 +50,7 @@ class FrameCodec:
         return self.vae.quant_conv.bias.device
 
     def matrices(self) -> list[torch.nn.Parameter]:
-        """Kernels [out, in, k, k] of the inner layers: what Muon orthogonalises."""
+        """Kernels [out, in, k, k] of the inner layers, which Muon optimises."""
         import torch
 
         vae = self.vae
@@ -61,7 +60,7 @@ class FrameCodec:
         return [kernel for module, kernel in self.kernels.items() if module not in ends] + flat
 
     def others(self) -> list[torch.nn.Parameter]:
-        """Every other parameter that a single frame uses: first and last kernels, biases, norms."""
+        """All other parameters that a single frame uses: first and last kernels, biases, norms."""
         known = {id(p) for p in self.matrices()} | {id(module.weight) for module in self.kernels}
         plain = [p for name, p in self.vae.named_parameters() if "time_conv" not in name and id(p) not in known]
         return [
@@ -69,7 +68,8 @@ class FrameCodec:
         ] + plain
 
     def write_back(self) -> None:
-        """Puts the 2-D kernels into the VAE; kernels of the past become zero: a video is coded frame by frame."""
+        """Copies the 2-D kernels into the VAE and sets all other temporal slices to zero, which treats the frames of a
+        video independently."""
         import torch
 
         with torch.no_grad():
@@ -150,7 +150,7 @@ class FrameCodec:
 
 
 def reconstruct(codec: FrameCodec, pixels: np.ndarray, batch_size: int = 64) -> np.ndarray:
-    """uint8 [n, H, W, 3] -> the same through the posterior's mean and back."""
+    """Encodes uint8 [n, H, W, 3] to the posterior's mean and decodes it to uint8 of the same shape."""
     import torch
 
     out = []

@@ -1,4 +1,4 @@
-"""The WSM merge of a stage's last checkpoints, in place of a learning-rate decay (arXiv 2507.17634)."""
+"""Merges a stage's last checkpoints with WSM weights, instead of a learning-rate decay (arXiv 2507.17634)."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ def merge_stage(
 ) -> dict[str, Any]:
     """Merges the last `merge.last_n` checkpoints into `out_dir/transformer/` and writes `out_dir/report.json`.
 
-    Where a short stage left fewer checkpoints, all of them are merged and the report says so.
+    If a short stage has fewer checkpoints, all of them are merged, and the report has the number.
 
     Args:
-        checkpoints_dir: holds `step-{n}/`, each the model alone as DCP.
-        transformer: of the stage: its capacity factors go into config.json, where the pipeline reads them.
-        merge: how many.
+        checkpoints_dir: contains `step-{n}/`, model weights in DCP format.
+        transformer: the stage's model. Its capacity factors are written to config.json, where the pipeline reads them.
+        merge: the number of checkpoints.
         out_dir: an empty directory.
 
     Returns:
-        the report: {"steps": [old .. new], "weights": [...], "wanted", "merged", "tensors", "parameters"}.
+        the report: {"steps": [oldest .. newest], "weights": [...], "wanted", "merged", "tensors", "parameters"}.
 
     Raises:
-        ValueError: no finished checkpoint, or checkpoints that do not fit `transformer` or each other.
+        ValueError: no finished checkpoint, or checkpoints that do not match `transformer` or each other.
     """
     from model.merge import merge as merge_checkpoints
     from model.merge import wsm_weights
     from model.weights.checkpoints import finished_checkpoints
 
-    found = finished_checkpoints(checkpoints_dir)
-    if not found:
+    checkpoints = finished_checkpoints(checkpoints_dir)
+    if not checkpoints:
         raise ValueError(f"{checkpoints_dir} holds no finished checkpoint (step-*/ with a .metadata file) to merge")
-    steps = sorted(found)[-merge.last_n :]
+    steps = sorted(checkpoints)[-merge.last_n :]
     weights = wsm_weights(len(steps))
     if len(steps) < merge.last_n:
-        print(f"merge: {len(steps)} checkpoints there, {merge.last_n} wanted; merging those", flush=True)
+        print(f"merge: merge.last_n={merge.last_n}, but only {len(steps)} checkpoints exist", flush=True)
     print(f"merge: {len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}", flush=True)
     merged = merge_checkpoints(
-        [found[step] for step in steps], weights, Path(out_dir) / "transformer", config=transformer
+        [checkpoints[step] for step in steps], weights, Path(out_dir) / "transformer", config=transformer
     )
     report = {
         "steps": steps,

@@ -1,4 +1,4 @@
-"""WSM merge of the last checkpoints of a stage."""
+"""The task that merges the last checkpoints of a stage (WSM)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tasks.artifacts import CheckpointsDir, MergedDir, fetch, produce
 
 @task(cache=envs.cache("merging"), **envs.gather("trainer"))
 def merge_checkpoints(checkpoints: CheckpointsDir, model: TransformerConfig, config: MergeConfig) -> MergedDir:
-    """One transformer in diffusers' layout. `model` is that of the last stage, with its capacity factors."""
+    """Merges into one transformer in diffusers' layout. `model` has the capacity factors of the last stage."""
     from tasks.merging import merge_stage
 
     path = fetch(checkpoints, "checkpoints")

@@ -1,4 +1,4 @@
-"""The model card: README.md of a published pipeline, made from the recipe, the scorecard and the lineage."""
+"""Writes the model card, README.md of a published pipeline, from the recipe, the scorecard and the lineage."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def model_card(
     """Markdown with the Hub's YAML header.
 
     Args:
-        recipe: the whole recipe as `Recipe.model_dump(mode="json")`.
-        scorecard: eval.scorecard's dict; None where nothing was scored, and the card says so.
+        recipe: the complete recipe as `Recipe.model_dump(mode="json")`.
+        scorecard: the dict of eval.scorecard; None if the model was not scored, which the card then states.
         lineage: rows of tasks.trace.lineage_rows.
-        has_grid: whether grid.png lies beside the card.
+        has_grid: whether the directory contains grid.png.
     """
     publish = recipe["publish"]
     header = {
@@ -49,7 +49,7 @@ def model_card(
 
 
 def _text(value: Any) -> str:
-    """A value from data as plain text of Markdown: one line, nothing in it is markup, links or HTML."""
+    """Escapes a value from data for Markdown: one line without markup, links or HTML."""
     line = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|#!~])", r"\\\1", line)
 
@@ -75,8 +75,8 @@ def _what(recipe: dict[str, Any]) -> str:
     else:
         parts = "a small VAE and a small text encoder of the released classes, trained on the same corpus"
     return (
-        f"A text-to-image diffusion transformer with expert-choice routing, after [Nucleus-Image]({PAPER}), made by the "
-        f"recipe `{_text(recipe['name'])}`.\n\n"
+        f"A text-to-image diffusion transformer with expert-choice routing, after [Nucleus-Image]({PAPER}), trained with "
+        f"the recipe `{_text(recipe['name'])}`.\n\n"
         f"- Transformer: {model['num_layers']} blocks ({dense} dense, {moe} MoE), width {width}, "
         f"{model['num_attention_heads']} heads ({kv_heads} KV) of {model['attention_head_dim']}, "
         f"{model['num_experts']} routed experts and 1 shared in each MoE block\n"
@@ -91,7 +91,7 @@ def _usage(recipe: dict[str, Any]) -> str:
     size, index = scores["image_size_px"], recipe["encoding"]["hidden_state_index"]
     extra = "" if index == PIPELINE_TEXT_STATE else f"\n    return_index={index},"
     stochastic = scores["scheduler"]["stochastic_sampling"]
-    again = "torch.manual_seed(0)  # the scheduler adds noise at each step\n" if stochastic else ""
+    seeding = "torch.manual_seed(0)  # the scheduler adds noise at each step\n" if stochastic else ""
     dtype = "bfloat16" if recipe["train"]["dtype"] == "bfloat16" else "float32"
     return f"""## Use
 
@@ -101,9 +101,9 @@ from diffusers import DiffusionPipeline, TextKVCacheConfig
 
 pipe = DiffusionPipeline.from_pretrained("PATH_OR_REPO_ID", torch_dtype=torch.{dtype})
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-pipe.transformer.enable_cache(TextKVCacheConfig())  # text keys and values once, not at every step; same images
+pipe.transformer.enable_cache(TextKVCacheConfig())  # computes text keys and values once, not at every step; same images
 
-{again}image = pipe(
+{seeding}image = pipe(
     "a photo of a red circle left of a blue square",
     height={size},
     width={size},
@@ -114,7 +114,7 @@ pipe.transformer.enable_cache(TextKVCacheConfig())  # text keys and values once,
 image.save("image.png")
 ```
 
-Give `height` and `width`: the pipeline's own default is 1024 x 1024, whatever a model was trained at. This one was
+Give `height` and `width`: the pipeline's default of 1024 x 1024 does not depend on the model. This model was
 trained at {", ".join(str(stage["image_size_px"]) for stage in recipe["train"]["stages"])} px, and scored at {size} px
 with the settings above. Sizes are multiples of {8 * recipe["model"]["patch_size"]}.
 """
@@ -130,8 +130,8 @@ def _scores(scorecard: dict[str, Any] | None) -> str:
     lines = [
         "## Scores\n",
         f"Score `{_text(scorecard['name'])}`; {overall['runs']} runs (seeds {seeds}); {counts['scored']} of "
-        f"{counts['expected']} images scored, {counts['failed']} failed. Deviation: over seeds. Interval: "
-        f"{interval['level']:.0%}, over prompts ({_text(interval['method'])}).\n",
+        f"{counts['expected']} images scored, {counts['failed']} failed. Deviation: standard deviation over seeds. "
+        f"Interval: {interval['level']:.0%}, over prompts ({_text(interval['method'])}).\n",
         "| task | mean | deviation | interval | prompts | images |",
         "| --- | --- | --- | --- | --- | --- |",
         *(_row(_text(name), score) for name, score in scorecard["tasks"].items()),
@@ -141,7 +141,7 @@ def _scores(scorecard: dict[str, Any] | None) -> str:
     if held_out:
         lines += [
             "",
-            "Held-out prompts (combinations that no training caption has), scored apart:\n",
+            "Held-out prompts (combinations that occur in no training caption), scored separately:\n",
             "| task | mean | deviation | interval | prompts | images |",
             "| --- | --- | --- | --- | --- | --- |",
             *(_row(_text(name), score) for name, score in held_out["tasks"].items()),
@@ -182,7 +182,7 @@ def _how(recipe: dict[str, Any]) -> str:
     return "\n".join(
         [
             "## How it was made\n",
-            "Rectified flow on the velocity, logit-normal timesteps with a shift that rises with the number of tokens.\n",
+            "Rectified flow with velocity prediction; logit-normal timesteps whose shift rises with the number of tokens.\n",
             "| stage | px | steps | global batch | capacity factor | aspect ratios |",
             "| --- | --- | --- | --- | --- | --- |",
             *rows,
@@ -190,7 +190,7 @@ def _how(recipe: dict[str, Any]) -> str:
             f"- Muon (rate {optim['muon_lr']:g}, momentum {optim['muon_momentum']:g}) for attention and expert matrices, "
             f"AdamW (rate {optim['adamw_lr']:g}) for the rest; {optim['warmup_steps']:,} steps of warm-up{each}, then constant",
             f"- Merged offline from at most the last {recipe['merge']['last_n']} checkpoints (Warmup-Stable-Merge, "
-            "arXiv 2507.17634), in place of a decay",
+            "arXiv 2507.17634), instead of a learning-rate decay",
             f"- Captions dropped: {train['caption_dropout']:.0%}; extra losses: {', '.join(extra) or 'none'}",
             "- No reinforcement learning, preference tuning or load-balancing loss",
             "",
@@ -200,7 +200,7 @@ def _how(recipe: dict[str, Any]) -> str:
 
 def _lineage(rows: list[dict[str, Any]]) -> str:
     if not rows:
-        return "## Lineage\n\nMade from directories without a seal: no lineage is known.\n"
+        return "## Lineage\n\nUnknown: the source directories are not sealed.\n"
     table = [
         f"| {_text(row['kind'])} | `{row['digest']}` | "
         f"{_text(', '.join(f'{value:,} {name}' for name, value in row['counts'].items()))} | {_text(row['code_version'])} |"
@@ -209,9 +209,9 @@ def _lineage(rows: list[dict[str, Any]]) -> str:
     return "\n".join(
         [
             "## Lineage\n",
-            "Every directory behind these weights, by the digest of its seal. `python -m tasks.trace DIR` of the project "
-            "reads all of them again, and leads from here to the id of each record. `sha256sum -c SHA256SUMS` checks "
-            "this directory alone.\n",
+            "All artifacts that these weights were made from, with their digests. `python -m tasks.trace DIR` of the "
+            "project verifies all of them, back to the id of each record. `sha256sum -c SHA256SUMS` verifies only this "
+            "directory.\n",
             "| kind | digest | counts | code |",
             "| --- | --- | --- | --- |",
             *table,
@@ -225,36 +225,39 @@ def _limits(recipe: dict[str, Any], scorecard: dict[str, Any] | None) -> str:
     lines = ["## Limits\n"]
     if recipe["components"]["kind"] == "trained":
         lines.append(
-            "- It knows its own small corpus and nothing else: other subjects, styles or words give nonsense. It exists to "
-            "show that the whole road works."
+            "- The model was trained on a small corpus only: other subjects, styles or words give meaningless images. Its "
+            "purpose is to show that the complete pipeline works."
         )
         if source["scenes"]:
-            lines.append("- The corpus holds rendered scenes of coloured shapes, whose wording prompts should follow.")
+            lines.append(
+                "- The corpus contains rendered scenes of coloured shapes; prompts should follow their wording."
+            )
         if source["digits"]:
-            lines.append("- It holds scans of handwritten digits as well.")
+            lines.append("- It also contains scans of handwritten digits.")
     else:
-        lines.append("- It reproduces what its training images and captions hold, with their biases and gaps.")
-        lines.append("- People, hands, long texts and exact counts are the known weak points of models of this family.")
+        lines.append("- It reproduces the content of its training images and captions, with their biases and gaps.")
+        lines.append("- People, hands, long texts and exact counts are known weaknesses of models of this family.")
     if scorecard is None:
         lines.append("- Nothing here was measured.")
     else:
         lines.append(
-            "- The scores are of the one benchmark, sampler and guidance named above; gaps within the intervals are noise."
+            "- The scores hold for the benchmark, sampler and guidance named above; differences within the intervals are "
+            "noise."
         )
-    lines.append("- There is no safety filter behind the pipeline.")
+    lines.append("- The pipeline has no safety filter.")
     return "\n".join(lines) + "\n"
 
 
 def _components_licence(recipe: dict[str, Any]) -> str:
     if recipe["components"]["kind"] != "hub":
-        return "All of its parts were trained by the recipe."
+        return "The recipe trained all of its parts."
     vae, text = recipe["components"]["hub_vae"], recipe["components"]["hub_text_encoder"]
     names = " and ".join(_text(part["repo_id"]) if _is_pinned(part) else "a local directory" for part in (vae, text))
-    return f"It contains, unchanged, parts of {names}, under their own licences."
+    return f"It contains unchanged parts of {names}, under their own licences."
 
 
 def _is_pinned(component: dict[str, Any]) -> bool:
-    """A directory, ./NAME or /NAME, is no repository: its files are of no commit."""
+    """Whether a component is from a Hub repository; ./NAME and /NAME are local directories without a commit."""
     return not component["repo_id"].startswith(("./", "/"))
 
 

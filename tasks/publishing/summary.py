@@ -1,4 +1,4 @@
-"""What a run leaves behind, as lines for the terminal and as a page for the console."""
+"""The results of a run, as lines for the terminal and as a page for Flyte's console."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def lines(pipeline: Path, scorecard: Path, curated: Path) -> list[str]:
-    """Where things are, and how good they are."""
+    """The scores, and the paths of the results."""
     card = json.loads((scorecard / "scorecard.json").read_text())
     overall = card["overall"]
     spread = "" if overall["std"] is None else f" +- {overall['std']:.3f} over {overall['runs']} seeds"
@@ -25,7 +25,7 @@ def lines(pipeline: Path, scorecard: Path, curated: Path) -> list[str]:
 
 
 def page(pipeline: Path) -> str:
-    """The model card as text and the grid of a published directory, as one HTML page."""
+    """The model card (as text) and the image grid of a published directory, as one HTML page."""
     card = html.escape((pipeline / "README.md").read_text())
     grid = pipeline / "grid.png"
     picture = ""

@@ -1,4 +1,4 @@
-"""docs/extending.md, followed to the letter: a copy of the sources with a new loss and a new optimiser trains with them."""
+"""docs/extending.md, followed to the letter: its loss and optimiser train, its scorer scores, its judge and benchmark judge."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = """
@@ -92,6 +95,69 @@ def test_an_optimiser_trains_and_is_planned_after_a_name_and_an_entry(tmp_path):
     assert plain["rates"] == ["lr/Muon", "lr/AdamW"] and set(changed["rates"]) == {"lr/SGD", "lr/AdamW"}
     assert changed["loss"] != plain["loss"]
     assert changed["trained"]["sgd"] == plain["trained"]["muon"] > 0 == changed["trained"]["muon"]
+
+
+def added_module(monkeypatch, section: str, name: str) -> dict[str, list[str]]:
+    """Makes the module that a section adds importable under `name`. Returns the section's code blocks."""
+    code = blocks(section)
+    module = types.ModuleType(name)
+    exec(code["python"][0], module.__dict__)
+    monkeypatch.setitem(sys.modules, name, module)
+    return code
+
+
+def test_a_scorer_scores_after_a_function_and_an_entry(monkeypatch):
+    from tasks.curation import scorers
+    from tasks.curation.config import ScorerConfig
+
+    code = added_module(monkeypatch, "A scorer", "tasks.curation.scorers.contrast")
+    config = ScorerConfig(**yaml.safe_load(code["yaml"][0])["curation"]["scorers"])
+    with pytest.raises(ValueError, match="aesthetic='contrast' is unknown"):
+        scorers.build_scorers(config)
+    entry = eval(code["python"][1], vars(scorers))
+    monkeypatch.setattr(scorers, "SCORERS", (*scorers.SCORERS, entry))
+    (scorer,) = [scorer for scorer in scorers.build_scorers(config) if scorer.column == "aesthetic"]
+    gray = np.zeros((8, 8), np.uint8)
+    half = gray.copy()
+    half[:4] = 255
+    samples = [scorers.Sample(Image.fromarray(g), np.stack([g] * 3, -1), g, ()) for g in (gray, half)]
+    assert scorer(samples).tolist() == [0.0, 1.0]
+    assert scorers.scorer_revisions(config)["aesthetic"] == "contrast@1"
+
+
+def test_a_benchmark_and_its_judge_score_after_a_class_and_an_entry_each(monkeypatch):
+    from eval import catalog
+    from eval.benchmarks import base, registry
+    from eval.config import EvalConfig
+    from eval.protocols import Request, score_name
+
+    benchmark_code = added_module(monkeypatch, "A benchmark", "eval.benchmarks.walls")
+    judge_code = added_module(monkeypatch, "A judge", "eval.judges.gray_level")
+    recipe = yaml.safe_load(benchmark_code["yaml"][0])["eval"]
+    with pytest.raises(ValueError, match="there is no benchmark 'walls'"):
+        EvalConfig(**recipe)
+    monkeypatch.setattr(registry, "BENCHMARKS", registry.BENCHMARKS | eval(benchmark_code["python"][1]))
+    with pytest.raises(ValueError, match="there is no judge 'gray-level'"):
+        EvalConfig(**recipe)
+    entry = eval(judge_code["python"][1])
+    monkeypatch.setattr(catalog.judge_registry, "JUDGES", catalog.judge_registry.JUDGES | entry)
+
+    config = EvalConfig(**recipe)
+    benchmark, (judge,) = registry.load(config.benchmark), catalog.load_judges(config).values()
+    judge.selftest()
+    prompts, judged = catalog.prompts(config), {}
+    for prompt in prompts:
+        answers, image = {}, Image.new("RGB", (8, 8), "white")  # right for one of the two prompts
+        while questions := benchmark.questions(prompt, answers):
+            for question in questions:
+                (answers[question.key],) = judge.answer([Request([image], question.text, question.options)])
+        judged[prompt["id"]] = base.Judged((answers,))
+    assert len(prompts) == benchmark.prompt_count
+    summary = benchmark.summarise(prompts, judged, "fixed")
+    assert (summary["score"], summary["scored"], summary["failed"]) == (0.5, 2, 0)
+    assert benchmark.score(prompts[0], base.Judged((None,))).score is None
+    judges = {role: {"name": judge.name, "model": judge.model} for role in benchmark.judges}
+    assert score_name(benchmark, judges) == "walls"
 
 
 def test_every_loss_and_optimiser_of_a_recipe_has_its_function():

@@ -106,5 +106,5 @@ def test_ranks_that_save_on_disks_of_their_own_are_refused_before_they_train(tmp
     if shared:
         assert messages == {"one place"}
     else:
-        assert all("is not one place" in message and "ranks [1]" in message for message in messages)
+        assert all("is not shared" in message and "ranks [1]" in message for message in messages)
     assert not list(roots[0].iterdir())

@@ -72,7 +72,7 @@ def test_losses_with_online_texts_equal_those_with_stored_ones(artifacts, tmp_pa
         out.mkdir()
         text_fn = OnlineText(components, settings) if settings.form == "tokens" else None
         if text_fn is not None:
-            with pytest.raises(ValueError, match="training needs the text encoder"):
+            with pytest.raises(ValueError, match="training needs a text encoder"):
                 train_stage(index, stage, None, tmp_path / "refused", out)
         train_stage(index, stage, None, tmp_path / f"work{number}", out, text_fn=text_fn)
         losses.append([json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])

@@ -1,14 +1,13 @@
 """A small `Qwen3VLForConditionalGeneration`, trained as a language model of the corpus's captions.
 
-The pipeline reads hidden state -8: with 10 layers, the output of the third. So that it carries content, the
-language model speaks from there as well as from its end (early exit through the tied head). Sequences are chats:
-the user says one caption of an image, the assistant another one of the same image, so that what the first said must
-be found again.
+The pipeline reads hidden state -8: with 10 layers, the output of the third. The language model is trained to predict from
+this state as well as from the last one (early exit through the tied head), so that the state carries content. Sequences are
+chats of two captions of one image, so that predicting the second caption requires the content of the first.
 
-That alone binds colours to shapes too faintly: a plain language model need not remember `blue` at `square` (9% of
-that state's variance was its own colour, 60% the other object's). So each early state must also name its own word
-and the four before it, through noise. Of a second noun's variance then 32% is its own colour, 26% its shape, 31% the
-relation that leads to it, 2% the other's colour: a diffusion model finds that in minutes.
+This alone encodes colours too weakly: a language model need not store `blue` in the state of `square` (9% of that state's
+variance was due to its own colour, 60% to the other object's). So each early state must also predict its own word and the
+four before it, through added noise. Then 32% of a second noun's variance is due to its own colour, 26% to its shape, 31% to
+the relation before it and 2% to the other object's colour, which a diffusion model learns in minutes.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ from tasks.encoding.small.tokenizer import END, SYSTEM, VISION
 if TYPE_CHECKING:
     import torch
 
-FULL_EVERY = 4  # steps: the others stop at the early exit, which is what diffusion reads
+FULL_EVERY = 4  # every fourth step runs all layers; the others stop at the early exit
 WARMUP_STEPS = 50
-WORDS_BACK = 4  # `a circle left of a red square`: square names red and left, too
-STATE_NOISE = 0.5  # beside a state of unit RMS
+WORDS_BACK = 4  # in `a circle left of a red square`, the state of square also predicts red and left
+STATE_NOISE = 0.5  # standard deviation; states have unit RMS
 MUON_DECAY = 0.1
 
 
 def build_text_encoder(config: TinyTextEncoderConfig, tokenizer: Any, seed: int) -> Any:
-    """An untrained model, its vision tower as small as its configuration allows; a function of the seed."""
+    """An untrained model, with the smallest valid vision tower. Its weights are a function of the seed."""
     import torch
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
@@ -92,12 +91,12 @@ def train_text_encoder(
     seed: int = 0,
     state_path: Path | None = None,
 ) -> tuple[Any, dict[str, float]]:
-    """Trains on the captions of images, one sequence of them per image. What a killed attempt left at `state_path` is
-    gone on with, to the same weights.
+    """Trains on the captions of images (`caption_sets`: one sequence of captions per image). Resumes from `state_path` if
+    an attempt was killed, with the same final weights.
 
     Returns:
-        the model (fp32, frozen), and the last losses in nats per token: of the next one at the early exit and at the
-        end, and of the words so far.
+        the model (fp32, frozen), and the last losses in nats per token: next token at the early exit and at the last layer,
+        and the words so far.
     """
     import torch
 
@@ -109,7 +108,7 @@ def train_text_encoder(
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # Heads that name a token's own word and those before it; only training has them.
+        # Heads that predict a token's own word and those before it; used only in training.
         backwards = torch.nn.ModuleList(
             torch.nn.Linear(config.hidden_size, len(tokenizer), bias=False) for _ in range(WORDS_BACK + 1)
         )
@@ -150,7 +149,7 @@ def train_text_encoder(
         if (step + 1) % max(1, config.steps // 20) == 0:
             print(
                 f"text encoder {step + 1}/{config.steps} steps, {time.monotonic() - started:.0f} s: "
-                f"{losses['early']:.3f} nats per token at the early exit, {losses['last']:.3f} at the end, "
+                f"{losses['early']:.3f} nats per token at the early exit, {losses['last']:.3f} at the last layer, "
                 f"{losses['words_so_far']:.3f} for the words so far",
                 flush=True,
             )
@@ -169,8 +168,8 @@ def _early_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropies at the early exit: of the next token, and of the words so far (mean over the heads).
 
-    The state is brought to unit RMS, as the transformer does with it, and noise is added: what it says must then
-    take a fair share of it, and not hide in a direction that only a long training would find.
+    The state is normalised to unit RMS, as in the transformer, and noise is added, so that information must take a large
+    share of the variance instead of small directions that only a long training would pick up.
     """
     import torch
 
@@ -181,13 +180,13 @@ def _early_loss(
     ahead = _cross_entropy(model.lm_head(state[:, :-1]), tokens[:, 1:], pad)
     named = torch.zeros(())
     for back, head in enumerate(backwards):
-        targets = tokens[:, : tokens.shape[1] - back].masked_fill(tokens[:, back:] == pad, pad)  # padding says nothing
+        targets = tokens[:, : tokens.shape[1] - back].masked_fill(tokens[:, back:] == pad, pad)  # no loss at padding
         named = named + _cross_entropy(head(state[:, back:]), targets, pad) / len(backwards)
     return ahead, named
 
 
 def _cross_entropy(logits: torch.Tensor, tokens: torch.Tensor, pad: int) -> torch.Tensor:
-    """Mean over tokens [B, T] that are not padding. Padded on the right and causal, the model needs no mask."""
+    """Mean over tokens [B, T] that are not padding. The causal model needs no mask, as padding is on the right."""
     import torch
 
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten(), ignore_index=pad)
@@ -206,7 +205,7 @@ def _batch(
 ) -> torch.Tensor:
     """`<|system|>` caption `<|im_end|>` other caption `<|im_end|>`, right-padded: [batch_size, T].
 
-    Four times as many chats are drawn and the batch is a run of them by length, so that little is padding.
+    Draws four times as many chats, sorts them by length and takes a contiguous slice, which keeps padding small.
     """
     import torch
 

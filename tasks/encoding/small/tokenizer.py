@@ -1,8 +1,8 @@
 """The tokenizer and chat format of the small text encoder.
 
-The pipeline sends every prompt as a fixed system message of some 50 words and the user's text. Each text token is
-a key and a value in every block of the transformer, so here the system message is one special token and a turn ends
-with one more: `<|system|>a photo of a red circle<|im_end|>` is 8 tokens. A caption of up to 14 words fits in 16.
+The pipeline sends every prompt as a fixed system message of about 50 words followed by the user's text. Each text token
+costs a key and a value in every block of the transformer. So here the system message is one special token, and so is the
+end of a turn: `<|system|>a photo of a red circle<|im_end|>` has 8 tokens. A caption of up to 14 words fits in 16 tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 PAD, UNKNOWN, START, END, SYSTEM = "<|pad|>", "<|unk|>", "<|im_start|>", "<|im_end|>", "<|system|>"
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 SPECIAL_TOKENS = (PAD, UNKNOWN, START, END, SYSTEM, *VISION)
-# Roles: system (any text: this encoder knows only one), user and assistant. A generation prompt adds nothing.
+# Roles: system (its text is ignored), user and assistant. A generation prompt adds no tokens.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message.role == 'system' -%}<|system|>"
@@ -35,16 +35,16 @@ CHAT_TEMPLATE = (
 )
 
 
-# Scripts that are written without spaces: each character is a word, with the marks that belong to it.
+# Scripts without spaces: each character, with its combining marks, is a word.
 UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]\p{M}*"
 
 
 def build_tokenizer(captions: Iterable[str], vocab_size: int, words: Sequence[str] = ()) -> Any:
-    """A word-level tokenizer: lower case, split at spaces and punctuation, and at every character of scripts without
-    spaces. It knows the most frequent words of the captions.
+    """A word-level tokenizer: lower case, split at spaces, at punctuation, and at every character of scripts without
+    spaces. Its vocabulary has the most frequent words of the captions.
 
     Args:
-        words: known in any case, whether the captions have them or not.
+        words: always in the vocabulary.
 
     Raises:
         ValueError: vocab_size is too small for the special tokens and `words`.
@@ -82,7 +82,7 @@ def build_tokenizer(captions: Iterable[str], vocab_size: int, words: Sequence[st
 
 
 def save_processor(tokenizer: Any, directory: str | Path) -> None:
-    """Writes `processor/`: the tokenizer and the chat template, under a class name that old and new releases know."""
+    """Writes `processor/`: the tokenizer and the chat template, with a class name that old and new transformers accept."""
     tokenizer.save_pretrained(directory)
     path = Path(directory) / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2))

@@ -1,8 +1,8 @@
-"""What a small training keeps while it runs, so that after a kill it goes on to the same bits.
+"""Checkpoints of a small training: after a kill it resumes, and its result has the same bits.
 
-One file, replaced as a whole: the step, trained tensors, optimisers, both generators of randomness, and the training's
-own notes. It is written at a cadence of time, since a step takes milliseconds here and seconds elsewhere; when it was
-written does not matter to the result.
+One file, replaced atomically: the step, trained tensors, optimisers, both random generators, and the training's notes. It is
+written at time intervals, as the duration of a step varies from milliseconds to seconds. The result does not depend on when
+it is written.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     import torch
 
 EVERY_S = 30.0
-MAX_SHARE = 0.01  # of the time may go into saving: large states are saved less often
+MAX_SHARE = 0.01  # maximum share of time for saving; large states are saved less often
 
 
 class TrainingState:
-    """The state of one training at `path`; with None, nothing is kept."""
+    """The state of one training at `path`. With None, nothing is saved."""
 
     def __init__(
         self,
@@ -40,13 +40,13 @@ class TrainingState:
         self._due = time.monotonic() + EVERY_S
 
     def load(self) -> tuple[int, dict[str, float]]:
-        """Puts everything back as it was saved.
+        """Restores the saved state.
 
         Returns:
-            the number of steps that are done and the notes saved with them; 0 and {} where nothing was saved.
+            (number of finished steps, notes saved with them); (0, {}) if nothing was saved.
 
         Raises:
-            ValueError: the file holds something else; nothing in it is run.
+            ValueError: the file is not a state of this training. It is read without executing code.
         """
         import torch
 
@@ -63,13 +63,13 @@ class TrainingState:
             self._rng.bit_generator.state = json.loads(saved["rng"])
             step, notes = saved["step"], saved["notes"]
         except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
-            told = f"{self._path} is no state of this training ({error}); remove it to start again"
-            raise ValueError(told) from error
-        print(f"{self._path.stem}: goes on after step {step}", flush=True)
+            message = f"{self._path} is not a state of this training ({error}); remove it to start again"
+            raise ValueError(message) from error
+        print(f"{self._path.stem}: resumes after step {step}", flush=True)
         return step, notes
 
     def save(self, step: int, notes: dict[str, float], last: bool) -> None:
-        """Saves after `step` steps where it is time to, and after the last one."""
+        """Saves the state after `step` steps if the interval has passed or this is the last step."""
         import torch
 
         began = time.monotonic()

@@ -1,9 +1,9 @@
-"""A small `AutoencoderKLQwenImage`, trained on the curated corpus in a few minutes of a laptop.
+"""A small `AutoencoderKLQwenImage`, trained on the curated corpus in a few minutes on a laptop.
 
-What makes it fast, by measurement on 2 CPU cores: still frames in two dimensions (`vae_codec.FrameCodec`), Muon for
-the inner kernels (after equal time AdamW was 4 dB behind), a larger first spread of the kernels, and most steps on
-halved or cropped images. A KL term and latents sampled from the posterior keep the latents smooth: a diffusion
-model's small errors must decode to small errors.
+Measured on 2 CPU cores, these make it fast: 2-D convolutions for still frames (`vae_codec.FrameCodec`), Muon for the inner
+kernels (AdamW was 4 dB worse after equal time), a larger initial scale of the kernels, and most steps on halved or cropped
+images. A KL term and latents sampled from the posterior keep the latent space smooth, so that small errors of a diffusion
+model decode to small errors.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKLQwenImage
 
-# How a step sees its batch: (share of steps, scale, whether it is a crop instead of the whole). Smaller views are
-# cheaper, hold more images, and teach the lower resolutions of the earlier training stages.
+# Views of a batch: (share of steps, scale, crop instead of resize). Smaller views are cheaper, allow more images per batch,
+# and train the lower resolutions of earlier stages.
 VIEWS = ((0.25, 0.5, True), (0.30, 0.5, False), (0.20, 0.75, False), (0.25, 1.0, False))
-KERNEL_GAIN = 1.7  # about sqrt(3): PyTorch's default is too small for a deep net of convolutions
-FIRST_LOGVAR = -4.0  # of the posterior: starts nearly without noise
+KERNEL_GAIN = 1.7  # about sqrt(3); PyTorch's default scale is too small for a deep convolutional network
+FIRST_LOGVAR = -4.0  # initial log-variance of the posterior: almost no noise
 WARMUP_STEPS = 20
 
 
@@ -42,7 +42,7 @@ def build_vae(config: TinyVAEConfig, seed: int) -> AutoencoderKLQwenImage:
             z_dim=config.z_dim,
             dim_mult=list(config.dim_mult),
             num_res_blocks=config.num_res_blocks,
-            temperal_downsample=[False, True, True],  # three entries: the pipeline takes 2 ** len as the scale
+            temperal_downsample=[False, True, True],  # the pipeline computes the scale as 2 ** len
             latents_mean=[0.0] * config.z_dim,
             latents_std=[1.0] * config.z_dim,
         )
@@ -59,8 +59,7 @@ def train_vae(
 ) -> AutoencoderKLQwenImage:
     """Trains on uint8 images [n, H, W, 3] of each bucket, and stores the latents' mean and deviation in the config.
 
-    The same seed, images and number of threads give the same weights. What a killed attempt left at `state_path` is
-    gone on with, to the same weights.
+    The same seed, images and number of threads give the same weights, also if a killed attempt resumes from `state_path`.
     """
     import torch
 
@@ -73,7 +72,7 @@ def train_vae(
     rng = np.random.default_rng(seed)
     matrices, others = codec.matrices(), codec.others()
     adamw = torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    flat = [p.detach().view(len(p), -1) for p in matrices]  # [out, in * k * k], the same memory
+    flat = [p.detach().view(len(p), -1) for p in matrices]  # views [out, in * k * k]
     muon = Muon(flat, lr=config.muon_lr)
 
     state = TrainingState(state_path, [*matrices, *others], (adamw, muon), generator, rng)
@@ -87,7 +86,7 @@ def train_vae(
         out = codec.decode(mean + torch.exp(0.5 * logvar) * noise)
         distortion = (out - batch).square().mean()
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()  # nats per latent number
-        rise = min(1.0, step / (0.3 * config.steps))  # the full weight at once would leave the latents empty
+        rise = min(1.0, step / (0.3 * config.steps))  # the full KL weight from the start would collapse the posterior
         for parameter in (*matrices, *others):
             parameter.grad = None
         (distortion + config.kl_weight * rise * kl).backward()
@@ -114,7 +113,7 @@ def train_vae(
 
 
 def _batch(images: dict[Bucket, np.ndarray], config: TinyVAEConfig, rng: np.random.Generator) -> torch.Tensor:
-    """One view of images of one bucket: float32 [B, 3, h, w]. Smaller views hold more images."""
+    """A random view of images of one bucket, float32 [B, 3, h, w]. Smaller views have more images."""
     from torch.nn.functional import interpolate
 
     names = sorted(images)
@@ -134,11 +133,11 @@ def _batch(images: dict[Bucket, np.ndarray], config: TinyVAEConfig, rng: np.rand
 
 
 def _store_statistics(codec: FrameCodec, images: dict[Bucket, np.ndarray], config: TinyVAEConfig) -> None:
-    """Mean and deviation of each latent channel over whole images, into the VAE's configuration: latents normalised by
+    """Stores mean and deviation of each latent channel over full images in the VAE's configuration. Latents normalised by
     them have mean 0 and deviation `latent_std`.
 
-    The deviation counts the posterior's own variance: a channel that says nothing (its means hardly vary) stays
-    small after normalisation instead of being blown up to unit variance.
+    The deviation includes the posterior's variance. So an unused channel, whose means hardly vary, stays small after
+    normalisation instead of being scaled to unit variance.
     """
     import torch
 

@@ -228,8 +228,8 @@ def test_prompts_are_rewritten_only_by_a_file_and_the_run_says_so(tmp_path):
     ("text", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "must be an object"),
-        ('{"a photo of a square": " "}', "must be an object"),
+        ("[]", "must be a JSON object"),
+        ('{"a photo of a square": " "}', "must be a JSON object"),
         ('{"a photo of a square": "x"}', "lack 1 of 2 prompts, the first 'a photo of a red circle'"),
     ],
 )

@@ -251,15 +251,15 @@ def rewrite(directory, change):
         (lambda d: first_file(d).unlink(), "-00001-of-0000. *.*which is missing"),
         (
             lambda d: first_file(d).write_bytes(first_file(d).read_bytes()[:-7]),
-            "00001-of-.* is not a whole safetensors file",
+            "00001-of-.* is not a complete safetensors file",
         ),
-        (lambda d: first_file(d).write_bytes(b"\0" * 99), "00001-of-.* is not a whole safetensors file"),
+        (lambda d: first_file(d).write_bytes(b"\0" * 99), "00001-of-.* is not a complete safetensors file"),
         (lambda d: edit_index(d, lambda m: m.update(nonsense=first_file(d).name)), "index .* puts nonsense in .*00001"),
         (lambda d: edit_index(d, lambda m: m.pop("img_in.bias")), "holds img_in.bias, which its index puts in no file"),
         (lambda d: edit_index(d, lambda m: m.update({"img_in.bias": "../x.safetensors"})), "names '../x.safetensors'"),
         (lambda d: (d / INDEX_NAME).write_text("{"), "index.json is not an index"),
         (lambda d: (d / INDEX_NAME).write_text('{"weight_map": 3}'), "index.json is not an index"),
-        (lambda d: rewrite(d, lambda t: t.pop("img_in.bias")), "puts img_in.bias in .* does not hold it"),
+        (lambda d: rewrite(d, lambda t: t.pop("img_in.bias")), "puts img_in.bias in .* does not contain it"),
         (
             lambda d: rewrite(d, lambda t: t.update({"img_in.bias": torch.ones(3)})),
             r"img_in.bias has shape \(3,\), not",

@@ -257,7 +257,7 @@ def test_the_network_is_told_in_seconds_and_where_it_may_dominate(capsys):
         line = [line for line in capsys.readouterr().out.splitlines() if "network between nodes" in line][2]
         assert f"at {rate} Gb/s" in line and ("IT MAY DOMINATE" in line) == dominates
     mfu = 0.35 * last["step_s"] / (4 * last["network_floor_s"])
-    assert f"an MFU of {mfu:.2f} at most" in line
+    assert f"the MFU is at most {mfu:.2f}" in line
 
 
 def test_the_hardware_computes_newton_schulz_and_what_is_recomputed_too_and_reads_its_memory(sections):
@@ -281,7 +281,7 @@ def test_a_plan_says_whose_muon_its_memory_is_of(sections):
     model, train = sections
     assert "torchtitan" not in plan(model, train, GPUS["h100"], gpus=64)["note"]
     train = train.model_copy(update={"muon_implementation": "torchtitan"})
-    assert "of our own implementation" in plan(model, train, GPUS["h100"], gpus=64)["note"]
+    assert "this project's implementation" in plan(model, train, GPUS["h100"], gpus=64)["note"]
 
 
 def test_what_is_not_given_is_the_recipes(sections):
@@ -357,11 +357,11 @@ def test_the_command_says_what_its_numbers_are(capsys):
     command = [str(RECIPE), "--gpus", "64", "--gpu", "h100"]
     assert main(command) == 0
     text = capsys.readouterr().out
-    assert "checked on small models" in text and "nothing here was measured on these GPUs" in text
-    assert "checkpointing selective" in text and "have no term in them" in text
+    assert "against measured peaks of small models" in text and "nothing was measured on these GPUs" in text
+    assert "checkpointing selective" in text and "no separate terms for network" in text
     hours = [float(found.replace(",", "")) for found in re.findall(r"([\d,]+) GPU-hours", text)]
     assert len(hours) == 4 and sum(hours[:3]) == pytest.approx(hours[3], abs=2)
-    assert text.endswith("GPU-hours (--cost-per-gpu-hour gives the cost)\n")
+    assert text.endswith("GPU-hours (--cost-per-gpu-hour adds the cost)\n")
     assert main([*command, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     for stage in result["stages"]:
@@ -386,7 +386,7 @@ def test_token_choice_is_planned_at_its_limit_or_at_an_even_load(sections, facto
         stage = sections[1].stages[1].model_copy(update={"capacity_factors": factor})
         train = sections[1].model_copy(update={"stages": (stage,), "expert_parallel": 1})
         result = plan(CONFIG.model_copy(update={"routing": routing}), train, GPUS["h100"], gpus=1, micro_batch=1)
-        assert ("the fullest expert of a batch sets the rows of all" in result["note"]) == (
+        assert ("the most loaded expert of a batch sets the number of rows" in result["note"]) == (
             routing.kind != "expert_choice"
         )
         return result["stages"][0]["flops"]["forward"]["experts"]
@@ -412,7 +412,7 @@ def test_token_choice_is_planned_at_its_limit_or_at_an_even_load(sections, facto
         (["--gpus", "64", "--micro-batch", "0"], "micro_batch is under 1"),
         (["--gpus", "64", "--expert-parallel", "0"], "expert_parallel is under 1"),
         (["--gpus", "0"], "gpus=0 must be at least 1"),
-        (["--mfu", "1.5"], "mfu=1.5 must lie in (0, 1]"),
+        (["--mfu", "1.5"], "mfu=1.5 must be in (0, 1]"),
         (["--cost-per-gpu-hour", "-1"], "cost_per_gpu_hour=-1.0"),
         (["--network-gbps", "0"], "network_gbps=0.0 must be above 0"),
     ],

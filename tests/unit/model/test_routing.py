@@ -210,7 +210,7 @@ def test_the_command_reads_the_weights_of_a_training_checkpoint(latents, tmp_pat
         dcp.save(model.state_dict(), checkpoint_id=str(tmp_path / "kept" / f"step-{step:08d}"), no_dist=True)
     options = ["--latents", str(latents), "--images", "1", "--timesteps", "2"]
     assert main([str(tmp_path / "kept"), *options, "--out", str(tmp_path / "out")]) == 2
-    assert "is no part of a checkpoints artifact" in capsys.readouterr().err
+    assert "is neither in a checkpoints artifact" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     (tmp_path / "kept" / "manifest.json").write_text(json.dumps({"config": {"model": model.config.model_dump()}}))
     assert main([str(tmp_path / "kept"), *options, "--out", str(tmp_path / "out")]) == 0

@@ -142,9 +142,7 @@ def test_a_flipped_bit_is_refused_when_its_row_is_read_with_the_record_id(damage
         bytes(good[1].to(dtype).view(torch.uint8).flatten().tolist()),
     )
     assert torch.equal(dataset.latents([13]), good[:1])
-    named = (
-        rf"record {record_id} \(row 14\): bytes \d+ to \d+ of .*bucket-64x64/latents-00001.safetensors are not what was"
-    )
+    named = rf"record {record_id} \(row 14\): bytes \d+ to \d+ of .*bucket-64x64/latents-00001.safetensors are corrupt"
     with pytest.raises(ValueError, match=named):
         dataset.latents([13, 14])
 
@@ -156,9 +154,7 @@ def test_a_flipped_bit_of_a_text_is_refused(damaged):
     real = embeds[0, :8].to(dtype).view(torch.uint8).flatten().tolist()
     flip(damaged / "texts/text/texts-00000.safetensors", bytes(real))
     dataset.text([6, 8])
-    with pytest.raises(
-        ValueError, match=r"text row 7: bytes \d+ to \d+ of .*text/texts-00000.safetensors are not what was"
-    ):
+    with pytest.raises(ValueError, match=r"text row 7: bytes \d+ to \d+ of .*text/texts-00000.safetensors are corrupt"):
         dataset.text([6, 7, 8])
 
 

@@ -94,7 +94,7 @@ def test_the_command_prints_the_table_and_draws_it(trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("second, message", [
-    (dict(seed=0, overall=0.9, loss=0.1), "are both of train.seed=0 and all runs"),
+    (dict(seed=0, overall=0.9, loss=0.1), "both have train.seed=0 and all runs"),
     (dict(seed=1, overall=0.9, loss=0.1, guidance=4.0), "eval.guidance_scale is 3.0 and 4.0"),
 ])  # fmt: skip
 def test_what_cannot_be_compared_is_refused(trained, capsys, second, message):

@@ -93,7 +93,7 @@ def test_an_overlays_mistakes_are_told_as_any_recipes(tmp_path):
 def test_bases_that_lead_nowhere_are_refused(tmp_path):
     first = write(tmp_path / "first.yaml", base="second.yaml", name="first")
     write(tmp_path / "second.yaml", base="first.yaml", name="second")
-    with pytest.raises(ValueError, match="base goes round in a circle: first.yaml -> second.yaml -> first.yaml"):
+    with pytest.raises(ValueError, match="the bases form a cycle: first.yaml -> second.yaml -> first.yaml"):
         load_recipe(first)
     for base in ("gone.yaml", 3, "."):
         with pytest.raises(ValueError, match=f"base={base!r} must be the path of a recipe file, as seen from"):

@@ -75,15 +75,15 @@ def test_killed_while_writing_in_both_trainings_it_ends_with_the_same_bits(curat
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     kill = -signal.SIGKILL
     assert f"ENDS {[0, kill, kill, kill, 0]}" in done.stdout, done.stdout + done.stderr
-    went_on = [line for line in done.stdout.splitlines() if "goes on after step" in line]
+    went_on = [line for line in done.stdout.splitlines() if "resumes after step" in line]
     # Killed at the VAE's fourth state, then (five states of the VAE later) at the text encoder's fourth, and at its ninth,
     # after the last step that gives one of the losses in the report.
     assert went_on == [
-        "vae: goes on after step 3",
-        "vae: goes on after step 8",
-        "text_encoder: goes on after step 3",
-        "vae: goes on after step 8",
-        "text_encoder: goes on after step 8",
+        "vae: resumes after step 3",
+        "vae: resumes after step 8",
+        "text_encoder: resumes after step 3",
+        "vae: resumes after step 8",
+        "text_encoder: resumes after step 8",
     ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     names = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
@@ -127,7 +127,7 @@ def test_a_malicious_or_broken_state_is_refused_and_not_run(tmp_path):
     (tmp_path / "cut.pt").write_bytes((tmp_path / "bad.pt").read_bytes()[:100])
     torch.save({"step": 1}, tmp_path / "other.pt")
     for name in ("bad", "cut", "other"):
-        with pytest.raises(ValueError, match=f"{name}.pt is no state of this training"):
+        with pytest.raises(ValueError, match=f"{name}.pt is not a state of this training"):
             _training(tmp_path / f"{name}.pt").load()
     assert not (tmp_path / "harmed").exists()
 

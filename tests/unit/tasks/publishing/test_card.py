@@ -93,7 +93,7 @@ def test_the_lineage_has_every_digest_in_full(recipe):
     card = model_card(recipe, SCORECARD, LINEAGE)
     assert f"| merged | `{'a' * 64}` |" in card
     assert f"| records | `{'b' * 64}` | 20,000 records | 0.1.0+abc |" in card
-    assert "no lineage is known" in model_card(recipe, SCORECARD, [])
+    assert "the source directories are not sealed" in model_card(recipe, SCORECARD, [])
 
 
 def test_the_stages_and_what_trained_them_are_told(recipe):
