@@ -85,7 +85,7 @@ class TransformerConfig(Section):
     patch_size: Positive = 2
     in_channels: Positive = 64
     out_channels: Positive | None = None
-    num_layers: Positive = 24
+    num_layers: Annotated[int, Field(gt=0, le=1024)] = 24
     attention_head_dim: Positive = 128
     num_attention_heads: Positive = 16
     num_key_value_heads: Positive | None = None

@@ -25,7 +25,7 @@ logging.getLogger("flytekit").addFilter(
 
 CACHE_VERSIONS = {
     "records": "3",
-    "scores": "1",
+    "scores": "2",
     "curation": "3",
     "components": "2",
     "texts": "1",

@@ -212,9 +212,23 @@ def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
     for override in overrides:
         _apply(data, override)
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise ValueError(f"recipe {path.name} is not valid: {_explain(error)}") from None
+    _check_size("", recipe.model_dump())
+    return recipe
+
+
+def _check_size(key: str, value: Any) -> None:
+    """Tasks exchange whole numbers as int64 and as JSON's float64: beyond 2**53 they overflow or change."""
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:
+        raise ValueError(f"{key}={value} is too large; whole numbers may be up to {MAX_INTEGER}")
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_size(f"{key}.{name}" if key else str(name), item)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _check_size(f"{key}[{index}]", item)
 
 
 def _parse(text: str | bytes, where: str) -> Any:
@@ -224,6 +238,7 @@ def _parse(text: str | bytes, where: str) -> Any:
         raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
+MAX_INTEGER = 2**53
 _KEY = re.compile(r"[A-Za-z_]\w*(\[\d+\])*(\.[A-Za-z_]\w*(\[\d+\])*)*")
 
 

@@ -83,7 +83,7 @@ def _open(data: bytes) -> tuple[Image.Image, Header]:
     except Image.DecompressionBombError as error:
         raise TooManyPixelsError(str(error)) from None
     except Exception as error:  # Pillow's parsers raise nearly anything on hostile bytes
-        raise UndecodableError(f"no readable image header: {_plain(error)}") from None
+        raise UndecodableError(_why_no_header(data, error)) from None
     width, height = image.size
     if orientation >= 5:
         width, height = height, width
@@ -121,6 +121,16 @@ def _gray8(image: Image.Image) -> Image.Image:
     if "transparency" not in image.info:
         return gray
     return Image.merge("LA", (gray, Image.fromarray(np.uint8(255) * (values != image.info["transparency"]))))
+
+
+def _why_no_header(data: bytes, error: Exception) -> str:
+    if not data:
+        return "the file is empty"
+    if data.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "a pointer of Git LFS instead of the image; fetch the images with git lfs pull"
+    if data[:512].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "a web page instead of the image"
+    return f"no readable image header: {_plain(error)}"
 
 
 def _plain(error: Exception) -> str:

@@ -72,6 +72,8 @@ def write_corpus(config: SourceConfig, path: str, made: Sequence[Part], out_dir:
     check_made(made)
     if path:
         report = base.write_corpus(config, path, out_dir)
+        if base.is_image(report["alone"] or ""):  # its caption would not be read, and one image cannot be trained on
+            raise ValueError(f"source {path!r} is one image; give the folder of the images and their captions")
     else:
         # The tables of a shard are enough; its tar is read by who scores it.
         directories = [fetch_part(part, without=(".tar",)) for part in made]

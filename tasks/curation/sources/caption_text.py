@@ -29,6 +29,10 @@ class CaptionError(ValueError):
     """Why a caption cannot be read, without the name of its file."""
 
 
+class NotTextError(CaptionError):
+    """A caption of another kind than text, such as a number. It is an error only where the image has no other caption."""
+
+
 def decode(data: bytes, encoding: str | None) -> str:
     """Text by its byte order mark; else UTF-8; else `encoding`.
 
@@ -79,14 +83,19 @@ def column_hint(wanted: tuple[str, ...]) -> str:
 
 
 def captions_of(value: Any) -> list[str]:
-    """Captions in a string or a list of strings; other values have none.
+    """Captions in a string or a list of strings; null and NaN are none.
 
     Raises:
+        NotTextError: a value of another kind.
         CaptionError: half a surrogate pair, which JSON can write and no text has; or NULs.
     """
     texts = []
     for text in value if isinstance(value, list | tuple) else [value]:
-        if not isinstance(text, str) or not text.strip():
+        if text is None or text != text:  # pandas writes a missing text as NaN
+            continue
+        if not isinstance(text, str):
+            raise NotTextError(f"has a caption that is no text but of the type {type(text).__name__}")
+        if not text.strip():
             continue
         try:
             _without_nul(text).encode("utf-8")
@@ -102,8 +111,26 @@ def row_captions(row: dict[str, Any], wanted: tuple[str, ...]) -> list[str]:
     Raises:
         CaptionError: see `captions_of`.
     """
-    columns = caption_columns(row, wanted)
-    return list(dict.fromkeys(text for column in columns for text in captions_of(row[column])))
+    return captions_of_cells(row[column] for column in caption_columns(row, wanted))
+
+
+def captions_of_cells(cells: Iterable[Any]) -> list[str]:
+    """The captions of all cells of one image.
+
+    Raises:
+        NotTextError: a cell is no text, and no other has a caption.
+        CaptionError: see `captions_of`.
+    """
+    texts: list[str] = []
+    not_text: NotTextError | None = None
+    for cell in cells:
+        try:
+            texts += captions_of(cell)
+        except NotTextError as error:
+            not_text = error
+    if not_text and not texts:
+        raise not_text
+    return list(dict.fromkeys(texts))
 
 
 def sidecar_captions(name: str, data: bytes, encoding: str | None, wanted: tuple[str, ...]) -> list[str]:

@@ -36,6 +36,7 @@ from tasks.curation.sources.caption_text import (
     MAX_TEXT_BYTES,
     SIDECAR_EXTENSIONS,
     CaptionError,
+    NotTextError,
     sidecar_captions,
 )
 from tasks.curation.sources.pairing import Pair, pair
@@ -207,15 +208,19 @@ def _bytes_to_read(file: File) -> int:
 
 def _record(place: Place, file: File, contents: dict[str, bytes | OSError], options: Options) -> Record:
     problem, detail = file.problem, file.detail
-    captions = list(file.captions)
+    captions, not_text = list(file.captions), ""
     for name, size, digest in file.sidecars:
         try:
             if why := too_large(name, size):
                 raise CaptionError(why)
             data = _checked(place, name, contents[name], size, digest)
             captions += sidecar_captions(name, data, options.encoding, options.caption_columns)
+        except NotTextError as error:
+            not_text = f"{place.shown(name)} {error}"
         except (CaptionError, OSError) as error:
             problem, detail = UNREADABLE_CAPTION, f"{place.shown(name)} {_why(error)}"
+    if not_text and not captions and not problem:
+        problem, detail = UNREADABLE_CAPTION, not_text
     data = b""
     try:
         if file.size_bytes > MAX_IMAGE_BYTES:

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 from tasks.curation.sources.base import Account, base_name, count_of, extension, from_bytes, is_image, to_bytes, visible
 from tasks.curation.sources.caption_text import (
     CaptionError,
+    NotTextError,
     caption_columns,
     column_hint,
     column_name,
@@ -445,7 +446,10 @@ def _object_rows(
             captions = row_captions({c: value[c] for c in columns if c != "\0value"}, wanted)
             captions += row_captions({"caption": value.get("\0value")}, ())
         except CaptionError as error:
-            raise ValueError(f"{shown}, line {line}, {error}") from error
+            is_of_image = not table.is_mapping or is_image(value[name])
+            if is_of_image or not isinstance(error, NotTextError):
+                raise ValueError(f"{shown}, line {line}, {error}") from error
+            captions = []  # a .json file that is about something else
         yield Row(line, value[name], captions)
     if keys and not any_column:
         table.no_column = f"{shown} has {_few(keys)}; it needs {column_hint(wanted)}"

@@ -17,12 +17,14 @@ from typing import Any, BinaryIO, NamedTuple
 
 from model.storage import check_path, filesystem, is_remote, join
 from tasks.curation.sources.base import visible
+from tasks.store import home
 
 FETCH_FILES, FETCH_BYTES = 64, 64 * 2**20  # at most so many (or one larger file) are fetched at a time, and in memory
 BLOCK_BYTES = 2**20  # the least that is read of a remote file that is read in parts
 COPY_BYTES = 2**20
 LINK, NOT_A_FILE, HIDDEN = "symbolic link", "neither a file nor a folder", "hidden"
 NAMELESS = "folder without a name"
+OWN_OUTPUT = "this project's own output (NUCLEUS_HOME)"
 NAMES = "give a folder of images, tars or Parquet files, or one such file"
 
 
@@ -31,7 +33,7 @@ class Folder(NamedTuple):
 
     path: of the folder, from the root, with / between; "" for the root.
     files: name -> size in bytes.
-    left_out: (reason, path from the root) of what is never read: links, devices, hidden files.
+    left_out: (reason, path from the root) of what is never read: links, devices, hidden files, NUCLEUS_HOME.
     """
 
     path: str
@@ -157,14 +159,17 @@ class LocalPlace(Place):
         self._root, self.alone = root, alone
 
     def _list(self, path: str) -> Folder:
-        folder = Folder(path, [], {}, [])
+        folder, own = Folder(path, [], {}, []), home()
         try:
             with os.scandir(self._root / path) as entries:
                 for entry in entries:
                     if entry.is_symlink():
                         folder.left_out.append((LINK, folder.at(entry.name)))
                     elif entry.is_dir(follow_symlinks=False):
-                        folder.folders.append(entry.name)
+                        if entry.name == own.name and Path(entry.path).resolve() == own:
+                            folder.left_out.append((OWN_OUTPUT, folder.at(entry.name)))
+                        else:
+                            folder.folders.append(entry.name)
                     elif entry.is_file(follow_symlinks=False):
                         folder.files[entry.name] = entry.stat(follow_symlinks=False).st_size
                     else:

@@ -24,7 +24,7 @@ from tasks.curation.sources.caption_text import (
     MAX_TEXT_BYTES,
     CaptionError,
     caption_columns,
-    captions_of,
+    captions_of_cells,
     column_hint,
     column_name,
     decode,
@@ -101,7 +101,7 @@ def records(
         problem = detail = ""
         texts: list[str] = []
         try:
-            texts = list(dict.fromkeys(text for column in captions for text in _texts(column[i].as_py(), encoding)))
+            texts = captions_of_cells(_decoded(column[i].as_py(), encoding) for column in captions)
         except CaptionError as error:
             problem, detail = UNREADABLE_CAPTION, f"{at} {error}"
         ext = extension(path) if is_image(path) else sniffed(data)
@@ -134,11 +134,11 @@ def _bytes_and_path(cell: Any) -> tuple[bytes | None, str]:
     return (cell, "") if isinstance(cell, bytes) else (None, "")
 
 
-def _texts(value: Any, encoding: str | None) -> list[str]:
+def _decoded(value: Any, encoding: str | None) -> Any:
     cells = value if isinstance(value, list) else [value]
     if any(isinstance(cell, bytes) and len(cell) > MAX_TEXT_BYTES for cell in cells):
         raise CaptionError(f"has a caption larger than {MAX_TEXT_BYTES // 2**20} MiB")
-    return captions_of([decode(cell, encoding) if isinstance(cell, bytes) else cell for cell in cells])
+    return [decode(cell, encoding) if isinstance(cell, bytes) else cell for cell in cells]
 
 
 def _as_bytes(column: pa.Array) -> pa.Array:

@@ -35,6 +35,7 @@ from tasks.curation.sources.caption_text import (
     MAX_JSON_BYTES,
     SIDECAR_EXTENSIONS,
     CaptionError,
+    NotTextError,
     sidecar_captions,
 )
 from tasks.curation.sources.metadata_files import MAX_BYTES as MAX_METADATA_BYTES
@@ -224,14 +225,18 @@ def read(place: Place, name: str, options: Options, beside: Beside, account: Acc
 def _record(
     name: str, locator: str, file: BinaryIO, sample: Sample, options: Options, beside: tuple[list[str], str, str]
 ) -> Record:
-    captions = sample.captions + beside[0]
+    captions, not_text = sample.captions + beside[0], ""
     problem, detail = (sample.problem, sample.detail) if sample.problem else beside[1:]
     for text in sample.texts:
         try:
             data = _bytes_of(file, text, MAX_JSON_BYTES + 1)
             captions = captions + sidecar_captions(text.name, data, options.encoding, options.caption_columns)
+        except NotTextError as error:
+            not_text = f"{locator}:{visible(text.name)} {error}"
         except CaptionError as error:
             problem, detail = UNREADABLE_CAPTION, f"{locator}:{visible(text.name)} {error}"
+    if not_text and not captions and not problem:
+        problem, detail = UNREADABLE_CAPTION, not_text
     data, ext = b"", extension(sample.image.name)
     if sample.image.size > MAX_IMAGE_BYTES:
         problem = UNREADABLE_FILE

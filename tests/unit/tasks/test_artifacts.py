@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -15,7 +16,7 @@ from flytekit.exceptions.user import FlyteRecoverableException
 from flytekit.types.directory import FlyteDirectory
 
 from tasks import envs
-from tasks.artifacts import UserError, exclusive, fetch, produce, source, work_path
+from tasks.artifacts import UserError, exclusive, fetch, plain_errors, produce, source, work_path
 from tasks.manifest import Parent, load_manifest, seal
 
 
@@ -150,3 +151,10 @@ def test_a_manifest_names_the_uris_of_parents_that_were_downloaded_and_not_the_p
     part = Parent(kind="scores", digest="0" * 64, uri="s3://bucket/part")
     _, made, _ = produce("merged", lambda out: (out / "a").write_text("a"), [*paths, part])
     assert [p.uri for p in load_manifest(made).parents] == ["s3://bucket/raw/latents", str(parent), "s3://bucket/part"]
+
+
+def test_a_full_disk_is_one_message_and_other_errors_of_the_disk_stay():
+    with pytest.raises(UserError, match="the disk is full while making scores"), plain_errors():
+        raise OSError(errno.ENOSPC, "the disk is full while making scores")
+    with pytest.raises(PermissionError), plain_errors():
+        raise PermissionError(errno.EACCES, "not allowed")

@@ -351,3 +351,14 @@ def test_every_number_of_the_17b_recipe_has_its_source_beside_it():
         value, _, comment = line.partition("  #")
         if re.search(r":\s*[\[{]?-?\d", value):
             assert mark.search(comment), f"no source beside {value.strip()}"
+
+
+@pytest.mark.parametrize("key", ["train.stages[1].steps", "eval.prompts_per_task", "source.scenes"])
+def test_a_whole_number_beyond_what_tasks_can_exchange_is_refused_by_its_key(key):
+    with pytest.raises(ValueError, match=rf"{re.escape(key)}=9{{20}} is too large"):
+        load_recipe("smoke", [f"{key}={'9' * 20}"])
+
+
+def test_a_model_of_very_many_layers_is_refused_at_once():
+    with pytest.raises(ValueError, match="model.num_layers: Input should be less than or equal to 1024"):
+        load_recipe("smoke", ["model.num_layers=99999999"])

@@ -270,3 +270,10 @@ def test_pods_share_parts_through_the_store_and_fetch_what_they_need(tars, tmp_p
         assert not (fetched / "ledger.parquet").exists()
         flow.select_group(decision, CONFIG, 2, 3)
         assert bucket.exists("corpora/nucleus/keys/selections")
+
+
+def test_a_source_of_one_image_asks_for_its_folder_where_its_caption_is(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(0))
+    (tmp_path / "a.txt").write_text("a red barn")
+    with pytest.raises(ValueError, match="a.png' is one image; give the folder"):
+        flow.write_corpus(SOURCE, str(tmp_path / "a.png"), [], tmp_path / "corpus")

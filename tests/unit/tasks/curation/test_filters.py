@@ -354,3 +354,16 @@ def test_every_scorer_of_the_registry_fills_its_column(spec):
     row, sample = score_record(Record("k", to_bytes(busy()), "png", ["a"], "user", "a.png", 0), CONFIG)
     run_scorers([scorer], [(row, sample)])
     assert np.isfinite(row[spec.column])
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "the file is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html>403</html>", "a web page instead of the image"),
+    ],
+)
+def test_files_that_are_no_images_are_told_apart(data, why):
+    with pytest.raises(ValueError, match=why):
+        filters.inspect(data)

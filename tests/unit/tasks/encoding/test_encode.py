@@ -28,6 +28,8 @@ from tasks.encoding.open_latents import open_latents, text_settings
 from tasks.encoding.small.vae import build_vae
 from tasks.encoding.vae_codec import to_tensor
 from tasks.manifest import seal
+from tasks.planning.sections import for_own_images
+from tasks.recipe import load_recipe
 from tasks.store import LOCATIONS, read_index
 
 CONFIG = EncodingConfig(dtype="float32", rows_per_file=20, batch_size=16, text_batch_size=32)
@@ -218,6 +220,22 @@ def test_with_buckets_from_the_data_no_shape_is_left_out_and_crops_above_12_perc
     assert report["encoded"] == 5 and len(report["buckets"]) == 4
     assert report["remarks"] == {"cropped_over_12%": 2}
     assert "640x64 loses 70%" in ledger_of(found)["000.tar:0004.png"]
+
+
+def test_a_folder_of_wide_photographs_is_encoded_whole_in_every_stage(components, tmp_path):
+    """1920 x 1080 in small: as --source changes the recipe, no stage leaves an image of the train split out."""
+    recipe = for_own_images(load_recipe("smoke"))
+    shard = [uniform(192, 108, color=(i, 0, 0)) for i in range(8)]
+    curated = select(tmp_path / "s", [shard], tmp_path / "c")
+    rows = sorted(row["record_id"] for row in selected(curated))
+    assert len(rows) == 8
+    config = recipe.encoding.model_copy(update={"dtype": "float32"})
+    for stage in recipe.train.stages:
+        found, (report, _) = encode(curated, components[0], tmp_path / stage.name, stage, config, groups=1)
+        dataset = LatentDataset(open_latents(*found))
+        assert sorted(dataset.record_ids(range(len(dataset)))) == rows, stage.name
+        assert report["encoded"] == report["records"] == 8
+        assert summary(report, stage.name).startswith(f"{stage.name}: 8 of 8 curated records")
 
 
 def test_captions_over_the_token_limit_are_left_out_whole_and_records_that_lose_all_with_them(components, tmp_path):

@@ -59,10 +59,19 @@ def test_the_digest_follows_contents_and_names_and_not_the_place_or_the_clock(tm
 
 def test_one_file_and_a_path_in_the_home_folder_are_known_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "a.png").write_bytes(b"one")
-    first = write_corpus(SourceConfig(), "~/a.png", tmp_path / "one")["digest"]
-    (tmp_path / "a.png").rename(tmp_path / "b.png")
-    assert write_corpus(SourceConfig(), "~/b.png", tmp_path / "two")["digest"] != first
+    tar_of(tmp_path / "a.tar", {"a.png": picture(0)})
+    first = write_corpus(SourceConfig(), "~/a.tar", tmp_path / "one")["digest"]
+    (tmp_path / "a.tar").rename(tmp_path / "b.tar")
+    assert write_corpus(SourceConfig(), "~/b.tar", tmp_path / "two")["digest"] != first
+
+
+def test_the_projects_own_output_inside_a_source_is_no_part_of_it(tmp_path, monkeypatch):
+    source = write(tmp_path / "source", {"a.png": picture(0), "out/artifacts/pipelines/x/grid.png": picture(1)})
+    assert len(read_records(source)[0]) == 2
+    monkeypatch.setenv("NUCLEUS_HOME", str(source / "out"))
+    records, account = read_records(source)
+    assert [record.locator for record in records] == ["a.png"]
+    assert account.skipped == {"this project's own output (NUCLEUS_HOME)": (1, "out")}
 
 
 def test_adding_and_changing_files_changes_their_own_shards_alone(tmp_path):
@@ -191,7 +200,7 @@ def test_a_source_without_images_is_one_error_with_what_was_seen(tmp_path):
     source = write(tmp_path / "source", {})
     refused(tmp_path / "missing", "missing", "does not exist", "folder of images")
     refused(source / "missing" / "deep", "does not exist")
-    refused(source, "has no image", "nothing", "WebDataset")
+    refused(source, "is empty", "WebDataset")
     write(source, {"a.txt": "x", "b.txt": "x", "c.heic": "x"})
     refused(source, "has no image", "2 x .txt (a.txt), 1 x .heic (c.heic)")
     refused(source / "a.txt", "has no image")
@@ -222,7 +231,7 @@ def test_what_a_terminal_obeys_is_made_visible():
 @pytest.mark.parametrize(
     ("key", "value", "word"),
     [
-        ("seed", 2**63, "9223372036854775808"),
+        ("seed", 2**32, "less than 4294967296"),
         ("seed", -1, "greater than or equal to 0"),
         ("encoding", "no-such-encoding", "text encoding"),
         ("encoding", "zlib", "text encoding"),
@@ -235,4 +244,4 @@ def test_what_a_terminal_obeys_is_made_visible():
 def test_settings_that_cannot_be_are_refused(key, value, word):
     with pytest.raises(ValidationError, match=word):
         SourceConfig(**{key: value})
-    assert SourceConfig(seed=2**63 - 1, captions_folder="a/b/", encoding="utf-16").captions_folder == "a/b"
+    assert SourceConfig(seed=2**32 - 1, captions_folder="a/b/", encoding="utf-16").captions_folder == "a/b"

@@ -273,3 +273,18 @@ def test_a_captions_folder_that_is_not_there_is_an_error(tmp_path):
     write(tmp_path, {"a.png": PNG})
     with pytest.raises(ValueError, match=r"source.captions_folder='blurbs': .*/blurbs is not a folder"):
         read_records(tmp_path, captions_folder="blurbs")
+
+
+def test_a_caption_that_is_no_text_is_unreadable_unless_the_image_has_another(tmp_path):
+    write(
+        tmp_path, {"a.png": picture(0), "a.json": '{"text": 7}', "b.png": picture(1), "b.json": '{"text": {"en": "x"}}'}
+    )
+    write(tmp_path, {"c.png": picture(2), "c.json": '{"raw": {"id": 1}}', "c.txt": "a barn"})
+    write(tmp_path, {"d.png": picture(3), "d.json": '{"text": [null, NaN, "a boat"], "raw": 3}'})
+    write(tmp_path, {"e.png": picture(4), "e.json": '{"text": null}'})
+    expected = {"a.png": "unreadable_caption", "b.png": "unreadable_caption"}
+    assert captions_in(tmp_path) == expected | {"c.png": ["a barn"], "d.png": ["a boat"], "e.png": []}
+    details = {record.locator: record.detail for record in read_records(tmp_path)[0]}
+    assert details["a.png"].endswith("a.json has a caption that is no text but of the type int")
+    tar_of(tmp_path / "t/x.tar", {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()})
+    assert captions_in(tmp_path / "t") == {f"x.tar:{k}": v for k, v in captions_in(tmp_path).items() if "tar" not in k}

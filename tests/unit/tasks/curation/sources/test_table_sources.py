@@ -190,3 +190,14 @@ def test_an_arrow_file_with_paths_only_or_without_captions_is_refused(tmp_path):
     refused(tmp_path, "x.arrow", "none of its rows has image bytes", "image.path")
     save(pa.table({"image": [PNG], "label": ["x"]}))
     refused(tmp_path, "x.arrow has columns image, label")
+
+
+@pytest.mark.parametrize("cells", [[1, 2], [{"en": "a barn"}, {"en": "a boat"}]])
+def test_a_caption_column_of_another_kind_than_text_makes_its_rows_unreadable(tmp_path, cells):
+    images = [picture(0), picture(1)]
+    pq.write_table(pa.table({"image": images, "text": cells}), tmp_path / "x.parquet")
+    records, _ = read_records(tmp_path)
+    assert [record.problem for record in records] == ["unreadable_caption"] * 2
+    assert f"x.parquet:0 has a caption that is no text but of the type {type(cells[0]).__name__}" in records[0].detail
+    pq.write_table(pa.table({"image": images, "text": cells, "caption": ["a", "b"]}), tmp_path / "x.parquet")
+    assert list(captions_in(tmp_path).values()) == [["a"], ["b"]]
