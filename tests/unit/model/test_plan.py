@@ -356,7 +356,8 @@ def test_time_and_cost_follow_from_flops(sections, shapes):
 def test_the_command_says_what_its_numbers_are(capsys):
     command = [str(RECIPE), "--gpus", "64", "--gpu", "h100"]
     assert main(command) == 0
-    text = capsys.readouterr().out
+    text, data = capsys.readouterr().out.split("\ndata: ")
+    assert data.startswith("700,000,000 images")
     assert "against measured peaks of small models" in text and "nothing was measured on these GPUs" in text
     assert "checkpointing selective" in text and "no separate terms for network" in text
     hours = [float(found.replace(",", "")) for found in re.findall(r"([\d,]+) GPU-hours", text)]
@@ -369,7 +370,7 @@ def test_the_command_says_what_its_numbers_are(capsys):
     assert math.isclose(result["days"], sum(stage["days"] for stage in result["stages"]))
     assert math.isclose(result["gpu_hours"], result["days"] * 24 * 64)
     assert main([*command, "--cost-per-gpu-hour", "2"]) == 0
-    assert capsys.readouterr().out.endswith(f" GPU-hours, cost {2 * result['gpu_hours']:,.0f}\n")
+    assert f" GPU-hours, cost {2 * result['gpu_hours']:,.0f}\n\ndata: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", sorted(RECIPE.parent.glob("ablations/*.yaml")), ids=lambda path: path.stem)
