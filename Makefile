@@ -23,7 +23,7 @@ STAMP := $(VENV)/.installed
 # .venv if it exists, else PYTHON: a GPU machine may come with its own build of PyTorch.
 GPU_PYTHON = $(if $(wildcard $(STAMP)),$(VENV)/bin/python,$(PYTHON))
 
-.PHONY: reproduce smoke draw test test-fast test-gpu gpu-check lint format lock images register preflight env clean
+.PHONY: reproduce smoke draw test test-long test-fast test-gpu gpu-check lint format lock images register preflight env clean
 
 reproduce: $(STAMP)
 	$(VENV)/bin/pyflyte run workflows/reproduce.py reproduce --recipe $(RECIPE) $(if $(SOURCE),--source "$(SOURCE)")
@@ -43,8 +43,11 @@ PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist lo
 test: $(STAMP)
 	$(PYTEST) $(ARGS)
 
+test-long: $(STAMP)
+	$(PYTEST) -m long $(ARGS)
+
 test-fast: $(STAMP)
-	$(PYTEST) -m "not slow" tests/unit $(ARGS)
+	$(PYTEST) -m "not slow and not long" tests/unit $(ARGS)
 
 gpu-check:
 	$(GPU_PYTHON) benchmarks/first_card.py $(ARGS)

@@ -25,6 +25,7 @@ def overlay(tmp_path) -> str:
     return str(path)
 
 
+@pytest.mark.long
 def test_an_ablation_shares_the_data_and_ends_in_a_scorecard(smoke, smoke_home, overlay):
     before = smoke_home.listing()
     made = smoke_home.outputs(smoke_home.run("--recipe", overlay, workflow="ablate"), of="Ablation")

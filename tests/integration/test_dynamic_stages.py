@@ -87,6 +87,7 @@ def test_a_pod_lays_out_as_many_stages_as_the_recipe_has(sizes_px, tmp_path, mon
     assert task.container.image == "registry.example/trainer:v1"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes_px", [[64], [32, 32, 48, 48, 64]], ids=len)
 def test_a_recipe_of_one_or_five_stages_is_reproduced(sizes_px, smoke, smoke_home, tmp_path):
@@ -101,6 +102,7 @@ def test_a_recipe_of_one_or_five_stages_is_reproduced(sizes_px, smoke, smoke_hom
     assert config["model"]["capacity_factors"] == 2.0
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_training_evaluating_and_publishing_start_from_artifacts(smoke, smoke_home, tmp_path):
     """Two stages from a curated corpus; and what exists is not made again."""
@@ -120,6 +122,7 @@ def test_training_evaluating_and_publishing_start_from_artifacts(smoke, smoke_ho
     assert smoke_home.listing() == before
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_study_compares_what_exists_and_can_be_started_again(smoke, smoke_home, tmp_path):
     base = recipe_of(tmp_path, [64])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tasks.manifest import load_manifest, verify
 
 
+@pytest.mark.long
 def test_what_a_reproduction_made_is_not_made_again(smoke, smoke_home):
     before = smoke_home.listing()
     done = smoke_home.run("--recipe", "smoke", workflow="pretrain")

@@ -67,6 +67,7 @@ def emoji(package: Path, out: Path) -> None:
             (out / f"{code:x}.txt").write_text(name.lower())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("package", "draw", "at_least"), [("tuxpaint-stamps-default", stamps, 400), ("fonts-noto-color-emoji", emoji, 1000)]
 )

@@ -185,6 +185,7 @@ SMALL = json.dumps(
 )
 
 
+@pytest.mark.long
 def test_own_images_go_the_same_way_and_one_changed_image_reruns_what_depends_on_it(own_images, new_home):
     home = new_home
     first = home.outputs(home.run("--recipe", "smoke", "--source", str(own_images), "--overrides", SMALL))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 import os
 import re
 import signal
@@ -51,6 +53,7 @@ def run_until(home: Home, mark: str) -> bool:
     return process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_again_and_again_ends_in_the_digests_of_an_undisturbed_one(smoke, smoke_home, new_home):
     marks = [MARKS[(2 * i + 1) * len(MARKS) // (2 * KILLS)] for i in range(KILLS)]
     killed = [mark for mark in marks if run_until(new_home, mark)]
