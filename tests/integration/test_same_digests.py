@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
-
 import os
 import re
 import signal
 import subprocess
 import time
 
+import pytest
 from conftest import ROOT, Home
 
 from tasks.trace import walk
