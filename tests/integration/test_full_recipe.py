@@ -183,6 +183,7 @@ def test_a_finished_stage_that_is_started_again_trains_nothing(runs, tmp_path, m
     assert (tmp_path / weights).read_bytes() == (runs / "third" / "out" / weights).read_bytes()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")),
     reason="torch.compile's inductor needs a C++ compiler on a CPU",

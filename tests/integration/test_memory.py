@@ -25,6 +25,7 @@ def test_the_plan_is_within_a_tenth_of_the_measured_peak(name):
         assert predicted == pytest.approx(measured, rel=tolerance, abs=1), (part, compared)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sharded", "sharded_few", "experts_bf16"])
 def test_it_holds_for_sharded_weights_and_spread_experts(name):
