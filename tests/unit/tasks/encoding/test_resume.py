@@ -13,6 +13,7 @@ import pytest
 import torch
 from flytekit.types.directory import FlyteDirectory
 
+from model import storage
 from tasks.artifacts import UserError, home
 from tasks.encoding import components, task
 from tasks.encoding.small import training_state as resume
@@ -45,8 +46,7 @@ def attempt(name, die_at=0):
         nonlocal count
         count += 1
         if count == die_at:
-            file.write(b"half of a state")
-            file.flush()
+            Path(file).write_bytes(b"half of a state")
             os.kill(os.getpid(), signal.SIGKILL)
         save(saved, file)
     torch.save = broken
@@ -107,7 +107,7 @@ def test_a_state_is_saved_at_its_cadence_and_at_the_end_and_less_often_where_sav
         clock[0] += 2.0
         fsync(descriptor)
 
-    monkeypatch.setattr(resume.os, "fsync", slow)
+    monkeypatch.setattr(storage.os, "fsync", slow)
     path = tmp_path / "state.pt"
     state = _training(path)
     saved = []
