@@ -371,6 +371,7 @@ def test_an_index_copies_nothing_of_its_parts(encoded):
             "locations.parquet",
             "encoding_ledger.parquet",
             "report.json",
+            "report.html",
             "manifest.json",
         }
 
