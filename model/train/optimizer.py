@@ -97,7 +97,7 @@ class WarmupStable(LRSchedulersContainer):
         return {re.sub("Sharded|Dist", "", name): value for name, value in super().get_metrics().items()}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Steps so far, those of stages that it carries on included: a tensor, as all that a stage hands on."""
+        """Steps so far, including those of earlier stages that it continues: a tensor, like all that a stage saves."""
         return {key: torch.tensor(value) for key, value in super().state_dict().items()}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:

@@ -44,7 +44,7 @@ def train(latents, folder, name, steps, before=None, hand_on=False, out="out", *
 
 @pytest.fixture(scope="module")
 def first(latents, tmp_path_factory) -> Path:
-    """A stage that ends within the warm-up, and hands on what the next needs."""
+    """A stage that ends within the warm-up, and saves what the next needs."""
     return train(latents, tmp_path_factory.mktemp("first"), "first", 3, hand_on=True)
 
 
@@ -127,8 +127,8 @@ def test_data_and_noise_are_the_stages_own(latents, first, tmp_path):
         for folder in (first, out)
     )
     assert len(set(of_first) | set(of_second)) == 6
-    told = json.loads((out / "report.json").read_text())
-    assert (told["steps"], told["images_seen"], told["skipped_steps"]) == (3, 24, 0)
+    report = json.loads((out / "report.json").read_text())
+    assert (report["steps"], report["images_seen"], report["skipped_steps"]) == (3, 24, 0)
 
 
 def test_only_tensors_of_optimiser_and_schedule_are_handed_on_and_a_lost_output_has_them_again(latents, first):

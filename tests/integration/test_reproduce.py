@@ -134,7 +134,7 @@ def test_a_second_run_makes_nothing_again_and_a_training_number_reruns_what_foll
     again = smoke_home.run("--recipe", "smoke")
     assert smoke_home.outputs(again) == smoke
     assert smoke_home.listing() == before
-    assert "shapes overall" in again.stdout  # the summary is told again
+    assert "shapes overall" in again.stdout  # the summary is printed again
     assert "step 1/" not in again.stdout and "records: shard" not in again.stdout
 
     changed = smoke_home.run("--recipe", "smoke", "--overrides", "train.stages[2].wavelet=false")

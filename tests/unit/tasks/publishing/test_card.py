@@ -130,8 +130,8 @@ def test_what_comes_from_data_is_text_and_never_markup(recipe):
 
 
 @pytest.mark.parametrize(
-    "carried, told", [(True, "warm-up, then constant"), (False, "warm-up in each stage, then constant")]
+    "carried, expected", [(True, "warm-up, then constant"), (False, "warm-up in each stage, then constant")]
 )
-def test_a_warm_up_in_each_stage_is_told(recipe, carried, told):
+def test_a_warm_up_in_each_stage_is_told(recipe, carried, expected):
     changed = {**recipe, "train": {**recipe["train"], "carry_optimizer": carried}}
-    assert told in model_card(changed, SCORECARD, LINEAGE)
+    assert expected in model_card(changed, SCORECARD, LINEAGE)
