@@ -10,12 +10,12 @@ import pytest
 from conftest import Home, small_recipe
 from PIL import Image
 
+from tasks.curation.sources.made import scenes
+
 
 @pytest.fixture
 def own_images(tmp_path) -> Path:
     """80 images with captions beside them, and two that are no use: a bomb and a broken file."""
-    from tasks.curation.sources.made import scenes
-
     folder = tmp_path / "own"
     folder.mkdir()
     rng = np.random.default_rng(5)
@@ -41,7 +41,7 @@ def test_own_images_go_the_same_way_and_a_changed_image_redoes_its_own_shard(own
     assert ledger["kept"].sum() > 60
     before = home.listing()
     assert "records" not in before, "original bytes are not copied"
-    (own_images / "001.png").write_bytes((own_images / "002.png").read_bytes())
+    scenes.render(scenes.sample_scene(np.random.default_rng(99))).save(own_images / "001.png")
     second = home.outputs(home.invoke("--recipe", recipe, *source))
     added = {kind: len(digests - before[kind]) for kind, digests in home.listing().items()}
     assert second["curated"] != first["curated"] and second["pipeline"] != first["pipeline"]
