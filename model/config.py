@@ -335,7 +335,7 @@ class TrainSettings(Section):
     # On a CUDA device; "auto" takes what is installed and fits (model/attention.py, model/kernels).
     attention_backend: Annotated[Literal["auto", "sdpa", "varlen", "flash2", "flash3"], FREE] = "auto"
     kernels: Annotated[Literal["auto", "torch", "triton"], FREE] = "auto"
-    # Where FSDP shards the model, torchtitan's DistMuon can take some matrices (model/train/dist_muon.py).
+    # Where FSDP shards the model, torchtitan's DistMuon can take some matrices (model/train/parallel/dist_muon.py).
     muon_implementation: Annotated[Literal["nucleus", "torchtitan"], FREE] = "nucleus"
 
     @model_validator(mode="after")
