@@ -40,6 +40,7 @@ def model_card(
         "![Prompts and generated images](grid.png)\n" if has_grid else "",
         _usage(recipe),
         _scores(scorecard),
+        _spread(recipe, scorecard) if scorecard is not None else "",
         _how(recipe),
         _lineage(lineage),
         _limits(recipe, scorecard),
@@ -150,6 +151,26 @@ def _scores(scorecard: dict[str, Any] | None) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _spread(recipe: dict[str, Any], scorecard: dict[str, Any]) -> str:
+    """The spread of the overall score by where it comes from, and the command that measures each."""
+    overall, name = scorecard["overall"], _text(recipe["name"])
+    seeds, (low, high) = ", ".join(map(str, overall["seeds"])), overall["interval"]
+    sampling = "one run" if overall["std"] is None else f"deviation {overall['std']:.3f} over seeds {seeds}"
+    evaluate = f"pyflyte run workflows/evaluate.py evaluate --recipe {name} --merged DIR --components DIR"
+    study = f'pyflyte run workflows/study.py study --recipe {name} --variants "" --seeds 0,1,2,3,4'
+    return "\n".join(
+        [
+            "Spread of the overall score, by its source:\n",
+            "| between | spread | command, in the project |",
+            "| --- | --- | --- |",
+            f"| sampling seeds, of these weights | {sampling} | `{evaluate}` |",
+            f"| prompts, of these weights | {scorecard['interval']['level']:.0%} interval {low:.3f} to {high:.3f} | the same |",
+            f"| trainings | not in this scorecard: these weights are one training, seed {recipe['train']['seed']} | `{study}` |",
+            "",
+        ]
+    )
+
+
 def _row(name: str, score: dict[str, Any]) -> str:
     deviation = "one run" if score["std"] is None else f"{score['std']:.3f}"
     low, high = score["interval"]
@@ -179,6 +200,18 @@ def _how(recipe: dict[str, Any]) -> str:
         if losses[key]
     ]
     each = "" if train["carry_optimizer"] else " in each stage"
+    decays = [
+        f", falling linearly to {stage['decay']['to']:.0%} over the last {stage['decay']['steps']:,} steps of {_text(stage['name'])}"
+        for stage in train["stages"]
+        if stage["decay"]
+    ]
+    guided = [
+        f"- Guidance of scale {stage['guidance']['scale']:g} trained in (model guidance, arXiv 2502.12154) over the last "
+        f"{stage['guidance']['steps']:,} steps of {_text(stage['name'])}: sample without guidance (guidance_scale=1)"
+        for stage in train["stages"]
+        if stage["guidance"]
+    ]
+    merged = "" if decays else ", instead of a learning-rate decay"
     return "\n".join(
         [
             "## How it was made\n",
@@ -188,9 +221,11 @@ def _how(recipe: dict[str, Any]) -> str:
             *rows,
             "",
             f"- Muon (rate {optim['muon_lr']:g}, momentum {optim['muon_momentum']:g}) for attention and expert matrices, "
-            f"AdamW (rate {optim['adamw_lr']:g}) for the rest; {optim['warmup_steps']:,} steps of warm-up{each}, then constant",
+            f"AdamW (rate {optim['adamw_lr']:g}) for the rest; {optim['warmup_steps']:,} steps of warm-up{each}, then constant"
+            + "".join(decays),
+            *guided,
             f"- Merged offline from at most the last {recipe['merge']['last_n']} checkpoints (Warmup-Stable-Merge, "
-            "arXiv 2507.17634), instead of a learning-rate decay",
+            f"arXiv 2507.17634){merged}",
             f"- Captions dropped: {train['caption_dropout']:.0%}; extra losses: {', '.join(extra) or 'none'}",
             "- No reinforcement learning, preference tuning or load-balancing loss",
             "",

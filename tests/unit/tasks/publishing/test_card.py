@@ -135,3 +135,25 @@ def test_what_comes_from_data_is_text_and_never_markup(recipe):
 def test_a_warm_up_in_each_stage_is_told(recipe, carried, told):
     changed = {**recipe, "train": {**recipe["train"], "carry_optimizer": carried}}
     assert told in model_card(changed, SCORECARD, LINEAGE)
+
+
+def test_the_spread_over_sampling_prompts_and_trainings_stands_apart_with_its_commands(recipe):
+    card = model_card(recipe, SCORECARD, LINEAGE)
+    for part in (
+        "| sampling seeds, of these weights | deviation 0.012 over seeds 0, 1, 2 | `pyflyte run workflows/evaluate.py",
+        "| prompts, of these weights | 95% interval 0.762 to 0.862 |",
+        "these weights are one training, seed 0 | `pyflyte run workflows/study.py study --recipe tiny",
+    ):
+        assert part in card
+
+
+def test_a_decay_and_trained_in_guidance_are_told_where_there_are_any(recipe):
+    ends = copy.deepcopy(recipe)
+    ends["train"]["stages"][-1] |= {"decay": {"steps": 1200, "to": 0.02}, "guidance": {"steps": 900, "scale": 3.5}}
+    plain = copy.deepcopy(recipe)
+    plain["train"]["stages"][-1] |= {"decay": None, "guidance": None}
+    with_ends, without = (model_card(each, SCORECARD, LINEAGE) for each in (ends, plain))
+    assert "then constant, falling linearly to 2% over the last 1,200 steps of stage3\\_64px" in with_ends
+    assert "Guidance of scale 3.5 trained in" in with_ends and "last 900 steps" in with_ends
+    assert "instead of a learning-rate decay" in without and "instead of" not in with_ends
+    assert "falling linearly" not in without and "trained in (" not in without
