@@ -152,20 +152,24 @@ def _scores(scorecard: dict[str, Any] | None) -> str:
 
 
 def _spread(recipe: dict[str, Any], scorecard: dict[str, Any]) -> str:
-    """The spread of the overall score by where it comes from, and the command that measures each."""
-    overall, name = scorecard["overall"], _text(recipe["name"])
-    seeds, (low, high) = ", ".join(map(str, overall["seeds"])), overall["interval"]
-    sampling = "one run" if overall["std"] is None else f"deviation {overall['std']:.3f} over seeds {seeds}"
+    """Standard errors of the overall score by their source, and the command that measures each."""
+    noise, name = scorecard["overall"]["noise"], _text(recipe["name"])
     evaluate = f"pyflyte run workflows/evaluate.py evaluate --recipe {name} --merged DIR --components DIR"
     study = f'pyflyte run workflows/study.py study --recipe {name} --variants "" --seeds 0,1,2,3,4'
+    training = f"not measured here: these weights are one training, seed {recipe['train']['seed']}"
+    if noise["training"] is not None:
+        training = f"{noise['training']:.3f} over {noise['training_runs']} trainings"
+    sampling, prompts = (
+        "not measured" if noise[kind] is None else f"{noise[kind]:.3f}" for kind in ("sampling", "prompts")
+    )
     return "\n".join(
         [
-            "Spread of the overall score, by its source:\n",
-            "| between | spread | command, in the project |",
+            "Where the overall score would move:\n",
+            "| with other | standard error | command, in the project |",
             "| --- | --- | --- |",
-            f"| sampling seeds, of these weights | {sampling} | `{evaluate}` |",
-            f"| prompts, of these weights | {scorecard['interval']['level']:.0%} interval {low:.3f} to {high:.3f} | the same |",
-            f"| trainings | not in this scorecard: these weights are one training, seed {recipe['train']['seed']} | `{study}` |",
+            f"| noise on the same prompts | {sampling} | `{evaluate}` |",
+            f"| prompts of the same kind | {prompts} | the same |",
+            f"| training seeds | {training} | `{study}` |",
             "",
         ]
     )

@@ -24,7 +24,7 @@ def score(mean: float, std: float | None = 0.012, **more) -> dict:
 SCORECARD = {
     "name": "shapes",
     "benchmark": "shapes",
-    "overall": score(0.812),
+    "overall": score(0.812, noise={"sampling": 0.006, "prompts": 0.021, "training": None, "training_runs": 0}),
     "tasks": {
         "colors": score(0.95, prompts=22, images=66, correct=62),
         "position": score(0.7, None, prompts=9, images=9),
@@ -137,14 +137,18 @@ def test_a_warm_up_in_each_stage_is_told(recipe, carried, told):
     assert told in model_card(changed, SCORECARD, LINEAGE)
 
 
-def test_the_spread_over_sampling_prompts_and_trainings_stands_apart_with_its_commands(recipe):
+def test_the_noise_of_sampling_prompts_and_training_stands_apart_with_its_commands(recipe):
     card = model_card(recipe, SCORECARD, LINEAGE)
     for part in (
-        "| sampling seeds, of these weights | deviation 0.012 over seeds 0, 1, 2 | `pyflyte run workflows/evaluate.py",
-        "| prompts, of these weights | 95% interval 0.762 to 0.862 |",
+        "| noise on the same prompts | 0.006 | `pyflyte run workflows/evaluate.py",
+        "| prompts of the same kind | 0.021 |",
         "these weights are one training, seed 0 | `pyflyte run workflows/study.py study --recipe tiny",
     ):
         assert part in card
+    known = copy.deepcopy(SCORECARD)
+    known["overall"]["noise"] = {"sampling": None, "prompts": 0.021, "training": 0.017, "training_runs": 5}
+    card = model_card(recipe, known, LINEAGE)
+    assert "| training seeds | 0.017 over 5 trainings |" in card and "same prompts | not measured |" in card
 
 
 def test_a_decay_and_trained_in_guidance_are_told_where_there_are_any(recipe):
