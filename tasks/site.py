@@ -14,6 +14,8 @@ SETTINGS = {
     "queue": "NUCLEUS_QUEUE",
     "pod_templates": "NUCLEUS_POD_TEMPLATES",
     "hub_secret": "NUCLEUS_HUB_SECRET",
+    "notify": "NUCLEUS_NOTIFY",
+    "store": "NUCLEUS_STORE",
 }
 REQUIRED = ("project", "domain")
 FREE = ("bucket",)
