@@ -72,6 +72,14 @@ def test_the_shared_expert_is_computed_while_rows_are_on_their_way(layers):
     assert under_way(forward.names) == [[PRODUCT], [PRODUCT]]  # up, down
 
 
+def test_the_shared_experts_gradients_are_computed_while_gradients_are_on_their_way(layers):
+    _, shared = layers
+    out, _ = shared(*inputs())
+    with Operations() as backward:
+        out.square().sum().backward()
+    assert under_way(backward.names) == [[PRODUCT, PRODUCT], [PRODUCT, PRODUCT]]  # down's, then up's
+
+
 def test_exchanged_rows_give_the_bits_of_the_layer_alone(layers):
     results = []
     for layer in layers:
@@ -96,11 +104,14 @@ def test_a_compiler_takes_the_layer_whole_and_keeps_the_shared_expert_between(la
         return make_boxed_func(graph.forward)
 
     torch.compiler.reset()
-    compiled = torch.compile(shared, backend=aot_autograd(fw_compiler=compiler), fullgraph=True)
+    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
+    compiled = torch.compile(shared, backend=backend, fullgraph=True)
     out, _ = compiled(*inputs())
     out.sum().backward()
     assert torch.allclose(out, alone(*inputs())[0], atol=1e-5)
-    assert under_way(orders[0]) == [[PRODUCT], [PRODUCT]], orders
+    forward, backward = orders
+    assert under_way(forward) == [[PRODUCT], [PRODUCT]], forward
+    assert under_way(backward) == [[PRODUCT, PRODUCT], [PRODUCT, PRODUCT]], backward
 
 
 def test_layers_of_several_capacity_factors_and_numbers_of_tokens_compile_whole(layers):
