@@ -29,7 +29,6 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from model.moe import ExpertRanks, MoE
 
-
 # Operations whose kernels for autograd call c10d's: the compiler takes each as one, and its graphs of the forward and the
 # backward have `all_to_all_single` and `wait_tensor`, which Inductor knows. As functions of their own
 # (torch.autograd.Function) they do not compile where layers have several capacity factors (PyTorch 2.13).
