@@ -109,6 +109,7 @@ def trainer_config(
             disable_color_printing=True,
             label=values.name,
             total_steps=values.steps,
+            settings=stage.model_dump(mode="json"),
         ),
         debug=DebugConfig(
             seed=stage.seed,
