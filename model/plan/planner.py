@@ -147,6 +147,12 @@ def traffic(
     }
 
 
+def passes(stage: StageConfig) -> float:
+    """FLOPs of a step over those of a forward, in the mean over a stage: the backward takes twice those of the forward, and
+    a step that trains guidance in has one more forward, with the empty prompt."""
+    return 3 + (stage.guidance.steps / stage.steps if stage.guidance is not None else 0)
+
+
 def plan_stage(
     shapes: Shapes,
     model: TransformerConfig,
@@ -161,7 +167,7 @@ def plan_stage(
 ) -> dict[str, Any]:
     """The plan of one stage, as plain numbers (bytes, FLOPs, seconds, days, and the price's currency).
 
-    step time = 3 x forward FLOPs / (gpus x peak x mfu), as the backward takes twice the FLOPs of the forward. Recomputation
+    step time = `passes` x forward FLOPs / (gpus x peak x mfu), the mean of the stage's steps. Recomputation
     and the optimiser count in `hardware_flops`, not in MFU. Step time contains no term for data transfer; the memory and
     network floors are lower bounds of their own, and a step takes at least the longest of the three. `exposed_rows_s` is
     the communication time of the experts' rows that the shared expert's computation does not hide; transfers of weights
@@ -182,7 +188,7 @@ def plan_stage(
     peak = max(step_moments, key=lambda moment: moment.total)
     micro = forward_flops(config, tokens, text_tokens, layout.micro_batch, fp32=element == FP32)
     forward = {part: flops * (stage.batch_size // layout.micro_batch) for part, flops in micro.items()}
-    total = 3 * sum(forward.values())
+    total = round(passes(stage) * sum(forward.values()))
     newton_schulz = train.optim.muon_ns_steps * shapes.newton_schulz_flops * (layout.gpus // layout.shard)
     activations = max(moment.parts.get("activations", 0) for moment in step_moments)
     moved = traffic(shapes, config, layout, stage, tokens, element, activations)
@@ -234,6 +240,7 @@ def _moments(
         checkpointing=layout.checkpointing,
         accumulate=stage.batch_size // layout.gpus > layout.micro_batch,
         losses=stage.active_losses(train.losses),
+        guided=stage.guidance is not None,
     )
     return moments(shapes, config, layout, step, ns_steps=train.optim.muon_ns_steps)
 

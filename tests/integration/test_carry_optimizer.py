@@ -32,12 +32,12 @@ def latents(tmp_path_factory):
     return write_latents(tmp_path_factory.mktemp("data") / "latents")
 
 
-def train(latents, folder, name, steps, before=None, hand_on=False, out="out", **changes) -> Path:
-    """Trains the stage `name` in `folder`. Returns its out_dir."""
+def train(latents, folder, name, steps, before=None, hand_on=False, out="out", stage=None, **changes) -> Path:
+    """Trains the stage `name` in `folder`, with `stage`'s changes of its section. Returns its out_dir."""
     target = folder / out
     target.mkdir(parents=True, exist_ok=True)
     values = {"optim": OPTIM, "log_every_steps": 1, "checkpoint_every_steps": 100, "keep_checkpoints": 1, **changes}
-    config = train_config(steps=steps, stage={"name": name}, **values)
+    config = train_config(steps=steps, stage={"name": name, **(stage or {})}, **values)
     train_stage(latents, training_stage(config, hand_on_optimizer=hand_on), before, folder / "work", target)
     return target
 
@@ -118,6 +118,28 @@ def test_without_it_a_stage_begins_with_a_warm_up_of_its_own(latents, first, tmp
     fresh = train(latents, tmp_path, "second", 2, before=first, carry_optimizer=False)
     assert known.steps[0] is None and rates(fresh) == scheduled(range(1, 3))
     assert not (fresh / "optimizer").exists()
+
+
+def test_a_decay_is_of_the_stages_own_last_steps_and_goes_on_after_a_stop(latents, first, tmp_path, monkeypatch):
+    """Also where the schedule has counted the steps of an earlier stage."""
+    decay, step = {"decay": {"steps": 4, "to": 0.2}}, NucleusTrainer.train_step
+    options = {"before": first, "stage": decay, "checkpoint_every_steps": 3}
+    whole = train(latents, tmp_path / "whole", "second", 7, **options)
+
+    def stops(self, batches):
+        if self.step == 6:
+            raise KeyboardInterrupt
+        step(self, batches)
+
+    monkeypatch.setattr(NucleusTrainer, "train_step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        train(latents, tmp_path / "stopped", "second", 7, **options)
+    monkeypatch.undo()
+    resumed = train(latents, tmp_path / "stopped", "second", 7, **options)
+    assert json.loads((resumed / "report.json").read_text())["resumed_from_step"] == 3
+    factors = [0.8, 1, 1, 0.8, 0.6, 0.4, 0.2]  # of which the first ends the warm-up
+    assert rates(whole) == rates(resumed) == [{k: pytest.approx(v * f) for k, v in RATES.items()} for f in factors]
+    assert differing(read_weights(whole)[7], read_weights(resumed)[7]) == []
 
 
 def test_data_and_noise_are_the_stages_own(latents, first, tmp_path):

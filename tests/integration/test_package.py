@@ -115,6 +115,7 @@ def test_workflows_share_the_way_to_merged_weights(specs, name, after, outputs):
     ("name", "called", "artifacts"),
     [
         ("train", ["resolve_recipe", "check_curated", "make_components", "train_stages"], {"curated"}),
+        ("encode", ["resolve_recipe", "check_curated", "make_components", "encode_stages"], {"curated"}),
         ("evaluate", ["resolve_recipe", "score_merged"], {"merged", "components"}),
         ("publish", ["resolve_recipe", "publish_pipeline", "show_results"],
          {"merged", "components", "scorecard", "curated"}),
