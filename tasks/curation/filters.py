@@ -80,6 +80,9 @@ def _open(data: bytes) -> tuple[Image.Image, Header]:
             image = Image.open(io.BytesIO(data), formats=decodable())
             # A PNG may carry EXIF behind its pixels, and Pillow would decode them to find it.
             orientation = _orientation(image) if image.format != "PNG" or "exif" in image.info else 1
+            # Phones write a second picture behind the first (MPO); the first is a plain JPEG.
+            kind = "JPEG" if image.format == "MPO" else str(image.format)
+            animated = kind != "JPEG" and bool(getattr(image, "is_animated", False))
     except Image.DecompressionBombError as error:
         raise TooManyPixelsError(str(error)) from None
     except Exception as error:  # Pillow's parsers raise nearly anything on hostile bytes
@@ -87,9 +90,6 @@ def _open(data: bytes) -> tuple[Image.Image, Header]:
     width, height = image.size
     if orientation >= 5:
         width, height = height, width
-    # Phones write a second picture behind the first (MPO); the first is a plain JPEG.
-    kind = "JPEG" if image.format == "MPO" else str(image.format)
-    animated = kind != "JPEG" and bool(getattr(image, "is_animated", False))
     mode = "L" if _is_gray16(image) else image.mode
     return image, Header(kind, mode, width, height, orientation, animated)
 
