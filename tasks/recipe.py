@@ -145,7 +145,7 @@ class Recipe(Section):
 
     def _check_curation(self) -> None:
         """Checks settings with which curation would fail, or reject all records, only after the records exist."""
-        from tasks.curation.filters import DECODABLE, RGB_MODES
+        from tasks.curation.decoding import DECODABLE, RGB_MODES
         from tasks.curation.scorers import chosen_scorers
 
         for key, names, valid in (

@@ -125,7 +125,7 @@ def _read_metadata(content: bytes, where: Any) -> Metadata:
     except Exception as error:  # an unpickler raises nearly anything on hostile bytes
         raise ValueError(f"{where} is not the metadata of a checkpoint: {error}") from error
     for name in names:
-        if os.path.basename(name) != name:
+        if not isinstance(name, str) or os.path.basename(name) != name:
             raise ValueError(f"{where} points at {name!r}, which is outside of the checkpoint")
     return metadata
 

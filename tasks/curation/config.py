@@ -70,6 +70,7 @@ class FilterConfig(Section):
 
     formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP")
     modes: tuple[str, ...] = ("L", "LA", "P", "PA", "RGB", "RGBA")  # CMYK needs a colour profile
+    animated: Literal["reject", "first_frame"] = "reject"  # images of several frames
     min_side_px: Positive = 256
     max_pixels: Positive = 100_000_000
     max_aspect_ratio: Annotated[float, Field(ge=1)] = 3.0

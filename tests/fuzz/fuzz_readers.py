@@ -214,17 +214,17 @@ class Opened:
 
 def try_image(name: str, data: bytes, scratch: Path) -> str:
     """Decodes an image as curation and encoding do; see `try_source`."""
-    from tasks.curation import filters
+    from tasks.curation import decoding
 
     (scratch / name).write_bytes(data)  # what remains where the process dies
     try:
-        header, image = filters.inspect_and_decode(data, MAX_PIXELS, filters.DECODABLE)
+        header, image = decoding.inspect_and_decode(data, MAX_PIXELS, decoding.DECODABLE)
         if isinstance(image, ValueError):
             raise image
         assert image.mode == "RGB" and image.size == (header.width, header.height)
-        assert filters.decode(data, MAX_PIXELS).tobytes() == image.tobytes(), "two decodes differ"
+        assert decoding.decode(data, MAX_PIXELS).tobytes() == image.tobytes(), "two decodes differ"
         return "read"
-    except (filters.UndecodableError, filters.TooManyPixelsError) as error:
+    except (decoding.UndecodableError, decoding.TooManyPixelsError) as error:
         assert "\n" not in str(error), error
         return "refused"
 
