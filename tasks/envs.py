@@ -25,12 +25,12 @@ logging.getLogger("flytekit").addFilter(
 )
 
 CACHE_VERSIONS = {
-    "records": "3",
-    "scores": "2",
+    "records": "4",
+    "scores": "3",
     "curation": "3",
-    "components": "2",
+    "components": "3",
     "texts": "1",
-    "encoding": "3",
+    "encoding": "4",
     "training": "3",
     "merging": "1",
     "evaluation": "2",
