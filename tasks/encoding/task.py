@@ -39,7 +39,7 @@ class EncodingPlan(NamedTuple):
     fractions: dict[str, float]
 
 
-@task(cache=envs.cache("components"), **envs.gpu_single("encoder"))
+@task(cache=envs.cache("components"), enable_deck=True, **envs.gpu_single("encoder"))
 def make_components(curated: CuratedDir, config: ComponentsConfig) -> ComponentsDir:
     """Makes VAE, text encoder and processor: pinned ones from the Hub, or small ones trained on a sample of the corpus."""
     from tasks.encoding import components
@@ -107,7 +107,7 @@ def encode_latents_group(
     return artifact
 
 
-@task(**envs.gather("encoder"))
+@task(enable_deck=True, **envs.gather("encoder"))
 def gather_texts(
     curated: CuratedDir, components: ComponentsDir, config: EncodingConfig, groups: list[Optional[TextsDir]]
 ) -> TextsDir:
@@ -129,7 +129,7 @@ def gather_texts(
     return artifact
 
 
-@task(**envs.gather("encoder"))
+@task(enable_deck=True, **envs.gather("encoder"))
 def gather_latents(
     curated: CuratedDir,
     components: ComponentsDir,
