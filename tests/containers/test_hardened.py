@@ -30,6 +30,7 @@ MODULES = {
     "evaluator": "tasks.evaluation.task",
     "publisher": "tasks.publishing.task",
 }
+TOKEN = "hf_plantedNucleusToken"  # .ci/containers has it in its environment while it builds
 pytestmark = pytest.mark.skipif(
     not LOCK, reason="NUCLEUS_TEST_IMAGES is unset: .ci/containers builds images and sets it"
 )
@@ -82,6 +83,17 @@ def test_an_image_has_the_modules_of_its_tasks_the_recipes_and_the_revision(hard
     )
     revision = json.loads(Path(LOCK).read_text())["revision"]
     assert hardened(role, ["python", "-c", code]).stdout.strip().endswith(revision)
+
+
+@pytest.mark.parametrize("role", sorted(IMAGES))
+def test_no_layer_or_configuration_of_an_image_has_the_token_of_who_built_it(role):
+    command = [Engine.find("podman").name, "save", "--format", "docker-archive", IMAGES[role]]
+    tail = b""
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as archive:  # layers are not compressed in it
+        while block := archive.stdout.read(1 << 22):
+            assert TOKEN.encode() not in tail + block
+            tail = block[-len(TOKEN) :]
+    assert archive.returncode == 0 and tail
 
 
 @pytest.mark.parametrize("role", sorted(IMAGES))
@@ -153,7 +165,8 @@ def test_the_smoke_recipe_runs_task_by_task_in_the_containers_to_the_digests_of_
         def run(role: str, args: list[str], environment: dict[str, str]) -> None:
             if role not in IMAGES:
                 raise Stopped(role)
-            hardened(role, args, environment | store)
+            done = hardened(role, args, environment | store | {"HF_TOKEN": TOKEN, "WANDB_MODE": "disabled"})
+            assert TOKEN not in done.stdout + done.stderr, f"{args} prints the Hub's token"
 
         propeller = SmallPropeller(package, s3, BUCKET, run)
         workflow = next(name for name in propeller.plans if name.endswith(".reproduce"))
@@ -166,6 +179,7 @@ def test_the_smoke_recipe_runs_task_by_task_in_the_containers_to_the_digests_of_
     compared = []
     for key, content in manifests.items():
         manifest = json.loads(content)
+        assert TOKEN.encode() not in content
         assert manifest["digest"] in expected[manifest["kind"]], f"{manifest['kind']} at {key} is no local artifact"
         compared.append(manifest["kind"])
     print("the digests of a local run:", dict(Counter(compared)))

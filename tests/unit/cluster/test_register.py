@@ -50,9 +50,14 @@ def config(folder: Path, endpoint: str, **section: str) -> Path:
     return path
 
 
+TOKEN = "planted-nucleus-token"
+CREDENTIALS = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "tools.register", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | dict.fromkeys(CREDENTIALS, TOKEN)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,7 @@ def register_shape(shape: str, lock: Path, folder: Path):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = run("--config", str(path), "--lock", str(lock), "--shape", shape)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        assert TOKEN not in done.stdout + done.stderr
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return admin, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -260,10 +266,10 @@ def test_every_plan_of_each_shape_has_its_recipe_bounds_and_mails_and_no_active_
     assert ("reproduce-tiny" in recipes) == (shape == "1x1")
 
 
-def test_nothing_of_each_shape_names_a_path_of_the_machine_that_registers(shape_and_admin):
+def test_nothing_of_each_shape_names_a_path_or_a_credential_of_the_machine_that_registers(shape_and_admin):
     _, admin = shape_and_admin
     for request in (*admin.tasks.values(), *admin.workflows.values(), *admin.plans.values()):
-        for text in (str(ROOT), str(Path.home()), "/root", sys.prefix):
+        for text in (str(ROOT), str(Path.home()), "/root", sys.prefix, TOKEN):
             assert text.encode() not in request.SerializeToString(), f"{request.id.name} has {text}"
 
 
