@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 from flytekit import Cache, Resources, Secret
+from flytekit.deck import DeckField
 from flytekit.extras.accelerators import GPUAccelerator
 
 from tasks import profiles
@@ -98,6 +99,8 @@ def _options(role: str, kind: str, size: profiles.Size, gpu: int = 0) -> dict[st
         "limits": resources,
         "pod_template_name": profiles.pod_template(role),
         "environment": STORE | _own_image(role),
+        # Without flytekit's list of packages, for which it runs pip in each task with a deck: manifests name the image.
+        "deck_fields": (DeckField.TIMELINE, DeckField.INPUT, DeckField.OUTPUT),
     }
     return options | ({"accelerator": _accelerator()} if gpu else {})
 

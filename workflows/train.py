@@ -31,11 +31,15 @@ from workflows.encode import encode_latents, encode_texts
 
 
 class Stages(NamedTuple):
-    """The result of all stages: the merged transformer, the checkpoints of each stage, texts, and latents of the last."""
+    """The result of all stages: the merged transformer, checkpoints and latents of each stage, and texts.
+
+    latents: those of the last stage, also in `stage_latents`.
+    """
 
     merged: MergedDir
     checkpoints: list[CheckpointsDir]
     latents: LatentsDir
+    stage_latents: list[LatentsDir]
     texts: TextsDir
 
 
@@ -46,6 +50,7 @@ class Trained(NamedTuple):
     components: ComponentsDir
     checkpoints: list[CheckpointsDir]
     latents: LatentsDir
+    stage_latents: list[LatentsDir]
     texts: TextsDir
 
 
@@ -75,7 +80,7 @@ def train_stages(
             )
         )
     merged = merge_checkpoints(checkpoints=checkpoints[-1], model=stages[-1].train.model, config=merge)
-    return Stages(merged=merged, checkpoints=checkpoints, latents=latents[-1], texts=texts)
+    return Stages(merged=merged, checkpoints=checkpoints, latents=latents[-1], stage_latents=latents, texts=texts)
 
 
 def train_curated(curated: CuratedDir, sections: Sections) -> Trained:
@@ -95,6 +100,7 @@ def train_curated(curated: CuratedDir, sections: Sections) -> Trained:
         components=components,
         checkpoints=trained.checkpoints,
         latents=trained.latents,
+        stage_latents=trained.stage_latents,
         texts=trained.texts,
     )
 
@@ -115,6 +121,7 @@ def train(recipe: str, curated: CuratedDir, overrides: Union[list[str], str] = [
         components=trained.components,
         checkpoints=trained.checkpoints,
         latents=trained.latents,
+        stage_latents=trained.stage_latents,
         texts=trained.texts,
     )
 
