@@ -32,7 +32,8 @@ CACHE_VERSIONS = {
     "encoding": "3",
     "training": "3",
     "merging": "1",
-    "evaluation": "2",
+    "prompts": "1",
+    "evaluation": "3",
     "publishing": "1",
     "study": "1",
 }
@@ -125,9 +126,9 @@ def planner() -> dict[str, Any]:
     return light("curation") | {"environment": REGISTERED}
 
 
-def dynamic() -> dict[str, Any]:
+def dynamic(role: str = "trainer") -> dict[str, Any]:
     """Options of a dynamic workflow: its pod writes down the tasks to run, those of training included, and ends."""
-    options = light("trainer")
+    options = light(role)
     return options | {"environment": options["environment"] | REGISTERED}
 
 

@@ -43,7 +43,6 @@ class Sections(NamedTuple):
     stages: list[Stage]
     merge: MergeConfig
     eval: EvalConfig
-    seeds: list[int]
     publish: PublishConfig
     recipe_json: str
 
@@ -71,7 +70,8 @@ def resolve_recipe(
         loaded = for_own_images(loaded)
         words = loaded.curation.captions.max_words
         print(
-            f"own images: captions of up to {words} words are kept; the VAE's PSNR is reported, not required",
+            f"own images: captions of up to {words} words are kept; the VAE's PSNR is reported, not required; scored by "
+            f"the benchmark {loaded.eval.benchmark}",
             flush=True,
         )
     forget_lost_artifacts(CACHE_LOCATION)
@@ -85,7 +85,6 @@ def resolve_recipe(
         stages=stages(loaded),
         merge=loaded.merge,
         eval=loaded.eval,
-        seeds=list(loaded.eval.seeds),
         publish=loaded.publish,
         recipe_json=loaded.model_dump_json(),
     )

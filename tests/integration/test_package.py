@@ -21,7 +21,7 @@ ROLES = ("curation", "encoder", "trainer", "evaluator", "publisher")
 
 
 def package(out: Path, **environment: str) -> dict[str, task_pb2.TaskSpec | workflow_pb2.WorkflowSpec]:
-    """Name of a task or workflow -> its specification."""
+    """Name of a task or workflow -> its specification; of a launch plan, under "plans", a list of them."""
     images = [part for role in ROLES for part in ("--image", f"{role}=registry.example/{role}:v1")]
     subprocess.run(
         [
@@ -60,7 +60,10 @@ def specs(tmp_path_factory) -> dict[str, task_pb2.TaskSpec | workflow_pb2.Workfl
         ("tasks.encoding.task.make_components", "encoder", "components"),
         ("tasks.training.task.train_stage", "trainer", "training"),
         ("tasks.merging.task.merge_checkpoints", "trainer", "merging"),
-        ("tasks.evaluation.task.generate_images", "evaluator", "evaluation"),
+        ("tasks.evaluation.task.generate_part", "evaluator", "evaluation"),
+        ("tasks.evaluation.task.generate_from_model", "evaluator", "evaluation"),
+        ("tasks.evaluation.task.make_prompts", "evaluator", "prompts"),
+        ("tasks.evaluation.task.judge_images", "evaluator", "evaluation"),
         ("tasks.publishing.task.publish_pipeline", "publisher", "publishing"),
     ],
 )
@@ -115,7 +118,6 @@ def test_workflows_share_the_way_to_merged_weights(specs, name, after, outputs):
     ("name", "called", "artifacts"),
     [
         ("train", ["resolve_recipe", "check_curated", "make_components", "train_stages"], {"curated"}),
-        ("evaluate", ["resolve_recipe", "score_merged"], {"merged", "components"}),
         ("publish", ["resolve_recipe", "publish_pipeline", "show_results"],
          {"merged", "components", "scorecard", "curated"}),
         ("study", ["plan_study", "run_study"], set()),
@@ -127,6 +129,43 @@ def test_each_hop_starts_by_itself_from_a_recipe_and_artifacts(specs, name, call
     inputs = template.interface.inputs.variables
     assert {key for key, variable in inputs.items() if variable.type.HasField("blob")} == artifacts
     assert {"recipe", "overrides"} <= set(inputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "called", "needed"),
+    [
+        ("evaluate", ["resolve_model", "plan_benchmarks", "score_benchmarks"], {"model", "benchmarks"}),
+        ("choose_candidate", ["resolve_model", "plan_candidates", "score_candidates"],
+         {"model", "benchmark", "candidates"}),
+        ("evaluate_nightly", ["resolve_model", "plan_benchmarks", "find_changed", "score_changed"], set()),
+    ],
+)  # fmt: skip
+def test_evaluation_starts_from_a_model_and_names_of_benchmarks(packaged, specs, name, called, needed):
+    template = specs[f"workflows.{name}.{name}"].template
+    assert calls(template) == called
+    (plan,) = [plan for plan in packaged["plans"] if plan.id.name == f"workflows.{name}.{name}"]
+    assert {key for key, given in plan.spec.default_inputs.parameters.items() if given.required} == needed
+    for task in ("resolve_model", "plan_benchmarks", "find_changed", "store_score", "gate_scores"):
+        assert not specs[f"tasks.evaluation.task.{task}"].template.metadata.discoverable, "a place may have changed"
+    cached = specs["tasks.evaluation.task.generate_from_model"].template.metadata
+    assert list(cached.cache_ignore_input_vars) == ["model"], "the digest names it, wherever it is"
+    for dynamic in ("score_benchmarks", "score_candidates", "score_changed"):
+        (found,) = [spec for path, spec in specs.items() if path.endswith(f".{dynamic}")]
+        assert found.template.container.image == "registry.example/evaluator:v1"
+
+
+def test_the_nightly_plan_is_scheduled_inactive_and_mails_when_it_fails(packaged):
+    (plan,) = [plan for plan in packaged["plans"] if plan.id.name == "evaluate-nightly"]
+    assert plan.spec.workflow_id.name == "workflows.evaluate_nightly.evaluate_nightly"
+    assert plan.spec.entity_metadata.schedule.cron_schedule.schedule == "0 3 * * *"
+    assert plan.closure.state == launch_plan_pb2.INACTIVE, "somebody activates it"
+    (mail,) = plan.spec.entity_metadata.notifications
+    assert list(mail.email.recipients_email) == ["a@example.com"]
+    assert {WorkflowExecution.Phase.Name(phase) for phase in mail.phases} == {"FAILED", "TIMED_OUT"}
+    inputs = {
+        key: given.default.scalar.primitive.string_value for key, given in plan.spec.default_inputs.parameters.items()
+    }
+    assert inputs["model"] == "s3://bucket/pipeline" and inputs["benchmarks"] == "geneval"
 
 
 def calls(template) -> list[str]:
