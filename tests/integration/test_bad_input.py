@@ -23,7 +23,7 @@ def _nothing_left(home) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "expected"),
     [
         ("train.stages[0].stps=2", "train.stages[0].stps: unknown key; did you mean 'steps'"),
         ("train.stages[1].image_size_px=40", "train.stages[1].image_size_px=40 must be a multiple of 16"),
@@ -31,9 +31,9 @@ def _nothing_left(home) -> bool:
         ("train.optim.muon_lr=fast", "train.optim.muon_lr"),
     ],
 )
-def test_a_wrong_recipe_is_refused_before_any_work(new_home, override, told):
+def test_a_wrong_recipe_is_refused_before_any_work(new_home, override, expected):
     done = new_home.run("--recipe", "smoke", "--overrides", override)
-    assert told in _message(done)
+    assert expected in _message(done)
     assert not new_home.artifacts.exists()
 
 
