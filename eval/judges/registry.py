@@ -55,10 +55,14 @@ JUDGES: dict[str, tuple[str, tuple[str, ...], str]] = {
     ),
     "efficientnet-lite0": (
         "eval.judges.features:EfficientNetLite0",
-        ("features",),
+        ("features", "diversity"),
         "ImageNet features of EfficientNet-Lite0, for captions; runs on a CPU",
     ),
-    "dinov2": ("eval.judges.features:DINOv2", ("features",), "features of DINOv2-base of the Hub, for captions"),
+    "dinov2": (
+        "eval.judges.features:DINOv2",
+        ("features", "diversity"),
+        "features of DINOv2-base of the Hub, for captions",
+    ),
     "clip-similarity": (
         "eval.judges.clip_similarity:CLIPSimilarity",
         ("similarity",),

@@ -8,6 +8,7 @@ from typing import NamedTuple, Union
 from flytekit import task
 from flytekit.core.local_cache import CACHE_LOCATION
 
+from eval import catalog
 from eval.config import EvalConfig
 from model.config import MergeConfig, TransformerConfig
 from model.stages import TrainingStage
@@ -76,6 +77,9 @@ def resolve_recipe(
             f"the benchmark {loaded.eval.benchmark}",
             flush=True,
         )
+    if is_local() and HOPS.index(starts_from) < HOPS.index("scorecard") <= HOPS.index(ends_in):
+        with plain_errors():
+            catalog.check_installed(loaded.eval)
     forget_lost_artifacts(CACHE_LOCATION)
     return Sections(
         name=loaded.name,

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 from tiny_judges import picture
 
 from eval.judges.clip_similarity import CLIPSimilarity
@@ -34,6 +35,18 @@ def test_a_small_dinov2_gives_the_class_token_whatever_else_is_asked(dinov2):
     with torch.no_grad():
         expected = dinov2[0](pixel_values=pixels).last_hidden_state[0, 0]
     assert np.allclose(first, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_several_tiles_have_the_distances_of_their_pairs_without_the_black_ones(dinov2):
+    judge = DINOv2.of(*dinov2, "random")
+    tiles = [picture(seed=i) for i in range(3)]
+    black = Image.new("RGB", tiles[0].size)
+    vectors = np.array([judge.features(tile) for tile in tiles])
+    units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    expected = [1 - units[i] @ units[j] for i, j in ((0, 1), (0, 2), (1, 2))]
+    (found,) = judge.answer([Request([tiles[0], black, *tiles[1:]], "")])
+    assert np.allclose(found, expected, atol=1e-4)
+    assert judge.answer([Request([tiles[0], black], "")]) == [[]]
 
 
 def test_a_small_clip_gives_a_cosine_that_depends_on_image_and_caption(clip):
