@@ -33,7 +33,8 @@ CACHE_VERSIONS = {
     "encoding": "4",
     "training": "3",
     "merging": "1",
-    "evaluation": "2",
+    "prompts": "1",
+    "evaluation": "3",
     "publishing": "1",
     "study": "1",
 }
