@@ -25,8 +25,8 @@ logging.getLogger("flytekit").addFilter(
 
 CACHE_VERSIONS = {
     "records": "3",
-    "scores": "2",
-    "curation": "3",
+    "scores": "3",
+    "curation": "4",
     "components": "2",
     "texts": "1",
     "encoding": "3",
