@@ -26,8 +26,8 @@ logging.getLogger("flytekit").addFilter(
 
 CACHE_VERSIONS = {
     "records": "4",
-    "scores": "3",
-    "curation": "3",
+    "scores": "4",
+    "curation": "4",
     "components": "3",
     "texts": "1",
     "encoding": "4",

@@ -4,7 +4,7 @@
                                              thumbnails.parquet  small pictures of those that decode
                                              account.json        what the reader saw and left out
 
-A threshold can change without new scores; `formats`, `max_pixels`, `hash_size`, `thumbnail_px` and the scorers cannot.
+A threshold can change without new scores; `formats`, `max_pixels`, `thumbnail_px` and the scorers cannot.
 Memory is bounded by a batch of records, not by the shard.
 """
 
@@ -27,6 +27,7 @@ from PIL import Image
 from tasks.curation import decoding, dedup, filters
 from tasks.curation.captions import clean_captions, count_words
 from tasks.curation.config import CurationConfig
+from tasks.curation.hashes import HASHES, picture_hashes
 from tasks.curation.scorers import COLUMNS as MODEL_COLUMNS
 from tasks.curation.scorers import Sample, Scorer, build_scorers, needs_image
 from tasks.curation.sources.base import Account, Record, Shard
@@ -61,7 +62,8 @@ SCORES = pa.schema(
         ("height", pa.int64()),
         ("orientation", pa.int64()),
         *((name, pa.float64()) for name in (*NUMBERS, *MODEL_COLUMNS)),
-        ("phash", pa.string()),
+        *((name, pa.int64()) for name in HASHES),
+        ("hash_margin", pa.float64()),
         ("coarse", pa.binary()),
     ]
 )
@@ -106,7 +108,7 @@ def score_shard(corpus, shard: Shard, config: CurationConfig, out_dir: str | os.
 def _load_libraries() -> None:
     """Imports what `measure` needs, once: workers are forked, and each would import it anew."""
     decoding.decodable()
-    dedup.perceptual_hash(Image.new("RGB", (32, 32)), 8)
+    picture_hashes(Image.new("RGB", (32, 32)))
 
 
 def _measured(records: Iterator[Record], workers: Workers) -> Iterator[tuple[dict, Sample | None, np.ndarray | None]]:
@@ -192,7 +194,7 @@ def measure(data: bytes, config: CurationConfig) -> Measured:
     columns["entropy_bits"] = filters.entropy_bits(gray)
     columns["single_color_fraction"] = filters.single_color_fraction(pixels)
     columns["border_fraction"] = filters.border_fraction(pixels)
-    columns["phash"] = dedup.perceptual_hash(view, config.dedup.hash_size)
+    columns |= picture_hashes(view)
     columns["coarse"] = np.asarray(view.resize((dedup.COARSE_PX,) * 2, Image.Resampling.BOX)).tobytes()
     thumbnail = dedup.thumbnail(image, config.dedup.thumbnail_px)
     if not needs_image(config.scorers):
@@ -218,7 +220,8 @@ def _blank() -> dict:
         **{"error_rule": "", "error": "", "format": "", "mode": "", "animated": False},
         **{"width": 0, "height": 0, "orientation": 1},
         **dict.fromkeys((*NUMBERS, *MODEL_COLUMNS), float("nan")),
-        **{"phash": "", "coarse": b""},
+        **dict.fromkeys(HASHES, 0),
+        **{"hash_margin": float("nan"), "coarse": b""},
     }
 
 
