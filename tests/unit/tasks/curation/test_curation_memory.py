@@ -26,6 +26,8 @@ from tasks.curation.config import *
 from tasks.curation.sources.base import Account
 from tasks.manifest import seal
 from tasks.store import Part, make_part, read_index, fetch_part
+
+pytestmark = pytest.mark.slow
 step, shards, place = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 config = CurationConfig(dedup=DedupConfig(max_hamming_distance=2))
 if step == "list":
