@@ -16,6 +16,7 @@ from tasks.recipe import Recipe
 # Artifacts that workflows start from or end in. "encoded" are components, texts and latents.
 Hop = Literal["source", "curated", "encoded", "checkpoints", "merged", "scorecard", "pipeline"]
 HOPS: tuple[Hop, ...] = get_args(Hop)
+PHONE_FORMATS = ("AVIF", "HEIF")
 OWN_CAPTION_WORDS = 60  # with the tokens of the chat format they fit in 64
 
 
@@ -140,14 +141,18 @@ def check_tiers(images_by_tier: dict[str, int], stages: list[Stage]) -> None:
 
 
 def for_own_images(recipe: Recipe) -> Recipe:
-    """The recipe, with three limits lifted that are set for rendered scenes: captions may have up to 60 words (or as many
-    as fit in encoding.max_text_tokens), the PSNR of a small VAE on photographs is reported, not required, and images of
-    every shape are encoded. Scored by held-out captions of these images, where it would be scored by coloured shapes."""
+    """The recipe, with limits lifted that are set for rendered scenes: captions may have up to 60 words (or as many as fit
+    in encoding.max_text_tokens), the PSNR of a small VAE on photographs is reported, not required, images of every shape
+    are encoded, and AVIF and HEIC, which phones write, are kept if the recipe names no formats. Scored by held-out captions
+    of these images, where it would be scored by coloured shapes."""
     words = max(recipe.curation.captions.max_words, min(OWN_CAPTION_WORDS, recipe.encoding.max_text_tokens - 4))
     captions = recipe.curation.captions.model_copy(update={"max_words": words})
+    filters = recipe.curation.filters
+    if "formats" not in filters.model_fields_set:
+        filters = filters.model_copy(update={"formats": (*filters.formats, *PHONE_FORMATS)})
     return recipe.model_copy(
         update={
-            "curation": recipe.curation.model_copy(update={"captions": captions}),
+            "curation": recipe.curation.model_copy(update={"captions": captions, "filters": filters}),
             "components": recipe.components.model_copy(update={"min_psnr_db": 0.0}),
             "encoding": recipe.encoding.model_copy(update={"shapes": "data"}),
             "eval": own_captions(recipe.eval),
