@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from model.plan.data_costs import Corpus
-from model.plan.planner import GPUS
 from tasks.curation import near
 from tasks.curation.config import CurationConfig
 from tasks.store import num_groups
@@ -29,12 +28,14 @@ class Rates:
     """Rates per image. docs/scale.md says which were measured, where, and by which command."""
 
     measure_ms: float = 14.1  # of a core: decode, statistics and hashes of a JPEG of 1024 x 768 px
-    decide_us: float = 60.0  # of a core: rules, tiers, duplicates, ledger and report
-    scores_bytes: float = 330.0  # of a row of scores, on disk
+    decide_us: float = 25.0  # of a core: rules, tiers, duplicates, ledger and report
+    join_us: float = 0.19  # of a core: a row of one join of the search for near duplicates
+    compare_us: float = 0.065  # of a core: a pair that shares a key, compared
+    scores_bytes: float = 193.0  # of a row of scores, on disk
     thumbnail_bytes: float = 64 * 85 * 3  # of 4:3 with a shorter side of 64 px, without compression
     embedding_flops: float = 670e9  # SigLIP-2 so400m, 384 px: 2 x 428e6 parameters x 729 tokens, and attention
     caption_flops: float = 2 * 8.2e9 * (1024 + 300)  # Qwen3-VL-8B: 2 x parameters x (image tokens, prompt and answers)
-    gpu_flops_per_s: float = GPUS["h100"].flops  # bf16, dense
+    gpu_flops_per_s: float = 989e12  # H100, bf16, dense
     embedding_utilisation: float = 0.4  # assumed
     caption_utilisation: float = 0.15  # assumed: mostly decoding
 
@@ -58,7 +59,10 @@ def plan(corpus: Corpus, config: CurationConfig, rates: Rates) -> list[str]:
     keys = math.comb(blocks, radius)
     rows = 2 * keys * images
     candidates = 2 * keys * images**2 / 2 / 2 ** (64 * (blocks - radius) / blocks)
-    cores = {"score": images * rates.measure_ms / 3.6e6, "decide": images * rates.decide_us / 3.6e9}
+    cores = {
+        "score": images * rates.measure_ms / 3.6e6,
+        "decide": (images * rates.decide_us + rows * rates.join_us + candidates * rates.compare_us) / 3.6e9,
+    }
     seconds = {
         "embed": images * rates.embedding_flops / rates.gpu_flops_per_s / rates.embedding_utilisation,
         "caption": images * rates.caption_flops / rates.gpu_flops_per_s / rates.caption_utilisation,

@@ -304,7 +304,7 @@ def precision_and_recall(book: pd.DataFrame) -> dict[str, tuple[int, float, floa
 
 
 def test_every_rule_has_its_precision_and_recall_on_planted_truth(planted):
-    """docs/scale.md has this table."""
+    """Prints the table (pytest -s)."""
     table = precision_and_recall(planted[0])
     assert set(table) == {*(rule for (rule,) in EXPECTED.values()), *defects.DUPLICATES}
     lines = [f"| {rule} | {count} | {p:.3f} | {r:.3f} |" for rule, (count, p, r) in table.items()]
