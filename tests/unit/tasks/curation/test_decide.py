@@ -14,7 +14,7 @@ import pytest
 from own_images import picture, png, write_folder
 from score_tables import good_row, records_of
 
-from tasks.curation import check, filters, flow, replay, rules, score
+from tasks.curation import check, decoding, flow, replay, rules, score
 from tasks.curation.config import CaptionConfig, CurationConfig, FilterConfig, SourceConfig, TierConfig
 from tasks.curation.curated import open_curated
 from tasks.curation.sources.base import PROBLEMS
@@ -125,7 +125,7 @@ def test_the_same_input_gives_the_same_bytes(folder, tmp_path, monkeypatch):
 def test_deciding_again_reads_no_image(folder, monkeypatch):
     decide(folder)
     monkeypatch.setattr(score, "measure", None)
-    monkeypatch.setattr(filters, "decode", None)
+    monkeypatch.setattr(decoding, "decode", None)
     strict = CONFIG.model_copy(update={"tiers": TierConfig(thresholds=(0.4, 0.3, 0.2, 0.1))})
     report = json.loads((decide(folder, strict) / "report.json").read_text())
     assert report["tiers"]["A1"] == report["kept"] > 0
@@ -209,7 +209,7 @@ def test_replay_gives_the_decisions_that_a_run_would_give_and_reads_no_image(fol
     strict = CONFIG.model_copy(update={"captions": CaptionConfig(max_words=3)})
     curated, _ = flow.curate_source(SourceConfig(images_per_shard=5), str(folder), strict)
     monkeypatch.setattr(score, "measure", None)
-    monkeypatch.setattr(filters, "decode", None)
+    monkeypatch.setattr(decoding, "decode", None)
     capsys.readouterr()
     arguments = [str(curated), "--overrides", "curation.captions.max_words=200", "--out", str(tmp_path / "out")]
     assert replay.main(arguments) == 0

@@ -15,7 +15,8 @@ from skimage import data
 
 from tasks.curation.config import CurationConfig, DedupConfig
 from tasks.curation.engines import rows_of
-from tasks.curation.filters import ANALYSIS_PX, decode, reduced
+from tasks.curation.decoding import decode
+from tasks.curation.filters import ANALYSIS_PX, reduced
 from tasks.curation.hashes import picture_hashes
 
 TILE_PX = 224
