@@ -91,7 +91,7 @@ def score_group(corpus: CorpusDir, config: CurationConfig, groups: list[int], gr
         return _index("scores", flow.score_group(fetch(corpus, "corpus"), config, group, len(groups)))
 
 
-@task(enable_deck=True, **envs.gather("curation"))
+@task(enable_deck=True, **envs.tables("curation"))
 def decide_corpus(
     corpus: CorpusDir, scores: list[Optional[ScoresDir]], config: CurationConfig, groups: list[int]
 ) -> DecisionsDir:
