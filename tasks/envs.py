@@ -25,15 +25,16 @@ logging.getLogger("flytekit").addFilter(
 )
 
 CACHE_VERSIONS = {
-    "records": "3",
-    "scores": "2",
-    "curation": "3",
-    "components": "2",
+    "records": "4",
+    "scores": "4",
+    "curation": "4",
+    "components": "3",
     "texts": "1",
-    "encoding": "3",
+    "encoding": "4",
     "training": "3",
     "merging": "1",
-    "evaluation": "2",
+    "prompts": "1",
+    "evaluation": "3",
     "publishing": "1",
     "study": "1",
 }

@@ -99,18 +99,18 @@ def sizes(uri: str | os.PathLike) -> dict[str, int]:
     fs, root = storage.filesystem(uri)
     root = root.rstrip("/")
     entries = fs.find(root, detail=True)
-    found = {path[len(root) + 1 :]: int(entry["size"]) for path, entry in entries.items()}
-    found.pop(MANIFEST, None)
-    return found
+    by_path = {path[len(root) + 1 :]: int(entry["size"]) for path, entry in entries.items()}
+    by_path.pop(MANIFEST, None)
+    return by_path
 
 
 def _sha256(uri: str) -> str:
     fs, path = storage.filesystem(uri)
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with fs.open(path, "rb", block_size=BLOCK_BYTES, cache_type="readahead") as file:
         while block := file.read(BLOCK_BYTES):
-            found.update(block)
-    return found.hexdigest()
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
