@@ -63,15 +63,15 @@ def show_results(
     pipeline: PipelineDir,
     scorecard: ScorecardDir,
     curated: CuratedDir,
+    latents: list[LatentsDir],
     texts: Optional[TextsDir] = None,
-    latents: Optional[list[LatentsDir]] = None,
 ) -> str:
     """Where everything is and how good it is. Not cached, so that a run that finds everything in the cache prints it too."""
     from tasks.publishing import summary
 
     paths = fetch(pipeline, "pipeline"), fetch(scorecard, "scorecard"), fetch(curated, "curated")
     encoded = [fetch(texts, "texts")] if texts is not None else []
-    encoded += [fetch(stage, "latents") for stage in latents or ()]
+    encoded += [fetch(stage, "latents") for stage in latents]
     text = "\n".join(summary.lines(*paths, encoded))
     print(text, flush=True)
     return text
