@@ -25,8 +25,8 @@ logging.getLogger("flytekit").addFilter(
 
 CACHE_VERSIONS = {
     "records": "3",
-    "scores": "2",
-    "curation": "3",
+    "scores": "3",
+    "curation": "4",
     "components": "2",
     "texts": "1",
     "encoding": "3",
@@ -109,7 +109,7 @@ def _accelerator() -> GPUAccelerator:
 def _hub_secret(role: str) -> dict[str, Any]:
     """HF_TOKEN in the environment of tasks that read from or publish to the Hub, where the site names a secret."""
     name = os.environ.get("NUCLEUS_HUB_SECRET")
-    if not name or role not in ("encoder", "publisher"):
+    if not name or role not in ("encoder", "publisher", "scorer"):
         return {}
     secret = Secret(group=name, key="HF_TOKEN", mount_requirement=Secret.MountType.ENV_VAR, env_var="HF_TOKEN")
     return {"secret_requests": [secret]}

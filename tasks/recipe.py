@@ -145,8 +145,8 @@ class Recipe(Section):
 
     def _check_curation(self) -> None:
         """Checks settings with which curation would fail, or reject all records, only after the records exist."""
+        from tasks.curation.checks import check_curation
         from tasks.curation.filters import DECODABLE, RGB_MODES
-        from tasks.curation.scorers import chosen_scorers
 
         for key, names, valid in (
             ("formats", self.curation.filters.formats, DECODABLE),
@@ -155,10 +155,7 @@ class Recipe(Section):
             for name in names or ("",):
                 if name not in valid:
                     raise ValueError(f"curation.filters.{key} has {name!r}; valid are {', '.join(valid)}")
-        chosen_scorers(self.curation.scorers)
-        thresholds = self.curation.tiers.thresholds
-        if list(thresholds) != sorted(thresholds, reverse=True):
-            raise ValueError(f"curation.tiers.thresholds={list(thresholds)} must fall from A1 to A4")
+        check_curation(self.curation)
 
     def _check_components(self) -> None:
         """Checks settings with which training of the small components would fail only after curation."""

@@ -28,10 +28,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.curation import dedup, filters, ledger, report, tiers
+from tasks.curation import conditions, dedup, filters, ledger, report, tiers
 from tasks.curation.captions import choose_captions, clean_captions, count_words
 from tasks.curation.config import CurationConfig
 from tasks.curation.score import ACCOUNT, SCORES_TABLE, THUMBNAILS_TABLE
+from tasks.curation.scored_shard import fetch_pictures
 from tasks.curation.sources.base import Account
 from tasks.curation.summary import Summary
 from tasks.store import Part, fetch_part, group_range, write_index
@@ -39,7 +40,13 @@ from tasks.store import Part, fetch_part, group_range, write_index
 GROUPS, SCORES_INDEX = "groups", "scores"
 LOGS = ("scores/*/locations.parquet",)  # of a decision directory, see manifest.seal
 KEPT = pa.schema(
-    [("shard", pa.string()), ("row", pa.int64()), ("tier", pa.string()), ("captions", pa.list_(pa.string()))]
+    [
+        ("shard", pa.string()),
+        ("row", pa.int64()),
+        ("tier", pa.string()),
+        ("bucket", pa.string()),
+        ("captions", pa.list_(pa.string())),
+    ]
 )
 ROW_GROUP = 50_000
 THUMBNAIL_GROUPS_IN_MEMORY = 64
@@ -68,6 +75,7 @@ def decide(
     with tempfile.TemporaryDirectory(dir=out_dir.parent) as work:
         rejections = _Rejections(work)
         search = dedup.DuplicateSearch(work, config.dedup)
+        counts = tiers.ScoreCounts()
         for part, start in zip(parts, starts, strict=False):
             if not part.error:
                 scores = read_scores(fetch_columns(part))
@@ -75,10 +83,12 @@ def decide(
                 rejections.add(start, rule, detail)
                 alive = np.flatnonzero(rule == "")
                 search.add(start + alive, scores.iloc[alive])
+                counts.add(scores["aesthetic"].to_numpy(float)[(rule == "") & ~scores["synthetic"].to_numpy(bool)])
         print(f"curation: {starts[-1]} records, {starts[-1] - rejections.count} pass the filters", flush=True)
-        extra = _drop_duplicates(search, rejections, parts, starts)
+        _drop_duplicates(search, rejections, parts, starts)
         search.close()
-        summary = _write(parts, starts, rejections, extra, scan, config, out_dir, groups, shard_names or {})
+        cuts = tiers.tier_cuts(config.tiers, counts)
+        summary = _write(parts, starts, rejections, cuts, scan, config, out_dir, groups, shard_names or {})
         rejections.close()
     content = summary.content()
     (out_dir / "report.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
@@ -233,7 +243,7 @@ class Thumbnails:
 
     def _open(self, index: int) -> tuple[pq.ParquetFile, np.ndarray, list[int]]:
         if index not in self._rows:
-            file = pq.ParquetFile(fetch_part(self._parts[index]) / THUMBNAILS_TABLE)
+            file = pq.ParquetFile(fetch_pictures(self._parts[index]) / THUMBNAILS_TABLE)
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             self._rows[index] = (file, file.read(["row"])["row"].to_numpy(), [0, *accumulate(sizes)][:-1])
             if len(self._rows) > _Column.SHARDS:
@@ -246,7 +256,7 @@ def _write(
     parts: Sequence[Part],
     starts: list[int],
     rejections: _Rejections,
-    duplicates: int,
+    cuts: tuple[float, ...],
     scan: Account,
     config: CurationConfig,
     out_dir: Path,
@@ -254,7 +264,7 @@ def _write(
     shard_names: dict[str, str],
 ) -> Summary:
     """The second reading of the scores: ledger, kept records of each group, and the counts of the report."""
-    summary = Summary(scan)
+    summary = Summary(scan, cuts)
     thumbnails = Thumbnails(parts, starts)
     (out_dir / GROUPS).mkdir()
     with _TableWriter(out_dir / ledger.LEDGER_TABLE, ledger.LEDGER) as book:
@@ -276,7 +286,7 @@ def _write(
                     assert len(scores) == part.rows, part
                     rows = _ledger_rows(scores, part, start, rejections.between(start, stop))
                     book.add(rows)
-                    kept = _kept_rows(scores, rows, rejections.captions_between(start, stop), start, part, config)
+                    kept = _kept_rows(scores, rows, rejections.captions_between(start, stop), start, part, config, cuts)
                     chosen.add(pa.Table.from_pandas(kept[KEPT.names], KEPT, preserve_index=False))
                     summary.add(scores, rows, kept, lambda rows, start=start: thumbnails.at(start + rows))
                     summary.add_account(Account.from_json(json.loads((directory / ACCOUNT).read_text())))
@@ -311,13 +321,21 @@ def _failed_row(part: Part, file: str) -> pa.Table:
 
 
 def _kept_rows(
-    scores: pd.DataFrame, rows: pa.Table, extra: dict[int, list[str]], start: int, part: Part, config: CurationConfig
+    scores: pd.DataFrame,
+    rows: pa.Table,
+    extra: dict[int, list[str]],
+    start: int,
+    part: Part,
+    config: CurationConfig,
+    cuts: tuple[float, ...],
 ) -> pd.DataFrame:
-    """The kept records: their scores with shard, tier, bucket, captions and split."""
+    """The kept records: their scores with shard, tier, bucket, captions, their words, and split."""
     at = np.flatnonzero(rows["kept"].to_numpy(zero_copy_only=False))
     kept = scores.iloc[at].reset_index(drop=True)
     kept["shard"] = part.name
-    kept["tier"] = tiers.assign_tiers(kept["aesthetic"], kept["synthetic"], config.tiers)
+    best = tiers.best_condition(config.tiers)
+    holds = None if best is None else conditions.evaluate(_columns(kept), best.sql).astype(bool)
+    kept["tier"] = tiers.assign_tiers(kept["aesthetic"], kept["synthetic"], config.tiers, cuts, holds)
     chosen = []
     for i, captions, words, tier, record_id in zip(
         at.tolist(), kept["captions"], kept["words"], kept["tier"], kept["record_id"], strict=True
@@ -328,9 +346,18 @@ def _kept_rows(
             usable = [text for text in more if count_words(text) <= config.captions.max_words]
         chosen.append(choose_captions(usable, tier, record_id, config.captions))
     kept["captions"] = pd.Series(chosen, dtype=object)
-    kept["bucket"] = tiers.assign_buckets(kept["source"], kept["record_id"], config.tiers)
+    words = [[count_words(text) for text in captions] for captions in chosen]
+    kept["min_words"] = np.array([min(counts) for counts in words], int)
+    kept["max_words"] = np.array([max(counts) for counts in words], int)
+    kept["bucket"] = tiers.assign_buckets(_columns(kept), config.buckets)
     kept["split"] = [ledger.split(record_id) for record_id in kept["record_id"]]
     return kept
+
+
+def _columns(kept: pd.DataFrame) -> pa.Table:
+    """The columns that conditions can name."""
+    known = [name for name in kept.columns if name in conditions.COLUMNS]
+    return pa.Table.from_pandas(kept[known], preserve_index=False)
 
 
 def nothing_left(content: dict, config: CurationConfig) -> str:

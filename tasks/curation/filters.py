@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable
@@ -326,10 +327,11 @@ class Rule:
 
 
 def _above(name: str, step: str, column: str, limit: str) -> Rule:
+    """A limit that is None rejects nothing."""
     return Rule(
         name,
         step,
-        lambda s, c: s[column] > getattr(c, limit),
+        lambda s, c: s[column] > (math.inf if getattr(c, limit) is None else getattr(c, limit)),
         lambda r, c: f"{column} {r[column]:.4g} is over {limit} {getattr(c, limit):g}",
     )
 
@@ -338,7 +340,7 @@ def _below(name: str, step: str, column: str, limit: str) -> Rule:
     return Rule(
         name,
         step,
-        lambda s, c: s[column] < getattr(c, limit),
+        lambda s, c: s[column] < (-math.inf if getattr(c, limit) is None else getattr(c, limit)),
         lambda r, c: f"{column} {r[column]:.4g} is under {limit} {getattr(c, limit):g}",
     )
 
@@ -390,6 +392,8 @@ RULES: tuple[Rule, ...] = (
     _above("border", PASS2, "border_fraction", "max_border_fraction"),
     _above("nsfw", PASS3, "nsfw", "max_nsfw"),
     _above("watermark", PASS3, "watermark", "max_watermark_score"),
+    _above("text_area", PASS3, "text_area", "max_text_area"),
+    _above("quality", PASS3, "quality", "max_quality"),
     _below("aesthetic", PASS3, "aesthetic", "min_aesthetic"),
     _below("image_text_similarity", PASS3, "similarity", "min_image_text_similarity"),
 )

@@ -12,8 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.curation import ledger, tiers
-from tasks.curation.config import TierConfig
+from tasks.curation import ledger
 from tasks.curation.score import SCORES_TABLE
 
 SELECTION_TABLE = "selection.parquet"
@@ -37,24 +36,21 @@ SELECTION = pa.schema(
 FROM_SCORES = ["key", "record_id", "row", "ext", "locator", "source", "synthetic", "width", "height"]
 
 
-def write_selection(
-    scores_dir: str | os.PathLike, decided: pa.Table, config: TierConfig, out_dir: str | os.PathLike
-) -> int:
+def write_selection(scores_dir: str | os.PathLike, decided: pa.Table, out_dir: str | os.PathLike) -> int:
     """Writes the selection of one shard; returns the number of records.
 
     Args:
         scores_dir: the shard's score part.
-        decided: row, tier and captions of its kept records, in the order of rows (decide.KEPT).
+        decided: row, tier, bucket and captions of its kept records, in the order of rows (decide.KEPT).
     """
     scores = pq.read_table(Path(scores_dir) / SCORES_TABLE, columns=FROM_SCORES)
     at = pa.compute.index_in(decided["row"], value_set=scores["row"])
     assert at.null_count == 0, "a decision about a row that has no scores"
     kept = scores.take(at)
     ids = kept["record_id"].to_pylist()
-    buckets = tiers.assign_buckets(kept["source"].to_pylist(), ids, config)
     columns = {name: kept[name] for name in FROM_SCORES}
-    columns |= {"captions": decided["captions"], "tier": decided["tier"]}
-    columns |= {"bucket": pa.array(buckets, pa.string()), "split": [ledger.split(record_id) for record_id in ids]}
+    columns |= {name: decided[name] for name in ("captions", "tier", "bucket")}
+    columns |= {"split": [ledger.split(record_id) for record_id in ids]}
     table = pa.table({name: columns[name] for name in SELECTION.names}).cast(SELECTION)
     pq.write_table(table.combine_chunks(), Path(out_dir) / SELECTION_TABLE, compression="zstd")
     return len(table)

@@ -53,8 +53,8 @@ class Summary:
     """What report.json and report.html say. A function of the tables, without times, so that equal input gives equal
     bytes."""
 
-    def __init__(self, scan: Account) -> None:
-        self.account = scan
+    def __init__(self, scan: Account, cuts: tuple[float, ...] = ()) -> None:
+        self.account, self.cuts = scan, cuts
         self.input = self.kept = 0
         self.rejected: Counter[str] = Counter()
         self.examples: dict[str, list[dict]] = {}  # rule -> [{"file", "detail", "pixels": uint8 [h, w, 3] or None}]
