@@ -28,7 +28,7 @@ CACHE_VERSIONS = {
     "scores": "3",
     "curation": "4",
     "components": "2",
-    "texts": "1",
+    "texts": "2",
     "encoding": "3",
     "training": "3",
     "merging": "1",

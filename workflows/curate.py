@@ -19,6 +19,7 @@ from flytekit import dynamic, map_task, workflow
 from tasks import envs
 from tasks.artifacts import CuratedDir
 from tasks.curation.config import CurationConfig, SourceConfig
+from tasks.curation.scorers import needs_gpu
 from tasks.curation.task import (
     decide_corpus,
     gather_curated,
@@ -28,7 +29,6 @@ from tasks.curation.task import (
     score_group_on_gpu,
     select_group,
 )
-from tasks.curation.scorers import needs_gpu
 from tasks.planning.task import resolve_recipe
 from tasks.store import num_groups
 

@@ -150,4 +150,4 @@ def evaluate(table: pa.Table, sql: str) -> np.ndarray:
     with duckdb.connect() as connection:
         connection.register("records", table)
         query = f"SELECT {sql} AS value FROM records"  # noqa: S608 (from Condition)
-        return np.asarray(connection.execute(query).to_arrow_table()["value"].to_pylist(), object)
+        return np.asarray(connection.sql(query).to_arrow_table()["value"].to_pylist(), object)

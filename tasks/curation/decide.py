@@ -28,7 +28,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.curation import conditions, dedup, filters, ledger, report, tiers
+from tasks.curation import conditions, dedup, filters, gallery, ledger, report, tiers
 from tasks.curation.captions import choose_captions, clean_captions, count_words
 from tasks.curation.config import CurationConfig
 from tasks.curation.score import ACCOUNT, SCORES_TABLE, THUMBNAILS_TABLE
@@ -85,14 +85,14 @@ def decide(
                 search.add(start + alive, scores.iloc[alive])
                 counts.add(scores["aesthetic"].to_numpy(float)[(rule == "") & ~scores["synthetic"].to_numpy(bool)])
         print(f"curation: {starts[-1]} records, {starts[-1] - rejections.count} pass the filters", flush=True)
-        _drop_duplicates(search, rejections, parts, starts)
+        summary = Summary(scan, config, tiers.tier_cuts(config.tiers, counts))
+        _drop_duplicates(search, rejections, parts, starts, summary.groups)
         search.close()
-        cuts = tiers.tier_cuts(config.tiers, counts)
-        summary = _write(parts, starts, rejections, cuts, scan, config, out_dir, groups, shard_names or {})
+        _write(parts, starts, rejections, summary, config, out_dir, groups, shard_names or {})
         rejections.close()
     content = summary.content()
     (out_dir / "report.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    (out_dir / "report.html").write_text(report.render(summary, config))
+    (out_dir / "report.html").write_text(report.render(summary))
     return content
 
 
@@ -169,23 +169,25 @@ class _Rejections:
 
 
 def _drop_duplicates(
-    search: dedup.DuplicateSearch, rejections: _Rejections, parts: Sequence[Part], starts: list[int]
-) -> int:
+    search: dedup.DuplicateSearch,
+    rejections: _Rejections,
+    parts: Sequence[Part],
+    starts: list[int],
+    shown: gallery.Groups,
+) -> None:
     """Rejects exact and near duplicates, and gives the captions of exact ones to the record that is kept."""
     names = _Column("locator", parts, starts)
     texts = _Column("captions", parts, starts)
-    count = 0
     for batch in _batches(search.exact_duplicates()):
         rejections.add_rows([(p, "exact_duplicate", f"same bytes as {names[keeper]}") for p, keeper in batch])
         rejections.add_captions([(keeper, p, list(texts[p])) for p, keeper in batch])
-        count += len(batch)
     thumbnails = Thumbnails(parts, starts)
     for batch in _batches(search.near_duplicates(thumbnails.at)):
         rejections.add_rows(
             [(p, "near_duplicate", f"thumbnail differs by {d:.1f} from {names[keeper]}") for p, keeper, d in batch]
         )
-        count += len(batch)
-    return count
+        for p, keeper, distance in batch:
+            shown.add(p, keeper, distance)
 
 
 class _Column:
@@ -256,16 +258,15 @@ def _write(
     parts: Sequence[Part],
     starts: list[int],
     rejections: _Rejections,
-    cuts: tuple[float, ...],
-    scan: Account,
+    summary: Summary,
     config: CurationConfig,
     out_dir: Path,
     groups: int,
     shard_names: dict[str, str],
-) -> Summary:
-    """The second reading of the scores: ledger, kept records of each group, and the counts of the report."""
-    summary = Summary(scan, cuts)
+) -> None:
+    """The second reading of the scores: ledger, kept records of each group, and the counts and pictures of the report."""
     thumbnails = Thumbnails(parts, starts)
+    shows = gallery.picture_shards(len(parts))
     (out_dir / GROUPS).mkdir()
     with _TableWriter(out_dir / ledger.LEDGER_TABLE, ledger.LEDGER) as book:
         for group in range(groups):
@@ -286,11 +287,13 @@ def _write(
                     assert len(scores) == part.rows, part
                     rows = _ledger_rows(scores, part, start, rejections.between(start, stop))
                     book.add(rows)
-                    kept = _kept_rows(scores, rows, rejections.captions_between(start, stop), start, part, config, cuts)
+                    kept = _kept_rows(
+                        scores, rows, rejections.captions_between(start, stop), start, part, config, summary.cuts
+                    )
                     chosen.add(pa.Table.from_pandas(kept[KEPT.names], KEPT, preserve_index=False))
-                    summary.add(scores, rows, kept, lambda rows, start=start: thumbnails.at(start + rows))
+                    summary.add(scores, rows, kept, start, index in shows)
                     summary.add_account(Account.from_json(json.loads((directory / ACCOUNT).read_text())))
-    return summary
+    summary.fetch(thumbnails.at, lambda position: bisect.bisect_right(starts, position) - 1 in shows)
 
 
 def _ledger_rows(scores: pd.DataFrame, part: Part, start: int, rejected: list[tuple[int, str, str]]) -> pa.Table:

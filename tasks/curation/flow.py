@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tasks.curation import decide, dedup, ledger, score, selections
+from tasks.curation import decide, dedup, ledger, selections
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.curation.curated import CORPUS
 from tasks.curation.scored_shard import Resources, ShardScores
@@ -242,7 +242,13 @@ def select_shard(scores: Part, decided: pa.Table) -> Part:
         "selections",
         scores.name,
         lambda name: make_part(
-            "selections", name, CACHE_VERSIONS["curation"], inputs, make, [scores.as_parent()], {"decided": inputs["decided"]}
+            "selections",
+            name,
+            CACHE_VERSIONS["curation"],
+            inputs,
+            make,
+            [scores.as_parent()],
+            {"decided": inputs["decided"]},
         ),
     )
 

@@ -180,7 +180,9 @@ def chosen_scorers(config: ScorerConfig) -> list[Chosen]:
         spec = _spec(column, choice)
         columns = chosen[choice].columns if choice in chosen else ()
         chosen[choice] = Chosen(spec, choice, (*columns, column))
-    ordered = sorted(chosen.values(), key=lambda one: ("embedding" in one.spec.needs, list(COLUMNS).index(one.columns[0])))
+    ordered = sorted(
+        chosen.values(), key=lambda one: ("embedding" in one.spec.needs, list(COLUMNS).index(one.columns[0]))
+    )
     _check_embedding(ordered)
     return ordered
 

@@ -24,8 +24,6 @@ from tasks.curation.config import HubModel
 from tasks.curation.scorers.base import Sample
 
 if TYPE_CHECKING:
-    import torch
-
     from tasks.curation.scorers import Chosen
 
 
@@ -86,7 +84,10 @@ class Encoder:
 
         batch = self._images(images=[sample.image for sample in samples], return_tensors="pt")
         with torch.inference_mode():
-            batch = {k: v.to(device(), self._model.dtype) if v.is_floating_point() else v.to(device()) for k, v in batch.items()}
+            batch = {
+                k: v.to(device(), self._model.dtype) if v.is_floating_point() else v.to(device())
+                for k, v in batch.items()
+            }
             return _unit(self._model.get_image_features(**batch))
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
@@ -158,13 +159,17 @@ class AestheticHead:
     def _layers(self) -> list[tuple[np.ndarray, np.ndarray]]:
         from safetensors.numpy import load_file
 
-        tensors = {name: value.astype(np.float32) for name, value in load_file(_hub_file(self._source, self.FILE)).items()}
+        tensors = {
+            name: value.astype(np.float32) for name, value in load_file(_hub_file(self._source, self.FILE)).items()
+        }
         names = sorted((name.removesuffix(".weight") for name in tensors if name.endswith(".weight")), key=_by_number)
         layers = [(tensors[f"{name}.weight"], tensors.get(f"{name}.bias", np.zeros(1, np.float32))) for name in names]
         fits = all(a[0].shape[0] == b[0].shape[1] for a, b in zip(layers, layers[1:], strict=False))
         if not layers or not fits or layers[-1][0].shape[0] != 1 or any(weight.ndim != 2 for weight, _ in layers):
             shapes = {name: list(value.shape) for name, value in tensors.items()}
-            raise ValueError(f"{self._source.repo_id}/{self.FILE} is not a chain of linear layers that ends in 1: {shapes}")
+            raise ValueError(
+                f"{self._source.repo_id}/{self.FILE} is not a chain of linear layers that ends in 1: {shapes}"
+            )
         return layers
 
     def score(self, vectors: np.ndarray) -> np.ndarray:

@@ -42,7 +42,19 @@ class TextArea:
     MIN_CHARACTERS = 3
     BORDER = 0.12  # of the image's height or width: a line whose middle is nearer to an edge is at the border
     BORDER_SCORE = 0.6  # a short line at the border may be a caption or a date as well
-    WORDS = ("©", "(c)", "copyright", "stock", "shutterstock", "getty", "alamy", "istock", "adobe", "depositphotos", "www.")
+    WORDS = (
+        "©",
+        "(c)",
+        "copyright",
+        "stock",
+        "shutterstock",
+        "getty",
+        "alamy",
+        "istock",
+        "adobe",
+        "depositphotos",
+        "www.",
+    )
 
     @cached_property
     def _judge(self):

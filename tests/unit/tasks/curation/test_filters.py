@@ -302,7 +302,14 @@ def table(**columns) -> pd.DataFrame:
         **{"key": [f"k{i}" for i in range(size)], "record_id": "0" * 64, "error_rule": "", "error": "", "problem": ""},
         **{"format": "PNG", "mode": "RGB", "animated": False, "width": 512, "height": 512, "bytes_per_pixel": 1.0},
         **{"entropy_bits": 5.0, "single_color_fraction": 0.2, "border_fraction": 0.0},
-        **{"nsfw": np.nan, "watermark": 0.0, "aesthetic": 5.0, "similarity": np.nan, "text_area": np.nan, "quality": np.nan},
+        **{
+            "nsfw": np.nan,
+            "watermark": 0.0,
+            "aesthetic": 5.0,
+            "similarity": np.nan,
+            "text_area": np.nan,
+            "quality": np.nan,
+        },
     }
     return pd.DataFrame(good | columns, index=range(size))
 
@@ -332,7 +339,9 @@ def test_a_problem_of_the_source_comes_before_every_other_rule():
 
 
 def test_a_scorer_that_does_not_exist_is_refused_by_name():
-    with pytest.raises(ValueError, match="curation.scorers.nsfw='clip' is unknown; use one of none, open-nsfw, nsfw-classifier"):
+    with pytest.raises(
+        ValueError, match="curation.scorers.nsfw='clip' is unknown; use one of none, open-nsfw, nsfw-classifier"
+    ):
         chosen_scorers(ScorerConfig(nsfw="clip"))
     with pytest.raises(ValueError, match="curation.scorers.watermark='clasical' is unknown; did you mean 'classical'?"):
         chosen_scorers(ScorerConfig(watermark="clasical"))
