@@ -219,7 +219,8 @@ class TransformerConfig(Section):
 
 
 class OptimConfig(Section):
-    """Muon for attention and expert matrices, AdamW for every other parameter; constant rate after warm-up (WSM).
+    """Muon for attention and expert matrices, AdamW for every other parameter; constant rate after warm-up (WSM), unless a
+    stage has a `decay`.
 
     muon_scale: of an orthogonal update (`model.optim.update_scale`). "spectral", as Muon has it, for rates of 1e-3 to
         1e-2; "rms", as large as AdamW's updates are, where one rate is to serve both groups.
@@ -259,6 +260,21 @@ class CaptionWeight(Section):
     weight: Weight
 
 
+class DecayConfig(Section):
+    """Learning rates fall linearly, over a stage's last `steps`, to `to` times what they were."""
+
+    steps: Positive
+    to: Fraction = 0.0
+
+
+class GuidanceConfig(Section):
+    """Over a stage's last `steps`, the model learns to predict what classifier-free guidance of `scale` would make of its
+    own predictions (`model.losses.guided_clean`). It is then sampled without guidance, at half the cost."""
+
+    steps: Positive
+    scale: Annotated[float, Field(gt=1.0)]
+
+
 class StageConfig(Section):
     """One training stage: a resolution, a capacity factor, and a share of the steps."""
 
@@ -272,6 +288,15 @@ class StageConfig(Section):
     bucket_weights: dict[str, Weight] = {}  # factors on images of `curation.buckets`; 1 for a bucket that is not named
     caption_weights: tuple[CaptionWeight, ...] = ()  # ascending; longer captions have the last weight. None: all alike
     wavelet: bool = False  # whether the wavelet loss is on
+    decay: DecayConfig | None = None  # None: a constant rate to the end (WSM)
+    guidance: GuidanceConfig | None = None
+
+    @model_validator(mode="after")
+    def _check_ends(self) -> StageConfig:
+        for name, end in (("decay", self.decay), ("guidance", self.guidance)):
+            if end is not None and end.steps > self.steps:
+                raise ValueError(f"{name}.steps={end.steps} must be at most the stage's steps={self.steps}")
+        return self
 
     @field_validator("caption_weights")
     @classmethod

@@ -99,7 +99,7 @@ def options(path: str | os.PathLike) -> dict[str, Any]:
     """What fsspec needs to open `path`. Nothing for a local one."""
     if not str(path).startswith("s3://"):
         return {}
-    # Listings must be fresh: each thread has a file system of its own, and does not see what another one wrote.
+    # Listings must be fresh: each thread has its own file system, which does not see what another one wrote.
     return {"use_listings_cache": False, **s3_access()}
 
 
@@ -149,7 +149,7 @@ def check_writable_place(uri: str) -> None:
         fs.info(bucket)  # `exists` takes a store that does not answer for one without the bucket
     except PERMANENT as error:
         raise ValueError(f"{uri}: there is no bucket {bucket!r}, or no access to it") from error
-    except Exception as error:  # each of fsspec's back ends raises types of its own
+    except Exception as error:  # each of fsspec's back ends raises its own types
         if _unanswered(error):
             raise ConnectionError(f"{uri}: the object store does not answer: {error}") from error
         raise ValueError(f"{uri}: {error}") from error
@@ -167,7 +167,7 @@ def join(base: str | os.PathLike, *names: str) -> str:
 
 
 def children(folder: str | os.PathLike) -> list[str]:
-    """What lies in a folder, each as `folder` + name; nothing where there is no folder."""
+    """The entries of a folder, each as `folder` + name; an empty list if there is no folder."""
     fs, root = filesystem(folder)
     if not fs.exists(root):
         return []
@@ -208,8 +208,8 @@ def read_ranges(folder: str | os.PathLike, ranges: Sequence[tuple[str, int, int]
             elif attempt == READ_ATTEMPTS - 1 or isinstance(answer, PERMANENT):
                 kind = next((kind for kind in PERMANENT if isinstance(answer, kind)), ConnectionError)
                 name, begin, end = ranges[i]
-                told = f"{join(folder, name)}: bytes {begin} to {end} could not be read in {attempt + 1} attempt(s)"
-                raise kind(f"{told}: {type(answer).__name__}: {answer}") from answer
+                failed = f"{join(folder, name)}: bytes {begin} to {end} could not be read in {attempt + 1} attempt(s)"
+                raise kind(f"{failed}: {type(answer).__name__}: {answer}") from answer
         if len(found) == len(ranges):
             break
     return [found[i] for i in range(len(ranges))]

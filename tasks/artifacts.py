@@ -82,8 +82,8 @@ def plain_errors() -> Iterator[None]:
 def work_path(name: str, step: str, config: Any, parents: Sequence[Path]) -> Path:
     """Where a long task keeps what it has so far: the same for the same inputs, whatever attempt it is.
 
-    Another cache version of `step` (see envs) is another place: code that writes something else must not go on with,
-    or hand on again, what older code left. NUCLEUS_WORK points it at storage that outlives a pod (a mounted volume);
+    Another cache version of `step` (see envs) is another place: code that writes something else must not continue from,
+    or return, what older code left. NUCLEUS_WORK points it at storage that outlives a pod (a mounted volume);
     by default it lies under `home`.
     """
     digests = [load_manifest(parent).digest for parent in parents]
@@ -127,7 +127,7 @@ def is_local() -> bool:
 
 
 def source(directory: FlyteDirectory) -> str:
-    """Where an artifact lies: a URI, or a local path."""
+    """Where an artifact is: a URI, or a local path."""
     return str(directory.remote_source or directory.path)
 
 

@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 from flytekit import Cache, Resources, Secret
+from flytekit.deck import DeckField
 from flytekit.extras.accelerators import GPUAccelerator
 
 from tasks import profiles
@@ -97,6 +98,8 @@ def _options(role: str, kind: str, size: profiles.Size, gpu: int = 0) -> dict[st
         "limits": resources,
         "pod_template_name": profiles.pod_template(role),
         "environment": dict(STORE),
+        # Without flytekit's list of packages, for which it runs pip in each task with a deck: manifests name the image.
+        "deck_fields": (DeckField.TIMELINE, DeckField.INPUT, DeckField.OUTPUT),
     }
     return options | ({"accelerator": _accelerator()} if gpu else {})
 
@@ -108,11 +111,15 @@ def _accelerator() -> GPUAccelerator:
 
 def _hub_secret(role: str) -> dict[str, Any]:
     """HF_TOKEN in the environment of tasks that read from or publish to the Hub, where the site names a secret."""
-    name = os.environ.get("NUCLEUS_HUB_SECRET")
-    if not name or role not in ("encoder", "publisher", "scorer"):
+    return _secret("NUCLEUS_HUB_SECRET", "HF_TOKEN") if role in ("encoder", "publisher", "scorer") else {}
+
+
+def _secret(setting: str, key: str) -> dict[str, Any]:
+    """A key of the secret that the site's setting names, as an environment variable; nothing where it names none."""
+    name = os.environ.get(setting)
+    if not name:
         return {}
-    secret = Secret(group=name, key="HF_TOKEN", mount_requirement=Secret.MountType.ENV_VAR, env_var="HF_TOKEN")
-    return {"secret_requests": [secret]}
+    return {"secret_requests": [Secret(group=name, key=key, mount_requirement=Secret.MountType.ENV_VAR, env_var=key)]}
 
 
 def light(role: str) -> dict[str, Any]:
@@ -160,7 +167,7 @@ def trainer() -> dict[str, Any]:
     share = PROFILE.train
     size = profiles.Size(share.cpu * TRAIN_NPROC, share.memory_gib * TRAIN_NPROC, share.ephemeral_gib * TRAIN_NPROC)
     options = _options("trainer", "trainer", size if gpus else share, gpu=gpus)
-    options |= {"retries": TRAIN_RETRIES, "interruptible": True}
+    options |= {"retries": TRAIN_RETRIES, "interruptible": True} | _secret("NUCLEUS_WANDB_SECRET", "WANDB_API_KEY")
     environment = dict(options["environment"])
     if gpus:
         environment |= PROFILE.environment | (profiles.EFA if profiles.fabric() else {})

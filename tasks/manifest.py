@@ -28,6 +28,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.storage import MANIFEST as MANIFEST
+from model.storage import replacing
 
 SCHEMA_VERSION = 2
 WRITING = ".writing-"
@@ -223,10 +224,9 @@ def seal(
         _fsync(path)
     for path in {parent for file in files for parent in file.relative_to(directory).parents}:
         _fsync(directory / path)
-    temporary = directory / f".{MANIFEST}.{uuid.uuid4().hex}"
-    temporary.write_text(manifest.model_dump_json(indent=1))
-    _fsync(temporary)
-    os.replace(temporary, directory / MANIFEST)
+    with replacing(directory / MANIFEST) as temporary:
+        temporary.write_text(manifest.model_dump_json(indent=1))
+        _fsync(temporary)
     _fsync(directory)
     return manifest
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +17,7 @@ from eval.config import EvalConfig
 from model.config import TIERS, MergeConfig, Section, TrainConfig, TransformerConfig
 from model.constants import TILE_PX, VAE_SCALE
 from model.ranks import micro_batch, rank_degrees
-from model.recipe_yaml import Loader, read_recipe
+from model.recipe_yaml import MAX_FILE_BYTES, Loader, read_recipe
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.publishing.config import PublishConfig
@@ -194,13 +195,33 @@ def _check_tiers(key: str, tiers: Iterable[str]) -> None:
 
 
 def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Loads recipes/NAME.yaml or a path, applies overrides such as `train.stages[0].steps=200`, and validates the result.
+    """Loads recipes/NAME.yaml, a path, or a text of `recipe_text`, applies overrides such as `train.stages[0].steps=200`,
+    and validates the result.
 
     The file may be an overlay on another recipe (`model.recipe_yaml.read_recipe`), such as `ablations/token_choice`.
 
     Raises:
         ValueError: a wrong key or value; the message names the key, the value and valid values.
     """
+    name, data = _read(name_or_path)
+    refuse_code(data.get("eval"), f"recipe {name}")
+    for override in overrides:
+        _apply(data, override)
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise ValueError(f"recipe {name} is not valid: {_explain(error)}") from None
+    _check_size("", recipe.model_dump())
+    return recipe
+
+
+def _read(name_or_path: str) -> tuple[str, dict[str, Any]]:
+    """(what to call it, the mapping) of a recipe."""
+    if name_or_path.startswith("{"):
+        if len(name_or_path) > MAX_FILE_BYTES:
+            raise ValueError(f"a recipe's text has more than {MAX_FILE_BYTES:,} characters")
+        data = _parse(name_or_path, "the recipe's text")
+        return str(data.get("name", "without a name")), data
     known = sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
     path = RECIPES / f"{name_or_path}.yaml"
     if name_or_path not in known:
@@ -210,16 +231,19 @@ def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
                 f"recipe {str(name_or_path)!r} is neither one of {', '.join(known)} nor a file"
                 f"{_did_you_mean(str(name_or_path), known)}"
             )
-    data = read_recipe(path)
-    refuse_code(data.get("eval"), f"recipe {path.name}")
-    for override in overrides:
-        _apply(data, override)
-    try:
-        recipe = Recipe.model_validate(data)
-    except ValidationError as error:
-        raise ValueError(f"recipe {path.name} is not valid: {_explain(error)}") from None
-    _check_size("", recipe.model_dump())
-    return recipe
+    return path.name, read_recipe(path)
+
+
+def recipe_text(path: str) -> str:
+    """A recipe file as one text that `load_recipe` takes, on a machine without the file. Bases are joined in.
+
+    Raises:
+        ValueError: no such file, or as `load_recipe`.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"recipe {path!r} is not a file")
+    load_recipe(path)
+    return json.dumps(read_recipe(path))
 
 
 def _check_size(key: str, value: Any) -> None:

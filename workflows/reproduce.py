@@ -56,5 +56,11 @@ def reproduce(recipe: str = "tiny", overrides: Union[list[str], str] = [], sourc
         config=sections.publish,
         recipe_json=sections.recipe_json,
     )
-    show_results(pipeline=pipeline, scorecard=scorecard, curated=curated)
+    show_results(
+        pipeline=pipeline,
+        scorecard=scorecard,
+        curated=curated,
+        texts=trained.texts,
+        latents=trained.stage_latents,
+    )
     return Reproduction(pipeline=pipeline, scorecard=scorecard, merged=trained.merged, curated=curated)

@@ -108,6 +108,7 @@ class Step:
     accumulate: bool = False
     masked: bool = True  # whether a batch has texts of different lengths
     losses: LossConfig = LossConfig(router_z_loss=1.0, wavelet=1.0)
+    guided: bool = False  # trains guidance in; the forward without text saves nothing, so its blocks are left out
 
 
 @functools.lru_cache(maxsize=256)
@@ -242,6 +243,10 @@ def _train(model: NucleusTransformer, config: TransformerConfig, step: Step) -> 
             example.noisy_BSC.to(cast), (1, rows, columns), text.to(cast), mask, t_B.to(cast), collect=trace
         )
     velocity_BSC = velocity_BSC.float()
+    if step.guided:
+        unconditional_BSC, has_text_B = torch.zeros_like(velocity_BSC), torch.ones(B, dtype=torch.bool)
+        example.guidance_BSC = losses.guidance(velocity_BSC, unconditional_BSC, has_text_B, scale=2.0)
+        del unconditional_BSC, has_text_B
     total, mean, loss_B, _kept = losses.objective(example, velocity_BSC, trace, step.losses)
     del mean  # 4 bytes
     total.backward()

@@ -37,7 +37,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class LatentDataLoader(BaseDataLoader):
-    """Yields this rank's micro-batches, step after step, for ever; `step` counts the steps handed out in full.
+    """Yields this rank's micro-batches, step after step, without end; `step` counts the steps handed out in full.
 
     With `num_workers`, that many threads read ahead; what is yielded, and its order, are the same. For a CUDA device
     batches are in pinned memory, and their text as it is stored, to be widened there: in half the bytes.

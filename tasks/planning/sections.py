@@ -10,7 +10,8 @@ from model.stages import TrainingStage, training_stages
 from tasks.curation.scorers import missing_settings
 from tasks.recipe import Recipe
 
-Hop = Literal["source", "curated", "merged", "scorecard", "pipeline"]  # artifacts that workflows start from or end in
+# Artifacts that workflows start from or end in. "encoded" are components, texts and latents.
+Hop = Literal["source", "curated", "encoded", "checkpoints", "merged", "scorecard", "pipeline"]
 HOPS: tuple[Hop, ...] = get_args(Hop)
 OWN_CAPTION_WORDS = 60  # with the tokens of the chat format they fit in 64
 
@@ -24,6 +25,21 @@ class Stage(Section):
 def stages(recipe: Recipe) -> list[Stage]:
     """The stages of a recipe, any number of them, in order."""
     return [Stage(train=stage) for stage in training_stages(recipe.model, recipe.train)]
+
+
+def stage_named(stages: list[Stage], name: str) -> Stage:
+    """The stage of that name; the last one where `name` is empty.
+
+    Raises:
+        ValueError: none has it.
+    """
+    if not name:
+        return stages[-1]
+    for stage in stages:
+        if stage.train.stage.name == name:
+            return stage
+    names = ", ".join(stage.train.stage.name for stage in stages)
+    raise ValueError(f"stage={name!r} is no stage of the recipe: use one of {names}")
 
 
 def check_workflow(recipe: Recipe, ends_in: Hop = "pipeline", starts_from: Hop = "source") -> None:

@@ -9,7 +9,8 @@ from flytekit import task
 from flytekit.core.local_cache import CACHE_LOCATION
 
 from eval.config import EvalConfig
-from model.config import MergeConfig
+from model.config import MergeConfig, TransformerConfig
+from model.stages import TrainingStage
 from tasks import envs
 from tasks.artifacts import CuratedDir, fetch, is_local, plain_errors
 from tasks.curation.config import CurationConfig, SourceConfig
@@ -23,6 +24,7 @@ from tasks.planning.sections import (
     check_tiers,
     check_workflow,
     for_own_images,
+    stage_named,
     stages,
 )
 from tasks.planning.source import check_source
@@ -65,7 +67,7 @@ def resolve_recipe(
         if starts_from == "source":
             path = source or loaded.source.path or ""
             check_source(path, is_local())
-        if HOPS.index(starts_from) < HOPS.index("merged") <= HOPS.index(ends_in):
+        if HOPS.index(starts_from) < HOPS.index("checkpoints") <= HOPS.index(ends_in):
             check_ranks(loaded.train, envs.TRAIN_NNODES, envs.TRAIN_NPROC, is_local())
     if path and (loaded.source.scenes or loaded.source.digits):  # a recipe for made images, given others
         loaded = for_own_images(loaded)
@@ -101,3 +103,18 @@ def check_curated(curated: CuratedDir, stages: list[Stage]) -> dict[str, int]:
         counts = images_by_tier(path)
         check_tiers(counts, stages)
     return counts
+
+
+class ChosenStage(NamedTuple):
+    """One stage of a recipe, and the model at its capacity factors."""
+
+    stage: TrainingStage
+    model: TransformerConfig
+
+
+@task(**envs.light("curation"))
+def choose_stage(stages: list[Stage], name: str) -> ChosenStage:
+    """The stage of that name; the last one where `name` is empty."""
+    with plain_errors():
+        chosen = stage_named(stages, name).train
+    return ChosenStage(stage=chosen, model=chosen.model)

@@ -1,4 +1,4 @@
-"""What a cluster would be told: the packaged workflows, decoded."""
+"""What a cluster gets: the packaged workflows, decoded."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_each_task_has_its_roles_image_equal_requests_and_limits_and_a_cache_ver
     assert template.metadata.retries.retries >= 3
 
 
-def test_the_recipe_is_read_anew_each_time_and_the_summary_told(specs):
+def test_the_recipe_is_read_anew_each_time_and_the_summary_printed(specs):
     for task in ("tasks.planning.task.resolve_recipe", "tasks.publishing.task.show_results"):
         assert not specs[task].template.metadata.discoverable
 
@@ -115,6 +115,7 @@ def test_workflows_share_the_way_to_merged_weights(specs, name, after, outputs):
     ("name", "called", "artifacts"),
     [
         ("train", ["resolve_recipe", "check_curated", "make_components", "train_stages"], {"curated"}),
+        ("encode", ["resolve_recipe", "check_curated", "make_components", "encode_stages"], {"curated"}),
         ("evaluate", ["resolve_recipe", "score_merged"], {"merged", "components"}),
         ("publish", ["resolve_recipe", "publish_pipeline", "show_results"],
          {"merged", "components", "scorecard", "curated"}),

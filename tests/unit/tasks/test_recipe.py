@@ -152,6 +152,14 @@ def test_an_override_of_a_wrong_place_says_what_is_there(small, override, parts)
         (lambda d: d["train"].update(seed="many"), ["train.seed: Input should be a valid integer", "(got 'many')"]),
         (lambda d: d["train"]["stages"][0].update(steps=1.5), ["train.stages[0].steps: ", "integer", "(got 1.5)"]),
         (lambda d: d["train"]["stages"][0].update(steps=-3), ["train.stages[0].steps: ", "greater than 0", "(got -3)"]),
+        (
+            lambda d: d["train"]["stages"][0].update(decay={"steps": 10**6}),
+            ["train.stages[0]", "decay.steps=1000000 must be at most the stage's steps="],
+        ),
+        (
+            lambda d: d["train"]["stages"][0].update(guidance={"steps": 1, "scale": 1.0}),
+            ["train.stages[0].guidance.scale: ", "greater than 1", "(got 1.0)"],
+        ),
         (lambda d: d["train"].update(dtype="float64"), ["train.dtype: ", "'float32' or 'bfloat16'", "(got 'float64')"]),
         (lambda d: d["train"].update(stages={}), ["train.stages: ", "tuple"]),
         (lambda d: d["train"].update(stages=[]), ["train.stages: ", "at least 1 item"]),

@@ -4,9 +4,9 @@ A scene holds 1 to 4 objects. Lengths are in units of the SHORTER image side: cx
 [0, H/min(W,H)], size = side of the (square) bounding box, the same for every shape. Scenes are a function of
 the generator that they are given, so that the same seed draws the same corpus.
 
-What vocabulary.py holds out never occurs: no held-out coloured shape, no held-out pair of coloured
-shapes, and no two objects whose centres stand in a held-out relation (stricter than GenEval's rule, which
-needs a clear offset as well).
+The scenes are made for the shapes benchmark and use its vocabulary. What it holds out never occurs: no held-out coloured
+shape, no held-out pair of coloured shapes, and no two objects whose centres stand in a held-out relation (stricter than
+GenEval's rule, which needs a clear offset as well).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from tasks.curation.sources.made.vocabulary import (
+from eval.benchmarks.shapes.vocabulary import (
     BACKGROUNDS,
     COLORS,
     HELD_OUT_COLOR_PAIRS,

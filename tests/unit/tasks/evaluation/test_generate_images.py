@@ -1,4 +1,4 @@
-"""What the task that samples one seed's images keeps between attempts, and what it hands on."""
+"""What the task that samples one seed's images keeps between attempts, and what it returns."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_images_that_could_not_be_sealed_are_not_sampled_again(sample, monkeypat
 
 
 def test_a_kill_leaves_nothing_in_the_artifact(sample, monkeypatch, tmp_path):
-    """A file that was half written when the process was killed is no part of what the next attempt hands on."""
+    """A file that was half written when the process was killed is no part of what the next attempt returns."""
 
     def attempt():
         real = os.replace

@@ -82,15 +82,15 @@ def test_tier_weights_that_leave_a_stage_without_images_are_refused_and_others_a
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "expected"),
     [
         # Images would be scored with another text state than the one that was trained.
         (["encoding.hidden_state_index=-6"], "encoding.hidden_state_index=-6 must be -8"),
         (["eval.benchmark=geneval"], "eval.benchmark='geneval' has no detector"),
     ],
 )
-def test_what_would_fail_or_mislead_after_training_is_refused_before_it(overrides, told):
-    with pytest.raises(ValueError, match=told):
+def test_what_would_fail_or_mislead_after_training_is_refused_before_it(overrides, expected):
+    with pytest.raises(ValueError, match=expected):
         check_workflow(load_recipe("tiny", overrides))
 
 
@@ -113,7 +113,7 @@ def test_an_ablation_may_end_in_merged_weights_but_not_with_another_text_state()
 
 
 @pytest.mark.parametrize(
-    ("recipe", "registered", "local", "told"),
+    ("recipe", "registered", "local", "expected"),
     [
         ("nucleus_17b", (1, 1), True, "8 x train.nproc_per_node=8 = 64, .* has 1 x 1 = 1 processes: set "
          "NUCLEUS_TRAIN_NNODES=8 NUCLEUS_TRAIN_NPROC=8 for pyflyte register or pyflyte run --remote"),
@@ -123,8 +123,10 @@ def test_an_ablation_may_end_in_merged_weights_but_not_with_another_text_state()
         ("nucleus_17b", (8, 8), True, "NUCLEUS_TRAIN_NNODES=8: a local run trains on this machine alone"),
     ],
 )  # fmt: skip
-def test_a_training_of_other_ranks_than_its_task_has_is_refused_with_the_arithmetic(recipe, registered, local, told):
-    with pytest.raises(ValueError, match=told):
+def test_a_training_of_other_ranks_than_its_task_has_is_refused_with_the_arithmetic(
+    recipe, registered, local, expected
+):
+    with pytest.raises(ValueError, match=expected):
         check_ranks(load_recipe(recipe).train, *registered, local)
 
 
