@@ -7,7 +7,6 @@ from typing import Literal, get_args
 from model.config import Section, TrainSettings
 from model.constants import PIPELINE_TEXT_STATE
 from model.stages import TrainingStage, training_stages
-from tasks.curation.scorers import missing_settings
 from tasks.recipe import Recipe
 
 # Artifacts that workflows start from or end in. "encoded" are components, texts and latents.
@@ -64,8 +63,6 @@ def check_workflow(recipe: Recipe, ends_in: Hop = "pipeline", starts_from: Hop =
             f"encoding.hidden_state_index={recipe.encoding.hidden_state_index} must be {PIPELINE_TEXT_STATE}: samples "
             "and scores use the default text state of the pipeline, so training must use it too"
         )
-    if "curated" in hops and (missing := missing_settings(recipe.curation.scorers)):
-        raise ValueError(missing)
     if "scorecard" in hops and recipe.eval.benchmark != "shapes":
         raise ValueError(
             f"eval.benchmark={recipe.eval.benchmark!r} has no detector in the workflow yet; it must be 'shapes' to be "

@@ -218,19 +218,27 @@ def _check_embedding(chosen: list[Chosen]) -> None:
             )
 
 
-def missing_settings(config: ScorerConfig) -> str:
-    """What a run still needs to know, as one sentence; "" if nothing. A recipe without it can be loaded and planned."""
+def check_settings(config: ScorerConfig) -> None:
+    """Checks what a run needs to know; a recipe without it can be loaded and planned.
+
+    Raises:
+        ValueError: a setting that a scorer requires is not set, such as the commit of its weights.
+    """
     for one in chosen_scorers(config):
-        for setting in one.spec.required:
-            if getattr(one.choice, setting) is None and not (setting == "revision" and one.choice.is_directory):
-                key = f"curation.scorers.{one.columns[0]}.{setting}"
-                of = f" of {one.choice.repo_id}" if setting == "revision" and one.choice.repo_id else ""
-                what = f"a commit{of} (40 hex digits)" if setting == "revision" else "a value"
-                return (
-                    f"{key} is not set: give {what} by --overrides {key}=..., or name another scorer under "
-                    f"curation.scorers.{one.columns[0]}"
-                )
-    return ""
+        _check_required(one)
+
+
+def _check_required(one: Chosen) -> None:
+    for setting in one.spec.required:
+        if getattr(one.choice, setting) is not None or (setting == "revision" and one.choice.is_directory):
+            continue
+        key = f"curation.scorers.{one.columns[0]}.{setting}"
+        of = f" of {one.choice.repo_id}" if one.choice.repo_id else ""
+        what = f"a commit{of} (40 hex digits)" if setting == "revision" else "a value"
+        raise ValueError(
+            f"{key} is not set: give {what} by --overrides {key}=..., or name another scorer under "
+            f"curation.scorers.{one.columns[0]}"
+        )
 
 
 def needs_gpu(config: CurationConfig) -> bool:
@@ -282,8 +290,9 @@ def build_scorer(one: Chosen) -> Scorer:
     """Builds a scorer; its model is loaded when it is first called.
 
     Raises:
-        ValueError: a package or its weights are missing or others.
+        ValueError: a setting, a package or its weights are missing, or the weights are others.
     """
+    _check_required(one)
     check_weights(one.spec)
     module, _, function = one.spec.build.partition(":")
     build = getattr(importlib.import_module(module), function)
@@ -316,9 +325,9 @@ __all__ = [
     "Scorer",
     "ScorerSpec",
     "build_scorer",
+    "check_settings",
     "chosen_scorers",
     "identity",
-    "missing_settings",
     "needs_gpu",
     "revision",
     "scorer_revisions",

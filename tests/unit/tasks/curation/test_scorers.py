@@ -14,7 +14,7 @@ from own_images import write_tar
 
 from tasks.curation import flow, score, scored_shard, scorers
 from tasks.curation.config import CurationConfig, FilterConfig, ScorerChoice, ScorerConfig, SourceConfig
-from tasks.curation.scorers import ScorerSpec, chosen_scorers, identity, missing_settings, revision
+from tasks.curation.scorers import ScorerSpec, build_scorer, check_settings, chosen_scorers, identity, revision
 from tasks.curation.scorers.base import COLUMNS, check_range
 from tasks.manifest import load_manifest
 from tasks.store import Part, fetch_part, make_sealed
@@ -25,6 +25,8 @@ builders: dict = {}
 
 
 def __getattr__(name):
+    if name.removeprefix("built_") not in builders:
+        raise AttributeError(name)
     return builders[name.removeprefix("built_")]
 
 
@@ -219,9 +221,12 @@ def test_settings_that_do_not_fit_are_refused(columns, why):
 
 def test_a_missing_commit_is_named_before_a_run_and_not_before():
     choice = {"name": "watermark-classifier", "repo_id": "a/b", "label": 1}
-    missing = missing_settings(ScorerConfig(watermark=choice))
-    assert "curation.scorers.watermark.revision is not set" in missing and "a commit of a/b" in missing
-    assert missing_settings(ScorerConfig(watermark=choice | {"revision": COMMIT})) == ""
+    chosen_scorers(ScorerConfig(watermark=choice))
+    with pytest.raises(ValueError, match="curation.scorers.watermark.revision is not set: give a commit of a/b"):
+        check_settings(ScorerConfig(watermark=choice))
+    with pytest.raises(ValueError, match="curation.scorers.watermark.revision is not set"):
+        build_scorer(chosen_scorers(ScorerConfig(watermark=choice))[0])
+    check_settings(ScorerConfig(watermark=choice | {"revision": COMMIT}))
 
 
 def test_a_value_outside_of_its_columns_range_is_refused_with_the_scorers_name():
