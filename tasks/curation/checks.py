@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tasks.curation.config import CurationConfig
 from tasks.curation.scorers import COLUMNS, chosen_scorers
-from tasks.curation.tiers import best_condition, bucket_conditions, tier_cuts
+from tasks.curation.tiers import best_condition, bucket_conditions, check_cuts
 
 # Threshold of `FilterConfig` -> the column that its rule reads.
 CUTS = {
@@ -39,12 +39,7 @@ def check_curation(config: CurationConfig) -> None:
             "curation.scorers.aesthetic='proxy' sets the tiers by contrast, colour and sharpness, which are no taste: name a "
             "scorer with a model, or set curation.tiers.accept_proxy to true"
         )
-    if config.tiers.quantiles is None:
-        tier_cuts(config.tiers)  # thresholds that fall
-    elif list(config.tiers.quantiles) != sorted(config.tiers.quantiles):
-        raise ValueError(
-            f"curation.tiers.quantiles={list(config.tiers.quantiles)} must rise: the share of A1, of A1 and A2, and so on"
-        )
+    check_cuts(config.tiers)
     conditions = bucket_conditions(config.buckets)
     best = best_condition(config.tiers)
     for _, condition in [*conditions, *([("", best)] if best else [])]:
@@ -54,5 +49,5 @@ def check_curation(config: CurationConfig) -> None:
                     f"{condition.key}={condition.text!r} reads the column {column}, which nothing fills: name a scorer under "
                     f"curation.scorers.{column}"
                 )
-    if best is not None and (late := {"tier", "min_words", "max_words"} & set(best.columns)):
+    if best is not None and (late := {"tier"} & set(best.columns)):
         raise ValueError(f"{best.key}={best.text!r} reads {min(late)}, which is known only after tiers are")

@@ -12,9 +12,6 @@ import ast
 import difflib
 from collections.abc import Sequence
 
-import numpy as np
-import pyarrow as pa
-
 from tasks.curation.scorers.base import SCALARS
 
 # Column -> its SQL (DuckDB and Spark).
@@ -25,8 +22,8 @@ NUMBERS = {
     "long_side": "greatest(width, height)",
     "aspect_ratio": "(CAST(width AS DOUBLE) / height)",
     "pixels": "(CAST(width AS DOUBLE) * height)",
-    "min_words": "min_words",  # of the captions that are kept
-    "max_words": "max_words",
+    "min_words": "coalesce(array_min(words), 0)",  # of the captions, also of those that are too long to be kept
+    "max_words": "coalesce(array_max(words), 0)",
 }
 TEXTS = {name: name for name in ("source", "format", "mode", "ext", "tier")}
 BOOLEANS = {"synthetic": "synthetic"}
@@ -41,13 +38,14 @@ class Condition:
     Args:
         text: as the user wrote it.
         key: of the recipe, for messages.
+        tier: SQL of the tier, which is no column of scores.
 
     Raises:
         ValueError: not a condition of this language; names the part, and what would be valid.
     """
 
-    def __init__(self, text: str, key: str = "condition") -> None:
-        self.text, self.key = text, key
+    def __init__(self, text: str, key: str = "condition", tier: str = "tier") -> None:
+        self.text, self.key, self._tier = text, key, tier
         if len(text) > MAX_LENGTH:
             raise self._error(f"has {len(text)} characters; at most {MAX_LENGTH} are allowed")
         try:
@@ -89,7 +87,7 @@ class Condition:
                 raise self._error(f"must compare a column with a list, such as {ast.unparse(left)} in ['a', 'b']")
             name = self._column(left)
             listed = ", ".join(self._value(item, _kind(name)) for item in right.elts)
-            sql = f"COALESCE({COLUMNS[name]} IN ({listed}){self._present(name)}, FALSE)"
+            sql = f"COALESCE({self._sql(name)} IN ({listed}){self._present(name)}, FALSE)"
             return sql if isinstance(operator, ast.In) else f"(NOT {sql})"
         if type(operator) not in _COMPARISONS:
             raise self._error("may compare with == != < <= > >= in, not in")
@@ -103,9 +101,12 @@ class Condition:
         (kind,) = kinds
         if kind != "number" and not isinstance(operator, (ast.Eq, ast.NotEq)):
             raise self._error(f"orders {names[0]}, which can only be compared by == and !=")
-        shown = [COLUMNS[s.id] if isinstance(s, ast.Name) else self._value(s, kind) for s in (left, right)]
+        shown = [self._sql(s.id) if isinstance(s, ast.Name) else self._value(s, kind) for s in (left, right)]
         present = "".join(self._present(name) for name in names)
         return f"COALESCE({shown[0]} {_COMPARISONS[type(operator)]} {shown[1]}{present}, FALSE)"
+
+    def _sql(self, name: str) -> str:
+        return self._tier if name == "tier" else COLUMNS[name]
 
     def _present(self, name: str) -> str:
         """In SQL, NaN is the largest number; here it is a missing one."""
@@ -141,13 +142,3 @@ def case_sql(conditions: Sequence[tuple[str, Condition]], otherwise: str) -> str
     """SQL of the name of the first condition that holds, else `otherwise`. Names must need no quoting."""
     whens = "".join(f" WHEN {condition.sql} THEN '{name}'" for name, condition in conditions)
     return f"CASE{whens} ELSE '{otherwise}' END" if whens else f"'{otherwise}'"
-
-
-def evaluate(table: pa.Table, sql: str) -> np.ndarray:
-    """An expression for each row of a table, in order. Columns that the table lacks must not be named."""
-    import duckdb
-
-    with duckdb.connect() as connection:
-        connection.register("records", table)
-        query = f"SELECT {sql} AS value FROM records"  # noqa: S608 (from Condition)
-        return np.asarray(connection.sql(query).to_arrow_table()["value"].to_pylist(), object)

@@ -152,12 +152,23 @@ class ScorerConfig(Section):
 
 
 class DedupConfig(Section):
-    """SHA-256 for exact duplicates. For near ones, pHash within a Hamming distance (bits of hash_size^2) proposes,
-    and a colour thumbnail confirms: pHash sees neither colour nor small moves on plain pictures."""
+    """SHA-256 for exact duplicates. Near ones: two pictures of which either 64-bit hash (pHash, dHash) is within
+    `max_hamming_distance` bits are proposed; pHash-256, or both 64-bit hashes together, confirm.
 
-    hash_size: Annotated[int, Field(ge=4, le=32)] = 8
+    Made pictures are too plain for hashes: a thumbnail confirms theirs (dedup.py).
+    """
+
+    # pHash's distances are even, since half of its bits are set. 4 grows with the corpus; a wider net does with its square.
+    max_hamming_distance: Annotated[int, Field(ge=0, le=64)] = 4
+    max_fine_distance: Annotated[int, Field(ge=0, le=256)] = 64  # of pHash-256
+    max_both_distances: Annotated[int, Field(ge=0, le=64)] = 10  # of pHash and of dHash
+    # Of flat pictures the hashes are noise: below this margin (hashes.py) only equal bytes count.
+    min_hash_margin: Annotated[float, Field(ge=0)] = 4.0
+    # Cosine of the column `embedding` from which two pictures are one, such as 0.97; null compares no embeddings.
+    min_embedding_similarity: Annotated[float, Field(gt=0, le=1)] | None = None
+    thumbnail_sources: tuple[str, ...] = ("scenes", "digits")
     # A shift by 2 px of 128 changes up to 14 of 64 bits (97 % of scenes); the thumbnail makes so wide a net safe.
-    max_hamming_distance: Annotated[int, Field(ge=0)] = 14
+    thumbnail_hamming_distance: Annotated[int, Field(ge=0, le=64)] = 14
     thumbnail_px: Annotated[int, Field(ge=16, le=256)] = 64  # shorter side; a shift by one is forgiven
     max_thumbnail_difference: Annotated[float, Field(ge=0, le=255)] = 45.0  # of 255, see dedup.thumbnail_difference
 
@@ -209,6 +220,7 @@ class CurationConfig(Section):
     tiers: TierConfig = TierConfig()
     buckets: tuple[BucketConfig, ...] = ()  # a record is in the first whose condition holds, else in `rest`
     captions: CaptionConfig = CaptionConfig()
+    engine: Literal["duckdb", "spark"] = "duckdb"  # of the tables; spark for more than one machine holds
     max_groups: Annotated[int, Field(ge=1, le=5000)] = 2000  # sub-tasks of a map task; each takes a group of shards
     concurrency: Annotated[int, Field(ge=0)] = 0  # sub-tasks at a time; 0 leaves it to Flyte
     min_success_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0  # of shards that must be made and scored
@@ -222,9 +234,11 @@ class CurationConfig(Section):
         return CurationConfig(
             scorers=self.scorers,
             filters=FilterConfig(formats=self.filters.formats, max_pixels=self.filters.max_pixels),
-            dedup=DedupConfig(hash_size=self.dedup.hash_size, thumbnail_px=self.dedup.thumbnail_px),
+            dedup=DedupConfig(thumbnail_px=self.dedup.thumbnail_px),
         )
 
     def deciding(self) -> CurationConfig:
-        """What decisions depend on: how many sub-tasks there are does not change them."""
-        return self.model_copy(update={"max_groups": 2000, "concurrency": 0, "min_success_ratio": 1.0})
+        """What decisions depend on: neither the engine nor how many sub-tasks there are changes them."""
+        return self.model_copy(
+            update={"engine": "duckdb", "max_groups": 2000, "concurrency": 0, "min_success_ratio": 1.0}
+        )

@@ -54,7 +54,7 @@ def render(summary: Summary) -> str:
         *_duplicates(summary),
         "<h2>Examples of what was rejected</h2>",
         *_examples(summary),
-        "<h2>Settings</h2>",
+        "<h2>Thresholds and settings</h2>",
         *(
             f"<h3>{text(section)}</h3>" + table(("key", "value"), [(k, str(v)) for k, v in values.items()])
             for section, values in summary.config.model_dump(mode="json").items()
@@ -115,8 +115,8 @@ def _scores(summary: Summary) -> list[str]:
         drawn.append(histogram(summary.scores["faces"], "faces"))
     side = {"min_side_px": math.log2(filters.min_side_px)}
     drawn.append(histogram(summary.scores["log2_short_side"], "shorter side, px", side, shown=lambda x: f"{2**x:.0f}"))
-    drawn.append(histogram(summary.scores["log2_aspect"], "width over height, input", shown=_ratio))
-    drawn.append(histogram(summary.shapes, "width over height, kept", shown=_ratio))
+    drawn.append(histogram(summary.scores["log2_aspect"], "Shapes of the input, width over height", shown=_ratio))
+    drawn.append(histogram(summary.shapes, "Shapes of what is kept", shown=_ratio))
     note = f"<p class=note>Not scored: {text(', '.join(empty))}. Nothing is cut by these.</p>" if empty else ""
     return ["<div class=row>", *drawn, "</div>", note]
 

@@ -7,7 +7,7 @@ r"""Scoring: a shard -> its columns. Every record is decoded once, and nothing i
 
 `score_shard` makes whichever of these are missing, in one reading of the shard, so that a new scorer runs alone. `join` adds
 the columns of all scorers to those that were measured. A threshold can change without new scores; `formats`, `max_pixels`,
-`hash_size`, `thumbnail_px` and the scorers cannot. Memory is bounded by a batch of records, not by the shard.
+`thumbnail_px` and the scorers cannot. Memory is bounded by a batch of records, not by the shard.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from PIL import Image
 from tasks.curation import dedup, filters
 from tasks.curation.captions import clean_captions, count_words
 from tasks.curation.config import CurationConfig
+from tasks.curation.hashes import HASHES, picture_hashes
 from tasks.curation.scorers import COLUMNS, SCALARS, Chosen, Sample, Scorer, build_scorer, revision
 from tasks.curation.scorers.base import check_range
 from tasks.curation.sources.base import Account, Record, Shard
@@ -62,7 +63,8 @@ MEASURED = pa.schema(
         ("height", pa.int64()),
         ("orientation", pa.int64()),
         *((name, pa.float64()) for name in NUMBERS),
-        ("phash", pa.string()),
+        *((name, pa.int64()) for name in HASHES),
+        ("hash_margin", pa.float64()),
         ("coarse", pa.binary()),
     ]
 )
@@ -184,7 +186,7 @@ class _Embeddings:
 def _load_libraries() -> None:
     """Imports what `measure` needs, once: workers are forked, and each would import it anew."""
     filters.decodable()
-    dedup.perceptual_hash(Image.new("RGB", (32, 32)), 8)
+    picture_hashes(Image.new("RGB", (32, 32)))
 
 
 def _measured(records: Iterator[Record], workers: Workers) -> Iterator[tuple[dict, Sample | None]]:
@@ -270,7 +272,7 @@ def measure(data: bytes, config: CurationConfig) -> Measured:
     columns["entropy_bits"] = filters.entropy_bits(gray)
     columns["single_color_fraction"] = filters.single_color_fraction(pixels)
     columns["border_fraction"] = filters.border_fraction(pixels)
-    columns["phash"] = dedup.perceptual_hash(view, config.dedup.hash_size)
+    columns |= picture_hashes(view)
     columns["coarse"] = np.asarray(view.resize((dedup.COARSE_PX,) * 2, Image.Resampling.BOX)).tobytes()
     return Measured(columns, image.size, image.tobytes())
 
@@ -305,7 +307,8 @@ def _blank() -> dict:
         **{"error_rule": "", "error": "", "format": "", "mode": "", "animated": False},
         **{"width": 0, "height": 0, "orientation": 1},
         **dict.fromkeys(NUMBERS, float("nan")),
-        **{"phash": "", "coarse": b""},
+        **dict.fromkeys(HASHES, 0),
+        **{"hash_margin": float("nan"), "coarse": b""},
     }
 
 

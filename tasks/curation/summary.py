@@ -1,25 +1,23 @@
-"""The counts of a curation, collected shard by shard: of what passes through, only counts and a few examples stay."""
+"""The counts of a curation, by SQL over its tables: of the records, only counts and a few examples reach Python."""
 
+# ruff: noqa: S608 (SQL of our own names and numbers; texts are quoted by engines.quoted)
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
 
-from tasks.curation import ledger, tiers
-from tasks.curation.captions import count_words
+from tasks.curation import gallery, ledger, rules, tiers
 from tasks.curation.checks import CUTS
-from tasks.curation.config import CurationConfig
-from tasks.curation.gallery import Groups, Mosaic, Nearest, Shown
+from tasks.curation.config import CaptionConfig, CurationConfig
+from tasks.curation.engines import PART, Engine, one, quoted, rows_of
+from tasks.curation.gallery import Shown
 from tasks.curation.scorers import COLUMNS, SCALARS, scorer_revisions
 from tasks.curation.sources.base import Account
-from tasks.store import Part
 
 EXAMPLES = 6  # rejected pictures shown for each rule
-SOURCES = 12  # sources and buckets with a figure of their own; the others are counted together
+SOURCES = 12  # sources and buckets with a figure of their own
 BINS = 24
 
 # Column -> its threshold in FilterConfig.
@@ -52,9 +50,9 @@ class Histogram:
         self.low, self.high = low, high
         self.counts = np.zeros(BINS, np.int64)
 
-    def add(self, values: np.ndarray) -> None:
-        values = values[~np.isnan(values)]
-        self.counts += np.histogram(np.clip(values, self.low, self.high), BINS, (self.low, self.high))[0]
+    def add(self, value: float, count: int = 1) -> None:
+        place = int((value - self.low) / (self.high - self.low) * BINS)
+        self.counts[min(BINS - 1, max(0, place))] += count
 
     @property
     def total(self) -> int:
@@ -65,19 +63,13 @@ class Summary:
     """What report.json and report.html say. A function of the tables, without times, so that equal input gives equal
     bytes."""
 
-    def __init__(self, scan: Account, config: CurationConfig, cuts: tuple[float, ...]) -> None:
-        self.account, self.config, self.cuts = scan, config, cuts
+    def __init__(self, account: Account, config: CurationConfig, cuts: tuple[float, ...]) -> None:
+        self.account, self.config, self.cuts = account, config, cuts
         self.revisions = scorer_revisions(config.scorers)
         self.input = self.kept = 0
         self.rejected: Counter[str] = Counter()
         self.by_source: dict[str, Counter[str]] = {}  # source -> records by rule, "" for those that are kept
         self.examples: dict[str, list[Shown]] = {}  # by rule
-        limits = {name: getattr(config.filters, limit) for name, limit in LIMITS.items()}
-        self.nearest = {(name, LIMITS[name]): Nearest(value) for name, value in limits.items() if value is not None}
-        self.nearest |= {("aesthetic", tier): Nearest(cut) for tier, cut in zip(tiers.TIERS, cuts, strict=False)}
-        self.mosaics: dict[tuple[str, bool], Mosaic] = {}  # (tier, synthetic)
-        self.groups = Groups()
-        # What the report shows, once `fetch` chose it.
         self.edges: dict[tuple[str, str], tuple[float, list[Shown], list[Shown]]] = {}  # (column, limit or tier)
         self.walls: dict[tuple[str, bool], tuple[int, list[Shown]]] = {}  # (tier, synthetic) -> records, some of them
         self.duplicate_groups: list[tuple[int, int, list[Shown]]] = []  # keeper, records dropped for it, some of them
@@ -92,93 +84,6 @@ class Summary:
         self.shards = 0  # with a kept record
         self.scores = {name: Histogram(*bounds) for name, bounds in RANGES.items()}  # of every record that decodes
         self.shapes = Histogram(*RANGES["log2_aspect"])  # of the kept records
-
-    def add(self, scores: pd.DataFrame, rows: pa.Table, kept: pd.DataFrame, start: int, shows: bool) -> None:
-        """Counts one shard.
-
-        Args:
-            scores: of every record. rows: of the ledger, in the same order. kept: see decide._kept_rows.
-            start: position of the first record in the corpus. shows: whether its pictures may be shown.
-        """
-        self.input += len(scores)
-        self.kept += len(kept)
-        rules = np.asarray(rows["rule"].to_pylist(), object)
-        for rule, count in Counter(rules[rules != ""]).items():
-            self.rejected[rule] += count
-            shown = self.examples.setdefault(rule, [])
-            for row in np.flatnonzero(rules == rule)[: EXAMPLES - len(shown)].tolist():
-                shown.append(Shown(start + row, rows["file"][row].as_py(), rows["detail"][row].as_py()))
-        for (source, rule), count in Counter(zip(scores["source"], rules, strict=True)).items():
-            self.by_source.setdefault(source, Counter())[rule] += count
-        shortest = [min(scores["words"].iloc[i]) for i in np.flatnonzero(rules == ledger.CAPTION_TOO_LONG)]
-        if shortest:
-            low, high = self.too_long_words or (shortest[0], shortest[0])
-            self.too_long_words = int(min(low, *shortest)), int(max(high, *shortest))
-        for name, histogram in self.scores.items():
-            if name in scores:
-                histogram.add(scores[name].to_numpy(float))
-        sized = scores[(scores["width"] > 0) & (scores["height"] > 0)]
-        self.scores["log2_short_side"].add(np.log2(sized[["width", "height"]].min(axis=1).to_numpy(float)))
-        self.scores["log2_aspect"].add(_log2_aspect(sized))
-        self.shapes.add(_log2_aspect(kept))
-        self.tiers.update(kept["tier"])
-        self.cells.update(zip(kept["bucket"], kept["tier"], strict=True))
-        self.sources.update(kept["source"])
-        self.splits.update(kept["split"])
-        self.shards += len(kept) > 0
-        for tier, bucket, captions in zip(kept["tier"], kept["bucket"], kept["captions"], strict=True):
-            words = [count_words(caption) for caption in captions]
-            self.words[tier].update(words)
-            self.bucket_words.setdefault(bucket, Counter()).update(words)
-        self._choose(scores, kept, start, shows)
-
-    def _choose(self, scores: pd.DataFrame, kept: pd.DataFrame, start: int, shows: bool) -> None:
-        """Chooses records of the shard for the report's pictures."""
-        row_of = {row: i for i, row in enumerate(scores["row"])}
-        places = start + np.array([row_of[row] for row in kept["row"]], int)
-        for (tier, synthetic), members in kept.groupby(["tier", "synthetic"]).indices.items():
-            mosaic = self.mosaics.setdefault((tier, bool(synthetic)), Mosaic())
-            if shows:
-                chosen = kept.iloc[members]
-                mosaic.add(chosen["record_id"].tolist(), places[members], chosen["locator"].tolist())
-            else:
-                mosaic.count += len(members)
-        if not shows:
-            return
-        scored = ~kept["synthetic"].to_numpy(bool)
-        for (column, name), nearest in self.nearest.items():
-            table, positions = (kept[scored], places[scored]) if name in tiers.TIERS else (scores, None)
-            if column in table:
-                positions = start + np.arange(len(scores)) if positions is None else positions
-                values = table[column].to_numpy(float)
-                nearest.add(values, table["record_id"].tolist(), positions, table["locator"].tolist())
-
-    def fetch(self, pictures: Callable[[np.ndarray], dict[int, np.ndarray]], shows: Callable[[int], bool]) -> None:
-        """Fetches the pictures of the records that were chosen.
-
-        Args:
-            pictures: gives those of positions. shows: whether pictures of a position's shard may be shown.
-        """
-        self.edges = {key: (nearest.cut, *nearest.shown()) for key, nearest in self.nearest.items()}
-        self.walls = {key: (mosaic.count, mosaic.shown()) for key, mosaic in sorted(self.mosaics.items())}
-        self.duplicate_groups = self.groups.shown()
-        chosen = {shown.position for examples in self.examples.values() for shown in examples if shows(shown.position)}
-        chosen |= {shown.position for _, below, above in self.edges.values() for shown in (*below, *above)}
-        chosen |= {shown.position for _, mosaic in self.walls.values() for shown in mosaic}
-        for keeper, _, members in self.duplicate_groups:
-            chosen |= {keeper, *(shown.position for shown in members)}
-        self.pixels = pictures(np.array(sorted(p for p in chosen if p >= 0), np.int64))
-
-    def add_failed(self, part: Part, file: str) -> None:
-        """Counts a shard that could not be scored; it stands in the ledger in place of its records."""
-        self.input += 1
-        self.rejected[ledger.SHARD_FAILED] += 1
-        shown = self.examples.setdefault(ledger.SHARD_FAILED, [])
-        if len(shown) < EXAMPLES:
-            shown.append(Shown(-1, file, part.error))
-
-    def add_account(self, account: Account) -> None:
-        self.account = self.account + account
 
     @property
     def buckets(self) -> dict[str, int]:
@@ -244,5 +149,145 @@ class Summary:
         }
 
 
-def _log2_aspect(frame: pd.DataFrame) -> np.ndarray:
-    return np.log2(frame["width"].to_numpy(float) / frame["height"].to_numpy(float))
+# Every record of `records` with its final rule and sentence: duplicates have theirs in `dropped`.
+FATES = (
+    "SELECT r.part, r.row, r.position, r.key, r.record_id, r.locator, r.source, r.synthetic, r.width, r.height, r.tier, r.bucket, r.split, "
+    "r.words, r.chance, r.shortest, coalesce(d.rule, r.rule) AS rule, coalesce(d.detail, r.detail) AS detail "
+    "FROM records r LEFT JOIN dropped d ON r.position = d.position"
+)
+SIZED = "width > 0 AND height > 0"
+LOG2_SIDE = "log2(CAST(least(width, height) AS DOUBLE))"
+LOG2_ASPECT = "log2(CAST(width AS DOUBLE) / height)"
+
+
+def summarize(
+    engine: Engine,
+    config: CurationConfig,
+    account: Account,
+    cuts: tuple[float, ...],
+    shards: int,
+    thumbnails: Callable[[np.ndarray], dict[int, np.ndarray]],
+) -> Summary:
+    """The summary of the tables that decide.py made.
+
+    Args:
+        account: of the source and of all shards. cuts: of the tiers. shards: how many there are.
+        thumbnails: gives the pictures of the positions that it is asked for.
+    """
+    summary = Summary(account, config, cuts)
+    for rule, count in _counts(engine, f"SELECT rule AS k, count(*) AS n FROM ({FATES}) f GROUP BY rule"):
+        summary.rejected[rule] = count
+    summary.kept = summary.rejected.pop("", 0)
+    failed = list(rows_of(engine, "SELECT file, error AS detail FROM parts WHERE error <> '' ORDER BY part"))
+    if failed:
+        summary.rejected[ledger.SHARD_FAILED] = len(failed)
+        summary.examples[ledger.SHARD_FAILED] = [Shown(-1, row["file"], row["detail"]) for row in failed[:EXAMPLES]]
+    summary.input = summary.kept + sum(summary.rejected.values())
+    for source, rule, count in _counts(
+        engine, f"SELECT source, rule, count(*) AS n FROM ({FATES}) f GROUP BY source, rule"
+    ):
+        summary.by_source.setdefault(source, Counter())[rule] += count
+    _examples(engine, summary)
+    bounds = f"FROM ({FATES}) f WHERE rule = '{rules.CAPTION_TOO_LONG}'"
+    if summary.rejected[rules.CAPTION_TOO_LONG]:
+        low, high = (one(engine, f"SELECT {way}(shortest) AS n {bounds}") for way in ("min", "max"))
+        summary.too_long_words = low, high
+    for name, histogram in summary.scores.items():
+        value, where = {"log2_short_side": (LOG2_SIDE, SIZED), "log2_aspect": (LOG2_ASPECT, SIZED)}.get(
+            name, (name, f"NOT isnan({name})")
+        )
+        _fill(engine, histogram, value, f"scores WHERE {where}")
+    _fill(engine, summary.shapes, LOG2_ASPECT, f"({FATES}) f WHERE rule = ''")
+    _kept(engine, summary, config.captions)
+    _choose(engine, summary, gallery.picture_shards(shards), thumbnails)
+    return summary
+
+
+def _counts(engine: Engine, query: str) -> list[tuple]:
+    return [tuple(row.values()) for row in rows_of(engine, query)]
+
+
+def _fill(engine: Engine, histogram: Histogram, value: str, rows: str) -> None:
+    bounds = f"CAST({histogram.low} AS DOUBLE), CAST({histogram.high} AS DOUBLE)"
+    query = f"SELECT bin_of({value}, {bounds}, {BINS}) AS k, count(*) AS n FROM {rows} GROUP BY 1"
+    for place, count in _counts(engine, query):
+        histogram.counts[place] += count
+
+
+def _examples(engine: Engine, summary: Summary) -> None:
+    """The first few records of each rule."""
+    query = (
+        "SELECT rule, locator AS file, detail, position FROM (SELECT rule, locator, detail, position, row_number() OVER "
+        f"(PARTITION BY rule ORDER BY position) AS place FROM ({FATES}) f WHERE rule <> '') x "
+        f"WHERE place <= {EXAMPLES} ORDER BY rule, place"
+    )
+    for row in rows_of(engine, query):
+        summary.examples.setdefault(row["rule"], []).append(Shown(row["position"], row["file"], row["detail"]))
+
+
+def _choose(
+    engine: Engine,
+    summary: Summary,
+    shards: list[int],
+    thumbnails: Callable[[np.ndarray], dict[int, np.ndarray]],
+) -> None:
+    """Chooses the records whose pictures the report shows, those of `shards`, and fetches the pictures."""
+    scored = f"SELECT *, part * {PART} + row AS position, locator AS file FROM scores"
+    tiered = (
+        "SELECT f.part, f.position, f.record_id, f.locator AS file, s.aesthetic "
+        f"FROM ({FATES}) f JOIN scores s ON f.part = s.part AND f.row = s.row WHERE f.rule = '' AND NOT f.synthetic"
+    )
+    for column, limit in LIMITS.items():
+        cut = getattr(summary.config.filters, limit)
+        if cut is not None and summary.scores[column].total:
+            summary.edges[column, limit] = (cut, *gallery.nearest(engine, column, cut, scored, shards))
+    for tier, cut in zip(tiers.TIERS, summary.cuts, strict=False):
+        summary.edges["aesthetic", tier] = (cut, *gallery.nearest(engine, "aesthetic", cut, tiered, shards))
+    kinds = f"SELECT tier, synthetic, count(*) AS n FROM ({FATES}) f WHERE rule = '' GROUP BY tier, synthetic"
+    for tier, synthetic, count in sorted(_counts(engine, kinds)):
+        where = f"rule = '' AND tier = {quoted(tier)} AND synthetic = {str(synthetic).upper()}"
+        summary.walls[tier, synthetic] = count, gallery.mosaic(engine, FATES, where, shards)
+    summary.duplicate_groups = gallery.duplicate_groups(engine)
+    chosen = {shown.position for examples in summary.examples.values() for shown in examples}
+    chosen = {position for position in chosen if gallery.shard_of(position) in shards}
+    chosen |= {shown.position for _, below, above in summary.edges.values() for shown in (*below, *above)}
+    chosen |= {shown.position for _, wall in summary.walls.values() for shown in wall}
+    for keeper, _, members in summary.duplicate_groups:
+        chosen |= {keeper, *(shown.position for shown in members)}
+    summary.pixels = thumbnails(np.array(sorted(chosen), np.int64))
+
+
+def _kept(engine: Engine, summary: Summary, config: CaptionConfig) -> None:
+    """Counts of the kept records, and of the words of their captions."""
+    engine.create(
+        "kept",
+        "SELECT f.part, f.source, f.tier, f.bucket, f.split, f.chance, coalesce(m.words, f.words) AS words "
+        f"FROM ({FATES}) f LEFT JOIN merged m ON f.position = m.position WHERE f.rule = ''",
+    )
+    for *names, count in _counts(
+        engine, "SELECT source, tier, bucket, split, count(*) AS n FROM kept GROUP BY source, tier, bucket, split"
+    ):
+        source, tier, bucket, split = names
+        summary.sources[source] += count
+        summary.tiers[tier] += count
+        summary.cells[bucket, tier] += count
+        summary.splits[split] += count
+    summary.shards = one(engine, "SELECT count(DISTINCT part) AS n FROM kept")
+    for tier, words in summary.words.items():
+        chosen = " UNION ALL ".join(
+            f"SELECT bucket, {words_sql} AS w FROM kept WHERE tier = '{tier}' AND {where}"
+            for words_sql, where in _chosen_words(config.per_tier[tier])
+        )
+        query = f"SELECT bucket, w, count(*) AS n FROM ({chosen}) x GROUP BY bucket, w"
+        for bucket, number, count in _counts(engine, query):
+            words[number] += count
+            summary.bucket_words.setdefault(bucket, Counter())[number] += count
+
+
+def _chosen_words(limit: int) -> list[tuple[str, str]]:
+    """SQL of the words of the captions that captions.choose_captions keeps, and of the records for which it holds."""
+    more = f"size(words) > {limit}"
+    if limit == 1:
+        return [("nth(words, 1)", "size(words) = 1"), ("nth(words, 1 + chance % size(words))", more)]
+    ranks = [f"1 + round_half_even({i} * ((size(words) - 1) / CAST({limit - 1} AS DOUBLE)))" for i in range(limit)]
+    return [("explode(words)", f"size(words) <= {limit}"), *((f"nth(words, {rank})", more) for rank in ranks)]

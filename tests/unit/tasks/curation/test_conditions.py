@@ -1,16 +1,18 @@
 """Conditions of recipes: a small language over columns, checked when a recipe is loaded, and evaluated as SQL."""
 
+import re
+import tempfile
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from tasks.curation import conditions
 from tasks.curation.conditions import Condition
-from tasks.curation.config import BucketConfig
-from tasks.curation.tiers import assign_buckets
+from tasks.curation.engines import open_engine, rows_of
 
 TABLE = pa.table(
     {
+        "place": [0, 1, 2, 3],
         "source": ["scenes", "o'clock", "photos", None],
         "synthetic": [True, False, False, False],
         "width": [100, 640, 2000, 64],
@@ -22,7 +24,12 @@ TABLE = pa.table(
 
 
 def holds(text):
-    return conditions.evaluate(TABLE, Condition(text).sql).tolist()
+    with tempfile.TemporaryDirectory() as work:
+        engine = open_engine("duckdb", work)
+        engine.load("records", TABLE.schema, TABLE.to_pylist())
+        rows = list(rows_of(engine, f"SELECT {Condition(text).sql} AS holds FROM records ORDER BY place"))
+        engine.close()
+    return [row["holds"] for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -77,8 +84,6 @@ def test_what_is_no_condition_is_refused_with_the_part_that_is_wrong(text, why):
         Condition(text, "curation.buckets[0].where")
     except ValueError as error:
         assert str(error).startswith("curation.buckets[0].where=")
-        import re
-
         assert re.search(why, str(error)), error
     else:
         assert "^$" in why, f"{text[:40]} is accepted"
@@ -86,20 +91,3 @@ def test_what_is_no_condition_is_refused_with_the_part_that_is_wrong(text, why):
 
 def test_a_quote_in_a_text_stays_a_text():
     assert holds('source == "\' OR TRUE --"') == [False] * 4
-
-
-def test_a_record_is_in_the_first_bucket_whose_condition_holds_and_else_in_the_rest():
-    buckets = (
-        BucketConfig(name="large", where="short_side >= 400"),
-        BucketConfig(name="beautiful", where="aesthetic >= 4"),
-    )
-    assert assign_buckets(TABLE, buckets).tolist() == ["rest", "large", "large", "beautiful"]
-    assert assign_buckets(TABLE, buckets[::-1]).tolist() == ["rest", "beautiful", "beautiful", "beautiful"]
-    assert assign_buckets(TABLE, ()).tolist() == ["rest"] * 4
-
-
-def test_a_bucket_has_a_name_of_its_own():
-    with pytest.raises(ValueError, match="'rest' is the bucket of records that are in no other"):
-        BucketConfig(name="rest", where="width > 1")
-    with pytest.raises(ValueError, match="names 'a' twice"):
-        assign_buckets(TABLE, (BucketConfig(name="a", where="width > 1"), BucketConfig(name="a", where="width > 2")))

@@ -5,9 +5,9 @@ import sys
 import zlib
 
 import numpy as np
-import pandas as pd
 import pytest
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from score_tables import good_row, records_of
 
 from tasks.curation import filters
 from tasks.curation.config import CurationConfig, FilterConfig, ScorerConfig
@@ -49,11 +49,10 @@ def png_header(width: int, height: int) -> bytes:
 def verdict(data: bytes, config: CurationConfig = CONFIG) -> tuple[str, str]:
     """(rule, detail) of one record."""
     row, sample = score_record(Record("k", data, "png", ["a circle"], "user", "a.png", 0), config)
-    row |= dict.fromkeys(SCALARS, float("nan"))
     for one in chosen_scorers(config.scorers) if sample is not None else ():
         row |= {column: float(values[0]) for column, values in build_scorer(one)([sample]).items()}
-    rule, detail = filters.decide(pd.DataFrame([row]), config.filters)
-    return rule[0], detail[0]
+    (decided,) = records_of([dict.fromkeys(SCALARS, float("nan")) | row | {"part": 0}], config)
+    return decided["rule"], decided["detail"]
 
 
 # --- decoding --------------------------------------------------------------------------------------------------
@@ -295,47 +294,43 @@ def test_a_format_that_the_recipe_rejects_is_not_decoded(kind, monkeypatch):
     assert verdict(data)[0] == "format"
 
 
-def table(**columns) -> pd.DataFrame:
-    """Scores of good records, of as many rows as the columns given."""
-    size = len(next(iter(columns.values())))
-    good = {
-        **{"key": [f"k{i}" for i in range(size)], "record_id": "0" * 64, "error_rule": "", "error": "", "problem": ""},
-        **{"format": "PNG", "mode": "RGB", "animated": False, "width": 512, "height": 512, "bytes_per_pixel": 1.0},
-        **{"entropy_bits": 5.0, "single_color_fraction": 0.2, "border_fraction": 0.0},
-        **{
-            "nsfw": np.nan,
-            "watermark": 0.0,
-            "aesthetic": 5.0,
-            "similarity": np.nan,
-            "text_area": np.nan,
-            "quality": np.nan,
-        },
-    }
-    return pd.DataFrame(good | columns, index=range(size))
+def decided(filters: FilterConfig, **columns) -> list[tuple[str, str]]:
+    """(rule, detail) of good records but for the columns given."""
+    rows = [good_row(i, **dict(zip(columns, values))) for i, values in enumerate(zip(*columns.values(), strict=True))]
+    return [(row["rule"], row["detail"]) for row in records_of(rows, CurationConfig(filters=filters))]
+
+
+def rules_of(filters: FilterConfig, **columns) -> list[str]:
+    return [rule for rule, _ in decided(filters, **columns)]
 
 
 def test_the_models_scores_decide_by_their_thresholds_and_missing_ones_reject_nothing():
-    scores = table(nsfw=[0.9, 0.1, np.nan, np.nan], similarity=[0.3, 0.05, 0.3, np.nan])
     config = FilterConfig(max_nsfw=0.5, min_image_text_similarity=0.2)
-    assert list(filters.decide(scores, config)[0]) == ["nsfw", "image_text_similarity", "", ""]
+    found = rules_of(config, nsfw=[0.9, 0.1, np.nan, None], similarity=[0.3, 0.05, 0.3, np.nan])
+    assert found == ["nsfw", "image_text_similarity", "", ""]
 
 
 def test_the_first_broken_rule_is_named():
-    scores = table(width=[10, 512], entropy_bits=[0.0, 0.0], nsfw=[1.0, 1.0])
-    assert list(filters.decide(scores, FilterConfig())[0]) == ["min_side", "low_entropy"]
+    found = rules_of(FilterConfig(), width=[10, 512], entropy_bits=[0.0, 0.0], nsfw=[1.0, 1.0])
+    assert found == ["min_side", "low_entropy"]
 
 
-def test_a_threshold_is_still_good_and_deciding_leaves_the_scores_alone():
-    scores = table(entropy_bits=[0.5, 0.4999])
-    before = scores.copy()
-    assert list(filters.decide(scores, FilterConfig(min_entropy_bits=0.5))[0]) == ["", "low_entropy"]
-    pd.testing.assert_frame_equal(scores, before)
+def test_a_threshold_is_still_good():
+    assert rules_of(FilterConfig(min_entropy_bits=0.5), entropy_bits=[0.5, 0.4999]) == ["", "low_entropy"]
+
+
+def test_the_sentence_has_the_value_and_the_limit():
+    found = decided(FilterConfig(formats=("PNG",)), format=["PNG", "it's"], entropy_bits=[0.123456, 5.0])
+    assert found == [
+        ("low_entropy", "entropy_bits 0.1235 is under min_entropy_bits 0.5"),
+        ("format", "it's is not one of PNG"),
+    ]
 
 
 def test_a_problem_of_the_source_comes_before_every_other_rule():
-    scores = table(problem=["unreadable_caption", ""], problem_detail=["a.txt is not UTF-8", ""], width=[1, 512])
-    rule, detail = filters.decide(scores, FilterConfig())
-    assert (rule[0], detail[0]) == ("unreadable_caption", "a.txt is not UTF-8") and rule[1] == ""
+    problems = {"problem": ["unreadable_caption", ""], "problem_detail": ["a.txt is not UTF-8", ""]}
+    found = decided(FilterConfig(), **problems, width=[1, 512])
+    assert found == [("unreadable_caption", "a.txt is not UTF-8"), ("", "")]
 
 
 def test_a_scorer_that_does_not_exist_is_refused_by_name():
