@@ -31,6 +31,7 @@ Weight = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 SUBFOLDER = r"\w[\w.-]*(?:/\w[\w.-]*)*"  # names with / between them, none of them . or ..
 INIT_FROM = re.compile(rf"[^@]+|[\w.-]+/[\w.-]+(?:/{SUBFOLDER})?@[0-9a-f]{{40}}")
+ImageSize = Annotated[int, Field(gt=0, le=16384)]  # px
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 MoeStrategy = Literal[
@@ -279,7 +280,7 @@ class StageConfig(Section):
     """One training stage: a resolution, a capacity factor, and a share of the steps."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
-    image_size_px: Positive
+    image_size_px: ImageSize
     steps: Positive
     batch_size: Positive  # global: all ranks and accumulation steps together
     capacity_factors: float | tuple[float, ...]
@@ -385,7 +386,7 @@ class TrainSettings(Section):
     # On a CUDA device; "auto" takes what is installed and fits (model/attention.py, model/kernels).
     attention_backend: Annotated[Literal["auto", "sdpa", "varlen", "flash2", "flash3"], FREE] = "auto"
     kernels: Annotated[Literal["auto", "torch", "triton"], FREE] = "auto"
-    # Where FSDP shards the model, torchtitan's DistMuon can take some matrices (model/train/dist_muon.py).
+    # Where FSDP shards the model, torchtitan's DistMuon can take some matrices (model/train/parallel/dist_muon.py).
     muon_implementation: Annotated[Literal["nucleus", "torchtitan"], FREE] = "nucleus"
 
     @model_validator(mode="after")

@@ -25,15 +25,16 @@ logging.getLogger("flytekit").addFilter(
 )
 
 CACHE_VERSIONS = {
-    "records": "3",
-    "scores": "3",
+    "records": "4",
+    "scores": "4",
     "curation": "4",
-    "components": "2",
+    "components": "3",
     "texts": "2",
-    "encoding": "3",
+    "encoding": "4",
     "training": "3",
     "merging": "1",
-    "evaluation": "2",
+    "prompts": "1",
+    "evaluation": "3",
     "publishing": "1",
     "study": "1",
 }
@@ -60,15 +61,16 @@ TRAIN_GRACE_S = int(os.environ.get("NUCLEUS_TRAIN_GRACE_S", "300"))
 TRAIN_RETRIES = int(os.environ.get("NUCLEUS_TRAIN_RETRIES", "100"))
 # For pods that load this module too, and must see what was registered: those that check a recipe, train, or lay out a
 # dynamic workflow.
-STORE = {
-    name: value for name, value in os.environ.items() if name == "NUCLEUS_STORE"
-}  # of parts: all pods must reach it
+STORE = {  # all pods: the place of parts, and the console that decks link to
+    name: os.environ[name] for name in ("NUCLEUS_STORE", "NUCLEUS_CONSOLE") if os.environ.get(name)
+}
 REGISTERED = {
     "NUCLEUS_TRAIN_NNODES": str(TRAIN_NNODES),
     "NUCLEUS_TRAIN_NPROC": str(TRAIN_NPROC),
     "NUCLEUS_TRAIN_GRACE_S": str(TRAIN_GRACE_S),
     "NUCLEUS_TRAIN_RETRIES": str(TRAIN_RETRIES),
     **{name: os.environ[name] for name in profiles.SETTINGS if name in os.environ},
+    **{name: value for name, value in os.environ.items() if name.startswith("NUCLEUS_IMAGE_")},
 } | STORE
 REPORT_S = 30  # from there to the pod's end: the agent writes the error that Flyte retries
 
@@ -97,11 +99,17 @@ def _options(role: str, kind: str, size: profiles.Size, gpu: int = 0) -> dict[st
         "requests": resources,
         "limits": resources,
         "pod_template_name": profiles.pod_template(role),
-        "environment": dict(STORE),
+        "environment": STORE | _own_image(role),
         # Without flytekit's list of packages, for which it runs pip in each task with a deck: manifests name the image.
         "deck_fields": (DeckField.TIMELINE, DeckField.INPUT, DeckField.OUTPUT),
     }
     return options | ({"accelerator": _accelerator()} if gpu else {})
+
+
+def _own_image(role: str) -> dict[str, str]:
+    """The image by digest, for manifests: a container cannot know it by itself. tools/register.py names it."""
+    name = os.environ.get(f"NUCLEUS_IMAGE_{role.upper()}")
+    return {"NUCLEUS_IMAGE": name} if name else {}
 
 
 def _accelerator() -> GPUAccelerator:
@@ -129,12 +137,12 @@ def light(role: str) -> dict[str, Any]:
 
 def planner() -> dict[str, Any]:
     """Options of the task that checks a recipe, also against the processes that training was registered for."""
-    return light("curation") | {"environment": REGISTERED}
+    return dynamic("curation")
 
 
-def dynamic() -> dict[str, Any]:
-    """Options of a dynamic workflow: its pod writes down the tasks to run, those of training included, and ends."""
-    options = light("trainer")
+def dynamic(role: str = "trainer") -> dict[str, Any]:
+    """Options of a dynamic workflow: its pod writes down the tasks to run, and ends. Of training that is the trainer's."""
+    options = light(role)
     return options | {"environment": options["environment"] | REGISTERED}
 
 

@@ -47,6 +47,7 @@ KINDS = (
     "latents",  # one stage's latents: one shard's, or the index of all
     "checkpoints",  # one stage's last checkpoints
     "merged",  # one transformer, diffusers layout
+    "prompts",  # a benchmark's, with the real images of held-out captions
     "images",  # generated images
     "answers",  # what judges answered about generated images
     "scorecard",  # scores, error bars, grid

@@ -24,6 +24,7 @@ from tasks.publishing.config import PublishConfig
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 VAE_CHANNELS = 16  # latent channels of the released VAE
+MAX_RATIO = 16  # of the sides of a bucket
 
 
 class Recipe(Section):
@@ -153,7 +154,7 @@ class Recipe(Section):
     def _check_curation(self) -> None:
         """Checks settings with which curation would fail, or reject all records, only after the records exist."""
         from tasks.curation.checks import check_curation
-        from tasks.curation.filters import DECODABLE, RGB_MODES
+        from tasks.curation.decoding import DECODABLE, RGB_MODES
 
         for key, names, valid in (
             ("formats", self.curation.filters.formats, DECODABLE),
@@ -184,8 +185,11 @@ class Recipe(Section):
 
 def _check_ratios(key: str, ratios: Iterable[str]) -> None:
     for ratio in ratios or ("",):
-        if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", ratio):
+        if not re.fullmatch(r"[1-9]\d{0,8}:[1-9]\d{0,8}", ratio):
             raise ValueError(f"{key} has {ratio!r}; write width:height, such as 16:9")
+        sides = [int(side) for side in ratio.split(":")]
+        if max(sides) > MAX_RATIO * min(sides):
+            raise ValueError(f"{key} has {ratio!r}; one side may be {MAX_RATIO} times as long as the other at most")
 
 
 def _check_tiers(key: str, tiers: Iterable[str]) -> None:
@@ -212,6 +216,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
     except ValidationError as error:
         raise ValueError(f"recipe {name} is not valid: {_explain(error)}") from None
     _check_size("", recipe.model_dump())
+    _check_types("", data, recipe.model_dump())
     return recipe
 
 
@@ -244,6 +249,23 @@ def recipe_text(path: str) -> str:
         raise ValueError(f"recipe {path!r} is not a file")
     load_recipe(path)
     return json.dumps(read_recipe(path))
+
+
+def _check_types(key: str, given: Any, value: Any) -> None:
+    """Refuses what Pydantic turns into a number without a word: true as 1, and for a seed 1.0 as 1."""
+    if isinstance(given, dict) and isinstance(value, dict):
+        for name, item in given.items():
+            _check_types(f"{key}.{name}" if key else str(name), item, value.get(name))
+    elif isinstance(given, list) and isinstance(value, list | tuple):
+        for index, (item, number) in enumerate(zip(given, value, strict=False)):
+            _check_types(f"{key}[{index}]", item, number)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        is_seed = re.search(r"(^|\.)seeds?(\[\d+\])?$", key) is not None
+        if isinstance(given, bool | str) or (is_seed and not isinstance(given, int)):
+            shown = str(given).lower() if isinstance(given, bool) else repr(given)
+            raise ValueError(
+                f"{key}={shown} must be a {'whole ' if isinstance(value, int) else ''}number, such as {value}"
+            )
 
 
 def _check_size(key: str, value: Any) -> None:

@@ -147,4 +147,6 @@ def _images() -> list[str]:
             "--image ROLE=REGISTRY/NAME@sha256:DIGEST for each role"
         )
     images = json.loads(LOCK.read_text())["images"]
-    return [f"{role}={entry['image']}@{entry['digest']}" for role, entry in images.items()]
+    named = {role: f"{entry['image']}@{entry['digest']}" for role, entry in images.items()}
+    os.environ.update({f"NUCLEUS_IMAGE_{role.upper()}": image for role, image in named.items()})  # for tasks/envs.py
+    return [f"{role}={image}" for role, image in named.items()]

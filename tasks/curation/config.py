@@ -16,7 +16,7 @@ class SourceConfig(Section):
     """Where records come from. `path` (a user's own images) replaces the made ones."""
 
     scenes: Annotated[int, Field(ge=0)] = 0  # rendered scenes, planted defects apart
-    scene_size_px: Annotated[int, Field(ge=32)] = 128  # shorter side of a rendered scene, and of a digit
+    scene_size_px: Annotated[int, Field(ge=32, le=4096)] = 128  # shorter side of a rendered scene, and of a digit
     defect_fraction: Fraction = 0.03  # of `scenes`, all kinds of defects together; if above 0, one of each at least
     digits: Annotated[int, Field(ge=0, le=1797)] = 0
     path: str | None = None
@@ -72,6 +72,7 @@ class FilterConfig(Section):
 
     formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP")
     modes: tuple[str, ...] = ("L", "LA", "P", "PA", "RGB", "RGBA")  # CMYK needs a colour profile
+    animated: Literal["reject", "first_frame"] = "reject"  # images of several frames
     min_side_px: Positive = 256
     max_pixels: Positive = 100_000_000
     max_aspect_ratio: Annotated[float, Field(ge=1)] = 3.0
@@ -203,7 +204,7 @@ class CaptionConfig(Section):
     """How many captions each tier keeps, and the longest in words."""
 
     per_tier: dict[str, Positive] = {"A1": 4, "A2": 3, "A3": 3, "A4": 2, "A5": 1}
-    max_words: Positive = 200
+    max_words: Annotated[int, Field(gt=0, le=10_000)] = 200
 
     @field_validator("per_tier")
     @classmethod

@@ -31,7 +31,7 @@ def thumbnail(image: Image.Image, side_px: int) -> np.ndarray:
     width, height = image.size
     short = min(width, height)
     size = tuple(min(4 * side_px, max(1, round(side_px * side / short))) for side in (width, height))
-    return np.asarray(image.resize(size, Image.Resampling.BOX))
+    return np.asarray(image.resize(size, Image.Resampling.BOX, reducing_gap=2.0))
 
 
 def thumbnail_difference(a: np.ndarray, b: np.ndarray) -> float:

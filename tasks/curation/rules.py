@@ -104,7 +104,12 @@ RULES: tuple[Rule, ...] = (
         lambda c: f"mode NOT IN ({_listed(c.filters.modes)})",
         lambda c: f"concat(mode, {quoted(' is not one of ' + ', '.join(c.filters.modes))})",
     ),
-    Rule("animated", PASS1, lambda c: "animated", lambda c: "'more than one frame'"),
+    Rule(
+        "animated",
+        PASS1,
+        lambda c: "animated" if c.filters.animated == "reject" else "FALSE",
+        lambda c: "'more than one frame; curation.filters.animated=first_frame keeps the first'",
+    ),
     Rule(
         "min_side",
         PASS1,

