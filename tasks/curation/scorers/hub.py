@@ -61,7 +61,7 @@ def _model(chosen: Chosen) -> HubModel:
 class Encoder:
     """The image and text encoders of one model; vectors of length 1, float32."""
 
-    MAX_TEXT_TOKENS = 64  # SigLIP's length, to which its captions must be padded; longer captions are cut
+    SIGLIP_TOKENS = 64  # longer captions are cut, as by its own processor
 
     def __init__(self, model: HubModel, dtype: str) -> None:
         self._source, self._dtype = model, dtype
@@ -95,14 +95,16 @@ class Encoder:
         import torch
 
         limit = self._model.config.get_text_config().max_position_embeddings
+        siglip = self._model.config.model_type.startswith("siglip")  # trained on captions padded to its length, unmasked
         batch = self._tokenizer(
             list(texts),
-            padding="max_length" if "siglip" in self._model.config.model_type else True,
+            padding="max_length" if siglip else True,
             truncation=True,
-            max_length=min(limit, self.MAX_TEXT_TOKENS) if "siglip" in self._model.config.model_type else limit,
+            max_length=min(limit, self.SIGLIP_TOKENS) if siglip else limit,
             return_tensors="pt",
         )
-        accepted = {k: v.to(device()) for k, v in batch.items() if k in ("input_ids", "attention_mask")}
+        names = ("input_ids",) if siglip else ("input_ids", "attention_mask")
+        accepted = {name: batch[name].to(device()) for name in names}
         with torch.inference_mode():
             return _unit(self._model.get_text_features(**accepted))
 
