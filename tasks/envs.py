@@ -26,8 +26,8 @@ logging.getLogger("flytekit").addFilter(
 
 CACHE_VERSIONS = {
     "records": "4",
-    "scores": "4",
-    "curation": "4",
+    "scores": "5",
+    "curation": "5",
     "components": "3",
     "texts": "2",
     "encoding": "4",

@@ -148,7 +148,7 @@ def write_held_out(
 
 def _write_reference(data: bytes, name: str, side_px: int, out_dir: Path) -> tuple[str, str]:
     """(path of the image as a PNG inside `out_dir`, its SHA-256)."""
-    from tasks.curation.filters import decode
+    from tasks.curation.decoding import decode
 
     image = ImageOps.fit(decode(data, MAX_PIXELS), (side_px, side_px), Image.Resampling.BICUBIC)
     path = out_dir / REFERENCE / f"{name}.png"
