@@ -33,6 +33,11 @@ def check_curation(config: CurationConfig) -> None:
                 f"curation.filters.{limit}={value:g} cuts on the column {column}, which nothing fills: name a scorer under "
                 f"curation.scorers.{column}, or set curation.filters.{limit} to null"
             )
+    if config.dedup.min_embedding_similarity is not None and "embedding" not in filled:
+        raise ValueError(
+            f"curation.dedup.min_embedding_similarity={config.dedup.min_embedding_similarity:g} compares the column embedding, "
+            "which nothing fills: name a scorer under curation.scorers.embedding, or set it to null"
+        )
     aesthetic = config.scorers.choice("aesthetic")
     if aesthetic is not None and aesthetic.name == PROXY and not config.tiers.accept_proxy:
         raise ValueError(

@@ -228,14 +228,18 @@ class CurationConfig(Section):
 
     def measuring(self) -> CurationConfig:
         """What passes 1 and 2 depend on."""
-        return self.scoring().model_copy(update={"scorers": ScorerConfig()})
+        dedup = DedupConfig(thumbnail_px=self.dedup.thumbnail_px)
+        return self.scoring().model_copy(update={"scorers": ScorerConfig(), "dedup": dedup})
 
     def scoring(self) -> CurationConfig:
         """What scores depend on. Every threshold is left at its default, so that a new one needs no new scores."""
         return CurationConfig(
             scorers=self.scorers,
             filters=FilterConfig(formats=self.filters.formats, max_pixels=self.filters.max_pixels),
-            dedup=DedupConfig(thumbnail_px=self.dedup.thumbnail_px),
+            dedup=DedupConfig(
+                thumbnail_px=self.dedup.thumbnail_px,
+                min_embedding_similarity=None if self.dedup.min_embedding_similarity is None else 1.0,
+            ),
         )
 
     def deciding(self) -> CurationConfig:

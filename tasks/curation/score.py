@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -142,15 +143,21 @@ def score_columns(measured_dir: Path, one: Chosen, out_dir: Path, embeddings_dir
     return writer.rows
 
 
-def join(measured_dir: Path, columns: Mapping[Path, Chosen], out_dir: Path) -> int:
-    """Writes scores.parquet: the measured columns, and the scalar ones of all scorers, with their revisions as metadata."""
-    scored, revisions = {}, {}
+def join(measured_dir: Path, columns: Mapping[Path, Chosen], out_dir: Path, embedding: bool = False) -> int:
+    """Writes scores.parquet: the measured columns, and the scalar ones of all scorers, with their revisions as metadata.
+
+    Args:
+        embedding: add the column `embedding` as well, float32 for every table engine; null where nothing fills it.
+    """
+    scored: dict[str, tuple[pa.Array, pa.Array]] = {}
+    wanted, revisions = {*SCALARS, *(("embedding",) if embedding else ())}, {}
     for directory, one in columns.items():
-        table = pq.read_table(directory / COLUMNS_TABLE, columns=["row", *(c for c in one.columns if c in SCALARS)])
+        table = pq.read_table(directory / COLUMNS_TABLE, columns=["row", *(c for c in one.columns if c in wanted)])
         for column in table.column_names[1:]:
-            scored[column] = (table["row"].to_numpy(), table[column].to_numpy().astype(float))
+            scored[column] = table["row"].combine_chunks(), table[column].combine_chunks()
         revisions |= dict.fromkeys(one.columns, revision(one))
-    schema = SCORES.with_metadata({"revisions": json.dumps(revisions, sort_keys=True)})
+    fields = [*SCORES, *([pa.field("embedding", pa.list_(pa.float32()))] if embedding else [])]
+    schema = pa.schema(fields, {"revisions": json.dumps(revisions, sort_keys=True)})
     count = 0
     with (
         pq.ParquetFile(measured_dir / SCORES_TABLE) as table,
@@ -158,17 +165,16 @@ def join(measured_dir: Path, columns: Mapping[Path, Chosen], out_dir: Path) -> i
     ):
         for group in range(table.num_row_groups):
             measured = table.read_row_group(group)
-            rows = measured["row"].to_numpy()
-            for name in SCALARS:
-                values = np.full(len(rows), np.nan)
-                if name in scored:
-                    known, scores = scored[name]
-                    order = np.argsort(known, kind="stable")
-                    place = np.clip(np.searchsorted(known, rows, sorter=order), 0, max(0, len(known) - 1))
-                    if len(known):
-                        at = order[place]
-                        values = np.where(known[at] == rows, scores[at], np.nan)
-                measured = measured.append_column(name, pa.array(values))
+            rows = measured["row"].combine_chunks()
+            for field in fields[len(MEASURED) :]:
+                if field.name in scored:
+                    known, values = scored[field.name]
+                    values = values.take(pc.index_in(rows, value_set=known)).cast(field.type)
+                else:
+                    values = pa.nulls(len(rows), field.type)
+                if field.name in SCALARS:
+                    values = pc.fill_null(values, float("nan"))
+                measured = measured.append_column(field.name, values)
             writer.write_table(measured.cast(schema))
             count += len(rows)
     return count

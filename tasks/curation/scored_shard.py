@@ -35,6 +35,7 @@ class ShardScores:
     def __init__(self, corpus, shard: Shard, config: CurationConfig) -> None:
         self._corpus, self._shard, self._config = corpus, shard, config.measuring()
         self._chosen = chosen_scorers(config.scorers)
+        self._with_embedding = config.dedup.min_embedding_similarity is not None
         self._inputs = {"shard": shard.shard_id, "measuring": self._config.model_dump(mode="json")}
 
     def make(self, resources: Resources | None = None) -> Part:
@@ -110,12 +111,13 @@ class ShardScores:
         inputs = {
             "measured": measured.digest,
             "columns": [[list(one.columns), part.digest] for part, one in ordered],
+            "embedding": self._with_embedding,
         }
 
         def make(out: Path) -> int:
             directory = fetch_part(measured, without=(score.THUMBNAILS_TABLE,))
             shutil.copyfile(directory / score.ACCOUNT, out / score.ACCOUNT)
-            return score.join(directory, {fetch_part(part): one for part, one in ordered}, out)
+            return score.join(directory, {fetch_part(part): one for part, one in ordered}, out, self._with_embedding)
 
         parents = [measured.as_parent(), *(part.as_parent() for part, _ in ordered)]
         config = {"shard": self._shard.shard_id, "scorers": [identity(one) for _, one in ordered]}

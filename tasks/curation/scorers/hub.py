@@ -95,7 +95,9 @@ class Encoder:
         import torch
 
         limit = self._model.config.get_text_config().max_position_embeddings
-        siglip = self._model.config.model_type.startswith("siglip")  # trained on captions padded to its length, unmasked
+        siglip = self._model.config.model_type.startswith(
+            "siglip"
+        )  # trained on captions padded to its length, unmasked
         batch = self._tokenizer(
             list(texts),
             padding="max_length" if siglip else True,

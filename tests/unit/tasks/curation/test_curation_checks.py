@@ -11,6 +11,7 @@ from tasks.recipe import load_recipe
     [
         ("curation.filters.max_nsfw=0.2", "max_nsfw=0.2 cuts on the column nsfw, which nothing fills"),
         ("curation.filters.min_image_text_similarity=0.1", "cuts on the column similarity, which nothing fills"),
+        ("curation.dedup.min_embedding_similarity=0.97", "compares the column embedding, which nothing fills"),
         ("curation.filters.max_quality=40", "cuts on the column quality, which nothing fills"),
         (
             "curation.scorers.watermark=none",

@@ -56,7 +56,9 @@ def test_the_nearest_records_on_either_side_of_a_cut_are_shown(summary):
         _, below, above = summary.edges["aesthetic", tier]
         for shown in (*below, *above):
             row = values[shown.position]
-            assert not row["synthetic"] and row["aesthetic"] >= 4 and row["nsfw"] <= 0.5, "kept, and tiered by its score"
+            assert not row["synthetic"] and row["aesthetic"] >= 4 and row["nsfw"] <= 0.5, (
+                "kept, and tiered by its score"
+            )
             assert (row["aesthetic"] >= low) == (shown in above)
 
 
@@ -88,7 +90,14 @@ def test_the_page_stays_as_large_for_ten_times_the_records(summary):
     most = 2 * NEAREST * cuts + 10 * MOSAIC + GROUPS * (GROUP_SIZE + 1) + EXAMPLES * 30
     assert large.count("<img") <= most and len(large) < 1.5 * len(small)
     assert not re.search(r"(?:src|href)=.(?!data:)", large) and "<script" not in large
-    for heading in ("figure 5", "figures 6 and 7", "figure 8", "figure 9", "Near duplicates", "On either side of each cut"):
+    for heading in (
+        "figure 5",
+        "figures 6 and 7",
+        "figure 8",
+        "figure 9",
+        "Near duplicates",
+        "On either side of each cut",
+    ):
         assert heading in large
 
 

@@ -14,7 +14,7 @@ import pytest
 from own_images import write_tar
 
 from tasks.curation import flow, score, scored_shard, scorers
-from tasks.curation.config import CurationConfig, FilterConfig, ScorerChoice, ScorerConfig, SourceConfig
+from tasks.curation.config import CurationConfig, DedupConfig, FilterConfig, ScorerChoice, ScorerConfig, SourceConfig
 from tasks.curation.scorers import ScorerSpec, build_scorer, check_settings, chosen_scorers, identity, revision
 from tasks.curation.scorers.base import COLUMNS, check_range
 from tasks.manifest import load_manifest
@@ -139,6 +139,15 @@ def test_an_embedding_is_stored_in_half_precision_and_another_one_runs_its_heads
     assert vectors.schema.field("embedding").type == pa.list_(pa.float16()) and len(vectors) == 5
     scored(corpus, embedding="vector2", aesthetic="beauty")
     assert calls["beauty"] == calls["vector"] + calls["vector2"]
+
+
+def test_the_scores_have_the_embedding_where_duplicates_are_looked_for_by_it(corpus, fakes):
+    assert "embedding" not in table(scored(corpus, embedding="vector")).column_names
+    dedup = DedupConfig(min_embedding_similarity=0.97)
+    (part,) = flow.score_group(corpus, config(embedding="vector").model_copy(update={"dedup": dedup}), 0, 1)
+    assert not part.error, part.error
+    assert np.stack(table(part)["embedding"].to_pylist()) == pytest.approx(np.tile([0.6, 0.8], (5, 1)), abs=1e-3)
+    assert calls == {"vector": 5}
 
 
 def test_a_scorer_that_asks_for_a_gpu_waits_for_the_task_that_has_one(corpus, fakes):
