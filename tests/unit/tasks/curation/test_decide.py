@@ -51,7 +51,7 @@ def folder(tmp_path) -> Path:
     (folder / "long.txt").write_text("word " * 300)
     (folder / "latin.png").write_bytes(png(103))
     (folder / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
-    (folder / "IMG.HEIC").write_bytes(b"heic")
+    (folder / "IMG.CR2").write_bytes(b"raw")
     (folder / "notes.docx").write_bytes(b"docx")
     return folder
 
@@ -82,16 +82,16 @@ def test_every_file_of_the_source_is_accounted_for(folder):
     assert account["seen"] == len(list(folder.iterdir()))
     assert account["seen"] == account["used"] + sum(count for count, _ in account["skipped"].values())
     assert account["records"] == len(book_of(decision))
-    assert account["skipped"] == {".docx": [1, "notes.docx"], ".heic": [1, "IMG.HEIC"]}
+    assert account["skipped"] == {".docx": [1, "notes.docx"], ".cr2": [1, "IMG.CR2"]}
     page = (decision / "report.html").read_text()
-    assert "notes.docx" in page and "IMG.HEIC" in page
+    assert "notes.docx" in page and "IMG.CR2" in page
 
 
 def test_the_summary_line_names_what_was_left_out_with_an_example_each(folder):
     decision = decide(folder)
     line = flow.result_line(decision, None, CONFIG)
     assert "kept 10 of 16 records" in line and "2 x undecodable (cut.png)" in line
-    assert "1 x .heic (IMG.HEIC)" in line and "1 x .docx (notes.docx)" in line
+    assert "1 x .cr2 (IMG.CR2)" in line and "1 x .docx (notes.docx)" in line
 
 
 def test_nothing_left_keeps_ledger_and_report_and_names_causes_and_remedies(tmp_path):
@@ -193,7 +193,7 @@ def test_check_prints_the_fate_of_each_file(folder, capsys):
     fates = {line["file"]: line for line in map(json.loads, lines[:-1])}
     assert fates["p000.png"] == {"file": "p000.png", "captions": ["a picture of 0"], "fate": "kept"}
     assert fates["silent.png"]["fate"] == "no_caption: no caption" and fates["silent.png"]["captions"] == []
-    assert lines[-1].startswith("skipped ") and json.loads(lines[-1][8:])[".heic"] == [1, "IMG.HEIC"]
+    assert lines[-1].startswith("skipped ") and json.loads(lines[-1][8:])[".cr2"] == [1, "IMG.CR2"]
 
 
 def test_check_of_a_source_that_is_refused_is_one_line(tmp_path, capsys):
