@@ -59,7 +59,7 @@ def passes_of() -> Callable[[bytes], object]:
         from tasks.curation import score
 
         score._load_libraries()
-        return lambda data: (hashlib.sha256(data).hexdigest(), score.measure(data, config))
+        return lambda data: (hashlib.sha256(data).hexdigest(), score.measure(data, config, whole=False))
     except ImportError:
         from tasks.curation import curate, dedup
 

@@ -77,8 +77,8 @@ class PreemptibleElasticTask(PytorchElasticFunctionTask):
 def errors_of_code(failure: ProcessFailure) -> str:
     """What the workers of this attempt raised that is not recoverable, or nothing."""
     workers = Path(failure.error_file).parents[1]
-    found = [path for path in workers.glob("*/error.json") if not (path.parent / RECOVERABLE_ERROR_FILE_NAME).exists()]
-    return "\n".join(path.read_text() for path in sorted(found))
+    files = [path for path in workers.glob("*/error.json") if not (path.parent / RECOVERABLE_ERROR_FILE_NAME).exists()]
+    return "\n".join(path.read_text() for path in sorted(files))
 
 
 def wait_for_outputs() -> None:

@@ -7,6 +7,7 @@ writes for the same inputs. Images are named by role and resolved when the workf
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from datetime import timedelta
@@ -25,15 +26,16 @@ logging.getLogger("flytekit").addFilter(
 )
 
 CACHE_VERSIONS = {
-    "records": "4",
-    "scores": "3",
-    "curation": "3",
+    "records": "5",
+    "scores": "6",
+    "curation": "5",
     "components": "3",
-    "texts": "1",
+    "texts": "2",
     "encoding": "4",
     "training": "3",
     "merging": "1",
-    "evaluation": "2",
+    "prompts": "1",
+    "evaluation": "3",
     "publishing": "1",
     "study": "1",
 }
@@ -60,15 +62,16 @@ TRAIN_GRACE_S = int(os.environ.get("NUCLEUS_TRAIN_GRACE_S", "300"))
 TRAIN_RETRIES = int(os.environ.get("NUCLEUS_TRAIN_RETRIES", "100"))
 # For pods that load this module too, and must see what was registered: those that check a recipe, train, or lay out a
 # dynamic workflow.
-STORE = {
-    name: value for name, value in os.environ.items() if name == "NUCLEUS_STORE"
-}  # of parts: all pods must reach it
+STORE = {  # all pods: the place of parts, and the console that decks link to
+    name: os.environ[name] for name in ("NUCLEUS_STORE", "NUCLEUS_CONSOLE") if os.environ.get(name)
+}
 REGISTERED = {
     "NUCLEUS_TRAIN_NNODES": str(TRAIN_NNODES),
     "NUCLEUS_TRAIN_NPROC": str(TRAIN_NPROC),
     "NUCLEUS_TRAIN_GRACE_S": str(TRAIN_GRACE_S),
     "NUCLEUS_TRAIN_RETRIES": str(TRAIN_RETRIES),
     **{name: os.environ[name] for name in profiles.SETTINGS if name in os.environ},
+    **{name: value for name, value in os.environ.items() if name.startswith("NUCLEUS_IMAGE_")},
 } | STORE
 REPORT_S = 30  # from there to the pod's end: the agent writes the error that Flyte retries
 
@@ -97,11 +100,17 @@ def _options(role: str, kind: str, size: profiles.Size, gpu: int = 0) -> dict[st
         "requests": resources,
         "limits": resources,
         "pod_template_name": profiles.pod_template(role),
-        "environment": dict(STORE),
+        "environment": STORE | _own_image(role),
         # Without flytekit's list of packages, for which it runs pip in each task with a deck: manifests name the image.
         "deck_fields": (DeckField.TIMELINE, DeckField.INPUT, DeckField.OUTPUT),
     }
     return options | ({"accelerator": _accelerator()} if gpu else {})
+
+
+def _own_image(role: str) -> dict[str, str]:
+    """The image by digest, for manifests: a container cannot know it by itself. tools/register.py names it."""
+    name = os.environ.get(f"NUCLEUS_IMAGE_{role.upper()}")
+    return {"NUCLEUS_IMAGE": name} if name else {}
 
 
 def _accelerator() -> GPUAccelerator:
@@ -111,7 +120,7 @@ def _accelerator() -> GPUAccelerator:
 
 def _hub_secret(role: str) -> dict[str, Any]:
     """HF_TOKEN in the environment of tasks that read from or publish to the Hub, where the site names a secret."""
-    return _secret("NUCLEUS_HUB_SECRET", "HF_TOKEN") if role in ("encoder", "publisher") else {}
+    return _secret("NUCLEUS_HUB_SECRET", "HF_TOKEN") if role in ("encoder", "publisher", "scorer") else {}
 
 
 def _secret(setting: str, key: str) -> dict[str, Any]:
@@ -129,12 +138,12 @@ def light(role: str) -> dict[str, Any]:
 
 def planner() -> dict[str, Any]:
     """Options of the task that checks a recipe, also against the processes that training was registered for."""
-    return light("curation") | {"environment": REGISTERED}
+    return dynamic("curation")
 
 
-def dynamic() -> dict[str, Any]:
-    """Options of a dynamic workflow: its pod writes down the tasks to run, those of training included, and ends."""
-    options = light("trainer")
+def dynamic(role: str = "trainer") -> dict[str, Any]:
+    """Options of a dynamic workflow: its pod writes down the tasks to run, and ends. Of training that is the trainer's."""
+    options = light(role)
     return options | {"environment": options["environment"] | REGISTERED}
 
 
@@ -146,6 +155,22 @@ def shard(role: str) -> dict[str, Any]:
 def gather(role: str) -> dict[str, Any]:
     """Options of a task that reads every shard."""
     return _options(role, "gather", PROFILE.gather) | _hub_secret(role)
+
+
+def tables(role: str) -> dict[str, Any]:
+    """Options of the task that decides about all records: a pod, or the driver of a Spark application.
+
+    NUCLEUS_SPARK when registering: JSON of Spark's settings, such as {"spark.executor.instances": "8"}; Flyte's Spark plugin
+    and operator run it. NUCLEUS_HOME must then be on a file system that driver and executors share.
+    """
+    options = gather(role)
+    settings = os.environ.get("NUCLEUS_SPARK")
+    if settings:
+        # An extra of its own: with the plugin installed, every pyflyte command would import pyspark.
+        from flytekitplugins.spark import Spark
+
+        options["task_config"] = Spark(spark_conf=json.loads(settings))
+    return options
 
 
 def gpu_single(role: str) -> dict[str, Any]:

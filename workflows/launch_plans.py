@@ -3,9 +3,11 @@
 A registration is for one shape of training: one process, or NODESxPROCESSES. Each has the plans that can run on it.
 
     reproduce-RECIPE, ablate-RECIPE, pretrain-RECIPE    a recipe that trains in one process; reproduce-tiny, for example
-    pretrain-RECIPE-8x8                                 one that trains on the registered shape
+    pretrain-RECIPE-8x8, reproduce-RECIPE-8x8           one that trains on the registered shape
     train, train-stage, pretrain, study                 with a recipe of your choice; train-8x8 and so on for a shape
-    curate, encode, merge, evaluate, publish            one step, with one process only: the shape does not matter
+    curate, encode, merge, evaluate, choose-candidate,  one step, with one process only: the shape does not matter
+      publish
+    evaluate-nightly                                    workflows/evaluate_nightly.py: scheduled, inactive
 
 NUCLEUS_NOTIFY (addresses, separated by commas) get a mail when an execution fails, is aborted or times out.
 """
@@ -20,6 +22,7 @@ from flytekit import Email, LaunchPlan, WorkflowExecutionPhase
 from tasks import envs
 from tasks.recipe import RECIPES, load_recipe
 from workflows.ablate import ablate
+from workflows.choose_candidate import choose_candidate
 from workflows.curate import curate
 from workflows.encode import encode
 from workflows.evaluate import evaluate
@@ -30,7 +33,7 @@ from workflows.study import study
 from workflows.train import merge, train, train_one_stage
 
 MAX_PARALLELISM = 64  # nodes of one execution at once
-REPRODUCED = ("smoke", "tiny")
+REPRODUCED = ("smoke", "tiny", "nucleus_17b")
 PRETRAINED = ("nucleus_17b",)
 SHAPE = (envs.TRAIN_NNODES, envs.TRAIN_NPROC)
 ENDED_BADLY = [WorkflowExecutionPhase.FAILED, WorkflowExecutionPhase.ABORTED, WorkflowExecutionPhase.TIMED_OUT]
@@ -59,6 +62,7 @@ def _plans() -> list[LaunchPlan]:
     ]
     if one_process:
         steps = {"curate": curate, "encode": encode, "merge": merge, "evaluate": evaluate, "publish": publish}
+        steps["choose-candidate"] = choose_candidate
         plans += [_plan(workflow, name) for name, workflow in steps.items()]
     for recipe in REPRODUCED:
         if _trains_on_shape(recipe):

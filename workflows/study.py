@@ -35,9 +35,9 @@ def run_study(runs: list[StudyRun], source: str) -> StudyDir:
             starts_from="source",
             ends_in="scorecard",
         )
-        _, trained = up_to_merged(sections)
+        curated, trained = up_to_merged(sections)
         scorecard = score_merged(
-            merged=trained.merged, components=trained.components, config=sections.eval, seeds=sections.seeds
+            merged=trained.merged, components=trained.components, curated=curated, config=sections.eval
         )
         described.append(
             describe_run(

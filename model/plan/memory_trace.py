@@ -213,7 +213,7 @@ def _run(config: TransformerConfig, step: Step, blocks: bool) -> dict[str, tuple
 
 
 def _cast_as_fsdp(model: NucleusTransformer, dtype: torch.dtype) -> None:
-    """Casts weights to the types in which `model.train.parallelize` gathers them: `dtype`, and fp32 for routers."""
+    """Casts weights to the types in which `model.train.parallel.parallelize` gathers them: `dtype`, and fp32 for routers."""
     routers = [block.img_mlp.gate for block in model.transformer_blocks if block.moe_enabled]
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -266,8 +266,8 @@ def muon_workspace(
             with torch.device("meta"):
                 model = NucleusTransformer(config)
         else:
-            from model.train.fake_ranks import first_rank_of  # imports torchtitan
-            from model.train.sharded_muon import ShardedMuon
+            from model.train.parallel.fake_ranks import first_rank_of  # imports torchtitan
+            from model.train.parallel.sharded_muon import ShardedMuon
 
             optimizer_class = ShardedMuon
             model = stack.enter_context(first_rank_of(shard, expert_parallel, config))

@@ -34,7 +34,7 @@ from model.config import TrainSettings
 from model.train.device import DEVICE_TYPE
 from model.train.guard import Diverged
 from model.train.metrics import METRICS
-from model.train.replicas import differing
+from model.train.parallel.replicas import differing
 from model.train.torch_private import FsspecWriter
 from model.weights import checkpoints
 from model.weights.checkpoints import finished_checkpoints, incomplete_files

@@ -20,7 +20,7 @@ from model.optim import (
     muon_options,
     parameter_groups,
 )
-from model.train.sharded_muon import ShardedMuon
+from model.train.parallel.sharded_muon import ShardedMuon
 
 from torchtitan.components.checkpointer.utils import canonical_fqn
 from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer
@@ -75,7 +75,7 @@ def _group(named: list[tuple[str, torch.nn.Parameter]]) -> dict[str, Any]:
 def _muon(named: NamedParameters, optim: OptimConfig, with_dist_muon: bool) -> list[torch.optim.Optimizer]:
     found: list[torch.optim.Optimizer] = []
     if with_dist_muon:
-        from model.train.dist_muon import dist_muon, split
+        from model.train.parallel.dist_muon import dist_muon, split
 
         taken, named = split(named, optim.muon_scale)
         if dist.get_rank() == 0:

@@ -31,7 +31,7 @@ from model.stages import TrainingStage
 from model.train.data import to_device
 from model.train.device import DEVICE_TYPE, PATIENCE
 from model.train.guard import Diverged, LossGuard
-from model.train.parallelize import fsdp_meshes, lies_whole
+from model.train.parallel.parallelize import fsdp_meshes, lies_whole
 from model.train.preemption import Preempted, StopFlag, sigterm_sets
 from model.train.torch_private import set_group_timeout
 from model.transformer import RouterTrace

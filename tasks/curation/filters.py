@@ -1,20 +1,12 @@
-"""Passes 1 and 2, and every rule of passes 1 to 3: statistics of one image, then decisions on columns alone.
+"""Passes 1 and 2: statistics of one image. score.py fills the columns; rules.py decides on them.
 
-decoding.py makes the pixels, score.py fills the columns. `decide` is a pure function of the columns, so that a new
-threshold reruns no decoding.
+decoding.py makes the pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import numpy as np
-import pandas as pd
 from PIL import Image
-
-from tasks.curation.config import FilterConfig
-from tasks.curation.sources.base import PROBLEMS
 
 ANALYSIS_PX = 256  # longer side of what the statistics look at
 NEAR_COLOR = 10  # of 255, per channel: one colour to the eye, through JPEG and faint noise
@@ -110,102 +102,3 @@ def _is_bar_edge(picture: np.ndarray, pixels: np.ndarray, bar: int, before: int,
     across = pixels[max(0, bar - EDGE_LINES) : bar + EDGE_LINES, columns].astype(np.float32)
     across = np.abs(across - across[0].mean(axis=0)).mean(axis=(1, 2))  # unlike the bar, line by line
     return bool(np.abs(np.diff(across)).max(initial=0) >= 0.45 * np.ptp(across))
-
-
-# --- rules -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Rule:
-    """`rejects(scores, config)` is a bool column (False where the value is missing); `detail` tells of one row."""
-
-    name: str
-    step: str
-    rejects: Callable[[pd.DataFrame, FilterConfig], pd.Series]
-    detail: Callable[[pd.Series, FilterConfig], str]
-
-
-def _above(name: str, step: str, column: str, limit: str) -> Rule:
-    return Rule(
-        name,
-        step,
-        lambda s, c: s[column] > getattr(c, limit),
-        lambda r, c: f"{column} {r[column]:.4g} is over {limit} {getattr(c, limit):g}",
-    )
-
-
-def _below(name: str, step: str, column: str, limit: str) -> Rule:
-    return Rule(
-        name,
-        step,
-        lambda s, c: s[column] < getattr(c, limit),
-        lambda r, c: f"{column} {r[column]:.4g} is under {limit} {getattr(c, limit):g}",
-    )
-
-
-def _problem(name: str) -> Rule:
-    return Rule(name, SOURCE, lambda s, c: s.problem == name, lambda r, c: r.problem_detail)
-
-
-SOURCE, PASS1, PASS2, PASS3 = "source", "format and geometry", "histogram and orientation", "models"
-
-# The order is the order of rejection: the ledger names the first rule that a record breaks.
-RULES: tuple[Rule, ...] = (
-    *(_problem(name) for name in PROBLEMS),
-    Rule(
-        "too_many_pixels",
-        PASS1,
-        lambda s, c: (s.error_rule == "too_many_pixels") | (s.width * s.height > c.max_pixels),
-        lambda r, c: r.error or f"{r.width:g}x{r.height:g} is over max_pixels {c.max_pixels}",
-    ),
-    Rule("undecodable", PASS1, lambda s, c: s.error_rule == "undecodable", lambda r, c: r.error),
-    Rule(
-        "format",
-        PASS1,
-        lambda s, c: ~s.format.isin(c.formats),
-        lambda r, c: f"{r.format} is not one of {', '.join(c.formats)}",
-    ),
-    Rule(
-        "mode",
-        PASS1,
-        lambda s, c: ~s["mode"].isin(c.modes),
-        lambda r, c: f"{r['mode']} is not one of {', '.join(c.modes)}",
-    ),
-    Rule(
-        "animated",
-        PASS1,
-        lambda s, c: s.animated & (c.animated == "reject"),
-        lambda r, c: "more than one frame; curation.filters.animated=first_frame keeps the first",
-    ),
-    Rule(
-        "min_side",
-        PASS1,
-        lambda s, c: s[["width", "height"]].min(axis=1) < c.min_side_px,
-        lambda r, c: f"{r.width}x{r.height} px: a side is under min_side_px {c.min_side_px}",
-    ),
-    Rule(
-        "aspect_ratio",
-        PASS1,
-        lambda s, c: s[["width", "height"]].max(axis=1) > c.max_aspect_ratio * s[["width", "height"]].min(axis=1),
-        lambda r, c: f"{r.width}x{r.height} is longer than max_aspect_ratio {c.max_aspect_ratio:g}",
-    ),
-    _below("bytes_per_pixel", PASS1, "bytes_per_pixel", "min_bytes_per_pixel"),
-    _above("single_color", PASS2, "single_color_fraction", "max_single_color_fraction"),
-    _below("low_entropy", PASS2, "entropy_bits", "min_entropy_bits"),
-    _above("border", PASS2, "border_fraction", "max_border_fraction"),
-    _above("nsfw", PASS3, "nsfw", "max_nsfw"),
-    _above("watermark", PASS3, "watermark", "max_watermark_score"),
-    _below("aesthetic", PASS3, "aesthetic", "min_aesthetic"),
-    _below("image_text_similarity", PASS3, "similarity", "min_image_text_similarity"),
-)
-
-
-def decide(scores: pd.DataFrame, config: FilterConfig) -> tuple[np.ndarray, np.ndarray]:
-    """For each row the first rule that it breaks, "" if none, and one sentence about it; two object arrays [N]."""
-    rule = np.full(len(scores), "", object)
-    detail = np.full(len(scores), "", object)
-    for entry in RULES:
-        hit = np.asarray(entry.rejects(scores, config), bool) & (rule == "")
-        for i in hit.nonzero()[0]:
-            rule[i], detail[i] = entry.name, entry.detail(scores.iloc[i], config)
-    return rule, detail

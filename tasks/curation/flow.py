@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tasks.curation import decide, dedup, ledger, score, selections
+from tasks.curation import decide, ledger, near, score, selections
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.curation.curated import CORPUS
-from tasks.curation.scorers import scorer_revisions
+from tasks.curation.scored_shard import Resources, ShardScores
 from tasks.curation.sources import base
 from tasks.curation.sources.base import Account, Shard
 from tasks.envs import CACHE_VERSIONS
@@ -96,38 +96,30 @@ def check_size(images: int, config: CurationConfig) -> None:
     """Refuses, before anything is scored, what could not be decided about so many images.
 
     Raises:
-        ValueError: see dedup.plan_blocks.
+        ValueError: see near.plan_blocks.
     """
-    if images > dedup.COMPARED_IN_MEMORY:
-        dedup.plan_blocks(images, config.dedup.max_hamming_distance, config.dedup.hash_size)
+    near.plan_blocks(images, config.dedup.max_hamming_distance)
 
 
-def score_group(corpus_dir: Path, config: CurationConfig, group: int, groups: int) -> list[Part]:
-    """The score parts of the shards of one group, made where they are not known."""
+def score_group(
+    corpus_dir: Path, config: CurationConfig, group: int, groups: int, resources: Resources | None = None
+) -> list[Part]:
+    """The score parts of the shards of one group, made where they are not known.
+
+    Args:
+        resources: "shard" runs only scorers without a GPU, and returns measured parts where others are still to run;
+            "gpu_single" and None run all that are left.
+    """
     corpus = base.open_corpus(corpus_dir)
     shards = list(corpus.shards())
-    return [score_shard(corpus, shards[i], config) for i in group_range(group, groups, len(shards))]
+    return [score_shard(corpus, shards[i], config, resources) for i in group_range(group, groups, len(shards))]
 
 
-def score_shard(corpus, shard: Shard, config: CurationConfig) -> Part:
-    config = config.scoring()
-    inputs = {
-        "shard": shard.shard_id,
-        "scoring": config.model_dump(mode="json"),
-        "scorers": scorer_revisions(config.scorers),
-    }
-    return attempt(
-        "scores",
-        shard.shard_id,
-        lambda name: make_part(
-            "scores",
-            name,
-            CACHE_VERSIONS["scores"],
-            inputs,
-            lambda out: score.score_shard(corpus, shard, config, out),
-            config=inputs | {"digest": shard.digest},
-        ),
-    )
+def score_shard(corpus, shard: Shard, config: CurationConfig, resources: Resources | None = None) -> Part:
+    def make(name: str) -> Part:
+        return ShardScores(corpus, shard, config).make(resources)
+
+    return attempt("scores", shard.shard_id, make)
 
 
 def attempt(kind: str, name: str, make) -> Part:
@@ -176,7 +168,7 @@ def decide_corpus(corpus_dir: Path, indices: Sequence[Path | None], config: Cura
     scan = Account.from_json(json.loads((corpus_dir / base.REPORT).read_text())["account"])
 
     def make(out: Path) -> int:
-        return decide.decide(parts, scan, config.deciding(), out, groups, names)["kept"]
+        return decide.decide(parts, scan, config.deciding(), out, groups, names, config.engine)["kept"]
 
     return make_part(
         "decisions", "decisions", CACHE_VERSIONS["curation"], inputs, make, [corpus_dir], inputs, decide.LOGS
@@ -234,25 +226,25 @@ def select_group(decision: Part, config: CurationConfig, group: int, groups: int
         if scores.error:
             parts.append(Part(scores.name, "selections", error=scores.error))
             continue
-        decided = kept.filter(pc.equal(kept["shard"], scores.name)).select(["row", "tier", "captions"])
+        decided = kept.filter(pc.equal(kept["shard"], scores.name)).select(["row", "tier", "bucket", "extra_captions"])
         parts.append(select_shard(scores, decided, config))
     return parts
 
 
 def select_shard(scores: Part, decided: pa.Table, config: CurationConfig) -> Part:
-    buckets = config.tiers.model_dump(mode="json", include={"episodic_buckets"})
-    inputs = {"scores": scores.digest, "decided": decide.digest_of_table(decided), "tiers": buckets}
+    captions = config.captions.model_dump(mode="json")
+    inputs = {"scores": scores.digest, "decided": decide.digest_of_table(decided), "captions": captions}
 
     def make(out: Path) -> int:
         return selections.write_selection(
-            fetch_part(scores, without=(score.THUMBNAILS_TABLE,)), decided, config.tiers, out
+            fetch_part(scores, without=(score.THUMBNAILS_TABLE,)), decided, config.captions, out
         )
 
     return attempt(
         "selections",
         scores.name,
         lambda name: make_part(
-            "selections", name, CACHE_VERSIONS["curation"], inputs, make, [scores.as_parent()], {"tiers": buckets}
+            "selections", name, CACHE_VERSIONS["curation"], inputs, make, [scores.as_parent()], {"captions": captions}
         ),
     )
 

@@ -8,12 +8,14 @@ from typing import NamedTuple, Union
 from flytekit import task
 from flytekit.core.local_cache import CACHE_LOCATION
 
+from eval import catalog
 from eval.config import EvalConfig
 from model.config import MergeConfig, TransformerConfig
 from model.stages import TrainingStage
 from tasks import envs
 from tasks.artifacts import CuratedDir, fetch, is_local, plain_errors
 from tasks.curation.config import CurationConfig, SourceConfig
+from tasks.curation.scorers import check_settings
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.planning.local_cache import forget_lost_artifacts
 from tasks.planning.local_run import check_directories
@@ -45,7 +47,6 @@ class Sections(NamedTuple):
     stages: list[Stage]
     merge: MergeConfig
     eval: EvalConfig
-    seeds: list[int]
     publish: PublishConfig
     recipe_json: str
 
@@ -67,15 +68,20 @@ def resolve_recipe(
         if starts_from == "source":
             path = source or loaded.source.path or ""
             check_source(path, is_local())
+            check_settings(loaded.curation.scorers)
         if HOPS.index(starts_from) < HOPS.index("checkpoints") <= HOPS.index(ends_in):
             check_ranks(loaded.train, envs.TRAIN_NNODES, envs.TRAIN_NPROC, is_local())
     if path and (loaded.source.scenes or loaded.source.digits):  # a recipe for made images, given others
         loaded = for_own_images(loaded)
         words = loaded.curation.captions.max_words
         print(
-            f"own images: captions of up to {words} words are kept; the VAE's PSNR is reported, not required",
+            f"own images: captions of up to {words} words are kept; the VAE's PSNR is reported, not required; scored by "
+            f"the benchmark {loaded.eval.benchmark}",
             flush=True,
         )
+    if is_local() and HOPS.index(starts_from) < HOPS.index("scorecard") <= HOPS.index(ends_in):
+        with plain_errors():
+            catalog.check_installed(loaded.eval)
     forget_lost_artifacts(CACHE_LOCATION)
     return Sections(
         name=loaded.name,
@@ -87,7 +93,6 @@ def resolve_recipe(
         stages=stages(loaded),
         merge=loaded.merge,
         eval=loaded.eval,
-        seeds=list(loaded.eval.seeds),
         publish=loaded.publish,
         recipe_json=loaded.model_dump_json(),
     )

@@ -148,6 +148,13 @@ def _scores(scorecard: dict[str, Any] | None) -> str:
             *(_row(_text(name), score) for name, score in held_out["tasks"].items()),
             _row("**overall**", held_out["overall"]),
         ]
+    measures = [f"{name.replace('_', ' ')}: {value:.4g}" for name, value in scorecard.get("measures", {}).items()]
+    measures += [
+        f"held-out flow loss at timestep {row['timestep']:g}: {row['loss']:.4f}"
+        for row in scorecard.get("flow_loss", [])
+    ]
+    if measures:
+        lines += ["", *(f"- {_text(text)}" for text in measures)]
     return "\n".join(lines) + "\n"
 
 

@@ -24,8 +24,12 @@ def lines(pipeline: Path, scorecard: Path, curated: Path, encoded: Sequence[Path
     overall = card["overall"]
     spread = "" if overall["std"] is None else f" +- {overall['std']:.3f} over {overall['runs']} seeds"
     tasks = ", ".join(f"{name} {task['mean']:.2f}" for name, task in card["tasks"].items())
+    measures = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in card.get("measures", {}).items()]
+    losses = ", ".join(f"{row['loss']:.3f} at t={row['timestep']:g}" for row in card.get("flow_loss", []))
     return [
         f"{card['name']} overall {overall['mean']:.3f}{spread} ({tasks})",
+        *([", ".join(measures)] if measures else []),
+        *([f"held-out flow loss {losses}"] if losses else []),
         f"pipeline   {pipeline}",
         f"scorecard  {scorecard / 'scorecard.html'}",
         f"grid       {scorecard / 'grid.png'}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,11 @@ def test_own_images_go_the_same_way_and_a_changed_image_redoes_its_own_shard(own
     ledger = pd.read_parquet(first["curated"] / "ledger.parquet")
     assert ledger["rule"].value_counts()[["too_many_pixels", "undecodable"]].tolist() == [1, 1]
     assert ledger["kept"].sum() > 60
+    card = json.loads((first["scorecard"] / "scorecard.json").read_text())
+    # Coloured shapes say nothing of a user's images: their own held-out captions do.
+    assert card["name"] == "captions[efficientnet-lite0]" and set(card["tasks"]) >= {"match", "precision", "coverage"}
+    assert card["measures"]["frechet_distance"] > 0 and [row["timestep"] for row in card["flow_loss"]]
+    assert "held-out flow loss" in (first["pipeline"] / "README.md").read_text()
     before = home.listing()
     assert "records" not in before, "original bytes are not copied"
     scenes.render(scenes.sample_scene(np.random.default_rng(99))).save(own_images / "001.png")

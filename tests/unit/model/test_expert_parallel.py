@@ -15,7 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.moe import MoE
-from model.train.expert_parallel import shard_experts
+from model.train.parallel.expert_parallel import shard_experts
+
+pytestmark = pytest.mark.slow
 
 START, END = "_c10d_functional.all_to_all_single.default", "_c10d_functional.wait_tensor.default"
 PRODUCT, OF_EXPERTS = "aten.mm.default", "aten.bmm.default"
@@ -187,7 +189,7 @@ def test_all_groups_that_fsdp_communicates_in_get_the_stages_patience():
     from torch.distributed.fsdp import FSDPModule
 
     from model.config import TransformerConfig
-    from model.train.parallelize import parallelize
+    from model.train.parallel.parallelize import parallelize
     from model.train.trainer import NucleusTrainer
     from model.transformer import NucleusTransformer
 

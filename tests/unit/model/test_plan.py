@@ -466,7 +466,7 @@ def test_a_rank_is_not_taken_for_the_first_after_planning_in_the_same_process(mo
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
 
-    from model.train.fake_ranks import first_rank_of
+    from model.train.parallel.fake_ranks import first_rank_of
 
     def coordinates():
         with first_rank_of(2, 1, CONFIG) as model:

@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from model.train import replicas
+from model.train.parallel import replicas
+
+pytestmark = pytest.mark.slow
 
 SHARDED, WHOLE, EVERYWHERE, CUT = "replicas of shards", "a router", "plain", "no two alike"
 

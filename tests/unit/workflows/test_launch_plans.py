@@ -32,7 +32,7 @@ def plans(nnodes: int, nproc: int, **environment: str) -> dict[str, list]:
 
 
 CHOSEN = {"ablate", "pretrain", "study", "train", "train-stage"}
-STEPS = {"curate", "encode", "evaluate", "merge", "publish"}
+STEPS = {"choose-candidate", "curate", "encode", "evaluate", "merge", "publish"}
 
 
 def test_everything_that_people_start_has_a_plan_with_bounds_and_mails():
@@ -47,7 +47,9 @@ def test_everything_that_people_start_has_a_plan_with_bounds_and_mails():
     )
 
 
-@pytest.mark.parametrize(("shape", "expected"), [((8, 8), {"pretrain-nucleus_17b-8x8"}), ((2, 8), set())])
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((8, 8), {"pretrain-nucleus_17b-8x8", "reproduce-nucleus_17b-8x8"}), ((2, 8), set())]
+)
 def test_a_shape_has_the_plans_of_the_recipes_that_train_on_it(shape, expected):
     found = plans(*shape)
     suffix = f"-{shape[0]}x{shape[1]}"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,8 @@ LIMITS = {"cpu": "1000", "memory": "10Ti", "gpu": "8", "ephemeralStorage": "10Ti
 @pytest.fixture(autouse=True)
 def here(monkeypatch, tmp_path):
     """Without a Flyte configuration or settings of the machine, with a lock of images."""
-    for name in (*SETTINGS, "NUCLEUS_TRAIN_NNODES", "NUCLEUS_TRAIN_NPROC", "FLYTECTL_CONFIG", "UCTL_CONFIG"):
+    images = [f"NUCLEUS_IMAGE_{role.upper()}" for role in ROLES]
+    for name in (*SETTINGS, *images, "NUCLEUS_TRAIN_NNODES", "NUCLEUS_TRAIN_NPROC", "FLYTECTL_CONFIG", "UCTL_CONFIG"):
         monkeypatch.setenv(name, "")  # so that it is put back where `prepare` sets it
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -161,6 +164,11 @@ def test_a_recipe_file_and_repeated_overrides_reach_the_cluster(recipe, tmp_path
     assert load_recipe(inputs["recipe"].scalar.primitive.string_value).name == "mine"
     changes = inputs["overrides"].scalar.union.value.collection.literals
     assert [change.scalar.primitive.string_value for change in changes] == ["eval.seeds=[3]", "merge.last_n=1"]
+    (code,) = admin.uploads.values()
+    with tarfile.open(fileobj=io.BytesIO(code)) as tar:  # recipes, and modules that are imported when a task runs
+        assert {"recipes/smoke.yaml", "recipes/ablations/token_choice.yaml", "model/train/run.py"} <= set(
+            tar.getnames()
+        )
     args = admin.tasks["tasks.planning.task.resolve_recipe"].spec.template.container.args
     assert args[0] == "pyflyte-fast-execute" and "/scratch/code" in args
     assert admin.tasks["tasks.planning.task.resolve_recipe"].spec.template.container.image.endswith(DIGEST)

@@ -213,12 +213,12 @@ def _relations(a: SceneObject, b: SceneObject, threshold: float = 0.5) -> set[st
     shrink = 0.1 * (a.size + b.size)
     x, y = max(abs(dx) - shrink, 0.0), max(abs(dy) - shrink, 0.0)
     least = threshold * (dx * dx + dy * dy) ** 0.5
-    found = set()
+    names = set()
     if x > least:
-        found.add("left of" if dx < 0 else "right of")
+        names.add("left of" if dx < 0 else "right of")
     if y > least:
-        found.add("above" if dy < 0 else "below")
-    return found
+        names.add("above" if dy < 0 else "below")
+    return names
 
 
 def _choice(rng: np.random.Generator, items: tuple) -> Any:
@@ -349,8 +349,8 @@ def _single(scene: Scene, rng: np.random.Generator) -> list[str]:
 
 def _two(scene: Scene, rng: np.random.Generator) -> list[str]:
     a, b = _shuffled(scene, rng)
-    found = relations(scene, a, b)
-    if not found:
+    relative = relations(scene, a, b)
+    if not relative:
         return [
             f"a photo of {_noun(a)} and {_noun(b)}",
             f"a photo of {_noun(b)} and {_noun(a)}",
@@ -358,7 +358,7 @@ def _two(scene: Scene, rng: np.random.Generator) -> list[str]:
             f"a photo of {_noun(b, color=False)} and {_noun(a, color=False)}",
             f"{_noun(a, size=True)} and {_noun(b, size=True)} {_ground(scene)}",
         ]
-    relation = _choice(rng, tuple(found))
+    relation = _choice(rng, tuple(relative))
     # The colourless relation is said from the other side: both directions get learnt from one image.
     return [
         f"a photo of {_noun(b)} and {_noun(a)}",

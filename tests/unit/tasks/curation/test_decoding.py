@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from icc_profiles import DISPLAY_P3, SRGB, gray_profile, rgb_profile
 from PIL import Image, ImageCms, ImageOps
+from score_tables import good_row, records_of
 
 from tasks.curation import decoding
 from tasks.curation.config import CurationConfig, FilterConfig
@@ -226,14 +227,10 @@ def test_the_first_frame_of_an_animation_is_what_is_kept_by_choice(form):
 
 
 def test_animations_are_refused_or_not_by_the_recipe_alone():
-    from test_filters import table
-
-    from tasks.curation.filters import decide
-
-    scores = table(animated=[True, False])
-    assert list(decide(scores, FilterConfig())[0]) == ["animated", ""]
-    assert list(decide(scores, FilterConfig(animated="first_frame"))[0]) == ["", ""]
+    rows = [good_row(0, animated=True), good_row(1, animated=False)]
     frames = CurationConfig(filters=FilterConfig(animated="first_frame"))
+    assert [row["rule"] for row in records_of(rows, CurationConfig())] == ["animated", ""]
+    assert [row["rule"] for row in records_of(rows, frames)] == ["", ""]
     assert frames.scoring() == CurationConfig().scoring(), "no image is decoded again for another choice"
 
 

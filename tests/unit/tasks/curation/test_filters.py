@@ -5,14 +5,14 @@ import sys
 import zlib
 
 import numpy as np
-import pandas as pd
 import pytest
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from score_tables import good_row, records_of
 
 from tasks.curation import decoding, filters
 from tasks.curation.config import CurationConfig, FilterConfig, ScorerConfig
-from tasks.curation.score import measure, run_scorers, score_record
-from tasks.curation.scorers import SCORERS, build_scorers
+from tasks.curation.score import measure, score_record
+from tasks.curation.scorers import SCALARS, build_scorer, chosen_scorers
 from tasks.curation.scorers.classical import watermark_score
 from tasks.curation.sources.base import Record
 
@@ -49,10 +49,10 @@ def png_header(width: int, height: int) -> bytes:
 def verdict(data: bytes, config: CurationConfig = CONFIG) -> tuple[str, str]:
     """(rule, detail) of one record."""
     row, sample = score_record(Record("k", data, "png", ["a circle"], "user", "a.png", 0), config)
-    if sample is not None:
-        run_scorers(build_scorers(config.scorers), [(row, sample)])
-    rule, detail = filters.decide(pd.DataFrame([row]), config.filters)
-    return rule[0], detail[0]
+    for one in chosen_scorers(config.scorers) if sample is not None else ():
+        row |= {column: float(values[0]) for column, values in build_scorer(one)([sample]).items()}
+    (decided,) = records_of([dict.fromkeys(SCALARS, float("nan")) | row | {"part": 0}], config)
+    return decided["rule"], decided["detail"]
 
 
 # --- decoding --------------------------------------------------------------------------------------------------
@@ -294,66 +294,64 @@ def test_a_format_that_the_recipe_rejects_is_not_decoded(kind, monkeypatch):
     assert verdict(data)[0] == "format"
 
 
-def table(**columns) -> pd.DataFrame:
-    """Scores of good records, of as many rows as the columns given."""
-    size = len(next(iter(columns.values())))
-    good = {
-        **{"key": [f"k{i}" for i in range(size)], "record_id": "0" * 64, "error_rule": "", "error": "", "problem": ""},
-        **{"format": "PNG", "mode": "RGB", "animated": False, "width": 512, "height": 512, "bytes_per_pixel": 1.0},
-        **{"entropy_bits": 5.0, "single_color_fraction": 0.2, "border_fraction": 0.0},
-        **{"nsfw": np.nan, "watermark": 0.0, "aesthetic": 5.0, "similarity": np.nan},
-    }
-    return pd.DataFrame(good | columns, index=range(size))
+def decided(filters: FilterConfig, **columns) -> list[tuple[str, str]]:
+    """(rule, detail) of good records but for the columns given."""
+    rows = [good_row(i, **dict(zip(columns, values))) for i, values in enumerate(zip(*columns.values(), strict=True))]
+    return [(row["rule"], row["detail"]) for row in records_of(rows, CurationConfig(filters=filters))]
+
+
+def rules_of(filters: FilterConfig, **columns) -> list[str]:
+    return [rule for rule, _ in decided(filters, **columns)]
 
 
 def test_the_models_scores_decide_by_their_thresholds_and_missing_ones_reject_nothing():
-    scores = table(nsfw=[0.9, 0.1, np.nan, np.nan], similarity=[0.3, 0.05, 0.3, np.nan])
     config = FilterConfig(max_nsfw=0.5, min_image_text_similarity=0.2)
-    assert list(filters.decide(scores, config)[0]) == ["nsfw", "image_text_similarity", "", ""]
+    found = rules_of(config, nsfw=[0.9, 0.1, np.nan, None], similarity=[0.3, 0.05, 0.3, np.nan])
+    assert found == ["nsfw", "image_text_similarity", "", ""]
 
 
 def test_the_first_broken_rule_is_named():
-    scores = table(width=[10, 512], entropy_bits=[0.0, 0.0], nsfw=[1.0, 1.0])
-    assert list(filters.decide(scores, FilterConfig())[0]) == ["min_side", "low_entropy"]
+    found = rules_of(FilterConfig(), width=[10, 512], entropy_bits=[0.0, 0.0], nsfw=[1.0, 1.0])
+    assert found == ["min_side", "low_entropy"]
 
 
-def test_a_threshold_is_still_good_and_deciding_leaves_the_scores_alone():
-    scores = table(entropy_bits=[0.5, 0.4999])
-    before = scores.copy()
-    assert list(filters.decide(scores, FilterConfig(min_entropy_bits=0.5))[0]) == ["", "low_entropy"]
-    pd.testing.assert_frame_equal(scores, before)
+def test_a_threshold_is_still_good():
+    assert rules_of(FilterConfig(min_entropy_bits=0.5), entropy_bits=[0.5, 0.4999]) == ["", "low_entropy"]
+
+
+def test_the_sentence_has_the_value_and_the_limit():
+    found = decided(FilterConfig(formats=("PNG",)), format=["PNG", "it's"], entropy_bits=[0.123456, 5.0])
+    assert found == [
+        ("low_entropy", "entropy_bits 0.1235 is under min_entropy_bits 0.5"),
+        ("format", "it's is not one of PNG"),
+    ]
 
 
 def test_a_problem_of_the_source_comes_before_every_other_rule():
-    scores = table(problem=["unreadable_caption", ""], problem_detail=["a.txt is not UTF-8", ""], width=[1, 512])
-    rule, detail = filters.decide(scores, FilterConfig())
-    assert (rule[0], detail[0]) == ("unreadable_caption", "a.txt is not UTF-8") and rule[1] == ""
+    problems = {"problem": ["unreadable_caption", ""], "problem_detail": ["a.txt is not UTF-8", ""]}
+    found = decided(FilterConfig(), **problems, width=[1, 512])
+    assert found == [("unreadable_caption", "a.txt is not UTF-8"), ("", "")]
 
 
 def test_a_scorer_that_does_not_exist_is_refused_by_name():
-    with pytest.raises(ValueError, match="curation.scorers.nsfw='clip' is unknown; use one of none"):
-        build_scorers(ScorerConfig(nsfw="clip"))
+    with pytest.raises(
+        ValueError, match="curation.scorers.nsfw='clip' is unknown; use one of none, open-nsfw, nsfw-classifier"
+    ):
+        chosen_scorers(ScorerConfig(nsfw="clip"))
     with pytest.raises(ValueError, match="curation.scorers.watermark='clasical' is unknown; did you mean 'classical'?"):
-        build_scorers(ScorerConfig(watermark="clasical"))
+        chosen_scorers(ScorerConfig(watermark="clasical"))
 
 
 def test_a_scorer_is_imported_only_where_a_recipe_names_it():
     code = (
-        "import sys; from tasks.curation.scorers import build_scorers; from tasks.curation.config import ScorerConfig\n"
-        "build_scorers(ScorerConfig(watermark='none', aesthetic='none'))\n"
+        "import sys; from tasks.curation.scorers import build_scorer, chosen_scorers\n"
+        "from tasks.curation.config import ScorerConfig\n"
+        "chosen = chosen_scorers(ScorerConfig(watermark='none'))\n"
         "assert 'tasks.curation.scorers.classical' not in sys.modules\n"
-        "build_scorers(ScorerConfig())\n"
+        "build_scorer(chosen[0])\n"
         "assert 'tasks.curation.scorers.classical' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.parametrize("spec", SCORERS, ids=lambda spec: spec.name)
-def test_every_scorer_of_the_registry_fills_its_column(spec):
-    (scorer,) = build_scorers(ScorerConfig(**{"watermark": "none", "aesthetic": "none", spec.column: spec.name}))
-    row, sample = score_record(Record("k", to_bytes(busy()), "png", ["a"], "user", "a.png", 0), CONFIG)
-    run_scorers([scorer], [(row, sample)])
-    assert np.isfinite(row[spec.column])
 
 
 @pytest.mark.parametrize(
