@@ -367,3 +367,14 @@ def test_clean_scenes_digits_and_rotated_ones_are_kept(planted):
     assert len(lost) <= 0.005 * len(clean), lost[["rule", "detail"]].to_dict()
     assert book[book["defect"].isna()]["kept"].all(), "a digit was rejected"
     assert report["input"] == len(book) == report["kept"] + sum(report["rejected"].values())
+
+
+def test_a_summary_is_made_of_equal_pictures_and_some_that_do_not_decode(tmp_path, capsys):
+    """DuckDB ended in an internal error: bins of log2(width / height), where sizes of 0 are filtered out."""
+    folder = write_folder(tmp_path / "images", range(3))
+    for i in range(3):
+        (folder / f"cut{i}.jpg").write_bytes(b"x")
+        (folder / f"cut{i}.txt").write_text(f"cut {i}")
+    assert check.main([str(folder), "--overrides", "curation.filters.min_side_px=32"]) == 0
+    fates = [json.loads(line)["fate"].partition(":")[0] for line in capsys.readouterr().out.splitlines()[:-1]]
+    assert sorted(fates) == ["kept"] * 3 + ["undecodable"] * 3

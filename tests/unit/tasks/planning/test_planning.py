@@ -206,3 +206,10 @@ def test_an_index_of_which_a_part_is_gone_is_forgotten(tmp_path, monkeypatch):
     assert local_cache.forget_lost_artifacts(str(tmp_path / "cache")) == 0
     shutil.rmtree(part.uri)
     assert local_cache.forget_lost_artifacts(str(tmp_path / "cache")) == 1
+
+
+def test_own_images_may_be_of_the_formats_of_phones_unless_the_recipe_names_formats():
+    own = for_own_images(load_recipe("smoke"))
+    assert own.curation.filters.formats == ("JPEG", "PNG", "WEBP", "AVIF", "HEIF")
+    named = for_own_images(load_recipe("smoke", ["curation.filters.formats=[PNG]"]))
+    assert named.curation.filters.formats == ("PNG",)

@@ -223,7 +223,7 @@ def test_arrow_s_other_types_of_bytes_and_text_are_read(tmp_path, image, text):
 
 
 def test_a_footer_whose_statistics_end_arrow_s_process_is_refused_in_one_sentence(tmp_path):
-    seeds = Path(__file__).parents[5] / "fuzz/seeds"
+    seeds = Path(__file__).parents[4] / "fuzz/seeds"
     (broken,) = seeds.glob("parquet-*")
     (tmp_path / "x.parquet").write_bytes(broken.read_bytes())
     with pytest.raises(ValueError, match="x.parquet is not a readable Parquet file"):
