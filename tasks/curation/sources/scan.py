@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.curation.config import SourceConfig
-from tasks.curation.sources import arrow, folder, parquet, places, tars
+from tasks.curation.sources import arrow, folder, parquet, places, tables, tars
 from tasks.curation.sources.base import (
     AMBIGUOUS_CAPTION,
     FILES_FOLDER,
@@ -350,7 +350,8 @@ class _Scan:
             self.account.skip(f".parquet {NO_IMAGE_COLUMN}", path)
             return
         self.account.use()
-        ranges, schema = found
+        ranges, schema, further = found
+        self._skip_columns(path, further)
         for rows in ranges:
             digest = self.place.digest(path, rows.begin, rows.end)
             name = shard_id("parquet", path, rows.first_row, digest, self.options, digest_of(schema, rows.num_rows))
@@ -362,14 +363,20 @@ class _Scan:
         with _naming(shown):
             check_size(shown, self.place.size(path))
         with _naming(shown), self.place.local_copy(path) as file:
-            rows = arrow.scan(shown, file, self.options.caption_columns)
-        if rows is None:
+            found = arrow.scan(shown, file, self.options.caption_columns)
+        if found is None:
             self.account.skip(f".arrow {NO_IMAGE_COLUMN}", path)
             return
         self.account.use()
+        rows, further = found
+        self._skip_columns(path, further)
         size, digest = self.place.size(path), self.place.digest(path)
         name = shard_id("arrow", path, 0, digest, self.options)
         self.table.add(Shard(name, "arrow", self.place.uri(path), 0, rows, size, digest, "user"))
+
+    def _skip_columns(self, path: str, names: list[str]) -> None:
+        for name in names:
+            self.account.skip(tables.FURTHER, f"{path}: {name}")
 
 
 class _naming:

@@ -32,6 +32,7 @@ from tasks.curation.sources.caption_text import (
 
 IMAGE_COLUMNS = ("image", "images", "image_bytes", "img", "jpg", "jpeg", "png", "webp")
 NO_BYTES, SEVERAL = "row without image bytes", "row with several images"
+FURTHER = "further column of images"
 
 
 class Columns(NamedTuple):
@@ -51,6 +52,15 @@ def columns_of(schema: pa.Schema, wanted: tuple[str, ...]) -> Columns | None:
         return None
     captions = [name for name in caption_columns(schema.names, wanted) if name != names[0]]
     return Columns(names[0], captions)
+
+
+def further_images(schema: pa.Schema) -> list[str]:
+    """The columns of image bytes besides the one that is read."""
+    columns = columns_of(schema, ())
+    names = [
+        name for name in schema.names if column_name(name) in IMAGE_COLUMNS and _has_bytes(schema.field(name).type)
+    ]
+    return [name for name in names if columns is not None and name != columns.image]
 
 
 def check_columns(shown: str, schema: pa.Schema, wanted: tuple[str, ...]) -> None:

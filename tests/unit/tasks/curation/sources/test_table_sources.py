@@ -228,3 +228,13 @@ def test_a_footer_whose_statistics_end_arrow_s_process_is_refused_in_one_sentenc
     (tmp_path / "x.parquet").write_bytes(broken.read_bytes())
     with pytest.raises(ValueError, match="x.parquet is not a readable Parquet file"):
         read_records(tmp_path)
+
+
+def test_a_further_column_of_images_is_named(tmp_path):
+    table = pa.table({"jpg": [JPEG], "image": [PNG], "text": ["x"]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pa.ipc.new_stream(str(tmp_path / "y.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    records, account = read_records(tmp_path)
+    assert [record.data for record in records] == [PNG, PNG]
+    assert account.skipped == {"further column of images": (2, "x.parquet: jpg")}
