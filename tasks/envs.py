@@ -26,8 +26,8 @@ logging.getLogger("flytekit").addFilter(
 )
 
 CACHE_VERSIONS = {
-    "records": "4",
-    "scores": "5",
+    "records": "5",
+    "scores": "6",
     "curation": "5",
     "components": "3",
     "texts": "2",
