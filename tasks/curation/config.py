@@ -154,15 +154,20 @@ class ScorerConfig(Section):
 
 class DedupConfig(Section):
     """SHA-256 for exact duplicates. Near ones: two pictures of which either 64-bit hash (pHash, dHash) is within
-    `max_hamming_distance` bits are proposed; pHash-256, or both 64-bit hashes together, confirm.
+    `max_hamming_distance` bits are proposed; pHash-256 and both 64-bit hashes together confirm.
 
     Made pictures are too plain for hashes: a thumbnail confirms theirs (dedup.py).
     """
 
     # pHash's distances are even, since half of its bits are set. 4 grows with the corpus; a wider net does with its square.
     max_hamming_distance: Annotated[int, Field(ge=0, le=64)] = 4
-    max_fine_distance: Annotated[int, Field(ge=0, le=256)] = 64  # of pHash-256
+    # A pair is confirmed by any of these, see docs/scale.md for what they find.
+    max_fine_distance: Annotated[int, Field(ge=0, le=256)] = 64  # of pHash-256, with both 64-bit hashes ...
+    max_far_distance: Annotated[int, Field(ge=0, le=64)] = 20  # ... within this
     max_both_distances: Annotated[int, Field(ge=0, le=64)] = 10  # of pHash and of dHash
+    max_marked_distance: Annotated[int, Field(ge=0, le=256)] = (
+        96  # of pHash-256, with dHash proposing: a logo moves pHash
+    )
     # Of flat pictures the hashes are noise: below this margin (hashes.py) only equal bytes count.
     min_hash_margin: Annotated[float, Field(ge=0)] = 4.0
     # Cosine of the column `embedding` from which two pictures are one, such as 0.97; null compares no embeddings.
