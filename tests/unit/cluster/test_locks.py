@@ -86,6 +86,7 @@ def test_a_roles_lock_has_every_package_that_its_own_folder_imports(role):
         for package, path in _third_party(FOLDERS[role]).items()
         if package in distributions
         and path != "tasks/elastic.py"  # loaded by training tasks of several processes alone
+        and path != "tasks/hub_directory.py"  # python -m tasks.trace on a person's machine
         and package != "triton"  # used where it is installed; torchtitan needs it, and so the trainer has it
         and not locked & {canonicalize_name(name) for name in distributions[package]}
     }
@@ -124,3 +125,20 @@ def test_the_planner_and_curation_load_no_torch_whatever_their_tasks_import():
                 if name.split(".")[0] in OURS:
                     heavy = _loaded(name, seen) & HEAVY
                     assert not heavy, f"{path.relative_to(ROOT)} imports {name}, which loads {', '.join(heavy)}"
+
+
+@pytest.mark.parametrize("role", lock.ROLES)
+def test_a_roles_lock_has_what_loads_with_the_modules_that_its_tasks_import(role):
+    """Also with modules of other folders, such as the sources of curation, from which the encoder reads images."""
+    distributions, locked = packages_distributions(), _locked(role)
+    seen: dict[str, set[str]] = {}
+    for folder in FOLDERS[role]:
+        for path in ROOT.joinpath(*folder.split(".")).rglob("task.py"):
+            for name in _imports(path):
+                if name.split(".")[0] not in OURS:
+                    continue
+                for package in _loaded(name, seen):
+                    names = {canonicalize_name(n) for n in distributions.get(package, [])}
+                    assert not names or names & locked, (
+                        f"{name}, which {path.relative_to(ROOT)} imports, loads {package}"
+                    )
