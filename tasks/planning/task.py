@@ -101,7 +101,7 @@ def resolve_recipe(
 @task(**envs.light("curation"))
 def check_curated(curated: CuratedDir, stages: list[Stage]) -> dict[str, int]:
     """Refuses a corpus that leaves a stage without images, before it is encoded. Returns the images of each tier."""
-    from tasks.encoding.flow import images_by_tier
+    from tasks.curation.curated import images_by_tier
 
     path = fetch(curated, "curated")
     with plain_errors():
