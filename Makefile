@@ -67,7 +67,7 @@ format: $(STAMP)
 # Leaves out torch's CUDA packages, so that constraints.txt serves CPU and CUDA builds.
 lock: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet uv
-	$(VENV)/bin/uv pip compile pyproject.toml --extra dev --python-version 3.11 --quiet --no-header --no-annotate \
+	$(VENV)/bin/uv pip compile pyproject.toml --extra dev --extra spark --python-version 3.11 --quiet --no-header --no-annotate \
 		--no-emit-package setuptools --output-file constraints.new
 	grep -vE '^(nvidia-|cuda-)' constraints.new > constraints.txt
 	rm constraints.new

@@ -7,6 +7,7 @@ writes for the same inputs. Images are named by role and resolved when the workf
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from datetime import timedelta
@@ -154,6 +155,22 @@ def shard(role: str) -> dict[str, Any]:
 def gather(role: str) -> dict[str, Any]:
     """Options of a task that reads every shard."""
     return _options(role, "gather", PROFILE.gather) | _hub_secret(role)
+
+
+def tables(role: str) -> dict[str, Any]:
+    """Options of the task that decides about all records: a pod, or the driver of a Spark application.
+
+    NUCLEUS_SPARK when registering: JSON of Spark's settings, such as {"spark.executor.instances": "8"}; Flyte's Spark plugin
+    and operator run it. NUCLEUS_HOME must then be on a file system that driver and executors share.
+    """
+    options = gather(role)
+    settings = os.environ.get("NUCLEUS_SPARK")
+    if settings:
+        # An extra of its own: with the plugin installed, every pyflyte command would import pyspark.
+        from flytekitplugins.spark import Spark
+
+        options["task_config"] = Spark(spark_conf=json.loads(settings))
+    return options
 
 
 def gpu_single(role: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.curation import dedup, ledger, near, report, rules, tiers
+from tasks.curation import dedup, ledger, near, report, rules, semantic, tiers
 from tasks.curation.captions import count_words, merge_captions
 from tasks.curation.config import CaptionConfig, CurationConfig
 from tasks.curation.engines import PART, Engine, open_engine, quoted, rows_of
@@ -88,7 +88,7 @@ def decide(
     ):
         _scan_scores(tables, parts, shard_names or {})
         cuts = decide_records(tables, config, thumbnails.at)
-        _write(tables, parts, out_dir, groups)
+        write_tables(tables, parts, out_dir, groups)
         account = scan
         for part in parts:
             if not part.error:
@@ -142,10 +142,11 @@ def decide_records(
     engine.create(
         "dropped",
         "SELECT d.position, d.rule, CASE WHEN d.rule = 'exact_duplicate' THEN concat('same bytes as ', k.locator) "
-        "WHEN k.made THEN concat('thumbnail differs by ', number_text(round(d.measure, 1)), ' from ', k.locator) "
+        "WHEN d.how = 'thumbnails' THEN concat('thumbnail differs by ', number_text(round(d.measure, 1)), ' from ', k.locator) "
+        "WHEN d.how = 'embedding' THEN concat('embedding has cosine ', number_text(d.measure), ' with ', k.locator) "
         "ELSE concat('pHash-256 differs in ', number_text(d.measure), ' of 256 bits from ', k.locator) END AS detail "
-        "FROM (SELECT position, keeper, 'exact_duplicate' AS rule, CAST(0 AS DOUBLE) AS measure FROM exact "
-        "UNION ALL SELECT position, keeper, 'near_duplicate' AS rule, measure FROM near) d "
+        "FROM (SELECT position, keeper, 'exact_duplicate' AS rule, 'bytes' AS how, CAST(0 AS DOUBLE) AS measure FROM exact "
+        "UNION ALL SELECT position, keeper, 'near_duplicate' AS rule, how, measure FROM near) d "
         "JOIN records k ON d.keeper = k.position",
     )
     engine.load("merged", MERGED, _merged_captions(engine, config.captions))
@@ -189,7 +190,7 @@ def _drop_exact(engine: Engine) -> None:
 def _drop_near(
     engine: Engine, config: CurationConfig, thumbnails: Callable[[np.ndarray], dict[int, np.ndarray]]
 ) -> None:
-    """Table `near` (position, keeper, measure)."""
+    """Table `near` (position, keeper, how, measure)."""
     engine.create(
         "compared",
         "SELECT r.position, r.pixels, r.points, r.tie, r.name, r.made, r.coarse, "
@@ -200,7 +201,16 @@ def _drop_near(
     )
     near.match_by_hashes(engine, config.dedup)
     dedup.match_by_thumbnails(engine, config.dedup, thumbnails)
-    engine.append("matched", "SELECT a, b, measure FROM thumbnail_pairs")
+    engine.append("matched", "SELECT a, b, 'thumbnails' AS how, measure FROM thumbnail_pairs")
+    if config.dedup.min_embedding_similarity is not None:
+        engine.create(
+            "embedded",
+            "SELECT c.position, c.tie, s.embedding FROM compared c JOIN records r ON c.position = r.position "
+            "JOIN scores s ON r.part = s.part AND r.row = s.row LEFT JOIN same l ON c.position = l.position "
+            "WHERE s.embedding IS NOT NULL AND NOT c.made AND l.position IS NULL",
+        )
+        semantic.match_by_embeddings(engine, config.dedup.min_embedding_similarity)
+        engine.append("matched", "SELECT a, b, 'embedding' AS how, measure FROM embedding_pairs")
     near.keep_stars(engine)
 
 
@@ -257,7 +267,7 @@ class Thumbnails:
         return self._rows[index]
 
 
-def _write(engine: Engine, parts: Sequence[Part], out_dir: Path, groups: int) -> None:
+def write_tables(engine: Engine, parts: Sequence[Part], out_dir: Path, groups: int) -> None:
     """The ledger, and the kept records and score parts of each group, each in the order of the corpus."""
     failed = (
         f"SELECT shard AS key, '' AS record_id, '{ledger.SHARD_FAILED}' AS rule, error AS detail, file, shard, "

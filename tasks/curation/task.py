@@ -105,7 +105,7 @@ def score_group_on_gpu(
         return _index("scores", flow.score_group(fetch(corpus, "corpus"), config, group, len(groups), "gpu_single"))
 
 
-@task(enable_deck=True, **envs.gather("curation"))
+@task(enable_deck=True, **envs.tables("curation"))
 def decide_corpus(
     corpus: CorpusDir, scores: list[Optional[ScoresDir]], config: CurationConfig, groups: list[int]
 ) -> DecisionsDir:

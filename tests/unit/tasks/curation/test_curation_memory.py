@@ -14,6 +14,7 @@ import pytest
 from own_images import write_tar
 
 from tasks.curation import score
+from tasks.curation.hashes import HASHES
 from tasks.store import LOCATIONS, Part, make_sealed, write_index
 
 ROWS = 800  # of a shard
@@ -34,9 +35,9 @@ elif step == "score":
     (part,) = flow.score_group(place / "corpus", config, 1, shards)
     assert not part.error, part
 else:
-    from tasks.curation import decide, dedup
+    from tasks.curation import decide, engines
     # Fixed bounds, at the size of the test.
-    dedup.MEMORY, dedup.COMPARED_IN_MEMORY, decide.ROW_GROUP = "32MB", 1000, 1000
+    engines.MEMORY, engines.BATCH_ROWS, decide.ROW_GROUP = "48MB", 1000, 1000
     parts = list(read_index(place / "index"))
     assert len(parts) == shards
     (place / "decision").mkdir()
@@ -61,7 +62,8 @@ def write_scores(place: Path, shards: int) -> None:
     for shard in range(shards):
 
         def make(out: Path, shard: int = shard) -> int:
-            hashes, coarse = rng.integers(0, 2**63, ROWS), rng.integers(0, 256, (ROWS, 48), dtype=np.uint8)
+            hashes = rng.integers(0, 2**63, (ROWS, len(HASHES)))
+            coarse = rng.integers(0, 256, (ROWS, 48), dtype=np.uint8)
             rows = [
                 score._blank()
                 | {
@@ -79,7 +81,8 @@ def write_scores(place: Path, shards: int) -> None:
                 }
                 | {"words": [2], "problem": "", "problem_detail": "", "format": "PNG", "mode": "RGB", "width": 512}
                 | {"height": 512, "bytes_per_pixel": 1.0, "entropy_bits": 5.0, "single_color_fraction": 0.1}
-                | {"phash": f"{hashes[i]:016x}", "coarse": coarse[i].tobytes(), "border_fraction": 0.0}
+                | {"hash_margin": 100.0, "coarse": coarse[i].tobytes(), "border_fraction": 0.0}
+                | dict(zip(HASHES, hashes[i].tolist()))
                 for i in range(ROWS)
             ]
             pq.write_table(pa.Table.from_pylist(rows, score.SCORES), out / score.SCORES_TABLE)
