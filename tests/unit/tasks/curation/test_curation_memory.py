@@ -25,7 +25,10 @@ from pathlib import Path
 from tasks.curation import flow
 from tasks.curation.config import *
 from tasks.curation.sources.base import Account
-from tasks.store import make_part, read_index, fetch_part
+from tasks.manifest import seal
+from tasks.store import Part, make_part, read_index, fetch_part
+
+pytestmark = pytest.mark.slow
 step, shards, place = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 config = CurationConfig(dedup=DedupConfig(max_hamming_distance=2))
 if step == "list":
@@ -34,6 +37,11 @@ if step == "list":
 elif step == "score":
     (part,) = flow.score_group(place / "corpus", config, 1, shards)
     assert not part.error, part
+elif step == "select":
+    from tasks.manifest import load_manifest
+    decision = Part("decisions", "decisions", load_manifest(place / "decision").digest, str(place / "decision"))
+    (part,) = flow.select_group(decision, config, 1, shards)
+    assert part.rows > 700 and not part.error, part
 else:
     from tasks.curation import decide, engines
     # Fixed bounds, at the size of the test.
@@ -43,6 +51,7 @@ else:
     (place / "decision").mkdir()
     kept = decide.decide(parts, Account(), config, place / "decision", groups=shards)["kept"]
     assert kept > 0.9 * sum(part.rows for part in parts)
+    seal(place / "decision", "decisions", logs=decide.LOGS)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
@@ -109,12 +118,13 @@ def test_listing_and_scoring_take_the_same_memory_with_forty_shards_as_with_two(
     assert peaks[1] - peaks[0] < ALLOWED_KIB, peaks
 
 
-def test_deciding_takes_the_same_memory_with_forty_shards_as_with_two(tmp_path, monkeypatch):
-    peaks = []
+def test_deciding_and_selecting_take_the_same_memory_with_forty_shards_as_with_two(tmp_path, monkeypatch):
+    peaks = {"decide": [], "select": []}
     for shards in (2, 40):
         place = tmp_path / str(shards)
         place.mkdir()
         monkeypatch.setenv("NUCLEUS_HOME", str(place / "home"))
         write_scores(place, shards)
-        peaks.append(peak_kib("decide", shards, place))
-    assert peaks[1] - peaks[0] < ALLOWED_KIB, peaks
+        for step in peaks:
+            peaks[step].append(peak_kib(step, shards, place))
+    assert all(many - few < ALLOWED_KIB for few, many in peaks.values()), peaks
