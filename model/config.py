@@ -11,7 +11,15 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from model.storage import check_path
 
@@ -246,6 +254,13 @@ class LossConfig(Section):
     wavelet: Weight = 0.0  # only in stages with `StageConfig.wavelet`
 
 
+class CaptionWeight(Section):
+    """The weight of captions of a length, in tokens of the text encoder without the system message."""
+
+    up_to_tokens: Positive
+    weight: Weight
+
+
 class DecayConfig(Section):
     """Learning rates fall linearly, over a stage's last `steps`, to `to` times what they were."""
 
@@ -271,6 +286,8 @@ class StageConfig(Section):
     capacity_factors: float | tuple[float, ...]
     aspect_ratios: tuple[str, ...] = ("1:1",)
     tier_weights: dict[str, Weight] = dict.fromkeys(TIERS, 1.0)
+    bucket_weights: dict[str, Weight] = {}  # factors on images of `curation.buckets`; 1 for a bucket that is not named
+    caption_weights: tuple[CaptionWeight, ...] = ()  # ascending; longer captions have the last weight. None: all alike
     wavelet: bool = False  # whether the wavelet loss is on
     decay: DecayConfig | None = None  # None: a constant rate to the end (WSM)
     guidance: GuidanceConfig | None = None
@@ -281,6 +298,14 @@ class StageConfig(Section):
             if end is not None and end.steps > self.steps:
                 raise ValueError(f"{name}.steps={end.steps} must be at most the stage's steps={self.steps}")
         return self
+
+    @field_validator("caption_weights")
+    @classmethod
+    def _check_lengths(cls, entries: tuple[CaptionWeight, ...]) -> tuple[CaptionWeight, ...]:
+        lengths = [entry.up_to_tokens for entry in entries]
+        if lengths != sorted(set(lengths)):
+            raise ValueError(f"up_to_tokens {lengths} must rise")
+        return entries
 
     def active_losses(self, losses: LossConfig) -> LossConfig:
         """The weights of this stage."""

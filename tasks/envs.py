@@ -27,10 +27,10 @@ logging.getLogger("flytekit").addFilter(
 
 CACHE_VERSIONS = {
     "records": "4",
-    "scores": "4",
-    "curation": "4",
+    "scores": "5",
+    "curation": "5",
     "components": "3",
-    "texts": "1",
+    "texts": "2",
     "encoding": "4",
     "training": "3",
     "merging": "1",
@@ -120,7 +120,7 @@ def _accelerator() -> GPUAccelerator:
 
 def _hub_secret(role: str) -> dict[str, Any]:
     """HF_TOKEN in the environment of tasks that read from or publish to the Hub, where the site names a secret."""
-    return _secret("NUCLEUS_HUB_SECRET", "HF_TOKEN") if role in ("encoder", "publisher") else {}
+    return _secret("NUCLEUS_HUB_SECRET", "HF_TOKEN") if role in ("encoder", "publisher", "scorer") else {}
 
 
 def _secret(setting: str, key: str) -> dict[str, Any]:

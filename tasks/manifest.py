@@ -36,7 +36,9 @@ FOLDER_ONLY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW  # opening a pipe wou
 KINDS = (
     "records",  # one shard of made images and captions, as a tar
     "corpus",  # table of shards; their bytes stay where they are
-    "scores",  # one shard's scorer columns
+    "measured",  # one shard's columns of passes 1 and 2, and its thumbnails
+    "columns",  # one shard's columns of one scorer
+    "scores",  # one shard's columns, those of all scorers included
     "decisions",  # of one corpus: what becomes of each record, and why
     "selections",  # one shard's kept records: tier, bucket, captions, split
     "curated",  # index of selections, and the ledger

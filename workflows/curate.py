@@ -5,6 +5,8 @@ pyflyte run workflows/curate.py curate --recipe smoke --source my_images/
 
 source -> corpus -> scores -> decisions -> selections -> curated
           shards    per shard  one task     per shard    index, ledger, report
+
+Scores are made on CPUs; where a scorer asks for a GPU, by a second map task on GPUs.
 """
 
 from __future__ import annotations
@@ -17,7 +19,16 @@ from flytekit import dynamic, map_task, workflow
 from tasks import envs
 from tasks.artifacts import CuratedDir
 from tasks.curation.config import CurationConfig, SourceConfig
-from tasks.curation.task import decide_corpus, gather_curated, list_corpus, make_group, score_group, select_group
+from tasks.curation.scorers import needs_gpu
+from tasks.curation.task import (
+    decide_corpus,
+    gather_curated,
+    list_corpus,
+    make_group,
+    score_group,
+    score_group_on_gpu,
+    select_group,
+)
 from tasks.planning.task import resolve_recipe
 from tasks.store import num_groups
 
@@ -35,6 +46,9 @@ def curate_source(source: SourceConfig, path: str, config: CurationConfig) -> Cu
     listed = list_corpus(source=source, path=path, made=made, config=config)
     score = partial(score_group, corpus=listed.corpus, config=config, groups=listed.groups)
     scores = map_task(score, **options)(group=listed.groups)
+    if needs_gpu(config):
+        score = partial(score_group_on_gpu, corpus=listed.corpus, config=config, groups=listed.groups)
+        scores = map_task(score, **options)(group=listed.groups, scored=scores)
     decisions = decide_corpus(corpus=listed.corpus, scores=scores, config=config, groups=listed.groups)
     select = partial(select_group, decisions=decisions, config=config, groups=listed.groups)
     selections = map_task(select, concurrency=options["concurrency"])(group=listed.groups)

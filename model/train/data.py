@@ -50,6 +50,8 @@ class LatentDataLoader(BaseDataLoader):
         global_batch_size: int
         seed: int
         tier_weights: dict[str, float] = field(default_factory=dict)
+        bucket_weights: dict[str, float] = field(default_factory=dict)
+        caption_weights: tuple[tuple[int, float], ...] = ()
         caption_dropout: float = 0.0
         num_workers: int = 0
 
@@ -59,7 +61,13 @@ class LatentDataLoader(BaseDataLoader):
         else:
             self.dataset = StreamedLatents(config.directory, config.stream_from)
         self.order = SampleOrder(
-            self.dataset, config.global_batch_size, config.seed, config.tier_weights, config.caption_dropout
+            self.dataset,
+            config.global_batch_size,
+            config.seed,
+            config.tier_weights,
+            config.caption_dropout,
+            config.bucket_weights,
+            config.caption_weights,
         )
         self.ranks, self.rank = dp_world_size, dp_rank
         self.accumulation = config.global_batch_size // (local_batch_size * dp_world_size)

@@ -35,6 +35,7 @@ from tasks.curation.config import CaptionConfig, CurationConfig
 from tasks.curation.engines import PART, Engine, open_engine, quoted, rows_of
 from tasks.curation.hashes import HASHES
 from tasks.curation.score import ACCOUNT, SCORES, SCORES_TABLE, THUMBNAILS_TABLE
+from tasks.curation.scored_shard import fetch_pictures
 from tasks.curation.sources.base import Account
 from tasks.curation.summary import FATES, summarize
 from tasks.store import Part, fetch_part, group_range, write_index
@@ -86,16 +87,16 @@ def decide(
         contextlib.closing(open_engine(engine, work)) as tables,
     ):
         _scan_scores(tables, parts, shard_names or {})
-        decide_records(tables, config, thumbnails.at)
+        cuts = decide_records(tables, config, thumbnails.at)
         write_tables(tables, parts, out_dir, groups)
         account = scan
         for part in parts:
             if not part.error:
                 account += Account.from_json(json.loads((fetch_columns(part) / ACCOUNT).read_text()))
-        summary = summarize(tables, config, account, thumbnails.at)
+        summary = summarize(tables, config, account, cuts, len(parts), thumbnails.at)
     content = summary.content()
     (out_dir / "report.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    (out_dir / "report.html").write_text(report.render(summary, config))
+    (out_dir / "report.html").write_text(report.render(summary))
     return content
 
 
@@ -120,13 +121,17 @@ def _scan_scores(engine: Engine, parts: Sequence[Part], shard_names: dict[str, s
 
 def decide_records(
     engine: Engine, config: CurationConfig, thumbnails: Callable[[np.ndarray], dict[int, np.ndarray]]
-) -> None:
+) -> tuple[float, ...]:
     """Tables `records` (every row of `scores`), `dropped` (duplicates) and `merged` (captions of exact duplicates).
+
+    Returns:
+        the lowest score of each tier but the last.
 
     Raises:
         ValueError: the corpus is too large for the duplicates that the recipe asks for.
     """
-    engine.create("records", records_sql(config))
+    cuts = tiers.tier_cuts(engine, config)
+    engine.create("records", records_sql(config, cuts))
     counts = (
         "SELECT count(*) AS records, coalesce(sum(CASE WHEN rule = '' THEN 1 ELSE 0 END), 0) AS passed FROM records"
     )
@@ -145,13 +150,14 @@ def decide_records(
         "JOIN records k ON d.keeper = k.position",
     )
     engine.load("merged", MERGED, _merged_captions(engine, config.captions))
+    return cuts
 
 
-def records_sql(config: CurationConfig) -> str:
+def records_sql(config: CurationConfig, cuts: tuple[float, ...]) -> str:
     """What is known of each record by itself: the rule that it breaks, what ranks it among duplicates, tier, bucket."""
     made = ", ".join(quoted(name) for name in config.dedup.thumbnail_sources) or "''"
     return (
-        "SELECT part, row, position, key, record_id, locator, source, rule, "
+        "SELECT part, row, position, key, record_id, locator, source, synthetic, rule, "
         f"{rules.detail_sql(config)} AS detail, "
         "width, height, width * height AS pixels, "
         # In half points: a re-encoded copy must not win by a hair.
@@ -163,7 +169,7 @@ def records_sql(config: CurationConfig) -> str:
         "hex_to_int(substr(record_id, 1, 15)) AS short_id, hex_to_int(substr(record_id, 17, 8)) AS chance, "
         "CASE WHEN size(words) > 0 THEN array_min(words) END AS shortest, "
         f"words_up_to(words, {config.captions.max_words}) AS words, "
-        f"{tiers.tier_sql(config.tiers)} AS tier, {tiers.bucket_sql(config.tiers)} AS bucket, "
+        f"{tiers.tier_sql(config.tiers, cuts)} AS tier, {tiers.bucket_sql(config, cuts)} AS bucket, "
         f"{ledger.split_sql()} AS split "
         f"FROM (SELECT *, part * {PART} + row AS position, {rules.rule_sql(config)} AS rule, "
         f"source IN ({made}) AS made FROM scores) scored"
@@ -252,7 +258,7 @@ class Thumbnails:
 
     def _open(self, index: int) -> tuple[pq.ParquetFile, np.ndarray, list[int]]:
         if index not in self._rows:
-            file = pq.ParquetFile(fetch_part(self._parts[index]) / THUMBNAILS_TABLE)
+            file = pq.ParquetFile(fetch_pictures(self._parts[index]) / THUMBNAILS_TABLE)
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             self._rows[index] = (file, file.read(["row"])["row"].to_numpy(), [0, *accumulate(sizes)][:-1])
             if len(self._rows) > FILES_OPEN:

@@ -89,6 +89,7 @@ class DuckDB:
         "nth(list, i) AS list_extract(list, i)",
         "size(list) AS len(list)",
         "array_min(list) AS list_min(list)",
+        "array_max(list) AS list_max(list)",
         "round_half_even(x) AS CAST(round_even(x, 0) AS BIGINT)",
         "explode(list) AS unnest(list)",
         "bin_of(x, low, high, n) AS CAST(least(n - 1, greatest(0, floor((x - low) / (high - low) * n))) AS INTEGER)",

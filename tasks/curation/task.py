@@ -3,6 +3,8 @@
     make_group (made sources) -> list_corpus -> score_group -> decide_corpus -> select_group -> gather_curated
         per group                                 per group      columns only     per group
 
+Where a scorer asks for a GPU, `score_group_on_gpu` follows `score_group`, for the scorers that are left.
+
 The map tasks have no Flyte cache: a part is made once for its inputs (store.make_part), so that one new shard costs one
 part, whatever group it falls into. A shard that fails does not stop the others: its part names the error.
 """
@@ -82,13 +84,25 @@ def list_corpus(source: SourceConfig, path: str, made: list[RecordsDir], config:
     return Listed(corpus=artifact, groups=list(range(num_groups(report["shards"], config.max_groups))))
 
 
-@task(**envs.shard("curation"))
+@task(**envs.shard("scorer"))
 def score_group(corpus: CorpusDir, config: CurationConfig, groups: list[int], group: int) -> ScoresDir:
-    """Adds columns to the records of the shards of one group, and reads no other shard."""
+    """Adds columns to the records of the shards of one group, and reads no other shard; scorers that need a GPU wait."""
     from tasks.curation import flow
 
     with plain_errors():
-        return _index("scores", flow.score_group(fetch(corpus, "corpus"), config, group, len(groups)))
+        return _index("scores", flow.score_group(fetch(corpus, "corpus"), config, group, len(groups), "shard"))
+
+
+@task(**envs.gpu_single("scorer"))
+def score_group_on_gpu(
+    corpus: CorpusDir, config: CurationConfig, groups: list[int], group: int, scored: Optional[ScoresDir]
+) -> ScoresDir:
+    """Runs the scorers of one group that `score_group` left. `scored`, its result, only makes it wait: parts that were made
+    are in the store."""
+    from tasks.curation import flow
+
+    with plain_errors():
+        return _index("scores", flow.score_group(fetch(corpus, "corpus"), config, group, len(groups), "gpu_single"))
 
 
 @task(enable_deck=True, **envs.tables("curation"))

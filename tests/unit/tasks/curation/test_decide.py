@@ -22,7 +22,9 @@ from tasks.curation.sources.made import defects
 from tasks.recipe import load_recipe
 from tasks.store import fetch_part, make_sealed
 
-CONFIG = CurationConfig(filters=FilterConfig(min_side_px=32, min_entropy_bits=0.05))
+CONFIG = CurationConfig(
+    filters=FilterConfig(min_side_px=32, min_entropy_bits=0.05), tiers=TierConfig(accept_proxy=True)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +140,7 @@ def test_the_report_is_self_contained_and_escaped(tmp_path):
     page = (decide(folder) / "report.html").read_text()
     assert "<img src=x" not in page and "&lt;img src=x" in page
     assert "<script" not in page and not re.search(r"""(src|href)=["']?(http|//)""", page)
-    for word in ("min_side", "max_watermark_score", "Thresholds", "data:image/png;base64", "<svg", "A5", "Shapes"):
+    for word in ("min_side", "max_watermark_score", "Thresholds", "data:image/jpeg;base64", "<svg", "A5", "Shapes"):
         assert word in page
 
 
@@ -243,7 +245,7 @@ def test_scores_are_replayed_with_a_recipe(folder, capsys):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("curation.scorers.watermark=none", "changes the scores"),
+        ("curation.scorers.aesthetic=none", "changes the scores"),
         ("train.seed=1", "only decisions of curation"),
         ("curation.filters.min_side=1", "min_side_px"),
     ],

@@ -14,8 +14,8 @@ from score_tables import duplicates, good_row, tables_of
 from skimage import data
 
 from tasks.curation.config import CurationConfig, DedupConfig
-from tasks.curation.engines import rows_of
 from tasks.curation.decoding import decode
+from tasks.curation.engines import rows_of
 from tasks.curation.filters import ANALYSIS_PX, reduced
 from tasks.curation.hashes import picture_hashes
 
