@@ -46,6 +46,7 @@ def _artifact() -> Any:
 CorpusDir = _artifact()
 RecordsDir = _artifact()
 ScoresDir = _artifact()
+CaptionsDir = _artifact()
 DecisionsDir = _artifact()
 SelectionsDir = _artifact()
 CuratedDir = _artifact()

@@ -26,7 +26,8 @@ logging.getLogger("flytekit").addFilter(
 CACHE_VERSIONS = {
     "records": "3",
     "scores": "2",
-    "curation": "3",
+    "captions": "1",
+    "curation": "4",
     "components": "2",
     "texts": "1",
     "encoding": "3",
@@ -62,6 +63,7 @@ TRAIN_RETRIES = int(os.environ.get("NUCLEUS_TRAIN_RETRIES", "100"))
 STORE = {
     name: value for name, value in os.environ.items() if name == "NUCLEUS_STORE"
 }  # of parts: all pods must reach it
+ENDPOINTS = {name: value for name, value in os.environ.items() if name == "NUCLEUS_ENDPOINTS"}  # that may be asked
 REGISTERED = {
     "NUCLEUS_TRAIN_NNODES": str(TRAIN_NNODES),
     "NUCLEUS_TRAIN_NPROC": str(TRAIN_NPROC),
@@ -122,7 +124,7 @@ def light(role: str) -> dict[str, Any]:
 
 def planner() -> dict[str, Any]:
     """Options of the task that checks a recipe, also against the processes that training was registered for."""
-    return light("curation") | {"environment": REGISTERED}
+    return light("curation") | {"environment": REGISTERED | ENDPOINTS}
 
 
 def dynamic() -> dict[str, Any]:
@@ -134,6 +136,18 @@ def dynamic() -> dict[str, Any]:
 def shard(role: str) -> dict[str, Any]:
     """Options of one map task over a shard."""
     return _options(role, "shard", PROFILE.shard) | {"interruptible": True}
+
+
+def captioner() -> dict[str, Any]:
+    """Options of a task that asks a captioner's endpoint: which it may ask is decided at registration, as is the name of
+    the secret with its key (NUCLEUS_CAPTIONER_SECRET, key CAPTIONER_API_KEY)."""
+    options = shard("curation")
+    options["environment"] = options["environment"] | ENDPOINTS
+    if group := os.environ.get("NUCLEUS_CAPTIONER_SECRET"):
+        key = "CAPTIONER_API_KEY"
+        secret = Secret(group=group, key=key, mount_requirement=Secret.MountType.ENV_VAR, env_var=key)
+        options["secret_requests"] = [secret]
+    return options
 
 
 def gather(role: str) -> dict[str, Any]:

@@ -36,6 +36,7 @@ KINDS = (
     "records",  # one shard of made images and captions, as a tar
     "corpus",  # table of shards; their bytes stay where they are
     "scores",  # one shard's scorer columns
+    "captions",  # one shard's scores with the captions that a model wrote, or the index of all
     "decisions",  # of one corpus: what becomes of each record, and why
     "selections",  # one shard's kept records: tier, bucket, captions, split
     "curated",  # index of selections, and the ledger

@@ -145,6 +145,7 @@ class Recipe(Section):
 
     def _check_curation(self) -> None:
         """Checks settings with which curation would fail, or reject all records, only after the records exist."""
+        from tasks.curation.captioning import chosen_captioner
         from tasks.curation.filters import DECODABLE, RGB_MODES
         from tasks.curation.scorers import chosen_scorers
 
@@ -156,6 +157,14 @@ class Recipe(Section):
                 if name not in valid:
                     raise ValueError(f"curation.filters.{key} has {name!r}; valid are {', '.join(valid)}")
         chosen_scorers(self.curation.scorers)
+        if self.curation.captioner is not None:
+            chosen_captioner(self.curation.captioner)
+            for name, length in self.curation.captioner.lengths.items():
+                if length.max_words > self.curation.captions.max_words:
+                    raise ValueError(
+                        f"curation.captioner.lengths.{name}.max_words={length.max_words} is over "
+                        f"curation.captions.max_words={self.curation.captions.max_words}: such captions would be left out"
+                    )
         thresholds = self.curation.tiers.thresholds
         if list(thresholds) != sorted(thresholds, reverse=True):
             raise ValueError(f"curation.tiers.thresholds={list(thresholds)} must fall from A1 to A4")

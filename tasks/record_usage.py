@@ -18,7 +18,7 @@ from tasks.manifest import KINDS, Manifest, visible
 from tasks.store import INDEX
 
 # Kinds whose tables are complete: a child of a curated directory that is one of these has the record only if its own parts do.
-LISTED = ("scores", "decisions", "selections", "curated", "latents")
+LISTED = ("scores", "captions", "decisions", "selections", "curated", "latents")
 
 
 class Artifact(NamedTuple):

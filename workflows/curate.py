@@ -5,19 +5,32 @@ pyflyte run workflows/curate.py curate --recipe smoke --source my_images/
 
 source -> corpus -> scores -> decisions -> selections -> curated
           shards    per shard  one task     per shard    index, ledger, report
+
+With `curation.captioner` in the recipe, images are described between scores and decisions (workflows/caption.py).
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Union
+from typing import Any, NamedTuple, Union
 
 from flytekit import dynamic, map_task, workflow
 
 from tasks import envs
 from tasks.artifacts import CuratedDir
+from tasks.curation.captioning import chosen_captioner
 from tasks.curation.config import CurationConfig, SourceConfig
-from tasks.curation.task import decide_corpus, gather_curated, list_corpus, make_group, score_group, select_group
+from tasks.curation.task import (
+    caption_group,
+    caption_group_gpu,
+    decide_corpus,
+    draft_corpus,
+    gather_curated,
+    list_corpus,
+    make_group,
+    score_group,
+    select_group,
+)
 from tasks.planning.task import resolve_recipe
 from tasks.store import num_groups
 
@@ -28,17 +41,44 @@ def curate_source(source: SourceConfig, path: str, config: CurationConfig) -> Cu
 
     Dynamic, since the recipe says how many sub-tasks run at a time, and how many may fail.
     """
-    options = {"concurrency": config.concurrency or None, "min_success_ratio": config.min_success_ratio}
+    corpus, groups, columns = score_source(source, path, config)
+    if config.captioner is not None:
+        columns = describe(corpus, groups, columns, config)
+    decisions = decide_corpus(corpus=corpus, scores=columns, config=config, groups=groups)
+    select = partial(select_group, decisions=decisions, config=config, groups=groups)
+    selections = map_task(select, concurrency=config.concurrency or None)(group=groups)
+    return gather_curated(corpus=corpus, decisions=decisions, selections=selections, config=config)
+
+
+class Scored(NamedTuple):
+    """What a dynamic workflow knows of a corpus: outputs of its tasks."""
+
+    corpus: Any
+    groups: Any
+    columns: Any
+
+
+def score_source(source: SourceConfig, path: str, config: CurationConfig) -> Scored:
+    """The tasks that list and score a source; inside a dynamic workflow."""
     groups = 0 if path else num_groups(source.shards, config.max_groups)
     make = partial(make_group, config=source, groups=groups)
-    made = map_task(make, concurrency=options["concurrency"])(group=list(range(groups))) if groups else []
+    made = map_task(make, concurrency=config.concurrency or None)(group=list(range(groups))) if groups else []
     listed = list_corpus(source=source, path=path, made=made, config=config)
     score = partial(score_group, corpus=listed.corpus, config=config, groups=listed.groups)
-    scores = map_task(score, **options)(group=listed.groups)
-    decisions = decide_corpus(corpus=listed.corpus, scores=scores, config=config, groups=listed.groups)
-    select = partial(select_group, decisions=decisions, config=config, groups=listed.groups)
-    selections = map_task(select, concurrency=options["concurrency"])(group=listed.groups)
-    return gather_curated(corpus=listed.corpus, decisions=decisions, selections=selections, config=config)
+    return Scored(listed.corpus, listed.groups, map_task(score, **_limits(config))(group=listed.groups))
+
+
+def describe(corpus: Any, groups: Any, scores: Any, config: CurationConfig) -> Any:
+    """The tasks that write captions, by groups; inside a dynamic workflow."""
+    drafts = draft_corpus(corpus=corpus, scores=scores, config=config, groups=groups)
+    task = caption_group_gpu if chosen_captioner(config.captioner).needs == "gpu" else caption_group
+    return map_task(partial(task, corpus=corpus, drafts=drafts, config=config, groups=groups), **_limits(config))(
+        group=groups
+    )
+
+
+def _limits(config: CurationConfig) -> dict[str, Any]:
+    return {"concurrency": config.concurrency or None, "min_success_ratio": config.min_success_ratio}
 
 
 @workflow

@@ -34,6 +34,7 @@ from tasks.curation.config import CurationConfig
 from tasks.curation.score import ACCOUNT, SCORES_TABLE, THUMBNAILS_TABLE
 from tasks.curation.sources.base import Account
 from tasks.curation.summary import Summary
+from tasks.manifest import load_manifest
 from tasks.store import Part, fetch_part, group_range, write_index
 
 GROUPS, SCORES_INDEX = "groups", "scores"
@@ -91,6 +92,14 @@ def fetch_columns(part: Part) -> Path:
     return fetch_part(part, without=(THUMBNAILS_TABLE,))
 
 
+def pictures_of(part: Part) -> Path:
+    """The directory with the pictures of a score part; those of a captions part are in the scores that it was made from."""
+    if part.kind == "captions":
+        (scores,) = load_manifest(fetch_columns(part)).parents
+        part = Part(part.name, scores.kind, scores.digest, scores.uri)
+    return fetch_part(part)
+
+
 def read_scores(directory: Path, columns: list[str] | None = None) -> pd.DataFrame:
     """The scores of one shard, in its order."""
     return pq.read_table(directory / SCORES_TABLE, columns=columns).to_pandas()
@@ -101,9 +110,12 @@ def judge(scores: pd.DataFrame, config: CurationConfig) -> tuple[np.ndarray, np.
     rule, detail = filters.decide(scores, config.filters)
     limit = config.captions.max_words
     for i in np.flatnonzero(rule == ""):
-        words = scores["words"].iloc[i]
-        if not len(words):
-            rule[i], detail[i] = ledger.NO_CAPTION, "no caption"
+        words, problem = scores["words"].iloc[i], scores["problem"].iloc[i]
+        if problem in ledger.STEPS[ledger.DEDUP]:  # found before captions were written for the others
+            rule[i], detail[i] = problem, scores["problem_detail"].iloc[i]
+        elif not len(words):
+            if config.captions.required:
+                rule[i], detail[i] = ledger.NO_CAPTION, scores["problem_detail"].iloc[i] or "no caption"
         elif min(words) > limit:
             rule[i] = ledger.CAPTION_TOO_LONG
             detail[i] = f"every caption is over max_words {limit} (the shortest has {min(words)})"
@@ -233,7 +245,7 @@ class Thumbnails:
 
     def _open(self, index: int) -> tuple[pq.ParquetFile, np.ndarray, list[int]]:
         if index not in self._rows:
-            file = pq.ParquetFile(fetch_part(self._parts[index]) / THUMBNAILS_TABLE)
+            file = pq.ParquetFile(pictures_of(self._parts[index]) / THUMBNAILS_TABLE)
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             self._rows[index] = (file, file.read(["row"])["row"].to_numpy(), [0, *accumulate(sizes)][:-1])
             if len(self._rows) > _Column.SHARDS:

@@ -15,9 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from model import storage
 from tasks.curation import decide, dedup, ledger, score, selections
+from tasks.curation.captioning import build_captioner, identity, run, steps
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.curation.curated import CORPUS
+from tasks.curation.journal import Journal
 from tasks.curation.scorers import scorer_revisions
 from tasks.curation.sources import base
 from tasks.curation.sources.base import Account, Shard
@@ -33,6 +36,7 @@ from tasks.store import (
     make_sealed,
     num_groups,
     read_index,
+    store,
     write_index,
 )
 
@@ -146,6 +150,68 @@ def attempt(kind: str, name: str, make) -> Part:
         return Part(name, kind, error=text)
 
 
+def draft_corpus(corpus_dir: Path, indices: Sequence[Path | None], config: CurationConfig, groups: int) -> Part:
+    """The decision before captions are written: which images are described, and for which tier. See `decide_corpus`."""
+    return decide_corpus(corpus_dir, indices, config.before_captions(), groups)
+
+
+def caption_group(corpus_dir: Path, draft: Part, config: CurationConfig, group: int, groups: int) -> list[Part]:
+    """The captions parts of the shards of one group, made where they are not known."""
+    assert config.captioner is not None
+    corpus = base.open_corpus(corpus_dir)
+    directory = fetch_decision(draft, group, groups)
+    kept = pq.read_table(directory / decide.GROUPS / f"{group:05d}.parquet")
+    duplicates = pq.read_table(directory / steps.DUPLICATES / f"{group:05d}.parquet")
+    shards = {shard.shard_id: shard for shard in corpus.shards()}
+    captioner = build_captioner(config.captioner)
+    parts = []
+    try:
+        for scores in read_index(directory / decide.SCORES_INDEX / f"{group:05d}"):
+            if scores.error:
+                parts.append(Part(scores.name, "captions", error=scores.error))
+                continue
+            described, left_out = (
+                table.filter(pc.equal(table["shard"], scores.name)).select(list(columns))
+                for table, columns in ((kept, run.KEPT_COLUMNS), (duplicates, run.DUPLICATE_COLUMNS))
+            )
+            shard = shards[scores.name]
+            parts.append(_caption_shard(corpus, shard, scores, described, left_out, config, captioner))
+    finally:
+        captioner.close()
+    return parts
+
+
+def _caption_shard(
+    corpus, shard: Shard, scores: Part, kept: pa.Table, duplicates: pa.Table, config: CurationConfig, captioner
+) -> Part:
+    asking = config.captioner
+    assert asking is not None
+    name, max_pixels = identity(asking), config.filters.max_pixels
+    inputs = {
+        "scores": scores.digest,
+        "kept": decide.digest_of_table(kept),
+        "duplicates": decide.digest_of_table(duplicates),
+        "captioner": asking.content(),
+        "identity": name,
+    }
+
+    def make(out: Path) -> int:
+        directory = fetch_part(scores, without=(score.THUMBNAILS_TABLE,))
+        # Beside the parts and not in them: an answer outlives changes of everything but its own question.
+        with Journal(storage.join(store(), "journals", "captions", shard.shard_id)) as journal:
+            return run.caption_shard(
+                corpus, shard, directory, kept, duplicates, asking, captioner, name, max_pixels, journal, out
+            )
+
+    return attempt(
+        "captions",
+        scores.name,
+        lambda part: make_part(
+            "captions", part, CACHE_VERSIONS["captions"], inputs, make, [scores.as_parent()], inputs
+        ),
+    )
+
+
 def decide_corpus(corpus_dir: Path, indices: Sequence[Path | None], config: CurationConfig, groups: int) -> Part:
     """The decision about a corpus, as a part.
 
@@ -161,11 +227,12 @@ def decide_corpus(corpus_dir: Path, indices: Sequence[Path | None], config: Cura
     parts = list(_score_parts(shards, indices))
     names = {shard.shard_id: shard.uri for shard in shards}
     failed = [part for part in parts if part.error]
+    done = "described" if any(part.kind == "captions" for part in parts) else "scored"
     if len(failed) > (1 - config.min_success_ratio) * len(parts):
         few = "; ".join(f"{names[part.name]}: {part.error}" for part in failed[:3])
         raise ValueError(
-            f"{len(failed)} of {len(parts)} shards could not be scored (curation.min_success_ratio="
-            f"{config.min_success_ratio:g}): {few}. Run again to score these alone"
+            f"{len(failed)} of {len(parts)} shards could not be {done} (curation.min_success_ratio="
+            f"{config.min_success_ratio:g}): {few}. Run again for these alone"
         )
     inputs = {
         "corpus": load_manifest(corpus_dir).digest,
@@ -176,7 +243,10 @@ def decide_corpus(corpus_dir: Path, indices: Sequence[Path | None], config: Cura
     scan = Account.from_json(json.loads((corpus_dir / base.REPORT).read_text())["account"])
 
     def make(out: Path) -> int:
-        return decide.decide(parts, scan, config.deciding(), out, groups, names)["kept"]
+        kept = decide.decide(parts, scan, config.deciding(), out, groups, names)["kept"]
+        if not config.captions.required:
+            steps.write_duplicates(out, parts, groups)
+        return kept
 
     return make_part(
         "decisions", "decisions", CACHE_VERSIONS["curation"], inputs, make, [corpus_dir], inputs, decide.LOGS
@@ -189,7 +259,7 @@ def _score_parts(shards: list[Shard], indices: Sequence[Path | None]) -> Iterato
         members = [shards[i] for i in group_range(group, len(indices), len(shards))]
         if index is None:
             for shard in members:
-                yield Part(shard.shard_id, "scores", error="the task that scores its group did not finish")
+                yield Part(shard.shard_id, "scores", error="the task of its group did not finish")
             continue
         found = list(read_index(index))
         if [part.name for part in found] != [shard.shard_id for shard in members]:
@@ -201,6 +271,7 @@ def fetch_decision(part: Part, group: int, groups: int) -> Path:
     """The decision's directory; of a remote one the files of `group` alone."""
     others = [i for i in range(groups) if i != group]
     without = [f"{decide.GROUPS}/{i:05d}.parquet" for i in others]
+    without += [f"{steps.DUPLICATES}/{i:05d}.parquet" for i in others]
     without += [f"{decide.SCORES_INDEX}/{i:05d}/{name}" for i in others for name in (INDEX, LOCATIONS)]
     return fetch_part(part, without=(ledger.LEDGER_TABLE, *without))
 
@@ -286,7 +357,7 @@ def curate_source(source: SourceConfig, path: str, config: CurationConfig, until
 
     Args:
         path: of the user's own images; "" makes the recipe's.
-        until: "decisions" or "curated".
+        until: "captions", "decisions" or "curated".
 
     Returns:
         the path of the corpus or of the curated directory, and the decision.
@@ -303,6 +374,12 @@ def curate_source(source: SourceConfig, path: str, config: CurationConfig, until
     )
     groups = num_groups(report["shards"], config.max_groups)
     indices = [_index("scores", score_group(corpus_dir, config, group, groups)) for group in range(groups)]
+    if config.captioner is not None:
+        draft = draft_corpus(corpus_dir, indices, config, groups)
+        described = [caption_group(corpus_dir, draft, config, group, groups) for group in range(groups)]
+        indices = [_index("captions", parts) for parts in described]
+        if until == "captions":
+            return corpus_dir, draft
     decision = decide_corpus(corpus_dir, indices, config, groups)
     if until == "decisions":
         return corpus_dir, decision

@@ -3,6 +3,9 @@
     make_group (made sources) -> list_corpus -> score_group -> decide_corpus -> select_group -> gather_curated
         per group                                 per group      columns only     per group
 
+With a captioner, between scoring and deciding:  draft_corpus -> caption_group
+                                                 columns only    per group
+
 The map tasks have no Flyte cache: a part is made once for its inputs (store.make_part), so that one new shard costs one
 part, whatever group it falls into. A shard that fails does not stop the others: its part names the error.
 """
@@ -16,6 +19,7 @@ from flytekit import Deck, task
 from model.storage import is_remote
 from tasks import envs
 from tasks.artifacts import (
+    CaptionsDir,
     CorpusDir,
     CuratedDir,
     DecisionsDir,
@@ -91,14 +95,66 @@ def score_group(corpus: CorpusDir, config: CurationConfig, groups: list[int], gr
         return _index("scores", flow.score_group(fetch(corpus, "corpus"), config, group, len(groups)))
 
 
+@task(**envs.gather("curation"))
+def draft_corpus(
+    corpus: CorpusDir, scores: list[Optional[ScoresDir]], config: CurationConfig, groups: list[int]
+) -> DecisionsDir:
+    """Decides which images are worth a caption, and their tiers, before there are captions."""
+    from tasks.curation import flow
+
+    indices = [fetch(directory, "scores") if directory is not None else None for directory in scores]
+    with plain_errors():
+        return _index("decisions", [flow.draft_corpus(fetch(corpus, "corpus"), indices, config, len(groups))])
+
+
+@task(**envs.captioner())
+def caption_group(
+    corpus: CorpusDir, drafts: DecisionsDir, config: CurationConfig, groups: list[int], group: int
+) -> CaptionsDir:
+    """Writes captions for the images of the shards of one group, by an endpoint or by rule."""
+    return _caption_group(corpus, drafts, config, len(groups), group)
+
+
+@task(**envs.gpu_single("encoder"))
+def caption_group_gpu(
+    corpus: CorpusDir, drafts: DecisionsDir, config: CurationConfig, groups: list[int], group: int
+) -> CaptionsDir:
+    """The same by a model in this task, on an accelerator."""
+    return _caption_group(corpus, drafts, config, len(groups), group)
+
+
+def _caption_group(corpus: CorpusDir, drafts: DecisionsDir, config: CurationConfig, groups: int, group: int):
+    from tasks.curation import flow
+
+    (draft,) = read_index(fetch(drafts, "decisions"))
+    with plain_errors():
+        return _index("captions", flow.caption_group(fetch(corpus, "corpus"), draft, config, group, groups))
+
+
+@task(**envs.gather("curation"))
+def gather_captions(captions: list[Optional[CaptionsDir]]) -> CaptionsDir:
+    """The index of the captions of a whole corpus."""
+    parts = [part for directory in captions if directory for part in read_index(fetch(directory, "captions"))]
+    with plain_errors():
+        failed = [part for part in parts if part.error]
+        if failed:
+            few = "; ".join(f"{part.name}: {part.error}" for part in failed[:3])
+            raise ValueError(f"{len(failed)} of {len(parts)} shards were not described: {few}. Run again for these alone")
+    return _index("captions", parts)
+
+
 @task(enable_deck=True, **envs.gather("curation"))
 def decide_corpus(
     corpus: CorpusDir, scores: list[Optional[ScoresDir]], config: CurationConfig, groups: list[int]
 ) -> DecisionsDir:
-    """Decides what becomes of each record of the corpus, from columns alone; the ledger accounts for every one."""
+    """Decides what becomes of each record of the corpus, from columns alone; the ledger accounts for every one.
+
+    `scores`: those of each group; where the recipe has a captioner, the captions, which are scores too.
+    """
     from tasks.curation import flow
 
-    indices = [fetch(directory, "scores") if directory is not None else None for directory in scores]
+    kind = "scores" if config.captioner is None else "captions"
+    indices = [fetch(directory, kind) if directory is not None else None for directory in scores]
     with plain_errors():
         part = flow.decide_corpus(fetch(corpus, "corpus"), indices, config, len(groups))
     directory = fetch_part(part)

@@ -12,6 +12,7 @@ from eval.config import EvalConfig
 from model.config import MergeConfig
 from tasks import envs
 from tasks.artifacts import CuratedDir, fetch, is_local, plain_errors
+from tasks.curation.captioning import check_captioner
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.planning.local_cache import forget_lost_artifacts
@@ -63,6 +64,8 @@ def resolve_recipe(
         check_workflow(loaded, ends_in, starts_from)
         path = ""
         if starts_from == "source":
+            if loaded.curation.captioner is not None:
+                check_captioner(loaded.curation.captioner)
             path = source or loaded.source.path or ""
             check_source(path, is_local())
         if HOPS.index(starts_from) < HOPS.index("merged") <= HOPS.index(ends_in):
