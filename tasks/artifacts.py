@@ -45,6 +45,7 @@ def _artifact() -> Any:
 
 CorpusDir = _artifact()
 RecordsDir = _artifact()
+UrlsDir = _artifact()
 ScoresDir = _artifact()
 CaptionsDir = _artifact()
 DecisionsDir = _artifact()

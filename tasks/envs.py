@@ -25,6 +25,7 @@ logging.getLogger("flytekit").addFilter(
 
 CACHE_VERSIONS = {
     "records": "3",
+    "urls": "1",
     "scores": "2",
     "captions": "1",
     "curation": "4",

@@ -33,7 +33,8 @@ SCHEMA_VERSION = 2
 WRITING = ".writing-"
 FOLDER_ONLY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW  # opening a pipe would wait for ever
 KINDS = (
-    "records",  # one shard of made images and captions, as a tar
+    "urls",  # ranges of tables of URLs
+    "records",  # one shard of made or downloaded images and captions, as a tar
     "corpus",  # table of shards; their bytes stay where they are
     "scores",  # one shard's scorer columns
     "captions",  # one shard's scores with the captions that a model wrote, or the index of all

@@ -24,9 +24,11 @@ from tasks.curation.task import (
     caption_group,
     caption_group_gpu,
     decide_corpus,
+    download_group,
     draft_corpus,
     gather_curated,
     list_corpus,
+    list_urls,
     make_group,
     score_group,
     select_group,
@@ -60,10 +62,17 @@ class Scored(NamedTuple):
 
 def score_source(source: SourceConfig, path: str, config: CurationConfig) -> Scored:
     """The tasks that list and score a source; inside a dynamic workflow."""
-    groups = 0 if path else num_groups(source.shards, config.max_groups)
-    make = partial(make_group, config=source, groups=groups)
-    made = map_task(make, concurrency=config.concurrency or None)(group=list(range(groups))) if groups else []
-    listed = list_corpus(source=source, path=path, made=made, config=config)
+    concurrency = config.concurrency or None
+    if source.urls is not None:
+        found = list_urls(source=source, path=path, config=config)
+        download = partial(download_group, urls=found.urls, source=source, groups=found.groups)
+        made = map_task(download, concurrency=concurrency)(group=found.groups)
+        listed = list_corpus(source=source, path="", made=made, config=config, urls=found.urls)
+    else:
+        groups = 0 if path else num_groups(source.shards, config.max_groups)
+        make = partial(make_group, config=source, groups=groups)
+        made = map_task(make, concurrency=concurrency)(group=list(range(groups))) if groups else []
+        listed = list_corpus(source=source, path=path, made=made, config=config)
     score = partial(score_group, corpus=listed.corpus, config=config, groups=listed.groups)
     return Scored(listed.corpus, listed.groups, map_task(score, **_limits(config))(group=listed.groups))
 

@@ -14,6 +14,28 @@ from model.storage import check_path
 UNLIMITED = 10**9
 
 
+class UrlConfig(Section):
+    """A source whose tables (Parquet, CSV, TSV) have URLs of images, and how these are downloaded."""
+
+    column: Annotated[str, Field(min_length=1)] = "url"  # captions are in `source.caption_columns`
+    allow_http: bool = False  # besides https
+    obey_robots: bool = True  # robots.txt, and X-Robots-Tag with one of `robots_directives`
+    robots_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex", "none")
+    user_agent: Annotated[str, Field(pattern=r"^[\x20-\x7e]{3,200}$")] = "nucleus-flyte/0.1"  # add how to reach you
+    concurrency: Annotated[int, Field(ge=1, le=4096)] = 256  # requests at a time of each task
+    per_host: Positive = 4  # of these to one host
+    timeout_s: Annotated[float, Field(gt=0)] = 30.0  # from the request to the last byte
+    max_retries: Annotated[int, Field(ge=0)] = 4  # after 429, 5xx, a timeout or a lost connection
+    max_redirects: Annotated[int, Field(ge=0)] = 5
+    max_bytes: Annotated[int, Field(ge=1, le=256 * 2**20)] = 32 * 2**20  # of an image
+    content_types: tuple[str, ...] = ("image/",)  # how the Content-Type of an image begins
+    download: Annotated[int, Field(ge=0)] = 0  # another number downloads again what was downloaded, or failed, before
+
+    def content(self) -> dict[str, Any]:
+        """What decides which images there are, beside the URLs."""
+        return self.model_dump(mode="json", exclude={"concurrency", "per_host"})
+
+
 class SourceConfig(Section):
     """Where records come from. `path` (a user's own images) replaces the made ones."""
 
@@ -28,6 +50,7 @@ class SourceConfig(Section):
     )
     encoding: str | None = None  # of captions without a byte order mark that are not UTF-8, such as cp1252 or shift_jis
     caption_columns: tuple[str, ...] = ()  # read instead of caption, captions, text, texts, prompt and raw
+    urls: UrlConfig | None = None  # the tables at `path` have URLs, which are downloaded
     captions_folder: str | None = None  # below the source: captions_folder/a.txt describes a.png, or FOLDER/a.png
     seed: Seed = 0
 

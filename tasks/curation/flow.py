@@ -32,6 +32,7 @@ from tasks.store import (
     Part,
     fetch_part,
     group_range,
+    home,
     make_part,
     make_sealed,
     num_groups,
@@ -67,14 +68,25 @@ def make_shard(config: SourceConfig, index: int) -> Part:
 MADE_BY = {"scenes", "scene_size_px", "defect_fraction", "digits", "shards", "seed"}
 
 
-def write_corpus(config: SourceConfig, path: str, made: Sequence[Part], out_dir: Path) -> dict:
+def write_corpus(
+    config: SourceConfig, path: str, made: Sequence[Part], out_dir: Path, listing_dir: Path | None = None
+) -> dict:
     """Writes the table of a user's shards at `path`, or of the `made` parts; returns its report.
+
+    Args:
+        listing_dir: the list of URLs that the parts were downloaded from.
 
     Raises:
         ValueError: what a scan can see to be wrong, or a part that could not be made.
     """
     check_made(made)
-    if path:
+    if listing_dir is not None:
+        from tasks.curation.sources.urls import shards
+
+        directories = [fetch_part(part, without=(".tar", f"{part.name}.parquet")) for part in made]
+        listing, _ = shards.read_listing(listing_dir)
+        report = shards.write_corpus(directories, [part.uri for part in made], listing, out_dir)
+    elif path:
         report = base.write_corpus(config, path, out_dir)
         if base.is_image(report["alone"] or ""):  # its caption would not be read, and one image cannot be trained on
             raise ValueError(f"source {path!r} is one image; give the folder of the images and their captions")
@@ -84,6 +96,51 @@ def write_corpus(config: SourceConfig, path: str, made: Sequence[Part], out_dir:
         report = base.made_corpus(directories, out_dir, [part.uri for part in made])
     (out_dir / CORPUS_DIGEST).write_text(json.dumps({"digest": report["digest"]}) + "\n")
     return report
+
+
+def write_listing(config: SourceConfig, path: str, out_dir: Path) -> dict:
+    """Lists the tables of URLs at `path`; see urls.shards.write_listing.
+
+    Raises:
+        ValueError: no path, or no table of URLs there.
+    """
+    from tasks.curation.sources.urls import shards
+
+    if not path:
+        raise ValueError("source.urls needs tables of URLs: set source.path, or give --source")
+    return shards.write_listing(config, path, out_dir)
+
+
+def download_group(listing_dir: Path, config: SourceConfig, group: int, groups: int) -> list[Part]:
+    """The downloaded shards of one group of a list of URLs, as `records` parts."""
+    from tasks.curation.sources import places
+    from tasks.curation.sources.urls import shards
+
+    report, listed = shards.read_listing(listing_dir)
+    place = places.at(report["root"], report["alone"])
+    return [_download(place, *listed[i], config) for i in group_range(group, groups, len(listed))]
+
+
+def _download(place, chosen, name: str, config: SourceConfig) -> Part:
+    from tasks.curation.sources.urls import shards
+
+    assert config.urls is not None
+    inputs = {"shard": name}  # of the table's content and of the settings: urls/shards.shard_name
+    work_dir = home() / "runs" / f"urls-{name}"
+
+    def make(out: Path) -> int:
+        return shards.write_shard(place, chosen, name, config, work_dir, out)
+
+    part = attempt(
+        "records",
+        name,
+        lambda part: make_part(
+            "records", part, CACHE_VERSIONS["urls"], inputs, make, config=inputs | {"urls": config.urls.content()}
+        ),
+    )
+    if not part.error:
+        shutil.rmtree(work_dir, ignore_errors=True)
+    return part
 
 
 def check_made(parts: Sequence[Part]) -> None:
@@ -365,10 +422,16 @@ def curate_source(source: SourceConfig, path: str, config: CurationConfig, until
     Raises:
         ValueError: the source is refused, or (until "curated") no record is left.
     """
-    made = [] if path else [make_shard(source, index) for index in range(source.shards)]
+    listing = None
+    if source.urls is not None:
+        listing, _, listed = make_sealed("urls", lambda out: write_listing(source, path, out), logs=(base.REPORT,))
+        groups = num_groups(listed["shards"], config.max_groups)
+        made = [part for group in range(groups) for part in download_group(listing, source, group, groups)]
+    else:
+        made = [] if path else [make_shard(source, index) for index in range(source.shards)]
     corpus_dir, _, report = make_sealed(
         "corpus",
-        lambda out: write_corpus(source, path, made, out),
+        lambda out: write_corpus(source, path, made, out, listing),
         [part.as_parent() for part in made if not part.error],
         logs=CORPUS_LOGS,
     )

@@ -26,6 +26,7 @@ from tasks.artifacts import (
     RecordsDir,
     ScoresDir,
     SelectionsDir,
+    UrlsDir,
     fetch,
     is_local,
     plain_errors,
@@ -62,9 +63,37 @@ def make_group(config: SourceConfig, groups: int, group: int) -> RecordsDir:
     return _index("records", parts)
 
 
+class ListedUrls(NamedTuple):
+    """A list of URLs, and the groups of its shards that map tasks run over."""
+
+    urls: UrlsDir
+    groups: list[int]
+
+
 @task(**envs.gather("curation"))
-def list_corpus(source: SourceConfig, path: str, made: list[RecordsDir], config: CurationConfig) -> Listed:
-    """Lists the shards of a source: the user's own at `path`, else those that were made.
+def list_urls(source: SourceConfig, path: str, config: CurationConfig) -> ListedUrls:
+    """Lists the tables of URLs of a source. Not cached, as `list_corpus`."""
+    from tasks.curation import flow
+
+    _check_store()
+    artifact, _, report = produce("urls", lambda out: flow.write_listing(source, path, out), logs=("report.json",))
+    return ListedUrls(urls=artifact, groups=list(range(num_groups(report["shards"], config.max_groups))))
+
+
+@task(**envs.shard("curation"))
+def download_group(urls: UrlsDir, source: SourceConfig, groups: list[int], group: int) -> RecordsDir:
+    """Downloads the images of one group of a list of URLs into shards of the store."""
+    from tasks.curation import flow
+
+    with plain_errors():
+        return _index("records", flow.download_group(fetch(urls, "urls"), source, group, len(groups)))
+
+
+@task(**envs.gather("curation"))
+def list_corpus(
+    source: SourceConfig, path: str, made: list[RecordsDir], config: CurationConfig, urls: Optional[UrlsDir] = None
+) -> Listed:
+    """Lists the shards of a source: the user's own at `path`, else those that were made, or downloaded from `urls`.
 
     Not cached: the shards are named by their content, and where they are now is read anew.
     """
@@ -72,11 +101,12 @@ def list_corpus(source: SourceConfig, path: str, made: list[RecordsDir], config:
 
     _check_store()
     parts = [part for directory in made for part in read_index(fetch(directory, "records"))]
+    listing = fetch(urls, "urls") if urls is not None else None
     with plain_errors():
         flow.check_made(parts)
     artifact, _, report = produce(
         "corpus",
-        lambda out: flow.write_corpus(source, path, parts, out),
+        lambda out: flow.write_corpus(source, path, parts, out, listing),
         parents=[part.as_parent() for part in parts],
         counts=lambda report: {"shards": int(report["shards"])},
         logs=flow.CORPUS_LOGS,

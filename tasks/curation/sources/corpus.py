@@ -73,6 +73,11 @@ class Corpus:
             above, _, name = self._made_uri(shard).rpartition("/")
             yield from corpus.read(places.at(above), name, shard, account)
             return
+        if shard.kind == "urls":
+            from tasks.curation.sources.urls import shards
+
+            yield from shards.read(shard, account)
+            return
         root = self.report["root"]
         place, table = (
             places.at(root, self.report.get("alone")),
