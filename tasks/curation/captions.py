@@ -60,7 +60,7 @@ def tokens(text: str) -> list[str]:
     import regex
 
     single = r"[[\p{Han}\p{Hiragana}\p{Katakana}]&&\p{L}]"
-    return regex.findall(rf"(?V1){single}|[[\p{{L}}\p{{M}}\p{{N}}'’]--{single}]+", text)
+    return regex.findall(rf"(?V1){single}|[[\p{{L}}\p{{M}}\p{{N}}'\u2019]--{single}]+", text)
 
 
 @functools.cache

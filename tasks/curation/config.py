@@ -10,7 +10,6 @@ from pydantic import Field, field_validator, model_validator
 from model.config import Fraction, Positive, Section, Seed
 from model.storage import check_path
 
-
 UNLIMITED = 10**9
 
 
@@ -195,7 +194,9 @@ class CaptionerConfig(Section):
     """A model that writes captions (tasks/curation/captioning), and what it is asked for each tier."""
 
     name: str  # of tasks.curation.captioning.CAPTIONERS
-    model: str = ""  # qwen3-vl: a Hub repository, or a directory that begins with ./ or /; openai: the name it is served by
+    model: str = (
+        ""  # qwen3-vl: a Hub repository, or a directory that begins with ./ or /; openai: the name it is served by
+    )
     revision: str = ""  # qwen3-vl: the commit; openai: whatever tells these weights from others behind the same name
     lengths: dict[str, LengthConfig] = LENGTHS
     # The classes that are asked for each image of a tier.
@@ -234,7 +235,9 @@ class CaptionerConfig(Section):
             return None
         parts = urlsplit(endpoint)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ValueError(f"{endpoint!r} must be an http(s) URL without query, such as http://vllm-captioner:8000/v1")
+            raise ValueError(
+                f"{endpoint!r} must be an http(s) URL without query, such as http://vllm-captioner:8000/v1"
+            )
         if parts.username is not None or parts.password is not None:
             raise ValueError(f"the URL of {parts.hostname} has a login; name the key's variable in api_key_env")
         return endpoint.rstrip("/")
@@ -268,10 +271,16 @@ class CurationConfig(Section):
     dedup: DedupConfig = DedupConfig()
     tiers: TierConfig = TierConfig()
     captions: CaptionConfig = CaptionConfig()
+    takedown: str | None = None  # a list of records that must not be used: see tasks/curation/takedown.py
     captioner: CaptionerConfig | None = None  # None: captions are the owners'
     max_groups: Annotated[int, Field(ge=1, le=5000)] = 2000  # sub-tasks of a map task; each takes a group of shards
     concurrency: Annotated[int, Field(ge=0)] = 0  # sub-tasks at a time; 0 leaves it to Flyte
     min_success_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0  # of shards that must be made and scored
+
+    @field_validator("takedown")
+    @classmethod
+    def _check_takedown(cls, takedown: str | None) -> str | None:
+        return None if takedown is None else check_path(takedown)
 
     def scoring(self) -> CurationConfig:
         """What scores depend on. Every threshold is left at its default, so that a new one needs no new scores."""
@@ -284,7 +293,7 @@ class CurationConfig(Section):
     def deciding(self) -> CurationConfig:
         """What decisions depend on: how many sub-tasks there are does not change them."""
         return self.model_copy(
-            update={"captioner": None, "max_groups": 2000, "concurrency": 0, "min_success_ratio": 1.0}
+            update={"captioner": None, "takedown": None, "max_groups": 2000, "concurrency": 0, "min_success_ratio": 1.0}
         )
 
     def before_captions(self) -> CurationConfig:

@@ -94,9 +94,11 @@ def fetch_columns(part: Part) -> Path:
 
 def pictures_of(part: Part) -> Path:
     """The directory with the pictures of a score part; those of a captions part are in the scores that it was made from."""
-    if part.kind == "captions":
-        (scores,) = load_manifest(fetch_columns(part)).parents
+    directory = fetch_columns(part)
+    while THUMBNAILS_TABLE not in load_manifest(directory).files:
+        (scores,) = load_manifest(directory).parents
         part = Part(part.name, scores.kind, scores.digest, scores.uri)
+        directory = fetch_columns(part)
     return fetch_part(part)
 
 

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from model import storage
-from tasks.curation import decide, dedup, ledger, score, selections
+from tasks.curation import decide, dedup, ledger, score, selections, takedown
 from tasks.curation.captioning import build_captioner, identity, run, steps
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.curation.curated import CORPUS
@@ -282,6 +282,8 @@ def decide_corpus(corpus_dir: Path, indices: Sequence[Path | None], config: Cura
     corpus = base.open_corpus(corpus_dir)
     shards = list(corpus.shards())
     parts = list(_score_parts(shards, indices))
+    if config.takedown is not None:
+        parts = takedown.remove(parts, takedown.read_list(config.takedown))
     names = {shard.shard_id: shard.uri for shard in shards}
     failed = [part for part in parts if part.error]
     done = "described" if any(part.kind == "captions" for part in parts) else "scored"

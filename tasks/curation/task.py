@@ -169,7 +169,9 @@ def gather_captions(captions: list[Optional[CaptionsDir]]) -> CaptionsDir:
         failed = [part for part in parts if part.error]
         if failed:
             few = "; ".join(f"{part.name}: {part.error}" for part in failed[:3])
-            raise ValueError(f"{len(failed)} of {len(parts)} shards were not described: {few}. Run again for these alone")
+            raise ValueError(
+                f"{len(failed)} of {len(parts)} shards were not described: {few}. Run again for these alone"
+            )
     return _index("captions", parts)
 
 

@@ -25,13 +25,13 @@ STATUSES = (OK, REFUSED, TRUNCATED, REPETITIVE, LANGUAGE, TOO_SHORT, TOO_LONG, E
 
 _REFUSAL = re.compile(
     r"^\W*(?:"
-    r"(?:i['’]?m|i am|we['’]re|we are)\s+(?:so |very |really )?(?:sorry|afraid|unable|not able)\b"
+    r"(?:i['\u2019]?m|i am|we['\u2019]re|we are)\s+(?:so |very |really )?(?:sorry|afraid|unable|not able)\b"
     r"|(?:sorry|apologies)\b|i apologi[sz]e\b|unfortunately\b.{0,20}\bi\b"
-    r"|i (?:can['’]?t|cannot|can not|won['’]?t|will not|do not|don['’]?t|am not)\b"
+    r"|i (?:can['\u2019]?t|cannot|can not|won['\u2019]?t|will not|do not|don['\u2019]?t|am not)\b"
     r"|as an? (?:ai|artificial|language|large)\b"
     r"|抱歉|对不起|很抱歉|我无法|我不能|申し訳|すみません"
     r")"
-    r"|\b(?:can['’]?t|cannot|unable to|not able to) (?:assist|help|comply|fulfil+|provide|process|view|see)\b"
+    r"|\b(?:can['\u2019]?t|cannot|unable to|not able to) (?:assist|help|comply|fulfil+|provide|process|view|see)\b"
     r".{0,40}\b(?:request|image|picture|photo|that|this|it)\b",
     re.IGNORECASE | re.DOTALL,
 )
@@ -69,7 +69,7 @@ def judge(answer: Answer, length: LengthConfig, language: str | None) -> tuple[s
         return text, REPETITIVE
     if answer.finish_reason == "length":
         return text, TRUNCATED
-    if not text:
+    if not tokens(text):
         return text, EMPTY
     words = count_words(text)
     if words < length.min_words:

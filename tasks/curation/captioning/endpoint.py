@@ -16,7 +16,7 @@ import random
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -197,8 +197,8 @@ def retry_after_s(value: str | None) -> float | None:
             when = parsedate_to_datetime(value)
         except (ValueError, TypeError):
             return None
-        when = when if when.tzinfo else when.replace(tzinfo=timezone.utc)
-        seconds = (when - datetime.now(timezone.utc)).total_seconds()
+        when = when if when.tzinfo else when.replace(tzinfo=UTC)
+        seconds = (when - datetime.now(UTC)).total_seconds()
     return min(max(0.0, seconds), LONGEST_RETRY_AFTER_S) if seconds == seconds else None
 
 

@@ -120,10 +120,7 @@ class QwenVL:
         fill = {"input_ids": tokenizer.pad_token_id or 0, "attention_mask": 0, "mm_token_type_ids": 0}
         inputs = {
             name: torch.cat(
-                [
-                    torch.nn.functional.pad(one[name], (longest - one[name].shape[1], 0), value=value)
-                    for one in single
-                ]
+                [torch.nn.functional.pad(one[name], (longest - one[name].shape[1], 0), value=value) for one in single]
             )
             for name, value in fill.items()
         }

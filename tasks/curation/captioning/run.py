@@ -168,7 +168,9 @@ class _Answered:
         self._journal, self._who = journal, who
         self._known: dict[str, Answer] = {}
         for row in journal.rows:
-            self._known.setdefault(str(row.get("question")), Answer(str(row.get("text")), str(row.get("finish_reason"))))
+            self._known.setdefault(
+                str(row.get("question")), Answer(str(row.get("text")), str(row.get("finish_reason")))
+            )
 
     def get(self, request: Request) -> Answer | None:
         return self._known.get(self._question(request))

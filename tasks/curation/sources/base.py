@@ -59,7 +59,8 @@ UNREADABLE_FILE = "unreadable_file"
 URL_PROBLEMS = tuple(
     f"url_{why}" for why in ("invalid", "forbidden", "robots", "gone", "failed", "too_large", "type", "redirects")
 )  # why an image was not downloaded (urls/fetch.py)
-PROBLEMS = (UNREADABLE_FILE, UNREADABLE_CAPTION, AMBIGUOUS_CAPTION, *URL_PROBLEMS)  # rules of the ledger
+TAKEDOWN = "takedown"  # on the list of curation.takedown
+PROBLEMS = (TAKEDOWN, UNREADABLE_FILE, UNREADABLE_CAPTION, AMBIGUOUS_CAPTION, *URL_PROBLEMS)  # rules of the ledger
 
 
 class Shard(NamedTuple):

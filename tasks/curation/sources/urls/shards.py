@@ -1,8 +1,8 @@
 """Shards of downloaded images: a range of a table of URLs -> a tar as img2dataset writes it, and a table of every row.
 
-    rows --fetch.py--> work_dir: bytes.bin, journal.jsonl --in the order of the table--> SHARD.tar      images, .txt, .json
-                       append only: a kill loses none                                    SHARD.parquet  every row, and why not
-                                                                                         shards.parquet, report.json
+rows --fetch.py--> work_dir: bytes.bin, journal.jsonl --in the order of the table--> SHARD.tar      images, .txt, .json
+                   append only: a kill loses none                                    SHARD.parquet  every row, and why not
+                                                                                     shards.parquet, report.json
 """
 
 from __future__ import annotations
@@ -95,7 +95,13 @@ def write_listing(config: SourceConfig, path: str, out_dir: Path) -> dict[str, A
     if not images:
         left_out = account.left_out() or "nothing"
         raise ValueError(f"source {visible(path)!r} has no table of URLs (.parquet, .csv, .tsv); left out: {left_out}")
-    report = {"shards": shards, "images": images, "account": account.to_json(), "root": place.uri(), "alone": place.alone}
+    report = {
+        "shards": shards,
+        "images": images,
+        "account": account.to_json(),
+        "root": place.uri(),
+        "alone": place.alone,
+    }
     (out_dir / REPORT).write_text(json.dumps(report, indent=1) + "\n")
     print(f"source: {images} URLs in {shards} shards", flush=True)
     return report
@@ -131,7 +137,10 @@ def write_shard(
     listed = list(tables.rows(place, chosen, config))
     done = asyncio.run(_download([(row.row, row.url) for row in listed], config, work_dir))
     rows: list[dict[str, Any]] = []
-    with open(work_dir / BYTES, "rb") as downloaded, tarfile.open(out_dir / f"{name}.tar", "w", tarfile.USTAR_FORMAT) as tar:
+    with (
+        open(work_dir / BYTES, "rb") as downloaded,
+        tarfile.open(out_dir / f"{name}.tar", "w", tarfile.USTAR_FORMAT) as tar,
+    ):
         for row in listed:
             found = done[row.row]
             fields = {"row": row.row, "url": row.url, "captions": row.captions, "caption_problem": row.problem}

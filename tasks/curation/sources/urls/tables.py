@@ -163,9 +163,12 @@ def _csv_batches(place: Place, name: str, config: SourceConfig, columns: list[st
     convert = csv.ConvertOptions(
         include_columns=columns, column_types=dict.fromkeys(columns, pa.string()), strings_can_be_null=False
     )
-    with _named_errors(place.shown(name)), place.open(name) as file:
-        with csv.open_csv(file, *_csv_options(name, config), convert_options=convert) as reader:
-            yield from reader
+    with (
+        _named_errors(place.shown(name)),
+        place.open(name) as file,
+        csv.open_csv(file, *_csv_options(name, config), convert_options=convert) as reader,
+    ):
+        yield from reader
 
 
 def _csv_options(name: str, config: SourceConfig) -> tuple[csv.ReadOptions, csv.ParseOptions]:

@@ -51,7 +51,9 @@ def captions_of(curated: Path) -> pd.DataFrame:
     for part in read_index(curated):
         (parent,) = load_manifest(fetch_part(part)).parents
         assert parent.kind == "captions"
-        tables.append(pd.read_parquet(fetch_part(Part(part.name, parent.kind, parent.digest, parent.uri)) / run.CAPTIONS_TABLE))
+        tables.append(
+            pd.read_parquet(fetch_part(Part(part.name, parent.kind, parent.digest, parent.uri)) / run.CAPTIONS_TABLE)
+        )
     return pd.concat(tables)
 
 
@@ -149,32 +151,6 @@ flow.curate_source(SourceConfig(), {str(source)!r}, config({stub.url!r}))
     assert open_curated(curated).num_records == 30
 
 
-def test_one_request_at_a_time_nothing_at_all_is_asked_twice_after_a_kill(tmp_path):
-    source = folder(tmp_path / "source", 8)
-    with stub_endpoint(share=0.0) as stub:
-        code = f"""
-import os, signal
-from {__name__} import config
-from tasks.curation import flow, journal
-from tasks.curation.config import SourceConfig
-real, count = journal.Journal.add, 0
-def add(self, row):
-    global count
-    real(self, row)
-    count += 1
-    if count == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-journal.Journal.add = add
-flow.curate_source(SourceConfig(), {str(source)!r}, config({stub.url!r}, concurrency=1))
-"""
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
-        killed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-3000:]
-        flow.curate_source(SourceConfig(), str(source), config(stub.url, concurrency=1))
-        twice = [digest for digest, count in stub.answered.items() if count > 1]
-    assert len(stub.answered) == 16 and len(twice) <= 1  # the one under way when the kill came
-
-
 def test_an_endpoint_that_stays_away_ends_the_shard_and_keeps_its_answers(tmp_path, monkeypatch):
     source = folder(tmp_path / "source", 6)
     with stub_endpoint(share=0.0) as stub:
@@ -208,7 +184,7 @@ def test_a_new_prompt_of_one_class_asks_that_class_alone(tmp_path):
     with stub_endpoint(share=0.0) as stub:
         flow.curate_source(SourceConfig(), str(source), config(stub.url))
         before = sum(stub.answered.values())
-        prompts = dict.fromkeys(PER_TIER, {"short": "Name the main thing in one phrase."})
+        prompts = {tier: {"short": "Name the main thing in one phrase."} for tier in PER_TIER}
         flow.curate_source(SourceConfig(), str(source), config(stub.url, tier_prompts=prompts))
         assert sum(stub.answered.values()) - before == 4
 

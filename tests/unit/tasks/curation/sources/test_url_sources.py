@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import ipaddress
 import json
 import os
 import signal
@@ -160,8 +162,17 @@ def test_redirects_are_followed_to_their_limit(site):
 
 def test_oversized_slow_and_wrong_answers_are_refused(site):
     limits = {"max_bytes": 100_000, "timeout_s": 2.5, "max_retries": 0}
-    found = all_fetched([site.url(path) for path in ("/endless", "/slow", "/type", "/gzip", "/status/204", "/status/404")], **limits)
-    assert [one.rule for one in found] == ["url_too_large", "url_failed", "url_type", "url_type", "url_failed", "url_gone"]
+    found = all_fetched(
+        [site.url(path) for path in ("/endless", "/slow", "/type", "/gzip", "/status/204", "/status/404")], **limits
+    )
+    assert [one.rule for one in found] == [
+        "url_too_large",
+        "url_failed",
+        "url_type",
+        "url_type",
+        "url_failed",
+        "url_gone",
+    ]
     assert all(one.data == b"" for one in found)
     assert fetched(site.url("/ok/1.png"), max_bytes=100).rule == "url_too_large"
 
@@ -172,7 +183,7 @@ def test_429_5xx_and_a_lost_connection_are_tried_again(site):
     assert [one.attempts for one in found[:2]] == [2, 2]
     assert found[2].rule == "url_failed" and "503" in found[2].detail and site.requests["/status/503"] == 3
     site.addresses["gone.test"] = "127.0.0.2"
-    network.EXTRA_NETWORKS = (*network.EXTRA_NETWORKS, __import__("ipaddress").ip_network("127.0.0.2/32"))
+    network.EXTRA_NETWORKS = (*network.EXTRA_NETWORKS, ipaddress.ip_network("127.0.0.2/32"))
     assert fetched(site.url("/ok/1.png", "gone.test")).rule == "url_failed"
 
 
@@ -283,7 +294,9 @@ def test_a_table_of_urls_is_not_downloaded_unless_the_recipe_says_so(site, tmp_p
 
 
 def test_the_shards_have_img2datasets_layout_and_are_read_as_such(site, tmp_path):
-    table_of(tmp_path / "source" / "urls.parquet", [site.url("/ok/1.png"), site.url("/status/404"), site.url("/ok/2.png")])
+    table_of(
+        tmp_path / "source" / "urls.parquet", [site.url("/ok/1.png"), site.url("/status/404"), site.url("/ok/2.png")]
+    )
     curate(tmp_path / "source")
     (tar,) = (tmp_path / "home" / "artifacts" / "records").glob("*/*.tar")
     with tarfile.open(tar) as archive:
@@ -318,7 +331,7 @@ def test_tars_of_img2dataset_itself_are_read_as_they_are(tmp_path):
             ):
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
-                tar.addfile(info, __import__("io").BytesIO(data))
+                tar.addfile(info, io.BytesIO(data))
     failed = rows[0] | {"key": "000009999", "status": "failed_to_download", "error_message": "HTTP 404"}
     pq.write_table(pa.Table.from_pylist([*rows, failed]), source / "00000.parquet")
     (source / "00000_stats.json").write_text(json.dumps({"count": 4, "successes": 3, "status_dict": {"HTTP 404": 1}}))
@@ -340,7 +353,9 @@ def test_the_same_list_is_downloaded_once_and_a_new_number_downloads_again(site,
 
 
 def test_killed_in_the_middle_what_was_downloaded_is_not_downloaded_again(site, tmp_path):
-    path = table_of(tmp_path / "source" / "urls.parquet", [site.url(f"/ok/{i}.png", f"h{i % 5}.test") for i in range(25)])
+    path = table_of(
+        tmp_path / "source" / "urls.parquet", [site.url(f"/ok/{i}.png", f"h{i % 5}.test") for i in range(25)]
+    )
     code = f"""
 import os, signal
 from image_site import Site, reach
