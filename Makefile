@@ -1,5 +1,5 @@
 # make reproduce   runs a recipe (RECIPE=tiny by default), from raw images to a published pipeline
-# make smoke       runs the same steps in about 3 minutes, with a model too small to give good images
+# make smoke       runs the same steps in under 2 minutes, with a model too small to give good images
 # make draw PROMPT="a red circle"   draws one image with the newest published pipeline
 # make test        runs all tests; make test-fast: only those without training
 # make gpu-check   checks and measures a machine with a GPU (benchmarks/first_card.py; results in first_card/)

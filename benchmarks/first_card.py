@@ -41,7 +41,7 @@ SCRIPT = Path(__file__).resolve()  # what a section's process runs
 NO_DEVICE = 2
 PACKAGES = ("triton", "flash_attn", "flash_attn_interface", "torchtitan", "diffusers", "pydantic", "pytest")
 MODULES = ("model.attention", "model.kernels.route", "model.kernels.combine", "model.moe", "model.transformer",
-           "model.optim", "model.config", "model.train.parallelize", "gpu_blocks")  # fmt: skip
+           "model.optim", "model.config", "model.train.parallel.parallelize", "gpu_blocks")  # fmt: skip
 KERNEL_TESTS = ("tests/unit/model/test_attention.py", "tests/unit/model/test_kernels.py")
 TOY_BLOCK = ("--device cpu --width 64 --heads 4 --kv-heads 2 --experts 4 --hidden 48 --text 8 --text-dim 32 --rounds 2 "
              "--no-compile")  # fmt: skip
@@ -139,7 +139,7 @@ def training_tests(report: Report, toy: bool) -> None:
         if not _has(package):
             raise Skip(f"{package} is not installed")
     try:
-        importlib.import_module("model.train.parallelize")
+        importlib.import_module("model.train.parallel.parallelize")
     except ImportError as error:
         raise Skip(f"model.train cannot be imported with this PyTorch: {error}") from error
     if toy:

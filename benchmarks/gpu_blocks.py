@@ -42,6 +42,7 @@ import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
+from block_steps import steps_between  # noqa: E402
 from measure import (  # noqa: E402
     Product,
     ProductTime,
@@ -54,9 +55,7 @@ from measure import (  # noqa: E402
 )
 
 from model import kernels  # noqa: E402
-from model.attention import EPS, attend, prepare_mask  # noqa: E402
-from model.kernels.elementwise import norm_modulate, norm_rope, swiglu  # noqa: E402
-from model.moe import Routing, combine, gather  # noqa: E402
+from model.attention import attend, prepare_mask  # noqa: E402
 from model.rope import rope_angles, rope_tables  # noqa: E402
 from model.transformer import Block  # noqa: E402
 
@@ -383,48 +382,6 @@ def time_attention(args: argparse.Namespace, case: Case, inputs: Inputs, rate: f
     return found
 
 
-class Step(NamedTuple):
-    """Something between products: what it computes, and the numbers that it must read and write once."""
-
-    name: str
-    run: Callable[..., Any]  # of `inputs`; what it returns takes a gradient
-    inputs: tuple[torch.Tensor, ...]
-    forward_numbers: int
-    backward_numbers: int
-
-
-def steps_between(args: argparse.Namespace, ours: Block, inputs: Inputs, routing: Routing) -> list[Step]:
-    """Forward counts inputs read and outputs written; backward the saved inputs and the output's gradient read, and
-    the inputs' gradients written. Rows of experts are R = E B C."""
-    (B, S, D), E, H = inputs.x.shape, args.experts, args.width // args.heads
-    rows_R, hidden, N = routing.rows_R(), args.hidden, args.heads + args.kv_heads
-    R, tokens = len(rows_R), B * S
-
-    def leaf(*size: int) -> torch.Tensor:
-        return torch.randn(*size, device=args.device).to(args.dtype).requires_grad_()
-
-    x, scale, qk, weight = leaf(B, S, D), leaf(B, 1, D), leaf(B, S, N, H), leaf(N, H)
-    packed, shared, routed = leaf(E, R // E, 2 * hidden), leaf(B, S, D), leaf(E, R // E, D)
-    gates = routing.gates_BEC.transpose(0, 1).detach().contiguous().requires_grad_()
-    takers = routing.takers
-    return [
-        Step(
-            "norm, modulation", lambda x, s: norm_modulate(x, s, EPS, True), (x, scale),
-            3 * tokens * D, 4 * tokens * D,
-        ),
-        Step(
-            "QK norm, RoPE", lambda x, w: norm_rope(x, w, inputs.tables[0], EPS), (qk, weight),
-            2 * tokens * N * H, 3 * tokens * N * H,
-        ),
-        Step("gather", lambda x: gather(x, rows_R, E, takers), (x,), tokens * D + R * D, R * D + tokens * D),
-        Step("SwiGLU", lambda p: swiglu(p, True), (packed,), 3 * R * hidden, 5 * R * hidden),
-        Step(
-            "combine", lambda s, r, g: combine(s, r, rows_R, g, takers), (shared, routed, gates),
-            2 * tokens * D + R * D, 2 * tokens * D + 2 * R * D,
-        ),
-    ]  # fmt: skip
-
-
 def print_steps(args: argparse.Namespace, ours: Block, inputs: Inputs, bandwidth: float) -> dict[str, dict[str, float]]:
     itemsize = torch.empty((), dtype=args.dtype).element_size()
     found = {}
@@ -435,7 +392,7 @@ def print_steps(args: argparse.Namespace, ours: Block, inputs: Inputs, bandwidth
         route = functools.partial(ours.img_mlp.route, inputs.x, inputs.time)
         runs = {"router: product, scores, choice, gates": without_gradients(route)}
         numbers = {}
-        for step in steps_between(args, ours, inputs, routing):
+        for step in steps_between(args, inputs.x, inputs.tables, routing):
             outs = step.run(*step.inputs)
             outs = outs if isinstance(outs, tuple) else (outs,)
             grads = [torch.randn_like(out) for out in outs]

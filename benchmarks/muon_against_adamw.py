@@ -84,8 +84,8 @@ def measure(args: argparse.Namespace) -> None:
         for variant, overrides in variants.items():
             changed = load_recipe(args.recipe, [*common, f"train.seed={seed}", *overrides])
             section = training_stages(changed.model, changed.train)[last]
-            told = json.dumps([section.model_dump(mode="json"), latents.digest, BATCHES, BATCH], sort_keys=True)
-            key = hashlib.sha256(told.encode()).hexdigest()[:12]
+            settings = json.dumps([section.model_dump(mode="json"), latents.digest, BATCHES, BATCH], sort_keys=True)
+            key = hashlib.sha256(settings.encode()).hexdigest()[:12]
             if any(row["key"] == key for row in read(args.results)):
                 print(f"{variant}, seed {seed}: done before", flush=True)
                 continue

@@ -73,6 +73,15 @@ class Counts(Section):
     failed: int
 
 
+class FlowLoss(Section):
+    """Mean squared error of the predicted velocity of held-out real images; 0 is the image, 1 is noise."""
+
+    timestep: float
+    loss: float
+    standard_error: float | None  # over prompts
+    prompts: int
+
+
 class JudgeRecord(Section):
     role: str
     name: str
@@ -148,6 +157,8 @@ class Scorecard(Section):
     interval: Interval
     settings: Settings
     references: list[Comparison]
+    measures: dict[str, float] = {}  # numbers that are no share of anything, means over the sampling seeds
+    flow_loss: list[FlowLoss] = []
     config: dict[str, Any]
     generation: dict[str, Any]
 

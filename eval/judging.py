@@ -27,6 +27,7 @@ from eval.images import open_png
 from eval.protocols import Judge, Request, category_of, question_key
 
 INDEX, JUDGES = "images.parquet", "judges.json"
+REFERENCE = -1  # in the place of an image's number: the prompt's real image
 Row = dict[str, Any]
 Group = tuple[int, int]  # seed, prompt index: the images of one prompt that are judged together
 
@@ -62,6 +63,7 @@ def index_images(images_dir: str | Path, prompts: Sequence[Prompt], config: Eval
                     "split": prompt.get("split", "seen"),
                     "prompt": prompt["prompt"],
                     "file": path.relative_to(images_dir).as_posix(),
+                    "reference": prompt.get("reference", {}).get("file", ""),
                     "sha256": hashlib.sha256(data).hexdigest(),
                     "error": error,
                 }
@@ -102,7 +104,10 @@ class _Reader:
     def read(
         self, prompt: Prompt, digests: Sequence[str]
     ) -> tuple[list[dict], dict, list[tuple[Question, int | None]]]:
-        """(answers about each image, answers about all together, open questions with the image's number or None)."""
+        """(answers about each image, answers about all together and about the real image, open questions).
+
+        An open question has the number of the image that it is about, None for all of them, or `REFERENCE`.
+        """
         whole = _digest_of_all(digests)
         together: dict[str, Any] = {}
         images: list[dict[str, Any]] = []
@@ -112,10 +117,15 @@ class _Reader:
             while True:
                 answered = False
                 for question in self.questions(prompt, {**known, **together}):
-                    place = None if question.together else number
-                    key = self.key(question, whole if question.together else digest)
+                    place, about = number, digest
+                    if question.together:
+                        place, about = None, whole
+                    elif question.reference:
+                        place, about = REFERENCE, prompt["reference"]["sha256"]
+                    key = self.key(question, about)
                     if key in self.answers:
-                        (together if question.together else known)[question.key] = self.answers[key]
+                        shared = question.together or question.reference
+                        (together if shared else known)[question.key] = self.answers[key]
                         answered = True
                     else:
                         open_questions[question.key, place] = (question, place)
@@ -168,7 +178,10 @@ def judge_images(
             if not questions:
                 del pending[group]
             for question, number in questions:
-                shown = images if number is None else [images[number]]
+                if number == REFERENCE:
+                    shown = [prompts[group[1]]["reference"]]
+                else:
+                    shown = images if number is None else [images[number]]
                 digest = _digest_of_all(digests) if number is None else shown[0]["sha256"]
                 todo[reader.key(question, digest)] = (question, shown)  # equal images are asked about once
         by_judge: dict[str, list[tuple[Key, Question, list[Row]]]] = {}
@@ -257,7 +270,7 @@ def judged_prompts(
             by_image, together, missing = reader.read(prompt, [row["sha256"] for row in images])
             if missing:
                 question, number = missing[0]
-                what = images[number or 0]["file"]
+                what = prompt["reference"]["file"] if number == REFERENCE else images[number or 0]["file"]
                 raise ValueError(
                     f"{what} has no answer to {question_key(question)!r} by revision {judges[question.judge][:12]}: "
                     "judge the run first"
@@ -277,8 +290,9 @@ def score_rows(
     scores of the prompt and seed)."""
     found = {}
     for seed, of_seed in judged.items():
+        of_prompts = benchmark.score_all(prompts, of_seed)
         for index, prompt in enumerate(prompts):
-            found[seed, index] = benchmark.score(prompt, of_seed[prompt["id"]])
+            found[seed, index] = of_prompts[prompt["id"]]
     scored = []
     for row in rows:
         result = found[row["seed"], row["prompt_index"]]
@@ -292,11 +306,16 @@ def score_rows(
                 # Sums of probabilities may pass 1 by a rounding.
                 "score": None if score is None else min(max(float(score), 0.0), 1.0),
                 "reason": result.reasons[image] if known else "",
-                "answers": json.dumps(replies) if replies is not None else "",
+                "answers": _shown(replies) if replies is not None else "",
                 "parts": json.dumps(dict(result.parts)) if result.parts else "",
             }
         )
     return scored
+
+
+def _shown(replies: Mapping[str, Any]) -> str:
+    """The answers as JSON, without the long vectors that nobody reads: the table of answers has them."""
+    return json.dumps({key: value for key, value in replies.items() if key != "features"})
 
 
 def prompt_scores(rows: Sequence[Row], pooling: Pooling) -> dict[str, dict[str, list[float]]]:

@@ -74,6 +74,11 @@ def is_local(model: str) -> bool:
     return model.startswith(("./", "../", "/")) or model in (".", "..")
 
 
+def is_hub_id(model: str) -> bool:
+    """OWNER/NAME. A folder of that form is written as ./OWNER/NAME."""
+    return _HUB_ID.fullmatch(model) is not None
+
+
 def directory_digest(directory: Path) -> str:
     """SHA-256 over the names and contents of all files."""
     digests = {}
@@ -103,7 +108,7 @@ def check_model(model: str, revision: str | None) -> None:
             raise ValueError(f"{model} is not a pipeline directory: it has no model_index.json")
         if revision is not None:
             raise ValueError(f"{model} is a directory, which has no revision ({revision})")
-    elif not _HUB_ID.fullmatch(model):
+    elif not is_hub_id(model):
         raise ValueError(f"model {model!r} is neither a directory (./NAME or /PATH) nor a Hub id (OWNER/NAME)")
     elif not _COMMIT.fullmatch(revision or ""):
         raise ValueError(f"{model} needs its revision, a commit of 40 hexadecimal digits, and not {revision!r}")

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval import catalog, stats
+from eval import catalog, flow_loss, stats
 from eval.answers import Answers
 from eval.benchmarks.base import Benchmark, Judged, Mode
 from eval.card import (
@@ -162,6 +162,7 @@ def rescore(
     answered = judged_prompts(rows, prompts, config, benchmark, Answers(judged), revisions)
     rows = score_rows(rows, prompts, benchmark, answered)
     card = scorecard(rows, prompts, config, generation, judges=record, answered=answered)
+    card = card.model_copy(update={"flow_loss": flow_loss.read(images_dir, prompts, config.seeds)})
     if training_runs:
         card = with_training_noise(card, [load(path) for path in training_runs])
     write(card, rows, images_dir, out_dir)
@@ -246,11 +247,15 @@ def scorecard(
             scored=len(scored),
             failed=max(0, expected - len(scored)),
         ),
-        deviations=_deviations(benchmark, config, generation, len(prompts), expected - len(scored)),
+        deviations=[
+            *_not_judged(benchmark, judges or {}),
+            *_deviations(benchmark, config, generation, prompts, expected - len(scored)),
+        ],
         seeds=list(config.seeds),
         interval=Interval(),
         settings=_settings(rows, prompts, config, generation, benchmark, judges or {}),
         references=_references(benchmark, name, main_scores),
+        measures=_measures(benchmark, prompts, answered or {}),
         config=config.model_dump(mode="json", exclude={"bootstrap_samples"}),
         generation=generation,
     )
@@ -281,6 +286,15 @@ def official_scores(
         "overall": mean([summary["score"] for summary in summaries]),
         "categories": {name: mean([summary["categories"].get(name) for summary in summaries]) for name in names},
     }
+
+
+def _measures(
+    benchmark: Benchmark, prompts: Sequence[Mapping[str, Any]], answered: Mapping[int, Mapping[str, Judged]]
+) -> dict[str, float]:
+    of_seeds = [benchmark.measures(prompts, of_seed) for of_seed in answered.values()]
+    names = dict.fromkeys(name for one in of_seeds for name in one)
+    values = {name: [one[name] for one in of_seeds if name in one] for name in names}
+    return {name: sum(of) / len(of) for name, of in values.items()}
 
 
 def with_training_noise(card: Scorecard, others: Sequence[Scorecard]) -> Scorecard:
@@ -351,8 +365,17 @@ def _estimate(rows: Sequence[Row], order: Sequence[str], pooling: Pooling) -> tu
     return stats.estimate(groups, "prompts" if pooling == "prompts" else "categories")
 
 
+def _not_judged(benchmark: Benchmark, judges: Mapping[str, Any]) -> list[str]:
+    absent = [role for role in benchmark.judges if role in benchmark.optional_judges and role not in judges]
+    return [f"no judge for {', '.join(absent)}: left out"] if absent and judges else []
+
+
 def _deviations(
-    benchmark: Benchmark, config: EvalConfig, generation: Mapping[str, Any], prompts: int, failed: int
+    benchmark: Benchmark,
+    config: EvalConfig,
+    generation: Mapping[str, Any],
+    prompts: Sequence[Mapping[str, Any]],
+    failed: int,
 ) -> list[str]:
     """What keeps this score from being the benchmark's: named beside it."""
     found = []
@@ -360,8 +383,11 @@ def _deviations(
         found.append(f"{config.images_per_prompt} images per prompt, officially {benchmark.images_per_prompt}")
     if config.prompt_set != "official":
         found.append("development prompts: a score to choose by, not to report")
-    if prompts != benchmark.prompt_count:
-        found.append(f"{prompts} prompts, officially {benchmark.prompt_count}")
+    if benchmark.prompt_count and len(prompts) != benchmark.prompt_count:
+        found.append(f"{len(prompts)} prompts, officially {benchmark.prompt_count}")
+    trained_on = sum(bool(prompt.get("trained_on")) for prompt in prompts)
+    if trained_on:
+        found.append(f"{trained_on} of {len(prompts)} captions were trained on: the corpus has too few held-out images")
     if generation.get("prompt_rewriting"):
         found.append(f"prompts were rewritten (file {generation['prompt_rewriting']['sha256'][:12]})")
     if failed > 0:
@@ -381,7 +407,7 @@ def _settings(
     digests = sorted((r["seed"], r["prompt_id"], r["image_index"], r["sha256"]) for r in rows)
     return Settings(
         judges=[
-            JudgeRecord(role=role, **judge, official=judge["model"] == benchmark.judges.get(role))
+            JudgeRecord(role=role, **judge, official=benchmark.judges.get(role) in ("", judge["model"]))
             for role, judge in sorted(judges.items())
         ],
         pipeline=sampler.get("pipeline", "unknown"),
@@ -483,6 +509,8 @@ def lines(card: Mapping[str, Any]) -> list[str]:
         low, high = (scale * limit for limit in score["interval"])
         spread = "" if score["std"] is None else f" +- {scale * score['std']:.3f} over {score['runs']} seeds"
         found.append(f"{name:<24} {scale * score['mean']:.3f}{spread}, 95% interval over prompts {low:.3f} to {high:.3f}")  # fmt: skip
+    found += [f"{name.replace('_', ' '):<24} {value:.4g}" for name, value in card.get("measures", {}).items()]
+    found += [f"flow loss at t = {row['timestep']:g}      {row['loss']:.4f}" for row in card.get("flow_loss", [])]
     found += [f"note: {deviation}" for deviation in card["deviations"]]
     return found
 

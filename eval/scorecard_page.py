@@ -40,7 +40,8 @@ code{font-size:.9em;overflow-wrap:anywhere}details pre{background:#f5f5f5;paddin
 def draw_grid(
     rows: Sequence[Mapping[str, Any]], images_dir: str | Path, per_category: int = 8, tile_px: int = 96
 ) -> Image.Image:
-    """Images of the first seed above their prompts, each with its mark; a line per category, held-out ones last.
+    """Images of the first seed above their prompts, each with its mark; a line per category, held-out ones last. An image
+    whose prompt has a real one stands beside it.
 
     Of each category, `per_category` prompts evenly spaced over its list, the first image of each (and further images
     where there are fewer prompts): nothing is picked by score.
@@ -58,25 +59,47 @@ def draw_grid(
         lines[line] = [firsts[i * len(firsts) // count] for i in range(count)]
         if len(firsts) < per_category:
             lines[line] = found[:per_category]
+    named = {category + (", held out" if held_out else ""): line for (held_out, category), line in lines.items()}
+    laid_out = [part for name, line in named.items() for part in _lay_out(name, line, per_category)]
     gap, text_px, head_px = 8, 54, 18
     cell_w, line_h = tile_px + gap, head_px + tile_px + text_px
-    grid = Image.new("RGB", (gap + per_category * cell_w, gap + max(1, len(lines)) * line_h), PAPER)
+    grid = Image.new("RGB", (gap + per_category * cell_w, gap + max(1, len(laid_out)) * line_h), PAPER)
     draw = ImageDraw.Draw(grid)
-    for i, ((held_out, category), line) in enumerate(lines.items()):
+    for i, (name, cells) in enumerate(laid_out):
         top = gap + i * line_h
-        draw.text((gap, top), category + (", held out" if held_out else ""), INK, font)
-        for j, row in enumerate(line):
-            _draw_tile(grid, draw, row, Path(images_dir), (gap + j * cell_w, top + head_px), tile_px, font)
+        draw.text((gap, top), name, INK, font)
+        for j, (row, is_real) in enumerate(cells):
+            corner = gap + j * cell_w, top + head_px
+            if is_real:
+                _draw_picture(grid, draw, Path(images_dir) / row["reference"], corner, tile_px)
+            else:
+                _draw_tile(grid, draw, row, Path(images_dir), corner, tile_px, font)
     return grid
 
 
-def _draw_tile(grid, draw, row, images_dir: Path, corner: tuple[int, int], tile_px: int, font) -> None:
+def _lay_out(
+    name: str, rows: Sequence[Mapping[str, Any]], width: int
+) -> list[tuple[str, list[tuple[Mapping[str, Any], bool]]]]:
+    """Lines of (row, whether its real image is shown), at most `width` cells each."""
+    if not any(row.get("reference") for row in rows):
+        return [(name, [(row, False) for row in rows])]
+    cells = [(row, is_real) for row in rows for is_real in (False, True)]
+    width -= width % 2
+    return [(f"{name}: generated, real", cells[i : i + width]) for i in range(0, len(cells), width)]
+
+
+def _draw_picture(grid, draw, path: Path, corner: tuple[int, int], tile_px: int) -> None:
     left, top = corner
-    tile = None if row["error"] else _thumbnail(images_dir / row["file"], tile_px)
+    tile = _thumbnail(path, tile_px)
     if tile is None:
         draw.rectangle((left, top, left + tile_px - 1, top + tile_px - 1), outline=WRONG)
     else:
         grid.paste(tile, (left, top))
+
+
+def _draw_tile(grid, draw, row, images_dir: Path, corner: tuple[int, int], tile_px: int, font) -> None:
+    left, top = corner
+    _draw_picture(grid, draw, images_dir / ("" if row["error"] else row["file"]), corner, tile_px)
     mark_px = 11
     x, y = left + 1, top + tile_px + 4
     if row["score"] == 1:
@@ -124,6 +147,7 @@ def render_page(
     parts = [
         _headline(card),
         _table(card, {**card.tasks, "overall": card.overall}),
+        _measures(card),
         _noises(card),
         _references(card),
         f'<h2>Images and prompts</h2><img class="grid" alt="grid of images" src="data:image/png;base64,{grid}">',
@@ -216,6 +240,30 @@ def _noises(card: Scorecard) -> str:
     return f"<h2>Three noises of the overall score</h2><table>{cells}</table>"
 
 
+def _measures(card: Scorecard) -> str:
+    """Numbers beside the score: distances of distributions, and the held-out flow loss."""
+    parts = []
+    if card.measures:
+        rows = "".join(
+            f'<tr><td>{_text(name.replace("_", " "))}</td><td class="n">{value:.4g}</td></tr>'
+            for name, value in card.measures.items()
+        )
+        parts.append(f"<h2>Distances to the real images</h2><table>{rows}</table>")
+    if card.flow_loss:
+        rows = "".join(
+            f'<tr><td class="n">{row.timestep:g}</td><td class="n">{row.loss:.4f}</td>'
+            f'<td class="n">{"" if row.standard_error is None else f"{row.standard_error:.4f}"}</td>'
+            f'<td class="n">{row.prompts}</td></tr>'
+            for row in card.flow_loss
+        )
+        parts.append(
+            "<h2>Held-out flow loss</h2><p>Mean squared error of the predicted velocity of real images; timestep 1 is noise."
+            '</p><table><tr><th class="n">timestep</th><th class="n">loss</th><th class="n">standard error over prompts</th>'
+            f'<th class="n">prompts</th></tr>{rows}</table>'
+        )
+    return "".join(parts)
+
+
 def _references(card: Scorecard) -> str:
     if not card.references:
         return ""
@@ -264,14 +312,25 @@ def _spread(ranked: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 def _figures(rows: Sequence[Mapping[str, Any]], images_dir: Path) -> str:
     figures = []
     for row in rows:
-        picture = None if row["error"] else _thumbnail(images_dir / row["file"], THUMBNAIL_PX)
-        shown = '<p class="muted">no picture</p>'
-        if picture is not None:
-            buffer = io.BytesIO()
-            picture.save(buffer, format="JPEG", quality=85)
-            shown = f'<img loading="lazy" alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+        shown = "" if row["error"] else _inlined(images_dir / row["file"])
+        shown = shown or '<p class="muted">no picture</p>'
+        if row.get("reference"):
+            shown += (
+                _inlined(images_dir / row["reference"], "real image") + '<p class="muted">above: generated, real</p>'
+            )
         figures.append(f"<figure>{shown}<figcaption>{_caption(row)}</figcaption></figure>")
     return f'<div class="gallery">{"".join(figures)}</div>' if figures else "<p>None.</p>"
+
+
+def _inlined(path: Path, alt: str = "") -> str:
+    """The picture as an element; "" where it is gone."""
+    picture = _thumbnail(path, THUMBNAIL_PX)
+    if picture is None:
+        return ""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=85)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img loading="lazy" alt="{alt}" src="data:image/jpeg;base64,{data}">'
 
 
 def _caption(row: Mapping[str, Any]) -> str:

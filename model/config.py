@@ -23,6 +23,7 @@ Weight = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 SUBFOLDER = r"\w[\w.-]*(?:/\w[\w.-]*)*"  # names with / between them, none of them . or ..
 INIT_FROM = re.compile(rf"[^@]+|[\w.-]+/[\w.-]+(?:/{SUBFOLDER})?@[0-9a-f]{{40}}")
+ImageSize = Annotated[int, Field(gt=0, le=16384)]  # px
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 MoeStrategy = Literal[
@@ -211,7 +212,8 @@ class TransformerConfig(Section):
 
 
 class OptimConfig(Section):
-    """Muon for attention and expert matrices, AdamW for every other parameter; constant rate after warm-up (WSM).
+    """Muon for attention and expert matrices, AdamW for every other parameter; constant rate after warm-up (WSM), unless a
+    stage has a `decay`.
 
     muon_scale: of an orthogonal update (`model.optim.update_scale`). "spectral", as Muon has it, for rates of 1e-3 to
         1e-2; "rms", as large as AdamW's updates are, where one rate is to serve both groups.
@@ -244,17 +246,61 @@ class LossConfig(Section):
     wavelet: Weight = 0.0  # only in stages with `StageConfig.wavelet`
 
 
+class DecayConfig(Section):
+    """Learning rates fall linearly, over a stage's last `steps`, to `to` times what they were."""
+
+    steps: Positive
+    to: Fraction = 0.0
+
+
+class GuidanceConfig(Section):
+    """Over a stage's last `steps`, the model learns to predict what classifier-free guidance of `scale` would make of its
+    own predictions (`model.losses.guided_clean`). It is then sampled without guidance, at half the cost."""
+
+    steps: Positive
+    scale: Annotated[float, Field(gt=1.0)]
+
+
+class CaptionLengths(Section):
+    """Weights of captions by their length in tokens; an image that has none of a class with weight draws any caption."""
+
+    short: Weight = 1.0
+    medium: Weight = 1.0
+    long: Weight = 1.0
+    short_tokens: Positive = 32  # at most, with the end of the turn
+    medium_tokens: Positive = 112  # at most; longer ones are long
+
+    @model_validator(mode="after")
+    def _check(self) -> CaptionLengths:
+        if self.short_tokens >= self.medium_tokens:
+            raise ValueError(f"short_tokens={self.short_tokens} must be under medium_tokens={self.medium_tokens}")
+        if not self.short + self.medium + self.long > 0:
+            raise ValueError("short, medium and long are all 0: give one a weight")
+        return self
+
+
 class StageConfig(Section):
     """One training stage: a resolution, a capacity factor, and a share of the steps."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
-    image_size_px: Positive
+    image_size_px: ImageSize
     steps: Positive
     batch_size: Positive  # global: all ranks and accumulation steps together
     capacity_factors: float | tuple[float, ...]
     aspect_ratios: tuple[str, ...] = ("1:1",)
     tier_weights: dict[str, Weight] = dict.fromkeys(TIERS, 1.0)
+    # Of an image's captions, how often one of each length is drawn; None: each caption equally.
+    caption_lengths: CaptionLengths | None = None
     wavelet: bool = False  # whether the wavelet loss is on
+    decay: DecayConfig | None = None  # None: a constant rate to the end (WSM)
+    guidance: GuidanceConfig | None = None
+
+    @model_validator(mode="after")
+    def _check_ends(self) -> StageConfig:
+        for name, end in (("decay", self.decay), ("guidance", self.guidance)):
+            if end is not None and end.steps > self.steps:
+                raise ValueError(f"{name}.steps={end.steps} must be at most the stage's steps={self.steps}")
+        return self
 
     def active_losses(self, losses: LossConfig) -> LossConfig:
         """The weights of this stage."""
@@ -335,7 +381,7 @@ class TrainSettings(Section):
     # On a CUDA device; "auto" takes what is installed and fits (model/attention.py, model/kernels).
     attention_backend: Annotated[Literal["auto", "sdpa", "varlen", "flash2", "flash3"], FREE] = "auto"
     kernels: Annotated[Literal["auto", "torch", "triton"], FREE] = "auto"
-    # Where FSDP shards the model, torchtitan's DistMuon can take some matrices (model/train/dist_muon.py).
+    # Where FSDP shards the model, torchtitan's DistMuon can take some matrices (model/train/parallel/dist_muon.py).
     muon_implementation: Annotated[Literal["nucleus", "torchtitan"], FREE] = "nucleus"
 
     @model_validator(mode="after")

@@ -1,6 +1,8 @@
 """Losses: flow matching; of routers z-loss, load balance and orthogonality; the wavelet loss on the clean latent.
 
     latents, noise, t --noised--> Example --model--> velocity --objective--> one scalar to differentiate
+                                     ^
+             model, empty prompt --guidance (in the steps that train it in)
 
 `objective` is the only place where losses are added up: the trainer differentiates it, and the planner traces the memory
 of the same code. A loss with a weight in the recipe (`train.losses.NAME`) is a field of `LossConfig` and an entry of
@@ -12,7 +14,7 @@ Shape suffixes: B batch, S tokens, E experts, C channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -26,7 +28,10 @@ from model.transformer import RouterTrace
 
 @dataclass
 class Example:
-    """A micro-batch on the path from clean to noise: the model's input, and what its output is compared with."""
+    """A micro-batch on the path from clean to noise: the model's input, and what its output is compared with.
+
+    `guidance_BSC` is added to the target velocity.
+    """
 
     clean_BSC: torch.Tensor
     noise_BSC: torch.Tensor
@@ -35,6 +40,7 @@ class Example:
     rows: int  # patches
     columns: int
     patch_size: int
+    guidance_BSC: torch.Tensor | None = field(default=None, kw_only=True)
 
 
 @dataclass
@@ -48,6 +54,17 @@ class Output(Example):
     def routers(self) -> RouterTrace:
         assert self.trace is not None, "the loss reads routers: see `needs_trace`"
         return self.trace
+
+    @cached_property
+    def target_BSC(self) -> torch.Tensor:
+        target = flow.velocity_target(self.clean_BSC, self.noise_BSC)
+        return target if self.guidance_BSC is None else target + self.guidance_BSC
+
+    @cached_property
+    def target_clean_BSC(self) -> torch.Tensor:
+        if self.guidance_BSC is None:
+            return self.clean_BSC
+        return flow.predict_clean(self.noisy_BSC, self.target_BSC, self.t_B)
 
     @cached_property
     def predicted_clean_BSC(self) -> torch.Tensor:
@@ -65,6 +82,20 @@ def noised(latents: torch.Tensor, noise: torch.Tensor, t_B: torch.Tensor, patch_
     return Example(clean_BSC, noise_BSC, noisy_BSC, t_B, rows, columns, patch_size)
 
 
+def guidance(
+    velocity_BSC: torch.Tensor, unconditional_BSC: torch.Tensor, has_text_B: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """What training guidance in adds to the target velocity (`Example.guidance_BSC`), without graph.
+
+    w (v - u) of the predictions v with text and u without, where w = 1 - 1 / scale. A model that predicts c for the plain
+    target settles at v = c + w (v - u), that is v = u + scale (c - u): classifier-free guidance in one forward pass.
+    Samples whose caption is dropped keep the plain target, so that u stays what it is. The idea is model guidance's (arXiv
+    2502.12154).
+    """
+    weight_B = torch.where(has_text_B, 1.0 - 1.0 / scale, 0.0)
+    return weight_B.view(-1, 1, 1) * (velocity_BSC.detach() - unconditional_BSC.detach())
+
+
 def objective(
     example: Example, velocity_BSC: torch.Tensor, trace: RouterTrace | None, weights: LossConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Output]:
@@ -79,7 +110,7 @@ def objective(
         keep until the backward pass ends.
     """
     output = Output(**vars(example), velocity_BSC=velocity_BSC, trace=trace)
-    mean, loss_B = flow_matching_loss(velocity_BSC, flow.velocity_target(output.clean_BSC, output.noise_BSC))
+    mean, loss_B = flow_matching_loss(velocity_BSC, output.target_BSC)
     total = mean
     for name, loss in LOSSES.items():
         if weight := getattr(weights, name):
@@ -199,7 +230,9 @@ def wavelet_loss(predicted_clean: torch.Tensor, clean: torch.Tensor) -> torch.Te
 LOSSES: dict[str, Callable[[Output], torch.Tensor]] = {
     "router_z_loss": lambda output: router_z_loss(output.routers.logits()),
     "load_balance": lambda output: load_balance_loss(output.routers.routings()),
-    "wavelet": lambda output: wavelet_loss(output.unpack(output.predicted_clean_BSC), output.unpack(output.clean_BSC)),
+    "wavelet": lambda output: wavelet_loss(
+        output.unpack(output.predicted_clean_BSC), output.unpack(output.target_clean_BSC)
+    ),
 }
 READS_ROUTERS = ("router_z_loss", "load_balance")  # those that need `Output.trace`
 # Applied to the weights themselves, with the optimiser's scaling bypassed.

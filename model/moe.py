@@ -5,7 +5,7 @@
                        +--> shared expert ----------------------------------------------------------+
 
 Every expert takes the same number of tokens, so dense batched products need neither sorting nor padding. Where ranks
-share the experts (model/train/expert_parallel.py), the shared expert runs while the rows are on their way.
+share the experts (model/train/parallel/expert_parallel.py), the shared expert runs while the rows are on their way.
 
 Shape suffixes: B batch, S tokens, D width, E experts, C capacity, F expert hidden, R = E B C routed rows.
 """
@@ -153,7 +153,7 @@ class MoE(nn.Module):
         self.kind: Literal["expert_choice", "token_choice"] = routing.kind if routing else "expert_choice"
         self.coupled = bool(routing and routing.coupled)
         self.expert_limit = routing.expert_limit if routing else None
-        self.expert_ranks: ExpertRanks | None = None  # set by model.train.expert_parallel
+        self.expert_ranks: ExpertRanks | None = None  # set by model.train.parallel.expert_parallel
         self.gate = Router(2 * width, num_experts, bias=False)
         self.experts = Experts(num_experts, width, hidden)
         self.shared_expert = SwiGLU(width, hidden)

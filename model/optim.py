@@ -1,4 +1,4 @@
-"""Parameter groups by name, the optimisers of the recipe, Muon, and the WSM schedule.
+"""Parameter groups by name, the optimisers of the recipe, Muon, and the schedule of learning rates.
 
 `train.optim.matrices` names the optimiser of attention and expert matrices, an entry of `OPTIMIZERS`; every other parameter
 goes to AdamW. docs/extending.md shows how to add one.
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from model.config import OptimConfig
+from model.config import DecayConfig, OptimConfig
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -268,12 +268,20 @@ def update_scale(out_features: int, in_features: int, scale: str) -> float:
     return max(1.0, out_features / in_features) ** 0.5
 
 
-def wsm_schedule(step: int, warmup: int) -> float:
-    """Factor on the learning rate at `step` (from 0): linear warm-up, then constant.
+def learning_rate_factor(step: int, warmup: int, left: int = 0, decay: DecayConfig | None = None) -> float:
+    """Factor on the learning rate at `step` (from 0): linear warm-up, then constant, then with `decay` a linear fall.
 
-    Warmup-Stable-Merge (arXiv 2507.17634) has no decay: merging the last checkpoints replaces it.
+    Warmup-Stable-Merge (arXiv 2507.17634) has no decay: merging the last checkpoints replaces it. Warmup-Stable-Decay
+    (arXiv 2404.06395) has one.
+
+    Args:
+        step: may count the steps of earlier stages too.
+        left: steps of the stage after this one. The last step, of which 0 are left, has the factor `decay.to`.
     """
-    return min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0
+    factor = min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0
+    if decay is not None and left < decay.steps:
+        factor *= decay.to + (1.0 - decay.to) * max(left, 0) / decay.steps
+    return factor
 
 
 class OptimizerEntry(NamedTuple):

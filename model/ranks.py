@@ -43,22 +43,22 @@ def rank_degrees(model: TransformerConfig, train: TrainSettings, ranks: int) -> 
             f"train.muon_implementation='torchtitan' takes matrices that FSDP shards, and 1 rank holds all weights "
             f"({ranks} ranks / train.data_parallel_replicate={replicate}): give it more ranks, or take 'nucleus'"
         )
-    found = Degrees(replicate, shard, ep)
+    degrees = Degrees(replicate, shard, ep)
     if ep > 1:
         check_divides(model.num_experts, f"model.num_experts={model.num_experts}", ep, "train.expert_parallel")
         check_divides(shard, f"the {shard} ranks that share the weights", ep, "train.expert_parallel")
         if model.routing.kind == "dense":
             raise ValueError(f"train.expert_parallel={ep} shares out experts, and model.routing.kind='dense' has none")
     held = model.num_experts // ep
-    if held % found.expert_shard and any(model.is_moe_layer(i) for i in range(model.num_layers)):
+    if held % degrees.expert_shard and any(model.is_moe_layer(i) for i in range(model.num_layers)):
         # Then each expert's matrices are cut, along their rows, which must be equal parts.
         for name, rows in (("model width", model.width), ("moe_intermediate_dim", model.moe_intermediate_dim)):
-            if rows % found.expert_shard:
+            if rows % degrees.expert_shard:
                 raise ValueError(
-                    f"{found.expert_shard} ranks share {held} experts: neither these ({remainder(held, found.expert_shard)}) "
-                    f"nor {name} {rows} ({remainder(rows, found.expert_shard)}) can be cut into equal parts"
+                    f"{degrees.expert_shard} ranks share {held} experts: neither these ({remainder(held, degrees.expert_shard)}) "
+                    f"nor {name} {rows} ({remainder(rows, degrees.expert_shard)}) can be cut into equal parts"
                 )
-    return found
+    return degrees
 
 
 def micro_batch(stage: StageConfig, train: TrainSettings, ranks: int) -> int:

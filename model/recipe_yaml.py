@@ -9,17 +9,27 @@ from typing import Any
 import yaml
 
 SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
-MAX_FILE_BYTES = 1 << 20
-MAX_VALUES = 100_000  # with each alias counted as what it stands for
+MAX_FILE_BYTES = 1 << 18
+MAX_VALUES = 5_000  # with each alias counted as what it stands for; a recipe has some 200
 
 
 class Loader(yaml.SafeLoader):
     """YAML 1.2's scalars, not PyYAML's 1.1, which reads 1e-4 as text and 16:9 as the number 969; keys once only.
 
-    Aliases may stand for `MAX_VALUES` values in all: nine lines of aliases of aliases are a billion.
+    Aliases may stand for `MAX_VALUES` values in all: nine lines of aliases of aliases are a billion. What is over is refused
+    while it is read.
     """
 
     yaml_implicit_resolvers: dict[str, Any] = {}
+    num_nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.num_nodes += 1
+        if self.num_nodes > MAX_VALUES:
+            raise yaml.composer.ComposerError(
+                None, None, f"more than {MAX_VALUES:,} values", self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
 
     def get_single_node(self) -> yaml.Node | None:
         try:

@@ -31,6 +31,11 @@ class TrainingStage(Section):
         """The weights of the losses that are on in this stage."""
         return self.stage.active_losses(self.train.losses)
 
+    def guidance_at(self, step: int) -> float:
+        """The scale of the guidance that `step` (from 1) trains in; 1: none."""
+        guidance = self.stage.guidance
+        return guidance.scale if guidance is not None and step > self.stage.steps - guidance.steps else 1.0
+
 
 def training_stages(model: TransformerConfig, train: TrainConfig) -> list[TrainingStage]:
     """The stages of a recipe's `model` and `train` sections, in order.

@@ -99,20 +99,20 @@ def options(path: str | os.PathLike) -> dict[str, Any]:
     """What fsspec needs to open `path`. Nothing for a local one."""
     if not str(path).startswith("s3://"):
         return {}
-    # Listings must be fresh: each thread has a file system of its own, and does not see what another one wrote.
+    # Listings must be fresh: each thread has its own file system, which does not see what another one wrote.
     return {"use_listings_cache": False, **s3_access()}
 
 
 def s3_access() -> dict[str, str]:
     """ "endpoint_url", "key" and "secret" as Flyte names them, each where botocore's own variables leave it open."""
-    environment, found = os.environ.get, {}
+    environment, access = os.environ.get, {}
     endpoint = environment("FLYTE_AWS_ENDPOINT")
     if endpoint and not (environment("AWS_ENDPOINT_URL_S3") or environment("AWS_ENDPOINT_URL")):
-        found["endpoint_url"] = endpoint
+        access["endpoint_url"] = endpoint
     key, secret = environment("FLYTE_AWS_ACCESS_KEY_ID"), environment("FLYTE_AWS_SECRET_ACCESS_KEY")
     if key and secret and not environment("AWS_ACCESS_KEY_ID"):
-        found |= {"key": key, "secret": secret}
-    return found
+        access |= {"key": key, "secret": secret}
+    return access
 
 
 def filesystem(path: str | os.PathLike) -> tuple[AbstractFileSystem, str]:
@@ -149,7 +149,7 @@ def check_writable_place(uri: str) -> None:
         fs.info(bucket)  # `exists` takes a store that does not answer for one without the bucket
     except PERMANENT as error:
         raise ValueError(f"{uri}: there is no bucket {bucket!r}, or no access to it") from error
-    except Exception as error:  # each of fsspec's back ends raises types of its own
+    except Exception as error:  # each of fsspec's back ends raises its own types
         if _unanswered(error):
             raise ConnectionError(f"{uri}: the object store does not answer: {error}") from error
         raise ValueError(f"{uri}: {error}") from error
@@ -167,7 +167,7 @@ def join(base: str | os.PathLike, *names: str) -> str:
 
 
 def children(folder: str | os.PathLike) -> list[str]:
-    """What lies in a folder, each as `folder` + name; nothing where there is no folder."""
+    """The entries of a folder, each as `folder` + name; an empty list if there is no folder."""
     fs, root = filesystem(folder)
     if not fs.exists(root):
         return []
@@ -195,24 +195,24 @@ def read_ranges(folder: str | os.PathLike, ranges: Sequence[tuple[str, int, int]
         FileNotFoundError, PermissionError: the same at the first attempt, since others would fare no better.
     """
     fs, root = filesystem(folder)
-    found: dict[int, bytes] = {}
+    pieces: dict[int, bytes] = {}
     for attempt in range(READ_ATTEMPTS):
         if attempt:
             time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1))
-        left = [i for i in range(len(ranges)) if i not in found]
+        left = [i for i in range(len(ranges)) if i not in pieces]
         names, begins, ends = (list(column) for column in zip(*(ranges[i] for i in left)))
         answers = fs.cat_ranges([join(root, name) for name in names], begins, ends, on_error="return")
         for i, answer in zip(left, answers, strict=True):
             if isinstance(answer, bytes):
-                found[i] = answer
+                pieces[i] = answer
             elif attempt == READ_ATTEMPTS - 1 or isinstance(answer, PERMANENT):
                 kind = next((kind for kind in PERMANENT if isinstance(answer, kind)), ConnectionError)
                 name, begin, end = ranges[i]
-                told = f"{join(folder, name)}: bytes {begin} to {end} could not be read in {attempt + 1} attempt(s)"
-                raise kind(f"{told}: {type(answer).__name__}: {answer}") from answer
-        if len(found) == len(ranges):
+                failed = f"{join(folder, name)}: bytes {begin} to {end} could not be read in {attempt + 1} attempt(s)"
+                raise kind(f"{failed}: {type(answer).__name__}: {answer}") from answer
+        if len(pieces) == len(ranges):
             break
-    return [found[i] for i in range(len(ranges))]
+    return [pieces[i] for i in range(len(ranges))]
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import rich_click as click
-from flytekit import FlyteContextManager, HashMethod
+from flytekit import Deck, FlyteContextManager, HashMethod
 from flytekit.core.context_manager import ExecutionState
 from flytekit.exceptions.user import FlyteRecoverableException
 from flytekit.types.directory import FlyteDirectory
@@ -25,6 +25,7 @@ from flytekit.types.directory import FlyteDirectory
 from model import storage
 from tasks import envs
 from tasks.manifest import MANIFEST, Parent, as_parent, load_manifest, verify
+from tasks.parents_page import parents_page
 from tasks.store import home, make_sealed
 
 
@@ -56,11 +57,16 @@ TextsDir = _artifact()
 LatentsDir = _artifact()
 CheckpointsDir = _artifact()
 MergedDir = _artifact()
+PromptsDir = _artifact()
 ImagesDir = _artifact()
 AnswersDir = _artifact()
 ScorecardDir = _artifact()
 PipelineDir = _artifact()
 StudyDir = _artifact()
+
+
+# Kinds whose tasks have decks.
+SHOWN = ("curated", "components", "texts", "latents", "checkpoints", "merged", "scorecard", "pipeline", "study")
 
 
 class UserError(click.ClickException, ValueError):
@@ -84,8 +90,8 @@ def plain_errors() -> Iterator[None]:
 def work_path(name: str, step: str, config: Any, parents: Sequence[Path]) -> Path:
     """Where a long task keeps what it has so far: the same for the same inputs, whatever attempt it is.
 
-    Another cache version of `step` (see envs) is another place: code that writes something else must not go on with,
-    or hand on again, what older code left. NUCLEUS_WORK points it at storage that outlives a pod (a mounted volume);
+    Another cache version of `step` (see envs) is another place: code that writes something else must not continue from,
+    or return, what older code left. NUCLEUS_WORK points it at storage that outlives a pod (a mounted volume);
     by default it lies under `home`.
     """
     digests = [load_manifest(parent).digest for parent in parents]
@@ -129,7 +135,7 @@ def is_local() -> bool:
 
 
 def source(directory: FlyteDirectory) -> str:
-    """Where an artifact lies: a URI, or a local path."""
+    """Where an artifact is: a URI, or a local path."""
     return str(directory.remote_source or directory.path)
 
 
@@ -201,6 +207,8 @@ def produce(
     """
     with plain_errors():
         final, _, report = make_sealed(kind, make, [_as_parent(p) for p in parents], config, counts, logs)
+    if kind in SHOWN:
+        Deck("Made from", parents_page(final))
     # remote_directory=False: a local run reads the artifact where it is.
     artifact = FlyteDirectory(str(final), remote_directory=False) if is_local() else FlyteDirectory(str(final))
     return artifact, final, report

@@ -38,8 +38,8 @@ def processor_class(directory: Path) -> str:
         ("tokenizer_config.json", "tokenizer_class"),
     ):
         path = directory / name
-        if path.is_file() and (found := json.loads(path.read_text()).get(key)):
-            if found not in PROCESSORS:
-                raise ValueError(f"{path} names the class {found!r}; it must be one of {', '.join(PROCESSORS)}")
-            return found
+        if path.is_file() and (class_name := json.loads(path.read_text()).get(key)):
+            if class_name not in PROCESSORS:
+                raise ValueError(f"{path} names the class {class_name!r}; it must be one of {', '.join(PROCESSORS)}")
+            return class_name
     raise ValueError(f"{directory} names neither a processor_class nor a tokenizer_class in its configs")

@@ -44,7 +44,7 @@ class PreemptibleElasticTask(PytorchElasticFunctionTask):
         outputs then, and ends as if all were well, with neither outputs nor an error. Or a signal ended a worker (an
         abort, or the kernel's for want of memory), which the plugin takes for an error of the user's code.
 
-        Where one worker's exception makes the others lose it, torch hands on any of those that it finds ended when it
+        Where one worker's exception makes the others lose it, torch reports any of those that it finds ended when it
         looks, every `monitor_interval` seconds: the plugin may see a lost connection, and not why. An error that is not
         recoverable follows from no other one, so that it decides, whichever worker has it."""
         from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -54,9 +54,11 @@ class PreemptibleElasticTask(PytorchElasticFunctionTask):
             return super()._execute(**kwargs)
         except FlyteRecoverableException as error:
             failed = error.__context__
-            if not isinstance(failed, ChildFailedError) or not (told := errors_of_code(failed.get_first_failure()[1])):
+            if not isinstance(failed, ChildFailedError) or not (
+                errors := errors_of_code(failed.get_first_failure()[1])
+            ):
                 raise
-            raise FlyteUserRuntimeException(RuntimeError(told), timestamp=error.timestamp) from failed
+            raise FlyteUserRuntimeException(RuntimeError(errors), timestamp=error.timestamp) from failed
         except FlyteUserRuntimeException as error:
             failed = error.value
             if not isinstance(failed, ChildFailedError) or failed.get_first_failure()[1].exitcode >= 0:
@@ -75,8 +77,8 @@ class PreemptibleElasticTask(PytorchElasticFunctionTask):
 def errors_of_code(failure: ProcessFailure) -> str:
     """What the workers of this attempt raised that is not recoverable, or nothing."""
     workers = Path(failure.error_file).parents[1]
-    found = [path for path in workers.glob("*/error.json") if not (path.parent / RECOVERABLE_ERROR_FILE_NAME).exists()]
-    return "\n".join(path.read_text() for path in sorted(found))
+    files = [path for path in workers.glob("*/error.json") if not (path.parent / RECOVERABLE_ERROR_FILE_NAME).exists()]
+    return "\n".join(path.read_text() for path in sorted(files))
 
 
 def wait_for_outputs() -> None:

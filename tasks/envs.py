@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 from flytekit import Cache, Resources, Secret
+from flytekit.deck import DeckField
 from flytekit.extras.accelerators import GPUAccelerator
 
 from tasks import profiles
@@ -24,17 +25,18 @@ logging.getLogger("flytekit").addFilter(
 )
 
 CACHE_VERSIONS = {
-    "records": "3",
     "urls": "1",
-    "scores": "2",
+    "records": "4",
+    "scores": "4",
     "captions": "1",
-    "curation": "4",
-    "components": "2",
+    "curation": "5",
+    "components": "3",
     "texts": "1",
-    "encoding": "3",
+    "encoding": "4",
     "training": "3",
     "merging": "1",
-    "evaluation": "2",
+    "prompts": "1",
+    "evaluation": "3",
     "publishing": "1",
     "study": "1",
 }
@@ -61,9 +63,9 @@ TRAIN_GRACE_S = int(os.environ.get("NUCLEUS_TRAIN_GRACE_S", "300"))
 TRAIN_RETRIES = int(os.environ.get("NUCLEUS_TRAIN_RETRIES", "100"))
 # For pods that load this module too, and must see what was registered: those that check a recipe, train, or lay out a
 # dynamic workflow.
-STORE = {
-    name: value for name, value in os.environ.items() if name == "NUCLEUS_STORE"
-}  # of parts: all pods must reach it
+STORE = {  # all pods: the place of parts, and the console that decks link to
+    name: os.environ[name] for name in ("NUCLEUS_STORE", "NUCLEUS_CONSOLE") if os.environ.get(name)
+}
 ENDPOINTS = {name: value for name, value in os.environ.items() if name == "NUCLEUS_ENDPOINTS"}  # that may be asked
 REGISTERED = {
     "NUCLEUS_TRAIN_NNODES": str(TRAIN_NNODES),
@@ -71,6 +73,7 @@ REGISTERED = {
     "NUCLEUS_TRAIN_GRACE_S": str(TRAIN_GRACE_S),
     "NUCLEUS_TRAIN_RETRIES": str(TRAIN_RETRIES),
     **{name: os.environ[name] for name in profiles.SETTINGS if name in os.environ},
+    **{name: value for name, value in os.environ.items() if name.startswith("NUCLEUS_IMAGE_")},
 } | STORE
 REPORT_S = 30  # from there to the pod's end: the agent writes the error that Flyte retries
 
@@ -99,9 +102,17 @@ def _options(role: str, kind: str, size: profiles.Size, gpu: int = 0) -> dict[st
         "requests": resources,
         "limits": resources,
         "pod_template_name": profiles.pod_template(role),
-        "environment": dict(STORE),
+        "environment": STORE | _own_image(role),
+        # Without flytekit's list of packages, for which it runs pip in each task with a deck: manifests name the image.
+        "deck_fields": (DeckField.TIMELINE, DeckField.INPUT, DeckField.OUTPUT),
     }
     return options | ({"accelerator": _accelerator()} if gpu else {})
+
+
+def _own_image(role: str) -> dict[str, str]:
+    """The image by digest, for manifests: a container cannot know it by itself. tools/register.py names it."""
+    name = os.environ.get(f"NUCLEUS_IMAGE_{role.upper()}")
+    return {"NUCLEUS_IMAGE": name} if name else {}
 
 
 def _accelerator() -> GPUAccelerator:
@@ -111,11 +122,15 @@ def _accelerator() -> GPUAccelerator:
 
 def _hub_secret(role: str) -> dict[str, Any]:
     """HF_TOKEN in the environment of tasks that read from or publish to the Hub, where the site names a secret."""
-    name = os.environ.get("NUCLEUS_HUB_SECRET")
-    if not name or role not in ("encoder", "publisher"):
+    return _secret("NUCLEUS_HUB_SECRET", "HF_TOKEN") if role in ("encoder", "publisher") else {}
+
+
+def _secret(setting: str, key: str) -> dict[str, Any]:
+    """A key of the secret that the site's setting names, as an environment variable; nothing where it names none."""
+    name = os.environ.get(setting)
+    if not name:
         return {}
-    secret = Secret(group=name, key="HF_TOKEN", mount_requirement=Secret.MountType.ENV_VAR, env_var="HF_TOKEN")
-    return {"secret_requests": [secret]}
+    return {"secret_requests": [Secret(group=name, key=key, mount_requirement=Secret.MountType.ENV_VAR, env_var=key)]}
 
 
 def light(role: str) -> dict[str, Any]:
@@ -125,12 +140,13 @@ def light(role: str) -> dict[str, Any]:
 
 def planner() -> dict[str, Any]:
     """Options of the task that checks a recipe, also against the processes that training was registered for."""
-    return light("curation") | {"environment": REGISTERED | ENDPOINTS}
+    options = dynamic("curation")
+    return options | {"environment": options["environment"] | ENDPOINTS}
 
 
-def dynamic() -> dict[str, Any]:
-    """Options of a dynamic workflow: its pod writes down the tasks to run, those of training included, and ends."""
-    options = light("trainer")
+def dynamic(role: str = "trainer") -> dict[str, Any]:
+    """Options of a dynamic workflow: its pod writes down the tasks to run, and ends. Of training that is the trainer's."""
+    options = light(role)
     return options | {"environment": options["environment"] | REGISTERED}
 
 
@@ -175,7 +191,7 @@ def trainer() -> dict[str, Any]:
     share = PROFILE.train
     size = profiles.Size(share.cpu * TRAIN_NPROC, share.memory_gib * TRAIN_NPROC, share.ephemeral_gib * TRAIN_NPROC)
     options = _options("trainer", "trainer", size if gpus else share, gpu=gpus)
-    options |= {"retries": TRAIN_RETRIES, "interruptible": True}
+    options |= {"retries": TRAIN_RETRIES, "interruptible": True} | _secret("NUCLEUS_WANDB_SECRET", "WANDB_API_KEY")
     environment = dict(options["environment"])
     if gpus:
         environment |= PROFILE.environment | (profiles.EFA if profiles.fabric() else {})

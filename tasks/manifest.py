@@ -28,6 +28,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.storage import MANIFEST as MANIFEST
+from model.storage import replacing
 
 SCHEMA_VERSION = 2
 WRITING = ".writing-"
@@ -46,6 +47,7 @@ KINDS = (
     "latents",  # one stage's latents: one shard's, or the index of all
     "checkpoints",  # one stage's last checkpoints
     "merged",  # one transformer, diffusers layout
+    "prompts",  # a benchmark's, with the real images of held-out captions
     "images",  # generated images
     "answers",  # what judges answered about generated images
     "scorecard",  # scores, error bars, grid
@@ -223,10 +225,9 @@ def seal(
         _fsync(path)
     for path in {parent for file in files for parent in file.relative_to(directory).parents}:
         _fsync(directory / path)
-    temporary = directory / f".{MANIFEST}.{uuid.uuid4().hex}"
-    temporary.write_text(manifest.model_dump_json(indent=1))
-    _fsync(temporary)
-    os.replace(temporary, directory / MANIFEST)
+    with replacing(directory / MANIFEST) as temporary:
+        temporary.write_text(manifest.model_dump_json(indent=1))
+        _fsync(temporary)
     _fsync(directory)
     return manifest
 

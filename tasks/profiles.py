@@ -6,6 +6,7 @@ NUCLEUS_FABRIC          efa, or nothing: which PodTemplate training takes, and l
 NUCLEUS_QUEUE           Kueue's LocalQueue for training jobs; unset: no queue
 NUCLEUS_POD_TEMPLATES   off: where the namespace has no PodTemplates (k8s/base has them)
 NUCLEUS_HUB_SECRET      name of the secret with HF_TOKEN, for tasks that read from or publish to the Hub
+NUCLEUS_WANDB_SECRET    name of the secret with WANDB_API_KEY, for training: its metrics then go to Weights & Biases too
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ SETTINGS = (
     "NUCLEUS_QUEUE",
     "NUCLEUS_POD_TEMPLATES",
     "NUCLEUS_HUB_SECRET",
+    "NUCLEUS_WANDB_SECRET",
 )
 
 

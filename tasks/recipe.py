@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,13 +17,14 @@ from eval.config import EvalConfig
 from model.config import TIERS, MergeConfig, Section, TrainConfig, TransformerConfig
 from model.constants import TILE_PX, VAE_SCALE
 from model.ranks import micro_batch, rank_degrees
-from model.recipe_yaml import Loader, read_recipe
+from model.recipe_yaml import MAX_FILE_BYTES, Loader, read_recipe
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.publishing.config import PublishConfig
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 VAE_CHANNELS = 16  # latent channels of the released VAE
+MAX_RATIO = 16  # of the sides of a bucket
 
 
 class Recipe(Section):
@@ -146,7 +148,7 @@ class Recipe(Section):
     def _check_curation(self) -> None:
         """Checks settings with which curation would fail, or reject all records, only after the records exist."""
         from tasks.curation.captioning import chosen_captioner
-        from tasks.curation.filters import DECODABLE, RGB_MODES
+        from tasks.curation.decoding import DECODABLE, RGB_MODES
         from tasks.curation.scorers import chosen_scorers
 
         for key, names, valid in (
@@ -159,8 +161,9 @@ class Recipe(Section):
         chosen_scorers(self.curation.scorers)
         if self.curation.captioner is not None:
             chosen_captioner(self.curation.captioner)
+            asked = {name for names in self.curation.captioner.per_tier.values() for name in names}
             for name, length in self.curation.captioner.lengths.items():
-                if length.max_words > self.curation.captions.max_words:
+                if name in asked and length.max_words > self.curation.captions.max_words:
                     raise ValueError(
                         f"curation.captioner.lengths.{name}.max_words={length.max_words} is over "
                         f"curation.captions.max_words={self.curation.captions.max_words}: such captions would be left out"
@@ -189,8 +192,11 @@ class Recipe(Section):
 
 def _check_ratios(key: str, ratios: Iterable[str]) -> None:
     for ratio in ratios or ("",):
-        if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", ratio):
+        if not re.fullmatch(r"[1-9]\d{0,8}:[1-9]\d{0,8}", ratio):
             raise ValueError(f"{key} has {ratio!r}; write width:height, such as 16:9")
+        sides = [int(side) for side in ratio.split(":")]
+        if max(sides) > MAX_RATIO * min(sides):
+            raise ValueError(f"{key} has {ratio!r}; one side may be {MAX_RATIO} times as long as the other at most")
 
 
 def _check_tiers(key: str, tiers: Iterable[str]) -> None:
@@ -200,13 +206,34 @@ def _check_tiers(key: str, tiers: Iterable[str]) -> None:
 
 
 def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Loads recipes/NAME.yaml or a path, applies overrides such as `train.stages[0].steps=200`, and validates the result.
+    """Loads recipes/NAME.yaml, a path, or a text of `recipe_text`, applies overrides such as `train.stages[0].steps=200`,
+    and validates the result.
 
     The file may be an overlay on another recipe (`model.recipe_yaml.read_recipe`), such as `ablations/token_choice`.
 
     Raises:
         ValueError: a wrong key or value; the message names the key, the value and valid values.
     """
+    name, data = _read(name_or_path)
+    refuse_code(data.get("eval"), f"recipe {name}")
+    for override in overrides:
+        _apply(data, override)
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise ValueError(f"recipe {name} is not valid: {_explain(error)}") from None
+    _check_size("", recipe.model_dump())
+    _check_types("", data, recipe.model_dump())
+    return recipe
+
+
+def _read(name_or_path: str) -> tuple[str, dict[str, Any]]:
+    """(what to call it, the mapping) of a recipe."""
+    if name_or_path.startswith("{"):
+        if len(name_or_path) > MAX_FILE_BYTES:
+            raise ValueError(f"a recipe's text has more than {MAX_FILE_BYTES:,} characters")
+        data = _parse(name_or_path, "the recipe's text")
+        return str(data.get("name", "without a name")), data
     known = sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
     path = RECIPES / f"{name_or_path}.yaml"
     if name_or_path not in known:
@@ -216,16 +243,36 @@ def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
                 f"recipe {str(name_or_path)!r} is neither one of {', '.join(known)} nor a file"
                 f"{_did_you_mean(str(name_or_path), known)}"
             )
-    data = read_recipe(path)
-    refuse_code(data.get("eval"), f"recipe {path.name}")
-    for override in overrides:
-        _apply(data, override)
-    try:
-        recipe = Recipe.model_validate(data)
-    except ValidationError as error:
-        raise ValueError(f"recipe {path.name} is not valid: {_explain(error)}") from None
-    _check_size("", recipe.model_dump())
-    return recipe
+    return path.name, read_recipe(path)
+
+
+def recipe_text(path: str) -> str:
+    """A recipe file as one text that `load_recipe` takes, on a machine without the file. Bases are joined in.
+
+    Raises:
+        ValueError: no such file, or as `load_recipe`.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"recipe {path!r} is not a file")
+    load_recipe(path)
+    return json.dumps(read_recipe(path))
+
+
+def _check_types(key: str, given: Any, value: Any) -> None:
+    """Refuses what Pydantic turns into a number without a word: true as 1, and for a seed 1.0 as 1."""
+    if isinstance(given, dict) and isinstance(value, dict):
+        for name, item in given.items():
+            _check_types(f"{key}.{name}" if key else str(name), item, value.get(name))
+    elif isinstance(given, list) and isinstance(value, list | tuple):
+        for index, (item, number) in enumerate(zip(given, value, strict=False)):
+            _check_types(f"{key}[{index}]", item, number)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        is_seed = re.search(r"(^|\.)seeds?(\[\d+\])?$", key) is not None
+        if isinstance(given, bool | str) or (is_seed and not isinstance(given, int)):
+            shown = str(given).lower() if isinstance(given, bool) else repr(given)
+            raise ValueError(
+                f"{key}={shown} must be a {'whole ' if isinstance(value, int) else ''}number, such as {value}"
+            )
 
 
 def _check_size(key: str, value: Any) -> None:

@@ -1,4 +1,5 @@
-"""Reads sealed directories where they are, a local folder or an object store, without a copy of them on this machine."""
+"""Reads sealed directories where they are, a local folder, an object store or the Hub, without a copy of them on this
+machine."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from model import storage
+from tasks import hub_directory
 from tasks.manifest import MANIFEST, Manifest, check_covers, load_manifest, parse_manifest, verify
 from tasks.store import INDEX, LOCATIONS, Part, zip_index
 
@@ -22,9 +24,13 @@ LATEST, VERSIONS = "latest.json", "versions"  # of a published place (tasks/publ
 def resolve(uri: str | os.PathLike) -> str:
     """The sealed directory that a path or URI names: itself, or the version that `latest.json` of a published place names.
 
+    Of a repository of the Hub, its newest commit.
+
     Raises:
         ValueError: see `storage.check_path`, or `latest.json` names no digest.
     """
+    if hub_directory.is_hub(str(uri)):
+        return hub_directory.pinned(str(uri))
     uri = storage.check_path(uri).rstrip("/") or "/"
     if not storage.is_remote(uri) or storage.read_bytes(storage.join(uri, MANIFEST)) is not None:
         return uri
@@ -45,6 +51,8 @@ def load(uri: str | os.PathLike) -> Manifest:
     Raises:
         ValueError: there is none, or it is not one of ours.
     """
+    if hub_directory.is_hub(str(uri)):
+        return hub_directory.load(str(uri))
     if not storage.is_remote(uri):
         return load_manifest(uri)
     content = storage.read_bytes(storage.join(uri, MANIFEST))
@@ -67,6 +75,8 @@ def check(uri: str | os.PathLike, kind: str | None = None, digest: str | None = 
     Raises:
         ValueError: naming the first file that is missing, added or changed, or the manifest itself.
     """
+    if hub_directory.is_hub(str(uri)):
+        return hub_directory.check(str(uri), kind, digest)
     if not storage.is_remote(uri):
         return verify(uri, kind=kind, digest=digest)
     manifest = load(uri)
@@ -84,21 +94,23 @@ def check(uri: str | os.PathLike, kind: str | None = None, digest: str | None = 
 
 def sizes(uri: str | os.PathLike) -> dict[str, int]:
     """Path inside a sealed directory -> bytes, of every file but the manifest."""
+    if hub_directory.is_hub(str(uri)):
+        return hub_directory.sizes(str(uri))
     fs, root = storage.filesystem(uri)
     root = root.rstrip("/")
     entries = fs.find(root, detail=True)
-    found = {path[len(root) + 1 :]: int(entry["size"]) for path, entry in entries.items()}
-    found.pop(MANIFEST, None)
-    return found
+    by_path = {path[len(root) + 1 :]: int(entry["size"]) for path, entry in entries.items()}
+    by_path.pop(MANIFEST, None)
+    return by_path
 
 
 def _sha256(uri: str) -> str:
     fs, path = storage.filesystem(uri)
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with fs.open(path, "rb", block_size=BLOCK_BYTES, cache_type="readahead") as file:
         while block := file.read(BLOCK_BYTES):
-            found.update(block)
-    return found.hexdigest()
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

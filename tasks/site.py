@@ -14,8 +14,12 @@ SETTINGS = {
     "queue": "NUCLEUS_QUEUE",
     "pod_templates": "NUCLEUS_POD_TEMPLATES",
     "hub_secret": "NUCLEUS_HUB_SECRET",
+    "wandb_secret": "NUCLEUS_WANDB_SECRET",
+    "notify": "NUCLEUS_NOTIFY",
+    "store": "NUCLEUS_STORE",  # else pods do not see each other's parts
+    "console": "NUCLEUS_CONSOLE",
 }
-REQUIRED = ("project", "domain")
+REQUIRED = ("project", "domain", "store")
 FREE = ("bucket",)
 
 
@@ -34,5 +38,7 @@ def load_site(path: Path) -> dict:
     if missing := [key for key in REQUIRED if not section.get(key)]:
         raise ValueError(f"{path}: nucleus.{missing[0]} is missing")
     if unknown := sorted(section.keys() - {*REQUIRED, *FREE, *SETTINGS}):
-        raise ValueError(f"{path}: nucleus.{unknown[0]} is unknown; use {', '.join([*REQUIRED, *SETTINGS, *FREE])}")
+        raise ValueError(
+            f"{path}: nucleus.{unknown[0]} is unknown; use {', '.join(dict.fromkeys([*REQUIRED, *SETTINGS, *FREE]))}"
+        )
     return config

@@ -220,7 +220,9 @@ def _download_rest(part: Part, path: Path, without: tuple[str, ...]) -> None:
     manifest = load_manifest(path)
     for name in sorted(manifest.files | manifest.logs):
         if not name.endswith(without) and not (path / name).exists():
-            temporary = path.with_name(f".file-{uuid.uuid4().hex}")
+            temporary = path.with_name(
+                f".file-{uuid.uuid4().hex}"
+            )  # not inside: a kill would leave an added file there
             filesystem, source = storage.filesystem(storage.join(part.uri, name))
             filesystem.get_file(source, str(temporary))
             (path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,13 @@
 """From a published pipeline back to the records behind it: `python -m tasks.trace DIR_OR_URI [--expect DIGEST]`.
 
 Walks the parents that each manifest names and the parts of each index, reads every file of every sealed directory on
-the way again, in a local folder or in s3://, and prints the tree with the digests of its shards and the ids of its records.
+the way again, in a local folder, in s3:// or on the Hub (hf://OWNER/NAME), and prints the tree with the digests of its shards and the ids of its records.
 Exits 1, naming the file, when one byte differs anywhere.
 
     pipeline -> merged -> checkpoints x3 -> latents -> curated -> corpus -> records
              -> scorecard -> images -> ...
+
+A repository of the Hub names no places, only digests: --home or NUCLEUS_STORE says where its parents are kept.
 
 Seals prove that nothing changed since, not who made it: --expect compares the digest that you were given elsewhere.
 """
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from model import storage
-from tasks import sealed
+from tasks import hub_directory, sealed
 from tasks.manifest import KINDS, MANIFEST, Manifest, Parent, load_manifest, visible
 from tasks.store import INDEX, Part
 
@@ -195,7 +197,9 @@ class _Search:
 
 
 def _above(uri: str) -> str:
-    """The folder that has the artifacts beside one: of HOME/artifacts/KIND/DIGEST it is HOME/artifacts."""
+    """The folder that has the artifacts beside one: of HOME/artifacts/KIND/DIGEST it is HOME/artifacts. The Hub has none."""
+    if hub_directory.is_hub(uri):
+        return ""
     if storage.is_remote(uri):
         above = uri.rpartition("/")[0]
         return above.removesuffix("/artifacts") if above.rpartition("/")[2] not in KINDS else above.rpartition("/")[0]
@@ -396,7 +400,9 @@ def render(story: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tasks.trace", description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "directory", nargs="?", help="a sealed directory or its s3:// URI, such as a published pipeline"
+        "directory",
+        nargs="?",
+        help="a sealed directory, its s3:// URI, or hf://OWNER/NAME: such as a published pipeline",
     )
     parser.add_argument("--home", help="where to look for parents that moved, by their digest: a directory or a URI")
     parser.add_argument(

@@ -76,9 +76,11 @@ def main(arguments: list[str] | None = None) -> int:
     environment = os.environ | {"NUCLEUS_TRAIN_NNODES": str(nnodes), "NUCLEUS_TRAIN_NPROC": str(nproc)}
     section = config["nucleus"]
     environment |= {name: str(section[key]) for key, name in SETTINGS.items() if section.get(key)}
+    named = images(options.lock)
+    environment |= {f"NUCLEUS_IMAGE_{role.upper()}": image for role, image in named.items()}
     with tempfile.TemporaryDirectory() as folder:
         merged = Path(folder) / "flyte.yaml"
-        merged.write_text(yaml.safe_dump(config | {"images": images(options.lock)}))
+        merged.write_text(yaml.safe_dump(config | {"images": named}))
         command = [
             str(Path(sys.executable).with_name("pyflyte")),
             "--config",

@@ -38,8 +38,8 @@ def ablate(recipe: str, overrides: Union[list[str], str] = [], source: str = "")
     sections = resolve_recipe(
         recipe=recipe, overrides=overrides, source=source, starts_from="source", ends_in="scorecard"
     )
-    _, trained = up_to_merged(sections)
+    curated, trained = up_to_merged(sections)
     scorecard = score_merged(
-        merged=trained.merged, components=trained.components, config=sections.eval, seeds=sections.seeds
+        merged=trained.merged, components=trained.components, curated=curated, config=sections.eval
     )
     return Ablation(scorecard=scorecard, merged=trained.merged)

@@ -37,7 +37,7 @@ from tasks.planning.task import resolve_recipe
 from tasks.store import num_groups
 
 
-@dynamic(**envs.light("curation"))
+@dynamic(**envs.dynamic("curation"))
 def curate_source(source: SourceConfig, path: str, config: CurationConfig) -> CuratedDir:
     """Curates the images at `path`, or those that are made of `source` where it is empty.
 

@@ -1,40 +1,104 @@
-"""A merged transformer to a scorecard.
+"""A model to scorecards: any diffusers pipeline on any benchmark, or merged weights as a part of other workflows.
 
-    pyflyte run workflows/evaluate.py evaluate --recipe tiny \\
-        --merged .nucleus/artifacts/merged/DIGEST --components .nucleus/artifacts/components/DIGEST
+    pyflyte run workflows/evaluate.py evaluate --model .nucleus/artifacts/pipeline/DIGEST --benchmarks shapes
+    pyflyte run workflows/evaluate.py evaluate --model OWNER/NAME --revision COMMIT --benchmarks geneval,dpg,oneig
+    pyflyte run workflows/evaluate.py evaluate --model .nucleus/artifacts/merged/DIGEST \\
+        --components .nucleus/artifacts/components/DIGEST --recipe tiny --benchmarks shapes
+
+    prompts -> images (mapped over parts of each seed) -> answers -> scorecard
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Union
+from typing import Optional, Union
 
-from flytekit import map_task, workflow
+from flytekit import dynamic, map_task, workflow
 
 from eval.config import EvalConfig
-from tasks.artifacts import ComponentsDir, MergedDir, ScorecardDir
-from tasks.evaluation.task import generate_images, score_images
-from tasks.planning.task import resolve_recipe
+from tasks import envs
+from tasks.artifacts import ComponentsDir, CuratedDir, MergedDir, ScorecardDir
+from tasks.evaluation.models import Model
+from tasks.evaluation.task import (
+    generate_from_model,
+    generate_part,
+    judge_images,
+    make_prompts,
+    plan_benchmarks,
+    plan_parts,
+    resolve_model,
+    score_answers,
+)
 
 
 @workflow
-def score_merged(merged: MergedDir, components: ComponentsDir, config: EvalConfig, seeds: list[int]) -> ScorecardDir:
-    """A map task over seeds generates images, one task scores them together. A part of other workflows."""
-    generate = partial(generate_images, merged=merged, components=components, config=config)
-    return score_images(images=map_task(generate)(seed=seeds), config=config)
+def score_merged(
+    merged: MergedDir,
+    components: ComponentsDir,
+    config: EvalConfig,
+    curated: Optional[CuratedDir] = None,
+    parts_per_seed: int = 1,
+) -> ScorecardDir:
+    """Scores merged weights as the recipe's eval section says. A part of other workflows."""
+    prompts = make_prompts(config=config, curated=curated)
+    generate = partial(generate_part, merged=merged, components=components, prompts=prompts, config=config)
+    images = map_task(generate)(part=plan_parts(config=config, parts_per_seed=parts_per_seed))
+    answers = judge_images(images=images, prompts=prompts, config=config)
+    return score_answers(images=images, prompts=prompts, answers=answers, config=config)
+
+
+@workflow
+def score_model(
+    model: Model, digest: str, config: EvalConfig, parts_per_seed: int, curated: Optional[CuratedDir] = None
+) -> ScorecardDir:
+    """The same of any pipeline. `digest` is the model's: the cache knows it by that alone."""
+    prompts = make_prompts(config=config, curated=curated)
+    generate = partial(generate_from_model, model=model, digest=digest, prompts=prompts, config=config)
+    images = map_task(generate)(part=plan_parts(config=config, parts_per_seed=parts_per_seed))
+    answers = judge_images(images=images, prompts=prompts, config=config)
+    return score_answers(images=images, prompts=prompts, answers=answers, config=config)
+
+
+@dynamic(**envs.dynamic("evaluator"))
+def score_benchmarks(
+    model: Model, configs: list[EvalConfig], parts_per_seed: int, curated: Optional[CuratedDir] = None
+) -> list[ScorecardDir]:
+    """One scorecard for each benchmark."""
+    return [
+        score_model(model=model, digest=model.digest, config=config, parts_per_seed=parts_per_seed, curated=curated)
+        for config in configs
+    ]
 
 
 @workflow
 def evaluate(
-    recipe: str, merged: MergedDir, components: ComponentsDir, overrides: Union[list[str], str] = []
-) -> ScorecardDir:
-    """Scores a transformer as the recipe's eval section says.
+    model: str,
+    benchmarks: str,
+    revision: str = "",
+    components: str = "",
+    recipe: str = "",
+    overrides: Union[list[str], str] = [],
+    judges: str = "",
+    parts_per_seed: int = 1,
+    curated: Optional[CuratedDir] = None,
+) -> list[ScorecardDir]:
+    """Scores a model on benchmarks, each on a scorecard of its own.
 
     Args:
-        recipe: name of a recipe in recipes/, or the path of a YAML file.
-        merged: a sealed directory of kind merged.
-        components: a sealed directory of kind components: those that the transformer was trained with.
-        overrides: a change such as eval.guidance_scale=3, or a JSON list of them. May be given several times.
+        model: a directory that diffusers loads, merged weights (with `components`), a Hub id, an s3:// URI of what was
+            published, or newest: the pipeline that was published last on this machine.
+        benchmarks: names, separated by commas, such as geneval,dpg,oneig. `python -m eval.cli ls` lists them.
+        revision: the commit of a Hub id; the newest one where it is left out.
+        components: a sealed directory of kind components, for merged weights.
+        recipe: whose eval section has the settings; without it those that a published pipeline was scored with, else the
+            defaults.
+        overrides: a setting such as guidance_scale=3 or geneval.seeds=[0], or a JSON list of them. May be given several
+            times.
+        judges: who answers, such as ssd-mobilenet-v2 or dpg.vqa=blip-vqa, separated by commas; without it the official
+            classes, and on a machine without a GPU those whose weights packages carry.
+        parts_per_seed: how many map tasks sample the images of one seed. The images are the same for any number.
+        curated: a sealed directory of kind curated, for the captions benchmark.
     """
-    sections = resolve_recipe(recipe=recipe, overrides=overrides, source="", starts_from="merged", ends_in="scorecard")
-    return score_merged(merged=merged, components=components, config=sections.eval, seeds=sections.seeds)
+    resolved = resolve_model(model=model, revision=revision, components=components)
+    configs = plan_benchmarks(model=resolved, benchmarks=benchmarks, recipe=recipe, overrides=overrides, judges=judges)
+    return score_benchmarks(model=resolved, configs=configs, parts_per_seed=parts_per_seed, curated=curated)

@@ -6,7 +6,7 @@
 
     records -> curated -> components, latents and checkpoints of each stage -> merged
 
-For 64 GPUs, where nothing scores GenEval yet, and for ablations. What `reproduce` or `ablate` made of the same recipe comes
+For training alone: scores can follow by workflows/evaluate.py. What `reproduce` or `ablate` made of the same recipe comes
 from the cache, and vice versa.
 """
 

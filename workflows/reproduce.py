@@ -1,12 +1,10 @@
 """The whole way: raw records to a published pipeline.
 
-    pyflyte run workflows/reproduce.py reproduce --recipe tiny
-    pyflyte run workflows/reproduce.py reproduce --recipe tiny --source my_images/
-    pyflyte run --remote workflows/reproduce.py reproduce --recipe my_recipe.yaml --source s3://BUCKET/images/
+pyflyte run workflows/reproduce.py reproduce --recipe tiny
+pyflyte run workflows/reproduce.py reproduce --recipe tiny --source my_images/
+pyflyte run --remote workflows/reproduce.py reproduce --recipe my_recipe.yaml --source s3://BUCKET/images/
 
-    records -> curated -> components, latents and checkpoints of each stage -> merged -> scorecard -> pipeline
-
-nucleus_17b trains by workflows/pretrain.py: its benchmark has no detector yet.
+records -> curated -> components, latents and checkpoints of each stage -> merged -> scorecard -> pipeline
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ def reproduce(recipe: str = "tiny", overrides: Union[list[str], str] = [], sourc
     )
     curated, trained = up_to_merged(sections)
     scorecard = score_merged(
-        merged=trained.merged, components=trained.components, config=sections.eval, seeds=sections.seeds
+        merged=trained.merged, components=trained.components, curated=curated, config=sections.eval
     )
     pipeline = publish_pipeline(
         merged=trained.merged,
@@ -56,5 +54,11 @@ def reproduce(recipe: str = "tiny", overrides: Union[list[str], str] = [], sourc
         config=sections.publish,
         recipe_json=sections.recipe_json,
     )
-    show_results(pipeline=pipeline, scorecard=scorecard, curated=curated)
+    show_results(
+        pipeline=pipeline,
+        scorecard=scorecard,
+        curated=curated,
+        texts=trained.texts,
+        latents=trained.stage_latents,
+    )
     return Reproduction(pipeline=pipeline, scorecard=scorecard, merged=trained.merged, curated=curated)

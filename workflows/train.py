@@ -1,6 +1,8 @@
 """A curated corpus to one merged transformer: components, latents and training stages, merge.
 
     pyflyte run workflows/train.py train --recipe tiny --curated .nucleus/artifacts/curated/DIGEST
+    pyflyte run workflows/train.py train_one_stage --recipe tiny --stage NAME --latents DIR --texts DIR --components DIR
+    pyflyte run workflows/train.py merge --recipe tiny --checkpoints .nucleus/artifacts/checkpoints/DIGEST
 
     curated --> components --> texts
                                latents of stage 1 --> checkpoints 1 --+
@@ -12,7 +14,7 @@ The number of stages is the recipe's: `train_stages` is a dynamic workflow, laid
 
 from __future__ import annotations
 
-from typing import NamedTuple, Union
+from typing import NamedTuple, Optional, Union
 
 from flytekit import dynamic, workflow
 
@@ -23,17 +25,21 @@ from tasks.encoding.config import EncodingConfig
 from tasks.encoding.task import make_components
 from tasks.merging.task import merge_checkpoints
 from tasks.planning.sections import Stage
-from tasks.planning.task import Sections, check_curated, resolve_recipe
+from tasks.planning.task import Sections, check_curated, choose_stage, resolve_recipe
 from tasks.training.task import train_stage
 from workflows.encode import encode_latents, encode_texts
 
 
 class Stages(NamedTuple):
-    """The result of all stages: the merged transformer, the checkpoints of each stage, texts, and latents of the last."""
+    """The result of all stages: the merged transformer, checkpoints and latents of each stage, and texts.
+
+    latents: those of the last stage, also in `stage_latents`.
+    """
 
     merged: MergedDir
     checkpoints: list[CheckpointsDir]
     latents: LatentsDir
+    stage_latents: list[LatentsDir]
     texts: TextsDir
 
 
@@ -44,6 +50,7 @@ class Trained(NamedTuple):
     components: ComponentsDir
     checkpoints: list[CheckpointsDir]
     latents: LatentsDir
+    stage_latents: list[LatentsDir]
     texts: TextsDir
 
 
@@ -73,7 +80,7 @@ def train_stages(
             )
         )
     merged = merge_checkpoints(checkpoints=checkpoints[-1], model=stages[-1].train.model, config=merge)
-    return Stages(merged=merged, checkpoints=checkpoints, latents=latents[-1], texts=texts)
+    return Stages(merged=merged, checkpoints=checkpoints, latents=latents[-1], stage_latents=latents, texts=texts)
 
 
 def train_curated(curated: CuratedDir, sections: Sections) -> Trained:
@@ -93,6 +100,7 @@ def train_curated(curated: CuratedDir, sections: Sections) -> Trained:
         components=components,
         checkpoints=trained.checkpoints,
         latents=trained.latents,
+        stage_latents=trained.stage_latents,
         texts=trained.texts,
     )
 
@@ -113,5 +121,51 @@ def train(recipe: str, curated: CuratedDir, overrides: Union[list[str], str] = [
         components=trained.components,
         checkpoints=trained.checkpoints,
         latents=trained.latents,
+        stage_latents=trained.stage_latents,
         texts=trained.texts,
     )
+
+
+@workflow
+def train_one_stage(
+    recipe: str,
+    stage: str,
+    latents: LatentsDir,
+    texts: TextsDir,
+    components: ComponentsDir,
+    init: Optional[CheckpointsDir] = None,
+    overrides: Union[list[str], str] = [],
+) -> CheckpointsDir:
+    """Trains one stage of a recipe.
+
+    Args:
+        recipe: name of a recipe in recipes/, or the path of a YAML file.
+        stage: the name of one of its train.stages.
+        latents: a sealed directory of kind latents, encoded for this stage.
+        texts: a sealed directory of kind texts.
+        components: a sealed directory of kind components: those that encoded both.
+        init: a sealed directory of kind checkpoints: those of the stage before; left out, training starts from
+            train.init_from or from scratch.
+        overrides: a change such as train.stages[0].steps=200, or a JSON list of them. May be given several times.
+    """
+    sections = resolve_recipe(
+        recipe=recipe, overrides=overrides, source="", starts_from="encoded", ends_in="checkpoints"
+    )
+    chosen = choose_stage(stages=sections.stages, name=stage)
+    return train_stage(latents=latents, texts=texts, components=components, stage=chosen.stage, init=init)
+
+
+@workflow
+def merge(recipe: str, checkpoints: CheckpointsDir, overrides: Union[list[str], str] = []) -> MergedDir:
+    """Merges the last checkpoints of a recipe's last stage, as its merge section says.
+
+    Args:
+        recipe: name of a recipe in recipes/, or the path of a YAML file.
+        checkpoints: a sealed directory of kind checkpoints: those of the last stage.
+        overrides: a change such as merge.last_n=4, or a JSON list of them. May be given several times.
+    """
+    sections = resolve_recipe(
+        recipe=recipe, overrides=overrides, source="", starts_from="checkpoints", ends_in="merged"
+    )
+    last = choose_stage(stages=sections.stages, name="")
+    return merge_checkpoints(checkpoints=checkpoints, model=last.model, config=sections.merge)

@@ -36,6 +36,7 @@ class Question:
         text: the question's words, as the official code says them; "" where a judge needs none.
         options: what else the judge needs, JSON values; together with `judge` and `text` it tells questions apart.
         together: asked once about all images of the prompt.
+        reference: asked about the prompt's real image ("reference" of the prompt) and not about a generated one.
     """
 
     judge: str
@@ -43,6 +44,7 @@ class Question:
     text: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     together: bool = False
+    reference: bool = False
 
     @property
     def digest(self) -> str:
@@ -57,7 +59,7 @@ class Judged:
 
     Attributes:
         images: the answers about each image that was asked for, in order; None for one that is missing.
-        together: the answers to questions about all images.
+        together: the answers to questions about all images, and about the prompt's real image.
     """
 
     images: Sequence[Answers]
@@ -90,7 +92,8 @@ class Benchmark(Protocol):
         tasks: the tags, in the order of published tables; () where prompts are not grouped.
         prompt_count, images_per_prompt: the official numbers.
         grid: (columns, rows) of the picture that holds a prompt's images; None where each image is a file.
-        judges: {judge: the official model}.
+        judges: {judge: the official model}; "" where none is official, and the score is always named by its judge.
+        optional_judges: those that a score can do without.
         data: the file that `prompts` reads, and where it comes from; "" for prompts that are made.
     """
 
@@ -102,6 +105,7 @@ class Benchmark(Protocol):
     images_per_prompt: int
     grid: tuple[int, int] | None
     judges: Mapping[str, str]
+    optional_judges: frozenset[str] = frozenset()
     data: str
 
     def prompts(self, path: str | Path | None = None) -> list[dict[str, Any]]:
@@ -127,6 +131,18 @@ class Benchmark(Protocol):
         Raises:
             ValueError: an answer is missing or malformed.
         """
+
+    def score_all(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged]) -> dict[str, Scored]:
+        """{prompt's id: its scores} of one sampling seed, for rules that look at all prompts together.
+
+        Raises:
+            ValueError: see `score`.
+        """
+        return {prompt["id"]: self.score(prompt, judged[prompt["id"]]) for prompt in prompts}
+
+    def measures(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged]) -> dict[str, float]:
+        """Numbers of one sampling seed beside the score that are no share of anything, such as distances."""
+        return {}
 
     def summarise(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], mode: Mode) -> dict[str, Any]:
         """The benchmark's scores.

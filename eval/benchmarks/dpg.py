@@ -7,18 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from eval import dpg as rule
-from eval.benchmarks.base import (
-    Benchmark,
-    Judged,
-    Mode,
-    Prompt,
-    Question,
-    Scored,
-    check_known,
-    complete,
-    mean,
-    required,
-)
+from eval.benchmarks import base
+from eval.benchmarks.base import Benchmark, Judged, Mode, Prompt, Question, Scored
 
 
 class DPG(Benchmark):
@@ -43,7 +33,7 @@ class DPG(Benchmark):
         Raises:
             ValueError: see `eval.dpg.load_questions`.
         """
-        path = required(path, self)
+        path = base.required(path, self)
         texts = rule.load_prompts(path)
         fixed, official = rule.load_questions(path, "fixed"), rule.load_questions(path, "official")
         prompts = []
@@ -74,12 +64,12 @@ class DPG(Benchmark):
         for answers in judged.images:
             no = [] if answers is None else [q[3] for q in prompt["questions"] if answers[str(q[0])] != rule.YES]
             reasons.append("not judged" if answers is None else "\n".join(no))
-        return Scored(mean(scores), tuple(scores), tuple(reasons))
+        return Scored(base.mean(scores), tuple(scores), tuple(reasons))
 
     def summarise(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], mode: Mode) -> dict[str, Any]:
         """See `Benchmark.summarise`; also what `eval.dpg.summarise` returns. It counts prompts: one that misses an
         image is left out ("official") or has the score 0 ("fixed")."""
-        check_known(prompts, judged)
+        base.check_known(prompts, judged)
         questions = {}
         for prompt in prompts:
             rows = prompt.get("official_questions", prompt["questions"]) if mode == "official" else prompt["questions"]
@@ -88,7 +78,7 @@ class DPG(Benchmark):
         answers = {
             key: _answers(value.images) for key, value in judged.items() if value.images and None not in value.images
         }
-        images = max(len(value.images) for value in complete(prompts, judged).values())
+        images = max(len(value.images) for value in base.complete(prompts, judged).values())
         summary = rule.summarise(answers, questions, mode, images)
         counts = {"expected": len(prompts), "scored": summary["scored"], "failed": len(prompts) - summary["scored"]}
         return {**summary, **counts, "failed_items": sorted({*summary["failed"], *summary["missing"]})}

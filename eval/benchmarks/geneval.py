@@ -10,18 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from eval import geneval as rule
-from eval.benchmarks.base import (
-    Benchmark,
-    Judged,
-    Mode,
-    Prompt,
-    Question,
-    Scored,
-    check_known,
-    complete,
-    mean,
-    required,
-)
+from eval.benchmarks import base
+from eval.benchmarks.base import Benchmark, Judged, Mode, Prompt, Question, Scored
 
 # COCO's classes in the order of evaluation/object_names.txt, with the three that GenEval names otherwise.
 CLASSES = (
@@ -59,7 +49,7 @@ class GenEval(Benchmark):
         Raises:
             ValueError: no such file, a malformed line, or a class or colour that no judge knows.
         """
-        prompts = rule.load_prompts(required(path, self))
+        prompts = rule.load_prompts(base.required(path, self))
         for number, prompt in enumerate(prompts, start=1):
             for clause in [*prompt["include"], *prompt.get("exclude", ())]:
                 self._check("class", clause.get("class"), self.classes, f"{path}, prompt {number}")
@@ -131,15 +121,15 @@ class GenEval(Benchmark):
         verdicts = [None if answers is None else self.judge(prompt, answers) for answers in judged.images]
         scores = tuple(None if verdict is None else float(verdict["correct"]) for verdict in verdicts)
         reasons = tuple("not judged" if verdict is None else verdict["reason"] for verdict in verdicts)
-        return Scored(mean(scores), scores, reasons)
+        return Scored(base.mean(scores), scores, reasons)
 
     def summarise(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], mode: Mode) -> dict[str, Any]:
         """See `Benchmark.summarise`; also "tasks", "image_accuracy" and so on of `eval.geneval.summarise`. An image
         that was not judged is left out ("official") or wrong ("fixed")."""
-        check_known(prompts, judged)
+        base.check_known(prompts, judged)
         rows: list[dict[str, Any]] = []
         images: list[float | None] = []
-        whole = complete(prompts, judged)
+        whole = base.complete(prompts, judged)
         for prompt in prompts:
             scores = self.score(prompt, whole[prompt["id"]]).images
             images += scores

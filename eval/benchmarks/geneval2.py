@@ -7,18 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from eval import geneval2 as rule
-from eval.benchmarks.base import (
-    Benchmark,
-    Judged,
-    Mode,
-    Prompt,
-    Question,
-    Scored,
-    check_known,
-    complete,
-    mean,
-    required,
-)
+from eval.benchmarks import base
+from eval.benchmarks.base import Benchmark, Judged, Mode, Prompt, Question, Scored
 
 
 class GenEval2(Benchmark):
@@ -40,7 +30,7 @@ class GenEval2(Benchmark):
         Raises:
             ValueError: no such file, or a malformed line.
         """
-        rows = rule.load_prompts(required(path, self))
+        rows = rule.load_prompts(base.required(path, self))
         return [{"id": f"{index:04d}", "tag": str(row["atom_count"]), **row} for index, row in enumerate(rows)]
 
     def picture_path(self, prompt: Prompt, image: int, model: str) -> str:
@@ -73,15 +63,15 @@ class GenEval2(Benchmark):
             values = self._values(prompt, answers)
             low = min(range(len(values)), key=values.__getitem__)
             reasons.append(f"{prompt['vqa_list'][low][0]} {values[low]:.2f}" if values[low] < 0.5 else "")
-        parts = {name: mean([None if m is None else m[name] for m in means]) for name in ("gm", "am")}
-        return Scored(mean(scores), scores, tuple(reasons), parts)
+        parts = {name: base.mean([None if m is None else m[name] for m in means]) for name in ("gm", "am")}
+        return Scored(base.mean(scores), scores, tuple(reasons), parts)
 
     def summarise(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], mode: Mode) -> dict[str, Any]:
         """See `Benchmark.summarise`; also "am", "gm", "skills" and "atomicity" of `eval.geneval2.summarise`. Several
         images of a prompt count as prompts of their own. An image that was not judged is left out ("official": the
         official code stops there) or has the score 0 for each question ("fixed")."""
-        check_known(prompts, judged)
-        whole = complete(prompts, judged)
+        base.check_known(prompts, judged)
+        whole = base.complete(prompts, judged)
         scores: list[list[float]] = []
         rows: list[Prompt] = []
         failed = expected = 0

@@ -18,18 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eval import oneig as rule
-from eval.benchmarks.base import (
-    Benchmark,
-    Judged,
-    Mode,
-    Prompt,
-    Question,
-    Scored,
-    check_known,
-    complete,
-    mean,
-    required,
-)
+from eval.benchmarks import base
+from eval.benchmarks.base import Benchmark, Judged, Mode, Prompt, Question, Scored
 
 CLASS_OF = {
     "Anime_Stylization": "anime",
@@ -52,6 +42,7 @@ class OneIG(Benchmark):
     scale = 1.0
     images_per_prompt = 4
     grid = (2, 2)
+    optional_judges = frozenset({"vqa", "ocr", "reasoning", "style", "diversity"})
     judges: Mapping[str, str] = {
         "vqa": "Qwen/Qwen2.5-VL-7B-Instruct",
         "ocr": "Qwen/Qwen2.5-VL-7B-Instruct",
@@ -79,7 +70,7 @@ class OneIG(Benchmark):
         Raises:
             ValueError: a file of the checkout is absent or malformed, or has no row for a prompt.
         """
-        root = required(path, self)
+        root = base.required(path, self)
         texts = self._table_of(root, f"scripts/text/text_content{self._suffix}.csv", "id", "text_content")
         styles = self._table_of(root, "scripts/style/style.csv", "id", "class")
         answers = self._json(root, f"scripts/reasoning/gt_answer{self._suffix}.json")
@@ -179,7 +170,7 @@ class OneIG(Benchmark):
         return [question for question in asked if question.key not in answers]
 
     def score(self, prompt: Prompt, judged: Judged) -> Scored:
-        """`parts` has a score for each dimension; `score` is that of alignment, text or reasoning. A text image's score
+        """`parts` has a score for each dimension that has a judge; `score` is that of alignment, text or reasoning. A text image's score
         is the text formula on that image alone: a unit for error bars, not part of the official score."""
         images = [answers for answers in judged.images if answers is not None]
         scores: list[float | None] = []
@@ -188,12 +179,12 @@ class OneIG(Benchmark):
             score, reason = (None, "not judged") if answers is None else self._image(prompt, answers)
             scores.append(score)
             reasons.append(reason)
-        parts: dict[str, float | None] = {self.dimension(prompt): mean(scores)}
+        parts: dict[str, float | None] = {self.dimension(prompt): base.mean(scores)}
         if "style" in prompt:
-            parts["style"] = mean([self._answer(prompt, answers, "style") for answers in images])
-        if len(images) > 1:
-            parts["diversity"] = rule.diversity_score(self._answer(prompt, judged.together, "diversity"))
-        return Scored(mean(scores), tuple(scores), tuple(reasons), parts)
+            parts["style"] = base.mean([answers.get("style") for answers in images])
+        if len(images) > 1 and "diversity" in judged.together:
+            parts["diversity"] = rule.diversity_score(judged.together["diversity"])
+        return Scored(base.mean(scores), tuple(scores), tuple(reasons), parts)
 
     @staticmethod
     def dimension(prompt: Prompt) -> str:
@@ -206,6 +197,10 @@ class OneIG(Benchmark):
         return answers[key]
 
     def _image(self, prompt: Prompt, answers: Mapping[str, Any]) -> tuple[float | None, str]:
+        """Without a score where its dimension has no judge; an answer that is missing among others is an error."""
+        keys = ["ocr"] if "text_content" in prompt else ["reasoning"] if "answer" in prompt else []
+        if not answers.keys() & {*keys, *(str(question[0]) for question in prompt.get("questions", ()))}:
+            return None, "not judged"
         if "text_content" in prompt:
             text = self._answer(prompt, answers, "ocr")
             edits, exact, ratio = rule.compare_text(prompt["text_content"], text)
@@ -223,8 +218,8 @@ class OneIG(Benchmark):
 
         The dimensions leave out images that were not judged in both modes, as black tiles are; `failed` counts them.
         """
-        check_known(prompts, judged)
-        whole = complete(prompts, judged)
+        base.check_known(prompts, judged)
+        whole = base.complete(prompts, judged)
         scores: dict[str, dict[str, float | None]] = {
             name: {} for name in ("alignment", "reasoning", "style", "diversity")
         }
@@ -242,9 +237,10 @@ class OneIG(Benchmark):
             dimension = self.dimension(prompt)
             if dimension == "text":
                 contents[number] = prompt["text_content"]
-                texts = [image["ocr"] for image in answers.images if image is not None]
+                texts = [image["ocr"] for image in answers.images if image is not None and "ocr" in image]
                 # A picture that is there and all black has no texts; a prompt without a picture has None.
-                ocr[number] = texts if key in judged else None
+                read = key in judged and (texts or all(image is None for image in answers.images))
+                ocr[number] = texts if read else None
             else:
                 scores[dimension][key if dimension == "alignment" else number] = parts[dimension]
             if "style" in prompt:
@@ -265,7 +261,7 @@ class OneIG(Benchmark):
         missing = [name for name in rule.DIMENSIONS if name not in dimensions]
         categories = {name: dimensions[name]["score"] for name in rule.DIMENSIONS if name in dimensions}
         return {
-            "score": mean(list(categories.values())),
+            "score": base.mean(list(categories.values())),
             "categories": categories,
             "dimensions": dimensions,
             "missing_dimensions": missing,

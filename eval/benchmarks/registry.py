@@ -9,6 +9,7 @@ from eval.benchmarks.base import Benchmark
 
 BENCHMARKS = {
     "shapes": "eval.benchmarks.shapes.benchmark:BENCHMARK",
+    "captions": "eval.benchmarks.captions:BENCHMARK",
     "geneval": "eval.benchmarks.geneval:BENCHMARK",
     "geneval2": "eval.benchmarks.geneval2:BENCHMARK",
     "dpg": "eval.benchmarks.dpg:BENCHMARK",

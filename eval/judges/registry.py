@@ -53,6 +53,21 @@ JUDGES: dict[str, tuple[str, tuple[str, ...], str]] = {
         ("style",),
         "CSD and OneIG's style encoder; needs @DIR of converted weights",
     ),
+    "efficientnet-lite0": (
+        "eval.judges.features:EfficientNetLite0",
+        ("features", "diversity"),
+        "ImageNet features of EfficientNet-Lite0, for captions; runs on a CPU",
+    ),
+    "dinov2": (
+        "eval.judges.features:DINOv2",
+        ("features", "diversity"),
+        "features of DINOv2-base of the Hub, for captions",
+    ),
+    "clip-similarity": (
+        "eval.judges.clip_similarity:CLIPSimilarity",
+        ("similarity",),
+        "cosine of an image to its caption by CLIP ViT-L/14",
+    ),
     "qwen3-vl-8b": ("eval.judges.qwen_vl:Qwen3VL", ("soft_tifa",), "GenEval 2's judge: probabilities of first tokens"),
 }
 

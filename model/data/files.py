@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import mmap
-import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ import torch
 from pydantic import Field
 from safetensors.torch import save_file
 
+from model import storage
 from model.config import Positive, Section
 from model.constants import PIPELINE_TEXT_STATE, VAE_SCALE
 
@@ -105,9 +105,7 @@ def checksum(tensor: torch.Tensor) -> int:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file atomically."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+    storage.write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 class LatentPartWriter:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from model.data.hashing import hash_words, permuted_index, uniform
 from model.data.latents import EMPTY_TEXT_ROW, LatentDataset
+
+if TYPE_CHECKING:
+    from model.config import CaptionLengths
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class SampleOrder:
         tier_weights: weight of each tier; tiers without a weight are not read. They are multiplied by the index's
             `weights`, which compensate for tiers that were encoded in part.
         caption_dropout: share of samples whose caption is replaced by the empty prompt.
+        caption_lengths: how often a caption of each length is drawn; None draws each of an image's captions equally.
     """
 
     CYCLE = 1024
@@ -77,7 +81,9 @@ class SampleOrder:
         seed: int,
         tier_weights: Mapping[str, float] | None = None,
         caption_dropout: float = 0.0,
+        caption_lengths: CaptionLengths | None = None,
     ):
+        self.caption_lengths = caption_lengths
         self.dataset, self.batch_size, self.seed, self.caption_dropout = dataset, batch_size, seed, caption_dropout
         if tier_weights is None:
             tier_weights = dict.fromkeys(dataset.tier_names, 1.0)
@@ -107,7 +113,7 @@ class SampleOrder:
         sample = np.arange(size, dtype=np.int64)
         begin = np.asarray(self.dataset.caption_begin[rows], dtype=np.int64)
         count = np.asarray(self.dataset.caption_begin[rows + 1], dtype=np.int64) - begin
-        captions = (uniform(hash_words(self.seed, 3, step, sample)) * count).astype(np.int64)
+        captions = self._draw_captions(begin, count, uniform(hash_words(self.seed, 3, step, sample)))
         text_rows = np.asarray(self.dataset.caption_texts[begin + captions], dtype=np.int64)
         dropped = uniform(hash_words(self.seed, 4, step, sample)) < self.caption_dropout
         captions[dropped] = -1
@@ -124,6 +130,26 @@ class SampleOrder:
             start=0,
             global_batch=size,
         )
+
+    def _draw_captions(self, begin: np.ndarray, count: np.ndarray, chance: np.ndarray) -> np.ndarray:
+        """Index of a caption [n], of captions begin..begin+count-1 of each image, for chance [n] in [0, 1)."""
+        drawn = (chance * count).astype(np.int64)
+        lengths = self.caption_lengths
+        if lengths is None:
+            return drawn
+        column = np.arange(count.max())
+        present = column < count[:, None]
+        texts = self.dataset.caption_texts[np.where(present, begin[:, None] + column, begin[:, None])]
+        tokens = np.asarray(self.dataset.text_tokens[texts], np.int64)
+        kind = np.searchsorted([lengths.short_tokens, lengths.medium_tokens], tokens, "left")
+        weight = np.zeros(kind.shape)
+        for number, share in enumerate((lengths.short, lengths.medium, lengths.long)):
+            members = present & (kind == number)
+            weight += members * share / np.maximum(members.sum(1, keepdims=True), 1)
+        ends = np.cumsum(weight, axis=1)
+        total = ends[:, -1]
+        place = (ends <= (chance * total)[:, None]).sum(1)
+        return np.where(total > 0, place, drawn)
 
     def first_steps(self) -> list[int]:
         """The first step (counted from 0) of each bucket, in ascending order."""

@@ -7,7 +7,7 @@
     optimiser step        state + gradients + the optimiser's workspace
 
 Sizes of blocks and of the loss come from `model.plan.memory_trace`, parameter counts from the model on the meta device.
-Buffers of FSDP2 and expert parallelism follow model/train/parallelize.py. benchmarks/memory.py compares the result with
+Buffers of FSDP2 and expert parallelism follow model/train/parallel/parallelize.py. benchmarks/memory.py compares the result with
 measured peaks. Not included: memory outside of PyTorch's tensors (CUDA context, NCCL, cuBLAS workspaces), fragmentation.
 
 A layout has `gpus` data-parallel ranks. Weights, gradients and optimiser state are sharded over `shard` of them and
@@ -116,7 +116,7 @@ class Shapes:
 
 
 def _sharded(name: str, shape: tuple[int, ...], layout: Layout) -> int:
-    """Elements of a parameter that a rank stores. FSDP2 pads rows; experts are sharded as in model.train.parallelize."""
+    """Elements of a parameter that a rank stores. FSDP2 pads rows; experts are sharded as in model.train.parallel.parallelize."""
     if ROUTER in name:
         return math.prod(shape)
     if EXPERTS not in name:

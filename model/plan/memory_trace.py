@@ -108,6 +108,7 @@ class Step:
     accumulate: bool = False
     masked: bool = True  # whether a batch has texts of different lengths
     losses: LossConfig = LossConfig(router_z_loss=1.0, wavelet=1.0)
+    guided: bool = False  # trains guidance in; the forward without text saves nothing, so its blocks are left out
 
 
 @functools.lru_cache(maxsize=256)
@@ -212,7 +213,7 @@ def _run(config: TransformerConfig, step: Step, blocks: bool) -> dict[str, tuple
 
 
 def _cast_as_fsdp(model: NucleusTransformer, dtype: torch.dtype) -> None:
-    """Casts weights to the types in which `model.train.parallelize` gathers them: `dtype`, and fp32 for routers."""
+    """Casts weights to the types in which `model.train.parallel.parallelize` gathers them: `dtype`, and fp32 for routers."""
     routers = [block.img_mlp.gate for block in model.transformer_blocks if block.moe_enabled]
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -242,6 +243,10 @@ def _train(model: NucleusTransformer, config: TransformerConfig, step: Step) -> 
             example.noisy_BSC.to(cast), (1, rows, columns), text.to(cast), mask, t_B.to(cast), collect=trace
         )
     velocity_BSC = velocity_BSC.float()
+    if step.guided:
+        unconditional_BSC, has_text_B = torch.zeros_like(velocity_BSC), torch.ones(B, dtype=torch.bool)
+        example.guidance_BSC = losses.guidance(velocity_BSC, unconditional_BSC, has_text_B, scale=2.0)
+        del unconditional_BSC, has_text_B
     total, mean, loss_B, _kept = losses.objective(example, velocity_BSC, trace, step.losses)
     del mean  # 4 bytes
     total.backward()
@@ -261,8 +266,8 @@ def muon_workspace(
             with torch.device("meta"):
                 model = NucleusTransformer(config)
         else:
-            from model.train.fake_ranks import first_rank_of  # imports torchtitan
-            from model.train.sharded_muon import ShardedMuon
+            from model.train.parallel.fake_ranks import first_rank_of  # imports torchtitan
+            from model.train.parallel.sharded_muon import ShardedMuon
 
             optimizer_class = ShardedMuon
             model = stack.enter_context(first_rank_of(shard, expert_parallel, config))

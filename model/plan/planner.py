@@ -20,7 +20,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,15 @@ from model.constants import VAE_SCALE
 from model.optim import OPTIMIZERS
 from model.plan.data_costs import Corpus, Prices, data_costs
 from model.plan.data_costs import render as data_costs_text
+from model.plan.gpus import GPUS, NODE, Gpu
 from model.plan.memory import FP32, Layout, Moment, Shapes, moments
 from model.plan.memory_trace import Step
+from model.plan.plan_text import render
 from model.ranks import micro_batch as micro_batch_of
 from model.recipe_yaml import read_recipe
 
 TEXT_TOKENS = 512  # captions of up to 200 words and the chat template; the pipeline's limit is 1024
 USABLE = 0.9  # share of a GPU's memory; the rest is for the CUDA context, NCCL, cuBLAS and fragmentation
-NODE = 8  # GPUs per node, connected by NVLink; each has its own network link to other nodes
 NOTE = (
     "Memory is estimated for eager code without Triton kernels and was checked against measured peaks of small models "
     "(benchmarks/memory.py); torch.compile and the kernels need less. Times are FLOPs at the given MFU; nothing was "
@@ -56,26 +57,6 @@ DIST_MUON_NOTE = (
     "matrices."
 )
 CHECKPOINTING = ("none", "selective", "full")  # from most memory to least
-
-
-@dataclass(frozen=True)
-class Gpu:
-    name: str
-    flops: float  # dense bf16 tensor-core peak per second, without sparsity
-    memory: float  # bytes
-    bandwidth: float  # bytes per second to GPU memory
-    network: float  # bytes per second and direction, to other nodes
-    nvlink: float  # bytes per second and direction, to the other GPUs of the node
-    source: str
-
-
-_HOPPER = "SXM: 1,979 TFLOP/s with sparsity, halved; network: DGX data sheet, 8 ConnectX-7 of 400 Gb/s for 8 GPUs"
-_AMPERE = "80GB SXM: 312 TFLOP/s without sparsity; network: DGX data sheet, 8 ConnectX-6 of 200 Gb/s for 8 GPUs"
-GPUS = {
-    "h100": Gpu("h100", 989e12, 80e9, 3.35e12, 50e9, 450e9, f"NVIDIA H100 data sheet, {_HOPPER}"),
-    "h200": Gpu("h200", 989e12, 141e9, 4.8e12, 50e9, 450e9, f"NVIDIA H200 data sheet, {_HOPPER}"),
-    "a100": Gpu("a100", 312e12, 80e9, 2.039e12, 25e9, 300e9, f"NVIDIA A100 data sheet, {_AMPERE}"),
-}
 
 
 def active_parameters(shapes: Shapes, config: TransformerConfig, tokens: int) -> int:
@@ -166,6 +147,12 @@ def traffic(
     }
 
 
+def passes(stage: StageConfig) -> float:
+    """FLOPs of a step over those of a forward, in the mean over a stage: the backward takes twice those of the forward, and
+    a step that trains guidance in has one more forward, with the empty prompt."""
+    return 3 + (stage.guidance.steps / stage.steps if stage.guidance is not None else 0)
+
+
 def plan_stage(
     shapes: Shapes,
     model: TransformerConfig,
@@ -180,7 +167,7 @@ def plan_stage(
 ) -> dict[str, Any]:
     """The plan of one stage, as plain numbers (bytes, FLOPs, seconds, days, and the price's currency).
 
-    step time = 3 x forward FLOPs / (gpus x peak x mfu), as the backward takes twice the FLOPs of the forward. Recomputation
+    step time = `passes` x forward FLOPs / (gpus x peak x mfu), the mean of the stage's steps. Recomputation
     and the optimiser count in `hardware_flops`, not in MFU. Step time contains no term for data transfer; the memory and
     network floors are lower bounds of their own, and a step takes at least the longest of the three. `exposed_rows_s` is
     the communication time of the experts' rows that the shared expert's computation does not hide; transfers of weights
@@ -201,7 +188,7 @@ def plan_stage(
     peak = max(step_moments, key=lambda moment: moment.total)
     micro = forward_flops(config, tokens, text_tokens, layout.micro_batch, fp32=element == FP32)
     forward = {part: flops * (stage.batch_size // layout.micro_batch) for part, flops in micro.items()}
-    total = 3 * sum(forward.values())
+    total = round(passes(stage) * sum(forward.values()))
     newton_schulz = train.optim.muon_ns_steps * shapes.newton_schulz_flops * (layout.gpus // layout.shard)
     activations = max(moment.parts.get("activations", 0) for moment in step_moments)
     moved = traffic(shapes, config, layout, stage, tokens, element, activations)
@@ -253,6 +240,7 @@ def _moments(
         checkpointing=layout.checkpointing,
         accumulate=stage.batch_size // layout.gpus > layout.micro_batch,
         losses=stage.active_losses(train.losses),
+        guided=stage.guidance is not None,
     )
     return moments(shapes, config, layout, step, ns_steps=train.optim.muon_ns_steps)
 
@@ -402,72 +390,6 @@ def load_sections(path: str | Path) -> tuple[TransformerConfig, TrainConfig]:
         _validated(partial(section.model_validate, data[key]), key)
         for key, section in (("model", TransformerConfig), ("train", TrainConfig))
     )
-
-
-def _gb(bytes_: float) -> str:
-    return f"{bytes_ / 1e9:,.2f} GB"
-
-
-def _days(report: dict[str, Any]) -> str:
-    cost = "" if report["cost"] is None else f", cost {report['cost']:,.0f}"
-    return f"{report['days']:,.1f} days, {report['gpu_hours']:,.0f} GPU-hours{cost}"
-
-
-def _network_line(report: dict[str, Any], gpu: dict[str, Any], mfu: float) -> str:
-    seconds, moved = report["network_floor_s"], report["bytes_per_step"]["between_nodes"]
-    line = (
-        f"  network between nodes at least {seconds:.3f} s: {_gb(moved)} through each GPU's link at "
-        f"{gpu['network'] * 8 / 1e9:g} Gb/s (of {NODE} GPUs a node)"
-    )
-    if seconds <= report["step_s"]:
-        return line
-    reached = mfu * report["step_s"] / seconds
-    return f"{line}: IT MAY DOMINATE, the MFU is at most {reached:.2f} even if computation hides all of it"
-
-
-def _stage_lines(report: dict[str, Any], gpu: dict[str, Any], mfu: float) -> list[str]:
-    memory, flops, moved = report["memory_bytes"], report["flops"], report["bytes_per_step"]
-    total = sum(flops["forward"].values())
-    shares = ", ".join(f"{part} {value / total:.1%}" for part, value in flops["forward"].items())
-    return [
-        f"  layout: {Layout(**report['layout'])}",
-        f"  active per image token: {report['active_parameters_per_image_token']:,} of {report['parameters']:,} "
-        f"({report['image_tokens']} image tokens, {report['text_tokens']} text tokens assumed)",
-        f"  memory per GPU: peak {_gb(memory['peak'])} of {_gb(report['usable_bytes'])} usable: "
-        f"{'fits' if report['fits'] else 'DOES NOT FIT'} ({report['memory_moment']})",
-        *(f"    {part:21} {_gb(value):>13}" for part, value in memory.items() if part != "peak"),
-        f"  FLOPs per step: {flops['forward_and_backward']:.3e} forward and backward "
-        f"({report['hardware_flops']:.3e} with recomputation and Newton-Schulz)",
-        f"    of the forward: {shares}",
-        "  bytes per step and GPU: " + ", ".join(f"{part} {_gb(value)}" for part, value in moved.items()),
-        f"  step {report['step_s']:.3f} s (GPU memory traffic alone at least {report['memory_floor_s']:.3f} s), "
-        f"{report['images_per_s']:,.0f} images/s, {_days(report)}",
-        _network_line(report, gpu, mfu),
-        f"  exposed communication: about {report['exposed_rows_s']:.3f} s for experts' rows (minus the shared expert's "
-        "computation)",
-    ]
-
-
-def render(result: dict[str, Any]) -> str:
-    """The plan as text."""
-    gpu, parameters, sizes = result["gpu"], result["parameters"], result["checkpoint_bytes"]
-    lines = [
-        f"{result['gpus']} x {gpu['name']}: {gpu['flops'] / 1e12:g} TFLOP/s bf16 dense, {gpu['memory'] / 1e9:g} GB, "
-        f"{gpu['bandwidth'] / 1e12:g} TB/s, {gpu['network'] * 8 / 1e9:g} Gb/s ({gpu['source']}); "
-        f"MFU {result['mfu']:g} assumed, {result['dtype']}",
-        f"NOTE: {result['note']}",
-        f"parameters: {parameters['total']:,} (Muon {parameters['muon']:,}, AdamW {parameters['adamw']:,}, "
-        f"frozen {parameters['frozen']:,})",
-        "checkpoints: " + ", ".join(f"{name} {_gb(size)}" for name, size in sizes.items()),
-    ]
-    for report in result["stages"]:
-        lines += ["", report["stage"], *_stage_lines(report, gpu, result["mfu"])]
-        if fitting := report.get("suggestion"):
-            lines += ["  a layout that fits:", *("  " + line for line in _stage_lines(fitting, gpu, result["mfu"]))]
-        elif not report["fits"]:
-            lines.append("  no micro-batch, checkpointing, sharding or expert-parallel degree fits on these GPUs")
-    hint = " (--cost-per-gpu-hour adds the cost)" if result["cost"] is None else ""
-    return "\n".join([*lines, "", f"all stages: {_days(result)}{hint}"])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """Three kinds of DCP checkpoints, in a run's folder or in S3, written at once or in the background.
 
     ROOT/checkpoints/step-{n}         everything that resuming needs; the last `keep_full`
-    ROOT/weights/step-{n:08d}         the model alone; the last `keep_weights` are what a stage hands on and WSM merges
+    ROOT/weights/step-{n:08d}         the model alone; the last `keep_weights` are the stage's result, which WSM merges
     ROOT/optimizer/step-{n:08d}       of the last step, for a stage that goes on: optimiser state and schedule alone
 
 ROOT is the run's work_dir, or {train.checkpoint_uri}/{name of the work_dir}. The full checkpoint is written last, so where
@@ -34,7 +34,7 @@ from model.config import TrainSettings
 from model.train.device import DEVICE_TYPE
 from model.train.guard import Diverged
 from model.train.metrics import METRICS
-from model.train.replicas import differing
+from model.train.parallel.replicas import differing
 from model.train.torch_private import FsspecWriter
 from model.weights import checkpoints
 from model.weights.checkpoints import finished_checkpoints, incomplete_files
@@ -46,7 +46,7 @@ from torchtitan.tools.utils import device_module
 
 CHECKPOINTS = "checkpoints"
 WEIGHTS = "weights"
-CARRIED = (OPTIMIZER, LR_SCHEDULER)  # what lies in ROOT/optimizer
+CARRIED = (OPTIMIZER, LR_SCHEDULER)  # saved in ROOT/optimizer
 CLOSE_TIMEOUT_S = 60
 NAMED = 8  # parameters in an error message
 
@@ -60,7 +60,7 @@ def checkpoint_root(train: TrainSettings, work_dir: Path) -> str:
 
 
 class StageCheckpointer(CheckpointManager):
-    """torchtitan's checkpoint manager, which also saves what a stage hands on: weights, and the optimiser state.
+    """torchtitan's checkpoint manager, which also saves the result of a stage: weights, and the optimiser state.
 
     torchtitan saves asynchronously with dcp.async_save, one state at a time. Here several states are saved from one copy,
     one after the other, since their collectives share a process group.

@@ -15,7 +15,7 @@ from model.train.checkpoint import CHECKPOINTS, StageCheckpointer, checkpoint_ro
 from model.train.data import LatentDataLoader
 from model.train.device import DEVICE_TYPE
 from model.train.metrics import StageMetrics
-from model.train.optimizer import NucleusOptimizers, WarmupStable
+from model.train.optimizer import NucleusOptimizers, StageSchedule
 from model.train.spec import model_spec
 from model.train.trainer import NoTokenizer, NucleusTrainer
 
@@ -66,10 +66,11 @@ def trainer_config(
             seed=stage.seed,
             tier_weights=dict(values.tier_weights),
             caption_dropout=train.caption_dropout,
+            caption_lengths=values.caption_lengths,
             num_workers=train.num_workers,
         ),
         optimizer=NucleusOptimizers.Config(optim=train.optim, dist_muon=train.muon_implementation == "torchtitan"),
-        lr_scheduler=WarmupStable.Config(warmup_steps=train.optim.warmup_steps),
+        lr_scheduler=StageSchedule.Config(warmup_steps=train.optim.warmup_steps, decay=values.decay),
         training=TrainingConfig(
             local_batch_size=local,
             global_batch_size=values.batch_size,
@@ -109,6 +110,7 @@ def trainer_config(
             disable_color_printing=True,
             label=values.name,
             total_steps=values.steps,
+            settings=stage.model_dump(mode="json"),
         ),
         debug=DebugConfig(
             seed=stage.seed,

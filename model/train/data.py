@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from model.config import CaptionLengths
 from model.data.latents import LatentDataset
 from model.data.order import Batch, BatchPlan, SampleOrder, read_batch
 from model.data.streamed import StreamedLatents
@@ -37,7 +38,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class LatentDataLoader(BaseDataLoader):
-    """Yields this rank's micro-batches, step after step, for ever; `step` counts the steps handed out in full.
+    """Yields this rank's micro-batches, step after step, without end; `step` counts the steps handed out in full.
 
     With `num_workers`, that many threads read ahead; what is yielded, and its order, are the same. For a CUDA device
     batches are in pinned memory, and their text as it is stored, to be widened there: in half the bytes.
@@ -51,6 +52,7 @@ class LatentDataLoader(BaseDataLoader):
         seed: int
         tier_weights: dict[str, float] = field(default_factory=dict)
         caption_dropout: float = 0.0
+        caption_lengths: CaptionLengths | None = None
         num_workers: int = 0
 
     def __init__(self, config: Config, *, dp_world_size: int, dp_rank: int, local_batch_size: int, **_: Any):
@@ -59,7 +61,12 @@ class LatentDataLoader(BaseDataLoader):
         else:
             self.dataset = StreamedLatents(config.directory, config.stream_from)
         self.order = SampleOrder(
-            self.dataset, config.global_batch_size, config.seed, config.tier_weights, config.caption_dropout
+            self.dataset,
+            config.global_batch_size,
+            config.seed,
+            config.tier_weights,
+            config.caption_dropout,
+            config.caption_lengths,
         )
         self.ranks, self.rank = dp_world_size, dp_rank
         self.accumulation = config.global_batch_size // (local_batch_size * dp_world_size)

@@ -5,13 +5,17 @@ into that bin since the last line; absent if there were none), grad_norm (before
 tokens_per_s (image tokens), images_seen, skipped_steps (so far), seconds (since this process began training), expert/...
 (RouterTrace.statistics of rank 0's last micro-batch, means over layers). TensorBoard also has the values of each layer and
 torchtitan's own metrics. On resume, lines after the resumed step are dropped.
+
+With WANDB_API_KEY (or WANDB_MODE=offline) in the environment, the same values go to Weights & Biases, by torchtitan's logger: one
+run for each stage, which attempts continue. WANDB_PROJECT is "nucleus" by default.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +24,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from model import storage
 
-from torchtitan.components.metrics import BaseLogger, MetricsProcessor
+from torchtitan.components.metrics import BaseLogger, LoggerContainer, MetricsProcessor, WandBLogger
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+WANDB = "wandb"  # folder of its own files, which are not part of the result
 
 
 class _TensorBoard(BaseLogger):
@@ -43,12 +48,40 @@ class _TensorBoard(BaseLogger):
             self.writer.close()
 
 
+def stage_logger(folder: Path, label: str, settings: dict[str, Any]) -> BaseLogger:
+    """TensorBoard, and Weights & Biases where the environment has a key for it.
+
+    A run of W&B is known by the folder's name, so that each attempt at a stage continues the same one. W&B takes no second
+    value for a step that an earlier attempt logged. Where it does not start, training goes on without it.
+    """
+    loggers = LoggerContainer()
+    loggers.add_logger(_TensorBoard(folder / TENSORBOARD))
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") == "offline":
+        own = {
+            "WANDB_RUN_NAME": label,
+            "WANDB_RUN_ID": folder.name,
+            "WANDB_RESUME": "allow",
+            "WANDB_PROJECT": "nucleus",
+        }
+        added = {name: value for name, value in own.items() if name not in os.environ}
+        os.environ.update(added)
+        try:
+            loggers.add_logger(WandBLogger(str(folder / WANDB), config_dict=settings))
+        except Exception as error:  # of its network, its login, or its process
+            print(f"[{label}] no metrics go to Weights & Biases: {type(error).__name__}: {error}", flush=True)
+        finally:
+            for name in added:  # another stage of this process has a run of its own
+                del os.environ[name]
+    return loggers
+
+
 class StageMetrics(MetricsProcessor):
     @dataclass(kw_only=True, slots=True)
     class Config(MetricsProcessor.Config):
         label: str = ""
         total_steps: int = 0
         progress_every_s: float = 5.0
+        settings: dict[str, Any] = field(default_factory=dict)  # of the stage, for Weights & Biases
 
     def __init__(self, config: Config, *, dump_folder: str = "", **kwargs: Any):
         super().__init__(config, dump_folder=dump_folder, **kwargs)
@@ -58,8 +91,10 @@ class StageMetrics(MetricsProcessor):
         self.images_since_last_log = self.tokens_since_last_log = 0  # sums over all ranks
         self.last: dict[str, float] = {}
 
-    def _build_metric_logger(self, *, dump_folder: str, **_: Any) -> BaseLogger:
-        return _TensorBoard(Path(dump_folder) / TENSORBOARD) if dist.get_rank() == 0 else BaseLogger()
+    def _build_metric_logger(self, *, config: Config, dump_folder: str, **_: Any) -> BaseLogger:
+        if dist.get_rank():
+            return BaseLogger()
+        return stage_logger(Path(dump_folder), config.label, config.settings)
 
     def start(self, step: int) -> None:
         """Starts the clocks after `step` finished steps, and drops later lines that a killed run logged."""

@@ -1,8 +1,7 @@
-"""The recipe's optimisers (`model.optim.OPTIMIZERS`) in torchtitan's container, and the warm-up of WSM as its learning-rate scheduler."""
+"""The recipe's optimisers (`model.optim.OPTIMIZERS`) in torchtitan's container, and the schedule of a stage's learning rates."""
 
 from __future__ import annotations
 
-import functools
 import re
 import warnings
 from dataclasses import dataclass
@@ -12,9 +11,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from model.config import OptimConfig
-from model.optim import OPTIMIZERS, NamedParameters, describe_groups, muon_options, parameter_groups, wsm_schedule
-from model.train.sharded_muon import ShardedMuon
+from model.config import DecayConfig, OptimConfig
+from model.optim import (
+    OPTIMIZERS,
+    NamedParameters,
+    describe_groups,
+    learning_rate_factor,
+    muon_options,
+    parameter_groups,
+)
+from model.train.parallel.sharded_muon import ShardedMuon
 
 from torchtitan.components.checkpointer.utils import canonical_fqn
 from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer
@@ -69,7 +75,7 @@ def _group(named: list[tuple[str, torch.nn.Parameter]]) -> dict[str, Any]:
 def _muon(named: NamedParameters, optim: OptimConfig, with_dist_muon: bool) -> list[torch.optim.Optimizer]:
     found: list[torch.optim.Optimizer] = []
     if with_dist_muon:
-        from model.train.dist_muon import dist_muon, split
+        from model.train.parallel.dist_muon import dist_muon, split
 
         taken, named = split(named, optim.muon_scale)
         if dist.get_rank() == 0:
@@ -84,20 +90,36 @@ def _muon(named: NamedParameters, optim: OptimConfig, with_dist_muon: bool) -> l
     return found
 
 
-class WarmupStable(LRSchedulersContainer):
-    """Linear warm-up, then constant (`wsm_schedule`), for every optimiser."""
+class StageSchedule(LRSchedulersContainer):
+    """Linear warm-up, then constant, and in a stage with a `decay` a linear fall to its end, for every optimiser.
+
+    A stage that carries on the schedule of earlier ones carries on their count of steps: `begin_stage` says where its own
+    steps begin.
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(LRSchedulersContainer.Config):
-        def build(self, *, optimizers: OptimizersContainer, training_steps: int) -> WarmupStable:
-            return WarmupStable(optimizers, functools.partial(wsm_schedule, warmup=self.warmup_steps))
+        decay: DecayConfig | None = None
+
+        def build(self, *, optimizers: OptimizersContainer, training_steps: int) -> StageSchedule:
+            return StageSchedule(optimizers, self.warmup_steps, training_steps, self.decay)
+
+    def __init__(self, optimizers: OptimizersContainer, warmup: int, steps: int, decay: DecayConfig | None):
+        self.end = steps  # of the stage, in the count of the schedulers
+        self.steps = steps
+        super().__init__(optimizers, lambda step: learning_rate_factor(step, warmup, self.end - 1 - step, decay))
+
+    def begin_stage(self, done: int) -> None:
+        """Once after loading: `done` steps of this stage are behind."""
+        self.end = int(self.schedulers[0].last_epoch) - done + self.steps
+        self.load_state_dict(self.state_dict())
 
     def get_metrics(self) -> dict[str, float]:
         """Learning rates as `lr/Muon` and `lr/AdamW`, in every layout."""
         return {re.sub("Sharded|Dist", "", name): value for name, value in super().get_metrics().items()}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Steps so far, those of stages that it carries on included: a tensor, as all that a stage hands on."""
+        """Steps so far, including those of earlier stages that it continues: a tensor, like all that a stage saves."""
         return {key: torch.tensor(value) for key, value in super().state_dict().items()}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from model.config import TransformerConfig
-from model.train.parallelize import fill_whole, gathered, parallelize
+from model.train.parallel.parallelize import fill_whole, gathered, parallelize
 from model.transformer import Block, NucleusTransformer, TextKV
 
 from torchtitan.protocols import BaseModel

@@ -1,7 +1,6 @@
 """Names that PyTorch keeps private and model/train uses: where to look when a new release breaks. activation.py has one more,
 and model/weights those of DCP's reader.
 
-    all_to_all_single_autograd     differentiable exchange of experts' rows
     clear_sharding_caches          forgets meshes that exist no longer
     FsspecWriter                   DCP checkpoints in an object store
     mesh_info, DataParallelMeshInfo, ShardPlacementResult      FSDP units on meshes of their own
@@ -10,7 +9,6 @@ and model/weights those of DCP's reader.
 
 from __future__ import annotations
 
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 from torch.distributed.distributed_c10d import _set_pg_timeout as set_group_timeout
 from torch.distributed.fsdp._fully_shard._fsdp_common import DataParallelMeshInfo, ShardPlacementResult
@@ -29,7 +27,6 @@ __all__ = [
     "DataParallelMeshInfo",
     "FsspecWriter",
     "ShardPlacementResult",
-    "all_to_all_single_autograd",
     "clear_sharding_caches",
     "mesh_info",
     "set_group_timeout",

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from model import flow, losses
 from model.attention import use_attention
+from model.data.latents import EMPTY_TEXT_ROW
 from model.data.order import Batch
 from model.kernels import use_kernels
 from model.moe import local_part
@@ -30,7 +31,7 @@ from model.stages import TrainingStage
 from model.train.data import to_device
 from model.train.device import DEVICE_TYPE, PATIENCE
 from model.train.guard import Diverged, LossGuard
-from model.train.parallelize import fsdp_meshes, lies_whole
+from model.train.parallel.parallelize import fsdp_meshes, lies_whole
 from model.train.preemption import Preempted, StopFlag, sigterm_sets
 from model.train.torch_private import set_group_timeout
 from model.transformer import RouterTrace
@@ -123,8 +124,10 @@ class NucleusTrainer(Trainer):
             self.ntokens_seen += tokens
             yield batch
 
-    def forward_backward_step(self, *, batch: Batch, keep_routing: bool = False, **_: Any) -> torch.Tensor:
-        """Forward and backward of one micro-batch.
+    def forward_backward_step(
+        self, *, batch: Batch, keep_routing: bool = False, guidance_scale: float = 1.0, **_: Any
+    ) -> torch.Tensor:
+        """Forward and backward of one micro-batch. With a `guidance_scale` above 1, one more forward, with the empty prompt.
 
         Returns:
             its share of the global batch's mean loss (without the extra losses), a scalar: the shares of all
@@ -140,18 +143,13 @@ class NucleusTrainer(Trainer):
             to_device(batch.latents, self.device), to_device(batch.noise, self.device), t_B, self.patch
         )
         trace = RouterTrace() if keep_routing or losses.needs_trace(self.loss_weights) else None
-        text, mask = self._text(batch)
+        text, mask = self._text(batch.text, batch.mask)
         with self.train_context():
-            with self.autocast():
-                velocity_BSC = self.model(
-                    hidden_states=example.noisy_BSC,
-                    img_shapes=(1, example.rows, example.columns),
-                    encoder_hidden_states=text,
-                    encoder_hidden_states_mask=mask,
-                    timestep=t_B,
-                    collect=trace,
-                )
-            velocity_BSC = velocity_BSC.float()
+            velocity_BSC = self._velocity(example, text, mask, trace)
+            if guidance_scale > 1.0:
+                has_text_B = to_device(torch.from_numpy(plan.text_rows != EMPTY_TEXT_ROW), self.device)
+                unconditional_BSC = self._without_text(example, plan.text_tokens)
+                example.guidance_BSC = losses.guidance(velocity_BSC, unconditional_BSC, has_text_B, guidance_scale)
             total, mean, loss_B, _kept = losses.objective(example, velocity_BSC, trace, self.loss_weights)
             share = len(plan) / plan.global_batch
             (total * share).backward()
@@ -162,13 +160,37 @@ class NucleusTrainer(Trainer):
         self.bin_counts.index_add_(0, bins_B, torch.ones_like(t_B))
         return mean.detach() * share
 
-    def _text(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """States [B, T, D] float32 of a batch's texts, and their mask [B, T] or None, on the device."""
-        mask = None if batch.mask is None else to_device(batch.mask, self.device)
-        if batch.text.is_floating_point():
-            text = to_device(batch.text, self.device).float()
+    def _velocity(
+        self, example: losses.Example, text: torch.Tensor, mask: torch.Tensor | None, trace: RouterTrace | None
+    ) -> torch.Tensor:
+        """The model's prediction [B, S, C] in fp32."""
+        with self.autocast():
+            velocity_BSC = self.model(
+                hidden_states=example.noisy_BSC,
+                img_shapes=(1, example.rows, example.columns),
+                encoder_hidden_states=text,
+                encoder_hidden_states_mask=mask,
+                timestep=example.t_B,
+                collect=trace,
+            )
+        return velocity_BSC.float()
+
+    @torch.no_grad()
+    def _without_text(self, example: losses.Example, text_tokens: int) -> torch.Tensor:
+        """The prediction for the empty prompt, padded as the batch's texts are, without graph."""
+        empty, mask = self._text(*self.dataloader.dataset.text([EMPTY_TEXT_ROW], text_tokens))
+        batch = len(example.t_B)
+        return self._velocity(
+            example, empty.expand(batch, -1, -1), None if mask is None else mask.expand(batch, -1), None
+        )
+
+    def _text(self, texts: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """States [B, T, D] float32 of a batch's texts (states, or token ids), and their mask [B, T] or None, on the device."""
+        mask = None if mask is None else to_device(mask, self.device)
+        if texts.is_floating_point():
+            text = to_device(texts, self.device).float()
         else:  # token ids: the text encoder runs here
-            text = self.config.text_fn(batch.text, mask, self.device)
+            text = self.config.text_fn(texts, mask, self.device)
         if mask is None and self.compiled:
             # Without one, blocks would be compiled again when the first batch with a mask comes.
             mask = torch.ones(text.shape[:2], dtype=torch.bool, device=self.device)
@@ -186,13 +208,16 @@ class NucleusTrainer(Trainer):
         logged = self.metrics_processor.should_log(self.step) or self.step == self.config.training.steps
         bins = self.bin_sums.clone(), self.bin_counts.clone()
         loss = torch.zeros((), device=self.device)
+        scale = self.config.stage.guidance_at(self.step)
         for micro in range(self.gradient_accumulation_steps):
             last = micro == self.gradient_accumulation_steps - 1
             if isinstance(self.model, FSDPModule):
                 # Before the last micro-batch, FSDP reduces over a replica's shard ranks only.
                 self.model.set_requires_all_reduce(last)
             keep_routing = logged and last and self.writes
-            loss += self.forward_backward_step(batch=next(data_iterator), keep_routing=keep_routing)
+            loss += self.forward_backward_step(
+                batch=next(data_iterator), keep_routing=keep_routing, guidance_scale=scale
+            )
         if self.parallel_dims.dp_enabled:
             self._sum_gradients()
         mean_loss, norm = self._clip_gradients(loss)
@@ -298,6 +323,7 @@ class NucleusTrainer(Trainer):
         config = self.config
         self.checkpointer.load()
         first = self.step
+        self.lr_schedulers.begin_stage(first)
         batches = self.batch_generator(self.dataloader)
         compiled = self._compiled() if self.compiled else contextlib.nullcontext()
         with sigterm_sets() as self.stop, contextlib.closing(batches), compiled:
@@ -335,8 +361,10 @@ class NucleusTrainer(Trainer):
             torch._inductor.config.patch(deterministic=self.settings.deterministic),
             torch.fx.experimental._config.patch(use_duck_shape=False),  # as many text as image tokens: a coincidence
         ):
+            scale = self.config.stage.guidance_at(self.config.training.steps)  # the last step's, if any has one
             for step in self.dataloader.order.first_steps():
-                self.forward_backward_step(batch=next(self.dataloader.micro_batches(step)), keep_routing=True)
+                batch = next(self.dataloader.micro_batches(step))
+                self.forward_backward_step(batch=batch, keep_routing=True, guidance_scale=scale)
                 self.optimizers.zero_grad()
             self.routing = None
             self.bin_sums.zero_()

@@ -36,6 +36,12 @@ def usable_captions(captions: Iterable[str] | None, config: CaptionConfig) -> li
     return [text for text in clean_captions(captions) if count_words(text) <= config.max_words]
 
 
+def merge_captions(own: Sequence[str], extra: Sequence[str], config: CaptionConfig) -> list[str]:
+    """The captions of a record and of its exact duplicates that are short enough, without repeats."""
+    usable = [text for text in own if count_words(text) <= config.max_words]
+    return [text for text in clean_captions([*usable, *extra]) if count_words(text) <= config.max_words]
+
+
 def count_words(text: str) -> int:
     """Words of a clean caption, also of languages that put no spaces between them.
 

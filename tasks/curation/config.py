@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from model.config import Fraction, Positive, Section, Seed
 from model.storage import check_path
 
-UNLIMITED = 10**9
+MAX_WORDS = 10_000  # of a caption that is kept
 
 
 class UrlConfig(Section):
@@ -39,7 +39,7 @@ class SourceConfig(Section):
     """Where records come from. `path` (a user's own images) replaces the made ones."""
 
     scenes: Annotated[int, Field(ge=0)] = 0  # rendered scenes, planted defects apart
-    scene_size_px: Annotated[int, Field(ge=32)] = 128  # shorter side of a rendered scene, and of a digit
+    scene_size_px: Annotated[int, Field(ge=32, le=4096)] = 128  # shorter side of a rendered scene, and of a digit
     defect_fraction: Fraction = 0.03  # of `scenes`, all kinds of defects together; if above 0, one of each at least
     digits: Annotated[int, Field(ge=0, le=1797)] = 0
     path: str | None = None
@@ -96,6 +96,7 @@ class FilterConfig(Section):
 
     formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP")
     modes: tuple[str, ...] = ("L", "LA", "P", "PA", "RGB", "RGBA")  # CMYK needs a colour profile
+    animated: Literal["reject", "first_frame"] = "reject"  # images of several frames
     min_side_px: Positive = 256
     max_pixels: Positive = 100_000_000
     max_aspect_ratio: Annotated[float, Field(ge=1)] = 3.0
@@ -119,12 +120,23 @@ class ScorerConfig(Section):
 
 
 class DedupConfig(Section):
-    """SHA-256 for exact duplicates. For near ones, pHash within a Hamming distance (bits of hash_size^2) proposes,
-    and a colour thumbnail confirms: pHash sees neither colour nor small moves on plain pictures."""
+    """SHA-256 for exact duplicates. Near ones: two pictures of which either 64-bit hash (pHash, dHash) is within
+    `max_hamming_distance` bits are proposed; pHash-256, or both 64-bit hashes together, confirm.
 
-    hash_size: Annotated[int, Field(ge=4, le=32)] = 8
+    Made pictures are too plain for hashes: a thumbnail confirms theirs (dedup.py).
+    """
+
+    # pHash's distances are even, since half of its bits are set. 4 grows with the corpus; a wider net does with its square.
+    max_hamming_distance: Annotated[int, Field(ge=0, le=64)] = 4
+    max_fine_distance: Annotated[int, Field(ge=0, le=256)] = 64  # of pHash-256
+    max_both_distances: Annotated[int, Field(ge=0, le=64)] = 10  # of pHash and of dHash
+    # Of flat pictures the hashes are noise: below this margin (hashes.py) only equal bytes count.
+    min_hash_margin: Annotated[float, Field(ge=0)] = 4.0
+    # Cosine of the column `embedding` from which two pictures are one, such as 0.97; null compares no embeddings.
+    min_embedding_similarity: Annotated[float, Field(gt=0, le=1)] | None = None
+    thumbnail_sources: tuple[str, ...] = ("scenes", "digits")
     # A shift by 2 px of 128 changes up to 14 of 64 bits (97 % of scenes); the thumbnail makes so wide a net safe.
-    max_hamming_distance: Annotated[int, Field(ge=0)] = 14
+    thumbnail_hamming_distance: Annotated[int, Field(ge=0, le=64)] = 14
     thumbnail_px: Annotated[int, Field(ge=16, le=256)] = 64  # shorter side; a shift by one is forgiven
     max_thumbnail_difference: Annotated[float, Field(ge=0, le=255)] = 45.0  # of 255, see dedup.thumbnail_difference
 
@@ -141,7 +153,7 @@ class CaptionConfig(Section):
     """How many captions each tier keeps, and the longest in words."""
 
     per_tier: dict[str, Positive] = {"A1": 4, "A2": 3, "A3": 3, "A4": 2, "A5": 1}
-    max_words: Positive = 200
+    max_words: Annotated[int, Field(gt=0, le=MAX_WORDS)] = 200
     required: bool = True  # False keeps records without a caption
 
     @field_validator("per_tier")
@@ -273,6 +285,7 @@ class CurationConfig(Section):
     captions: CaptionConfig = CaptionConfig()
     takedown: str | None = None  # a list of records that must not be used: see tasks/curation/takedown.py
     captioner: CaptionerConfig | None = None  # None: captions are the owners'
+    engine: Literal["duckdb", "spark"] = "duckdb"  # of the tables; spark for more than one machine holds
     max_groups: Annotated[int, Field(ge=1, le=5000)] = 2000  # sub-tasks of a map task; each takes a group of shards
     concurrency: Annotated[int, Field(ge=0)] = 0  # sub-tasks at a time; 0 leaves it to Flyte
     min_success_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0  # of shards that must be made and scored
@@ -287,17 +300,24 @@ class CurationConfig(Section):
         return CurationConfig(
             scorers=self.scorers,
             filters=FilterConfig(formats=self.filters.formats, max_pixels=self.filters.max_pixels),
-            dedup=DedupConfig(hash_size=self.dedup.hash_size, thumbnail_px=self.dedup.thumbnail_px),
+            dedup=DedupConfig(thumbnail_px=self.dedup.thumbnail_px),
         )
 
     def deciding(self) -> CurationConfig:
-        """What decisions depend on: how many sub-tasks there are does not change them."""
+        """What decisions depend on: neither the engine nor how many sub-tasks there are changes them. What a captioner
+        wrote and a takedown list removed is in the parts that are decided about."""
         return self.model_copy(
-            update={"captioner": None, "takedown": None, "max_groups": 2000, "concurrency": 0, "min_success_ratio": 1.0}
+            update={
+                "captioner": None,
+                "takedown": None,
+                "engine": "duckdb",
+                "max_groups": 2000,
+                "concurrency": 0,
+                "min_success_ratio": 1.0,
+            }
         )
 
     def before_captions(self) -> CurationConfig:
         """The same decisions with all captions, and with the images that have none yet."""
-        tiers = dict.fromkeys(self.captions.per_tier, UNLIMITED)
-        captions = CaptionConfig(per_tier=tiers, max_words=UNLIMITED, required=False)
+        captions = self.captions.model_copy(update={"max_words": MAX_WORDS, "required": False})
         return self.model_copy(update={"captions": captions, "captioner": None})

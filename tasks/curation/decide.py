@@ -1,49 +1,63 @@
-r"""Deciding: the scores of all shards -> what becomes of each record. A pure function of columns: no image is read.
+r"""Deciding: the scores of all shards -> what becomes of each record. SQL over columns (engines.py): no image is read.
 
-    scores of shard 0..n --filters, captions--> candidates --dedup--> rejected
-                         \--------------------- tiers, captions <-----/
-                                                    |
+    scores of shard 0..n --rules, tiers--> records --dedup--> dropped --> fates
+                                                                            |
     ledger.parquet            every record: kept, or the first rule that rejected it
-    groups/00000.parquet ...  the kept records of the shards of a group, with tier and captions
+    groups/00000.parquet ...  the kept records of the shards of a group, with tier, bucket and captions of exact duplicates
     scores/00000/ ...         the index of their score parts, for the task that writes their selections
     report.json, report.html  counts, and the same as a page
 
-The scores are streamed twice, one shard at a time; what must be compared over the whole corpus is in DuckDB, on disk.
+Memory is bounded by the engine's, however many records there are: what is read in Python is read in the corpus's order, in
+batches, apart from the made pictures that dedup.py compares.
 """
 
+# ruff: noqa: S608 (SQL of our own names and numbers; texts are quoted by engines.quoted)
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.curation import dedup, filters, ledger, report, tiers
-from tasks.curation.captions import choose_captions, clean_captions, count_words
-from tasks.curation.config import CurationConfig
-from tasks.curation.score import ACCOUNT, SCORES_TABLE, THUMBNAILS_TABLE
+from tasks.curation import dedup, ledger, near, report, rules, tiers
+from tasks.curation.captions import count_words, merge_captions
+from tasks.curation.config import CaptionConfig, CurationConfig
+from tasks.curation.engines import PART, Engine, open_engine, quoted, rows_of
+from tasks.curation.hashes import HASHES
+from tasks.curation.score import ACCOUNT, SCORES, SCORES_TABLE, THUMBNAILS_TABLE
 from tasks.curation.sources.base import Account
-from tasks.curation.summary import Summary
+from tasks.curation.summary import FATES, summarize
 from tasks.manifest import load_manifest
 from tasks.store import Part, fetch_part, group_range, write_index
 
 GROUPS, SCORES_INDEX = "groups", "scores"
 LOGS = ("scores/*/locations.parquet",)  # of a decision directory, see manifest.seal
 KEPT = pa.schema(
-    [("shard", pa.string()), ("row", pa.int64()), ("tier", pa.string()), ("captions", pa.list_(pa.string()))]
+    [
+        ("shard", pa.string()),
+        ("row", pa.int64()),
+        ("tier", pa.string()),
+        ("bucket", pa.string()),
+        ("extra_captions", pa.list_(pa.string())),  # of exact duplicates: the same bytes, so they are this record's too
+    ]
 )
+MERGED = pa.schema(
+    [("position", pa.int64()), ("words", pa.list_(pa.int32())), ("extra_captions", pa.list_(pa.string()))]
+)
+PARTS = pa.schema([("part", pa.int64()), ("shard", pa.string()), ("file", pa.string()), ("error", pa.string())])
 ROW_GROUP = 50_000
 THUMBNAIL_GROUPS_IN_MEMORY = 64
+FILES_OPEN = 16
 
 
 def decide(
@@ -53,6 +67,7 @@ def decide(
     out_dir: str | os.PathLike,
     groups: int = 1,
     shard_names: dict[str, str] | None = None,
+    engine: str = "duckdb",
 ) -> dict:
     """Writes a decision directory (see the module) and returns the content of its report.json.
 
@@ -63,24 +78,22 @@ def decide(
         scan: what the scan of the source saw and left out.
         groups: of shards, see store.group_range.
         shard_names: of shards that failed, the user's own file.
+        engine: of the tables, see engines.open_engine; the decisions do not depend on it.
     """
     out_dir = Path(out_dir)
-    starts = [0, *accumulate(part.rows for part in parts)]
-    with tempfile.TemporaryDirectory(dir=out_dir.parent) as work:
-        rejections = _Rejections(work)
-        search = dedup.DuplicateSearch(work, config.dedup)
-        for part, start in zip(parts, starts, strict=False):
+    thumbnails = Thumbnails(parts)
+    with (
+        tempfile.TemporaryDirectory(dir=out_dir.parent) as work,
+        contextlib.closing(open_engine(engine, work)) as tables,
+    ):
+        _scan_scores(tables, parts, shard_names or {})
+        decide_records(tables, config, thumbnails.at)
+        _write(tables, parts, out_dir, groups)
+        account = scan
+        for part in parts:
             if not part.error:
-                scores = read_scores(fetch_columns(part))
-                rule, detail = judge(scores, config)
-                rejections.add(start, rule, detail)
-                alive = np.flatnonzero(rule == "")
-                search.add(start + alive, scores.iloc[alive])
-        print(f"curation: {starts[-1]} records, {starts[-1] - rejections.count} pass the filters", flush=True)
-        extra = _drop_duplicates(search, rejections, parts, starts)
-        search.close()
-        summary = _write(parts, starts, rejections, extra, scan, config, out_dir, groups, shard_names or {})
-        rejections.close()
+                account += Account.from_json(json.loads((fetch_columns(part) / ACCOUNT).read_text()))
+        summary = summarize(tables, config, account, thumbnails.at)
     content = summary.content()
     (out_dir / "report.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     (out_dir / "report.html").write_text(report.render(summary, config))
@@ -102,137 +115,130 @@ def pictures_of(part: Part) -> Path:
     return fetch_part(part)
 
 
-def read_scores(directory: Path, columns: list[str] | None = None) -> pd.DataFrame:
-    """The scores of one shard, in its order."""
-    return pq.read_table(directory / SCORES_TABLE, columns=columns).to_pandas()
+def _scan_scores(engine: Engine, parts: Sequence[Part], shard_names: dict[str, str]) -> None:
+    """Tables `scores` and `parts`."""
+    rows = [
+        {"part": i, "shard": part.name, "file": shard_names.get(part.name, part.name), "error": part.error}
+        for i, part in enumerate(parts)
+    ]
+    engine.load("parts", PARTS, rows)
+    files = {str(fetch_columns(part) / SCORES_TABLE): i for i, part in enumerate(parts) if not part.error}
+    if files:
+        engine.scan("scores", files)
+    else:
+        engine.load("scores", SCORES.append(pa.field("part", pa.int64())), [])
 
 
-def judge(scores: pd.DataFrame, config: CurationConfig) -> tuple[np.ndarray, np.ndarray]:
-    """The first rule that each record breaks by itself ("" if none), and one sentence about it; object arrays [N]."""
-    rule, detail = filters.decide(scores, config.filters)
-    limit = config.captions.max_words
-    for i in np.flatnonzero(rule == ""):
-        words, problem = scores["words"].iloc[i], scores["problem"].iloc[i]
-        if problem in ledger.STEPS[ledger.DEDUP]:  # found before captions were written for the others
-            rule[i], detail[i] = problem, scores["problem_detail"].iloc[i]
-        elif not len(words):
-            if config.captions.required:
-                rule[i], detail[i] = ledger.NO_CAPTION, scores["problem_detail"].iloc[i] or "no caption"
-        elif min(words) > limit:
-            rule[i] = ledger.CAPTION_TOO_LONG
-            detail[i] = f"every caption is over max_words {limit} (the shortest has {min(words)})"
-    return rule, detail
+def decide_records(
+    engine: Engine, config: CurationConfig, thumbnails: Callable[[np.ndarray], dict[int, np.ndarray]]
+) -> None:
+    """Tables `records` (every row of `scores`), `dropped` (duplicates) and `merged` (captions of exact duplicates).
+
+    Raises:
+        ValueError: the corpus is too large for the duplicates that the recipe asks for.
+    """
+    engine.create("records", records_sql(config))
+    counts = (
+        "SELECT count(*) AS records, coalesce(sum(CASE WHEN rule = '' THEN 1 ELSE 0 END), 0) AS passed FROM records"
+    )
+    ((records, passed),) = (row.values() for row in rows_of(engine, counts))
+    print(f"curation: {records} records, {passed} pass the filters", flush=True)
+    _drop_exact(engine)
+    _drop_near(engine, config, thumbnails)
+    engine.create(
+        "dropped",
+        "SELECT d.position, d.rule, CASE WHEN d.rule = 'exact_duplicate' THEN concat('same bytes as ', k.locator) "
+        "WHEN k.made THEN concat('thumbnail differs by ', number_text(round(d.measure, 1)), ' from ', k.locator) "
+        "ELSE concat('pHash-256 differs in ', number_text(d.measure), ' of 256 bits from ', k.locator) END AS detail "
+        "FROM (SELECT position, keeper, 'exact_duplicate' AS rule, CAST(0 AS DOUBLE) AS measure FROM exact "
+        "UNION ALL SELECT position, keeper, 'near_duplicate' AS rule, measure FROM near) d "
+        "JOIN records k ON d.keeper = k.position",
+    )
+    engine.load("merged", MERGED, _merged_captions(engine, config.captions))
 
 
-class _Rejections:
-    """position -> (rule, detail), on disk, read back in the order of positions."""
-
-    def __init__(self, work_dir: str) -> None:
-        import duckdb
-
-        settings = {"memory_limit": dedup.MEMORY, "temp_directory": str(Path(work_dir) / "spill-rejected")}
-        self._db = duckdb.connect(str(Path(work_dir) / "rejected.duckdb"), config=settings)
-        self._db.execute("CREATE TABLE rejected (position BIGINT, rule VARCHAR, detail VARCHAR)")
-        self._db.execute("CREATE TABLE extra (keeper BIGINT, position BIGINT, captions VARCHAR[])")
-        self.count = 0
-
-    def add(self, start: int, rule: np.ndarray, detail: np.ndarray) -> None:
-        hit = np.flatnonzero(rule != "")
-        self.add_rows([(start + int(i), rule[i], detail[i]) for i in hit])
-
-    def add_rows(self, rows: list[tuple[int, str, str]]) -> None:
-        self._insert("rejected", [("position", pa.int64()), ("rule", pa.string()), ("detail", pa.string())], rows)
-        self.count += len(rows)
-
-    def add_captions(self, rows: list[tuple[int, int, list[str]]]) -> None:
-        """Captions of exact duplicates (keeper, position, captions): the same bytes, so they are the keeper's too."""
-        fields = [("keeper", pa.int64()), ("position", pa.int64()), ("captions", pa.list_(pa.string()))]
-        self._insert("extra", fields, rows)
-
-    def _insert(self, table: str, fields: list, rows: list[tuple]) -> None:
-        if rows:
-            names = [name for name, _ in fields]
-            batch = pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in rows], pa.schema(fields))
-            self._db.register("batch", batch)
-            self._db.execute(f"INSERT INTO {table} SELECT * FROM batch")  # noqa: S608 (one of ours)
-            self._db.unregister("batch")
-
-    def between(self, start: int, stop: int) -> list[tuple[int, str, str]]:
-        query = "SELECT position, rule, detail FROM rejected WHERE position >= ? AND position < ? ORDER BY position"
-        return self._db.execute(query, [start, stop]).fetchall()
-
-    def captions_between(self, start: int, stop: int) -> dict[int, list[str]]:
-        query = "SELECT keeper, captions FROM extra WHERE keeper >= ? AND keeper < ? ORDER BY keeper, position"
-        found: dict[int, list[str]] = {}
-        for keeper, captions in self._db.execute(query, [start, stop]).fetchall():
-            found.setdefault(keeper, []).extend(captions)
-        return found
-
-    def close(self) -> None:
-        self._db.close()
+def records_sql(config: CurationConfig) -> str:
+    """What is known of each record by itself: the rule that it breaks, what ranks it among duplicates, tier, bucket."""
+    made = ", ".join(quoted(name) for name in config.dedup.thumbnail_sources) or "''"
+    return (
+        "SELECT part, row, position, key, record_id, locator, source, rule, "
+        f"{rules.detail_sql(config)} AS detail, "
+        "width, height, width * height AS pixels, "
+        # In half points: a re-encoded copy must not win by a hair.
+        "coalesce(TRY_CAST(floor(2 * aesthetic) AS BIGINT), 0) AS points, "
+        f"{', '.join(HASHES)}, hash_margin, made, "
+        # What is made has the order of its recipe.
+        "CASE WHEN made THEN '' ELSE record_id END AS tie, CASE WHEN made THEN '' ELSE locator END AS name, "
+        "CASE WHEN made THEN coarse END AS coarse, "
+        "hex_to_int(substr(record_id, 1, 15)) AS short_id, hex_to_int(substr(record_id, 17, 8)) AS chance, "
+        "CASE WHEN size(words) > 0 THEN array_min(words) END AS shortest, "
+        f"words_up_to(words, {config.captions.max_words}) AS words, "
+        f"{tiers.tier_sql(config.tiers)} AS tier, {tiers.bucket_sql(config.tiers)} AS bucket, "
+        f"{ledger.split_sql()} AS split "
+        f"FROM (SELECT *, part * {PART} + row AS position, {rules.rule_sql(config)} AS rule, "
+        f"source IN ({made}) AS made FROM scores) scored"
+    )
 
 
-def _drop_duplicates(
-    search: dedup.DuplicateSearch, rejections: _Rejections, parts: Sequence[Part], starts: list[int]
-) -> int:
-    """Rejects exact and near duplicates, and gives the captions of exact ones to the record that is kept."""
-    names = _Column("locator", parts, starts)
-    texts = _Column("captions", parts, starts)
-    count = 0
-    for batch in _batches(search.exact_duplicates()):
-        rejections.add_rows([(p, "exact_duplicate", f"same bytes as {names[keeper]}") for p, keeper in batch])
-        rejections.add_captions([(keeper, p, list(texts[p])) for p, keeper in batch])
-        count += len(batch)
-    thumbnails = Thumbnails(parts, starts)
-    for batch in _batches(search.near_duplicates(thumbnails.at)):
-        rejections.add_rows(
-            [(p, "near_duplicate", f"thumbnail differs by {d:.1f} from {names[keeper]}") for p, keeper, d in batch]
-        )
-        count += len(batch)
-    return count
+def _drop_exact(engine: Engine) -> None:
+    """Table `exact` (position, keeper) of the records whose bytes another one has."""
+    engine.create(
+        "exact",
+        "SELECT position, keeper FROM (SELECT r.position, first_value(r.position) OVER "
+        f"(PARTITION BY r.record_id ORDER BY {near.PREFERENCE}) AS keeper FROM records r JOIN "
+        "(SELECT short_id FROM records WHERE rule = '' GROUP BY short_id HAVING count(*) > 1) t ON r.short_id = t.short_id "
+        "WHERE r.rule = '') x WHERE position <> keeper",
+    )
 
 
-class _Column:
-    """A column of the scores by position; the values of the last few shards stay in memory."""
+def _drop_near(
+    engine: Engine, config: CurationConfig, thumbnails: Callable[[np.ndarray], dict[int, np.ndarray]]
+) -> None:
+    """Table `near` (position, keeper, measure)."""
+    engine.create(
+        "compared",
+        "SELECT r.position, r.pixels, r.points, r.tie, r.name, r.made, r.coarse, "
+        "CAST(r.width AS DOUBLE) / r.height AS aspect, "
+        f"(NOT r.made AND r.hash_margin >= {config.dedup.min_hash_margin!r}) AS by_hashes, "
+        f"{', '.join(f'r.{name}' for name in HASHES)} "
+        "FROM records r LEFT JOIN exact e ON r.position = e.position WHERE r.rule = '' AND e.position IS NULL",
+    )
+    near.match_by_hashes(engine, config.dedup)
+    dedup.match_by_thumbnails(engine, config.dedup, thumbnails)
+    engine.append("matched", "SELECT a, b, measure FROM thumbnail_pairs")
+    near.keep_stars(engine)
 
-    SHARDS = 16
 
-    def __init__(self, name: str, parts: Sequence[Part], starts: list[int]) -> None:
-        self._name, self._parts, self._starts = name, parts, starts
-        self._known: OrderedDict[int, list] = OrderedDict()
-
-    def __getitem__(self, position: int):
-        index = bisect.bisect_right(self._starts, position) - 1
-        if index not in self._known:
-            table = pq.read_table(fetch_columns(self._parts[index]) / SCORES_TABLE, columns=[self._name])
-            self._known[index] = table[self._name].to_pylist()
-            if len(self._known) > self.SHARDS:
-                self._known.popitem(last=False)
-        self._known.move_to_end(index)
-        return self._known[index][position - self._starts[index]]
+def _merged_captions(engine: Engine, config: CaptionConfig) -> Iterator[dict]:
+    """Of each record with exact duplicates: their captions, and the words of all that may be kept, rising."""
+    query = (
+        "SELECT x.keeper, x.position, s.captions FROM (SELECT keeper, position FROM exact "
+        "UNION SELECT keeper, keeper AS position FROM exact) x JOIN records r ON x.position = r.position "
+        "JOIN scores s ON r.part = s.part AND r.row = s.row "
+        "ORDER BY x.keeper, CASE WHEN x.position = x.keeper THEN 0 ELSE 1 END, r.name, x.position"
+    )
+    for keeper, rows in groupby(rows_of(engine, query), lambda row: row["keeper"]):
+        own, *others = (row["captions"] for row in rows)
+        extra = [text for captions in others for text in captions]
+        words = [count_words(text) for text in merge_captions(own, extra, config)]
+        yield {"position": keeper, "words": sorted(words), "extra_captions": extra}
 
 
 class Thumbnails:
     """Thumbnails by position; the last `THUMBNAIL_GROUPS_IN_MEMORY` row groups stay in memory."""
 
-    def __init__(self, parts: Sequence[Part], starts: list[int]) -> None:
-        self._parts, self._starts = parts, starts
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = parts
         self._rows: OrderedDict[int, tuple[pq.ParquetFile, np.ndarray, list[int]]] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], list[dict]] = OrderedDict()
 
     def at(self, positions: np.ndarray) -> dict[int, np.ndarray]:
         """uint8 [h, w, 3] of each position that has one."""
-        found = {}
-        for position in positions.tolist():
-            pixels = self._one(position)
-            if pixels is not None:
-                found[position] = pixels
-        return found
+        pictures = {position: self._one(*divmod(position, PART)) for position in positions.tolist()}
+        return {position: pixels for position, pixels in pictures.items() if pixels is not None}
 
-    def _one(self, position: int) -> np.ndarray | None:
-        index = bisect.bisect_right(self._starts, position) - 1
+    def _one(self, index: int, row: int) -> np.ndarray | None:
         file, rows, group_starts = self._open(index)
-        row = position - self._starts[index]
         place = int(np.searchsorted(rows, row))
         if place == len(rows) or rows[place] != row:
             return None
@@ -250,101 +256,49 @@ class Thumbnails:
             file = pq.ParquetFile(pictures_of(self._parts[index]) / THUMBNAILS_TABLE)
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             self._rows[index] = (file, file.read(["row"])["row"].to_numpy(), [0, *accumulate(sizes)][:-1])
-            if len(self._rows) > _Column.SHARDS:
+            if len(self._rows) > FILES_OPEN:
                 self._rows.popitem(last=False)[1][0].close()
         self._rows.move_to_end(index)
         return self._rows[index]
 
 
-def _write(
-    parts: Sequence[Part],
-    starts: list[int],
-    rejections: _Rejections,
-    duplicates: int,
-    scan: Account,
-    config: CurationConfig,
-    out_dir: Path,
-    groups: int,
-    shard_names: dict[str, str],
-) -> Summary:
-    """The second reading of the scores: ledger, kept records of each group, and the counts of the report."""
-    summary = Summary(scan)
-    thumbnails = Thumbnails(parts, starts)
-    (out_dir / GROUPS).mkdir()
-    with _TableWriter(out_dir / ledger.LEDGER_TABLE, ledger.LEDGER) as book:
-        for group in range(groups):
-            members = group_range(group, groups, len(parts))
-            (out_dir / SCORES_INDEX / f"{group:05d}").mkdir(parents=True)
-            write_index(out_dir / SCORES_INDEX / f"{group:05d}", [parts[i] for i in members])
-            with _TableWriter(out_dir / GROUPS / f"{group:05d}.parquet", KEPT) as chosen:
-                for index in members:
-                    part = parts[index]
-                    if part.error:
-                        file = shard_names.get(part.name, part.name)
-                        book.add(_failed_row(part, file))
-                        summary.add_failed(part, file)
-                        continue
-                    start, stop = starts[index], starts[index + 1]
-                    directory = fetch_columns(part)
-                    scores = read_scores(directory)
-                    assert len(scores) == part.rows, part
-                    rows = _ledger_rows(scores, part, start, rejections.between(start, stop))
-                    book.add(rows)
-                    kept = _kept_rows(scores, rows, rejections.captions_between(start, stop), start, part, config)
-                    chosen.add(pa.Table.from_pandas(kept[KEPT.names], KEPT, preserve_index=False))
-                    summary.add(scores, rows, kept, lambda rows, start=start: thumbnails.at(start + rows))
-                    summary.add_account(Account.from_json(json.loads((directory / ACCOUNT).read_text())))
-    return summary
-
-
-def _ledger_rows(scores: pd.DataFrame, part: Part, start: int, rejected: list[tuple[int, str, str]]) -> pa.Table:
-    rule, detail = np.full(len(scores), "", object), np.full(len(scores), "", object)
-    for position, name, sentence in rejected:
-        assert rule[position - start] == "", f"{part.name}: row {position - start} is rejected twice"
-        rule[position - start], detail[position - start] = name, sentence
-    table = pa.table(
-        {
-            "key": pa.array(scores["key"], pa.string()),
-            "record_id": pa.array(scores["record_id"], pa.string()),
-            "kept": pa.array(rule == "", pa.bool_()),
-            "rule": pa.array(rule, pa.string()),
-            "detail": pa.array(detail, pa.string()),
-            "file": pa.array(scores["locator"], pa.string()),
-            "shard": pa.array([part.name] * len(scores), pa.string()),
-            "row": pa.array(scores["row"], pa.int64()),
-        },
-        schema=ledger.LEDGER,
+def _write(engine: Engine, parts: Sequence[Part], out_dir: Path, groups: int) -> None:
+    """The ledger, and the kept records and score parts of each group, each in the order of the corpus."""
+    failed = (
+        f"SELECT shard AS key, '' AS record_id, '{ledger.SHARD_FAILED}' AS rule, error AS detail, file, shard, "
+        f"CAST(-1 AS BIGINT) AS row, part * {PART} AS position FROM parts WHERE error <> ''"
     )
-    ledger.check(table)
-    return table
-
-
-def _failed_row(part: Part, file: str) -> pa.Table:
-    row = {"key": part.name, "record_id": "", "kept": False, "rule": ledger.SHARD_FAILED, "detail": part.error}
-    return pa.Table.from_pylist([row | {"file": file, "shard": part.name, "row": -1}], ledger.LEDGER)
-
-
-def _kept_rows(
-    scores: pd.DataFrame, rows: pa.Table, extra: dict[int, list[str]], start: int, part: Part, config: CurationConfig
-) -> pd.DataFrame:
-    """The kept records: their scores with shard, tier, bucket, captions and split."""
-    at = np.flatnonzero(rows["kept"].to_numpy(zero_copy_only=False))
-    kept = scores.iloc[at].reset_index(drop=True)
-    kept["shard"] = part.name
-    kept["tier"] = tiers.assign_tiers(kept["aesthetic"], kept["synthetic"], config.tiers)
-    chosen = []
-    for i, captions, words, tier, record_id in zip(
-        at.tolist(), kept["captions"], kept["words"], kept["tier"], kept["record_id"], strict=True
-    ):
-        usable = [text for text, n in zip(captions, words, strict=True) if n <= config.captions.max_words]
-        if start + i in extra:
-            more = clean_captions([*usable, *extra[start + i]])
-            usable = [text for text in more if count_words(text) <= config.captions.max_words]
-        chosen.append(choose_captions(usable, tier, record_id, config.captions))
-    kept["captions"] = pd.Series(chosen, dtype=object)
-    kept["bucket"] = tiers.assign_buckets(kept["source"], kept["record_id"], config.tiers)
-    kept["split"] = [ledger.split(record_id) for record_id in kept["record_id"]]
-    return kept
+    book = (
+        "SELECT key, record_id, rule = '' AS kept, rule, detail, file, shard, row FROM ("
+        "SELECT f.key, f.record_id, f.rule, f.detail, f.locator AS file, p.shard, f.row, f.position "
+        f"FROM ({FATES}) f JOIN parts p ON f.part = p.part UNION ALL {failed}) x ORDER BY position"
+    )
+    with _TableWriter(out_dir / ledger.LEDGER_TABLE, ledger.LEDGER) as writer:
+        for batch in engine.batches(book):
+            batch = batch.cast(ledger.LEDGER)
+            ledger.check(batch)
+            writer.add(batch)
+    (out_dir / GROUPS).mkdir()
+    kept = (
+        "SELECT f.part, p.shard, f.row, f.tier, f.bucket, m.extra_captions "
+        f"FROM ({FATES}) f JOIN parts p ON f.part = p.part LEFT JOIN merged m ON f.position = m.position "
+        "WHERE f.rule = '' ORDER BY f.position"
+    )
+    batches = engine.batches(kept)
+    waiting = next(batches, None)
+    for group in range(groups):
+        members = group_range(group, groups, len(parts))
+        (out_dir / SCORES_INDEX / f"{group:05d}").mkdir(parents=True)
+        write_index(out_dir / SCORES_INDEX / f"{group:05d}", [parts[i] for i in members])
+        with _TableWriter(out_dir / GROUPS / f"{group:05d}.parquet", KEPT) as writer:
+            while waiting is not None:
+                count = int(np.searchsorted(waiting["part"].to_numpy(), members.stop))
+                writer.add(waiting.slice(0, count).select(KEPT.names).cast(KEPT))
+                if count < len(waiting):
+                    waiting = waiting.slice(count)
+                    break
+                waiting = next(batches, None)
+    assert waiting is None
 
 
 def nothing_left(content: dict, config: CurationConfig) -> str:
@@ -365,12 +319,12 @@ def nothing_left(content: dict, config: CurationConfig) -> str:
 
 
 def _remedy(rule: str, content: dict, config: CurationConfig) -> str:
-    if rule == ledger.NO_CAPTION:
+    if rule == rules.NO_CAPTION:
         return (
             "Captions are read from a .txt or .json file of the image's name, from metadata.csv, .tsv, .jsonl, .json or "
             ".parquet with file_name and text, or from a caption column; source.caption_columns names others."
         )
-    if rule == ledger.CAPTION_TOO_LONG:
+    if rule == rules.CAPTION_TOO_LONG:
         low, high = content["too_long_words"]
         seen = f"{low} to {high}" if high > low else f"{low}"
         return (
@@ -379,7 +333,11 @@ def _remedy(rule: str, content: dict, config: CurationConfig) -> str:
     return "The limits are under curation.filters in the recipe." if rule in _FILTER_RULES else ""
 
 
-_FILTER_RULES = {rule.name for rule in filters.RULES if rule.step != filters.SOURCE and rule.name != "undecodable"}
+_FILTER_RULES = {
+    rule.name
+    for rule in rules.RULES
+    if rule.step not in (rules.SOURCE, rules.CAPTIONS, rules.DEDUP) and rule.name != "undecodable"
+}
 
 
 def digest_of_parts(parts: Sequence[Part]) -> str:
@@ -393,17 +351,6 @@ def digest_of_parts(parts: Sequence[Part]) -> str:
 def digest_of_table(table: pa.Table) -> str:
     """Of the values, however the table is cut into chunks."""
     return hashlib.sha256(json.dumps(table.to_pydict(), ensure_ascii=False).encode()).hexdigest()
-
-
-def _batches(items: Iterator) -> Iterator[list]:
-    batch: list = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == dedup.BATCH_ROWS:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 class _TableWriter:

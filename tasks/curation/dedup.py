@@ -1,42 +1,29 @@
-"""Exact and near duplicates over the whole corpus.
+"""Near duplicates among made pictures: pHash within a wide net proposes a pair, a colour thumbnail confirms it.
 
-Exact: equal SHA-256. Near: a perceptual hash within a Hamming distance proposes a pair, a colour thumbnail confirms
-it. pHash alone is blind to colour and, on plain pictures, to what is where; it would merge different scenes. What
-it does not propose is missed: a picture symmetric about its centre, shifted, may flip half its bits.
-
-A star, not a chain: records are taken in order of preference (more pixels, then the better aesthetic score, then
-corpus order), and a record is dropped when it equals, or is near to, a record already kept. So every dropped record
-resembles its keeper directly; A~B~C merges A with C only if A~C.
+pHash alone is blind to colour and, on plain pictures, to what is where; it would merge different scenes. What it does not
+propose is missed: a picture symmetric about its centre, shifted, may flip half its bits. near.py decides which record of a
+pair is kept.
 """
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Callable, Iterator
-from itertools import combinations
-from pathlib import Path
-from typing import Any
 
-import imagehash
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 from PIL import Image
 
 from tasks.curation.config import DedupConfig
+from tasks.curation.engines import Engine
 
 COARSE_PX = 4  # a COARSE_PX x COARSE_PX RGB mosaic weeds out proposals before any thumbnail is read
 MAX_COARSE_DIFFERENCE = 40  # of 255; a shift by 2 % of the side moves a full-contrast edge by at most 40 in a cell
 MAX_BRIGHTNESS_DIFFERENCE = 6  # of 255, of the means: re-encoding and small shifts hardly change it
 PAIRS_AT_ONCE = 1_000_000
 PAIRS_CONFIRMED_AT_ONCE = 2048  # so that at most twice as many thumbnails are in memory
-COMPARED_IN_MEMORY = 100_000  # records; more are compared by joins on disk
-MAX_KEYS, MAX_JOINED_ROWS = 100, 1e11
-MEMORY = "2GB"  # of DuckDB, which spills what is more
-BATCH_ROWS = 10_000
-PREFERENCE = "pixels DESC, aesthetic DESC, position"  # of several, the first is kept
+MAX_RECORDS = 100_000  # they are compared in memory
 MAX_ASPECT_DIFFERENCE = 0.03  # relative; resizing rounds sides to whole pixels
+PAIRS = pa.schema([("a", pa.int64()), ("b", pa.int64()), ("measure", pa.float64())])
 
 
 def thumbnail(image: Image.Image, side_px: int) -> np.ndarray:
@@ -44,12 +31,7 @@ def thumbnail(image: Image.Image, side_px: int) -> np.ndarray:
     width, height = image.size
     short = min(width, height)
     size = tuple(min(4 * side_px, max(1, round(side_px * side / short))) for side in (width, height))
-    return np.asarray(image.resize(size, Image.Resampling.BOX))
-
-
-def perceptual_hash(image: Image.Image, hash_size: int) -> str:
-    """imagehash's pHash of hash_size x hash_size bits, as hex."""
-    return str(imagehash.phash(image, hash_size=hash_size))
+    return np.asarray(image.resize(size, Image.Resampling.BOX, reducing_gap=2.0))
 
 
 def thumbnail_difference(a: np.ndarray, b: np.ndarray) -> float:
@@ -138,191 +120,43 @@ def _window_pairs(keys: np.ndarray, brightness: np.ndarray) -> Iterator[tuple[np
         start = stop
 
 
-class DuplicateSearch:
-    """Collects the records that no rule rejected, shard by shard, and says which of them to drop.
+def match_by_thumbnails(
+    engine: Engine, config: DedupConfig, thumbnails: Callable[[np.ndarray], dict[int, np.ndarray]]
+) -> None:
+    """Table `thumbnail_pairs` (a, b, measure) of the pairs that match; measure is their thumbnail_difference.
 
-    The records are kept in a DuckDB file, which spills to disk beyond `MEMORY`.
+    Reads `compared`: position, made, phash, coarse, aspect.
 
-        search = DuplicateSearch(work_dir, config)
-        search.add(positions, scores) ...
-        search.exact_duplicates() -> (position, keeper) ...
-        search.near_duplicates(thumbnail) -> (position, keeper, difference) ...
+    Args:
+        thumbnails: gives the thumbnails of the positions that it is asked for.
+
+    Raises:
+        ValueError: over `MAX_RECORDS` records.
     """
-
-    def __init__(self, work_dir: str | os.PathLike, config: DedupConfig) -> None:
-        import duckdb
-
-        self._config = config
-        settings = {"memory_limit": MEMORY, "temp_directory": str(Path(work_dir) / "spill")}
-        self._db = duckdb.connect(str(Path(work_dir) / "candidates.duckdb"), config=settings)
-        self._db.execute("SET preserve_insertion_order = false")
-        self._db.execute(
-            "CREATE TABLE candidates (position BIGINT, record_id VARCHAR, pixels BIGINT, aesthetic DOUBLE, "
-            "aspect DOUBLE, light DOUBLE, phash VARCHAR, coarse BLOB)"
+    tables = list(engine.batches("SELECT position, phash, coarse, aspect FROM compared WHERE made ORDER BY position"))
+    count = sum(len(table) for table in tables)
+    if count > MAX_RECORDS:
+        raise ValueError(
+            f"curation.dedup.thumbnail_sources={list(config.thumbnail_sources)}: {count} records would be compared by their "
+            f"thumbnails, {MAX_RECORDS} can be; leave these sources out, and hashes compare them"
         )
 
-    def add(self, positions: np.ndarray, scores: pd.DataFrame) -> None:
-        """Adds records.
-
-        Args:
-            positions: int64 [N], of the records in the corpus.
-            scores: N rows with record_id, width, height, aesthetic, phash (hex), coarse (bytes).
-        """
-        batch = pa.table(
-            {
-                "position": positions,
-                "record_id": pa.array(scores["record_id"], pa.string()),
-                "pixels": (scores["width"] * scores["height"]).to_numpy(np.int64),
-                # In half points: a re-encoded copy must not win by a hair.
-                "aesthetic": np.floor(2 * scores["aesthetic"].fillna(0).to_numpy(float)),
-                "aspect": (scores["width"] / scores["height"]).to_numpy(float),
-                "light": [float(np.frombuffer(data, np.uint8).mean()) for data in scores["coarse"]],
-                "phash": pa.array(scores["phash"], pa.string()),
-                "coarse": pa.array(scores["coarse"], pa.binary()),
-            }
-        )
-        self._db.register("batch", batch)
-        self._db.execute("INSERT INTO candidates SELECT * FROM batch")
-        self._db.unregister("batch")
-
-    def exact_duplicates(self) -> Iterator[tuple[int, int]]:
-        """(position, keeper's position) of the records whose bytes another one has, by position."""
-        window = f"OVER (PARTITION BY record_id ORDER BY {PREFERENCE})"
-        keepers = f"SELECT position, first_value(position) {window} AS keeper FROM candidates"  # noqa: S608 (a constant)
-        self._db.execute(f"CREATE OR REPLACE TABLE exact AS FROM ({keepers}) WHERE position != keeper")
-        yield from _rows(self._db, "SELECT position, keeper FROM exact ORDER BY position")
-
-    def near_duplicates(
-        self, thumbnails: Callable[[np.ndarray], dict[int, np.ndarray]]
-    ) -> Iterator[tuple[int, int, float]]:
-        """(position, keeper's position, thumbnail_difference) of the records to drop, by position.
-
-        Exact duplicates take no part: call `exact_duplicates` first.
-
-        Args:
-            thumbnails: gives the thumbnails of the positions that it is asked for.
-        """
-        near: dict[int, list[tuple[int, float]]] = {}
-        pairs = self._candidate_pairs()
-        for start in range(0, len(pairs), PAIRS_CONFIRMED_AT_ONCE):
-            batch = pairs[start : start + PAIRS_CONFIRMED_AT_ONCE]
-            small = thumbnails(np.unique(batch))
-            for i, j in batch.tolist():
-                difference = thumbnail_difference(small[i], small[j])
-                if difference <= self._config.max_thumbnail_difference:
-                    near.setdefault(i, []).append((j, difference))
-                    near.setdefault(j, []).append((i, difference))
-        if not near:
+    def pairs() -> Iterator[dict]:
+        if count < 2:
             return
-        self._db.register("near", pa.table({"position": np.array(sorted(near), np.int64)}))
-        query = f"SELECT position FROM candidates JOIN near USING (position) ORDER BY {PREFERENCE}"  # noqa: S608
-        ranked = self._db.execute(query)
-        rank = {position: place for place, (position,) in enumerate(ranked.fetchall())}
-        dropped: dict[int, tuple[int, float]] = {}
-        for position in rank:  # the most wanted first
-            kept = [(rank[o], o, d) for o, d in near[position] if rank[o] < rank[position] and o not in dropped]
-            if kept:
-                dropped[position] = min(kept)[1:]
-        for position in sorted(dropped):
-            yield position, *dropped[position]
-
-    def _candidate_pairs(self) -> np.ndarray:
-        """int64 [P, 2] of positions, i < j, sorted."""
-        left = "FROM candidates WHERE position NOT IN (SELECT position FROM exact)"
-        count = self._db.sql(f"SELECT count(*) {left}").fetchall()[0][0]
-        if count > COMPARED_IN_MEMORY:
-            return self._joined_pairs(count, left)
-        columns = self._db.sql(f"SELECT position, phash, coarse, aspect {left} ORDER BY position").to_arrow_table()
-        if not count:
-            return np.empty((0, 2), np.int64)
-        positions = columns["position"].to_numpy()
-        hashes = np.stack([hash_bits(text, self._config.hash_size) for text in columns["phash"].to_pylist()])
-        coarse = np.stack([np.frombuffer(data, np.uint8) for data in columns["coarse"].to_pylist()])
-        found = candidate_pairs(hashes, coarse, columns["aspect"].to_numpy(), self._config.max_hamming_distance)
-        return positions[found]
-
-    def _joined_pairs(self, count: int, left: str) -> np.ndarray:
-        """The same pairs by joins that spill to disk: two hashes within `max_hamming_distance` bits agree in all but so
-        many blocks, so each choice of the other blocks is a key; a pair counts at the first key that it shares."""
-        distance = self._config.max_hamming_distance
-        keys = block_masks(plan_blocks(count, distance, self._config.hash_size), distance)
-        self._db.execute(
-            f"CREATE OR REPLACE TABLE hashes AS SELECT position, ('0x' || phash)::UBIGINT AS hash, aspect, light, coarse {left}"
+        table = pa.concat_tables(tables)
+        positions = table["position"].to_numpy()
+        bits = np.unpackbits(table["phash"].to_numpy().astype(">i8").view(np.uint8).reshape(count, 8), axis=1).astype(
+            bool
         )
-        found = []
-        for place, key in enumerate(keys):
-            earlier = "".join(f" AND (xor(a.hash, b.hash) & {mask}::UBIGINT) != 0" for mask in keys[:place])
-            result = self._db.cursor().execute(
-                "SELECT a.position, b.position, a.coarse, b.coarse FROM hashes a JOIN hashes b "  # noqa: S608 (numbers)
-                f"ON (a.hash & {key}::UBIGINT) = (b.hash & {key}::UBIGINT) AND a.position < b.position "
-                f"WHERE bit_count(xor(a.hash, b.hash)) <= {distance} "
-                f"AND abs(a.light - b.light) <= {MAX_BRIGHTNESS_DIFFERENCE} "
-                f"AND greatest(a.aspect / b.aspect, b.aspect / a.aspect) <= {1 + MAX_ASPECT_DIFFERENCE}{earlier}"
-            )
-            while rows := result.fetchmany(BATCH_ROWS):
-                i, j, x, y = zip(*rows, strict=True)
-                small = [
-                    np.frombuffer(b"".join(data), np.uint8).reshape(len(rows), -1).astype(np.int16) for data in (x, y)
-                ]
-                near = np.abs(small[0] - small[1]).max(axis=1, initial=0) <= MAX_COARSE_DIFFERENCE
-                found.append(np.array([i, j], np.int64).T[near])
-        pairs = np.concatenate(found) if found else np.empty((0, 2), np.int64)
-        return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+        coarse = np.stack([np.frombuffer(data, np.uint8) for data in table["coarse"].to_pylist()])
+        near = candidate_pairs(bits, coarse, table["aspect"].to_numpy(), config.thumbnail_hamming_distance)
+        for start in range(0, len(near), PAIRS_CONFIRMED_AT_ONCE):
+            batch = positions[near[start : start + PAIRS_CONFIRMED_AT_ONCE]]
+            small = thumbnails(np.unique(batch))
+            for a, b in batch.tolist():
+                difference = thumbnail_difference(small[a], small[b])
+                if difference <= config.max_thumbnail_difference:
+                    yield {"a": a, "b": b, "measure": difference}
 
-    def close(self) -> None:
-        self._db.close()
-
-
-def plan_blocks(count: int, distance: int, hash_size: int) -> int:
-    """Blocks of the 64 bits for which the joins over `count` hashes cost least.
-
-    Raises:
-        ValueError: so many records cannot be compared within so many bits, with the figures.
-    """
-    if hash_size != 8:
-        raise ValueError(
-            f"curation.dedup.hash_size={hash_size} must be 8 for over {COMPARED_IN_MEMORY} records, not {count}"
-        )
-    costs = {blocks: join_cost(count, blocks, distance) for blocks in range(distance + 1, 17)}
-    costs = {blocks: cost for blocks, cost in costs.items() if math.comb(blocks, distance) <= MAX_KEYS}
-    best = min(costs, key=costs.__getitem__, default=0)
-    if not best or costs[best] > MAX_JOINED_ROWS:
-        found = f"about {costs[best]:.1e}" if best else "too many"
-        raise ValueError(
-            f"curation.dedup.max_hamming_distance={distance}: near duplicates among {count} records would take {found} "
-            f"comparisons, {MAX_JOINED_ROWS:.0e} are allowed; 4 takes about {min(join_cost(count, b, 4) for b in range(5, 11)):.1e}"
-        )
-    return best
-
-
-def join_cost(count: int, blocks: int, distance: int) -> float:
-    """Rows that are joined, and pairs of random hashes that share a key."""
-    keys = math.comb(blocks, distance)
-    return keys * (count + count**2 / 2 / 2 ** (64 * (blocks - distance) / blocks))
-
-
-def block_masks(blocks: int, distance: int) -> list[int]:
-    """A mask of 64 bits for every choice of `blocks - distance` of the blocks. Bits are dealt out to the blocks in turn:
-    neighbours in frequency are alike."""
-    block = [sum(1 << bit for bit in range(64) if bit % blocks == i) for i in range(blocks)]
-    return [sum(block[i] for i in chosen) for chosen in combinations(range(blocks), blocks - distance)]
-
-
-def _rows(db: Any, query: str) -> Iterator[tuple]:
-    result = db.cursor().execute(query)
-    while batch := result.fetchmany(BATCH_ROWS):
-        yield from batch
-
-
-def hash_bits(text: str, hash_size: int) -> np.ndarray:
-    """bool [hash_size**2] of imagehash's hex.
-
-    Raises:
-        ValueError: the hash was made with another hash_size; score again.
-    """
-    bits = hash_size**2
-    if len(text) != -(-bits // 4):
-        raise ValueError(f"pHash {text!r} has {4 * len(text)} bits, curation.dedup.hash_size={hash_size} needs {bits}")
-    value = int(text, 16)
-    raw = np.frombuffer(value.to_bytes(-(-bits // 8), "big"), np.uint8)
-    return np.unpackbits(raw)[-bits:].astype(bool)
+    engine.load("thumbnail_pairs", PAIRS, pairs())

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from model import storage
-from tasks.curation import decide, dedup, ledger, score, selections, takedown
+from tasks.curation import decide, ledger, near, score, selections, takedown
 from tasks.curation.captioning import build_captioner, identity, run, steps
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.curation.curated import CORPUS
@@ -157,10 +157,9 @@ def check_size(images: int, config: CurationConfig) -> None:
     """Refuses, before anything is scored, what could not be decided about so many images.
 
     Raises:
-        ValueError: see dedup.plan_blocks.
+        ValueError: see near.plan_blocks.
     """
-    if images > dedup.COMPARED_IN_MEMORY:
-        dedup.plan_blocks(images, config.dedup.max_hamming_distance, config.dedup.hash_size)
+    near.plan_blocks(images, config.dedup.max_hamming_distance)
 
 
 def score_group(corpus_dir: Path, config: CurationConfig, group: int, groups: int) -> list[Part]:
@@ -302,7 +301,7 @@ def decide_corpus(corpus_dir: Path, indices: Sequence[Path | None], config: Cura
     scan = Account.from_json(json.loads((corpus_dir / base.REPORT).read_text())["account"])
 
     def make(out: Path) -> int:
-        kept = decide.decide(parts, scan, config.deciding(), out, groups, names)["kept"]
+        kept = decide.decide(parts, scan, config.deciding(), out, groups, names, config.engine)["kept"]
         if not config.captions.required:
             steps.write_duplicates(out, parts, groups)
         return kept
@@ -364,25 +363,25 @@ def select_group(decision: Part, config: CurationConfig, group: int, groups: int
         if scores.error:
             parts.append(Part(scores.name, "selections", error=scores.error))
             continue
-        decided = kept.filter(pc.equal(kept["shard"], scores.name)).select(["row", "tier", "captions"])
+        decided = kept.filter(pc.equal(kept["shard"], scores.name)).select(["row", "tier", "bucket", "extra_captions"])
         parts.append(select_shard(scores, decided, config))
     return parts
 
 
 def select_shard(scores: Part, decided: pa.Table, config: CurationConfig) -> Part:
-    buckets = config.tiers.model_dump(mode="json", include={"episodic_buckets"})
-    inputs = {"scores": scores.digest, "decided": decide.digest_of_table(decided), "tiers": buckets}
+    captions = config.captions.model_dump(mode="json")
+    inputs = {"scores": scores.digest, "decided": decide.digest_of_table(decided), "captions": captions}
 
     def make(out: Path) -> int:
         return selections.write_selection(
-            fetch_part(scores, without=(score.THUMBNAILS_TABLE,)), decided, config.tiers, out
+            fetch_part(scores, without=(score.THUMBNAILS_TABLE,)), decided, config.captions, out
         )
 
     return attempt(
         "selections",
         scores.name,
         lambda name: make_part(
-            "selections", name, CACHE_VERSIONS["curation"], inputs, make, [scores.as_parent()], {"tiers": buckets}
+            "selections", name, CACHE_VERSIONS["curation"], inputs, make, [scores.as_parent()], {"captions": captions}
         ),
     )
 

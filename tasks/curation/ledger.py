@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pyarrow as pa
 
-from tasks.curation import filters
+from tasks.curation import rules
 
 LEDGER_TABLE = "ledger.parquet"
 LEDGER = pa.schema(
@@ -22,20 +22,18 @@ LEDGER = pa.schema(
         ("row", pa.int64()),  # in the shard
     ]
 )
-CAPTIONS, DEDUP, SHARDS = "captions", "deduplication", "shards"
-NO_CAPTION, CAPTION_TOO_LONG, SHARD_FAILED = "no_caption", "caption_too_long", "shard_failed"
+DEDUP, SHARDS = rules.DEDUP, "shards"
+SHARD_FAILED = "shard_failed"
 # The whole life of a record: step -> the rules in it, in the order in which they are applied. These names are stable.
 STEPS: dict[str, tuple[str, ...]] = {
     SHARDS: (SHARD_FAILED,),  # one row for a shard that could not be scored, in place of its records
     **{
-        step: tuple(rule.name for rule in filters.RULES if rule.step == step)
-        for step in dict.fromkeys(rule.step for rule in filters.RULES)
+        step: tuple(rule.name for rule in rules.RULES if rule.step == step)
+        for step in dict.fromkeys(rule.step for rule in rules.RULES)
     },
-    # Before deduplication, so that a record without a caption never displaces its twin that has one.
-    CAPTIONS: (NO_CAPTION, CAPTION_TOO_LONG),
-    DEDUP: ("exact_duplicate", "near_duplicate"),
+    DEDUP: rules.DUPLICATES,
 }
-RULES = tuple(rule for rules in STEPS.values() for rule in rules)
+RULES = tuple(rule for names in STEPS.values() for rule in names)
 VAL_FRACTION = 0.03
 
 
@@ -50,8 +48,8 @@ def check(table: pa.Table) -> None:
 def retention(records: int, rejected: Mapping[str, int]) -> list[dict]:
     """How many survive each step: {"step", "input", "rejected", "kept"}, each input being the last one's kept."""
     steps, left = [], records
-    for step, rules in STEPS.items():
-        gone = sum(rejected[rule] for rule in rules)
+    for step, names in STEPS.items():
+        gone = sum(rejected[rule] for rule in names)
         steps.append({"step": step, "input": left, "rejected": gone, "kept": left - gone})
         left -= gone
     return steps
@@ -60,3 +58,8 @@ def retention(records: int, rejected: Mapping[str, int]) -> list[dict]:
 def split(record_id: str) -> str:
     """`val` for about `VAL_FRACTION` of the records, by their hash; `train` for the others."""
     return "val" if int(record_id[:8], 16) < VAL_FRACTION * 2**32 else "train"
+
+
+def split_sql() -> str:
+    """`split` of the column record_id."""
+    return f"CASE WHEN hex_to_int(substr(record_id, 1, 8)) < {VAL_FRACTION * 2**32!r} THEN 'val' ELSE 'train' END"

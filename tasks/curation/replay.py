@@ -43,7 +43,7 @@ def replay(curated_dir: Path, overrides: Sequence[str], out_dir: Path) -> tuple[
     after = _overridden(before, overrides)
     if after.scoring() != before.scoring():
         raise ValueError(
-            f"{', '.join(overrides)} changes the scores (scorers, formats, max_pixels, hash_size and thumbnail_px do): "
+            f"{', '.join(overrides)} changes the scores (scorers, formats, max_pixels and thumbnail_px do): "
             "run the curation again"
         )
     report = json.loads((curated_dir / "report.json").read_text())

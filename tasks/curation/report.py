@@ -134,9 +134,7 @@ def _ratio(log2: float) -> str:
 def _word_histogram(words: Counter[int], name: str) -> str:
     histogram = Histogram(0.5, max(words, default=0) + 0.5)
     for n, count in words.items():
-        one = Histogram(histogram.low, histogram.high)
-        one.add(np.array([float(n)]))
-        histogram.counts += count * one.counts
+        histogram.add(n, count)
     return _histogram(histogram, name, None, "")
 
 

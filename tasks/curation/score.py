@@ -4,7 +4,7 @@
                                              thumbnails.parquet  small pictures of those that decode
                                              account.json        what the reader saw and left out
 
-A threshold can change without new scores; `formats`, `max_pixels`, `hash_size`, `thumbnail_px` and the scorers cannot.
+A threshold can change without new scores; `formats`, `max_pixels`, `thumbnail_px` and the scorers cannot.
 Memory is bounded by a batch of records, not by the shard.
 """
 
@@ -24,17 +24,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from tasks.curation import dedup, filters
+from tasks.curation import decoding, dedup, filters
 from tasks.curation.captions import clean_captions, count_words
 from tasks.curation.config import CurationConfig
+from tasks.curation.hashes import HASHES, picture_hashes
 from tasks.curation.scorers import COLUMNS as MODEL_COLUMNS
-from tasks.curation.scorers import Sample, Scorer, build_scorers
+from tasks.curation.scorers import Sample, Scorer, build_scorers, needs_image
 from tasks.curation.sources.base import Account, Record, Shard
 from tasks.curation.workers import CrashError, Workers
 
 SCORES_TABLE, THUMBNAILS_TABLE, ACCOUNT = "scores.parquet", "thumbnails.parquet", "account.json"
 BATCH = 64  # records that a scorer sees at once
 SCORER_PX = 384  # shorter side of what a model scorer sees
+BYTES_A_PIXEL = 24  # that decoding may take; twice what Pillow takes for RGBA
+OWN_BYTES = 512 * 2**20  # that a worker may take besides
 NUMBERS = ("bytes_per_pixel", "entropy_bits", "single_color_fraction", "border_fraction")
 SCORES = pa.schema(
     [
@@ -59,7 +62,8 @@ SCORES = pa.schema(
         ("height", pa.int64()),
         ("orientation", pa.int64()),
         *((name, pa.float64()) for name in (*NUMBERS, *MODEL_COLUMNS)),
-        ("phash", pa.string()),
+        *((name, pa.int64()) for name in HASHES),
+        ("hash_margin", pa.float64()),
         ("coarse", pa.binary()),
     ]
 )
@@ -84,14 +88,16 @@ def score_shard(corpus, shard: Shard, config: CurationConfig, out_dir: str | os.
     with (
         _Writer(out_dir / SCORES_TABLE, SCORES, ROW_GROUP) as scores,
         _Writer(out_dir / THUMBNAILS_TABLE, THUMBNAILS, THUMBNAIL_GROUP) as thumbnails,
-        Workers(functools.partial(measure, config=config)) as workers,
+        Workers(
+            functools.partial(measure, config=config),
+            memory_bytes=OWN_BYTES + BYTES_A_PIXEL * config.filters.max_pixels,
+        ) as workers,
     ):
         for batch in _batches(_measured(corpus.read(shard, account), workers)):
-            samples = [(row, sample) for row, sample in batch if sample is not None]
-            run_scorers(scorers, samples)
-            for row, sample in samples:
-                thumbnails.add(_thumbnail_row(row["row"], sample, config.dedup.thumbnail_px))
-            for row, _ in batch:
+            run_scorers(scorers, [(row, sample) for row, sample, _ in batch if sample is not None])
+            for row, _, thumbnail in batch:
+                if thumbnail is not None:
+                    thumbnails.add(_thumbnail_row(row["row"], thumbnail))
                 scores.add(row)
             count += len(batch)
     (out_dir / ACCOUNT).write_text(json.dumps(account.to_json(), sort_keys=True, ensure_ascii=False) + "\n")
@@ -101,18 +107,19 @@ def score_shard(corpus, shard: Shard, config: CurationConfig, out_dir: str | os.
 @functools.cache
 def _load_libraries() -> None:
     """Imports what `measure` needs, once: workers are forked, and each would import it anew."""
-    filters.decodable()
-    dedup.perceptual_hash(Image.new("RGB", (32, 32)), 8)
+    decoding.decodable()
+    picture_hashes(Image.new("RGB", (32, 32)))
 
 
-def _measured(records: Iterator[Record], workers: Workers) -> Iterator[tuple[dict, Sample | None]]:
-    """The row of each record, and what the scorers are to see. Its bytes are in memory only until they are measured."""
+def _measured(records: Iterator[Record], workers: Workers) -> Iterator[tuple[dict, Sample | None, np.ndarray | None]]:
+    """The row of each record, what the scorers are to see, and its thumbnail. Its bytes are in memory only until they are
+    measured."""
     # A record with a problem is rejected, whatever the image is.
     rows = ((_described(record), None if record.problem else record.data) for record in records)
     for row, measured in workers.map(rows):
         if isinstance(measured, CrashError):
             measured = Measured({"error_rule": "undecodable", "error": str(measured)})
-        yield row, _sample(row, measured)
+        yield row, _sample(row, measured), measured.thumbnail if measured is not None else None
 
 
 def score_record(record: Record, config: CurationConfig) -> tuple[dict, Sample | None]:
@@ -146,51 +153,54 @@ def _sample(row: dict, measured: Measured | None) -> Sample | None:
     row.update(measured.columns)
     if not measured.rgb:
         return None
-    image = Image.frombytes("RGB", measured.size, measured.rgb)
-    view = filters.reduced(image, filters.ANALYSIS_PX)
+    view = Image.frombytes("RGB", measured.size, measured.rgb)
+    image = Image.frombytes("RGB", measured.image_size, measured.image) if measured.image else view
     return Sample(image, np.asarray(view), np.asarray(view.convert("L")), tuple(row["captions"]))
 
 
 class Measured(NamedTuple):
     """The columns of passes 1 and 2 and of deduplication that are known, and the image as far as scorers need it.
 
-    size: (width, height) with a shorter side of at most `SCORER_PX`. rgb: its pixels; b"" where it does not decode.
+    size: (width, height), the longer at most `filters.ANALYSIS_PX`. rgb: its pixels; b"" where it does not decode.
+    image_size, image: with a shorter side of at most `SCORER_PX`, where a scorer needs that.
     """
 
     columns: dict[str, Any]
     size: tuple[int, int] = (0, 0)
     rgb: bytes = b""
+    image_size: tuple[int, int] = (0, 0)
+    image: bytes = b""
+    thumbnail: np.ndarray | None = None
 
 
 def measure(data: bytes, config: CurationConfig) -> Measured:
     """Decodes one image."""
     columns: dict[str, Any] = {}
     try:
-        header, image = filters.inspect_and_decode(data, config.filters.max_pixels, config.filters.formats)
+        header, image = decoding.inspect_and_decode(data, config.filters.max_pixels, config.filters.formats, SCORER_PX)
         columns |= {"format": header.format, "mode": header.mode, "animated": header.animated}
         columns |= {"width": header.width, "height": header.height, "orientation": header.orientation}
         columns["bytes_per_pixel"] = len(data) / max(1, header.width * header.height)
         if isinstance(image, ValueError):
             raise image
-    except filters.TooManyPixelsError as error:
+    except decoding.TooManyPixelsError as error:
         return Measured(columns | {"error_rule": "too_many_pixels", "error": str(error)})
-    except filters.UndecodableError as error:
+    except decoding.UndecodableError as error:
         return Measured(columns | {"error_rule": "undecodable", "error": str(error)})
     if image is None:
         return Measured(columns)
-    columns["width"], columns["height"] = image.size
-    scale = min(image.size) / SCORER_PX
-    if scale > 1:
-        size = tuple(max(1, round(side / scale)) for side in image.size)
-        image = image.resize(size, Image.Resampling.BOX, reducing_gap=2.0)
     view = filters.reduced(image, filters.ANALYSIS_PX)
     pixels, gray = np.asarray(view), np.asarray(view.convert("L"))
     columns["entropy_bits"] = filters.entropy_bits(gray)
     columns["single_color_fraction"] = filters.single_color_fraction(pixels)
     columns["border_fraction"] = filters.border_fraction(pixels)
-    columns["phash"] = dedup.perceptual_hash(view, config.dedup.hash_size)
+    columns |= picture_hashes(view)
     columns["coarse"] = np.asarray(view.resize((dedup.COARSE_PX,) * 2, Image.Resampling.BOX)).tobytes()
-    return Measured(columns, image.size, image.tobytes())
+    thumbnail = dedup.thumbnail(image, config.dedup.thumbnail_px)
+    if not needs_image(config.scorers):
+        return Measured(columns, view.size, view.tobytes(), thumbnail=thumbnail)
+    image = filters.shrunk(image, min(image.size) / SCORER_PX)
+    return Measured(columns, view.size, view.tobytes(), image.size, image.tobytes(), thumbnail)
 
 
 def run_scorers(scorers: list[Scorer], samples: list[tuple[dict, Sample]]) -> None:
@@ -210,16 +220,16 @@ def _blank() -> dict:
         **{"error_rule": "", "error": "", "format": "", "mode": "", "animated": False},
         **{"width": 0, "height": 0, "orientation": 1},
         **dict.fromkeys((*NUMBERS, *MODEL_COLUMNS), float("nan")),
-        **{"phash": "", "coarse": b""},
+        **dict.fromkeys(HASHES, 0),
+        **{"hash_margin": float("nan"), "coarse": b""},
     }
 
 
-def _thumbnail_row(row: int, sample: Sample, side_px: int) -> dict:
-    pixels = dedup.thumbnail(sample.image, side_px)
+def _thumbnail_row(row: int, pixels: np.ndarray) -> dict:
     return {"row": row, "height": pixels.shape[0], "width": pixels.shape[1], "rgb": pixels.tobytes()}
 
 
-def _batches(rows: Iterator[tuple[dict, Sample | None]]) -> Iterator[list[tuple[dict, Sample | None]]]:
+def _batches(rows: Iterator[tuple]) -> Iterator[list[tuple]]:
     while batch := list(islice(rows, BATCH)):
         yield batch
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.curation import ledger, tiers
-from tasks.curation.config import TierConfig
+from tasks.curation import ledger
+from tasks.curation.captions import choose_captions, merge_captions
+from tasks.curation.config import CaptionConfig
 from tasks.curation.score import SCORES_TABLE
 
 SELECTION_TABLE = "selection.parquet"
@@ -38,23 +39,40 @@ FROM_SCORES = ["key", "record_id", "row", "ext", "locator", "source", "synthetic
 
 
 def write_selection(
-    scores_dir: str | os.PathLike, decided: pa.Table, config: TierConfig, out_dir: str | os.PathLike
+    scores_dir: str | os.PathLike, decided: pa.Table, config: CaptionConfig, out_dir: str | os.PathLike
 ) -> int:
-    """Writes the selection of one shard; returns the number of records.
+    """Writes the selection of one shard, with the captions that its tiers keep; returns the number of records.
 
     Args:
         scores_dir: the shard's score part.
-        decided: row, tier and captions of its kept records, in the order of rows (decide.KEPT).
+        decided: row, tier, bucket and extra_captions of its kept records, in the order of rows (decide.KEPT).
     """
-    scores = pq.read_table(Path(scores_dir) / SCORES_TABLE, columns=FROM_SCORES)
+    scores = pq.read_table(Path(scores_dir) / SCORES_TABLE, columns=[*FROM_SCORES, "captions", "words"])
     at = pa.compute.index_in(decided["row"], value_set=scores["row"])
     assert at.null_count == 0, "a decision about a row that has no scores"
     kept = scores.take(at)
     ids = kept["record_id"].to_pylist()
-    buckets = tiers.assign_buckets(kept["source"].to_pylist(), ids, config)
+    captions = [
+        choose_captions(
+            merge_captions(own, extra, config)
+            if extra
+            else [text for text, n in zip(own, words, strict=True) if n <= config.max_words],
+            tier,
+            record_id,
+            config,
+        )
+        for own, words, extra, tier, record_id in zip(
+            kept["captions"].to_pylist(),
+            kept["words"].to_pylist(),
+            decided["extra_captions"].to_pylist(),
+            decided["tier"].to_pylist(),
+            ids,
+            strict=True,
+        )
+    ]
     columns = {name: kept[name] for name in FROM_SCORES}
-    columns |= {"captions": decided["captions"], "tier": decided["tier"]}
-    columns |= {"bucket": pa.array(buckets, pa.string()), "split": [ledger.split(record_id) for record_id in ids]}
+    columns |= {"captions": pa.array(captions, pa.list_(pa.string())), "tier": decided["tier"]}
+    columns |= {"bucket": decided["bucket"], "split": [ledger.split(record_id) for record_id in ids]}
     table = pa.table({name: columns[name] for name in SELECTION.names}).cast(SELECTION)
     pq.write_table(table.combine_chunks(), Path(out_dir) / SELECTION_TABLE, compression="zstd")
     return len(table)

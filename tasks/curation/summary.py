@@ -1,18 +1,17 @@
-"""The counts of a curation, collected shard by shard: of what passes through, only counts and a few examples stay."""
+"""The counts of a curation, by SQL over its tables: of the records, only counts and a few examples reach Python."""
 
+# ruff: noqa: S608 (SQL of our own names and numbers; texts are quoted by engines.quoted)
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
 
-from tasks.curation import ledger, tiers
-from tasks.curation.captions import count_words
+from tasks.curation import ledger, rules, tiers
+from tasks.curation.config import CaptionConfig, CurationConfig
+from tasks.curation.engines import Engine, one, rows_of
 from tasks.curation.sources.base import Account
-from tasks.store import Part
 
 EXAMPLES = 6  # rejected pictures shown for each rule
 BINS = 24
@@ -40,9 +39,9 @@ class Histogram:
         self.low, self.high = low, high
         self.counts = np.zeros(BINS, np.int64)
 
-    def add(self, values: np.ndarray) -> None:
-        values = values[~np.isnan(values)]
-        self.counts += np.histogram(np.clip(values, self.low, self.high), BINS, (self.low, self.high))[0]
+    def add(self, value: float, count: int = 1) -> None:
+        place = int((value - self.low) / (self.high - self.low) * BINS)
+        self.counts[min(BINS - 1, max(0, place))] += count
 
     @property
     def total(self) -> int:
@@ -67,61 +66,6 @@ class Summary:
         self.shards = 0  # with a kept record
         self.scores = {name: Histogram(*bounds) for name, bounds in RANGES.items()}  # of every record that decodes
         self.shapes = Histogram(*RANGES["log2_aspect"])  # of the kept records
-
-    def add(
-        self,
-        scores: pd.DataFrame,
-        rows: pa.Table,
-        kept: pd.DataFrame,
-        thumbnails: Callable[[np.ndarray], dict[int, np.ndarray]],
-    ) -> None:
-        """Counts one shard.
-
-        Args:
-            scores: of every record. rows: of the ledger, in the same order. kept: see decide._kept_rows.
-            thumbnails: gives the pictures of rows of `scores`, by position in the corpus, in the same order.
-        """
-        self.input += len(scores)
-        self.kept += len(kept)
-        rules = np.asarray(rows["rule"].to_pylist(), object)
-        for rule, count in Counter(rules[rules != ""]).items():
-            self.rejected[rule] += count
-            shown = self.examples.setdefault(rule, [])
-            at = np.flatnonzero(rules == rule)[: EXAMPLES - len(shown)]
-            for row in at.tolist():
-                pixels = next(iter(thumbnails(np.array([row])).values()), None)
-                shown.append(
-                    {"file": rows["file"][row].as_py(), "detail": rows["detail"][row].as_py(), "pixels": pixels}
-                )
-        shortest = [min(scores["words"].iloc[i]) for i in np.flatnonzero(rules == ledger.CAPTION_TOO_LONG)]
-        if shortest:
-            low, high = self.too_long_words or (shortest[0], shortest[0])
-            self.too_long_words = int(min(low, *shortest)), int(max(high, *shortest))
-        for name, histogram in self.scores.items():
-            if name in scores:
-                histogram.add(scores[name].to_numpy(float))
-        sized = scores[(scores["width"] > 0) & (scores["height"] > 0)]
-        self.scores["log2_short_side"].add(np.log2(sized[["width", "height"]].min(axis=1).to_numpy(float)))
-        self.scores["log2_aspect"].add(_log2_aspect(sized))
-        self.shapes.add(_log2_aspect(kept))
-        self.tiers.update(kept["tier"])
-        self.cells.update(zip(kept["bucket"], kept["tier"], strict=True))
-        self.sources.update(kept["source"])
-        self.splits.update(kept["split"])
-        self.shards += len(kept) > 0
-        for tier, captions in zip(kept["tier"], kept["captions"], strict=True):
-            self.words[tier].update(count_words(text) for text in captions)
-
-    def add_failed(self, part: Part, file: str) -> None:
-        """Counts a shard that could not be scored; it stands in the ledger in place of its records."""
-        self.input += 1
-        self.rejected[ledger.SHARD_FAILED] += 1
-        shown = self.examples.setdefault(ledger.SHARD_FAILED, [])
-        if len(shown) < EXAMPLES:
-            shown.append({"file": file, "detail": part.error, "pixels": None})
-
-    def add_account(self, account: Account) -> None:
-        self.account = self.account + account
 
     @property
     def buckets(self) -> dict[str, int]:
@@ -169,5 +113,107 @@ class Summary:
         }
 
 
-def _log2_aspect(frame: pd.DataFrame) -> np.ndarray:
-    return np.log2(frame["width"].to_numpy(float) / frame["height"].to_numpy(float))
+# Every record of `records` with its final rule and sentence: duplicates have theirs in `dropped`.
+FATES = (
+    "SELECT r.part, r.row, r.position, r.key, r.record_id, r.locator, r.source, r.width, r.height, r.tier, r.bucket, r.split, "
+    "r.words, r.chance, r.shortest, coalesce(d.rule, r.rule) AS rule, coalesce(d.detail, r.detail) AS detail "
+    "FROM records r LEFT JOIN dropped d ON r.position = d.position"
+)
+SIZED = "width > 0 AND height > 0"
+LOG2_SIDE = "log2(CAST(least(width, height) AS DOUBLE))"
+LOG2_ASPECT = "log2(CAST(width AS DOUBLE) / height)"
+
+
+def summarize(
+    engine: Engine,
+    config: CurationConfig,
+    account: Account,
+    thumbnails: Callable[[np.ndarray], dict[int, np.ndarray]],
+) -> Summary:
+    """The summary of the tables that decide.py made.
+
+    Args:
+        account: of the source and of all shards.
+        thumbnails: gives the pictures of the positions that it is asked for.
+    """
+    summary = Summary(account)
+    for rule, count in _counts(engine, f"SELECT rule AS k, count(*) AS n FROM ({FATES}) f GROUP BY rule"):
+        summary.rejected[rule] = count
+    summary.kept = summary.rejected.pop("", 0)
+    failed = list(rows_of(engine, "SELECT file, error AS detail FROM parts WHERE error <> '' ORDER BY part"))
+    if failed:
+        summary.rejected[ledger.SHARD_FAILED] = len(failed)
+        summary.examples[ledger.SHARD_FAILED] = [row | {"pixels": None} for row in failed[:EXAMPLES]]
+    summary.input = summary.kept + sum(summary.rejected.values())
+    _examples(engine, summary, thumbnails)
+    bounds = f"FROM ({FATES}) f WHERE rule = '{rules.CAPTION_TOO_LONG}'"
+    if summary.rejected[rules.CAPTION_TOO_LONG]:
+        low, high = (one(engine, f"SELECT {way}(shortest) AS n {bounds}") for way in ("min", "max"))
+        summary.too_long_words = low, high
+    for name, histogram in summary.scores.items():
+        value, where = {"log2_short_side": (LOG2_SIDE, SIZED), "log2_aspect": (LOG2_ASPECT, SIZED)}.get(
+            name, (name, f"NOT isnan({name})")
+        )
+        _fill(engine, histogram, value, f"scores WHERE {where}")
+    _fill(engine, summary.shapes, LOG2_ASPECT, f"({FATES}) f WHERE rule = ''")
+    _kept(engine, summary, config.captions)
+    return summary
+
+
+def _counts(engine: Engine, query: str) -> list[tuple]:
+    return [tuple(row.values()) for row in rows_of(engine, query)]
+
+
+def _fill(engine: Engine, histogram: Histogram, value: str, rows: str) -> None:
+    bounds = f"CAST({histogram.low} AS DOUBLE), CAST({histogram.high} AS DOUBLE)"
+    query = f"SELECT bin_of({value}, {bounds}, {BINS}) AS k, count(*) AS n FROM {rows} GROUP BY 1"
+    for place, count in _counts(engine, query):
+        histogram.counts[place] += count
+
+
+def _examples(engine: Engine, summary: Summary, thumbnails: Callable[[np.ndarray], dict[int, np.ndarray]]) -> None:
+    """The first few records of each rule, with their pictures."""
+    query = (
+        "SELECT rule, locator AS file, detail, position FROM (SELECT rule, locator, detail, position, row_number() OVER "
+        f"(PARTITION BY rule ORDER BY position) AS place FROM ({FATES}) f WHERE rule <> '') x "
+        f"WHERE place <= {EXAMPLES} ORDER BY rule, place"
+    )
+    for row in rows_of(engine, query):
+        pixels = next(iter(thumbnails(np.array([row["position"]])).values()), None)
+        summary.examples.setdefault(row["rule"], []).append(
+            {"file": row["file"], "detail": row["detail"], "pixels": pixels}
+        )
+
+
+def _kept(engine: Engine, summary: Summary, config: CaptionConfig) -> None:
+    """Counts of the kept records, and of the words of their captions."""
+    engine.create(
+        "kept",
+        "SELECT f.part, f.source, f.tier, f.bucket, f.split, f.chance, coalesce(m.words, f.words) AS words "
+        f"FROM ({FATES}) f LEFT JOIN merged m ON f.position = m.position WHERE f.rule = ''",
+    )
+    for *names, count in _counts(
+        engine, "SELECT source, tier, bucket, split, count(*) AS n FROM kept GROUP BY source, tier, bucket, split"
+    ):
+        source, tier, bucket, split = names
+        summary.sources[source] += count
+        summary.tiers[tier] += count
+        summary.cells[bucket, tier] += count
+        summary.splits[split] += count
+    summary.shards = one(engine, "SELECT count(DISTINCT part) AS n FROM kept")
+    for tier, words in summary.words.items():
+        chosen = " UNION ALL ".join(
+            f"SELECT {words_sql} AS w FROM kept WHERE tier = '{tier}' AND {where}"
+            for words_sql, where in _chosen_words(config.per_tier[tier])
+        )
+        for number, count in _counts(engine, f"SELECT w, count(*) AS n FROM ({chosen}) x GROUP BY w"):
+            words[number] += count
+
+
+def _chosen_words(limit: int) -> list[tuple[str, str]]:
+    """SQL of the words of the captions that captions.choose_captions keeps, and of the records for which it holds."""
+    more = f"size(words) > {limit}"
+    if limit == 1:
+        return [("nth(words, 1)", "size(words) = 1"), ("nth(words, 1 + chance % size(words))", more)]
+    ranks = [f"1 + round_half_even({i} * ((size(words) - 1) / CAST({limit - 1} AS DOUBLE)))" for i in range(limit)]
+    return [("explode(words)", f"size(words) <= {limit}"), *((f"nth(words, {rank})", more) for rank in ranks)]

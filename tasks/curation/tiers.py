@@ -1,45 +1,40 @@
-"""Quality tiers A1 to A5, and the episodic bucket that cuts the corpus a second way."""
+"""Quality tiers A1 to A5, and the episodic bucket that cuts the corpus a second way, as SQL over columns of scores."""
 
 from __future__ import annotations
 
-import numpy as np
-import pandas as pd
-
 from tasks.curation.config import TierConfig
+from tasks.curation.engines import quoted
 
 TIERS = ("A1", "A2", "A3", "A4", "A5")
 
 
-def assign_tiers(aesthetic: pd.Series, synthetic: pd.Series, config: TierConfig) -> np.ndarray:
-    """A tier for each record.
+def tier_sql(config: TierConfig) -> str:
+    """The tier of a record.
 
-    A record that was scored gets the first tier whose threshold it reaches, A5 if none; one without a score (NaN)
-    is A5, since nothing speaks for it. Synthetic records bypass the score.
+    A record that was scored gets the first tier whose threshold it reaches, A5 if none; one without a score (NULL or NaN)
+    is A5. Synthetic records bypass the score.
 
     Raises:
         ValueError: thresholds that do not fall.
     """
-    thresholds = np.array(config.thresholds)
-    if (np.diff(thresholds) > 0).any():
+    if list(config.thresholds) != sorted(config.thresholds, reverse=True):
         raise ValueError(f"curation.tiers.thresholds={list(config.thresholds)} must fall from A1 to A4")
-    score = aesthetic.to_numpy(float)
-    reached = np.nan_to_num(score, nan=-np.inf)[:, None] >= thresholds
-    index = np.where(reached.any(axis=1), reached.argmax(axis=1), len(TIERS) - 1)
-    tier = np.array(TIERS, object)[index]
-    tier[synthetic.to_numpy(bool)] = config.synthetic_tier
-    return tier
+    reached = " ".join(
+        f"WHEN aesthetic >= CAST({threshold!r} AS DOUBLE) THEN '{tier}'"
+        for tier, threshold in zip(TIERS, config.thresholds, strict=False)
+    )
+    return (
+        f"CASE WHEN synthetic THEN '{config.synthetic_tier}' WHEN aesthetic IS NULL OR isnan(aesthetic) THEN '{TIERS[-1]}' "
+        f"{reached} ELSE '{TIERS[-1]}' END"
+    )
 
 
-def assign_buckets(source: pd.Series, record_id: pd.Series, config: TierConfig) -> np.ndarray:
-    """The episodic bucket of each record: `{source}-{n}`, n by hash of the record, evenly over the source's buckets.
+def bucket_sql(config: TierConfig) -> str:
+    """The episodic bucket of a record: `{source}-{n}`, n by hash of the record, evenly over the source's buckets.
 
     The paper shows tier x bucket (figure 9) without saying how buckets are cut. Here: by source, then at random by
     content, so that a stage may draw unseen records of the same kind, and a record's bucket never changes.
     """
-    return np.array(
-        [
-            f"{name}-{int(digest[8:16], 16) % config.episodic_buckets.get(name, 1)}"
-            for name, digest in zip(source, record_id, strict=True)
-        ],
-        object,
-    )
+    counts = " ".join(f"WHEN {quoted(source)} THEN {count}" for source, count in config.episodic_buckets.items())
+    many = f"CASE source {counts} ELSE 1 END" if counts else "1"
+    return f"concat(source, '-', hex_to_int(substr(record_id, 9, 8)) % ({many}))"

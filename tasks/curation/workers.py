@@ -1,16 +1,20 @@
-"""Worker processes for code that parses untrusted bytes: a crash, or an image without end, costs one record."""
+"""Worker processes for code that parses untrusted bytes: a crash, or an image without end or measure, costs one record."""
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
 import os
+import resource
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 120.0  # a photograph takes under a second
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of cgroup v2, as containers see it
+CONTAINER_SHARE = 0.8  # of that, for all workers together
 
 
 class CrashError(Exception):
@@ -22,13 +26,23 @@ class Workers:
 
     Processes are forked: each starts in milliseconds, and shares the modules that are loaded. The function must not use
     threads or devices of its parent.
+
+    Args:
+        timeout_s: of one item.
+        memory_bytes: that a worker may allocate; less where the container has too little for all of them, since the kernel
+            would end the whole container. None sets no limit.
     """
 
     def __init__(
-        self, function: Callable[[bytes], Any], count: int | None = None, timeout_s: float = TIMEOUT_S
+        self,
+        function: Callable[[bytes], Any],
+        count: int | None = None,
+        timeout_s: float = TIMEOUT_S,
+        memory_bytes: int | None = None,
     ) -> None:
         self._function, self._timeout_s = function, timeout_s
         self._count = count or min(4, len(os.sched_getaffinity(0)))
+        self._memory_bytes = memory_bytes and min(memory_bytes, _share_of_container(self._count))
         self._workers: list[_Worker] = []
 
     def __enter__(self) -> Workers:
@@ -57,7 +71,7 @@ class Workers:
             yield self._collect(waiting, free)
 
     def _start(self) -> _Worker:
-        self._workers.append(_Worker(self._function))
+        self._workers.append(_Worker(self._function, self._memory_bytes))
         return self._workers[-1]
 
     def _collect(self, waiting: deque, free: deque) -> tuple[Any, Any]:
@@ -76,11 +90,22 @@ class Workers:
         return tag, result
 
 
+def _share_of_container(count: int) -> int:
+    try:
+        limit = int(CONTAINER_LIMIT.read_text())
+    except (OSError, ValueError):  # no cgroup, or "max"
+        return 2**62
+    return int(CONTAINER_SHARE * limit) // count
+
+
 class _Worker:
-    def __init__(self, function: Callable[[bytes], Any]) -> None:
+    def __init__(self, function: Callable[[bytes], Any], memory_bytes: int | None) -> None:
+        self._memory_bytes = memory_bytes
         context = multiprocessing.get_context("fork")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(function, theirs, self._connection), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(function, theirs, self._connection, memory_bytes), daemon=True
+        )
         self._process.start()
         theirs.close()
         self.alive = True
@@ -101,6 +126,8 @@ class _Worker:
             code = self._process.exitcode
             how = f"signal {-code}" if code is not None and code < 0 else f"exit status {code}"
             raise CrashError(f"the image crashed its decoder ({how})") from None
+        if isinstance(result, MemoryError):
+            raise CrashError(f"the image needs over {(self._memory_bytes or 0) // 2**20:,} MiB to decode")
         if isinstance(result, Exception):
             raise CrashError(f"{type(result).__name__}: {result}"[:300])
         return result
@@ -113,8 +140,13 @@ class _Worker:
             self._process.join()
 
 
-def _serve(function: Callable[[bytes], Any], connection: Connection, parents: Connection) -> None:
+def _serve(
+    function: Callable[[bytes], Any], connection: Connection, parents: Connection, memory_bytes: int | None
+) -> None:
     parents.close()  # so that the end of the parent is the end of the pipe
+    if memory_bytes:
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + memory_bytes,) * 2)
     while True:
         try:
             data = connection.recv_bytes()

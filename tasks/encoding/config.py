@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from model.config import SUBFOLDER, Fraction, Positive, Section, Seed
+from model.config import SUBFOLDER, Fraction, ImageSize, Positive, Section, Seed
 from model.constants import PIPELINE_TEXT_STATE
 
 
@@ -35,7 +35,7 @@ class TinyVAEConfig(Section):
     num_res_blocks: Positive = 1
     steps: Positive = 900
     batch_size: Positive = 8  # full images of image_size_px; batches of halved or cropped views have twice as many
-    image_size_px: Positive = 64
+    image_size_px: ImageSize = 64
     aspect_ratios: tuple[str, ...] = ("1:1", "4:3", "3:4")
     max_images: Positive = 8192  # decoded images in memory during training
     muon_lr: Annotated[float, Field(gt=0)] = 1e-2  # kernels of the inner layers

@@ -29,12 +29,14 @@ from tasks.encoding.config import EncodingConfig
 from tasks.encoding.images import ChangedRecords
 from tasks.encoding.ledger import HELD_OUT, NOT_DRAWN, REPORT, SHARD_FAILED, add_up
 from tasks.encoding.prompts import PromptEncoder
-from tasks.store import Part, fetch_part, group_range, make_part, num_groups, read_index, write_index
+from tasks.encoding.report import PAGE, page, title
+from tasks.store import LOCATIONS, Part, fetch_part, group_range, make_part, num_groups, read_index, write_index
 
 TENSORS = (".safetensors",)
 READERS = 16  # threads that read tables of selections
 ENCODING_LEDGER = "encoding_ledger.parquet"
 TEXT_KEYS = ("dtype", "max_text_tokens", "hidden_state_index", "text")
+LOGS = (LOCATIONS, PAGE)  # files that are not part of the artifact's digest
 LATENT_KEYS = ("dtype", "rows_per_file", "shapes", "max_crop_fraction", "batch_size")
 
 
@@ -203,7 +205,7 @@ def _encode_group(
 def gather(
     curated_dir: str | Path, groups: Sequence[Path | None], kind: str, out_dir: Path, **report: Any
 ) -> dict[str, Any]:
-    """Writes the index of all groups' parts, the ledger and report.json to `out_dir`; returns the report.
+    """Writes the index of all groups' parts, the ledger, report.json and report.html to `out_dir`; returns the report.
 
     Args:
         groups: output directories of `encode_texts_group` or `encode_latents_group`; None for a failed group.
@@ -245,6 +247,7 @@ def gather(
         total |= {"latent_mean": mean, "latent_std": (total.pop("latent_square_sum") / images - mean**2) ** 0.5}
         total["mean_crop"] = total.pop("crop_sum") / images
     (out_dir / REPORT).write_text(json.dumps(total, indent=1, sort_keys=True) + "\n")
+    (out_dir / PAGE).write_text(page(total, out_dir / ENCODING_LEDGER, title(kind, report)))
     return total
 
 

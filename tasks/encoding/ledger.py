@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,13 @@ def _add_into(total: dict[str, Any], report: dict[str, Any]) -> None:
             total[name] = max(total.get(name, value), value)
         else:
             total[name] = total.get(name, 0) + value
+
+
+def outcomes(report: Mapping[str, Any]) -> dict[str, int]:
+    """What became of the curated records: the number encoded, held out, not drawn, and rejected by each rule."""
+    counts = {"encoded": report["encoded"]} | report.get("counts", {})
+    assert sum(counts.values()) == report["records"], (counts, report["records"])
+    return counts
 
 
 def summary(report: dict[str, Any], what: str) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import shutil
 from typing import NamedTuple, Optional
 
-from flytekit import task
+from flytekit import Deck, task
 
 from model.config import StageConfig
 from tasks import envs
@@ -39,7 +39,7 @@ class EncodingPlan(NamedTuple):
     fractions: dict[str, float]
 
 
-@task(cache=envs.cache("components"), **envs.gpu_single("encoder"))
+@task(cache=envs.cache("components"), enable_deck=True, **envs.gpu_single("encoder"))
 def make_components(curated: CuratedDir, config: ComponentsConfig) -> ComponentsDir:
     """Makes VAE, text encoder and processor: pinned ones from the Hub, or small ones trained on a sample of the corpus."""
     from tasks.encoding import components
@@ -107,7 +107,7 @@ def encode_latents_group(
     return artifact
 
 
-@task(**envs.gather("encoder"))
+@task(enable_deck=True, **envs.gather("encoder"))
 def gather_texts(
     curated: CuratedDir, components: ComponentsDir, config: EncodingConfig, groups: list[Optional[TextsDir]]
 ) -> TextsDir:
@@ -117,19 +117,20 @@ def gather_texts(
     paths = [fetch(group, "texts") if group is not None else None for group in groups]
     parents = [fetch(curated, "curated"), fetch(components, "components", without=flow.TENSORS)]
     with plain_errors():
-        artifact, _, report = produce(
+        artifact, directory, report = produce(
             "texts",
             lambda out: flow.gather(parents[0], paths, "texts", out),
             parents=parents,
             config={name: getattr(config, name) for name in flow.TEXT_KEYS},
             counts=lambda report: {"records": int(report["encoded"]), "texts": int(report["texts"])},
-            logs=(LOCATIONS,),
+            logs=flow.LOGS,
         )
     print(ledger.summary(report, "texts"), flush=True)
+    Deck("Encoding: texts", (directory / flow.PAGE).read_text())
     return artifact
 
 
-@task(**envs.gather("encoder"))
+@task(enable_deck=True, **envs.gather("encoder"))
 def gather_latents(
     curated: CuratedDir,
     components: ComponentsDir,
@@ -145,7 +146,7 @@ def gather_latents(
     parents = [fetch(curated, "curated"), fetch(components, "components", without=flow.TENSORS)]
     shape = {"image_size_px": stage.image_size_px, "aspect_ratios": list(stage.aspect_ratios)}
     with plain_errors():
-        artifact, _, report = produce(
+        artifact, directory, report = produce(
             "latents",
             lambda out: flow.gather(parents[0], paths, "latents", out, fractions=fractions, **shape),
             parents=parents,
@@ -154,7 +155,8 @@ def gather_latents(
                 "encoding": {name: getattr(config, name) for name in flow.LATENT_KEYS},
             },
             counts=lambda report: {"images": int(report["encoded"])},
-            logs=(LOCATIONS,),
+            logs=flow.LOGS,
         )
     print(ledger.summary(report, f"latents of {stage.name}"), flush=True)
+    Deck(f"Encoding: latents of {stage.name}", (directory / flow.PAGE).read_text())
     return artifact

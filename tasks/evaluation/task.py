@@ -1,108 +1,149 @@
-"""Generated images, answers about them, their scores, and a gate that a drop fails."""
+"""Prompts, generated images, answers about them, their scores, a choice between scores, and a gate that a drop fails."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Optional, Union
 
 from flytekit import Deck, task
+from flytekit.types.directory import FlyteDirectory
 
 from eval.config import EvalConfig
 from tasks import envs
 from tasks.artifacts import (
     AnswersDir,
     ComponentsDir,
+    CuratedDir,
     ImagesDir,
     MergedDir,
-    PipelineDir,
+    PromptsDir,
     ScorecardDir,
     exclusive,
     fetch,
+    is_local,
     plain_errors,
     produce,
     work_path,
 )
-from tasks.evaluation.evaluate import Part
+from tasks.artifacts import source as source_of
+from tasks.evaluation.candidates import Candidate
+from tasks.evaluation.models import Model
+from tasks.evaluation.plan import Part
 
 
-@task(cache=envs.cache("evaluation"), **envs.gpu_single("evaluator"))
-def generate_images(merged: MergedDir, components: ComponentsDir, config: EvalConfig, seed: int) -> ImagesDir:
-    """One seed's images for every prompt of the benchmark, sampled through diffusers' pipeline."""
-    from tasks.evaluation import evaluate
+@task(**envs.light("evaluator"))
+def resolve_model(model: str, revision: str, components: str) -> Model:
+    """What names the weights of a model for good. Not cached: a place may have other weights by now."""
+    from tasks.evaluation import models
 
-    merged_path, components_path = fetch(merged, "merged"), fetch(components, "components")
-    return _images(
-        [merged_path, components_path],
-        {"eval": config.model_dump(mode="json"), "seed": seed},
-        lambda work, out: evaluate.generate_seed(merged_path, components_path, config, seed, work, out),
-    )
+    with plain_errors():
+        return models.resolve(model, revision, components, local=is_local())
+
+
+@task(**envs.light("evaluator"))
+def plan_benchmarks(
+    model: Model, benchmarks: str, recipe: str, overrides: Union[list[str], str], judges: str
+) -> list[EvalConfig]:
+    """Checks the whole request before any work: one configuration for each benchmark.
+
+    `recipe` has the settings; "" takes those that a published pipeline was scored with.
+    """
+    from tasks.evaluation import models, plan
+    from tasks.recipe import load_recipe
+
+    with plain_errors():
+        if recipe:
+            base = load_recipe(recipe, []).eval.model_dump(mode="json")
+        else:
+            base = models.published_settings(model) or {}
+        changes = [overrides] if isinstance(overrides, str) else overrides
+        return plan.plan_benchmarks(
+            benchmarks, base, [c for c in changes if c], judges, packaged=is_local() and not _has_gpu()
+        )
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 @task(**envs.light("evaluator"))
 def plan_parts(config: EvalConfig, parts_per_seed: int) -> list[Part]:
     """What `generate_part` and its like are mapped over: shares of the batches of each seed."""
-    from tasks.evaluation import evaluate
+    from tasks.evaluation import plan
 
     with plain_errors():
-        return evaluate.plan_parts(config, parts_per_seed)
+        return plan.plan_parts(config, parts_per_seed)
+
+
+@task(cache=envs.cache("prompts"), **envs.gather("evaluator"))
+def make_prompts(config: EvalConfig, curated: Optional[CuratedDir] = None) -> PromptsDir:
+    """The benchmark's prompts, downloaded at the official commit; of captions those of held-out images."""
+    from tasks.curation.curated import LEDGER_FILES
+    from tasks.evaluation import plan, prompts
+
+    config = plan.generation_config(config)
+    needs_corpus = config.benchmark == prompts.CAPTIONS and config.prompts_file is None
+    corpus = fetch(curated, "curated", LEDGER_FILES) if curated is not None and needs_corpus else None
+    artifact, _, _ = produce(
+        "prompts",
+        lambda out: prompts.write_prompts(config, out, corpus),
+        parents=[corpus] if corpus else [],
+        config={"eval": prompts.deciding(config)},
+        counts=lambda report: report,
+    )
+    return artifact
 
 
 @task(cache=envs.cache("evaluation"), **envs.gpu_single("evaluator"))
-def generate_part(merged: MergedDir, components: ComponentsDir, config: EvalConfig, part: Part) -> ImagesDir:
-    """One part of a seed's images, of merged weights with their components."""
+def generate_part(
+    merged: MergedDir, components: ComponentsDir, prompts: PromptsDir, config: EvalConfig, part: Part
+) -> ImagesDir:
+    """One part of a seed's images, of merged weights with their components, through diffusers' pipeline."""
     from tasks.evaluation import evaluate
 
-    merged_path, components_path = fetch(merged, "merged"), fetch(components, "components")
+    paths = fetch(merged, "merged"), fetch(components, "components"), fetch(prompts, "prompts")
     return _images(
-        [merged_path, components_path],
-        {"eval": config.model_dump(mode="json"), "part": part.model_dump()},
-        lambda work, out: evaluate.generate_part(merged_path, components_path, config, part, work, out),
+        paths, config, part, {}, lambda given, work, out: evaluate.generate_part(*paths, given, part, work, out)
     )
 
 
-@task(cache=envs.cache("evaluation"), **envs.gpu_single("evaluator"))
-def generate_from_pipeline(pipeline: PipelineDir, config: EvalConfig, part: Part) -> ImagesDir:
-    """One part of a seed's images, of a published pipeline."""
+@task(cache=envs.cache("evaluation", ignored_inputs=("model",)), **envs.gpu_single("evaluator"))
+def generate_from_model(model: Model, digest: str, prompts: PromptsDir, config: EvalConfig, part: Part) -> ImagesDir:
+    """One part of a seed's images, of any diffusers pipeline. `digest` is the model's: where it is does not matter."""
     from tasks.evaluation import evaluate
 
-    path = fetch(pipeline, "pipeline")
+    assert digest == model.digest, "the cache knows the model by its digest"
+    path = fetch(prompts, "prompts")
     return _images(
         [path],
-        {"eval": config.model_dump(mode="json"), "part": part.model_dump()},
-        lambda work, out: evaluate.generate_from_pipeline(path, config, part, work, out),
+        config,
+        part,
+        {"digest": digest},
+        lambda given, work, out: evaluate.generate_from_model(model, path, given, part, work, out),
     )
 
 
-@task(**envs.light("evaluator"))
-def resolve_model(model: str, revision: str) -> str:
-    """What names the weights of a directory or Hub id for good. Not cached: a directory may have changed."""
-    from eval.pipelines import resolve
-
-    with plain_errors():
-        return resolve(model, revision or None)
-
-
-@task(cache=envs.cache("evaluation"), **envs.gpu_single("evaluator"))
-def generate_from_model(model: str, digest: str, config: EvalConfig, part: Part) -> ImagesDir:
-    """One part of a seed's images, of any diffusers pipeline; `digest` is `resolve_model`'s."""
-    from tasks.evaluation import evaluate
-
-    return _images(
-        [],
-        {"eval": config.model_dump(mode="json"), "part": part.model_dump(), "digest": digest},
-        lambda work, out: evaluate.generate_from_model(model, digest, config, part, work, out),
-    )
-
-
-def _images(parents: Sequence[Path], section: dict[str, Any], make: Callable[[Path, Path], dict[str, Any]]) -> Any:
+def _images(
+    parents: Sequence[Path],
+    config: EvalConfig,
+    part: Part,
+    more: dict[str, Any],
+    make: Callable[[EvalConfig, Path, Path], dict[str, Any]],
+) -> Any:
     """Seals what `make` samples; a killed attempt's images are kept for the next."""
+    from tasks.evaluation import plan
+
+    config = plan.generation_config(config)
+    section = {"eval": config.model_dump(mode="json"), "part": part.model_dump(), **more}
     work_dir = work_path("images", "evaluation", section, parents)
     with exclusive(work_dir):
         artifact, _, _ = produce(
             "images",
-            lambda out: make(work_dir, out),
+            lambda out: make(config, work_dir, out),
             parents=parents,
             config=section,
             counts=lambda report: {"images": int(report["images"])},
@@ -112,49 +153,40 @@ def _images(parents: Sequence[Path], section: dict[str, Any], make: Callable[[Pa
 
 
 @task(cache=envs.cache("evaluation"), **envs.gpu_single("evaluator"))
-def judge_images(images: list[ImagesDir], config: EvalConfig) -> AnswersDir:
+def judge_images(images: list[ImagesDir], prompts: PromptsDir, config: EvalConfig) -> AnswersDir:
     """The judges' answers about all images; a killed attempt's answers are kept for the next."""
     from tasks.evaluation import evaluate
 
-    paths = [fetch(part, "images") for part in images]
+    parts, asked = [fetch(part, "images") for part in images], fetch(prompts, "prompts")
     section = config.model_dump(mode="json")
-    work_dir = work_path("answers", "evaluation", section, paths)
+    work_dir = work_path("answers", "evaluation", section, [*parts, asked])
     with exclusive(work_dir):
         artifact, _, _ = produce(
-            "answers", lambda out: evaluate.judge(paths, config, work_dir, out), parents=paths, config=section
+            "answers",
+            lambda out: evaluate.judge(parts, asked, config, work_dir, out),
+            parents=[*parts, asked],
+            config=section,
         )
         shutil.rmtree(work_dir, ignore_errors=True)
     return artifact
 
 
 @task(cache=envs.cache("evaluation"), enable_deck=True, **envs.gather("evaluator"))
-def score_images(images: list[ImagesDir], config: EvalConfig) -> ScorecardDir:
-    """Scores of all seeds, by judges that need no accelerator: means, noises, intervals, a gallery to look at."""
+def score_answers(
+    images: list[ImagesDir], prompts: PromptsDir, answers: AnswersDir, config: EvalConfig
+) -> ScorecardDir:
+    """The scorecard: means, noises, intervals, a gallery to look at. Neither weights nor an accelerator are needed."""
     from tasks.evaluation import evaluate
 
-    paths = [fetch(part, "images") for part in images]
+    parts, asked, judged = [fetch(p, "images") for p in images], fetch(prompts, "prompts"), fetch(answers, "answers")
     artifact, final, _ = produce(
-        "scorecard", lambda out: evaluate.score(paths, config, out), parents=paths, config=config
+        "scorecard",
+        lambda out: evaluate.score(parts, asked, config, judged, out),
+        parents=[*parts, asked, judged],
+        config=config,
     )
-    _deck(final)
+    Deck("Scorecard", (final / "scorecard.html").read_text())
     return artifact
-
-
-@task(cache=envs.cache("evaluation"), enable_deck=True, **envs.gather("evaluator"))
-def score_answers(images: list[ImagesDir], answers: AnswersDir, config: EvalConfig) -> ScorecardDir:
-    """The same from answers: neither weights nor an accelerator are needed."""
-    from tasks.evaluation import evaluate
-
-    paths, judged = [fetch(part, "images") for part in images], fetch(answers, "answers")
-    artifact, final, _ = produce(
-        "scorecard", lambda out: evaluate.score(paths, config, out, judged), parents=[*paths, judged], config=config
-    )
-    _deck(final)
-    return artifact
-
-
-def _deck(scorecard: Path) -> None:
-    Deck("Scorecard", (Path(scorecard) / "scorecard.html").read_text())
 
 
 @task(**envs.light("evaluator"))
@@ -162,20 +194,79 @@ def gate(scorecard: ScorecardDir, incumbent: ScorecardDir) -> str:
     """Fails where the score is worse than the incumbent's beyond noise: the last task, when the scorecard is stored."""
     from tasks.evaluation import evaluate
 
-    current, before = fetch(scorecard, "scorecard"), fetch(incumbent, "scorecard")
+    current, before = _scores(scorecard), _scores(incumbent)
     with plain_errors():
         sentence = evaluate.check_drop(before, current)
     print(sentence, flush=True)
     return sentence
 
 
-@task(cache=envs.cache("evaluation"), **envs.light("evaluator"))
-def choose_candidate(incumbent: ScorecardDir, candidates: list[ScorecardDir]) -> int:
-    """Index of the candidate that beats the incumbent on development prompts; -1 keeps the incumbent."""
+def _scores(scorecard: Any) -> Path:
+    """A scorecard without its images, which no comparison reads."""
+    return fetch(scorecard, "scorecard", without=(".png",))
+
+
+@task(**envs.light("evaluator"))
+def find_changed(source: str, model: Model, configs: list[EvalConfig]) -> list[EvalConfig]:
+    """The configurations by which this model, or whatever `source` was before, has no stored score yet."""
+    from tasks.evaluation import history
+
+    changed = [config for config in configs if not history.is_known(source, model, config)]
+    if not changed:
+        print(f"{source} is still {model.digest[:16]}, which was scored: nothing to do", flush=True)
+    return changed
+
+
+@task(**envs.light("evaluator"))
+def store_score(source: str, model: Model, config: EvalConfig, scorecard: ScorecardDir) -> str:
+    """Records the scorecard; returns, as JSON, what `gate_scores` compares it with."""
+    from tasks.evaluation import history
+
+    _scores(scorecard)  # verified: what is recorded can be read
+    return history.store_score(source, model, config, source_of(scorecard))
+
+
+@task(**envs.light("evaluator"))
+def gate_scores(stored: list[str]) -> list[str]:
+    """Fails if any score is worse than the last accepted one beyond noise; the others become the accepted ones."""
+    from tasks.evaluation import history
+
+    with plain_errors():
+        sentences = history.gate(stored, lambda uri: _scores(FlyteDirectory(uri)))
+    print("\n".join(sentences), flush=True)
+    return sentences
+
+
+@task(**envs.light("evaluator"))
+def plan_candidates(
+    model: Model, benchmark: str, candidates: str, recipe: str, overrides: Union[list[str], str], judges: str
+) -> list[Candidate]:
+    """The incumbent and the candidates, each with its settings on development prompts. Checked before any work."""
+    from tasks.evaluation import candidates as planner
+
+    changes = [overrides] if isinstance(overrides, str) else overrides
+    with plain_errors():
+        return planner.plan_candidates(
+            model, benchmark, candidates, recipe, [c for c in changes if c], judges, local=is_local()
+        )
+
+
+class Choice(NamedTuple):
+    """The name of the chosen candidate, "incumbent" where none beats it, and why."""
+
+    chosen: str
+    sentence: str
+
+
+@task(**envs.light("evaluator"))
+def choose_scorecard(names: list[str], scorecards: list[ScorecardDir]) -> Choice:
+    """The candidate that beats the incumbent, which comes first, on development prompts."""
     from eval.select_candidate import select_candidate
 
-    paths = [fetch(candidate, "scorecard") for candidate in candidates]
+    paths = [_scores(scorecard) for scorecard in scorecards]
     with plain_errors():
-        selection = select_candidate(fetch(incumbent, "scorecard"), paths)
-    print(selection.sentence, flush=True)
-    return next((i for i, path in enumerate(paths) if str(path) == selection.chosen), -1)
+        selection = select_candidate(paths[0], paths[1:])
+    chosen = names[[str(path) for path in paths].index(selection.chosen)]
+    sentence = f"{chosen}: {selection.sentence.replace(selection.chosen, chosen)}"
+    print(sentence, flush=True)
+    return Choice(chosen, sentence)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, get_args
 
+from eval import catalog
+from eval.config import EvalConfig
+from model import storage
 from model.config import Section, TrainSettings
 from model.constants import PIPELINE_TEXT_STATE
 from model.stages import TrainingStage, training_stages
 from tasks.recipe import Recipe
 
-Hop = Literal["source", "curated", "merged", "scorecard", "pipeline"]  # artifacts that workflows start from or end in
+# Artifacts that workflows start from or end in. "encoded" are components, texts and latents.
+Hop = Literal["source", "curated", "encoded", "checkpoints", "merged", "scorecard", "pipeline"]
 HOPS: tuple[Hop, ...] = get_args(Hop)
+PHONE_FORMATS = ("AVIF", "HEIF")
 OWN_CAPTION_WORDS = 60  # with the tokens of the chat format they fit in 64
 
 
@@ -23,6 +29,21 @@ class Stage(Section):
 def stages(recipe: Recipe) -> list[Stage]:
     """The stages of a recipe, any number of them, in order."""
     return [Stage(train=stage) for stage in training_stages(recipe.model, recipe.train)]
+
+
+def stage_named(stages: list[Stage], name: str) -> Stage:
+    """The stage of that name; the last one where `name` is empty.
+
+    Raises:
+        ValueError: none has it.
+    """
+    if not name:
+        return stages[-1]
+    for stage in stages:
+        if stage.train.stage.name == name:
+            return stage
+    names = ", ".join(stage.train.stage.name for stage in stages)
+    raise ValueError(f"stage={name!r} is no stage of the recipe: use one of {names}")
 
 
 def check_workflow(recipe: Recipe, ends_in: Hop = "pipeline", starts_from: Hop = "source") -> None:
@@ -47,11 +68,32 @@ def check_workflow(recipe: Recipe, ends_in: Hop = "pipeline", starts_from: Hop =
             f"encoding.hidden_state_index={recipe.encoding.hidden_state_index} must be {PIPELINE_TEXT_STATE}: samples "
             "and scores use the default text state of the pipeline, so training must use it too"
         )
-    if "scorecard" in hops and recipe.eval.benchmark != "shapes":
+    if "scorecard" in hops:
+        check_scoring(recipe.eval)
+
+
+def check_scoring(config: EvalConfig) -> None:
+    """Refuses, before any work, images that nobody could score.
+
+    Raises:
+        ValueError: no judge for a role, no development prompts, or a prompt file that is not there.
+    """
+    try:
+        catalog.judges_of(config)
+    except ValueError as error:
         raise ValueError(
-            f"eval.benchmark={recipe.eval.benchmark!r} has no detector in the workflow yet; it must be 'shapes' to be "
-            "scored. What runs today: pyflyte run workflows/pretrain.py pretrain, which ends in the merged weights"
+            f"eval.{error}. Or train without scores: pyflyte run workflows/pretrain.py pretrain, which ends in the merged "
+            "weights"
+        ) from error
+    path = config.prompts_file
+    if config.prompt_set == "development" and path is None and config.benchmark not in catalog.DEVELOPMENT:
+        raise ValueError(
+            f"eval.prompt_set: {config.benchmark} has no development prompts of its own; set eval.prompts_file to others"
         )
+    for key in ("prompts_file", "prompt_rewrites"):
+        path = getattr(config, key)
+        if path is not None and not storage.is_remote(storage.check_path(path)) and not Path(path).exists():
+            raise ValueError(f"eval.{key}={path!r} does not exist")
 
 
 def check_ranks(train: TrainSettings, nnodes: int, nproc_per_node: int, local: bool) -> None:
@@ -99,15 +141,29 @@ def check_tiers(images_by_tier: dict[str, int], stages: list[Stage]) -> None:
 
 
 def for_own_images(recipe: Recipe) -> Recipe:
-    """The recipe, with three limits lifted that are set for rendered scenes: captions may have up to 60 words (or as many
-    as fit in encoding.max_text_tokens), the PSNR of a small VAE on photographs is reported, not required, and images of
-    every shape are encoded."""
+    """The recipe, with limits lifted that are set for rendered scenes: captions may have up to 60 words (or as many as fit
+    in encoding.max_text_tokens), the PSNR of a small VAE on photographs is reported, not required, images of every shape
+    are encoded, and AVIF and HEIC, which phones write, are kept if the recipe names no formats. Scored by held-out captions
+    of these images, where it would be scored by coloured shapes."""
     words = max(recipe.curation.captions.max_words, min(OWN_CAPTION_WORDS, recipe.encoding.max_text_tokens - 4))
     captions = recipe.curation.captions.model_copy(update={"max_words": words})
+    filters = recipe.curation.filters
+    if "formats" not in filters.model_fields_set:
+        filters = filters.model_copy(update={"formats": (*filters.formats, *PHONE_FORMATS)})
     return recipe.model_copy(
         update={
-            "curation": recipe.curation.model_copy(update={"captions": captions}),
+            "curation": recipe.curation.model_copy(update={"captions": captions, "filters": filters}),
             "components": recipe.components.model_copy(update={"min_psnr_db": 0.0}),
             "encoding": recipe.encoding.model_copy(update={"shapes": "data"}),
+            "eval": own_captions(recipe.eval),
         }
     )
+
+
+def own_captions(config: EvalConfig) -> EvalConfig:
+    """The eval section with the captions benchmark in the place of shapes."""
+    if config.benchmark != "shapes":
+        return config
+    per_prompt = catalog.benchmark("captions").images_per_prompt
+    update = {"benchmark": "captions", "judges": {}, "prompts_per_task": None, "images_per_prompt": per_prompt}
+    return config.model_copy(update=update)

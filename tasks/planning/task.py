@@ -8,8 +8,10 @@ from typing import NamedTuple, Union
 from flytekit import task
 from flytekit.core.local_cache import CACHE_LOCATION
 
+from eval import catalog
 from eval.config import EvalConfig
-from model.config import MergeConfig
+from model.config import MergeConfig, TransformerConfig
+from model.stages import TrainingStage
 from tasks import envs
 from tasks.artifacts import CuratedDir, fetch, is_local, plain_errors
 from tasks.curation.captioning import check_captioner
@@ -24,9 +26,10 @@ from tasks.planning.sections import (
     check_tiers,
     check_workflow,
     for_own_images,
+    stage_named,
     stages,
 )
-from tasks.planning.source import check_source
+from tasks.planning.source import check_source, check_takedown
 from tasks.publishing.config import PublishConfig
 from tasks.recipe import load_recipe
 from tasks.store import home
@@ -44,7 +47,6 @@ class Sections(NamedTuple):
     stages: list[Stage]
     merge: MergeConfig
     eval: EvalConfig
-    seeds: list[int]
     publish: PublishConfig
     recipe_json: str
 
@@ -66,17 +68,22 @@ def resolve_recipe(
         if starts_from == "source":
             if loaded.curation.captioner is not None:
                 check_captioner(loaded.curation.captioner)
+            check_takedown(loaded.curation.takedown, is_local())
             path = source or loaded.source.path or ""
             check_source(path, is_local())
-        if HOPS.index(starts_from) < HOPS.index("merged") <= HOPS.index(ends_in):
+        if HOPS.index(starts_from) < HOPS.index("checkpoints") <= HOPS.index(ends_in):
             check_ranks(loaded.train, envs.TRAIN_NNODES, envs.TRAIN_NPROC, is_local())
     if path and (loaded.source.scenes or loaded.source.digits):  # a recipe for made images, given others
         loaded = for_own_images(loaded)
         words = loaded.curation.captions.max_words
         print(
-            f"own images: captions of up to {words} words are kept; the VAE's PSNR is reported, not required",
+            f"own images: captions of up to {words} words are kept; the VAE's PSNR is reported, not required; scored by "
+            f"the benchmark {loaded.eval.benchmark}",
             flush=True,
         )
+    if is_local() and HOPS.index(starts_from) < HOPS.index("scorecard") <= HOPS.index(ends_in):
+        with plain_errors():
+            catalog.check_installed(loaded.eval)
     forget_lost_artifacts(CACHE_LOCATION)
     return Sections(
         name=loaded.name,
@@ -88,7 +95,6 @@ def resolve_recipe(
         stages=stages(loaded),
         merge=loaded.merge,
         eval=loaded.eval,
-        seeds=list(loaded.eval.seeds),
         publish=loaded.publish,
         recipe_json=loaded.model_dump_json(),
     )
@@ -104,3 +110,18 @@ def check_curated(curated: CuratedDir, stages: list[Stage]) -> dict[str, int]:
         counts = images_by_tier(path)
         check_tiers(counts, stages)
     return counts
+
+
+class ChosenStage(NamedTuple):
+    """One stage of a recipe, and the model at its capacity factors."""
+
+    stage: TrainingStage
+    model: TransformerConfig
+
+
+@task(**envs.light("curation"))
+def choose_stage(stages: list[Stage], name: str) -> ChosenStage:
+    """The stage of that name; the last one where `name` is empty."""
+    with plain_errors():
+        chosen = stage_named(stages, name).train
+    return ChosenStage(stage=chosen, model=chosen.model)

@@ -40,6 +40,7 @@ def model_card(
         "![Prompts and generated images](grid.png)\n" if has_grid else "",
         _usage(recipe),
         _scores(scorecard),
+        _spread(recipe, scorecard) if scorecard is not None else "",
         _how(recipe),
         _lineage(lineage),
         _limits(recipe, scorecard),
@@ -147,7 +148,38 @@ def _scores(scorecard: dict[str, Any] | None) -> str:
             *(_row(_text(name), score) for name, score in held_out["tasks"].items()),
             _row("**overall**", held_out["overall"]),
         ]
+    measures = [f"{name.replace('_', ' ')}: {value:.4g}" for name, value in scorecard.get("measures", {}).items()]
+    measures += [
+        f"held-out flow loss at timestep {row['timestep']:g}: {row['loss']:.4f}"
+        for row in scorecard.get("flow_loss", [])
+    ]
+    if measures:
+        lines += ["", *(f"- {_text(text)}" for text in measures)]
     return "\n".join(lines) + "\n"
+
+
+def _spread(recipe: dict[str, Any], scorecard: dict[str, Any]) -> str:
+    """Standard errors of the overall score by their source, and the command that measures each."""
+    noise, name = scorecard["overall"]["noise"], _text(recipe["name"])
+    evaluate = f"pyflyte run workflows/evaluate.py evaluate --recipe {name} --merged DIR --components DIR"
+    study = f'pyflyte run workflows/study.py study --recipe {name} --variants "" --seeds 0,1,2,3,4'
+    training = f"not measured here: these weights are one training, seed {recipe['train']['seed']}"
+    if noise["training"] is not None:
+        training = f"{noise['training']:.3f} over {noise['training_runs']} trainings"
+    sampling, prompts = (
+        "not measured" if noise[kind] is None else f"{noise[kind]:.3f}" for kind in ("sampling", "prompts")
+    )
+    return "\n".join(
+        [
+            "Where the overall score would move:\n",
+            "| with other | standard error | command, in the project |",
+            "| --- | --- | --- |",
+            f"| noise on the same prompts | {sampling} | `{evaluate}` |",
+            f"| prompts of the same kind | {prompts} | the same |",
+            f"| training seeds | {training} | `{study}` |",
+            "",
+        ]
+    )
 
 
 def _row(name: str, score: dict[str, Any]) -> str:
@@ -179,6 +211,18 @@ def _how(recipe: dict[str, Any]) -> str:
         if losses[key]
     ]
     each = "" if train["carry_optimizer"] else " in each stage"
+    decays = [
+        f", falling linearly to {stage['decay']['to']:.0%} over the last {stage['decay']['steps']:,} steps of {_text(stage['name'])}"
+        for stage in train["stages"]
+        if stage["decay"]
+    ]
+    guided = [
+        f"- Guidance of scale {stage['guidance']['scale']:g} trained in (model guidance, arXiv 2502.12154) over the last "
+        f"{stage['guidance']['steps']:,} steps of {_text(stage['name'])}: sample without guidance (guidance_scale=1)"
+        for stage in train["stages"]
+        if stage["guidance"]
+    ]
+    merged = "" if decays else ", instead of a learning-rate decay"
     return "\n".join(
         [
             "## How it was made\n",
@@ -188,9 +232,11 @@ def _how(recipe: dict[str, Any]) -> str:
             *rows,
             "",
             f"- Muon (rate {optim['muon_lr']:g}, momentum {optim['muon_momentum']:g}) for attention and expert matrices, "
-            f"AdamW (rate {optim['adamw_lr']:g}) for the rest; {optim['warmup_steps']:,} steps of warm-up{each}, then constant",
+            f"AdamW (rate {optim['adamw_lr']:g}) for the rest; {optim['warmup_steps']:,} steps of warm-up{each}, then constant"
+            + "".join(decays),
+            *guided,
             f"- Merged offline from at most the last {recipe['merge']['last_n']} checkpoints (Warmup-Stable-Merge, "
-            "arXiv 2507.17634), instead of a learning-rate decay",
+            f"arXiv 2507.17634){merged}",
             f"- Captions dropped: {train['caption_dropout']:.0%}; extra losses: {', '.join(extra) or 'none'}",
             "- No reinforcement learning, preference tuning or load-balancing loss",
             "",

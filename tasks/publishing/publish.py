@@ -228,11 +228,11 @@ def check_pipeline(
             )
         except subprocess.TimeoutExpired:
             raise ValueError(f"{directory} did not draw an image within {timeout_s:.0f} s") from None
-    told = [line for line in done.stdout.splitlines() if line.startswith("CHECK ")]
-    if done.returncode or not told:
+    reported = [line for line in done.stdout.splitlines() if line.startswith("CHECK ")]
+    if done.returncode or not reported:
         last = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
         raise ValueError(f"{directory} does not load and draw in a fresh process (exit {done.returncode}):\n{last}")
-    report = json.loads(told[-1].removeprefix("CHECK "))
+    report = json.loads(reported[-1].removeprefix("CHECK "))
     # bf16 on a GPU may batch matrix products otherwise; in float32 the cache is the same computation.
     limit = 0.0 if report["device"] == "cpu" else 0.05
     if report["cache_max_difference"] > limit:

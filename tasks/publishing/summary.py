@@ -5,23 +5,44 @@ from __future__ import annotations
 import base64
 import html
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from tasks.encoding.ledger import REPORT
+from tasks.encoding.ledger import summary as ledger_summary
+from tasks.encoding.report import PAGE, title
+from tasks.manifest import load_manifest
 
-def lines(pipeline: Path, scorecard: Path, curated: Path) -> list[str]:
-    """The scores, and the paths of the results."""
+
+def lines(pipeline: Path, scorecard: Path, curated: Path, encoded: Sequence[Path] = ()) -> list[str]:
+    """The scores, and the paths of the results.
+
+    Args:
+        encoded: the artifacts of texts, and of each stage's latents.
+    """
     card = json.loads((scorecard / "scorecard.json").read_text())
     overall = card["overall"]
     spread = "" if overall["std"] is None else f" +- {overall['std']:.3f} over {overall['runs']} seeds"
     tasks = ", ".join(f"{name} {task['mean']:.2f}" for name, task in card["tasks"].items())
+    measures = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in card.get("measures", {}).items()]
+    losses = ", ".join(f"{row['loss']:.3f} at t={row['timestep']:g}" for row in card.get("flow_loss", []))
     return [
         f"{card['name']} overall {overall['mean']:.3f}{spread} ({tasks})",
+        *([", ".join(measures)] if measures else []),
+        *([f"held-out flow loss {losses}"] if losses else []),
         f"pipeline   {pipeline}",
         f"scorecard  {scorecard / 'scorecard.html'}",
         f"grid       {scorecard / 'grid.png'}",
         f"retention  {curated / 'report.html'}",
+        *dict.fromkeys(_encoding(path) for path in encoded),  # stages of one size share latents
         f"lineage    python -m tasks.trace {pipeline}",
     ]
+
+
+def _encoding(directory: Path) -> str:
+    report = json.loads((directory / REPORT).read_text())
+    what = title(load_manifest(directory).kind, report)
+    return f"encoding   {directory / PAGE} ({ledger_summary(report, what)})"
 
 
 def page(pipeline: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Optional
 
 from flytekit import Deck, task
 
@@ -11,9 +12,11 @@ from tasks import envs
 from tasks.artifacts import (
     ComponentsDir,
     CuratedDir,
+    LatentsDir,
     MergedDir,
     PipelineDir,
     ScorecardDir,
+    TextsDir,
     fetch,
     plain_errors,
     produce,
@@ -56,11 +59,19 @@ def publish_pipeline(
 
 
 @task(**envs.light("publisher"))
-def show_results(pipeline: PipelineDir, scorecard: ScorecardDir, curated: CuratedDir) -> str:
+def show_results(
+    pipeline: PipelineDir,
+    scorecard: ScorecardDir,
+    curated: CuratedDir,
+    texts: Optional[TextsDir] = None,
+    latents: list[LatentsDir] = [],  # noqa: B006
+) -> str:
     """Where everything is and how good it is. Not cached, so that a run that finds everything in the cache prints it too."""
     from tasks.publishing import summary
 
     paths = fetch(pipeline, "pipeline"), fetch(scorecard, "scorecard"), fetch(curated, "curated")
-    text = "\n".join(summary.lines(*paths))
+    encoded = [fetch(texts, "texts")] if texts is not None else []
+    encoded += [fetch(stage, "latents") for stage in latents]
+    text = "\n".join(summary.lines(*paths, encoded))
     print(text, flush=True)
     return text

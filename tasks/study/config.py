@@ -21,7 +21,8 @@ def plan_runs(recipe: str, variants: str, seeds: str, overrides: Sequence[str]) 
     """Every variant with every training seed, the recipe itself first: the others are compared with it.
 
     Args:
-        variants: names of recipes or paths of YAML files, separated by commas.
+        variants: names of recipes or paths of YAML files, separated by commas. Each may be followed by changes of it:
+            tiny:merge.last_n=1;train.optim.muon_lr=0.02
         seeds: whole numbers separated by commas.
         overrides: changes of every run.
 
@@ -29,8 +30,8 @@ def plan_runs(recipe: str, variants: str, seeds: str, overrides: Sequence[str]) 
         ValueError: no or repeated names or seeds; an override of train.seed; a seed that is not a whole number.
     """
     recipes = [recipe, *(name.strip() for name in variants.split(",") if name.strip())]
-    names = {_label(name): name for name in recipes}
-    if len(names) < len(recipes):
+    parsed = dict(map(_variant, recipes))
+    if len(parsed) < len(recipes):
         raise ValueError(f"recipe and variants must differ from each other by name, got {', '.join(recipes)}")
     try:
         numbers = [int(seed) for seed in seeds.split(",")]
@@ -40,15 +41,19 @@ def plan_runs(recipe: str, variants: str, seeds: str, overrides: Sequence[str]) 
         raise ValueError(f"seeds={seeds!r} must differ from each other: a repeated run is no new evidence")
     if outside := [seed for seed in numbers if not 0 <= seed < 2**32]:
         raise ValueError(f"seeds: {outside[0]} must be 0 or more and less than {2**32}")
-    if any(change.partition("=")[0].strip() == "train.seed" for change in overrides):
+    changes = [*overrides, *(change for _, own in parsed.values() for change in own)]
+    if any(change.partition("=")[0].strip() == "train.seed" for change in changes):
         raise ValueError("overrides set train.seed, which a study varies: give --seeds instead")
     return [
-        StudyRun(variant=label, recipe=name, overrides=(*overrides, f"train.seed={seed}"), seed=seed)
+        StudyRun(variant=label, recipe=name, overrides=(*overrides, *own, f"train.seed={seed}"), seed=seed)
         for seed in numbers  # seed by seed: a study that is interrupted has compared something
-        for label, name in names.items()
+        for label, (name, own) in parsed.items()
     ]
 
 
-def _label(recipe: str) -> str:
-    """The name of a recipe in tables: of a file, its own."""
-    return Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
+def _variant(text: str) -> tuple[str, tuple[str, tuple[str, ...]]]:
+    """(name in tables, (recipe, its own changes)) of `RECIPE` or `RECIPE:KEY=VALUE;KEY=VALUE`. A file is called by its name."""
+    recipe, _, changes = text.partition(":")
+    label = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
+    own = tuple(change.strip() for change in changes.split(";") if change.strip())
+    return ": ".join((label, "; ".join(own))) if own else label, (recipe, own)

@@ -76,12 +76,12 @@ def read_scores(scorecard: Path) -> dict[str, float]:
 
 def training_flops(stage: TrainingStage, text_tokens: int) -> int:
     """FLOPs of all steps of a stage, forward and backward, as the planner counts them: square images, texts at full length."""
-    from model.plan.planner import forward_flops
+    from model.plan.planner import forward_flops, passes
 
     tokens = (stage.stage.image_size_px * 2 // (TILE_PX * stage.model.patch_size)) ** 2
     fp32 = stage.train.dtype == "float32"
     forward = forward_flops(stage.model, tokens, text_tokens, stage.stage.batch_size, fp32)
-    return 3 * sum(forward.values()) * stage.stage.steps
+    return round(passes(stage.stage) * sum(forward.values()) * stage.stage.steps)
 
 
 def measure_routing(merged: Path, latents: Path, recipe: Recipe) -> dict[str, float]:

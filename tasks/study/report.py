@@ -91,7 +91,7 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def _half_width(value: dict[str, Any]) -> float | None:
-    """Differences smaller than this would not have been told from none; None for a single seed."""
+    """Differences smaller than this could not have been distinguished from none; None for a single seed."""
     return None if value["interval"] is None else (value["interval"][1] - value["interval"][0]) / 2
 
 

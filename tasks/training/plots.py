@@ -82,12 +82,12 @@ def allocation_by_layer(tensorboard: Path) -> dict[str, dict[int, dict[int, floa
         return {}
     events = EventAccumulator(str(tensorboard), size_guidance={"scalars": 0})  # all of them
     events.Reload()
-    found: dict[str, dict[int, dict[int, float]]] = {}
+    curves: dict[str, dict[int, dict[int, float]]] = {}
     for tag in sorted(events.Tags()["scalars"]):
         if match := LAYER_TAG.fullmatch(tag):
             by_step = {event.step: event.value for event in events.Scalars(tag)}
-            found.setdefault(match[2], {})[int(match[1])] = dict(sorted(by_step.items()))
-    return found
+            curves.setdefault(match[2], {})[int(match[1])] = dict(sorted(by_step.items()))
+    return curves
 
 
 def _allocation(statistics: dict[str, dict[int, dict[int, float]]]) -> str:

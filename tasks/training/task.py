@@ -2,7 +2,7 @@
 grace time allows it (`envs.trainer` says how long that is). So do faults of machines and networks (`faults`).
 
 Flyte's cache key is the whole stage: with other ranks, or another interval of logs, it calls the task again. The task then
-resumes the same work, or hands on the finished result again, unless something that decides the weights has changed.
+resumes the same work, or returns the finished result again, unless something that decides the weights has changed.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def train_stage(
 
         if int(os.environ.get("RANK", "0")):
             train(work_dir)
-            return FlyteDirectory(str(work_dir), remote_directory=False)  # Elastic hands on the directory of rank 0
+            return FlyteDirectory(str(work_dir), remote_directory=False)  # Elastic returns the directory of rank 0
         with exclusive(work_dir):
             artifact, final, _ = produce("checkpoints", train, parents=parents, config=trained, logs=LOGS)
             prune_run(stage.train, work_dir)

@@ -1,9 +1,9 @@
-"""Feeds broken tars, tables and text to the readers of a user's source.
+"""Feeds broken tars, tables, text, images and checkpoint metadata to the readers of what users and stores give.
 
     python tests/fuzz/fuzz_readers.py [--seconds 600] [--kind tar]
 
 Each input is a valid one that was changed at random, or a seed of tests/fuzz/seeds (inputs that once failed). It must be
-read or refused in one ValueError, within seconds, and no file outside its folder may be opened.
+read or refused in one ValueError, within seconds and bounded memory, and no file outside its folder may be opened.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gzip
+import hashlib
 import io
 import json
 import os
 import random
+import resource
 import sys
 import tempfile
 import time
@@ -24,6 +26,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = Path(__file__).parent / "seeds"
 SLOW_S = 20.0  # of the processor, for one input of some kilobytes
+MEMORY_BYTES = 4 * 2**30  # beyond what the process has at its start
+MAX_PIXELS = 4_000_000
+BLOCK = 512  # of a tar
 
 
 def _tar() -> bytes:
@@ -57,6 +62,16 @@ def _parquet(compression: str = "none", **options) -> bytes:
     return buffer.getvalue()
 
 
+def _sealed(tar: bytes) -> bytes:
+    """The archive with right checksums, so that a changed header is read instead of refused."""
+    content = bytearray(tar)
+    for at in range(0, len(content) - BLOCK + 1, BLOCK):
+        if content[at + 257 : at + 262] == b"ustar":
+            content[at + 148 : at + 156] = b" " * 8
+            content[at + 148 : at + 156] = b"%06o\0 " % sum(content[at : at + BLOCK])
+    return bytes(content)
+
+
 def _arrow() -> bytes:
     import pyarrow as pa
 
@@ -84,6 +99,56 @@ def _json() -> bytes:
     return json.dumps([{"file_name": name, "text": text} for name, text in _ROWS]).encode()
 
 
+def _images() -> list[bytes]:
+    import numpy as np
+    from PIL import Image, ImageCms
+
+    levels = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)
+    image = Image.fromarray(levels).resize((80, 48))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    forms: list[tuple[str, Image.Image, dict]] = [
+        ("JPEG", image, {"icc_profile": profile, "exif": exif}),
+        ("JPEG", image, {"progressive": True, "restart_marker_rows": 1}),
+        ("PNG", image.convert("RGBA"), {"icc_profile": profile}),
+        ("PNG", image.convert("P"), {"transparency": 0}),
+        ("PNG", Image.fromarray(levels[..., 0].astype(np.uint16) * 257), {}),
+        ("WEBP", image, {"icc_profile": profile, "exif": exif}),
+        ("WEBP", image, {"save_all": True, "append_images": [image.rotate(90)]}),
+        ("GIF", image, {"save_all": True, "append_images": [image.rotate(90)]}),
+        ("TIFF", image, {"compression": "tiff_lzw"}),
+        ("BMP", image, {}),
+        ("PPM", image, {}),
+        ("AVIF", image, {}),
+        ("JPEG2000", image, {}),
+    ]
+    contents = []
+    for form, picture, options in forms:
+        buffer = io.BytesIO()
+        picture.save(buffer, form, **options)
+        contents.append(buffer.getvalue())
+    return contents
+
+
+def _metadata() -> list[bytes]:
+    import pathlib
+    import pickle
+
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    from model.weights.checkpoints import METADATA, without_warning
+
+    state = {"model": {"a": torch.arange(3), "b": torch.ones(2, 2, dtype=torch.bfloat16)}, "step": 3}
+    with tempfile.TemporaryDirectory() as folder, without_warning():
+        dcp.save(state, checkpoint_id=folder, no_dist=True)
+        content = (Path(folder) / METADATA).read_bytes()
+    metadata = pickle.loads(content)
+    metadata.storage_meta.checkpoint_id = pathlib.PurePosixPath("/a/b")
+    return [content, *(pickle.dumps(metadata, protocol) for protocol in (2, 4, 5))]
+
+
 # kind -> (name of the file, valid contents to change)
 KINDS: dict[str, tuple[str, Callable[[], list[bytes]]]] = {
     "tar": ("x.tar", lambda: [_tar(), gzip.compress(_tar(), mtime=0)]),
@@ -97,6 +162,8 @@ KINDS: dict[str, tuple[str, Callable[[], list[bytes]]]] = {
     "json": ("metadata.json", lambda: [_json()]),
     "text": ("a.txt", lambda: ["a red barn\n\u65e5\u672c".encode(), "a barn".encode("utf-16")]),
     "sidecar": ("a.json", lambda: [b'{"caption": ["one", "two"], "width": 8}']),
+    "image": ("a.img", _images),
+    "metadata": (".metadata", _metadata),
 }
 NUMBERS = (b"\0", b"\xff", b"\x7f", b"\x80", b"\xff" * 4, b"\0" * 8, b"\xff\xff\xff\x7f", b"99999999999", b'"', b",", b"\n", b"[" * 40, b"{", b"../", b"\xed\xa0\x80")  # fmt: skip
 
@@ -145,7 +212,38 @@ class Opened:
             self.outside.append(path)
 
 
-def try_one(name: str, data: bytes, scratch: Path) -> str:
+def try_image(name: str, data: bytes, scratch: Path) -> str:
+    """Decodes an image as curation and encoding do; see `try_source`."""
+    from tasks.curation import decoding
+
+    (scratch / name).write_bytes(data)  # what remains where the process dies
+    try:
+        header, image = decoding.inspect_and_decode(data, MAX_PIXELS, decoding.DECODABLE)
+        if isinstance(image, ValueError):
+            raise image
+        assert image.mode == "RGB" and image.size == (header.width, header.height)
+        assert decoding.decode(data, MAX_PIXELS).tobytes() == image.tobytes(), "two decodes differ"
+        return "read"
+    except (decoding.UndecodableError, decoding.TooManyPixelsError) as error:
+        assert "\n" not in str(error), error
+        return "refused"
+
+
+def try_metadata(name: str, data: bytes, scratch: Path) -> str:
+    """Reads the metadata of a checkpoint; see `try_source`."""
+    from model.weights.checkpoints import CheckpointReader
+
+    (scratch / name).write_bytes(data)
+    try:
+        assert type(CheckpointReader(scratch).read_metadata()).__name__ == "Metadata"
+        return "read"
+    except ValueError as error:
+        if type(error) is not ValueError or name not in str(error):
+            raise
+        return "refused"
+
+
+def try_source(name: str, data: bytes, scratch: Path) -> str:
     """Reads a source with this file; returns "read" or "refused".
 
     Raises:
@@ -180,6 +278,9 @@ def try_one(name: str, data: bytes, scratch: Path) -> str:
             return "refused"
 
 
+TRY = {"image": try_image, "metadata": try_metadata}  # the other kinds are files of a source
+
+
 def run(seconds: float, kinds: list[str], seed: int = 0, keep: Path | None = None) -> dict[str, int]:
     """Tries the seeds, then random inputs for so many seconds; returns how many were read and refused.
 
@@ -194,7 +295,7 @@ def run(seconds: float, kinds: list[str], seed: int = 0, keep: Path | None = Non
         scratch = Path(folder)
         for kind in kinds:
             for data in valid[kind]:
-                assert try_one(KINDS[kind][0], data, scratch) == "read", kind
+                assert TRY.get(kind, try_source)(KINDS[kind][0], data, scratch) == "read", kind
         opened.allowed = (folder, tempfile.gettempdir(), sys.prefix, sys.base_prefix, str(ROOT), "/usr", "/proc/self", "/dev/null")  # fmt: skip
         seeds = [(path.name.split("-")[0], path.read_bytes()) for path in sorted(SEEDS.glob("*")) if path.is_file()]
         waiting = [(kind, data) for kind, data in seeds if kind in kinds]
@@ -205,13 +306,16 @@ def run(seconds: float, kinds: list[str], seed: int = 0, keep: Path | None = Non
             else:
                 kind = rng.choice(kinds)
                 data = change(rng.choice(valid[kind]), rng)
+                if kind == "tar" and rng.random() < 0.7:
+                    data = _sealed(data)
+                    data = gzip.compress(data, 1, mtime=0) if rng.random() < 0.1 else data
             begun = time.process_time()
             try:
-                counts[try_one(KINDS[kind][0], data, scratch)] += 1
+                counts[TRY.get(kind, try_source)(KINDS[kind][0], data, scratch)] += 1
                 assert time.process_time() - begun < SLOW_S, "slow"
                 assert not opened.outside, f"opened {opened.outside}"
             except Exception as error:
-                path = (keep or Path(tempfile.gettempdir())) / f"{kind}-{abs(hash(data)) % 10**10:010d}"
+                path = (keep or Path(tempfile.gettempdir())) / f"{kind}-{hashlib.sha256(data).hexdigest()[:10]}"
                 path.write_bytes(data)
                 opened.allowed = ()
                 raise AssertionError(f"{path}: {type(error).__name__}: {error}") from error
@@ -225,6 +329,10 @@ def main() -> None:
     parser.add_argument("--kind", choices=KINDS, action="append", help="all if none is named")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    import torch  # noqa: F401  (before the limit: it maps gigabytes that it does not use)
+
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY_BYTES,) * 2)
     print(run(options.seconds, options.kind or list(KINDS), options.seed))
 
 

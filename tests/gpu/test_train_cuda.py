@@ -26,7 +26,7 @@ for package in ("torchtitan", "pydantic", "safetensors"):
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"training needs {package}", allow_module_level=True)
 # PyTorch 2.11 lacks names that FSDP's layout needs, and torchtitan asks for what else it needs itself.
-pytest.importorskip("model.train.parallelize", reason="training needs a newer PyTorch", exc_type=ImportError)
+pytest.importorskip("model.train.parallel.parallelize", reason="training needs a newer PyTorch", exc_type=ImportError)
 
 from train_cuda_worker import SAVED_EVERY, STEPS, WAIT_S  # noqa: E402
 from train_helpers import logged_steps, read_weights, write_latents  # noqa: E402

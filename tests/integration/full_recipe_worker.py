@@ -197,9 +197,9 @@ def train(folder: Path, name: str, rank: int) -> None:
         draw,
     )
     counters = torch._dynamo.utils.counters
-    told = {what: sorted(values) for what, values in seen.items()}
-    told |= {"graphs": counters["stats"]["unique_graphs"], "breaks": list(counters["graph_break"])}
-    (here / f"rank{rank}.json").write_text(json.dumps(told))
+    report = {what: sorted(values) for what, values in seen.items()}
+    report |= {"graphs": counters["stats"]["unique_graphs"], "breaks": list(counters["graph_break"])}
+    (here / f"rank{rank}.json").write_text(json.dumps(report))
 
 
 def run(folder: Path, name: str) -> None:

@@ -79,7 +79,7 @@ STAGE_BEFORE = {"next_one": "one", "next_ep2_fsdp2": "one"}
 
 
 def note_dist_muon(taken: set[str], own_iteration: bool) -> None:
-    """Notes what DistMuon updates in this process from now on. Unless told, in fp32, by the iteration that our Muon has."""
+    """Notes what DistMuon updates in this process from now on. By default in fp32, by the iteration that our Muon has."""
     prepare = dist_muon.DistMuon._prepare_local
 
     def noting(optimizer, layout, out):

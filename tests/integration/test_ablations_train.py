@@ -66,8 +66,8 @@ def test_an_overlay_trains_two_stages_and_is_merged(name, latents, tmp_path):
     loaded = load_transformer(tmp_path / "merged" / "transformer")
     assert loaded.config == final
     assert all(torch.equal(tensor, weights[key]) for key, tensor in loaded.state_dict().items())
-    told = json.loads((tmp_path / "merged" / "transformer" / "config.json").read_text())["_class_name"]
-    assert (told == "NucleusMoEImageTransformer2DModel") == (not final.is_ablation)
+    class_name = json.loads((tmp_path / "merged" / "transformer" / "config.json").read_text())["_class_name"]
+    assert (class_name == "NucleusMoEImageTransformer2DModel") == (not final.is_ablation)
 
 
 def test_adamw_alone_gives_muon_nothing_and_keeps_moments_for_every_parameter():

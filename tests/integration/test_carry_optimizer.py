@@ -32,19 +32,19 @@ def latents(tmp_path_factory):
     return write_latents(tmp_path_factory.mktemp("data") / "latents")
 
 
-def train(latents, folder, name, steps, before=None, hand_on=False, out="out", **changes) -> Path:
-    """Trains the stage `name` in `folder`. Returns its out_dir."""
+def train(latents, folder, name, steps, before=None, hand_on=False, out="out", stage=None, **changes) -> Path:
+    """Trains the stage `name` in `folder`, with `stage`'s changes of its section. Returns its out_dir."""
     target = folder / out
     target.mkdir(parents=True, exist_ok=True)
     values = {"optim": OPTIM, "log_every_steps": 1, "checkpoint_every_steps": 100, "keep_checkpoints": 1, **changes}
-    config = train_config(steps=steps, stage={"name": name}, **values)
+    config = train_config(steps=steps, stage={"name": name, **(stage or {})}, **values)
     train_stage(latents, training_stage(config, hand_on_optimizer=hand_on), before, folder / "work", target)
     return target
 
 
 @pytest.fixture(scope="module")
 def first(latents, tmp_path_factory) -> Path:
-    """A stage that ends within the warm-up, and hands on what the next needs."""
+    """A stage that ends within the warm-up, and saves what the next needs."""
     return train(latents, tmp_path_factory.mktemp("first"), "first", 3, hand_on=True)
 
 
@@ -120,6 +120,28 @@ def test_without_it_a_stage_begins_with_a_warm_up_of_its_own(latents, first, tmp
     assert not (fresh / "optimizer").exists()
 
 
+def test_a_decay_is_of_the_stages_own_last_steps_and_goes_on_after_a_stop(latents, first, tmp_path, monkeypatch):
+    """Also where the schedule has counted the steps of an earlier stage."""
+    decay, step = {"decay": {"steps": 4, "to": 0.2}}, NucleusTrainer.train_step
+    options = {"before": first, "stage": decay, "checkpoint_every_steps": 3}
+    whole = train(latents, tmp_path / "whole", "second", 7, **options)
+
+    def stops(self, batches):
+        if self.step == 6:
+            raise KeyboardInterrupt
+        step(self, batches)
+
+    monkeypatch.setattr(NucleusTrainer, "train_step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        train(latents, tmp_path / "stopped", "second", 7, **options)
+    monkeypatch.undo()
+    resumed = train(latents, tmp_path / "stopped", "second", 7, **options)
+    assert json.loads((resumed / "report.json").read_text())["resumed_from_step"] == 3
+    factors = [0.8, 1, 1, 0.8, 0.6, 0.4, 0.2]  # of which the first ends the warm-up
+    assert rates(whole) == rates(resumed) == [{k: pytest.approx(v * f) for k, v in RATES.items()} for f in factors]
+    assert differing(read_weights(whole)[7], read_weights(resumed)[7]) == []
+
+
 def test_data_and_noise_are_the_stages_own(latents, first, tmp_path):
     out = train(latents, tmp_path, "second", 3, before=first)
     of_first, of_second = (
@@ -127,8 +149,8 @@ def test_data_and_noise_are_the_stages_own(latents, first, tmp_path):
         for folder in (first, out)
     )
     assert len(set(of_first) | set(of_second)) == 6
-    told = json.loads((out / "report.json").read_text())
-    assert (told["steps"], told["images_seen"], told["skipped_steps"]) == (3, 24, 0)
+    report = json.loads((out / "report.json").read_text())
+    assert (report["steps"], report["images_seen"], report["skipped_steps"]) == (3, 24, 0)
 
 
 def test_only_tensors_of_optimiser_and_schedule_are_handed_on_and_a_lost_output_has_them_again(latents, first):

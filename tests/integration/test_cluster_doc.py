@@ -17,6 +17,7 @@ from object_store import OWN, s3_server
 from scripted_api import scripted_api
 
 from containers.lock import ROLES
+from tasks.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "cluster.md").read_text()
@@ -53,7 +54,8 @@ def checkout(tmp_path_factory) -> Path:
 def test_every_command_of_the_document_runs(checkout, tmp_path):
     if not shutil.which("kubectl"):
         pytest.skip("kubectl is not installed")
-    assert len(BLOCKS) >= 6
+    assert len(BLOCKS) >= 8
+    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=checkout, text=True).strip()
     values = yaml.safe_load((ROOT / "k8s" / "helm" / "flyte-binary.yaml").read_text())
     limits = values["configuration"]["inline"]["task_resources"]["limits"]
     with (
@@ -78,8 +80,15 @@ def test_every_command_of_the_document_runs(checkout, tmp_path):
                 site["admin"] = {"endpoint": f"dns:///{endpoint}", "insecure": True}
                 config.write_text(yaml.safe_dump(site))
         assert {"workflows.reproduce.reproduce", "workflows.pretrain.pretrain"} <= admin.plans.keys()
-        versions = {request.id.version for request in admin.tasks.values()}
-    assert all(version.endswith("-8x8") for version in versions)  # the last registration's
+        assert {"pretrain-nucleus_17b-8x8", "reproduce-tiny", "train-stage-8x8"} <= admin.plans.keys()
+        assert {request.id.version for request in admin.plans.values()} >= {commit, f"{commit}-8x8"}
+        planned, uploaded = admin.executions
+    assert planned.spec.launch_plan.name == "pretrain-nucleus_17b-8x8"
+    assert planned.spec.launch_plan.version == f"{commit}-8x8"
+    changes = planned.inputs.literals["overrides"].scalar.union.value.collection.literals
+    assert [c.scalar.primitive.string_value for c in changes] == ["curation.concurrency=32", "encoding.concurrency=16"]
+    text = uploaded.inputs.literals["recipe"].scalar.primitive.string_value
+    assert load_recipe(text).name == "mine"  # without the file
 
 
 def test_commands_that_no_test_runs_are_marked_so():

@@ -1,11 +1,14 @@
-"""Any number of stages: what a dynamic workflow writes down in a pod, and whole reproductions of one and five stages."""
+"""Any number of stages: what a dynamic workflow writes down in a pod, and whole reproductions of one, two and five stages; the
+other workflows beside them, in the same home."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
+from conftest import Home, small_recipe
 from flyteidl.core import dynamic_job_pb2
 from flytekit import FlyteContextManager
 from flytekit.bin.entrypoint import execute_task_cmd
@@ -18,35 +21,17 @@ from object_store import s3_bucket
 from model.config import MergeConfig
 from tasks.manifest import load_manifest, seal, verify
 from tasks.planning.sections import stages
-from tasks.recipe import RECIPES, load_recipe
+from tasks.recipe import load_recipe
+from tasks.trace import walk
 from workflows.train import train_stages
 
-STAGE = {"steps": 2, "batch_size": 16, "capacity_factors": 2.0, "aspect_ratios": ["1:1", "3:2", "2:3"]}
+STAGES = {1: [64], 2: [32, 64], 5: [32, 32, 48, 48, 64]}
 
 
-def recipe_of(folder, sizes_px: list[int]) -> str:
-    """The smoke recipe with a stage of two steps at each size, and few images to score."""
-    values = {
-        "base": str(RECIPES / "smoke.yaml"),
-        "name": f"stages{len(sizes_px)}",
-        "train": {
-            "stages": [{"name": f"stage{i}", "image_size_px": size, **STAGE} for i, size in enumerate(sizes_px)],
-            "checkpoint_every_steps": 1,
-            "keep_checkpoints": 2,
-            "sample_every_steps": 0,
-        },
-        "merge": {"last_n": 2},
-        "eval": {"seeds": [0], "prompts_per_task": 1, "num_inference_steps": 2},
-    }
-    path = folder / f"{values['name']}.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return str(path)
-
-
-@pytest.mark.parametrize("sizes_px", [[32], [32, 64], [32, 32, 48, 48, 64]], ids=len)
+@pytest.mark.parametrize("sizes_px", STAGES.values(), ids=len)
 def test_a_pod_lays_out_as_many_stages_as_the_recipe_has(sizes_px, tmp_path, monkeypatch):
     """With inputs in an object store, which it passes on and does not download."""
-    recipe = load_recipe(recipe_of(tmp_path, sizes_px))
+    recipe = load_recipe(small_recipe(tmp_path, sizes_px))
     roles = ("curation", "encoder", "trainer")
     images = [Image(name=role, fqn=f"registry.example/{role}", tag="v1") for role in roles]
     settings = SerializationSettings(ImageConfig(default_image=images[0], images=images))
@@ -87,55 +72,105 @@ def test_a_pod_lays_out_as_many_stages_as_the_recipe_has(sizes_px, tmp_path, mon
     assert task.container.image == "registry.example/trainer:v1"
 
 
-@pytest.mark.long
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Home:
+    return Home(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def reproduced(home, tmp_path_factory) -> dict[int, tuple[dict[str, Path], dict[str, int]]]:
+    """Stages -> outputs of the reproduction, and how many artifacts of each kind it added to those before."""
+    runs = {}
+    for count, sizes_px in STAGES.items():
+        before = home.listing()
+        recipe = small_recipe(tmp_path_factory.mktemp("recipe"), sizes_px)
+        outputs = home.outputs(home.invoke("--recipe", recipe))
+        after = home.listing()
+        added = {kind: len(after[kind] - before.get(kind, set())) for kind in after}
+        runs[count] = outputs, {kind: number for kind, number in added.items() if number}
+    return runs
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes_px", [[64], [32, 32, 48, 48, 64]], ids=len)
-def test_a_recipe_of_one_or_five_stages_is_reproduced(sizes_px, smoke, smoke_home, tmp_path):
-    before = smoke_home.listing()
-    made = smoke_home.outputs(smoke_home.run("--recipe", recipe_of(tmp_path, sizes_px)))
-    after = smoke_home.listing()
-    new = {kind: len(after[kind] - before[kind]) for kind in after if after[kind] - before[kind]}
-    assert new == {"checkpoints": len(sizes_px), "merged": 1, "images": 1, "scorecard": 1, "pipeline": 1}
+@pytest.mark.parametrize("count", STAGES)
+def test_a_recipe_of_any_number_of_stages_is_reproduced(reproduced, home, count):
+    outputs, _ = reproduced[count]
+    for path in outputs.values():
+        verify(path)
+    nodes = walk(outputs["pipeline"], home.path).values()
+    checkpoints = [node.manifest for node in nodes if node.manifest.kind == "checkpoints"]
+    assert sorted(manifest.config["stage"]["name"] for manifest in checkpoints) == [f"stage{i}" for i in range(count)]
+    sizes = {manifest.config["stage"]["name"]: manifest.config["stage"]["image_size_px"] for manifest in checkpoints}
+    assert [sizes[f"stage{i}"] for i in range(count)] == STAGES[count]
+    assert load_manifest(outputs["merged"]).config["model"]["capacity_factors"] == 2.0
+
+
+@pytest.mark.slow
+def test_recipes_share_the_corpus_the_components_and_equal_stages(reproduced):
+    results = {"merged": 1, "images": 1, "scorecard": 1, "pipeline": 1}
+    (_, one), (_, two), (_, five) = reproduced.values()
+    assert one["curated"] == one["components"] == one["checkpoints"] == 1
+    parts = {kind: two.pop(kind) for kind in ("latents", "texts") if kind in two}
+    assert parts.get("latents") and "texts" not in parts
+    assert two == results | {"checkpoints": 2}
+    assert five.pop("latents") and five == results | {"checkpoints": 4}  # its first stage is that of the two
+
+
+@pytest.mark.slow
+def test_training_evaluating_and_publishing_start_from_artifacts(reproduced, home, tmp_path):
+    """Each command alone makes what the whole way makes: the same digests, and nothing again."""
+    outputs, _ = reproduced[2]
+    before, recipe = home.listing(), small_recipe(tmp_path, STAGES[2])
+    components = next(
+        node.path for node in walk(outputs["pipeline"], home.path).values() if node.manifest.kind == "components"
+    )
+    done = home.invoke("--recipe", recipe, workflow="curate")
+    assert done.returncode == 0 and str(outputs["curated"]) in done.stdout, done.stderr[-3000:]
+    done = home.invoke("--recipe", recipe, "--curated", str(outputs["curated"]), workflow="train")
+    assert done.returncode == 0 and str(outputs["merged"]) in done.stdout, done.stderr[-3000:]
+    options = ["--recipe", recipe, "--merged", str(outputs["merged"]), "--components", str(components)]
+    done = home.invoke(*options, workflow="evaluate")
+    assert done.returncode == 0 and str(outputs["scorecard"]) in done.stdout, done.stderr[-3000:]
+    options += ["--scorecard", str(outputs["scorecard"]), "--curated", str(outputs["curated"])]
+    done = home.invoke(*options, workflow="publish")
+    assert done.returncode == 0 and str(outputs["pipeline"]) in done.stdout, done.stderr[-3000:]
+    done = home.invoke("--recipe", recipe, workflow="pretrain")
+    assert done.returncode == 0 and str(outputs["merged"]) in done.stdout, done.stderr[-3000:]
+    assert home.listing() == before
+
+
+@pytest.mark.slow
+def test_an_ablation_shares_the_data_and_ends_in_a_scorecard(reproduced, home, tmp_path):
+    changes = {"model": {"routing": {"kind": "token_choice"}}, "train": {"losses": {"load_balance": 0.01}}}
+    recipe = small_recipe(tmp_path, STAGES[2], name="token_choice", **changes)
+    before = home.listing()
+    made = home.outputs(home.invoke("--recipe", recipe, workflow="ablate"), of="Ablation")
+    after = home.listing()
+    added = {kind: len(after[kind] - before[kind]) for kind in after if after[kind] - before[kind]}
+    assert added == {"checkpoints": 2, "merged": 1, "images": 1, "scorecard": 1}
     for path in made.values():
         verify(path)
-    config = load_manifest(made["merged"]).config
-    assert config["model"]["capacity_factors"] == 2.0
+    assert json.loads((made["scorecard"] / "scorecard.json").read_text())["counts"]["failed"] == 0
+    config = json.loads((made["merged"] / "transformer" / "config.json").read_text())
+    assert config["_class_name"] == "NucleusTransformer" and config["routing"]["kind"] == "token_choice"
+    (checkpoints,) = [parent for parent in load_manifest(made["merged"]).parents if parent.kind == "checkpoints"]
+    rows = (Path(checkpoints.uri) / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["expert/dropped"] == 0
 
 
-@pytest.mark.long
 @pytest.mark.slow
-def test_training_evaluating_and_publishing_start_from_artifacts(smoke, smoke_home, tmp_path):
-    """Two stages from a curated corpus; and what exists is not made again."""
-    recipe = recipe_of(tmp_path, [32, 64])
-    done = smoke_home.run("--recipe", recipe, "--curated", str(smoke["curated"]), workflow="train")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "[stage0] step 1/2" in done.stdout and "[stage1] step 2/2" in done.stdout
-    components = next(parent for parent in _lineage(smoke["pipeline"]) if load_manifest(parent).kind == "components")
-    before = smoke_home.listing()
-    given = {"merged": smoke["merged"], "components": components}
-    options = [word for name, path in given.items() for word in (f"--{name}", str(path))]
-    done = smoke_home.run("--recipe", "smoke", *options, workflow="evaluate")
-    assert done.returncode == 0, done.stderr[-3000:]
-    options += ["--scorecard", str(smoke["scorecard"]), "--curated", str(smoke["curated"])]
-    done = smoke_home.run("--recipe", "smoke", *options, workflow="publish")
-    assert done.returncode == 0 and str(smoke["pipeline"]) in done.stdout, done.stderr[-3000:]
-    assert smoke_home.listing() == before
-
-
-@pytest.mark.long
-@pytest.mark.slow
-def test_a_study_compares_what_exists_and_can_be_started_again(smoke, smoke_home, tmp_path):
-    base = recipe_of(tmp_path, [64])
+def test_a_study_compares_what_exists_and_can_be_started_again(home, tmp_path):
+    base = small_recipe(tmp_path, STAGES[1])
     variant = tmp_path / "variant.yaml"
     variant.write_text(
         yaml.safe_dump({"base": base, "name": "variant", "model": {"routing": {"kind": "token_choice"}}})
     )
     options = ["--recipe", base, "--variants", str(variant), "--seeds", "0"]
-    first = smoke_home.run(*options, workflow="study")
+    first = home.invoke(*options, workflow="study")
     assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-3000:]
-    again = smoke_home.run(*options, workflow="study")
+    again = home.invoke(*options, workflow="study")
     assert "step 1/" in first.stdout and "step 1/" not in again.stdout
-    (study,) = (smoke_home.artifacts / "study").iterdir()
+    (study,) = (home.artifacts / "study").iterdir()
     verify(study)
     content = json.loads((study / "study.json").read_text())
     assert [run["variant"] for run in content["runs"]] == ["stages1", "variant"]
@@ -144,9 +179,3 @@ def test_a_study_compares_what_exists_and_can_be_started_again(smoke, smoke_home
     assert cost["steps"] == 2 and cost["training_flops"] > 0 and 0 < cost["active_parameters"] < cost["parameters"]
     assert 0 <= content["runs"][0]["routing"]["routing_stability"] <= 1
     assert len([parent for parent in load_manifest(study).parents if parent.kind == "scorecard"]) == 2
-
-
-def _lineage(pipeline) -> list:
-    from tasks.trace import walk
-
-    return [node.path for node in walk(pipeline, check=False).values()]

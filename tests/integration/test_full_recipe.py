@@ -93,7 +93,7 @@ def test_every_aspect_ratio_runs_on_the_graphs_of_the_first(runs):
             assert job != "third" or len(rank["shapes"]) == len(buckets) == 7
         lengths, masked = map(set, zip(*(text for rank in ranks for text in rank["texts"])))
         assert len(lengths) > 1 and masked == {True, False}
-    assert all(told["graphs"] == 0 for told in ranks_of(runs, "first_plain"))
+    assert all(rank["graphs"] == 0 for rank in ranks_of(runs, "first_plain"))
 
 
 def test_compiled_blocks_sample_on_every_rank_while_they_train(runs):
@@ -102,8 +102,8 @@ def test_compiled_blocks_sample_on_every_rank_while_they_train(runs):
         one, other = (torch.load(runs / "first" / f"sample{rank}-{step}.pt") for rank in range(2))
         assert torch.equal(one, other)
         assert (one - expected).norm() < 0.1 * expected.norm()
-    for told in ranks_of(runs, "first"):  # 2 to train, and again to sample, which the first block may do by its own
-        assert told["graphs"] <= 5 and told["breaks"] == []
+    for rank in ranks_of(runs, "first"):  # 2 to train, and again to sample, which the first block may do by its own
+        assert rank["graphs"] <= 5 and rank["breaks"] == []
 
 
 def test_a_stage_hands_on_its_last_checkpoints_and_the_next_starts_from_the_last(runs):
@@ -194,13 +194,13 @@ def test_a_stage_that_was_killed_and_resumed_ends_with_the_bits_of_the_undisturb
     runs = trained(tmp_path, "inductor", RESUME)
     report = json.loads((runs / "resumed" / "out" / "report.json").read_text())
     assert report["resumed_from_step"] == RESUMED_FROM
-    for told in (*ranks_of(runs, "whole"), *ranks_of(runs, "resumed")):
-        assert told["graphs"] == 1
-    for told, undisturbed in zip(ranks_of(runs, "resumed"), ranks_of(runs, "whole")):
+    for rank in (*ranks_of(runs, "whole"), *ranks_of(runs, "resumed")):
+        assert rank["graphs"] == 1
+    for rank, undisturbed in zip(ranks_of(runs, "resumed"), ranks_of(runs, "whole")):
         # It compiles on the first batch of each bucket, as the undisturbed one did.
-        first = [step for step in told["steps"] if step < RESUMED_FROM]
-        assert first[0] == 0 and set(range(RESUMED_FROM, STEPS)) <= set(told["steps"])
-        assert len(undisturbed["shapes"]) == len(told["shapes"]) == 7
+        first = [step for step in rank["steps"] if step < RESUMED_FROM]
+        assert first[0] == 0 and set(range(RESUMED_FROM, STEPS)) <= set(rank["steps"])
+        assert len(undisturbed["shapes"]) == len(rank["shapes"]) == 7
     assert_trains_alike(lines(runs, "whole"), lines(runs, "whole_plain"))
     expected, got = read_weights(runs / "whole" / "out"), read_weights(runs / "resumed" / "out")
     assert list(expected) == list(got) == [4, 8, 12]

@@ -42,8 +42,8 @@ def test_training_starts_from_them_unless_a_stage_comes_before(latents, released
     assert found.keys() == expected.keys()
     assert all(torch.allclose(found[name], tensor, rtol=0, atol=1e-20) for name, tensor in expected.items())
     assert not torch.allclose(found["img_in.weight"], scratch["img_in.weight"])
-    told = capsys.readouterr().out
-    assert f"begins with 1000 steps of warm-up, from the weights {directory} (without optimiser state)" in told
+    output = capsys.readouterr().out
+    assert f"begins with 1000 steps of warm-up, from the weights {directory} (without optimiser state)" in output
     _, found = train(latents, tmp_path, "second_stage", before=out, init_from=str(directory), carry_optimizer=False)
     assert torch.allclose(found["img_in.weight"], scratch["img_in.weight"], rtol=0, atol=1e-20)
 

@@ -50,7 +50,7 @@ def test_a_pod_spawns_its_processes_which_train_on_what_lies_in_an_object_store(
     write_proto_to_file(literals.to_flyte_idl(), str(tmp_path / "inputs.pb"))
 
     command = [Path(sys.executable).with_name("pyflyte-execute"), "--inputs", tmp_path / "inputs.pb"]
-    command += ["--output-prefix", tmp_path / "told", "--raw-output-data-prefix", f"{BUCKET}/raw"]
+    command += ["--output-prefix", tmp_path / "outputs", "--raw-output-data-prefix", f"{BUCKET}/raw"]
     command += ["--resolver", "flytekit.core.python_auto_container.default_task_resolver"]
     command += ["--", "task-module", "tasks.training.task", "task-name", "train_stage"]
     environment = {"NUCLEUS_TRAIN_NPROC": "2", "NUCLEUS_ACCELERATOR": "none", "NUCLEUS_HOME": str(tmp_path / "home")}
@@ -59,14 +59,14 @@ def test_a_pod_spawns_its_processes_which_train_on_what_lies_in_an_object_store(
     subprocess.run(
         [str(part) for part in command], check=True, cwd=tmp_path, env={**os.environ, **environment}, timeout=900
     )
-    error = tmp_path / "told" / "error.pb"
+    error = tmp_path / "outputs" / "error.pb"
     assert not error.exists(), errors_pb2.ErrorDocument.FromString(error.read_bytes()).error.message
 
     verified = [path for path in (tmp_path / "temporary").glob("torchelastic_*/*/attempt_0/*") if path.is_file()]
     # Latents, texts and components, which the second process did not download again, and the index.
     assert len(verified) == 4
 
-    outputs = literals_pb2.LiteralMap.FromString((tmp_path / "told" / "outputs.pb").read_bytes())
+    outputs = literals_pb2.LiteralMap.FromString((tmp_path / "outputs" / "outputs.pb").read_bytes())
     uri = outputs.literals["o0"].scalar.blob.uri
     assert uri.startswith(f"{BUCKET}/raw")
     store.get(uri, str(tmp_path / "artifact"), recursive=True)
@@ -79,13 +79,13 @@ def test_a_pod_spawns_its_processes_which_train_on_what_lies_in_an_object_store(
     }
 
 
-def see(rank: int, folder: Path, roots: list[Path], told) -> None:
+def see(rank: int, folder: Path, roots: list[Path], queue) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
     try:
         run._check_one_place(str(roots[rank]))
-        told.put("one place")
+        queue.put("one place")
     except ValueError as error:
-        told.put(str(error))
+        queue.put(str(error))
     dist.destroy_process_group()
 
 
@@ -96,11 +96,11 @@ def test_ranks_that_save_on_disks_of_their_own_are_refused_before_they_train(tmp
     for root in roots:
         root.mkdir(exist_ok=True)
     fork = multiprocessing.get_context("fork")
-    told = fork.Queue()
-    processes = [fork.Process(target=see, args=(rank, tmp_path, roots, told)) for rank in range(2)]
+    queue = fork.Queue()
+    processes = [fork.Process(target=see, args=(rank, tmp_path, roots, queue)) for rank in range(2)]
     for process in processes:
         process.start()
-    messages = {told.get(timeout=60) for _ in processes}
+    messages = {queue.get(timeout=60) for _ in processes}
     for process in processes:
         process.join()
     if shared:

@@ -1,4 +1,4 @@
-"""What a cluster would be told: the packaged workflows, decoded."""
+"""What a cluster gets: the packaged workflows, decoded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from flyteidl.admin import task_pb2, workflow_pb2
+from flyteidl.admin import launch_plan_pb2, task_pb2, workflow_pb2
 from flyteidl.core import tasks_pb2
 from google.protobuf.json_format import MessageToDict
 
@@ -17,11 +17,12 @@ from tasks.envs import CACHE_VERSIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = {"_1.pb": task_pb2.TaskSpec, "_2.pb": workflow_pb2.WorkflowSpec}
+PLAN = "_3.pb"
 ROLES = ("curation", "encoder", "trainer", "evaluator", "publisher")
 
 
 def package(out: Path, **environment: str) -> dict[str, task_pb2.TaskSpec | workflow_pb2.WorkflowSpec]:
-    """Name of a task or workflow -> its specification."""
+    """Name of a task or workflow -> its specification. The package stays at `out`, for `plans_of`."""
     images = [part for role in ROLES for part in ("--image", f"{role}=registry.example/{role}:v1")]
     subprocess.run(
         [
@@ -49,9 +50,22 @@ def package(out: Path, **environment: str) -> dict[str, task_pb2.TaskSpec | work
     return found
 
 
+def plans_of(out: Path) -> dict[str, launch_plan_pb2.LaunchPlan]:
+    """Name -> launch plan, of a package."""
+    with tarfile.open(out) as tar:
+        found = [launch_plan_pb2.LaunchPlan.FromString(tar.extractfile(m).read()) for m in tar if m.name.endswith(PLAN)]
+    return {plan.id.name: plan for plan in found}
+
+
 @pytest.fixture(scope="module")
-def specs(tmp_path_factory) -> dict[str, task_pb2.TaskSpec | workflow_pb2.WorkflowSpec]:
-    return package(tmp_path_factory.mktemp("package") / "package.tgz")
+def packaged(tmp_path_factory) -> Path:
+    """The package of one process, with a nightly evaluation."""
+    return tmp_path_factory.mktemp("package") / "package.tgz"
+
+
+@pytest.fixture(scope="module")
+def specs(packaged) -> dict[str, task_pb2.TaskSpec | workflow_pb2.WorkflowSpec]:
+    return package(packaged, NUCLEUS_NIGHTLY_MODEL="s3://bucket/pipeline", NUCLEUS_NOTIFY="a@example.com")
 
 
 @pytest.mark.parametrize(
@@ -60,7 +74,10 @@ def specs(tmp_path_factory) -> dict[str, task_pb2.TaskSpec | workflow_pb2.Workfl
         ("tasks.encoding.task.make_components", "encoder", "components"),
         ("tasks.training.task.train_stage", "trainer", "training"),
         ("tasks.merging.task.merge_checkpoints", "trainer", "merging"),
-        ("tasks.evaluation.task.generate_images", "evaluator", "evaluation"),
+        ("tasks.evaluation.task.generate_part", "evaluator", "evaluation"),
+        ("tasks.evaluation.task.generate_from_model", "evaluator", "evaluation"),
+        ("tasks.evaluation.task.make_prompts", "evaluator", "prompts"),
+        ("tasks.evaluation.task.judge_images", "evaluator", "evaluation"),
         ("tasks.publishing.task.publish_pipeline", "publisher", "publishing"),
     ],
 )
@@ -73,7 +90,7 @@ def test_each_task_has_its_roles_image_equal_requests_and_limits_and_a_cache_ver
     assert template.metadata.retries.retries >= 3
 
 
-def test_the_recipe_is_read_anew_each_time_and_the_summary_told(specs):
+def test_the_recipe_is_read_anew_each_time_and_the_summary_printed(specs):
     for task in ("tasks.planning.task.resolve_recipe", "tasks.publishing.task.show_results"):
         assert not specs[task].template.metadata.discoverable
 
@@ -115,7 +132,7 @@ def test_workflows_share_the_way_to_merged_weights(specs, name, after, outputs):
     ("name", "called", "artifacts"),
     [
         ("train", ["resolve_recipe", "check_curated", "make_components", "train_stages"], {"curated"}),
-        ("evaluate", ["resolve_recipe", "score_merged"], {"merged", "components"}),
+        ("encode", ["resolve_recipe", "check_curated", "make_components", "encode_stages"], {"curated"}),
         ("publish", ["resolve_recipe", "publish_pipeline", "show_results"],
          {"merged", "components", "scorecard", "curated"}),
         ("study", ["plan_study", "run_study"], set()),
@@ -127,6 +144,44 @@ def test_each_hop_starts_by_itself_from_a_recipe_and_artifacts(specs, name, call
     inputs = template.interface.inputs.variables
     assert {key for key, variable in inputs.items() if variable.type.HasField("blob")} == artifacts
     assert {"recipe", "overrides"} <= set(inputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "called", "needed"),
+    [
+        ("evaluate", ["resolve_model", "plan_benchmarks", "score_benchmarks"], {"model", "benchmarks"}),
+        ("choose_candidate", ["resolve_model", "plan_candidates", "score_candidates"],
+         {"model", "benchmark", "candidates"}),
+        ("evaluate_nightly", ["resolve_model", "plan_benchmarks", "find_changed", "score_changed"], set()),
+    ],
+)  # fmt: skip
+def test_evaluation_starts_from_a_model_and_names_of_benchmarks(packaged, specs, name, called, needed):
+    path = f"workflows.{name}.{name}"
+    assert calls(specs[path].template) == called
+    inputs = plans_of(packaged)[path].spec.default_inputs.parameters
+    assert {key for key, given in inputs.items() if given.required} == needed
+
+
+def test_a_place_is_looked_at_each_time_and_images_are_known_by_the_digest_of_their_model(specs):
+    for task in ("resolve_model", "plan_benchmarks", "find_changed", "store_score", "gate_scores"):
+        assert not specs[f"tasks.evaluation.task.{task}"].template.metadata.discoverable
+    metadata = specs["tasks.evaluation.task.generate_from_model"].template.metadata
+    assert metadata.discoverable and list(metadata.cache_ignore_input_vars) == ["model"]
+    for name in ("evaluate.score_benchmarks", "choose_candidate.score_candidates", "evaluate_nightly.score_changed"):
+        assert specs[f"workflows.{name}"].template.container.image == "registry.example/evaluator:v1"
+
+
+def test_the_nightly_plan_is_scheduled_and_inactive_and_mails_when_it_fails(packaged, specs):
+    plan = plans_of(packaged)["evaluate-nightly"]
+    assert plan.spec.workflow_id.name == "workflows.evaluate_nightly.evaluate_nightly"
+    assert plan.spec.entity_metadata.schedule.cron_schedule.schedule == "0 3 * * *"
+    assert plan.closure.state == launch_plan_pb2.INACTIVE
+    (mail,) = plan.spec.entity_metadata.notifications
+    assert list(mail.email.recipients_email) == ["a@example.com"] and len(mail.phases) == 2
+    given = {
+        key: value.default.scalar.primitive.string_value for key, value in plan.spec.default_inputs.parameters.items()
+    }
+    assert (given["model"], given["benchmarks"]) == ("s3://bucket/pipeline", "geneval")
 
 
 def calls(template) -> list[str]:

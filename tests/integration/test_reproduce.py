@@ -129,12 +129,75 @@ def test_the_published_directory_draws_what_our_own_sampler_draws(smoke):
     np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
+@pytest.fixture(scope="module")
+def published(smoke):
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(smoke["pipeline"], local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, prompt="a photo of a red circle left of a blue square", seeds=(0,), guidance=4.0, **options):
+    """Images [B, H, W, 3] in 0..1, one for each seed."""
+    import torch
+
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    options = {"prompt": prompt, "height": 64, "width": 64, "num_inference_steps": 3, "output_type": "np"} | options
+    return pipe(generator=generators if len(seeds) > 1 else generators[0], guidance_scale=guidance, **options)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_the_generator_alone_decides_a_published_image_in_a_batch_as_by_itself(published, guidance):
+    """diffusers' convention: images of a batch equal those drawn alone, for prompts of different lengths."""
+    import torch
+
+    prompts = ["a photo of a red circle left of a blue square", "two squares", "a photo of a cross"]
+    batch = draw(published, prompts, (0, 1, 2), guidance).images
+    for seed, (prompt, image) in enumerate(zip(prompts, batch)):
+        torch.manual_seed(100 + seed)  # the global generator has no say
+        alone = draw(published, prompt, (seed,), guidance).images[0]
+        np.testing.assert_allclose(alone, image, atol=1e-4)
+    assert np.abs(draw(published, prompts[0], (1,), guidance).images[0] - batch[0]).max() > 0.05
+    twice = draw(published, prompts[0], (0, 0), guidance, num_images_per_prompt=2).images
+    assert len(twice) == 2 and np.abs(twice - batch[0]).max() < 1e-4
+
+
+def test_a_published_pipeline_draws_the_same_after_saving_and_loading_and_as_a_tuple(published, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    before = draw(published).images
+    published.save_pretrained(tmp_path / "saved")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "saved", local_files_only=True)
+    again.set_progress_bar_config(disable=True)
+    np.testing.assert_allclose(draw(again).images, before, atol=1e-4)
+    as_tuple = draw(published, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    np.testing.assert_array_equal(as_tuple[0], before)
+
+
+def test_published_texts_may_be_encoded_apart_and_parts_may_be_shared_or_sliced(published):
+    """`encode_prompt` in isolation, a pipeline made of another's components, and attention slicing."""
+    prompt, options = "a photo of a red circle left of a blue square", {}
+    before = draw(published, prompt).images
+    for name, text in (("", prompt), ("negative_", "")):
+        options[f"{name}prompt_embeds"], options[f"{name}prompt_embeds_mask"] = published.encode_prompt(text)
+    np.testing.assert_allclose(draw(published, None, **options).images, before, atol=1e-4)
+    other = type(published)(**published.components)
+    other.set_progress_bar_config(disable=True)
+    np.testing.assert_array_equal(draw(other, prompt).images, before)
+    for size in (1, "auto"):
+        other.enable_attention_slicing(size)
+        np.testing.assert_allclose(draw(other, prompt).images, before, atol=1e-4)
+    other.disable_attention_slicing()
+
+
 def test_a_second_run_makes_nothing_again_and_a_training_number_reruns_what_follows(smoke, smoke_home):
     before = smoke_home.listing()
     again = smoke_home.run("--recipe", "smoke")
     assert smoke_home.outputs(again) == smoke
     assert smoke_home.listing() == before
-    assert "shapes overall" in again.stdout  # the summary is told again
+    assert "shapes overall" in again.stdout  # the summary is printed again
     assert "step 1/" not in again.stdout and "records: shard" not in again.stdout
 
     changed = smoke_home.run("--recipe", "smoke", "--overrides", "train.stages[2].wavelet=false")
@@ -157,44 +220,3 @@ def test_a_cache_whose_files_were_deleted_is_made_again_and_sets_off_no_training
     for path in [*smoke.values(), *needed.iterdir()]:
         verify(path)
     assert any(needed.iterdir()) and "step 1/" not in done.stdout, "training needed not to run again"
-
-
-@pytest.fixture(scope="module")
-def own_images(tmp_path_factory) -> Path:
-    """A user's folder: images with captions beside them, one of them a bomb, one broken, one a text."""
-    from tasks.curation.sources.made import scenes
-
-    folder = tmp_path_factory.mktemp("own")
-    rng = np.random.default_rng(5)
-    for i in range(80):
-        scene = scenes.sample_scene(rng)
-        scenes.render(scene).save(folder / f"{i:03d}.png")
-        (folder / f"{i:03d}.txt").write_text(scenes.captions(scene, rng)[0])
-    from PIL import Image
-
-    Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
-    (folder / "bomb.txt").write_text("a photo of nothing")
-    (folder / "broken.png").write_bytes((folder / "000.png").read_bytes()[:100])
-    return folder
-
-
-SMALL = json.dumps(
-    ["components.vae.steps=8", "components.text_encoder.steps=8", "eval.seeds=[0]", "eval.prompts_per_task=1"]
-    + [f"train.stages[{i}].steps=4" for i in range(3)]
-    + ["train.keep_checkpoints=1", "merge.last_n=1", "train.sample_every_steps=0", "components.min_psnr_db=0"]
-)
-
-
-@pytest.mark.long
-def test_own_images_go_the_same_way_and_one_changed_image_reruns_what_depends_on_it(own_images, new_home):
-    home = new_home
-    first = home.outputs(home.run("--recipe", "smoke", "--source", str(own_images), "--overrides", SMALL))
-    ledger = pd.read_parquet(first["curated"] / "ledger.parquet")
-    assert ledger["rule"].value_counts()[["too_many_pixels", "undecodable"]].tolist() == [1, 1]
-    assert ledger["kept"].sum() > 60
-    before = home.listing()
-    (own_images / "001.png").write_bytes((own_images / "002.png").read_bytes())
-    second = home.outputs(home.run("--recipe", "smoke", "--source", str(own_images), "--overrides", SMALL))
-    after = home.listing()
-    assert second["curated"] != first["curated"] and second["pipeline"] != first["pipeline"]
-    assert len(after["records"] - before["records"]) == 2, "one shard and the gathered records, not the other shard"

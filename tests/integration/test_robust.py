@@ -321,8 +321,8 @@ def test_skipped_steps_do_not_disturb_a_resume(latents, tmp_path, monkeypatch):
     with pytest.raises(Preempted, match="after step 8; it goes on from .*step-8"):
         train(latents, tmp_path, skip=skip, sample_fn=stop, sample_every_steps=7)
     assert signal.getsignal(signal.SIGTERM) is handler
-    told = train(latents, tmp_path, skip=skip, sample_fn=lambda *_: None, sample_every_steps=7)
-    assert told["resumed_from_step"] == 8 and told["skipped_steps"] == 3
+    resumed = train(latents, tmp_path, skip=skip, sample_fn=lambda *_: None, sample_every_steps=7)
+    assert resumed["resumed_from_step"] == 8 and resumed["skipped_steps"] == 3
     same_weights(tmp_path / "whole", tmp_path / "out")
 
 

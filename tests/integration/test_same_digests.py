@@ -1,43 +1,46 @@
-"""What an artifact is does not depend on the clock, nor on how often its making was interrupted."""
+"""What an artifact is depends neither on the clock nor on how often the run was killed."""
 
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import subprocess
 import time
 
 import pytest
-from conftest import ROOT, Home
+from conftest import ROOT, Home, small_recipe
 
+from tasks.manifest import verify
 from tasks.trace import walk
 
-# Beginnings of lines, in the order in which a run prints them: a run that has just printed one is killed.
+# Beginnings of lines, in the order in which a run prints them.
 MARKS = (
-    r"curate: kept",
-    r"vae [2-9]\d/60",
-    r"text encoder [2-9]\d/60",
-    r"latents: [1-9]",
-    r"\[stage1_32px\] step 1/12",
-    r"\[stage1_32px\] step 12/12",
-    r"\[stage2_48px\] step 1/12",
-    r"\[stage3_64px\] step 12/12",
-    r"\[seed 1\] images",
-    r"publish 2/4",
+    r"source: shard",
+    r"curation: kept",
+    r"vae 3/4",
+    r"text encoder 3/4",
+    r"texts: shard",
+    r"latents: shard",
+    r"\[stage0\] step 1/2",
+    r"\[stage1\] step 2/2",
+    r"\[seed 0",
+    r"answers: ",
 )
-KILLS = int(os.environ.get("NUCLEUS_TEST_KILLS", "3"))
-LIMIT_S = 900
+KILLS = int(os.environ.get("NUCLEUS_TEST_KILLS", "3"))  # up to 10
+DELAY_S = 1.5
+LIMIT_S = 1800
 
 
-def run_until(home: Home, mark: str) -> bool:
-    """Starts the smoke reproduction and kills it, with its children, at the first line that matches `mark`. Returns whether it
-    was killed; a run may also come to its end, where the mark's work is done already."""
+def kill_after(home: Home, recipe: str, mark: str, delay_s: float) -> bool:
+    """Starts a reproduction and kills its process group `delay_s` after the first line that matches `mark`. Returns whether
+    it was killed; it may also have ended before."""
     home.path.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen(
-        home.command("--recipe", "smoke"),
+        home.command("--recipe", recipe),
         cwd=ROOT,
-        env=home.environment(),
+        env=home.environment() | {"PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -47,20 +50,29 @@ def run_until(home: Home, mark: str) -> bool:
     for line in process.stdout:
         assert time.monotonic() < deadline
         if re.match(mark, line):
+            time.sleep(delay_s)
             os.killpg(process.pid, signal.SIGKILL)
             break
+    process.stdout.close()
     return process.wait() == -signal.SIGKILL
 
 
-@pytest.mark.long
-def test_a_run_that_is_killed_again_and_again_ends_in_the_digests_of_an_undisturbed_one(smoke, smoke_home, new_home):
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_ends_in_the_digests_of_an_undisturbed_one(tmp_path):
+    """With NUCLEUS_TEST_KILLS=10: ten times, each at a random moment after another mark."""
+    recipe = small_recipe(tmp_path, [32, 64])
+    undisturbed, disturbed = Home(tmp_path / "undisturbed"), Home(tmp_path / "disturbed")
+    expected = undisturbed.outputs(undisturbed.invoke("--recipe", recipe))
     marks = [MARKS[(2 * i + 1) * len(MARKS) // (2 * KILLS)] for i in range(KILLS)]
-    killed = [mark for mark in marks if run_until(new_home, mark)]
-    assert killed == marks
-    again = new_home.outputs(new_home.run("--recipe", "smoke"))
-    expected, found = (
-        sorted((node.manifest.kind, digest) for digest, node in walk(outputs["pipeline"], home.path).items())
-        for outputs, home in ((smoke, smoke_home), (again, new_home))
-    )
-    assert found == expected
-    assert {kind for kind, _ in found} >= {"checkpoints", "merged", "images", "scorecard", "pipeline"}
+    for mark in marks:
+        delay_s = random.uniform(0, DELAY_S)
+        assert kill_after(disturbed, recipe, mark, delay_s), mark
+        print(f"killed {delay_s:.2f} s after {mark}", flush=True)
+    outputs = disturbed.outputs(disturbed.run("--recipe", recipe))
+    digests = {name: path.name for name, path in outputs.items()}
+    assert digests == {name: path.name for name, path in expected.items()}
+    assert disturbed.listing() == undisturbed.listing(), "each artifact and part, of every kind"
+    for path in outputs.values():
+        verify(path)
+    kinds = {node.manifest.kind for node in walk(outputs["pipeline"], disturbed.path).values()}
+    assert kinds >= {"checkpoints", "merged", "images", "scorecard", "pipeline"}

@@ -1,4 +1,4 @@
-"""What a finished stage hands on, and what it keeps, without training one."""
+"""What a finished stage returns, and what it keeps, without training one."""
 
 from __future__ import annotations
 

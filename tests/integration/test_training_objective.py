@@ -12,15 +12,15 @@ pytestmark = pytest.mark.slow
 WEIGHTS = {"router_z_loss": 0.3, "load_balance": 0.7, "wavelet": 0.5}
 
 
-def objective(seen, clean, noise, wavelet):
-    """Of what the model was given and gave; latents [B, C, h, w]."""
+def objective(seen, clean, noise, wavelet, guidance=0.0):
+    """Of what the model was given and gave; latents [B, C, h, w]. `guidance` is added to the target velocity."""
     t = seen["timestep"].view(-1, 1, 1, 1)
     noisy = (1 - t) * clean + t * noise
     tokens = F.pixel_unshuffle(noisy, 2).flatten(2).mT  # a token's channels: channel, row, column
     assert torch.allclose(seen["hidden_states"], tokens, atol=1e-6)
     rows, columns = noisy.shape[-2] // 2, noisy.shape[-1] // 2
     velocity = F.pixel_shuffle(seen["output"].mT.unflatten(-1, (rows, columns)), 2)
-    error = velocity - (clean - noise)
+    error = velocity - (clean - noise + guidance)
     total = (error**2).mean()
     for logits in seen["logits"]:
         total = total + WEIGHTS["router_z_loss"] * (logits.exp().sum(-1).log() ** 2).mean()
@@ -85,6 +85,46 @@ def test_the_trainers_gradient_is_the_objectives(trainer_of, wavelet):
         if parameter.requires_grad:
             scale = parameter.grad.abs().max() + 1e-8
             assert (found[name] - parameter.grad).abs().max() < 2e-4 * scale, name
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_guided_steps_aim_where_guidance_would_point_but_for_dropped_captions(trainer_of, scale):
+    """With guidance of scale g, at c + (1 - 1/g) (v - u): v for the caption, u for the empty prompt, both without gradient."""
+    stage = {"wavelet": True, **({"guidance": {"steps": 3, "scale": scale}} if scale > 1 else {})}
+    train = train_config(steps=10, stage=stage, losses={"wavelet": 0.5}, caption_dropout=0.4)
+    trainer = trainer_of(train, transformer_config())
+    model, calls = trainer.model, []
+    torch.nn.init.normal_(model.proj_out.weight, std=0.2)
+    batch = next(trainer.dataloader.micro_batches(0))
+    dropped = torch.from_numpy(batch.plan.captions == -1)
+    assert dropped.any() and not dropped.all()
+    model.register_forward_hook(
+        lambda _, args, inputs, output: calls.append({**inputs, "output": output}), with_kwargs=True
+    )
+    trainer.optimizers.zero_grad()
+    assert [trainer.config.stage.guidance_at(step) for step in (7, 8, 10)] == [1.0, scale, scale]
+    trainer.forward_backward_step(batch=batch, guidance_scale=trainer.config.stage.guidance_at(8))
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert len(calls) == (2 if scale > 1 else 1)
+    with_text, *without = calls
+    model.zero_grad()
+    inputs = {key: value for key, value in with_text.items() if key not in ("output", "collect")}
+    v = model(**inputs)
+    guidance = torch.zeros_like(batch.latents)
+    for call in without:
+        empty, mask = trainer.dataloader.dataset.text([0], batch.plan.text_tokens)
+        assert torch.equal(call["encoder_hidden_states"], empty.expand_as(inputs["encoder_hidden_states"]))
+        assert mask is not None and torch.equal(call["encoder_hidden_states_mask"], mask.expand(len(v), -1))
+        aim = (1 - 1 / scale) * (v - call["output"]).detach()
+        aim[dropped] = 0
+        rows, columns = (side // 2 for side in guidance.shape[-2:])
+        guidance = F.pixel_shuffle(aim.mT.unflatten(-1, (rows, columns)), 2)
+        assert guidance.abs().max() > 1e-3
+    objective({**inputs, "output": v, "logits": []}, batch.latents, batch.noise, True, guidance).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            scale_of = parameter.grad.abs().max() + 1e-8
+            assert (found[name] - parameter.grad).abs().max() < 2e-4 * scale_of, name
 
 
 def test_a_batch_reaches_the_device_without_a_wait_and_its_text_is_widened_there(trainer_of):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -34,24 +35,43 @@ def write_latents(directory: Path, images: int = 64, text_dim: int = TEXT_DIM) -
     return directory
 
 
-def write_artifacts(folder: Path) -> dict[str, Path]:
-    """The same as sealed artifacts: the indices "latents" and "texts", each of one part below `folder`."""
+def write_artifacts(folder: Path, images: Sequence[int] = (64,), store: str | None = None) -> dict[str, Path]:
+    """Latents and texts as sealed artifacts: the indices "latents" and "texts" below `folder`.
+
+    Args:
+        images: the number of images of each part.
+        store: a URI to which the parts are moved, as map tasks of a cluster leave them; None: they stay below `folder`.
+    """
+    from model import storage
     from tasks.manifest import load_manifest, seal
     from tasks.store import LOCATIONS, Part, write_index
 
-    whole = write_latents(folder / "whole")
-    found = {}
-    for kind, names in (("latents", {"shard": "latents"}), ("texts", {"prefix": "prefix", "shard": "texts"})):
-        parts = []
-        for name, place in names.items():
-            seal(whole / place, kind)
-            parts.append(Part(name, kind, load_manifest(whole / place).digest, str(whole / place), rows=1))
-        found[kind] = folder / kind
-        found[kind].mkdir()
-        write_index(found[kind], parts)
-        (found[kind] / "report.json").write_text("{}")
-        seal(found[kind], kind, logs=(LOCATIONS,))
-    return found
+    parts: dict[str, list[Part]] = {"latents": [], "texts": []}
+
+    def add(kind: str, name: str, path: Path, rows: int) -> None:
+        seal(path, kind)
+        uri, digest = str(path), load_manifest(path).digest
+        if store is not None:
+            uri = storage.join(store, "artifacts", kind, digest)
+            for file in path.rglob("*"):
+                if file.is_file():
+                    storage.upload(file, storage.join(uri, file.relative_to(path).as_posix()))
+            shutil.rmtree(path)
+        parts[kind].append(Part(name, kind, digest, uri, rows))
+
+    for number, count in enumerate(images):
+        whole = write_latents(folder / f"part{number}", count)
+        if number == 0:
+            add("texts", "prefix", whole / "prefix", 1)
+        for kind in parts:
+            add(kind, f"shard{number}", whole / kind, count)
+    indices = {kind: folder / kind for kind in parts}
+    for kind, index in indices.items():
+        index.mkdir()
+        write_index(index, parts[kind])
+        (index / "report.json").write_text("{}")
+        seal(index, kind, logs=(LOCATIONS,))
+    return indices
 
 
 def transformer_config(**changes) -> TransformerConfig:

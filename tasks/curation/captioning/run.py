@@ -23,13 +23,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from tasks.curation import filters
+from tasks.curation import decoding
 from tasks.curation.captioning import checks
 from tasks.curation.captioning.base import Answer, Captioner, Request
 from tasks.curation.captions import clean_captions, count_words
 from tasks.curation.config import CaptionerConfig
 from tasks.curation.journal import Journal
-from tasks.curation.score import ACCOUNT, ROW_GROUP, SCORES, SCORES_TABLE
+from tasks.curation.score import ACCOUNT, BYTES_A_PIXEL, OWN_BYTES, ROW_GROUP, SCORES, SCORES_TABLE
 from tasks.curation.sources.base import Account, Shard
 from tasks.curation.workers import CrashError, Workers
 
@@ -50,7 +50,7 @@ CAPTIONS = pa.schema(
     ]
 )
 # Kept and duplicates of a shard, as deciding before captions found them.
-KEPT_COLUMNS, DUPLICATE_COLUMNS = ("row", "tier", "captions"), ("row", "rule", "detail")
+KEPT_COLUMNS, DUPLICATE_COLUMNS = ("row", "tier", "extra_captions"), ("row", "rule", "detail")
 
 
 class Asked(NamedTuple):
@@ -80,7 +80,7 @@ def caption_shard(
 
     Args:
         scores_dir: the shard's score part.
-        kept: row, tier and the owners' captions of the images to describe (KEPT_COLUMNS).
+        kept: row and tier of the images to describe, and the captions of their exact duplicates (KEPT_COLUMNS).
         duplicates: row, rule and detail of those that deduplication rejected (DUPLICATE_COLUMNS).
         name: of the captioner and its model, as it is written beside each caption.
 
@@ -115,10 +115,12 @@ def _wanted(table: pa.Table, kept: pa.Table) -> dict[str, Asked]:
     """Key -> image, of the kept rows."""
     at = pa.compute.index_in(kept["row"], value_set=table["row"])
     assert at.null_count == 0, "a decision about a row that has no scores"
-    chosen = table.select(["row", "record_id", "key"]).take(at).to_pylist()
+    chosen = table.select(["row", "record_id", "key", "captions"]).take(at).to_pylist()
     return {
-        row["key"]: Asked(row["row"], row["record_id"], row["key"], tier, list(captions))
-        for row, tier, captions in zip(chosen, kept["tier"].to_pylist(), kept["captions"].to_pylist(), strict=True)
+        row["key"]: Asked(
+            row["row"], row["record_id"], row["key"], tier, clean_captions([*row["captions"], *(more or ())])
+        )
+        for row, tier, more in zip(chosen, kept["tier"].to_pylist(), kept["extra_captions"].to_pylist(), strict=True)
     }
 
 
@@ -138,7 +140,7 @@ def _images(
             yield asked, record.data
 
     work = functools.partial(_reduced, image_px=config.image_px, max_pixels=max_pixels)
-    with Workers(work) as workers:
+    with Workers(work, memory_bytes=OWN_BYTES + BYTES_A_PIXEL * max_pixels) as workers:
         for asked, result in workers.map(records()):
             image = None if isinstance(result, CrashError) else Image.frombytes("RGB", *result)
             yield asked, image, shown.get(asked.key)
@@ -148,7 +150,7 @@ def _images(
 
 
 def _reduced(data: bytes, image_px: int, max_pixels: int) -> tuple[tuple[int, int], bytes]:
-    image = filters.decode(data, max_pixels)
+    image = decoding.decode(data, max_pixels)
     scale = max(image.size) / image_px
     if scale > 1:
         size = tuple(max(1, round(side / scale)) for side in image.size)

@@ -23,6 +23,7 @@ class ScorerSpec(NamedTuple):
     build: `module:function` that builds it.
     revision: raise it when the scorer gives other numbers for the same image; scores are made again then.
     needs: "cpu", or "gpu" where it is hopeless without one.
+    needs_image: False for one that looks at `Sample.pixels` and `gray` alone.
     """
 
     name: str
@@ -30,11 +31,12 @@ class ScorerSpec(NamedTuple):
     build: str
     revision: str = "1"
     needs: str = "cpu"
+    needs_image: bool = True
 
 
 SCORERS = (
-    ScorerSpec("classical", "watermark", "tasks.curation.scorers.classical:watermark_scorer"),
-    ScorerSpec("proxy", "aesthetic", "tasks.curation.scorers.classical:aesthetic_scorer"),
+    ScorerSpec("classical", "watermark", "tasks.curation.scorers.classical:watermark_scorer", needs_image=False),
+    ScorerSpec("proxy", "aesthetic", "tasks.curation.scorers.classical:aesthetic_scorer", needs_image=False),
 )
 
 
@@ -55,6 +57,11 @@ def chosen_scorers(config: ScorerConfig) -> list[ScorerSpec]:
             hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(['none', *known])}"
             raise ValueError(f"curation.scorers.{column}={name!r} is unknown; {hint}")
     return chosen
+
+
+def needs_image(config: ScorerConfig) -> bool:
+    """Whether a scorer that the recipe names looks at `Sample.image`."""
+    return any(spec.needs_image for spec in chosen_scorers(config))
 
 
 def scorer_revisions(config: ScorerConfig) -> dict[str, str]:
@@ -85,5 +92,6 @@ __all__ = [
     "ScorerSpec",
     "build_scorers",
     "chosen_scorers",
+    "needs_image",
     "scorer_revisions",
 ]

@@ -14,7 +14,8 @@ from PIL import Image
 class Sample:
     """What a scorer sees of one record: decoded once, upright, reduced.
 
-    `image`: RGB, shorter side at most 384 px (enough for the CLIP family). `pixels`: uint8 [H, W, 3] and `gray`:
+    `image`: RGB, shorter side at most 384 px (enough for the CLIP family) where a scorer of the recipe has `needs_image`,
+    else as small as `pixels`. `pixels`: uint8 [H, W, 3] and `gray`:
     uint8 [H, W], longer side at most 256 px. `captions`: cleaned, none left out for its length.
     """
 

@@ -18,6 +18,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
@@ -43,7 +44,8 @@ SHARDS = pa.schema(
 SHARDS_TABLE, FILES_FOLDER, REPORT, TRUTH_TABLE = "shards.parquet", "files", "report.json", "truth.parquet"
 
 # What curation may decode or reject by name; anything else is counted as left out.
-IMAGE_EXTENSIONS = tuple("png jpg jpeg jpe jfif webp gif bmp tif tiff avif jp2 ppm pgm".split())
+HEIF_EXTENSIONS = ("heic", "heif", "hif") if find_spec("pillow_heif") else ()
+IMAGE_EXTENSIONS = (*"png jpg jpeg jpe jfif webp gif bmp tif tiff avif jp2 ppm pgm".split(), *HEIF_EXTENSIONS)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "prompt", "raw")
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from tasks.curation.sources import tables
 from tasks.curation.sources.base import CHANGED, Account, Options, Record, Shard, check_size, count_of, visible
-from tasks.curation.sources.parquet_pages import PageError, pages
+from tasks.curation.sources.parquet_pages import PageError, RowGroup, pages, row_groups
 from tasks.curation.sources.places import Place
 
 BATCH_ROWS, BATCH_BYTES = 64, 32 * 2**20
@@ -77,12 +77,12 @@ def scan(shown: str, file: BinaryIO, wanted: tuple[str, ...], rows_per_shard: in
         if columns is None:
             return None
         tables.check_columns(shown, parquet.schema_arrow, wanted)
-        metadata = parquet.metadata
+        groups = _row_groups(shown, file)
         ranges: list[Range] = []
         row = 0
-        for i in range(metadata.num_row_groups):
-            rows = metadata.row_group(i).num_rows
-            begin, end = _extent(metadata, i)
+        for i, group in enumerate(groups):
+            rows = group.num_rows
+            begin, end = _extent(group)
             if not 0 <= begin <= end <= file.seek(0, 2):
                 raise ValueError(f"{shown} is not a readable Parquet file: row group {i} lies outside of it")
             last = ranges[-1] if ranges else None
@@ -95,49 +95,41 @@ def scan(shown: str, file: BinaryIO, wanted: tuple[str, ...], rows_per_shard: in
             else:
                 ranges.append(Range(row, rows, begin, end))
             row += rows
-        why = _without_bytes(parquet, columns.image)
+        why = _without_bytes(groups, columns.image)
         schema = "\n".join(f"{field.name}: {field.type}" for field in parquet.schema_arrow)
     if why is not None:
         raise ValueError(f"{shown}: none of {count_of(row, 'row')} has image bytes{why}")
     return [found for found in ranges if found.num_rows], schema
 
 
-def _extent(metadata: pq.FileMetaData, group: int) -> tuple[int, int]:
+def _row_groups(shown: str, file: BinaryIO) -> list[RowGroup]:
+    """The row groups of a file that `opened` has accepted."""
+    end = file.seek(-8, 2)
+    footer = struct.unpack("<I", file.read(4))[0]
+    file.seek(end - footer)
+    try:
+        groups = row_groups(file.read(footer))
+    except PageError as error:
+        raise ValueError(f"{shown} is not a readable Parquet file: {error}") from error
+    if any(group.num_rows < 0 for group in groups):
+        raise ValueError(f"{shown} is not a readable Parquet file: a row group has a negative number of rows")
+    return groups
+
+
+def _extent(group: RowGroup) -> tuple[int, int]:
     """Where the bytes of a row group begin and end."""
-    row_group = metadata.row_group(group)
-    extents = [_column_extent(row_group.column(i)) for i in range(row_group.num_columns)]
-    return min((begin for begin, _ in extents), default=0), max((end for _, end in extents), default=0)
+    return min((chunk.begin for chunk in group.chunks), default=0), max(
+        (chunk.end for chunk in group.chunks), default=0
+    )
 
 
-def _column_extent(column: pq.ColumnChunkMetaData) -> tuple[int, int]:
-    begin = column.data_page_offset
-    if column.dictionary_page_offset:
-        begin = min(begin, column.dictionary_page_offset)
-    return begin, begin + column.total_compressed_size
-
-
-def _without_bytes(parquet: pq.ParquetFile, image: str) -> str | None:
-    """What the rows have in place of image bytes, if the statistics show that none has any."""
-    metadata = parquet.metadata
-    nulls = values = 0
-    paths = False
-    for i in range(metadata.num_row_groups):
-        row_group = metadata.row_group(i)
-        for j in range(row_group.num_columns):
-            column = row_group.column(j)
-            *_, last = column.path_in_schema.split(".")
-            if column.path_in_schema != image and not column.path_in_schema.startswith(f"{image}."):
-                continue
-            paths = paths or last == "path"
-            if last == "path":
-                continue
-            statistics = column.statistics
-            if statistics is None or not statistics.has_null_count:
-                return None
-            nulls, values = nulls + statistics.null_count, values + column.num_values
-    if not values or nulls < values:
+def _without_bytes(groups: list[RowGroup], image: str) -> str | None:
+    """What the rows have in place of image bytes, if the footer shows that none has any."""
+    inside = [c for group in groups for c in group.chunks if c.path == image or c.path.startswith(f"{image}.")]
+    chunks = [chunk for chunk in inside if not chunk.path.endswith(".path")]
+    if not any(chunk.num_values for chunk in chunks) or any(chunk.nulls < chunk.num_values for chunk in chunks):
         return None
-    return f"; they name files ({image}.path)" if paths else ""
+    return f"; they name files ({image}.path)" if len(chunks) < len(inside) else ""
 
 
 def read(place: Place, name: str, shard: Shard, options: Options, account: Account) -> Iterator[Record]:
@@ -150,13 +142,13 @@ def read(place: Place, name: str, shard: Shard, options: Options, account: Accou
     with place.open(name) as file, opened(shown, file) as parquet:
         columns = tables.columns_of(parquet.schema_arrow, options.caption_columns)
         assert columns is not None, shown
+        all_groups = _row_groups(shown, file)
         groups, row = [], 0
-        for i in range(parquet.metadata.num_row_groups):
-            rows = parquet.metadata.row_group(i).num_rows
-            if first_row <= row < first_row + num_rows and rows:
+        for i, group in enumerate(all_groups):
+            if first_row <= row < first_row + num_rows and group.num_rows:
                 groups.append(i)
-            row += rows
-        extents = [_extent(parquet.metadata, i) for i in groups]
+            row += group.num_rows
+        extents = [_extent(all_groups[i]) for i in groups]
         begin, end = min((b for b, _ in extents), default=0), max((e for _, e in extents), default=0)
         if place.digest(name, begin, end) != shard.digest:
             raise ValueError(f"{shown} {CHANGED}")
@@ -191,25 +183,25 @@ def batches(
     Raises:
         ValueError: a page or a list beyond the bounds.
     """
+    all_groups = _row_groups(shown, file)
     for group in groups:
-        size = _batch_rows(shown, file, parquet.metadata, columns, group)
+        if group >= len(all_groups):
+            raise ValueError(f"{shown} is not a readable Parquet file: it has no row group {group}")
+        size = _batch_rows(shown, file, all_groups[group], columns, group)
         yield from parquet.iter_batches(size, row_groups=[group], columns=columns, use_threads=False)
 
 
-def _batch_rows(shown: str, file: BinaryIO, metadata: pq.FileMetaData, columns: list[str], group: int) -> int:
+def _batch_rows(shown: str, file: BinaryIO, row_group: RowGroup, columns: list[str], group: int) -> int:
     """How many rows of a group are read at a time. Their bytes are bounded by the average and by pages whose largest
     value every row may repeat."""
-    row_group = metadata.row_group(group)
     bytes_a_row = 1.0
-    for i in range(row_group.num_columns):
-        column = row_group.column(i)
-        if not any(column.path_in_schema == name or column.path_in_schema.startswith(f"{name}.") for name in columns):
+    for column in row_group.chunks:
+        if not any(column.path == name or column.path.startswith(f"{name}.") for name in columns):
             continue
         if column.num_values > MAX_VALUES + row_group.num_rows:
             raise ValueError(f"{shown}, row group {group}: {column.num_values:,} values in {row_group.num_rows:,} rows")
-        begin, end = _column_extent(column)
         try:
-            found = pages(file, begin, end)
+            found = pages(file, column.begin, column.end)
         except PageError as error:
             raise ValueError(f"{shown} is not a readable Parquet file: {error}") from error
         for what, size, limit, remedy in (
@@ -222,9 +214,7 @@ def _batch_rows(shown: str, file: BinaryIO, metadata: pq.FileMetaData, columns: 
                     f"table with {remedy}"
                 )
         repeats = column.num_values / max(1, row_group.num_rows)
-        bytes_a_row += max(
-            column.total_uncompressed_size / max(1, row_group.num_rows), found.repeated * max(1, repeats)
-        )
+        bytes_a_row += max(column.uncompressed_bytes / max(1, row_group.num_rows), found.repeated * max(1, repeats))
     return max(1, min(BATCH_ROWS, int(BATCH_BYTES / bytes_a_row)))
 
 

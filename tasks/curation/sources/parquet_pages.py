@@ -1,7 +1,10 @@
-"""Sizes of a Parquet column's pages, from the headers that stand before them (Thrift's compact protocol).
+"""Where a Parquet file's column chunks are, and the sizes of their pages, from footer and page headers (Thrift's compact
+protocol).
 
 Arrow allocates what a page's header claims before it decompresses anything, and the footer's sums prove nothing. The
-format: parquet.thrift (PageHeader) of apache/parquet-format, and the compact protocol of Apache Thrift.
+footer is read here too, since Arrow's objects of a row group or column end the process where its statistics are broken;
+Arrow's reader raises an error. The format: parquet.thrift (FileMetaData, PageHeader) of apache/parquet-format, and the
+compact protocol of Apache Thrift.
 """
 
 from __future__ import annotations
@@ -13,6 +16,13 @@ _FIRST_READ = 2**13
 _DICTIONARY, _DELTA_BYTE_ARRAY = 2, 7
 _DATA_PAGE, _DATA_PAGE_V2 = (5, 2), (8, 4)  # fields of PageHeader, and of the encoding inside them
 _VARINTS = (4, 5, 6)  # i16, i32, i64
+_I64, _BYTES = 6, 8
+# Field -> its type, as a number, as the fields of a struct, or as a list of one of these.
+_STATISTICS = {3: _I64}
+_META = {3: [_BYTES], 5: _I64, 6: _I64, 7: _I64, 9: _I64, 11: _I64, 12: _STATISTICS}
+_ROW_GROUP = {1: [{3: _META}], 3: _I64}
+_FILE = {4: [_ROW_GROUP]}
+MAX_DEPTH = 16
 
 
 class PageError(ValueError):
@@ -25,6 +35,44 @@ class Pages(NamedTuple):
 
     largest: int
     repeated: int
+
+
+class Chunk(NamedTuple):
+    """A column chunk. path: of its column, with dots. begin, end: of its bytes in the file. nulls: -1 if not counted."""
+
+    path: str
+    num_values: int
+    uncompressed_bytes: int
+    begin: int
+    end: int
+    nulls: int
+
+
+class RowGroup(NamedTuple):
+    num_rows: int
+    chunks: list[Chunk]
+
+
+def row_groups(footer: bytes) -> list[RowGroup]:
+    """The row groups that a footer names.
+
+    Raises:
+        PageError: it is broken.
+    """
+    try:
+        groups = _Struct(footer).fields(_FILE, 0)[4]
+        return [RowGroup(group[3], [_chunk(chunk[3]) for chunk in group[1]]) for group in groups]
+    except (LookupError, UnicodeDecodeError) as error:
+        raise PageError("its footer is broken") from error
+
+
+def _chunk(meta: dict[int, Any]) -> Chunk:
+    begin, dictionary = meta[9], meta.get(11, 0)
+    if dictionary > 0:
+        begin = min(begin, dictionary)
+    nulls = meta.get(12, {}).get(3, -1)
+    path = ".".join(name.decode() for name in meta[3])
+    return Chunk(path, meta[5], meta[6], begin, begin + meta[7], nulls)
 
 
 def pages(file: BinaryIO, begin: int, end: int) -> Pages:
@@ -96,7 +144,45 @@ class _Struct:
             else:
                 self._skip(kind)
 
-    def _skip(self, kind: int) -> None:
+    def fields(self, wanted: dict[int, Any], depth: int) -> dict[int, Any]:
+        """The wanted fields of a struct that have the right types, as Thrift's own reader takes them."""
+        fields: dict[int, Any] = {}
+        number = 0
+        while head := self._byte():
+            kind = head & 15
+            number = number + (head >> 4) if head >> 4 else _signed(self._varint())
+            as_wanted = wanted.get(number)
+            if as_wanted is not None and kind == _kind_of(as_wanted):
+                fields[number] = self._value(as_wanted, depth + 1)
+            else:
+                self._skip(kind, depth + 1)
+        return fields
+
+    def _value(self, wanted: Any, depth: int) -> Any:
+        if wanted == _I64:
+            return _signed(self._varint())
+        if wanted == _BYTES:
+            length = self._varint()
+            self._move(length)
+            return self._data[self._at - length : self._at]
+        if isinstance(wanted, dict):
+            return self.fields(wanted, depth)
+        kind, count = self._list()
+        if kind != _kind_of(wanted[0]):
+            raise PageError("its footer is broken")
+        return [self._value(wanted[0], depth + 1) for _ in range(count)]
+
+    def _list(self) -> tuple[int, int]:
+        """The type of a list's values, and their number."""
+        head = self._byte()
+        count = head >> 4 if head >> 4 < 15 else self._varint()
+        if count > len(self._data):  # each takes a byte at least
+            raise IndexError
+        return head & 15, count
+
+    def _skip(self, kind: int, depth: int = 0) -> None:
+        if depth > MAX_DEPTH:
+            raise PageError("a header is nested too deeply")
         if kind in (1, 2):
             return
         if kind == 3:
@@ -107,8 +193,14 @@ class _Struct:
             self._move(8)
         elif kind == 8:
             self._move(self._varint())
+        elif kind in (9, 10):  # list, set
+            inner, count = self._list()
+            for _ in range(count):
+                self._skip(3 if inner in (1, 2) else inner, depth + 1)
+        elif kind == 12:
+            self.fields({}, depth)
         else:
-            raise PageError(f"a page header has a field of the type {kind}")
+            raise PageError(f"a header has a field of the type {kind}")
 
     def _move(self, count: int) -> None:
         self._at += count
@@ -128,6 +220,10 @@ class _Struct:
             if byte < 128:
                 return value
         raise PageError("a page header has a number of more than 10 bytes")
+
+
+def _kind_of(wanted: Any) -> int:
+    return 12 if isinstance(wanted, dict) else 9 if isinstance(wanted, list) else wanted
 
 
 def _signed(value: int) -> int:

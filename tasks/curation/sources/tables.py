@@ -123,6 +123,8 @@ def sniffed(data: bytes) -> str:
     """Extension by the first bytes, where no name tells; `bin` if they are of no image that we know."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
+    if data[4:8] == b"ftyp":
+        return {b"avif": "avif", b"heic": "heic", b"heix": "heic", b"mif1": "heic"}.get(data[8:12], "bin")
     signs = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tif", b"MM\0*": "tif"}
     return next((ext for sign, ext in signs.items() if data.startswith(sign)), "bin")
 

@@ -137,6 +137,7 @@ def preflight(services, tmp_path, monkeypatch, capsys):
         "nucleus": {
             "project": "nucleus",
             "domain": "production",
+            "store": f"s3://{BUCKET}/store",
             "profile": "h100",
             "fabric": "efa",
             "queue": "training",
@@ -144,7 +145,16 @@ def preflight(services, tmp_path, monkeypatch, capsys):
             "bucket": f"s3://{BUCKET}/prefix",
         },
     }
-    for name in ("PROFILE", "FABRIC", "QUEUE", "HUB_SECRET", "ACCELERATOR_LABEL", "POD_TEMPLATES", "ACCELERATOR"):
+    for name in (
+        "PROFILE",
+        "FABRIC",
+        "QUEUE",
+        "HUB_SECRET",
+        "ACCELERATOR_LABEL",
+        "POD_TEMPLATES",
+        "ACCELERATOR",
+        "STORE",
+    ):
         monkeypatch.setenv(f"NUCLEUS_{name}", "")  # so that what main sets is undone
         monkeypatch.delenv(f"NUCLEUS_{name}")
     lock = {"images": {"trainer": {"image": "127.0.0.1:1/nucleus-trainer", "digest": "sha256:" + "0" * 64}}}

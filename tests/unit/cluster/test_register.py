@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from flyteadmin import STOCK_LIMITS, flyteadmin
+from flyteadmin import STOCK_LIMITS, flyteadmin, limits_of
 
 from containers.lock import ROLES
+from tasks.envs import CACHE_VERSIONS
+from tasks.recipe import load_recipe
 from tasks.site import load_site
 from tools import register
 
@@ -43,25 +45,41 @@ def lock(tmp_path_factory) -> Path:
 
 def config(folder: Path, endpoint: str, **section: str) -> Path:
     path = folder / "flyte.yaml"
-    nucleus = {"project": "nucleus", "domain": "production"} | section
+    nucleus = {"project": "nucleus", "domain": "production", "store": "s3://bucket/store"} | section
     path.write_text(yaml.safe_dump({"admin": {"endpoint": f"dns:///{endpoint}", "insecure": True}, "nucleus": nucleus}))
     return path
 
 
+TOKEN = "planted-nucleus-token"
+CREDENTIALS = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "tools.register", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | dict.fromkeys(CREDENTIALS, TOKEN)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture(scope="module")
 def registered(lock, tmp_path_factory):
     """(what flyteadmin was sent, seconds of CPU that it took), for the shape 8x8 on H100 with EFA, a queue and a secret."""
+    return register_shape("8x8", lock, tmp_path_factory.mktemp("config"))
+
+
+SITE = {
+    "profile": "h100", "fabric": "efa", "queue": "training", "hub_secret": "nucleus-huggingface",
+    "wandb_secret": "nucleus-wandb", "notify": "a@example.com", "store": "s3://bucket/store",
+    "console": "https://flyte.example.com/console",
+}  # fmt: skip
+
+
+def register_shape(shape: str, lock: Path, folder: Path):
     with flyteadmin(helm_limits()) as (endpoint, admin):
-        site = {"profile": "h100", "fabric": "efa", "queue": "training", "hub_secret": "nucleus-huggingface"}
-        path = config(tmp_path_factory.mktemp("config"), endpoint, **site)
+        path = config(folder, endpoint, **SITE)
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = run("--config", str(path), "--lock", str(lock), "--shape", "8x8")
+        done = run("--config", str(path), "--lock", str(lock), "--shape", shape)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        assert TOKEN not in done.stdout + done.stderr
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return admin, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -87,13 +105,6 @@ def test_the_shapes_launch_plan_is_registered_with_its_recipe(registered):
     assert plan.max_parallelism == 64 and "reproduce-smoke" not in admin.plans
 
 
-def test_nothing_that_is_sent_names_a_path_of_the_machine_that_registers(registered):
-    admin, _ = registered
-    for request in (*admin.tasks.values(), *admin.workflows.values(), *admin.plans.values()):
-        for text in (str(ROOT), str(Path.home()), "/root", sys.prefix):
-            assert text.encode() not in request.SerializeToString(), f"{request.id.name} has {text}"
-
-
 def test_every_task_has_a_timeout_retries_a_template_and_no_code_to_fetch(registered):
     admin, _ = registered
     for name, request in admin.tasks.items():
@@ -116,9 +127,150 @@ def test_a_training_job_is_sized_queued_cleaned_up_and_has_efa(registered):
 
 def test_only_tasks_that_reach_the_hub_declare_its_token(registered):
     admin, _ = registered
-    declared = {n for n, r in admin.tasks.items() if r.spec.template.security_context.secrets}
+    declared = {n for n, r in admin.tasks.items() if "HF_TOKEN" in keys(r.spec.template)}
     assert "tasks.publishing.task.publish_pipeline" in declared
     assert not any(name.startswith(("tasks.curation", "tasks.training", "tasks.planning")) for name in declared)
+
+
+def keys(template) -> set[str]:
+    return {secret.key for secret in template.security_context.secrets}
+
+
+# Kind of task -> CPU, memory, ephemeral storage, seconds, interruptible; for the profile h100
+LIGHT = ("1", "2Gi", "5Gi", 3600, False)
+SHARD = ("4", "16Gi", "50Gi", 6 * 3600, True)
+GATHER = ("16", "64Gi", "500Gi", 2 * 86400, False)
+GPU = ("22", "220Gi", "800Gi", 7 * 86400, False)
+TRAIN = {"1x1": ("22", "220Gi", "800Gi", 60 * 86400, True), "8x8": ("176", "1760Gi", "6400Gi", 60 * 86400, True)}
+# Task -> role, kind, step of CACHE_VERSIONS or "" where Flyte caches nothing. Those that are missing here fail the test.
+TASKS = {
+    "planning.task.resolve_recipe": ("curation", LIGHT, ""),
+    "planning.task.check_curated": ("curation", LIGHT, ""),
+    "planning.task.choose_stage": ("curation", LIGHT, ""),
+    "curation.task.make_group": ("curation", SHARD, ""),
+    "curation.task.list_corpus": ("curation", GATHER, ""),
+    "curation.task.score_group": ("curation", SHARD, ""),
+    "curation.task.decide_corpus": ("curation", GATHER, ""),
+    "curation.task.select_group": ("curation", SHARD, ""),
+    "curation.task.gather_curated": ("curation", GATHER, ""),
+    "encoding.task.make_components": ("encoder", GPU, "components"),
+    "encoding.task.plan_encoding": ("encoder", LIGHT, ""),
+    "encoding.task.encode_texts_group": ("encoder", GPU, ""),
+    "encoding.task.encode_latents_group": ("encoder", GPU, ""),
+    "encoding.task.gather_texts": ("encoder", GATHER, ""),
+    "encoding.task.gather_latents": ("encoder", GATHER, ""),
+    "training.task.train_stage": ("trainer", None, "training"),
+    "merging.task.merge_checkpoints": ("trainer", GATHER, "merging"),
+    "evaluation.task.generate_images": ("evaluator", GPU, "evaluation"),
+    "evaluation.task.score_images": ("evaluator", GATHER, "evaluation"),
+    "publishing.task.publish_pipeline": ("publisher", GATHER, "publishing"),
+    "publishing.task.show_results": ("publisher", LIGHT, ""),
+}
+TEMPLATES = {"curation": "nucleus-curation", "publisher": "nucleus-publisher", "trainer": "nucleus-trainer-efa"}
+HUB = {
+    "make_components",
+    "encode_texts_group",
+    "encode_latents_group",
+    "gather_texts",
+    "gather_latents",
+    "publish_pipeline",
+}
+
+
+@pytest.fixture(scope="module", params=["1x1", "8x8"])
+def shape_and_admin(request, lock, tmp_path_factory):
+    if request.param == "8x8":
+        return request.param, request.getfixturevalue("registered")[0]
+    return request.param, register_shape(request.param, lock, tmp_path_factory.mktemp("one"))[0]
+
+
+def resources(template) -> tuple[str, ...]:
+    limits = limits_of(template)
+    return (limits["cpu"], limits["memory"], limits["ephemeralStorage"])
+
+
+def test_every_task_of_each_shape_has_its_image_size_time_cache_secrets_and_template(shape_and_admin):
+    shape, admin = shape_and_admin
+    templates = {name.removeprefix("tasks."): r.spec.template for name, r in admin.tasks.items()}
+    unknown = {n for n in templates if not n.startswith(("workflows.", "evaluation.", "study."))} - TASKS.keys()
+    assert not unknown, "give each task its row in TASKS"
+    for name, (role, kind, step) in TASKS.items():
+        template = templates.get(name)
+        if template is None:  # is called by dynamic workflows alone, which register it when they run
+            continue
+        kind = kind or TRAIN[shape]
+        metadata = template.metadata
+        found = (*resources(template), metadata.timeout.seconds, metadata.interruptible)
+        assert found == kind, name
+        image = template.container.image or template.k8s_pod.pod_spec["containers"][0]["image"]
+        assert image == f"registry.example/nucleus-{role}@{DIGEST}", name
+        assert metadata.retries.retries == (100 if kind is TRAIN[shape] else 3), name
+        assert metadata.discovery_version == (CACHE_VERSIONS[step] if step else ""), name
+        assert metadata.discoverable == bool(step), name
+        on_gpu = kind in (GPU, TRAIN[shape])
+        assert template.extended_resources.gpu_accelerator.device == ("nvidia-h100" if on_gpu else ""), name
+        assert limits_of(template).get("gpu", "0") == (shape[-1] if kind is TRAIN[shape] else str(int(on_gpu))), name
+        short = name.rpartition(".")[2]
+        wanted = {"HF_TOKEN"} if short in HUB else {"WANDB_API_KEY"} if short == "train_stage" else set()
+        assert keys(template) == wanted, name
+        assert metadata.pod_template_name == TEMPLATES.get(role, "nucleus-gpu"), name
+        queued = short == "train_stage" and shape == "8x8"
+        assert dict(metadata.metadata.labels) == ({"kueue.x-k8s.io/queue-name": "training"} if queued else {}), name
+    assert {"planning.task.resolve_recipe", "training.task.train_stage"} <= templates.keys() or shape == "1x1"
+
+
+def environment(template) -> dict[str, str]:
+    if template.WhichOneof("target") == "container":
+        return {entry.key: entry.value for entry in template.container.env}
+    return {entry["name"]: entry["value"] for entry in template.k8s_pod.pod_spec["containers"][0]["env"]}
+
+
+def test_every_pod_knows_its_image_and_the_shared_store_and_those_that_lay_out_tasks_the_whole_site(shape_and_admin):
+    """A dynamic workflow's pod writes tasks down again: without the site's settings it would ask for other sizes."""
+    shape, admin = shape_and_admin
+    site = {"NUCLEUS_PROFILE": "h100", "NUCLEUS_QUEUE": "training", "NUCLEUS_HUB_SECRET": "nucleus-huggingface"}
+    site |= {f"NUCLEUS_IMAGE_{role.upper()}": f"registry.example/nucleus-{role}@{DIGEST}" for role in ROLES}
+    site |= dict(zip(("NUCLEUS_TRAIN_NNODES", "NUCLEUS_TRAIN_NPROC"), shape.split("x")))
+    laid_out = []
+    for name, request in admin.tasks.items():
+        template = request.spec.template
+        image = template.container.image or template.k8s_pod.pod_spec["containers"][0]["image"]
+        given = environment(template)
+        assert given["NUCLEUS_IMAGE"] == image, name
+        assert given["NUCLEUS_STORE"] == "s3://bucket/store" and given["NUCLEUS_CONSOLE"] == SITE["console"], name
+        if name.startswith("workflows."):
+            laid_out.append(name)
+            assert given.items() >= site.items(), name
+    assert {"workflows.curate.curate_source", "workflows.train.train_stages"} <= set(laid_out)
+
+
+def test_every_plan_of_each_shape_has_its_recipe_bounds_and_mails_and_no_active_schedule(shape_and_admin):
+    shape, admin = shape_and_admin
+    own = {name: request.spec for name, request in admin.plans.items() if not name.startswith("workflows.")}
+    assert own
+    for name, spec in own.items():
+        assert spec.max_parallelism == 64, name
+        (notification,) = spec.entity_metadata.notifications
+        assert list(notification.email.recipients_email) == ["a@example.com"], name
+        scheduled = spec.entity_metadata.schedule.WhichOneof("ScheduleExpression")
+        assert bool(scheduled) == name.startswith("nightly"), name
+    recipes = {
+        name: spec.fixed_inputs.literals["recipe"].scalar.primitive.string_value
+        for name, spec in own.items()
+        if "recipe" in spec.fixed_inputs.literals
+    }
+    for name, recipe in recipes.items():
+        train = load_recipe(recipe).train
+        assert shape == f"{train.nnodes}x{train.nproc_per_node}", name
+    assert ("pretrain-nucleus_17b-8x8" in recipes) == (shape == "8x8")
+    assert ("reproduce-tiny" in recipes) == (shape == "1x1")
+
+
+def test_nothing_of_each_shape_names_a_path_or_a_credential_of_the_machine_that_registers(shape_and_admin):
+    _, admin = shape_and_admin
+    for request in (*admin.tasks.values(), *admin.workflows.values(), *admin.plans.values()):
+        for text in (str(ROOT), str(Path.home()), "/root", sys.prefix, TOKEN):
+            assert text.encode() not in request.SerializeToString(), f"{request.id.name} has {text}"
 
 
 def test_registration_takes_seconds(registered):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval import catalog
+from eval import benchmark_data, catalog
 from eval.cli import main
 from eval.compare import compare_runs, drop_beyond_noise, lines
 from eval.config import EvalConfig
@@ -176,13 +176,17 @@ def test_ls_names_benchmarks_judges_and_what_could_have_been_meant(capsys):
     assert "did you mean 'geneval'?" in capsys.readouterr().err
 
 
+def no_network(url):
+    raise OSError("no network")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["generate", "--model", "./x", "--out", "r", "--benchmark", "shaps"], "did you mean 'shapes'?"),
         (["generate", "--model", "./x", "--out", "r", "--set", "guidance=4"], "guidance: there is no such key"),
         (["generate", "--model", "./x", "--out", "r", "--set", "guidance_scale=4"], "no model_index.json"),
-        (["generate", "--model", "./x", "--out", "r", "--benchmark", "dpg"], "needs the path of its prompt data"),
+        (["generate", "--model", "./x", "--out", "r", "--benchmark", "dpg"], "cannot be downloaded"),
         (["generate", "--model", "./x", "--out", "r", "--shard", "2/2"], "must be I/N"),
         (["generate", "--model", "./x", "--out", "r", "--set", "judges={detector: shape-detector}"], "did you mean"),
         (["generate", "--model", "./x", "--out", "r", "--set", "judges.eye=shapes-detector"], ""),
@@ -194,6 +198,7 @@ def test_ls_names_benchmarks_judges_and_what_could_have_been_meant(capsys):
 )
 def test_every_mistake_is_one_line(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmark_data, "read_url", no_network)
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from eval import catalog
-from eval.benchmarks.base import Question, Scored
+from eval.benchmarks.base import Benchmark, Question, Scored
 from eval.benchmarks.shapes.prompts import make_prompts
 from eval.benchmarks.shapes.vocabulary import COLORS
 from eval.card import load, model_index
@@ -399,7 +399,7 @@ def test_a_score_is_official_only_if_every_judge_is():
 # ---- Benchmarks whose scores are not right and wrong, whose questions follow from answers, or are about all images
 
 
-class Staged:
+class Staged(Benchmark):
     """Two rounds of questions, one question about all images, and scores between 0 and 1."""
 
     name, version, scale, tasks, images_per_prompt, grid, data = "staged", "1", 100.0, ("a",), 2, None, ""

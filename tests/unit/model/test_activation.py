@@ -14,7 +14,7 @@ from model.config import TransformerConfig
 from model.optim import parameter_groups
 from model.train import activation
 from model.train.activation import activation_config
-from model.train.parallelize import parallelize
+from model.train.parallel.parallelize import parallelize
 from model.transformer import NucleusTransformer, RouterTrace
 
 CONFIG = TransformerConfig(**SMALL | {"num_key_value_heads": 2, "moe_intermediate_dim": 40})

@@ -162,7 +162,7 @@ def refusing(message):
 
 
 def test_compiled_training_steps_stand_beside_diffusers_own(capsys, monkeypatch):
-    """Its grouped products cannot be compiled in fp32: that is told, and the rest is measured."""
+    """Its grouped products cannot be compiled in fp32: that is reported, and the rest is measured."""
 
     def compile_repeated_blocks(model):
         block = model.transformer_blocks[1]

@@ -230,7 +230,7 @@ def test_an_object_store_that_does_not_answer_is_worth_another_attempt(bucket, m
 
 
 @pytest.mark.parametrize(
-    ("failure", "told"),
+    ("failure", "expected"),
     [
         (ConnectionResetError("reset by peer"), ConnectionError),
         (EndpointConnectionError(endpoint_url="http://store"), ConnectionError),
@@ -238,14 +238,14 @@ def test_an_object_store_that_does_not_answer_is_worth_another_attempt(bucket, m
         (RuntimeError("PytorchStreamReader failed"), ValueError),
     ],
 )
-def test_what_could_not_be_read_is_told_from_what_is_damaged(tmp_path, monkeypatch, failure, told):
+def test_what_could_not_be_read_is_told_from_what_is_damaged(tmp_path, monkeypatch, failure, expected):
     save(STATE, str(tmp_path / "step-1"))
 
     def read_data(*_):
         raise failure
 
     monkeypatch.setattr(CheckpointReader, "read_data", read_data)
-    with pytest.raises(told, match="step-1 cannot be loaded: "):
+    with pytest.raises(expected, match="step-1 cannot be loaded: "):
         load({"weight": torch.zeros(2, 3)}, tmp_path / "step-1", alone=True)
 
 

@@ -1,7 +1,12 @@
-"""Exchanges of rows with the ranks that own experts: what runs between their start and their end. One rank, on gloo;
+"""Exchanges of rows with the ranks that own experts: what runs between their start and their end. On gloo; trainings of
 several ranks are in tests/integration/test_parallel.py."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.moe import MoE
-from model.train.expert_parallel import shard_experts
+from model.train.parallel.expert_parallel import shard_experts
 
 START, END = "_c10d_functional.all_to_all_single.default", "_c10d_functional.wait_tensor.default"
 PRODUCT, OF_EXPERTS = "aten.mm.default", "aten.bmm.default"
@@ -43,8 +48,8 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def inputs():
-    generator = torch.Generator().manual_seed(1)
+def inputs(rank: int = 0):
+    generator = torch.Generator().manual_seed(1 + rank)
     shapes = (2, 8, 16), (2, 8, 16), (2, 16)
     return [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
 
@@ -72,6 +77,14 @@ def test_the_shared_expert_is_computed_while_rows_are_on_their_way(layers):
     assert under_way(forward.names) == [[PRODUCT], [PRODUCT]]  # up, down
 
 
+def test_the_shared_experts_gradients_are_computed_while_gradients_are_on_their_way(layers):
+    _, shared = layers
+    out, _ = shared(*inputs())
+    with Operations() as backward:
+        out.square().sum().backward()
+    assert under_way(backward.names) == [[PRODUCT, PRODUCT], [PRODUCT, PRODUCT]]  # down's, then up's
+
+
 def test_exchanged_rows_give_the_bits_of_the_layer_alone(layers):
     results = []
     for layer in layers:
@@ -81,6 +94,54 @@ def test_exchanged_rows_give_the_bits_of_the_layer_alone(layers):
         gradients = [p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad for p in layer.parameters()]
         results.append([out, *(tensor.grad for tensor in given), *gradients])
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(*results, strict=True))
+
+
+RANK = """
+import sys
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from test_expert_parallel import MoE, Operations, PRODUCT, inputs, shard_experts, under_way
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", store=dist.FileStore(sys.argv[2], 2), rank=rank, world_size=2)
+torch.manual_seed(0)
+alone, shared = MoE(16, 24, 4, 1.5), MoE(16, 24, 4, 1.5)
+for parameter in alone.parameters():
+    torch.nn.init.normal_(parameter, std=0.3)
+shared.load_state_dict(alone.state_dict())
+shard_experts(shared, init_device_mesh("cpu", (2,)))
+wanted, given = inputs(rank), inputs(rank)
+expected = alone(*wanted)[0]
+expected.square().sum().backward()
+out = shared(*given)[0]
+with Operations() as backward:
+    out.square().sum().backward()
+assert under_way(backward.names) == [[PRODUCT, PRODUCT], [PRODUCT, PRODUCT]], backward.names
+torch.testing.assert_close(out, expected)
+for mine, theirs in zip(given, wanted):
+    torch.testing.assert_close(mine.grad, theirs.grad)
+for name, parameter in alone.experts.named_parameters():  # of the rows of both ranks
+    dist.all_reduce(parameter.grad)
+    own = shared.experts.get_parameter(name).grad.to_local()
+    torch.testing.assert_close(own, parameter.grad.chunk(2)[rank])
+for name, parameter in alone.shared_expert.named_parameters():
+    torch.testing.assert_close(shared.shared_expert.get_parameter(name).grad, parameter.grad)
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_compute_what_the_layer_alone_does_with_the_exchanges_apart(tmp_path):
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[3])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in ranks:
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, output[-3000:]
 
 
 def test_a_compiler_takes_the_layer_whole_and_keeps_the_shared_expert_between(layers):
@@ -96,11 +157,14 @@ def test_a_compiler_takes_the_layer_whole_and_keeps_the_shared_expert_between(la
         return make_boxed_func(graph.forward)
 
     torch.compiler.reset()
-    compiled = torch.compile(shared, backend=aot_autograd(fw_compiler=compiler), fullgraph=True)
+    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
+    compiled = torch.compile(shared, backend=backend, fullgraph=True)
     out, _ = compiled(*inputs())
     out.sum().backward()
     assert torch.allclose(out, alone(*inputs())[0], atol=1e-5)
-    assert under_way(orders[0]) == [[PRODUCT], [PRODUCT]], orders
+    forward, backward = orders
+    assert under_way(forward) == [[PRODUCT], [PRODUCT]], forward
+    assert under_way(backward) == [[PRODUCT, PRODUCT], [PRODUCT, PRODUCT]], backward
 
 
 def test_layers_of_several_capacity_factors_and_numbers_of_tokens_compile_whole(layers):
@@ -123,7 +187,7 @@ def test_all_groups_that_fsdp_communicates_in_get_the_stages_patience():
     from torch.distributed.fsdp import FSDPModule
 
     from model.config import TransformerConfig
-    from model.train.parallelize import parallelize
+    from model.train.parallel.parallelize import parallelize
     from model.train.trainer import NucleusTrainer
     from model.transformer import NucleusTransformer
 

@@ -103,7 +103,7 @@ def test_an_export_holds_one_file_at_a_time(released, tmp_path):
 
 
 def shard(built, kind, world, rank=0):
-    """The layouts of model.train.parallelize, from plain FSDP2 and DTensor alone."""
+    """The layouts of model.train.parallel.parallelize, from plain FSDP2 and DTensor alone."""
 
     def mesh_of(**sizes):
         # Named by rank: PyTorch keeps equal meshes, and one process plays several ranks here.

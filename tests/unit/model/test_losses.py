@@ -82,3 +82,15 @@ def test_wavelet_loss_is_the_mse_of_the_bands_in_fp32():
     loss = losses.wavelet_loss(a, b)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_trained_in_guidance_settles_at_the_guided_prediction():
+    """A model that follows its target ends at u + scale (c - u), c being what it would predict without guidance."""
+    generator = torch.Generator().manual_seed(0)
+    c, u = torch.randn(2, 3, 4, 5, generator=generator)
+    has_text = torch.tensor([True, False, True])
+    v = c.clone()
+    for _ in range(200):
+        v = c + losses.guidance(v, u, has_text, scale=3.0)
+    assert torch.allclose(v[has_text], (u + 3.0 * (c - u))[has_text], atol=1e-4)
+    assert torch.equal(v[~has_text], c[~has_text])

@@ -7,8 +7,8 @@ from small_model import SMALL
 from torch import nn
 
 from model import optim
-from model.config import TransformerConfig
-from model.optim import Muon, newton_schulz, parameter_groups, update_scale, wsm_schedule
+from model.config import DecayConfig, TransformerConfig
+from model.optim import Muon, learning_rate_factor, newton_schulz, parameter_groups, update_scale
 from model.transformer import NucleusTransformer
 
 TINY = TransformerConfig(**SMALL | {"num_layers": 2, "num_key_value_heads": 4})
@@ -176,9 +176,15 @@ def test_muon_learns_a_linear_map():
     assert losses[-1] < 0.01 * losses[0]
 
 
-def test_schedule_warms_up_linearly_and_never_decays():
-    assert [wsm_schedule(step, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert wsm_schedule(10**7, 1000) == 1.0 and wsm_schedule(0, 0) == 1.0
+def test_schedule_warms_up_linearly_and_without_a_decay_stays():
+    assert [learning_rate_factor(step, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert learning_rate_factor(10**7, 1000) == 1.0 and learning_rate_factor(0, 0) == 1.0
+
+
+def test_a_decay_falls_linearly_to_its_goal_at_the_last_step():
+    decay = DecayConfig(steps=4, to=0.2)
+    factors = [learning_rate_factor(step, 2, left=9 - step, decay=decay) for step in range(10)]
+    assert factors == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
 
 
 @pytest.mark.parametrize("most", [1, 3, 5, 100])

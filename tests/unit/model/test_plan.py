@@ -9,7 +9,7 @@ import torch
 from small_model import SMALL
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.config import RoutingConfig, TransformerConfig
+from model.config import RoutingConfig, StageConfig, TransformerConfig
 from model.optim import Muon, parameter_groups
 from model.plan.memory import Layout, Shapes, moments
 from model.plan.memory_trace import Step
@@ -340,6 +340,17 @@ def test_a_plan_that_does_not_fit_names_a_layout_or_says_none(capsys):
     assert "DOES NOT FIT" in out and "a layout that fits" in out
 
 
+def test_steps_that_train_guidance_in_cost_one_more_forward_and_little_memory(sections, shapes):
+    model, train = sections
+    stage, layout = train.stages[2], Layout(64, 64, 64, 4, "full")
+    guided = StageConfig(**{**stage.model_dump(), "guidance": {"steps": stage.steps // 4, "scale": 3.0}})
+    before, after = (plan_stage(shapes, model, train, each, layout, GPUS["h100"]) for each in (stage, guided))
+    forward = sum(before["flops"]["forward"].values())
+    added = after["flops"]["forward_and_backward"] - before["flops"]["forward_and_backward"]
+    assert added == pytest.approx(forward / 4) and after["days"] == pytest.approx(before["days"] * 3.25 / 3)
+    assert 0 <= after["memory_bytes"]["peak"] - before["memory_bytes"]["peak"] < 4 * 4096 * 64 * 4 * 8
+
+
 def test_time_and_cost_follow_from_flops(sections, shapes):
     model, train = sections
     stage, layout = train.stages[2], Layout(64, 64, 64, 4, "full")
@@ -455,7 +466,7 @@ def test_a_rank_is_not_taken_for_the_first_after_planning_in_the_same_process(mo
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
 
-    from model.train.fake_ranks import first_rank_of
+    from model.train.parallel.fake_ranks import first_rank_of
 
     def coordinates():
         with first_rank_of(2, 1, CONFIG) as model:

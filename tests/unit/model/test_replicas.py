@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from model.train import replicas
+from model.train.parallel import replicas
 
 SHARDED, WHOLE, EVERYWHERE, CUT = "replicas of shards", "a router", "plain", "no two alike"
 
@@ -62,16 +62,16 @@ def rank_main(folder, rank, ranks):
             replicas.local_part(found[disturbed]).view(-1)[1] += 1e-6
         return found
 
-    told = [replicas.differing(weights())]
+    reported = [replicas.differing(weights())]
     for name, at in ((SHARDED, 3), (WHOLE, 1), (EVERYWHERE, 2), (CUT, 0)):
-        told.append(replicas.differing(weights(name if rank == at else None)))
-    torch.save(told, f"{folder}/{rank}.pt")
+        reported.append(replicas.differing(weights(name if rank == at else None)))
+    torch.save(reported, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
-    """What each of 4 ranks, 2 replicas of 2 shards, was told."""
+def reported(tmp_path_factory):
+    """What each of 4 ranks, 2 replicas of 2 shards, reports."""
     folder = tmp_path_factory.mktemp("ranks")
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=rank_main, args=(folder, rank, 4)) for rank in range(4)]
@@ -82,5 +82,5 @@ def told(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
 
 
-def test_every_rank_hears_which_weights_differ_on_any(told):
-    assert told == [[[], [SHARDED], [WHOLE], [EVERYWHERE], []]] * 4
+def test_every_rank_hears_which_weights_differ_on_any(reported):
+    assert reported == [[[], [SHARDED], [WHOLE], [EVERYWHERE], []]] * 4

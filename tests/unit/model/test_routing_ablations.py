@@ -188,7 +188,7 @@ def test_the_default_writes_diffusers_keys_alone_and_ablations_come_back():
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         ({"routing": {"kind": "token_choice"}, "capacity_factors": 1.5}, "1.5 must be a whole number"),
         ({"routing": {"expert_limit": 1.0}}, "expert_limit=1.0 is of kind 'token_choice'"),
@@ -196,8 +196,8 @@ def test_the_default_writes_diffusers_keys_alone_and_ablations_come_back():
         ({"routing": {"knd": "dense"}}, "knd"),
     ],
 )
-def test_impossible_ablations_are_refused(changes, told):
-    with pytest.raises(ValidationError, match=told):
+def test_impossible_ablations_are_refused(changes, expected):
+    with pytest.raises(ValidationError, match=expected):
         TransformerConfig(**{**SHAPE, **changes})
 
 

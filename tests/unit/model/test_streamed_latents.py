@@ -1,4 +1,4 @@
-"""Latents read where they lie: the same bits as from a copy, no more than a batch needs, and each row checked."""
+"""Latents read from where they are stored: the same bits as from a copy, no more than a batch needs, and each row checked."""
 
 from __future__ import annotations
 
@@ -199,8 +199,8 @@ def test_what_fails_for_a_moment_is_read_again_and_nothing_else_is(directory, re
 
 def test_what_fails_for_long_is_one_error_with_the_file_and_the_range(directory, reads):
     reads.failing = 10**6
-    told = r"bucket-64x32/latents-00000.safetensors: bytes 0 to \d+ could not be read in 5 attempt.*503 Slow Down"
-    with pytest.raises(ConnectionError, match=told):
+    expected = r"bucket-64x32/latents-00000.safetensors: bytes 0 to \d+ could not be read in 5 attempt.*503 Slow Down"
+    with pytest.raises(ConnectionError, match=expected):
         StreamedLatents(directory, directory).latents([1])
     assert len(reads) == 5
 

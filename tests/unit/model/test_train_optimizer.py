@@ -118,8 +118,8 @@ def test_the_first_rank_prints_which_parameters_are_in_which_group(alone, capsys
     (8, "spectral", {"experts.gate_up_proj", "experts.down_proj"}),  # 1344 to 2048: its factor is from out / in
 ])  # fmt: skip
 def test_dist_muon_takes_all_of_the_17b_models_matrices_but_these(expert_parallel, scale, left):
-    from model.train.dist_muon import split
-    from model.train.fake_ranks import first_rank_of
+    from model.train.parallel.dist_muon import split
+    from model.train.parallel.fake_ranks import first_rank_of
     from tasks.recipe import load_recipe
 
     with first_rank_of(64, expert_parallel, load_recipe("nucleus_17b").model) as model:

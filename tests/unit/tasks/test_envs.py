@@ -41,7 +41,14 @@ def test_memory_of_an_accelerator_is_in_segments_that_grow_unless_the_user_says_
         assert ALLOCATOR not in trainer(**asked, NUCLEUS_ACCELERATOR="none")["environment"]
 
 
-SITE = ("NUCLEUS_PROFILE", "NUCLEUS_FABRIC", "NUCLEUS_QUEUE", "NUCLEUS_POD_TEMPLATES", "NUCLEUS_HUB_SECRET")
+SITE = (
+    "NUCLEUS_PROFILE",
+    "NUCLEUS_FABRIC",
+    "NUCLEUS_QUEUE",
+    "NUCLEUS_POD_TEMPLATES",
+    "NUCLEUS_HUB_SECRET",
+    "NUCLEUS_WANDB_SECRET",
+)
 
 
 @pytest.fixture
@@ -104,6 +111,8 @@ def test_the_sites_own_label_template_and_secret_are_used(site):
     (secret,) = module.gather("publisher")["secret_requests"]
     assert (secret.group, secret.env_var) == ("hub", "HF_TOKEN")
     assert "secret_requests" not in module.shard("curation")  # it decodes what strangers made
+    (secret,) = site(NUCLEUS_WANDB_SECRET="metrics").trainer()["secret_requests"]
+    assert (secret.group, secret.key, secret.env_var) == ("metrics", "WANDB_API_KEY", "WANDB_API_KEY")
     assert site(NUCLEUS_POD_TEMPLATES="off").trainer()["pod_template_name"] is None
 
 

@@ -403,7 +403,7 @@ def test_a_directory_of_another_kind_or_digest_is_refused(tmp_path):
 
 
 def test_a_planted_directory_does_not_replace_the_artifact_that_is_made(tmp_path):
-    """Somebody else's self-consistent directory under our digest's name is put aside, not handed on."""
+    """Somebody else's self-consistent directory under our digest's name is put aside, not returned."""
     planted = tmp_path / "planted"
     planted.mkdir()
     (planted / "a.bin").write_text("malicious")

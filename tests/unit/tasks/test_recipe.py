@@ -152,6 +152,14 @@ def test_an_override_of_a_wrong_place_says_what_is_there(small, override, parts)
         (lambda d: d["train"].update(seed="many"), ["train.seed: Input should be a valid integer", "(got 'many')"]),
         (lambda d: d["train"]["stages"][0].update(steps=1.5), ["train.stages[0].steps: ", "integer", "(got 1.5)"]),
         (lambda d: d["train"]["stages"][0].update(steps=-3), ["train.stages[0].steps: ", "greater than 0", "(got -3)"]),
+        (
+            lambda d: d["train"]["stages"][0].update(decay={"steps": 10**6}),
+            ["train.stages[0]", "decay.steps=1000000 must be at most the stage's steps="],
+        ),
+        (
+            lambda d: d["train"]["stages"][0].update(guidance={"steps": 1, "scale": 1.0}),
+            ["train.stages[0].guidance.scale: ", "greater than 1", "(got 1.0)"],
+        ),
         (lambda d: d["train"].update(dtype="float64"), ["train.dtype: ", "'float32' or 'bfloat16'", "(got 'float64')"]),
         (lambda d: d["train"].update(stages={}), ["train.stages: ", "tuple"]),
         (lambda d: d["train"].update(stages=[]), ["train.stages: ", "at least 1 item"]),
@@ -362,3 +370,29 @@ def test_a_whole_number_beyond_what_tasks_can_exchange_is_refused_by_its_key(key
 def test_a_model_of_very_many_layers_is_refused_at_once():
     with pytest.raises(ValueError, match="model.num_layers: Input should be less than or equal to 1024"):
         load_recipe("smoke", ["model.num_layers=99999999"])
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("curation.captions.max_words=1e9", "curation.captions.max_words.*10000"),
+        ("train.stages[0].aspect_ratios=['1000000:1']", "aspect_ratios has '1000000:1'; one side may be 16 times"),
+        ("source.scene_size_px=1e7", "source.scene_size_px.*4096"),
+        ("train.stages[0].image_size_px=16777216", "image_size_px.*16384"),
+        ("eval.image_size_px=16777216", "eval.image_size_px.*16384"),
+        ("train.seed=true", "train.seed=true must be a whole number"),
+        ("components.seed=1.0", "components.seed=1.0 must be a whole number"),
+        ("source.seed='1'", "source.seed='1' must be a whole number"),
+        ("eval.seeds=[0, true]", r"eval.seeds\[1\]=true must be a whole number"),
+        ("train.stages[0].steps=true", r"train.stages\[0\].steps=true must be a whole number"),
+        ("components.min_psnr_db=true", "components.min_psnr_db=true must be a number"),
+    ],
+)
+def test_absurd_numbers_are_refused_in_one_sentence(override, says):
+    with pytest.raises(ValueError, match=says) as error:
+        load_recipe("smoke", [override])
+    assert "\n" not in str(error.value)
+
+
+def test_whole_numbers_in_scientific_notation_are_still_read():
+    assert load_recipe("smoke", ["train.stages[0].steps=1e2"]).train.stages[0].steps == 100

@@ -104,7 +104,7 @@ def test_bases_that_lead_nowhere_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "expected"),
     [
         (
             ["train.losses.load_balance=0.01"],
@@ -120,8 +120,8 @@ def test_bases_that_lead_nowhere_are_refused(tmp_path):
         ),
     ],
 )
-def test_what_does_not_go_with_an_ablation_is_refused(overrides, told):
-    with pytest.raises(ValueError, match=told):
+def test_what_does_not_go_with_an_ablation_is_refused(overrides, expected):
+    with pytest.raises(ValueError, match=expected):
         load_recipe("tiny", overrides)
 
 

@@ -16,8 +16,9 @@ import json
 from flytekit import LaunchPlan
 import workflows.launch_plans as module
 plans = [plan for plan in vars(module).values() if isinstance(plan, LaunchPlan)]
-print(json.dumps({p.name: [p.fixed_inputs.literals["recipe"].scalar.primitive.string_value, p.max_parallelism,
-                           len(p.notifications or [])] for p in plans}))
+fixed = lambda p: p.fixed_inputs.literals["recipe"].scalar.primitive.string_value if p.fixed_inputs.literals else None
+print(json.dumps({p.name: [fixed(p), p.max_parallelism, [n.email.recipients_email for n in p.notifications or []]]
+                  for p in plans}))
 """
 
 
@@ -30,15 +31,28 @@ def plans(nnodes: int, nproc: int, **environment: str) -> dict[str, list]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_one_process_reproduces_the_small_recipes_and_their_ablations():
+CHOSEN = {"ablate", "pretrain", "study", "train", "train-stage"}
+STEPS = {"choose-candidate", "curate", "encode", "evaluate", "merge", "publish"}
+
+
+def test_everything_that_people_start_has_a_plan_with_bounds_and_mails():
     found = plans(1, 1, NUCLEUS_NOTIFY="a@example.com, b@example.com")
-    assert found["reproduce-smoke"] == ["smoke", 64, 1] and found["reproduce-tiny"][0] == "tiny"
-    assert {f"ablate-{path.stem}" for path in (ROOT / "recipes" / "ablations").glob("*.yaml")} <= found.keys()
-    assert not any(name.startswith("pretrain-") for name in found)
+    ablations = {f"ablate-{path.stem}" for path in (ROOT / "recipes" / "ablations").glob("*.yaml")}
+    assert found.keys() >= CHOSEN | STEPS | ablations | {"reproduce-smoke", "reproduce-tiny"}
+    assert found["reproduce-smoke"][0] == "smoke" and found["ablate-token_choice"][0] == "ablations/token_choice"
+    assert all(found[name][0] is None for name in CHOSEN | STEPS)  # with a recipe of the user's
+    assert not any(name.startswith("pretrain-nucleus") for name in found)  # which trains on other shapes
+    assert all(
+        parallel == 64 and mails == [["a@example.com", "b@example.com"]] for _, parallel, mails in found.values()
+    )
 
 
-@pytest.mark.parametrize(("shape", "expected"), [((8, 8), {"pretrain-nucleus_17b-8x8"}), ((2, 8), set())])
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((8, 8), {"pretrain-nucleus_17b-8x8", "reproduce-nucleus_17b-8x8"}), ((2, 8), set())]
+)
 def test_a_shape_has_the_plans_of_the_recipes_that_train_on_it(shape, expected):
     found = plans(*shape)
-    assert found.keys() == expected
-    assert all(recipe == "nucleus_17b" and not mails for recipe, _, mails in found.values())
+    suffix = f"-{shape[0]}x{shape[1]}"
+    assert {name for name, (recipe, *_) in found.items() if recipe} == expected
+    assert found.keys() == expected | {f"{name}{suffix}" for name in CHOSEN}
+    assert not any(mails for *_, mails in found.values())

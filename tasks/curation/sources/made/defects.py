@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from eval.benchmarks.shapes.vocabulary import BACKGROUNDS
 from tasks.curation.sources.made import scenes
 from tasks.curation.sources.made.scenes import Scene
-from tasks.curation.sources.made.vocabulary import BACKGROUNDS
 
 KINDS = (
     "exact_duplicate",

@@ -4,9 +4,9 @@ A scene holds 1 to 4 objects. Lengths are in units of the SHORTER image side: cx
 [0, H/min(W,H)], size = side of the (square) bounding box, the same for every shape. Scenes are a function of
 the generator that they are given, so that the same seed draws the same corpus.
 
-What vocabulary.py holds out never occurs: no held-out coloured shape, no held-out pair of coloured
-shapes, and no two objects whose centres stand in a held-out relation (stricter than GenEval's rule, which
-needs a clear offset as well).
+The scenes are made for the shapes benchmark and use its vocabulary. What it holds out never occurs: no held-out coloured
+shape, no held-out pair of coloured shapes, and no two objects whose centres stand in a held-out relation (stricter than
+GenEval's rule, which needs a clear offset as well).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from tasks.curation.sources.made.vocabulary import (
+from eval.benchmarks.shapes.vocabulary import (
     BACKGROUNDS,
     COLORS,
     HELD_OUT_COLOR_PAIRS,
@@ -213,12 +213,12 @@ def _relations(a: SceneObject, b: SceneObject, threshold: float = 0.5) -> set[st
     shrink = 0.1 * (a.size + b.size)
     x, y = max(abs(dx) - shrink, 0.0), max(abs(dy) - shrink, 0.0)
     least = threshold * (dx * dx + dy * dy) ** 0.5
-    found = set()
+    names = set()
     if x > least:
-        found.add("left of" if dx < 0 else "right of")
+        names.add("left of" if dx < 0 else "right of")
     if y > least:
-        found.add("above" if dy < 0 else "below")
-    return found
+        names.add("above" if dy < 0 else "below")
+    return names
 
 
 def _choice(rng: np.random.Generator, items: tuple) -> Any:
@@ -349,8 +349,8 @@ def _single(scene: Scene, rng: np.random.Generator) -> list[str]:
 
 def _two(scene: Scene, rng: np.random.Generator) -> list[str]:
     a, b = _shuffled(scene, rng)
-    found = relations(scene, a, b)
-    if not found:
+    relative = relations(scene, a, b)
+    if not relative:
         return [
             f"a photo of {_noun(a)} and {_noun(b)}",
             f"a photo of {_noun(b)} and {_noun(a)}",
@@ -358,7 +358,7 @@ def _two(scene: Scene, rng: np.random.Generator) -> list[str]:
             f"a photo of {_noun(b, color=False)} and {_noun(a, color=False)}",
             f"{_noun(a, size=True)} and {_noun(b, size=True)} {_ground(scene)}",
         ]
-    relation = _choice(rng, tuple(found))
+    relation = _choice(rng, tuple(relative))
     # The colourless relation is said from the other side: both directions get learnt from one image.
     return [
         f"a photo of {_noun(b)} and {_noun(a)}",

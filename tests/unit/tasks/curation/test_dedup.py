@@ -1,20 +1,19 @@
-import contextlib
 import io
-import tempfile
 
 import imagehash
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image, ImageDraw
+from score_tables import duplicates, good_row, tables_of
 
 from tasks.curation import dedup
-from tasks.curation.config import CurationConfig, DedupConfig
-from tasks.curation.dedup import DuplicateSearch, candidate_pairs, thumbnail, thumbnail_difference
+from tasks.curation.config import CurationConfig, DedupConfig, FilterConfig
+from tasks.curation.dedup import candidate_pairs, thumbnail, thumbnail_difference
 from tasks.curation.score import score_record
 from tasks.curation.sources.base import Record
 
-CONFIG = CurationConfig()
+CONFIG = CurationConfig(filters=FilterConfig(min_side_px=32, min_entropy_bits=0.0, max_aspect_ratio=9))
 COLORS = [(220, 40, 40), (40, 170, 70), (40, 80, 225), (240, 205, 30), (150, 50, 200), (25, 25, 25)]
 GROUND = (250, 236, 205)
 
@@ -49,27 +48,25 @@ def shifted(image: Image.Image, dx: int, dy: int) -> Image.Image:
     return out
 
 
-def search(scores: pd.DataFrame, config: DedupConfig, thumbnails: dict[int, np.ndarray]) -> pd.DataFrame:
-    """position, keeper and rule of each duplicate; the records are added one by one, as from as many shards."""
-    with tempfile.TemporaryDirectory() as work, contextlib.closing(DuplicateSearch(work, config)) as found:
-        for i in range(len(scores)):
-            found.add(np.array([i]), scores.iloc[i : i + 1])
-        exact = [(position, keeper, "exact_duplicate") for position, keeper in found.exact_duplicates()]
-        near = found.near_duplicates(lambda wanted: {i: thumbnails[i] for i in wanted.tolist()})
-        rows = exact + [(position, keeper, "near_duplicate") for position, keeper, _ in near]
-    return pd.DataFrame(rows, columns=["position", "keeper", "rule"])
-
-
-def find(images: list[Image.Image], config: DedupConfig = CONFIG.dedup) -> pd.DataFrame:
+def find(images: list[Image.Image]) -> pd.DataFrame:
+    """position, keeper and rule of each duplicate among made pictures."""
     rows, small = [], {}
     for i, image in enumerate(images):
         buffer = io.BytesIO()
         image.save(buffer, "PNG", compress_level=1)
-        record = Record(f"k{i}", buffer.getvalue(), "png", [], "user", f"{i}.png", i)
-        row, sample = score_record(record, CurationConfig(dedup=config))
-        small[i] = thumbnail(sample.image, config.thumbnail_px)
-        rows.append(row | {"aesthetic": 5.0})
-    return search(pd.DataFrame(rows), config, small)
+        record = Record(f"k{i}", buffer.getvalue(), "png", ["a scene"], "scenes", f"{i}.png", i)
+        row, sample = score_record(record, CONFIG)
+        small[i] = thumbnail(sample.image, CONFIG.dedup.thumbnail_px)
+        rows.append(row | {"aesthetic": 5.0, "part": 0})
+    return search(rows, CONFIG, small)
+
+
+def search(rows: list[dict], config: CurationConfig, thumbnails: dict[int, np.ndarray]) -> pd.DataFrame:
+    with tables_of(rows) as tables:
+        found = duplicates(tables, config, lambda wanted: {i: thumbnails[i] for i in wanted.tolist()})
+    return pd.DataFrame(
+        [(i, keeper, rule) for i, (rule, keeper) in found.items()], columns=["position", "keeper", "rule"]
+    )
 
 
 RNG = np.random.default_rng(7)
@@ -108,7 +105,7 @@ def test_the_same_layout_in_other_colours_is_another_scene():
     images = [draw_scene([(color, *rest) for _, *rest in spec]) for color in COLORS]
     images.append(draw_scene([((61, 120, 61), *rest) for _, *rest in spec]))  # as light as the red, for pHash alike
     gray = [imagehash.phash(image, hash_size=8) for image in images]
-    assert gray[0] - gray[6] <= CONFIG.dedup.max_hamming_distance
+    assert gray[0] - gray[6] <= CONFIG.dedup.thumbnail_hamming_distance
     assert len(find(images)) == 0
 
 
@@ -139,27 +136,32 @@ def test_the_larger_copy_is_kept_wherever_it_stands():
     assert list(find([large, small])["position"]) == [1]
 
 
-def plain(**columns) -> pd.DataFrame:
-    """Scores of records that look alike."""
-    count = len(next(iter(columns.values())))
-    alike = {"width": 64, "height": 64, "aesthetic": 5.0, "phash": "0" * 16}
-    alike["coarse"] = [np.full(48, 100, np.uint8).tobytes()] * count
-    return pd.DataFrame({"record_id": [f"id{i}" for i in range(count)]} | alike | columns, index=range(count))
+def alike(aesthetic: list[float]) -> list[dict]:
+    """Made pictures that look alike."""
+    coarse = bytes([100] * 48)
+    return [good_row(i, source="scenes", coarse=coarse, aesthetic=score) for i, score in enumerate(aesthetic)]
 
 
 def test_of_near_copies_the_better_scored_one_is_kept_and_a_hair_does_not_count():
     flat = dict.fromkeys(range(3), np.zeros((64, 64, 3), np.uint8))
-    found = search(plain(aesthetic=[5.0, 5.1, 7.0]), CONFIG.dedup, flat)
+    found = search(alike([5.0, 5.1, 7.0]), CONFIG, flat)
     assert found[["position", "keeper"]].to_numpy().tolist() == [[0, 2], [1, 2]]
-    found = search(plain(aesthetic=[5.0, 5.1]), CONFIG.dedup, flat)
+    found = search(alike([5.0, 5.1]), CONFIG, flat)
     assert found[["position", "keeper"]].to_numpy().tolist() == [[1, 0]]
 
 
 def test_a_chain_does_not_merge_its_ends():
     """a ~ b ~ c, but not a ~ c: b falls to a, and c stays."""
     thumbs = {i: np.full((64, 64, 3), 30 * i, np.uint8) for i in range(3)}
-    found = search(plain(aesthetic=[5.0] * 3), DedupConfig(max_thumbnail_difference=40), thumbs)
+    config = CurationConfig(dedup=DedupConfig(max_thumbnail_difference=40))
+    found = search(alike([5.0] * 3), config, thumbs)
     assert found[["position", "keeper"]].to_numpy().tolist() == [[1, 0]]
+
+
+def test_more_made_pictures_than_fit_into_memory_are_refused_with_the_figures(monkeypatch):
+    monkeypatch.setattr(dedup, "MAX_RECORDS", 2)
+    with pytest.raises(ValueError, match=r"thumbnail_sources=.*: 3 records .* 2 can be"):
+        search(alike([5.0] * 3), CONFIG, {})
 
 
 @pytest.mark.parametrize("distance", [0, 3, 10])
@@ -205,44 +207,3 @@ def test_a_thumbnail_forgives_one_of_its_pixels_and_no_more():
     assert thumbnail_difference(image, np.roll(image, 1, axis=1)) == 0
     assert thumbnail_difference(image, np.roll(image, 3, axis=1)) > 100
     assert thumbnail_difference(image, np.roll(image, 3, axis=0)) > 100
-
-
-def test_a_hash_of_another_size_is_refused():
-    with pytest.raises(ValueError, match="hash_size=16 needs 256"):
-        dedup.hash_bits("0" * 16, 16)
-
-
-@pytest.mark.parametrize("size", [5, 8, 16])
-def test_hash_bits_are_imagehashs(size):
-    value = imagehash.phash(draw_scene(SCENES[5]), hash_size=size)
-    bits = dedup.hash_bits(str(value), size)
-    assert np.array_equal(bits, value.hash.ravel())
-
-
-@pytest.mark.parametrize("distance", [2, 4, 6])
-def test_joins_on_disk_find_the_pairs_that_comparing_in_memory_finds(distance, monkeypatch):
-    rng = np.random.default_rng(3)
-    hashes = np.repeat(rng.integers(0, 2**63, 40, dtype=np.uint64), 6)
-    for i in range(len(hashes)):
-        for bit in rng.choice(64, rng.integers(0, 5), replace=False):
-            hashes[i] ^= np.uint64(1) << np.uint64(bit)
-    coarse = [rng.integers(100, 130, 48).astype(np.uint8).tobytes() for _ in hashes]
-    scores = plain(phash=[f"{int(value):016x}" for value in hashes], coarse=coarse)
-    pairs = []
-    for limit in (10**6, 10):
-        monkeypatch.setattr(dedup, "COMPARED_IN_MEMORY", limit)
-        with tempfile.TemporaryDirectory() as work:
-            found = DuplicateSearch(work, DedupConfig(max_hamming_distance=distance))
-            with contextlib.closing(found):
-                found.add(np.arange(len(scores)), scores)
-                assert list(found.exact_duplicates()) == []
-                pairs.append(found._candidate_pairs().tolist())
-    assert pairs[0] == pairs[1] and len(pairs[0]) > 50
-
-
-def test_a_distance_that_is_too_wide_for_the_corpus_is_refused_with_the_figures():
-    with pytest.raises(
-        ValueError, match=r"max_hamming_distance=14: near duplicates among 700000000 .* 4 takes about 5\.\de\+10"
-    ):
-        dedup.plan_blocks(700_000_000, 14, 8)
-    assert [dedup.plan_blocks(count, 4, 8) for count in (10**6, 10**7, 7 * 10**8)] == [6, 7, 8]

@@ -5,11 +5,11 @@ import sys
 import zlib
 
 import numpy as np
-import pandas as pd
 import pytest
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from score_tables import good_row, records_of
 
-from tasks.curation import filters
+from tasks.curation import decoding, filters
 from tasks.curation.config import CurationConfig, FilterConfig, ScorerConfig
 from tasks.curation.score import measure, run_scorers, score_record
 from tasks.curation.scorers import SCORERS, build_scorers
@@ -51,8 +51,8 @@ def verdict(data: bytes, config: CurationConfig = CONFIG) -> tuple[str, str]:
     row, sample = score_record(Record("k", data, "png", ["a circle"], "user", "a.png", 0), config)
     if sample is not None:
         run_scorers(build_scorers(config.scorers), [(row, sample)])
-    rule, detail = filters.decide(pd.DataFrame([row]), config.filters)
-    return rule[0], detail[0]
+    (decided,) = records_of([row | {"part": 0}], config)
+    return decided["rule"], decided["detail"]
 
 
 # --- decoding --------------------------------------------------------------------------------------------------
@@ -62,36 +62,36 @@ def verdict(data: bytes, config: CurationConfig = CONFIG) -> tuple[str, str]:
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
 def test_a_truncated_file_is_refused(kind, share):
     data = to_bytes(busy(), kind)
-    assert filters.decode(data, 10**6).size == (160, 96)
+    assert decoding.decode(data, 10**6).size == (160, 96)
     with pytest.raises(ValueError):
-        filters.decode(data[: int(share * len(data))], 10**6)
+        decoding.decode(data[: int(share * len(data))], 10**6)
 
 
 def test_a_jpeg_without_its_last_bytes_is_refused_though_libjpeg_would_take_it():
     data = to_bytes(busy(), "JPEG")
-    with pytest.raises(filters.UndecodableError, match="truncated JPEG"):
-        filters.decode(data[:-2], 10**6)
+    with pytest.raises(decoding.UndecodableError, match="truncated JPEG"):
+        decoding.decode(data[:-2], 10**6)
 
 
 def test_a_jpeg_with_overwritten_scan_data_is_refused():
     data = bytearray(to_bytes(busy(320, 320), "JPEG", quality=95))
     middle = len(data) // 2
     data[middle : middle + 2000] = np.random.default_rng(0).integers(0, 256, 2000, dtype=np.uint8).tobytes()
-    with pytest.raises(filters.UndecodableError, match="corrupt JPEG|does not decode"):
-        filters.decode(bytes(data), 10**6)
+    with pytest.raises(decoding.UndecodableError, match="corrupt JPEG|does not decode"):
+        decoding.decode(bytes(data), 10**6)
 
 
 @pytest.mark.parametrize(
     "options", [{"progressive": True}, {"restart_marker_rows": 1}, {"quality": 10}, {"exif": b"Exif\0\0"}]
 )
 def test_sound_jpegs_of_every_make_decode(options):
-    assert filters.decode(to_bytes(busy(), "JPEG", **options), 10**6).size == (160, 96)
+    assert decoding.decode(to_bytes(busy(), "JPEG", **options), 10**6).size == (160, 96)
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"<html></html>" * 99, b"\xff\xd8\xff", b"%!PS-Adobe-3.0 EPSF-3.0\n"])
 def test_what_is_no_image_is_refused(data):
-    with pytest.raises(filters.UndecodableError):
-        filters.decode(data, 10**6)
+    with pytest.raises(decoding.UndecodableError):
+        decoding.decode(data, 10**6)
 
 
 @pytest.mark.parametrize("size", [(20_000, 20_000), (12_000, 12_000), (2_000, 1_000)])
@@ -100,8 +100,8 @@ def test_a_bomb_is_refused_by_its_header_before_a_pixel_is_decoded(size, monkeyp
         raise AssertionError("decoded")
 
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
-    with pytest.raises(filters.TooManyPixelsError):
-        filters.decode(png_header(*size), 10**6)
+    with pytest.raises(decoding.TooManyPixelsError):
+        decoding.decode(png_header(*size), 10**6)
     assert verdict(png_header(*size), CurationConfig(filters=FilterConfig(max_pixels=10**6)))[0] == "too_many_pixels"
 
 
@@ -112,11 +112,11 @@ def test_exif_orientation_is_made_real_as_pillow_does(orientation):
     for kind in ("JPEG", "PNG"):
         data = to_bytes(busy(), kind, exif=exif)
         want = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-        assert np.array_equal(np.asarray(filters.decode(data, 10**6)), np.asarray(want.convert("RGB")))
+        assert np.array_equal(np.asarray(decoding.decode(data, 10**6)), np.asarray(want.convert("RGB")))
         columns = measure(data, CONFIG).columns
         assert (columns["width"], columns["height"]) == want.size
         assert columns["orientation"] == orientation
-        header = filters.inspect(data)
+        header = decoding.inspect(data)
         assert (header.width, header.height, header.orientation) == (*want.size, orientation)
 
 
@@ -124,13 +124,13 @@ def test_exif_orientation_is_made_real_as_pillow_does(orientation):
 def test_transparency_is_laid_over_white(mode):
     image = Image.new("RGBA", (40, 40), (255, 0, 0, 0))
     image.paste((0, 0, 0, 255), (0, 0, 20, 40))
-    pixels = np.asarray(filters.decode(to_bytes(image.convert(mode)), 10**6))
+    pixels = np.asarray(decoding.decode(to_bytes(image.convert(mode)), 10**6))
     assert (pixels[:, 30] == 255).all() and (pixels[:, 10] == 0).all()
 
 
 def test_half_transparent_pixels_are_mixed_with_white():
     data = to_bytes(Image.new("RGBA", (40, 40), (0, 0, 0, 128)))
-    assert abs(int(np.asarray(filters.decode(data, 10**6))[0, 0, 0]) - 127) <= 1
+    assert abs(int(np.asarray(decoding.decode(data, 10**6))[0, 0, 0]) - 127) <= 1
 
 
 RAMP16 = np.linspace(0, 65535, 40 * 40).round().astype(np.uint16).reshape(40, 40)
@@ -139,32 +139,32 @@ RAMP16 = np.linspace(0, 65535, 40 * 40).round().astype(np.uint16).reshape(40, 40
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "JPEG2000"])
 def test_sixteen_bit_grayscale_is_scaled_to_eight_and_goes_on(kind):
     data = to_bytes(Image.fromarray(RAMP16), kind)
-    assert filters.inspect(data).mode == "L"
-    pixels = np.asarray(filters.decode(data, 10**6))
+    assert decoding.inspect(data).mode == "L"
+    pixels = np.asarray(decoding.decode(data, 10**6))
     assert np.array_equal(pixels, np.repeat(np.rint(RAMP16 / 257)[..., None], 3, axis=2))
-    every_format = CONFIG.filters.model_copy(update={"formats": filters.DECODABLE})
+    every_format = CONFIG.filters.model_copy(update={"formats": decoding.DECODABLE})
     assert verdict(data, CONFIG.model_copy(update={"filters": every_format}))[0] == ""
 
 
 def test_a_big_endian_and_an_inverted_tiff_of_sixteen_bits_have_the_right_levels():
     want = np.rint(RAMP16 / 257)
     swapped = to_bytes(Image.fromarray(RAMP16.astype(">u2")), "TIFF")
-    assert np.array_equal(np.asarray(filters.decode(swapped, 10**6))[..., 0], want)
-    inverted = to_bytes(Image.fromarray(RAMP16), "TIFF", tiffinfo={filters.PHOTOMETRIC: filters.WHITE_IS_ZERO})
-    assert np.array_equal(np.asarray(filters.decode(inverted, 10**6))[..., 0], 255 - want)
+    assert np.array_equal(np.asarray(decoding.decode(swapped, 10**6))[..., 0], want)
+    inverted = to_bytes(Image.fromarray(RAMP16), "TIFF", tiffinfo={decoding.PHOTOMETRIC: decoding.WHITE_IS_ZERO})
+    assert np.array_equal(np.asarray(decoding.decode(inverted, 10**6))[..., 0], 255 - want)
 
 
 def test_a_transparent_level_of_sixteen_bits_is_laid_over_white():
     values = np.full((40, 40), 300, np.uint16)
     values[:, 20:] = 301  # the same 8 bits
-    pixels = np.asarray(filters.decode(to_bytes(Image.fromarray(values), transparency=300), 10**6))
+    pixels = np.asarray(decoding.decode(to_bytes(Image.fromarray(values), transparency=300), 10**6))
     assert (pixels[:, :20] == 255).all() and (pixels[:, 20:] == 1).all()
 
 
 def test_pixels_without_a_known_range_are_refused_rather_than_clipped():
     data = to_bytes(Image.fromarray(np.full((40, 40), 40_000, np.int32)), "TIFF")
-    with pytest.raises(filters.UndecodableError, match="mode I "):
-        filters.decode(data, 10**6)
+    with pytest.raises(decoding.UndecodableError, match="mode I "):
+        decoding.decode(data, 10**6)
 
 
 # --- statistics ------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_bars_around_a_picture_are_measured(bars, color):
     framed = ImageOps.expand(picture, bars, color)
     want = 1 - 160 * 96 / (framed.width * framed.height)
     assert filters.border_fraction(np.asarray(framed)) == pytest.approx(want, abs=0.05)
-    as_jpeg = filters.decode(to_bytes(framed, "JPEG", quality=85), 10**6)
+    as_jpeg = decoding.decode(to_bytes(framed, "JPEG", quality=85), 10**6)
     assert filters.border_fraction(np.asarray(as_jpeg)) == pytest.approx(want, abs=0.05)
     assert filters.border_fraction(np.asarray(picture)) == 0
 
@@ -229,14 +229,14 @@ def gray(image: Image.Image) -> np.ndarray:
 def test_repeated_faint_text_is_seen(ink, alpha, angle, size):
     marked = watermarked(scene(), ink, alpha, angle, size)
     assert watermark_score(gray(marked)) > 0.5
-    assert watermark_score(gray(filters.decode(to_bytes(marked, "JPEG", quality=75), 10**6))) > 0.5
+    assert watermark_score(gray(decoding.decode(to_bytes(marked, "JPEG", quality=75), 10**6))) > 0.5
 
 
 def test_clean_pictures_noise_and_blur_have_no_watermark():
     rng = np.random.default_rng(0)
     clean = [scene(), scene(color="yellow", at=(10, 20, 40, 50)), busy(), Image.new("RGB", (128, 128), "gray")]
     for image in clean:
-        for again in (image, filters.decode(to_bytes(image, "JPEG", quality=50), 10**6)):
+        for again in (image, decoding.decode(to_bytes(image, "JPEG", quality=50), 10**6)):
             assert watermark_score(gray(again)) == 0
         noisy = np.clip(np.asarray(image) + rng.normal(0, 3, np.asarray(image).shape), 0, 255).astype(np.uint8)
         assert watermark_score(gray(Image.fromarray(noisy))) < 0.2
@@ -290,44 +290,47 @@ def test_each_rule_rejects_what_it_names(rule, data, fields):
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "JPEG2000", "PPM"])
 def test_a_format_that_the_recipe_rejects_is_not_decoded(kind, monkeypatch):
     data = to_bytes(busy(), kind)
-    monkeypatch.setattr(filters, "_decode", None)
+    monkeypatch.setattr(decoding, "_decode", None)
     assert verdict(data)[0] == "format"
 
 
-def table(**columns) -> pd.DataFrame:
-    """Scores of good records, of as many rows as the columns given."""
-    size = len(next(iter(columns.values())))
-    good = {
-        **{"key": [f"k{i}" for i in range(size)], "record_id": "0" * 64, "error_rule": "", "error": "", "problem": ""},
-        **{"format": "PNG", "mode": "RGB", "animated": False, "width": 512, "height": 512, "bytes_per_pixel": 1.0},
-        **{"entropy_bits": 5.0, "single_color_fraction": 0.2, "border_fraction": 0.0},
-        **{"nsfw": np.nan, "watermark": 0.0, "aesthetic": 5.0, "similarity": np.nan},
-    }
-    return pd.DataFrame(good | columns, index=range(size))
+def decided(filters: FilterConfig, **columns) -> list[tuple[str, str]]:
+    """(rule, detail) of good records but for the columns given."""
+    rows = [good_row(i, **dict(zip(columns, values))) for i, values in enumerate(zip(*columns.values(), strict=True))]
+    return [(row["rule"], row["detail"]) for row in records_of(rows, CurationConfig(filters=filters))]
+
+
+def rules_of(filters: FilterConfig, **columns) -> list[str]:
+    return [rule for rule, _ in decided(filters, **columns)]
 
 
 def test_the_models_scores_decide_by_their_thresholds_and_missing_ones_reject_nothing():
-    scores = table(nsfw=[0.9, 0.1, np.nan, np.nan], similarity=[0.3, 0.05, 0.3, np.nan])
     config = FilterConfig(max_nsfw=0.5, min_image_text_similarity=0.2)
-    assert list(filters.decide(scores, config)[0]) == ["nsfw", "image_text_similarity", "", ""]
+    found = rules_of(config, nsfw=[0.9, 0.1, np.nan, None], similarity=[0.3, 0.05, 0.3, np.nan])
+    assert found == ["nsfw", "image_text_similarity", "", ""]
 
 
 def test_the_first_broken_rule_is_named():
-    scores = table(width=[10, 512], entropy_bits=[0.0, 0.0], nsfw=[1.0, 1.0])
-    assert list(filters.decide(scores, FilterConfig())[0]) == ["min_side", "low_entropy"]
+    found = rules_of(FilterConfig(), width=[10, 512], entropy_bits=[0.0, 0.0], nsfw=[1.0, 1.0])
+    assert found == ["min_side", "low_entropy"]
 
 
-def test_a_threshold_is_still_good_and_deciding_leaves_the_scores_alone():
-    scores = table(entropy_bits=[0.5, 0.4999])
-    before = scores.copy()
-    assert list(filters.decide(scores, FilterConfig(min_entropy_bits=0.5))[0]) == ["", "low_entropy"]
-    pd.testing.assert_frame_equal(scores, before)
+def test_a_threshold_is_still_good():
+    assert rules_of(FilterConfig(min_entropy_bits=0.5), entropy_bits=[0.5, 0.4999]) == ["", "low_entropy"]
+
+
+def test_the_sentence_has_the_value_and_the_limit():
+    found = decided(FilterConfig(formats=("PNG",)), format=["PNG", "it's"], entropy_bits=[0.123456, 5.0])
+    assert found == [
+        ("low_entropy", "entropy_bits 0.1235 is under min_entropy_bits 0.5"),
+        ("format", "it's is not one of PNG"),
+    ]
 
 
 def test_a_problem_of_the_source_comes_before_every_other_rule():
-    scores = table(problem=["unreadable_caption", ""], problem_detail=["a.txt is not UTF-8", ""], width=[1, 512])
-    rule, detail = filters.decide(scores, FilterConfig())
-    assert (rule[0], detail[0]) == ("unreadable_caption", "a.txt is not UTF-8") and rule[1] == ""
+    problems = {"problem": ["unreadable_caption", ""], "problem_detail": ["a.txt is not UTF-8", ""]}
+    found = decided(FilterConfig(), **problems, width=[1, 512])
+    assert found == [("unreadable_caption", "a.txt is not UTF-8"), ("", "")]
 
 
 def test_a_scorer_that_does_not_exist_is_refused_by_name():
@@ -366,4 +369,4 @@ def test_every_scorer_of_the_registry_fills_its_column(spec):
 )
 def test_files_that_are_no_images_are_told_apart(data, why):
     with pytest.raises(ValueError, match=why):
-        filters.inspect(data)
+        decoding.inspect(data)

@@ -18,7 +18,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from model.config import StageConfig
 from model.data.latents import LatentDataset
 from tasks.curation.curated import Curated, open_curated
-from tasks.curation.filters import decode
+from tasks.curation.decoding import decode
 from tasks.curation.ledger import LEDGER
 from tasks.encoding import chat, flow, latents, prompts
 from tasks.encoding.buckets import Bucket, fit
@@ -30,7 +30,7 @@ from tasks.encoding.vae_codec import to_tensor
 from tasks.manifest import seal
 from tasks.planning.sections import for_own_images
 from tasks.recipe import load_recipe
-from tasks.store import LOCATIONS, read_index
+from tasks.store import read_index
 
 CONFIG = EncodingConfig(dtype="float32", rows_per_file=20, batch_size=16, text_batch_size=32)
 STAGE = StageConfig(
@@ -54,7 +54,7 @@ def encode(curated, components, out, stage=STAGE, config=CONFIG, groups=2, kinds
         (out / kind).mkdir()
         more = {"fractions": flow.fractions_of(curated, stage)} if kind == "latents" else {}
         reports.append(flow.gather(curated, folders, kind, out / kind, **more))
-        seal(out / kind, kind, logs=(LOCATIONS,))
+        seal(out / kind, kind, logs=flow.LOGS)
         found.append(out / kind)
     return found, reports
 
@@ -326,6 +326,25 @@ def test_one_more_shard_is_encoded_and_no_other_one_again(components, tmp_path, 
     assert sorted(made) == ["encode_latents", "encode_latents", "encode_texts"]  # of the new shard: one for each stage
 
 
+def test_a_shard_that_fails_is_named_and_encoded_alone_the_next_time(components, tmp_path, monkeypatch):
+    curated = select(tmp_path / "s", [scenes(6, 40 + i) for i in range(3)], tmp_path / "c")
+    real, failing = flow.texts.encode_texts, list(open_curated(curated).parts())[1].name
+
+    def encode_texts(selection, name, *arguments):
+        if name == failing:
+            raise OSError("the connection was closed")
+        return real(selection, name, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flow.texts, "encode_texts", encode_texts)
+        named = f"1 of 3 shards of group 0 failed: {failing}: OSError: the connection was closed"
+        with pytest.raises(RuntimeError, match=named):
+            encode(curated, components[0], tmp_path / "first", groups=1, kinds=("texts",))
+    made = count_work(monkeypatch)
+    _, (report,) = encode(curated, components[0], tmp_path / "second", groups=1, kinds=("texts",))
+    assert made == ["encode_texts"] and report["records"] == report["encoded"] + sum(report["counts"].values())
+
+
 def test_a_stage_encodes_only_the_tiers_and_the_share_that_it_draws(curated_dir, components, tmp_path):
     rows = [row for row in selected(curated_dir) if row["split"] == "train"]
     weights = {"A1": 2.0, "A2": 1.0, "A3": 0.0}
@@ -371,6 +390,7 @@ def test_an_index_copies_nothing_of_its_parts(encoded):
             "locations.parquet",
             "encoding_ledger.parquet",
             "report.json",
+            "report.html",
             "manifest.json",
         }
 

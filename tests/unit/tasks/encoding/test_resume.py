@@ -21,7 +21,7 @@ from tasks.encoding.small.training_state import TrainingState
 from tasks.manifest import seal
 
 ROOT = Path(__file__).resolve().parents[4]
-# Every step is saved. An attempt is a fork; told so, it kills itself in the middle of writing its n-th state.
+# Every step is saved. An attempt is a fork; if asked, it kills itself in the middle of writing its n-th state.
 SCRIPT = """
 import os, signal, sys, traceback
 from pathlib import Path

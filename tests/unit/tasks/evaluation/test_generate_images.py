@@ -1,8 +1,9 @@
-"""What the task that samples one seed's images keeps between attempts, and what it hands on."""
+"""What the task that samples a part of the images keeps between attempts, and what it hands on."""
 
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import os
 import signal
@@ -17,24 +18,24 @@ from eval.config import EvalConfig
 from tasks import store
 from tasks.artifacts import UserError
 from tasks.evaluation import evaluate, task
+from tasks.evaluation.plan import Part
 from tasks.manifest import load_manifest, seal
 from tasks.store import home
 
-CONFIG = EvalConfig(images_per_prompt=1, image_size_px=16, batch_size=4)
+CONFIG = EvalConfig(images_per_prompt=1, image_size_px=16, batch_size=4, seeds=(0,))
+PROMPT = {"tag": "colors", "include": [], "prompt": "a photo of a red circle"}
 
 
 @pytest.fixture
 def sample(tmp_path, monkeypatch):
     """Calls the task's function on sealed inputs, with a sampler in the pipeline's place."""
     monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
-    inputs = {"config": CONFIG, "seed": 0}
-    for kind in ("merged", "components"):
+    inputs = {"config": CONFIG, "part": Part(seed=0)}
+    for kind, name in (("merged", "file"), ("components", "file"), ("prompts", "prompts.jsonl")):
         (tmp_path / kind).mkdir()
-        (tmp_path / kind / "file").write_text(kind)
+        (tmp_path / kind / name).write_text((json.dumps(PROMPT) + "\n") * 6)
         seal(tmp_path / kind, kind)
         inputs[kind] = FlyteDirectory(str(tmp_path / kind))
-    prompts = [{"tag": "colors", "include": [], "prompt": "a photo of a red circle"}] * 6
-    monkeypatch.setattr("eval.catalog.prompts", lambda _: prompts)
     monkeypatch.setattr(evaluate, "load_pipeline", lambda *_: type("Pipeline", (), {"transformer": None}))
 
     def call(before_batch=lambda: None) -> Path:
@@ -43,7 +44,7 @@ def sample(tmp_path, monkeypatch):
             return [Image.new("RGB", (16, 16), "red") for _ in prompts]
 
         monkeypatch.setattr(pipelines, "diffusers_sampler", lambda *_, **__: sampler)
-        return Path(task.generate_images.task_function(**inputs).path)
+        return Path(task.generate_part.task_function(**inputs).path)
 
     return call
 
@@ -79,7 +80,7 @@ def test_images_that_could_not_be_sealed_are_not_sampled_again(sample, monkeypat
 
 
 def test_a_kill_leaves_nothing_in_the_artifact(sample, monkeypatch, tmp_path):
-    """A file that was half written when the process was killed is no part of what the next attempt hands on."""
+    """A file that was half written when the process was killed is no part of what the next attempt returns."""
 
     def attempt():
         real = os.replace

@@ -14,8 +14,9 @@ from eval.benchmarks.shapes.vocabulary import COLORS
 from eval.config import EvalConfig
 from eval.shapes_judge import ShapesDetector
 from tasks.artifacts import UserError
-from tasks.evaluation import evaluate, task
-from tasks.evaluation.evaluate import Part
+from tasks.evaluation import evaluate, plan, task
+from tasks.evaluation.models import Model
+from tasks.evaluation.plan import Part
 from tasks.manifest import load_manifest, seal
 from tasks.store import home
 
@@ -54,32 +55,43 @@ def local(artifact) -> Path:
     return Path(artifact.path)
 
 
+def sampled(model, config, parts_per_seed=1):
+    """(prompts, images of all parts)."""
+    prompts = run(task.make_prompts, config=config)
+    parts = run(task.plan_parts, config=config, parts_per_seed=parts_per_seed)
+    return prompts, [run(task.generate_part, **model, prompts=prompts, config=config, part=part) for part in parts]
+
+
+def scored_by(model, config, parts_per_seed=1):
+    prompts, images = sampled(model, config, parts_per_seed)
+    answers = run(task.judge_images, images=images, prompts=prompts, config=config)
+    return run(task.score_answers, images=images, prompts=prompts, answers=answers, config=config)
+
+
 def score_files(artifact):
     return {name: (local(artifact) / name).read_bytes() for name in ("scorecard.json", "scores.parquet")}
 
 
 def test_parts_of_a_run_are_scored_as_the_whole_run(model):
-    whole = [run(task.generate_images, **model, config=CONFIG, seed=seed) for seed in CONFIG.seeds]
-    expected = run(task.score_images, images=whole, config=CONFIG)
+    expected = scored_by(model, CONFIG, parts_per_seed=1)
     for parts_per_seed in (2, 5):
-        parts = run(task.plan_parts, config=CONFIG, parts_per_seed=parts_per_seed)
-        assert len(parts) == 2 * parts_per_seed
-        images = [run(task.generate_part, **model, config=CONFIG, part=part) for part in parts]
-        assert score_files(run(task.score_images, images=images, config=CONFIG)) == score_files(expected)
+        assert len(run(task.plan_parts, config=CONFIG, parts_per_seed=parts_per_seed)) == 2 * parts_per_seed
+        assert score_files(scored_by(model, CONFIG, parts_per_seed)) == score_files(expected)
     card = json.loads((local(expected) / "scorecard.json").read_text())
     assert set(card["settings"]["model_digests"]) == {"merged", "components"} and card["counts"]["failed"] == 0
+    prompts, images = sampled(model, CONFIG, parts_per_seed=2)
     with pytest.raises(UserError, match="lacks|holds"):  # a part that is not there is missing images
-        run(task.score_images, images=images[:-1], config=CONFIG)
+        run(task.judge_images, images=images[:-1], prompts=prompts, config=CONFIG)
 
 
 def test_answers_are_an_artifact_of_their_own_and_score_alike_without_a_judge(model, monkeypatch):
-    images = [run(task.generate_images, **model, config=CONFIG, seed=seed) for seed in CONFIG.seeds]
-    expected = run(task.score_images, images=images, config=CONFIG)
-    answers = run(task.judge_images, images=images, config=CONFIG)
+    prompts, images = sampled(model, CONFIG)
+    answers = run(task.judge_images, images=images, prompts=prompts, config=CONFIG)
     assert load_manifest(local(answers)).kind == "answers" and not list((home() / "runs").iterdir())
     monkeypatch.setattr(catalog, "judge", lambda *_: pytest.fail("a judge was asked for"))
-    scored = run(task.score_answers, images=images, answers=answers, config=CONFIG)
-    assert score_files(scored) == score_files(expected)
+    scored = run(task.score_answers, images=images, prompts=prompts, answers=answers, config=CONFIG)
+    again = run(task.score_answers, images=images, prompts=prompts, answers=answers, config=CONFIG)
+    assert score_files(scored) == score_files(again)
 
 
 def test_answers_of_a_judge_that_died_are_kept_for_the_next_attempt(model, monkeypatch):
@@ -100,10 +112,10 @@ def test_answers_of_a_judge_that_died_are_kept_for_the_next_attempt(model, monke
     def colourful(prompts, seeds, height, width):
         return [Image.new("RGB", (width, height), (200, 200, seed % 256)) for seed in seeds]
 
-    images = [run(task.generate_images, **model, config=config, seed=seed) for seed in CONFIG.seeds]
+    prompts, images = sampled(model, config)
     with pytest.raises(UserError, match="judge shapes-detector stopped at .* 4 answers are kept"):
-        run(task.judge_images, images=images, config=config)
-    run(task.judge_images, images=images, config=config)
+        run(task.judge_images, images=images, prompts=prompts, config=config)
+    run(task.judge_images, images=images, prompts=prompts, config=config)
     total = json.loads((local(images[0]) / "manifest.json").read_text())["counts"]["images"] * 2
     assert sum(n for n in asked if n != "died") <= total  # equal images are asked about once
     assert asked.count("died") == 1
@@ -116,8 +128,7 @@ def scorecard_of(model, monkeypatch, sampler, name, config=CONFIG):
     (folder / "file").write_text(name)
     seal(folder, "merged")
     inputs = {**model, "merged": FlyteDirectory(str(folder))}
-    images = [run(task.generate_images, **inputs, config=config, seed=seed) for seed in config.seeds]
-    return run(task.score_images, images=images, config=config)
+    return scored_by(inputs, config)
 
 
 def blank(prompts, seeds, height, width):
@@ -175,33 +186,89 @@ def test_a_candidate_is_chosen_on_development_prompts(model, monkeypatch):
     config = CONFIG.model_copy(update={"prompt_set": "development", "prompts_per_task": 24})
     names = {"incumbent": blank, "equal": blank, "better": right}
     cards = {name: scorecard_of(model, monkeypatch, sampler, name, config) for name, sampler in names.items()}
-    candidates = [cards["equal"], cards["better"]]
-    assert run(task.choose_candidate, incumbent=cards["incumbent"], candidates=candidates) == 1
-    assert run(task.choose_candidate, incumbent=cards["better"], candidates=[cards["equal"]]) == -1
+    names = ["incumbent", "guidance_scale=1", "guidance_scale=2"]
+    scorecards = [cards["incumbent"], cards["equal"], cards["better"]]
+    choice = run(task.choose_scorecard, names=names, scorecards=scorecards)
+    assert choice.chosen == "guidance_scale=2" and choice.sentence.startswith(
+        "guidance_scale=2: guidance_scale=2 beats"
+    )
+    kept = run(task.choose_scorecard, names=names[:2], scorecards=[cards["better"], cards["equal"]])
+    assert kept.chosen == "incumbent"
 
 
 def test_a_model_is_resolved_to_what_it_is_and_a_changed_one_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model_index.json").write_text("{}")
-    name = str(tmp_path / "model")
-    digest = run(task.resolve_model, model=name, revision="")
+
+    def resolve(place=str(tmp_path / "model"), revision="", components=""):
+        return run(task.resolve_model, model=place, revision=revision, components=components)
+
+    model = resolve()
     monkeypatch.setattr(
         pipelines, "load_pipeline", lambda m, **_: (None, {"model": "m", "digest": pipelines.resolve(m)})
     )
     monkeypatch.setattr(pipelines, "diffusers_sampler", lambda *_: squares("red"))
-    images = run(task.generate_from_model, model=name, digest=digest, config=CONFIG, part=Part(seed=0))
-    assert load_manifest(local(images)).config["digest"] == digest
+    prompts = run(task.make_prompts, config=CONFIG)
+    sample = {"model": model, "digest": model.digest, "prompts": prompts, "config": CONFIG}
+    images = run(task.generate_from_model, **sample, part=Part(seed=0))
+    assert load_manifest(local(images)).config["digest"] == model.digest
     (tmp_path / "model" / "model_index.json").write_text("{ }")
-    assert run(task.resolve_model, model=name, revision="") != digest
+    assert resolve().digest != model.digest
     with pytest.raises(UserError, match="changed since it was resolved"):
-        run(task.generate_from_model, model=name, digest=digest, config=CONFIG, part=Part(seed=1))
-    with pytest.raises(UserError, match="needs its revision"):
-        run(task.resolve_model, model="a/b", revision="")
+        run(task.generate_from_model, **sample, part=Part(seed=1))
+    with pytest.raises(UserError, match="has no revision"):
+        resolve(revision="a" * 40)
+    with pytest.raises(UserError, match="neither a directory, nor a Hub id"):
+        resolve("./nowhere")
+    assert resolve("a/b@" + "c" * 40).digest == resolve("a/b", "c" * 40).digest == "c" * 40
+
+
+def nightly(model_digest, scorecard):
+    """One night: (benchmarks that changed, what the gate says)."""
+    model = Model(place="/somewhere", digest=model_digest)
+    changed = run(task.find_changed, source="s3://bucket/pipeline", model=model, configs=[NIGHTLY])
+    stored = [
+        run(task.store_score, source="s3://bucket/pipeline", model=model, config=config, scorecard=scorecard)
+        for config in changed
+    ]
+    return len(changed), run(task.gate_scores, stored=stored) if stored else []
+
+
+NIGHTLY = CONFIG.model_copy(update={"prompts_per_task": 24})
+
+
+def test_a_night_scores_what_is_new_once_and_a_drop_alarms_once_and_is_never_what_others_are_compared_with(
+    model, monkeypatch
+):
+    monkeypatch.setattr(catalog, "judge", lambda _: Answering())
+    good, bad, worse_again, same = (
+        scorecard_of(model, monkeypatch, sampler, name, NIGHTLY)
+        for name, sampler in (("good", right), ("bad", blank), ("bad2", blank), ("same", right))
+    )
+    assert nightly("1" * 64, good) == (1, ["shapes: the first score, nothing to compare it with"])
+    assert nightly("1" * 64, good) == (0, [])  # unchanged: nothing runs
+    with pytest.raises(UserError, match="the score dropped beyond noise"):
+        nightly("2" * 64, bad)
+    assert nightly("2" * 64, bad) == (0, [])  # it alarmed once
+    with pytest.raises(UserError, match="the score dropped beyond noise"):  # not compared with the one that dropped
+        nightly("3" * 64, worse_again)
+    changed, (sentence,) = nightly("4" * 64, same)
+    assert changed == 1 and sentence.startswith("cannot tell")
+
+
+def test_the_settings_and_the_judges_make_an_unchanged_model_new(model, monkeypatch):
+    monkeypatch.setattr(catalog, "judge", lambda _: Answering())
+    card = scorecard_of(model, monkeypatch, right, "good", NIGHTLY)
+    nightly("1" * 64, card)
+    unchanged = Model(place="/elsewhere", digest="1" * 64)
+    for update, number in (({}, 0), ({"guidance_scale": 2.0}, 1), ({"judges": {"detector": "ssd-mobilenet-v2"}}, 1)):
+        configs = [NIGHTLY.model_copy(update=update)]
+        assert len(run(task.find_changed, source="s3://bucket/pipeline", model=unchanged, configs=configs)) == number
 
 
 def test_a_part_must_be_one_of_its_parts():
     with pytest.raises(ValueError, match="index=2 must be one of the 2 parts"):
         Part(seed=0, index=2, parts=2)
     with pytest.raises(ValueError, match="parts_per_seed=0"):
-        evaluate.plan_parts(CONFIG, 0)
+        plan.plan_parts(CONFIG, 0)

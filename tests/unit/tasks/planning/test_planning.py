@@ -8,6 +8,7 @@ import pytest
 from diskcache import Cache
 from flyteidl.core import literals_pb2
 
+from eval import catalog
 from tasks import store
 from tasks.manifest import seal, writing
 from tasks.planning import local_cache
@@ -28,7 +29,10 @@ def test_own_images_keep_long_captions_and_every_shape_and_need_no_psnr_and_chan
     assert own.curation.captions.max_words == 60 and own.components.min_psnr_db == 0.0
     assert own.curation.captions.max_words + 2 <= recipe.encoding.max_text_tokens
     assert own.encoding == recipe.encoding.model_copy(update={"shapes": "data"})
-    parts = {name: getattr(recipe, name) for name in ("curation", "components", "encoding")}
+    assert own.eval.benchmark == "captions" and own.eval.judges == {} and own.eval.prompts_per_task is None
+    assert own.eval.guidance_scale == recipe.eval.guidance_scale and own.eval.seeds == recipe.eval.seeds
+    check_workflow(own)
+    parts = {name: getattr(recipe, name) for name in ("curation", "components", "encoding", "eval")}
     assert own.model_copy(update=parts) == recipe
     assert own.curation.filters == recipe.curation.filters and own.components.vae == recipe.components.vae
 
@@ -82,15 +86,20 @@ def test_tier_weights_that_leave_a_stage_without_images_are_refused_and_others_a
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "expected"),
     [
         # Images would be scored with another text state than the one that was trained.
         (["encoding.hidden_state_index=-6"], "encoding.hidden_state_index=-6 must be -8"),
-        (["eval.benchmark=geneval"], "eval.benchmark='geneval' has no detector"),
+        (["eval.benchmark=geneval"], "eval.benchmark 'geneval' needs a judge for detector, color .*pretrain"),
+        (
+            ["eval.benchmark=dpg", "eval.judges.vqa=blip-vqa", "eval.prompt_set=development"],
+            "eval.prompt_set: dpg has no development prompts",
+        ),
+        (["eval.prompts_file=/nowhere.jsonl"], "eval.prompts_file='/nowhere.jsonl' does not exist"),
     ],
 )
-def test_what_would_fail_or_mislead_after_training_is_refused_before_it(overrides, told):
-    with pytest.raises(ValueError, match=told):
+def test_what_would_fail_or_mislead_after_training_is_refused_before_it(overrides, expected):
+    with pytest.raises(ValueError, match=expected):
         check_workflow(load_recipe("tiny", overrides))
 
 
@@ -98,12 +107,18 @@ def test_experts_spread_over_ranks_are_not_refused():
     check_workflow(load_recipe("tiny", ["train.nproc_per_node=2", "train.expert_parallel=2"]))
 
 
-@pytest.mark.parametrize("ends_in", ["pipeline", "scorecard"])
-def test_a_benchmark_without_a_detector_is_refused_where_it_would_be_scored_and_told_what_runs(ends_in):
+@pytest.mark.parametrize("ends_in", ["pipeline", "scorecard", "merged"])
+def test_the_17b_recipe_is_accepted_to_its_end_with_judges_that_answer_for_every_role(ends_in):
     recipe = load_recipe("nucleus_17b")
-    with pytest.raises(ValueError, match="eval.benchmark='geneval' has no detector.*workflows/pretrain.py pretrain"):
-        check_workflow(recipe, ends_in)
-    check_workflow(recipe, "merged")
+    check_workflow(recipe, ends_in)
+    judges = catalog.judges_of(recipe.eval)
+    assert recipe.eval.benchmark == "geneval" and judges.keys() == catalog.benchmark("geneval").judges.keys()
+    assert all(role in catalog.JUDGES[judge][1] for role, judge in judges.items())
+    other = load_recipe("nucleus_17b", ["eval.judges={}"])
+    check_workflow(other, "merged")
+    if ends_in != "merged":
+        with pytest.raises(ValueError, match="eval.benchmark 'geneval' needs a judge for detector, color"):
+            check_workflow(other, ends_in)
 
 
 def test_an_ablation_may_end_in_merged_weights_but_not_with_another_text_state():
@@ -113,7 +128,7 @@ def test_an_ablation_may_end_in_merged_weights_but_not_with_another_text_state()
 
 
 @pytest.mark.parametrize(
-    ("recipe", "registered", "local", "told"),
+    ("recipe", "registered", "local", "expected"),
     [
         ("nucleus_17b", (1, 1), True, "8 x train.nproc_per_node=8 = 64, .* has 1 x 1 = 1 processes: set "
          "NUCLEUS_TRAIN_NNODES=8 NUCLEUS_TRAIN_NPROC=8 for pyflyte register or pyflyte run --remote"),
@@ -123,8 +138,10 @@ def test_an_ablation_may_end_in_merged_weights_but_not_with_another_text_state()
         ("nucleus_17b", (8, 8), True, "NUCLEUS_TRAIN_NNODES=8: a local run trains on this machine alone"),
     ],
 )  # fmt: skip
-def test_a_training_of_other_ranks_than_its_task_has_is_refused_with_the_arithmetic(recipe, registered, local, told):
-    with pytest.raises(ValueError, match=told):
+def test_a_training_of_other_ranks_than_its_task_has_is_refused_with_the_arithmetic(
+    recipe, registered, local, expected
+):
+    with pytest.raises(ValueError, match=expected):
         check_ranks(load_recipe(recipe).train, *registered, local)
 
 

@@ -24,7 +24,7 @@ def score(mean: float, std: float | None = 0.012, **more) -> dict:
 SCORECARD = {
     "name": "shapes",
     "benchmark": "shapes",
-    "overall": score(0.812),
+    "overall": score(0.812, noise={"sampling": 0.006, "prompts": 0.021, "training": None, "training_runs": 0}),
     "tasks": {
         "colors": score(0.95, prompts=22, images=66, correct=62),
         "position": score(0.7, None, prompts=9, images=9),
@@ -130,8 +130,34 @@ def test_what_comes_from_data_is_text_and_never_markup(recipe):
 
 
 @pytest.mark.parametrize(
-    "carried, told", [(True, "warm-up, then constant"), (False, "warm-up in each stage, then constant")]
+    "carried, expected", [(True, "warm-up, then constant"), (False, "warm-up in each stage, then constant")]
 )
-def test_a_warm_up_in_each_stage_is_told(recipe, carried, told):
+def test_a_warm_up_in_each_stage_is_told(recipe, carried, expected):
     changed = {**recipe, "train": {**recipe["train"], "carry_optimizer": carried}}
-    assert told in model_card(changed, SCORECARD, LINEAGE)
+    assert expected in model_card(changed, SCORECARD, LINEAGE)
+
+
+def test_the_noise_of_sampling_prompts_and_training_stands_apart_with_its_commands(recipe):
+    card = model_card(recipe, SCORECARD, LINEAGE)
+    for part in (
+        "| noise on the same prompts | 0.006 | `pyflyte run workflows/evaluate.py",
+        "| prompts of the same kind | 0.021 |",
+        "these weights are one training, seed 0 | `pyflyte run workflows/study.py study --recipe tiny",
+    ):
+        assert part in card
+    known = copy.deepcopy(SCORECARD)
+    known["overall"]["noise"] = {"sampling": None, "prompts": 0.021, "training": 0.017, "training_runs": 5}
+    card = model_card(recipe, known, LINEAGE)
+    assert "| training seeds | 0.017 over 5 trainings |" in card and "same prompts | not measured |" in card
+
+
+def test_a_decay_and_trained_in_guidance_are_told_where_there_are_any(recipe):
+    ends = copy.deepcopy(recipe)
+    ends["train"]["stages"][-1] |= {"decay": {"steps": 1200, "to": 0.02}, "guidance": {"steps": 900, "scale": 3.5}}
+    plain = copy.deepcopy(recipe)
+    plain["train"]["stages"][-1] |= {"decay": None, "guidance": None}
+    with_ends, without = (model_card(each, SCORECARD, LINEAGE) for each in (ends, plain))
+    assert "then constant, falling linearly to 2% over the last 1,200 steps of stage3\\_64px" in with_ends
+    assert "Guidance of scale 3.5 trained in" in with_ends and "last 900 steps" in with_ends
+    assert "instead of a learning-rate decay" in without and "instead of" not in with_ends
+    assert "falling linearly" not in without and "trained in (" not in without

@@ -200,3 +200,18 @@ def test_a_missing_or_refused_token_is_one_message_that_says_what_to_do(pipeline
     hub.error = HfHubHTTPError("401", response=httpx.Response(401, request=request))
     with pytest.raises(ValueError, match="refuses to write to me/model .401.*HF_TOKEN"):
         push(pipeline, "me/model", api=hub)
+
+
+def test_a_planted_token_is_in_no_file_message_or_manifest(pipeline, monkeypatch, capsys):
+    tokens = {"HF_TOKEN": "hf_planted", "AWS_SECRET_ACCESS_KEY": "aws_planted", "WANDB_API_KEY": "wandb_planted"}
+    for name, value in tokens.items():
+        monkeypatch.setenv(name, value)
+    (pipeline / "manifest.json").unlink()
+    seal(pipeline, "pipeline", config={"publish": {"hub_repo_id": "me/model"}})
+    hub = FakeHub()
+    report = push(pipeline, "me/model", api=hub)
+    said = capsys.readouterr()
+    everything = [str(report), str(hub.calls), said.out, said.err]
+    everything += [content.decode() for content in hub.files.values()]
+    everything += [path.read_text() for path in pipeline.rglob("*") if path.is_file()]
+    assert not [text for text in everything if "planted" in text]

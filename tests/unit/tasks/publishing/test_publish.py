@@ -37,7 +37,7 @@ SCORE = {"mean": 0.5, "std": 0.1, "runs": 2, "seeds": [0, 1], "interval": [0.4, 
 SCORECARD = {
     "name": "shapes",
     "benchmark": "shapes",
-    "overall": SCORE,
+    "overall": {**SCORE, "noise": {"sampling": 0.02, "prompts": 0.05, "training": None, "training_runs": 0}},
     "tasks": {"colors": {**SCORE, "prompts": 3, "images": 6, "correct": 3}},
     "held_out": None,
     "counts": {"expected": 6, "scored": 6, "failed": 0},

@@ -42,7 +42,17 @@ def test_every_variant_meets_every_seed_and_the_recipe_comes_first():
     assert runs[-1].overrides == ("x=1", "train.seed=7")
 
 
+def test_a_variant_may_be_a_recipe_with_changes_and_a_study_may_have_none():
+    runs = plan_runs("tiny", "tiny:merge.last_n=1; a.b=2, my/x.yaml:c=3", "4", ["x=1"])
+    assert [(r.variant, r.recipe) for r in runs] == [
+        ("tiny", "tiny"), ("tiny: merge.last_n=1; a.b=2", "tiny"), ("x: c=3", "my/x.yaml")
+    ]  # fmt: skip
+    assert runs[1].overrides == ("x=1", "merge.last_n=1", "a.b=2", "train.seed=4")
+    assert [(r.variant, r.seed) for r in plan_runs("tiny", "", "0,1", [])] == [("tiny", 0), ("tiny", 1)]
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
+    (("tiny", "tiny:train.seed=3", "0", ()), "give --seeds instead"),
     (("tiny", "a,a", "0", ()), "must differ from each other by name, got tiny, a, a"),
     (("tiny", "my/tiny.yaml", "0", ()), "must differ from each other"),
     (("tiny", "a", "0,0", ()), "a repeated run is no new evidence"),

@@ -61,5 +61,7 @@ def test_each_launch_verifies_once_and_so_does_each_restart_of_it(tmp_path, monk
     (artifact / "data.txt").write_text("dat4")
     with pytest.raises(FlyteUserRuntimeException, match="data.txt was changed"):
         launch("second")
-    marks = [path for path in temporary.rglob("*") if path.is_file() and path.read_text(errors="replace") == str(artifact)]
+    marks = [
+        path for path in temporary.rglob("*") if path.is_file() and path.read_text(errors="replace") == str(artifact)
+    ]
     assert {path.parent.name for path in marks} == {"attempt_0", "attempt_1"}  # in the folders that torch makes

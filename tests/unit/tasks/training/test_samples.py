@@ -49,6 +49,18 @@ def test_prompts_are_cut_where_the_captions_were(components, tmp_path, monkeypat
     assert Image.open(tmp_path / "grid.png").size == (samples.IMAGES_PER_PROMPT * side, 2 * side)
 
 
+def test_grids_of_steps_that_train_guidance_in_are_drawn_without_it(components, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(model.sampling.sampler, "sample_latents", lambda *args: seen.append(args[-1]) or args[5])
+    stage_keys = ["train.stages[0].guidance={steps: 1, scale: 3}"]
+    recipe = load_recipe("smoke", [f"train.sample_prompts={PROMPTS}", "train.sample_every_steps=1", *stage_keys])
+    stage = training_stages(recipe.model, recipe.train)[0]
+    write = samples.sampler(components, 8, stage)
+    for step in (stage.stage.steps - 1, stage.stage.steps):
+        write(torch.nn.Linear(1, 1), step, tmp_path / "grid.png")
+    assert seen == [samples.GUIDANCE, 1.0]
+
+
 def test_a_process_alone_sends_nothing_and_its_random_numbers_go_on(monkeypatch):
     """Gloo's threads would slow down the rest of the training."""
     monkeypatch.setattr(dist, "broadcast", None)

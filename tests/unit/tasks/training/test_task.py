@@ -126,14 +126,14 @@ def test_a_run_is_pruned_once_its_artifact_is_sealed(stage):
 
 @pytest.mark.parametrize("carried", [True, False])
 def test_a_stage_hands_its_optimiser_state_on_where_the_recipe_says_so(stage, carried):
-    told = []
+    seen = []
 
     def finished(_, stage, *, out_dir, **__):
-        told.append(stage.hand_on_optimizer)
+        seen.append(stage.hand_on_optimizer)
         (out_dir / "report.json").write_text("{}")
 
     stage(finished, f"train.carry_optimizer={str(carried).lower()}")
-    assert told == [carried]
+    assert seen == [carried]
 
 
 def test_a_second_run_of_the_same_stage_is_refused_while_other_ranks_of_the_first_join_it(stage, monkeypatch):

@@ -93,7 +93,7 @@ def test_names_are_checked_with_a_suggestion():
     with pytest.raises(ValueError, match=r"curation.captioner.name='qwen3vl' is unknown; did you mean 'qwen3-vl'"):
         load_recipe("smoke", ["curation.captioner={name: qwen3vl}"])
     with pytest.raises(ValueError, match=r"lengths.long.max_words=200 is over curation.captions.max_words=14"):
-        load_recipe("smoke", ["curation.captioner={name: scenes, lengths: {long: {prompt: x, min_words: 1, max_words: 200, max_tokens: 9}}, per_tier: {A1: [], A2: [], A3: [], A4: [], A5: []}}"])  # fmt: skip
+        load_recipe("smoke", ["curation.captioner={name: scenes, lengths: {long: {prompt: x, min_words: 1, max_words: 200, max_tokens: 9}}, per_tier: {A1: [long], A2: [], A3: [], A4: [], A5: []}}"])  # fmt: skip
     with pytest.raises(ValueError, match="names the class 'huge'"):
         load_recipe(
             "smoke", ["curation.captioner={name: scenes, per_tier: {A1: [huge], A2: [], A3: [], A4: [], A5: []}}"]

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.benchmarks.shapes import vocabulary as asked
 from eval.benchmarks.shapes.vocabulary import (
     BACKGROUNDS,
     COLORS,
@@ -18,7 +17,7 @@ from eval.benchmarks.shapes.vocabulary import (
     SHAPES,
 )
 from eval.geneval import relative_position
-from tasks.curation.sources.made import scenes, vocabulary
+from tasks.curation.sources.made import scenes
 from tasks.curation.sources.made.scenes import GAP, KINDS, LONG_WORDS, SHORT_WORDS, Scene, SceneObject
 
 SINGULARS = {plural: shape for shape, plural in PLURALS.items()}
@@ -203,13 +202,6 @@ def test_colors_are_the_vocabulary_s():
         scene = Scene(64, 64, "cream", "single", (SceneObject("circle", color, 0.5, 0.5, 0.36),))
         image = scenes.render(scene)
         assert image.getpixel((32, 32)) == value and image.getpixel((1, 1)) == BACKGROUNDS["cream"]
-
-
-def test_scenes_and_the_benchmark_name_the_same_things_and_hold_out_the_same():
-    names = [name for name in vars(vocabulary) if name.isupper()]
-    assert names == [name for name in vars(asked) if name.isupper()] and len(names) == 10
-    for name in names:
-        assert getattr(vocabulary, name) == getattr(asked, name), name
 
 
 def test_relations_of_boxes_are_genevals():

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from model.moe import local_part
 from model.train.activation import flash_operations
 from model.train.compiled import compile_blocks
-from model.train.expert_parallel import shard_experts
+from model.train.parallel.expert_parallel import shard_experts
 from model.train.torch_private import DataParallelMeshInfo, ShardPlacementResult, mesh_info
 from model.transformer import Fill
 from model.weights.load import own_part

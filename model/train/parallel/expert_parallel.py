@@ -10,15 +10,16 @@ in each layer. Gradients return by the same two exchanges; an expert's gradient 
 All-to-all instead of all-gather: a rank sends (ep - 1) / ep of its E R = cf S B rows of width D (cf is the capacity
 factor), where gathering every token everywhere would receive (ep - 1) S B rows. That is less only for ep < cf.
 
-Each exchange is two functions, one that starts it and one that waits, so that `model.moe.MoE` computes its shared expert
-in between. The compiler keeps the two apart (its nodes `all_to_all_single` and `wait_tensor`) and may move independent
-work between them. In the backward pass PyTorch's own gradients of the two operations exchange and wait at once: autograd
-functions that would keep them apart do not compile where layers have several capacity factors (PyTorch 2.13).
+Each exchange is two operations, one that starts it and one that waits, so that `model.moe.MoE` computes its shared expert
+in between. The gradient of one is the other: the backward pass starts an exchange where the forward waited, and waits
+where it started. Autograd runs what was computed last first, so the shared expert's gradients are computed in between.
 
 Shape suffixes: E experts, R rows of one expert on one rank, D width.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,15 +29,57 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from model.moe import ExpertRanks, MoE
 
+# Operations whose kernels for autograd call c10d's: the compiler takes each as one, and its graphs of the forward and the
+# backward have `all_to_all_single` and `wait_tensor`, which Inductor knows. As functions of their own
+# (torch.autograd.Function) they do not compile where layers have several capacity factors (PyTorch 2.13).
+_OPERATIONS = torch.library.Library("nucleus", "FRAGMENT")
+_OPERATIONS.define("start_exchange(Tensor x, int[] parts, str group) -> Tensor")
+_OPERATIONS.define("end_exchange(Tensor x, int[] parts, str group) -> Tensor")
+
+
+def _start(x: torch.Tensor, parts: list[int], group: str) -> torch.Tensor:
+    return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), parts, parts, group)
+
+
+def _end(x: torch.Tensor, parts: list[int], group: str) -> torch.Tensor:
+    return torch.ops._c10d_functional.wait_tensor(x)
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, parts: list[int], group: str) -> torch.Tensor:
+        return _start(x, parts, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _end(gradient, [], ""), None, None
+
+
+class _End(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, parts: list[int], group: str) -> torch.Tensor:
+        ctx.parts, ctx.group = parts, group
+        return _end(x, parts, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _start(gradient, ctx.parts, ctx.group), None, None
+
+
+_OPERATIONS.impl("start_exchange", _Start.apply, "Autograd")
+_OPERATIONS.impl("end_exchange", _End.apply, "Autograd")
+_OPERATIONS.impl("start_exchange", _start, "CompositeExplicitAutograd")  # in inference mode
+_OPERATIONS.impl("end_exchange", _end, "CompositeExplicitAutograd")
+
 
 def exchange(x: torch.Tensor, group_name: str, parts: list[int]) -> torch.Tensor:
     """Starts an all-to-all of equal parts along the first dim. The result may not be read before `wait`."""
-    return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), parts, parts, group_name)
+    return torch.ops.nucleus.start_exchange(x, parts, group_name)
 
 
-def wait(x: torch.Tensor) -> torch.Tensor:
-    """On CUDA the stream waits, not the host."""
-    return torch.ops._c10d_functional.wait_tensor(x)
+def wait(x: torch.Tensor, group_name: str, parts: list[int]) -> torch.Tensor:
+    """On CUDA the stream waits, not the host. The gradient is exchanged with the same parts."""
+    return torch.ops.nucleus.end_exchange(x, parts, group_name)
 
 
 def expert_ranks(group: dist.ProcessGroup, num_experts: int) -> ExpertRanks:
@@ -46,7 +89,7 @@ def expert_ranks(group: dist.ProcessGroup, num_experts: int) -> ExpertRanks:
 
     def receive(sent: torch.Tensor) -> torch.Tensor:
         """[E, R, D], still on its way -> [E / ep, ep R, D], the ranks' rows in order."""
-        x_ERD = wait(sent)
+        x_ERD = wait(sent, name, parts)
         return x_ERD.unflatten(0, (ranks, -1)).transpose(0, 1).flatten(1, 2)
 
     def send_back(y: torch.Tensor) -> torch.Tensor:
@@ -59,7 +102,7 @@ def expert_ranks(group: dist.ProcessGroup, num_experts: int) -> ExpertRanks:
         send=lambda x_ERD: exchange(x_ERD, name, parts),
         receive=receive,
         send_back=send_back,
-        receive_back=lambda sent: wait(sent),
+        receive_back=lambda sent: wait(sent, name, parts),
     )
 
 

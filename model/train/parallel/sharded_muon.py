@@ -53,7 +53,7 @@ class ShardedMuon(Muon):
                 continue
             rows_here = zip(weight, update) if weight.dim() == 3 else [(weight, update)]
             cuts.setdefault(ranks, []).extend(_Cut(parameter, *rows, parameter.shape[-2]) for rows in rows_here)
-        exchanges = [_Exchange(ranks, found) for ranks, found in cuts.items()]
+        exchanges = [_Exchange(ranks, pieces) for ranks, pieces in cuts.items()]
         for exchange in exchanges:
             for cut, whole in exchange.gather():
                 goal = torch.zeros_like(whole)

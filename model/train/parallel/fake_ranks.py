@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from model.config import TransformerConfig
-from model.train.parallelize import parallelize
+from model.train.parallel.parallelize import parallelize
 from model.train.torch_private import clear_sharding_caches
 from model.transformer import NucleusTransformer
 

@@ -1,0 +1,472 @@
+"""The hostile inputs that hostile.py measures: a builder for each kind writes a source into a folder."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import lzma
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+MIB = 2**20
+KINDS: dict[str, tuple[str, Callable[[Path], None]]] = {}  # name -> how reading it must end, builder
+
+
+def kind(ends: str) -> Callable:
+    """Registers a builder of one hostile source. ends: "read", "refused", or "read or refused"."""
+
+    def register(build: Callable[[Path], None]) -> Callable[[Path], None]:
+        KINDS[build.__name__] = ends, build
+        return build
+
+    return register
+
+
+def picture(seed: int = 0) -> bytes:
+    """A PNG of 8 x 8 px."""
+    import numpy as np
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def header(name: bytes, size: int, flag: bytes, magic: bytes = b"ustar\x0000") -> bytes:
+    """A tar header of 512 bytes."""
+    number = b"%011o\0" % size if size < 8**11 else b"\x80" + size.to_bytes(11, "big")
+    block = bytearray(512)
+    block[:100] = name.ljust(100, b"\0")
+    block[100:108], block[108:116], block[116:124] = b"0000644\0", b"0000000\0", b"0000000\0"
+    block[124:136], block[136:148], block[148:156] = number, b"00000000000\0", b" " * 8
+    block[156:157], block[257:265] = flag, magic
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def pad(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 512)
+
+
+def sparse(path: Path, start: bytes, size: int, end: bytes = b"") -> None:
+    """A file of `size` bytes with a hole in its middle."""
+    with open(path, "wb") as file:
+        file.write(start)
+        file.seek(size - len(end))
+        file.write(end)
+        file.truncate(size)
+
+
+# ---------------------------------------------------------------- tars
+
+
+@kind("refused")
+def sparse_member_gnu(folder: Path) -> None:
+    block = bytearray(header(b"a.png", 512, b"S", b"ustar  \0"))
+    block[386:398], block[398:410] = b"%011o\0" % 0, b"%011o\0" % 512
+    block[483:495] = b"%011o\0" % (4 * 2**30 - 1)
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    (folder / "x.tar").write_bytes(bytes(block) + bytes(512 + 1024))
+
+
+@kind("refused")
+def sparse_member_pax(folder: Path) -> None:
+    records = b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n31 GNU.sparse.realsize=4294967296\n"
+    data = header(b"x", len(records), b"x") + pad(records) + header(b"a.png", 512, b"0") + bytes(512 + 1024)
+    (folder / "x.tar").write_bytes(data)
+
+
+@kind("refused")
+def long_name_1_gib(folder: Path) -> None:
+    sparse(folder / "x.tar", header(b"././@LongLink", 2**30, b"L", b"ustar  \0"), 2**30 + 512 + 2048)
+
+
+@kind("refused")
+def long_name_xz(folder: Path) -> None:
+    with lzma.open(folder / "x.tar.xz", "wb", preset=0) as file:
+        file.write(header(b"././@LongLink", 2**30, b"L", b"ustar  \0"))
+        for _ in range(1024):
+            file.write(b"a" * MIB)
+
+
+@kind("refused")
+def pax_header_1_gib(folder: Path) -> None:
+    sparse(folder / "x.tar", header(b"x", 2**30, b"x") + b"1073741824 path=", 2**30 + 512 + 2048)
+
+
+@kind("read or refused")
+def pax_global_headers(folder: Path) -> None:
+    """A thousand headers of nearly 1 MiB, each with other keys."""
+    with gzip.open(folder / "x.tar.gz", "wb", compresslevel=1) as file:
+        for i in range(1000):
+            record = b"%d k%d=%s\n" % (2**20 - 512, i, b"v" * (2**20 - 512 - 9 - len(str(i)) - 3))
+            record = record[: 2**20 - 513] + b"\n"
+            file.write(header(b"g", len(record), b"g") + pad(record))
+        file.write(header(b"a.png", len(picture()), b"0") + pad(picture()) + bytes(1024))
+
+
+@kind("refused")
+def pax_headers_in_a_row(folder: Path) -> None:
+    """200,000 headers before one member."""
+    record = b"11 path=ab\n"
+    (folder / "x.tar").write_bytes((header(b"x", len(record), b"x") + pad(record)) * 200_000)
+
+
+@kind("refused")
+def gzip_bomb(folder: Path) -> None:
+    """2 GiB of zeros in gzip members of 16 MiB each, which are one stream to a reader and cheap to make."""
+    with open(folder / "x.tar.gz", "wb") as file:
+        file.write(gzip.compress(header(b"a.png", 8**11 - 1, b"0")))
+        file.write(gzip.compress(bytes(16 * MIB)) * 128)
+
+
+@kind("refused")
+def bzip2_bomb(folder: Path) -> None:
+    import bz2
+
+    with bz2.open(folder / "x.tar.bz2", "wb") as file:
+        file.write(header(b"a.png", 8**11 - 1, b"0"))
+        for _ in range(512):
+            file.write(bytes(MIB))
+
+
+@kind("refused")
+def xz_dictionary_of_1_gib(folder: Path) -> None:
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 2**30}]
+    (folder / "x.tar.xz").write_bytes(lzma.compress(header(b"a.png", 10, b"0") + bytes(2048), filters=filters))
+
+
+@kind("read")
+def most_members(folder: Path) -> None:
+    _members(folder, 300_000)
+
+
+@kind("refused")
+def too_many_members(folder: Path) -> None:
+    _members(folder, 300_001)
+
+
+def _members(folder: Path, count: int) -> None:
+    with open(folder / "x.tar", "wb") as file:
+        for i in range(count - 1):
+            file.write(header(b"folder/picture_%07d.png" % i, 0, b"0"))
+        file.write(header(b"z.png", len(picture()), b"0") + pad(picture()) + bytes(1024))
+
+
+@kind("refused")
+def long_names(folder: Path) -> None:
+    """100,000 names of 4,000 bytes."""
+    with open(folder / "x.tar", "wb") as file:
+        for i in range(100_000):
+            name = (b"%07d" % i) * 571 + b".png\0"
+            file.write(header(b"././@LongLink", len(name), b"L", b"ustar  \0") + pad(name) + header(b"a", 0, b"0"))
+        file.write(bytes(1024))
+
+
+@kind("read")
+def one_key_for_all_members(folder: Path) -> None:
+    """100,000 images and texts of one WebDataset key."""
+    with open(folder / "x.tar", "wb") as file:
+        for i in range(50_000):
+            file.write(header(b"a.%d.png" % i, 0, b"0") + header(b"a.%d.x.txt" % i, 0, b"0"))
+        file.write(bytes(1024))
+
+
+@kind("refused")
+def zeros_behind_the_end(folder: Path) -> None:
+    start = header(b"a.png", len(picture()), b"0") + pad(picture()) + bytes(1024)
+    sparse(folder / "x.tar", start, 20 * 2**30)
+
+
+@kind("read")
+def image_at_the_cap_in_a_tar(folder: Path) -> None:
+    size = 256 * MIB
+    sparse(folder / "x.tar", header(b"a.png", size, b"0") + picture(), 512 + size + 1024)
+
+
+# ---------------------------------------------------------------- Parquet and Arrow
+
+
+@kind("refused")
+def parquet_dictionary(folder: Path) -> None:
+    """1 MiB, 4,096 times."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    image = pa.DictionaryArray.from_arrays(pa.array([0] * 4096, pa.int32()), pa.array([bytes(MIB)], pa.binary()))
+    table = pa.table({"image": image, "text": ["a"] * 4096})
+    pq.write_table(table, folder / "x.parquet", compression="zstd", store_schema=False)
+
+
+@kind("refused")
+def parquet_dictionary_of_80_mib(folder: Path) -> None:
+    """80 MiB, 64 times: one batch would have 5 GiB."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    image = pa.DictionaryArray.from_arrays(pa.array([0] * 64, pa.int32()), pa.array([bytes(80 * MIB)], pa.binary()))
+    table = pa.table({"image": image, "text": ["a"] * 64})
+    limit = 2**30
+    pq.write_table(table, folder / "x.parquet", compression="zstd", store_schema=False, dictionary_pagesize_limit=limit)
+
+
+@kind("refused")
+def parquet_page_of_1_gib(folder: Path) -> None:
+    _parquet_page(folder, 32)
+
+
+@kind("refused")
+def parquet_page_of_128_mib(folder: Path) -> None:
+    """Not far over the cap of 104 MiB, and made within a second."""
+    _parquet_page(folder, 4)
+
+
+def _parquet_page(folder: Path, values: int) -> None:
+    """One page of values of 32 MiB."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"image": pa.array([bytes(32 * MIB)] * values, pa.binary()), "text": ["a"] * values})
+    pq.write_table(table, folder / "x.parquet", compression="zstd", use_dictionary=False)
+
+
+@kind("read")
+def parquet_pages_under_the_cap(folder: Path) -> None:
+    """Row groups of one page of 103 MiB, not compressed, and one snappy."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    data = [np.random.default_rng(i).bytes(103 * MIB // 2) for i in range(2)]
+    table = pa.table({"image": pa.array(data, pa.binary()), "text": ["a", "b"]})
+    for name, compression in (("x", "none"), ("y", "snappy")):
+        pq.write_table(table, folder / f"{name}.parquet", compression=compression, use_dictionary=False)
+
+
+@kind("refused")
+def parquet_shared_prefixes(folder: Path) -> None:
+    """DELTA_BYTE_ARRAY: 16 MiB once, then 999 values that repeat it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"image": pa.array([bytes(16 * MIB)] * 64, pa.binary()), "text": ["a"] * 64})
+    encoding = {"image": "DELTA_BYTE_ARRAY", "text": "PLAIN"}
+    pq.write_table(table, folder / "x.parquet", use_dictionary=False, column_encoding=encoding)
+
+
+@kind("read or refused")
+def parquet_50_million_nulls(folder: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([("image", pa.binary()), ("text", pa.string())])
+    with pq.ParquetWriter(folder / "x.parquet", schema, write_statistics=False) as writer:
+        for _ in range(5):
+            count = 10_000_000
+            table = pa.table({"image": pa.nulls(count, pa.binary()), "text": pa.nulls(count, pa.string())})
+            writer.write_table(table, row_group_size=count)
+
+
+@kind("refused")
+def parquet_list_of_20_million(folder: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = pa.ListArray.from_arrays(pa.array([0, 20_000_000], pa.int32()), pa.nulls(20_000_000, pa.string()))
+    pq.write_table(pa.table({"image": [picture()], "text": texts}), folder / "x.parquet")
+
+
+@kind("read or refused")
+def parquet_nested_1000(folder: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kind_of = pa.int32()
+    for _ in range(1000):
+        kind_of = pa.struct([("a", kind_of)])
+    table = pa.table({"image": [picture()], "text": ["a"], "deep": pa.nulls(1, kind_of)})
+    pq.write_table(table, folder / "x.parquet")
+
+
+@kind("read or refused")
+def parquet_20000_columns(folder: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {f"column_{i}": pa.nulls(1, pa.int32()) for i in range(20_000)}
+    pq.write_table(pa.table({"image": [picture()], "text": ["a"], **columns}), folder / "x.parquet")
+
+
+@kind("read or refused")
+def parquet_20000_row_groups(folder: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"image": [picture(1)] * 20_000, "text": ["a"] * 20_000})
+    pq.write_table(table, folder / "x.parquet", row_group_size=1)
+
+
+@kind("refused")
+def parquet_footer_of_4_gib(folder: Path) -> None:
+    sparse(folder / "x.parquet", b"PAR1", 2**32, struct.pack("<I", 2**32 - 16) + b"PAR1")
+
+
+@kind("read or refused")
+def metadata_parquet_dictionary(folder: Path) -> None:
+    """A caption of 1 MiB for each of 2,000 images."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for i in range(10):
+        (folder / f"{i}.png").write_bytes(picture(i))
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), pa.array(["a" * (MIB - 1)]))
+    names = [f"{i}.png" for i in range(2000)]
+    pq.write_table(pa.table({"file_name": names, "text": text}), folder / "metadata.parquet", store_schema=False)
+
+
+@kind("refused")
+def arrow_compressed(folder: Path) -> None:
+    import pyarrow as pa
+
+    batch = pa.record_batch({"image": pa.array([bytes(512 * MIB)] * 2, pa.large_binary()), "text": ["a", "b"]})
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with (
+        pa.OSFile(str(folder / "x.arrow"), "wb") as file,
+        pa.ipc.new_stream(file, batch.schema, options=options) as writer,
+    ):
+        writer.write_batch(batch)
+
+
+@kind("read")
+def arrow_of_1_gib(folder: Path) -> None:
+    import pyarrow as pa
+
+    schema = pa.schema([("image", pa.binary()), ("text", pa.string())])
+    with pa.OSFile(str(folder / "x.arrow"), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for _ in range(4):
+            writer.write_batch(pa.record_batch({"image": [bytes(32 * MIB)] * 8, "text": ["a"] * 8}, schema))
+
+
+# ---------------------------------------------------------------- metadata and captions
+
+
+def _beside_a_picture(folder: Path) -> None:
+    (folder / "a.png").write_bytes(picture())
+
+
+@kind("refused")
+def metadata_jsonl_of_10_gib(folder: Path) -> None:
+    _beside_a_picture(folder)
+    sparse(folder / "metadata.jsonl", b'{"file_name": "a.png", "text": "', 10 * 2**30)
+
+
+@kind("read or refused")
+def metadata_jsonl_at_the_cap(folder: Path) -> None:
+    _beside_a_picture(folder)
+    row = json.dumps({"file_name": "a.png", "text": "a red barn \U0001f600"}, ensure_ascii=False).encode() + b"\n"
+    (folder / "metadata.jsonl").write_bytes(row * (63 * MIB // len(row)))
+
+
+@kind("refused")
+def metadata_jsonl_one_line(folder: Path) -> None:
+    _beside_a_picture(folder)
+    (folder / "metadata.jsonl").write_bytes(b'{"file_name": "a.png", "text": [' + b"[]," * (20 * MIB) + b"[]]}")
+
+
+@kind("refused")
+def metadata_csv_quote_never_closed(folder: Path) -> None:
+    _beside_a_picture(folder)
+    (folder / "metadata.csv").write_bytes(b'file_name,text\na.png,"' + b"a red barn\n" * (5 * MIB))
+
+
+@kind("refused")
+def metadata_csv_of_commas(folder: Path) -> None:
+    _beside_a_picture(folder)
+    (folder / "metadata.csv").write_bytes(b"file_name,text\na.png" + b"," * (60 * MIB))
+
+
+@kind("refused")
+def metadata_csv_of_quoted_fields(folder: Path) -> None:
+    _beside_a_picture(folder)
+    (folder / "metadata.csv").write_bytes(b"file_name,text\na.png" + b',"\n"' * (15 * MIB))
+
+
+@kind("refused")
+def metadata_csv_of_blank_lines(folder: Path) -> None:
+    _beside_a_picture(folder)
+    (folder / "metadata.csv").write_bytes(b"file_name,text\na.png,a\n" + b"\n" * (60 * MIB))
+
+
+@kind("refused")
+def metadata_json_nested(folder: Path) -> None:
+    _beside_a_picture(folder)
+    (folder / "metadata.json").write_bytes(b"[" * (60 * MIB))
+
+
+@kind("refused")
+def metadata_json_of_empty_lists(folder: Path) -> None:
+    _beside_a_picture(folder)
+    (folder / "metadata.json").write_bytes(b'[{"file_name": "a.png", "text": [' + b"[]," * (20 * MIB) + b"[]]}]")
+
+
+@kind("read or refused")
+def metadata_json_at_the_cap(folder: Path) -> None:
+    _beside_a_picture(folder)
+    row = b'{"file_name": "a.png", "text": "a red barn at dusk, with a door"},'
+    (folder / "metadata.json").write_bytes(b"[" + row * (63 * MIB // len(row)) + row[:-1] + b"]")
+
+
+@kind("read")
+def sidecars_of_10_gib(folder: Path) -> None:
+    for ext in ("txt", "json"):
+        (folder / f"{ext}.png").write_bytes(picture())
+        sparse(folder / f"{ext}.{ext}", b"a red barn", 10 * 2**30)
+
+
+@kind("read")
+def sidecar_json_of_empty_lists(folder: Path) -> None:
+    _beside_a_picture(folder)
+    (folder / "a.json").write_bytes(b"[" + b"[]," * (4 * MIB // 3 - 2) + b"[]]")
+
+
+# ---------------------------------------------------------------- folders
+
+
+@kind("read")
+def image_of_1_tib(folder: Path) -> None:
+    _beside_a_picture(folder)
+    sparse(folder / "b.png", b"", 2**40)
+
+
+@kind("read")
+def links_pipes_and_sockets(folder: Path) -> None:
+    import socket
+
+    _beside_a_picture(folder)
+    os.mkfifo(folder / "b.png")
+    os.mkfifo(folder / "a.txt")
+    (folder / "c.png").symlink_to("/dev/zero")
+    (folder / "metadata.csv").symlink_to("/dev/zero")
+    (folder / "d").symlink_to("/")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(folder / "e.png"))
+
+
+@kind("read")
+def one_key_for_all_files(folder: Path) -> None:
+    for i in range(5000):
+        (folder / f"a.{i}.png").write_bytes(b"")
+        (folder / f"a.{i}.x.txt").write_bytes(b"")
+
+
+@kind("read")
+def folders_500_deep(folder: Path) -> None:
+    at = folder
+    for _ in range(500):
+        at = at / "d"
+    at.mkdir(parents=True)
+    _beside_a_picture(at)

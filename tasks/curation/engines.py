@@ -1,0 +1,245 @@
+"""Table engines: DuckDB inside the process, or Spark beyond one machine. Both run the same SQL text.
+
+The text keeps to what both understand. Where they differ, each registers a function of the same name:
+
+    hamming(a, b)          bits in which two BIGINTs differ
+    hex_to_int(text)       the number that up to 15 hexadecimal digits give
+    number_text(x)         a DOUBLE with up to 4 decimals, without zeros at its end
+    words_up_to(list, n)   the numbers of a list that are at most n, rising
+    nth(list, i)           one element, counted from 1
+    round_half_even(x)     to a whole number, as numpy.rint does
+    explode(list)          a row for each element
+    bin_of(x, low, high, n)   which of n equal bins has x; what lies beyond counts in the outermost
+
+A row's `position` is its part's number * 2**32 + its row in the part, so that no engine has to number rows.
+"""
+
+# ruff: noqa: S608 (SQL of our own names and numbers; texts are quoted by engines.quoted)
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+MEMORY = "1GB"  # of DuckDB's buffers; what is more is spilled
+BATCH_ROWS = 10_000
+PART = 2**32  # positions of a part
+
+
+class Engine(Protocol):
+    """Runs SQL over tables that may be larger than memory."""
+
+    def scan(self, name: str, files: Mapping[str, int]) -> None:
+        """A view over Parquet files of one schema; its column `part` has the number of each row's file."""
+
+    def create(self, name: str, query: str) -> None:
+        """A table with the rows of a query; replaces one of the same name."""
+
+    def append(self, name: str, query: str) -> None:
+        """Adds the rows of a query to a table."""
+
+    def load(self, name: str, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
+        """A table of rows that Python made."""
+
+    def batches(self, query: str) -> Iterator[pa.Table]:
+        """The rows of a query, in its order."""
+
+    def close(self) -> None: ...
+
+
+def rows_of(engine: Engine, query: str) -> Iterator[dict[str, Any]]:
+    for table in engine.batches(query):
+        yield from table.to_pylist()
+
+
+def one(engine: Engine, query: str) -> Any:
+    """The only value of a query."""
+    (row,) = rows_of(engine, query)
+    (value,) = row.values()
+    return value
+
+
+def open_engine(name: str, work_dir: str | os.PathLike) -> Engine:
+    """
+    Args:
+        name: duckdb or spark.
+        work_dir: for tables and what is spilled; all of Spark's executors must reach it.
+
+    Raises:
+        ValueError: Spark is not installed, or there is no Java.
+    """
+    return DuckDB(work_dir) if name == "duckdb" else Spark(work_dir)
+
+
+class DuckDB:
+    """In this process; tables are in one file, and at most `MEMORY` of them in memory."""
+
+    FUNCTIONS = (
+        "hamming(a, b) AS bit_count(xor(a, b))",
+        "hex_to_int(text) AS CAST(concat('0x', text) AS BIGINT)",
+        "number_text(x) AS trim(TRAILING '.' FROM trim(TRAILING '0' FROM CAST(CAST(x AS DECIMAL(18, 4)) AS STRING)))",
+        "words_up_to(list, n) AS list_sort(list_filter(list, lambda w: w <= n))",
+        "nth(list, i) AS list_extract(list, i)",
+        "size(list) AS len(list)",
+        "array_min(list) AS list_min(list)",
+        "round_half_even(x) AS CAST(round_even(x, 0) AS BIGINT)",
+        "explode(list) AS unnest(list)",
+        "bin_of(x, low, high, n) AS CAST(least(n - 1, greatest(0, floor((x - low) / (high - low) * n))) AS INTEGER)",
+    )
+
+    def __init__(self, work_dir: str | os.PathLike) -> None:
+        import duckdb
+
+        self._work = Path(work_dir)
+        settings = {"memory_limit": MEMORY, "temp_directory": str(self._work / "spill")}
+        self._db = duckdb.connect(str(self._work / "tables.duckdb"), config=settings)
+        self._db.execute("SET preserve_insertion_order = false")
+        for function in self.FUNCTIONS:
+            self._db.execute(f"CREATE MACRO {function}")
+
+    def scan(self, name: str, files: Mapping[str, int]) -> None:
+        numbers = [{"path": path, "part": number} for path, number in files.items()]
+        self.load(f"{name}_files", pa.schema([("path", pa.string()), ("part", pa.int64())]), numbers)
+        listed = ", ".join(quoted(path) for path in files)
+        self._db.execute(
+            f"CREATE OR REPLACE VIEW {name} AS SELECT s.* EXCLUDE (filename), f.part "
+            f"FROM read_parquet([{listed}], filename = true) s JOIN {name}_files f ON s.filename = f.path"
+        )
+
+    def create(self, name: str, query: str) -> None:
+        self._db.execute(f"CREATE OR REPLACE TABLE {name} AS {query}")
+
+    def append(self, name: str, query: str) -> None:
+        self._db.execute(f"INSERT INTO {name} {query}")
+
+    def load(self, name: str, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
+        path = _write_rows(self._work / f"{name}.parquet", schema, rows)
+        self.create(name, f"SELECT * FROM read_parquet({quoted(str(path))})")
+        path.unlink()
+
+    def batches(self, query: str) -> Iterator[pa.Table]:
+        reader = self._db.cursor().sql(query).to_arrow_reader(BATCH_ROWS)
+        for batch in reader:
+            yield pa.Table.from_batches([batch])
+
+    def close(self) -> None:
+        self._db.close()
+
+
+class Spark:
+    """A session of the driver that runs this process, or a local one. Tables are Parquet under the work directory.
+
+    NUCLEUS_SPARK_CONF: JSON of more settings of a session that starts here, such as {"spark.master": "local[2]"}.
+    """
+
+    FUNCTIONS = (
+        "hamming(a BIGINT, b BIGINT) RETURNS INT RETURN bit_count(a ^ b)",
+        "hex_to_int(text STRING) RETURNS BIGINT RETURN CAST(conv(text, 16, 10) AS BIGINT)",
+        "number_text(x DOUBLE) RETURNS STRING "
+        "RETURN trim(TRAILING '.' FROM trim(TRAILING '0' FROM CAST(CAST(x AS DECIMAL(18, 4)) AS STRING)))",
+        "words_up_to(list ARRAY<INT>, n INT) RETURNS ARRAY<INT> RETURN sort_array(filter(list, w -> w <= n))",
+        "nth(list ARRAY<INT>, i BIGINT) RETURNS INT RETURN element_at(list, CAST(i AS INT))",
+        "round_half_even(x DOUBLE) RETURNS BIGINT RETURN CAST(bround(x, 0) AS BIGINT)",
+        "bin_of(x DOUBLE, low DOUBLE, high DOUBLE, n INT) RETURNS INT "
+        "RETURN CAST(least(n - 1, greatest(0, floor((x - low) / (high - low) * n))) AS INT)",
+    )
+
+    def __init__(self, work_dir: str | os.PathLike) -> None:
+        self._work = Path(work_dir).resolve()
+        self._spark = _session()
+        for function in self.FUNCTIONS:
+            self._spark.sql(f"CREATE OR REPLACE TEMPORARY FUNCTION {function}")
+
+    def scan(self, name: str, files: Mapping[str, int]) -> None:
+        from pyspark.sql import functions as f
+
+        uris = {path if "://" in path else Path(path).resolve().as_uri(): number for path, number in files.items()}
+        # Spark names local files file:/a or file:///a, as the reader likes.
+        numbers = [{"path": _plain_uri(uri), "part": number} for uri, number in uris.items()]
+        self.load(f"{name}_files", pa.schema([("path", pa.string()), ("part", pa.int64())]), numbers)
+        frame = self._spark.read.parquet(*uris).withColumn(
+            "path", f.regexp_replace(f.col("_metadata.file_path"), "^file:/+", "/")
+        )
+        frame.join(f.broadcast(self._spark.table(f"{name}_files")), "path").drop("path").createOrReplaceTempView(name)
+
+    def create(self, name: str, query: str) -> None:
+        # A new folder: the query may read the table that it replaces.
+        self._write(name, query, str(self._work / f"{name}-{uuid.uuid4().hex}"))
+
+    def append(self, name: str, query: str) -> None:
+        (folder,) = {Path(_plain_uri(path)).parent for path in self._spark.table(name).inputFiles()}
+        self._write(name, query, str(folder))
+
+    def _write(self, name: str, query: str, folder: str) -> None:
+        self._spark.sql(query).write.mode("append").parquet(folder)
+        self._spark.read.parquet(folder).createOrReplaceTempView(name)
+
+    def load(self, name: str, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
+        folder = self._work / f"{name}-{uuid.uuid4().hex}"
+        folder.mkdir()
+        _write_rows(folder / "rows.parquet", schema, rows)
+        self._spark.read.parquet(str(folder)).createOrReplaceTempView(name)
+
+    def batches(self, query: str) -> Iterator[pa.Table]:
+        """Files of a sorted frame have its order by name."""
+        folder = self._work / f"rows-{uuid.uuid4().hex}"
+        self._spark.sql(query).write.parquet(str(folder))
+        for path in sorted(folder.glob("*.parquet")):
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(BATCH_ROWS):
+                    yield pa.Table.from_batches([batch])
+        shutil.rmtree(folder)
+
+    def close(self) -> None:
+        """The session stays: it is the driver's."""
+
+
+def _session() -> Any:
+    try:
+        from pyspark.sql import SparkSession
+    except ImportError as error:
+        raise ValueError("curation.engine=spark needs pyspark: pip install 'nucleus-flyte[spark]'") from error
+    builder = SparkSession.builder.appName("curation")
+    settings = {
+        "spark.sql.parser.escapedStringLiterals": "true",  # a backslash is a backslash, as in DuckDB
+        "spark.sql.session.timeZone": "UTC",
+        "spark.ui.enabled": "false",
+    } | json.loads(os.environ.get("NUCLEUS_SPARK_CONF", "{}"))
+    for key, value in settings.items():
+        builder = builder.config(key, value)
+    try:
+        return builder.getOrCreate()
+    except Exception as error:
+        if "JAVA" in str(error).upper():
+            raise ValueError(
+                "curation.engine=spark needs Java 17: set JAVA_HOME, or install openjdk-17-jre-headless"
+            ) from error
+        raise
+
+
+def _plain_uri(uri: str) -> str:
+    return "/" + uri[5:].lstrip("/") if uri.startswith("file:") else uri
+
+
+def quoted(text: str) -> str:
+    """A string literal."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _write_rows(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> Path:
+    with pq.ParquetWriter(path, schema) as writer:
+        waiting: list[dict[str, Any]] = []
+        for row in rows:
+            waiting.append(row)
+            if len(waiting) == BATCH_ROWS:
+                writer.write_table(pa.Table.from_pylist(waiting, schema))
+                waiting = []
+        writer.write_table(pa.Table.from_pylist(waiting, schema))
+    return path

@@ -1,0 +1,106 @@
+"""What was scored before: one record for each source of models and benchmark, in the store.
+
+    STORE/evaluations/KEY.json   {"model", "settings", "scorecard", "accepted"}
+
+`scorecard` is the last one, `accepted` the last that was no drop. So an unchanged model is scored once and alarms once, and a
+model that dropped does not become what the next one is compared with.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.config import EvalConfig
+from eval.protocols import digest_of
+from model import storage
+from tasks import envs
+from tasks.evaluation.evaluate import DropError, check_drop
+from tasks.evaluation.models import Model
+from tasks.store import store
+
+
+def _place(source: str, benchmark: str) -> str:
+    return storage.join(store(), "evaluations", f"{benchmark.replace(':', '-')}-{digest_of(source)[:16]}.json")
+
+
+def _settings(config: EvalConfig) -> str:
+    """Digest of everything that decides a score, but the model. Judges from the Hub are pinned by NAME@COMMIT."""
+    return digest_of(
+        [envs.CACHE_VERSIONS["prompts"], envs.CACHE_VERSIONS["evaluation"], config.model_dump(mode="json")]
+    )
+
+
+def read(source: str, benchmark: str) -> dict[str, Any]:
+    """The record; {} where nothing was scored yet.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    place = _place(source, benchmark)
+    content = storage.read_bytes(place)
+    if content is None:
+        return {}
+    try:
+        record = json.loads(content)
+        return {key: str(record[key]) for key in ("model", "settings", "scorecard", "accepted")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{place} is not a record of an evaluation: {error!r}; remove it to start anew") from error
+
+
+def _write(source: str, benchmark: str, record: dict[str, str]) -> None:
+    place = _place(source, benchmark)
+    if not storage.is_remote(place):
+        Path(place).parent.mkdir(parents=True, exist_ok=True)
+    storage.write_bytes(place, json.dumps(record, indent=1).encode())
+
+
+def is_known(source: str, model: Model, config: EvalConfig) -> bool:
+    """Whether the last score of `source` is of this model and these settings."""
+    record = read(source, config.benchmark)
+    return bool(record) and record["model"] == model.digest and record["settings"] == _settings(config)
+
+
+def store_score(source: str, model: Model, config: EvalConfig, scorecard: str) -> str:
+    """Records a scorecard that was made; returns JSON for `gate`.
+
+    Args:
+        scorecard: its path or URI.
+    """
+    before = read(source, config.benchmark)
+    accepted = before.get("accepted", "")
+    record = {"model": model.digest, "settings": _settings(config), "scorecard": scorecard, "accepted": accepted}
+    _write(source, config.benchmark, record)
+    return json.dumps({"source": source, "benchmark": config.benchmark, "scorecard": scorecard, "incumbent": accepted})
+
+
+def gate(stored: Sequence[str], fetch: Callable[[str], Path]) -> list[str]:
+    """One sentence for each score that is no drop; these become the accepted ones.
+
+    Args:
+        stored: of `store_score`.
+        fetch: (path or URI of a scorecard) -> its directory on this machine.
+
+    Raises:
+        DropError: a score dropped beyond noise; names each that did. The others are accepted all the same.
+    """
+    sentences, drops = [], []
+    for text in stored:
+        item = json.loads(text)
+        try:
+            if item["incumbent"]:
+                sentence = check_drop(fetch(item["incumbent"]), fetch(item["scorecard"]))
+            else:
+                sentence = f"{item['benchmark']}: the first score, nothing to compare it with"
+        except DropError as error:
+            drops.append(str(error))
+            continue
+        sentences.append(sentence)
+        record = read(item["source"], item["benchmark"])
+        if record.get("scorecard") == item["scorecard"]:
+            _write(item["source"], item["benchmark"], record | {"accepted": item["scorecard"]})
+    if drops:
+        raise DropError("; ".join(drops))
+    return sentences

@@ -1,0 +1,137 @@
+"""From the words of a command to configurations: which benchmarks, with which judges, at which settings.
+
+A benchmark's settings are, the later the stronger: its official numbers, the recipe's eval section (or that which a published
+pipeline was scored with), overrides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from eval import catalog
+from eval.benchmarks import registry
+from eval.config import SCORING_KEYS, EvalConfig
+
+# Of one benchmark, and wrong for another.
+OF_A_BENCHMARK = {"benchmark", "judges", "prompts_file", "prompts_per_task", "prompt_rewrites", "images_per_prompt"}
+
+
+class Part(BaseModel):
+    """One of `parts` shares of one sampling seed's images."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    seed: int = Field(ge=0)
+    index: int = Field(default=0, ge=0)
+    parts: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _inside(self) -> Part:
+        if self.index >= self.parts:
+            raise ValueError(f"index={self.index} must be one of the {self.parts} parts from 0 to {self.parts - 1}")
+        return self
+
+
+def plan_parts(config: EvalConfig, parts_per_seed: int) -> list[Part]:
+    """Every part of a run. How many there are does not change any image: batches are the same."""
+    if parts_per_seed < 1:
+        raise ValueError(f"parts_per_seed={parts_per_seed} must be at least 1")
+    return [
+        Part(seed=seed, index=index, parts=parts_per_seed) for seed in config.seeds for index in range(parts_per_seed)
+    ]
+
+
+def plan_benchmarks(
+    benchmarks: str,
+    base: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    judges: str = "",
+    packaged: bool = False,
+) -> list[EvalConfig]:
+    """The configuration of each benchmark.
+
+    Args:
+        benchmarks: names, separated by commas.
+        base: an eval section, such as a recipe's; its judges, prompts and counts are used for its own benchmark alone.
+        overrides: KEY=VALUE for all benchmarks, or BENCHMARK.KEY=VALUE for one.
+        judges: [BENCHMARK.][ROLE=]NAME, separated by commas; "" takes those of the base, of the recipe's benchmark, or the
+            recommended ones.
+        packaged: prefer judges whose weights packages carry and a CPU runs.
+
+    Raises:
+        ValueError: an unknown benchmark, role, judge or key, or a benchmark without a judge.
+    """
+    names = [name.strip() for name in benchmarks.split(",") if name.strip()]
+    if not names:
+        raise ValueError("benchmarks is empty; name at least one, such as geneval,dpg,oneig")
+    if len(set(names)) < len(names):
+        raise ValueError(f"benchmarks={benchmarks!r} names one twice")
+    configs = []
+    for name in names:
+        benchmark = registry.load(name)
+        values = {key: value for key, value in base.items() if key not in OF_A_BENCHMARK}
+        values |= {"benchmark": name, "images_per_prompt": benchmark.images_per_prompt}
+        if base.get("benchmark", "shapes") == name:
+            values |= {key: base[key] for key in OF_A_BENCHMARK if key in base}
+        for change in overrides:
+            _override(values, change, name, names)
+        chosen = catalog.recommended(name, packaged) | dict(values.pop("judges", {}))
+        chosen |= _judges_of(judges, name, names, list(benchmark.judges))
+        try:
+            config = EvalConfig(**values, judges=chosen)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{name}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
+        catalog.judges_of(config)
+        configs.append(config)
+    return configs
+
+
+def _override(values: dict[str, Any], change: str, name: str, names: Sequence[str]) -> None:
+    key, equals, text = change.partition("=")
+    if not equals:
+        raise ValueError(f"override {change!r} must look like guidance_scale=4, or geneval.guidance_scale=4")
+    path = key.strip().removeprefix("eval.").split(".")
+    if path[0] in registry.BENCHMARKS or path[0] in names:
+        if path[0] != name:
+            return
+        path = path[1:]
+    here = values
+    for step in path[:-1]:
+        here[step] = dict(here.get(step) or {})
+        here = here[step]
+    try:
+        here[path[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {change!r} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def _judges_of(judges: str, name: str, names: Sequence[str], roles: Sequence[str]) -> dict[str, str]:
+    """{role: judge} of one benchmark."""
+    found: dict[str, str] = {}
+    for item in (part.strip() for part in judges.split(",") if part.strip()):
+        before, equals, judge = item.rpartition("=")
+        benchmark, dot, role = before.rpartition(".")
+        if equals and not dot and before in names:
+            benchmark, role = before, ""
+        if benchmark and benchmark not in names:
+            raise ValueError(f"judges has {item!r}, and the benchmarks are {', '.join(names)}")
+        if benchmark and benchmark != name:
+            continue
+        if role and role not in roles:
+            if not benchmark and len(names) > 1:
+                continue  # of another benchmark's roles
+            raise ValueError(f"judges has the role {role!r}, and {name} has {', '.join(roles)}")
+        _, answers, _ = catalog.JUDGES.get(judge.partition("@")[0], ("", tuple(roles), ""))
+        found |= {role: judge} if role else {r: judge for r in roles if r in answers}
+    return found
+
+
+def generation_config(config: EvalConfig) -> EvalConfig:
+    """The configuration without what scoring alone reads: images do not depend on it, nor does the cache of images."""
+    defaults = {key: EvalConfig.model_fields[key].get_default() for key in SCORING_KEYS}
+    return config.model_copy(update=defaults)

@@ -1,0 +1,153 @@
+"""From the words of a command to configurations, and to candidates: checked before any work."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from eval.config import SCORING_KEYS, EvalConfig
+from model.config import MergeConfig
+from tasks.evaluation import models
+from tasks.evaluation.candidates import plan_candidates
+from tasks.evaluation.models import Model
+from tasks.evaluation.plan import generation_config, plan_benchmarks
+from tasks.manifest import seal
+from tasks.recipe import load_recipe
+
+TINY = load_recipe("tiny", []).eval.model_dump(mode="json")
+HUB = Model(place="a/b", digest="c" * 40)
+
+
+def test_each_benchmark_has_its_own_counts_and_judges_and_shares_the_settings_of_sampling():
+    configs = plan_benchmarks("shapes,geneval,geneval2", TINY, judges="geneval=ssd-mobilenet-v2")
+    shapes, geneval, geneval2 = configs
+    assert shapes == load_recipe("tiny", []).eval.model_copy(update={"judges": {"detector": "shapes-detector"}})
+    assert geneval.images_per_prompt == 4 and geneval2.images_per_prompt == 1
+    assert geneval.prompts_per_task is None and geneval.prompts_file is None
+    assert geneval.judges == dict.fromkeys(("detector", "color"), "ssd-mobilenet-v2")
+    assert geneval2.judges == {"soft_tifa": "qwen3-vl-8b"}
+    assert {c.guidance_scale for c in configs} == {TINY["guidance_scale"]}
+
+
+def test_judges_are_the_official_classes_or_on_a_cpu_those_that_packages_carry():
+    (official,), (packaged,) = plan_benchmarks("geneval", {}), plan_benchmarks("geneval", {}, packaged=True)
+    assert official.judges["detector"] == "mask2former-clip" and packaged.judges["detector"] == "ssd-mobilenet-v2"
+    (oneig,) = plan_benchmarks("oneig", {})
+    assert oneig.judges == {
+        "vqa": "qwen2.5-vl-7b",
+        "ocr": "qwen2.5-vl-7b",
+    }  # the other dimensions are left out, and said so
+    (named,) = plan_benchmarks("geneval", {}, judges="geneval.color=xkcd-color,detector=ssd-mobilenet-v2")
+    assert named.judges == {"detector": "ssd-mobilenet-v2", "color": "xkcd-color"}
+
+
+def test_an_override_holds_for_all_benchmarks_or_for_the_one_it_names():
+    shapes, geneval = plan_benchmarks(
+        "shapes,geneval", {}, ["seeds=[5]", "geneval.guidance_scale=2", "eval.batch_size=3"]
+    )
+    assert shapes.seeds == geneval.seeds == (5,) and shapes.batch_size == 3
+    assert geneval.guidance_scale == 2 and shapes.guidance_scale == EvalConfig().guidance_scale
+
+
+@pytest.mark.parametrize(
+    ("benchmarks", "overrides", "judges", "message"),
+    [
+        ("", [], "", "benchmarks is empty"),
+        ("geneval,geneval", [], "", "names one twice"),
+        ("genevl", [], "", "did you mean 'geneval'"),
+        ("geneval", ["guidance"], "", "must look like guidance_scale=4"),
+        ("geneval", ["guidence_scale=4"], "", "geneval: guidence_scale: Extra inputs"),
+        ("geneval", ["guidance_scale=["], "", "is not YAML"),
+        ("geneval", ["guidance_scale=fast"], "", "geneval: guidance_scale: .*number"),
+        ("geneval", [], "ssd-mobilnet", "did you mean 'ssd-mobilenet-v2'"),
+        ("geneval", [], "eye=ssd-mobilenet-v2", "the role 'eye', and geneval has detector, color"),
+        ("geneval", [], "dpg=blip-vqa", "the benchmarks are geneval"),
+        ("module:missing", [], "", "cannot be imported"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_by_name(benchmarks, overrides, judges, message):
+    with pytest.raises(ValueError, match=message):
+        plan_benchmarks(benchmarks, {}, overrides, judges)
+
+
+def test_images_do_not_depend_on_what_scoring_alone_reads():
+    config = EvalConfig(
+        benchmark="geneval", judges={"detector": "ssd-mobilenet-v2"}, missing="official", equal_within=0.2
+    )
+    plain = generation_config(config)
+    assert plain == generation_config(EvalConfig(benchmark="geneval"))
+    assert all(getattr(plain, key) == getattr(EvalConfig(), key) for key in SCORING_KEYS)
+
+
+def sealed(path, kind, config=None):
+    path.mkdir()
+    (path / "file").write_text(kind)
+    return path, seal(path, kind, config=config).digest
+
+
+def test_merged_weights_need_their_components_and_have_both_digests(tmp_path):
+    (merged, one), (components, other) = sealed(tmp_path / "m", "merged"), sealed(tmp_path / "c", "components")
+    model = models.resolve(str(merged), components=str(components))
+    assert model.digest == f"{one}+{other}" and model.digests() == {"merged": one, "components": other}
+    (merged / "transformer").mkdir()
+    with pytest.raises(ValueError, match="name its components too"):
+        models.resolve(str(merged))
+    with pytest.raises(ValueError, match="of kind 'components'; 'merged' is needed"):
+        models.resolve(str(components), components=str(components))
+
+
+def test_a_path_of_this_machine_is_refused_where_a_cluster_loads_it(tmp_path):
+    with pytest.raises(ValueError, match=r"the cluster cannot read; give an s3:// URI"):
+        models.resolve(str(tmp_path), local=False)
+    with pytest.raises(ValueError, match="newest on your machine"):
+        models.resolve("newest", local=False)
+
+
+def test_a_published_pipeline_is_scored_with_the_settings_it_was_scored_with(tmp_path):
+    path, digest = sealed(tmp_path / "p", "pipeline", {"recipe": {"eval": TINY}})
+    model = models.resolve(str(path))
+    assert model.digest == digest and models.published_settings(model) == TINY
+    assert models.published_settings(HUB) is None
+
+
+def test_what_was_published_last_on_s3_is_resolved_to_its_version(monkeypatch):
+    pointer = {"digest": "d" * 64, "uri": "s3://bucket/pipeline/versions/" + "d" * 64, "manifest_sha256": ""}
+    content = {"s3://bucket/pipeline/latest.json": json.dumps(pointer).encode()}
+    monkeypatch.setattr(models.storage, "read_bytes", content.get)
+    model = models.resolve("s3://bucket/pipeline", local=False)
+    assert (model.place, model.digest) == (pointer["uri"], pointer["digest"])
+    with pytest.raises(ValueError, match="neither a sealed directory"):
+        models.resolve("s3://bucket/elsewhere")
+    content["s3://bucket/pipeline/latest.json"] = b"{}"
+    with pytest.raises(ValueError, match="is not a pointer"):
+        models.resolve("s3://bucket/pipeline")
+
+
+def test_candidates_are_settings_merges_and_models_on_development_prompts():
+    merged = Model(place="/m", digest="1+2", components="/c")
+    planned = plan_candidates(
+        merged, "shapes", "guidance_scale=3+num_inference_steps=5,last_n=2,x/y@" + "e" * 40, "tiny", [], ""
+    )
+    incumbent, setting, window, other = planned
+    assert incumbent.name == "incumbent" and incumbent.config.guidance_scale == TINY["guidance_scale"]
+    assert all(c.config.prompt_set == "development" for c in planned)
+    assert (setting.config.guidance_scale, setting.config.num_inference_steps) == (3, 5)
+    assert window.merge == MergeConfig(**load_recipe("tiny", []).merge.model_dump() | {"last_n": 2})
+    assert window.transformer.capacity_factors == load_recipe("tiny", []).train.stages[-1].capacity_factors
+    assert other.model.digest == "e" * 40 and window.config == other.config == incumbent.config
+
+
+@pytest.mark.parametrize(
+    ("candidates", "recipe", "message"),
+    [
+        ("", "tiny", "must be different ones"),
+        ("guidance_scale=3,guidance_scale=3", "tiny", "must be different ones"),
+        ("last_n=4", "", "needs a whole number, merged weights"),
+        ("guidance=3", "tiny", "guidance: Extra inputs"),
+        ("./nowhere", "tiny", "neither a directory"),
+    ],
+)
+def test_candidates_that_cannot_be_are_refused(candidates, recipe, message):
+    with pytest.raises(ValueError, match=message):
+        plan_candidates(HUB, "shapes", candidates, recipe, [], "")

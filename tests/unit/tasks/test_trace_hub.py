@@ -1,0 +1,82 @@
+"""The lineage of a repository of the Hub, whose parents are found by digest in the store: after all pods are gone."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from hub_server import COMMIT, hub_server
+from object_store import s3_bucket
+from test_trace import build
+
+from tasks import hub_directory
+from tasks import trace as tracing
+from tasks.manifest import MANIFEST, load_manifest, public_manifest
+
+HUB = "hf://owner/model"
+
+
+@pytest.fixture
+def pushed(tmp_path, monkeypatch):
+    """A pipeline as `push` publishes it, and the home of its parents in S3. Yields (the repository's files, digest)."""
+    home = tmp_path / "home"
+    monkeypatch.setenv("NUCLEUS_HOME", str(home))
+    monkeypatch.delenv("NUCLEUS_STORE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
+    pipeline = build()["pipeline"]
+    manifest = load_manifest(pipeline)
+    files = {name: (pipeline / name).read_bytes() for name in manifest.files}
+    files |= {MANIFEST: public_manifest(manifest).model_dump_json().encode(), ".gitattributes": b"* lfs"}
+    hub_directory._files.cache_clear()
+    with s3_bucket("lineage") as fs, hub_server("owner/model", files) as endpoint:
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        fs.put(str(home), "lineage/home", recursive=True)
+        shutil.rmtree(home)
+        yield files, manifest.digest
+
+
+def trace(*words: str) -> int:
+    hub_directory._files.cache_clear()  # as another process
+    return tracing.main([HUB, "--home", "s3://lineage/home", *words])
+
+
+def test_a_repository_is_traced_to_its_records_at_a_commit_and_keeps_nothing_here(pushed, tmp_path, capsys):
+    files, digest = pushed
+    assert trace("--expect", digest) == 0
+    out = capsys.readouterr().out
+    assert f"at {HUB}@{COMMIT}" in out and "records: 6 in the ledger, 4 kept, 3 with latents" in out
+    assert not (tmp_path / "home").exists()
+    assert not list(Path(tmp_path).rglob("*.safetensors"))
+
+
+def test_a_flipped_byte_a_lost_and_an_added_file_on_the_hub_are_named(pushed, capsys):
+    files, _ = pushed
+    content = files["data.safetensors"]
+    files["data.safetensors"] = content[:-1] + bytes([content[-1] ^ 1])
+    assert trace() == 1
+    assert f"{HUB}@{COMMIT}/data.safetensors was changed" in capsys.readouterr().err
+    del files["data.safetensors"]
+    assert trace() == 1
+    assert "lacks data.safetensors" in capsys.readouterr().err
+    files |= {"data.safetensors": content, "added.bin": b"x"}
+    assert trace() == 1
+    assert "holds added.bin, which its manifest does not list" in capsys.readouterr().err
+
+
+def test_another_digest_an_absent_repository_and_one_of_somebody_else_exit_1(pushed, capsys):
+    files, _ = pushed
+    assert trace("--expect", "0" * 64) == 1
+    assert "was expected" in capsys.readouterr().err
+    assert tracing.main(["hf://owner/other"]) == 1
+    assert "the Hub has no such repository" in capsys.readouterr().err
+    assert tracing.main(["hf://owner"]) == 1
+    assert "must look like hf://OWNER/NAME" in capsys.readouterr().err
+    del files[MANIFEST]
+    assert trace() == 1
+    assert f"it has no {MANIFEST}" in capsys.readouterr().err
+
+
+def test_the_lineage_is_drawn_too(pushed, tmp_path):
+    assert trace("--html", str(tmp_path / "lineage.html")) == 0
+    assert COMMIT in (tmp_path / "lineage.html").read_text()

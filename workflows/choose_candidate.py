@@ -1,0 +1,101 @@
+"""Which setting, merge or checkpoint replaces the one in use: chosen on development prompts, with statistics.
+
+    pyflyte run workflows/choose_candidate.py choose_candidate --model newest --benchmark shapes \\
+        --candidates guidance_scale=3,guidance_scale=5
+    pyflyte run workflows/choose_candidate.py choose_candidate --recipe tiny --model .nucleus/artifacts/merged/DIGEST \\
+        --components .nucleus/artifacts/components/DIGEST --checkpoints .nucleus/artifacts/checkpoints/DIGEST \\
+        --benchmark shapes --candidates last_n=4,last_n=8
+
+    incumbent, candidates --> a scorecard each --max-T test--> the one that beats the incumbent, or the incumbent
+
+Report the chosen one on official prompts once: workflows/evaluate.py.
+"""
+
+from __future__ import annotations
+
+from typing import Optional, Union
+
+from flytekit import dynamic, workflow
+from flytekit.types.directory import FlyteDirectory
+
+from tasks import envs
+from tasks.artifacts import CheckpointsDir, CuratedDir
+from tasks.evaluation.candidates import Candidate
+from tasks.evaluation.task import Choice, choose_scorecard, plan_candidates, resolve_model
+from tasks.merging.task import merge_checkpoints
+from workflows.evaluate import score_merged, score_model
+
+
+@dynamic(**envs.dynamic("evaluator"))
+def score_candidates(
+    candidates: list[Candidate],
+    parts_per_seed: int,
+    checkpoints: Optional[CheckpointsDir] = None,
+    curated: Optional[CuratedDir] = None,
+) -> Choice:
+    """A scorecard for each candidate, and the choice between them."""
+    scorecards = []
+    for candidate in candidates:
+        if candidate.merge is not None:
+            if checkpoints is None:
+                raise ValueError(f"candidate {candidate.name} is another merge: give --checkpoints")
+            merged = merge_checkpoints(checkpoints=checkpoints, model=candidate.transformer, config=candidate.merge)
+            scorecard = score_merged(
+                merged=merged,
+                components=FlyteDirectory(candidate.model.components),
+                config=candidate.config,
+                curated=curated,
+                parts_per_seed=parts_per_seed,
+            )
+        else:
+            scorecard = score_model(
+                model=candidate.model,
+                digest=candidate.model.digest,
+                config=candidate.config,
+                parts_per_seed=parts_per_seed,
+                curated=curated,
+            )
+        scorecards.append(scorecard)
+    return choose_scorecard(names=[candidate.name for candidate in candidates], scorecards=scorecards)
+
+
+@workflow
+def choose_candidate(
+    model: str,
+    candidates: str,
+    benchmark: str,
+    revision: str = "",
+    components: str = "",
+    recipe: str = "",
+    overrides: Union[list[str], str] = [],
+    judges: str = "",
+    parts_per_seed: int = 1,
+    checkpoints: Optional[CheckpointsDir] = None,
+    curated: Optional[CuratedDir] = None,
+) -> Choice:
+    """Chooses between a model and candidates for its place.
+
+    Args:
+        model: see workflows/evaluate.py; it is the incumbent.
+        candidates: separated by commas: another setting (guidance_scale=3; several joined by +), another merge of
+            `checkpoints` (last_n=8), or another model.
+        benchmark: one that has development prompts, or any with prompts_file in `overrides`.
+        revision: the commit of a Hub id; the newest one where it is left out.
+        components: a sealed directory of kind components, for merged weights.
+        recipe: whose eval section has the settings, and whose transformer merges are of.
+        overrides: a setting of all candidates, or a JSON list of them. May be given several times.
+        judges: who answers; see workflows/evaluate.py.
+        parts_per_seed: how many map tasks sample the images of one seed.
+        checkpoints: a sealed directory of kind checkpoints, for merges.
+        curated: a sealed directory of kind curated, for the captions benchmark.
+    """
+    resolved = resolve_model(model=model, revision=revision, components=components)
+    planned = plan_candidates(
+        model=resolved, benchmark=benchmark, candidates=candidates, recipe=recipe, overrides=overrides, judges=judges
+    )
+    return score_candidates(
+        candidates=planned,
+        parts_per_seed=parts_per_seed,
+        checkpoints=checkpoints,
+        curated=curated,
+    )

@@ -1,0 +1,82 @@
+"""The newest published model, scored at night if it changed: a drop beyond noise fails the execution, and so notifies.
+
+    newest model --digest--> known? nothing to do
+                             else: a scorecard for each benchmark --> stored --> gate
+
+The scorecards are stored before the gate, and what they are compared with is the last one that was no drop
+(tasks/evaluation/history.py). Launch plan `evaluate-nightly`, inactive when it is registered:
+
+    NUCLEUS_NIGHTLY_MODEL=s3://BUCKET/nucleus/pipeline NUCLEUS_NIGHTLY_BENCHMARKS=geneval NUCLEUS_NOTIFY=a@example.com \\
+        python -m tools.register ...
+    flytectl update launchplan evaluate-nightly --version VERSION --activate
+"""
+
+from __future__ import annotations
+
+import os
+
+from flytekit import CronSchedule, Email, LaunchPlan, WorkflowExecutionPhase, dynamic, workflow
+
+from eval.config import EvalConfig
+from tasks import envs
+from tasks.evaluation.models import NEWEST, Model
+from tasks.evaluation.task import find_changed, gate_scores, plan_benchmarks, resolve_model, store_score
+from workflows.evaluate import score_model
+
+
+@dynamic(**envs.dynamic("evaluator"))
+def score_changed(source: str, model: Model, configs: list[EvalConfig], parts_per_seed: int) -> list[str]:
+    """Scores and stores everything that is new, then lets the gate decide."""
+    if not configs:
+        return []
+    stored = []
+    for config in configs:
+        scorecard = score_model(model=model, digest=model.digest, config=config, parts_per_seed=parts_per_seed)
+        stored.append(store_score(source=source, model=model, config=config, scorecard=scorecard))
+    return gate_scores(stored=stored)
+
+
+@workflow
+def evaluate_nightly(
+    model: str = NEWEST, benchmarks: str = "geneval", recipe: str = "", judges: str = "", parts_per_seed: int = 1
+) -> list[str]:
+    """Scores what `model` is now, unless it was scored already.
+
+    Args:
+        model: see workflows/evaluate.py: a Hub id without a commit, or an s3:// URI of what was published, stands for the
+            newest version.
+        benchmarks: names, separated by commas.
+        recipe: whose eval section has the settings; without it those that a published pipeline was scored with.
+        judges: who answers; see workflows/evaluate.py.
+        parts_per_seed: how many map tasks sample the images of one seed.
+    """
+    resolved = resolve_model(model=model, revision="", components="")
+    configs = plan_benchmarks(model=resolved, benchmarks=benchmarks, recipe=recipe, overrides=[], judges=judges)
+    changed = find_changed(source=model, model=resolved, configs=configs)
+    return score_changed(source=model, model=resolved, configs=changed, parts_per_seed=parts_per_seed)
+
+
+def _setting(name: str, default: str) -> str:
+    return os.environ.get(f"NUCLEUS_NIGHTLY_{name}", default)
+
+
+def _plan() -> LaunchPlan:
+    recipients = [word.strip() for word in os.environ.get("NUCLEUS_NOTIFY", "").split(",") if word.strip()]
+    ended_badly = [WorkflowExecutionPhase.FAILED, WorkflowExecutionPhase.TIMED_OUT]
+    inputs = {
+        "model": _setting("MODEL", NEWEST),
+        "benchmarks": _setting("BENCHMARKS", "geneval"),
+        "judges": _setting("JUDGES", ""),
+    }
+    return LaunchPlan.get_or_create(
+        evaluate_nightly,
+        "evaluate-nightly",
+        default_inputs=inputs,
+        schedule=CronSchedule(schedule=_setting("CRON", "0 3 * * *")),
+        max_parallelism=16,
+        notifications=[Email(phases=ended_badly, recipients_email=recipients)] if recipients else None,
+    )
+
+
+# flytekit registers what it finds as attributes of a module; a schedule runs when somebody activates the plan.
+NIGHTLY = _plan()
