@@ -67,7 +67,7 @@ format: $(STAMP)
 # Leaves out torch's CUDA packages, so that constraints.txt serves CPU and CUDA builds.
 lock: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet uv
-	$(VENV)/bin/uv pip compile pyproject.toml --extra dev --python-version 3.11 --quiet --no-header --no-annotate \
+	$(VENV)/bin/uv pip compile pyproject.toml --extra dev --extra spark --python-version 3.11 --quiet --no-header --no-annotate \
 		--no-emit-package setuptools --output-file constraints.new
 	grep -vE '^(nvidia-|cuda-)' constraints.new > constraints.txt
 	rm constraints.new
@@ -83,10 +83,11 @@ preflight: $(STAMP)
 
 env: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt no-deps.txt
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 13), "Python 3.11 or 3.12 is needed, this is " + sys.version'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(VENV)/bin/python -m pip install --quiet --no-deps --requirement no-deps.txt
 	touch $@
 
 clean:

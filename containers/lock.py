@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUIREMENTS = ROOT / "containers" / "requirements"
-ROLES = ("curation", "encoder", "trainer", "evaluator", "publisher")
+ROLES = ("curation", "scorer", "encoder", "trainer", "evaluator", "publisher")
 # pip installs these by default beside everything; no module of ours, nor of a dependency, imports them at run time.
 INSTALLERS = {"pip", "wheel"}
 HEADER = "# Made by containers/lock.py from pyproject.toml and constraints.txt. Do not edit.\n"

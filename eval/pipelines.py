@@ -134,7 +134,7 @@ def diffusers_sampler(pipeline: Any, config: EvalConfig, text_kv_cache: bool | N
     import torch
 
     denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
-    cacheable = hasattr(denoiser, "is_cache_enabled") and type(pipeline).__name__ == "NucleusMoEImagePipeline"
+    cacheable = hasattr(denoiser, "enable_cache") and type(pipeline).__name__ == "NucleusMoEImagePipeline"
     text_kv_cache = cacheable if text_kv_cache is None else text_kv_cache
     if cacheable and text_kv_cache and not denoiser.is_cache_enabled:
         denoiser.enable_cache(diffusers.TextKVCacheConfig())

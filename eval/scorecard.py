@@ -326,6 +326,7 @@ def _scores(
     of_seeds = {seed: _estimate([row for row in rows if row["seed"] == seed], order, pooling) for seed in seeds}
 
     def score(estimate: stats.Estimate, values: dict[int, float], name: str | None) -> CategoryScore:
+        whole = name is None and pooling == "parts"
         official = {
             kind: aggregate["overall"] if name is None else aggregate["categories"].get(name)
             for kind, aggregate in aggregates.items()
@@ -336,8 +337,9 @@ def _scores(
             interval=(estimate.low, estimate.high),
             standard_error=estimate.total,
             noise=Noise(sampling=estimate.sampling, prompts=estimate.prompts),
-            prompts=estimate.n_prompts,
-            images=estimate.n_images,
+            # Parts are several scores of one prompt, which the estimate counts as so many.
+            prompts=len({row["prompt_id"] for row in rows}) if whole else estimate.n_prompts,
+            images=len(rows) if whole else estimate.n_images,
             official=official.get("official"),
             fixed=official.get("fixed"),
         )

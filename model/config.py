@@ -11,7 +11,15 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from model.storage import check_path
 
@@ -246,6 +254,13 @@ class LossConfig(Section):
     wavelet: Weight = 0.0  # only in stages with `StageConfig.wavelet`
 
 
+class CaptionWeight(Section):
+    """The weight of captions of a length, in tokens of the text encoder without the system message."""
+
+    up_to_tokens: Positive
+    weight: Weight
+
+
 class DecayConfig(Section):
     """Learning rates fall linearly, over a stage's last `steps`, to `to` times what they were."""
 
@@ -261,24 +276,6 @@ class GuidanceConfig(Section):
     scale: Annotated[float, Field(gt=1.0)]
 
 
-class CaptionLengths(Section):
-    """Weights of captions by their length in tokens; an image that has none of a class with weight draws any caption."""
-
-    short: Weight = 1.0
-    medium: Weight = 1.0
-    long: Weight = 1.0
-    short_tokens: Positive = 32  # at most, with the end of the turn
-    medium_tokens: Positive = 112  # at most; longer ones are long
-
-    @model_validator(mode="after")
-    def _check(self) -> CaptionLengths:
-        if self.short_tokens >= self.medium_tokens:
-            raise ValueError(f"short_tokens={self.short_tokens} must be under medium_tokens={self.medium_tokens}")
-        if not self.short + self.medium + self.long > 0:
-            raise ValueError("short, medium and long are all 0: give one a weight")
-        return self
-
-
 class StageConfig(Section):
     """One training stage: a resolution, a capacity factor, and a share of the steps."""
 
@@ -289,8 +286,8 @@ class StageConfig(Section):
     capacity_factors: float | tuple[float, ...]
     aspect_ratios: tuple[str, ...] = ("1:1",)
     tier_weights: dict[str, Weight] = dict.fromkeys(TIERS, 1.0)
-    # Of an image's captions, how often one of each length is drawn; None: each caption equally.
-    caption_lengths: CaptionLengths | None = None
+    bucket_weights: dict[str, Weight] = {}  # factors on images of `curation.buckets`; 1 for a bucket that is not named
+    caption_weights: tuple[CaptionWeight, ...] = ()  # ascending; longer captions have the last weight. None: all alike
     wavelet: bool = False  # whether the wavelet loss is on
     decay: DecayConfig | None = None  # None: a constant rate to the end (WSM)
     guidance: GuidanceConfig | None = None
@@ -301,6 +298,14 @@ class StageConfig(Section):
             if end is not None and end.steps > self.steps:
                 raise ValueError(f"{name}.steps={end.steps} must be at most the stage's steps={self.steps}")
         return self
+
+    @field_validator("caption_weights")
+    @classmethod
+    def _check_lengths(cls, entries: tuple[CaptionWeight, ...]) -> tuple[CaptionWeight, ...]:
+        lengths = [entry.up_to_tokens for entry in entries]
+        if lengths != sorted(set(lengths)):
+            raise ValueError(f"up_to_tokens {lengths} must rise")
+        return entries
 
     def active_losses(self, losses: LossConfig) -> LossConfig:
         """The weights of this stage."""

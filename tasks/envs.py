@@ -7,6 +7,7 @@ writes for the same inputs. Images are named by role and resolved when the workf
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from datetime import timedelta
@@ -27,11 +28,11 @@ logging.getLogger("flytekit").addFilter(
 CACHE_VERSIONS = {
     "urls": "1",
     "records": "4",
-    "scores": "4",
+    "scores": "5",
     "captions": "1",
     "curation": "5",
     "components": "3",
-    "texts": "1",
+    "texts": "2",
     "encoding": "4",
     "training": "3",
     "merging": "1",
@@ -122,7 +123,7 @@ def _accelerator() -> GPUAccelerator:
 
 def _hub_secret(role: str) -> dict[str, Any]:
     """HF_TOKEN in the environment of tasks that read from or publish to the Hub, where the site names a secret."""
-    return _secret("NUCLEUS_HUB_SECRET", "HF_TOKEN") if role in ("encoder", "publisher") else {}
+    return _secret("NUCLEUS_HUB_SECRET", "HF_TOKEN") if role in ("encoder", "publisher", "scorer") else {}
 
 
 def _secret(setting: str, key: str) -> dict[str, Any]:
@@ -170,6 +171,22 @@ def captioner() -> dict[str, Any]:
 def gather(role: str) -> dict[str, Any]:
     """Options of a task that reads every shard."""
     return _options(role, "gather", PROFILE.gather) | _hub_secret(role)
+
+
+def tables(role: str) -> dict[str, Any]:
+    """Options of the task that decides about all records: a pod, or the driver of a Spark application.
+
+    NUCLEUS_SPARK when registering: JSON of Spark's settings, such as {"spark.executor.instances": "8"}; Flyte's Spark plugin
+    and operator run it. NUCLEUS_HOME must then be on a file system that driver and executors share.
+    """
+    options = gather(role)
+    settings = os.environ.get("NUCLEUS_SPARK")
+    if settings:
+        # An extra of its own: with the plugin installed, every pyflyte command would import pyspark.
+        from flytekitplugins.spark import Spark
+
+        options["task_config"] = Spark(spark_conf=json.loads(settings))
+    return options
 
 
 def gpu_single(role: str) -> dict[str, Any]:

@@ -110,4 +110,6 @@ def pod_template(role: str) -> str | None:
         return None
     if role == "trainer":
         return "nucleus-trainer-efa" if fabric() else "nucleus-trainer"
-    return {"curation": "nucleus-curation", "publisher": "nucleus-publisher"}.get(role, "nucleus-gpu")
+    return {"curation": "nucleus-curation", "scorer": "nucleus-curation", "publisher": "nucleus-publisher"}.get(
+        role, "nucleus-gpu"
+    )

@@ -143,13 +143,18 @@ class Recipe(Section):
             _check_tiers(f"train.stages[{i}].tier_weights", stage.tier_weights)
             if not sum(stage.tier_weights.values()) > 0:
                 raise ValueError(f"train.stages[{i}].tier_weights draws nothing: give a tier a weight above 0")
+            known = [*(bucket.name for bucket in self.curation.buckets), "rest"]
+            for name in stage.bucket_weights:
+                if name not in known:
+                    raise ValueError(
+                        f"train.stages[{i}].bucket_weights has the bucket {name!r}; curation.buckets are {', '.join(known)}"
+                    )
         _check_tiers("curation.captions.per_tier", self.curation.captions.per_tier)
 
     def _check_curation(self) -> None:
         """Checks settings with which curation would fail, or reject all records, only after the records exist."""
-        from tasks.curation.captioning import chosen_captioner
+        from tasks.curation.checks import check_curation
         from tasks.curation.decoding import DECODABLE, RGB_MODES
-        from tasks.curation.scorers import chosen_scorers
 
         for key, names, valid in (
             ("formats", self.curation.filters.formats, DECODABLE),
@@ -158,19 +163,7 @@ class Recipe(Section):
             for name in names or ("",):
                 if name not in valid:
                     raise ValueError(f"curation.filters.{key} has {name!r}; valid are {', '.join(valid)}")
-        chosen_scorers(self.curation.scorers)
-        if self.curation.captioner is not None:
-            chosen_captioner(self.curation.captioner)
-            asked = {name for names in self.curation.captioner.per_tier.values() for name in names}
-            for name, length in self.curation.captioner.lengths.items():
-                if name in asked and length.max_words > self.curation.captions.max_words:
-                    raise ValueError(
-                        f"curation.captioner.lengths.{name}.max_words={length.max_words} is over "
-                        f"curation.captions.max_words={self.curation.captions.max_words}: such captions would be left out"
-                    )
-        thresholds = self.curation.tiers.thresholds
-        if list(thresholds) != sorted(thresholds, reverse=True):
-            raise ValueError(f"curation.tiers.thresholds={list(thresholds)} must fall from A1 to A4")
+        check_curation(self.curation)
 
     def _check_components(self) -> None:
         """Checks settings with which training of the small components would fail only after curation."""

@@ -149,6 +149,11 @@ def make_part(
     return Part(name, kind, manifest.digest, uri, rows, size)
 
 
+def known_part(kind: str, name: str, version: str, inputs: dict[str, Any]) -> Part | None:
+    """The part that `make_part` would return without making it; None if it would make it."""
+    return _known(kind, name, storage.join(store(), "keys", kind, f"{part_key(kind, version, inputs)}.json"))
+
+
 def _known(kind: str, name: str, key: str) -> Part | None:
     content = storage.read_bytes(key)
     if content is None:
@@ -323,6 +328,7 @@ __all__ = [
     "group_range",
     "home",
     "is_index",
+    "known_part",
     "load_manifest",
     "local_path",
     "make_part",

@@ -6,7 +6,8 @@ pyflyte run workflows/curate.py curate --recipe smoke --source my_images/
 source -> corpus -> scores -> decisions -> selections -> curated
           shards    per shard  one task     per shard    index, ledger, report
 
-With `curation.captioner` in the recipe, images are described between scores and decisions (workflows/caption.py).
+Scores are made on CPUs; where a scorer asks for a GPU, by a second map task on GPUs. With `curation.captioner` in the recipe,
+images are described between scores and decisions (workflows/caption.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tasks import envs
 from tasks.artifacts import CuratedDir
 from tasks.curation.captioning import chosen_captioner
 from tasks.curation.config import CurationConfig, SourceConfig
+from tasks.curation.scorers import needs_gpu
 from tasks.curation.task import (
     caption_group,
     caption_group_gpu,
@@ -31,6 +33,7 @@ from tasks.curation.task import (
     list_urls,
     make_group,
     score_group,
+    score_group_on_gpu,
     select_group,
 )
 from tasks.planning.task import resolve_recipe
@@ -74,7 +77,11 @@ def score_source(source: SourceConfig, path: str, config: CurationConfig) -> Sco
         made = map_task(make, concurrency=concurrency)(group=list(range(groups))) if groups else []
         listed = list_corpus(source=source, path=path, made=made, config=config)
     score = partial(score_group, corpus=listed.corpus, config=config, groups=listed.groups)
-    return Scored(listed.corpus, listed.groups, map_task(score, **_limits(config))(group=listed.groups))
+    scores = map_task(score, **_limits(config))(group=listed.groups)
+    if needs_gpu(config):
+        score = partial(score_group_on_gpu, corpus=listed.corpus, config=config, groups=listed.groups)
+        scores = map_task(score, **_limits(config))(group=listed.groups, scored=scores)
+    return Scored(listed.corpus, listed.groups, scores)
 
 
 def describe(corpus: Any, groups: Any, scores: Any, config: CurationConfig) -> Any:

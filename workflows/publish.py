@@ -44,5 +44,5 @@ def publish(
         config=sections.publish,
         recipe_json=sections.recipe_json,
     )
-    show_results(pipeline=pipeline, scorecard=scorecard, curated=curated)
+    show_results(pipeline=pipeline, scorecard=scorecard, curated=curated, latents=[])
     return pipeline

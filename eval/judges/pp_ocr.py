@@ -57,10 +57,13 @@ class PPOCR(BaseJudge):
         self._ocr = RapidOCR(params=dict(SETTINGS))
 
     def answer_one(self, request: Request) -> str:
-        pixels = np.ascontiguousarray(np.asarray(only_image(request))[..., ::-1])
-        read = self._ocr(pixels)
-        lines = zip(read.txts, read.scores, strict=True) if read.txts else ()
-        return " ".join(text for text, score in lines if score > MIN_SCORE)
+        return " ".join(text for _, text, _ in self.lines(only_image(request)))
+
+    def lines(self, image: Image.Image) -> list[tuple[np.ndarray, str, float]]:
+        """(corners [4, 2] in px, text, score above `MIN_SCORE`) of each line of an RGB image, from top to bottom."""
+        read = self._ocr(np.ascontiguousarray(np.asarray(image)[..., ::-1]))
+        lines = zip(read.boxes, read.txts, read.scores, strict=True) if read.txts else ()
+        return [(box, text, score) for box, text, score in lines if score > MIN_SCORE]
 
     def probes(self) -> list[Probe]:
         return [Probe(_written("OPEN"), "OPEN"), Probe(Request([Image.new("RGB", (320, 128), "white")], ""), "")]

@@ -53,6 +53,7 @@ CAPTIONS = pa.schema(
     [
         ("row", pa.int64()),  # of the record in the shard
         ("tier", pa.string()),
+        ("episode", pa.string()),  # the record's episodic bucket; `bucket` is an aspect bucket here
         ("texts", pa.list_(pa.int32())),  # rows of texts.parquet; an empty list means the empty prompt
     ]
 )
@@ -197,13 +198,13 @@ class TextPartWriter:
             self._flush()
         return len(self._texts["tokens"]) - 1
 
-    def add_captions(self, row: int, tier: str, texts: Sequence[int]) -> None:
-        """Adds a record whose captions are these rows of texts.parquet."""
+    def add_captions(self, row: int, tier: str, texts: Sequence[int], episode: str = "rest") -> None:
+        """Adds a record whose captions are these rows of texts.parquet. `episode`: its episodic bucket."""
         rows = [int(text) for text in texts]
         known = len(self._texts["tokens"])
         if any(not 0 <= text < known for text in rows):
             raise ValueError(f"row {row}: text rows {rows} must be of the {known} rows added so far")
-        for name, value in zip(CAPTIONS.names, (row, tier, rows), strict=True):
+        for name, value in zip(CAPTIONS.names, (row, tier, episode, rows), strict=True):
             self._captions[name].append(value)
 
     def close(self) -> None:

@@ -5,6 +5,7 @@
     place.npy crc32.npy tier.npy              one entry per image
     caption_begin.npy caption_texts.npy       the captions of image i are caption_texts[caption_begin[i]:caption_begin[i + 1]]
     by_tier.npy                               the images of each bucket, sorted by tier
+    by_group.npy                              the same by (tier, episodic bucket), if there are several episodic buckets
     text_tokens.npy text_begin.npy text_crc32.npy     one entry per text; text 0 is the empty prompt
     runs.npy text_runs.npy                    the part (and file) of each range of images (of texts)
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -52,6 +54,8 @@ class IndexMeta(Section):
     tiers: tuple[str, ...]
     buckets: dict[str, tuple[int, ...]]  # number of images of each tier
     weights: dict[str, float] = {}  # factors on tier weights; 1 for other tiers (see `build_index`)
+    groups: tuple[tuple[str, str], ...] = ()  # (tier, episodic bucket); none if there is one episodic bucket
+    group_counts: dict[str, tuple[int, ...]] = {}  # of each bucket: number of images of each group
 
 
 class PartFiles(NamedTuple):
@@ -83,6 +87,7 @@ class _Table(NamedTuple):
     place: np.ndarray
     crc32: np.ndarray
     tier: np.ndarray  # names
+    episode: np.ndarray  # names
     caption_counts: np.ndarray
     caption_texts: np.ndarray  # rows of the part's texts
 
@@ -99,6 +104,7 @@ def _read_part(root: Path, part: PartFiles) -> _Table:
         place=rows["place"].to_numpy(),
         crc32=rows["crc32"].to_numpy(),
         tier=captions["tier"].to_numpy(),
+        episode=captions["episode"].to_numpy(),
         caption_counts=pc.list_value_length(lists).to_numpy(),
         caption_texts=pc.list_flatten(lists).to_numpy(),
     )
@@ -125,18 +131,19 @@ def build_index(
     """
     out_dir = Path(out_dir)
     latents, texts = _settings(out_dir, parts, prefix)
-    counts: dict[str, dict[str, int]] = {}
+    counts: dict[str, Counter[tuple[str, str]]] = {}
     captions = text_rows = 0
     for part in parts:
         table = _read_part(out_dir, part)
-        for bucket, tier in zip(table.bucket.tolist(), table.tier.tolist(), strict=True):
-            tier_counts = counts.setdefault(bucket, {})
-            tier_counts[tier] = tier_counts.get(tier, 0) + 1
+        for bucket, *group in zip(table.bucket.tolist(), table.tier.tolist(), table.episode.tolist(), strict=True):
+            counts.setdefault(bucket, Counter())[group[0], group[1]] += 1
         captions += len(table.caption_texts) + int((table.caption_counts == 0).sum())
         text_rows += pq.read_metadata(out_dir / part.texts / TEXTS_FILE).num_rows
     if not counts:
         raise ValueError("there is no image to train on: no record has both a latent and a caption")
-    tiers = tuple(sorted({tier for tier_counts in counts.values() for tier in tier_counts}))
+    groups = sorted({group for bucket in counts.values() for group in bucket})
+    tiers = tuple(sorted({tier for tier, _ in groups}))
+    several = len({episode for _, episode in groups}) > 1
     meta = IndexMeta(
         content=content,
         **latents.model_dump(exclude={"buckets"}),
@@ -146,8 +153,15 @@ def build_index(
         prefix_tokens=texts.prefix_tokens,
         text_rows=text_rows + 1,
         tiers=tiers,
-        buckets={name: tuple(counts[name].get(tier, 0) for tier in tiers) for name in sorted(counts)},
+        buckets={
+            name: tuple(sum(counts[name][group] for group in groups if group[0] == tier) for tier in tiers)
+            for name in sorted(counts)
+        },
         weights=weights or {},
+        groups=tuple(groups) if several else (),
+        group_counts={name: tuple(counts[name][group] for group in groups) for name in sorted(counts)}
+        if several
+        else {},
     )
     _fill(out_dir, parts, prefix, meta, captions)
     places = [part._asdict() for part in parts]
@@ -190,8 +204,9 @@ def _fill(out_dir: Path, parts: Sequence[PartFiles], prefix: str | os.PathLike, 
     codes = {name: i for i, name in enumerate(meta.tiers)}
     sizes = np.array([meta.buckets[name] for name in sorted(meta.buckets)], dtype=np.int64)  # [buckets, tiers]
     cursor = dict(zip(sorted(meta.buckets), np.concatenate([[0], np.cumsum(sizes.sum(1))[:-1]]).tolist(), strict=True))
-    tier_cursor = np.concatenate([[0], np.cumsum(sizes.ravel())[:-1]]).reshape(sizes.shape)
-    order = {name: i for i, name in enumerate(sorted(meta.buckets))}
+    tiers_in_order = _Sorted(by_tier, meta.buckets)
+    groups_in_order = _Sorted(column("by_group", images, images), meta.group_counts) if meta.groups else None
+    group_codes = {group: i for i, group in enumerate(meta.groups)}
     runs: list[tuple[int, int]] = []  # first image, part
     for number, table in enumerate(_read_part(out_dir, part) for part in parts):
         for bucket in np.unique(table.bucket):
@@ -203,11 +218,10 @@ def _fill(out_dir: Path, parts: Sequence[PartFiles], prefix: str | os.PathLike, 
             place[begin:end], crc32[begin:end], tier[begin:end] = table.place[inside], table.crc32[inside], tiers
             counts[begin + 1 : end + 1] = np.maximum(table.caption_counts[inside], 1)  # at least the empty prompt
             runs.append((begin, number))
-            for code in np.unique(tiers):
-                members = begin + np.flatnonzero(tiers == code)
-                first = tier_cursor[order[bucket], code]
-                by_tier[first : first + len(members)] = members
-                tier_cursor[order[bucket], code] += len(members)
+            tiers_in_order.add(bucket, begin, tiers)
+            if groups_in_order is not None:
+                pairs = zip(table.tier[inside].tolist(), table.episode[inside].tolist(), strict=True)
+                groups_in_order.add(bucket, begin, np.array([group_codes[pair] for pair in pairs]))
     counts[0] = 0
     for begin in range(0, images, 1 << 22):  # cumulative sums, in blocks
         end = min(begin + (1 << 22), images)
@@ -217,6 +231,30 @@ def _fill(out_dir: Path, parts: Sequence[PartFiles], prefix: str | os.PathLike, 
     _fill_texts(out_dir, parts, runs, counts, rows, text_tokens, text_begin, text_crc32)
     for written in (place, crc32, tier, by_tier, counts, rows, text_tokens, text_begin, text_crc32):
         written.flush()
+    if groups_in_order is not None:
+        groups_in_order.column.flush()
+
+
+class _Sorted:
+    """Fills a column with the images of each bucket, sorted by class (tier or group), in the order of the corpus.
+
+    Args:
+        sizes: bucket -> number of images of each class.
+    """
+
+    def __init__(self, column: np.ndarray, sizes: dict[str, tuple[int, ...]]) -> None:
+        self.column = column
+        self._order = {name: i for i, name in enumerate(sorted(sizes))}
+        counts = np.array([sizes[name] for name in sorted(sizes)], dtype=np.int64)  # [buckets, classes]
+        self._next = np.concatenate([[0], np.cumsum(counts.ravel())[:-1]]).reshape(counts.shape)
+
+    def add(self, bucket: str, begin: int, codes: np.ndarray) -> None:
+        """Adds images `begin`, `begin` + 1, ... of a bucket, of the classes `codes`."""
+        for code in np.unique(codes):
+            members = begin + np.flatnonzero(codes == code)
+            first = self._next[self._order[bucket], code]
+            self.column[first : first + len(members)] = members
+            self._next[self._order[bucket], code] += len(members)
 
 
 def _fill_texts(

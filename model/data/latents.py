@@ -55,6 +55,8 @@ class LatentDataset:
         self.bucket_begin = np.concatenate([[0], np.cumsum(self.counts.sum(1))])
         for name in (*IMAGES, *TEXTS):
             setattr(self, name, np.load(self.directory / f"{name}.npy", mmap_mode="r"))
+        self.group_counts = np.array(list(self.meta.group_counts.values()), dtype=np.int64)  # [buckets, groups]
+        self.by_group = np.load(self.directory / "by_group.npy", mmap_mode="r") if self.meta.groups else None
         self.runs, self.text_runs = (np.load(self.directory / f"{name}.npy") for name in RUNS)
         places = json.loads((self.directory / LOCATIONS).read_text())
         self.parts = [PartFiles(**part) for part in places["parts"]]
@@ -225,12 +227,15 @@ class LatentWriter:
         self._text_count += 1
         return self._text_count - 1
 
-    def add_image(self, record_id: str, latent: torch.Tensor, tier: str, text_rows: Sequence[int]) -> None:
+    def add_image(
+        self, record_id: str, latent: torch.Tensor, tier: str, text_rows: Sequence[int], episode: str = "rest"
+    ) -> None:
         """Adds one normalised latent [C, h, w] with the text rows of its captions."""
         if not text_rows or any(not 0 <= row < self._text_count for row in text_rows):
             raise ValueError(f"{record_id}: text rows {text_rows} must be of the {self._text_count} rows added so far")
         self._latents.add(self._images, record_id, latent)
-        self._texts.add_captions(self._images, tier, [row - 1 for row in text_rows if row != EMPTY_TEXT_ROW])
+        texts = [row - 1 for row in text_rows if row != EMPTY_TEXT_ROW]
+        self._texts.add_captions(self._images, tier, texts, episode)
         self._images += 1
 
     def close(self) -> IndexMeta:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from model.data.hashing import hash_words, permuted_index, uniform
 from model.data.latents import EMPTY_TEXT_ROW, LatentDataset
-
-if TYPE_CHECKING:
-    from model.config import CaptionLengths
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,10 @@ class SampleOrder:
         tier_weights: weight of each tier; tiers without a weight are not read. They are multiplied by the index's
             `weights`, which compensate for tiers that were encoded in part.
         caption_dropout: share of samples whose caption is replaced by the empty prompt.
-        caption_lengths: how often a caption of each length is drawn; None draws each of an image's captions equally.
+        bucket_weights: factor on the weight of images of an episodic bucket; 1 for the others.
+        caption_weights: (longest number of tokens without the prefix, weight), ascending: of an image's captions one is
+            drawn in proportion to these. Longer captions have the last weight. Images whose captions all have weight 0
+            draw them equally.
     """
 
     CYCLE = 1024
@@ -81,18 +81,31 @@ class SampleOrder:
         seed: int,
         tier_weights: Mapping[str, float] | None = None,
         caption_dropout: float = 0.0,
-        caption_lengths: CaptionLengths | None = None,
+        bucket_weights: Mapping[str, float] | None = None,
+        caption_weights: Sequence[tuple[int, float]] = (),
     ):
-        self.caption_lengths = caption_lengths
+        self.caption_weights = caption_weights
         self.dataset, self.batch_size, self.seed, self.caption_dropout = dataset, batch_size, seed, caption_dropout
         if tier_weights is None:
             tier_weights = dict.fromkeys(dataset.tier_names, 1.0)
         scale = dataset.meta.weights
-        weights = np.array([float(tier_weights.get(t, 0.0)) * scale.get(t, 1.0) for t in dataset.tier_names])
+        classes, sizes, by_class = [(tier, None) for tier in dataset.tier_names], dataset.counts, dataset.by_tier
+        if bucket_weights and dataset.by_group is not None:
+            classes, sizes, by_class = list(dataset.meta.groups), dataset.group_counts, dataset.by_group
+        factors = bucket_weights or {}
+        weights = np.array(
+            [float(tier_weights.get(t, 0.0)) * scale.get(t, 1.0) * factors.get(episode, 1.0) for t, episode in classes]
+        )
         self._buckets: list[_Bucket] = []
-        for name, counts, begin in zip(dataset.bucket_names, dataset.counts, dataset.bucket_begin, strict=False):
+        for name, counts, begin in zip(dataset.bucket_names, sizes, dataset.bucket_begin, strict=False):
             if (counts * weights).sum() > 0:
-                self._buckets.append(_Bucket.of(name, int(begin), counts, weights))
+                self._buckets.append(_Bucket.of(name, int(begin), counts, weights, by_class))
+        if not self._buckets and factors:
+            there = ", ".join(f"{tier} in {episode}" for tier, episode in dataset.meta.groups) or "one episodic bucket"
+            raise ValueError(
+                f"tier weights {dict(tier_weights)} with bucket weights {dict(factors)} leave no image: this stage's images "
+                f"are of {there}"
+            )
         if not self._buckets:
             raise ValueError(
                 f"tier weights {dict(tier_weights)} leave no image: this stage's images are of the tiers "
@@ -108,12 +121,12 @@ class SampleOrder:
         position = np.arange(size, dtype=np.int64) + turn * size
         epoch, place = np.divmod(position, bucket.images)
         place = permuted_index(place, bucket.images, hash_words(self.seed, 1, number, epoch))
-        rows = bucket.rows(self.dataset, place, uniform(hash_words(self.seed, 2, number, epoch)))
+        rows = bucket.rows(place, uniform(hash_words(self.seed, 2, number, epoch)))
 
         sample = np.arange(size, dtype=np.int64)
         begin = np.asarray(self.dataset.caption_begin[rows], dtype=np.int64)
         count = np.asarray(self.dataset.caption_begin[rows + 1], dtype=np.int64) - begin
-        captions = self._draw_captions(begin, count, uniform(hash_words(self.seed, 3, step, sample)))
+        captions = self._captions(begin, count, uniform(hash_words(self.seed, 3, step, sample)))
         text_rows = np.asarray(self.dataset.caption_texts[begin + captions], dtype=np.int64)
         dropped = uniform(hash_words(self.seed, 4, step, sample)) < self.caption_dropout
         captions[dropped] = -1
@@ -131,25 +144,19 @@ class SampleOrder:
             global_batch=size,
         )
 
-    def _draw_captions(self, begin: np.ndarray, count: np.ndarray, chance: np.ndarray) -> np.ndarray:
-        """Index of a caption [n], of captions begin..begin+count-1 of each image, for chance [n] in [0, 1)."""
-        drawn = (chance * count).astype(np.int64)
-        lengths = self.caption_lengths
-        if lengths is None:
-            return drawn
-        column = np.arange(count.max())
-        present = column < count[:, None]
-        texts = self.dataset.caption_texts[np.where(present, begin[:, None] + column, begin[:, None])]
+    def _captions(self, begin: np.ndarray, count: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """The caption [n] of each image, as an index into its captions, drawn by `at` [n] in [0, 1)."""
+        if not self.caption_weights:
+            return (at * count).astype(np.int64)
+        limits, weights = (np.array(values, float) for values in zip(*self.caption_weights, strict=True))
+        place = np.arange(count.max())
+        present = place < count[:, None]  # [n, most captions]
+        texts = self.dataset.caption_texts[np.where(present, begin[:, None] + place, 0)]
         tokens = np.asarray(self.dataset.text_tokens[texts], np.int64)
-        kind = np.searchsorted([lengths.short_tokens, lengths.medium_tokens], tokens, "left")
-        weight = np.zeros(kind.shape)
-        for number, share in enumerate((lengths.short, lengths.medium, lengths.long)):
-            members = present & (kind == number)
-            weight += members * share / np.maximum(members.sum(1, keepdims=True), 1)
+        weight = np.where(present, weights[np.minimum(np.searchsorted(limits, tokens), len(limits) - 1)], 0.0)
+        weight = np.where(weight.sum(1, keepdims=True) > 0, weight, present)
         ends = np.cumsum(weight, axis=1)
-        total = ends[:, -1]
-        place = (ends <= (chance * total)[:, None]).sum(1)
-        return np.where(total > 0, place, drawn)
+        return np.minimum((ends <= at[:, None] * ends[:, -1:]).sum(1), count - 1)
 
     def first_steps(self) -> list[int]:
         """The first step (counted from 0) of each bucket, in ascending order."""
@@ -176,25 +183,28 @@ class _Bucket(NamedTuple):
     """The images of one bucket that are drawn, and a map from places 0..images-1 to them."""
 
     name: str
-    begin: int  # first row of the bucket in the index and in `by_tier`
+    begin: int  # first row of the bucket in the index and in `by_class`
     images: int
     weight: float
     equal: bool  # all images of the bucket are drawn with the same weight
-    offsets: np.ndarray  # first position of each drawn tier in `by_tier`
-    counts: np.ndarray  # images of each drawn tier
-    ends: np.ndarray  # cumulative share of the drawn tiers' weight
+    offsets: np.ndarray  # first position of each drawn class (tier, or tier and episodic bucket) in `by_class`
+    counts: np.ndarray  # images of each drawn class
+    ends: np.ndarray  # cumulative share of the drawn classes' weight
+    by_class: np.ndarray
 
     @classmethod
-    def of(cls, name: str, begin: int, counts: np.ndarray, weights: np.ndarray) -> _Bucket:
+    def of(cls, name: str, begin: int, counts: np.ndarray, weights: np.ndarray, by_class: np.ndarray) -> _Bucket:
         present = counts > 0
         drawn = present & (weights > 0)
         shares = (counts * weights)[drawn]
         ends = np.cumsum(shares) / shares.sum()
         equal = bool((present == drawn).all()) and len(set(weights[drawn].tolist())) == 1
         offsets = begin + (np.cumsum(counts) - counts)[drawn]
-        return cls(name, begin, int(counts[drawn].sum()), float(shares.sum()), equal, offsets, counts[drawn], ends)
+        return cls(
+            name, begin, int(counts[drawn].sum()), float(shares.sum()), equal, offsets, counts[drawn], ends, by_class
+        )
 
-    def rows(self, dataset: LatentDataset, place: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    def rows(self, place: np.ndarray, shift: np.ndarray) -> np.ndarray:
         """Rows [n] for places [n] of an epoch. `shift` in [0, 1) offsets the grid of systematic sampling."""
         if self.equal:
             return self.begin + place
@@ -203,7 +213,7 @@ class _Bucket(NamedTuple):
         first = np.concatenate([[0.0], self.ends[:-1]])[tier]
         inside = ((at - first) / (self.ends[tier] - first) * self.counts[tier]).astype(np.int64)
         inside = np.clip(inside, 0, self.counts[tier] - 1)
-        return np.asarray(dataset.by_tier[self.offsets[tier] + inside], dtype=np.int64)
+        return np.asarray(self.by_class[self.offsets[tier] + inside], dtype=np.int64)
 
 
 def _slots_by_share(sizes: np.ndarray, slots: int) -> np.ndarray:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from model.config import CaptionLengths
 from model.data.latents import LatentDataset
 from model.data.order import Batch, BatchPlan, SampleOrder, read_batch
 from model.data.streamed import StreamedLatents
@@ -51,8 +50,9 @@ class LatentDataLoader(BaseDataLoader):
         global_batch_size: int
         seed: int
         tier_weights: dict[str, float] = field(default_factory=dict)
+        bucket_weights: dict[str, float] = field(default_factory=dict)
+        caption_weights: tuple[tuple[int, float], ...] = ()
         caption_dropout: float = 0.0
-        caption_lengths: CaptionLengths | None = None
         num_workers: int = 0
 
     def __init__(self, config: Config, *, dp_world_size: int, dp_rank: int, local_batch_size: int, **_: Any):
@@ -66,7 +66,8 @@ class LatentDataLoader(BaseDataLoader):
             config.seed,
             config.tier_weights,
             config.caption_dropout,
-            config.caption_lengths,
+            config.bucket_weights,
+            config.caption_weights,
         )
         self.ranks, self.rank = dp_world_size, dp_rank
         self.accumulation = config.global_batch_size // (local_batch_size * dp_world_size)

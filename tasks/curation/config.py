@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -104,19 +106,76 @@ class FilterConfig(Section):
     min_entropy_bits: Annotated[float, Field(ge=0)] = 0.5
     max_single_color_fraction: Fraction = 0.99
     max_border_fraction: Fraction = 0.5
-    max_watermark_score: Fraction = 0.5
-    min_aesthetic: float = 0.0  # of 10
-    max_nsfw: Fraction = 0.5
-    min_image_text_similarity: float = -1.0
+    # Of pass 3: null cuts nothing. A cut on a column that no scorer fills is refused.
+    max_watermark_score: Fraction | None = 0.5
+    min_aesthetic: float | None = None  # of 10
+    max_nsfw: Fraction | None = None
+    min_image_text_similarity: float | None = None
+    max_quality: Annotated[float, Field(ge=0, le=100)] | None = None  # BRISQUE: 0 is best
+    max_text_area: Fraction | None = None  # share of the image
+
+
+class HubModel(Section):
+    """A model of the Hub at a commit, or in a directory on a disk that all tasks read."""
+
+    repo_id: str
+    revision: str | None = None  # a commit: 40 hex digits; none for a directory
+
+    @property
+    def is_directory(self) -> bool:
+        return Path(self.repo_id).is_dir()
+
+    @model_validator(mode="after")
+    def _check_commit(self) -> HubModel:
+        _check_commit(self.revision)
+        return self
+
+
+def _check_commit(revision: str | None) -> None:
+    if revision is not None and not re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise ValueError(
+            f"revision {revision!r} is not a commit of 40 hex digits: a branch or tag can move, and scores are kept under "
+            "the revision"
+        )
+
+
+class ScorerChoice(Section):
+    """A scorer by name, with the settings of those whose weights are on the Hub."""
+
+    name: str
+    repo_id: str | None = None  # or the path of a directory with the repository's files
+    revision: str | None = None  # a commit: 40 hex digits
+    encoder: HubModel | None = None  # of a head that does not read the column `embedding`
+    label: str | int | None = None  # of a classifier: the class whose probability is the score
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    @property
+    def is_directory(self) -> bool:
+        return self.repo_id is not None and Path(self.repo_id).is_dir()
+
+    @model_validator(mode="after")
+    def _check_commit(self) -> ScorerChoice:
+        _check_commit(self.revision)
+        return self
 
 
 class ScorerConfig(Section):
     """Which scorer fills each column of pass 3 (tasks/curation/scorers); none leaves it empty, and rejects nothing."""
 
-    watermark: str = "classical"
-    aesthetic: str = "proxy"
-    nsfw: str = "none"
-    similarity: str = "none"
+    watermark: str | ScorerChoice = "classical"
+    aesthetic: str | ScorerChoice = "proxy"
+    nsfw: str | ScorerChoice = "none"
+    similarity: str | ScorerChoice = "none"
+    quality: str | ScorerChoice = "none"
+    text_area: str | ScorerChoice = "none"
+    faces: str | ScorerChoice = "none"
+    embedding: str | ScorerChoice = "none"
+
+    def choice(self, column: str) -> ScorerChoice | None:
+        """The scorer of a column; None if nothing fills it."""
+        value = getattr(self, column)
+        choice = ScorerChoice(name=value) if isinstance(value, str) else value
+        return None if choice.name == "none" else choice
 
 
 class DedupConfig(Section):
@@ -145,8 +204,26 @@ class TierConfig(Section):
     """Tiers A1 (best) to A5 by falling aesthetic score; synthetic records bypass the score."""
 
     thresholds: tuple[float, float, float, float] = (6.5, 6.0, 5.5, 5.0)  # lowest score of A1, A2, A3, A4
+    # Instead of thresholds: the share of the records in A1, in A1 and A2, ... of those that have a score, are not
+    # synthetic, and pass the filters.
+    quantiles: tuple[Fraction, Fraction, Fraction, Fraction] | None = None
     synthetic_tier: Literal["A1", "A2", "A3", "A4", "A5"] = "A3"
-    episodic_buckets: dict[str, Positive] = {"scenes": 4, "digits": 1, "user": 4}  # per source; 1 for any other
+    best_where: str | None = None  # a condition (conditions.py): other records are A3 at best, such as quality < 45
+    accept_proxy: bool = False  # tiers by the classical proxy, which knows contrast and colour and no taste
+
+
+class BucketConfig(Section):
+    """An episodic bucket: the records for which a condition over columns holds (conditions.py)."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")]
+    where: str
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if name == "rest":
+            raise ValueError("'rest' is the bucket of records that are in no other; choose another name")
+        return name
 
 
 class CaptionConfig(Section):
@@ -282,6 +359,7 @@ class CurationConfig(Section):
     scorers: ScorerConfig = ScorerConfig()
     dedup: DedupConfig = DedupConfig()
     tiers: TierConfig = TierConfig()
+    buckets: tuple[BucketConfig, ...] = ()  # a record is in the first whose condition holds, else in `rest`
     captions: CaptionConfig = CaptionConfig()
     takedown: str | None = None  # a list of records that must not be used: see tasks/curation/takedown.py
     captioner: CaptionerConfig | None = None  # None: captions are the owners'
@@ -295,12 +373,20 @@ class CurationConfig(Section):
     def _check_takedown(cls, takedown: str | None) -> str | None:
         return None if takedown is None else check_path(takedown)
 
+    def measuring(self) -> CurationConfig:
+        """What passes 1 and 2 depend on."""
+        dedup = DedupConfig(thumbnail_px=self.dedup.thumbnail_px)
+        return self.scoring().model_copy(update={"scorers": ScorerConfig(), "dedup": dedup})
+
     def scoring(self) -> CurationConfig:
         """What scores depend on. Every threshold is left at its default, so that a new one needs no new scores."""
         return CurationConfig(
             scorers=self.scorers,
             filters=FilterConfig(formats=self.filters.formats, max_pixels=self.filters.max_pixels),
-            dedup=DedupConfig(thumbnail_px=self.dedup.thumbnail_px),
+            dedup=DedupConfig(
+                thumbnail_px=self.dedup.thumbnail_px,
+                min_embedding_similarity=None if self.dedup.min_embedding_similarity is None else 1.0,
+            ),
         )
 
     def deciding(self) -> CurationConfig:

@@ -29,15 +29,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.curation import dedup, ledger, near, report, rules, tiers
+from tasks.curation import dedup, ledger, near, report, rules, semantic, tiers
 from tasks.curation.captions import count_words, merge_captions
 from tasks.curation.config import CaptionConfig, CurationConfig
 from tasks.curation.engines import PART, Engine, open_engine, quoted, rows_of
 from tasks.curation.hashes import HASHES
 from tasks.curation.score import ACCOUNT, SCORES, SCORES_TABLE, THUMBNAILS_TABLE
+from tasks.curation.scored_shard import fetch_pictures
 from tasks.curation.sources.base import Account
 from tasks.curation.summary import FATES, summarize
-from tasks.manifest import load_manifest
 from tasks.store import Part, fetch_part, group_range, write_index
 
 GROUPS, SCORES_INDEX = "groups", "scores"
@@ -87,32 +87,22 @@ def decide(
         contextlib.closing(open_engine(engine, work)) as tables,
     ):
         _scan_scores(tables, parts, shard_names or {})
-        decide_records(tables, config, thumbnails.at)
-        _write(tables, parts, out_dir, groups)
+        cuts = decide_records(tables, config, thumbnails.at)
+        write_tables(tables, parts, out_dir, groups)
         account = scan
         for part in parts:
             if not part.error:
                 account += Account.from_json(json.loads((fetch_columns(part) / ACCOUNT).read_text()))
-        summary = summarize(tables, config, account, thumbnails.at)
+        summary = summarize(tables, config, account, cuts, len(parts), thumbnails.at)
     content = summary.content()
     (out_dir / "report.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    (out_dir / "report.html").write_text(report.render(summary, config))
+    (out_dir / "report.html").write_text(report.render(summary))
     return content
 
 
 def fetch_columns(part: Part) -> Path:
     """A score part without its pictures: they are fetched for the few shards whose pictures are compared or shown."""
     return fetch_part(part, without=(THUMBNAILS_TABLE,))
-
-
-def pictures_of(part: Part) -> Path:
-    """The directory with the pictures of a score part; those of a captions part are in the scores that it was made from."""
-    directory = fetch_columns(part)
-    while THUMBNAILS_TABLE not in load_manifest(directory).files:
-        (scores,) = load_manifest(directory).parents
-        part = Part(part.name, scores.kind, scores.digest, scores.uri)
-        directory = fetch_columns(part)
-    return fetch_part(part)
 
 
 def _scan_scores(engine: Engine, parts: Sequence[Part], shard_names: dict[str, str]) -> None:
@@ -131,13 +121,17 @@ def _scan_scores(engine: Engine, parts: Sequence[Part], shard_names: dict[str, s
 
 def decide_records(
     engine: Engine, config: CurationConfig, thumbnails: Callable[[np.ndarray], dict[int, np.ndarray]]
-) -> None:
+) -> tuple[float, ...]:
     """Tables `records` (every row of `scores`), `dropped` (duplicates) and `merged` (captions of exact duplicates).
+
+    Returns:
+        the lowest score of each tier but the last.
 
     Raises:
         ValueError: the corpus is too large for the duplicates that the recipe asks for.
     """
-    engine.create("records", records_sql(config))
+    cuts = tiers.tier_cuts(engine, config)
+    engine.create("records", records_sql(config, cuts))
     counts = (
         "SELECT count(*) AS records, coalesce(sum(CASE WHEN rule = '' THEN 1 ELSE 0 END), 0) AS passed FROM records"
     )
@@ -148,20 +142,22 @@ def decide_records(
     engine.create(
         "dropped",
         "SELECT d.position, d.rule, CASE WHEN d.rule = 'exact_duplicate' THEN concat('same bytes as ', k.locator) "
-        "WHEN k.made THEN concat('thumbnail differs by ', number_text(round(d.measure, 1)), ' from ', k.locator) "
+        "WHEN d.how = 'thumbnails' THEN concat('thumbnail differs by ', number_text(round(d.measure, 1)), ' from ', k.locator) "
+        "WHEN d.how = 'embedding' THEN concat('embedding has cosine ', number_text(d.measure), ' with ', k.locator) "
         "ELSE concat('pHash-256 differs in ', number_text(d.measure), ' of 256 bits from ', k.locator) END AS detail "
-        "FROM (SELECT position, keeper, 'exact_duplicate' AS rule, CAST(0 AS DOUBLE) AS measure FROM exact "
-        "UNION ALL SELECT position, keeper, 'near_duplicate' AS rule, measure FROM near) d "
+        "FROM (SELECT position, keeper, 'exact_duplicate' AS rule, 'bytes' AS how, CAST(0 AS DOUBLE) AS measure FROM exact "
+        "UNION ALL SELECT position, keeper, 'near_duplicate' AS rule, how, measure FROM near) d "
         "JOIN records k ON d.keeper = k.position",
     )
     engine.load("merged", MERGED, _merged_captions(engine, config.captions))
+    return cuts
 
 
-def records_sql(config: CurationConfig) -> str:
+def records_sql(config: CurationConfig, cuts: tuple[float, ...]) -> str:
     """What is known of each record by itself: the rule that it breaks, what ranks it among duplicates, tier, bucket."""
     made = ", ".join(quoted(name) for name in config.dedup.thumbnail_sources) or "''"
     return (
-        "SELECT part, row, position, key, record_id, locator, source, rule, "
+        "SELECT part, row, position, key, record_id, locator, source, synthetic, rule, "
         f"{rules.detail_sql(config)} AS detail, "
         "width, height, width * height AS pixels, "
         # In half points: a re-encoded copy must not win by a hair.
@@ -173,7 +169,7 @@ def records_sql(config: CurationConfig) -> str:
         "hex_to_int(substr(record_id, 1, 15)) AS short_id, hex_to_int(substr(record_id, 17, 8)) AS chance, "
         "CASE WHEN size(words) > 0 THEN array_min(words) END AS shortest, "
         f"words_up_to(words, {config.captions.max_words}) AS words, "
-        f"{tiers.tier_sql(config.tiers)} AS tier, {tiers.bucket_sql(config.tiers)} AS bucket, "
+        f"{tiers.tier_sql(config.tiers, cuts)} AS tier, {tiers.bucket_sql(config, cuts)} AS bucket, "
         f"{ledger.split_sql()} AS split "
         f"FROM (SELECT *, part * {PART} + row AS position, {rules.rule_sql(config)} AS rule, "
         f"source IN ({made}) AS made FROM scores) scored"
@@ -194,7 +190,7 @@ def _drop_exact(engine: Engine) -> None:
 def _drop_near(
     engine: Engine, config: CurationConfig, thumbnails: Callable[[np.ndarray], dict[int, np.ndarray]]
 ) -> None:
-    """Table `near` (position, keeper, measure)."""
+    """Table `near` (position, keeper, how, measure)."""
     engine.create(
         "compared",
         "SELECT r.position, r.pixels, r.points, r.tie, r.name, r.made, r.coarse, "
@@ -205,7 +201,16 @@ def _drop_near(
     )
     near.match_by_hashes(engine, config.dedup)
     dedup.match_by_thumbnails(engine, config.dedup, thumbnails)
-    engine.append("matched", "SELECT a, b, measure FROM thumbnail_pairs")
+    engine.append("matched", "SELECT a, b, 'thumbnails' AS how, measure FROM thumbnail_pairs")
+    if config.dedup.min_embedding_similarity is not None:
+        engine.create(
+            "embedded",
+            "SELECT c.position, c.tie, s.embedding FROM compared c JOIN records r ON c.position = r.position "
+            "JOIN scores s ON r.part = s.part AND r.row = s.row LEFT JOIN same l ON c.position = l.position "
+            "WHERE s.embedding IS NOT NULL AND NOT c.made AND l.position IS NULL",
+        )
+        semantic.match_by_embeddings(engine, config.dedup.min_embedding_similarity)
+        engine.append("matched", "SELECT a, b, 'embedding' AS how, measure FROM embedding_pairs")
     near.keep_stars(engine)
 
 
@@ -253,7 +258,7 @@ class Thumbnails:
 
     def _open(self, index: int) -> tuple[pq.ParquetFile, np.ndarray, list[int]]:
         if index not in self._rows:
-            file = pq.ParquetFile(pictures_of(self._parts[index]) / THUMBNAILS_TABLE)
+            file = pq.ParquetFile(fetch_pictures(self._parts[index]) / THUMBNAILS_TABLE)
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             self._rows[index] = (file, file.read(["row"])["row"].to_numpy(), [0, *accumulate(sizes)][:-1])
             if len(self._rows) > FILES_OPEN:
@@ -262,7 +267,7 @@ class Thumbnails:
         return self._rows[index]
 
 
-def _write(engine: Engine, parts: Sequence[Part], out_dir: Path, groups: int) -> None:
+def write_tables(engine: Engine, parts: Sequence[Part], out_dir: Path, groups: int) -> None:
     """The ledger, and the kept records and score parts of each group, each in the order of the corpus."""
     failed = (
         f"SELECT shard AS key, '' AS record_id, '{ledger.SHARD_FAILED}' AS rule, error AS detail, file, shard, "

@@ -82,13 +82,14 @@ class DuckDB:
     """In this process; tables are in one file, and at most `MEMORY` of them in memory."""
 
     FUNCTIONS = (
-        "hamming(a, b) AS bit_count(xor(a, b))",
+        "hamming(a, b) AS CAST(bit_count(xor(a, b)) AS INTEGER)",  # a TINYINT by itself: sums of it overflow
         "hex_to_int(text) AS CAST(concat('0x', text) AS BIGINT)",
         "number_text(x) AS trim(TRAILING '.' FROM trim(TRAILING '0' FROM CAST(CAST(x AS DECIMAL(18, 4)) AS STRING)))",
         "words_up_to(list, n) AS list_sort(list_filter(list, lambda w: w <= n))",
         "nth(list, i) AS list_extract(list, i)",
         "size(list) AS len(list)",
         "array_min(list) AS list_min(list)",
+        "array_max(list) AS list_max(list)",
         "round_half_even(x) AS CAST(round_even(x, 0) AS BIGINT)",
         "explode(list) AS unnest(list)",
         "bin_of(x, low, high, n) AS CAST(least(n - 1, greatest(0, floor((x - low) / (high - low) * n))) AS INTEGER)",

@@ -21,7 +21,7 @@ from tasks.curation.captioning import build_captioner, identity, run, steps
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.curation.curated import CORPUS
 from tasks.curation.journal import Journal
-from tasks.curation.scorers import scorer_revisions
+from tasks.curation.scored_shard import Resources, ShardScores
 from tasks.curation.sources import base
 from tasks.curation.sources.base import Account, Shard
 from tasks.envs import CACHE_VERSIONS
@@ -162,32 +162,25 @@ def check_size(images: int, config: CurationConfig) -> None:
     near.plan_blocks(images, config.dedup.max_hamming_distance)
 
 
-def score_group(corpus_dir: Path, config: CurationConfig, group: int, groups: int) -> list[Part]:
-    """The score parts of the shards of one group, made where they are not known."""
+def score_group(
+    corpus_dir: Path, config: CurationConfig, group: int, groups: int, resources: Resources | None = None
+) -> list[Part]:
+    """The score parts of the shards of one group, made where they are not known.
+
+    Args:
+        resources: "shard" runs only scorers without a GPU, and returns measured parts where others are still to run;
+            "gpu_single" and None run all that are left.
+    """
     corpus = base.open_corpus(corpus_dir)
     shards = list(corpus.shards())
-    return [score_shard(corpus, shards[i], config) for i in group_range(group, groups, len(shards))]
+    return [score_shard(corpus, shards[i], config, resources) for i in group_range(group, groups, len(shards))]
 
 
-def score_shard(corpus, shard: Shard, config: CurationConfig) -> Part:
-    config = config.scoring()
-    inputs = {
-        "shard": shard.shard_id,
-        "scoring": config.model_dump(mode="json"),
-        "scorers": scorer_revisions(config.scorers),
-    }
-    return attempt(
-        "scores",
-        shard.shard_id,
-        lambda name: make_part(
-            "scores",
-            name,
-            CACHE_VERSIONS["scores"],
-            inputs,
-            lambda out: score.score_shard(corpus, shard, config, out),
-            config=inputs | {"digest": shard.digest},
-        ),
-    )
+def score_shard(corpus, shard: Shard, config: CurationConfig, resources: Resources | None = None) -> Part:
+    def make(name: str) -> Part:
+        return ShardScores(corpus, shard, config).make(resources)
+
+    return attempt("scores", shard.shard_id, make)
 
 
 def attempt(kind: str, name: str, make) -> Part:

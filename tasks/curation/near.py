@@ -61,8 +61,8 @@ def block_masks(blocks: int, distance: int) -> list[int]:
 
 
 def match_by_hashes(engine: Engine, config: DedupConfig) -> None:
-    """Tables `same` (position, leader) of records with the hashes of a better one, and `matched` (a, b, measure) of pairs of
-    the others; measure is the distance of their pHash-256, in bits.
+    """Tables `same` (position, leader) of records with the hashes of a better one, and `matched` (a, b, how, measure) of
+    pairs of the others; measure is the distance of their pHash-256, in bits.
 
     Reads `compared`: position, the columns of PREFERENCE and HASHES, and by_hashes: false for records of other rules.
 
@@ -86,7 +86,7 @@ def match_by_hashes(engine: Engine, config: DedupConfig) -> None:
     fine = " + ".join(f"hamming(a.{name}, b.{name})" for name in PHASH256)
     engine.create(
         "matched",
-        "SELECT a, b, CAST(fine AS DOUBLE) AS measure FROM (SELECT p.a, p.b, p.kind, "
+        "SELECT a, b, 'hashes' AS how, CAST(fine AS DOUBLE) AS measure FROM (SELECT p.a, p.b, p.kind, "
         f"hamming(a.phash, b.phash) AS coarse, hamming(a.dhash, b.dhash) AS steps, {fine} AS fine "
         "FROM proposed p JOIN nodes a ON p.a = a.position JOIN nodes b ON p.b = b.position) x "
         f"WHERE (fine <= {config.max_fine_distance} "
@@ -116,7 +116,7 @@ def _propose(engine: Engine, distance: int) -> None:
 
 
 def keep_stars(engine: Engine) -> None:
-    """Table `near` (position, keeper, measure) of the records to drop, from `compared`, `same` and `matched`."""
+    """Table `near` (position, keeper, how, measure) of the records to drop, from `compared`, `same` and `matched`."""
     order = (
         "a.pixels > b.pixels",
         "a.points > b.points",
@@ -130,7 +130,7 @@ def keep_stars(engine: Engine) -> None:
     engine.create(
         "edges",
         f"SELECT CASE WHEN {better} THEN a.position ELSE b.position END AS better, "
-        f"CASE WHEN {better} THEN b.position ELSE a.position END AS worse, m.measure "
+        f"CASE WHEN {better} THEN b.position ELSE a.position END AS worse, m.how, m.measure "
         "FROM matched m JOIN compared a ON m.a = a.position JOIN compared b ON m.b = b.position",
     )
     engine.create("lost", "SELECT worse AS position FROM edges WHERE FALSE")
@@ -154,15 +154,16 @@ def keep_stars(engine: Engine) -> None:
     of_better = ", ".join(f"c.{column}" for column in PREFERENCE.split(", "))
     engine.create(
         "starred",
-        "SELECT worse AS position, better AS keeper, measure FROM (SELECT e.worse, e.better, e.measure, row_number() OVER "
-        f"(PARTITION BY e.worse ORDER BY {of_better}) AS place FROM edges e JOIN lost l ON e.worse = l.position "
+        "SELECT worse AS position, better AS keeper, how, measure FROM (SELECT e.worse, e.better, e.how, e.measure, row_number() OVER "
+        f"(PARTITION BY e.worse ORDER BY {of_better}, e.how) AS place FROM edges e JOIN lost l ON e.worse = l.position "
         "JOIN compared c ON e.better = c.position LEFT JOIN lost k ON e.better = k.position WHERE k.position IS NULL) x "
         "WHERE place = 1",
     )
     # Whoever has a leader's hashes has its matches, too.
     engine.create(
         "near",
-        "SELECT position, keeper, measure FROM starred UNION ALL "
-        "SELECT s.position, coalesce(t.keeper, s.leader) AS keeper, coalesce(t.measure, 0) AS measure "
+        "SELECT position, keeper, how, measure FROM starred UNION ALL "
+        "SELECT s.position, coalesce(t.keeper, s.leader) AS keeper, coalesce(t.how, 'hashes') AS how, "
+        "coalesce(t.measure, 0) AS measure "
         "FROM same s LEFT JOIN starred t ON s.leader = t.position",
     )

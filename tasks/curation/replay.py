@@ -1,10 +1,12 @@
-"""What other thresholds would keep, from the scores alone: `python -m tasks.curation.replay CURATED --overrides ...`.
+"""What other thresholds would keep, from columns alone: `python -m tasks.curation.replay DIRECTORY --overrides ...`.
 
     python -m tasks.curation.replay .nucleus/artifacts/curated/DIGEST --overrides curation.filters.min_side_px=96
+    python -m tasks.curation.replay .nucleus/artifacts/scores/DIGEST --recipe tiny --overrides curation.tiers.synthetic_tier=A1
 
-No image is read. Prints one JSON line for each record whose fate changes ({"file", "before", "after"}), then a line
-`kept BEFORE -> AFTER of RECORDS records` with the rules whose counts change. With --out DIR the new ledger and report are
-kept there. Exits 1, with one line `ValueError: ...`, where the change needs new scores.
+DIRECTORY is curated, or an index of scores; of these the recipe says what is decided now. No image is read. For each way in
+which fates change it prints up to --examples records as JSON lines ({"file", "before", "after"}), then the counts of each
+rule and tier that change, then `kept BEFORE -> AFTER of RECORDS records`. With --out DIR the new ledger and report are kept
+there. Exits 1, with one line `ValueError: ...`, where the change needs new scores.
 """
 
 from __future__ import annotations
@@ -16,40 +18,65 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
+LEDGER, REPORT = "ledger.parquet", "report.json"
 
-def replay(curated_dir: Path, overrides: Sequence[str], out_dir: Path) -> tuple[dict, dict]:
-    """Decides again about a curated directory's records; writes what decide.decide writes into the empty `out_dir`.
+
+def replay(directory: Path, overrides: Sequence[str], work_dir: Path, recipe: str = "") -> tuple[Path, Path]:
+    """Decides again about the records of a curated directory or of an index of scores.
+
+    Args:
+        recipe: says what is decided now about scores; a curated directory knows it.
 
     Returns:
-        the content of report.json before and after.
+        two directories with ledger.parquet and report.json: without and with the overrides.
 
     Raises:
-        ValueError: not a curated directory, an override that is not one of curation, or one that needs new scores.
+        ValueError: not such a directory, an override that is not one of curation, or one that needs new scores.
     """
-    from tasks.curation import decide
     from tasks.curation.config import CurationConfig
     from tasks.curation.sources.base import Account
     from tasks.manifest import load_manifest
+    from tasks.recipe import load_recipe
+    from tasks.store import read_index
 
-    manifest = load_manifest(curated_dir)
-    if manifest.kind != "curated":
-        raise ValueError(f"{curated_dir} is of kind {manifest.kind!r}; a curated directory is needed")
-    before = CurationConfig.model_validate(manifest.config)
-    after = _overridden(before, overrides)
-    if after.scoring() != before.scoring():
+    manifest = load_manifest(directory)
+    if manifest.kind == "curated":
+        config = CurationConfig.model_validate(manifest.config)
+        # The shards' own accounts are in their scores; the rest of the report's is the scan's.
+        scan = Account.from_json(json.loads((directory / "corpus" / REPORT).read_text())["account"])
+        parts, before = list(_score_parts(directory)), directory
+    elif manifest.kind == "scores" and recipe:
+        config = load_recipe(recipe).curation.deciding()
+        scan, parts = Account(), list(read_index(directory))
+        before = _decide(parts, scan, config, work_dir / "before")
+    elif manifest.kind == "scores":
+        raise ValueError(f"{directory} has scores: name the recipe that decides about them, such as --recipe tiny")
+    else:
+        raise ValueError(
+            f"{directory} is of kind {manifest.kind!r}; a curated directory or an index of scores is needed"
+        )
+    after = _overridden(config, overrides)
+    if after.scoring() != config.scoring():
         raise ValueError(
             f"{', '.join(overrides)} changes the scores (scorers, formats, max_pixels and thumbnail_px do): "
             "run the curation again"
         )
-    report = json.loads((curated_dir / "report.json").read_text())
-    # The shards' own accounts are in their scores; the rest of the report's is the scan's.
-    scan = Account.from_json(json.loads((curated_dir / "corpus" / "report.json").read_text())["account"])
-    return report, decide.decide(list(_score_parts(curated_dir)), scan, after.deciding(), out_dir)
+    return before, _decide(parts, scan, after.deciding(), work_dir / "after")
+
+
+def _decide(parts: list, scan, config, out_dir: Path) -> Path:
+    from tasks.curation import decide
+
+    out_dir.mkdir()
+    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):  # lines of progress
+        decide.decide(parts, scan, config, out_dir)
+    return out_dir
 
 
 def _score_parts(curated_dir: Path) -> Iterator:
@@ -79,8 +106,8 @@ def _overridden(config, overrides: Sequence[str]):
         return load_recipe(str(path), list(overrides)).curation
 
 
-def changes(before: Path, after: Path) -> Iterator[dict]:
-    """{"file", "before", "after"} of every record whose fate differs between two ledgers of the same records."""
+def _changed(before: Path, after: Path) -> Iterator[tuple[dict, dict]]:
+    """The rows of two ledgers of the same records, where their rules differ."""
 
     def rows(path: Path) -> Iterator[dict]:
         with pq.ParquetFile(path) as file:
@@ -90,7 +117,7 @@ def changes(before: Path, after: Path) -> Iterator[dict]:
     for old, new in zip(rows(before), rows(after), strict=True):
         assert old["file"] == new["file"]
         if old["rule"] != new["rule"]:
-            yield {"file": new["file"], "before": _fate(old), "after": _fate(new)}
+            yield old, new
 
 
 def _fate(row: dict) -> str:
@@ -99,37 +126,43 @@ def _fate(row: dict) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tasks.curation.replay", description=__doc__.splitlines()[0])
-    parser.add_argument("curated", type=Path, help="a curated directory")
+    parser.add_argument("directory", type=Path, help="a curated directory, or an index of scores")
     parser.add_argument(
         "--overrides", action="append", default=[], help="a change such as curation.filters.min_side_px=96"
     )
+    parser.add_argument("--recipe", default="", help="of scores: the recipe that decides about them")
+    parser.add_argument("--examples", type=int, default=10, help="records printed of each change of fate")
     parser.add_argument("--out", type=Path, help="a new folder for the ledger and the report")
     options = parser.parse_args(arguments)
     try:
         if options.out and options.out.exists():
             raise ValueError(f"--out {options.out} exists; name a new folder")
         with tempfile.TemporaryDirectory() as folder:
-            decision = Path(folder) / "decision"
-            decision.mkdir()
-            with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):  # lines of progress
-                before, after = replay(options.curated, options.overrides, decision)
-            for change in changes(options.curated / "ledger.parquet", decision / "ledger.parquet"):
-                print(json.dumps(change, ensure_ascii=False))
+            before, after = replay(options.directory, options.overrides, Path(folder), options.recipe)
+            shown: Counter[tuple[str, str]] = Counter()
+            for old, new in _changed(before / LEDGER, after / LEDGER):
+                change = old["rule"], new["rule"]
+                shown[change] += 1
+                if shown[change] <= options.examples:
+                    line = {"file": new["file"], "before": _fate(old), "after": _fate(new)}
+                    print(json.dumps(line, ensure_ascii=False))
+            for (old_rule, new_rule), count in shown.items():
+                if count > options.examples:
+                    print(f"{count - options.examples} more change from {old_rule or 'kept'} to {new_rule or 'kept'}")
+            counts = [json.loads((place / REPORT).read_text()) for place in (before, after)]
             if options.out:
                 options.out.mkdir(parents=True)
-                for name in ("ledger.parquet", "report.json", "report.html"):
-                    shutil.copyfile(decision / name, options.out / name)
+                for name in (LEDGER, REPORT, "report.html"):
+                    shutil.copyfile(after / name, options.out / name)
     except ValueError as error:
         print(f"ValueError: {error}")
         return 1
-    rules = [
-        f"{rule} {count} -> {after['rejected'][rule]}"
-        for rule, count in before["rejected"].items()
-        if count != after["rejected"][rule]
-    ]
-    print(
-        f"kept {before['kept']} -> {after['kept']} of {after['input']} records" + "".join(f"; {rule}" for rule in rules)
-    )
+    for section in ("rejected", "tiers"):
+        old, new = (content[section] for content in counts)
+        changed = [name for name in new if old.get(name, 0) != new[name]]
+        if changed:
+            print(f"{section}: " + "; ".join(f"{name} {old.get(name, 0)} -> {new[name]}" for name in changed))
+    print(f"kept {counts[0]['kept']} -> {counts[1]['kept']} of {counts[1]['input']} records")
     return 0
 
 

@@ -1,100 +1,63 @@
-"""The retention report: one HTML file that needs nothing else, every text in it escaped."""
+"""The report of a curation: one HTML file that needs nothing else, every text in it escaped.
+
+Of a corpus of any size it shows counts, and pictures of a bounded sample (gallery.py). Figures are named after those of the
+paper (arXiv 2604.12163) that show the same.
+"""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
-
-import numpy as np
-from PIL import Image
 
 from tasks.curation import ledger, tiers
-from tasks.curation.config import CurationConfig
+from tasks.curation.report_parts import STYLE, bars, heat_map, histogram, lengths, percent, shot, table, text, wall
 from tasks.curation.sources.base import Account
-from tasks.curation.summary import Histogram, Summary
-
-# score column -> its thresholds in FilterConfig
-THRESHOLDS = {
-    "bytes_per_pixel": "min_bytes_per_pixel",
-    "entropy_bits": "min_entropy_bits",
-    "single_color_fraction": "max_single_color_fraction",
-    "border_fraction": "max_border_fraction",
-    "watermark": "max_watermark_score",
-    "aesthetic": "min_aesthetic",
-    "nsfw": "max_nsfw",
-    "similarity": "min_image_text_similarity",
-}
-
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1c2733}
-h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid #d5dce3}
-table{border-collapse:collapse;margin:.6rem 0}td,th{padding:.15rem .8rem .15rem 0;text-align:left;vertical-align:top}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}.row{display:flex;flex-wrap:wrap;gap:1.2rem}
-figure{margin:0}figcaption{font-size:.8rem;color:#51606e;max-width:17rem;overflow-wrap:anywhere}
-.shot{width:9rem}.shot img{border:1px solid #d5dce3}.shot figcaption{max-width:9rem}
-.none{width:96px;height:96px;background:#eef1f4;color:#51606e;display:grid;place-items:center;font-size:.8rem}
-"""
+from tasks.curation.summary import LIMITS, RANGES, SOURCES, Summary
 
 
-def render(summary: Summary, config: CurationConfig) -> str:
+def render(summary: Summary) -> str:
     """The whole page."""
     content = summary.content()
     total, kept = content["input"], content["kept"]
-    rules = [(rule, step, content["rejected"][rule]) for step, names in ledger.STEPS.items() for rule in names]
-    buckets = content["buckets"]
-    all_words = sum(summary.words.values(), Counter())
     parts = [
         "<h1>Retention report</h1>",
-        f"<p>{kept} of {total} records kept ({_percent(kept, total)}): {content['captions']} captions, "
-        f"{content['splits']['train']} records to train on, {content['splits']['val']} held out. "
+        f"<p>{kept:,} of {total:,} records kept ({percent(kept, total)}): {content['captions']:,} captions, "
+        f"{content['splits']['train']:,} records to train on, {content['splits']['val']:,} held out. "
         "Each record is kept, or counted under the first rule that it breaks; the counts add up to the input.</p>",
-        *_left_out(summary.account),
-        "<h2>What survives each step</h2>",
-        _bars([("input", total)] + [(step["step"], step["kept"]) for step in content["retention"]]),
+        *_files(summary.account),
+        "<h2>What survives each step, by source (figure 5)</h2>",
+        *_retention(summary, content),
         "<h2>Rejected, by rule</h2>",
-        _table(
+        table(
             ("rule", "step", "records", "share of input"),
-            [(rule, step, n, _percent(n, total)) for rule, step, n in rules]
-            + [("kept", "", kept, _percent(kept, total)), ("all", "", total, "100.0 %")],
+            [
+                *(
+                    (rule, step, content["rejected"][rule], percent(content["rejected"][rule], total))
+                    for step, names in ledger.STEPS.items()
+                    for rule in names
+                ),
+                ("kept", "", kept, percent(kept, total)),
+                ("all", "", total, "100.0 %"),
+            ],
         ),
-        "<h2>Scores of the input, and their thresholds</h2><div class=row>",
-        *(
-            _histogram(summary.scores[column], column, getattr(config.filters, limit), limit)
-            for column, limit in THRESHOLDS.items()
-        ),
-        _histogram(
-            summary.scores["log2_short_side"],
-            "shorter side, px",
-            math.log2(config.filters.min_side_px),
-            "min_side_px",
-            shown=lambda x: f"{2**x:.0f}",
-        ),
-        "</div>",
-        "<h2>Shapes: width over height</h2><div class=row>",
-        _histogram(summary.scores["log2_aspect"], "input", None, "", shown=_ratio),
-        _histogram(summary.shapes, "kept", None, "", shown=_ratio),
-        "</div>",
-        "<h2>Tiers and episodic buckets</h2>",
-        _bars([(tier, n) for tier, n in content["tiers"].items()]),
-        _table(
-            ("bucket", *tiers.TIERS, "all"),
-            [(name, *(summary.cells[name, tier] for tier in tiers.TIERS), n) for name, n in buckets.items()],
-        ),
-        "<h2>Caption lengths, in words</h2><div class=row>",
-        _word_histogram(all_words, "all captions"),
-        *(_word_histogram(words, f"tier {tier}") for tier, words in summary.words.items() if words),
-        "</div>",
+        "<h2>Scores of the input, and their cuts</h2>",
+        *_scores(summary),
+        "<h2>On either side of each cut</h2>",
+        *_edges(summary),
+        "<h2>Tiers (figures 6 and 7)</h2>",
+        *_tiers(summary, content),
+        "<h2>Tiers and episodic buckets (figure 9)</h2>",
+        *_buckets(summary, content),
+        "<h2>Words of the kept captions, by tier and bucket (figure 8)</h2>",
+        *_captions(summary),
+        "<h2>Near duplicates</h2>",
+        *_duplicates(summary),
         "<h2>Examples of what was rejected</h2>",
-        *(_examples(rule, summary.examples[rule]) for rule in ledger.RULES if summary.examples.get(rule)),
-        "<h2>Thresholds</h2>",
+        *_examples(summary),
+        "<h2>Thresholds and settings</h2>",
         *(
-            f"<h3>{_text(section)}</h3>" + _table(("key", "value"), [(k, str(v)) for k, v in values.items()])
-            for section, values in config.model_dump(mode="json").items()
+            f"<h3>{text(section)}</h3>" + table(("key", "value"), [(k, str(v)) for k, v in values.items()])
+            for section, values in summary.config.model_dump(mode="json").items()
             if isinstance(values, dict)
         ),
     ]
@@ -104,7 +67,7 @@ def render(summary: Summary, config: CurationConfig) -> str:
     )
 
 
-def _left_out(account: Account) -> list[str]:
+def _files(account: Account) -> list[str]:
     """Nothing for sources that are made: they have no files."""
     if not account.seen:
         return []
@@ -112,93 +75,141 @@ def _left_out(account: Account) -> list[str]:
     rows.sort(key=lambda row: (-row[1], row[0]))
     return [
         "<h2>Files of the source</h2>",
-        f"<p>{account.seen} files, archive members and table rows seen, {account.used} of them used, "
-        f"{account.seen - account.used} left out; {account.records} records.</p>",
-        _table(("left out", "files", "such as"), rows) if rows else "",
+        f"<p>{account.seen:,} files, archive members and table rows seen, {account.used:,} of them used, "
+        f"{account.seen - account.used:,} left out; {account.records:,} records.</p>",
+        table(("left out", "files", "such as"), rows) if rows else "",
     ]
 
 
-def _png(pixels: np.ndarray | None) -> str:
-    """A data URI; "" where there is no picture."""
-    if pixels is None:
-        return ""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _retention(summary: Summary, content: dict) -> list[str]:
+    figures = [("all", content["input"], content["retention"])]
+    if len(summary.by_source) > 1:
+        counts = summary.source_counts
+        figures += [(name, counts[name], summary.retention_of(name)) for name in summary.largest(counts)]
+    drawn = [
+        bars(
+            [("input", records), *((step["step"], step["kept"]) for step in steps if step["step"] != ledger.SHARDS)],
+            name if len(figures) > 1 else "",
+            620,
+        )
+        for name, records, steps in figures
+    ]
+    more = len(summary.by_source) - SOURCES
+    note = f"<p class=note>{more} smaller sources are in the first figure only.</p>" if more > 0 else ""
+    return ["<div class=row>", *drawn, "</div>", note]
+
+
+def _scores(summary: Summary) -> list[str]:
+    filters = summary.config.filters
+    drawn = []
+    empty = [column for column in LIMITS if not summary.scores[column].total]
+    for column, limit in LIMITS.items():
+        cut = getattr(filters, limit)
+        if column in empty:
+            continue
+        cuts = {} if cut is None else {limit: cut}
+        if column == "aesthetic":
+            cuts |= dict(zip(tiers.TIERS, summary.cuts, strict=False))
+        drawn.append(histogram(summary.scores[column], column, cuts))
+    if summary.scores["faces"].total:
+        drawn.append(histogram(summary.scores["faces"], "faces"))
+    side = {"min_side_px": math.log2(filters.min_side_px)}
+    drawn.append(histogram(summary.scores["log2_short_side"], "shorter side, px", side, shown=lambda x: f"{2**x:.0f}"))
+    drawn.append(histogram(summary.scores["log2_aspect"], "Shapes of the input, width over height", shown=_ratio))
+    drawn.append(histogram(summary.shapes, "Shapes of what is kept", shown=_ratio))
+    note = f"<p class=note>Not scored: {text(', '.join(empty))}. Nothing is cut by these.</p>" if empty else ""
+    return ["<div class=row>", *drawn, "</div>", note]
+
+
+def _edges(summary: Summary) -> list[str]:
+    """What a cut lets through and what it stops, nearest first."""
+    drawn = []
+    for (column, name), (cut, below, above) in summary.edges.items():
+        if (not below and not above) or cut <= RANGES[column][0]:
+            continue
+        limit = f"tier {name}" if name in tiers.TIERS else name
+        sides = (
+            "rejected | kept"
+            if name.startswith("min_")
+            else "kept | rejected"
+            if name.startswith("max_")
+            else "below | in it"
+        )
+        shots = [
+            "".join(shot(summary.pixels.get(shown.position), f"{shown.note} {shown.file}") for shown in side)
+            for side in (reversed(below), above)
+        ]
+        drawn.append(
+            f"<h3>{text(column)}: {text(limit)} {cut:.4g} <span class=note>({sides})</span></h3><div class=row><div class=side>{shots[0]}</div>"
+            f"<div class='side cut'>{shots[1]}</div></div>"
+        )
+    return drawn or ["<p class=note>No record that was scored is near a cut.</p>"]
+
+
+def _tiers(summary: Summary, content: dict) -> list[str]:
+    config = summary.config.tiers
+    scorer = summary.revisions.get("aesthetic", "none: unscored records are A5")
+    cuts = ", ".join(f"{tier} from {cut:.4g}" for tier, cut in zip(tiers.TIERS, summary.cuts, strict=False))
+    by = "quantiles" if config.quantiles is not None else "thresholds"
+    proxy = " The proxy knows contrast, colour and sharpness, and no taste." if scorer.startswith("proxy") else ""
+    best = f" A1 and A2 only where {text(config.best_where)}." if config.best_where else ""
+    drawn = [
+        f"<p>By the aesthetic score of {text(scorer)}, by {by}: {cuts}.{best}{proxy} Synthetic records bypass the score and are "
+        f"{config.synthetic_tier}.</p>",
+        bars([("kept", content["kept"]), *content["tiers"].items()], width=620),
+    ]
+    for synthetic, name in ((False, "real"), (True, "synthetic")):
+        for tier in tiers.TIERS:
+            count, shown = summary.walls.get((tier, synthetic), (0, []))
+            if count:
+                drawn.append(f"<h3>{tier}, {name}: {count:,} records</h3>")
+                drawn.append(wall((summary.pixels.get(item.position), item.file) for item in shown))
+    return drawn
+
+
+def _buckets(summary: Summary, content: dict) -> list[str]:
+    names = summary.largest(content["buckets"])
+    conditions = [(bucket.name, bucket.where) for bucket in summary.config.buckets]
+    return [
+        heat_map(names, tiers.TIERS, summary.cells),
+        f"<p class=note>{len(content['buckets']) - SOURCES} smaller buckets are not shown.</p>"
+        if len(content["buckets"]) > SOURCES
+        else "",
+        table(("bucket", "where"), conditions)
+        if conditions
+        else "<p class=note>The recipe has no curation.buckets.</p>",
+    ]
+
+
+def _captions(summary: Summary) -> list[str]:
+    by_bucket = {name: counts for name, counts in summary.bucket_words.items() if counts}
+    names = summary.largest({name: counts.total() for name, counts in by_bucket.items()})
+    rows: dict[str, Counter[int]] = {f"tier {tier}": words for tier, words in summary.words.items()}
+    if len(names) > 1:
+        rows |= {f"bucket {name}": by_bucket[name] for name in names}
+    return [
+        lengths(rows),
+        "<p class=note>Line: 5% to 95% of the captions; box: the middle half; mark: the median.</p>",
+    ]
+
+
+def _duplicates(summary: Summary) -> list[str]:
+    drawn = []
+    for keeper, size, members in summary.duplicate_groups:
+        shots = shot(summary.pixels.get(keeper), f"kept; {size} dropped for it")
+        shots += "".join(shot(summary.pixels.get(shown.position), shown.note) for shown in members)
+        drawn.append(f"<div class=side>{shots}</div>")
+    return drawn or ["<p class=note>There are none.</p>"]
+
+
+def _examples(summary: Summary) -> list[str]:
+    drawn = []
+    for rule in ledger.RULES:
+        if shown := summary.examples.get(rule):
+            shots = "".join(shot(summary.pixels.get(item.position), f"{item.file}: {item.note}") for item in shown)
+            drawn.append(f"<h3>{text(rule)}</h3><div class=row>{shots}</div>")
+    return drawn
 
 
 def _ratio(log2: float) -> str:
     return f"{2**log2:.3g}:1" if log2 >= 0 else f"1:{2**-log2:.3g}"
-
-
-def _word_histogram(words: Counter[int], name: str) -> str:
-    histogram = Histogram(0.5, max(words, default=0) + 0.5)
-    for n, count in words.items():
-        histogram.add(n, count)
-    return _histogram(histogram, name, None, "")
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value), quote=True)
-
-
-def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "-"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    def cell(value: Any, tag: str = "td") -> str:
-        return f"<{tag} class=n>{value}</{tag}>" if isinstance(value, int) else f"<{tag}>{_text(value)}</{tag}>"
-
-    body = "".join(f"<tr>{''.join(cell(value) for value in row)}</tr>" for row in rows)
-    return f"<table><tr>{''.join(cell(name, 'th') for name in head)}</tr>{body}</table>"
-
-
-def _bars(items: list[tuple[str, int]]) -> str:
-    """Horizontal bars, the longest full."""
-    most = max((n for _, n in items), default=0) or 1
-    rows = "".join(
-        f'<text x="200" y="{24 * i + 16}" text-anchor="end">{_text(name)}</text>'
-        f'<rect x="210" y="{24 * i + 3}" width="{460 * n / most:.1f}" height="17" fill="#3d7ea6"/>'
-        f'<text x="{216 + 460 * n / most:.1f}" y="{24 * i + 16}">{n}</text>'
-        for i, (name, n) in enumerate(items)
-    )
-    return f'<svg width="760" height="{24 * len(items) + 4}" font-size="13" role="img">{rows}</svg>'
-
-
-def _histogram(
-    histogram: Histogram,
-    name: str,
-    threshold: float | None,
-    limit: str,
-    shown: Callable[[float], str] = "{:.3g}".format,
-) -> str:
-    """Bars, and the threshold as a line where it falls inside the range."""
-    if not histogram.total:
-        return f"<figure><figcaption>{_text(name)}: not scored</figcaption></figure>"
-    most, low, high = histogram.counts.max(), histogram.low, histogram.high
-    bars = "".join(
-        f'<rect x="{10 * i}" y="{90 - 80 * n / most:.1f}" width="9" height="{80 * n / most:.1f}" fill="#3d7ea6"/>'
-        for i, n in enumerate(histogram.counts)
-    )
-    line = ""
-    if threshold is not None and low <= threshold <= high:
-        x = 240 * (threshold - low) / (high - low)
-        line = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="90" stroke="#c0392b" stroke-width="2"/>'
-    says = f"; {limit} {shown(threshold)}" if threshold is not None else ""
-    return (
-        f'<figure><svg width="244" height="108" font-size="11" role="img">{bars}{line}'
-        f'<text x="0" y="104">{shown(low)}</text><text x="240" y="104" text-anchor="end">{shown(high)}</text></svg>'
-        f"<figcaption>{_text(name)} ({histogram.total}){_text(says)}</figcaption></figure>"
-    )
-
-
-def _examples(rule: str, items: list[dict]) -> str:
-    pictures = [_png(item["pixels"]) for item in items]
-    shots = "".join(
-        "<figure class=shot>"
-        + (f'<img src="{picture}" alt="">' if picture else "<div class=none>no picture</div>")
-        + f"<figcaption>{_text(item['file'])}: {_text(item['detail'])}</figcaption></figure>"
-        for item, picture in zip(items, pictures, strict=True)
-    )
-    return f"<h3>{_text(rule)}</h3><div class=row>{shots}</div>"

@@ -129,6 +129,8 @@ RULES: tuple[Rule, ...] = (
     _above("border", PASS2, "border_fraction", "max_border_fraction"),
     _above("nsfw", PASS3, "nsfw", "max_nsfw"),
     _above("watermark", PASS3, "watermark", "max_watermark_score"),
+    _above("text_area", PASS3, "text_area", "max_text_area"),
+    _above("quality", PASS3, "quality", "max_quality"),
     _below("aesthetic", PASS3, "aesthetic", "min_aesthetic"),
     _below("image_text_similarity", PASS3, "similarity", "min_image_text_similarity"),
     # Before deduplication, so that a record without a caption never displaces its twin that has one.

@@ -1,11 +1,13 @@
-"""Scoring: a shard -> its columns. Every record is decoded once, and nothing is decided.
+r"""Scoring: a shard -> its columns. Every record is decoded once, and nothing is decided.
 
-    shard --read--> Record --score_record--> scores.parquet      one row per record, in the order of the shard
-                                             thumbnails.parquet  small pictures of those that decode
-                                             account.json        what the reader saw and left out
+    shard --read--> Record --measure--> scores.parquet      one row per record, in the order of the shard
+                        |               thumbnails.parquet  small pictures of those that decode
+                        |               account.json        what the reader saw and left out
+                        \--scorers-----> columns.parquet     one for each scorer: a row for each record that decodes
 
-A threshold can change without new scores; `formats`, `max_pixels`, `thumbnail_px` and the scorers cannot.
-Memory is bounded by a batch of records, not by the shard.
+`score_shard` makes whichever of these are missing, in one reading of the shard, so that a new scorer runs alone. `join` adds
+the columns of all scorers to those that were measured. A threshold can change without new scores; `formats`, `max_pixels`,
+`thumbnail_px` and the scorers cannot. Memory is bounded by a batch of records, not by the shard.
 """
 
 from __future__ import annotations
@@ -13,14 +15,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -28,18 +31,19 @@ from tasks.curation import decoding, dedup, filters
 from tasks.curation.captions import clean_captions, count_words
 from tasks.curation.config import CurationConfig
 from tasks.curation.hashes import HASHES, picture_hashes
-from tasks.curation.scorers import COLUMNS as MODEL_COLUMNS
-from tasks.curation.scorers import Sample, Scorer, build_scorers, needs_image
+from tasks.curation.scorers import COLUMNS, SCALARS, Chosen, Sample, Scorer, build_scorer, revision
+from tasks.curation.scorers.base import check_range
 from tasks.curation.sources.base import Account, Record, Shard
 from tasks.curation.workers import CrashError, Workers
 
 SCORES_TABLE, THUMBNAILS_TABLE, ACCOUNT = "scores.parquet", "thumbnails.parquet", "account.json"
-BATCH = 64  # records that a scorer sees at once
+COLUMNS_TABLE = "columns.parquet"
+BATCH = 256  # records that are in memory at once, reduced
 SCORER_PX = 384  # shorter side of what a model scorer sees
 BYTES_A_PIXEL = 24  # that decoding may take; twice what Pillow takes for RGBA
 OWN_BYTES = 512 * 2**20  # that a worker may take besides
 NUMBERS = ("bytes_per_pixel", "entropy_bits", "single_color_fraction", "border_fraction")
-SCORES = pa.schema(
+MEASURED = pa.schema(
     [
         ("key", pa.string()),
         ("record_id", pa.string()),  # SHA-256 of the bytes
@@ -61,47 +65,132 @@ SCORES = pa.schema(
         ("width", pa.int64()),
         ("height", pa.int64()),
         ("orientation", pa.int64()),
-        *((name, pa.float64()) for name in (*NUMBERS, *MODEL_COLUMNS)),
+        *((name, pa.float64()) for name in NUMBERS),
         *((name, pa.int64()) for name in HASHES),
         ("hash_margin", pa.float64()),
         ("coarse", pa.binary()),
     ]
 )
+SCORES = pa.schema([*MEASURED, *((name, pa.float64()) for name in SCALARS)])  # NaN: not scored
 THUMBNAILS = pa.schema([("row", pa.int64()), ("height", pa.int32()), ("width", pa.int32()), ("rgb", pa.binary())])
 ROW_GROUP, THUMBNAIL_GROUP = 4096, 256
 
 
-def score_shard(corpus, shard: Shard, config: CurationConfig, out_dir: str | os.PathLike) -> int:
-    """Writes the scores of one shard into an empty directory; returns the number of records.
+def score_shard(
+    corpus,
+    shard: Shard,
+    config: CurationConfig,
+    measured_dir: Path | None,
+    scorers: Mapping[Path, Chosen],
+) -> dict[Path, int]:
+    """Reads a shard once, and fills empty directories with its measured columns and with those of scorers.
 
     Args:
         corpus: see sources.base.open_corpus.
+        measured_dir: of passes 1 and 2; None if they are known.
+        scorers: directory -> the scorer whose columns are written there; none that needs an embedding.
+
+    Returns:
+        the number of rows of each directory.
 
     Raises:
-        ValueError: the shard cannot be read, or is not the one that was scanned.
+        ValueError: the shard cannot be read, is not the one that was scanned, or a scorer's weights are missing.
     """
-    out_dir = Path(out_dir)
-    scorers = build_scorers(config.scorers)
+    running = [(one, build_scorer(one)) for one in scorers.values()]
     _load_libraries()
     account = Account()
-    count = 0
-    with (
-        _Writer(out_dir / SCORES_TABLE, SCORES, ROW_GROUP) as scores,
-        _Writer(out_dir / THUMBNAILS_TABLE, THUMBNAILS, THUMBNAIL_GROUP) as thumbnails,
-        Workers(
-            functools.partial(measure, config=config),
-            memory_bytes=OWN_BYTES + BYTES_A_PIXEL * config.filters.max_pixels,
-        ) as workers,
-    ):
+    rows = dict.fromkeys([*scorers, *([measured_dir] if measured_dir else [])], 0)
+    with ExitStack() as stack:
+        whole = any("image" in one.spec.needs for one in scorers.values())
+        work = functools.partial(measure, config=config, whole=whole)
+        limit = OWN_BYTES + BYTES_A_PIXEL * config.filters.max_pixels
+        workers = stack.enter_context(Workers(work, memory_bytes=limit))
+        measured = thumbnails = None
+        if measured_dir:
+            measured = stack.enter_context(_Writer(measured_dir / SCORES_TABLE, MEASURED, ROW_GROUP))
+            thumbnails = stack.enter_context(_Writer(measured_dir / THUMBNAILS_TABLE, THUMBNAILS, THUMBNAIL_GROUP))
+        writers = [stack.enter_context(columns_writer(out_dir, one)) for out_dir, one in scorers.items()]
         for batch in _batches(_measured(corpus.read(shard, account), workers)):
-            run_scorers(scorers, [(row, sample) for row, sample, _ in batch if sample is not None])
+            samples = [(row["row"], sample) for row, sample, _ in batch if sample is not None]
+            run_scorers(running, writers, samples)
+            if measured is None:
+                continue
             for row, _, thumbnail in batch:
+                measured.add(row)
                 if thumbnail is not None:
                     thumbnails.add(_thumbnail_row(row["row"], thumbnail))
-                scores.add(row)
-            count += len(batch)
-    (out_dir / ACCOUNT).write_text(json.dumps(account.to_json(), sort_keys=True, ensure_ascii=False) + "\n")
+            rows[measured_dir] += len(batch)
+        for out_dir, writer in zip(scorers, writers, strict=True):
+            rows[out_dir] = writer.rows
+    if measured_dir:
+        text = json.dumps(account.to_json(), sort_keys=True, ensure_ascii=False)
+        (measured_dir / ACCOUNT).write_text(text + "\n")
+    return rows
+
+
+def score_columns(measured_dir: Path, one: Chosen, out_dir: Path, embeddings_dir: Path) -> int:
+    """The columns of a scorer that reads embeddings, those of a columns part, and captions: no image is read."""
+    scorer, vectors = [(one, build_scorer(one))], _Embeddings(embeddings_dir)
+    blank, nothing = Image.new("RGB", (1, 1)), np.zeros((1, 1), np.uint8)
+    with columns_writer(out_dir, one) as writer, pq.ParquetFile(measured_dir / SCORES_TABLE) as table:
+        for batch in table.iter_batches(BATCH, columns=["row", "captions"]):
+            samples = [
+                (row["row"], Sample(blank, nothing, nothing, tuple(row["captions"]), vectors.of(row["row"])))
+                for row in batch.to_pylist()
+                if vectors.of(row["row"]) is not None  # it decodes
+            ]
+            run_scorers(scorer, [writer], samples)
+    return writer.rows
+
+
+def join(measured_dir: Path, columns: Mapping[Path, Chosen], out_dir: Path, embedding: bool = False) -> int:
+    """Writes scores.parquet: the measured columns, and the scalar ones of all scorers, with their revisions as metadata.
+
+    Args:
+        embedding: add the column `embedding` as well, float32 for every table engine; null where nothing fills it.
+    """
+    scored: dict[str, tuple[pa.Array, pa.Array]] = {}
+    wanted, revisions = {*SCALARS, *(("embedding",) if embedding else ())}, {}
+    for directory, one in columns.items():
+        table = pq.read_table(directory / COLUMNS_TABLE, columns=["row", *(c for c in one.columns if c in wanted)])
+        for column in table.column_names[1:]:
+            scored[column] = table["row"].combine_chunks(), table[column].combine_chunks()
+        revisions |= dict.fromkeys(one.columns, revision(one))
+    fields = [*SCORES, *([pa.field("embedding", pa.list_(pa.float32()))] if embedding else [])]
+    schema = pa.schema(fields, {"revisions": json.dumps(revisions, sort_keys=True)})
+    count = 0
+    with (
+        pq.ParquetFile(measured_dir / SCORES_TABLE) as table,
+        pq.ParquetWriter(out_dir / SCORES_TABLE, schema, compression="zstd") as writer,
+    ):
+        for group in range(table.num_row_groups):
+            measured = table.read_row_group(group)
+            rows = measured["row"].combine_chunks()
+            for field in fields[len(MEASURED) :]:
+                if field.name in scored:
+                    known, values = scored[field.name]
+                    values = values.take(pc.index_in(rows, value_set=known)).cast(field.type)
+                else:
+                    values = pa.nulls(len(rows), field.type)
+                if field.name in SCALARS:
+                    values = pc.fill_null(values, float("nan"))
+                measured = measured.append_column(field.name, values)
+            writer.write_table(measured.cast(schema))
+            count += len(rows)
     return count
+
+
+class _Embeddings:
+    """The vectors of a columns part, by row. A shard of 10,000 records takes about 20 MB."""
+
+    def __init__(self, directory: Path) -> None:
+        table = pq.read_table(directory / COLUMNS_TABLE, columns=["row", "embedding"])
+        rows, lists = table["row"].to_pylist(), table["embedding"].combine_chunks()
+        values = np.asarray(lists.flatten().to_numpy(zero_copy_only=False), np.float16)
+        self._vectors = dict(zip(rows, values.reshape(len(rows), -1) if rows else [], strict=True))
+
+    def of(self, row: int) -> np.ndarray | None:
+        return self._vectors.get(row)
 
 
 @functools.cache
@@ -123,7 +212,7 @@ def _measured(records: Iterator[Record], workers: Workers) -> Iterator[tuple[dic
 
 
 def score_record(record: Record, config: CurationConfig) -> tuple[dict, Sample | None]:
-    """The row of `SCORES` of one record, in this process; the columns of the model scorers are still empty."""
+    """The row of `MEASURED` of one record, in this process; without the columns of scorers."""
     row = _described(record)
     return row, _sample(row, None if record.problem else measure(record.data, config))
 
@@ -173,8 +262,8 @@ class Measured(NamedTuple):
     thumbnail: np.ndarray | None = None
 
 
-def measure(data: bytes, config: CurationConfig) -> Measured:
-    """Decodes one image."""
+def measure(data: bytes, config: CurationConfig, whole: bool = True) -> Measured:
+    """Decodes one image. `whole`: as large as scorers of the image need it."""
     columns: dict[str, Any] = {}
     try:
         header, image = decoding.inspect_and_decode(data, config.filters.max_pixels, config.filters.formats, SCORER_PX)
@@ -197,21 +286,34 @@ def measure(data: bytes, config: CurationConfig) -> Measured:
     columns |= picture_hashes(view)
     columns["coarse"] = np.asarray(view.resize((dedup.COARSE_PX,) * 2, Image.Resampling.BOX)).tobytes()
     thumbnail = dedup.thumbnail(image, config.dedup.thumbnail_px)
-    if not needs_image(config.scorers):
+    if not whole:
         return Measured(columns, view.size, view.tobytes(), thumbnail=thumbnail)
     image = filters.shrunk(image, min(image.size) / SCORER_PX)
     return Measured(columns, view.size, view.tobytes(), image.size, image.tobytes(), thumbnail)
 
 
-def run_scorers(scorers: list[Scorer], samples: list[tuple[dict, Sample]]) -> None:
-    """Fills the columns of the model scorers in the rows."""
-    if not samples:
-        return
-    for scorer in scorers:
-        values = scorer([sample for _, sample in samples])
-        assert len(values) == len(samples), scorer.column
-        for (row, _), value in zip(samples, values, strict=True):
-            row[scorer.column] = float(value)
+def run_scorers(
+    scorers: Sequence[tuple[Chosen, Scorer]],
+    writers: Sequence[_ColumnsWriter],
+    samples: Sequence[tuple[int, Sample]],
+) -> None:
+    """Scores a batch of (row in the shard, sample), each scorer in batches of its own size, and writes the columns."""
+    for (one, scorer), writer in zip(scorers, writers, strict=True):
+        for begin in range(0, len(samples), one.spec.batch):
+            batch = samples[begin : begin + one.spec.batch]
+            values = scorer([sample for _, sample in batch])
+            for column in one.columns:
+                assert len(values[column]) == len(batch), (one.spec.name, column)
+                check_range(one.spec.name, COLUMNS[column], np.asarray(values[column], np.float32))
+            for i, (row, _) in enumerate(batch):
+                writer.add({"row": row} | {column: values[column][i] for column in one.columns})
+
+
+def columns_writer(out_dir: Path, one: Chosen) -> _ColumnsWriter:
+    """Of columns.parquet: `row` and the scorer's columns; types, units, ranges and the revision are in its schema."""
+    fields = [pa.field("row", pa.int64()), *(COLUMNS[column].field for column in one.columns)]
+    schema = pa.schema(fields, {"revision": revision(one), "dtype": one.dtype})
+    return _ColumnsWriter(out_dir / COLUMNS_TABLE, schema, ROW_GROUP)
 
 
 def _blank() -> dict:
@@ -219,7 +321,7 @@ def _blank() -> dict:
     return {
         **{"error_rule": "", "error": "", "format": "", "mode": "", "animated": False},
         **{"width": 0, "height": 0, "orientation": 1},
-        **dict.fromkeys((*NUMBERS, *MODEL_COLUMNS), float("nan")),
+        **dict.fromkeys(NUMBERS, float("nan")),
         **dict.fromkeys(HASHES, 0),
         **{"hash_margin": float("nan"), "coarse": b""},
     }
@@ -257,3 +359,13 @@ class _Writer:
         if kind is None and self._rows:
             self._flush()
         self._writer.close()
+
+
+class _ColumnsWriter(_Writer):
+    """Counts its rows; `rows` is whole after the block."""
+
+    rows = 0
+
+    def add(self, row: dict) -> None:
+        self.rows += 1
+        super().add(row)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ import pyarrow.parquet as pq
 from model import storage
 from tasks import sealed
 from tasks.curation.score import SCORES_TABLE, THUMBNAILS_TABLE
+from tasks.curation.scored_shard import fetch_pictures
 from tasks.curation.sources.base import TAKEDOWN
 from tasks.envs import CACHE_VERSIONS
 from tasks.manifest import MANIFEST, visible
@@ -88,14 +90,12 @@ def _without(part: Part, wanted: pa.Array) -> Part:
     inputs = {"scores": part.digest, "takedown": rows}
 
     def make(out: Path) -> int:
-        source = fetch_part(part)
-        for file in sorted(source.iterdir()):
-            if file.name == MANIFEST:
-                continue
-            if file.name in (SCORES_TABLE, THUMBNAILS_TABLE):
+        for file in sorted(fetch_part(part, without=(THUMBNAILS_TABLE,)).iterdir()):
+            if file.name == SCORES_TABLE:
                 _write_without(file, rows, out / file.name)
-            else:
-                (out / file.name).write_bytes(file.read_bytes())
+            elif file.name not in (MANIFEST, THUMBNAILS_TABLE):
+                shutil.copyfile(file, out / file.name)
+        _write_without(fetch_pictures(part) / THUMBNAILS_TABLE, rows, out / THUMBNAILS_TABLE)
         return part.rows
 
     version = CACHE_VERSIONS["curation"]

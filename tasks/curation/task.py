@@ -3,6 +3,7 @@
     make_group (made sources) -> list_corpus -> score_group -> decide_corpus -> select_group -> gather_curated
         per group                                 per group      columns only     per group
 
+Where a scorer asks for a GPU, `score_group_on_gpu` follows `score_group`, for the scorers that are left.
 With a captioner, between scoring and deciding:  draft_corpus -> caption_group
                                                  columns only    per group
 
@@ -116,16 +117,28 @@ def list_corpus(
     return Listed(corpus=artifact, groups=list(range(num_groups(report["shards"], config.max_groups))))
 
 
-@task(**envs.shard("curation"))
+@task(**envs.shard("scorer"))
 def score_group(corpus: CorpusDir, config: CurationConfig, groups: list[int], group: int) -> ScoresDir:
-    """Adds columns to the records of the shards of one group, and reads no other shard."""
+    """Adds columns to the records of the shards of one group, and reads no other shard; scorers that need a GPU wait."""
     from tasks.curation import flow
 
     with plain_errors():
-        return _index("scores", flow.score_group(fetch(corpus, "corpus"), config, group, len(groups)))
+        return _index("scores", flow.score_group(fetch(corpus, "corpus"), config, group, len(groups), "shard"))
 
 
-@task(**envs.gather("curation"))
+@task(**envs.gpu_single("scorer"))
+def score_group_on_gpu(
+    corpus: CorpusDir, config: CurationConfig, groups: list[int], group: int, scored: Optional[ScoresDir]
+) -> ScoresDir:
+    """Runs the scorers of one group that `score_group` left. `scored`, its result, only makes it wait: parts that were made
+    are in the store."""
+    from tasks.curation import flow
+
+    with plain_errors():
+        return _index("scores", flow.score_group(fetch(corpus, "corpus"), config, group, len(groups), "gpu_single"))
+
+
+@task(**envs.tables("curation"))
 def draft_corpus(
     corpus: CorpusDir, scores: list[Optional[ScoresDir]], config: CurationConfig, groups: list[int]
 ) -> DecisionsDir:
@@ -145,7 +158,7 @@ def caption_group(
     return _caption_group(corpus, drafts, config, len(groups), group)
 
 
-@task(**envs.gpu_single("encoder"))
+@task(**envs.gpu_single("scorer"))
 def caption_group_gpu(
     corpus: CorpusDir, drafts: DecisionsDir, config: CurationConfig, groups: list[int], group: int
 ) -> CaptionsDir:
@@ -175,7 +188,7 @@ def gather_captions(captions: list[Optional[CaptionsDir]]) -> CaptionsDir:
     return _index("captions", parts)
 
 
-@task(enable_deck=True, **envs.gather("curation"))
+@task(enable_deck=True, **envs.tables("curation"))
 def decide_corpus(
     corpus: CorpusDir, scores: list[Optional[ScoresDir]], config: CurationConfig, groups: list[int]
 ) -> DecisionsDir:

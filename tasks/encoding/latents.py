@@ -72,14 +72,17 @@ def is_drawn(record_id: str, fraction: float, seed: int) -> bool:
     return float(uniform(hash_words(seed, int(record_id[:16], 16)))[0]) < fraction
 
 
-def draw(selection: pa.Table, fractions: Mapping[str, float], seed: int) -> tuple[list[int], int, int]:
+def draw(
+    selection: pa.Table, fractions: Mapping[str, float], seed: int, bucket_weights: Mapping[str, float] | None = None
+) -> tuple[list[int], int, int]:
     """(rows of the selection to encode, number of held-out records, number of records that the stage does not draw)."""
     rows, held_out, not_drawn = [], 0, 0
-    columns = (selection[name].to_pylist() for name in ("record_id", "tier", "split"))
-    for i, (record_id, tier, split) in enumerate(zip(*columns, strict=True)):
+    left_out = {bucket for bucket, weight in (bucket_weights or {}).items() if not weight}
+    columns = (selection[name].to_pylist() for name in ("record_id", "tier", "split", "bucket"))
+    for i, (record_id, tier, split, bucket) in enumerate(zip(*columns, strict=True)):
         if split != "train":
             held_out += 1
-        elif is_drawn(record_id, fractions.get(tier, 0.0), seed):
+        elif bucket not in left_out and is_drawn(record_id, fractions.get(tier, 0.0), seed):
             rows.append(i)
         else:
             not_drawn += 1

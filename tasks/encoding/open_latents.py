@@ -24,7 +24,7 @@ from tasks.encoding.ledger import REPORT
 from tasks.manifest import load_manifest
 from tasks.store import Part, fetch_part, home, read_index
 
-VERSION = 1  # of the file layout of model/data/index.py
+VERSION = 2  # of the file layout of model/data/index.py
 
 
 def open_latents(latents_dir: str | Path, texts_dir: str | Path, stream: bool = False) -> Path:

@@ -23,7 +23,15 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK = 1024  # texts whose states are in memory at a time
-COLUMNS = ["key", "record_id", "row", "locator", "captions", "tier"]  # columns of a selection that the part depends on
+COLUMNS = [
+    "key",
+    "record_id",
+    "row",
+    "locator",
+    "captions",
+    "tier",
+    "bucket",
+]  # columns of a selection that the part depends on
 
 
 def encode_texts(selection: pa.Table, shard: str, encoder: PromptEncoder, out_dir: str | Path) -> int:
@@ -52,7 +60,7 @@ def encode_texts(selection: pa.Table, shard: str, encoder: PromptEncoder, out_di
             for text in rejected:
                 rule, detail = reasons[text]
                 notes.remark(row, rule, f"one of {len(row['captions'])} captions: {detail}")
-            writer.add_captions(row["row"], row["tier"], [place[text] for text in kept])
+            writer.add_captions(row["row"], row["tier"], [place[text] for text in kept], row["bucket"])
             encoded += 1
     tokens = sum(len(prompts[text].ids) for text in accepted)
     notes.write(out_dir, encoded=encoded, texts=len(accepted), tokens=tokens)

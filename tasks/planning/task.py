@@ -16,6 +16,7 @@ from tasks import envs
 from tasks.artifacts import CuratedDir, fetch, is_local, plain_errors
 from tasks.curation.captioning import check_captioner
 from tasks.curation.config import CurationConfig, SourceConfig
+from tasks.curation.scorers import check_settings
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.planning.local_cache import forget_lost_artifacts
 from tasks.planning.local_run import check_directories
@@ -71,6 +72,7 @@ def resolve_recipe(
             check_takedown(loaded.curation.takedown, is_local())
             path = source or loaded.source.path or ""
             check_source(path, is_local())
+            check_settings(loaded.curation.scorers)
         if HOPS.index(starts_from) < HOPS.index("checkpoints") <= HOPS.index(ends_in):
             check_ranks(loaded.train, envs.TRAIN_NNODES, envs.TRAIN_NPROC, is_local())
     if path and (loaded.source.scenes or loaded.source.digits):  # a recipe for made images, given others

@@ -42,6 +42,7 @@ def target(arguments: argparse.Namespace) -> checks.Target:
         queue=section.get("queue", ""),
         accelerator=section.get("accelerator_label", ""),
         hub_secret=section.get("hub_secret", ""),
+        wandb_secret=section.get("wandb_secret", ""),
         pod_templates=section.get("pod_templates") not in ("off", False),
         bucket=section.get("bucket", ""),
         endpoint=admin["endpoint"],

@@ -44,6 +44,7 @@ class Target:
     queue: str = ""
     accelerator: str = ""
     hub_secret: str = ""
+    wandb_secret: str = ""
     pod_templates: bool = True
     bucket: str = ""
     endpoint: str = ""

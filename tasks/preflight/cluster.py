@@ -379,9 +379,20 @@ def storage_class(target: Target) -> str:
 
 @check("hub secret", "Let External Secrets make it (k8s/secrets), with the key HF_TOKEN.")
 def hub_secret(target: Target) -> str:
-    if not target.hub_secret:
-        raise Skipped("no secret is configured (nucleus.hub_secret)")
-    secret = _core(target).read_namespaced_secret(target.hub_secret, target.namespace)
-    if not (secret.data or {}).get("HF_TOKEN"):
-        raise Failed(f"{target.hub_secret} has no HF_TOKEN")
-    return f"{target.hub_secret} has HF_TOKEN"
+    return _has_key(target, "hub_secret", "HF_TOKEN")
+
+
+@check("metrics secret", "Let External Secrets make it (k8s/secrets), with the key WANDB_API_KEY.")
+def wandb_secret(target: Target) -> str:
+    return _has_key(target, "wandb_secret", "WANDB_API_KEY")
+
+
+def _has_key(target: Target, setting: str, key: str) -> str:
+    """Looks for a key of the secret that a setting names; its value is never read out."""
+    name = getattr(target, setting)
+    if not name:
+        raise Skipped(f"no secret is configured (nucleus.{setting})")
+    secret = _core(target).read_namespaced_secret(name, target.namespace)
+    if not (secret.data or {}).get(key):
+        raise Failed(f"{name} has no {key}")
+    return f"{name} has {key}"

@@ -63,8 +63,8 @@ def show_results(
     pipeline: PipelineDir,
     scorecard: ScorecardDir,
     curated: CuratedDir,
+    latents: list[LatentsDir],
     texts: Optional[TextsDir] = None,
-    latents: list[LatentsDir] = [],  # noqa: B006
 ) -> str:
     """Where everything is and how good it is. Not cached, so that a run that finds everything in the cache prints it too."""
     from tasks.publishing import summary

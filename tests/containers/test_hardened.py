@@ -25,6 +25,7 @@ LOCK = os.environ.get("NUCLEUS_TEST_IMAGES")
 BUCKET = "nucleus-test"
 MODULES = {
     "curation": "tasks.planning.task tasks.curation.task",
+    "scorer": "tasks.curation.task tasks.curation.scorers.hub tasks.curation.scorers.packaged",
     "encoder": "tasks.encoding.task",
     "trainer": "tasks.training.task tasks.merging.task model.train.run",
     "evaluator": "tasks.evaluation.task",

@@ -37,6 +37,7 @@ OPTIM = {"muon_lr": 0.01, "adamw_lr": 0.01, "warmup_steps": 3, "max_grad_norm": 
 RMS = {"optim": {**OPTIM, "muon_scale": "rms"}}
 DIST_MUON = {"muon_implementation": "torchtitan"}
 NEXT = {"stage": {"name": "next"}}
+GUIDED = {"stage": {"guidance": {"steps": 3, "scale": 3.0}, "decay": {"steps": 2, "to": 0.1}}, "caption_dropout": 0.3}
 RELEASED = {"init_from": "released"}  # below FOLDER
 
 # name: (ranks, changes of the train section, changes of the model, the job whose step 2 it resumes from)
@@ -72,6 +73,8 @@ JOBS = {
     "dist_muon_rms_fsdp2_bf16_iteration": (2, {**RMS, **DIST_MUON}, MODEL, None),
     "next_one": (1, NEXT, MODEL, None),
     "next_ep2_fsdp2": (4, {**NEXT, **EP2_FSDP2}, MODEL, None),
+    "guided_one": (1, GUIDED, MODEL, None),
+    "guided_ep2_fsdp2": (4, {**GUIDED, **EP2_FSDP2, "activation_checkpointing": "full"}, MODEL, None),
     "released_one": (1, RELEASED, MODEL, None),
     "released_ep2_fsdp2": (4, {**RELEASED, **EP2_FSDP2}, MODEL, None),
 }  # fmt: skip

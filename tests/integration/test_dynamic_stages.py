@@ -163,7 +163,7 @@ def test_a_study_compares_what_exists_and_can_be_started_again(home, tmp_path):
     base = small_recipe(tmp_path, STAGES[1])
     variant = tmp_path / "variant.yaml"
     variant.write_text(
-        yaml.safe_dump({"base": base, "name": "variant", "model": {"routing": {"kind": "token_choice"}}})
+        yaml.safe_dump({"base": Path(base).name, "name": "variant", "model": {"routing": {"kind": "token_choice"}}})
     )
     options = ["--recipe", base, "--variants", str(variant), "--seeds", "0"]
     first = home.invoke(*options, workflow="study")

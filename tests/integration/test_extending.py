@@ -113,16 +113,17 @@ def test_a_scorer_scores_after_a_function_and_an_entry(monkeypatch):
     code = added_module(monkeypatch, "A scorer", "tasks.curation.scorers.contrast")
     config = ScorerConfig(**yaml.safe_load(code["yaml"][0])["curation"]["scorers"])
     with pytest.raises(ValueError, match="aesthetic='contrast' is unknown"):
-        scorers.build_scorers(config)
+        scorers.chosen_scorers(config)
     entry = eval(code["python"][1], vars(scorers))
     monkeypatch.setattr(scorers, "SCORERS", (*scorers.SCORERS, entry))
-    (scorer,) = [scorer for scorer in scorers.build_scorers(config) if scorer.column == "aesthetic"]
+    (one,) = [one for one in scorers.chosen_scorers(config) if one.columns == ("aesthetic",)]
+    scorer = scorers.build_scorer(one)
     gray = np.zeros((8, 8), np.uint8)
     half = gray.copy()
     half[:4] = 255
     samples = [scorers.Sample(Image.fromarray(g), np.stack([g] * 3, -1), g, ()) for g in (gray, half)]
-    assert scorer(samples).tolist() == [0.0, 1.0]
-    assert scorers.scorer_revisions(config)["aesthetic"] == "contrast@1"
+    assert scorer(samples)["aesthetic"].tolist() == [0.0, 1.0]
+    assert scorers.scorer_revisions(config)["aesthetic"].startswith("contrast, code ")
 
 
 def test_a_benchmark_and_its_judge_score_after_a_class_and_an_entry_each(monkeypatch):

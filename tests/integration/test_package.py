@@ -18,7 +18,7 @@ from tasks.envs import CACHE_VERSIONS
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = {"_1.pb": task_pb2.TaskSpec, "_2.pb": workflow_pb2.WorkflowSpec}
 PLAN = "_3.pb"
-ROLES = ("curation", "encoder", "trainer", "evaluator", "publisher")
+ROLES = ("curation", "scorer", "encoder", "trainer", "evaluator", "publisher")
 
 
 def package(out: Path, **environment: str) -> dict[str, task_pb2.TaskSpec | workflow_pb2.WorkflowSpec]:

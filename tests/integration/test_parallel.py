@@ -92,6 +92,11 @@ def test_token_choice_shares_out_experts_too(runs):
     assert_same_training(runs, "tokens_ep2_fsdp2", "tokens_one")
 
 
+def test_guidance_is_trained_in_alike_by_ranks_that_share_the_weights(runs):
+    assert_same_training(runs, "guided_ep2_fsdp2", "guided_one")
+    assert lines(runs, "guided_one")[-1]["loss"] != lines(runs, "one")[-1]["loss"]
+
+
 def test_a_checkpoint_of_one_layout_goes_on_in_another(runs):
     for job in ("from_one_to_ep2_fsdp2", "from_ep2_to_one", "from_ep2_fsdp2_to_hsdp2x2"):
         report = json.loads((runs / job / "out" / "report.json").read_text())

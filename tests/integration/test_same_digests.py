@@ -28,6 +28,7 @@ MARKS = (
     r"\[seed 0",
     r"answers: ",
 )
+# NUCLEUS_TEST_KILLS=10 python -m pytest tests/integration/test_same_digests.py: ten times, after each of the marks.
 KILLS = int(os.environ.get("NUCLEUS_TEST_KILLS", "3"))  # up to 10
 DELAY_S = 1.5
 LIMIT_S = 1800

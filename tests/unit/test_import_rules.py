@@ -32,7 +32,13 @@ LAYERS = (
     ("tasks.publishing", "tasks.draw"),
     ("tasks.recipe",),
     ("tasks.planning",),
-    ("tasks.compare", "tasks.preflight", "tasks.curation.check", "tasks.curation.replay"),  # commands
+    (
+        "tasks.compare",
+        "tasks.preflight",
+        "tasks.curation.check",
+        "tasks.curation.plan",
+        "tasks.curation.replay",
+    ),  # commands
     ("tasks.study",),
 )
 LAYERS_OF_MODEL = (("model",), ("model.train",), ("model.plan",))

@@ -16,6 +16,7 @@ OURS = ("workflows", "tasks", "model", "eval")
 # role -> folders of its own, whose task.py files its pods load; all share the files of tasks/ itself
 FOLDERS = {
     "curation": ["tasks.planning", "tasks.curation"],
+    "scorer": ["tasks.curation"],
     "encoder": ["tasks.encoding", "model"],
     "trainer": ["tasks.training", "tasks.merging", "model"],
     "evaluator": ["tasks.evaluation", "eval", "model"],

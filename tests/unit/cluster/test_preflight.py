@@ -114,6 +114,7 @@ def healthy():
                 "provisioner": "p",
             }
         ],
+        f"{NS}/secrets/nucleus-wandb": {"data": {"WANDB_API_KEY": base64.b64encode(TOKEN.encode()).decode()}},
         f"{NS}/secrets/nucleus-huggingface": {"data": {"HF_TOKEN": base64.b64encode(TOKEN.encode()).decode()}},
     }
 
@@ -142,6 +143,7 @@ def preflight(services, tmp_path, monkeypatch, capsys):
             "fabric": "efa",
             "queue": "training",
             "hub_secret": "nucleus-huggingface",
+            "wandb_secret": "nucleus-wandb",
             "bucket": f"s3://{BUCKET}/prefix",
         },
     }
@@ -150,6 +152,7 @@ def preflight(services, tmp_path, monkeypatch, capsys):
         "FABRIC",
         "QUEUE",
         "HUB_SECRET",
+        "WANDB_SECRET",
         "ACCELERATOR_LABEL",
         "POD_TEMPLATES",
         "ACCELERATOR",
@@ -272,6 +275,7 @@ DEFECTS = {
     "priority classes": lambda o: o["/apis/scheduling.k8s.io/v1/priorityclasses"].pop(),
     "storage class": lambda o: o["/apis/storage.k8s.io/v1/storageclasses"].clear(),
     "hub secret": lambda o: o[f"{NS}/secrets/nucleus-huggingface"].update(data={"OTHER": "eA=="}),
+    "metrics secret": lambda o: o[f"{NS}/secrets/nucleus-wandb"].update(data={"OTHER": "eA=="}),
 }
 
 
@@ -305,10 +309,19 @@ def test_a_recipe_on_another_shape_fails(preflight):
 def test_a_cluster_without_accelerators_skips_what_does_not_apply(preflight):
     objects = healthy() | {"/api/v1/nodes": []}
     _, results, _ = preflight(
-        objects, "--recipe", "smoke", "--shape", "1x1", profile="cpu-small", fabric="", queue="", hub_secret=""
+        objects,
+        "--recipe",
+        "smoke",
+        "--shape",
+        "1x1",
+        profile="cpu-small",
+        fabric="",
+        queue="",
+        hub_secret="",
+        wandb_secret="",
     )
     skipped = {name for name, entry in results.items() if entry["status"] == "skipped"}
-    assert {"accelerator nodes", "queue", "pytorchjob definition", "hub secret"} <= skipped
+    assert {"accelerator nodes", "queue", "pytorchjob definition", "hub secret", "metrics secret"} <= skipped
     assert failed(results) == {"pod templates"}  # the namespace has training's template for EFA alone
 
 

@@ -134,6 +134,7 @@ def test_a_run_is_scored_beside_its_real_images_under_its_judges_name(run, roles
     page = (tmp_path / "out" / "scorecard.html").read_text()
     assert "not by the benchmark" not in page and "frechet distance" in page.lower()
     assert load(tmp_path / "out").tasks["match"].prompts == 20
+    assert (card["overall"]["prompts"], card["overall"]["images"]) == (20, 40)  # however many parts there are
     text = "\n".join(lines(card))
     assert "frechet distance" in text
 

@@ -72,6 +72,14 @@ def test_cached_text_gives_the_same_images_in_mixed_batches_call_after_call(pipe
     assert np.abs(other - plain).max() > 1  # else the prompts decide nothing and this test shows nothing
 
 
+def test_a_transformer_without_a_cache_of_texts_is_sampled_without_one(pipeline, monkeypatch):
+    """That of ablations, which diffusers has no class for."""
+    from model.sampling.pipeline_transformer import PipelineTransformer
+
+    monkeypatch.setattr(pipeline, "transformer", PipelineTransformer(pipeline.transformer))
+    assert diffusers_sampler(pipeline, EvalConfig()).settings["text_kv_cache"] is False
+
+
 def test_an_image_is_the_same_alone_and_in_a_batch(pipeline):
     sample = diffusers_sampler(pipeline, EvalConfig(num_inference_steps=3, guidance_scale=4.0))
     together = pixels(sample(TEXTS, NOISES, 32, 32))

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.moe import MoE
 from model.train.parallel.expert_parallel import shard_experts
 
+pytestmark = pytest.mark.slow
+
 START, END = "_c10d_functional.all_to_all_single.default", "_c10d_functional.wait_tensor.default"
 PRODUCT, OF_EXPERTS = "aten.mm.default", "aten.bmm.default"
 

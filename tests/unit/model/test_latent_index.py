@@ -26,6 +26,7 @@ def measure(folder: Path, images: int) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_large_index_opens_at_once_and_takes_no_more_private_memory_than_a_small_one(tmp_path):
     small, large = (measure(tmp_path / str(images), images) for images in (10_000, 2_000_000))
     assert large["open_s"] < 2

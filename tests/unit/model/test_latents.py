@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from model.config import CaptionLengths
 from model.data.hashing import hash_words, permuted_index
 from model.data.latents import LatentDataset, LatentWriter
 from model.data.order import SampleOrder, read_batch
@@ -243,28 +242,3 @@ def test_the_writer_names_what_does_not_fit(tmp_path):
 def test_meta_says_what_is_there(written):
     meta = json.loads((written[0] / "index.json").read_text())
     assert meta["text_rows"] == 31 and meta["text_dim"] == 6 and sum(map(sum, meta["buckets"].values())) == 60
-
-
-def test_captions_are_drawn_by_their_length_and_otherwise_as_before(tmp_path):
-    tokens = {1: 5, 2: 6, 3: 40, 4: 200}  # text row -> length
-    with LatentWriter(tmp_path, **META) as writer:
-        writer.add_text(torch.zeros(1, 6))
-        for length in tokens.values():
-            writer.add_text(torch.zeros(length, 6))
-        for i in range(8):
-            writer.add_image(f"{i:064x}", torch.zeros(16, 8, 8), "A1", [1, 2, 3, 4] if i < 7 else [1])
-    dataset = LatentDataset(tmp_path)
-
-    def drawn(lengths) -> np.ndarray:
-        order = SampleOrder(dataset, 64, 0, None, 0.0, lengths)
-        plans = [order.batch(step) for step in range(60)]
-        rows, texts = (np.concatenate([getattr(plan, name) for plan in plans]) for name in ("rows", "text_rows"))
-        several = np.isin(rows, [row for row in range(8) if len(dataset.captions(row)) == 4])
-        assert set(texts[~several]) == {1}  # the only caption, whatever its class weighs
-        return np.bincount(texts[several], minlength=5)[1:] / several.sum()
-
-    assert np.abs(drawn(None) - 0.25).max() < 0.03
-    assert np.abs(drawn(CaptionLengths()) - np.array([1, 1, 2, 2]) / 6).max() < 0.03
-    assert np.abs(drawn(CaptionLengths(short=0, medium=1, long=3)) - np.array([0, 0, 0.25, 0.75])).max() < 0.03
-    with pytest.raises(ValueError, match="all 0"):
-        CaptionLengths(short=0, medium=0, long=0)

@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from model.train.parallel import replicas
 
+pytestmark = pytest.mark.slow
+
 SHARDED, WHOLE, EVERYWHERE, CUT = "replicas of shards", "a router", "plain", "no two alike"
 
 

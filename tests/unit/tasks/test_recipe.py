@@ -62,6 +62,12 @@ def refused(path: str, *overrides: str) -> str:
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_a_shipped_recipe_publishes_a_deterministic_sampler(name):
+    """So that in `pipe(prompt, generator=g)` the generator decides the image."""
+    assert not load_recipe(name).eval.scheduler.stochastic_sampling
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_every_shipped_recipe_loads_and_bears_its_files_name(name):
     assert load_recipe(name).name == name
 

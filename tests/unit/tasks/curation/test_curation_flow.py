@@ -147,10 +147,10 @@ def test_a_made_source_gives_the_same_digests_in_two_homes(tmp_path, monkeypatch
 def test_a_shard_that_fails_is_named_and_made_alone_the_next_time(tars, home, monkeypatch):
     real = score.score_shard
 
-    def failing(corpus, shard, config, out_dir):
+    def failing(corpus, shard, *rest):
         if shard.uri.endswith("1.tar"):
             raise OSError("the connection was closed")
-        return real(corpus, shard, config, out_dir)
+        return real(corpus, shard, *rest)
 
     monkeypatch.setattr(score, "score_shard", failing)
     with pytest.raises(
@@ -167,10 +167,10 @@ def test_a_shard_that_fails_is_named_and_made_alone_the_next_time(tars, home, mo
 def test_within_the_ratio_a_failed_shard_is_a_row_of_the_ledger(tars, home, monkeypatch):
     real = score.score_shard
 
-    def failing(corpus, shard, config, out_dir):
+    def failing(corpus, shard, *rest):
         if shard.uri.endswith("1.tar"):
             raise OSError("the connection was closed")
-        return real(corpus, shard, config, out_dir)
+        return real(corpus, shard, *rest)
 
     monkeypatch.setattr(score, "score_shard", failing)
     path = curate(tars, CONFIG.model_copy(update={"min_success_ratio": 0.6}))
@@ -199,12 +199,12 @@ from tasks.curation import flow, score, selections
 from tasks.curation.config import SourceConfig
 from {__name__} import CONFIG
 real, count = score.score_shard, 0
-def scoring(corpus, shard, config, out_dir):
+def scoring(*arguments):
     global count
     count += 1
     if count == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(corpus, shard, config, out_dir)
+    return real(*arguments)
 score.score_shard = scoring
 flow.curate_source(SourceConfig(), {str(tars)!r}, CONFIG)
 """

@@ -14,7 +14,7 @@ from tasks.curation.config import CurationConfig, SourceConfig
 from workflows.curate import curate_source
 
 SHARDS, LIMIT = 70_000, 2 * 2**20
-ROLES = ("curation", "encoder", "trainer", "evaluator", "publisher")
+ROLES = ("curation", "scorer", "encoder", "trainer", "evaluator", "publisher")
 
 
 @pytest.fixture

@@ -104,6 +104,13 @@ def test_equal_hashes_are_one_node_and_cost_no_pairs():
     assert len(found) == 2999 and set(found.values()) == {("near_duplicate", 0)}
 
 
+def test_near_hashes_of_pictures_whose_finer_hashes_are_opposite_are_no_match():
+    """A distance of 256 bits does not fit into a byte."""
+    rows = [good_row(i, phash=7, dhash=[0, -1][i], **dict.fromkeys(PHASH256, [0, -1][i])) for i in range(2)]
+    with tables_of(rows) as tables:
+        assert duplicates(tables, CurationConfig()) == {}
+
+
 def test_flat_pictures_are_duplicates_by_their_bytes_alone():
     rows = [good_row(i, record_id=f"{i // 2:064x}", hash_margin=[1.0, None, float("nan")][i % 3]) for i in range(6)]
     with tables_of(rows) as tables:

@@ -272,6 +272,7 @@ def _probe(states: torch.Tensor, labels: list[str]) -> float:
     return float(((x[cut:] @ weights).argmax(1) == y[cut:]).double().mean())
 
 
+@pytest.mark.slow
 def test_states_bind_each_colour_to_its_own_object():
     rng = np.random.default_rng(0)
     captions = [scenes.captions(scenes.sample_scene(rng, kind="two"), rng)[:3] for _ in range(600)]

@@ -21,6 +21,8 @@ from tasks.encoding.open_latents import open_latents
 from tasks.manifest import seal
 from tasks.store import LOCATIONS
 
+pytestmark = pytest.mark.slow
+
 curated, components, out = map(Path, sys.argv[1:4])
 config = EncodingConfig(batch_size=8)
 stage = StageConfig(name="s", image_size_px=64, steps=10**6, batch_size=8, capacity_factors=2.0, aspect_ratios=("1:1", "4:3"))

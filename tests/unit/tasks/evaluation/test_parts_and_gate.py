@@ -235,7 +235,7 @@ def nightly(model_digest, scorecard):
     return len(changed), run(task.gate_scores, stored=stored) if stored else []
 
 
-NIGHTLY = CONFIG.model_copy(update={"prompts_per_task": 24})
+NIGHTLY = CONFIG.model_copy(update={"seeds": (0,)})
 
 
 def test_a_night_scores_what_is_new_once_and_a_drop_alarms_once_and_is_never_what_others_are_compared_with(
