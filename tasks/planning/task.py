@@ -67,14 +67,14 @@ def resolve_recipe(
         check_workflow(loaded, ends_in, starts_from)
         path = ""
         if starts_from == "source":
-            if loaded.curation.captioner is not None:
-                check_captioner(loaded.curation.captioner)
             check_takedown(loaded.curation.takedown, is_local())
             path = source or loaded.source.path or ""
             check_source(path, is_local())
             check_settings(loaded.curation.scorers)
         if HOPS.index(starts_from) < HOPS.index("checkpoints") <= HOPS.index(ends_in):
             check_ranks(loaded.train, envs.TRAIN_NNODES, envs.TRAIN_NPROC, is_local())
+        if starts_from == "source" and loaded.curation.captioner is not None:
+            check_captioner(loaded.curation.captioner)
     if path and (loaded.source.scenes or loaded.source.digits):  # a recipe for made images, given others
         loaded = for_own_images(loaded)
         words = loaded.curation.captions.max_words
