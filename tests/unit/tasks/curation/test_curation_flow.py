@@ -188,7 +188,7 @@ def test_a_group_whose_task_never_finished_counts_as_failed(tars):
     )
     parts = flow.score_group(corpus, CONFIG, 0, 3)
     index, _, _ = make_sealed("scores", lambda out: write_index(out, parts), logs=(LOCATIONS,))
-    with pytest.raises(ValueError, match="2 of 3 shards could not be scored .*the task that scores its group did not"):
+    with pytest.raises(ValueError, match="2 of 3 shards could not be scored .*the task of its group did not"):
         flow.decide_corpus(corpus, [index, None, None], CONFIG, 3)
 
 
