@@ -53,7 +53,8 @@ def test_own_images_go_the_same_way_and_a_changed_image_redoes_its_own_shard(own
     assert second["curated"] != first["curated"] and second["pipeline"] != first["pipeline"]
     assert added["checkpoints"] == added["merged"] == added["pipeline"] == 1
     parts = {
-        kind: [path for path in _parts(home, kind) if path.name not in before[kind]] for kind in ("scores", "selections")
+        kind: [path for path in _parts(home, kind) if path.name not in before[kind]]
+        for kind in ("scores", "selections")
     }
     assert {kind: len(new) for kind, new in parts.items()} == {"scores": 1, "selections": 1}
 
