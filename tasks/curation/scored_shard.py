@@ -129,9 +129,9 @@ class ShardScores:
 
 
 def fetch_pictures(part: Part) -> Path:
-    """The directory with the thumbnails of a score part: that of its measured part."""
-    directory = fetch_part(part, without=(score.THUMBNAILS_TABLE,))
-    for parent in load_manifest(directory).parents:
-        if parent.kind == "measured":
-            return fetch_part(Part(part.name, parent.kind, parent.digest, parent.uri))
-    return fetch_part(part)
+    """The directory with the thumbnails of a score or captions part: its own, or that of the part that it was made from."""
+    manifest = load_manifest(fetch_part(part, without=(score.THUMBNAILS_TABLE,)))
+    if score.THUMBNAILS_TABLE in manifest.files:
+        return fetch_part(part)
+    (above,) = (parent for parent in manifest.parents if parent.kind in ("measured", "scores", "captions"))
+    return fetch_pictures(Part(part.name, above.kind, above.digest, above.uri))

@@ -56,7 +56,7 @@ def folder(tmp_path) -> Path:
     (folder / "long.txt").write_text("word " * 300)
     (folder / "latin.png").write_bytes(png(103))
     (folder / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
-    (folder / "IMG.PSD").write_bytes(b"8BPS")
+    (folder / "IMG.CR2").write_bytes(b"raw")
     (folder / "notes.docx").write_bytes(b"docx")
     return folder
 
@@ -87,16 +87,16 @@ def test_every_file_of_the_source_is_accounted_for(folder):
     assert account["seen"] == len(list(folder.iterdir()))
     assert account["seen"] == account["used"] + sum(count for count, _ in account["skipped"].values())
     assert account["records"] == len(book_of(decision))
-    assert account["skipped"] == {".docx": [1, "notes.docx"], ".psd": [1, "IMG.PSD"]}
+    assert account["skipped"] == {".docx": [1, "notes.docx"], ".cr2": [1, "IMG.CR2"]}
     page = (decision / "report.html").read_text()
-    assert "notes.docx" in page and "IMG.PSD" in page
+    assert "notes.docx" in page and "IMG.CR2" in page
 
 
 def test_the_summary_line_names_what_was_left_out_with_an_example_each(folder):
     decision = decide(folder)
     line = flow.result_line(decision, None, CONFIG)
     assert "kept 10 of 16 records" in line and "2 x undecodable (cut.png)" in line
-    assert "1 x .psd (IMG.PSD)" in line and "1 x .docx (notes.docx)" in line
+    assert "1 x .cr2 (IMG.CR2)" in line and "1 x .docx (notes.docx)" in line
 
 
 def test_nothing_left_keeps_ledger_and_report_and_names_causes_and_remedies(tmp_path):
@@ -197,7 +197,7 @@ def test_check_prints_the_fate_of_each_file(folder, capsys):
     fates = {line["file"]: line for line in map(json.loads, lines[:-1])}
     assert fates["p000.png"] == {"file": "p000.png", "captions": ["a picture of 0"], "fate": "kept"}
     assert fates["silent.png"]["fate"] == "no_caption: no caption" and fates["silent.png"]["captions"] == []
-    assert lines[-1].startswith("skipped ") and json.loads(lines[-1][8:])[".psd"] == [1, "IMG.PSD"]
+    assert lines[-1].startswith("skipped ") and json.loads(lines[-1][8:])[".cr2"] == [1, "IMG.CR2"]
 
 
 def test_check_of_a_source_that_is_refused_is_one_line(tmp_path, capsys):
@@ -376,3 +376,14 @@ def test_clean_scenes_digits_and_rotated_ones_are_kept(planted):
     assert len(lost) <= 0.005 * len(clean), lost[["rule", "detail"]].to_dict()
     assert book[book["defect"].isna()]["kept"].all(), "a digit was rejected"
     assert report["input"] == len(book) == report["kept"] + sum(report["rejected"].values())
+
+
+def test_a_summary_is_made_of_equal_pictures_and_some_that_do_not_decode(tmp_path, capsys):
+    """DuckDB ended in an internal error: bins of log2(width / height), where sizes of 0 are filtered out."""
+    folder = write_folder(tmp_path / "images", range(3))
+    for i in range(3):
+        (folder / f"cut{i}.jpg").write_bytes(b"x")
+        (folder / f"cut{i}.txt").write_text(f"cut {i}")
+    assert check.main([str(folder), "--overrides", "curation.filters.min_side_px=32"]) == 0
+    fates = [json.loads(line)["fate"].partition(":")[0] for line in capsys.readouterr().out.splitlines()[:-1]]
+    assert sorted(fates) == ["kept"] * 3 + ["undecodable"] * 3
