@@ -251,7 +251,7 @@ def test_avif_and_heic_are_read_with_their_colours_and_orientation(form):
     want = transform.apply(photo(160, 96))
     if form == "AVIF":
         want = want.transpose(Image.Transpose.ROTATE_270)
-    assert np.abs(levels(image) - levels(want)).mean() < 3
+    assert np.abs(levels(image) - levels(want)).mean() < 5  # 13 without the profile; half the colours are stored
 
 
 def test_a_heic_is_a_picture_of_a_source_with_pillow_heif():
