@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.data.files import TextPartWriter, write_prefix
-from tasks.curation.ledger import CAPTION_TOO_LONG
+from tasks.curation.rules import CAPTION_TOO_LONG
 from tasks.encoding.ledger import CAPTION_SPECIAL_TOKEN, Notes
 from tasks.encoding.prompts import Prompt, PromptEncoder
 

@@ -14,9 +14,12 @@ from model.config import MergeConfig, TransformerConfig
 from model.stages import TrainingStage
 from tasks import envs
 from tasks.artifacts import CuratedDir, fetch, is_local, plain_errors
+from tasks.curation.captioning import check_captioner
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.curation.scorers import check_settings
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
+from tasks.evaluation.models import Model
+from tasks.planning.candidates import Candidate
 from tasks.planning.local_cache import forget_lost_artifacts
 from tasks.planning.local_run import check_directories
 from tasks.planning.sections import (
@@ -29,7 +32,7 @@ from tasks.planning.sections import (
     stage_named,
     stages,
 )
-from tasks.planning.source import check_source
+from tasks.planning.source import check_source, check_takedown
 from tasks.publishing.config import PublishConfig
 from tasks.recipe import load_recipe
 from tasks.store import home
@@ -66,11 +69,14 @@ def resolve_recipe(
         check_workflow(loaded, ends_in, starts_from)
         path = ""
         if starts_from == "source":
+            check_takedown(loaded.curation.takedown, is_local())
             path = source or loaded.source.path or ""
             check_source(path, is_local())
             check_settings(loaded.curation.scorers)
         if HOPS.index(starts_from) < HOPS.index("checkpoints") <= HOPS.index(ends_in):
             check_ranks(loaded.train, envs.TRAIN_NNODES, envs.TRAIN_NPROC, is_local())
+        if starts_from == "source" and loaded.curation.captioner is not None:
+            check_captioner(loaded.curation.captioner)
     if path and (loaded.source.scenes or loaded.source.digits):  # a recipe for made images, given others
         loaded = for_own_images(loaded)
         words = loaded.curation.captions.max_words
@@ -101,7 +107,7 @@ def resolve_recipe(
 @task(**envs.light("curation"))
 def check_curated(curated: CuratedDir, stages: list[Stage]) -> dict[str, int]:
     """Refuses a corpus that leaves a stage without images, before it is encoded. Returns the images of each tier."""
-    from tasks.encoding.flow import images_by_tier
+    from tasks.curation.curated import images_by_tier
 
     path = fetch(curated, "curated")
     with plain_errors():
@@ -123,3 +129,48 @@ def choose_stage(stages: list[Stage], name: str) -> ChosenStage:
     with plain_errors():
         chosen = stage_named(stages, name).train
     return ChosenStage(stage=chosen, model=chosen.model)
+
+
+@task(**envs.light("evaluator"))
+def plan_benchmarks(
+    model: Model, benchmarks: str, recipe: str, overrides: Union[list[str], str], judges: str
+) -> list[EvalConfig]:
+    """Checks the whole request before any work: one configuration for each benchmark.
+
+    `recipe` has the settings; "" takes those that a published pipeline was scored with.
+    """
+    from eval import catalog
+    from tasks.evaluation import models, plan
+
+    with plain_errors():
+        if recipe:
+            base = load_recipe(recipe, []).eval.model_dump(mode="json")
+        else:
+            base = models.published_settings(model) or {}
+        changes = [overrides] if isinstance(overrides, str) else overrides
+        configs = plan.plan_benchmarks(
+            benchmarks, base, [c for c in changes if c], judges, packaged=is_local() and not _has_gpu()
+        )
+        for config in configs if is_local() else ():
+            catalog.check_installed(config)
+        return configs
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@task(**envs.light("evaluator"))
+def plan_candidates(
+    model: Model, benchmark: str, candidates: str, recipe: str, overrides: Union[list[str], str], judges: str
+) -> list[Candidate]:
+    """The incumbent and the candidates, each with its settings on development prompts. Checked before any work."""
+    from tasks.planning import candidates as planner
+
+    changes = [overrides] if isinstance(overrides, str) else overrides
+    with plain_errors():
+        return planner.plan_candidates(
+            model, benchmark, candidates, recipe, [c for c in changes if c], judges, local=is_local()
+        )

@@ -55,7 +55,8 @@ TABLE_ROWS = 1000  # of shards.parquet, written at a time
 NO_IMAGE_COLUMN = "without image bytes"
 VALID = (
     f"give a folder of images (.{', .'.join(IMAGE_EXTENSIONS[:5])} ...) with captions beside them, WebDataset tars, "
-    "or Parquet files with a column of image bytes (image) and one of captions (text)"
+    "or Parquet files with a column of image bytes (image) and one of captions (text); tables of image URLs need "
+    "source.urls"
 )
 
 

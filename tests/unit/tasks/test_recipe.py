@@ -15,7 +15,7 @@ from tasks.recipe import RECIPES, load_recipe
 SMALL = {
     "name": "small",
     "source": {"scenes": 10},
-    "curation": {},
+    "curation": {"tiers": {"accept_proxy": True}},
     "components": {"kind": "trained", "vae": {}, "text_encoder": {"hidden_size": 32}},
     "encoding": {},
     "model": {

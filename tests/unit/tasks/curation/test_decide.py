@@ -177,10 +177,10 @@ def test_own_images_of_every_shape_up_to_the_limit_are_kept_and_counted(tmp_path
 def test_an_image_that_crashes_its_decoder_costs_one_record(folder, monkeypatch):
     real = score.measure
 
-    def measure(data, config):
+    def measure(data, config, **options):
         if data == png(5):
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(data, config)
+        return real(data, config, **options)
 
     monkeypatch.setattr(score, "measure", measure)
     book = book_of(decide(folder))
@@ -317,7 +317,14 @@ def test_every_rule_has_its_precision_and_recall_on_planted_truth(planted):
 
 # Rule -> columns of a record that it must reject, and of one just within its limit. Pictures cannot plant all of these.
 LIMITS = FilterConfig(
-    min_side_px=100, max_pixels=10**6, min_bytes_per_pixel=0.1, min_aesthetic=4.0, min_image_text_similarity=0.2
+    min_side_px=100,
+    max_pixels=10**6,
+    min_bytes_per_pixel=0.1,
+    min_aesthetic=4.0,
+    min_image_text_similarity=0.2,
+    max_nsfw=0.5,
+    max_quality=45.0,
+    max_text_area=0.2,
 )
 PLANTED_COLUMNS: dict[str, tuple[dict, dict]] = {
     **{name: ({"problem": name}, {}) for name in PROBLEMS},
@@ -334,6 +341,8 @@ PLANTED_COLUMNS: dict[str, tuple[dict, dict]] = {
     "border": ({"border_fraction": 0.51}, {"border_fraction": 0.5}),
     "nsfw": ({"nsfw": 0.51}, {"nsfw": 0.5}),
     "watermark": ({"watermark": 0.51}, {"watermark": 0.5}),
+    "text_area": ({"text_area": 0.21}, {"text_area": 0.2}),
+    "quality": ({"quality": 45.1}, {"quality": 45.0}),
     "aesthetic": ({"aesthetic": 3.9}, {"aesthetic": 4.0}),
     "image_text_similarity": ({"similarity": 0.19}, {"similarity": 0.2}),
     "no_caption": ({"captions": [], "words": []}, {}),
