@@ -129,6 +129,7 @@ def test_only_tasks_that_reach_the_hub_declare_its_token(registered):
     admin, _ = registered
     declared = {n for n, r in admin.tasks.items() if "HF_TOKEN" in keys(r.spec.template)}
     assert "tasks.publishing.task.publish_pipeline" in declared
+    declared -= {"tasks.curation.task.score_group_on_gpu"}  # whose models come from the Hub
     assert not any(name.startswith(("tasks.curation", "tasks.training", "tasks.planning")) for name in declared)
 
 
@@ -149,7 +150,8 @@ TASKS = {
     "planning.task.choose_stage": ("curation", LIGHT, ""),
     "curation.task.make_group": ("curation", SHARD, ""),
     "curation.task.list_corpus": ("curation", GATHER, ""),
-    "curation.task.score_group": ("curation", SHARD, ""),
+    "curation.task.score_group": ("scorer", SHARD, ""),
+    "curation.task.score_group_on_gpu": ("scorer", GPU, ""),
     "curation.task.decide_corpus": ("curation", GATHER, ""),
     "curation.task.select_group": ("curation", SHARD, ""),
     "curation.task.gather_curated": ("curation", GATHER, ""),
@@ -181,8 +183,14 @@ TASKS = {
     "publishing.task.publish_pipeline": ("publisher", GATHER, "publishing"),
     "publishing.task.show_results": ("publisher", LIGHT, ""),
 }
-TEMPLATES = {"curation": "nucleus-curation", "publisher": "nucleus-publisher", "trainer": "nucleus-trainer-efa"}
+TEMPLATES = {
+    "curation": "nucleus-curation",
+    "scorer": "nucleus-curation",
+    "publisher": "nucleus-publisher",
+    "trainer": "nucleus-trainer-efa",
+}
 HUB = {
+    "score_group_on_gpu",
     "make_components",
     "encode_texts_group",
     "encode_latents_group",
