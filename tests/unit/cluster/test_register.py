@@ -129,6 +129,7 @@ def test_only_tasks_that_reach_the_hub_declare_its_token(registered):
     admin, _ = registered
     declared = {n for n, r in admin.tasks.items() if "HF_TOKEN" in keys(r.spec.template)}
     assert "tasks.publishing.task.publish_pipeline" in declared
+    declared -= {f"tasks.curation.task.{name}" for name in HUB}  # whose models come from the Hub
     assert not any(name.startswith(("tasks.curation", "tasks.training", "tasks.planning")) for name in declared)
 
 
@@ -149,7 +150,14 @@ TASKS = {
     "planning.task.choose_stage": ("curation", LIGHT, ""),
     "curation.task.make_group": ("curation", SHARD, ""),
     "curation.task.list_corpus": ("curation", GATHER, ""),
-    "curation.task.score_group": ("curation", SHARD, ""),
+    "curation.task.score_group": ("scorer", SHARD, ""),
+    "curation.task.score_group_on_gpu": ("scorer", GPU, ""),
+    "curation.task.list_urls": ("curation", GATHER, ""),
+    "curation.task.download_group": ("curation", SHARD, ""),
+    "curation.task.draft_corpus": ("curation", GATHER, ""),
+    "curation.task.caption_group": ("curation", SHARD, ""),
+    "curation.task.caption_group_gpu": ("scorer", GPU, ""),
+    "curation.task.gather_captions": ("curation", GATHER, ""),
     "curation.task.decide_corpus": ("curation", GATHER, ""),
     "curation.task.select_group": ("curation", SHARD, ""),
     "curation.task.gather_curated": ("curation", GATHER, ""),
@@ -181,8 +189,15 @@ TASKS = {
     "publishing.task.publish_pipeline": ("publisher", GATHER, "publishing"),
     "publishing.task.show_results": ("publisher", LIGHT, ""),
 }
-TEMPLATES = {"curation": "nucleus-curation", "publisher": "nucleus-publisher", "trainer": "nucleus-trainer-efa"}
+TEMPLATES = {
+    "curation": "nucleus-curation",
+    "scorer": "nucleus-curation",
+    "publisher": "nucleus-publisher",
+    "trainer": "nucleus-trainer-efa",
+}
 HUB = {
+    "score_group_on_gpu",
+    "caption_group_gpu",
     "make_components",
     "encode_texts_group",
     "encode_latents_group",
