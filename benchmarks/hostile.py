@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import io
 import multiprocessing
-import resource
 import sys
 import tempfile
 import time
@@ -35,6 +34,12 @@ class Outcome(NamedTuple):
     result: str
 
 
+def _peak_kib() -> int:
+    """Of this process since it was started. `ru_maxrss` has that of its parent too, which made the inputs."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
 def _child(folder: str, out: str, send) -> None:
     import contextlib
 
@@ -44,7 +49,7 @@ def _child(folder: str, out: str, send) -> None:
     from tasks.curation.sources import arrow, parquet, scan, tars  # noqa: F401
     from tasks.curation.sources.base import Account, open_corpus, write_corpus
 
-    baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    baseline = _peak_kib()
     begun = time.process_time()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -65,8 +70,7 @@ def _child(folder: str, out: str, send) -> None:
     except ValueError as error:
         ended, result = "refused", str(error).replace(folder + "/", "")
     seconds = time.process_time() - begun
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    send.send(Outcome((peak - baseline) / 1024, seconds, ended, result))
+    send.send(Outcome((_peak_kib() - baseline) / 1024, seconds, ended, result))
 
 
 def measure(name: str) -> Outcome:

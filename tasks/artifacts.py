@@ -46,7 +46,9 @@ def _artifact() -> Any:
 
 CorpusDir = _artifact()
 RecordsDir = _artifact()
+UrlsDir = _artifact()
 ScoresDir = _artifact()
+CaptionsDir = _artifact()
 DecisionsDir = _artifact()
 SelectionsDir = _artifact()
 CuratedDir = _artifact()

@@ -26,8 +26,10 @@ logging.getLogger("flytekit").addFilter(
 )
 
 CACHE_VERSIONS = {
-    "records": "4",
-    "scores": "5",
+    "urls": "1",
+    "records": "6",
+    "scores": "7",
+    "captions": "1",
     "curation": "5",
     "components": "3",
     "texts": "2",
@@ -65,6 +67,7 @@ TRAIN_RETRIES = int(os.environ.get("NUCLEUS_TRAIN_RETRIES", "100"))
 STORE = {  # all pods: the place of parts, and the console that decks link to
     name: os.environ[name] for name in ("NUCLEUS_STORE", "NUCLEUS_CONSOLE") if os.environ.get(name)
 }
+ENDPOINTS = {name: value for name, value in os.environ.items() if name == "NUCLEUS_ENDPOINTS"}  # that may be asked
 REGISTERED = {
     "NUCLEUS_TRAIN_NNODES": str(TRAIN_NNODES),
     "NUCLEUS_TRAIN_NPROC": str(TRAIN_NPROC),
@@ -138,7 +141,8 @@ def light(role: str) -> dict[str, Any]:
 
 def planner() -> dict[str, Any]:
     """Options of the task that checks a recipe, also against the processes that training was registered for."""
-    return dynamic("curation")
+    options = dynamic("curation")
+    return options | {"environment": options["environment"] | ENDPOINTS}
 
 
 def dynamic(role: str = "trainer") -> dict[str, Any]:
@@ -150,6 +154,18 @@ def dynamic(role: str = "trainer") -> dict[str, Any]:
 def shard(role: str) -> dict[str, Any]:
     """Options of one map task over a shard."""
     return _options(role, "shard", PROFILE.shard) | {"interruptible": True}
+
+
+def captioner() -> dict[str, Any]:
+    """Options of a task that asks a captioner's endpoint: which it may ask is decided at registration, as is the name of
+    the secret with its key (NUCLEUS_CAPTIONER_SECRET, key CAPTIONER_API_KEY)."""
+    options = shard("curation")
+    options["environment"] = options["environment"] | ENDPOINTS
+    if group := os.environ.get("NUCLEUS_CAPTIONER_SECRET"):
+        key = "CAPTIONER_API_KEY"
+        secret = Secret(group=group, key=key, mount_requirement=Secret.MountType.ENV_VAR, env_var=key)
+        options["secret_requests"] = [secret]
+    return options
 
 
 def gather(role: str) -> dict[str, Any]:

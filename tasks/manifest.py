@@ -34,11 +34,13 @@ SCHEMA_VERSION = 2
 WRITING = ".writing-"
 FOLDER_ONLY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW  # opening a pipe would wait for ever
 KINDS = (
-    "records",  # one shard of made images and captions, as a tar
+    "urls",  # ranges of tables of URLs
+    "records",  # one shard of made or downloaded images and captions, as a tar
     "corpus",  # table of shards; their bytes stay where they are
     "measured",  # one shard's columns of passes 1 and 2, and its thumbnails
     "columns",  # one shard's columns of one scorer
     "scores",  # one shard's columns, those of all scorers included
+    "captions",  # one shard's scores with the captions that a model wrote, or the index of all
     "decisions",  # of one corpus: what becomes of each record, and why
     "selections",  # one shard's kept records: tier, bucket, captions, split
     "curated",  # index of selections, and the ledger

@@ -6,10 +6,12 @@ has a record if one of its parts has; what is made from an artifact that has it,
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from model import storage
@@ -18,7 +20,8 @@ from tasks.manifest import KINDS, Manifest, visible
 from tasks.store import INDEX
 
 # Kinds whose tables are complete: a child of a curated directory that is one of these has the record only if its own parts do.
-LISTED = ("scores", "decisions", "selections", "curated", "latents")
+NAMED_BY = ("record_id", "key", "locator", "file")  # columns of a table that name a record
+LISTED = ("scores", "captions", "decisions", "selections", "curated", "latents")
 
 
 class Artifact(NamedTuple):
@@ -45,20 +48,38 @@ def used_by(record: str, home: str) -> list[Use]:
     Raises:
         ValueError: there are no artifacts.
     """
-    artifacts = {artifact.manifest.digest: artifact for artifact in _artifacts(home)}
+    return uses_of([record], [home])[record]
+
+
+def uses_of(records: Collection[str], homes: Sequence[str]) -> dict[str, list[Use]]:
+    """The same for many records, reading each table once: record -> uses.
+
+    Args:
+        records: ids, keys, or the names of files and URLs as ledgers have them.
+        homes: directories or URIs with artifacts/, places of published pipelines (versions/), or sealed directories.
+
+    Raises:
+        ValueError: there are no artifacts.
+    """
+    artifacts = {artifact.manifest.digest: artifact for home in homes for artifact in _artifacts(home)}
     if not artifacts:
-        raise ValueError(f"{home} has no artifacts/KIND/DIGEST with a manifest")
-    uses: dict[str, Use] = {}
+        raise ValueError(f"{' and '.join(homes)} has no artifacts/KIND/DIGEST with a manifest")
+    direct: dict[str, dict[str, Use]] = {record: {} for record in records}
+    wanted = pa.array(sorted(set(records)), pa.string())
     for digest, (uri, manifest) in artifacts.items():
-        direct = _in_tables(record, uri, manifest)
-        if direct is not None:
-            uses[digest] = Use(manifest.kind, digest, uri, *direct)
+        for record, (has, why) in _in_tables(wanted, uri, manifest).items():
+            direct[record][digest] = Use(manifest.kind, digest, uri, has, why)
     parts = {
         digest: [part.digest for part in sealed.parts(uri) if part.digest]
         for digest, (uri, manifest) in artifacts.items()
         if INDEX in manifest.files
     }
-    left = set(artifacts)
+    return {record: _spread(uses, artifacts, parts) for record, uses in direct.items()}
+
+
+def _spread(uses: dict[str, Use], artifacts: dict[str, Artifact], parts: dict[str, list[str]]) -> list[Use]:
+    """Adds what was made from the artifacts that have the record."""
+    left = set(artifacts) if uses else set()
     while left:  # each round reaches the next generation
         new = {}
         for digest in left:
@@ -76,33 +97,36 @@ def used_by(record: str, home: str) -> list[Use]:
 
 
 def _artifacts(home: str) -> Iterator[Artifact]:
-    for kind in KINDS:
-        for uri in storage.children(storage.join(home, "artifacts", kind)):
-            if uri.rpartition("/")[2].startswith("."):
-                continue  # being written
-            try:
-                yield Artifact(uri, sealed.load(uri))
-            except (ValueError, OSError):
-                continue  # not one of ours
+    places = [storage.join(home, "artifacts", kind, "") for kind in KINDS] + [storage.join(home, sealed.VERSIONS, "")]
+    for place in places:
+        for uri in storage.children(place.rstrip("/")):
+            if not uri.rpartition("/")[2].startswith("."):  # being written
+                yield from _sealed(uri)
+    yield from _sealed(home)
 
 
-def _in_tables(record: str, uri: str, manifest: Manifest) -> tuple[bool, str] | None:
-    """(whether it has the record, why) by the tables of one directory; None where none lists it."""
-    found: tuple[bool, str] | None = None
+def _sealed(uri: str) -> Iterator[Artifact]:
+    with contextlib.suppress(ValueError, OSError):  # not one of ours
+        yield Artifact(uri, sealed.load(uri))
+
+
+def _in_tables(records: pa.Array, uri: str, manifest: Manifest) -> dict[str, tuple[bool, str]]:
+    """Record -> (whether the directory has it, why), by the tables of one directory."""
+    found: dict[str, tuple[bool, str]] = {}
     for name in sorted(name for name in manifest.files if name.endswith(".parquet")):
         with sealed.open_table(uri, name) as table:
-            columns = [column for column in ("record_id", "key") if column in table.schema_arrow.names]
+            columns = [column for column in NAMED_BY if column in table.schema_arrow.names]
             if "record_id" not in columns:
                 continue
             more = [column for column in ("kept", "rule") if column in table.schema_arrow.names]
             for batch in table.iter_batches(columns=columns + more):
-                match = pc.equal(batch["record_id"], record)
-                if "key" in columns:
-                    match = pc.or_(match, pc.equal(batch["key"], record))
-                for row in batch.filter(match).to_pylist():
-                    if row.get("kept", True):
-                        return True, f"in {name}"
-                    found = False, f"left out by {row.get('rule') or 'a rule'}, in {name}"
+                for column in columns:
+                    for row in batch.filter(pc.is_in(batch[column], value_set=records)).to_pylist():
+                        record = row[column]
+                        if row.get("kept", True):
+                            found[record] = True, f"in {name}"
+                        elif not found.get(record, (False,))[0]:
+                            found[record] = False, f"left out by {row.get('rule') or 'a rule'}, in {name}"
     return found
 
 

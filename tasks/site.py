@@ -15,6 +15,8 @@ SETTINGS = {
     "pod_templates": "NUCLEUS_POD_TEMPLATES",
     "hub_secret": "NUCLEUS_HUB_SECRET",
     "wandb_secret": "NUCLEUS_WANDB_SECRET",
+    "endpoints": "NUCLEUS_ENDPOINTS",  # of captioners, separated by commas
+    "captioner_secret": "NUCLEUS_CAPTIONER_SECRET",
     "notify": "NUCLEUS_NOTIFY",
     "store": "NUCLEUS_STORE",  # else pods do not see each other's parts
     "console": "NUCLEUS_CONSOLE",

@@ -140,7 +140,8 @@ def make_part(
     if known is not None:
         return known
     path, manifest, rows = make_sealed(kind, make, parents, config, lambda rows: {"rows": rows}, logs)
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    # Without manifest and logs: they hold paths, and the index of parts must not depend on where a home is.
+    size = sum((path / name).stat().st_size for name in manifest.files)
     uri = _publish(path, kind, manifest.digest)
     record = {"digest": manifest.digest, "rows": rows, "size_bytes": size}
     if not storage.is_remote(key):

@@ -6,24 +6,31 @@ pyflyte run workflows/curate.py curate --recipe smoke --source my_images/
 source -> corpus -> scores -> decisions -> selections -> curated
           shards    per shard  one task     per shard    index, ledger, report
 
-Scores are made on CPUs; where a scorer asks for a GPU, by a second map task on GPUs.
+Scores are made on CPUs; where a scorer asks for a GPU, by a second map task on GPUs. With `curation.captioner` in the recipe,
+images are described between scores and decisions (workflows/caption.py).
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Union
+from typing import Any, NamedTuple, Union
 
 from flytekit import dynamic, map_task, workflow
 
 from tasks import envs
 from tasks.artifacts import CuratedDir
+from tasks.curation.captioning import chosen_captioner
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.curation.scorers import needs_gpu
 from tasks.curation.task import (
+    caption_group,
+    caption_group_gpu,
     decide_corpus,
+    download_group,
+    draft_corpus,
     gather_curated,
     list_corpus,
+    list_urls,
     make_group,
     score_group,
     score_group_on_gpu,
@@ -39,20 +46,55 @@ def curate_source(source: SourceConfig, path: str, config: CurationConfig) -> Cu
 
     Dynamic, since the recipe says how many sub-tasks run at a time, and how many may fail.
     """
-    options = {"concurrency": config.concurrency or None, "min_success_ratio": config.min_success_ratio}
-    groups = 0 if path else num_groups(source.shards, config.max_groups)
-    make = partial(make_group, config=source, groups=groups)
-    made = map_task(make, concurrency=options["concurrency"])(group=list(range(groups))) if groups else []
-    listed = list_corpus(source=source, path=path, made=made, config=config)
+    corpus, groups, columns = score_source(source, path, config)
+    if config.captioner is not None:
+        columns = describe(corpus, groups, columns, config)
+    decisions = decide_corpus(corpus=corpus, scores=columns, config=config, groups=groups)
+    select = partial(select_group, decisions=decisions, config=config, groups=groups)
+    selections = map_task(select, concurrency=config.concurrency or None)(group=groups)
+    return gather_curated(corpus=corpus, decisions=decisions, selections=selections, config=config)
+
+
+class Scored(NamedTuple):
+    """What a dynamic workflow knows of a corpus: outputs of its tasks."""
+
+    corpus: Any
+    groups: Any
+    columns: Any
+
+
+def score_source(source: SourceConfig, path: str, config: CurationConfig) -> Scored:
+    """The tasks that list and score a source; inside a dynamic workflow."""
+    concurrency = config.concurrency or None
+    if source.urls is not None:
+        found = list_urls(source=source, path=path, config=config)
+        download = partial(download_group, urls=found.urls, source=source, groups=found.groups)
+        made = map_task(download, concurrency=concurrency)(group=found.groups)
+        listed = list_corpus(source=source, path="", made=made, config=config, urls=found.urls)
+    else:
+        groups = 0 if path else num_groups(source.shards, config.max_groups)
+        make = partial(make_group, config=source, groups=groups)
+        made = map_task(make, concurrency=concurrency)(group=list(range(groups))) if groups else []
+        listed = list_corpus(source=source, path=path, made=made, config=config)
     score = partial(score_group, corpus=listed.corpus, config=config, groups=listed.groups)
-    scores = map_task(score, **options)(group=listed.groups)
+    scores = map_task(score, **_limits(config))(group=listed.groups)
     if needs_gpu(config):
         score = partial(score_group_on_gpu, corpus=listed.corpus, config=config, groups=listed.groups)
-        scores = map_task(score, **options)(group=listed.groups, scored=scores)
-    decisions = decide_corpus(corpus=listed.corpus, scores=scores, config=config, groups=listed.groups)
-    select = partial(select_group, decisions=decisions, config=config, groups=listed.groups)
-    selections = map_task(select, concurrency=options["concurrency"])(group=listed.groups)
-    return gather_curated(corpus=listed.corpus, decisions=decisions, selections=selections, config=config)
+        scores = map_task(score, **_limits(config))(group=listed.groups, scored=scores)
+    return Scored(listed.corpus, listed.groups, scores)
+
+
+def describe(corpus: Any, groups: Any, scores: Any, config: CurationConfig) -> Any:
+    """The tasks that write captions, by groups; inside a dynamic workflow."""
+    drafts = draft_corpus(corpus=corpus, scores=scores, config=config, groups=groups)
+    task = caption_group_gpu if chosen_captioner(config.captioner).needs == "gpu" else caption_group
+    return map_task(partial(task, corpus=corpus, drafts=drafts, config=config, groups=groups), **_limits(config))(
+        group=groups
+    )
+
+
+def _limits(config: CurationConfig) -> dict[str, Any]:
+    return {"concurrency": config.concurrency or None, "min_success_ratio": config.min_success_ratio}
 
 
 @workflow

@@ -61,6 +61,14 @@ def count_words(text: str) -> int:
     return count
 
 
+def tokens(text: str) -> list[str]:
+    """The words of a text in order, each ideograph and kana by itself, without punctuation."""
+    import regex
+
+    single = r"[[\p{Han}\p{Hiragana}\p{Katakana}]&&\p{L}]"
+    return regex.findall(rf"(?V1){single}|[[\p{{L}}\p{{M}}\p{{N}}'\u2019]--{single}]+", text)
+
+
 @functools.cache
 def _scripts() -> tuple[Any, Any]:
     import regex

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tasks.curation.config import CurationConfig
+from tasks.curation.captioning import chosen_captioner
+from tasks.curation.config import CaptionerConfig, CurationConfig
 from tasks.curation.scorers import COLUMNS, chosen_scorers
 from tasks.curation.tiers import best_condition, bucket_conditions, check_cuts
 
@@ -21,7 +22,7 @@ PROXY = "proxy"  # the aesthetic scorer that is none
 def check_curation(config: CurationConfig) -> None:
     """
     Raises:
-        ValueError: an unknown scorer or a wrong setting of one; a cut, a tier or a bucket on a column that nothing fills;
+        ValueError: an unknown captioner, or one whose captions would be too long; an unknown scorer or a wrong setting of one; a cut, a tier or a bucket on a column that nothing fills;
             tiers by the proxy without `accept_proxy`; conditions that are none.
     """
     chosen = chosen_scorers(config.scorers)
@@ -44,6 +45,8 @@ def check_curation(config: CurationConfig) -> None:
             "curation.scorers.aesthetic='proxy' sets the tiers by contrast, colour and sharpness, which are no taste: name a "
             "scorer with a model, or set curation.tiers.accept_proxy to true"
         )
+    if config.captioner is not None:
+        _check_captioner(config.captioner, config.captions.max_words)
     check_cuts(config.tiers)
     conditions = bucket_conditions(config.buckets)
     best = best_condition(config.tiers)
@@ -56,3 +59,14 @@ def check_curation(config: CurationConfig) -> None:
                 )
     if best is not None and (late := {"tier"} & set(best.columns)):
         raise ValueError(f"{best.key}={best.text!r} reads {min(late)}, which is known only after tiers are")
+
+
+def _check_captioner(captioner: CaptionerConfig, max_words: int) -> None:
+    chosen_captioner(captioner)
+    asked = {name for names in captioner.per_tier.values() for name in names}
+    for name, length in captioner.lengths.items():
+        if name in asked and length.max_words > max_words:
+            raise ValueError(
+                f"curation.captioner.lengths.{name}.max_words={length.max_words} is over curation.captions.max_words="
+                f"{max_words}: such captions would be left out"
+            )

@@ -4,12 +4,37 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from model.config import Fraction, Positive, Section, Seed
 from model.storage import check_path
+
+MAX_WORDS = 10_000  # of a caption that is kept
+
+
+class UrlConfig(Section):
+    """A source whose tables (Parquet, CSV, TSV) have URLs of images, and how these are downloaded."""
+
+    column: Annotated[str, Field(min_length=1)] = "url"  # captions are in `source.caption_columns`
+    allow_http: bool = False  # besides https
+    obey_robots: bool = True  # robots.txt, and X-Robots-Tag with one of `robots_directives`
+    robots_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex", "none")
+    user_agent: Annotated[str, Field(pattern=r"^[\x20-\x7e]{3,200}$")] = "nucleus-flyte/0.1"  # add how to reach you
+    concurrency: Annotated[int, Field(ge=1, le=4096)] = 256  # requests at a time of each task
+    per_host: Positive = 4  # of these to one host
+    timeout_s: Annotated[float, Field(gt=0)] = 30.0  # from the request to the last byte
+    max_retries: Annotated[int, Field(ge=0)] = 4  # after 429, 5xx, a timeout or a lost connection
+    max_redirects: Annotated[int, Field(ge=0)] = 5
+    max_bytes: Annotated[int, Field(ge=1, le=256 * 2**20)] = 32 * 2**20  # of an image
+    content_types: tuple[str, ...] = ("image/",)  # how the Content-Type of an image begins
+    download: Annotated[int, Field(ge=0)] = 0  # another number downloads again what was downloaded, or failed, before
+
+    def content(self) -> dict[str, Any]:
+        """What decides which images there are, beside the URLs."""
+        return self.model_dump(mode="json", exclude={"concurrency", "per_host"})
 
 
 class SourceConfig(Section):
@@ -26,6 +51,7 @@ class SourceConfig(Section):
     )
     encoding: str | None = None  # of captions without a byte order mark that are not UTF-8, such as cp1252 or shift_jis
     caption_columns: tuple[str, ...] = ()  # read instead of caption, captions, text, texts, prompt and raw
+    urls: UrlConfig | None = None  # the tables at `path` have URLs, which are downloaded
     captions_folder: str | None = None  # below the source: captions_folder/a.txt describes a.png, or FOLDER/a.png
     seed: Seed = 0
 
@@ -154,15 +180,20 @@ class ScorerConfig(Section):
 
 class DedupConfig(Section):
     """SHA-256 for exact duplicates. Near ones: two pictures of which either 64-bit hash (pHash, dHash) is within
-    `max_hamming_distance` bits are proposed; pHash-256, or both 64-bit hashes together, confirm.
+    `max_hamming_distance` bits are proposed; pHash-256 and both 64-bit hashes together confirm.
 
     Made pictures are too plain for hashes: a thumbnail confirms theirs (dedup.py).
     """
 
     # pHash's distances are even, since half of its bits are set. 4 grows with the corpus; a wider net does with its square.
     max_hamming_distance: Annotated[int, Field(ge=0, le=64)] = 4
-    max_fine_distance: Annotated[int, Field(ge=0, le=256)] = 64  # of pHash-256
+    # A pair is confirmed by any of these, see docs/scale.md for what they find.
+    max_fine_distance: Annotated[int, Field(ge=0, le=256)] = 64  # of pHash-256, with both 64-bit hashes ...
+    max_far_distance: Annotated[int, Field(ge=0, le=64)] = 20  # ... within this
     max_both_distances: Annotated[int, Field(ge=0, le=64)] = 10  # of pHash and of dHash
+    max_marked_distance: Annotated[int, Field(ge=0, le=256)] = (
+        96  # of pHash-256, with dHash proposing: a logo moves pHash
+    )
     # Of flat pictures the hashes are noise: below this margin (hashes.py) only equal bytes count.
     min_hash_margin: Annotated[float, Field(ge=0)] = 4.0
     # Cosine of the column `embedding` from which two pictures are one, such as 0.97; null compares no embeddings.
@@ -204,14 +235,128 @@ class CaptionConfig(Section):
     """How many captions each tier keeps, and the longest in words."""
 
     per_tier: dict[str, Positive] = {"A1": 4, "A2": 3, "A3": 3, "A4": 2, "A5": 1}
-    max_words: Annotated[int, Field(gt=0, le=10_000)] = 200
+    max_words: Annotated[int, Field(gt=0, le=MAX_WORDS)] = 200
+    required: bool = True  # False keeps records without a caption
 
     @field_validator("per_tier")
     @classmethod
     def _every_tier(cls, value: dict[str, int]) -> dict[str, int]:
-        if sorted(value) != ["A1", "A2", "A3", "A4", "A5"]:
-            raise ValueError(f"must name each of A1, A2, A3, A4, A5 once, got {', '.join(value) or 'nothing'}")
-        return value
+        return _named_by_tier(value)
+
+
+def _named_by_tier(value: dict) -> dict:
+    if sorted(value) != ["A1", "A2", "A3", "A4", "A5"]:
+        raise ValueError(f"must name each of A1, A2, A3, A4, A5 once, got {', '.join(value) or 'nothing'}")
+    return value
+
+
+class LengthConfig(Section):
+    """A length class of captions: the prompt, and the answers that are kept."""
+
+    prompt: Annotated[str, Field(min_length=1)]
+    min_words: Positive
+    max_words: Positive
+    max_tokens: Positive  # an answer that needs more is truncated, and not kept
+
+
+LENGTHS = {
+    "short": LengthConfig(
+        prompt="Write a caption for this image: one phrase of 5 to 12 words. Reply with the caption only.",
+        min_words=3,
+        max_words=20,
+        max_tokens=64,
+    ),
+    "medium": LengthConfig(
+        prompt="Describe this image in one or two sentences of about 30 words in all: the main subjects, what they do, "
+        "and where. Reply with the description only.",
+        min_words=15,
+        max_words=70,
+        max_tokens=192,
+    ),
+    "long": LengthConfig(
+        prompt="Describe this image in one paragraph of about 120 words: every subject with its number, colour, "
+        "position and action, then background, light, viewpoint and style; quote any visible text. Do not guess what "
+        "is not visible. Reply with the description only.",
+        min_words=50,
+        max_words=200,
+        max_tokens=512,
+    ),
+}
+
+
+class CaptionerConfig(Section):
+    """A model that writes captions (tasks/curation/captioning), and what it is asked for each tier."""
+
+    name: str  # of tasks.curation.captioning.CAPTIONERS
+    model: str = (
+        ""  # qwen3-vl: a Hub repository, or a directory that begins with ./ or /; openai: the name it is served by
+    )
+    revision: str = ""  # qwen3-vl: the commit; openai: whatever tells these weights from others behind the same name
+    lengths: dict[str, LengthConfig] = LENGTHS
+    # The classes that are asked for each image of a tier.
+    per_tier: dict[str, tuple[str, ...]] = {
+        "A1": ("short", "medium", "long"),
+        "A2": ("medium", "long"),
+        "A3": ("short", "medium"),
+        "A4": ("short", "medium"),
+        "A5": ("short",),
+    }
+    tier_prompts: dict[str, dict[str, str]] = {}  # tier -> class -> a prompt instead of that of `lengths`
+    language: Annotated[str, Field(pattern=r"^[a-z]{2,3}$")] | None = "en"  # None: any
+    use_originals: bool = True  # the owner's captions stay beside the new ones; they do where no answer is kept anyway
+    attempts: Positive = 3  # at one caption, until an answer is kept
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.2
+    image_px: Annotated[int, Field(ge=64, le=4096)] = 1024  # longer side of what the model sees
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # qwen3-vl
+    # From here on: how it is asked. Captions do not depend on it.
+    device: str = "auto"  # qwen3-vl; auto takes a GPU where there is one
+    batch_size: Positive = 8  # qwen3-vl
+    endpoint: str | None = None  # openai: such as http://vllm-captioner:8000/v1, which NUCLEUS_ENDPOINTS must list
+    api_key_env: Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*_API_KEY$")] | None = None  # variable with the key
+    concurrency: Annotated[int, Field(ge=1, le=512)] = 32  # requests at a time of each task
+    timeout_s: Annotated[float, Field(gt=0)] = 120.0  # of one request
+    max_retries: Annotated[int, Field(ge=0)] = 8  # of a request that ends in 429, 5xx or a timeout
+
+    @field_validator("per_tier")
+    @classmethod
+    def _every_tier(cls, value: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        return _named_by_tier(value)
+
+    @field_validator("endpoint")
+    @classmethod
+    def _check_endpoint(cls, endpoint: str | None) -> str | None:
+        if endpoint is None:
+            return None
+        parts = urlsplit(endpoint)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError(
+                f"{endpoint!r} must be an http(s) URL without query, such as http://vllm-captioner:8000/v1"
+            )
+        if parts.username is not None or parts.password is not None:
+            raise ValueError(f"the URL of {parts.hostname} has a login; name the key's variable in api_key_env")
+        return endpoint.rstrip("/")
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> CaptionerConfig:
+        asked = [(f"per_tier.{tier}", name) for tier, names in self.per_tier.items() for name in names]
+        asked += [(f"tier_prompts.{tier}", name) for tier, prompts in self.tier_prompts.items() for name in prompts]
+        for key, name in asked:
+            if name not in self.lengths:
+                raise ValueError(f"{key} names the class {name!r}; lengths has {', '.join(self.lengths) or 'none'}")
+        if unknown := sorted(set(self.tier_prompts) - set(self.per_tier)):
+            raise ValueError(f"tier_prompts names the tier {unknown[0]!r}; tiers are {', '.join(self.per_tier)}")
+        for name, length in self.lengths.items():
+            if length.min_words > length.max_words:
+                raise ValueError(f"lengths.{name}: min_words={length.min_words} is over max_words={length.max_words}")
+        return self
+
+    def prompt(self, tier: str, length: str) -> str:
+        return self.tier_prompts.get(tier, {}).get(length) or self.lengths[length].prompt
+
+    def content(self) -> dict[str, Any]:
+        """What captions depend on."""
+        how = {"device", "batch_size", "endpoint", "api_key_env", "concurrency", "timeout_s", "max_retries"}
+        return self.model_dump(mode="json", exclude=how)
 
 
 class CurationConfig(Section):
@@ -221,10 +366,17 @@ class CurationConfig(Section):
     tiers: TierConfig = TierConfig()
     buckets: tuple[BucketConfig, ...] = ()  # a record is in the first whose condition holds, else in `rest`
     captions: CaptionConfig = CaptionConfig()
+    takedown: str | None = None  # a list of records that must not be used: see tasks/curation/takedown.py
+    captioner: CaptionerConfig | None = None  # None: captions are the owners'
     engine: Literal["duckdb", "spark"] = "duckdb"  # of the tables; spark for more than one machine holds
     max_groups: Annotated[int, Field(ge=1, le=5000)] = 2000  # sub-tasks of a map task; each takes a group of shards
     concurrency: Annotated[int, Field(ge=0)] = 0  # sub-tasks at a time; 0 leaves it to Flyte
     min_success_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0  # of shards that must be made and scored
+
+    @field_validator("takedown")
+    @classmethod
+    def _check_takedown(cls, takedown: str | None) -> str | None:
+        return None if takedown is None else check_path(takedown)
 
     def measuring(self) -> CurationConfig:
         """What passes 1 and 2 depend on."""
@@ -243,7 +395,20 @@ class CurationConfig(Section):
         )
 
     def deciding(self) -> CurationConfig:
-        """What decisions depend on: neither the engine nor how many sub-tasks there are changes them."""
+        """What decisions depend on: neither the engine nor how many sub-tasks there are changes them. What a captioner
+        wrote and a takedown list removed is in the parts that are decided about."""
         return self.model_copy(
-            update={"engine": "duckdb", "max_groups": 2000, "concurrency": 0, "min_success_ratio": 1.0}
+            update={
+                "captioner": None,
+                "takedown": None,
+                "engine": "duckdb",
+                "max_groups": 2000,
+                "concurrency": 0,
+                "min_success_ratio": 1.0,
+            }
         )
+
+    def before_captions(self) -> CurationConfig:
+        """The same decisions with all captions, and with the images that have none yet."""
+        captions = self.captions.model_copy(update={"max_words": MAX_WORDS, "required": False})
+        return self.model_copy(update={"captions": captions, "captioner": None})

@@ -10,16 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Container, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tasks.curation.ledger import LEDGER_TABLE
 from tasks.curation.selections import SELECTION_TABLE
 from tasks.curation.sources.base import Account, Record, Shard, open_corpus
 from tasks.store import INDEX, Part, fetch_part, read_index
+
+READERS = 16  # threads that read tables of selections
 
 CORPUS = "corpus"  # the tables of the corpus, beside the index of selections
 LEDGER_FILES = (LEDGER_TABLE,)  # may be left where they are by who only reads images: artifacts.fetch(without=...)
@@ -101,3 +107,18 @@ class Curated:
                 f"{table['locator'][i].as_py()} is gone since it was scored ({len(wanted)} records of shard "
                 f"{part.name} are): restore the source, or run the curation again"
             )
+
+
+def images_by_tier(curated_dir: str | Path) -> dict[str, int]:
+    """Number of images of the train split, by tier."""
+    curated = open_curated(curated_dir)
+    images: Counter[str] = Counter()
+
+    def tiers(part: Part) -> list[dict[str, Any]]:
+        selection = curated.selection(part).select(["tier", "split"])
+        return selection.filter(pc.equal(selection["split"], "train"))["tier"].value_counts().to_pylist()
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for counts in pool.map(tiers, curated.parts()):
+            images.update({count["values"]: count["counts"] for count in counts})
+    return dict(sorted(images.items()))

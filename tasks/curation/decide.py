@@ -339,7 +339,9 @@ def _remedy(rule: str, content: dict, config: CurationConfig) -> str:
 
 
 _FILTER_RULES = {
-    rule.name for rule in rules.RULES if rule.step not in (rules.SOURCE, rules.CAPTIONS) and rule.name != "undecodable"
+    rule.name
+    for rule in rules.RULES
+    if rule.step not in (rules.SOURCE, rules.CAPTIONS, rules.DEDUP) and rule.name != "undecodable"
 }
 
 

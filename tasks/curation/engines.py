@@ -102,6 +102,8 @@ class DuckDB:
         settings = {"memory_limit": MEMORY, "temp_directory": str(self._work / "spill")}
         self._db = duckdb.connect(str(self._work / "tables.duckdb"), config=settings)
         self._db.execute("SET preserve_insertion_order = false")
+        # DuckDB 2.0 takes too small a range for bins of log2(width / height) in some corpora, and ends in an internal error.
+        self._db.execute("SET GLOBAL perfect_ht_threshold = 0")
         for function in self.FUNCTIONS:
             self._db.execute(f"CREATE MACRO {function}")
 

@@ -15,9 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tasks.curation import decide, ledger, near, score, selections
+from model import storage
+from tasks.curation import decide, ledger, near, score, selections, takedown
+from tasks.curation.captioning import build_captioner, identity, run, steps
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.curation.curated import CORPUS
+from tasks.curation.journal import Journal
 from tasks.curation.scored_shard import Resources, ShardScores
 from tasks.curation.sources import base
 from tasks.curation.sources.base import Account, Shard
@@ -29,10 +32,12 @@ from tasks.store import (
     Part,
     fetch_part,
     group_range,
+    home,
     make_part,
     make_sealed,
     num_groups,
     read_index,
+    store,
     write_index,
 )
 
@@ -63,14 +68,25 @@ def make_shard(config: SourceConfig, index: int) -> Part:
 MADE_BY = {"scenes", "scene_size_px", "defect_fraction", "digits", "shards", "seed"}
 
 
-def write_corpus(config: SourceConfig, path: str, made: Sequence[Part], out_dir: Path) -> dict:
+def write_corpus(
+    config: SourceConfig, path: str, made: Sequence[Part], out_dir: Path, listing_dir: Path | None = None
+) -> dict:
     """Writes the table of a user's shards at `path`, or of the `made` parts; returns its report.
+
+    Args:
+        listing_dir: the list of URLs that the parts were downloaded from.
 
     Raises:
         ValueError: what a scan can see to be wrong, or a part that could not be made.
     """
     check_made(made)
-    if path:
+    if listing_dir is not None:
+        from tasks.curation.sources.urls import shards
+
+        directories = [fetch_part(part, without=(".tar", f"{part.name}.parquet")) for part in made]
+        listing, _ = shards.read_listing(listing_dir)
+        report = shards.write_corpus(directories, [part.uri for part in made], listing, out_dir)
+    elif path:
         report = base.write_corpus(config, path, out_dir)
         if base.is_image(report["alone"] or ""):  # its caption would not be read, and one image cannot be trained on
             raise ValueError(f"source {path!r} is one image; give the folder of the images and their captions")
@@ -80,6 +96,51 @@ def write_corpus(config: SourceConfig, path: str, made: Sequence[Part], out_dir:
         report = base.made_corpus(directories, out_dir, [part.uri for part in made])
     (out_dir / CORPUS_DIGEST).write_text(json.dumps({"digest": report["digest"]}) + "\n")
     return report
+
+
+def write_listing(config: SourceConfig, path: str, out_dir: Path) -> dict:
+    """Lists the tables of URLs at `path`; see urls.shards.write_listing.
+
+    Raises:
+        ValueError: no path, or no table of URLs there.
+    """
+    from tasks.curation.sources.urls import shards
+
+    if not path:
+        raise ValueError("source.urls needs tables of URLs: set source.path, or give --source")
+    return shards.write_listing(config, path, out_dir)
+
+
+def download_group(listing_dir: Path, config: SourceConfig, group: int, groups: int) -> list[Part]:
+    """The downloaded shards of one group of a list of URLs, as `records` parts."""
+    from tasks.curation.sources import places
+    from tasks.curation.sources.urls import shards
+
+    report, listed = shards.read_listing(listing_dir)
+    place = places.at(report["root"], report["alone"])
+    return [_download(place, *listed[i], config) for i in group_range(group, groups, len(listed))]
+
+
+def _download(place, chosen, name: str, config: SourceConfig) -> Part:
+    from tasks.curation.sources.urls import shards
+
+    assert config.urls is not None
+    inputs = {"shard": name}  # of the table's content and of the settings: urls/shards.shard_name
+    work_dir = home() / "runs" / f"urls-{name}"
+
+    def make(out: Path) -> int:
+        return shards.write_shard(place, chosen, name, config, work_dir, out)
+
+    part = attempt(
+        "records",
+        name,
+        lambda part: make_part(
+            "records", part, CACHE_VERSIONS["urls"], inputs, make, config=inputs | {"urls": config.urls.content()}
+        ),
+    )
+    if not part.error:
+        shutil.rmtree(work_dir, ignore_errors=True)
+    return part
 
 
 def check_made(parts: Sequence[Part]) -> None:
@@ -138,6 +199,68 @@ def attempt(kind: str, name: str, make) -> Part:
         return Part(name, kind, error=text)
 
 
+def draft_corpus(corpus_dir: Path, indices: Sequence[Path | None], config: CurationConfig, groups: int) -> Part:
+    """The decision before captions are written: which images are described, and for which tier. See `decide_corpus`."""
+    return decide_corpus(corpus_dir, indices, config.before_captions(), groups)
+
+
+def caption_group(corpus_dir: Path, draft: Part, config: CurationConfig, group: int, groups: int) -> list[Part]:
+    """The captions parts of the shards of one group, made where they are not known."""
+    assert config.captioner is not None
+    corpus = base.open_corpus(corpus_dir)
+    directory = fetch_decision(draft, group, groups)
+    kept = pq.read_table(directory / decide.GROUPS / f"{group:05d}.parquet")
+    duplicates = pq.read_table(directory / steps.DUPLICATES / f"{group:05d}.parquet")
+    shards = {shard.shard_id: shard for shard in corpus.shards()}
+    captioner = build_captioner(config.captioner)
+    parts = []
+    try:
+        for scores in read_index(directory / decide.SCORES_INDEX / f"{group:05d}"):
+            if scores.error:
+                parts.append(Part(scores.name, "captions", error=scores.error))
+                continue
+            described, left_out = (
+                table.filter(pc.equal(table["shard"], scores.name)).select(list(columns))
+                for table, columns in ((kept, run.KEPT_COLUMNS), (duplicates, run.DUPLICATE_COLUMNS))
+            )
+            shard = shards[scores.name]
+            parts.append(_caption_shard(corpus, shard, scores, described, left_out, config, captioner))
+    finally:
+        captioner.close()
+    return parts
+
+
+def _caption_shard(
+    corpus, shard: Shard, scores: Part, kept: pa.Table, duplicates: pa.Table, config: CurationConfig, captioner
+) -> Part:
+    asking = config.captioner
+    assert asking is not None
+    name, max_pixels = identity(asking), config.filters.max_pixels
+    inputs = {
+        "scores": scores.digest,
+        "kept": decide.digest_of_table(kept),
+        "duplicates": decide.digest_of_table(duplicates),
+        "captioner": asking.content(),
+        "identity": name,
+    }
+
+    def make(out: Path) -> int:
+        directory = fetch_part(scores, without=(score.THUMBNAILS_TABLE,))
+        # Beside the parts and not in them: an answer outlives changes of everything but its own question.
+        with Journal(storage.join(store(), "journals", "captions", shard.shard_id)) as journal:
+            return run.caption_shard(
+                corpus, shard, directory, kept, duplicates, asking, captioner, name, max_pixels, journal, out
+            )
+
+    return attempt(
+        "captions",
+        scores.name,
+        lambda part: make_part(
+            "captions", part, CACHE_VERSIONS["captions"], inputs, make, [scores.as_parent()], inputs
+        ),
+    )
+
+
 def decide_corpus(corpus_dir: Path, indices: Sequence[Path | None], config: CurationConfig, groups: int) -> Part:
     """The decision about a corpus, as a part.
 
@@ -151,13 +274,16 @@ def decide_corpus(corpus_dir: Path, indices: Sequence[Path | None], config: Cura
     corpus = base.open_corpus(corpus_dir)
     shards = list(corpus.shards())
     parts = list(_score_parts(shards, indices))
+    if config.takedown is not None:
+        parts = takedown.remove(parts, takedown.read_list(config.takedown))
     names = {shard.shard_id: shard.uri for shard in shards}
     failed = [part for part in parts if part.error]
+    done = "described" if any(part.kind == "captions" for part in parts) else "scored"
     if len(failed) > (1 - config.min_success_ratio) * len(parts):
         few = "; ".join(f"{names[part.name]}: {part.error}" for part in failed[:3])
         raise ValueError(
-            f"{len(failed)} of {len(parts)} shards could not be scored (curation.min_success_ratio="
-            f"{config.min_success_ratio:g}): {few}. Run again to score these alone"
+            f"{len(failed)} of {len(parts)} shards could not be {done} (curation.min_success_ratio="
+            f"{config.min_success_ratio:g}): {few}. Run again for these alone"
         )
     inputs = {
         "corpus": load_manifest(corpus_dir).digest,
@@ -168,7 +294,10 @@ def decide_corpus(corpus_dir: Path, indices: Sequence[Path | None], config: Cura
     scan = Account.from_json(json.loads((corpus_dir / base.REPORT).read_text())["account"])
 
     def make(out: Path) -> int:
-        return decide.decide(parts, scan, config.deciding(), out, groups, names, config.engine)["kept"]
+        kept = decide.decide(parts, scan, config.deciding(), out, groups, names, config.engine)["kept"]
+        if not config.captions.required:
+            steps.write_duplicates(out, parts, groups)
+        return kept
 
     return make_part(
         "decisions", "decisions", CACHE_VERSIONS["curation"], inputs, make, [corpus_dir], inputs, decide.LOGS
@@ -181,7 +310,7 @@ def _score_parts(shards: list[Shard], indices: Sequence[Path | None]) -> Iterato
         members = [shards[i] for i in group_range(group, len(indices), len(shards))]
         if index is None:
             for shard in members:
-                yield Part(shard.shard_id, "scores", error="the task that scores its group did not finish")
+                yield Part(shard.shard_id, "scores", error="the task of its group did not finish")
             continue
         found = list(read_index(index))
         if [part.name for part in found] != [shard.shard_id for shard in members]:
@@ -193,6 +322,7 @@ def fetch_decision(part: Part, group: int, groups: int) -> Path:
     """The decision's directory; of a remote one the files of `group` alone."""
     others = [i for i in range(groups) if i != group]
     without = [f"{decide.GROUPS}/{i:05d}.parquet" for i in others]
+    without += [f"{steps.DUPLICATES}/{i:05d}.parquet" for i in others]
     without += [f"{decide.SCORES_INDEX}/{i:05d}/{name}" for i in others for name in (INDEX, LOCATIONS)]
     return fetch_part(part, without=(ledger.LEDGER_TABLE, *without))
 
@@ -278,7 +408,7 @@ def curate_source(source: SourceConfig, path: str, config: CurationConfig, until
 
     Args:
         path: of the user's own images; "" makes the recipe's.
-        until: "decisions" or "curated".
+        until: "captions", "decisions" or "curated".
 
     Returns:
         the path of the corpus or of the curated directory, and the decision.
@@ -286,15 +416,27 @@ def curate_source(source: SourceConfig, path: str, config: CurationConfig, until
     Raises:
         ValueError: the source is refused, or (until "curated") no record is left.
     """
-    made = [] if path else [make_shard(source, index) for index in range(source.shards)]
+    listing = None
+    if source.urls is not None:
+        listing, _, listed = make_sealed("urls", lambda out: write_listing(source, path, out), logs=(base.REPORT,))
+        groups = num_groups(listed["shards"], config.max_groups)
+        made = [part for group in range(groups) for part in download_group(listing, source, group, groups)]
+    else:
+        made = [] if path else [make_shard(source, index) for index in range(source.shards)]
     corpus_dir, _, report = make_sealed(
         "corpus",
-        lambda out: write_corpus(source, path, made, out),
+        lambda out: write_corpus(source, path, made, out, listing),
         [part.as_parent() for part in made if not part.error],
         logs=CORPUS_LOGS,
     )
     groups = num_groups(report["shards"], config.max_groups)
     indices = [_index("scores", score_group(corpus_dir, config, group, groups)) for group in range(groups)]
+    if config.captioner is not None:
+        draft = draft_corpus(corpus_dir, indices, config, groups)
+        described = [caption_group(corpus_dir, draft, config, group, groups) for group in range(groups)]
+        indices = [_index("captions", parts) for parts in described]
+        if until == "captions":
+            return corpus_dir, draft
     decision = decide_corpus(corpus_dir, indices, config, groups)
     if until == "decisions":
         return corpus_dir, decision

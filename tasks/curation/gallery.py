@@ -59,7 +59,7 @@ def mosaic(engine: Engine, table: str, where: str, shards: Sequence[int]) -> lis
 def duplicate_groups(engine: Engine) -> list[tuple[int, int, list[Shown]]]:
     """(keeper, records that were dropped for it, the first of these) of the first near-duplicate groups, by keeper."""
     query = (
-        "SELECT m.keeper, g.n, m.position, m.measure FROM (SELECT keeper, position, measure, row_number() OVER "
+        "SELECT m.keeper, g.n, m.position, m.how, m.measure FROM (SELECT keeper, position, how, measure, row_number() OVER "
         "(PARTITION BY keeper ORDER BY position) AS place FROM near) m JOIN (SELECT keeper, count(*) AS n FROM near "
         f"GROUP BY keeper ORDER BY keeper LIMIT {GROUPS}) g ON m.keeper = g.keeper WHERE m.place <= {GROUP_SIZE} "
         "ORDER BY m.keeper, m.position"
@@ -67,7 +67,7 @@ def duplicate_groups(engine: Engine) -> list[tuple[int, int, list[Shown]]]:
     groups: dict[int, tuple[int, int, list[Shown]]] = {}
     for row in rows_of(engine, query):
         group = groups.setdefault(row["keeper"], (row["keeper"], row["n"], []))
-        group[2].append(Shown(row["position"], "", f"differs by {row['measure']:.4g}"))
+        group[2].append(Shown(row["position"], "", f"{row['how']} {row['measure']:.4g}"))
     return list(groups.values())
 
 

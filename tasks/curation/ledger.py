@@ -22,7 +22,7 @@ LEDGER = pa.schema(
         ("row", pa.int64()),  # in the shard
     ]
 )
-DEDUP, SHARDS = "deduplication", "shards"
+DEDUP, SHARDS = rules.DEDUP, "shards"
 SHARD_FAILED = "shard_failed"
 # The whole life of a record: step -> the rules in it, in the order in which they are applied. These names are stable.
 STEPS: dict[str, tuple[str, ...]] = {
@@ -31,7 +31,7 @@ STEPS: dict[str, tuple[str, ...]] = {
         step: tuple(rule.name for rule in rules.RULES if rule.step == step)
         for step in dict.fromkeys(rule.step for rule in rules.RULES)
     },
-    DEDUP: ("exact_duplicate", "near_duplicate"),
+    DEDUP: rules.DUPLICATES,
 }
 RULES = tuple(rule for names in STEPS.values() for rule in names)
 VAL_FRACTION = 0.03

@@ -89,8 +89,9 @@ def match_by_hashes(engine: Engine, config: DedupConfig) -> None:
         "SELECT a, b, 'hashes' AS how, CAST(fine AS DOUBLE) AS measure FROM (SELECT p.a, p.b, p.kind, "
         f"hamming(a.phash, b.phash) AS coarse, hamming(a.dhash, b.dhash) AS steps, {fine} AS fine "
         "FROM proposed p JOIN nodes a ON p.a = a.position JOIN nodes b ON p.b = b.position) x "
-        f"WHERE (fine <= {config.max_fine_distance} "
-        f"OR (coarse <= {config.max_both_distances} AND steps <= {config.max_both_distances})) "
+        f"WHERE ((fine <= {config.max_fine_distance} AND greatest(coarse, steps) <= {config.max_far_distance}) "
+        f"OR greatest(coarse, steps) <= {config.max_both_distances} "
+        f"OR (steps <= {config.max_hamming_distance} AND fine <= {config.max_marked_distance})) "
         f"AND NOT (kind = 'dhash' AND coarse <= {config.max_hamming_distance})",  # proposed by pHash as well
     )
 

@@ -7,7 +7,7 @@ A missing value (NULL or NaN) rejects nothing. The SQL is for both table engines
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tasks.curation.config import CurationConfig
@@ -21,6 +21,7 @@ SOURCE, PASS1, PASS2, PASS3, CAPTIONS = (
     "models",
     "captions",
 )
+DEDUP, DUPLICATES = "deduplication", ("exact_duplicate", "near_duplicate")
 NO_CAPTION, CAPTION_TOO_LONG = "no_caption", "caption_too_long"
 
 
@@ -133,7 +134,12 @@ RULES: tuple[Rule, ...] = (
     _below("aesthetic", PASS3, "aesthetic", "min_aesthetic"),
     _below("image_text_similarity", PASS3, "similarity", "min_image_text_similarity"),
     # Before deduplication, so that a record without a caption never displaces its twin that has one.
-    Rule(NO_CAPTION, CAPTIONS, lambda c: "size(words) = 0", lambda c: "'no caption'"),
+    Rule(
+        NO_CAPTION,
+        CAPTIONS,
+        lambda c: f"(size(words) = 0 AND problem NOT IN ({_listed(DUPLICATES)}))" if c.captions.required else "FALSE",
+        lambda c: "CASE WHEN problem_detail <> '' THEN problem_detail ELSE 'no caption' END",
+    ),
     Rule(
         CAPTION_TOO_LONG,
         CAPTIONS,
@@ -142,6 +148,8 @@ RULES: tuple[Rule, ...] = (
             f"concat('every caption is over max_words {c.captions.max_words} (the shortest has ', array_min(words), ')')"
         ),
     ),
+    # Found by deduplication before the others were given captions (captioning/run.py).
+    *(replace(_problem(name), step=DEDUP) for name in DUPLICATES),
 )
 
 

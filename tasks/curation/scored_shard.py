@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from tasks.curation.config import CurationConfig
 from tasks.curation.scorers import Chosen, chosen_scorers, identity
 from tasks.curation.sources.base import Shard
 from tasks.envs import CACHE_VERSIONS
-from tasks.manifest import load_manifest
+from tasks.manifest import Parent, load_manifest
 from tasks.store import Part, fetch_part, home, known_part, make_part
 
 Resources = Literal["shard", "gpu_single"]
@@ -78,21 +79,24 @@ class ShardScores:
             if measured_dir is not None:
                 measured = self._sealed("measured", self._inputs, measured_dir, rows[measured_dir])
             for directory, one in directories.items():
-                parts[one] = self._sealed("columns", keys[one], directory, rows[directory])
+                parents = [measured.as_parent()]  # so that the trace of a record reaches what was computed from it
+                parts[one] = self._sealed("columns", keys[one], directory, rows[directory], parents)
         return measured, parts
 
     def _key(self, one: Chosen, embedding: Part | None = None) -> dict[str, Any]:
         key = self._inputs | {"identity": identity(one)}
         return key | ({"embedding": embedding.digest} if embedding is not None else {})
 
-    def _sealed(self, kind: str, inputs: dict[str, Any], directory: Path, rows: int) -> Part:
+    def _sealed(
+        self, kind: str, inputs: dict[str, Any], directory: Path, rows: int, parents: Sequence[Parent] = ()
+    ) -> Part:
         def make(out: Path) -> int:
             for path in sorted(directory.iterdir()):
                 shutil.move(path, out / path.name)
             return rows
 
         config = inputs | {"digest": self._shard.digest}
-        return make_part(kind, self._shard.shard_id, CACHE_VERSIONS["scores"], inputs, make, config=config)
+        return make_part(kind, self._shard.shard_id, CACHE_VERSIONS["scores"], inputs, make, parents, config)
 
     def _head(self, one: Chosen, measured: Part, embedding: Part | None) -> Part:
         """The columns of a scorer that reads the embedding: no image is read for it."""
@@ -125,9 +129,9 @@ class ShardScores:
 
 
 def fetch_pictures(part: Part) -> Path:
-    """The directory with the thumbnails of a score part: that of its measured part."""
-    directory = fetch_part(part, without=(score.THUMBNAILS_TABLE,))
-    for parent in load_manifest(directory).parents:
-        if parent.kind == "measured":
-            return fetch_part(Part(part.name, parent.kind, parent.digest, parent.uri))
-    return fetch_part(part)
+    """The directory with the thumbnails of a score or captions part: its own, or that of the part that it was made from."""
+    manifest = load_manifest(fetch_part(part, without=(score.THUMBNAILS_TABLE,)))
+    if score.THUMBNAILS_TABLE in manifest.files:
+        return fetch_part(part)
+    (above,) = (parent for parent in manifest.parents if parent.kind in ("measured", "scores", "captions"))
+    return fetch_pictures(Part(part.name, above.kind, above.digest, above.uri))

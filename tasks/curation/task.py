@@ -4,6 +4,8 @@
         per group                                 per group      columns only     per group
 
 Where a scorer asks for a GPU, `score_group_on_gpu` follows `score_group`, for the scorers that are left.
+With a captioner, between scoring and deciding:  draft_corpus -> caption_group
+                                                 columns only    per group
 
 The map tasks have no Flyte cache: a part is made once for its inputs (store.make_part), so that one new shard costs one
 part, whatever group it falls into. A shard that fails does not stop the others: its part names the error.
@@ -18,12 +20,14 @@ from flytekit import Deck, task
 from model.storage import is_remote
 from tasks import envs
 from tasks.artifacts import (
+    CaptionsDir,
     CorpusDir,
     CuratedDir,
     DecisionsDir,
     RecordsDir,
     ScoresDir,
     SelectionsDir,
+    UrlsDir,
     fetch,
     is_local,
     plain_errors,
@@ -60,9 +64,37 @@ def make_group(config: SourceConfig, groups: int, group: int) -> RecordsDir:
     return _index("records", parts)
 
 
+class ListedUrls(NamedTuple):
+    """A list of URLs, and the groups of its shards that map tasks run over."""
+
+    urls: UrlsDir
+    groups: list[int]
+
+
 @task(**envs.gather("curation"))
-def list_corpus(source: SourceConfig, path: str, made: list[RecordsDir], config: CurationConfig) -> Listed:
-    """Lists the shards of a source: the user's own at `path`, else those that were made.
+def list_urls(source: SourceConfig, path: str, config: CurationConfig) -> ListedUrls:
+    """Lists the tables of URLs of a source. Not cached, as `list_corpus`."""
+    from tasks.curation import flow
+
+    _check_store()
+    artifact, _, report = produce("urls", lambda out: flow.write_listing(source, path, out), logs=("report.json",))
+    return ListedUrls(urls=artifact, groups=list(range(num_groups(report["shards"], config.max_groups))))
+
+
+@task(**envs.shard("curation"))
+def download_group(urls: UrlsDir, source: SourceConfig, groups: list[int], group: int) -> RecordsDir:
+    """Downloads the images of one group of a list of URLs into shards of the store."""
+    from tasks.curation import flow
+
+    with plain_errors():
+        return _index("records", flow.download_group(fetch(urls, "urls"), source, group, len(groups)))
+
+
+@task(**envs.gather("curation"))
+def list_corpus(
+    source: SourceConfig, path: str, made: list[RecordsDir], config: CurationConfig, urls: Optional[UrlsDir] = None
+) -> Listed:
+    """Lists the shards of a source: the user's own at `path`, else those that were made, or downloaded from `urls`.
 
     Not cached: the shards are named by their content, and where they are now is read anew.
     """
@@ -70,11 +102,12 @@ def list_corpus(source: SourceConfig, path: str, made: list[RecordsDir], config:
 
     _check_store()
     parts = [part for directory in made for part in read_index(fetch(directory, "records"))]
+    listing = fetch(urls, "urls") if urls is not None else None
     with plain_errors():
         flow.check_made(parts)
     artifact, _, report = produce(
         "corpus",
-        lambda out: flow.write_corpus(source, path, parts, out),
+        lambda out: flow.write_corpus(source, path, parts, out, listing),
         parents=[part.as_parent() for part in parts],
         counts=lambda report: {"shards": int(report["shards"])},
         logs=flow.CORPUS_LOGS,
@@ -105,14 +138,68 @@ def score_group_on_gpu(
         return _index("scores", flow.score_group(fetch(corpus, "corpus"), config, group, len(groups), "gpu_single"))
 
 
+@task(**envs.tables("curation"))
+def draft_corpus(
+    corpus: CorpusDir, scores: list[Optional[ScoresDir]], config: CurationConfig, groups: list[int]
+) -> DecisionsDir:
+    """Decides which images are worth a caption, and their tiers, before there are captions."""
+    from tasks.curation import flow
+
+    indices = [fetch(directory, "scores") if directory is not None else None for directory in scores]
+    with plain_errors():
+        return _index("decisions", [flow.draft_corpus(fetch(corpus, "corpus"), indices, config, len(groups))])
+
+
+@task(**envs.captioner())
+def caption_group(
+    corpus: CorpusDir, drafts: DecisionsDir, config: CurationConfig, groups: list[int], group: int
+) -> CaptionsDir:
+    """Writes captions for the images of the shards of one group, by an endpoint or by rule."""
+    return _caption_group(corpus, drafts, config, len(groups), group)
+
+
+@task(**envs.gpu_single("scorer"))
+def caption_group_gpu(
+    corpus: CorpusDir, drafts: DecisionsDir, config: CurationConfig, groups: list[int], group: int
+) -> CaptionsDir:
+    """The same by a model in this task, on an accelerator."""
+    return _caption_group(corpus, drafts, config, len(groups), group)
+
+
+def _caption_group(corpus: CorpusDir, drafts: DecisionsDir, config: CurationConfig, groups: int, group: int):
+    from tasks.curation import flow
+
+    (draft,) = read_index(fetch(drafts, "decisions"))
+    with plain_errors():
+        return _index("captions", flow.caption_group(fetch(corpus, "corpus"), draft, config, group, groups))
+
+
+@task(**envs.gather("curation"))
+def gather_captions(captions: list[Optional[CaptionsDir]]) -> CaptionsDir:
+    """The index of the captions of a whole corpus."""
+    parts = [part for directory in captions if directory for part in read_index(fetch(directory, "captions"))]
+    with plain_errors():
+        failed = [part for part in parts if part.error]
+        if failed:
+            few = "; ".join(f"{part.name}: {part.error}" for part in failed[:3])
+            raise ValueError(
+                f"{len(failed)} of {len(parts)} shards were not described: {few}. Run again for these alone"
+            )
+    return _index("captions", parts)
+
+
 @task(enable_deck=True, **envs.tables("curation"))
 def decide_corpus(
     corpus: CorpusDir, scores: list[Optional[ScoresDir]], config: CurationConfig, groups: list[int]
 ) -> DecisionsDir:
-    """Decides what becomes of each record of the corpus, from columns alone; the ledger accounts for every one."""
+    """Decides what becomes of each record of the corpus, from columns alone; the ledger accounts for every one.
+
+    `scores`: those of each group; where the recipe has a captioner, the captions, which are scores too.
+    """
     from tasks.curation import flow
 
-    indices = [fetch(directory, "scores") if directory is not None else None for directory in scores]
+    kind = "scores" if config.captioner is None else "captions"
+    indices = [fetch(directory, kind) if directory is not None else None for directory in scores]
     with plain_errors():
         part = flow.decide_corpus(fetch(corpus, "corpus"), indices, config, len(groups))
     directory = fetch_part(part)

@@ -9,9 +9,7 @@ group raises an error that names the failed shards, and a retry encodes only tho
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ import pyarrow.parquet as pq
 from model.config import StageConfig
 from model.data.files import PREFIX
 from tasks import envs
-from tasks.curation.curated import Curated, open_curated
+from tasks.curation.curated import Curated, images_by_tier, open_curated
 from tasks.curation.ledger import LEDGER, LEDGER_TABLE
 from tasks.encoding import latents, texts
 from tasks.encoding.config import EncodingConfig
@@ -33,7 +31,6 @@ from tasks.encoding.report import PAGE, page, title
 from tasks.store import LOCATIONS, Part, fetch_part, group_range, make_part, num_groups, read_index, write_index
 
 TENSORS = (".safetensors",)
-READERS = 16  # threads that read tables of selections
 ENCODING_LEDGER = "encoding_ledger.parquet"
 TEXT_KEYS = ("dtype", "max_text_tokens", "hidden_state_index", "text")
 LOGS = (LOCATIONS, PAGE)  # files that are not part of the artifact's digest
@@ -141,21 +138,6 @@ def fractions_of(curated_dir: str | Path, stage: StageConfig) -> dict[str, float
     ):
         return {tier: float(weight > 0) for tier, weight in stage.tier_weights.items()}
     return latents.drawn_fractions(stage, images_by_tier(curated_dir))
-
-
-def images_by_tier(curated_dir: str | Path) -> dict[str, int]:
-    """Number of images of the train split, by tier."""
-    curated = open_curated(curated_dir)
-    images: Counter[str] = Counter()
-
-    def tiers(part: Part) -> list[dict[str, Any]]:
-        selection = curated.selection(part).select(["tier", "split"])
-        return selection.filter(pc.equal(selection["split"], "train"))["tier"].value_counts().to_pylist()
-
-    with ThreadPoolExecutor(READERS) as pool:
-        for counts in pool.map(tiers, curated.parts()):
-            images.update({count["values"]: count["counts"] for count in counts})
-    return dict(sorted(images.items()))
 
 
 def _lazy(make: Callable[[], Callable]) -> Callable:

@@ -116,7 +116,7 @@ def _judges_of(judges: str, name: str, names: Sequence[str], roles: Sequence[str
     for item in (part.strip() for part in judges.split(",") if part.strip()):
         before, equals, judge = item.rpartition("=")
         benchmark, dot, role = before.rpartition(".")
-        if equals and not dot and before in names:
+        if equals and not dot and (before in names or before in registry.BENCHMARKS):
             benchmark, role = before, ""
         if benchmark and benchmark not in names:
             raise ValueError(f"judges has {item!r}, and the benchmarks are {', '.join(names)}")

@@ -50,6 +50,7 @@ def plan_benchmarks(
 
     `recipe` has the settings; "" takes those that a published pipeline was scored with.
     """
+    from eval import catalog
     from tasks.evaluation import models, plan
     from tasks.recipe import load_recipe
 
@@ -59,9 +60,12 @@ def plan_benchmarks(
         else:
             base = models.published_settings(model) or {}
         changes = [overrides] if isinstance(overrides, str) else overrides
-        return plan.plan_benchmarks(
+        configs = plan.plan_benchmarks(
             benchmarks, base, [c for c in changes if c], judges, packaged=is_local() and not _has_gpu()
         )
+        for config in configs if is_local() else ():
+            catalog.check_installed(config)
+        return configs
 
 
 def _has_gpu() -> bool:

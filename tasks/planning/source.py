@@ -24,3 +24,13 @@ def check_source(path: str, local: bool) -> None:
         raise ValueError(
             f"source {visible(path)!r} is a path of your machine, which the cluster cannot read; give an s3:// URI"
         )
+
+
+def check_takedown(path: str | None, local: bool) -> None:
+    """Refuses, without looking at it, a takedown list that the cluster cannot read.
+
+    Raises:
+        ValueError: on a cluster a path of somebody's machine.
+    """
+    if path and not storage.is_remote(path) and not local:
+        raise ValueError(f"curation.takedown={visible(path)!r} is a path of your machine; give an s3:// URI")

@@ -14,6 +14,7 @@ from model.config import MergeConfig, TransformerConfig
 from model.stages import TrainingStage
 from tasks import envs
 from tasks.artifacts import CuratedDir, fetch, is_local, plain_errors
+from tasks.curation.captioning import check_captioner
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.curation.scorers import check_settings
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
@@ -29,7 +30,7 @@ from tasks.planning.sections import (
     stage_named,
     stages,
 )
-from tasks.planning.source import check_source
+from tasks.planning.source import check_source, check_takedown
 from tasks.publishing.config import PublishConfig
 from tasks.recipe import load_recipe
 from tasks.store import home
@@ -66,11 +67,14 @@ def resolve_recipe(
         check_workflow(loaded, ends_in, starts_from)
         path = ""
         if starts_from == "source":
+            check_takedown(loaded.curation.takedown, is_local())
             path = source or loaded.source.path or ""
             check_source(path, is_local())
             check_settings(loaded.curation.scorers)
         if HOPS.index(starts_from) < HOPS.index("checkpoints") <= HOPS.index(ends_in):
             check_ranks(loaded.train, envs.TRAIN_NNODES, envs.TRAIN_NPROC, is_local())
+        if starts_from == "source" and loaded.curation.captioner is not None:
+            check_captioner(loaded.curation.captioner)
     if path and (loaded.source.scenes or loaded.source.digits):  # a recipe for made images, given others
         loaded = for_own_images(loaded)
         words = loaded.curation.captions.max_words
@@ -101,7 +105,7 @@ def resolve_recipe(
 @task(**envs.light("curation"))
 def check_curated(curated: CuratedDir, stages: list[Stage]) -> dict[str, int]:
     """Refuses a corpus that leaves a stage without images, before it is encoded. Returns the images of each tier."""
-    from tasks.encoding.flow import images_by_tier
+    from tasks.curation.curated import images_by_tier
 
     path = fetch(curated, "curated")
     with plain_errors():

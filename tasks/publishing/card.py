@@ -161,7 +161,8 @@ def _scores(scorecard: dict[str, Any] | None) -> str:
 def _spread(recipe: dict[str, Any], scorecard: dict[str, Any]) -> str:
     """Standard errors of the overall score by their source, and the command that measures each."""
     noise, name = scorecard["overall"]["noise"], _text(recipe["name"])
-    evaluate = f"pyflyte run workflows/evaluate.py evaluate --recipe {name} --model DIR --benchmarks {_text(scorecard['benchmark'])}"
+    benchmark = _text(recipe["eval"]["benchmark"])
+    evaluate = f"pyflyte run workflows/evaluate.py evaluate --model DIR --benchmarks {benchmark} --recipe {name}"
     study = f'pyflyte run workflows/study.py study --recipe {name} --variants "" --seeds 0,1,2,3,4'
     training = f"not measured here: these weights are one training, seed {recipe['train']['seed']}"
     if noise["training"] is not None:

@@ -4,6 +4,7 @@ other workflows beside them, in the same home."""
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,7 @@ def test_a_recipe_of_any_number_of_stages_is_reproduced(reproduced, home, count)
 
 @pytest.mark.slow
 def test_recipes_share_the_corpus_the_components_and_equal_stages(reproduced):
-    results = {"merged": 1, "images": 1, "scorecard": 1, "pipeline": 1}
+    results = {"merged": 1, "images": 1, "answers": 1, "scorecard": 1, "pipeline": 1}
     (_, one), (_, two), (_, five) = reproduced.values()
     assert one["curated"] == one["components"] == one["checkpoints"] == 1
     parts = {kind: two.pop(kind) for kind in ("latents", "texts") if kind in two}
@@ -128,15 +129,21 @@ def test_training_evaluating_and_publishing_start_from_artifacts(reproduced, hom
     assert done.returncode == 0 and str(outputs["curated"]) in done.stdout, done.stderr[-3000:]
     done = home.invoke("--recipe", recipe, "--curated", str(outputs["curated"]), workflow="train")
     assert done.returncode == 0 and str(outputs["merged"]) in done.stdout, done.stderr[-3000:]
-    options = ["--recipe", recipe, "--merged", str(outputs["merged"]), "--components", str(components)]
-    done = home.invoke(*options, workflow="evaluate")
-    assert done.returncode == 0 and str(outputs["scorecard"]) in done.stdout, done.stderr[-3000:]
-    options += ["--scorecard", str(outputs["scorecard"]), "--curated", str(outputs["curated"])]
-    done = home.invoke(*options, workflow="publish")
+    options = ["--recipe", recipe, "--components", str(components)]
+    given = ["--merged", str(outputs["merged"]), "--scorecard", str(outputs["scorecard"])]
+    done = home.invoke(*options, *given, "--curated", str(outputs["curated"]), workflow="publish")
     assert done.returncode == 0 and str(outputs["pipeline"]) in done.stdout, done.stderr[-3000:]
     done = home.invoke("--recipe", recipe, workflow="pretrain")
     assert done.returncode == 0 and str(outputs["merged"]) in done.stdout, done.stderr[-3000:]
     assert home.listing() == before
+    options += ["--model", str(outputs["merged"]), "--benchmarks", "shapes"]
+    done = home.invoke(*options, workflow="evaluate")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    card = re.findall(r"/\S+/scorecard/[0-9a-f]{64}", done.stdout)[-1]
+    scores = [
+        json.loads((Path(path) / "scorecard.json").read_text())["overall"] for path in (card, outputs["scorecard"])
+    ]
+    assert scores[0] == scores[1]
 
 
 @pytest.mark.slow
@@ -147,7 +154,7 @@ def test_an_ablation_shares_the_data_and_ends_in_a_scorecard(reproduced, home, t
     made = home.outputs(home.invoke("--recipe", recipe, workflow="ablate"), of="Ablation")
     after = home.listing()
     added = {kind: len(after[kind] - before[kind]) for kind in after if after[kind] - before[kind]}
-    assert added == {"checkpoints": 2, "merged": 1, "images": 1, "scorecard": 1}
+    assert added == {"checkpoints": 2, "merged": 1, "images": 1, "answers": 1, "scorecard": 1}
     for path in made.values():
         verify(path)
     assert json.loads((made["scorecard"] / "scorecard.json").read_text())["counts"]["failed"] == 0

@@ -170,3 +170,19 @@ def test_every_loss_and_optimiser_of_a_recipe_has_its_function():
 
     assert set(LossConfig.model_fields) == {*LOSSES, *AFTER_STEP}
     assert set(get_args(OptimConfig.model_fields["matrices"].annotation)) == set(OPTIMIZERS)
+
+
+def test_a_captioner_describes_after_a_class_and_an_entry(monkeypatch):
+    from tasks.curation import captioning
+    from tasks.curation.captioning import checks
+    from tasks.curation.config import CaptionerConfig
+
+    code = added_module(monkeypatch, "A captioner", "tasks.curation.captioning.colors")
+    spec = eval(code["python"][1], {"CaptionerSpec": captioning.CaptionerSpec})
+    monkeypatch.setattr(captioning, "CAPTIONERS", (*captioning.CAPTIONERS, spec))
+    config = CaptionerConfig(**yaml.safe_load(code["yaml"][0])["curation"]["captioner"])
+    image = Image.new("RGB", (8, 8), (20, 30, 200))
+    request = captioning.Request("0" * 64, "short", 1, image, config.prompt("A1", "short"), 64, 1)
+    ((_, answer),) = captioning.build_captioner(config).answers([request])
+    assert checks.judge(answer, config.lengths["short"], config.language) == ("a picture that is bluish", "ok")
+    assert captioning.identity(config) == "colors@1"

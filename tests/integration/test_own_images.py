@@ -33,7 +33,7 @@ def own_images(tmp_path) -> Path:
 @pytest.mark.slow
 def test_own_images_go_the_same_way_and_a_changed_image_redoes_its_own_shard(own_images, tmp_path):
     home, source = Home(tmp_path / "home"), ["--source", str(own_images)]
-    # Shards of a few images, and a stage that draws all images, so that the changed one is encoded again.
+    # Shards of a few images. The small VAE is trained on them, so that a changed image redoes all that is encoded.
     train = {"stages": [{"name": "only", "image_size_px": 64, "steps": 2, "batch_size": 64, "capacity_factors": 2.0}]}
     recipe = small_recipe(tmp_path, [64], train=train, source={"images_per_shard": 20})
     first = home.outputs(home.invoke("--recipe", recipe, *source))
@@ -53,9 +53,10 @@ def test_own_images_go_the_same_way_and_a_changed_image_redoes_its_own_shard(own
     assert second["curated"] != first["curated"] and second["pipeline"] != first["pipeline"]
     assert added["checkpoints"] == added["merged"] == added["pipeline"] == 1
     parts = {
-        kind: [path for path in _parts(home, kind) if path.name not in before[kind]] for kind in ("scores", "latents")
+        kind: [path for path in _parts(home, kind) if path.name not in before[kind]]
+        for kind in ("scores", "selections")
     }
-    assert {kind: len(new) for kind, new in parts.items()} == {"scores": 1, "latents": 1}
+    assert {kind: len(new) for kind, new in parts.items()} == {"scores": 1, "selections": 1}
 
 
 def _parts(home: Home, kind: str) -> list[Path]:

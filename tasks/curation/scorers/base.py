@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
-import importlib.util
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,10 +125,10 @@ def check_range(scorer: str, column: Column, values: np.ndarray) -> None:
 
 @functools.cache
 def _code_digest(module: str) -> str:
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
-        return hashlib.sha256(module.encode()).hexdigest()  # made in memory, by a test
-    tree = ast.parse(Path(spec.origin).read_text())
+    file = getattr(importlib.import_module(module), "__file__", None)
+    if file is None:
+        return hashlib.sha256(module.encode()).hexdigest()  # made in memory
+    tree = ast.parse(Path(file).read_text())
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             first = node.body[0] if node.body else None

@@ -108,8 +108,8 @@ def _field(data: bytes, table: int, number: int) -> int | None:
     return table + offset if offset else None
 
 
-def scan(shown: str, file: BinaryIO, wanted: tuple[str, ...]) -> int | None:
-    """The number of rows; None if no column is of image bytes.
+def scan(shown: str, file: BinaryIO, wanted: tuple[str, ...]) -> tuple[int, list[str]] | None:
+    """The number of rows, and columns of images that are not read; None if no column is of image bytes.
 
     Raises:
         ValueError: no caption column, a column twice, no row with image bytes, or not a readable file.
@@ -125,7 +125,7 @@ def scan(shown: str, file: BinaryIO, wanted: tuple[str, ...]) -> int | None:
             with_bytes += len(batch) - tables.count_without_bytes(batch.column(columns.image))
     if rows and not with_bytes:
         raise ValueError(f"{shown}: none of its rows has image bytes; they name files ({columns.image}.path)")
-    return rows
+    return rows, tables.further_images(schema)
 
 
 def read(place: Place, name: str, options: Options, account: Account) -> Iterator[Record]:

@@ -58,7 +58,11 @@ _CONTAINER = re.compile(r"\.(tar|tgz|tar\.gz|tar\.bz2|tar\.xz|parquet|arrow):", 
 UNREADABLE_CAPTION = "unreadable_caption"
 AMBIGUOUS_CAPTION = "ambiguous_caption"
 UNREADABLE_FILE = "unreadable_file"
-PROBLEMS = (UNREADABLE_FILE, UNREADABLE_CAPTION, AMBIGUOUS_CAPTION)  # rules of the ledger
+URL_PROBLEMS = tuple(
+    f"url_{why}" for why in ("invalid", "forbidden", "robots", "gone", "failed", "too_large", "type", "redirects")
+)  # why an image was not downloaded (urls/fetch.py)
+TAKEDOWN = "takedown"  # on the list of curation.takedown
+PROBLEMS = (TAKEDOWN, UNREADABLE_FILE, UNREADABLE_CAPTION, AMBIGUOUS_CAPTION, *URL_PROBLEMS)  # rules of the ledger
 
 
 class Shard(NamedTuple):
@@ -66,7 +70,7 @@ class Shard(NamedTuple):
 
     shard_id: 16 hex digits, a function of the shard's content, of its name inside the source and of the settings that
         decide what its captions are; not of the place of the source.
-    kind: "tar", "parquet", "arrow" or "files".
+    kind: "tar", "parquet", "arrow", "files" or "urls" (downloaded images).
     uri: of the tar, Parquet or Arrow file; of the source's root for "files". A relative one lies beside the table.
     first_row, num_rows: the range of a Parquet file's rows; num_rows is -1 where only reading tells (a remote tar).
     size_bytes: of the file, of the row groups, or of the image files together.

@@ -14,7 +14,7 @@ from typing import Any
 
 from tasks.curation.sources.base import CAPTION_COLUMNS, extension, visible
 
-SIDECAR_EXTENSIONS = ("txt", "caption", "json")
+SIDECAR_EXTENSIONS = ("txt", "text", "caption", "prompt", "json")
 MAX_TEXT_BYTES, MAX_JSON_BYTES = 2**20, 4 * 2**20
 _MARKS = (  # the longer first: UTF-32's begins with UTF-16's
     (codecs.BOM_UTF8, "utf-8"),

@@ -55,13 +55,28 @@ class Corpus:
         """
         yield from records_in_order(self._read(shard, account))
 
+    def scenes(self, shard: Shard) -> dict[str, dict]:
+        """What the rendered scenes of a made shard show: key -> made.scenes.Scene as a dict. Empty for other shards."""
+        if shard.source == "user":
+            return {}
+        from tasks.curation.sources.made import corpus
+
+        return corpus.read_scenes(self._made_uri(shard))
+
+    def _made_uri(self, shard: Shard) -> str:
+        return shard.uri if is_remote(shard.uri) or os.path.isabs(shard.uri) else join(self.directory, shard.uri)
+
     def _read(self, shard: Shard, account: Account) -> Iterator[Record]:
         if shard.source != "user":
             from tasks.curation.sources.made import corpus
 
-            uri = shard.uri if is_remote(shard.uri) or os.path.isabs(shard.uri) else join(self.directory, shard.uri)
-            above, _, name = uri.rpartition("/")
+            above, _, name = self._made_uri(shard).rpartition("/")
             yield from corpus.read(places.at(above), name, shard, account)
+            return
+        if shard.kind == "urls":
+            from tasks.curation.sources.urls import shards
+
+            yield from shards.read(shard, account)
             return
         root = self.report["root"]
         place, table = (

@@ -169,7 +169,8 @@ class Listed:
         return list(dict.fromkeys(captions)), ambiguous, "" if captions else no_column
 
     def _candidates(self, paths: list[str]) -> list[tuple[int, str, int, int, str, int]]:
-        folds = list(dict.fromkeys(to_bytes(fold(path)) for path in paths))
+        # Archives of Windows, unpacked elsewhere, leave \\ in the names of files, which rows write as /.
+        folds = list(dict.fromkeys(to_bytes(fold(path.replace("\\", "/"))) for path in paths))
         marks = ", ".join("?" * len(folds))
         query = f"SELECT rowid, name, file, line, captions, shared FROM rows WHERE fold IN ({marks}) ORDER BY rowid LIMIT {MAX_ROWS_PER_IMAGE + 1}"  # noqa: S608
         rows = [(row[0], from_bytes(row[1]), *row[2:]) for row in self._db.execute(query, folds)]

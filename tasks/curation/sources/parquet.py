@@ -66,8 +66,11 @@ def opened(shown: str, file: BinaryIO) -> Iterator[pq.ParquetFile]:
         raise ValueError(f"{shown} is not a readable Parquet file: {_one_line(error)}") from error
 
 
-def scan(shown: str, file: BinaryIO, wanted: tuple[str, ...], rows_per_shard: int) -> tuple[list[Range], str] | None:
-    """The ranges of a file that become shards, and its schema as text; None if no column is of image bytes.
+def scan(
+    shown: str, file: BinaryIO, wanted: tuple[str, ...], rows_per_shard: int
+) -> tuple[list[Range], str, list[str]] | None:
+    """The ranges of a file that become shards, its schema as text, and columns of images that are not read; None if no
+    column is of image bytes.
 
     Raises:
         ValueError: no caption column, a column twice, no row with image bytes, or not a readable file.
@@ -97,9 +100,10 @@ def scan(shown: str, file: BinaryIO, wanted: tuple[str, ...], rows_per_shard: in
             row += rows
         why = _without_bytes(groups, columns.image)
         schema = "\n".join(f"{field.name}: {field.type}" for field in parquet.schema_arrow)
+        further = tables.further_images(parquet.schema_arrow)
     if why is not None:
         raise ValueError(f"{shown}: none of {count_of(row, 'row')} has image bytes{why}")
-    return [found for found in ranges if found.num_rows], schema
+    return [found for found in ranges if found.num_rows], schema, further
 
 
 def _row_groups(shown: str, file: BinaryIO) -> list[RowGroup]:

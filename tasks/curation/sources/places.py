@@ -112,6 +112,9 @@ class Place:
         """One folder by its path; None where there is none."""
         raise NotImplementedError
 
+    def root(self) -> Folder:
+        return self._list("")
+
     def size(self, name: str) -> int:
         raise NotImplementedError
 

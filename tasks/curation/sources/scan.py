@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.curation.config import SourceConfig
-from tasks.curation.sources import arrow, folder, parquet, places, tars
+from tasks.curation.sources import arrow, folder, parquet, places, tables, tars
 from tasks.curation.sources.base import (
     AMBIGUOUS_CAPTION,
     FILES_FOLDER,
@@ -47,7 +47,7 @@ from tasks.curation.sources.base import (
 )
 from tasks.curation.sources.folder import File, Texts
 from tasks.curation.sources.metadata_files import Listed, is_metadata
-from tasks.curation.sources.pairing import Rivals, pair
+from tasks.curation.sources.pairing import Rivals, fold, pair
 from tasks.curation.sources.places import Folder, Place, RemotePlace
 
 PROGRESS_S = 5.0
@@ -55,7 +55,8 @@ TABLE_ROWS = 1000  # of shards.parquet, written at a time
 NO_IMAGE_COLUMN = "without image bytes"
 VALID = (
     f"give a folder of images (.{', .'.join(IMAGE_EXTENSIONS[:5])} ...) with captions beside them, WebDataset tars, "
-    "or Parquet files with a column of image bytes (image) and one of captions (text)"
+    "or Parquet files with a column of image bytes (image) and one of captions (text); tables of image URLs need "
+    "source.urls"
 )
 
 
@@ -146,6 +147,7 @@ class _Scan:
         self.options = Options(config.encoding, config.caption_columns)
         self.account = Account()
         self._files, self._report_at = 0, time.monotonic() + PROGRESS_S
+        self._listed_at, self._names = "", None  # the folder whose folders were looked at last
 
     def run(self) -> None:
         texts = self.config.captions_folder
@@ -245,7 +247,7 @@ class _Scan:
             return
         sources: dict[str, list[tuple[str, list[str], str]]] = {}
         for path in folder.caption_folders(found.path, self.config.captions_folder):
-            other = self.place.folder(path)
+            other = self._folder(path)
             if other is None:
                 continue
             texts = [name for name in other.files if folder.is_text(name) and not name.startswith(".")]
@@ -259,6 +261,19 @@ class _Scan:
             if len(candidates) > 1:
                 why = f"{' and '.join(visible(path) for path, _, _ in candidates[:2])} both have captions of it"
             rows[image] = candidates[0][1], [], why
+
+    def _folder(self, path: str) -> Folder | None:
+        """A folder by its path in any case of letters, unless two differ in that alone."""
+        at = ""
+        for part in path.split("/"):
+            if self._listed_at != at or self._names is None:
+                self._names, self._listed_at = (self.place.folder(at) if at else self.place.root()), at
+            names = self._names.folders if self._names is not None else []
+            same = [part] if part in names else [name for name in names if fold(name) == fold(part)]
+            if len(same) != 1:
+                return None
+            at = f"{at}/{same[0]}" if at else same[0]
+        return self.place.folder(at)
 
     def _file(self, path: str, size: int, texts: list[str], captions: list[str], why: str) -> File:
         self._files += 1
@@ -336,7 +351,8 @@ class _Scan:
             self.account.skip(f".parquet {NO_IMAGE_COLUMN}", path)
             return
         self.account.use()
-        ranges, schema = found
+        ranges, schema, further = found
+        self._skip_columns(path, further)
         for rows in ranges:
             digest = self.place.digest(path, rows.begin, rows.end)
             name = shard_id("parquet", path, rows.first_row, digest, self.options, digest_of(schema, rows.num_rows))
@@ -348,14 +364,20 @@ class _Scan:
         with _naming(shown):
             check_size(shown, self.place.size(path))
         with _naming(shown), self.place.local_copy(path) as file:
-            rows = arrow.scan(shown, file, self.options.caption_columns)
-        if rows is None:
+            found = arrow.scan(shown, file, self.options.caption_columns)
+        if found is None:
             self.account.skip(f".arrow {NO_IMAGE_COLUMN}", path)
             return
         self.account.use()
+        rows, further = found
+        self._skip_columns(path, further)
         size, digest = self.place.size(path), self.place.digest(path)
         name = shard_id("arrow", path, 0, digest, self.options)
         self.table.add(Shard(name, "arrow", self.place.uri(path), 0, rows, size, digest, "user"))
+
+    def _skip_columns(self, path: str, names: list[str]) -> None:
+        for name in names:
+            self.account.skip(tables.FURTHER, f"{path}: {name}")
 
 
 class _naming:

@@ -32,6 +32,7 @@ from tasks.curation.sources.caption_text import (
 
 IMAGE_COLUMNS = ("image", "images", "image_bytes", "img", "jpg", "jpeg", "png", "webp")
 NO_BYTES, SEVERAL = "row without image bytes", "row with several images"
+FURTHER = "further column of images"
 
 
 class Columns(NamedTuple):
@@ -51,6 +52,15 @@ def columns_of(schema: pa.Schema, wanted: tuple[str, ...]) -> Columns | None:
         return None
     captions = [name for name in caption_columns(schema.names, wanted) if name != names[0]]
     return Columns(names[0], captions)
+
+
+def further_images(schema: pa.Schema) -> list[str]:
+    """The columns of image bytes besides the one that is read."""
+    columns = columns_of(schema, ())
+    names = [
+        name for name in schema.names if column_name(name) in IMAGE_COLUMNS and _has_bytes(schema.field(name).type)
+    ]
+    return [name for name in names if columns is not None and name != columns.image]
 
 
 def check_columns(shown: str, schema: pa.Schema, wanted: tuple[str, ...]) -> None:
@@ -148,19 +158,28 @@ def _as_bytes(column: pa.Array) -> pa.Array:
     kind = column.type
     if types.is_dictionary(kind):
         return _as_bytes(column.dictionary_decode())
-    if types.is_string(kind) or types.is_large_string(kind):
+    if _is_text(kind):
         return column.cast(pa.large_binary())
-    if (types.is_list(kind) or types.is_large_list(kind)) and (
-        types.is_string(kind.value_type) or types.is_large_string(kind.value_type)
-    ):
+    if _is_list(kind) and _is_text(kind.value_type):
         return column.cast(pa.large_list(pa.large_binary()))
     return column
 
 
+def _is_text(kind: pa.DataType) -> bool:
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+
+
 def _has_bytes(kind: pa.DataType) -> bool:
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_dictionary(kind):
+    if _is_list(kind) or types.is_dictionary(kind):
         return _has_bytes(kind.value_type)
     if types.is_struct(kind):
         index = kind.get_field_index("bytes")
         return index >= 0 and _has_bytes(kind.field(index).type)
-    return types.is_binary(kind) or types.is_large_binary(kind)
+    return any(
+        is_one(kind)
+        for is_one in (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
+    )

@@ -87,11 +87,59 @@ def test_a_roles_lock_has_every_package_that_its_own_folder_imports(role):
         for package, path in _third_party(FOLDERS[role]).items()
         if package in distributions
         and path != "tasks/elastic.py"  # loaded by training tasks of several processes alone
+        and path != "tasks/hub_directory.py"  # python -m tasks.trace on a person's machine
         and package != "triton"  # used where it is installed; torchtitan needs it, and so the trainer has it
         and not locked & {canonicalize_name(name) for name in distributions[package]}
     }
     assert not missing
 
 
-def test_the_planners_image_has_no_torch():
-    assert not _locked("curation") & {"torch", "diffusers", "transformers", "triton"}
+HEAVY = {"torch", "diffusers", "transformers", "triton"}
+
+
+def _loaded(module: str, seen: dict[str, set[str]]) -> set[str]:
+    """Top-level packages that importing a module of ours loads: of its own top level, and of what that imports."""
+    if module in seen or not (path := _file(module)):
+        return seen.get(module, set())
+    seen[module] = set()
+    tree = ast.parse(path.read_text())
+    tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    packages = set()
+    for node in tree.body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+        if isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            above = [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)]
+            ours = name.split(".")[0] in OURS
+            packages |= set().union(*(_loaded(each, seen) for each in above)) if ours else {name.split(".")[0]}
+    seen[module] = packages
+    return packages
+
+
+def test_the_planner_and_curation_load_no_torch_whatever_their_tasks_import():
+    assert not _locked("curation") & HEAVY
+    seen: dict[str, set[str]] = {}
+    for folder in FOLDERS["curation"]:
+        for path in ROOT.joinpath(*folder.split(".")).rglob("*.py"):
+            for name in _imports(path):
+                if name.split(".")[0] in OURS:
+                    heavy = _loaded(name, seen) & HEAVY
+                    assert not heavy, f"{path.relative_to(ROOT)} imports {name}, which loads {', '.join(heavy)}"
+
+
+@pytest.mark.parametrize("role", lock.ROLES)
+def test_a_roles_lock_has_what_loads_with_the_modules_that_its_tasks_import(role):
+    """Also with modules of other folders, such as the sources of curation, from which the encoder reads images."""
+    distributions, locked = packages_distributions(), _locked(role)
+    seen: dict[str, set[str]] = {}
+    for folder in FOLDERS[role]:
+        for path in ROOT.joinpath(*folder.split(".")).rglob("task.py"):
+            for name in _imports(path):
+                if name.split(".")[0] not in OURS:
+                    continue
+                for package in _loaded(name, seen):
+                    names = {canonicalize_name(n) for n in distributions.get(package, [])}
+                    assert not names or names & locked, (
+                        f"{name}, which {path.relative_to(ROOT)} imports, loads {package}"
+                    )

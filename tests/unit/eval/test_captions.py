@@ -14,7 +14,7 @@ from eval.benchmarks.base import Judged
 from eval.benchmarks.captions import REAL
 from eval.card import load
 from eval.config import EvalConfig
-from eval.generate import generate
+from eval.generate import copy_references, generate
 from eval.scorecard import judge_run, lines, rescore
 from eval.shapes_judge import ShapesDetector
 
@@ -119,7 +119,7 @@ def run(tmp_path):
         return pictures
 
     generate(sampler, catalog.prompts(config), config, tmp_path / "run", log=lambda _: None)
-    (tmp_path / "given" / "reference").rename(tmp_path / "run" / "images" / "reference")
+    copy_references(catalog.prompts(config), tmp_path / "given", tmp_path / "run" / "images")
     return tmp_path / "run", config
 
 
@@ -168,6 +168,15 @@ def test_flow_losses_are_averaged_over_prompts_by_timestep_and_a_damaged_file_is
     path.write_text("[]")
     with pytest.raises(ValueError, match=r"seed1/00019/flow_loss.json is not a file of losses"):
         flow_loss.read(folder / "images", prompts, (0, 1))
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "absent.png"])
+def test_a_real_image_must_lie_below_the_file_of_captions(tmp_path, name):
+    (tmp_path / "given").mkdir()
+    (tmp_path / "secret.png").write_bytes(b"x")
+    with pytest.raises(ValueError, match="is no file below"):
+        copy_references([{"id": "0", "reference": {"file": name}}], tmp_path / "given", tmp_path / "images")
+    assert not (tmp_path / "images").exists()
 
 
 @pytest.mark.parametrize(

@@ -69,10 +69,11 @@ def test_a_changed_part_is_refused():
         store.fetch_part(part)
 
 
-def test_an_index_lists_parts_and_does_not_depend_on_where_they_are(tmp_path, monkeypatch):
+def test_an_index_lists_parts_and_does_not_depend_on_where_they_are_or_who_made_them(tmp_path, monkeypatch):
     digests = []
-    for home in ("one", "two"):
+    for home, execution in (("one", ""), ("two", "f0123456789abcdef")):
         monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / home))
+        monkeypatch.setenv("FLYTE_INTERNAL_EXECUTION_ID", execution)
         maker = Maker()
         parts = [maker.part(name, name * 3) for name in "abc"] + [Part("d", "scores", error="unreadable")]
 

@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from model import storage
 from model.storage import is_remote, join
 from tasks.curation.config import SourceConfig
 from tasks.curation.sources import tar_format
@@ -176,6 +177,17 @@ def read(place: Place, name: str, shard: Shard, account: Account) -> Iterator[Re
                 raise ValueError(f"{shown}: record {image[0]!r} has no {image[0]}.json")
     except (tar_format.TarError, OSError) as error:
         raise ValueError(f"{shown} is not a readable record shard: {visible(str(error))}") from error
+
+
+def read_scenes(uri: str) -> dict[str, dict]:
+    """key -> scene of the records of the tar at `uri` that show one, from the table beside it."""
+    filesystem, path = storage.filesystem(join(uri.rpartition("/")[0], TRUTH_TABLE))
+    if not filesystem.exists(path):
+        return {}
+    with filesystem.open(path, "rb") as file:
+        table = pq.read_table(file, columns=["key", "scene"])
+    rows = zip(table["key"].to_pylist(), table["scene"].to_pylist(), strict=True)
+    return {key: json.loads(scene) for key, scene in rows if scene}
 
 
 def _add(tar: tarfile.TarFile, made: Made) -> None:

@@ -117,7 +117,7 @@ def test_another_number_of_groups_gives_the_same_parts(tars, home):
 
 def test_two_homes_give_the_same_digests_wherever_the_source_is(tars, tmp_path, monkeypatch):
     digests = []
-    for name in ("a", "b"):
+    for name in ("a", "another"):  # of another length
         source = shutil.copytree(tars, tmp_path / name / "source")
         monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / name / "home"))
         digests.append(load_manifest(curate(source)).digest)
@@ -134,7 +134,7 @@ def test_a_source_that_moved_is_read_where_it_is_now(tars, tmp_path):
 def test_a_made_source_gives_the_same_digests_in_two_homes(tmp_path, monkeypatch):
     source = SourceConfig(scenes=30, digits=4, scene_size_px=64, shards=2, defect_fraction=0.1)
     digests = []
-    for name in ("a", "b"):
+    for name in ("a", "another"):  # of another length
         monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / name))
         curated, _ = flow.curate_source(source, "", CONFIG)
         digests.append(load_manifest(curated).digest)
@@ -188,7 +188,7 @@ def test_a_group_whose_task_never_finished_counts_as_failed(tars):
     )
     parts = flow.score_group(corpus, CONFIG, 0, 3)
     index, _, _ = make_sealed("scores", lambda out: write_index(out, parts), logs=(LOCATIONS,))
-    with pytest.raises(ValueError, match="2 of 3 shards could not be scored .*the task that scores its group did not"):
+    with pytest.raises(ValueError, match="2 of 3 shards could not be scored .*the task of its group did not"):
         flow.decide_corpus(corpus, [index, None, None], CONFIG, 3)
 
 

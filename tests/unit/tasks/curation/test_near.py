@@ -47,7 +47,9 @@ def distance(a: dict, b: dict, names=("phash",)) -> int:
 def is_match(a: dict, b: dict, radius: int) -> bool:
     """The rule, by definition."""
     coarse, steps = distance(a, b), distance(a, b, ["dhash"])
-    return min(coarse, steps) <= radius and (distance(a, b, PHASH256) <= 64 or max(coarse, steps) <= 10)
+    fine, far = distance(a, b, PHASH256), max(coarse, steps)
+    confirmed = (fine <= 64 and far <= 20) or far <= 10 or (steps <= radius and fine <= 96)
+    return min(coarse, steps) <= radius and confirmed
 
 
 def sequential(rows: list[dict], radius: int) -> dict[int, int]:

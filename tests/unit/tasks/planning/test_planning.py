@@ -19,7 +19,7 @@ from tasks.recipe import load_recipe
 
 def test_another_stages_steps_do_not_touch_this_stage():
     before = load_recipe("tiny")
-    after = load_recipe("tiny", ["train.stages[2].steps=7"])
+    after = load_recipe("tiny", ["train.stages[2].steps=1201"])
     assert [one == other for one, other in zip(stages(before), stages(after))] == [True, True, False]
 
 
@@ -34,7 +34,9 @@ def test_own_images_keep_long_captions_and_every_shape_and_need_no_psnr_and_chan
     check_workflow(own)
     parts = {name: getattr(recipe, name) for name in ("curation", "components", "encoding", "eval")}
     assert own.model_copy(update=parts) == recipe
-    assert own.curation.filters == recipe.curation.filters and own.components.vae == recipe.components.vae
+    assert own.curation.filters == recipe.curation.filters.model_copy(update={"formats": own.curation.filters.formats})
+    assert set(own.curation.filters.formats) > set(recipe.curation.filters.formats)  # those of phones
+    assert own.components.vae == recipe.components.vae
 
 
 def test_each_stage_trains_at_its_own_capacity_and_seed():
@@ -206,3 +208,10 @@ def test_an_index_of_which_a_part_is_gone_is_forgotten(tmp_path, monkeypatch):
     assert local_cache.forget_lost_artifacts(str(tmp_path / "cache")) == 0
     shutil.rmtree(part.uri)
     assert local_cache.forget_lost_artifacts(str(tmp_path / "cache")) == 1
+
+
+def test_own_images_may_be_of_the_formats_of_phones_unless_the_recipe_names_formats():
+    own = for_own_images(load_recipe("smoke"))
+    assert own.curation.filters.formats == ("JPEG", "PNG", "WEBP", "AVIF", "HEIF")
+    named = for_own_images(load_recipe("smoke", ["curation.filters.formats=[PNG]"]))
+    assert named.curation.filters.formats == ("PNG",)

@@ -201,8 +201,8 @@ def test_a_source_without_images_is_one_error_with_what_was_seen(tmp_path):
     refused(tmp_path / "missing", "missing", "does not exist", "folder of images")
     refused(source / "missing" / "deep", "does not exist")
     refused(source, "is empty", "WebDataset")
-    write(source, {"a.txt": "x", "b.txt": "x", "c.heic": "x"})
-    refused(source, "has no image", "2 x .txt (a.txt), 1 x .heic (c.heic)")
+    write(source, {"a.txt": "x", "b.txt": "x", "c.cr2": "x"})
+    refused(source, "has no image", "2 x .txt (a.txt), 1 x .cr2 (c.cr2)")
     refused(source / "a.txt", "has no image")
     with pytest.raises(ValueError, match="there is no source"):
         write_corpus(SourceConfig(), None, tmp_path / "corpus")
@@ -211,12 +211,12 @@ def test_a_source_without_images_is_one_error_with_what_was_seen(tmp_path):
 def test_accounts_add_up_and_survive_json():
     one, two = Account(), Account()
     one.use(3)
-    one.skip(".heic", "b.heic")
-    two.skip(".heic", "a\x1b.heic", 2)
+    one.skip(".cr2", "b.cr2")
+    two.skip(".cr2", "a\x1b.cr2", 2)
     two.skip(".zip", "z.zip", 0)
     total = Account.total([one, two])
     total.check()
-    assert total.skipped == {".heic": (3, "a\\x1b.heic")} and (total.seen, total.used) == (6, 3)
+    assert total.skipped == {".cr2": (3, "a\\x1b.cr2")} and (total.seen, total.used) == (6, 3)
     assert Account.from_json(json.loads(json.dumps(total.to_json()))) == total
     total.seen += 1
     with pytest.raises(AssertionError):

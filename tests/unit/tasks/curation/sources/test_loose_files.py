@@ -130,7 +130,7 @@ def test_two_parallel_folders_with_a_caption_of_one_image_are_ambiguous(tmp_path
 
 
 def test_every_file_is_accounted_for_by_its_kind_with_an_example(tmp_path):
-    names = ("notes.md", "stray.txt", "stats.json", ".hidden.png", "README", "b.HEIC", "a.heic", "z.zip", "j.jxl")
+    names = ("notes.md", "stray.txt", "stats.json", ".hidden.png", "README", "b.CR2", "a.cr2", "z.zip", "j.jxl")
     write(tmp_path, {"a.png": PNG, **dict.fromkeys(names, b"x"), ".git/b.png": PNG, ".git/hooks/x": b"x"})
     records, account = read_records(tmp_path)
     assert [record.locator for record in records] == ["a.png"]
@@ -138,14 +138,14 @@ def test_every_file_is_accounted_for_by_its_kind_with_an_example(tmp_path):
         ".md": (1, "notes.md"),
         ".txt": (1, "stray.txt"),
         ".json": (1, "stats.json"),
-        ".heic": (2, "a.heic"),
+        ".cr2": (2, "a.cr2"),
         ".zip": (1, "z.zip"),
         ".jxl": (1, "j.jxl"),
         "hidden": (3, ".git/b.png"),
         "no extension": (1, "README"),
     }
     assert account.seen == sum(len(files) for _, _, files in os.walk(tmp_path)) == 12
-    assert account.left_out().startswith("3 x hidden (.git/b.png), 2 x .heic (a.heic)")
+    assert account.left_out().startswith("3 x hidden (.git/b.png), 2 x .cr2 (a.cr2)")
 
 
 def test_bytes_pass_untouched_even_when_they_are_no_image(tmp_path):
@@ -288,3 +288,23 @@ def test_a_caption_that_is_no_text_is_unreadable_unless_the_image_has_another(tm
     assert details["a.png"].endswith("a.json has a caption that is no text but of the type int")
     tar_of(tmp_path / "t/x.tar", {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()})
     assert captions_in(tmp_path / "t") == {f"x.tar:{k}": v for k, v in captions_in(tmp_path).items() if "tar" not in k}
+
+
+def test_text_files_of_other_names_and_folders_in_any_case_are_captions(tmp_path):
+    files = {"a.png": picture(), "a.text": "one", "b.png": picture(1), "b.prompt": "two"}
+    files |= {"Images/s/c.png": picture(2), "Captions/s/C.TXT": "three"}
+    records, account = read_records(write(tmp_path, files))
+    assert {record.locator: record.captions for record in records} == {"a.png": ["one"], "b.png": ["two"], "Images/s/c.png": ["three"]}  # fmt: skip
+    assert not account.skipped
+
+
+def test_two_caption_folders_that_differ_in_case_alone_are_neither_chosen(tmp_path):
+    files = {"images/a.png": picture(), "Captions/a.txt": "one", "CAPTIONS/a.txt": "two"}
+    records, account = read_records(write(tmp_path, files))
+    assert records[0].captions == [] and account.skipped[".txt"][0] == 2
+
+
+def test_rows_name_files_that_windows_archives_left_with_backslashes(tmp_path):
+    files = {"img\\a.png": picture(), "metadata.csv": "file_name,text\nimg/a.png,one\n"}
+    records, _ = read_records(write(tmp_path, files))
+    assert [record.captions for record in records] == [["one"]]

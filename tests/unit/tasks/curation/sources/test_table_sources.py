@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -201,3 +203,38 @@ def test_a_caption_column_of_another_kind_than_text_makes_its_rows_unreadable(tm
     assert f"x.parquet:0 has a caption that is no text but of the type {type(cells[0]).__name__}" in records[0].detail
     pq.write_table(pa.table({"image": images, "text": cells, "caption": ["a", "b"]}), tmp_path / "x.parquet")
     assert list(captions_in(tmp_path).values()) == [["a"], ["b"]]
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        pa.array([PNG], pa.binary_view()),
+        pa.array([PNG], pa.binary(len(PNG))),
+        pa.array([[PNG]], pa.list_(pa.binary(), 1)),
+        pa.array([PNG]).dictionary_encode(),
+    ],
+    ids=["view", "fixed size", "fixed list", "dictionary"],
+)
+@pytest.mark.parametrize("text", [pa.array(["x"], pa.string_view()), pa.array(["x"]).dictionary_encode()], ids=["view", "dictionary"])  # fmt: skip
+def test_arrow_s_other_types_of_bytes_and_text_are_read(tmp_path, image, text):
+    pq.write_table(pa.table({"image": image, "text": text}), tmp_path / "x.parquet")
+    records, _ = read_records(tmp_path)
+    assert [(record.data, record.captions) for record in records] == [(PNG, ["x"])]
+
+
+def test_a_footer_whose_statistics_end_arrow_s_process_is_refused_in_one_sentence(tmp_path):
+    seeds = Path(__file__).parents[4] / "fuzz/seeds"
+    (broken,) = seeds.glob("parquet-*")
+    (tmp_path / "x.parquet").write_bytes(broken.read_bytes())
+    with pytest.raises(ValueError, match="x.parquet is not a readable Parquet file"):
+        read_records(tmp_path)
+
+
+def test_a_further_column_of_images_is_named(tmp_path):
+    table = pa.table({"jpg": [JPEG], "image": [PNG], "text": ["x"]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pa.ipc.new_stream(str(tmp_path / "y.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    records, account = read_records(tmp_path)
+    assert [record.data for record in records] == [PNG, PNG]
+    assert account.skipped == {"further column of images": (2, "x.parquet: jpg")}

@@ -1,0 +1,147 @@
+"""Passes 1 and 2 of curation beside plain decoding by Pillow: how many images a second on one core, as a share.
+
+    python benchmarks/decode.py [--rounds 15] [--before COMMIT_DIR]
+
+Photographs of scikit-image, scaled to 512, 1024 and 2048 px of the shorter side, as JPEG of quality 90. Plain: Pillow's
+`Image.open(data).convert("RGB")`. Ours: SHA-256, checks, decoding, statistics, hashes and thumbnail (tasks.curation.score), in
+this process. Both take turns in each round; the figures are processor time, medians over rounds with their quartiles.
+`--before` measures another checkout in the same way, in a process of its own that takes turns with this one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
+BARS = {512: 0.30, 1024: 0.65, 2048: 1.0}
+
+
+def photographs(side_px: int) -> list[bytes]:
+    from PIL import Image
+    from skimage import data
+
+    contents = []
+    for name in PHOTOS:
+        image = Image.fromarray(getattr(data, name)()).convert("RGB")
+        scale = side_px / min(image.size)
+        image = image.resize([round(side * scale) for side in image.size], Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=90)
+        contents.append(buffer.getvalue())
+    return contents
+
+
+def plain(data: bytes) -> None:
+    from PIL import Image
+
+    Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def passes_of() -> Callable[[bytes], object]:
+    """SHA-256, passes 1 and 2, and what deduplication needs of an image; also as an older checkout has them."""
+    from tasks.curation.config import CurationConfig
+
+    config = CurationConfig()
+    try:
+        from tasks.curation import score
+
+        score._load_libraries()
+        return lambda data: (hashlib.sha256(data).hexdigest(), score.measure(data, config, whole=False))
+    except ImportError:
+        from tasks.curation import curate, dedup
+
+        def run(data: bytes) -> None:
+            hashlib.sha256(data).hexdigest()
+            _, sample = curate.score_record(data, [], config)
+            dedup.thumbnail(sample.image, config.dedup.thumbnail_px)
+
+        return run
+
+
+def shares(sizes: list[int], rounds: int) -> dict[int, list[tuple[float, float]]]:
+    """Size -> (plain, ours) in ms for each image, one pair a round."""
+    run, found = passes_of(), {}
+    for size in sizes:
+        contents, pairs = photographs(size), []
+        for number in range(rounds + 1):
+            times = [0.0, 0.0]
+            for data in contents:
+                for i, call in enumerate((plain, run)):
+                    begun = time.process_time()
+                    call(data)
+                    times[i] += (time.process_time() - begun) * 1000 / len(contents)
+            if number:  # the first warms caches up
+                pairs.append((times[0], times[1]))
+        found[size] = pairs
+    return found
+
+
+def print_table(title: str, found: dict[int, list[tuple[float, float]]], bars: bool) -> list[int]:
+    missed = []
+    print(f"{title}\n   px   plain ms    ours ms   share of plain (quartiles)")
+    for size, pairs in found.items():
+        low, share, high = statistics.quantiles([a / b for a, b in pairs], n=4)
+        bar = BARS.get(size, 0.0)
+        verdict = f"   bar {bar:.2f}" + ("" if share >= bar else " MISSED") if bars else ""
+        if share < bar:
+            missed.append(size)
+        print(
+            f"{size:5} {statistics.median(a for a, _ in pairs):10.2f} {statistics.median(b for _, b in pairs):10.2f}   "
+            f"{share:.3f} ({low:.3f} to {high:.3f}, n={len(pairs)}){verdict}"
+        )
+    return missed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(BARS))
+    parser.add_argument("--before", type=Path, help="another checkout, to compare with")
+    parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.json:
+        print(json.dumps(shares(options.sizes, options.rounds)))
+        return
+    print("command:", shlex.join(["python", *sys.argv]))
+    print(f"machine: {platform.machine()}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}")
+    if options.before is None:
+        missed = print_table("this checkout", shares(options.sizes, options.rounds), bars=True)
+        print(f"MISSED: {missed}" if missed else "all bars met")
+        return
+    sides: dict[str, dict[int, list[tuple[float, float]]]] = {"before": {}, "this checkout": {}}
+    for _ in range(options.rounds):
+        for name, root in (("before", options.before.resolve()), ("this checkout", ROOT)):
+            command = [sys.executable, __file__, "--json", "--rounds", "3", "--sizes", *map(str, options.sizes)]
+            done = subprocess.run(
+                command,
+                env=os.environ | {"PYTHONPATH": str(root)},
+                cwd=root,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            for size, pairs in json.loads(done.stdout.splitlines()[-1]).items():
+                sides[name].setdefault(int(size), []).extend((a, b) for a, b in pairs)
+    for name, found in sides.items():
+        print_table(name, found, bars=name != "before")
+    for size in options.sizes:
+        was, now = (statistics.median(a / b for a, b in side[size]) for side in sides.values())
+        print(f"{size:5} px: {now / was:.2f} times the share before{'' if now >= 0.95 * was else ' SLOWER'}")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.environ.get("PYTHONPATH", str(ROOT)))
+    main()

@@ -1,0 +1,101 @@
+"""Captioners by name. The recipe chooses one by `curation.captioner.name`.
+
+A captioner is a line of `CAPTIONERS` and a function that builds it, imported only where a recipe names it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import NamedTuple
+
+from tasks.curation.captioning.base import Answer, Captioner, Request
+from tasks.curation.config import CaptionerConfig
+
+
+class CaptionerSpec(NamedTuple):
+    """A captioner that recipes can name.
+
+    build: `module:function`, a function of CaptionerConfig that builds it.
+    check: `module:function` that refuses a CaptionerConfig with a ValueError before any work; "" for nothing to check.
+    revision: raise it when it asks its model in another way; captions are made again then.
+    needs: "cpu", or "gpu" where its task must have one.
+    """
+
+    name: str
+    build: str
+    check: str = ""
+    revision: str = "1"
+    needs: str = "cpu"
+
+
+CAPTIONERS = (
+    CaptionerSpec(
+        "qwen3-vl",
+        "tasks.curation.captioning.qwen_vl:qwen3_vl",
+        check="tasks.curation.captioning.qwen_vl:check",
+        needs="gpu",
+    ),
+    CaptionerSpec(
+        "openai", "tasks.curation.captioning.endpoint:openai", check="tasks.curation.captioning.endpoint:check"
+    ),
+    CaptionerSpec("scenes", "tasks.curation.captioning.scenes:scenes"),
+)
+
+
+def chosen_captioner(config: CaptionerConfig) -> CaptionerSpec:
+    """
+    Raises:
+        ValueError: there is no captioner of that name.
+    """
+    known = {spec.name: spec for spec in CAPTIONERS}
+    if config.name not in known:
+        near = difflib.get_close_matches(config.name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(known)}"
+        raise ValueError(f"curation.captioner.name={config.name!r} is unknown; {hint}")
+    return known[config.name]
+
+
+def check_captioner(config: CaptionerConfig) -> None:
+    """Refuses, before any work, settings with which the captioner could not be asked.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    spec = chosen_captioner(config)
+    if spec.check:
+        _named(spec.check)(config)
+
+
+def build_captioner(config: CaptionerConfig) -> Captioner:
+    """
+    Raises:
+        ValueError: see `check_captioner`.
+    """
+    check_captioner(config)
+    return _named(chosen_captioner(config).build)(config)
+
+
+def identity(config: CaptionerConfig) -> str:
+    """Which captioner and model answers: a caption is cached under it."""
+    spec = chosen_captioner(config)
+    weights = ":".join(part for part in (config.model, config.revision) if part)
+    return f"{spec.name}@{spec.revision}" + (f" {weights}" if weights else "")
+
+
+def _named(place: str):
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+__all__ = [
+    "CAPTIONERS",
+    "Answer",
+    "Captioner",
+    "CaptionerSpec",
+    "Request",
+    "build_captioner",
+    "check_captioner",
+    "chosen_captioner",
+    "identity",
+]

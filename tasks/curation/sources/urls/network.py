@@ -1,0 +1,151 @@
+"""Connections to public addresses alone, by any name, at every hop.
+
+A name is resolved here, its addresses are checked, and the connection goes to a checked address: between check and
+connection nobody resolves again, so that a name cannot point elsewhere meanwhile. TLS still verifies the name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import httpcore
+    import httpx
+
+PORTS = frozenset({80, 443})
+# Beyond public addresses; only tests put a network here.
+EXTRA_NETWORKS: tuple[ipaddress.IPv4Network, ...] = ()
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_NAT64_LOCAL = ipaddress.ip_network("64:ff9b:1::/48")
+ADDRESSES_TRIED = 3
+
+
+class ForbiddenError(Exception):
+    """A URL that is not fetched, whatever is there; the text says why."""
+
+
+class InvalidUrlError(ForbiddenError):
+    """It is no URL of the web, or has what it must not have."""
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the public internet. Addresses that wrap an IPv4 address are judged by that too."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if any(ip.version == network.version and ip in network for network in EXTRA_NETWORKS):
+        return True
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
+        if ip in _NAT64:
+            inner.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
+        if ip.ipv4_mapped is not None:
+            return is_public(str(ip.ipv4_mapped))
+        if ip in _NAT64_LOCAL or any(not is_public(str(one)) for one in inner if one is not None):
+            return False
+        if ip in _NAT64:
+            return True
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified or ip.is_loopback)
+
+
+def check_url(url: str, allow_http: bool) -> httpx.URL:
+    """The parsed URL.
+
+    Raises:
+        InvalidUrlError: not https (or http, where allowed), a login, or no host.
+        ForbiddenError: another port than the web's, or an address that is not public.
+    """
+    import httpx
+
+    try:
+        parsed = httpx.URL(url)
+        host = parsed.raw_host.decode()
+    except (httpx.InvalidURL, ValueError, TypeError) as error:
+        raise InvalidUrlError(f"no URL: {error}") from None
+    if parsed.scheme not in ("https", "http"):
+        raise InvalidUrlError(f"the scheme {parsed.scheme!r}")
+    if parsed.scheme == "http" and not allow_http:
+        raise InvalidUrlError("http without TLS; source.urls.allow_http allows it")
+    if not host:
+        raise InvalidUrlError("no host")
+    if parsed.userinfo:
+        raise InvalidUrlError("a login inside the URL")
+    port = parsed.port or (443 if parsed.scheme == "https" else 80)
+    if port not in PORTS:
+        raise ForbiddenError(f"port {port}")
+    try:
+        literal = ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return parsed
+    if not is_public(str(literal)):
+        raise ForbiddenError(f"the address {literal} is not public")
+    return parsed
+
+
+def make_pool(connections: int) -> httpcore.AsyncConnectionPool:
+    """A pool of connections to public addresses; no proxy, and no setting of the environment."""
+    import httpcore
+
+    return httpcore.AsyncConnectionPool(
+        max_connections=connections,
+        max_keepalive_connections=connections // 2,
+        keepalive_expiry=15.0,
+        network_backend=_backend(),
+    )
+
+
+def _backend() -> httpcore.AsyncNetworkBackend:
+    import httpcore
+
+    class PublicAddresses(httpcore.AsyncNetworkBackend):
+        def __init__(self) -> None:
+            self._backend = httpcore.AnyIOBackend()
+
+        async def connect_tcp(
+            self,
+            host: str,
+            port: int,
+            timeout: float | None = None,
+            local_address: str | None = None,
+            socket_options: Iterable[Any] | None = None,
+        ) -> httpcore.AsyncNetworkStream:
+            failed: Exception | None = None
+            for address in await resolve(host, port):
+                try:
+                    return await self._backend.connect_tcp(address, port, timeout, local_address, socket_options)
+                except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                    failed = error
+            assert failed is not None
+            raise failed
+
+        async def connect_unix_socket(self, *_: Any, **__: Any) -> httpcore.AsyncNetworkStream:
+            raise ForbiddenError("a socket of this machine")
+
+        async def sleep(self, seconds: float) -> None:
+            await asyncio.sleep(seconds)
+
+    return PublicAddresses()
+
+
+async def resolve(host: str, port: int) -> list[str]:
+    """The public addresses of a name, a few of them.
+
+    Raises:
+        ForbiddenError: it has an address that is not public.
+        httpcore.ConnectError: it has none.
+    """
+    import httpcore
+
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise httpcore.ConnectError(f"{host} has no address: {error}") from None
+    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+    for address in addresses:
+        if not is_public(address):
+            raise ForbiddenError(f"{host} has the address {address}, which is not public")
+    if not addresses:
+        raise httpcore.ConnectError(f"{host} has no address")
+    return addresses[:ADDRESSES_TRIED]

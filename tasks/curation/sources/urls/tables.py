@@ -1,0 +1,185 @@
+"""Tables of URLs and captions: Parquet, CSV and TSV files, in ranges of rows that become shards."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.csv as csv
+
+from tasks.curation.config import SourceConfig
+from tasks.curation.sources import parquet
+from tasks.curation.sources.base import Account, base_name, check_size, extension, reason_of, visible
+from tasks.curation.sources.caption_text import (
+    MAX_TEXT_BYTES,
+    CaptionError,
+    caption_columns,
+    captions_of_cells,
+    column_hint,
+    column_name,
+)
+from tasks.curation.sources.places import Place
+
+SUFFIXES = ("parquet", "csv", "tsv")
+BLOCK_BYTES = 4 * 2**20  # of a CSV file at a time; no row is longer
+MAX_URL_BYTES = 8 * 2**10
+
+
+class UrlRow(NamedTuple):
+    """row: of the table, from 0. problem: why its captions cannot be read, or ""."""
+
+    row: int
+    url: str
+    captions: list[str]
+    problem: str = ""
+
+
+class Range(NamedTuple):
+    """Rows [first_row, first_row + num_rows) of a table of the source."""
+
+    name: str
+    first_row: int
+    num_rows: int
+
+
+def ranges(place: Place, config: SourceConfig, account: Account) -> Iterator[Range]:
+    """The tables of a source, cut into ranges of at most `images_per_shard` rows; everything else is counted.
+
+    Raises:
+        ValueError: a table has no column of URLs or none of captions, or cannot be read.
+    """
+    for folder in place.walk():
+        for reason, path in folder.left_out:
+            account.skip(reason, path)
+        for name in folder.files:
+            path = folder.at(name)
+            if extension(name) not in SUFFIXES:
+                account.skip(reason_of(name), path)
+                continue
+            account.use()
+            total = _count(place, path, config)
+            for first in range(0, total, config.images_per_shard):
+                yield Range(path, first, min(config.images_per_shard, total - first))
+
+
+def _count(place: Place, name: str, config: SourceConfig) -> int:
+    shown = place.shown(name)
+    check_size(shown, place.size(name))
+    if extension(name) == "parquet":
+        with place.open(name) as file, parquet.opened(shown, file) as table:
+            _columns(shown, table.schema_arrow.names, config)
+            return int(table.metadata.num_rows)
+    return sum(len(batch) for batch in _csv_batches(place, name, config, [_url_column(shown, place, name, config)]))
+
+
+def _url_column(shown: str, place: Place, name: str, config: SourceConfig) -> str:
+    return _columns(shown, _csv_names(place, name, config), config)[0]
+
+
+def rows(place: Place, chosen: Range, config: SourceConfig) -> Iterator[UrlRow]:
+    """The rows of a range.
+
+    Raises:
+        ValueError: the table cannot be read, or has fewer rows.
+    """
+    shown, count = place.shown(chosen.name), 0
+    for row, cells in _cells(place, chosen, config):
+        url, *texts = cells
+        count += 1
+        problem = ""
+        captions: list[str] = []
+        try:
+            if any(isinstance(text, str) and len(text) > MAX_TEXT_BYTES for text in texts):
+                raise CaptionError(f"has a caption larger than {MAX_TEXT_BYTES // 2**20} MiB")
+            captions = captions_of_cells(texts)
+        except CaptionError as error:
+            problem = f"{shown}:{row} {error}"
+        address = url.strip() if isinstance(url, str) else ""
+        yield UrlRow(row, address if len(address) <= MAX_URL_BYTES else "", captions, problem)
+    if count != chosen.num_rows:
+        raise ValueError(f"{shown} has changed since it was listed; start the run again")
+
+
+def _cells(place: Place, chosen: Range, config: SourceConfig) -> Iterator[tuple[int, list[Any]]]:
+    """(row, [URL, caption, ...]) of a range."""
+    shown, stop = place.shown(chosen.name), chosen.first_row + chosen.num_rows
+    if extension(chosen.name) == "parquet":
+        with place.open(chosen.name) as file, parquet.opened(shown, file) as table:
+            names = list(_columns(shown, table.schema_arrow.names, config))
+            groups, starts, begin = [], [], 0
+            for i in range(table.metadata.num_row_groups):
+                size = table.metadata.row_group(i).num_rows
+                if begin < stop and begin + size > chosen.first_row:
+                    groups.append(i)
+                    starts.append(begin)
+                begin += size
+            batches = parquet.batches(shown, file, table, names, groups)
+            yield from _within(batches, names, starts[0] if starts else 0, chosen.first_row, stop)
+        return
+    names = list(_columns(shown, _csv_names(place, chosen.name, config), config))
+    yield from _within(_csv_batches(place, chosen.name, config, names), names, 0, chosen.first_row, stop)
+
+
+def _within(
+    batches: Iterator[pa.RecordBatch], names: list[str], row: int, first: int, stop: int
+) -> Iterator[tuple[int, list[Any]]]:
+    for batch in batches:
+        if row >= stop:
+            return
+        if row + len(batch) > first:
+            columns = [batch.column(name) for name in names]
+            for i in range(max(0, first - row), min(len(batch), stop - row)):
+                yield row + i, [column[i].as_py() for column in columns]
+        row += len(batch)
+
+
+def _columns(shown: str, names: list[str], config: SourceConfig) -> tuple[str, ...]:
+    """The column of URLs, and those of captions."""
+    assert config.urls is not None
+    listed = ", ".join(visible(name) for name in names[:12])
+    wanted = column_name(config.urls.column)
+    urls = [name for name in names if column_name(name) == wanted]
+    if len(urls) != 1:
+        raise ValueError(
+            f"{shown} has columns {listed}; it needs one of URLs ({config.urls.column}): name yours in source.urls.column"
+        )
+    captions = [name for name in caption_columns(names, config.caption_columns) if name != urls[0]]
+    if not captions:
+        raise ValueError(f"{shown} has columns {listed}; it needs {column_hint(config.caption_columns)}")
+    return (urls[0], *captions)
+
+
+def _csv_names(place: Place, name: str, config: SourceConfig) -> list[str]:
+    with _named_errors(place.shown(name)), place.open(name) as file:
+        line = file.read(BLOCK_BYTES).split(b"\n", 1)[0]
+        if not line.strip():
+            raise ValueError(f"{place.shown(name)} has no header")
+        return list(csv.read_csv(pa.BufferReader(line + b"\n"), *_csv_options(name, config)).column_names)
+
+
+def _csv_batches(place: Place, name: str, config: SourceConfig, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    convert = csv.ConvertOptions(
+        include_columns=columns, column_types=dict.fromkeys(columns, pa.string()), strings_can_be_null=False
+    )
+    with (
+        _named_errors(place.shown(name)),
+        place.open(name) as file,
+        csv.open_csv(file, *_csv_options(name, config), convert_options=convert) as reader,
+    ):
+        yield from reader
+
+
+def _csv_options(name: str, config: SourceConfig) -> tuple[csv.ReadOptions, csv.ParseOptions]:
+    read = csv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False, encoding=config.encoding or "utf8")
+    delimiter = "\t" if extension(base_name(name)) == "tsv" else ","
+    return read, csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+
+
+@contextlib.contextmanager
+def _named_errors(shown: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, UnicodeError, OSError) as error:
+        raise ValueError(f"{shown} is not a readable table: {visible(' '.join(str(error).split()))[:300]}") from error

@@ -1,0 +1,391 @@
+"""Images by URL: recovered or refused, never from inside, all in the ledger, and none downloaded twice after a kill."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import ipaddress
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from urllib.parse import quote
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from image_site import image_site
+from own_images import png
+
+from tasks.curation import flow
+from tasks.curation.config import CurationConfig, FilterConfig, SourceConfig, UrlConfig
+from tasks.curation.curated import open_curated
+from tasks.curation.sources.urls import fetch, network, robots
+from tasks.curation.sources.urls.fetch import Fetched, Fetcher
+from tasks.store import read_index
+
+CONFIG = CurationConfig(filters=FilterConfig(min_side_px=32, min_entropy_bits=0.05))
+
+
+@pytest.fixture(autouse=True)
+def quick(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("NUCLEUS_STORE", raising=False)
+    monkeypatch.setattr(fetch, "FIRST_WAIT_S", 0.01)
+
+
+@pytest.fixture
+def site(monkeypatch):
+    with image_site(monkeypatch) as site:
+        yield site
+
+
+def urls(**changes) -> UrlConfig:
+    return UrlConfig(**({"allow_http": True, "concurrency": 16, "timeout_s": 5.0, "max_retries": 2} | changes))
+
+
+def fetched(url: str, **changes) -> Fetched:
+    return all_fetched([url], **changes)[0]
+
+
+def all_fetched(wanted: list[str], **changes) -> list[Fetched]:
+    async def work():
+        async with Fetcher(urls(**changes)) as fetcher:
+            return dict([pair async for pair in fetcher.fetch_all(enumerate(wanted))])
+
+    found = asyncio.run(work())
+    return [found[i] for i in range(len(wanted))]
+
+
+def table_of(path: Path, wanted: list[str]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"URL": wanted, "text": [f"picture number {i}" for i in range(len(wanted))]}), path)
+    return path
+
+
+def ledger_of(curated: Path) -> pd.DataFrame:
+    return pd.read_parquet(curated / "ledger.parquet")
+
+
+def curate(path: Path, **changes) -> Path:
+    source = SourceConfig(urls=urls(**changes), images_per_shard=30)
+    return flow.curate_source(source, str(path), CONFIG)[0]
+
+
+# ---------------------------------------------------------------- what is never fetched
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",
+     "255.255.255.255", "198.18.0.1", "::1", "::", "fe80::1", "fc00::1", "ff02::1", "::ffff:10.0.0.1", "::ffff:127.0.0.1",
+     "2002:7f00:1::", "64:ff9b::a00:1", "64:ff9b:1::1", "2001:db8::1", "fe80::1%eth0"],
+)  # fmt: skip
+def test_no_address_inside_is_public(address):
+    assert not network.is_public(address)
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
+def test_addresses_of_the_internet_are_public(address):
+    assert network.is_public(address)
+
+
+@pytest.mark.parametrize(
+    ("url", "rule"),
+    [
+        ("http://127.0.0.1/a.png", "url_forbidden"), ("http://[::1]/a.png", "url_forbidden"),
+        ("http://2130706433/a.png", "url_forbidden"), ("http://0x7f.1/a.png", "url_forbidden"),
+        ("http://169.254.169.254/latest/meta-data/", "url_forbidden"), ("https://localhost/a.png", "url_forbidden"),
+        ("https://1.1.1.1:22/", "url_forbidden"), ("file:///etc/passwd", "url_invalid"), ("ftp://a.test/b", "url_invalid"),
+        ("https://user:secret@a.test/b", "url_invalid"), ("https:///b", "url_invalid"), ("", "url_invalid"),
+        ("not a url", "url_invalid"), ("https://a.test:99999999/", "url_forbidden"), ("reference::https://a/b", "url_invalid"),
+    ],
+)  # fmt: skip
+def test_what_is_no_public_web_address_is_refused_without_a_connection(url, rule, monkeypatch):
+    async def never(*_, **__):
+        raise AssertionError("a connection was made")
+
+    import httpcore
+
+    monkeypatch.setattr(httpcore.AnyIOBackend, "connect_tcp", never)
+    found = fetched(url)
+    assert found.rule == rule and found.detail and "secret" not in found.detail
+
+
+def test_plain_http_needs_to_be_allowed(site):
+    found = fetched(site.url("/ok/1.png"), allow_http=False)
+    assert found.rule == "url_invalid" and "allow_http" in found.detail and not site.requests
+
+
+def test_a_name_that_points_inside_is_refused_at_every_hop(site):
+    site.addresses["inside.test"] = "10.0.0.7"
+    assert fetched(site.url("/ok/1.png", "inside.test")).rule == "url_forbidden"
+    hop = site.url("/redirect?to=" + quote(site.url("/ok/2.png", "inside.test")))
+    found = fetched(hop)
+    assert found.rule == "url_forbidden" and "10.0.0.7" in found.detail
+    hop = site.url("/redirect?to=" + quote(f"http://127.0.0.2:{site.port}/ok/3.png"))
+    assert fetched(hop).rule == "url_forbidden"
+    assert not any(path.startswith("/ok") for path in site.requests)
+
+
+def test_a_name_is_resolved_once_for_a_connection_so_that_it_cannot_move_after_the_check(site):
+    answers = iter(["127.0.0.1"] + ["10.0.0.7"] * 9)
+    site.addresses["moving.test"] = lambda: next(answers)
+    found = fetched(site.url("/ok/1.png", "moving.test"), obey_robots=False)
+    assert found.data == png(1) and site.lookups["moving.test"] == 1
+    assert fetched(site.url("/ok/2.png", "moving.test"), obey_robots=False).rule == "url_forbidden"
+
+
+def test_no_proxy_of_the_environment_is_used(site, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.2:9")
+    assert fetched(site.url("/ok/1.png")).data == png(1)
+
+
+# ---------------------------------------------------------------- limits
+
+
+def test_redirects_are_followed_to_their_limit(site):
+    def chain(count: int) -> str:
+        url = site.url("/ok/7.png")
+        for _ in range(count):
+            url = site.url("/redirect?to=" + quote(url, safe=""))
+        return url
+
+    assert fetched(chain(3), max_redirects=3).data == png(7)
+    assert fetched(chain(4), max_redirects=3).rule == "url_redirects"
+
+
+def test_oversized_slow_and_wrong_answers_are_refused(site):
+    limits = {"max_bytes": 100_000, "timeout_s": 2.5, "max_retries": 0}
+    found = all_fetched(
+        [site.url(path) for path in ("/endless", "/slow", "/type", "/gzip", "/status/204", "/status/404")], **limits
+    )
+    assert [one.rule for one in found] == [
+        "url_too_large",
+        "url_failed",
+        "url_type",
+        "url_type",
+        "url_failed",
+        "url_gone",
+    ]
+    assert all(one.data == b"" for one in found)
+    assert fetched(site.url("/ok/1.png"), max_bytes=100).rule == "url_too_large"
+
+
+def test_429_5xx_and_a_lost_connection_are_tried_again(site):
+    found = all_fetched([site.url("/once500/1.png"), site.url("/once429/2.png"), site.url("/status/503")])
+    assert [one.data for one in found] == [png(1), png(2), b""]
+    assert [one.attempts for one in found[:2]] == [2, 2]
+    assert found[2].rule == "url_failed" and "503" in found[2].detail and site.requests["/status/503"] == 3
+    site.addresses["gone.test"] = "127.0.0.2"
+    network.EXTRA_NETWORKS = (*network.EXTRA_NETWORKS, ipaddress.ip_network("127.0.0.2/32"))
+    assert fetched(site.url("/ok/1.png", "gone.test")).rule == "url_failed"
+
+
+def test_a_host_gets_few_requests_at_a_time_and_others_go_on(site):
+    wanted = [site.url(f"/ok/{i}.png", f"h{i % 3}.test") for i in range(60)]
+    assert all(one.data for one in all_fetched(wanted, per_host=2, concurrency=16))
+    assert max(site.busy[f"h{i}.test"] for i in range(3)) == 2
+
+
+# ---------------------------------------------------------------- what a site allows
+
+
+def test_robots_txt_is_honoured_and_read_once_for_a_site(site):
+    site.robots["a.test"] = (200, "User-agent: *\nDisallow: /ok/\nAllow: /ok/2*.png$\n")
+    site.robots["b.test"] = (200, "User-agent: nucleus-flyte\nDisallow: /\n\nUser-agent: *\nAllow: /\n")
+    wanted = [site.url(f"/ok/{i}.png", "a.test") for i in range(4)] + [site.url("/ok/5.png", "b.test")]
+    assert [one.rule for one in all_fetched(wanted)] == ["url_robots", "url_robots", "", "url_robots", "url_robots"]
+    assert site.requests["/robots.txt"] == 2
+    assert [one.rule for one in all_fetched(wanted, obey_robots=False)] == [""] * 5
+    assert site.requests["/robots.txt"] == 2
+
+
+def test_a_site_whose_robots_txt_cannot_be_read_is_left_alone_and_one_without_is_open(site):
+    site.robots["down.test"], site.robots["none.test"] = (503, ""), (403, "")
+    assert fetched(site.url("/ok/1.png", "down.test")).rule == "url_failed"
+    assert fetched(site.url("/ok/1.png", "none.test")).data == png(1)
+    assert site.requests["/ok/1.png"] == 1
+
+
+def test_robots_txt_is_asked_of_the_site_that_a_redirect_leads_to(site):
+    site.robots["closed.test"] = (200, "User-agent: *\nDisallow: /\n")
+    found = fetched(site.url("/redirect?to=" + quote(site.url("/ok/1.png", "closed.test"))))
+    assert found.rule == "url_robots" and site.requests["/ok/1.png"] == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("noai", "noai"), ("max-snippet: 50, NoImageAI", "noimageai"), ("none", "none"), ("index, follow", ""),
+        ("otherbot: noai", ""), ("nucleus-flyte: noai", "noai"), ("*: noindex", "noindex"),
+        ("unavailable_after: 25 Jun 2030 15:00:00 PST", ""),
+    ],
+)  # fmt: skip
+def test_x_robots_tag_is_read_as_it_is_written(value, found):
+    assert robots.forbidden_by_tag([value], UrlConfig().robots_directives, "nucleus-flyte/0.1") == found
+
+
+def test_an_image_that_forbids_its_use_is_refused_unless_the_recipe_says_otherwise(site):
+    url = site.url("/tag/1.png?value=noai")
+    assert fetched(url).rule == "url_robots" and not fetched(url).data
+    assert fetched(url, obey_robots=False).data == png(1)
+    assert fetched(url, robots_directives=("noimageindex",)).data == png(1)
+
+
+# ---------------------------------------------------------------- the corpus
+
+
+def test_every_url_is_in_the_ledger_recovered_or_refused(site, tmp_path):
+    site.addresses["inside.test"] = "192.168.0.1"
+    wanted = [site.url(f"/ok/{i}.png", f"h{i % 4}.test") for i in range(40)]
+    wanted += [site.url(f"/once500/{i}.png") for i in range(40, 46)]  # a tenth
+    bad = {
+        site.url("/ok/99.png", "inside.test"): "url_forbidden",
+        site.url("/status/404"): "url_gone",
+        site.url("/status/500"): "url_failed",
+        site.url("/endless"): "url_too_large",
+        site.url("/slow"): "url_failed",
+        site.url("/type"): "url_type",
+        site.url("/tag/1.png?value=noai"): "url_robots",
+        "ftp://a.test/b.png": "url_invalid",
+    }
+    table_of(tmp_path / "source" / "urls.parquet", wanted + list(bad))
+    (tmp_path / "source" / "readme.md").write_text("not a table")
+    curated = curate(tmp_path / "source", max_bytes=100_000, timeout_s=2.5, max_retries=1)
+    book = ledger_of(curated)
+    assert len(book) == len(wanted) + len(bad)
+    assert book["file"].tolist() == wanted + list(bad)
+    assert book.set_index("file")["rule"].to_dict() == dict.fromkeys(wanted, "") | bad
+    report = json.loads((curated / "report.json").read_text())
+    assert report["kept"] == 46 and "readme.md" in report["account"]["left_out"]
+    read = open_curated(curated)
+    images = [record.data for part in read.parts() for _, record in read.images(part)]
+    assert images == [png(i) for i in range(46)]
+    (texts,) = {tuple(read.selection(part)["captions"].to_pylist()[0]) for part in list(read.parts())[:1]}
+    assert texts == ("picture number 0",)
+    assert site.agents == {"nucleus-flyte/0.1"}
+
+
+def test_csv_and_parquet_tables_give_the_same_images_by_the_recipes_columns(site, tmp_path):
+    lines = ["link,alt\r\n"] + [f'{site.url(f"/ok/{i}.png")},"a picture, number {i},\nof a set"\r\n' for i in range(5)]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "urls.csv").write_text("".join(lines), newline="")
+    source = SourceConfig(urls=urls(column="link"), caption_columns=("alt",), images_per_shard=2)
+    curated, _ = flow.curate_source(source, str(tmp_path / "a"), CONFIG)
+    read = open_curated(curated)
+    captions = [text for part in read.parts() for text in read.selection(part)["captions"].to_pylist()]
+    assert captions == [[f"a picture, number {i}, of a set"] for i in range(5)]
+    assert len(list(read_index(curated))) == 3
+    with pytest.raises(ValueError, match="it needs one of URLs \\(url\\).*source.urls.column"):
+        flow.curate_source(SourceConfig(urls=urls()), str(tmp_path / "a"), CONFIG)
+
+
+def test_a_table_of_urls_is_not_downloaded_unless_the_recipe_says_so(site, tmp_path):
+    table_of(tmp_path / "source" / "urls.parquet", [site.url("/ok/1.png")])
+    with pytest.raises(ValueError, match="source.urls"):
+        flow.curate_source(SourceConfig(), str(tmp_path / "source"), CONFIG)
+    assert not site.requests
+
+
+def test_the_shards_have_img2datasets_layout_and_are_read_as_such(site, tmp_path):
+    table_of(
+        tmp_path / "source" / "urls.parquet", [site.url("/ok/1.png"), site.url("/status/404"), site.url("/ok/2.png")]
+    )
+    curate(tmp_path / "source")
+    (tar,) = (tmp_path / "home" / "artifacts" / "records").glob("*/*.tar")
+    with tarfile.open(tar) as archive:
+        assert archive.getnames() == [f"{row:09d}.{ext}" for row in (0, 2) for ext in ("png", "txt", "json")]
+        sidecar = json.load(archive.extractfile("000000002.json"))
+    assert sidecar["url"] == site.url("/ok/2.png") and sidecar["status"] == "success"
+    rows = pd.read_parquet(tar.with_suffix(".parquet"))
+    assert rows["status"].tolist() == ["success", "failed_to_download", "success"]
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    os.link(tar, moved / "00000.tar")
+    plain, _ = flow.curate_source(SourceConfig(), str(moved), CONFIG)  # as a folder of tars
+    read = open_curated(plain)
+    assert [text for part in read.parts() for text in read.selection(part)["captions"].to_pylist()] == [
+        ["picture number 0"],
+        ["picture number 2"],
+    ]
+
+
+def test_tars_of_img2dataset_itself_are_read_as_they_are(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    keys = [f"00000{i:04d}" for i in range(3)]
+    rows = [{"url": f"https://a.test/{key}.png", "key": key, "status": "success", "caption": f"a picture {key}",
+             "error_message": None, "width": 128, "height": 96, "exif": "{}", "sha256": "0" * 64} for key in keys]  # fmt: skip
+    with tarfile.open(source / "00000.tar", "w") as tar:
+        for i, row in enumerate(rows):
+            for name, data in (
+                (f"{row['key']}.png", png(i)),
+                (f"{row['key']}.txt", row["caption"].encode()),
+                (f"{row['key']}.json", json.dumps(row).encode()),
+            ):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    failed = rows[0] | {"key": "000009999", "status": "failed_to_download", "error_message": "HTTP 404"}
+    pq.write_table(pa.Table.from_pylist([*rows, failed]), source / "00000.parquet")
+    (source / "00000_stats.json").write_text(json.dumps({"count": 4, "successes": 3, "status_dict": {"HTTP 404": 1}}))
+    curated, _ = flow.curate_source(SourceConfig(), str(source), CONFIG)
+    read = open_curated(curated)
+    captions = [text for part in read.parts() for text in read.selection(part)["captions"].to_pylist()]
+    assert captions == [[row["caption"]] for row in rows]
+    left_out = json.loads((curated / "report.json").read_text())["account"]["left_out"]
+    assert "00000.parquet" in left_out and "00000_stats.json" in left_out
+
+
+def test_the_same_list_is_downloaded_once_and_a_new_number_downloads_again(site, tmp_path):
+    path = table_of(tmp_path / "source" / "urls.parquet", [site.url(f"/ok/{i}.png") for i in range(4)])
+    curate(path.parent)
+    curate(path.parent, per_host=1)
+    assert set(site.answered.values()) == {1}
+    curate(path.parent, download=1)
+    assert {count for name, count in site.answered.items() if name.startswith("/ok")} == {2}
+
+
+def test_killed_in_the_middle_what_was_downloaded_is_not_downloaded_again(site, tmp_path):
+    path = table_of(
+        tmp_path / "source" / "urls.parquet", [site.url(f"/ok/{i}.png", f"h{i % 5}.test") for i in range(25)]
+    )
+    code = f"""
+import os, signal
+from image_site import Site, reach
+from {__name__} import curate
+from pathlib import Path
+from tasks.curation import journal
+from tasks.curation.sources.urls import network
+import pytest
+site = Site(); site.port = {site.port}
+reach(pytest.MonkeyPatch(), network, site)
+real, count = journal.Journal.add, 0
+def add(self, row):
+    global count
+    real(self, row)
+    count += 1
+    if count == 12:
+        os.kill(os.getpid(), signal.SIGKILL)
+journal.Journal.add = add
+curate(Path({str(path.parent)!r}), concurrency=4)
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+    killed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-3000:]
+    (journal,) = (tmp_path / "home" / "runs").glob("*/journal.jsonl")
+    known = {json.loads(line)["final_url"].partition(str(site.port))[2] for line in journal.read_bytes().splitlines()}
+    assert len(known) == 12
+    with open(journal.with_name("bytes.bin"), "ab") as file:
+        file.write(b"half an image")
+    curated = curate(path.parent, concurrency=4)
+    assert {site.answered[name] for name in known} == {1}
+    read = open_curated(curated)
+    assert [record.data for part in read.parts() for _, record in read.images(part)] == [png(i) for i in range(25)]
+    assert not journal.parent.exists()
