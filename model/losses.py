@@ -82,18 +82,14 @@ def noised(latents: torch.Tensor, noise: torch.Tensor, t_B: torch.Tensor, patch_
     return Example(clean_BSC, noise_BSC, noisy_BSC, t_B, rows, columns, patch_size)
 
 
-def guidance(
-    velocity_BSC: torch.Tensor, unconditional_BSC: torch.Tensor, has_text_B: torch.Tensor, scale: float
-) -> torch.Tensor:
+def guidance(velocity_BSC: torch.Tensor, unconditional_BSC: torch.Tensor, scale: float) -> torch.Tensor:
     """What training guidance in adds to the target velocity (`Example.guidance_BSC`), without graph.
 
     w (v - u) of the predictions v with text and u without, where w = 1 - 1 / scale. A model that predicts c for the plain
     target settles at v = c + w (v - u), that is v = u + scale (c - u): classifier-free guidance in one forward pass.
-    Samples whose caption is dropped keep the plain target, so that u stays what it is. The idea is model guidance's (arXiv
-    2502.12154).
+    Samples whose caption is dropped keep the plain target, as v is u there. The idea is model guidance's (arXiv 2502.12154).
     """
-    weight_B = torch.where(has_text_B, 1.0 - 1.0 / scale, 0.0)
-    return weight_B.view(-1, 1, 1) * (velocity_BSC.detach() - unconditional_BSC.detach())
+    return (1.0 - 1.0 / scale) * (velocity_BSC.detach() - unconditional_BSC.detach())
 
 
 def objective(

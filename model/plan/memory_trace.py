@@ -244,9 +244,7 @@ def _train(model: NucleusTransformer, config: TransformerConfig, step: Step) -> 
         )
     velocity_BSC = velocity_BSC.float()
     if step.guided:
-        unconditional_BSC, has_text_B = torch.zeros_like(velocity_BSC), torch.ones(B, dtype=torch.bool)
-        example.guidance_BSC = losses.guidance(velocity_BSC, unconditional_BSC, has_text_B, scale=2.0)
-        del unconditional_BSC, has_text_B
+        example.guidance_BSC = losses.guidance(velocity_BSC, torch.zeros_like(velocity_BSC), scale=2.0)
     total, mean, loss_B, _kept = losses.objective(example, velocity_BSC, trace, step.losses)
     del mean  # 4 bytes
     total.backward()

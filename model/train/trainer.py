@@ -147,9 +147,8 @@ class NucleusTrainer(Trainer):
         with self.train_context():
             velocity_BSC = self._velocity(example, text, mask, trace)
             if guidance_scale > 1.0:
-                has_text_B = to_device(torch.from_numpy(plan.text_rows != EMPTY_TEXT_ROW), self.device)
                 unconditional_BSC = self._without_text(example, plan.text_tokens)
-                example.guidance_BSC = losses.guidance(velocity_BSC, unconditional_BSC, has_text_B, guidance_scale)
+                example.guidance_BSC = losses.guidance(velocity_BSC, unconditional_BSC, guidance_scale)
             total, mean, loss_B, _kept = losses.objective(example, velocity_BSC, trace, self.loss_weights)
             share = len(plan) / plan.global_batch
             (total * share).backward()

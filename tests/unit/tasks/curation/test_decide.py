@@ -352,7 +352,7 @@ PLANTED_COLUMNS: dict[str, tuple[dict, dict]] = {
 
 
 def test_every_rule_rejects_what_breaks_it_and_nothing_at_its_limit():
-    assert set(PLANTED_COLUMNS) == {rule.name for rule in rules.RULES}
+    assert set(PLANTED_COLUMNS) == {rule.name for rule in rules.RULES} - set(rules.DUPLICATES)
     rows, truth = [], []
     for rule, cases in PLANTED_COLUMNS.items():
         for expected, columns in zip((rule, ""), cases):
