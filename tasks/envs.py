@@ -27,13 +27,13 @@ logging.getLogger("flytekit").addFilter(
 
 CACHE_VERSIONS = {
     "urls": "1",
-    "records": "6",
-    "scores": "7",
+    "records": "7",
+    "scores": "8",
     "captions": "1",
-    "curation": "5",
+    "curation": "6",
     "components": "3",
-    "texts": "2",
-    "encoding": "4",
+    "texts": "3",
+    "encoding": "5",
     "training": "3",
     "merging": "1",
     "prompts": "1",
