@@ -14,21 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from model.storage import replacing
-from tasks.manifest import MANIFEST, load_manifest
+from tasks.manifest import load_manifest
+from tasks.sealed import newest_pipeline
 from tasks.store import home
-
-
-def newest_pipeline() -> Path:
-    """The pipeline artifact that was sealed last.
-
-    Raises:
-        ValueError: nothing was published yet.
-    """
-    folder = home() / "artifacts" / "pipeline"
-    sealed = [path for path in folder.glob("*/") if (path / MANIFEST).is_file()] if folder.is_dir() else []
-    if not sealed:
-        raise ValueError(f"{folder} has no published pipeline yet; run `make reproduce`, or name one with --pipeline")
-    return max(sealed, key=lambda path: (path / MANIFEST).stat().st_mtime_ns)
 
 
 def draw(prompt: str, pipeline: Path, out: Path, seed: int = 0) -> dict[str, Any]:

@@ -27,13 +27,13 @@ logging.getLogger("flytekit").addFilter(
 
 CACHE_VERSIONS = {
     "urls": "1",
-    "records": "6",
-    "scores": "7",
+    "records": "7",
+    "scores": "8",
     "captions": "1",
-    "curation": "5",
+    "curation": "6",
     "components": "3",
-    "texts": "2",
-    "encoding": "4",
+    "texts": "3",
+    "encoding": "5",
     "training": "3",
     "merging": "1",
     "prompts": "1",
@@ -68,14 +68,19 @@ STORE = {  # all pods: the place of parts, and the console that decks link to
     name: os.environ[name] for name in ("NUCLEUS_STORE", "NUCLEUS_CONSOLE") if os.environ.get(name)
 }
 ENDPOINTS = {name: value for name, value in os.environ.items() if name == "NUCLEUS_ENDPOINTS"}  # that may be asked
-REGISTERED = {
-    "NUCLEUS_TRAIN_NNODES": str(TRAIN_NNODES),
-    "NUCLEUS_TRAIN_NPROC": str(TRAIN_NPROC),
-    "NUCLEUS_TRAIN_GRACE_S": str(TRAIN_GRACE_S),
-    "NUCLEUS_TRAIN_RETRIES": str(TRAIN_RETRIES),
-    **{name: os.environ[name] for name in profiles.SETTINGS if name in os.environ},
-    **{name: value for name, value in os.environ.items() if name.startswith("NUCLEUS_IMAGE_")},
-} | STORE
+REGISTERED = (
+    {
+        "NUCLEUS_TRAIN_NNODES": str(TRAIN_NNODES),
+        "NUCLEUS_TRAIN_NPROC": str(TRAIN_NPROC),
+        "NUCLEUS_TRAIN_GRACE_S": str(TRAIN_GRACE_S),
+        "NUCLEUS_TRAIN_RETRIES": str(TRAIN_RETRIES),
+        **{name: os.environ[name] for name in profiles.SETTINGS if name in os.environ},
+        **{name: value for name, value in os.environ.items() if name.startswith("NUCLEUS_IMAGE_")},
+        **{name: os.environ[name] for name in ("NUCLEUS_CAPTIONER_SECRET", "NUCLEUS_SPARK") if name in os.environ},
+    }
+    | STORE
+    | ENDPOINTS
+)
 REPORT_S = 30  # from there to the pod's end: the agent writes the error that Flyte retries
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 from model import storage
 from tasks import hub_directory
 from tasks.manifest import MANIFEST, Manifest, check_covers, load_manifest, parse_manifest, verify
-from tasks.store import INDEX, LOCATIONS, Part, zip_index
+from tasks.store import INDEX, LOCATIONS, Part, home, zip_index
 
 BLOCK_BYTES = 8 << 20  # of a remote file at a time
 LATEST, VERSIONS = "latest.json", "versions"  # of a published place (tasks/publishing/s3.py)
@@ -125,3 +126,16 @@ def parts(uri: str | os.PathLike) -> Iterator[Part]:
     """The parts of an index, in its order."""
     with open_table(uri, INDEX) as index, open_table(uri, LOCATIONS) as places:
         yield from zip_index(index, places, str(uri))
+
+
+def newest_pipeline() -> Path:
+    """The pipeline artifact that was sealed last.
+
+    Raises:
+        ValueError: nothing was published yet.
+    """
+    folder = home() / "artifacts" / "pipeline"
+    sealed = [path for path in folder.glob("*/") if (path / MANIFEST).is_file()] if folder.is_dir() else []
+    if not sealed:
+        raise ValueError(f"{folder} has no published pipeline yet; run `make reproduce`, or name one with --pipeline")
+    return max(sealed, key=lambda path: (path / MANIFEST).stat().st_mtime_ns)

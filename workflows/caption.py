@@ -22,7 +22,7 @@ from tasks.planning.task import resolve_recipe
 from workflows.curate import describe, score_source
 
 
-@dynamic(**envs.light("curation"))
+@dynamic(**envs.dynamic("curation"))
 def caption_source(source: SourceConfig, path: str, config: CurationConfig) -> CaptionsDir:
     """Describes the images at `path`, or those that are made of `source` where it is empty."""
     if config.captioner is None:

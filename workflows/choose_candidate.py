@@ -20,9 +20,10 @@ from flytekit.types.directory import FlyteDirectory
 
 from tasks import envs
 from tasks.artifacts import CheckpointsDir, CuratedDir
-from tasks.evaluation.candidates import Candidate
-from tasks.evaluation.task import Choice, choose_scorecard, plan_candidates, resolve_model
+from tasks.evaluation.task import Choice, choose_scorecard, resolve_model
 from tasks.merging.task import merge_checkpoints
+from tasks.planning.candidates import Candidate
+from tasks.planning.task import plan_candidates
 from workflows.evaluate import score_merged, score_model
 
 

@@ -24,11 +24,11 @@ from tasks.evaluation.task import (
     generate_part,
     judge_images,
     make_prompts,
-    plan_benchmarks,
     plan_parts,
     resolve_model,
     score_answers,
 )
+from tasks.planning.task import plan_benchmarks
 
 
 @workflow

@@ -20,7 +20,8 @@ from flytekit import CronSchedule, Email, LaunchPlan, WorkflowExecutionPhase, dy
 from eval.config import EvalConfig
 from tasks import envs
 from tasks.evaluation.models import NEWEST, Model
-from tasks.evaluation.task import find_changed, gate_scores, plan_benchmarks, resolve_model, store_score
+from tasks.evaluation.task import find_changed, gate_scores, resolve_model, store_score
+from tasks.planning.task import plan_benchmarks
 from workflows.evaluate import score_model
 
 

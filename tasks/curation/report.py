@@ -133,7 +133,7 @@ def _edges(summary: Summary) -> list[str]:
             if name.startswith("min_")
             else "kept | rejected"
             if name.startswith("max_")
-            else "below | in it"
+            else "below | at or above"
         )
         shots = [
             "".join(shot(summary.pixels.get(shown.position), f"{shown.note} {shown.file}") for shown in side)

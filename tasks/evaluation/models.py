@@ -23,6 +23,7 @@ from eval import pipelines
 from eval.config import SchedulerConfig
 from model import storage
 from tasks.manifest import MANIFEST, load_manifest, verify
+from tasks.sealed import newest_pipeline
 from tasks.store import home
 
 NEWEST = "newest"
@@ -65,8 +66,6 @@ def resolve(model: str, revision: str = "", components: str = "", local: bool = 
     if model == NEWEST:
         if not local:
             raise ValueError("model 'newest' is the newest on your machine; on a cluster give an s3:// URI or a Hub id")
-        from tasks.draw import newest_pipeline
-
         model = str(newest_pipeline())
     if "@" in model and not revision and pipelines.is_hub_id(model.partition("@")[0]):
         model, _, revision = model.partition("@")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional
 
 from flytekit import Deck, task
 from flytekit.types.directory import FlyteDirectory
@@ -28,7 +28,6 @@ from tasks.artifacts import (
     work_path,
 )
 from tasks.artifacts import source as source_of
-from tasks.evaluation.candidates import Candidate
 from tasks.evaluation.models import Model
 from tasks.evaluation.plan import Part
 
@@ -40,38 +39,6 @@ def resolve_model(model: str, revision: str, components: str) -> Model:
 
     with plain_errors():
         return models.resolve(model, revision, components, local=is_local())
-
-
-@task(**envs.light("evaluator"))
-def plan_benchmarks(
-    model: Model, benchmarks: str, recipe: str, overrides: Union[list[str], str], judges: str
-) -> list[EvalConfig]:
-    """Checks the whole request before any work: one configuration for each benchmark.
-
-    `recipe` has the settings; "" takes those that a published pipeline was scored with.
-    """
-    from eval import catalog
-    from tasks.evaluation import models, plan
-    from tasks.recipe import load_recipe
-
-    with plain_errors():
-        if recipe:
-            base = load_recipe(recipe, []).eval.model_dump(mode="json")
-        else:
-            base = models.published_settings(model) or {}
-        changes = [overrides] if isinstance(overrides, str) else overrides
-        configs = plan.plan_benchmarks(
-            benchmarks, base, [c for c in changes if c], judges, packaged=is_local() and not _has_gpu()
-        )
-        for config in configs if is_local() else ():
-            catalog.check_installed(config)
-        return configs
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 @task(**envs.light("evaluator"))
@@ -239,20 +206,6 @@ def gate_scores(stored: list[str]) -> list[str]:
         sentences = history.gate(stored, lambda uri: _scores(FlyteDirectory(uri)))
     print("\n".join(sentences), flush=True)
     return sentences
-
-
-@task(**envs.light("evaluator"))
-def plan_candidates(
-    model: Model, benchmark: str, candidates: str, recipe: str, overrides: Union[list[str], str], judges: str
-) -> list[Candidate]:
-    """The incumbent and the candidates, each with its settings on development prompts. Checked before any work."""
-    from tasks.evaluation import candidates as planner
-
-    changes = [overrides] if isinstance(overrides, str) else overrides
-    with plain_errors():
-        return planner.plan_candidates(
-            model, benchmark, candidates, recipe, [c for c in changes if c], judges, local=is_local()
-        )
 
 
 class Choice(NamedTuple):

@@ -18,6 +18,8 @@ from tasks.curation.captioning import check_captioner
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.curation.scorers import check_settings
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
+from tasks.evaluation.models import Model
+from tasks.planning.candidates import Candidate
 from tasks.planning.local_cache import forget_lost_artifacts
 from tasks.planning.local_run import check_directories
 from tasks.planning.sections import (
@@ -127,3 +129,48 @@ def choose_stage(stages: list[Stage], name: str) -> ChosenStage:
     with plain_errors():
         chosen = stage_named(stages, name).train
     return ChosenStage(stage=chosen, model=chosen.model)
+
+
+@task(**envs.light("evaluator"))
+def plan_benchmarks(
+    model: Model, benchmarks: str, recipe: str, overrides: Union[list[str], str], judges: str
+) -> list[EvalConfig]:
+    """Checks the whole request before any work: one configuration for each benchmark.
+
+    `recipe` has the settings; "" takes those that a published pipeline was scored with.
+    """
+    from eval import catalog
+    from tasks.evaluation import models, plan
+
+    with plain_errors():
+        if recipe:
+            base = load_recipe(recipe, []).eval.model_dump(mode="json")
+        else:
+            base = models.published_settings(model) or {}
+        changes = [overrides] if isinstance(overrides, str) else overrides
+        configs = plan.plan_benchmarks(
+            benchmarks, base, [c for c in changes if c], judges, packaged=is_local() and not _has_gpu()
+        )
+        for config in configs if is_local() else ():
+            catalog.check_installed(config)
+        return configs
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@task(**envs.light("evaluator"))
+def plan_candidates(
+    model: Model, benchmark: str, candidates: str, recipe: str, overrides: Union[list[str], str], judges: str
+) -> list[Candidate]:
+    """The incumbent and the candidates, each with its settings on development prompts. Checked before any work."""
+    from tasks.planning import candidates as planner
+
+    changes = [overrides] if isinstance(overrides, str) else overrides
+    with plain_errors():
+        return planner.plan_candidates(
+            model, benchmark, candidates, recipe, [c for c in changes if c], judges, local=is_local()
+        )

@@ -14,8 +14,9 @@ from conftest import ROOT, Home
 from object_store import OWN, s3_server
 from small_propeller import SmallPropeller, text
 
+from containers.lock import ROLES
+
 BUCKET = "nucleus-test"
-ROLES = ("curation", "encoder", "trainer", "evaluator", "publisher")
 BIN = Path(sys.executable).parent
 
 

@@ -163,7 +163,7 @@ def test_evaluation_starts_from_a_model_and_names_of_benchmarks(packaged, specs,
 
 
 def test_a_place_is_looked_at_each_time_and_images_are_known_by_the_digest_of_their_model(specs):
-    for task in ("resolve_model", "plan_benchmarks", "find_changed", "store_score", "gate_scores"):
+    for task in ("resolve_model", "find_changed", "store_score", "gate_scores"):
         assert not specs[f"tasks.evaluation.task.{task}"].template.metadata.discoverable
     metadata = specs["tasks.evaluation.task.generate_from_model"].template.metadata
     assert metadata.discoverable and list(metadata.cache_ignore_input_vars) == ["model"]

@@ -18,9 +18,9 @@ FLYTE_FILES = {"tasks/envs.py", "tasks/artifacts.py", "tasks/elastic.py"}
 # Configuration sections are below all passes, so that a recipe can be composed of them.
 LAYERS = (
     ("tasks.manifest", "tasks.diffusers_parts"),
-    ("tasks.store", "tasks.elastic"),
+    ("tasks.store", "tasks.elastic", "tasks.hub_directory"),
     ("tasks.sealed", "tasks.trace_page"),
-    ("tasks.record_usage",),
+    ("tasks.record_usage", "tasks.parents_page"),
     ("tasks.trace", "tasks.profiles", "tasks.site"),
     ("tasks.envs",),
     ("tasks.artifacts",),

@@ -32,7 +32,7 @@ from model.moe import ExpertRanks, MoE
 # Operations whose kernels for autograd call c10d's: the compiler takes each as one, and its graphs of the forward and the
 # backward have `all_to_all_single` and `wait_tensor`, which Inductor knows. As functions of their own
 # (torch.autograd.Function) they do not compile where layers have several capacity factors (PyTorch 2.13).
-_OPERATIONS = torch.library.Library("nucleus", "FRAGMENT")
+_OPERATIONS = torch.library.Library("nucleus_exchange", "DEF")
 _OPERATIONS.define("start_exchange(Tensor x, int[] parts, str group) -> Tensor")
 _OPERATIONS.define("end_exchange(Tensor x, int[] parts, str group) -> Tensor")
 
@@ -74,12 +74,12 @@ _OPERATIONS.impl("end_exchange", _end, "CompositeExplicitAutograd")
 
 def exchange(x: torch.Tensor, group_name: str, parts: list[int]) -> torch.Tensor:
     """Starts an all-to-all of equal parts along the first dim. The result may not be read before `wait`."""
-    return torch.ops.nucleus.start_exchange(x, parts, group_name)
+    return torch.ops.nucleus_exchange.start_exchange(x, parts, group_name)
 
 
 def wait(x: torch.Tensor, group_name: str, parts: list[int]) -> torch.Tensor:
     """On CUDA the stream waits, not the host. The gradient is exchanged with the same parts."""
-    return torch.ops.nucleus.end_exchange(x, parts, group_name)
+    return torch.ops.nucleus_exchange.end_exchange(x, parts, group_name)
 
 
 def expert_ranks(group: dist.ProcessGroup, num_experts: int) -> ExpertRanks:

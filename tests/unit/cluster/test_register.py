@@ -129,6 +129,7 @@ def test_only_tasks_that_reach_the_hub_declare_its_token(registered):
     admin, _ = registered
     declared = {n for n, r in admin.tasks.items() if "HF_TOKEN" in keys(r.spec.template)}
     assert "tasks.publishing.task.publish_pipeline" in declared
+    declared -= {f"tasks.curation.task.{name}" for name in HUB}  # whose models come from the Hub
     assert not any(name.startswith(("tasks.curation", "tasks.training", "tasks.planning")) for name in declared)
 
 
@@ -149,7 +150,14 @@ TASKS = {
     "planning.task.choose_stage": ("curation", LIGHT, ""),
     "curation.task.make_group": ("curation", SHARD, ""),
     "curation.task.list_corpus": ("curation", GATHER, ""),
-    "curation.task.score_group": ("curation", SHARD, ""),
+    "curation.task.score_group": ("scorer", SHARD, ""),
+    "curation.task.score_group_on_gpu": ("scorer", GPU, ""),
+    "curation.task.list_urls": ("curation", GATHER, ""),
+    "curation.task.download_group": ("curation", SHARD, ""),
+    "curation.task.draft_corpus": ("curation", GATHER, ""),
+    "curation.task.caption_group": ("curation", SHARD, ""),
+    "curation.task.caption_group_gpu": ("scorer", GPU, ""),
+    "curation.task.gather_captions": ("curation", GATHER, ""),
     "curation.task.decide_corpus": ("curation", GATHER, ""),
     "curation.task.select_group": ("curation", SHARD, ""),
     "curation.task.gather_curated": ("curation", GATHER, ""),
@@ -162,7 +170,7 @@ TASKS = {
     "training.task.train_stage": ("trainer", None, "training"),
     "merging.task.merge_checkpoints": ("trainer", GATHER, "merging"),
     "evaluation.task.resolve_model": ("evaluator", LIGHT, ""),
-    "evaluation.task.plan_benchmarks": ("evaluator", LIGHT, ""),
+    "planning.task.plan_benchmarks": ("evaluator", LIGHT, ""),
     "evaluation.task.plan_parts": ("evaluator", LIGHT, ""),
     "evaluation.task.make_prompts": ("evaluator", GATHER, "prompts"),
     "evaluation.task.generate_part": ("evaluator", GPU, "evaluation"),
@@ -173,7 +181,7 @@ TASKS = {
     "evaluation.task.find_changed": ("evaluator", LIGHT, ""),
     "evaluation.task.store_score": ("evaluator", LIGHT, ""),
     "evaluation.task.gate_scores": ("evaluator", LIGHT, ""),
-    "evaluation.task.plan_candidates": ("evaluator", LIGHT, ""),
+    "planning.task.plan_candidates": ("evaluator", LIGHT, ""),
     "evaluation.task.choose_scorecard": ("evaluator", LIGHT, ""),
     "study.task.plan_study": ("curation", LIGHT, ""),
     "study.task.describe_run": ("evaluator", GPU, "study"),
@@ -181,8 +189,15 @@ TASKS = {
     "publishing.task.publish_pipeline": ("publisher", GATHER, "publishing"),
     "publishing.task.show_results": ("publisher", LIGHT, ""),
 }
-TEMPLATES = {"curation": "nucleus-curation", "publisher": "nucleus-publisher", "trainer": "nucleus-trainer-efa"}
+TEMPLATES = {
+    "curation": "nucleus-curation",
+    "scorer": "nucleus-curation",
+    "publisher": "nucleus-publisher",
+    "trainer": "nucleus-trainer-efa",
+}
 HUB = {
+    "score_group_on_gpu",
+    "caption_group_gpu",
     "make_components",
     "encode_texts_group",
     "encode_latents_group",

@@ -16,12 +16,12 @@ import rich_click as click
 import yaml
 from flyteadmin import flyteadmin
 
+from containers.lock import ROLES
 from tasks.profiles import SETTINGS
 from tasks.recipe import load_recipe
 from workflows import remote_run
 
 ROOT = Path(__file__).resolve().parents[3]
-ROLES = ("curation", "encoder", "trainer", "evaluator", "publisher")
 DIGEST = "sha256:" + "cd" * 32
 RUN = ["run", "--remote", "workflows/reproduce.py", "reproduce"]
 LIMITS = {"cpu": "1000", "memory": "10Ti", "gpu": "8", "ephemeralStorage": "10Ti"}

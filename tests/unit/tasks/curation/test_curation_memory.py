@@ -17,6 +17,8 @@ from tasks.curation import score
 from tasks.curation.hashes import HASHES
 from tasks.store import LOCATIONS, Part, make_sealed, write_index
 
+pytestmark = pytest.mark.slow
+
 ROWS = 800  # of a shard
 ALLOWED_KIB = 24 * 1024  # 40 shards have 30,000 rows more than 2: some 45 MB of pandas objects
 STEPS = """
@@ -27,8 +29,6 @@ from tasks.curation.config import *
 from tasks.curation.sources.base import Account
 from tasks.manifest import seal
 from tasks.store import Part, make_part, read_index, fetch_part
-
-pytestmark = pytest.mark.slow
 step, shards, place = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 config = CurationConfig(dedup=DedupConfig(max_hamming_distance=2))
 if step == "list":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from flytekit.configuration import Image, ImageConfig, SerializationSettings
 from flytekit.core.context_manager import ExecutionState, FlyteContextManager
@@ -10,7 +12,8 @@ from flytekit.models.core.types import BlobType
 from flytekit.models.literals import Blob, BlobMetadata, Literal, LiteralCollection, Scalar
 
 from tasks import store
-from tasks.curation.config import CurationConfig, SourceConfig
+from tasks.curation.config import CurationConfig, ScorerConfig, SourceConfig
+from tasks.curation.task import score_group, score_group_on_gpu
 from workflows.curate import curate_source
 
 SHARDS, LIMIT = 70_000, 2 * 2**20
@@ -19,6 +22,12 @@ ROLES = ("curation", "scorer", "encoder", "trainer", "evaluator", "publisher")
 
 @pytest.fixture
 def nodes():
+    with composed(CurationConfig(concurrency=64, min_success_ratio=0.99)) as nodes:
+        yield nodes
+
+
+@contextlib.contextmanager
+def composed(config: CurationConfig):
     """The nodes of `curate_source` as a cluster composes them, for a made source of 70,000 shards."""
     default = Image("default", "registry/image", "tag")
     images = ImageConfig(default_image=default, images=[default, *(Image(r, f"registry/{r}", "tag") for r in ROLES)])
@@ -26,7 +35,7 @@ def nodes():
     inputs = {
         "source": SourceConfig(scenes=SHARDS, shards=SHARDS),
         "path": "",
-        "config": CurationConfig(concurrency=64, min_success_ratio=0.99),
+        "config": config,
     }
     ctx = FlyteContextManager.current_context()
     with (
@@ -36,6 +45,7 @@ def nodes():
         ) as ctx,
     ):
         literals = TypeEngine.dict_to_literal_map(ctx, inputs, {name: type(value) for name, value in inputs.items()})
+        curate_source._wf = None  # flytekit composes a dynamic workflow once in a process
         spec = curate_source.dispatch_execute(ctx, literals)
         assert spec.to_flyte_idl().ByteSize() < LIMIT
         yield spec.nodes
@@ -44,6 +54,17 @@ def nodes():
 def test_the_recipe_says_how_many_sub_tasks_run_at_a_time_and_how_many_may_fail(nodes):
     mapped = [(node.array_node._parallelism, node.array_node._min_success_ratio) for node in nodes if node.array_node]
     assert mapped == [(64, 1.0), (64, 0.99), (64, 1.0)]  # make, score, select
+
+
+def test_a_scorer_that_asks_for_a_gpu_gets_a_map_task_with_one_after_those_on_cpus(nodes):
+    model = {"name": "image-text-embedding", "repo_id": "a/b", "revision": "0123456789" * 4}
+    with composed(CurationConfig(scorers=ScorerConfig(embedding=model))) as more:
+        assert sum(node.array_node is not None for node in more) == 1 + sum(
+            node.array_node is not None for node in nodes
+        )
+        (waiting,) = [node for node in more if any(binding.var == "scored" for binding in node.inputs)]
+        assert waiting.array_node is not None
+    assert score_group_on_gpu.resources.requests.gpu == "1" and not score_group.resources.requests.gpu
 
 
 def test_seventy_thousand_shards_are_made_in_two_thousand_sub_tasks(nodes):

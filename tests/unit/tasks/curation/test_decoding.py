@@ -242,11 +242,16 @@ def test_avif_and_heic_are_read_with_their_colours_and_orientation(form):
     exif = Image.Exif()
     exif[0x0112] = 6
     data = to_bytes(photo(160, 96), form, quality=95, icc_profile=P3, exif=exif)
+    # HEIF's own rotation counts, which libheif applies; pillow-heif writes none, and EXIF's is ignored, as HEIF says.
+    size = (96, 160) if form == "AVIF" else (160, 96)
     header, image = inspect_and_decode(data, MILLION, (form,))
-    assert (header.format, header.animated, header.width, header.height) == (form, False, 96, 160) and image.size == (96, 160)  # fmt: skip
+    assert (header.format, header.animated, header.width, header.height) == (form, False, *size)
+    assert image.size == size
     transform = ImageCms.buildTransform(io.BytesIO(P3), ImageCms.createProfile("sRGB"), "RGB", "RGB")
-    want = transform.apply(photo(160, 96)).transpose(Image.Transpose.ROTATE_270)
-    assert np.abs(levels(image) - levels(want)).mean() < 3
+    want = transform.apply(photo(160, 96))
+    if form == "AVIF":
+        want = want.transpose(Image.Transpose.ROTATE_270)
+    assert np.abs(levels(image) - levels(want)).mean() < 5  # 13 without the profile; half the colours are stored
 
 
 def test_a_heic_is_a_picture_of_a_source_with_pillow_heif():

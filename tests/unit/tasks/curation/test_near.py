@@ -215,7 +215,6 @@ def test_spark_decides_as_duckdb_does(monkeypatch):
         "exact_duplicate",
         "min_side",
         "format",
-        "nsfw",
         "no_caption",
     }
     assert PART > 10**9

@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from selected import scenes, select
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[4]
 SCRIPT = """
@@ -20,8 +23,6 @@ from tasks.encoding.config import EncodingConfig
 from tasks.encoding.open_latents import open_latents
 from tasks.manifest import seal
 from tasks.store import LOCATIONS
-
-pytestmark = pytest.mark.slow
 
 curated, components, out = map(Path, sys.argv[1:4])
 config = EncodingConfig(batch_size=8)

@@ -9,10 +9,10 @@ import pytest
 from eval.config import SCORING_KEYS, EvalConfig
 from model.config import MergeConfig
 from tasks.evaluation import models
-from tasks.evaluation.candidates import plan_candidates
 from tasks.evaluation.models import Model
 from tasks.evaluation.plan import generation_config, plan_benchmarks
 from tasks.manifest import seal
+from tasks.planning.candidates import plan_candidates
 from tasks.recipe import load_recipe
 
 TINY = load_recipe("tiny", []).eval.model_dump(mode="json")

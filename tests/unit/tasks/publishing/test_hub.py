@@ -203,7 +203,7 @@ def test_a_missing_or_refused_token_is_one_message_that_says_what_to_do(pipeline
 
 
 def test_a_planted_token_is_in_no_file_message_or_manifest(pipeline, monkeypatch, capsys):
-    tokens = {"HF_TOKEN": "hf_planted", "AWS_SECRET_ACCESS_KEY": "aws_planted", "WANDB_API_KEY": "wandb_planted"}
+    tokens = {"HF_TOKEN": "hf_c0ffee1d", "AWS_SECRET_ACCESS_KEY": "aws_c0ffee1d", "WANDB_API_KEY": "wandb_c0ffee1d"}
     for name, value in tokens.items():
         monkeypatch.setenv(name, value)
     (pipeline / "manifest.json").unlink()
@@ -214,4 +214,4 @@ def test_a_planted_token_is_in_no_file_message_or_manifest(pipeline, monkeypatch
     everything = [str(report), str(hub.calls), said.out, said.err]
     everything += [content.decode() for content in hub.files.values()]
     everything += [path.read_text() for path in pipeline.rglob("*") if path.is_file()]
-    assert not [text for text in everything if "planted" in text]
+    assert not [text for text in everything if "c0ffee1d" in text]

