@@ -101,7 +101,8 @@ def test_curation_is_cached_part_by_part_and_not_by_flyte(specs, task):
     mapped = [spec for found, spec in specs.items() if found == name]
     assert mapped, sorted(specs)
     template = mapped[0].template
-    assert not template.metadata.discoverable and template.container.image == "registry.example/curation:v1"
+    role = "scorer" if task == "score_group" else "curation"
+    assert not template.metadata.discoverable and template.container.image == f"registry.example/{role}:v1"
     requests = {entry.name: entry.value for entry in template.container.resources.requests}
     assert requests and requests == {entry.name: entry.value for entry in template.container.resources.limits}
 

@@ -157,7 +157,7 @@ def test_sealing_refuses_an_unknown_kind_an_empty_directory_and_an_unsealed_pare
     with pytest.raises(ValueError, match="holds no file"):
         seal(tmp_path / "x", "records")
     (tmp_path / "x/a").write_bytes(b"a")
-    with pytest.raises(ValueError, match="kind 'rekords' is unknown; use one of records, "):
+    with pytest.raises(ValueError, match="kind 'rekords' is unknown; use one of urls, records, "):
         seal(tmp_path / "x", "rekords")
     with pytest.raises(ValueError, match="not a sealed directory"):
         seal(tmp_path / "x", "records", parents=[tmp_path])
