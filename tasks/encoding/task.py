@@ -47,7 +47,7 @@ class EncodingPlan(NamedTuple):
     fractions: dict[str, float]
 
 
-@task(cache=envs.cache("components"), enable_deck=True, **envs.gpu_single("encoder"))
+@task(cache=envs.cache("components"), enable_deck=True, **envs.gpu_single("encoder", reads_hub=True))
 def make_components(curated: CuratedDir, config: ComponentsConfig) -> ComponentsDir:
     """Makes VAE, text encoder and processor: pinned ones from the Hub, or small ones trained on a sample of the corpus."""
     from tasks.encoding import components
