@@ -128,7 +128,6 @@ def _pytest(report: Report, *arguments: str) -> None:
 def kernel_tests(report: Report, toy: bool) -> None:
     """The tests of the Triton kernels and of attention that are marked gpu."""
     if toy:
-        os.environ["TRITON_INTERPRET"] = "1"
         return _pytest(report, KERNEL_TESTS[1], "-k", "test_swiglu and fp32 and cpu and shape0")
     return _pytest(report, "-m", "gpu", "--timeout=150" if _has("pytest_timeout") else "-q", *KERNEL_TESTS)
 
@@ -297,7 +296,7 @@ def _block(report: Report, toy: bool, case: str) -> None:
     args = gpu_blocks.parse(options.split())
     rate, bandwidth = gpu_blocks.rates(args)
     report.add(matrix_tflops=rate / 1e12, bandwidth_gb_s=bandwidth / 1e9, diffusers=gpu_blocks.has_diffusers())
-    report.add(**gpu_blocks.measure(args, args.cases[0], rate, bandwidth))
+    report.add(**gpu_blocks.measure(args, args.cases[0], rate, bandwidth, keep=report.add))
     if report.values["failures"]:
         raise RuntimeError("; ".join(f"{name}: {why}" for name, why in report.values["failures"].items()))
 
@@ -332,8 +331,6 @@ def muon_and_profile(report: Report, toy: bool) -> None:
         report.add(newton_schulz={"matrices": count, "ms": spread.median, "tflops": flops / spread.median / 1e9})
     with report.part("kernels"):
         B, S, D, F, E = (2, 4, 16, 8, 4) if toy else (4, 4096, 2048, 1344, 64)
-        if toy:
-            os.environ["TRITON_INTERPRET"] = "1"
         kernels.use_kernels("triton")  # an error names what is missing
         moe = MoE(D, F, E, 2.0).to(device, torch.float32 if toy else torch.bfloat16)
         for parameter in moe.parameters():
@@ -385,7 +382,8 @@ def run_section(name: str, out: Path, toy: bool) -> int:
 def start_section(name: str, out: Path, toy: bool, limit_s: float) -> dict[str, Any]:
     """Runs a section in a process of its own, and ends that process and its children at the limit."""
     command = [sys.executable, str(SCRIPT), "--section", name, "--out", str(out), *(["--toy"] if toy else [])]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    # Triton reads TRITON_INTERPRET when it is first imported.
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "TRITON_INTERPRET": str(int(toy))}
     begin = time.monotonic()
     with open(out / f"{name}.log", "w") as log:
         process = subprocess.Popen(

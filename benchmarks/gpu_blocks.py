@@ -47,7 +47,6 @@ from measure import (  # noqa: E402
     Product,
     ProductTime,
     RecordProducts,
-    Spread,
     in_turns,
     print_run,
     spin_up,
@@ -287,14 +286,14 @@ def without_gradients(forward: Callable[[], torch.Tensor]) -> Callable[[], objec
     return run
 
 
-def agree(runs: dict[str, Callable[[], torch.Tensor]]) -> dict[str, str]:
-    """Prints the distance of each output from diffusers' eager one, or from the first variant's without it.
+def agree(runs: dict[str, Callable[[], torch.Tensor]], name: str | None = None) -> dict[str, str]:
+    """Prints the distance of each output from that of variant `name`; None: diffusers' eager one, or without it the first.
 
     Returns:
         the variants that fail or compute something else, with the reason.
     """
     bad: dict[str, str] = {}
-    name = REFERENCE if REFERENCE in runs else next(iter(runs))
+    name = name or (REFERENCE if REFERENCE in runs else next(iter(runs)))
     with torch.no_grad():
         reference = runs[name]().float()
         for variant, forward in runs.items():
@@ -409,71 +408,100 @@ def print_steps(args: argparse.Namespace, ours: Block, inputs: Inputs, bandwidth
     return found
 
 
-def measure(args: argparse.Namespace, case: Case, rate: float, bandwidth: float) -> dict[str, Any]:
-    """Everything about one case; printed, and returned as numbers (times in ms)."""
+def measure(
+    args: argparse.Namespace, case: Case, rate: float, bandwidth: float, keep: Callable[..., None] = lambda **_: None
+) -> dict[str, Any]:
+    """Everything about one case; printed, and returned as numbers (times in ms). `keep` gets what is measured so far,
+    several times: compiling comes last, since it may fail or take minutes."""
     # A new case, other shapes: what was compiled before must not count against the limit.
     torch.compiler.reset()
     with torch._dynamo.config.patch(recompile_limit=COMPILED_VARIANTS, fail_on_recompile_limit_hit=True):
-        return _measure(args, case, rate, bandwidth)
+        return _measure(args, case, rate, bandwidth, keep)
 
 
-def _measure(args: argparse.Namespace, case: Case, rate: float, bandwidth: float) -> dict[str, Any]:
-    device = torch.device(args.device)
+def _measure(
+    args: argparse.Namespace, case: Case, rate: float, bandwidth: float, keep: Callable[..., None]
+) -> dict[str, Any]:
     print(f"\n{case}")
     ours, theirs = build(args, case)
     inputs = make_inputs(args, case)
     runs = variants(args, ours, theirs, inputs)
-    failures = agree(runs)
-    runs = {name: forward for name, forward in runs.items() if name not in failures}
+    eager = {name: forward for name, forward in runs.items() if "compiled" not in name}
+    failures = agree(eager)
     gate = ours.img_mlp.gate  # from here on as in training; so far as diffusers, to compare what comes out
     gate.weight = torch.nn.Parameter(gate.weight.detach().float())
     parameters = [*ours.parameters(), *(theirs.parameters() if theirs is not None else ())]
-    kinds = {
-        "forward": {name: without_gradients(forward) for name, forward in runs.items()},
-        "forward + backward": {name: forward_backward(f, parameters, inputs) for name, f in runs.items()},
-    }
     found: dict[str, Any] = {"case": str(case), "failures": failures, "ms": {}, "speed": {}, "products": {}}
-    measured: dict[str, dict[str, Spread]] = {}
-    for kind, calls in kinds.items():
-        for name in list(calls):
-            try:
-                calls[name]()
-            except Exception as error:
-                failures[f"{name}, {kind}"] = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
-                print(f"  '{name}', {kind}, fails: {failures[f'{name}, {kind}']}")
-                del calls[name]
-        spin_up(device)
-        measured[kind] = in_turns(calls, args.rounds, device)
-        found["ms"][kind] = {name: spread._asdict() for name, spread in measured[kind].items()}
-        for name, spread in measured[kind].items():
-            print(f"  {kind:18}  {name:22} {spread} ms")
-        of_ours = [name for name in calls if name.startswith("ours")]
-        ours_best = min(of_ours, key=lambda n: measured[kind][n].median, default=None)
-        for other in (name for name in calls if name.startswith("diffusers") and ours_best):
-            ratio = measured[kind][other].median / measured[kind][ours_best].median
-            found["speed"][f"{kind}: '{ours_best}' against '{other}'"] = ratio
-            print(f"  {kind:18}  '{ours_best}' is {ratio:.2f}x as fast as '{other}'")
-    for kind, calls in kinds.items():
-        first = next((name for name in calls if name.startswith("ours")), None)
-        if first is None:
-            continue
-        with RecordProducts() as record:
-            calls[first]()
-        print(f"  products of '{first}', {kind}, each alone:")
-        products = {product: count for product, count in record.products.items() if not product.attention}
-        times = time_alone(products, args.rounds, args.dtype, device)
-        alone = print_block_products(args, times, rate, bandwidth)
-        step = measured[kind][first].median
-        found["products"][kind] = alone | {"block_ms": step}
-        print(
-            f"  {kind}: products {alone['ms']:.4f} ms alone ({100 * alone['ms'] / step:.1f}% of the block's {step:.4f} ms), "
-            f"their floor {alone['floor_ms']:.4f} ms; the rest takes {step - alone['ms']:.4f} ms"
-        )
+
+    def in_both_kinds(measured: dict[str, Callable[[], torch.Tensor]]) -> dict[str, Callable[[], object]]:
+        """Of forward + backward, what did not fail."""
+        measured = {name: forward for name, forward in measured.items() if name not in failures}
+        calls = {name: without_gradients(forward) for name, forward in measured.items()}
+        _compare(args, "forward", calls, found)
+        calls = {name: forward_backward(forward, parameters, inputs) for name, forward in measured.items()}
+        _compare(args, "forward + backward", calls, found)
+        keep(**found)
+        return calls
+
+    left = in_both_kinds(eager)
+    first = next((name for name in left if name.startswith("ours")), None)
+    if first is not None:
+        for kind, call in (("forward", without_gradients(eager[first])), ("forward + backward", left[first])):
+            print(f"  products of '{first}', {kind}, each alone:")
+            step = found["ms"][kind][first]["median"]
+            found["products"][kind] = _products(args, call, step, rate, bandwidth) | {"block_ms": step}
     print("  attention alone:")
     found["attention"] = time_attention(args, case, inputs, rate)
+    keep(**found)
     print("  the rest, step by step:")
     found["steps"] = print_steps(args, ours, inputs, bandwidth)
+    keep(**found)
+    if len(runs) > len(eager):
+        for side, reference in (("ours", first), ("diffusers", REFERENCE)):
+            compiled = {name: run for name, run in runs.items() if name not in eager and name.startswith(side)}
+            if compiled and reference in left:
+                failures |= agree({reference: eager[reference]} | compiled, reference)
+        in_both_kinds(runs)  # all in turns
     return found
+
+
+def _compare(
+    args: argparse.Namespace, kind: str, calls: dict[str, Callable[[], object]], found: dict[str, Any]
+) -> None:
+    """Times `calls` in turns, and leaves out of them what fails. Adds to `found`."""
+    for name in list(calls):
+        try:
+            calls[name]()
+        except Exception as error:
+            found["failures"][f"{name}, {kind}"] = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+            print(f"  '{name}', {kind}, fails: {found['failures'][f'{name}, {kind}']}")
+            del calls[name]
+    spin_up(torch.device(args.device))
+    measured = in_turns(calls, args.rounds, torch.device(args.device))
+    found["ms"][kind] = {name: spread._asdict() for name, spread in measured.items()}
+    for name, spread in measured.items():
+        print(f"  {kind:18}  {name:22} {spread} ms")
+    ours_best = min((name for name in calls if name.startswith("ours")), key=lambda n: measured[n].median, default=None)
+    for other in (name for name in calls if name.startswith("diffusers") and ours_best):
+        ratio = measured[other].median / measured[ours_best].median
+        found["speed"][f"{kind}: '{ours_best}' against '{other}'"] = ratio
+        print(f"  {kind:18}  '{ours_best}' is {ratio:.2f}x as fast as '{other}'")
+
+
+def _products(
+    args: argparse.Namespace, call: Callable[[], object], step: float, rate: float, bandwidth: float
+) -> dict[str, float]:
+    """The products of `call`, each alone, beside the milliseconds that it takes."""
+    with RecordProducts() as record:
+        call()
+    products = {product: count for product, count in record.products.items() if not product.attention}
+    times = time_alone(products, args.rounds, args.dtype, torch.device(args.device))
+    alone = print_block_products(args, times, rate, bandwidth)
+    print(
+        f"  products {alone['ms']:.4f} ms alone ({100 * alone['ms'] / step:.1f}% of the block's {step:.4f} ms), "
+        f"their floor {alone['floor_ms']:.4f} ms; the rest takes {step - alone['ms']:.4f} ms"
+    )
+    return alone
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
-from model.config import DecayConfig, OptimConfig
+if TYPE_CHECKING:  # pydantic, which the optimisers do without
+    from model.config import DecayConfig, OptimConfig
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 

@@ -22,7 +22,7 @@ import numpy as np
 from eval import manifold
 from eval.benchmarks import base
 from eval.benchmarks.base import Benchmark, Judged, Mode, Prompt, Question, Scored
-from eval.text_files import read_json_lines
+from eval.files import read_json_lines
 
 REAL = "real_features"
 PARTS = ("match", "precision", "recall", "coverage", "similarity")

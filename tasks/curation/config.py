@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from model.config import Fraction, Positive, Section, Seed
+from model.config import TIERS, Fraction, Positive, Section, Seed
 from model.storage import check_path
 
 MAX_WORDS = 10_000  # of a caption that is kept
@@ -249,8 +249,8 @@ class CaptionConfig(Section):
 
 
 def _named_by_tier(value: dict) -> dict:
-    if sorted(value) != ["A1", "A2", "A3", "A4", "A5"]:
-        raise ValueError(f"must name each of A1, A2, A3, A4, A5 once, got {', '.join(value) or 'nothing'}")
+    if sorted(value) != sorted(TIERS):
+        raise ValueError(f"must name each of {', '.join(TIERS)} once, got {', '.join(value) or 'nothing'}")
     return value
 
 

@@ -121,6 +121,7 @@ def test_an_accelerator_trains_by_deterministic_algorithms_unless_told_otherwise
     off = (False, False, False, ":4096:8")  # the process's, from its start: see model/__init__.py
     assert seen == [off, (True, False, True, ":4096:8"), off]
     assert not torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.deterministic
+    assert torch.utils.deterministic.fill_uninitialized_memory  # PyTorch's default, which torchtitan changes
     assert all(torch.equal(runs["cpu"][name], runs["on"][name]) for name in runs["cpu"])
 
 
@@ -190,6 +191,25 @@ def test_as_many_full_checkpoints_stay_as_are_asked_for(latents, tmp_path, async
     assert report["resumed_from_step"] == 12
     with pytest.raises(ValueError, match="keep_full_checkpoints"):
         train_config(keep_full_checkpoints=0)
+
+
+def test_saves_in_the_background_from_memory_that_is_used_again_are_the_same(latents, tmp_path, monkeypatch):
+    """As on an accelerator, where it is pinned."""
+    from torch.distributed.checkpoint import staging
+
+    import model.train.checkpoint as saving
+
+    changes = dict(steps=12, checkpoint_every_steps=3, keep_checkpoints=4)
+    expected, _ = run(latents, tmp_path, "expected", work="expected_work", **changes)
+    made, allocate = [], staging._create_cpu_state_dict
+    monkeypatch.setattr(staging, "_create_cpu_state_dict", lambda state, **how: made.append(how) or allocate(state))
+    monkeypatch.setattr(saving, "DEVICE_TYPE", "cuda")
+    out, _ = run(latents, tmp_path, async_checkpoint=True, **changes)
+    assert made == [{"pin_memory": True}]  # of three saves in the background, the first alone allocates
+    expected, found = read_weights(expected), read_weights(out)
+    assert list(expected) == list(found) == [3, 6, 9, 12]
+    for step, state in expected.items():
+        assert all(torch.equal(value, found[step][name]) for name, value in state.items())
 
 
 def test_a_checkpoint_cut_off_while_it_was_written_is_never_loaded(latents, tmp_path):

@@ -153,7 +153,9 @@ def test_loading_the_workflow_sets_cublas_workspace_before_anything_can_multiply
     assert out.stdout.split() == [":4096:8", "False"]
 
 
-@pytest.mark.parametrize("module", ["model.attention", "model.moe", "model.transformer", "model.kernels"])
+@pytest.mark.parametrize(
+    "module", ["model.attention", "model.moe", "model.transformer", "model.optim", "model.kernels"]
+)
 def test_the_engine_is_imported_without_the_packages_that_a_gpu_machine_may_lack(module):
     missing = ("pydantic", "diffusers", "torchtitan", "flytekit", "safetensors")
     code = f"import sys\nfor name in {missing}: sys.modules[name] = None\nimport {module}"

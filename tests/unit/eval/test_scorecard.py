@@ -23,8 +23,9 @@ from eval.config import EvalConfig
 from eval.generate import generate
 from eval.images import open_png
 from eval.judging import read_rows
+from eval.make_card import scorecard, with_training_noise
 from eval.protocols import digest_of, score_name, with_ids
-from eval.scorecard import evaluate, judge_run, main, rescore, scorecard, with_training_noise
+from eval.scorecard import evaluate, judge_run, main, rescore
 from eval.scorecard_page import draw_grid, render_page
 from eval.shapes_judge import ShapesDetector
 
@@ -493,8 +494,8 @@ def test_any_benchmark_is_judged_in_rounds_and_scored_with_floats(tmp_path, monk
 
 
 def test_published_scores_are_beside_ours_only_as_comparable_as_they_are(run):
+    from eval.make_card import _references, _scores
     from eval.references import PUBLISHED
-    from eval.scorecard import _references, _scores
 
     geneval = catalog.benchmark("geneval")
     rows = [row for row in read_rows(run[0] / "scores.parquet") if row["split"] == "seen"]

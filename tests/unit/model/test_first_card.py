@@ -66,6 +66,27 @@ def test_a_block_is_measured(name, tmp_path, monkeypatch):
     assert set(found["attention"]) == {"attention forward", "attention backward"}
 
 
+def test_a_block_keeps_what_was_measured_before_compiling_took_too_long(tmp_path, monkeypatch):
+    def stuck():
+        raise KeyboardInterrupt
+
+    real = gpu_blocks.variants
+    monkeypatch.setattr(gpu_blocks, "has_kernels", lambda args: False)
+    monkeypatch.setattr(gpu_blocks, "variants", lambda *a: real(*a) | {"ours, compiled, torch": stuck})
+    with pytest.raises(KeyboardInterrupt):
+        run("block_1024px", tmp_path)
+    found = json.loads((tmp_path / "block_1024px.json").read_text())
+    assert set(found["ms"]["forward + backward"]) == {"ours, torch", "diffusers, eager"}
+    assert found["speed"] and found["products"]["forward"] and found["attention"] and found["steps"]
+
+
+@pytest.mark.slow
+def test_toy_sections_have_tritons_interpreter_from_the_start(tmp_path, monkeypatch):
+    """Triton reads the variable when it is first imported, which other packages may do."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert first_card.start_section("muon_and_profile", tmp_path, True, 300)["status"] == "ok"
+
+
 @pytest.mark.skipif(not kernels.interpreted(), reason="needs TRITON_INTERPRET=1, set before Triton is imported")
 def test_newton_schulz_is_timed_and_kernels_are_profiled(tmp_path):
     found = run("muon_and_profile", tmp_path)

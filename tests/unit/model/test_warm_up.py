@@ -1,0 +1,38 @@
+"""What compiled blocks see before a stage's first step, or before the step that it resumes from."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("torchtitan", reason="training needs torchtitan")
+
+from model.train.trainer import NucleusTrainer
+
+
+def test_blocks_compile_on_one_micro_batch_of_each_bucket_in_order_and_nothing_of_it_stays():
+    seen = []
+    trainer = SimpleNamespace(
+        settings=SimpleNamespace(deterministic=True),
+        config=SimpleNamespace(
+            stage=SimpleNamespace(guidance_at=lambda step: float(step)), training=SimpleNamespace(steps=20)
+        ),
+        dataloader=SimpleNamespace(
+            order=SimpleNamespace(first_steps=lambda: [0, 3, 7]),
+            micro_batches=lambda step: iter([f"first of step {step}", f"second of step {step}"]),
+        ),
+        optimizers=SimpleNamespace(zero_grad=lambda: seen.append("no gradients")),
+        routing="of the last batch",
+        bin_sums=torch.ones(5),
+        bin_counts=torch.ones(5),
+    )
+
+    def forward_backward_step(*, batch, guidance_scale, **_):
+        assert torch._inductor.config.deterministic and torch._dynamo.config.fail_on_recompile_limit_hit
+        seen.append((batch, guidance_scale))
+
+    trainer.forward_backward_step = forward_backward_step
+    with NucleusTrainer._compiled(trainer):
+        assert seen == [step for n in (0, 3, 7) for step in ((f"first of step {n}", 20.0), "no gradients")]
+        assert trainer.routing is None and not trainer.bin_sums.any() and not trainer.bin_counts.any()
+    assert not torch._inductor.config.deterministic
