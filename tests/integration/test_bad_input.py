@@ -48,10 +48,14 @@ def test_overrides_given_twice_are_both_read(new_home):
 
 
 @pytest.mark.parametrize("workflow", ["pretrain", "reproduce"])
-def test_the_17b_recipe_asks_for_its_data_then_for_its_ranks(new_home, workflow):
+def test_the_17b_recipe_asks_for_its_data_then_for_a_scorers_commit_then_for_its_ranks(new_home, workflow):
     for source, told in (
         ([], "source.path='s3://YOUR-BUCKET/nucleus/raw' is a placeholder: give your own images by --source"),
-        (["--source", "s3://images/raw"], "train.nproc_per_node=8 = 64, but the training task has 1 x 1 = 1 processes"),
+        (["--source", "s3://images/raw"], "curation.scorers.watermark.revision is not set: give a commit"),
+        (
+            ["--source", "s3://images/raw", "--overrides", f"curation.scorers.watermark.revision={'a' * 40}"],
+            "train.nproc_per_node=8 = 64, but the training task has 1 x 1 = 1 processes",
+        ),
     ):
         message = _message(new_home.run("--recipe", "nucleus_17b", *source, workflow=workflow))
         assert told in message and len(message) < 1500
