@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 
 BUCKETS = ("1024x1024", "1184x896", "1248x832", "1344x768", "768x1344", "832x1248", "896x1184")
-TIERS = ("A1", "A2", "A3", "A4", "A5")
 CAPTIONS = 2  # of an image
 PART = 10_000  # images
 BLOCK = 1 << 20
@@ -30,6 +29,7 @@ def write_synthetic(folder: Path, images: int) -> None:
     """An index of `images` in seven buckets and five tiers, without latents and texts behind it."""
     import torch
 
+    from model.config import TIERS
     from model.data.files import TextMeta, write_prefix
     from model.data.index import INDEX, LOCATIONS, IndexMeta, write_json
 

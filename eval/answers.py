@@ -12,10 +12,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from eval.files import replacing
 
 JOURNAL, SEALED = "answers.jsonl", "answers.parquet"
 Key = tuple[str, str, str]  # image digest, question, judge revision
@@ -115,14 +116,9 @@ class Answers:
         arrays = [pa.array([key[i] for key in keys], pa.string()) for i in range(3)]
         texts = [json.dumps(self._answers[key], sort_keys=True, ensure_ascii=True) for key in keys]
         table = pa.table(dict(zip(COLUMNS, (*arrays, pa.array(texts, pa.string())), strict=True)))
-        path, temporary = self.folder / SEALED, self.folder / f".{SEALED}.{uuid.uuid4().hex}"
-        try:
+        path = self.folder / SEALED
+        with replacing(path) as temporary:
             parquet.write_table(table, temporary, compression="zstd")
-            with open(temporary, "rb") as written:
-                os.fsync(written.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
         self._file.truncate(0)
         (self.folder / JOURNAL).unlink(missing_ok=True)
         return path

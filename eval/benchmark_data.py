@@ -10,10 +10,11 @@ import hashlib
 import os
 import urllib.error
 import urllib.request
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+from eval.files import replacing
 
 MAX_BYTES = 64 << 20
 TIMEOUT_S = 60
@@ -96,12 +97,8 @@ def download(benchmark: str, folder: str | Path | None = None, read: Read | None
             ) from error
         _check(content, sha256, url)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
+        with replacing(path) as temporary:
             temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
     return place / source.prompts if source.prompts else place
 
 

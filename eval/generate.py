@@ -13,13 +13,10 @@ shards, and an interrupted run loses at most one.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from typing import Any
 from PIL import Image
 
 from eval.config import SCORING_KEYS, EvalConfig
+from eval.files import replacing
 from eval.geneval import expected_images
 from eval.protocols import with_ids
 
@@ -283,16 +281,3 @@ def write_once(path: Path, text: str) -> None:
 def save_png(image: Image.Image, path: Path) -> None:
     with replacing(path) as temporary:
         image.save(temporary, format="PNG")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name that becomes `path` when the block ends: a file that exists is whole."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.text_files import read_json_lines, replacing
+from eval.files import read_json_lines, replacing_text
 
 SKILLS = ("object", "attribute", "count", "position", "verb")
 ATOMICITIES = range(3, 11)
@@ -128,5 +128,5 @@ def load_prompts(path: str | Path) -> list[dict[str, Any]]:
 
 def write_scores(path: str | Path, scores: Sequence[Sequence[float]]) -> None:
     """Writes the official score_lists.json, for soft_tifa_analysis.py."""
-    with replacing(path) as file:
+    with replacing_text(path) as file:
         json.dump([[float(value) for value in values] for values in scores], file)

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.text_files import read_json_lines, replacing
+from eval.files import read_json_lines, replacing_text
 
 RESULT_KEYS = ("filename", "tag", "prompt", "correct", "reason", "metadata", "details")
 
@@ -129,7 +129,7 @@ def write_results(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         ValueError: a row lacks a key; names the row's number.
     """
-    with replacing(path) as file:
+    with replacing_text(path) as file:
         for number, row in enumerate(rows, start=1):
             absent = [key for key in RESULT_KEYS if key not in row]
             if absent:

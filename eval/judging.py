@@ -21,7 +21,7 @@ from eval.answers import Answers, Key
 from eval.benchmarks.base import Benchmark, Judged, Prompt, Question
 from eval.card import Pooling
 from eval.config import EvalConfig
-from eval.generate import replacing
+from eval.files import replacing
 from eval.geneval import expected_images, walk_layout
 from eval.images import open_png
 from eval.protocols import Judge, Request, category_of, question_key

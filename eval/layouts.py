@@ -16,7 +16,8 @@ from typing import Literal
 
 from PIL import Image
 
-from eval.generate import PROMPTS, read_prompts, replacing
+from eval.files import replacing
+from eval.generate import PROMPTS, read_prompts
 from eval.geneval import walk_layout
 from eval.images import open_png
 from eval.protocols import category_of

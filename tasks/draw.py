@@ -41,7 +41,10 @@ def draw(prompt: str, pipeline: Path, out: Path, seed: int = 0) -> dict[str, Any
     started = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = DiffusionPipeline.from_pretrained(
-        pipeline, torch_dtype=torch.bfloat16 if device == "cuda" else torch.float32, local_files_only=True
+        pipeline,
+        torch_dtype=torch.bfloat16 if device == "cuda" else torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
     ).to(device)
     pipe.set_progress_bar_config(disable=True)
     pipe.transformer.enable_cache(TextKVCacheConfig())

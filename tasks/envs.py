@@ -126,9 +126,9 @@ def _accelerator() -> GPUAccelerator:
     return GPUAccelerator(os.environ.get("NUCLEUS_ACCELERATOR_LABEL") or PROFILE.accelerator or "")
 
 
-def _hub_secret(role: str) -> dict[str, Any]:
+def _hub_secret(wanted: bool) -> dict[str, Any]:
     """HF_TOKEN in the environment of tasks that read from or publish to the Hub, where the site names a secret."""
-    return _secret("NUCLEUS_HUB_SECRET", "HF_TOKEN") if role in ("encoder", "publisher", "scorer") else {}
+    return _secret("NUCLEUS_HUB_SECRET", "HF_TOKEN") if wanted else {}
 
 
 def _secret(setting: str, key: str) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def captioner() -> dict[str, Any]:
 
 def gather(role: str) -> dict[str, Any]:
     """Options of a task that reads every shard."""
-    return _options(role, "gather", PROFILE.gather) | _hub_secret(role)
+    return _options(role, "gather", PROFILE.gather) | _hub_secret(role == "publisher")
 
 
 def tables(role: str) -> dict[str, Any]:
@@ -194,9 +194,9 @@ def tables(role: str) -> dict[str, Any]:
     return options
 
 
-def gpu_single(role: str) -> dict[str, Any]:
-    """Options of a task on one accelerator."""
-    options = _options(role, "gpu_single", PROFILE.gpu, gpu=_gpus(1)) | _hub_secret(role)
+def gpu_single(role: str, reads_hub: bool = False) -> dict[str, Any]:
+    """Options of a task on one accelerator. The others decode images of strangers, and have no token that could leak."""
+    options = _options(role, "gpu_single", PROFILE.gpu, gpu=_gpus(1)) | _hub_secret(reads_hub)
     if _gpus(1):
         options["environment"] = options["environment"] | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     return options

@@ -10,7 +10,7 @@
     runs.npy text_runs.npy                    the part (and file) of each range of images (of texts)
 
 Images are numbered bucket by bucket, and within a bucket in the order of the corpus. So the sample order needs only the
-counts in index.json, and opening the index reads nothing else: a rank's private memory does not grow with the corpus.
+counts in index.json, and opening the index reads only that file: a rank's private memory does not grow with the corpus.
 Each node builds the index once from the tables of the parts, one part at a time.
 """
 
@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from model.config import Positive, Section
+from model.constants import VAE_SCALE
 from model.data.files import CAPTIONS_FILE, META, PREFIX_FILE, ROWS_FILE, TEXTS_FILE, LatentMeta, TextMeta, write_json
 
 INDEX, LOCATIONS = "index.json", "parts.json"
@@ -42,7 +43,7 @@ class IndexMeta(Section):
 
     content: str  # identifies the latents and texts, independently of their location
     latent_channels: Positive = 16
-    vae_scale: Positive = 8
+    vae_scale: Positive = VAE_SCALE
     patch_size: Positive = 2
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     rows_per_file: Positive = 4096

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
+from model.constants import PAD_MULTIPLE
 from model.data.files import (
     CAPTIONS_FILE,
     PREFIX_FILE,
@@ -33,7 +34,6 @@ from model.data.files import (
 from model.data.index import IMAGES, LOCATIONS, RUNS, TEXTS, IndexMeta, PartFiles, build_index, read_index_meta
 
 EMPTY_TEXT_ROW = 0
-TEXT_LENGTH_MULTIPLE = 8  # the pipeline's processor pads prompts to a multiple of 8
 
 
 class LatentDataset:
@@ -123,7 +123,7 @@ class LatentDataset:
 
     def padded_length(self, text_rows: np.ndarray) -> int:
         longest = int(self.text_lengths(text_rows).max())
-        return -(-longest // TEXT_LENGTH_MULTIPLE) * TEXT_LENGTH_MULTIPLE
+        return -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
 
     def captions(self, row: int) -> np.ndarray:
         """Text rows of an image's captions."""

@@ -12,6 +12,7 @@ import ast
 import difflib
 from collections.abc import Sequence
 
+from tasks.curation.engines import quoted
 from tasks.curation.scorers.base import SCALARS
 
 # Column -> its SQL (DuckDB and Spark).
@@ -127,8 +128,8 @@ class Condition:
         value = node.value if isinstance(node, ast.Constant) else None
         if kind == "number" and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300:
             return f"{sign}{value!r}"
-        if kind == "text" and isinstance(value, str) and not sign:
-            return "'" + value.replace("'", "''") + "'"
+        if kind == "text" and isinstance(value, str) and not sign and value.isprintable():
+            return quoted(value)
         if kind == "boolean" and isinstance(value, bool) and not sign:
             return str(value).upper()
         raise self._error(f"has {ast.unparse(node)!r} where a {kind} is needed")

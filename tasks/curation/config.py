@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from model.config import Fraction, Positive, Section, Seed
+from model.config import TIERS, Fraction, Positive, Section, Seed
 from model.storage import check_path
 
 MAX_WORDS = 10_000  # of a caption that is kept
@@ -245,8 +245,8 @@ class CaptionConfig(Section):
 
 
 def _named_by_tier(value: dict) -> dict:
-    if sorted(value) != ["A1", "A2", "A3", "A4", "A5"]:
-        raise ValueError(f"must name each of A1, A2, A3, A4, A5 once, got {', '.join(value) or 'nothing'}")
+    if sorted(value) != sorted(TIERS):
+        raise ValueError(f"must name each of {', '.join(TIERS)} once, got {', '.join(value) or 'nothing'}")
     return value
 
 
@@ -291,7 +291,7 @@ class CaptionerConfig(Section):
     model: str = (
         ""  # qwen3-vl: a Hub repository, or a directory that begins with ./ or /; openai: the name it is served by
     )
-    revision: str = ""  # qwen3-vl: the commit; openai: whatever tells these weights from others behind the same name
+    revision: str = ""  # qwen3-vl: the commit; openai: what distinguishes these weights from others of the same name
     lengths: dict[str, LengthConfig] = LENGTHS
     # The classes that are asked for each image of a tier.
     per_tier: dict[str, tuple[str, ...]] = {

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,6 +32,7 @@ import pyarrow.parquet as pq
 MEMORY = "1GB"  # of DuckDB's buffers; what is more is spilled
 BATCH_ROWS = 10_000
 PART = 2**32  # positions of a part
+_UNSAFE = ("'", "\\")
 
 
 class Engine(Protocol):
@@ -235,8 +237,10 @@ def _plain_uri(uri: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """A string literal."""
-    return "'" + text.replace("'", "''") + "'"
+    """SQL of a text, the same in both engines: quotes and backslashes, by which a text could end its literal in one of
+    them and go on as SQL, are in no literal."""
+    parts = [f"chr({ord(part)})" if part in _UNSAFE else f"'{part}'" for part in re.split(r"(['\\])", text) if part]
+    return f"concat({', '.join(parts)})" if len(parts) > 1 else parts[0] if parts else "''"
 
 
 def _write_rows(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> Path:

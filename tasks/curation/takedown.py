@@ -39,6 +39,10 @@ from tasks.store import Part, fetch_part, make_part
 
 MAX_LIST_BYTES = 2**30
 NEAR = "near_duplicate"
+# What a ledger says of a near duplicate before the file that it was left out for (decide.py).
+_KEEPER = re.compile(
+    r"thumbnail differs by \S+ from |embedding has cosine \S+ with |pHash-256 differs in \S+ of 256 bits from "
+)
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
 
@@ -151,7 +155,7 @@ def _near_duplicates(entries: Sequence[str], uses: dict[str, list[Use]]) -> dict
                 if row[column] in wanted:
                     files[row["file"]] = row[column]
         for row in _ledger(uri, NEAR):
-            keeper = row["detail"].rpartition(" from ")[2]
+            keeper = _KEEPER.sub("", row["detail"], count=1)
             if keeper in files and row["file"] not in files:
                 near.setdefault(files[keeper], set()).add((row["record_id"], row["file"]))
             elif row["file"] in files and keeper not in files:

@@ -126,7 +126,7 @@ def score_group(corpus: CorpusDir, config: CurationConfig, groups: list[int], gr
         return _index("scores", flow.score_group(fetch(corpus, "corpus"), config, group, len(groups), "shard"))
 
 
-@task(**envs.gpu_single("scorer"))
+@task(**envs.gpu_single("scorer", reads_hub=True))
 def score_group_on_gpu(
     corpus: CorpusDir, config: CurationConfig, groups: list[int], group: int, scored: Optional[ScoresDir]
 ) -> ScoresDir:
@@ -158,7 +158,7 @@ def caption_group(
     return _caption_group(corpus, drafts, config, len(groups), group)
 
 
-@task(**envs.gpu_single("scorer"))
+@task(**envs.gpu_single("scorer", reads_hub=True))
 def caption_group_gpu(
     corpus: CorpusDir, drafts: DecisionsDir, config: CurationConfig, groups: list[int], group: int
 ) -> CaptionsDir:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from model.config import TIERS
 from tasks.curation.conditions import Condition, case_sql
 from tasks.curation.config import BucketConfig, CurationConfig, TierConfig
 from tasks.curation.engines import Engine, rows_of
 from tasks.curation.rules import rule_sql
 from tasks.curation.scorers.base import COLUMNS
 
-TIERS = ("A1", "A2", "A3", "A4", "A5")
 BEST = ("A1", "A2")  # tiers for which `best_where` must hold
 REST = "rest"  # the bucket of records that are in no other
 BINS = 20_000  # of the range of a score: quantiles are exact to a bin

@@ -11,12 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.constants import PIPELINE_TEXT_STATE
+from model.constants import PAD_MULTIPLE, PIPELINE_TEXT_STATE
 
 if TYPE_CHECKING:
     import torch
-
-PAD_MULTIPLE = 8  # NucleusMoEImagePipeline.encode_prompt
 
 
 def hide_bars() -> None:

@@ -15,8 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from model.constants import PAD_MULTIPLE
 from model.data.files import DTYPES, TextMeta
-from tasks.encoding.chat import PAD_MULTIPLE, format_prompts, load_processor, load_text_encoder, state_layer
+from tasks.encoding.chat import format_prompts, load_processor, load_text_encoder, state_layer
 from tasks.encoding.config import EncodingConfig
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from eval.config import EvalConfig
+from eval.files import replacing
 from eval.flow_loss import FILE, TIMESTEPS
-from eval.generate import image_seed, plan_batches, replacing
+from eval.generate import image_seed, plan_batches
 from eval.images import open_png
 
 PIPELINE = "NucleusMoEImagePipeline"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import uuid
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from eval import pipelines
+from eval import catalog, pipelines
 from eval.config import SchedulerConfig
 from model import storage
 from tasks.manifest import MANIFEST, load_manifest, verify
@@ -27,6 +28,7 @@ from tasks.sealed import newest_pipeline
 from tasks.store import home
 
 NEWEST = "newest"
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 LATEST = "latest.json"  # of tasks.publishing.s3: the pointer to the version that was published last
 
 
@@ -102,7 +104,10 @@ def _remote(uri: str, components: str) -> Model:
         return Model(place=uri, digest=_sealed(uri))
     try:
         latest = json.loads(pointer)
-        return Model(place=storage.check_path(latest["uri"]), digest=str(latest["digest"]))
+        place, digest = storage.check_path(latest["uri"]), latest["digest"]
+        if not storage.is_remote(place) or not _DIGEST.fullmatch(digest):  # the digest also names a folder of ours
+            raise ValueError("it must have an s3:// uri, and a digest of 64 hexadecimal digits")
+        return Model(place=place, digest=digest)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{storage.join(uri, LATEST)} is not a pointer to a published version: {error}") from error
 
@@ -130,11 +135,16 @@ def _newest_commit(model: str) -> str:
 
 
 def published_settings(model: Model) -> dict[str, Any] | None:
-    """The eval section that a published pipeline was scored with; None of other models."""
+    """The eval section that a published pipeline was scored with; None of other models.
+
+    Raises:
+        ValueError: it names code: whoever made the pipeline would choose what is imported here.
+    """
     content = storage.read_bytes(storage.join(model.place, MANIFEST)) if not pipelines.is_hub_id(model.place) else None
     if content is None or model.components:
         return None
     settings = json.loads(content).get("config", {}).get("recipe", {}).get("eval")
+    catalog.refuse_code(settings, f"the manifest of {model.place}")
     return settings if isinstance(settings, dict) else None
 
 

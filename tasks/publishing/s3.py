@@ -172,7 +172,7 @@ def _client() -> Any:
     import boto3
 
     access = s3_access()
-    return boto3.client(
+    return boto3.Session().client(  # boto3's own default session would keep credentials that are gone by now
         "s3",
         endpoint_url=access.get("endpoint_url"),
         aws_access_key_id=access.get("key"),

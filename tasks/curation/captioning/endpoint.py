@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from tasks.curation.captioning.base import Answer, Request
 from tasks.curation.captioning.checks import check_language
 from tasks.curation.config import CaptionerConfig
+from tasks.curation.sources.base import visible
 
 if TYPE_CHECKING:
     import httpx
@@ -130,7 +131,7 @@ class Endpoint:
                 elif status in PASSING:
                     problem, after = f"HTTP {status}", retry_after_s(headers.get("retry-after"))
                 else:
-                    text = data[:300].decode(errors="replace")
+                    text = visible(data[:300].decode(errors="replace"))
                     raise ValueError(f"captioner {self._config.endpoint} answers HTTP {status}: {text}")
             if retry < self._config.max_retries and self._stop.wait(_wait_s(retry, after)):
                 break
@@ -213,7 +214,16 @@ def _parse(data: bytes) -> Answer | None:
         text = choice["message"]["content"]
         if text is None:
             text = choice["message"].get("refusal") or ""
-            return Answer(str(text), "content_filter") if text else None
-        return Answer(str(text), str(choice.get("finish_reason") or "stop"))
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            return _answer(str(text), "content_filter") if text else None
+        return _answer(str(text), str(choice.get("finish_reason") or "stop"))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def _answer(text: str, finish_reason: str) -> Answer:
+    """
+    Raises:
+        UnicodeEncodeError: JSON may have halves of surrogate pairs, which no table can have.
+    """
+    text.encode()
+    return Answer(text, finish_reason)

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from model.constants import PIPELINE_TEXT_STATE
-from tasks.encoding.chat import PAD_MULTIPLE, first_layers
+from model.constants import PAD_MULTIPLE, PIPELINE_TEXT_STATE
+from tasks.encoding.chat import first_layers
 from tasks.encoding.config import TinyTextEncoderConfig
 from tasks.encoding.small.tokenizer import END, SYSTEM, VISION
 

@@ -11,8 +11,8 @@ import fsspec
 import pytest
 from diskcache import Cache
 
-from eval.generate import replacing as replacing_image
-from eval.text_files import replacing as replacing_text
+from eval.files import replacing as replacing_image
+from eval.files import replacing_text
 from model import storage
 from tasks.manifest import seal, verify, writing
 from tasks.planning import local_cache

@@ -110,7 +110,9 @@ def test_the_sites_own_label_template_and_secret_are_used(site):
     assert options["environment"]["FI_PROVIDER"] == "efa" and "secret_requests" not in options
     (secret,) = module.gather("publisher")["secret_requests"]
     assert (secret.group, secret.env_var) == ("hub", "HF_TOKEN")
-    assert "secret_requests" not in module.shard("curation")  # it decodes what strangers made
+    for options in (module.shard("curation"), module.gpu_single("encoder"), module.gather("encoder")):
+        assert "secret_requests" not in options  # they decode what strangers made
+    assert "secret_requests" in module.gpu_single("encoder", reads_hub=True)
     (secret,) = site(NUCLEUS_WANDB_SECRET="metrics").trainer()["secret_requests"]
     assert (secret.group, secret.key, secret.env_var) == ("metrics", "WANDB_API_KEY", "WANDB_API_KEY")
     assert site(NUCLEUS_POD_TEMPLATES="off").trainer()["pod_template_name"] is None

@@ -223,7 +223,11 @@ class Fetcher:
         named = dict(reversed(fields))
         answer = Fetched(url=url, status=status)
         if status in REDIRECT and "location" in named:
-            return answer._replace(url=urljoin(url, named["location"]))
+            try:
+                return answer._replace(url=urljoin(url, named["location"]))
+            except ValueError as error:  # such as http://[
+                where = visible(named["location"])[:200]
+                raise network.InvalidUrlError(f"a redirect to {where}, which is no URL: {error}") from None
         if status in PASSING or status >= 500:
             after_s = retry_after_s(named.get("retry-after"))
             if status in (429, 503) and after_s:  # the whole host, not this URL alone

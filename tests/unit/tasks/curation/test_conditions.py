@@ -91,3 +91,19 @@ def test_what_is_no_condition_is_refused_with_the_part_that_is_wrong(text, why):
 
 def test_a_quote_in_a_text_stays_a_text():
     assert holds('source == "\' OR TRUE --"') == [False] * 4
+
+
+@pytest.mark.parametrize("text", ["\\", "a\\", "'", "\\'", "it's", "\\\\'' OR TRUE --"])
+def test_no_text_of_a_condition_ends_a_literal_of_sql_in_any_engine(text):
+    r"""Spark takes \' for a quote inside of a text, DuckDB for its end; and of '' Spark makes none, one or two quotes."""
+    sql = Condition(f"source == {text!r} or source == ' OR reflect() --'").sql
+    for literal in re.findall(r"'([^']*)'", sql):
+        assert "\\" not in literal
+    assert sql.count("'") % 2 == 0 and "''" not in sql
+    assert holds(f"source == {text!r}") == [False] * 4
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\ud800", "a\nb", "\x1b[2J"])
+def test_a_text_that_cannot_be_printed_is_refused(text):
+    with pytest.raises(ValueError, match="where a text is needed"):
+        Condition(f"source == {text!r}")

@@ -12,7 +12,7 @@ from score_tables import good_row
 
 from tasks.curation import decide, rules, score, tiers
 from tasks.curation.config import CurationConfig, FilterConfig
-from tasks.curation.engines import PART, open_engine, rows_of
+from tasks.curation.engines import PART, open_engine, quoted, rows_of
 
 
 @pytest.fixture
@@ -54,6 +54,11 @@ def test_a_row_knows_its_file(engine, tmp_path):
     engine.scan("scores", files)
     found = rows_of(engine, f"SELECT part * {PART} + row AS position FROM scores ORDER BY position")
     assert [divmod(row["position"], PART) for row in found] == [(i, j) for i in range(3) for j in range(2)]
+
+
+@pytest.mark.parametrize("text", ["", "'", "\\", "it's", "a\\", "\\'", "a'b\\c''d\\\\e", "é\n"])
+def test_a_text_is_itself_in_sql(engine, text):
+    assert list(rows_of(engine, f"SELECT {quoted(text)} AS it")) == [{"it": text}]
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,36 @@ def test_the_command_names_artifacts_pipelines_and_near_duplicates(tmp_path, hom
     assert takedown.main([str(path), str(tmp_path / "nowhere")]) == 2
 
 
+def test_near_duplicates_are_named_whatever_their_files_are_called(tmp_path, home, capsys):
+    source = write_folder(tmp_path / "source", range(3))
+    for suffix in (".png", ".txt"):
+        (source / f"p000{suffix}").rename(source / f"a card from rome with love{suffix}")
+    picture(0).save(source / "z.jpg", quality=85)
+    (source / "z.txt").write_text("saved again")
+    detail = pd.read_parquet(curate(source) / "ledger.parquet").set_index("file")["detail"]["z.jpg"]
+    assert detail.endswith(" from a card from rome with love.png")
+    (tmp_path / "list.txt").write_text(sha(0))
+    takedown.main([str(tmp_path / "list.txt"), str(home)])
+    assert "near duplicate: z.jpg" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "detail",
+    [
+        "embedding has cosine 0.97 with {}",
+        "pHash-256 differs in 3 of 256 bits from {}",
+        "thumbnail differs by 1.5 from {}",
+    ],
+)
+def test_a_near_duplicate_is_named_however_it_was_matched(detail, monkeypatch):
+    keeper, sentence = "kept from with.png", detail.format("kept from with.png")
+    row = {"record_id": "b" * 64, "key": "k", "file": "copy.png", "rule": takedown.NEAR, "detail": sentence}
+    kept = {"record_id": "a" * 64, "key": "l", "file": keeper, "rule": "", "detail": ""}
+    monkeypatch.setattr(takedown, "_ledger", lambda uri, rule: [row] if rule else [kept, row])
+    uses = {"a" * 64: [takedown.Use("curated", "d" * 64, "here", True, "")]}
+    assert takedown._near_duplicates(["a" * 64], uses) == {"a" * 64: {("b" * 64, "copy.png")}}
+
+
 def test_after_the_takedown_nothing_new_has_the_record(tmp_path, home):
     source = write_folder(tmp_path / "source", range(5))
     curated = curate(source, [sha(0)])

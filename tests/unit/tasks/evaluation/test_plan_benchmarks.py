@@ -111,6 +111,20 @@ def test_a_published_pipeline_is_scored_with_the_settings_it_was_scored_with(tmp
     assert models.published_settings(HUB) is None
 
 
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"benchmark": "shapes", "judges": {"detector": "antigravity:fly"}},
+        {"benchmark": "antigravity:fly"},
+        {"benchmark": "oneig", "judges": {"style": "llm2clip@" + "a" * 40}},
+    ],
+)
+def test_a_published_pipeline_does_not_choose_what_is_imported_where_it_is_scored(tmp_path, section):
+    path, _ = sealed(tmp_path / "p", "pipeline", {"recipe": {"eval": section}})
+    with pytest.raises(ValueError, match="runs code that is not part of this package"):
+        models.published_settings(models.resolve(str(path)))
+
+
 def test_what_was_published_last_on_s3_is_resolved_to_its_version(monkeypatch):
     pointer = {"digest": "d" * 64, "uri": "s3://bucket/pipeline/versions/" + "d" * 64, "manifest_sha256": ""}
     content = {"s3://bucket/pipeline/latest.json": json.dumps(pointer).encode()}
@@ -119,6 +133,10 @@ def test_what_was_published_last_on_s3_is_resolved_to_its_version(monkeypatch):
     assert (model.place, model.digest) == (pointer["uri"], pointer["digest"])
     with pytest.raises(ValueError, match="neither a sealed directory"):
         models.resolve("s3://bucket/elsewhere")
+    for changes in ({"digest": "../" * 9 + "tmp"}, {"digest": 7}, {"uri": "/etc"}, {"uri": "reference::s3://b"}):
+        content["s3://bucket/pipeline/latest.json"] = json.dumps(pointer | changes).encode()
+        with pytest.raises(ValueError, match="is not a pointer"):
+            models.resolve("s3://bucket/pipeline")
     content["s3://bucket/pipeline/latest.json"] = b"{}"
     with pytest.raises(ValueError, match="is not a pointer"):
         models.resolve("s3://bucket/pipeline")

@@ -121,7 +121,15 @@ def test_the_wait_that_an_endpoint_asks_for_is_kept(stub, monkeypatch):
 
 @pytest.mark.parametrize(
     "bad",
-    [(500, {}, b""), (502, {}, b"<html>"), (200, {}, b"{}"), (200, {}, b"no json"), (200, {}, b'{"choices": []}')],
+    [
+        (500, {}, b""),
+        (502, {}, b"<html>"),
+        (200, {}, b"{}"),
+        (200, {}, b"no json"),
+        (200, {}, b'{"choices": []}'),
+        (200, {}, b"[" * 100_000),
+        (200, {}, b'{"choices": [{"message": {"content": "half a \\ud83d"}}]}'),
+    ],
 )
 def test_what_may_pass_is_asked_again(stub, bad):
     stub.fixed = [bad, bad]
@@ -138,6 +146,9 @@ def test_a_request_that_is_refused_for_good_is_an_answer_and_a_wrong_key_is_an_e
     assert answer.finish_reason == "rejected" and "too small" in answer.text
     stub.fixed = [(401, {}, b"who are you")]
     with pytest.raises(ValueError, match="answers HTTP 401: who are you"):
+        answers(stub, [asked()])
+    stub.fixed = [(401, {}, b"\x1b]0;title\x07")]
+    with pytest.raises(ValueError, match=r"HTTP 401: \\x1b\]0;title\\x07"):
         answers(stub, [asked()])
 
 

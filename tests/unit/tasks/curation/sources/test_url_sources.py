@@ -160,6 +160,13 @@ def test_redirects_are_followed_to_their_limit(site):
     assert fetched(chain(4), max_redirects=3).rule == "url_redirects"
 
 
+def test_a_redirect_to_what_is_no_url_is_that_records_end_and_not_the_shards(site):
+    wanted = [site.url("/redirect?to=" + quote(to, safe="")) for to in ("http://[", "https://[::1", "//[")]
+    *bad, good = all_fetched([*wanted, site.url("/ok/7.png")])
+    assert [found.rule for found in bad] == ["url_invalid"] * 3 and "http://[" in bad[0].detail
+    assert good.data == png(7)
+
+
 def test_oversized_slow_and_wrong_answers_are_refused(site):
     limits = {"max_bytes": 100_000, "timeout_s": 2.5, "max_retries": 0}
     found = all_fetched(

@@ -1,4 +1,4 @@
-"""Text files of the benchmarks: JSON Lines in, and files that appear whole or not at all."""
+"""JSON Lines, and files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -34,16 +34,22 @@ def read_json_lines(path: str | Path) -> Iterable[tuple[int, Any]]:
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[TextIO]:
-    """A new UTF-8 text file that takes the place of `path` when the block ends, and vanishes when it raises."""
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary name that becomes `path` when the block ends: a file that exists is whole. It vanishes when it raises."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
     finally:
-        partial.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_text(path: str | Path) -> Iterator[TextIO]:
+    """A new UTF-8 text file in place of `path`, as `replacing`. Makes its folder."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        yield file
