@@ -200,6 +200,19 @@ class Weights:
     official: bool
 
 
+def refuse_shadow(repository: str) -> None:
+    """
+    Raises:
+        ValueError: the working directory has a folder of the repository's name, which transformers would read instead of the
+            pinned commit.
+    """
+    if not repository.startswith(("./", "../", "/")) and Path(repository).exists():
+        raise ValueError(
+            f"{repository} is on the Hub, and there is also a folder ./{repository}, which would be read in its place: "
+            f"write ./{repository} for the folder, or run elsewhere"
+        )
+
+
 def resolve(repository: str, at: str | None = None) -> Weights:
     """The weights of `repository` at a revision, or in a directory.
 
@@ -207,7 +220,8 @@ def resolve(repository: str, at: str | None = None) -> Weights:
         at: a commit, tag or branch of the Hub, or the path of a directory; None is the branch "main".
 
     Raises:
-        ValueError: neither on the Hub nor in its cache; or a directory without safetensors.
+        ValueError: neither on the Hub nor in its cache; a directory without safetensors; or a folder of the repository's
+            name in the working directory, which transformers would read instead.
     """
     if at is not None and (Path(at).is_dir() or "/" in at):
         files = sorted(Path(at).glob("*.safetensors"))
@@ -215,6 +229,7 @@ def resolve(repository: str, at: str | None = None) -> Weights:
             raise ValueError(f"{at} has no *.safetensors; it must be a directory of {repository}'s class")
         digest = digest_of([[file.name, file_sha256(file)] for file in files])
         return Weights(at, None, f"sha256:{digest}", official=False)
+    refuse_shadow(repository)
     from huggingface_hub import hf_hub_download
 
     try:  # the cached file's folder is named by the commit

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -115,15 +114,20 @@ class FilterConfig(Section):
     max_text_area: Fraction | None = None  # share of the image
 
 
+def is_path(repo_id: str) -> bool:
+    """A directory is written as one: a folder OWNER/NAME in the working directory must not stand in for a Hub id."""
+    return repo_id.startswith(("./", "../", "/"))
+
+
 class HubModel(Section):
-    """A model of the Hub at a commit, or in a directory on a disk that all tasks read."""
+    """A model of the Hub at a commit, or in a directory (./NAME or /PATH) on a disk that all tasks read."""
 
     repo_id: str
     revision: str | None = None  # a commit: 40 hex digits; none for a directory
 
     @property
     def is_directory(self) -> bool:
-        return Path(self.repo_id).is_dir()
+        return is_path(self.repo_id)
 
     @model_validator(mode="after")
     def _check_commit(self) -> HubModel:
@@ -143,7 +147,7 @@ class ScorerChoice(Section):
     """A scorer by name, with the settings of those whose weights are on the Hub."""
 
     name: str
-    repo_id: str | None = None  # or the path of a directory with the repository's files
+    repo_id: str | None = None  # or a directory with the repository's files, as ./NAME or /PATH
     revision: str | None = None  # a commit: 40 hex digits
     encoder: HubModel | None = None  # of a head that does not read the column `embedding`
     label: str | int | None = None  # of a classifier: the class whose probability is the score
@@ -151,7 +155,7 @@ class ScorerChoice(Section):
 
     @property
     def is_directory(self) -> bool:
-        return self.repo_id is not None and Path(self.repo_id).is_dir()
+        return self.repo_id is not None and is_path(self.repo_id)
 
     @model_validator(mode="after")
     def _check_commit(self) -> ScorerChoice:

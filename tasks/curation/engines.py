@@ -115,7 +115,7 @@ class DuckDB:
     def scan(self, name: str, files: Mapping[str, int]) -> None:
         numbers = [{"path": path, "part": number} for path, number in files.items()]
         self.load(f"{name}_files", pa.schema([("path", pa.string()), ("part", pa.int64())]), numbers)
-        listed = ", ".join(quoted(path) for path in files)
+        listed = ", ".join(_file(path) for path in files)
         self._db.execute(
             f"CREATE OR REPLACE VIEW {name} AS SELECT s.* EXCLUDE (filename), f.part "
             f"FROM read_parquet([{listed}], filename = true) s JOIN {name}_files f ON s.filename = f.path"
@@ -129,7 +129,7 @@ class DuckDB:
 
     def load(self, name: str, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
         path = _write_rows(self._work / f"{name}.parquet", schema, rows)
-        self.create(name, f"SELECT * FROM read_parquet({quoted(str(path))})")
+        self.create(name, f"SELECT * FROM read_parquet({_file(str(path))})")
         path.unlink()
 
     def batches(self, query: str) -> Iterator[pa.Table]:
@@ -241,6 +241,11 @@ def quoted(text: str) -> str:
     them and go on as SQL, are in no literal."""
     parts = [f"chr({ord(part)})" if part in _UNSAFE else f"'{part}'" for part in re.split(r"(['\\])", text) if part]
     return f"concat({', '.join(parts)})" if len(parts) > 1 else parts[0] if parts else "''"
+
+
+def _file(path: str) -> str:
+    """SQL of a path for DuckDB, which takes paths for patterns: a folder runs[12] would be a folder runs1 beside it."""
+    return quoted(re.sub(r"([*?\[])", r"[\1]", path))
 
 
 def _write_rows(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> Path:

@@ -373,9 +373,8 @@ def select_shard(scores: Part, decided: pa.Table, config: CurationConfig) -> Par
     return attempt(
         "selections",
         scores.name,
-        lambda name: make_part(
-            "selections", name, CACHE_VERSIONS["curation"], inputs, make, [scores.as_parent()], {"captions": captions}
-        ),
+        # Sealed without the settings: where another limit leaves a shard's captions alone, its digest stays.
+        lambda name: make_part("selections", name, CACHE_VERSIONS["curation"], inputs, make, [scores.as_parent()]),
     )
 
 

@@ -50,13 +50,18 @@ def read_list(path: str) -> list[str]:
     """The records of a list, in its order, each once.
 
     Raises:
-        ValueError: there is no such file, it is no text, or it has no record.
+        ValueError: there is no such file, it is too large or no text, or it has no record.
     """
-    content = storage.read_bytes(storage.check_path(path))
-    if content is None:
-        raise ValueError(f"takedown list {visible(path)!r} does not exist")
-    if len(content) > MAX_LIST_BYTES:
-        raise ValueError(f"takedown list {visible(path)!r} is larger than {MAX_LIST_BYTES // 2**20} MiB")
+    files, where = storage.filesystem(storage.check_path(path))
+    try:
+        about = files.info(where)
+        if about["type"] != "file":  # a device such as /dev/zero has no end
+            raise ValueError(f"takedown list {visible(path)!r} is not a file")
+        if about["size"] > MAX_LIST_BYTES:
+            raise ValueError(f"takedown list {visible(path)!r} is larger than {MAX_LIST_BYTES // 2**20} MiB")
+        content = files.cat_file(where)
+    except FileNotFoundError:
+        raise ValueError(f"takedown list {visible(path)!r} does not exist") from None
     try:
         lines = content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:

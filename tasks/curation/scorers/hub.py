@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval.judges.base import device
+from eval.judges.base import device, refuse_shadow
 from tasks.curation.config import HubModel
 from tasks.curation.scorers.base import Sample
 
@@ -34,6 +34,8 @@ def _from_pretrained(auto_class: str, model: HubModel, dtype: str | None = None)
     """
     import transformers
 
+    if not model.is_directory:
+        refuse_shadow(model.repo_id)
     options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": False}
     if dtype is not None:
         import torch

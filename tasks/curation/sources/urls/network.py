@@ -47,6 +47,8 @@ def is_public(address: str) -> bool:
             return False
         if ip in _NAT64:
             return True
+        if ip.is_site_local:  # fec0::/10, which ipaddress takes for global
+            return False
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified or ip.is_loopback)
 
 

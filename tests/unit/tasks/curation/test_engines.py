@@ -56,6 +56,16 @@ def test_a_row_knows_its_file(engine, tmp_path):
     assert [divmod(row["position"], PART) for row in found] == [(i, j) for i in range(3) for j in range(2)]
 
 
+def test_a_path_is_no_pattern(engine, tmp_path):
+    files = {}
+    for number, name in enumerate(("runs1", "runs[12]", "run*", "run?1")):
+        (tmp_path / name).mkdir()
+        files[write(tmp_path / name / "a.parquet", [good_row(number)])] = number
+    engine.scan("scores", {path: number for path, number in files.items() if number})
+    found = rows_of(engine, "SELECT part, row FROM scores ORDER BY part")
+    assert [tuple(row.values()) for row in found] == [(1, 1), (2, 2), (3, 3)]
+
+
 @pytest.mark.parametrize("text", ["", "'", "\\", "it's", "a\\", "\\'", "a'b\\c''d\\\\e", "é\n"])
 def test_a_text_is_itself_in_sql(engine, text):
     assert list(rows_of(engine, f"SELECT {quoted(text)} AS it")) == [{"it": text}]

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from eval.judges.base import resolve
 from tasks.curation.config import ScorerConfig
 from tasks.curation.scorers import Sample, build_scorer, chosen_scorers, identity
 
@@ -181,6 +182,22 @@ def test_weights_of_a_directory_are_part_of_the_scorers_identity(tmp_path):
     before = name()
     save_file({"0.weight": torch.ones(1, WIDTH)}, tmp_path / "head" / "model.safetensors")
     assert name() != before and str(tmp_path) not in before.replace(json.dumps(place), "")
+
+
+def test_a_folder_of_a_repositorys_name_does_not_stand_in_for_its_pinned_commit(tmp_path, monkeypatch):
+    repository = "owner/model"
+    (tmp_path / "owner").mkdir()
+    place, _ = write_head(tmp_path / "owner" / "model")
+    monkeypatch.chdir(tmp_path)
+    choice = {"name": "nsfw-classifier", "label": 1}
+    pinned = built(nsfw=choice | {"repo_id": repository, "revision": "0123456789" * 4})
+    with pytest.raises(ValueError, match=r"there is also a folder ./owner/model"):
+        pinned["nsfw"](samples())
+    with pytest.raises(ValueError, match="revision is not set"):
+        built(nsfw=choice | {"repo_id": repository})
+    with pytest.raises(ValueError, match=r"there is also a folder ./owner/model"):
+        resolve(repository, "0123456789" * 4)
+    assert resolve(repository, place).identity.startswith("sha256:")
 
 
 def test_what_cannot_be_loaded_is_named_with_its_place(tmp_path):

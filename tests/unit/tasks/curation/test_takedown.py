@@ -97,6 +97,14 @@ def test_a_list_that_cannot_be_read_or_is_empty_is_refused(tmp_path):
         curate(source, ["# nothing"])
     with pytest.raises(ValueError, match="does not exist"):
         takedown.read_list(str(tmp_path / "no.txt"))
+    for device in ("/dev/zero", str(tmp_path)):
+        with pytest.raises(ValueError, match="is not a file"):
+            takedown.read_list(device)
+    (tmp_path / "link.txt").symlink_to(tmp_path / "huge.txt")
+    with open(tmp_path / "huge.txt", "wb") as file:
+        file.truncate(takedown.MAX_LIST_BYTES + 1)
+    with pytest.raises(ValueError, match="larger than 1024 MiB"):
+        takedown.read_list(str(tmp_path / "link.txt"))
     (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ValueError, match="not UTF-8"):
         takedown.read_list(str(tmp_path / "binary"))
