@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from model.attention import PackedKeys
@@ -12,6 +14,16 @@ def compile_blocks(model: torch.nn.Module, backend: str = "inductor") -> None:
     for block in model.transformer_blocks.children():
         block.register_forward_pre_hook(_mark_lengths)
         block.compile(backend=backend, fullgraph=True)
+
+
+def inductor_settings(deterministic: bool, expert_parallel: bool) -> dict[str, Any]:
+    """Inductor's settings for training: values of torch._inductor.config.
+
+    `deterministic`: otherwise tile sizes are chosen by timing trials, and the order of sums depends on the timings.
+    With `expert_parallel` Inductor keeps the order of operations. Reordering for less memory, its default, moves the shared
+    expert's gradients out of the exchanges that they run beside.
+    """
+    return {"deterministic": deterministic, "reorder_for_peak_memory": not expert_parallel}
 
 
 @torch._dynamo.disable

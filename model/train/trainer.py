@@ -28,6 +28,7 @@ from model.data.order import Batch
 from model.kernels import use_kernels
 from model.moe import local_part
 from model.stages import TrainingStage
+from model.train.compiled import inductor_settings
 from model.train.data import to_device
 from model.train.device import DEVICE_TYPE, PATIENCE
 from model.train.guard import Diverged, LossGuard
@@ -356,8 +357,7 @@ class NucleusTrainer(Trainer):
         torch.compiler.reset()
         with (
             torch._dynamo.config.patch(recompile_limit=BLOCK_VARIANTS, fail_on_recompile_limit_hit=True),
-            # Otherwise tile sizes are chosen by timing trials, and the order of sums depends on the timings.
-            torch._inductor.config.patch(deterministic=self.settings.deterministic),
+            torch._inductor.config.patch(inductor_settings(self.settings.deterministic, self.parallel_dims.ep_enabled)),
             torch.fx.experimental._config.patch(use_duck_shape=False),  # as many text as image tokens: a coincidence
         ):
             scale = self.config.stage.guidance_at(self.config.training.steps)  # the last step's, if any has one

@@ -4,6 +4,7 @@ several ranks are in tests/integration/test_parallel.py."""
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.moe import MoE
+from model.train.compiled import inductor_settings
 from model.train.parallel.expert_parallel import shard_experts
 
 pytestmark = pytest.mark.slow
@@ -167,6 +169,24 @@ def test_a_compiler_takes_the_layer_whole_and_keeps_the_shared_expert_between(la
     forward, backward = orders
     assert under_way(forward) == [[PRODUCT], [PRODUCT]], forward
     assert under_way(backward) == [[PRODUCT, PRODUCT], [PRODUCT, PRODUCT]], backward
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+def test_inductors_code_keeps_the_shared_expert_between(layers):
+    """Which orders operations anew after the graph is made."""
+    from torch._inductor.utils import run_and_get_code
+
+    _, shared = layers
+    kinds = {"all_to_all_single.default(": START, "wait_tensor.default(": END, "extern_kernels.mm(": PRODUCT}
+    torch.compiler.reset()
+    settings = inductor_settings(deterministic=True, expert_parallel=True)
+    with torch._inductor.config.patch(settings | {"force_disable_caches": True}):
+        compiled = torch.compile(shared, fullgraph=True)
+        _, codes = run_and_get_code(lambda: compiled(*inputs())[0].sum().backward())
+    orders = [[kind for line in code.splitlines() for text, kind in kinds.items() if text in line] for code in codes]
+    assert [under_way(order) for order in orders] == [
+        [[PRODUCT], [PRODUCT]], [[PRODUCT, PRODUCT], [PRODUCT, PRODUCT]]
+    ], orders  # fmt: skip
 
 
 def test_layers_of_several_capacity_factors_and_numbers_of_tokens_compile_whole(layers):
