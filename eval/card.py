@@ -28,7 +28,7 @@ class Noise(Section):
     """Standard errors, and where they come from: each is None where it was not measured.
 
     sampling: other noise on the same prompts. prompts: other prompts of the same kind. training: standard deviation over
-    models of other training seeds, the machine's part included; one model cannot tell it.
+    models of other training seeds, the machine's part included; one model cannot show it.
     """
 
     sampling: float | None

@@ -34,7 +34,7 @@ class Question:
         judge: which judge answers, a key of `Benchmark.judges`.
         key: where the answer goes in the image's answers.
         text: the question's words, as the official code says them; "" where a judge needs none.
-        options: what else the judge needs, JSON values; together with `judge` and `text` it tells questions apart.
+        options: what else the judge needs, JSON values; together with `judge` and `text` it identifies a question.
         together: asked once about all images of the prompt.
         reference: asked about the prompt's real image ("reference" of the prompt) and not about a generated one.
     """

@@ -74,7 +74,7 @@ class Captions(Benchmark):
         return [question for question in asked if question.key not in answers]
 
     def score(self, prompt: Prompt, judged: Judged) -> Scored:
-        """What one prompt alone tells: the similarity. `score_all` has the rest."""
+        """The score of one prompt alone: the similarity. `score_all` has the rest."""
         scores = tuple(None if a is None else a.get("similarity") for a in judged.images)
         return Scored(base.mean(scores), scores, ("",) * len(scores), {"similarity": base.mean(scores)})
 

@@ -10,7 +10,7 @@
     runs.npy text_runs.npy                    the part (and file) of each range of images (of texts)
 
 Images are numbered bucket by bucket, and within a bucket in the order of the corpus. So the sample order needs only the
-counts in index.json, and opening the index reads nothing else: a rank's private memory does not grow with the corpus.
+counts in index.json, and opening the index reads only that file: a rank's private memory does not grow with the corpus.
 Each node builds the index once from the tables of the parts, one part at a time.
 """
 

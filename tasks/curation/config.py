@@ -295,7 +295,7 @@ class CaptionerConfig(Section):
     model: str = (
         ""  # qwen3-vl: a Hub repository, or a directory that begins with ./ or /; openai: the name it is served by
     )
-    revision: str = ""  # qwen3-vl: the commit; openai: whatever tells these weights from others behind the same name
+    revision: str = ""  # qwen3-vl: the commit; openai: what distinguishes these weights from others of the same name
     lengths: dict[str, LengthConfig] = LENGTHS
     # The classes that are asked for each image of a tier.
     per_tier: dict[str, tuple[str, ...]] = {

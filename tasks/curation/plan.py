@@ -18,7 +18,7 @@ from tasks.curation.config import CurationConfig
 from tasks.store import num_groups
 
 JOIN_ROW_BYTES = 24  # key, hash and position
-MAX_ARRAY_TASKS = 5000  # sub-tasks that one array node of Flyte bears
+MAX_ARRAY_TASKS = 5000  # sub-tasks that one array node of Flyte can have
 MAX_ARRAY_BYTES = 10 * 2**20  # of its outputs, in the message that gathers them
 OUTPUT_BYTES = 1024  # of one sub-task in that message, at most: the URI and type of a directory
 
@@ -96,7 +96,7 @@ def plan(corpus: Corpus, config: CurationConfig, rates: Rates) -> list[str]:
         f"compare {candidates:.1e} pairs of unrelated hashes; {2 * within(images, radius):.1e} of these are within the radius by "
         "chance, and pHash-256 has to tell them apart.",
         "",
-        f"An array node of Flyte bears about {MAX_ARRAY_TASKS:,} sub-tasks and {MAX_ARRAY_BYTES / 2**20:.0f} MiB of outputs: {groups:,} "
+        f"An array node of Flyte can have about {MAX_ARRAY_TASKS:,} sub-tasks and {MAX_ARRAY_BYTES / 2**20:.0f} MiB of outputs: {groups:,} "
         f"sub-tasks have at most {outputs / 2**20:.1f} MiB. A map over {corpus.shards:,} shards "
         f"{'would exceed both' if corpus.shards > MAX_ARRAY_TASKS else 'would fit'}.",
     ]

@@ -11,6 +11,7 @@ one new part of texts, and one new part of latents per stage. See docs/decisions
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import NamedTuple, Optional
 
 from flytekit import Deck, task
@@ -32,6 +33,13 @@ from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.store import LOCATIONS
 
 
+def _fetch_curated(curated: CuratedDir) -> Path:
+    """The curated corpus without its ledger: it has a row for each record of the source, and encoding does not read it."""
+    from tasks.curation.curated import LEDGER_FILES
+
+    return fetch(curated, "curated", LEDGER_FILES)
+
+
 class EncodingPlan(NamedTuple):
     """Groups of shards for the map tasks, and the fraction of each tier's images that a stage encodes."""
 
@@ -44,7 +52,7 @@ def make_components(curated: CuratedDir, config: ComponentsConfig) -> Components
     """Makes VAE, text encoder and processor: pinned ones from the Hub, or small ones trained on a sample of the corpus."""
     from tasks.encoding import components
 
-    path = fetch(curated, "curated")
+    path = _fetch_curated(curated)
     work_dir = work_path("components", "components", config.model_dump(mode="json"), [path])
     with exclusive(work_dir):
         artifact, _, _ = produce(
@@ -62,7 +70,7 @@ def plan_encoding(curated: CuratedDir, config: EncodingConfig, stage: Optional[S
     """Groups the corpus's shards. With a stage, also computes the fraction of each tier that it draws."""
     from tasks.encoding import flow
 
-    path = fetch(curated, "curated")
+    path = _fetch_curated(curated)
     fractions = flow.fractions_of(path, stage) if stage is not None else {}
     return EncodingPlan(groups=flow.list_groups(path, config.max_groups), fractions=fractions)
 
@@ -74,7 +82,7 @@ def encode_texts_group(
     """Encodes the captions of one group of shards."""
     from tasks.encoding import flow
 
-    curated_path, components_path = fetch(curated, "curated"), fetch(components, "components")
+    curated_path, components_path = _fetch_curated(curated), fetch(components, "components")
     artifact, _, _ = produce(
         "texts",
         lambda out: flow.encode_texts_group(curated_path, components_path, config, group, len(groups), out),
@@ -96,7 +104,7 @@ def encode_latents_group(
     """Encodes the images of one group of shards for one stage."""
     from tasks.encoding import flow
 
-    curated_path, components_path = fetch(curated, "curated"), fetch(components, "components")
+    curated_path, components_path = _fetch_curated(curated), fetch(components, "components")
     artifact, _, _ = produce(
         "latents",
         lambda out: flow.encode_latents_group(
@@ -115,7 +123,7 @@ def gather_texts(
     from tasks.encoding import flow, ledger
 
     paths = [fetch(group, "texts") if group is not None else None for group in groups]
-    parents = [fetch(curated, "curated"), fetch(components, "components", without=flow.TENSORS)]
+    parents = [_fetch_curated(curated), fetch(components, "components", without=flow.TENSORS)]
     with plain_errors():
         artifact, directory, report = produce(
             "texts",
@@ -143,7 +151,7 @@ def gather_latents(
     from tasks.encoding import flow, ledger
 
     paths = [fetch(group, "latents") if group is not None else None for group in groups]
-    parents = [fetch(curated, "curated"), fetch(components, "components", without=flow.TENSORS)]
+    parents = [_fetch_curated(curated), fetch(components, "components", without=flow.TENSORS)]
     shape = {"image_size_px": stage.image_size_px, "aspect_ratios": list(stage.aspect_ratios)}
     with plain_errors():
         artifact, directory, report = produce(

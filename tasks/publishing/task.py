@@ -34,10 +34,11 @@ def publish_pipeline(
     recipe_json: str,
 ) -> PipelineDir:
     """Assembles, checks in a fresh process, and uploads where the recipe says so."""
+    from tasks.curation.curated import LEDGER_FILES
     from tasks.publishing import publish, summary
 
     merged_path, components_path = fetch(merged, "merged"), fetch(components, "components")
-    scorecard_path, curated_path = fetch(scorecard, "scorecard"), fetch(curated, "curated")
+    scorecard_path, curated_path = fetch(scorecard, "scorecard"), fetch(curated, "curated", LEDGER_FILES)
     recipe = publish.public_recipe(json.loads(recipe_json))
     side = recipe["eval"]["image_size_px"]
 

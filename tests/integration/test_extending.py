@@ -1,4 +1,5 @@
-"""docs/extending.md, followed to the letter: its loss and optimiser train, its scorer scores, its judge and benchmark judge."""
+"""docs/extending.md, followed to the letter: its source is read, its loss and optimiser train, its scorer scores, its judge
+and benchmark judge."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +106,32 @@ def added_module(monkeypatch, section: str, name: str) -> dict[str, list[str]]:
     exec(code["python"][0], module.__dict__)
     monkeypatch.setitem(sys.modules, name, module)
     return code
+
+
+def test_a_container_format_is_scanned_and_read_after_a_module_and_an_entry(monkeypatch, tmp_path):
+    from tasks.curation.config import SourceConfig
+    from tasks.curation.sources import base, formats
+
+    source = tmp_path / "source"
+    source.mkdir()
+    with zipfile.ZipFile(source / "shapes.zip", "w") as archive:
+        archive.writestr("a red square.png", b"first")
+        archive.writestr("notes.doc", b"")
+        archive.writestr("a blue circle.png", b"second")
+    with pytest.raises(ValueError, match=r"has no image; left out: 1 x \.zip"):
+        base.write_corpus(SourceConfig(), str(source), tmp_path / "none")
+    code = added_module(monkeypatch, "A source", "tasks.curation.sources.zips")
+    monkeypatch.setattr(formats, "FORMATS", formats.FORMATS | eval(code["python"][1]))
+    report = base.write_corpus(SourceConfig(), str(source), tmp_path / "corpus")
+    assert (report["shards"], report["images"]) == (1, 2)
+    corpus, account = base.open_corpus(tmp_path / "corpus"), base.Account()
+    (shard,) = corpus.shards()
+    records = [(record.data, record.captions, record.row) for record in corpus.read(shard, account)]
+    assert shard.kind == "zip" and records == [(b"first", ["a red square"], 0), (b"second", ["a blue circle"], 1)]
+    assert account.records == 2 and account.left_out() == "1 x .doc (shapes.zip:notes.doc)"
+    (source / "shapes.zip").write_bytes(b"no zip")
+    with pytest.raises(ValueError, match=r"shapes\.zip is not a readable zip file"):
+        base.write_corpus(SourceConfig(), str(source), tmp_path / "broken")
 
 
 def test_a_scorer_scores_after_a_function_and_an_entry(monkeypatch):

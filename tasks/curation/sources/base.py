@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
+from tasks.curation.sources.formats import FORMATS
 from tasks.manifest import visible
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ MAX_IMAGE_BYTES = 256 * 2**20  # nothing larger is read into memory
 MAX_CONTAINER_BYTES = 32 * 2**30  # of one tar, Parquet or Arrow file
 
 CHANGED = "has changed since the source was scanned; start the run again"
-_CONTAINER = re.compile(r"\.(tar|tgz|tar\.gz|tar\.bz2|tar\.xz|parquet|arrow):", re.IGNORECASE)
+_CONTAINER = re.compile(rf"\.(tar|tgz|tar\.gz|tar\.bz2|tar\.xz|parquet|{'|'.join(FORMATS)}):", re.IGNORECASE)
 
 UNREADABLE_CAPTION = "unreadable_caption"
 AMBIGUOUS_CAPTION = "ambiguous_caption"
@@ -70,9 +71,9 @@ class Shard(NamedTuple):
 
     shard_id: 16 hex digits, a function of the shard's content, of its name inside the source and of the settings that
         decide what its captions are; not of the place of the source.
-    kind: "tar", "parquet", "arrow", "files" or "urls" (downloaded images).
+    kind: "tar", "parquet", "files", "urls" (downloaded images), or one of formats.FORMATS.
     uri: of the tar, Parquet or Arrow file; of the source's root for "files". A relative one lies beside the table.
-    first_row, num_rows: the range of a Parquet file's rows; num_rows is -1 where only reading tells (a remote tar).
+    first_row, num_rows: the range of a Parquet file's rows; num_rows is -1 where it is unknown before reading (a remote tar).
     size_bytes: of the file, of the row groups, or of the image files together.
     digest: SHA-256 of local content; size and checksum of a remote object; for "files" over names and digests.
     source: "user", "scenes" or "digits".
@@ -93,7 +94,7 @@ class Record(NamedTuple):
 
     key: a function of the image's place inside the source, so that another image renames none.
     data: the original bytes; b"" where they cannot be read.
-    ext: lower case, without a dot; "bin" where neither a name nor the first bytes tell.
+    ext: lower case, without a dot; "bin" where neither a name nor the first bytes show the format.
     captions: whole, in the order in which they were written; [] where there is none.
     source: "user", "scenes" or "digits".
     locator: the user's own file, tar member or row: `holiday/a.jpg`, `x.tar:a.jpg`, `x.parquet:7`. For a remote source

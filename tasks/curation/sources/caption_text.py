@@ -1,4 +1,4 @@
-"""Captions as their owners wrote them: text of any encoding that can be told, JSON, and cells of tables.
+"""Captions as their owners wrote them: text of any encoding that can be detected, JSON, and cells of tables.
 
 A caption is read whole or not at all: what cannot be decoded or parsed is a `CaptionError`, never a shorter text.
 """

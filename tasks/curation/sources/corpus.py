@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from model.storage import is_remote, join
-from tasks.curation.sources import arrow, folder, parquet, places, tars
+from tasks.curation.sources import folder, formats, parquet, places, tars
 from tasks.curation.sources.base import (
     CHANGED,
     FILES_FOLDER,
@@ -98,5 +98,4 @@ class Corpus:
         elif shard.kind == "parquet":
             yield from parquet.read(place, name, shard, self._options, account)
         else:
-            assert shard.kind == "arrow", shard.kind
-            yield from arrow.read(place, name, self._options, account)
+            yield from formats.load(shard.kind).read(place, name, self._options, account)

@@ -137,7 +137,7 @@ def caption_folders(path: str, configured: str | None) -> list[str]:
 
 
 def pair_with(images: list[str], texts: list[str], words: tuple[str, ...]) -> dict[str, tuple[list[str], str]]:
-    """Image -> its text files in another folder, and why none can be told to be its own."""
+    """Image -> its text files in another folder, and why none of them is certain."""
     names = [*images, *texts]
     pairs: dict[int, Pair] = pair(names, words)
     return {

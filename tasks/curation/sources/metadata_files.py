@@ -146,7 +146,7 @@ class Listed:
             rivals: paths of other images that differ from it in Unicode form or case only.
 
         Returns:
-            (captions, why none can be told to be its own, why its table has no captions), the last two "" mostly.
+            (captions, why none is certain, why its table has no captions), the last two "" mostly.
         """
         if not self._files:
             return [], "", ""

@@ -27,7 +27,7 @@ _LEVELS: tuple[Callable[[str], str], ...] = (
 
 @dataclass
 class Pair:
-    """The text files of one image (positions in the list that was given), and why none can be told to be its own."""
+    """The text files of one image (positions in the list that was given), and why none of them is certain."""
 
     texts: list[int] = field(default_factory=list)
     ambiguous: str = ""

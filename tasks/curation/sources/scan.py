@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.curation.config import SourceConfig
-from tasks.curation.sources import arrow, folder, parquet, places, tables, tars
+from tasks.curation.sources import arrow, folder, formats, parquet, places, tables, tars
 from tasks.curation.sources.base import (
     AMBIGUOUS_CAPTION,
     FILES_FOLDER,
@@ -198,13 +198,15 @@ class _Scan:
                 lower, path = name.lower(), found.at(name)
                 if lower.endswith(TAR_SUFFIXES):
                     archives.append(path)
-                elif lower.endswith((".parquet", ".arrow")):
+                elif (kind := formats.format_of(name)) or lower.endswith(".parquet"):
                     if is_metadata(name, found.files) and not self._is_data(found, name):
                         continue  # counted when it was read
-                    if lower.endswith(".arrow") and saved is not None and name not in saved:
+                    if kind == "arrow" and saved is not None and name not in saved:
                         self.account.skip("cache of a saved data set", path)
+                    elif kind:
+                        self._add_whole(path, kind)
                     else:
-                        (self._add_parquet if lower.endswith(".parquet") else self._add_arrow)(path)
+                        self._add_parquet(path)
                 elif is_metadata(name, found.files) and self.place.alone is None:
                     continue
                 elif is_image(name) or folder.is_text(name):
@@ -359,21 +361,22 @@ class _Scan:
             uri, size = self.place.uri(path), rows.end - rows.begin
             self.table.add(Shard(name, "parquet", uri, rows.first_row, rows.num_rows, size, digest, "user"))
 
-    def _add_arrow(self, path: str) -> None:
+    def _add_whole(self, path: str, kind: str) -> None:
+        """Adds a file of one of `formats.FORMATS` as one shard."""
         shown = self.place.shown(path)
         with _naming(shown):
             check_size(shown, self.place.size(path))
         with _naming(shown), self.place.local_copy(path) as file:
-            found = arrow.scan(shown, file, self.options.caption_columns)
+            found = formats.load(kind).scan(shown, file, self.options.caption_columns)
         if found is None:
-            self.account.skip(f".arrow {NO_IMAGE_COLUMN}", path)
+            self.account.skip(f".{kind} {NO_IMAGE_COLUMN}", path)
             return
         self.account.use()
         rows, further = found
         self._skip_columns(path, further)
         size, digest = self.place.size(path), self.place.digest(path)
-        name = shard_id("arrow", path, 0, digest, self.options)
-        self.table.add(Shard(name, "arrow", self.place.uri(path), 0, rows, size, digest, "user"))
+        name = shard_id(kind, path, 0, digest, self.options)
+        self.table.add(Shard(name, kind, self.place.uri(path), 0, rows, size, digest, "user"))
 
     def _skip_columns(self, path: str, names: list[str]) -> None:
         for name in names:

@@ -130,7 +130,7 @@ def count_without_bytes(images: pa.Array) -> int:
 
 
 def sniffed(data: bytes) -> str:
-    """Extension by the first bytes, where no name tells; `bin` if they are of no image that we know."""
+    """Extension by the first bytes, where there is no name; `bin` if they are of no image that we know."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     if data[4:8] == b"ftyp":

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage
+from flytekit.types.directory import FlyteDirectory
 from PIL import Image
 from selected import scenes, select
 from transformers import Qwen3VLForConditionalGeneration
@@ -20,17 +21,17 @@ from model.data.latents import LatentDataset
 from tasks.curation.curated import Curated, open_curated
 from tasks.curation.decoding import decode
 from tasks.curation.ledger import LEDGER
-from tasks.encoding import chat, flow, latents, prompts
+from tasks.encoding import chat, flow, latents, prompts, task
 from tasks.encoding.buckets import Bucket, fit
 from tasks.encoding.config import EncodingConfig, TinyVAEConfig
 from tasks.encoding.ledger import summary
 from tasks.encoding.open_latents import open_latents, text_settings
 from tasks.encoding.small.vae import build_vae
 from tasks.encoding.vae_codec import to_tensor
-from tasks.manifest import seal
+from tasks.manifest import load_manifest, seal
 from tasks.planning.sections import for_own_images
 from tasks.recipe import load_recipe
-from tasks.store import read_index
+from tasks.store import LOCATIONS, read_index
 
 CONFIG = EncodingConfig(dtype="float32", rows_per_file=20, batch_size=16, text_batch_size=32)
 STAGE = StageConfig(
@@ -426,6 +427,20 @@ def test_streamed_latents_are_read_from_their_parts(encoded):
     assert torch.equal(streamed.latents(rows), mapped.latents(rows))
     for a, b in zip(streamed.text(mapped.captions(3)), mapped.text(mapped.captions(3)), strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_tasks_of_encoding_do_not_fetch_the_ledger_of_the_whole_corpus(curated_dir, components, tmp_path):
+    """It has a row for each record of the source, and each group would fetch it."""
+    whole = shutil.copytree(curated_dir, tmp_path / "curated")
+    (whole / "ledger.parquet").write_bytes(b"rows")
+    seal(whole, "curated", parents=load_manifest(whole).parents, logs=(LOCATIONS,))
+    (whole / "ledger.parquet").unlink()
+    curated, made = FlyteDirectory(str(whole)), FlyteDirectory(str(components[0]))
+    plan = task.plan_encoding.task_function(curated=curated, config=CONFIG, stage=STAGE)
+    inputs = {"curated": curated, "components": made, "config": CONFIG, "groups": plan.groups, "group": 0}
+    texts = task.encode_texts_group.task_function(**inputs)
+    latents = task.encode_latents_group.task_function(**inputs, stage=STAGE, fractions=plan.fractions)
+    assert all(list(read_index(directory.path)) for directory in (texts, latents))
 
 
 def test_ledgers_of_parts_are_those_of_curation(encoded):
