@@ -25,6 +25,7 @@ from tasks.curation.sources.places import Place
 SUFFIXES = ("parquet", "csv", "tsv")
 BLOCK_BYTES = 4 * 2**20  # of a CSV file at a time; no row is longer
 MAX_URL_BYTES = 8 * 2**10
+MAX_RANGE_CHARS = 64 * 2**20  # of the URLs and captions of a shard, which are in memory while it is downloaded
 
 
 class UrlRow(NamedTuple):
@@ -82,9 +83,9 @@ def rows(place: Place, chosen: Range, config: SourceConfig) -> Iterator[UrlRow]:
     """The rows of a range.
 
     Raises:
-        ValueError: the table cannot be read, or has fewer rows.
+        ValueError: the table cannot be read, has fewer rows, or more than `MAX_RANGE_CHARS`.
     """
-    shown, count = place.shown(chosen.name), 0
+    shown, count, chars = place.shown(chosen.name), 0, 0
     for row, cells in _cells(place, chosen, config):
         url, *texts = cells
         count += 1
@@ -96,6 +97,12 @@ def rows(place: Place, chosen: Range, config: SourceConfig) -> Iterator[UrlRow]:
             captions = captions_of_cells(texts)
         except CaptionError as error:
             problem = f"{shown}:{row} {error}"
+        chars += len(url or "") + sum(map(len, captions))
+        if chars > MAX_RANGE_CHARS:  # a table of a few kB can repeat one caption for every row
+            raise ValueError(
+                f"{shown}: rows {chosen.first_row} to {row} have more than {MAX_RANGE_CHARS // 2**20} MiB of URLs and "
+                "captions; set source.images_per_shard to fewer"
+            )
         address = url.strip() if isinstance(url, str) else ""
         yield UrlRow(row, address if len(address) <= MAX_URL_BYTES else "", captions, problem)
     if count != chosen.num_rows:

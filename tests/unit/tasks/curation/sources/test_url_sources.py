@@ -24,7 +24,9 @@ from own_images import png
 from tasks.curation import flow
 from tasks.curation.config import CurationConfig, FilterConfig, SourceConfig, UrlConfig
 from tasks.curation.curated import open_curated
-from tasks.curation.sources.urls import fetch, network, robots
+from tasks.curation.sources.base import Account
+from tasks.curation.sources.places import find
+from tasks.curation.sources.urls import fetch, network, robots, tables
 from tasks.curation.sources.urls.fetch import Fetched, Fetcher
 from tasks.store import read_index
 
@@ -298,6 +300,18 @@ def test_a_table_of_urls_is_not_downloaded_unless_the_recipe_says_so(site, tmp_p
     with pytest.raises(ValueError, match="source.urls"):
         flow.curate_source(SourceConfig(), str(tmp_path / "source"), CONFIG)
     assert not site.requests
+
+
+def test_a_small_table_that_repeats_a_long_caption_is_refused_before_it_fills_memory(tmp_path):
+    caption = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array(["a" * 100_000]))
+    (tmp_path / "urls").mkdir()
+    table = pa.table({"URL": ["https://images.test/a.png"] * 1000, "text": caption})
+    pq.write_table(table, tmp_path / "urls" / "u.parquet", compression="zstd")
+    assert (tmp_path / "urls" / "u.parquet").stat().st_size < 50_000
+    place, source = find(str(tmp_path / "urls")), SourceConfig(urls=urls())
+    (chosen,) = tables.ranges(place, source, Account())
+    with pytest.raises(ValueError, match=r"u.parquet: rows 0 to 670 have more than 64 MiB .*images_per_shard"):
+        list(tables.rows(place, chosen, source))
 
 
 def test_the_shards_have_img2datasets_layout_and_are_read_as_such(site, tmp_path):
