@@ -30,6 +30,7 @@ def home(tmp_path_factory) -> Path:
     tiny_pipeline.make_transformer(parts / "merged")
     (parts / "scorecard").mkdir()
     score = {"mean": 0.5, "std": 0.1, "runs": 2, "seeds": [0, 1], "interval": [0.4, 0.6]}
+    score["noise"] = {"sampling": 0.05, "prompts": 0.05, "training": None, "training_runs": 0}
     card = {
         "name": "shapes",
         "benchmark": "shapes",
