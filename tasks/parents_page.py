@@ -34,7 +34,7 @@ def parents_page(directory: Path) -> str:
 def _row(parent: Parent) -> str:
     try:
         made_by = sealed.load(parent.uri).made_by if parent.uri else {}
-    except (ValueError, OSError):
+    except Exception:  # a store may answer with an error of any library, and a page never fails the task
         made_by = {}
     cells = (
         escape(parent.kind),

@@ -97,7 +97,7 @@ def test_a_switch_of_stage_changes_capacity_and_resolution_in_the_trainers_confi
     assert different(first, second) == {
         "stage.stage.name", "stage.stage.image_size_px", "stage.stage.capacity_factors", "stage.model.capacity_factors",
         "model_spec.flavor", "model_spec.model.transformer.capacity_factors", "training.seq_len",
-        "stage.seed", "dataloader.seed", "debug.seed", "metrics.label",  # every stage has its own random numbers
+        "stage.seed", "dataloader.seed", "debug.seed", "metrics.label", "metrics.settings",  # every stage has its own random numbers
         # The last stage is merged, and hands no optimiser state on.
         "stage.train.keep_checkpoints", "checkpoint.keep_weights",
         "stage.hand_on_optimizer", "checkpoint.hand_on_optimizer",
