@@ -31,7 +31,7 @@ def checkout(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkout")
     for name in COPIED:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.lock.json", "sbom"))
-    for name in ("Makefile", "pyproject.toml", "constraints.txt", ".gitignore", "README.md"):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "no-deps.txt", ".gitignore", "README.md"):
         shutil.copy(ROOT / name, folder)
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.com"]
     subprocess.run([*git, "init", "-q"], cwd=folder, check=True)
