@@ -5,7 +5,7 @@
 Photographs of scikit-image, scaled to 512, 1024 and 2048 px of the shorter side, as JPEG of quality 90. Plain: Pillow's
 `Image.open(data).convert("RGB")`. Ours: SHA-256, checks, decoding, statistics, hashes and thumbnail (tasks.curation.score), in
 this process. Both take turns in each round; the figures are processor time, medians over rounds with their quartiles.
-`--before` measures another checkout in the same way, in a process of its own that takes turns with this one.
+`--before` measures another checkout in the same way, in a separate process that takes turns with this one.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python benchmarks/first_card.py [--out OUT] [--only SECTION ...]
     python benchmarks/first_card.py --toy        # every section at a toy size on a CPU: does the script itself work
 
-Each section is a process of its own with a time limit. What a section has measured is on disk at once, so that neither
+Each section is a separate process with a time limit. What a section has measured is on disk at once, so that neither
 a crash nor a limit loses it; after each section OUT has
 
     results.json       status and numbers of every section
@@ -380,7 +380,7 @@ def run_section(name: str, out: Path, toy: bool) -> int:
 
 
 def start_section(name: str, out: Path, toy: bool, limit_s: float) -> dict[str, Any]:
-    """Runs a section in a process of its own, and ends that process and its children at the limit."""
+    """Runs a section in a separate process, and ends that process and its children at the limit."""
     command = [sys.executable, str(SCRIPT), "--section", name, "--out", str(out), *(["--toy"] if toy else [])]
     # Triton reads TRITON_INTERPRET when it is first imported.
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "TRITON_INTERPRET": str(int(toy))}

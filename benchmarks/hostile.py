@@ -2,7 +2,7 @@
 
     python benchmarks/hostile.py [KIND ...]
 
-Each kind is written to a temporary folder (sparse files take no room) and read in a process of its own: the scan, then
+Each kind is written to a temporary folder (sparse files take no room) and read in a separate process: the scan, then
 every record. Printed: the peak of memory over what the process had after its imports, the processor's time (this machine may
 be busy with other things) and the outcome. A kind passes if it stays within 512 MiB and 60 s, and ends as it says: read, or
 refused in one ValueError.
@@ -74,7 +74,7 @@ def _child(folder: str, out: str, send) -> None:
 
 
 def measure(name: str) -> Outcome:
-    """Writes one kind, and reads it in a process of its own, whose memory is measured."""
+    """Writes one kind, and reads it in a separate process, whose memory is measured."""
     with tempfile.TemporaryDirectory() as scratch:
         folder, out = Path(scratch) / "source", Path(scratch) / "corpus"
         folder.mkdir()

@@ -2,7 +2,7 @@
 
     python benchmarks/latent_index.py --images 50000000 --folder /tmp/index
 
-Writes the columns of an index (about 45 bytes an image with two captions), then opens it in a process of its own, draws
+Writes the columns of an index (about 45 bytes an image with two captions), then opens it in a separate process, draws
 `--steps` plans of 256 samples, and prints one line of JSON. Private memory is Private_Dirty and Swap of
 /proc/self/smaps_rollup, without what an import of torch takes; clean pages of a mapped file are shared by all of its
 readers, and the kernel may drop them.

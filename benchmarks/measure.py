@@ -128,7 +128,7 @@ class Product(NamedTuple):
         return f"{batch}[{self.m}, {self.k}] x [{self.k}, {self.n}] {a}{b}{' attention' if self.attention else ''}"
 
     def alone(self, dtype: torch.dtype, device: torch.device) -> Callable[[], torch.Tensor]:
-        """The same product on random matrices of its own."""
+        """The same product on random matrices."""
         a = torch.randn(self.batch, *((self.k, self.m) if self.transpose_a else (self.m, self.k)), device=device)
         b = torch.randn(self.batch, *((self.n, self.k) if self.transpose_b else (self.k, self.n)), device=device)
         a, b = a.to(dtype), b.to(dtype)

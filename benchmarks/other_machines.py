@@ -2,7 +2,7 @@
 
     python benchmarks/other_machines.py [--recipe tiny] [--out other_machines/] [--only one_thread,two_threads]
 
-Each environment runs `reproduce` from raw records to the scorecard in a home of its own, so that nothing comes from the
+Each environment runs `reproduce` from raw records to the scorecard in a separate home, so that nothing comes from the
 cache: the VAE, the text encoder and every step of training round differently, as on another machine. A second start goes on
 where the first stopped, and finished runs are read from --out. Prints a table and writes other_machines.json.
 """

@@ -177,7 +177,7 @@ def prompts(config: EvalConfig) -> list[dict[str, Any]]:
 
         return with_ids(make_geneval_prompts(benchmark.classes, config.prompts_per_task))
     if path is None and config.prompt_set == "development":
-        raise ValueError(f"{benchmark.name} has no development prompts of its own: give other ones by prompts_file")
+        raise ValueError(f"{benchmark.name} has no development prompts: give other ones by prompts_file")
     if path is None and config.benchmark in benchmark_data.SOURCES:
         path = str(benchmark_data.download(config.benchmark))
     return with_ids(_first_of_each_task(benchmark.prompts(path), config.prompts_per_task))

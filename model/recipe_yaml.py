@@ -120,7 +120,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
             "relative or below the recipes that come with the code, and a .yaml"
         )
     if "name" not in data:
-        raise ValueError(f"{path}: an overlay needs a name of its own")
+        raise ValueError(f"{path}: an overlay needs its own name")
     return _join(_read(path.parent / base, (*above, path.resolve())), data)
 
 

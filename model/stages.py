@@ -64,5 +64,5 @@ def training_stages(model: TransformerConfig, train: TrainConfig) -> list[Traini
 
 
 def _stage_seed(seed: int, index: int, name: str) -> int:
-    # Position and name: inserting a stage, or renaming one, gives it random numbers of its own.
+    # Position and name: inserting a stage, or renaming one, gives it its own random numbers.
     return int(hash_words(seed + 1000 * index, *name.encode())[0] >> 1)

@@ -166,11 +166,7 @@ def captioner() -> dict[str, Any]:
     the secret with its key (NUCLEUS_CAPTIONER_SECRET, key CAPTIONER_API_KEY)."""
     options = shard("curation")
     options["environment"] = options["environment"] | ENDPOINTS
-    if group := os.environ.get("NUCLEUS_CAPTIONER_SECRET"):
-        key = "CAPTIONER_API_KEY"
-        secret = Secret(group=group, key=key, mount_requirement=Secret.MountType.ENV_VAR, env_var=key)
-        options["secret_requests"] = [secret]
-    return options
+    return options | _secret("NUCLEUS_CAPTIONER_SECRET", "CAPTIONER_API_KEY")
 
 
 def gather(role: str) -> dict[str, Any]:
@@ -187,7 +183,7 @@ def tables(role: str) -> dict[str, Any]:
     options = gather(role)
     settings = os.environ.get("NUCLEUS_SPARK")
     if settings:
-        # An extra of its own: with the plugin installed, every pyflyte command would import pyspark.
+        # A separate extra: with the plugin installed, every pyflyte command would import pyspark.
         from flytekitplugins.spark import Spark
 
         options["task_config"] = Spark(spark_conf=json.loads(settings))

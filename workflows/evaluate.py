@@ -82,7 +82,7 @@ def evaluate(
     parts_per_seed: int = 1,
     curated: Optional[CuratedDir] = None,
 ) -> list[ScorecardDir]:
-    """Scores a model on benchmarks, each on a scorecard of its own.
+    """Scores a model on benchmarks, with one scorecard each.
 
     Args:
         model: a directory that diffusers loads, merged weights (with `components`), a Hub id, an s3:// URI of what was

@@ -61,7 +61,7 @@ def study(
 
     Args:
         recipe: name of a recipe in recipes/, or the path of a YAML file: the base of the comparison.
-        variants: the same, separated by commas, each with changes of its own after a colon if wanted:
+        variants: the same, separated by commas, each with its own changes after a colon if wanted:
             ablations/token_choice,tiny:merge.last_n=1. May be empty: then the recipe alone is measured.
         seeds: training seeds, separated by commas; three or more give useful intervals.
         overrides: a change of every run such as train.stages[2].steps=1800, or a JSON list of them. May be given several

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif isinstance(judge, BaseJudge):
             print(f"{judge.record(options.out)}: revision {judge.revision[:12]}")
         else:
-            raise ValueError(f"judge {options.name!r} has a self-test of its own, which records nothing")
+            raise ValueError(f"judge {options.name!r} has its own self-test, which records nothing")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -28,7 +28,7 @@ from torchtitan.components.metrics import BaseLogger, LoggerContainer, MetricsPr
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
-WANDB = "wandb"  # folder of its own files, which are not part of the result
+WANDB = "wandb"  # its folder, which is not part of the result
 
 
 class _TensorBoard(BaseLogger):
@@ -70,7 +70,7 @@ def stage_logger(folder: Path, label: str, settings: dict[str, Any]) -> BaseLogg
         except Exception as error:  # of its network, its login, or its process
             print(f"[{label}] no metrics go to Weights & Biases: {type(error).__name__}: {error}", flush=True)
         finally:
-            for name in added:  # another stage of this process has a run of its own
+            for name in added:  # another stage of this process has its own run
                 del os.environ[name]
     return loggers
 

@@ -105,10 +105,8 @@ class DuckDB:
         self._db = duckdb.connect(str(self._work / "tables.duckdb"), config=settings)
         self._db.execute("SET preserve_insertion_order = false")
         # The statistics of a Parquet column leave NaN out, and DuckDB would take them for proof that there is none: a
-        # missing score would count as the largest number.
+        # missing score would count as the largest number, and too small a range of groups would end in an internal error.
         self._db.execute("SET disabled_optimizers = 'statistics_propagation'")
-        # DuckDB 2.0 takes too small a range for bins of log2(width / height) in some corpora, and ends in an internal error.
-        self._db.execute("SET GLOBAL perfect_ht_threshold = 0")
         for function in self.FUNCTIONS:
             self._db.execute(f"CREATE MACRO {function}")
 

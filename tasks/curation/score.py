@@ -297,7 +297,7 @@ def run_scorers(
     writers: Sequence[_ColumnsWriter],
     samples: Sequence[tuple[int, Sample]],
 ) -> None:
-    """Scores a batch of (row in the shard, sample), each scorer in batches of its own size, and writes the columns."""
+    """Scores a batch of (row in the shard, sample), each scorer in its own batch size, and writes the columns."""
     for (one, scorer), writer in zip(scorers, writers, strict=True):
         for begin in range(0, len(samples), one.spec.batch):
             batch = samples[begin : begin + one.spec.batch]

@@ -1,4 +1,4 @@
-"""Selections: of each shard the records that are kept, as a part of its own.
+"""Selections: of each shard the records that are kept, as one part.
 
 A selections part depends on its shard's scores and on what was decided about them, so that a shard that a new decision
 does not touch keeps its part, and whatever was encoded from it.

@@ -68,7 +68,7 @@ def read_list(path: str) -> list[str]:
         raise ValueError(f"takedown list {visible(path)!r} is not UTF-8: {error}") from error
     found: dict[str, None] = {}
     for line in lines:
-        # A URL may have a # of its own: a comment begins the line, or stands after a blank.
+        # A URL may contain a #: a comment begins the line, or stands after a blank.
         entry = re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip()
         if entry:
             found[entry.lower() if _SHA256.fullmatch(entry) else entry] = None

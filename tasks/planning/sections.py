@@ -88,7 +88,7 @@ def check_scoring(config: EvalConfig) -> None:
     path = config.prompts_file
     if config.prompt_set == "development" and path is None and config.benchmark not in catalog.DEVELOPMENT:
         raise ValueError(
-            f"eval.prompt_set: {config.benchmark} has no development prompts of its own; set eval.prompts_file to others"
+            f"eval.prompt_set: {config.benchmark} has no development prompts; set eval.prompts_file to others"
         )
     for key in ("prompts_file", "prompt_rewrites"):
         path = getattr(config, key)

@@ -1,4 +1,4 @@
-"""Tasks run as on a cluster, each in a process and a home of its own over S3's protocol, make what a local run makes."""
+"""Tasks run as on a cluster, each in a separate process and home over S3's protocol, make what a local run makes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Captions in tables beside the images: metadata.csv, .tsv, .jsonl, .json and .parquet, in any case of letters.
 
-Each row names an image (file_name, from the folder of the table) and has its captions. A table is read as a stream into
-`Listed`, which answers for one image at a time; what does not parse is an error that names file and line, since a
-mended row might be a wrong caption.
+Each row names an image (file_name, from the folder of the table) and has its captions. A table is streamed into `Listed`,
+which answers for one image at a time. A row that does not parse is an error with file and line: mended, it might be wrong.
 """
 
 from __future__ import annotations

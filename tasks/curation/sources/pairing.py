@@ -152,9 +152,7 @@ def _give(names: Sequence[str], pairs: dict[int, Pair], text: int, owners: list[
     if len({stem(names[i]) for i in owners}) > 1:
         several = " and ".join(repr(visible(names[i])) for i in owners[:2])
         for i in owners:
-            pairs[
-                i
-            ].ambiguous = f"{visible(names[text])!r} may describe {several}; give each image a text file of its own"
+            pairs[i].ambiguous = f"{visible(names[text])!r} may describe {several}; give each image its own text file"
     else:
         for i in owners:
             pairs[i].texts.append(text)

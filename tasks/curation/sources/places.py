@@ -255,7 +255,7 @@ class RemotePlace(Place):
             entries = place._fs.ls(place._root, detail=True)
         except FileNotFoundError:
             entries = []
-        except Exception as error:  # each of fsspec's back ends raises types of its own
+        except Exception as error:  # each of fsspec's back ends raises its own types
             raise ValueError(f"source {visible(uri)!r} cannot be reached: {visible(str(error))}") from error
         if not entries:
             raise ValueError(f"source {visible(uri)!r} does not exist, or is empty; {NAMES}")
@@ -268,7 +268,7 @@ class RemotePlace(Place):
         folder, at = Folder(path, [], {}, []), self._at(path)
         try:
             entries = self._fs.ls(at, detail=True)
-        except Exception as error:  # each of fsspec's back ends raises types of its own
+        except Exception as error:  # each of fsspec's back ends raises its own types
             raise ValueError(f"{self.shown(path)} cannot be listed: {visible(str(error))}") from error
         self._listed = (self._listed[1], {entry["name"]: entry for entry in entries if entry["type"] == "file"})
         for entry in entries:
@@ -286,7 +286,7 @@ class RemotePlace(Place):
     def folder(self, path: str) -> Folder | None:
         try:
             found = self._fs.isdir(self._at(path))
-        except Exception as error:  # each of fsspec's back ends raises types of its own
+        except Exception as error:  # each of fsspec's back ends raises its own types
             raise ValueError(f"{self.shown(path)} cannot be listed: {visible(str(error))}") from error
         return self._list(path) if found else None
 
@@ -299,7 +299,7 @@ class RemotePlace(Place):
             return self._fs.info(at)
         except OSError:
             raise
-        except Exception as error:  # each of fsspec's back ends raises types of its own
+        except Exception as error:  # each of fsspec's back ends raises its own types
             raise OSError(str(error)) from error
 
     def size(self, name: str) -> int:
@@ -316,7 +316,7 @@ class RemotePlace(Place):
             return self._fs.open(self._at(name), "rb", block_size=BLOCK_BYTES)
         except OSError:
             raise
-        except Exception as error:  # each of fsspec's back ends raises types of its own
+        except Exception as error:  # each of fsspec's back ends raises its own types
             raise OSError(str(error)) from error
 
     def digest(self, name: str, first: int = 0, stop: int | None = None) -> str:

@@ -89,7 +89,7 @@ def test_a_roles_lock_has_every_package_that_its_own_folder_imports(role):
         and path != "tasks/elastic.py"  # loaded by training tasks of several processes alone
         and path != "tasks/hub_directory.py"  # python -m tasks.trace on a person's machine
         and not (role == "scorer" and path.startswith("tasks/curation/sources/urls/"))  # curation's image downloads
-        and package != "pyspark"  # curation.engine=spark has an extra, and the site an image, of its own
+        and package != "pyspark"  # curation.engine=spark has a separate extra, and the site a separate image
         and package != "triton"  # used where it is installed; torchtitan needs it, and so the trainer has it
         and not locked & {canonicalize_name(name) for name in distributions[package]}
     }
@@ -100,7 +100,7 @@ HEAVY = {"torch", "diffusers", "transformers", "triton"}
 
 
 def _loaded(module: str, seen: dict[str, set[str]]) -> set[str]:
-    """Top-level packages that importing a module of ours loads: of its own top level, and of what that imports."""
+    """Top-level packages that that importing one of our modules loads, directly or through what it imports."""
     if module in seen or not (path := _file(module)):
         return seen.get(module, set())
     seen[module] = set()

@@ -98,7 +98,7 @@ def test_entries_of_the_local_cache_are_not_unpickled(tmp_path):
     with Cache(str(tmp_path / "cache")) as cache:
         cache["value"] = Proof(proof)
         cache[(1, "key")] = b"x"
-        cache["large"] = [Proof(proof)] * 20_000  # in a file of its own
+        cache["large"] = [Proof(proof)] * 20_000  # in a separate file
         cache._sql("UPDATE Cache SET key = ? WHERE raw = 0", (pickle.dumps(Proof(proof)),))
     proof.unlink(missing_ok=True)
     assert local_cache.forget_lost_artifacts(str(tmp_path / "cache")) == 0

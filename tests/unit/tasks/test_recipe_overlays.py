@@ -99,7 +99,7 @@ def test_bases_that_lead_nowhere_are_refused(tmp_path):
     for base in ("gone.yaml", 3, ".", "secret", "../tiny", str(tmp_path / "first.yaml"), "/etc/passwd"):
         with pytest.raises(ValueError, match=f"base={base!r} must be the path of a recipe file, as seen from"):
             load_recipe(write(tmp_path / "bad.yaml", base=base, name="bad"))
-    with pytest.raises(ValueError, match="an overlay needs a name of its own"):
+    with pytest.raises(ValueError, match="an overlay needs its own name"):
         load_recipe(write(tmp_path / "bad.yaml", base="first.yaml"))
 
 

@@ -162,4 +162,4 @@ def test_the_command_records_and_checks(tmp_path, capsys, monkeypatch):
     assert json.loads((tmp_path / "xkcd-color.json").read_text())["answers"] == [["red", "blue", "white"]]
     assert selftest.main(["xkcd-color", "--check"]) == 0
     assert selftest.main(["shapes-detector"]) == 1
-    assert "self-test of its own" in capsys.readouterr().err
+    assert "its own self-test" in capsys.readouterr().err
