@@ -3,7 +3,7 @@
     python benchmarks/decode.py [--rounds 15] [--before COMMIT_DIR]
 
 Photographs of scikit-image, scaled to 512, 1024 and 2048 px of the shorter side, as JPEG of quality 90. Plain: Pillow's
-`Image.open(data).convert("RGB")`. Ours: SHA-256, checks, decoding, statistics, hashes and thumbnail (tasks.curation.score), in
+`Image.open(data).convert("RGB")`. Ours: SHA-256, checks, decoding, statistics, hashes and thumbnail (tasks.curation.scoring.score), in
 this process. Both take turns in each round; the figures are processor time, medians over rounds with their quartiles.
 `--before` measures another checkout in the same way, in a separate process that takes turns with this one.
 """
@@ -56,12 +56,13 @@ def passes_of() -> Callable[[bytes], object]:
 
     config = CurationConfig()
     try:
-        from tasks.curation import score
+        from tasks.curation.scoring import score
 
         score._load_libraries()
         return lambda data: (hashlib.sha256(data).hexdigest(), score.measure(data, config, whole=False))
     except ImportError:
-        from tasks.curation import curate, dedup
+        from tasks.curation import curate
+        from tasks.curation.decisions import dedup
 
         def run(data: bytes) -> None:
             hashlib.sha256(data).hexdigest()

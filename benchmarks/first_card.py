@@ -42,7 +42,7 @@ NO_DEVICE = 2
 PACKAGES = ("triton", "flash_attn", "flash_attn_interface", "torchtitan", "diffusers", "pydantic", "pytest")
 MODULES = ("model.attention", "model.kernels.route", "model.kernels.combine", "model.moe", "model.transformer",
            "model.optim", "model.config", "model.train.parallel.parallelize", "gpu_blocks")  # fmt: skip
-KERNEL_TESTS = ("tests/unit/model/test_attention.py", "tests/unit/model/test_kernels.py")
+KERNEL_TESTS = ("tests/unit/model/test_attention.py", "tests/unit/model/gpu/test_kernels.py")
 TOY_BLOCK = ("--device cpu --width 64 --heads 4 --kv-heads 2 --experts 4 --hidden 48 --text 8 --text-dim 32 --rounds 2 "
              "--no-compile")  # fmt: skip
 
@@ -142,7 +142,7 @@ def training_tests(report: Report, toy: bool) -> None:
     except ImportError as error:
         raise Skip(f"model.train cannot be imported with this PyTorch: {error}") from error
     if toy:
-        return _pytest(report, "tests/unit/model/test_expert_parallel.py", "-k", "bits")
+        return _pytest(report, "tests/unit/model/train/test_expert_parallel.py", "-k", "bits")
     return _pytest(report, "-m", "gpu", "tests/gpu")
 
 

@@ -1,4 +1,4 @@
-"""Near duplicates by both 64-bit hashes (tasks/curation/near.py): time, CPU time and memory as the corpus grows, and recall.
+"""Near duplicates by both 64-bit hashes (tasks/curation/decisions/near.py): time, CPU time and memory as the corpus grows, and recall.
 
     python benchmarks/near_duplicates.py                       1M and 10M hashes of both kinds
     python benchmarks/near_duplicates.py --counts 100000 1000000 --shuffled
@@ -24,10 +24,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.curation import near
 from tasks.curation.config import DedupConfig
-from tasks.curation.engines import one, open_engine, rows_of
-from tasks.curation.hashes import HASHES
+from tasks.curation.decisions import near
+from tasks.curation.decisions.engines import one, open_engine, rows_of
+from tasks.curation.scoring.hashes import HASHES
 
 CHUNK = 500_000
 SAMPLE = 20_000

@@ -85,7 +85,7 @@ class Judge:
         from diffusers import AutoencoderKLQwenImage
 
         from eval.benchmarks.shapes.benchmark import make_prompts
-        from tasks.encoding.chat import encode_text, load_processor, load_text_encoder
+        from tasks.encoding.text.chat import encode_text, load_processor, load_text_encoder
         from tasks.encoding.vae_codec import FrameCodec
 
         self.settings, self.channels = recipe.eval, recipe.model.in_channels

@@ -1,4 +1,4 @@
-"""The table side of curation (tasks/curation/decide.py): rules, tiers, duplicates, ledger, report; time and memory by size.
+"""The table side of curation (tasks/curation/decisions/decide.py): rules, tiers, duplicates, ledger, report; time and memory by size.
 
     python benchmarks/tables.py                     100k and 10M records
     python benchmarks/tables.py --counts 100000 --engine spark
@@ -23,12 +23,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.curation import decide, report, score
 from tasks.curation.config import CurationConfig
-from tasks.curation.engines import open_engine
-from tasks.curation.hashes import HASHES
+from tasks.curation.decisions import decide
+from tasks.curation.decisions.engines import open_engine
+from tasks.curation.reports import report
+from tasks.curation.reports.summary import summarize
+from tasks.curation.scoring import score
+from tasks.curation.scoring.hashes import HASHES
 from tasks.curation.sources.base import Account
-from tasks.curation.summary import summarize
 from tasks.store import Part
 
 SHARD = 10_000

@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from eval import benchmark_data
-from eval.benchmarks import registry
+from eval.benchmarks import benchmark_data, registry
 from eval.judges import registry as judge_registry
 
 if TYPE_CHECKING:
     from eval.benchmarks.base import Benchmark
     from eval.config import EvalConfig
-    from eval.protocols import Judge
+    from eval.judging.protocols import Judge
 
 JUDGES = judge_registry.JUDGES
 # The judges of a benchmark that need no choice: of shapes, which no model judges, and of captions, which have no official.
@@ -164,7 +163,7 @@ def prompts(config: EvalConfig) -> list[dict[str, Any]]:
     Raises:
         ValueError: the prompts cannot be downloaded or read, or there are no development prompts.
     """
-    from eval.protocols import with_ids
+    from eval.judging.protocols import with_ids
 
     benchmark = registry.load(config.benchmark)
     if config.benchmark == "shapes" and config.prompts_file is None:

@@ -185,9 +185,9 @@ def _ls(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from eval.generate import IMAGES, copy_references, generate
-    from eval.layouts import export
-    from eval.pipelines import diffusers_sampler, load_pipeline
+    from eval.generation.generate import IMAGES, copy_references, generate
+    from eval.generation.pipelines import diffusers_sampler, load_pipeline
+    from eval.official.layouts import export
     from eval.scorecard import check_out_dir
 
     config, (shard, shards) = read_config(options), _shard(options)
@@ -234,7 +234,7 @@ def _recorded(options: argparse.Namespace) -> EvalConfig:
 
 
 def _score(options: argparse.Namespace) -> None:
-    from eval.judging import JUDGES
+    from eval.judging.run import JUDGES
     from eval.scorecard import CARD, JUDGED, PAGE, lines, rescore
 
     config, out = _recorded(options), options.out or options.run
@@ -246,14 +246,14 @@ def _score(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from eval.compare import compare_runs, lines
+    from eval.scorecards.compare import compare_runs, lines
 
     comparison = compare_runs(options.a, options.b, options.margin)
     print(comparison.model_dump_json(indent=1) if options.json else "\n".join(lines(comparison)))
 
 
 def _select(options: argparse.Namespace) -> None:
-    from eval.select_candidate import select_candidate
+    from eval.scorecards.select_candidate import select_candidate
 
     selection = select_candidate(options.incumbent, options.candidates, allow_official=options.allow_official)
     if options.json:
@@ -267,8 +267,8 @@ def _select(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    from eval import card as cards
     from eval.scorecard import PAGE, lines
+    from eval.scorecards import card as cards
 
     card = cards.load(options.path)
     print("\n".join(lines(card.model_dump(mode="json"))))

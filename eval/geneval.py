@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval.geneval_files import (
+from eval.official.geneval_files import (
     expected_images,
     load_prompts,
     read_results,

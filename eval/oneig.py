@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from eval.oneig_files import official_files
+from eval.official.oneig_files import official_files
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -18,13 +18,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval import catalog, flow_loss
-from eval.answers import Answers
-from eval.card import Scorecard, dumps, load
+from eval import catalog
+from eval.benchmarks import flow_loss
 from eval.config import EvalConfig
 from eval.files import replacing
-from eval.generate import IMAGES, PROMPTS, SETTINGS, Sampler, generate, read_prompts
-from eval.judging import (
+from eval.generation.generate import IMAGES, PROMPTS, SETTINGS, Sampler, generate, read_prompts
+from eval.judging.answers import Answers
+from eval.judging.protocols import Judge
+from eval.judging.run import (
     INDEX,
     Row,
     index_images,
@@ -36,8 +37,8 @@ from eval.judging import (
     write_judges,
     write_rows,
 )
-from eval.make_card import scorecard, with_training_noise
-from eval.protocols import Judge
+from eval.scorecards.card import Scorecard, dumps, load
+from eval.scorecards.make_card import scorecard, with_training_noise
 
 JUDGED = "judged"
 SCORES, CARD, PAGE, GRID = "scores.parquet", "scorecard.json", "scorecard.html", "grid.png"
@@ -71,7 +72,7 @@ def read_run(run_dir: str | Path) -> tuple[Path, list[dict[str, Any]], dict[str,
     images_dir = Path(run_dir) / IMAGES
     for name in (PROMPTS, SETTINGS):
         if not (images_dir / name).is_file():
-            raise ValueError(f"{run_dir} is no run of eval.generate: it has no {IMAGES}/{name}")
+            raise ValueError(f"{run_dir} is no run of eval.generation.generate: it has no {IMAGES}/{name}")
     try:
         generation = json.loads((images_dir / SETTINGS).read_text(encoding="utf-8"))
         EvalConfig(**generation["config"])
@@ -182,7 +183,7 @@ def write(card: Scorecard, rows: Sequence[Row], images_dir: str | Path, out_dir:
 
     Each file appears whole or not at all, and a scorecard.json beside the others is of the same scores.
     """
-    from eval.scorecard_page import draw_grid, render_page
+    from eval.scorecards.scorecard_page import draw_grid, render_page
 
     images_dir, out_dir = Path(images_dir), check_out_dir(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)

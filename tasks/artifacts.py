@@ -24,8 +24,8 @@ from flytekit.types.directory import FlyteDirectory
 
 from model import storage
 from tasks import envs
+from tasks.lineage.parents_page import parents_page
 from tasks.manifest import MANIFEST, Parent, as_parent, load_manifest, verify
-from tasks.parents_page import parents_page
 from tasks.store import home, make_sealed
 
 

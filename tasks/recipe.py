@@ -154,7 +154,7 @@ class Recipe(Section):
     def _check_curation(self) -> None:
         """Checks settings with which curation would fail, or reject all records, only after the records exist."""
         from tasks.curation.checks import check_curation
-        from tasks.curation.decoding import DECODABLE, RGB_MODES
+        from tasks.curation.scoring.decoding import DECODABLE, RGB_MODES
 
         for key, names, valid in (
             ("formats", self.curation.filters.formats, DECODABLE),

@@ -424,13 +424,13 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("give a directory, or --used-by RECORD HOME")
     try:
         if options.used_by:
-            from tasks.record_usage import main as used_by
+            from tasks.lineage.record_usage import main as used_by
 
             return used_by(*options.used_by, as_json=options.json)
         lineage = Lineage(options.directory, options.home, expect=options.expect)
         story = describe(lineage)
         if options.html:
-            from tasks.trace_page import page
+            from tasks.lineage.trace_page import page
 
             storage.write_bytes(options.html, page(story).encode())
         print(json.dumps(story, indent=1) if options.json else render(story), flush=True)

@@ -19,8 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from eval import manifold
-from eval.benchmarks import base
+from eval.benchmarks import base, manifold
 from eval.benchmarks.base import Benchmark, Judged, Mode, Prompt, Question, Scored
 from eval.files import read_json_lines
 

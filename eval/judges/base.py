@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.protocols import Request, digest_of
+from eval.judging.protocols import Request, digest_of
 
 if TYPE_CHECKING:
     from PIL import Image

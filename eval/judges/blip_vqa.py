@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from eval.judges.base import BaseJudge, Probe, device, libraries, only_image, resolve
-from eval.protocols import Request
+from eval.judging.protocols import Request
 
 REPOSITORY = "Salesforce/blip-vqa-base"
 MAX_NEW_TOKENS = 10

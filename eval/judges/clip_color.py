@@ -13,7 +13,7 @@ from PIL import Image
 
 from eval.geneval import COLORS, crop_object
 from eval.judges.base import BaseJudge, Probe, device, libraries, only_image, resolve
-from eval.protocols import Request
+from eval.judging.protocols import Request
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from PIL import Image
 
 from eval.judges.base import BaseJudge, Probe, device, libraries, only_image, resolve
 from eval.judges.clip_color import REPOSITORY
-from eval.protocols import Request
+from eval.judging.protocols import Request
 
 
 class CLIPSimilarity(BaseJudge):

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from eval.judges.base import BaseJudge, Probe, check_sha256, device, libraries, only_image, package_folder, resolve
-from eval.protocols import Request
+from eval.judging.protocols import Request
 
 DIGITS = 5  # of an answer: enough for distances, and half the journal
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from eval.judges.base import BaseJudge, Probe, device, libraries, only_image, resolve
-from eval.protocols import Request
+from eval.judging.protocols import Request
 
 if TYPE_CHECKING:
     import torch

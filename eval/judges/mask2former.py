@@ -18,7 +18,7 @@ from PIL import Image
 from eval.benchmarks.geneval import CLASSES
 from eval.judges.base import BaseJudge, Probe, device, libraries, only_image, resolve
 from eval.judges.clip_color import CLIPColors
-from eval.protocols import Request
+from eval.judging.protocols import Request
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from eval.judges.base import BaseJudge, Probe, check_sha256, libraries, only_image, package_folder
-from eval.protocols import Request
+from eval.judging.protocols import Request
 
 WEIGHTS = {
     "PP-OCRv6_det_small.onnx": "090f04abcd9d9a7498bc4ebf677e4cb9bdce1fe4197ddb7e529f1ef44e1ff94f",

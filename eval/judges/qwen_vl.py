@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from PIL import Image, ImageDraw, ImageFont
 
 from eval.judges.base import BaseJudge, Probe, device, libraries, only_image, resolve
-from eval.protocols import Request
+from eval.judging.protocols import Request
 
 IMAGE = "<|image_pad|>"
 USER = "<|im_start|>user\n<|vision_start|>" + IMAGE + "<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"

@@ -10,12 +10,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from eval.protocols import Judge
+    from eval.judging.protocols import Judge
 
 # name -> (module:function, roles, what it is)
 JUDGES: dict[str, tuple[str, tuple[str, ...], str]] = {
     "shapes-detector": (
-        "eval.shapes_judge:ShapesDetector",
+        "eval.judges.shapes_judge:ShapesDetector",
         ("detector",),
         "classical image processing for the shapes benchmark",
     ),

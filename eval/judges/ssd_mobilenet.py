@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from eval.benchmarks.geneval import CLASSES
 from eval.judges.base import BaseJudge, Probe, check_sha256, libraries, only_image, package_folder
 from eval.judges.xkcd_color import XKCDColor
-from eval.protocols import Request
+from eval.judging.protocols import Request
 
 GRAPH = "frozen_inference_graph.pb", "2a8d8a89d695842e60d8c6d144181100555563e21acf2fa1e8f561fec5c3c6ad"
 LAYERS = "ssd_mobilenet_v2_coco_2018_03_29.pbtxt", "af72da998866289c47021ca4df447951564a787f00874b59632537546b91fc54"

@@ -23,7 +23,7 @@ from PIL import Image
 
 from eval import oneig
 from eval.judges.base import BaseJudge, Probe, device, file_sha256, libraries, only_image, resolve
-from eval.protocols import Request
+from eval.judging.protocols import Request
 
 if TYPE_CHECKING:
     import torch

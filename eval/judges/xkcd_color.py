@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from eval.geneval import COLORS
 from eval.judges.base import BaseJudge, Probe, libraries, only_image
-from eval.protocols import Request
+from eval.judging.protocols import Request
 
 NEIGHBOURS = 5
 MIDDLE = 0.5  # of the box's width and height: its borders show the background

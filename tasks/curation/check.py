@@ -22,7 +22,9 @@ import pyarrow.parquet as pq
 
 def fates(decision_dir: Path) -> Iterator[dict]:
     """{"file", "captions", "fate"} of every record, in the order of the ledger. Captions are those that were read."""
-    from tasks.curation import decide, ledger, score
+    from tasks.curation import ledger
+    from tasks.curation.decisions import decide
+    from tasks.curation.scoring import score
     from tasks.store import fetch_part, read_index
 
     book = pq.ParquetFile(decision_dir / ledger.LEDGER_TABLE)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tasks.curation.captioning import chosen_captioner
 from tasks.curation.config import CaptionerConfig, CurationConfig
+from tasks.curation.decisions.tiers import best_condition, bucket_conditions, check_cuts
 from tasks.curation.scorers import COLUMNS, chosen_scorers
-from tasks.curation.tiers import best_condition, bucket_conditions, check_cuts
 
 # Threshold of `FilterConfig` -> the column that its rule reads.
 CUTS = {

@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from tasks.curation.decisions.selections import SELECTION_TABLE
 from tasks.curation.ledger import LEDGER_TABLE
-from tasks.curation.selections import SELECTION_TABLE
 from tasks.curation.sources.base import Account, Record, Shard, open_corpus
 from tasks.store import INDEX, Part, fetch_part, read_index
 

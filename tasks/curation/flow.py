@@ -16,12 +16,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from model import storage
-from tasks.curation import decide, ledger, near, score, selections, takedown
+from tasks.curation import ledger, takedown
 from tasks.curation.captioning import build_captioner, identity, run, steps
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.curation.curated import CORPUS
+from tasks.curation.decisions import decide, near, selections
 from tasks.curation.journal import Journal
-from tasks.curation.scored_shard import Resources, ShardScores
+from tasks.curation.scoring import score
+from tasks.curation.scoring.scored_shard import Resources, ShardScores
 from tasks.curation.sources import base
 from tasks.curation.sources.base import Account, Shard
 from tasks.envs import CACHE_VERSIONS

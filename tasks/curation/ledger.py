@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pyarrow as pa
 
-from tasks.curation import rules
+from tasks.curation.decisions import rules
 
 LEDGER_TABLE = "ledger.parquet"
 LEDGER = pa.schema(

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from model.plan.data_costs import Corpus
-from tasks.curation import near
 from tasks.curation.config import CurationConfig
+from tasks.curation.decisions import near
 from tasks.store import num_groups
 
 JOIN_ROW_BYTES = 24  # key, hash and position

@@ -71,7 +71,7 @@ def replay(directory: Path, overrides: Sequence[str], work_dir: Path, recipe: st
 
 
 def _decide(parts: list, scan, config, out_dir: Path) -> Path:
-    from tasks.curation import decide
+    from tasks.curation.decisions import decide
 
     out_dir.mkdir()
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):  # lines of progress

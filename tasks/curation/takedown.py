@@ -29,12 +29,12 @@ import pyarrow.parquet as pq
 
 from model import storage
 from tasks import sealed
-from tasks.curation.score import SCORES_TABLE, THUMBNAILS_TABLE
-from tasks.curation.scored_shard import fetch_pictures
+from tasks.curation.scoring.score import SCORES_TABLE, THUMBNAILS_TABLE
+from tasks.curation.scoring.scored_shard import fetch_pictures
 from tasks.curation.sources.base import TAKEDOWN
 from tasks.envs import CACHE_VERSIONS
+from tasks.lineage.record_usage import Use, uses_of
 from tasks.manifest import MANIFEST, visible
-from tasks.record_usage import Use, uses_of
 from tasks.store import Part, fetch_part, make_part
 
 MAX_LIST_BYTES = 2**30

@@ -158,9 +158,9 @@ def _train_vae(
 def _train_text_encoder(
     train: pd.DataFrame, config: ComponentsConfig, out_dir: Path, state_path: Path | None
 ) -> dict[str, Any]:
-    from tasks.encoding.chat import hide_bars
     from tasks.encoding.small.text_encoder import train_text_encoder
     from tasks.encoding.small.tokenizer import UNKNOWN, build_tokenizer, save_processor
+    from tasks.encoding.text.chat import hide_bars
 
     captions = [list(texts) for texts in train["captions"]]
     flat = [text for texts in captions for text in texts]

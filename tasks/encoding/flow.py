@@ -22,12 +22,13 @@ from model.data.files import PREFIX
 from tasks import envs
 from tasks.curation.curated import Curated, images_by_tier, open_curated
 from tasks.curation.ledger import LEDGER, LEDGER_TABLE
-from tasks.encoding import latents, texts
+from tasks.encoding import latents
 from tasks.encoding.config import EncodingConfig
 from tasks.encoding.images import ChangedRecords
 from tasks.encoding.ledger import HELD_OUT, NOT_DRAWN, REPORT, SHARD_FAILED, add_up
-from tasks.encoding.prompts import PromptEncoder
 from tasks.encoding.report import PAGE, page, title
+from tasks.encoding.text import texts
+from tasks.encoding.text.prompts import PromptEncoder
 from tasks.store import LOCATIONS, Part, fetch_part, group_range, make_part, num_groups, read_index, write_index
 
 TENSORS = (".safetensors",)

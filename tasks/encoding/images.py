@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tasks.curation.decoding import decode
+from tasks.curation.scoring.decoding import decode
 from tasks.encoding.buckets import Bucket, fit
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tasks.curation.decisions.rules import CAPTION_TOO_LONG
 from tasks.curation.ledger import LEDGER, LEDGER_TABLE, SHARD_FAILED
-from tasks.curation.rules import CAPTION_TOO_LONG
 
 HELD_OUT, NOT_DRAWN = "held_out", "not_drawn"  # counted, not listed
 SHAPE_FITS_NO_BUCKET = "shape_fits_no_bucket"

@@ -52,8 +52,8 @@ def generate_from_model(
 def sample_part(
     loaded: Loaded, prompts_dir: Path, config: EvalConfig, part: Part, work_dir: Path, out_dir: Path
 ) -> dict[str, Any]:
-    from eval import pipelines
-    from eval.generate import IMAGES, generate
+    from eval.generation import pipelines
+    from eval.generation.generate import IMAGES, generate
     from tasks.evaluation import flow_loss
 
     config = config.model_copy(update={"seeds": (part.seed,)})
@@ -94,10 +94,10 @@ def load_pipeline(merged: Path, components: Path, scheduler: SchedulerConfig = S
 
     from model.sampling.pipeline_transformer import PipelineTransformer
     from model.weights.export import load_transformer, read_config
-    from tasks.encoding.chat import load_text_encoder
+    from tasks.encoding.text.chat import load_text_encoder
 
     on_gpu = torch.cuda.is_available()
-    dtype = torch.bfloat16 if on_gpu else torch.float32  # as eval.pipelines loads a published pipeline
+    dtype = torch.bfloat16 if on_gpu else torch.float32  # as eval.generation.pipelines loads a published pipeline
     if read_config(merged / "transformer").is_ablation:
         transformer = PipelineTransformer(load_transformer(merged / "transformer"))
     else:
@@ -121,7 +121,7 @@ def gather_images(parts: Sequence[Path], prompts: Path, config: EvalConfig, out_
     Raises:
         ValueError: the parts were sampled from different weights, prompts or settings.
     """
-    from eval.generate import IMAGES, PROMPTS, SETTINGS
+    from eval.generation.generate import IMAGES, PROMPTS, SETTINGS
 
     images = out_dir / IMAGES
     images.mkdir(parents=True)
@@ -152,8 +152,8 @@ def judge(parts: list[Path], prompts: Path, config: EvalConfig, work_dir: Path, 
         ValueError: see eval.scorecard.judge_run.
     """
     from eval import catalog
-    from eval.answers import SEALED
-    from eval.judging import INDEX, JUDGES
+    from eval.judging.answers import SEALED
+    from eval.judging.run import INDEX, JUDGES
     from eval.scorecard import judge_run
 
     run = work_dir / "run"
@@ -193,7 +193,7 @@ def check_drop(incumbent: Path, current: Path) -> str:
     Raises:
         DropError: it is worse beyond noise; names both scorecards.
     """
-    from eval.compare import drop_beyond_noise
+    from eval.scorecards.compare import drop_beyond_noise
 
     dropped, sentence = drop_beyond_noise(incumbent, current)
     if dropped:

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.benchmarks.flow_loss import FILE, TIMESTEPS
 from eval.config import EvalConfig
 from eval.files import replacing
-from eval.flow_loss import FILE, TIMESTEPS
-from eval.generate import image_seed, plan_batches
-from eval.images import open_png
+from eval.generation.generate import image_seed, plan_batches
+from eval.judging.images import open_png
 
 PIPELINE = "NucleusMoEImagePipeline"
 

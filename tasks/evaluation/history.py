@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.config import EvalConfig
-from eval.protocols import digest_of
+from eval.judging.protocols import digest_of
 from model import storage
 from tasks import envs
 from tasks.evaluation.evaluate import DropError, check_drop

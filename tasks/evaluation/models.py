@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from eval import catalog, pipelines
+from eval import catalog
 from eval.config import SchedulerConfig
+from eval.generation import pipelines
 from model import storage
 from tasks.manifest import MANIFEST, load_manifest, verify
 from tasks.sealed import newest_pipeline

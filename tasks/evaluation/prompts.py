@@ -17,8 +17,8 @@ from PIL import Image, ImageOps
 
 from eval import catalog
 from eval.config import EvalConfig
-from eval.generate import PROMPTS
-from eval.images import MAX_PIXELS
+from eval.generation.generate import PROMPTS
+from eval.judging.images import MAX_PIXELS
 from model import storage
 
 REFERENCE = "reference"
@@ -148,7 +148,7 @@ def write_held_out(
 
 def _write_reference(data: bytes, name: str, side_px: int, out_dir: Path) -> tuple[str, str]:
     """(path of the image as a PNG inside `out_dir`, its SHA-256)."""
-    from tasks.curation.decoding import decode
+    from tasks.curation.scoring.decoding import decode
 
     image = ImageOps.fit(decode(data, MAX_PIXELS), (side_px, side_px), Image.Resampling.BICUBIC)
     path = out_dir / REFERENCE / f"{name}.png"
@@ -159,6 +159,6 @@ def _write_reference(data: bytes, name: str, side_px: int, out_dir: Path) -> tup
 
 def read_prompts(folder: Path) -> list[dict[str, Any]]:
     """The prompts of a directory of `write_prompts`."""
-    from eval.generate import read_prompts as read
+    from eval.generation.generate import read_prompts as read
 
     return read(folder / PROMPTS)

@@ -218,7 +218,7 @@ class Choice(NamedTuple):
 @task(**envs.light("evaluator"))
 def choose_scorecard(names: list[str], scorecards: list[ScorecardDir]) -> Choice:
     """The candidate that beats the incumbent, which comes first, on development prompts."""
-    from eval.select_candidate import select_candidate
+    from eval.scorecards.select_candidate import select_candidate
 
     paths = [_scores(scorecard) for scorecard in scorecards]
     with plain_errors():

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from eval.card import model_index
+from eval.scorecards.card import model_index
 from model.constants import PIPELINE_TEXT_STATE
 
 PAPER = "https://arxiv.org/abs/2604.12163"

@@ -116,7 +116,7 @@ def _load(components: Path, max_tokens: int, prompts: list[str], device: torch.d
     import torch
     from diffusers import AutoencoderKLQwenImage
 
-    from tasks.encoding.chat import encode_text, load_processor, load_text_encoder
+    from tasks.encoding.text.chat import encode_text, load_processor, load_text_encoder
 
     vae = AutoencoderKLQwenImage.from_pretrained(components / "vae").eval()
     encoder = load_text_encoder(components / "text_encoder", dtype="auto").to(device)  # as for the captions

@@ -81,7 +81,7 @@ def train_stage(
     from model.train.run import LOGS, prune_run
     from model.train.run import train_stage as run
     from tasks.encoding.open_latents import open_latents, text_settings
-    from tasks.encoding.prompts import OnlineText
+    from tasks.encoding.text.prompts import OnlineText
     from tasks.training import plots, samples
 
     with retried():

@@ -214,7 +214,7 @@ class Opened:
 
 def try_image(name: str, data: bytes, scratch: Path) -> str:
     """Decodes an image as curation and encoding do; see `try_source`."""
-    from tasks.curation import decoding
+    from tasks.curation.scoring import decoding
 
     (scratch / name).write_bytes(data)  # what remains where the process dies
     try:

@@ -19,8 +19,8 @@ FLYTE_FILES = {"tasks/envs.py", "tasks/artifacts.py", "tasks/elastic.py"}
 LAYERS = (
     ("tasks.manifest", "tasks.diffusers_parts"),
     ("tasks.store", "tasks.elastic", "tasks.hub_directory"),
-    ("tasks.sealed", "tasks.trace_page"),
-    ("tasks.record_usage", "tasks.parents_page"),
+    ("tasks.sealed", "tasks.lineage.trace_page"),
+    ("tasks.lineage.record_usage", "tasks.lineage.parents_page"),
     ("tasks.trace", "tasks.profiles", "tasks.site"),
     ("tasks.envs",),
     ("tasks.artifacts",),

@@ -23,15 +23,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from tasks.curation import decoding
 from tasks.curation.captioning import checks
 from tasks.curation.captioning.base import Answer, Captioner, Request
 from tasks.curation.captions import clean_captions, count_words
 from tasks.curation.config import CaptionerConfig
 from tasks.curation.journal import Journal
-from tasks.curation.score import ACCOUNT, BYTES_A_PIXEL, OWN_BYTES, ROW_GROUP, SCORES, SCORES_TABLE
+from tasks.curation.scoring import decoding
+from tasks.curation.scoring.score import ACCOUNT, BYTES_A_PIXEL, OWN_BYTES, ROW_GROUP, SCORES, SCORES_TABLE
+from tasks.curation.scoring.workers import CrashError, Workers
 from tasks.curation.sources.base import Account, Shard
-from tasks.curation.workers import CrashError, Workers
 
 CAPTIONS_TABLE, REPORT = "captions.parquet", "captions.json"
 ORIGINAL = "original"

@@ -31,7 +31,7 @@ from tasks.curation.sources.base import (
     to_bytes,
     visible,
 )
-from tasks.curation.sources.caption_text import (
+from tasks.curation.sources.captions.caption_text import (
     MAX_JSON_BYTES,
     MAX_TEXT_BYTES,
     SIDECAR_EXTENSIONS,
@@ -39,7 +39,7 @@ from tasks.curation.sources.caption_text import (
     NotTextError,
     sidecar_captions,
 )
-from tasks.curation.sources.pairing import Pair, pair
+from tasks.curation.sources.captions.pairing import Pair, pair
 from tasks.curation.sources.places import Place, RemotePlace
 
 _TEXT = pa.struct([("name", pa.binary()), ("size_bytes", pa.int64()), ("digest", pa.string())])

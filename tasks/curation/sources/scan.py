@@ -45,9 +45,9 @@ from tasks.curation.sources.base import (
     shard_id,
     visible,
 )
+from tasks.curation.sources.captions.metadata_files import Listed, is_metadata
+from tasks.curation.sources.captions.pairing import Rivals, fold, pair
 from tasks.curation.sources.folder import File, Texts
-from tasks.curation.sources.metadata_files import Listed, is_metadata
-from tasks.curation.sources.pairing import Rivals, fold, pair
 from tasks.curation.sources.places import Folder, Place, RemotePlace
 
 PROGRESS_S = 5.0

@@ -20,7 +20,7 @@ from tasks.curation.sources.base import (
     record_key,
     visible,
 )
-from tasks.curation.sources.caption_text import (
+from tasks.curation.sources.captions.caption_text import (
     MAX_TEXT_BYTES,
     CaptionError,
     caption_columns,

@@ -31,16 +31,16 @@ from tasks.curation.sources.base import (
     record_key,
     visible,
 )
-from tasks.curation.sources.caption_text import (
+from tasks.curation.sources.captions.caption_text import (
     MAX_JSON_BYTES,
     SIDECAR_EXTENSIONS,
     CaptionError,
     NotTextError,
     sidecar_captions,
 )
-from tasks.curation.sources.metadata_files import MAX_BYTES as MAX_METADATA_BYTES
-from tasks.curation.sources.metadata_files import Listed, is_metadata
-from tasks.curation.sources.pairing import Rivals, pair
+from tasks.curation.sources.captions.metadata_files import MAX_BYTES as MAX_METADATA_BYTES
+from tasks.curation.sources.captions.metadata_files import Listed, is_metadata
+from tasks.curation.sources.captions.pairing import Rivals, pair
 from tasks.curation.sources.places import HIDDEN, LINK, NOT_A_FILE, Place
 from tasks.curation.sources.tar_format import Forward, Member, TarError
 

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from model.constants import PAD_MULTIPLE, PIPELINE_TEXT_STATE
-from tasks.encoding.chat import first_layers
 from tasks.encoding.config import TinyTextEncoderConfig
 from tasks.encoding.small.tokenizer import END, SYSTEM, VISION
+from tasks.encoding.text.chat import first_layers
 
 if TYPE_CHECKING:
     import torch

@@ -9,8 +9,8 @@ import pytest
 from flytekit import FlyteContextManager
 
 from tasks.artifacts import produce
+from tasks.lineage.parents_page import parents_page
 from tasks.manifest import load_manifest, seal
-from tasks.parents_page import parents_page
 
 EXECUTION = {"FLYTE_INTERNAL_EXECUTION_PROJECT": "nucleus", "FLYTE_INTERNAL_EXECUTION_DOMAIN": "production",
              "FLYTE_INTERNAL_EXECUTION_ID": "abc123", "FLYTE_INTERNAL_TASK_NAME": "tasks.x.task.make"}  # fmt: skip

@@ -16,8 +16,8 @@ import pytest
 from object_store import s3_bucket
 
 from tasks import trace as tracing
+from tasks.lineage.record_usage import used_by
 from tasks.manifest import MANIFEST, load_manifest, seal
-from tasks.record_usage import used_by
 from tasks.store import LOCATIONS, Part, make_sealed, write_index
 
 LEDGER = {0: "", 1: "min_side", 2: "", 3: "", 4: "near_duplicate", 5: ""}  # record -> the rule that rejected it

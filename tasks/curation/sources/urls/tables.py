@@ -12,7 +12,7 @@ import pyarrow.csv as csv
 from tasks.curation.config import SourceConfig
 from tasks.curation.sources import parquet
 from tasks.curation.sources.base import Account, base_name, check_size, extension, reason_of, visible
-from tasks.curation.sources.caption_text import (
+from tasks.curation.sources.captions.caption_text import (
     MAX_TEXT_BYTES,
     CaptionError,
     caption_columns,

@@ -13,7 +13,7 @@ from eval import catalog
 from eval.benchmarks import registry as benchmarks
 from eval.config import EvalConfig
 from eval.judges import base, registry, selftest
-from eval.protocols import Request, score_name
+from eval.judging.protocols import Request, score_name
 
 
 class Counting(base.BaseJudge):

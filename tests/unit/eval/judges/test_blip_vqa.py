@@ -4,7 +4,7 @@ import pytest
 from tiny_judges import picture
 
 from eval.judges.blip_vqa import BlipVQA
-from eval.protocols import Request
+from eval.judging.protocols import Request
 
 
 @pytest.fixture(scope="module")

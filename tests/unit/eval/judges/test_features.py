@@ -7,7 +7,7 @@ from tiny_judges import picture
 
 from eval.judges.clip_similarity import CLIPSimilarity
 from eval.judges.features import DINOv2, rounded
-from eval.protocols import Request
+from eval.judging.protocols import Request
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from tiny_judges import picture
 from eval.benchmarks.geneval import CLASSES
 from eval.judges.clip_color import CLIPColors
 from eval.judges.mask2former import Mask2Former, Mask2FormerCLIP, postprocess, preprocess, resized
-from eval.protocols import Request
+from eval.judging.protocols import Request
 
 
 def bilinear(x, size):

@@ -8,7 +8,7 @@ from eval import oneig
 from eval.judges import registry, style
 from eval.judges.llm2clip import END, HEADER, LLM2CLIP, bidirectional, embed_texts
 from eval.judges.style import OneIGStyle, convert_csd, csd_pixels, load_tower
-from eval.protocols import Request
+from eval.judging.protocols import Request
 
 
 @pytest.fixture(scope="module")

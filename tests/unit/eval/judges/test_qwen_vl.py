@@ -4,7 +4,7 @@ import pytest
 from tiny_judges import SPECIAL, picture
 
 from eval.judges.qwen_vl import SYSTEM, USER, Qwen3VL, Qwen25VL, Qwen25VLYesNo, model_inputs
-from eval.protocols import Request
+from eval.judging.protocols import Request
 
 TEXT = "Is there a dog?. Please answer 'Yes' or 'No' only."
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 from eval.geneval import COLORS
 from eval.judges.xkcd_color import XKCDColor, lab
-from eval.protocols import Request
+from eval.judging.protocols import Request
 
 PURE = {
     "red": (229, 0, 0), "orange": (249, 115, 6), "yellow": (255, 255, 20), "green": (21, 176, 26), "blue": (3, 67, 223),

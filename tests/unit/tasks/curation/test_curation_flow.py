@@ -15,9 +15,11 @@ import pytest
 from object_store import s3_bucket
 from own_images import png, write_tar
 
-from tasks.curation import flow, score, selections
+from tasks.curation import flow
 from tasks.curation.config import CaptionConfig, CurationConfig, FilterConfig, SourceConfig, TierConfig
 from tasks.curation.curated import open_curated
+from tasks.curation.decisions import selections
+from tasks.curation.scoring import score
 from tasks.manifest import load_manifest
 from tasks.store import LOCATIONS, make_sealed, read_index, write_index
 
@@ -195,7 +197,9 @@ def test_a_group_whose_task_never_finished_counts_as_failed(tars):
 def test_killed_in_the_middle_and_run_again_nothing_is_scored_twice(tars, home):
     code = f"""
 import os, signal
-from tasks.curation import flow, score, selections
+from tasks.curation import flow
+from tasks.curation.scoring import score
+from tasks.curation.decisions import selections
 from tasks.curation.config import SourceConfig
 from {__name__} import CONFIG
 real, count = score.score_shard, 0

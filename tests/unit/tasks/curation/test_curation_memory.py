@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from own_images import write_tar
 
-from tasks.curation import score
-from tasks.curation.hashes import HASHES
+from tasks.curation.scoring import score
+from tasks.curation.scoring.hashes import HASHES
 from tasks.store import LOCATIONS, Part, make_sealed, write_index
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,7 @@ elif step == "select":
     (part,) = flow.select_group(decision, config, 1, shards)
     assert part.rows > 700 and not part.error, part
 else:
-    from tasks.curation import decide, engines
+    from tasks.curation.decisions import decide, engines
     # Fixed bounds, at the size of the test.
     engines.MEMORY, engines.BATCH_ROWS, decide.ROW_GROUP = "48MB", 1000, 1000
     parts = list(read_index(place / "index"))

@@ -13,8 +13,8 @@ from own_images import picture, png, write_folder
 from tasks.curation import flow, takedown
 from tasks.curation.config import CurationConfig, FilterConfig, SourceConfig
 from tasks.curation.curated import open_curated
-from tasks.curation.score import THUMBNAILS_TABLE
-from tasks.curation.scored_shard import fetch_pictures
+from tasks.curation.scoring.score import THUMBNAILS_TABLE
+from tasks.curation.scoring.scored_shard import fetch_pictures
 from tasks.manifest import load_manifest
 from tasks.store import make_sealed, read_index
 

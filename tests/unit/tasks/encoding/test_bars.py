@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tasks.encoding import chat
+from tasks.encoding.text import chat
 
 
 def test_reading_and_writing_weights_draws_no_bar_and_other_bars_stay(tmp_path, capsys):

@@ -13,12 +13,12 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from eval.benchmarks.shapes.vocabulary import COLORS, HELD_OUT_COLOR_SHAPE, NUMBERS, PLURALS, RELATIONS, SHAPES
 from tasks.curation.sources.made import scenes
-from tasks.encoding import chat
 from tasks.encoding.components import make_components as make_components_of
 from tasks.encoding.config import ComponentsConfig, HubComponent, TinyTextEncoderConfig, TinyVAEConfig
 from tasks.encoding.small import text_encoder as tiny_text
 from tasks.encoding.small import tokenizer as small_tokenizer
 from tasks.encoding.small.vae import train_vae
+from tasks.encoding.text import chat
 from tasks.encoding.vae_codec import FrameCodec, to_tensor
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"

@@ -19,14 +19,15 @@ from transformers import Qwen3VLForConditionalGeneration
 from model.config import StageConfig
 from model.data.latents import LatentDataset
 from tasks.curation.curated import Curated, open_curated
-from tasks.curation.decoding import decode
 from tasks.curation.ledger import LEDGER
-from tasks.encoding import chat, flow, latents, prompts, task
+from tasks.curation.scoring.decoding import decode
+from tasks.encoding import flow, latents, task
 from tasks.encoding.buckets import Bucket, fit
 from tasks.encoding.config import EncodingConfig, TinyVAEConfig
 from tasks.encoding.ledger import summary
 from tasks.encoding.open_latents import open_latents, text_settings
 from tasks.encoding.small.vae import build_vae
+from tasks.encoding.text import chat, prompts
 from tasks.encoding.vae_codec import to_tensor
 from tasks.manifest import load_manifest, seal
 from tasks.planning.sections import for_own_images

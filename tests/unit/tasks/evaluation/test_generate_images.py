@@ -13,8 +13,8 @@ import pytest
 from flytekit.types.directory import FlyteDirectory
 from PIL import Image
 
-from eval import pipelines
 from eval.config import EvalConfig
+from eval.generation import pipelines
 from tasks import store
 from tasks.artifacts import UserError
 from tasks.evaluation import evaluate, task

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from selected import scenes, select
 
+from eval.benchmarks.flow_loss import FILE, TIMESTEPS
 from eval.config import EvalConfig
-from eval.flow_loss import FILE, TIMESTEPS
-from eval.generate import plan_batches
+from eval.generation.generate import plan_batches
 from tasks.evaluation import flow_loss
 from tasks.evaluation.prompts import read_prompts, write_held_out, write_prompts
 

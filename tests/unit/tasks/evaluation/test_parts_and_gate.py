@@ -9,10 +9,11 @@ import pytest
 from flytekit.types.directory import FlyteDirectory
 from PIL import Image, ImageDraw
 
-from eval import catalog, pipelines
+from eval import catalog
 from eval.benchmarks.shapes.vocabulary import COLORS
 from eval.config import EvalConfig
-from eval.shapes_judge import ShapesDetector
+from eval.generation import pipelines
+from eval.judges.shapes_judge import ShapesDetector
 from tasks.artifacts import UserError
 from tasks.evaluation import evaluate, plan, task
 from tasks.evaluation.models import Model

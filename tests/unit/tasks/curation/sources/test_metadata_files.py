@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from source_files import captions_in, left_out, picture, read_records, write
 
-from tasks.curation.sources import metadata_files
+from tasks.curation.sources.captions import metadata_files
 
 PNG = picture(1)
 

@@ -1,0 +1,1 @@
+"""Images of a benchmark's prompts, from any diffusers pipeline."""

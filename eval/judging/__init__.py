@@ -1,0 +1,1 @@
+"""From images to answers, and from answers to scores."""

@@ -1,0 +1,389 @@
+"""Images and questions to answers, and answers to scores. Only the first of the two runs judges.
+
+images --index_images--> rows with digests --judge_images--> answers.jsonl / .parquet
+                                 |--------------score_rows(answers)--> rows with scores
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from eval import catalog
+from eval.benchmarks.base import Benchmark, Judged, Prompt, Question
+from eval.config import EvalConfig
+from eval.files import replacing
+from eval.geneval import expected_images, walk_layout
+from eval.judging.answers import Answers, Key
+from eval.judging.images import open_png
+from eval.judging.protocols import Judge, Request, category_of, question_key
+from eval.scorecards.card import Pooling
+
+INDEX, JUDGES = "images.parquet", "judges.json"
+REFERENCE = -1  # in the place of an image's number: the prompt's real image
+Row = dict[str, Any]
+Group = tuple[int, int]  # seed, prompt index: the images of one prompt that are judged together
+
+
+def index_images(images_dir: str | Path, prompts: Sequence[Prompt], config: EvalConfig) -> list[Row]:
+    """One row per image of a run: seed, prompt_index, prompt_id, image_index, category, split, prompt, file (relative
+    to `images_dir`), sha256, error ("" or why it cannot be read).
+
+    Raises:
+        ValueError: missing or unreadable images, unless `config.missing` is "official".
+    """
+    images_dir = Path(images_dir)
+    rows: list[Row] = []
+    for seed in config.seeds:
+        for item in walk_layout(images_dir / f"seed{seed}", prompts, config.images_per_prompt, config.missing):
+            path, index = item["path"], int(item["folder"])
+            prompt = prompts[index]
+            data = path.read_bytes()
+            error = ""
+            try:
+                open_png(data)
+            except ValueError as problem:
+                error = str(problem).replace("the image", path.name, 1)
+                if config.missing == "error":
+                    raise ValueError(str(problem).replace("the image", str(path), 1)) from problem
+            rows.append(
+                {
+                    "seed": seed,
+                    "prompt_index": index,
+                    "prompt_id": prompt["id"],
+                    "image_index": int(path.name.partition(".")[0]),
+                    "category": category_of(prompt),
+                    "split": prompt.get("split", "seen"),
+                    "prompt": prompt["prompt"],
+                    "file": path.relative_to(images_dir).as_posix(),
+                    "reference": prompt.get("reference", {}).get("file", ""),
+                    "sha256": hashlib.sha256(data).hexdigest(),
+                    "error": error,
+                }
+            )
+    return rows
+
+
+def expected_count(prompts: Sequence[Prompt], config: EvalConfig) -> int:
+    return len(config.seeds) * sum(expected_images(p, config.images_per_prompt) for p in prompts)
+
+
+def groups_of(rows: Sequence[Row]) -> dict[Group, list[Row]]:
+    """The readable images of each prompt and seed, in order."""
+    groups: dict[Group, list[Row]] = {}
+    for row in sorted(rows, key=lambda r: (r["seed"], r["prompt_index"], r["image_index"])):
+        if not row["error"]:
+            groups.setdefault((row["seed"], row["prompt_index"]), []).append(row)
+    return groups
+
+
+def _digest_of_all(digests: Sequence[str]) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+class _Reader:
+    """What is answered about one image or prompt so far, and what is not; `judges`: {role: revision}."""
+
+    def __init__(self, benchmark: Benchmark, answers: Answers, judges: Mapping[str, str]):
+        self.benchmark, self.answers, self.judges = benchmark, answers, judges
+
+    def key(self, question: Question, digest: str) -> Key:
+        return digest, question_key(question), self.judges[question.judge]
+
+    def questions(self, prompt: Prompt, known: Mapping[str, Any]) -> list[Question]:
+        """Those that can be asked now. A role that the benchmark has no judge for is not asked: its rule goes without."""
+        return [q for q in self.benchmark.questions(prompt, known) if q.judge in self.judges]
+
+    def read(
+        self, prompt: Prompt, digests: Sequence[str]
+    ) -> tuple[list[dict], dict, list[tuple[Question, int | None]]]:
+        """(answers about each image, answers about all together and about the real image, open questions).
+
+        An open question has the number of the image that it is about, None for all of them, or `REFERENCE`.
+        """
+        whole = _digest_of_all(digests)
+        together: dict[str, Any] = {}
+        images: list[dict[str, Any]] = []
+        open_questions: dict[tuple[str, int | None], tuple[Question, int | None]] = {}
+        for number, digest in enumerate(digests):
+            known: dict[str, Any] = {}
+            while True:
+                answered = False
+                for question in self.questions(prompt, {**known, **together}):
+                    place, about = number, digest
+                    if question.together:
+                        place, about = None, whole
+                    elif question.reference:
+                        place, about = REFERENCE, prompt["reference"]["sha256"]
+                    key = self.key(question, about)
+                    if key in self.answers:
+                        shared = question.together or question.reference
+                        (together if shared else known)[question.key] = self.answers[key]
+                        answered = True
+                    else:
+                        open_questions[question.key, place] = (question, place)
+                if not answered:  # an answer may open a question
+                    break
+            images.append(known)
+        return images, together, list(open_questions.values())
+
+
+def judge_images(
+    rows: Sequence[Row],
+    images_dir: str | Path,
+    prompts: Sequence[Prompt],
+    benchmark: Benchmark,
+    judges: Mapping[str, Judge],
+    answers: Answers,
+    *,
+    batch_size: int = 64,
+    shard: int = 0,
+    shards: int = 1,
+    log: Callable[[str], None] = print,
+) -> dict[str, int]:
+    """Asks the judges what `answers` does not have yet. Each batch is on disk before the next begins.
+
+    Args:
+        rows: of `index_images`; unreadable ones are passed over.
+        judges: {role: judge}.
+        answers: opened for writing.
+        batch_size: questions per call of a judge.
+        shard, shards: asks about every prompt and seed whose number leaves the remainder `shard`.
+
+    Returns:
+        {"asked", "prompts": of this shard}
+
+    Raises:
+        ValueError: a judge fails its self-test, stops with an error, or returns too few answers. Answers up to then
+            are kept.
+    """
+    images_dir = Path(images_dir)
+    reader = _Reader(benchmark, answers, {role: judge.revision for role, judge in judges.items()})
+    groups = dict(list(groups_of(rows).items())[shard::shards])
+    tested: set[str] = set()
+    asked, last_line, started = 0, 0.0, time.monotonic()
+    pending = dict(groups)
+    while pending:
+        todo: dict[Key, tuple[Question, list[Row]]] = {}
+        for group, images in list(pending.items()):
+            digests = [row["sha256"] for row in images]
+            _, _, questions = reader.read(prompts[group[1]], digests)
+            if not questions:
+                del pending[group]
+            for question, number in questions:
+                if number == REFERENCE:
+                    shown = [prompts[group[1]]["reference"]]
+                else:
+                    shown = images if number is None else [images[number]]
+                digest = _digest_of_all(digests) if number is None else shown[0]["sha256"]
+                todo[reader.key(question, digest)] = (question, shown)  # equal images are asked about once
+        by_judge: dict[str, list[tuple[Key, Question, list[Row]]]] = {}
+        for key, (question, shown) in todo.items():
+            by_judge.setdefault(question.judge, []).append((key, question, shown))
+        for role, questions in by_judge.items():
+            judge = judges[role]
+            if judge.revision not in tested:
+                judge.selftest()
+                tested.add(judge.revision)
+            for i in range(0, len(questions), batch_size):
+                batch = questions[i : i + batch_size]
+                replies = _ask(judge, batch, images_dir, asked, benchmark.name in catalog.JPEG_TILES)
+                answers.add(zip([key for key, _, _ in batch], replies, strict=True))
+                asked += len(batch)
+                elapsed = time.monotonic() - started
+                if elapsed - last_line >= 5:
+                    last_line = elapsed
+                    log(f"answers: {asked}, {len(pending)} of {len(groups)} prompts open")
+    log(f"answers: {asked} asked, {len(answers)} known, {len(groups)} prompts")
+    return {"asked": asked, "prompts": len(groups)}
+
+
+def _ask(
+    judge: Judge, batch: Sequence[tuple[Key, Question, list[Row]]], images_dir: Path, before: int, jpeg: bool
+) -> list[Any]:
+    opened: dict[str, Image.Image] = {}
+    for row in (row for _, _, shown in batch for row in shown):
+        if row["file"] not in opened:
+            image = _read(images_dir / row["file"], row["sha256"])
+            opened[row["file"]] = through_jpeg(image) if jpeg else image
+    requests = [
+        Request([opened[row["file"]] for row in shown], question.text, question.options) for _, question, shown in batch
+    ]
+    try:
+        replies = judge.answer(requests)
+    except Exception as error:  # judges are models of many libraries, whose errors are of many types
+        raise ValueError(
+            f"judge {judge.name} stopped at {batch[0][2][0]['file']} and the {len(batch) - 1} questions after it: "
+            f"{type(error).__name__}: {error}; {before} answers are kept, and judging again resumes there"
+        ) from error
+    if len(replies) != len(batch):
+        raise ValueError(f"judge {judge.name} gave {len(replies)} answers to {len(batch)} questions")
+    return replies
+
+
+def through_jpeg(image: Image.Image) -> Image.Image:
+    """The image as OneIG-Bench's judges see it. A black one, which the official code drops, stays as it is."""
+    from eval.oneig import split_grid
+
+    for tile in split_grid(image, (1, 1), "fixed"):
+        image = Image.open(io.BytesIO(tile), formats=("JPEG",))
+        image.load()
+    return image
+
+
+def _read(path: Path, sha256: str) -> Image.Image:
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError(f"{path} changed since it was indexed; judge the run again")
+    return open_png(data)
+
+
+def judged_prompts(
+    rows: Sequence[Row],
+    prompts: Sequence[Prompt],
+    config: EvalConfig,
+    benchmark: Benchmark,
+    answers: Answers,
+    judges: Mapping[str, str],
+) -> dict[int, dict[str, Judged]]:
+    """{seed: {prompt id: its answers}}, as a benchmark scores them.
+
+    Args:
+        judges: {role: revision}.
+
+    Raises:
+        ValueError: an answer is missing: the run was not judged, or not by these revisions.
+    """
+    reader = _Reader(benchmark, answers, judges)
+    groups = groups_of(rows)
+    result: dict[int, dict[str, Judged]] = {}
+    for seed in config.seeds:
+        for index, prompt in enumerate(prompts):
+            images = groups.get((seed, index), [])
+            by_image, together, missing = reader.read(prompt, [row["sha256"] for row in images])
+            if missing:
+                question, number = missing[0]
+                what = prompt["reference"]["file"] if number == REFERENCE else images[number or 0]["file"]
+                raise ValueError(
+                    f"{what} has no answer to {question_key(question)!r} by revision {judges[question.judge][:12]}: "
+                    "judge the run first"
+                )
+            places: list[dict[str, Any] | None] = [None] * expected_images(prompt, config.images_per_prompt)
+            for row, known in zip(images, by_image, strict=True):
+                if row["image_index"] < len(places):
+                    places[row["image_index"]] = known
+            result.setdefault(seed, {})[prompt["id"]] = Judged(tuple(places), together)
+    return result
+
+
+def score_rows(
+    rows: Sequence[Row], prompts: Sequence[Prompt], benchmark: Benchmark, judged: Mapping[int, Mapping[str, Judged]]
+) -> list[Row]:
+    """The rows with "score" (None where an image was not judged), "reason", "answers" (JSON) and "parts" (JSON: named
+    scores of the prompt and seed)."""
+    found = {}
+    for seed, of_seed in judged.items():
+        of_prompts = benchmark.score_all(prompts, of_seed)
+        for index, prompt in enumerate(prompts):
+            found[seed, index] = of_prompts[prompt["id"]]
+    scored = []
+    for row in rows:
+        result = found[row["seed"], row["prompt_index"]]
+        image = row["image_index"]
+        known = image < len(result.images) and not row["error"]
+        score = result.images[image] if known else None
+        replies = judged[row["seed"]][row["prompt_id"]].images[image] if known else None
+        scored.append(
+            {
+                **row,
+                # Sums of probabilities may pass 1 by a rounding.
+                "score": None if score is None else min(max(float(score), 0.0), 1.0),
+                "reason": result.reasons[image] if known else "",
+                "answers": _shown(replies) if replies is not None else "",
+                "parts": json.dumps(dict(result.parts)) if result.parts else "",
+            }
+        )
+    return scored
+
+
+def _shown(replies: Mapping[str, Any]) -> str:
+    """The answers as JSON, without the long vectors that nobody reads: the table of answers has them."""
+    return json.dumps({key: value for key, value in replies.items() if key != "features"})
+
+
+def prompt_scores(rows: Sequence[Row], pooling: Pooling) -> dict[str, dict[str, list[float]]]:
+    """category -> prompt id -> scores: of each image, or (pooling "parts") of the prompt's named parts for each seed."""
+    units: dict[str, dict[str, list[float]]] = {}
+    for row in sorted(rows, key=lambda r: (r["seed"], r["prompt_index"], r["image_index"])):
+        if row["score"] is None:
+            continue
+        if pooling != "parts":
+            units.setdefault(row["category"], {}).setdefault(row["prompt_id"], []).append(row["score"])
+        elif row["image_index"] == 0:
+            for name, value in json.loads(row["parts"] or "{}").items():
+                if value is not None:
+                    units.setdefault(name, {}).setdefault(row["prompt_id"], []).append(min(max(value, 0.0), 1.0))
+    return units
+
+
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    """Rows as Parquet: the same rows give the same bytes, whatever their order."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    ordered = sorted(rows, key=lambda row: (row["seed"], row["prompt_index"], row["image_index"]))
+    table = pa.Table.from_pylist(ordered)
+    for name, kind in (("score", pa.float64()),):  # a column of None alone has no type of its own
+        if name in table.column_names:
+            i = table.column_names.index(name)
+            table = table.set_column(i, name, table.column(name).cast(kind))
+    buffer = io.BytesIO()
+    parquet.write_table(table, buffer, compression="zstd")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+
+
+def read_rows(path: Path) -> list[Row]:
+    """
+    Raises:
+        ValueError: no such table.
+    """
+    import pyarrow.parquet as parquet
+
+    if not path.is_file():
+        raise ValueError(f"{path} is not a table of images")
+    try:
+        return parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a table of images: {error}") from error
+
+
+def write_judges(judges: Mapping[str, Judge], folder: Path) -> None:
+    """Records who answers, beside the answers: scoring needs no judge."""
+    record = {
+        role: {"name": judge.name, "model": judge.model, "revision": judge.revision, "spec": dict(judge.spec)}
+        for role, judge in judges.items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / JUDGES) as temporary:
+        temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_judges(folder: Path) -> dict[str, dict[str, Any]]:
+    """{role: {"name", "model", "revision", "spec"}}.
+
+    Raises:
+        ValueError: nothing was judged there.
+    """
+    path = folder / JUDGES
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {JUDGES}: judge the run first")
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,1 @@
+"""Files and folder layouts of the official code, read and written."""

@@ -1,0 +1,1 @@
+"""Scorecards: their schema, how they are made, drawn and compared."""

@@ -1,0 +1,290 @@
+"""The scorecard of judged images: scores with their error bars, and everything that they depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from eval import catalog, stats
+from eval.benchmarks.base import Benchmark, Judged, Mode, mean
+from eval.config import EvalConfig
+from eval.judging.protocols import category_of, digest_of, score_name
+from eval.judging.run import Row, expected_count, prompt_scores
+from eval.scorecards.card import (
+    CategoryScore,
+    Comparison,
+    Counts,
+    Interval,
+    JudgeRecord,
+    Noise,
+    Pooling,
+    Scorecard,
+    Scores,
+    Settings,
+    not_comparable,
+)
+from eval.scorecards.references import PUBLISHED
+
+
+def scorecard(
+    rows: Sequence[Row],
+    prompts: Sequence[Mapping[str, Any]],
+    config: EvalConfig,
+    generation: Mapping[str, Any] | None = None,
+    judges: Mapping[str, Mapping[str, Any]] | None = None,
+    answered: Mapping[int, Mapping[str, Judged]] | None = None,
+) -> Scorecard:
+    """The scores with their error bars, and everything that they depend on.
+
+    Args:
+        rows: of `score_rows`.
+        prompts: all that the run should have, with ids.
+        generation: content of generation.json.
+        judges: {role: {"name", "model", "revision", "spec"}}.
+        answered: of `judged_prompts`, for the official aggregates.
+
+    Raises:
+        ValueError: no image could be scored.
+    """
+    benchmark = catalog.benchmark(config.benchmark)
+    pooling = catalog.POOLING.get(benchmark.name, "prompts")
+    scored = [row for row in rows if row["score"] is not None]
+    expected = expected_count(prompts, config)
+    seen = [row for row in scored if row["split"] != "held_out"]
+    held_out = [row for row in scored if row["split"] == "held_out"]
+    if not seen:
+        raise ValueError(f"none of {expected} images could be scored")
+    aggregates = {mode: official_scores(benchmark, prompts, answered or {}, mode) for mode in ("official", "fixed")}
+    main_scores = _scores(seen, prompts, pooling, aggregates)
+    name = score_name(benchmark, judges or {})
+    wanted = dict.fromkeys(category_of(p) for p in prompts if p.get("split") != "held_out")
+    present = {row["category"] for row in seen}
+    generation = dict(generation or {})
+    return Scorecard(
+        name=name,
+        benchmark=benchmark.name,
+        version=benchmark.version,
+        scale=benchmark.scale,
+        pooling=pooling,
+        overall=main_scores.overall,
+        tasks=main_scores.tasks,
+        image_accuracy=main_scores.image_accuracy,
+        prompt_accuracy=main_scores.prompt_accuracy,
+        held_out=_scores(held_out, prompts, pooling, {}) if held_out else None,
+        official=aggregates["official"],
+        fixed=aggregates["fixed"],
+        missing_tasks=[tag for tag in wanted if tag not in present],
+        counts=Counts(
+            expected=expected,
+            generated=len(rows),
+            scored=len(scored),
+            failed=max(0, expected - len(scored)),
+        ),
+        deviations=[
+            *_not_judged(benchmark, judges or {}),
+            *_deviations(benchmark, config, generation, prompts, expected - len(scored)),
+        ],
+        seeds=list(config.seeds),
+        interval=Interval(),
+        settings=_settings(rows, prompts, config, generation, benchmark, judges or {}),
+        references=_references(benchmark, name, main_scores),
+        measures=_measures(benchmark, prompts, answered or {}),
+        config=config.model_dump(mode="json", exclude={"bootstrap_samples"}),
+        generation=generation,
+    )
+
+
+def official_scores(
+    benchmark: Benchmark,
+    prompts: Sequence[Mapping[str, Any]],
+    answered: Mapping[int, Mapping[str, Judged]],
+    mode: Mode,
+) -> dict[str, Any] | None:
+    """What the official code would say ("official"), or would without its bugs ("fixed"): the mean over the seeds of the
+    benchmark's own summary, {"overall", "categories"}. None where nothing was answered."""
+    summaries = []
+    for of_seed in answered.values():
+        judged = {key: value for key, value in of_seed.items() if any(image is not None for image in value.images)}
+        if judged:
+            summaries.append(benchmark.summarise(prompts, judged, mode))
+    if not summaries:
+        return None
+    names = dict.fromkeys(name for summary in summaries for name in summary["categories"])
+
+    return {
+        "overall": mean([summary["score"] for summary in summaries]),
+        "categories": {name: mean([summary["categories"].get(name) for summary in summaries]) for name in names},
+    }
+
+
+def _measures(
+    benchmark: Benchmark, prompts: Sequence[Mapping[str, Any]], answered: Mapping[int, Mapping[str, Judged]]
+) -> dict[str, float]:
+    of_seeds = [benchmark.measures(prompts, of_seed) for of_seed in answered.values()]
+    names = dict.fromkeys(name for one in of_seeds for name in one)
+    values = {name: [one[name] for one in of_seeds if name in one] for name in names}
+    return {name: sum(of) / len(of) for name, of in values.items()}
+
+
+def with_training_noise(card: Scorecard, others: Sequence[Scorecard]) -> Scorecard:
+    """The card with the deviation of the overall score over its own training run and others of the same recipe.
+
+    Raises:
+        ValueError: another card is of other prompts or judges, or of the same weights.
+    """
+    for other in others:
+        if reason := not_comparable(card, other):
+            raise ValueError(f"no training run to compare with: {reason}")
+        if other.settings.model_digests == card.settings.model_digests:
+            raise ValueError(f"both cards are of the weights {card.settings.model_digests}: a training run has its own")
+    values = [card.overall.mean, *(other.overall.mean for other in others)]
+    spread = stats.over_seeds(dict(enumerate(values)))
+    noise = card.overall.noise.model_copy(update={"training": spread["std"], "training_runs": spread["runs"]})
+    return card.model_copy(update={"overall": card.overall.model_copy(update={"noise": noise})})
+
+
+def _scores(
+    rows: Sequence[Row],
+    prompts: Sequence[Mapping[str, Any]],
+    pooling: Pooling,
+    aggregates: Mapping[str, Mapping[str, Any] | None],
+) -> Scores:
+    order = [category_of(prompt) for prompt in prompts]
+    overall, by_category = _estimate(rows, order, pooling)
+    seeds = sorted({row["seed"] for row in rows})
+    of_seeds = {seed: _estimate([row for row in rows if row["seed"] == seed], order, pooling) for seed in seeds}
+
+    def score(estimate: stats.Estimate, values: dict[int, float], name: str | None) -> CategoryScore:
+        whole = name is None and pooling == "parts"
+        official = {
+            kind: aggregate["overall"] if name is None else aggregate["categories"].get(name)
+            for kind, aggregate in aggregates.items()
+            if aggregate is not None
+        }
+        return CategoryScore(
+            **{**stats.over_seeds(values), "mean": estimate.mean},
+            interval=(estimate.low, estimate.high),
+            standard_error=estimate.total,
+            noise=Noise(sampling=estimate.sampling, prompts=estimate.prompts),
+            # Parts are several scores of one prompt, which the estimate counts as so many.
+            prompts=len({row["prompt_id"] for row in rows}) if whole else estimate.n_prompts,
+            images=len(rows) if whole else estimate.n_images,
+            official=official.get("official"),
+            fixed=official.get("fixed"),
+        )
+
+    perfect = [row["score"] == 1 for row in rows]
+    right_prompts: dict[int, bool] = {}
+    for row, is_right in zip(rows, perfect, strict=True):
+        right_prompts[row["prompt_index"]] = right_prompts.get(row["prompt_index"], False) or is_right
+    return Scores(
+        overall=score(overall, {seed: o.mean for seed, (o, _) in of_seeds.items()}, None),
+        tasks={
+            name: score(e, {seed: c[name].mean for seed, (_, c) in of_seeds.items() if name in c}, name)
+            for name, e in by_category.items()
+        },
+        image_accuracy=sum(perfect) / len(perfect),
+        prompt_accuracy=sum(right_prompts.values()) / len(right_prompts),
+    )
+
+
+def _estimate(rows: Sequence[Row], order: Sequence[str], pooling: Pooling) -> tuple[stats.Estimate, dict]:
+    units = prompt_scores(rows, pooling)
+    rank = {name: i for i, name in enumerate(dict.fromkeys(order))}
+    names = sorted(units, key=lambda name: (rank.get(name, len(rank)), name))
+    groups = {name: [units[name][prompt] for prompt in sorted(units[name])] for name in names}
+    return stats.estimate(groups, "prompts" if pooling == "prompts" else "categories")
+
+
+def _not_judged(benchmark: Benchmark, judges: Mapping[str, Any]) -> list[str]:
+    absent = [role for role in benchmark.judges if role in benchmark.optional_judges and role not in judges]
+    return [f"no judge for {', '.join(absent)}: left out"] if absent and judges else []
+
+
+def _deviations(
+    benchmark: Benchmark,
+    config: EvalConfig,
+    generation: Mapping[str, Any],
+    prompts: Sequence[Mapping[str, Any]],
+    failed: int,
+) -> list[str]:
+    """What keeps this score from being the benchmark's: named beside it."""
+    found = []
+    if config.images_per_prompt != benchmark.images_per_prompt:
+        found.append(f"{config.images_per_prompt} images per prompt, officially {benchmark.images_per_prompt}")
+    if config.prompt_set != "official":
+        found.append("development prompts: a score to choose by, not to report")
+    if benchmark.prompt_count and len(prompts) != benchmark.prompt_count:
+        found.append(f"{len(prompts)} prompts, officially {benchmark.prompt_count}")
+    trained_on = sum(bool(prompt.get("trained_on")) for prompt in prompts)
+    if trained_on:
+        found.append(f"{trained_on} of {len(prompts)} captions were trained on: the corpus has too few held-out images")
+    if generation.get("prompt_rewriting"):
+        found.append(f"prompts were rewritten (file {generation['prompt_rewriting']['sha256'][:12]})")
+    if failed > 0:
+        found.append(f"{failed} missing or unreadable images were left out")
+    return found
+
+
+def _settings(
+    rows: Sequence[Row],
+    prompts: Sequence[Mapping[str, Any]],
+    config: EvalConfig,
+    generation: Mapping[str, Any],
+    benchmark: Benchmark,
+    judges: Mapping[str, Mapping[str, Any]],
+) -> Settings:
+    sampler = generation.get("sampler", {})
+    digests = sorted((r["seed"], r["prompt_id"], r["image_index"], r["sha256"]) for r in rows)
+    return Settings(
+        judges=[
+            JudgeRecord(role=role, **judge, official=benchmark.judges.get(role) in ("", judge["model"]))
+            for role, judge in sorted(judges.items())
+        ],
+        pipeline=sampler.get("pipeline", "unknown"),
+        denoiser=sampler.get("denoiser", "unknown"),
+        dtype=sampler.get("dtype", "unknown"),
+        attention=sampler.get("attention", "unknown"),
+        device=sampler.get("device_name", sampler.get("device", "unknown")),
+        sampler=sampler.get("scheduler", "unknown"),
+        sampler_config=sampler.get("scheduler_config", config.scheduler.model_dump()),
+        steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        negative_prompt=sampler.get("negative_prompt", config.negative_prompt or ""),
+        prompt_rewriting=generation.get("prompt_rewriting"),
+        image_size_px=config.image_size_px,
+        seeds=list(config.seeds),
+        images_per_prompt=config.images_per_prompt,
+        batch_size=config.batch_size,
+        prompt_set=config.prompt_set,
+        prompt_set_sha256=prompt_set_digest(prompts),
+        model_digests={k: str(v) for k, v in sorted(generation.get("provenance", {}).items())},
+        images_sha256=digest_of(digests),
+        versions={name: sampler[name] for name in ("diffusers", "torch") if name in sampler},
+    )
+
+
+def prompt_set_digest(prompts: Sequence[Mapping[str, Any]]) -> str:
+    """Of which prompts, how many images each and what is asked about them, not of how a model was given them."""
+    return digest_of([{k: v for k, v in prompt.items() if k != "rewritten"} for prompt in prompts])
+
+
+def _references(benchmark: Benchmark, name: str, scores: Scores) -> list[Comparison]:
+    found = []
+    for published in PUBLISHED.get(benchmark.name, ()):
+        ours = scores.overall if published.category == "overall" else scores.tasks.get(published.category)
+        within = None
+        if ours is not None and name == benchmark.name:
+            low, high = (limit * benchmark.scale for limit in ours.interval)
+            within = low <= published.score <= high
+        found.append(
+            Comparison(
+                model=published.model,
+                category=published.category,
+                published=published.score,
+                ours=None if ours is None else ours.mean * benchmark.scale,
+                source=published.source,
+                within_noise=within,
+            )
+        )
+    return found

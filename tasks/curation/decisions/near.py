@@ -1,0 +1,170 @@
+r"""Near duplicates by perceptual hashes, as SQL: propose, confirm, keep one. Memory and time grow as the corpus does.
+
+    compared --equal hashes--> nodes --within max_hamming_distance--> proposed --pHash-256--> matched --star--> near
+                                           of either 64-bit hash                    ^
+                                          pairs of other rules (thumbnails, embeddings)
+
+Propose: two hashes within r of 64 bits agree in all but at most r of B blocks. So each choice of B - r blocks is a key, and
+a pair is counted at the first key that it shares. No pair within r bits is missed. Records with equal hashes are one node.
+
+Keep: stars, not components. Records are taken in order of preference (more pixels, then the better aesthetic score in half
+points, then record id, then key), and a record is dropped if it matches one that is kept. So every dropped record resembles
+its keeper directly; A~B~C merges A with C only if A~C. In SQL, each round decides all records whose better matches are
+decided. Neither preference nor rounds depend on the corpus's order, except for made sources, whose order is their recipe's.
+"""
+
+# ruff: noqa: S608 (SQL of our own names and numbers; texts are quoted by engines.quoted)
+from __future__ import annotations
+
+import math
+from itertools import combinations
+
+from tasks.curation.config import DedupConfig
+from tasks.curation.decisions.engines import Engine, one
+from tasks.curation.scoring.hashes import HASHES, PHASH256
+
+MAX_KEYS, MAX_WORK = 100, 1e12
+ROW_WORK = 3  # of a row that is joined, measured against a pair that is compared
+PREFERENCE = "pixels DESC, points DESC, tie, name, position"  # of several, the first is kept
+
+
+def plan_blocks(count: int, distance: int) -> int:
+    """Blocks of the 64 bits for which the joins over `count` hashes cost least.
+
+    Raises:
+        ValueError: so many records cannot be compared within so many bits, with the figures.
+    """
+    costs = {blocks: join_work(count, blocks, distance) for blocks in range(distance + 1, 65)}
+    costs = {blocks: cost for blocks, cost in costs.items() if math.comb(blocks, distance) <= MAX_KEYS}
+    best = min(costs, key=costs.__getitem__, default=0)
+    if not best or costs[best] > MAX_WORK:
+        work = f"about {costs[best]:.1e}" if best else "too many"
+        raise ValueError(
+            f"curation.dedup.max_hamming_distance={distance}: near duplicates among {count} records would take {work} "
+            f"comparisons, {MAX_WORK:.0e} are allowed; 4 takes about {min(join_work(count, b, 4) for b in range(5, 11)):.1e}"
+        )
+    return best
+
+
+def join_work(count: int, blocks: int, distance: int) -> float:
+    """Rows that are joined, by their weight, and pairs of random hashes that share a key."""
+    keys = math.comb(blocks, distance)
+    return keys * (ROW_WORK * count + count**2 / 2 / 2 ** (64 * (blocks - distance) / blocks))
+
+
+def block_masks(blocks: int, distance: int) -> list[int]:
+    """A mask of 64 bits (signed) for every choice of `blocks - distance` of the blocks. Bits are dealt out to the blocks in
+    turn: neighbours in frequency are alike."""
+    block = [sum(1 << bit for bit in range(64) if bit % blocks == i) for i in range(blocks)]
+    masks = [sum(block[i] for i in chosen) for chosen in combinations(range(blocks), blocks - distance)]
+    return [mask - 2**64 if mask >= 2**63 else mask for mask in masks]
+
+
+def match_by_hashes(engine: Engine, config: DedupConfig) -> None:
+    """Tables `same` (position, leader) of records with the hashes of a better one, and `matched` (a, b, how, measure) of
+    pairs of the others; measure is the distance of their pHash-256, in bits.
+
+    Reads `compared`: position, the columns of PREFERENCE and HASHES, and by_hashes: false for records of other rules.
+
+    Raises:
+        ValueError: see `plan_blocks`.
+    """
+    all_hashes = ", ".join(f"c.{name}" for name in HASHES)
+    engine.create(
+        "same",
+        "SELECT position, leader FROM (SELECT c.position, first_value(c.position) OVER "
+        f"(PARTITION BY {all_hashes} ORDER BY {PREFERENCE}) AS leader FROM compared c JOIN "
+        "(SELECT phash FROM compared WHERE by_hashes GROUP BY phash HAVING count(*) > 1) r ON c.phash = r.phash "
+        "WHERE c.by_hashes) x WHERE position <> leader",
+    )
+    engine.create(
+        "nodes",
+        f"SELECT c.position, {all_hashes} FROM compared c LEFT JOIN same s ON c.position = s.position "
+        "WHERE c.by_hashes AND s.position IS NULL",
+    )
+    _propose(engine, config.max_hamming_distance)
+    fine = " + ".join(f"hamming(a.{name}, b.{name})" for name in PHASH256)
+    engine.create(
+        "matched",
+        "SELECT a, b, 'hashes' AS how, CAST(fine AS DOUBLE) AS measure FROM (SELECT p.a, p.b, p.kind, "
+        f"hamming(a.phash, b.phash) AS coarse, hamming(a.dhash, b.dhash) AS steps, {fine} AS fine "
+        "FROM proposed p JOIN nodes a ON p.a = a.position JOIN nodes b ON p.b = b.position) x "
+        f"WHERE ((fine <= {config.max_fine_distance} AND greatest(coarse, steps) <= {config.max_far_distance}) "
+        f"OR greatest(coarse, steps) <= {config.max_both_distances} "
+        f"OR (steps <= {config.max_hamming_distance} AND fine <= {config.max_marked_distance})) "
+        f"AND NOT (kind = 'dhash' AND coarse <= {config.max_hamming_distance})",  # proposed by pHash as well
+    )
+
+
+def _propose(engine: Engine, distance: int) -> None:
+    """Table `proposed` (a, b, kind): every pair within `distance` bits of a hash, once for each kind of hash."""
+    count = one(engine, "SELECT count(*) AS n FROM nodes")
+    masks = block_masks(plan_blocks(count, distance), distance)
+    engine.create("proposed", "SELECT position AS a, position AS b, 'phash' AS kind FROM nodes WHERE FALSE")
+    for kind in ("phash", "dhash"):
+        for place, mask in enumerate(masks):
+            key, *earlier = (
+                f"(a.{kind} & CAST({m} AS BIGINT)) {{}} (b.{kind} & CAST({m} AS BIGINT))"
+                for m in (mask, *masks[:place])
+            )
+            first = "".join(f" AND {other.format('<>')}" for other in earlier)
+            engine.append(
+                "proposed",
+                f"SELECT a.position AS a, b.position AS b, '{kind}' AS kind FROM nodes a JOIN nodes b "
+                f"ON {key.format('=')} AND a.position < b.position "
+                f"WHERE hamming(a.{kind}, b.{kind}) <= {distance}{first}",
+            )
+
+
+def keep_stars(engine: Engine) -> None:
+    """Table `near` (position, keeper, how, measure) of the records to drop, from `compared`, `same` and `matched`."""
+    order = (
+        "a.pixels > b.pixels",
+        "a.points > b.points",
+        "a.tie < b.tie",
+        "a.name < b.name",
+        "a.position < b.position",
+    )
+    better = order[-1]
+    for rule in reversed(order[:-1]):
+        better = f"({rule} OR ({rule.replace('>', '=').replace('<', '=')} AND {better}))"
+    engine.create(
+        "edges",
+        f"SELECT CASE WHEN {better} THEN a.position ELSE b.position END AS better, "
+        f"CASE WHEN {better} THEN b.position ELSE a.position END AS worse, m.how, m.measure "
+        "FROM matched m JOIN compared a ON m.a = a.position JOIN compared b ON m.b = b.position",
+    )
+    engine.create("lost", "SELECT worse AS position FROM edges WHERE FALSE")
+    engine.create("undecided", "SELECT better, worse FROM edges")
+    while one(engine, "SELECT count(*) AS n FROM undecided"):
+        engine.create(
+            "tops",
+            "SELECT DISTINCT u.better AS position FROM undecided u LEFT JOIN (SELECT DISTINCT worse FROM undecided) w "
+            "ON u.better = w.worse WHERE w.worse IS NULL",
+        )
+        engine.create(
+            "losing", "SELECT DISTINCT u.worse AS position FROM undecided u JOIN tops t ON u.better = t.position"
+        )
+        engine.append("lost", "SELECT position FROM losing")
+        engine.create(
+            "undecided",
+            "SELECT u.better, u.worse FROM undecided u LEFT JOIN (SELECT position FROM tops UNION SELECT position FROM losing) d "
+            "ON u.better = d.position LEFT JOIN losing l ON u.worse = l.position "
+            "WHERE d.position IS NULL AND l.position IS NULL",
+        )
+    of_better = ", ".join(f"c.{column}" for column in PREFERENCE.split(", "))
+    engine.create(
+        "starred",
+        "SELECT worse AS position, better AS keeper, how, measure FROM (SELECT e.worse, e.better, e.how, e.measure, row_number() OVER "
+        f"(PARTITION BY e.worse ORDER BY {of_better}, e.how) AS place FROM edges e JOIN lost l ON e.worse = l.position "
+        "JOIN compared c ON e.better = c.position LEFT JOIN lost k ON e.better = k.position WHERE k.position IS NULL) x "
+        "WHERE place = 1",
+    )
+    # Whoever has a leader's hashes has its matches, too.
+    engine.create(
+        "near",
+        "SELECT position, keeper, how, measure FROM starred UNION ALL "
+        "SELECT s.position, coalesce(t.keeper, s.leader) AS keeper, coalesce(t.how, 'hashes') AS how, "
+        "coalesce(t.measure, 0) AS measure "
+        "FROM same s LEFT JOIN starred t ON s.leader = t.position",
+    )

@@ -1,0 +1,1 @@
+"""Scoring: every record is decoded once and gets columns; nothing is decided."""

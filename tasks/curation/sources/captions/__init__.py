@@ -1,0 +1,1 @@
+"""Captions beside images: how they are written, and which image each belongs to."""

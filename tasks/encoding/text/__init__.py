@@ -1,0 +1,1 @@
+"""Text: the frozen encoder, prompts, and the texts that all stages share."""

@@ -1,0 +1,1 @@
+"""Pages and queries over the lineage of artifacts; tasks.trace is the command."""

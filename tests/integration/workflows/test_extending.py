@@ -1,0 +1,216 @@
+"""docs/extending.md, followed to the letter: its source is read, its loss and optimiser train, its scorer scores, its judge
+and benchmark judge."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[3]
+TRAIN = """
+import json, sys
+from pathlib import Path
+from train_helpers import train_config, training_stage, transformer_config, write_latents
+import torch
+from model.plan.memory import Shapes
+from model.plan.memory_trace import Step, end_bytes
+from model.train.run import train_stage
+
+folder, changes = Path(sys.argv[1]), json.loads(sys.argv[2])
+latents = write_latents(folder / "latents")
+found = {}
+for name in ("plain", "changed"):
+    train = train_config(steps=2, checkpoint_every_steps=2, keep_checkpoints=1, log_every_steps=1)
+    if name == "changed":
+        sections = {key: {**getattr(train, key).model_dump(), **values} for key, values in changes.items()}
+        train = type(train)(**{**train.model_dump(), **sections})
+    (folder / name).mkdir()
+    report = train_stage(latents, training_stage(train), None, folder / f"work_{name}", folder / name)
+    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    step = Step(2, 16, 8, torch.float32, "none", losses=train.losses.model_copy(update={"wavelet": 0.0}))
+    found[name] = {
+        "norm": lines[0]["grad_norm"], "rates": [key for key in lines[0] if key.startswith("lr/")],
+        "loss": lines[-1]["loss"], "bytes": end_bytes(transformer_config(), step).tail_peak,
+        "trained": Shapes(transformer_config(), train.optim.matrices).trained,
+    }
+print("FOUND", json.dumps(found))
+"""
+
+
+def blocks(section: str) -> dict[str, list[str]]:
+    """Language -> code blocks of a section of the document, in order."""
+    text = (ROOT / "docs" / "extending.md").read_text()
+    body = re.search(rf"^## {section}\n(.*?)(?=^## )", text, re.M | re.S)[1]
+    found: dict[str, list[str]] = {}
+    for language, code in re.findall(r"```(\w+)\n(.*?)```", body, re.S):
+        found.setdefault(language, []).append(code)
+    return found
+
+
+def followed(folder: Path, section: str, config_class: str, replaced: str, file: str) -> dict:
+    """A copy of model/ with the section's changes, trained in plain and as its recipe says."""
+    shutil.copytree(ROOT / "model", folder / "model")
+    code = blocks(section)
+    config = folder / "model" / "config.py"
+    text = config.read_text()
+    begin = text.index(f"class {config_class}(")
+    line = re.compile(rf"^    {replaced}.*\n", re.M).search(text, begin)
+    config.write_text(
+        text[: line.start()] + code["python"][0] + text[line.end() if "matrices" in replaced else line.start() :]
+    )
+    with open(folder / "model" / file, "a") as source:
+        source.write("\n\n" + code["python"][1])
+    changes = yaml.safe_load(code["yaml"][0])["train"]
+    path = f"{folder}:{Path(__file__).parents[1]}"
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN, str(folder), json.dumps(changes)],
+        cwd=folder, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout[done.stdout.rindex("FOUND ") + 6 :])
+
+
+@pytest.mark.slow
+def test_a_loss_is_trained_and_planned_after_a_field_and_a_function(tmp_path):
+    found = followed(tmp_path, "A loss", "LossConfig", "router_z_loss", "losses.py")
+    plain, changed = found["plain"], found["changed"]
+    assert changed["norm"] > plain["norm"] and changed["loss"] != plain["loss"]
+    assert changed["bytes"] > plain["bytes"]
+
+
+@pytest.mark.slow
+def test_an_optimiser_trains_and_is_planned_after_a_name_and_an_entry(tmp_path):
+    found = followed(tmp_path, "An optimiser", "OptimConfig", "matrices", "optim.py")
+    plain, changed = found["plain"], found["changed"]
+    assert plain["rates"] == ["lr/Muon", "lr/AdamW"] and set(changed["rates"]) == {"lr/SGD", "lr/AdamW"}
+    assert changed["loss"] != plain["loss"]
+    assert changed["trained"]["sgd"] == plain["trained"]["muon"] > 0 == changed["trained"]["muon"]
+
+
+def added_module(monkeypatch, section: str, name: str) -> dict[str, list[str]]:
+    """Makes the module that a section adds importable under `name`. Returns the section's code blocks."""
+    code = blocks(section)
+    module = types.ModuleType(name)
+    exec(code["python"][0], module.__dict__)
+    monkeypatch.setitem(sys.modules, name, module)
+    return code
+
+
+def test_a_container_format_is_scanned_and_read_after_a_module_and_an_entry(monkeypatch, tmp_path):
+    from tasks.curation.config import SourceConfig
+    from tasks.curation.sources import base, formats
+
+    source = tmp_path / "source"
+    source.mkdir()
+    with zipfile.ZipFile(source / "shapes.zip", "w") as archive:
+        archive.writestr("a red square.png", b"first")
+        archive.writestr("notes.doc", b"")
+        archive.writestr("a blue circle.png", b"second")
+    with pytest.raises(ValueError, match=r"has no image; left out: 1 x \.zip"):
+        base.write_corpus(SourceConfig(), str(source), tmp_path / "none")
+    code = added_module(monkeypatch, "A source", "tasks.curation.sources.zips")
+    monkeypatch.setattr(formats, "FORMATS", formats.FORMATS | eval(code["python"][1]))
+    report = base.write_corpus(SourceConfig(), str(source), tmp_path / "corpus")
+    assert (report["shards"], report["images"]) == (1, 2)
+    corpus, account = base.open_corpus(tmp_path / "corpus"), base.Account()
+    (shard,) = corpus.shards()
+    records = [(record.data, record.captions, record.row) for record in corpus.read(shard, account)]
+    assert shard.kind == "zip" and records == [(b"first", ["a red square"], 0), (b"second", ["a blue circle"], 1)]
+    assert account.records == 2 and account.left_out() == "1 x .doc (shapes.zip:notes.doc)"
+    (source / "shapes.zip").write_bytes(b"no zip")
+    with pytest.raises(ValueError, match=r"shapes\.zip is not a readable zip file"):
+        base.write_corpus(SourceConfig(), str(source), tmp_path / "broken")
+
+
+def test_a_scorer_scores_after_a_function_and_an_entry(monkeypatch):
+    from tasks.curation import scorers
+    from tasks.curation.config import ScorerConfig
+
+    code = added_module(monkeypatch, "A scorer", "tasks.curation.scorers.contrast")
+    config = ScorerConfig(**yaml.safe_load(code["yaml"][0])["curation"]["scorers"])
+    with pytest.raises(ValueError, match="aesthetic='contrast' is unknown"):
+        scorers.chosen_scorers(config)
+    entry = eval(code["python"][1], vars(scorers))
+    monkeypatch.setattr(scorers, "SCORERS", (*scorers.SCORERS, entry))
+    (one,) = [one for one in scorers.chosen_scorers(config) if one.columns == ("aesthetic",)]
+    scorer = scorers.build_scorer(one)
+    gray = np.zeros((8, 8), np.uint8)
+    half = gray.copy()
+    half[:4] = 255
+    samples = [scorers.Sample(Image.fromarray(g), np.stack([g] * 3, -1), g, ()) for g in (gray, half)]
+    assert scorer(samples)["aesthetic"].tolist() == [0.0, 1.0]
+    assert scorers.scorer_revisions(config)["aesthetic"].startswith("contrast, code ")
+
+
+def test_a_benchmark_and_its_judge_score_after_a_class_and_an_entry_each(monkeypatch):
+    from eval import catalog
+    from eval.benchmarks import base, registry
+    from eval.config import EvalConfig
+    from eval.judging.protocols import Request, score_name
+
+    benchmark_code = added_module(monkeypatch, "A benchmark", "eval.benchmarks.walls")
+    judge_code = added_module(monkeypatch, "A judge", "eval.judges.gray_level")
+    recipe = yaml.safe_load(benchmark_code["yaml"][0])["eval"]
+    with pytest.raises(ValueError, match="there is no benchmark 'walls'"):
+        EvalConfig(**recipe)
+    monkeypatch.setattr(registry, "BENCHMARKS", registry.BENCHMARKS | eval(benchmark_code["python"][1]))
+    with pytest.raises(ValueError, match="there is no judge 'gray-level'"):
+        EvalConfig(**recipe)
+    entry = eval(judge_code["python"][1])
+    monkeypatch.setattr(catalog.judge_registry, "JUDGES", catalog.judge_registry.JUDGES | entry)
+
+    config = EvalConfig(**recipe)
+    benchmark, (judge,) = registry.load(config.benchmark), catalog.load_judges(config).values()
+    judge.selftest()
+    prompts, judged = catalog.prompts(config), {}
+    for prompt in prompts:
+        answers, image = {}, Image.new("RGB", (8, 8), "white")  # right for one of the two prompts
+        while questions := benchmark.questions(prompt, answers):
+            for question in questions:
+                (answers[question.key],) = judge.answer([Request([image], question.text, question.options)])
+        judged[prompt["id"]] = base.Judged((answers,))
+    assert len(prompts) == benchmark.prompt_count
+    summary = benchmark.summarise(prompts, judged, "fixed")
+    assert (summary["score"], summary["scored"], summary["failed"]) == (0.5, 2, 0)
+    assert benchmark.score(prompts[0], base.Judged((None,))).score is None
+    judges = {role: {"name": judge.name, "model": judge.model} for role in benchmark.judges}
+    assert score_name(benchmark, judges) == "walls"
+
+
+def test_every_loss_and_optimiser_of_a_recipe_has_its_function():
+    from typing import get_args
+
+    from model.config import LossConfig, OptimConfig
+    from model.losses import AFTER_STEP, LOSSES
+    from model.optim import OPTIMIZERS
+
+    assert set(LossConfig.model_fields) == {*LOSSES, *AFTER_STEP}
+    assert set(get_args(OptimConfig.model_fields["matrices"].annotation)) == set(OPTIMIZERS)
+
+
+def test_a_captioner_describes_after_a_class_and_an_entry(monkeypatch):
+    from tasks.curation import captioning
+    from tasks.curation.captioning import checks
+    from tasks.curation.config import CaptionerConfig
+
+    code = added_module(monkeypatch, "A captioner", "tasks.curation.captioning.colors")
+    spec = eval(code["python"][1], {"CaptionerSpec": captioning.CaptionerSpec})
+    monkeypatch.setattr(captioning, "CAPTIONERS", (*captioning.CAPTIONERS, spec))
+    config = CaptionerConfig(**yaml.safe_load(code["yaml"][0])["curation"]["captioner"])
+    image = Image.new("RGB", (8, 8), (20, 30, 200))
+    request = captioning.Request("0" * 64, "short", 1, image, config.prompt("A1", "short"), 64, 1)
+    ((_, answer),) = captioning.build_captioner(config).answers([request])
+    assert checks.judge(answer, config.lengths["short"], config.language) == ("a picture that is bluish", "ok")
+    assert captioning.identity(config) == "colors@1"

@@ -1,0 +1,46 @@
+"""Each step that people start alone makes what it makes within a whole run; from its cache, nothing is made twice."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import Home
+
+
+def last_paths(text: str) -> list[Path]:
+    return [Path(path) for path in re.findall(r"/[^\s,\])]+/artifacts/\w+/[0-9a-f]{64}", text)]
+
+
+@pytest.mark.slow
+def test_encode_train_one_stage_and_merge_give_the_whole_runs_artifacts(smoke, smoke_home):
+    before = smoke_home.listing()
+    done = smoke_home.run("--recipe", "smoke", "--curated", str(smoke["curated"]), workflow="encode")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    components, texts, *latents = last_paths(done.stdout[done.stdout.rindex("Encoded(") :])
+    assert len(latents) == 3
+    checkpoints = {}
+    for path in (smoke_home.artifacts / "checkpoints").iterdir():
+        stage = json.loads((path / "manifest.json").read_text())["config"]["stage"]["name"]
+        checkpoints[stage] = path
+    first, second, third = (checkpoints[name] for name in sorted(checkpoints))
+    given = ["--latents", str(latents[1]), "--texts", str(texts), "--components", str(components), "--init", str(first)]
+    trained = start(smoke_home, "train_one_stage", "--stage", sorted(checkpoints)[1], *given)
+    assert last_paths(trained.stdout)[-1] == second
+    merged = start(smoke_home, "merge", "--checkpoints", str(third))
+    assert last_paths(merged.stdout)[-1] == smoke["merged"]
+    after = smoke_home.listing()
+    assert all(after[kind] == before[kind] for kind in ("components", "checkpoints", "merged"))
+
+
+def start(home: Home, workflow: str, *options: str):
+    command = home.command("--recipe", "smoke", *options, workflow="train")
+    command[command.index("workflows/train.py") + 1] = workflow
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[3], env=home.environment(), capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done

@@ -1,0 +1,90 @@
+"""What the table engines must do alike, on Parquet files as they are read in a run."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from score_tables import good_row
+
+from tasks.curation.config import CurationConfig, FilterConfig
+from tasks.curation.decisions import decide, rules, tiers
+from tasks.curation.decisions.engines import PART, open_engine, quoted, rows_of
+from tasks.curation.scoring import score
+
+
+@pytest.fixture
+def engine(tmp_path):
+    with contextlib.closing(open_engine("duckdb", tmp_path)) as opened:
+        yield opened
+
+
+def write(path, rows: list[dict]) -> str:
+    pq.write_table(pa.Table.from_pylist(rows, score.SCORES), path)
+    return str(path)
+
+
+def test_a_missing_score_in_a_parquet_file_is_no_large_number(engine, tmp_path):
+    """The file's statistics say 0.1 to 0.9, and nothing of NaN."""
+    scores = [0.1, math.nan, 0.9, 0.2]
+    rows = [good_row(i, nsfw=value, aesthetic=10 * value) for i, value in enumerate(scores)]
+    engine.scan("scores", {write(tmp_path / "a.parquet", rows): 0})
+    config = CurationConfig(filters=FilterConfig(max_nsfw=0.5))
+    query = f"SELECT {rules.rule_sql(config)} AS rule FROM scores ORDER BY row"
+    assert [row["rule"] for row in rows_of(engine, query)] == ["", "", "nsfw", ""]
+    records = decide.records_sql(config, tiers.tier_cuts(engine, config))
+    found = rows_of(engine, f"SELECT tier, points FROM ({records}) r ORDER BY position")
+    assert [tuple(row.values()) for row in found] == [("A5", 2), ("A5", 0), ("A1", 18), ("A5", 4)]
+
+
+def test_a_histogram_leaves_missing_scores_out(engine, tmp_path):
+    rows = [good_row(i, nsfw=value) for i, value in enumerate([6.1, math.nan, 6.2, 6.6])]
+    engine.scan("scores", {write(tmp_path / "a.parquet", rows): 0})
+    bins = "bin_of(nsfw, CAST(0 AS DOUBLE), CAST(8 AS DOUBLE), 24)"
+    found = rows_of(
+        engine, f"SELECT {bins} AS k, count(*) AS n FROM scores WHERE NOT isnan(nsfw) GROUP BY 1 ORDER BY 1"
+    )
+    assert [tuple(row.values()) for row in found] == [(18, 2), (19, 1)]
+
+
+def test_a_row_knows_its_file(engine, tmp_path):
+    files = {write(tmp_path / f"it's {i}.parquet", [good_row(j, row=j) for j in range(2)]): i for i in range(3)}
+    engine.scan("scores", files)
+    found = rows_of(engine, f"SELECT part * {PART} + row AS position FROM scores ORDER BY position")
+    assert [divmod(row["position"], PART) for row in found] == [(i, j) for i in range(3) for j in range(2)]
+
+
+def test_a_path_is_no_pattern(engine, tmp_path):
+    files = {}
+    for number, name in enumerate(("runs1", "runs[12]", "run*", "run?1")):
+        (tmp_path / name).mkdir()
+        files[write(tmp_path / name / "a.parquet", [good_row(number)])] = number
+    engine.scan("scores", {path: number for path, number in files.items() if number})
+    found = rows_of(engine, "SELECT part, row FROM scores ORDER BY part")
+    assert [tuple(row.values()) for row in found] == [(1, 1), (2, 2), (3, 3)]
+
+
+@pytest.mark.parametrize("text", ["", "'", "\\", "it's", "a\\", "\\'", "a'b\\c''d\\\\e", "é\n"])
+def test_a_text_is_itself_in_sql(engine, text):
+    assert list(rows_of(engine, f"SELECT {quoted(text)} AS it")) == [{"it": text}]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("number_text(CAST(0.5 AS DOUBLE))", "0.5"),
+        ("number_text(CAST(30 AS DOUBLE))", "30"),
+        ("number_text(CAST(0.12345 AS DOUBLE))", "0.1235"),
+        ("hex_to_int('ffffffff')", 2**32 - 1),
+        ("hamming(CAST(-1 AS BIGINT), CAST(0 AS BIGINT))", 64),
+        ("hamming(CAST(-1 AS BIGINT), CAST(0 AS BIGINT)) + hamming(CAST(-1 AS BIGINT), CAST(0 AS BIGINT))", 128),
+        ("round_half_even(CAST(2.5 AS DOUBLE))", 2),
+        ("round_half_even(CAST(1.5 AS DOUBLE))", 2),
+    ],
+)
+def test_functions_that_both_engines_register(engine, text, value):
+    ((found,),) = (row.values() for row in rows_of(engine, f"SELECT {text} AS value"))
+    assert found == value

@@ -1,0 +1,220 @@
+"""Near duplicates by hashes: nothing within the radius is missed, one of each star is kept, and order does not matter."""
+
+from __future__ import annotations
+
+import shutil
+from itertools import combinations
+
+import imagehash
+import numpy as np
+import pytest
+from PIL import Image
+from score_tables import duplicates, good_row, random_hashes, tables_of
+from skimage import data as photographs
+
+from tasks.curation.config import CurationConfig, DedupConfig
+from tasks.curation.decisions import near
+from tasks.curation.decisions.engines import PART, one, rows_of
+from tasks.curation.scoring.hashes import HASHES, PHASH256, picture_hashes
+
+
+def flipped(value: int, bits) -> int:
+    """A signed 64-bit integer with some of its bits turned."""
+    word = np.array([value]).view(np.uint64)[0]
+    for bit in bits:
+        word ^= np.uint64(1) << np.uint64(bit)
+    return int(np.array([word]).view(np.int64)[0])
+
+
+def planted(groups: int, copies: int, seed: int, most: int = 6) -> list[dict]:
+    """Records in groups of copies whose hashes differ in a few bits from the first's."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for group in range(groups):
+        base = dict(zip(HASHES, random_hashes(len(HASHES), seed=1000 * seed + group).tolist()))
+        for _ in range(copies):
+            turned = {name: rng.choice(64, rng.integers(0, most + 1), replace=False) for name in HASHES}
+            hashes = {name: flipped(value, turned[name]) for name, value in base.items()}
+            size = {"width": int(rng.choice([512, 640])), "aesthetic": float(rng.choice([4.0, 5.0, 6.0]))}
+            rows.append(good_row(len(rows), record_id=rng.bytes(32).hex(), **hashes, **size))
+    return rows
+
+
+def distance(a: dict, b: dict, names=("phash",)) -> int:
+    return sum(((a[name] ^ b[name]) & (2**64 - 1)).bit_count() for name in names)
+
+
+def is_match(a: dict, b: dict, radius: int) -> bool:
+    """The rule, by definition."""
+    coarse, steps = distance(a, b), distance(a, b, ["dhash"])
+    fine, far = distance(a, b, PHASH256), max(coarse, steps)
+    confirmed = (fine <= 64 and far <= 20) or far <= 10 or (steps <= radius and fine <= 96)
+    return min(coarse, steps) <= radius and confirmed
+
+
+def sequential(rows: list[dict], radius: int) -> dict[int, int]:
+    """position -> keeper, record by record in the order of preference."""
+    order = sorted(rows, key=lambda r: (-r["width"] * r["height"], -int(2 * r["aesthetic"]), r["record_id"]))
+    kept, dropped = [], {}
+    for row in order:
+        keeper = next((other for other in kept if is_match(row, other, radius)), None)
+        if keeper is None:
+            kept.append(row)
+        else:
+            dropped[row["row"]] = keeper["row"]
+    return dropped
+
+
+@pytest.mark.parametrize("radius", [2, 4, 6])
+def test_pairs_are_those_of_comparing_all_with_all(radius):
+    rows = planted(groups=40, copies=6, seed=radius)
+    with tables_of(rows) as tables:
+        duplicates(tables, CurationConfig(dedup=DedupConfig(max_hamming_distance=radius)))
+        found = [tuple(sorted((row["a"], row["b"]))) for row in rows_of(tables, "SELECT a, b FROM matched")]
+    want = {(a["row"], b["row"]) for a, b in combinations(rows, 2) if is_match(a, b, radius)}
+    assert len(found) == len(set(found)), "a pair is proposed twice"
+    assert set(found) == want and len(want) > 20
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_is_dropped_and_for_whom_is_as_if_records_were_taken_one_by_one(seed):
+    rows = planted(groups=30, copies=8, seed=seed, most=4)
+    with tables_of(rows) as tables:
+        found = {i: keeper for i, (_, keeper) in duplicates(tables, CurationConfig()).items()}
+    assert found == sequential(rows, 4) and len(found) > 50
+
+
+def test_a_shuffled_corpus_gives_the_same_result():
+    rows = planted(groups=30, copies=5, seed=3)
+    order = np.random.default_rng(0).permutation(len(rows))
+    results = []
+    for arrangement in (range(len(rows)), order):
+        moved = [rows[i] | {"row": place, "locator": f"{i}.png"} for place, i in enumerate(arrangement)]
+        with tables_of(moved) as tables:
+            found = duplicates(tables, CurationConfig())
+        names = {place: row["locator"] for place, row in enumerate(moved)}
+        results.append({names[i]: names[keeper] for i, (_, keeper) in found.items()})
+    assert results[0] == results[1] and len(results[0]) > 30
+
+
+def test_equal_hashes_are_one_node_and_cost_no_pairs():
+    """3,000 equal ones have 4.5 million pairs."""
+    rows = [good_row(i, **dict.fromkeys(HASHES, 5)) for i in range(3000)]
+    with tables_of(rows) as tables:
+        found = duplicates(tables, CurationConfig())
+        assert one(tables, "SELECT count(*) AS n FROM proposed") == 0
+    assert len(found) == 2999 and set(found.values()) == {("near_duplicate", 0)}
+
+
+def test_near_hashes_of_pictures_whose_finer_hashes_are_opposite_are_no_match():
+    """A distance of 256 bits does not fit into a byte."""
+    rows = [good_row(i, phash=7, dhash=[0, -1][i], **dict.fromkeys(PHASH256, [0, -1][i])) for i in range(2)]
+    with tables_of(rows) as tables:
+        assert duplicates(tables, CurationConfig()) == {}
+
+
+def test_flat_pictures_are_duplicates_by_their_bytes_alone():
+    rows = [good_row(i, record_id=f"{i // 2:064x}", hash_margin=[1.0, None, float("nan")][i % 3]) for i in range(6)]
+    with tables_of(rows) as tables:
+        assert duplicates(tables, CurationConfig()) == {i: ("exact_duplicate", i - 1) for i in (1, 3, 5)}
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.new("RGB", (256, 256), "teal"),
+        Image.linear_gradient("L"),
+        Image.effect_noise((256, 256), 3),
+    ],
+    ids=["one colour", "gradient", "noise"],
+)
+def test_flat_pictures_have_a_low_margin_and_photographs_have_not(image):
+    limit = DedupConfig().min_hash_margin
+    assert picture_hashes(image)["hash_margin"] < limit / 2
+    assert picture_hashes(Image.fromarray(photographs.coffee()))["hash_margin"] > 10 * limit
+
+
+def test_hashes_are_imagehashs():
+    image = Image.fromarray(photographs.astronaut())
+    found = picture_hashes(image)
+
+    def number(bits: np.ndarray) -> int:
+        return int.from_bytes(np.packbits(bits).tobytes(), "big", signed=True)
+
+    assert found["phash"] == number(imagehash.phash(image).hash.ravel())
+    assert found["dhash"] == number(imagehash.dhash(image).hash.ravel())
+    fine = imagehash.phash(image, hash_size=16).hash.reshape(4, 64)
+    assert [found[name] for name in PHASH256] == [number(bits) for bits in fine]
+
+
+def test_a_radius_that_is_too_wide_for_the_corpus_is_refused_with_the_figures():
+    with pytest.raises(
+        ValueError,
+        match=r"max_hamming_distance=14: near duplicates among 700000000 .* 1e\+12 are allowed; 4 takes about 1\.\de\+11",
+    ):
+        near.plan_blocks(700_000_000, 14)
+    assert [near.plan_blocks(count, 4) for count in (10**4, 10**6, 10**8, 7 * 10**8)] == [5, 6, 7, 7]
+
+
+def test_every_pair_within_the_radius_shares_a_key():
+    rng = np.random.default_rng(0)
+    masks = near.block_masks(6, 4)
+    for _ in range(200):
+        turned = flipped(0, rng.choice(64, 4, replace=False))
+        assert any(turned & mask == 0 for mask in masks)
+
+
+# --- both engines ----------------------------------------------------------------------------------------------
+
+
+def spark_rows(rows: list[dict], query: str) -> list[dict]:
+    pytest.importorskip("pyspark", reason="the extra spark is not installed")
+    if shutil.which("java") is None:
+        pytest.skip("Spark needs Java 17: apt-get install openjdk-17-jre-headless")
+    with tables_of(rows, "spark") as tables:
+        duplicates(tables, CurationConfig(dedup=DedupConfig(max_hamming_distance=2)))
+        return list(rows_of(tables, query))
+
+
+@pytest.mark.slow
+def test_spark_decides_as_duckdb_does(monkeypatch):
+    monkeypatch.setenv(
+        "NUCLEUS_SPARK_CONF",
+        '{"spark.master": "local[1]", "spark.sql.shuffle.partitions": "1", "spark.driver.memory": "1g"}',
+    )
+    rows = planted(groups=12, copies=4, seed=5, most=3)
+    rows += [good_row(len(rows) + i, record_id=rows[i]["record_id"], captions=["Another one"]) for i in range(3)]
+    rows += [
+        good_row(len(rows) + i, **columns)
+        for i, columns in enumerate(
+            [
+                {"width": 10},
+                {"format": "it's \\ odd"},
+                {"entropy_bits": 0.03125},
+                {"captions": [], "words": []},
+                {"words": [300]},
+                {"aesthetic": None},
+                {"aesthetic": float("nan"), "nsfw": 0.75},
+                {"error_rule": "undecodable", "error": "does not decode"},
+            ]
+        )
+    ]
+    columns = "r.position, r.tier, r.bucket, r.split, r.words, coalesce(d.rule, r.rule) AS rule"
+    query = (
+        f"SELECT {columns}, coalesce(d.detail, r.detail) AS detail, m.words AS merged, m.extra_captions "
+        "FROM records r LEFT JOIN dropped d ON r.position = d.position "
+        "LEFT JOIN merged m ON r.position = m.position ORDER BY r.position"
+    )
+    found = spark_rows(rows, query)
+    with tables_of(rows) as tables:
+        duplicates(tables, CurationConfig(dedup=DedupConfig(max_hamming_distance=2)))
+        want = list(rows_of(tables, query))
+    assert found == want
+    assert {row["rule"] for row in want} > {
+        "near_duplicate",
+        "exact_duplicate",
+        "min_side",
+        "format",
+        "no_caption",
+    }
+    assert PART > 10**9
