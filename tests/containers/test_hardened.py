@@ -10,15 +10,21 @@ import json
 import os
 import subprocess
 import sys
+import time
+import tomllib
+import urllib.request
 from collections import Counter
 from pathlib import Path
 
 import boto3
 import pytest
+import yaml
 from object_store import OWN, s3_server
+from packaging.utils import canonicalize_name
 from small_propeller import SmallPropeller, text
 
 from containers.build import Engine
+from tasks.recipe import RECIPES, recipe_text
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCK = os.environ.get("NUCLEUS_TEST_IMAGES")
@@ -31,6 +37,8 @@ MODULES = {
     "evaluator": "tasks.evaluation.task",
     "publisher": "tasks.publishing.task",
 }
+# Megabytes of 10^6 bytes, unpacked.
+MOST_MB = {"curation": 800, "scorer": 2100, "encoder": 1700, "trainer": 1700, "evaluator": 1700, "publisher": 1700}
 TOKEN = "hf_plantedNucleusToken"  # .ci/containers has it in its environment while it builds
 pytestmark = pytest.mark.skipif(
     not LOCK, reason="NUCLEUS_TEST_IMAGES is unset: .ci/containers builds images and sets it"
@@ -43,6 +51,24 @@ def _images() -> dict[str, str]:
 
 
 IMAGES = _images()
+
+
+def _inspect(role: str, what: str) -> str:
+    """One property of an image, which is pulled by its digest where the store does not have it."""
+    podman = Engine.find("podman").name
+    if subprocess.run([podman, "image", "exists", IMAGES[role]]).returncode:
+        subprocess.run([podman, "pull", "--quiet", "--tls-verify=false", IMAGES[role]], check=True, capture_output=True)
+    return subprocess.check_output([podman, "inspect", "--format", what, IMAGES[role]], text=True).strip()
+
+
+def _compressed(role: str) -> int:
+    """Bytes of an image's layers in the registry, which speaks plain HTTP."""
+    name, _, digest = IMAGES[role].partition("@")
+    host, _, repository = name.partition("/")
+    accepted = {"Accept": "application/vnd.oci.image.manifest.v1+json"}
+    request = urllib.request.Request(f"http://{host}/v2/{repository}/manifests/{digest}", headers=accepted)
+    with urllib.request.urlopen(request) as answer:
+        return sum(layer["size"] for layer in json.load(answer)["layers"])
 
 
 @pytest.fixture(scope="module")
@@ -86,15 +112,41 @@ def test_an_image_has_the_modules_of_its_tasks_the_recipes_and_the_revision(hard
     assert hardened(role, ["python", "-c", code]).stdout.strip().endswith(revision)
 
 
-@pytest.mark.parametrize("role", sorted(IMAGES))
-def test_no_layer_or_configuration_of_an_image_has_the_token_of_who_built_it(role):
-    command = [Engine.find("podman").name, "save", "--format", "docker-archive", IMAGES[role]]
-    tail = b""
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as archive:  # layers are not compressed in it
+@pytest.mark.skipif(not IMAGES, reason="no image was built")
+def test_no_layer_or_configuration_of_an_image_has_the_token_of_who_built_it():
+    podman = Engine.find("podman").name
+    ids = [_inspect(role, "{{.Id}}") for role in IMAGES]
+    # One archive, so that layers which images share are in it once. They are not compressed.
+    command = [podman, "save", "--multi-image-archive", "--format", "docker-archive", *ids]
+    tail, size = b"", 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as archive:
         while block := archive.stdout.read(1 << 22):
             assert TOKEN.encode() not in tail + block
-            tail = block[-len(TOKEN) :]
-    assert archive.returncode == 0 and tail
+            tail, size = block[-len(TOKEN) :], size + len(block)
+    assert archive.returncode == 0 and size > max(int(_inspect(role, "{{.Size}}")) for role in IMAGES) * 0.9
+
+
+@pytest.mark.parametrize("role", sorted(IMAGES))
+def test_an_image_is_no_larger_than_nodes_are_planned_for(role):
+    compressed, unpacked = _compressed(role) / 1e6, int(_inspect(role, "{{.Size}}")) / 1e6
+    print(f"{role}: {compressed:.0f} MB as pulled, {unpacked:.0f} MB unpacked")
+    assert unpacked <= MOST_MB[role]
+    if role == "curation":  # also the planner's
+        assert compressed <= 500
+
+
+@pytest.mark.parametrize("role", sorted(IMAGES))
+def test_an_image_names_its_source_revision_and_version_and_has_a_bill_of_its_packages(role):
+    labels = json.loads(_inspect(role, "{{json .Labels}}"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = {key: labels[f"org.opencontainers.image.{key}"] for key in ("source", "revision", "version")}
+    assert named["revision"] == json.loads(Path(LOCK).read_text())["revision"]
+    assert named["version"] == project["version"] and named["source"].startswith("https://")
+    bill = json.loads((Path(LOCK).parent / "sbom" / f"{role}.cdx.json").read_text())
+    listed = {canonicalize_name(part["name"]): part["version"].split("+")[0] for part in bill["components"]}
+    lines = (ROOT / "containers" / "requirements" / f"{role}.txt").read_text().splitlines()
+    wanted = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert wanted.items() <= listed.items()
 
 
 @pytest.mark.parametrize("role", sorted(IMAGES))
@@ -124,29 +176,52 @@ def package(tmp_path_factory) -> Path:
     return out
 
 
-def local_digests(home: Path) -> dict[str, set[str]]:
-    """Kind -> digests that the smoke recipe makes on this machine, without containers. NUCLEUS_TEST_SMOKE_HOME names the home
-    of a run that was made before."""
-    if not (made := os.environ.get("NUCLEUS_TEST_SMOKE_HOME")):
-        made = str(home / "nucleus")
-        pyflyte = str(Path(sys.executable).with_name("pyflyte"))
-        command = [pyflyte, "run", "workflows/reproduce.py", "reproduce", "--recipe", "smoke"]
-        place = {"HOME": str(home), "NUCLEUS_HOME": made, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        subprocess.run(command, cwd=ROOT, env=os.environ | place, check=True, capture_output=True)
-    return {
-        kind.name: {entry.name for entry in kind.iterdir() if (entry / "manifest.json").is_file()}
-        for kind in (Path(made) / "artifacts").iterdir()
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    """Every step of the smoke recipe, with fewer scenes, optimizer steps and prompts."""
+    stage = {"steps": 2, "batch_size": 4, "aspect_ratios": ["1:1", "3:2", "2:3"]}
+    sizes = {32: 4.0, 48: 3.0, 64: 2.0}
+    values = {
+        "base": str(RECIPES / "smoke.yaml"),
+        "name": "containers",
+        "source": {"scenes": 48, "scene_size_px": 64, "digits": 12, "defect_fraction": 0.1},
+        "components": {"vae": {"steps": 4}, "text_encoder": {"steps": 4}, "min_psnr_db": 0.0},
+        "model": {"num_layers": 4, "num_experts": 4, "moe_intermediate_dim": 64},
+        "train": {
+            "stages": [
+                stage | {"name": f"at{s}px", "image_size_px": s, "capacity_factors": c} for s, c in sizes.items()
+            ],
+            "checkpoint_every_steps": 1,
+            "keep_checkpoints": 2,
+            "sample_every_steps": 0,
+        },
+        "merge": {"last_n": 2},
+        "eval": {"seeds": [0], "prompts_per_task": 1, "num_inference_steps": 1},
     }
+    path = tmp_path_factory.mktemp("recipe") / "containers.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def local_artifacts(home: Path, recipe: Path) -> set[tuple[str, str]]:
+    """(kind, digest) of all that the recipe makes on this machine, without containers."""
+    pyflyte = str(Path(sys.executable).with_name("pyflyte"))
+    command = [pyflyte, "run", "workflows/reproduce.py", "reproduce", "--recipe", str(recipe)]
+    place = {"HOME": str(home), "NUCLEUS_HOME": str(home / "nucleus"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    manifests = [json.loads(path.read_text()) for path in (home / "nucleus" / "artifacts").glob("*/*/manifest.json")]
+    return {(manifest["kind"], manifest["digest"]) for manifest in manifests}
 
 
 class Stopped(Exception):
     """The next task's role has no image here."""
 
 
-def test_the_smoke_recipe_runs_task_by_task_in_the_containers_to_the_digests_of_a_local_run(
-    hardened, package, tmp_path
+def test_a_recipe_runs_task_by_task_in_the_containers_to_the_digests_of_a_local_run(
+    hardened, package, recipe, tmp_path
 ):
-    """As far as there are images: of all five roles, to the published pipeline."""
+    """From planning to the published pipeline, or as far as there are images of the roles."""
     with s3_server() as endpoint:
         s3 = boto3.client(
             "s3",
@@ -162,37 +237,37 @@ def test_the_smoke_recipe_runs_task_by_task_in_the_containers_to_the_digests_of_
             "FLYTE_AWS_SECRET_ACCESS_KEY": "testing",
             "OMP_NUM_THREADS": "1",
         }
+        used = Counter()
 
         def run(role: str, args: list[str], environment: dict[str, str]) -> None:
             if role not in IMAGES:
                 raise Stopped(role)
+            started = time.monotonic()
             done = hardened(role, args, environment | store | {"HF_TOKEN": TOKEN, "WANDB_MODE": "disabled"})
+            used[role] += 1
+            print(f"{role} {time.monotonic() - started:.1f} s: {args[-1]}")
             assert TOKEN not in done.stdout + done.stderr, f"{args} prints the Hub's token"
 
         propeller = SmallPropeller(package, s3, BUCKET, run)
         workflow = next(name for name in propeller.plans if name.endswith(".reproduce"))
         with contextlib.suppress(Stopped):
-            outputs = propeller.execute(workflow, recipe=text("smoke"))
+            outputs = propeller.execute(workflow, recipe=text(recipe_text(str(recipe))))
             assert {"pipeline", "scorecard"} <= outputs.keys()
-        manifests = s3_manifests(s3)
+        written = s3_contents(s3)
     assert propeller.done, "not even the first task ran"
-    expected = local_digests(tmp_path)
-    compared = []
-    for key, content in manifests.items():
-        manifest = json.loads(content)
-        assert TOKEN.encode() not in content
-        assert manifest["digest"] in expected[manifest["kind"]], f"{manifest['kind']} at {key} is no local artifact"
-        compared.append(manifest["kind"])
-    print("the digests of a local run:", dict(Counter(compared)))
-    assert {"records", "scores", "curated"} <= set(compared)
-    if set(MODULES) <= set(IMAGES):
-        assert {"components", "latents", "checkpoints", "merged", "scorecard", "pipeline"} <= set(compared)
+    assert not [key for key, content in written.items() if TOKEN.encode() in content]
+    manifests = [json.loads(content) for key, content in written.items() if key.endswith("/manifest.json")]
+    made = {(manifest["kind"], manifest["digest"]) for manifest in manifests}
+    expected = local_artifacts(tmp_path, recipe)
+    print("tasks:", dict(used), "artifacts:", dict(Counter(kind for kind, _ in made)))
+    assert made <= expected
+    assert {"records", "scores", "curated"} <= {kind for kind, _ in made}
+    if {"curation", "encoder", "trainer", "evaluator", "publisher"} <= IMAGES.keys():
+        assert made == expected
 
 
-def s3_manifests(s3) -> dict[str, bytes]:
-    """Key -> content, of the manifests of a bucket."""
+def s3_contents(s3) -> dict[str, bytes]:
+    """Key -> content, of all objects of the bucket."""
     pages = s3.get_paginator("list_objects_v2").paginate(Bucket=BUCKET)
     names = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
-    return {
-        name: s3.get_object(Bucket=BUCKET, Key=name)["Body"].read() for name in names if name.endswith("manifest.json")
-    }
+    return {name: s3.get_object(Bucket=BUCKET, Key=name)["Body"].read() for name in names}
