@@ -74,4 +74,5 @@ for name in sys.argv[2:]:
     except ImportError as error:
         sys.exit(f"the packages of {sys.argv[1]} lack something that {name} imports: {error}")
 ' "$layer" $modules
-rm -rf /tmp/* /tmp/.[!.]* /root/.cache
+# /scratch too, where the image's environment has the caches: a mount may start with what the image has there.
+rm -rf /tmp/* /tmp/.[!.]* /scratch/* /scratch/.[!.]* /root/.cache
