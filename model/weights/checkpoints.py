@@ -9,6 +9,7 @@ code from the checkpoint. `load` does neither. See docs/decisions/checkpoints.md
 
 from __future__ import annotations
 
+import enum
 import importlib
 import io
 import os
@@ -89,6 +90,13 @@ def _path_text(*steps: str) -> str:
     return "/".join(steps)
 
 
+def _enum_member(kind: Any, name: str) -> enum.Enum:
+    """Stands for getattr, with which an early Python 3.11 (Debian 12 has 3.11.2) pickles the members of an enum."""
+    if not (isinstance(kind, enum.EnumMeta) and isinstance(name, str)):
+        raise ValueError(f"it reads an attribute of {kind!r}, which is no enum")
+    return kind[name]
+
+
 class _MetadataUnpickler(pickle._Unpickler):
     """Allows DCP's metadata classes and torch's dtypes, and no other global.
 
@@ -109,11 +117,20 @@ class _MetadataUnpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module.split(".")[0] == "pathlib" and name in ("PosixPath", "PurePosixPath"):
             return _path_text
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         if name in _CLASSES.get(module, ()):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise ValueError(f"it names {module}.{name}, which is no part of a checkpoint's metadata")
+
+
+class _MetadataPickler(pickle.Pickler):
+    """Writes an enum's member in one way with all versions of Python, so that equal metadata has equal bytes."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        return (type(obj), (obj.value,)) if isinstance(obj, enum.Enum) else NotImplemented
 
 
 def _read_metadata(content: bytes, where: Any) -> Metadata:
@@ -140,7 +157,7 @@ def canonical_metadata(checkpoint: Path) -> None:
     metadata = _read_metadata(path.read_bytes(), path)
     metadata.storage_meta = None
     buffer = io.BytesIO()
-    pickler = pickle.Pickler(buffer, protocol=4)
+    pickler = _MetadataPickler(buffer, protocol=4)
     pickler.fast = True  # writes each object in full, without references to earlier ones
     pickler.dump(metadata)
     with replacing(path) as temporary:

@@ -196,7 +196,7 @@ def recipe(tmp_path_factory) -> Path:
     values = {
         "base": str(RECIPES / "smoke.yaml"),
         "name": "containers",
-        "source": {"scenes": 48, "scene_size_px": 64, "digits": 12, "defect_fraction": 0.1},
+        "source": {"scenes": 48, "scene_size_px": 64, "digits": 12, "shards": 1, "defect_fraction": 0.1},
         "components": {"vae": {"steps": 4}, "text_encoder": {"steps": 4}, "min_psnr_db": 0.0},
         "model": {"num_layers": 4, "num_experts": 4, "moe_intermediate_dim": 64},
         "train": {
@@ -215,15 +215,27 @@ def recipe(tmp_path_factory) -> Path:
     return path
 
 
-def local_artifacts(home: Path, recipe: Path) -> set[tuple[str, str]]:
-    """(kind, digest) of all that the recipe makes on this machine, without containers."""
+@contextlib.contextmanager
+def local_run(home: Path, recipe: Path):
+    """Runs a recipe on this machine without containers, beside what is done in the meantime; yields what waits for its
+    end and returns (kind, digest) of all artifacts."""
     pyflyte = str(Path(sys.executable).with_name("pyflyte"))
     command = [pyflyte, "run", "workflows/reproduce.py", "reproduce", "--recipe", str(recipe)]
     place = {"HOME": str(home), "NUCLEUS_HOME": str(home / "nucleus"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | place, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    manifests = [json.loads(path.read_text()) for path in (home / "nucleus" / "artifacts").glob("*/*/manifest.json")]
-    return {(manifest["kind"], manifest["digest"]) for manifest in manifests}
+    log = home / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | place, stdout=out, stderr=out)
+
+    def artifacts() -> set[tuple[str, str]]:
+        assert process.wait() == 0, log.read_text()[-4000:]
+        paths = (home / "nucleus" / "artifacts").glob("*/*/manifest.json")
+        return {(manifest["kind"], manifest["digest"]) for manifest in map(json.loads, map(Path.read_text, paths))}
+
+    try:
+        yield artifacts
+    finally:
+        process.kill()
+        process.wait()
 
 
 class Stopped(Exception):
@@ -234,7 +246,7 @@ def test_a_recipe_runs_task_by_task_in_the_containers_to_the_digests_of_a_local_
     hardened, package, recipe, tmp_path
 ):
     """From planning to the published pipeline, or as far as there are images of the roles."""
-    with s3_server() as endpoint:
+    with local_run(tmp_path, recipe) as local_artifacts, s3_server() as endpoint:
         s3 = boto3.client(
             "s3",
             endpoint_url=endpoint,
@@ -257,7 +269,7 @@ def test_a_recipe_runs_task_by_task_in_the_containers_to_the_digests_of_a_local_
             started = time.monotonic()
             done = hardened(role, args, environment | store | {"HF_TOKEN": TOKEN, "WANDB_MODE": "disabled"})
             used[role] += 1
-            print(f"{role} {time.monotonic() - started:.1f} s: {args[-1]}")
+            print(f"{role}, {time.monotonic() - started:.1f} s")
             assert TOKEN not in done.stdout + done.stderr, f"{args} prints the Hub's token"
 
         propeller = SmallPropeller(package, s3, BUCKET, run)
@@ -266,11 +278,11 @@ def test_a_recipe_runs_task_by_task_in_the_containers_to_the_digests_of_a_local_
             outputs = propeller.execute(workflow, recipe=text(recipe_text(str(recipe))))
             assert {"pipeline", "scorecard"} <= outputs.keys()
         written = s3_contents(s3)
+        expected = local_artifacts()
     assert propeller.done, "not even the first task ran"
     assert not [key for key, content in written.items() if TOKEN.encode() in content]
     manifests = [json.loads(content) for key, content in written.items() if key.endswith("/manifest.json")]
     made = {(manifest["kind"], manifest["digest"]) for manifest in manifests}
-    expected = local_artifacts(tmp_path, recipe)
     print("tasks:", dict(used), "artifacts:", dict(Counter(kind for kind, _ in made)))
     assert made <= expected
     assert {"records", "scores", "curated"} <= {kind for kind, _ in made}

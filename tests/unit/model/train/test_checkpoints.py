@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import io
 import os
 import pickle
@@ -271,6 +272,38 @@ def test_equal_checkpoints_have_equal_bytes_however_their_tensors_were_made(tmp_
     state = {"one": torch.zeros(2, 3), "other": torch.zeros(2, 3)}
     load(state, tmp_path / "elsewhere", alone=True)
     assert torch.equal(state["one"], value) and torch.equal(state["other"], value)
+
+
+class EarlyPickler(pickle.Pickler):
+    """Writes the members of enums as Python 3.11.2 does."""
+
+    def reducer_override(self, obj):
+        return (getattr, (type(obj), obj.name)) if isinstance(obj, enum.Enum) else NotImplemented
+
+
+def test_a_checkpoint_of_an_early_python_3_11_has_the_bytes_of_others_and_is_loaded(tmp_path):
+    """Debian 12 has 3.11.2, which pickles an enum's member as a call of getattr."""
+    value = torch.arange(6.0).view(2, 3)
+    for name in ("early", "late"):
+        dcp.save({"weight": value}, checkpoint_id=tmp_path / name, no_dist=True)
+    file = tmp_path / "early" / METADATA
+    written = io.BytesIO()
+    EarlyPickler(written).dump(pickle.loads(file.read_bytes()))
+    file.write_bytes(written.getvalue())
+    assert b"getattr" in file.read_bytes()
+    state = {"weight": torch.zeros(2, 3)}
+    load(state, tmp_path / "early", alone=True)
+    assert torch.equal(state["weight"], value)
+    for name in ("early", "late"):
+        canonical_metadata(tmp_path / name)
+    assert file.read_bytes() == (tmp_path / "late" / METADATA).read_bytes()
+
+
+def test_getattr_reads_nothing_but_members_of_metadatas_enums(tmp_path):
+    call = b"(ctorch.distributed.checkpoint.metadata\nMetadata\nS'__init__'\ntR."
+    (tmp_path / METADATA).write_bytes(b"cbuiltins\ngetattr\n" + call)
+    with pytest.raises(ValueError, match="which is no enum"):
+        CheckpointReader(tmp_path).read_metadata()
 
 
 def test_a_checkpoint_that_was_cut_off_is_noticed_by_its_lengths(tmp_path):
