@@ -13,9 +13,11 @@ CODE = """
 import importlib.util, sys
 import transformers.utils as utils
 before = {name: importlib.util.find_spec(name) is not None for name in ("torchvision", "timm", "peft", "open_clip")}
-from eval.judges.%s import %s_package as package
-with package() as module:
-    pass
+from eval.judges.dreamsim import dreamsim_package
+from eval.judges.mplug import mplug_package
+for package in (mplug_package, dreamsim_package):
+    with package() as module:
+        assert module.torch
 traces = [n for n in sys.modules if n.split(".")[0] in (*before, "modelscope", "dreamsim") and not before.get(n.split(".")[0])]
 assert not traces, traces
 after = {name: importlib.util.find_spec(name) is not None for name in before}
@@ -23,15 +25,15 @@ assert after == before
 assert utils.is_torchvision_available() == before["torchvision"] and utils.is_timm_available() == before["timm"]
 assert utils.is_peft_available() == before["peft"]
 assert utils.logging.get_verbosity() == utils.logging.WARNING
-assert "__init__" not in str(vars(sys.modules["transformers"].PreTrainedModel).get("post_init_origin", ""))
+assert not hasattr(sys.modules["transformers"].PreTrainedModel, "post_init_origin")  # modelscope's patch
 """
 
 
-@pytest.mark.parametrize(("judge", "library"), [("mplug", "modelscope"), ("dreamsim", "dreamsim")])
-def test_a_library_is_imported_without_a_trace(judge, library):
-    if find_spec(library) is None:
-        pytest.skip(f"{library} is not installed (no-deps.txt)")
-    subprocess.run([sys.executable, "-c", CODE % (judge, judge)], check=True)
+def test_a_library_is_imported_without_a_trace():
+    for library in ("modelscope", "dreamsim"):
+        if find_spec(library) is None:
+            pytest.skip(f"{library} is not installed (no-deps.txt)")
+    subprocess.run([sys.executable, "-c", CODE], check=True)
 
 
 def test_a_module_that_was_imported_before_is_there_again_even_after_an_error(tmp_path, monkeypatch):
