@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -184,8 +184,8 @@ def add_lora(model: Any, config_path: Path, weights_path: Path) -> None:
         )
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
-        parts: Sequence[torch.Tensor] = [weights[f"{name}.lora_{part}.weight"] for part in "AB"]
-        setattr(model.get_submodule(parent), child, _lora_linear(layer, *parts, config["lora_alpha"] / config["r"]))
+        a, b = (weights[f"{name}.lora_{part}.weight"] for part in "AB")
+        setattr(model.get_submodule(parent), child, _lora_linear(layer, a, b, config["lora_alpha"] / config["r"]))
 
 
 def _lora_linear(base: Any, a: torch.Tensor, b: torch.Tensor, scale: float) -> Any:

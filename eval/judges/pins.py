@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from eval.judges import registry
 from eval.judges.base import file_sha256
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _class(target: str) -> type:
+def _class(target: str) -> Any:
     name, _, attribute = target.partition(":")
     return getattr(importlib.import_module(name), attribute)
 
