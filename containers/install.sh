@@ -18,8 +18,12 @@ if [ -n "$(ls /wheels 2>/dev/null || true)" ]; then
 elif [ -d /tools/built ]; then
   set -- "$@" --find-links /tools/built
 fi
-PIP_CONFIG_FILE=/tools/opt/pip/pip.conf /tools/opt/pip/bin/python -m pip --python /opt/venv/bin/python install "$@" \
-  --quiet --no-compile --root-user-action ignore --constraint "$wanted" --requirement "$wanted"
+install() {
+  PIP_CONFIG_FILE=/tools/opt/pip/pip.conf /tools/opt/pip/bin/python -m pip --python /opt/venv/bin/python install \
+    --quiet --no-compile --root-user-action ignore "$@"
+}
+install "$@" --constraint "$wanted" --requirement "$wanted"
+[ ! -f "/opt/requirements/$layer.no-deps.txt" ] || install "$@" --no-deps --requirement "/opt/requirements/$layer.no-deps.txt"
 
 # Code runs from /opt/nucleus, which keeps the recipes beside the packages.
 [ -f "$site/nucleus.pth" ] || echo /opt/nucleus > "$site/nucleus.pth"
@@ -35,9 +39,11 @@ for service in "$site"/botocore/data/*/; do
     *) rm -rf "$service" ;;
   esac
 done
+[ ! -d "$site/fontTools" ] || find "$site/fontTools" -name '*.c' -delete  # what Cython made
 rm -rf "$site/kubernetes/aio" "$site/kubernetes/e2e_test" \
        "$site/torch/test" "$site"/torch/bin/*test* "$site"/torch/bin/protoc* "$site"/torch/lib/lib*_test.so \
        "$site/pyarrow/include" "$site/pyarrow/src" "$site"/pyarrow/libarrow_flight.so* "$site"/pyarrow/_flight*.so \
+       "$site"/onnxruntime/transformers "$site/onnxruntime/quantization" "$site/onnxruntime/tools" \
        "$site/matplotlib/mpl-data/sample_data" "$site/tensorboard_data_server/bin"
 
 if [ "$variant" = cpu ]; then

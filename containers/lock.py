@@ -1,4 +1,5 @@
-"""Writes containers/requirements/ROLE.txt: every package of a role's image, at the version of constraints.txt.
+"""Writes containers/requirements/ROLE.txt: every package of a role's image, at the version of constraints.txt; and
+ROLE.no-deps.txt: those of no-deps.txt, which are installed without what they require.
 
     python -m containers.lock          # after a change of pyproject.toml or constraints.txt
     python -m containers.lock --check  # exits 1 where a file differs from what would be written
@@ -24,6 +25,8 @@ REQUIREMENTS = ROOT / "containers" / "requirements"
 ROLES = ("curation", "scorer", "encoder", "trainer", "evaluator", "publisher")
 # pip installs these by default beside everything; no module of ours, nor of a dependency, imports them at run time.
 INSTALLERS = {"pip", "wheel"}
+# Of no-deps.txt. The judges of eval/judges that import them need nothing else of what they require (torchvision, peft, ...).
+NO_DEPS = {"evaluator": ("dreamsim", "modelscope")}
 HEADER = "# Made by containers/lock.py from pyproject.toml and constraints.txt. Do not edit.\n"
 
 
@@ -68,17 +71,18 @@ def locked() -> dict[str, str]:
     versions = pins()
     packages = {}
     for role in ROLES:
-        names = closure(project["dependencies"] + project["optional-dependencies"][role])
-        if missing := sorted(names - versions.keys()):
-            raise ValueError(f"constraints.txt pins no version of {', '.join(missing)}, which the {role} image needs")
-        packages[role] = names
-    shared = {
+        packages[role] = closure(project["dependencies"] + project["optional-dependencies"][role])
+    layers = packages | {
         "common": set.intersection(*packages.values()),
         "torch": set.intersection(*(names for names in packages.values() if "torch" in names)),
     }
+    layers |= {f"{role}.no-deps": set(names) for role, names in NO_DEPS.items()}
+    for layer, names in layers.items():
+        if missing := sorted(names - versions.keys()):
+            raise ValueError(f"constraints.txt pins no version of {', '.join(missing)}, which the {layer} image needs")
     return {
         f"{layer}.txt": HEADER + "".join(f"{name}=={versions[name]}\n" for name in sorted(names))
-        for layer, names in (packages | shared).items()
+        for layer, names in layers.items()
     }
 
 
