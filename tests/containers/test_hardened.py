@@ -222,6 +222,7 @@ def local_run(home: Path, recipe: Path):
     pyflyte = str(Path(sys.executable).with_name("pyflyte"))
     command = [pyflyte, "run", "workflows/reproduce.py", "reproduce", "--recipe", str(recipe)]
     place = {"HOME": str(home), "NUCLEUS_HOME": str(home / "nucleus"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    place["NUCLEUS_CODE_VERSION"] = json.loads(Path(LOCK).read_text())["revision"]  # the pipeline's card names it
     log = home / "log"
     with log.open("w") as out:
         process = subprocess.Popen(command, cwd=ROOT, env=os.environ | place, stdout=out, stderr=out)
