@@ -41,7 +41,7 @@ CACHE_VERSIONS = {
     "merging": "1",
     "prompts": "1",
     "evaluation": "3",
-    "publishing": "1",
+    "publishing": "2",
     "study": "1",
 }
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from model import storage
 from tasks import hub_directory, sealed
-from tasks.manifest import KINDS, MANIFEST, Manifest, Parent, load_manifest, visible
+from tasks.manifest import KINDS, MANIFEST, Manifest, Parent, visible
 from tasks.store import INDEX, Part
 
 SHARD_SUFFIXES = (".tar", ".safetensors", ".distcp")
@@ -334,28 +334,26 @@ def lineage_rows(directories: list[str | os.PathLike]) -> list[dict[str, Any]]:
     Nothing is verified. An ancestor that cannot be found any more is still named, by the digest in its child.
     """
     rows: dict[str, dict[str, Any]] = {}
-    todo = [Path(directory) for directory in directories if (Path(directory) / MANIFEST).is_file()]
+    todo = [str(directory) for directory in directories if (Path(directory) / MANIFEST).is_file()]
     search: _Search | None = None
     while todo:
         path = todo.pop(0)
-        manifest = load_manifest(path)
+        manifest = sealed.load(path)
         rows[manifest.digest] = {
             "kind": manifest.kind,
             "digest": manifest.digest,
             "counts": dict(manifest.counts),
             "code_version": manifest.made_by.get("code_version", ""),
         }
-        search = search or _Search(str(path), None)
+        search = search or _Search(path, None)
         for parent in manifest.parents:
             if parent.digest in rows:
                 continue
             rows[parent.digest] = {"kind": parent.kind, "digest": parent.digest, "counts": {}, "code_version": ""}
             try:
-                found = search.find(parent, path)
+                todo.append(search.find(parent, path))
             except ValueError:
                 continue
-            if not storage.is_remote(found):
-                todo.append(Path(found))
     order = {kind: i for i, kind in enumerate(reversed(KINDS))}
     return sorted(rows.values(), key=lambda row: (order.get(row["kind"], 99), row["digest"]))
 

@@ -444,6 +444,17 @@ def test_a_lineage_in_s3_is_verified_without_a_local_copy(remote, home, capsys):
     assert {use.kind for use in used_by(record_id(0), "s3://lineage/home")} >= {"pipeline", "latents", "selections"}
 
 
+def test_a_card_names_the_same_ancestors_when_they_are_in_s3(made, home, tmp_path, monkeypatch):
+    expected = tracing.lineage_rows([made["merged"], made["components"]])
+    assert len(expected) > 4 and all(row["counts"] or row["kind"] not in ("curated", "records") for row in expected)
+    fetched = [shutil.copytree(made[name], tmp_path / "pod" / name) for name in ("merged", "components")]
+    with s3_bucket("lineage") as fs:
+        fs.put(str(home), "lineage/home", recursive=True)
+        shutil.rmtree(home)
+        monkeypatch.setenv("NUCLEUS_STORE", "s3://lineage/home")
+        assert tracing.lineage_rows(fetched) == expected
+
+
 def test_a_flipped_byte_in_s3_is_found_and_named_by_its_uri(remote, capsys):
     fs, uris = remote
     for name, file in FILES:
