@@ -27,8 +27,8 @@ logging.getLogger("flytekit").addFilter(
 
 CACHE_VERSIONS = {
     "urls": "1",
-    "records": "7",
-    "scores": "8",
+    "records": "8",
+    "scores": "9",
     "captions": "1",
     "curation": "6",
     "components": "3",

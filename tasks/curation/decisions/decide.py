@@ -329,7 +329,8 @@ def _remedy(rule: str, content: dict, config: CurationConfig) -> str:
     if rule == rules.NO_CAPTION:
         return (
             "Captions are read from a .txt or .json file of the image's name, from metadata.csv, .tsv, .jsonl, .json or "
-            ".parquet with file_name and text, or from a caption column; source.caption_columns names others."
+            ".parquet with file_name and text, or from a caption column; source.caption_columns names other columns, and "
+            "source.captions_folder a folder of text files."
         )
     if rule == rules.CAPTION_TOO_LONG:
         low, high = content["too_long_words"]

@@ -73,6 +73,7 @@ def write_corpus(config: SourceConfig, path: str | None, out_dir: str | os.PathL
         if not table.images and not table.unknown:
             if not scan.account.seen:
                 raise ValueError(f"source {visible(path)!r} is empty; {VALID}")
+            left_out = (scan.account + scan.in_tars).left_out()
             raise ValueError(f"source {visible(path)!r} has no image; left out: {left_out or 'nothing'}; {VALID}")
     report = table.report(scan.account, scan.options, place.uri(), alone=place.alone)
     images = count_of(table.images, "image") + (
@@ -146,6 +147,7 @@ class _Scan:
         self.config, self.place, self.table, self.scratch = config, place, table, scratch
         self.options = Options(config.encoding, config.caption_columns)
         self.account = Account()
+        self.in_tars = Account()  # of tars without images; those with images are counted when they are read
         self._files, self._report_at = 0, time.monotonic() + PROGRESS_S
         self._listed_at, self._names = "", None  # the folder whose folders were looked at last
 
@@ -307,7 +309,7 @@ class _Scan:
     def _add_tars(self, found: Folder, paths: list[str]) -> None:
         if self.listed:
             for path in paths:
-                for sample in self._samples(path):
+                for sample in self._samples(path, Account()):
                     self.listed.claim(_names_beside(found, path, sample.place), path)
         for path in paths:
             shown = self.place.shown(path)
@@ -317,8 +319,8 @@ class _Scan:
             beside: list[File] = []
             count = -1
             if self.listed or not isinstance(self.place, RemotePlace):
-                count = 0
-                for sample in self._samples(path):
+                count, inside = 0, Account()
+                for sample in self._samples(path, inside):
                     count += 1
                     captions, why, no_column = self.listed.match(_names_beside(found, path, sample.place), [])
                     if no_column and not sample.texts and not sample.captions:
@@ -328,6 +330,8 @@ class _Scan:
                             (AMBIGUOUS_CAPTION, f"{shown}:{visible(sample.place)}: {why}") if why else ("", "")
                         )
                         beside.append(File(sample.place, captions=tuple(captions), problem=problem, detail=detail))
+                if not count:
+                    self.in_tars += inside
             with _naming(shown):
                 digest = self.place.digest(path)
             name = shard_id("tar", path, 0, digest, self.options, folder.digest(beside) if beside else "")
@@ -337,13 +341,13 @@ class _Scan:
             self.account.use()
             self.table.add(Shard(name, "tar", self.place.uri(path), 0, count, size, digest, "user"))
 
-    def _samples(self, path: str) -> list[tars.Sample]:
+    def _samples(self, path: str, account: Account) -> list[tars.Sample]:
         shown = self.place.shown(path)
         with tars.named_errors(shown):
             check_size(shown, self.place.size(path))
             opened = self.place.local_copy(path) if isinstance(self.place, RemotePlace) else self.place.open(path)
             with opened as file:
-                return tars.samples(shown, file, self.options, Account())
+                return tars.samples(shown, file, self.options, account)
 
     def _add_parquet(self, path: str) -> None:
         shown = self.place.shown(path)

@@ -256,7 +256,8 @@ def _rows(
 def _utf8(shown: str, data: bytes, encoding: str | None) -> bytes:
     """The text as UTF-8: a tenth of the memory that Python's own text may take."""
     try:
-        if not data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")) and b"\0" not in data:
+        marked = data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff"))
+        if not marked and b"\0" not in data and b"\x1b" not in data:
             decoder = codecs.getincrementaldecoder("utf-8")()
             for begin in range(0, len(data), DECODED_BYTES):
                 decoder.decode(data[begin : begin + DECODED_BYTES])
@@ -282,7 +283,7 @@ def _csv_rows(shown: str, text: bytes, delimiter: str, wanted: tuple[str, ...], 
     lines = _Lines(shown, text)
     reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
     columns: list[str] = []
-    name_at, caption_at = -1, []
+    name_at, caption_at, nameless = -1, [], []
     start = 0
     try:
         for fields in reader:
@@ -294,6 +295,10 @@ def _csv_rows(shown: str, text: bytes, delimiter: str, wanted: tuple[str, ...], 
                 columns = fields
                 name_at = columns.index(_needed_name(shown, columns))
                 caption_at = [columns.index(name) for name in _captions_of_columns(shown, columns, wanted, table)]
+                # Text there may be the rest of a caption. An index in front of the names, as pandas writes it, is none.
+                nameless = [
+                    at for at, name in enumerate(columns) if not name.strip() and at > min(caption_at, default=at)
+                ]
                 continue
             if len(fields) != len(columns):
                 remedy = f"put captions that contain {delimiter!r} between double quotes"
@@ -304,6 +309,11 @@ def _csv_rows(shown: str, text: bytes, delimiter: str, wanted: tuple[str, ...], 
                     f"{count_of(len(columns), 'column')} ({_few(columns)}); {remedy}"
                 )
             _check_quotes(shown, first_line, fields, fields[name_at])
+            if over := next((at for at in nameless if fields[at].strip()), None):
+                raise ValueError(
+                    f"{shown}, line {first_line}, has text in column {over + 1}, which has no name and follows the captions; "
+                    f"put captions that contain {delimiter!r} between double quotes"
+                )
             values = dict(enumerate(fields[i] for i in caption_at))
             yield Row(first_line, fields[name_at], list(dict.fromkeys(v.strip() for v in values.values() if v.strip())))
     except csv.Error as error:

@@ -148,8 +148,9 @@ def _same(levels: list[dict[str, list[int]]], base: str) -> list[int]:
 
 
 def _give(names: Sequence[str], pairs: dict[int, Pair], text: int, owners: list[int]) -> None:
-    """A text belongs to one image, or to one picture in several formats."""
-    if len({stem(names[i]) for i in owners}) > 1:
+    """A text belongs to one image, or to one picture in several formats: never to two pictures."""
+    # a.png and a.PNG are two pictures, unlike a.png and a.webp.
+    if len({stem(names[i]) for i in owners}) > 1 or len({fold(names[i]) for i in owners}) < len(owners):
         several = " and ".join(repr(visible(names[i])) for i in owners[:2])
         for i in owners:
             pairs[i].ambiguous = f"{visible(names[text])!r} may describe {several}; give each image its own text file"
