@@ -72,7 +72,12 @@ class Checks:
     """
 
     def __init__(
-        self, shown: str, columns: Sequence[str], captions: Iterable[int], delimiter: str, begins_row: Callable[[str], bool]
+        self,
+        shown: str,
+        columns: Sequence[str],
+        captions: Iterable[int],
+        delimiter: str,
+        begins_row: Callable[[str], bool],
     ) -> None:
         self._shown, self._delimiter, self._begins_row = shown, delimiter, begins_row
         # Text there may be the rest of a caption. An index in front of the names, as pandas writes it, is none.

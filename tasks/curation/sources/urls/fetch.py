@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+import tempfile
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import AsyncIterator, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from urllib.parse import urljoin
 
 from tasks.curation.captioning.endpoint import retry_after_s
@@ -37,6 +39,9 @@ INVALID, FORBIDDEN, ROBOTS, GONE, FAILED, TOO_LARGE, TYPE, REDIRECTS = (
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 HOSTS_KNOWN = 20_000  # robots.txt and pace of so many are in memory
 MAX_DELAY_S = 30.0  # of Crawl-delay
+ROBOTS_CHARS = 4 * 2**20  # of robots.txt that are in memory parsed, which takes some 50 times as much
+ROBOTS_EXTRA = 1000  # for each, as characters
+SPOOL_BYTES = 256 * 2**10  # of an answer in memory; a larger one is on disk, so that `concurrency` of them fit
 WINDOW = 4  # URLs that wait for their host, for each request at a time
 PASSING = {408, 425, 429}
 REDIRECT = {301, 302, 303, 307, 308}
@@ -45,16 +50,25 @@ REDIRECT = {301, 302, 303, 307, 308}
 class Fetched(NamedTuple):
     """What became of a URL: its bytes, or the rule that it is left out by, and one sentence.
 
-    url: the last one of its redirects. status: of the last answer, 0 where there was none. attempts: at the whole way.
+    body: the bytes, in memory or on disk; whoever gets it closes it. url: the last one of its redirects. status: of the
+    last answer, 0 where there was none. attempts: at the whole way.
     """
 
-    data: bytes = b""
+    body: BinaryIO | None = None
     content_type: str = ""
     url: str = ""
     status: int = 0
     rule: str = ""
     detail: str = ""
     attempts: int = 1
+
+    def pieces(self) -> Iterator[bytes]:
+        """The body, read once and closed."""
+        if self.body is not None:
+            with self.body:
+                self.body.seek(0)
+                while piece := self.body.read(SPOOL_BYTES):
+                    yield piece
 
 
 class _Again(Exception):
@@ -75,10 +89,15 @@ class _Host:
 
 
 class Fetcher:
-    """Fetches URLs under one configuration; an asynchronous context manager."""
+    """Fetches URLs under one configuration; an asynchronous context manager.
 
-    def __init__(self, config: UrlConfig) -> None:
-        self.config = config
+    Args:
+        directory: for answers that are on disk meanwhile; None takes that of temporary files.
+    """
+
+    def __init__(self, config: UrlConfig, directory: Path | None = None) -> None:
+        self.config, self._directory = config, directory
+        self._parsed: OrderedDict[_Host, int] = OrderedDict()  # hosts with a robots.txt in memory, and its size
         self._hosts: OrderedDict[tuple[str, str, int | None], _Host] = OrderedDict()
         self._requests = asyncio.Semaphore(config.concurrency)
 
@@ -163,7 +182,16 @@ class Fetcher:
                 raise
             host.delay_s = min(rules.delay_s(), MAX_DELAY_S)
             host.rules.set_result(rules)
+            self._keep(host, rules.size)
+        elif host in self._parsed:
+            self._parsed.move_to_end(host)
         return await host.rules
+
+    def _keep(self, host: _Host, size: int) -> None:
+        """Notes the rules of a host, and forgets those that were used least recently: they would be fetched again."""
+        self._parsed[host] = size + ROBOTS_EXTRA
+        while len(self._parsed) > 1 and sum(self._parsed.values()) > ROBOTS_CHARS:
+            self._parsed.popitem(last=False)[0].rules = None
 
     async def _fetch_rules(self, host: _Host, url: str) -> robots.Rules:
         agent = self.config.user_agent
@@ -173,7 +201,7 @@ class Fetcher:
             if found.status in REDIRECT:
                 url = found.url
             elif found.status == 200 and not found.rule:
-                return robots.Rules(agent, found.data.decode("utf-8", "replace"))
+                return robots.Rules(agent, b"".join(found.pieces()).decode("utf-8", "replace"))
             else:
                 return robots.Rules(agent, allowed=found.rule == GONE)
         return robots.Rules(agent)  # RFC 9309: as if there were none
@@ -252,12 +280,18 @@ class Fetcher:
         length = named.get("content-length", "")
         if length.isdigit() and int(length) > limit:
             return too_large
-        data = bytearray()
-        async for piece in response.aiter_stream():
-            data += piece
-            if len(data) > limit:
-                return too_large
-        return answer._replace(data=bytes(data), content_type=kind)
+        body, size = tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=self._directory), 0
+        try:
+            async for piece in response.aiter_stream():
+                size += len(piece)
+                if size > limit:
+                    body.close()
+                    return too_large
+                body.write(piece)
+        except BaseException:
+            body.close()
+            raise
+        return answer._replace(body=body, content_type=kind)
 
 
 class _Using:

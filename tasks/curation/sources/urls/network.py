@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import httpcore
     import httpx
 
+MAX_URL_CHARS = 8 * 2**10
 PORTS = frozenset({80, 443})
 # Beyond public addresses; only tests put a network here.
 EXTRA_NETWORKS: tuple[ipaddress.IPv4Network, ...] = ()
@@ -61,6 +62,8 @@ def check_url(url: str, allow_http: bool) -> httpx.URL:
     """
     import httpx
 
+    if len(url) > MAX_URL_CHARS:  # a redirect may be longer than those of a table
+        raise InvalidUrlError(f"longer than {MAX_URL_CHARS:,} characters")
     try:
         parsed = httpx.URL(url)
         host = parsed.raw_host.decode()

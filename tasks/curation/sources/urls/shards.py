@@ -16,7 +16,7 @@ import tarfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -183,10 +183,9 @@ async def _download(urls: list[tuple[int, str]], config: SourceConfig, work_dir:
         done = {int(row["row"]): row for row in journal.rows if row["begin"] + row["bytes"] <= size}
         left = [(row, url) for row, url in urls if row not in done]
         report_at = time.monotonic() + PROGRESS_S
-        async with Fetcher(config.urls) as fetcher:
+        async with Fetcher(config.urls, work_dir) as fetcher:
             async for number, found in fetcher.fetch_all(left):
-                row = _entry(number, found, downloaded.tell())
-                downloaded.write(found.data)
+                row = _entry(number, found, downloaded)
                 downloaded.flush()  # before its row: what the journal names is there
                 journal.add(row)
                 done[number] = row
@@ -196,11 +195,15 @@ async def _download(urls: list[tuple[int, str]], config: SourceConfig, work_dir:
     return done
 
 
-def _entry(row: int, found: Fetched, begin: int) -> dict[str, Any]:
+def _entry(row: int, found: Fetched, downloaded: BinaryIO) -> dict[str, Any]:
+    """The row of the journal for an answer, whose bytes are appended to `downloaded`."""
+    begin, size, digest = downloaded.tell(), 0, hashlib.sha256()
+    for piece in found.pieces():
+        digest.update(piece)
+        size += downloaded.write(piece)
     about = {"row": row, "rule": found.rule, "detail": found.detail, "http_status": found.status}
     about |= {"final_url": found.url, "content_type": found.content_type, "attempts": found.attempts}
-    digest = "" if found.rule else hashlib.sha256(found.data).hexdigest()
-    return about | {"begin": begin, "bytes": len(found.data), "sha256": digest}
+    return about | {"begin": begin, "bytes": size, "sha256": "" if found.rule else digest.hexdigest()}
 
 
 def write_corpus(

@@ -25,11 +25,11 @@ from tasks.curation.sources.captions.caption_text import (
     foreign,
 )
 from tasks.curation.sources.places import Place
+from tasks.curation.sources.urls.network import MAX_URL_CHARS
 
 SUFFIXES = ("parquet", "csv", "tsv")
 DECODED_BYTES = 2**20  # at a time, to see whether a table is UTF-8
 REMEDY = "divide it, or write it as Parquet"
-MAX_URL_BYTES = 8 * 2**10
 MAX_RANGE_CHARS = 64 * 2**20  # of the URLs and captions of a shard, which are in memory while it is downloaded
 
 
@@ -105,7 +105,7 @@ def rows(place: Place, chosen: Range, config: SourceConfig) -> Iterator[UrlRow]:
                 "captions; set source.images_per_shard to fewer"
             )
         address = url.strip() if isinstance(url, str) else ""
-        yield UrlRow(row, address if len(address) <= MAX_URL_BYTES else "", captions, problem)
+        yield UrlRow(row, address if len(address) <= MAX_URL_CHARS else "", captions, problem)
     if count != chosen.num_rows:
         raise ValueError(f"{shown} has changed since it was listed; start the run again")
 
@@ -126,7 +126,9 @@ def _cells(place: Place, chosen: Range, config: SourceConfig) -> Iterator[tuple[
             batches = parquet.batches(shown, file, table, names, groups)
             yield from _within(batches, names, starts[0] if starts else 0, chosen.first_row, stop)
         return
-    yield from enumerate(itertools.islice(_csv_cells(place, chosen.name, config), chosen.first_row, stop), chosen.first_row)
+    yield from enumerate(
+        itertools.islice(_csv_cells(place, chosen.name, config), chosen.first_row, stop), chosen.first_row
+    )
 
 
 def _within(
