@@ -6,6 +6,7 @@ Registered with the kinds of hostile_inputs.py. A URL is read if it is downloade
 from __future__ import annotations
 
 import contextlib
+import functools
 import gzip
 import ipaddress
 import re
@@ -24,6 +25,7 @@ PIECE = bytes(2**16)
 # Shorter waits than a recipe's defaults; the limits of bytes, redirects, requests at a time and rows are the defaults.
 URLS = UrlConfig(allow_http=True, timeout_s=3.0, max_retries=1)
 NO_ROBOTS = URLS.model_copy(update={"obey_robots": False})
+ROBOTS = URLS.model_copy(update={"timeout_s": 30.0})
 PATIENT = NO_ROBOTS.model_copy(update={"timeout_s": 120.0, "max_retries": 0})
 _ROWS = 256
 SITES: dict[str, UrlConfig] = {}  # name of a kind -> how its URLs are downloaded
@@ -167,24 +169,24 @@ def sites_redirects_inside(folder: Path, url: Callable[..., str]) -> None:
 # ---------------------------------------------------------------- robots.txt
 
 
-@site("read", URLS)
+@site("read", ROBOTS)
 def robots_of_gigabytes(folder: Path, url: Callable[..., str]) -> None:
     _table(folder, [url("/ok", f"endless{i}.test") for i in range(_ROWS)])
 
 
-@site("read", URLS)
+@site("read", ROBOTS)
 def robots_of_agents(folder: Path, url: Callable[..., str]) -> None:
     """Half of 500 KiB are agents of one group, half are its rules."""
     _table(folder, [url("/ok", f"agents{i}.test") for i in range(16)])
 
 
-@site("read", URLS)
+@site("read", ROBOTS)
 def robots_of_stars(folder: Path, url: Callable[..., str]) -> None:
     """38,000 patterns, and URLs that nearly match."""
     _table(folder, [url(f"/ok?{'z' * 8000}{i}", "stars.test") for i in range(_ROWS)])
 
 
-@site("read", URLS)
+@site("read", ROBOTS)
 def robots_of_many_sites(folder: Path, url: Callable[..., str]) -> None:
     """A large one for each of 100 hosts: 48 MiB, which would be 2 GiB when they are parsed."""
     _table(folder, [url("/ok", f"stars{i}.test") for i in range(100)])
@@ -193,8 +195,9 @@ def robots_of_many_sites(folder: Path, url: Callable[..., str]) -> None:
 # ---------------------------------------------------------------- the server
 
 
-def _robots(host: str) -> bytes:
-    if host.startswith("agents"):
+@functools.cache
+def _robots(of_agents: bool) -> bytes:
+    if of_agents:
         agents = "".join(f"useragent:{i:x}\n" for i in range(16_000))
         return (agents + "allow:/\n" * ((500 * 2**10 - len(agents)) // 8)).encode()
     return ("user-agent:*\n" + "".join(f"allow:*z{i:x}\n" for i in range(38_000))).encode()
@@ -217,7 +220,7 @@ class _Handler(BaseHTTPRequestHandler):
                 if host.startswith("endless"):
                     self._endless("text/plain", b"allow: /a\n" * 6000)
                 elif host.startswith(("agents", "stars")):
-                    self._answer(_robots(host), {"content-type": "text/plain"})
+                    self._answer(_robots(host.startswith("agents")), {"content-type": "text/plain"})
                 else:
                     self._answer(b"", {}, 404)
             elif name == "ok":

@@ -280,7 +280,8 @@ class Fetcher:
         length = named.get("content-length", "")
         if length.isdigit() and int(length) > limit:
             return too_large
-        body, size = tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=self._directory), 0
+        body = tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=self._directory)  # noqa: SIM115  (the answer's)
+        size = 0
         try:
             async for piece in response.aiter_stream():
                 size += len(piece)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 from urllib.parse import quote
 
@@ -414,3 +415,115 @@ curate(Path({str(path.parent)!r}), concurrency=4)
     read = open_curated(curated)
     assert [record.data for part in read.parts() for _, record in read.images(part)] == [png(i) for i in range(25)]
     assert not journal.parent.exists()
+
+
+# ---------------------------------------------------------------- tables as CSV
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("u.csv", 'url,text\nhttps://a/1.png,"a barn\nhttps://a/2.png,boats\nhttps://a/3.png,"red"\n', ["line 2", "quotes"]),
+        ("u.csv", 'url,text\nhttps://a/1.png,"a barn\nhttps://a/2.png,"\n', ["line 2", "runs over", "https://a/2.png"]),
+        ("u.csv", 'text,url\n"a barn,https://a/1.png\nboats",https://a/2.png\n', ["line 2", "runs over"]),
+        ("u.csv", 'url,text\nhttps://a/1.png,"Stop" says a sign\n', ["line 2", "quotes"]),
+        ("u.csv", "url,text\nhttps://a/1.png,a barn, red\n", ["line 2", "3 fields"]),
+        ("u.csv", "url,text,\nhttps://a/1.png,a barn, red\n", ["line 2", "column 3"]),
+        ("u.tsv", "url\ttext\nhttps://a/1.png\n", ["line 2", "1 field"]),
+        ("u.csv", "url,text,text\nhttps://a/1.png,a,b\n", ["there twice"]),
+        ("u.csv", "url,text\nhttps://a/1.png,caf\xe9\n", ["not a readable table"]),
+        ("u.csv", "\n\n", ["no header"]),
+    ],
+)  # fmt: skip
+def test_a_csv_of_urls_that_may_lose_a_row_or_cut_a_caption_is_refused_with_its_line(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
+    config = SourceConfig(urls=urls())
+    with pytest.raises(ValueError) as caught:
+        place = find(str(tmp_path))
+        [list(tables.rows(place, chosen, config)) for chosen in tables.ranges(place, config, Account())]
+    assert name in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding"),
+    [
+        ('\ufeffurl,text\r\nhttps://a/1,"caf\xe9,\r\n""old"""\r\nhttps://a/2,\r\n'.encode(), None),
+        ('url;text\nhttps://a/1;"caf\xe9,\r\n""old"""\n\nhttps://a/2;\n'.encode(), "cp1252"),
+        ('url,text\nhttps://a/1,"caf\xe9,\r\n""old"""\nhttps://a/2,\n'.encode("cp1252"), "cp1252"),
+        ('url\ttext\nhttps://a/1\t"caf\xe9,\r\n""old"""\nhttps://a/2\t\n'.encode("utf-16"), None),
+    ],
+)
+def test_a_csv_of_urls_is_read_whole_by_its_mark_then_utf8_then_the_recipes_encoding(tmp_path, content, encoding):
+    (tmp_path / "u.csv").write_bytes(content)
+    config = SourceConfig(urls=urls(), encoding=encoding, images_per_shard=1)
+    place = find(str(tmp_path))
+    found = [row for one in tables.ranges(place, config, Account()) for row in tables.rows(place, one, config)]
+    assert [(row.row, row.url) for row in found] == [(0, "https://a/1"), (1, "https://a/2")]
+    assert [row.captions for row in found] == [['café,\r\n"old"'], []]
+
+
+# ---------------------------------------------------------------- hostile sites (benchmarks/hostile_urls.py has more)
+
+
+def test_a_robots_txt_of_many_agents_and_rules_is_parsed_in_a_second():
+    agents = "".join(f"useragent:{i:x}\n" for i in range(16_000))
+    text = agents + "allow:/\n" * ((robots.MAX_ROBOTS_BYTES - len(agents)) // 8)  # 5 * 10^8 rules, one for each agent
+    begin = time.process_time()
+    assert robots.Rules("nucleus-flyte/0.1", text).allows("https://a.test/b")
+    assert time.process_time() - begin < 5
+
+
+def test_a_robots_txt_that_takes_long_to_match_forbids_what_is_left(monkeypatch):
+    monkeypatch.setattr(robots, "MATCH_S", 1e-9)
+    rules = robots.Rules("nucleus-flyte/0.1", "User-agent: *\nDisallow: /*z\n")
+    assert rules.allows("https://a.test/b") and not rules.allows("https://a.test/b")
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed", "delay_s"),
+    [
+        ("User-agent: other\nDisallow: /\n", True, 0),
+        ("User-agent: other\nUser-agent: *\nDisallow: /\nCrawl-delay: 7\n", False, 7),
+        ("User-agent: *\nDisallow: /\n\nuser agent Nucleus*\nAllow: /\n", True, 0),
+        ("User-agent: nucleus\nDisallow: /\n\nUser-agent: nucleus-flyte\nAllow: /\n", True, 0),
+        ("User-agent: us-flyte\nDisallow: /\n", True, 0),
+        ("User-agent: flyte # ours\nDisallow: /\n\nUser-agent: others\nAllow: /\n", False, 0),
+        ("User-agent:\nDisallow: /\n", True, 0),
+        ("user-agent nucleus-flyte: x\nDisallow: /\n", True, 0),
+    ],
+)
+def test_the_group_that_names_the_agent_best_is_obeyed(text, allowed, delay_s):
+    rules = robots.Rules("nucleus-flyte/0.1", text)
+    assert (rules.allows("https://a.test/b"), rules.delay_s()) == (allowed, delay_s)
+
+
+def test_rules_of_sites_leave_memory_when_there_are_many_and_are_asked_for_again(site, monkeypatch):
+    monkeypatch.setattr(fetch, "ROBOTS_CHARS", 2 * fetch.ROBOTS_EXTRA + 200)
+    for i in range(4):
+        site.robots[f"h{i}.test"] = (200, "User-agent: *\nDisallow: /ok/9.png\n")
+    wanted = [site.url(f"/ok/{i}.png", f"h{i % 4}.test") for i in range(8)]
+    found = all_fetched(wanted, concurrency=1)
+    assert [one.rule for one in found] == [""] * 8
+    assert 4 < site.requests["/robots.txt"] <= 8
+
+
+def test_answers_over_a_bound_wait_on_disk(site, monkeypatch, tmp_path):
+    monkeypatch.setattr(fetch, "SPOOL_BYTES", 100)
+    rolled = []
+    real = fetch.tempfile.SpooledTemporaryFile
+
+    class Spooled(real):
+        def rollover(self):
+            rolled.append(self._TemporaryFileArgs["dir"])
+            super().rollover()
+
+    monkeypatch.setattr(fetch.tempfile, "SpooledTemporaryFile", Spooled)
+    path = table_of(tmp_path / "source" / "urls.parquet", [site.url(f"/ok/{i}.png") for i in range(3)])
+    read = open_curated(curate(path.parent))
+    assert [record.data for part in read.parts() for _, record in read.images(part)] == [png(i) for i in range(3)]
+    assert len(rolled) == 3 and all((tmp_path / "home") in Path(where).parents for where in rolled)
+
+
+def test_a_redirect_to_a_url_of_any_length_is_not_followed(site):
+    found = fetched(site.url("/redirect?to=" + quote(site.url("/ok/1.png?" + "a" * network.MAX_URL_CHARS))))
+    assert found.rule == "url_invalid" and "longer than" in found.detail and not site.requests["/ok/1.png"]
