@@ -26,7 +26,7 @@ from model import storage
 from tasks import envs
 from tasks.lineage.parents_page import parents_page
 from tasks.manifest import MANIFEST, Parent, as_parent, load_manifest, verify
-from tasks.store import home, make_sealed
+from tasks.store import FETCHED_FROM, home, make_sealed
 
 
 def _content_digest(directory: FlyteDirectory) -> str:
@@ -140,8 +140,9 @@ def source(directory: FlyteDirectory) -> str:
 
 
 def fetch(directory: FlyteDirectory, kind: str, without: tuple[str, ...] = ()) -> Path:
-    """Downloads an artifact where it is remote, checks its kind, and verifies every file of it, but for those whose
-    names end in one of `without`: these stay at its `source`, unread. Parts of an index are not fetched (`fetch_part`).
+    """Downloads an artifact where it is remote, checks its kind, and verifies every file of it, except those that
+    `without` names (storage.is_left_out): these stay at its `source`, and `store.fetch_file` gets them one by one. Parts
+    of an index are not fetched (`fetch_part`).
 
     Once for all training processes of a pod: Flyte makes them download to the same folder, where one would overwrite
     what another is reading. Each launch of them verifies again, and each restart of a launch.
@@ -151,16 +152,13 @@ def fetch(directory: FlyteDirectory, kind: str, without: tuple[str, ...] = ()) -
     """
     path = once(f"{directory.path} {without}", lambda: _fetch(directory, kind, without))
     if directory.remote_source:
-        _fetched_from[path] = str(directory.remote_source)
+        FETCHED_FROM[path] = str(directory.remote_source)
     return path
-
-
-_fetched_from: dict[Path, str] = {}  # local copy -> URI, for manifests: the copy is gone when its pod is
 
 
 def _as_parent(parent: Path | Parent) -> Parent:
     named = parent if isinstance(parent, Parent) else as_parent(parent)
-    uri = None if isinstance(parent, Parent) else _fetched_from.get(parent)
+    uri = None if isinstance(parent, Parent) else FETCHED_FROM.get(parent)
     return named if uri is None else named.model_copy(update={"uri": uri})
 
 

@@ -27,6 +27,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from model import storage
 from model.storage import MANIFEST as MANIFEST
 from model.storage import replacing
 
@@ -261,7 +262,7 @@ def verify(
     """Reads every file of a sealed directory again and compares.
 
     Args:
-        without: files whose names end so are not looked at, and may be absent.
+        without: files that are not read and may be absent: endings of names, or folders (storage.is_left_out).
         kind: the kind that it must have.
         digest: the digest that it must have: whoever can write the directory can also reseal it.
 
@@ -274,7 +275,7 @@ def verify(
     _refuse_links(directory)
     hashes = manifest.files | manifest.logs
     listed, present = (
-        {name for name in names if not name.endswith(without)}
+        {name for name in names if not storage.is_left_out(name, without)}
         for names in (hashes, [p.relative_to(directory).as_posix() for p in _files(directory)])
     )
     for name in sorted(listed - present):

@@ -34,10 +34,10 @@ from tasks.store import LOCATIONS
 
 
 def _fetch_curated(curated: CuratedDir) -> Path:
-    """The curated corpus without its ledger: it has a row for each record of the source, and encoding does not read it."""
-    from tasks.curation.curated import LEDGER_FILES
+    """The curated corpus without the files that have a row for each record of the source."""
+    from tasks.curation.curated import LARGE_FILES
 
-    return fetch(curated, "curated", LEDGER_FILES)
+    return fetch(curated, "curated", LARGE_FILES)
 
 
 class EncodingPlan(NamedTuple):

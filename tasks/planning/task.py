@@ -107,9 +107,9 @@ def resolve_recipe(
 @task(**envs.light("curation"))
 def check_curated(curated: CuratedDir, stages: list[Stage]) -> dict[str, int]:
     """Refuses a corpus that leaves a stage without images, before it is encoded. Returns the images of each tier."""
-    from tasks.curation.curated import LEDGER_FILES, images_by_tier
+    from tasks.curation.curated import LARGE_FILES, images_by_tier
 
-    path = fetch(curated, "curated", LEDGER_FILES)
+    path = fetch(curated, "curated", LARGE_FILES)
     with plain_errors():
         counts = images_by_tier(path)
         check_tiers(counts, stages)

@@ -43,6 +43,7 @@ SHARDS = pa.schema(
     ]
 )
 SHARDS_TABLE, FILES_FOLDER, REPORT, TRUTH_TABLE = "shards.parquet", "files", "report.json", "truth.parquet"
+LISTS = f"{FILES_FOLDER}/"  # the lists of loose files, one for each shard: artifacts.fetch(without=(LISTS,))
 
 # What curation may decode or reject by name; anything else is counted as left out.
 HEIF_EXTENSIONS = ("heic", "heif", "hif") if find_spec("pillow_heif") else ()
