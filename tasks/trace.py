@@ -430,9 +430,9 @@ def main(arguments: list[str] | None = None) -> int:
         lineage = Lineage(options.directory, options.home, expect=options.expect)
         story = describe(lineage)
         if options.html:
-            from tasks.lineage.trace_page import page
+            from tasks.lineage.trace_page import trace_page
 
-            storage.write_bytes(options.html, page(story).encode())
+            storage.write_bytes(options.html, trace_page(story).encode())
         print(json.dumps(story, indent=1) if options.json else render(story), flush=True)
         if options.records:
             for key, record_id in lineage.records():

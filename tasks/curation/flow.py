@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from model import storage
+from model.logs import get_logger
 from tasks.curation import ledger, takedown
 from tasks.curation.captioning import build_captioner, identity, run, steps
 from tasks.curation.config import CurationConfig, SourceConfig
@@ -42,6 +43,8 @@ from tasks.store import (
     store,
     write_index,
 )
+
+logger = get_logger(__name__)
 
 REPORT_PAGE = "report.html"
 # Where shards are is no part of what a corpus is: its tables are logs of the seal, and corpus.json has their digest.
@@ -197,7 +200,7 @@ def attempt(kind: str, name: str, make) -> Part:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        print(f"{kind} of shard {name} failed: {text}", flush=True)
+        logger.warning(f"{kind} of shard {name} failed: {text}")
         return Part(name, kind, error=text)
 
 

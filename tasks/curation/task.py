@@ -18,6 +18,7 @@ from typing import NamedTuple, Optional
 
 from flytekit import Deck, task
 
+from model.logs import get_logger
 from model.storage import is_remote
 from tasks import envs
 from tasks.artifacts import (
@@ -45,6 +46,8 @@ from tasks.store import (
     store,
     write_index,
 )
+
+logger = get_logger(__name__)
 
 
 class Listed(NamedTuple):
@@ -206,7 +209,7 @@ def decide_corpus(
     directory = fetch_part(part)
     Deck("Retention", (directory / flow.REPORT_PAGE).read_text())
     with plain_errors():
-        print(flow.result_line(directory, part, config), flush=True)
+        logger.info(flow.result_line(directory, part, config))
     return _index("decisions", [part])
 
 

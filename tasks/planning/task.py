@@ -11,6 +11,7 @@ from flytekit.core.local_cache import CACHE_LOCATION
 from eval import catalog
 from eval.config import EvalConfig
 from model.config import MergeConfig, TransformerConfig
+from model.logs import get_logger
 from model.stages import TrainingStage
 from tasks import envs
 from tasks.artifacts import CuratedDir, fetch, is_local, plain_errors
@@ -36,6 +37,8 @@ from tasks.planning.source import check_source, check_takedown
 from tasks.publishing.config import PublishConfig
 from tasks.recipe import load_recipe
 from tasks.store import home
+
+logger = get_logger(__name__)
 
 
 class Sections(NamedTuple):
@@ -80,10 +83,9 @@ def resolve_recipe(
     if path and (loaded.source.scenes or loaded.source.digits):  # a recipe for made images, given others
         loaded = for_own_images(loaded)
         words = loaded.curation.captions.max_words
-        print(
+        logger.info(
             f"own images: captions of up to {words} words are kept; the VAE's PSNR is reported, not required; scored by "
-            f"the benchmark {loaded.eval.benchmark}",
-            flush=True,
+            f"the benchmark {loaded.eval.benchmark}"
         )
     if is_local() and HOPS.index(starts_from) < HOPS.index("scorecard") <= HOPS.index(ends_in):
         with plain_errors():

@@ -17,8 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from model.logs import get_logger
 from model.storage import s3_access
 from tasks.manifest import MANIFEST, Manifest, public_manifest, verify
+
+logger = get_logger(__name__)
 
 MIB = 1 << 20
 PART_BYTES = 64 * MIB
@@ -212,7 +215,7 @@ def _publish(place: _Place, directory: Path, manifest: Manifest, part_bytes: int
         _send(place, key, path, digest, size, part)
         counts["uploaded"] += 1
         counts["bytes"] += size
-        print(f"s3: {i}/{len(names) + 1} {place.uri(key)} ({size:,} bytes)", flush=True)
+        logger.info(f"s3: {i}/{len(names) + 1} {place.uri(key)} ({size:,} bytes)")
 
     content = public_manifest(manifest).model_dump_json(indent=1).encode()
     there, there_etag = place.read(f"{version}/{MANIFEST}")

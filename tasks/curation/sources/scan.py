@@ -21,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from model.logs import get_logger
 from tasks.curation.config import SourceConfig
 from tasks.curation.sources import arrow, folder, formats, parquet, places, tables, tars
 from tasks.curation.sources.base import (
@@ -50,6 +51,8 @@ from tasks.curation.sources.captions.pairing import Rivals, fold, pair
 from tasks.curation.sources.folder import File, Texts
 from tasks.curation.sources.places import Folder, Place, RemotePlace
 
+logger = get_logger(__name__)
+
 PROGRESS_S = 5.0
 TABLE_ROWS = 1000  # of shards.parquet, written at a time
 NO_IMAGE_COLUMN = "without image bytes"
@@ -78,9 +81,9 @@ def write_corpus(config: SourceConfig, path: str | None, out_dir: str | os.PathL
     images = count_of(table.images, "image") + (
         f" and {count_of(table.unknown, 'remote tar')}" if table.unknown else ""
     )
-    print(f"source: {images} in {count_of(table.shards, 'shard')}", flush=True)
+    logger.info(f"source: {images} in {count_of(table.shards, 'shard')}")
     if left_out:
-        print(f"source: left out: {left_out}", flush=True)
+        logger.info(f"source: left out: {left_out}")
     return report
 
 
@@ -281,9 +284,7 @@ class _Scan:
         self._files += 1
         if time.monotonic() > self._report_at:
             self._report_at = time.monotonic() + PROGRESS_S
-            print(
-                f"source: {self._files:,} images read, in {visible(os.path.dirname(path)) or 'the source'}", flush=True
-            )
+            logger.info(f"source: {self._files:,} images read, in {visible(os.path.dirname(path)) or 'the source'}")
         sidecars = []
         for text in texts:
             with _naming(self.place.shown(text)):

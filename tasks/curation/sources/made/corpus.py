@@ -24,12 +24,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model import storage
+from model.logs import get_logger
 from model.storage import is_remote, join
 from tasks.curation.config import SourceConfig
 from tasks.curation.sources import tar_format
 from tasks.curation.sources.base import TRUTH_TABLE, Account, Options, Record, Shard, shard_id, visible
 from tasks.curation.sources.made import defects, digits, scenes
 from tasks.curation.sources.places import Place
+
+logger = get_logger(__name__)
 
 JPEG_SHARE = 0.1  # of scenes; the others are PNG
 PROGRESS_S = 5.0
@@ -95,8 +98,8 @@ def write_made_shard(config: SourceConfig, index: int, out_dir: str | os.PathLik
             without += not made.captions
             if time.monotonic() - begun > PROGRESS_S * (reported + 1):
                 reported += 1
-                print(f"source: shard {index}: {sources.total()}/{total}", flush=True)
-    print(f"source: shard {index}: {total} records", flush=True)
+                logger.info(f"source: shard {index}: {sources.total()}/{total}")
+    logger.info(f"source: shard {index}: {total} records")
     assert sources.total() == total
     if truth:
         pq.write_table(pa.Table.from_pylist(truth, TRUTH), out_dir / TRUTH_TABLE)

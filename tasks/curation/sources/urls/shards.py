@@ -21,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from model.logs import get_logger
 from model.storage import join
 from tasks.curation.config import SourceConfig
 from tasks.curation.journal import Journal
@@ -43,6 +44,8 @@ from tasks.curation.sources.tables import sniffed
 from tasks.curation.sources.urls import tables
 from tasks.curation.sources.urls.fetch import Fetched, Fetcher
 from tasks.curation.sources.urls.tables import Range
+
+logger = get_logger(__name__)
 
 BYTES, PROGRESS_S = "bytes.bin", 5.0
 ROWS = pa.schema(
@@ -103,7 +106,7 @@ def write_listing(config: SourceConfig, path: str, out_dir: Path) -> dict[str, A
         "alone": place.alone,
     }
     (out_dir / REPORT).write_text(json.dumps(report, indent=1) + "\n")
-    print(f"source: {images} URLs in {shards} shards", flush=True)
+    logger.info(f"source: {images} URLs in {shards} shards")
     return report
 
 
@@ -192,7 +195,7 @@ async def _download(urls: list[tuple[int, str]], config: SourceConfig, work_dir:
                 done[number] = row
                 if time.monotonic() > report_at:
                     report_at = time.monotonic() + PROGRESS_S
-                    print(f"source: {len(done)} of {len(urls)} URLs", flush=True)
+                    logger.info(f"source: {len(done)} of {len(urls)} URLs")
     return done
 
 
