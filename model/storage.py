@@ -233,7 +233,9 @@ def replacing(path: str | os.PathLike, sync: bool = False) -> Iterator[Path]:
         sync: whether the content must be on the disk first, so that a power failure leaves the old file or the new one.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # no name at which somebody could put a link
+    temporary = path.with_name(
+        f".{path.name}.{uuid.uuid4().hex}"
+    )  # a random name, at which nobody can place a link beforehand
     try:
         yield temporary
         if sync:

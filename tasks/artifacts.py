@@ -88,11 +88,11 @@ def plain_errors() -> Iterator[None]:
 
 
 def work_path(name: str, step: str, config: Any, parents: Sequence[Path]) -> Path:
-    """Where a long task keeps what it has so far: the same for the same inputs, whatever attempt it is.
+    """The directory of a long task's unfinished work: the same for the same inputs, in every attempt.
 
     Another cache version of `step` (see envs) is another place: code that writes something else must not continue from,
     or return, what older code left. NUCLEUS_WORK points it at storage that outlives a pod (a mounted volume);
-    by default it lies under `home`.
+    by default it is under `home`.
     """
     digests = [load_manifest(parent).digest for parent in parents]
     key = json.dumps([step, envs.CACHE_VERSIONS[step], config, digests], sort_keys=True)
@@ -108,7 +108,7 @@ def exclusive(work_dir: Path) -> Iterator[None]:
     all. It is free again when its process is gone, however that ended.
 
     Raises:
-        UserError: another run is at it; on a cluster, where that is an attempt that has not ended yet, an error that
+        UserError: another run has it; on a cluster, where that is an attempt that has not ended yet, an error that
             Flyte retries.
     """
     work_dir.mkdir(parents=True, exist_ok=True)

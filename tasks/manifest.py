@@ -33,7 +33,7 @@ from model.storage import replacing
 
 SCHEMA_VERSION = 2
 WRITING = ".writing-"
-FOLDER_ONLY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW  # opening a pipe would wait for ever
+FOLDER_ONLY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW  # opening a pipe would block
 KINDS = (
     "urls",  # ranges of tables of URLs
     "records",  # one shard of made or downloaded images and captions, as a tar
@@ -152,7 +152,7 @@ def load_manifest(directory: str | os.PathLike) -> Manifest:
     """The manifest of a sealed directory, without checking its files.
 
     Raises:
-        ValueError: there is no manifest, or it is not one of ours.
+        ValueError: there is no manifest, or it is not a manifest of this project.
     """
     path = Path(directory) / MANIFEST
     if not path.is_file():
@@ -164,7 +164,7 @@ def parse_manifest(content: bytes, where: str | os.PathLike) -> Manifest:
     """The manifest in the content of a manifest.json; `where` is for messages.
 
     Raises:
-        ValueError: it is not one of ours.
+        ValueError: it is not a manifest of this project.
     """
     try:
         manifest = Manifest.model_validate_json(content)
@@ -378,7 +378,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _lock(directory: Path) -> int | None:
-    """A descriptor that holds an exclusive lock on `directory`; None where somebody else does, or it is no directory."""
+    """A descriptor that holds an exclusive lock on `directory`; None where another process does, or it is no directory."""
     try:
         descriptor = os.open(directory, FOLDER_ONLY)
     except OSError:

@@ -4,7 +4,7 @@ An artifact of the whole corpus has a part for each shard. A map task seals the 
 gathers them seals an index: tables of names, digests, counts and locations. Nothing copies the parts.
 
     HOME/artifacts/KIND/DIGEST/           sealed directories: whole artifacts and parts
-    HOME/keys/KIND/KEY.json               what was made from which inputs: KEY is a hash of them
+    HOME/keys/KIND/KEY.json               the part of some inputs: KEY is their hash
 
 HOME is NUCLEUS_HOME (default .nucleus). With NUCLEUS_STORE=s3://BUCKET/PREFIX parts and keys are kept there, so that
 pods share them; HOME then only holds copies. A part is made once for its inputs, whichever run asks for it.
@@ -168,7 +168,7 @@ def _known(kind: str, name: str, key: str) -> Part | None:
         record = json.loads(content)
         digest, rows, size = str(record["digest"]), int(record["rows"]), int(record["size_bytes"])
     except (ValueError, KeyError, TypeError):
-        return None  # not a record of ours: make the part again
+        return None  # damaged: make the part again
     uri = _uri(kind, digest)
     manifest = storage.read_bytes(storage.join(uri, MANIFEST))
     if manifest is None or json.loads(manifest).get("digest") != digest:

@@ -47,13 +47,13 @@ def draw_grid(
     for row in sorted(rows, key=lambda r: (r["split"] == "held_out", r["prompt_index"], r["image_index"])):
         if row["seed"] == first_seed:
             lines.setdefault((row["split"] == "held_out", row["category"]), []).append(row)
-    for line, found in lines.items():
-        found.sort(key=lambda row: (row["image_index"], row["prompt_index"]))
-        firsts = [row for row in found if row["image_index"] == found[0]["image_index"]]
+    for line, rows in lines.items():
+        rows.sort(key=lambda row: (row["image_index"], row["prompt_index"]))
+        firsts = [row for row in rows if row["image_index"] == rows[0]["image_index"]]
         count = min(per_category, len(firsts))
         lines[line] = [firsts[i * len(firsts) // count] for i in range(count)]
         if len(firsts) < per_category:
-            lines[line] = found[:per_category]
+            lines[line] = rows[:per_category]
     named = {category + (", held out" if held_out else ""): line for (held_out, category), line in lines.items()}
     laid_out = [part for name, line in named.items() for part in _lay_out(name, line, per_category)]
     gap, text_px, head_px = 8, 54, 18

@@ -76,7 +76,7 @@ def _group(named: list[tuple[str, torch.nn.Parameter]]) -> dict[str, Any]:
 
 
 def _muon(named: NamedParameters, optim: OptimConfig, with_dist_muon: bool) -> list[torch.optim.Optimizer]:
-    found: list[torch.optim.Optimizer] = []
+    optimizers: list[torch.optim.Optimizer] = []
     if with_dist_muon:
         from model.train.parallel.dist_muon import dist_muon, split
 
@@ -84,13 +84,13 @@ def _muon(named: NamedParameters, optim: OptimConfig, with_dist_muon: bool) -> l
         if dist.get_rank() == 0:
             logger.info(f"of Muon's, torchtitan's DistMuon takes {len(taken)} tensors and leaves {len(named)}")
         if taken:
-            found.append(dist_muon(_group(taken), optim))
+            optimizers.append(dist_muon(_group(taken), optim))
     if named:
         if isinstance(named[0][1], DTensor):
-            found.append(ShardedMuon([_group(named)], **muon_options(optim)))
+            optimizers.append(ShardedMuon([_group(named)], **muon_options(optim)))
         else:
-            found.append(OPTIMIZERS["muon"].build(_group(named), optim))
-    return found
+            optimizers.append(OPTIMIZERS["muon"].build(_group(named), optim))
+    return optimizers
 
 
 class StageSchedule(LRSchedulersContainer):

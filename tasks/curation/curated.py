@@ -37,7 +37,7 @@ def open_curated(path: str | os.PathLike, fetch: Callable[[Part], Path] = fetch_
     """Opens a curated directory.
 
     Raises:
-        ValueError: it is none.
+        ValueError: `path` is not a curated directory.
     """
     path = Path(path)
     if not (path / INDEX).is_file() or not (path / CORPUS).is_dir():

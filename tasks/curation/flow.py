@@ -317,10 +317,10 @@ def _score_parts(shards: list[Shard], indices: Sequence[Path | None]) -> Iterato
             for shard in members:
                 yield Part(shard.shard_id, "scores", error="the task of its group did not finish")
             continue
-        found = list(read_index(index))
-        if [part.name for part in found] != [shard.shard_id for shard in members]:
+        parts = list(read_index(index))
+        if [part.name for part in parts] != [shard.shard_id for shard in members]:
             raise ValueError(f"{index} has the scores of other shards than group {group} of this corpus")
-        yield from found
+        yield from parts
 
 
 def fetch_decision(part: Part, group: int, groups: int) -> Path:

@@ -134,8 +134,8 @@ def score_group(corpus: CorpusDir, config: CurationConfig, groups: list[int], gr
 def score_group_on_gpu(
     corpus: CorpusDir, config: CurationConfig, groups: list[int], group: int, scored: Optional[ScoresDir]
 ) -> ScoresDir:
-    """Runs the scorers of one group that `score_group` left. `scored`, its result, only makes it wait: parts that were made
-    are in the store."""
+    """Runs the scorers of one group that `score_group` left. `scored`, its result, is only a dependency: finished
+    parts are in the store."""
     from tasks.curation import flow
 
     with plain_errors():

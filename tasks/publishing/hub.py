@@ -95,7 +95,7 @@ def _look(api: Any, repo_id: str, private: bool, wanted: set[str]) -> tuple[str 
     """(commit to build on, files of an older push that are to go).
 
     Raises:
-        ValueError: the repository is public where `private` is asked, or is not one of ours.
+        ValueError: the repository is public where `private` is asked, or was not written by this project.
     """
     info = api.repo_info(repo_id, repo_type="model")
     if private and info.private is False:

@@ -5,7 +5,7 @@
                processor --------------+         scheduler/, README.md, scorecard.json, grid.png, SHA256SUMS}
     scorecard/scorecard.json, grid.png +
 
-Weights are copied byte by byte: what was scored is what is published, and no model is loaded to do it.
+Weights are copied byte by byte, so that the scored weights are the published ones; no model is loaded.
 """
 
 from __future__ import annotations

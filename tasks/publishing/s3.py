@@ -84,7 +84,7 @@ def latest(s3_uri: str, client: Any = None) -> dict[str, str] | None:
     """What `latest.json` below `s3_uri` says: {"digest", "uri", "manifest_sha256"}; None where nothing was published.
 
     Raises:
-        ValueError: it is not one of ours.
+        ValueError: it is not a manifest of this project.
     """
     bucket, prefix = _split(s3_uri)
     content, _ = _Place(client or _client(), bucket, prefix, {}).read(LATEST)
@@ -105,12 +105,12 @@ class _Place:
         from botocore.exceptions import ClientError
 
         try:
-            found = self.client.get_object(Bucket=self.bucket, Key=self.prefix + name, **self.owner)
+            response = self.client.get_object(Bucket=self.bucket, Key=self.prefix + name, **self.owner)
         except ClientError as error:
             if _code(error) in ABSENT:
                 return None, ""
             raise
-        return found["Body"].read(), found["ETag"]
+        return response["Body"].read(), response["ETag"]
 
     def head(self, name: str) -> dict[str, Any] | None:
         from botocore.exceptions import ClientError

@@ -70,7 +70,7 @@ def openai(config: CaptionerConfig) -> Endpoint:
 
 
 class Endpoint:
-    """See base.Captioner. Each request is retried by itself, with waits that double or that Retry-After asks for."""
+    """See base.Captioner. Each request is retried separately, with waits that double or that Retry-After asks for."""
 
     reads_scenes = False
 
@@ -96,7 +96,7 @@ class Endpoint:
                             continue
                         if (error := future.exception()) is not None:
                             failed = failed or error
-                            # No retries and no new requests; what is being answered now is not lost.
+                            # No retries and no new requests; requests in flight are still answered.
                             self._stop.set()
                             for waiting in left:
                                 waiting.cancel()

@@ -159,7 +159,7 @@ def decide_records(
 
 
 def records_sql(config: CurationConfig, cuts: tuple[float, ...]) -> str:
-    """What is known of each record by itself: the rule that it breaks, what ranks it among duplicates, tier, bucket."""
+    """Columns of each record alone: the rule that it breaks, its rank among duplicates, tier, bucket."""
     made = ", ".join(quoted(name) for name in config.dedup.thumbnail_sources) or "''"
     return (
         "SELECT part, row, position, key, record_id, locator, source, synthetic, rule, "

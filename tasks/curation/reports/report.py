@@ -1,4 +1,4 @@
-"""The report of a curation: one HTML file that needs nothing else, every text in it escaped.
+"""The report of a curation: one self-contained HTML file.
 
 Of a corpus of any size it shows counts, and pictures of a bounded sample (gallery.py). Figures are named after those of the
 paper (arXiv 2604.12163) that show the same.

@@ -73,7 +73,7 @@ class Shard(NamedTuple):
     shard_id: 16 hex digits, a function of the shard's content, of its name inside the source and of the settings that
         decide what its captions are; not of the place of the source.
     kind: "tar", "parquet", "files", "urls" (downloaded images), or one of formats.FORMATS.
-    uri: of the tar, Parquet or Arrow file; of the source's root for "files". A relative one lies beside the table.
+    uri: of the tar, Parquet or Arrow file; of the source's root for "files". A relative one is beside the table.
     first_row, num_rows: the range of a Parquet file's rows; num_rows is -1 where it is unknown before reading (a remote tar).
     size_bytes: of the file, of the row groups, or of the image files together.
     digest: SHA-256 of local content; size and checksum of a remote object; for "files" over names and digests.
@@ -199,7 +199,7 @@ def write_corpus(config: SourceConfig, path: str | None, out_dir: str | os.PathL
         out_dir: an empty directory.
 
     Returns:
-        The report: {"digest": of the corpus, wherever it lies; "shards", "images" (-1 if a remote tar is among them),
+        The report: {"digest": of the corpus, independent of its location; "shards", "images" (-1 if a remote tar is among them),
         "size_bytes", "account": of the scan alone, "options": what the reader needs of `config`}.
 
     Raises:

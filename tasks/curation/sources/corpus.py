@@ -1,4 +1,4 @@
-"""A written corpus, opened for reading: one shard at a time, each from its own files alone."""
+"""Reads a written corpus shard by shard; a shard needs its own files only."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Corpus:
                     yield Shard(**row)
 
     def read(self, shard: Shard, account: Account) -> Iterator[Record]:
-        """The records of a shard in an order that it decides; counts in `account` what it has besides.
+        """The records of a shard in the shard's own order; counts its other files in `account`.
 
         Raises:
             ValueError: a file cannot be read, or has changed since the scan.

@@ -130,7 +130,7 @@ def write_shard(
     """Downloads a range and writes its shard into an empty directory; returns the number of its rows.
 
     Args:
-        work_dir: what was downloaded so far, also by an attempt that was killed.
+        work_dir: of downloads so far, including those of a killed attempt.
 
     Raises:
         ValueError: the table has changed, or cannot be read.
@@ -145,15 +145,15 @@ def write_shard(
         tarfile.open(out_dir / f"{name}.tar", "w", tarfile.USTAR_FORMAT) as tar,
     ):
         for row in listed:
-            found = done[row.row]
+            entry = done[row.row]
             fields = {"row": row.row, "url": row.url, "captions": row.captions, "caption_problem": row.problem}
-            fields |= {"caption": row.captions[0] if row.captions else None, "rule": found["rule"]}
-            fields |= {"key": "", "status": FAILURE, "error_message": found["detail"], "bytes": 0, "sha256": ""}
-            fields |= {name: found[name] for name in ("http_status", "final_url", "content_type", "attempts")}
-            if not found["rule"]:
-                downloaded.seek(found["begin"])
-                data = downloaded.read(found["bytes"])
-                fields |= {"key": f"{row.row:09d}", "status": SUCCESS, "bytes": len(data), "sha256": found["sha256"]}
+            fields |= {"caption": row.captions[0] if row.captions else None, "rule": entry["rule"]}
+            fields |= {"key": "", "status": FAILURE, "error_message": entry["detail"], "bytes": 0, "sha256": ""}
+            fields |= {name: entry[name] for name in ("http_status", "final_url", "content_type", "attempts")}
+            if not entry["rule"]:
+                downloaded.seek(entry["begin"])
+                data = downloaded.read(entry["bytes"])
+                fields |= {"key": f"{row.row:09d}", "status": SUCCESS, "bytes": len(data), "sha256": entry["sha256"]}
                 _add(tar, fields, data)
             rows.append(fields)
     pq.write_table(pa.Table.from_pylist(rows, ROWS), out_dir / f"{name}.parquet", compression="zstd")
@@ -187,9 +187,9 @@ async def _download(urls: list[tuple[int, str]], config: SourceConfig, work_dir:
         left = [(row, url) for row, url in urls if row not in done]
         report_at = time.monotonic() + PROGRESS_S
         async with Fetcher(config.urls) as fetcher:
-            async for number, found in fetcher.fetch_all(left):
-                row = _entry(number, found, downloaded.tell())
-                downloaded.write(found.data)
+            async for number, fetched in fetcher.fetch_all(left):
+                row = _entry(number, fetched, downloaded.tell())
+                downloaded.write(fetched.data)
                 downloaded.flush()  # before its row: what the journal names is there
                 journal.add(row)
                 done[number] = row
@@ -199,11 +199,11 @@ async def _download(urls: list[tuple[int, str]], config: SourceConfig, work_dir:
     return done
 
 
-def _entry(row: int, found: Fetched, begin: int) -> dict[str, Any]:
-    about = {"row": row, "rule": found.rule, "detail": found.detail, "http_status": found.status}
-    about |= {"final_url": found.url, "content_type": found.content_type, "attempts": found.attempts}
-    digest = "" if found.rule else hashlib.sha256(found.data).hexdigest()
-    return about | {"begin": begin, "bytes": len(found.data), "sha256": digest}
+def _entry(row: int, fetched: Fetched, begin: int) -> dict[str, Any]:
+    about = {"row": row, "rule": fetched.rule, "detail": fetched.detail, "http_status": fetched.status}
+    about |= {"final_url": fetched.url, "content_type": fetched.content_type, "attempts": fetched.attempts}
+    digest = "" if fetched.rule else hashlib.sha256(fetched.data).hexdigest()
+    return about | {"begin": begin, "bytes": len(fetched.data), "sha256": digest}
 
 
 def write_corpus(
@@ -226,7 +226,7 @@ def read(shard: Shard, account: Account) -> Iterator[Record]:
     """Every row of a downloaded shard: a record with its bytes, or with the rule that it is left out by.
 
     Raises:
-        ValueError: it is not what was downloaded.
+        ValueError: the tar has changed since it was downloaded.
     """
     above, _, name = shard.uri.rpartition("/")
     place = at(above)
