@@ -55,7 +55,8 @@ CURATED_LOGS = (LOCATIONS, *(f"{CORPUS}/{name}" for name in CORPUS_LOGS))
 
 def make_shard(config: SourceConfig, index: int) -> Part:
     """A shard of a made source as a `records` part."""
-    inputs = {"source": config.model_dump(mode="json", include=MADE_BY), "shard": index}
+    deciding = MADE_BY | ({"made"} if config.made else set())
+    inputs = {"source": config.model_dump(mode="json", include=deciding), "shard": index}
     return attempt(
         "records",
         f"{index:05d}",
@@ -70,7 +71,7 @@ def make_shard(config: SourceConfig, index: int) -> Part:
     )
 
 
-MADE_BY = {"scenes", "scene_size_px", "defect_fraction", "digits", "shards", "seed"}
+MADE_BY = {"scenes", "scene_size_px", "defect_fraction", "digits", "shards", "seed"}  # and `made`, where it is set
 
 
 def write_corpus(

@@ -80,7 +80,7 @@ def resolve_recipe(
             check_ranks(loaded.train, envs.TRAIN_NNODES, envs.TRAIN_NPROC, is_local())
         if starts_from == "source" and loaded.curation.captioner is not None:
             check_captioner(loaded.curation.captioner)
-    if path and (loaded.source.scenes or loaded.source.digits):  # a recipe for made images, given others
+    if path and loaded.source.is_made:  # a recipe for made images, given others
         loaded = for_own_images(loaded)
         words = loaded.curation.captions.max_words
         logger.info(

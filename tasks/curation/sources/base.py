@@ -1,7 +1,7 @@
 """What the input side hands to curation: a corpus is a table of shards, and a shard gives records.
 
     write_corpus(config, path, out_dir)                                      a user's own images: the only scan
-    write_made_shard(config, i, part) ... made_corpus(parts, out_dir)        rendered scenes and digits
+    write_made_shard(config, i, part) ... made_corpus(parts, out_dir)        made records
         -> shards.parquet, files/*.parquet, report.json
     open_corpus(out_dir).read(shard, account) -> Record, Record, ...
 
@@ -77,7 +77,7 @@ class Shard(NamedTuple):
     first_row, num_rows: the range of a Parquet file's rows; num_rows is -1 where it is unknown before reading (a remote tar).
     size_bytes: of the file, of the row groups, or of the image files together.
     digest: SHA-256 of local content; size and checksum of a remote object; for "files" over names and digests.
-    source: "user", "scenes" or "digits".
+    source: "user", "scenes", or a name of made/registry.py.
     """
 
     shard_id: str
@@ -97,7 +97,7 @@ class Record(NamedTuple):
     data: the original bytes; b"" where they cannot be read.
     ext: lower case, without a dot; "bin" where neither a name nor the first bytes show the format.
     captions: whole, in the order in which they were written; [] where there is none.
-    source: "user", "scenes" or "digits".
+    source: "user", "scenes", or a name of made/registry.py.
     locator: the user's own file, tar member or row: `holiday/a.jpg`, `x.tar:a.jpg`, `x.parquet:7`. For a remote source
         the URI stands before it. What a terminal would obey is escaped.
     row: position in the shard, from 0.
@@ -211,14 +211,14 @@ def write_corpus(config: SourceConfig, path: str | None, out_dir: str | os.PathL
 
 
 def write_made_shard(config: SourceConfig, index: int, out_dir: str | os.PathLike) -> dict[str, Any]:
-    """Makes shard `index` of `config.shards` of the rendered scenes and digits, in an empty directory.
+    """Makes shard `index` of `config.shards` of the rendered scenes and other made sources, in an empty directory.
 
     Writes NNNNN.tar, a shards.parquet of one row (uri relative), report.json, and truth.parquet (for tests: which defect
     was planted where). Every record depends on (seed, its number) alone, so that another number of shards gives the
     same records.
 
     Raises:
-        ValueError: no such shard, no record at all, or more digits than there are.
+        ValueError: no such shard, no record at all, an unknown source, or more records than a source has.
     """
     from tasks.curation.sources.made import corpus
 
