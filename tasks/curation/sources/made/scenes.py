@@ -274,13 +274,14 @@ def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, side:
 
 
 def captions(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """4 to 7 different true captions, lowercase, without punctuation, the short ones first.
+    """4 to 6 different true captions, lowercase, without punctuation, the short ones first.
 
     Short ones (at most 12 words) use GenEval's wording; the last one is the longest (at most 32 words). Every
     caption names all objects of the scene, so that what it does not say is not there.
     """
-    made = {"single": _single, "two": _two, "counting": _counting, "mixed": _mixed}[scene.kind](scene, rng)
-    long = _long(scene, rng)
+    others = {"single": _single, "counting": _counting, "mixed": _mixed}
+    made = _two(scene, rng) if scene.kind == "two" else others[scene.kind](scene)
+    long = _long(scene)
     unique = list(dict.fromkeys(made))[:6]
     return unique + [long] if long not in unique else unique
 
@@ -334,11 +335,13 @@ def _groups(items: list[SceneObject], color: bool, size: bool = False) -> str:
     return " and ".join(parts)
 
 
-def _shuffled(scene: Scene, rng: np.random.Generator) -> list[SceneObject]:
-    return [scene.objects[i] for i in rng.permutation(len(scene.objects))]
+def _in_reading_order(scene: Scene) -> list[SceneObject]:
+    """From the top left corner to the bottom right one: of two objects the left one first, or the upper one if they are
+    further apart vertically. A caption without a relation then determines the layout as far as it can (docs/tiny.md)."""
+    return sorted(scene.objects, key=lambda item: (item.cx + item.cy, item.cx))
 
 
-def _single(scene: Scene, rng: np.random.Generator) -> list[str]:
+def _single(scene: Scene) -> list[str]:
     (item,) = scene.objects
     return [
         f"a photo of {_noun(item)}",
@@ -348,30 +351,31 @@ def _single(scene: Scene, rng: np.random.Generator) -> list[str]:
 
 
 def _two(scene: Scene, rng: np.random.Generator) -> list[str]:
-    a, b = _shuffled(scene, rng)
+    first, second = _in_reading_order(scene)
+    plain = [
+        f"a photo of {_noun(first)} and {_noun(second)}",
+        f"a photo of {_noun(first, color=False)} and {_noun(second, color=False)}",
+    ]
+    a, b = (first, second) if rng.random() < 0.5 else (second, first)
     relative = relations(scene, a, b)
     if not relative:
-        return [
-            f"a photo of {_noun(a)} and {_noun(b)}",
-            f"a photo of {_noun(b)} and {_noun(a)}",
-            f"a photo of {_noun(a, color=False)} and {_noun(b, color=False)}",
-            f"a photo of {_noun(b, color=False)} and {_noun(a, color=False)}",
-            f"{_noun(a, size=True)} and {_noun(b, size=True)} {_ground(scene)}",
+        return plain + [
+            f"{_noun(first)} and {_noun(second)} {_ground(scene)}",
+            f"{_noun(first, size=True)} and {_noun(second, size=True)} {_ground(scene)}",
         ]
     relation = _choice(rng, tuple(relative))
-    # The colourless relation is said from the other side: both directions get learnt from one image.
+    # The colourless relation is stated from the other side: both directions are learnt from one image.
     return [
-        f"a photo of {_noun(b)} and {_noun(a)}",
+        plain[0],
         f"a photo of {_noun(a)} {relation} {_noun(b)}",
         f"a photo of {_noun(b, color=False)} {INVERSE[relation]} {_noun(a, color=False)}",
-        f"a photo of {_noun(a, color=False)} and {_noun(b, color=False)}",
-        f"a photo of {_noun(b, color=False)} and {_noun(a, color=False)}",
+        plain[1],
         f"{_noun(a, size=True)} {relation} {_noun(b, size=True)} {_ground(scene)}",
     ]
 
 
-def _counting(scene: Scene, rng: np.random.Generator) -> list[str]:
-    items = _shuffled(scene, rng)
+def _counting(scene: Scene) -> list[str]:
+    items = _in_reading_order(scene)
     plain = _groups(items, color=False)
     in_color = _groups(items, color=True)
     made = [f"a photo of {plain}", f"{plain} {_ground(scene)}"]
@@ -380,10 +384,10 @@ def _counting(scene: Scene, rng: np.random.Generator) -> list[str]:
     return made + [f"{in_color} {_ground(scene)}", f"{_groups(items, color=True, size=True)}"]
 
 
-def _mixed(scene: Scene, rng: np.random.Generator) -> list[str]:
-    items = _shuffled(scene, rng)
+def _mixed(scene: Scene) -> list[str]:
+    items = _in_reading_order(scene)
     made = []
-    for text in (_groups(items, color=True), _groups(items, color=False), _groups(_shuffled(scene, rng), color=True)):
+    for text in (_groups(items, color=True), _groups(items, color=False)):
         full = f"a photo of {text}"
         made.append(full if len(full.split()) <= SHORT_WORDS else text)
     # Four different coloured shapes need more than a short caption's words: then they come as a medium one.
@@ -391,9 +395,9 @@ def _mixed(scene: Scene, rng: np.random.Generator) -> list[str]:
     return made + [f"{_groups(items, color=True, size=True)} {_ground(scene)}"]
 
 
-def _long(scene: Scene, rng: np.random.Generator) -> str:
+def _long(scene: Scene) -> str:
     """Everything: size, colour, place, background; what does not fit is left out from the end."""
-    items = _shuffled(scene, rng)
+    items = _in_reading_order(scene)
     placed = [f"{_noun(item, size=True)} {_where(scene, item)}" for item in items]
     brief = [f"{_noun(item)} {_where(scene, item)}" for item in items]
     sized = [_noun(item, size=True) for item in items]
