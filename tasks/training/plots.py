@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from pathlib import Path
 from typing import Any
 
+from eval.files import read_json_lines
 from eval.html_page import data_uri, image, page, text
 
 PANELS = (
@@ -29,7 +29,7 @@ LAYER_TAG = re.compile(r"expert/layer(\d+)/(\w+)")
 def training_html(checkpoints: Path) -> str:
     """The page of one sealed `checkpoints` directory: metrics.jsonl as curves, the routers' statistics of each layer from
     tensorboard/ as maps of layers and steps, samples/*.png in order of steps."""
-    rows = [json.loads(line) for line in (checkpoints / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for _, row in read_json_lines(checkpoints / "metrics.jsonl")]
     parts = [f"<h2>{text(checkpoints.name)}</h2>"]
     if rows:
         last = rows[-1]

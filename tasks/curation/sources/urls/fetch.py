@@ -10,14 +10,13 @@ Nothing is decompressed here, cookies are not kept, and nothing of the environme
 from __future__ import annotations
 
 import asyncio
-import random
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urljoin
 
-from tasks.curation.captioning.endpoint import retry_after_s
 from tasks.curation.config import UrlConfig
+from tasks.curation.http_retries import LONGEST_WAIT_S, retry_after_s, wait_s
 from tasks.curation.sources.base import visible
 from tasks.curation.sources.urls import network, robots
 
@@ -34,7 +33,6 @@ INVALID, FORBIDDEN, ROBOTS, GONE, FAILED, TOO_LARGE, TYPE, REDIRECTS = (
     "url_type",  # an answer that is no image
     "url_redirects",  # too many
 )
-FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 HOSTS_KNOWN = 20_000  # robots.txt and pace of so many are in memory
 MAX_DELAY_S = 30.0  # of Crawl-delay
 WINDOW = 4  # URLs that wait for their host, for each request at a time
@@ -116,7 +114,7 @@ class Fetcher:
         again: _Again | None = None
         for attempt in range(1, self.config.max_retries + 2):
             if again is not None:
-                await asyncio.sleep(_wait_s(attempt - 2, again.after_s))
+                await asyncio.sleep(wait_s(attempt - 2, min(again.after_s or 0.0, LONGEST_WAIT_S)))
             try:
                 return (await self._follow(url))._replace(attempts=attempt)
             except _Again as error:
@@ -282,8 +280,3 @@ class _Using:
                 self._hosts.move_to_end(origin)
                 break
             del self._hosts[origin]
-
-
-def _wait_s(retry: int, after_s: float | None) -> float:
-    wait_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**retry) * random.uniform(0.5, 1.0)  # noqa: S311  (spreads retries)
-    return max(min(after_s or 0.0, LONGEST_WAIT_S), wait_s)

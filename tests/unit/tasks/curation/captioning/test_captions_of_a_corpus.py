@@ -14,8 +14,8 @@ import pytest
 from own_images import png, write_folder
 from stub_endpoint import stub_endpoint
 
-from tasks.curation import flow
-from tasks.curation.captioning import endpoint, run
+from tasks.curation import flow, http_retries
+from tasks.curation.captioning import run
 from tasks.curation.config import CaptionerConfig, CurationConfig, FilterConfig, SourceConfig
 from tasks.curation.curated import open_curated
 from tasks.curation.journal import JOURNAL
@@ -30,7 +30,7 @@ PER_TIER = dict.fromkeys(("A1", "A2", "A3", "A4", "A5"), ("short", "medium"))
 def quick(tmp_path, monkeypatch):
     monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("NUCLEUS_STORE", raising=False)
-    monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(http_retries, "FIRST_WAIT_S", 0.01)
 
 
 def config(url: str, **changes) -> CurationConfig:
@@ -121,9 +121,9 @@ def test_killed_in_the_middle_no_answered_question_is_asked_again(tmp_path):
 import os, signal
 from {__name__} import config
 from tasks.curation import flow, journal
-from tasks.curation.captioning import endpoint
+from tasks.curation import http_retries
 from tasks.curation.config import SourceConfig
-endpoint.FIRST_WAIT_S = 0.01
+http_retries.FIRST_WAIT_S = 0.01
 real, count = journal.Journal.add, 0
 def add(self, row):
     global count

@@ -21,12 +21,12 @@ import pytest
 from image_site import image_site
 from own_images import png
 
-from tasks.curation import flow
+from tasks.curation import flow, http_retries
 from tasks.curation.config import CurationConfig, FilterConfig, SourceConfig, UrlConfig
 from tasks.curation.curated import open_curated
 from tasks.curation.sources.base import Account
 from tasks.curation.sources.places import find
-from tasks.curation.sources.urls import fetch, network, robots, tables
+from tasks.curation.sources.urls import network, robots, tables
 from tasks.curation.sources.urls.fetch import Fetched, Fetcher
 from tasks.store import read_index
 
@@ -37,7 +37,7 @@ CONFIG = CurationConfig(filters=FilterConfig(min_side_px=32, min_entropy_bits=0.
 def quick(tmp_path, monkeypatch):
     monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("NUCLEUS_STORE", raising=False)
-    monkeypatch.setattr(fetch, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(http_retries, "FIRST_WAIT_S", 0.01)
 
 
 @pytest.fixture
