@@ -108,8 +108,8 @@ def memory(shapes, model, stage, layout, **options):
     "layout",
     [
         Layout(64, 64, 64, 4, "full"),
-        Layout(64, 32, 8, 1, "selective"),
-        Layout(8, 1, 1, 1, "full"),
+        pytest.param(Layout(64, 32, 8, 1, "selective"), marks=pytest.mark.slow),
+        pytest.param(Layout(8, 1, 1, 1, "full"), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -301,6 +301,7 @@ def test_what_is_not_given_is_the_recipes(sections):
     assert found["cost"] > max(stage["cost"] for stage in found["stages"])
 
 
+@pytest.mark.slow
 def test_a_small_gpu_does_not_fit_and_the_suggestion_does(sections, shapes):
     """It is the layout asked for but for what must change: more checkpointing, and the largest micro-batch that fits."""
     model, train = sections
@@ -331,6 +332,7 @@ def test_every_stage_of_the_published_recipe_fits_its_64_gpus_of_80_gb(sections,
     assert not plan_stage(shapes, model, train, train.stages[0], whole_share, GPUS["h100"])["fits"]
 
 
+@pytest.mark.slow
 def test_a_plan_that_does_not_fit_names_a_layout_or_says_none(capsys):
     assert main([str(RECIPE), "--gpus", "1", "--expert-parallel", "1", "--micro-batch", "1"]) == 0
     out = capsys.readouterr().out
