@@ -180,6 +180,7 @@ def test_the_engine_is_imported_without_the_packages_that_a_gpu_machine_may_lack
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+@pytest.mark.slow
 def test_pytest_for_gpus_imports_no_file_without_such_tests(tmp_path):
     """Else a package that is missing there would be an error of collection, and no test would run."""
     for name in ("flytekit", "moto", "torchtitan", "pydantic", "diffusers"):

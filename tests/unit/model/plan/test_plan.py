@@ -129,6 +129,7 @@ def test_a_peak_is_the_sum_of_its_parts(sections, shapes, layout):
     assert [parts["workspace"] for parts in summed] == [4 * shapes.trainable_per_gpu(layout)] * (layout.shard == 1)
 
 
+@pytest.mark.slow
 def test_checkpointing_keeps_less_in_the_order_of_its_names(sections, shapes):
     model, train = sections
     kept = [
@@ -227,6 +228,7 @@ def test_what_passes_a_gpus_own_link_is_what_its_node_does_not_share(sections, s
     assert between(8, 8, 8, 32, "selective")[0] == between(8, 4, 2, 32, "selective")[0] == 0
 
 
+@pytest.mark.slow
 def test_the_recipes_layout_keeps_the_exchange_of_rows_inside_a_node_and_exposes_less_of_it(sections):
     ours, papers = (plan(*sections, GPUS["h100"], expert_parallel=degree)["stages"] for degree in (None, 64))
     for one, other in zip(ours, papers):
@@ -386,6 +388,7 @@ def test_the_command_says_what_its_numbers_are(capsys):
     assert f" GPU-hours, cost {2 * result['gpu_hours']:,.0f}\n\ndata: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(RECIPE.parent.glob("ablations/*.yaml")), ids=lambda path: path.stem)
 def test_every_ablation_is_planned(capsys, path):
     assert main([str(path), "--gpus", "2", "--json"]) == 0

@@ -129,6 +129,7 @@ def test_layer_compiled_for_a_cpu_equals_the_eager_one_and_adds_nothing_atomical
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+@pytest.mark.slow
 def test_keep_freed_memory_spares_page_faults():
     """In a process of its own: the setting stays for good."""
     code = """

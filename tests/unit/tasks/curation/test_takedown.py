@@ -78,6 +78,7 @@ def test_the_small_picture_of_a_record_is_not_in_what_is_made_afterwards(tmp_pat
         assert pictures == expected
 
 
+@pytest.mark.slow
 def test_a_shard_that_has_no_record_of_the_list_keeps_its_parts(tmp_path, home):
     source = write_folder(tmp_path / "source", range(9))
     curate(source)
@@ -171,6 +172,7 @@ def test_a_near_duplicate_is_named_however_it_was_matched(detail, monkeypatch):
     assert takedown._near_duplicates(["a" * 64], uses) == {"a" * 64: {("b" * 64, "copy.png")}}
 
 
+@pytest.mark.slow
 def test_after_the_takedown_nothing_new_has_the_record(tmp_path, home):
     source = write_folder(tmp_path / "source", range(5))
     curated = curate(source, [sha(0)])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import sklearn.datasets
 from PIL import Image, ImageDraw, ImageEnhance
 from score_tables import duplicates, good_row, tables_of
 from skimage import data
@@ -37,7 +37,7 @@ PHOTOGRAPHS = (
 
 def photographs() -> list[np.ndarray]:
     """uint8 [H, W, 3], from the packages scikit-image and scikit-learn."""
-    folder = Path(sklearn.datasets.__file__).parent / "images"
+    folder = Path(importlib.util.find_spec("sklearn").origin).parent / "datasets" / "images"
     pictures = [getattr(data, name)() for name in (*PHOTOGRAPHS, "hubble_deep_field", "immunohistochemistry")]
     pictures += [np.asarray(Image.open(folder / name).convert("RGB")) for name in ("china.jpg", "flower.jpg")]
     return [np.asarray(Image.fromarray(picture).convert("RGB")) for picture in pictures]

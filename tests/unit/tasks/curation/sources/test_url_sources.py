@@ -373,6 +373,7 @@ def test_the_same_list_is_downloaded_once_and_a_new_number_downloads_again(site,
     assert {count for name, count in site.answered.items() if name.startswith("/ok")} == {2}
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_what_was_downloaded_is_not_downloaded_again(site, tmp_path):
     path = table_of(
         tmp_path / "source" / "urls.parquet", [site.url(f"/ok/{i}.png", f"h{i % 5}.test") for i in range(25)]
