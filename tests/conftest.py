@@ -19,13 +19,18 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # them for ever. So it is collected before, and what a child inherits is never collected by it. What is left stays out of
 # later collections: torch and its like are millions of objects, and going through them takes as long as most tests.
 os.register_at_fork(before=lambda: (gc.collect(), gc.freeze()), after_in_child=gc.freeze)
-gc.disable()  # until all test files are imported
 
 
-def pytest_collection_finish():
-    gc.collect()
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What test files import is never garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_ignore_collect(collection_path, config):

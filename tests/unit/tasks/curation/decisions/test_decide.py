@@ -223,6 +223,7 @@ def test_check_of_a_source_that_is_refused_is_one_line(tmp_path, capsys):
     assert out.startswith("ValueError: ") and len(out.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_replay_gives_the_decisions_that_a_run_would_give_and_reads_no_image(folder, tmp_path, capsys, monkeypatch):
     (folder / "p000.txt").write_text("a picture")
     strict = CONFIG.model_copy(update={"captions": CaptionConfig(max_words=3)})
@@ -329,6 +330,7 @@ def precision_and_recall(book: pd.DataFrame) -> dict[str, tuple[int, float, floa
     return table
 
 
+@pytest.mark.slow
 def test_every_rule_has_its_precision_and_recall_on_planted_truth(planted):
     """Prints the table (pytest -s)."""
     table = precision_and_recall(planted[0])
@@ -384,6 +386,7 @@ def test_every_rule_rejects_what_breaks_it_and_nothing_at_its_limit():
     assert [row["rule"] for row in records_of(rows, CurationConfig(filters=LIMITS))] == truth
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("defect", defects.DUPLICATES)
 def test_of_planted_duplicates_one_stays(planted, defect):
     book = planted[0]
@@ -392,6 +395,7 @@ def test_of_planted_duplicates_one_stays(planted, defect):
     assert np.mean(merged) >= (1.0 if defect == "exact_duplicate" else 0.9)
 
 
+@pytest.mark.slow
 def test_clean_scenes_digits_and_rotated_ones_are_kept(planted):
     book, report = planted
     duplicated = set(book.loc[book["defect"].isin(defects.DUPLICATES), "original"])
