@@ -129,6 +129,7 @@ def test_two_homes_give_the_same_digests_wherever_the_source_is(tars, tmp_path, 
     assert digests[0] == digests[1]
 
 
+@pytest.mark.slow
 def test_a_source_that_moved_is_read_where_it_is_now(tars, tmp_path):
     curate(tars)
     moved = shutil.move(tars, tmp_path / "moved")
@@ -227,6 +228,7 @@ flow.curate_source(SourceConfig(), {str(tars)!r}, CONFIG)
     assert len(parts_of(home, "scores")) == 3
 
 
+@pytest.mark.slow
 def test_a_new_tier_setting_rewrites_selections_and_no_scores(tars, home):
     curate(tars, CONFIG.model_copy(update={"tiers": TierConfig(thresholds=(9.9, 9.8, 9.7, 9.6))}))
     scores, selected = parts_of(home, "scores"), parts_of(home, "selections")

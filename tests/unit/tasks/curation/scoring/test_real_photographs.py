@@ -114,6 +114,7 @@ def matches() -> tuple[int, dict[str, float], list[tuple]]:
     return count, {name: hits / count for name, hits in found.items()}, [(a, b) for a, b in merged if a[0] != b[0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edit", EDITS)
 def test_an_edited_copy_of_a_photograph_is_found(matches, edit):
     count, recall, _ = matches
@@ -121,6 +122,7 @@ def test_an_edited_copy_of_a_photograph_is_found(matches, edit):
     assert recall[edit] >= EDITS[edit][1], recall
 
 
+@pytest.mark.slow
 def test_different_tiles_do_not_match_unless_both_are_plain_and_have_the_same_logo(matches):
     """The logo is then the most of both pictures. No pair of other copies matches, nor any copy with an original."""
     false = matches[2]
