@@ -185,15 +185,10 @@ RELEASES = pytest.mark.parametrize("flash", [("flash2",), ("flash3",)], indirect
 EARLY = pytest.mark.parametrize("flash", [("flash3", True)], indirect=True, ids=str)
 
 
-CALLS = pytest.mark.parametrize(
-    "flash, masked",
-    [(("flash2",), False), (("flash2",), True), (("flash3",), False), (("flash3",), True), (("varlen",), True)],
-    indirect=["flash"],
-    ids=str,
-)
+CALLS = [(("flash2",), False), (("flash2",), True), (("flash3",), False), (("flash3",), True), (("varlen",), True)]
 
 
-@CALLS
+@pytest.mark.parametrize("flash, masked", CALLS, indirect=["flash"], ids=str)
 def test_flash_attention_is_computed_once_unless_all_is_again(flash, masked):
     """Its package is imported when blocks are wrapped: else its operations need not exist."""
     build("selective", config=ONE)
@@ -204,15 +199,20 @@ def test_flash_attention_is_computed_once_unless_all_is_again(flash, masked):
 
 
 @pytest.mark.slow
-@CALLS
-def test_flash_attention_compiles_whole_and_is_computed_once_unless_all_is_again(flash, masked):
+@pytest.mark.parametrize(
+    "flash, masked, policy",
+    [*((*call, "selective") for call in CALLS), *((("varlen",), True, policy) for policy in ("none", "full"))],
+    indirect=["flash"],
+    ids=str,
+)
+def test_flash_attention_compiles_whole_and_is_computed_once_unless_all_is_again(flash, masked, policy):
+    """Selective checkpointing names the operations of each release; the other policies take any as it is."""
     expected = run(build("selective", config=ONE), torch.bfloat16, masked)[:2]
     flash.calls.clear()
-    for policy in ("selective", "none", "full"):
-        found = run(build(policy, "aot_eager", ONE), torch.bfloat16, masked)[:2]
-        _check_calls(flash, masked, policy)
-        assert graphs_and_breaks() == (1, {}), policy
-        assert_close(*found, *expected, rounding=0.05)
+    found = run(build(policy, "aot_eager", ONE), torch.bfloat16, masked)[:2]
+    _check_calls(flash, masked, policy)
+    assert graphs_and_breaks() == (1, {})
+    assert_close(*found, *expected, rounding=0.05)
 
 
 def _check_calls(flash, masked, policy):
