@@ -71,7 +71,7 @@ lock: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet uv
 	$(VENV)/bin/uv pip compile pyproject.toml --extra dev --extra spark --python-version 3.11 --quiet --no-header --no-annotate \
 		--no-emit-package setuptools --output-file constraints.new
-	grep -vE '^(nvidia-|cuda-)' constraints.new > constraints.txt
+	{ grep -vE '^(nvidia-|cuda-)' constraints.new; grep -v '^#' no-deps.txt; } > constraints.txt
 	rm constraints.new
 
 images: $(STAMP)

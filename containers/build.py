@@ -126,9 +126,10 @@ def write_sbom(role: str, packages: str) -> Path | None:
 
 
 def differences(role: str, packages: str) -> list[str]:
-    """Packages of an image that the role's lock has not, or has at another version; local versions (+cpu) count as equal.
+    """Packages of an image that the role's locks have not, or have at another version; local versions (+cpu) count as equal.
     CUDA's libraries, which torch itself pins, are left out."""
-    lines = (ROOT / "containers" / "requirements" / f"{role}.txt").read_text().splitlines()
+    files = (ROOT / "containers" / "requirements" / f"{role}{kind}.txt" for kind in ("", ".no-deps"))
+    lines = [line for file in files if file.is_file() for line in file.read_text().splitlines()]
     wanted = {line.lower().replace("_", "-") for line in lines if line and not line.startswith(("#", "triton=="))}
     installed = {line.split("+")[0].lower().replace("_", "-").replace(".", "-", line.split("==")[0].count("."))
                  for line in packages.splitlines()}  # fmt: skip

@@ -14,6 +14,9 @@ elif [ "$VARIANT" = cpu ] && [ -n "$TORCH_INDEX" ]; then
   set -- "$@" --extra-index-url "$TORCH_INDEX"
 fi
 /opt/venv/bin/pip install "$@" --no-compile --constraint "/requirements/$role.txt" --requirement /tmp/wanted.txt
+if [ -f "/requirements/$role.no-deps.txt" ]; then
+  /opt/venv/bin/pip install "$@" --no-deps --no-compile --requirement "/requirements/$role.no-deps.txt"
+fi
 
 # Code runs from /opt/nucleus, which keeps the recipes beside the packages.
 site=$(/opt/venv/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')

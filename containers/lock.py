@@ -1,4 +1,5 @@
-"""Writes containers/requirements/ROLE.txt: every package of a role's image, at the version of constraints.txt.
+"""Writes containers/requirements/ROLE.txt: every package of a role's image, at the version of constraints.txt; and
+ROLE.no-deps.txt: those of no-deps.txt, which are installed without what they require.
 
     python -m containers.lock          # after a change of pyproject.toml or constraints.txt
     python -m containers.lock --check  # exits 1 where a file differs from what would be written
@@ -23,6 +24,8 @@ REQUIREMENTS = ROOT / "containers" / "requirements"
 ROLES = ("curation", "scorer", "encoder", "trainer", "evaluator", "publisher")
 # pip installs these by default beside everything; no module of ours, nor of a dependency, imports them at run time.
 INSTALLERS = {"pip", "wheel"}
+# Of no-deps.txt. The judges of eval/judges that import them need nothing else of what they require (torchvision, peft, ...).
+NO_DEPS = {"evaluator": ("dreamsim", "modelscope")}
 HEADER = "# Made by containers/lock.py from pyproject.toml and constraints.txt. Do not edit.\n"
 
 
@@ -67,10 +70,15 @@ def locked() -> dict[str, str]:
     versions = pins()
     files = {}
     for role in ROLES:
-        names = closure(project["dependencies"] + project["optional-dependencies"][role])
-        if missing := sorted(names - versions.keys()):
-            raise ValueError(f"constraints.txt pins no version of {', '.join(missing)}, which the {role} image needs")
-        files[f"{role}.txt"] = HEADER + "".join(f"{name}=={versions[name]}\n" for name in sorted(names))
+        wanted = {f"{role}.txt": closure(project["dependencies"] + project["optional-dependencies"][role])}
+        if role in NO_DEPS:
+            wanted[f"{role}.no-deps.txt"] = set(NO_DEPS[role])
+        for file, names in wanted.items():
+            if missing := sorted(names - versions.keys()):
+                raise ValueError(
+                    f"constraints.txt pins no version of {', '.join(missing)}, which the {role} image needs"
+                )
+            files[file] = HEADER + "".join(f"{name}=={versions[name]}\n" for name in sorted(names))
     return files
 
 

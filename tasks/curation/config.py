@@ -198,8 +198,9 @@ class DedupConfig(Section):
     max_marked_distance: Annotated[int, Field(ge=0, le=256)] = (
         96  # of pHash-256, with dHash proposing: a logo moves pHash
     )
-    # Of flat pictures the hashes are noise: below this margin (hashes.py) only equal bytes count.
-    min_hash_margin: Annotated[float, Field(ge=0)] = 4.0
+    # Of flat pictures the hashes are noise: below this margin (hashes.py) only equal bytes count. docs/scale.md has what
+    # 4, 8 and 12 give on photographs.
+    min_hash_margin: Annotated[float, Field(ge=0)] = 12.0
     # Cosine of the column `embedding` from which two pictures are one, such as 0.97; null compares no embeddings.
     min_embedding_similarity: Annotated[float, Field(gt=0, le=1)] | None = None
     thumbnail_sources: tuple[str, ...] = ("scenes", "digits")

@@ -54,6 +54,10 @@ def test_an_image_that_differs_from_its_lock_is_named():
     trainer = (lock.REQUIREMENTS / "trainer.txt").read_text().splitlines()[1:]
     installed = [line + "+cpu" if line.startswith("torch==") else line for line in trainer] + ["nvidia-nccl-cu13==2.0"]
     assert build.differences("trainer", "\n".join(installed)) == []
+    files = (lock.REQUIREMENTS / f"evaluator{kind}.txt" for kind in ("", ".no-deps"))
+    closed, alone = ([line for line in file.read_text().splitlines() if "==" in line] for file in files)
+    assert build.differences("evaluator", "\n".join([*closed, *alone])) == []
+    assert build.differences("evaluator", "\n".join(closed)) == alone
 
 
 def test_no_working_engine_is_one_sentence(monkeypatch):

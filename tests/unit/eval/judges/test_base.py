@@ -125,6 +125,20 @@ def test_a_judge_that_cannot_be_imported_or_takes_no_weights_is_one_clear_error(
         registry.load("shapes-detector@somewhere")
 
 
+def test_an_absent_package_is_named_before_hours_of_work_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for judge, message in (
+        ("mplug@weights", r"needs modelscope, which is not installed: pip install --no-deps -r no-deps\.txt"),
+        ("blip-vqa", ""),
+    ):
+        config = EvalConfig(benchmark="dpg", judges={"vqa": judge})
+        if not message:
+            catalog.check_installed(config)
+            continue
+        with pytest.raises(ValueError, match=message):
+            catalog.check_installed(config)
+
+
 def test_naming_every_judge_imports_no_heavy_library():
     code = (
         "import sys; from eval import catalog, config; [catalog.check_judge(n) for n in catalog.JUDGES]; "
@@ -148,6 +162,8 @@ def test_only_the_official_models_give_a_score_its_plain_name():
         ("geneval", dict.fromkeys(("detector", "color"), "mask2former-clip"), "geneval[mask2former-clip]"),
         ("geneval", dict.fromkeys(("detector", "color"), "ssd-mobilenet-v2"), "geneval[ssd-mobilenet-v2]"),
         ("dpg", {"vqa": "qwen2.5-vl-7b-yes-no"}, "dpg[qwen2.5-vl-7b-yes-no]"),
+        ("dpg", {"vqa": "mplug"}, "dpg[mplug]"),  # but for weights of pinned digests
+        ("oneig", {"diversity": "dreamsim"}, "oneig[dreamsim]"),
     ]:
         record = {}
         for role, judge in judges.items():
