@@ -48,6 +48,10 @@ def test_totals_are_the_released_ones(sections, shapes):
     assert shapes.total == 16_922_679_296
     assert shapes.muon + shapes.adamw + shapes.frozen == shapes.total
     assert shapes.frozen == 32 * 128  # norm_added_q
+
+
+@pytest.mark.slow
+def test_checkpoints_have_the_sizes_of_the_released_weights_and_of_the_optimizers_state(sections, shapes):
     sizes = plan(*sections, GPUS["h100"])["checkpoint_bytes"]
     assert sizes["model_bf16"] == 33_845_358_592
     assert sizes["full"] == 4 * (shapes.total + shapes.muon + 2 * shapes.adamw)
@@ -262,6 +266,7 @@ def test_the_network_is_told_in_seconds_and_where_it_may_dominate(capsys):
     assert f"the MFU is at most {mfu:.2f}" in line
 
 
+@pytest.mark.slow
 def test_the_hardware_computes_newton_schulz_and_what_is_recomputed_too_and_reads_its_memory(sections):
     train = sections[1]
     stage, small = train.stages[0].model_copy(update={"capacity_factors": 2.0, "batch_size": 8}), Shapes(CONFIG)
@@ -286,6 +291,7 @@ def test_a_plan_says_whose_muon_its_memory_is_of(sections):
     assert "this project's implementation" in plan(model, train, GPUS["h100"], gpus=64)["note"]
 
 
+@pytest.mark.slow
 def test_what_is_not_given_is_the_recipes(sections):
     changes = {
         "nnodes": 4,
@@ -344,6 +350,7 @@ def test_a_plan_that_does_not_fit_names_a_layout_or_says_none(capsys):
     assert "DOES NOT FIT" in out and "a layout that fits" in out
 
 
+@pytest.mark.slow
 def test_steps_that_train_guidance_in_cost_one_more_forward_and_little_memory(sections, shapes):
     model, train = sections
     stage, layout = train.stages[2], Layout(64, 64, 64, 4, "full")
