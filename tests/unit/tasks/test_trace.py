@@ -444,6 +444,7 @@ def test_a_lineage_in_s3_is_verified_without_a_local_copy(remote, home, capsys):
     assert {use.kind for use in used_by(record_id(0), "s3://lineage/home")} >= {"pipeline", "latents", "selections"}
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_in_s3_is_found_and_named_by_its_uri(remote, capsys):
     fs, uris = remote
     for name, file in FILES:

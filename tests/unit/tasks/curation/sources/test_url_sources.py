@@ -364,6 +364,7 @@ def test_tars_of_img2dataset_itself_are_read_as_they_are(tmp_path):
     assert "00000.parquet" in left_out and "00000_stats.json" in left_out
 
 
+@pytest.mark.slow
 def test_the_same_list_is_downloaded_once_and_a_new_number_downloads_again(site, tmp_path):
     path = table_of(tmp_path / "source" / "urls.parquet", [site.url(f"/ok/{i}.png") for i in range(4)])
     curate(path.parent)
@@ -373,6 +374,7 @@ def test_the_same_list_is_downloaded_once_and_a_new_number_downloads_again(site,
     assert {count for name, count in site.answered.items() if name.startswith("/ok")} == {2}
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_what_was_downloaded_is_not_downloaded_again(site, tmp_path):
     path = table_of(
         tmp_path / "source" / "urls.parquet", [site.url(f"/ok/{i}.png", f"h{i % 5}.test") for i in range(25)]
