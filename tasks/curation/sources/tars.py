@@ -87,6 +87,7 @@ def samples(shown: str, file: BinaryIO, options: Options, account: Account) -> l
                 account.use()
             else:
                 account.skip(reason_of(member.name), name)
+<<<<<<< HEAD
         loose: dict[str, list[Member]] = {}
         found = [
             sample
@@ -96,6 +97,13 @@ def samples(shown: str, file: BinaryIO, options: Options, account: Account) -> l
         listed.finish(account)
     found = _with_parallel(shown, found, loose, options, account)
     return sorted(found, key=lambda sample: (sample.image.offset, sample.place))
+=======
+        images = [
+            sample for members in folders.values() for sample in _of_folder(shown, members, options, listed, account)
+        ]
+        listed.finish(account)
+    return sorted(images, key=lambda sample: (sample.image.offset, sample.place))
+>>>>>>> main
 
 
 def _folders_inside(folders: Iterable[str]) -> dict[str, set[str]]:
@@ -168,26 +176,24 @@ def _of_folder(
     """The images of one folder. Texts that describe none of them are put into `loose`, and not counted."""
     names = [base_name(member.name) for member in members]
     pairs = pair(names, options.caption_columns)
-    used = {i for found in pairs.values() for i in found.texts}
+    used = {i for one in pairs.values() for i in one.texts}
     for i, member in enumerate(members):
         if i not in pairs and i not in used:
             loose.append(member)
     account.use(len(pairs) + len(used))
     rivals = Rivals(_plain(members[i].name) for i in pairs)
     repeats: Counter = Counter()
-    for i, found in pairs.items():
+    for i, one in pairs.items():
         member = members[i]
         path = _plain(member.name)
         repeats[member.name] += 1
         place = member.name + (f"#{repeats[member.name]}" if repeats[member.name] > 1 else "")
         captions, ambiguous, no_column = listed.match([path], rivals.of(path))
-        if no_column and not found.texts:
+        if no_column and not one.texts:
             raise ValueError(no_column)
-        why = found.ambiguous or ambiguous
+        why = one.ambiguous or ambiguous
         detail = f"{shown}:{visible(place)}: {why}" if why else ""
-        yield Sample(
-            member, place, [members[j] for j in found.texts], captions, AMBIGUOUS_CAPTION if why else "", detail
-        )
+        yield Sample(member, place, [members[j] for j in one.texts], captions, AMBIGUOUS_CAPTION if why else "", detail)
 
 
 def _with_parallel(

@@ -37,7 +37,11 @@ def decode(data: bytes, encoding: str | None) -> str:
     """Text by its byte order mark; else UTF-8; else `encoding`.
 
     Raises:
+<<<<<<< HEAD
         CaptionError: it is none of these, or has control characters of another encoding (`foreign`).
+=======
+        CaptionError: none of these encodings fits. UTF-16 without a mark is valid UTF-8 with NULs, so NULs count as unreadable.
+>>>>>>> main
     """
     for mark, name in _MARKS:
         if data.startswith(mark):
@@ -79,11 +83,11 @@ def column_name(name: str) -> str:
 
 def caption_columns(columns: Iterable[str], wanted: tuple[str, ...]) -> list[str]:
     """Those of `columns` that have captions, in the order of `wanted` (of the default names, if that is empty)."""
-    found: dict[str, list[str]] = {}
+    by_name: dict[str, list[str]] = {}
     for column in columns:
-        found.setdefault(column_name(column), []).append(column)
+        by_name.setdefault(column_name(column), []).append(column)
     names = dict.fromkeys(column_name(name) for name in wanted or CAPTION_COLUMNS)
-    return [column for name in names for column in found.get(name, ())]
+    return [column for name in names for column in by_name.get(name, ())]
 
 
 def column_hint(wanted: tuple[str, ...]) -> str:
@@ -127,7 +131,7 @@ def captions_of_cells(cells: Iterable[Any]) -> list[str]:
     """The captions of all cells of one image.
 
     Raises:
-        NotTextError: a cell is no text, and no other has a caption.
+        NotTextError: a cell is not text, and no other cell has a caption.
         CaptionError: see `captions_of`.
     """
     texts: list[str] = []
@@ -166,7 +170,7 @@ def parse_json(text: str | bytes) -> Any:
     """A JSON value.
 
     Raises:
-        ValueError: it is none, is nested too deeply, or an object names a key twice.
+        ValueError: it is not JSON, is nested too deeply, or an object names a key twice.
     """
     try:
         return json.loads(text, object_pairs_hook=_object)

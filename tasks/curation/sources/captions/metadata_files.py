@@ -395,12 +395,12 @@ def _parquet_rows(shown: str, file: BinaryIO, wanted: tuple[str, ...], table: _F
             parquet.rows(shown, file, opened, [name, *captions], range(opened.num_row_groups))
         ):
             try:
-                found = row_captions({c: values[c] for c in captions}, wanted)
+                texts = row_captions({c: values[c] for c in captions}, wanted)
             except CaptionError as error:
                 raise ValueError(f"{shown}, row {row}, {error}") from error
             if not isinstance(values[name], str):
                 raise ValueError(f"{shown}, row {row}, has no file name in {visible(name)}")
-            yield Row(row, values[name], found)
+            yield Row(row, values[name], texts)
 
 
 def _name_column(columns: list[str]) -> str | None:
@@ -418,7 +418,19 @@ def _needed_name(shown: str, columns: list[str]) -> str:
 
 
 def _captions_of_columns(shown: str, columns: list[str], wanted: tuple[str, ...], table: _File) -> list[str]:
+<<<<<<< HEAD
     found = caption_columns(columns, wanted)
     if not found:
         table.no_column = f"{shown} has columns {csv_text.few(columns)}; it needs {column_hint(wanted)}"
     return found
+=======
+    names = caption_columns(columns, wanted)
+    if not names:
+        table.no_column = f"{shown} has columns {_few(columns)}; it needs {column_hint(wanted)}"
+    return names
+
+
+def _few(columns: list[str]) -> str:
+    names = [visible(column) for column in columns]
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+>>>>>>> main

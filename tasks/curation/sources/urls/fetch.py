@@ -1,4 +1,4 @@
-"""Downloads images by URL: many hosts at a time, few requests to each, within limits, polite, and never inside.
+"""Downloads images by URL: many hosts at a time, few requests to each, within limits, obeying robots.txt, and never from private networks.
 
     (row, URL) --check--> robots.txt --> GET --redirect--> check ... --> bytes, or a rule of the ledger and why
                              |            429, 5xx, timeout: again, later
@@ -10,16 +10,19 @@ Nothing is decompressed here, cookies are not kept, and nothing of the environme
 from __future__ import annotations
 
 import asyncio
+<<<<<<< HEAD
 import random
 import tempfile
+=======
+>>>>>>> main
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from urllib.parse import urljoin
 
-from tasks.curation.captioning.endpoint import retry_after_s
 from tasks.curation.config import UrlConfig
+from tasks.curation.http_retries import LONGEST_WAIT_S, retry_after_s, wait_s
 from tasks.curation.sources.base import visible
 from tasks.curation.sources.urls import network, robots
 
@@ -36,7 +39,6 @@ INVALID, FORBIDDEN, ROBOTS, GONE, FAILED, TOO_LARGE, TYPE, REDIRECTS = (
     "url_type",  # an answer that is no image
     "url_redirects",  # too many
 )
-FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 HOSTS_KNOWN = 20_000  # robots.txt and pace of so many are in memory
 MAX_DELAY_S = 30.0  # of Crawl-delay
 ROBOTS_CHARS = 4 * 2**20  # of robots.txt that are in memory parsed, which takes some 50 times as much
@@ -135,7 +137,7 @@ class Fetcher:
         again: _Again | None = None
         for attempt in range(1, self.config.max_retries + 2):
             if again is not None:
-                await asyncio.sleep(_wait_s(attempt - 2, again.after_s))
+                await asyncio.sleep(wait_s(attempt - 2, min(again.after_s or 0.0, LONGEST_WAIT_S)))
             try:
                 return (await self._follow(url))._replace(attempts=attempt)
             except _Again as error:
@@ -158,14 +160,14 @@ class Fetcher:
                 with _Using(self._hosts, origin, self.config.per_host) as host:
                     if self.config.obey_robots and not (await self._rules(host, str(parsed))).allows(str(parsed)):
                         return Fetched(url=url, rule=ROBOTS, detail="robots.txt forbids it")
-                    found = await self._get(host, parsed, self.config.max_bytes)
+                    response = await self._get(host, parsed, self.config.max_bytes)
             except network.InvalidUrlError as error:
                 return Fetched(url=url, rule=INVALID, detail=str(error))
             except network.ForbiddenError as error:
                 return Fetched(url=url, rule=FORBIDDEN, detail=str(error))
-            if found.status not in REDIRECT:
-                return found
-            url = found.url
+            if response.status not in REDIRECT:
+                return response
+            url = response.url
         return Fetched(url=url, rule=REDIRECTS, detail=f"more than {self.config.max_redirects} redirects")
 
     async def _rules(self, host: _Host, url: str) -> robots.Rules:
@@ -178,7 +180,7 @@ class Fetcher:
             except BaseException as error:
                 waiting, host.rules = host.rules, None
                 waiting.set_exception(error if isinstance(error, Exception) else _Again("robots.txt was not read"))
-                waiting.exception()  # it may be that nobody waits
+                waiting.exception()  # retrieved, or asyncio warns where no caller awaits it
                 raise
             host.delay_s = min(rules.delay_s(), MAX_DELAY_S)
             host.rules.set_result(rules)
@@ -197,13 +199,21 @@ class Fetcher:
         agent = self.config.user_agent
         for _ in range(self.config.max_redirects + 1):
             parsed = network.check_url(url, self.config.allow_http)
+<<<<<<< HEAD
             found = await self._get(host, parsed, robots.MAX_ROBOTS_BYTES, is_image=False)
             if found.status in REDIRECT:
                 url = found.url
             elif found.status == 200 and not found.rule:
                 return robots.Rules(agent, b"".join(found.pieces()).decode("utf-8", "replace"))
+=======
+            response = await self._get(host, parsed, robots.MAX_ROBOTS_BYTES, is_image=False)
+            if response.status in REDIRECT:
+                url = response.url
+            elif response.status == 200 and not response.rule:
+                return robots.Rules(agent, response.data.decode("utf-8", "replace"))
+>>>>>>> main
             else:
-                return robots.Rules(agent, allowed=found.rule == GONE)
+                return robots.Rules(agent, allowed=response.rule == GONE)
         return robots.Rules(agent)  # RFC 9309: as if there were none
 
     async def _get(self, host: _Host, url: Any, limit: int, is_image: bool = True) -> Fetched:
@@ -269,9 +279,9 @@ class Fetcher:
         if is_image:
             if self.config.obey_robots:
                 tags = [value for name, value in fields if name == "x-robots-tag"]
-                found = robots.forbidden_by_tag(tags, self.config.robots_directives, self.config.user_agent)
-                if found:
-                    return answer._replace(rule=ROBOTS, detail=f"X-Robots-Tag: {visible(found)}")
+                directive = robots.forbidden_by_tag(tags, self.config.robots_directives, self.config.user_agent)
+                if directive:
+                    return answer._replace(rule=ROBOTS, detail=f"X-Robots-Tag: {visible(directive)}")
             if not kind.startswith(self.config.content_types):
                 return answer._replace(rule=TYPE, detail=f"content type {visible(kind)[:100] or 'not given'}")
         if named.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
@@ -296,7 +306,7 @@ class Fetcher:
 
 
 class _Using:
-    """A host in use; those that nobody uses are forgotten, the oldest first, when there are too many."""
+    """A host in use; unused ones are dropped, the oldest first, when there are too many."""
 
     def __init__(self, hosts: OrderedDict, origin: tuple, requests: int) -> None:
         self._hosts, self._origin = hosts, origin
@@ -317,8 +327,3 @@ class _Using:
                 self._hosts.move_to_end(origin)
                 break
             del self._hosts[origin]
-
-
-def _wait_s(retry: int, after_s: float | None) -> float:
-    wait_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**retry) * random.uniform(0.5, 1.0)  # noqa: S311  (spreads retries)
-    return max(min(after_s or 0.0, LONGEST_WAIT_S), wait_s)

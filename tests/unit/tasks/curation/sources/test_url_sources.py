@@ -22,12 +22,12 @@ import pytest
 from image_site import image_site
 from own_images import png
 
-from tasks.curation import flow
+from tasks.curation import flow, http_retries
 from tasks.curation.config import CurationConfig, FilterConfig, SourceConfig, UrlConfig
 from tasks.curation.curated import open_curated
 from tasks.curation.sources.base import Account
 from tasks.curation.sources.places import find
-from tasks.curation.sources.urls import fetch, network, robots, tables
+from tasks.curation.sources.urls import network, robots, tables
 from tasks.curation.sources.urls.fetch import Fetched, Fetcher
 from tasks.store import read_index
 
@@ -38,7 +38,7 @@ CONFIG = CurationConfig(filters=FilterConfig(min_side_px=32, min_entropy_bits=0.
 def quick(tmp_path, monkeypatch):
     monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("NUCLEUS_STORE", raising=False)
-    monkeypatch.setattr(fetch, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(http_retries, "FIRST_WAIT_S", 0.01)
 
 
 @pytest.fixture
@@ -369,6 +369,7 @@ def test_tars_of_img2dataset_itself_are_read_as_they_are(tmp_path):
     assert "00000.parquet" in left_out and "00000_stats.json" in left_out
 
 
+@pytest.mark.slow
 def test_the_same_list_is_downloaded_once_and_a_new_number_downloads_again(site, tmp_path):
     path = table_of(tmp_path / "source" / "urls.parquet", [site.url(f"/ok/{i}.png") for i in range(4)])
     curate(path.parent)
@@ -378,6 +379,7 @@ def test_the_same_list_is_downloaded_once_and_a_new_number_downloads_again(site,
     assert {count for name, count in site.answered.items() if name.startswith("/ok")} == {2}
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_what_was_downloaded_is_not_downloaded_again(site, tmp_path):
     path = table_of(
         tmp_path / "source" / "urls.parquet", [site.url(f"/ok/{i}.png", f"h{i % 5}.test") for i in range(25)]
