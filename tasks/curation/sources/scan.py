@@ -312,13 +312,8 @@ class _Scan:
     def _add_tars(self, listing: Folder, paths: list[str]) -> None:
         if self.listed:
             for path in paths:
-<<<<<<< HEAD
                 for sample in self._samples(path, Account()):
-                    self.listed.claim(_names_beside(found, path, sample.place), path)
-=======
-                for sample in self._samples(path):
                     self.listed.claim(_names_beside(listing, path, sample.place), path)
->>>>>>> main
         for path in paths:
             shown = self.place.shown(path)
             with _naming(shown):

@@ -87,23 +87,15 @@ def samples(shown: str, file: BinaryIO, options: Options, account: Account) -> l
                 account.use()
             else:
                 account.skip(reason_of(member.name), name)
-<<<<<<< HEAD
         loose: dict[str, list[Member]] = {}
-        found = [
+        images = [
             sample
             for folder, members in folders.items()
             for sample in _of_folder(shown, members, options, listed, account, loose.setdefault(folder, []))
         ]
         listed.finish(account)
-    found = _with_parallel(shown, found, loose, options, account)
-    return sorted(found, key=lambda sample: (sample.image.offset, sample.place))
-=======
-        images = [
-            sample for members in folders.values() for sample in _of_folder(shown, members, options, listed, account)
-        ]
-        listed.finish(account)
+    images = _with_parallel(shown, images, loose, options, account)
     return sorted(images, key=lambda sample: (sample.image.offset, sample.place))
->>>>>>> main
 
 
 def _folders_inside(folders: Iterable[str]) -> dict[str, set[str]]:

@@ -37,11 +37,7 @@ def decode(data: bytes, encoding: str | None) -> str:
     """Text by its byte order mark; else UTF-8; else `encoding`.
 
     Raises:
-<<<<<<< HEAD
         CaptionError: it is none of these, or has control characters of another encoding (`foreign`).
-=======
-        CaptionError: none of these encodings fits. UTF-16 without a mark is valid UTF-8 with NULs, so NULs count as unreadable.
->>>>>>> main
     """
     for mark, name in _MARKS:
         if data.startswith(mark):

@@ -279,14 +279,14 @@ def _csv_rows(shown: str, text: bytes, delimiter: str, wanted: tuple[str, ...], 
             delimiter = other
             break
     file = io.TextIOWrapper(io.BytesIO(text), "utf-8", newline="")
-    found = csv_text.rows(shown, file, delimiter, "divide it by folders")
-    _, columns = next(found, (0, []))
+    parsed = csv_text.rows(shown, file, delimiter, "divide it by folders")
+    _, columns = next(parsed, (0, []))
     if not columns:
         raise ValueError(f"{shown} is empty; it needs file_name and {column_hint(wanted)}")
     name_at = columns.index(_needed_name(shown, columns))
     caption_at = [columns.index(name) for name in _captions_of_columns(shown, columns, wanted, table)]
     checks = csv_text.Checks(shown, columns, caption_at, delimiter, is_image)
-    for line, fields in found:
+    for line, fields in parsed:
         checks.check(line, fields, fields[name_at])
         texts = (fields[at].strip() for at in caption_at)
         yield Row(line, fields[name_at], list(dict.fromkeys(filter(None, texts))))
@@ -418,19 +418,7 @@ def _needed_name(shown: str, columns: list[str]) -> str:
 
 
 def _captions_of_columns(shown: str, columns: list[str], wanted: tuple[str, ...], table: _File) -> list[str]:
-<<<<<<< HEAD
-    found = caption_columns(columns, wanted)
-    if not found:
-        table.no_column = f"{shown} has columns {csv_text.few(columns)}; it needs {column_hint(wanted)}"
-    return found
-=======
     names = caption_columns(columns, wanted)
     if not names:
-        table.no_column = f"{shown} has columns {_few(columns)}; it needs {column_hint(wanted)}"
+        table.no_column = f"{shown} has columns {csv_text.few(columns)}; it needs {column_hint(wanted)}"
     return names
-
-
-def _few(columns: list[str]) -> str:
-    names = [visible(column) for column in columns]
-    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
->>>>>>> main

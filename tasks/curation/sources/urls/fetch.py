@@ -10,11 +10,7 @@ Nothing is decompressed here, cookies are not kept, and nothing of the environme
 from __future__ import annotations
 
 import asyncio
-<<<<<<< HEAD
-import random
 import tempfile
-=======
->>>>>>> main
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
@@ -199,19 +195,11 @@ class Fetcher:
         agent = self.config.user_agent
         for _ in range(self.config.max_redirects + 1):
             parsed = network.check_url(url, self.config.allow_http)
-<<<<<<< HEAD
-            found = await self._get(host, parsed, robots.MAX_ROBOTS_BYTES, is_image=False)
-            if found.status in REDIRECT:
-                url = found.url
-            elif found.status == 200 and not found.rule:
-                return robots.Rules(agent, b"".join(found.pieces()).decode("utf-8", "replace"))
-=======
             response = await self._get(host, parsed, robots.MAX_ROBOTS_BYTES, is_image=False)
             if response.status in REDIRECT:
                 url = response.url
             elif response.status == 200 and not response.rule:
-                return robots.Rules(agent, response.data.decode("utf-8", "replace"))
->>>>>>> main
+                return robots.Rules(agent, b"".join(response.pieces()).decode("utf-8", "replace"))
             else:
                 return robots.Rules(agent, allowed=response.rule == GONE)
         return robots.Rules(agent)  # RFC 9309: as if there were none

@@ -44,9 +44,9 @@ class Rules:
         if self._left_s <= 0:
             return False
         begun = time.thread_time()
-        found = bool(self._file.can_fetch(url, OWN))
+        allowed = bool(self._file.can_fetch(url, OWN))
         self._left_s -= time.thread_time() - begun
-        return found
+        return allowed
 
     def delay_s(self) -> float:
         """Seconds between requests that the site asks for (Crawl-delay)."""

@@ -186,16 +186,9 @@ async def _download(urls: list[tuple[int, str]], config: SourceConfig, work_dir:
         done = {int(row["row"]): row for row in journal.rows if row["begin"] + row["bytes"] <= size}
         left = [(row, url) for row, url in urls if row not in done]
         report_at = time.monotonic() + PROGRESS_S
-<<<<<<< HEAD
         async with Fetcher(config.urls, work_dir) as fetcher:
-            async for number, found in fetcher.fetch_all(left):
-                row = _entry(number, found, downloaded)
-=======
-        async with Fetcher(config.urls) as fetcher:
             async for number, fetched in fetcher.fetch_all(left):
-                row = _entry(number, fetched, downloaded.tell())
-                downloaded.write(fetched.data)
->>>>>>> main
+                row = _entry(number, fetched, downloaded)
                 downloaded.flush()  # before its row: what the journal names is there
                 journal.add(row)
                 done[number] = row
@@ -205,23 +198,15 @@ async def _download(urls: list[tuple[int, str]], config: SourceConfig, work_dir:
     return done
 
 
-<<<<<<< HEAD
-def _entry(row: int, found: Fetched, downloaded: BinaryIO) -> dict[str, Any]:
+def _entry(row: int, fetched: Fetched, downloaded: BinaryIO) -> dict[str, Any]:
     """The row of the journal for an answer, whose bytes are appended to `downloaded`."""
     begin, size, digest = downloaded.tell(), 0, hashlib.sha256()
-    for piece in found.pieces():
+    for piece in fetched.pieces():
         digest.update(piece)
         size += downloaded.write(piece)
-    about = {"row": row, "rule": found.rule, "detail": found.detail, "http_status": found.status}
-    about |= {"final_url": found.url, "content_type": found.content_type, "attempts": found.attempts}
-    return about | {"begin": begin, "bytes": size, "sha256": "" if found.rule else digest.hexdigest()}
-=======
-def _entry(row: int, fetched: Fetched, begin: int) -> dict[str, Any]:
     about = {"row": row, "rule": fetched.rule, "detail": fetched.detail, "http_status": fetched.status}
     about |= {"final_url": fetched.url, "content_type": fetched.content_type, "attempts": fetched.attempts}
-    digest = "" if fetched.rule else hashlib.sha256(fetched.data).hexdigest()
-    return about | {"begin": begin, "bytes": len(fetched.data), "sha256": digest}
->>>>>>> main
+    return about | {"begin": begin, "bytes": size, "sha256": "" if fetched.rule else digest.hexdigest()}
 
 
 def write_corpus(

@@ -167,13 +167,13 @@ def _csv_cells(place: Place, name: str, config: SourceConfig) -> Iterator[list[s
     shown = place.shown(name)
     with _named_errors(shown), place.open(name) as file, _text(file, config.encoding) as text:
         delimiter = _delimiter(text, name, config)
-        found = csv_text.rows(shown, text, delimiter, REMEDY)
-        _, header = next(found, (0, []))
+        parsed = csv_text.rows(shown, text, delimiter, REMEDY)
+        _, header = next(parsed, (0, []))
         if not header:
             raise ValueError(f"{shown} has no header")
         columns = [header.index(name) for name in _columns(shown, header, config)]
         checks = csv_text.Checks(shown, header, columns[1:], delimiter, _is_url)
-        for line, fields in found:
+        for line, fields in parsed:
             cells = [fields[at] for at in columns]
             checks.check(line, fields, cells[0])
             yield cells
