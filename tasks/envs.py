@@ -29,7 +29,7 @@ logging.getLogger("flytekit").addFilter(
 )
 
 CACHE_VERSIONS = {
-    "urls": "1",
+    "urls": "2",
     "records": "8",
     "scores": "9",
     "captions": "1",
