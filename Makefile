@@ -1,7 +1,7 @@
 # make reproduce   runs a recipe (RECIPE=tiny by default), from raw images to a published pipeline
 # make smoke       runs the same steps in under 2 minutes, with a model too small to give good images
 # make draw PROMPT="a red circle"   draws one image with the newest published pipeline
-# make test        runs all tests; make test-fast: only those without training
+# make test        runs all tests; make test-fast: the unit tests that take about a second or less
 # make gpu-check   checks and measures a machine with a GPU (benchmarks/first_card.py; results in first_card/)
 # make test-gpu    runs the tests that need a GPU. Without .venv, both use PYTHON and do not install packages
 # make lint        runs ruff and mypy; make format applies ruff's fixes
@@ -36,18 +36,20 @@ draw: export NUCLEUS_PROMPT = $(PROMPT)
 draw: $(STAMP)
 	@$(VENV)/bin/python -m tasks.draw "$$NUCLEUS_PROMPT" --seed $(or $(SEED),0)
 
-# A worker for each of two cores, each with one thread; files stay together, since they share fixtures.
+# A worker for each of two cores, each with one thread.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS)
+# Files stay together, since they share fixtures; test-fast has none that take long, and its workers end together.
+BY_FILE := --dist loadfile
 
 test: $(STAMP)
-	$(PYTEST) $(ARGS)
+	$(PYTEST) $(BY_FILE) $(ARGS)
 
 test-long: $(STAMP)
-	$(PYTEST) -m long $(ARGS)
+	$(PYTEST) $(BY_FILE) -m long $(ARGS)
 
 test-fast: $(STAMP)
-	$(PYTEST) -m "not slow and not long" tests/unit $(ARGS)
+	$(PYTEST) --dist worksteal -m "not slow and not long" tests/unit $(ARGS)
 
 gpu-check:
 	$(GPU_PYTHON) benchmarks/first_card.py $(ARGS)

@@ -76,7 +76,7 @@ RUN_CODE = ("llm2clip",)  # judges that run code of the commit which is named
 
 
 def refuse_code(section: Any, where: str) -> None:
-    """Checks the `eval` section of a file: a recipe of somebody else must not choose what is imported. The user's own
+    """Checks the `eval` section of a file: a recipe from an untrusted source must not choose what is imported. The user's own
     overrides and command line may.
 
     Raises:

@@ -6,7 +6,7 @@ Objects, as a detector gives them and `judge_image` takes them:
 
     {class name: [{"box": [x0, y0, x1, y1], "score": 0.97, "color": "red"}, ...]}
 
-`box` is in pixels, y downwards; `score` lies in [0, 1] (left out: certain); `color` is needed by prompts that ask for
+`box` is in pixels, y downwards; `score` is in [0, 1] (left out: certain); `color` is needed by prompts that ask for
 one only, and only for the objects that are looked at. A bare sequence of 4 or 5 numbers stands for box (and score).
 
 Source: the rule of github.com/djghosh13/geneval at af4902f. It is followed to the letter, oddities included: see
@@ -125,12 +125,12 @@ def filter_detections(
     return kept if max_overlap == 1 else _suppress(kept, max_overlap)
 
 
-def _suppress(found: list[dict[str, Any]], max_overlap: float) -> list[dict[str, Any]]:
-    boxes = [np.asarray(d["box"][:4], dtype=np.float32) for d in found]  # the official boxes' dtype
-    kept, rest = [], list(range(len(found)))
+def _suppress(detections: list[dict[str, Any]], max_overlap: float) -> list[dict[str, Any]]:
+    boxes = [np.asarray(d["box"][:4], dtype=np.float32) for d in detections]  # the official boxes' dtype
+    kept, rest = [], list(range(len(detections)))
     while rest:
         best, rest = rest[0], rest[1:]
-        kept.append(found[best])
+        kept.append(detections[best])
         rest = [i for i in rest if box_iou(boxes[best], boxes[i]) < max_overlap]
     return kept
 
@@ -169,7 +169,9 @@ def judge_image(
         ValueError: a malformed clause or object, or a colour asked for and not known.
     """
     limit = counting_threshold if metadata.get("tag") == "counting" else threshold
-    kept = {name: filter_detections(found, limit, max_objects, max_overlap) for name, found in objects.items()}
+    kept = {
+        name: filter_detections(detections, limit, max_objects, max_overlap) for name, detections in objects.items()
+    }
     reasons: list[str] = []
     matched: list[list[dict[str, Any]] | None] = []
     for clause in metadata.get("include", ()):
@@ -185,13 +187,13 @@ def judge_image(
             reasons.append(reason)
     for clause in metadata.get("exclude", ()):
         name, count = _clause(clause)
-        found = len(kept.get(name, []))
-        if found >= count:
-            reasons.append(f"expected {name}<{count}, found {found}")
+        number = len(kept.get(name, []))
+        if number >= count:
+            reasons.append(f"expected {name}<{count}, found {number}")
     return {
         "correct": not reasons,
         "reason": "\n".join(reasons),
-        "found": {name: len(found) for name, found in kept.items() if found},
+        "found": {name: len(detections) for name, detections in kept.items() if detections},
     }
 
 
@@ -203,14 +205,14 @@ def _color_reason(name, count, wanted, looked_at, classify_colors) -> str:
     if classify_colors is not None:
         colors = classify_colors(name, looked_at)
     else:
-        colors = [found.get("color") for found in looked_at]
+        colors = [detection.get("color") for detection in looked_at]
         if None in colors:
             raise ValueError(f"the prompt asks for a {wanted} {name}, but a detected {name} has no 'color'")
     if colors.count(wanted) >= count:
         return ""
     listed = [c for c in COLORS if c in colors] + sorted(set(colors) - set(COLORS))
-    found = ", ".join(f"{colors.count(c)} {c}" for c in listed)
-    return f"expected {wanted} {name}>={count}, found {colors.count(wanted)} {wanted}; and {found}"
+    colors_seen = ", ".join(f"{colors.count(c)} {c}" for c in listed)
+    return f"expected {wanted} {name}>={count}, found {colors.count(wanted)} {wanted}; and {colors_seen}"
 
 
 def _position_reason(name, position, looked_at, matched, position_threshold) -> str:
@@ -219,9 +221,9 @@ def _position_reason(name, position, looked_at, matched, position_threshold) -> 
         raise ValueError(f"position {list(position)!r} of {name} must refer to one of {len(matched)} earlier clauses")
     if matched[target] is None:
         return f"no target for {name} to be {relation}"
-    for found in looked_at:
+    for detection in looked_at:
         for other in matched[target]:
-            relations = relative_position(found["box"], other["box"], position_threshold)
+            relations = relative_position(detection["box"], other["box"], position_threshold)
             if relation not in relations:
                 return f"expected {name} {relation} target, found {' and '.join(relations)} target"
     return ""
@@ -356,8 +358,8 @@ def result_row(
         limit = settings.get("counting_threshold", COUNTING_THRESHOLD)
     max_objects, max_overlap = settings.get("max_objects", MAX_OBJECTS), settings.get("max_overlap", MAX_OVERLAP)
     details = {}
-    for name, found in objects.items():
-        kept = filter_detections(found, limit, max_objects, max_overlap)
+    for name, detections in objects.items():
+        kept = filter_detections(detections, limit, max_objects, max_overlap)
         if kept:
             details[name] = [[*map(float, d["box"][:4]), float(d["score"])] for d in kept]
     return {

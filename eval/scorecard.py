@@ -220,18 +220,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def lines(card: Mapping[str, Any]) -> list[str]:
     """The scores as lines of text: the name, the categories, the overall score with its noises."""
     scale = card["scale"]
-    found = [card["name"]]
+    lines = [card["name"]]
     rows = {**card["tasks"], "overall": card["overall"]}
     if card["held_out"]:
         rows |= {f"{name}, held out": task for name, task in card["held_out"]["tasks"].items()}
     for name, score in rows.items():
         low, high = (scale * limit for limit in score["interval"])
         spread = "" if score["std"] is None else f" +- {scale * score['std']:.3f} over {score['runs']} seeds"
-        found.append(f"{name:<24} {scale * score['mean']:.3f}{spread}, 95% interval over prompts {low:.3f} to {high:.3f}")  # fmt: skip
-    found += [f"{name.replace('_', ' '):<24} {value:.4g}" for name, value in card.get("measures", {}).items()]
-    found += [f"flow loss at t = {row['timestep']:g}      {row['loss']:.4f}" for row in card.get("flow_loss", [])]
-    found += [f"note: {deviation}" for deviation in card["deviations"]]
-    return found
+        lines.append(f"{name:<24} {scale * score['mean']:.3f}{spread}, 95% interval over prompts {low:.3f} to {high:.3f}")  # fmt: skip
+    lines += [f"{name.replace('_', ' '):<24} {value:.4g}" for name, value in card.get("measures", {}).items()]
+    lines += [f"flow loss at t = {row['timestep']:g}      {row['loss']:.4f}" for row in card.get("flow_loss", [])]
+    lines += [f"note: {deviation}" for deviation in card["deviations"]]
+    return lines
 
 
 if __name__ == "__main__":

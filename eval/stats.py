@@ -103,7 +103,7 @@ def interval(prompts: Sequence[Sequence[float]], level: float = LEVEL, weight_by
         raise ValueError(f"{len(sizes)} prompts, {int((sizes == 0).sum())} of them without images: nothing to estimate")
     scores = np.concatenate([np.asarray(s, dtype=np.float64) for s in prompts])
     if not ((scores >= 0) & (scores <= 1)).all():
-        raise ValueError(f"scores must lie in [0, 1], and range from {scores.min():.4g} to {scores.max():.4g}")
+        raise ValueError(f"scores must be in [0, 1], and range from {scores.min():.4g} to {scores.max():.4g}")
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     sums, squares = np.add.reduceat(scores, starts), np.add.reduceat(scores**2, starts)
     sampling = _sampling_error(sums, squares, sizes, sizes / sizes.sum() if weight_by == "image" else 1 / len(sizes))
@@ -228,7 +228,7 @@ class Difference:
     """B minus A on the same prompts.
 
     p: of the sign-flip test that A and B are equal. visible: the difference that would be seen in four of five tries.
-    verdict: "better", "worse" (the interval excludes 0), "equal" (it lies within +-margin) or "cannot tell".
+    verdict: "better", "worse" (the interval excludes 0), "equal" (it is within +-margin) or "cannot tell".
     """
 
     mean: float

@@ -248,7 +248,7 @@ def _dense(backend: str, q_BSNH: torch.Tensor, k_BLKH: torch.Tensor, v_BLKH: tor
 
 
 def _packed(backend: str, q_RNH, k_RKH, v_RKH, keys: PackedKeys, S: int, L: int) -> torch.Tensor:
-    """R rows of all samples. PyTorch's kernel reads by itself whether it must be deterministic."""
+    """R rows of all samples. PyTorch's kernel checks the global flag for determinism."""
     module = _packages[backend]
     if backend == "varlen":
         return module.varlen_attn(q_RNH, k_RKH, v_RKH, keys.query_offsets, keys.key_offsets, S, L, **_varlen_options)

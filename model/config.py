@@ -338,7 +338,7 @@ class TimestepConfig(Section):
 
 class SkipConfig(Section):
     """Which steps change nothing (model/train/guard.py): always those whose loss or gradient is not finite; with
-    `spike_mads`, those whose loss lies that many median absolute deviations above the median of the last
+    `spike_mads`, those whose loss is that many median absolute deviations above the median of the last
     `window_steps`. `max_skipped` of the last `window_steps` skipped end the run."""
 
     spike_mads: Annotated[float, Field(gt=0)] | None = None

@@ -149,7 +149,7 @@ def load_balance_loss(routings: Iterable[Routing]) -> torch.Tensor:
     """E sum_e f_e p_e, summed over layers: f_e the share of a sample's assignments that went to expert e, p_e its mean
     score over the sample's tokens; the mean over samples. 1 for each layer whose experts share the tokens evenly.
 
-    The Switch Transformer's loss (arXiv 2101.03961, eq. 4) of each sample by itself, as DeepSeek-V3's (arXiv
+    The Switch Transformer's loss (arXiv 2101.03961, eq. 4) of each sample separately, as DeepSeek-V3's (arXiv
     2412.19437, eq. 17), so that it does not depend on how a batch is cut into micro-batches. f_e has no gradient. For
     token choice: where experts choose, it is the constant 1. 0 for a model without routers.
     """

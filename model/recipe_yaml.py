@@ -83,7 +83,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     A file with a key `base`, a recipe's path as seen from the file, is an overlay: it is that recipe with the
     overlay's own values in place. Mappings are joined key by key; anything else, lists too, is replaced whole.
     The path ends in .yaml or .yml, and is relative or in the folder of recipes that come with the code, so that
-    a recipe of somebody else reads no other files.
+    a recipe from an untrusted source reads no other files.
 
     Raises:
         ValueError: no such file, not YAML, not a mapping, bases that go round in a circle, or an overlay without a

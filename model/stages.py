@@ -1,4 +1,4 @@
-"""Training stages as objects: everything that decides one stage, so that its task needs nothing else.
+"""Training stages as objects that have every setting of one stage.
 
     recipe: model, train ---> TrainingStage, TrainingStage, ...   seeds derived and capacity factors applied, once, here
 

@@ -233,7 +233,9 @@ def replacing(path: str | os.PathLike, sync: bool = False) -> Iterator[Path]:
         sync: whether the content must be on the disk first, so that a power failure leaves the old file or the new one.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # no name at which somebody could put a link
+    temporary = path.with_name(
+        f".{path.name}.{uuid.uuid4().hex}"
+    )  # a random name, at which nobody can place a link beforehand
     try:
         yield temporary
         if sync:
@@ -259,16 +261,31 @@ def upload(source: Path, target: str) -> None:
     fs.put_file(str(source), where)
 
 
+def download(source: str, target: Path) -> None:
+    """Copies a remote file to a local path, which appears whole or not at all."""
+    fs, where = filesystem(source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as temporary:
+        fs.get_file(where, str(temporary))
+
+
+def is_left_out(name: str, without: tuple[str, ...]) -> bool:
+    """Whether a path inside a folder matches `without`: endings of names (".tar"), and folders ("files/")."""
+    folders = (pattern for pattern in without if pattern.endswith("/"))
+    return name.endswith(without) or any(f"/{folder}" in f"/{name}" for folder in folders)
+
+
 def copy_folder(source: str | os.PathLike, target: Path, without: tuple[str, ...] = ()) -> None:
-    """Copies a folder to a local path that is not there yet, without the files whose names end in one of `without`.
+    """Copies a folder to a local path that is not there yet, without the files that `without` names (`is_left_out`).
 
     Local files become hard links where the file system allows it: checkpoints are large, and no file of a finished
     one is ever written again.
     """
     fs, root = filesystem(source)
-    names = [name for name in fs.find(root) if not name.endswith(without)]
+    start = len(root.rstrip("/")) + 1
+    names = [name for name in fs.find(root) if not is_left_out(name[start:], without)]
     for name in names:  # before any download: a key of an object store may lead anywhere
-        inside = name[len(root.rstrip("/")) + 1 :]
+        inside = name[start:]
         if not name.startswith(root) or "\\" in inside or any(step in ("", ".", "..") for step in inside.split("/")):
             raise ValueError(f"{join(source, inside)!r} would be written outside of the folder; nothing was copied")
     for name in names:

@@ -26,7 +26,7 @@ from model import storage
 from tasks import envs
 from tasks.lineage.parents_page import parents_page
 from tasks.manifest import MANIFEST, Parent, as_parent, load_manifest, verify
-from tasks.store import home, make_sealed
+from tasks.store import FETCHED_FROM, home, make_sealed
 
 
 def _content_digest(directory: FlyteDirectory) -> str:
@@ -88,11 +88,11 @@ def plain_errors() -> Iterator[None]:
 
 
 def work_path(name: str, step: str, config: Any, parents: Sequence[Path]) -> Path:
-    """Where a long task keeps what it has so far: the same for the same inputs, whatever attempt it is.
+    """The directory of a long task's unfinished work: the same for the same inputs, in every attempt.
 
     Another cache version of `step` (see envs) is another place: code that writes something else must not continue from,
     or return, what older code left. NUCLEUS_WORK points it at storage that outlives a pod (a mounted volume);
-    by default it lies under `home`.
+    by default it is under `home`.
     """
     digests = [load_manifest(parent).digest for parent in parents]
     key = json.dumps([step, envs.CACHE_VERSIONS[step], config, digests], sort_keys=True)
@@ -108,7 +108,7 @@ def exclusive(work_dir: Path) -> Iterator[None]:
     all. It is free again when its process is gone, however that ended.
 
     Raises:
-        UserError: another run is at it; on a cluster, where that is an attempt that has not ended yet, an error that
+        UserError: another run has it; on a cluster, where that is an attempt that has not ended yet, an error that
             Flyte retries.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
@@ -140,8 +140,9 @@ def source(directory: FlyteDirectory) -> str:
 
 
 def fetch(directory: FlyteDirectory, kind: str, without: tuple[str, ...] = ()) -> Path:
-    """Downloads an artifact where it is remote, checks its kind, and verifies every file of it, but for those whose
-    names end in one of `without`: these stay at its `source`, unread. Parts of an index are not fetched (`fetch_part`).
+    """Downloads an artifact where it is remote, checks its kind, and verifies every file of it, except those that
+    `without` names (storage.is_left_out): these stay at its `source`, and `store.fetch_file` gets them one by one. Parts
+    of an index are not fetched (`fetch_part`).
 
     Once for all training processes of a pod: Flyte makes them download to the same folder, where one would overwrite
     what another is reading. Each launch of them verifies again, and each restart of a launch.
@@ -151,16 +152,13 @@ def fetch(directory: FlyteDirectory, kind: str, without: tuple[str, ...] = ()) -
     """
     path = once(f"{directory.path} {without}", lambda: _fetch(directory, kind, without))
     if directory.remote_source:
-        _fetched_from[path] = str(directory.remote_source)
+        FETCHED_FROM[path] = str(directory.remote_source)
     return path
-
-
-_fetched_from: dict[Path, str] = {}  # local copy -> URI, for manifests: the copy is gone when its pod is
 
 
 def _as_parent(parent: Path | Parent) -> Parent:
     named = parent if isinstance(parent, Parent) else as_parent(parent)
-    uri = None if isinstance(parent, Parent) else _fetched_from.get(parent)
+    uri = None if isinstance(parent, Parent) else FETCHED_FROM.get(parent)
     return named if uri is None else named.model_copy(update={"uri": uri})
 
 

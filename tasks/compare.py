@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eval.files import read_json_lines
 from eval.stats import mean_interval, over_seeds
 from tasks.trace import Node, walk
 
@@ -89,7 +90,7 @@ def read_run(scorecard: Path, home: Path | None = None) -> Run:
     scores = {"overall": card["overall"]["mean"], **{task: value["mean"] for task, value in card["tasks"].items()}}
     if card["held_out"]:
         scores["held_out"] = card["held_out"]["overall"]["mean"]
-    lines = [json.loads(line) for line in (last.path / "metrics.jsonl").read_text().splitlines()]
+    lines = [row for _, row in read_json_lines(last.path / "metrics.jsonl")]
     return Run(
         scorecard,
         first.manifest.config["train"]["seed"],

@@ -29,9 +29,9 @@ logging.getLogger("flytekit").addFilter(
 )
 
 CACHE_VERSIONS = {
-    "urls": "1",
-    "records": "7",
-    "scores": "8",
+    "urls": "2",
+    "records": "8",
+    "scores": "9",
     "captions": "1",
     "curation": "6",
     "components": "3",
@@ -119,7 +119,7 @@ def _options(role: str, kind: str, size: profiles.Size, gpu: int = 0) -> dict[st
 
 
 def _own_image(role: str) -> dict[str, str]:
-    """The image by digest, for manifests: a container cannot know it by itself. tools/register.py names it."""
+    """The image by digest, for manifests: a container cannot read it from inside. tools/register.py names it."""
     name = os.environ.get(f"NUCLEUS_IMAGE_{role.upper()}")
     return {"NUCLEUS_IMAGE": name} if name else {}
 

@@ -44,7 +44,7 @@ def load(uri: str) -> Manifest:
     """The manifest, unverified.
 
     Raises:
-        ValueError: there is none, or it is not one of ours.
+        ValueError: there is none, or it is not a manifest of this project.
     """
     if MANIFEST not in _files(uri):
         raise ValueError(f"{uri} is not a sealed directory: it has no {MANIFEST}")

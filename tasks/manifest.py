@@ -27,12 +27,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from model import storage
 from model.storage import MANIFEST as MANIFEST
 from model.storage import replacing
 
 SCHEMA_VERSION = 2
 WRITING = ".writing-"
-FOLDER_ONLY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW  # opening a pipe would wait for ever
+FOLDER_ONLY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW  # opening a pipe would block
 KINDS = (
     "urls",  # ranges of tables of URLs
     "records",  # one shard of made or downloaded images and captions, as a tar
@@ -151,7 +152,7 @@ def load_manifest(directory: str | os.PathLike) -> Manifest:
     """The manifest of a sealed directory, without checking its files.
 
     Raises:
-        ValueError: there is no manifest, or it is not one of ours.
+        ValueError: there is no manifest, or it is not a manifest of this project.
     """
     path = Path(directory) / MANIFEST
     if not path.is_file():
@@ -163,7 +164,7 @@ def parse_manifest(content: bytes, where: str | os.PathLike) -> Manifest:
     """The manifest in the content of a manifest.json; `where` is for messages.
 
     Raises:
-        ValueError: it is not one of ours.
+        ValueError: it is not a manifest of this project.
     """
     try:
         manifest = Manifest.model_validate_json(content)
@@ -261,7 +262,7 @@ def verify(
     """Reads every file of a sealed directory again and compares.
 
     Args:
-        without: files whose names end so are not looked at, and may be absent.
+        without: files that are not read and may be absent: endings of names, or folders (storage.is_left_out).
         kind: the kind that it must have.
         digest: the digest that it must have: whoever can write the directory can also reseal it.
 
@@ -274,7 +275,7 @@ def verify(
     _refuse_links(directory)
     hashes = manifest.files | manifest.logs
     listed, present = (
-        {name for name in names if not name.endswith(without)}
+        {name for name in names if not storage.is_left_out(name, without)}
         for names in (hashes, [p.relative_to(directory).as_posix() for p in _files(directory)])
     )
     for name in sorted(listed - present):
@@ -377,7 +378,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _lock(directory: Path) -> int | None:
-    """A descriptor that holds an exclusive lock on `directory`; None where somebody else does, or it is no directory."""
+    """A descriptor that holds an exclusive lock on `directory`; None where another process does, or it is no directory."""
     try:
         descriptor = os.open(directory, FOLDER_ONLY)
     except OSError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from eval.catalog import refuse_code
 from eval.config import EvalConfig
 from model.config import TIERS, MergeConfig, Section, TrainConfig, TransformerConfig
 from model.constants import TILE_PX, VAE_SCALE
+from model.names import closest
 from model.ranks import micro_batch, rank_degrees
 from model.recipe_yaml import MAX_FILE_BYTES, Loader, read_recipe
 from tasks.curation.config import CurationConfig, SourceConfig
@@ -155,7 +155,9 @@ class Recipe(Section):
         """Checks settings with which curation would fail, or reject all records, only after the records exist."""
         from tasks.curation.checks import check_curation
         from tasks.curation.scoring.decoding import DECODABLE, RGB_MODES
+        from tasks.curation.sources.made.registry import check_made
 
+        check_made(self.source)
         for key, names, valid in (
             ("formats", self.curation.filters.formats, DECODABLE),
             ("modes", self.curation.filters.modes, RGB_MODES),
@@ -336,8 +338,8 @@ def _join(steps: Iterable[str | int]) -> str:
 
 
 def _did_you_mean(word: str, valid: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(valid), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    near = closest(word, valid)
+    return f"; did you mean {near!r}?" if near else ""
 
 
 def _unknown(key: str, name: str, valid: Iterable[str]) -> str:

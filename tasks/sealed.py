@@ -50,7 +50,7 @@ def load(uri: str | os.PathLike) -> Manifest:
     """The manifest of a sealed directory, unverified.
 
     Raises:
-        ValueError: there is none, or it is not one of ours.
+        ValueError: there is none, or it is not a manifest of this project.
     """
     if hub_directory.is_hub(str(uri)):
         return hub_directory.load(str(uri))
@@ -63,7 +63,7 @@ def load(uri: str | os.PathLike) -> Manifest:
 
 
 def digest_at(uri: str) -> str | None:
-    """The digest that the manifest at a path or URI names; None where there is none that can be read."""
+    """The digest that the manifest at a path or URI names; None where no manifest can be read."""
     try:
         return load(uri).digest
     except (ValueError, OSError):

@@ -4,7 +4,7 @@ An artifact of the whole corpus has a part for each shard. A map task seals the 
 gathers them seals an index: tables of names, digests, counts and locations. Nothing copies the parts.
 
     HOME/artifacts/KIND/DIGEST/           sealed directories: whole artifacts and parts
-    HOME/keys/KIND/KEY.json               what was made from which inputs: KEY is a hash of them
+    HOME/keys/KIND/KEY.json               the part of some inputs: KEY is their hash
 
 HOME is NUCLEUS_HOME (default .nucleus). With NUCLEUS_STORE=s3://BUCKET/PREFIX parts and keys are kept there, so that
 pods share them; HOME then only holds copies. A part is made once for its inputs, whichever run asks for it.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -27,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model import storage
-from tasks.manifest import MANIFEST, Manifest, Parent, load_manifest, seal, sealed_path, verify, writing
+from tasks.manifest import MANIFEST, Manifest, Parent, load_manifest, seal, sealed_path, sha256_file, verify, writing
 
 INDEX, LOCATIONS = "parts.parquet", "locations.parquet"  # of an index of parts
 PARTS = pa.schema(
@@ -42,6 +43,10 @@ PARTS = pa.schema(
 )
 PLACES = pa.schema([("digest", pa.string()), ("uri", pa.string())])
 BATCH_ROWS = 10_000
+
+
+# Copy of an artifact in this pod -> URI. Manifests name the URI, since the copy is gone when its pod is.
+FETCHED_FROM: dict[Path, str] = {}
 
 
 class Part(NamedTuple):
@@ -163,7 +168,7 @@ def _known(kind: str, name: str, key: str) -> Part | None:
         record = json.loads(content)
         digest, rows, size = str(record["digest"]), int(record["rows"]), int(record["size_bytes"])
     except (ValueError, KeyError, TypeError):
-        return None  # not a record of ours: make the part again
+        return None  # damaged: make the part again
     uri = _uri(kind, digest)
     manifest = storage.read_bytes(storage.join(uri, MANIFEST))
     if manifest is None or json.loads(manifest).get("digest") != digest:
@@ -189,7 +194,7 @@ def fetch_part(part: Part, without: tuple[str, ...] = ()) -> Path:
     """The part's directory on this machine, downloaded where it is remote, and verified.
 
     Args:
-        without: files whose names end so stay where they are.
+        without: files that stay where they are: endings of names, or folders (storage.is_left_out).
 
     Raises:
         ValueError: the part was changed, or another directory took its place.
@@ -225,14 +230,55 @@ def _download_rest(part: Part, path: Path, without: tuple[str, ...]) -> None:
     """Files that an earlier `fetch_part` left out and this one needs."""
     manifest = load_manifest(path)
     for name in sorted(manifest.files | manifest.logs):
-        if not name.endswith(without) and not (path / name).exists():
-            temporary = path.with_name(
-                f".file-{uuid.uuid4().hex}"
-            )  # not inside: a kill would leave an added file there
-            filesystem, source = storage.filesystem(storage.join(part.uri, name))
-            filesystem.get_file(source, str(temporary))
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temporary, path / name)
+        if not storage.is_left_out(name, without) and not (path / name).exists():
+            _download_into(path, name, part.uri)
+
+
+def _download_into(directory: Path, name: str, uri: str) -> None:
+    temporary = directory.with_name(f".file-{uuid.uuid4().hex}")  # not inside: a kill would leave an added file there
+    try:
+        storage.download(storage.join(uri, name), temporary)
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(temporary, directory / name)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fetch_file(directory: Path, name: str) -> Path | None:
+    """A file of an artifact that artifacts.fetch(without=...) left at its source, downloaded and verified once.
+
+    Args:
+        directory: a local artifact, or a folder inside one.
+        name: path of the file inside `directory`.
+
+    Returns:
+        its path; None where the artifact has no such file.
+
+    Raises:
+        ValueError: the file was changed.
+    """
+    path = directory / name
+    root = next((root for root in (directory, *directory.parents) if root in FETCHED_FROM), None)
+    if path.is_file() or root is None:
+        return path if path.is_file() else None
+    inside = path.relative_to(root).as_posix()
+    wanted = _digests_of(root).get(inside)
+    if wanted is None:
+        return None
+    _download_into(root, inside, FETCHED_FROM[root])
+    if (digest := sha256_file(path)) != wanted:
+        path.unlink()
+        raise ValueError(
+            f"{storage.join(FETCHED_FROM[root], inside)} was changed: its SHA-256 is {digest}, not {wanted}"
+        )
+    return path
+
+
+@functools.lru_cache(maxsize=4)
+def _digests_of(directory: Path) -> dict[str, str]:
+    """Path inside a sealed directory -> SHA-256. Cached: a manifest may list a file for each shard."""
+    manifest = load_manifest(directory)
+    return dict(manifest.files | manifest.logs)
 
 
 def write_index(out_dir: str | os.PathLike, parts: Iterable[Part]) -> dict[str, int]:
@@ -322,9 +368,11 @@ def num_groups(count: int, max_groups: int) -> int:
 
 
 __all__ = [
+    "FETCHED_FROM",
     "INDEX",
     "LOCATIONS",
     "Part",
+    "fetch_file",
     "fetch_part",
     "group_range",
     "home",

@@ -92,8 +92,8 @@ class Lineage:
                     self._check_part(part.as_parent(), uri)
             for parent in manifest.parents:
                 if parent.digest not in self.nodes:
-                    found = self._search.find(parent, uri)
-                    todo.append((found, read(found, parent.kind, parent.digest)))
+                    parent_uri = self._search.find(parent, uri)
+                    todo.append((parent_uri, read(parent_uri, parent.kind, parent.digest)))
 
     def parts(self, node: Node) -> Iterator[Part]:
         """The parts of an index that could be made; none where the node is no index."""
@@ -107,9 +107,9 @@ class Lineage:
     def _check_part(self, part: Parent, child: str) -> None:
         if part.digest not in self._parts:
             self._parts.add(part.digest)
-            found = self._search.find(part, child)
-            for parent in sealed.check(found, part.kind, part.digest).parents:
-                self._check_part(parent, found)
+            location = self._search.find(part, child)
+            for parent in sealed.check(location, part.kind, part.digest).parents:
+                self._check_part(parent, location)
 
     def of_kind(self, kind: str) -> list[Node]:
         return [node for node in self.nodes.values() if node.manifest.kind == kind]
@@ -180,7 +180,7 @@ class _Search:
         now = f"which now holds the digest {there}" if there else "which is gone"
         raise ValueError(
             f"{child} was made from {parent.kind} {parent.digest}, recorded at {parent.uri or 'no place'}, {now}; no "
-            f"directory of that digest lies under {' or '.join(map(str, self.roots))} (see --home)"
+            f"directory of that digest is under {' or '.join(map(str, self.roots))} (see --home)"
         )
 
     def _local(self) -> Iterator[tuple[str, str]]:
@@ -191,7 +191,7 @@ class _Search:
                 if MANIFEST in files:
                     names.clear()  # a sealed directory holds no other
                     digest = sealed.digest_at(folder)
-                    if digest is not None:  # else not one of ours, or damaged: not the one that we look for
+                    if digest is not None:  # else it is not a sealed directory, or damaged
                         yield digest, folder
                 names[:] = sorted(name for name in names if not name.startswith("."))  # being written
 
@@ -331,7 +331,7 @@ def _columns(uri: str, table: str, names: tuple[str, ...]) -> Iterator[tuple]:
 def lineage_rows(directories: list[str | os.PathLike]) -> list[dict[str, Any]]:
     """The ancestors of some sealed directories, themselves first, for a table: kind, digest, counts, code version.
 
-    Nothing is verified. An ancestor that cannot be found any more is still named, by the digest in its child.
+    Nothing is verified. An ancestor that is gone is still named, by the digest in its child.
     """
     rows: dict[str, dict[str, Any]] = {}
     todo = [str(directory) for directory in directories if (Path(directory) / MANIFEST).is_file()]
@@ -428,9 +428,9 @@ def main(arguments: list[str] | None = None) -> int:
         lineage = Lineage(options.directory, options.home, expect=options.expect)
         story = describe(lineage)
         if options.html:
-            from tasks.lineage.trace_page import page
+            from tasks.lineage.trace_page import trace_page
 
-            storage.write_bytes(options.html, page(story).encode())
+            storage.write_bytes(options.html, trace_page(story).encode())
         print(json.dumps(story, indent=1) if options.json else render(story), flush=True)
         if options.records:
             for key, record_id in lineage.records():

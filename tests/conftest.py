@@ -16,8 +16,21 @@ if not any(Path(path).exists() for path in NVIDIA):
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Garbage of earlier tests may hold gloo's groups, whose threads a forked process does not have: ending one there waits for
-# them for ever. So it is collected before, and what a child inherits is never collected by it.
-os.register_at_fork(before=gc.collect, after_in_child=gc.freeze)
+# them for ever. So it is collected before, and what a child inherits is never collected by it. What is left stays out of
+# later collections: torch and its like are millions of objects, and going through them takes as long as most tests.
+os.register_at_fork(before=lambda: (gc.collect(), gc.freeze()), after_in_child=gc.freeze)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What test files import is never garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_ignore_collect(collection_path, config):

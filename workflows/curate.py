@@ -67,10 +67,10 @@ def score_source(source: SourceConfig, path: str, config: CurationConfig) -> Sco
     """The tasks that list and score a source; inside a dynamic workflow."""
     concurrency = config.concurrency or None
     if source.urls is not None:
-        found = list_urls(source=source, path=path, config=config)
-        download = partial(download_group, urls=found.urls, source=source, groups=found.groups)
-        made = map_task(download, concurrency=concurrency)(group=found.groups)
-        listed = list_corpus(source=source, path="", made=made, config=config, urls=found.urls)
+        listed_urls = list_urls(source=source, path=path, config=config)
+        download = partial(download_group, urls=listed_urls.urls, source=source, groups=listed_urls.groups)
+        made = map_task(download, concurrency=concurrency)(group=listed_urls.groups)
+        listed = list_corpus(source=source, path="", made=made, config=config, urls=listed_urls.urls)
     else:
         groups = 0 if path else num_groups(source.shards, config.max_groups)
         make = partial(make_group, config=source, groups=groups)

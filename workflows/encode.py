@@ -2,7 +2,7 @@
 
     pyflyte run workflows/encode.py encode --recipe tiny --curated .nucleus/artifacts/curated/DIGEST
 
-`train` encodes by itself, and takes from the cache what was encoded before.
+`train` encodes as well, and reuses cached parts.
 """
 
 from __future__ import annotations

@@ -79,5 +79,5 @@ def _plan() -> LaunchPlan:
     )
 
 
-# flytekit registers what it finds as attributes of a module; a schedule runs when somebody activates the plan.
+# flytekit registers what it finds as attributes of a module; a schedule runs once its plan is activated.
 NIGHTLY = _plan()

@@ -128,8 +128,8 @@ def _config(before: Sequence[str]) -> dict[str, Any]:
     named += [word.partition("=")[2] for word in before if word.startswith("--config=")]
     if named and not Path(named[-1]).is_file():
         return {}  # pyflyte says so
-    found = get_config_file(named[-1] if named else None)
-    content = found.yaml_config if found is not None else None
+    config = get_config_file(named[-1] if named else None)
+    content = config.yaml_config if config is not None else None
     return content or {}
 
 

@@ -115,6 +115,6 @@ def read_url(url: str) -> bytes:
 
 
 def _check(content: bytes, sha256: str | None, where: str) -> None:
-    found = hashlib.sha256(content).hexdigest()
-    if sha256 is not None and found != sha256:
-        raise ValueError(f"{where} has the SHA-256 {found}, and the benchmark's file has {sha256}: remove it")
+    digest = hashlib.sha256(content).hexdigest()
+    if sha256 is not None and digest != sha256:
+        raise ValueError(f"{where} has the SHA-256 {digest}, and the benchmark's file has {sha256}: remove it")

@@ -82,9 +82,9 @@ class Captions(Benchmark):
         ids, real, places, generated = _features(prompts, judged)
         row_of = {key: row for row, key in enumerate(ids)}
         texts = [str(prompt["prompt"]) for prompt in prompts if prompt["id"] in row_of]
-        found, match = None, np.empty(0)
+        members, match = None, np.empty(0)
         if min(len(real), len(generated)) >= 2:
-            found = manifold.memberships(real, generated)
+            members = manifold.memberships(real, generated)
             match = manifold.matches(real, generated, np.array([row_of[key] for key, _ in places]))
         number_of = {place: i for i, place in enumerate(places)}
         result = {}
@@ -94,16 +94,16 @@ class Captions(Benchmark):
             shown: list[tuple[float | None, float | None, str]] = []  # match, precision, reason
             for number, answers in enumerate(images):
                 i = number_of.get((key, number))
-                if i is None or found is None:
+                if i is None or members is None:
                     shown.append((None, None, "not judged" if answers is None else ""))
                     continue
-                near = found.nearest[i]
+                near = members.nearest[i]
                 shown.append(
                     (
                         float(match[i]),
-                        float(found.precise[i]),
+                        float(members.precise[i]),
                         f"{match[i]:.0%} of other captions' real images are farther than its own; the nearest is that of "
-                        f"{texts[near]!r}, {'among' if found.precise[i] else 'outside of'} the real images",
+                        f"{texts[near]!r}, {'among' if members.precise[i] else 'outside of'} the real images",
                     )
                 )
             similarities = [None if a is None else a.get("similarity") for a in images]
@@ -111,8 +111,8 @@ class Captions(Benchmark):
             parts = {
                 "match": base.mean([m for m, _, _ in shown]),
                 "precision": base.mean([p for _, p, _ in shown]),
-                "recall": None if found is None or row is None else float(found.recalled[row]),
-                "coverage": None if found is None or row is None else float(found.covered[row]),
+                "recall": None if members is None or row is None else float(members.recalled[row]),
+                "coverage": None if members is None or row is None else float(members.covered[row]),
                 "similarity": base.mean(similarities),
             }
             result[key] = Scored(base.mean(scores), scores, tuple(reason for _, _, reason in shown), parts)
@@ -143,12 +143,12 @@ class Captions(Benchmark):
         if min(len(real), len(generated)) < 2:
             return {}
         floor = manifold.halves(real)
-        found = {
+        measures = {
             "frechet_distance": manifold.frechet_distance(real, generated),
             "real_images": float(len(real)),
             "generated_images": float(len(generated)),
         }
-        return found if floor is None else {**found, "frechet_distance_between_halves_of_the_real_images": floor}
+        return measures if floor is None else {**measures, "frechet_distance_between_halves_of_the_real_images": floor}
 
 
 def _features(

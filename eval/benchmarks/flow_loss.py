@@ -37,10 +37,10 @@ def read(images_dir: str | Path, prompts: Sequence[Mapping[str, Any]], seeds: Se
                 raise ValueError(f"{path} is not a file of losses: {error}") from error
             for timestep, loss in losses.items():
                 values.setdefault(timestep, {}).setdefault(index, []).append(loss)
-    found = []
-    for timestep, of_prompts in sorted(values.items()):
-        means = [sum(losses) / len(losses) for losses in of_prompts.values()]
+    rows = []
+    for timestep, by_prompt in sorted(values.items()):
+        means = [sum(losses) / len(losses) for losses in by_prompt.values()]
         n, mean = len(means), math.fsum(means) / len(means)
         error = math.sqrt(math.fsum((m - mean) ** 2 for m in means) / (n - 1) / n) if n > 1 else None
-        found.append(FlowLoss(timestep=timestep, loss=mean, standard_error=error, prompts=n))
-    return found
+        rows.append(FlowLoss(timestep=timestep, loss=mean, standard_error=error, prompts=n))
+    return rows

@@ -76,16 +76,16 @@ class GenEval(Benchmark):
         open_questions = {}
         for clause in prompt["include"]:
             name, count = clause["class"], clause["count"]
-            found = self._looked_at(prompt, answers["objects"], name)
+            detections = self._looked_at(prompt, answers["objects"], name)
             key = f"color/{name}"
-            if "color" not in clause or key in answers or len(found) < count:
+            if "color" not in clause or key in answers or len(detections) < count:
                 continue
             # Clauses of one class look at the first objects of one list: ask about the longest.
             count = max(c["count"] for c in prompt["include"] if c["class"] == name and "color" in c)
             options = {
                 "class": name,
-                "boxes": [list(map(float, d["box"][:4])) for d in found[:count]],
-                "indices": [d["index"] for d in found[:count]],
+                "boxes": [list(map(float, d["box"][:4])) for d in detections[:count]],
+                "indices": [d["index"] for d in detections[:count]],
             }
             open_questions[key] = Question("color", key, options=options)
         return list(open_questions.values())
@@ -106,11 +106,11 @@ class GenEval(Benchmark):
         for name in answers["objects"]:
             self._check("class", name, self.classes, f"objects of prompt {prompt['id']!r}")
 
-        def colors(name: str, found: list[dict[str, Any]]) -> list[str]:
+        def colors(name: str, detections: list[dict[str, Any]]) -> list[str]:
             key = f"color/{name}"
             if key in answers:
-                return list(answers[key])[: len(found)]
-            named = [d.get("color") for d in found]
+                return list(answers[key])[: len(detections)]
+            named = [d.get("color") for d in detections]
             if None in named:
                 raise ValueError(f"prompt {prompt['id']!r} has no answer {key!r}")
             return named

@@ -57,7 +57,7 @@ def _two(rng: np.random.Generator, names: Sequence[str]) -> tuple[str, str]:
 
 
 def _things(classes: Sequence[str]) -> list[str]:
-    return [name for name in classes if name != "person"]  # nobody is asked for in a colour
+    return [name for name in classes if name != "person"]  # people have no colour in prompts
 
 
 def _single_object(rng: np.random.Generator, classes: Sequence[str]) -> dict[str, Any]:

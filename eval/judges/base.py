@@ -96,7 +96,7 @@ class BaseJudge:
 
 
 def read_record(name: str, folder: Path | None = None) -> dict[str, Any] | None:
-    """{"spec", "answers"} of a judge, or None where nobody recorded it.
+    """{"spec", "answers"} of a judge, or None where it was not recorded.
 
     Raises:
         ValueError: the file is damaged.

@@ -127,7 +127,7 @@ class Mask2Former:
             pixels, size = preprocess(image, self._short, self._long)
             with torch.inference_mode():
                 out = self._model(pixel_values=pixels.to(self._model.device, self._model.dtype))
-                found = postprocess(
+                detections = postprocess(
                     out.class_queries_logits[0].float(),
                     out.masks_queries_logits[0].float(),
                     tuple(pixels.shape[-2:]),
@@ -135,7 +135,7 @@ class Mask2Former:
                     (image.height, image.width),
                 )
             objects: dict[str, list[Detection]] = {}
-            for detection in found:
+            for detection in detections:
                 objects.setdefault(CLASSES[detection.label], []).append(detection)
             self._cache[digest] = objects
             if len(self._cache) > REMEMBERED:
@@ -191,11 +191,16 @@ class Mask2FormerCLIP(BaseJudge):
         objects = self._detector.detect(image)
         if "boxes" not in request.options:
             return {
-                name: [{"box": list(d.box), "score": d.score} for d in found] for name, found in sorted(objects.items())
+                name: [{"box": list(d.box), "score": d.score} for d in detections]
+                for name, detections in sorted(objects.items())
             }
         name, boxes = request.options["class"], request.options["boxes"]
-        found = objects.get(name, [])
-        masks = [found[i].mask for i in request.options["indices"] if i < len(found) and list(found[i].box) in boxes]
+        detections = objects.get(name, [])
+        masks = [
+            detections[i].mask
+            for i in request.options["indices"]
+            if i < len(detections) and list(detections[i].box) in boxes
+        ]
         if len(masks) != len(boxes):
             raise ValueError(
                 f"the boxes of {name!r} are not this judge's detections: {self.name} must answer both as detector and color"
@@ -207,5 +212,5 @@ class Mask2FormerCLIP(BaseJudge):
 
     def comparable(self, answer: Any) -> Any:
         """The best scores: what is far below any threshold need not agree."""
-        best = sorted(((d["score"], name) for name, found in answer.items() for d in found), reverse=True)[:3]
+        best = sorted(((d["score"], name) for name, detections in answer.items() for d in detections), reverse=True)[:3]
         return [round(score, 3) for score, _ in best]

@@ -13,7 +13,7 @@ from eval.judging.protocols import Request, digest_of
 
 
 class ShapesDetector:
-    """See eval.protocols.Judge. It names the colours of objects as it finds them, so that nobody is asked about those."""
+    """See eval.protocols.Judge. Its detections include colours, so that there are no questions about them."""
 
     name = "shapes-detector"
     model = "eval.benchmarks.shapes.detector:detect"
@@ -26,6 +26,6 @@ class ShapesDetector:
     def selftest(self) -> None:
         image = Image.new("RGB", (64, 64), (250, 250, 250))
         ImageDraw.Draw(image).rectangle((20, 20, 43, 43), fill=COLORS["red"])
-        found = [(name, item.get("color")) for name, items in detect(image).items() for item in items]
-        if found != [("square", "red")]:
-            raise ValueError(f"judge {self.name} takes a red square for {found}")
+        seen = [(name, item.get("color")) for name, items in detect(image).items() for item in items]
+        if seen != [("square", "red")]:
+            raise ValueError(f"judge {self.name} takes a red square for {seen}")

@@ -72,12 +72,12 @@ class SSDMobileNet(BaseJudge):
             if name is not None and score > 0:
                 corners = np.clip(np.array(box), 0, 1) * size
                 objects.setdefault(name, []).append({"box": corners.tolist(), "score": float(score)})
-        return {name: sorted(found, key=lambda d: -d["score"]) for name, found in sorted(objects.items())}
+        return {name: sorted(detections, key=lambda d: -d["score"]) for name, detections in sorted(objects.items())}
 
     def comparable(self, answer: Any) -> Any:
         if not isinstance(answer, dict):
             return answer
-        best = max(((d["score"], name) for name, found in answer.items() for d in found), default=(0.0, ""))
+        best = max(((d["score"], name) for name, detections in answer.items() for d in detections), default=(0.0, ""))
         return {"class": best[1], "score": round(best[0], 3)}
 
     def probes(self) -> list[Probe]:

@@ -1,4 +1,4 @@
-"""Reading images that somebody else may have written: PNG alone, and no more pixels than a benchmark needs."""
+"""Reading untrusted images: PNG only, and no more pixels than a benchmark needs."""
 
 from __future__ import annotations
 

@@ -288,14 +288,14 @@ def score_rows(
 ) -> list[Row]:
     """The rows with "score" (None where an image was not judged), "reason", "answers" (JSON) and "parts" (JSON: named
     scores of the prompt and seed)."""
-    found = {}
-    for seed, of_seed in judged.items():
-        of_prompts = benchmark.score_all(prompts, of_seed)
+    results = {}
+    for seed, judged_of_seed in judged.items():
+        of_prompts = benchmark.score_all(prompts, judged_of_seed)
         for index, prompt in enumerate(prompts):
-            found[seed, index] = of_prompts[prompt["id"]]
+            results[seed, index] = of_prompts[prompt["id"]]
     scored = []
     for row in rows:
-        result = found[row["seed"], row["prompt_index"]]
+        result = results[row["seed"], row["prompt_index"]]
         image = row["image_index"]
         known = image < len(result.images) and not row["error"]
         score = result.images[image] if known else None
@@ -314,7 +314,7 @@ def score_rows(
 
 
 def _shown(replies: Mapping[str, Any]) -> str:
-    """The answers as JSON, without the long vectors that nobody reads: the table of answers has them."""
+    """The answers as JSON, without the long vectors, which the table of answers has."""
     return json.dumps({key: value for key, value in replies.items() if key != "features"})
 
 

@@ -95,10 +95,10 @@ def walk_layout(
                     f"{images_dir / name} holds {len(files)} images, not {wanted}; complete or clear it, or score what "
                     "is there with missing='official' (which changes the denominator)"
                 )
-    found = [{"folder": name, "metadata": m, "path": path} for name, m, files in folders for path in files]
-    if not found:
+    images = [{"folder": name, "metadata": m, "path": path} for name, m, files in folders for path in files]
+    if not images:
         raise ValueError(f"{images_dir} holds no image to score (expected 00000/samples/0000.png)")
-    return found
+    return images
 
 
 def _check_prompts(images_dir, folders, prompts, missing) -> None:

@@ -66,9 +66,9 @@ def export(
         raise ValueError(f"layout {layout!r} must be one of {', '.join(LAYOUTS)}")
     images_dir, out_dir = Path(images_dir), Path(out_dir)
     prompts = read_prompts(images_dir / PROMPTS)
-    found = walk_layout(images_dir / f"seed{seed}", prompts)
+    items = walk_layout(images_dir / f"seed{seed}", prompts)
     by_folder: dict[str, list[Path]] = {}
-    for item in found:
+    for item in items:
         by_folder.setdefault(item["folder"], []).append(item["path"])
     written = 0
     for folder, paths in by_folder.items():

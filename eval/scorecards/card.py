@@ -1,6 +1,6 @@
 """The scorecard's schema: what scorecard.json contains, typed and versioned.
 
-Scores lie in [0, 1]; `scale` is what official tables of the benchmark multiply them by. Nothing here depends on the
+Scores are in [0, 1]; `scale` is what official tables of the benchmark multiply them by. Nothing here depends on the
 clock or on where the files lie: the same images and answers give the same bytes.
 """
 

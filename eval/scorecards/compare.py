@@ -145,16 +145,16 @@ def _differing(a: Scorecard, b: Scorecard) -> dict[str, tuple[Any, Any]]:
 
 def lines(comparison: Comparison) -> list[str]:
     """The comparison as lines of text."""
-    found = [comparison.sentence]
+    lines = [comparison.sentence]
     rows = dict(comparison.categories)
     if comparison.held_out:
         rows["held out"] = comparison.held_out
     for name, c in rows.items():
         interval = f"({c.interval[0]:+.3f} to {c.interval[1]:+.3f})"
-        found.append(f"  {name:<20} {c.a:.3f} to {c.b:.3f}  {c.difference:+.3f} {interval}  p {c.p:.3f}  {c.verdict}")
+        lines.append(f"  {name:<20} {c.a:.3f} to {c.b:.3f}  {c.difference:+.3f} {interval}  p {c.p:.3f}  {c.verdict}")
     for key, (one, other) in comparison.differing.items():
-        found.append(f"  differs: {key}: {one} | {other}")
-    return found
+        lines.append(f"  differs: {key}: {one} | {other}")
+    return lines
 
 
 def drop_beyond_noise(incumbent: str | Path, current: str | Path) -> tuple[bool, str]:

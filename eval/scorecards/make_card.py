@@ -209,21 +209,23 @@ def _deviations(
     failed: int,
 ) -> list[str]:
     """What keeps this score from being the benchmark's: named beside it."""
-    found = []
+    deviations = []
     if config.images_per_prompt != benchmark.images_per_prompt:
-        found.append(f"{config.images_per_prompt} images per prompt, officially {benchmark.images_per_prompt}")
+        deviations.append(f"{config.images_per_prompt} images per prompt, officially {benchmark.images_per_prompt}")
     if config.prompt_set != "official":
-        found.append("development prompts: a score to choose by, not to report")
+        deviations.append("development prompts: a score to choose by, not to report")
     if benchmark.prompt_count and len(prompts) != benchmark.prompt_count:
-        found.append(f"{len(prompts)} prompts, officially {benchmark.prompt_count}")
+        deviations.append(f"{len(prompts)} prompts, officially {benchmark.prompt_count}")
     trained_on = sum(bool(prompt.get("trained_on")) for prompt in prompts)
     if trained_on:
-        found.append(f"{trained_on} of {len(prompts)} captions were trained on: the corpus has too few held-out images")
+        deviations.append(
+            f"{trained_on} of {len(prompts)} captions were trained on: the corpus has too few held-out images"
+        )
     if generation.get("prompt_rewriting"):
-        found.append(f"prompts were rewritten (file {generation['prompt_rewriting']['sha256'][:12]})")
+        deviations.append(f"prompts were rewritten (file {generation['prompt_rewriting']['sha256'][:12]})")
     if failed > 0:
-        found.append(f"{failed} missing or unreadable images were left out")
-    return found
+        deviations.append(f"{failed} missing or unreadable images were left out")
+    return deviations
 
 
 def _settings(
@@ -270,14 +272,14 @@ def prompt_set_digest(prompts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _references(benchmark: Benchmark, name: str, scores: Scores) -> list[Comparison]:
-    found = []
+    rows = []
     for published in PUBLISHED.get(benchmark.name, ()):
         ours = scores.overall if published.category == "overall" else scores.tasks.get(published.category)
         within = None
         if ours is not None and name == benchmark.name:
             low, high = (limit * benchmark.scale for limit in ours.interval)
             within = low <= published.score <= high
-        found.append(
+        rows.append(
             Comparison(
                 model=published.model,
                 category=published.category,
@@ -287,4 +289,4 @@ def _references(benchmark: Benchmark, name: str, scores: Scores) -> list[Compari
                 within_noise=within,
             )
         )
-    return found
+    return rows

@@ -5,8 +5,6 @@ Every text of the page is escaped: prompts, reasons and settings come from data.
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +13,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from eval.html_page import image, page, text
 from eval.judging.images import open_png
 from eval.scorecards.card import CategoryScore, Scorecard
 
@@ -24,16 +23,12 @@ FAILURE = 0.5  # below it an image is a failure: for right and wrong images, the
 PICTURES = 600  # failures with a picture; further ones are listed without
 THUMBNAIL_PX = 128
 STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}
-h1{margin-bottom:.2em}h2{margin-top:1.6em;border-bottom:1px solid #ddd}
-.score{font-size:2.4em;font-weight:600}.muted{color:#666}.note{background:#fff3cd;padding:.4em .8em;margin:.3em 0}
-table{border-collapse:collapse;margin:.6em 0}td,th{border-bottom:1px solid #e3e3e3;padding:.25em .7em;text-align:left;
-vertical-align:top}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}tr.all td{font-weight:600}
-.scroll{overflow-x:auto}img.grid{max-width:100%}
+.score{font-size:2.4em;font-weight:600}.muted{color:#666}.note{background:#fff3cd;color:inherit;padding:.4em .8em;margin:.3em 0}
+td,th{padding:.25em .7em}tr.all td{font-weight:600}.scroll{overflow-x:auto}
 .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:12px}
-figure{margin:0;font-size:12px;line-height:1.3;overflow-wrap:anywhere}figure img{display:block;width:128px;
+figure{font-size:12px;line-height:1.3;overflow-wrap:anywhere}figure img{display:block;width:128px;
 height:auto;min-height:32px;background:#eee;margin-bottom:4px}figcaption b.good{color:#148c3c}figcaption b.bad{color:#c82828}
-code{font-size:.9em;overflow-wrap:anywhere}details pre{background:#f5f5f5;padding:1em;overflow-x:auto}
+details pre{background:#f5f5f5;padding:1em;overflow-x:auto}
 """
 
 
@@ -52,13 +47,13 @@ def draw_grid(
     for row in sorted(rows, key=lambda r: (r["split"] == "held_out", r["prompt_index"], r["image_index"])):
         if row["seed"] == first_seed:
             lines.setdefault((row["split"] == "held_out", row["category"]), []).append(row)
-    for line, found in lines.items():
-        found.sort(key=lambda row: (row["image_index"], row["prompt_index"]))
-        firsts = [row for row in found if row["image_index"] == found[0]["image_index"]]
+    for line, rows in lines.items():
+        rows.sort(key=lambda row: (row["image_index"], row["prompt_index"]))
+        firsts = [row for row in rows if row["image_index"] == rows[0]["image_index"]]
         count = min(per_category, len(firsts))
         lines[line] = [firsts[i * len(firsts) // count] for i in range(count)]
         if len(firsts) < per_category:
-            lines[line] = found[:per_category]
+            lines[line] = rows[:per_category]
     named = {category + (", held out" if held_out else ""): line for (held_out, category), line in lines.items()}
     laid_out = [part for name, line in named.items() for part in _lay_out(name, line, per_category)]
     gap, text_px, head_px = 8, 54, 18
@@ -127,9 +122,9 @@ def _thumbnail(path: Path, side_px: int) -> Image.Image | None:
     return image.resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.BICUBIC)
 
 
-def _wrap(text: str, font: ImageFont.ImageFont, width_px: int) -> list[str]:
+def _wrap(words: str, font: ImageFont.ImageFont, width_px: int) -> list[str]:
     lines: list[str] = []
-    for word in text.split():
+    for word in words.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width_px:
             lines[-1] += f" {word}"
         else:
@@ -142,29 +137,21 @@ def render_page(
 ) -> str:
     """The scorecard as HTML, pictures inlined."""
     images_dir = Path(images_dir)
-    grid = base64.b64encode(Path(grid_path).read_bytes()).decode("ascii")
-    title = _text(f"{card.name} scorecard")
+    grid = image(Path(grid_path).read_bytes(), "grid of images")
     parts = [
         _headline(card),
         _table(card, {**card.tasks, "overall": card.overall}),
         _measures(card),
         _noises(card),
         _references(card),
-        f'<h2>Images and prompts</h2><img class="grid" alt="grid of images" src="data:image/png;base64,{grid}">',
+        f"<h2>Images and prompts</h2>{grid}",
         *_gallery(rows, images_dir),
         _settings(card),
     ]
     if card.held_out:
         held_out = {**card.held_out.tasks, "overall": card.held_out.overall}
         parts.insert(2, "<h2>Combinations held out of training</h2>" + _table(card, held_out))
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><meta name="viewport" '
-        f'content="width=device-width"><style>{STYLE}</style></head><body>{"".join(parts)}</body></html>\n'
-    )
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
+    return page(f"{card.name} scorecard", "".join(parts), STYLE)
 
 
 def _number(value: float | None, scale: float = 1.0) -> str:
@@ -191,10 +178,10 @@ def _headline(card: Scorecard) -> str:
         notes.append(f"without an image, and left out: {', '.join(card.missing_tasks)}")
     seeds = ", ".join(map(str, card.seeds))
     return (
-        f"<h1>{_text(card.name)}</h1>"
+        f"<h1>{text(card.name)}</h1>"
         f'<p><span class="score">{_number(overall.mean, card.scale)}</span> '
         f'<span class="muted">{card.interval.level:.0%} interval over prompts {_range(overall, card.scale)}</span></p>'
-        + "".join(f'<p class="note">{_text(note)}</p>' for note in notes)
+        + "".join(f'<p class="note">{text(note)}</p>' for note in notes)
         + f"<p>{overall.runs} sampling seeds ({seeds}). Images: {counts.expected} expected, {counts.generated} generated, "
         f"{counts.scored} scored, {counts.failed} failed. Share of images with full score "
         f"{_number(card.image_accuracy)}, of prompts with such an image {_number(card.prompt_accuracy)}.</p>"
@@ -213,7 +200,7 @@ def _table(card: Scorecard, scores: Mapping[str, CategoryScore]) -> str:
         official = [_official(getattr(score, kind), scale) for kind in kinds]
         cells = [_number(score.mean, scale), _range(score, scale), *official, spread, score.prompts, score.images]
         numbers = "".join(f'<td class="n">{cell}</td>' for cell in cells)
-        lines.append(f"<tr{' class=all' if name == 'overall' else ''}><td>{_text(name)}</td>{numbers}</tr>")
+        lines.append(f"<tr{' class=all' if name == 'overall' else ''}><td>{text(name)}</td>{numbers}</tr>")
     head = "".join(f"<th{'' if i == 0 else ' class=n'}>{h}</th>" for i, h in enumerate(heads))
     return f'<div class="scroll"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
 
@@ -234,7 +221,7 @@ def _noises(card: Scorecard) -> str:
     ]  # fmt: skip
     cells = "".join(
         f'<tr><td>{name}</td><td class="n">{"not measured" if value is None else _number(value, scale)}</td>'
-        f"<td>{_text(what)}</td></tr>"
+        f"<td>{text(what)}</td></tr>"
         for name, value, what in rows
     )
     return f"<h2>Three noises of the overall score</h2><table>{cells}</table>"
@@ -245,7 +232,7 @@ def _measures(card: Scorecard) -> str:
     parts = []
     if card.measures:
         rows = "".join(
-            f'<tr><td>{_text(name.replace("_", " "))}</td><td class="n">{value:.4g}</td></tr>'
+            f'<tr><td>{text(name.replace("_", " "))}</td><td class="n">{value:.4g}</td></tr>'
             for name, value in card.measures.items()
         )
         parts.append(f"<h2>Distances to the real images</h2><table>{rows}</table>")
@@ -269,9 +256,9 @@ def _references(card: Scorecard) -> str:
         return ""
     words = {True: "within our interval", False: "outside our interval", None: "not comparable: other judges"}
     rows = "".join(
-        f'<tr><td>{_text(r.model)}</td><td>{_text(r.category)}</td><td class="n">{r.published:g}</td>'
+        f'<tr><td>{text(r.model)}</td><td>{text(r.category)}</td><td class="n">{r.published:g}</td>'
         f'<td class="n">{_official(r.ours, card.scale)}</td>'
-        f"<td>{'no such category here' if r.ours is None else words[r.within_noise]}</td><td>{_text(r.source)}</td></tr>"
+        f"<td>{'no such category here' if r.ours is None else words[r.within_noise]}</td><td>{text(r.source)}</td></tr>"
         for r in card.references
     )
     return (
@@ -294,7 +281,7 @@ def _gallery(rows: Sequence[Mapping[str, Any]], images_dir: Path) -> Iterable[st
     if len(failures) > PICTURES:
         yield f"<p>The first {PICTURES} with their pictures, the others without.</p>"
     yield _figures(failures[:PICTURES], images_dir)
-    rest = "".join(f"<li><code>{_text(row['file'])}</code> {_caption(row)}</li>" for row in failures[PICTURES:])
+    rest = "".join(f"<li><code>{text(row['file'])}</code> {_caption(row)}</li>" for row in failures[PICTURES:])
     if rest:
         yield f"<ul>{rest}</ul>"
 
@@ -329,16 +316,15 @@ def _inlined(path: Path, alt: str = "") -> str:
         return ""
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=85)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img loading="lazy" alt="{alt}" src="data:image/jpeg;base64,{data}">'
+    return image(buffer.getvalue(), alt, "jpeg")
 
 
 def _caption(row: Mapping[str, Any]) -> str:
     score = "failed" if row["score"] is None else _number(row["score"])
     kind = "good" if row["score"] is not None and row["score"] >= FAILURE else "bad"
-    reason = "<br>".join(_text(line) for line in (row["error"] or row["reason"]).splitlines())
+    reason = "<br>".join(text(line) for line in (row["error"] or row["reason"]).splitlines())
     return (
-        f'<b class="{kind}">{score}</b> {_text(row["prompt"])} <span class="muted">{_text(row["category"])}, seed '
+        f'<b class="{kind}">{score}</b> {text(row["prompt"])} <span class="muted">{text(row["category"])}, seed '
         f"{row['seed']}, image {row['image_index']}</span>{'<br>' + reason if reason else ''}"
     )
 
@@ -348,10 +334,10 @@ def _settings(card: Scorecard) -> str:
     for key, value in card.settings.model_dump(mode="json").items():
         shown = value if isinstance(value, (str, int, float)) else json.dumps(value)
         shown = "none" if shown in ("null", "") else shown
-        lines.append(f"<tr><td>{_text(key.replace('_', ' '))}</td><td><code>{_text(shown)}</code></td></tr>")
+        lines.append(f"<tr><td>{text(key.replace('_', ' '))}</td><td><code>{text(shown)}</code></td></tr>")
     rest = json.dumps({"config": card.config, "generation": card.generation}, indent=1)
     method = f"Intervals: {card.interval.level:.0%}, {card.interval.method}."
     return (
-        f"<h2>Settings that move the score</h2><table>{''.join(lines)}</table><p>{_text(method)}</p>"
-        f"<details><summary>Configuration as recorded</summary><pre>{_text(rest)}</pre></details>"
+        f"<h2>Settings that move the score</h2><table>{''.join(lines)}</table><p>{text(method)}</p>"
+        f"<details><summary>Configuration as recorded</summary><pre>{text(rest)}</pre></details>"
     )

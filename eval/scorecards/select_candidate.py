@@ -76,7 +76,7 @@ def select_candidate(
     scores = [{name: [of[name][i] for i in ids] for name, ids in common.items() if ids} for of in means]
     choice = stats.choose(scores[0], scores[1:], "prompts" if base.pooling == "prompts" else "categories")
     scale = base.scale
-    found = [
+    candidates = [
         Candidate(
             path=str(folder), score=scale * card.overall.mean, difference=scale * difference, lowest=scale * low, p=p
         )
@@ -85,16 +85,18 @@ def select_candidate(
         )
     ]
     chosen = folders[0] if choice.index is None else folders[1 + choice.index]
-    best = max(found, key=lambda candidate: candidate.difference)
+    best = max(candidates, key=lambda candidate: candidate.difference)
     if choice.index is None:
-        sentence = f"the incumbent stays: the best of {len(found)} differs by {best.difference:+.3f}, p {best.p:.3f}"
+        sentence = (
+            f"the incumbent stays: the best of {len(candidates)} differs by {best.difference:+.3f}, p {best.p:.3f}"
+        )
     else:
-        sentence = f"{best.path} beats the incumbent by {best.difference:+.3f}, p {best.p:.3f} among {len(found)}"
+        sentence = f"{best.path} beats the incumbent by {best.difference:+.3f}, p {best.p:.3f} among {len(candidates)}"
     return Selection(
         name=base.name,
         incumbent=str(folders[0]),
         incumbent_score=scale * base.overall.mean,
         chosen=str(chosen),
-        candidates=found,
+        candidates=candidates,
         sentence=sentence,
     )

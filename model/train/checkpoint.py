@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from model import storage
 from model.config import TrainSettings
+from model.logs import get_logger
 from model.train.device import DEVICE_TYPE
 from model.train.guard import Diverged
 from model.train.metrics import METRICS
@@ -43,6 +44,8 @@ from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.checkpointer.base import LR_SCHEDULER, MODEL, OPTIMIZER
 from torchtitan.components.checkpointer.dcp import AsyncMode
 from torchtitan.tools.utils import device_module
+
+logger = get_logger(__name__)
 
 CHECKPOINTS = "checkpoints"
 WEIGHTS = "weights"
@@ -246,9 +249,8 @@ class StageCheckpointer(CheckpointManager):
             if not (missing := incomplete_files(path)):
                 return step
             if dist.get_rank() == 0:
-                print(
-                    f"checkpoint {path} is damaged ({missing[0]} is cut off or missing): trying an older one",
-                    flush=True,
+                logger.warning(
+                    f"checkpoint {path} is damaged ({missing[0]} is cut off or missing): trying an older one"
                 )
         return 0
 

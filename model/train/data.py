@@ -29,7 +29,7 @@ READ_AHEAD = 2  # micro-batches for each worker
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of the host, on the device. The host does not wait for the copy, nor for what the device does before it.
 
-    That takes pinned memory, which PyTorch gives to nobody else before the copy is done, though the tensor be gone.
+    That takes pinned memory, which PyTorch does not reuse before the copy is done, even if the tensor is freed.
     """
     if device.type == "cuda" and not tensor.is_pinned():
         tensor = tensor.pin_memory()

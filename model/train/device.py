@@ -62,21 +62,6 @@ if not torch.accelerator.is_available():
 DEVICE_TYPE: str = titan_utils.device_type
 
 
-class _CpuStream(torch.cpu.Stream):
-    def __init__(self, priority: int = -1, device: object = None):
-        super().__init__(priority)
-
-
-def allow_dist_muon() -> None:
-    """Makes torchtitan's DistMuon run without an accelerator. It checks for CUDA but uses only streams and events, which
-    torch.cpu provides as no-ops."""
-    if DEVICE_TYPE == "cpu":
-        from torchtitan.distributed.flex_shard.dist_muon import DistMuon
-
-        DistMuon._validate_parameter_storage = lambda optimizer: torch.device("cpu")
-        torch.cpu.Stream = _CpuStream
-
-
 @contextlib.contextmanager
 def training_session(deterministic: bool = False) -> Iterator[None]:
     """Opens a process group for one stage. On exit it restores all global settings, so that another stage can follow.

@@ -23,8 +23,11 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from model import storage
+from model.logs import get_logger
 
 from torchtitan.components.metrics import BaseLogger, LoggerContainer, MetricsProcessor, WandBLogger
+
+logger = get_logger(__name__)
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -68,7 +71,7 @@ def stage_logger(folder: Path, label: str, settings: dict[str, Any]) -> BaseLogg
         try:
             loggers.add_logger(WandBLogger(str(folder / WANDB), config_dict=settings))
         except Exception as error:  # of its network, its login, or its process
-            print(f"[{label}] no metrics go to Weights & Biases: {type(error).__name__}: {error}", flush=True)
+            logger.warning(f"[{label}] no metrics go to Weights & Biases: {type(error).__name__}: {error}")
         finally:
             for name in added:  # another stage of this process has its own run
                 del os.environ[name]
@@ -124,7 +127,7 @@ class StageMetrics(MetricsProcessor):
     def note(self, text: str) -> None:
         """Prints a message on rank 0."""
         if dist.get_rank() == 0:
-            print(f"[{self.config.label}] {text}", flush=True)
+            logger.info(f"[{self.config.label}] {text}")
 
     def _print_progress(self, step: int, loss: float, images_per_s: float, now: float) -> None:
         total = self.config.total_steps
@@ -132,10 +135,9 @@ class StageMetrics(MetricsProcessor):
             return
         self.last_line = now
         left_s = (now - self.started) / max(step - self.first_step, 1) * (total - step)
-        print(
+        logger.info(
             f"[{self.config.label}] step {step}/{total}  loss {loss:.4f}  {images_per_s:.0f} images/s  "
-            f"ETA {int(left_s) // 60}m{int(left_s) % 60:02d}s",
-            flush=True,
+            f"ETA {int(left_s) // 60}m{int(left_s) % 60:02d}s"
         )
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from model.config import DecayConfig, OptimConfig
+from model.logs import get_logger
 from model.optim import (
     OPTIMIZERS,
     NamedParameters,
@@ -24,6 +25,8 @@ from model.train.parallel.sharded_muon import ShardedMuon
 
 from torchtitan.components.checkpointer.utils import canonical_fqn
 from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer
+
+logger = get_logger(__name__)
 
 
 class NucleusOptimizers(OptimizersContainer):
@@ -47,7 +50,7 @@ class NucleusOptimizers(OptimizersContainer):
         for model in model_parts:
             groups = parameter_groups(model, optim.matrices)
             if dist.get_rank() == 0:
-                print(describe_groups(groups), flush=True)
+                logger.info(describe_groups(groups))
             for name, named in groups.items():
                 if name == "muon":
                     self.optimizers += _muon(named, optim, config.dist_muon)
@@ -73,21 +76,21 @@ def _group(named: list[tuple[str, torch.nn.Parameter]]) -> dict[str, Any]:
 
 
 def _muon(named: NamedParameters, optim: OptimConfig, with_dist_muon: bool) -> list[torch.optim.Optimizer]:
-    found: list[torch.optim.Optimizer] = []
+    optimizers: list[torch.optim.Optimizer] = []
     if with_dist_muon:
         from model.train.parallel.dist_muon import dist_muon, split
 
         taken, named = split(named, optim.muon_scale)
         if dist.get_rank() == 0:
-            print(f"of Muon's, torchtitan's DistMuon takes {len(taken)} tensors and leaves {len(named)}", flush=True)
+            logger.info(f"of Muon's, torchtitan's DistMuon takes {len(taken)} tensors and leaves {len(named)}")
         if taken:
-            found.append(dist_muon(_group(taken), optim))
+            optimizers.append(dist_muon(_group(taken), optim))
     if named:
         if isinstance(named[0][1], DTensor):
-            found.append(ShardedMuon([_group(named)], **muon_options(optim)))
+            optimizers.append(ShardedMuon([_group(named)], **muon_options(optim)))
         else:
-            found.append(OPTIMIZERS["muon"].build(_group(named), optim))
-    return found
+            optimizers.append(OPTIMIZERS["muon"].build(_group(named), optim))
+    return optimizers
 
 
 class StageSchedule(LRSchedulersContainer):

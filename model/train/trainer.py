@@ -96,7 +96,7 @@ class NucleusTrainer(Trainer):
         self.compiled = config.compile.enable
         self.autocast = contextlib.nullcontext
         dtype = TORCH_DTYPE_MAP[self.settings.dtype]
-        if dtype != torch.float32 and self.parallel_dims.dp_shard == 1:  # FSDP casts by itself
+        if dtype != torch.float32 and self.parallel_dims.dp_shard == 1:  # FSDP casts otherwise
             self.autocast = lambda: torch.autocast(DEVICE_TYPE, dtype)
 
     def init_distributed(self) -> ParallelDims:

@@ -62,7 +62,7 @@ def load_weights(model: nn.Module, directory: str | Path) -> int:
     """Loads a transformer directory into `model`, converting to the types of its parameters.
 
     A model on the meta device is first allocated on `torch.get_default_device()`, each rank its own shards. Uses no
-    collectives: each rank reads by itself. Names and shapes are checked before any weight is read.
+    collectives: each rank reads on its own. Names and shapes are checked before any weight is read.
 
     Returns:
         bytes of stored tensors that this rank read.

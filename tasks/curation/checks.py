@@ -16,7 +16,7 @@ CUTS = {
     "max_quality": "quality",
     "max_text_area": "text_area",
 }
-PROXY = "proxy"  # the aesthetic scorer that is none
+PROXY = "proxy"  # the placeholder aesthetic scorer, which has no model
 
 
 def check_curation(config: CurationConfig) -> None:

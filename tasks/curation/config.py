@@ -43,6 +43,7 @@ class SourceConfig(Section):
     scene_size_px: Annotated[int, Field(ge=32, le=4096)] = 128  # shorter side of a rendered scene, and of a digit
     defect_fraction: Fraction = 0.03  # of `scenes`, all kinds of defects together; if above 0, one of each at least
     digits: Annotated[int, Field(ge=0, le=1797)] = 0
+    made: dict[str, Positive] = {}  # records of other made sources (sources/made/registry.py)
     path: str | None = None
     shards: Positive = 4  # of the made sources
     images_per_shard: Positive = (
@@ -53,6 +54,11 @@ class SourceConfig(Section):
     urls: UrlConfig | None = None  # the tables at `path` have URLs, which are downloaded
     captions_folder: str | None = None  # below the source: captions_folder/a.txt describes a.png, or FOLDER/a.png
     seed: Seed = 0
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the recipe makes its own images."""
+        return bool(self.scenes or self.digits or self.made)
 
     @field_validator("path")
     @classmethod

@@ -22,20 +22,22 @@ import pyarrow.parquet as pq
 
 from tasks.curation.decisions.selections import SELECTION_TABLE
 from tasks.curation.ledger import LEDGER_TABLE
-from tasks.curation.sources.base import Account, Record, Shard, open_corpus
+from tasks.curation.sources.base import LISTS, Account, Record, Shard, open_corpus
 from tasks.store import INDEX, Part, fetch_part, read_index
 
 READERS = 16  # threads that read tables of selections
 
 CORPUS = "corpus"  # the tables of the corpus, beside the index of selections
-LEDGER_FILES = (LEDGER_TABLE,)  # may be left where they are by who only reads images: artifacts.fetch(without=...)
+# Files with a row for each record of the source, for artifacts.fetch(without=...): readers of images do without the
+# ledger, and fetch the lists of files of their own shards.
+LARGE_FILES = (LEDGER_TABLE, LISTS)
 
 
 def open_curated(path: str | os.PathLike, fetch: Callable[[Part], Path] = fetch_part) -> Curated:
     """Opens a curated directory.
 
     Raises:
-        ValueError: it is none.
+        ValueError: `path` is not a curated directory.
     """
     path = Path(path)
     if not (path / INDEX).is_file() or not (path / CORPUS).is_dir():

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from model import storage
+from model.logs import get_logger
 from tasks.curation import ledger, takedown
 from tasks.curation.captioning import build_captioner, identity, run, steps
 from tasks.curation.config import CurationConfig, SourceConfig
@@ -43,6 +44,8 @@ from tasks.store import (
     write_index,
 )
 
+logger = get_logger(__name__)
+
 REPORT_PAGE = "report.html"
 # Where shards are is no part of what a corpus is: its tables are logs of the seal, and corpus.json has their digest.
 CORPUS_DIGEST = "corpus.json"
@@ -52,7 +55,8 @@ CURATED_LOGS = (LOCATIONS, *(f"{CORPUS}/{name}" for name in CORPUS_LOGS))
 
 def make_shard(config: SourceConfig, index: int) -> Part:
     """A shard of a made source as a `records` part."""
-    inputs = {"source": config.model_dump(mode="json", include=MADE_BY), "shard": index}
+    deciding = MADE_BY | ({"made"} if config.made else set())
+    inputs = {"source": config.model_dump(mode="json", include=deciding), "shard": index}
     return attempt(
         "records",
         f"{index:05d}",
@@ -67,7 +71,7 @@ def make_shard(config: SourceConfig, index: int) -> Part:
     )
 
 
-MADE_BY = {"scenes", "scene_size_px", "defect_fraction", "digits", "shards", "seed"}
+MADE_BY = {"scenes", "scene_size_px", "defect_fraction", "digits", "shards", "seed"}  # and `made`, where it is set
 
 
 def write_corpus(
@@ -197,7 +201,7 @@ def attempt(kind: str, name: str, make) -> Part:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        print(f"{kind} of shard {name} failed: {text}", flush=True)
+        logger.warning(f"{kind} of shard {name} failed: {text}")
         return Part(name, kind, error=text)
 
 
@@ -314,10 +318,10 @@ def _score_parts(shards: list[Shard], indices: Sequence[Path | None]) -> Iterato
             for shard in members:
                 yield Part(shard.shard_id, "scores", error="the task of its group did not finish")
             continue
-        found = list(read_index(index))
-        if [part.name for part in found] != [shard.shard_id for shard in members]:
+        parts = list(read_index(index))
+        if [part.name for part in parts] != [shard.shard_id for shard in members]:
             raise ValueError(f"{index} has the scores of other shards than group {group} of this corpus")
-        yield from found
+        yield from parts
 
 
 def fetch_decision(part: Part, group: int, groups: int) -> Path:

@@ -1,4 +1,4 @@
-"""An append-only journal of JSON rows: what is in it was done, and is not done again after a kill.
+"""An append-only journal of JSON rows: work whose row is in it is not repeated after a kill.
 
 PLACE/journal.jsonl             a local folder: one row a line
 PLACE/WRITER-000000.jsonl ...   an object store, which cannot append: an object for every few rows

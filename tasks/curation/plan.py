@@ -94,7 +94,7 @@ def plan(corpus: Corpus, config: CurationConfig, rates: Rates) -> list[str]:
         f"Near duplicates within {radius} of 64 bits: {blocks} blocks, {keys} keys for each of two hashes. The joins shuffle "
         f"{rows:.1e} rows ({_tb(rows * JOIN_ROW_BYTES)} in and out of {2 * keys} shuffles, {_tb(images * JOIN_ROW_BYTES)} each) and "
         f"compare {candidates:.1e} pairs of unrelated hashes; {2 * within(images, radius):.1e} of these are within the radius by "
-        "chance, and pHash-256 has to tell them apart.",
+        "chance, and pHash-256 must distinguish them.",
         "",
         f"An array node of Flyte can have about {MAX_ARRAY_TASKS:,} sub-tasks and {MAX_ARRAY_BYTES / 2**20:.0f} MiB of outputs: {groups:,} "
         f"sub-tasks have at most {outputs / 2**20:.1f} MiB. A map over {corpus.shards:,} shards "

@@ -3,7 +3,7 @@
     python -m tasks.curation.replay .nucleus/artifacts/curated/DIGEST --overrides curation.filters.min_side_px=96
     python -m tasks.curation.replay .nucleus/artifacts/scores/DIGEST --recipe tiny --overrides curation.tiers.synthetic_tier=A1
 
-DIRECTORY is curated, or an index of scores; of these the recipe says what is decided now. No image is read. For each way in
+DIRECTORY is curated, or an index of scores; for an index, the recipe gives the current decision. No image is read. For each way in
 which fates change it prints up to --examples records as JSON lines ({"file", "before", "after"}), then the counts of each
 rule and tier that change, then `kept BEFORE -> AFTER of RECORDS records`. With --out DIR the new ledger and report are kept
 there. Exits 1, with one line `ValueError: ...`, where the change needs new scores.
@@ -31,7 +31,7 @@ def replay(directory: Path, overrides: Sequence[str], work_dir: Path, recipe: st
     """Decides again about the records of a curated directory or of an index of scores.
 
     Args:
-        recipe: says what is decided now about scores; a curated directory knows it.
+        recipe: of the current decision, for an index of scores; a curated directory records its own.
 
     Returns:
         two directories with ledger.parquet and report.json: without and with the overrides.

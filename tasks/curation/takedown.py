@@ -66,21 +66,21 @@ def read_list(path: str) -> list[str]:
         lines = content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"takedown list {visible(path)!r} is not UTF-8: {error}") from error
-    found: dict[str, None] = {}
+    entries: dict[str, None] = {}
     for line in lines:
         # A URL may contain a #: a comment begins the line, or stands after a blank.
         entry = re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip()
         if entry:
-            found[entry.lower() if _SHA256.fullmatch(entry) else entry] = None
-    if not found:
+            entries[entry.lower() if _SHA256.fullmatch(entry) else entry] = None
+    if not entries:
         raise ValueError(f"takedown list {visible(path)!r} names no record")
-    return list(found)
+    return list(entries)
 
 
 def remove(parts: Sequence[Part], entries: Collection[str]) -> list[Part]:
     """The score parts, with the records of the list marked as taken down, and without their small pictures.
 
-    A part that has none of them stays as it is.
+    A part that has none of them is unchanged.
     """
     wanted = pa.array(sorted(set(entries)), pa.string())
     return [part if part.error else _without(part, wanted) for part in parts]
@@ -150,7 +150,7 @@ def find(entries: Sequence[str], places: Sequence[str]) -> list[Found]:
 
 def _near_duplicates(entries: Sequence[str], uses: dict[str, list[Use]]) -> dict[str, set[tuple[str, str]]]:
     """Of each entry, the records that a ledger left out for it, and the one that it was left out for."""
-    ledgers = {use.uri for found in uses.values() for use in found if use.kind == "curated"}
+    ledgers = {use.uri for record_uses in uses.values() for use in record_uses if use.kind == "curated"}
     near: dict[str, set[tuple[str, str]]] = {}
     wanted = set(entries)
     for uri in sorted(ledgers):
@@ -182,11 +182,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object for each record of the list")
     options = parser.parse_args(arguments)
     try:
-        found = find(read_list(options.list), [storage.check_path(place).rstrip("/") for place in options.places])
+        records = find(read_list(options.list), [storage.check_path(place).rstrip("/") for place in options.places])
     except (ValueError, OSError) as error:
         print(f"ValueError: {visible(str(error))}", file=sys.stderr)
         return 2
-    for one in found:
+    for one in records:
         if options.json:
             near = [{"record_id": record_id, "file": file} for record_id, file in one.near]
             line = {"record": one.entry, "uses": [use._asdict() for use in one.uses], "near_duplicates": near}
@@ -197,10 +197,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(visible(f"  {use.kind} {use.digest}: {use.why}, at {use.uri}"))
         for record_id, file in one.near:
             print(visible(f"  near duplicate: {file} {record_id}"))
-    published = sorted({use.uri for one in found for use in one.published})
+    published = sorted({use.uri for one in records for use in one.published})
     if not options.json:
-        used = sum(any(use.has for use in one.uses) for one in found)
-        print(f"{len(found)} records on the list, {used} of them used; {len(published)} published pipelines had one")
+        used = sum(any(use.has for use in one.uses) for one in records)
+        print(f"{len(records)} records on the list, {used} of them used; {len(published)} published pipelines had one")
         for uri in published:
             print(visible(f"  {uri}"))
     return 1 if published else 0

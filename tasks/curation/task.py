@@ -13,10 +13,12 @@ part, whatever group it falls into. A shard that fails does not stop the others:
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple, Optional
 
 from flytekit import Deck, task
 
+from model.logs import get_logger
 from model.storage import is_remote
 from tasks import envs
 from tasks.artifacts import (
@@ -44,6 +46,8 @@ from tasks.store import (
     store,
     write_index,
 )
+
+logger = get_logger(__name__)
 
 
 class Listed(NamedTuple):
@@ -123,19 +127,19 @@ def score_group(corpus: CorpusDir, config: CurationConfig, groups: list[int], gr
     from tasks.curation import flow
 
     with plain_errors():
-        return _index("scores", flow.score_group(fetch(corpus, "corpus"), config, group, len(groups), "shard"))
+        return _index("scores", flow.score_group(_fetch_tables(corpus), config, group, len(groups), "shard"))
 
 
 @task(**envs.gpu_single("scorer", reads_hub=True))
 def score_group_on_gpu(
     corpus: CorpusDir, config: CurationConfig, groups: list[int], group: int, scored: Optional[ScoresDir]
 ) -> ScoresDir:
-    """Runs the scorers of one group that `score_group` left. `scored`, its result, only makes it wait: parts that were made
-    are in the store."""
+    """Runs the scorers of one group that `score_group` left. `scored`, its result, is only a dependency: finished
+    parts are in the store."""
     from tasks.curation import flow
 
     with plain_errors():
-        return _index("scores", flow.score_group(fetch(corpus, "corpus"), config, group, len(groups), "gpu_single"))
+        return _index("scores", flow.score_group(_fetch_tables(corpus), config, group, len(groups), "gpu_single"))
 
 
 @task(**envs.tables("curation"))
@@ -147,7 +151,7 @@ def draft_corpus(
 
     indices = [fetch(directory, "scores") if directory is not None else None for directory in scores]
     with plain_errors():
-        return _index("decisions", [flow.draft_corpus(fetch(corpus, "corpus"), indices, config, len(groups))])
+        return _index("decisions", [flow.draft_corpus(_fetch_tables(corpus), indices, config, len(groups))])
 
 
 @task(**envs.captioner())
@@ -171,7 +175,7 @@ def _caption_group(corpus: CorpusDir, drafts: DecisionsDir, config: CurationConf
 
     (draft,) = read_index(fetch(drafts, "decisions"))
     with plain_errors():
-        return _index("captions", flow.caption_group(fetch(corpus, "corpus"), draft, config, group, groups))
+        return _index("captions", flow.caption_group(_fetch_tables(corpus), draft, config, group, groups))
 
 
 @task(**envs.gather("curation"))
@@ -201,11 +205,11 @@ def decide_corpus(
     kind = "scores" if config.captioner is None else "captions"
     indices = [fetch(directory, kind) if directory is not None else None for directory in scores]
     with plain_errors():
-        part = flow.decide_corpus(fetch(corpus, "corpus"), indices, config, len(groups))
+        part = flow.decide_corpus(_fetch_tables(corpus), indices, config, len(groups))
     directory = fetch_part(part)
     Deck("Retention", (directory / flow.REPORT_PAGE).read_text())
     with plain_errors():
-        print(flow.result_line(directory, part, config), flush=True)
+        logger.info(flow.result_line(directory, part, config))
     return _index("decisions", [part])
 
 
@@ -244,6 +248,13 @@ def _check_store() -> None:
     """Parts outlive a pod only in a store that all pods reach."""
     if not is_local() and not is_remote(store()):
         raise ValueError("NUCLEUS_STORE is not set: register the workflows with NUCLEUS_STORE=s3://BUCKET/PREFIX")
+
+
+def _fetch_tables(corpus: CorpusDir) -> Path:
+    """The corpus without its lists of loose files. A task that reads a shard downloads the list of that shard."""
+    from tasks.curation.sources.base import LISTS
+
+    return fetch(corpus, "corpus", without=(LISTS,))
 
 
 def _index(kind: str, parts: list[Part]):

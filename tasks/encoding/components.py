@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from model.data.hashing import hash_words
+from model.logs import get_logger
 from tasks.curation.curated import Curated, open_curated
 from tasks.encoding import hub
 from tasks.encoding.buckets import Bucket, fit, nearest_bucket, stage_buckets
@@ -28,6 +29,8 @@ from tasks.encoding.config import ComponentsConfig
 from tasks.encoding.images import read_images
 from tasks.encoding.small.vae import train_vae
 from tasks.encoding.vae_codec import FrameCodec, reconstruct
+
+logger = get_logger(__name__)
 
 if TYPE_CHECKING:
     from tasks.store import Part
@@ -126,7 +129,7 @@ def _train_vae(
     size = config.vae.image_size_px
     buckets = stage_buckets(size, config.vae.aspect_ratios)
     pixels = load(train[: config.vae.max_images], buckets)
-    print(f"vae: {sum(map(len, pixels.values()))} images of {', '.join(b.name for b in sorted(pixels))}", flush=True)
+    logger.info(f"vae: {sum(map(len, pixels.values()))} images of {', '.join(b.name for b in sorted(pixels))}")
     vae = train_vae(pixels, config.vae, config.seed, state_path)
     vae.save_pretrained(out_dir / "vae")
 
@@ -147,9 +150,7 @@ def _train_vae(
         "vae_parameters": sum(p.numel() for p in vae.parameters()),
     }
     seconds = time.monotonic() - started
-    print(
-        f"vae: {report['psnr_db']:.2f} dB on {len(val[:MAX_VAL_IMAGES])} held-out images, {seconds:.0f} s", flush=True
-    )
+    logger.info(f"vae: {report['psnr_db']:.2f} dB on {len(val[:MAX_VAL_IMAGES])} held-out images, {seconds:.0f} s")
     _show(codec, sources, out_dir / "reconstructions.png")
     _require(report["psnr_db"], config, "raise components.vae.steps, or lower components.vae.kl_weight")
     return report

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from model.config import StageConfig
 from model.data.files import PREFIX
+from model.logs import get_logger
 from tasks import envs
 from tasks.curation.curated import Curated, images_by_tier, open_curated
 from tasks.curation.ledger import LEDGER, LEDGER_TABLE
@@ -30,6 +31,8 @@ from tasks.encoding.report import PAGE, page, title
 from tasks.encoding.text import texts
 from tasks.encoding.text.prompts import PromptEncoder
 from tasks.store import LOCATIONS, Part, fetch_part, group_range, make_part, num_groups, read_index, write_index
+
+logger = get_logger(__name__)
 
 TENSORS = (".safetensors",)
 ENCODING_LEDGER = "encoding_ledger.parquet"
@@ -170,7 +173,7 @@ def _encode_group(
                 part, counted = encode(selection)
             except Exception as error:
                 failed.append(f"{selection.name}: {type(error).__name__}: {error}")
-                print(f"shard {failed[-1]}", flush=True)
+                logger.warning(f"shard {failed[-1]}")
                 continue
             parts.append(part)
             directory = fetch_part(part, TENSORS)
@@ -178,7 +181,7 @@ def _encode_group(
             records = counted.pop("records")
             counts = {name: count for name, count in counted.items() if count}
             reports += [json.loads((directory / REPORT).read_text()), {"records": records, "counts": counts}]
-            print(f"{part.kind}: shard {number} of {len(selected)} of group {group}, {part.rows} records", flush=True)
+            logger.info(f"{part.kind}: shard {number} of {len(selected)} of group {group}, {part.rows} records")
     if failed:
         named = "; ".join(failed[:10])
         raise RuntimeError(f"{len(failed)} of {len(selected)} shards of group {group} failed: {named}")

@@ -7,7 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from model.logs import get_logger
 from tasks.encoding.config import ComponentsConfig, HubComponent
+
+logger = get_logger(__name__)
 
 # Only these files are downloaded, in particular no code. A ? stands for one digit of a file's number.
 VAE_FILES = (
@@ -66,7 +69,7 @@ def fetch(component: HubComponent, files: tuple[str, ...], target: Path) -> None
         if not source.is_dir():
             raise ValueError(f"{component.repo_id} is not a directory")
     else:
-        print(f"downloading {component.repo_id}@{component.revision[:12]} {inside}", flush=True)
+        logger.info(f"downloading {component.repo_id}@{component.revision[:12]} {inside}")
         try:
             source = Path(
                 snapshot_download(

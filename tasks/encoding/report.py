@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
+from eval import html_page
+from eval.html_page import table, text
 from tasks.encoding.ledger import HELD_OUT, NOT_DRAWN, outcomes
 
 PAGE = "report.html"
@@ -19,10 +20,6 @@ MEANINGS = {
     HELD_OUT: "of the val split",
     NOT_DRAWN: "the stage does not draw them",
 }
-STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem}"
-    "table{border-collapse:collapse}td,th{padding:.15rem .8rem .15rem 0;text-align:left;vertical-align:top}"
-)
 
 
 def title(kind: str, report: Mapping[str, Any]) -> str:
@@ -47,26 +44,18 @@ def page(report: Mapping[str, Any], ledger_file: Path, what: str) -> str:
         for name, count in [*counts.items(), ("all", sum(counts.values()))]
     ]
     parts = [
-        f"<h1>{html.escape(what)}</h1>",
+        f"<h1>{text(what)}</h1>",
         f"<p>{report['encoded']:,} of {records:,} curated records are encoded.</p>",
-        _table(rows, ["outcome", "records", "share", "such as"]),
+        table(["outcome", "records", "share", "such as"], rows),
     ]
     if remarks := report.get("remarks"):
         remarked = [(name, count, examples.get(name, "")) for name, count in remarks.items()]
-        parts += ["<h2>Encoded, with a remark</h2>", _table(remarked, ["remark", "records", "such as"])]
+        parts += ["<h2>Encoded, with a remark</h2>", table(["remark", "records", "such as"], remarked)]
     with pq.ParquetFile(ledger_file) as ledger:
         for batch in ledger.iter_batches(LISTED, columns=COLUMNS):
             parts += [
                 f"<h2>Ledger: {len(batch):,} of {ledger.metadata.num_rows:,} lines</h2>",
-                _table([tuple(line.values()) for line in batch.to_pylist()], COLUMNS),
+                table(COLUMNS, [tuple(line.values()) for line in batch.to_pylist()]),
             ]
             break
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>Encoding report</title><style>{STYLE}</style>"
-    return f"{head}{''.join(parts)}</html>\n"
-
-
-def _table(rows: Sequence[tuple], columns: list[str]) -> str:
-    import pandas as pd
-
-    with pd.option_context("display.max_colwidth", None):
-        return pd.DataFrame(rows, columns=columns).to_html(index=False, border=0)
+    return html_page.page("Encoding report", "".join(parts))

@@ -17,6 +17,7 @@ from typing import NamedTuple, Optional
 from flytekit import Deck, task
 
 from model.config import StageConfig
+from model.logs import get_logger
 from tasks import envs
 from tasks.artifacts import (
     ComponentsDir,
@@ -32,12 +33,14 @@ from tasks.artifacts import (
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.store import LOCATIONS
 
+logger = get_logger(__name__)
+
 
 def _fetch_curated(curated: CuratedDir) -> Path:
-    """The curated corpus without its ledger: it has a row for each record of the source, and encoding does not read it."""
-    from tasks.curation.curated import LEDGER_FILES
+    """The curated corpus without the files that have a row for each record of the source."""
+    from tasks.curation.curated import LARGE_FILES
 
-    return fetch(curated, "curated", LEDGER_FILES)
+    return fetch(curated, "curated", LARGE_FILES)
 
 
 class EncodingPlan(NamedTuple):
@@ -133,7 +136,7 @@ def gather_texts(
             counts=lambda report: {"records": int(report["encoded"]), "texts": int(report["texts"])},
             logs=flow.LOGS,
         )
-    print(ledger.summary(report, "texts"), flush=True)
+    logger.info(ledger.summary(report, "texts"))
     Deck("Encoding: texts", (directory / flow.PAGE).read_text())
     return artifact
 
@@ -165,6 +168,6 @@ def gather_latents(
             counts=lambda report: {"images": int(report["encoded"])},
             logs=flow.LOGS,
         )
-    print(ledger.summary(report, f"latents of {stage.name}"), flush=True)
+    logger.info(ledger.summary(report, f"latents of {stage.name}"))
     Deck(f"Encoding: latents of {stage.name}", (directory / flow.PAGE).read_text())
     return artifact

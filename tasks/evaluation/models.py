@@ -139,7 +139,7 @@ def published_settings(model: Model) -> dict[str, Any] | None:
     """The eval section that a published pipeline was scored with; None of other models.
 
     Raises:
-        ValueError: it names code: whoever made the pipeline would choose what is imported here.
+        ValueError: it names code, which the pipeline's author would have imported here.
     """
     content = storage.read_bytes(storage.join(model.place, MANIFEST)) if not pipelines.is_hub_id(model.place) else None
     if content is None or model.components:

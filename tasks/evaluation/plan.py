@@ -112,7 +112,7 @@ def _override(values: dict[str, Any], change: str, name: str, names: Sequence[st
 
 def _judges_of(judges: str, name: str, names: Sequence[str], roles: Sequence[str]) -> dict[str, str]:
     """{role: judge} of one benchmark."""
-    found: dict[str, str] = {}
+    chosen: dict[str, str] = {}
     for item in (part.strip() for part in judges.split(",") if part.strip()):
         before, equals, judge = item.rpartition("=")
         benchmark, dot, role = before.rpartition(".")
@@ -127,8 +127,8 @@ def _judges_of(judges: str, name: str, names: Sequence[str], roles: Sequence[str
                 continue  # of another benchmark's roles
             raise ValueError(f"judges has the role {role!r}, and {name} has {', '.join(roles)}")
         _, answers, _ = catalog.JUDGES.get(judge.partition("@")[0], ("", tuple(roles), ""))
-        found |= {role: judge} if role else {r: judge for r in roles if r in answers}
-    return found
+        chosen |= {role: judge} if role else {r: judge for r in roles if r in answers}
+    return chosen
 
 
 def generation_config(config: EvalConfig) -> EvalConfig:

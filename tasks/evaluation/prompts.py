@@ -1,4 +1,4 @@
-"""What a run is asked: a benchmark's prompts, and for `captions` the real images of held-out captions.
+"""The prompts of a run: a benchmark's prompts, and for `captions` the real images of held-out captions.
 
 benchmark's data, or curated corpus --write_prompts--> OUT/prompts.jsonl
                                                            reference/RECORD_ID.png      (captions only)

@@ -53,12 +53,12 @@ def plan_parts(config: EvalConfig, parts_per_seed: int) -> list[Part]:
 @task(cache=envs.cache("prompts"), **envs.gather("evaluator"))
 def make_prompts(config: EvalConfig, curated: Optional[CuratedDir] = None) -> PromptsDir:
     """The benchmark's prompts, downloaded at the official commit; of captions those of held-out images."""
-    from tasks.curation.curated import LEDGER_FILES
+    from tasks.curation.curated import LARGE_FILES
     from tasks.evaluation import plan, prompts
 
     config = plan.generation_config(config)
     needs_corpus = config.benchmark == prompts.CAPTIONS and config.prompts_file is None
-    corpus = fetch(curated, "curated", LEDGER_FILES) if curated is not None and needs_corpus else None
+    corpus = fetch(curated, "curated", LARGE_FILES) if curated is not None and needs_corpus else None
     artifact, _, _ = produce(
         "prompts",
         lambda out: prompts.write_prompts(config, out, corpus),

@@ -30,7 +30,7 @@ class Artifact(NamedTuple):
 
 
 class Use(NamedTuple):
-    """An artifact, and what it has to do with the record. `has` is False where the record was left out."""
+    """An artifact, and how it uses the record. `has` is False where the record was left out."""
 
     kind: str
     digest: str
@@ -106,13 +106,13 @@ def _artifacts(home: str) -> Iterator[Artifact]:
 
 
 def _sealed(uri: str) -> Iterator[Artifact]:
-    with contextlib.suppress(ValueError, OSError):  # not one of ours
+    with contextlib.suppress(ValueError, OSError):  # not a manifest of this project
         yield Artifact(uri, sealed.load(uri))
 
 
 def _in_tables(records: pa.Array, uri: str, manifest: Manifest) -> dict[str, tuple[bool, str]]:
     """Record -> (whether the directory has it, why), by the tables of one directory."""
-    found: dict[str, tuple[bool, str]] = {}
+    uses: dict[str, tuple[bool, str]] = {}
     for name in sorted(name for name in manifest.files if name.endswith(".parquet")):
         with sealed.open_table(uri, name) as table:
             columns = [column for column in NAMED_BY if column in table.schema_arrow.names]
@@ -124,10 +124,10 @@ def _in_tables(records: pa.Array, uri: str, manifest: Manifest) -> dict[str, tup
                     for row in batch.filter(pc.is_in(batch[column], value_set=records)).to_pylist():
                         record = row[column]
                         if row.get("kept", True):
-                            found[record] = True, f"in {name}"
-                        elif not found.get(record, (False,))[0]:
-                            found[record] = False, f"left out by {row.get('rule') or 'a rule'}, in {name}"
-    return found
+                            uses[record] = True, f"in {name}"
+                        elif not uses.get(record, (False,))[0]:
+                            uses[record] = False, f"left out by {row.get('rule') or 'a rule'}, in {name}"
+    return uses
 
 
 def main(record: str, home: str, as_json: bool = False) -> int:

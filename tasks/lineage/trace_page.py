@@ -2,46 +2,45 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any
 
+from eval.html_page import Markup, page, table, text
+
 BOX_W, BOX_H, GAP_X, GAP_Y = 190, 46, 60, 18  # px
-STYLE = (
-    "body{font:14px system-ui,sans-serif;margin:24px;color:#222}table{border-collapse:collapse;margin:16px 0}"
-    "td,th{border-bottom:1px solid #ddd;padding:4px 10px;text-align:left;vertical-align:top}"
-    "code{font-size:12px;overflow-wrap:anywhere}rect{fill:#f4f6fa;stroke:#8a94a6}path{fill:none;stroke:#8a94a6}"
-    "text{font-size:12px}"
-)
+STYLE = "body{max-width:none}rect{fill:#f4f6fa;stroke:#8a94a6}path{fill:none;stroke:#8a94a6}text{font-size:12px}"
+COLUMNS = ("kind", "digest", "counts", "files", "parts", "made from", "made by", "at")
 
 
-def page(story: dict[str, Any]) -> str:
+def trace_page(story: dict[str, Any]) -> str:
     """The page of what `tasks.trace.describe` returns."""
     nodes = {node["digest"]: node for node in story["nodes"]}
     records = story["records"]
     root = nodes[story["root"]]
-    rows = "".join(_row(node) for node in story["nodes"])
-    return (
-        "<!doctype html>\n<html lang=en><meta charset=utf-8>"
-        "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>Lineage of {escape(root['kind'])} {escape(root['digest'][:12])}</title><style>{STYLE}</style>"
-        f"<h1>Lineage of {escape(root['kind'])} <code>{escape(root['digest'])}</code></h1>"
+    return page(
+        f"Lineage of {root['kind']} {root['digest'][:12]}",
+        f"<h1>Lineage of {text(root['kind'])} <code>{text(root['digest'])}</code></h1>"
         f"<p>{records['input']:,} records in the ledger, {records['kept']:,} kept, {records['used']:,} with latents. "
         "Every file and part was read and compared when this page was made.</p>"
         f"{_drawing(story['root'], nodes)}"
-        "<table><tr><th>kind<th>digest<th>counts<th>files<th>parts<th>made from<th>made by<th>at</tr>"
-        f"{rows}</table></html>\n"
+        f"{table(COLUMNS, map(_row, story['nodes']))}",
+        STYLE,
     )
 
 
-def _row(node: dict[str, Any]) -> str:
+def _row(node: dict[str, Any]) -> tuple:
     counts = ", ".join(f"{value:,} {name}" for name, value in node["counts"].items())
     made_by = ", ".join(f"{name} {value}" for name, value in node["made_by"].items())
-    parents = " ".join(f'<a href="#{escape(digest)}">{escape(digest[:12])}</a>' for digest in node["parents"])
-    cells = (escape(counts), f"{node['files']:,} ({node['bytes']:,} bytes)", f"{len(node['parts']):,}", parents)
+    parents = " ".join(f'<a href="#{text(digest)}">{text(digest[:12])}</a>' for digest in node["parents"])
+    digest = text(node["digest"])
     return (
-        f'<tr id="{escape(node["digest"])}"><td>{escape(node["kind"])}<td><code>{escape(node["digest"])}</code><td>'
-        + "<td>".join(cells)
-        + f"<td>{escape(made_by)}<td><code>{escape(node['path'])}</code></tr>"
+        node["kind"],
+        Markup(f'<code id="{digest}">{digest}</code>'),
+        counts,
+        f"{node['files']:,} ({node['bytes']:,} bytes)",
+        len(node["parts"]),
+        Markup(parents),
+        made_by,
+        Markup(f"<code>{text(node['path'])}</code>"),
     )
 
 
@@ -74,9 +73,9 @@ def _drawing(root: str, nodes: dict[str, Any]) -> str:
         counts = ", ".join(f"{value:,} {what}" for what, value in nodes[members[0]]["counts"].items())
         below = members[0][:12] + (f"  {counts}" if counts and len(members) == 1 else "")
         shapes.append(
-            f'<a href="#{escape(members[0])}"><rect x={x} y={y} width={BOX_W} height={BOX_H} rx=6 />'
-            f"<text x={x + 10} y={y + 19} font-weight=bold>{escape(name)}</text>"
-            f"<text x={x + 10} y={y + 36}>{escape(below[:30])}</text></a>"
+            f'<a href="#{text(members[0])}"><rect x={x} y={y} width={BOX_W} height={BOX_H} rx=6 />'
+            f"<text x={x + 10} y={y + 19} font-weight=bold>{text(name)}</text>"
+            f"<text x={x + 10} y={y + 36}>{text(below[:30])}</text></a>"
         )
     drawn = {(at[digest], at[parent]) for digest, node in nodes.items() for parent in node["parents"]}
     for (x, y), (to_x, to_y) in sorted(drawn):

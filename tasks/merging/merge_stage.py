@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from model.config import MergeConfig, TransformerConfig
+from model.logs import get_logger
+
+logger = get_logger(__name__)
 
 
 def merge_stage(
@@ -38,8 +41,8 @@ def merge_stage(
     steps = sorted(checkpoints)[-merge.last_n :]
     weights = wsm_weights(len(steps))
     if len(steps) < merge.last_n:
-        print(f"merge: merge.last_n={merge.last_n}, but only {len(steps)} checkpoints exist", flush=True)
-    print(f"merge: {len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}", flush=True)
+        logger.warning(f"merge: merge.last_n={merge.last_n}, but only {len(steps)} checkpoints exist")
+    logger.info(f"merge: {len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}")
     merged = merge_checkpoints(
         [checkpoints[step] for step in steps], weights, Path(out_dir) / "transformer", config=transformer
     )

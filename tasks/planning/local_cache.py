@@ -11,8 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from model.logs import get_logger
 from tasks.manifest import MANIFEST, load_manifest
 from tasks.store import is_index, missing_parts
+
+logger = get_logger(__name__)
 
 
 def forget_lost_artifacts(location: str) -> int:
@@ -47,7 +50,7 @@ def forget_lost_artifacts(location: str) -> int:
                 del cache[key]
                 dropped += 1
     if dropped:
-        print(f"local cache: {dropped} entries forgotten, their artifacts are gone; they are made again", flush=True)
+        logger.info(f"local cache: {dropped} entries forgotten, their artifacts are gone; they are made again")
     return dropped
 
 

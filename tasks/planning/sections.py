@@ -73,7 +73,7 @@ def check_workflow(recipe: Recipe, ends_in: Hop = "pipeline", starts_from: Hop =
 
 
 def check_scoring(config: EvalConfig) -> None:
-    """Refuses, before any work, images that nobody could score.
+    """Refuses, before any work, images without a judge.
 
     Raises:
         ValueError: no judge for a role, no development prompts, or a prompt file that is not there.
@@ -132,10 +132,10 @@ def check_tiers(images_by_tier: dict[str, int], stages: list[Stage]) -> None:
     for i, stage in enumerate(stages):
         weights = {tier: weight for tier, weight in stage.train.stage.tier_weights.items() if weight > 0}
         if not present & weights.keys():
-            found = ", ".join(f"{tier}: {images_by_tier[tier]}" for tier in sorted(present)) or "none"
+            counts = ", ".join(f"{tier}: {images_by_tier[tier]}" for tier in sorted(present)) or "none"
             raise ValueError(
                 f"train.stages[{i}].tier_weights draws from {', '.join(weights)} alone, and the curated corpus has no "
-                f"image of these (images by tier: {found}). Change the weights, or curation.tiers.thresholds and "
+                f"image of these (images by tier: {counts}). Change the weights, or curation.tiers.thresholds and "
                 "synthetic_tier"
             )
 

@@ -9,11 +9,11 @@ PLACEHOLDER = "YOUR-BUCKET"  # in the recipes that come without data
 
 
 def check_source(path: str, local: bool) -> None:
-    """Refuses, without looking at it, what cannot be a source.
+    """Checks the form of a source's path or URI, without reading it.
 
     Raises:
         ValueError: the recipe's placeholder, a URI that `storage.check_path` refuses, or on a cluster a path of
-            somebody's machine.
+            a user's own machine.
     """
     if PLACEHOLDER in path:
         raise ValueError(
@@ -30,7 +30,7 @@ def check_takedown(path: str | None, local: bool) -> None:
     """Refuses, without looking at it, a takedown list that the cluster cannot read.
 
     Raises:
-        ValueError: on a cluster a path of somebody's machine.
+        ValueError: on a cluster a path on the user's machine.
     """
     if path and not storage.is_remote(path) and not local:
         raise ValueError(f"curation.takedown={visible(path)!r} is a path of your machine; give an s3:// URI")

@@ -11,6 +11,7 @@ from flytekit.core.local_cache import CACHE_LOCATION
 from eval import catalog
 from eval.config import EvalConfig
 from model.config import MergeConfig, TransformerConfig
+from model.logs import get_logger
 from model.stages import TrainingStage
 from tasks import envs
 from tasks.artifacts import CuratedDir, fetch, is_local, plain_errors
@@ -36,6 +37,8 @@ from tasks.planning.source import check_source, check_takedown
 from tasks.publishing.config import PublishConfig
 from tasks.recipe import load_recipe
 from tasks.store import home
+
+logger = get_logger(__name__)
 
 
 class Sections(NamedTuple):
@@ -77,13 +80,12 @@ def resolve_recipe(
             check_ranks(loaded.train, envs.TRAIN_NNODES, envs.TRAIN_NPROC, is_local())
         if starts_from == "source" and loaded.curation.captioner is not None:
             check_captioner(loaded.curation.captioner)
-    if path and (loaded.source.scenes or loaded.source.digits):  # a recipe for made images, given others
+    if path and loaded.source.is_made:  # a recipe for made images, given others
         loaded = for_own_images(loaded)
         words = loaded.curation.captions.max_words
-        print(
+        logger.info(
             f"own images: captions of up to {words} words are kept; the VAE's PSNR is reported, not required; scored by "
-            f"the benchmark {loaded.eval.benchmark}",
-            flush=True,
+            f"the benchmark {loaded.eval.benchmark}"
         )
     if is_local() and HOPS.index(starts_from) < HOPS.index("scorecard") <= HOPS.index(ends_in):
         with plain_errors():
@@ -107,9 +109,9 @@ def resolve_recipe(
 @task(**envs.light("curation"))
 def check_curated(curated: CuratedDir, stages: list[Stage]) -> dict[str, int]:
     """Refuses a corpus that leaves a stage without images, before it is encoded. Returns the images of each tier."""
-    from tasks.curation.curated import LEDGER_FILES, images_by_tier
+    from tasks.curation.curated import LARGE_FILES, images_by_tier
 
-    path = fetch(curated, "curated", LEDGER_FILES)
+    path = fetch(curated, "curated", LARGE_FILES)
     with plain_errors():
         counts = images_by_tier(path)
         check_tiers(counts, stages)

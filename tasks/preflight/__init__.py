@@ -1,4 +1,4 @@
-"""What a run needs of a cluster, checked before it starts.
+"""Checks, before a run starts, what it needs of a cluster.
 
     python -m tasks.preflight --recipe nucleus_17b --shape 8x8
     python -m tasks.preflight --recipe nucleus_17b --shape 8x8 --json

@@ -81,7 +81,7 @@ def check(name: str, remedy: str) -> Callable[[Callable[[Target], str]], Callabl
 
 
 def run_checks(target: Target) -> list[Result]:
-    """All of them, each by itself: an error of one is its result."""
+    """Runs every check separately: an error of one is its result."""
     results = []
     for each in CHECKS:
         try:

@@ -50,12 +50,12 @@ def api_server(target: Target) -> str:
 
 def _crd(target: Target, name: str, version: str) -> str:
     try:
-        found = client.ApiextensionsV1Api(target.api).read_custom_resource_definition(name)
+        definition = client.ApiextensionsV1Api(target.api).read_custom_resource_definition(name)
     except client.ApiException as error:
         if error.status == 404:
             raise Failed(f"there is no {name}") from None
         raise
-    served = [each.name for each in found.spec.versions if each.served]
+    served = [each.name for each in definition.spec.versions if each.served]
     if version not in served:
         raise Failed(f"{name} is served as {', '.join(served)}, not {version}")
     return f"{name} {version}"
@@ -75,13 +75,13 @@ def training_operator(target: Target) -> str:
 
 def _deployment(target: Target, namespace: str, name: str, version: str) -> str:
     try:
-        found = client.AppsV1Api(target.api).read_namespaced_deployment(name, namespace)
+        deployment = client.AppsV1Api(target.api).read_namespaced_deployment(name, namespace)
     except client.ApiException as error:
         if error.status == 404:
             raise Failed(f"there is no deployment {namespace}/{name}") from None
         raise
-    image = found.spec.template.spec.containers[0].image
-    if not (found.status and found.status.available_replicas):
+    image = deployment.spec.template.spec.containers[0].image
+    if not (deployment.status and deployment.status.available_replicas):
         raise Failed(f"{namespace}/{name} ({image}) has no available replica")
     if not re.search(version, image):
         raise Failed(f"{namespace}/{name} runs {image}; tested is {version.replace(chr(92), '')}x")
@@ -171,12 +171,14 @@ def _queue(target: Target) -> dict[str, Any]:
 @check("queue", "kubectl apply -k k8s/kueue, and see kubectl describe clusterqueue for what it lacks.")
 def queue(target: Target) -> str:
     _needs_queue(target)
-    found = _queue(target)
-    conditions = {c["type"]: c for c in found.get("status", {}).get("conditions", [])}
+    cluster_queue = _queue(target)
+    conditions = {c["type"]: c for c in cluster_queue.get("status", {}).get("conditions", [])}
     active = conditions.get("Active", {})
     if active.get("status") != "True":
-        raise Failed(f"cluster queue {found['metadata']['name']} is not active: {active.get('message', 'no status')}")
-    return f"{target.queue} -> {found['metadata']['name']}"
+        raise Failed(
+            f"cluster queue {cluster_queue['metadata']['name']} is not active: {active.get('message', 'no status')}"
+        )
+    return f"{target.queue} -> {cluster_queue['metadata']['name']}"
 
 
 @check("queue quota", "Raise nominalQuota of the cluster queue (k8s/kueue/queues.yaml), or train on fewer nodes.")

@@ -8,7 +8,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from model.logs import get_logger
 from tasks.manifest import MANIFEST, Manifest, public_manifest, verify
+
+logger = get_logger(__name__)
 
 FRESH = {".gitattributes"}  # what the Hub puts into a new repository
 
@@ -46,7 +49,7 @@ def push(directory: str | Path, repo_id: str, private: bool = True, api: Any = N
         repo = api.create_repo(repo_id, repo_type="model", private=private, exist_ok=True)
         repo_id = getattr(repo, "repo_id", repo_id)  # with the owner
         parent, stale = _look(api, repo_id, private, set(wanted))
-        print(f"hub: pushing {len(wanted)} files to {repo_id}", flush=True)
+        logger.info(f"hub: pushing {len(wanted)} files to {repo_id}")
         commit = _commit(api, repo_id, directory, manifest, parent, stale)
         there = _files(api, repo_id, commit.oid)
     except LocalTokenNotFoundError as error:
@@ -92,7 +95,7 @@ def _look(api: Any, repo_id: str, private: bool, wanted: set[str]) -> tuple[str 
     """(commit to build on, files of an older push that are to go).
 
     Raises:
-        ValueError: the repository is public where `private` is asked, or is not one of ours.
+        ValueError: the repository is public where `private` is asked, or was not written by this project.
     """
     info = api.repo_info(repo_id, repo_type="model")
     if private and info.private is False:

@@ -5,7 +5,7 @@
                processor --------------+         scheduler/, README.md, scorecard.json, grid.png, SHA256SUMS}
     scorecard/scorecard.json, grid.png +
 
-Weights are copied byte by byte: what was scored is what is published, and no model is loaded to do it.
+Weights are copied byte by byte, so that the scored weights are the published ones; no model is loaded.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from model.constants import PIPELINE_TEXT_STATE
+from model.logs import get_logger
 from tasks.diffusers_parts import SCHEDULER, processor_class
 from tasks.manifest import MANIFEST, sha256_file
 from tasks.publishing.card import model_card
 from tasks.publishing.config import PublishConfig
 from tasks.trace import lineage_rows
+
+logger = get_logger(__name__)
 
 SUMS = "SHA256SUMS"
 # Where each part comes from, the class that diffusers looks up for it, and files without which it cannot load.
@@ -70,7 +73,7 @@ def publish(
     _check_fit(sources, recipe)
 
     for i, (name, source) in enumerate(sources.items(), 1):
-        print(f"publish {i}/{len(sources)}: {name}", flush=True)
+        logger.info(f"publish {i}/{len(sources)}: {name}")
         shutil.copytree(source, out_dir / name, copy_function=shutil.copyfile)
     diffusers = version("diffusers")
     scheduler = {"_diffusers_version": diffusers, **SCHEDULER, **recipe["eval"]["scheduler"]}

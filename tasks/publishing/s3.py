@@ -17,8 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from model.logs import get_logger
 from model.storage import s3_access
 from tasks.manifest import MANIFEST, Manifest, public_manifest, verify
+
+logger = get_logger(__name__)
 
 MIB = 1 << 20
 PART_BYTES = 64 * MIB
@@ -81,7 +84,7 @@ def latest(s3_uri: str, client: Any = None) -> dict[str, str] | None:
     """What `latest.json` below `s3_uri` says: {"digest", "uri", "manifest_sha256"}; None where nothing was published.
 
     Raises:
-        ValueError: it is not one of ours.
+        ValueError: it is not a manifest of this project.
     """
     bucket, prefix = _split(s3_uri)
     content, _ = _Place(client or _client(), bucket, prefix, {}).read(LATEST)
@@ -102,12 +105,12 @@ class _Place:
         from botocore.exceptions import ClientError
 
         try:
-            found = self.client.get_object(Bucket=self.bucket, Key=self.prefix + name, **self.owner)
+            response = self.client.get_object(Bucket=self.bucket, Key=self.prefix + name, **self.owner)
         except ClientError as error:
             if _code(error) in ABSENT:
                 return None, ""
             raise
-        return found["Body"].read(), found["ETag"]
+        return response["Body"].read(), response["ETag"]
 
     def head(self, name: str) -> dict[str, Any] | None:
         from botocore.exceptions import ClientError
@@ -212,7 +215,7 @@ def _publish(place: _Place, directory: Path, manifest: Manifest, part_bytes: int
         _send(place, key, path, digest, size, part)
         counts["uploaded"] += 1
         counts["bytes"] += size
-        print(f"s3: {i}/{len(names) + 1} {place.uri(key)} ({size:,} bytes)", flush=True)
+        logger.info(f"s3: {i}/{len(names) + 1} {place.uri(key)} ({size:,} bytes)")
 
     content = public_manifest(manifest).model_dump_json(indent=1).encode()
     there, there_etag = place.read(f"{version}/{MANIFEST}")

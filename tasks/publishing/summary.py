@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from eval import html_page
+from eval.html_page import image, text
 from tasks.encoding.ledger import REPORT
 from tasks.encoding.ledger import summary as ledger_summary
 from tasks.encoding.report import PAGE, title
@@ -47,10 +47,6 @@ def _encoding(directory: Path) -> str:
 
 def page(pipeline: Path) -> str:
     """The model card (as text) and the image grid of a published directory, as one HTML page."""
-    card = html.escape((pipeline / "README.md").read_text())
-    grid = pipeline / "grid.png"
-    picture = ""
-    if grid.is_file():
-        data = base64.b64encode(grid.read_bytes()).decode()
-        picture = f'<img alt="generated images" style="max-width:100%" src="data:image/png;base64,{data}">'
-    return f"<!doctype html><meta charset=utf-8>{picture}<pre style='white-space:pre-wrap'>{card}</pre>"
+    card, grid = text((pipeline / "README.md").read_text()), pipeline / "grid.png"
+    picture = image(grid.read_bytes(), "generated images") if grid.is_file() else ""
+    return html_page.page("Model card", f"{picture}<pre style='white-space:pre-wrap'>{card}</pre>")

@@ -34,11 +34,11 @@ def publish_pipeline(
     recipe_json: str,
 ) -> PipelineDir:
     """Assembles, checks in a fresh process, and uploads where the recipe says so."""
-    from tasks.curation.curated import LEDGER_FILES
+    from tasks.curation.curated import LARGE_FILES
     from tasks.publishing import publish, summary
 
     merged_path, components_path = fetch(merged, "merged"), fetch(components, "components")
-    scorecard_path, curated_path = fetch(scorecard, "scorecard"), fetch(curated, "curated", LEDGER_FILES)
+    scorecard_path, curated_path = fetch(scorecard, "scorecard"), fetch(curated, "curated", LARGE_FILES)
     recipe = publish.public_recipe(json.loads(recipe_json))
     side = recipe["eval"]["image_size_px"]
 
@@ -68,9 +68,10 @@ def show_results(
     texts: Optional[TextsDir] = None,
 ) -> str:
     """Where everything is and how good it is. Not cached, so that a run that finds everything in the cache prints it too."""
+    from tasks.curation.curated import LARGE_FILES
     from tasks.publishing import summary
 
-    paths = fetch(pipeline, "pipeline"), fetch(scorecard, "scorecard"), fetch(curated, "curated")
+    paths = fetch(pipeline, "pipeline"), fetch(scorecard, "scorecard"), fetch(curated, "curated", LARGE_FILES)
     encoded = [fetch(texts, "texts")] if texts is not None else []
     encoded += [fetch(stage, "latents") for stage in latents]
     text = "\n".join(summary.lines(*paths, encoded))

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from eval.files import read_json_lines
 from model.constants import TILE_PX
 from model.stages import TrainingStage, training_stages
 from tasks.manifest import as_parent
@@ -38,7 +39,7 @@ def describe_run(
         depends on the machine), parents.
     """
     reports = [json.loads((path / "report.json").read_text()) for path in checkpoints]
-    lines = [json.loads(line) for line in (checkpoints[-1] / "metrics.jsonl").read_text().splitlines()]
+    lines = [row for _, row in read_json_lines(checkpoints[-1] / "metrics.jsonl")]
     every = max(1, len(lines) // MAX_POINTS)
     stages = training_stages(recipe.model, recipe.train)
     return {

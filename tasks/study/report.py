@@ -10,12 +10,12 @@ study.json alone is what the study is; the other files also show times, which di
 
 from __future__ import annotations
 
-import base64
-import html
 import json
 from pathlib import Path
 from typing import Any
 
+from eval.html_page import image, page
+from eval.html_page import text as escape
 from tasks.compare import Run, Variant, compare, draw, render
 
 LOGS = ("study.md", "study.html", "study.png", "timing.json")
@@ -52,12 +52,13 @@ def write_study(runs: list[dict[str, Any]], out_dir: Path) -> dict[str, Any]:
     draw(variants, out_dir / "study.png")
     text = markdown(study, timing)
     (out_dir / "study.md").write_text(text)
-    picture = base64.b64encode((out_dir / "study.png").read_bytes()).decode()
+    picture = (out_dir / "study.png").read_bytes()
     (out_dir / "study.html").write_text(
-        "<!doctype html><meta charset=utf-8><title>Study</title><style>body{font-family:sans-serif}"
-        "img{max-width:100%}td,th{padding:2px 8px;text-align:right}</style>"
-        f"<h1>{html.escape(study['base'])} and variants</h1>"
-        f'<img alt="losses and scores" src="data:image/png;base64,{picture}">{_html_tables(text)}'
+        page(
+            "Study",
+            f"<h1>{escape(study['base'])} and variants</h1>{image(picture, 'losses and scores')}{_html_tables(text)}",
+            "td,th{text-align:right}",
+        )
     )
     return study
 

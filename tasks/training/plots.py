@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import io
-import json
 import re
 from pathlib import Path
 from typing import Any
+
+from eval.files import read_json_lines
+from eval.html_page import data_uri, image, page, text
 
 PANELS = (
     ("loss", "loss (velocity MSE)", ("loss",)),
@@ -29,8 +29,8 @@ LAYER_TAG = re.compile(r"expert/layer(\d+)/(\w+)")
 def training_html(checkpoints: Path) -> str:
     """The page of one sealed `checkpoints` directory: metrics.jsonl as curves, the routers' statistics of each layer from
     tensorboard/ as maps of layers and steps, samples/*.png in order of steps."""
-    rows = [json.loads(line) for line in (checkpoints / "metrics.jsonl").read_text().splitlines()]
-    parts = [f"<h2>{html.escape(checkpoints.name)}</h2>"]
+    rows = [row for _, row in read_json_lines(checkpoints / "metrics.jsonl")]
+    parts = [f"<h2>{text(checkpoints.name)}</h2>"]
     if rows:
         last = rows[-1]
         parts.append(
@@ -44,12 +44,8 @@ def training_html(checkpoints: Path) -> str:
             "<p>By tokens of an image: python -m model.routing_report CHECKPOINT --latents DIR --out DIR</p>"
         )
     for picture in sorted((checkpoints / "samples").glob("*.png")):
-        data = base64.b64encode(picture.read_bytes()).decode()
-        parts.append(f'<h3>{html.escape(picture.stem)}</h3><img alt="samples" src="data:image/png;base64,{data}">')
-    return (
-        "<!doctype html><meta charset=utf-8><style>body{font-family:sans-serif}img{max-width:100%}</style>"
-        + "".join(parts)
-    )
+        parts.append(f"<h3>{text(picture.stem)}</h3>{image(picture.read_bytes(), 'samples')}")
+    return page(f"Training: {checkpoints.name}", "".join(parts), "body{max-width:none}")
 
 
 def _curves(rows: list[dict[str, Any]]) -> str:
@@ -118,4 +114,4 @@ def _png(figure: Any) -> str:
     """Data URI of a matplotlib figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_uri(buffer.getvalue())

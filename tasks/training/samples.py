@@ -104,7 +104,7 @@ def _from_rank_0(
     import torch
     import torch.distributed as dist
 
-    # A copy: what the text encoder gives belongs to inference mode, and may not be written to, not even by itself.
+    # A copy: the text encoder's output is an inference tensor, which cannot be written to.
     here = torch.empty(shape, dtype=dtype, device=device) if tensor is None else tensor.to(device, copy=True)
     if _several():
         dist.broadcast(here, src=0)

@@ -41,7 +41,7 @@ from tasks.manifest import MANIFEST
 
 @contextlib.contextmanager
 def retried() -> Iterator[None]:
-    """Raises as recoverable what another attempt may survive: Flyte retries nothing else."""
+    """Raises errors that another attempt may survive as recoverable ones, the only ones that Flyte retries."""
     from torch.distributed.checkpoint.api import CheckpointException  # not a subclass of Exception
 
     from tasks.training.faults import is_permanent

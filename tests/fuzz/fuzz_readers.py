@@ -1,4 +1,4 @@
-"""Feeds broken tars, tables, text, images and checkpoint metadata to the readers of what users and stores give.
+"""Feeds broken tars, tables, text, images, robots.txt and checkpoint metadata to the readers of what users, sites and stores give.
 
     python tests/fuzz/fuzz_readers.py [--seconds 600] [--kind tar]
 
@@ -99,6 +99,51 @@ def _json() -> bytes:
     return json.dumps([{"file_name": name, "text": text} for name, text in _ROWS]).encode()
 
 
+_URLS = [
+    ("https://a.test/1.png", 'a "red" barn, at dusk'),
+    ("http://[::1]:80/b", "two\nboats"),
+    ("https://é.test/?q=%20", ""),
+]
+
+
+def _url_csv() -> bytes:
+    quoted = [(url, text.replace('"', '""')) for url, text in _URLS]
+    return ("url,text\n" + "".join(f'{url},"{text}"\n' for url, text in quoted)).encode()
+
+
+def _url_parquet(**options) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    buffer = io.BytesIO()
+    table = pa.table({"URL": [url for url, _ in _URLS] * 5, "text": [[text, "more"] for _, text in _URLS] * 5})
+    pq.write_table(table, buffer, row_group_size=4, **options)
+    return buffer.getvalue()
+
+
+AGENT = "nucleus-flyte/0.1"
+ROBOTS_URLS = (
+    "https://a.test/",
+    "https://a.test/private/1.png",
+    "https://a.test/a/b/c.gif?x=1",
+    "https://a.test/é%2f$",
+)
+_ROBOTS = b"""# a site
+User-agent: *
+Disallow: /private/
+Allow: /private/*.png$
+Crawl-delay: 2
+
+User agent: Nucleus*
+Useragent: Otherbot # of somebody
+Disallow: /*/c.gif
+Allow /a/
+Sitemap: https://a.test/sitemap.xml
+user-agent nucleus-flyte/0.1
+disalow: /\xc3\xa9
+"""
+
+
 def _images() -> list[bytes]:
     import numpy as np
     from PIL import Image, ImageCms
@@ -164,6 +209,9 @@ KINDS: dict[str, tuple[str, Callable[[], list[bytes]]]] = {
     "sidecar": ("a.json", lambda: [b'{"caption": ["one", "two"], "width": 8}']),
     "image": ("a.img", _images),
     "metadata": (".metadata", _metadata),
+    "urlcsv": ("u.csv", lambda: [_url_csv(), _url_csv().replace(b",", b";"), _url_csv().decode().encode("utf-16")]),
+    "urlparquet": ("u.parquet", lambda: [_url_parquet(), _url_parquet(use_dictionary=False)]),
+    "robots": ("robots.txt", lambda: [_ROBOTS]),
 }
 NUMBERS = (b"\0", b"\xff", b"\x7f", b"\x80", b"\xff" * 4, b"\0" * 8, b"\xff\xff\xff\x7f", b"99999999999", b'"', b",", b"\n", b"[" * 40, b"{", b"../", b"\xed\xa0\x80")  # fmt: skip
 
@@ -278,7 +326,59 @@ def try_source(name: str, data: bytes, scratch: Path) -> str:
             return "refused"
 
 
-TRY = {"image": try_image, "metadata": try_metadata}  # the other kinds are files of a source
+def try_urls(name: str, data: bytes, scratch: Path) -> str:
+    """Reads a table of URLs, whole and in ranges of two rows; see `try_source`."""
+    from tasks.curation.config import SourceConfig, UrlConfig
+    from tasks.curation.sources.base import Account
+    from tasks.curation.sources.places import find
+    from tasks.curation.sources.urls import network, tables
+
+    source = scratch / "urls"
+    source.mkdir(exist_ok=True)
+    for old in source.iterdir():
+        old.unlink()
+    (source / name).write_bytes(data)
+    place, found = find(str(source)), []
+    try:
+        for images_per_shard in (1000, 2):
+            config = SourceConfig(urls=UrlConfig(), images_per_shard=images_per_shard)
+            chosen = list(tables.ranges(place, config, Account()))
+            found.append([row for one in chosen for row in tables.rows(place, one, config)])
+    except ValueError as error:
+        if type(error) is not ValueError or name not in str(error) or "\n" in str(error):
+            raise
+        return "refused"
+    assert found[0] == found[1] and [row.row for row in found[0]] == list(range(len(found[0])))
+    for row in found[0]:
+        assert all(text.encode() and text.strip() for text in row.captions) and "\n" not in row.problem
+        with contextlib.suppress(network.ForbiddenError):
+            network.check_url(row.url, allow_http=True)
+    return "read"
+
+
+def try_robots(name: str, data: bytes, scratch: Path) -> str:
+    """Parses a robots.txt and an X-Robots-Tag: what our parser leaves to Protego gives the answers of Protego alone."""
+    from protego import Protego
+
+    from tasks.curation.sources.urls import robots
+
+    (scratch / name).write_bytes(data)
+    text = data.decode("utf-8", "replace")
+    robots.forbidden_by_tag(text.split("\n"), ("noai", "none"), AGENT)
+    rules, alone = robots.Rules(AGENT, text), Protego.parse(text)
+    for url in ROBOTS_URLS:
+        assert rules.allows(url) == alone.can_fetch(url, AGENT), url
+    assert rules.delay_s() == float(alone.crawl_delay(AGENT) or 0.0) >= 0.0
+    return "read"
+
+
+TRY = {
+    "image": try_image,
+    "metadata": try_metadata,
+    "urlcsv": try_urls,
+    "urlparquet": try_urls,
+    "robots": try_robots,
+}  # the other kinds are files of a source
 
 
 def run(seconds: float, kinds: list[str], seed: int = 0, keep: Path | None = None) -> dict[str, int]:

@@ -81,6 +81,17 @@ JOBS = {
 STAGE_BEFORE = {"next_one": "one", "next_ep2_fsdp2": "one"}
 
 
+class CpuStream(torch.cpu.Stream):
+    def __init__(self, priority: int = -1, device: object = None):
+        super().__init__(priority)
+
+
+def allow_dist_muon_on_cpus() -> None:
+    """DistMuon checks for CUDA, but uses only streams and events, which torch.cpu has as no-ops."""
+    dist_muon.DistMuon._validate_parameter_storage = lambda optimizer: torch.device("cpu")
+    torch.cpu.Stream = CpuStream
+
+
 def note_dist_muon(taken: set[str], own_iteration: bool) -> None:
     """Notes what DistMuon updates in this process from now on. By default in fp32, by the iteration that our Muon has."""
     prepare = dist_muon.DistMuon._prepare_local
@@ -148,6 +159,7 @@ def train(folder: Path, name: str, rank: int) -> None:
     job, reduced, taken, replicated = folder / name, set(), set(), []
     note_reduced(reduced)
     note_all_reduced(replicated, train_changes.get("data_parallel_replicate", 1))
+    allow_dist_muon_on_cpus()
     note_dist_muon(taken, own_iteration=name.endswith("bf16_iteration"))
     dist.init_process_group("gloo", store=dist.FileStore(str(job / "store"), ranks), rank=rank, world_size=ranks)
     config = train_config(

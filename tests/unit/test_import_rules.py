@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import functools
+import json
 import os
 import subprocess
 import sys
@@ -50,9 +52,15 @@ def _sources() -> list[Path]:
     return found
 
 
+@functools.cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def _imports(path: Path) -> list[tuple[str, bool]]:
     """(top-level package, whether it runs when the module is imported) of every import in a file."""
-    tree = ast.parse(path.read_text())
+    tree = _tree(path)
     inside = {
         node
         for outer in ast.walk(tree)
@@ -98,7 +106,7 @@ def test_no_import_runs_upward(path: Path):
     layers = LAYERS if package == "tasks" else LAYERS_OF_MODEL
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     own, entry = _layer(name, layers)
-    for _, imported in _imported(ast.parse(path.read_text())):
+    for _, imported in _imported(_tree(path)):
         if imported.split(".")[0] != package:
             continue
         layer, other = _layer(imported, layers)
@@ -134,34 +142,45 @@ def test_heavy_libraries_load_inside_task_bodies(path: Path):
     assert not at_import & HEAVY, f"{path.relative_to(ROOT)} imports {at_import & HEAVY} when it is loaded"
 
 
-@pytest.mark.parametrize("name", ["reproduce", "study"])
-def test_loading_a_workflow_loads_no_heavy_library(name: str):
+LOAD = """
+import json, os, sys
+loaded = []
+for name in ("reproduce", "study"):
+    __import__("workflows." + name)
+    loaded.append(sorted({top for top in sys.modules if "." not in top}))
+print(json.dumps([os.environ["CUBLAS_WORKSPACE_CONFIG"], *loaded]))
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded() -> list:
+    """CUBLAS_WORKSPACE_CONFIG, and the top-level modules after workflows.reproduce, and after workflows.study too."""
+    environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
+    command = [sys.executable, "-c", LOAD]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=environment)
+    return json.loads(out.stdout)
+
+
+@pytest.mark.parametrize("index", [1, 2], ids=["reproduce", "study"])
+def test_loading_a_workflow_loads_no_heavy_library(loaded, index: int):
     """`pyflyte run ... --help` takes about as long as flytekit itself: seconds depend on the machine, modules do not."""
     heavy = HEAVY | {"scipy", "sklearn", "matplotlib", "duckdb", "imagehash", "s3fs", "kubernetes"}
-    code = f"import sys, workflows.{name}; print(sorted({heavy!r} & set(sys.modules)))"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
+    assert not heavy & set(loaded[index])
 
 
-def test_loading_the_workflow_sets_cublas_workspace_before_anything_can_multiply_on_a_gpu():
+def test_loading_the_workflow_sets_cublas_workspace_before_anything_can_multiply_on_a_gpu(loaded):
     """PyTorch reads it at a process's first product on CUDA; a local run encodes there before it trains."""
-    code = "import os, sys, workflows.reproduce; print(os.environ['CUBLAS_WORKSPACE_CONFIG'], 'torch' in sys.modules)"
-    environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
-    out = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, env=environment
-    )
-    assert out.stdout.split() == [":4096:8", "False"]
+    assert loaded[0] == ":4096:8" and "torch" not in loaded[1]
 
 
-@pytest.mark.parametrize(
-    "module", ["model.attention", "model.moe", "model.transformer", "model.optim", "model.kernels"]
-)
-def test_the_engine_is_imported_without_the_packages_that_a_gpu_machine_may_lack(module):
+def test_the_engine_is_imported_without_the_packages_that_a_gpu_machine_may_lack():
     missing = ("pydantic", "diffusers", "torchtitan", "flytekit", "safetensors")
-    code = f"import sys\nfor name in {missing}: sys.modules[name] = None\nimport {module}"
+    modules = ("model.attention", "model.moe", "model.transformer", "model.optim", "model.kernels")
+    code = f"import sys\nfor name in {missing}: sys.modules[name] = None\nimport {', '.join(modules)}"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+@pytest.mark.slow
 def test_pytest_for_gpus_imports_no_file_without_such_tests(tmp_path):
     """Else a package that is missing there would be an error of collection, and no test would run."""
     for name in ("flytekit", "moto", "torchtitan", "pydantic", "diffusers"):

@@ -68,18 +68,18 @@ def detect(image: Image.Image) -> dict[str, list[dict[str, Any]]]:
     if scale > 1:
         image = image.resize([max(1, round(side / scale)) for side in image.size], Image.Resampling.BOX)
     rgb = np.asarray(image, dtype=np.float32)
-    found: dict[str, list[dict[str, Any]]] = {}
+    objects: dict[str, list[dict[str, Any]]] = {}
     background = estimate_background(rgb)
     if background is None:
-        return found
+        return objects
     for piece in _pieces(rgb - background, background):
         shape, detection = _classify(piece, min(rgb.shape[:2]), background)
         if shape:
             detection["box"] = [round(float(edge) * scale, 3) for edge in detection["box"]]
-            found.setdefault(shape, []).append(detection)
-    for detections in found.values():
+            objects.setdefault(shape, []).append(detection)
+    for detections in objects.values():
         detections.sort(key=lambda d: -d["score"])
-    return found
+    return objects
 
 
 def estimate_background(rgb: np.ndarray) -> np.ndarray | None:

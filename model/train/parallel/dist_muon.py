@@ -23,7 +23,6 @@ from torch.distributed.tensor import DTensor, Shard
 
 from model.config import OptimConfig
 from model.optim import NS_COEFFICIENTS, NamedParameters, split_matrices, update_scale
-from model.train.device import allow_dist_muon
 
 from torchtitan.distributed.flex_shard import BlockShard, BucketConfig, ComputeLayout, Owned, build_dist_muon
 
@@ -59,8 +58,11 @@ def split(named: NamedParameters, scale: str) -> tuple[NamedParameters, NamedPar
 
 
 def dist_muon(group: dict[str, Any], optim: OptimConfig) -> torch.optim.Optimizer:
-    """DistMuon for one group {"params", "param_names"}, all of which it supports (see `split`)."""
-    allow_dist_muon()
+    """DistMuon for one group {"params", "param_names"}, all of which it supports (see `split`).
+
+    Raises:
+        ValueError: a parameter is not on a CUDA device.
+    """
     named = list(zip(group["param_names"], group["params"], strict=True))
     blocks: dict[str, list[str]] = {}
     for name, _ in named:

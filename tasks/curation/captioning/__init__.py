@@ -5,10 +5,10 @@ A captioner is a line of `CAPTIONERS` and a function that builds it, imported on
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from typing import NamedTuple
 
+from model.names import hint
 from tasks.curation.captioning.base import Answer, Captioner, Request
 from tasks.curation.config import CaptionerConfig
 
@@ -50,9 +50,7 @@ def chosen_captioner(config: CaptionerConfig) -> CaptionerSpec:
     """
     known = {spec.name: spec for spec in CAPTIONERS}
     if config.name not in known:
-        near = difflib.get_close_matches(config.name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(known)}"
-        raise ValueError(f"curation.captioner.name={config.name!r} is unknown; {hint}")
+        raise ValueError(f"curation.captioner.name={config.name!r} is unknown; {hint(config.name, known)}")
     return known[config.name]
 
 

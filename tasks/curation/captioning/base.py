@@ -1,4 +1,4 @@
-"""What a captioner is: it answers a prompt about an image. What becomes of its answers: checks.py, run.py."""
+"""The interface of captioners, which answer a prompt about an image. checks.py and run.py process the answers."""
 
 from __future__ import annotations
 

@@ -12,18 +12,16 @@ import io
 import ipaddress
 import json
 import os
-import random
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tasks.curation.captioning.base import Answer, Request
 from tasks.curation.captioning.checks import check_language
 from tasks.curation.config import CaptionerConfig
+from tasks.curation.http_retries import retry_after_s, wait_s
 from tasks.curation.sources.base import visible
 
 if TYPE_CHECKING:
@@ -31,8 +29,6 @@ if TYPE_CHECKING:
 
 ENDPOINTS = "NUCLEUS_ENDPOINTS"
 JPEG_QUALITY = 92
-FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # doubles from retry to retry; a random half to the whole of it
-LONGEST_RETRY_AFTER_S = 600.0  # what an endpoint may ask for
 PASSING = {408, 425, 429, 500, 502, 503, 504, 529}
 REJECTED = {400, 413, 415, 422}  # this request will never be answered; others may
 MAX_ANSWER_BYTES = 4 * 2**20
@@ -70,7 +66,7 @@ def openai(config: CaptionerConfig) -> Endpoint:
 
 
 class Endpoint:
-    """See base.Captioner. Each request is retried by itself, with waits that double or that Retry-After asks for."""
+    """See base.Captioner. Each request is retried separately, with waits that double or that Retry-After asks for."""
 
     reads_scenes = False
 
@@ -96,7 +92,7 @@ class Endpoint:
                             continue
                         if (error := future.exception()) is not None:
                             failed = failed or error
-                            # No retries and no new requests; what is being answered now is not lost.
+                            # No retries and no new requests; requests in flight are still answered.
                             self._stop.set()
                             for waiting in left:
                                 waiting.cancel()
@@ -133,7 +129,7 @@ class Endpoint:
                 else:
                     text = visible(data[:300].decode(errors="replace"))
                     raise ValueError(f"captioner {self._config.endpoint} answers HTTP {status}: {text}")
-            if retry < self._config.max_retries and self._stop.wait(_wait_s(retry, after)):
+            if retry < self._config.max_retries and self._stop.wait(wait_s(retry, after)):
                 break
         raise ConnectionError(
             f"captioner {self._config.endpoint} gave no answer in {self._config.max_retries + 1} attempts ({problem}); "
@@ -185,27 +181,6 @@ class Endpoint:
         if self._client is not None:
             self._client.close()
             self._client = None
-
-
-def retry_after_s(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for, as a number or a date; None where it says nothing that can be read."""
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            when = parsedate_to_datetime(value)
-        except (ValueError, TypeError):
-            return None
-        when = when if when.tzinfo else when.replace(tzinfo=UTC)
-        seconds = (when - datetime.now(UTC)).total_seconds()
-    return min(max(0.0, seconds), LONGEST_RETRY_AFTER_S) if seconds == seconds else None
-
-
-def _wait_s(retry: int, after: float | None) -> float:
-    wait_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**retry)
-    return max(after or 0.0, wait_s * random.uniform(0.5, 1.0))  # noqa: S311  (spreads retries)
 
 
 def _parse(data: bytes) -> Answer | None:

@@ -49,7 +49,7 @@ CAPTIONS = pa.schema(
         ("captioner", pa.string()),  # see captioning.identity; "" for the owner's
     ]
 )
-# Kept and duplicates of a shard, as deciding before captions found them.
+# Kept and duplicates of a shard, as decided before there are captions.
 KEPT_COLUMNS, DUPLICATE_COLUMNS = ("row", "tier", "extra_captions"), ("row", "rule", "detail")
 
 
@@ -279,7 +279,7 @@ def _write_scores(
 
 
 def _chosen(rows: list[dict[str, Any]], config: CaptionerConfig) -> tuple[list[str], str]:
-    """The captions of one image, and why it has none."""
+    """The captions of one image, or the reason why it has none."""
     originals = [row["text"] for row in rows if row["length"] == ORIGINAL]
     new = [row["text"] for row in rows if row["length"] != ORIGINAL and row["status"] == checks.OK]
     texts = clean_captions([*originals, *new] if config.use_originals or not new else new)

@@ -35,9 +35,11 @@ def write_duplicates(decision_dir: Path, parts: Sequence[Part], groups: int) -> 
 
     with pq.ParquetFile(decision_dir / ledger.LEDGER_TABLE) as book:
         for batch in book.iter_batches(columns=SCHEMA.names):
-            found = pa.Table.from_batches([batch]).filter(pc.is_in(batch["rule"], value_set=rules)).select(SCHEMA.names)
-            for shard in found["shard"].unique().to_pylist():
+            duplicates = (
+                pa.Table.from_batches([batch]).filter(pc.is_in(batch["rule"], value_set=rules)).select(SCHEMA.names)
+            )
+            for shard in duplicates["shard"].unique().to_pylist():
                 into = advance(group_of[shard])
                 assert into is not None
-                into.write_table(found.filter(pc.equal(found["shard"], shard)).cast(SCHEMA))
+                into.write_table(duplicates.filter(pc.equal(duplicates["shard"], shard)).cast(SCHEMA))
     advance(groups)

@@ -9,9 +9,9 @@ that is missing is false.
 from __future__ import annotations
 
 import ast
-import difflib
 from collections.abc import Sequence
 
+from model.names import closest
 from tasks.curation.decisions.engines import quoted
 from tasks.curation.scorers.base import SCALARS
 
@@ -115,8 +115,8 @@ class Condition:
 
     def _column(self, node: ast.Name) -> str:
         if node.id not in COLUMNS:
-            close = difflib.get_close_matches(node.id, COLUMNS, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
+            near = closest(node.id, COLUMNS)
+            hint = f"did you mean {near!r}? " if near else ""
             raise self._error(f"names the column {node.id!r}, which there is not; {hint}Columns: {', '.join(COLUMNS)}")
         self._names[node.id] = None
         return node.id

@@ -29,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from model.logs import get_logger
 from tasks.curation import ledger
 from tasks.curation.captions import count_words, merge_captions
 from tasks.curation.config import CaptionConfig, CurationConfig
@@ -41,6 +42,8 @@ from tasks.curation.scoring.score import ACCOUNT, SCORES, SCORES_TABLE, THUMBNAI
 from tasks.curation.scoring.scored_shard import fetch_pictures
 from tasks.curation.sources.base import Account
 from tasks.store import Part, fetch_part, group_range, write_index
+
+logger = get_logger(__name__)
 
 GROUPS, SCORES_INDEX = "groups", "scores"
 LOGS = ("scores/*/locations.parquet",)  # of a decision directory, see manifest.seal
@@ -138,7 +141,7 @@ def decide_records(
         "SELECT count(*) AS records, coalesce(sum(CASE WHEN rule = '' THEN 1 ELSE 0 END), 0) AS passed FROM records"
     )
     ((records, passed),) = (row.values() for row in rows_of(engine, counts))
-    print(f"curation: {records} records, {passed} pass the filters", flush=True)
+    logger.info(f"curation: {records} records, {passed} pass the filters")
     _drop_exact(engine)
     _drop_near(engine, config, thumbnails)
     engine.create(
@@ -156,7 +159,7 @@ def decide_records(
 
 
 def records_sql(config: CurationConfig, cuts: tuple[float, ...]) -> str:
-    """What is known of each record by itself: the rule that it breaks, what ranks it among duplicates, tier, bucket."""
+    """Columns of each record alone: the rule that it breaks, its rank among duplicates, tier, bucket."""
     made = ", ".join(quoted(name) for name in config.dedup.thumbnail_sources) or "''"
     return (
         "SELECT part, row, position, key, record_id, locator, source, synthetic, rule, "
@@ -329,7 +332,8 @@ def _remedy(rule: str, content: dict, config: CurationConfig) -> str:
     if rule == rules.NO_CAPTION:
         return (
             "Captions are read from a .txt or .json file of the image's name, from metadata.csv, .tsv, .jsonl, .json or "
-            ".parquet with file_name and text, or from a caption column; source.caption_columns names others."
+            ".parquet with file_name and text, or from a caption column; source.caption_columns names other columns, and "
+            "source.captions_folder a folder of text files."
         )
     if rule == rules.CAPTION_TOO_LONG:
         low, high = content["too_long_words"]

@@ -37,7 +37,7 @@ def thumbnail(image: Image.Image, side_px: int) -> np.ndarray:
 def thumbnail_difference(a: np.ndarray, b: np.ndarray) -> float:
     """How far two uint8 [h, w, 3] thumbnails are apart, 0 to 255, forgiving a shift of up to one thumbnail pixel.
 
-    A pixel counts by how far it lies outside the range of the other thumbnail's 3x3 neighbourhood, in its worst
+    A pixel counts by its distance from the range of the other thumbnail's 3x3 neighbourhood, in its worst
     channel; the result is the worst 2x2 mean, so that a moved edge counts and a lone compression artefact does not.
     """
     if a.shape != b.shape:
@@ -76,7 +76,7 @@ def candidate_pairs(hashes: np.ndarray, coarse: np.ndarray, aspect: np.ndarray, 
     words = _words(hashes)
     brightness = coarse.astype(np.float32).mean(axis=1)
     small = coarse.astype(np.int16)
-    found = []
+    pairs = []
     bands = min(max_distance + 1, bits)
     for band in range(bands):
         # Interleaved bits: neighbours in frequency are alike, and would make bands of equal bits.
@@ -88,8 +88,8 @@ def candidate_pairs(hashes: np.ndarray, coarse: np.ndarray, aspect: np.ndarray, 
             near = (distance <= max_distance) & (np.abs(aspect[i] / aspect[j] - 1) <= MAX_ASPECT_DIFFERENCE)
             i, j = i[near], j[near]
             near = np.abs(small[i] - small[j]).max(axis=1, initial=0) <= MAX_COARSE_DIFFERENCE
-            found.append(np.minimum(i, j)[near] * count + np.maximum(i, j)[near])
-    flat = np.unique(np.concatenate(found)) if found else np.empty(0, np.int64)
+            pairs.append(np.minimum(i, j)[near] * count + np.maximum(i, j)[near])
+    flat = np.unique(np.concatenate(pairs)) if pairs else np.empty(0, np.int64)
     return np.stack([flat // count, flat % count], axis=1)
 
 

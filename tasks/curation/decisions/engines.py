@@ -9,7 +9,7 @@ The text keeps to what both understand. Where they differ, each registers a func
     nth(list, i)           one element, counted from 1
     round_half_even(x)     to a whole number, as numpy.rint does
     explode(list)          a row for each element
-    bin_of(x, low, high, n)   which of n equal bins has x; what lies beyond counts in the outermost
+    bin_of(x, low, high, n)   which of n equal bins has x; values out of range count in the outermost
 
 A row's `position` is its part's number * 2**32 + its row in the part, so that no engine has to number rows.
 """
@@ -29,7 +29,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-MEMORY = "1GB"  # of DuckDB's buffers; what is more is spilled
+MEMORY = "1GB"  # of DuckDB's buffers; the rest is spilled
 BATCH_ROWS = 10_000
 PART = 2**32  # positions of a part
 _UNSAFE = ("'", "\\")
@@ -84,7 +84,7 @@ class DuckDB:
     """In this process; tables are in one file, and at most `MEMORY` of them in memory."""
 
     FUNCTIONS = (
-        "hamming(a, b) AS CAST(bit_count(xor(a, b)) AS INTEGER)",  # a TINYINT by itself: sums of it overflow
+        "hamming(a, b) AS CAST(bit_count(xor(a, b)) AS INTEGER)",  # a TINYINT otherwise, whose sums overflow
         "hex_to_int(text) AS CAST(concat('0x', text) AS BIGINT)",
         "number_text(x) AS trim(TRAILING '.' FROM trim(TRAILING '0' FROM CAST(CAST(x AS DECIMAL(18, 4)) AS STRING)))",
         "words_up_to(list, n) AS list_sort(list_filter(list, lambda w: w <= n))",

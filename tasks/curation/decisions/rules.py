@@ -40,7 +40,7 @@ def _problem(name: str) -> Rule:
 
 
 def _limit(name: str, step: str, column: str, limit: str, sign: str) -> Rule:
-    """Rejects what lies beyond a limit of `FilterConfig`; one that is None rejects nothing. NaN is SQL's largest number."""
+    """Rejects values beyond a limit of `FilterConfig`; one that is None rejects nothing. NaN is SQL's largest number."""
     side = "over" if sign == ">" else "under"
 
     def where(config: CurationConfig) -> str:

@@ -95,7 +95,7 @@ def bucket_conditions(buckets: tuple[BucketConfig, ...], tier: str = "tier") -> 
         tier: SQL of the record's tier.
 
     Raises:
-        ValueError: a condition is none, or two buckets have one name.
+        ValueError: a condition is not valid, or two buckets have one name.
     """
     names = [bucket.name for bucket in buckets]
     for name in names:

@@ -18,7 +18,7 @@ GROUPS, GROUP_SIZE = 12, 6  # near-duplicate groups, and members of one
 
 
 class Shown(NamedTuple):
-    """A record in the report: its position in the corpus, its file, and what is written under it."""
+    """A record in the report: its position in the corpus, its file, and its caption on the page."""
 
     position: int
     file: str

@@ -1,4 +1,4 @@
-"""The report of a curation: one HTML file that needs nothing else, every text in it escaped.
+"""The report of a curation: one self-contained HTML file.
 
 Of a corpus of any size it shows counts, and pictures of a bounded sample (gallery.py). Figures are named after those of the
 paper (arXiv 2604.12163) that show the same.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+from eval.html_page import page, table, text
 from tasks.curation import ledger
 from tasks.curation.decisions import tiers
 from tasks.curation.reports.report_parts import (
@@ -19,8 +20,6 @@ from tasks.curation.reports.report_parts import (
     lengths,
     percent,
     shot,
-    table,
-    text,
     wall,
 )
 from tasks.curation.reports.summary import LIMITS, RANGES, SOURCES, Summary
@@ -73,10 +72,7 @@ def render(summary: Summary) -> str:
             if isinstance(values, dict)
         ),
     ]
-    return (
-        "<!doctype html><html lang=en><head><meta charset=utf-8><title>Retention report</title>"
-        f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
+    return page("Retention report", "".join(parts), STYLE)
 
 
 def _files(account: Account) -> list[str]:

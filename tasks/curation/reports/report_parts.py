@@ -1,51 +1,33 @@
-"""Pieces of a report's page: tables, bars, histograms, pictures. Every text is escaped; nothing is loaded from elsewhere."""
+"""Drawings of the retention report: bars, histograms, heat maps, pictures (eval/html_page.py has the page itself)."""
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from eval.html_page import data_uri, text
 from tasks.curation.reports.summary import Histogram
 
 INK, MARK = "#3d7ea6", "#c0392b"
 STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:66rem;margin:2rem auto;padding:0 1rem;color:#1c2733}
-h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid #d5dce3}h3{font-size:1rem;margin:1rem 0 .3rem}
-table{border-collapse:collapse;margin:.6rem 0}td,th{padding:.15rem .8rem .15rem 0;text-align:left;vertical-align:top}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}.row{display:flex;flex-wrap:wrap;gap:1.2rem}
-figure{margin:0}figcaption{font-size:.8rem;color:#51606e;max-width:17rem;overflow-wrap:anywhere}
+.row{display:flex;flex-wrap:wrap;gap:1.2rem}
+figcaption{font-size:.8rem;color:#51606e;max-width:17rem;overflow-wrap:anywhere}
 .shot{width:6.5rem}.shot img{width:6rem;height:6rem;object-fit:contain;background:#eef1f4;border:1px solid #d5dce3}
 .shot figcaption{max-width:6.5rem}.wall{display:flex;flex-wrap:wrap;gap:2px}
 .wall img{width:4rem;height:4rem;object-fit:cover;display:block}
 .none{width:6rem;height:6rem;background:#eef1f4;color:#51606e;display:grid;place-items:center;font-size:.8rem}
 .cut{border-left:3px solid #c0392b;padding-left:.8rem}.side{display:flex;flex-wrap:wrap;gap:.5rem}
 .heat td{text-align:right;padding:.3rem .7rem;font-variant-numeric:tabular-nums}.heat th{padding:.3rem .7rem}
-.note{color:#51606e;font-size:.9rem}
 """
-
-
-def text(value: Any) -> str:
-    return html.escape(str(value), quote=True)
 
 
 def percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "-"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    def cell(value: Any, tag: str = "td") -> str:
-        return f"<{tag} class=n>{value:,}</{tag}>" if isinstance(value, int) else f"<{tag}>{text(value)}</{tag}>"
-
-    body = "".join(f"<tr>{''.join(cell(value) for value in row)}</tr>" for row in rows)
-    return f"<table><tr>{''.join(cell(name, 'th') for name in head)}</tr>{body}</table>"
 
 
 def bars(items: Sequence[tuple[str, int]], title: str = "", width: int = 760) -> str:
@@ -142,7 +124,7 @@ def picture(pixels: np.ndarray | None) -> str:
         return ""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_uri(buffer.getvalue(), "jpeg")
 
 
 def shot(pixels: np.ndarray | None, caption: str) -> str:

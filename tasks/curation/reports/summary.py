@@ -31,7 +31,7 @@ LIMITS: dict[str, str] = {
     **{column: limit for limit, column in CUTS.items()},
 }
 
-# Histograms: column -> (lowest, highest); what lies beyond counts in the outermost bin. Fixed, so that they can be
+# Histograms: column -> (lowest, highest); values out of range count in the outermost bin. Fixed, so that they can be
 # filled shard by shard, and that two reports compare.
 RANGES: dict[str, tuple[float, float]] = {
     "bytes_per_pixel": (0, 3),

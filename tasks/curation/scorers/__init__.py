@@ -9,11 +9,11 @@ on an empty score; a recipe that cuts on a column that nothing fills is refused 
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 from typing import Any, NamedTuple
 
+from model.names import hint
 from tasks.curation.config import CurationConfig, ScorerChoice, ScorerConfig
 from tasks.curation.scorers.base import COLUMNS, SCALARS, Column, Sample, Scorer, ScorerSpec
 
@@ -191,9 +191,7 @@ def _spec(column: str, choice: ScorerChoice) -> ScorerSpec:
     known = {spec.name: spec for spec in SCORERS if column in spec.columns}
     key, name = f"curation.scorers.{column}", choice.name
     if name not in known:
-        near = difflib.get_close_matches(name, ["none", *known], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(['none', *known])}"
-        raise ValueError(f"{key}={name!r} is unknown; {hint}")
+        raise ValueError(f"{key}={name!r} is unknown; {hint(name, ['none', *known])}")
     spec = known[name]
     given = {setting for setting, value in choice.model_dump(exclude={"name"}).items() if value is not None}
     if extra := sorted(given - set(spec.settings)):

@@ -1,4 +1,4 @@
-"""What a scorer is: it adds columns to the records. Rules, tiers and buckets read columns; a scorer never rejects."""
+"""The interface of scorers, which add columns to records. Rules, tiers and buckets read columns; a scorer never rejects."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class ScorerSpec:
     code: tuple[str, ...] = ()
 
     def code_digest(self) -> str:
-        """Of the code of its modules, 16 hex digits: a change of comments, docstrings or layout leaves it as it is."""
+        """Of the code of its modules, 16 hex digits: a change of comments, docstrings or layout does not change it."""
         modules = (self.build.partition(":")[0], *self.code)
         return hashlib.sha256("".join(map(_code_digest, modules)).encode()).hexdigest()[:16]
 

@@ -83,7 +83,7 @@ def watermark_score(gray: np.ndarray) -> float:
     beside = np.add.reduceat(near.ravel()[where], starts, dtype=np.int64)
     peak = np.maximum.reduceat(residual.ravel()[where], starts)
     edge = np.maximum.reduceat(step.ravel()[where], starts)
-    # Specks of noise are smaller, print is bolder, ringing lies beside an object, a blur has no edges.
+    # Specks of noise are smaller, print is bolder, ringing is beside an object, a blur has no edges.
     stroke = (area >= 4) & (loud < 0.1 * area) & (beside < 0.5 * area) & (edge >= 0.4 * peak) & ~has_core[1:]
     if stroke.sum() < 4:
         return 0.0
@@ -100,7 +100,7 @@ def watermark_score(gray: np.ndarray) -> float:
 
 
 def _sliding(x: np.ndarray, op: np.ufunc, size: int) -> np.ndarray:
-    """Separable sliding and/or of bool [H, W] over an odd square window; what lies outside has no say."""
+    """Separable sliding and/or of bool [H, W] over an odd square window; pixels outside the image are ignored."""
     reach = size // 2
     padded = np.full((x.shape[0] + 2 * reach, x.shape[1] + 2 * reach), op is np.logical_and)
     padded[reach:-reach, reach:-reach] = x

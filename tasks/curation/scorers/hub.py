@@ -233,13 +233,13 @@ class Classifier:
             ValueError: the model has no such label.
         """
         labels = {int(index): str(name) for index, name in self._model.config.id2label.items()}
-        found = [index for index, name in labels.items() if self._label in (index, name)]
-        if not found:
+        matches = [index for index, name in labels.items() if self._label in (index, name)]
+        if not matches:
             raise ValueError(
                 f"curation.scorers.{self._column}.label={self._label!r} is no label of {self._source.repo_id}; its labels "
                 f"are {json.dumps(labels, ensure_ascii=False)}"
             )
-        return found[0]
+        return matches[0]
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
         import torch

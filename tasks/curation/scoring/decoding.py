@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, ImageCms
 
-# Raster formats that Pillow reads by itself (EPS, for one, would start Ghostscript), and HEIF by pillow-heif where that is
+# Raster formats that Pillow reads without other programs (EPS, for one, would start Ghostscript), and HEIF by pillow-heif where that is
 # installed. MPO comes in with JPEG.
 DECODABLE = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM")
 FIRST_OF_SEVERAL = ("JPEG", "HEIF")  # phones write depth maps and bursts behind the picture; they are no animations
@@ -171,7 +171,7 @@ def inspect_and_decode(
     data: bytes, max_pixels: int, formats: tuple[str, ...], min_side_px: int | None = None
 ) -> tuple[Header, Image.Image | ValueError | None]:
     """Both, opening once: the header, and the image or what `decode` would raise. None where the format is not one of
-    `formats`: what is rejected for its format is not decoded.
+    `formats`: images of other formats are rejected without decoding.
 
     The header's width and height are those of the whole image, whatever it was decoded at.
 
@@ -273,10 +273,10 @@ def _check_jpeg(data: bytes) -> None:
     reads any number of scans."""
     at, in_scan, restarts, scans = 2, False, False, 0
     while True:
-        found = (_MARKER if restarts or not in_scan else _MARKER_OR_RESTART).search(data, at)
-        if found is None:
+        match = (_MARKER if restarts or not in_scan else _MARKER_OR_RESTART).search(data, at)
+        if match is None:
             raise UndecodableError("truncated JPEG: no end-of-image marker")
-        code, at = data[found.start() + 1], found.end()
+        code, at = data[match.start() + 1], match.end()
         if code == 0xD9:
             if not in_scan:
                 raise UndecodableError("corrupt JPEG: it ends before its first scan")

@@ -237,7 +237,7 @@ def _described(record: Record) -> dict:
 
 
 def _sample(row: dict, measured: Measured | None) -> Sample | None:
-    """Enters what was measured into the row; what the model scorers are to see, if the image decodes."""
+    """Writes the measured values into the row; returns the model scorers' sample, if the image decodes."""
     if measured is None:
         return None
     row.update(measured.columns)

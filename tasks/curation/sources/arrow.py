@@ -64,7 +64,7 @@ def opened(shown: str, file: BinaryIO) -> Iterator[tuple[pa.Schema, Iterator[pa.
 
 
 def _batches(mapped: mmap.mmap, source: pa.BufferReader, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Slices of the batches. What a slice has read of the file is given back before the next."""
+    """Slices of the batches. The memory of a slice is released before the next."""
     while True:
         try:
             message = pa.ipc.read_message(source)

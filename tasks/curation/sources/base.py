@@ -1,7 +1,7 @@
 """What the input side hands to curation: a corpus is a table of shards, and a shard gives records.
 
     write_corpus(config, path, out_dir)                                      a user's own images: the only scan
-    write_made_shard(config, i, part) ... made_corpus(parts, out_dir)        rendered scenes and digits
+    write_made_shard(config, i, part) ... made_corpus(parts, out_dir)        made records
         -> shards.parquet, files/*.parquet, report.json
     open_corpus(out_dir).read(shard, account) -> Record, Record, ...
 
@@ -43,6 +43,7 @@ SHARDS = pa.schema(
     ]
 )
 SHARDS_TABLE, FILES_FOLDER, REPORT, TRUTH_TABLE = "shards.parquet", "files", "report.json", "truth.parquet"
+LISTS = f"{FILES_FOLDER}/"  # the lists of loose files, one for each shard: artifacts.fetch(without=(LISTS,))
 
 # What curation may decode or reject by name; anything else is counted as left out.
 HEIF_EXTENSIONS = ("heic", "heif", "hif") if find_spec("pillow_heif") else ()
@@ -72,11 +73,11 @@ class Shard(NamedTuple):
     shard_id: 16 hex digits, a function of the shard's content, of its name inside the source and of the settings that
         decide what its captions are; not of the place of the source.
     kind: "tar", "parquet", "files", "urls" (downloaded images), or one of formats.FORMATS.
-    uri: of the tar, Parquet or Arrow file; of the source's root for "files". A relative one lies beside the table.
+    uri: of the tar, Parquet or Arrow file; of the source's root for "files". A relative one is beside the table.
     first_row, num_rows: the range of a Parquet file's rows; num_rows is -1 where it is unknown before reading (a remote tar).
     size_bytes: of the file, of the row groups, or of the image files together.
     digest: SHA-256 of local content; size and checksum of a remote object; for "files" over names and digests.
-    source: "user", "scenes" or "digits".
+    source: "user", "scenes", or a name of made/registry.py.
     """
 
     shard_id: str
@@ -96,7 +97,7 @@ class Record(NamedTuple):
     data: the original bytes; b"" where they cannot be read.
     ext: lower case, without a dot; "bin" where neither a name nor the first bytes show the format.
     captions: whole, in the order in which they were written; [] where there is none.
-    source: "user", "scenes" or "digits".
+    source: "user", "scenes", or a name of made/registry.py.
     locator: the user's own file, tar member or row: `holiday/a.jpg`, `x.tar:a.jpg`, `x.parquet:7`. For a remote source
         the URI stands before it. What a terminal would obey is escaped.
     row: position in the shard, from 0.
@@ -198,7 +199,7 @@ def write_corpus(config: SourceConfig, path: str | None, out_dir: str | os.PathL
         out_dir: an empty directory.
 
     Returns:
-        The report: {"digest": of the corpus, wherever it lies; "shards", "images" (-1 if a remote tar is among them),
+        The report: {"digest": of the corpus, independent of its location; "shards", "images" (-1 if a remote tar is among them),
         "size_bytes", "account": of the scan alone, "options": what the reader needs of `config`}.
 
     Raises:
@@ -210,14 +211,14 @@ def write_corpus(config: SourceConfig, path: str | None, out_dir: str | os.PathL
 
 
 def write_made_shard(config: SourceConfig, index: int, out_dir: str | os.PathLike) -> dict[str, Any]:
-    """Makes shard `index` of `config.shards` of the rendered scenes and digits, in an empty directory.
+    """Makes shard `index` of `config.shards` of the rendered scenes and other made sources, in an empty directory.
 
     Writes NNNNN.tar, a shards.parquet of one row (uri relative), report.json, and truth.parquet (for tests: which defect
     was planted where). Every record depends on (seed, its number) alone, so that another number of shards gives the
     same records.
 
     Raises:
-        ValueError: no such shard, no record at all, or more digits than there are.
+        ValueError: no such shard, no record at all, an unknown source, or more records than a source has.
     """
     from tasks.curation.sources.made import corpus
 

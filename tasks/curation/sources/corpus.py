@@ -1,4 +1,4 @@
-"""A written corpus, opened for reading: one shard at a time, each from its own files alone."""
+"""Reads a written corpus shard by shard; a shard needs its own files only."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from tasks.curation.sources.base import (
     Shard,
     records_in_order,
 )
+from tasks.store import fetch_file
 
 
 class Corpus:
@@ -48,7 +49,7 @@ class Corpus:
                     yield Shard(**row)
 
     def read(self, shard: Shard, account: Account) -> Iterator[Record]:
-        """The records of a shard in an order that it decides; counts in `account` what it has besides.
+        """The records of a shard in the shard's own order; counts its other files in `account`.
 
         Raises:
             ValueError: a file cannot be read, or has changed since the scan.
@@ -79,11 +80,12 @@ class Corpus:
             yield from shards.read(shard, account)
             return
         root = self.report["root"]
-        place, table = (
-            places.at(root, self.report.get("alone")),
-            self.directory / FILES_FOLDER / f"{shard.shard_id}.parquet",
-        )
+        place = places.at(root, self.report.get("alone"))
+        # Of this shard alone: all lists together have a row for each loose image of the corpus.
+        table = fetch_file(self.directory, f"{FILES_FOLDER}/{shard.shard_id}.parquet")
         if shard.kind == "files":
+            if table is None:
+                raise ValueError(f"{self.directory} has no list of the files of shard {shard.shard_id}")
             yield from folder.read(place, table, self._options, account)
             return
         assert shard.uri.startswith(root), (shard.uri, root)
@@ -92,7 +94,9 @@ class Corpus:
             raise ValueError(f"{place.shown(name)} {CHANGED}")
         if shard.kind == "tar":
             beside = (
-                {f.name: (list(f.captions), f.problem, f.detail) for f in folder.load(table)} if table.is_file() else {}
+                {f.name: (list(f.captions), f.problem, f.detail) for f in folder.load(table)}
+                if table is not None
+                else {}
             )
             yield from tars.read(place, name, self._options, beside, account)
         elif shard.kind == "parquet":

@@ -141,9 +141,9 @@ def pair_with(images: list[str], texts: list[str], words: tuple[str, ...]) -> di
     names = [*images, *texts]
     pairs: dict[int, Pair] = pair(names, words)
     return {
-        names[i]: ([names[j] for j in found.texts], found.ambiguous)
-        for i, found in pairs.items()
-        if found.texts or found.ambiguous
+        names[i]: ([names[j] for j in one.texts], one.ambiguous)
+        for i, one in pairs.items()
+        if one.texts or one.ambiguous
     }
 
 
@@ -185,7 +185,7 @@ def read(place: Place, path: Path, options: Options, account: Account) -> Iterat
     """The records of a list of files.
 
     Raises:
-        ValueError: a file is not what it was when the source was scanned.
+        ValueError: a file has changed since the source was scanned.
     """
     files = list(load(path))
     sizes = [_bytes_to_read(file) for file in files]

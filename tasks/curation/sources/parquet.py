@@ -87,7 +87,7 @@ def scan(
             rows = group.num_rows
             begin, end = _extent(group)
             if not 0 <= begin <= end <= file.seek(0, 2):
-                raise ValueError(f"{shown} is not a readable Parquet file: row group {i} lies outside of it")
+                raise ValueError(f"{shown} is not a readable Parquet file: row group {i} is outside of the file")
             last = ranges[-1] if ranges else None
             if last is not None and last.num_rows + rows <= rows_per_shard:
                 ranges[-1] = last._replace(
@@ -103,7 +103,7 @@ def scan(
         further = tables.further_images(parquet.schema_arrow)
     if why is not None:
         raise ValueError(f"{shown}: none of {count_of(row, 'row')} has image bytes{why}")
-    return [found for found in ranges if found.num_rows], schema, further
+    return [one for one in ranges if one.num_rows], schema, further
 
 
 def _row_groups(shown: str, file: BinaryIO) -> list[RowGroup]:
@@ -205,12 +205,12 @@ def _batch_rows(shown: str, file: BinaryIO, row_group: RowGroup, columns: list[s
         if column.num_values > MAX_VALUES + row_group.num_rows:
             raise ValueError(f"{shown}, row group {group}: {column.num_values:,} values in {row_group.num_rows:,} rows")
         try:
-            found = pages(file, column.begin, column.end)
+            sizes = pages(file, column.begin, column.end)
         except PageError as error:
             raise ValueError(f"{shown} is not a readable Parquet file: {error}") from error
         for what, size, limit, remedy in (
-            ("page", found.largest, MAX_PAGE_BYTES, "smaller row groups (row_group_size=100)"),
-            ("dictionary", found.repeated, MAX_DICTIONARY_BYTES, "use_dictionary=False, or smaller row groups"),
+            ("page", sizes.largest, MAX_PAGE_BYTES, "smaller row groups (row_group_size=100)"),
+            ("dictionary", sizes.repeated, MAX_DICTIONARY_BYTES, "use_dictionary=False, or smaller row groups"),
         ):
             if size > limit:
                 raise ValueError(
@@ -218,7 +218,7 @@ def _batch_rows(shown: str, file: BinaryIO, row_group: RowGroup, columns: list[s
                     f"table with {remedy}"
                 )
         repeats = column.num_values / max(1, row_group.num_rows)
-        bytes_a_row += max(column.uncompressed_bytes / max(1, row_group.num_rows), found.repeated * max(1, repeats))
+        bytes_a_row += max(column.uncompressed_bytes / max(1, row_group.num_rows), sizes.repeated * max(1, repeats))
     return max(1, min(BATCH_ROWS, int(BATCH_BYTES / bytes_a_row)))
 
 

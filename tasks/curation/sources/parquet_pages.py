@@ -106,8 +106,8 @@ def pages(file: BinaryIO, begin: int, end: int) -> Pages:
 
 
 def _inside(fields: dict[int, Any], struct: int, number: int) -> Any:
-    found = fields.get(struct)
-    return found.get(number) if isinstance(found, dict) else None
+    value = fields.get(struct)
+    return value.get(number) if isinstance(value, dict) else None
 
 
 def _header(file: BinaryIO, begin: int, end: int) -> tuple[dict[int, Any], int]:

@@ -285,10 +285,10 @@ class RemotePlace(Place):
 
     def folder(self, path: str) -> Folder | None:
         try:
-            found = self._fs.isdir(self._at(path))
+            exists = self._fs.isdir(self._at(path))
         except Exception as error:  # each of fsspec's back ends raises its own types
             raise ValueError(f"{self.shown(path)} cannot be listed: {visible(str(error))}") from error
-        return self._list(path) if found else None
+        return self._list(path) if exists else None
 
     def _details(self, name: str) -> dict[str, Any]:
         at = self._at(name)

@@ -21,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from model.logs import get_logger
 from tasks.curation.config import SourceConfig
 from tasks.curation.sources import arrow, folder, formats, parquet, places, tables, tars
 from tasks.curation.sources.base import (
@@ -50,6 +51,8 @@ from tasks.curation.sources.captions.pairing import Rivals, fold, pair
 from tasks.curation.sources.folder import File, Texts
 from tasks.curation.sources.places import Folder, Place, RemotePlace
 
+logger = get_logger(__name__)
+
 PROGRESS_S = 5.0
 TABLE_ROWS = 1000  # of shards.parquet, written at a time
 NO_IMAGE_COLUMN = "without image bytes"
@@ -73,14 +76,15 @@ def write_corpus(config: SourceConfig, path: str | None, out_dir: str | os.PathL
         if not table.images and not table.unknown:
             if not scan.account.seen:
                 raise ValueError(f"source {visible(path)!r} is empty; {VALID}")
+            left_out = (scan.account + scan.in_tars).left_out()
             raise ValueError(f"source {visible(path)!r} has no image; left out: {left_out or 'nothing'}; {VALID}")
     report = table.report(scan.account, scan.options, place.uri(), alone=place.alone)
     images = count_of(table.images, "image") + (
         f" and {count_of(table.unknown, 'remote tar')}" if table.unknown else ""
     )
-    print(f"source: {images} in {count_of(table.shards, 'shard')}", flush=True)
+    logger.info(f"source: {images} in {count_of(table.shards, 'shard')}")
     if left_out:
-        print(f"source: left out: {left_out}", flush=True)
+        logger.info(f"source: left out: {left_out}")
     return report
 
 
@@ -146,6 +150,7 @@ class _Scan:
         self.config, self.place, self.table, self.scratch = config, place, table, scratch
         self.options = Options(config.encoding, config.caption_columns)
         self.account = Account()
+        self.in_tars = Account()  # of tars without images; those with images are counted when they are read
         self._files, self._report_at = 0, time.monotonic() + PROGRESS_S
         self._listed_at, self._names = "", None  # the folder whose folders were looked at last
 
@@ -157,49 +162,49 @@ class _Scan:
             )
         self.texts = Texts(self.scratch)
         with Listed(self.options.encoding, self.options.caption_columns) as self.listed:
-            for found in self.place.walk():
-                self._read_metadata(found)
+            for listing in self.place.walk():
+                self._read_metadata(listing)
             for files in folder.cut(self._loose(), self.config.images_per_shard):
                 self._add_files(files)
             self.listed.finish(self.account)
         self.texts.finish(self.account)
 
-    def _read_metadata(self, found: Folder) -> None:
+    def _read_metadata(self, listing: Folder) -> None:
         if self.place.alone is not None:
             return
-        for name in found.files:
-            if is_metadata(name, found.files) and not self._is_data(found, name):
-                shown = self.place.shown(found.at(name))
-                with _naming(shown), self.place.open(found.at(name)) as file:
+        for name in listing.files:
+            if is_metadata(name, listing.files) and not self._is_data(listing, name):
+                shown = self.place.shown(listing.at(name))
+                with _naming(shown), self.place.open(listing.at(name)) as file:
                     root = base_name(self.place.uri())
-                    is_table = self.listed.add(shown, found.path, found.folders, extension(name), file, root)
+                    is_table = self.listed.add(shown, listing.path, listing.folders, extension(name), file, root)
                 if is_table:
                     self.account.use()
                 else:
-                    self.account.skip(reason_of(name), found.at(name))
+                    self.account.skip(reason_of(name), listing.at(name))
 
-    def _is_data(self, found: Folder, name: str) -> bool:
+    def _is_data(self, listing: Folder, name: str) -> bool:
         """Whether a metadata.parquet has the images themselves."""
         if extension(name) != "parquet":
             return False
-        shown = self.place.shown(found.at(name))
-        with _naming(shown), self.place.open(found.at(name)) as file, parquet.opened(shown, file) as opened:
+        shown = self.place.shown(listing.at(name))
+        with _naming(shown), self.place.open(listing.at(name)) as file, parquet.opened(shown, file) as opened:
             return parquet.tables.columns_of(opened.schema_arrow, ()) is not None
 
     def _loose(self) -> Iterator[File]:
         """The loose images; on the way, shards of everything else, and the account."""
-        for found in self.place.walk():
-            for reason, path in found.left_out:
+        for listing in self.place.walk():
+            for reason, path in listing.left_out:
                 self.account.skip(reason, path)
-            saved = arrow.data_files(self.place, found)
+            saved = arrow.data_files(self.place, listing)
             loose: list[str] = []
             archives: list[str] = []
-            for name in found.files:
-                lower, path = name.lower(), found.at(name)
+            for name in listing.files:
+                lower, path = name.lower(), listing.at(name)
                 if lower.endswith(TAR_SUFFIXES):
                     archives.append(path)
                 elif (kind := formats.format_of(name)) or lower.endswith(".parquet"):
-                    if is_metadata(name, found.files) and not self._is_data(found, name):
+                    if is_metadata(name, listing.files) and not self._is_data(listing, name):
                         continue  # counted when it was read
                     if kind == "arrow" and saved is not None and name not in saved:
                         self.account.skip("cache of a saved data set", path)
@@ -207,48 +212,50 @@ class _Scan:
                         self._add_whole(path, kind)
                     else:
                         self._add_parquet(path)
-                elif is_metadata(name, found.files) and self.place.alone is None:
+                elif is_metadata(name, listing.files) and self.place.alone is None:
                     continue
                 elif is_image(name) or folder.is_text(name):
                     loose.append(name)
                 else:
                     self.account.skip(reason_of(name), path)
-            yield from self._files_of(found, loose)
-            self._add_tars(found, archives)
+            yield from self._files_of(listing, loose)
+            self._add_tars(listing, archives)
 
     # ------------------------------------------------------------ loose files
 
-    def _files_of(self, found: Folder, names: list[str]) -> Iterator[File]:
+    def _files_of(self, listing: Folder, names: list[str]) -> Iterator[File]:
         pairs = pair(names, self.options.caption_columns)
         used = {i for one in pairs.values() for i in one.texts}
         for i, name in enumerate(names):
             if i not in pairs and i not in used:
-                self.texts.add(found.at(name))
+                self.texts.add(listing.at(name))
         self.account.use(len(pairs) + len(used))
         bare: list[str] = []
         rows: dict[str, tuple[list[str], list[str], str]] = {}  # image -> paths of texts, captions, why ambiguous
-        rivals = Rivals(found.at(names[i]) for i in pairs)
+        rivals = Rivals(listing.at(names[i]) for i in pairs)
         for i, one in pairs.items():
             name = names[i]
-            captions, ambiguous, no_column = self.listed.match([found.at(name)], rivals.of(found.at(name)))
-            texts = [found.at(names[j]) for j in one.texts]
+            captions, ambiguous, no_column = self.listed.match([listing.at(name)], rivals.of(listing.at(name)))
+            texts = [listing.at(names[j]) for j in one.texts]
             rows[name] = texts, captions, one.ambiguous or ambiguous
             if not texts and not captions and not rows[name][2]:
                 bare.append(name)
                 rows[name] = [], [], no_column and f"\0{no_column}"
-        self._take_parallel(found, bare, rows)
+        self._take_parallel(listing, bare, rows)
         for name in sorted(rows):
             texts, captions, why = rows[name]
             if why.startswith("\0"):
                 raise ValueError(why[1:])
-            yield self._file(found.at(name), found.files[name], texts, captions, why)
+            yield self._file(listing.at(name), listing.files[name], texts, captions, why)
 
-    def _take_parallel(self, found: Folder, bare: list[str], rows: dict[str, tuple[list[str], list[str], str]]) -> None:
+    def _take_parallel(
+        self, listing: Folder, bare: list[str], rows: dict[str, tuple[list[str], list[str], str]]
+    ) -> None:
         """Gives images without captions those of a parallel folder."""
         if not bare or self.place.alone is not None:
             return
         sources: dict[str, list[tuple[str, list[str], str]]] = {}
-        for path in folder.caption_folders(found.path, self.config.captions_folder):
+        for path in folder.caption_folders(listing.path, self.config.captions_folder):
             other = self._folder(path)
             if other is None:
                 continue
@@ -281,9 +288,7 @@ class _Scan:
         self._files += 1
         if time.monotonic() > self._report_at:
             self._report_at = time.monotonic() + PROGRESS_S
-            print(
-                f"source: {self._files:,} images read, in {visible(os.path.dirname(path)) or 'the source'}", flush=True
-            )
+            logger.info(f"source: {self._files:,} images read, in {visible(os.path.dirname(path)) or 'the source'}")
         sidecars = []
         for text in texts:
             with _naming(self.place.shown(text)):
@@ -304,11 +309,11 @@ class _Scan:
 
     # ------------------------------------------------------------ containers
 
-    def _add_tars(self, found: Folder, paths: list[str]) -> None:
+    def _add_tars(self, listing: Folder, paths: list[str]) -> None:
         if self.listed:
             for path in paths:
-                for sample in self._samples(path):
-                    self.listed.claim(_names_beside(found, path, sample.place), path)
+                for sample in self._samples(path, Account()):
+                    self.listed.claim(_names_beside(listing, path, sample.place), path)
         for path in paths:
             shown = self.place.shown(path)
             with _naming(shown):
@@ -317,10 +322,10 @@ class _Scan:
             beside: list[File] = []
             count = -1
             if self.listed or not isinstance(self.place, RemotePlace):
-                count = 0
-                for sample in self._samples(path):
+                count, inside = 0, Account()
+                for sample in self._samples(path, inside):
                     count += 1
-                    captions, why, no_column = self.listed.match(_names_beside(found, path, sample.place), [])
+                    captions, why, no_column = self.listed.match(_names_beside(listing, path, sample.place), [])
                     if no_column and not sample.texts and not sample.captions:
                         raise ValueError(no_column)
                     if captions or why:
@@ -328,6 +333,8 @@ class _Scan:
                             (AMBIGUOUS_CAPTION, f"{shown}:{visible(sample.place)}: {why}") if why else ("", "")
                         )
                         beside.append(File(sample.place, captions=tuple(captions), problem=problem, detail=detail))
+                if not count:
+                    self.in_tars += inside
             with _naming(shown):
                 digest = self.place.digest(path)
             name = shard_id("tar", path, 0, digest, self.options, folder.digest(beside) if beside else "")
@@ -337,23 +344,23 @@ class _Scan:
             self.account.use()
             self.table.add(Shard(name, "tar", self.place.uri(path), 0, count, size, digest, "user"))
 
-    def _samples(self, path: str) -> list[tars.Sample]:
+    def _samples(self, path: str, account: Account) -> list[tars.Sample]:
         shown = self.place.shown(path)
         with tars.named_errors(shown):
             check_size(shown, self.place.size(path))
             opened = self.place.local_copy(path) if isinstance(self.place, RemotePlace) else self.place.open(path)
             with opened as file:
-                return tars.samples(shown, file, self.options, Account())
+                return tars.samples(shown, file, self.options, account)
 
     def _add_parquet(self, path: str) -> None:
         shown = self.place.shown(path)
         with _naming(shown), self.place.open(path) as file:
-            found = parquet.scan(shown, file, self.options.caption_columns, self.config.images_per_shard)
-        if found is None:
+            scanned = parquet.scan(shown, file, self.options.caption_columns, self.config.images_per_shard)
+        if scanned is None:
             self.account.skip(f".parquet {NO_IMAGE_COLUMN}", path)
             return
         self.account.use()
-        ranges, schema, further = found
+        ranges, schema, further = scanned
         self._skip_columns(path, further)
         for rows in ranges:
             digest = self.place.digest(path, rows.begin, rows.end)
@@ -367,12 +374,12 @@ class _Scan:
         with _naming(shown):
             check_size(shown, self.place.size(path))
         with _naming(shown), self.place.local_copy(path) as file:
-            found = formats.load(kind).scan(shown, file, self.options.caption_columns)
-        if found is None:
+            scanned = formats.load(kind).scan(shown, file, self.options.caption_columns)
+        if scanned is None:
             self.account.skip(f".{kind} {NO_IMAGE_COLUMN}", path)
             return
         self.account.use()
-        rows, further = found
+        rows, further = scanned
         self._skip_columns(path, further)
         size, digest = self.place.size(path), self.place.digest(path)
         name = shard_id(kind, path, 0, digest, self.options)
@@ -399,11 +406,11 @@ class _naming:
             ) from error
 
 
-def _names_beside(found: Folder, path: str, member: str) -> list[str]:
+def _names_beside(listing: Folder, path: str, member: str) -> list[str]:
     """The paths by which a table beside a tar may name one of its members."""
     tar = base_name(path)
     stem = next(
         tar[: -len(suffix)] for suffix in sorted(TAR_SUFFIXES, key=len, reverse=True) if tar.lower().endswith(suffix)
     )
     inner = os.path.normpath(member)
-    return [found.at(inner), found.at(f"{tar}/{inner}"), found.at(f"{stem}/{inner}")]
+    return [listing.at(inner), listing.at(f"{tar}/{inner}"), listing.at(f"{stem}/{inner}")]

@@ -43,7 +43,7 @@ class Columns(NamedTuple):
 
 
 def columns_of(schema: pa.Schema, wanted: tuple[str, ...]) -> Columns | None:
-    """The columns to read; None if there is none of image bytes."""
+    """The columns to read; None without a column of image bytes."""
     by_name = {column_name(name): name for name in reversed(schema.names)}
     names = [
         by_name[name] for name in IMAGE_COLUMNS if name in by_name and _has_bytes(schema.field(by_name[name]).type)

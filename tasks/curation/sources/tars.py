@@ -40,7 +40,8 @@ from tasks.curation.sources.captions.caption_text import (
 )
 from tasks.curation.sources.captions.metadata_files import MAX_BYTES as MAX_METADATA_BYTES
 from tasks.curation.sources.captions.metadata_files import Listed, is_metadata
-from tasks.curation.sources.captions.pairing import Rivals, pair
+from tasks.curation.sources.captions.pairing import Rivals, fold, pair
+from tasks.curation.sources.folder import caption_folders
 from tasks.curation.sources.places import HIDDEN, LINK, NOT_A_FILE, Place
 from tasks.curation.sources.tar_format import Forward, Member, TarError
 
@@ -86,11 +87,15 @@ def samples(shown: str, file: BinaryIO, options: Options, account: Account) -> l
                 account.use()
             else:
                 account.skip(reason_of(member.name), name)
-        found = [
-            sample for members in folders.values() for sample in _of_folder(shown, members, options, listed, account)
+        loose: dict[str, list[Member]] = {}
+        images = [
+            sample
+            for folder, members in folders.items()
+            for sample in _of_folder(shown, members, options, listed, account, loose.setdefault(folder, []))
         ]
         listed.finish(account)
-    return sorted(found, key=lambda sample: (sample.image.offset, sample.place))
+    images = _with_parallel(shown, images, loose, options, account)
+    return sorted(images, key=lambda sample: (sample.image.offset, sample.place))
 
 
 def _folders_inside(folders: Iterable[str]) -> dict[str, set[str]]:
@@ -158,31 +163,69 @@ def _index(stream: Forward, account: Account, shown: str) -> tuple[list[Member],
 
 
 def _of_folder(
-    shown: str, members: list[Member], options: Options, listed: Listed, account: Account
+    shown: str, members: list[Member], options: Options, listed: Listed, account: Account, loose: list[Member]
 ) -> Iterator[Sample]:
+    """The images of one folder. Texts that describe none of them are put into `loose`, and not counted."""
     names = [base_name(member.name) for member in members]
     pairs = pair(names, options.caption_columns)
-    used = {i for found in pairs.values() for i in found.texts}
+    used = {i for one in pairs.values() for i in one.texts}
     for i, member in enumerate(members):
         if i not in pairs and i not in used:
-            # A text that could describe several images is read by none.
-            account.skip(reason_of(names[i]), f"{shown}:{member.name}")
+            loose.append(member)
     account.use(len(pairs) + len(used))
     rivals = Rivals(_plain(members[i].name) for i in pairs)
     repeats: Counter = Counter()
-    for i, found in pairs.items():
+    for i, one in pairs.items():
         member = members[i]
         path = _plain(member.name)
         repeats[member.name] += 1
         place = member.name + (f"#{repeats[member.name]}" if repeats[member.name] > 1 else "")
         captions, ambiguous, no_column = listed.match([path], rivals.of(path))
-        if no_column and not found.texts:
+        if no_column and not one.texts:
             raise ValueError(no_column)
-        why = found.ambiguous or ambiguous
+        why = one.ambiguous or ambiguous
         detail = f"{shown}:{visible(place)}: {why}" if why else ""
-        yield Sample(
-            member, place, [members[j] for j in found.texts], captions, AMBIGUOUS_CAPTION if why else "", detail
-        )
+        yield Sample(member, place, [members[j] for j in one.texts], captions, AMBIGUOUS_CAPTION if why else "", detail)
+
+
+def _with_parallel(
+    shown: str, samples: list[Sample], loose: dict[str, list[Member]], options: Options, account: Account
+) -> list[Sample]:
+    """The samples, with captions of a parallel folder where they had none; counts the texts of `loose`."""
+    bare: dict[str, list[int]] = {}
+    if any(loose.values()):
+        for at, sample in enumerate(samples):
+            if not sample.texts and not sample.captions and not sample.problem:
+                bare.setdefault(posixpath.dirname(_plain(sample.image.name)), []).append(at)
+    by_fold: dict[str, list[str]] = {}
+    for folder, texts in loose.items():
+        if texts:
+            by_fold.setdefault(fold(folder), []).append(folder)
+    used: set[int] = set()  # offsets: a member is at one place
+    for folder, images in bare.items():
+        sources: dict[int, list[tuple[str, list[Member], str]]] = {}
+        for path in caption_folders(folder, None):
+            for other in by_fold.get(fold(path), ()):
+                texts = loose[other]
+                names = [base_name(samples[at].image.name) for at in images] + [base_name(text.name) for text in texts]
+                for i, found in pair(names, options.caption_columns).items():
+                    if found.texts or found.ambiguous:
+                        own = [texts[j - len(images)] for j in found.texts]
+                        sources.setdefault(images[i], []).append((other, own, found.ambiguous))
+        for at, candidates in sources.items():
+            used.update(text.offset for _, texts, _ in candidates for text in texts)
+            _, texts, why = candidates[0]
+            if len(candidates) > 1:
+                why = f"{' and '.join(visible(other) for other, _, _ in candidates[:2])} both have captions of it"
+            problem, detail = (AMBIGUOUS_CAPTION, f"{shown}:{visible(samples[at].place)}: {why}") if why else ("", "")
+            samples[at] = samples[at]._replace(texts=texts, problem=problem, detail=detail)
+    for texts in loose.values():
+        for text in texts:
+            if text.offset in used:
+                account.use()
+            else:  # among them each that could describe several images
+                account.skip(reason_of(text.name), f"{shown}:{text.name}")
+    return samples
 
 
 @contextlib.contextmanager

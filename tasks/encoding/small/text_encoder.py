@@ -21,9 +21,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from model.constants import PAD_MULTIPLE, PIPELINE_TEXT_STATE
+from model.logs import get_logger
 from tasks.encoding.config import TinyTextEncoderConfig
 from tasks.encoding.small.tokenizer import END, SYSTEM, VISION
 from tasks.encoding.text.chat import first_layers
+
+logger = get_logger(__name__)
 
 if TYPE_CHECKING:
     import torch
@@ -147,11 +150,10 @@ def train_text_encoder(
             optimizer.param_groups[0]["lr"] = lr * scale
             optimizer.step()
         if (step + 1) % max(1, config.steps // 20) == 0:
-            print(
+            logger.info(
                 f"text encoder {step + 1}/{config.steps} steps, {time.monotonic() - started:.0f} s: "
                 f"{losses['early']:.3f} nats per token at the early exit, {losses['last']:.3f} at the last layer, "
-                f"{losses['words_so_far']:.3f} for the words so far",
-                flush=True,
+                f"{losses['words_so_far']:.3f} for the words so far"
             )
         state.save(step + 1, losses, last=step + 1 == config.steps)
     model.requires_grad_(False).eval()

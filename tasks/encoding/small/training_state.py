@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from model.logs import get_logger
 from model.storage import replacing
+
+logger = get_logger(__name__)
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +69,7 @@ class TrainingState:
         except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
             message = f"{self._path} is not a state of this training ({error}); remove it to start again"
             raise ValueError(message) from error
-        print(f"{self._path.stem}: resumes after step {step}", flush=True)
+        logger.info(f"{self._path.stem}: resumes after step {step}")
         return step, notes
 
     def save(self, step: int, notes: dict[str, float], last: bool) -> None:

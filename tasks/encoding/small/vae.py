@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from model.logs import get_logger
 from tasks.encoding.buckets import Bucket
 from tasks.encoding.config import TinyVAEConfig
 from tasks.encoding.vae_codec import FrameCodec, to_tensor
+
+logger = get_logger(__name__)
 
 if TYPE_CHECKING:
     import torch
@@ -100,10 +103,9 @@ def train_vae(
         muon.step()
         if (step + 1) % max(1, config.steps // 20) == 0:
             psnr = -10.0 * float(torch.log10(distortion.detach() / 4.0))
-            print(
+            logger.info(
                 f"vae {step + 1}/{config.steps} steps, {time.monotonic() - started:.0f} s: "
-                f"{psnr:.1f} dB on the batch, KL {float(kl.detach()):.2f} nats per number",
-                flush=True,
+                f"{psnr:.1f} dB on the batch, KL {float(kl.detach()):.2f} nats per number"
             )
         state.save(step + 1, {}, last=step + 1 == config.steps)
     codec.write_back()

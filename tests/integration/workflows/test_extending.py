@@ -134,6 +134,37 @@ def test_a_container_format_is_scanned_and_read_after_a_module_and_an_entry(monk
         base.write_corpus(SourceConfig(), str(source), tmp_path / "broken")
 
 
+def test_a_made_source_gives_records_after_a_function_and_an_entry(monkeypatch, tmp_path):
+    from tasks.curation.config import SourceConfig
+    from tasks.curation.sources import base
+    from tasks.curation.sources.made import registry
+    from tasks.recipe import Recipe, load_recipe
+
+    code = added_module(monkeypatch, "A made source", "tasks.curation.sources.made.gradients")
+    section = yaml.safe_load(code["yaml"][0])["source"]
+    smoke = load_recipe("smoke").model_dump()
+    with pytest.raises(ValueError, match="source.made.gradients=6 is unknown; use one of digits"):
+        Recipe(**smoke | {"source": smoke["source"] | section})
+    monkeypatch.setattr(registry, "SOURCES", registry.SOURCES | eval(code["python"][1]))
+    Recipe(**smoke | {"source": smoke["source"] | section})
+
+    def records(shards: int) -> dict[str, base.Record]:
+        config = SourceConfig(**section | {"shards": shards, "digits": 3})
+        parts = [tmp_path / f"{shards}-{index}" for index in range(shards)]
+        for index, part in enumerate(parts):
+            base.write_made_shard(config, index, part)
+        report = base.made_corpus(parts, tmp_path / f"corpus-{shards}")
+        assert report["sources"] == {"digits": 3, "gradients": 6}
+        corpus = base.open_corpus(tmp_path / f"corpus-{shards}")
+        read = [record for shard in corpus.shards() for record in corpus.read(shard, base.Account())]
+        return {record.key: record._replace(locator="", row=0) for record in read}
+
+    made = records(2)
+    assert len(made) == 9 and made == records(1)
+    first = made["gradients-0000000"]
+    assert first.source == "gradients" and first.captions[0].startswith("a gradient from (")
+
+
 def test_a_scorer_scores_after_a_function_and_an_entry(monkeypatch):
     from tasks.curation import scorers
     from tasks.curation.config import ScorerConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -29,9 +30,20 @@ def _file(module: str) -> Path | None:
     return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
 
 
+@functools.cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
+def _distributions() -> dict[str, list[str]]:
+    return dict(packages_distributions())
+
+
+@functools.cache
 def _imports(path: Path) -> set[str]:
     """Modules that a file imports, wherever in it, but for type checkers and in `try` (what may be absent)."""
-    tree = ast.parse(path.read_text())
+    tree = _tree(path)
     optional = {
         inner
         for outer in ast.walk(tree)
@@ -80,7 +92,7 @@ def test_the_locks_are_what_pyproject_and_constraints_give():
 
 @pytest.mark.parametrize("role", lock.ROLES)
 def test_a_roles_lock_has_every_package_that_its_own_folder_imports(role):
-    distributions = packages_distributions()
+    distributions = _distributions()
     locked = _locked(role)
     missing = {
         f"{package} ({path})"
@@ -104,10 +116,10 @@ def _loaded(module: str, seen: dict[str, set[str]]) -> set[str]:
     if module in seen or not (path := _file(module)):
         return seen.get(module, set())
     seen[module] = set()
-    tree = ast.parse(path.read_text())
-    tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     packages = set()
-    for node in tree.body:
+    for node in _tree(path).body:
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
         if isinstance(node, ast.ImportFrom):
             names += [f"{node.module}.{alias.name}" for alias in node.names]
@@ -133,7 +145,7 @@ def test_the_planner_and_curation_load_no_torch_whatever_their_tasks_import():
 @pytest.mark.parametrize("role", lock.ROLES)
 def test_a_roles_lock_has_what_loads_with_the_modules_that_its_tasks_import(role):
     """Also with modules of other folders, such as the sources of curation, from which the encoder reads images."""
-    distributions, locked = packages_distributions(), _locked(role)
+    distributions, locked = _distributions(), _locked(role)
     seen: dict[str, set[str]] = {}
     for folder in FOLDERS[role]:
         for path in ROOT.joinpath(*folder.split(".")).rglob("task.py"):

@@ -15,8 +15,6 @@ import subprocess
 import warnings
 from pathlib import Path
 
-import jsonschema
-import kubernetes_validate
 import pytest
 import yaml
 
@@ -51,6 +49,9 @@ def custom_schemas() -> dict[str, dict]:
 @functools.cache
 def _checked(text: str, version: str) -> None:
     """Raises for a document that the API server would refuse, and for one that nothing here can judge."""
+    import jsonschema  # takes seconds to import
+    import kubernetes_validate
+
     document = json.loads(text)
     if BUILT_IN.match(document["apiVersion"]):
         with warnings.catch_warnings():
@@ -107,10 +108,13 @@ def test_every_document_passes_the_schemas_of_all_supported_versions(overlay):
     ],
 )
 def test_a_mistake_in_a_manifest_is_refused(break_it):
+    from jsonschema import ValidationError
+    from kubernetes_validate import ValidationError as BuiltInError
+
     documents = json.loads(json.dumps(rendered("eks")))
     break_it(documents)
     (changed,) = (now for was, now in zip(rendered("eks"), documents) if was != now)
-    with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
+    with pytest.raises((ValidationError, BuiltInError)):
         check(changed, VERSIONS[-1])
 
 

@@ -202,7 +202,7 @@ HUB = {
 }
 
 
-@pytest.fixture(scope="module", params=["1x1", "8x8"])
+@pytest.fixture(scope="module", params=[pytest.param("1x1", marks=pytest.mark.slow), "8x8"])
 def shape_and_admin(request, lock, tmp_path_factory):
     if request.param == "8x8":
         return request.param, request.getfixturevalue("registered")[0]
@@ -300,6 +300,7 @@ def test_registration_takes_seconds(registered):
     assert seconds < 20  # of CPU, so that a busy machine does not matter; importing torch for Elastic is most of it
 
 
+@pytest.mark.slow
 def test_stock_limits_refuse_large_tasks_and_a_small_profile_says_less(lock, tmp_path):
     with flyteadmin(STOCK_LIMITS) as (endpoint, _):
         done = run("--config", str(config(tmp_path, endpoint, profile="h100")), "--lock", str(lock))

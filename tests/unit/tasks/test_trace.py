@@ -405,7 +405,7 @@ def test_the_page_draws_every_directory_loads_nothing_and_escapes_what_it_shows(
     text = out.read_text()
     page = Tags()
     page.feed(text)
-    anchors = {attributes["id"] for tag, attributes in page.tags if tag == "tr" and "id" in attributes}
+    anchors = {attributes["id"] for tag, attributes in page.tags if tag == "code" and "id" in attributes}
     assert anchors == {load_manifest(made[name]).digest for name in KINDS}
     assert sum(tag == "rect" for tag, _ in page.tags) == len(KINDS)
     assert sum(tag == "path" for tag, _ in page.tags) == sum(len(load_manifest(made[k]).parents) for k in KINDS)
@@ -455,6 +455,7 @@ def test_a_card_names_the_same_ancestors_when_they_are_in_s3(made, home, tmp_pat
         assert tracing.lineage_rows(fetched) == expected
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_in_s3_is_found_and_named_by_its_uri(remote, capsys):
     fs, uris = remote
     for name, file in FILES:

@@ -35,6 +35,7 @@ CHOSEN = {"ablate", "pretrain", "study", "train", "train-stage"}
 STEPS = {"choose-candidate", "curate", "encode", "evaluate", "merge", "publish"}
 
 
+@pytest.mark.slow
 def test_everything_that_people_start_has_a_plan_with_bounds_and_mails():
     found = plans(1, 1, NUCLEUS_NOTIFY="a@example.com, b@example.com")
     ablations = {f"ablate-{path.stem}" for path in (ROOT / "recipes" / "ablations").glob("*.yaml")}
@@ -48,7 +49,11 @@ def test_everything_that_people_start_has_a_plan_with_bounds_and_mails():
 
 
 @pytest.mark.parametrize(
-    ("shape", "expected"), [((8, 8), {"pretrain-nucleus_17b-8x8", "reproduce-nucleus_17b-8x8"}), ((2, 8), set())]
+    ("shape", "expected"),
+    [
+        ((8, 8), {"pretrain-nucleus_17b-8x8", "reproduce-nucleus_17b-8x8"}),
+        pytest.param((2, 8), set(), marks=pytest.mark.slow),
+    ],
 )
 def test_a_shape_has_the_plans_of_the_recipes_that_train_on_it(shape, expected):
     found = plans(*shape)

@@ -37,29 +37,38 @@ def decode(data: bytes, encoding: str | None) -> str:
     """Text by its byte order mark; else UTF-8; else `encoding`.
 
     Raises:
-        CaptionError: it is none of these. UTF-16 without a mark is valid UTF-8 with NULs, so NULs count as unreadable.
+        CaptionError: it is none of these, or has control characters of another encoding (`foreign`).
     """
     for mark, name in _MARKS:
         if data.startswith(mark):
             try:
-                return _without_nul(data[len(mark) :].decode(name))
+                return _checked(data[len(mark) :].decode(name))
             except UnicodeError as error:
                 raise CaptionError(f"has the mark of {name} and is none: {error}") from error
     try:
-        return _without_nul(data.decode("utf-8"))
+        return _checked(data.decode("utf-8"))
     except UnicodeError as error:
         why = f"is not UTF-8 (byte {error.start + 1})" if isinstance(error, UnicodeDecodeError) else f"{error}"
         if encoding is None:
             raise CaptionError(f"{why}; save it as UTF-8, or name its encoding in source.encoding") from error
     try:
-        return _without_nul(data.decode(encoding))
+        return _checked(data.decode(encoding))
     except UnicodeError as error:
         raise CaptionError(f"is neither UTF-8 nor source.encoding={encoding}; save it as UTF-8") from error
 
 
-def _without_nul(text: str) -> str:
+def foreign(text: str) -> str:
+    """Which encoding a text is in that was decoded as another, by its control characters; "" for none."""
     if "\0" in text:
-        raise UnicodeError("has NUL characters, as UTF-16 without a byte order mark does")
+        return "has NUL characters, as UTF-16 without a byte order mark does"
+    if "\x1b" in text:
+        return "has escape characters, as ISO-2022-JP and terminals use them"
+    return ""
+
+
+def _checked(text: str) -> str:
+    if why := foreign(text):
+        raise UnicodeError(why)
     return text
 
 
@@ -70,11 +79,11 @@ def column_name(name: str) -> str:
 
 def caption_columns(columns: Iterable[str], wanted: tuple[str, ...]) -> list[str]:
     """Those of `columns` that have captions, in the order of `wanted` (of the default names, if that is empty)."""
-    found: dict[str, list[str]] = {}
+    by_name: dict[str, list[str]] = {}
     for column in columns:
-        found.setdefault(column_name(column), []).append(column)
+        by_name.setdefault(column_name(column), []).append(column)
     names = dict.fromkeys(column_name(name) for name in wanted or CAPTION_COLUMNS)
-    return [column for name in names for column in found.get(name, ())]
+    return [column for name in names for column in by_name.get(name, ())]
 
 
 def column_hint(wanted: tuple[str, ...]) -> str:
@@ -87,7 +96,7 @@ def captions_of(value: Any) -> list[str]:
 
     Raises:
         NotTextError: a value of another kind.
-        CaptionError: half a surrogate pair, which JSON can write and no text has; or NULs.
+        CaptionError: half a surrogate pair, which JSON can write and no text has; or characters of `foreign`.
     """
     texts = []
     for text in value if isinstance(value, list | tuple) else [value]:
@@ -98,7 +107,7 @@ def captions_of(value: Any) -> list[str]:
         if not text.strip():
             continue
         try:
-            _without_nul(text).encode("utf-8")
+            _checked(text).encode("utf-8")
         except UnicodeError as error:
             raise CaptionError(f"has a caption that is no Unicode text ({error})") from error
         texts.append(text.strip())
@@ -118,7 +127,7 @@ def captions_of_cells(cells: Iterable[Any]) -> list[str]:
     """The captions of all cells of one image.
 
     Raises:
-        NotTextError: a cell is no text, and no other has a caption.
+        NotTextError: a cell is not text, and no other cell has a caption.
         CaptionError: see `captions_of`.
     """
     texts: list[str] = []
@@ -157,7 +166,7 @@ def parse_json(text: str | bytes) -> Any:
     """A JSON value.
 
     Raises:
-        ValueError: it is none, is nested too deeply, or an object names a key twice.
+        ValueError: it is not JSON, is nested too deeply, or an object names a key twice.
     """
     try:
         return json.loads(text, object_pairs_hook=_object)

@@ -7,7 +7,6 @@ which answers for one image at a time. A row that does not parse is an error wit
 from __future__ import annotations
 
 import codecs
-import csv
 import io
 import json
 import posixpath
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from tasks.curation.sources.base import Account, base_name, count_of, extension, from_bytes, is_image, to_bytes, visible
+from tasks.curation.sources.captions import csv_text
 from tasks.curation.sources.captions.caption_text import (
     CaptionError,
     NotTextError,
@@ -30,14 +30,13 @@ from tasks.curation.sources.captions.caption_text import (
     parse_json,
     row_captions,
 )
+from tasks.curation.sources.captions.csv_text import MAX_ROW_BYTES
 from tasks.curation.sources.captions.pairing import fold
 
 FORMATS = ("csv", "tsv", "jsonl", "json", "parquet")
 NAME_COLUMNS = ("file_name", "filename", "file", "image", "image_file", "image_path", "path")
 MAX_BYTES = 64 * 2**20
 MAX_ROWS = 500_000  # of a CSV or JSON table, at 70 us of processor time each (benchmarks/hostile.py)
-MAX_LINES = 4_000_000  # of a CSV table, blank ones too
-MAX_ROW_BYTES = 4 * 2**20
 DECODED_BYTES = 2**20  # at a time, to see whether a table is UTF-8
 MAX_ROWS_PER_IMAGE = 1000
 UNMATCHED = "metadata row that names no image"
@@ -256,7 +255,8 @@ def _rows(
 def _utf8(shown: str, data: bytes, encoding: str | None) -> bytes:
     """The text as UTF-8: a tenth of the memory that Python's own text may take."""
     try:
-        if not data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")) and b"\0" not in data:
+        marked = data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff"))
+        if not marked and b"\0" not in data and b"\x1b" not in data:
             decoder = codecs.getincrementaldecoder("utf-8")()
             for begin in range(0, len(data), DECODED_BYTES):
                 decoder.decode(data[begin : begin + DECODED_BYTES])
@@ -273,94 +273,23 @@ def _utf8(shown: str, data: bytes, encoding: str | None) -> bytes:
 
 
 def _csv_rows(shown: str, text: bytes, delimiter: str, wanted: tuple[str, ...], table: _File) -> Iterator[Row]:
-    csv.field_size_limit(MAX_ROW_BYTES)
     first = text.lstrip(b"\r\n").split(b"\n", 1)[0].split(b"\r", 1)[0].decode("utf-8")
     for other in (delimiter, ",", ";", "\t"):
-        if _name_column(_header(first, other)):
+        if _name_column(csv_text.header(first, other)):
             delimiter = other
             break
-    lines = _Lines(shown, text)
-    reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
-    columns: list[str] = []
-    name_at, caption_at = -1, []
-    start = 0
-    try:
-        for fields in reader:
-            first_line, start = start + 1, reader.line_num
-            lines.row_bytes = 0
-            if not fields or not any(field.strip() for field in fields):
-                continue
-            if not columns:
-                columns = fields
-                name_at = columns.index(_needed_name(shown, columns))
-                caption_at = [columns.index(name) for name in _captions_of_columns(shown, columns, wanted, table)]
-                continue
-            if len(fields) != len(columns):
-                remedy = f"put captions that contain {delimiter!r} between double quotes"
-                if len(fields) < len(columns):
-                    remedy = "write each column, an empty one too"
-                raise ValueError(
-                    f"{shown}, line {first_line}, has {count_of(len(fields), 'field')} where the header has "
-                    f"{count_of(len(columns), 'column')} ({_few(columns)}); {remedy}"
-                )
-            _check_quotes(shown, first_line, fields, fields[name_at])
-            values = dict(enumerate(fields[i] for i in caption_at))
-            yield Row(first_line, fields[name_at], list(dict.fromkeys(v.strip() for v in values.values() if v.strip())))
-    except csv.Error as error:
-        raise ValueError(
-            f"{shown}, line {start + 1}: its quotes or fields are broken ({error}); put fields that contain {delimiter!r} "
-            'or quotes between double quotes, and write "" for a quote inside'
-        ) from error
+    file = io.TextIOWrapper(io.BytesIO(text), "utf-8", newline="")
+    parsed = csv_text.rows(shown, file, delimiter, "divide it by folders")
+    _, columns = next(parsed, (0, []))
     if not columns:
         raise ValueError(f"{shown} is empty; it needs file_name and {column_hint(wanted)}")
-
-
-class _Lines:
-    """The lines of a CSV file, with \\n, \\r\\n or \\r at their ends."""
-
-    def __init__(self, shown: str, text: bytes) -> None:
-        self._shown = shown
-        self._file = io.TextIOWrapper(io.BytesIO(text), "utf-8", newline="")
-        self.row_bytes = 0
-        self._number = 0
-
-    def __iter__(self) -> _Lines:
-        return self
-
-    def __next__(self) -> str:
-        line = self._file.readline(MAX_ROW_BYTES)
-        self._number += 1
-        if line and self._number > MAX_LINES:
-            raise ValueError(f"{self._shown} has more than {MAX_LINES:,} lines; divide it by folders")
-        self.row_bytes += len(line)
-        if self.row_bytes >= MAX_ROW_BYTES:
-            raise ValueError(
-                f"{self._shown}, line {self._number}: a row is longer than {MAX_ROW_BYTES // 2**20} MiB; is a quote not closed?"
-            )
-        if not line:
-            raise StopIteration
-        return line
-
-
-def _header(line: str, delimiter: str) -> list[str]:
-    try:
-        return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
-    except csv.Error:
-        return []
-
-
-def _check_quotes(shown: str, line: int, fields: list[str], own: str) -> None:
-    """Refuses a quoted field that runs over the start of another image's row: its quote was not meant so."""
-    for field in fields:
-        if "\n" not in field and "\r" not in field:
-            continue
-        for inner in re.split(r"[\r\n]+", field)[1:]:
-            begin = re.split(r"[,;\t]", inner, maxsplit=1)
-            if len(begin) > 1 and is_image(begin[0].strip().strip('"')):
-                raise ValueError(
-                    f"{shown}, line {line}: a quote is not closed, so that the row of {visible(own)!r} runs over that of "
-                    f"{visible(begin[0].strip())!r}"
-                )
+    name_at = columns.index(_needed_name(shown, columns))
+    caption_at = [columns.index(name) for name in _captions_of_columns(shown, columns, wanted, table)]
+    checks = csv_text.Checks(shown, columns, caption_at, delimiter, is_image)
+    for line, fields in parsed:
+        checks.check(line, fields, fields[name_at])
+        texts = (fields[at].strip() for at in caption_at)
+        yield Row(line, fields[name_at], list(dict.fromkeys(filter(None, texts))))
 
 
 def _objects(shown: str, text: bytes, format: str, table: _File) -> Iterator[tuple[int, Any]]:
@@ -452,7 +381,7 @@ def _object_rows(
             captions = []  # a .json file that is about something else
         yield Row(line, value[name], captions)
     if keys and not any_column:
-        table.no_column = f"{shown} has {_few(keys)}; it needs {column_hint(wanted)}"
+        table.no_column = f"{shown} has {csv_text.few(keys)}; it needs {column_hint(wanted)}"
 
 
 def _parquet_rows(shown: str, file: BinaryIO, wanted: tuple[str, ...], table: _File) -> Iterator[Row]:
@@ -466,12 +395,12 @@ def _parquet_rows(shown: str, file: BinaryIO, wanted: tuple[str, ...], table: _F
             parquet.rows(shown, file, opened, [name, *captions], range(opened.num_row_groups))
         ):
             try:
-                found = row_captions({c: values[c] for c in captions}, wanted)
+                texts = row_captions({c: values[c] for c in captions}, wanted)
             except CaptionError as error:
                 raise ValueError(f"{shown}, row {row}, {error}") from error
             if not isinstance(values[name], str):
                 raise ValueError(f"{shown}, row {row}, has no file name in {visible(name)}")
-            yield Row(row, values[name], found)
+            yield Row(row, values[name], texts)
 
 
 def _name_column(columns: list[str]) -> str | None:
@@ -482,19 +411,14 @@ def _name_column(columns: list[str]) -> str | None:
 def _needed_name(shown: str, columns: list[str]) -> str:
     name = _name_column(columns)
     if name is None:
-        raise ValueError(f"{shown} has columns {_few(columns)}; it needs file_name")
+        raise ValueError(f"{shown} has columns {csv_text.few(columns)}; it needs file_name")
     if len({column_name(column) for column in columns if column.strip()}) < len([c for c in columns if c.strip()]):
-        raise ValueError(f"{shown} has columns {_few(columns)}: a name is there twice")
+        raise ValueError(f"{shown} has columns {csv_text.few(columns)}: a name is there twice")
     return name
 
 
 def _captions_of_columns(shown: str, columns: list[str], wanted: tuple[str, ...], table: _File) -> list[str]:
-    found = caption_columns(columns, wanted)
-    if not found:
-        table.no_column = f"{shown} has columns {_few(columns)}; it needs {column_hint(wanted)}"
-    return found
-
-
-def _few(columns: list[str]) -> str:
-    names = [visible(column) for column in columns]
-    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    names = caption_columns(columns, wanted)
+    if not names:
+        table.no_column = f"{shown} has columns {csv_text.few(columns)}; it needs {column_hint(wanted)}"
+    return names

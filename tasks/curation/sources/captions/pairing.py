@@ -103,8 +103,8 @@ def _pair_group(names: Sequence[str], group: list[int], words: set[str]) -> dict
     if count > 1:
         runs = _runs(names, group)
         if runs is None:
-            for found in pairs.values():
-                found.ambiguous = f"{visible(twice)!r} is there {count} times, and nothing says which caption is whose"
+            for one in pairs.values():
+                one.ambiguous = f"{visible(twice)!r} occurs {count} times, so captions cannot be assigned"
             return pairs
         for run in runs:
             pairs.update(_pair_group(names, run, words))
@@ -144,12 +144,13 @@ def _index(names: Sequence[str], images: list[int], part: Callable[[str], str]) 
 
 def _same(levels: list[dict[str, list[int]]], base: str) -> list[int]:
     """The images at the strictest level that has any."""
-    return next((found[level(base)] for level, found in zip(_LEVELS, levels, strict=True) if level(base) in found), [])
+    return next((index[level(base)] for level, index in zip(_LEVELS, levels, strict=True) if level(base) in index), [])
 
 
 def _give(names: Sequence[str], pairs: dict[int, Pair], text: int, owners: list[int]) -> None:
-    """A text belongs to one image, or to one picture in several formats."""
-    if len({stem(names[i]) for i in owners}) > 1:
+    """A text belongs to one image, or to one picture in several formats: never to two pictures."""
+    # a.png and a.PNG are two pictures, unlike a.png and a.webp.
+    if len({stem(names[i]) for i in owners}) > 1 or len({fold(names[i]) for i in owners}) < len(owners):
         several = " and ".join(repr(visible(names[i])) for i in owners[:2])
         for i in owners:
             pairs[i].ambiguous = f"{visible(names[text])!r} may describe {several}; give each image its own text file"

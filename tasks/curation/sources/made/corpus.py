@@ -1,4 +1,4 @@
-"""The made corpus: rendered scenes, planted defects and digits, as tars that are made independently.
+"""The made corpus: rendered scenes, planted defects, and the sources of registry.py, as tars that are made independently.
 
     write_made_shard(config, i, part_i), each by itself --made_corpus--> shards.parquet over the parts
 
@@ -17,19 +17,23 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model import storage
+from model.logs import get_logger
 from model.storage import is_remote, join
 from tasks.curation.config import SourceConfig
 from tasks.curation.sources import tar_format
 from tasks.curation.sources.base import TRUTH_TABLE, Account, Options, Record, Shard, shard_id, visible
-from tasks.curation.sources.made import defects, digits, scenes
+from tasks.curation.sources.made import defects, registry, scenes
+from tasks.curation.sources.made.registry import Made
 from tasks.curation.sources.places import Place
+
+logger = get_logger(__name__)
 
 JPEG_SHARE = 0.1  # of scenes; the others are PNG
 PROGRESS_S = 5.0
@@ -42,28 +46,17 @@ TRUTH = pa.schema(
         ("scene", pa.string()),  # JSON of scenes.Scene, "" where none is shown
     ]
 )
-_SCENES, _DEFECTS = 0, 1  # streams of randomness; digits.chosen uses 2
-
-
-class Made(NamedTuple):
-    """One record. `key` has no dot: it names tar members."""
-
-    key: str
-    ext: str
-    data: bytes
-    captions: list[str]
-    source: str
+_SCENES, _DEFECTS = 0, 1  # streams of randomness; digits.py uses 2
 
 
 def check(config: SourceConfig) -> None:
-    """Refuses a corpus without records, or with more digits than there are.
-
-    Raises:
-        ValueError: naming the settings.
     """
-    digits.chosen(config.digits, config.seed)
-    if not config.scenes and not config.digits:
-        raise ValueError("the source is empty: set source.scenes or source.digits above 0, or source.path")
+    Raises:
+        ValueError: a corpus without records, an unknown source, or more records than a source has.
+    """
+    registry.check_made(config)
+    if not config.is_made:
+        raise ValueError("the source is empty: set source.scenes, source.digits or source.made, or source.path")
 
 
 def num_defects(config: SourceConfig) -> int:
@@ -95,15 +88,18 @@ def write_made_shard(config: SourceConfig, index: int, out_dir: str | os.PathLik
             without += not made.captions
             if time.monotonic() - begun > PROGRESS_S * (reported + 1):
                 reported += 1
-                print(f"source: shard {index}: {sources.total()}/{total}", flush=True)
-    print(f"source: shard {index}: {total} records", flush=True)
+                logger.info(f"source: shard {index}: {sources.total()}/{total}")
+    logger.info(f"source: shard {index}: {total} records")
     assert sources.total() == total
     if truth:
         pq.write_table(pa.Table.from_pylist(truth, TRUTH), out_dir / TRUTH_TABLE)
     with open(out_dir / name, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     with TableWriter(out_dir) as table:
-        size, source = (out_dir / name).stat().st_size, "scenes" if config.scenes else "digits"
+        size, source = (
+            (out_dir / name).stat().st_size,
+            "scenes" if config.scenes else next(iter(registry.counts(config))),
+        )
         table.add(Shard(shard_id("tar", name, 0, digest, Options()), "tar", name, 0, total, size, digest, source))
     planted = Counter(row["defect"] for row in truth if row["defect"])
     return table.report(
@@ -206,13 +202,13 @@ def _add(tar: tarfile.TarFile, made: Made) -> None:
 
 
 def _ranges(config: SourceConfig, index: int) -> list[tuple[int, int]]:
-    """The shard's half-open ranges of the corpus's scenes, defects and digits."""
-    totals = (config.scenes, num_defects(config), config.digits)
+    """The shard's half-open ranges of the corpus's scenes, defects, and records of each other source."""
+    totals = (config.scenes, num_defects(config), *registry.counts(config).values())
     return [(index * total // config.shards, (index + 1) * total // config.shards) for total in totals]
 
 
 def _records(config: SourceConfig, shard: int, truth: list[dict[str, str]]) -> Iterator[Made]:
-    drawn_range, defect_range, digit_range = _ranges(config, shard)
+    drawn_range, defect_range, *ranges = _ranges(config, shard)
     for index in range(*drawn_range):
         drawn = _draw(config, index)
         truth.append(_truth(drawn.key, drawn.scene))
@@ -225,9 +221,10 @@ def _records(config: SourceConfig, shard: int, truth: list[dict[str, str]]) -> I
         planted = defects.plant(kind, rng, config.scene_size_px, lambda of=of: _draw(config, of))
         truth.append(_truth(key, planted.scene, kind, planted.detail, planted.original))
         yield Made(key, planted.ext, planted.data, planted.captions, "scenes")
-    for index in digits.chosen(config.digits, config.seed)[slice(*digit_range)]:
-        scan = digits.digit(index, config.scene_size_px)
-        yield Made(f"digits-{index:04d}", "png", defects.encode(scan.image, "png"), scan.captions, "digits")
+    for name, indices in zip(registry.counts(config), ranges, strict=True):
+        source = registry.load(name)
+        for index in range(*indices):
+            yield source.record(config, index)
 
 
 def _draw(config: SourceConfig, index: int) -> defects.Drawn:

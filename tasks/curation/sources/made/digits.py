@@ -12,6 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from tasks.curation.config import SourceConfig
+from tasks.curation.sources.made.defects import encode
+from tasks.curation.sources.made.registry import Made
+
 COUNT = 1797
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -49,12 +53,14 @@ def digit(index: int, size_px: int) -> Digit:
     )
 
 
-def chosen(count: int, seed: int) -> list[int]:
-    """Which `count` scans a corpus takes: the first of a seeded order, so that a larger corpus holds a smaller one.
+@functools.lru_cache(maxsize=4)
+def order(seed: int) -> list[int]:
+    """The scans in the order in which a corpus takes them, so that a larger corpus contains a smaller one."""
+    return np.random.default_rng([seed, 2]).permutation(COUNT).tolist()
 
-    Raises:
-        ValueError: more than there are.
-    """
-    if not 0 <= count <= COUNT:
-        raise ValueError(f"source.digits={count}: there are {COUNT} scans; use 0 to {COUNT}")
-    return np.random.default_rng([seed, 2]).permutation(COUNT)[:count].tolist()
+
+def record(config: SourceConfig, index: int) -> Made:
+    """See registry.py."""
+    scan = order(config.seed)[index]
+    made = digit(scan, config.scene_size_px)
+    return Made(f"digits-{scan:04d}", "png", encode(made.image, "png"), made.captions, "digits")

@@ -4,7 +4,7 @@ A scene holds 1 to 4 objects. Lengths are in units of the SHORTER image side: cx
 [0, H/min(W,H)], size = side of the (square) bounding box, the same for every shape. Scenes are a function of
 the generator that they are given, so that the same seed draws the same corpus.
 
-The scenes are made for the shapes benchmark and use its vocabulary. What it holds out never occurs: no held-out coloured
+The scenes are made for the shapes benchmark and use its vocabulary. Its held-out combinations never occur: no held-out coloured
 shape, no held-out pair of coloured shapes, and no two objects whose centres stand in a held-out relation (stricter than
 GenEval's rule, which needs a clear offset as well).
 """
@@ -167,7 +167,7 @@ def _place(
     height: float,
     wish: str | None,
 ) -> tuple[SceneObject, ...] | None:
-    """Positions without overlap or held-out relation, by rejection; None if some object found no room."""
+    """Positions without overlap or held-out relation, by rejection; None if there is no room for an object."""
     margin = MARGIN if width == height else MARGIN_OBLONG
     placed: list[SceneObject] = []
     for color, shape, size in looks:

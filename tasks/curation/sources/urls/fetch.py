@@ -1,4 +1,4 @@
-"""Downloads images by URL: many hosts at a time, few requests to each, within limits, polite, and never inside.
+"""Downloads images by URL: many hosts at a time, few requests to each, within limits, obeying robots.txt, and never from private networks.
 
     (row, URL) --check--> robots.txt --> GET --redirect--> check ... --> bytes, or a rule of the ledger and why
                              |            429, 5xx, timeout: again, later
@@ -10,14 +10,15 @@ Nothing is decompressed here, cookies are not kept, and nothing of the environme
 from __future__ import annotations
 
 import asyncio
-import random
+import tempfile
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import AsyncIterator, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from urllib.parse import urljoin
 
-from tasks.curation.captioning.endpoint import retry_after_s
 from tasks.curation.config import UrlConfig
+from tasks.curation.http_retries import LONGEST_WAIT_S, retry_after_s, wait_s
 from tasks.curation.sources.base import visible
 from tasks.curation.sources.urls import network, robots
 
@@ -34,9 +35,11 @@ INVALID, FORBIDDEN, ROBOTS, GONE, FAILED, TOO_LARGE, TYPE, REDIRECTS = (
     "url_type",  # an answer that is no image
     "url_redirects",  # too many
 )
-FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 HOSTS_KNOWN = 20_000  # robots.txt and pace of so many are in memory
 MAX_DELAY_S = 30.0  # of Crawl-delay
+ROBOTS_CHARS = 4 * 2**20  # of robots.txt that are in memory parsed, which takes some 50 times as much
+ROBOTS_EXTRA = 1000  # for each, as characters
+SPOOL_BYTES = 256 * 2**10  # of an answer in memory; a larger one is on disk, so that `concurrency` of them fit
 WINDOW = 4  # URLs that wait for their host, for each request at a time
 PASSING = {408, 425, 429}
 REDIRECT = {301, 302, 303, 307, 308}
@@ -45,16 +48,25 @@ REDIRECT = {301, 302, 303, 307, 308}
 class Fetched(NamedTuple):
     """What became of a URL: its bytes, or the rule that it is left out by, and one sentence.
 
-    url: the last one of its redirects. status: of the last answer, 0 where there was none. attempts: at the whole way.
+    body: the bytes, in memory or on disk; whoever gets it closes it. url: the last one of its redirects. status: of the
+    last answer, 0 where there was none. attempts: at the whole way.
     """
 
-    data: bytes = b""
+    body: BinaryIO | None = None
     content_type: str = ""
     url: str = ""
     status: int = 0
     rule: str = ""
     detail: str = ""
     attempts: int = 1
+
+    def pieces(self) -> Iterator[bytes]:
+        """The body, read once and closed."""
+        if self.body is not None:
+            with self.body:
+                self.body.seek(0)
+                while piece := self.body.read(SPOOL_BYTES):
+                    yield piece
 
 
 class _Again(Exception):
@@ -75,10 +87,15 @@ class _Host:
 
 
 class Fetcher:
-    """Fetches URLs under one configuration; an asynchronous context manager."""
+    """Fetches URLs under one configuration; an asynchronous context manager.
 
-    def __init__(self, config: UrlConfig) -> None:
-        self.config = config
+    Args:
+        directory: for answers that are on disk meanwhile; None takes that of temporary files.
+    """
+
+    def __init__(self, config: UrlConfig, directory: Path | None = None) -> None:
+        self.config, self._directory = config, directory
+        self._parsed: OrderedDict[_Host, int] = OrderedDict()  # hosts with a robots.txt in memory, and its size
         self._hosts: OrderedDict[tuple[str, str, int | None], _Host] = OrderedDict()
         self._requests = asyncio.Semaphore(config.concurrency)
 
@@ -116,7 +133,7 @@ class Fetcher:
         again: _Again | None = None
         for attempt in range(1, self.config.max_retries + 2):
             if again is not None:
-                await asyncio.sleep(_wait_s(attempt - 2, again.after_s))
+                await asyncio.sleep(wait_s(attempt - 2, min(again.after_s or 0.0, LONGEST_WAIT_S)))
             try:
                 return (await self._follow(url))._replace(attempts=attempt)
             except _Again as error:
@@ -139,14 +156,14 @@ class Fetcher:
                 with _Using(self._hosts, origin, self.config.per_host) as host:
                     if self.config.obey_robots and not (await self._rules(host, str(parsed))).allows(str(parsed)):
                         return Fetched(url=url, rule=ROBOTS, detail="robots.txt forbids it")
-                    found = await self._get(host, parsed, self.config.max_bytes)
+                    response = await self._get(host, parsed, self.config.max_bytes)
             except network.InvalidUrlError as error:
                 return Fetched(url=url, rule=INVALID, detail=str(error))
             except network.ForbiddenError as error:
                 return Fetched(url=url, rule=FORBIDDEN, detail=str(error))
-            if found.status not in REDIRECT:
-                return found
-            url = found.url
+            if response.status not in REDIRECT:
+                return response
+            url = response.url
         return Fetched(url=url, rule=REDIRECTS, detail=f"more than {self.config.max_redirects} redirects")
 
     async def _rules(self, host: _Host, url: str) -> robots.Rules:
@@ -159,23 +176,32 @@ class Fetcher:
             except BaseException as error:
                 waiting, host.rules = host.rules, None
                 waiting.set_exception(error if isinstance(error, Exception) else _Again("robots.txt was not read"))
-                waiting.exception()  # it may be that nobody waits
+                waiting.exception()  # retrieved, or asyncio warns where no caller awaits it
                 raise
             host.delay_s = min(rules.delay_s(), MAX_DELAY_S)
             host.rules.set_result(rules)
+            self._keep(host, rules.size)
+        elif host in self._parsed:
+            self._parsed.move_to_end(host)
         return await host.rules
+
+    def _keep(self, host: _Host, size: int) -> None:
+        """Notes the rules of a host, and forgets those that were used least recently: they would be fetched again."""
+        self._parsed[host] = size + ROBOTS_EXTRA
+        while len(self._parsed) > 1 and sum(self._parsed.values()) > ROBOTS_CHARS:
+            self._parsed.popitem(last=False)[0].rules = None
 
     async def _fetch_rules(self, host: _Host, url: str) -> robots.Rules:
         agent = self.config.user_agent
         for _ in range(self.config.max_redirects + 1):
             parsed = network.check_url(url, self.config.allow_http)
-            found = await self._get(host, parsed, robots.MAX_ROBOTS_BYTES, is_image=False)
-            if found.status in REDIRECT:
-                url = found.url
-            elif found.status == 200 and not found.rule:
-                return robots.Rules(agent, found.data.decode("utf-8", "replace"))
+            response = await self._get(host, parsed, robots.MAX_ROBOTS_BYTES, is_image=False)
+            if response.status in REDIRECT:
+                url = response.url
+            elif response.status == 200 and not response.rule:
+                return robots.Rules(agent, b"".join(response.pieces()).decode("utf-8", "replace"))
             else:
-                return robots.Rules(agent, allowed=found.rule == GONE)
+                return robots.Rules(agent, allowed=response.rule == GONE)
         return robots.Rules(agent)  # RFC 9309: as if there were none
 
     async def _get(self, host: _Host, url: Any, limit: int, is_image: bool = True) -> Fetched:
@@ -241,9 +267,9 @@ class Fetcher:
         if is_image:
             if self.config.obey_robots:
                 tags = [value for name, value in fields if name == "x-robots-tag"]
-                found = robots.forbidden_by_tag(tags, self.config.robots_directives, self.config.user_agent)
-                if found:
-                    return answer._replace(rule=ROBOTS, detail=f"X-Robots-Tag: {visible(found)}")
+                directive = robots.forbidden_by_tag(tags, self.config.robots_directives, self.config.user_agent)
+                if directive:
+                    return answer._replace(rule=ROBOTS, detail=f"X-Robots-Tag: {visible(directive)}")
             if not kind.startswith(self.config.content_types):
                 return answer._replace(rule=TYPE, detail=f"content type {visible(kind)[:100] or 'not given'}")
         if named.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
@@ -252,16 +278,23 @@ class Fetcher:
         length = named.get("content-length", "")
         if length.isdigit() and int(length) > limit:
             return too_large
-        data = bytearray()
-        async for piece in response.aiter_stream():
-            data += piece
-            if len(data) > limit:
-                return too_large
-        return answer._replace(data=bytes(data), content_type=kind)
+        body = tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=self._directory)  # noqa: SIM115  (the answer's)
+        size = 0
+        try:
+            async for piece in response.aiter_stream():
+                size += len(piece)
+                if size > limit:
+                    body.close()
+                    return too_large
+                body.write(piece)
+        except BaseException:
+            body.close()
+            raise
+        return answer._replace(body=body, content_type=kind)
 
 
 class _Using:
-    """A host in use; those that nobody uses are forgotten, the oldest first, when there are too many."""
+    """A host in use; unused ones are dropped, the oldest first, when there are too many."""
 
     def __init__(self, hosts: OrderedDict, origin: tuple, requests: int) -> None:
         self._hosts, self._origin = hosts, origin
@@ -282,8 +315,3 @@ class _Using:
                 self._hosts.move_to_end(origin)
                 break
             del self._hosts[origin]
-
-
-def _wait_s(retry: int, after_s: float | None) -> float:
-    wait_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**retry) * random.uniform(0.5, 1.0)  # noqa: S311  (spreads retries)
-    return max(min(after_s or 0.0, LONGEST_WAIT_S), wait_s)

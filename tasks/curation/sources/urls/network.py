@@ -1,7 +1,7 @@
 """Connections to public addresses alone, by any name, at every hop.
 
 A name is resolved here, its addresses are checked, and the connection goes to a checked address: between check and
-connection nobody resolves again, so that a name cannot point elsewhere meanwhile. TLS still verifies the name.
+connection the name is not resolved again, so that it cannot point elsewhere meanwhile. TLS still verifies the name.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import httpcore
     import httpx
 
+MAX_URL_CHARS = 8 * 2**10
 PORTS = frozenset({80, 443})
 # Beyond public addresses; only tests put a network here.
 EXTRA_NETWORKS: tuple[ipaddress.IPv4Network, ...] = ()
@@ -61,6 +62,8 @@ def check_url(url: str, allow_http: bool) -> httpx.URL:
     """
     import httpx
 
+    if len(url) > MAX_URL_CHARS:  # a redirect may be longer than those of a table
+        raise InvalidUrlError(f"longer than {MAX_URL_CHARS:,} characters")
     try:
         parsed = httpx.URL(url)
         host = parsed.raw_host.decode()
@@ -136,15 +139,15 @@ async def resolve(host: str, port: int) -> list[str]:
 
     Raises:
         ForbiddenError: it has an address that is not public.
-        httpcore.ConnectError: it has none.
+        httpcore.ConnectError: there is no public address.
     """
     import httpcore
 
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        entries = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise httpcore.ConnectError(f"{host} has no address: {error}") from None
-    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in entries))
     for address in addresses:
         if not is_public(address):
             raise ForbiddenError(f"{host} has the address {address}, which is not public")

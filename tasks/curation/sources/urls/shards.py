@@ -16,11 +16,12 @@ import tarfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from model.logs import get_logger
 from model.storage import join
 from tasks.curation.config import SourceConfig
 from tasks.curation.journal import Journal
@@ -43,6 +44,8 @@ from tasks.curation.sources.tables import sniffed
 from tasks.curation.sources.urls import tables
 from tasks.curation.sources.urls.fetch import Fetched, Fetcher
 from tasks.curation.sources.urls.tables import Range
+
+logger = get_logger(__name__)
 
 BYTES, PROGRESS_S = "bytes.bin", 5.0
 ROWS = pa.schema(
@@ -103,7 +106,7 @@ def write_listing(config: SourceConfig, path: str, out_dir: Path) -> dict[str, A
         "alone": place.alone,
     }
     (out_dir / REPORT).write_text(json.dumps(report, indent=1) + "\n")
-    print(f"source: {images} URLs in {shards} shards", flush=True)
+    logger.info(f"source: {images} URLs in {shards} shards")
     return report
 
 
@@ -127,7 +130,7 @@ def write_shard(
     """Downloads a range and writes its shard into an empty directory; returns the number of its rows.
 
     Args:
-        work_dir: what was downloaded so far, also by an attempt that was killed.
+        work_dir: of downloads so far, including those of a killed attempt.
 
     Raises:
         ValueError: the table has changed, or cannot be read.
@@ -142,15 +145,15 @@ def write_shard(
         tarfile.open(out_dir / f"{name}.tar", "w", tarfile.USTAR_FORMAT) as tar,
     ):
         for row in listed:
-            found = done[row.row]
+            entry = done[row.row]
             fields = {"row": row.row, "url": row.url, "captions": row.captions, "caption_problem": row.problem}
-            fields |= {"caption": row.captions[0] if row.captions else None, "rule": found["rule"]}
-            fields |= {"key": "", "status": FAILURE, "error_message": found["detail"], "bytes": 0, "sha256": ""}
-            fields |= {name: found[name] for name in ("http_status", "final_url", "content_type", "attempts")}
-            if not found["rule"]:
-                downloaded.seek(found["begin"])
-                data = downloaded.read(found["bytes"])
-                fields |= {"key": f"{row.row:09d}", "status": SUCCESS, "bytes": len(data), "sha256": found["sha256"]}
+            fields |= {"caption": row.captions[0] if row.captions else None, "rule": entry["rule"]}
+            fields |= {"key": "", "status": FAILURE, "error_message": entry["detail"], "bytes": 0, "sha256": ""}
+            fields |= {name: entry[name] for name in ("http_status", "final_url", "content_type", "attempts")}
+            if not entry["rule"]:
+                downloaded.seek(entry["begin"])
+                data = downloaded.read(entry["bytes"])
+                fields |= {"key": f"{row.row:09d}", "status": SUCCESS, "bytes": len(data), "sha256": entry["sha256"]}
                 _add(tar, fields, data)
             rows.append(fields)
     pq.write_table(pa.Table.from_pylist(rows, ROWS), out_dir / f"{name}.parquet", compression="zstd")
@@ -183,24 +186,27 @@ async def _download(urls: list[tuple[int, str]], config: SourceConfig, work_dir:
         done = {int(row["row"]): row for row in journal.rows if row["begin"] + row["bytes"] <= size}
         left = [(row, url) for row, url in urls if row not in done]
         report_at = time.monotonic() + PROGRESS_S
-        async with Fetcher(config.urls) as fetcher:
-            async for number, found in fetcher.fetch_all(left):
-                row = _entry(number, found, downloaded.tell())
-                downloaded.write(found.data)
+        async with Fetcher(config.urls, work_dir) as fetcher:
+            async for number, fetched in fetcher.fetch_all(left):
+                row = _entry(number, fetched, downloaded)
                 downloaded.flush()  # before its row: what the journal names is there
                 journal.add(row)
                 done[number] = row
                 if time.monotonic() > report_at:
                     report_at = time.monotonic() + PROGRESS_S
-                    print(f"source: {len(done)} of {len(urls)} URLs", flush=True)
+                    logger.info(f"source: {len(done)} of {len(urls)} URLs")
     return done
 
 
-def _entry(row: int, found: Fetched, begin: int) -> dict[str, Any]:
-    about = {"row": row, "rule": found.rule, "detail": found.detail, "http_status": found.status}
-    about |= {"final_url": found.url, "content_type": found.content_type, "attempts": found.attempts}
-    digest = "" if found.rule else hashlib.sha256(found.data).hexdigest()
-    return about | {"begin": begin, "bytes": len(found.data), "sha256": digest}
+def _entry(row: int, fetched: Fetched, downloaded: BinaryIO) -> dict[str, Any]:
+    """The row of the journal for an answer, whose bytes are appended to `downloaded`."""
+    begin, size, digest = downloaded.tell(), 0, hashlib.sha256()
+    for piece in fetched.pieces():
+        digest.update(piece)
+        size += downloaded.write(piece)
+    about = {"row": row, "rule": fetched.rule, "detail": fetched.detail, "http_status": fetched.status}
+    about |= {"final_url": fetched.url, "content_type": fetched.content_type, "attempts": fetched.attempts}
+    return about | {"begin": begin, "bytes": size, "sha256": "" if fetched.rule else digest.hexdigest()}
 
 
 def write_corpus(
@@ -223,7 +229,7 @@ def read(shard: Shard, account: Account) -> Iterator[Record]:
     """Every row of a downloaded shard: a record with its bytes, or with the rule that it is left out by.
 
     Raises:
-        ValueError: it is not what was downloaded.
+        ValueError: the tar has changed since it was downloaded.
     """
     above, _, name = shard.uri.rpartition("/")
     place = at(above)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import io
+import itertools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 import pyarrow as pa
-import pyarrow.csv as csv
 
 from tasks.curation.config import SourceConfig
 from tasks.curation.sources import parquet
 from tasks.curation.sources.base import Account, base_name, check_size, extension, reason_of, visible
+from tasks.curation.sources.captions import csv_text
 from tasks.curation.sources.captions.caption_text import (
     MAX_TEXT_BYTES,
     CaptionError,
@@ -19,12 +22,14 @@ from tasks.curation.sources.captions.caption_text import (
     captions_of_cells,
     column_hint,
     column_name,
+    foreign,
 )
 from tasks.curation.sources.places import Place
+from tasks.curation.sources.urls.network import MAX_URL_CHARS
 
 SUFFIXES = ("parquet", "csv", "tsv")
-BLOCK_BYTES = 4 * 2**20  # of a CSV file at a time; no row is longer
-MAX_URL_BYTES = 8 * 2**10
+DECODED_BYTES = 2**20  # at a time, to see whether a table is UTF-8
+REMEDY = "divide it, or write it as Parquet"
 MAX_RANGE_CHARS = 64 * 2**20  # of the URLs and captions of a shard, which are in memory while it is downloaded
 
 
@@ -72,11 +77,7 @@ def _count(place: Place, name: str, config: SourceConfig) -> int:
         with place.open(name) as file, parquet.opened(shown, file) as table:
             _columns(shown, table.schema_arrow.names, config)
             return int(table.metadata.num_rows)
-    return sum(len(batch) for batch in _csv_batches(place, name, config, [_url_column(shown, place, name, config)]))
-
-
-def _url_column(shown: str, place: Place, name: str, config: SourceConfig) -> str:
-    return _columns(shown, _csv_names(place, name, config), config)[0]
+    return sum(1 for _ in _csv_cells(place, name, config))
 
 
 def rows(place: Place, chosen: Range, config: SourceConfig) -> Iterator[UrlRow]:
@@ -104,7 +105,7 @@ def rows(place: Place, chosen: Range, config: SourceConfig) -> Iterator[UrlRow]:
                 "captions; set source.images_per_shard to fewer"
             )
         address = url.strip() if isinstance(url, str) else ""
-        yield UrlRow(row, address if len(address) <= MAX_URL_BYTES else "", captions, problem)
+        yield UrlRow(row, address if len(address) <= MAX_URL_CHARS else "", captions, problem)
     if count != chosen.num_rows:
         raise ValueError(f"{shown} has changed since it was listed; start the run again")
 
@@ -125,8 +126,9 @@ def _cells(place: Place, chosen: Range, config: SourceConfig) -> Iterator[tuple[
             batches = parquet.batches(shown, file, table, names, groups)
             yield from _within(batches, names, starts[0] if starts else 0, chosen.first_row, stop)
         return
-    names = list(_columns(shown, _csv_names(place, chosen.name, config), config))
-    yield from _within(_csv_batches(place, chosen.name, config, names), names, 0, chosen.first_row, stop)
+    yield from enumerate(
+        itertools.islice(_csv_cells(place, chosen.name, config), chosen.first_row, stop), chosen.first_row
+    )
 
 
 def _within(
@@ -155,33 +157,69 @@ def _columns(shown: str, names: list[str], config: SourceConfig) -> tuple[str, .
     captions = [name for name in caption_columns(names, config.caption_columns) if name != urls[0]]
     if not captions:
         raise ValueError(f"{shown} has columns {listed}; it needs {column_hint(config.caption_columns)}")
+    if len({column_name(name) for name in captions}) < len(captions):
+        raise ValueError(f"{shown} has columns {listed}: a name is there twice")
     return (urls[0], *captions)
 
 
-def _csv_names(place: Place, name: str, config: SourceConfig) -> list[str]:
-    with _named_errors(place.shown(name)), place.open(name) as file:
-        line = file.read(BLOCK_BYTES).split(b"\n", 1)[0]
-        if not line.strip():
-            raise ValueError(f"{place.shown(name)} has no header")
-        return list(csv.read_csv(pa.BufferReader(line + b"\n"), *_csv_options(name, config)).column_names)
+def _csv_cells(place: Place, name: str, config: SourceConfig) -> Iterator[list[str]]:
+    """[URL, caption, ...] of each row."""
+    shown = place.shown(name)
+    with _named_errors(shown), place.open(name) as file, _text(file, config.encoding) as text:
+        delimiter = _delimiter(text, name, config)
+        parsed = csv_text.rows(shown, text, delimiter, REMEDY)
+        _, header = next(parsed, (0, []))
+        if not header:
+            raise ValueError(f"{shown} has no header")
+        columns = [header.index(name) for name in _columns(shown, header, config)]
+        checks = csv_text.Checks(shown, header, columns[1:], delimiter, _is_url)
+        for line, fields in parsed:
+            cells = [fields[at] for at in columns]
+            checks.check(line, fields, cells[0])
+            yield cells
 
 
-def _csv_batches(place: Place, name: str, config: SourceConfig, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    convert = csv.ConvertOptions(
-        include_columns=columns, column_types=dict.fromkeys(columns, pa.string()), strings_can_be_null=False
-    )
-    with (
-        _named_errors(place.shown(name)),
-        place.open(name) as file,
-        csv.open_csv(file, *_csv_options(name, config), convert_options=convert) as reader,
-    ):
-        yield from reader
+def _delimiter(text: TextIO, name: str, config: SourceConfig) -> str:
+    """The one by which the first line has a column of URLs; that of the file's name if none has."""
+    assert config.urls is not None
+    first, wanted = text.readline(csv_text.MAX_ROW_BYTES), column_name(config.urls.column)
+    text.seek(0)
+    usual = "\t" if extension(base_name(name)) == "tsv" else ","
+    fitting = [d for d in (usual, ",", ";", "\t") if wanted in map(column_name, csv_text.header(first, d))]
+    return next(iter(fitting), usual)
 
 
-def _csv_options(name: str, config: SourceConfig) -> tuple[csv.ReadOptions, csv.ParseOptions]:
-    read = csv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False, encoding=config.encoding or "utf8")
-    delimiter = "\t" if extension(base_name(name)) == "tsv" else ","
-    return read, csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+def _is_url(field: str) -> bool:
+    return field.startswith(("http://", "https://"))
+
+
+def _text(file: BinaryIO, encoding: str | None) -> TextIO:
+    """A table's text by its byte order mark; else UTF-8; else `encoding`."""
+    start = file.read(4)
+    file.seek(0)
+    if start.startswith(codecs.BOM_UTF8):
+        encoding = "utf-8-sig"
+    elif start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        encoding = "utf-32"
+    elif start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    elif encoding is None or _is_utf8(file):
+        encoding = "utf-8"
+    return io.TextIOWrapper(file, encoding, newline="")
+
+
+def _is_utf8(file: BinaryIO) -> bool:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        while data := file.read(DECODED_BYTES):
+            if foreign(decoder.decode(data)):
+                return False
+        decoder.decode(b"", final=True)
+        return True
+    except UnicodeDecodeError:
+        return False
+    finally:
+        file.seek(0)
 
 
 @contextlib.contextmanager

@@ -151,6 +151,7 @@ sys.exit(first_card.main())
 """
 
 
+@pytest.mark.slow
 def test_a_section_that_fails_or_takes_too_long_stops_no_other_and_loses_nothing(tmp_path):
     import subprocess
 

@@ -344,6 +344,7 @@ def test_only_plain_tensors_and_parameters_go_to_kernels_compiled_or_not(device)
         assert not kernels.takes_routing(torch.zeros(2, device=device))
 
 
+@pytest.mark.slow
 def test_compiled_layer_is_right_for_one_image_shape_after_another(device):
     moe, _ = moe_layer(device, torch.float32, **TINY)
     graphs = Graphs()
@@ -360,6 +361,7 @@ def test_compiled_layer_is_right_for_one_image_shape_after_another(device):
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+@pytest.mark.slow
 def test_layer_compiled_by_inductor_equals_the_eager_one(device):
     torch.compiler.reset()
     moe, inputs = moe_layer(device, torch.float32, **TINY)

@@ -53,6 +53,7 @@ for name, (types, constants) in cases.items():
 """
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_the_released_shapes_on_hopper(tmp_path):
     """Needs no device: Triton brings its compiler. The interpreter accepts what the compiler may not."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -20,6 +20,7 @@ def costs(corpus=None, **changes):
     return data_costs(stages, corpus or Corpus(images=1e5, captions=2e5, shards=10), **OPTIONS | changes)
 
 
+@pytest.mark.slow
 def test_the_vaes_flops_are_those_that_pytorch_counts():
     from diffusers import AutoencoderKLQwenImage
     from torch.utils.flop_counter import FlopCounterMode

@@ -48,6 +48,10 @@ def test_totals_are_the_released_ones(sections, shapes):
     assert shapes.total == 16_922_679_296
     assert shapes.muon + shapes.adamw + shapes.frozen == shapes.total
     assert shapes.frozen == 32 * 128  # norm_added_q
+
+
+@pytest.mark.slow
+def test_checkpoints_have_the_sizes_of_the_released_weights_and_of_the_optimizers_state(sections, shapes):
     sizes = plan(*sections, GPUS["h100"])["checkpoint_bytes"]
     assert sizes["model_bf16"] == 33_845_358_592
     assert sizes["full"] == 4 * (shapes.total + shapes.muon + 2 * shapes.adamw)
@@ -108,8 +112,8 @@ def memory(shapes, model, stage, layout, **options):
     "layout",
     [
         Layout(64, 64, 64, 4, "full"),
-        Layout(64, 32, 8, 1, "selective"),
-        Layout(8, 1, 1, 1, "full"),
+        pytest.param(Layout(64, 32, 8, 1, "selective"), marks=pytest.mark.slow),
+        pytest.param(Layout(8, 1, 1, 1, "full"), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -129,6 +133,7 @@ def test_a_peak_is_the_sum_of_its_parts(sections, shapes, layout):
     assert [parts["workspace"] for parts in summed] == [4 * shapes.trainable_per_gpu(layout)] * (layout.shard == 1)
 
 
+@pytest.mark.slow
 def test_checkpointing_keeps_less_in_the_order_of_its_names(sections, shapes):
     model, train = sections
     kept = [
@@ -227,6 +232,7 @@ def test_what_passes_a_gpus_own_link_is_what_its_node_does_not_share(sections, s
     assert between(8, 8, 8, 32, "selective")[0] == between(8, 4, 2, 32, "selective")[0] == 0
 
 
+@pytest.mark.slow
 def test_the_recipes_layout_keeps_the_exchange_of_rows_inside_a_node_and_exposes_less_of_it(sections):
     ours, papers = (plan(*sections, GPUS["h100"], expert_parallel=degree)["stages"] for degree in (None, 64))
     for one, other in zip(ours, papers):
@@ -260,6 +266,7 @@ def test_the_network_is_told_in_seconds_and_where_it_may_dominate(capsys):
     assert f"the MFU is at most {mfu:.2f}" in line
 
 
+@pytest.mark.slow
 def test_the_hardware_computes_newton_schulz_and_what_is_recomputed_too_and_reads_its_memory(sections):
     train = sections[1]
     stage, small = train.stages[0].model_copy(update={"capacity_factors": 2.0, "batch_size": 8}), Shapes(CONFIG)
@@ -284,6 +291,7 @@ def test_a_plan_says_whose_muon_its_memory_is_of(sections):
     assert "this project's implementation" in plan(model, train, GPUS["h100"], gpus=64)["note"]
 
 
+@pytest.mark.slow
 def test_what_is_not_given_is_the_recipes(sections):
     changes = {
         "nnodes": 4,
@@ -301,6 +309,7 @@ def test_what_is_not_given_is_the_recipes(sections):
     assert found["cost"] > max(stage["cost"] for stage in found["stages"])
 
 
+@pytest.mark.slow
 def test_a_small_gpu_does_not_fit_and_the_suggestion_does(sections, shapes):
     """It is the layout asked for but for what must change: more checkpointing, and the largest micro-batch that fits."""
     model, train = sections
@@ -331,6 +340,7 @@ def test_every_stage_of_the_published_recipe_fits_its_64_gpus_of_80_gb(sections,
     assert not plan_stage(shapes, model, train, train.stages[0], whole_share, GPUS["h100"])["fits"]
 
 
+@pytest.mark.slow
 def test_a_plan_that_does_not_fit_names_a_layout_or_says_none(capsys):
     assert main([str(RECIPE), "--gpus", "1", "--expert-parallel", "1", "--micro-batch", "1"]) == 0
     out = capsys.readouterr().out
@@ -340,6 +350,7 @@ def test_a_plan_that_does_not_fit_names_a_layout_or_says_none(capsys):
     assert "DOES NOT FIT" in out and "a layout that fits" in out
 
 
+@pytest.mark.slow
 def test_steps_that_train_guidance_in_cost_one_more_forward_and_little_memory(sections, shapes):
     model, train = sections
     stage, layout = train.stages[2], Layout(64, 64, 64, 4, "full")
@@ -384,6 +395,7 @@ def test_the_command_says_what_its_numbers_are(capsys):
     assert f" GPU-hours, cost {2 * result['gpu_hours']:,.0f}\n\ndata: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(RECIPE.parent.glob("ablations/*.yaml")), ids=lambda path: path.stem)
 def test_every_ablation_is_planned(capsys, path):
     assert main([str(path), "--gpus", "2", "--json"]) == 0

@@ -108,6 +108,7 @@ def step(moe, inputs):
     return [out.detach(), *(leaf.grad for leaf in leaves), *(p.grad.clone() for p in moe.parameters())]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 def test_layer_compiled_for_a_cpu_equals_the_eager_one_and_adds_nothing_atomically():
     """Atomic additions would be slow, and add up in no fixed order."""
@@ -128,6 +129,7 @@ def test_layer_compiled_for_a_cpu_equals_the_eager_one_and_adds_nothing_atomical
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+@pytest.mark.slow
 def test_keep_freed_memory_spares_page_faults():
     """In a process of its own: the setting stays for good."""
     code = """

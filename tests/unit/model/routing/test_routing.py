@@ -229,6 +229,7 @@ def place(request, tmp_path):
         yield "s3://runs/stage"
 
 
+@pytest.mark.slow
 def test_the_command_reads_the_weights_of_a_stage_that_is_being_trained(latents, tmp_path, place):
     """Its capacity factors are the stage's, which the model section need not have."""
     import torch.distributed.checkpoint as dcp

@@ -33,7 +33,7 @@ def forward(model, rows=4, columns=4):
     return out, trace
 
 
-@pytest.mark.parametrize("name", ["tiny", "nucleus_17b"])
+@pytest.mark.parametrize("name", ["tiny", pytest.param("nucleus_17b", marks=pytest.mark.slow)])
 def test_the_stages_of_a_recipe_have_the_same_parameters(name):
     recipe = load_recipe(name)
     models = [stage.model for stage in training_stages(recipe.model, recipe.train)]

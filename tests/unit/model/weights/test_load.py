@@ -212,6 +212,7 @@ def _rank(rank, released, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_load_shards_and_export_the_same_files(released, tmp_path):
     torch.multiprocessing.spawn(_rank, (released, tmp_path), nprocs=2)
     for file in sorted(released.glob("*.safetensors*")):

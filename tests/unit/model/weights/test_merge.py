@@ -76,6 +76,7 @@ def test_one_checkpoint_comes_back_bitwise(trajectory, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_every_kind_of_checkpoint_merges_alike(trajectory, tmp_path):
     states = trajectory[:3]
     merge(states, wsm_weights(3), tmp_path / "memory", CONFIG)

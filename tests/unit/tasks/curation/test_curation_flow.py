@@ -79,6 +79,7 @@ def test_a_changed_image_redoes_its_own_shard(tars, made):
     assert made == {"scores": 4, "selections": 4}
 
 
+@pytest.mark.slow
 def test_a_new_threshold_makes_no_score_and_leaves_shards_it_does_not_touch_alone(tars, home):
     curate(tars)
     scores, selected = parts_of(home, "scores"), parts_of(home, "selections")
@@ -109,6 +110,7 @@ def test_a_group_reads_its_own_shards_alone(tars):
     assert not part.error and set(opened) == {"1.tar"}
 
 
+@pytest.mark.slow
 def test_another_number_of_groups_gives_the_same_parts(tars, home):
     curate(tars)
     known = parts_of(home, "scores"), parts_of(home, "selections")
@@ -117,6 +119,7 @@ def test_another_number_of_groups_gives_the_same_parts(tars, home):
     assert open_curated(curated).num_records == 12
 
 
+@pytest.mark.slow
 def test_two_homes_give_the_same_digests_wherever_the_source_is(tars, tmp_path, monkeypatch):
     digests = []
     for name in ("a", "another"):  # of another length
@@ -126,6 +129,7 @@ def test_two_homes_give_the_same_digests_wherever_the_source_is(tars, tmp_path, 
     assert digests[0] == digests[1]
 
 
+@pytest.mark.slow
 def test_a_source_that_moved_is_read_where_it_is_now(tars, tmp_path):
     curate(tars)
     moved = shutil.move(tars, tmp_path / "moved")
@@ -133,6 +137,7 @@ def test_a_source_that_moved_is_read_where_it_is_now(tars, tmp_path):
     assert sum(len(list(curated.images(part))) for part in curated.parts()) == 12
 
 
+@pytest.mark.slow
 def test_a_made_source_gives_the_same_digests_in_two_homes(tmp_path, monkeypatch):
     source = SourceConfig(scenes=30, digits=4, scene_size_px=64, shards=2, defect_fraction=0.1)
     digests = []
@@ -194,6 +199,7 @@ def test_a_group_whose_task_never_finished_counts_as_failed(tars):
         flow.decide_corpus(corpus, [index, None, None], CONFIG, 3)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_run_again_nothing_is_scored_twice(tars, home):
     code = f"""
 import os, signal
@@ -222,6 +228,7 @@ flow.curate_source(SourceConfig(), {str(tars)!r}, CONFIG)
     assert len(parts_of(home, "scores")) == 3
 
 
+@pytest.mark.slow
 def test_a_new_tier_setting_rewrites_selections_and_no_scores(tars, home):
     curate(tars, CONFIG.model_copy(update={"tiers": TierConfig(thresholds=(9.9, 9.8, 9.7, 9.6))}))
     scores, selected = parts_of(home, "scores"), parts_of(home, "selections")
@@ -252,6 +259,7 @@ def test_images_are_the_kept_records_with_their_original_bytes(tars):
     assert seen["1.tar:p004.png"] == png(4) and len(seen) == curated.num_records
 
 
+@pytest.mark.slow
 def test_pods_share_parts_through_the_store_and_fetch_what_they_need(tars, tmp_path, monkeypatch):
     with s3_bucket("corpora") as bucket:
         monkeypatch.setenv("NUCLEUS_STORE", "s3://corpora/nucleus")

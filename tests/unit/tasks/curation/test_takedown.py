@@ -65,6 +65,7 @@ def test_every_copy_of_the_bytes_is_left_out(tmp_path):
     assert book.loc[["p000.png", "copy.png"], "rule"].tolist() == ["takedown"] * 2
 
 
+@pytest.mark.slow
 def test_the_small_picture_of_a_record_is_not_in_what_is_made_afterwards(tmp_path):
     source = write_folder(tmp_path / "source", range(3))
     before, after = curate(source), curate(source, [sha(1)])
@@ -78,6 +79,7 @@ def test_the_small_picture_of_a_record_is_not_in_what_is_made_afterwards(tmp_pat
         assert pictures == expected
 
 
+@pytest.mark.slow
 def test_a_shard_that_has_no_record_of_the_list_keeps_its_parts(tmp_path, home):
     source = write_folder(tmp_path / "source", range(9))
     curate(source)
@@ -112,6 +114,7 @@ def test_a_list_that_cannot_be_read_or_is_empty_is_refused(tmp_path):
     assert takedown.read_list(str(tmp_path / "urls.txt")) == ["https://a.test/b.png#c"]
 
 
+@pytest.mark.slow
 def test_the_command_names_artifacts_pipelines_and_near_duplicates(tmp_path, home, capsys):
     source = write_folder(tmp_path / "source", range(5))
     picture(0).save(source / "z.jpg", quality=85)  # near to p000.png
@@ -171,6 +174,7 @@ def test_a_near_duplicate_is_named_however_it_was_matched(detail, monkeypatch):
     assert takedown._near_duplicates(["a" * 64], uses) == {"a" * 64: {("b" * 64, "copy.png")}}
 
 
+@pytest.mark.slow
 def test_after_the_takedown_nothing_new_has_the_record(tmp_path, home):
     source = write_folder(tmp_path / "source", range(5))
     curated = curate(source, [sha(0)])

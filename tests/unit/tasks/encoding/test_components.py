@@ -350,6 +350,7 @@ def test_hub_components_are_laid_out_checked_and_load(hub_dirs, curated_dir, tmp
     assert not list(out.rglob("README.md")) and not list((out / "processor").glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_download_is_pinned_to_the_revision_and_the_files_needed(hub_dirs, curated_dir, tmp_path, monkeypatch):
     asked = []
 
@@ -371,6 +372,7 @@ def test_a_download_is_pinned_to_the_revision_and_the_files_needed(hub_dirs, cur
     assert not any(fnmatch.fnmatch(f"{part}tokenizer.py", name) for part in ("", "vae/") for name in names)
 
 
+@pytest.mark.slow
 def test_a_folder_named_like_a_repository_does_not_take_its_place(hub_dirs, curated_dir, tmp_path, monkeypatch):
     asked = []
 
@@ -386,6 +388,7 @@ def test_a_folder_named_like_a_repository_does_not_take_its_place(hub_dirs, cura
     assert "Qwen/Qwen-Image" in asked
 
 
+@pytest.mark.slow
 def test_a_local_directory_brings_no_code_and_claims_no_commit(hub_dirs, curated_dir, tmp_path):
     (hub_dirs[1] / "tokenizer.py").write_text("print('code')")
     out = tmp_path / "out"

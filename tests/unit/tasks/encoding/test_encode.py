@@ -363,6 +363,7 @@ def test_a_stage_encodes_only_the_tiers_and_the_share_that_it_draws(curated_dir,
         assert scale == pytest.approx(1 / report["fractions"][tier])
 
 
+@pytest.mark.slow
 def test_a_sampled_share_is_what_it_should_be_and_another_record_changes_nothing():
     ids = [f"{i * 2654435761 % 2**64:016x}" + "0" * 48 for i in range(20_000)]
     for fraction in (0.1, 0.5, 0.9):

@@ -60,6 +60,7 @@ def test_our_model_in_diffusers_place_draws_the_same_image(parts):
     assert np.abs(found - expected).max() < 1e-4 and expected.std() > 0.01
 
 
+@pytest.mark.slow
 def test_every_ablation_is_drawn_by_its_own_rules(parts, tmp_path):
     plain = draw(load_pipeline(parts / "merged", parts / "components"))
     for i, routing in enumerate(({"kind": "token_choice"}, {"coupled": True}, {"kind": "dense"})):

@@ -155,6 +155,7 @@ class Answering(ShapesDetector):
         pass
 
 
+@pytest.mark.slow
 def test_the_gate_fails_beyond_noise_and_only_then(model, monkeypatch, capsys):
     monkeypatch.setattr(catalog, "judge", lambda _: Answering())
     config = CONFIG.model_copy(update={"prompts_per_task": 24})
@@ -182,6 +183,7 @@ def test_the_gate_compares_nothing_with_scores_of_other_prompts(model, monkeypat
     )
 
 
+@pytest.mark.slow
 def test_a_candidate_is_chosen_on_development_prompts(model, monkeypatch):
     monkeypatch.setattr(catalog, "judge", lambda _: Answering())
     config = CONFIG.model_copy(update={"prompt_set": "development", "prompts_per_task": 24})

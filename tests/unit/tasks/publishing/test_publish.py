@@ -212,6 +212,7 @@ def test_a_processor_is_published_as_what_its_own_files_say(parts, recipe, tmp_p
     assert index["processor"] == ["transformers", "Qwen3VLProcessor"]
 
 
+@pytest.mark.slow
 def test_it_loads_and_draws_in_a_fresh_process_and_the_text_cache_changes_no_pixel(published):
     report = publish.check_pipeline(published, height_px=32, width_px=48)
     assert report["ok"] and report["class"] == "NucleusMoEImagePipeline"
@@ -220,6 +221,7 @@ def test_it_loads_and_draws_in_a_fresh_process_and_the_text_cache_changes_no_pix
         assert report["cache_max_difference"] == 0.0
 
 
+@pytest.mark.slow
 def test_a_stochastic_pipeline_is_checked_with_the_same_noise_each_time(parts, recipe, tmp_path):
     scheduler = {"shift": 3.0, "stochastic_sampling": True}
     changed = {**recipe, "eval": {**recipe["eval"], "scheduler": scheduler}}
@@ -228,6 +230,7 @@ def test_a_stochastic_pipeline_is_checked_with_the_same_noise_each_time(parts, r
     assert publish.check_pipeline(tmp_path, height_px=32, width_px=32)["cache_max_difference"] == 0
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_does_not_load_is_one_error_with_the_reason(published, tmp_path):
     broken = shutil.copytree(published, tmp_path / "broken")
     weights = broken / "vae/diffusion_pytorch_model.safetensors"

@@ -110,6 +110,7 @@ def test_runs_that_were_scored_in_different_ways_are_refused(tmp_path):
         write_study([RUNS[0], other], tmp_path)
 
 
+@pytest.mark.slow
 def test_flops_of_a_training_are_the_planners():
     from model.plan.planner import GPUS, plan
     from model.stages import training_stages

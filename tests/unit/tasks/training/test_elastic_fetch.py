@@ -39,6 +39,7 @@ def fetch_together(directory: FlyteDirectory, folder: str) -> str:
     return str(found)
 
 
+@pytest.mark.slow
 def test_each_launch_verifies_once_and_so_does_each_restart_of_it(tmp_path, monkeypatch):
     """A local run launches all its stages from one process."""
     artifact, temporary = tmp_path / "latents", tmp_path / "temporary"

@@ -11,6 +11,7 @@ from PIL import Image
 from pydantic import ValidationError
 from stub_endpoint import stub_endpoint
 
+from tasks.curation import http_retries
 from tasks.curation.captioning import CAPTIONERS, build_captioner, check_captioner, chosen_captioner, endpoint
 from tasks.curation.captioning.base import Request
 from tasks.curation.config import CaptionerConfig
@@ -21,7 +22,7 @@ CHOICE = {"message": {"content": "a dog on a beach"}, "finish_reason": "stop"}
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(http_retries, "FIRST_WAIT_S", 0.01)
     monkeypatch.delenv(endpoint.ENDPOINTS, raising=False)
 
 
@@ -102,12 +103,12 @@ def test_names_are_checked_with_a_suggestion():
 
 @pytest.mark.parametrize(("value", "seconds"), [("2", 2.0), ("0.5", 0.5), ("-1", 0.0), ("99999", 600.0), ("soon", None), (None, None), ("nan", None)])  # fmt: skip
 def test_retry_after_is_read_as_seconds(value, seconds):
-    assert endpoint.retry_after_s(value) == seconds
+    assert http_retries.retry_after_s(value) == seconds
 
 
 def test_retry_after_is_read_as_a_date():
-    assert 4 < endpoint.retry_after_s(formatdate(time.time() + 6, usegmt=True)) <= 6
-    assert endpoint.retry_after_s(formatdate(time.time() - 60, usegmt=True)) == 0
+    assert 4 < http_retries.retry_after_s(formatdate(time.time() + 6, usegmt=True)) <= 6
+    assert http_retries.retry_after_s(formatdate(time.time() - 60, usegmt=True)) == 0
 
 
 def test_the_wait_that_an_endpoint_asks_for_is_kept(stub, monkeypatch):

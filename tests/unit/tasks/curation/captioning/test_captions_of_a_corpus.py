@@ -14,8 +14,8 @@ import pytest
 from own_images import png, write_folder
 from stub_endpoint import stub_endpoint
 
-from tasks.curation import flow
-from tasks.curation.captioning import endpoint, run
+from tasks.curation import flow, http_retries
+from tasks.curation.captioning import run
 from tasks.curation.config import CaptionerConfig, CurationConfig, FilterConfig, SourceConfig
 from tasks.curation.curated import open_curated
 from tasks.curation.journal import JOURNAL
@@ -30,7 +30,7 @@ PER_TIER = dict.fromkeys(("A1", "A2", "A3", "A4", "A5"), ("short", "medium"))
 def quick(tmp_path, monkeypatch):
     monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("NUCLEUS_STORE", raising=False)
-    monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(http_retries, "FIRST_WAIT_S", 0.01)
 
 
 def config(url: str, **changes) -> CurationConfig:
@@ -73,6 +73,7 @@ def test_every_image_has_each_caption_although_a_fifth_fails_is_refused_or_loops
     assert max(stub.answered.values()) == 1
 
 
+@pytest.mark.slow
 def test_what_no_attempt_describes_is_in_the_ledger_with_the_answers(tmp_path):
     source = folder(tmp_path / "source", 6)
     (source / "p005.txt").write_text("the caption of its owner")
@@ -99,6 +100,7 @@ def test_a_duplicate_is_not_described_and_stays_a_duplicate(tmp_path):
     assert sum(stub.answered.values()) == 8
 
 
+@pytest.mark.slow
 def test_the_owners_captions_stay_beside_and_are_replaced_only_when_asked(tmp_path):
     source = write_folder(tmp_path / "source", range(3), "an owner wrote this about picture {}")
     with stub_endpoint(share=0.0) as stub:
@@ -114,6 +116,7 @@ def test_the_owners_captions_stay_beside_and_are_replaced_only_when_asked(tmp_pa
         assert (captions_of(curated)["length"] == run.ORIGINAL).sum() == 3
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_no_answered_question_is_asked_again(tmp_path):
     source = folder(tmp_path / "source", 30)
     with stub_endpoint(share=0.2) as stub:
@@ -121,9 +124,9 @@ def test_killed_in_the_middle_no_answered_question_is_asked_again(tmp_path):
 import os, signal
 from {__name__} import config
 from tasks.curation import flow, journal
-from tasks.curation.captioning import endpoint
+from tasks.curation import http_retries
 from tasks.curation.config import SourceConfig
-endpoint.FIRST_WAIT_S = 0.01
+http_retries.FIRST_WAIT_S = 0.01
 real, count = journal.Journal.add, 0
 def add(self, row):
     global count
@@ -169,6 +172,7 @@ def test_an_endpoint_that_stays_away_ends_the_shard_and_keeps_its_answers(tmp_pa
     assert max(stub.answered.values()) == 1 and open_curated(curated).num_records == 6
 
 
+@pytest.mark.slow
 def test_another_endpoint_or_more_requests_at_a_time_change_no_digest(tmp_path):
     source = folder(tmp_path / "source", 4)
     digests = set()
@@ -189,6 +193,7 @@ def test_a_new_prompt_of_one_class_asks_that_class_alone(tmp_path):
         assert sum(stub.answered.values()) - before == 4
 
 
+@pytest.mark.slow
 def test_rendered_scenes_are_described_by_rule(tmp_path):
     source = SourceConfig(scenes=24, digits=2, scene_size_px=64, shards=2, defect_fraction=0.0)
     lengths = {"short": {"prompt": "-", "min_words": 3, "max_words": 12, "max_tokens": 9}}

@@ -44,9 +44,8 @@ def book_of(decision: Path) -> pd.DataFrame:
     return pd.read_parquet(decision / "ledger.parquet").set_index("file", drop=False)
 
 
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    folder = write_folder(tmp_path / "images", range(10))
+def make_folder(folder: Path) -> Path:
+    write_folder(folder, range(10))
     (folder / "twin.png").write_bytes(png(3))
     (folder / "twin.txt").write_text("another caption of it")
     (folder / "silent.png").write_bytes(png(100))
@@ -63,8 +62,22 @@ def folder(tmp_path) -> Path:
     return folder
 
 
-def test_every_record_is_in_the_ledger_once_with_the_file_that_its_owner_knows(folder):
-    decision = decide(folder)
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return make_folder(tmp_path / "images")
+
+
+@pytest.fixture(scope="module")
+def decided(tmp_path_factory) -> tuple[Path, Path]:
+    """(folder, decision on its images), for tests that change neither."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NUCLEUS_HOME", str(tmp_path_factory.mktemp("home")))
+        folder = make_folder(tmp_path_factory.mktemp("source") / "images")
+        return folder, decide(folder)
+
+
+def test_every_record_is_in_the_ledger_once_with_the_file_that_its_owner_knows(decided):
+    folder, decision = decided
     book = book_of(decision)
     report = json.loads((decision / "report.json").read_text())
     assert len(book) == 16 == report["input"] == report["kept"] + sum(report["rejected"].values())
@@ -83,8 +96,8 @@ def test_every_record_is_in_the_ledger_once_with_the_file_that_its_owner_knows(f
     assert (book["kept"] == (book["rule"] == "")).all()
 
 
-def test_every_file_of_the_source_is_accounted_for(folder):
-    decision = decide(folder)
+def test_every_file_of_the_source_is_accounted_for(decided):
+    folder, decision = decided
     account = json.loads((decision / "report.json").read_text())["account"]
     assert account["seen"] == len(list(folder.iterdir()))
     assert account["seen"] == account["used"] + sum(count for count, _ in account["skipped"].values())
@@ -94,8 +107,8 @@ def test_every_file_of_the_source_is_accounted_for(folder):
     assert "notes.docx" in page and "IMG.CR2" in page
 
 
-def test_the_summary_line_names_what_was_left_out_with_an_example_each(folder):
-    decision = decide(folder)
+def test_the_summary_line_names_what_was_left_out_with_an_example_each(decided):
+    _, decision = decided
     line = flow.result_line(decision, None, CONFIG)
     assert "kept 10 of 16 records" in line and "2 x undecodable (cut.png)" in line
     assert "1 x .cr2 (IMG.CR2)" in line and "1 x .docx (notes.docx)" in line
@@ -115,6 +128,7 @@ def test_nothing_left_keeps_ledger_and_report_and_names_causes_and_remedies(tmp_
     assert len(book_of(kept)) == 4 and "<html" in (kept / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes(folder, tmp_path, monkeypatch):
     made = []
     for name in ("a", "b"):
@@ -126,6 +140,7 @@ def test_the_same_input_gives_the_same_bytes(folder, tmp_path, monkeypatch):
             assert (made[0] / name).read_bytes() == (made[1] / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_deciding_again_reads_no_image(folder, monkeypatch):
     decide(folder)
     monkeypatch.setattr(score, "measure", None)
@@ -208,6 +223,7 @@ def test_check_of_a_source_that_is_refused_is_one_line(tmp_path, capsys):
     assert out.startswith("ValueError: ") and len(out.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_replay_gives_the_decisions_that_a_run_would_give_and_reads_no_image(folder, tmp_path, capsys, monkeypatch):
     (folder / "p000.txt").write_text("a picture")
     strict = CONFIG.model_copy(update={"captions": CaptionConfig(max_words=3)})
@@ -245,6 +261,14 @@ def test_scores_are_replayed_with_a_recipe(folder, capsys):
     assert json.loads(lines[0])["after"] == "min_side: 128x96 px: a side is under min_side_px 97"
 
 
+@pytest.fixture(scope="module")
+def curated_two(tmp_path_factory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NUCLEUS_HOME", str(tmp_path_factory.mktemp("two")))
+        source = write_folder(tmp_path_factory.mktemp("source") / "images", range(2))
+        return flow.curate_source(SourceConfig(), str(source), CONFIG)[0]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -253,10 +277,8 @@ def test_scores_are_replayed_with_a_recipe(folder, capsys):
         ("curation.filters.min_side=1", "min_side_px"),
     ],
 )
-def test_what_cannot_be_replayed_is_refused(override, message, tmp_path, capsys):
-    curated, _ = flow.curate_source(SourceConfig(), str(write_folder(tmp_path / "images", range(2))), CONFIG)
-    capsys.readouterr()
-    assert replay.main([str(curated), "--overrides", override]) == 1
+def test_what_cannot_be_replayed_is_refused(override, message, curated_two, capsys):
+    assert replay.main([str(curated_two), "--overrides", override]) == 1
     assert re.match(f"ValueError: .*{message}", capsys.readouterr().out)
 
 
@@ -308,6 +330,7 @@ def precision_and_recall(book: pd.DataFrame) -> dict[str, tuple[int, float, floa
     return table
 
 
+@pytest.mark.slow
 def test_every_rule_has_its_precision_and_recall_on_planted_truth(planted):
     """Prints the table (pytest -s)."""
     table = precision_and_recall(planted[0])
@@ -363,6 +386,7 @@ def test_every_rule_rejects_what_breaks_it_and_nothing_at_its_limit():
     assert [row["rule"] for row in records_of(rows, CurationConfig(filters=LIMITS))] == truth
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("defect", defects.DUPLICATES)
 def test_of_planted_duplicates_one_stays(planted, defect):
     book = planted[0]
@@ -371,6 +395,7 @@ def test_of_planted_duplicates_one_stays(planted, defect):
     assert np.mean(merged) >= (1.0 if defect == "exact_duplicate" else 0.9)
 
 
+@pytest.mark.slow
 def test_clean_scenes_digits_and_rotated_ones_are_kept(planted):
     book, report = planted
     duplicated = set(book.loc[book["defect"].isin(defects.DUPLICATES), "original"])

@@ -1,3 +1,4 @@
+import functools
 import io
 
 import imagehash
@@ -54,11 +55,15 @@ def find(images: list[Image.Image]) -> pd.DataFrame:
     for i, image in enumerate(images):
         buffer = io.BytesIO()
         image.save(buffer, "PNG", compress_level=1)
-        record = Record(f"k{i}", buffer.getvalue(), "png", ["a scene"], "scenes", f"{i}.png", i)
-        row, sample = score_record(record, CONFIG)
-        small[i] = thumbnail(sample.image, CONFIG.dedup.thumbnail_px)
-        rows.append(row | {"aesthetic": 5.0, "part": 0})
+        row, small[i] = scored(buffer.getvalue())
+        rows.append(row | {"key": f"k{i}", "locator": f"{i}.png", "row": i, "aesthetic": 5.0, "part": 0})
     return search(rows, CONFIG, small)
+
+
+@functools.cache
+def scored(data: bytes) -> tuple[dict, np.ndarray]:
+    row, sample = score_record(Record("k", data, "png", ["a scene"], "scenes", "a.png", 0), CONFIG)
+    return row, thumbnail(sample.image, CONFIG.dedup.thumbnail_px)
 
 
 def search(rows: list[dict], config: CurationConfig, thumbnails: dict[int, np.ndarray]) -> pd.DataFrame:
@@ -71,6 +76,11 @@ def search(rows: list[dict], config: CurationConfig, thumbnails: dict[int, np.nd
 
 RNG = np.random.default_rng(7)
 SCENES = [random_scene(RNG) for _ in range(120)]
+
+
+@functools.cache
+def scenes() -> list[Image.Image]:
+    return [draw_scene(spec) for spec in SCENES]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +96,7 @@ SCENES = [random_scene(RNG) for _ in range(120)]
     ids=["jpeg75", "jpeg60", "shift1", "shift2", "resize", "resize-jpeg"],
 )
 def test_near_duplicates_are_found(how):
-    originals = [draw_scene(spec) for spec in SCENES]
+    originals = scenes()
     count = len(originals)
     found = find(originals + [how(image) for image in originals])
     pairs = {tuple(sorted(pair)) for pair in zip(found["position"], found["keeper"], strict=True)}
@@ -97,7 +107,7 @@ def test_near_duplicates_are_found(how):
 
 
 def test_different_scenes_are_not_merged():
-    assert len(find([draw_scene(spec) for spec in SCENES])) == 0
+    assert len(find(scenes())) == 0
 
 
 def test_the_same_layout_in_other_colours_is_another_scene():

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sklearn.datasets
 from PIL import Image
 from skimage import data
 
@@ -34,7 +33,7 @@ PHOTOGRAPHS = (
 
 def photographs() -> list[np.ndarray]:
     """uint8 [H, W, 3], from the packages scikit-image and scikit-learn."""
-    folder = Path(sklearn.datasets.__file__).parent / "images"
+    folder = Path(importlib.util.find_spec("sklearn").origin).parent / "datasets" / "images"
     pictures = [getattr(data, name)() for name in (*PHOTOGRAPHS, "hubble_deep_field", "immunohistochemistry")]
     pictures += [np.asarray(Image.open(folder / name).convert("RGB")) for name in ("china.jpg", "flower.jpg")]
     return [np.asarray(Image.fromarray(picture).convert("RGB")) for picture in pictures]
@@ -46,12 +45,14 @@ def matches():
     return benchmark.match([tile for picture in pictures for tile in benchmark.tiles(picture, TILE_PX)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edit", benchmark.EDITS)
 def test_an_edited_copy_of_a_photograph_is_found(matches, edit):
     assert matches.count > 70
     assert matches.recall[edit] >= benchmark.EDITS[edit][1], matches.recall
 
 
+@pytest.mark.slow
 def test_different_tiles_do_not_match_unless_both_are_plain_and_have_the_same_logo(matches):
     """The logo is then the most of both pictures. No pair of other copies matches, nor any copy with an original."""
     false = matches.wrong

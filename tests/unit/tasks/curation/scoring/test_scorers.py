@@ -133,6 +133,7 @@ def test_one_embedding_feeds_several_heads_and_a_new_head_reads_no_image(corpus,
     assert table(part)["watermark"].to_pylist() == [0.0] * 5
 
 
+@pytest.mark.slow
 def test_an_embedding_is_stored_in_half_precision_and_another_one_runs_its_heads_again(corpus, fakes):
     scored(corpus, embedding="vector", aesthetic="beauty")
     tables = [pq.read_table(path) for path in (corpus.parents[1] / "columns").glob("*/columns.parquet")]
@@ -151,6 +152,7 @@ def test_the_scores_have_the_embedding_where_duplicates_are_looked_for_by_it(cor
     assert calls == {"vector": 5}
 
 
+@pytest.mark.slow
 def test_a_scorer_that_asks_for_a_gpu_waits_for_the_task_that_has_one(corpus, fakes):
     waiting = scored(corpus, "shard", embedding="vector", aesthetic="beauty", nsfw="nsfw1")
     assert waiting.kind == "measured" and calls == {"nsfw1": 5}

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from tasks.curation.sources.made import digits
+from tasks.curation.config import SourceConfig
+from tasks.curation.sources.made import digits, registry
 
 
 def test_a_digit_is_its_scan_enlarged_and_named():
@@ -17,11 +18,11 @@ def test_a_digit_is_its_scan_enlarged_and_named():
         assert np.corrcoef(255 - blocks.ravel(), data.images[index].ravel())[0, 1] > 0.97
 
 
-def test_a_larger_choice_holds_a_smaller_one_and_follows_the_seed():
-    assert digits.chosen(50, 1) == digits.chosen(100, 1)[:50] != digits.chosen(50, 2)
-    assert sorted(digits.chosen(1797, 3)) == list(range(1797))
+def test_the_order_of_scans_is_a_permutation_that_follows_the_seed():
+    assert digits.order(1)[:50] != digits.order(2)[:50]
+    assert sorted(digits.order(3)) == list(range(1797))
 
 
 def test_more_digits_than_there_are_is_refused():
-    with pytest.raises(ValueError, match="1797"):
-        digits.chosen(1798, 0)
+    with pytest.raises(ValueError, match=r"source\.made\.digits=1798: there are 1797 records"):
+        registry.check_made(SourceConfig(made={"digits": 1798}))

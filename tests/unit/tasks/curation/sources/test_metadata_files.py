@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from source_files import captions_in, left_out, picture, read_records, write
 
-from tasks.curation.sources.captions import metadata_files
+from tasks.curation.sources.captions import csv_text, metadata_files
 
 PNG = picture(1)
 
@@ -225,7 +225,7 @@ def test_a_table_of_too_many_rows_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_table_of_too_many_blank_lines_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(metadata_files, "MAX_LINES", 10)
+    monkeypatch.setattr(csv_text, "MAX_LINES", 10)
     write(tmp_path, {"a.png": PNG, "metadata.csv": "file_name,text\na.png,x\n" + "\n" * 8})
     assert captions_in(tmp_path) == {"a.png": ["x"]}
     write(tmp_path, {"metadata.csv": "file_name,text\na.png,x\n" + "\n" * 9})

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 from urllib.parse import quote
 
@@ -21,7 +22,7 @@ import pytest
 from image_site import image_site
 from own_images import png
 
-from tasks.curation import flow
+from tasks.curation import flow, http_retries
 from tasks.curation.config import CurationConfig, FilterConfig, SourceConfig, UrlConfig
 from tasks.curation.curated import open_curated
 from tasks.curation.sources.base import Account
@@ -37,7 +38,7 @@ CONFIG = CurationConfig(filters=FilterConfig(min_side_px=32, min_entropy_bits=0.
 def quick(tmp_path, monkeypatch):
     monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("NUCLEUS_STORE", raising=False)
-    monkeypatch.setattr(fetch, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(http_retries, "FIRST_WAIT_S", 0.01)
 
 
 @pytest.fixture
@@ -52,6 +53,10 @@ def urls(**changes) -> UrlConfig:
 
 def fetched(url: str, **changes) -> Fetched:
     return all_fetched([url], **changes)[0]
+
+
+def data(found: Fetched) -> bytes:
+    return b"".join(found.pieces())
 
 
 def all_fetched(wanted: list[str], **changes) -> list[Fetched]:
@@ -138,14 +143,14 @@ def test_a_name_is_resolved_once_for_a_connection_so_that_it_cannot_move_after_t
     answers = iter(["127.0.0.1"] + ["10.0.0.7"] * 9)
     site.addresses["moving.test"] = lambda: next(answers)
     found = fetched(site.url("/ok/1.png", "moving.test"), obey_robots=False)
-    assert found.data == png(1) and site.lookups["moving.test"] == 1
+    assert data(found) == png(1) and site.lookups["moving.test"] == 1
     assert fetched(site.url("/ok/2.png", "moving.test"), obey_robots=False).rule == "url_forbidden"
 
 
 def test_no_proxy_of_the_environment_is_used(site, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.2:9")
-    assert fetched(site.url("/ok/1.png")).data == png(1)
+    assert data(fetched(site.url("/ok/1.png"))) == png(1)
 
 
 # ---------------------------------------------------------------- limits
@@ -158,7 +163,7 @@ def test_redirects_are_followed_to_their_limit(site):
             url = site.url("/redirect?to=" + quote(url, safe=""))
         return url
 
-    assert fetched(chain(3), max_redirects=3).data == png(7)
+    assert data(fetched(chain(3), max_redirects=3)) == png(7)
     assert fetched(chain(4), max_redirects=3).rule == "url_redirects"
 
 
@@ -166,7 +171,7 @@ def test_a_redirect_to_what_is_no_url_is_that_records_end_and_not_the_shards(sit
     wanted = [site.url("/redirect?to=" + quote(to, safe="")) for to in ("http://[", "https://[::1", "//[")]
     *bad, good = all_fetched([*wanted, site.url("/ok/7.png")])
     assert [found.rule for found in bad] == ["url_invalid"] * 3 and "http://[" in bad[0].detail
-    assert good.data == png(7)
+    assert data(good) == png(7)
 
 
 def test_oversized_slow_and_wrong_answers_are_refused(site):
@@ -182,13 +187,13 @@ def test_oversized_slow_and_wrong_answers_are_refused(site):
         "url_failed",
         "url_gone",
     ]
-    assert all(one.data == b"" for one in found)
+    assert all(data(one) == b"" for one in found)
     assert fetched(site.url("/ok/1.png"), max_bytes=100).rule == "url_too_large"
 
 
 def test_429_5xx_and_a_lost_connection_are_tried_again(site):
     found = all_fetched([site.url("/once500/1.png"), site.url("/once429/2.png"), site.url("/status/503")])
-    assert [one.data for one in found] == [png(1), png(2), b""]
+    assert [data(one) for one in found] == [png(1), png(2), b""]
     assert [one.attempts for one in found[:2]] == [2, 2]
     assert found[2].rule == "url_failed" and "503" in found[2].detail and site.requests["/status/503"] == 3
     site.addresses["gone.test"] = "127.0.0.2"
@@ -198,7 +203,7 @@ def test_429_5xx_and_a_lost_connection_are_tried_again(site):
 
 def test_a_host_gets_few_requests_at_a_time_and_others_go_on(site):
     wanted = [site.url(f"/ok/{i}.png", f"h{i % 3}.test") for i in range(60)]
-    assert all(one.data for one in all_fetched(wanted, per_host=2, concurrency=16))
+    assert all(data(one) for one in all_fetched(wanted, per_host=2, concurrency=16))
     assert max(site.busy[f"h{i}.test"] for i in range(3)) == 2
 
 
@@ -218,7 +223,7 @@ def test_robots_txt_is_honoured_and_read_once_for_a_site(site):
 def test_a_site_whose_robots_txt_cannot_be_read_is_left_alone_and_one_without_is_open(site):
     site.robots["down.test"], site.robots["none.test"] = (503, ""), (403, "")
     assert fetched(site.url("/ok/1.png", "down.test")).rule == "url_failed"
-    assert fetched(site.url("/ok/1.png", "none.test")).data == png(1)
+    assert data(fetched(site.url("/ok/1.png", "none.test"))) == png(1)
     assert site.requests["/ok/1.png"] == 1
 
 
@@ -242,9 +247,9 @@ def test_x_robots_tag_is_read_as_it_is_written(value, found):
 
 def test_an_image_that_forbids_its_use_is_refused_unless_the_recipe_says_otherwise(site):
     url = site.url("/tag/1.png?value=noai")
-    assert fetched(url).rule == "url_robots" and not fetched(url).data
-    assert fetched(url, obey_robots=False).data == png(1)
-    assert fetched(url, robots_directives=("noimageindex",)).data == png(1)
+    assert fetched(url).rule == "url_robots" and not data(fetched(url))
+    assert data(fetched(url, obey_robots=False)) == png(1)
+    assert data(fetched(url, robots_directives=("noimageindex",))) == png(1)
 
 
 # ---------------------------------------------------------------- the corpus
@@ -364,6 +369,7 @@ def test_tars_of_img2dataset_itself_are_read_as_they_are(tmp_path):
     assert "00000.parquet" in left_out and "00000_stats.json" in left_out
 
 
+@pytest.mark.slow
 def test_the_same_list_is_downloaded_once_and_a_new_number_downloads_again(site, tmp_path):
     path = table_of(tmp_path / "source" / "urls.parquet", [site.url(f"/ok/{i}.png") for i in range(4)])
     curate(path.parent)
@@ -373,6 +379,7 @@ def test_the_same_list_is_downloaded_once_and_a_new_number_downloads_again(site,
     assert {count for name, count in site.answered.items() if name.startswith("/ok")} == {2}
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_what_was_downloaded_is_not_downloaded_again(site, tmp_path):
     path = table_of(
         tmp_path / "source" / "urls.parquet", [site.url(f"/ok/{i}.png", f"h{i % 5}.test") for i in range(25)]
@@ -410,3 +417,116 @@ curate(Path({str(path.parent)!r}), concurrency=4)
     read = open_curated(curated)
     assert [record.data for part in read.parts() for _, record in read.images(part)] == [png(i) for i in range(25)]
     assert not journal.parent.exists()
+
+
+# ---------------------------------------------------------------- tables as CSV
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("u.csv", 'url,text\nhttps://a/1.png,"a barn\nhttps://a/2.png,boats\nhttps://a/3.png,"red"\n', ["line 2", "quotes"]),
+        ("u.csv", 'url,text\nhttps://a/1.png,"a barn\nhttps://a/2.png,"\n', ["line 2", "runs over", "https://a/2.png"]),
+        ("u.csv", 'text,url\n"a barn,https://a/1.png\nboats",https://a/2.png\n', ["line 2", "runs over"]),
+        ("u.csv", 'url,text\nhttps://a/1.png,"Stop" says a sign\n', ["line 2", "quotes"]),
+        ("u.csv", "url,text\nhttps://a/1.png,a barn, red\n", ["line 2", "3 fields"]),
+        ("u.csv", "url,text,\nhttps://a/1.png,a barn, red\n", ["line 2", "column 3"]),
+        ("u.tsv", "url\ttext\nhttps://a/1.png\n", ["line 2", "1 field"]),
+        ("u.csv", "url,text,text\nhttps://a/1.png,a,b\n", ["there twice"]),
+        ("u.csv", "url,text\nhttps://a/1.png,caf\xe9\n", ["not a readable table"]),
+        ("u.csv", "\n\n", ["no header"]),
+    ],
+)  # fmt: skip
+def test_a_csv_of_urls_that_may_lose_a_row_or_cut_a_caption_is_refused_with_its_line(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
+    config = SourceConfig(urls=urls())
+    with pytest.raises(ValueError) as caught:
+        place = find(str(tmp_path))
+        [list(tables.rows(place, chosen, config)) for chosen in tables.ranges(place, config, Account())]
+    assert name in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding"),
+    [
+        ('\ufeffurl,text\r\nhttps://a/1,"caf\xe9,\r\n""old"""\r\nhttps://a/2,\r\n'.encode(), None),
+        ('url;text\nhttps://a/1;"caf\xe9,\r\n""old"""\n\nhttps://a/2;\n'.encode(), "cp1252"),
+        ('url,text\nhttps://a/1,"caf\xe9,\r\n""old"""\nhttps://a/2,\n'.encode("cp1252"), "cp1252"),
+        ('url\ttext\nhttps://a/1\t"caf\xe9,\r\n""old"""\nhttps://a/2\t\n'.encode("utf-16"), None),
+    ],
+)
+def test_a_csv_of_urls_is_read_whole_by_its_mark_then_utf8_then_the_recipes_encoding(tmp_path, content, encoding):
+    (tmp_path / "u.csv").write_bytes(content)
+    config = SourceConfig(urls=urls(), encoding=encoding, images_per_shard=1)
+    place = find(str(tmp_path))
+    found = [row for one in tables.ranges(place, config, Account()) for row in tables.rows(place, one, config)]
+    assert [(row.row, row.url) for row in found] == [(0, "https://a/1"), (1, "https://a/2")]
+    assert [row.captions for row in found] == [['café,\r\n"old"'], []]
+
+
+# ---------------------------------------------------------------- hostile sites (benchmarks/hostile_urls.py has more)
+
+
+def test_a_robots_txt_of_many_agents_and_rules_is_parsed_in_a_second():
+    agents = "".join(f"useragent:{i:x}\n" for i in range(16_000))
+    text = agents + "allow:/\n" * ((robots.MAX_ROBOTS_BYTES - len(agents)) // 8)  # 5 * 10^8 rules, one for each agent
+    begin = time.process_time()
+    assert robots.Rules("nucleus-flyte/0.1", text).allows("https://a.test/b")
+    assert time.process_time() - begin < 5
+
+
+def test_a_robots_txt_that_takes_long_to_match_forbids_what_is_left(monkeypatch):
+    monkeypatch.setattr(robots, "MATCH_S", 1e-9)
+    rules = robots.Rules("nucleus-flyte/0.1", "User-agent: *\nDisallow: /*z\n")
+    assert rules.allows("https://a.test/b") and not rules.allows("https://a.test/b")
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed", "delay_s"),
+    [
+        ("User-agent: other\nDisallow: /\n", True, 0),
+        ("User-agent: other\nUser-agent: *\nDisallow: /\nCrawl-delay: 7\n", False, 7),
+        ("User-agent: *\nDisallow: /\n\nuser agent Nucleus*\nAllow: /\n", True, 0),
+        ("User-agent: nucleus\nDisallow: /\n\nUser-agent: nucleus-flyte\nAllow: /\n", True, 0),
+        ("User-agent: us-flyte\nDisallow: /\n", True, 0),
+        ("User-agent: flyte\nDisallow: /\n", True, 0),
+        ("User-agent: nucleus # ours\nDisallow: /\n\nUser-agent: others\nAllow: /\n", False, 0),
+        ("User-agent:\nDisallow: /\n", True, 0),
+        ("user-agent nucleus-flyte: x\nDisallow: /\n", True, 0),
+    ],
+)
+def test_the_group_that_names_the_agent_best_is_obeyed(text, allowed, delay_s):
+    rules = robots.Rules("nucleus-flyte/0.1", text)
+    assert (rules.allows("https://a.test/b"), rules.delay_s()) == (allowed, delay_s)
+
+
+def test_rules_of_sites_leave_memory_when_there_are_many_and_are_asked_for_again(site, monkeypatch):
+    monkeypatch.setattr(fetch, "ROBOTS_CHARS", 2 * fetch.ROBOTS_EXTRA + 200)
+    for i in range(4):
+        site.robots[f"h{i}.test"] = (200, "User-agent: *\nDisallow: /ok/9.png\n")
+    wanted = [site.url(f"/ok/{i}.png", f"h{i % 4}.test") for i in range(8)]
+    found = all_fetched(wanted, concurrency=1)
+    assert [one.rule for one in found] == [""] * 8
+    assert 4 < site.requests["/robots.txt"] <= 8
+
+
+def test_answers_over_a_bound_wait_on_disk(site, monkeypatch, tmp_path):
+    monkeypatch.setattr(fetch, "SPOOL_BYTES", 100)
+    rolled = []
+    real = fetch.tempfile.SpooledTemporaryFile
+
+    class Spooled(real):
+        def rollover(self):
+            rolled.append(self._TemporaryFileArgs["dir"])
+            super().rollover()
+
+    monkeypatch.setattr(fetch.tempfile, "SpooledTemporaryFile", Spooled)
+    path = table_of(tmp_path / "source" / "urls.parquet", [site.url(f"/ok/{i}.png") for i in range(3)])
+    read = open_curated(curate(path.parent))
+    assert [record.data for part in read.parts() for _, record in read.images(part)] == [png(i) for i in range(3)]
+    assert len(rolled) == 3 and all((tmp_path / "home") in Path(where).parents for where in rolled)
+
+
+def test_a_redirect_to_a_url_of_any_length_is_not_followed(site):
+    found = fetched(site.url("/redirect?to=" + quote(site.url("/ok/1.png?" + "a" * network.MAX_URL_CHARS))))
+    assert found.rule == "url_invalid" and "longer than" in found.detail and not site.requests["/ok/1.png"]

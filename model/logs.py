@@ -1,0 +1,38 @@
+"""Progress and warnings of a run: one line each on standard output, as they are logged.
+
+NUCLEUS_LOG_LEVEL (INFO by default; WARNING leaves only what went wrong) is the level. Results of a command are printed,
+not logged. Loggers are below "nucleus", apart from the root logger, which torchtitan and flytekit configure for themselves.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import TextIO
+
+ROOT = "nucleus"
+
+
+class _StandardOutput(logging.StreamHandler):
+    """Writes to what sys.stdout is at the time, which tests and Flyte's tasks replace."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stdout
+
+    @stream.setter
+    def stream(self, _: TextIO) -> None:
+        pass
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a module: `logger = get_logger(__name__)`."""
+    root = logging.getLogger(ROOT)
+    if not any(isinstance(handler, _StandardOutput) for handler in root.handlers):
+        handler = _StandardOutput()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        root.addHandler(handler)
+        root.setLevel(os.environ.get("NUCLEUS_LOG_LEVEL", "INFO").upper())
+        root.propagate = False
+    return root.getChild(name)
