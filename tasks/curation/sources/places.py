@@ -7,6 +7,7 @@ neither followed nor read, at any level.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import stat
@@ -183,15 +184,17 @@ class LocalPlace(Place):
         return folder
 
     def folder(self, path: str) -> Folder | None:
-        at = self._root
-        for part in path.split("/"):
-            at = at / part
-            try:
-                if not stat.S_ISDIR(os.lstat(at).st_mode):
-                    return None
-            except OSError:
-                return None
-        return self._list(path)
+        parts = path.split("/")
+        inside = ("/".join(parts[: n + 1]) for n in range(len(parts)))
+        return self._list(path) if all(self._is_folder(at) for at in inside) else None  # no link on the way
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019  (one place a scan)
+    def _is_folder(self, path: str) -> bool:
+        """Whether the last part is a folder, and no link."""
+        try:
+            return stat.S_ISDIR(os.lstat(os.path.join(self._root, path)).st_mode)
+        except OSError:
+            return False
 
     def size(self, name: str) -> int:
         with self.open(name) as file:
