@@ -467,6 +467,6 @@ def one_key_for_all_files(folder: Path) -> None:
 def folders_500_deep(folder: Path) -> None:
     at = folder
     for _ in range(500):
-        at = at / "d"
+        at = at / "images"  # the name for which a folder of captions is sought beside
     at.mkdir(parents=True)
     _beside_a_picture(at)

@@ -33,6 +33,8 @@ install "$@" --constraint "$wanted" --requirement "$wanted"
 for package in numpy pandas scipy sklearn skimage pyarrow pywt matplotlib networkx sympy; do
   [ ! -d "$site/$package" ] || find "$site/$package" -type d -name tests -prune -exec rm -rf {} +
 done
+# Of modelscope only mPLUG is imported (eval/judges/mplug.py).
+for part in models/cv models/audio models/science pipelines trainers msdatasets; do rm -rf "$site/modelscope/$part"; done
 for service in "$site"/botocore/data/*/; do
   case "$(basename "$service")" in
     s3 | s3control | sts | sso | sso-oidc | signin) ;;

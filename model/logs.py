@@ -33,6 +33,7 @@ def get_logger(name: str) -> logging.Logger:
         handler = _StandardOutput()
         handler.setFormatter(logging.Formatter("%(message)s"))
         root.addHandler(handler)
-        root.setLevel(os.environ.get("NUCLEUS_LOG_LEVEL", "INFO").upper())
+        level = os.environ.get("NUCLEUS_LOG_LEVEL", "INFO").upper()
+        root.setLevel(level if level in logging.getLevelNamesMapping() else "INFO")
         root.propagate = False
     return root.getChild(name)

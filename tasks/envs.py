@@ -33,14 +33,14 @@ CACHE_VERSIONS = {
     "records": "8",
     "scores": "9",
     "captions": "1",
-    "curation": "6",
+    "curation": "7",
     "components": "3",
     "texts": "3",
     "encoding": "5",
     "training": "3",
     "merging": "1",
     "prompts": "1",
-    "evaluation": "3",
+    "evaluation": "4",
     "publishing": "2",
     "study": "1",
 }
@@ -67,8 +67,8 @@ TRAIN_GRACE_S = int(os.environ.get("NUCLEUS_TRAIN_GRACE_S", "300"))
 TRAIN_RETRIES = int(os.environ.get("NUCLEUS_TRAIN_RETRIES", "100"))
 # For pods that load this module too, and must see what was registered: those that check a recipe, train, or lay out a
 # dynamic workflow.
-STORE = {  # all pods: the place of parts, and the console that decks link to
-    name: os.environ[name] for name in ("NUCLEUS_STORE", "NUCLEUS_CONSOLE") if os.environ.get(name)
+STORE = {  # all pods: the place of parts, the console that decks link to, and what is logged
+    name: os.environ[name] for name in ("NUCLEUS_STORE", "NUCLEUS_CONSOLE", "NUCLEUS_LOG_LEVEL") if os.environ.get(name)
 }
 ENDPOINTS = {name: value for name, value in os.environ.items() if name == "NUCLEUS_ENDPOINTS"}  # that may be asked
 REGISTERED = (

@@ -258,20 +258,28 @@ def fetch_file(directory: Path, name: str) -> Path | None:
         ValueError: the file was changed.
     """
     path = directory / name
-    root = next((root for root in (directory, *directory.parents) if root in FETCHED_FROM), None)
-    if path.is_file() or root is None:
+    above = (directory, *directory.parents)
+    root = next((at for at in above if at in FETCHED_FROM), None)
+    root = root or next((at for at in above if (at / MANIFEST).is_file()), None)
+    if root is None:  # an artifact that is being written
         return path if path.is_file() else None
     inside = path.relative_to(root).as_posix()
     wanted = _digests_of(root).get(inside)
     if wanted is None:
         return None
-    _download_into(root, inside, FETCHED_FROM[root])
-    if (digest := sha256_file(path)) != wanted:
-        path.unlink()
-        raise ValueError(
-            f"{storage.join(FETCHED_FROM[root], inside)} was changed: its SHA-256 is {digest}, not {wanted}"
-        )
+    if not path.is_file():
+        if root not in FETCHED_FROM:
+            return None
+        _download_into(root, inside, FETCHED_FROM[root])
+    if (digest := _digest_of(path, path.stat().st_mtime_ns)) != wanted:
+        where = storage.join(FETCHED_FROM[root], inside) if root in FETCHED_FROM else path
+        raise ValueError(f"{where} was changed: its SHA-256 is {digest}, not {wanted}")
     return path
+
+
+@functools.lru_cache(maxsize=1024)
+def _digest_of(path: Path, modified_ns: int) -> str:
+    return sha256_file(path)
 
 
 @functools.lru_cache(maxsize=4)

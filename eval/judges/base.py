@@ -37,7 +37,7 @@ class Probe:
 
 
 class BaseJudge:
-    """See eval.protocols.Judge. A subclass sets `name` and `model` and writes `answer_one` and `probes`."""
+    """See eval.judging.protocols.Judge. A subclass sets `name` and `model` and writes `answer_one` and `probes`."""
 
     name: str
     model: str

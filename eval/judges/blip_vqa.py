@@ -17,7 +17,7 @@ MAX_NEW_TOKENS = 10
 
 
 class BlipVQA(BaseJudge):
-    """See eval.protocols.Judge ("vqa"): the answer is the model's text, for a question in lower case.
+    """See eval.judging.protocols.Judge ("vqa"): the answer is the model's text, for a question in lower case.
 
     Raises:
         ValueError: the weights are not there (eval.judges.base.resolve).

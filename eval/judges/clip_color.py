@@ -111,7 +111,7 @@ def _at_least_one_pixel(box: Sequence[float]) -> list[float]:
 
 
 class CLIPColor(BaseJudge):
-    """See eval.protocols.Judge. It sees boxes alone, for detectors without masks: not GenEval's own way."""
+    """See eval.judging.protocols.Judge. It sees boxes alone, for detectors without masks: not GenEval's own way."""
 
     name = "clip-color"
     model = "ViT-L-14, openai (transformers), without masks"

@@ -12,7 +12,7 @@ from eval.judging.protocols import Request
 
 
 class CLIPSimilarity(BaseJudge):
-    """See eval.protocols.Judge ("similarity"): a number in [0, 1]. Captions are cut at CLIP's 77 tokens.
+    """See eval.judging.protocols.Judge ("similarity"): a number in [0, 1]. Captions are cut at CLIP's 77 tokens.
 
     Raises:
         ValueError: the weights are not there (eval.judges.base.resolve).

@@ -37,7 +37,7 @@ PLAIN_LORA = {"bias": "none", "use_rslora": False, "use_dora": False, "rank_patt
 
 
 class DreamSim(BaseJudge):
-    """See eval.protocols.Judge ("diversity"): the distances of all pairs of tiles, (0, 1), (0, 2), ..., black ones left out.
+    """See eval.judging.protocols.Judge ("diversity"): the distances of all pairs of tiles, (0, 1), (0, 2), ..., black ones left out.
 
     Args:
         at: the directory that `dreamsim(cache_dir=DIR)` fills (docs/evaluation.md).

@@ -57,7 +57,7 @@ class FeatureJudge(BaseJudge):
 
 
 class EfficientNetLite0(FeatureJudge):
-    """See eval.protocols.Judge ("features"): the mean of the last feature map, 1,280 numbers.
+    """See eval.judging.protocols.Judge ("features"): the mean of the last feature map, 1,280 numbers.
 
     Raises:
         ValueError: the packages are not installed, or the weights are others.
@@ -103,7 +103,7 @@ class EfficientNetLite0(FeatureJudge):
 
 
 class DINOv2(FeatureJudge):
-    """See eval.protocols.Judge ("features"): the class token after the last layer's norm.
+    """See eval.judging.protocols.Judge ("features"): the class token after the last layer's norm.
 
     Raises:
         ValueError: the weights are not there (eval.judges.base.resolve).

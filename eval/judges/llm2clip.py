@@ -61,7 +61,7 @@ def embed_texts(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
 
 
 class LLM2CLIP(BaseJudge):
-    """See eval.protocols.Judge. The answer is the cosine of the image and the request's text.
+    """See eval.judging.protocols.Judge. The answer is the cosine of the image and the request's text.
 
     Args:
         at: the commit of LLM2CLIP's repository (40 hexadecimal digits), since its code is run.

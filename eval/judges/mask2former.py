@@ -144,7 +144,7 @@ class Mask2Former:
 
 
 class Mask2FormerCLIP(BaseJudge):
-    """See eval.protocols.Judge. A request with boxes asks for the colours of objects that it detected, others for objects.
+    """See eval.judging.protocols.Judge. A request with boxes asks for the colours of objects that it detected, others for objects.
 
     Raises:
         ValueError: the weights are not there (eval.judges.base.resolve).

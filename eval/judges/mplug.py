@@ -30,7 +30,7 @@ RELEASED = {"image_res": 504, "vision_width": 1024, "clip_vision_layers": 24, "b
 
 
 class MPlug(BaseJudge):
-    """See eval.protocols.Judge ("vqa"): the answer is the model's text, for a question in lower case.
+    """See eval.judging.protocols.Judge ("vqa"): the answer is the model's text, for a question in lower case.
 
     Args:
         at: a directory of damo/mplug_visual-question-answering_coco_large_en (docs/evaluation.md).

@@ -26,7 +26,7 @@ MIN_SCORE = 0.85  # below, lines of photographs without text appear
 
 
 class PPOCR(BaseJudge):
-    """See eval.protocols.Judge. Lines are read from top to bottom, and joined by spaces.
+    """See eval.judging.protocols.Judge. Lines are read from top to bottom, and joined by spaces.
 
     Raises:
         ValueError: rapidocr is not installed, or its weights are others.

@@ -95,7 +95,7 @@ class _QwenVL(BaseJudge):
 
 
 class Qwen25VL(_QwenVL):
-    """See eval.protocols.Judge: OneIG's judge of alignment ("vqa") and text ("ocr"); the answer is its text as it is.
+    """See eval.judging.protocols.Judge: OneIG's judge of alignment ("vqa") and text ("ocr"); the answer is its text as it is.
 
     Raises:
         ValueError: the weights are not there (eval.judges.base.resolve).
@@ -148,7 +148,7 @@ class Qwen25VLYesNo(Qwen25VL):
 
 
 class Qwen3VL(_QwenVL):
-    """See eval.protocols.Judge: GenEval 2's judge ("soft_tifa"). The answer is the sum of the probabilities of the first
+    """See eval.judging.protocols.Judge: GenEval 2's judge ("soft_tifa"). The answer is the sum of the probabilities of the first
     token of each of options["answers"], repetitions included, as the official code adds them.
 
     Raises:

@@ -13,7 +13,7 @@ from eval.judging.protocols import Request, digest_of
 
 
 class ShapesDetector:
-    """See eval.protocols.Judge. Its detections include colours, so that there are no questions about them."""
+    """See eval.judging.protocols.Judge. Its detections include colours, so that there are no questions about them."""
 
     name = "shapes-detector"
     model = "eval.benchmarks.shapes.detector:detect"

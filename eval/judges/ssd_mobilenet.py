@@ -25,7 +25,7 @@ CLASS_OF_LABEL = dict(zip([n for n in range(1, 91) if n not in UNUSED_LABELS], C
 
 
 class SSDMobileNet(BaseJudge):
-    """See eval.protocols.Judge. A request with boxes asks for their colours (eval.judges.xkcd_color), others for objects.
+    """See eval.judging.protocols.Judge. A request with boxes asks for their colours (eval.judges.xkcd_color), others for objects.
 
     Raises:
         ValueError: OpenCV or the weights' package is not installed, or the weights are others.

@@ -76,7 +76,7 @@ def csd_pixels(image: Image.Image, size: int = 224) -> np.ndarray:
 
 
 class OneIGStyle(BaseJudge):
-    """See eval.protocols.Judge. The answer is `eval.oneig.style_score` against the references of options["style"].
+    """See eval.judging.protocols.Judge. The answer is `eval.oneig.style_score` against the references of options["style"].
 
     The Hub's encoder is OneIG's own; CSD's weights come out of a directory, and so the name is never the official one.
 

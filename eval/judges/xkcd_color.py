@@ -39,7 +39,7 @@ def _last_word(name: str) -> str:
 
 
 class XKCDColor(BaseJudge):
-    """See eval.protocols.Judge. The colour of the middle of a box; it sees no masks and knows no objects."""
+    """See eval.judging.protocols.Judge. The colour of the middle of a box; it sees no masks and knows no objects."""
 
     name = "xkcd-color"
     model = "XKCD colour survey, nearest names"

@@ -279,8 +279,11 @@ def _limits(recipe: dict[str, Any], scorecard: dict[str, Any] | None) -> str:
             lines.append(
                 "- The corpus contains rendered scenes of coloured shapes; prompts should follow their wording."
             )
-        if source["digits"]:
+        if source["digits"] or source.get("made", {}).get("digits"):
             lines.append("- It also contains scans of handwritten digits.")
+        lines += [
+            f"- It also contains made records of {name!r}." for name in source.get("made", {}) if name != "digits"
+        ]
     else:
         lines.append("- It reproduces the content of its training images and captions, with their biases and gaps.")
         lines.append("- People, hands, long texts and exact counts are known weaknesses of models of this family.")

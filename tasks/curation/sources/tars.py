@@ -201,7 +201,7 @@ def _with_parallel(
     for folder, texts in loose.items():
         if texts:
             by_fold.setdefault(fold(folder), []).append(folder)
-    used: set[int] = set()  # offsets: a member is at one place
+    used: set[str] = set()
     for folder, images in bare.items():
         sources: dict[int, list[tuple[str, list[Member], str]]] = {}
         for path in caption_folders(folder, None):
@@ -213,7 +213,7 @@ def _with_parallel(
                         own = [texts[j - len(images)] for j in found.texts]
                         sources.setdefault(images[i], []).append((other, own, found.ambiguous))
         for at, candidates in sources.items():
-            used.update(text.offset for _, texts, _ in candidates for text in texts)
+            used.update(text.name for _, texts, _ in candidates for text in texts)
             _, texts, why = candidates[0]
             if len(candidates) > 1:
                 why = f"{' and '.join(visible(other) for other, _, _ in candidates[:2])} both have captions of it"
@@ -221,7 +221,7 @@ def _with_parallel(
             samples[at] = samples[at]._replace(texts=texts, problem=problem, detail=detail)
     for texts in loose.values():
         for text in texts:
-            if text.offset in used:
+            if text.name in used:
                 account.use()
             else:  # among them each that could describe several images
                 account.skip(reason_of(text.name), f"{shown}:{text.name}")

@@ -107,7 +107,7 @@ class Checks:
                 if swallowed is not None:
                     raise ValueError(
                         f"{self._shown}, line {line}: a quote is not closed, so that the row of {visible(own)!r} runs over that "
-                        f"of {visible(swallowed.strip())!r}"
+                        f"of {visible(swallowed.strip())!r}. If the text is meant so, write the table as Parquet or JSON Lines"
                     )
 
 

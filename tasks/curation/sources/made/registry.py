@@ -46,7 +46,7 @@ def check_made(config: SourceConfig) -> None:
 
 def counts(config: SourceConfig) -> dict[str, int]:
     """Name of each source that the recipe uses -> number of its records, in the order of the corpus. Scenes apart."""
-    return ({"digits": config.digits} if config.digits else {}) | config.made
+    return ({"digits": config.digits} if config.digits else {}) | dict(sorted(config.made.items()))
 
 
 def load(name: str) -> Any:

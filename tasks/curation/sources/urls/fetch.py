@@ -154,14 +154,17 @@ class Fetcher:
                 parsed = network.check_url(url, self.config.allow_http)
                 origin = (parsed.scheme, parsed.raw_host.decode(), parsed.port)
                 with _Using(self._hosts, origin, self.config.per_host) as host:
-                    if self.config.obey_robots and not (await self._rules(host, str(parsed))).allows(str(parsed)):
-                        return Fetched(url=url, rule=ROBOTS, detail="robots.txt forbids it")
+                    if self.config.obey_robots and not (rules := await self._rules(host, str(parsed))).allows(
+                        str(parsed)
+                    ):
+                        why = f"takes over {robots.MATCH_S:g} s to match" if rules.took_too_long else "forbids it"
+                        return Fetched(url=url, rule=ROBOTS, detail=f"robots.txt {why}")
                     response = await self._get(host, parsed, self.config.max_bytes)
             except network.InvalidUrlError as error:
                 return Fetched(url=url, rule=INVALID, detail=str(error))
             except network.ForbiddenError as error:
                 return Fetched(url=url, rule=FORBIDDEN, detail=str(error))
-            if response.status not in REDIRECT:
+            if response.status not in REDIRECT or response.rule:
                 return response
             url = response.url
         return Fetched(url=url, rule=REDIRECTS, detail=f"more than {self.config.max_redirects} redirects")
@@ -196,7 +199,7 @@ class Fetcher:
         for _ in range(self.config.max_redirects + 1):
             parsed = network.check_url(url, self.config.allow_http)
             response = await self._get(host, parsed, robots.MAX_ROBOTS_BYTES, is_image=False)
-            if response.status in REDIRECT:
+            if response.status in REDIRECT and not response.rule:
                 url = response.url
             elif response.status == 200 and not response.rule:
                 return robots.Rules(agent, b"".join(response.pieces()).decode("utf-8", "replace"))

@@ -41,12 +41,16 @@ class Rules:
         """Whether the agent may fetch a URL. A file that takes too long to match, as only a hostile one does, forbids it."""
         if self._file is None:
             return self._allowed
-        if self._left_s <= 0:
+        if self.took_too_long:
             return False
         begun = time.thread_time()
         allowed = bool(self._file.can_fetch(url, OWN))
         self._left_s -= time.thread_time() - begun
         return allowed
+
+    @property
+    def took_too_long(self) -> bool:
+        return self._left_s <= 0
 
     def delay_s(self) -> float:
         """Seconds between requests that the site asks for (Crawl-delay)."""

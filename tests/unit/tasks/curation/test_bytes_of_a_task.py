@@ -14,6 +14,7 @@ from tasks import artifacts
 from tasks.curation import flow
 from tasks.curation.config import CurationConfig, FilterConfig, SourceConfig
 from tasks.curation.curated import LARGE_FILES, open_curated
+from tasks.curation.sources.base import Account, open_corpus
 from tasks.curation.task import score_group
 from tasks.store import make_sealed, read_index
 
@@ -98,6 +99,20 @@ def test_a_reader_of_curated_images_downloads_the_lists_of_the_shards_that_it_re
     assert len(parts) > 3 and not any("/files/" in name for name in downloads)
     assert sum(1 for _ in curated.images(parts[2])) == parts[2].rows
     assert [name for name in downloads if "/files/" in name] == [f"curated/corpus/files/{parts[2].name}.parquet"]
+
+
+def test_a_list_that_was_changed_on_this_machine_is_refused_before_it_is_scored(tmp_path, fs):
+    source = loose_images(tmp_path / "images", 1)
+    corpus, _, _ = make_sealed(
+        "corpus", lambda out: flow.write_corpus(SOURCE, str(source), [], out), logs=flow.CORPUS_LOGS
+    )
+    changed = next((corpus / "files").glob("*.parquet"))
+    changed.chmod(0o644)
+    changed.write_bytes(b"another list")
+    directory = artifacts.fetch(FlyteDirectory(str(corpus)), "corpus", without=("files/",))
+    opened = open_corpus(directory)
+    with pytest.raises(ValueError, match="was changed: its SHA-256 is"):
+        list(opened.read(next(iter(opened.shards())), Account()))
 
 
 def test_a_list_that_was_changed_in_the_store_is_refused(tmp_path, fs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from email.utils import formatdate
 
@@ -109,6 +110,7 @@ def test_retry_after_is_read_as_seconds(value, seconds):
 def test_retry_after_is_read_as_a_date():
     assert 4 < http_retries.retry_after_s(formatdate(time.time() + 6, usegmt=True)) <= 6
     assert http_retries.retry_after_s(formatdate(time.time() - 60, usegmt=True)) == 0
+    assert http_retries.retry_after_s(f"Mon, 01 Jan {10**21} 00:00:00 GMT") is None
 
 
 def test_the_wait_that_an_endpoint_asks_for_is_kept(stub, monkeypatch):
@@ -168,8 +170,10 @@ def test_nobody_there_is_an_error_that_may_pass():
 def test_answers_that_come_in_are_given_before_the_error_of_another(stub):
     choice = json.dumps({"choices": [CHOICE]}).encode()
     replies = iter([(503, {}, b""), (200, {}, choice), (200, {}, choice), (200, {}, choice)])
+    all_asked = threading.Barrier(4)
 
     def reply(body):
+        all_asked.wait(60)
         status = next(replies)
         time.sleep(0.0 if status[0] == 503 else 0.3)
         return status

@@ -8,6 +8,7 @@ from source_files import captions_in, left_out, picture, read_records, tar_of, w
 
 from tasks.curation.sources import folder, places
 from tasks.curation.sources.base import MAX_IMAGE_BYTES
+from tasks.curation.sources.folder import caption_folders
 
 PNG = picture(1)
 
@@ -308,3 +309,9 @@ def test_rows_name_files_that_windows_archives_left_with_backslashes(tmp_path):
     files = {"img\\a.png": picture(), "metadata.csv": "file_name,text\nimg/a.png,one\n"}
     records, _ = read_records(write(tmp_path, files))
     assert [record.captions for record in records] == [["one"]]
+
+
+def test_a_path_that_repeats_a_name_of_image_folders_is_tried_at_a_few_places_only():
+    assert "captions/train" in caption_folders("images/train", None)
+    assert len(caption_folders("/".join(["images"] * 60), None)) <= 30
+    assert caption_folders("/".join(["images"] * 1000), None) == []
