@@ -8,6 +8,7 @@ import json
 import lzma
 import os
 import struct
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -470,3 +471,15 @@ def folders_500_deep(folder: Path) -> None:
         at = at / "images"  # the name for which a folder of captions is sought beside
     at.mkdir(parents=True)
     _beside_a_picture(at)
+
+
+@kind("read")
+def tar_of_repeated_image_folders(folder: Path) -> None:
+    """Each of 2,000 folders is below 1,000 more of a name for which folders of captions are sought beside."""
+    data = picture()
+    with tarfile.open(folder / "x.tar", "w") as tar:
+        for i in range(2000):
+            entry = tarfile.TarInfo("img/" * 1000 + f"{i:06d}/a.png")
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+        tar.addfile(tarfile.TarInfo("z/b.txt"))
