@@ -173,6 +173,7 @@ def test_loading_the_workflow_sets_cublas_workspace_before_anything_can_multiply
     assert loaded[0] == ":4096:8" and "torch" not in loaded[1]
 
 
+@pytest.mark.slow
 def test_the_engine_is_imported_without_the_packages_that_a_gpu_machine_may_lack():
     missing = ("pydantic", "diffusers", "torchtitan", "flytekit", "safetensors")
     modules = ("model.attention", "model.moe", "model.transformer", "model.optim", "model.kernels")

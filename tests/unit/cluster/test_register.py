@@ -21,6 +21,7 @@ from tasks.site import load_site
 from tools import register
 
 ROOT = Path(__file__).resolve().parents[3]
+pytestmark = pytest.mark.slow  # each registration imports all workflows
 DIGEST = "sha256:" + "ab" * 32
 
 

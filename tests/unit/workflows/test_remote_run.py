@@ -153,6 +153,7 @@ def test_a_local_source_is_refused_within_seconds_and_nothing_is_sent(tmp_path):
     assert seconds < 3  # of CPU, so that a busy machine does not matter
 
 
+@pytest.mark.slow
 def test_a_recipe_file_and_repeated_overrides_reach_the_cluster(recipe, tmp_path):
     images = [word for role in ROLES for word in ("--image", f"{role}=registry.example/nucleus-{role}@{DIGEST}")]
     words = ["--recipe", str(recipe), "--overrides", "eval.seeds=[3]", "--overrides", "merge.last_n=1"]

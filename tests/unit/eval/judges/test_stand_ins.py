@@ -29,6 +29,7 @@ assert not hasattr(sys.modules["transformers"].PreTrainedModel, "post_init_origi
 """
 
 
+@pytest.mark.slow
 def test_a_library_is_imported_without_a_trace():
     for library in ("modelscope", "dreamsim"):
         if find_spec(library) is None:

@@ -371,6 +371,7 @@ def test_layer_compiled_by_inductor_equals_the_eager_one(device):
     assert_close(found, step(moe, inputs)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 def test_checkpointed_layer_chooses_experts_once_and_has_the_same_gradients(compiled, device, monkeypatch):
     """Eager and full, it chooses again, from the same bits."""
@@ -403,6 +404,7 @@ def test_checkpointed_layer_chooses_experts_once_and_has_the_same_gradients(comp
             assert nucleus_ops(graphs.backward) == dict.fromkeys(BACKWARD_OPS, 1) | again, policy
 
 
+@pytest.mark.slow
 def test_operations_keep_what_pytorch_asks_of_them(device):
     """Schema, autograd registration, and shapes, strides and gradients under tracing."""
     from model.kernels import combine, route  # noqa: F401  (combine defines its operations)

@@ -246,6 +246,7 @@ def test_the_recipes_layout_keeps_the_exchange_of_rows_inside_a_node_and_exposes
         assert one["network_floor_s"] < one["step_s"] and one["network_floor_s"] < other["network_floor_s"]
 
 
+@pytest.mark.slow
 def test_the_network_is_told_in_seconds_and_where_it_may_dominate(capsys):
     command = [str(RECIPE), "--gpus", "64", "--json"]
     found = {}

@@ -89,6 +89,7 @@ def test_a_scoring_task_downloads_one_list_of_files_for_its_one_shard_of_however
     assert rest_of_many - rest_of_few < 300 * (many - few)
 
 
+@pytest.mark.slow
 def test_a_reader_of_curated_images_downloads_the_lists_of_the_shards_that_it_reads(tmp_path, downloads):
     source = loose_images(tmp_path / "images", 4)
     directory, _ = flow.curate_source(SOURCE, str(source), CONFIG)

@@ -72,6 +72,7 @@ def test_one_more_shard_costs_one_score_part_and_one_selections_part(tars, home,
         assert known < after and len(after - known) == 1, kind
 
 
+@pytest.mark.slow
 def test_a_changed_image_redoes_its_own_shard(tars, made):
     curate(tars)
     write_tar(tars / "1.tar", [4, 5, 6, 99])

@@ -57,6 +57,7 @@ def test_records_are_left_out_by_id_key_and_file_with_a_rule_of_their_own(tmp_pa
     assert report["rejected"]["takedown"] == 3 and report["kept"] == 5
 
 
+@pytest.mark.slow
 def test_every_copy_of_the_bytes_is_left_out(tmp_path):
     source = write_folder(tmp_path / "source", range(4))
     (source / "copy.png").write_bytes(png(0))

@@ -241,6 +241,7 @@ def nightly(model_digest, scorecard):
 NIGHTLY = CONFIG.model_copy(update={"seeds": (0,)})
 
 
+@pytest.mark.slow
 def test_a_night_scores_what_is_new_once_and_a_drop_alarms_once_and_is_never_what_others_are_compared_with(
     model, monkeypatch
 ):

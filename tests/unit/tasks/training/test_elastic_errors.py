@@ -43,6 +43,7 @@ def test_a_worker_that_a_signal_ended_is_started_again(tmp_path, monkeypatch, ex
     assert caught.value.timestamp == 5.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of_code", [None, 0, 1])
 def test_a_workers_error_that_is_not_recoverable_decides_whichever_worker_torch_looks_at(of_code):
     """Both end between two looks of the agent. The others of a failed worker lose it: an error that would be retried."""

@@ -183,6 +183,7 @@ def test_another_endpoint_or_more_requests_at_a_time_change_no_digest(tmp_path):
     assert len(digests) == 1
 
 
+@pytest.mark.slow
 def test_a_new_prompt_of_one_class_asks_that_class_alone(tmp_path):
     source = folder(tmp_path / "source", 4)
     with stub_endpoint(share=0.0) as stub:

@@ -179,6 +179,7 @@ def test_a_remote_place_without_images_or_out_of_reach_is_one_clear_error(remote
     refused(URI, r"cannot be reached: no route to \\x1b\[31mhost")
 
 
+@pytest.mark.slow
 def test_s3_with_flytes_credentials_reads_parts_of_a_parquet_file(source, tmp_path, monkeypatch):
     from s3fs.core import S3File
 

@@ -174,6 +174,7 @@ def test_a_redirect_to_what_is_no_url_is_that_records_end_and_not_the_shards(sit
     assert data(good) == png(7)
 
 
+@pytest.mark.slow
 def test_oversized_slow_and_wrong_answers_are_refused(site):
     limits = {"max_bytes": 100_000, "timeout_s": 2.5, "max_retries": 0}
     found = all_fetched(
@@ -319,6 +320,7 @@ def test_a_small_table_that_repeats_a_long_caption_is_refused_before_it_fills_me
         list(tables.rows(place, chosen, source))
 
 
+@pytest.mark.slow
 def test_the_shards_have_img2datasets_layout_and_are_read_as_such(site, tmp_path):
     table_of(
         tmp_path / "source" / "urls.parquet", [site.url("/ok/1.png"), site.url("/status/404"), site.url("/ok/2.png")]
