@@ -114,6 +114,7 @@ def test_a_stopped_run_resumes_and_equals_an_unbroken_one(tmp_path):
 MANY = [{"tag": "colors", "include": [], "prompt": f"prompt {i}"} for i in range(23)]
 
 
+@pytest.mark.slow
 def test_twenty_kills_lose_at_most_a_batch_each_and_write_nothing_again(tmp_path):
     """SIGKILL just before or just after a file takes its name, at random ones of all files that a run writes."""
     generate(Noise(), MANY, CONFIG, tmp_path / "whole", log=quiet)

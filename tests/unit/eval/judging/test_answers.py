@@ -94,6 +94,7 @@ def test_a_second_writer_is_refused_and_a_reader_is_not(tmp_path):
             Answers(tmp_path, write=True)
 
 
+@pytest.mark.slow
 def test_kills_at_random_points_lose_at_most_the_batch_under_way(tmp_path):
     def judge():
         with Answers(tmp_path, write=True) as answers:

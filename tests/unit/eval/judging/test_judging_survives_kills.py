@@ -66,6 +66,7 @@ def asked(log):
     return sum(map(int, log.read_text().split()))
 
 
+@pytest.mark.slow
 def test_twenty_kills_lose_at_most_a_batch_each_and_end_in_the_same_bytes(run, tmp_path):
     judge_run(run, tmp_path / "whole", {"detector": Killed(tmp_path / "once")}, CONFIG, log=quiet)
     rng, kills = random.Random(2), 0

@@ -447,6 +447,7 @@ def test_rows_that_are_still_on_their_way_are_waited_for(device):
     assert torch.equal(found, combine_rows(base, routed, gates_R, takers))
 
 
+@pytest.mark.slow
 def test_whole_model_with_kernels_equals_the_plain_one(device):
     pytest.importorskip("pydantic", reason="a model's configuration needs pydantic")
     from model.transformer import NucleusTransformer

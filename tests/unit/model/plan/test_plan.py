@@ -403,6 +403,7 @@ def test_every_ablation_is_planned(capsys, path):
     assert all(stage["fits"] for stage in json.loads(capsys.readouterr().out)["stages"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor, limit, planned", [(2.0, None, 2.0), (2.0, 1.5, 3.0), (4.0, 1.5, 4.0)])
 def test_token_choice_is_planned_at_its_limit_or_at_an_even_load(sections, factor, limit, planned):
     """4 experts: none can take more than every token."""

@@ -60,6 +60,7 @@ def made(monkeypatch) -> Counter:
     return counts
 
 
+@pytest.mark.slow
 def test_one_more_shard_costs_one_score_part_and_one_selections_part(tars, home, made):
     curate(tars)
     assert made == {"scores": 3, "selections": 3}

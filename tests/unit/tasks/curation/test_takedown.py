@@ -46,6 +46,7 @@ def kept(curated: Path) -> set[str]:
     return {name for part in read.parts() for name in read.selection(part)["locator"].to_pylist()}
 
 
+@pytest.mark.slow
 def test_records_are_left_out_by_id_key_and_file_with_a_rule_of_their_own(tmp_path):
     source = write_folder(tmp_path / "source", range(8))
     key = pd.read_parquet(curate(source) / "ledger.parquet").set_index("file")["key"]["p001.png"]

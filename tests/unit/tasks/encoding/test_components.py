@@ -339,6 +339,7 @@ def _hub_config(vae, text, **changes) -> ComponentsConfig:
     )
 
 
+@pytest.mark.slow
 def test_hub_components_are_laid_out_checked_and_load(hub_dirs, curated_dir, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -73,6 +73,7 @@ def score_files(artifact):
     return {name: (local(artifact) / name).read_bytes() for name in ("scorecard.json", "scores.parquet")}
 
 
+@pytest.mark.slow
 def test_parts_of_a_run_are_scored_as_the_whole_run(model):
     expected = scored_by(model, CONFIG, parts_per_seed=1)
     for parts_per_seed in (2, 5):

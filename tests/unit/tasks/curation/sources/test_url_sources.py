@@ -256,6 +256,7 @@ def test_an_image_that_forbids_its_use_is_refused_unless_the_recipe_says_otherwi
 # ---------------------------------------------------------------- the corpus
 
 
+@pytest.mark.slow
 def test_every_url_is_in_the_ledger_recovered_or_refused(site, tmp_path):
     site.addresses["inside.test"] = "192.168.0.1"
     wanted = [site.url(f"/ok/{i}.png", f"h{i % 4}.test") for i in range(40)]
