@@ -3,9 +3,10 @@
     python benchmarks/near_duplicates.py                       1M and 10M hashes of both kinds
     python benchmarks/near_duplicates.py --counts 100000 1000000 --shuffled
 
-Hashes are uniform at random. Of the records, 5% are copies of another in which up to 4 bits of pHash are flipped, 5% such
-copies by dHash, and 1% have the hashes of another. Every planted pair must be matched. A sample is compared by brute force
-with all of its pairs. With --shuffled the records are read in another order, and the result must be equal.
+Hashes are uniform at random. Of the records, 5% are copies of another in which up to 4 bits of pHash and up to 16 of dHash are
+flipped, 5% such copies with 4 of dHash and 16 of pHash, and 1% have the hashes of another. Every planted pair must be matched.
+A sample is compared by brute force with all of its pairs. With --shuffled the records are read in another order, and the result
+must be equal.
 """
 
 from __future__ import annotations
@@ -51,8 +52,11 @@ def make_hashes(count: int, path: Path, seed: int = 0) -> None:
             if kind in ("all", name) or name.startswith("phash256"):
                 hashes[name][copy] = hashes[name][of]
         if kind != "all":
-            for _ in range(4):  # the same bit twice flips none
-                hashes[kind][copy] ^= np.int64(1) << rng.integers(0, 63, len(copy))
+            other = "dhash" if kind == "phash" else "phash"
+            hashes[other][copy] = hashes[other][of]
+            for name, flips in ((kind, 4), (other, 16)):  # the same bit twice flips none
+                for _ in range(flips):
+                    hashes[name][copy] ^= np.int64(1) << rng.integers(0, 63, len(copy))
         pairs.append(np.stack([of, copy], axis=1))
     order = np.random.default_rng(seed + 1).permutation(count)
     with pq.ParquetWriter(path, SCHEMA) as writer:
