@@ -30,18 +30,18 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
+from block_inputs import Case, Inputs, make_inputs  # noqa: E402
 from block_steps import steps_between  # noqa: E402
 from measure import (  # noqa: E402
     Product,
@@ -54,8 +54,7 @@ from measure import (  # noqa: E402
 )
 
 from model import kernels  # noqa: E402
-from model.attention import attend, prepare_mask  # noqa: E402
-from model.rope import rope_angles, rope_tables  # noqa: E402
+from model.attention import attend  # noqa: E402
 from model.transformer import Block  # noqa: E402
 
 NO_DEVICE = 2
@@ -63,20 +62,6 @@ AGREEMENT = 0.1  # relative; routers of two implementations may choose otherwise
 # Variants, kinds of blocks and capacity factors: more than PyTorch's limit of 8, beyond which it silently runs uncompiled.
 COMPILED_VARIANTS = 64
 REFERENCE = "diffusers, eager"
-
-
-class Case(NamedTuple):
-    batch: int
-    tokens: int
-    capacity: float
-
-    @classmethod
-    def parse(cls, text: str) -> Case:
-        batch, tokens, capacity = text.split("x")
-        return cls(int(batch), int(tokens), float(capacity))
-
-    def __str__(self) -> str:
-        return f"{self.batch} samples of {self.tokens} tokens, capacity factor {self.capacity:g}"
 
 
 @dataclass(frozen=True)
@@ -175,47 +160,6 @@ def _diffusers_block(args: argparse.Namespace, case: Case, ours: Block) -> torch
         )
     theirs.load_state_dict(ours.state_dict(), assign=True)  # one copy of the weights for both
     return theirs.requires_grad_()
-
-
-def axes_of(args: argparse.Namespace) -> tuple[int, int, int]:
-    """The released (16, 56, 56) of 128, in proportion."""
-    head_dim = args.width // args.heads
-    axis = head_dim * 7 // 16 // 2 * 2
-    return head_dim - 2 * axis, axis, axis
-
-
-class Inputs(NamedTuple):
-    mask: Any  # of `prepare_mask`
-    x: torch.Tensor
-    time: torch.Tensor
-    text: torch.Tensor
-    text_weight: torch.Tensor
-    tables: tuple[torch.Tensor, torch.Tensor]
-    rotations: tuple[torch.Tensor, torch.Tensor]  # the same as complex numbers, as diffusers takes them
-    grad: torch.Tensor
-
-
-def make_inputs(args: argparse.Namespace, case: Case) -> Inputs:
-    axes = axes_of(args)
-    rows = max(d for d in range(1, math.isqrt(case.tokens) + 1) if case.tokens % d == 0)
-    shape = (1, rows, case.tokens // rows)
-
-    def randn(*size: int) -> torch.Tensor:
-        return torch.randn(*size, device=args.device).to(args.dtype)
-
-    angles = rope_angles(axes, shape, args.text, args.device)
-    x = randn(case.batch, case.tokens, args.width).requires_grad_()
-    keys = torch.ones(case.batch, case.tokens + args.text, dtype=torch.bool, device=args.device)
-    return Inputs(
-        prepare_mask(keys, x, args.width // args.heads),
-        x,
-        randn(case.batch, args.width).requires_grad_(),
-        randn(case.batch, args.text, args.text_dim),
-        torch.ones(args.text_dim, device=args.device, dtype=args.dtype),
-        rope_tables(axes, shape, args.text, torch.device(args.device)),
-        tuple(torch.polar(torch.ones_like(a), a) for a in angles),
-        randn(case.batch, case.tokens, args.width),
-    )
 
 
 def variants(

@@ -114,7 +114,7 @@ def urls_parquet_caption_page_of_1_gib(folder: Path, url: Callable[..., str]) ->
 
 @site("read", PATIENT)
 def sites_bodies_without_end(folder: Path, url: Callable[..., str]) -> None:
-    """All at a time, each from a host of its own: 3 GiB until each is over its limit."""
+    """All at once, each from another host: 3 GiB in all before each exceeds its limit."""
     _table(folder, [url("/endless", f"h{i}.test") for i in range(96)])
 
 

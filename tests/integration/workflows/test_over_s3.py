@@ -10,8 +10,8 @@ from pathlib import Path
 
 import boto3
 import pytest
-from conftest import ROOT, Home
 from object_store import OWN, s3_server
+from recipe_home import ROOT, Home
 from small_propeller import SmallPropeller, text
 
 from containers.lock import ROLES

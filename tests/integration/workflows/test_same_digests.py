@@ -10,7 +10,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import ROOT, Home, small_recipe
+from recipe_home import ROOT, Home, small_recipe
 
 from tasks.manifest import verify
 from tasks.trace import walk

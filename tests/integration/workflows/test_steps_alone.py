@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import Home
+from recipe_home import Home
 
 
 def last_paths(text: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""A task on a cluster downloads the lists of loose files of its own shards, and no others."""
+"""On a cluster, a task downloads the file lists of the shards it reads, and no other lists."""
 
 from __future__ import annotations
 
