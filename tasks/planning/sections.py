@@ -17,6 +17,7 @@ from tasks.recipe import Recipe
 Hop = Literal["source", "curated", "encoded", "checkpoints", "merged", "scorecard", "pipeline"]
 HOPS: tuple[Hop, ...] = get_args(Hop)
 PHONE_FORMATS = ("AVIF", "HEIF")
+ANY_ASPECT_RATIO = 1e6
 OWN_CAPTION_WORDS = 60  # with the tokens of the chat format they fit in 64
 
 
@@ -143,13 +144,16 @@ def check_tiers(images_by_tier: dict[str, int], stages: list[Stage]) -> None:
 def for_own_images(recipe: Recipe) -> Recipe:
     """The recipe, with limits lifted that are set for rendered scenes: captions may have up to 60 words (or as many as fit
     in encoding.max_text_tokens), the PSNR of a small VAE on photographs is reported, not required, images of every shape
-    are encoded, and AVIF and HEIC, which phones write, are kept if the recipe names no formats. Scored by held-out captions
+    are encoded, and also kept if the recipe sets no max_aspect_ratio, as are AVIF and HEIC, which phones write, if it names no
+    formats. Scored by held-out captions
     of these images, where it would be scored by coloured shapes."""
     words = max(recipe.curation.captions.max_words, min(OWN_CAPTION_WORDS, recipe.encoding.max_text_tokens - 4))
     captions = recipe.curation.captions.model_copy(update={"max_words": words})
     filters = recipe.curation.filters
     if "formats" not in filters.model_fields_set:
         filters = filters.model_copy(update={"formats": (*filters.formats, *PHONE_FORMATS)})
+    if "max_aspect_ratio" not in filters.model_fields_set:
+        filters = filters.model_copy(update={"max_aspect_ratio": ANY_ASPECT_RATIO})
     return recipe.model_copy(
         update={
             "curation": recipe.curation.model_copy(update={"captions": captions, "filters": filters}),

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
 import pytest
 from diskcache import Cache
 from flyteidl.core import literals_pb2
+from PIL import Image
 
 from eval import catalog
 from tasks import store
+from tasks.curation import flow
+from tasks.curation.config import SourceConfig
+from tasks.curation.curated import open_curated
 from tasks.manifest import seal, writing
 from tasks.planning import local_cache
 from tasks.planning.local_run import check_directories
@@ -34,7 +39,8 @@ def test_own_images_keep_long_captions_and_every_shape_and_need_no_psnr_and_chan
     check_workflow(own)
     parts = {name: getattr(recipe, name) for name in ("curation", "components", "encoding", "eval")}
     assert own.model_copy(update=parts) == recipe
-    assert own.curation.filters == recipe.curation.filters.model_copy(update={"formats": own.curation.filters.formats})
+    lifted = {"formats": own.curation.filters.formats, "max_aspect_ratio": 1e6}
+    assert own.curation.filters == recipe.curation.filters.model_copy(update=lifted)
     assert set(own.curation.filters.formats) > set(recipe.curation.filters.formats)  # those of phones
     assert own.components.vae == recipe.components.vae
 
@@ -215,3 +221,22 @@ def test_own_images_may_be_of_the_formats_of_phones_unless_the_recipe_names_form
     assert own.curation.filters.formats == ("JPEG", "PNG", "WEBP", "AVIF", "HEIF")
     named = for_own_images(load_recipe("smoke", ["curation.filters.formats=[PNG]"]))
     assert named.curation.filters.formats == ("PNG",)
+
+
+@pytest.mark.parametrize("recipe", ["smoke", "tiny"])
+def test_own_images_of_any_shape_are_kept_unless_a_limit_is_set(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
+    sizes = [(800, 200), (200, 1300), (640, 100), (300, 300)]
+    source = tmp_path / "images"
+    source.mkdir()
+    noise = np.random.default_rng(0)
+    for i, (width, height) in enumerate(sizes):
+        pixels = noise.integers(0, 255, (height // 20, width // 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).save(source / f"{i}.png")
+        (source / f"{i}.txt").write_text(f"picture {i}")
+    kept = {}
+    for name, overrides in (("any", []), ("limited", ["curation.filters.max_aspect_ratio=3"])):
+        curation = for_own_images(load_recipe(recipe, overrides)).curation
+        directory, _ = flow.curate_source(SourceConfig(), str(source), curation)
+        kept[name] = sum(part.rows for part in open_curated(directory).parts())
+    assert kept == {"any": 4, "limited": 1}
