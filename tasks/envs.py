@@ -194,7 +194,7 @@ def tables(role: str) -> dict[str, Any]:
 
 
 def gpu_single(role: str, reads_hub: bool = False) -> dict[str, Any]:
-    """Options of a task on one accelerator. The others decode images of strangers, and have no token that could leak."""
+    """Options of a task on one accelerator, with the Hub's token only for tasks that read the Hub (docs/security.md)."""
     options = _options(role, "gpu_single", PROFILE.gpu, gpu=_gpus(1)) | _hub_secret(reads_hub)
     if _gpus(1):
         options["environment"] = options["environment"] | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
