@@ -302,7 +302,7 @@ def test_a_checkpoint_of_an_early_python_3_11_has_the_bytes_of_others_and_is_loa
 def test_getattr_reads_nothing_but_members_of_metadatas_enums(tmp_path):
     call = b"(ctorch.distributed.checkpoint.metadata\nMetadata\nS'__init__'\ntR."
     (tmp_path / METADATA).write_bytes(b"cbuiltins\ngetattr\n" + call)
-    with pytest.raises(ValueError, match="which is no enum"):
+    with pytest.raises(ValueError, match="which is not an enum"):
         CheckpointReader(tmp_path).read_metadata()
 
 
