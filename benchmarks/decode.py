@@ -12,7 +12,9 @@ in turns with this one.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -56,21 +58,19 @@ def passes_of() -> Callable[[bytes], object]:
     from tasks.curation.config import CurationConfig
 
     config = CurationConfig()
-    try:
-        from tasks.curation.scoring import score
+    for name in ("tasks.curation.scoring.score", "tasks.curation.score"):  # the second before 2026-11-29
+        with contextlib.suppress(ImportError):
+            score = importlib.import_module(name)
+            score._load_libraries()
+            return lambda data: (hashlib.sha256(data).hexdigest(), score.measure(data, config, whole=False))
+    curate, dedup = (importlib.import_module(f"tasks.curation.{name}") for name in ("curate", "dedup"))
 
-        score._load_libraries()
-        return lambda data: (hashlib.sha256(data).hexdigest(), score.measure(data, config, whole=False))
-    except ImportError:
-        from tasks.curation import curate
-        from tasks.curation.decisions import dedup
+    def run(data: bytes) -> None:
+        hashlib.sha256(data).hexdigest()
+        _, sample = curate.score_record(data, [], config)
+        dedup.thumbnail(sample.image, config.dedup.thumbnail_px)
 
-        def run(data: bytes) -> None:
-            hashlib.sha256(data).hexdigest()
-            _, sample = curate.score_record(data, [], config)
-            dedup.thumbnail(sample.image, config.dedup.thumbnail_px)
-
-        return run
+    return run
 
 
 def shares(sizes: list[int], rounds: int) -> dict[int, list[tuple[float, float]]]:

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import gzip
 import ipaddress
-import re
 import socket
 import threading
 import time
@@ -338,7 +337,7 @@ def download(name: str, folder: str, out: Path) -> str:
     rules: Counter[str] = Counter()
     for part in parts:
         for path in part.glob("*.parquet"):
-            if not re.fullmatch(r"shards\.parquet", path.name):
+            if path.name != "shards.parquet":
                 rules.update(pq.read_table(path, columns=["rule"])["rule"].to_pylist())
     assert total.records == report["images"] == sum(rules.values())
     found = ", ".join(f"{count} x {rule or 'downloaded'}" for rule, count in rules.most_common())

@@ -114,7 +114,7 @@ def match(pictures: list[Image.Image], config: DedupConfig | None = None) -> Mat
     matched = [tuple(versions[n][:2] for n in sorted(group)) for group in groups]
     count = len(pictures) - len(flat)
     return Matches(
-        count, {name: hit / count for name, hit in hits.items()}, [(a, b) for a, b in matched if a[0] != b[0]]
+        count, {name: hit / max(count, 1) for name, hit in hits.items()}, [(a, b) for a, b in matched if a[0] != b[0]]
     )
 
 
@@ -170,6 +170,8 @@ def main() -> int:
             sys.exit(f"error: {folder} has no JPEG or PNG file of at least {SIDE_PX} px")
         cut = [tile for picture in pictures for tile in tiles(picture, options.tile)]
     result = match(cut)
+    if not result.count:
+        sys.exit(f"error: all {len(cut)} tiles are flat")
     print(
         f"{len(pictures)} pictures, {len(cut)} tiles of {options.tile} px, of which {len(cut) - result.count} are flat"
     )

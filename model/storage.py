@@ -261,14 +261,6 @@ def upload(source: Path, target: str) -> None:
     fs.put_file(str(source), where)
 
 
-def download(source: str, target: Path) -> None:
-    """Copies a remote file to a local path, atomically."""
-    fs, where = filesystem(source)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as temporary:
-        fs.get_file(where, str(temporary))
-
-
 def is_left_out(name: str, without: tuple[str, ...]) -> bool:
     """Whether a path inside a folder matches `without`: endings of names (".tar"), and folders ("files/")."""
     folders = (pattern for pattern in without if pattern.endswith("/"))

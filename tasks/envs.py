@@ -30,7 +30,7 @@ logging.getLogger("flytekit").addFilter(
 
 CACHE_VERSIONS = {
     "urls": "2",
-    "records": "8",
+    "records": "9",
     "scores": "9",
     "captions": "1",
     "curation": "7",

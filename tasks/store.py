@@ -236,8 +236,9 @@ def _download_rest(part: Part, path: Path, without: tuple[str, ...]) -> None:
 
 def _download_into(directory: Path, name: str, uri: str) -> None:
     temporary = directory.with_name(f".file-{uuid.uuid4().hex}")  # not inside: a kill would leave an added file there
+    filesystem, source = storage.filesystem(storage.join(uri, name))
     try:
-        storage.download(storage.join(uri, name), temporary)
+        filesystem.get_file(source, str(temporary))
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(temporary, directory / name)
     finally:
@@ -272,7 +273,10 @@ def fetch_file(directory: Path, name: str) -> Path | None:
             return None
         _download_into(root, inside, FETCHED_FROM[root])
     if (digest := _digest_of(path, path.stat().st_mtime_ns)) != wanted:
-        where = storage.join(FETCHED_FROM[root], inside) if root in FETCHED_FROM else path
+        where: Path | str = path
+        if root in FETCHED_FROM:  # another attempt downloads it again
+            path.unlink()
+            where = storage.join(FETCHED_FROM[root], inside)
         raise ValueError(f"{where} was changed: its SHA-256 is {digest}, not {wanted}")
     return path
 

@@ -334,11 +334,11 @@ def lineage_rows(directories: list[str | os.PathLike]) -> list[dict[str, Any]]:
     Nothing is verified. An ancestor that is gone is still named, by the digest in its child.
     """
     rows: dict[str, dict[str, Any]] = {}
-    todo = [str(directory) for directory in directories if (Path(directory) / MANIFEST).is_file()]
+    paths = [str(directory) for directory in directories if (Path(directory) / MANIFEST).is_file()]
+    todo = [(path, sealed.load(path)) for path in paths]
     search: _Search | None = None
     while todo:
-        path = todo.pop(0)
-        manifest = sealed.load(path)
+        path, manifest = todo.pop(0)
         rows[manifest.digest] = {
             "kind": manifest.kind,
             "digest": manifest.digest,
@@ -351,7 +351,8 @@ def lineage_rows(directories: list[str | os.PathLike]) -> list[dict[str, Any]]:
                 continue
             rows[parent.digest] = {"kind": parent.kind, "digest": parent.digest, "counts": {}, "code_version": ""}
             try:
-                todo.append(search.find(parent, path))
+                location = search.find(parent, path)
+                todo.append((location, sealed.load(location)))
             except ValueError:
                 continue
     order = {kind: i for i, kind in enumerate(reversed(KINDS))}

@@ -13,6 +13,7 @@ run for each stage, which attempts continue. WANDB_PROJECT is "nucleus" by defau
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from dataclasses import dataclass, field
@@ -124,10 +125,10 @@ class StageMetrics(MetricsProcessor):
                 file.write(json.dumps(self.last) + "\n")
             self._print_progress(step, loss, rates["images_per_s"], now)
 
-    def note(self, text: str) -> None:
-        """Prints a message on rank 0."""
+    def note(self, text: str, level: int = logging.INFO) -> None:
+        """Logs a message on rank 0."""
         if dist.get_rank() == 0:
-            logger.info(f"[{self.config.label}] {text}")
+            logger.log(level, f"[{self.config.label}] {text}")
 
     def _print_progress(self, step: int, loss: float, images_per_s: float, now: float) -> None:
         total = self.config.total_steps

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -268,7 +269,7 @@ class NucleusTrainer(Trainer):
     def _note_skipped(self, reason: str) -> None:
         config, guard = self.config, self.guard
         window = f"{guard.recently_skipped} of the last {len(guard.recent)} steps were skipped"
-        self.metrics_processor.note(f"step {self.step} skipped: {reason}; {window}")
+        self.metrics_processor.note(f"step {self.step} skipped: {reason}; {window}", logging.WARNING)
         if not guard.exhausted:
             return
         plan = self.dataloader.order.batch(self.step - 1)  # of all ranks

@@ -33,5 +33,5 @@ def wait_s(retry: int, after_s: float | None) -> float:
         retry: from 0.
         after_s: that the server asks for at least, see `retry_after_s`.
     """
-    backoff_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**retry)
+    backoff_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(retry, 10))
     return max(after_s or 0.0, backoff_s * random.uniform(0.5, 1.0))  # noqa: S311  (spreads retries)

@@ -156,6 +156,7 @@ def for_own_images(recipe: Recipe) -> Recipe:
         filters = filters.model_copy(update={"max_aspect_ratio": ANY_ASPECT_RATIO})
     return recipe.model_copy(
         update={
+            "source": recipe.source.model_copy(update={"scenes": 0, "digits": 0, "made": {}}),
             "curation": recipe.curation.model_copy(update={"captions": captions, "filters": filters}),
             "components": recipe.components.model_copy(update={"min_psnr_db": 0.0}),
             "encoding": recipe.encoding.model_copy(update={"shapes": "data"}),

@@ -116,10 +116,11 @@ class Record(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What the readers need of a recipe: `source.encoding` and `source.caption_columns`."""
+    """What the readers need of a recipe's `source`."""
 
     encoding: str | None = None
     caption_columns: tuple[str, ...] = ()
+    captions_folder: str | None = None
 
 
 class Account:

@@ -35,7 +35,7 @@ class Corpus:
                 raise ValueError(f"{directory} is not a corpus: it has no {name}")
         self.report = json.loads((self.directory / REPORT).read_text())
         options = self.report["options"]
-        self._options = Options(options["encoding"], tuple(options["caption_columns"]))
+        self._options = Options(**options | {"caption_columns": tuple(options["caption_columns"])})
 
     def account(self) -> Account:
         """What the scan counted. With the accounts of all shards it is the account of the source."""

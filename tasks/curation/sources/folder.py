@@ -128,12 +128,10 @@ MAX_DEPTH, MAX_IMAGE_FOLDERS = 64, 4  # of a path; hostile ones repeat a name th
 def caption_folders(path: str, configured: str | None) -> list[str]:
     """Where the captions of the images in folder `path` may be: images/train -> captions/train, and so on."""
     parts = path.split("/") if path else []
-    if len(parts) > MAX_DEPTH:
-        return []
     places: list[str] = []
     if configured is not None:
         places += ["/".join([configured, *parts]), "/".join([configured, *parts[1:]])]
-    else:
+    elif len(parts) <= MAX_DEPTH:
         image_folders = [i for i, part in enumerate(parts) if part.casefold() in IMAGE_FOLDERS]
         for i in image_folders[-MAX_IMAGE_FOLDERS:]:
             places += ["/".join([*parts[:i], name, *parts[i + 1 :]]) for name in CAPTION_FOLDERS]

@@ -14,6 +14,7 @@ import json
 import os
 import tempfile
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ from tasks.curation.sources.places import Folder, Place, RemotePlace
 logger = get_logger(__name__)
 
 PROGRESS_S = 5.0
+LISTINGS = 8  # of folders, kept while folders of captions are sought
 TABLE_ROWS = 1000  # of shards.parquet, written at a time
 NO_IMAGE_COLUMN = "without image bytes"
 VALID = (
@@ -148,11 +150,11 @@ class TableWriter:
 class _Scan:
     def __init__(self, config: SourceConfig, place: Place, table: TableWriter, scratch: Path) -> None:
         self.config, self.place, self.table, self.scratch = config, place, table, scratch
-        self.options = Options(config.encoding, config.caption_columns)
+        self.options = Options(config.encoding, config.caption_columns, config.captions_folder)
         self.account = Account()
         self.in_tars = Account()  # of tars without images; those with images are counted when they are read
         self._files, self._report_at = 0, time.monotonic() + PROGRESS_S
-        self._listed_at, self._names = "", None  # the folder whose folders were looked at last
+        self._inside: OrderedDict[str, dict[str, list[str]]] = OrderedDict()  # see `_folders_in`
 
     def run(self) -> None:
         texts = self.config.captions_folder
@@ -275,14 +277,25 @@ class _Scan:
         """A folder by its path in any case of letters, unless two differ in that alone."""
         at = ""
         for part in path.split("/"):
-            if self._listed_at != at or self._names is None:
-                self._names, self._listed_at = (self.place.folder(at) if at else self.place.root()), at
-            names = self._names.folders if self._names is not None else []
-            same = [part] if part in names else [name for name in names if fold(name) == fold(part)]
-            if len(same) != 1:
+            same = self._folders_in(at).get(fold(part), [])
+            if part not in same and len(same) != 1:
                 return None
-            at = f"{at}/{same[0]}" if at else same[0]
+            name = part if part in same else same[0]
+            at = f"{at}/{name}" if at else name
         return self.place.folder(at)
+
+    def _folders_in(self, path: str) -> dict[str, list[str]]:
+        """Name in one case -> names of folders. Those of the few paths that were asked for last are kept."""
+        if path not in self._inside:
+            listing = self.place.folder(path) if path else self.place.root()
+            by_fold: dict[str, list[str]] = {}
+            for name in listing.folders if listing is not None else ():
+                by_fold.setdefault(fold(name), []).append(name)
+            self._inside[path] = by_fold
+            if len(self._inside) > LISTINGS:
+                self._inside.popitem(last=False)
+        self._inside.move_to_end(path)
+        return self._inside[path]
 
     def _file(self, path: str, size: int, texts: list[str], captions: list[str], why: str) -> File:
         self._files += 1

@@ -40,7 +40,7 @@ from tasks.curation.sources.captions.caption_text import (
 )
 from tasks.curation.sources.captions.metadata_files import MAX_BYTES as MAX_METADATA_BYTES
 from tasks.curation.sources.captions.metadata_files import Listed, is_metadata
-from tasks.curation.sources.captions.pairing import Rivals, fold, pair
+from tasks.curation.sources.captions.pairing import Rivals, fold, key_of, pair
 from tasks.curation.sources.folder import caption_folders
 from tasks.curation.sources.places import HIDDEN, LINK, NOT_A_FILE, Place
 from tasks.curation.sources.tar_format import Forward, Member, TarError
@@ -58,6 +58,9 @@ class Sample(NamedTuple):
     captions: list[str]
     problem: str
     detail: str
+
+
+NO_COLUMN = "\0"  # begins the detail of a sample whose table has no captions
 
 
 Beside = dict[
@@ -181,10 +184,10 @@ def _of_folder(
         repeats[member.name] += 1
         place = member.name + (f"#{repeats[member.name]}" if repeats[member.name] > 1 else "")
         captions, ambiguous, no_column = listed.match([path], rivals.of(path))
-        if no_column and not one.texts:
-            raise ValueError(no_column)
         why = one.ambiguous or ambiguous
         detail = f"{shown}:{visible(place)}: {why}" if why else ""
+        if no_column and not one.texts and not captions and not why:
+            detail = NO_COLUMN + no_column  # unless a parallel folder has its captions
         yield Sample(member, place, [members[j] for j in one.texts], captions, AMBIGUOUS_CAPTION if why else "", detail)
 
 
@@ -197,21 +200,27 @@ def _with_parallel(
         for at, sample in enumerate(samples):
             if not sample.texts and not sample.captions and not sample.problem:
                 bare.setdefault(posixpath.dirname(_plain(sample.image.name)), []).append(at)
-    by_fold: dict[str, list[str]] = {}
+    by_key: dict[str, dict[str, list[Member]]] = {}  # folder -> key -> texts
+    spellings: dict[str, list[str]] = {}
     for folder, texts in loose.items():
+        for text in texts:
+            by_key.setdefault(folder, {}).setdefault(fold(key_of(base_name(text.name))), []).append(text)
         if texts:
-            by_fold.setdefault(fold(folder), []).append(folder)
+            spellings.setdefault(fold(folder), []).append(folder)
     used: set[str] = set()
     for folder, images in bare.items():
         sources: dict[int, list[tuple[str, list[Member], str]]] = {}
-        for path in caption_folders(folder, None):
-            for other in by_fold.get(fold(path), ()):
-                texts = loose[other]
-                names = [base_name(samples[at].image.name) for at in images] + [base_name(text.name) for text in texts]
-                for i, found in pair(names, options.caption_columns).items():
-                    if found.texts or found.ambiguous:
-                        own = [texts[j - len(images)] for j in found.texts]
-                        sources.setdefault(images[i], []).append((other, own, found.ambiguous))
+        keys = dict.fromkeys(fold(key_of(base_name(samples[at].image.name))) for at in images)
+        for path in caption_folders(folder, options.captions_folder):
+            same = [path] if path in by_key else spellings.get(fold(path), [])
+            texts = [text for key in keys for text in by_key[same[0]].get(key, ())] if len(same) == 1 else []
+            if not texts:
+                continue
+            names = [base_name(samples[at].image.name) for at in images] + [base_name(text.name) for text in texts]
+            for i, one in pair(names, options.caption_columns).items():
+                if one.texts or one.ambiguous:
+                    own = [texts[j - len(images)] for j in one.texts]
+                    sources.setdefault(images[i], []).append((same[0], own, one.ambiguous))
         for at, candidates in sources.items():
             used.update(text.name for _, texts, _ in candidates for text in texts)
             _, texts, why = candidates[0]
@@ -219,6 +228,9 @@ def _with_parallel(
                 why = f"{' and '.join(visible(other) for other, _, _ in candidates[:2])} both have captions of it"
             problem, detail = (AMBIGUOUS_CAPTION, f"{shown}:{visible(samples[at].place)}: {why}") if why else ("", "")
             samples[at] = samples[at]._replace(texts=texts, problem=problem, detail=detail)
+    for sample in samples:
+        if sample.detail.startswith(NO_COLUMN):
+            raise ValueError(sample.detail.removeprefix(NO_COLUMN))
     for texts in loose.values():
         for text in texts:
             if text.name in used:

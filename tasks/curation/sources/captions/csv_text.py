@@ -63,6 +63,11 @@ def header(line: str, delimiter: str) -> list[str]:
         return []
 
 
+def delimiter_of(first: str, usual: str, fits: Callable[[list[str]], bool]) -> str:
+    """The delimiter by which a first line is a header that `fits`; the usual one if none is."""
+    return next((one for one in (usual, ",", ";", "\t") if fits(header(first, one))), usual)
+
+
 class Checks:
     """What shows in a row that it was not meant so.
 

@@ -274,10 +274,7 @@ def _utf8(shown: str, data: bytes, encoding: str | None) -> bytes:
 
 def _csv_rows(shown: str, text: bytes, delimiter: str, wanted: tuple[str, ...], table: _File) -> Iterator[Row]:
     first = text.lstrip(b"\r\n").split(b"\n", 1)[0].split(b"\r", 1)[0].decode("utf-8")
-    for other in (delimiter, ",", ";", "\t"):
-        if _name_column(csv_text.header(first, other)):
-            delimiter = other
-            break
+    delimiter = csv_text.delimiter_of(first, delimiter, lambda header: bool(_name_column(header)))
     file = io.TextIOWrapper(io.BytesIO(text), "utf-8", newline="")
     parsed = csv_text.rows(shown, file, delimiter, "divide it by folders")
     _, columns = next(parsed, (0, []))

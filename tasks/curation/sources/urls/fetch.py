@@ -217,8 +217,8 @@ class Fetcher:
 
         async with host.slots:
             loop = asyncio.get_running_loop()
-            while (wait_s := host.next_at - loop.time()) > 0:
-                await asyncio.sleep(wait_s)
+            while (left_s := host.next_at - loop.time()) > 0:
+                await asyncio.sleep(left_s)
             host.next_at = loop.time() + host.delay_s
             try:
                 async with self._requests, asyncio.timeout(self.config.timeout_s):

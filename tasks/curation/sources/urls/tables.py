@@ -29,6 +29,7 @@ from tasks.curation.sources.urls.network import MAX_URL_CHARS
 
 SUFFIXES = ("parquet", "csv", "tsv")
 DECODED_BYTES = 2**20  # at a time, to see whether a table is UTF-8
+BLANK_LINES = 100  # before the header
 REMEDY = "divide it, or write it as Parquet"
 MAX_RANGE_CHARS = 64 * 2**20  # of the URLs and captions of a shard, which are in memory while it is downloaded
 
@@ -182,11 +183,13 @@ def _csv_cells(place: Place, name: str, config: SourceConfig) -> Iterator[list[s
 def _delimiter(text: TextIO, name: str, config: SourceConfig) -> str:
     """The one by which the first line has a column of URLs; that of the file's name if none has."""
     assert config.urls is not None
-    first, wanted = text.readline(csv_text.MAX_ROW_BYTES), column_name(config.urls.column)
+    wanted = column_name(config.urls.column)
+    first = next(
+        (line for _ in range(BLANK_LINES) if (line := text.readline(csv_text.MAX_ROW_BYTES)).strip("\r\n")), ""
+    )
     text.seek(0)
     usual = "\t" if extension(base_name(name)) == "tsv" else ","
-    fitting = [d for d in (usual, ",", ";", "\t") if wanted in map(column_name, csv_text.header(first, d))]
-    return next(iter(fitting), usual)
+    return csv_text.delimiter_of(first, usual, lambda header: wanted in map(column_name, header))
 
 
 def _is_url(field: str) -> bool:

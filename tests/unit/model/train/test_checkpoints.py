@@ -318,3 +318,11 @@ def test_a_checkpoint_that_was_cut_off_is_noticed_by_its_lengths(tmp_path):
     file.write_bytes(whole)
     (tmp_path / "step-1" / METADATA).write_bytes(b"cut")
     assert incomplete_files(tmp_path / "step-1") == [METADATA]
+
+
+@pytest.mark.parametrize("name", ["__members__", "mro", "_missing_"])
+def test_getattr_reads_no_other_attribute_of_an_enum(tmp_path, name):
+    call = f"(ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\nS'{name}'\ntR.".encode()
+    (tmp_path / METADATA).write_bytes(b"cbuiltins\ngetattr\n" + call)
+    with pytest.raises(ValueError, match=f"'{name}'$"):
+        CheckpointReader(tmp_path).read_metadata()
