@@ -138,7 +138,7 @@ class Found(NamedTuple):
 
 
 def find(entries: Sequence[str], places: Sequence[str]) -> list[Found]:
-    """What each record of the list was used for.
+    """Finds the uses of each record of the list.
 
     Raises:
         ValueError: there are no artifacts.
@@ -149,7 +149,7 @@ def find(entries: Sequence[str], places: Sequence[str]) -> list[Found]:
 
 
 def _near_duplicates(entries: Sequence[str], uses: dict[str, list[Use]]) -> dict[str, set[tuple[str, str]]]:
-    """Of each entry, the records that a ledger left out for it, and the one that it was left out for."""
+    """For each entry, the records that a ledger left out in its favour, and the one for which it was left out."""
     ledgers = {use.uri for record_uses in uses.values() for use in record_uses if use.kind == "curated"}
     near: dict[str, set[tuple[str, str]]] = {}
     wanted = set(entries)
@@ -178,7 +178,7 @@ def _ledger(uri: str, rule: str | None) -> Iterator[dict[str, str]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tasks.curation.takedown", description=__doc__.split("\n\n")[0])
     parser.add_argument("list", help="a file or URI with one record a line")
-    parser.add_argument("places", nargs="+", help="NUCLEUS_HOME, NUCLEUS_STORE, or a place of published pipelines")
+    parser.add_argument("places", nargs="+", help="NUCLEUS_HOME, NUCLEUS_STORE, or published pipelines")
     parser.add_argument("--json", action="store_true", help="one JSON object for each record of the list")
     options = parser.parse_args(arguments)
     try:

@@ -114,7 +114,7 @@ class Record(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What the readers need of a recipe's `source`."""
+    """The settings of a recipe's `source` that readers need."""
 
     encoding: str | None = None
     caption_columns: tuple[str, ...] = ()

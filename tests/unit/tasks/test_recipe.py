@@ -248,7 +248,7 @@ def test_all_mistakes_are_in_the_one_message(small):
             ["model.joint_attention_dim=64"],
             ["model.joint_attention_dim=64 must be components.text_encoder.hidden_size=32"],
         ),
-        (["encoding.hidden_state_index=-10"], ["encoding.hidden_state_index=-10 must lie above"]),
+        (["encoding.hidden_state_index=-10"], ["encoding.hidden_state_index=-10 must be above"]),
         (["merge.last_n=20"], ["merge.last_n=20 must be at most train.keep_checkpoints=16"]),
         (["train.stages[1].image_size_px=32"], ["train: image_size_px must not fall", "[64, 32]"]),
         (["train.stages[1].name=one"], ["train: stages must have different names"]),
