@@ -1,4 +1,5 @@
-"""Near duplicates among real photographs: the share of edited copies that is matched, and pairs of different pictures that are.
+"""Near duplicates among real photographs: the share of edited copies that match, and pairs of different pictures that
+match.
 
     python benchmarks/real_photographs.py                 photographs among Debian's wallpapers, fetched with `apt-get download`
     python benchmarks/real_photographs.py FOLDER          the JPEG and PNG files below FOLDER
@@ -62,7 +63,7 @@ def with_logo(image: Image.Image) -> bytes:
     return encoded(marked, "PNG")
 
 
-# Edit -> (how, the share of pictures whose copy must be matched)
+# Edit -> (function, the share of pictures whose copy must match)
 EDITS: dict[str, tuple[Callable[[Image.Image], bytes], float]] = {
     "jpeg 75": (lambda image: encoded(image, "JPEG", quality=75), 0.95),
     "jpeg 50": (lambda image: encoded(image, "JPEG", quality=50), 0.95),
@@ -76,7 +77,7 @@ EDITS: dict[str, tuple[Callable[[Image.Image], bytes], float]] = {
 
 class Matches(NamedTuple):
     count: int  # pictures that are not flat
-    recall: dict[str, float]  # of each edit among them
+    recall: dict[str, float]  # share of them that match their copy, by edit
     wrong: list[tuple[tuple[int, str], tuple[int, str]]]  # matched pairs of different pictures: (picture, edit or "")
 
 

@@ -1,4 +1,4 @@
-"""The only scan of a user's own images: from a folder, file or URI to the table of a corpus.
+"""Scans a user's own images: from a folder, file or URI to the table of a corpus.
 
     place.walk() --1--> metadata files -> Listed
                  --2--> tars, Parquet, Arrow -> a shard each, or several
@@ -56,7 +56,7 @@ logger = get_logger(__name__)
 
 PROGRESS_S = 5.0
 LISTINGS = 8  # of folders, kept while folders of captions are sought
-TABLE_ROWS = 1000  # of shards.parquet, written at a time
+TABLE_ROWS = 1000  # rows of shards.parquet written at a time
 NO_IMAGE_COLUMN = "without image bytes"
 VALID = (
     f"give a folder of images (.{', .'.join(IMAGE_EXTENSIONS[:5])} ...) with captions beside them, WebDataset tars, "
@@ -152,7 +152,7 @@ class _Scan:
         self.config, self.place, self.table, self.scratch = config, place, table, scratch
         self.options = Options(config.encoding, config.caption_columns, config.captions_folder)
         self.account = Account()
-        self.in_tars = Account()  # of tars without images; those with images are counted when they are read
+        self.in_tars = Account()  # account of tars without images; those with images are counted when they are read
         self._files, self._report_at = 0, time.monotonic() + PROGRESS_S
         self._inside: OrderedDict[str, dict[str, list[str]]] = OrderedDict()  # see `_folders_in`
 
@@ -186,7 +186,7 @@ class _Scan:
                     self.account.skip(reason_of(name), listing.at(name))
 
     def _is_data(self, listing: Folder, name: str) -> bool:
-        """Whether a metadata.parquet has the images themselves."""
+        """Whether a metadata.parquet contains the images themselves."""
         if extension(name) != "parquet":
             return False
         shown = self.place.shown(listing.at(name))
@@ -194,7 +194,7 @@ class _Scan:
             return parquet.tables.columns_of(opened.schema_arrow, ()) is not None
 
     def _loose(self) -> Iterator[File]:
-        """The loose images; on the way, shards of everything else, and the account."""
+        """Yields the loose images; also adds shards of all other files, and counts them."""
         for listing in self.place.walk():
             for reason, path in listing.left_out:
                 self.account.skip(reason, path)
@@ -253,7 +253,7 @@ class _Scan:
     def _take_parallel(
         self, listing: Folder, bare: list[str], rows: dict[str, tuple[list[str], list[str], str]]
     ) -> None:
-        """Gives images without captions those of a parallel folder."""
+        """Assigns captions of a parallel folder to images without captions."""
         if not bare or self.place.alone is not None:
             return
         sources: dict[str, list[tuple[str, list[str], str]]] = {}
@@ -274,7 +274,7 @@ class _Scan:
             rows[image] = candidates[0][1], [], why
 
     def _folder(self, path: str) -> Folder | None:
-        """A folder by its path in any case of letters, unless two differ in that alone."""
+        """A folder by its path, ignoring case unless two folders differ only in case."""
         at = ""
         for part in path.split("/"):
             same = self._folders_in(at).get(fold(part), [])
@@ -308,7 +308,7 @@ class _Scan:
                 text_size = self.place.size(text)
                 sidecars.append((text, text_size, "" if folder.too_large(text, text_size) else self.place.digest(text)))
         with _naming(self.place.shown(path)):
-            digest = self.place.digest(path) if size <= MAX_IMAGE_BYTES else ""  # what is never read
+            digest = self.place.digest(path) if size <= MAX_IMAGE_BYTES else ""  # entries that are never read
         detail = f"{self.place.shown(path)}: {why}" if why else ""
         return File(path, size, digest, tuple(sidecars), tuple(captions), AMBIGUOUS_CAPTION if why else "", detail)
 
@@ -404,7 +404,7 @@ class _Scan:
 
 
 class _naming:
-    """Errors of the disk or the store become one with the name of the file."""
+    """Converts errors of the disk or the store to one that names the file."""
 
     def __init__(self, shown: str) -> None:
         self._shown = shown
@@ -420,7 +420,7 @@ class _naming:
 
 
 def _names_beside(listing: Folder, path: str, member: str) -> list[str]:
-    """The paths by which a table beside a tar may name one of its members."""
+    """The paths by which a table beside a tar may refer to one of its members."""
     tar = base_name(path)
     stem = next(
         tar[: -len(suffix)] for suffix in sorted(TAR_SUFFIXES, key=len, reverse=True) if tar.lower().endswith(suffix)

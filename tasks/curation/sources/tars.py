@@ -1,7 +1,7 @@
 """Tars of images with captions beside them (WebDataset), or in a metadata file inside or beside the tar.
 
-Nothing is extracted to disk under a member's name. A compressed tar is decompressed to a temporary file when it is read,
-within the bounds of tar_format.py, so that a caption far from its image costs a seek.
+No member is extracted to disk under its name. A compressed tar is decompressed to a temporary file when it is read,
+within the bounds of tar_format.py, so that a caption far from its image costs only a seek.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ Beside = dict[
 
 
 def samples(shown: str, file: BinaryIO, options: Options, account: Account) -> list[Sample]:
-    """The images of a tar in the order of their bytes; reads headers and metadata files, forward only.
+    """The images of a tar in the order of the archive; reads headers and metadata files, forward only.
 
     Raises:
-        ValueError: naming the tar, and what is wrong with it or with a metadata file in it.
+        ValueError: the tar or a metadata file in it is broken; the message names it.
     """
     with named_errors(shown):
         files, tables = _index(Forward(file), account, shown)
@@ -115,7 +115,7 @@ def _folders_inside(folders: Iterable[str]) -> dict[str, set[str]]:
 
 
 def _plain(name: str) -> str:
-    """The path without . and .., as far as it has any."""
+    """The path without . and .. parts."""
     return posixpath.normpath(name) if "." in (name[:1], name[-1:]) or "/." in name or "//" in name else name
 
 
@@ -126,7 +126,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _index(stream: Forward, account: Account, shown: str) -> tuple[list[Member], list[tuple[Member, bytes]]]:
-    """Images and what may describe them, and the metadata files with their content."""
+    """The images, the text files, and the metadata files with their content."""
     files: list[Member] = []
     tables: list[tuple[Member, bytes]] = []
     by_name: dict[str, Member] = {}
@@ -194,7 +194,7 @@ def _of_folder(
 def _with_parallel(
     shown: str, samples: list[Sample], loose: dict[str, list[Member]], options: Options, account: Account
 ) -> list[Sample]:
-    """The samples, with captions of a parallel folder where they had none; counts the texts of `loose`."""
+    """The samples, with captions of a parallel folder if they have none; counts the texts of `loose`."""
     bare: dict[str, list[int]] = {}
     if any(loose.values()):
         for at, sample in enumerate(samples):
@@ -235,14 +235,14 @@ def _with_parallel(
         for text in texts:
             if text.name in used:
                 account.use()
-            else:  # among them each that could describe several images
+            else:  # including texts that could describe several images
                 account.skip(reason_of(text.name), f"{shown}:{text.name}")
     return samples
 
 
 @contextlib.contextmanager
 def named_errors(shown: str) -> Iterator[None]:
-    """Errors of the format and of the disk become one with the name of the tar."""
+    """Converts errors of the format and of the disk to one that names the tar."""
     try:
         yield
     except (TarError, OSError) as error:
@@ -251,7 +251,7 @@ def named_errors(shown: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def seekable(file: BinaryIO) -> Iterator[BinaryIO]:
-    """The archive itself, or what it decompresses to, in a temporary file."""
+    """The archive itself, or its decompressed content in a temporary file."""
     kind = tar_format.compression(file)
     if kind is None:
         yield file
@@ -267,7 +267,7 @@ def read(place: Place, name: str, options: Options, beside: Beside, account: Acc
     """The records of a tar.
 
     Raises:
-        ValueError: naming the tar by its own path or URI.
+        ValueError: the message names the tar by its own path or URI.
     """
     shown, locator = place.shown(name), place.locator(name)
     check_size(shown, place.size(name))
