@@ -235,14 +235,15 @@ def _recorded(options: argparse.Namespace) -> EvalConfig:
 
 def _score(options: argparse.Namespace) -> None:
     from eval.judging.run import JUDGES
-    from eval.scorecard import CARD, JUDGED, PAGE, lines, rescore
+    from eval.scorecard import CARD, JUDGED, OFFICIAL, PAGE, lines, rescore
 
     config, out = _recorded(options), options.out or options.run
     judged = options.judged
     if judged is None and (options.run / JUDGED / JUDGES).is_file():
         judged = options.run / JUDGED
     card = rescore(options.run, out, config, judged=judged, training_runs=options.training_runs)
-    print("\n".join([*lines(card), f"{out / CARD}", f"{out / PAGE}"]))
+    files = [out / name for name in (CARD, PAGE, OFFICIAL)]
+    print("\n".join([*lines(card), *(str(path) for path in files if path.exists())]))
 
 
 def _compare(options: argparse.Namespace) -> None:
