@@ -254,16 +254,13 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _select(options: argparse.Namespace) -> None:
-    from eval.scorecards.select_candidate import select_candidate
+    from eval.scorecards.select_candidate import lines, select_candidate
 
     selection = select_candidate(options.incumbent, options.candidates, allow_official=options.allow_official)
     if options.json:
         print(selection.model_dump_json(indent=1))
         return
-    print(f"{selection.name}: {selection.sentence}")
-    print(f"  incumbent {selection.incumbent_score:.3f}  {selection.incumbent}")
-    for c in selection.candidates:
-        print(f"  {c.score:.3f}  {c.difference:+.3f} (above {c.lowest:+.3f})  p {c.p:.3f}  {c.path}")
+    print("\n".join([f"{selection.name}: {selection.sentence}", *lines(selection)]))
     print(f"chosen: {selection.chosen}")
 
 

@@ -166,7 +166,13 @@ def _has_gpu() -> bool:
 
 @task(**envs.light("evaluator"))
 def plan_candidates(
-    model: Model, benchmark: str, candidates: str, recipe: str, overrides: Union[list[str], str], judges: str
+    model: Model,
+    benchmark: str,
+    candidates: str,
+    recipe: str,
+    overrides: Union[list[str], str],
+    judges: str,
+    components: str,
 ) -> list[Candidate]:
     """The incumbent and the candidates, each with its settings on development prompts. Checked before any work."""
     from tasks.planning import candidates as planner
@@ -174,5 +180,5 @@ def plan_candidates(
     changes = [overrides] if isinstance(overrides, str) else overrides
     with plain_errors():
         return planner.plan_candidates(
-            model, benchmark, candidates, recipe, [c for c in changes if c], judges, local=is_local()
+            model, benchmark, candidates, recipe, [c for c in changes if c], judges, components, local=is_local()
         )
