@@ -1,7 +1,7 @@
 """A model to scorecards: any diffusers pipeline on any benchmark, or merged weights as a part of other workflows.
 
     pyflyte run workflows/evaluate.py evaluate --model .nucleus/artifacts/pipeline/DIGEST --benchmarks shapes
-    pyflyte run workflows/evaluate.py evaluate --model OWNER/NAME --revision COMMIT --benchmarks geneval,dpg,oneig
+    pyflyte run workflows/evaluate.py evaluate --model OWNER/NAME --revision COMMIT --benchmarks geneval,geneval2,dpg,oneig
     pyflyte run workflows/evaluate.py evaluate --model .nucleus/artifacts/merged/DIGEST \\
         --components .nucleus/artifacts/components/DIGEST --recipe tiny --benchmarks shapes
 

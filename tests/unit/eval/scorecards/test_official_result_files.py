@@ -130,6 +130,8 @@ def test_oneigs_csvs_have_the_cards_dimensions(tmp_path):
     card, folders = scored("oneig", official_data.write_oneig(tmp_path), 4, tmp_path / "run")
     official = card.official["categories"]
     assert set(official) == {"alignment", "text", "reasoning", "style", "diversity"}
+    page = (tmp_path / "run" / "scorecard.html").read_text()
+    assert {"Nucleus-Image", "Qwen-Image"} <= {row.model for row in card.references} and "2508.02324" in page
     names = {f"{kind}_{what}_EN.csv" for kind in official for what in ("score", "prompt_score")}
     for folder in folders:
         assert {path.name for path in folder.iterdir()} == names | {"style_style_score_EN.csv"}
