@@ -29,6 +29,7 @@ GRAY16_MODES = ("I;16", "I;16L", "I;16B", "I;16N")  # by byte order
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # of TIFF
 MAX_SCANS = 50  # of a JPEG; each costs a pass over all pixels. Encoders write up to 18
 MAX_PROFILE_BYTES = 4 * 2**20  # of an ICC profile; those of printers have 3 MiB
+MAX_METADATA_BYTES = 32 * MIB  # of a JPEG; phones' depth maps have a few
 SAME_COLOR = 2  # of 255: a profile that moves no colour further is sRGB
 STRIP_PIXELS = 2**18  # converted at once: a megabyte for each copy, which stays in the processor's cache
 
@@ -82,6 +83,7 @@ def decodable() -> tuple[str, ...]:
 
 def _open(data: bytes) -> tuple[ImageFile.ImageFile, Header]:
     _check_webp(data)
+    _check_jpeg_metadata(data)
     try:
         with warnings.catch_warnings():
             # Our own limit follows at once; Pillow's stays as the last resort (its error, at twice its limit).
@@ -167,8 +169,7 @@ def decode(data: bytes, max_pixels: int, min_side_px: int | None = None) -> Imag
     Args:
         max_pixels: of width x height.
         min_side_px: a JPEG may be decoded at a half, a quarter or an eighth of its size, as long as its shorter side keeps
-            so many pixels; None decodes it whole. One that would take more than `decode_memory.MAX_BYTES` is decoded at the
-            largest of these sizes that does not.
+            so many pixels; None decodes it whole, or at a half if it takes more than `decode_memory.MAX_BYTES` otherwise.
 
     Raises:
         ValueError: `TooManyPixelsError` or `UndecodableError`.
@@ -224,10 +225,11 @@ def _decode(
 
 
 def _fit_memory(data: bytes, image: ImageFile.ImageFile, header: Header, min_side_px: int | None) -> None:
-    """Has a JPEG decoded at the size that is needed, or at one that fits into memory.
+    """Has a JPEG decoded at the size that is needed, and at half its size if it takes too much memory otherwise.
 
     Raises:
-        TooManyPixelsError: none does, or it is no JPEG.
+        TooManyPixelsError: that is too much, too, or it is no JPEG. Which images are refused does not depend on
+            `min_side_px`: encoding reads what scoring has read.
     """
     converts = _converts(image, header.orientation)
     if header.format != "JPEG":
@@ -242,9 +244,9 @@ def _fit_memory(data: bytes, image: ImageFile.ImageFile, header: Header, min_sid
     def needed(scale: int) -> int:
         return decode_memory.needed(image, "JPEG", len(data), converts, scale, several)
 
-    while needed(scale) > decode_memory.MAX_BYTES and scale < SCALES[-1]:
-        scale *= 2
-    _refuse_over(needed(scale), header)
+    if needed(1) > decode_memory.MAX_BYTES:
+        _refuse_over(needed(2), header)
+        scale = max(2, scale)
     if scale > 1:
         image.draft(None, (max(1, image.width // scale), max(1, image.height // scale)))
 
@@ -372,6 +374,17 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
 _MARKER_OR_RESTART = re.compile(rb"\xff[^\x00\xff]", re.DOTALL)
+
+
+def _check_jpeg_metadata(data: bytes) -> None:
+    """Walks the segments before a JPEG's picture: Pillow appends those of EXIF to each other, which takes time with the square
+    of their number."""
+    at, code = 2, 0
+    while data.startswith(b"\xff\xd8") and code != 0xDA and (match := _MARKER.search(data, at)) is not None:
+        code, at = data[match.start() + 1], match.end()
+        at += int.from_bytes(data[at : at + 2], "big")
+        if at > MAX_METADATA_BYTES:
+            raise UndecodableError(f"a JPEG with over {MAX_METADATA_BYTES // MIB} MiB before its picture")
 
 
 def _check_jpeg(data: bytes) -> int:
