@@ -37,7 +37,7 @@ class Merge(BaseModel):
 
 
 class Candidate(BaseModel):
-    """Either `model` or `merge` is what is scored, with `config`."""
+    """One of `model` and `merge` is given: it is scored with `config`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
