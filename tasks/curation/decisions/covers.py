@@ -85,7 +85,5 @@ def _hyperplanes(order: int, dimension: int) -> Iterator[tuple[int, ...]]:
         if next((x for x in normal if x), 0) == 1:  # multiples have the same hyperplanes
             for offset in range(order):
                 yield tuple(
-                    i
-                    for i, point in enumerate(points)
-                    if sum(x * y for x, y in zip(normal, point)) % order == offset
+                    i for i, point in enumerate(points) if sum(x * y for x, y in zip(normal, point)) % order == offset
                 )

@@ -67,18 +67,20 @@ def _propose(engine: Engine, distance: int) -> None:
     engine.create("proposed", "SELECT position AS a, position AS b, 'phash' AS kind FROM nodes WHERE FALSE")
     for kind in ("phash", "dhash"):
         for place, mask in enumerate(masks):
-            key = " = ".join(f"({side}.{kind} & CAST({mask} AS BIGINT))" for side in "ab")
-            # Inside CASE: DuckDB would make a column of the join's hash table of each condition on an earlier key.
-            differs = [
-                f"hamming(a.{kind} & CAST({m} AS BIGINT), b.{kind} & CAST({m} AS BIGINT)) > 0" for m in masks[:place]
-            ]
-            first = " AND ".join(differs) or "TRUE"
-            engine.append(
-                "proposed",
-                f"SELECT a.position AS a, b.position AS b, '{kind}' AS kind FROM nodes a JOIN nodes b "
-                f"ON {key} AND a.position < b.position "
-                f"WHERE CASE WHEN hamming(a.{kind}, b.{kind}) <= {distance} THEN {first} ELSE FALSE END",
+            sides = (
+                f"(SELECT position, {kind} AS hash, {kind} & CAST({mask} AS BIGINT) AS key FROM nodes) {s}"
+                for s in "ab"
             )
+            engine.create(
+                "met",
+                f"SELECT a.position AS a, b.position AS b, a.hash AS x, b.hash AS y FROM {' JOIN '.join(sides)} "
+                f"ON a.key = b.key AND a.position < b.position WHERE hamming(a.hash, b.hash) <= {distance}",
+            )
+            # Apart from the join: DuckDB would store a column for each earlier key in its hash table.
+            first = "".join(
+                f" AND hamming(x & CAST({m} AS BIGINT), y & CAST({m} AS BIGINT)) > 0" for m in masks[:place]
+            )
+            engine.append("proposed", f"SELECT a, b, '{kind}' AS kind FROM met WHERE TRUE{first}")
 
 
 def keep_stars(engine: Engine) -> None:

@@ -150,21 +150,23 @@ def test_hashes_are_imagehashs():
 
 
 def test_the_join_on_a_late_key_has_no_more_conditions_than_that_on_the_first(monkeypatch):
-    """DuckDB makes a column of the join's hash table of each: those on earlier keys sent 10 million hashes to disk."""
-    conditions = []
+    """DuckDB stores a column for each in the join's hash table: those on earlier keys sent 10 million hashes to disk."""
+    conditions, create = [], DuckDB.create
 
-    def explain(engine: DuckDB, name: str, query: str) -> None:
-        ((_, text),) = engine._db.execute(f"EXPLAIN (FORMAT json) {query}").fetchall()
-        (operator,) = json.loads(text)
-        while "JOIN" not in operator["name"]:
-            (operator,) = operator["children"]
-        conditions.append(len(operator["extra_info"]["Conditions"]))
+    def create_and_explain(engine: DuckDB, name: str, query: str) -> None:
+        create(engine, name, query)
+        if name == "met":
+            ((_, text),) = engine._db.execute(f"EXPLAIN (FORMAT json) {query}").fetchall()
+            (operator,) = json.loads(text)
+            while "JOIN" not in operator["name"]:
+                (operator,) = operator["children"]
+            conditions.append(len(operator["extra_info"]["Conditions"]))
 
+    monkeypatch.setattr(DuckDB, "create", create_and_explain)
     with tables_of([]) as tables:
         tables.load("nodes", pa.schema([(name, pa.int64()) for name in ("position", "phash", "dhash")]), [])
-        monkeypatch.setattr(DuckDB, "append", explain)
         near._propose(tables, 4)
-    assert conditions == [3] * 10  # equal keys, one order of each pair, and the distance with the earlier keys
+    assert conditions == [3] * 10  # equal keys, one order of each pair, and the distance
 
 
 # --- both engines ----------------------------------------------------------------------------------------------
