@@ -1,13 +1,14 @@
-"""Near duplicates by both 64-bit hashes (tasks/curation/decisions/near.py): time, CPU time and memory as the corpus grows, and recall.
+"""The search for near duplicates by both 64-bit hashes (tasks/curation/decisions/near.py): time, CPU time and memory by
+corpus size, and recall.
 
     python benchmarks/near_duplicates.py                       1M and 10M hashes of both kinds
     python benchmarks/near_duplicates.py --counts 1000000 2000000 5000000 10000000     the exponent by least squares
     python benchmarks/near_duplicates.py --counts 100000 1000000 --shuffled
 
-Hashes are uniform at random. Of the records, 5% are copies of another in which up to 4 bits of pHash and up to 16 of dHash are
-flipped, 5% such copies with 4 of dHash and 16 of pHash, and 1% have the hashes of another. Every planted pair must be matched.
-A sample is compared by brute force with all of its pairs. With --shuffled the records are read in another order, and the result
-must be equal.
+Hashes are uniform at random. Of the records, 5% are copies of another record with up to 4 bits of pHash and up to 16 of
+dHash flipped, 5% with up to 4 of dHash and 16 of pHash, and 1% have the hashes of another record. Every planted pair
+must be matched. All pairs of a sample are compared by brute force. With --shuffled the records are read in
+another order, and the result must be equal.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ def _count_cpu_time(engine: Engine, method: str, table: str) -> list[float]:
 
 
 def brute_force(folder: Path) -> tuple[int, int]:
-    """(pairs within the radius of a sample, of which were proposed)."""
+    """(number of pairs of a sample within the radius, how many of them were proposed)."""
     path = folder / "sample.parquet"
     make_hashes(SAMPLE, path, seed=9)
     table = pq.read_table(path, columns=["phash", "dhash"])

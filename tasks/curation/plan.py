@@ -1,4 +1,5 @@
-"""What curating a large corpus takes: `python -m tasks.curation.plan --recipe nucleus_17b` (docs/scale.md has its output).
+"""Plans the curation of a large corpus: `python -m tasks.curation.plan --recipe nucleus_17b` (docs/scale.md has its
+output).
 
 Sub-tasks, bytes and the shuffle of the dedup join follow from the recipe and from counts. Core-hours are measured rates times
 counts; GPU-hours are arithmetic from FLOPs at an assumed utilisation. TB is 1e12 bytes.
@@ -17,10 +18,10 @@ from tasks.curation.config import CurationConfig
 from tasks.curation.decisions import covers
 from tasks.store import num_groups
 
-JOIN_ROW_BYTES = 24  # key, hash and position
+JOIN_ROW_BYTES = 24  # bytes: key, hash and position
 MAX_ARRAY_TASKS = 5000  # sub-tasks that one array node of Flyte can have
-MAX_ARRAY_BYTES = 10 * 2**20  # of its outputs, in the message that gathers them
-OUTPUT_BYTES = 1024  # of one sub-task in that message, at most: the URI and type of a directory
+MAX_ARRAY_BYTES = 10 * 2**20  # bytes of its outputs, in the message that gathers them
+OUTPUT_BYTES = 1024  # bytes of one sub-task in that message, at most: the URI and type of a directory
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def plan(corpus: Corpus, config: CurationConfig, rates: Rates) -> list[str]:
     """The plan as Markdown.
 
     Raises:
-        ValueError: near duplicates of so many images cannot be sought in so wide a radius.
+        ValueError: the radius is too large for near duplicates of so many images.
     """
     corpus.check()
     images = corpus.images

@@ -1,4 +1,4 @@
-"""What is chosen between: one model at other settings, other merges of its checkpoints, or other models.
+"""The candidates of a choice: one model at other settings, other merges of its checkpoints, or other models.
 
 guidance_scale=3              the model at another setting of the eval section; several joined by +
 last_n=8                      another merge (WSM window) of --checkpoints
@@ -20,7 +20,7 @@ INCUMBENT, WINDOW = "incumbent", "last_n"
 
 
 class Candidate(BaseModel):
-    """`merge`: how to merge the checkpoints whose transformer is `transformer`; None takes `model` as it is."""
+    """`merge`: how to merge checkpoints of `transformer`; None: use `model` unchanged."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
@@ -39,14 +39,14 @@ def plan_candidates(
     judges: str,
     local: bool = True,
 ) -> list[Candidate]:
-    """The incumbent (`model` at the settings that `plan.plan_benchmarks` gives it), then the candidates.
+    """The incumbent (`model` with the settings from `plan.plan_benchmarks`), then the candidates.
 
     Args:
         candidates: separated by commas; see the top of this file.
         recipe: has the settings, and for merges the transformer.
 
     Raises:
-        ValueError: no candidates, one twice, an unknown setting, or a merge without recipe or components.
+        ValueError: no candidates, a repeated one, an unknown setting, or a merge without recipe or components.
     """
     from tasks.recipe import load_recipe
 
@@ -85,7 +85,7 @@ def plan_candidates(
 
 
 def plan_transformer(recipe) -> TransformerConfig:
-    """The transformer of a recipe's last stage, which its checkpoints are of."""
+    """The transformer of a recipe's last stage, to which its checkpoints belong."""
     from tasks.planning.sections import stages
 
     return stages(recipe)[-1].train.model
