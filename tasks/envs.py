@@ -40,7 +40,7 @@ CACHE_VERSIONS = {
     "training": "3",
     "merging": "1",
     "prompts": "1",
-    "evaluation": "4",
+    "evaluation": "5",
     "publishing": "2",
     "study": "1",
 }

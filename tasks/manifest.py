@@ -190,10 +190,11 @@ def seal(
         directory: the finished directory; afterwards no file in it may change.
         kind: one of `KINDS`.
         parents: sealed directories from which this one was made (their manifests are read, not verified again), or
-        `Parent`s if they are not on this machine. config: the settings that determine the content, as a recipe section
-        or a JSON-able dict. counts: whole numbers to show in lineage, such as {"records": 100}. logs: patterns (fnmatch
-        on the path inside the directory) of files that are checksummed but not part of the digest, such as "logs/*" or
-        "metrics.jsonl".
+            `Parent`s if they are not on this machine.
+        config: the settings that determine the content, as a recipe section or a JSON-able dict.
+        counts: whole numbers to show in lineage, such as {"records": 100}.
+        logs: patterns (fnmatch on the path inside the directory) of files that are checksummed but not part of the
+            digest, such as "logs/*" or "metrics.jsonl".
 
     Raises:
         ValueError: unknown kind, nothing to seal, or a parent without a seal.

@@ -45,9 +45,11 @@ def evaluate_nightly(
 
     Args:
         model: see workflows/evaluate.py; a Hub id without a commit, or an s3:// URI of a published pipeline, means the
-        newest version. benchmarks: names, separated by commas. recipe: its eval section has the settings; default:
-        those of a published pipeline's scorecard. judges: see workflows/evaluate.py. parts_per_seed: number of map
-        tasks that sample the images of one seed.
+            newest version.
+        benchmarks: names, separated by commas.
+        recipe: its eval section has the settings; default: those of a published pipeline's scorecard.
+        judges: see workflows/evaluate.py.
+        parts_per_seed: number of map tasks that sample the images of one seed.
     """
     resolved = resolve_model(model=model, revision="", components="")
     configs = plan_benchmarks(model=resolved, benchmarks=benchmarks, recipe=recipe, overrides=[], judges=judges)

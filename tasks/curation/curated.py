@@ -76,7 +76,7 @@ class Curated:
         Args:
             rows: rows of the selection to read; others are not checked. None: all.
             lost: called with the row and the reason for each record that is gone or has changed since it was scored;
-            None: raise an error.
+                None: raise an error.
 
         Raises:
             ValueError: a file of the source has changed since it was scored; the message names it.

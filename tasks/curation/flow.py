@@ -21,7 +21,7 @@ from tasks.curation import ledger, takedown
 from tasks.curation.captioning import build_captioner, identity, run, steps
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.curation.curated import CORPUS
-from tasks.curation.decisions import decide, near, selections
+from tasks.curation.decisions import covers, decide, selections
 from tasks.curation.journal import Journal
 from tasks.curation.scoring import score
 from tasks.curation.scoring.scored_shard import Resources, ShardScores
@@ -164,9 +164,9 @@ def check_size(images: int, config: CurationConfig) -> None:
     """Refuses, before scoring, a number of images whose near duplicates could not be searched.
 
     Raises:
-        ValueError: see near.plan_blocks.
+        ValueError: see covers.plan_cover.
     """
-    near.plan_blocks(images, config.dedup.max_hamming_distance)
+    covers.plan_cover(images, config.dedup.max_hamming_distance)
 
 
 def score_group(
@@ -176,7 +176,7 @@ def score_group(
 
     Args:
         resources: "shard" runs only scorers without a GPU, and returns measured parts if others remain to run;
-        "gpu_single" and None run all remaining scorers.
+            "gpu_single" and None run all remaining scorers.
     """
     corpus = base.open_corpus(corpus_dir)
     shards = list(corpus.shards())
@@ -276,7 +276,7 @@ def decide_corpus(corpus_dir: Path, indices: Sequence[Path | None], config: Cura
 
     Raises:
         ValueError: more shards failed than min_success_ratio allows; the others are kept, so that the same command
-        scores only the failed ones again.
+            scores only the failed ones again.
     """
     corpus = base.open_corpus(corpus_dir)
     shards = list(corpus.shards())

@@ -30,7 +30,7 @@ class Workers:
     Args:
         timeout_s: of one item.
         memory_bytes: limit of a worker; lower if the container has too little for all of them, since the kernel would
-        kill the whole container. None: no limit.
+            kill the whole container. None: no limit.
     """
 
     def __init__(
