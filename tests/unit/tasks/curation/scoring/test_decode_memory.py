@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import struct
@@ -19,6 +20,7 @@ from tasks.curation.scoring import decode_memory, decoding
 from tasks.curation.scoring.decode_memory import MAX_BYTES, MIB, OWN_BYTES, WORKER_BYTES
 from tasks.curation.scoring.decoding import TooManyPixelsError, UndecodableError, decode, inspect_and_decode
 from tasks.curation.scoring.score import SCORER_PX, SCORER_RATIO, measure
+from tasks.curation.scoring.workers import Workers
 
 ANY = 10**9
 WIDE, HIGH = 9999, 9998  # of headers; few enough pixels for curation.filters.max_pixels
@@ -202,6 +204,15 @@ def test_scorers_see_a_long_strip_in_few_pixels():
     measured = measure(to_bytes(Image.new("RGB", (400, 8_000)), "PNG"), CurationConfig())
     assert measured.image_size[1] <= SCORER_RATIO * SCORER_PX and len(measured.image) < MIB
     assert measure(to_bytes(Image.new("RGB", (1200, 1600)), "PNG"), CurationConfig()).image_size == (384, 512)
+
+
+def test_a_broken_image_leaves_no_memory_in_its_worker_which_the_next_one_needs():
+    good = to_bytes(Image.new("RGB", (3000, 3000)), "PNG")
+    measure(good, CurationConfig())  # loads what workers share
+    items = [(0, good[: len(good) * 9 // 10]), (1, good), (2, good[: len(good) // 2]), (3, good)]
+    with Workers(functools.partial(measure, config=CurationConfig()), 1, memory_bytes=60 * MIB) as workers:
+        results = [getattr(result, "columns", result) for _, result in workers.map(items)]
+    assert [isinstance(row, dict) and row.get("error_rule", "") for row in results] == ["undecodable", "", "undecodable", ""], results  # fmt: skip
 
 
 # --- what it really takes --------------------------------------------------------------------------------------
