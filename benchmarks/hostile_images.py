@@ -51,10 +51,6 @@ def _plain(mode: str, size: tuple[int, int]):
     return Image.new(mode, size, colors.get(mode, 1))
 
 
-def _animated(mode: str, size: tuple[int, int]) -> dict:
-    return {"save_all": True, "append_images": [_plain(mode, (size[0], size[1])).point(lambda level: level // 2)]}
-
-
 def _moved_profile() -> bytes:
     """An ICC profile whose red and green primaries are exchanged."""
     from PIL import ImageCms

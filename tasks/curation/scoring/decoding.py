@@ -28,6 +28,7 @@ RGB_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", 
 GRAY16_MODES = ("I;16", "I;16L", "I;16B", "I;16N")  # by byte order
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # of TIFF
 MAX_SCANS = 50  # of a JPEG; each costs a pass over all pixels. Encoders write up to 18
+LARGE_PROFILE_BYTES = 2**16  # of an ICC profile; those of cameras and displays have less
 MAX_PROFILE_BYTES = 4 * 2**20  # of an ICC profile; those of printers have 3 MiB
 MAX_METADATA_BYTES = 32 * MIB  # of a JPEG; phones' depth maps have a few
 SAME_COLOR = 2  # of 255: a profile that moves no colour further is sRGB
@@ -194,7 +195,7 @@ def inspect_and_decode(
     try:
         return _decode(data, image, header, max_pixels, min_side_px)
     except ValueError as error:
-        return header, error
+        return header, type(error)(*error.args)  # without its traceback, whose frames keep the pixels
 
 
 def _decode(
@@ -350,8 +351,11 @@ def _in_srgb(image: Image.Image) -> Image.Image:
     return color
 
 
-@functools.lru_cache(maxsize=16)  # pictures of one camera share a profile; each may have 4 MiB
 def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    return (_of_large_profile if len(profile) > LARGE_PROFILE_BYTES else _of_profile)(profile, mode)
+
+
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """A transform of mode L, RGB, RGBA or CMYK to RGB (RGBA). None where it would change no colour that the eye sees, or
     where the profile is broken, which does not make a broken image."""
     out = "RGBA" if mode == "RGBA" else "RGB"
@@ -367,6 +371,11 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     except Exception:  # ImageCms raises nearly anything on hostile bytes
         return None
     return None if np.abs(moved).max() <= SAME_COLOR else transform
+
+
+# Pictures of one camera share a profile, as strips of a picture do.
+_of_profile = functools.lru_cache(maxsize=16)(_transform)
+_of_large_profile = functools.lru_cache(maxsize=1)(_transform)
 
 
 # --- JPEG ------------------------------------------------------------------------------------------------------

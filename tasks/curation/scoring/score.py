@@ -269,15 +269,13 @@ def measure(data: bytes, config: CurationConfig, whole: bool = True) -> Measured
     columns: dict[str, Any] = {}
     try:
         header, image = decoding.inspect_and_decode(data, config.filters.max_pixels, config.filters.formats, SCORER_PX)
-        columns |= {"format": header.format, "mode": header.mode, "animated": header.animated}
-        columns |= {"width": header.width, "height": header.height, "orientation": header.orientation}
-        columns["bytes_per_pixel"] = len(data) / max(1, header.width * header.height)
-        if isinstance(image, ValueError):
-            raise image
-    except decoding.TooManyPixelsError as error:
-        return Measured(columns | {"error_rule": "too_many_pixels", "error": str(error)})
-    except decoding.UndecodableError as error:
-        return Measured(columns | {"error_rule": "undecodable", "error": str(error)})
+    except (decoding.TooManyPixelsError, decoding.UndecodableError) as error:
+        return _not_decoded(columns, error)
+    columns |= {"format": header.format, "mode": header.mode, "animated": header.animated}
+    columns |= {"width": header.width, "height": header.height, "orientation": header.orientation}
+    columns["bytes_per_pixel"] = len(data) / max(1, header.width * header.height)
+    if isinstance(image, ValueError):
+        return _not_decoded(columns, image)
     if image is None:
         return Measured(columns)
     view = filters.reduced(image, filters.ANALYSIS_PX)
@@ -292,6 +290,11 @@ def measure(data: bytes, config: CurationConfig, whole: bool = True) -> Measured
         return Measured(columns, view.size, view.tobytes(), thumbnail=thumbnail)
     image = filters.shrunk(image, max(min(image.size), max(image.size) / SCORER_RATIO) / SCORER_PX)
     return Measured(columns, view.size, view.tobytes(), image.size, image.tobytes(), thumbnail)
+
+
+def _not_decoded(columns: dict[str, Any], error: ValueError) -> Measured:
+    rule = "too_many_pixels" if isinstance(error, decoding.TooManyPixelsError) else "undecodable"
+    return Measured(columns | {"error_rule": rule, "error": str(error)})
 
 
 def run_scorers(

@@ -127,6 +127,7 @@ class _Worker:
             how = f"signal {-code}" if code is not None and code < 0 else f"exit status {code}"
             raise CrashError(f"the image crashed its decoder ({how})") from None
         if isinstance(result, MemoryError):
+            self.alive = False  # another one takes its place, with its memory in order
             raise CrashError(f"the image needs over {(self._memory_bytes or 0) // 2**20:,} MiB to decode")
         if isinstance(result, Exception):
             raise CrashError(f"{type(result).__name__}: {result}"[:300])
@@ -149,6 +150,7 @@ def _serve(
         data = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:"))
         resource.setrlimit(resource.RLIMIT_DATA, (data + memory_bytes,) * 2)  # also of mappings, since Linux 4.7
     while True:
+        data = result = None  # frees the last item's before the next one comes
         try:
             data = connection.recv_bytes()
         except (EOFError, OSError):

@@ -244,6 +244,24 @@ def test_large_files_go_in_parts_and_are_checked_as_such(client, tmp_path):
     assert s3.upload(directory, URI, client, part_bytes=5 * s3.MIB)["skipped"] == 2
 
 
+def test_every_request_of_an_upload_names_the_account_that_must_own_the_bucket(client, tmp_path):
+    """S3 refuses a request to a bucket of another account than the one in ExpectedBucketOwner; moto does not look."""
+    requests: dict[str, list[str | None]] = {}
+
+    def note(params, model, **_):
+        requests.setdefault(model.name, []).append(params.get("ExpectedBucketOwner"))
+
+    directory = make(tmp_path / "large", {"README.md": b"card", "model.safetensors": bytes(6 * s3.MIB)})
+    client.meta.events.register("before-parameter-build.s3", note)
+    s3.upload(directory, URI, client, part_bytes=5 * s3.MIB, bucket_owner="123456789012")
+    s3.upload(directory, URI, client, part_bytes=5 * s3.MIB, bucket_owner="123456789012")
+    assert set(requests) == {
+        "HeadBucket", "GetObject", "ListObjectsV2", "HeadObject", "PutObject",
+        "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload",
+    }  # fmt: skip
+    assert {owner for owners in requests.values() for owner in owners} == {"123456789012"}, requests
+
+
 @pytest.mark.parametrize("size", [1, 4096, 4097, 10000])
 def test_the_checksum_of_parts_is_that_of_their_digests(tmp_path, size):
     content = bytes(i % 251 for i in range(size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import struct
@@ -19,6 +20,7 @@ from tasks.curation.scoring import decode_memory, decoding
 from tasks.curation.scoring.decode_memory import MAX_BYTES, MIB, OWN_BYTES, WORKER_BYTES
 from tasks.curation.scoring.decoding import TooManyPixelsError, UndecodableError, decode, inspect_and_decode
 from tasks.curation.scoring.score import SCORER_PX, SCORER_RATIO, measure
+from tasks.curation.scoring.workers import Workers
 
 ANY = 10**9
 WIDE, HIGH = 9999, 9998  # of headers; few enough pixels for curation.filters.max_pixels
@@ -117,28 +119,30 @@ def test_what_takes_too_much_memory_is_refused_by_its_header_with_its_size_and_t
     assert (columns["error_rule"], columns["error"]) == ("too_many_pixels", str(error.value))
 
 
-@pytest.mark.parametrize("min_side_px", [None, 384, 5000])
-@pytest.mark.parametrize(
-    ("data", "accepted"),
-    [
-        (jpeg_of(size=(8000, 6000), exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"), True),
-        (jpeg_of(size=(8000, 6000), progressive=True, subsampling=0), True),
-        (jpeg_of(size=(16000, 11000)), True),
-        (jpeg_of(size=(12000, 9000), progressive=True), True),
-        (jpeg_of(size=(12000, 9000), progressive=True, subsampling=0), False),
-    ],
-    ids=["48 MP, rotated", "48 MP, progressive 4:4:4", "176 MP", "108 MP, progressive 4:2:0", "108 MP, progressive 4:4:4"],
-)  # fmt: skip
-def test_which_jpegs_fit_does_not_depend_on_the_size_that_is_wanted(data, accepted, min_side_px):
-    image, header = decoding._open(data)
-    size = image.size
-    if not accepted:
-        with pytest.raises(TooManyPixelsError, match="108|12000x9000"):
+ROTATED = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"  # EXIF
+JPEGS = {  # size, options, scale at which the whole image is decoded; None: refused
+    "48 megapixels, rotated": ((8000, 6000), {"exif": b"Exif\0\0" + ROTATED}, 1),
+    "48 megapixels, progressive 4:4:4": ((8000, 6000), {"progressive": True, "subsampling": 0}, 1),
+    "108 megapixels": ((12000, 9000), {}, 1),
+    "176 megapixels": ((16000, 11000), {}, 2),
+    "108 megapixels, progressive": ((12000, 9000), {"progressive": True}, 2),
+    # It would fit at an eighth, which is too little to train on.
+    "76 megapixels, progressive 4:4:4": ((8000, 9500), {"progressive": True, "subsampling": 0}, None),
+}
+
+
+@pytest.mark.parametrize("name", JPEGS)
+def test_which_jpegs_are_refused_does_not_depend_on_the_size_that_is_wanted(name):
+    size, options, scale = JPEGS[name]
+    data = jpeg_of(size=size, **options)
+    for min_side_px, wanted in ((None, 1), (5000, 1), (384, 8)):
+        image, header = decoding._open(data)
+        if scale is None:
+            with pytest.raises(TooManyPixelsError, match=f"{size[0]}x{size[1]} "):
+                decoding._fit_memory(data, image, header, min_side_px)
+        else:
             decoding._fit_memory(data, image, header, min_side_px)
-        return
-    decoding._fit_memory(data, image, header, min_side_px)
-    small = image.size != size
-    assert small == (min_side_px == 384 or (size[0] > 10_000 and size[0] * size[1] * 4 > MAX_BYTES) or ("progressive" in image.info and size[0] > 10_000))  # fmt: skip
+            assert image.size == decode_memory.scaled(size, max(scale, wanted))
 
 
 # --- a small limit ---------------------------------------------------------------------------------------------
@@ -202,6 +206,15 @@ def test_scorers_see_a_long_strip_in_few_pixels():
     assert measure(to_bytes(Image.new("RGB", (1200, 1600)), "PNG"), CurationConfig()).image_size == (384, 512)
 
 
+def test_a_broken_image_leaves_no_memory_in_its_worker_which_the_next_one_needs():
+    good = to_bytes(Image.new("RGB", (3000, 3000)), "PNG")
+    measure(good, CurationConfig())  # loads what workers share
+    items = [(0, good[: len(good) * 9 // 10]), (1, good), (2, good[: len(good) // 2]), (3, good)]
+    with Workers(functools.partial(measure, config=CurationConfig()), 1, memory_bytes=60 * MIB) as workers:
+        results = [getattr(result, "columns", result) for _, result in workers.map(items)]
+    assert [isinstance(row, dict) and row.get("error_rule", "") for row in results] == ["undecodable", "", "undecodable", ""], results  # fmt: skip
+
+
 # --- what it really takes --------------------------------------------------------------------------------------
 
 MEASURE = """
@@ -231,7 +244,7 @@ FORMS = {
     "LA PNG": ("LA", "PNG", {}),
     "16-bit PNG": ("I;16", "PNG", {}),
     "transparent P PNG": ("P", "PNG", {"transparency": 3}),
-    "RGB PNG, rotated": ("RGB", "PNG", {"exif": b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"}),
+    "RGB PNG, rotated": ("RGB", "PNG", {"exif": ROTATED}),
     "RGB PNG, profile": ("RGB", "PNG", {"icc_profile": P3}),
     "JPEG": ("RGB", "JPEG", {}),
     "CMYK JPEG": ("CMYK", "JPEG", {}),

@@ -114,7 +114,7 @@ def test_a_profile_of_srgb_and_one_that_cannot_be_used_change_nothing(profile):
 
 
 def test_a_profile_is_read_once_for_many_pictures(monkeypatch):
-    decoding._to_srgb.cache_clear()
+    decoding._of_profile.cache_clear()
     made = []
     build = ImageCms.buildTransform
     monkeypatch.setattr(ImageCms, "buildTransform", lambda *args: made.append(1) or build(*args))
