@@ -27,14 +27,14 @@ class Case(NamedTuple):
 
 
 def axes_of(args: argparse.Namespace) -> tuple[int, int, int]:
-    """The released (16, 56, 56) of 128, in proportion."""
+    """The released dims of the rotary axes, (16, 56, 56) of 128, scaled to the head dim."""
     head_dim = args.width // args.heads
     axis = head_dim * 7 // 16 // 2 * 2
     return head_dim - 2 * axis, axis, axis
 
 
 class Inputs(NamedTuple):
-    mask: Any  # of `prepare_mask`
+    mask: Any  # the result of `prepare_mask`
     x: torch.Tensor
     time: torch.Tensor
     text: torch.Tensor

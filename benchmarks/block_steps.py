@@ -1,4 +1,4 @@
-"""The steps of a transformer block between its matrix products, for gpu_blocks.py."""
+"""The operations of a transformer block between its matrix products, for gpu_blocks.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from model.moe import Routing, combine, gather
 
 
 class Step(NamedTuple):
-    """Something between products: what it computes, and the numbers that it must read and write once."""
+    """An operation between products: its function, and the count of numbers that it must read and write once."""
 
     name: str
     run: Callable[..., Any]  # of `inputs`; what it returns takes a gradient
@@ -24,10 +24,10 @@ class Step(NamedTuple):
 
 
 def steps_between(args: argparse.Namespace, x: torch.Tensor, tables: tuple, routing: Routing) -> list[Step]:
-    """The steps of a block with image tokens x [B, S, D] and the tables of rotary positions.
+    """The operations of a block with image tokens x [B, S, D] and the tables of rotary positions.
 
-    Forward counts inputs read and outputs written; backward the saved inputs and the output's gradient read, and the inputs'
-    gradients written. Rows of experts are R = E B C.
+    Forward counts inputs read and outputs written; backward counts saved inputs and the output's gradient read, and the
+    inputs' gradients written. Rows of experts are R = E B C.
     """
     (B, S, D), E, H = x.shape, args.experts, args.width // args.heads
     rows_R, hidden, N = routing.rows_R(), args.hidden, args.heads + args.kv_heads

@@ -1,17 +1,20 @@
-"""Passes 1 and 2 of curation beside plain decoding by Pillow: how many images a second on one core, as a share.
+"""Speed of curation's passes 1 and 2 on one core, as a share of plain decoding by Pillow.
 
     python benchmarks/decode.py [--rounds 15] [--before COMMIT_DIR]
 
 Photographs of scikit-image, scaled to 512, 1024 and 2048 px of the shorter side, as JPEG of quality 90. Plain: Pillow's
-`Image.open(data).convert("RGB")`. Ours: SHA-256, checks, decoding, statistics, hashes and thumbnail (tasks.curation.scoring.score), in
-this process. Both take turns in each round; the figures are processor time, medians over rounds with their quartiles.
-`--before` measures another checkout in the same way, in a separate process that takes turns with this one.
+`Image.open(data).convert("RGB")`. Ours: SHA-256, checks, decoding, statistics, hashes and thumbnail
+(tasks.curation.scoring.score), in this process. Both run in turns in each round; the figures are processor time,
+medians over rounds with their quartiles. `--before` measures another checkout in the same way, in a separate process,
+in turns with this one.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -51,25 +54,23 @@ def plain(data: bytes) -> None:
 
 
 def passes_of() -> Callable[[bytes], object]:
-    """SHA-256, passes 1 and 2, and what deduplication needs of an image; also as an older checkout has them."""
+    """SHA-256, passes 1 and 2, and the hashes of deduplication; also in the form of an older checkout."""
     from tasks.curation.config import CurationConfig
 
     config = CurationConfig()
-    try:
-        from tasks.curation.scoring import score
+    for name in ("tasks.curation.scoring.score", "tasks.curation.score"):  # the second before 2026-11-29
+        with contextlib.suppress(ImportError):
+            score = importlib.import_module(name)
+            score._load_libraries()
+            return lambda data: (hashlib.sha256(data).hexdigest(), score.measure(data, config, whole=False))
+    curate, dedup = (importlib.import_module(f"tasks.curation.{name}") for name in ("curate", "dedup"))
 
-        score._load_libraries()
-        return lambda data: (hashlib.sha256(data).hexdigest(), score.measure(data, config, whole=False))
-    except ImportError:
-        from tasks.curation import curate
-        from tasks.curation.decisions import dedup
+    def run(data: bytes) -> None:
+        hashlib.sha256(data).hexdigest()
+        _, sample = curate.score_record(data, [], config)
+        dedup.thumbnail(sample.image, config.dedup.thumbnail_px)
 
-        def run(data: bytes) -> None:
-            hashlib.sha256(data).hexdigest()
-            _, sample = curate.score_record(data, [], config)
-            dedup.thumbnail(sample.image, config.dedup.thumbnail_px)
-
-        return run
+    return run
 
 
 def shares(sizes: list[int], rounds: int) -> dict[int, list[tuple[float, float]]]:
@@ -84,7 +85,7 @@ def shares(sizes: list[int], rounds: int) -> dict[int, list[tuple[float, float]]
                     begun = time.process_time()
                     call(data)
                     times[i] += (time.process_time() - begun) * 1000 / len(contents)
-            if number:  # the first warms caches up
+            if number:  # the first round warms up caches
                 pairs.append((times[0], times[1]))
         found[size] = pairs
     return found

@@ -1,17 +1,17 @@
-"""The first minutes on a GPU: does it work, and how fast is it. One command, in sections, about 10 minutes.
+"""Checks and measures a GPU, in sections; about 10 minutes.
 
     python benchmarks/first_card.py [--out OUT] [--only SECTION ...]
-    python benchmarks/first_card.py --toy        # every section at a toy size on a CPU: does the script itself work
+    python benchmarks/first_card.py --toy        # every section at a toy size on a CPU, to test the script
 
-Each section is a separate process with a time limit. What a section has measured is on disk at once, so that neither
+Each section is a separate process with a time limit. A section writes each measurement to disk at once, so that neither
 a crash nor a limit loses it; after each section OUT has
 
     results.json       status and numbers of every section
     results.md         the same as tables
-    SECTION.log        what it printed
+    SECTION.log        the section's output
 
-A section that needs a package which is missing is skipped by name: the script runs with PyTorch 2.11 and without
-torchtitan, diffusers or pydantic. Tests and measurements never run at once.
+A section whose packages are missing is skipped by name: the script runs with PyTorch 2.11 and without torchtitan,
+diffusers or pydantic. Tests and measurements never run at the same time.
 
 Exit code 0 if no section failed or ran out of time, 1 otherwise, 2 without a CUDA device.
 """
@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-SCRIPT = Path(__file__).resolve()  # what a section's process runs
+SCRIPT = Path(__file__).resolve()  # command line of a section's process
 NO_DEVICE = 2
 PACKAGES = ("triton", "flash_attn", "flash_attn_interface", "torchtitan", "diffusers", "pydantic", "pytest")
 MODULES = ("model.attention", "model.kernels.route", "model.kernels.combine", "model.moe", "model.transformer",
@@ -52,7 +52,7 @@ class Skip(Exception):
 
 
 class Report:
-    """What a section has found so far, in a file."""
+    """The results of a section so far, in a file."""
 
     def __init__(self, path: Path):
         self.path, self.values, self.failed = path, {}, False
@@ -65,7 +65,7 @@ class Report:
 
     @contextlib.contextmanager
     def part(self, name: str):
-        """Something that may fail while the rest of the section goes on."""
+        """A part of a section that may fail without ending the section."""
         try:
             yield
         except Exception as error:
@@ -76,7 +76,7 @@ class Report:
 
 
 def versions(report: Report, toy: bool) -> None:
-    """Versions, the card, which modules can be imported, and what they choose here."""
+    """Versions, the card, the modules that can be imported, and the backends that they choose."""
     import torch
 
     report.add(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda)
@@ -133,7 +133,8 @@ def kernel_tests(report: Report, toy: bool) -> None:
 
 
 def training_tests(report: Report, toy: bool) -> None:
-    """Training as the published recipe does it, against fp32 on a CPU; one process of NCCL (gloo on a CPU)."""
+    """Training with the published recipe's settings, compared with fp32 on a CPU; one process with NCCL (gloo on a
+    CPU)."""
     for package in ("torchtitan", "pydantic"):
         if not _has(package):
             raise Skip(f"{package} is not installed")
@@ -150,7 +151,7 @@ def _has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-# One product before deterministic algorithms are asked for, as encoding comes before training in a local run.
+# One product before deterministic algorithms are enabled, as encoding comes before training in a local run.
 PRODUCT_FIRST = """
 {first}
 import torch
@@ -179,8 +180,8 @@ def workspace_probe(report: Report, toy: bool) -> None:
 
 
 def attention_probe(report: Report, toy: bool) -> None:
-    """Each way to attend with a key mask, at 1024 px: exactness, the same bits twice, time with and without deterministic
-    algorithms, and the memory that compiled code takes."""
+    """Each attention backend with a key mask, at 1024 px: error, equal bits in two runs, time with and without
+    deterministic algorithms, and memory of compiled code."""
     import torch
     from measure import in_turns, spin_up
 
@@ -247,8 +248,8 @@ def _compiled_attention(torch: Any, attention: Any, tensors: list, prepared: Any
 
 
 def expert_products(report: Report, toy: bool) -> None:
-    """An expert's products at 128 to 4096 rows, forward and gradients, batched and grouped, against the card's matrix rate
-    on a large product in the same process. Training has 512 rows (1024 px) and 1024 (256 px)."""
+    """An expert's products at 128 to 4096 rows, forward and gradients, batched and grouped, compared with the card's
+    matrix rate on a large product in the same process. Training has 512 rows (1024 px) and 1024 (256 px)."""
     import torch
     from measure import in_turns, spin_up
 
@@ -331,7 +332,7 @@ def muon_and_profile(report: Report, toy: bool) -> None:
         report.add(newton_schulz={"matrices": count, "ms": spread.median, "tflops": flops / spread.median / 1e9})
     with report.part("kernels"):
         B, S, D, F, E = (2, 4, 16, 8, 4) if toy else (4, 4096, 2048, 1344, 64)
-        kernels.use_kernels("triton")  # an error names what is missing
+        kernels.use_kernels("triton")  # an error names the missing package
         moe = MoE(D, F, E, 2.0).to(device, torch.float32 if toy else torch.bfloat16)
         for parameter in moe.parameters():
             torch.nn.init.normal_(parameter, std=D**-0.5)
@@ -368,7 +369,7 @@ SECTIONS = {
 
 
 def run_section(name: str, out: Path, toy: bool) -> int:
-    """In the section's own process."""
+    """Runs one section, in its own process."""
     report = Report(out / f"{name}.json")
     report.add()
     try:

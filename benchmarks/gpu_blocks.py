@@ -1,28 +1,28 @@
-"""One block of the 17B shape on a GPU, forward and backward, beside diffusers' with the same weights.
+"""Times one block of the 17B shape on a GPU, forward and backward, and diffusers' block with the same weights.
 
     python benchmarks/gpu_blocks.py [--cases 4x4096x2 32x256x8] [--rounds 10]
     python benchmarks/gpu_blocks.py --device cpu --width 64 --heads 4 --kv-heads 2 --experts 4 --hidden 48 --text 8 \\
         --text-dim 32 --cases 1x16x2 --rounds 2 --no-compile      # its own logic, on a machine without a GPU
 
 A case is samples x image tokens x capacity factor. The default cases are micro-batches of the last and of the first stage
-of recipes/nucleus_17b.yaml, with 512 and 1024 rows an expert: an expert's weights then take less time to read than to
-multiply. As in training there is a key mask (which keeps all keys) and the router is in fp32; diffusers' block gets no
-mask and a router in the block's type.
+of recipes/nucleus_17b.yaml, with 512 and 1024 rows per expert: reading an expert's weights then takes less time than
+multiplying with them. As in training there is a key mask (which keeps all keys) and the router is in fp32; diffusers'
+block gets no mask and a router in the block's dtype.
 
 For every case, in turns within one process: ours with Triton kernels, ours in plain PyTorch, both under torch.compile
 (which leaves routing to the kernels), diffusers with grouped_mm, and the same under torch.compile; medians and quartiles.
-Compiled code is for the shapes of the case, where training compiles for any number of tokens. Without diffusers, ours
-alone. A variant that fails is named, and the others are measured.
-Then, of our block with Triton kernels (plain PyTorch where there are none):
+Compiled code is specialised to the shapes of the case, while training compiles for any number of tokens. Without
+diffusers only ours is measured. A variant that fails is named, and the others are measured. Then, of our block with
+Triton kernels (plain PyTorch where there are none):
 
-    products   every matrix product alone, beside the card's matrix rate, measured in this run on a large product,
-               and beside its own floor: the later of arithmetic at that rate and memory traffic at the measured
-               bandwidth (few rows an expert, and reading its weights takes longer than multiplying them)
+    products   every matrix product alone, beside the card's matrix rate, measured in this run on a large product, and
+               beside its own floor: the slower of arithmetic at that rate and memory traffic at the measured bandwidth
+               (with few rows per expert, reading its weights takes longer than multiplying)
     attention  the kernel that the block runs, against its arithmetic at that rate
-    the rest   each step between products alone, plain and as a kernel, against the time in which memory delivers
-               what it must read and write once
+    the rest   each operation between products alone, plain and as a kernel, against the memory time of reading its
+               inputs and writing its outputs once
 
-Exit code 0 after a measurement, 2 where there is no CUDA device and none other was asked for.
+Exit code 0 after a measurement, 2 without a CUDA device unless --device names another.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from model.attention import attend  # noqa: E402
 from model.transformer import Block  # noqa: E402
 
 NO_DEVICE = 2
-AGREEMENT = 0.1  # relative; routers of two implementations may choose otherwise between equal rounded scores
+AGREEMENT = 0.1  # relative; routers of two implementations may choose differently between equal rounded scores
 # Variants, kinds of blocks and capacity factors: more than PyTorch's limit of 8, beyond which it silently runs uncompiled.
 COMPILED_VARIANTS = 64
 REFERENCE = "diffusers, eager"
@@ -165,7 +165,7 @@ def _diffusers_block(args: argparse.Namespace, case: Case, ours: Block) -> torch
 def variants(
     args: argparse.Namespace, ours: Block, theirs: torch.nn.Module | None, inputs: Inputs
 ) -> dict[str, Callable[[], torch.Tensor]]:
-    """Forward passes by name. What a compiler cannot take whole is an error."""
+    """Forward passes by name. A graph break is an error."""
     compile_ = functools.partial(torch.compile, mode=args.compile_mode, fullgraph=True)
 
     def run_ours(block: Any, choice: str) -> Callable[[], torch.Tensor]:
@@ -199,7 +199,8 @@ def variants(
 
 def _sum_in_int32(args: argparse.Namespace) -> Callable[[torch.nn.Module, tuple], tuple]:
     """PyTorch 2.13's compiler turns the int32 cumulative sum of a constant, such as diffusers' rows of each expert, into
-    int64 (`pointless_cumsum_replacement`), which grouped_mm refuses. Plus a zero that it does not know, it is none."""
+    int64 (`pointless_cumsum_replacement`), which grouped_mm refuses. Adding a zero unknown to the compiler makes it no
+    constant."""
     zero = torch.zeros((), dtype=torch.int32, device=args.device)
 
     def hook(experts: torch.nn.Module, inputs: tuple) -> tuple:
@@ -270,8 +271,8 @@ def rates(args: argparse.Namespace) -> tuple[float, float]:
 def print_block_products(
     args: argparse.Namespace, times: list[ProductTime], rate: float, bandwidth: float
 ) -> dict[str, float]:
-    """Prints each product against its floor. Returns what they take alone, and their floor, in ms; and of the experts'
-    the share of the matrix rate."""
+    """Prints each product against its floor. Returns their total time alone and total floor, in ms, and the experts'
+    share of the matrix rate."""
     itemsize = torch.empty((), dtype=args.dtype).element_size()
     total = floors = 0.0
     experts = {"ms": 0.0, "flops": 0.0, "floor": 0.0}
@@ -355,9 +356,9 @@ def print_steps(args: argparse.Namespace, ours: Block, inputs: Inputs, bandwidth
 def measure(
     args: argparse.Namespace, case: Case, rate: float, bandwidth: float, keep: Callable[..., None] = lambda **_: None
 ) -> dict[str, Any]:
-    """Everything about one case; printed, and returned as numbers (times in ms). `keep` gets what is measured so far,
-    several times: compiling comes last, since it may fail or take minutes."""
-    # A new case, other shapes: what was compiled before must not count against the limit.
+    """Measures one case; prints and returns numbers (times in ms). `keep` is called several times with the numbers so
+    far: compiling comes last, since it may fail or take minutes."""
+    # A new case has other shapes: earlier compilations must not count against the limit.
     torch.compiler.reset()
     with torch._dynamo.config.patch(recompile_limit=COMPILED_VARIANTS, fail_on_recompile_limit_hit=True):
         return _measure(args, case, rate, bandwidth, keep)
@@ -372,13 +373,13 @@ def _measure(
     runs = variants(args, ours, theirs, inputs)
     eager = {name: forward for name, forward in runs.items() if "compiled" not in name}
     failures = agree(eager)
-    gate = ours.img_mlp.gate  # from here on as in training; so far as diffusers, to compare what comes out
+    gate = ours.img_mlp.gate  # from here on as in training; before as in diffusers, to compare outputs
     gate.weight = torch.nn.Parameter(gate.weight.detach().float())
     parameters = [*ours.parameters(), *(theirs.parameters() if theirs is not None else ())]
     found: dict[str, Any] = {"case": str(case), "failures": failures, "ms": {}, "speed": {}, "products": {}}
 
     def in_both_kinds(measured: dict[str, Callable[[], torch.Tensor]]) -> dict[str, Callable[[], object]]:
-        """Of forward + backward, what did not fail."""
+        """The forward + backward passes that did not fail."""
         measured = {name: forward for name, forward in measured.items() if name not in failures}
         calls = {name: without_gradients(forward) for name, forward in measured.items()}
         _compare(args, "forward", calls, found)
@@ -412,7 +413,7 @@ def _measure(
 def _compare(
     args: argparse.Namespace, kind: str, calls: dict[str, Callable[[], object]], found: dict[str, Any]
 ) -> None:
-    """Times `calls` in turns, and leaves out of them what fails. Adds to `found`."""
+    """Times `calls` in turns, leaves out those that fail, and adds to `found`."""
     for name in list(calls):
         try:
             calls[name]()
@@ -435,7 +436,7 @@ def _compare(
 def _products(
     args: argparse.Namespace, call: Callable[[], object], step: float, rate: float, bandwidth: float
 ) -> dict[str, float]:
-    """The products of `call`, each alone, beside the milliseconds that it takes."""
+    """The products of `call`, each timed alone, compared with its own milliseconds."""
     with RecordProducts() as record:
         call()
     products = {product: count for product, count in record.products.items() if not product.attention}

@@ -468,14 +468,14 @@ def one_key_for_all_files(folder: Path) -> None:
 def folders_500_deep(folder: Path) -> None:
     at = folder
     for _ in range(500):
-        at = at / "images"  # the name for which a folder of captions is sought beside
+        at = at / "images"  # for a folder of this name, a folder of captions is searched beside it
     at.mkdir(parents=True)
     _beside_a_picture(at)
 
 
 @kind("read")
 def tar_of_repeated_image_folders(folder: Path) -> None:
-    """Each of 2,000 folders is below 1,000 more of a name for which folders of captions are sought beside."""
+    """Each of 2,000 folders is below 1,000 more with a name for which folders of captions are searched."""
     data = picture()
     with tarfile.open(folder / "x.tar", "w") as tar:
         for i in range(2000):

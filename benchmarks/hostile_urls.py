@@ -9,7 +9,6 @@ import contextlib
 import functools
 import gzip
 import ipaddress
-import re
 import socket
 import threading
 import time
@@ -114,7 +113,7 @@ def urls_parquet_caption_page_of_1_gib(folder: Path, url: Callable[..., str]) ->
 
 @site("read", PATIENT)
 def sites_bodies_without_end(folder: Path, url: Callable[..., str]) -> None:
-    """All at once, each from another host: 3 GiB in all before each exceeds its limit."""
+    """All concurrently, each from another host: 3 GiB in total before each exceeds its limit."""
     _table(folder, [url("/endless", f"h{i}.test") for i in range(96)])
 
 
@@ -188,7 +187,7 @@ def robots_of_stars(folder: Path, url: Callable[..., str]) -> None:
 
 @site("read", ROBOTS)
 def robots_of_many_sites(folder: Path, url: Callable[..., str]) -> None:
-    """A large one for each of 20 hosts: 10 MiB, which would be 500 MiB when they are parsed. Each takes a second to parse."""
+    """A large one for each of 20 hosts: 10 MiB, which would be 500 MiB when parsed. Each takes a second to parse."""
     _table(folder, [url("/ok", f"stars{i}.test") for i in range(20)])
 
 
@@ -293,7 +292,7 @@ def build(name: str, folder: Path, port: int) -> None:
 
 
 def reach(port: int) -> None:
-    """Lets this process reach the server, and nothing else inside: names below .test are at its address."""
+    """Lets this process reach the server but no other private address: names below .test resolve to it."""
     from tasks.curation.sources.urls import network
 
     def getaddrinfo(host: str | bytes, at: int, *_: object, **__: object) -> list:
@@ -307,7 +306,7 @@ def reach(port: int) -> None:
 
 
 def download(name: str, folder: str, out: Path) -> str:
-    """Lists, downloads and reads a source of URLs, as the workflow's tasks do; returns what became of the rows."""
+    """Lists, downloads and reads a source of URLs, as the workflow's tasks do; returns the outcome of the rows."""
     from collections import Counter
 
     import pyarrow.parquet as pq
@@ -338,7 +337,7 @@ def download(name: str, folder: str, out: Path) -> str:
     rules: Counter[str] = Counter()
     for part in parts:
         for path in part.glob("*.parquet"):
-            if not re.fullmatch(r"shards\.parquet", path.name):
+            if path.name != "shards.parquet":
                 rules.update(pq.read_table(path, columns=["rule"])["rule"].to_pylist())
     assert total.records == report["images"] == sum(rules.values())
     found = ", ".join(f"{count} x {rule or 'downloaded'}" for rule, count in rules.most_common())

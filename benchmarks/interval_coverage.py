@@ -2,8 +2,8 @@
 
     --runs N    simulated benchmarks per line (default 2000)
 
-Prompts have their own chance of a right image, drawn from a beta distribution, so that two images of a prompt correlate.
-The percentile bootstrap over prompts stands beside for comparison: it is what most error bars of this field are.
+Each prompt has its own chance of a right image, drawn from a beta distribution, so that two images of a prompt
+correlate. The percentile bootstrap over prompts is given for comparison: most error bars in this field use it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def images(rng: np.random.Generator, p: float, n: int, m: int, correlation: floa
 
 
 def coverage(p, n, m, correlation, *, continuous=False, runs=2000, seed=0) -> tuple[float, float, float]:
-    """(share of intervals that contain p, share without width, mean width)"""
+    """(share of intervals that contain p, share of intervals of zero width, mean width)"""
     rng = np.random.default_rng(seed)
     hits, widths = 0, []
     for _ in range(runs):
@@ -59,7 +59,7 @@ def bootstrap_coverage(p, n, m, correlation, *, runs=400, draws=400, seed=0) -> 
 
 
 def mix_coverage(correlation, *, runs=500, seed=0) -> float:
-    """Of the mean of GenEval's six categories."""
+    """Coverage of the mean of GenEval's six categories."""
     rng = np.random.default_rng(seed)
     true, hits = float(np.mean(list(ACCURACY.values()))), 0
     for _ in range(runs):

@@ -4,7 +4,7 @@
 
 Writes the columns of an index (about 45 bytes an image with two captions), then opens it in a separate process, draws
 `--steps` plans of 256 samples, and prints one line of JSON. Private memory is Private_Dirty and Swap of
-/proc/self/smaps_rollup, without what an import of torch takes; clean pages of a mapped file are shared by all of its
+/proc/self/smaps_rollup, minus that of an import of torch; clean pages of a mapped file are shared by all of its
 readers, and the kernel may drop them.
 """
 
@@ -26,7 +26,7 @@ BLOCK = 1 << 20
 
 
 def write_synthetic(folder: Path, images: int) -> None:
-    """An index of `images` in seven buckets and five tiers, without latents and texts behind it."""
+    """An index of `images` in seven buckets and five tiers, without the latents and texts."""
     import torch
 
     from model.config import TIERS
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=50_000_000)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--measure", action="store_true", help="open an index that is there, and write none")
+    parser.add_argument("--measure", action="store_true", help="open an existing index instead of writing one")
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(args.folder, args.steps)))

@@ -1,4 +1,4 @@
-"""What the benchmarks share: who ran what on which machine, medians and spread, matrix and memory rates."""
+"""Shared by the benchmarks: command and machine, medians and spread, matrix and memory rates."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _cpu_name() -> str:
 
 
 class Spread(NamedTuple):
-    """Of several measurements."""
+    """Median and spread of several measurements."""
 
     median: float
     low: float  # quartiles
@@ -54,8 +54,8 @@ class Spread(NamedTuple):
 
 
 def milliseconds(run: Callable[[], object], device: torch.device, calls: int = 1) -> float:
-    """Mean wall time of `calls` calls one after the other, the device's work included. On CUDA one call may be over
-    before the device is told to start the clock: several keep it busy."""
+    """Mean wall time of `calls` consecutive calls, including the device's work. On CUDA one call may end before the
+    device starts the clock: several keep it busy."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
@@ -89,7 +89,7 @@ CUDA_CALLS = 10  # for each pair of events
 def in_turns(
     runs: dict[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 2
 ) -> dict[str, Spread]:
-    """Milliseconds of each, one after the other in each round, so that a busy machine disturbs all alike."""
+    """Milliseconds of each, run in turns in each round, so that a busy machine disturbs all equally."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     calls = CUDA_CALLS if device.type == "cuda" else 1
     for round_ in range(rounds + warm_up):
@@ -119,7 +119,7 @@ class Product(NamedTuple):
         return 2 * self.batch * self.m * self.k * self.n
 
     def bytes(self, itemsize: int) -> int:
-        """Each matrix once."""
+        """Bytes of each matrix, read or written once."""
         return itemsize * self.batch * (self.m * self.k + self.k * self.n + self.m * self.n)
 
     def __str__(self) -> str:
@@ -140,10 +140,10 @@ class Product(NamedTuple):
 
 
 class RecordProducts(TorchDispatchMode):
-    """Counts the matrix products of what runs in it, backward passes too: `products`.
+    """Counts in `products` the matrix products that run inside the block, including backward passes.
 
-    An attention kernel counts as the products that it stands for: scores and values forward, and their four
-    gradients backward (what a kernel computes again is not counted). Queries of a group are rows of one product.
+    An attention kernel counts as its products: scores and values forward, and their four gradients backward
+    (recomputation in a kernel is not counted). Queries of a group are rows of one product.
     """
 
     FACTORS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2), "_grouped_mm": (0, 1)}
@@ -165,7 +165,7 @@ class RecordProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _add(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        if a.dim() == 2 and b.dim() == 3:  # grouped rows: as many for each matrix
+        if a.dim() == 2 and b.dim() == 3:  # grouped rows: equally many for each matrix
             a = a.unflatten(0, (b.shape[0], -1))
         transposed = (x.stride(-1) != 1 and x.stride(-2) == 1 for x in (a, b))
         batch = a.shape[0] if a.dim() == 3 else 1
@@ -190,12 +190,12 @@ class ProductTime(NamedTuple):
 
     @property
     def rate(self) -> float:
-        """Floating-point operations a second."""
+        """Floating-point operations per second."""
         return self.product.flops / self.spread.median * 1000
 
 
 def time_alone(products: Counter[Product], rounds: int, dtype: torch.dtype, device: torch.device) -> list[ProductTime]:
-    """Each kind of product alone, the ones that take most first."""
+    """Times each kind of product alone; sorted by total time, longest first."""
     times = []
     for product, count in products.items():
         times.append(ProductTime(product, count, in_turns({"": product.alone(dtype, device)}, rounds, device)[""]))
@@ -203,7 +203,7 @@ def time_alone(products: Counter[Product], rounds: int, dtype: torch.dtype, devi
 
 
 class ProductsAlone:
-    """The same products, each as often as it was counted and nothing else, to be timed in turns with what they are of."""
+    """Runs each product as often as it was counted, and nothing else, to be timed in turns with the counted code."""
 
     def __init__(self, products: Counter[Product], dtype: torch.dtype, device: torch.device) -> None:
         self.counts, self.device = products, device
@@ -221,7 +221,7 @@ class ProductsAlone:
         return total
 
     def found(self) -> list[ProductTime]:
-        """The ones that take most first."""
+        """Sorted by total time, longest first."""
         found = [ProductTime(p, self.counts[p], Spread.of(times)) for p, times in self.times.items()]
         return sorted(found, key=lambda t: -t.total_ms)
 
@@ -246,7 +246,7 @@ PARTS = {
 
 
 def print_parts(run: Callable[[], object], label: str) -> None:
-    """Where the CPU's time of one call goes, by kind of operation (PyTorch's profiler, which slows it a little)."""
+    """Prints the CPU time of one call by kind of operation (PyTorch's profiler, which slows it a little)."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         run()
     parts: Counter[str] = Counter()

@@ -1,10 +1,11 @@
-"""Peaks of training steps in PyTorch's allocator, beside what `model.plan.planner` predicts of them.
+"""Compares peaks of training steps in PyTorch's allocator with the predictions of `model.plan.planner`.
 
     python benchmarks/memory.py [--case NAME]
 
-Each case trains a small model by the real trainer, and follows every allocation of some steps from the third on (the
-profiler's memory events); the least of each counts. On a CPU, by the code that an accelerator runs eagerly: without the
-functions of model/kernels/elementwise.py. Cases with several ranks are processes over gloo; the first rank is measured.
+Each case trains a small model with the real trainer, and tracks every allocation of some steps from the third on (the
+profiler's memory events); the minimum over steps counts. Runs on a CPU with the eager code of an accelerator: without
+the functions of model/kernels/elementwise.py. Cases with several ranks are processes over gloo; the first rank is
+measured.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from model.data.latents import LatentWriter
 from model.plan.memory import Layout, Shapes, moments
 from model.plan.memory_trace import Step
 
-PROFILED_STEPS = 3  # the least counts: whatever is freed late only adds
+PROFILED_STEPS = 3  # the minimum counts: memory that is freed late only adds
 PAUSE_S = 0.01  # see `collectives_let_go`
 MARKS = ("blocks done", "optimiser step")
 TEXT_DIM = 96
@@ -124,7 +125,7 @@ def train_config(case: Case) -> TrainConfig:
 
 
 def predict(case: Case) -> dict[str, float]:
-    """Bytes that the planner's memory model gives for the case."""
+    """Bytes that the planner predicts for the case."""
     config, train = transformer(case), train_config(case)
     layout = Layout(case.ranks, case.ranks // case.replicas, case.expert_parallel, case.micro_batch, case.checkpointing)
     step = Step(
@@ -157,7 +158,7 @@ def measure(case: Case) -> dict[str, float]:
     from model.train.device import training_session
 
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # what the trainer says
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # the trainer's log lines
         latents = Path(folder) / "latents"
         write_latents(latents, case)
         stack.enter_context(mock.patch("model.kernels.elementwise._eager_cpu", lambda x: False))
@@ -195,10 +196,10 @@ class _AfterWaits(TorchDispatchMode):
 
 @contextlib.contextmanager
 def collectives_let_go() -> Iterator[None]:
-    """Stops a moment after each collective, for gloo's threads to let go of its tensors.
+    """Waits a moment after each collective until gloo's threads release its tensors.
 
-    They hold them a little longer than the collective lasts. Where such a thread is the last to, and has no core just
-    then, a tensor lives on; and the profiler, which sees this thread alone, never sees it freed.
+    They hold tensors for a moment after the collective. If such a thread holds the last reference, a tensor lives
+    longer, and the profiler, which sees only this thread, never sees it freed.
     """
     wait = dist.Work.wait
 
@@ -226,7 +227,7 @@ def _profiled_step(trainer: Any, batches: Iterator[Any]) -> dict[str, float]:
     hook = norm.register_forward_pre_hook(mark_end_of_blocks)
     trainer.optimizers.step = marked_step
     state = {name: _bytes(tensors) for name, tensors in _state(trainer).items()}
-    trainer.optimizers.zero_grad()  # the profiler does not see that memory freed which it did not see taken
+    trainer.optimizers.zero_grad()  # the profiler does not report the release of memory whose allocation it did not see
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer.train_step(batches)
     hook.remove()
@@ -249,8 +250,8 @@ def _profiled_step(trainer: Any, batches: Iterator[Any]) -> dict[str, float]:
 
 
 def _changes(profiler: profile) -> list[tuple[int, int]]:
-    """(time, bytes taken or freed) in order. Without what is taken inside of a collective: gloo clones there what it
-    reduces, and frees it on threads that the profiler does not see."""
+    """(time, bytes allocated or freed) in order. Leaves out allocations inside a collective: gloo clones its inputs
+    there, and frees the clones on threads that the profiler does not see."""
     events: list[tuple[int, int, int, bool]] = []
 
     def walk(nodes: list[Any], collective: bool) -> None:
@@ -309,7 +310,7 @@ def measure_on_ranks(case: Case) -> dict[str, float]:
 
 
 def compare(case: Case) -> dict[str, tuple[float, float]]:
-    """(predicted, measured) bytes by what is compared."""
+    """(predicted, measured) bytes by name."""
     predicted, measured = predict(case), measure_on_ranks(case)
     return {name: (predicted[name], measured[name]) for name in predicted}
 

@@ -4,12 +4,12 @@
     python benchmarks/muon_against_adamw.py --draw docs/muon_against_adamw.png
 
 AdamW alone is train.optim.matrices=adamw (recipes/ablations/adamw_alone.yaml): the same model, data, order, noise and
-initial weights for the same seed. Each gets a choice of learning rates, as one rate does not fit both; where Muon has
-the matrices, AdamW keeps the recipe's rate for the rest. Trains through the real trainer on the latents of a
-`make reproduce` (the last stage's resolution). What is compared is the loss on 512 samples at timesteps of the
-training law, the same for every run: images that are trained on too, so it tells of optimisation, not of
-generalisation. One line of muon_against_adamw.jsonl is one finished run, and is not made again: start it again after
-a break. Prints command, machine, mean and spread over seeds.
+initial weights for the same seed. Each is run at several learning rates, as one rate does not fit both; in Muon's runs
+AdamW keeps the recipe's rate for the other parameters. Trains with the real trainer on the latents of a `make
+reproduce` (the last stage's resolution). Compares the loss on 512 training samples at timesteps of the training
+distribution, the same for every run: it measures optimisation, not generalisation. Each line of
+muon_against_adamw.jsonl is a finished run, which a later start does not repeat. Prints command, machine, mean and
+spread over seeds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-BATCHES, BATCH, HELD_SEED = 4, 128, 2**31  # of what is compared: a seed that no training has
+BATCHES, BATCH, HELD_SEED = 4, 128, 2**31  # of the compared samples: a seed that no training uses
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--adamw-rates", type=float, nargs="*", default=[1e-3, 3e-3, 1e-2])
     parser.add_argument("--every", type=int, default=25, help="steps between losses")
     parser.add_argument("--results", type=Path, default=Path("muon_against_adamw.jsonl"))
-    parser.add_argument("--draw", help="draw what the results file holds, instead of training")
+    parser.add_argument("--draw", help="draw the results file instead of training")
     args = parser.parse_args()
     if args.draw:
         draw(args.draw, read(args.results))
@@ -154,7 +154,7 @@ class Compared:
 
 
 def by_variant(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Of the most steps that the results hold: the runs of each variant."""
+    """The runs of each variant with the most steps in the results."""
     steps = max(row["steps"] for row in rows)
     found: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: (row["variant"].split()[0] != "Muon", float(row["variant"].split()[1]))):

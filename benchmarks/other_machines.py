@@ -3,8 +3,8 @@
     python benchmarks/other_machines.py [--recipe tiny] [--out other_machines/] [--only one_thread,two_threads]
 
 Each environment runs `reproduce` from raw records to the scorecard in a separate home, so that nothing comes from the
-cache: the VAE, the text encoder and every step of training round differently, as on another machine. A second start goes on
-where the first stopped, and finished runs are read from --out. Prints a table and writes other_machines.json.
+cache: the VAE, the text encoder and every step of training round differently, as on another machine. A second start
+continues where the first stopped, and reads finished runs from --out. Prints a table and writes other_machines.json.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def run(name: str, recipe: str, overrides: list[str], out: Path) -> dict[str, float]:
-    """Scores and minutes of one environment's run; those of an earlier start where it finished."""
+    """Scores and minutes of one environment's run, or of an earlier finished run."""
     home = out / name
     home.mkdir(parents=True, exist_ok=True)
     finished = home / "result.json"

@@ -1,4 +1,5 @@
-"""Near duplicates among real photographs: the share of edited copies that is matched, and pairs of different pictures that are.
+"""Near duplicates among real photographs: the share of edited copies that match, and pairs of different pictures that
+match.
 
     python benchmarks/real_photographs.py                 photographs among Debian's wallpapers, fetched with `apt-get download`
     python benchmarks/real_photographs.py FOLDER          the JPEG and PNG files below FOLDER
@@ -62,7 +63,7 @@ def with_logo(image: Image.Image) -> bytes:
     return encoded(marked, "PNG")
 
 
-# Edit -> (how, the share of pictures whose copy must be matched)
+# Edit -> (function, the share of pictures whose copy must match)
 EDITS: dict[str, tuple[Callable[[Image.Image], bytes], float]] = {
     "jpeg 75": (lambda image: encoded(image, "JPEG", quality=75), 0.95),
     "jpeg 50": (lambda image: encoded(image, "JPEG", quality=50), 0.95),
@@ -76,7 +77,7 @@ EDITS: dict[str, tuple[Callable[[Image.Image], bytes], float]] = {
 
 class Matches(NamedTuple):
     count: int  # pictures that are not flat
-    recall: dict[str, float]  # of each edit among them
+    recall: dict[str, float]  # share of them that match their copy, by edit
     wrong: list[tuple[tuple[int, str], tuple[int, str]]]  # matched pairs of different pictures: (picture, edit or "")
 
 
@@ -113,7 +114,7 @@ def match(pictures: list[Image.Image], config: DedupConfig | None = None) -> Mat
     matched = [tuple(versions[n][:2] for n in sorted(group)) for group in groups]
     count = len(pictures) - len(flat)
     return Matches(
-        count, {name: hit / count for name, hit in hits.items()}, [(a, b) for a, b in matched if a[0] != b[0]]
+        count, {name: hit / max(count, 1) for name, hit in hits.items()}, [(a, b) for a, b in matched if a[0] != b[0]]
     )
 
 
@@ -169,6 +170,8 @@ def main() -> int:
             sys.exit(f"error: {folder} has no JPEG or PNG file of at least {SIDE_PX} px")
         cut = [tile for picture in pictures for tile in tiles(picture, options.tile)]
     result = match(cut)
+    if not result.count:
+        sys.exit(f"error: all {len(cut)} tiles are flat")
     print(
         f"{len(pictures)} pictures, {len(cut)} tiles of {options.tile} px, of which {len(cut) - result.count} are flat"
     )

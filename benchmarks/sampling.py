@@ -1,12 +1,12 @@
-"""Images per second of the project's sampler beside diffusers' pipeline, each with and without a cache of text K, V.
+"""Images per second of the project's sampler and of diffusers' pipeline, each with and without a cache of text K, V.
 
     python benchmarks/sampling.py [--models tiny mid] [--steps 20] [--batch 8] [--guidance 4] [--rounds 5]
     python benchmarks/sampling.py --pipeline DIR [--size 64] ...      # a published directory: its own weights
 
 "tiny" has the shapes of recipes/tiny.yaml, "mid" is 12 layers of width 512 with 16 experts at 256 image tokens; both
-with random weights, which cost what trained ones do. Text is random too, and latents are not decoded: what is timed is
-the denoising loop. Ours runs guidance in one batched forward a step, the pipeline in two. All sides run in turns within
-one process, and their latents after two steps are compared first.
+with random weights, which take the same time as trained ones. Text is random too, and latents are not decoded: the
+denoising loop alone is timed. Ours runs guidance in one batched forward a step, the pipeline in two. All sides run in
+turns within one process, and their latents after two steps are compared first.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from model.transformer import NucleusTransformer  # noqa: E402
 from model.weights.export import load_transformer, read_config  # noqa: E402
 
 NEGATIVE_TOKENS = 8
-COMPARED_STEPS = 2  # the second reuses the cache; over many steps random weights make much of a rounding error
-AGREEMENT = {torch.float32: 0.05, torch.bfloat16: 0.5}  # relative; between near equal scores routers choose otherwise
+COMPARED_STEPS = 2  # the second reuses the cache; over many steps random weights amplify rounding errors
+AGREEMENT = {torch.float32: 0.05, torch.bfloat16: 0.5}  # relative; nearly equal scores may route differently
 
 
 class Model(NamedTuple):
@@ -86,7 +86,7 @@ def models(args: argparse.Namespace) -> dict[str, Model]:
 
 
 class WithoutCache(torch.nn.Module):
-    """The model for `sample_latents`, computing the text's keys and values again at every step."""
+    """The model for `sample_latents`, recomputing the text's keys and values at every step."""
 
     def __init__(self, model: NucleusTransformer):
         super().__init__()
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
         for side, run in runs.items():
             distance = ((run(COMPARED_STEPS).float() - reference).norm() / reference.norm()).item()
             if not distance < AGREEMENT[getattr(torch, args.dtype)]:
-                raise RuntimeError(f"'{side}' draws something else: {distance:.2g} from the pipeline's latents")
+                raise RuntimeError(f"'{side}' draws different images: {distance:.2g} from the pipeline's latents")
         timed = {side: functools.partial(run, args.steps) for side, run in runs.items()}
         times = in_turns(timed, args.rounds, torch.device(args.device), warm_up=0)
         for side, spread in times.items():

@@ -1,4 +1,4 @@
-"""Score on the shapes benchmark against minutes of training: how to spend a budget, and at what rates.
+"""Score on the shapes benchmark against minutes of training.
 
     pyflyte run workflows/reproduce.py reproduce --recipe tiny --overrides train.keep_checkpoints=1000
     python benchmarks/score_against_minutes.py --recipe tiny --out LABEL.jsonl \\
@@ -8,7 +8,7 @@
 `--checkpoints` are folders of step-*/ and metrics.jsonl, those of the stages in order; minutes are of training alone,
 added up from their metrics. Images come from the project's own sampler (equal to the pipeline's, see the tests) with
 the recipe's eval settings and the weights of one step, not merged; one image per seen prompt, one seed. Appends to
-LABEL.jsonl, one line per score; a second start skips what is there. Prints command and machine.
+LABEL.jsonl, one line per score; a second start skips existing lines. Prints command and machine.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""How long scoring takes from cached answers: GenEval's 2,212 images, DPG-Bench's 55,000 answers, OneIG-Bench's texts.
+"""Time of scoring from cached answers: GenEval's 2,212 images, DPG-Bench's 55,000 answers, OneIG-Bench's texts.
 
     python benchmarks/scoring.py [--rounds 7]
 
-Answers are made at random, in the numbers and sizes of the official benchmarks, written to files and timed from there:
-reading, scoring and summarising in both modes. PyTorch is not imported, and the process says so.
+Answers are random, in the numbers and sizes of the official benchmarks, and written to files. Reading, scoring and
+summarising in both modes are timed. PyTorch is not imported; the process checks it.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def main() -> None:
             spread = f"{min(seconds):.3f} to {max(seconds):.3f}, CPU time {cpu:.3f}, n={rounds}"
             print(f"{title:<11} median {median:.3f} s ({spread}): {what}")
     print("torch imported:", "torch" in sys.modules)
-    # One thread: on an idle machine CPU time is wall time, and on a busy one it says what scoring takes.
+    # One thread: on an idle machine CPU time is wall time, and on a busy one it still measures scoring alone.
     verdict = (
         f"MISSED, {LIMIT_S:g} s of CPU time or more: {missed}"
         if missed

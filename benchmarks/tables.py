@@ -1,10 +1,12 @@
-"""The table side of curation (tasks/curation/decisions/decide.py): rules, tiers, duplicates, ledger, report; time and memory by size.
+"""Time and memory of curation's decisions on tables (tasks/curation/decisions/decide.py): rules, tiers, duplicates,
+ledger, report.
 
     python benchmarks/tables.py                     100k and 10M records
     python benchmarks/tables.py --counts 100000 --engine spark
 
 Scores are made up: 10,000 rows a shard, two captions each, uniform hashes, 1% exact and 1% near duplicates, a tenth of the
-records under a limit. Making them is not timed. No image and no thumbnail is read. Steps are timed by the tables they make.
+records under a limit. Making them is not timed. No image and no thumbnail is read. Times are attributed to the tables
+that steps make.
 """
 
 from __future__ import annotations
@@ -82,7 +84,7 @@ def make_shard(index: int, rows: int, path: Path) -> None:
 
 
 class Timed:
-    """An engine that says how long each of its tables takes."""
+    """An engine that records the time of each of its tables."""
 
     def __init__(self, engine) -> None:
         self.engine, self.seconds = engine, Counter()

@@ -4,12 +4,12 @@
 
 The defaults are 12 layers of width 512 with 16 experts, at 256 image tokens and batch 8, in the proportions of the
 released model: a quarter as many key-value heads as heads, expert width 0.656 of the width, text twice as wide as it.
-Ours runs as it is and with its blocks compiled (train.compile); diffusers' with each of its two expert paths (loop,
-grouped products), as they are and with its blocks compiled by its own method, where the compiler takes them. All run in
-turns within one process, and so do the step's very same matrix products, each alone, so that a busy machine disturbs
-all alike. Prints the command, the machine, and for each side the median and the quartiles over the rounds, of wall time
-and of CPU time (which counts all threads); ratios of medians, and those within each round; where the time goes, by kind
-of operation; and how much of the machine's matrix rate, that of the products alone, the step reaches.
+Ours runs uncompiled and with compiled blocks (train.compile); diffusers' with each of its two expert paths (loop,
+grouped products), uncompiled and with blocks compiled by its own method, if the compiler supports them. All run in
+turns within one process, as do the step's matrix products, each alone, so that a busy machine disturbs all equally.
+Prints the command, the machine, and for each side the median and quartiles over the rounds of wall time and CPU time
+(of all threads); ratios of medians and within each round; time by kind of operation; and the share of the matrix rate
+of the products alone that the step reaches.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def step(model: torch.nn.Module, inputs: dict, target: torch.Tensor) -> tuple[fl
 
 
 def run_once(models: dict, inputs: dict, target: torch.Tensor) -> dict:
-    """Those that run, after their first step, which compiles; the others are printed with the reason."""
+    """The models that run, after a first step, which compiles; prints the others with the reason."""
     running = {}
     torch.compiler.reset()  # kernels are made for a number of threads
     for name, model in models.items():
@@ -137,7 +137,7 @@ def print_ratio(label: str, above: list[float], below: list[float]) -> None:
 
 
 def faster(times: dict[str, list[float]], compiled: bool) -> str | None:
-    """diffusers' faster way."""
+    """The name of diffusers' faster expert path."""
     names = [name for name in times if name.startswith("diffusers") and name.endswith("compiled") == compiled]
     return min(names, key=lambda name: statistics.median(times[name]), default=None)
 
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.return_memory:
         keep_freed_memory()
     print_run()
-    # Of what cannot be compiled it writes a traceback; the reason is printed in one line.
+    # It logs a traceback if code cannot be compiled; here the reason is printed in one line.
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     models, inputs = build(args)
     target = torch.randn(args.batch, args.rows**2, 64)

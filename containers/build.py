@@ -25,7 +25,7 @@ from pathlib import Path
 from containers.lock import ROLES, ROOT
 
 LOCK = ROOT / "containers" / "images.lock.json"
-# What an image is built from: registration refuses images of other code.
+# Sources of an image: registration refuses images of other code.
 BUILT_FROM = ("workflows", "tasks", "model", "eval", "recipes", "containers", "pyproject.toml")
 LIST_PACKAGES = (
     "import importlib.metadata as m; "
@@ -34,17 +34,17 @@ LIST_PACKAGES = (
 
 
 class Engine:
-    """One of the programs that build images, by the few commands that are used here."""
+    """A program that builds images."""
 
     def __init__(self, name: str):
         self.name = name
 
     @classmethod
     def find(cls, wanted: str | None = None) -> Engine:
-        """The wanted one, or the first that works here.
+        """The wanted program, or the first that works here.
 
         Raises:
-            ValueError: none does.
+            ValueError: none works.
         """
         for name in [wanted] if wanted else ["docker", "podman", "buildah"]:
             if shutil.which(name) and subprocess.run([name, "info"], capture_output=True).returncode == 0:
@@ -82,7 +82,7 @@ class Engine:
         return subprocess.check_output(command, text=True)
 
     def push(self, tag: str, insecure: bool) -> str:
-        """Pushes, and returns the digest by which the registry knows the image."""
+        """Pushes an image and returns its digest in the registry."""
         if self.name == "docker":
             subprocess.run(["docker", "push", tag], check=True)
             digests = subprocess.check_output(["docker", "inspect", "--format", "{{json .RepoDigests}}", tag])
@@ -107,14 +107,14 @@ def _bytes(text: str) -> int:
 
 
 def revision() -> str:
-    """The commit, with -dirty where what an image is built from has other content."""
+    """The commit, with -dirty if sources of an image differ from it."""
     commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
     changed = subprocess.check_output(["git", "status", "--porcelain", "--", *BUILT_FROM], cwd=ROOT, text=True)
     return commit + ("-dirty" if changed.strip() else "")
 
 
 def write_sbom(role: str, packages: str, folder: Path) -> Path | None:
-    """Writes a CycloneDX bill of the image's packages, where cyclonedx-py is installed."""
+    """Writes a CycloneDX bill of the image's packages, if cyclonedx-py is installed."""
     if not (
         program := shutil.which("cyclonedx-py", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
     ):
@@ -127,8 +127,8 @@ def write_sbom(role: str, packages: str, folder: Path) -> Path | None:
 
 
 def differences(role: str, packages: str) -> list[str]:
-    """Packages of an image that the role's locks have not, or have at another version; local versions (+cpu) count as equal.
-    CUDA's libraries, which torch itself pins, are left out."""
+    """Packages of an image that the role's locks lack or have at another version; local versions (+cpu) count as equal.
+    Leaves out CUDA's libraries, which torch itself pins."""
     files = (ROOT / "containers" / "requirements" / f"{role}{kind}.txt" for kind in ("", ".no-deps"))
     lines = [line for file in files if file.is_file() for line in file.read_text().splitlines()]
     wanted = {line.lower().replace("_", "-") for line in lines if line and not line.startswith(("#", "triton=="))}
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--variant", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--registry", help="where to push, such as registry.example/nucleus")
     parser.add_argument(
-        "--insecure", action="store_true", help="the registry speaks plain HTTP, as one on this machine"
+        "--insecure", action="store_true", help="the registry uses plain HTTP, such as one on this machine"
     )
     parser.add_argument("--base-image", help="default: the Dockerfile's")
     parser.add_argument("--torch-index", help="package index with torch's builds; default: the Dockerfile's")

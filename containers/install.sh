@@ -1,12 +1,12 @@
 #!/bin/sh
 # install.sh LAYER VARIANT: the locked packages of a layer into /opt/venv, without pip and without test suites.
 # /tools is the stage of that name, with pip and strip. If /wheels has files (containers/build.py --wheels), nothing is
-# downloaded. Packages of the layers below are there already: pip leaves them as they are.
+# downloaded. Packages of the layers below are already installed: pip does not change them.
 set -eu
 layer=$1
 variant=$2
 wanted=/opt/requirements/$layer.txt
-started=$(mktemp)  # on a file system of its own or not: everything this script writes is newer
+started=$(mktemp)  # everything this script writes is newer
 site=$(/opt/venv/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 
 set -- --no-deps
@@ -28,8 +28,8 @@ install "$@" --constraint "$wanted" --requirement "$wanted"
 # Code runs from /opt/nucleus, which keeps the recipes beside the packages.
 [ -f "$site/nucleus.pth" ] || echo /opt/nucleus > "$site/nucleus.pth"
 
-# What no task of ours loads: tests, headers that nobody compiles against, a second client of Kubernetes, services of AWS
-# other than those of storage and credentials.
+# Removes files that no task loads: tests, unused headers, a second client of Kubernetes, services of AWS
+# except storage and credentials.
 for package in numpy pandas scipy sklearn skimage pyarrow pywt matplotlib networkx sympy; do
   [ ! -d "$site/$package" ] || find "$site/$package" -type d -name tests -prune -exec rm -rf {} +
 done
@@ -44,7 +44,7 @@ done
 for package in numpy torch matplotlib cv2; do  # but not skimage, which reads its stubs
   [ ! -d "$site/$package" ] || find "$site/$package" -name '*.pyi' -delete
 done
-[ ! -d "$site/fontTools" ] || find "$site/fontTools" -name '*.c' -delete  # what Cython made
+[ ! -d "$site/fontTools" ] || find "$site/fontTools" -name '*.c' -delete  # made by Cython
 rm -rf "$site/kubernetes/aio" "$site/kubernetes/e2e_test" \
        "$site/torch/test" "$site"/torch/bin/*test* "$site"/torch/bin/protoc* "$site"/torch/lib/lib*_test.so \
        "$site/pyarrow/include" "$site/pyarrow/src" "$site"/pyarrow/libarrow_flight.so* "$site"/pyarrow/_flight*.so \
@@ -52,7 +52,7 @@ rm -rf "$site/kubernetes/aio" "$site/kubernetes/e2e_test" \
        "$site/matplotlib/mpl-data/sample_data" "$site/tensorboard_data_server/bin"
 
 if [ "$variant" = cpu ]; then
-  # torchtitan imports triton wherever it runs; the programs that make and measure GPU code do not run here.
+  # torchtitan imports triton everywhere; the programs that make and measure GPU code do not run here.
   rm -rf "$site/triton/backends/nvidia/bin" "$site/triton/backends/nvidia/lib" "$site/triton/backends/amd/lib" \
          "$site/triton/_C/libproton.so" "$site/triton/instrumentation" "$site/triton/plugins" "$site/triton/FileCheck"
   # Symbols for debuggers: two thirds of Triton, a fifth of torch. auditwheel's *.libs do not survive strip.
@@ -61,7 +61,8 @@ if [ "$variant" = cpu ]; then
 fi
 rm "$started"
 
-# The root is read-only: bytecode is written now or never. Importing compiles what runs, and shows that the lock is whole.
+# The root is read-only, so bytecode must be written now. Importing compiles the code that runs, and shows that the lock
+# is complete.
 case "$layer" in
   common) modules="flytekit.bin.entrypoint flytekit.clis.sdk_in_container.pyflyte pandas pyarrow.parquet pyarrow.dataset
                    PIL.Image matplotlib.pyplot s3fs botocore.session safetensors.numpy yaml pydantic" ;;

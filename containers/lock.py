@@ -1,12 +1,12 @@
 """Writes containers/requirements/ROLE.txt: every package of a role's image, at the version of constraints.txt; and
-ROLE.no-deps.txt: those of no-deps.txt, which are installed without what they require.
+ROLE.no-deps.txt: the packages of no-deps.txt, which are installed without their requirements.
 
     python -m containers.lock          # after a change of pyproject.toml or constraints.txt
-    python -m containers.lock --check  # exits 1 where a file differs from what would be written
+    python -m containers.lock --check  # exits 1 if a file is not up to date
 
-A role's packages are the project's dependencies, the role's extra in pyproject.toml, and whatever those require, as the
-metadata of the installed packages says: run it in the development environment, which has them all. No network.
-common.txt has the packages of all roles, torch.txt those of all roles with torch: the layers that their images share.
+A role's packages are the project's dependencies, the role's extra in pyproject.toml, and all their requirements, from
+the metadata of installed packages: run it in the development environment, which has them all. No network. common.txt
+has the packages of all roles, torch.txt those of all roles with torch: the layers that their images share.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 REQUIREMENTS = ROOT / "containers" / "requirements"
 ROLES = ("curation", "scorer", "encoder", "trainer", "evaluator", "publisher")
-# pip installs these by default beside everything; no module of ours, nor of a dependency, imports them at run time.
+# pip installs these by default; neither our modules nor dependencies import them at run time.
 INSTALLERS = {"pip", "wheel"}
-# Of no-deps.txt. The judges of eval/judges that import them need nothing else of what they require (torchvision, peft, ...).
+# From no-deps.txt. The judges that import them (eval/judges) need none of their requirements (torchvision, peft, ...).
 NO_DEPS = {"evaluator": ("dreamsim", "modelscope")}
 HEADER = "# Made by containers/lock.py from pyproject.toml and constraints.txt. Do not edit.\n"
 
 
 def pins() -> dict[str, str]:
-    """Canonical name -> version, of constraints.txt."""
+    """Canonical name -> version, from constraints.txt."""
     lines = (line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
     return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines if line)}
 
 
 def closure(wanted: list[str]) -> set[str]:
-    """Canonical names of the wanted requirements and of all that they require, for this interpreter and platform.
+    """Canonical names of the wanted requirements and all of their requirements, for this interpreter and platform.
 
     Raises:
         ValueError: a required package is not installed.
@@ -88,7 +88,7 @@ def locked() -> dict[str, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a file would change")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file would change")
     check = parser.parse_args().check
     files = locked()
     REQUIREMENTS.mkdir(exist_ok=True)

@@ -6,8 +6,8 @@ import importlib
 import os
 from typing import Any
 
-# cuBLAS takes a workspace of this shape at a process's first matrix product on CUDA and never again. Deterministic
-# training refuses any other, and in a local run encoding on the GPU comes before training, in the same process.
+# cuBLAS reads this variable only at a process's first matrix product on CUDA. Deterministic training requires this
+# value, and in a local run the same process encodes on the GPU before it trains.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 __all__ = ["NucleusTransformer", "TransformerConfig"]

@@ -4,7 +4,7 @@ Four backends compute the same function; `choose_backend` picks one for the proc
 
     flash3, flash2   flash-attn 3 or 2, where the package is installed
     varlen           PyTorch's own flash kernel for packed sequences (torch.nn.attention.varlen)
-    sdpa             F.scaled_dot_product_attention: everywhere, and with any type
+    sdpa             F.scaled_dot_product_attention: everywhere, for any dtype
 
 The first three need a CUDA device and half precision. They take a key mask as packed keys: the kept keys of all samples
 one after the other, with offsets. SDPA on CUDA sends a mask to its memory-efficient kernel, whose deterministic
@@ -48,12 +48,12 @@ PLAIN_SCORES = 16384
 
 
 _choice: AttentionBackend = "auto"
-_packages: dict[str, ModuleType] = {}  # by backend; compiled code reads them here, since it cannot import
+_packages: dict[str, ModuleType] = {}  # imported by backend; compiled code cannot import
 _varlen_options: dict[str, Any] = {}
 
 
 class Machine(NamedTuple):
-    """The properties of the machine that decide which backends it can run."""
+    """Properties of the machine that determine which backends it can run."""
 
     capability: tuple[int, int] | None  # of the CUDA device; None without one, or for tensors of another device
     modules: frozenset[str]  # the installed modules of PACKAGES
@@ -86,7 +86,7 @@ def choose_backend(
     """The backend to use, and why the faster ones are not used.
 
     Raises:
-        ValueError: `wanted` names a backend that the machine, the type or the head dim does not allow.
+        ValueError: `wanted` names a backend that the machine, the dtype or the head dim does not allow.
     """
     if wanted == "sdpa":
         return "sdpa", "asked for"
@@ -107,7 +107,7 @@ def choose_backend(
 
 
 def use_attention(choice: AttentionBackend) -> None:
-    """Sets the backend of the whole process. Without a call it is "auto".
+    """Sets the backend of the whole process; the default is "auto".
 
     Raises:
         ValueError: an unknown name, or a backend that this machine cannot run; the message says what is missing.
@@ -127,13 +127,14 @@ def _import(backend: str) -> None:
     module = importlib.import_module(PACKAGES[backend])
     _packages[backend] = module
     if backend == "varlen":
-        # PyTorch 2.13 refuses grouped heads without this argument; 2.10 and 2.11 take them and do not know it.
+        # PyTorch 2.13 requires this argument for grouped heads; 2.10 and 2.11 accept them but not the argument.
         grouped = "enable_gqa" in inspect.signature(module.varlen_attn).parameters
         _varlen_options.update({"enable_gqa": True} if grouped else {})
 
 
 def packed_backend() -> PackedBackend | None:
-    """The backend of half-precision tensors in this process, imported, if it takes packed keys; None: it is SDPA."""
+    """The backend of half-precision tensors in this process, imported; None if it is SDPA, which takes no packed
+    keys."""
     machine = _machine("cuda" if torch.cuda.is_available() else "cpu", None)
     backend, _ = choose_backend(_choice, machine, torch.bfloat16, MAX_FLASH_HEAD_DIM)
     _import(backend)
@@ -162,7 +163,7 @@ def _chosen(wanted: AttentionBackend, device_type: str, index: int | None, dtype
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:
-    """The type in which matrix products of `x` run: autocast's where it is on."""
+    """The dtype in which matrix products of `x` run: autocast's if it is enabled."""
     device = x.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocast else x.dtype
@@ -198,8 +199,8 @@ def pack_keys(mask_BL: torch.Tensor, queries: int) -> PackedKeys:
 
 
 class _Reordered(torch.autograd.Function):
-    """x[order] for a permutation. Its gradient is a gather too: that of `index_select` is an addition, which a
-    permutation does not need and which deterministic algorithms on CUDA do by sorting."""
+    """x[order] for a permutation, with a gather as gradient. The gradient of `index_select` is an addition, which a
+    permutation does not need and which deterministic algorithms on CUDA compute by sorting."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, order: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -243,7 +244,7 @@ def attend(
 def _dense(backend: str, q_BSNH: torch.Tensor, k_BLKH: torch.Tensor, v_BLKH: torch.Tensor) -> torch.Tensor:
     if backend == "varlen":  # without a mask SDPA runs the same kernel
         return _sdpa(q_BSNH, k_BLKH, v_BLKH, None)
-    deterministic = torch.are_deterministic_algorithms_enabled()  # else the backward adds in any order
+    deterministic = torch.are_deterministic_algorithms_enabled()  # False: the backward adds in any order
     return _first(_packages[backend].flash_attn_func(q_BSNH, k_BLKH, v_BLKH, deterministic=deterministic))
 
 
@@ -301,7 +302,7 @@ class RMSNorm(nn.Module):
         return self.normalise(x) * self.weight
 
     def normalise(self, x: torch.Tensor) -> torch.Tensor:
-        """Without the weight; same type as the weight."""
+        """`x` normalised but not yet multiplied by the weight; in the weight's dtype."""
         x_float = x.float()
         return (x_float * torch.rsqrt(x_float.pow(2).mean(-1, keepdim=True) + self.eps)).to(self.weight.dtype)
 

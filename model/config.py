@@ -1,8 +1,8 @@
 """Configuration of the model and of its training: the `model` and `train` sections of a recipe.
 
 Every class is frozen and refuses unknown keys, so that a typing mistake in a recipe is one error that names
-the key. Numbers are the recipe's: no default here hides a value of the paper (RECIPE sources are comments in
-recipes/nucleus_17b.yaml).
+the key. The numbers are in recipes: no default here hides a value of the paper (comments in recipes/nucleus_17b.yaml
+give sources).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 # 32 bits: every random number generator takes such a seed, and offsets added to it never overflow.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-SUBFOLDER = r"\w[\w.-]*(?:/\w[\w.-]*)*"  # names with / between them, none of them . or ..
+SUBFOLDER = r"\w[\w.-]*(?:/\w[\w.-]*)*"  # names separated by /, none of them . or ..
 INIT_FROM = re.compile(rf"[^@]+|[\w.-]+/[\w.-]+(?:/{SUBFOLDER})?@[0-9a-f]{{40}}")
 ImageSize = Annotated[int, Field(gt=0, le=16384)]  # px
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -47,7 +47,8 @@ MoeStrategy = Literal[
 class Free:
     """Marks a setting of `TrainSettings` that may change between two attempts at one training.
 
-    Such a setting says how training is computed, stored or logged. What is trained does not depend on it, up to rounding.
+    Such a setting decides how training is computed, stored or logged. Up to rounding, the trained weights do not depend
+    on it.
     """
 
 
@@ -62,7 +63,7 @@ class Section(BaseModel):
     @classmethod
     @functools.cache
     def model_json_schema(cls, *args: Any, **options: Any) -> dict[str, Any]:
-        """Made once: flytekit asks for it with each input of each task, a third of the time of `pyflyte run --help`.
+        """Cached: flytekit requests it for each input of each task, a third of the time of `pyflyte run --help`.
         Callers must not change it."""
         return super().model_json_schema(*args, **options)
 
@@ -71,8 +72,9 @@ class RoutingConfig(Section):
     """How the MoE layers route. The defaults are the released model; everything else is an ablation of it.
 
     kind: "expert_choice", each expert takes its top tokens; "token_choice", each token takes its top-k experts, with
-        k the layer's capacity factor (a whole number then), so that as many experts meet a token on average;
-        "dense", a SwiGLU in place of router and experts, as wide as what meets a token (`TransformerConfig.ffn_hidden`).
+        k the layer's capacity factor (then a whole number), so that the mean number of experts per token is equal;
+        "dense", a SwiGLU in place of router and experts, as wide as the experts of a token
+        (`TransformerConfig.ffn_hidden`).
     coupled: the router sees the modulated tokens, as the experts do, instead of the unmodulated ones.
     expert_limit: token choice only: an expert takes at most ceil(expert_limit k S / E) of a sample's S tokens, the
         highest scores first, and drops the others (the "capacity factor" of the Switch Transformer, arXiv
@@ -96,7 +98,7 @@ class TransformerConfig(Section):
     """The keys of diffusers' `NucleusMoEImageTransformer2DModel` config.json, with the released defaults' names.
 
     Source: diffusers 0.42.1, transformer_nucleusmoe_image.py. Width is heads x head dim. `routing` is this project's
-    own, for ablations, which diffusers cannot load: where it has its defaults, it is left out when written.
+    own, for ablations, which diffusers cannot load; its defaults are not written to config.json.
     """
 
     patch_size: Positive = 2
@@ -128,7 +130,7 @@ class TransformerConfig(Section):
 
     @property
     def is_ablation(self) -> bool:
-        """Whether it computes something else than diffusers' class, which then cannot load its weights."""
+        """Whether the model differs from diffusers' class, which then cannot load its weights."""
         return self.routing != RoutingConfig()
 
     @property
@@ -163,10 +165,10 @@ class TransformerConfig(Section):
     def ffn_hidden(self, layer: int) -> int:
         """Inner width of the dense SwiGLU of block `layer`.
 
-        Where kind "dense" stands for an MoE layer, it has the weights that are active on a token there. E experts of
-        hidden width F and 3 D F weights take C = cf S / E of S tokens each, so that E C / S = cf of them meet a token
-        on average, and the shared expert one more: 3 D F (cf + 1) = 3 D x, x = (cf + 1) F. The router's 2 D E weights
-        (1% of that in the 17B model) are not made up for.
+        Of kind "dense", it has as many weights as are active on a token in the MoE layer that it replaces. Each of E
+        experts, of hidden width F and 3 D F weights, takes C = cf S / E of S tokens, so that on average E C / S = cf
+        experts process a token, and the shared expert one more: 3 D F (cf + 1) = 3 D x, x = (cf + 1) F. The router's 2
+        D E weights (1% of that in the 17B model) are not compensated for.
         """
         if not self._is_sparse(layer):
             return self.dense_inner_dim
@@ -175,7 +177,8 @@ class TransformerConfig(Section):
     def with_capacity_factors(self, factors: float | tuple[float, ...]) -> TransformerConfig:
         """The same model at a training stage's capacity factors.
 
-        Of kind "dense" they are the width of its layers, which no stage may change: it is returned as it is.
+        Of kind "dense" they determine the width of its layers, which no stage may change, so the model is returned
+        unchanged.
         """
         if self.routing.kind == "dense":
             return self
@@ -215,7 +218,7 @@ class TransformerConfig(Section):
         for value in dict.fromkeys(map(self.capacity_factor, moe_layers)):
             if not 0 < value <= self.num_experts:
                 raise ValueError(
-                    f"capacity factor {value} must lie in (0, num_experts={self.num_experts}]: above it an expert "
+                    f"capacity factor {value} must be in (0, num_experts={self.num_experts}]: above it an expert "
                     "would take more tokens than there are"
                 )
             if self.routing.kind == "token_choice" and value != int(value):
@@ -231,8 +234,8 @@ class OptimConfig(Section):
     """Muon for attention and expert matrices, AdamW for every other parameter; constant rate after warm-up (WSM), unless a
     stage has a `decay`.
 
-    muon_scale: of an orthogonal update (`model.optim.update_scale`). "spectral", as Muon has it, for rates of 1e-3 to
-        1e-2; "rms", as large as AdamW's updates are, where one rate is to serve both groups.
+    muon_scale: scale of an orthogonal update (`model.optim.update_scale`). "spectral", Muon's own, for rates of 1e-3 to
+    1e-2; "rms", the size of AdamW's updates, so that one rate can serve both groups.
     """
 
     matrices: Literal["muon", "adamw"] = "muon"  # "adamw": AdamW, at adamw_lr, for every parameter
@@ -252,8 +255,8 @@ class OptimConfig(Section):
 class LossConfig(Section):
     """Weight of each loss beside flow matching; 0 switches it off.
 
-    A field's name is the name of its function in `model.losses` (`LOSSES`, or `AFTER_STEP` for what is applied to weights
-    after the optimiser step). docs/extending.md shows how to add one.
+    A field's name is the name of its function in `model.losses` (`LOSSES`, or `AFTER_STEP` for functions that change
+    weights after the optimiser step). docs/extending.md shows how to add one.
     """
 
     router_z_loss: Weight = 0.0
@@ -270,15 +273,15 @@ class CaptionWeight(Section):
 
 
 class DecayConfig(Section):
-    """Learning rates fall linearly, over a stage's last `steps`, to `to` times what they were."""
+    """Learning rates fall linearly, over a stage's last `steps`, to `to` times the constant rate."""
 
     steps: Positive
     to: Fraction = 0.0
 
 
 class GuidanceConfig(Section):
-    """Over a stage's last `steps`, the model learns to predict what classifier-free guidance of `scale` would make of its
-    own predictions (`model.losses.guided_clean`). It is then sampled without guidance, at half the cost."""
+    """Over a stage's last `steps`, the model learns to predict the result of classifier-free guidance of `scale` on its
+    own predictions (`model.losses.guidance`). It is then sampled without guidance, at half the cost."""
 
     steps: Positive
     scale: Annotated[float, Field(gt=1.0)]
@@ -295,7 +298,7 @@ class StageConfig(Section):
     aspect_ratios: tuple[str, ...] = ("1:1",)
     tier_weights: dict[str, Weight] = dict.fromkeys(TIERS, 1.0)
     bucket_weights: dict[str, Weight] = {}  # factors on images of `curation.buckets`; 1 for a bucket that is not named
-    caption_weights: tuple[CaptionWeight, ...] = ()  # ascending; longer captions have the last weight. None: all alike
+    caption_weights: tuple[CaptionWeight, ...] = ()  # ascending; the last also for longer captions. Empty: equal
     wavelet: bool = False  # whether the wavelet loss is on
     decay: DecayConfig | None = None  # None: a constant rate to the end (WSM)
     guidance: GuidanceConfig | None = None
@@ -337,9 +340,9 @@ class TimestepConfig(Section):
 
 
 class SkipConfig(Section):
-    """Which steps change nothing (model/train/guard.py): always those whose loss or gradient is not finite; with
-    `spike_mads`, those whose loss is that many median absolute deviations above the median of the last
-    `window_steps`. `max_skipped` of the last `window_steps` skipped end the run."""
+    """Which steps are skipped (model/train/guard.py): those whose loss or gradient is not finite and, with
+    `spike_mads`, those whose loss is that many median absolute deviations above the median of the last `window_steps`.
+    If `max_skipped` of the last `window_steps` are skipped, the run ends."""
 
     spike_mads: Annotated[float, Field(gt=0)] | None = None
     window_steps: Positive = 100
@@ -353,12 +356,12 @@ class SkipConfig(Section):
 
 
 class TrainSettings(Section):
-    """The `train` section of a recipe without its stages: what all stages share."""
+    """The `train` section of a recipe without its stages: the settings that all stages share."""
 
     seed: Seed = 0  # of the whole training; each stage derives its own (model.stages)
     optim: OptimConfig
     carry_optimizer: bool = (
-        True  # a stage continues with the optimiser state and rate of the one before, without warm-up
+        True  # a stage continues with the optimiser state and rate of the previous one, without warm-up
     )
     losses: LossConfig = LossConfig()
     timesteps: TimestepConfig = TimestepConfig()
@@ -375,26 +378,26 @@ class TrainSettings(Section):
     checkpoint_uri: Annotated[str | None, FREE] = None
     skip: SkipConfig = SkipConfig()
     num_workers: Annotated[int, Field(ge=0), FREE] = 0  # threads of each rank that read batches ahead
-    # "stream": each rank reads the rows of its batches from where the latents are stored, instead of a copy of them all.
+    # "stream": each rank reads the rows of its batches from the store of the latents, instead of copying them all.
     latents: Annotated[Literal["download", "stream"], FREE] = "download"
     log_every_steps: Annotated[Positive, FREE] = 10
     sample_every_steps: Annotated[int, Field(ge=0)] = 0  # 0: no sample grids
     sample_prompts: tuple[str, ...] = ()
     nnodes: Annotated[Positive, FREE] = 1
     nproc_per_node: Annotated[Positive, FREE] = 1
-    # How the ranks share the weights (model/ranks.py): replicas x shard ranks, -1 for all that is left.
+    # How the ranks share the weights (model/ranks.py): replicas x shard ranks; -1: all remaining ranks.
     data_parallel_replicate: Annotated[Positive, FREE] = 1
     data_parallel_shard: Annotated[int, Field(ge=-1), FREE] = -1
     expert_parallel: Annotated[Positive, FREE] = 1  # of the shard ranks
     dtype: Literal["float32", "bfloat16"] = "float32"
     compile: Annotated[bool, FREE] = False
     activation_checkpointing: Annotated[Literal["none", "selective", "full"], FREE] = "none"
-    # On a CUDA device: the same bits in each attempt, by algorithms that may be slower (by how much was not measured).
+    # On a CUDA device: the same bits in each attempt, by algorithms that may be slower (not measured).
     deterministic: Annotated[bool, FREE] = True
-    # On a CUDA device; "auto" takes what is installed and fits (model/attention.py, model/kernels).
+    # On a CUDA device; "auto" takes the fastest that is installed and supported (model/attention.py, model/kernels).
     attention_backend: Annotated[Literal["auto", "sdpa", "varlen", "flash2", "flash3"], FREE] = "auto"
     kernels: Annotated[Literal["auto", "torch", "triton"], FREE] = "auto"
-    # Where FSDP shards the model, torchtitan's DistMuon can take some matrices (model/train/parallel/dist_muon.py).
+    # If FSDP shards the model, torchtitan's DistMuon can update some matrices (model/train/parallel/dist_muon.py).
     muon_implementation: Annotated[Literal["nucleus", "torchtitan"], FREE] = "nucleus"
 
     @model_validator(mode="after")
@@ -410,7 +413,7 @@ class TrainSettings(Section):
             except ValueError as error:
                 raise ValueError(f"checkpoint_uri: {error}") from None
         if self.data_parallel_shard == 0:
-            raise ValueError("data_parallel_shard=0 must be 1 or more, or -1 for all ranks that are left")
+            raise ValueError("data_parallel_shard=0 must be 1 or more, or -1 for all remaining ranks")
         return self
 
 
@@ -426,7 +429,7 @@ class TrainConfig(TrainSettings):
     def _check_stages(self) -> TrainConfig:
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
-            raise ValueError(f"stages need names of their own, got {names}")
+            raise ValueError(f"stages must have different names, got {names}")
         sizes = [stage.image_size_px for stage in self.stages]
         if sizes != sorted(sizes):
             raise ValueError(f"image_size_px must not fall from stage to stage, got {sizes}")

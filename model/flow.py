@@ -11,9 +11,9 @@ from model.config import TimestepConfig
 
 
 def timestep_shift(num_tokens: int, config: TimestepConfig = TimestepConfig()) -> float:
-    """mu, linear in the number of image tokens: 0.5 at 256, 1.15 at 4096, and on beyond both ends.
+    """mu, linear in the number of image tokens: 0.5 at 256, 1.15 at 4096, extrapolated beyond both.
 
-    Source: the paper; diffusers' `calculate_shift` is the same line.
+    Source: the paper; diffusers' `calculate_shift` is the same function.
     """
     slope = (config.max_shift - config.base_shift) / (config.max_tokens - config.base_tokens)
     return config.base_shift + slope * (num_tokens - config.base_tokens)
@@ -28,8 +28,8 @@ def sample_timesteps(
     """Timesteps [B] in (0, 1), fp32, 1 is noise; on the generator's device.
 
     Logit-normal, t = sigmoid(mu + n) with n ~ N(0, 1): the same as FlowMatch's dynamic shift
-    e^mu / (e^mu + 1/t - 1) of a plain logit-normal t. A share `uniform_fraction` is uniform instead. Each
-    sample takes three draws in every case, so that a batch's draws do not depend on each other.
+    e^mu / (e^mu + 1/t - 1) of a plain logit-normal t. A share `uniform_fraction` is uniform instead. Each sample always
+    uses three draws, so that one sample's draws do not shift another's.
     """
     device = generator.device if generator is not None else None
     normal = torch.randn(batch, generator=generator, device=device)
@@ -45,12 +45,12 @@ def interpolate(clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> to
 
 
 def velocity_target(clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """What the released model predicts: clean - noise (diffusers' pipeline negates it for the scheduler)."""
+    """The target of the released model: clean - noise (diffusers' pipeline negates it for the scheduler)."""
     return clean - noise
 
 
 def predict_clean(noisy: torch.Tensor, velocity: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """The clean latent that a velocity implies: x_t + t (clean - noise), with `t` [B]."""
+    """The clean latent for a velocity: x_t + t (clean - noise), with `t` [B]."""
     return noisy + t.to(noisy.dtype).view(-1, *[1] * (noisy.dim() - 1)) * velocity
 
 
@@ -60,7 +60,7 @@ def pack_latents(latents: torch.Tensor, patch_size: int = 2) -> torch.Tensor:
     The order of diffusers' `NucleusMoEImagePipeline._pack_latents`.
 
     Raises:
-        ValueError: sides that the patch does not divide.
+        ValueError: a side is not a multiple of the patch size.
     """
     batch, channels, height, width = latents.shape
     if height % patch_size or width % patch_size:
@@ -71,7 +71,7 @@ def pack_latents(latents: torch.Tensor, patch_size: int = 2) -> torch.Tensor:
 
 
 def unpack_latents(tokens: torch.Tensor, rows: int, columns: int, patch_size: int = 2) -> torch.Tensor:
-    """The inverse: [B, S, C p p] -> [B, C, rows p, columns p]; `rows` and `columns` count patches.
+    """The inverse of `pack_latents`: [B, S, C p p] -> [B, C, rows p, columns p]; `rows` and `columns` count patches.
 
     Raises:
         ValueError: rows x columns is not the number of tokens.

@@ -1,7 +1,8 @@
 """Progress and warnings of a run: one line each on standard output, as they are logged.
 
-NUCLEUS_LOG_LEVEL (INFO by default; WARNING leaves only what went wrong) is the level. Results of a command are printed,
-not logged. Loggers are below "nucleus", apart from the root logger, which torchtitan and flytekit configure for themselves.
+NUCLEUS_LOG_LEVEL (INFO by default; WARNING leaves only warnings and errors) is the level. Results of a command are
+printed, not logged. Loggers are below "nucleus", separate from the root logger, which torchtitan and flytekit
+configure.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ ROOT = "nucleus"
 
 
 class _StandardOutput(logging.StreamHandler):
-    """Writes to what sys.stdout is at the time, which tests and Flyte's tasks replace."""
+    """Writes to the current sys.stdout, which tests and Flyte's tasks replace."""
 
     @property
     def stream(self) -> TextIO:

@@ -1,4 +1,4 @@
-"""Losses: flow matching; of routers z-loss, load balance and orthogonality; the wavelet loss on the clean latent.
+"""Losses: flow matching; z-loss, load balance and orthogonality of routers; the wavelet loss on the clean latent.
 
     latents, noise, t --noised--> Example --model--> velocity --objective--> one scalar to differentiate
                                      ^
@@ -28,7 +28,7 @@ from model.transformer import RouterTrace
 
 @dataclass
 class Example:
-    """A micro-batch on the path from clean to noise: the model's input, and what its output is compared with.
+    """A micro-batch on the path from clean to noise: the model's input and its target.
 
     `guidance_BSC` is added to the target velocity.
     """
@@ -45,7 +45,7 @@ class Example:
 
 @dataclass
 class Output(Example):
-    """An example and what the model made of it. `trace` is None where no loss of the step reads the routers."""
+    """An example and the model's output for it. `trace` is None if no loss of the step reads the routers."""
 
     velocity_BSC: torch.Tensor
     trace: RouterTrace | None
@@ -83,11 +83,12 @@ def noised(latents: torch.Tensor, noise: torch.Tensor, t_B: torch.Tensor, patch_
 
 
 def guidance(velocity_BSC: torch.Tensor, unconditional_BSC: torch.Tensor, scale: float) -> torch.Tensor:
-    """What training guidance in adds to the target velocity (`Example.guidance_BSC`), without graph.
+    """The term that trained-in guidance adds to the target velocity (`Example.guidance_BSC`), without graph.
 
-    w (v - u) of the predictions v with text and u without, where w = 1 - 1 / scale. A model that predicts c for the plain
-    target settles at v = c + w (v - u), that is v = u + scale (c - u): classifier-free guidance in one forward pass.
-    Samples whose caption is dropped keep the plain target, as v is u there. The idea is model guidance's (arXiv 2502.12154).
+    It is w (v - u) for the predictions v with text and u without, where w = 1 - 1 / scale. If the model would predict c
+    for the plain target, the fixed point is v = c + w (v - u), that is v = u + scale (c - u): classifier-free guidance
+    in one forward pass. Samples whose caption is dropped keep the plain target, as v is u there. The idea is model
+    guidance's (arXiv 2502.12154).
     """
     return (1.0 - 1.0 / scale) * (velocity_BSC.detach() - unconditional_BSC.detach())
 
@@ -99,7 +100,7 @@ def objective(
 
     Args:
         velocity_BSC: the model's output, in fp32.
-        trace: of the forward pass; needed where `needs_trace(weights)`.
+        trace: of the forward pass; required if `needs_trace(weights)`.
 
     Returns:
         the sum to differentiate, flow matching alone, flow matching of each sample [B] without graph, and the tensors to
@@ -120,14 +121,15 @@ def needs_trace(weights: LossConfig) -> bool:
 
 
 def apply_after_step(model: nn.Module, weights: LossConfig) -> None:
-    """Applies what acts on weights directly, after the optimiser step."""
+    """Applies the losses that change weights directly, after the optimiser step."""
     for name, apply in AFTER_STEP.items():
         if strength := getattr(weights, name):
             apply(model, strength)
 
 
 def flow_matching_loss(prediction: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean squared error, the same of each sample [B] without graph), in fp32; the first is the second's mean.
+    """(mean squared error, mean squared error of each sample [B] without graph), in fp32; the first is the mean of the
+    second.
 
     The values of each sample let a trainer report the loss by timestep.
     """
@@ -138,8 +140,8 @@ def flow_matching_loss(prediction: torch.Tensor, target: torch.Tensor) -> tuple[
 def router_z_loss(logits: Iterable[torch.Tensor]) -> torch.Tensor:
     """Mean over tokens of logsumexp(logits)^2, summed over the layers' `logits` [B, S, E] (ST-MoE, eq. 5).
 
-    The sum and not the mean over layers: each layer is then held as strongly in a deep model as in a shallow
-    one. 0 for a model without routers.
+    With a sum, not a mean, over layers, each layer is regularised as strongly in a deep model as in a shallow one. 0
+    for a model without routers.
     """
     losses = [layer.float().logsumexp(dim=-1).square().mean() for layer in logits]
     return torch.stack(losses).sum() if losses else torch.zeros(())
@@ -150,8 +152,8 @@ def load_balance_loss(routings: Iterable[Routing]) -> torch.Tensor:
     score over the sample's tokens; the mean over samples. 1 for each layer whose experts share the tokens evenly.
 
     The Switch Transformer's loss (arXiv 2101.03961, eq. 4) of each sample separately, as DeepSeek-V3's (arXiv
-    2412.19437, eq. 17), so that it does not depend on how a batch is cut into micro-batches. f_e has no gradient. For
-    token choice: where experts choose, it is the constant 1. 0 for a model without routers.
+    2412.19437, eq. 17), so that it does not depend on how a batch is split into micro-batches. f_e has no gradient. For
+    token choice; with expert choice it is the constant 1. 0 for a model without routers.
     """
     losses = []
     for routing in routings:
@@ -172,11 +174,11 @@ def router_orthogonality(weight_ER: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def apply_router_orthogonality(model: nn.Module, strength: float) -> None:
-    """One gradient step of size `strength` on `router_orthogonality`, direct on each router's weight.
+    """One gradient step of size `strength` on `router_orthogonality`, applied directly to each router's weight.
 
-    Beside the optimiser, as in the paper: Adam would scale so small a gradient up to a full step. The paper gives
-    the strength (1e-7) and not the formula; this one asks for orthogonal directions and leaves each row's length
-    alone to first order, so that it does not shrink the logits. Nothing here waits for the device.
+    It bypasses the optimiser, as in the paper: Adam would scale so small a gradient up to a full step. The paper gives
+    the strength (1e-7) but no formula; this formula makes directions orthogonal and keeps each row's length to first
+    order, so that it does not shrink the logits. The host does not wait for the device.
     """
     for module in model.modules():
         if isinstance(module, MoE):
@@ -186,7 +188,7 @@ def apply_router_orthogonality(model: nn.Module, strength: float) -> None:
             gram = rows @ rows.mT
             gram.fill_diagonal_(0.0)
             pull = gram @ rows * 2
-            # d/dw of the cosine keeps only what is at right angles to the row itself.
+            # d/dw of the cosine is orthogonal to the row itself.
             pull = (pull - (pull * rows).sum(-1, keepdim=True) * rows) / norms
             weight.sub_((strength * pull).to(weight.dtype))
 
@@ -194,7 +196,7 @@ def apply_router_orthogonality(model: nn.Module, strength: float) -> None:
 def haar_bands(x_BChw: torch.Tensor) -> torch.Tensor:
     """One-level orthonormal Haar sub-bands, [B, C, h, w] -> [B, C, 4, h/2, w/2], in the order LL, LH, HL, HH.
 
-    LH is the detail from row to row, HL from column to column, as PyWavelets' (cA, (cH, cV, cD)).
+    LH has the differences between rows, HL those between columns, as PyWavelets' (cA, (cH, cV, cD)).
 
     Raises:
         ValueError: an odd height or width.
@@ -216,8 +218,8 @@ def haar_bands(x_BChw: torch.Tensor) -> torch.Tensor:
 def wavelet_loss(predicted_clean: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
     """Mean over the four sub-bands of the MSE between the Haar transforms of two latents [B, C, h, w], in fp32.
 
-    As the transform is orthonormal, the bands together weigh every error as the plain MSE of the clean latent
-    does; relative to the velocity loss it adds weight t^2, that is to noisy timesteps (`flow.predict_clean`).
+    As the transform is orthonormal, the four bands together equal the MSE of the clean latent; relative to the velocity
+    loss this adds weight t^2, that is, to noisy timesteps (`flow.predict_clean`).
     """
     return (haar_bands(predicted_clean.float()) - haar_bands(clean.float())).square().mean()
 
@@ -231,5 +233,5 @@ LOSSES: dict[str, Callable[[Output], torch.Tensor]] = {
     ),
 }
 READS_ROUTERS = ("router_z_loss", "load_balance")  # those that need `Output.trace`
-# Applied to the weights themselves, with the optimiser's scaling bypassed.
+# Applied to the weights directly, without the optimiser's scaling.
 AFTER_STEP: dict[str, Callable[[nn.Module, float], None]] = {"router_orthogonality": apply_router_orthogonality}

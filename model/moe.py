@@ -5,7 +5,7 @@
                        +--> shared expert ----------------------------------------------------------+
 
 Every expert takes the same number of tokens, so dense batched products need neither sorting nor padding. Where ranks
-share the experts (model/train/parallel/expert_parallel.py), the shared expert runs while the rows are on their way.
+share the experts (model/train/parallel/expert_parallel.py), the shared expert runs during the exchange of rows.
 
 Shape suffixes: B batch, S tokens, D width, E experts, C capacity, F expert hidden, R = E B C routed rows.
 """
@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from model import kernels
 from model.kernels.elementwise import swiglu
 
-if TYPE_CHECKING:  # pydantic, which a layer does without
+if TYPE_CHECKING:  # imports pydantic, which a layer does not need
     from model.config import RoutingConfig
 
 
@@ -86,7 +86,7 @@ class SwiGLU(nn.Module):
 
 
 class Router(nn.Linear):
-    """Logits [B, S, E] from [timestep ; tokens], computed in the weight's own type: fp32 in mixed precision.
+    """Logits [B, S, E] from [timestep ; tokens], computed in the weight's dtype: fp32 in mixed precision.
 
     The product is split in two, so that no [B, S, 2D] tensor is built.
     """
@@ -121,7 +121,7 @@ def local_part(weight: torch.Tensor) -> torch.Tensor:
 class ExpertRanks(NamedTuple):
     """Ranks that share the experts of a layer, and the exchanges of rows with them.
 
-    `send` starts an exchange and returns what `receive` waits for: between the two, the device computes.
+    `send` starts an exchange and `receive` waits for it: in between, the device computes.
     """
 
     group: dist.ProcessGroup
@@ -198,7 +198,8 @@ class MoE(nn.Module):
             routed_END = self.experts(rows_END)
             shared_BSD = self.shared_expert(x_BSD)
         else:
-            # Half of the shared expert hides the way to the experts, the other half the way back.
+            # One half of the shared expert overlaps with the exchange to the experts, the other half with the exchange
+            # back.
             sent = ranks.send(rows_END)
             hidden_BSF = self.shared_expert.up(x_BSD)
             sent_back = ranks.send_back(self.experts(ranks.receive(sent)))

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-if TYPE_CHECKING:  # pydantic, which the optimisers do without
+if TYPE_CHECKING:  # imports pydantic, which the optimisers do not need
     from model.config import DecayConfig, OptimConfig
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
 # Attention projections, routed experts, shared expert, dense feed-forward. The paper says "attention and expert
-# matrices". The dense feed-forward of the first blocks is the same SwiGLU, a hidden layer too, and counts as one
-# expert that takes every token. `encoder_proj` brings text into the backbone and counts as an embedding: AdamW.
+# matrices". The dense feed-forward of the first blocks is the same SwiGLU, also a hidden layer, and counts as an expert
+# that takes every token. `encoder_proj` projects text into the backbone and counts as an embedding: AdamW.
 MUON_PATTERN = re.compile(
     r"(^|\.)transformer_blocks\.\d+\.("
     r"attn\.(to_q|to_k|to_v|add_k_proj|add_v_proj|to_out\.0)\.weight"
@@ -33,8 +33,8 @@ MUON_PATTERN = re.compile(
     r")$"
 )
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-# Updates that go through one iteration at most: enough to fill a GPU (48 expert matrices of the 17B model), while all
-# experts of 8 ranks, 7.7 GB, would need that much memory several times over.
+# Maximum bytes of updates in one Newton-Schulz iteration: enough to fill a GPU (48 expert matrices of the 17B model).
+# All experts of 8 ranks, 7.7 GB, would need several times that memory.
 MAX_BATCH_BYTES = 1 << 29
 
 
@@ -100,7 +100,7 @@ def newton_schulz(matrices: torch.Tensor, steps: int = 5, eps: float = 1e-7) -> 
 
 
 def compute_dtype(matrices: torch.Tensor) -> torch.dtype:
-    """The type in which `newton_schulz` computes: bfloat16, or on a CPU the matrices' own type."""
+    """The dtype in which `newton_schulz` computes: bfloat16, or on a CPU the matrices' own."""
     return matrices.dtype if matrices.device.type == "cpu" else torch.bfloat16
 
 
@@ -185,7 +185,7 @@ class Muon(torch.optim.Optimizer):
         self._apply(updates, group)
 
     def _local_part(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a parameter, a gradient or a buffer: all of it, without sharding."""
+        """This rank's part of a parameter, a gradient or a buffer; without sharding the whole tensor."""
         return tensor
 
     def _apply(self, updates: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]], group: dict) -> None:
@@ -205,7 +205,7 @@ class Muon(torch.optim.Optimizer):
     def _matrices(
         self, parameter: nn.Parameter, goal: torch.Tensor, update: torch.Tensor, rate: float
     ) -> list[Matrices]:
-        """The matrices of `parameter`, or of some of its experts: views of `goal` and of its `update`."""
+        """The matrices of `parameter`, or of some of its experts: views of `goal` and of `update`."""
         packed, stacked = split_matrices(self._names.get(parameter, ""), parameter)
         if not stacked:
             goal, update = goal.unsqueeze(0), update.unsqueeze(0)
@@ -214,8 +214,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def add_orthogonal(matrices: list[Matrices], steps: int) -> None:
-    """Adds each update, orthogonalised and times its rate, to its goal. Matrices of one shape go through an iteration
-    together, up to MAX_BATCH_BYTES."""
+    """Adds each update, orthogonalised and times its rate, to its goal. Matrices of one shape are iterated in batches
+    of up to MAX_BATCH_BYTES."""
     buckets: dict[tuple, list[Matrices]] = {}
     for entry in matrices:
         shape = entry.update.shape
@@ -293,7 +293,7 @@ class OptimizerEntry(NamedTuple):
 
 
 def muon_options(optim: OptimConfig) -> dict[str, Any]:
-    """Arguments of `Muon` but its parameters."""
+    """Arguments of `Muon` except its parameters."""
     return {
         "lr": optim.muon_lr,
         "momentum": optim.muon_momentum,
@@ -314,7 +314,8 @@ def _adamw(group: dict[str, Any], optim: OptimConfig) -> torch.optim.Optimizer:
     )
 
 
-# Names that `OptimConfig.matrices` admits. Of sharded models, model/train/optimizer.py builds Muon's distributed versions.
+# Valid names of `OptimConfig.matrices`. For sharded models, model/train/optimizer.py builds distributed versions of
+# Muon.
 OPTIMIZERS = {
     "muon": OptimizerEntry(lambda group, optim: Muon([group], **muon_options(optim)), state_tensors=1),
     "adamw": OptimizerEntry(_adamw, state_tensors=2),

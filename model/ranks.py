@@ -1,6 +1,6 @@
-"""How ranks share a model and a batch: replicas x shard ranks, of which `expert_parallel` share out the experts.
+"""How ranks share a model and a batch: replicas x shard ranks, of which `expert_parallel` divide the experts.
 
-Known without torch, so that a recipe is refused before any work, and with the arithmetic.
+Needs no torch, so that a wrong recipe is refused before any work; errors show the arithmetic.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from model.config import StageConfig, TrainSettings, TransformerConfig
 
 
 class Degrees(NamedTuple):
-    """Every rank has a share of the batch. `shard` ranks hold one copy of the weights between them."""
+    """Every rank has a share of the batch. `shard` ranks together hold one copy of the weights."""
 
     replicate: int
     shard: int
@@ -24,10 +24,10 @@ class Degrees(NamedTuple):
 
 
 def rank_degrees(model: TransformerConfig, train: TrainSettings, ranks: int) -> Degrees:
-    """The degrees that `train` asks for on `ranks` processes.
+    """The degrees that `train` sets for `ranks` processes.
 
     Raises:
-        ValueError: the degrees do not fit the ranks or the experts.
+        ValueError: a degree does not divide the ranks or the experts.
     """
     replicate, ep = train.data_parallel_replicate, train.expert_parallel
     world = f"the {ranks} ranks"
@@ -51,7 +51,7 @@ def rank_degrees(model: TransformerConfig, train: TrainSettings, ranks: int) -> 
             raise ValueError(f"train.expert_parallel={ep} shares out experts, and model.routing.kind='dense' has none")
     held = model.num_experts // ep
     if held % degrees.expert_shard and any(model.is_moe_layer(i) for i in range(model.num_layers)):
-        # Then each expert's matrices are cut, along their rows, which must be equal parts.
+        # Then each expert's matrices are sharded by rows, in equal parts.
         for name, rows in (("model width", model.width), ("moe_intermediate_dim", model.moe_intermediate_dim)):
             if rows % degrees.expert_shard:
                 raise ValueError(
@@ -62,7 +62,7 @@ def rank_degrees(model: TransformerConfig, train: TrainSettings, ranks: int) -> 
 
 
 def micro_batch(stage: StageConfig, train: TrainSettings, ranks: int) -> int:
-    """Samples of one rank and accumulation step: train.local_batch_size, or a rank's whole share where that is less."""
+    """Samples of one rank and accumulation step: train.local_batch_size, or a rank's whole share if that is less."""
     share = max(1, stage.batch_size // ranks)
     return min(train.local_batch_size or share, share)
 
@@ -71,7 +71,7 @@ def local_batch_size(stage: StageConfig, train: TrainSettings, ranks: int) -> in
     """`micro_batch`, checked.
 
     Raises:
-        ValueError: the global batch is no whole number of them.
+        ValueError: the global batch is not a multiple of it times the ranks.
     """
     local = micro_batch(stage, train, ranks)
     if stage.batch_size % (local * ranks):

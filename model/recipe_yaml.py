@@ -10,14 +10,14 @@ import yaml
 
 SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
 MAX_FILE_BYTES = 1 << 18
-MAX_VALUES = 5_000  # with each alias counted as what it stands for; a recipe has some 200
+MAX_VALUES = 5_000  # with aliases expanded; a recipe has about 200
 
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars, not PyYAML's 1.1, which reads 1e-4 as text and 16:9 as the number 969; keys once only.
+    """YAML 1.2's scalars, not PyYAML's 1.1, which reads 1e-4 as text and 16:9 as the number 969; no duplicate keys.
 
-    Aliases may stand for `MAX_VALUES` values in all: nine lines of aliases of aliases are a billion. What is over is refused
-    while it is read.
+    A file may have `MAX_VALUES` values with aliases expanded (nine lines of nested aliases are a billion); a larger
+    file is refused while it is read.
     """
 
     yaml_implicit_resolvers: dict[str, Any] = {}
@@ -51,10 +51,10 @@ class Loader(yaml.SafeLoader):
 
 
 def _count(node: yaml.Node, known: dict[int, int]) -> int:
-    """Values in a node, those behind aliases counted each time.
+    """Number of values in a node; values behind aliases count each time.
 
     Raises:
-        ComposerError: a node is inside itself.
+        ComposerError: a node contains itself.
     """
     if isinstance(node, yaml.ScalarNode):
         return 1
@@ -63,7 +63,7 @@ def _count(node: yaml.Node, known: dict[int, int]) -> int:
         inside = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
         known[id(node)] = 1 + sum(_count(part, known) for part in inside)
     if known[id(node)] < 0:
-        raise yaml.composer.ComposerError(None, None, "an alias stands for what it is inside of", node.start_mark)
+        raise yaml.composer.ComposerError(None, None, "an alias stands for a value that contains it", node.start_mark)
     return known[id(node)]
 
 
@@ -78,16 +78,15 @@ for _tag, _pattern, _first in (
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The mapping of a recipe file; what it means is not checked here.
+    """The mapping of a recipe file; its keys and values are not checked here.
 
-    A file with a key `base`, a recipe's path as seen from the file, is an overlay: it is that recipe with the
-    overlay's own values in place. Mappings are joined key by key; anything else, lists too, is replaced whole.
-    The path ends in .yaml or .yml, and is relative or in the folder of recipes that come with the code, so that
-    a recipe from an untrusted source reads no other files.
+    A file with a key `base`, a recipe's path relative to the file, is an overlay: its values replace those of the base.
+    Mappings are merged key by key; other values, including lists, are replaced whole. The path ends in .yaml or .yml,
+    and is relative or in the folder of the project's recipes, so that a recipe from an untrusted source reads no other
+    files.
 
     Raises:
-        ValueError: no such file, not YAML, not a mapping, bases that go round in a circle, or an overlay without a
-            name of its own.
+        ValueError: no such file, not YAML, not a mapping, bases that form a cycle, or an overlay without its own name.
     """
     return _read(Path(path), ())
 

@@ -70,8 +70,8 @@ def rope_tables(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(cos, sin) pairs [S, 1, H/2, 2] of the image and [T, 1, H/2, 2] of the text, fp32.
 
-    They are not module buffers, so that nothing is saved or has to be materialised after a meta-device init. They are
-    cached per shape, except in compiled and fake-tensor code, where a cached tensor would belong to another trace.
+    They are not module buffers, so that they are not saved and need not be materialised after a meta-device init. They
+    are cached per shape, except in compiled and fake-tensor code, where a cached tensor would belong to another trace.
     """
     if torch.compiler.is_compiling() or _is_fake(device):
         return _cached_tables.__wrapped__(axes_dims, shape, text_tokens, str(device))

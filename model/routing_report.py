@@ -21,7 +21,7 @@ intersection over the mean union would be p / (2 - p): `jaccard_by_chance`. Dive
     expert_output_cosine   mean cosine over pairs of experts of their outputs for the same token, routed to them or not:
                            1 if all experts compute the same function
 
-This project defines these measures; they are not taken from a paper.
+This project defines these metrics; they are not taken from a paper.
 
 Writes routing.json (means), maps.safetensors (`layer03/experts` [images, timesteps, rows, columns], `layer03/jaccard`
 and `layer03/distinct` [images, rows, columns]), image*.png (these maps) and stability.png.
@@ -121,7 +121,7 @@ def watch_routing(
     seen: dict[int, list[torch.Tensor]] = {}
 
     def some(layer: int, inputs_ND: torch.Tensor) -> None:
-        """Keeps every `every`-th token, counted across timesteps. All tokens of a 17B model would fill a GPU."""
+        """Every `every`-th token, counted across timesteps. All tokens of a 17B model would fill a GPU."""
         kept = seen.setdefault(layer, [])
         kept.append(inputs_ND[-len(kept) * len(inputs_ND) % every :: every].clone())
 
@@ -162,7 +162,7 @@ def watch_routing(
 
 
 def describe_layer(model: NucleusTransformer, layer: int, routing: LayerRouting) -> dict[str, Any]:
-    """The measures of one layer, as in routing.json. See the module's docstring."""
+    """The metrics of one layer, as in routing.json. See the module's docstring."""
     weights, taken = routing.weights_TBSE, routing.taken_TBSE
     same_set, same_gates = jaccard(taken[:-1], taken[1:]), gate_cosine(weights[:-1], weights[1:])
     experts_TN = taken.sum(-1).flatten(1).float()

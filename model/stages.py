@@ -1,8 +1,8 @@
-"""Training stages as objects that have every setting of one stage.
+"""Training stages as objects with all settings of one stage.
 
     recipe: model, train ---> TrainingStage, TrainingStage, ...   seeds derived and capacity factors applied, once, here
 
-Needs neither torch nor Flyte: a plan and a workflow use it as well as the trainer.
+Needs neither torch nor Flyte: the planner, workflows and the trainer use it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from model.data.hashing import hash_words
 
 
 class TrainingStage(Section):
-    """One stage of a training. No field of another stage is part of it: a stage is trained again only when it changes.
+    """One stage of a training. It contains no field of another stage: a stage is trained again only when it changes.
 
-    model: at the capacity factors of the stage.
+    model: with the capacity factors of the stage.
     train: the settings that stages share, as they apply to this one.
     seed: 63 bits, of weights, sample order, noise, timesteps and caption dropout.
     hand_on_optimizer: whether the next stage continues with this one's optimiser state.
@@ -64,5 +64,5 @@ def training_stages(model: TransformerConfig, train: TrainConfig) -> list[Traini
 
 
 def _stage_seed(seed: int, index: int, name: str) -> int:
-    # Position and name: inserting a stage, or renaming one, gives it its own random numbers.
+    # A function of position and name: an inserted or renamed stage gets different random numbers.
     return int(hash_words(seed + 1000 * index, *name.encode())[0] >> 1)

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 MANIFEST = "manifest.json"  # seals a directory, with its digest
-READ_ATTEMPTS, FIRST_WAIT_S = 5, 1.0  # waits that double: 15 s in all, besides s3fs's and botocore's own attempts
+READ_ATTEMPTS, FIRST_WAIT_S = 5, 1.0  # waits that double, 15 s in total
 PERMANENT = (FileNotFoundError, PermissionError)
-CLIENTS = ("botocore", "aiobotocore", "aiohttp")  # of s3fs, which lets some of their errors through
+CLIENTS = ("botocore", "aiobotocore", "aiohttp")  # errors of s3fs's libraries, some of which it does not translate
 
 
-# scheme -> module and class of its file system: nothing else is ever constructed
+# scheme -> module and class of its file system; no other class is constructed
 STORES = {
     "s3": ("s3fs", "S3FileSystem"),
     "gs": ("gcsfs", "GCSFileSystem"),
@@ -77,7 +77,7 @@ def check_path(path: str | os.PathLike) -> str:
         hint = f" ({ALLOWED_STORES} may allow it)" if name in STORES else ""
         raise ValueError(f"{text!r} has the scheme {name!r}, which is not allowed{hint}; {valid}")
     bucket = text[scheme.end() :].split("/")[0]
-    if "@" in bucket and name != "abfs":  # abfs://CONTAINER@ACCOUNT is a place, not a login
+    if "@" in bucket and name != "abfs":  # abfs://CONTAINER@ACCOUNT is a location, not a login
         raise ValueError(f"the URI of {name}://...@{bucket.rpartition('@')[2]} holds a user name or password; {valid}")
     if not bucket:
         raise ValueError(f"{text!r} names no bucket; {valid}")
@@ -89,22 +89,22 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether it is a fault of a disk, a network or an object store that another attempt need not meet."""
+    """Whether the error is a fault of a disk, a network or an object store that another attempt may not have."""
     if isinstance(error, OSError):
         return not isinstance(error, PERMANENT) and error.errno != errno.ENOSPC
     return type(error).__module__.split(".")[0] in CLIENTS
 
 
 def options(path: str | os.PathLike) -> dict[str, Any]:
-    """What fsspec needs to open `path`. Nothing for a local one."""
+    """Options of fsspec's file system for `path`; none for a local path."""
     if not str(path).startswith("s3://"):
         return {}
-    # Listings must be fresh: each thread has its own file system, which does not see what another one wrote.
+    # No cached listings: each thread has its own file system, which does not see the writes of others.
     return {"use_listings_cache": False, **s3_access()}
 
 
 def s3_access() -> dict[str, str]:
-    """ "endpoint_url", "key" and "secret" as Flyte names them, each where botocore's own variables leave it open."""
+    """ "endpoint_url", "key" and "secret" from Flyte's variables, each only if botocore's own variable is not set."""
     environment, access = os.environ.get, {}
     endpoint = environment("FLYTE_AWS_ENDPOINT")
     if endpoint and not (environment("AWS_ENDPOINT_URL_S3") or environment("AWS_ENDPOINT_URL")):
@@ -116,7 +116,7 @@ def s3_access() -> dict[str, str]:
 
 
 def filesystem(path: str | os.PathLike) -> tuple[AbstractFileSystem, str]:
-    """(file system, the path on it), built by class: `check_path` decides which classes there are.
+    """(file system, the path on it). Only classes of the schemes that `check_path` accepts are constructed.
 
     Raises:
         ValueError: see `check_path`; or the package of an allowed store is not installed.
@@ -135,18 +135,18 @@ def filesystem(path: str | os.PathLike) -> tuple[AbstractFileSystem, str]:
 
 
 def check_writable_place(uri: str) -> None:
-    """Asks for the bucket that is to hold a run.
+    """Checks that the bucket of a run exists and can be accessed.
 
     Raises:
         ValueError: no such scheme, bucket, or access.
-        ConnectionError: the object store does not answer, which another attempt need not meet.
+        ConnectionError: the object store does not answer; a later attempt may succeed.
     """
     if not is_remote(check_path(uri)):
         return
     fs, path = filesystem(uri)
     try:
         bucket = path.split("/")[0]
-        fs.info(bucket)  # `exists` takes a store that does not answer for one without the bucket
+        fs.info(bucket)  # `exists` does not distinguish a missing bucket from a store that does not answer
     except PERMANENT as error:
         raise ValueError(f"{uri}: there is no bucket {bucket!r}, or no access to it") from error
     except Exception as error:  # each of fsspec's back ends raises its own types
@@ -167,7 +167,7 @@ def join(base: str | os.PathLike, *names: str) -> str:
 
 
 def children(folder: str | os.PathLike) -> list[str]:
-    """The entries of a folder, each as `folder` + name; an empty list if there is no folder."""
+    """The entries of a folder, each as `folder` + name; an empty list if the folder does not exist."""
     fs, root = filesystem(folder)
     if not fs.exists(root):
         return []
@@ -176,7 +176,7 @@ def children(folder: str | os.PathLike) -> list[str]:
 
 
 def read_bytes(path: str | os.PathLike) -> bytes | None:
-    """The content of a file; None where there is none."""
+    """The content of a file; None if it does not exist."""
     fs, where = filesystem(path)
     try:
         return fs.cat_file(where)
@@ -185,14 +185,13 @@ def read_bytes(path: str | os.PathLike) -> bytes | None:
 
 
 def read_ranges(folder: str | os.PathLike, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
-    """The bytes [begin, end) of files below a folder, for each (name, begin, end); fewer where a file ends before.
+    """The bytes [begin, end) of files below a folder, for each (name, begin, end); fewer if a file is shorter.
 
-    All are asked for at the same time. Threads, and processes forked from this one, may call it: fsspec has a file system
-    for each of them.
+    All are requested concurrently. Safe for threads and forked processes: fsspec makes a file system for each.
 
     Raises:
-        ConnectionError: naming a file and its range that READ_ATTEMPTS attempts could not read.
-        FileNotFoundError, PermissionError: the same at the first attempt, since others would fare no better.
+        ConnectionError: READ_ATTEMPTS attempts could not read a range; the message names it and the file.
+        FileNotFoundError, PermissionError: at the first attempt, since a retry would fail too.
     """
     fs, root = filesystem(folder)
     pieces: dict[int, bytes] = {}
@@ -216,7 +215,7 @@ def read_ranges(folder: str | os.PathLike, ranges: Sequence[tuple[str, int, int]
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
-    """Writes a file that appears whole or not at all (an object in S3 does anyway)."""
+    """Writes a file atomically (objects in S3 always are)."""
     if is_remote(path):
         fs, where = filesystem(path)
         fs.pipe_file(where, content)
@@ -227,15 +226,16 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, sync: bool = False) -> Iterator[Path]:
-    """A hidden temporary file beside the local `path`, which it replaces at once when the block ends without an error.
+    """A hidden temporary file beside the local `path`, which it replaces atomically when the block ends without an
+    error.
 
     Args:
-        sync: whether the content must be on the disk first, so that a power failure leaves the old file or the new one.
+        sync: flush the content to disk first, so that a power failure leaves the old file or the new one.
     """
     path = Path(path)
     temporary = path.with_name(
         f".{path.name}.{uuid.uuid4().hex}"
-    )  # a random name, at which nobody can place a link beforehand
+    )  # a random name, so that nobody can place a link there beforehand
     try:
         yield temporary
         if sync:
@@ -250,7 +250,7 @@ def replacing(path: str | os.PathLike, sync: bool = False) -> Iterator[Path]:
 
 
 def sealed_digest(directory: str | os.PathLike) -> str | None:
-    """The digest of a sealed directory (tasks/manifest.py), local or remote; None where there is no seal."""
+    """The digest of a sealed directory (tasks/manifest.py), local or remote; None if it is not sealed."""
     manifest = read_bytes(join(directory, MANIFEST))
     return None if manifest is None else json.loads(manifest)["digest"]
 
@@ -261,14 +261,6 @@ def upload(source: Path, target: str) -> None:
     fs.put_file(str(source), where)
 
 
-def download(source: str, target: Path) -> None:
-    """Copies a remote file to a local path, which appears whole or not at all."""
-    fs, where = filesystem(source)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as temporary:
-        fs.get_file(where, str(temporary))
-
-
 def is_left_out(name: str, without: tuple[str, ...]) -> bool:
     """Whether a path inside a folder matches `without`: endings of names (".tar"), and folders ("files/")."""
     folders = (pattern for pattern in without if pattern.endswith("/"))
@@ -276,10 +268,10 @@ def is_left_out(name: str, without: tuple[str, ...]) -> bool:
 
 
 def copy_folder(source: str | os.PathLike, target: Path, without: tuple[str, ...] = ()) -> None:
-    """Copies a folder to a local path that is not there yet, without the files that `without` names (`is_left_out`).
+    """Copies a folder to a local path that does not exist yet, without the files that match `without` (`is_left_out`).
 
-    Local files become hard links where the file system allows it: checkpoints are large, and no file of a finished
-    one is ever written again.
+    Local files become hard links if the file system allows it: checkpoints are large, and files of a finished
+    checkpoint never change.
     """
     fs, root = filesystem(source)
     start = len(root.rstrip("/")) + 1
@@ -307,7 +299,8 @@ def _link(source: Path, target: Path) -> None:
 
 
 def remove(path: str | os.PathLike) -> None:
-    """Removes a checkpoint or any folder, its .metadata first: what is half removed must not look finished."""
+    """Removes a checkpoint or any folder. Removes .metadata first, so that a half-removed checkpoint does not look
+    finished."""
     fs, where = filesystem(path)
     if fs.exists(join(where, ".metadata")):
         fs.rm_file(join(where, ".metadata"))

@@ -67,7 +67,7 @@ class OutputNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention over image and text, then a dense or an expert-choice feed-forward, both gated by the timestep."""
+    """Attention over image and text, then a dense or an MoE feed-forward, both gated by the timestep."""
 
     def __init__(self, config: TransformerConfig, layer: int):
         super().__init__()

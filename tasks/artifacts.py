@@ -32,7 +32,7 @@ from tasks.store import FETCHED_FROM, home, make_sealed
 def _content_digest(directory: FlyteDirectory) -> str:
     uri = source(directory)
     if storage.is_remote(uri) and not (Path(directory.path) / MANIFEST).is_file():
-        # Not downloaded: an artifact that a user names, or that the pod of a dynamic workflow passes on.
+        # Not downloaded: an artifact that a user names, or that a dynamic workflow passes on.
         digest = storage.sealed_digest(uri)
         if digest is None:
             raise ValueError(f"{uri} is not a sealed directory: it has no {MANIFEST}")
@@ -75,8 +75,8 @@ class UserError(click.ClickException, ValueError):
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Makes a ValueError (ours, for users), or a full disk, one readable message in a local run; on a cluster it stays as
-    it is."""
+    """In a local run, turns a ValueError (for users) or a full disk into one readable message; on a cluster it passes
+    unchanged."""
     try:
         yield
     except UserError:
@@ -90,9 +90,8 @@ def plain_errors() -> Iterator[None]:
 def work_path(name: str, step: str, config: Any, parents: Sequence[Path]) -> Path:
     """The directory of a long task's unfinished work: the same for the same inputs, in every attempt.
 
-    Another cache version of `step` (see envs) is another place: code that writes something else must not continue from,
-    or return, what older code left. NUCLEUS_WORK points it at storage that outlives a pod (a mounted volume);
-    by default it is under `home`.
+    The path depends on the cache version of `step` (see envs): newer code must not continue or return the work of older
+    code. NUCLEUS_WORK sets storage that outlives a pod (a mounted volume); by default it is under `home`.
     """
     digests = [load_manifest(parent).digest for parent in parents]
     key = json.dumps([step, envs.CACHE_VERSIONS[step], config, digests], sort_keys=True)
@@ -104,12 +103,12 @@ def work_path(name: str, step: str, config: Any, parents: Sequence[Path]) -> Pat
 def exclusive(work_dir: Path) -> Iterator[None]:
     """Makes `work_dir`, and keeps other runs of the same work out of it until the block ends.
 
-    Two at once would write over each other's files. Of several processes that train together, the first holds it for
-    all. It is free again when its process is gone, however that ended.
+    Two runs at once would overwrite each other's files. Of several processes that train together, the first takes the
+    lock for all. The lock ends with its process.
 
     Raises:
-        UserError: another run has it; on a cluster, where that is an attempt that has not ended yet, an error that
-            Flyte retries.
+        UserError: another run has the lock; on a cluster, where it is an earlier attempt that has not ended, an error
+            that Flyte retries.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -117,15 +116,15 @@ def exclusive(work_dir: Path) -> Iterator[None]:
             lock = os.open(work_dir, os.O_RDONLY)
             stack.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            stack.callback(fcntl.flock, lock, fcntl.LOCK_UN)  # closing leaves it to forked children, who have it too
-            busy = not os.path.samestat(os.fstat(lock), os.stat(work_dir))  # the other one is just removing it
+            stack.callback(fcntl.flock, lock, fcntl.LOCK_UN)  # closing does not release it: forked children have it too
+            busy = not os.path.samestat(os.fstat(lock), os.stat(work_dir))  # the other run is removing it
         except (BlockingIOError, FileNotFoundError):
             busy = True
-        except OSError:  # a file system without locks, such as some NFS: go on without
+        except OSError:  # a file system without locks, such as some NFS: continue without
             busy = False
         if busy:
             error = UserError if is_local() else FlyteRecoverableException
-            raise error(f"another run is at the same work, in {work_dir}: stop it, or start again when it has ended")
+            raise error(f"another run does the same work in {work_dir}: stop it, or start again when it has ended")
         yield
 
 
@@ -135,17 +134,17 @@ def is_local() -> bool:
 
 
 def source(directory: FlyteDirectory) -> str:
-    """Where an artifact is: a URI, or a local path."""
+    """The location of an artifact: a URI, or a local path."""
     return str(directory.remote_source or directory.path)
 
 
 def fetch(directory: FlyteDirectory, kind: str, without: tuple[str, ...] = ()) -> Path:
-    """Downloads an artifact where it is remote, checks its kind, and verifies every file of it, except those that
-    `without` names (storage.is_left_out): these stay at its `source`, and `store.fetch_file` gets them one by one. Parts
-    of an index are not fetched (`fetch_part`).
+    """Downloads a remote artifact, checks its kind, and verifies every file, except those that match `without`
+    (storage.is_left_out): these stay at its `source`, and `store.fetch_file` gets them one by one. Parts of an index
+    are not fetched (`fetch_part`).
 
-    Once for all training processes of a pod: Flyte makes them download to the same folder, where one would overwrite
-    what another is reading. Each launch of them verifies again, and each restart of a launch.
+    Runs once for all training processes of a pod: Flyte makes them download to the same folder, where one would
+    overwrite files that another is reading. Each launch and each restart of a launch verifies again.
 
     Raises:
         UserError: the artifact is of another kind, or was changed.
@@ -166,7 +165,7 @@ def once(name: str, work: Callable[[], Path]) -> Path:
     """The path that `work()` returns, called by one of the training processes of this pod; the others wait for it."""
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1:
         return work()
-    attempt = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1]  # each launch makes one, each restart empties it
+    attempt = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1]  # new at each launch, emptied at each restart
     with open(attempt / hashlib.sha256(name.encode()).hexdigest()[:16], "a+") as done:
         fcntl.flock(done, fcntl.LOCK_EX)
         done.seek(0)
@@ -195,13 +194,13 @@ def produce(
     counts: Callable[[Any], dict[str, int]] | None = None,
     logs: Sequence[str] = (),
 ) -> tuple[FlyteDirectory, Path, Any]:
-    """Runs `make(out_dir)` into a directory that appears sealed and whole, or not at all (`store.make_sealed`).
+    """Runs `make(out_dir)` and seals the directory atomically (`store.make_sealed`).
 
     Returns:
-        the artifact to hand to Flyte, its local path, and what `make` returned.
+        the artifact for Flyte, its local path, and the result of `make`.
 
     Raises:
-        UserError: the disk is full; whatever `make` raises. Nothing half-written stays behind.
+        UserError: the disk is full. Also errors of `make`. No partial directory remains.
     """
     with plain_errors():
         final, _, report = make_sealed(kind, make, [_as_parent(p) for p in parents], config, counts, logs)

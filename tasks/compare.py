@@ -4,9 +4,9 @@
     python -m tasks.compare .nucleus/artifacts/scorecard/* --out compared/
 
 The lineage of a scorecard leads to its training, whose settings are in the manifests. Trainings that differ only in their
-seed are runs of one variant, which is named by the settings that distinguish it. Each variant is compared with the first
-one, on the seeds that both have: runs with the same seed share data, order and noise. Writes comparison.json and
-comparison.png. `pyflyte run workflows/study.py study` runs the trainings as well (tasks/study).
+seed are runs of one variant, named by the settings that distinguish it. Each variant is compared with the first one, on
+their common seeds: runs with the same seed share data, order and noise. Writes comparison.json and comparison.png.
+`pyflyte run workflows/study.py study` runs the trainings as well (tasks/study).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Run:
     settings: dict[str, Any]
     scores: dict[str, float]  # "overall", tasks, "held_out"
     losses: list[tuple[int, float]]  # (step, loss) of the last stage
-    measures: dict[str, float] = field(default_factory=dict)  # further values to compare, such as routing stability
+    measures: dict[str, float] = field(default_factory=dict)  # other values to compare, such as routing stability
 
     @property
     def final_loss(self) -> float:

@@ -1,4 +1,4 @@
-"""What diffusers needs to know of the parts of a pipeline: the scheduler's configuration, the class of the processor."""
+"""Facts about the parts of a diffusers pipeline: the scheduler's configuration, the class of the processor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-# The released one: with shift 1 and without dynamic shifting, sigmas stay linear from 1 to 1/steps.
+# The released configuration: with shift 1 and without dynamic shifting, sigmas are linear from 1 to 1/steps.
 SCHEDULER: dict[str, Any] = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "num_train_timesteps": 1000,
@@ -14,7 +14,7 @@ SCHEDULER: dict[str, Any] = {
     "use_dynamic_shifting": False,
 }
 
-# Names come from files of the Hub or of other artifacts: only these classes are looked up.
+# Class names come from untrusted files: only these classes are looked up.
 PROCESSORS = (
     "Qwen3VLProcessor",
     "PreTrainedTokenizerFast",
@@ -25,11 +25,11 @@ PROCESSORS = (
 
 
 def processor_class(directory: Path) -> str:
-    """The class that the files of a processor name: a processor, or a tokenizer alone, which the pipeline accepts too (a
-    Qwen3VLProcessor needs torchvision to load, for its video half).
+    """The class named in the files of a processor: a processor, or a tokenizer alone, which the pipeline also accepts
+    (a Qwen3VLProcessor needs torchvision for its video part).
 
     Raises:
-        ValueError: none is named, or one that is not in `PROCESSORS`.
+        ValueError: no class is named, or one that is not in `PROCESSORS`.
     """
     for name, key in (
         ("processor_config.json", "processor_class"),

@@ -1,7 +1,7 @@
 """Draws one image from a published pipeline: `python -m tasks.draw "a red circle left of a blue square"`.
 
-Without --pipeline it takes the newest pipeline under NUCLEUS_HOME. Size, steps and guidance are those that the pipeline was
-scored with. Nothing but diffusers computes the image.
+Without --pipeline it takes the newest pipeline under NUCLEUS_HOME. Size, steps and guidance are those of the pipeline's
+scorecard. Only diffusers computes the image.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def draw(prompt: str, pipeline: Path, out: Path, seed: int = 0) -> dict[str, Any
         {"path", "steps", "guidance", "size_px", "seconds"}
 
     Raises:
-        ValueError: an empty prompt, a negative seed, or a directory that is no published pipeline.
+        ValueError: an empty prompt, a negative seed, or a directory that is not a published pipeline.
     """
     if not prompt.strip():
         raise ValueError('the prompt is empty; write PROMPT="a red circle left of a blue square"')
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed} must be from 0 to 2**63 - 1")
     if not (pipeline / "model_index.json").is_file():
-        raise ValueError(f"{pipeline} is no diffusers pipeline: it has no model_index.json")
+        raise ValueError(f"{pipeline} is not a diffusers pipeline: it has no model_index.json")
     settings = load_manifest(pipeline).config["recipe"]["eval"]
     import torch
     from diffusers import DiffusionPipeline, TextKVCacheConfig
@@ -49,7 +49,7 @@ def draw(prompt: str, pipeline: Path, out: Path, seed: int = 0) -> dict[str, Any
     pipe.set_progress_bar_config(disable=True)
     pipe.transformer.enable_cache(TextKVCacheConfig())
     side, steps, guidance = (settings[key] for key in ("image_size_px", "num_inference_steps", "guidance_scale"))
-    # A scheduler with stochastic steps draws from the global generator, whatever the pipeline is given.
+    # A scheduler with stochastic steps ignores the pipeline's generator and draws from the global one.
     generator = torch.manual_seed(seed)
     image = pipe(
         prompt, height=side, width=side, num_inference_steps=steps, guidance_scale=guidance, generator=generator

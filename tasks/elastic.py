@@ -1,4 +1,4 @@
-"""Several training processes on a node, as torch elastic starts them, where a preempted or lost node is retried.
+"""Runs several training processes on a node with torch elastic, and retries after a preempted or lost node.
 
 pod: SIGTERM -> agent (the pod's process): SIGTERM -> its workers, which finish their step, save it with the other
 ranks, and end, or are killed after TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds -> agent: a recoverable error
@@ -35,18 +35,18 @@ LOOK_EVERY_S = 10.0
 
 
 class PreemptibleElastic(Elastic):
-    """`Elastic`, of a task that asks for a retry when its pod gets SIGTERM."""
+    """`Elastic`, for a task that requests a retry when its pod gets SIGTERM."""
 
 
 class PreemptibleElasticTask(PytorchElasticFunctionTask):
     def _execute(self, **kwargs: Any) -> Any:
-        """Raises FlyteRecoverableException: the agent got a signal, and its workers have ended. The plugin ignores the
-        outputs then, and ends as if all were well, with neither outputs nor an error. Or a signal ended a worker (an
-        abort, or the kernel's for want of memory), which the plugin takes for an error of the user's code.
+        """Raises FlyteRecoverableException in two cases. The agent got a signal and its workers have ended: the plugin
+        would then end normally, with neither outputs nor an error. Or a signal ended a worker (an abort, or the
+        kernel's out-of-memory killer), which the plugin would treat as an error of the user's code.
 
-        Where one worker's exception makes the others lose it, torch reports any of those that it finds ended when it
-        looks, every `monitor_interval` seconds: the plugin may see a lost connection, and not why. An error that is not
-        recoverable follows from no other one, so that it decides, whichever worker has it."""
+        If one worker's exception makes the others fail, torch reports any of those that have ended when it polls, every
+        `monitor_interval` seconds: the plugin may see a lost connection instead of its cause. A permanent error is
+        never a consequence of another, so it decides, from any worker."""
         from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -75,15 +75,15 @@ class PreemptibleElasticTask(PytorchElasticFunctionTask):
 
 
 def errors_of_code(failure: ProcessFailure) -> str:
-    """What the workers of this attempt raised that is not recoverable, or nothing."""
+    """The permanent errors that workers of this attempt raised, as text; "" if there are none."""
     workers = Path(failure.error_file).parents[1]
     files = [path for path in workers.glob("*/error.json") if not (path.parent / RECOVERABLE_ERROR_FILE_NAME).exists()]
     return "\n".join(path.read_text() for path in sorted(files))
 
 
 def wait_for_outputs() -> None:
-    """Until another node has written the task's outputs. Kubeflow takes an elastic job for finished as soon as one of its
-    pods is: Flyte would look for outputs that are not there yet, and remove the pod that is uploading them."""
+    """Waits until another node has written the task's outputs. Kubeflow considers an elastic job finished as soon as
+    one of its pods is: Flyte would look for outputs that do not exist yet, and remove the pod that uploads them."""
     context = FlyteContextManager.current_context()
     outputs = f"{context.user_space_params.output_metadata_prefix}/{OUTPUT_FILE_NAME}"
     while not context.file_access.exists(outputs):

@@ -22,21 +22,21 @@ from flytekit.extras.accelerators import GPUAccelerator
 
 from tasks import profiles
 
-# flytekit warns that it offers no console form for single fields of type tuple; the sections themselves travel
-# whole, as Pydantic models.
+# flytekit warns that the console has no form for single fields of type tuple; sections are passed whole, as Pydantic
+# models.
 logging.getLogger("flytekit").addFilter(
     lambda record: "cannot be converted to a literal type" not in record.getMessage()
 )
 
 CACHE_VERSIONS = {
     "urls": "2",
-    "records": "8",
-    "scores": "9",
+    "records": "9",
+    "scores": "10",
     "captions": "1",
     "curation": "7",
-    "components": "3",
+    "components": "4",
     "texts": "3",
-    "encoding": "5",
+    "encoding": "6",
     "training": "3",
     "merging": "1",
     "prompts": "1",
@@ -50,7 +50,7 @@ CACHE_VERSIONS = {
 TRAIN_NNODES = int(os.environ.get("NUCLEUS_TRAIN_NNODES", "1"))
 TRAIN_NPROC = int(os.environ.get("NUCLEUS_TRAIN_NPROC", "1"))
 PROFILE = profiles.chosen()
-# Limits of one attempt: long enough for any recipe, and an end for a pod that hangs.
+# Time limits of one attempt: long enough for any recipe, and they end a pod that hangs.
 TIMEOUTS = {
     "light": timedelta(hours=1),
     "shard": timedelta(hours=6),
@@ -58,19 +58,19 @@ TIMEOUTS = {
     "gpu_single": timedelta(days=7),
     "trainer": timedelta(days=60),
 }
-# After SIGTERM to a node's pod: for the step under way and its checkpoint, before the workers are killed.
+# After SIGTERM to a node's pod: time for the current step and its checkpoint before the workers are killed.
 TRAIN_GRACE_S = int(os.environ.get("NUCLEUS_TRAIN_GRACE_S", "300"))
-# Attempts beyond the first at a training stage, each from the last checkpoint. Flyte counts here what the task itself
-# calls recoverable (SIGTERM and with it each preemption, faults) and each PyTorchJob that fails, but not a single pod
-# that ends without a word, as its node does: that is Propeller's max-node-retries-system-failures (3 by default, the
-# last on a node that is not interruptible). Two weeks of a preemption every four hours are 84.
+# Retries of a training stage, each from the last checkpoint. Flyte counts recoverable errors of the task (SIGTERM and
+# so each preemption, faults) and each failed PyTorchJob, but not a single pod that is lost with its node: that is
+# Propeller's max-node-retries-system-failures (3 by default, the last on a node that is not interruptible). A
+# preemption every four hours gives 84 in two weeks.
 TRAIN_RETRIES = int(os.environ.get("NUCLEUS_TRAIN_RETRIES", "100"))
-# For pods that load this module too, and must see what was registered: those that check a recipe, train, or lay out a
-# dynamic workflow.
-STORE = {  # all pods: the place of parts, the console that decks link to, and what is logged
+# Settings of the registration for pods that also load this module: those that check a recipe, train, or run a dynamic
+# workflow.
+STORE = {  # all pods: the store of parts, the console that decks link to, and the log level
     name: os.environ[name] for name in ("NUCLEUS_STORE", "NUCLEUS_CONSOLE", "NUCLEUS_LOG_LEVEL") if os.environ.get(name)
 }
-ENDPOINTS = {name: value for name, value in os.environ.items() if name == "NUCLEUS_ENDPOINTS"}  # that may be asked
+ENDPOINTS = {name: value for name, value in os.environ.items() if name == "NUCLEUS_ENDPOINTS"}  # allowed endpoints
 REGISTERED = (
     {
         "NUCLEUS_TRAIN_NNODES": str(TRAIN_NNODES),
@@ -84,7 +84,7 @@ REGISTERED = (
     | STORE
     | ENDPOINTS
 )
-REPORT_S = 30  # from there to the pod's end: the agent writes the error that Flyte retries
+REPORT_S = 30  # from then to the pod's end: the agent writes the error that Flyte retries
 
 
 def image(role: str) -> str:
@@ -97,7 +97,7 @@ def cache(step: str, ignored_inputs: tuple[str, ...] = ()) -> Cache:
 
 
 def _options(role: str, kind: str, size: profiles.Size, gpu: int = 0) -> dict[str, Any]:
-    """What tasks of all kinds have. Equal requests and limits, so that a node is never overcommitted."""
+    """Options of all tasks. Requests equal limits, so that a node is never overcommitted."""
     resources = Resources(
         cpu=str(size.cpu),
         mem=f"{size.memory_gib}Gi",
@@ -112,30 +112,31 @@ def _options(role: str, kind: str, size: profiles.Size, gpu: int = 0) -> dict[st
         "limits": resources,
         "pod_template_name": profiles.pod_template(role),
         "environment": STORE | _own_image(role),
-        # Without flytekit's list of packages, for which it runs pip in each task with a deck: manifests name the image.
+        # Without flytekit's list of packages, which needs a run of pip in each task with a deck: manifests name the
+        # image.
         "deck_fields": (DeckField.TIMELINE, DeckField.INPUT, DeckField.OUTPUT),
     }
     return options | ({"accelerator": _accelerator()} if gpu else {})
 
 
 def _own_image(role: str) -> dict[str, str]:
-    """The image by digest, for manifests: a container cannot read it from inside. tools/register.py names it."""
+    """The image by digest, for manifests: a container cannot read its own. tools/register.py sets it."""
     name = os.environ.get(f"NUCLEUS_IMAGE_{role.upper()}")
     return {"NUCLEUS_IMAGE": name} if name else {}
 
 
 def _accelerator() -> GPUAccelerator:
-    """By the site's own label where NUCLEUS_ACCELERATOR_LABEL has its value."""
+    """The accelerator of the profile, or the one that NUCLEUS_ACCELERATOR_LABEL names."""
     return GPUAccelerator(os.environ.get("NUCLEUS_ACCELERATOR_LABEL") or PROFILE.accelerator or "")
 
 
 def _hub_secret(wanted: bool) -> dict[str, Any]:
-    """HF_TOKEN in the environment of tasks that read from or publish to the Hub, where the site names a secret."""
+    """HF_TOKEN in the environment of tasks that read from or publish to the Hub, if the site names a secret."""
     return _secret("NUCLEUS_HUB_SECRET", "HF_TOKEN") if wanted else {}
 
 
 def _secret(setting: str, key: str) -> dict[str, Any]:
-    """A key of the secret that the site's setting names, as an environment variable; nothing where it names none."""
+    """A key of the secret that the site's setting names, as an environment variable; empty if it names none."""
     name = os.environ.get(setting)
     if not name:
         return {}
@@ -148,13 +149,14 @@ def light(role: str) -> dict[str, Any]:
 
 
 def planner() -> dict[str, Any]:
-    """Options of the task that checks a recipe, also against the processes that training was registered for."""
+    """Options of the task that checks a recipe, also against the registered number of training processes."""
     options = dynamic("curation")
     return options | {"environment": options["environment"] | ENDPOINTS}
 
 
 def dynamic(role: str = "trainer") -> dict[str, Any]:
-    """Options of a dynamic workflow: its pod writes down the tasks to run, and ends. Of training that is the trainer's."""
+    """Options of a dynamic workflow: its pod serialises the tasks to run, and ends. For training it needs the trainer's
+    image."""
     options = light(role)
     return options | {"environment": options["environment"] | REGISTERED}
 
@@ -165,8 +167,8 @@ def shard(role: str) -> dict[str, Any]:
 
 
 def captioner() -> dict[str, Any]:
-    """Options of a task that asks a captioner's endpoint: which it may ask is decided at registration, as is the name of
-    the secret with its key (NUCLEUS_CAPTIONER_SECRET, key CAPTIONER_API_KEY)."""
+    """Options of a task that requests captions from an endpoint. Registration sets the allowed endpoints and the name
+    of the secret with the key (NUCLEUS_CAPTIONER_SECRET, key CAPTIONER_API_KEY)."""
     options = shard("curation")
     options["environment"] = options["environment"] | ENDPOINTS
     return options | _secret("NUCLEUS_CAPTIONER_SECRET", "CAPTIONER_API_KEY")
@@ -203,8 +205,8 @@ def gpu_single(role: str, reads_hub: bool = False) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _not_importable(module: str) -> Iterator[None]:
-    """Within it, importing an optional module fails. kubernetes imports kubernetes_validate where it is installed (here for
-    tests), and that compiles 39 grammars: 2 s of CPU in each process for a validation that nothing asks for."""
+    """Inside the block, importing an optional module fails. If kubernetes_validate is installed (for tests), kubernetes
+    imports it, which compiles 39 grammars: 2 s of CPU in each process for an unused validation."""
     if module in sys.modules:
         yield
         return
@@ -230,14 +232,14 @@ def trainer() -> dict[str, Any]:
     environment = dict(options["environment"])
     if gpus:
         environment |= PROFILE.environment | (profiles.EFA if profiles.fabric() else {})
-        # Shapes change from step to step: in segments of fixed size, freed memory would lie about in parts too small
-        # for the next. Set it when registering for something else; an image's PYTORCH_CUDA_ALLOC_CONF goes before it.
+        # Shapes change from step to step: with segments of fixed size, freed memory would be fragmented. Set another
+        # value when registering; an image's PYTORCH_CUDA_ALLOC_CONF overrides it.
         environment["PYTORCH_ALLOC_CONF"] = os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # see model/__init__.py: read at the first matrix product
-        # Of 96 cores for 8 ranks. By default each rank starts as many compilers as the node has cores, up to 32.
+        # For 96 cores and 8 ranks. By default each rank starts as many compilers as the node has cores, up to 32.
         environment["TORCHINDUCTOR_COMPILE_THREADS"] = "8"
     if TRAIN_NNODES * TRAIN_NPROC > 1:
-        # Imports torch: only registrations that ask for several processes pay for it.
+        # Imports torch, so only registrations with several processes do it.
         from flytekit import PodTemplate
 
         with _not_importable("kubernetes_validate"):
@@ -246,7 +248,7 @@ def trainer() -> dict[str, Any]:
 
         from tasks.elastic import PreemptibleElastic
 
-        # The operator's default cleans no pods: those that outlive a failed job would keep their accelerators.
+        # By default the operator removes no pods: those that outlive a failed job would keep their accelerators.
         policy = RunPolicy(clean_pod_policy=CleanPodPolicy.ALL, ttl_seconds_after_finished=24 * 3600)
         options["task_config"] = PreemptibleElastic(
             nnodes=TRAIN_NNODES, nproc_per_node=TRAIN_NPROC, max_restarts=0, run_policy=policy
@@ -263,5 +265,5 @@ def trainer() -> dict[str, Any]:
 
 
 def _gpus(count: int) -> int:
-    """Accelerators to ask for: none where the profile has none, as for a cluster of CPU nodes."""
+    """Number of accelerators to request; none if the profile has none, as for a cluster of CPU nodes."""
     return count if PROFILE.accelerator else 0

@@ -26,10 +26,10 @@ def is_hub(uri: str) -> bool:
 
 
 def pinned(uri: str) -> str:
-    """The URI at the commit that its revision, by default the newest, names now.
+    """The URI with the commit of its revision (default: the newest).
 
     Raises:
-        ValueError: not of that form, or the Hub has no such repository or revision for us.
+        ValueError: wrong form, or no such repository or revision, or no access.
     """
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -44,7 +44,7 @@ def load(uri: str) -> Manifest:
     """The manifest, unverified.
 
     Raises:
-        ValueError: there is none, or it is not a manifest of this project.
+        ValueError: there is no manifest, or it is not of this project.
     """
     if MANIFEST not in _files(uri):
         raise ValueError(f"{uri} is not a sealed directory: it has no {MANIFEST}")
@@ -53,10 +53,10 @@ def load(uri: str) -> Manifest:
 
 
 def check(uri: str, kind: str | None, digest: str | None) -> Manifest:
-    """Downloads every file, one at a time, and compares; nothing is kept.
+    """Downloads every file, one at a time, compares it, and deletes it.
 
     Raises:
-        ValueError: naming the first file that is missing, added or changed, or the manifest itself.
+        ValueError: names the first file that is missing, added or changed, or the manifest itself.
     """
     manifest = load(uri)
     check_covers(manifest, uri, kind, digest)
@@ -73,7 +73,7 @@ def check(uri: str, kind: str | None, digest: str | None) -> Manifest:
 
 
 def sizes(uri: str) -> dict[str, int]:
-    """Path in the repository -> bytes, of every file but the manifest and what the Hub itself adds."""
+    """Path in the repository -> bytes, of every file except the manifest and files that the Hub adds."""
     return {name: size for name, size in _files(uri).items() if name != MANIFEST and name not in ADDED_BY_THE_HUB}
 
 

@@ -1,11 +1,11 @@
 """Sealed directories: the artifacts that pass from task to task.
 
 A pass writes into a temporary directory beside its final name (`writing`). `seal` records the digests of its files, of
-its parents and of its configuration in manifest.json. The rename that ends `writing` makes the directory visible at
-once or not at all. `verify` refuses a missing, added or changed file.
+its parents and of its configuration in manifest.json. The rename at the end of `writing` makes the directory visible
+atomically. `verify` refuses a missing, added or changed file.
 
-An artifact's digest is what it is: its content, its parents' digests, its configuration. Logs, timings, locations and
-what made it are recorded and checksummed, but are not part of the digest: the same work done twice gives the same digest.
+An artifact's digest covers its content, its parents' digests and its configuration. Logs, timings, locations and the
+producer are recorded and checksummed, but not part of the digest: the same work done twice gives the same digest.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ FOLDER_ONLY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW  # opening a pipe wou
 KINDS = (
     "urls",  # ranges of tables of URLs
     "records",  # one shard of made or downloaded images and captions, as a tar
-    "corpus",  # table of shards; their bytes stay where they are
+    "corpus",  # table of shards; their bytes stay in place
     "measured",  # one shard's columns of passes 1 and 2, and its thumbnails
     "columns",  # one shard's columns of one scorer
-    "scores",  # one shard's columns, those of all scorers included
+    "scores",  # one shard's columns, including those of all scorers
     "captions",  # one shard's scores with the captions that a model wrote, or the index of all
-    "decisions",  # of one corpus: what becomes of each record, and why
+    "decisions",  # the fate of each record of one corpus, with the reason
     "selections",  # one shard's kept records: tier, bucket, captions, split
     "curated",  # index of selections, and the ledger
     "components",  # frozen VAE, text encoder, processor
@@ -50,9 +50,9 @@ KINDS = (
     "latents",  # one stage's latents: one shard's, or the index of all
     "checkpoints",  # one stage's last checkpoints
     "merged",  # one transformer, diffusers layout
-    "prompts",  # a benchmark's, with the real images of held-out captions
+    "prompts",  # prompts of a benchmark, with the real images of held-out captions
     "images",  # generated images
-    "answers",  # what judges answered about generated images
+    "answers",  # answers of judges about generated images
     "scorecard",  # scores, error bars, grid
     "pipeline",  # the published diffusers directory
     "study",  # paired comparison of several recipes
@@ -60,7 +60,8 @@ KINDS = (
 
 
 def visible(text: str) -> str:
-    """The text with everything escaped that a terminal obeys or cannot show, so that names in messages stay names."""
+    """The text with control and unprintable characters escaped, so that a name in a message cannot control the
+    terminal."""
     return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
 
 
@@ -71,19 +72,19 @@ def _escaped(character: str) -> str:
 
 
 class Parent(BaseModel):
-    """A sealed directory that this one was made from: its kind, its digest, and its path or URI at that time."""
+    """A sealed directory from which this one was made: its kind, its digest, and its path or URI at that time."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: str
-    digest: str = Field(pattern=r"^[0-9a-f]{64}$")  # it is printed into cards and terminals
+    digest: str = Field(pattern=r"^[0-9a-f]{64}$")  # it is printed in cards and terminals
     uri: str
 
 
 class Manifest(BaseModel):
     """The seal of a directory.
 
-    `digest` covers what the artifact is: kind, files, parents' digests, config, counts. `checksum` covers the whole
-    manifest, so that a change of a location or of `made_by` is noticed as well.
+    `digest` covers kind, files, parents' digests, config and counts. `checksum` covers the whole manifest, so that a
+    changed location or `made_by` is detected too.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -94,7 +95,7 @@ class Manifest(BaseModel):
     parents: tuple[Parent, ...]
     config: dict[str, Any]
     counts: dict[str, int]
-    made_by: dict[str, str]  # code_version, image, execution, task, attempt, git_revision: those that are known
+    made_by: dict[str, str]  # code_version, image, execution, task, attempt, git_revision, if known
     digest: str
     checksum: str
 
@@ -105,7 +106,7 @@ def sha256_file(path: Path) -> str:
 
 
 def code_version() -> str:
-    """The installed version, with NUCLEUS_CODE_VERSION (a commit, set in the container) when there is one."""
+    """The installed version, with NUCLEUS_CODE_VERSION (a commit, set in the container) if it is set."""
     try:
         base = version("nucleus-flyte")
     except PackageNotFoundError:
@@ -119,7 +120,7 @@ def _files(directory: Path) -> list[Path]:
 
 
 def made_by() -> dict[str, str]:
-    """What runs now: code version, and on a cluster the image, the Flyte execution, the task and its attempt."""
+    """The running code version, and on a cluster the image, the Flyte execution, the task and its attempt."""
     environment = os.environ.get
     execution = [environment(f"FLYTE_INTERNAL_EXECUTION_{name}", "") for name in ("PROJECT", "DOMAIN", "ID")]
     known = {
@@ -138,7 +139,7 @@ def _hash(value: Any) -> str:
 
 
 def _digest(fields: dict[str, Any]) -> str:
-    """Digest of what the directory is, so that the same bytes made twice are the same artifact."""
+    """Digest of the content, so that the same bytes made twice are the same artifact."""
     keep = {k: fields[k] for k in ("schema_version", "kind", "files", "config", "counts")}
     keep["parents"] = sorted((p["kind"], p["digest"]) for p in fields["parents"])
     return _hash(keep)
@@ -188,11 +189,11 @@ def seal(
     Args:
         directory: the finished directory; afterwards no file in it may change.
         kind: one of `KINDS`.
-        parents: sealed directories that this one was made from (their manifests are read, not verified again), or
-            what is known of them where they are not on this machine.
-        config: what decided the content, as a recipe section or a JSON-able dict.
+        parents: sealed directories from which this one was made (their manifests are read, not verified again), or
+            `Parent`s if they are not on this machine.
+        config: the settings that determine the content, as a recipe section or a JSON-able dict.
         counts: whole numbers to show in lineage, such as {"records": 100}.
-        logs: patterns (fnmatch on the path inside the directory) of files that are checksummed but do not count for the
+        logs: patterns (fnmatch on the path inside the directory) of files that are checksummed but not part of the
             digest, such as "logs/*" or "metrics.jsonl".
 
     Raises:
@@ -219,8 +220,8 @@ def seal(
         "counts": counts or {},
         "made_by": made_by(),
     }
-    # Through JSON and back first: the digest must be that of what a reader of manifest.json sees (a key 1 reads
-    # back as "1", a count of 100.0 as 100).
+    # Through JSON and back first: the digest must be that of the parsed manifest.json (a key 1 is read as "1", a count
+    # of 100.0 as 100).
     draft = json.loads(Manifest(digest="", checksum="", **fields).model_dump_json())
     draft["digest"] = _digest(draft)
     manifest = Manifest.model_validate({**draft, "checksum": _checksum(draft)})
@@ -239,7 +240,7 @@ PUBLIC = ("code_version", "git_revision")  # of made_by
 
 
 def public_manifest(manifest: Manifest) -> Manifest:
-    """The manifest as it is published: without paths, buckets, user names, images and executions. Its digest stays."""
+    """The manifest for publication: without paths, buckets, user names, images and executions, with the same digest."""
     parents = tuple(parent.model_copy(update={"uri": ""}) for parent in manifest.parents)
     made_by = {name: value for name, value in manifest.made_by.items() if name in PUBLIC}
     public = manifest.model_copy(update={"parents": parents, "made_by": made_by})
@@ -247,7 +248,7 @@ def public_manifest(manifest: Manifest) -> Manifest:
 
 
 def as_parent(directory: str | os.PathLike) -> Parent:
-    """A sealed directory as its children name it.
+    """A sealed directory as an entry of its children's parents.
 
     Raises:
         ValueError: see `load_manifest`.
@@ -259,15 +260,15 @@ def as_parent(directory: str | os.PathLike) -> Parent:
 def verify(
     directory: str | os.PathLike, without: tuple[str, ...] = (), kind: str | None = None, digest: str | None = None
 ) -> Manifest:
-    """Reads every file of a sealed directory again and compares.
+    """Reads every file of a sealed directory and compares it with the manifest.
 
     Args:
         without: files that are not read and may be absent: endings of names, or folders (storage.is_left_out).
-        kind: the kind that it must have.
-        digest: the digest that it must have: whoever can write the directory can also reseal it.
+        kind: the required kind.
+        digest: the required digest: an attacker who can write the directory can also reseal it.
 
     Raises:
-        ValueError: naming the first file that is missing, added or changed, or the manifest itself.
+        ValueError: names the first file that is missing, added or changed, or the manifest itself.
     """
     directory = Path(directory)
     manifest = load_manifest(directory)
@@ -289,10 +290,10 @@ def verify(
 
 
 def check_covers(manifest: Manifest, where: str | os.PathLike, kind: str | None, digest: str | None) -> None:
-    """Checks a manifest against itself, and against the kind and digest that it must have.
+    """Checks that a manifest is consistent and has the required kind and digest.
 
     Raises:
-        ValueError: it was changed, or is of another kind or digest.
+        ValueError: it was changed, or has another kind or digest.
     """
     fields = manifest.model_dump(mode="json")
     if _digest(fields) != manifest.digest or _checksum(fields) != manifest.checksum:
@@ -305,21 +306,21 @@ def check_covers(manifest: Manifest, where: str | os.PathLike, kind: str | None,
 
 @contextlib.contextmanager
 def writing(final: str | os.PathLike, by_digest: bool = False) -> Iterator[Path]:
-    """A temporary directory that becomes `final` when the block ends, and vanishes when it raises.
+    """A temporary directory that becomes `final` when the block ends, and is removed if it raises.
 
-    The block seals it. An older `final` is replaced. With `by_digest`, `final` is a folder and the directory
-    becomes `final/DIGEST` (see `sealed_path`); equal content that is there already is kept. Leftovers of killed
-    attempts are removed first, those of attempts that still run are not (each holds a lock on its own). A crash
-    at any moment leaves `final` whole, old or new, or absent between two renames; never in part.
+    The block seals it. An older `final` is replaced. With `by_digest`, `final` is a folder and the directory becomes
+    `final/DIGEST` (see `sealed_path`); existing equal content is kept. Leftovers of killed attempts are removed first,
+    but not those of running attempts (each locks its own). A crash at any moment leaves `final` complete, old or new,
+    or absent between two renames; never partial.
 
     Raises:
-        OSError: the disk is full (ENOSPC), with the place in the message; whatever the block raises.
+        OSError: the disk is full (ENOSPC); the message has the path. Also errors of the block.
     """
     final = Path(final)
     folder = final if by_digest else final.parent
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{WRITING}{uuid.uuid4().hex}"
-    with _locked(folder):  # so that no other attempt cleans between our mkdir and our lock
+    with _locked(folder):  # so that no other attempt cleans up between mkdir and lock
         for stale in folder.glob(f"{WRITING}*"):
             _remove_unlocked(stale)
         temporary.mkdir()
@@ -330,9 +331,9 @@ def writing(final: str | os.PathLike, by_digest: bool = False) -> Iterator[Path]
         digest = load_manifest(temporary).digest
         if by_digest:
             final = sealed_path(folder, digest)
-        with _locked(folder):  # else another attempt's equal content may appear between our look and our rename
+        with _locked(folder):  # else another attempt's equal content may appear between the check and the rename
             if by_digest:
-                # Absent, damaged, another, or with other logs (such as locations): the fresh one takes its place.
+                # Absent, damaged, different, or with other logs (such as locations): the new directory replaces it.
                 with contextlib.suppress(ValueError):
                     if verify(final, digest=digest).logs == load_manifest(temporary).logs:
                         return
@@ -343,13 +344,13 @@ def writing(final: str | os.PathLike, by_digest: bool = False) -> Iterator[Path]
                 except OSError as error:
                     if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                         raise
-                # Aside before it is deleted: a directory deleted in place is half there for as long as that takes.
+                # Renamed before it is deleted: a directory that is deleted in place is partial meanwhile.
                 aside = folder / f"{WRITING}{uuid.uuid4().hex}"
                 os.replace(final, aside)
                 shutil.rmtree(aside, ignore_errors=True)
             _fsync(folder)
     except Exception as error:
-        # Libraries raise types of their own for it (safetensors, Arrow), so the words decide.
+        # Libraries raise their own types for it (safetensors, Arrow), so the text is compared.
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
             raise OSError(
                 errno.ENOSPC, f"No space left on device while writing {final}; nothing half-written was left there"
@@ -362,7 +363,7 @@ def writing(final: str | os.PathLike, by_digest: bool = False) -> Iterator[Path]
 
 
 def sealed_path(folder: str | os.PathLike, digest: str) -> Path:
-    """Where `writing(folder, by_digest=True)` puts the directory of that digest."""
+    """The path to which `writing(folder, by_digest=True)` moves the directory of that digest."""
     return Path(folder) / digest
 
 
@@ -370,7 +371,7 @@ def sealed_path(folder: str | os.PathLike, digest: str) -> Path:
 def _locked(directory: Path) -> Iterator[None]:
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks, such as some NFS: go on without
+        with contextlib.suppress(OSError):  # a file system without locks, such as some NFS: continue without
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -378,7 +379,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _lock(directory: Path) -> int | None:
-    """A descriptor that holds an exclusive lock on `directory`; None where another process does, or it is no directory."""
+    """A descriptor with an exclusive lock on `directory`; None if another process has it, or it is not a directory."""
     try:
         descriptor = os.open(directory, FOLDER_ONLY)
     except OSError:
@@ -392,7 +393,7 @@ def _lock(directory: Path) -> int | None:
 
 
 def _remove_unlocked(stale: Path) -> None:
-    # A lock, not a process id: ids are used again, and mean nothing on another host of a shared file system.
+    # A lock, not a process id: ids are reused, and meaningless on another host of a shared file system.
     lock = _lock(stale)
     if lock is not None:
         shutil.rmtree(stale, ignore_errors=True)

@@ -1,10 +1,10 @@
-"""What a site's nodes have, by the name that NUCLEUS_PROFILE gives when workflows are registered.
+"""Profiles of a site's nodes, chosen by NUCLEUS_PROFILE when workflows are registered.
 
 NUCLEUS_PROFILE         cpu-small, a10g, l40s, h100 (default), h200, b200; NUCLEUS_ACCELERATOR=none is cpu-small
-NUCLEUS_ACCELERATOR_LABEL   the value of the site's own accelerator label, where it differs from the profile's
-NUCLEUS_FABRIC          efa, or nothing: which PodTemplate training takes, and libfabric's environment
+NUCLEUS_ACCELERATOR_LABEL   the value of the site's own accelerator label, if it differs from the profile's
+NUCLEUS_FABRIC          efa, or nothing: selects training's PodTemplate and libfabric's environment
 NUCLEUS_QUEUE           Kueue's LocalQueue for training jobs; unset: no queue
-NUCLEUS_POD_TEMPLATES   off: where the namespace has no PodTemplates (k8s/base has them)
+NUCLEUS_POD_TEMPLATES   off: the namespace has no PodTemplates (k8s/base has them)
 NUCLEUS_HUB_SECRET      name of the secret with HF_TOKEN, for tasks that read from or publish to the Hub
 NUCLEUS_WANDB_SECRET    name of the secret with WANDB_API_KEY, for training: its metrics then go to Weights & Biases too
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Size:
-    """Requests and limits of a container, which are equal."""
+    """Requests of a container, which equal its limits."""
 
     cpu: int
     memory_gib: int
@@ -26,7 +26,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Profile:
-    """Sizes of each kind of task. `gpu` and `train` are for one accelerator, and for a rank of training."""
+    """Sizes of each kind of task. `gpu` is for one accelerator, `train` for one rank of training."""
 
     name: str
     accelerator: str | None  # value of the label that Flyte's gpu-device-node-label names
@@ -40,7 +40,7 @@ class Profile:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-# NCCL reports what every rank was doing when one of them waits too long: torch's flight recorder.
+# torch's flight recorder: on a timeout, NCCL reports the state of every rank.
 _NCCL = {
     "NCCL_DEBUG": "WARN",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
@@ -50,8 +50,8 @@ _NCCL = {
 }
 EFA = {"FI_PROVIDER": "efa", "FI_EFA_USE_DEVICE_RDMA": "1", "NCCL_SOCKET_IFNAME": "^lo,docker,veth"}
 
-# Shares of the nodes that AWS calls g5.4xlarge, g6e.8xlarge, p5.48xlarge, p5en.48xlarge and p6-b200.48xlarge, less what
-# the system keeps for itself.
+# Shares of AWS's g5.4xlarge, g6e.8xlarge, p5.48xlarge, p5en.48xlarge and p6-b200.48xlarge, minus resources of the
+# system.
 PROFILES = {
     profile.name: profile
     for profile in (
@@ -83,7 +83,7 @@ def chosen() -> Profile:
     """The profile of the environment.
 
     Raises:
-        ValueError: NUCLEUS_PROFILE names none.
+        ValueError: NUCLEUS_PROFILE is unknown.
     """
     default = "cpu-small" if os.environ.get("NUCLEUS_ACCELERATOR") == "none" else "h100"
     name = os.environ.get("NUCLEUS_PROFILE") or default
@@ -96,7 +96,7 @@ def fabric() -> str:
     """ "efa" or "".
 
     Raises:
-        ValueError: NUCLEUS_FABRIC is something else.
+        ValueError: NUCLEUS_FABRIC has another value.
     """
     name = os.environ.get("NUCLEUS_FABRIC", "")
     if name not in ("", "efa"):
@@ -105,7 +105,7 @@ def fabric() -> str:
 
 
 def pod_template(role: str) -> str | None:
-    """Name of the namespace's PodTemplate for a role, as k8s/base/podtemplates.yaml has them."""
+    """Name of the namespace's PodTemplate for a role, as in k8s/base/podtemplates.yaml."""
     if os.environ.get("NUCLEUS_POD_TEMPLATES") == "off":
         return None
     if role == "trainer":

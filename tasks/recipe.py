@@ -86,7 +86,7 @@ class Recipe(Section):
                 )
             if -self.encoding.hidden_state_index >= text.num_hidden_layers:
                 raise ValueError(
-                    f"encoding.hidden_state_index={self.encoding.hidden_state_index} must lie above "
+                    f"encoding.hidden_state_index={self.encoding.hidden_state_index} must be above "
                     f"-components.text_encoder.num_hidden_layers={-text.num_hidden_layers}"
                 )
 
@@ -223,7 +223,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
 
 
 def _read(name_or_path: str) -> tuple[str, dict[str, Any]]:
-    """(what to call it, the mapping) of a recipe."""
+    """(name for messages, mapping) of a recipe."""
     if name_or_path.startswith("{"):
         if len(name_or_path) > MAX_FILE_BYTES:
             raise ValueError(f"a recipe's text has more than {MAX_FILE_BYTES:,} characters")
@@ -242,7 +242,7 @@ def _read(name_or_path: str) -> tuple[str, dict[str, Any]]:
 
 
 def recipe_text(path: str) -> str:
-    """A recipe file as one text that `load_recipe` takes, on a machine without the file. Bases are joined in.
+    """A recipe file as one text, with its bases merged, for `load_recipe` on a machine without the file.
 
     Raises:
         ValueError: no such file, or as `load_recipe`.
@@ -254,7 +254,7 @@ def recipe_text(path: str) -> str:
 
 
 def _check_types(key: str, given: Any, value: Any) -> None:
-    """Refuses what Pydantic turns into a number without a word: true as 1, and for a seed 1.0 as 1."""
+    """Refuses values that Pydantic silently converts to a number: true to 1, and for a seed 1.0 to 1."""
     if isinstance(given, dict) and isinstance(value, dict):
         for name, item in given.items():
             _check_types(f"{key}.{name}" if key else str(name), item, value.get(name))

@@ -1,5 +1,4 @@
-"""Reads sealed directories where they are, a local folder, an object store or the Hub, without a copy of them on this
-machine."""
+"""Reads sealed directories in place (a local folder, an object store or the Hub), without a local copy."""
 
 from __future__ import annotations
 
@@ -18,14 +17,14 @@ from tasks import hub_directory
 from tasks.manifest import MANIFEST, Manifest, check_covers, load_manifest, parse_manifest, verify
 from tasks.store import INDEX, LOCATIONS, Part, home, zip_index
 
-BLOCK_BYTES = 8 << 20  # of a remote file at a time
-LATEST, VERSIONS = "latest.json", "versions"  # of a published place (tasks/publishing/s3.py)
+BLOCK_BYTES = 8 << 20  # bytes of a remote file at a time
+LATEST, VERSIONS = "latest.json", "versions"  # of published versions (tasks/publishing/s3.py)
 
 
 def resolve(uri: str | os.PathLike) -> str:
-    """The sealed directory that a path or URI names: itself, or the version that `latest.json` of a published place names.
+    """The sealed directory of a path or URI: itself, or the version in its `latest.json`.
 
-    Of a repository of the Hub, its newest commit.
+    For a repository of the Hub, its newest commit.
 
     Raises:
         ValueError: see `storage.check_path`, or `latest.json` names no digest.
@@ -50,7 +49,7 @@ def load(uri: str | os.PathLike) -> Manifest:
     """The manifest of a sealed directory, unverified.
 
     Raises:
-        ValueError: there is none, or it is not a manifest of this project.
+        ValueError: there is no manifest, or it is not of this project.
     """
     if hub_directory.is_hub(str(uri)):
         return hub_directory.load(str(uri))
@@ -63,7 +62,7 @@ def load(uri: str | os.PathLike) -> Manifest:
 
 
 def digest_at(uri: str) -> str | None:
-    """The digest that the manifest at a path or URI names; None where no manifest can be read."""
+    """The digest in the manifest at a path or URI; None if no manifest can be read."""
     try:
         return load(uri).digest
     except (ValueError, OSError):
@@ -71,10 +70,10 @@ def digest_at(uri: str) -> str | None:
 
 
 def check(uri: str | os.PathLike, kind: str | None = None, digest: str | None = None) -> Manifest:
-    """Reads every file of a sealed directory and compares; remote files as streams, block by block.
+    """Reads every file of a sealed directory and compares it with the manifest; streams remote files block by block.
 
     Raises:
-        ValueError: naming the first file that is missing, added or changed, or the manifest itself.
+        ValueError: names the first file that is missing, added or changed, or the manifest itself.
     """
     if hub_directory.is_hub(str(uri)):
         return hub_directory.check(str(uri), kind, digest)
@@ -94,7 +93,7 @@ def check(uri: str | os.PathLike, kind: str | None = None, digest: str | None = 
 
 
 def sizes(uri: str | os.PathLike) -> dict[str, int]:
-    """Path inside a sealed directory -> bytes, of every file but the manifest."""
+    """Path inside a sealed directory -> bytes, for every file except the manifest."""
     if hub_directory.is_hub(str(uri)):
         return hub_directory.sizes(str(uri))
     fs, root = storage.filesystem(uri)

@@ -18,7 +18,7 @@ SETTINGS = {
     "endpoints": "NUCLEUS_ENDPOINTS",  # of captioners, separated by commas
     "captioner_secret": "NUCLEUS_CAPTIONER_SECRET",
     "notify": "NUCLEUS_NOTIFY",
-    "store": "NUCLEUS_STORE",  # else pods do not see each other's parts
+    "store": "NUCLEUS_STORE",  # otherwise pods cannot see each other's parts
     "console": "NUCLEUS_CONSOLE",
 }
 REQUIRED = ("project", "domain", "store")

@@ -1,13 +1,13 @@
-"""Where artifacts are stored, and the parts that large artifacts consist of.
+"""Stores artifacts, and the parts of large artifacts.
 
 An artifact of the whole corpus has a part for each shard. A map task seals the parts of its shards; the task that
-gathers them seals an index: tables of names, digests, counts and locations. Nothing copies the parts.
+gathers them seals an index: tables of names, digests, counts and locations. Parts are not copied.
 
     HOME/artifacts/KIND/DIGEST/           sealed directories: whole artifacts and parts
-    HOME/keys/KIND/KEY.json               the part of some inputs: KEY is their hash
+    HOME/keys/KIND/KEY.json               the part made from some inputs: KEY is their hash
 
 HOME is NUCLEUS_HOME (default .nucleus). With NUCLEUS_STORE=s3://BUCKET/PREFIX parts and keys are kept there, so that
-pods share them; HOME then only holds copies. A part is made once for its inputs, whichever run asks for it.
+pods share them; HOME then has only copies. A part is made once for its inputs, across runs.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ import pyarrow.parquet as pq
 from model import storage
 from tasks.manifest import MANIFEST, Manifest, Parent, load_manifest, seal, sealed_path, sha256_file, verify, writing
 
-INDEX, LOCATIONS = "parts.parquet", "locations.parquet"  # of an index of parts
+INDEX, LOCATIONS = "parts.parquet", "locations.parquet"  # tables of an index of parts
 PARTS = pa.schema(
     [
         ("name", pa.string()),  # of the shard, unique in the index
         ("kind", pa.string()),
-        ("digest", pa.string()),  # "" where the part could not be made
+        ("digest", pa.string()),  # "" if the part could not be made
         ("rows", pa.int64()),
         ("size_bytes", pa.int64()),
-        ("error", pa.string()),  # why not
+        ("error", pa.string()),  # the reason, if it could not be made
     ]
 )
 PLACES = pa.schema([("digest", pa.string()), ("uri", pa.string())])
 BATCH_ROWS = 10_000
 
 
-# Copy of an artifact in this pod -> URI. Manifests name the URI, since the copy is gone when its pod is.
+# Copy of an artifact in this pod -> URI. Manifests name the URI, since the copy is lost with its pod.
 FETCHED_FROM: dict[Path, str] = {}
 
 
 class Part(NamedTuple):
-    """A sealed part of an artifact, or the reason (`error`) why there is none."""
+    """A sealed part of an artifact, or the error (`error`) that prevented it."""
 
     name: str
     kind: str
@@ -71,7 +71,7 @@ def home() -> Path:
 
 
 def store() -> str:
-    """The directory or URI that holds parts and keys."""
+    """The directory or URI of parts and keys."""
     shared = os.environ.get("NUCLEUS_STORE", "")
     return storage.check_path(shared).rstrip("/") if shared else str(home())
 
@@ -89,13 +89,13 @@ def make_sealed(
     counts: Callable[[Any], dict[str, int]] | None = None,
     logs: Sequence[str] = (),
 ) -> tuple[Path, Manifest, Any]:
-    """Runs `make(out_dir)` into a directory under HOME that appears sealed and whole, or not at all.
+    """Runs `make(out_dir)` and seals the directory under HOME atomically.
 
     Returns:
-        its path, its manifest, and what `make` returned.
+        its path, its manifest, and the result of `make`.
 
     Raises:
-        OSError: the disk is full (ENOSPC), naming the place; whatever `make` raises.
+        OSError: the disk is full (ENOSPC); the message has the path. Also errors of `make`.
     """
     folder = home() / "artifacts" / kind
     try:
@@ -117,8 +117,8 @@ def part_key(kind: str, version: str, inputs: dict[str, Any]) -> str:
     """The key of a part: equal for equal inputs of the same version of the code behind it.
 
     Args:
-        version: see tasks.envs.CACHE_VERSIONS; raise it when the code writes something else for the same inputs.
-        inputs: JSON-able: digests of what is read, and the configuration that decides the content.
+        version: see tasks.envs.CACHE_VERSIONS; raise it when the code's output for the same inputs changes.
+        inputs: JSON-able: digests of inputs, and the configuration that determines the content.
     """
     text = json.dumps([kind, version, inputs], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
@@ -134,18 +134,18 @@ def make_part(
     config: Any = None,
     logs: Sequence[str] = (),
 ) -> Part:
-    """A part: the one that was made from the same inputs before, or a new one.
+    """Returns the part that was made from the same inputs before, or makes a new one.
 
     Args:
         make: fills an empty directory and returns the number of rows.
-        inputs: see `part_key`. Nothing else may decide the content.
+        inputs: see `part_key`. The content must not depend on anything else.
     """
     key = storage.join(store(), "keys", kind, f"{part_key(kind, version, inputs)}.json")
     known = _known(kind, name, key)
     if known is not None:
         return known
     path, manifest, rows = make_sealed(kind, make, parents, config, lambda rows: {"rows": rows}, logs)
-    # Without manifest and logs: they hold paths, and the index of parts must not depend on where a home is.
+    # Without manifest and logs: they contain paths, and the index of parts must not depend on the location of a home.
     size = sum((path / name).stat().st_size for name in manifest.files)
     uri = _publish(path, kind, manifest.digest)
     record = {"digest": manifest.digest, "rows": rows, "size_bytes": size}
@@ -156,7 +156,7 @@ def make_part(
 
 
 def known_part(kind: str, name: str, version: str, inputs: dict[str, Any]) -> Part | None:
-    """The part that `make_part` would return without making it; None if it would make it."""
+    """The part that `make_part` would return without making one; None if it would make one."""
     return _known(kind, name, storage.join(store(), "keys", kind, f"{part_key(kind, version, inputs)}.json"))
 
 
@@ -172,7 +172,7 @@ def _known(kind: str, name: str, key: str) -> Part | None:
     uri = _uri(kind, digest)
     manifest = storage.read_bytes(storage.join(uri, MANIFEST))
     if manifest is None or json.loads(manifest).get("digest") != digest:
-        return None  # the part is gone, or another one took its place
+        return None  # the part is gone, or another one replaced it
     return Part(name, kind, digest, uri, rows, size)
 
 
@@ -191,13 +191,13 @@ def _publish(path: Path, kind: str, digest: str) -> str:
 
 
 def fetch_part(part: Part, without: tuple[str, ...] = ()) -> Path:
-    """The part's directory on this machine, downloaded where it is remote, and verified.
+    """The part's directory on this machine, downloaded if it is remote, and verified.
 
     Args:
-        without: files that stay where they are: endings of names, or folders (storage.is_left_out).
+        without: files that are not downloaded: endings of names, or folders (storage.is_left_out).
 
     Raises:
-        ValueError: the part was changed, or another directory took its place.
+        ValueError: the part was changed, or another directory replaced it.
         FileNotFoundError: it is gone.
     """
     path = local_path(part.kind, part.digest)
@@ -227,7 +227,7 @@ def _download(part: Part, path: Path, without: tuple[str, ...]) -> None:
 
 
 def _download_rest(part: Part, path: Path, without: tuple[str, ...]) -> None:
-    """Files that an earlier `fetch_part` left out and this one needs."""
+    """Downloads files that an earlier `fetch_part` left out."""
     manifest = load_manifest(path)
     for name in sorted(manifest.files | manifest.logs):
         if not storage.is_left_out(name, without) and not (path / name).exists():
@@ -235,9 +235,10 @@ def _download_rest(part: Part, path: Path, without: tuple[str, ...]) -> None:
 
 
 def _download_into(directory: Path, name: str, uri: str) -> None:
-    temporary = directory.with_name(f".file-{uuid.uuid4().hex}")  # not inside: a kill would leave an added file there
+    temporary = directory.with_name(f".file-{uuid.uuid4().hex}")  # not inside: a kill would leave an extra file there
+    filesystem, source = storage.filesystem(storage.join(uri, name))
     try:
-        storage.download(storage.join(uri, name), temporary)
+        filesystem.get_file(source, str(temporary))
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(temporary, directory / name)
     finally:
@@ -245,14 +246,14 @@ def _download_into(directory: Path, name: str, uri: str) -> None:
 
 
 def fetch_file(directory: Path, name: str) -> Path | None:
-    """A file of an artifact that artifacts.fetch(without=...) left at its source, downloaded and verified once.
+    """Downloads and verifies, once, a file of an artifact that artifacts.fetch(without=...) left at its source.
 
     Args:
         directory: a local artifact, or a folder inside one.
         name: path of the file inside `directory`.
 
     Returns:
-        its path; None where the artifact has no such file.
+        its path; None if the artifact has no such file.
 
     Raises:
         ValueError: the file was changed.
@@ -272,7 +273,10 @@ def fetch_file(directory: Path, name: str) -> Path | None:
             return None
         _download_into(root, inside, FETCHED_FROM[root])
     if (digest := _digest_of(path, path.stat().st_mtime_ns)) != wanted:
-        where = storage.join(FETCHED_FROM[root], inside) if root in FETCHED_FROM else path
+        where: Path | str = path
+        if root in FETCHED_FROM:  # another attempt downloads it again
+            path.unlink()
+            where = storage.join(FETCHED_FROM[root], inside)
         raise ValueError(f"{where} was changed: its SHA-256 is {digest}, not {wanted}")
     return path
 
@@ -290,7 +294,7 @@ def _digests_of(directory: Path) -> dict[str, str]:
 
 
 def write_index(out_dir: str | os.PathLike, parts: Iterable[Part]) -> dict[str, int]:
-    """Writes the tables of an index of parts; seal it with logs=(LOCATIONS,), since where parts are is not what they are.
+    """Writes the tables of an index of parts; seal it with logs=(LOCATIONS,), since locations are not content.
 
     Returns:
         {"parts", "failed", "rows", "size_bytes"}
@@ -321,14 +325,14 @@ def write_index(out_dir: str | os.PathLike, parts: Iterable[Part]) -> dict[str, 
 
 
 def read_index(directory: str | os.PathLike) -> Iterator[Part]:
-    """The parts of an index, in its order, without loading the whole table."""
+    """The parts of an index, in order, without loading the whole table."""
     directory = Path(directory)
     with pq.ParquetFile(directory / INDEX) as index, pq.ParquetFile(directory / LOCATIONS) as places:
         yield from zip_index(index, places, str(directory))
 
 
 def zip_index(index: pq.ParquetFile, places: pq.ParquetFile, where: str) -> Iterator[Part]:
-    """The parts of the two open tables of an index; `where` is for messages."""
+    """The parts from the two open tables of an index; `where` is for messages."""
     uris = (row for batch in places.iter_batches(BATCH_ROWS) for row in batch.to_pylist())
     for batch in index.iter_batches(BATCH_ROWS):
         for row in batch.to_pylist():
@@ -345,7 +349,7 @@ def is_index(directory: str | os.PathLike) -> bool:
 
 
 def missing_parts(directory: str | os.PathLike) -> list[Part]:
-    """Parts of an index that are gone from this machine and from where they were stored. Reads no content."""
+    """Parts of an index that are neither on this machine nor in their store. Reads no content."""
     lost = []
     for part in read_index(directory):
         if not part.digest or (local_path(part.kind, part.digest) / MANIFEST).is_file():
@@ -366,12 +370,12 @@ def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
 
 
 def group_range(group: int, groups: int, count: int) -> range:
-    """Positions of the shards of one group, of `groups` groups over `count` shards."""
+    """Positions of the shards of one of `groups` groups over `count` shards."""
     return range(group * count // groups, (group + 1) * count // groups)
 
 
 def num_groups(count: int, max_groups: int) -> int:
-    """Groups that map tasks run over: one for each shard, and at most `max_groups`."""
+    """Number of groups for map tasks: one for each shard, at most `max_groups`."""
     return max(1, min(count, max_groups))
 
 

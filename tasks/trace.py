@@ -1,15 +1,15 @@
-"""From a published pipeline back to the records behind it: `python -m tasks.trace DIR_OR_URI [--expect DIGEST]`.
+"""Traces a published pipeline back to its records: `python -m tasks.trace DIR_OR_URI [--expect DIGEST]`.
 
-Walks the parents that each manifest names and the parts of each index, reads every file of every sealed directory on
-the way again, in a local folder, in s3:// or on the Hub (hf://OWNER/NAME), and prints the tree with the digests of its shards and the ids of its records.
-Exits 1, naming the file, when one byte differs anywhere.
+Follows the parents in each manifest and the parts of each index, reads and compares every file of every sealed
+directory, in a local folder, in s3:// or on the Hub (hf://OWNER/NAME), and prints the tree with the digests of its
+shards and the ids of its records. Exits 1, naming the file, if one byte differs.
 
     pipeline -> merged -> checkpoints x3 -> latents -> curated -> corpus -> records
              -> scorecard -> images -> ...
 
-A repository of the Hub names no places, only digests: --home or NUCLEUS_STORE says where its parents are kept.
+A repository of the Hub has no locations, only digests: --home or NUCLEUS_STORE names the store of its parents.
 
-Seals prove that nothing changed since, not who made it: --expect compares the digest that you were given elsewhere.
+Seals prove that nothing changed, not who made it: --expect compares with a digest from another channel.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tasks.manifest import KINDS, MANIFEST, Manifest, Parent, visible
 from tasks.store import INDEX, Part
 
 SHARD_SUFFIXES = (".tar", ".safetensors", ".distcp")
-NEEDED = {  # kind -> kinds that its manifest must name as parents: what was resealed without them has no lineage
+NEEDED = {  # kind -> kinds of its required parents
     "pipeline": ("merged", "components", "scorecard", "curated"),
     "curated": ("corpus",),
 }
@@ -44,22 +44,22 @@ class Node:
     uri: str
     manifest: Manifest
     parents: list[str] = field(default_factory=list)
-    parts: dict[str, str] = field(default_factory=dict)  # of an index that was checked: name -> digest
+    parts: dict[str, str] = field(default_factory=dict)  # of a checked index: name -> digest
 
     @property
     def path(self) -> Path:
-        """Of a local directory."""
+        """The path of a local directory."""
         assert not storage.is_remote(self.uri), self.uri
         return Path(self.uri)
 
     @property
     def shards(self) -> dict[str, str]:
-        """Path inside the directory -> SHA-256, of the files that contain data rather than tables about it."""
+        """Path inside the directory -> SHA-256, for files with data rather than tables about it."""
         return {name: digest for name, digest in self.manifest.files.items() if name.endswith(SHARD_SUFFIXES)}
 
 
 class Lineage:
-    """A sealed directory and all that it was made from.
+    """A sealed directory and all of its ancestors.
 
     nodes: digest -> node, the directory itself first, parents after their children.
 
@@ -96,7 +96,7 @@ class Lineage:
                     todo.append((parent_uri, read(parent_uri, parent.kind, parent.digest)))
 
     def parts(self, node: Node) -> Iterator[Part]:
-        """The parts of an index that could be made; none where the node is no index."""
+        """The parts of an index that could be made; empty if the node is not an index."""
         if INDEX in node.manifest.files:
             yield from (part for part in sealed.parts(node.uri) if part.digest)
 
@@ -126,12 +126,12 @@ def walk(directory: str | os.PathLike, home: str | os.PathLike | None = None, ch
 
     Args:
         directory: any sealed directory, or its URI.
-        home: where to look for parents and parts that are not where the manifest says, by their digest: a local
-            directory or a URI. Default: the directories beside `directory`, NUCLEUS_HOME and NUCLEUS_STORE.
-        check: read every file and part again and compare; otherwise only the manifests are read, of parts not even those.
+        home: a local directory or URI in which to search, by digest, for parents and parts that are not at their
+            recorded location. Default: the directories beside `directory`, NUCLEUS_HOME and NUCLEUS_STORE.
+        check: read and compare every file and part; otherwise only manifests are read, and parts not at all.
 
     Raises:
-        ValueError: naming the file that was changed, added or lost, the parent that is nowhere, or the one that a
+        ValueError: names the file that was changed, added or lost, the parent that is missing, or the one that a
             manifest should name.
     """
     return Lineage(directory, home, check).nodes
@@ -145,8 +145,8 @@ def _check_needed(node: Node) -> None:
 
 
 class _Search:
-    """Finds parents where they were recorded, or else by digest. Local folders are listed once, when needed; of an object
-    store only the places are asked for where artifacts are kept, since a listing of a large one takes hours."""
+    """Finds parents at their recorded location, or else by digest. Local folders are listed once, when needed; in an
+    object store only the paths of artifacts are tried, since listing a large store takes hours."""
 
     def __init__(self, uri: str, home: str | os.PathLike | None) -> None:
         if home is not None:
@@ -176,7 +176,7 @@ class _Search:
         if parent.digest in self.by_digest:
             return self.by_digest[parent.digest]
         if there is not None:
-            sealed.check(recorded)  # names a digest that was changed by hand
+            sealed.check(recorded)  # the manifest has a digest that was changed by hand
         now = f"which now holds the digest {there}" if there else "which is gone"
         raise ValueError(
             f"{child} was made from {parent.kind} {parent.digest}, recorded at {parent.uri or 'no place'}, {now}; no "
@@ -189,15 +189,15 @@ class _Search:
                 continue
             for folder, names, files in os.walk(root):
                 if MANIFEST in files:
-                    names.clear()  # a sealed directory holds no other
+                    names.clear()  # a sealed directory contains no other
                     digest = sealed.digest_at(folder)
-                    if digest is not None:  # else it is not a sealed directory, or damaged
+                    if digest is not None:  # otherwise it is not a sealed directory, or damaged
                         yield digest, folder
                 names[:] = sorted(name for name in names if not name.startswith("."))  # being written
 
 
 def _above(uri: str) -> str:
-    """The folder that has the artifacts beside one: of HOME/artifacts/KIND/DIGEST it is HOME/artifacts. The Hub has none."""
+    """The folder of an artifact's siblings: HOME/artifacts for HOME/artifacts/KIND/DIGEST. The Hub has none."""
     if hub_directory.is_hub(uri):
         return ""
     if storage.is_remote(uri):
@@ -208,7 +208,7 @@ def _above(uri: str) -> str:
 
 
 def _allowed(uri: str) -> str:
-    """A recorded path or URI; "" where there is none that may be opened."""
+    """A recorded path or URI; "" if it is missing or may not be opened."""
     try:
         return storage.check_path(uri)
     except ValueError:
@@ -221,13 +221,13 @@ def trace(
     """Verifies the whole lineage and describes it as a JSON-able dict.
 
     Args:
-        expect: the digest that the directory must have.
+        expect: the required digest of the directory.
 
     Returns:
         see `describe`.
 
     Raises:
-        ValueError: as `walk`; or a record that is used but was not kept, or kept but is not in the ledger.
+        ValueError: as `walk`; or a record is used but was not kept, or kept but not in the ledger.
     """
     return describe(Lineage(directory, home, expect=expect))
 
@@ -261,8 +261,8 @@ def describe(lineage: Lineage) -> dict[str, Any]:
 
 
 def _count_records(lineage: Lineage) -> dict[str, int]:
-    """Counts records, and checks that each latent is of a curated record and each of those in the ledger. One shard's ids
-    are in memory at a time: a corpus may have hundreds of millions."""
+    """Counts records, and checks that each latent belongs to a curated record, and each curated record is in the
+    ledger. Only one shard's ids are in memory at a time: a corpus may have hundreds of millions."""
     ledger: dict[str, list[int]] = {}  # shard -> kept records of the ledger, and the sum of their ids
     lines = 0
     selections: dict[str, list[str]] = {}
@@ -296,7 +296,7 @@ def _count_records(lineage: Lineage) -> dict[str, int]:
 
 
 def _difference(lineage: Lineage, shard: str, selected: set[str]) -> str:
-    """Names a record of one shard that only the ledger or only the selection keeps."""
+    """A message that names a record of one shard that only the ledger or only the selection keeps."""
     kept: set[str] = set()
     for node in lineage.of_kind("curated"):
         lines = _columns(node.uri, "ledger.parquet", ("shard", "kept", "record_id"))
@@ -315,7 +315,7 @@ def _columns(uri: str, table: str, names: tuple[str, ...]) -> Iterator[tuple]:
     """The rows of some columns of a table.
 
     Raises:
-        ValueError: it is not there, or lacks one of them.
+        ValueError: the table is missing, or lacks one of them.
     """
     try:
         with sealed.open_table(uri, table) as file:
@@ -329,16 +329,16 @@ def _columns(uri: str, table: str, names: tuple[str, ...]) -> Iterator[tuple]:
 
 
 def lineage_rows(directories: list[str | os.PathLike]) -> list[dict[str, Any]]:
-    """The ancestors of some sealed directories, themselves first, for a table: kind, digest, counts, code version.
+    """Some sealed directories and their ancestors, as rows of a table: kind, digest, counts, code version.
 
-    Nothing is verified. An ancestor that is gone is still named, by the digest in its child.
+    Nothing is verified. A lost ancestor is still listed, with the digest in its child.
     """
     rows: dict[str, dict[str, Any]] = {}
-    todo = [str(directory) for directory in directories if (Path(directory) / MANIFEST).is_file()]
+    paths = [str(directory) for directory in directories if (Path(directory) / MANIFEST).is_file()]
+    todo = [(path, sealed.load(path)) for path in paths]
     search: _Search | None = None
     while todo:
-        path = todo.pop(0)
-        manifest = sealed.load(path)
+        path, manifest = todo.pop(0)
         rows[manifest.digest] = {
             "kind": manifest.kind,
             "digest": manifest.digest,
@@ -351,7 +351,8 @@ def lineage_rows(directories: list[str | os.PathLike]) -> list[dict[str, Any]]:
                 continue
             rows[parent.digest] = {"kind": parent.kind, "digest": parent.digest, "counts": {}, "code_version": ""}
             try:
-                todo.append(search.find(parent, path))
+                location = search.find(parent, path)
+                todo.append((location, sealed.load(location)))
             except ValueError:
                 continue
     order = {kind: i for i, kind in enumerate(reversed(KINDS))}
@@ -359,8 +360,8 @@ def lineage_rows(directories: list[str | os.PathLike]) -> list[dict[str, Any]]:
 
 
 def render(story: dict[str, Any]) -> str:
-    """The lineage as a tree to read; a directory that several others share is spelled out once. What a terminal would
-    obey is escaped."""
+    """The lineage as a tree of text; a directory that several others share is printed once. Control characters are
+    escaped."""
     nodes = {node["digest"]: node for node in story["nodes"]}
     lines: list[str] = []
     shown: set[str] = set()
@@ -403,9 +404,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="a sealed directory, its s3:// URI, or hf://OWNER/NAME: such as a published pipeline",
     )
     parser.add_argument("--home", help="where to look for parents that moved, by their digest: a directory or a URI")
-    parser.add_argument(
-        "--expect", metavar="DIGEST", help="the digest that it must have, as you were given it elsewhere"
-    )
+    parser.add_argument("--expect", metavar="DIGEST", help="the digest that it must have, from another channel")
     parser.add_argument("--html", metavar="OUT", help="draw the lineage into this file")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--records", action="store_true", help="list the key and id of every record behind it")

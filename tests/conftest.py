@@ -2,7 +2,9 @@
 
 import gc
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ NVIDIA = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg")  
 # Without an NVIDIA device, Triton's kernels run in its interpreter. Triton reads this when it is first imported.
 if not any(Path(path).exists() for path in NVIDIA):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; the limit on CPU seconds of a test counts all threads
 # Before any matrix product on CUDA: see model/__init__.py, which not every test imports first.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -19,6 +22,18 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # them for ever. So it is collected before, and what a child inherits is never collected by it. What is left stays out of
 # later collections: torch and its like are millions of objects, and going through them takes as long as most tests.
 os.register_at_fork(before=lambda: (gc.collect(), gc.freeze()), after_in_child=gc.freeze)
+
+# flytekit and torch leave folders in the temporary folder. They go into one that is removed after the tests; workers inherit
+# it. pytest's own folders stay where they were, so that those of failed tests are kept.
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if not WORKER:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="nucleus-tests-")
+
+
+def pytest_unconfigure():
+    if not WORKER:
+        shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -28,7 +28,7 @@ CONFIG = ROOT / "config" / "flyte.yaml"
 
 
 def images(lock: Path) -> dict[str, str]:
-    """Role -> image by digest, of a lock whose code is the commit's.
+    """Role -> image by digest, from a lock of images built from this commit.
 
     Raises:
         ValueError: no lock, a role is missing, or the images have other code.
@@ -58,7 +58,7 @@ def shape(text: str) -> tuple[int, int]:
     """
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape; use NODESxPROCESSES, such as 8x8")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape; use NODESxPROCESSES, such as 8x8")
     return int(match[1]), int(match[2])
 
 
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--lock", type=Path, default=LOCK)
     parser.add_argument("--shape", type=shape, default=(1, 1), help="NODESxPROCESSES of a training stage")
-    parser.add_argument("--dry-run", action="store_true", help="packages and shows, sends nothing")
+    parser.add_argument("--dry-run", action="store_true", help="package and print, but send nothing")
     options = parser.parse_args(arguments)
     config = load_site(options.config)
     nnodes, nproc = options.shape

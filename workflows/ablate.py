@@ -4,7 +4,7 @@
 
     records -> curated -> components, latents and checkpoints of each stage -> merged -> scorecard
 
-Records, components and latents are those of the recipe that it overlays, and come from the cache where that one ran.
+Records, components and latents equal those of the base recipe, and come from the cache if that recipe ran.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from workflows.pretrain import up_to_merged
 
 
 class Ablation(NamedTuple):
-    """The scorecard, and the weights that it is of."""
+    """The scorecard, and the weights that it scores."""
 
     scorecard: ScorecardDir
     merged: MergedDir

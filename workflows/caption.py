@@ -1,11 +1,11 @@
-"""Captions for a source, by the captioner of a recipe.
+"""Captions a source with the captioner of a recipe.
 
 pyflyte run workflows/caption.py caption --recipe my_recipe.yaml --source my_images/
 
 source -> corpus -> scores -> draft decisions -> captions
           shards    per shard  one task           per shard
 
-Only images that the recipe keeps are described. Curating the same source by the same recipe then finds the captions.
+Only images that the recipe keeps are described. Curating the same source with the same recipe then uses these captions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from workflows.curate import describe, score_source
 
 @dynamic(**envs.dynamic("curation"))
 def caption_source(source: SourceConfig, path: str, config: CurationConfig) -> CaptionsDir:
-    """Describes the images at `path`, or those that are made of `source` where it is empty."""
+    """Describes the images at `path`, or if it is empty those that `source` makes."""
     if config.captioner is None:
         raise ValueError("the recipe has no captioner: set curation.captioner, see docs/captioning.md")
     corpus, groups, scores = score_source(source, path, config)

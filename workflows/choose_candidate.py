@@ -1,4 +1,4 @@
-"""Which setting, merge or checkpoint replaces the one in use: chosen on development prompts, with statistics.
+"""Chooses a setting, merge or checkpoint on development prompts, by a statistical test against the one in use.
 
     pyflyte run workflows/choose_candidate.py choose_candidate --model newest --benchmark shapes \\
         --candidates guidance_scale=3,guidance_scale=5
@@ -8,9 +8,10 @@
     pyflyte run workflows/choose_candidate.py choose_candidate --model newest --recipe tiny --benchmark shapes \\
         --components .nucleus/artifacts/components/DIGEST --candidates .nucleus/artifacts/merged/DIGEST,./other_pipeline
 
-    incumbent, candidates --> a scorecard each --max-T test--> the one that beats the incumbent, or the incumbent
+    incumbent, candidates --> a scorecard each --max-T test--> the best candidate that beats the incumbent, or the
+    incumbent
 
-Report the chosen one on official prompts once: workflows/evaluate.py.
+Then score the choice once on official prompts: workflows/evaluate.py.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def choose_candidate(
     checkpoints: Optional[CheckpointsDir] = None,
     curated: Optional[CuratedDir] = None,
 ) -> Choice:
-    """Chooses between a model and candidates for its place.
+    """Chooses between a model and candidates to replace it.
 
     Args:
         model: see workflows/evaluate.py; it is the incumbent.
@@ -91,12 +92,12 @@ def choose_candidate(
             `checkpoints` (last_n=8), or the place of another pipeline, of merged weights, or of another training's checkpoints,
             which are merged as the recipe says.
         benchmark: one that has development prompts, or any with prompts_file in `overrides`.
-        revision: the commit of a Hub id; the newest one where it is left out.
+        revision: the commit of a Hub id; default: the newest.
         components: a sealed directory of kind components, for merges and merged weights, the model's or a candidate's.
-        recipe: whose eval section has the settings, and whose transformer merges are of.
+        recipe: its eval section has the settings, and its model is that of the merges.
         overrides: a setting of all candidates, or a JSON list of them. May be given several times.
-        judges: who answers; see workflows/evaluate.py.
-        parts_per_seed: how many map tasks sample the images of one seed.
+        judges: see workflows/evaluate.py.
+        parts_per_seed: number of map tasks that sample the images of one seed.
         checkpoints: a sealed directory of kind checkpoints, for merges.
         curated: a sealed directory of kind curated, for the captions benchmark.
     """

@@ -1,6 +1,6 @@
 """Lets `pyflyte run` take `--overrides` several times.
 
-click keeps the last value of a repeated option without a word, and flytekit cannot declare an option as repeatable. So
+click silently keeps the last value of a repeated option, and flytekit cannot declare an option as repeatable. So
 repeats are joined into one JSON list, which every workflow here accepts, before click parses the command. It works for
 files, registered workflows and launch plans alike.
 
@@ -16,7 +16,7 @@ OPTION = "--overrides"
 
 
 def join_overrides(args: Sequence[str]) -> list[str]:
-    """The arguments of a command with all values of --overrides in one JSON list, where there are several.
+    """The arguments of a command, with several values of --overrides joined into one JSON list.
 
     A value that is a JSON list counts as its entries.
     """

@@ -1,4 +1,4 @@
-"""A source to curated selections.
+"""Curates a source.
 
 pyflyte run workflows/curate.py curate --recipe tiny
 pyflyte run workflows/curate.py curate --recipe smoke --source my_images/
@@ -6,8 +6,8 @@ pyflyte run workflows/curate.py curate --recipe smoke --source my_images/
 source -> corpus -> scores -> decisions -> selections -> curated
           shards    per shard  one task     per shard    index, ledger, report
 
-Scores are made on CPUs; where a scorer asks for a GPU, by a second map task on GPUs. With `curation.captioner` in the recipe,
-images are described between scores and decisions (workflows/caption.py).
+Scores are computed on CPUs; scorers that need a GPU run in a second map task on GPUs. With `curation.captioner` in the
+recipe, images are described between scores and decisions (workflows/caption.py).
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from tasks.store import num_groups
 
 @dynamic(**envs.dynamic("curation"))
 def curate_source(source: SourceConfig, path: str, config: CurationConfig) -> CuratedDir:
-    """Curates the images at `path`, or those that are made of `source` where it is empty.
+    """Curates the images at `path`, or if it is empty those that `source` makes.
 
-    Dynamic, since the recipe says how many sub-tasks run at a time, and how many may fail.
+    Dynamic, since the recipe sets how many sub-tasks run at a time, and how many may fail.
     """
     corpus, groups, columns = score_source(source, path, config)
     if config.captioner is not None:
@@ -56,7 +56,7 @@ def curate_source(source: SourceConfig, path: str, config: CurationConfig) -> Cu
 
 
 class Scored(NamedTuple):
-    """What a dynamic workflow knows of a corpus: outputs of its tasks."""
+    """Outputs of the tasks that list and score a corpus, in a dynamic workflow."""
 
     corpus: Any
     groups: Any
@@ -64,7 +64,7 @@ class Scored(NamedTuple):
 
 
 def score_source(source: SourceConfig, path: str, config: CurationConfig) -> Scored:
-    """The tasks that list and score a source; inside a dynamic workflow."""
+    """Adds the tasks that list and score a source to a dynamic workflow."""
     concurrency = config.concurrency or None
     if source.urls is not None:
         listed_urls = list_urls(source=source, path=path, config=config)
@@ -85,7 +85,7 @@ def score_source(source: SourceConfig, path: str, config: CurationConfig) -> Sco
 
 
 def describe(corpus: Any, groups: Any, scores: Any, config: CurationConfig) -> Any:
-    """The tasks that write captions, by groups; inside a dynamic workflow."""
+    """Adds the tasks that write captions, by groups, to a dynamic workflow."""
     drafts = draft_corpus(corpus=corpus, scores=scores, config=config, groups=groups)
     task = caption_group_gpu if chosen_captioner(config.captioner).needs == "gpu" else caption_group
     return map_task(partial(task, corpus=corpus, drafts=drafts, config=config, groups=groups), **_limits(config))(

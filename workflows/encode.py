@@ -1,4 +1,5 @@
-"""Curated selections to components, texts, and latents of each stage: map tasks over groups of shards, then an index.
+"""Makes components, texts, and latents of each stage from curated selections: map tasks over groups of shards, then an
+index.
 
     pyflyte run workflows/encode.py encode --recipe tiny --curated .nucleus/artifacts/curated/DIGEST
 
@@ -32,7 +33,7 @@ from tasks.planning.task import check_curated, resolve_recipe
 def encode_texts(curated: CuratedDir, components: ComponentsDir, config: EncodingConfig) -> TextsDir:
     """Encodes the captions of a corpus, once for all stages.
 
-    Dynamic, since the recipe says how many sub-tasks run at a time, and how many may fail.
+    Dynamic, since the recipe sets how many sub-tasks run at a time, and how many may fail.
     """
     options = {"concurrency": config.concurrency or None, "min_success_ratio": config.min_success_ratio}
     plan = plan_encoding(curated=curated, config=config)

@@ -1,4 +1,4 @@
-"""A model to scorecards: any diffusers pipeline on any benchmark, or merged weights as a part of other workflows.
+"""Scores any diffusers pipeline on any benchmarks, or merged weights as part of other workflows.
 
     pyflyte run workflows/evaluate.py evaluate --model .nucleus/artifacts/pipeline/DIGEST --benchmarks shapes
     pyflyte run workflows/evaluate.py evaluate --model OWNER/NAME --revision COMMIT --benchmarks geneval,geneval2,dpg,oneig
@@ -39,7 +39,7 @@ def score_merged(
     curated: Optional[CuratedDir] = None,
     parts_per_seed: int = 1,
 ) -> ScorecardDir:
-    """Scores merged weights as the recipe's eval section says. A part of other workflows."""
+    """Scores merged weights with the recipe's eval section, as part of other workflows."""
     prompts = make_prompts(config=config, curated=curated)
     generate = partial(generate_part, merged=merged, components=components, prompts=prompts, config=config)
     images = map_task(generate)(part=plan_parts(config=config, parts_per_seed=parts_per_seed))
@@ -51,7 +51,7 @@ def score_merged(
 def score_model(
     model: Model, digest: str, config: EvalConfig, parts_per_seed: int, curated: Optional[CuratedDir] = None
 ) -> ScorecardDir:
-    """The same of any pipeline. `digest` is the model's: the cache knows it by that alone."""
+    """Scores any pipeline. `digest` identifies the model in the cache."""
     prompts = make_prompts(config=config, curated=curated)
     generate = partial(generate_from_model, model=model, digest=digest, prompts=prompts, config=config)
     images = map_task(generate)(part=plan_parts(config=config, parts_per_seed=parts_per_seed))
@@ -85,18 +85,18 @@ def evaluate(
     """Scores a model on benchmarks, with one scorecard each.
 
     Args:
-        model: a directory that diffusers loads, merged weights (with `components`), a Hub id, an s3:// URI of what was
-            published, or newest: the pipeline that was published last on this machine.
+        model: a directory that diffusers loads, merged weights (with `components`), a Hub id, an s3:// URI of a
+            published pipeline, or newest: the pipeline published last on this machine.
         benchmarks: names, separated by commas, such as geneval,dpg,oneig. `python -m eval.cli ls` lists them.
-        revision: the commit of a Hub id; the newest one where it is left out.
+        revision: the commit of a Hub id; default: the newest.
         components: a sealed directory of kind components, for merged weights.
-        recipe: whose eval section has the settings; without it those that a published pipeline was scored with, else the
+        recipe: its eval section has the settings; default: those of a published pipeline's scorecard, else the
             defaults.
         overrides: a setting such as guidance_scale=3 or geneval.seeds=[0], or a JSON list of them. May be given several
             times.
-        judges: who answers, such as ssd-mobilenet-v2 or dpg.vqa=blip-vqa, separated by commas; without it the official
-            classes, and on a machine without a GPU those whose weights packages carry.
-        parts_per_seed: how many map tasks sample the images of one seed. The images are the same for any number.
+        judges: such as ssd-mobilenet-v2 or dpg.vqa=blip-vqa, separated by commas; default: the official classes, or on
+            a machine without a GPU those with weights in Python packages.
+        parts_per_seed: number of map tasks that sample the images of one seed. The images are the same for any number.
         curated: a sealed directory of kind curated, for the captions benchmark.
     """
     resolved = resolve_model(model=model, revision=revision, components=components)

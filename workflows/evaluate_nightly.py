@@ -1,9 +1,9 @@
-"""The newest published model, scored at night if it changed: a drop beyond noise fails the execution, and so notifies.
+"""Scores the newest published model at night if it changed: a drop beyond noise fails the execution, which notifies.
 
     newest model --digest--> known? nothing to do
                              else: a scorecard for each benchmark --> stored --> gate
 
-The scorecards are stored before the gate, and what they are compared with is the last one that was no drop
+The scorecards are stored before the gate, and compared with the last one that was no drop
 (tasks/evaluation/history.py). Launch plan `evaluate-nightly`, inactive when it is registered:
 
     NUCLEUS_NIGHTLY_MODEL=s3://BUCKET/nucleus/pipeline NUCLEUS_NIGHTLY_BENCHMARKS=geneval NUCLEUS_NOTIFY=a@example.com \\
@@ -27,7 +27,7 @@ from workflows.evaluate import score_model
 
 @dynamic(**envs.dynamic("evaluator"))
 def score_changed(source: str, model: Model, configs: list[EvalConfig], parts_per_seed: int) -> list[str]:
-    """Scores and stores everything that is new, then lets the gate decide."""
+    """Scores and stores new models, then applies the gate."""
     if not configs:
         return []
     stored = []
@@ -41,15 +41,15 @@ def score_changed(source: str, model: Model, configs: list[EvalConfig], parts_pe
 def evaluate_nightly(
     model: str = NEWEST, benchmarks: str = "geneval", recipe: str = "", judges: str = "", parts_per_seed: int = 1
 ) -> list[str]:
-    """Scores what `model` is now, unless it was scored already.
+    """Scores the current version of `model`, unless it was scored already.
 
     Args:
-        model: see workflows/evaluate.py: a Hub id without a commit, or an s3:// URI of what was published, stands for the
+        model: see workflows/evaluate.py; a Hub id without a commit, or an s3:// URI of a published pipeline, means the
             newest version.
         benchmarks: names, separated by commas.
-        recipe: whose eval section has the settings; without it those that a published pipeline was scored with.
-        judges: who answers; see workflows/evaluate.py.
-        parts_per_seed: how many map tasks sample the images of one seed.
+        recipe: its eval section has the settings; default: those of a published pipeline's scorecard.
+        judges: see workflows/evaluate.py.
+        parts_per_seed: number of map tasks that sample the images of one seed.
     """
     resolved = resolve_model(model=model, revision="", components="")
     configs = plan_benchmarks(model=resolved, benchmarks=benchmarks, recipe=recipe, overrides=[], judges=judges)
@@ -79,5 +79,5 @@ def _plan() -> LaunchPlan:
     )
 
 
-# flytekit registers what it finds as attributes of a module; a schedule runs once its plan is activated.
+# flytekit registers the launch plans that are attributes of a module; a schedule runs once its plan is activated.
 NIGHTLY = _plan()

@@ -1,9 +1,9 @@
-"""What people start by name, in the console or by `pyflyte run remote-launchplan NAME`.
+"""Launch plans that users start by name, in the console or by `pyflyte run remote-launchplan NAME`.
 
 A registration is for one shape of training: one process, or NODESxPROCESSES. Each has the plans that can run on it.
 
     reproduce-RECIPE, ablate-RECIPE, pretrain-RECIPE    a recipe that trains in one process; reproduce-tiny, for example
-    pretrain-RECIPE-8x8, reproduce-RECIPE-8x8           one that trains on the registered shape
+    pretrain-RECIPE-8x8, reproduce-RECIPE-8x8           a recipe that trains on the registered shape
     train, train-stage, pretrain, study                 with a recipe of your choice; train-8x8 and so on for a shape
     curate, encode, merge, evaluate, choose-candidate,  one step, with one process only: the shape does not matter
       publish
@@ -32,7 +32,7 @@ from workflows.reproduce import reproduce
 from workflows.study import study
 from workflows.train import merge, train, train_one_stage
 
-MAX_PARALLELISM = 64  # nodes of one execution at once
+MAX_PARALLELISM = 64  # maximum nodes of one execution at a time
 REPRODUCED = ("smoke", "tiny", "nucleus_17b")
 PRETRAINED = ("nucleus_17b",)
 SHAPE = (envs.TRAIN_NNODES, envs.TRAIN_NPROC)

@@ -6,8 +6,8 @@
 
     records -> curated -> components, latents and checkpoints of each stage -> merged
 
-For training alone: scores can follow by workflows/evaluate.py. What `reproduce` or `ablate` made of the same recipe comes
-from the cache, and vice versa.
+workflows/evaluate.py can score the result. Artifacts that `reproduce` or `ablate` made from the same recipe come from
+the cache, and vice versa.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Pretrained(NamedTuple):
 
 
 def up_to_merged(sections: Sections) -> tuple[CuratedDir, Trained]:
-    """The nodes from raw records to merged weights, for the workflow that is being composed."""
+    """Adds the nodes from raw records to merged weights to the workflow that is being composed."""
     curated = curate_source(source=sections.source, path=sections.source_path, config=sections.curation)
     return curated, train_curated(curated, sections)
 

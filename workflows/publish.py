@@ -1,4 +1,5 @@
-"""A merged transformer, its components and its scorecard to a pipeline directory, uploaded where the recipe says.
+"""Publishes a merged transformer, its components and its scorecard as a pipeline directory, and uploads it as the
+recipe says.
 
 pyflyte run workflows/publish.py publish --recipe tiny --merged DIR --components DIR --scorecard DIR --curated DIR
 """

@@ -1,5 +1,6 @@
-"""The plugin of pyflyte: repeated --overrides, and what remote runs send. It is loaded through flytekit's own extension point: the entry point `flytekit.configuration.plugin` of
-pyproject.toml (docs/decisions/workflows.md). flytekit imports this module while it loads; import flytekit before it."""
+"""The plugin of pyflyte: repeated --overrides, and the arguments of remote runs. flytekit loads it through the entry
+point `flytekit.configuration.plugin` of pyproject.toml (docs/decisions/workflows.md). flytekit imports this module
+while it loads; import flytekit before it."""
 
 from __future__ import annotations
 

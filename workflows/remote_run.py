@@ -1,12 +1,12 @@
-"""What `pyflyte run` sends to a cluster, checked and completed on the user's machine before anything is uploaded.
+"""Checks and completes the arguments of `pyflyte run --remote` on the user's machine before anything is uploaded.
 
-    --recipe my_recipe.yaml     becomes the recipe's text: a pod has no file of yours
+    --recipe my_recipe.yaml     becomes the recipe's text: a pod does not have your file
     --source my_images/         is refused: a pod cannot read it
     run --remote FILE WORKFLOW  also gets, unless given: images by digest (containers/images.lock.json), project, domain and
                                 profile (the section `nucleus` of the Flyte configuration), the recipe's number of
                                 processes, all files of the project, and a folder that pods can unpack them to
 
-`workflows.pyflyte_plugin` hooks this into pyflyte. Local runs stay as they are.
+`workflows.pyflyte_plugin` hooks this into pyflyte. Local runs do not change.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RECIPE_FILES = (".yaml", ".yml")
 
 
 def prepare(args: Sequence[str]) -> list[str]:
-    """The arguments of pyflyte, those of a remote run completed.
+    """The arguments of pyflyte; those of a remote run are completed.
 
     Raises:
         click.UsageError: a recipe that is not valid, or a source that no pod can read.
@@ -95,7 +95,7 @@ def _without(args: Sequence[str], option: str) -> list[str]:
 
 
 def _inputs_file(args: Sequence[str]) -> dict[str, str]:
-    """Inputs from --inputs-file, which those on the command line override."""
+    """Inputs from --inputs-file; the command line overrides them."""
     path = dict(_options(args)).get("--inputs-file")
     if not path or not Path(path).is_file():
         return {}
@@ -121,20 +121,20 @@ def _default(args: Sequence[str], option: str, value: str | None) -> list[str]:
 
 
 def _config(before: Sequence[str]) -> dict[str, Any]:
-    """The Flyte configuration that pyflyte will read: of --config, or where flytekit looks for one."""
+    """The Flyte configuration that pyflyte will read: from --config, or from flytekit's default locations."""
     from flytekit.configuration import get_config_file
 
     named = [following for word, following in zip(before, before[1:]) if word in ("-c", "--config")]
     named += [word.partition("=")[2] for word in before if word.startswith("--config=")]
     if named and not Path(named[-1]).is_file():
-        return {}  # pyflyte says so
+        return {}  # pyflyte reports it
     config = get_config_file(named[-1] if named else None)
     content = config.yaml_config if config is not None else None
     return content or {}
 
 
 def _set_profile(section: dict[str, Any]) -> None:
-    """What tasks/envs.py reads when the workflows are loaded, unless the environment has it."""
+    """Sets the variables that tasks/envs.py reads when the workflows are loaded, unless the environment has them."""
     from tasks.site import SETTINGS
 
     for key, name in SETTINGS.items():
@@ -145,7 +145,7 @@ def _set_profile(section: dict[str, Any]) -> None:
 def _images() -> list[str]:
     if not LOCK.is_file():
         raise ValueError(
-            f"images have no names: {LOCK} does not exist. make images REGISTRY=... pushes them and writes it, or give "
+            f"no image is known: {LOCK} does not exist. Run make images REGISTRY=..., or give "
             "--image ROLE=REGISTRY/NAME@sha256:DIGEST for each role"
         )
     images = json.loads(LOCK.read_text())["images"]

@@ -1,4 +1,4 @@
-"""The whole way: raw records to a published pipeline.
+"""The complete recipe: raw records to a published pipeline.
 
 pyflyte run workflows/reproduce.py reproduce --recipe tiny
 pyflyte run workflows/reproduce.py reproduce --recipe tiny --source my_images/
@@ -21,7 +21,7 @@ from workflows.pretrain import up_to_merged
 
 
 class Reproduction(NamedTuple):
-    """The published pipeline, and what it was made of."""
+    """The published pipeline, and the artifacts that it was made from."""
 
     pipeline: PipelineDir
     scorecard: ScorecardDir

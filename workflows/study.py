@@ -1,11 +1,11 @@
-"""Recipes compared over training seeds, as one workflow.
+"""Compares recipes over training seeds, in one workflow.
 
     pyflyte run workflows/study.py study --recipe tiny --variants ablations/token_choice,ablations/coupled_routing \\
         --seeds 0,1,2
 
-    every variant x seed: records -> ... -> merged -> scorecard -> what is compared --+--> study
+    every variant x seed: records -> ... -> merged -> scorecard -> summary -----------+--> study
 
-Whatever exists comes from the cache: an interrupted study continues where it was, and studies share runs.
+Finished runs come from the cache: an interrupted study continues, and studies share runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from workflows.pretrain import up_to_merged
 
 @dynamic(**envs.dynamic())
 def run_study(runs: list[StudyRun], source: str) -> StudyDir:
-    """Trains and scores every run, one after another in a local run, and compares them."""
+    """Trains and scores every run (in a local run one after another), and compares them."""
     described: list[str] = []
     for run in runs:
         sections = resolve_recipe(
@@ -61,7 +61,7 @@ def study(
 
     Args:
         recipe: name of a recipe in recipes/, or the path of a YAML file: the base of the comparison.
-        variants: the same, separated by commas, each with its own changes after a colon if wanted:
+        variants: recipes to compare, separated by commas, each with optional changes after a colon:
             ablations/token_choice,tiny:merge.last_n=1. May be empty: then the recipe alone is measured.
         seeds: training seeds, separated by commas; three or more give useful intervals.
         overrides: a change of every run such as train.stages[2].steps=1800, or a JSON list of them. May be given several

@@ -1,4 +1,4 @@
-"""A curated corpus to one merged transformer: components, latents and training stages, merge.
+"""Trains on a curated corpus: components, latents, training stages, merge.
 
     pyflyte run workflows/train.py train --recipe tiny --curated .nucleus/artifacts/curated/DIGEST
     pyflyte run workflows/train.py train_one_stage --recipe tiny --stage NAME --latents DIR --texts DIR --components DIR
@@ -8,7 +8,7 @@
                                latents of stage 1 --> checkpoints 1 --+
                                latents of stage 2 --> checkpoints 2 <-+--> ... --> merged
 
-The number of stages is the recipe's: `train_stages` is a dynamic workflow, laid out when it runs
+The recipe sets the number of stages: `train_stages` is a dynamic workflow, which creates its nodes when it runs
 (docs/decisions/workflows.md).
 """
 
@@ -62,7 +62,8 @@ def train_stages(
     encoding: EncodingConfig,
     merge: MergeConfig,
 ) -> Stages:
-    """Each stage starts from the one before. Encoding comes first: it needs no trained weights, and may run in parallel."""
+    """Each stage starts from the previous one. Encoding comes first: it needs no trained weights, and may run in
+    parallel."""
     texts = encode_texts(curated=curated, components=components, config=encoding)
     latents = [
         encode_latents(curated=curated, components=components, stage=stage.train.stage, config=encoding)
@@ -84,7 +85,7 @@ def train_stages(
 
 
 def train_curated(curated: CuratedDir, sections: Sections) -> Trained:
-    """The nodes from a curated corpus to merged weights, for the workflow that is being composed."""
+    """Adds the nodes from a curated corpus to merged weights to the workflow that is being composed."""
     checked = check_curated(curated=curated, stages=sections.stages)
     components = make_components(curated=curated, config=sections.components)
     checked >> components
@@ -144,8 +145,8 @@ def train_one_stage(
         latents: a sealed directory of kind latents, encoded for this stage.
         texts: a sealed directory of kind texts.
         components: a sealed directory of kind components: those that encoded both.
-        init: a sealed directory of kind checkpoints: those of the stage before; left out, training starts from
-            train.init_from or from scratch.
+        init: a sealed directory of kind checkpoints: those of the previous stage; default: start from train.init_from
+            or from scratch.
         overrides: a change such as train.stages[0].steps=200, or a JSON list of them. May be given several times.
     """
     sections = resolve_recipe(

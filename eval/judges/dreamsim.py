@@ -165,7 +165,9 @@ def add_lora(model: Any, config_path: Path, weights_path: Path) -> None:
 
     config = json.loads(config_path.read_text(encoding="utf-8"))
     other = {key: config[key] for key, plain in PLAIN_LORA.items() if config.get(key, plain) not in (plain, None)}
-    targets = config["target_modules"]
+    targets = config.get("target_modules")
+    if missing := [key for key in ("lora_alpha", "r", "target_modules") if key not in config]:
+        raise ValueError(f"{config_path} lacks {', '.join(missing)}: it is no LoRA adapter")
     if other or isinstance(targets, str):
         raise ValueError(f"{config_path} must be a plain LoRA with a list of target_modules, not {other or targets!r}")
     weights = {

@@ -37,7 +37,7 @@ class BatchPlan:
         return len(self.rows)
 
     def part(self, index: int, parts: int) -> BatchPlan:
-        """Part `index` of `parts` equal, consecutive parts: a rank's share, or a micro-batch of it."""
+        """Slice `index` of `parts` equal, consecutive slices: a rank's share, or a micro-batch of it."""
         if len(self) % parts:
             raise ValueError(f"a batch of {len(self)} cannot be cut into {parts} equal parts")
         size = len(self) // parts
@@ -63,13 +63,13 @@ class SampleOrder:
     Needs only the counts of the index, and no table of images.
 
     Args:
-        tier_weights: weight of each tier; tiers without a weight are not read. They are multiplied by the index's
-            `weights`, which compensate for tiers that were encoded in part.
+        tier_weights: weight of each tier; tiers without a weight are not read. The weights are multiplied by the
+            index's `weights`, which compensate for tiers of which only a fraction was encoded.
         caption_dropout: share of samples whose caption is replaced by the empty prompt.
         bucket_weights: factor on the weight of images of an episodic bucket; 1 for the others.
-        caption_weights: (longest number of tokens without the prefix, weight), ascending: of an image's captions one is
-            drawn in proportion to these. Longer captions have the last weight. Images whose captions all have weight 0
-            draw them equally.
+        caption_weights: (longest number of tokens without the prefix, weight), ascending: one of an image's captions is
+            drawn in proportion to these weights. Longer captions have the last weight. Images whose captions all have
+            weight 0 draw them equally.
     """
 
     CYCLE = 1024

@@ -8,7 +8,7 @@ Every kernel has a plain PyTorch function that it must equal, and runs on CUDA:
 
 Plain routing on CUDA adds rows with atomic operations in no fixed order, compiled or not; the kernels give the same bits
 each time. They are PyTorch operations (`torch.ops.nucleus`): a compiler sees one node without a graph break, activation
-checkpointing can name it, and an asynchronous result of a collective is waited for before the kernel reads it.
+checkpointing can name it, and the kernel waits for the asynchronous result of a collective before it reads it.
 
 A CPU (model/kernels/elementwise.py), sharded tensors, and shapes that a kernel does not support use the plain functions.
 Triton is imported on first use.
@@ -53,7 +53,7 @@ def interpreted() -> bool:
 
 
 def lacking() -> list[str]:
-    """What this machine lacks for Triton kernels; empty if it has all."""
+    """What this machine lacks for Triton kernels; empty if they can run."""
     missing = [] if triton_installed() else ["the package triton"]
     if not torch.cuda.is_available() and not interpreted():
         missing.append("a CUDA device (or TRITON_INTERPRET=1, for tests)")
@@ -61,10 +61,10 @@ def lacking() -> list[str]:
 
 
 def use_kernels(choice: Kernels) -> None:
-    """ "auto": Triton where it can run; "torch": never; "triton": as auto, but refuse a machine without it.
+    """Sets the kernels of the process. "auto": Triton if it can run; "torch": never; "triton": required.
 
     Raises:
-        ValueError: an unknown choice, or "triton" where it cannot run; the message says what is missing.
+        ValueError: an unknown choice, or "triton" cannot run; the message says what is missing.
     """
     global _choice
     if choice not in get_args(Kernels):

@@ -95,7 +95,7 @@ def _combine(
     takers_TE: torch.Tensor,
     counts_T: torch.Tensor,
 ) -> torch.Tensor:
-    """The tokens are for its backward."""
+    """`tokens_R` is only for the backward."""
     base_TD, routed_RD, gates_R = base_TD.contiguous(), routed_RD.contiguous(), gates_R.contiguous()
     (T, E), D = takers_TE.shape, base_TD.shape[1]
     out_TD = base_TD.new_empty(T, D)

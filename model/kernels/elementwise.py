@@ -45,7 +45,7 @@ def keep_freed_memory() -> bool:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Saves the sigmoid: one exponential per step, where silu and its derivative would need three."""
+    """Saves the sigmoid: one exponential per step instead of three for silu and its derivative."""
 
     @staticmethod
     def forward(ctx, packed: torch.Tensor, gate_first: bool) -> torch.Tensor:
@@ -127,7 +127,7 @@ def norm_rope(x: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, eps: f
 
 
 def plain_norm_rope(x: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, eps: float) -> torch.Tensor:
-    # As diffusers' RMSNorm: fp32 statistics, rounded to the weight's type before the weight.
+    # As diffusers' RMSNorm: fp32 statistics, rounded to the weight's dtype before the product with it.
     normed = (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
     return apply_rope(normed, table).to(x.dtype)
 
@@ -135,7 +135,8 @@ def plain_norm_rope(x: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, 
 def norm_modulate(
     x: torch.Tensor, scale: torch.Tensor, eps: float, want_normed: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """(layer norm of `x` [B, S, D], the same times 1 + `scale` [B, 1, D]). The first may be None without `want_normed`."""
+    """(layer norm of `x` [B, S, D], this norm times 1 + `scale` [B, 1, D]). The first may be None without
+    `want_normed`."""
     if kernels.takes(x):
         from model.kernels import norm_modulate as kernel
 

@@ -1,7 +1,7 @@
 """Layer norm without weights, then the timestep's scale: equals `model.kernels.elementwise.plain_norm_modulate`.
 
-One read and one write (two, where the router sees the unmodulated tokens); backward computes the norm again, and sums
-the scale's gradient over a chunk of tokens in each program, in a fixed order.
+One read and one write (two, where the router sees the unmodulated tokens); backward recomputes the norm, and sums the
+scale's gradient over a chunk of tokens in each program, in a fixed order.
 
 Shape suffixes: B batch, S tokens, D width, P chunks of tokens.
 """
@@ -72,12 +72,12 @@ def _norm_modulate_backward(
 
 
 def fits(x_BSD: torch.Tensor, scale_B1D: torch.Tensor) -> bool:
-    """Whether the kernels cover these shapes and types."""
+    """Whether the kernels support these shapes and dtypes."""
     return scale_B1D.dtype == x_BSD.dtype and scale_B1D.stride(-1) == 1 and x_BSD.shape[-1] <= MAX_WIDTH
 
 
 class NormModulate(torch.autograd.Function):
-    """x [B, S, D], scale [B, 1, D] -> normed x (None unless asked for), and normed x times 1 + scale."""
+    """x [B, S, D], scale [B, 1, D] -> normed x (None unless requested), and normed x times 1 + scale."""
 
     @staticmethod
     def forward(ctx, x_BSD: torch.Tensor, scale_B1D: torch.Tensor, eps: float, want_normed: bool):

@@ -1,7 +1,7 @@
 """RMS norm over the head dim, then RoPE, of queries and keys: equals `model.kernels.elementwise.plain_norm_rope`.
 
-One program takes one token, all its heads at once: one read and one write. Backward computes the norm again from
-the input; the weight's gradient is summed per program first, in a fixed order, so that it is deterministic.
+One program processes all heads of one token: one read and one write. Backward recomputes the norm from the input; the
+weight's gradient is first summed per program, in a fixed order, so that it is deterministic.
 
 Shape suffixes: B batch, S tokens, N heads, H head dim, P programs.
 """
@@ -14,7 +14,7 @@ import triton.language as tl
 
 from model.kernels import launch
 
-PROGRAMS = 512  # of a backward pass: enough for every multiprocessor, few enough partial sums
+PROGRAMS = 512  # programs of a backward pass: enough for every multiprocessor, few enough partial sums
 MAX_TILE = 16384  # elements of one token's heads
 
 
@@ -60,7 +60,7 @@ def _norm_rope_backward(
         angles = tl.load(table + s * H + h, mask=h < H, other=0.0)
         cos, sin = tl.split(tl.reshape(angles, (1, BLOCK_H // 2, 2)))
         real, imag = tl.split(tl.reshape(g, (BLOCK_N, BLOCK_H // 2, 2)))
-        # The transpose of a rotation turns back.
+        # The transpose of a rotation is its inverse.
         g = tl.reshape(tl.join(real * cos + imag * sin, imag * cos - real * sin), (BLOCK_N, BLOCK_H))
         sums += g * normed
         g = g * w
@@ -71,7 +71,7 @@ def _norm_rope_backward(
 
 
 def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the kernels cover these shapes and types."""
+    """Whether the kernels support these shapes and dtypes."""
     N, H = x.shape[-2:]
     return x.stride(-1) == 1 and weight.dtype in (x.dtype, torch.float32) and _tile(N, H) <= MAX_TILE
 

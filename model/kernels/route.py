@@ -3,9 +3,9 @@
     logits [B,S,E] --> scores --> an expert and a sample: its C largest --> a token: its takers, its gates
                        (_scores)  (_select)                                 (_normalise)
 
-`torch.topk` sorts, which is not needed, and eight small operations follow it. Here the threshold is found bit by bit
-(scores are not negative, so their bits have the order of integers); tokens above it are taken in their order, and of equal
-scores the first ones. It also writes for each token the list of its rows, with which combine.py sums without atomic
+`torch.topk` also sorts, which is not needed, and eight small operations follow it. Here the threshold is found bit by
+bit (scores are not negative, so their bits compare like integers); tokens above it are taken in order, and of equal
+scores the first tokens. The kernel also writes each token's list of rows, with which combine.py sums without atomic
 operations.
 
 Shape suffixes: B batch, S tokens of a sample, T = B S tokens, E experts, C capacity, R = E B C routed rows.
@@ -20,7 +20,7 @@ import triton.language as tl
 from model.kernels import Takers, launch
 
 TILE = 2048  # elements of tokens x experts in one program
-MAX_TOKENS = 16384  # of a sample: one program holds their scores
+MAX_TOKENS = 16384  # tokens of a sample: one program holds their scores
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def _score(logits, t, e, inside, E, SIGMOID: tl.constexpr):
     value = tl.load(logits + t * E + e, mask=inside, other=float("-inf")).to(tl.float32)
     if SIGMOID:
         return tl.sigmoid(value)
-    value = tl.where(inside | (e >= E), value, 0.0)  # rows beyond the last token: no -inf less -inf
+    value = tl.where(inside | (e >= E), value, 0.0)  # rows beyond the last token: avoids -inf minus -inf
     exponent = tl.exp(value - tl.max(value, axis=1)[:, None])
     return exponent / tl.sum(exponent, axis=1)[:, None]
 
@@ -53,7 +53,7 @@ def _select(affinity, indices, tokens, slots, B, S, E, C, HIGH: tl.constexpr, LO
     inside = s < S
     score = tl.load(affinity + tl.program_id(0) * S + s, mask=inside, other=0.0).to(tl.float32)
     bits = tl.where(inside, score.to(tl.int32, bitcast=True) & 0x7FFFFFFF, -1)  # a NaN's sign may be set
-    # The largest number that at least C scores reach: the C-th largest score.
+    # The largest number that at least C scores reach is the C-th largest score.
     threshold = tl.full((), 0, dtype=tl.int32)
     for i in range(HIGH - LOW):
         candidate = threshold | (1 << (HIGH - 1 - i))
@@ -127,7 +127,7 @@ def route(
 
 
 def fits(logits_BSE: torch.Tensor) -> bool:
-    """Whether the kernels cover this shape."""
+    """Whether the kernels support this shape."""
     return logits_BSE.shape[1] <= MAX_TOKENS and logits_BSE.shape[2] <= TILE
 
 
@@ -143,7 +143,7 @@ def choose(logits_BSE: torch.Tensor, capacity: int, use_sigmoid: bool, route_sca
     affinity_BES = logits_BSE.new_empty(B, E, S)
     grid, blocks = _tiles(T, E)
     launch(_scores, grid, logits_BSE, scores_BSE, affinity_BES, T, S, E, SIGMOID=use_sigmoid, **blocks)
-    # Every bit but the sign, so that exactly C are taken of NaN too; bfloat16 has 16 less than float32.
+    # Every bit but the sign, so that exactly C are taken even with NaN; bfloat16 has 16 bits less than float32.
     low = 16 if logits_BSE.dtype == torch.bfloat16 else 0
     block_s = triton.next_power_of_2(S)
     launch(

@@ -1,6 +1,6 @@
 """SwiGLU between the two products of an expert: equals `model.kernels.elementwise.plain_swiglu`.
 
-One pass over memory each way; backward computes the sigmoid again, so that only the product's output is kept.
+One pass over memory each way; backward recomputes the sigmoid, so that only the first product's output is kept.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ LATENT_CHANNELS = 16
 ROWS_PER_FILE, TEXT_FILE_BYTES = 4096, 256 << 20  # limits of the file format (model/data/files.py)
 PARTS_TABLES = 4  # small files of a part: its tables, meta.json and manifest
 INDEX_BYTES_PER_IMAGE = 4 + 4 + 1 + 4 + 8  # place, CRC, tier, order by tier, first caption (model/data/index.py)
-INDEX_BYTES_PER_CAPTION = 4 + 2 + 4 + 4  # reference; tokens, begin and CRC of its text
+INDEX_BYTES_PER_CAPTION = 4 + 2 + 4 + 4  # bytes per caption: reference; tokens, begin and CRC of its text
 # FLOPs per pixel of the encoder of AutoencoderKLQwenImage at its defaults (base_dim 96, dim_mult 1 2 4 4, 2 residual
 # blocks) on one frame, as PyTorch's FLOP counter counts them (a test compares).
 VAE_FLOPS_PER_PIXEL = 2_326_496
@@ -150,7 +150,7 @@ def data_costs(
 
 
 def _stage_costs(stage: StageConfig, corpus: Corpus, flops_per_s: float) -> dict[str, Any]:
-    """Costs of one stage, as if all images were square and all tiers were drawn alike."""
+    """Costs of one stage, as if all images were square and all tiers had equal weights."""
     samples = stage.steps * stage.batch_size
     images = min(corpus.images, samples)
     size = LATENT_CHANNELS * (stage.image_size_px // VAE_SCALE) ** 2 * BF16

@@ -147,8 +147,8 @@ def moments(
     gradients: fp32, complete ones.
     activations: tensors saved for the backward, inputs, and autocast's copies of weights.
     workspace: temporary tensors of the block, the loss, the sum over replicas or the optimiser.
-    gathered_weights: FSDP units in the compute type: the one outside of blocks, the current block's, its experts', and
-        in the backward the next block's, which is prefetched.
+    gathered_weights: FSDP units in the compute dtype: the unit outside of blocks, the current block's, its experts',
+        and in the backward the prefetched unit of the next block.
     gathered_gradients: the fp32 copy of a unit's gradients during its reduce-scatter.
     all_to_all: rows sent and rows received by expert parallelism, E C B rows of width D each.
 

@@ -1,11 +1,11 @@
 """Activation memory of one block, and of the rest of the model, in a training step: bytes, from shapes alone.
 
-The model's own forward, loss and backward run on fake tensors (shapes and types without memory), with one block and with
-none. A dispatch mode follows every storage from its allocation until it is freed.
+The model's own forward, loss and backward run on fake tensors (shapes and types without memory), with one block and
+with none. A dispatch mode tracks every storage from its allocation until it is freed.
 
 The code path is the eager one of an accelerator: fused attention, no CPU functions, plain functions in place of Triton
-kernels. torch.compile and the kernels save less. Memory inside an operation (cuBLAS workspaces, NCCL) is not seen, nor is
-fragmentation.
+kernels. torch.compile and the kernels save less. Memory inside an operation (cuBLAS workspaces, NCCL) and fragmentation
+are not included.
 
 Shape suffixes: B batch, S image tokens, T text tokens, C channels of a token, D width, E experts.
 """

@@ -148,8 +148,8 @@ def traffic(
 
 
 def passes(stage: StageConfig) -> float:
-    """FLOPs of a step over those of a forward, in the mean over a stage: the backward takes twice those of the forward, and
-    a step that trains guidance in has one more forward, with the empty prompt."""
+    """FLOPs of a step divided by those of a forward, averaged over a stage: the backward takes two forwards, and a step
+    that trains guidance in has one more forward, with the empty prompt."""
     return 3 + (stage.guidance.steps / stage.steps if stage.guidance is not None else 0)
 
 
@@ -168,11 +168,11 @@ def plan_stage(
     """The plan of one stage, as plain numbers (bytes, FLOPs, seconds, days, and the price's currency).
 
     step time = `passes` x forward FLOPs / (gpus x peak x mfu), the mean of the stage's steps. Recomputation
-    and the optimiser count in `hardware_flops`, not in MFU. Step time contains no term for data transfer; the memory and
-    network floors are lower bounds of their own, and a step takes at least the longest of the three. `exposed_rows_s` is
-    the communication time of the experts' rows that the shared expert's computation does not hide; transfers of weights
-    and gradients overlap with the computation of other blocks. Image tokens are those of the square bucket; other aspect
-    ratios differ by about 1 to 2 percent. The peak is bf16's, also if the recipe trains in fp32.
+    and the optimiser count in `hardware_flops`, not in MFU. Step time contains no term for data transfer; the memory
+    and network floors are separate lower bounds, and a step takes at least the longest of the three. `exposed_rows_s`
+    is the communication time of the experts' rows that the shared expert's computation does not hide; transfers of
+    weights and gradients overlap with the computation of other blocks. Image tokens are those of the square bucket;
+    other aspect ratios differ by about 1 to 2 percent. The peak is bf16's, also if the recipe trains in fp32.
 
     Raises:
         ValueError: degrees that do not divide, sizes that do not tile, or an MFU or price out of range.

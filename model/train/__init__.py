@@ -1,7 +1,7 @@
 """The torchtitan integration.
 
-Python runs this file before any module of the package: torchtitan is prepared for machines without an accelerator before
-anything in here imports it, whatever the order of imports in a module.
+Python runs this file before any module of the package, so torchtitan is prepared for machines without an accelerator
+before any of them imports it.
 """
 
 from model.train import device  # noqa: F401

@@ -50,7 +50,7 @@ class _OnBlocks(ActivationCheckpointing):
 
 
 class FullCheckpointing(_OnBlocks, FullAC):
-    """torchtitan's, but compiled blocks save the choice of experts."""
+    """torchtitan's full checkpointing, except that compiled blocks save the choice of experts."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(FullAC.Config):

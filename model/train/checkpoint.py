@@ -2,12 +2,12 @@
 
     ROOT/checkpoints/step-{n}         everything that resuming needs; the last `keep_full`
     ROOT/weights/step-{n:08d}         the model alone; the last `keep_weights` are the stage's result, which WSM merges
-    ROOT/optimizer/step-{n:08d}       of the last step, for a stage that goes on: optimiser state and schedule alone
+    ROOT/optimizer/step-{n:08d}       of the last step, for the next stage: optimiser state and schedule alone
 
-ROOT is the run's work_dir, or {train.checkpoint_uri}/{name of the work_dir}. The full checkpoint is written last, so where
-it exists the others do too. All are copied to host memory before the next step; with `async_mode` a thread writes them while
-training continues. A save waits for the one before, and then removes older checkpoints, so that a killed run always has a
-finished one to resume from.
+ROOT is the run's work_dir, or {train.checkpoint_uri}/{name of the work_dir}. The full checkpoint is written last: if it
+exists, the others do too. All are copied to host memory before the next step; with `async_mode` a thread writes them
+while training continues. A save waits for the previous one and then removes older checkpoints, so that a killed run
+always has a finished checkpoint to resume from.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ CHECKPOINTS = "checkpoints"
 WEIGHTS = "weights"
 CARRIED = (OPTIMIZER, LR_SCHEDULER)  # saved in ROOT/optimizer
 CLOSE_TIMEOUT_S = 60
-NAMED = 8  # parameters in an error message
+NAMED = 8  # number of parameters in an error message
 
 
 def checkpoint_root(train: TrainSettings, work_dir: Path) -> str:
@@ -119,7 +119,7 @@ class StageCheckpointer(CheckpointManager):
         full, path = self._full_state(), self._create_checkpoint_id(curr_step)
         background = self.async_mode != AsyncMode.DISABLED and not last_step
         if background:
-            full = self.stager.stage(full)  # the save before has ended, so its memory is free
+            full = self.stager.stage(full)  # the previous save has ended, so its memory is free
         states = [({name: full[name] for name in self.states[MODEL].state_dict()}, weights), (full, path)]
         if last_step and self.hand_on_optimizer:
             states.insert(1, ({name: full[name] for name in CARRIED}, optimizer))
@@ -132,8 +132,8 @@ class StageCheckpointer(CheckpointManager):
         return True
 
     def save_to_resume(self, step: int) -> str:
-        """A full checkpoint of `step` now, whatever the cadence, and without weights: those of the cadence alone are
-        merged. Returns where it is."""
+        """Saves a full checkpoint of `step` outside the regular interval, without a weights checkpoint: only those of
+        the regular interval are merged. Returns its path."""
         self.maybe_wait_for_saving()
         path = self._create_checkpoint_id(step)
         if self.saved_step != step:
@@ -159,7 +159,7 @@ class StageCheckpointer(CheckpointManager):
             for _, path in states:
                 if not os.path.isfile(os.path.join(path, checkpoints.METADATA)):
                     shutil.rmtree(path, ignore_errors=True)
-            if free_bytes < self._size_bytes():  # what DCP reports is where the write stopped, not why
+            if free_bytes < self._size_bytes():  # DCP reports where the write stopped, not why
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.folder) from error
             raise
 
@@ -170,7 +170,7 @@ class StageCheckpointer(CheckpointManager):
 
         def write() -> None:
             try:
-                device_module.set_device(device)  # a new thread is on the first, where DCP would then take memory
+                device_module.set_device(device)  # a new thread would use the first device
                 self._write(states)
                 future.set_result(None)
             except BaseException as error:
@@ -186,7 +186,7 @@ class StageCheckpointer(CheckpointManager):
         self._prune(self.saved_step)
 
     def _close(self) -> None:
-        if self.save_future is not None:  # training was broken off: a save that can finish is worth having
+        if self.save_future is not None:  # training was interrupted: let a running save finish
             wait([self.save_future], CLOSE_TIMEOUT_S)
         super()._close()
 
@@ -194,7 +194,7 @@ class StageCheckpointer(CheckpointManager):
         """Refuses to save weights that are not finite: every resume would load them again.
 
         Raises:
-            Diverged: they are not, on some rank.
+            Diverged: they are not finite on some rank.
         """
         tensors = [tensor for tensor in self.states[MODEL].state_dict().values() if tensor.is_floating_point()]
         local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
@@ -221,14 +221,14 @@ class StageCheckpointer(CheckpointManager):
             )
 
     def _size_bytes(self) -> int:
-        """About the size of a full checkpoint: weights, momentum and two moments at most."""
+        """Approximate size of a full checkpoint: weights, momentum and two moments at most."""
         return 3 * sum(v.numel() * v.element_size() for v in self.states[MODEL].state_dict().values())
 
     def _load(self, step: int = -1) -> bool:
-        """Loads the last whole checkpoint of this run, else what the stage starts from: weights, optimiser state."""
+        """Loads the last complete checkpoint of this run, else the initial weights and optimiser state of the stage."""
         last = [self._last_whole() if step == -1 else step]
         if not self.alone:
-            dist.broadcast_object_list(last)  # a node that sees another folder must fail, not start from the beginning
+            dist.broadcast_object_list(last)  # else a node without the folder starts over
         (resumed,) = last
         if resumed:
             self.dcp_load(self._states_to_load(model_only=False), self._create_checkpoint_id(resumed))
@@ -240,9 +240,9 @@ class StageCheckpointer(CheckpointManager):
         return bool(resumed or self.initial_load_path)
 
     def _last_whole(self) -> int:
-        """The newest step whose files have the lengths that its metadata says; 0 where there is none.
+        """The newest step whose files have the lengths in its metadata; 0 if there is none.
 
-        A full disk or a node that went down may cut files off after they were written.
+        A full disk or a failed node may truncate files after they were written.
         """
         finished = finished_checkpoints(self.folder)
         for step, path in reversed(finished.items()):
@@ -256,7 +256,8 @@ class StageCheckpointer(CheckpointManager):
 
     def _prune(self, step: int) -> None:
         """After a finished save of `step`, or a resume from it: removes checkpoints that are older than the last ones,
-        newer than `step` (left by an interrupted run) or half written. Only then, so that a whole one always exists."""
+        newer than `step` (left by an interrupted run) or half written. Not earlier, so that a complete one always
+        exists."""
         if dist.get_rank() != 0:
             return
         keeping = ((self.folder, self.keep_full), (self.weights_folder, self.keep_weights), (self.optimizer_folder, 1))

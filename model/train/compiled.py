@@ -20,8 +20,8 @@ def inductor_settings(deterministic: bool, expert_parallel: bool) -> dict[str, A
     """Inductor's settings for training: values of torch._inductor.config.
 
     `deterministic`: otherwise tile sizes are chosen by timing trials, and the order of sums depends on the timings.
-    With `expert_parallel` Inductor keeps the order of operations. Reordering for less memory, its default, moves the shared
-    expert's gradients out of the exchanges that they run beside.
+    With `expert_parallel` Inductor keeps the order of operations. Reordering for less memory, its default, moves the
+    shared expert's gradients out of the exchanges that they overlap with.
     """
     return {"deterministic": deterministic, "reorder_for_peak_memory": not expert_parallel}
 

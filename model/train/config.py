@@ -1,4 +1,4 @@
-"""From a recipe's sections to a torchtitan configuration."""
+"""Converts a recipe's sections to a torchtitan configuration."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def trainer_config(
         latents_uri: read latents and texts by ranges; relative locations of parts start there. None: they are mapped.
         init_from: a finished checkpoint whose weights the stage starts from.
         optimizer_from: the optimiser state of that step.
-        ranks: processes in all; they share the global batch.
+        ranks: total number of processes; they share the global batch.
 
     Raises:
-        ValueError: the batch or the weights cannot be cut as asked.
+        ValueError: the batch or the weights cannot be divided as configured.
     """
     train, values = stage.train, stage.stage
     local = local_batch_size(values, train, ranks)
@@ -78,7 +78,7 @@ def trainer_config(
             seq_len=tokens,
             max_norm=train.optim.max_grad_norm,
             steps=values.steps,
-            dtype="float32",  # weights; train.dtype is what is computed in
+            dtype="float32",  # dtype of weights; train.dtype is the compute dtype
             mixed_precision_param=train.dtype,
             disable_cuda_graphs=True,  # the shapes change with the bucket
             gc_freq=1000,
@@ -98,7 +98,7 @@ def trainer_config(
             initial_load_path=str(Path(init_from).resolve()) if init_from else None,
             initial_load_model_only=init_from is not None,
             last_save_model_only=False,
-            keep_latest_k=0,  # torchtitan's way of removing older ones, which allows no single one
+            keep_latest_k=0,  # torchtitan's own pruning is off: it cannot keep a single checkpoint
             keep_full=train.keep_full_checkpoints,
             keep_weights=train.keep_checkpoints,
             optimizer_from=str(Path(optimizer_from).resolve()) if optimizer_from else None,
@@ -115,8 +115,8 @@ def trainer_config(
         ),
         debug=DebugConfig(
             seed=stage.seed,
-            # On a CPU nothing depends on timing. No warn_only: memory-efficient attention takes it for leave to add
-            # up its gradients in any order.
+            # On a CPU nothing depends on timing. No warn_only: it lets memory-efficient attention add up its gradients
+            # in any order.
             deterministic=train.deterministic and DEVICE_TYPE != "cpu",
             enable_structured_logging=False,
         ),

@@ -1,8 +1,8 @@
 """Latent batches as a torchtitan dataloader. Its whole state is a step number.
 
-torchtitan's own loaders stand on torchdata's StatefulDataLoader, whose worker processes each have a state to save and
-to fast-forward. Here what a step reads is known from its number alone, and reading is file access and copies, for
-which Python's threads do: nothing but the step number is saved, whatever the number of workers.
+torchtitan's own loaders use torchdata's StatefulDataLoader, whose worker processes each have a state to save and to
+fast-forward. Here the data of a step is a function of its number, and reading is file access and copies, for which
+Python's threads suffice: only the step number is saved, for any number of workers.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ READ_AHEAD = 2  # micro-batches for each worker
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host, on the device. The host does not wait for the copy, nor for what the device does before it.
+    """Copies a tensor from the host to the device. The host waits neither for the copy nor for earlier work of the
+    device.
 
-    That takes pinned memory, which PyTorch does not reuse before the copy is done, even if the tensor is freed.
+    This needs pinned memory, which PyTorch does not reuse before the copy is done, even if the tensor is freed.
     """
     if device.type == "cuda" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
@@ -37,10 +38,11 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class LatentDataLoader(BaseDataLoader):
-    """Yields this rank's micro-batches, step after step, without end; `step` counts the steps handed out in full.
+    """Yields this rank's micro-batches, step after step, without end; `step` counts the steps that were yielded
+    completely.
 
-    With `num_workers`, that many threads read ahead; what is yielded, and its order, are the same. For a CUDA device
-    batches are in pinned memory, and their text as it is stored, to be widened there: in half the bytes.
+    With `num_workers`, that many threads read ahead; batches and their order are the same. For a CUDA device batches
+    are in pinned memory, and text keeps its stored dtype, half the bytes, until it is on the device.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -77,11 +79,12 @@ class LatentDataLoader(BaseDataLoader):
     def __iter__(self) -> Iterator[Batch]:
         batches = self._read_ahead() if self.num_workers else self.micro_batches(self.step)
         for batch in batches:
-            self.step = batch.plan.step + 1  # before the yield: a generator runs on only when it is asked for more
+            self.step = batch.plan.step + 1  # before the yield: code after it runs only at the next request
             yield batch
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
-        """This rank's, from `step` (from 0) on, read when they are asked for; the loader stays where it is."""
+        """This rank's micro-batches from `step` (from 0) on, read on request; the loader's own position does not
+        change."""
         return (self._read(plan) for plan in self._plans(step))
 
     def _read(self, plan: BatchPlan) -> Batch:
@@ -100,7 +103,7 @@ class LatentDataLoader(BaseDataLoader):
 
     def _read_ahead(self) -> Iterator[Batch]:
         plans = self._plans(self.step)
-        # A new thread is on the first device, where pinning must not make a context for every rank.
+        # A new thread uses the first device, where pinning would create a context for every rank.
         device = device_module.set_device, (device_module.current_device(),)
         pool = ThreadPoolExecutor(self.num_workers, "latents", *device)
         pending: deque[Future[Batch]] = deque()

@@ -1,4 +1,4 @@
-"""Makes torchtitan 0.3.0 run where there is no accelerator. model/train/__init__.py imports it first.
+"""Makes torchtitan 0.3.0 run without an accelerator. model/train/__init__.py imports it first.
 
 torchtitan chooses its device when `torchtitan.tools.utils` is imported, and chooses "cuda" if there is no accelerator. In
 that case this module sets the device to "cpu", with a device module that has the functions which torchtitan calls and
@@ -101,8 +101,8 @@ def training_session(deterministic: bool = False) -> Iterator[None]:
             yield
         ended = True
     finally:
-        # After an error, other ranks may wait for this one. Destroying an NCCL group would wait for them, but this process
-        # must exit before torch elastic stops them.
+        # After an error, other ranks may wait for this one. Destroying an NCCL group would wait for them, but torch
+        # elastic stops them only after this process exits.
         if owns_group and dist.is_initialized() and (ended or dist.get_world_size() == 1):
             dist.destroy_process_group()
         torch.set_num_threads(threads)

@@ -13,6 +13,7 @@ run for each stage, which attempts continue. WANDB_PROJECT is "nucleus" by defau
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from dataclasses import dataclass, field
@@ -52,10 +53,10 @@ class _TensorBoard(BaseLogger):
 
 
 def stage_logger(folder: Path, label: str, settings: dict[str, Any]) -> BaseLogger:
-    """TensorBoard, and Weights & Biases where the environment has a key for it.
+    """TensorBoard, and Weights & Biases if the environment has a key for it.
 
-    A run of W&B is known by the folder's name, so that each attempt at a stage continues the same one. W&B takes no second
-    value for a step that an earlier attempt logged. Where it does not start, training goes on without it.
+    The folder's name is the id of the W&B run, so that each attempt at a stage continues the same run. W&B ignores a
+    second value for a step that an earlier attempt logged. If W&B does not start, training continues without it.
     """
     loggers = LoggerContainer()
     loggers.add_logger(_TensorBoard(folder / TENSORBOARD))
@@ -70,7 +71,7 @@ def stage_logger(folder: Path, label: str, settings: dict[str, Any]) -> BaseLogg
         os.environ.update(added)
         try:
             loggers.add_logger(WandBLogger(str(folder / WANDB), config_dict=settings))
-        except Exception as error:  # of its network, its login, or its process
+        except Exception as error:  # errors of its network, login or process
             logger.warning(f"[{label}] no metrics go to Weights & Biases: {type(error).__name__}: {error}")
         finally:
             for name in added:  # another stage of this process has its own run
@@ -124,10 +125,10 @@ class StageMetrics(MetricsProcessor):
                 file.write(json.dumps(self.last) + "\n")
             self._print_progress(step, loss, rates["images_per_s"], now)
 
-    def note(self, text: str) -> None:
-        """Prints a message on rank 0."""
+    def note(self, text: str, level: int = logging.INFO) -> None:
+        """Logs a message on rank 0."""
         if dist.get_rank() == 0:
-            logger.info(f"[{self.config.label}] {text}")
+            logger.log(level, f"[{self.config.label}] {text}")
 
     def _print_progress(self, step: int, loss: float, images_per_s: float, now: float) -> None:
         total = self.config.total_steps

@@ -38,7 +38,7 @@ class NucleusOptimizers(OptimizersContainer):
     @dataclass(kw_only=True, slots=True)
     class Config(OptimizersContainer.Config):
         optim: OptimConfig
-        dist_muon: bool = False  # torchtitan's, for the matrices that it can take
+        dist_muon: bool = False  # torchtitan's, for the matrices that it supports
 
         def to_dict(self) -> dict[str, Any]:
             return {"optim": self.optim.model_dump(mode="json"), "dist_muon": self.dist_muon}
@@ -62,7 +62,7 @@ class NucleusOptimizers(OptimizersContainer):
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors only. torchtitan saves every hyperparameter of every parameter too, over a thousand pickles in
-        each checkpoint, which take longer to write than the tensors; the configuration and the scheduler know them.
+        each checkpoint, which take longer to write than the tensors; the configuration and the scheduler have them.
         """
         return {key: value for key, value in super().state_dict().items() if key.startswith("state.")}
 
@@ -94,10 +94,10 @@ def _muon(named: NamedParameters, optim: OptimConfig, with_dist_muon: bool) -> l
 
 
 class StageSchedule(LRSchedulersContainer):
-    """Linear warm-up, then constant, and in a stage with a `decay` a linear fall to its end, for every optimiser.
+    """Linear warm-up, then constant, and in a stage with a `decay` a final linear fall, for every optimiser.
 
-    A stage that carries on the schedule of earlier ones carries on their count of steps: `begin_stage` says where its own
-    steps begin.
+    A stage that continues the schedule of earlier ones also continues their count of steps: `begin_stage` sets where
+    its own steps begin.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -108,12 +108,12 @@ class StageSchedule(LRSchedulersContainer):
             return StageSchedule(optimizers, self.warmup_steps, training_steps, self.decay)
 
     def __init__(self, optimizers: OptimizersContainer, warmup: int, steps: int, decay: DecayConfig | None):
-        self.end = steps  # of the stage, in the count of the schedulers
+        self.end = steps  # first step of the stage, in the count of the schedulers
         self.steps = steps
         super().__init__(optimizers, lambda step: learning_rate_factor(step, warmup, self.end - 1 - step, decay))
 
     def begin_stage(self, done: int) -> None:
-        """Once after loading: `done` steps of this stage are behind."""
+        """Call once after loading; `done` steps of this stage are finished."""
         self.end = int(self.schedulers[0].last_epoch) - done + self.steps
         self.load_state_dict(self.state_dict())
 
@@ -122,12 +122,13 @@ class StageSchedule(LRSchedulersContainer):
         return {re.sub("Sharded|Dist", "", name): value for name, value in super().get_metrics().items()}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Steps so far, including those of earlier stages that it continues: a tensor, like all that a stage saves."""
+        """Steps so far, including earlier stages that this one continues; a tensor, like everything that a stage
+        saves."""
         return {key: torch.tensor(value) for key, value in super().state_dict().items()}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch: get_lr() outside of step()
+            warnings.simplefilter("ignore", UserWarning)  # torch's warning about get_lr() outside of step()
             super().load_state_dict({key: int(value) for key, value in state_dict.items()})
         for scheduler in self.schedulers:  # the rates are not in a checkpoint: see `NucleusOptimizers.state_dict`
             for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr()):

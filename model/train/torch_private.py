@@ -1,10 +1,10 @@
-"""Names that PyTorch keeps private and model/train uses: where to look when a new release breaks. activation.py has one more,
-and model/weights those of DCP's reader.
+"""Private names of PyTorch that model/train uses: check them when a new release breaks. activation.py has one more, and
+model/weights those of DCP's reader.
 
-    clear_sharding_caches          forgets meshes that exist no longer
+    clear_sharding_caches          forgets meshes that no longer exist
     FsspecWriter                   DCP checkpoints in an object store
-    mesh_info, DataParallelMeshInfo, ShardPlacementResult      FSDP units on meshes of their own
-    set_group_timeout              timeout of a process group that exists already
+    mesh_info, DataParallelMeshInfo, ShardPlacementResult      FSDP units on separate meshes
+    set_group_timeout              timeout of an existing process group
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 
 def clear_sharding_caches() -> None:
-    """What DTensor learned refers to its mesh, and would give a later mesh of the same shape the first one's ranks."""
+    """DTensor's caches refer to a mesh, and would give a later mesh of the same shape the ranks of the first."""
     _clear_sharding_prop_cache()
     _gen_transform_infos.cache_clear()
 

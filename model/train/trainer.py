@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ LOSS_BINS = 5
 BLOCK_VARIANTS = 32
 SAMPLES = "samples"
 SKIPPED = "skipped.json"
-NAMED_IDS = 16  # in an error message; all of them stand in SKIPPED
+NAMED_IDS = 16  # record ids in an error message; SKIPPED has all of them
 
 
 class NoTokenizer(BaseTokenizer):
@@ -88,7 +89,7 @@ class NucleusTrainer(Trainer):
         self.loss_weights = config.stage.losses
         self.patch = self.model.config.patch_size
         self.writes = torch.distributed.get_rank() == 0
-        self.routing: RouterTrace | None = None  # of the last micro-batch of a logged step, where metrics are written
+        self.routing: RouterTrace | None = None  # of a logged step's last micro-batch, if this rank writes metrics
         self.guard = LossGuard(self.settings.skip)
         self.stop = StopFlag()
         self.bin_sums = torch.zeros(LOSS_BINS, device=self.device)
@@ -96,15 +97,15 @@ class NucleusTrainer(Trainer):
         self.compiled = config.compile.enable
         self.autocast = contextlib.nullcontext
         dtype = TORCH_DTYPE_MAP[self.settings.dtype]
-        if dtype != torch.float32 and self.parallel_dims.dp_shard == 1:  # FSDP casts otherwise
+        if dtype != torch.float32 and self.parallel_dims.dp_shard == 1:  # with FSDP, FSDP casts
             self.autocast = lambda: torch.autocast(DEVICE_TYPE, dtype)
 
     def init_distributed(self) -> ParallelDims:
-        """The process group exists (`training_session`)."""
+        """Does nothing: the process group exists already (`training_session`)."""
         return ParallelDims.from_config(self.config.parallelism, torch.distributed.get_world_size())
 
     def _groups(self) -> set[torch.distributed.ProcessGroup]:
-        """The groups of all meshes. FSDP's two may have groups of their own for the same axis (`dp_replicate`)."""
+        """The groups of all meshes. FSDP's two meshes may have separate groups for the same axis (`dp_replicate`)."""
         dims = self.parallel_dims
         groups = {mesh.get_group() for mesh in dims.get_all_one_dimensional_meshes().values()}
         if dims.dp_shard_enabled:
@@ -131,7 +132,7 @@ class NucleusTrainer(Trainer):
         """Forward and backward of one micro-batch. With a `guidance_scale` above 1, one more forward, with the empty prompt.
 
         Returns:
-            its share of the global batch's mean loss (without the extra losses), a scalar: the shares of all
+            a scalar, its share of the global batch's mean loss (without the extra losses): the shares of all
             micro-batches and ranks add up to that mean.
         """
         plan = batch.plan
@@ -192,13 +193,13 @@ class NucleusTrainer(Trainer):
         else:  # token ids: the text encoder runs here
             text = self.config.text_fn(texts, mask, self.device)
         if mask is None and self.compiled:
-            # Without one, blocks would be compiled again when the first batch with a mask comes.
+            # Without a mask, blocks would be compiled again for the first batch that has one.
             mask = torch.ones(text.shape[:2], dtype=torch.bool, device=self.device)
         return text, mask
 
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
-        """One optimiser step; logs it where the cadence says so. A skipped step (`LossGuard`) leaves weights and
-        optimisers as they are, and has no line in the metrics; the schedule and the sample order go on.
+        """One optimiser step, logged at the configured interval. A skipped step (`LossGuard`) does not change weights
+        and optimisers, and has no line in the metrics; the schedule and the sample order advance.
 
         Raises:
             Diverged: too many steps were skipped.
@@ -241,7 +242,7 @@ class NucleusTrainer(Trainer):
         the gradients are finite before it starts Muon and AdamW.
 
         The norm is averaged over the ranks. Each rank sums squares in its own order, among the ranks of its replica;
-        norms that differ by a rounding would let replicated weights drift apart.
+        with norms that differ by rounding, replicated weights would drift apart.
 
         Returns:
             (loss of the global batch, gradient norm before clipping), the same on every rank. `stop.agreed` is set on every
@@ -268,7 +269,7 @@ class NucleusTrainer(Trainer):
     def _note_skipped(self, reason: str) -> None:
         config, guard = self.config, self.guard
         window = f"{guard.recently_skipped} of the last {len(guard.recent)} steps were skipped"
-        self.metrics_processor.note(f"step {self.step} skipped: {reason}; {window}")
+        self.metrics_processor.note(f"step {self.step} skipped: {reason}; {window}", logging.WARNING)
         if not guard.exhausted:
             return
         plan = self.dataloader.order.batch(self.step - 1)  # of all ranks
@@ -284,8 +285,8 @@ class NucleusTrainer(Trainer):
         )
 
     def _sum_gradients(self) -> None:
-        """Sums over the ranks, in one all-reduce, the gradients that FSDP does not: of plain replicas, and of routers. Each
-        rank has divided its loss by the global batch."""
+        """Sums over the ranks, in one all-reduce, the gradients that FSDP does not sum: of plain replicas and of
+        routers. Each rank has divided its loss by the global batch."""
         gradients = [local_part(p.grad) for p in self.model.parameters() if p.grad is not None and lies_whole(p)]
         if not gradients:
             return
@@ -347,9 +348,9 @@ class NucleusTrainer(Trainer):
     def _compiled(self) -> Iterator[None]:
         """Compiles the blocks on one micro-batch of each bucket, in a fixed order, whatever step training resumes from.
 
-        A compiler chooses tile sizes, and with them the order of sums, for the shapes that it sees first, and may
-        compile further variants for later ones. In a fixed order every attempt gets the same kernels. All ranks wait
-        here for the slowest, instead of in their first steps.
+        A compiler chooses tile sizes, and with them the order of sums, for the first shapes, and may compile further
+        variants for later ones. In a fixed order every attempt gets the same kernels. All ranks wait here for the
+        slowest, instead of in their first steps.
 
         The limit leaves room for the variants of a block in this stage (dense, and each capacity factor; in training
         and in sampling). Beyond it PyTorch would silently run blocks uncompiled, so it is an error.
@@ -379,7 +380,7 @@ class NucleusTrainer(Trainer):
 
     @torch.no_grad()
     def _sample(self, sample_fn: Callable[[torch.nn.Module, int, Path], Any]) -> None:
-        """Calls `sample_fn(model, step, path)` on every rank, in the type that training computes in. It must use its own
+        """Calls `sample_fn(model, step, path)` on every rank, in the compute dtype of training. It must use its own
         random generators."""
         path = Path(self.config.dump_folder) / SAMPLES / f"step-{self.step:08d}.png"
         path.parent.mkdir(exist_ok=True)
@@ -390,4 +391,4 @@ class NucleusTrainer(Trainer):
                 sample_fn(self.model, self.step, path)
         finally:
             self.model.train()
-        self.metrics_processor.time_last_log += time.perf_counter() - begin  # the rates are of training alone
+        self.metrics_processor.time_last_log += time.perf_counter() - begin  # the rates count training alone

@@ -74,7 +74,7 @@ def last_checkpoint(path: str | os.PathLike) -> str:
         return str(path)
     checkpoints = finished_checkpoints(path)
     if not checkpoints:
-        raise ValueError(f"{path} holds no finished checkpoint (step-*/ with a {METADATA} file)")
+        raise ValueError(f"{path} has no finished checkpoint (step-*/ with a {METADATA} file)")
     return list(checkpoints.values())[-1]
 
 
@@ -86,30 +86,33 @@ _INSTANCES = tuple(
 
 
 def _path_text(*steps: str) -> str:
-    """Stands for pathlib's classes, which DCP names in the place that it saved to: text has no attributes to change."""
+    """Replaces pathlib's classes, which DCP writes for the path of the checkpoint: a str has no attributes to
+    change."""
     return "/".join(steps)
 
 
 def _enum_member(kind: Any, name: str) -> enum.Enum:
-    """Stands for getattr, with which an early Python 3.11 (Debian 12 has 3.11.2) pickles the members of an enum."""
+    """Replaces getattr, with which an early Python 3.11 (Debian 12 has 3.11.2) pickles enum members."""
     if not (isinstance(kind, enum.EnumMeta) and isinstance(name, str)):
-        raise ValueError(f"it reads an attribute of {kind!r}, which is no enum")
+        raise ValueError(f"it reads an attribute of {kind!r}, which is not an enum")
     return kind[name]
 
 
 class _MetadataUnpickler(pickle._Unpickler):
     """Allows DCP's metadata classes and torch's dtypes, and no other global.
 
-    Python's own reader instead of the C one, as torch's weights_only has it, since only there BUILD can be bounded: it sets
-    attributes of whatever object it is given, and on a class or an enum's member that would last in this process.
+    Uses Python's unpickler instead of the C one, like torch's weights_only, since only there BUILD can be restricted:
+    BUILD sets attributes of any object, and on a class or an enum member the change would last in this process.
     """
 
     dispatch = dict(pickle._Unpickler.dispatch)
-    del dispatch[pickle.BYTEARRAY8[0]]  # it allocates the length that it claims, and DCP writes none
+    del dispatch[pickle.BYTEARRAY8[0]]  # an opcode that allocates the length it claims; DCP does not write it
 
     def load_build(self) -> None:
         if type(self.stack[-2]) not in _INSTANCES:
-            raise ValueError(f"it changes attributes of {self.stack[-2]!r}, which is no instance of a metadata class")
+            raise ValueError(
+                f"it changes attributes of {self.stack[-2]!r}, which is not an instance of a metadata class"
+            )
         super().load_build()
 
     dispatch[pickle.BUILD[0]] = load_build
@@ -123,11 +126,11 @@ class _MetadataUnpickler(pickle._Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        raise ValueError(f"it names {module}.{name}, which is no part of a checkpoint's metadata")
+        raise ValueError(f"it names {module}.{name}, which is not part of a checkpoint's metadata")
 
 
 class _MetadataPickler(pickle.Pickler):
-    """Writes an enum's member in one way with all versions of Python, so that equal metadata has equal bytes."""
+    """Writes enum members alike in all versions of Python, so that equal metadata has equal bytes."""
 
     def reducer_override(self, obj: Any) -> Any:
         return (type(obj), (obj.value,)) if isinstance(obj, enum.Enum) else NotImplemented
@@ -139,7 +142,7 @@ def _read_metadata(content: bytes, where: Any) -> Metadata:
         if not isinstance(metadata, Metadata):
             raise ValueError(f"it is a {type(metadata).__name__}")
         names = {info.relative_path for info in (metadata.storage_data or {}).values()}
-    except Exception as error:  # an unpickler raises nearly anything on hostile bytes
+    except Exception as error:  # on hostile bytes an unpickler may raise any exception
         raise ValueError(f"{where} is not the metadata of a checkpoint: {error}") from error
     for name in names:
         if not isinstance(name, str) or os.path.basename(name) != name:

@@ -181,7 +181,7 @@ def _dtype(name: str, file: Path) -> torch.dtype:
     from safetensors.torch import _TYPES
 
     if name not in _TYPES:
-        raise ValueError(f"{file} holds tensors of type {name}, which PyTorch does not know")
+        raise ValueError(f"{file} has tensors of type {name}, which PyTorch does not know")
     return _TYPES[name]
 
 

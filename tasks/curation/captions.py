@@ -1,4 +1,4 @@
-"""Which captions of a record are kept: several, of several lengths."""
+"""Chooses which captions of a record are kept: several, of several lengths."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 
 from tasks.curation.config import CaptionConfig
 
-JOINERS = "\u200c\u200d"  # they change letters in Persian and Hindi, and make one emoji of several
-LETTERS_PER_WORD = 3  # of scripts that write neither spaces nor ideographs, such as Thai, on average
+JOINERS = "\u200c\u200d"  # joiners: they change letters in Persian and Hindi, and join emoji
+LETTERS_PER_WORD = 3  # average, for scripts without spaces and ideographs, such as Thai
 
 
 def clean_captions(captions: Iterable[str] | None) -> list[str]:
@@ -31,7 +31,7 @@ def clean_captions(captions: Iterable[str] | None) -> list[str]:
 
 
 def usable_captions(captions: Iterable[str] | None, config: CaptionConfig) -> list[str]:
-    """The clean captions of at most `max_words`. Longer ones are dropped, not cut: half a sentence may say something
+    """The clean captions of at most `max_words`. Longer ones are dropped, not cut: half a sentence may mean something
     else."""
     return [text for text in clean_captions(captions) if count_words(text) <= config.max_words]
 
@@ -43,9 +43,9 @@ def merge_captions(own: Sequence[str], extra: Sequence[str], config: CaptionConf
 
 
 def count_words(text: str) -> int:
-    """Words of a clean caption, also of languages that put no spaces between them.
+    """Number of words of a clean caption, also in languages without spaces.
 
-    An ideograph or a kana is a word; of Thai, Lao, Khmer, Burmese and Tibetan every `LETTERS_PER_WORD` letters are.
+    An ideograph or a kana counts as a word, as do `LETTERS_PER_WORD` letters of Thai, Lao, Khmer, Burmese and Tibetan.
     """
     if text.isascii():
         return len(text.split())
@@ -82,8 +82,8 @@ def _scripts() -> tuple[Any, Any]:
 def choose_captions(captions: Sequence[str], tier: str, record_id: str, config: CaptionConfig) -> list[str]:
     """At most `per_tier[tier]` of the usable captions, shortest first, spread over the whole range of lengths.
 
-    The shortest and the longest stay, the others at even ranks between them. Where only one may stay, the record's
-    hash picks it, so that the corpus as a whole still has every length.
+    Keeps the shortest, the longest, and others at even ranks between. If only one is kept, the record's hash chooses
+    it, so that the whole corpus still has every length.
     """
     ranked = sorted(captions, key=lambda text: (count_words(text), len(text), text))
     limit = config.per_tier[tier]

@@ -1,10 +1,10 @@
-"""What becomes of each file of a source, without training: `python -m tasks.curation.check SOURCE [--recipe NAME]`.
+"""Prints the fate of each file of a source, without training: `python -m tasks.curation.check SOURCE [--recipe NAME]`.
 
 Prints one JSON line for each image ({"file", "captions", "fate"}; fate is "kept" or "rule: detail"), then a line
-`skipped {reason: [count, example]}` for what is not an image of the source. Exits 1, with one line `ValueError: ...`,
-where the source is refused or nothing is left.
+`skipped {reason: [count, example]}` for other files. Exits 1, with one line `ValueError: ...`, if the source is refused
+or no record is kept.
 
-Scores are kept under NUCLEUS_HOME, so that a run on the same source does not make them again.
+Scores stay under NUCLEUS_HOME, so that a run on the same source reuses them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 
 def fates(decision_dir: Path) -> Iterator[dict]:
-    """{"file", "captions", "fate"} of every record, in the order of the ledger. Captions are those that were read."""
+    """{"file", "captions", "fate"} of every record, in the order of the ledger, with the captions that were read."""
     from tasks.curation import ledger
     from tasks.curation.decisions import decide
     from tasks.curation.scoring import score

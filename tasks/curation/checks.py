@@ -1,4 +1,4 @@
-"""What a recipe's curation must agree on, checked before any work: cuts, tiers and buckets read columns that are filled."""
+"""Checks a recipe's curation before any work: thresholds, tiers and buckets must read columns that scorers fill."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ PROXY = "proxy"  # the placeholder aesthetic scorer, which has no model
 def check_curation(config: CurationConfig) -> None:
     """
     Raises:
-        ValueError: an unknown captioner, or one whose captions would be too long; an unknown scorer or a wrong setting of one; a cut, a tier or a bucket on a column that nothing fills;
-            tiers by the proxy without `accept_proxy`; conditions that are none.
+        ValueError: an unknown captioner, or one whose captions would be too long; an unknown scorer or a wrong setting
+            of one; a threshold, a tier or a bucket on a column that no scorer fills; tiers by the proxy without
+            `accept_proxy`; invalid conditions.
     """
     chosen = chosen_scorers(config.scorers)
     filled = {column for one in chosen for column in one.columns}
@@ -42,7 +43,7 @@ def check_curation(config: CurationConfig) -> None:
     aesthetic = config.scorers.choice("aesthetic")
     if aesthetic is not None and aesthetic.name == PROXY and not config.tiers.accept_proxy:
         raise ValueError(
-            "curation.scorers.aesthetic='proxy' sets the tiers by contrast, colour and sharpness, which are no taste: name a "
+            "curation.scorers.aesthetic='proxy' sets the tiers by contrast, colour and sharpness, which do not measure quality: name a "
             "scorer with a model, or set curation.tiers.accept_proxy to true"
         )
     if config.captioner is not None:

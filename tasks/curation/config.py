@@ -15,41 +15,39 @@ MAX_WORDS = 10_000  # of a caption that is kept
 
 
 class UrlConfig(Section):
-    """A source whose tables (Parquet, CSV, TSV) have URLs of images, and how these are downloaded."""
+    """A source whose tables (Parquet, CSV, TSV) have URLs of images, and settings of the download."""
 
     column: Annotated[str, Field(min_length=1)] = "url"  # captions are in `source.caption_columns`
-    allow_http: bool = False  # besides https
+    allow_http: bool = False  # in addition to https
     obey_robots: bool = True  # robots.txt, and X-Robots-Tag with one of `robots_directives`
     robots_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex", "none")
-    user_agent: Annotated[str, Field(pattern=r"^[\x20-\x7e]{3,200}$")] = "nucleus-flyte/0.1"  # add how to reach you
+    user_agent: Annotated[str, Field(pattern=r"^[\x20-\x7e]{3,200}$")] = "nucleus-flyte/0.1"  # add a contact address
     concurrency: Annotated[int, Field(ge=1, le=4096)] = 256  # requests at a time of each task
-    per_host: Positive = 4  # of these to one host
+    per_host: Positive = 4  # requests at a time to one host
     timeout_s: Annotated[float, Field(gt=0)] = 30.0  # from the request to the last byte
     max_retries: Annotated[int, Field(ge=0)] = 4  # after 429, 5xx, a timeout or a lost connection
     max_redirects: Annotated[int, Field(ge=0)] = 5
     max_bytes: Annotated[int, Field(ge=1, le=256 * 2**20)] = 32 * 2**20  # of an image
-    content_types: tuple[str, ...] = ("image/",)  # how the Content-Type of an image begins
-    download: Annotated[int, Field(ge=0)] = 0  # another number downloads again what was downloaded, or failed, before
+    content_types: tuple[str, ...] = ("image/",)  # prefix of the Content-Type of an image
+    download: Annotated[int, Field(ge=0)] = 0  # another number downloads everything again, failures included
 
     def content(self) -> dict[str, Any]:
-        """What decides which images there are, beside the URLs."""
+        """The settings that determine which images are downloaded."""
         return self.model_dump(mode="json", exclude={"concurrency", "per_host"})
 
 
 class SourceConfig(Section):
-    """Where records come from. `path` (a user's own images) replaces the made ones."""
+    """The source of records. `path` (a user's own images) replaces the made ones."""
 
-    scenes: Annotated[int, Field(ge=0)] = 0  # rendered scenes, planted defects apart
+    scenes: Annotated[int, Field(ge=0)] = 0  # number of rendered scenes, without planted defects
     scene_size_px: Annotated[int, Field(ge=32, le=4096)] = 128  # shorter side of a rendered scene, and of a digit
-    defect_fraction: Fraction = 0.03  # of `scenes`, all kinds of defects together; if above 0, one of each at least
+    defect_fraction: Fraction = 0.03  # share of `scenes`, all kinds together; if above 0, at least one of each
     digits: Annotated[int, Field(ge=0, le=1797)] = 0
-    made: dict[str, Positive] = {}  # records of other made sources (sources/made/registry.py)
+    made: dict[str, Positive] = {}  # number of records of other made sources (sources/made/registry.py)
     path: str | None = None
     shards: Positive = 4  # of the made sources
-    images_per_shard: Positive = (
-        1000  # of a user's loose images (about so many) and Parquet rows (at most, if row groups allow)
-    )
-    encoding: str | None = None  # of captions without a byte order mark that are not UTF-8, such as cp1252 or shift_jis
+    images_per_shard: Positive = 1000  # loose images (approximate) or Parquet rows (at most, if row groups allow)
+    encoding: str | None = None  # of captions without a byte order mark that are not UTF-8, such as cp1252
     caption_columns: tuple[str, ...] = ()  # read instead of caption, captions, text, texts, prompt and raw
     urls: UrlConfig | None = None  # the tables at `path` have URLs, which are downloaded
     captions_folder: str | None = None  # below the source: captions_folder/a.txt describes a.png, or FOLDER/a.png
@@ -103,7 +101,7 @@ class FilterConfig(Section):
 
     formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP")
     modes: tuple[str, ...] = ("L", "LA", "P", "PA", "RGB", "RGBA")  # CMYK needs a colour profile
-    animated: Literal["reject", "first_frame"] = "reject"  # images of several frames
+    animated: Literal["reject", "first_frame"] = "reject"  # images with several frames
     min_side_px: Positive = 256
     max_pixels: Positive = 100_000_000
     max_aspect_ratio: Annotated[float, Field(ge=1)] = 3.0
@@ -111,7 +109,7 @@ class FilterConfig(Section):
     min_entropy_bits: Annotated[float, Field(ge=0)] = 0.5
     max_single_color_fraction: Fraction = 0.99
     max_border_fraction: Fraction = 0.5
-    # Of pass 3: null cuts nothing. A cut on a column that no scorer fills is refused.
+    # Pass 3; null: no threshold. A threshold on a column that no scorer fills is refused.
     max_watermark_score: Fraction | None = 0.5
     min_aesthetic: float | None = None  # of 10
     max_nsfw: Fraction | None = None
@@ -121,12 +119,13 @@ class FilterConfig(Section):
 
 
 def is_path(repo_id: str) -> bool:
-    """A directory is written as one: a folder OWNER/NAME in the working directory must not stand in for a Hub id."""
+    """Whether `repo_id` is a directory: only ./NAME and /PATH are, so that a folder OWNER/NAME cannot replace a Hub
+    id."""
     return repo_id.startswith(("./", "../", "/"))
 
 
 class HubModel(Section):
-    """A model of the Hub at a commit, or in a directory (./NAME or /PATH) on a disk that all tasks read."""
+    """A model of the Hub at a commit, or in a directory (./NAME or /PATH) that all tasks can read."""
 
     repo_id: str
     revision: str | None = None  # a commit: 40 hex digits; none for a directory
@@ -150,12 +149,12 @@ def _check_commit(revision: str | None) -> None:
 
 
 class ScorerChoice(Section):
-    """A scorer by name, with the settings of those whose weights are on the Hub."""
+    """A scorer by name, with settings of scorers whose weights are on the Hub."""
 
     name: str
     repo_id: str | None = None  # or a directory with the repository's files, as ./NAME or /PATH
     revision: str | None = None  # a commit: 40 hex digits
-    encoder: HubModel | None = None  # of a head that does not read the column `embedding`
+    encoder: HubModel | None = None  # encoder of a head that does not read the column `embedding`
     label: str | int | None = None  # of a classifier: the class whose probability is the score
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
@@ -170,7 +169,7 @@ class ScorerChoice(Section):
 
 
 class ScorerConfig(Section):
-    """Which scorer fills each column of pass 3 (tasks/curation/scorers); none leaves it empty, and rejects nothing."""
+    """The scorer of each column of pass 3 (tasks/curation/scorers); "none" leaves it empty, which rejects nothing."""
 
     watermark: str | ScorerChoice = "classical"
     aesthetic: str | ScorerChoice = "proxy"
@@ -189,30 +188,31 @@ class ScorerConfig(Section):
 
 
 class DedupConfig(Section):
-    """SHA-256 for exact duplicates. Near ones: two pictures of which either 64-bit hash (pHash, dHash) is within
+    """SHA-256 for exact duplicates. Near duplicates: pairs with either 64-bit hash (pHash, dHash) within
     `max_hamming_distance` bits are proposed; pHash-256 and both 64-bit hashes together confirm.
 
-    Made pictures are too plain for hashes: a thumbnail confirms theirs (dedup.py).
+    Made pictures are too plain for hashes: thumbnails confirm them (dedup.py).
     """
 
-    # pHash's distances are even, since half of its bits are set. 4 grows with the corpus; a wider net does with its square.
+    # pHash's distances are even, since half of its bits are set. Work grows with the corpus at 4, with its square at
+    # larger radii.
     max_hamming_distance: Annotated[int, Field(ge=0, le=64)] = 4
-    # A pair is confirmed by any of these, see docs/scale.md for what they find.
+    # Any of these confirms a pair; docs/scale.md has the recall.
     max_fine_distance: Annotated[int, Field(ge=0, le=256)] = 64  # of pHash-256, with both 64-bit hashes ...
     max_far_distance: Annotated[int, Field(ge=0, le=64)] = 20  # ... within this
     max_both_distances: Annotated[int, Field(ge=0, le=64)] = 10  # of pHash and of dHash
     max_marked_distance: Annotated[int, Field(ge=0, le=256)] = (
-        96  # of pHash-256, with dHash proposing: a logo moves pHash
+        96  # of pHash-256, if dHash proposes: a logo changes pHash
     )
-    # Of flat pictures the hashes are noise: below this margin (hashes.py) only equal bytes count. docs/scale.md has what
-    # 4, 8 and 12 give on photographs.
+    # Hashes of flat pictures are noise: below this margin (hashes.py) only equal bytes count. docs/scale.md has results
+    # of 4, 8 and 12 on photographs.
     min_hash_margin: Annotated[float, Field(ge=0)] = 12.0
-    # Cosine of the column `embedding` from which two pictures are one, such as 0.97; null compares no embeddings.
+    # Minimum cosine of the column `embedding` of duplicates, such as 0.97; null compares no embeddings.
     min_embedding_similarity: Annotated[float, Field(gt=0, le=1)] | None = None
     thumbnail_sources: tuple[str, ...] = ("scenes", "digits")
-    # A shift by 2 px of 128 changes up to 14 of 64 bits (97 % of scenes); the thumbnail makes so wide a net safe.
+    # A shift by 2 px of 128 changes up to 14 of 64 bits (97 % of scenes); the thumbnail makes so large a radius safe.
     thumbnail_hamming_distance: Annotated[int, Field(ge=0, le=64)] = 14
-    thumbnail_px: Annotated[int, Field(ge=16, le=256)] = 64  # shorter side; a shift by one is forgiven
+    thumbnail_px: Annotated[int, Field(ge=16, le=256)] = 64  # shorter side; a shift by one pixel is tolerated
     max_thumbnail_difference: Annotated[float, Field(ge=0, le=255)] = 45.0  # of 255, see dedup.thumbnail_difference
 
 
@@ -220,16 +220,16 @@ class TierConfig(Section):
     """Tiers A1 (best) to A5 by falling aesthetic score; synthetic records bypass the score."""
 
     thresholds: tuple[float, float, float, float] = (6.5, 6.0, 5.5, 5.0)  # lowest score of A1, A2, A3, A4
-    # Instead of thresholds: the share of the records in A1, in A1 and A2, ... of those that have a score, are not
+    # Instead of thresholds: the share of records in A1, in A1 and A2, ..., among those that have a score, are not
     # synthetic, and pass the filters.
     quantiles: tuple[Fraction, Fraction, Fraction, Fraction] | None = None
     synthetic_tier: Literal["A1", "A2", "A3", "A4", "A5"] = "A3"
     best_where: str | None = None  # a condition (conditions.py): other records are A3 at best, such as quality < 45
-    accept_proxy: bool = False  # tiers by the classical proxy, which knows contrast and colour and no taste
+    accept_proxy: bool = False  # allow tiers by the classical proxy, which measures only contrast, colour and sharpness
 
 
 class BucketConfig(Section):
-    """An episodic bucket: the records for which a condition over columns holds (conditions.py)."""
+    """An episodic bucket: the records that meet a condition over columns (conditions.py)."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")]
     where: str
@@ -243,7 +243,7 @@ class BucketConfig(Section):
 
 
 class CaptionConfig(Section):
-    """How many captions each tier keeps, and the longest in words."""
+    """Number of captions that each tier keeps, and the maximum number of words."""
 
     per_tier: dict[str, Positive] = {"A1": 4, "A2": 3, "A3": 3, "A4": 2, "A5": 1}
     max_words: Annotated[int, Field(gt=0, le=MAX_WORDS)] = 200
@@ -267,7 +267,7 @@ class LengthConfig(Section):
     prompt: Annotated[str, Field(min_length=1)]
     min_words: Positive
     max_words: Positive
-    max_tokens: Positive  # an answer that needs more is truncated, and not kept
+    max_tokens: Positive  # a longer answer is truncated and not kept
 
 
 LENGTHS = {
@@ -296,15 +296,13 @@ LENGTHS = {
 
 
 class CaptionerConfig(Section):
-    """A model that writes captions (tasks/curation/captioning), and what it is asked for each tier."""
+    """A model that writes captions (tasks/curation/captioning), and its prompts by tier."""
 
-    name: str  # of tasks.curation.captioning.CAPTIONERS
-    model: str = (
-        ""  # qwen3-vl: a Hub repository, or a directory that begins with ./ or /; openai: the name it is served by
-    )
-    revision: str = ""  # qwen3-vl: the commit; openai: what distinguishes these weights from others of the same name
+    name: str  # an entry of tasks.curation.captioning.CAPTIONERS
+    model: str = ""  # qwen3-vl: a Hub repository, or a directory that begins with ./ or /; openai: the name that the endpoint serves
+    revision: str = ""  # qwen3-vl: the commit; openai: distinguishes these weights from others of the same name
     lengths: dict[str, LengthConfig] = LENGTHS
-    # The classes that are asked for each image of a tier.
+    # Length classes to request for each image of a tier.
     per_tier: dict[str, tuple[str, ...]] = {
         "A1": ("short", "medium", "long"),
         "A2": ("medium", "long"),
@@ -314,19 +312,21 @@ class CaptionerConfig(Section):
     }
     tier_prompts: dict[str, dict[str, str]] = {}  # tier -> class -> a prompt instead of that of `lengths`
     language: Annotated[str, Field(pattern=r"^[a-z]{2,3}$")] | None = "en"  # None: any
-    use_originals: bool = True  # the owner's captions stay beside the new ones; they do where no answer is kept anyway
-    attempts: Positive = 3  # at one caption, until an answer is kept
+    use_originals: bool = True  # keep the owner's captions beside the new ones; they also stay if no answer is kept
+    attempts: Positive = 3  # per caption, until an answer is kept
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.2
-    image_px: Annotated[int, Field(ge=64, le=4096)] = 1024  # longer side of what the model sees
+    image_px: Annotated[int, Field(ge=64, le=4096)] = 1024  # longer side of the model's input
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # qwen3-vl
-    # From here on: how it is asked. Captions do not depend on it.
-    device: str = "auto"  # qwen3-vl; auto takes a GPU where there is one
+    # From here on settings of requests, on which captions do not depend.
+    device: str = "auto"  # qwen3-vl; auto: a GPU if there is one
     batch_size: Positive = 8  # qwen3-vl
     endpoint: str | None = None  # openai: such as http://vllm-captioner:8000/v1, which NUCLEUS_ENDPOINTS must list
-    api_key_env: Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*_API_KEY$")] | None = None  # variable with the key
+    api_key_env: Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*_API_KEY$")] | None = (
+        None  # environment variable with the key
+    )
     concurrency: Annotated[int, Field(ge=1, le=512)] = 32  # requests at a time of each task
     timeout_s: Annotated[float, Field(gt=0)] = 120.0  # of one request
-    max_retries: Annotated[int, Field(ge=0)] = 8  # of a request that ends in 429, 5xx or a timeout
+    max_retries: Annotated[int, Field(ge=0)] = 8  # after 429, 5xx or a timeout
 
     @field_validator("per_tier")
     @classmethod
@@ -365,7 +365,7 @@ class CaptionerConfig(Section):
         return self.tier_prompts.get(tier, {}).get(length) or self.lengths[length].prompt
 
     def content(self) -> dict[str, Any]:
-        """What captions depend on."""
+        """The settings that captions depend on."""
         how = {"device", "batch_size", "endpoint", "api_key_env", "concurrency", "timeout_s", "max_retries"}
         return self.model_dump(mode="json", exclude=how)
 
@@ -375,14 +375,14 @@ class CurationConfig(Section):
     scorers: ScorerConfig = ScorerConfig()
     dedup: DedupConfig = DedupConfig()
     tiers: TierConfig = TierConfig()
-    buckets: tuple[BucketConfig, ...] = ()  # a record is in the first whose condition holds, else in `rest`
+    buckets: tuple[BucketConfig, ...] = ()  # a record is in the first bucket whose condition it meets, else in `rest`
     captions: CaptionConfig = CaptionConfig()
     takedown: str | None = None  # a list of records that must not be used: see tasks/curation/takedown.py
-    captioner: CaptionerConfig | None = None  # None: captions are the owners'
-    engine: Literal["duckdb", "spark"] = "duckdb"  # of the tables; spark for more than one machine holds
-    max_groups: Annotated[int, Field(ge=1, le=5000)] = 2000  # sub-tasks of a map task; each takes a group of shards
+    captioner: CaptionerConfig | None = None  # None: only the owners' captions
+    engine: Literal["duckdb", "spark"] = "duckdb"  # of the tables; spark if they do not fit on one machine
+    max_groups: Annotated[int, Field(ge=1, le=5000)] = 2000  # sub-tasks of a map task; each processes a group of shards
     concurrency: Annotated[int, Field(ge=0)] = 0  # sub-tasks at a time; 0 leaves it to Flyte
-    min_success_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0  # of shards that must be made and scored
+    min_success_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of shards that must be made and scored
 
     @field_validator("takedown")
     @classmethod
@@ -390,12 +390,13 @@ class CurationConfig(Section):
         return None if takedown is None else check_path(takedown)
 
     def measuring(self) -> CurationConfig:
-        """What passes 1 and 2 depend on."""
+        """The settings that passes 1 and 2 depend on."""
         dedup = DedupConfig(thumbnail_px=self.dedup.thumbnail_px)
         return self.scoring().model_copy(update={"scorers": ScorerConfig(), "dedup": dedup})
 
     def scoring(self) -> CurationConfig:
-        """What scores depend on. Every threshold is left at its default, so that a new one needs no new scores."""
+        """The settings that scores depend on. Thresholds are at their defaults, so that a new threshold needs no new
+        scores."""
         return CurationConfig(
             scorers=self.scorers,
             filters=FilterConfig(formats=self.filters.formats, max_pixels=self.filters.max_pixels),
@@ -406,8 +407,8 @@ class CurationConfig(Section):
         )
 
     def deciding(self) -> CurationConfig:
-        """What decisions depend on: neither the engine nor how many sub-tasks there are changes them. What a captioner
-        wrote and a takedown list removed is in the parts that are decided about."""
+        """The settings that decisions depend on: not the engine, nor the number of sub-tasks. New captions and
+        takedowns are already in the parts."""
         return self.model_copy(
             update={
                 "captioner": None,
@@ -420,6 +421,6 @@ class CurationConfig(Section):
         )
 
     def before_captions(self) -> CurationConfig:
-        """The same decisions with all captions, and with the images that have none yet."""
+        """These settings for the draft decision: all captions, and images without a caption, are kept."""
         captions = self.captions.model_copy(update={"max_words": MAX_WORDS, "required": False})
         return self.model_copy(update={"captions": captions, "captioner": None})

@@ -1,4 +1,4 @@
-"""Reads a curated directory: which records of which shard to train on, and their bytes from where they always were.
+"""Reads a curated directory: the records of each shard to train on, and their bytes from the source.
 
 curated = open_curated(path)
 for part in curated.parts():                    # one for each shard
@@ -28,8 +28,8 @@ from tasks.store import INDEX, Part, fetch_part, read_index
 READERS = 16  # threads that read tables of selections
 
 CORPUS = "corpus"  # the tables of the corpus, beside the index of selections
-# Files with a row for each record of the source, for artifacts.fetch(without=...): readers of images do without the
-# ledger, and fetch the lists of files of their own shards.
+# Files with a row for each record of the source, for artifacts.fetch(without=...): readers of images do not need the
+# ledger, and fetch the lists of files of their own shards only.
 LARGE_FILES = (LEDGER_TABLE, LISTS)
 
 
@@ -60,7 +60,7 @@ class Curated:
         return sum(part.rows for part in self.parts())
 
     def selection(self, part: Part) -> pa.Table:
-        """The kept records of one shard (selections.SELECTION), in its order. Fetches the part where it is remote."""
+        """The kept records of one shard (selections.SELECTION), in its order. Fetches a remote part."""
         return pq.read_table(self._fetch(part) / SELECTION_TABLE)
 
     def shard(self, part: Part) -> Shard:
@@ -74,12 +74,12 @@ class Curated:
         """(row of `selection(part)`, record with its original bytes) of every kept record of one shard.
 
         Args:
-            rows: rows of the selection; others are left out, unchecked. None: all.
-            lost: called with the row and the reason for each record that has changed since it was scored, or is gone;
-                None: that is an error.
+            rows: rows of the selection to read; others are not checked. None: all.
+            lost: called with the row and the reason for each record that is gone or has changed since it was scored;
+                None: raise an error.
 
         Raises:
-            ValueError: the source has changed since it was scored, naming the file.
+            ValueError: a file of the source has changed since it was scored; the message names it.
         """
         table = self.selection(part)
         wanted = {

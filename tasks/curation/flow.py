@@ -1,4 +1,4 @@
-"""What the tasks of curation do, without Flyte: each step over its shards, by parts that are made once.
+"""The work of curation's tasks, without Flyte: each step over its shards, in parts that are made once.
 
 `curate_source` runs all steps in one process, as `python -m tasks.curation.check` and the tests do.
 """
@@ -21,7 +21,7 @@ from tasks.curation import ledger, takedown
 from tasks.curation.captioning import build_captioner, identity, run, steps
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.curation.curated import CORPUS
-from tasks.curation.decisions import decide, near, selections
+from tasks.curation.decisions import covers, decide, selections
 from tasks.curation.journal import Journal
 from tasks.curation.scoring import score
 from tasks.curation.scoring.scored_shard import Resources, ShardScores
@@ -47,14 +47,15 @@ from tasks.store import (
 logger = get_logger(__name__)
 
 REPORT_PAGE = "report.html"
-# Where shards are is no part of what a corpus is: its tables are logs of the seal, and corpus.json has their digest.
+# The location of shards is not part of a corpus's content: its tables are sealed as logs, and corpus.json has their
+# digest.
 CORPUS_DIGEST = "corpus.json"
 CORPUS_LOGS = (base.SHARDS_TABLE, base.REPORT)
 CURATED_LOGS = (LOCATIONS, *(f"{CORPUS}/{name}" for name in CORPUS_LOGS))
 
 
 def make_shard(config: SourceConfig, index: int) -> Part:
-    """A shard of a made source as a `records` part."""
+    """Makes a shard of a made source, as a `records` part."""
     deciding = MADE_BY | ({"made"} if config.made else set())
     inputs = {"source": config.model_dump(mode="json", include=deciding), "shard": index}
     return attempt(
@@ -71,7 +72,7 @@ def make_shard(config: SourceConfig, index: int) -> Part:
     )
 
 
-MADE_BY = {"scenes", "scene_size_px", "defect_fraction", "digits", "shards", "seed"}  # and `made`, where it is set
+MADE_BY = {"scenes", "scene_size_px", "defect_fraction", "digits", "shards", "seed"}  # and `made`, if it is set
 
 
 def write_corpus(
@@ -80,10 +81,10 @@ def write_corpus(
     """Writes the table of a user's shards at `path`, or of the `made` parts; returns its report.
 
     Args:
-        listing_dir: the list of URLs that the parts were downloaded from.
+        listing_dir: the list of URLs from which the parts were downloaded.
 
     Raises:
-        ValueError: what a scan can see to be wrong, or a part that could not be made.
+        ValueError: an error that the scan finds, or a part that could not be made.
     """
     check_made(made)
     if listing_dir is not None:
@@ -94,10 +95,10 @@ def write_corpus(
         report = shards.write_corpus(directories, [part.uri for part in made], listing, out_dir)
     elif path:
         report = base.write_corpus(config, path, out_dir)
-        if base.is_image(report["alone"] or ""):  # its caption would not be read, and one image cannot be trained on
+        if base.is_image(report["alone"] or ""):  # its caption would not be read, and one image is too few for training
             raise ValueError(f"source {path!r} is one image; give the folder of the images and their captions")
     else:
-        # The tables of a shard are enough; its tar is read by who scores it.
+        # Only the tables of a shard are needed here; scoring reads its tar.
         directories = [fetch_part(part, without=(".tar",)) for part in made]
         report = base.made_corpus(directories, out_dir, [part.uri for part in made])
     (out_dir / CORPUS_DIGEST).write_text(json.dumps({"digest": report["digest"]}) + "\n")
@@ -118,7 +119,7 @@ def write_listing(config: SourceConfig, path: str, out_dir: Path) -> dict:
 
 
 def download_group(listing_dir: Path, config: SourceConfig, group: int, groups: int) -> list[Part]:
-    """The downloaded shards of one group of a list of URLs, as `records` parts."""
+    """Downloads the shards of one group of a list of URLs, as `records` parts."""
     from tasks.curation.sources import places
     from tasks.curation.sources.urls import shards
 
@@ -131,7 +132,7 @@ def _download(place, chosen, name: str, config: SourceConfig) -> Part:
     from tasks.curation.sources.urls import shards
 
     assert config.urls is not None
-    inputs = {"shard": name}  # of the table's content and of the settings: urls/shards.shard_name
+    inputs = {"shard": name}  # from the table's content and the settings: urls/shards.shard_name
     work_dir = home() / "runs" / f"urls-{name}"
 
     def make(out: Path) -> int:
@@ -160,22 +161,22 @@ def check_made(parts: Sequence[Part]) -> None:
 
 
 def check_size(images: int, config: CurationConfig) -> None:
-    """Refuses, before anything is scored, what could not be decided about so many images.
+    """Refuses, before scoring, a number of images whose near duplicates could not be searched.
 
     Raises:
-        ValueError: see near.plan_blocks.
+        ValueError: see covers.plan_cover.
     """
-    near.plan_blocks(images, config.dedup.max_hamming_distance)
+    covers.plan_cover(images, config.dedup.max_hamming_distance)
 
 
 def score_group(
     corpus_dir: Path, config: CurationConfig, group: int, groups: int, resources: Resources | None = None
 ) -> list[Part]:
-    """The score parts of the shards of one group, made where they are not known.
+    """The score parts of the shards of one group; makes missing ones.
 
     Args:
-        resources: "shard" runs only scorers without a GPU, and returns measured parts where others are still to run;
-            "gpu_single" and None run all that are left.
+        resources: "shard" runs only scorers without a GPU, and returns measured parts if others remain to run;
+            "gpu_single" and None run all remaining scorers.
     """
     corpus = base.open_corpus(corpus_dir)
     shards = list(corpus.shards())
@@ -190,7 +191,7 @@ def score_shard(corpus, shard: Shard, config: CurationConfig, resources: Resourc
 
 
 def attempt(kind: str, name: str, make) -> Part:
-    """The part, or a part that names the error, so that one shard does not stop the others of its group.
+    """The part, or a part with the error, so that one shard does not stop the others of its group.
 
     Raises:
         OSError: the disk is full: the others would fail as well.
@@ -206,12 +207,12 @@ def attempt(kind: str, name: str, make) -> Part:
 
 
 def draft_corpus(corpus_dir: Path, indices: Sequence[Path | None], config: CurationConfig, groups: int) -> Part:
-    """The decision before captions are written: which images are described, and for which tier. See `decide_corpus`."""
+    """The decision before captioning: which images are described, and their tiers. See `decide_corpus`."""
     return decide_corpus(corpus_dir, indices, config.before_captions(), groups)
 
 
 def caption_group(corpus_dir: Path, draft: Part, config: CurationConfig, group: int, groups: int) -> list[Part]:
-    """The captions parts of the shards of one group, made where they are not known."""
+    """The captions parts of the shards of one group; makes missing ones."""
     assert config.captioner is not None
     corpus = base.open_corpus(corpus_dir)
     directory = fetch_decision(draft, group, groups)
@@ -252,7 +253,7 @@ def _caption_shard(
 
     def make(out: Path) -> int:
         directory = fetch_part(scores, without=(score.THUMBNAILS_TABLE,))
-        # Beside the parts and not in them: an answer outlives changes of everything but its own question.
+        # Beside the parts, not in them: an answer stays valid until its own question changes.
         with Journal(storage.join(store(), "journals", "captions", shard.shard_id)) as journal:
             return run.caption_shard(
                 corpus, shard, directory, kept, duplicates, asking, captioner, name, max_pixels, journal, out
@@ -271,11 +272,11 @@ def decide_corpus(corpus_dir: Path, indices: Sequence[Path | None], config: Cura
     """The decision about a corpus, as a part.
 
     Args:
-        indices: for each group the index of its score parts; None where its task failed.
+        indices: for each group the index of its score parts; None if its task failed.
 
     Raises:
-        ValueError: more shards failed than min_success_ratio allows; the others are kept, so that only these are
-            scored when the same command runs again.
+        ValueError: more shards failed than min_success_ratio allows; the others are kept, so that the same command
+            scores only the failed ones again.
     """
     corpus = base.open_corpus(corpus_dir)
     shards = list(corpus.shards())
@@ -325,7 +326,7 @@ def _score_parts(shards: list[Shard], indices: Sequence[Path | None]) -> Iterato
 
 
 def fetch_decision(part: Part, group: int, groups: int) -> Path:
-    """The decision's directory; of a remote one the files of `group` alone."""
+    """The decision's directory; fetches only the files of `group` if it is remote."""
     others = [i for i in range(groups) if i != group]
     without = [f"{decide.GROUPS}/{i:05d}.parquet" for i in others]
     without += [f"{steps.DUPLICATES}/{i:05d}.parquet" for i in others]
@@ -334,10 +335,10 @@ def fetch_decision(part: Part, group: int, groups: int) -> Path:
 
 
 def result_line(directory: Path, part: Part, config: CurationConfig) -> str:
-    """What a run says about its curation.
+    """The line that a run prints about its curation.
 
     Raises:
-        ValueError: no record is left; names the causes, and where ledger and report are.
+        ValueError: no record is kept; names the causes, and the paths of ledger and report.
     """
     content = json.loads((directory / base.REPORT).read_text())
     if not content["kept"]:
@@ -379,7 +380,7 @@ def select_shard(scores: Part, decided: pa.Table, config: CurationConfig) -> Par
     return attempt(
         "selections",
         scores.name,
-        # Sealed without the settings: where another limit leaves a shard's captions alone, its digest stays.
+        # Sealed without the settings: if a new limit does not change a shard's captions, its digest stays the same.
         lambda name: make_part("selections", name, CACHE_VERSIONS["curation"], inputs, make, [scores.as_parent()]),
     )
 
@@ -419,7 +420,7 @@ def curate_source(source: SourceConfig, path: str, config: CurationConfig, until
         the path of the corpus or of the curated directory, and the decision.
 
     Raises:
-        ValueError: the source is refused, or (until "curated") no record is left.
+        ValueError: the source is refused, or (until "curated") no record is kept.
     """
     listing = None
     if source.urls is not None:

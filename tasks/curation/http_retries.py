@@ -1,4 +1,4 @@
-"""How long clients of HTTP wait before they repeat a request."""
+"""Waits between retries of HTTP requests."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import random
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
-FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # doubles from retry to retry; a random half to the whole of it
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # doubles with each retry; multiplied by a random factor from 0.5 to 1
 LONGEST_RETRY_AFTER_S = 600.0
 
 
 def retry_after_s(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for, as a number or a date; None where it says nothing that can be read."""
+    """Seconds of a Retry-After header, a number or a date; None if it is missing or invalid."""
     if value is None:
         return None
     try:
@@ -31,7 +31,7 @@ def wait_s(retry: int, after_s: float | None) -> float:
 
     Args:
         retry: from 0.
-        after_s: that the server asks for at least, see `retry_after_s`.
+        after_s: the minimum that the server requests, see `retry_after_s`.
     """
-    backoff_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**retry)
+    backoff_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(retry, 10))
     return max(after_s or 0.0, backoff_s * random.uniform(0.5, 1.0))  # noqa: S311  (spreads retries)

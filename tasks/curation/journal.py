@@ -1,4 +1,4 @@
-"""An append-only journal of JSON rows: work whose row is in it is not repeated after a kill.
+"""An append-only journal of JSON rows: after a kill, work that has a row is not repeated.
 
 PLACE/journal.jsonl             a local folder: one row a line
 PLACE/WRITER-000000.jsonl ...   an object store, which cannot append: an object for every few rows
@@ -19,7 +19,7 @@ from typing import Any
 from model import storage
 
 JOURNAL = "journal.jsonl"
-SEGMENT_ROWS, SEGMENT_S = 64, 20.0  # of an object; more rows than that are never lost to a kill
+SEGMENT_ROWS, SEGMENT_S = 64, 20.0  # rows of an object; a kill loses at most so many
 
 
 class Journal:
@@ -27,8 +27,8 @@ class Journal:
 
     Args:
         place: a local folder or a URI.
-        sync: whether a row must be on the disk when `add` returns. A killed process loses none either way; a machine
-            without power may.
+        sync: flush each row to disk before `add` returns. A killed process loses no row either way; a power failure
+            may.
 
     Raises:
         ValueError: another process writes the journal of a local folder.
@@ -40,7 +40,7 @@ class Journal:
         self._file: int | None = None
         if storage.is_remote(place):
             names = [name for name in storage.children(place) if name.endswith(".jsonl")]
-            # By time of writing within a writer; rows of different writers answer the same questions.
+            # By time within a writer; rows of different writers answer the same questions.
             self.rows = [row for name in names for row in _rows(storage.read_bytes(name) or b"")]
             self._writer, self._segments = uuid.uuid4().hex, 0
             self._waiting: list[bytes] = []
@@ -60,7 +60,7 @@ class Journal:
             pass
         data = (folder / JOURNAL).read_bytes()
         whole = data.rfind(b"\n") + 1
-        os.ftruncate(self._file, whole)  # half a line, after which a new one would be damaged too
+        os.ftruncate(self._file, whole)  # a partial line, which would also damage the next one
         return _rows(data[:whole])
 
     def add(self, row: dict[str, Any]) -> None:
@@ -98,7 +98,7 @@ class Journal:
 
 
 def _rows(data: bytes) -> list[dict[str, Any]]:
-    """The rows of whole lines; a damaged one, such as a page that was never written, counts as none."""
+    """The rows of complete lines; damaged lines, such as an unwritten page, are skipped."""
     rows = []
     for line in data.split(b"\n"):
         with contextlib.suppress(ValueError):

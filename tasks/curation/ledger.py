@@ -1,4 +1,4 @@
-"""The ledger: every record once, kept or with the rule that rejected it first."""
+"""The ledger: every record once, kept or with the first rule that rejected it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ LEDGER = pa.schema(
 )
 DEDUP, SHARDS = rules.DEDUP, "shards"
 SHARD_FAILED = "shard_failed"
-# The whole life of a record: step -> the rules in it, in the order in which they are applied. These names are stable.
+# Steps of curation -> their rules, in the order in which they are applied. These names are stable.
 STEPS: dict[str, tuple[str, ...]] = {
-    SHARDS: (SHARD_FAILED,),  # one row for a shard that could not be scored, in place of its records
+    SHARDS: (SHARD_FAILED,),  # one row for a shard that could not be scored, instead of its records
     **{
         step: tuple(rule.name for rule in rules.RULES if rule.step == step)
         for step in dict.fromkeys(rule.step for rule in rules.RULES)
@@ -46,7 +46,7 @@ def check(table: pa.Table) -> None:
 
 
 def retention(records: int, rejected: Mapping[str, int]) -> list[dict]:
-    """How many survive each step: {"step", "input", "rejected", "kept"}, each input being the last one's kept."""
+    """Counts of each step: {"step", "input", "rejected", "kept"}; the input is the previous step's kept."""
     steps, left = [], records
     for step, names in STEPS.items():
         gone = sum(rejected[rule] for rule in names)

@@ -1,4 +1,5 @@
-"""What curating a large corpus takes: `python -m tasks.curation.plan --recipe nucleus_17b` (docs/scale.md has its output).
+"""Plans the curation of a large corpus: `python -m tasks.curation.plan --recipe nucleus_17b` (docs/scale.md has its
+output).
 
 Sub-tasks, bytes and the shuffle of the dedup join follow from the recipe and from counts. Core-hours are measured rates times
 counts; GPU-hours are arithmetic from FLOPs at an assumed utilisation. TB is 1e12 bytes.
@@ -14,13 +15,13 @@ from dataclasses import dataclass
 
 from model.plan.data_costs import Corpus
 from tasks.curation.config import CurationConfig
-from tasks.curation.decisions import near
+from tasks.curation.decisions import covers
 from tasks.store import num_groups
 
-JOIN_ROW_BYTES = 24  # key, hash and position
+JOIN_ROW_BYTES = 24  # bytes: key, hash and position
 MAX_ARRAY_TASKS = 5000  # sub-tasks that one array node of Flyte can have
-MAX_ARRAY_BYTES = 10 * 2**20  # of its outputs, in the message that gathers them
-OUTPUT_BYTES = 1024  # of one sub-task in that message, at most: the URI and type of a directory
+MAX_ARRAY_BYTES = 10 * 2**20  # bytes of its outputs, in the message that gathers them
+OUTPUT_BYTES = 1024  # bytes of one sub-task in that message, at most: the URI and type of a directory
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,15 @@ def plan(corpus: Corpus, config: CurationConfig, rates: Rates) -> list[str]:
     """The plan as Markdown.
 
     Raises:
-        ValueError: near duplicates of so many images cannot be sought in so wide a radius.
+        ValueError: the radius is too large for near duplicates of so many images.
     """
     corpus.check()
     images = corpus.images
     groups = num_groups(corpus.shards, config.max_groups)
     radius = config.dedup.max_hamming_distance
-    blocks = near.plan_blocks(int(images), radius)
-    keys = math.comb(blocks, radius)
-    rows = 2 * keys * images
-    candidates = 2 * keys * images**2 / 2 / 2 ** (64 * (blocks - radius) / blocks)
+    cover = covers.plan_cover(int(images), radius)
+    keys = len(cover.keys)
+    rows, candidates = 2 * keys * images, 2 * cover.pairs(images)
     cores = {
         "score": images * rates.measure_ms / 3.6e6,
         "decide": (images * rates.decide_us + rows * rates.join_us + candidates * rates.compare_us) / 3.6e9,
@@ -91,7 +91,7 @@ def plan(corpus: Corpus, config: CurationConfig, rates: Rates) -> list[str]:
     outputs = groups * OUTPUT_BYTES
     lines += [
         "",
-        f"Near duplicates within {radius} of 64 bits: {blocks} blocks, {keys} keys for each of two hashes. The joins shuffle "
+        f"Near duplicates within {radius} of 64 bits: {keys} keys of {cover.key_bits:.0f} bits for each of two hashes. The joins shuffle "
         f"{rows:.1e} rows ({_tb(rows * JOIN_ROW_BYTES)} in and out of {2 * keys} shuffles, {_tb(images * JOIN_ROW_BYTES)} each) and "
         f"compare {candidates:.1e} pairs of unrelated hashes; {2 * within(images, radius):.1e} of these are within the radius by "
         "chance, and pHash-256 must distinguish them.",

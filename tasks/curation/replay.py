@@ -1,12 +1,13 @@
-"""What other thresholds would keep, from columns alone: `python -m tasks.curation.replay DIRECTORY --overrides ...`.
+"""Shows what other thresholds would keep, from columns alone: `python -m tasks.curation.replay DIRECTORY --overrides
+...`.
 
     python -m tasks.curation.replay .nucleus/artifacts/curated/DIGEST --overrides curation.filters.min_side_px=96
     python -m tasks.curation.replay .nucleus/artifacts/scores/DIGEST --recipe tiny --overrides curation.tiers.synthetic_tier=A1
 
-DIRECTORY is curated, or an index of scores; for an index, the recipe gives the current decision. No image is read. For each way in
-which fates change it prints up to --examples records as JSON lines ({"file", "before", "after"}), then the counts of each
-rule and tier that change, then `kept BEFORE -> AFTER of RECORDS records`. With --out DIR the new ledger and report are kept
-there. Exits 1, with one line `ValueError: ...`, where the change needs new scores.
+DIRECTORY is curated, or an index of scores; for an index, the recipe gives the current decision. No image is read. For
+each kind of change of fate it prints up to --examples records as JSON lines ({"file", "before", "after"}), then the
+counts of rules and tiers that change, then `kept BEFORE -> AFTER of RECORDS records`. --out DIR keeps the new ledger
+and report. Exits 1, with one line `ValueError: ...`, if the change needs new scores.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ LEDGER, REPORT = "ledger.parquet", "report.json"
 
 
 def replay(directory: Path, overrides: Sequence[str], work_dir: Path, recipe: str = "") -> tuple[Path, Path]:
-    """Decides again about the records of a curated directory or of an index of scores.
+    """Repeats the decision on a curated directory or an index of scores.
 
     Args:
-        recipe: of the current decision, for an index of scores; a curated directory records its own.
+        recipe: of the current decision, for an index of scores; a curated directory has its own.
 
     Returns:
         two directories with ledger.parquet and report.json: without and with the overrides.
 
     Raises:
-        ValueError: not such a directory, an override that is not one of curation, or one that needs new scores.
+        ValueError: another kind of directory, an override outside curation, or one that needs new scores.
     """
     from tasks.curation.config import CurationConfig
     from tasks.curation.sources.base import Account
@@ -48,7 +49,7 @@ def replay(directory: Path, overrides: Sequence[str], work_dir: Path, recipe: st
     manifest = load_manifest(directory)
     if manifest.kind == "curated":
         config = CurationConfig.model_validate(manifest.config)
-        # The shards' own accounts are in their scores; the rest of the report's is the scan's.
+        # The shards' own accounts are in their scores; the rest of the report's account comes from the scan.
         scan = Account.from_json(json.loads((directory / "corpus" / REPORT).read_text())["account"])
         parts, before = list(_score_parts(directory)), directory
     elif manifest.kind == "scores" and recipe:
@@ -80,7 +81,7 @@ def _decide(parts: list, scan, config, out_dir: Path) -> Path:
 
 
 def _score_parts(curated_dir: Path) -> Iterator:
-    """The scores behind each selections part: its parent."""
+    """The score part of each selections part: its parent."""
     from tasks.manifest import load_manifest
     from tasks.store import Part, fetch_part, read_index
 
@@ -107,7 +108,7 @@ def _overridden(config, overrides: Sequence[str]):
 
 
 def _changed(before: Path, after: Path) -> Iterator[tuple[dict, dict]]:
-    """The rows of two ledgers of the same records, where their rules differ."""
+    """The rows of two ledgers of the same records whose rules differ."""
 
     def rows(path: Path) -> Iterator[dict]:
         with pq.ParquetFile(path) as file:

@@ -1,15 +1,15 @@
-"""Records that must not be used any more: `python -m tasks.curation.takedown LIST PLACE [PLACE ...]`.
+"""Finds records that must no longer be used: `python -m tasks.curation.takedown LIST PLACE [PLACE ...]`.
 
     python -m tasks.curation.takedown takedown.txt .nucleus
     python -m tasks.curation.takedown s3://BUCKET/takedown.txt s3://BUCKET/nucleus s3://BUCKET/published --json
 
-The list has one record a line: its id (the SHA-256 of the image's bytes), its key, its URL, or its file as ledgers have it;
-text after # is a comment. With `curation.takedown: LIST` in the recipe, curation leaves these records out by the rule
-`takedown`, which the ledger names.
+The list has one record a line: its id (the SHA-256 of the image's bytes), its key, its URL, or its file name in
+ledgers; text after # is a comment. With `curation.takedown: LIST` in the recipe, curation rejects these records by the
+rule `takedown`.
 
-The command names every artifact and published pipeline in the places (NUCLEUS_HOME, NUCLEUS_STORE, published places) that
-had one, and the near duplicates of each that ledgers know: these are other records, and may have to be on the list as well.
-It deletes nothing. Exits 1 where a published pipeline had one of the records.
+The command names every artifact and published pipeline in the places (NUCLEUS_HOME, NUCLEUS_STORE, published places)
+that had one, and their near duplicates in ledgers: these are other records, and may have to be listed too. It deletes
+nothing. Exits 1 if a published pipeline had one of the records.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from tasks.store import Part, fetch_part, make_part
 
 MAX_LIST_BYTES = 2**30
 NEAR = "near_duplicate"
-# What a ledger says of a near duplicate before the file that it was left out for (decide.py).
+# Text of a ledger before the file for which a near duplicate was left out (decide.py).
 _KEEPER = re.compile(
     r"thumbnail differs by \S+ from |embedding has cosine \S+ with |pHash-256 differs in \S+ of 256 bits from "
 )
@@ -47,10 +47,10 @@ _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
 
 def read_list(path: str) -> list[str]:
-    """The records of a list, in its order, each once.
+    """The records of a list, in order, without repeats.
 
     Raises:
-        ValueError: there is no such file, it is too large or no text, or it has no record.
+        ValueError: the file does not exist, is too large or not text, or has no record.
     """
     files, where = storage.filesystem(storage.check_path(path))
     try:
@@ -68,7 +68,7 @@ def read_list(path: str) -> list[str]:
         raise ValueError(f"takedown list {visible(path)!r} is not UTF-8: {error}") from error
     entries: dict[str, None] = {}
     for line in lines:
-        # A URL may contain a #: a comment begins the line, or stands after a blank.
+        # A URL may contain a #: a comment begins the line or follows a blank.
         entry = re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip()
         if entry:
             entries[entry.lower() if _SHA256.fullmatch(entry) else entry] = None
@@ -78,9 +78,9 @@ def read_list(path: str) -> list[str]:
 
 
 def remove(parts: Sequence[Part], entries: Collection[str]) -> list[Part]:
-    """The score parts, with the records of the list marked as taken down, and without their small pictures.
+    """The score parts, with the records of the list marked as taken down, and without their thumbnails.
 
-    A part that has none of them is unchanged.
+    A part without listed records is unchanged.
     """
     wanted = pa.array(sorted(set(entries)), pa.string())
     return [part if part.error else _without(part, wanted) for part in parts]
@@ -126,7 +126,7 @@ def _write_without(file: Path, rows: list[int], out: Path) -> None:
 
 
 class Found(NamedTuple):
-    """What the places have of a record of the list. near: (record id, file) of its near duplicates."""
+    """The artifacts that had a listed record. near: (record id, file) of its near duplicates."""
 
     entry: str
     uses: list[Use]
@@ -138,7 +138,7 @@ class Found(NamedTuple):
 
 
 def find(entries: Sequence[str], places: Sequence[str]) -> list[Found]:
-    """What each record of the list was used for.
+    """Finds the uses of each record of the list.
 
     Raises:
         ValueError: there are no artifacts.
@@ -149,7 +149,7 @@ def find(entries: Sequence[str], places: Sequence[str]) -> list[Found]:
 
 
 def _near_duplicates(entries: Sequence[str], uses: dict[str, list[Use]]) -> dict[str, set[tuple[str, str]]]:
-    """Of each entry, the records that a ledger left out for it, and the one that it was left out for."""
+    """For each entry, the records that a ledger left out in its favour, and the one for which it was left out."""
     ledgers = {use.uri for record_uses in uses.values() for use in record_uses if use.kind == "curated"}
     near: dict[str, set[tuple[str, str]]] = {}
     wanted = set(entries)
@@ -178,7 +178,7 @@ def _ledger(uri: str, rule: str | None) -> Iterator[dict[str, str]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tasks.curation.takedown", description=__doc__.split("\n\n")[0])
     parser.add_argument("list", help="a file or URI with one record a line")
-    parser.add_argument("places", nargs="+", help="NUCLEUS_HOME, NUCLEUS_STORE, or a place of published pipelines")
+    parser.add_argument("places", nargs="+", help="NUCLEUS_HOME, NUCLEUS_STORE, or published pipelines")
     parser.add_argument("--json", action="store_true", help="one JSON object for each record of the list")
     options = parser.parse_args(arguments)
     try:

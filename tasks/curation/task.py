@@ -3,12 +3,12 @@
     make_group (made sources) -> list_corpus -> score_group -> decide_corpus -> select_group -> gather_curated
         per group                                 per group      columns only     per group
 
-Where a scorer asks for a GPU, `score_group_on_gpu` follows `score_group`, for the scorers that are left.
+If a scorer needs a GPU, `score_group_on_gpu` follows `score_group` and runs the remaining scorers.
 With a captioner, between scoring and deciding:  draft_corpus -> caption_group
                                                  columns only    per group
 
 The map tasks have no Flyte cache: a part is made once for its inputs (store.make_part), so that one new shard costs one
-part, whatever group it falls into. A shard that fails does not stop the others: its part names the error.
+part, in any group. A shard that fails does not stop the others: its part names the error.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ logger = get_logger(__name__)
 
 
 class Listed(NamedTuple):
-    """A corpus, and the groups of its shards that map tasks run over."""
+    """A corpus, and the groups of its shards for map tasks."""
 
     corpus: CorpusDir
     groups: list[int]
@@ -69,7 +69,7 @@ def make_group(config: SourceConfig, groups: int, group: int) -> RecordsDir:
 
 
 class ListedUrls(NamedTuple):
-    """A list of URLs, and the groups of its shards that map tasks run over."""
+    """A list of URLs, and the groups of its shards for map tasks."""
 
     urls: UrlsDir
     groups: list[int]
@@ -77,7 +77,7 @@ class ListedUrls(NamedTuple):
 
 @task(**envs.gather("curation"))
 def list_urls(source: SourceConfig, path: str, config: CurationConfig) -> ListedUrls:
-    """Lists the tables of URLs of a source. Not cached, as `list_corpus`."""
+    """Lists the tables of URLs of a source. Not cached, like `list_corpus`."""
     from tasks.curation import flow
 
     _check_store()
@@ -98,9 +98,9 @@ def download_group(urls: UrlsDir, source: SourceConfig, groups: list[int], group
 def list_corpus(
     source: SourceConfig, path: str, made: list[RecordsDir], config: CurationConfig, urls: Optional[UrlsDir] = None
 ) -> Listed:
-    """Lists the shards of a source: the user's own at `path`, else those that were made, or downloaded from `urls`.
+    """Lists the shards of a source: the user's own at `path`, else made ones, or those downloaded from `urls`.
 
-    Not cached: the shards are named by their content, and where they are now is read anew.
+    Not cached: shards are named by their content, but their current locations must be read.
     """
     from tasks.curation import flow
 
@@ -123,7 +123,7 @@ def list_corpus(
 
 @task(**envs.shard("scorer"))
 def score_group(corpus: CorpusDir, config: CurationConfig, groups: list[int], group: int) -> ScoresDir:
-    """Adds columns to the records of the shards of one group, and reads no other shard; scorers that need a GPU wait."""
+    """Adds columns to the records of the shards of one group, without scorers that need a GPU."""
     from tasks.curation import flow
 
     with plain_errors():
@@ -134,7 +134,7 @@ def score_group(corpus: CorpusDir, config: CurationConfig, groups: list[int], gr
 def score_group_on_gpu(
     corpus: CorpusDir, config: CurationConfig, groups: list[int], group: int, scored: Optional[ScoresDir]
 ) -> ScoresDir:
-    """Runs the scorers of one group that `score_group` left. `scored`, its result, is only a dependency: finished
+    """Runs the scorers that `score_group` left out, for one group. `scored`, its result, is only a dependency: finished
     parts are in the store."""
     from tasks.curation import flow
 
@@ -146,7 +146,7 @@ def score_group_on_gpu(
 def draft_corpus(
     corpus: CorpusDir, scores: list[Optional[ScoresDir]], config: CurationConfig, groups: list[int]
 ) -> DecisionsDir:
-    """Decides which images are worth a caption, and their tiers, before there are captions."""
+    """Decides which images to caption, and their tiers, before captioning."""
     from tasks.curation import flow
 
     indices = [fetch(directory, "scores") if directory is not None else None for directory in scores]
@@ -158,7 +158,7 @@ def draft_corpus(
 def caption_group(
     corpus: CorpusDir, drafts: DecisionsDir, config: CurationConfig, groups: list[int], group: int
 ) -> CaptionsDir:
-    """Writes captions for the images of the shards of one group, by an endpoint or by rule."""
+    """Writes captions for the images of the shards of one group, with an endpoint or by rules."""
     return _caption_group(corpus, drafts, config, len(groups), group)
 
 
@@ -166,7 +166,7 @@ def caption_group(
 def caption_group_gpu(
     corpus: CorpusDir, drafts: DecisionsDir, config: CurationConfig, groups: list[int], group: int
 ) -> CaptionsDir:
-    """The same by a model in this task, on an accelerator."""
+    """Like `caption_group`, with a model in this task, on an accelerator."""
     return _caption_group(corpus, drafts, config, len(groups), group)
 
 
@@ -180,7 +180,7 @@ def _caption_group(corpus: CorpusDir, drafts: DecisionsDir, config: CurationConf
 
 @task(**envs.gather("curation"))
 def gather_captions(captions: list[Optional[CaptionsDir]]) -> CaptionsDir:
-    """The index of the captions of a whole corpus."""
+    """Writes the index of the captions of a whole corpus."""
     parts = [part for directory in captions if directory for part in read_index(fetch(directory, "captions"))]
     with plain_errors():
         failed = [part for part in parts if part.error]
@@ -196,9 +196,9 @@ def gather_captions(captions: list[Optional[CaptionsDir]]) -> CaptionsDir:
 def decide_corpus(
     corpus: CorpusDir, scores: list[Optional[ScoresDir]], config: CurationConfig, groups: list[int]
 ) -> DecisionsDir:
-    """Decides what becomes of each record of the corpus, from columns alone; the ledger accounts for every one.
+    """Decides the fate of each record of the corpus, from columns alone; the ledger lists every record.
 
-    `scores`: those of each group; where the recipe has a captioner, the captions, which are scores too.
+    `scores`: of each group; with a captioner, the captions parts, which contain scores.
     """
     from tasks.curation import flow
 
@@ -227,7 +227,7 @@ def select_group(decisions: DecisionsDir, config: CurationConfig, groups: list[i
 def gather_curated(
     corpus: CorpusDir, decisions: DecisionsDir, selections: list[SelectionsDir], config: CurationConfig
 ) -> CuratedDir:
-    """The index of the selections, with the tables of the corpus, the ledger and the report."""
+    """Writes the index of the selections, with the tables of the corpus, the ledger and the report."""
     from tasks.curation import flow
 
     corpus_path = fetch(corpus, "corpus")
@@ -245,13 +245,14 @@ def gather_curated(
 
 
 def _check_store() -> None:
-    """Parts outlive a pod only in a store that all pods reach."""
+    """Parts outlive a pod only in a store that all pods can access."""
     if not is_local() and not is_remote(store()):
         raise ValueError("NUCLEUS_STORE is not set: register the workflows with NUCLEUS_STORE=s3://BUCKET/PREFIX")
 
 
 def _fetch_tables(corpus: CorpusDir) -> Path:
-    """The corpus without its lists of loose files. A task that reads a shard downloads the list of that shard."""
+    """Fetches the corpus without its lists of loose files. A task that reads a shard downloads the list of that
+    shard."""
     from tasks.curation.sources.base import LISTS
 
     return fetch(corpus, "corpus", without=(LISTS,))

@@ -91,7 +91,7 @@ def _add_into(total: dict[str, Any], report: dict[str, Any]) -> None:
 
 
 def outcomes(report: Mapping[str, Any]) -> dict[str, int]:
-    """What became of the curated records: the number encoded, held out, not drawn, and rejected by each rule."""
+    """Outcomes of the curated records: numbers encoded, held out, not drawn, and rejected by each rule."""
     counts = {"encoded": report["encoded"]} | report.get("counts", {})
     assert sum(counts.values()) == report["records"], (counts, report["records"])
     return counts

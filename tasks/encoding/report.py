@@ -1,4 +1,4 @@
-"""The encoding report, report.html: what became of every curated record, for texts or for the latents of one stage."""
+"""The encoding report, report.html: the outcome of every curated record, for texts or for the latents of one stage."""
 
 from __future__ import annotations
 

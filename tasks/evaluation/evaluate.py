@@ -1,4 +1,4 @@
-"""Images of a part of a benchmark, answers about them, and the scores of all parts together."""
+"""Generates the images of a part of a benchmark, judges them, and scores all parts together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tasks.manifest import load_manifest
 def generate_part(
     merged: Path, components: Path, prompts: Path, config: EvalConfig, part: Part, work_dir: Path, out_dir: Path
 ) -> dict[str, Any]:
-    """Samples one part of a seed's images; those that an earlier, killed attempt left in `work_dir` are kept.
+    """Samples one part of a seed's images; images of an earlier, killed attempt in `work_dir` are kept.
 
     Args:
         merged: sealed directory with `transformer/`.
@@ -41,7 +41,7 @@ def generate_part(
 def generate_from_model(
     model: Model, prompts: Path, config: EvalConfig, part: Part, work_dir: Path, out_dir: Path
 ) -> dict[str, Any]:
-    """The same of any diffusers pipeline.
+    """Like `generate_part`, for any diffusers pipeline.
 
     Raises:
         ValueError: the model is not the one that was resolved.
@@ -72,16 +72,16 @@ def sample_part(
         flow_loss.measure(
             loaded.pipeline, prompts, config, work_dir / IMAGES, prompts_dir, shard=part.index, shards=part.parts
         )
-    # Hidden files are what an attempt that was killed had half written.
+    # Hidden files are partial writes of a killed attempt.
     hidden = shutil.ignore_patterns(".*")
     shutil.copytree(work_dir / IMAGES, out_dir / IMAGES, copy_function=shutil.copyfile, ignore=hidden)
     return {"images": report["expected"], "seconds": report["seconds"]}
 
 
 def load_pipeline(merged: Path, components: Path, scheduler: SchedulerConfig = SchedulerConfig()) -> Any:
-    """diffusers' NucleusMoEImagePipeline over the parts where they are: the one that publishing writes down.
+    """diffusers' NucleusMoEImagePipeline with the parts in place, equal to the published pipeline.
 
-    An ablation, which diffusers' transformer cannot compute, is this project's own model in its place.
+    For an ablation, which diffusers' transformer cannot compute, this project's own model replaces it.
     """
     import torch
     import transformers
@@ -116,7 +116,7 @@ def load_pipeline(merged: Path, components: Path, scheduler: SchedulerConfig = S
 
 
 def gather_images(parts: Sequence[Path], prompts: Path, config: EvalConfig, out_dir: Path) -> None:
-    """One run of all parts' images in `out_dir`, with the real images of their captions where the prompts have some.
+    """Gathers all parts' images in `out_dir`, with the real images of their captions if the prompts have some.
 
     Raises:
         ValueError: the parts were sampled from different weights, prompts or settings.
@@ -142,7 +142,7 @@ def gather_images(parts: Sequence[Path], prompts: Path, config: EvalConfig, out_
 
 
 def judge(parts: list[Path], prompts: Path, config: EvalConfig, work_dir: Path, out_dir: Path) -> dict[str, Any]:
-    """Answers about all parts' images; those that an earlier attempt left in `work_dir` are kept.
+    """Answers about all parts' images; answers of an earlier attempt in `work_dir` are kept.
 
     Args:
         work_dir: the same for every attempt at the same answers. Not removed here.
@@ -184,14 +184,14 @@ def score(parts: list[Path], prompts: Path, config: EvalConfig, judged: Path, ou
 
 
 class DropError(ValueError):
-    """A score that is worse than the incumbent's beyond noise."""
+    """A score is lower than the incumbent's beyond noise."""
 
 
 def check_drop(incumbent: Path, current: Path) -> str:
-    """Why the current score is no drop, as a sentence.
+    """A sentence that says why the current score is not a drop.
 
     Raises:
-        DropError: it is worse beyond noise; names both scorecards.
+        DropError: it is lower beyond noise; names both scorecards.
     """
     from eval.scorecards.compare import drop_beyond_noise
 

@@ -2,7 +2,7 @@
 
     real image --VAE--> clean latent --with noise at t--> transformer(caption) --> velocity, against clean - noise
 
-Of pipelines of this project's class alone: others predict something else.
+Only for pipelines of this project's class: others predict something else.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def measure(
     shard: int = 0,
     shards: int = 1,
 ) -> int:
-    """Writes `FILE` beside the images of each prompt of a shard; those that exist are kept. Returns how many were written.
+    """Writes `FILE` beside the images of each prompt of a shard; existing files are kept. Returns the number written.
 
     Args:
         references: the folder that the prompts' "reference" files are relative to.

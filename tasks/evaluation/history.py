@@ -1,9 +1,9 @@
-"""What was scored before: one record for each source of models and benchmark, in the store.
+"""Stores the last scores: one record for each source of models and benchmark, in the store.
 
     STORE/evaluations/KEY.json   {"model", "settings", "scorecard", "accepted"}
 
-`scorecard` is the last one, `accepted` the last that was no drop. So an unchanged model is scored once and alarms once, and a
-model that dropped does not become what the next one is compared with.
+`scorecard` is the last one, `accepted` the last that was not a drop. So an unchanged model is scored once and alarms
+once, and a model that dropped does not become the reference of the next one.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def _place(source: str, benchmark: str) -> str:
 
 
 def _settings(config: EvalConfig) -> str:
-    """Digest of everything that decides a score, but the model. Judges from the Hub are pinned by NAME@COMMIT."""
+    """Digest of everything except the model that determines a score. Judges from the Hub are pinned by NAME@COMMIT."""
     return digest_of(
         [envs.CACHE_VERSIONS["prompts"], envs.CACHE_VERSIONS["evaluation"], config.model_dump(mode="json")]
     )
 
 
 def read(source: str, benchmark: str) -> dict[str, Any]:
-    """The record; {} where nothing was scored yet.
+    """The record; {} if nothing was scored yet.
 
     Raises:
         ValueError: it is damaged.
@@ -64,7 +64,7 @@ def is_known(source: str, model: Model, config: EvalConfig) -> bool:
 
 
 def store_score(source: str, model: Model, config: EvalConfig, scorecard: str) -> str:
-    """Records a scorecard that was made; returns JSON for `gate`.
+    """Records a scorecard; returns JSON for `gate`.
 
     Args:
         scorecard: its path or URI.
@@ -77,14 +77,14 @@ def store_score(source: str, model: Model, config: EvalConfig, scorecard: str) -
 
 
 def gate(stored: Sequence[str], fetch: Callable[[str], Path]) -> list[str]:
-    """One sentence for each score that is no drop; these become the accepted ones.
+    """One sentence for each score that is not a drop; these become the accepted scores.
 
     Args:
-        stored: of `store_score`.
+        stored: results of `store_score`.
         fetch: (path or URI of a scorecard) -> its directory on this machine.
 
     Raises:
-        DropError: a score dropped beyond noise; names each that did. The others are accepted all the same.
+        DropError: scores dropped beyond noise; names each. The others are still accepted.
     """
     sentences, drops = [], []
     for text in stored:

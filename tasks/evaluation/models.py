@@ -1,10 +1,10 @@
-"""The model that is scored: where it is, what names its weights for good, and how it is loaded.
+"""The model to score: resolves its location and the digest of its weights, and loads it.
 
 .nucleus/artifacts/pipeline/DIGEST        a published pipeline, or any directory that diffusers loads
 .nucleus/artifacts/merged/DIGEST          merged weights, with --components DIR
-s3://BUCKET/PREFIX                        what was published there last; or one sealed directory
+s3://BUCKET/PREFIX                        the version published last; or one sealed directory
 OWNER/NAME with a commit                  the Hub
-newest                                    the pipeline that was sealed last under NUCLEUS_HOME
+newest                                    the pipeline sealed last under NUCLEUS_HOME
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ class Loaded(NamedTuple):
 
 
 def resolve(model: str, revision: str = "", components: str = "", local: bool = True) -> Model:
-    """What names the weights for good, wherever they are. Reads no weights of a sealed directory.
+    """Resolves a model to a digest of its weights. Reads no weights of a sealed directory.
 
     Args:
-        revision: the commit of a Hub id; "" asks the Hub for the newest one.
+        revision: the commit of a Hub id; "": the newest, from the Hub.
         components: a sealed directory of kind components, for merged weights.
-        local: whether paths of this machine can be read where the model is loaded.
+        local: whether the loading machine can read paths of this machine.
 
     Raises:
-        ValueError: there is no such model, or it cannot be loaded from there.
+        ValueError: the model does not exist, or cannot be loaded from its location.
     """
     if model == NEWEST:
         if not local:
@@ -132,7 +132,7 @@ def _remote(uri: str, components: str) -> Model:
     try:
         latest = json.loads(pointer)
         place, digest = storage.check_path(latest["uri"]), latest["digest"]
-        if not storage.is_remote(place) or not _DIGEST.fullmatch(digest):  # the digest also names a folder of ours
+        if not storage.is_remote(place) or not _DIGEST.fullmatch(digest):  # it also names a local folder
             raise ValueError("it must have an s3:// uri, and a digest of 64 hexadecimal digits")
         return Model(place=place, digest=digest)
     except (ValueError, KeyError, TypeError) as error:
@@ -153,7 +153,7 @@ def _newest_commit(model: str) -> str:
 
     try:
         commit = HfApi().model_info(model).sha
-    except Exception as error:  # of the network, of the Hub, of authentication
+    except Exception as error:  # errors of the network, the Hub, or authentication
         raise ValueError(
             f"the Hub does not say which commit of {model} is the newest ({type(error).__name__}: {error}); name one "
             "with --revision"
@@ -162,7 +162,7 @@ def _newest_commit(model: str) -> str:
 
 
 def published_settings(model: Model) -> dict[str, Any] | None:
-    """The eval section that a published pipeline was scored with; None of other models.
+    """The eval section with which a published pipeline was scored; None for other models.
 
     Raises:
         ValueError: it names code, which the pipeline's author would have imported here.
@@ -179,7 +179,7 @@ def load(model: Model, scheduler: SchedulerConfig = SchedulerConfig()) -> Loaded
     """The pipeline, on its device. A sealed directory is verified first.
 
     Raises:
-        ValueError: it is not the one that was resolved.
+        ValueError: it changed since it was resolved.
     """
     if model.components:
         from tasks.evaluation.evaluate import load_pipeline
@@ -203,7 +203,7 @@ def load(model: Model, scheduler: SchedulerConfig = SchedulerConfig()) -> Loaded
 
 
 def _here(place: str, digest: str) -> Path:
-    """The directory on this machine; verified where it is sealed."""
+    """The directory on this machine; verified if it is sealed."""
     path = Path(place)
     if storage.is_remote(place):
         path = home() / "models" / digest

@@ -1,7 +1,7 @@
-"""From the words of a command to configurations: which benchmarks, with which judges, at which settings.
+"""Plans the benchmarks, judges and settings of a command.
 
-A benchmark's settings are, the later the stronger: its official numbers, the recipe's eval section (or that which a published
-pipeline was scored with), overrides.
+A benchmark's settings come from, in rising precedence: its official numbers, the recipe's eval section (or that of a
+published pipeline's scorecard), overrides.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from eval import catalog
 from eval.benchmarks import registry
 from eval.config import SCORING_KEYS, EvalConfig
 
-# Of one benchmark, and wrong for another.
+# Settings of one benchmark that are wrong for another.
 OF_A_BENCHMARK = {"benchmark", "judges", "prompts_file", "prompts_per_task", "prompt_rewrites", "images_per_prompt"}
 
 
@@ -36,7 +36,7 @@ class Part(BaseModel):
 
 
 def plan_parts(config: EvalConfig, parts_per_seed: int) -> list[Part]:
-    """Every part of a run. How many there are does not change any image: batches are the same."""
+    """All parts of a run. Their number does not change any image: batches are the same."""
     if parts_per_seed < 1:
         raise ValueError(f"parts_per_seed={parts_per_seed} must be at least 1")
     return [
@@ -59,7 +59,7 @@ def plan_benchmarks(
         overrides: KEY=VALUE for all benchmarks, or BENCHMARK.KEY=VALUE for one.
         judges: [BENCHMARK.][ROLE=]NAME, separated by commas; "" takes those of the base, of the recipe's benchmark, or the
             recommended ones.
-        packaged: prefer judges whose weights packages carry and a CPU runs.
+        packaged: prefer judges with weights in packages, which run on a CPU.
 
     Raises:
         ValueError: an unknown benchmark, role, judge or key, or a benchmark without a judge.
@@ -124,7 +124,7 @@ def _judges_of(judges: str, name: str, names: Sequence[str], roles: Sequence[str
             continue
         if role and role not in roles:
             if not benchmark and len(names) > 1:
-                continue  # of another benchmark's roles
+                continue  # a role of another benchmark
             raise ValueError(f"judges has the role {role!r}, and {name} has {', '.join(roles)}")
         _, answers, _ = catalog.JUDGES.get(judge.partition("@")[0], ("", tuple(roles), ""))
         chosen |= {role: judge} if role else {r: judge for r in roles if r in answers}
@@ -132,6 +132,6 @@ def _judges_of(judges: str, name: str, names: Sequence[str], roles: Sequence[str
 
 
 def generation_config(config: EvalConfig) -> EvalConfig:
-    """The configuration without what scoring alone reads: images do not depend on it, nor does the cache of images."""
+    """The configuration without settings that only scoring reads, on which images and their cache do not depend."""
     defaults = {key: EvalConfig.model_fields[key].get_default() for key in SCORING_KEYS}
     return config.model_copy(update=defaults)

@@ -24,8 +24,8 @@ from model import storage
 REFERENCE = "reference"
 CAPTIONS = "captions"
 DEFAULT_CAPTIONS = 256
-ENOUGH = 16  # held-out captions; where a corpus has fewer, images that were trained on fill up, and the card says so
-MAX_PARTS = 64  # selections that are read: a corpus has tens of thousands
+ENOUGH = 16  # held-out captions; if a corpus has fewer, training images are added, and the card says so
+MAX_PARTS = 64  # maximum selections to read: a corpus has tens of thousands
 
 
 def write_prompts(config: EvalConfig, out_dir: Path, curated: Path | None = None) -> dict[str, int]:
@@ -35,7 +35,7 @@ def write_prompts(config: EvalConfig, out_dir: Path, curated: Path | None = None
         curated: a curated directory, for captions without `prompts_file`.
 
     Raises:
-        ValueError: the prompts cannot be downloaded or read, or captions are asked for without a corpus.
+        ValueError: the prompts cannot be downloaded or read, or the captions benchmark has no corpus.
     """
     if config.benchmark == CAPTIONS:
         prompts = _captions(config, out_dir, curated)
@@ -49,7 +49,7 @@ def write_prompts(config: EvalConfig, out_dir: Path, curated: Path | None = None
 
 
 def deciding(config: EvalConfig) -> dict[str, Any]:
-    """The settings that decide the prompts."""
+    """The settings that determine the prompts."""
     keys = ("benchmark", "prompts_file", "prompt_set", "prompts_per_task")
     values = config.model_dump(mode="json")
     return {key: values[key] for key in (*keys, *(("image_size_px",) if config.benchmark == CAPTIONS else ()))}
@@ -82,7 +82,7 @@ def _captions(config: EvalConfig, out_dir: Path, curated: Path | None) -> list[d
 
 
 def _given_captions(config: EvalConfig, out_dir: Path) -> list[dict[str, Any]]:
-    """Captions of a file of the user's, whose images lie beside it."""
+    """Captions of a user's file, with images beside it."""
     with tempfile.TemporaryDirectory() as folder:
         local = fetched(config, Path(folder))
         assert local.prompts_file is not None
@@ -91,7 +91,7 @@ def _given_captions(config: EvalConfig, out_dir: Path) -> list[dict[str, Any]]:
             reference = prompt["reference"]
             source = (Path(local.prompts_file).parent / reference["file"]).resolve()
             if not source.is_relative_to(Path(local.prompts_file).parent.resolve()) or not source.is_file():
-                raise ValueError(f"{local.prompts_file}: {reference['file']!r} is no file beside it")
+                raise ValueError(f"{local.prompts_file}: {reference['file']!r} is not a file beside it")
             name, sha256 = _write_reference(source.read_bytes(), prompt["id"], config.image_size_px, out_dir)
             prompt["reference"] = {"file": name, "sha256": sha256}
     return prompts
@@ -103,7 +103,7 @@ def write_held_out(
     """The captions of held-out images, and these images at `side_px` x `side_px`, cut at their centre.
 
     The `number` images with the lowest ids, which are hashes and so a random sample; for development those with the
-    highest, others where the corpus has twice as many. Of an image with several captions, the first. At most `MAX_PARTS`
+    highest, which are others if the corpus has twice as many. Uses the first caption of an image. At most `MAX_PARTS`
     selections are read.
 
     Raises:

@@ -1,4 +1,5 @@
-"""Prompts, generated images, answers about them, their scores, a choice between scores, and a gate that a drop fails."""
+"""Tasks of evaluation: prompts, images, answers, scores, a choice between scorecards, and a gate that fails on a
+drop."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ from tasks.manifest import load_manifest
 
 @task(**envs.light("evaluator"))
 def resolve_model(model: str, revision: str, components: str) -> Model:
-    """What names the weights of a model for good. Not cached: a place may have other weights by now."""
+    """Resolves a model to a digest of its weights. Not cached: a location may have other weights by now."""
     from tasks.evaluation import models
 
     with plain_errors():
@@ -53,7 +54,7 @@ def resolve_incumbent(model: str, revision: str, components: str) -> Model:
 
 @task(**envs.light("evaluator"))
 def plan_parts(config: EvalConfig, parts_per_seed: int) -> list[Part]:
-    """What `generate_part` and its like are mapped over: shares of the batches of each seed."""
+    """The parts over which `generate_part` and `generate_from_model` are mapped: shares of the batches of each seed."""
     from tasks.evaluation import plan
 
     with plain_errors():
@@ -62,7 +63,7 @@ def plan_parts(config: EvalConfig, parts_per_seed: int) -> list[Part]:
 
 @task(cache=envs.cache("prompts"), **envs.gather("evaluator"))
 def make_prompts(config: EvalConfig, curated: Optional[CuratedDir] = None) -> PromptsDir:
-    """The benchmark's prompts, downloaded at the official commit; of captions those of held-out images."""
+    """The benchmark's prompts, downloaded at the official commit; for captions, those of held-out images."""
     from tasks.curation.curated import LARGE_FILES
     from tasks.evaluation import plan, prompts
 
@@ -83,7 +84,7 @@ def make_prompts(config: EvalConfig, curated: Optional[CuratedDir] = None) -> Pr
 def generate_part(
     merged: MergedDir, components: ComponentsDir, prompts: PromptsDir, config: EvalConfig, part: Part
 ) -> ImagesDir:
-    """One part of a seed's images, of merged weights with their components, through diffusers' pipeline."""
+    """Generates one part of a seed's images from merged weights and components, through diffusers' pipeline."""
     from tasks.evaluation import evaluate
 
     paths = fetch(merged, "merged"), fetch(components, "components"), fetch(prompts, "prompts")
@@ -94,7 +95,8 @@ def generate_part(
 
 @task(cache=envs.cache("evaluation", ignored_inputs=("model",)), **envs.gpu_single("evaluator"))
 def generate_from_model(model: Model, digest: str, prompts: PromptsDir, config: EvalConfig, part: Part) -> ImagesDir:
-    """One part of a seed's images, of any diffusers pipeline. `digest` is the model's: where it is does not matter."""
+    """Generates one part of a seed's images from any diffusers pipeline. `digest` identifies the model; its location is
+    not part of the cache key."""
     from tasks.evaluation import evaluate
 
     assert digest == model.digest, "the cache knows the model by its digest"
@@ -115,7 +117,7 @@ def _images(
     more: dict[str, Any],
     make: Callable[[EvalConfig, Path, Path], dict[str, Any]],
 ) -> Any:
-    """Seals what `make` samples; a killed attempt's images are kept for the next."""
+    """Seals the images that `make` samples; a killed attempt's images are kept for the next."""
     from tasks.evaluation import plan
 
     config = plan.generation_config(config)
@@ -135,7 +137,7 @@ def _images(
 
 @task(cache=envs.cache("evaluation"), **envs.gpu_single("evaluator"))
 def judge_images(images: list[ImagesDir], prompts: PromptsDir, config: EvalConfig) -> AnswersDir:
-    """The judges' answers about all images; a killed attempt's answers are kept for the next."""
+    """Judges all images; a killed attempt's answers are kept for the next."""
     from tasks.evaluation import evaluate
 
     parts, asked = [fetch(part, "images") for part in images], fetch(prompts, "prompts")
@@ -156,7 +158,7 @@ def judge_images(images: list[ImagesDir], prompts: PromptsDir, config: EvalConfi
 def score_answers(
     images: list[ImagesDir], prompts: PromptsDir, answers: AnswersDir, config: EvalConfig
 ) -> ScorecardDir:
-    """The scorecard: means, noises, intervals, a gallery to look at. Neither weights nor an accelerator are needed."""
+    """Writes the scorecard: means, noise, intervals and a gallery. Needs neither weights nor an accelerator."""
     from tasks.evaluation import evaluate
 
     parts, asked, judged = [fetch(p, "images") for p in images], fetch(prompts, "prompts"), fetch(answers, "answers")
@@ -172,7 +174,7 @@ def score_answers(
 
 @task(**envs.light("evaluator"))
 def gate(scorecard: ScorecardDir, incumbent: ScorecardDir) -> str:
-    """Fails where the score is worse than the incumbent's beyond noise: the last task, when the scorecard is stored."""
+    """Fails if the score is lower than the incumbent's beyond noise. The last task, after the scorecard is stored."""
     from tasks.evaluation import evaluate
 
     current, before = _scores(scorecard), _scores(incumbent)
@@ -189,7 +191,7 @@ def _scores(scorecard: Any) -> Path:
 
 @task(**envs.light("evaluator"))
 def find_changed(source: str, model: Model, configs: list[EvalConfig]) -> list[EvalConfig]:
-    """The configurations by which this model, or whatever `source` was before, has no stored score yet."""
+    """The configurations for which the store has no score of this model, as the last one of `source`."""
     from tasks.evaluation import history
 
     changed = [config for config in configs if not history.is_known(source, model, config)]
@@ -200,16 +202,16 @@ def find_changed(source: str, model: Model, configs: list[EvalConfig]) -> list[E
 
 @task(**envs.light("evaluator"))
 def store_score(source: str, model: Model, config: EvalConfig, scorecard: ScorecardDir) -> str:
-    """Records the scorecard; returns, as JSON, what `gate_scores` compares it with."""
+    """Records the scorecard; returns the input of `gate_scores`, as JSON."""
     from tasks.evaluation import history
 
-    _scores(scorecard)  # verified: what is recorded can be read
+    _scores(scorecard)  # verified, so that the recorded scorecard can be read
     return history.store_score(source, model, config, source_of(scorecard))
 
 
 @task(**envs.light("evaluator"))
 def gate_scores(stored: list[str]) -> list[str]:
-    """Fails if any score is worse than the last accepted one beyond noise; the others become the accepted ones."""
+    """Fails if any score is lower than the last accepted one beyond noise; the others become the accepted scores."""
     from tasks.evaluation import history
 
     with plain_errors():
@@ -219,7 +221,7 @@ def gate_scores(stored: list[str]) -> list[str]:
 
 
 class Choice(NamedTuple):
-    """The name of the chosen candidate, "incumbent" where none beats it, and why."""
+    """The name of the chosen candidate, or "incumbent" if none beats it, and the reason."""
 
     chosen: str
     sentence: str
@@ -227,7 +229,7 @@ class Choice(NamedTuple):
 
 @task(**envs.light("evaluator"))
 def choose_scorecard(names: list[str], scorecards: list[ScorecardDir]) -> Choice:
-    """The candidate that beats the incumbent, which comes first, on development prompts.
+    """Chooses the candidate that beats the incumbent (the first scorecard) on development prompts.
 
     A candidate with the scorecard of one before it, such as the incumbent's own setting, is the same candidate.
     """

@@ -1,4 +1,4 @@
-"""What an artifact was made from, as a page for Flyte's console: each parent with its execution there, to walk on."""
+"""The parents of an artifact as a page for Flyte's console, with links to their executions."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ COLUMNS = ("kind", "digest", "execution", "task", "at")
 
 
 def parents_page(directory: Path) -> str:
-    """The artifact's digest, and a table of its parents: kind, digest, who made them, and where they are.
+    """The artifact's digest, and a table of its parents: kind, digest, producer, and location.
 
-    Executions come from the parents' own manifests; of a parent that cannot be read, only its digest is known.
+    Executions come from the parents' own manifests; for an unreadable parent only its digest is shown.
     """
     manifest = load_manifest(directory)
     rows = map(_row, manifest.parents[:MAX_PARENTS])
@@ -33,7 +33,7 @@ def parents_page(directory: Path) -> str:
 def _row(parent: Parent) -> tuple:
     try:
         made_by = sealed.load(parent.uri).made_by if parent.uri else {}
-    except Exception:  # a store may answer with an error of any library, and a page never fails the task
+    except Exception:  # a store may raise errors of any library, and a page must not fail the task
         made_by = {}
     return (
         parent.kind,
@@ -45,7 +45,7 @@ def _row(parent: Parent) -> tuple:
 
 
 def _execution(name: str) -> str:
-    """PROJECT/DOMAIN/NAME, linked where the console's address is known."""
+    """PROJECT/DOMAIN/NAME, with a link if the console's address is known."""
     console = os.environ.get(CONSOLE, "").rstrip("/")
     match = re.fullmatch(r"([\w.-]+)/([\w.-]+)/([\w.-]+)", name)
     if not match or not console.startswith(("https://", "http://")):

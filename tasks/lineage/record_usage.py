@@ -1,7 +1,8 @@
-"""Which artifacts had a record: `python -m tasks.trace --used-by RECORD HOME`.
+"""Finds the artifacts that had a record: `python -m tasks.trace --used-by RECORD HOME`.
 
-Tables with a column record_id say it of parts: a selection, latents, and ledgers, which also list what was left out. An index
-has a record if one of its parts has; what is made from an artifact that has it, has it too. Nothing is verified.
+A part has a record if one of its tables with a column record_id lists it: a selection, latents, or a ledger, which also
+lists rejected records. An index has a record if one of its parts has, and so has everything made from an artifact that
+has it. Nothing is verified.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Artifact(NamedTuple):
 
 
 class Use(NamedTuple):
-    """An artifact, and how it uses the record. `has` is False where the record was left out."""
+    """An artifact, and how it uses the record. `has` is False if the record was left out."""
 
     kind: str
     digest: str
@@ -40,7 +41,7 @@ class Use(NamedTuple):
 
 
 def used_by(record: str, home: str) -> list[Use]:
-    """Every artifact below HOME/artifacts that had a record, and those that left it out, in the order of `KINDS`.
+    """Artifacts below HOME/artifacts that had a record or left it out, in the order of `KINDS`.
 
     Args:
         record: its id, the SHA-256 of the image's bytes, or its key.
@@ -52,11 +53,11 @@ def used_by(record: str, home: str) -> list[Use]:
 
 
 def uses_of(records: Collection[str], homes: Sequence[str]) -> dict[str, list[Use]]:
-    """The same for many records, reading each table once: record -> uses.
+    """Like `used_by` for many records, reading each table once: record -> uses.
 
     Args:
-        records: ids, keys, or the names of files and URLs as ledgers have them.
-        homes: directories or URIs with artifacts/, places of published pipelines (versions/), or sealed directories.
+        records: ids, keys, or files and URLs as in ledgers.
+        homes: directories or URIs with artifacts/, with published pipelines (versions/), or sealed directories.
 
     Raises:
         ValueError: there are no artifacts.
@@ -78,9 +79,9 @@ def uses_of(records: Collection[str], homes: Sequence[str]) -> dict[str, list[Us
 
 
 def _spread(uses: dict[str, Use], artifacts: dict[str, Artifact], parts: dict[str, list[str]]) -> list[Use]:
-    """Adds what was made from the artifacts that have the record."""
+    """Adds artifacts that were made from the artifacts that have the record."""
     left = set(artifacts) if uses else set()
-    while left:  # each round reaches the next generation
+    while left:  # each round adds the next generation
         new = {}
         for digest in left:
             uri, manifest = artifacts[digest]
@@ -111,7 +112,7 @@ def _sealed(uri: str) -> Iterator[Artifact]:
 
 
 def _in_tables(records: pa.Array, uri: str, manifest: Manifest) -> dict[str, tuple[bool, str]]:
-    """Record -> (whether the directory has it, why), by the tables of one directory."""
+    """Record -> (whether the directory has it, why), from the tables of one directory."""
     uses: dict[str, tuple[bool, str]] = {}
     for name in sorted(name for name in manifest.files if name.endswith(".parquet")):
         with sealed.open_table(uri, name) as table:
@@ -131,7 +132,7 @@ def _in_tables(records: pa.Array, uri: str, manifest: Manifest) -> dict[str, tup
 
 
 def main(record: str, home: str, as_json: bool = False) -> int:
-    """Prints the uses; returns 0, or 1 where no artifact had the record."""
+    """Prints the uses; returns 0, or 1 if no artifact had the record."""
     uses = used_by(record, storage.check_path(home))
     if as_json:
         print(json.dumps([_json(use) for use in uses], indent=1))

@@ -1,4 +1,4 @@
-"""The lineage of an artifact as one HTML page: a drawing, and a table with every digest. Nothing is loaded from elsewhere."""
+"""The lineage of an artifact as one self-contained HTML page: a drawing, and a table with every digest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COLUMNS = ("kind", "digest", "counts", "files", "parts", "made from", "made by",
 
 
 def trace_page(story: dict[str, Any]) -> str:
-    """The page of what `tasks.trace.describe` returns."""
+    """The page for the result of `tasks.trace.describe`."""
     nodes = {node["digest"]: node for node in story["nodes"]}
     records = story["records"]
     root = nodes[story["root"]]
@@ -49,7 +49,7 @@ def _drawing(root: str, nodes: dict[str, Any]) -> str:
     that have the same children are one box: a corpus may have thousands of parents."""
     depth = {root: 0}
     order = [root]
-    for digest in order:  # grows: a node is placed behind the last of its children
+    for digest in order:  # grows: a node is placed after the last of its children
         for parent in nodes[digest]["parents"]:
             if depth.get(parent, -1) < depth[digest] + 1:
                 depth[parent] = depth[digest] + 1

@@ -37,7 +37,7 @@ def merge_stage(
 
     checkpoints = finished_checkpoints(checkpoints_dir)
     if not checkpoints:
-        raise ValueError(f"{checkpoints_dir} holds no finished checkpoint (step-*/ with a .metadata file) to merge")
+        raise ValueError(f"{checkpoints_dir} has no finished checkpoint (step-*/ with a .metadata file) to merge")
     steps = sorted(checkpoints)[-merge.last_n :]
     weights = wsm_weights(len(steps))
     if len(steps) < merge.last_n:

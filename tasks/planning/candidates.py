@@ -1,4 +1,4 @@
-"""What is chosen between: one model at other settings, other merges of its checkpoints, or other models.
+"""The candidates of a choice: one model at other settings, other merges of its checkpoints, or other models.
 
 guidance_scale=3              the model at another setting of the eval section; several joined by +
 last_n=8                      another merge (WSM window) of --checkpoints; may be joined with settings too
@@ -37,7 +37,7 @@ class Merge(BaseModel):
 
 
 class Candidate(BaseModel):
-    """Either `model` or `merge` is what is scored, with `config`."""
+    """One of `model` and `merge` is given: it is scored with `config`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
@@ -56,7 +56,7 @@ def plan_candidates(
     components: str = "",
     local: bool = True,
 ) -> list[Candidate]:
-    """The incumbent (`model` at the settings that `plan.plan_benchmarks` gives it), then the candidates.
+    """The incumbent (`model` with the settings from `plan.plan_benchmarks`), then the candidates.
 
     Args:
         candidates: separated by commas; see the top of this file.
@@ -64,7 +64,7 @@ def plan_candidates(
         components: a sealed directory of kind components, for merges and merged weights.
 
     Raises:
-        ValueError: no candidates, one twice, an unknown setting, or a merge without recipe or components.
+        ValueError: no candidates, a repeated one, an unknown setting, or a merge without recipe or components.
     """
     names = [name.strip() for name in candidates.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
@@ -124,7 +124,7 @@ def _merge(name: str, recipe: Recipe | None, components: str, last_n: str | None
 
 
 def plan_transformer(recipe: Recipe) -> TransformerConfig:
-    """The transformer of a recipe's last stage, which its checkpoints are of."""
+    """The transformer of a recipe's last stage, to which its checkpoints belong."""
     from tasks.planning.sections import stages
 
     return stages(recipe)[-1].train.model

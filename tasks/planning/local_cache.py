@@ -1,8 +1,8 @@
-"""Keeps Flyte's local cache honest about files.
+"""Drops entries of Flyte's local cache whose files are gone.
 
-A cached output of a local run is a path. When the files there are gone, Flyte would hand the path on and the
-next task would fail; so entries whose artifact is missing or incomplete, or is an index of parts of which one is gone,
-are dropped before a run, and the task behind them runs again. On a cluster the cache is Flyte's own and nothing is done.
+A cached output of a local run is a path. If its files are gone, Flyte would still return the path, and the next task
+would fail. So entries whose artifact is missing or incomplete, or is an index with a missing part, are dropped before a
+run, and their tasks run again. On a cluster nothing is done.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ logger = get_logger(__name__)
 
 
 def forget_lost_artifacts(location: str) -> int:
-    """Drops entries of Flyte's local cache at `location` whose artifacts are gone or lack files; returns how many."""
+    """Drops entries of Flyte's local cache at `location` whose artifacts are gone or lack files; returns their
+    number."""
     from diskcache import Cache, Disk
     from diskcache.core import MODE_PICKLE
     from flyteidl.core.literals_pb2 import LiteralMap
@@ -29,7 +30,7 @@ def forget_lost_artifacts(location: str) -> int:
         return 0
 
     class WithoutPickles(Disk):
-        """Flyte's keys are texts and its values bytes. Of any other entry nothing is unpickled: that can run code."""
+        """Flyte's keys are strings and its values bytes. Other entries are not unpickled, since that can run code."""
 
         def get(self, key: Any, raw: bool) -> Any:
             return super().get(key, raw) if raw else None
@@ -71,7 +72,7 @@ def _uris(literal: Any) -> Iterator[str]:
 
 
 def _is_ours(uri: str) -> bool:
-    """Artifacts are kept as HOME/artifacts/KIND/DIGEST; the entries of other projects stay untouched."""
+    """Whether a path has the form HOME/artifacts/KIND/DIGEST; entries of other projects are not touched."""
     return "://" not in uri and Path(uri).parent.parent.name == "artifacts"
 
 

@@ -1,4 +1,4 @@
-"""What a local run needs of this machine: directories that can be written. Checked before any work."""
+"""Checks, before any work, that a local run can write its directories."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def check_directories(home: Path, cache: Path) -> None:
         cache: Flyte's local cache, which is needed unless FLYTE_LOCAL_CACHE_ENABLED is false.
 
     Raises:
-        ValueError: one cannot be made or written, with the variable that moves it.
+        ValueError: one cannot be made or written; the message names the variable that changes it.
     """
     _check_writable(home, f"NUCLEUS_HOME={home}: artifacts cannot be written there", "set NUCLEUS_HOME")
     if os.environ.get("FLYTE_LOCAL_CACHE_ENABLED", "true").lower() not in ("false", "0"):

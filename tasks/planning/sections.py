@@ -1,4 +1,4 @@
-"""The part of a recipe that each task needs, and no more: a task runs again only when its own part changes."""
+"""Selects the sections of a recipe that each task needs: a task runs again only when they change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from model.constants import PIPELINE_TEXT_STATE
 from model.stages import TrainingStage, training_stages
 from tasks.recipe import Recipe
 
-# Artifacts that workflows start from or end in. "encoded" are components, texts and latents.
+# Artifacts that workflows start from or make. "encoded": components, texts and latents.
 Hop = Literal["source", "curated", "encoded", "checkpoints", "merged", "scorecard", "pipeline"]
 HOPS: tuple[Hop, ...] = get_args(Hop)
 PHONE_FORMATS = ("AVIF", "HEIF")
@@ -22,21 +22,21 @@ OWN_CAPTION_WORDS = 60  # with the tokens of the chat format they fit in 64
 
 
 class Stage(Section):
-    """One stage as its tasks get it."""
+    """The input of one stage's tasks."""
 
     train: TrainingStage
 
 
 def stages(recipe: Recipe) -> list[Stage]:
-    """The stages of a recipe, any number of them, in order."""
+    """The stages of a recipe, in order."""
     return [Stage(train=stage) for stage in training_stages(recipe.model, recipe.train)]
 
 
 def stage_named(stages: list[Stage], name: str) -> Stage:
-    """The stage of that name; the last one where `name` is empty.
+    """The stage of that name; the last one if `name` is empty.
 
     Raises:
-        ValueError: none has it.
+        ValueError: there is no stage of that name.
     """
     if not name:
         return stages[-1]
@@ -44,18 +44,18 @@ def stage_named(stages: list[Stage], name: str) -> Stage:
         if stage.train.stage.name == name:
             return stage
     names = ", ".join(stage.train.stage.name for stage in stages)
-    raise ValueError(f"stage={name!r} is no stage of the recipe: use one of {names}")
+    raise ValueError(f"stage={name!r} is not a stage of the recipe: use one of {names}")
 
 
 def check_workflow(recipe: Recipe, ends_in: Hop = "pipeline", starts_from: Hop = "source") -> None:
-    """Refuses, before any work, a valid recipe that a workflow could not carry to its end.
+    """Refuses, before any work, a valid recipe that a workflow could not finish.
 
     Args:
         ends_in: the artifact that the workflow makes.
-        starts_from: what it is given.
+        starts_from: the artifact that the workflow is given.
 
     Raises:
-        ValueError: naming the key, and what would be valid.
+        ValueError: names the key, and what would be valid.
     """
     hops = HOPS[HOPS.index(starts_from) + 1 : HOPS.index(ends_in) + 1]
     assert hops, (starts_from, ends_in)
@@ -77,7 +77,7 @@ def check_scoring(config: EvalConfig) -> None:
     """Refuses, before any work, images without a judge.
 
     Raises:
-        ValueError: no judge for a role, no development prompts, or a prompt file that is not there.
+        ValueError: no judge for a role, no development prompts, or a prompt file that does not exist.
     """
     try:
         catalog.judges_of(config)
@@ -98,11 +98,11 @@ def check_scoring(config: EvalConfig) -> None:
 
 
 def check_ranks(train: TrainSettings, nnodes: int, nproc_per_node: int, local: bool) -> None:
-    """Refuses, before any work, a recipe with other ranks than the training task has. Those are fixed when workflows are
-    registered, or when a local run starts (`envs.TRAIN_NNODES`, `envs.TRAIN_NPROC`).
+    """Refuses, before any work, a recipe whose number of ranks differs from the training task's. The latter is fixed
+    when workflows are registered, or when a local run starts (`envs.TRAIN_NNODES`, `envs.TRAIN_NPROC`).
 
     Raises:
-        ValueError: with the arithmetic, and how to change it.
+        ValueError: shows the arithmetic, and how to change it.
     """
     processes, given = train.nnodes * train.nproc_per_node, nnodes * nproc_per_node
     if processes != given:
@@ -121,13 +121,13 @@ def check_ranks(train: TrainSettings, nnodes: int, nproc_per_node: int, local: b
 
 
 def check_tiers(images_by_tier: dict[str, int], stages: list[Stage]) -> None:
-    """Refuses, right after curation, a corpus in which a stage would find no image to draw.
+    """Refuses, right after curation, a corpus without images for one of the stages.
 
     Args:
         images_by_tier: images of the curated corpus.
 
     Raises:
-        ValueError: naming the stage, its weights and the tiers that there are.
+        ValueError: names the stage, its weights and the tiers of the corpus.
     """
     present = {tier for tier, images in images_by_tier.items() if images}
     for i, stage in enumerate(stages):
@@ -156,6 +156,7 @@ def for_own_images(recipe: Recipe) -> Recipe:
         filters = filters.model_copy(update={"max_aspect_ratio": ANY_ASPECT_RATIO})
     return recipe.model_copy(
         update={
+            "source": recipe.source.model_copy(update={"scenes": 0, "digits": 0, "made": {}}),
             "curation": recipe.curation.model_copy(update={"captions": captions, "filters": filters}),
             "components": recipe.components.model_copy(update={"min_psnr_db": 0.0}),
             "encoding": recipe.encoding.model_copy(update={"shapes": "data"}),
@@ -165,7 +166,7 @@ def for_own_images(recipe: Recipe) -> Recipe:
 
 
 def own_captions(config: EvalConfig) -> EvalConfig:
-    """The eval section with the captions benchmark in the place of shapes."""
+    """The eval section with the captions benchmark instead of shapes."""
     if config.benchmark != "shapes":
         return config
     per_prompt = catalog.benchmark("captions").images_per_prompt

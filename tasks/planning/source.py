@@ -1,11 +1,11 @@
-"""What is said of a source before anything looks at it. The scan itself: tasks/curation/sources."""
+"""Checks a source's path without reading it. tasks/curation/sources has the scan."""
 
 from __future__ import annotations
 
 from model import storage
 from tasks.curation.sources.base import visible
 
-PLACEHOLDER = "YOUR-BUCKET"  # in the recipes that come without data
+PLACEHOLDER = "YOUR-BUCKET"  # in recipes without data
 
 
 def check_source(path: str, local: bool) -> None:
@@ -27,10 +27,10 @@ def check_source(path: str, local: bool) -> None:
 
 
 def check_takedown(path: str | None, local: bool) -> None:
-    """Refuses, without looking at it, a takedown list that the cluster cannot read.
+    """Refuses, without reading it, a takedown list that the cluster cannot read.
 
     Raises:
-        ValueError: on a cluster a path on the user's machine.
+        ValueError: on a cluster, a path of the user's machine.
     """
     if path and not storage.is_remote(path) and not local:
         raise ValueError(f"curation.takedown={visible(path)!r} is a path of your machine; give an s3:// URI")

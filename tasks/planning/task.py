@@ -1,4 +1,4 @@
-"""Reads the recipe and hands each task its part."""
+"""Reads the recipe and splits it into the inputs of tasks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ logger = get_logger(__name__)
 
 
 class Sections(NamedTuple):
-    """The recipe, cut into the inputs of tasks."""
+    """The recipe, split into the inputs of tasks."""
 
     name: str
     source: SourceConfig
@@ -61,7 +61,7 @@ class Sections(NamedTuple):
 def resolve_recipe(
     recipe: str, overrides: Union[list[str], str], source: str, ends_in: str, starts_from: str = "source"
 ) -> Sections:
-    """Checks the whole recipe before any work. Not cached: it also forgets artifacts that are gone.
+    """Checks the whole recipe before any work. Not cached: it also drops cache entries of lost artifacts.
 
     `starts_from`, `ends_in`: the artifacts that the workflow is given and makes (`sections.Hop`).
     """
@@ -80,7 +80,7 @@ def resolve_recipe(
             check_ranks(loaded.train, envs.TRAIN_NNODES, envs.TRAIN_NPROC, is_local())
         if starts_from == "source" and loaded.curation.captioner is not None:
             check_captioner(loaded.curation.captioner)
-    if path and loaded.source.is_made:  # a recipe for made images, given others
+    if path and loaded.source.is_made:  # a recipe for made images with the user's own
         loaded = for_own_images(loaded)
         words = loaded.curation.captions.max_words
         logger.info(
@@ -108,7 +108,7 @@ def resolve_recipe(
 
 @task(**envs.light("curation"))
 def check_curated(curated: CuratedDir, stages: list[Stage]) -> dict[str, int]:
-    """Refuses a corpus that leaves a stage without images, before it is encoded. Returns the images of each tier."""
+    """Refuses a corpus without images for a stage, before it is encoded. Returns the number of images by tier."""
     from tasks.curation.curated import LARGE_FILES, images_by_tier
 
     path = fetch(curated, "curated", LARGE_FILES)
@@ -127,7 +127,7 @@ class ChosenStage(NamedTuple):
 
 @task(**envs.light("curation"))
 def choose_stage(stages: list[Stage], name: str) -> ChosenStage:
-    """The stage of that name; the last one where `name` is empty."""
+    """The stage of that name; the last one if `name` is empty."""
     with plain_errors():
         chosen = stage_named(stages, name).train
     return ChosenStage(stage=chosen, model=chosen.model)
@@ -139,7 +139,7 @@ def plan_benchmarks(
 ) -> list[EvalConfig]:
     """Checks the whole request before any work: one configuration for each benchmark.
 
-    `recipe` has the settings; "" takes those that a published pipeline was scored with.
+    `recipe` has the settings; "": those of a published pipeline's scorecard.
     """
     from eval import catalog
     from tasks.evaluation import models, plan
@@ -174,7 +174,8 @@ def plan_candidates(
     judges: str,
     components: str,
 ) -> list[Candidate]:
-    """The incumbent and the candidates, each with its settings on development prompts. Checked before any work."""
+    """Checks the request before any work: the incumbent and the candidates, with their settings on development
+    prompts."""
     from tasks.planning import candidates as planner
 
     changes = [overrides] if isinstance(overrides, str) else overrides

@@ -1,7 +1,7 @@
-"""Checks, before a run starts, what it needs of a cluster.
+"""Checks, before a run starts, the cluster's requirements.
 
     python -m tasks.preflight --recipe nucleus_17b --shape 8x8
     python -m tasks.preflight --recipe nucleus_17b --shape 8x8 --json
 
-Read-only, but for one object under BUCKET/.preflight that it writes and removes. Secrets are never printed.
+Read-only, except one object under BUCKET/.preflight that it writes and removes. Secrets are never printed.
 """

@@ -1,4 +1,4 @@
-"""python -m tasks.preflight: exit code 0 where no check fails."""
+"""python -m tasks.preflight: exits 0 if no check fails."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from tasks.site import SETTINGS, load_site
 
 
 def target(arguments: argparse.Namespace) -> checks.Target:
-    """The run and the site that the arguments and the configuration name. The site's settings become this process's
-    environment, as they do for a registration.
+    """The run and the site from the arguments and the configuration. Exports the site's settings to this process's
+    environment, as a registration does.
 
     Raises:
         ValueError: an unreadable configuration, an unknown recipe, profile or fabric.
     """
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", arguments.shape)
     if not match:
-        raise ValueError(f"--shape {arguments.shape!r} is no shape; use NODESxPROCESSES, such as 8x8")
+        raise ValueError(f"--shape {arguments.shape!r} is not a shape; use NODESxPROCESSES, such as 8x8")
     site = load_site(arguments.config)
     section, admin = site["nucleus"], site["admin"]
     os.environ.update({name: str(section[key]) for key, name in SETTINGS.items() if section.get(key)})

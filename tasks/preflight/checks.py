@@ -1,4 +1,4 @@
-"""Checks by name, their results, and how they are shown."""
+"""The registry of checks, their results, and their output."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ MARKS = {"ok": "ok", "failed": "FAILED", "skipped": "skipped"}
 
 
 class Failed(Exception):
-    """A check's finding."""
+    """A check failed; the message says why."""
 
 
 class Skipped(Exception):
-    """Why a check does not apply here."""
+    """A check does not apply here; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Result:
 
 @dataclass
 class Target:
-    """The run, and the site that it is to run on."""
+    """The run and its site."""
 
     recipe: Any
     nnodes: int
@@ -70,7 +70,8 @@ CHECKS: list[Check] = []
 
 
 def check(name: str, remedy: str) -> Callable[[Callable[[Target], str]], Callable[[Target], str]]:
-    """Registers a function that returns what it saw, or raises Failed or Skipped. `remedy`: what to do when it fails."""
+    """Registers a function that returns its observation as text, or raises Failed or Skipped. `remedy`: what to do when
+    it fails."""
 
     def register(look: Callable[[Target], str]) -> Callable[[Target], str]:
         assert name not in {known.name for known in CHECKS}, name
@@ -81,7 +82,7 @@ def check(name: str, remedy: str) -> Callable[[Callable[[Target], str]], Callabl
 
 
 def run_checks(target: Target) -> list[Result]:
-    """Runs every check separately: an error of one is its result."""
+    """Runs every check separately; an error of a check is its result."""
     results = []
     for each in CHECKS:
         try:
@@ -90,13 +91,13 @@ def run_checks(target: Target) -> list[Result]:
             results.append(Result(each.name, "skipped", str(reason)))
         except Failed as finding:
             results.append(Result(each.name, "failed", str(finding), each.remedy))
-        except Exception as error:  # of a client: an unreachable server, a refusal
+        except Exception as error:  # errors of a client: an unreachable server, a refusal
             results.append(Result(each.name, "failed", brief(error), each.remedy))
     return results
 
 
 def brief(error: Exception) -> str:
-    """One line of an error, without bodies or headers, which may have tokens."""
+    """One line of an error, without bodies or headers, which may contain tokens."""
     status = getattr(error, "status", None)
     if status == 403:
         return "not allowed: this identity lacks the right to look (k8s/base/rbac.yaml has the role nucleus-preflight)"
@@ -107,7 +108,7 @@ def brief(error: Exception) -> str:
 
 
 def table(results: list[Result]) -> str:
-    """A line a check; under each failure its remedy."""
+    """One line per check; below each failure its remedy."""
     width = max(len(result.name) for result in results)
     lines = []
     for result in results:

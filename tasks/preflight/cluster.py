@@ -390,7 +390,7 @@ def wandb_secret(target: Target) -> str:
 
 
 def _has_key(target: Target, setting: str, key: str) -> str:
-    """Looks for a key of the secret that a setting names; its value is never read out."""
+    """Looks for a key of the secret that a setting names; its value is never read."""
     name = getattr(target, setting)
     if not name:
         raise Skipped(f"no secret is configured (nucleus.{setting})")

@@ -39,14 +39,14 @@ def recipe_source(target: Target) -> str:
 
 @functools.cache
 def _s3(endpoint: str | None) -> Any:
-    """One client an endpoint: making one takes longer than a request."""
+    """One client per endpoint, since making one takes longer than a request."""
     import boto3
 
     return boto3.client("s3", endpoint_url=endpoint)
 
 
 class _Probe:
-    """The object that the bucket's checks write."""
+    """The object that the checks of the bucket write."""
 
     def __init__(self, target: Target):
         if not target.bucket:

@@ -280,9 +280,9 @@ def _limits(recipe: dict[str, Any], scorecard: dict[str, Any] | None) -> str:
                 "- The corpus contains rendered scenes of coloured shapes; prompts should follow their wording."
             )
         if source["digits"] or source.get("made", {}).get("digits"):
-            lines.append("- It also contains scans of handwritten digits.")
+            lines.append("- The corpus contains scans of handwritten digits.")
         lines += [
-            f"- It also contains made records of {name!r}." for name in source.get("made", {}) if name != "digits"
+            f"- The corpus contains made records of {name!r}." for name in source.get("made", {}) if name != "digits"
         ]
     else:
         lines.append("- It reproduces the content of its training images and captions, with their biases and gaps.")

@@ -8,13 +8,13 @@ from model.config import Section
 
 
 class PublishConfig(Section):
-    """Where the pipeline goes beside its sealed directory, and what its card says."""
+    """Further destinations of the pipeline, and settings of its card."""
 
     title: str = "Nucleus-Image reproduction"
     license: str = "apache-2.0"
-    hub_repo_id: str | None = None  # pushed there when set
+    hub_repo_id: str | None = None  # pushed there if set
     hub_private: bool = True  # a repository made for it is private; an existing public one is refused
-    s3_uri: str | None = None  # uploaded there when set
+    s3_uri: str | None = None  # uploaded there if set
     s3_bucket_owner: str | None = None  # account id that must own that bucket
 
     @model_validator(mode="after")

@@ -13,29 +13,28 @@ from tasks.manifest import MANIFEST, Manifest, public_manifest, verify
 
 logger = get_logger(__name__)
 
-FRESH = {".gitattributes"}  # what the Hub puts into a new repository
+FRESH = {".gitattributes"}  # files that the Hub adds to a new repository
 
 
 def push(directory: str | Path, repo_id: str, private: bool = True, api: Any = None) -> dict[str, Any]:
-    """Makes the repository if it is absent, uploads every file in one commit, and checks that all of it arrived.
+    """Makes the repository if it does not exist, uploads every file in one commit, and checks that all arrived.
 
-    Running it again is safe: the Hub skips files that it has. Files of an older push of ours that are not in the
-    directory are deleted in the same commit; no other file is. The commit names its parent, so that of two publishers
-    one fails.
+    Running it again is safe: the Hub skips files that it has. Files of our older push that are not in the directory are
+    deleted in the same commit; other files are not. The commit names its parent, so that one of two concurrent
+    publishers fails.
 
     Args:
         directory: a sealed directory.
         repo_id: "name" or "owner/name".
-        private: whether a repository that is made here is private. One that exists must be as private as asked.
+        private: whether a new repository is private. An existing public one is then refused.
         api: a huggingface_hub.HfApi; default: one with the token of HF_TOKEN or `hf auth login`.
 
     Returns:
         {"repo_id", "url", "commit", "files", "digest"}.
 
     Raises:
-        ValueError: the directory does not verify, the Hub refuses the name or the token, the repository holds files that
-            are not of a push like this one, it is public where `private` is asked, or a file is missing or different
-            after the upload.
+        ValueError: the directory does not verify, the Hub refuses the name or the token, the repository contains files
+            of other origin, it is public although `private` is set, or a file is missing or different after the upload.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import HfHubHTTPError, LocalTokenNotFoundError, validate_repo_id
@@ -92,10 +91,10 @@ def _files(api: Any, repo_id: str, revision: str | None) -> dict[str, Any]:
 
 
 def _look(api: Any, repo_id: str, private: bool, wanted: set[str]) -> tuple[str | None, list[str]]:
-    """(commit to build on, files of an older push that are to go).
+    """(parent commit, files of an older push to delete).
 
     Raises:
-        ValueError: the repository is public where `private` is asked, or was not written by this project.
+        ValueError: the repository is public although `private` is set, or was not written by this project.
     """
     info = api.repo_info(repo_id, repo_type="model")
     if private and info.private is False:

@@ -32,7 +32,7 @@ from tasks.trace import lineage_rows
 logger = get_logger(__name__)
 
 SUMS = "SHA256SUMS"
-# Where each part comes from, the class that diffusers looks up for it, and files without which it cannot load.
+# The source of each part, the class that diffusers loads for it, and the files that it needs.
 PARTS = {
     "transformer": ("diffusers", "NucleusMoEImageTransformer2DModel", ("config.json", "*.safetensors")),
     "vae": ("diffusers", "AutoencoderKLQwenImage", ("config.json", "*.safetensors")),
@@ -51,9 +51,9 @@ def publish(
     """Assembles the pipeline directory.
 
     Args:
-        merged_dir: holds `transformer/` in diffusers' layout.
-        components_dir: holds `vae/`, `text_encoder/` and `processor/`.
-        scorecard_dir: holds `scorecard.json`, and `grid.png` where there is one: nothing is published without scores.
+        merged_dir: has `transformer/` in diffusers' layout.
+        components_dir: has `vae/`, `text_encoder/` and `processor/`.
+        scorecard_dir: has `scorecard.json`, and optionally `grid.png`: nothing is published without scores.
         recipe: the whole recipe as `Recipe.model_dump(mode="json")`, which the card describes.
         out_dir: an empty directory.
 
@@ -108,8 +108,8 @@ PRIVATE = (("source", "path"), ("train", "checkpoint_uri"), ("publish", "s3_uri"
 
 
 def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe as it may be published: without paths, buckets and accounts. A local directory that weights came from
-    is named by its last step alone."""
+    """The recipe for publication: without paths, buckets and accounts. A local directory of weights is named only by
+    its last component."""
     public = copy.deepcopy(recipe)
     for section, key in PRIVATE:
         if public.get(section, {}).get(key) is not None:
@@ -155,14 +155,14 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _write_sums(directory: Path) -> list[Path]:
-    """SHA256SUMS over every other file, as `sha256sum -c SHA256SUMS` reads it. Returns all files."""
+    """Writes SHA256SUMS over every other file, for `sha256sum -c SHA256SUMS`. Returns all files."""
     files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name not in (SUMS, MANIFEST))
     lines = [f"{sha256_file(path)}  {path.relative_to(directory).as_posix()}\n" for path in files]
     (directory / SUMS).write_text("".join(lines))
     return [*files, directory / SUMS]
 
 
-# Runs where nothing of this project can be imported by accident: -I, another working directory, and a look at the end.
+# Cannot import this project by accident: -I, another working directory, and a check at the end.
 _CHECK = """
 import json, sys, time
 start = time.time()
@@ -189,7 +189,7 @@ print("CHECK " + json.dumps({"ok": True, "class": type(pipe).__name__, "device":
 
 
 def _without_secrets(home: str) -> dict[str, str]:
-    """The environment of a process that loads files of others: no tokens, no credentials, no home of the user."""
+    """The environment of a process that loads untrusted files: no tokens, credentials or home of the user."""
     kept = (
         "PATH",
         "LANG",
@@ -207,7 +207,7 @@ def _without_secrets(home: str) -> dict[str, str]:
 def check_pipeline(
     directory: str | Path, height_px: int = 64, width_px: int = 64, timeout_s: float = 1800
 ) -> dict[str, Any]:
-    """Loads the directory in a fresh process with diffusers, transformers and torch alone, and draws one image in two
+    """Loads the directory in a fresh process with only diffusers, transformers and torch, and draws one image in two
     steps, without and with TextKVCacheConfig.
 
     Returns:
@@ -215,7 +215,7 @@ def check_pipeline(
         pixels in [0, 1] and is 0 on CPU.
 
     Raises:
-        ValueError: it did not load or draw, with the last lines that the process wrote.
+        ValueError: it did not load or draw; the message has the last lines of the process's output.
     """
     command = [sys.executable, "-I", "-c", _CHECK, str(Path(directory).resolve()), str(height_px), str(width_px)]
     with tempfile.TemporaryDirectory() as elsewhere:
@@ -236,7 +236,7 @@ def check_pipeline(
         last = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
         raise ValueError(f"{directory} does not load and draw in a fresh process (exit {done.returncode}):\n{last}")
     report = json.loads(reported[-1].removeprefix("CHECK "))
-    # bf16 on a GPU may batch matrix products otherwise; in float32 the cache is the same computation.
+    # bf16 on a GPU may batch matrix products differently; in float32 the cache is the same computation.
     limit = 0.0 if report["device"] == "cpu" else 0.05
     if report["cache_max_difference"] > limit:
         raise ValueError(
@@ -246,13 +246,13 @@ def check_pipeline(
 
 
 def upload(directory: str | Path, config: PublishConfig) -> dict[str, Any]:
-    """Sends a sealed pipeline directory where the recipe says: nowhere, to the Hub, to S3, or both.
+    """Uploads a sealed pipeline directory as the recipe says: to the Hub, to S3, to both, or not at all.
 
     Returns:
         {"hub": report?, "s3": report?}, see hub.push and s3.upload.
 
     Raises:
-        ValueError: the directory does not verify, or the place refuses it.
+        ValueError: the directory does not verify, or the destination refuses it.
     """
     from tasks.publishing import hub, s3
 

@@ -1,11 +1,11 @@
 """Publishes a sealed directory to S3 as a new version, then moves `latest.json` to it.
 
-    PREFIX/versions/DIGEST/...            the files, then manifest.json: a version with a manifest is whole
+    PREFIX/versions/DIGEST/...            the files, then manifest.json: a version with a manifest is complete
     PREFIX/latest.json                    {"digest", "uri", "manifest_sha256"} of the version to read
 
-A version is never changed, and nothing is deleted, so readers of an older version are not disturbed. `latest.json` is
-written last, and only if it is still the one that this publisher read (If-Match, If-None-Match): of two publishers one
-fails, and neither can mix its files with the other's. A publisher that is killed leaves the old version in place.
+A version is never changed, and nothing is deleted, so that readers of an older version are not affected. `latest.json`
+is written last, and only if it has not changed since this publisher read it (If-Match, If-None-Match): one of two
+concurrent publishers fails, and their files cannot mix. If a publisher is killed, the old version stays the latest.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ def upload(
 ) -> dict[str, Any]:
     """Uploads a sealed directory as a version below `s3_uri` and makes it the latest.
 
-    Objects that are there with the same bytes, by the store's own SHA-256, are skipped: after a failure, run it again.
+    Existing objects with the same bytes, by the store's own SHA-256, are skipped: after a failure, run it again.
 
     Args:
         directory: a sealed directory.
         s3_uri: s3://bucket/prefix.
         client: a boto3 S3 client; default: boto3's own configuration, or Flyte's (FLYTE_AWS_ENDPOINT, ...).
-        part_bytes: files above it go in parts of that size (at least 5 MiB, S3's limit).
+        part_bytes: larger files are uploaded in parts of this size (at least 5 MiB, S3's limit).
         bucket_owner: account id that must own the bucket.
 
     Returns:
-        {"uri", "latest", "digest", "uploaded", "skipped", "bytes"} (counts of objects; bytes of the uploaded).
+        {"uri", "latest", "digest", "uploaded", "skipped", "bytes"} (numbers of objects; bytes of the uploaded ones).
 
     Raises:
         ValueError: not an S3 URI, no such bucket, no access, a version directory with other objects in it, an object that
@@ -81,10 +81,10 @@ def upload(
 
 
 def latest(s3_uri: str, client: Any = None) -> dict[str, str] | None:
-    """What `latest.json` below `s3_uri` says: {"digest", "uri", "manifest_sha256"}; None where nothing was published.
+    """The content of `latest.json` below `s3_uri`: {"digest", "uri", "manifest_sha256"}; None if nothing was published.
 
     Raises:
-        ValueError: it is not a manifest of this project.
+        ValueError: it is not a pointer of this project.
     """
     bucket, prefix = _split(s3_uri)
     content, _ = _Place(client or _client(), bucket, prefix, {}).read(LATEST)
@@ -101,7 +101,7 @@ class _Place:
         return f"s3://{self.bucket}/{self.prefix}{name}"
 
     def read(self, name: str) -> tuple[bytes | None, str]:
-        """(content, ETag) of a small object; (None, "") where there is none."""
+        """(content, ETag) of a small object; (None, "") if it does not exist."""
         from botocore.exceptions import ClientError
 
         try:
@@ -136,7 +136,7 @@ class _Place:
         """Writes a small object if the condition (IfMatch, IfNoneMatch) holds.
 
         Raises:
-            ValueError: it does not.
+            ValueError: it does not hold.
         """
         from botocore.exceptions import ClientError
 
@@ -175,7 +175,7 @@ def _client() -> Any:
     import boto3
 
     access = s3_access()
-    return boto3.Session().client(  # boto3's own default session would keep credentials that are gone by now
+    return boto3.Session().client(  # boto3's default session would keep expired credentials
         "s3",
         endpoint_url=access.get("endpoint_url"),
         aws_access_key_id=access.get("key"),
@@ -200,7 +200,7 @@ def _publish(place: _Place, directory: Path, manifest: Manifest, part_bytes: int
     names = {**manifest.files, **manifest.logs}
     for name in place.names(version):
         if name not in names and name != MANIFEST:
-            raise ValueError(f"{place.uri(version)}/{name} is no file of this version; choose an empty prefix")
+            raise ValueError(f"{place.uri(version)}/{name} is not a file of this version; choose an empty prefix")
 
     report = {"uri": place.uri(version), "latest": place.uri(LATEST), "digest": manifest.digest}
     counts = {"uploaded": 0, "skipped": 0, "bytes": 0}
@@ -240,7 +240,7 @@ def _send(place: _Place, key: str, path: Path, digest: str, size: int, part: int
         str(path),
         place.bucket,
         place.prefix + key,
-        # S3 refuses a part whose bytes do not have the checksum that boto3 sends with it.
+        # S3 refuses a part whose bytes do not match the checksum that boto3 sends.
         ExtraArgs={"ChecksumAlgorithm": "SHA256", **place.owner},
         Config=TransferConfig(multipart_threshold=part, multipart_chunksize=part),
     )
@@ -248,7 +248,7 @@ def _send(place: _Place, key: str, path: Path, digest: str, size: int, part: int
     if head is None or head["ContentLength"] != size:
         stored = "no object" if head is None else f"{head['ContentLength']} bytes"
         raise ValueError(f"{place.uri(key)} has {stored} after the upload, {path} has {size} bytes")
-    # A store that keeps no checksum, such as some S3-compatible ones: boto3's own check of each part must do.
+    # Some S3-compatible stores keep no checksum: boto3's own check of each part must suffice.
     if head.get("ChecksumSHA256") is not None and not _holds(head, path, digest, size, part):
         raise ValueError(
             f"{place.uri(key)} has the checksum {head['ChecksumSHA256']} after the upload, not that of {path}"
@@ -256,13 +256,13 @@ def _send(place: _Place, key: str, path: Path, digest: str, size: int, part: int
 
 
 def _holds(head: dict[str, Any] | None, path: Path, digest: str, size: int, part: int) -> bool:
-    """Whether an object has the file's bytes, by the checksum that the store computed. Object metadata is not believed:
-    whoever wrote the object also wrote that."""
+    """Whether an object has the file's bytes, by the store's own checksum. Object metadata is not trusted: the writer
+    of the object also wrote it."""
     if head is None or head["ContentLength"] != size or head.get("ChecksumSHA256") is None:
         return False
     whole = base64.b64encode(bytes.fromhex(digest)).decode()
     expected = _composite(path, part) if size >= part else whole  # boto3 uploads in parts from the threshold on
-    return head["ChecksumSHA256"].split("-")[0] == expected  # S3 adds the number of parts, not every store does
+    return head["ChecksumSHA256"].split("-")[0] == expected  # S3 adds the number of parts; some stores do not
 
 
 def _composite(path: Path, part: int) -> str:

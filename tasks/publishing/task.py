@@ -1,4 +1,4 @@
-"""The pipeline directory that diffusers loads, and where it goes."""
+"""Tasks that publish the pipeline directory and print the results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def publish_pipeline(
     config: PublishConfig,
     recipe_json: str,
 ) -> PipelineDir:
-    """Assembles, checks in a fresh process, and uploads where the recipe says so."""
+    """Assembles the pipeline, checks it in a fresh process, and uploads it as the recipe says."""
     from tasks.curation.curated import LARGE_FILES
     from tasks.publishing import publish, summary
 
@@ -44,7 +44,7 @@ def publish_pipeline(
 
     def make(out: Path) -> dict:
         report = publish.publish(merged_path, components_path, scorecard_path, recipe, out)
-        publish.check_pipeline(out, side, side)  # what does not load is not published
+        publish.check_pipeline(out, side, side)  # a pipeline that does not load is not published
         return report
 
     artifact, final, _ = produce(
@@ -67,7 +67,7 @@ def show_results(
     latents: list[LatentsDir],
     texts: Optional[TextsDir] = None,
 ) -> str:
-    """Where everything is and how good it is. Not cached, so that a run that finds everything in the cache prints it too."""
+    """Prints the scores and the paths of the results. Not cached, so that a fully cached run prints them too."""
     from tasks.curation.curated import LARGE_FILES
     from tasks.publishing import summary
 

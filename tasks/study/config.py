@@ -46,13 +46,14 @@ def plan_runs(recipe: str, variants: str, seeds: str, overrides: Sequence[str]) 
         raise ValueError("overrides set train.seed, which a study varies: give --seeds instead")
     return [
         StudyRun(variant=label, recipe=name, overrides=(*overrides, *own, f"train.seed={seed}"), seed=seed)
-        for seed in numbers  # seed by seed: a study that is interrupted has compared something
+        for seed in numbers  # seed by seed, so that an interrupted study still has a comparison
         for label, (name, own) in parsed.items()
     ]
 
 
 def _variant(text: str) -> tuple[str, tuple[str, tuple[str, ...]]]:
-    """(name in tables, (recipe, its own changes)) of `RECIPE` or `RECIPE:KEY=VALUE;KEY=VALUE`. A file is called by its name."""
+    """(name in tables, (recipe, its own changes)) of `RECIPE` or `RECIPE:KEY=VALUE;KEY=VALUE`. A file is listed by its
+    name."""
     recipe, _, changes = text.partition(":")
     label = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
     own = tuple(change.strip() for change in changes.split(";") if change.strip())

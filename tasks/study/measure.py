@@ -1,4 +1,4 @@
-"""What a study compares of one run: scores, losses, cost, routing. Reads sealed directories, trains nothing."""
+"""Collects the numbers of one run that a study compares: scores, losses, cost, routing. Trains nothing."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tasks.manifest import as_parent
 from tasks.recipe import Recipe
 from tasks.study.config import StudyRun
 
-MAX_POINTS = 400  # of a loss curve
-IMAGES, TIMESTEPS = 4, 5  # on which routing is measured
-# Means over layers of model/routing_report.py, by the names of a study.
+MAX_POINTS = 400  # points of a loss curve
+IMAGES, TIMESTEPS = 4, 5  # images on which routing is measured
+# Name in a study -> mean over layers of model/routing_report.py.
 ROUTING = {
     "routing_stability": "jaccard",
     "routing_stability_by_chance": "jaccard_by_chance",
@@ -35,8 +35,8 @@ def describe_run(
         latents: of the last stage.
 
     Returns:
-        JSON-able: variant, seed, settings, scores, losses [[step, loss]] of the last stage, cost, routing, timing (all that
-        depends on the machine), parents.
+        JSON-able: variant, seed, settings, scores, losses [[step, loss]] of the last stage, cost, routing, timing
+        (values that depend on the machine), parents.
     """
     reports = [json.loads((path / "report.json").read_text()) for path in checkpoints]
     lines = [row for _, row in read_json_lines(checkpoints[-1] / "metrics.jsonl")]
@@ -67,7 +67,7 @@ def describe_run(
 
 
 def read_scores(scorecard: Path) -> dict[str, float]:
-    """ "overall", each task, and "held_out" where there is one."""
+    """ "overall", each task, and "held_out" if there is one."""
     card = json.loads((scorecard / "scorecard.json").read_text())
     scores = {"overall": card["overall"]["mean"], **{task: value["mean"] for task, value in card["tasks"].items()}}
     if card.get("held_out"):
@@ -86,7 +86,7 @@ def training_flops(stage: TrainingStage, text_tokens: int) -> int:
 
 
 def measure_routing(merged: Path, latents: Path, recipe: Recipe) -> dict[str, float]:
-    """Stability of routing over timesteps and similarity of experts (1: all the same); empty without MoE layers."""
+    """Stability of routing over timesteps and similarity of experts (1: all equal); empty without MoE layers."""
     from model.routing_report import analyse, find_transformer
 
     if not any(recipe.model.is_moe_layer(layer) for layer in range(recipe.model.num_layers)):

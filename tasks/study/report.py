@@ -1,11 +1,11 @@
 """A study: recipes compared over training seeds.
 
-    study.json                what was compared: scores, losses, cost and routing of each run, differences with intervals
+    study.json                scores, losses, cost and routing of each run, differences with intervals
     study.md study.html       tables for a paper, and the same with plots as one page
     study.png                 losses and scores
     timing.json               minutes and devices
 
-study.json alone is what the study is; the other files also show times, which differ from machine to machine (`LOGS`).
+Only study.json is part of the digest; the other files also show times, which differ between machines (`LOGS`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def write_study(runs: list[dict[str, Any]], out_dir: Path) -> dict[str, Any]:
         study.json's content.
 
     Raises:
-        ValueError: runs were scored in different ways.
+        ValueError: runs were scored with different settings.
     """
     variants = _variants(runs)
     result = compare(variants)
@@ -92,7 +92,7 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def _half_width(value: dict[str, Any]) -> float | None:
-    """Differences smaller than this could not have been distinguished from none; None for a single seed."""
+    """The smallest difference that is distinguishable from 0; None for a single seed."""
     return None if value["interval"] is None else (value["interval"][1] - value["interval"][0]) / 2
 
 

@@ -1,4 +1,4 @@
-"""Studies: which runs there are, what each came to, and their comparison."""
+"""Tasks of a study: plan its runs, describe each, compare them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tasks.study.config import StudyRun, plan_runs
 
 @task(**envs.planner())
 def plan_study(recipe: str, variants: str, seeds: str, overrides: Union[list[str], str]) -> list[StudyRun]:
-    """Every variant with every training seed. Checks all of them before any work."""
+    """Plans every variant with every training seed. Checks all of them before any work."""
     with plain_errors():
         runs = plan_runs(recipe, variants, seeds, [overrides] if isinstance(overrides, str) else overrides)
         for run in runs:
@@ -48,7 +48,7 @@ def describe_run(
     texts: TextsDir,
     scorecard: ScorecardDir,
 ) -> str:
-    """What a study compares of one run, as JSON."""
+    """The numbers of one run that a study compares, as JSON."""
     from tasks.encoding.open_latents import open_latents
     from tasks.study import measure
 
@@ -65,7 +65,7 @@ def describe_run(
 
 @task(cache=envs.cache("study"), enable_deck=True, **envs.light("evaluator"))
 def compare_runs(runs: list[str]) -> StudyDir:
-    """The study of runs that `describe_run` described: tables, intervals, plots, one page."""
+    """Compares the runs of `describe_run`: tables, intervals, plots, one page."""
     from tasks.study import report
 
     described = [json.loads(run) for run in runs]

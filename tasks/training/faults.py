@@ -1,4 +1,5 @@
-"""Which errors of a training end it, and which are faults of a machine or a network, where another attempt may succeed."""
+"""Distinguishes errors that end a training from faults of a machine or network, after which another attempt may
+succeed."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ def is_permanent(error: BaseException) -> bool:
     """Whether another attempt at the same work would end in the same error.
 
     True for wrong input and bugs, too little memory, disk space or access, a missing file, and a run that `LossGuard`
-    ended. Everything else may pass: what a CUDA device raises (ECC, Xid), cuBLAS, NCCL or gloo, whose errors are often
-    plain RuntimeErrors, an OSError, an object store that does not answer.
+    ended. Other errors may be temporary: those of a CUDA device (ECC, Xid), cuBLAS, NCCL or gloo, often plain
+    RuntimeErrors, an OSError, an object store that does not answer.
     """
     from torch import OutOfMemoryError
     from torch.distributed.checkpoint.api import CheckpointException
@@ -22,7 +23,7 @@ def is_permanent(error: BaseException) -> bool:
     from model.storage import may_pass
     from model.train.guard import Diverged
 
-    if isinstance(error, CheckpointException):  # of DCP, with the error of each rank
+    if isinstance(error, CheckpointException):  # DCP's, with the error of each rank
         return any(is_permanent(failure) for failure, _ in error.failures.values())
     if isinstance(error, OSError):
         return not may_pass(error)

@@ -1,4 +1,4 @@
-"""What a training stage looked like: curves, expert allocation and sample grids as one HTML page without outside files."""
+"""Curves, expert allocation and sample grids of a training stage as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PANELS = (
     ("speed", "images per second", ("images_per_s",)),
     ("expert", "experts", ("expert/",)),
 )
-# Of `RouterTrace.statistics`, each layer's.
+# Statistics of each layer, from `RouterTrace.statistics`.
 ALLOCATION = (
     ("dropped", "share of tokens that no expert took"),
     ("experts_max", "most experts on one token"),
@@ -71,12 +71,12 @@ def _curves(rows: list[dict[str, Any]]) -> str:
 
 
 def allocation_by_layer(tensorboard: Path) -> dict[str, dict[int, dict[int, float]]]:
-    """Statistic -> layer -> logged step -> value; empty where there are no MoE layers or no event files."""
+    """Statistic -> layer -> logged step -> value; empty without MoE layers or event files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     if not tensorboard.is_dir():
         return {}
-    events = EventAccumulator(str(tensorboard), size_guidance={"scalars": 0})  # all of them
+    events = EventAccumulator(str(tensorboard), size_guidance={"scalars": 0})  # all events
     events.Reload()
     curves: dict[str, dict[int, dict[int, float]]] = {}
     for tag in sorted(events.Tags()["scalars"]):
@@ -87,7 +87,7 @@ def allocation_by_layer(tensorboard: Path) -> dict[str, dict[int, dict[int, floa
 
 
 def _allocation(statistics: dict[str, dict[int, dict[int, float]]]) -> str:
-    """PNG data URI: a map for each statistic, of a row for each MoE layer and a column for each logged step."""
+    """PNG data URI: a map for each statistic, with a row per MoE layer and a column per logged step."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -97,7 +97,7 @@ def _allocation(statistics: dict[str, dict[int, dict[int, float]]]) -> str:
     for axis, (name, title) in zip(figure.subplots(1, len(ALLOCATION)), ALLOCATION):
         steps = list(statistics[name][layers[0]])
         values = [list(statistics[name][layer].values()) for layer in layers]
-        # Columns are logged steps, evenly spaced but for the first and the last.
+        # Columns are logged steps, evenly spaced except the first and the last.
         image = axis.imshow(values, aspect="auto", interpolation="nearest", cmap="viridis")
         figure.colorbar(image, ax=axis)
         axis.set_title(title, fontsize=9)

@@ -1,9 +1,9 @@
-"""Sample grids during training: always the same prompts and noise, so that pictures of different steps compare.
+"""Sample grids during training, always with the same prompts and noise, so that steps can be compared.
 
     rank 0: prompts -> embeddings --broadcast--> every rank: noise -> latents --> rank 0: VAE -> one PNG
 
-Where ranks share weights or experts, a forward pass needs all of them, with equally many rows each. So all ranks sample
-the same images; rank 0 alone encodes the prompts before, and decodes the images after.
+If ranks share weights or experts, a forward pass needs all ranks, each with the same number of rows. So all ranks
+sample the same images; only rank 0 encodes the prompts and decodes the images.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ T = TypeVar("T")
 def sampler(components: Path, max_text_tokens: int, stage: TrainingStage) -> Callable[[Any, int, Path], None] | None:
     """`f(model, step, path)` that writes a PNG of one row per prompt of `train.sample_prompts`; None if there are none.
 
-    Every rank calls it, and gets an error where rank 0 fails. Prompts are cut at `max_text_tokens`. At
-    the first grid rank 0 loads the VAE, which then waits on the host, and the text encoder, of which the prompts'
-    embeddings are kept. Both run on the model's device: the other ranks wait, and one of torch elastic's processes has
-    a single CPU thread.
+    Every rank calls it, and gets an error if rank 0 fails. Prompts are cut at `max_text_tokens`. At the first grid rank
+    0 loads the VAE, which stays on the host between grids, and the text encoder, of which only the prompts' embeddings
+    are kept. Both run on the model's device, since the other ranks wait, and torch elastic's processes have a single
+    CPU thread.
     """
     prompts = list(stage.train.sample_prompts)
     if not prompts or not stage.train.sample_every_steps:
@@ -54,7 +54,7 @@ def sampler(components: Path, max_text_tokens: int, stage: TrainingStage) -> Cal
             kept["side"] = stage.stage.image_size_px // scale // stage.model.patch_size
         side, number = kept["side"], len(prompts) * IMAGES_PER_PROMPT
         noise = torch.randn(number, side * side, stage.model.in_channels, generator=torch.Generator().manual_seed(SEED))
-        guidance = GUIDANCE if stage.guidance_at(step) == 1.0 else 1.0  # trained in
+        guidance = GUIDANCE if stage.guidance_at(step) == 1.0 else 1.0  # guidance is trained in
         tokens = sample_latents(model, *kept["texts"], noise.to(device), (1, side, side), STEPS, guidance)
         on_rank_0(lambda: _save(kept, tokens, stage.model.patch_size, path), device)
 
@@ -62,12 +62,12 @@ def sampler(components: Path, max_text_tokens: int, stage: TrainingStage) -> Cal
 
 
 def on_rank_0(work: Callable[[], T], device: torch.device) -> T:
-    """The result of `work()` on rank 0, on every rank (pickled, so keep it small). The global random state stays as it is,
-    and autocast is off: `work` computes on `device` in the types of its tensors.
+    """Runs `work()` on rank 0 and returns its result on every rank (pickled, so keep it small). The global random state
+    is unchanged, and autocast is off: `work` computes on `device` in the dtypes of its tensors.
 
     Raises:
-        Exception: on rank 0, what `work` raises.
-        RuntimeError: on the other ranks then, with its message, so that none waits for a rank that is gone.
+        Exception: on rank 0, the error of `work`.
+        RuntimeError: on the other ranks, with its message, so that none waits for rank 0.
     """
     import torch
     import torch.distributed as dist
@@ -100,7 +100,7 @@ def _several() -> bool:
 def _from_rank_0(
     tensor: torch.Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Rank 0's `tensor` on every rank's device; the other ranks have none yet."""
+    """Broadcasts rank 0's `tensor` to every rank's device; `tensor` is None on the other ranks."""
     import torch
     import torch.distributed as dist
 
@@ -112,14 +112,15 @@ def _from_rank_0(
 
 
 def _load(components: Path, max_tokens: int, prompts: list[str], device: torch.device) -> dict[str, Any]:
-    """The VAE, its numbers, and "texts": the prompts' embeddings and mask, a row for each image, and the negative's."""
+    """The VAE, its statistics, and "texts": embeddings and mask of the prompts, one row per image, and of the negative
+    prompt."""
     import torch
     from diffusers import AutoencoderKLQwenImage
 
     from tasks.encoding.text.chat import encode_text, load_processor, load_text_encoder
 
     vae = AutoencoderKLQwenImage.from_pretrained(components / "vae").eval()
-    encoder = load_text_encoder(components / "text_encoder", dtype="auto").to(device)  # as for the captions
+    encoder = load_text_encoder(components / "text_encoder", dtype="auto").to(device)  # as for captions
     processor = load_processor(components / "processor")
     with torch.no_grad():
         text, mask = encode_text(encoder, processor, prompts, max_tokens)
@@ -149,7 +150,7 @@ def _save(kept: dict[str, Any], tokens: torch.Tensor, patch_size: int, path: Pat
     unpacked = unpack_latents(tokens, side, side, patch_size)
     latents = (unpacked * kept["std"].to(device) + kept["mean"].to(device))[:, :, None]
     vae = kept["vae"].to(device)
-    at_once = len(latents) if device.type == "cpu" else 1  # an accelerator has little memory beside the training's
+    at_once = len(latents) if device.type == "cpu" else 1  # training leaves little memory of an accelerator
     with torch.no_grad():
         images = torch.cat([vae.decode(part, return_dict=False)[0][:, :, 0].cpu() for part in latents.split(at_once)])
     vae.cpu()

@@ -1,8 +1,8 @@
-"""One training stage. Retries and restarts resume from the last checkpoint. SIGTERM saves one and asks for a retry, if the
-grace time allows it (`envs.trainer` says how long that is). So do faults of machines and networks (`faults`).
+"""One training stage. Retries and restarts resume from the last checkpoint. SIGTERM saves one and requests a retry, if
+the grace time is long enough (`envs.trainer`). Faults of machines and networks also request a retry (`faults`).
 
-Flyte's cache key is the whole stage: with other ranks, or another interval of logs, it calls the task again. The task then
-resumes the same work, or returns the finished result again, unless something that decides the weights has changed.
+Flyte's cache key is the whole stage: with other ranks, or another interval of logs, it calls the task again. The task
+then resumes the same work, or returns the finished result, unless a setting that determines the weights has changed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from tasks.manifest import MANIFEST
 
 @contextlib.contextmanager
 def retried() -> Iterator[None]:
-    """Raises errors that another attempt may survive as recoverable ones, the only ones that Flyte retries."""
+    """Converts errors that another attempt may not have to recoverable ones, which Flyte retries."""
     from torch.distributed.checkpoint.api import CheckpointException  # not a subclass of Exception
 
     from tasks.training.faults import is_permanent
@@ -59,11 +59,11 @@ def retried() -> Iterator[None]:
 
 
 def earlier_checkpoints(trained: FlyteDirectory) -> tuple[str, ...]:
-    """The files of all checkpoints but the last, by their paths in the artifact. They are for the merge: the next stage
-    starts from the last one, and at 17B each has 67.7 GB, which every node would download."""
+    """Paths of all checkpoints but the last in the artifact. Only the merge needs them: the next stage starts from the
+    last one, and at 17B every node would download 67.7 GB for each."""
     manifest = storage.read_bytes(storage.join(source(trained), MANIFEST))
     if manifest is None:
-        return ()  # `fetch` says what is wrong
+        return ()  # `fetch` reports the error
     step_of = {name: re.match(r"step-(\d+)/", name) for name in json.loads(manifest)["files"]}
     steps = {name: int(match[1]) for name, match in step_of.items() if match}
     return tuple(name for name, step in steps.items() if step < max(steps.values()))
@@ -77,7 +77,7 @@ def train_stage(
     stage: TrainingStage,
     init: Optional[CheckpointsDir] = None,
 ) -> CheckpointsDir:
-    """Trains one stage from the last checkpoint of the stage before, or from scratch."""
+    """Trains one stage from the last checkpoint of the previous stage, or from scratch."""
     from model.train.run import LOGS, prune_run
     from model.train.run import train_stage as run
     from tasks.encoding.open_latents import open_latents, text_settings

@@ -4,7 +4,7 @@
 
 Routing is local: an expert chooses among the tokens of one sample. With expert choice every expert takes the same number
 of rows R on every rank, so the exchange needs no sizes, no padding, and no synchronisation of device and host. Token
-choice, an ablation, pads every expert to the rows of the fullest one on any rank, which one all-reduce of a number finds
+choice, an ablation, pads every expert to the rows of the fullest one on any rank, found by one all-reduce of a number
 in each layer. Gradients return by the same two exchanges; an expert's gradient is summed over the ranks of its group.
 
 All-to-all instead of all-gather: a rank sends (ep - 1) / ep of its E R = cf S B rows of width D (cf is the capacity
@@ -12,7 +12,7 @@ factor), where gathering every token everywhere would receive (ep - 1) S B rows.
 
 Each exchange is two operations, one that starts it and one that waits, so that `model.moe.MoE` computes its shared expert
 in between. The gradient of one is the other: the backward pass starts an exchange where the forward waited, and waits
-where it started. Autograd runs what was computed last first, so the shared expert's gradients are computed in between.
+where it started. Autograd runs in the reverse order, so the shared expert's gradients are computed in between.
 
 Shape suffixes: E experts, R rows of one expert on one rank, D width.
 """
@@ -29,9 +29,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from model.moe import ExpertRanks, MoE
 
-# Operations whose kernels for autograd call c10d's: the compiler takes each as one, and its graphs of the forward and the
-# backward have `all_to_all_single` and `wait_tensor`, which Inductor knows. As functions of their own
-# (torch.autograd.Function) they do not compile where layers have several capacity factors (PyTorch 2.13).
+# Operations whose autograd kernels call c10d's: the graphs of the forward and the backward have `all_to_all_single` and
+# `wait_tensor`, which Inductor knows. As torch.autograd.Function they do not compile for layers with several capacity
+# factors (PyTorch 2.13).
 _OPERATIONS = torch.library.Library("nucleus_exchange", "DEF")
 _OPERATIONS.define("start_exchange(Tensor x, int[] parts, str group) -> Tensor")
 _OPERATIONS.define("end_exchange(Tensor x, int[] parts, str group) -> Tensor")
@@ -88,12 +88,12 @@ def expert_ranks(group: dist.ProcessGroup, num_experts: int) -> ExpertRanks:
     parts = [num_experts // ranks] * ranks
 
     def receive(sent: torch.Tensor) -> torch.Tensor:
-        """[E, R, D], still on its way -> [E / ep, ep R, D], the ranks' rows in order."""
+        """Waits for an exchange of [E, R, D] -> [E / ep, ep R, D], the ranks' rows in order."""
         x_ERD = wait(sent, name, parts)
         return x_ERD.unflatten(0, (ranks, -1)).transpose(0, 1).flatten(1, 2)
 
     def send_back(y: torch.Tensor) -> torch.Tensor:
-        """The inverse order: [E / ep, ep R, D] -> [E, R, D], still on its way."""
+        """Starts the inverse exchange: [E / ep, ep R, D] -> [E, R, D]."""
         by_rank = y.unflatten(1, (ranks, -1)).transpose(0, 1)
         return exchange(by_rank.flatten(0, 1), name, parts)
 
@@ -107,7 +107,7 @@ def expert_ranks(group: dist.ProcessGroup, num_experts: int) -> ExpertRanks:
 
 
 def shard_experts(moe: MoE, mesh: DeviceMesh) -> None:
-    """Leaves each rank of `mesh` its share of the experts; the layer exchanges rows with the other ranks."""
+    """Keeps on each rank of `mesh` its share of the experts; the layer exchanges rows with the other ranks."""
     moe.expert_ranks, experts = expert_ranks(mesh.get_group(), moe.num_experts), moe.experts
     for name, parameter in list(experts.named_parameters()):
         setattr(experts, name, nn.Parameter(distribute_tensor(parameter, mesh, [Shard(0)])))

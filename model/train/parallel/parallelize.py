@@ -3,8 +3,8 @@
     experts over `ep`  ->  activation checkpointing  ->  torch.compile per block  ->  FSDP2 units
 
 FSDP's units are the blocks, and the parameters outside of blocks. Experts are sharded over `efsdp` (shard ranks / ep), all
-other weights over all shard ranks; both are replicated over `dp_replicate` (HSDP). Routers are not sharded: they are small,
-stay in fp32, and every rank has them whole. There are no units within a block: their hooks would run during the
+other weights over all shard ranks; both are replicated over `dp_replicate` (HSDP). Routers are not sharded: they are
+small, stay in fp32, and every rank has a full copy. There are no units within a block: their hooks would run during the
 recomputation of activation checkpointing, and selective checkpointing depends on the order of operations.
 
 See docs/decisions/distributed.md.
@@ -47,7 +47,7 @@ def parallelize(
     replicas whose gradients the trainer sums.
 
     Raises:
-        ValueError: a release of flash-attn that cannot be compiled, or checkpointed, as asked.
+        ValueError: the release of flash-attn cannot be compiled or checkpointed as configured.
     """
     if parallel_dims.ep_enabled:
         for block in model.transformer_blocks.children():
@@ -73,7 +73,7 @@ def fsdp_meshes(dims: ParallelDims) -> tuple[DeviceMesh, DeviceMesh]:
 def _shard(model: torch.nn.Module, dims: ParallelDims, dtype: torch.dtype) -> None:
     mesh, of_experts = fsdp_meshes(dims)
     dense = mesh_info(mesh, None)
-    sparse = dense if of_experts is mesh else mesh_info(of_experts, None)  # one object for one mesh
+    sparse = dense if of_experts is mesh else mesh_info(of_experts, None)  # one object for each mesh
     routers = [block.img_mlp.gate for block in model.transformer_blocks.children() if block.moe_enabled]
     for router in routers:
         whole = [Replicate()] * mesh.ndim

@@ -43,8 +43,8 @@ def _high(words: torch.Tensor) -> torch.Tensor:
 
 
 def differing(weights: Mapping[str, torch.Tensor]) -> list[str]:
-    """Names of fp32 weights that are not the same on all ranks that should have the same, as every rank finds them.
-    All ranks must call it, with the same names in the same order."""
+    """Names of fp32 weights that differ between ranks that should have equal values; the same list on every rank. All
+    ranks must call it, with the same names in the same order."""
     names = list(weights)
     groups: dict[dist.ProcessGroup, list[int]] = {}
     for i, name in enumerate(names):
@@ -58,12 +58,12 @@ def differing(weights: Mapping[str, torch.Tensor]) -> list[str]:
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
         largest, smallest = extremes.chunk(2)
         apart[members] |= (largest != ~smallest).long()
-    dist.all_reduce(apart, dist.ReduceOp.MAX)  # other shards' ranks hear of it too
+    dist.all_reduce(apart, dist.ReduceOp.MAX)  # ranks of other shards get the result too
     return [name for name, differs in zip(names, apart.tolist()) if differs]
 
 
 def _replicas(weight: torch.Tensor) -> Iterator[dist.ProcessGroup]:
-    """The groups, with this rank, whose members hold the same of a weight."""
+    """The groups of this rank whose members should hold equal values of a weight."""
     if not isinstance(weight, DTensor):
         yield dist.group.WORLD
         return

@@ -1,11 +1,11 @@
-"""Muon on sharded weights (DTensors): every matrix is orthogonalised whole, by one rank, whatever the layout.
+"""Muon on sharded weights (DTensors): in every layout, one rank orthogonalises each matrix whole.
 
     whole experts here         no communication
     matrices cut by FSDP       rows of the update --all-to-all--> one owner each, Newton-Schulz --all-to-all--> rows
 
-The owners share the work out by its cost. Each rank sends and receives its shard of the updates twice, where gathering
-every matrix on every rank would move as many bytes as there are ranks, and repeat the iteration on each of them.
-Rows travel in the type that Newton-Schulz computes in, which loses nothing.
+The work is divided among owners by cost. Each rank sends and receives its shard of the updates twice; gathering every
+matrix on every rank would multiply bytes and iterations by the number of ranks. Rows are sent in the dtype of
+Newton-Schulz, which loses nothing.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from model.optim import Matrices, Muon, add_orthogonal, compute_dtype
 
 
 class _Cut(NamedTuple):
-    """One matrix (of an expert, or a whole 2D parameter) whose rows lie on several ranks."""
+    """One matrix (of an expert, or a whole 2D parameter) whose rows are on several ranks."""
 
     parameter: nn.Parameter
-    weight: torch.Tensor  # the rows here, a view
+    weight: torch.Tensor  # this rank's rows, a view
     update: torch.Tensor
     rows: int  # of the whole matrix
 
@@ -67,7 +67,7 @@ class ShardedMuon(Muon):
 
 
 def cutting_group(parameter: DTensor) -> dist.ProcessGroup | None:
-    """The ranks that the rows of each matrix of `parameter` lie on; None where matrices are whole."""
+    """The ranks that have the rows of each matrix of `parameter`; None if matrices are whole."""
     first = parameter.dim() - 2
     mesh = parameter.device_mesh
     axes = [
@@ -83,7 +83,8 @@ def cutting_group(parameter: DTensor) -> dist.ProcessGroup | None:
 
 
 class _Exchange:
-    """Rows of matrices to their owners, and back. Every rank of the group has the same matrices in the same order."""
+    """Sends rows of matrices to their owners and back. Every rank of the group has the same matrices in the same
+    order."""
 
     def __init__(self, group: dist.ProcessGroup, cuts: list[_Cut]):
         self.group, self.rank, self.ranks = group, dist.get_rank(group), dist.get_world_size(group)
@@ -100,7 +101,7 @@ class _Exchange:
         return [(cut, torch.cat(parts)) for cut, *parts in zip(self.mine, *received)]
 
     def scatter(self) -> list[tuple[_Cut, torch.Tensor]]:
-        """All matrices and the rows of this rank of what their owners made of them."""
+        """All matrices, and this rank's rows of the results of their owners."""
         cut_up = [
             orthogonal.split(split_rows(cut.rows, self.ranks)) for cut, orthogonal in zip(self.mine, self.orthogonal)
         ]
@@ -114,7 +115,7 @@ class _Exchange:
     def _all_to_all(
         self, sent: list[list[torch.Tensor]], shapes: list[list[tuple[int, int]]]
     ) -> list[list[torch.Tensor]]:
-        """Tensors for each rank, and of which shapes they come from each; returns them by rank."""
+        """Sends tensors to each rank and receives tensors of the given shapes; returns them by rank."""
         sizes = [[rows * columns for rows, columns in of_rank] for of_rank in shapes]
         flat = [tensor.reshape(-1).to(self.dtype) for of_rank in sent for tensor in of_rank]
         outgoing = torch.cat(flat) if flat else torch.empty(0, dtype=self.dtype, device=self.device)
@@ -131,7 +132,7 @@ class _Exchange:
 
 
 def share_out(cuts: list[_Cut], ranks: int) -> list[list[_Cut]]:
-    """The matrices of each rank: the costliest first, each to the rank that has least to do."""
+    """The matrices of each rank: the most expensive first, each to the rank with the least work."""
     owned: list[list[_Cut]] = [[] for _ in range(ranks)]
     load = [0] * ranks
     for cut in sorted(cuts, key=lambda cut: -cut.cost):
@@ -142,6 +143,6 @@ def share_out(cuts: list[_Cut], ranks: int) -> list[list[_Cut]]:
 
 
 def split_rows(rows: int, ranks: int) -> list[int]:
-    """How many rows FSDP gives each rank: as torch.chunk, the last ones fewer or none."""
+    """Number of rows that FSDP gives each rank: as torch.chunk, the last ranks fewer or none."""
     most = -(-rows // ranks)
     return [max(0, min(most, rows - rank * most)) for rank in range(ranks)]

@@ -1,6 +1,6 @@
 """Captioners by name. The recipe chooses one by `curation.captioner.name`.
 
-A captioner is a line of `CAPTIONERS` and a function that builds it, imported only where a recipe names it.
+A captioner is an entry in `CAPTIONERS` and a function that builds it, imported only if a recipe names it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ class CaptionerSpec(NamedTuple):
     """A captioner that recipes can name.
 
     build: `module:function`, a function of CaptionerConfig that builds it.
-    check: `module:function` that refuses a CaptionerConfig with a ValueError before any work; "" for nothing to check.
-    revision: raise it when it asks its model in another way; captions are made again then.
-    needs: "cpu", or "gpu" where its task must have one.
+    check: `module:function` that refuses a CaptionerConfig with a ValueError before any work; "": no check.
+    revision: raise it when its requests to the model change, so that captions are made again.
+    needs: "cpu", or "gpu" if its task must have one.
     """
 
     name: str
@@ -55,7 +55,7 @@ def chosen_captioner(config: CaptionerConfig) -> CaptionerSpec:
 
 
 def check_captioner(config: CaptionerConfig) -> None:
-    """Refuses, before any work, settings with which the captioner could not be asked.
+    """Refuses, before any work, settings with which the captioner cannot run.
 
     Raises:
         ValueError: naming the setting.
@@ -75,7 +75,7 @@ def build_captioner(config: CaptionerConfig) -> Captioner:
 
 
 def identity(config: CaptionerConfig) -> str:
-    """Which captioner and model answers: a caption is cached under it."""
+    """Identifies the captioner and its model: the cache key of a caption contains it."""
     spec = chosen_captioner(config)
     weights = ":".join(part for part in (config.model, config.revision) if part)
     return f"{spec.name}@{spec.revision}" + (f" {weights}" if weights else "")

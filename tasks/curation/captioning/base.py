@@ -11,10 +11,10 @@ from PIL import Image
 class Request(NamedTuple):
     """One question.
 
-    record_id, length, attempt: whose caption, of which class, and the how manieth attempt at it, from 1.
+    record_id, length, attempt: the record, the length class, and the number of the attempt, from 1.
     image: RGB, upright, at most `captioner.image_px` long.
     seed: differs between attempts.
-    scene: of a rendered scene, what it shows (made.scenes.Scene as a dict); else None.
+    scene: the content of a rendered scene (made.scenes.Scene as a dict); else None.
     """
 
     record_id: str
@@ -28,8 +28,8 @@ class Request(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """finish_reason: "stop"; "length" where max_tokens cut it off; "content_filter"; "rejected" where the request itself
-    was refused, which another attempt would be too."""
+    """finish_reason: "stop"; "length": cut off at max_tokens; "content_filter"; "rejected": the request itself was
+    refused, and another attempt would be too."""
 
     text: str
     finish_reason: str = "stop"
@@ -46,11 +46,11 @@ class Captioner(Protocol):
     reads_scenes: bool
 
     def answers(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Answer]]:
-        """Each request with its answer, as soon as there is one, in any order.
+        """Yields each request with its answer as soon as it arrives, in any order.
 
         Raises:
-            ConnectionError: the model cannot be reached for now; requests without an answer may be asked again.
-            ValueError: it never will answer, such as with a wrong key.
+            ConnectionError: the model is temporarily unreachable; requests without an answer may be repeated.
+            ValueError: a permanent error, such as a wrong key.
         """
         ...
 

@@ -1,4 +1,5 @@
-"""Which answers of a captioner are captions: complete, in the language, of the wanted length, and no refusal or loop."""
+"""Checks whether answers of a captioner are captions: complete, in the language, of the wanted length, no refusal or
+loop."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from tasks.curation.captions import clean_captions, count_words, tokens
 from tasks.curation.config import LengthConfig
 
 OK, REJECTED = "ok", "rejected"
-# Every other status of an answer; each is asked again, but `rejected`.
+# Every other status of an answer; all but `rejected` are asked again.
 REFUSED, TRUNCATED, REPETITIVE, LANGUAGE, TOO_SHORT, TOO_LONG, EMPTY = (
     "refused",
     "truncated",
@@ -41,11 +42,11 @@ _PREAMBLE = re.compile(
     re.IGNORECASE,
 )
 _QUOTES = (('"', '"'), ("“", "”"), ("'", "'"), ("「", "」"), ("*", "*"))
-GRAM, MIN_TOKENS = 4, 16  # repetition is looked for in runs of so many tokens, in answers of at least so many
-MAX_REPEATED_SHARE = 0.3  # of the runs, that occur before; prose about one image stays under a tenth
-MAX_IN_A_ROW = 3  # the same one to eight tokens after another, such as "very very very"
+GRAM, MIN_TOKENS = 4, 16  # length of the token runs that are checked for repetition, and minimum tokens of an answer
+MAX_REPEATED_SHARE = 0.3  # share of runs that occurred before; prose about one image stays under 0.1
+MAX_IN_A_ROW = 3  # consecutive repeats of the same one to eight tokens, such as "very very very"
 LANGUAGE_MIN_WORDS = 5
-LANGUAGE_MARGIN = 10.0  # by which the log-likelihood of another language must lead
+LANGUAGE_MARGIN = 10.0  # minimum lead of another language's log-likelihood
 
 
 def clean(text: str) -> str:
@@ -65,7 +66,7 @@ def judge(answer: Answer, length: LengthConfig, language: str | None) -> tuple[s
         return text, REJECTED
     if answer.finish_reason == "content_filter" or _REFUSAL.search(text):
         return text, REFUSED
-    if is_repetitive(text):  # before truncation: a loop usually ends by it
+    if is_repetitive(text):  # before truncation, which usually ends a loop
         return text, REPETITIVE
     if answer.finish_reason == "length":
         return text, TRUNCATED
@@ -82,10 +83,10 @@ def judge(answer: Answer, length: LengthConfig, language: str | None) -> tuple[s
 
 
 def is_repetitive(text: str) -> bool:
-    """Whether a text loops: the same few tokens in a row, or much of it said before."""
+    """Whether a text loops: the same few tokens in a row, or many repeated runs."""
     parts = [part.casefold() for part in tokens(text)]
     for size in range(1, 9):
-        same = 0  # tokens in a row that are those of `size` before
+        same = 0  # consecutive tokens that equal the one `size` before
         for i in range(size, len(parts)):
             same = same + 1 if parts[i] == parts[i - size] else 0
             if same >= size * MAX_IN_A_ROW:
@@ -97,7 +98,7 @@ def is_repetitive(text: str) -> bool:
 
 
 def is_language(text: str, language: str) -> bool:
-    """Whether a text may be of the language: no other one is much more likely (py3langid)."""
+    """Whether a text may be in the language: no other language is much more likely (py3langid)."""
     ranked = _rank()(text)
     scores = dict(ranked)
     if language not in scores:

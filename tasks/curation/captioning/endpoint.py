@@ -1,8 +1,8 @@
 """Any endpoint with OpenAI's chat completions (vLLM, SGLang, a vendor's), such as k8s/captioner.
 
-Which endpoints may be asked is not for a recipe to say: images and the key go there. NUCLEUS_ENDPOINTS lists their URLs,
-separated by commas; those of this machine's loopback are always allowed. Redirects are not followed, and no proxy or
-.netrc of the environment is used.
+A recipe cannot allow an endpoint, since images and the key are sent there: NUCLEUS_ENDPOINTS lists the allowed URLs,
+separated by commas. Loopback URLs are always allowed. Redirects are not followed, and no proxy or .netrc of the
+environment is used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ENDPOINTS = "NUCLEUS_ENDPOINTS"
 JPEG_QUALITY = 92
 PASSING = {408, 425, 429, 500, 502, 503, 504, 529}
-REJECTED = {400, 413, 415, 422}  # this request will never be answered; others may
+REJECTED = {400, 413, 415, 422}  # the request itself is refused; others may succeed
 MAX_ANSWER_BYTES = 4 * 2**20
 
 
@@ -66,7 +66,7 @@ def openai(config: CaptionerConfig) -> Endpoint:
 
 
 class Endpoint:
-    """See base.Captioner. Each request is retried separately, with waits that double or that Retry-After asks for."""
+    """See base.Captioner. Each request is retried separately, with waits that double or that Retry-After gives."""
 
     reads_scenes = False
 
@@ -133,7 +133,7 @@ class Endpoint:
                 break
         raise ConnectionError(
             f"captioner {self._config.endpoint} gave no answer in {self._config.max_retries + 1} attempts ({problem}); "
-            "run again: what it answered is kept"
+            "run again: its answers so far are kept"
         )
 
     def _post(self, body: bytes) -> tuple[int, Any, bytes]:
@@ -198,7 +198,7 @@ def _parse(data: bytes) -> Answer | None:
 def _answer(text: str, finish_reason: str) -> Answer:
     """
     Raises:
-        UnicodeEncodeError: JSON may have halves of surrogate pairs, which no table can have.
+        UnicodeEncodeError: JSON may contain lone surrogates, which tables cannot store.
     """
     text.encode()
     return Answer(text, finish_reason)

@@ -40,14 +40,14 @@ def qwen3_vl(config: CaptionerConfig) -> QwenVL:
 
 
 class QwenVL:
-    """See base.Captioner. Requests of one batch have the same limit of tokens, so that none waits for a longer one."""
+    """See base.Captioner. Requests of one batch have the same token limit, so that none waits for a longer one."""
 
     reads_scenes = False
 
     def __init__(self, config: CaptionerConfig, parts: tuple[Any, Any, Any] | None = None) -> None:
         """
         Args:
-            parts: model, tokenizer and image processor that are loaded already; None loads those of the recipe.
+            parts: loaded model, tokenizer and image processor; None loads those of the recipe.
         """
         self._config, self._parts = config, parts
         self.window = 4 * config.batch_size
@@ -93,7 +93,7 @@ class QwenVL:
 
         model, tokenizer, _ = self._load()
         inputs = self._inputs(batch)
-        # A bad answer is asked again: the first attempt may be greedy, later ones must differ.
+        # Attempts after a bad answer must differ, so only the first may be greedy.
         temperature = self._config.temperature if batch[0].attempt == 1 else max(self._config.temperature, 0.7)
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         with torch.inference_mode(), torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""Captions of one shard: its kept images -> what the captioner answered, and the scores with these captions.
+"""Captions one shard: its kept images -> the captioner's answers, and the scores with these captions.
 
     scores.parquet, kept rows with tier --decode, ask, check, ask again--> captions.parquet   every caption, kept or not
                                         \\                                                     and the owners' beside them
@@ -29,7 +29,8 @@ from tasks.curation.captions import clean_captions, count_words
 from tasks.curation.config import CaptionerConfig
 from tasks.curation.journal import Journal
 from tasks.curation.scoring import decoding
-from tasks.curation.scoring.score import ACCOUNT, BYTES_A_PIXEL, OWN_BYTES, ROW_GROUP, SCORES, SCORES_TABLE
+from tasks.curation.scoring.decode_memory import WORKER_BYTES
+from tasks.curation.scoring.score import ACCOUNT, ROW_GROUP, SCORES, SCORES_TABLE
 from tasks.curation.scoring.workers import CrashError, Workers
 from tasks.curation.sources.base import Account, Shard
 
@@ -41,20 +42,20 @@ CAPTIONS = pa.schema(
         ("row", pa.int64()),  # in the shard
         ("record_id", pa.string()),
         ("tier", pa.string()),
-        ("length", pa.string()),  # the class that was asked; "original" for the owner's
+        ("length", pa.string()),  # the length class; "original" for the owner's
         ("text", pa.string()),
         ("words", pa.int32()),
-        ("status", pa.string()),  # of checks.STATUSES; "ok" are captions
-        ("attempts", pa.int32()),  # answers until then; 0 for the owner's
+        ("status", pa.string()),  # one of checks.STATUSES; "ok" are captions
+        ("attempts", pa.int32()),  # number of attempts; 0 for the owner's
         ("captioner", pa.string()),  # see captioning.identity; "" for the owner's
     ]
 )
-# Kept and duplicates of a shard, as decided before there are captions.
+# Kept records and duplicates of a shard, as decided before captioning.
 KEPT_COLUMNS, DUPLICATE_COLUMNS = ("row", "tier", "extra_captions"), ("row", "rule", "detail")
 
 
 class Asked(NamedTuple):
-    """An image of the shard that captions are written for."""
+    """An image of the shard to caption."""
 
     row: int
     record_id: str
@@ -81,12 +82,12 @@ def caption_shard(
     Args:
         scores_dir: the shard's score part.
         kept: row and tier of the images to describe, and the captions of their exact duplicates (KEPT_COLUMNS).
-        duplicates: row, rule and detail of those that deduplication rejected (DUPLICATE_COLUMNS).
-        name: of the captioner and its model, as it is written beside each caption.
+        duplicates: row, rule and detail of the records that deduplication rejected (DUPLICATE_COLUMNS).
+        name: the captioner and its model, written beside each caption.
 
     Raises:
-        ConnectionError: the captioner does not answer for now.
-        ValueError: it never will; or the source has changed since it was scored.
+        ConnectionError: the captioner is temporarily unreachable.
+        ValueError: a permanent error of the captioner, or the source has changed since it was scored.
     """
     out_dir = Path(out_dir)
     table = pq.read_table(scores_dir / SCORES_TABLE)
@@ -127,7 +128,7 @@ def _wanted(table: pa.Table, kept: pa.Table) -> dict[str, Asked]:
 def _images(
     corpus, shard: Shard, wanted: dict[str, Asked], shown: dict[str, dict], config: CaptionerConfig, max_pixels: int
 ) -> Iterator[tuple[Asked, Image.Image | None, dict | None]]:
-    """Each wanted image, reduced; None where it does not decode any more. With it what it shows, of a rendered scene."""
+    """Each wanted image, reduced, or None if it no longer decodes; and the content of a rendered scene."""
     left = dict(wanted)
 
     def records() -> Iterator[tuple[Asked, bytes]]:
@@ -140,7 +141,7 @@ def _images(
             yield asked, record.data
 
     work = functools.partial(_reduced, image_px=config.image_px, max_pixels=max_pixels)
-    with Workers(work, memory_bytes=OWN_BYTES + BYTES_A_PIXEL * max_pixels) as workers:
+    with Workers(work, memory_bytes=WORKER_BYTES) as workers:
         for asked, result in workers.map(records()):
             image = None if isinstance(result, CrashError) else Image.frombytes("RGB", *result)
             yield asked, image, shown.get(asked.key)
@@ -164,7 +165,7 @@ def _chunks(items: Iterator, window: int) -> Iterator[list]:
 
 
 class _Answered:
-    """The answers of the journal, by question, and those that come in."""
+    """The answers of the journal, by question, and new answers."""
 
     def __init__(self, journal: Journal, who: tuple) -> None:
         self._journal, self._who = journal, who
@@ -185,7 +186,7 @@ class _Answered:
             self._journal.add({"question": question, **about, **answer._asdict()})
 
     def _question(self, request: Request) -> str:
-        """Of the image, the prompt, the attempt and who is asked; a question that differs in any is another one."""
+        """The key of a question: image, prompt, attempt and captioner."""
         asked = [request.record_id, request.image.size, request.prompt, request.max_tokens, request.seed]
         asked = [*self._who, *asked]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
@@ -199,7 +200,7 @@ def _caption(
     name: str,
     answered: _Answered,
 ) -> list[dict[str, Any]]:
-    """The captions of some images. Answers that are not kept are asked again, `attempts` times in all."""
+    """The captions of some images. Answers that are not kept are asked again, up to `attempts` times in total."""
     asked = {image.record_id: image for image, _, _ in chunk}
     todo: list[Request] = []
     rows: dict[tuple[str, str], dict[str, Any]] = {}
@@ -249,8 +250,8 @@ def _originals(images) -> list[dict[str, Any]]:
 def _write_scores(
     table: pa.Table, rows: list[dict[str, Any]], duplicates: pa.Table, config: CaptionerConfig, out_dir: Path
 ) -> None:
-    """The scores with the captions of the images that were described, and with the fate of duplicates: that these were
-    not described must not let them pass for images without a caption."""
+    """The scores with the captions of the images that were described, and with the fate of duplicates, so that these do
+    not count as images without a caption."""
     by_row: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
         by_row.setdefault(row["row"], []).append(row)

@@ -1,4 +1,4 @@
-"""Captions of rendered scenes by rule: what a scene shows is known, so that every word of them is true."""
+"""Captions of rendered scenes by rules: the content of a scene is known, so every word is correct."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def scenes(config: CaptionerConfig) -> SceneCaptioner:
 
 
 class SceneCaptioner:
-    """See base.Captioner. Of a scene's captions it takes one of the class's length, another at each attempt."""
+    """See base.Captioner. Chooses one of a scene's captions of the class's length, a different one at each attempt."""
 
     window, reads_scenes = 64, True
 
@@ -30,7 +30,7 @@ class SceneCaptioner:
 
     def _answer(self, request: Request) -> Answer:
         if request.scene is None:
-            return Answer("the image is no rendered scene", "rejected")
+            return Answer("the image is not a rendered scene", "rejected")
         rng = np.random.default_rng([int(request.record_id[:15], 16), request.attempt])
         texts = captions(Scene.from_dict(request.scene), rng)
         length = self._lengths[request.length]

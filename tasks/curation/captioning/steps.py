@@ -1,4 +1,4 @@
-"""What captioning needs of the decision before it: of each group of shards, the records that are duplicates."""
+"""Writes the duplicates of each group of shards, which captioning needs from the draft decision."""
 
 from __future__ import annotations
 

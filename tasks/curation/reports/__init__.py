@@ -1,1 +1,1 @@
-"""The report of a curation, and the counts that it shows."""
+"""The report of a curation and its counts."""

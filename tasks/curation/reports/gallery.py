@@ -1,4 +1,4 @@
-"""Which records a report shows: bounded samples that do not depend on the order of shards.
+"""Chooses the records that a report shows: bounded samples that do not depend on the order of shards.
 
 Only positions are chosen; pictures are fetched at the end, from at most `PICTURE_SHARDS` shards, spread evenly over the corpus.
 """
@@ -12,13 +12,13 @@ from typing import NamedTuple
 from tasks.curation.decisions.engines import PART, Engine, rows_of
 
 PICTURE_SHARDS = 64  # the thumbnails of a shard of 10,000 images are about 80 MB
-NEAREST = 4  # on each side of a cut
+NEAREST = 4  # on each side of a threshold
 MOSAIC = 24
 GROUPS, GROUP_SIZE = 12, 6  # near-duplicate groups, and members of one
 
 
 class Shown(NamedTuple):
-    """A record in the report: its position in the corpus, its file, and its caption on the page."""
+    """A record in the report: position in the corpus, file, and caption on the page."""
 
     position: int
     file: str
@@ -26,7 +26,7 @@ class Shown(NamedTuple):
 
 
 def picture_shards(count: int) -> list[int]:
-    """The numbers of the shards of which pictures are shown."""
+    """The numbers of the shards whose pictures are shown."""
     return sorted(
         {i * count // PICTURE_SHARDS for i in range(PICTURE_SHARDS)} if count > PICTURE_SHARDS else range(count)
     )
@@ -35,7 +35,7 @@ def picture_shards(count: int) -> list[int]:
 def nearest(
     engine: Engine, column: str, cut: float, table: str, shards: Sequence[int]
 ) -> tuple[list[Shown], list[Shown]]:
-    """The records of a table just below and just above a cut, the nearest first; those that equal it are above."""
+    """The records of a table just below and just above a threshold, nearest first; equal values count as above."""
     sides = []
     for sign in ("<", ">="):
         query = (
@@ -48,7 +48,7 @@ def nearest(
 
 
 def mosaic(engine: Engine, table: str, where: str, shards: Sequence[int]) -> list[Shown]:
-    """The records with the smallest ids: a sample at random, as ids are hashes."""
+    """The records with the smallest ids: a random sample, since ids are hashes."""
     query = (
         f"SELECT position, locator AS file FROM ({table}) t WHERE {where} AND part IN ({_listed(shards)}) "
         f"ORDER BY record_id, position LIMIT {MOSAIC}"
@@ -57,7 +57,7 @@ def mosaic(engine: Engine, table: str, where: str, shards: Sequence[int]) -> lis
 
 
 def duplicate_groups(engine: Engine) -> list[tuple[int, int, list[Shown]]]:
-    """(keeper, records that were dropped for it, the first of these) of the first near-duplicate groups, by keeper."""
+    """(keeper, number of records dropped for it, the first of them) of the first near-duplicate groups, by keeper."""
     query = (
         "SELECT m.keeper, g.n, m.position, m.how, m.measure FROM (SELECT keeper, position, how, measure, row_number() OVER "
         "(PARTITION BY keeper ORDER BY position) AS place FROM near) m JOIN (SELECT keeper, count(*) AS n FROM near "

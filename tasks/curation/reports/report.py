@@ -1,6 +1,6 @@
 """The report of a curation: one self-contained HTML file.
 
-Of a corpus of any size it shows counts, and pictures of a bounded sample (gallery.py). Figures are named after those of the
+For a corpus of any size it shows counts, and pictures of a bounded sample (gallery.py). Figure numbers are those of the
 paper (arXiv 2604.12163) that show the same.
 """
 
@@ -76,7 +76,7 @@ def render(summary: Summary) -> str:
 
 
 def _files(account: Account) -> list[str]:
-    """Nothing for sources that are made: they have no files."""
+    """Empty for made sources, which have no files."""
     if not account.seen:
         return []
     rows = [(reason, count, example) for reason, (count, example) in account.skipped.items()]
@@ -130,7 +130,7 @@ def _scores(summary: Summary) -> list[str]:
 
 
 def _edges(summary: Summary) -> list[str]:
-    """What a cut lets through and what it stops, nearest first."""
+    """Pictures on both sides of each threshold, nearest first."""
     drawn = []
     for (column, name), (cut, below, above) in summary.edges.items():
         if (not below and not above) or cut <= RANGES[column][0]:

@@ -1,4 +1,4 @@
-"""Drawings of the retention report: bars, histograms, heat maps, pictures (eval/html_page.py has the page itself)."""
+"""Figures of the retention report: bars, histograms, heat maps, pictures (eval/html_page.py has the page itself)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def percent(part: int, whole: int) -> str:
 
 
 def bars(items: Sequence[tuple[str, int]], title: str = "", width: int = 760) -> str:
-    """Horizontal bars with their share of the first, which is full."""
+    """Horizontal bars, with shares of the first, which is 100%."""
     most = max((n for _, n in items), default=0) or 1
     room = width - 330
     rows = "".join(
@@ -50,7 +50,7 @@ def histogram(
     cuts: Mapping[str, float] | None = None,
     shown: Callable[[float], str] = "{:.3g}".format,
 ) -> str:
-    """Bars, and each cut (name -> value) as a line where it is inside the range."""
+    """Bars, and each threshold in `cuts` (name -> value) as a line if it is inside the range."""
     cuts = cuts or {}
     most, low, high = max(1, counts.counts.max()), counts.low, counts.high
     step = 240 / len(counts.counts)
@@ -72,7 +72,8 @@ def histogram(
 
 
 def lengths(rows: Mapping[str, Counter[int]]) -> str:
-    """A line for each name: 5% to 95% of the captions' words as a line, the middle half as a box, the median as a mark."""
+    """A box plot for each name: 5% to 95% of the captions' words as a line, the middle half as a box, the median as a
+    mark."""
     filled = {name: counts for name, counts in rows.items() if counts}
     top = max((_quantile(counts, 0.95) for counts in filled.values()), default=0) or 1
     drawn = ""
@@ -119,7 +120,7 @@ def heat_map(names: Sequence[str], columns: Sequence[str], cells: Mapping[tuple[
 
 
 def picture(pixels: np.ndarray | None) -> str:
-    """A data URI of a JPEG; "" where there is no picture."""
+    """A data URI of a JPEG; "" without a picture."""
     if pixels is None:
         return ""
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The counts of a curation, by SQL over its tables: of the records, only counts and a few examples reach Python."""
+"""The counts of a curation, by SQL over its tables: only counts and a few examples reach Python."""
 
 # ruff: noqa: S608 (SQL of our own names and numbers; texts are quoted by engines.quoted)
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tasks.curation.scorers import COLUMNS, SCALARS, scorer_revisions
 from tasks.curation.sources.base import Account
 
 EXAMPLES = 6  # rejected pictures shown for each rule
-SOURCES = 12  # sources and buckets with a figure of their own
+SOURCES = 12  # sources and buckets with a separate figure
 BINS = 24
 
 # Column -> its threshold in FilterConfig.
@@ -32,7 +32,7 @@ LIMITS: dict[str, str] = {
 }
 
 # Histograms: column -> (lowest, highest); values out of range count in the outermost bin. Fixed, so that they can be
-# filled shard by shard, and that two reports compare.
+# filled shard by shard and compared between reports.
 RANGES: dict[str, tuple[float, float]] = {
     "bytes_per_pixel": (0, 3),
     "entropy_bits": (0, 8),
@@ -62,20 +62,20 @@ class Histogram:
 
 
 class Summary:
-    """What report.json and report.html say. A function of the tables, without times, so that equal input gives equal
-    bytes."""
+    """The content of report.json and report.html. A function of the tables, without times, so that equal input gives
+    equal bytes."""
 
     def __init__(self, account: Account, config: CurationConfig, cuts: tuple[float, ...]) -> None:
         self.account, self.config, self.cuts = account, config, cuts
         self.revisions = scorer_revisions(config.scorers)
         self.input = self.kept = 0
         self.rejected: Counter[str] = Counter()
-        self.by_source: dict[str, Counter[str]] = {}  # source -> records by rule, "" for those that are kept
+        self.by_source: dict[str, Counter[str]] = {}  # source -> records by rule, "" for kept ones
         self.examples: dict[str, list[Shown]] = {}  # by rule
         self.edges: dict[tuple[str, str], tuple[float, list[Shown], list[Shown]]] = {}  # (column, limit or tier)
-        self.walls: dict[tuple[str, bool], tuple[int, list[Shown]]] = {}  # (tier, synthetic) -> records, some of them
-        self.duplicate_groups: list[tuple[int, int, list[Shown]]] = []  # keeper, records dropped for it, some of them
-        self.pixels: dict[int, np.ndarray] = {}  # position -> uint8 [h, w, 3] of those that are shown
+        self.walls: dict[tuple[str, bool], tuple[int, list[Shown]]] = {}  # (tier, synthetic) -> count, examples
+        self.duplicate_groups: list[tuple[int, int, list[Shown]]] = []  # keeper, number dropped for it, examples
+        self.pixels: dict[int, np.ndarray] = {}  # position -> uint8 [h, w, 3] of shown records
         self.too_long_words: tuple[int, int] | None = None
         self.tiers: Counter[str] = Counter()
         self.cells: Counter[tuple[str, str]] = Counter()  # (bucket, tier)
@@ -96,7 +96,7 @@ class Summary:
 
     @property
     def source_counts(self) -> dict[str, int]:
-        """Records of the input of each source."""
+        """Number of input records of each source."""
         return {name: counts.total() for name, counts in sorted(self.by_source.items())}
 
     def retention_of(self, source: str) -> list[dict]:
@@ -106,7 +106,7 @@ class Summary:
 
     @staticmethod
     def largest(counts: dict[str, int]) -> list[str]:
-        """The names with a figure of their own, largest first."""
+        """The names with a separate figure, largest first."""
         return sorted(counts, key=lambda name: (-counts[name], name))[:SOURCES]
 
     def content(self) -> dict:
@@ -151,7 +151,7 @@ class Summary:
         }
 
 
-# Every record of `records` with its final rule and sentence: duplicates have theirs in `dropped`.
+# Every record of `records` with its final rule and detail; those of duplicates are in `dropped`.
 FATES = (
     "SELECT r.part, r.row, r.position, r.key, r.record_id, r.locator, r.source, r.synthetic, r.width, r.height, r.tier, r.bucket, r.split, "
     "r.words, r.chance, r.shortest, coalesce(d.rule, r.rule) AS rule, coalesce(d.detail, r.detail) AS detail "
@@ -170,11 +170,11 @@ def summarize(
     shards: int,
     thumbnails: Callable[[np.ndarray], dict[int, np.ndarray]],
 ) -> Summary:
-    """The summary of the tables that decide.py made.
+    """Summarises the tables that decide.py made.
 
     Args:
-        account: of the source and of all shards. cuts: of the tiers. shards: how many there are.
-        thumbnails: gives the pictures of the positions that it is asked for.
+        account: of the source and of all shards. cuts: of the tiers. shards: their number.
+        thumbnails: returns the pictures of positions.
     """
     summary = Summary(account, config, cuts)
     for rule, count in _counts(engine, f"SELECT rule AS k, count(*) AS n FROM ({FATES}) f GROUP BY rule"):
@@ -233,7 +233,7 @@ def _choose(
     shards: list[int],
     thumbnails: Callable[[np.ndarray], dict[int, np.ndarray]],
 ) -> None:
-    """Chooses the records whose pictures the report shows, those of `shards`, and fetches the pictures."""
+    """Chooses the records of `shards` whose pictures the report shows, and fetches the pictures."""
     scored = f"SELECT *, part * {PART} + row AS position, locator AS file FROM scores"
     tiered = (
         "SELECT f.part, f.position, f.record_id, f.locator AS file, s.aesthetic "
@@ -287,7 +287,8 @@ def _kept(engine: Engine, summary: Summary, config: CaptionConfig) -> None:
 
 
 def _chosen_words(limit: int) -> list[tuple[str, str]]:
-    """SQL of the words of the captions that captions.choose_captions keeps, and of the records for which it holds."""
+    """SQL of the word counts of the captions that captions.choose_captions keeps, and of the records to which each
+    applies."""
     more = f"size(words) > {limit}"
     if limit == 1:
         return [("nth(words, 1)", "size(words) = 1"), ("nth(words, 1 + chance % size(words))", more)]

@@ -1,10 +1,10 @@
 """Pass 3: scorers by name. The recipe chooses one for each column (`curation.scorers`); `none` leaves it empty (NaN).
 
     images, captions --scorer--> columns part (one per shard and scorer) --joined--> scores.parquet
-                                 a vector such as `embedding` stays there, for scorers that need it
+                                 a vector such as `embedding` stays in its part, for scorers that need it
 
-A scorer is an entry of `SCORERS` and a function that builds it, imported only where a recipe names it. A rule never rejects
-on an empty score; a recipe that cuts on a column that nothing fills is refused (`checks.py`).
+A scorer is an entry in `SCORERS` and a function that builds it, imported only if a recipe names it. A rule never
+rejects on an empty score; a recipe with a threshold on a column that no scorer fills is refused (`checks.py`).
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ SCORERS: tuple[ScorerSpec, ...] = (
 
 
 class Chosen(NamedTuple):
-    """A scorer that a recipe names, and the columns that it fills there: of those that it can fill, those that name it."""
+    """A scorer that a recipe names, and the columns for which the recipe names it."""
 
     spec: ScorerSpec
     choice: ScorerChoice
@@ -164,13 +164,13 @@ class Chosen(NamedTuple):
 
 
 def chosen_scorers(config: ScorerConfig) -> list[Chosen]:
-    """The scorers that the recipe names, those that others need first.
+    """The scorers that the recipe names; scorers that others need come first.
 
     A scorer that several columns name runs once.
 
     Raises:
-        ValueError: no scorer of that name fills that column, a setting is missing or not one of the scorer's, or nothing
-            fills the `embedding` that a scorer needs.
+        ValueError: no scorer of that name fills that column, a setting is missing or unknown, or no scorer fills the
+            `embedding` that another needs.
     """
     chosen: dict[ScorerChoice, Chosen] = {}
     for column in COLUMNS:
@@ -217,7 +217,7 @@ def _check_embedding(chosen: list[Chosen]) -> None:
 
 
 def check_settings(config: ScorerConfig) -> None:
-    """Checks what a run needs to know; a recipe without it can be loaded and planned.
+    """Checks settings that a run requires; a recipe without them can be loaded and planned.
 
     Raises:
         ValueError: a setting that a scorer requires is not set, such as the commit of its weights.
@@ -240,12 +240,13 @@ def _check_required(one: Chosen) -> None:
 
 
 def needs_gpu(config: CurationConfig) -> bool:
-    """Whether a scorer of the recipe asks for a task with a GPU."""
+    """Whether a scorer of the recipe needs a task with a GPU."""
     return any(one.spec.resources == "gpu_single" for one in chosen_scorers(config.scorers))
 
 
 def identity(one: Chosen) -> dict[str, Any]:
-    """What decides a scorer's numbers beside the record: code, settings, weights. Part of the key of its scores.
+    """Everything except the record that determines a scorer's numbers: code, settings, weights. Part of the key of its
+    scores.
 
     Raises:
         ValueError: weights in a directory cannot be read.
@@ -272,7 +273,7 @@ def _directory_digest(path: str) -> str:
 
 
 def revision(one: Chosen) -> str:
-    """`identity` in short, for tables and reports: the pinned commit where there is one, else the digest of the code."""
+    """A short `identity` for tables and reports: the pinned commit if there is one, else the digest of the code."""
     if one.choice.revision:
         return f"{one.spec.name} {one.choice.repo_id}@{one.choice.revision}"
     weights = f", weights {one.spec.weights[0][1][:16]}" if one.spec.weights else ""
@@ -288,7 +289,7 @@ def build_scorer(one: Chosen) -> Scorer:
     """Builds a scorer; its model is loaded when it is first called.
 
     Raises:
-        ValueError: a setting, a package or its weights are missing, or the weights are others.
+        ValueError: a setting, a package or its weights are missing, or the weights differ.
     """
     _check_required(one)
     check_weights(one.spec)
@@ -301,7 +302,7 @@ def build_scorer(one: Chosen) -> Scorer:
 def check_weights(spec: ScorerSpec) -> None:
     """
     Raises:
-        ValueError: a package is not installed, or a file of weights is not the one whose SHA-256 is known.
+        ValueError: a package is not installed, or a file of weights has another SHA-256.
     """
     from eval.judges.base import check_sha256, package_folder
 

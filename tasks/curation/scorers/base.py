@@ -59,14 +59,14 @@ class ScorerSpec:
 
     columns: names of `COLUMNS` that it fills.
     build: `module:function` that builds it; the function gets the recipe's settings if `settings` is not empty.
-    needs: what it reads of a `Sample`. With "embedding" no image is decoded for it; "pixels" (with `gray`) is cheaper than
-        "image".
-    batch: records that it gets at once.
+    needs: the fields of a `Sample` that it reads. With "embedding" no image is decoded for it; "pixels" (with `gray`)
+        is cheaper than "image".
+    batch: maximum number of records in a call.
     resources: the kind of task that runs it (tasks.envs): "shard" has no GPU, "gpu_single" has one.
     dtype: of its computation; scores are stored in the type of the column.
-    settings: keys of `ScorerChoice` that it takes; those in `required` must be set.
+    settings: keys of `ScorerChoice` that it accepts; those in `required` must be set.
     weights: {path below an installed package: SHA-256}; the first component of the path is the package.
-    code: modules beside that of `build` whose code decides its numbers.
+    code: further modules whose code determines its numbers.
     """
 
     name: str
@@ -82,18 +82,18 @@ class ScorerSpec:
     code: tuple[str, ...] = ()
 
     def code_digest(self) -> str:
-        """Of the code of its modules, 16 hex digits: a change of comments, docstrings or layout does not change it."""
+        """A digest of the code of its modules, 16 hex digits, that ignores comments, docstrings and layout."""
         modules = (self.build.partition(":")[0], *self.code)
         return hashlib.sha256("".join(map(_code_digest, modules)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a scorer sees of one record. What it does not need may be None.
+    """The input of a scorer for one record. Fields that it does not need may be None.
 
-    image: RGB, upright, shorter side at most 384 px (enough for the CLIP family), or as small as `pixels` where no scorer
-    that runs needs it. pixels: uint8 [H, W, 3] and gray:
-    uint8 [H, W], longer side at most 256 px. captions: cleaned, none left out for its length. embedding: float16 [D].
+    image: RGB, upright, shorter side at most 384 px (enough for the CLIP family), or as small as `pixels` if no running
+    scorer needs it. pixels: uint8 [H, W, 3] and gray: uint8 [H, W], longer side at most 256 px. captions: cleaned, of
+    any length. embedding: float16 [D].
     """
 
     image: Image.Image
@@ -105,7 +105,7 @@ class Sample:
 
 class Scorer(Protocol):
     """Scores a batch of at most `ScorerSpec.batch` records: an array [N] or, for a vector, [N, D] for each of its columns.
-    NaN means no opinion. Loads its model on first use, not at construction."""
+    NaN means no score. Loads its model on first use, not at construction."""
 
     def __call__(self, samples: Sequence[Sample]) -> Mapping[str, np.ndarray]: ...
 
@@ -113,9 +113,9 @@ class Scorer(Protocol):
 def check_range(scorer: str, column: Column, values: np.ndarray) -> None:
     """
     Raises:
-        ValueError: a value is outside of the column's range: the scorer is broken, or fills another column.
+        ValueError: a value is outside the column's range: the scorer is broken, or fills another column.
     """
-    outside = values[(values < column.low - 1e-3) | (values > column.high + 1e-3)]  # NaN is neither
+    outside = values[(values < column.low - 1e-3) | (values > column.high + 1e-3)]  # NaN passes
     if outside.size:
         raise ValueError(
             f"scorer {scorer!r} gives {column.name} the value {float(outside.flat[0]):.4g}; its range is {column.low:g} to "
@@ -127,7 +127,7 @@ def check_range(scorer: str, column: Column, values: np.ndarray) -> None:
 def _code_digest(module: str) -> str:
     file = getattr(importlib.import_module(module), "__file__", None)
     if file is None:
-        return hashlib.sha256(module.encode()).hexdigest()  # made in memory
+        return hashlib.sha256(module.encode()).hexdigest()  # a module without a file
     tree = ast.parse(Path(file).read_text())
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):

@@ -13,7 +13,7 @@ from tasks.curation.scorers.base import Sample
 
 
 class PerImageScorer:
-    """A scorer that looks at one image at a time and fills one column."""
+    """A scorer of one image at a time that fills one column."""
 
     def __init__(self, column: str, score: Callable[[Sample], float]) -> None:
         self.column, self._score = column, score
@@ -32,19 +32,19 @@ def aesthetic_scorer() -> PerImageScorer:
 
 # --- watermark -------------------------------------------------------------------------------------------------
 
-FAINT = (5, 140)  # gray levels by which a semi-transparent stroke stands out of the ground
-MIN_GROUND = 0.35  # share of the commonest level, below which there is no plain ground to see strokes on
+FAINT = (5, 140)  # gray levels between a semi-transparent stroke and the ground
+MIN_GROUND = 0.35  # minimum share of the commonest level: below it there is no plain ground
 STROKE = 0.05  # of the shorter side: text strokes are thinner, drawn objects thicker
 GUARD = 0.05  # of the shorter side, around objects: JPEG ringing, anti-aliasing, pointed tips
 GRID = 4  # the overlay must show in many cells of a GRID x GRID raster
 
 
 def watermark_score(gray: np.ndarray) -> float:
-    """0 (none) to 1: how much, and how widely, faint thin strokes lie over a plain ground.
+    """0 (none) to 1: amount and spread of faint thin strokes over a plain ground.
 
-    A repeated, semi-transparent text breaks a plain ground into many small thin patches of low contrast. What has a
-    thick core is an object of the picture and is left out, with a margin. Made for plain pictures: a busy
-    photograph has no ground, scores 0, and wants a model.
+    A repeated, semi-transparent text breaks a plain ground into many small thin patches of low contrast. Regions with a
+    thick core are objects of the picture and are left out, with a margin. For plain pictures only: a busy photograph
+    has no ground and scores 0; use a model.
 
     Args:
         gray: uint8 [H, W], longer side at most 256 px.
@@ -58,7 +58,7 @@ def watermark_score(gray: np.ndarray) -> float:
     if levels[max(0, ground - 4) : ground + 5].sum() < MIN_GROUND * gray.size:
         return 0.0
     residual = np.abs(gray.astype(np.int16) - ground)
-    # Above the ground's own noise: strokes ink well under a quarter of it, so its upper quartile is noise alone.
+    # Above the ground's own noise: strokes cover well under a quarter of it, so its upper quartile is noise alone.
     flat = np.cumsum(np.bincount(residual[residual <= 10], minlength=11))
     mask = residual >= max(FAINT[0], 3 * int(np.searchsorted(flat, 0.75 * flat[-1])))
     thick = max(3, round(STROKE * short)) | 1
@@ -118,13 +118,14 @@ def _sliding(x: np.ndarray, op: np.ufunc, size: int) -> np.ndarray:
 
 
 COHERENT = 0.5  # correlation of neighbouring pixels below which a picture counts as noise; photographs have over 0.53
-SCALES_PX = (256, 64, 32)  # longer side at which it is measured: coarse noise shows at the smaller ones
+SCALES_PX = (256, 64, 32)  # longer sides at which it is measured: coarse noise is visible at the smaller ones
 
 
 def aesthetic_proxy(sample: Sample) -> float:
-    """0 to 10 from colourfulness (Hasler and Suesstrunk 2003), contrast and sharpness. A stand-in, not a taste.
+    """0 to 10 from colourfulness (Hasler and Suesstrunk 2003), contrast and sharpness: a placeholder for an aesthetic
+    model.
 
-    Noise has all three: where neighbouring pixels hardly agree, the score falls with their correlation, down to 0.
+    Noise has all three: if neighbouring pixels hardly correlate, the score falls with their correlation, down to 0.
     """
     rgb = sample.pixels.astype(np.float32)
     red_green = rgb[..., 0] - rgb[..., 1]

@@ -1,12 +1,12 @@
-r"""Scorers whose weights come from the Hub at a pinned commit, or from a directory: for a GPU, and small ones for tests.
+r"""Scorers whose weights come from the Hub at a pinned commit, or from a directory.
 
     image --ImageTextEmbedding--> embedding (float16, stored) --EmbeddingSimilarity--> cosine to the captions
                                                               \--AestheticHead-------> score
-    image --AestheticCLIP--> its own encoder, then the head, where the head was trained on another encoder
+    image --AestheticCLIP--> its own encoder, then the head, for a head of another encoder
     image --Classifier-----> probability of a label
 
-The encoders are what transformers' AutoModel gives for CLIP, MetaCLIP 2, SigLIP and SigLIP 2: `get_image_features` and
-`get_text_features` of one space. No repository's code runs, and only safetensors are read.
+The encoders are `get_image_features` and `get_text_features` of transformers' AutoModel for CLIP, MetaCLIP 2, SigLIP
+and SigLIP 2. No repository's code runs, and only safetensors are read.
 """
 
 from __future__ import annotations
@@ -150,10 +150,10 @@ class EmbeddingSimilarity:
 
 
 class AestheticHead:
-    """A head on the stored embedding: linear layers, as their weights in a safetensors file say.
+    """A head on the stored embedding: linear layers from a safetensors file.
 
-    The layers are rebuilt from the file's tensors, in their order: `*.weight` [out, in] with `*.bias` [out]. Dropout, which
-    the published heads have between them, does nothing here. LAION's heads have no activations.
+    The layers are rebuilt from the file's tensors, in their order: `*.weight` [out, in] with `*.bias` [out]. Dropout
+    between the layers of published heads has no effect here. LAION's heads have no activations.
     """
 
     FILE = "model.safetensors"

@@ -1,6 +1,6 @@
-"""Scorers with real weights that Python packages carry (extra `scorer`), for a CPU. Each checks its weights by SHA-256.
+"""Scorers with weights in Python packages (extra `scorer`), for a CPU. Each checks its weights by SHA-256.
 
-Packages whose import would need more than they do here are not imported: their weights are read from their folders.
+Packages whose import needs further packages are not imported: only their weights are read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tasks.curation.scorers.base import Sample
 
 
 class OpenNSFW:
-    """Yahoo's Open NSFW (2016): the probability of pornography, and of nothing else that may be unsafe."""
+    """Yahoo's Open NSFW (2016): the probability of pornography alone, not of other unsafe content."""
 
     @cached_property
     def _classifier(self):
@@ -34,8 +34,8 @@ class OpenNSFW:
 class TextArea:
     """PP-OCRv6: the share of the image under text, and a proxy for visible watermarks.
 
-    A line counts with a score above 0.85 and three characters or more: the detector sees single letters in textures. The
-    watermark score is the share of text that stands as stock agencies and photographers place theirs: lines that name a
+    A line counts with a score above 0.85 and three characters or more: the detector finds single letters in textures.
+    The watermark score is the share of text placed as stock agencies and photographers place theirs: lines that name a
     licence, or a few words along the border, or one text repeated over the picture. It misses logos and ornaments.
     """
 
@@ -86,10 +86,11 @@ class TextArea:
 
 
 class Brisque:
-    """BRISQUE (Mittal et al. 2012) by the package brisque: technical quality, 0 best to 100 worst. It knows blur, noise
-    and compression, and nothing of beauty; cut-outs on white score badly.
+    """BRISQUE (Mittal et al. 2012) by the package brisque: technical quality, 0 best to 100 worst. It measures blur,
+    noise and compression, not beauty; cut-outs on white score badly.
 
-    Its model is read here: the package's own class unpickles the scaling, which may run code, and fails with numpy 2.4.
+    This class reads the model itself: the package's own class unpickles the scaling, which may run code, and fails with
+    numpy 2.4.
     """
 
     @cached_property
@@ -114,7 +115,7 @@ class Brisque:
     def _score(self, image: Image.Image) -> float:
         if min(image.size) < 32:
             return float("nan")
-        with np.errstate(all="ignore"):  # a plain picture has no deviation to divide by
+        with np.errstate(all="ignore"):  # a plain picture has deviation 0
             score = float(self._engine.score(np.asarray(image)))
         return min(100.0, max(0.0, score))  # NaN stays NaN
 
@@ -154,7 +155,7 @@ class BlazeFace:
         """Boxes [x0, y0, x1, y1] as shares of the padded square, best first."""
         net, anchors = self._net
         square = Image.new("RGB", (max(image.size),) * 2)
-        square.paste(image)  # at the top left: in the middle, the cat scores 0.77
+        square.paste(image)  # at the top left: centred, the cat scores 0.77
         pixels = np.asarray(square.resize((self.SIDE_PX,) * 2), np.float32)[None] / 127.5 - 1
         net.set_tensor(net.get_input_details()[0]["index"], pixels)
         net.invoke()
@@ -178,7 +179,8 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 
 class EfficientNetLite:
-    """EfficientNet-Lite0 (ImageNet): its 1,280 pooled features as a vector of length 1. It knows objects and no style."""
+    """EfficientNet-Lite0 (ImageNet): its 1,280 pooled features as a vector of length 1. It represents objects, not
+    style."""
 
     @cached_property
     def _net(self):
@@ -205,8 +207,8 @@ class ConSE:
     """ConSE (Norouzi et al. 2013): the image is the mean, in a text encoder's space, of the names of its ten likeliest
     ImageNet classes, weighted by their probabilities; its score is the cosine to its best caption.
 
-    EfficientNet-Lite3 names the classes, MiniLM reads names and captions. It knows 1,000 nouns, and no colours, counts or
-    relations: for cuts on captions of another subject altogether.
+    EfficientNet-Lite3 predicts the classes, MiniLM embeds names and captions. It covers 1,000 nouns, no colours, counts
+    or relations: use it to reject captions of an entirely different subject.
     """
 
     CLASSES = 10

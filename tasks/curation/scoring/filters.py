@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-ANALYSIS_PX = 256  # longer side of what the statistics look at
-NEAR_COLOR = 10  # of 255, per channel: one colour to the eye, through JPEG and faint noise
+ANALYSIS_PX = 256  # longer side of the image from which statistics are computed
+NEAR_COLOR = 10  # of 255, per channel: visually one colour, despite JPEG and faint noise
 BAR_NOISE = 20  # of 255: JPEG rings on both sides of a bar's edge
 EDGE_LINES = 3
 
@@ -18,7 +18,7 @@ EDGE_LINES = 3
 
 
 def reduced(image: Image.Image, max_side_px: int) -> Image.Image:
-    """`image`, box-filtered down so that its longer side is at most `max_side_px`; small images as they are."""
+    """`image`, box-filtered down so that its longer side is at most `max_side_px`; small images are unchanged."""
     return shrunk(image, max(image.size) / max_side_px)
 
 
@@ -55,7 +55,7 @@ def _mean_color(planes: np.ndarray, where: np.ndarray) -> np.ndarray:
 
 
 def _near(planes: np.ndarray, color: np.ndarray, within: int = NEAR_COLOR) -> np.ndarray:
-    """Where uint8 [3, ...] is within so many levels of a colour, bool [...]."""
+    """Whether uint8 [3, ...] is within `within` levels of a colour, bool [...]."""
     low = np.clip(np.rint(color) - within, 0, 255).astype(np.uint8)
     high = np.clip(np.rint(color) + within, 0, 255).astype(np.uint8)
     near = (planes[0] >= low[0]) & (planes[0] <= high[0])
@@ -67,8 +67,8 @@ def _near(planes: np.ndarray, color: np.ndarray, within: int = NEAR_COLOR) -> np
 def border_fraction(pixels: np.ndarray) -> float:
     """The area of bars (letterbox, frame) around the picture, as a share of uint8 [H, W, 3].
 
-    A bar is of one colour, and ends on a straight edge that runs along the whole picture. So the plain background
-    around an object is no bar; nor is that around one flat rectangle, which is an object too.
+    A bar has one colour and ends in a straight edge along the whole picture. So the plain background around an object
+    is not a bar, nor is that around one flat rectangle.
     """
     height, width = pixels.shape[:2]
     corners = pixels[[0, 0, -1, -1], [0, -1, 0, -1]].astype(np.int16)
@@ -77,14 +77,14 @@ def border_fraction(pixels: np.ndarray) -> float:
         return 0.0
     picture = ~_near(np.moveaxis(pixels, -1, 0), corners.mean(axis=0), BAR_NOISE)
     if not picture.any():
-        return 0.0  # one colour all over: the blank rule's business
+        return 0.0  # one colour everywhere: the blank rule handles it
     rows, columns = ((count >= 0.1 * count.max()).nonzero()[0] for count in (picture.sum(axis=1), picture.sum(axis=0)))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-    margin = (top, width - right, height - bottom, left)  # in the order in which np.rot90 brings them to the top
+    margin = (top, width - right, height - bottom, left)  # in the order in which np.rot90 rotates them to the top
     for k, bar in enumerate(margin):
         if bar and not _is_bar_edge(np.rot90(picture, k), np.rot90(pixels, k), bar, margin[k - 1], margin[k - 3]):
             return 0.0
-    core = pixels[top + EDGE_LINES : bottom - EDGE_LINES, left + EDGE_LINES : right - EDGE_LINES]  # no soft edges
+    core = pixels[top + EDGE_LINES : bottom - EDGE_LINES, left + EDGE_LINES : right - EDGE_LINES]  # excludes soft edges
     if not any(margin) or not core.size or single_color_fraction(core) > 0.995:
         return 0.0
     return 1 - (bottom - top) * (right - left) / (height * width)
@@ -100,5 +100,5 @@ def _is_bar_edge(picture: np.ndarray, pixels: np.ndarray, bar: int, before: int,
     if picture[bar : bar + EDGE_LINES, columns].any(axis=0).mean() < 0.96:
         return False
     across = pixels[max(0, bar - EDGE_LINES) : bar + EDGE_LINES, columns].astype(np.float32)
-    across = np.abs(across - across[0].mean(axis=0)).mean(axis=(1, 2))  # unlike the bar, line by line
+    across = np.abs(across - across[0].mean(axis=0)).mean(axis=(1, 2))  # differs from the bar, line by line
     return bool(np.abs(np.diff(across)).max(initial=0) >= 0.45 * np.ptp(across))

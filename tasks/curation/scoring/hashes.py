@@ -1,7 +1,7 @@
 """Perceptual hashes of one picture, as signed 64-bit integers, which every table engine can compare bit by bit.
 
 pHash and dHash have the bits of imagehash's, the first as the highest. pHash-256 is imagehash's pHash of 16 x 16, in four
-integers. `hash_margin` says how far the picture is from a flat one, whose bits are noise.
+integers. `hash_margin` is the distance from a flat picture, whose bits are noise.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from PIL import Image
 
 PHASH256 = ("phash256_a", "phash256_b", "phash256_c", "phash256_d")
 HASHES = ("phash", "dhash", *PHASH256)
-OVERSAMPLING = 4  # pHash sees the picture at 4 times its own size, as imagehash does
+OVERSAMPLING = 4  # pHash uses the picture at 4 times its own size, as imagehash does
 
 
 def picture_hashes(image: Image.Image) -> dict[str, int | float]:

@@ -1,13 +1,13 @@
-r"""Scoring: a shard -> its columns. Every record is decoded once, and nothing is decided.
+r"""Scoring: computes the columns of a shard. Every record is decoded once, and nothing is decided.
 
     shard --read--> Record --measure--> scores.parquet      one row per record, in the order of the shard
-                        |               thumbnails.parquet  small pictures of those that decode
-                        |               account.json        what the reader saw and left out
+                        |               thumbnails.parquet  small pictures of records that decode
+                        |               account.json        counts of read and skipped files
                         \--scorers-----> columns.parquet     one for each scorer: a row for each record that decodes
 
-`score_shard` makes whichever of these are missing, in one reading of the shard, so that a new scorer runs alone. `join` adds
-the columns of all scorers to those that were measured. A threshold can change without new scores; `formats`, `max_pixels`,
-`thumbnail_px` and the scorers cannot. Memory is bounded by a batch of records, not by the shard.
+`score_shard` makes the missing ones in one read of the shard, so that a new scorer runs alone. `join` adds the columns
+of all scorers to the measured ones. Thresholds can change without new scores; `formats`, `max_pixels`, `thumbnail_px`
+and scorers cannot. Memory is bounded by a batch of records, not by the shard.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from tasks.curation.decisions import dedup
 from tasks.curation.scorers import COLUMNS, SCALARS, Chosen, Sample, Scorer, build_scorer, revision
 from tasks.curation.scorers.base import check_range
 from tasks.curation.scoring import decoding, filters
+from tasks.curation.scoring.decode_memory import WORKER_BYTES
 from tasks.curation.scoring.hashes import HASHES, picture_hashes
 from tasks.curation.scoring.workers import CrashError, Workers
 from tasks.curation.sources.base import Account, Record, Shard
 
 SCORES_TABLE, THUMBNAILS_TABLE, ACCOUNT = "scores.parquet", "thumbnails.parquet", "account.json"
 COLUMNS_TABLE = "columns.parquet"
-BATCH = 256  # records that are in memory at once, reduced
-SCORER_PX = 384  # shorter side of what a model scorer sees
-BYTES_A_PIXEL = 24  # that decoding may take; twice what Pillow takes for RGBA
-OWN_BYTES = 512 * 2**20  # that a worker may take besides
+BATCH = 256  # records in memory at a time, reduced
+SCORER_PX = 384  # shorter side of a model scorer's input
+SCORER_RATIO = 4  # its longer side is at most that many times as long, so that a batch of long strips fits in memory
 NUMBERS = ("bytes_per_pixel", "entropy_bits", "single_color_fraction", "border_fraction")
 MEASURED = pa.schema(
     [
@@ -54,7 +54,7 @@ MEASURED = pa.schema(
         ("source", pa.string()),
         ("synthetic", pa.bool_()),
         ("locator", pa.string()),  # the user's own file, member or row
-        ("captions", pa.list_(pa.string())),  # cleaned; none is left out for its length
+        ("captions", pa.list_(pa.string())),  # cleaned, of any length
         ("words", pa.list_(pa.int32())),  # of each caption
         ("problem", pa.string()),  # a rule of the source, such as unreadable_caption
         ("problem_detail", pa.string()),
@@ -88,8 +88,8 @@ def score_shard(
 
     Args:
         corpus: see sources.base.open_corpus.
-        measured_dir: of passes 1 and 2; None if they are known.
-        scorers: directory -> the scorer whose columns are written there; none that needs an embedding.
+        measured_dir: for passes 1 and 2; None if their part exists.
+        scorers: directory -> the scorer whose columns are written there; no scorer that needs an embedding.
 
     Returns:
         the number of rows of each directory.
@@ -104,8 +104,7 @@ def score_shard(
     with ExitStack() as stack:
         whole = any("image" in one.spec.needs for one in scorers.values())
         work = functools.partial(measure, config=config, whole=whole)
-        limit = OWN_BYTES + BYTES_A_PIXEL * config.filters.max_pixels
-        workers = stack.enter_context(Workers(work, memory_bytes=limit))
+        workers = stack.enter_context(Workers(work, memory_bytes=WORKER_BYTES))
         measured = thumbnails = None
         if measured_dir:
             measured = stack.enter_context(_Writer(measured_dir / SCORES_TABLE, MEASURED, ROW_GROUP))
@@ -130,7 +129,7 @@ def score_shard(
 
 
 def score_columns(measured_dir: Path, one: Chosen, out_dir: Path, embeddings_dir: Path) -> int:
-    """The columns of a scorer that reads embeddings, those of a columns part, and captions: no image is read."""
+    """Computes the columns of a scorer that reads embeddings (from a columns part) and captions: no image is read."""
     scorer, vectors = [(one, build_scorer(one))], _Embeddings(embeddings_dir)
     blank, nothing = Image.new("RGB", (1, 1)), np.zeros((1, 1), np.uint8)
     with columns_writer(out_dir, one) as writer, pq.ParquetFile(measured_dir / SCORES_TABLE) as table:
@@ -148,7 +147,7 @@ def join(measured_dir: Path, columns: Mapping[Path, Chosen], out_dir: Path, embe
     """Writes scores.parquet: the measured columns, and the scalar ones of all scorers, with their revisions as metadata.
 
     Args:
-        embedding: add the column `embedding` as well, float32 for every table engine; null where nothing fills it.
+        embedding: also add the column `embedding`, float32 for every table engine; null if no scorer fills it.
     """
     scored: dict[str, tuple[pa.Array, pa.Array]] = {}
     wanted, revisions = {*SCALARS, *(("embedding",) if embedding else ())}, {}
@@ -196,15 +195,15 @@ class _Embeddings:
 
 @functools.cache
 def _load_libraries() -> None:
-    """Imports what `measure` needs, once: workers are forked, and each would import it anew."""
+    """Imports the libraries of `measure` before workers are forked, since each would import them again."""
     decoding.decodable()
     picture_hashes(Image.new("RGB", (32, 32)))
 
 
 def _measured(records: Iterator[Record], workers: Workers) -> Iterator[tuple[dict, Sample | None, np.ndarray | None]]:
-    """The row of each record, what the scorers are to see, and its thumbnail. Its bytes are in memory only until they are
+    """The row of each record, its scorer input, and its thumbnail. Its bytes are in memory only until they are
     measured."""
-    # A record with a problem is rejected, whatever the image is.
+    # A record with a problem is rejected in any case.
     rows = ((_described(record), None if record.problem else record.data) for record in records)
     for row, measured in workers.map(rows):
         if isinstance(measured, CrashError):
@@ -213,7 +212,7 @@ def _measured(records: Iterator[Record], workers: Workers) -> Iterator[tuple[dic
 
 
 def score_record(record: Record, config: CurationConfig) -> tuple[dict, Sample | None]:
-    """The row of `MEASURED` of one record, in this process; without the columns of scorers."""
+    """Computes the row of `MEASURED` of one record in this process, without the columns of scorers."""
     row = _described(record)
     return row, _sample(row, None if record.problem else measure(record.data, config))
 
@@ -237,7 +236,8 @@ def _described(record: Record) -> dict:
 
 
 def _sample(row: dict, measured: Measured | None) -> Sample | None:
-    """Writes the measured values into the row; returns the model scorers' sample, if the image decodes."""
+    """Writes the measured values into the row; returns the model scorers' sample, or None if the image does not
+    decode."""
     if measured is None:
         return None
     row.update(measured.columns)
@@ -249,10 +249,11 @@ def _sample(row: dict, measured: Measured | None) -> Sample | None:
 
 
 class Measured(NamedTuple):
-    """The columns of passes 1 and 2 and of deduplication that are known, and the image as far as scorers need it.
+    """The columns of passes 1 and 2 and of deduplication, and the image as scorers need it.
 
-    size: (width, height), the longer at most `filters.ANALYSIS_PX`. rgb: its pixels; b"" where it does not decode.
-    image_size, image: with a shorter side of at most `SCORER_PX`, where a scorer needs that.
+    size: (width, height), the longer at most `filters.ANALYSIS_PX`. rgb: its pixels; b"" if it does not decode.
+    image_size, image: with a shorter side of at most `SCORER_PX` and a longer of at most `SCORER_RATIO` times that, if a
+    scorer needs it.
     """
 
     columns: dict[str, Any]
@@ -264,7 +265,7 @@ class Measured(NamedTuple):
 
 
 def measure(data: bytes, config: CurationConfig, whole: bool = True) -> Measured:
-    """Decodes one image. `whole`: as large as scorers of the image need it."""
+    """Decodes and measures one image. `whole`: also returns it at the size that scorers need."""
     columns: dict[str, Any] = {}
     try:
         header, image = decoding.inspect_and_decode(data, config.filters.max_pixels, config.filters.formats, SCORER_PX)
@@ -289,7 +290,7 @@ def measure(data: bytes, config: CurationConfig, whole: bool = True) -> Measured
     thumbnail = dedup.thumbnail(image, config.dedup.thumbnail_px)
     if not whole:
         return Measured(columns, view.size, view.tobytes(), thumbnail=thumbnail)
-    image = filters.shrunk(image, min(image.size) / SCORER_PX)
+    image = filters.shrunk(image, max(min(image.size), max(image.size) / SCORER_RATIO) / SCORER_PX)
     return Measured(columns, view.size, view.tobytes(), image.size, image.tobytes(), thumbnail)
 
 
@@ -311,14 +312,15 @@ def run_scorers(
 
 
 def columns_writer(out_dir: Path, one: Chosen) -> _ColumnsWriter:
-    """Of columns.parquet: `row` and the scorer's columns; types, units, ranges and the revision are in its schema."""
+    """A writer of columns.parquet: `row` and the scorer's columns; the schema has types, units, ranges and the
+    revision."""
     fields = [pa.field("row", pa.int64()), *(COLUMNS[column].field for column in one.columns)]
     schema = pa.schema(fields, {"revision": revision(one), "dtype": one.dtype})
     return _ColumnsWriter(out_dir / COLUMNS_TABLE, schema, ROW_GROUP)
 
 
 def _blank() -> dict:
-    """Every column of an image of which nothing is known yet."""
+    """Every column, with the values of an unmeasured image."""
     return {
         **{"error_rule": "", "error": "", "format": "", "mode": "", "animated": False},
         **{"width": 0, "height": 0, "orientation": 1},
@@ -363,7 +365,7 @@ class _Writer:
 
 
 class _ColumnsWriter(_Writer):
-    """Counts its rows; `rows` is whole after the block."""
+    """Counts its rows; `rows` is final after the block."""
 
     rows = 0
 

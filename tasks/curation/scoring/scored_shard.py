@@ -1,10 +1,10 @@
-"""The parts of one shard's scores: each is made once for its inputs, and a new scorer runs alone.
+"""Makes the parts of one shard's scores, each once for its inputs, so that a new scorer runs alone.
 
     measured        passes 1 and 2, thumbnails
     columns         one part for each scorer; its key has the scorer's identity, and the embedding that it reads
-    scores          scores.parquet of all of these; its parents are the parts above
+    scores          scores.parquet of all columns; its parents are the parts above
 
-What is missing of `measured` and of the scorers that need pixels is made in one reading of the shard.
+The missing ones of `measured` and of the scorers that need pixels are made in one read of the shard.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ShardScores:
         self._inputs = {"shard": shard.shard_id, "measuring": self._config.model_dump(mode="json")}
 
     def make(self, resources: Resources | None = None) -> Part:
-        """The score part; the measured part where `resources` is "shard" and scorers that need a GPU are still to run.
+        """The score part; the measured part if `resources` is "shard" and scorers that need a GPU remain to run.
 
         Raises:
             ValueError: the shard cannot be read, or a scorer cannot run.
@@ -60,7 +60,7 @@ class ShardScores:
         return self._joined(measured, columns) if len(columns) == len(self._chosen) else measured
 
     def _read_shard(self, scorers: list[Chosen]) -> tuple[Part, dict[Chosen, Part]]:
-        """The measured part and those of scorers that read the shard, in one reading for all that are not known."""
+        """The measured part and those of scorers that read the shard; missing ones are made in one read."""
         version = CACHE_VERSIONS["scores"]
         measured = known_part("measured", self._shard.shard_id, version, self._inputs)
         keys = {one: self._key(one) for one in scorers}
@@ -79,7 +79,7 @@ class ShardScores:
             if measured_dir is not None:
                 measured = self._sealed("measured", self._inputs, measured_dir, rows[measured_dir])
             for directory, one in directories.items():
-                parents = [measured.as_parent()]  # so that the trace of a record reaches what was computed from it
+                parents = [measured.as_parent()]  # so that the trace of a record reaches everything computed from it
                 parts[one] = self._sealed("columns", keys[one], directory, rows[directory], parents)
         return measured, parts
 
@@ -99,7 +99,7 @@ class ShardScores:
         return make_part(kind, self._shard.shard_id, CACHE_VERSIONS["scores"], inputs, make, parents, config)
 
     def _head(self, one: Chosen, measured: Part, embedding: Part | None) -> Part:
-        """The columns of a scorer that reads the embedding: no image is read for it."""
+        """The columns part of a scorer that reads the embedding: no image is read."""
         assert embedding is not None, one.spec.name
         key = self._key(one, embedding)
 
@@ -129,7 +129,8 @@ class ShardScores:
 
 
 def fetch_pictures(part: Part) -> Path:
-    """The directory with the thumbnails of a score or captions part: its own, or that of the part that it was made from."""
+    """The directory with the thumbnails of a score or captions part: its own, or that of the part from which it was
+    made."""
     manifest = load_manifest(fetch_part(part, without=(score.THUMBNAILS_TABLE,)))
     if score.THUMBNAILS_TABLE in manifest.files:
         return fetch_part(part)

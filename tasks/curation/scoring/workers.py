@@ -1,4 +1,4 @@
-"""Worker processes for code that parses untrusted bytes: a crash, or an image without end or measure, costs one record."""
+"""Worker processes for code that parses untrusted bytes: a crash, a timeout or a memory limit fails only one record."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_S = 120.0  # a photograph takes under a second
-CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of cgroup v2, as containers see it
-CONTAINER_SHARE = 0.8  # of that, for all workers together
+TIMEOUT_S = 50.0  # of the 60 s for any input; a photograph takes under a second
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # cgroup v2's limit, as containers see it
+CONTAINER_SHARE = 0.8  # share of it for all workers together
 
 
 class CrashError(Exception):
-    """The worker died, took too long, or its function raised what it should not."""
+    """The worker died, took too long, or its function raised an unexpected error."""
 
 
 class Workers:
-    """Runs a function of bytes in other processes; a context manager.
+    """Runs a function of bytes in worker processes; a context manager.
 
-    Processes are forked: each starts in milliseconds, and shares the modules that are loaded. The function must not use
-    threads or devices of its parent.
+    Processes are forked: each starts in milliseconds and shares loaded modules. The function must not use threads or
+    devices of its parent.
 
     Args:
         timeout_s: of one item.
-        memory_bytes: that a worker may allocate; less where the container has too little for all of them, since the kernel
-            would end the whole container. None sets no limit.
+        memory_bytes: limit of a worker; lower if the container has too little for all of them, since the kernel would
+            kill the whole container. None: no limit.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class Workers:
             worker.stop()
 
     def map(self, items: Iterable[tuple[Any, bytes | None]]) -> Iterator[tuple[Any, Any]]:
-        """(tag, result) of each (tag, data), in order. A result is a `CrashError` where the function failed; None where
-        data is None. At most one item for each worker is in memory."""
+        """(tag, result) of each (tag, data), in order. The result is a `CrashError` if the function failed, None if
+        data is None. At most one item per worker is in memory."""
         waiting: deque[tuple[Any, _Worker | None]] = deque()
         free: deque[_Worker] = deque(self._workers)
         for tag, data in items:
@@ -111,7 +111,7 @@ class _Worker:
         self.alive = True
 
     def send(self, data: bytes) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died: `receive` says so
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died: `receive` reports it
             self._connection.send_bytes(data)
 
     def receive(self, timeout_s: float) -> Any:
@@ -143,10 +143,11 @@ class _Worker:
 def _serve(
     function: Callable[[bytes], Any], connection: Connection, parents: Connection, memory_bytes: int | None
 ) -> None:
-    parents.close()  # so that the end of the parent is the end of the pipe
+    parents.close()  # so that the pipe closes when the parent ends
     if memory_bytes:
-        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (mapped + memory_bytes,) * 2)
+        lines = Path("/proc/self/status").read_text().splitlines()
+        data = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:"))
+        resource.setrlimit(resource.RLIMIT_DATA, (data + memory_bytes,) * 2)  # also of mappings, since Linux 4.7
     while True:
         try:
             data = connection.recv_bytes()

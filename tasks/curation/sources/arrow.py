@@ -18,14 +18,15 @@ from tasks.curation.sources import tables
 from tasks.curation.sources.base import Account, Options, Record, check_size, visible
 from tasks.curation.sources.places import Folder, Place
 
-STATE = "state.json"  # of a saved data set: names its files
+STATE = "state.json"  # lists the files of a saved data set
 MAX_STATE_BYTES = 2**20
 MAGIC, END = b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0"
 SLICE_ROWS, SLICE_BYTES = 64, 32 * 2**20
 
 
 def data_files(place: Place, folder: Folder) -> set[str] | None:
-    """The Arrow files of a saved data set; others beside them are caches. None where the folder is not one."""
+    """The Arrow files of a saved data set; other Arrow files in its folder are caches. None if the folder is not a
+    saved data set."""
     if STATE not in folder.files or folder.files[STATE] > MAX_STATE_BYTES:
         return None
     (content,) = place.read_batch([(folder.at(STATE), folder.files[STATE])])
@@ -38,10 +39,10 @@ def data_files(place: Place, folder: Folder) -> set[str] | None:
 
 @contextlib.contextmanager
 def opened(shown: str, file: BinaryIO) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
-    """The schema, and the batches, checked.
+    """The schema and the checked batches.
 
     Raises:
-        ValueError: the file is no Arrow file, is compressed, or is damaged.
+        ValueError: the file is not an Arrow file, is compressed, or is damaged.
     """
     size = file.seek(0, 2)
     check_size(shown, size)
@@ -49,11 +50,11 @@ def opened(shown: str, file: BinaryIO) -> Iterator[tuple[pa.Schema, Iterator[pa.
     try:
         if not size:
             raise OSError("it is empty")
-        # Unmapped when the last array that points into it is gone; closing it earlier is an error.
+        # Unmapped with the last array that points into it; closing it earlier is an error.
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         content = pa.py_buffer(mapped)
         source = pa.BufferReader(content)
-        if content[: len(MAGIC)].to_pybytes() == MAGIC:  # a file is a stream between two marks
+        if content[: len(MAGIC)].to_pybytes() == MAGIC:  # an Arrow file is a stream between two marks
             source.seek(8)
         schema = pa.ipc.read_schema(source)
         yield schema, _batches(mapped, source, schema)
@@ -100,7 +101,7 @@ def _is_compressed(metadata: bytes) -> bool:
 
 
 def _field(data: bytes, table: int, number: int) -> int | None:
-    """Where a field of a flatbuffer's table is."""
+    """The offset of a field of a flatbuffer table."""
     vtable = table - struct.unpack_from("<i", data, table)[0]
     if 4 + 2 * number >= struct.unpack_from("<H", data, vtable)[0]:
         return None

@@ -1,4 +1,4 @@
-"""What the input side hands to curation: a corpus is a table of shards, and a shard gives records.
+"""The interface of sources: a corpus is a table of shards, and a shard yields records.
 
     write_corpus(config, path, out_dir)                                      a user's own images: the only scan
     write_made_shard(config, i, part) ... made_corpus(parts, out_dir)        made records
@@ -6,9 +6,9 @@
     open_corpus(out_dir).read(shard, account) -> Record, Record, ...
 
 A shard is a tar, a range of row groups of a Parquet file, an Arrow file, or a list of image files. It is fixed when it
-is first seen: another file in the source changes no other shard. The original bytes stay where they are.
+is first seen: a new file in the source changes no other shard. The original bytes stay in place.
 
-Everything that a source has is counted once, by the scan or by the reader of a shard: see `Account`.
+Every file of a source is counted once, by the scan or by the reader of a shard: see `Account`.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ SHARDS = pa.schema(
 SHARDS_TABLE, FILES_FOLDER, REPORT, TRUTH_TABLE = "shards.parquet", "files", "report.json", "truth.parquet"
 LISTS = f"{FILES_FOLDER}/"  # the lists of loose files, one for each shard: artifacts.fetch(without=(LISTS,))
 
-# What curation may decode or reject by name; anything else is counted as left out.
+# Images that curation decodes or rejects by name; other files are counted as left out.
 HEIF_EXTENSIONS = ("heic", "heif", "hif") if find_spec("pillow_heif") else ()
 IMAGE_EXTENSIONS = (*"png jpg jpeg jpe jfif webp gif bmp tif tiff avif jp2 ppm pgm".split(), *HEIF_EXTENSIONS)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "prompt", "raw")
 
-MAX_IMAGE_BYTES = 256 * 2**20  # nothing larger is read into memory
+MAX_IMAGE_BYTES = 256 * 2**20  # larger files are not read into memory
 MAX_CONTAINER_BYTES = 32 * 2**30  # of one tar, Parquet or Arrow file
 
 CHANGED = "has changed since the source was scanned; start the run again"
@@ -62,7 +62,7 @@ AMBIGUOUS_CAPTION = "ambiguous_caption"
 UNREADABLE_FILE = "unreadable_file"
 URL_PROBLEMS = tuple(
     f"url_{why}" for why in ("invalid", "forbidden", "robots", "gone", "failed", "too_large", "type", "redirects")
-)  # why an image was not downloaded (urls/fetch.py)
+)  # rules of images that were not downloaded (urls/fetch.py)
 TAKEDOWN = "takedown"  # on the list of curation.takedown
 PROBLEMS = (TAKEDOWN, UNREADABLE_FILE, UNREADABLE_CAPTION, AMBIGUOUS_CAPTION, *URL_PROBLEMS)  # rules of the ledger
 
@@ -70,11 +70,12 @@ PROBLEMS = (TAKEDOWN, UNREADABLE_FILE, UNREADABLE_CAPTION, AMBIGUOUS_CAPTION, *U
 class Shard(NamedTuple):
     """A row of shards.parquet.
 
-    shard_id: 16 hex digits, a function of the shard's content, of its name inside the source and of the settings that
-        decide what its captions are; not of the place of the source.
+    shard_id: 16 hex digits, a function of the shard's content, of its name inside the source and of settings that
+        affect its captions; not of the location of the source.
     kind: "tar", "parquet", "files", "urls" (downloaded images), or one of formats.FORMATS.
     uri: of the tar, Parquet or Arrow file; of the source's root for "files". A relative one is beside the table.
-    first_row, num_rows: the range of a Parquet file's rows; num_rows is -1 where it is unknown before reading (a remote tar).
+    first_row, num_rows: the range of a Parquet file's rows; num_rows is -1 if it is unknown before reading (a remote
+        tar).
     size_bytes: of the file, of the row groups, or of the image files together.
     digest: SHA-256 of local content; size and checksum of a remote object; for "files" over names and digests.
     source: "user", "scenes", or a name of made/registry.py.
@@ -93,13 +94,13 @@ class Shard(NamedTuple):
 class Record(NamedTuple):
     """One image of a source, with the captions that its owner wrote.
 
-    key: a function of the image's place inside the source, so that another image renames none.
-    data: the original bytes; b"" where they cannot be read.
-    ext: lower case, without a dot; "bin" where neither a name nor the first bytes show the format.
-    captions: whole, in the order in which they were written; [] where there is none.
+    key: a function of the image's path inside the source, so that other images do not change it.
+    data: the original bytes; b"" if they cannot be read.
+    ext: lower case, without a dot; "bin" if neither the name nor the first bytes show the format.
+    captions: uncut, in their original order; [] if there are none.
     source: "user", "scenes", or a name of made/registry.py.
     locator: the user's own file, tar member or row: `holiday/a.jpg`, `x.tar:a.jpg`, `x.parquet:7`. For a remote source
-        the URI stands before it. What a terminal would obey is escaped.
+        it begins with the URI. Control characters are escaped.
     row: position in the shard, from 0.
     problem, detail: "" or one of `PROBLEMS`, and one sentence that names the file and the remedy.
     """
@@ -116,19 +117,20 @@ class Record(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What the readers need of a recipe: `source.encoding` and `source.caption_columns`."""
+    """The settings of a recipe's `source` that readers need."""
 
     encoding: str | None = None
     caption_columns: tuple[str, ...] = ()
+    captions_folder: str | None = None
 
 
 class Account:
-    """What was seen of a source and what became of it: seen = used + skipped.
+    """Counts of a source: seen = used + skipped.
 
     seen: files, tar members and table rows, links and devices included.
-    used: those that are an image, hold images, or describe one.
+    used: those that are an image, contain images, or describe one.
     records: images that were read as records.
-    skipped: reason -> (count, an example's name).
+    skipped: reason -> (count, name of an example).
     """
 
     def __init__(self, seen: int = 0, used: int = 0, records: int = 0, skipped: dict | None = None) -> None:
@@ -136,12 +138,12 @@ class Account:
         self.skipped: dict[str, tuple[int, str]] = dict(skipped or {})
 
     def use(self, count: int = 1) -> None:
-        """Counts files that are images, hold them or describe them."""
+        """Counts files that are images, contain them or describe them."""
         self.seen += count
         self.used += count
 
     def skip(self, reason: str, example: str, count: int = 1) -> None:
-        """Counts files that are left out. The example of a reason is the first in the order of names."""
+        """Counts files that are left out. The example of a reason is the first by name."""
         if not count:
             return
         self.seen += count
@@ -152,7 +154,7 @@ class Account:
         self.skipped[reason] = (before + count, min(first, example))
 
     def check(self) -> None:
-        """Asserts that everything seen is accounted for."""
+        """Asserts that seen = used + skipped."""
         left_out = sum(count for count, _ in self.skipped.values())
         assert self.seen == self.used + left_out, f"seen {self.seen}, used {self.used}, skipped {left_out}"
 
@@ -165,7 +167,7 @@ class Account:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Account) and self.to_json() == other.to_json()
 
-    __hash__ = None  # it changes
+    __hash__ = None  # mutable
 
     def __repr__(self) -> str:
         return f"Account({self.to_json()})"
@@ -203,7 +205,7 @@ def write_corpus(config: SourceConfig, path: str | None, out_dir: str | os.PathL
         "size_bytes", "account": of the scan alone, "options": what the reader needs of `config`}.
 
     Raises:
-        ValueError: naming the user's file, line or row: what a scan can see to be wrong.
+        ValueError: an error that the scan finds; the message names the user's file, line or row.
     """
     from tasks.curation.sources import scan
 
@@ -213,9 +215,8 @@ def write_corpus(config: SourceConfig, path: str | None, out_dir: str | os.PathL
 def write_made_shard(config: SourceConfig, index: int, out_dir: str | os.PathLike) -> dict[str, Any]:
     """Makes shard `index` of `config.shards` of the rendered scenes and other made sources, in an empty directory.
 
-    Writes NNNNN.tar, a shards.parquet of one row (uri relative), report.json, and truth.parquet (for tests: which defect
-    was planted where). Every record depends on (seed, its number) alone, so that another number of shards gives the
-    same records.
+    Writes NNNNN.tar, a shards.parquet of one row (uri relative), report.json, and truth.parquet (for tests: the planted
+    defects). Every record depends on (seed, its number) alone, so that another number of shards gives the same records.
 
     Raises:
         ValueError: no such shard, no record at all, an unknown source, or more records than a source has.
@@ -232,7 +233,7 @@ def made_corpus(
 
     Args:
         parts: the directories, in any order.
-        uris: where the parts will be read, if elsewhere than at `parts`.
+        uris: from where the parts will be read, if not from `parts`.
     """
     from tasks.curation.sources.made import corpus
 
@@ -240,7 +241,7 @@ def made_corpus(
 
 
 def open_corpus(corpus_dir: str | os.PathLike) -> Corpus:
-    """Opens what `write_corpus` or `made_corpus` wrote.
+    """Opens a corpus that `write_corpus` or `made_corpus` wrote.
 
     Raises:
         ValueError: the directory is not a corpus.
@@ -254,18 +255,18 @@ def open_corpus(corpus_dir: str | os.PathLike) -> Corpus:
 
 
 def base_name(path: str) -> str:
-    """The last part of a path with / between its parts."""
+    """The last part of a path with / as separator."""
     return path[path.rfind("/") + 1 :]
 
 
 def extension(path: str) -> str:
-    """Lower case, without the dot; "" where there is none."""
+    """The extension in lower case, without the dot; "" if there is none."""
     dot = path.rfind(".")
     return path[dot + 1 :].lower() if path.rfind("/") + 1 < dot else ""
 
 
 def reason_of(name: str) -> str:
-    """Why a file of an unknown kind is left out: its kind."""
+    """The reason for which a file of an unknown kind is left out: its extension."""
     return f".{visible(extension(name))}" if extension(name) else "no extension"
 
 
@@ -274,7 +275,7 @@ def is_image(name: str) -> bool:
 
 
 def to_bytes(name: str) -> bytes:
-    """A name as its file system or archive has it, which need not be UTF-8."""
+    """The bytes of a name in its file system or archive, which need not be UTF-8."""
     return name.encode("utf-8", "surrogateescape")
 
 
@@ -283,9 +284,9 @@ def from_bytes(name: bytes) -> str:
 
 
 def record_key(name: str, inner: str | None = None) -> str:
-    """The key of a loose file, or of a member or row inside a file; different for different places.
+    """The key of a loose file, or of a member or row inside a file; unique in the source.
 
-    `x.tar:a.png` may be a member of x.tar and a file of that name: the odd one is written in another way.
+    `x.tar:a.png` may be a member of x.tar and a file of that name: the key of such a file is written differently.
     """
     if inner is None:
         place = f"\0{name}" if _CONTAINER.search(name) else name
@@ -297,7 +298,7 @@ def record_key(name: str, inner: str | None = None) -> str:
 def check_size(shown: str, size: int) -> None:
     """
     Raises:
-        ValueError: a tar, Parquet or Arrow file is larger than any that is read.
+        ValueError: a tar, Parquet or Arrow file is larger than the limit.
     """
     if size > MAX_CONTAINER_BYTES:
         raise ValueError(f"{shown} is larger than {MAX_CONTAINER_BYTES // 2**30} GiB; divide it")
@@ -310,7 +311,7 @@ def digest_of(*parts: Any) -> str:
 
 
 def shard_id(kind: str, name: str, first_row: int, digest: str, options: Options, more: str = "") -> str:
-    """more: digest of what else decides the records: a table's schema, or what tables beside a tar say of it."""
+    """more: digest of other inputs of the records: a table's schema, or the rows of tables beside a tar."""
     return digest_of(kind, name, first_row, digest, options, more)[:16]
 
 

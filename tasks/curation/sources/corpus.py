@@ -1,4 +1,4 @@
-"""Reads a written corpus shard by shard; a shard needs its own files only."""
+"""Reads a written corpus shard by shard; a shard needs only its own files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tasks.store import fetch_file
 
 
 class Corpus:
-    """See base.open_corpus. `report` is what the scan wrote."""
+    """See base.open_corpus. `report` is the report of the scan."""
 
     def __init__(self, directory: str | os.PathLike) -> None:
         self.directory = Path(directory)
@@ -35,10 +35,10 @@ class Corpus:
                 raise ValueError(f"{directory} is not a corpus: it has no {name}")
         self.report = json.loads((self.directory / REPORT).read_text())
         options = self.report["options"]
-        self._options = Options(options["encoding"], tuple(options["caption_columns"]))
+        self._options = Options(**options | {"caption_columns": tuple(options["caption_columns"])})
 
     def account(self) -> Account:
-        """What the scan counted. With the accounts of all shards it is the account of the source."""
+        """The counts of the scan. Together with those of all shards they are the account of the source."""
         return Account.from_json(self.report["account"])
 
     def shards(self) -> Iterator[Shard]:
@@ -57,7 +57,7 @@ class Corpus:
         yield from records_in_order(self._read(shard, account))
 
     def scenes(self, shard: Shard) -> dict[str, dict]:
-        """What the rendered scenes of a made shard show: key -> made.scenes.Scene as a dict. Empty for other shards."""
+        """The scenes of a made shard: key -> made.scenes.Scene as a dict. Empty for other shards."""
         if shard.source == "user":
             return {}
         from tasks.curation.sources.made import corpus
@@ -81,7 +81,7 @@ class Corpus:
             return
         root = self.report["root"]
         place = places.at(root, self.report.get("alone"))
-        # Of this shard alone: all lists together have a row for each loose image of the corpus.
+        # Of this shard only: all lists together have a row for each loose image of the corpus.
         table = fetch_file(self.directory, f"{FILES_FOLDER}/{shard.shard_id}.parquet")
         if shard.kind == "files":
             if table is None:

@@ -1,7 +1,7 @@
-"""Shards of loose image files: lists of names that stay what they are when other files come or go.
+"""Shards of loose image files: lists of names that do not change when other files are added or removed.
 
-A list ends after a name whose hash says so, about every `source.images_per_shard` names: a new file changes the list that it
-falls into, and no other.
+A list ends after a name whose hash marks an end, about every `source.images_per_shard` names: a new file changes only
+the list that contains it.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from tasks.curation.sources.places import Place, RemotePlace
 _TEXT = pa.struct([("name", pa.binary()), ("size_bytes", pa.int64()), ("digest", pa.string())])
 FILES = pa.schema(
     [
-        ("name", pa.binary()),  # from the root; bytes, since names need not be UTF-8
+        ("name", pa.binary()),  # path from the root; bytes, since names need not be UTF-8
         ("size_bytes", pa.int64()),
         ("digest", pa.string()),
         ("sidecars", pa.list_(_TEXT)),
-        ("captions", pa.list_(pa.string())),  # of metadata files
+        ("captions", pa.list_(pa.string())),  # from metadata files
         ("problem", pa.string()),
         ("detail", pa.string()),
     ]
@@ -59,7 +59,7 @@ CAPTION_FOLDERS = ("captions", "caption", "texts", "text", "txt", "prompts")
 
 
 class File(NamedTuple):
-    """A row of FILES. In a shard of the kind "tar" it says what tables beside the tar say of one member."""
+    """A row of FILES. For a shard of kind "tar": the data of one member in tables beside the tar."""
 
     name: str
     size_bytes: int = 0
@@ -96,7 +96,8 @@ def load(path: Path) -> Iterator[File]:
 
 
 def cut(files: Iterator[File], length: int, salt: str = "") -> Iterator[list[File]]:
-    """Lists of about `length` files, in order; each a function of its own names and of those around its ends."""
+    """Splits files into lists of about `length`, in order; each depends only on its own names and on those around its
+    ends."""
     run: list[File] = []
     for file in files:
         run.append(file)
@@ -108,7 +109,7 @@ def cut(files: Iterator[File], length: int, salt: str = "") -> Iterator[list[Fil
 
 
 def _divided(run: list[File], length: int, salt: str) -> Iterator[list[File]]:
-    """A run that chance made long is cut where other hashes say so."""
+    """Splits a run that is long by chance, at ends marked by other hashes."""
     if len(run) <= 4 * length:
         yield run
     else:
@@ -122,18 +123,16 @@ def _hash(salt: str, name: str) -> int:
 # ---------------------------------------------------------------- captions in a parallel folder
 
 
-MAX_DEPTH, MAX_IMAGE_FOLDERS = 64, 4  # of a path; hostile ones repeat a name thousands of times
+MAX_DEPTH, MAX_IMAGE_FOLDERS = 64, 4  # of a path; hostile paths repeat a name thousands of times
 
 
 def caption_folders(path: str, configured: str | None) -> list[str]:
-    """Where the captions of the images in folder `path` may be: images/train -> captions/train, and so on."""
+    """Folders that may have the captions of the images in folder `path`: images/train -> captions/train, and so on."""
     parts = path.split("/") if path else []
-    if len(parts) > MAX_DEPTH:
-        return []
     places: list[str] = []
     if configured is not None:
         places += ["/".join([configured, *parts]), "/".join([configured, *parts[1:]])]
-    else:
+    elif len(parts) <= MAX_DEPTH:
         image_folders = [i for i, part in enumerate(parts) if part.casefold() in IMAGE_FOLDERS]
         for i in image_folders[-MAX_IMAGE_FOLDERS:]:
             places += ["/".join([*parts[:i], name, *parts[i + 1 :]]) for name in CAPTION_FOLDERS]
@@ -142,7 +141,7 @@ def caption_folders(path: str, configured: str | None) -> list[str]:
 
 
 def pair_with(images: list[str], texts: list[str], words: tuple[str, ...]) -> dict[str, tuple[list[str], str]]:
-    """Image -> its text files in another folder, and why none of them is certain."""
+    """Image -> its text files in another folder, and why they are ambiguous."""
     names = [*images, *texts]
     pairs: dict[int, Pair] = pair(names, words)
     return {
@@ -153,7 +152,8 @@ def pair_with(images: list[str], texts: list[str], words: tuple[str, ...]) -> di
 
 
 class Texts:
-    """Text files that describe no image of their own folder: those that no other folder claims are counted at the end."""
+    """Text files that describe no image of their own folder. Those that no other folder claims are counted at the
+    end."""
 
     def __init__(self, folder: Path) -> None:
         self._db = sqlite3.connect(folder / "texts", isolation_level=None)

@@ -1,11 +1,12 @@
-"""Container formats whose files are a shard each, by extension.
+"""Container formats in which each file is a shard, by extension.
 
 The module of a format has two functions (arrow.py is one):
 
     scan(shown, file, caption_columns) -> (number of records, names of columns that are not read), None without images
     read(place, path, options, account) -> the records in order
 
-Tars and Parquet files are no such formats: captions beside a tar may name its members, and a Parquet file may be several shards.
+Tars and Parquet files are not among them: captions beside a tar may name its members, and a Parquet file may be several
+shards.
 """
 
 from __future__ import annotations

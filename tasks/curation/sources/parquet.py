@@ -1,6 +1,6 @@
-"""Parquet files with image bytes: shards of row groups, read in batches whose size is bounded.
+"""Parquet files with image bytes: shards of row groups, read in batches of bounded size.
 
-Sizes are checked in the page headers before Arrow allocates anything: what a footer says of itself proves nothing.
+Sizes are checked in the page headers before Arrow allocates anything: the sizes in a footer may be false.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ BATCH_ROWS, BATCH_BYTES = 64, 32 * 2**20
 MAX_FOOTER_BYTES = 16 * 2**20
 MAX_PAGE_BYTES = 104 * 2**20
 MAX_DICTIONARY_BYTES = 88 * 2**20  # Arrow copies a dictionary twice
-MAX_RATIO, RATIO_FREE_BYTES = 100, 64 * 2**20  # image bytes read to bytes of the row groups, beyond the first ones
-MAX_ROWS, MAX_ROWS_PER_BYTE = 1_000_000, 1  # rows of a file: the first, and as many as it has bytes
-MAX_VALUES = 4_000_000  # of lists, in a row group
+MAX_RATIO, RATIO_FREE_BYTES = 100, 64 * 2**20  # image bytes read per byte of the row groups, beyond the first bytes
+MAX_ROWS, MAX_ROWS_PER_BYTE = 1_000_000, 1  # maximum rows of a file: the first number, plus one per byte
+MAX_VALUES = 4_000_000  # list values in a row group
 
 
 class Range(NamedTuple):
@@ -38,10 +38,10 @@ class Range(NamedTuple):
 
 @contextlib.contextmanager
 def opened(shown: str, file: BinaryIO) -> Iterator[pq.ParquetFile]:
-    """A Parquet file whose footer is within bounds. Errors inside the context name the file.
+    """Opens a Parquet file whose footer is within bounds. Errors inside the context name the file.
 
     Raises:
-        ValueError: it is no Parquet file, or beyond the bounds.
+        ValueError: it is not a Parquet file, or exceeds the bounds.
     """
     try:
         size = file.seek(0, 2)
@@ -121,14 +121,14 @@ def _row_groups(shown: str, file: BinaryIO) -> list[RowGroup]:
 
 
 def _extent(group: RowGroup) -> tuple[int, int]:
-    """Where the bytes of a row group begin and end."""
+    """First and last byte offset of a row group."""
     return min((chunk.begin for chunk in group.chunks), default=0), max(
         (chunk.end for chunk in group.chunks), default=0
     )
 
 
 def _without_bytes(groups: list[RowGroup], image: str) -> str | None:
-    """What the rows have in place of image bytes, if the footer shows that none has any."""
+    """Describes what rows have instead of image bytes, if the footer shows that none has any."""
     inside = [c for group in groups for c in group.chunks if c.path == image or c.path.startswith(f"{image}.")]
     chunks = [chunk for chunk in inside if not chunk.path.endswith(".path")]
     if not any(chunk.num_values for chunk in chunks) or any(chunk.nulls < chunk.num_values for chunk in chunks):
@@ -140,7 +140,7 @@ def read(place: Place, name: str, shard: Shard, options: Options, account: Accou
     """The records of a range of rows.
 
     Raises:
-        ValueError: the file cannot be read, is beyond the bounds, or has changed since the scan.
+        ValueError: the file cannot be read, exceeds the bounds, or has changed since the scan.
     """
     shown, first_row, num_rows = place.shown(name), shard.first_row, shard.num_rows
     with place.open(name) as file, opened(shown, file) as parquet:
@@ -185,7 +185,7 @@ def batches(
     """Batches of at most `BATCH_ROWS` rows, and of about `BATCH_BYTES` at most.
 
     Raises:
-        ValueError: a page or a list beyond the bounds.
+        ValueError: a page or a list exceeds the bounds.
     """
     all_groups = _row_groups(shown, file)
     for group in groups:
@@ -196,7 +196,7 @@ def batches(
 
 
 def _batch_rows(shown: str, file: BinaryIO, row_group: RowGroup, columns: list[str], group: int) -> int:
-    """How many rows of a group are read at a time. Their bytes are bounded by the average and by pages whose largest
+    """Number of rows of a group to read at a time. Their bytes are bounded by the average, and by pages whose largest
     value every row may repeat."""
     bytes_a_row = 1.0
     for column in row_group.chunks:

@@ -1,10 +1,10 @@
-"""Where a Parquet file's column chunks are, and the sizes of their pages, from footer and page headers (Thrift's compact
+"""Offsets of a Parquet file's column chunks and sizes of their pages, from footer and page headers (Thrift's compact
 protocol).
 
-Arrow allocates what a page's header claims before it decompresses anything, and the footer's sums prove nothing. The
-footer is read here too, since Arrow's objects of a row group or column end the process where its statistics are broken;
-Arrow's reader raises an error. The format: parquet.thrift (FileMetaData, PageHeader) of apache/parquet-format, and the
-compact protocol of Apache Thrift.
+Arrow allocates the size in a page's header before it decompresses anything, and the sums in the footer may be false.
+The footer is read here too, since Arrow's objects of a row group or column abort the process if its statistics are
+broken; Arrow's reader raises an error. The format: parquet.thrift (FileMetaData, PageHeader) of apache/parquet-format,
+and the compact protocol of Apache Thrift.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _DICTIONARY, _DELTA_BYTE_ARRAY = 2, 7
 _DATA_PAGE, _DATA_PAGE_V2 = (5, 2), (8, 4)  # fields of PageHeader, and of the encoding inside them
 _VARINTS = (4, 5, 6)  # i16, i32, i64
 _I64, _BYTES = 6, 8
-# Field -> its type, as a number, as the fields of a struct, or as a list of one of these.
+# Field -> its type: a number, the fields of a struct, or a list of one of these.
 _STATISTICS = {3: _I64}
 _META = {3: [_BYTES], 5: _I64, 6: _I64, 7: _I64, 9: _I64, 11: _I64, 12: _STATISTICS}
 _ROW_GROUP = {1: [{3: _META}], 3: _I64}
@@ -27,19 +27,19 @@ MAX_DEPTH = 16
 
 
 class PageError(ValueError):
-    """What is wrong, without the name of the file."""
+    """A broken footer or page header; the message does not name the file."""
 
 
 class Pages(NamedTuple):
-    """largest: bytes of the largest page, decompressed. repeated: of the largest page whose values others may repeat (a
-    dictionary, or values that share their beginnings); 0 where there is none."""
+    """largest: bytes of the largest page, decompressed. repeated: of the largest page whose values may be repeated (a
+    dictionary, or values with shared prefixes); 0 if there is none."""
 
     largest: int
     repeated: int
 
 
 class Chunk(NamedTuple):
-    """A column chunk. path: of its column, with dots. begin, end: of its bytes in the file. nulls: -1 if not counted."""
+    """A column chunk. path: its column, with dots. begin, end: byte range in the file. nulls: -1 if not counted."""
 
     path: str
     num_values: int
@@ -56,7 +56,7 @@ class RowGroup(NamedTuple):
 
 @functools.lru_cache(maxsize=1)  # the shards of a file are read one after another; 60,000 chunks take 3 s
 def row_groups(footer: bytes) -> list[RowGroup]:
-    """The row groups that a footer names.
+    """The row groups in a footer.
 
     Raises:
         PageError: it is broken.
@@ -128,7 +128,7 @@ class _Struct:
         self._data, self._at = data, 0
 
     def read(self, depth: int) -> tuple[dict[int, Any], int]:
-        """The fields of a struct that are integers or structs, and where it ends."""
+        """The integer and struct fields of a struct, and its end."""
         if depth > 8:
             raise PageError("a page header is nested too deeply")
         fields: dict[int, Any] = {}
@@ -147,7 +147,7 @@ class _Struct:
                 self._skip(kind)
 
     def fields(self, wanted: dict[int, Any], depth: int) -> dict[int, Any]:
-        """The wanted fields of a struct that have the right types, as Thrift's own reader takes them."""
+        """The wanted fields of a struct that have the right types, as Thrift's own reader selects them."""
         fields: dict[int, Any] = {}
         number = 0
         while head := self._byte():
@@ -178,7 +178,7 @@ class _Struct:
         """The type of a list's values, and their number."""
         head = self._byte()
         count = head >> 4 if head >> 4 < 15 else self._varint()
-        if count > len(self._data):  # each takes a byte at least
+        if count > len(self._data):  # each takes at least a byte
             raise IndexError
         return head & 15, count
 

@@ -1,4 +1,4 @@
-"""Where a user's own images are: a folder or file of this machine, or below a URI such as s3://bucket/prefix.
+"""The location of a user's own images: a local folder or file, or a URI such as s3://bucket/prefix.
 
 A place lists one folder at a time and opens files by name. A local place opens nothing outside its root: links are
 neither followed nor read, at any level.
@@ -20,8 +20,8 @@ from model.storage import check_path, filesystem, is_remote, join
 from tasks.curation.sources.base import visible
 from tasks.store import home
 
-FETCH_FILES, FETCH_BYTES = 64, 64 * 2**20  # at most so many (or one larger file) are fetched at a time, and in memory
-BLOCK_BYTES = 2**20  # the least that is read of a remote file that is read in parts
+FETCH_FILES, FETCH_BYTES = 64, 64 * 2**20  # bytes (or one larger file) that are fetched, and in memory, at a time
+BLOCK_BYTES = 2**20  # minimum bytes of a read from a remote file
 COPY_BYTES = 2**20
 LINK, NOT_A_FILE, HIDDEN = "symbolic link", "neither a file nor a folder", "hidden"
 NAMELESS = "folder without a name"
@@ -34,7 +34,7 @@ class Folder(NamedTuple):
 
     path: of the folder, from the root, with / between; "" for the root.
     files: name -> size in bytes.
-    left_out: (reason, path from the root) of what is never read: links, devices, hidden files, NUCLEUS_HOME.
+    left_out: (reason, path from the root) of entries that are never read: links, devices, hidden files, NUCLEUS_HOME.
     """
 
     path: str
@@ -50,7 +50,7 @@ def find(path: str | os.PathLike) -> Place:
     """The place at `path`, for a scan.
 
     Raises:
-        ValueError: nothing is there, or it cannot be listed.
+        ValueError: it does not exist, or cannot be listed.
     """
     path = check_path(path)
     if is_remote(path):
@@ -66,21 +66,21 @@ def find(path: str | os.PathLike) -> Place:
 
 
 def at(uri: str, alone: str | None = None) -> Place:
-    """The place with this root, for reading: nothing is listed. `alone`: see `Place`."""
+    """The place with this root, for reading, without listing. `alone`: see `Place`."""
     uri = check_path(uri)
     return RemotePlace(uri, alone) if is_remote(uri) else LocalPlace(Path(uri), alone)
 
 
 class Place:
-    """A tree of files. `alone`: the only file of it that is in the source, if the source is one file."""
+    """A tree of files. `alone`: the only file that belongs to the source, if the source is one file."""
 
     alone: str | None = None
 
     def walk(self) -> Iterator[Folder]:
-        """Every folder once, a folder before those inside it, in the order of their names.
+        """Yields every folder once, parents before children, sorted by name.
 
         Raises:
-            ValueError: naming a folder that cannot be listed.
+            ValueError: a folder cannot be listed; the message names it.
         """
         if self.alone is not None:
             yield Folder("", [], {self.alone: self.size(self.alone)}, [])
@@ -110,7 +110,7 @@ class Place:
         raise NotImplementedError
 
     def folder(self, path: str) -> Folder | None:
-        """One folder by its path; None where there is none."""
+        """One folder by its path; None if it does not exist."""
         raise NotImplementedError
 
     def root(self) -> Folder:
@@ -120,15 +120,15 @@ class Place:
         raise NotImplementedError
 
     def uri(self, name: str = "") -> str:
-        """Path or URI of a file, as it is opened; of the root."""
+        """Path or URI with which a file (or the root) is opened."""
         raise NotImplementedError
 
     def shown(self, name: str = "") -> str:
-        """The same for messages."""
+        """Path or URI of a file for messages."""
         return visible(self.uri(name))
 
     def locator(self, name: str) -> str:
-        """How a record names its file: from the root of a local source, by the URI of a remote one."""
+        """The name of a file in records: its path from the root of a local source, the URI for a remote one."""
         return visible(name)
 
     def open(self, name: str) -> BinaryIO:
@@ -144,16 +144,16 @@ class Place:
         raise NotImplementedError
 
     def read_batch(self, files: Sequence[tuple[str, int]]) -> list[bytes | OSError]:
-        """The contents of some (name, size); the error in place of what cannot be read."""
+        """The contents of some (name, size); an error in place of each unreadable file."""
         raise NotImplementedError
 
     def batches(self, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Ranges of the files of these sizes that are read together."""
+        """Ranges of files that are read together, given their sizes."""
         return ((i, i + 1) for i in range(len(sizes)))
 
     @contextlib.contextmanager
     def local_copy(self, name: str) -> Iterator[BinaryIO]:
-        """A file in which seeking is cheap: the local one itself, or a temporary copy."""
+        """A file with cheap seeks: the local file itself, or a temporary copy."""
         with self.open(name) as file:
             yield file
 
@@ -186,11 +186,11 @@ class LocalPlace(Place):
     def folder(self, path: str) -> Folder | None:
         parts = path.split("/")
         inside = ("/".join(parts[: n + 1]) for n in range(len(parts)))
-        return self._list(path) if all(self._is_folder(at) for at in inside) else None  # no link on the way
+        return self._list(path) if all(self._is_folder(at) for at in inside) else None  # no link in the path
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019  (one place a scan)
     def _is_folder(self, path: str) -> bool:
-        """Whether the last part is a folder, and no link."""
+        """Whether the last part is a folder and not a link."""
         try:
             return stat.S_ISDIR(os.lstat(os.path.join(self._root, path)).st_mode)
         except OSError:
@@ -207,7 +207,7 @@ class LocalPlace(Place):
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must not block
         *folders, last = name.split("/")
         if name == self.alone:
-            file = os.open(self._root / name, flags)  # the user named it, a link too
+            file = os.open(self._root / name, flags)  # the user named it, so a link is allowed
         else:
             folder = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
@@ -276,7 +276,7 @@ class RemotePlace(Place):
         self._listed = (self._listed[1], {entry["name"]: entry for entry in entries if entry["type"] == "file"})
         for entry in entries:
             name = entry["name"].rstrip("/")[len(at) + 1 :]
-            if not name:  # the object that stands for the folder, or a folder without a name (`a//b.png`)
+            if not name:  # the folder's own object, or a folder without a name (`a//b.png`)
                 if entry["type"] == "directory" and entry["name"] != at:
                     folder.left_out.append((NAMELESS, f"{path}//"))
                 continue

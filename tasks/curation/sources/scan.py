@@ -1,4 +1,4 @@
-"""The only scan of a user's own images: from a folder, file or URI to the table of a corpus.
+"""Scans a user's own images: from a folder, file or URI to the table of a corpus.
 
     place.walk() --1--> metadata files -> Listed
                  --2--> tars, Parquet, Arrow -> a shard each, or several
@@ -14,6 +14,7 @@ import json
 import os
 import tempfile
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,8 @@ from tasks.curation.sources.places import Folder, Place, RemotePlace
 logger = get_logger(__name__)
 
 PROGRESS_S = 5.0
-TABLE_ROWS = 1000  # of shards.parquet, written at a time
+LISTINGS = 8  # of folders, kept while folders of captions are sought
+TABLE_ROWS = 1000  # rows of shards.parquet written at a time
 NO_IMAGE_COLUMN = "without image bytes"
 VALID = (
     f"give a folder of images (.{', .'.join(IMAGE_EXTENSIONS[:5])} ...) with captions beside them, WebDataset tars, "
@@ -148,11 +150,11 @@ class TableWriter:
 class _Scan:
     def __init__(self, config: SourceConfig, place: Place, table: TableWriter, scratch: Path) -> None:
         self.config, self.place, self.table, self.scratch = config, place, table, scratch
-        self.options = Options(config.encoding, config.caption_columns)
+        self.options = Options(config.encoding, config.caption_columns, config.captions_folder)
         self.account = Account()
-        self.in_tars = Account()  # of tars without images; those with images are counted when they are read
+        self.in_tars = Account()  # account of tars without images; those with images are counted when they are read
         self._files, self._report_at = 0, time.monotonic() + PROGRESS_S
-        self._listed_at, self._names = "", None  # the folder whose folders were looked at last
+        self._inside: OrderedDict[str, dict[str, list[str]]] = OrderedDict()  # see `_folders_in`
 
     def run(self) -> None:
         texts = self.config.captions_folder
@@ -184,7 +186,7 @@ class _Scan:
                     self.account.skip(reason_of(name), listing.at(name))
 
     def _is_data(self, listing: Folder, name: str) -> bool:
-        """Whether a metadata.parquet has the images themselves."""
+        """Whether a metadata.parquet contains the images themselves."""
         if extension(name) != "parquet":
             return False
         shown = self.place.shown(listing.at(name))
@@ -192,7 +194,7 @@ class _Scan:
             return parquet.tables.columns_of(opened.schema_arrow, ()) is not None
 
     def _loose(self) -> Iterator[File]:
-        """The loose images; on the way, shards of everything else, and the account."""
+        """Yields the loose images; also adds shards of all other files, and counts them."""
         for listing in self.place.walk():
             for reason, path in listing.left_out:
                 self.account.skip(reason, path)
@@ -251,7 +253,7 @@ class _Scan:
     def _take_parallel(
         self, listing: Folder, bare: list[str], rows: dict[str, tuple[list[str], list[str], str]]
     ) -> None:
-        """Gives images without captions those of a parallel folder."""
+        """Assigns captions of a parallel folder to images without captions."""
         if not bare or self.place.alone is not None:
             return
         sources: dict[str, list[tuple[str, list[str], str]]] = {}
@@ -272,17 +274,28 @@ class _Scan:
             rows[image] = candidates[0][1], [], why
 
     def _folder(self, path: str) -> Folder | None:
-        """A folder by its path in any case of letters, unless two differ in that alone."""
+        """A folder by its path, ignoring case unless two folders differ only in case."""
         at = ""
         for part in path.split("/"):
-            if self._listed_at != at or self._names is None:
-                self._names, self._listed_at = (self.place.folder(at) if at else self.place.root()), at
-            names = self._names.folders if self._names is not None else []
-            same = [part] if part in names else [name for name in names if fold(name) == fold(part)]
-            if len(same) != 1:
+            same = self._folders_in(at).get(fold(part), [])
+            if part not in same and len(same) != 1:
                 return None
-            at = f"{at}/{same[0]}" if at else same[0]
+            name = part if part in same else same[0]
+            at = f"{at}/{name}" if at else name
         return self.place.folder(at)
+
+    def _folders_in(self, path: str) -> dict[str, list[str]]:
+        """Name in one case -> names of folders. Those of the few paths that were asked for last are kept."""
+        if path not in self._inside:
+            listing = self.place.folder(path) if path else self.place.root()
+            by_fold: dict[str, list[str]] = {}
+            for name in listing.folders if listing is not None else ():
+                by_fold.setdefault(fold(name), []).append(name)
+            self._inside[path] = by_fold
+            if len(self._inside) > LISTINGS:
+                self._inside.popitem(last=False)
+        self._inside.move_to_end(path)
+        return self._inside[path]
 
     def _file(self, path: str, size: int, texts: list[str], captions: list[str], why: str) -> File:
         self._files += 1
@@ -295,7 +308,7 @@ class _Scan:
                 text_size = self.place.size(text)
                 sidecars.append((text, text_size, "" if folder.too_large(text, text_size) else self.place.digest(text)))
         with _naming(self.place.shown(path)):
-            digest = self.place.digest(path) if size <= MAX_IMAGE_BYTES else ""  # what is never read
+            digest = self.place.digest(path) if size <= MAX_IMAGE_BYTES else ""  # entries that are never read
         detail = f"{self.place.shown(path)}: {why}" if why else ""
         return File(path, size, digest, tuple(sidecars), tuple(captions), AMBIGUOUS_CAPTION if why else "", detail)
 
@@ -391,7 +404,7 @@ class _Scan:
 
 
 class _naming:
-    """Errors of the disk or the store become one with the name of the file."""
+    """Converts errors of the disk or the store to one that names the file."""
 
     def __init__(self, shown: str) -> None:
         self._shown = shown
@@ -407,7 +420,7 @@ class _naming:
 
 
 def _names_beside(listing: Folder, path: str, member: str) -> list[str]:
-    """The paths by which a table beside a tar may name one of its members."""
+    """The paths by which a table beside a tar may refer to one of its members."""
     tar = base_name(path)
     stem = next(
         tar[: -len(suffix)] for suffix in sorted(TAR_SUFFIXES, key=len, reverse=True) if tar.lower().endswith(suffix)

@@ -1,4 +1,4 @@
-"""Rows of tables with image bytes (Parquet, Arrow): which columns they have, and one row as a record."""
+"""Tables with image bytes (Parquet, Arrow): finds their columns and converts rows to records."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FURTHER = "further column of images"
 
 
 class Columns(NamedTuple):
-    """image: the column of image bytes, structs of bytes and path, or lists of these. captions: those of captions."""
+    """image: the column of image bytes, structs of bytes and path, or lists of these. captions: the caption columns."""
 
     image: str
     captions: list[str]
@@ -64,10 +64,10 @@ def further_images(schema: pa.Schema) -> list[str]:
 
 
 def check_columns(shown: str, schema: pa.Schema, wanted: tuple[str, ...]) -> None:
-    """Refuses a table with images and without captions, or with a column twice.
+    """Refuses a table with images but without captions, or with a duplicate column.
 
     Raises:
-        ValueError: naming the columns.
+        ValueError: names the columns.
     """
     names = ", ".join(visible(name) for name in schema.names[:12])
     twice, count = Counter(schema.names).most_common(1)[0]
@@ -87,11 +87,11 @@ def records(
     encoding: str | None,
     account: Account,
 ) -> Iterator[Record]:
-    """The rows of a batch that have an image; the others are counted.
+    """Records of the rows of a batch that have an image; other rows are counted.
 
     Args:
         first_row: the batch's first row in the file.
-        name, locator: the file's name inside the source, and for messages.
+        name, locator: the file's name inside the source, and its name for messages.
     """
     images = batch.column(columns.image)
     captions = [_as_bytes(batch.column(column)) for column in columns.captions]
@@ -122,7 +122,7 @@ def records(
 
 
 def count_without_bytes(images: pa.Array) -> int:
-    """How many cells have no image bytes, by their null counts. An empty list counts as one that has some."""
+    """Number of cells without image bytes, from null counts. An empty list counts as having bytes."""
     kind = images.type
     if types.is_struct(kind):
         return images.flatten()[kind.get_field_index("bytes")].null_count
@@ -130,7 +130,7 @@ def count_without_bytes(images: pa.Array) -> int:
 
 
 def sniffed(data: bytes) -> str:
-    """Extension by the first bytes, where there is no name; `bin` if they are of no image that we know."""
+    """Extension from the first bytes, for images without a name; `bin` if the format is unknown."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     if data[4:8] == b"ftyp":

@@ -1,8 +1,8 @@
-"""Headers of tar archives, and what a compressed one contains, within bounds.
+"""Reads headers of tar archives, and decompresses them, within bounds.
 
-Python's tarfile keeps whole header records of any size in memory, expands sparse members, and stops without a word at
-the first block of zeros. Archives here come from anybody, so this reader refuses the first two and reads on after the
-third (two archives in one file are one source). It writes nothing.
+Python's tarfile keeps header records of any size in memory, expands sparse members, and silently stops at the first
+block of zeros. Archives here are untrusted, so this reader refuses the first two and continues after zeros (two
+archives in one file are one source). It writes nothing.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from tasks.curation.sources.base import from_bytes, to_bytes, visible
 
 BLOCK = 512
 CHUNK = 2**20
-MAX_ZEROS = 2**30  # behind the end of an archive
+MAX_ZEROS = 2**30  # after the end of an archive
 MAX_HEADER_BYTES = 2**20  # of a GNU long name or a pax header
 MAX_MEMBERS, MAX_NAME_BYTES, MAX_NAMES_BYTES = 300_000, 4096, 64 * 2**20  # the names are in memory
 MAX_DECOMPRESSED_BYTES = 8 * 2**30
-MAX_RATIO, RATIO_FREE_BYTES = 100, 64 * 2**20  # decompressed to compressed bytes, beyond the first ones
+MAX_RATIO, RATIO_FREE_BYTES = 100, 64 * 2**20  # decompressed per compressed byte, beyond the first bytes
 LZMA_MEMORY_BYTES = 128 * 2**20  # xz -9 needs 65 MiB
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "xz"}
 _KINDS = {
@@ -32,7 +32,7 @@ _KINDS = {
 
 
 class TarError(Exception):
-    """What is wrong with the archive, without its name."""
+    """An error of an archive; the message does not name it."""
 
 
 class Member(NamedTuple):
@@ -46,7 +46,7 @@ class Member(NamedTuple):
 
 
 class Forward:
-    """Reads a file, or what it decompresses to, from its start to its end."""
+    """Reads a file, or its decompressed content, from start to end."""
 
     def __init__(self, file: BinaryIO) -> None:
         kind = compression(file)
@@ -68,7 +68,7 @@ class Forward:
         return data
 
     def skip_zeros(self) -> None:
-        """Moves over blocks of zeros, to the first that has something or to the end.
+        """Skips blocks of zeros, up to the first other block or the end.
 
         Raises:
             TarError: there are more zeros than any program writes.
@@ -88,7 +88,7 @@ class Forward:
                 raise TarError(f"it has more than {MAX_ZEROS // 2**20} MiB of zeros behind its end; cut them off")
 
     def skip_to(self, position: int) -> bool:
-        """Whether the file reaches so far."""
+        """Moves to a position. Returns whether the file is that long."""
         assert position >= self.position, (position, self.position)
         if self._file is not None:
             if position > self.position:
@@ -111,7 +111,7 @@ def compression(file: BinaryIO) -> str | None:
 
 
 def decompressed(file: BinaryIO, kind: str) -> Iterator[bytes]:
-    """The content in pieces of at most about 1 MiB.
+    """Yields the decompressed content in pieces of at most about 1 MiB.
 
     Raises:
         TarError: the content is broken, cut off, or far larger than the file.
@@ -146,7 +146,7 @@ def decompressed(file: BinaryIO, kind: str) -> Iterator[bytes]:
                 )
             if piece:
                 yield piece
-            if engine.eof:  # several streams may follow each other; zeros may pad the last
+            if engine.eof:  # there may be several streams; zeros may pad the last
                 data = engine.unused_data.lstrip(b"\0")
                 while not data and (more := file.read(CHUNK // 16)):
                     taken += len(more)
@@ -159,17 +159,17 @@ def decompressed(file: BinaryIO, kind: str) -> Iterator[bytes]:
 
 
 def members(stream: Forward) -> Iterator[Member]:
-    """All members, in their order. The caller may read from `stream` up to a member's size before it takes the next.
+    """Yields all members in order. The caller may read from `stream` up to a member's size before it requests the next.
 
-    A member of the kind "rest" stands for data behind the end that are not an archive.
+    A member of kind "rest" stands for data after the end that is not an archive.
 
     Raises:
-        TarError: a broken header, an archive that is cut off, or a header beyond the limits.
+        TarError: a broken header, a truncated archive, or a header over the limits.
     """
     count = name_bytes = 0
     last, ended = "", False
-    pending: dict[str, str] = {}  # path, linkpath, size and sparse marks of the next member, by the headers before it
-    shared: dict[str, str] = {}  # of all members that follow
+    pending: dict[str, str] = {}  # path, linkpath, size and sparse marks of the next member, from extended headers
+    shared: dict[str, str] = {}  # of all following members
     while True:
         at = stream.position
         block = stream.read(BLOCK)
@@ -258,7 +258,7 @@ def _is_header(block: bytes) -> bool:
     unsigned = sum(block) - sum(block[148:156]) + 8 * 32
     if stated == unsigned:
         return True
-    return stated == unsigned - 256 * sum(byte > 127 for byte in block[:148] + block[156:])  # as signed bytes
+    return stated == unsigned - 256 * sum(byte > 127 for byte in block[:148] + block[156:])  # with signed bytes
 
 
 def _number(field: bytes) -> int:

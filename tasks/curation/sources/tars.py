@@ -1,7 +1,7 @@
 """Tars of images with captions beside them (WebDataset), or in a metadata file inside or beside the tar.
 
-Nothing is extracted to disk under a member's name. A compressed tar is decompressed to a temporary file when it is read,
-within the bounds of tar_format.py, so that a caption far from its image costs a seek.
+No member is extracted to disk under its name. A compressed tar is decompressed to a temporary file when it is read,
+within the bounds of tar_format.py, so that a caption far from its image costs only a seek.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from tasks.curation.sources.captions.caption_text import (
 )
 from tasks.curation.sources.captions.metadata_files import MAX_BYTES as MAX_METADATA_BYTES
 from tasks.curation.sources.captions.metadata_files import Listed, is_metadata
-from tasks.curation.sources.captions.pairing import Rivals, fold, pair
+from tasks.curation.sources.captions.pairing import Rivals, fold, key_of, pair
 from tasks.curation.sources.folder import caption_folders
 from tasks.curation.sources.places import HIDDEN, LINK, NOT_A_FILE, Place
 from tasks.curation.sources.tar_format import Forward, Member, TarError
@@ -60,16 +60,19 @@ class Sample(NamedTuple):
     detail: str
 
 
+NO_COLUMN = "\0"  # begins the detail of a sample whose table has no captions
+
+
 Beside = dict[
     str, tuple[list[str], str, str]
 ]  # place of an image -> captions, problem and detail of tables beside the tar
 
 
 def samples(shown: str, file: BinaryIO, options: Options, account: Account) -> list[Sample]:
-    """The images of a tar in the order of their bytes; reads headers and metadata files, forward only.
+    """The images of a tar in the order of the archive; reads headers and metadata files, forward only.
 
     Raises:
-        ValueError: naming the tar, and what is wrong with it or with a metadata file in it.
+        ValueError: the tar or a metadata file in it is broken; the message names it.
     """
     with named_errors(shown):
         files, tables = _index(Forward(file), account, shown)
@@ -112,7 +115,7 @@ def _folders_inside(folders: Iterable[str]) -> dict[str, set[str]]:
 
 
 def _plain(name: str) -> str:
-    """The path without . and .., as far as it has any."""
+    """The path without . and .. parts."""
     return posixpath.normpath(name) if "." in (name[:1], name[-1:]) or "/." in name or "//" in name else name
 
 
@@ -123,7 +126,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _index(stream: Forward, account: Account, shown: str) -> tuple[list[Member], list[tuple[Member, bytes]]]:
-    """Images and what may describe them, and the metadata files with their content."""
+    """The images, the text files, and the metadata files with their content."""
     files: list[Member] = []
     tables: list[tuple[Member, bytes]] = []
     by_name: dict[str, Member] = {}
@@ -181,37 +184,43 @@ def _of_folder(
         repeats[member.name] += 1
         place = member.name + (f"#{repeats[member.name]}" if repeats[member.name] > 1 else "")
         captions, ambiguous, no_column = listed.match([path], rivals.of(path))
-        if no_column and not one.texts:
-            raise ValueError(no_column)
         why = one.ambiguous or ambiguous
         detail = f"{shown}:{visible(place)}: {why}" if why else ""
+        if no_column and not one.texts and not captions and not why:
+            detail = NO_COLUMN + no_column  # unless a parallel folder has its captions
         yield Sample(member, place, [members[j] for j in one.texts], captions, AMBIGUOUS_CAPTION if why else "", detail)
 
 
 def _with_parallel(
     shown: str, samples: list[Sample], loose: dict[str, list[Member]], options: Options, account: Account
 ) -> list[Sample]:
-    """The samples, with captions of a parallel folder where they had none; counts the texts of `loose`."""
+    """The samples, with captions of a parallel folder if they have none; counts the texts of `loose`."""
     bare: dict[str, list[int]] = {}
     if any(loose.values()):
         for at, sample in enumerate(samples):
             if not sample.texts and not sample.captions and not sample.problem:
                 bare.setdefault(posixpath.dirname(_plain(sample.image.name)), []).append(at)
-    by_fold: dict[str, list[str]] = {}
+    by_key: dict[str, dict[str, list[Member]]] = {}  # folder -> key -> texts
+    spellings: dict[str, list[str]] = {}
     for folder, texts in loose.items():
+        for text in texts:
+            by_key.setdefault(folder, {}).setdefault(fold(key_of(base_name(text.name))), []).append(text)
         if texts:
-            by_fold.setdefault(fold(folder), []).append(folder)
+            spellings.setdefault(fold(folder), []).append(folder)
     used: set[str] = set()
     for folder, images in bare.items():
         sources: dict[int, list[tuple[str, list[Member], str]]] = {}
-        for path in caption_folders(folder, None):
-            for other in by_fold.get(fold(path), ()):
-                texts = loose[other]
-                names = [base_name(samples[at].image.name) for at in images] + [base_name(text.name) for text in texts]
-                for i, found in pair(names, options.caption_columns).items():
-                    if found.texts or found.ambiguous:
-                        own = [texts[j - len(images)] for j in found.texts]
-                        sources.setdefault(images[i], []).append((other, own, found.ambiguous))
+        keys = dict.fromkeys(fold(key_of(base_name(samples[at].image.name))) for at in images)
+        for path in caption_folders(folder, options.captions_folder):
+            same = [path] if path in by_key else spellings.get(fold(path), [])
+            texts = [text for key in keys for text in by_key[same[0]].get(key, ())] if len(same) == 1 else []
+            if not texts:
+                continue
+            names = [base_name(samples[at].image.name) for at in images] + [base_name(text.name) for text in texts]
+            for i, one in pair(names, options.caption_columns).items():
+                if one.texts or one.ambiguous:
+                    own = [texts[j - len(images)] for j in one.texts]
+                    sources.setdefault(images[i], []).append((same[0], own, one.ambiguous))
         for at, candidates in sources.items():
             used.update(text.name for _, texts, _ in candidates for text in texts)
             _, texts, why = candidates[0]
@@ -219,18 +228,21 @@ def _with_parallel(
                 why = f"{' and '.join(visible(other) for other, _, _ in candidates[:2])} both have captions of it"
             problem, detail = (AMBIGUOUS_CAPTION, f"{shown}:{visible(samples[at].place)}: {why}") if why else ("", "")
             samples[at] = samples[at]._replace(texts=texts, problem=problem, detail=detail)
+    for sample in samples:
+        if sample.detail.startswith(NO_COLUMN):
+            raise ValueError(sample.detail.removeprefix(NO_COLUMN))
     for texts in loose.values():
         for text in texts:
             if text.name in used:
                 account.use()
-            else:  # among them each that could describe several images
+            else:  # including texts that could describe several images
                 account.skip(reason_of(text.name), f"{shown}:{text.name}")
     return samples
 
 
 @contextlib.contextmanager
 def named_errors(shown: str) -> Iterator[None]:
-    """Errors of the format and of the disk become one with the name of the tar."""
+    """Converts errors of the format and of the disk to one that names the tar."""
     try:
         yield
     except (TarError, OSError) as error:
@@ -239,7 +251,7 @@ def named_errors(shown: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def seekable(file: BinaryIO) -> Iterator[BinaryIO]:
-    """The archive itself, or what it decompresses to, in a temporary file."""
+    """The archive itself, or its decompressed content in a temporary file."""
     kind = tar_format.compression(file)
     if kind is None:
         yield file
@@ -255,7 +267,7 @@ def read(place: Place, name: str, options: Options, beside: Beside, account: Acc
     """The records of a tar.
 
     Raises:
-        ValueError: naming the tar by its own path or URI.
+        ValueError: the message names the tar by its own path or URI.
     """
     shown, locator = place.shown(name), place.locator(name)
     check_size(shown, place.size(name))

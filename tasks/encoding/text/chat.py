@@ -1,7 +1,7 @@
 """Loads frozen text encoders, and encodes prompts as NucleusMoEImagePipeline does.
 
-Padding is on the right. The pipeline derives text positions from the place in the sequence: with padding on the left (the
-default for generation with language models), a text's positions would depend on the longest text of its batch.
+Padding is on the right. The pipeline derives text positions from the index in the sequence: with padding on the left
+(the default for generation with language models), a text's positions would depend on the longest text of its batch.
 """
 
 from __future__ import annotations

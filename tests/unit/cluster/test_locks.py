@@ -112,7 +112,7 @@ HEAVY = {"torch", "diffusers", "transformers", "triton"}
 
 
 def _loaded(module: str, seen: dict[str, set[str]]) -> set[str]:
-    """Top-level packages that that importing one of our modules loads, directly or through what it imports."""
+    """Top-level packages that importing one of our modules loads, directly or through what it imports."""
     if module in seen or not (path := _file(module)):
         return seen.get(module, set())
     seen[module] = set()

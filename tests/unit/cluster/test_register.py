@@ -21,7 +21,6 @@ from tasks.site import load_site
 from tools import register
 
 ROOT = Path(__file__).resolve().parents[3]
-pytestmark = pytest.mark.slow  # each registration imports all workflows
 DIGEST = "sha256:" + "ab" * 32
 
 
@@ -85,6 +84,7 @@ def register_shape(shape: str, lock: Path, folder: Path):
         return admin, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+@pytest.mark.slow
 def test_everything_is_registered_by_digest_in_the_project_and_domain_at_the_commit(registered):
     admin, _ = registered
     assert (
@@ -99,6 +99,7 @@ def test_everything_is_registered_by_digest_in_the_project_and_domain_at_the_com
         assert re.fullmatch(rf"registry\.example/nucleus-({'|'.join(ROLES)})@{DIGEST}", image), name
 
 
+@pytest.mark.slow
 def test_the_shapes_launch_plan_is_registered_with_its_recipe(registered):
     admin, _ = registered
     plan = admin.plans["pretrain-nucleus_17b-8x8"].spec
@@ -106,6 +107,7 @@ def test_the_shapes_launch_plan_is_registered_with_its_recipe(registered):
     assert plan.max_parallelism == 64 and "reproduce-smoke" not in admin.plans
 
 
+@pytest.mark.slow
 def test_every_task_has_a_timeout_retries_a_template_and_no_code_to_fetch(registered):
     admin, _ = registered
     for name, request in admin.tasks.items():
@@ -116,6 +118,7 @@ def test_every_task_has_a_timeout_retries_a_template_and_no_code_to_fetch(regist
         assert "pyflyte-fast-execute" not in request.spec.template.container.args, name
 
 
+@pytest.mark.slow
 def test_a_training_job_is_sized_queued_cleaned_up_and_has_efa(registered):
     admin, _ = registered
     template = admin.tasks["tasks.training.task.train_stage"].spec.template
@@ -126,6 +129,7 @@ def test_a_training_job_is_sized_queued_cleaned_up_and_has_efa(registered):
     assert template.extended_resources.gpu_accelerator.device == "nvidia-h100"
 
 
+@pytest.mark.slow
 def test_only_tasks_that_reach_the_hub_declare_its_token(registered):
     admin, _ = registered
     declared = {n for n, r in admin.tasks.items() if "HF_TOKEN" in keys(r.spec.template)}
@@ -215,6 +219,7 @@ def resources(template) -> tuple[str, ...]:
     return (limits["cpu"], limits["memory"], limits["ephemeralStorage"])
 
 
+@pytest.mark.slow
 def test_every_task_of_each_shape_has_its_image_size_time_cache_secrets_and_template(shape_and_admin):
     shape, admin = shape_and_admin
     templates = {name.removeprefix("tasks."): r.spec.template for name, r in admin.tasks.items()}
@@ -248,6 +253,7 @@ def environment(template) -> dict[str, str]:
     return {entry["name"]: entry["value"] for entry in template.k8s_pod.pod_spec["containers"][0]["env"]}
 
 
+@pytest.mark.slow
 def test_every_pod_knows_its_image_and_the_shared_store_and_those_that_lay_out_tasks_the_whole_site(shape_and_admin):
     """A dynamic workflow's pod writes tasks down again: without the site's settings it would ask for other sizes."""
     shape, admin = shape_and_admin
@@ -267,6 +273,7 @@ def test_every_pod_knows_its_image_and_the_shared_store_and_those_that_lay_out_t
     assert {"workflows.curate.curate_source", "workflows.train.train_stages"} <= set(laid_out)
 
 
+@pytest.mark.slow
 def test_every_plan_of_each_shape_has_its_recipe_bounds_and_mails_and_no_active_schedule(shape_and_admin):
     shape, admin = shape_and_admin
     own = {name: request.spec for name, request in admin.plans.items() if not name.startswith("workflows.")}
@@ -289,6 +296,7 @@ def test_every_plan_of_each_shape_has_its_recipe_bounds_and_mails_and_no_active_
     assert ("reproduce-tiny" in recipes) == (shape == "1x1")
 
 
+@pytest.mark.slow
 def test_nothing_of_each_shape_names_a_path_or_a_credential_of_the_machine_that_registers(shape_and_admin):
     _, admin = shape_and_admin
     for request in (*admin.tasks.values(), *admin.workflows.values(), *admin.plans.values()):
@@ -296,6 +304,7 @@ def test_nothing_of_each_shape_names_a_path_or_a_credential_of_the_machine_that_
             assert text.encode() not in request.SerializeToString(), f"{request.id.name} has {text}"
 
 
+@pytest.mark.slow
 def test_registration_takes_seconds(registered):
     _, seconds = registered
     assert seconds < 20  # of CPU, so that a busy machine does not matter; importing torch for Elastic is most of it

@@ -71,7 +71,7 @@ def test_a_second_run_of_the_same_work_is_refused_until_the_first_has_ended(tmp_
     first = fork.Process(target=hold, args=(work_dir, holding, end, all_over), daemon=True)
     first.start()
     assert holding.wait(LIMIT_S)
-    with pytest.raises(UserError, match="another run is at the same work, in .*stage1: stop it, or start again"):
+    with pytest.raises(UserError, match="another run does the same work in .*stage1: stop it, or start again"):
         with exclusive(work_dir):
             pass
     context = FlyteContextManager.current_context()

@@ -91,7 +91,7 @@ def test_the_newest_pipeline_is_taken(home):
     [
         ([" "], "the prompt is empty"),
         (["a", "--seed", "-1"], "seed=-1 must be from 0"),
-        (["a", "--pipeline", "/nowhere"], "is no diffusers pipeline"),
+        (["a", "--pipeline", "/nowhere"], "is not a diffusers pipeline"),
     ],
 )
 def test_bad_input_is_one_message(arguments, message, capsys):

@@ -225,7 +225,7 @@ def test_all_mistakes_are_in_the_one_message(small):
         ),
         (
             ["train.stages[0].capacity_factors=9"],
-            ["train.stages[0].capacity_factors: capacity factor 9.0 must lie in (0, num_experts=8]"],
+            ["train.stages[0].capacity_factors: capacity factor 9.0 must be in (0, num_experts=8]"],
         ),
         (
             ["train.stages[0].image_size_px=60"],
@@ -248,10 +248,10 @@ def test_all_mistakes_are_in_the_one_message(small):
             ["model.joint_attention_dim=64"],
             ["model.joint_attention_dim=64 must be components.text_encoder.hidden_size=32"],
         ),
-        (["encoding.hidden_state_index=-10"], ["encoding.hidden_state_index=-10 must lie above"]),
+        (["encoding.hidden_state_index=-10"], ["encoding.hidden_state_index=-10 must be above"]),
         (["merge.last_n=20"], ["merge.last_n=20 must be at most train.keep_checkpoints=16"]),
         (["train.stages[1].image_size_px=32"], ["train: image_size_px must not fall", "[64, 32]"]),
-        (["train.stages[1].name=one"], ["train: stages need names of their own"]),
+        (["train.stages[1].name=one"], ["train: stages must have different names"]),
         (["train.stages[0].aspect_ratios=[wide]"], ["train.stages[0].aspect_ratios has 'wide'", "such as 16:9"]),
         (["train.stages[0].aspect_ratios=[0:1]"], ["train.stages[0].aspect_ratios has '0:1'"]),
         (["train.stages[0].tier_weights={A6: 1}"], ["train.stages[0].tier_weights has the tier 'A6'", "A1, A2"]),

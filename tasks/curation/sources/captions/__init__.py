@@ -1,1 +1,1 @@
-"""Captions beside images: how they are written, and which image each belongs to."""
+"""Reads captions beside images, and assigns them to images."""

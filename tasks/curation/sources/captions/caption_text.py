@@ -1,6 +1,6 @@
-"""Captions as their owners wrote them: text of any encoding that can be detected, JSON, and cells of tables.
+"""Parses captions: text of any detectable encoding, JSON, and cells of tables.
 
-A caption is read whole or not at all: what cannot be decoded or parsed is a `CaptionError`, never a shorter text.
+A caption is read whole or not at all: if it cannot be decoded or parsed, it is a `CaptionError`, never a shorter text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tasks.curation.sources.base import CAPTION_COLUMNS, extension, visible
 
 SIDECAR_EXTENSIONS = ("txt", "text", "caption", "prompt", "json")
 MAX_TEXT_BYTES, MAX_JSON_BYTES = 2**20, 4 * 2**20
-_MARKS = (  # the longer first: UTF-32's begins with UTF-16's
+_MARKS = (  # longer marks first: UTF-32's begins with UTF-16's
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
@@ -26,18 +26,18 @@ _MARKS = (  # the longer first: UTF-32's begins with UTF-16's
 
 
 class CaptionError(ValueError):
-    """Why a caption cannot be read, without the name of its file."""
+    """A caption cannot be read; the message does not name its file."""
 
 
 class NotTextError(CaptionError):
-    """A caption of another kind than text, such as a number. It is an error only where the image has no other caption."""
+    """A caption that is not text, such as a number. It is an error only if the image has no other caption."""
 
 
 def decode(data: bytes, encoding: str | None) -> str:
-    """Text by its byte order mark; else UTF-8; else `encoding`.
+    """Decodes text by its byte order mark, else as UTF-8, else as `encoding`.
 
     Raises:
-        CaptionError: it is none of these, or has control characters of another encoding (`foreign`).
+        CaptionError: it is in none of these, or has control characters of another encoding (`foreign`).
     """
     for mark, name in _MARKS:
         if data.startswith(mark):
@@ -58,7 +58,7 @@ def decode(data: bytes, encoding: str | None) -> str:
 
 
 def foreign(text: str) -> str:
-    """Which encoding a text is in that was decoded as another, by its control characters; "" for none."""
+    """Says, from its control characters, that a text was decoded with the wrong encoding; "" if not."""
     if "\0" in text:
         return "has NUL characters, as UTF-16 without a byte order mark does"
     if "\x1b" in text:
@@ -73,12 +73,12 @@ def _checked(text: str) -> str:
 
 
 def column_name(name: str) -> str:
-    """How columns are compared: without case and outer blanks."""
+    """A column's name without case and outer blanks, for comparisons."""
     return unicodedata.normalize("NFC", name).strip().casefold()
 
 
 def caption_columns(columns: Iterable[str], wanted: tuple[str, ...]) -> list[str]:
-    """Those of `columns` that have captions, in the order of `wanted` (of the default names, if that is empty)."""
+    """The caption columns among `columns`, in the order of `wanted` (of the default names, if it is empty)."""
     by_name: dict[str, list[str]] = {}
     for column in columns:
         by_name.setdefault(column_name(column), []).append(column)
@@ -96,7 +96,7 @@ def captions_of(value: Any) -> list[str]:
 
     Raises:
         NotTextError: a value of another kind.
-        CaptionError: half a surrogate pair, which JSON can write and no text has; or characters of `foreign`.
+        CaptionError: a lone surrogate, which JSON can contain but Unicode text cannot; or characters of `foreign`.
     """
     texts = []
     for text in value if isinstance(value, list | tuple) else [value]:
@@ -143,7 +143,7 @@ def captions_of_cells(cells: Iterable[Any]) -> list[str]:
 
 
 def sidecar_captions(name: str, data: bytes, encoding: str | None, wanted: tuple[str, ...]) -> list[str]:
-    """The captions of a file beside an image: .txt and .caption have one in a line, .json as a row or a list.
+    """The captions of a file beside an image: one per line in .txt and .caption; a row or a list in .json.
 
     Raises:
         CaptionError: it cannot be read, or is over its limit.

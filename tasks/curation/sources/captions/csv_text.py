@@ -1,6 +1,6 @@
-"""CSV read strictly: a row that does not parse, or that may have swallowed another, is an error with file and line.
+"""Reads CSV strictly: a row that does not parse, or that may contain another row, is an error with file and line.
 
-Mended, such a row might give an image the wrong caption.
+A repaired row might give an image the wrong caption.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TextIO
 from tasks.curation.sources.base import count_of, visible
 
 MAX_ROW_BYTES = 4 * 2**20
-MAX_LINES = 4_000_000  # of a table, blank ones too
+MAX_LINES = 4_000_000  # of a table, including blank lines
 
 
 def rows(shown: str, text: TextIO, delimiter: str, remedy: str) -> Iterator[tuple[int, list[str]]]:
@@ -21,11 +21,11 @@ def rows(shown: str, text: TextIO, delimiter: str, remedy: str) -> Iterator[tupl
 
     Args:
         text: opened with newline="".
-        remedy: for a table of too many lines.
+        remedy: advice for a table of too many lines.
 
     Raises:
-        ValueError: naming the file and the line: quotes that are broken, another number of fields than the header has, a
-            row or a table over its limit.
+        ValueError: broken quotes, another number of fields than the header, a row or a table over its limit; names the
+            file and line.
     """
     csv.field_size_limit(MAX_ROW_BYTES)
     lines = _Lines(shown, text, remedy)
@@ -63,12 +63,17 @@ def header(line: str, delimiter: str) -> list[str]:
         return []
 
 
+def delimiter_of(first: str, usual: str, fits: Callable[[list[str]], bool]) -> str:
+    """The delimiter by which a first line is a header that `fits`; the usual one if none is."""
+    return next((one for one in (usual, ",", ";", "\t") if fits(header(first, one))), usual)
+
+
 class Checks:
-    """What shows in a row that it was not meant so.
+    """Detects rows that parse but were probably not meant so.
 
     Args:
         captions: the columns of captions.
-        begins_row: whether a field is of a kind that other rows begin or end with, such as the name of an image.
+        begins_row: whether a field looks like the first or last field of another row, such as the name of an image.
     """
 
     def __init__(
@@ -80,15 +85,15 @@ class Checks:
         begins_row: Callable[[str], bool],
     ) -> None:
         self._shown, self._delimiter, self._begins_row = shown, delimiter, begins_row
-        # Text there may be the rest of a caption. An index in front of the names, as pandas writes it, is none.
+        # Text there may be the rest of a caption. An index before the names, as pandas writes it, is not.
         first = min(captions, default=len(columns))
         self._nameless = [at for at, name in enumerate(columns) if at > first and not name.strip()]
 
     def check(self, line: int, fields: Sequence[str], own: str) -> None:
         """
         Raises:
-            ValueError: text in a column without a name behind the captions; a quoted field that runs over the row of
-                another image: its quote was not meant so.
+            ValueError: text in an unnamed column after the captions; a quoted field that contains the row of another
+                image, so that its quote was not meant as one.
         """
         for at in self._nameless:
             if fields[at].strip():

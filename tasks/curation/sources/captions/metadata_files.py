@@ -1,7 +1,8 @@
 """Captions in tables beside the images: metadata.csv, .tsv, .jsonl, .json and .parquet, in any case of letters.
 
-Each row names an image (file_name, from the folder of the table) and has its captions. A table is streamed into `Listed`,
-which answers for one image at a time. A row that does not parse is an error with file and line: mended, it might be wrong.
+Each row names an image (file_name, relative to the folder of the table) and has its captions. A table is streamed into
+`Listed`, which is queried one image at a time. A row that does not parse is an error with file and line: a repaired row
+might be wrong.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ FORMATS = ("csv", "tsv", "jsonl", "json", "parquet")
 NAME_COLUMNS = ("file_name", "filename", "file", "image", "image_file", "image_path", "path")
 MAX_BYTES = 64 * 2**20
 MAX_ROWS = 500_000  # of a CSV or JSON table, at 70 us of processor time each (benchmarks/hostile.py)
-DECODED_BYTES = 2**20  # at a time, to see whether a table is UTF-8
+DECODED_BYTES = 2**20  # at a time, to check whether a table is UTF-8
 MAX_ROWS_PER_IMAGE = 1000
 UNMATCHED = "metadata row that names no image"
 _TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{},]', re.DOTALL)
 
 
 def is_metadata(name: str, beside: Iterable[str]) -> bool:
-    """Whether a file of this name (without folders) is such a table; `beside`: the other names in its folder."""
+    """Whether a file of this name (without folders) is a metadata table; `beside`: the other names in its folder."""
     if extension(name) not in FORMATS or name.casefold() != f"metadata.{extension(name)}":
         return False
     # metadata.json may also describe a picture metadata.png
@@ -52,7 +53,7 @@ def is_metadata(name: str, beside: Iterable[str]) -> bool:
 
 
 class Row(NamedTuple):
-    """line: of a text file, or the row of a table; for messages."""
+    """line: the line of a text file, or the row of a table, for messages."""
 
     line: int
     file_name: str
@@ -60,9 +61,9 @@ class Row(NamedTuple):
 
 
 class Listed:
-    """The rows of all tables of a source, on disk: their number is not bounded by memory.
+    """The rows of all tables of a source, on disk, so that memory does not bound their number.
 
-    Used as a context manager. `match` marks rows as used; `finish` says which were not.
+    Used as a context manager. `match` marks rows as used; `finish` reports the others.
     """
 
     def __init__(self, encoding: str | None, wanted: tuple[str, ...]) -> None:
@@ -90,14 +91,14 @@ class Listed:
         return bool(self._files)
 
     def add(self, shown: str, folder: str, folders: Iterable[str], format: str, file: BinaryIO, root_name: str) -> bool:
-        """Reads one table. False for a .json file that is about something else: its rows are forgotten.
+        """Reads one table. Returns False for a .json file that is not a metadata table, and drops its rows.
 
         Args:
             shown: its name for messages.
-            folder: where it is, from the root of the source or archive.
-            folders: the names of the folders in that folder.
+            folder: its folder, relative to the root of the source or archive.
+            folders: names of the folders in that folder.
             format: one of `FORMATS`.
-            root_name: of the source's root, as the folder's name where `folder` is "".
+            root_name: name of the source's root, for `folder` "".
 
         Raises:
             ValueError: naming the file and the line.
@@ -127,7 +128,8 @@ class Listed:
         return table.rows > 0 or not table.is_mapping
 
     def claim(self, paths: list[str], owner: str) -> None:
-        """Marks the rows that match any of the paths (one image's names) as the owner's; a row of two owners is shared."""
+        """Marks the rows that match any of the paths (one image's names) as the owner's; a row with two owners is
+        shared."""
         for number, *_ in self._candidates(paths):
             name = to_bytes(owner)
             self._db.execute(
@@ -140,11 +142,11 @@ class Listed:
         """The captions of one image.
 
         Args:
-            paths: the names under which a row may name the image.
+            paths: names by which a row may refer to the image.
             rivals: paths of other images that differ from it in Unicode form or case only.
 
         Returns:
-            (captions, why none is certain, why its table has no captions), the last two "" mostly.
+            (captions, why they are ambiguous, why its table has no captions); the last two are usually "".
         """
         if not self._files:
             return [], "", ""
@@ -167,7 +169,7 @@ class Listed:
         return list(dict.fromkeys(captions)), ambiguous, "" if captions else no_column
 
     def _candidates(self, paths: list[str]) -> list[tuple[int, str, int, int, str, int]]:
-        # Archives of Windows, unpacked elsewhere, leave \\ in the names of files, which rows write as /.
+        # Windows archives that are unpacked elsewhere leave \\ in file names, where rows have /.
         folds = list(dict.fromkeys(to_bytes(fold(path.replace("\\", "/"))) for path in paths))
         marks = ", ".join("?" * len(folds))
         query = f"SELECT rowid, name, file, line, captions, shared FROM rows WHERE fold IN ({marks}) ORDER BY rowid LIMIT {MAX_ROWS_PER_IMAGE + 1}"  # noqa: S608
@@ -205,11 +207,11 @@ class _File:
         self.shown, self.number = shown, number
         self.rows = self.used = 0
         self.no_column = ""  # why the table has no captions at all
-        self.is_mapping = self.names_images = False  # {name: captions}, which any JSON object resembles
+        self.is_mapping = self.names_images = False  # {name: captions}, which looks like any JSON object
 
 
 def _distance(name: str, paths: list[str]) -> int:
-    """0: equal; 1: equal in Unicode's composed form; 2: equal without case; 3: there is no path."""
+    """0: equal; 1: equal in Unicode's composed form; 2: equal ignoring case; 3: no path matches."""
     if not paths:
         return 3
     if name in paths:
@@ -219,7 +221,7 @@ def _distance(name: str, paths: list[str]) -> int:
 
 
 def _target(file_name: str, folder: str, inside: set[str], own_name: str) -> str:
-    """The path from the root that a row means: with \\ for /, and without the name of the table's own folder."""
+    """The path from the root that a row means: \\ read as /, and without the name of the table's own folder."""
     name = file_name.strip()
     if "\\" in name:
         name = name.replace("\\", "/")
@@ -253,7 +255,7 @@ def _rows(
 
 
 def _utf8(shown: str, data: bytes, encoding: str | None) -> bytes:
-    """The text as UTF-8: a tenth of the memory that Python's own text may take."""
+    """The text as UTF-8 bytes, which take as little as a tenth of the memory of a str."""
     try:
         marked = data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff"))
         if not marked and b"\0" not in data and b"\x1b" not in data:
@@ -274,10 +276,7 @@ def _utf8(shown: str, data: bytes, encoding: str | None) -> bytes:
 
 def _csv_rows(shown: str, text: bytes, delimiter: str, wanted: tuple[str, ...], table: _File) -> Iterator[Row]:
     first = text.lstrip(b"\r\n").split(b"\n", 1)[0].split(b"\r", 1)[0].decode("utf-8")
-    for other in (delimiter, ",", ";", "\t"):
-        if _name_column(csv_text.header(first, other)):
-            delimiter = other
-            break
+    delimiter = csv_text.delimiter_of(first, delimiter, lambda header: bool(_name_column(header)))
     file = io.TextIOWrapper(io.BytesIO(text), "utf-8", newline="")
     parsed = csv_text.rows(shown, file, delimiter, "divide it by folders")
     _, columns = next(parsed, (0, []))
@@ -311,7 +310,7 @@ def _objects(shown: str, text: bytes, format: str, table: _File) -> Iterator[tup
 
 
 def _is_lines(text: bytes) -> bool:
-    """Whether the first line is a whole row."""
+    """Whether the first line is a complete row."""
     line = text.lstrip().split(b"\n", 1)[0]
     try:
         value = parse_json(line) if len(line) <= MAX_ROW_BYTES else None
@@ -378,7 +377,7 @@ def _object_rows(
             is_of_image = not table.is_mapping or is_image(value[name])
             if is_of_image or not isinstance(error, NotTextError):
                 raise ValueError(f"{shown}, line {line}, {error}") from error
-            captions = []  # a .json file that is about something else
+            captions = []  # a .json file that is not a metadata table
         yield Row(line, value[name], captions)
     if keys and not any_column:
         table.no_column = f"{shown} has {csv_text.few(keys)}; it needs {column_hint(wanted)}"

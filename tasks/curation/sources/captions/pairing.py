@@ -1,11 +1,11 @@
-"""Which text files describe which images, by their names alone: in a folder, or in a folder of a tar.
+"""Pairs text files with images by their names, in a folder or in a folder of a tar.
 
     a.png.txt            describes a.png
     a.txt, a.json        describe a.png (and a.webp: the same picture in two formats)
     a.caption.txt        describes a.image.png: WebDataset's key, the name up to its first dot
 
-Names are compared exactly, then by Unicode's composed form (macOS decomposes names), then without case. Where that
-leaves a choice between two images, the captions are ambiguous and neither image gets them.
+Names are compared exactly, then by Unicode's composed form (macOS decomposes names), then without case. If that leaves
+a choice between two images, the captions are ambiguous and neither image gets them.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ _LEVELS: tuple[Callable[[str], str], ...] = (
 
 @dataclass
 class Pair:
-    """The text files of one image (positions in the list that was given), and why none of them is certain."""
+    """The text files of one image (positions in the given list), and why they are ambiguous."""
 
     texts: list[int] = field(default_factory=list)
     ambiguous: str = ""
 
 
 def fold(name: str) -> str:
-    """Equal for names that differ in Unicode form or case only."""
+    """A form of a name that ignores Unicode composition and case."""
     if name.isascii():
         return name.lower()
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 class Rivals:
-    """Of some paths those that differ from each other in Unicode form or case only."""
+    """Groups of paths that differ only in Unicode form or case."""
 
-    MOST = 64  # of one path; more do not change that they are ambiguous
+    MOST = 64  # of one path; more would be ambiguous anyway
 
     def __init__(self, paths: Iterable[str]) -> None:
         self._groups: dict[str, dict[str, None]] = {}
@@ -73,7 +73,7 @@ def pair(names: Sequence[str], caption_columns: tuple[str, ...] = ()) -> dict[in
         caption_columns: more words that mark a text file as captions, as in `a.WORD.txt`.
 
     Returns:
-        Position of each image -> its pair. Text files that are in no pair describe no image.
+        Position of each image -> its pair. Text files in no pair describe no image.
     """
     groups: dict[str, list[int]] = {}
     for i, name in enumerate(names):
@@ -133,7 +133,7 @@ def _pair_group(names: Sequence[str], group: list[int], words: set[str]) -> dict
 
 
 def _index(names: Sequence[str], images: list[int], part: Callable[[str], str]) -> list[dict[str, list[int]]]:
-    """For each level: what a part of the name equals there -> the images."""
+    """For each level of comparison: form of a part of the name -> the images."""
     levels: list[dict[str, list[int]]] = []
     for level in _LEVELS:
         levels.append({})
@@ -160,7 +160,7 @@ def _give(names: Sequence[str], pairs: dict[int, Pair], text: int, owners: list[
 
 
 def _runs(names: Sequence[str], group: list[int]) -> list[list[int]] | None:
-    """Repeated samples, as in archives that were appended to each other: runs of neighbours that have the same names."""
+    """Runs of neighbours with the same names: repeated samples, as in concatenated archives."""
     runs: list[list[int]] = []
     seen: set[str] = set()
     for i in group:

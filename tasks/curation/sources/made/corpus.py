@@ -1,9 +1,10 @@
-"""The made corpus: rendered scenes, planted defects, and the sources of registry.py, as tars that are made independently.
+"""The made corpus: rendered scenes, planted defects, and the sources of registry.py, in tars that are made
+independently.
 
     write_made_shard(config, i, part_i), each by itself --made_corpus--> shards.parquet over the parts
 
 Every record depends on (seed, its number) alone, not on its shard: a duplicate finds its original in any shard, and
-another number of shards gives the same records. The same records give the same bytes, on any machine and day.
+another number of shards gives the same records. The same records give the same bytes on every machine.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from tasks.curation.sources.places import Place
 
 logger = get_logger(__name__)
 
-JPEG_SHARE = 0.1  # of scenes; the others are PNG
+JPEG_SHARE = 0.1  # share of scenes; the others are PNG
 PROGRESS_S = 5.0
 TRUTH = pa.schema(
     [
@@ -43,10 +44,10 @@ TRUTH = pa.schema(
         ("defect", pa.string()),  # "" or one of defects.KINDS
         ("detail", pa.string()),
         ("original", pa.string()),  # the key that a duplicate repeats
-        ("scene", pa.string()),  # JSON of scenes.Scene, "" where none is shown
+        ("scene", pa.string()),  # JSON of scenes.Scene, "" for other records
     ]
 )
-_SCENES, _DEFECTS = 0, 1  # streams of randomness; digits.py uses 2
+_SCENES, _DEFECTS = 0, 1  # random streams; digits.py uses 2
 
 
 def check(config: SourceConfig) -> None:
@@ -60,7 +61,8 @@ def check(config: SourceConfig) -> None:
 
 
 def num_defects(config: SourceConfig) -> int:
-    """Planted defects, beside the scenes: a fraction of them, but at least one of each kind."""
+    """Number of planted defects in addition to the scenes: a fraction of their number, but at least one of each
+    kind."""
     if not config.scenes or not config.defect_fraction:
         return 0
     return max(round(config.defect_fraction * config.scenes), len(defects.KINDS))
@@ -144,7 +146,7 @@ def read(place: Place, name: str, shard: Shard, account: Account) -> Iterator[Re
     """The records of a tar that `write_made_shard` wrote.
 
     Raises:
-        ValueError: it is no such tar, or is cut off.
+        ValueError: it is not such a tar, or is cut off.
     """
     shown = place.shown(name)
     try:
@@ -176,7 +178,7 @@ def read(place: Place, name: str, shard: Shard, account: Account) -> Iterator[Re
 
 
 def read_scenes(uri: str) -> dict[str, dict]:
-    """key -> scene of the records of the tar at `uri` that show one, from the table beside it."""
+    """Key -> scene, for records of the tar at `uri` that show one, from the table beside it."""
     filesystem, path = storage.filesystem(join(uri.rpartition("/")[0], TRUTH_TABLE))
     if not filesystem.exists(path):
         return {}
@@ -202,7 +204,7 @@ def _add(tar: tarfile.TarFile, made: Made) -> None:
 
 
 def _ranges(config: SourceConfig, index: int) -> list[tuple[int, int]]:
-    """The shard's half-open ranges of the corpus's scenes, defects, and records of each other source."""
+    """The shard's half-open ranges of scenes, defects, and records of each other source."""
     totals = (config.scenes, num_defects(config), *registry.counts(config).values())
     return [(index * total // config.shards, (index + 1) * total // config.shards) for total in totals]
 
@@ -228,7 +230,7 @@ def _records(config: SourceConfig, shard: int, truth: list[dict[str, str]]) -> I
 
 
 def _draw(config: SourceConfig, index: int) -> defects.Drawn:
-    """Scene `index` of the corpus, as a function of (seed, index)."""
+    """Scene `index` of the corpus, a function of (seed, index)."""
     rng = np.random.default_rng([config.seed, _SCENES, index])
     scene = scenes.sample_scene(rng, config.scene_size_px)
     texts = scenes.captions(scene, rng)

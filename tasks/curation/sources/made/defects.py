@@ -1,7 +1,7 @@
-"""Planted defects: records that curation must catch (and one, `exif_rotated`, that it must set upright and keep).
+"""Planted defects: records that curation must reject (and one, `exif_rotated`, that it must rotate upright and keep).
 
-Each is made from a scene of the corpus or from one of its own, in a way that collections of real images know.
-What was planted where is kept aside in truth.parquet, which no pass reads.
+Each is made from a scene, with a defect that occurs in collections of real images. truth.parquet lists the planted
+defects; no pass reads it.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ KINDS = (
     "text_file",
 )
 DUPLICATES = ("exact_duplicate", "near_duplicate")
-KEPT = ("exif_rotated",)  # nothing is wrong with these once the orientation is made real
+KEPT = ("exif_rotated",)  # valid once the orientation is applied
 UNREADABLE = ("truncated", "corrupt", "text_file")
 EXTREME_ASPECT = 5.0
 NOISE_SIGMA = 1.5  # of 255: invisible
 TINY_PX = 16
-# EXIF orientation -> how the stored pixels differ from the upright ones (the inverse of what a viewer does).
+# EXIF orientation -> transform from the upright to the stored pixels (the inverse of a viewer's).
 STORED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -65,7 +65,7 @@ class Planted(NamedTuple):
     ext: str
     data: bytes
     captions: list[str]
-    scene: Scene | None  # None where the record shows no scene
+    scene: Scene | None  # None if the record shows no scene
     original: str  # the key that a duplicate repeats, else ""
     detail: str
 
@@ -77,7 +77,7 @@ def encode(image: Image.Image, ext: str, exif: Image.Exif | None = None) -> byte
     if ext == "png":
         image.save(buffer, "PNG", compress_level=1, **options)
     else:
-        # Full chroma: at 64 px, Pillow's usual half resolution smears a shape's colour over its edges.
+        # Full chroma: at 64 px, Pillow's default half resolution smears a shape's colour over its edges.
         image.save(buffer, "JPEG", quality=95, subsampling=0, **options)
     return buffer.getvalue()
 
@@ -87,9 +87,9 @@ def plant(kind: str, rng: np.random.Generator, size_px: int, original: Callable[
 
     Args:
         kind: one of `KINDS`.
-        rng: decides everything.
+        rng: the only source of randomness.
         size_px: the shorter side of the corpus's scenes.
-        original: draws some scene of the corpus; called for duplicates only.
+        original: draws a scene of the corpus; called for duplicates only.
     """
     assert kind in KINDS, kind
     if kind in DUPLICATES:
@@ -165,7 +165,7 @@ def _scaled(scene: Scene, unit_px: int) -> dict[str, int]:
 
 
 def _watermarked(image: Image.Image) -> Image.Image:
-    """Repeated half-transparent text over the whole image, as stock libraries do."""
+    """Repeated half-transparent text over the whole image, as stock libraries add it."""
     unit = min(image.size)
     overlay = Image.new("RGBA", image.size, (0, 0, 0, 0))
     draw = ImageDraw.Draw(overlay)
@@ -177,7 +177,7 @@ def _watermarked(image: Image.Image) -> Image.Image:
 
 
 def _bordered(rng: np.random.Generator, image: Image.Image) -> Image.Image:
-    """The picture at 45% of its size amid a uniform border, of a colour that is no scene's background."""
+    """The picture at 45% of its size inside a uniform border, in a colour that no scene has as background."""
     inner = image.resize(tuple(round(0.45 * side) for side in image.size), Image.Resampling.LANCZOS)
     framed = Image.new("RGB", image.size, (0, 0, 0) if rng.random() < 0.5 else (70, 70, 90))
     framed.paste(inner, ((image.width - inner.width) // 2, (image.height - inner.height) // 2))
@@ -185,7 +185,7 @@ def _bordered(rng: np.random.Generator, image: Image.Image) -> Image.Image:
 
 
 def _corrupt(rng: np.random.Generator, data: bytes) -> bytes:
-    """A PNG whose header reads and whose pixels do not: a run of its compressed data is noise."""
+    """A PNG with a valid header and broken pixels: a run of its compressed data is noise."""
     start = data.index(b"IDAT") + 8
     while True:
         stop = max(start + 8, len(data) // 2)

@@ -55,7 +55,7 @@ def digit(index: int, size_px: int) -> Digit:
 
 @functools.lru_cache(maxsize=4)
 def order(seed: int) -> list[int]:
-    """The scans in the order in which a corpus takes them, so that a larger corpus contains a smaller one."""
+    """The order in which a corpus uses the scans, so that a larger corpus contains a smaller one."""
     return np.random.default_rng([seed, 2]).permutation(COUNT).tolist()
 
 

@@ -1,10 +1,10 @@
-"""Sources of made records, by name. `source.made` of a recipe sets how many records each gives.
+"""Sources of made records, by name. `source.made` of a recipe sets the number of records of each.
 
 The module of a source has one function:
 
     record(config, index) -> Made      record `index`, from 0; a function of (config.seed, index) alone
 
-and may set COUNT, the number of different records that it has.
+and may set COUNT, the maximum number of records.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def check_made(config: SourceConfig) -> None:
 
 
 def counts(config: SourceConfig) -> dict[str, int]:
-    """Name of each source that the recipe uses -> number of its records, in the order of the corpus. Scenes apart."""
+    """Name of each source of the recipe, except scenes -> number of its records, in the order of the corpus."""
     return ({"digits": config.digits} if config.digits else {}) | dict(sorted(config.made.items()))
 
 

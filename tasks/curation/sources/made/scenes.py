@@ -1,12 +1,12 @@
 """Rendered scenes: coloured shapes on plain backgrounds, with truthful captions of several lengths.
 
-A scene holds 1 to 4 objects. Lengths are in units of the SHORTER image side: cx in [0, W/min(W,H)], cy in
-[0, H/min(W,H)], size = side of the (square) bounding box, the same for every shape. Scenes are a function of
-the generator that they are given, so that the same seed draws the same corpus.
+A scene contains 1 to 4 objects. Lengths are in units of the SHORTER image side: cx in [0, W/min(W,H)], cy in
+[0, H/min(W,H)], size = side of the (square) bounding box, the same for every shape. Scenes are a function of the given
+generator, so that the same seed draws the same corpus.
 
 The scenes are made for the shapes benchmark and use its vocabulary. Its held-out combinations never occur: no held-out coloured
-shape, no held-out pair of coloured shapes, and no two objects whose centres stand in a held-out relation (stricter than
-GenEval's rule, which needs a clear offset as well).
+shape, no held-out pair of coloured shapes, and no two objects whose centres have a held-out relation (stricter than
+GenEval's rule, which also requires a clear offset).
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from eval.benchmarks.shapes.vocabulary import (
     SHAPES,
 )
 
-# Colours bind to shapes only where two things differ, and counts are only learnt from equal shapes: hence the mix.
+# A mix, since binding of colours is learnt from two different objects, and counting from equal shapes.
 KINDS = {"single": 0.22, "two": 0.48, "counting": 0.25, "mixed": 0.05}
 # width / height. One shape of latents trains fastest, so most scenes are square; the rest fill the aspect buckets.
 ASPECTS = {1.0: 0.82, 4 / 3: 0.03, 3 / 4: 0.03, 3 / 2: 0.03, 2 / 3: 0.03, 7 / 4: 0.03, 4 / 7: 0.03}
 SIZES = {"small": (0.26, 0.30), "large": (0.36, 0.42)}
-# Chance of an object to be large, by the number of objects: more of the picture shows what the caption says, as long as
-# there is room for free layouts.
+# Probability that an object is large, by the number of objects: more of the picture depends on the caption, as long as
+# layouts stay free.
 LARGE_SHARE = {1: 0.75, 2: 0.75, 3: 0.3, 4: 0.1}
-GAP = 0.06  # between bounding boxes: nearer shapes melt together at 64 px
+GAP = 0.06  # minimum gap between bounding boxes: closer shapes merge at 64 px
 MARGIN = 0.03  # to the frame
-MARGIN_OBLONG = 0.07  # more where encoding may crop to the aspect of a bucket
-CLEAR_OFFSET = 0.6  # GenEval needs 0.5; with a margin a slightly misplaced copy still obeys its caption
+MARGIN_OBLONG = 0.07  # larger if encoding may crop to the aspect of a bucket
+CLEAR_OFFSET = 0.6  # GenEval needs 0.5; with a margin, a slightly misplaced copy still matches its caption
 SUPERSAMPLE = 4
 CROSS_ARM = 1 / 3  # width of a cross's arms / its bounding box
 SHORT_WORDS, LONG_WORDS = 12, 32
@@ -95,10 +95,10 @@ class Scene:
 def sample_scene(
     rng: np.random.Generator, size_px: int = 128, kind: str | None = None, aspect: float | None = None
 ) -> Scene:
-    """Draws a scene that shows nothing held out.
+    """Draws a scene without held-out combinations.
 
     Args:
-        rng: decides everything.
+        rng: the only source of randomness.
         size_px: the shorter side.
         kind: one of `KINDS`; drawn from their shares if None.
         aspect: width / height; drawn from `ASPECTS` if None.
@@ -117,7 +117,7 @@ def sample_scene(
     background = _choice(rng, tuple(BACKGROUNDS))
     while True:
         looks = _sample_looks(rng, kind)
-        # The wish is drawn before any position, so that each relation is as frequent as the held-out set allows.
+        # The relation is drawn before positions, so that each is as frequent as the held-out set allows.
         wish = _wished_relation(rng, looks) if kind == "two" else None
         for _ in range(20):
             objects = _place(rng, looks, width_px / size_px, height_px / size_px, wish)
@@ -191,7 +191,7 @@ def _may_stand(item: SceneObject, other: SceneObject) -> bool:
 
 
 def held_out_order(a: SceneObject, b: SceneObject) -> bool:
-    """Whether the centres of two objects stand in a held-out relation."""
+    """Whether the centres of two objects have a held-out relation."""
     facts = []
     if a.cx != b.cx:
         facts.append("left of" if a.cx < b.cx else "right of")
@@ -201,14 +201,14 @@ def held_out_order(a: SceneObject, b: SceneObject) -> bool:
 
 
 def held_out_pair(looks: list[tuple[str, str]]) -> bool:
-    """Whether some two of these (colour, shape) are a held-out pair."""
+    """Whether any two of these (colour, shape) are a held-out pair."""
     present = set(looks)
     return any(pair <= present for pair in HELD_OUT_COLOR_PAIRS)
 
 
 def _relations(a: SceneObject, b: SceneObject, threshold: float = 0.5) -> set[str]:
-    """How `a` stands to `b` by GenEval's rule: each axis of the offset between centres shrinks by a tenth of the
-    two sizes, is divided by the unshrunk offset's norm, and counts beyond the threshold."""
+    """Relations of `a` to `b` by GenEval's rule: each component of the offset between centres is reduced by a tenth of
+    both sizes, divided by the original offset's norm, and compared with the threshold."""
     dx, dy = a.cx - b.cx, a.cy - b.cy
     shrink = 0.1 * (a.size + b.size)
     x, y = max(abs(dx) - shrink, 0.0), max(abs(dy) - shrink, 0.0)
@@ -274,10 +274,10 @@ def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, side:
 
 
 def captions(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """4 to 6 different true captions, lowercase, without punctuation, the short ones first.
+    """4 to 6 different true captions, lowercase, without punctuation, short ones first.
 
-    Short ones (at most 12 words) use GenEval's wording; the last one is the longest (at most 32 words). Every
-    caption names all objects of the scene, so that what it does not say is not there.
+    Short ones (at most 12 words) use GenEval's wording; the last is the longest (at most 32 words). Every caption names
+    all objects of the scene.
     """
     others = {"single": _single, "counting": _counting, "mixed": _mixed}
     made = _two(scene, rng) if scene.kind == "two" else others[scene.kind](scene)
@@ -287,14 +287,14 @@ def captions(scene: Scene, rng: np.random.Generator) -> list[str]:
 
 
 def relations(scene: Scene, a: SceneObject, b: SceneObject) -> list[str]:
-    """The clear relations of `a` to `b`, which the benchmark's own rule confirms."""
+    """The clear relations of `a` to `b`, confirmed by the benchmark's own rule."""
     clear = _relations(a, b, CLEAR_OFFSET)
     return sorted(clear & _genevals_relations(scene.box_px(a), scene.box_px(b))) if clear else []
 
 
 def _genevals_relations(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> set[str]:
-    """GenEval's rule for boxes (x0, y0, x1, y1) in px: the offset of the centres shrinks on each axis by a tenth of both
-    extents; what is left must lie beyond half of the offset's length."""
+    """GenEval's rule for boxes (x0, y0, x1, y1) in px: on each axis the offset of the centres is reduced by a tenth of
+    both extents; the rest must exceed half of the offset's length."""
     offset = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]
     extents = [abs(a[i + 2] - a[i]) + abs(b[i + 2] - b[i]) for i in (0, 1)]
     left = [np.sign(d) * max(abs(d) - 0.1 * extent, 0) for d, extent in zip(offset, extents, strict=True)]
@@ -314,7 +314,7 @@ def _ground(scene: Scene) -> str:
 
 
 def _where(scene: Scene, item: SceneObject) -> str:
-    """The third of the frame that holds the centre."""
+    """The third of the frame that contains the object's centre."""
     across = int(3 * item.cx * scene.unit_px / scene.width_px)
     down = int(3 * item.cy * scene.unit_px / scene.height_px)
     word = " ".join(w for w in (("top", "", "bottom")[down], ("left", "", "right")[across]) if w)
@@ -322,7 +322,7 @@ def _where(scene: Scene, item: SceneObject) -> str:
 
 
 def _groups(items: list[SceneObject], color: bool, size: bool = False) -> str:
-    """Equal things counted together: `a red circle and two blue squares`."""
+    """Counts equal objects together: `a red circle and two blue squares`."""
 
     def look(item: SceneObject) -> tuple[str, ...]:
         return tuple([item.size_word] * size + [item.color] * color)
@@ -337,7 +337,7 @@ def _groups(items: list[SceneObject], color: bool, size: bool = False) -> str:
 
 def _in_reading_order(scene: Scene) -> list[SceneObject]:
     """From the top left corner to the bottom right one: of two objects the left one first, or the upper one if they are
-    further apart vertically. A caption without a relation then determines the layout as far as it can (docs/tiny.md)."""
+    further apart vertically. A caption without a relation then restricts the layout (docs/tiny.md)."""
     return sorted(scene.objects, key=lambda item: (item.cx + item.cy, item.cx))
 
 
@@ -364,7 +364,7 @@ def _two(scene: Scene, rng: np.random.Generator) -> list[str]:
             f"{_noun(first, size=True)} and {_noun(second, size=True)} {_ground(scene)}",
         ]
     relation = _choice(rng, tuple(relative))
-    # The colourless relation is stated from the other side: both directions are learnt from one image.
+    # The relation without colours is stated from the other side, so that one image teaches both directions.
     return [
         plain[0],
         f"a photo of {_noun(a)} {relation} {_noun(b)}",
@@ -396,7 +396,7 @@ def _mixed(scene: Scene) -> list[str]:
 
 
 def _long(scene: Scene) -> str:
-    """Everything: size, colour, place, background; what does not fit is left out from the end."""
+    """Size, colour, place and background; leaves out from the end what exceeds the limit."""
     items = _in_reading_order(scene)
     placed = [f"{_noun(item, size=True)} {_where(scene, item)}" for item in items]
     brief = [f"{_noun(item)} {_where(scene, item)}" for item in items]

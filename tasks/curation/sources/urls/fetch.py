@@ -1,4 +1,5 @@
-"""Downloads images by URL: many hosts at a time, few requests to each, within limits, obeying robots.txt, and never from private networks.
+"""Downloads images by URL: from many hosts at a time with few requests each, within limits, obeying robots.txt, never
+from private networks.
 
     (row, URL) --check--> robots.txt --> GET --redirect--> check ... --> bytes, or a rule of the ledger and why
                              |            429, 5xx, timeout: again, later
@@ -26,30 +27,30 @@ if TYPE_CHECKING:
     import httpcore
 
 INVALID, FORBIDDEN, ROBOTS, GONE, FAILED, TOO_LARGE, TYPE, REDIRECTS = (
-    "url_invalid",  # no URL that is fetched
-    "url_forbidden",  # an address or port that is not of the public web, at any hop
+    "url_invalid",  # not a URL that may be fetched
+    "url_forbidden",  # a non-public address or port, at any hop
     "url_robots",  # robots.txt or X-Robots-Tag
     "url_gone",  # the server answers 4xx
     "url_failed",  # no answer, 429 or 5xx, at every attempt
     "url_too_large",
-    "url_type",  # an answer that is no image
-    "url_redirects",  # too many
+    "url_type",  # an answer that is not an image
+    "url_redirects",  # too many redirects
 )
-HOSTS_KNOWN = 20_000  # robots.txt and pace of so many are in memory
-MAX_DELAY_S = 30.0  # of Crawl-delay
-ROBOTS_CHARS = 4 * 2**20  # of robots.txt that are in memory parsed, which takes some 50 times as much
-ROBOTS_EXTRA = 1000  # for each, as characters
-SPOOL_BYTES = 256 * 2**10  # of an answer in memory; a larger one is on disk, so that `concurrency` of them fit
-WINDOW = 4  # URLs that wait for their host, for each request at a time
+HOSTS_KNOWN = 20_000  # hosts whose robots.txt and pace are in memory
+MAX_DELAY_S = 30.0  # maximum Crawl-delay
+ROBOTS_CHARS = 4 * 2**20  # characters of parsed robots.txt in memory, which take about 50 times as many bytes
+ROBOTS_EXTRA = 1000  # minimum for each, in characters
+SPOOL_BYTES = 256 * 2**10  # bytes of an answer in memory; a larger one is on disk, so that `concurrency` answers fit
+WINDOW = 4  # URLs that wait for their host, per concurrent request
 PASSING = {408, 425, 429}
 REDIRECT = {301, 302, 303, 307, 308}
 
 
 class Fetched(NamedTuple):
-    """What became of a URL: its bytes, or the rule that it is left out by, and one sentence.
+    """The outcome of a URL: its bytes, or the rule by which it is left out, and one sentence.
 
-    body: the bytes, in memory or on disk; whoever gets it closes it. url: the last one of its redirects. status: of the
-    last answer, 0 where there was none. attempts: at the whole way.
+    body: the bytes, in memory or on disk; the caller closes it. url: after redirects. status: of the last answer, 0 if
+    there was none. attempts: including all redirects.
     """
 
     body: BinaryIO | None = None
@@ -61,7 +62,7 @@ class Fetched(NamedTuple):
     attempts: int = 1
 
     def pieces(self) -> Iterator[bytes]:
-        """The body, read once and closed."""
+        """Yields the body once, and closes it."""
         if self.body is not None:
             with self.body:
                 self.body.seek(0)
@@ -70,7 +71,7 @@ class Fetched(NamedTuple):
 
 
 class _Again(Exception):
-    """An attempt that another may better."""
+    """A failed attempt that may be repeated."""
 
     def __init__(self, detail: str, status: int = 0, after_s: float | None = None) -> None:
         super().__init__(detail)
@@ -80,7 +81,7 @@ class _Again(Exception):
 class _Host:
     def __init__(self, requests: int) -> None:
         self.slots = asyncio.Semaphore(requests)
-        self.next_at = 0.0  # of the loop's clock: no request before
+        self.next_at = 0.0  # time of the loop's clock before which no request is sent
         self.delay_s = 0.0
         self.rules: asyncio.Future[robots.Rules] | None = None
         self.users = 0
@@ -90,7 +91,7 @@ class Fetcher:
     """Fetches URLs under one configuration; an asynchronous context manager.
 
     Args:
-        directory: for answers that are on disk meanwhile; None takes that of temporary files.
+        directory: for answers on disk; None: the default directory of temporary files.
     """
 
     def __init__(self, config: UrlConfig, directory: Path | None = None) -> None:
@@ -108,7 +109,7 @@ class Fetcher:
         await self._pool.__aexit__(*error)
 
     async def fetch_all(self, urls: Iterable[tuple[int, str]]) -> AsyncIterator[tuple[int, Fetched]]:
-        """(row, what became of it) of every (row, URL), in the order in which they finish."""
+        """(row, outcome) of every (row, URL), in the order in which they finish."""
         waiting: set[asyncio.Task[tuple[int, Fetched]]] = set()
 
         async def one(row: int, url: str) -> tuple[int, Fetched]:
@@ -147,7 +148,7 @@ class Fetcher:
         """The answer at the end of the redirects.
 
         Raises:
-            _Again: another attempt may end better.
+            _Again: another attempt may succeed.
         """
         for _ in range(self.config.max_redirects + 1):
             try:
@@ -170,8 +171,8 @@ class Fetcher:
         return Fetched(url=url, rule=REDIRECTS, detail=f"more than {self.config.max_redirects} redirects")
 
     async def _rules(self, host: _Host, url: str) -> robots.Rules:
-        """The site's robots.txt, fetched once however many URLs wait for it. One that cannot be read forbids all, as RFC
-        9309 has it; another attempt at a URL asks again."""
+        """The site's robots.txt, fetched once for all waiting URLs. If it cannot be read, everything is forbidden, as
+        in RFC 9309; another attempt at a URL fetches it again."""
         if host.rules is None:
             host.rules = asyncio.get_running_loop().create_future()
             try:
@@ -179,7 +180,7 @@ class Fetcher:
             except BaseException as error:
                 waiting, host.rules = host.rules, None
                 waiting.set_exception(error if isinstance(error, Exception) else _Again("robots.txt was not read"))
-                waiting.exception()  # retrieved, or asyncio warns where no caller awaits it
+                waiting.exception()  # retrieved, else asyncio warns if no caller awaits it
                 raise
             host.delay_s = min(rules.delay_s(), MAX_DELAY_S)
             host.rules.set_result(rules)
@@ -189,7 +190,7 @@ class Fetcher:
         return await host.rules
 
     def _keep(self, host: _Host, size: int) -> None:
-        """Notes the rules of a host, and forgets those that were used least recently: they would be fetched again."""
+        """Stores the rules of a host, and drops the least recently used ones, which would be fetched again."""
         self._parsed[host] = size + ROBOTS_EXTRA
         while len(self._parsed) > 1 and sum(self._parsed.values()) > ROBOTS_CHARS:
             self._parsed.popitem(last=False)[0].rules = None
@@ -208,7 +209,7 @@ class Fetcher:
         return robots.Rules(agent)  # RFC 9309: as if there were none
 
     async def _get(self, host: _Host, url: Any, limit: int, is_image: bool = True) -> Fetched:
-        """One request, without following; of a redirect the URL that it names.
+        """One request, without following redirects; returns the URL of a redirect.
 
         Raises:
             _Again, network.ForbiddenError
@@ -217,8 +218,8 @@ class Fetcher:
 
         async with host.slots:
             loop = asyncio.get_running_loop()
-            while (wait_s := host.next_at - loop.time()) > 0:
-                await asyncio.sleep(wait_s)
+            while (left_s := host.next_at - loop.time()) > 0:
+                await asyncio.sleep(left_s)
             host.next_at = loop.time() + host.delay_s
             try:
                 async with self._requests, asyncio.timeout(self.config.timeout_s):
@@ -259,7 +260,7 @@ class Fetcher:
                 raise network.InvalidUrlError(f"a redirect to {where}, which is no URL: {error}") from None
         if status in PASSING or status >= 500:
             after_s = retry_after_s(named.get("retry-after"))
-            if status in (429, 503) and after_s:  # the whole host, not this URL alone
+            if status in (429, 503) and after_s:  # the whole host, not only this URL
                 host.next_at = max(host.next_at, asyncio.get_running_loop().time() + min(after_s, LONGEST_WAIT_S))
             raise _Again(f"HTTP {status}", status, after_s)
         if status >= 400:
@@ -297,7 +298,7 @@ class Fetcher:
 
 
 class _Using:
-    """A host in use; unused ones are dropped, the oldest first, when there are too many."""
+    """A host in use; if there are too many, unused hosts are dropped, the oldest first."""
 
     def __init__(self, hosts: OrderedDict, origin: tuple, requests: int) -> None:
         self._hosts, self._origin = hosts, origin

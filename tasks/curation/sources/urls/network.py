@@ -1,7 +1,7 @@
-"""Connections to public addresses alone, by any name, at every hop.
+"""Connects only to public addresses, at every hop.
 
-A name is resolved here, its addresses are checked, and the connection goes to a checked address: between check and
-connection the name is not resolved again, so that it cannot point elsewhere meanwhile. TLS still verifies the name.
+This module resolves a name, checks its addresses, and connects to a checked address without resolving the name again,
+so that it cannot point elsewhere meanwhile. TLS still verifies the name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MAX_URL_CHARS = 8 * 2**10
 PORTS = frozenset({80, 443})
-# Beyond public addresses; only tests put a network here.
+# Allowed in addition to public addresses; only tests set it.
 EXTRA_NETWORKS: tuple[ipaddress.IPv4Network, ...] = ()
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _NAT64_LOCAL = ipaddress.ip_network("64:ff9b:1::/48")
@@ -26,15 +26,15 @@ ADDRESSES_TRIED = 3
 
 
 class ForbiddenError(Exception):
-    """A URL that is not fetched, whatever is there; the text says why."""
+    """A URL that must not be fetched; the text says why."""
 
 
 class InvalidUrlError(ForbiddenError):
-    """It is no URL of the web, or has what it must not have."""
+    """Not a valid URL of the web."""
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public internet. Addresses that wrap an IPv4 address are judged by that too."""
+    """Whether an IP address is public. For addresses that contain an IPv4 address, that must be public too."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if any(ip.version == network.version and ip in network for network in EXTRA_NETWORKS):
         return True
@@ -48,21 +48,21 @@ def is_public(address: str) -> bool:
             return False
         if ip in _NAT64:
             return True
-        if ip.is_site_local:  # fec0::/10, which ipaddress takes for global
+        if ip.is_site_local:  # fec0::/10, which ipaddress treats as global
             return False
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified or ip.is_loopback)
 
 
 def check_url(url: str, allow_http: bool) -> httpx.URL:
-    """The parsed URL.
+    """Checks and parses a URL.
 
     Raises:
         InvalidUrlError: not https (or http, where allowed), a login, or no host.
-        ForbiddenError: another port than the web's, or an address that is not public.
+        ForbiddenError: a port other than 80 and 443, or an address that is not public.
     """
     import httpx
 
-    if len(url) > MAX_URL_CHARS:  # a redirect may be longer than those of a table
+    if len(url) > MAX_URL_CHARS:  # a redirect may be longer than URLs of a table
         raise InvalidUrlError(f"longer than {MAX_URL_CHARS:,} characters")
     try:
         parsed = httpx.URL(url)
@@ -90,7 +90,7 @@ def check_url(url: str, allow_http: bool) -> httpx.URL:
 
 
 def make_pool(connections: int) -> httpcore.AsyncConnectionPool:
-    """A pool of connections to public addresses; no proxy, and no setting of the environment."""
+    """A pool of connections to public addresses; ignores proxies and other settings of the environment."""
     import httpcore
 
     return httpcore.AsyncConnectionPool(
@@ -135,7 +135,7 @@ def _backend() -> httpcore.AsyncNetworkBackend:
 
 
 async def resolve(host: str, port: int) -> list[str]:
-    """The public addresses of a name, a few of them.
+    """A few public addresses of a name.
 
     Raises:
         ForbiddenError: it has an address that is not public.

@@ -1,4 +1,4 @@
-"""What a site allows: robots.txt (RFC 9309, by protego) and the X-Robots-Tag of an answer."""
+"""Rules of a site: robots.txt (RFC 9309, by protego) and the X-Robots-Tag of an answer."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from protego import Protego
 
-MAX_ROBOTS_BYTES = 500 * 2**10  # RFC 9309: at least so much is read
-MATCH_S = 10.0  # of the processor, for all URLs of a site
+MAX_ROBOTS_BYTES = 500 * 2**10  # RFC 9309: the minimum to read
+MATCH_S = 10.0  # processor time for all URLs of a site
 OWN, OTHERS = "own", "others"
 _USER_AGENT = ("user-agent", "useragent", "user agent")
 _WITH_VALUE = ("unavailable_after", "max-snippet", "max-image-preview", "max-video-preview")
@@ -21,8 +21,8 @@ _AGENT = re.compile(r"\s*([\w.*-]+)\s*:(.*)", re.DOTALL)
 class Rules:
     """The robots.txt of a site, for one agent.
 
-    allowed: a constant answer where there is no file to ask: True if the site has none, False if it cannot be read.
-    size: of what is parsed, in characters. It takes some 50 times as many bytes of memory.
+    allowed: a constant answer without a file: True if the site has none, False if it cannot be read.
+    size: characters that are parsed, which take about 50 times as many bytes of memory.
     """
 
     def __init__(self, agent: str, text: str | None = None, allowed: bool = True) -> None:
@@ -38,7 +38,7 @@ class Rules:
             self._file = Protego.parse(own)
 
     def allows(self, url: str) -> bool:
-        """Whether the agent may fetch a URL. A file that takes too long to match, as only a hostile one does, forbids it."""
+        """Whether the agent may fetch a URL. A (hostile) file that takes too long to match forbids it."""
         if self._file is None:
             return self._allowed
         if self.took_too_long:
@@ -53,15 +53,16 @@ class Rules:
         return self._left_s <= 0
 
     def delay_s(self) -> float:
-        """Seconds between requests that the site asks for (Crawl-delay)."""
+        """Seconds between requests that the site requests (Crawl-delay)."""
         delay = None if self._file is None else self._file.crawl_delay(OWN)
         return float(delay or 0.0)
 
 
 def _of_agent(text: str, agent: str) -> str:
-    """The file with two groups: that of the agent, named `OWN`, and all others as one.
+    """Reduces the file to two groups: the agent's, named `OWN`, and all others as one.
 
-    Protego gives each rule to each agent of its group: of 500 KiB, half agents and half rules, it would make 10^8 rules.
+    Protego copies each rule to each agent of its group: of 500 KiB, half agents and half rules, it would make 10^8
+    rules.
     """
     lines = text.splitlines()
     named = [_agent_of(line) for line in lines]
@@ -76,7 +77,7 @@ def _of_agent(text: str, agent: str) -> str:
 
 
 def _agent_of(line: str) -> str | None:
-    """The agent, in small letters, that a line of robots.txt names, as Protego reads it; None for another line."""
+    """The agent, in lower case, that a line of robots.txt names, as Protego reads it; None for other lines."""
     line = line.partition("#")[0].strip()
     field, colon, value = line.partition(":")
     if colon and field.strip().lower() in _USER_AGENT:
@@ -91,7 +92,8 @@ def _agent_of(line: str) -> str | None:
 
 
 def _fits(name: str, agent: str) -> int:
-    """How closely a name in robots.txt names the agent: its length where it is a word's beginning in it, 1 for *, else 0."""
+    """How specifically a name in robots.txt matches the agent: its length if a word of the agent begins with it, 1 for
+    *, else 0."""
     if name == "*":
         return 1
     text, at = agent.strip().lower(), -1
@@ -104,7 +106,7 @@ def _fits(name: str, agent: str) -> int:
 def forbidden_by_tag(values: Iterable[str], directives: Sequence[str], agent: str) -> str:
     """The directive of X-Robots-Tag headers that forbids an image's use, "" if none does.
 
-    A header may begin with an agent (`otherbot: noindex`); it is for that agent alone.
+    A header may begin with an agent (`otherbot: noindex`) and then applies to that agent only.
     """
     wanted = {name.casefold() for name in directives}
     for value in values:

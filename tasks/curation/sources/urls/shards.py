@@ -1,4 +1,4 @@
-"""Shards of downloaded images: a range of a table of URLs -> a tar as img2dataset writes it, and a table of every row.
+"""Shards of downloaded images: a range of a table of URLs -> a tar in img2dataset's layout, and a table of every row.
 
 rows --fetch.py--> work_dir: bytes.bin, journal.jsonl --in the order of the table--> SHARD.tar      images, .txt, .json
                    append only: a kill loses none                                    SHARD.parquet  every row, and why not
@@ -50,13 +50,13 @@ logger = get_logger(__name__)
 BYTES, PROGRESS_S = "bytes.bin", 5.0
 ROWS = pa.schema(
     [
-        ("key", pa.string()),  # the name of the members of the tar, "" where nothing was downloaded
-        ("row", pa.int64()),  # of the table of URLs
+        ("key", pa.string()),  # name of the members of the tar, "" if nothing was downloaded
+        ("row", pa.int64()),  # row of the table of URLs
         ("url", pa.string()),
-        ("caption", pa.string()),  # the first one
+        ("caption", pa.string()),  # the first caption
         ("captions", pa.list_(pa.string())),
         ("status", pa.string()),  # success or failed_to_download
-        ("rule", pa.string()),  # of the ledger; "" for a success
+        ("rule", pa.string()),  # rule of the ledger; "" for a success
         ("error_message", pa.string()),
         ("http_status", pa.int32()),
         ("final_url", pa.string()),
@@ -118,7 +118,7 @@ def read_listing(directory: Path) -> tuple[dict[str, Any], list[tuple[Range, str
 
 
 def shard_name(digest: str, chosen: Range, config: SourceConfig) -> str:
-    """16 hexadecimal digits: of the table's content, the range, and what decides the images and captions."""
+    """16 hexadecimal digits of a hash of the table's content, the range, and settings of images and captions."""
     assert config.urls is not None
     columns = [config.urls.column, config.caption_columns, config.encoding]
     return digest_of("urls", digest, *chosen, columns, config.urls.content())[:16]
@@ -130,7 +130,7 @@ def write_shard(
     """Downloads a range and writes its shard into an empty directory; returns the number of its rows.
 
     Args:
-        work_dir: of downloads so far, including those of a killed attempt.
+        work_dir: has the downloads so far, including those of a killed attempt.
 
     Raises:
         ValueError: the table has changed, or cannot be read.
@@ -172,13 +172,13 @@ def _add(tar: tarfile.TarFile, fields: dict[str, Any], data: bytes) -> None:
     if fields["caption"] is not None:
         members.insert(1, ("txt", fields["caption"].encode()))
     for ext, content in members:
-        info = tarfile.TarInfo(f"{fields['key']}.{ext}")  # mtime 0: bytes depend on what was downloaded only
+        info = tarfile.TarInfo(f"{fields['key']}.{ext}")  # mtime 0: bytes depend only on downloaded content
         info.size = len(content)
         tar.addfile(info, io.BytesIO(content))
 
 
 async def _download(urls: list[tuple[int, str]], config: SourceConfig, work_dir: Path) -> dict[int, dict[str, Any]]:
-    """Row -> what became of it, as the journal has it. Only rows that it lacks are asked for."""
+    """Row -> its entry in the journal. Downloads only rows that the journal lacks."""
     assert config.urls is not None
     work_dir.mkdir(parents=True, exist_ok=True)
     with Journal(str(work_dir), sync=False) as journal, open(work_dir / BYTES, "ab") as downloaded:
@@ -189,7 +189,7 @@ async def _download(urls: list[tuple[int, str]], config: SourceConfig, work_dir:
         async with Fetcher(config.urls, work_dir) as fetcher:
             async for number, fetched in fetcher.fetch_all(left):
                 row = _entry(number, fetched, downloaded)
-                downloaded.flush()  # before its row: what the journal names is there
+                downloaded.flush()  # before its row, so that the bytes of every row are on disk
                 journal.add(row)
                 done[number] = row
                 if time.monotonic() > report_at:
@@ -226,7 +226,7 @@ def write_corpus(
 
 
 def read(shard: Shard, account: Account) -> Iterator[Record]:
-    """Every row of a downloaded shard: a record with its bytes, or with the rule that it is left out by.
+    """Every row of a downloaded shard: a record with its bytes, or with the rule by which it is left out.
 
     Raises:
         ValueError: the tar has changed since it was downloaded.

@@ -28,13 +28,14 @@ from tasks.curation.sources.places import Place
 from tasks.curation.sources.urls.network import MAX_URL_CHARS
 
 SUFFIXES = ("parquet", "csv", "tsv")
-DECODED_BYTES = 2**20  # at a time, to see whether a table is UTF-8
+DECODED_BYTES = 2**20  # bytes at a time, to check whether a table is UTF-8
+BLANK_LINES = 100  # before the header
 REMEDY = "divide it, or write it as Parquet"
-MAX_RANGE_CHARS = 64 * 2**20  # of the URLs and captions of a shard, which are in memory while it is downloaded
+MAX_RANGE_CHARS = 64 * 2**20  # characters of a shard's URLs and captions, which are in memory during its download
 
 
 class UrlRow(NamedTuple):
-    """row: of the table, from 0. problem: why its captions cannot be read, or ""."""
+    """row: in the table, from 0. problem: why its captions cannot be read, or ""."""
 
     row: int
     url: str
@@ -51,7 +52,7 @@ class Range(NamedTuple):
 
 
 def ranges(place: Place, config: SourceConfig, account: Account) -> Iterator[Range]:
-    """The tables of a source, cut into ranges of at most `images_per_shard` rows; everything else is counted.
+    """The tables of a source, split into ranges of at most `images_per_shard` rows; other files are counted.
 
     Raises:
         ValueError: a table has no column of URLs or none of captions, or cannot be read.
@@ -145,7 +146,7 @@ def _within(
 
 
 def _columns(shown: str, names: list[str], config: SourceConfig) -> tuple[str, ...]:
-    """The column of URLs, and those of captions."""
+    """The column of URLs and the caption columns."""
     assert config.urls is not None
     listed = ", ".join(visible(name) for name in names[:12])
     wanted = column_name(config.urls.column)
@@ -180,13 +181,15 @@ def _csv_cells(place: Place, name: str, config: SourceConfig) -> Iterator[list[s
 
 
 def _delimiter(text: TextIO, name: str, config: SourceConfig) -> str:
-    """The one by which the first line has a column of URLs; that of the file's name if none has."""
+    """The delimiter with which the first line has a column of URLs; else the one of the file's extension."""
     assert config.urls is not None
-    first, wanted = text.readline(csv_text.MAX_ROW_BYTES), column_name(config.urls.column)
+    wanted = column_name(config.urls.column)
+    first = next(
+        (line for _ in range(BLANK_LINES) if (line := text.readline(csv_text.MAX_ROW_BYTES)).strip("\r\n")), ""
+    )
     text.seek(0)
     usual = "\t" if extension(base_name(name)) == "tsv" else ","
-    fitting = [d for d in (usual, ",", ";", "\t") if wanted in map(column_name, csv_text.header(first, d))]
-    return next(iter(fitting), usual)
+    return csv_text.delimiter_of(first, usual, lambda header: wanted in map(column_name, header))
 
 
 def _is_url(field: str) -> bool:
@@ -194,7 +197,7 @@ def _is_url(field: str) -> bool:
 
 
 def _text(file: BinaryIO, encoding: str | None) -> TextIO:
-    """A table's text by its byte order mark; else UTF-8; else `encoding`."""
+    """Opens a table as text, by its byte order mark, else as UTF-8, else as `encoding`."""
     start = file.read(4)
     file.seek(0)
     if start.startswith(codecs.BOM_UTF8):

@@ -10,6 +10,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[4]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import block_inputs  # noqa: E402
 import gpu_blocks  # noqa: E402
 import measure  # noqa: E402
 import sampling  # noqa: E402
@@ -133,7 +134,7 @@ def test_without_diffusers_the_block_is_measured_alone(monkeypatch):
 
 
 def test_the_block_of_the_benchmark_has_the_released_axes():
-    assert gpu_blocks.axes_of(gpu_blocks.parse([])) == (16, 56, 56)
+    assert block_inputs.axes_of(gpu_blocks.parse([])) == (16, 56, 56)
 
 
 def toy_step(monkeypatch, *more):

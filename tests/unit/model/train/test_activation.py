@@ -201,7 +201,11 @@ def test_flash_attention_is_computed_once_unless_all_is_again(flash, masked):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "flash, masked, policy",
-    [*((*call, "selective") for call in CALLS), *((("varlen",), True, policy) for policy in ("none", "full"))],
+    [
+        *((*call, "selective") for call in CALLS),
+        *((("varlen",), True, policy) for policy in ("none", "full")),
+        (("flash2",), False, "full"),
+    ],
     indirect=["flash"],
     ids=str,
 )

@@ -134,7 +134,7 @@ def test_a_pickle_in_place_of_metadata_is_refused_and_not_run(tmp_path):
     folder = tmp_path / "step-1"
     folder.mkdir()
     (folder / ".metadata").write_bytes(pickle.dumps(Malice(proof)))
-    with pytest.raises(ValueError, match=r"names (_?io)\.open, which is no part"):
+    with pytest.raises(ValueError, match=r"names (_?io)\.open, which is not part"):
         CheckpointReader(folder).read_metadata()
     assert not proof.exists()
     pickle.loads((folder / ".metadata").read_bytes())  # the pickle is one that works
@@ -148,7 +148,7 @@ def test_malice_inside_of_metadata_is_refused_too(tmp_path):
     metadata = pickle.loads(path.read_bytes())
     metadata.planner_data = Malice(tmp_path / "it_ran")
     path.write_bytes(pickle.dumps(metadata))
-    with pytest.raises(ValueError, match="no part of a checkpoint's metadata"):
+    with pytest.raises(ValueError, match="not part of a checkpoint's metadata"):
         load(empty(), tmp_path / "step-1", alone=True)
     assert not (tmp_path / "it_ran").exists()
 
@@ -158,7 +158,7 @@ def test_a_function_that_metadata_never_names_is_refused_whoever_owns_it(tmp_pat
     (tmp_path / ".metadata").write_bytes(
         b"c" + name.replace(" ", "\n").encode() + b"\n(tR."
     )  # a call without arguments
-    with pytest.raises(ValueError, match=f"names {name.replace(' ', '.')}, which is no part"):
+    with pytest.raises(ValueError, match=f"names {name.replace(' ', '.')}, which is not part"):
         CheckpointReader(tmp_path).read_metadata()
 
 
@@ -302,7 +302,7 @@ def test_a_checkpoint_of_an_early_python_3_11_has_the_bytes_of_others_and_is_loa
 def test_getattr_reads_nothing_but_members_of_metadatas_enums(tmp_path):
     call = b"(ctorch.distributed.checkpoint.metadata\nMetadata\nS'__init__'\ntR."
     (tmp_path / METADATA).write_bytes(b"cbuiltins\ngetattr\n" + call)
-    with pytest.raises(ValueError, match="which is no enum"):
+    with pytest.raises(ValueError, match="which is not an enum"):
         CheckpointReader(tmp_path).read_metadata()
 
 
@@ -318,3 +318,11 @@ def test_a_checkpoint_that_was_cut_off_is_noticed_by_its_lengths(tmp_path):
     file.write_bytes(whole)
     (tmp_path / "step-1" / METADATA).write_bytes(b"cut")
     assert incomplete_files(tmp_path / "step-1") == [METADATA]
+
+
+@pytest.mark.parametrize("name", ["__members__", "mro", "_missing_"])
+def test_getattr_reads_no_other_attribute_of_an_enum(tmp_path, name):
+    call = f"(ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\nS'{name}'\ntR.".encode()
+    (tmp_path / METADATA).write_bytes(b"cbuiltins\ngetattr\n" + call)
+    with pytest.raises(ValueError, match=f"'{name}'$"):
+        CheckpointReader(tmp_path).read_metadata()

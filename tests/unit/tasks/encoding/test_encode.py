@@ -70,6 +70,7 @@ def selected(curated) -> list[dict]:
 def encoded(curated_dir, components, curated_home, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NUCLEUS_HOME", str(curated_home))
+        patch.delenv("NUCLEUS_STORE", raising=False)
         (latents_dir, texts_dir), reports = encode(curated_dir, components[0], tmp_path_factory.mktemp("encoded"))
         return latents_dir, texts_dir, reports, LatentDataset(open_latents(latents_dir, texts_dir))
 

@@ -143,7 +143,7 @@ def test_every_attempt_of_the_task_works_in_one_place_which_goes_with_success(tm
         places.append(work_dir)
         work_dir.mkdir(parents=True, exist_ok=True)
         (work_dir / "vae.pt").write_text("so far")
-        with pytest.raises(UserError, match="another run is at the same work"):
+        with pytest.raises(UserError, match="another run does the same work"):
             task.make_components.task_function(**inputs)
         if len(places) == 1:
             raise MemoryError

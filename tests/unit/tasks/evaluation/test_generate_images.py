@@ -59,7 +59,7 @@ def test_a_second_run_of_the_same_images_is_refused_and_a_finished_one_leaves_no
     def another():
         if not refused:
             refused.append(1)
-            with pytest.raises(UserError, match="another run is at the same work"):
+            with pytest.raises(UserError, match="another run does the same work"):
                 sample()
 
     sample(another)

@@ -88,7 +88,7 @@ def test_the_config_has_the_stages_capacity_factors_and_diffusers_loads_the_resu
 @pytest.mark.parametrize("name", ["empty", "absent"])
 def test_no_finished_checkpoint_is_one_clear_error(tmp_path, name):
     (tmp_path / "empty/step-00000010").mkdir(parents=True)
-    with pytest.raises(ValueError, match=f"{name} holds no finished checkpoint"):
+    with pytest.raises(ValueError, match=f"{name} has no finished checkpoint"):
         merge_stage(tmp_path / name, CONFIG, MergeConfig(last_n=2), tmp_path)
     assert not (tmp_path / "transformer").exists()
 

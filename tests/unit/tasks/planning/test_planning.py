@@ -16,7 +16,7 @@ from tasks.curation import flow
 from tasks.curation.config import SourceConfig
 from tasks.curation.curated import open_curated
 from tasks.manifest import seal, writing
-from tasks.planning import local_cache
+from tasks.planning import local_cache, task
 from tasks.planning.local_run import check_directories
 from tasks.planning.sections import check_ranks, check_tiers, check_workflow, for_own_images, stages
 from tasks.recipe import load_recipe
@@ -37,7 +37,8 @@ def test_own_images_keep_long_captions_and_every_shape_and_need_no_psnr_and_chan
     assert own.eval.benchmark == "captions" and own.eval.judges == {} and own.eval.prompts_per_task is None
     assert own.eval.guidance_scale == recipe.eval.guidance_scale and own.eval.seeds == recipe.eval.seeds
     check_workflow(own)
-    parts = {name: getattr(recipe, name) for name in ("curation", "components", "encoding", "eval")}
+    assert (own.source.scenes, own.source.digits, own.source.made) == (0, 0, {})  # the card names what the corpus has
+    parts = {name: getattr(recipe, name) for name in ("source", "curation", "components", "encoding", "eval")}
     assert own.model_copy(update=parts) == recipe
     lifted = {"formats": own.curation.filters.formats, "max_aspect_ratio": 1e6}
     assert own.curation.filters == recipe.curation.filters.model_copy(update=lifted)
@@ -240,3 +241,17 @@ def test_own_images_of_any_shape_are_kept_unless_a_limit_is_set(recipe, tmp_path
         directory, _ = flow.curate_source(SourceConfig(), str(source), curation)
         kept[name] = sum(part.rows for part in open_curated(directory).parts())
     assert kept == {"any": 4, "limited": 1}
+
+
+@pytest.mark.parametrize("by", ["resolve_recipe", "plan_benchmarks"])
+def test_a_local_run_names_a_judges_absent_package_before_any_work(tmp_path, monkeypatch, by):
+    monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path))
+    monkeypatch.setitem(catalog.PACKAGES, "mplug", ("no_such_package",))
+    changes = ["eval.benchmark=dpg", "eval.judges.vqa=mplug@weights", "eval.prompts_per_task=null"]
+    with pytest.raises(Exception, match="needs no_such_package, which is not installed"):
+        if by == "resolve_recipe":
+            task.resolve_recipe.task_function(recipe="smoke", overrides=changes, source="", ends_in="scorecard")
+        else:
+            task.plan_benchmarks.task_function(
+                model=None, benchmarks="dpg", recipe="smoke", overrides="", judges="vqa=mplug@weights"
+            )

@@ -211,7 +211,7 @@ def test_somebody_elses_objects_are_never_touched(client, pipeline):
     s3.upload(pipeline, URI, client)
     assert objects(client)["thesis.pdf"] == b"years of work"
     client.put_object(Bucket=BUCKET, Key=version(pipeline) + "stray.bin", Body=b"x")
-    with pytest.raises(ValueError, match="stray.bin is no file of this version"):
+    with pytest.raises(ValueError, match="stray.bin is not a file of this version"):
         s3.upload(pipeline, URI, client)
 
 

@@ -140,7 +140,7 @@ def test_a_second_run_of_the_same_stage_is_refused_while_other_ranks_of_the_firs
     joined = []
 
     def training(*_, work_dir, out_dir, **__):
-        with pytest.raises(UserError, match="another run is at the same work"):
+        with pytest.raises(UserError, match="another run does the same work"):
             stage(training)
         monkeypatch.setenv("RANK", "1")
         stage(lambda *_, **options: joined.append(options["work_dir"]))

@@ -204,7 +204,7 @@ def test_rendered_scenes_are_described_by_rule(tmp_path):
     curated, _ = flow.curate_source(source, "", CurationConfig(filters=FILTERS, captioner=rule))
     table = captions_of(curated).query("length == 'short'")
     described = table.query("status == 'ok'")
-    assert len(described) >= 20 and set(table.query("status != 'ok'")["text"]) <= {"the image is no rendered scene"}
+    assert len(described) >= 20 and set(table.query("status != 'ok'")["text"]) <= {"the image is not a rendered scene"}
     owners = captions_of(curated).query("length == 'original'").groupby("record_id")["text"].agg(set)
     shapes = ("circle", "square", "triangle", "cross")
     for row in described.itertuples():

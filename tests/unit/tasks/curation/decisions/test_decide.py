@@ -72,6 +72,7 @@ def decided(tmp_path_factory) -> tuple[Path, Path]:
     """(folder, decision on its images), for tests that change neither."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NUCLEUS_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.delenv("NUCLEUS_STORE", raising=False)
         folder = make_folder(tmp_path_factory.mktemp("source") / "images")
         return folder, decide(folder)
 
@@ -265,6 +266,7 @@ def test_scores_are_replayed_with_a_recipe(folder, capsys):
 def curated_two(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NUCLEUS_HOME", str(tmp_path_factory.mktemp("two")))
+        patch.delenv("NUCLEUS_STORE", raising=False)
         source = write_folder(tmp_path_factory.mktemp("source") / "images", range(2))
         return flow.curate_source(SourceConfig(), str(source), CONFIG)[0]
 
@@ -287,6 +289,7 @@ def planted(tmp_path_factory):
     """Scenes with planted defects, and digits, through the whole of curation: (ledger with truth, report)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NUCLEUS_HOME", str(tmp_path_factory.mktemp("planted")))
+        patch.delenv("NUCLEUS_STORE", raising=False)
         source = SourceConfig(scenes=400, digits=60, scene_size_px=128, defect_fraction=0.6, shards=2, seed=5)
         _, part = flow.curate_source(source, "", CurationConfig(filters=CONFIG.filters), until="decisions")
         decision = fetch_part(part)

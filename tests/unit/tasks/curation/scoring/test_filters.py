@@ -258,7 +258,7 @@ def test_every_digit_scan_passes_every_filter():
         for ink in (scan, 16 - scan):
             small = Image.fromarray(np.uint8(ink * 255 / 16))
             files.append(to_bytes(small.resize((128, 128), Image.Resampling.BICUBIC)))
-    assert set(verdicts(files)) == {("", "")}
+    assert verdicts(files) == [("", "")] * len(files)
 
 
 # --- deciding --------------------------------------------------------------------------------------------------

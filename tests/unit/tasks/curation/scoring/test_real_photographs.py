@@ -58,3 +58,8 @@ def test_different_tiles_do_not_match_unless_both_are_plain_and_have_the_same_lo
     false = matches.wrong
     assert [pair for pair in false if {edit for _, edit in pair} != {"logo"}] == []
     assert len(false) <= 10
+
+
+def test_edited_copies_of_a_few_tiles_are_found():
+    matches = benchmark.match(benchmark.tiles(Image.fromarray(photographs()[0]), TILE_PX))
+    assert matches.count and min(matches.recall.values()) >= 0.85 and not matches.wrong

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -170,6 +171,36 @@ def test_captions_of_a_parallel_folder_inside_a_tar_belong_to_its_images(tmp_pat
         "x.tar:./images/c.png": AMBIGUOUS,
     }
     assert left_out(tmp_path) == {".txt": 2}
+
+
+@pytest.mark.parametrize(
+    ("files", "config"),
+    [
+        ({"images/a.png": PNG, "captions/a.txt": "short", "long/images/a.txt": "long"}, {"captions_folder": "long"}),
+        ({"images/a.png": PNG, "captions/a.txt": "a barn", "images/metadata.csv": "file_name,width\na.png,10\n"}, {}),
+        ({"Images/a.png": PNG, "CAPTIONS/a.txt": "a barn"}, {}),
+    ],
+    ids=["a named folder of captions", "a table without captions", "other cases of letters"],
+)
+def test_a_tar_is_read_as_its_files_in_a_folder_are(tmp_path, files, config):
+    folder, packed = tmp_path / "folder", tmp_path / "packed"
+    write(folder, files)
+    tar_of(packed / "x.tar", files)
+    if config:
+        write(packed, {"long/none.txt": "the source must have that folder"})
+    loose = captions_in(folder, **config)
+    assert {name.removeprefix("x.tar:"): captions for name, captions in captions_in(packed, **config).items()} == loose
+    assert all(loose.values())
+
+
+def test_a_tar_of_many_spellings_of_folders_is_read_in_linear_time(tmp_path):
+    word = "abcdefghijklmno"
+    spelled = ["".join(c.upper() if n >> i & 1 else c for i, c in enumerate(word)) for n in range(1500)]
+    members = [(f"images/{one}/a.png", PNG) for one in spelled] + [(f"captions/{one}/b.txt", "b") for one in spelled]
+    tar_of(tmp_path / "x.tar", members)
+    begun = time.process_time()
+    assert len(captions_in(tmp_path)) == 1500
+    assert time.process_time() - begun < 10  # all pairs of folders take 25 s
 
 
 def test_a_tar_inside_a_tar_is_left_out_by_name_also_where_nothing_else_is_there(tmp_path):

@@ -532,4 +532,8 @@ def test_answers_over_a_bound_wait_on_disk(site, monkeypatch, tmp_path):
 
 def test_a_redirect_to_a_url_of_any_length_is_not_followed(site):
     found = fetched(site.url("/redirect?to=" + quote(site.url("/ok/1.png?" + "a" * network.MAX_URL_CHARS))))
-    assert found.rule == "url_invalid" and "longer than" in found.detail and not site.requests["/ok/1.png"]
+    assert (
+        found.rule == "url_invalid"
+        and "longer than" in found.detail
+        and not any(name.startswith("/ok") for name in site.requests)
+    )
