@@ -164,11 +164,10 @@ def test_a_candidate_is_chosen_among_settings_windows_merged_weights_checkpoints
     options += ["--checkpoints", checkpoints.uri, "--benchmark", "shapes", "--candidates", ",".join(names)]
     done = home.invoke(*options, workflow="choose_candidate")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    said = done.stdout[done.stdout.rindex("incumbent: ") :]  # weights of two steps: none beats another
-    assert "the incumbent stays: the best of 6 differs by" in said and f"{names[0]} is the same as incumbent" in said
-    assert [
-        row.split()[-1] for row in said.splitlines() if " p " in row and " above " in row.replace("(", " ")
-    ] == names[1:]
+    # Weights of two steps: none beats another.
+    said = done.stdout[done.stdout.index("incumbent: the incumbent stays: the best of 6 differs by") :]
+    assert f"{names[0]} is the same as incumbent" in said.splitlines()[0]
+    assert re.findall(r"  p \d\.\d+  (\S+)$", said, re.M) == names[1:]
     added = {kind: home.listing()[kind] - before[kind] for kind in ("merged", "scorecard", "checkpoints")}
     assert (len(added["merged"]), len(added["scorecard"]), len(added["checkpoints"])) == (1, 7, 0)
     (window,) = (load_manifest(home.artifacts / "merged" / digest) for digest in added["merged"])
