@@ -15,7 +15,7 @@ from score_tables import duplicates, good_row, random_hashes, tables_of
 from skimage import data as photographs
 
 from tasks.curation.config import CurationConfig, DedupConfig
-from tasks.curation.decisions import near
+from tasks.curation.decisions import covers, near
 from tasks.curation.decisions.engines import PART, DuckDB, one, rows_of
 from tasks.curation.scoring.hashes import HASHES, PHASH256, picture_hashes
 
@@ -67,8 +67,11 @@ def sequential(rows: list[dict], radius: int) -> dict[int, int]:
     return dropped
 
 
-@pytest.mark.parametrize("radius", [2, 4, 6])
-def test_pairs_are_those_of_comparing_all_with_all(radius):
+@pytest.mark.parametrize("radius, count", [(2, 0), (4, 0), (6, 0), (4, 10**6), (4, 10**7), (4, 10**8)])
+def test_pairs_are_those_of_comparing_all_with_all(radius, count, monkeypatch):
+    """With the keys of that many hashes, if not of those there are."""
+    if count:
+        monkeypatch.setattr(near, "plan_cover", lambda _, distance: covers.plan_cover(count, distance))
     rows = planted(groups=40, copies=6, seed=radius)
     with tables_of(rows) as tables:
         duplicates(tables, CurationConfig(dedup=DedupConfig(max_hamming_distance=radius)))
