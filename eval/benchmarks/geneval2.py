@@ -34,7 +34,7 @@ class GenEval2(Benchmark):
         return [{"id": f"{index:04d}", "tag": str(row["atom_count"]), **row} for index, row in enumerate(rows)]
 
     def picture_path(self, prompt: Prompt, image: int, model: str) -> str:
-        """Ours: the official code is given {prompt: path} instead."""
+        """Our own layout: the official code takes {prompt: path} instead."""
         return f"{prompt['id']}/{image:04d}.png"
 
     def questions(self, prompt: Prompt, answers: Mapping[str, Any]) -> list[Question]:
@@ -68,8 +68,8 @@ class GenEval2(Benchmark):
 
     def summarise(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], mode: Mode) -> dict[str, Any]:
         """See `Benchmark.summarise`; also "am", "gm", "skills" and "atomicity" of `eval.geneval2.summarise`. Several
-        images of a prompt count as prompts of their own. An image that was not judged is left out ("official": the
-        official code stops there) or has the score 0 for each question ("fixed")."""
+        images of a prompt count as separate prompts. An image that was not judged is left out ("official": the official
+        code stops there) or has the score 0 for each question ("fixed")."""
         base.check_known(prompts, judged)
         whole = base.complete(prompts, judged)
         scores: list[list[float]] = []

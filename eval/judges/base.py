@@ -1,4 +1,4 @@
-"""What the judges share: the spec whose digest is their revision, weights at a known revision, and the self-test.
+"""Shared by the judges: the spec whose digest is their revision, weights at a known revision, and the self-test.
 
 weights + settings --spec--> revision          an answer is cached under it
 probes --answer--> answers == those recorded   or the judge is refused before it answers anything
@@ -23,14 +23,12 @@ if TYPE_CHECKING:
     from PIL import Image
 
 RECORDS = Path(__file__).parent / "selftests"
-TOLERANCE = (
-    0.02  # between processors, scores differ in the last bits; another model or preprocessing moves them further
-)
+TOLERANCE = 0.02  # processors differ in the last bits, other models in more
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A question about a made image. `expected`: the answer that any working weights give; None if there is no such."""
+    """A question about a made image. `expected`: the answer of any working weights; None if there is none."""
 
     request: Request
     expected: Any = None
@@ -47,7 +45,7 @@ class BaseJudge:
         self.revision = digest_of(self.spec)
 
     def answer_one(self, request: Request) -> Any:
-        """The answer as a JSON value. It does not depend on what else is asked."""
+        """The answer as a JSON value. It must not depend on other requests."""
         raise NotImplementedError
 
     def probes(self) -> Sequence[Probe]:
@@ -57,7 +55,7 @@ class BaseJudge:
         return [self.answer_one(request) for request in requests]
 
     def comparable(self, answer: Any) -> Any:
-        """The part of a probe's answer that stays the same between processors."""
+        """The part of a probe's answer that is equal on all processors."""
         return answer
 
     def selftest(self) -> None:
@@ -85,7 +83,7 @@ class BaseJudge:
         return [self.comparable(answer) for answer in self.answer([probe.request for probe in self.probes()])]
 
     def record(self, folder: Path = RECORDS) -> Path:
-        """Writes the answers to the probes as those that every later self-test must give."""
+        """Records the answers to the probes, which later self-tests must reproduce."""
         path = folder / f"{self.name}.json"
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"spec": dict(self.spec), "answers": self._probe_answers()}, indent=1, ensure_ascii=False)
@@ -96,7 +94,7 @@ class BaseJudge:
 
 
 def read_record(name: str, folder: Path | None = None) -> dict[str, Any] | None:
-    """{"spec", "answers"} of a judge, or None where it was not recorded.
+    """{"spec", "answers"} of a judge, or None if it was not recorded.
 
     Raises:
         ValueError: the file is damaged.
@@ -122,7 +120,7 @@ def spec_differences(recorded: Mapping[str, Any], present: Mapping[str, Any], pr
 
 
 def close(a: Any, b: Any, tolerance: float = TOLERANCE) -> bool:
-    """Equal JSON values, but for numbers: those may differ by `tolerance`, or by that share of the larger."""
+    """Whether JSON values are equal; numbers may differ by `tolerance`, absolute or relative to the larger."""
     if isinstance(a, str) or isinstance(b, str) or a is None or b is None:
         return a == b
     if isinstance(a, Mapping):
@@ -145,7 +143,7 @@ def libraries(*names: str) -> dict[str, str]:
 
 
 def package_folder(package: str, distribution: str) -> Path:
-    """The folder of an installed package, which is not imported: some import what is no longer there.
+    """The folder of an installed package, without importing it: some import removed modules.
 
     Raises:
         ValueError: it is not installed.
@@ -200,8 +198,8 @@ def device() -> str:
 class Weights:
     """Where weights come from: a repository of the Hub at a revision, or a directory.
 
-    identity: "repository@commit", or "sha256:..." of a directory's safetensors. official: it is the repository that the
-        class names; a directory may have anything in it.
+    identity: "repository@commit", or "sha256:..." of a directory's safetensors.
+    official: whether it is the repository that the class names; a directory never is.
     """
 
     place: str
@@ -244,7 +242,7 @@ def resolve(repository: str, at: str | None = None) -> Weights:
 
     try:  # the cached file's folder is named by the commit
         config = Path(hf_hub_download(repository, "config.json", revision=at))
-    except Exception as error:  # of the network, of the Hub, of the cache
+    except Exception as error:  # errors of the network, the Hub or the cache
         raise ValueError(
             f"{repository} at {at or 'main'} is neither in the Hub's cache nor can it be downloaded "
             f"({type(error).__name__}): {error}"

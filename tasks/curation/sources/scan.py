@@ -55,7 +55,7 @@ from tasks.curation.sources.places import Folder, Place, RemotePlace
 logger = get_logger(__name__)
 
 PROGRESS_S = 5.0
-LISTINGS = 8  # of folders, kept while folders of captions are sought
+LISTINGS = 8  # cached folders during the search for caption folders
 TABLE_ROWS = 1000  # rows of shards.parquet written at a time
 NO_IMAGE_COLUMN = "without image bytes"
 VALID = (
@@ -285,7 +285,7 @@ class _Scan:
         return self.place.folder(at)
 
     def _folders_in(self, path: str) -> dict[str, list[str]]:
-        """Name in one case -> names of folders. Those of the few paths that were asked for last are kept."""
+        """Casefolded name -> names of folders. Cached for the last few paths."""
         if path not in self._inside:
             listing = self.place.folder(path) if path else self.place.root()
             by_fold: dict[str, list[str]] = {}

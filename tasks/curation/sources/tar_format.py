@@ -277,7 +277,7 @@ def _decimal(text: str) -> int:
 
 
 def _pax(data: bytes, last: str) -> dict[str, str]:
-    """The keys that matter here, of records `LENGTH KEY=VALUE\n`."""
+    """The keys that are used here, from records `LENGTH KEY=VALUE\n`."""
     facts, at = {}, 0
     while at < len(data) and data[at]:
         digits, blank, _ = data[at : at + 21].partition(b" ")

@@ -60,7 +60,7 @@ class Sample(NamedTuple):
     detail: str
 
 
-NO_COLUMN = "\0"  # begins the detail of a sample whose table has no captions
+NO_COLUMN = "\0"  # beginning of the detail of a sample whose table has no captions
 
 
 Beside = dict[
@@ -168,7 +168,7 @@ def _index(stream: Forward, account: Account, shown: str) -> tuple[list[Member],
 def _of_folder(
     shown: str, members: list[Member], options: Options, listed: Listed, account: Account, loose: list[Member]
 ) -> Iterator[Sample]:
-    """The images of one folder. Texts that describe none of them are put into `loose`, and not counted."""
+    """The images of one folder. Texts that describe none of them are added to `loose` and not counted."""
     names = [base_name(member.name) for member in members]
     pairs = pair(names, options.caption_columns)
     used = {i for one in pairs.values() for i in one.texts}

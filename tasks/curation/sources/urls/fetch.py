@@ -5,7 +5,7 @@ from private networks.
                              |            429, 5xx, timeout: again, later
                              one for each origin
 
-Nothing is decompressed here, cookies are not kept, and nothing of the environment (proxies, .netrc) is used.
+Nothing is decompressed here, cookies are not kept, and the environment (proxies, .netrc) is not used.
 """
 
 from __future__ import annotations

@@ -243,7 +243,7 @@ def test_a_grid_is_cut_row_by_row():
 def test_a_picture_that_is_no_grid_is_black_outside_officially_and_refused_when_fixed():
     image = Image.new("RGB", (6, 6), "white")
     assert dpg.split_grid(image, 4)[3].getpixel((3, 3)) == (0, 0, 0)
-    with pytest.raises(ValueError, match="6 x 6 px is no grid of 4 images of 4 px; it must be 8 x 8"):
+    with pytest.raises(ValueError, match="6 x 6 px is not a grid of 4 images of 4 px; it must be 8 x 8"):
         dpg.split_grid(image, 4, mode="fixed")
     assert dpg.split_grid(image, 6, 1, "fixed")[0].size == (6, 6)
     with pytest.raises(ValueError, match="at least 1"):
