@@ -2,6 +2,7 @@
 corpus size, and recall.
 
     python benchmarks/near_duplicates.py                       1M and 10M hashes of both kinds
+    python benchmarks/near_duplicates.py --counts 1000000 2000000 5000000 10000000     the exponent by least squares
     python benchmarks/near_duplicates.py --counts 100000 1000000 --shuffled
 
 Hashes are uniform at random. Of the records, 5% are copies of another record with up to 4 bits of pHash and up to 16 of
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import resource
 import subprocess
 import sys
@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from tasks.curation.config import DedupConfig
 from tasks.curation.decisions import near
-from tasks.curation.decisions.engines import one, open_engine, rows_of
+from tasks.curation.decisions.engines import Engine, one, open_engine, rows_of
 from tasks.curation.scoring.hashes import HASHES
 
 CHUNK = 500_000
@@ -91,6 +91,7 @@ def search(path: Path, shuffled: bool) -> dict:
         position = "shuffled" if shuffled else "position"
         columns = ", ".join(name for name in SCHEMA.names if name not in ("position", "shuffled"))
         engine.create("compared", f"SELECT {position} AS position, position AS first, {columns} FROM source")
+        joins = _count_cpu_time(engine, "create", "met")
         near.match_by_hashes(engine, DedupConfig())
         near.keep_stars(engine)
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu
@@ -111,9 +112,22 @@ def search(path: Path, shuffled: bool) -> dict:
         )
         row = next(result)
         engine.close()
-    return {"wall_s": wall, "cpu_s": cpu, "gib": peak, "planted": len(pairs), "missed": missed} | {
-        k: int(v) for k, v in row.items()
-    }
+    times = {"wall_s": wall, "cpu_s": cpu, "joins": len(joins), "joins_cpu_s": sum(joins)}
+    return times | {"gib": peak, "planted": len(pairs), "missed": missed} | {k: int(v) for k, v in row.items()}
+
+
+def _count_cpu_time(engine: Engine, method: str, table: str) -> list[float]:
+    """From now on, the CPU seconds of each call of an engine's method for a table."""
+    call, seconds = getattr(engine, method), []
+
+    def timed(name: str, query: str) -> None:
+        start = time.process_time()
+        call(name, query)
+        if name == table:
+            seconds.append(time.process_time() - start)
+
+    setattr(engine, method, timed)
+    return seconds
 
 
 def brute_force(folder: Path) -> tuple[int, int]:
@@ -166,7 +180,9 @@ def main() -> None:
             result = results[count] = runs[0]
             target = "at most {} s, {} GiB".format(*TARGETS[count]) if count in TARGETS else "no target"
             print(
-                f"{count} records, both hashes: {result['wall_s']:.1f} s ({result['cpu_s']:.1f} s of CPU), peak "
+                f"{count} records, both hashes: {result['wall_s']:.1f} s ({result['cpu_s']:.1f} s of CPU, "
+                f"{result['joins_cpu_s']:.1f} of them in {result['joins']} joins, "
+                f"{1e6 * result['joins_cpu_s'] / result['joins'] / count:.2f} us a row), peak "
                 f"{result['gib']:.2f} GiB ({target}); {result['dropped']} dropped, {result['missed']} of "
                 f"{result['planted']} planted pairs missed",
                 flush=True,
@@ -174,10 +190,10 @@ def main() -> None:
             if options.shuffled:
                 equal = runs[0]["digest"] == runs[1]["digest"] and runs[0]["dropped"] == runs[1]["dropped"]
                 print(f"  shuffled: {'equal' if equal else 'NOT EQUAL'}, {runs[1]['wall_s']:.1f} s")
-    low, high = min(results), max(results)
-    if high > low:
+    if len(results) > 1:
         for clock in ("wall_s", "cpu_s"):
-            exponent = math.log(results[high][clock] / results[low][clock]) / math.log(high / low)
+            times = np.log([result[clock] for result in results.values()])
+            exponent = np.polyfit(np.log(list(results)), times, 1)[0]
             print(f"growth exponent by {clock}: {exponent:.2f} (at most 1.2)")
 
 

@@ -235,14 +235,15 @@ def _recorded(options: argparse.Namespace) -> EvalConfig:
 
 def _score(options: argparse.Namespace) -> None:
     from eval.judging.run import JUDGES
-    from eval.scorecard import CARD, JUDGED, PAGE, lines, rescore
+    from eval.scorecard import CARD, JUDGED, OFFICIAL, PAGE, lines, rescore
 
     config, out = _recorded(options), options.out or options.run
     judged = options.judged
     if judged is None and (options.run / JUDGED / JUDGES).is_file():
         judged = options.run / JUDGED
     card = rescore(options.run, out, config, judged=judged, training_runs=options.training_runs)
-    print("\n".join([*lines(card), f"{out / CARD}", f"{out / PAGE}"]))
+    files = [out / name for name in (CARD, PAGE, OFFICIAL)]
+    print("\n".join([*lines(card), *(str(path) for path in files if path.exists())]))
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -253,16 +254,13 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _select(options: argparse.Namespace) -> None:
-    from eval.scorecards.select_candidate import select_candidate
+    from eval.scorecards.select_candidate import lines, select_candidate
 
     selection = select_candidate(options.incumbent, options.candidates, allow_official=options.allow_official)
     if options.json:
         print(selection.model_dump_json(indent=1))
         return
-    print(f"{selection.name}: {selection.sentence}")
-    print(f"  incumbent {selection.incumbent_score:.3f}  {selection.incumbent}")
-    for c in selection.candidates:
-        print(f"  {c.score:.3f}  {c.difference:+.3f} (above {c.lowest:+.3f})  p {c.p:.3f}  {c.path}")
+    print("\n".join([f"{selection.name}: {selection.sentence}", *lines(selection)]))
     print(f"chosen: {selection.chosen}")
 
 

@@ -48,6 +48,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Writes a file at once and whole. One that has these bytes already is left alone. Makes its folder."""
+    path = Path(path)
+    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
 @contextlib.contextmanager
 def replacing_text(path: str | Path) -> Iterator[TextIO]:
     """A new UTF-8 text file in place of `path`, as `replacing`. Makes its folder."""

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.files import read_json_lines, replacing_text
+from eval.files import read_json_lines
 
 SKILLS = ("object", "attribute", "count", "position", "verb")
 ATOMICITIES = range(3, 11)
@@ -126,7 +126,6 @@ def load_prompts(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_scores(path: str | Path, scores: Sequence[Sequence[float]]) -> None:
-    """Writes the official score_lists.json, for soft_tifa_analysis.py."""
-    with replacing_text(path) as file:
-        json.dump([[float(value) for value in values] for values in scores], file)
+def scores_text(scores: Sequence[Sequence[float]]) -> str:
+    """The official score_lists.json, for soft_tifa_analysis.py."""
+    return json.dumps([[float(value) for value in values] for values in scores])

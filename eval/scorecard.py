@@ -2,6 +2,7 @@
 
     DIR/images --judging--> DIR/judged --score_rows--> rows --scorecard--> card --write--> scores.parquet scorecard.json
                                                                                            scorecard.html grid.png
+                                                                                           official/seed0/...
 
 It needs only the images and the answers about them, so that an old run can be scored again without a GPU:
 python -m eval.cli score DIR [--out DIR2]
@@ -16,12 +17,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from eval import catalog
 from eval.benchmarks import flow_loss
+from eval.benchmarks.base import Benchmark, Judged
 from eval.config import EvalConfig
-from eval.files import replacing
+from eval.files import replacing, write_bytes
 from eval.generation.generate import IMAGES, PROMPTS, SETTINGS, Sampler, generate, read_prompts
 from eval.judging.answers import Answers
 from eval.judging.protocols import Judge
@@ -38,9 +41,9 @@ from eval.judging.run import (
     write_rows,
 )
 from eval.scorecards.card import Scorecard, dumps, load
-from eval.scorecards.make_card import scorecard, with_training_noise
+from eval.scorecards.make_card import scorecard, with_images, with_training_noise
 
-JUDGED = "judged"
+JUDGED, OFFICIAL = "judged", "official"
 SCORES, CARD, PAGE, GRID = "scores.parquet", "scorecard.json", "scorecard.html", "grid.png"
 Log = Callable[[str], None]
 
@@ -150,8 +153,23 @@ def rescore(
     card = card.model_copy(update={"flow_loss": flow_loss.read(images_dir, prompts, config.seeds)})
     if training_runs:
         card = with_training_noise(card, [load(path) for path in training_runs])
-    write(card, rows, images_dir, out_dir)
+    write(card, rows, images_dir, out_dir, official_files(benchmark, prompts, answered, config.image_size_px))
     return card.model_dump(mode="json")
+
+
+def official_files(
+    benchmark: Benchmark,
+    prompts: Sequence[Mapping[str, Any]],
+    answered: Mapping[int, Mapping[str, Judged]],
+    image_size_px: int,
+) -> dict[str, str]:
+    """{"seed0/NAME": text} of the files that the official code would have written of each sampling seed."""
+    files = {}
+    for seed, of_seed in answered.items():
+        if judged := with_images(of_seed):
+            of_code = benchmark.official_files(prompts, judged, image_size_px)
+            files |= {f"seed{seed}/{name}": text for name, text in of_code.items()}
+    return files
 
 
 def _refuse_stale(rows: Sequence[Row], images_dir: Path, index: Path) -> None:
@@ -178,8 +196,14 @@ def check_out_dir(out_dir: str | Path) -> Path:
     return out_dir
 
 
-def write(card: Scorecard, rows: Sequence[Row], images_dir: str | Path, out_dir: str | Path) -> None:
-    """Writes scores.parquet (a row per image), grid.png, scorecard.html and, last, scorecard.json into `out_dir`.
+def write(
+    card: Scorecard,
+    rows: Sequence[Row],
+    images_dir: str | Path,
+    out_dir: str | Path,
+    official: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Writes scores.parquet (a row per image), official/, grid.png, scorecard.html and, last, scorecard.json into `out_dir`.
 
     Each file is written atomically, and an existing scorecard.json belongs to the other files.
     """
@@ -193,7 +217,12 @@ def write(card: Scorecard, rows: Sequence[Row], images_dir: str | Path, out_dir:
         draw_grid(rows, images_dir).save(temporary / GRID, format="PNG")
         page = render_page(card, rows, images_dir, temporary / GRID)
         (temporary / PAGE).write_text(page, encoding="utf-8")
+        for name, content in official.items():
+            write_bytes(temporary / OFFICIAL / name, content.encode())
         (out_dir / CARD).unlink(missing_ok=True)
+        shutil.rmtree(out_dir / OFFICIAL, ignore_errors=True)
+        if official:
+            (temporary / OFFICIAL).rename(out_dir / OFFICIAL)
         for name in (SCORES, GRID, PAGE):
             with replacing(out_dir / name) as target:
                 shutil.copyfile(temporary / name, target)

@@ -1,7 +1,7 @@
 """Scores any diffusers pipeline on any benchmarks, or merged weights as part of other workflows.
 
     pyflyte run workflows/evaluate.py evaluate --model .nucleus/artifacts/pipeline/DIGEST --benchmarks shapes
-    pyflyte run workflows/evaluate.py evaluate --model OWNER/NAME --revision COMMIT --benchmarks geneval,dpg,oneig
+    pyflyte run workflows/evaluate.py evaluate --model OWNER/NAME --revision COMMIT --benchmarks geneval,geneval2,dpg,oneig
     pyflyte run workflows/evaluate.py evaluate --model .nucleus/artifacts/merged/DIGEST \\
         --components .nucleus/artifacts/components/DIGEST --recipe tiny --benchmarks shapes
 

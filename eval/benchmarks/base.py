@@ -144,6 +144,19 @@ class Benchmark(Protocol):
         """Further numbers of one sampling seed that are not in [0, 1], such as distances."""
         return {}
 
+    def official_files(
+        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int
+    ) -> dict[str, str]:
+        """{name: text} of the result files that the official code writes of one sampling seed; {} where it has none.
+
+        The official summary scripts compute from them what `summarise` says with mode="official". Names have no time stamp, and
+        paths of images are those of `picture_path`.
+
+        Args:
+            judged: {prompt's id: answers}, at least one image of each.
+        """
+        return {}
+
     def summarise(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], mode: Mode) -> dict[str, Any]:
         """The benchmark's scores.
 

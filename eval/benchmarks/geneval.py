@@ -12,6 +12,7 @@ from typing import Any
 from eval import geneval as rule
 from eval.benchmarks import base
 from eval.benchmarks.base import Benchmark, Judged, Mode, Prompt, Question, Scored
+from eval.official.geneval_files import result_lines
 
 # COCO's classes in the order of evaluation/object_names.txt, with GenEval's own names for three of them.
 CLASSES = (
@@ -122,6 +123,23 @@ class GenEval(Benchmark):
         scores = tuple(None if verdict is None else float(verdict["correct"]) for verdict in verdicts)
         reasons = tuple("not judged" if verdict is None else verdict["reason"] for verdict in verdicts)
         return Scored(base.mean(scores), scores, reasons)
+
+    def official_files(
+        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int
+    ) -> dict[str, str]:
+        """results.jsonl, with a row for each judged image. A prompt's metadata is without what this package added to it."""
+        rows = []
+        for prompt in prompts:
+            metadata = {key: value for key, value in prompt.items() if key not in ("id", "rewritten")}
+            images = judged[prompt["id"]].images if prompt["id"] in judged else ()
+            rows += [
+                rule.result_row(
+                    self.picture_path(prompt, i, ""), answers["objects"], metadata, self.judge(prompt, answers)
+                )
+                for i, answers in enumerate(images)
+                if answers is not None
+            ]
+        return {"results.jsonl": "".join(result_lines(rows))}
 
     def summarise(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], mode: Mode) -> dict[str, Any]:
         """See `Benchmark.summarise`; also "tasks", "image_accuracy" and so on of `eval.geneval.summarise`. An image

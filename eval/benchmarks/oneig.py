@@ -212,6 +212,16 @@ class OneIG(Benchmark):
         no = [text for qid, _, text in prompt["questions"] if replies[qid][0] != rule.YES]
         return score, "\n".join(no)
 
+    def official_files(
+        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int
+    ) -> dict[str, str]:
+        """The CSVs of each dimension that was judged."""
+        dimensions = self.summarise(prompts, judged, "official")["dimensions"]
+        files: dict[str, str] = {}
+        for name, summary in dimensions.items():
+            files |= rule.official_files(name, summary, "model", self.language)
+        return files
+
     def summarise(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], mode: Mode) -> dict[str, Any]:
         """See `Benchmark.summarise`; "dimensions" has what the `eval.oneig.summarise_...` return, and "categories"
         their scores. "score" is the mean of the dimensions that were scored; "missing_dimensions" names the others.

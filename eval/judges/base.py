@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 RECORDS = Path(__file__).parent / "selftests"
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TOLERANCE = 0.02  # processors differ in the last bits, other models in more
 
 
@@ -186,6 +187,24 @@ def unit_pixels(image: Image.Image, size_px: int) -> np.ndarray:
 
     resized = image.convert("RGB").resize((size_px, size_px), Image.Resampling.BICUBIC)
     return np.ascontiguousarray((np.asarray(resized, dtype=np.float32) / 255).transpose(2, 0, 1))
+
+
+def clip_pixels(image: Image.Image, size_px: int) -> np.ndarray:
+    """[3, size_px, size_px] float32, as open_clip's `image_transform` prepares OpenAI's CLIP: the short side to `size_px`
+    (bicubic), the middle, normalised by CLIP's mean and deviation.
+
+    The middle is torchvision's CenterCrop, which rounds half a pixel to even. transformers' CLIP processor rounds it down: where
+    the long side is 3, 7, 11, ... pixels too long, its crop is one pixel off.
+    """
+    from PIL import Image
+
+    width, height = image.size
+    short = min(width, height)
+    width, height = int(size_px * width / short), int(size_px * height / short)
+    left, top = round((width - size_px) / 2), round((height - size_px) / 2)
+    image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    pixels = np.asarray(image.crop((left, top, left + size_px, top + size_px)), dtype=np.float32) / 255
+    return ((pixels - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)).transpose(2, 0, 1)
 
 
 def device() -> str:

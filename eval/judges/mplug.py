@@ -20,12 +20,21 @@ from typing import Any
 from PIL import Image
 
 from eval.judges import pins
-from eval.judges.base import BaseJudge, Probe, device, libraries, only_image, package_folder, unit_pixels
+from eval.judges.base import (
+    CLIP_MEAN,
+    CLIP_STD,
+    BaseJudge,
+    Probe,
+    device,
+    libraries,
+    only_image,
+    package_folder,
+    unit_pixels,
+)
 from eval.judges.stand_ins import Normalize, importable, module, package_of
 from eval.judging.protocols import Request
 
 QUESTION_TOKENS = 25
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 RELEASED = {"image_res": 504, "vision_width": 1024, "clip_vision_layers": 24, "beam_size": 5}
 
 
@@ -58,7 +67,7 @@ class MPlug(BaseJudge):
 
     def _assemble(self, model: Any, identities: Any) -> None:
         self._model = model.eval().requires_grad_(False)
-        self._normalize = Normalize(MEAN, STD)
+        self._normalize = Normalize(CLIP_MEAN, CLIP_STD)
         config = model.config
         super().__init__(
             {

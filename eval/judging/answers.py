@@ -10,13 +10,14 @@ or judge are asked again. Scoring reads only answers, and needs neither weights 
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from eval.files import replacing
+from eval.files import write_bytes
 
 JOURNAL, SEALED = "answers.jsonl", "answers.parquet"
 Key = tuple[str, str, str]  # image digest, question, judge revision
@@ -116,9 +117,9 @@ class Answers:
         arrays = [pa.array([key[i] for key in keys], pa.string()) for i in range(3)]
         texts = [json.dumps(self._answers[key], sort_keys=True, ensure_ascii=True) for key in keys]
         table = pa.table(dict(zip(COLUMNS, (*arrays, pa.array(texts, pa.string())), strict=True)))
-        path = self.folder / SEALED
-        with replacing(path) as temporary:
-            parquet.write_table(table, temporary, compression="zstd")
+        path, buffer = self.folder / SEALED, io.BytesIO()
+        parquet.write_table(table, buffer, compression="zstd")
+        write_bytes(path, buffer.getvalue())
         self._file.truncate(0)
         (self.folder / JOURNAL).unlink(missing_ok=True)
         return path

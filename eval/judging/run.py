@@ -19,7 +19,7 @@ from PIL import Image
 from eval import catalog
 from eval.benchmarks.base import Benchmark, Judged, Prompt, Question
 from eval.config import EvalConfig
-from eval.files import replacing
+from eval.files import write_bytes
 from eval.geneval import expected_images, walk_layout
 from eval.judging.answers import Answers, Key
 from eval.judging.images import open_png
@@ -346,9 +346,7 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
             table = table.set_column(i, name, table.column(name).cast(kind))
     buffer = io.BytesIO()
     parquet.write_table(table, buffer, compression="zstd")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+    write_bytes(path, buffer.getvalue())
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -372,9 +370,7 @@ def write_judges(judges: Mapping[str, Judge], folder: Path) -> None:
         role: {"name": judge.name, "model": judge.model, "revision": judge.revision, "spec": dict(judge.spec)}
         for role, judge in judges.items()
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / JUDGES) as temporary:
-        temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write_bytes(folder / JUDGES, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_judges(folder: Path) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,14 +131,23 @@ def write_results(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
         ValueError: a row lacks a key; names the row's number.
     """
     with replacing_text(path) as file:
-        for number, row in enumerate(rows, start=1):
-            absent = [key for key in RESULT_KEYS if key not in row]
-            if absent:
-                raise ValueError(f"row {number} has no {', '.join(map(repr, absent))}; see eval.geneval.result_row")
-            values = {key: row[key] for key in RESULT_KEYS} | {"correct": bool(row["correct"])}
-            for key in ("metadata", "details"):
-                values[key] = values[key] if isinstance(values[key], str) else json.dumps(values[key])
-            file.write(_as_pandas(values) + "\n")
+        file.writelines(result_lines(rows))
+
+
+def result_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """The lines of `write_results`, each with its newline.
+
+    Raises:
+        ValueError: see `write_results`.
+    """
+    for number, row in enumerate(rows, start=1):
+        absent = [key for key in RESULT_KEYS if key not in row]
+        if absent:
+            raise ValueError(f"row {number} has no {', '.join(map(repr, absent))}; see eval.geneval.result_row")
+        values = {key: row[key] for key in RESULT_KEYS} | {"correct": bool(row["correct"])}
+        for key in ("metadata", "details"):
+            values[key] = values[key] if isinstance(values[key], str) else json.dumps(values[key])
+        yield _as_pandas(values) + "\n"
 
 
 def _as_pandas(values: Mapping[str, Any]) -> str:

@@ -104,8 +104,7 @@ def official_scores(
     of the benchmark's own summary, {"overall", "categories"}. None without answers."""
     summaries = []
     for of_seed in answered.values():
-        judged = {key: value for key, value in of_seed.items() if any(image is not None for image in value.images)}
-        if judged:
+        if judged := with_images(of_seed):
             summaries.append(benchmark.summarise(prompts, judged, mode))
     if not summaries:
         return None
@@ -115,6 +114,11 @@ def official_scores(
         "overall": mean([summary["score"] for summary in summaries]),
         "categories": {name: mean([summary["categories"].get(name) for summary in summaries]) for name in names},
     }
+
+
+def with_images(of_seed: Mapping[str, Judged]) -> dict[str, Judged]:
+    """Those prompts of which any image was judged."""
+    return {key: value for key, value in of_seed.items() if any(image is not None for image in value.images)}
 
 
 def _measures(

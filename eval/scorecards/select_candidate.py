@@ -9,8 +9,9 @@ beaten, and the official prompts are scored once, for the chosen candidate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from pydantic import BaseModel, ConfigDict
 
@@ -101,3 +102,17 @@ def select_candidate(
         candidates=candidates,
         sentence=sentence,
     )
+
+
+def lines(selection: Selection, names: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+    """The incumbent and the candidates, one per line, with their scores and tests.
+
+    Args:
+        names: {path of a scorecard: what to call it}; others are called by their path.
+    """
+    rows = [f"  incumbent {selection.incumbent_score:.3f}  {names.get(selection.incumbent, selection.incumbent)}"]
+    for c in selection.candidates:
+        rows.append(
+            f"  {c.score:.3f}  {c.difference:+.3f} (above {c.lowest:+.3f})  p {c.p:.3f}  {names.get(c.path, c.path)}"
+        )
+    return rows

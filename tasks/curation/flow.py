@@ -21,7 +21,7 @@ from tasks.curation import ledger, takedown
 from tasks.curation.captioning import build_captioner, identity, run, steps
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.curation.curated import CORPUS
-from tasks.curation.decisions import decide, near, selections
+from tasks.curation.decisions import covers, decide, selections
 from tasks.curation.journal import Journal
 from tasks.curation.scoring import score
 from tasks.curation.scoring.scored_shard import Resources, ShardScores
@@ -164,9 +164,9 @@ def check_size(images: int, config: CurationConfig) -> None:
     """Refuses, before scoring, a number of images whose near duplicates could not be searched.
 
     Raises:
-        ValueError: see near.plan_blocks.
+        ValueError: see covers.plan_cover.
     """
-    near.plan_blocks(images, config.dedup.max_hamming_distance)
+    covers.plan_cover(images, config.dedup.max_hamming_distance)
 
 
 def score_group(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from model.plan.data_costs import Corpus
 from tasks.curation.config import CurationConfig
-from tasks.curation.decisions import near
+from tasks.curation.decisions import covers
 from tasks.store import num_groups
 
 JOIN_ROW_BYTES = 24  # bytes: key, hash and position
@@ -56,10 +56,9 @@ def plan(corpus: Corpus, config: CurationConfig, rates: Rates) -> list[str]:
     images = corpus.images
     groups = num_groups(corpus.shards, config.max_groups)
     radius = config.dedup.max_hamming_distance
-    blocks = near.plan_blocks(int(images), radius)
-    keys = math.comb(blocks, radius)
-    rows = 2 * keys * images
-    candidates = 2 * keys * images**2 / 2 / 2 ** (64 * (blocks - radius) / blocks)
+    cover = covers.plan_cover(int(images), radius)
+    keys = len(cover.keys)
+    rows, candidates = 2 * keys * images, 2 * cover.pairs(images)
     cores = {
         "score": images * rates.measure_ms / 3.6e6,
         "decide": (images * rates.decide_us + rows * rates.join_us + candidates * rates.compare_us) / 3.6e9,
@@ -92,7 +91,7 @@ def plan(corpus: Corpus, config: CurationConfig, rates: Rates) -> list[str]:
     outputs = groups * OUTPUT_BYTES
     lines += [
         "",
-        f"Near duplicates within {radius} of 64 bits: {blocks} blocks, {keys} keys for each of two hashes. The joins shuffle "
+        f"Near duplicates within {radius} of 64 bits: {keys} keys of {cover.key_bits:.0f} bits for each of two hashes. The joins shuffle "
         f"{rows:.1e} rows ({_tb(rows * JOIN_ROW_BYTES)} in and out of {2 * keys} shuffles, {_tb(images * JOIN_ROW_BYTES)} each) and "
         f"compare {candidates:.1e} pairs of unrelated hashes; {2 * within(images, radius):.1e} of these are within the radius by "
         "chance, and pHash-256 must distinguish them.",

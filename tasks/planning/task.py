@@ -166,7 +166,13 @@ def _has_gpu() -> bool:
 
 @task(**envs.light("evaluator"))
 def plan_candidates(
-    model: Model, benchmark: str, candidates: str, recipe: str, overrides: Union[list[str], str], judges: str
+    model: Model,
+    benchmark: str,
+    candidates: str,
+    recipe: str,
+    overrides: Union[list[str], str],
+    judges: str,
+    components: str,
 ) -> list[Candidate]:
     """Checks the request before any work: the incumbent and the candidates, with their settings on development
     prompts."""
@@ -175,5 +181,5 @@ def plan_candidates(
     changes = [overrides] if isinstance(overrides, str) else overrides
     with plain_errors():
         return planner.plan_candidates(
-            model, benchmark, candidates, recipe, [c for c in changes if c], judges, local=is_local()
+            model, benchmark, candidates, recipe, [c for c in changes if c], judges, components, local=is_local()
         )

@@ -55,6 +55,11 @@ class Shapes(GenEval):
             return super().prompts(path)
         return [{"id": f"{index:05d}", **prompt} for index, prompt in enumerate(make_prompts())]
 
+    def official_files(
+        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int
+    ) -> dict[str, str]:
+        return {}
+
     def summarise(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], mode: Mode) -> dict[str, Any]:
         """Summarises the prompts with "split": "seen"; "held_out" has the summary of the others, or None."""
         splits: dict[bool, list[Prompt]] = {False: [], True: []}

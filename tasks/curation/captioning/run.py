@@ -29,7 +29,8 @@ from tasks.curation.captions import clean_captions, count_words
 from tasks.curation.config import CaptionerConfig
 from tasks.curation.journal import Journal
 from tasks.curation.scoring import decoding
-from tasks.curation.scoring.score import ACCOUNT, BYTES_A_PIXEL, OWN_BYTES, ROW_GROUP, SCORES, SCORES_TABLE
+from tasks.curation.scoring.decode_memory import WORKER_BYTES
+from tasks.curation.scoring.score import ACCOUNT, ROW_GROUP, SCORES, SCORES_TABLE
 from tasks.curation.scoring.workers import CrashError, Workers
 from tasks.curation.sources.base import Account, Shard
 
@@ -140,7 +141,7 @@ def _images(
             yield asked, record.data
 
     work = functools.partial(_reduced, image_px=config.image_px, max_pixels=max_pixels)
-    with Workers(work, memory_bytes=OWN_BYTES + BYTES_A_PIXEL * max_pixels) as workers:
+    with Workers(work, memory_bytes=WORKER_BYTES) as workers:
         for asked, result in workers.map(records()):
             image = None if isinstance(result, CrashError) else Image.frombytes("RGB", *result)
             yield asked, image, shown.get(asked.key)

@@ -4,8 +4,8 @@ r"""Near duplicates by perceptual hashes, as SQL: propose, confirm, keep one. Me
                                            of either 64-bit hash                    ^
                                           pairs of other rules (thumbnails, embeddings)
 
-Propose: two hashes within r of 64 bits agree in all but at most r of B blocks. So each choice of B - r blocks is a key, and
-a pair is counted at the first key that it shares. No pair within r bits is missed. Records with equal hashes are one node.
+Propose: two hashes within r of 64 bits agree in a key (covers.py), and a pair is counted at the first key that it shares. No
+pair within r bits is missed. Records with equal hashes are one node.
 
 Keep: stars, not components. Records are taken in order of preference (more pixels, then the better aesthetic score in half
 points, then record id, then key), and a record is dropped if it matches one that is kept. So every dropped record resembles
@@ -16,48 +16,12 @@ decided. Neither preference nor rounds depend on the corpus's order, except for 
 # ruff: noqa: S608 (SQL of our own names and numbers; texts are quoted by engines.quoted)
 from __future__ import annotations
 
-import math
-from itertools import combinations
-
 from tasks.curation.config import DedupConfig
+from tasks.curation.decisions.covers import plan_cover
 from tasks.curation.decisions.engines import Engine, one
 from tasks.curation.scoring.hashes import HASHES, PHASH256
 
-MAX_KEYS, MAX_WORK = 100, 1e12
-ROW_WORK = 3  # of a row that is joined, measured against a pair that is compared
 PREFERENCE = "pixels DESC, points DESC, tie, name, position"  # of several, the first is kept
-
-
-def plan_blocks(count: int, distance: int) -> int:
-    """Blocks of the 64 bits for which the joins over `count` hashes cost least.
-
-    Raises:
-        ValueError: so many records cannot be compared within so many bits, with the figures.
-    """
-    costs = {blocks: join_work(count, blocks, distance) for blocks in range(distance + 1, 65)}
-    costs = {blocks: cost for blocks, cost in costs.items() if math.comb(blocks, distance) <= MAX_KEYS}
-    best = min(costs, key=costs.__getitem__, default=0)
-    if not best or costs[best] > MAX_WORK:
-        work = f"about {costs[best]:.1e}" if best else "too many"
-        raise ValueError(
-            f"curation.dedup.max_hamming_distance={distance}: near duplicates among {count} records would take {work} "
-            f"comparisons, {MAX_WORK:.0e} are allowed; 4 takes about {min(join_work(count, b, 4) for b in range(5, 11)):.1e}"
-        )
-    return best
-
-
-def join_work(count: int, blocks: int, distance: int) -> float:
-    """Rows that are joined, by their weight, and pairs of random hashes that share a key."""
-    keys = math.comb(blocks, distance)
-    return keys * (ROW_WORK * count + count**2 / 2 / 2 ** (64 * (blocks - distance) / blocks))
-
-
-def block_masks(blocks: int, distance: int) -> list[int]:
-    """A mask of 64 bits (signed) for every choice of `blocks - distance` of the blocks. Bits are dealt out to the blocks in
-    turn: neighbours in frequency are alike."""
-    block = [sum(1 << bit for bit in range(64) if bit % blocks == i) for i in range(blocks)]
-    masks = [sum(block[i] for i in chosen) for chosen in combinations(range(blocks), blocks - distance)]
-    return [mask - 2**64 if mask >= 2**63 else mask for mask in masks]
 
 
 def match_by_hashes(engine: Engine, config: DedupConfig) -> None:
@@ -67,7 +31,7 @@ def match_by_hashes(engine: Engine, config: DedupConfig) -> None:
     Reads `compared`: position, the columns of PREFERENCE and HASHES, and by_hashes: false for records of other rules.
 
     Raises:
-        ValueError: see `plan_blocks`.
+        ValueError: see `covers.plan_cover`.
     """
     all_hashes = ", ".join(f"c.{name}" for name in HASHES)
     engine.create(
@@ -99,21 +63,24 @@ def match_by_hashes(engine: Engine, config: DedupConfig) -> None:
 def _propose(engine: Engine, distance: int) -> None:
     """Table `proposed` (a, b, kind): every pair within `distance` bits of a hash, once for each kind of hash."""
     count = one(engine, "SELECT count(*) AS n FROM nodes")
-    masks = block_masks(plan_blocks(count, distance), distance)
+    masks = plan_cover(count, distance).masks()
     engine.create("proposed", "SELECT position AS a, position AS b, 'phash' AS kind FROM nodes WHERE FALSE")
     for kind in ("phash", "dhash"):
         for place, mask in enumerate(masks):
-            key, *earlier = (
-                f"(a.{kind} & CAST({m} AS BIGINT)) {{}} (b.{kind} & CAST({m} AS BIGINT))"
-                for m in (mask, *masks[:place])
+            sides = (
+                f"(SELECT position, {kind} AS hash, {kind} & CAST({mask} AS BIGINT) AS key FROM nodes) {s}"
+                for s in "ab"
             )
-            first = "".join(f" AND {other.format('<>')}" for other in earlier)
-            engine.append(
-                "proposed",
-                f"SELECT a.position AS a, b.position AS b, '{kind}' AS kind FROM nodes a JOIN nodes b "
-                f"ON {key.format('=')} AND a.position < b.position "
-                f"WHERE hamming(a.{kind}, b.{kind}) <= {distance}{first}",
+            engine.create(
+                "met",
+                f"SELECT a.position AS a, b.position AS b, a.hash AS x, b.hash AS y FROM {' JOIN '.join(sides)} "
+                f"ON a.key = b.key AND a.position < b.position WHERE hamming(a.hash, b.hash) <= {distance}",
             )
+            # Apart from the join: DuckDB would store a column for each earlier key in its hash table.
+            first = "".join(
+                f" AND hamming(x & CAST({m} AS BIGINT), y & CAST({m} AS BIGINT)) > 0" for m in masks[:place]
+            )
+            engine.append("proposed", f"SELECT a, b, '{kind}' AS kind FROM met WHERE TRUE{first}")
 
 
 def keep_stars(engine: Engine) -> None:

@@ -147,6 +147,41 @@ def test_training_evaluating_and_publishing_start_from_artifacts(reproduced, hom
 
 
 @pytest.mark.slow
+def test_a_candidate_is_chosen_among_settings_windows_merged_weights_checkpoints_and_pipelines(
+    reproduced, home, tmp_path
+):
+    (one, _), (two, _), (five, _) = reproduced.values()
+    nodes = walk(two["pipeline"], home.path).values()
+    (components,) = [node.path for node in nodes if node.manifest.kind == "components"]
+    (checkpoints,), (others,) = (load_manifest(outputs["merged"]).parents for outputs in (two, one))
+    recipe = small_recipe(tmp_path, STAGES[2])
+    guidance = load_recipe(recipe).eval.guidance_scale
+    names = [f"guidance_scale={guidance}", "guidance_scale=2", "last_n=1", "last_n=1+guidance_scale=2", str(five["merged"]), others.uri, str(one["pipeline"])]  # fmt: skip
+    options = ["--model", str(two["pipeline"]), "--recipe", recipe, "--components", str(components)]
+    before = home.listing()
+    done = home.invoke(*options, "--benchmark", "shapes", "--candidates", "last_n=1", workflow="choose_candidate")
+    assert "candidate last_n=1 is another merge: give --checkpoints" in done.stderr and home.listing() == before
+    options += ["--checkpoints", checkpoints.uri, "--benchmark", "shapes", "--candidates", ",".join(names)]
+    done = home.invoke(*options, workflow="choose_candidate")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    said = done.stdout[done.stdout.rindex("incumbent: ") :]  # weights of two steps: none beats another
+    assert "the incumbent stays: the best of 6 differs by" in said and f"{names[0]} is the same as incumbent" in said
+    assert [
+        row.split()[-1] for row in said.splitlines() if " p " in row and " above " in row.replace("(", " ")
+    ] == names[1:]
+    added = {kind: home.listing()[kind] - before[kind] for kind in ("merged", "scorecard", "checkpoints")}
+    assert (len(added["merged"]), len(added["scorecard"]), len(added["checkpoints"])) == (1, 7, 0)
+    (window,) = (load_manifest(home.artifacts / "merged" / digest) for digest in added["merged"])
+    assert window.config["merge"]["last_n"] == 1 and window.parents[0].digest == checkpoints.digest
+    cards = [json.loads((home.artifacts / "scorecard" / d / "scorecard.json").read_text()) for d in added["scorecard"]]
+    assert all(card["settings"]["prompt_set"] == "development" and card["counts"]["failed"] == 0 for card in cards)
+    weights = [card["settings"]["model_digests"] for card in cards]
+    assert sorted(digests["merged"] for digests in weights if "merged" in digests) == sorted(
+        [window.digest] * 2 + [load_manifest(outputs["merged"]).digest for outputs in (five, one)]
+    )
+
+
+@pytest.mark.slow
 def test_an_ablation_shares_the_data_and_ends_in_a_scorecard(reproduced, home, tmp_path):
     changes = {"model": {"routing": {"kind": "token_choice"}}, "train": {"losses": {"load_balance": 0.01}}}
     recipe = small_recipe(tmp_path, STAGES[2], name="token_choice", **changes)

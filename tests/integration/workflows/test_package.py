@@ -151,7 +151,7 @@ def test_each_hop_starts_by_itself_from_a_recipe_and_artifacts(specs, name, call
     ("name", "called", "needed"),
     [
         ("evaluate", ["resolve_model", "plan_benchmarks", "score_benchmarks"], {"model", "benchmarks"}),
-        ("choose_candidate", ["resolve_model", "plan_candidates", "score_candidates"],
+        ("choose_candidate", ["resolve_incumbent", "plan_candidates", "score_candidates"],
          {"model", "benchmark", "candidates"}),
         ("evaluate_nightly", ["resolve_model", "plan_benchmarks", "find_changed", "score_changed"], set()),
     ],
@@ -164,7 +164,7 @@ def test_evaluation_starts_from_a_model_and_names_of_benchmarks(packaged, specs,
 
 
 def test_a_place_is_looked_at_each_time_and_images_are_known_by_the_digest_of_their_model(specs):
-    for task in ("resolve_model", "find_changed", "store_score", "gate_scores"):
+    for task in ("resolve_model", "resolve_incumbent", "find_changed", "store_score", "gate_scores"):
         assert not specs[f"tasks.evaluation.task.{task}"].template.metadata.discoverable
     metadata = specs["tasks.evaluation.task.generate_from_model"].template.metadata
     assert metadata.discoverable and list(metadata.cache_ignore_input_vars) == ["model"]

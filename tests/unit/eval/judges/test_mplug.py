@@ -13,6 +13,7 @@ from typing import Any, Union
 import pytest
 from PIL import Image
 from tiny_judges import picture
+from torchvision_by_definition import transforms
 
 from eval import dpg
 from eval.benchmarks import registry as benchmarks
@@ -99,33 +100,6 @@ def packages_preprocessor(source, folder):
     }  # fmt: skip
     exec(compile(ast.Module([definition], type_ignores=[]), "multi_modal.py", "exec"), names)
     return names["MPlugPreprocessor"](str(folder))
-
-
-def transforms():
-    """torchvision.transforms by its documented definitions: what the package's preprocessor takes from it."""
-    import torch
-
-    def to_tensor(image):
-        values = torch.tensor(list(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
-        return values.permute(2, 0, 1).to(torch.float32).div(255)
-
-    def normalize(mean, std):
-        return lambda x: (x - torch.tensor(mean).view(-1, 1, 1)).div(torch.tensor(std).view(-1, 1, 1))
-
-    def compose(steps):
-        def run(x):
-            for step in steps:
-                x = step(x)
-            return x
-
-        return run
-
-    def resize(size, interpolation):
-        return lambda image: image.resize(size[::-1], interpolation)
-
-    return module(
-        "torchvision.transforms", Resize=resize, ToTensor=lambda: to_tensor, Normalize=normalize, Compose=compose
-    )
 
 
 QUESTIONS = ["Is there a DOG?", "two cats on the red dog " * 8 + "?", "the", "is the cat on a red dog ?", "a b c"]

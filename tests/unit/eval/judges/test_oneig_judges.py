@@ -6,8 +6,9 @@ from tiny_judges import picture
 
 from eval import oneig
 from eval.judges import registry, style
+from eval.judges.base import clip_pixels
 from eval.judges.llm2clip import END, HEADER, LLM2CLIP, bidirectional, embed_texts
-from eval.judges.style import OneIGStyle, convert_csd, csd_pixels, load_tower
+from eval.judges.style import OneIGStyle, convert_csd, load_tower
 from eval.judging.protocols import Request
 
 
@@ -172,7 +173,7 @@ def test_a_small_style_judge_scores_against_the_references_of_the_style(judge):
     image = picture(80, 60)
     (score,) = judge.answer([Request([image], "", {"style": "lego"})])
     with torch.no_grad():
-        csd = openai_tower()(torch.from_numpy(csd_pixels(image, SIZE))[None])
+        csd = openai_tower()(torch.from_numpy(clip_pixels(image, SIZE))[None])
         inputs = judge._processor(images=image, return_tensors="pt")["pixel_values"].to(torch.bfloat16)
         se = torch.nn.functional.normalize(judge._encoder(inputs).image_embeds, dim=-1)
     best_csd = max(float((csd @ judge._references["csd/lego"].T).max()), 0)
@@ -221,5 +222,5 @@ def test_tall_and_wide_images_keep_their_middle():
     from PIL import Image
 
     for array in (wide, wide.transpose(1, 0, 2)):
-        middle = csd_pixels(Image.fromarray(array), 40)
+        middle = clip_pixels(Image.fromarray(array), 40)
         assert middle.shape == (3, 40, 40) and middle.min() > 1.5

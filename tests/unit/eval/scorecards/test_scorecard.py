@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -411,6 +412,26 @@ def test_published_scores_are_beside_ours_only_as_comparable_as_they_are(run):
     assert nucleus.published == 0.87 and nucleus.within_noise is True and "2604.12163" in nucleus.source
     sdxl = next(r for r in official if r.model == "SDXL")
     assert sdxl.within_noise is False
+
+
+def test_every_official_benchmark_has_peers_with_a_source_on_its_own_scale_and_by_its_own_categories():
+    from eval.scorecards.references import PUBLISHED
+
+    official = [name for name in catalog.registry.BENCHMARKS if name not in ("shapes", "captions")]
+    assert set(PUBLISHED) == set(official)
+    dimensions = {"alignment", "text", "reasoning", "style", "diversity"}
+    for name, rows in PUBLISHED.items():
+        benchmark = catalog.benchmark(name)
+        known = {"overall", *benchmark.tasks} | (
+            dimensions if name.startswith("oneig") else {"entity", "attribute", "other"}
+        )
+        for row in rows:
+            assert re.search(r"arXiv \d{4}\.\d{5}", row.source) and row.category in known
+            assert benchmark.scale / 100 < row.score < benchmark.scale
+        assert len({(row.model, row.category) for row in rows}) == len(rows)
+        overall = {row.model for row in rows if row.category == "overall"}
+        assert ("Nucleus-Image" in overall) == (name in ("geneval", "dpg", "oneig"))
+        assert len(overall) >= 4 or name == "geneval2"  # of which few figures are published
 
 
 def test_the_noise_of_training_is_the_spread_over_cards_of_other_weights(run):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from itertools import combinations
 
 import imagehash
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 from score_tables import duplicates, good_row, random_hashes, tables_of
@@ -14,7 +16,7 @@ from skimage import data as photographs
 
 from tasks.curation.config import CurationConfig, DedupConfig
 from tasks.curation.decisions import near
-from tasks.curation.decisions.engines import PART, one, rows_of
+from tasks.curation.decisions.engines import PART, DuckDB, one, rows_of
 from tasks.curation.scoring.hashes import HASHES, PHASH256, picture_hashes
 
 
@@ -147,21 +149,24 @@ def test_hashes_are_imagehashs():
     assert [found[name] for name in PHASH256] == [number(bits) for bits in fine]
 
 
-def test_a_radius_that_is_too_wide_for_the_corpus_is_refused_with_the_figures():
-    with pytest.raises(
-        ValueError,
-        match=r"max_hamming_distance=14: near duplicates among 700000000 .* 1e\+12 are allowed; 4 takes about 1\.\de\+11",
-    ):
-        near.plan_blocks(700_000_000, 14)
-    assert [near.plan_blocks(count, 4) for count in (10**4, 10**6, 10**8, 7 * 10**8)] == [5, 6, 7, 7]
+def test_the_join_on_a_late_key_has_no_more_conditions_than_that_on_the_first(monkeypatch):
+    """DuckDB stores a column for each in the join's hash table: those on earlier keys sent 10 million hashes to disk."""
+    conditions, create = [], DuckDB.create
 
+    def create_and_explain(engine: DuckDB, name: str, query: str) -> None:
+        create(engine, name, query)
+        if name == "met":
+            ((_, text),) = engine._db.execute(f"EXPLAIN (FORMAT json) {query}").fetchall()
+            (operator,) = json.loads(text)
+            while "JOIN" not in operator["name"]:
+                (operator,) = operator["children"]
+            conditions.append(len(operator["extra_info"]["Conditions"]))
 
-def test_every_pair_within_the_radius_shares_a_key():
-    rng = np.random.default_rng(0)
-    masks = near.block_masks(6, 4)
-    for _ in range(200):
-        turned = flipped(0, rng.choice(64, 4, replace=False))
-        assert any(turned & mask == 0 for mask in masks)
+    monkeypatch.setattr(DuckDB, "create", create_and_explain)
+    with tables_of([]) as tables:
+        tables.load("nodes", pa.schema([(name, pa.int64()) for name in ("position", "phash", "dhash")]), [])
+        near._propose(tables, 4)
+    assert conditions == [3] * 10  # equal keys, one order of each pair, and the distance
 
 
 # --- both engines ----------------------------------------------------------------------------------------------
