@@ -43,7 +43,7 @@ KILLED_BEFORE = 8  # between two checkpoints
 
 
 def start(folder: Path, job: str, *options: int, device: str = "cuda", ranks: int = 1) -> subprocess.Popen:
-    """train_cuda_worker.py in processes of their own, each with the compiler's cache of its job."""
+    """Starts train_cuda_worker.py in separate processes, with one compiler cache for each job."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE, HERE.parent / "integration"))),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / job / "inductor"),
@@ -101,7 +101,7 @@ def assert_same_bits(folder: Path, job: str, reference: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """With the fp32 training of one CPU process, and the same on CUDA as the recipe has it."""
+    """A folder with an fp32 training in one CPU process, and the same training on CUDA with the recipe's settings."""
     made = tmp_path_factory.mktemp("cuda")
     write_latents(made / "latents")
     for process in [start(made, "reference", device="cpu"), start(made, "whole")]:

@@ -1,5 +1,6 @@
-"""Trains recipes/nucleus_17b.yaml in small, as it says: `python full_recipe_worker.py FOLDER BACKEND JOB...`, with BACKEND
-of torch.compile. Imports once, then forks each job's ranks, which find each other as torch elastic's workers do.
+"""Trains a small version of recipes/nucleus_17b.yaml: `python full_recipe_worker.py FOLDER BACKEND JOB...`, with a
+BACKEND of torch.compile. Imports once, then forks each job's ranks, which find each other as torch elastic's workers
+do.
 
     FOLDER/latents{stage}
     FOLDER/JOB/work/, FOLDER/JOB/out/       of model.train.run.train_stage
@@ -116,7 +117,7 @@ def stage_section(job: Job) -> TrainingStage:
 
 
 def write_latents(directory: Path, stage: int) -> None:
-    """Images of every bucket of the stage and tier, with captions of many lengths that tell what is in them."""
+    """Images of every bucket of the stage and tier, with captions of many lengths that describe them."""
     recipe = small_recipe()
     config = recipe.train.stages[stage]
     directory.mkdir(parents=True)
@@ -155,7 +156,7 @@ def watch() -> dict[str, set]:
 
 
 def note_start(path: Path) -> None:
-    """Saves what this process's first step starts from, whole tensors in every layout."""
+    """Saves the state before this process's first step, as whole tensors in every layout."""
     train_step = NucleusTrainer.train_step
 
     def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What holds for every unit test."""
+"""The time limit of unit tests."""
 
 import os
 

@@ -10,7 +10,7 @@ import pytest
 
 
 def _message(done) -> str:
-    """What the user reads last; a traceback would be our mistake, not theirs."""
+    """The output as one line; it must have no traceback."""
     assert done.returncode != 0
     text = done.stdout + done.stderr
     assert "Traceback" not in text, text
@@ -94,7 +94,7 @@ def _children_cpu_s() -> float:
 
 @pytest.mark.parametrize("workflow", ["reproduce", "pretrain"])
 def test_help_answers_in_under_three_seconds(new_home, workflow):
-    """Of computing: how long it waits for a core that something else has is not its own."""
+    """Seconds of CPU: waiting for a busy core does not count."""
     new_home.run("--help", workflow=workflow)  # compiled files and the disk cache
     times = []
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""A user's folder of images, by the command that users type: the same way, and what one changed image costs."""
+"""The user's command on a folder of images, and how much is computed again after one image changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tasks.curation.sources.made import scenes
 
 @pytest.fixture
 def own_images(tmp_path) -> Path:
-    """80 images with captions beside them, and two that are no use: a bomb and a broken file."""
+    """80 images with caption files, and two bad ones: a decompression bomb and a broken file."""
     folder = tmp_path / "own"
     folder.mkdir()
     rng = np.random.default_rng(5)

@@ -1,5 +1,5 @@
-"""A pod of several training processes that is preempted, by the entry point that Flyte's pods run, twice: the attempt
-that gets SIGTERM, and its retry. Its processes are forked from this one, which has imported what they need."""
+"""A pod of several training processes that is preempted, run by the entry point of Flyte's pods: the attempt that gets
+SIGTERM, and its retry. Its processes are forks of this one, which has imported what they need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stage killed with SIGKILL and started again ends with the bits of a stage that was never disturbed."""
+"""A stage killed with SIGKILL and started again ends with the bits of an uninterrupted stage."""
 
 import json
 import os

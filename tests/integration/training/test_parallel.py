@@ -72,7 +72,7 @@ def test_every_layout_trains_as_one_process_does(runs):
 
 
 def test_replicas_add_up_their_gradients_once_a_step_however_many_micro_batches_it_has(runs):
-    """As the plan counts: what a rank holds, but for the routers, which all ranks add up together."""
+    """As the planner counts: a rank's weights without the routers, which all ranks reduce together."""
     shapes = Shapes(transformer_config(moe_intermediate_dim=33))
     for job, layout in (
         ("hsdp2x2", Layout(gpus=4, shard=2, expert_parallel=1, micro_batch=2, checkpointing="none")),
@@ -141,7 +141,7 @@ def test_every_rank_samples_what_one_process_samples(runs):
 
 
 def test_bfloat16_keeps_weights_router_and_reduction_in_fp32(runs):
-    """Mixed precision: it follows fp32 as closely when sharded as on one process, and logits are no bf16 numbers."""
+    """bf16 is as close to fp32 when sharded as in one process, and logits are not bf16 numbers."""
     reference = [line["loss"] for line in lines(runs, "one")]
     for job in ("bf16_one", "bf16_ep2_fsdp2"):
         assert [line["loss"] for line in lines(runs, job)] == pytest.approx(reference, rel=0.01)
@@ -154,7 +154,8 @@ def test_bfloat16_keeps_weights_router_and_reduction_in_fp32(runs):
 
 
 def test_dist_muon_updates_as_our_muon_does(runs):
-    """With our iteration in place of its own: what is left is where matrices lie, which they are, momentum, rates."""
+    """With our iteration in place of its own: so this tests which matrices it updates and where, momentum, and
+    rates."""
     attention = tuple(f"{name}.weight" for name in ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "to_out.0"))
     feed_forward = ("net.0.proj.weight", "net.2.weight")
     for job, reference, taken in (

@@ -1,4 +1,4 @@
-"""What a finished stage returns, and what it keeps, without training one."""
+"""What a finished stage returns and keeps; no stage is trained."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_run_is_known_by_every_byte_it_starts_from(tmp_path):
 def test_nccl_adds_up_in_one_order_where_training_is_deterministic(
     tmp_path, monkeypatch, device, deterministic, own, expected
 ):
-    """It reads the environment when the group is made, and for no longer than the stage must it be so."""
+    """NCCL reads the environment when the group is made; the variable must be reset after the stage."""
     seen = []
 
     def init_process_group(*args, **kwargs):

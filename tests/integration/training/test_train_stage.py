@@ -100,7 +100,7 @@ def test_samples_are_drawn_at_their_cadence_and_at_the_end_in_eval_mode(trained)
 
 
 def test_an_accelerator_trains_by_deterministic_algorithms_unless_told_otherwise(latents, tmp_path, monkeypatch):
-    """Of which memory-efficient attention has one only where PyTorch may refuse (not with warn_only)."""
+    """Memory-efficient attention is deterministic only where PyTorch may raise (not with warn_only)."""
     import model.train.config as of_stage
 
     seen = []

@@ -1,8 +1,8 @@
-"""What recipes/nucleus_17b.yaml starts, all at once and in small: bf16, compiled blocks, selective checkpointing, experts
-over ranks, FSDP2, background checkpoints and read-ahead.
+"""Everything that recipes/nucleus_17b.yaml turns on, together, at a small size: bf16, compiled blocks, selective
+checkpointing, experts over ranks, FSDP2, background checkpoints and read-ahead.
 
-CPU and gloo stand for GPUs and NCCL. Three stages, each from the last, run on torch.compile's backend "aot_eager": all of
-the compiler but its kernels, which C++ takes long to build. A training of one block runs on "inductor", as the recipe does.
+CPU and gloo stand for GPUs and NCCL. Three stages, each from the last, run on torch.compile's backend "aot_eager": the
+compiler without its C++ kernels, which build slowly. A training of one block runs on "inductor", as in the recipe.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def test_it_is_the_recipe_and_only_smaller():
 
 
 def assert_trains_alike(got: list[dict], expected: list[dict]) -> None:
-    """Within what bf16 rounds. Weights grow apart at these rates, and gradients sooner than losses."""
+    """Within bf16's rounding. Weights diverge at these rates, and gradients sooner than losses."""
     assert [line["step"] for line in got] == [line["step"] for line in expected]
     assert all(math.isfinite(value) for line in got for value in line.values())
     for one, other in zip(got, expected):
@@ -189,8 +189,8 @@ def test_a_finished_stage_that_is_started_again_trains_nothing(runs, tmp_path, m
     reason="torch.compile's inductor needs a C++ compiler on a CPU",
 )
 def test_a_stage_that_was_killed_and_resumed_ends_with_the_bits_of_the_undisturbed_one(tmp_path):
-    """In the same layout, with inductor's kernels; though resumed processes meet other shapes first, compile and read ahead
-    anew."""
+    """In the same layout, with inductor's kernels, although a resumed process meets other shapes first, and compiles
+    again."""
     runs = trained(tmp_path, "inductor", RESUME)
     report = json.loads((runs / "resumed" / "out" / "report.json").read_text())
     assert report["resumed_from_step"] == RESUMED_FROM

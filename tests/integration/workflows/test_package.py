@@ -1,4 +1,4 @@
-"""What a cluster gets: the packaged workflows, decoded."""
+"""The package of workflows that a cluster gets, decoded."""
 
 from __future__ import annotations
 
