@@ -67,7 +67,7 @@ def test_no_class_of_pathlib_is_made(tmp_path):
 
 
 def test_metadata_that_names_a_path_is_still_read(tmp_path):
-    """DCP writes the place that it saved to, as a pathlib object where it was given one."""
+    """DCP writes the path that it saved to, as a pathlib object if it got one."""
     torch.distributed.checkpoint.save({"a": torch.arange(3)}, checkpoint_id=tmp_path / "step-1", no_dist=True)
     content = pickle.loads((tmp_path / "step-1/.metadata").read_bytes())
     content.storage_meta.checkpoint_id = tmp_path / "step-1"

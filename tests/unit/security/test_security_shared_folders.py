@@ -1,4 +1,4 @@
-"""What somebody else can put into a shared folder neither redirects a write nor stops one, and is not unpickled (F7, F19, F22)."""
+"""Files of other users in a shared folder neither redirect nor stop a write, and are not unpickled (F7, F19, F22)."""
 
 from __future__ import annotations
 

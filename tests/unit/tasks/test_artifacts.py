@@ -1,4 +1,4 @@
-"""Where artifacts and the state of unfinished work lie."""
+"""The locations of artifacts and of the state of unfinished work."""
 
 from __future__ import annotations
 

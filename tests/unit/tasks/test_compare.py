@@ -1,4 +1,4 @@
-"""Comparing recipes over training seeds: which runs belong together, and what is said of their differences."""
+"""Comparing recipes over training seeds: how runs are grouped, and the report of their differences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recipe may be an overlay on another; what it does not say is the other's."""
+"""A recipe may be an overlay on another, from which it takes all other values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lineage leads from a published pipeline to the records behind it, and breaks loudly on any change."""
+"""The lineage leads from a published pipeline to its records, and any change is an error."""
 
 from __future__ import annotations
 
@@ -344,7 +344,7 @@ def test_what_a_terminal_obeys_is_printed_escaped(tmp_path, capsys):
 
 
 def test_a_recorded_place_of_another_scheme_is_not_opened(made, home, monkeypatch):
-    """A manifest of somebody else names where its parents were: such names must not reach other file systems."""
+    """A foreign manifest names its parents' locations, which must not open other file systems."""
     from tasks.manifest import Parent, as_parent
 
     parents = [as_parent(made[name]) for name in ("merged", "components", "scorecard", "curated")]

@@ -1,4 +1,4 @@
-"""The captions benchmark: generated images beside real ones, in the features of a named judge."""
+"""The captions benchmark: generated images against real ones, in the features of a named judge."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Features(ShapesDetector):
 
 @pytest.fixture
 def run(tmp_path):
-    """(folder of a run, its configuration): twenty captions, and images of nearly the real colour."""
+    """(folder of a run, its configuration): twenty captions, and images in nearly the right colours."""
     (tmp_path / "given" / "reference").mkdir(parents=True)
     colors = np.random.default_rng(1).integers(0, 256, (20, 3))
     lines = []

@@ -1,4 +1,4 @@
-"""Any pipeline is a sampler: its images depend on prompt and noise alone, and how it samples is stated."""
+"""Any pipeline is a sampler: its images depend on prompt and noise alone, and it states its settings."""
 
 import json
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_cached_text_gives_the_same_images_in_mixed_batches_call_after_call(pipe
 
 
 def test_a_transformer_without_a_cache_of_texts_is_sampled_without_one(pipeline, monkeypatch):
-    """That of ablations, which diffusers has no class for."""
+    """The transformer of ablations, for which diffusers has no class."""
     from model.sampling.pipeline_transformer import PipelineTransformer
 
     monkeypatch.setattr(pipeline, "transformer", PipelineTransformer(pipeline.transformer))

@@ -23,7 +23,7 @@ def llama(bytes_tokenizer):
 
 
 def test_a_padded_text_has_the_embedding_of_the_unpadded_one(llama, bytes_tokenizer):
-    """Padding is where a Llama turns causal again."""
+    """With padding, a Llama is causal again."""
     import torch
 
     texts = ["two", "a much longer text about a red house"]
@@ -57,7 +57,7 @@ def test_a_small_llm2clip_answers_a_cosine(llama, bytes_tokenizer, clip):
     import torch
 
     class Towers(torch.nn.Module):
-        """LLM2CLIP's interface; its own class is code of its repository, which is not there."""
+        """LLM2CLIP's interface; its class is code of its repository, which is not installed."""
 
         def __init__(self):
             super().__init__()

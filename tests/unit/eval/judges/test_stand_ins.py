@@ -1,4 +1,4 @@
-"""Importing a judge's library leaves no trace: nothing later believes that torchvision, or timm, is installed."""
+"""After the import of a judge's library, torchvision or timm does not seem to be installed."""
 
 import importlib
 import subprocess

@@ -1,4 +1,4 @@
-"""Judging that is killed twenty times ends in the bytes of judging that was not, and so does judging in shards."""
+"""Judging that is killed twenty times, or done in shards, ends with the bytes of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def quiet(_):
 
 
 def sampled(config, folder):
-    """A run whose images all differ, so that each is asked about."""
+    """A run with different images, so that the judge is asked about each."""
 
     def sampler(prompts, seeds, height, width):
         return [Image.new("RGB", (width, height), (s % 256, s // 256 % 256, s // 65536 % 256)) for s in seeds]
@@ -46,7 +46,7 @@ def run(tmp_path_factory):
 
 
 class Listing(ShapesDetector):
-    """Lists what it is asked in a file, and takes a few milliseconds for each batch."""
+    """Writes its questions to a file, and takes a few milliseconds for each batch."""
 
     def __init__(self, log, gate=None):
         self.log, self.gate = log, gate

@@ -1,4 +1,4 @@
-"""DPG-Bench's rule: cascading zeroes, exact answers, and the official bugs that "fixed" mends."""
+"""DPG-Bench's rule: cascading zeroes, exact answers, and the official bugs that "fixed" corrects."""
 
 import csv
 import io
@@ -37,7 +37,7 @@ ROWS = [
 
 
 def yes(questions, images=1, no=()):
-    """Answers that are all yes but for (item, qid, image) in `no`."""
+    """Answers that are yes except for (item, qid, image) in `no`."""
     return {
         item: {qid: ["no" if (item, qid, i) in no else "yes" for i in range(images)] for qid in group["qid2question"]}
         for item, group in questions.items()
@@ -110,7 +110,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
 
 
 def brute_force(answers, dependency, images):
-    """The rule, once more, by its definition."""
+    """The rule, written from its definition."""
     per_image = []
     for i in range(images):
         value = {qid: answers[qid][i] == "yes" for qid in answers}

@@ -1,4 +1,4 @@
-"""GenEval's rule, message for message. Expected answers of positions are the official code's own."""
+"""GenEval's rule, message for message. Expected positions are from the official code."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The benchmarks' own logic, at a toy size: what they count, and that each command runs to its end."""
+"""The benchmarks' own logic, at a toy size: their counts, and that each command runs."""
 
 import sys
 from pathlib import Path
@@ -109,7 +109,7 @@ def test_blocks_that_fail_or_compute_something_else_are_named_and_not_measured(m
 
 
 def test_every_case_is_compiled_anew_and_a_variant_that_falls_back_is_an_error(monkeypatch):
-    """PyTorch would run what exceeds its limit uncompiled, and say so in a log alone."""
+    """PyTorch runs code beyond its limit uncompiled, and only logs it."""
     seen = []
 
     def measured(*_):
@@ -163,7 +163,7 @@ def refusing(message):
 
 
 def test_compiled_training_steps_stand_beside_diffusers_own(capsys, monkeypatch):
-    """Its grouped products cannot be compiled in fp32: that is reported, and the rest is measured."""
+    """Its grouped products cannot be compiled in fp32: this is reported, and the rest is measured."""
 
     def compile_repeated_blocks(model):
         block = model.transformer_blocks[1]

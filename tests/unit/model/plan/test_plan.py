@@ -67,7 +67,7 @@ def test_about_two_billion_parameters_are_active(sections, shapes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("text_tokens", [3, 50])
 def test_flops_are_those_that_pytorch_counts(dtype, text_tokens):
-    """On the meta device, where attention is not the CPU's fused kernel, which the counter does not know."""
+    """On the meta device: the counter does not support the CPU's fused attention."""
     fp32 = dtype == torch.float32
     planned = forward_flops(CONFIG, 256, text_tokens, batch=2, fp32=fp32)
     assert sum(planned.values()) == _counted(CONFIG, 16, text_tokens, dtype)
@@ -312,7 +312,8 @@ def test_what_is_not_given_is_the_recipes(sections):
 
 @pytest.mark.slow
 def test_a_small_gpu_does_not_fit_and_the_suggestion_does(sections, shapes):
-    """It is the layout asked for but for what must change: more checkpointing, and the largest micro-batch that fits."""
+    """The suggestion is the layout with the necessary changes: more checkpointing, and the largest micro-batch that
+    fits."""
     model, train = sections
     small = replace(GPUS["h100"], memory=12e9)
     fits = lambda layout: plan_stage(shapes, model, train, stage, layout, small)["fits"]  # noqa: E731
@@ -332,7 +333,7 @@ def test_a_small_gpu_does_not_fit_and_the_suggestion_does(sections, shapes):
 
 
 def test_every_stage_of_the_published_recipe_fits_its_64_gpus_of_80_gb(sections, shapes):
-    """Where a stage's share of a rank does not, in accumulation steps."""
+    """If a rank's share of a batch does not fit, in accumulation steps."""
     reports = plan(*sections, GPUS["h100"], gpus=64)["stages"]
     assert [report["fits"] for report in reports] == [True] * 3
     assert [report["layout"]["micro_batch"] for report in reports] == [32, 16, 4]
@@ -406,7 +407,7 @@ def test_every_ablation_is_planned(capsys, path):
 @pytest.mark.slow
 @pytest.mark.parametrize("factor, limit, planned", [(2.0, None, 2.0), (2.0, 1.5, 3.0), (4.0, 1.5, 4.0)])
 def test_token_choice_is_planned_at_its_limit_or_at_an_even_load(sections, factor, limit, planned):
-    """4 experts: none can take more than every token."""
+    """With 4 experts: none can take more than all tokens."""
 
     def experts(routing, factor):
         stage = sections[1].stages[1].model_copy(update={"capacity_factors": factor})

@@ -1,4 +1,4 @@
-"""Ablations of routing: each against its definition, and the default untouched by their being there."""
+"""Ablations of routing: each against its definition, and that they do not change the default."""
 
 import inspect
 import math
@@ -151,7 +151,7 @@ def test_load_balance_is_the_same_however_the_batch_is_cut():
 
 @pytest.mark.parametrize("factors", [2.0, (1.0, 3.0, 1.5, 2.0)])
 def test_dense_has_the_weights_that_are_active_in_the_moe(factors):
-    """Counted on the real modules: all but the router, which a dense layer lacks."""
+    """Counted on the real modules, without the router, which a dense layer lacks."""
     sparse = TransformerConfig(**{**SHAPE, "capacity_factors": factors})
     dense = TransformerConfig(**{**SHAPE, "capacity_factors": factors, "routing": {"kind": "dense"}})
     with torch.device("meta"):

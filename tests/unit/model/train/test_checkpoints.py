@@ -1,4 +1,4 @@
-"""Which checkpoints are read, local and in S3, and that reading one runs nothing of what is in it."""
+"""Which checkpoints are read, locally and in S3, and that reading one runs no code in it."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ def test_what_could_not_be_read_is_told_from_what_is_damaged(tmp_path, monkeypat
 
 
 def test_equal_checkpoints_have_equal_bytes_however_their_tensors_were_made(tmp_path):
-    """DCP writes a random id and the path, and pickle writes what was one object in memory only once."""
+    """DCP writes a random id and the path, and pickle writes an object in memory only once."""
     value = torch.arange(6.0).view(2, 3)
     apart = {"one": value.clone(), "other": value.clone()}
     for name in ("a", "elsewhere"):

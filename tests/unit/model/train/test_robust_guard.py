@@ -1,4 +1,4 @@
-"""Which steps are skipped, and when that ends a run."""
+"""Which steps are skipped, and when skipped steps end a run."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_too_many_skipped_of_the_last_steps_end_the_run_though_good_ones_lie_bet
     assert made.exhausted
 
 
-def test_skipped_steps_of_long_ago_do_not():
+def test_skipped_steps_outside_the_window_do_not_end_a_run():
     made = guard()
     for _ in range(10):
         made.judge(NAN, 1.0)

@@ -46,7 +46,7 @@ def downloads(fs, monkeypatch) -> dict[str, int]:
 
 
 def uploaded(directory: Path, name: str, work: Path) -> FlyteDirectory:
-    """An artifact as a pod gets it: at a URI, to be downloaded to a folder that is not there yet."""
+    """An artifact as in a pod: at a URI, with a folder for its download that does not exist yet."""
     uri = f"s3://nucleus-corpora/{name}"
     for path in directory.rglob("*"):
         if path.is_file():

@@ -1,4 +1,4 @@
-"""The corpus flows in parts: a shard is scored and selected once, by itself, and read by nobody else."""
+"""The corpus is processed in parts: each shard is scored and selected once, alone, and only its task reads it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def parts_of(home: Path, kind: str) -> set[str]:
 
 @pytest.fixture
 def made(monkeypatch) -> Counter:
-    """How often scores and selections of a shard are made, by kind."""
+    """Kind -> how often scores and selections of a shard are made."""
     counts: Counter = Counter()
     for kind, module, name in (("scores", score, "score_shard"), ("selections", selections, "write_selection")):
         real = getattr(module, name)

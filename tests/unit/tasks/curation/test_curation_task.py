@@ -1,4 +1,4 @@
-"""What Flyte sees of curation: few sub-tasks, small literals, settings of the recipe."""
+"""Curation in Flyte: few sub-tasks, small literals, settings of the recipe."""
 
 from __future__ import annotations
 

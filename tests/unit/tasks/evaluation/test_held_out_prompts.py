@@ -75,7 +75,8 @@ def test_an_image_of_a_file_of_captions_must_lie_beside_it(tmp_path):
 
 
 class NucleusMoEImagePipeline:
-    """Stands in for diffusers' class: a latent of one colour, and a transformer that knows `share` of the velocity."""
+    """Stands in for diffusers' class: a latent of one colour, and a transformer that predicts `share` of the
+    velocity."""
 
     def __init__(self, share: float):
         self.share, self.seen = share, []

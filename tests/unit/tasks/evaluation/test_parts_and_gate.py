@@ -1,4 +1,4 @@
-"""Parts of a run are the whole run, answers are kept between attempts, and the gate fails beyond noise and only then."""
+"""Parts add up to the whole run, answers are kept between attempts, and the gate fails only beyond noise."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def blank(prompts, seeds, height, width):
 
 
 def right(prompts, seeds, height, width):
-    """Right for all of this test's prompts: the detector below reads the prompt's own number of objects."""
+    """Images that `Answering` finds right for all prompts of this test."""
     return [Image.new("RGB", (width, height), (1, 2, 3))] * len(prompts)
 
 
@@ -229,7 +229,7 @@ def test_a_model_is_resolved_to_what_it_is_and_a_changed_one_is_refused(tmp_path
 
 
 def nightly(model_digest, scorecard):
-    """One night: (benchmarks that changed, what the gate says)."""
+    """One night: (benchmarks that changed, the gate's result)."""
     model = Model(place="/somewhere", digest=model_digest)
     changed = run(task.find_changed, source="s3://bucket/pipeline", model=model, configs=[NIGHTLY])
     stored = [

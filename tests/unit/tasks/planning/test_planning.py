@@ -1,4 +1,4 @@
-"""Each task gets what it depends on and no more."""
+"""Each task gets only the settings that it depends on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model card tells what the recipe, the scorecard and the lineage say, and nothing that data put there as markup."""
+"""The model card states what recipe, scorecard and lineage say, and escapes markup in data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A study: which runs it has, what it compares, and what of it depends on the machine."""
+"""A study: its runs, its comparisons, and which results depend on the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an endpoint is asked: which, how often, how long it may take, and with what."""
+"""Requests to an endpoint: which one, how often, with what content, and within what time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A corpus described through an endpoint that fails: nothing is lost, and no answered question is asked again."""
+"""A corpus captioned through an endpoint that fails: nothing is lost, and no answered request is repeated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a corpus promises whatever its sources are: identities, who reads what, and errors before any decoding."""
+"""Properties of a corpus of any sources: identities, which shards read what, and errors before any decoding."""
 
 import json
 import os
