@@ -42,7 +42,7 @@ MODULES = {
 }
 # Megabytes of 10^6 bytes, unpacked.
 MOST_MB = {"curation": 800, "scorer": 2000, "encoder": 1700, "trainer": 1700, "evaluator": 1700, "publisher": 1700}
-TOKEN = "hf_plantedNucleusToken"  # .ci/containers has it in its environment while it builds
+TOKEN = "hf_plantedNucleusToken"  # in the environment of .ci/containers during the build
 pytestmark = pytest.mark.skipif(
     not LOCK, reason="NUCLEUS_TEST_IMAGES is unset: .ci/containers builds images and sets it"
 )

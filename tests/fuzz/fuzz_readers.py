@@ -25,8 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = Path(__file__).parent / "seeds"
-SLOW_S = 20.0  # of the processor, for one input of some kilobytes
-MEMORY_BYTES = 4 * 2**30  # beyond what the process has at its start
+SLOW_S = 20.0  # CPU time, for one input of some kilobytes
+MEMORY_BYTES = 4 * 2**30  # beyond the process's memory at its start
 MAX_PIXELS = 4_000_000
 BLOCK = 512  # of a tar
 
@@ -264,7 +264,7 @@ def try_image(name: str, data: bytes, scratch: Path) -> str:
     """Decodes an image as curation and encoding do; see `try_source`."""
     from tasks.curation.scoring import decoding
 
-    (scratch / name).write_bytes(data)  # what remains where the process dies
+    (scratch / name).write_bytes(data)  # the file that remains if the process dies
     try:
         header, image = decoding.inspect_and_decode(data, MAX_PIXELS, decoding.DECODABLE)
         if isinstance(image, ValueError):

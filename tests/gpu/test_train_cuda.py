@@ -141,7 +141,7 @@ def test_a_batch_is_copied_without_a_wait_and_from_memory_that_is_not_used_again
             copy = to_device(batch, device)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        if pinned:  # pinning anew may wait, until PyTorch has such memory to give
+        if pinned:  # pinning again may wait until PyTorch has free pinned memory
             assert not torch.cuda.current_stream().query(), "the host waited for the device"
         del batch
         other = torch.full_like(numbers, -1.0).pin_memory()  # would be given the same memory

@@ -38,7 +38,7 @@ from torchtitan.config import CompileConfig
 RANKS = 2
 TEXT_DIM = 24
 STEPS, RESUMED_FROM = 12, 8  # of the last stage
-# Sizes and counts alone. Rates grow, as steps are few.
+# Only sizes and counts differ. Rates are higher, because steps are few.
 SMALLER = (
     "model.num_layers=5",
     "model.attention_head_dim=16",
@@ -72,7 +72,7 @@ SMALLER = (
     f"train.expert_parallel={RANKS}",
     "merge.last_n=3",
 )
-# What a C++ compiler needs many seconds for, for each kind of block.
+# A C++ compiler needs many seconds for each kind of block.
 ONE_BLOCK = (
     *SMALLER,
     "model.num_layers=1",
@@ -125,7 +125,7 @@ def write_latents(directory: Path, stage: int) -> None:
     patterns = torch.randn(4, 16, 1, 1, generator=generator)
     with LatentWriter(directory, text_dim=TEXT_DIM, rows_per_file=20, dtype=recipe.encoding.dtype) as writer:
         writer.add_text(torch.randn(8, TEXT_DIM, generator=generator))
-        # Some batches need no mask: all of their texts are as long as the longest, and of a length that is not padded.
+        # Some batches need no mask: all their texts have the same length, and one that is not padded.
         lengths = [8 * (1 + i % 3) - (3 if i % 5 == 0 else 0) for i in range(20)]
         texts = [writer.add_text(torch.randn(length, TEXT_DIM, generator=generator)) for length in lengths]
         for b, bucket in enumerate(stage_buckets(config.image_size_px, config.aspect_ratios)):

@@ -196,7 +196,7 @@ def test_another_state_in_the_same_work_dir_and_a_pickle_in_it_are_refused(laten
 @pytest.fixture
 def one_thread(monkeypatch):
     """OpenMP in a forked process would wait for threads that the fork did not copy."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # or a training takes all cores
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # otherwise a training takes all cores
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -210,7 +210,7 @@ def test_sigterm_to_one_rank_saves_the_step_on_all_and_the_restart_ends_with_the
     assert list(finished_checkpoints(work / "checkpoints")) == [5, last]
     assert list(finished_checkpoints(work / "weights")) == [5]
     assert not list((tmp_path / "out").iterdir())
-    assert Ranks(lambda rank: train(latents, tmp_path), ranks).codes() == {0}  # how it reads may change
+    assert Ranks(lambda rank: train(latents, tmp_path), ranks).codes() == {0}  # the reading settings may change
     assert report(tmp_path / "out")["resumed_from_step"] == last
     assert same_weights(whole(ranks), tmp_path / "out") == [10, 15, 18]
     steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]

@@ -164,7 +164,7 @@ def test_a_candidate_is_chosen_among_settings_windows_merged_weights_checkpoints
     options += ["--checkpoints", checkpoints.uri, "--benchmark", "shapes", "--candidates", ",".join(names)]
     done = home.invoke(*options, workflow="choose_candidate")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    said = done.stdout[done.stdout.rindex("incumbent: ") :]  # weights of two steps: none beats another
+    said = done.stdout[done.stdout.rindex("incumbent: ") :]  # after two steps: no weights beat others
     assert "the incumbent stays: the best of 6 differs by" in said and f"{names[0]} is the same as incumbent" in said
     assert [
         row.split()[-1] for row in said.splitlines() if " p " in row and " above " in row.replace("(", " ")

@@ -37,7 +37,7 @@ def trained(folder: Path, backend: str, jobs: tuple[str, ...]) -> Path:
     """The folder, with these jobs of full_recipe_worker.py."""
     here = Path(__file__).resolve().parents[1]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(here.parents[1])}
-    environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")  # what is compiled, is compiled here
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")  # everything is compiled here, without a cache
     command = [sys.executable, here / "full_recipe_worker.py", folder, backend, *jobs]
     subprocess.run([str(part) for part in command], check=True, env={**os.environ, **environment})
     return folder
@@ -102,7 +102,7 @@ def test_compiled_blocks_sample_on_every_rank_while_they_train(runs):
         one, other = (torch.load(runs / "first" / f"sample{rank}-{step}.pt") for rank in range(2))
         assert torch.equal(one, other)
         assert (one - expected).norm() < 0.1 * expected.norm()
-    for rank in ranks_of(runs, "first"):  # 2 to train, and again to sample, which the first block may do by its own
+    for rank in ranks_of(runs, "first"):  # 2 to train, and 2 to sample; the first block may need its own graphs
         assert rank["graphs"] <= 5 and rank["breaks"] == []
 
 
@@ -174,7 +174,7 @@ def test_the_last_stage_merges_into_a_transformer_that_loads(runs, tmp_path):
 
 
 def test_a_finished_stage_that_is_started_again_trains_nothing(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "trainer_config", None)  # what training needs first
+    monkeypatch.setattr(run, "trainer_config", None)  # training calls it first
     stage = stage_section(JOBS["third"])
     latents, init = runs / "latents2", runs / "second" / "out"
     report = run.train_stage(latents, stage, init, runs / "third" / "work", tmp_path)

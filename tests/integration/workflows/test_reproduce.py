@@ -155,7 +155,7 @@ def test_the_generator_alone_decides_a_published_image_in_a_batch_as_by_itself(p
     prompts = ["a photo of a red circle left of a blue square", "two squares", "a photo of a cross"]
     batch = draw(published, prompts, (0, 1, 2), guidance).images
     for seed, (prompt, image) in enumerate(zip(prompts, batch)):
-        torch.manual_seed(100 + seed)  # the global generator has no say
+        torch.manual_seed(100 + seed)  # the global generator has no effect
         alone = draw(published, prompt, (seed,), guidance).images[0]
         np.testing.assert_allclose(alone, image, atol=1e-4)
     assert np.abs(draw(published, prompts[0], (1,), guidance).images[0] - batch[0]).max() > 0.05

@@ -181,7 +181,7 @@ def preflight(services, tmp_path, monkeypatch, capsys):
     return run
 
 
-# The recipe's example source is refused, and no registry listens at port 1: both are as they should be here.
+# Expected failures: the recipe's example source is refused, and no registry listens at port 1.
 EXPECTED = {"recipe's source", "images can be pulled"}
 
 

@@ -134,7 +134,7 @@ def test_only_tasks_that_reach_the_hub_declare_its_token(registered):
     admin, _ = registered
     declared = {n for n, r in admin.tasks.items() if "HF_TOKEN" in keys(r.spec.template)}
     assert "tasks.publishing.task.publish_pipeline" in declared
-    assert {name.rpartition(".")[2] for name in declared} == HUB  # encoding reads strangers' images, and no repository
+    assert {name.rpartition(".")[2] for name in declared} == HUB  # encoding reads untrusted images, and no repository
 
 
 def keys(template) -> set[str]:

@@ -226,8 +226,8 @@ def test_a_hundred_images_take_less_than_two_seconds_of_cpu():
     prompts = make_prompts(12)
     images = [render(scene_of(prompts[i % len(prompts)], rng, 64)) for i in range(100)]
     times = []
-    for _ in range(3):  # the first is slower, and so are those beside which the machine does something else
-        started = time.thread_time()  # of this thread: other tests leave threads behind
+    for _ in range(3):  # the first is slower, and so is any on a busy machine
+        started = time.thread_time()  # of this thread: other tests leave threads
         for image in images:
             detect(image)
         times.append(time.thread_time() - started)

@@ -26,7 +26,7 @@ def with_build(start: bytes, state: bytes) -> bytes:
     return b"\x80\x02" + start + state + b"b."
 
 
-# As `__dict__` items, and as slots, which setattr writes: the second form changes a class for good.
+# As `__dict__` items, and as slots, which setattr writes: the second form changes a class permanently.
 STATES = {
     "items": b"}U\x06hackedU\x03yess",
     "slots": b"N}U\x06hackedU\x03yess\x86",

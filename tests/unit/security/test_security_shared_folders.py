@@ -104,7 +104,7 @@ def test_entries_of_the_local_cache_are_not_unpickled(tmp_path):
     assert local_cache.forget_lost_artifacts(str(tmp_path / "cache")) == 0
     assert not proof.exists()
     with Cache(str(tmp_path / "cache")) as cache:
-        cache["value"]  # the entry is one that works
+        cache["value"]  # the entry works
     assert proof.exists()
 
 

@@ -111,7 +111,7 @@ def test_the_sites_own_label_template_and_secret_are_used(site):
     (secret,) = module.gather("publisher")["secret_requests"]
     assert (secret.group, secret.env_var) == ("hub", "HF_TOKEN")
     for options in (module.shard("curation"), module.gpu_single("encoder"), module.gather("encoder")):
-        assert "secret_requests" not in options  # they decode what strangers made
+        assert "secret_requests" not in options  # they decode untrusted files
     assert "secret_requests" in module.gpu_single("encoder", reads_hub=True)
     (secret,) = site(NUCLEUS_WANDB_SECRET="metrics").trainer()["secret_requests"]
     assert (secret.group, secret.key, secret.env_var) == ("metrics", "WANDB_API_KEY", "WANDB_API_KEY")

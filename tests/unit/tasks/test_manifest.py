@@ -304,7 +304,7 @@ def test_what_one_attempt_has_made_visible_is_not_replaced_by_another_s_equal_co
             return real(directory, **wanted)
         finally:
             if threading.current_thread() is not other:
-                other.start()  # between the look and the rename
+                other.start()  # between the check and the rename
                 other.join(1)
 
     monkeypatch.setattr(manifest, "verify", looked)

@@ -154,7 +154,7 @@ def test_twenty_kills_lose_at_most_a_batch_each_and_write_nothing_again(tmp_path
         batches = len(log.read_text().split()) - asked
         assert (
             len(pictures(run)) - exist >= 2 * (batches - 1) - 1
-        )  # the batch under way, and what was left half by the last one
+        )  # the batch of the kill, and the unfinished one before
     assert 0 < len(pictures(run)) < 240
     generate(Noise(), prompts, CONFIG, run, log=quiet)
     assert before.items() <= identities(files()).items()

@@ -130,7 +130,7 @@ def openai_tower():
 
     torch.manual_seed(0)
     model = CSD()
-    for parameter in model.parameters():  # biases and norms too: at their defaults a swap of two would not show
+    for parameter in model.parameters():  # biases and norms too: with their defaults, swapped ones would not be noticed
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
 

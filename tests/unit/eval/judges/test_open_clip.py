@@ -131,7 +131,7 @@ def test_texts_have_open_clips_tokens(tokenizers):
     texts = [template.format(color=color, name=name) for color in COLORS for name in CLASSES for template in TEMPLATES]
     for text in [*texts, "A photo of  TWO dogs'", "a " * 90]:
         tokens = own(text)[0]
-        length = int(tokens.argmax()) + 1  # the end has the highest number; open_clip fills up with 0
+        length = int(tokens.argmax()) + 1  # the end token has the highest id; open_clip pads with 0
         assert theirs(text, truncation=True, max_length=77)["input_ids"] == tokens[:length].tolist()
 
 

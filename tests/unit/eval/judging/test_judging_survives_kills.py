@@ -86,7 +86,7 @@ def test_twenty_kills_lose_at_most_a_batch_each_and_end_in_the_same_bytes(tmp_pa
     run = sampled(MANY, tmp_path / "run")
     judge_run(run, tmp_path / "whole", {"detector": Listing(tmp_path / "once")}, MANY, log=quiet)
     log, folder, rng = tmp_path / "often", tmp_path / "killed", random.Random(2)
-    assert asked(tmp_path / "once") >= 200  # at most five batches of two begin each time, so that every kill meets work
+    assert asked(tmp_path / "once") >= 200  # each time at most five batches of two begin: every kill interrupts work
 
     def work(gate):
         judge_run(run, folder, {"detector": Listing(log, gate)}, MANY, log=quiet)

@@ -76,7 +76,7 @@ def test_quoted_commas_and_newlines_belong_to_a_field(tmp_path):
 def test_a_table_cut_anywhere_inside_a_row_is_refused_with_its_line(tmp_path, mode):
     whole = table(ROWS).getvalue()
     start = whole.rindex("\nñ 7") + 1
-    last = whole.index("Question 1 of ñ", start)  # beyond it, the last field is cut, which nothing shows
+    last = whole.index("Question 1 of ñ", start)  # after it, the last field is cut, which cannot be noticed
     path = tmp_path / "cut.csv"
     for end in range(start + 1, last - 1):
         path.write_text(whole[:end], encoding="utf-8", newline="")

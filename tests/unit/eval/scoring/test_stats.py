@@ -114,7 +114,7 @@ def test_sampling_and_prompt_noise_add_up_and_tell_themselves_apart():
     for e in (prompts_differ, images_differ):
         assert e.sampling**2 + e.prompts**2 == pytest.approx(e.total**2)
     single = interval([[1.0], [0.0]])
-    assert single.sampling is None and single.prompts is None  # one image a prompt cannot tell
+    assert single.sampling is None and single.prompts is None  # one image per prompt gives no estimate
 
 
 def test_sampling_noise_is_the_deviation_of_reruns_on_the_same_prompts():

@@ -138,7 +138,7 @@ def test_the_block_of_the_benchmark_has_the_released_axes():
 
 
 def toy_step(monkeypatch, *more):
-    monkeypatch.setattr(train_step, "keep_freed_memory", lambda: True)  # it would stay for the other tests
+    monkeypatch.setattr(train_step, "keep_freed_memory", lambda: True)  # it would affect later tests
     train_step.main(
         "--threads 1 --rounds 2 --layers 2 --heads 2 --kv-heads 1 --head-dim 32 --hidden 32 --batch 2 --rows 4 "
         "--text 8 --text-dim 32 --experts 4".split()

@@ -89,7 +89,7 @@ def test_norm_rope(shape, per_head, dtype, device, monkeypatch):
     weight = 1 + 0.3 * torch.randn(*((N, H) if per_head else (H,)), device=device).to(dtype)
     angles = torch.randn(S, 1, H // 2, device=device)
     table = torch.stack((angles.cos(), angles.sin()), dim=-1)
-    # A slice of the heads, as the queries and keys are of their projection: rows that do not follow each other.
+    # A slice of the heads, as queries and keys are of their projection: rows are not contiguous.
     assert_equal(
         lambda x, w: NormRope.apply(x[:, :, 1:-1], w, table, 1e-6),
         lambda x, w: plain_norm_rope(x[:, :, 1:-1], w, table, 1e-6),
@@ -123,7 +123,7 @@ def test_norm_modulate(shape, want_normed, dtype, device):
     def both(normed, modulated):
         return modulated if normed is None else modulated + mix * normed
 
-    # A slice of the modulation, as in a block: rows that do not follow each other.
+    # A slice of the modulation, as in a block: rows are not contiguous.
     assert_equal(
         lambda x, m: both(*NormModulate.apply(x, m[..., D : 2 * D], 1e-6, want_normed)),
         lambda x, m: both(*plain_norm_modulate(x, m[..., D : 2 * D], 1e-6)),

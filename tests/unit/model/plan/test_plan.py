@@ -242,7 +242,7 @@ def test_the_recipes_layout_keeps_the_exchange_of_rows_inside_a_node_and_exposes
             other["bytes_per_step"]["network_all_to_all"] * 56 / 63
         )
         assert one["exposed_rows_s"] < 0.1 * other["exposed_rows_s"]
-        # What may overlap with computation is no more than there is of it.
+        # No more communication overlaps than there is computation.
         assert one["network_floor_s"] < one["step_s"] and one["network_floor_s"] < other["network_floor_s"]
 
 
@@ -280,7 +280,7 @@ def test_the_hardware_computes_newton_schulz_and_what_is_recomputed_too_and_read
 
     forward = 8 * sum(forward_flops(CONFIG.with_capacity_factors(2.0), 256, 512).values())
     once = 5 * small.newton_schulz_flops
-    assert beyond(8, 8, 4, 1, "selective") == once  # what is recomputed are no products
+    assert beyond(8, 8, 4, 1, "selective") == once  # this recomputes no products
     assert beyond(8, 8, 4, 1, "full") == once + forward
     assert beyond(8, 2, 2, 1, "full") == 4 * once + forward  # each copy of the weights is updated by itself
 

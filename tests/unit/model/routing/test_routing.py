@@ -75,7 +75,7 @@ def test_a_router_that_sees_the_same_at_every_timestep_is_stable():
     forget_time(model)
     numbers = describe_layer(model, 0, watch(model)[0])
     assert numbers["jaccard"] == 1.0 and numbers["cosine"] == pytest.approx(1.0, abs=1e-6)
-    assert numbers["distinct"] == pytest.approx(2.0)  # the two that take a token on average, and no other
+    assert numbers["distinct"] == pytest.approx(2.0)  # the two experts that take a token on average
     assert numbers["jaccard_between_timesteps"] == [1.0] * 3
 
 

@@ -124,7 +124,7 @@ def test_load_balance_equals_its_definition_and_is_least_where_experts_share_the
     trace.add(3, routing)
     assert losses.load_balance_loss(trace.routings()).item() == pytest.approx(2 * wanted, rel=1e-5)
     assert losses.load_balance_loss([]).item() == 0.0
-    # With even scores a token's k best are the first experts by chance of the order; shares decide, so steer them.
+    # With equal scores, a token's k best are the first experts; so the scores are set.
     even = torch.full((1, 4, 4), 0.25) + 0.1 * torch.eye(4)
     crowded = torch.full((1, 4, 4), 0.25) + 0.1 * torch.eye(4)[:1]
 

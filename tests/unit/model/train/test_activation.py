@@ -227,9 +227,7 @@ def _check_calls(flash, masked, policy):
 
 @EARLY
 def test_an_early_flash_attention_3_is_computed_once_and_not_compiled(flash, monkeypatch):
-    monkeypatch.setitem(
-        activation.FLASH_OPS, "flash3", ("flash_attn_3.missing.default",)
-    )  # what other tests registered
+    monkeypatch.setitem(activation.FLASH_OPS, "flash3", ("flash_attn_3.missing.default",))  # registered by other tests
     run(build("selective", config=ONE), torch.bfloat16)
     assert len(flash.calls) == 1
     with pytest.raises(ValueError, match="^train.compile needs .*flash_attn_interface has "):

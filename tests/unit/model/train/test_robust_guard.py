@@ -39,7 +39,7 @@ def test_a_spike_lies_that_many_median_deviations_above_the_median():
     limit = median + 5 * np.median(np.abs(losses - median))
     assert guard(losses, spike_mads=5).judge(limit - 1e-9, 1.0) is None
     assert "is above" in guard(losses, spike_mads=5).judge(limit + 1e-9, 1.0)
-    assert guard(losses, spike_mads=5).judge(-100.0, 1.0) is None  # a low loss is no spike
+    assert guard(losses, spike_mads=5).judge(-100.0, 1.0) is None  # a low loss is not a spike
 
 
 def test_one_outlier_in_the_window_does_not_hide_the_next():
@@ -83,7 +83,7 @@ def test_a_guard_that_is_loaded_judges_as_the_one_that_was_saved(seen):
     state = saved.state_dict()
     assert {name: value.shape for name, value in state.items()} == {
         name: value.shape for name, value in loaded.state_dict().items()
-    }  # DCP loads into tensors that are there
+    }  # DCP loads into existing tensors
     loaded.load_state_dict(state)
     assert [saved.judge(loss, 1.0) for loss in losses[seen:]] == [loaded.judge(loss, 1.0) for loss in losses[seen:]]
     assert saved.skipped == loaded.skipped and saved.exhausted == loaded.exhausted

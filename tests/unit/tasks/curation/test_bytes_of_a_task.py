@@ -85,7 +85,7 @@ def test_a_scoring_task_downloads_one_list_of_files_for_its_one_shard_of_however
     many, list_of_many, rest_of_many = bytes_of_one_group(tmp_path, 40, downloads)
     assert many > 4 * few
     assert list_of_many < 1.5 * list_of_few
-    # What is left to grow is a row of the table of shards and a line of the manifest, however many images a shard has.
+    # A shard only adds a row to the table of shards and a line to the manifest, however many images it has.
     assert rest_of_many - rest_of_few < 300 * (many - few)
 
 

@@ -82,7 +82,7 @@ def test_parts_of_a_run_are_scored_as_the_whole_run(model):
     card = json.loads((local(expected) / "scorecard.json").read_text())
     assert set(card["settings"]["model_digests"]) == {"merged", "components"} and card["counts"]["failed"] == 0
     prompts, images = sampled(model, CONFIG, parts_per_seed=2)
-    with pytest.raises(UserError, match="lacks|holds"):  # a part that is not there is missing images
+    with pytest.raises(UserError, match="lacks|holds"):  # a missing part means missing images
         run(task.judge_images, images=images[:-1], prompts=prompts, config=CONFIG)
 
 

@@ -27,7 +27,7 @@ def nothing() -> None:
     [
         (-signal.SIGABRT, FlyteRecoverableException),  # NCCL's watchdog: another node is gone
         (-signal.SIGKILL, FlyteRecoverableException),
-        (1, FlyteUserRuntimeException),  # an exception of ours: it would be raised again
+        (1, FlyteUserRuntimeException),  # our own exception, which would be raised again
     ],
 )
 def test_a_worker_that_a_signal_ended_is_started_again(tmp_path, monkeypatch, exitcode, raised):

@@ -147,7 +147,7 @@ flow.curate_source(SourceConfig(), {str(source)!r}, config({stub.url!r}))
         assert len(kept) == 25
         curated, _ = flow.curate_source(SourceConfig(), str(source), config(stub.url))
         again = [digest for digest, count in stub.answered.items() if count > 1]
-        assert len(again) <= 8  # in flight when it was killed, so that nobody had their answers
+        assert len(again) <= 8  # in flight at the kill, so that their answers were lost
     rows = [json.loads(line) for line in journal.read_bytes().splitlines()]
     questions = [row["question"] for row in rows]
     assert questions[:25] == kept and len(set(questions)) == len(questions)
