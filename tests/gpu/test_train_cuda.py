@@ -109,12 +109,12 @@ def folder(tmp_path_factory) -> Path:
     return made
 
 
-def test_it_follows_fp32_on_a_cpu(folder):
+def test_cuda_training_follows_fp32_on_a_cpu(folder):
     assert report(folder, "reference")["device"] == "cpu" and report(folder, "whole")["device"] == "cuda"
     assert_close(folder, "whole", "reference", within=0.05)
 
 
-def test_killed_and_resumed_it_ends_with_the_bits_of_a_training_that_was_not(folder):
+def test_a_killed_and_resumed_training_has_the_bits_of_an_uninterrupted_one(folder):
     kill_before(folder, "killed", KILLED_BEFORE)
     finish(start(folder, "killed"))
     assert report(folder, "killed")["resumed_from_step"] == SAVED_EVERY

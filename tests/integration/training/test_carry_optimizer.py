@@ -115,7 +115,7 @@ def test_stages_update_as_one_uninterrupted_training_does(latents, tmp_path, kno
     assert [*rates(one), *rates(two), *rates(three)] == rates(whole) == scheduled(range(1, 9))
 
 
-def test_without_it_a_stage_begins_with_a_warm_up_of_its_own(latents, first, tmp_path, known):
+def test_without_carried_state_a_stage_has_its_own_warm_up(latents, first, tmp_path, known):
     fresh = train(latents, tmp_path, "second", 2, before=first, carry_optimizer=False)
     assert known.steps[0] is None and rates(fresh) == scheduled(range(1, 3))
     assert not (fresh / "optimizer").exists()

@@ -128,7 +128,7 @@ def test_nccl_adds_up_in_one_order_where_training_is_deterministic(
     assert seen == [expected] and os.environ.get("NCCL_ALGO") == own
 
 
-def test_other_latents_are_refused_in_the_same_place(tmp_path):
+def test_other_latents_are_refused_in_the_same_work_dir(tmp_path):
     latents = write_latents(tmp_path / "latents")
     arguments = training_stage(train_config(steps=STEPS)), None, None
     _claim(str(tmp_path), latents, *arguments)

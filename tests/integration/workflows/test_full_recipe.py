@@ -56,7 +56,7 @@ def ranks_of(runs: Path, job: str) -> list[dict]:
     return [json.loads((runs / job / f"rank{rank}.json").read_text()) for rank in range(JOBS[job].ranks)]
 
 
-def test_it_is_the_recipe_and_only_smaller():
+def test_the_small_recipe_has_all_settings_of_the_17b_recipe():
     recipe = small_recipe()
     train = recipe.train
     assert (train.dtype, train.compile, train.activation_checkpointing) == ("bfloat16", True, "selective")
@@ -77,7 +77,7 @@ def assert_trains_alike(got: list[dict], expected: list[dict]) -> None:
     assert got[-1]["skipped_steps"] == 0 and got[-1]["loss"] < 0.8 * got[0]["loss"]
 
 
-def test_it_trains_as_one_process_does_in_fp32_without_compiler(runs):
+def test_training_equals_one_process_in_fp32_without_compiler(runs):
     for job in ("first", "third"):
         assert_trains_alike(lines(runs, job), lines(runs, f"{job}_plain"))
 

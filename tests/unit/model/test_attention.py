@@ -169,7 +169,7 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_packing_keys_adds_nothing_up_in_the_backward_pass(flash):
+def test_packing_keys_needs_no_sums_in_the_backward_pass(flash):
     """Each key is listed once. With deterministic algorithms, PyTorch's sums on CUDA would need a sort in every
     block."""
     (q, k, v), mask = tensors()

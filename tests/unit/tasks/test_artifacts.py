@@ -130,7 +130,7 @@ def test_a_download_that_failed_is_tried_by_the_next_process(parent, tmp_path, m
     assert fetch(FlyteDirectory(str(tmp_path / "nothing")), "latents") == tmp_path / "nothing"
 
 
-def test_files_that_stay_where_they_lie_are_neither_needed_nor_verified_and_all_others_are(parent, tmp_path):
+def test_files_that_stay_in_the_store_are_neither_needed_nor_verified_and_all_others_are(parent, tmp_path):
     (parent / "rows.bin").write_text("rows")
     seal(parent, "latents")
     partly = shutil.copytree(parent, tmp_path / "partly", ignore=shutil.ignore_patterns("*.bin"))

@@ -217,7 +217,7 @@ def test_a_parent_is_not_looked_for_among_what_is_still_being_written(made, home
     assert "latents" in capsys.readouterr().err
 
 
-def test_a_directory_made_anew_at_the_recorded_place_is_not_taken_for_the_parent(made, capsys):
+def test_a_new_directory_at_the_recorded_path_is_not_mistaken_for_the_parent(made, capsys):
     old = load_manifest(made["components"]).digest
     (made["components"] / "data.safetensors").write_bytes(b"other")
     seal(made["components"], "components", [made["curated"]])

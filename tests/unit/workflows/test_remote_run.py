@@ -64,7 +64,7 @@ def test_a_recipe_file_travels_as_its_text_with_its_bases(recipe, words):
 
 
 @pytest.mark.parametrize("command", ["remote-launchplan", "remote-workflow"])
-def test_it_does_so_for_what_is_registered_already(recipe, command):
+def test_a_recipe_file_travels_as_its_text_to_registered_workflows_too(recipe, command):
     args = remote_run.prepare(["run", command, "train", "--recipe", str(recipe)])
     assert load_recipe(value(args, "--recipe")).name == "mine" and "--image" not in args
 

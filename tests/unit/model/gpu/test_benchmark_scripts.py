@@ -108,7 +108,7 @@ def test_blocks_that_fail_or_compute_something_else_are_named_and_not_measured(m
     assert set(found["ms"]["forward + backward"]) == {"ours, torch", "diffusers, eager"}
 
 
-def test_every_case_is_compiled_anew_and_a_variant_that_falls_back_is_an_error(monkeypatch):
+def test_every_case_is_compiled_again_and_a_fallback_is_an_error(monkeypatch):
     """PyTorch runs code beyond its limit uncompiled, and only logs it."""
     seen = []
 
@@ -162,7 +162,7 @@ def refusing(message):
     return hook
 
 
-def test_compiled_training_steps_stand_beside_diffusers_own(capsys, monkeypatch):
+def test_compiled_training_steps_are_compared_with_diffusers(capsys, monkeypatch):
     """Its grouped products cannot be compiled in fp32: this is reported, and the rest is measured."""
 
     def compile_repeated_blocks(model):

@@ -247,7 +247,7 @@ def test_the_recipes_layout_keeps_the_exchange_of_rows_inside_a_node_and_exposes
 
 
 @pytest.mark.slow
-def test_the_network_is_told_in_seconds_and_where_it_may_dominate(capsys):
+def test_the_plan_gives_the_seconds_of_the_network_and_warns_where_it_may_dominate(capsys):
     command = [str(RECIPE), "--gpus", "64", "--json"]
     found = {}
     for options in ((), ("--network-gbps", "100"), ("--gpu", "a100")):

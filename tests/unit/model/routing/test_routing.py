@@ -253,7 +253,7 @@ def test_the_command_reads_the_weights_of_a_stage_that_is_being_trained(latents,
         assert (tmp_path / "out" / "routing.json").read_text() == (tmp_path / "same" / "routing.json").read_text()
 
 
-def test_the_tokens_that_experts_are_shown_are_every_so_many_of_all_timesteps(monkeypatch):
+def test_experts_are_compared_on_evenly_spaced_tokens_of_all_timesteps(monkeypatch):
     """As if all were kept and then subsampled, which takes too much memory."""
     import model.routing_report as routing
 

@@ -200,7 +200,7 @@ def test_a_candidate_is_chosen_on_development_prompts(model, monkeypatch):
     assert kept.chosen == "incumbent"
 
 
-def test_a_model_is_resolved_to_what_it_is_and_a_changed_one_is_refused(tmp_path, monkeypatch):
+def test_a_model_is_resolved_to_its_digest_or_commit_and_a_changed_one_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model_index.json").write_text("{}")
@@ -243,9 +243,7 @@ NIGHTLY = CONFIG.model_copy(update={"seeds": (0,)})
 
 
 @pytest.mark.slow
-def test_a_night_scores_what_is_new_once_and_a_drop_alarms_once_and_is_never_what_others_are_compared_with(
-    model, monkeypatch
-):
+def test_a_night_scores_a_new_model_once_and_a_drop_alarms_once_and_is_never_a_reference(model, monkeypatch):
     monkeypatch.setattr(catalog, "judge", lambda _: Answering())
     good, bad, worse_again, same = (
         scorecard_of(model, monkeypatch, sampler, name, NIGHTLY)

@@ -129,7 +129,7 @@ def test_the_published_manifest_names_no_place_and_no_machine(client, tmp_path, 
     assert load_manifest(parent).digest in text
 
 
-def test_nothing_published_has_no_latest(client):
+def test_before_the_first_publication_there_is_no_latest_version(client):
     assert s3.latest(URI, client) is None
 
 

@@ -371,6 +371,6 @@ def test_a_scorer_is_imported_only_where_a_recipe_names_it():
         (b"\n<!DOCTYPE html><html>403</html>", "a web page instead of the image"),
     ],
 )
-def test_files_that_are_no_images_are_told_apart(data, why):
+def test_files_that_are_not_images_have_their_own_reasons(data, why):
     with pytest.raises(ValueError, match=why):
         decoding.inspect(data)

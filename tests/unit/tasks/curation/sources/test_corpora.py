@@ -102,7 +102,7 @@ def test_a_table_beside_a_tar_and_the_readers_settings_are_part_of_a_shards_iden
     assert len({tuple(one) for one in ids}) == 4
 
 
-def test_keys_are_what_they_always_were(tmp_path):
+def test_keys_keep_their_published_form(tmp_path):
     import hashlib
 
     source = mixed(tmp_path / "source")

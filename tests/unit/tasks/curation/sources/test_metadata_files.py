@@ -170,7 +170,7 @@ def test_names_match_with_backslashes_with_the_folder_in_front_and_in_either_uni
     }
 
 
-def test_a_folder_of_the_tables_own_name_inside_it_is_meant_itself(tmp_path):
+def test_a_table_names_files_relative_to_its_folder_even_with_an_equal_subfolder(tmp_path):
     write(tmp_path, {"train/train/a.png": PNG, "train/a.png": PNG})
     write(tmp_path, {"train/metadata.csv": "file_name,text\ntrain/a.png,inner\n"})
     assert captions_in(tmp_path) == {"train/a.png": [], "train/train/a.png": ["inner"]}
