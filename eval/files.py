@@ -49,7 +49,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Writes a file at once and whole. One that has these bytes already is left alone. Makes its folder."""
+    """Writes a file atomically, unless it has these bytes already. Makes its folder."""
     path = Path(path)
     if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
         return

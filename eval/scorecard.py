@@ -163,7 +163,7 @@ def official_files(
     answered: Mapping[int, Mapping[str, Judged]],
     image_size_px: int,
 ) -> dict[str, str]:
-    """{"seed0/NAME": text} of the files that the official code would have written of each sampling seed."""
+    """{"seed0/NAME": text} of the official code's result files for each sampling seed."""
     files = {}
     for seed, of_seed in answered.items():
         if judged := with_images(of_seed):

@@ -147,10 +147,10 @@ class Benchmark(Protocol):
     def official_files(
         self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int
     ) -> dict[str, str]:
-        """{name: text} of the result files that the official code writes of one sampling seed; {} where it has none.
+        """{name: text} of the official code's result files for one sampling seed; {} if it writes none.
 
-        The official summary scripts compute from them what `summarise` says with mode="official". Names have no time stamp, and
-        paths of images are those of `picture_path`.
+        From these, the official summary scripts compute what `summarise` returns with mode="official". Names have no
+        time stamp; paths of images are from `picture_path`.
 
         Args:
             judged: {prompt's id: answers}, at least one image of each.

@@ -127,7 +127,7 @@ class GenEval(Benchmark):
     def official_files(
         self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int
     ) -> dict[str, str]:
-        """results.jsonl, with a row for each judged image. A prompt's metadata is without what this package added to it."""
+        """results.jsonl, with a row for each judged image; metadata are the official ones, without our additions."""
         rows = []
         for prompt in prompts:
             metadata = {key: value for key, value in prompt.items() if key not in ("id", "rewritten")}

@@ -69,8 +69,8 @@ class GenEval2(Benchmark):
     def official_files(
         self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int
     ) -> dict[str, str]:
-        """score_lists.json; with several images of a prompt, score_lists_0.json and so on, since the official file has one. None of
-        a number that any prompt lacks: the official code reads a list for every prompt."""
+        """score_lists.json; with several images per prompt, score_lists_0.json and so on, since the official file has
+        one. Images that some prompt lacks have no file: the official code reads a list for every prompt."""
         whole = base.complete(prompts, judged)
         images = min(len(answers.images) for answers in whole.values())
         files = {}

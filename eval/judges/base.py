@@ -190,11 +190,11 @@ def unit_pixels(image: Image.Image, size_px: int) -> np.ndarray:
 
 
 def clip_pixels(image: Image.Image, size_px: int) -> np.ndarray:
-    """[3, size_px, size_px] float32, as open_clip's `image_transform` prepares OpenAI's CLIP: the short side to `size_px`
-    (bicubic), the middle, normalised by CLIP's mean and deviation.
+    """[3, size_px, size_px] float32, as by open_clip's `image_transform` for OpenAI's CLIP: the short side resized to
+    `size_px` (bicubic), the centre cropped, normalised by CLIP's mean and deviation.
 
-    The middle is torchvision's CenterCrop, which rounds half a pixel to even. transformers' CLIP processor rounds it down: where
-    the long side is 3, 7, 11, ... pixels too long, its crop is one pixel off.
+    The crop is torchvision's CenterCrop, which rounds half a pixel to even. transformers' CLIP processor rounds down:
+    if the long side is 3, 7, 11, ... pixels too long, its crop is one pixel off.
     """
     from PIL import Image
 

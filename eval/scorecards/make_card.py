@@ -117,7 +117,7 @@ def official_scores(
 
 
 def with_images(of_seed: Mapping[str, Judged]) -> dict[str, Judged]:
-    """Those prompts of which any image was judged."""
+    """The prompts with at least one judged image."""
     return {key: value for key, value in of_seed.items() if any(image is not None for image in value.images)}
 
 

@@ -108,7 +108,7 @@ def lines(selection: Selection, names: Mapping[str, str] = MappingProxyType({}))
     """The incumbent and the candidates, one per line, with their scores and tests.
 
     Args:
-        names: {path of a scorecard: what to call it}; others are called by their path.
+        names: {path of a scorecard: its name in the text}; default: the path.
     """
     rows = [f"  incumbent {selection.incumbent_score:.3f}  {names.get(selection.incumbent, selection.incumbent)}"]
     for c in selection.candidates:
