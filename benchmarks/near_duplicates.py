@@ -37,7 +37,7 @@ TARGETS = {1_000_000: (20, 1.0), 10_000_000: (180, 2.5)}  # records: (s, GiB)
 
 
 def make_hashes(count: int, path: Path, seed: int = 0) -> None:
-    """Writes `compared`, and the planted pairs beside it."""
+    """Writes `compared`, and the planted pairs next to it."""
     rng = np.random.default_rng(seed)
     hashes = {name: rng.integers(-(2**63), 2**63, count, dtype=np.int64) for name in HASHES}
     copies = count // 100

@@ -27,7 +27,7 @@ from eval import catalog
 from eval.benchmarks import registry
 from eval.config import EvalConfig
 
-RUN_TIMES = "timing.json"  # beside images/, not part of any score
+RUN_TIMES = "timing.json"  # next to images/, not part of any score
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

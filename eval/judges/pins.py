@@ -2,7 +2,7 @@
 
     python -m eval.judges.pins mplug DIR       # after the comparison with the official code that docs/evaluation.md describes
 
-writes pins.json beside this file, {judge: {file: SHA-256}}, to be reviewed and committed. Weights with other bytes give
+writes pins.json to this folder, {judge: {file: SHA-256}}, to be reviewed and committed. Weights with other bytes give
 scores other names. None are pinned yet: the releases have not been downloaded here.
 """
 

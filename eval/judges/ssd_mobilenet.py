@@ -1,7 +1,7 @@
 """A detector for a CPU: TensorFlow's ssd_mobilenet_v2_coco_2018_03_29, with all 80 of GenEval's classes.
 
 It is small and has no masks. A score by it is `geneval[ssd-mobilenet-v2]`. It was never compared with GenEval's own
-Mask2Former: use it to rank checkpoints and to find regressions, not beside published numbers.
+Mask2Former: use it to rank checkpoints and to find regressions, not to compare with published numbers.
 """
 
 from __future__ import annotations

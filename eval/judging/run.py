@@ -365,7 +365,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def write_judges(judges: Mapping[str, Judge], folder: Path) -> None:
-    """Records the judges beside the answers, so that scoring needs no judge."""
+    """Records the judges next to the answers, so that scoring needs no judge."""
     record = {
         role: {"name": judge.name, "model": judge.model, "revision": judge.revision, "spec": dict(judge.spec)}
         for role, judge in judges.items()

@@ -212,7 +212,7 @@ def _deviations(
     prompts: Sequence[Mapping[str, Any]],
     failed: int,
 ) -> list[str]:
-    """Deviations of this score from the benchmark's rules, listed beside it."""
+    """Deviations of this score from the benchmark's rules, listed next to it."""
     deviations = []
     if config.images_per_prompt != benchmark.images_per_prompt:
         deviations.append(f"{config.images_per_prompt} images per prompt, officially {benchmark.images_per_prompt}")

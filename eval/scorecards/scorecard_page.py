@@ -36,7 +36,7 @@ def draw_grid(
     rows: Sequence[Mapping[str, Any]], images_dir: str | Path, per_category: int = 8, tile_px: int = 96
 ) -> Image.Image:
     """Images of the first seed above their prompts, each with its mark; a line per category, held-out ones last. If a
-    prompt has a real image, it is shown beside the generated one.
+    prompt has a real image, it is shown next to the generated one.
 
     Shows of each category `per_category` prompts, evenly spaced over its list, and the first image of each (more images
     if there are fewer prompts): nothing is chosen by score.
@@ -228,7 +228,7 @@ def _noises(card: Scorecard) -> str:
 
 
 def _measures(card: Scorecard) -> str:
-    """Numbers beside the score: distances of distributions, and the held-out flow loss."""
+    """Numbers next to the score: distances of distributions, and the held-out flow loss."""
     parts = []
     if card.measures:
         rows = "".join(

@@ -59,7 +59,7 @@ LISTINGS = 8  # cached folders during the search for caption folders
 TABLE_ROWS = 1000  # rows of shards.parquet written at a time
 NO_IMAGE_COLUMN = "without image bytes"
 VALID = (
-    f"give a folder of images (.{', .'.join(IMAGE_EXTENSIONS[:5])} ...) with captions beside them, WebDataset tars, "
+    f"give a folder of images (.{', .'.join(IMAGE_EXTENSIONS[:5])} ...) with captions next to them, WebDataset tars, "
     "or Parquet files with a column of image bytes (image) and one of captions (text); tables of image URLs need "
     "source.urls"
 )
@@ -420,7 +420,7 @@ class _naming:
 
 
 def _names_beside(listing: Folder, path: str, member: str) -> list[str]:
-    """The paths by which a table beside a tar may refer to one of its members."""
+    """The paths by which a table next to a tar may refer to one of its members."""
     tar = base_name(path)
     stem = next(
         tar[: -len(suffix)] for suffix in sorted(TAR_SUFFIXES, key=len, reverse=True) if tar.lower().endswith(suffix)

@@ -143,7 +143,7 @@ def captions_of_cells(cells: Iterable[Any]) -> list[str]:
 
 
 def sidecar_captions(name: str, data: bytes, encoding: str | None, wanted: tuple[str, ...]) -> list[str]:
-    """The captions of a file beside an image: one per line in .txt and .caption; a row or a list in .json.
+    """The captions of a file next to an image: one per line in .txt and .caption; a row or a list in .json.
 
     Raises:
         CaptionError: it cannot be read, or is over its limit.
