@@ -355,7 +355,7 @@ def answers_of(
     answers: Mapping[int, Sequence[str]], group: Question, mode: Mode = "official"
 ) -> tuple[dict[int, Sequence[str]], dict[int, list[int]]]:
     """(answers, dependency) of one prompt for `score_sample`: those of its questions; mode="fixed" leaves out parents
-    that are no question.
+    that are not questions.
 
     Raises:
         ValueError: a question has no answers.

@@ -86,7 +86,7 @@ def _split(name: str) -> tuple[str, str | None]:
 def check(name: str) -> None:
     """
     Raises:
-        ValueError: there is no such judge; says what could have been meant.
+        ValueError: there is no such judge; suggests the nearest name.
     """
     base, at = _split(name)
     if base not in JUDGES and ":" not in base:

@@ -192,7 +192,7 @@ def members(stream: Forward) -> Iterator[Member]:
             if ended:
                 yield Member("", BLOCK, at, "rest", "")
                 return
-            why = "it has a broken header" if count else "it is no tar: it has no header"
+            why = "it has a broken header" if count else "it is not a tar: it has no header"
             raise TarError(f"{why} {_after(last)}")
         ended = False
         size, flag = _number(block[124:136]), block[156:157]

@@ -103,7 +103,7 @@ def captions_of(value: Any) -> list[str]:
         if text is None or text != text:  # pandas writes a missing text as NaN
             continue
         if not isinstance(text, str):
-            raise NotTextError(f"has a caption that is no text but of the type {type(text).__name__}")
+            raise NotTextError(f"has a caption that is not text but of the type {type(text).__name__}")
         if not text.strip():
             continue
         try:

@@ -175,7 +175,7 @@ def test_flow_losses_are_averaged_over_prompts_by_timestep_and_a_damaged_file_is
 def test_a_real_image_must_lie_below_the_file_of_captions(tmp_path, name):
     (tmp_path / "given").mkdir()
     (tmp_path / "secret.png").write_bytes(b"x")
-    with pytest.raises(ValueError, match="is no file below"):
+    with pytest.raises(ValueError, match="is not a file below"):
         copy_references([{"id": "0", "reference": {"file": name}}], tmp_path / "given", tmp_path / "images")
     assert not (tmp_path / "images").exists()
 
