@@ -13,7 +13,7 @@ def parts(bytes_tokenizer):
 
 
 def test_a_small_random_judge_answers_greedily_by_the_models_definition(parts):
-    """The decoder run token by token, over the question that the image is attended to."""
+    """The decoder, run token by token on the question's states, which attend to the image."""
     import torch
 
     model, tokenizer, processor = parts

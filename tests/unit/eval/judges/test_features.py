@@ -52,7 +52,7 @@ def test_a_small_clip_gives_a_cosine_that_depends_on_image_and_caption(clip):
 
 
 def judge_cosine(clip, request):
-    """By the model's own forward pass."""
+    """Computed by the model's own forward pass."""
     import torch
 
     model, tokenizer, processor = clip

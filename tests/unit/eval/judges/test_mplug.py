@@ -103,7 +103,7 @@ def test_case_and_words_after_the_25th_token_change_nothing(judge, model, monkey
 
 
 def test_an_image_of_any_shape_becomes_a_square_of_the_whole_image(judge):
-    """Not its middle: what is at the edges counts."""
+    """It is not cropped: the edges count."""
     edges = Image.new("RGB", (200, 50), (230, 10, 10))
     edges.paste((10, 10, 230), (0, 0, 60, 50))
     pixels, _ = judge.inputs(edges, "a")
@@ -127,7 +127,7 @@ def test_only_the_word_yes_alone_scores(judge, model, monkeypatch):
 
 
 def test_what_a_mask_hides_from_the_decoder_changes_no_answer(model):
-    """The attribute that transformers 5 no longer has: states with mask 0 are as if they were not there."""
+    """transformers 5 removed this attribute: states with mask 0 have no effect."""
     import torch
 
     torch.manual_seed(0)

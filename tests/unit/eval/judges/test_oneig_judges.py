@@ -18,7 +18,7 @@ def llama(bytes_tokenizer):
 
 
 def test_a_padded_text_has_the_embedding_of_the_unpadded_one(llama, bytes_tokenizer):
-    """Padding is where a Llama turns causal again."""
+    """With padding, a Llama is causal again."""
     import torch
 
     texts = ["two", "a much longer text about a red house"]
