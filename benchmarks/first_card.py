@@ -98,7 +98,7 @@ def versions(report: Report, toy: bool) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     machine = attention._machine(device, None)
     backend, reason = attention.choose_backend("auto", machine, torch.bfloat16, 128)
-    report.add(attention=backend, attention_reason=reason, kernels_lack=kernels.lacking(),
+    report.add(attention=backend, attention_reason=reason, kernels_lack=kernels.missing_requirements(),
                workspace=os.environ.get("CUBLAS_WORKSPACE_CONFIG"))  # fmt: skip
 
 
@@ -197,7 +197,7 @@ def attention_probe(report: Report, toy: bool) -> None:
     mask = torch.ones(B, S + T, dtype=torch.bool, device=device)
     mask[:, S + T // 2 :] = False
     machine = attention._machine(device.type, None)
-    backends = [name for name in ("sdpa", *attention.PACKAGES) if not attention.lacking(name, machine)]
+    backends = [name for name in ("sdpa", *attention.PACKAGES) if not attention.missing_requirements(name, machine)]
     report.add(backends=backends)
     truth = attention._sdpa(*[x.detach().float() for x in tensors], mask)
     for backend in backends:

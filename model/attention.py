@@ -65,7 +65,7 @@ def _machine(device_type: str, index: int | None) -> Machine:
     return Machine(capability, frozenset(m for m in PACKAGES.values() if importlib.util.find_spec(m)))
 
 
-def lacking(backend: AttentionBackend, machine: Machine) -> list[str]:
+def missing_requirements(backend: AttentionBackend, machine: Machine) -> list[str]:
     """What the machine lacks for `backend`; empty if it can run it."""
     if backend not in PACKAGES:
         return []
@@ -97,7 +97,7 @@ def choose_backend(
         unfit.append(f"a head dim that is a multiple of 8 up to {MAX_FLASH_HEAD_DIM}, not {head_dim}")
     reasons = []
     for backend in PACKAGES if wanted == "auto" else (wanted,):
-        missing = lacking(backend, machine) + unfit
+        missing = missing_requirements(backend, machine) + unfit
         if not missing:
             return backend, "; ".join(reasons)
         reasons.append(f"{backend} needs {' and '.join(missing)}")
@@ -115,7 +115,7 @@ def use_attention(choice: AttentionBackend) -> None:
     global _choice
     if choice not in get_args(AttentionBackend):
         raise ValueError(f"attention_backend={choice!r} must be one of {', '.join(get_args(AttentionBackend))}")
-    missing = lacking(choice, _machine("cuda" if torch.cuda.is_available() else "cpu", None))
+    missing = missing_requirements(choice, _machine("cuda" if torch.cuda.is_available() else "cpu", None))
     if missing:
         raise ValueError(f"attention_backend='{choice}' needs {' and '.join(missing)}; use 'auto' or 'sdpa' here")
     _choice = choice

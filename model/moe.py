@@ -166,7 +166,7 @@ class MoE(nn.Module):
         """Each expert's tokens of each sample, and their gates, from the tokens that the router sees."""
         B, S, _ = seen_BSD.shape
         logits_BSE = self.gate(seen_BSD, timestep_BD)
-        if self.kind == "expert_choice" and kernels.takes_routing(logits_BSE):
+        if self.kind == "expert_choice" and kernels.supports_routing(logits_BSE):
             from model.kernels import route as kernel
 
             if kernel.fits(logits_BSE):

@@ -52,7 +52,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def lacking() -> list[str]:
+def missing_requirements() -> list[str]:
     """What this machine lacks for Triton kernels; empty if they can run."""
     missing = [] if triton_installed() else ["the package triton"]
     if not torch.cuda.is_available() and not interpreted():
@@ -69,17 +69,17 @@ def use_kernels(choice: Kernels) -> None:
     global _choice
     if choice not in get_args(Kernels):
         raise ValueError(f"kernels={choice!r} must be one of {', '.join(get_args(Kernels))}")
-    if choice == "triton" and (missing := lacking()):
+    if choice == "triton" and (missing := missing_requirements()):
         raise ValueError(f"kernels='triton' needs {' and '.join(missing)}; use 'auto' or 'torch' here")
     _choice = choice
 
 
-def takes(x: torch.Tensor) -> bool:
+def supports(x: torch.Tensor) -> bool:
     """Whether element-wise operations on `x` run as Triton kernels."""
-    return not torch.compiler.is_compiling() and takes_routing(x)
+    return not torch.compiler.is_compiling() and supports_routing(x)
 
 
-def takes_routing(x: torch.Tensor) -> bool:
+def supports_routing(x: torch.Tensor) -> bool:
     """Whether routing by the logits `x` runs as Triton kernels."""
     return (
         _choice != "torch"

@@ -74,7 +74,7 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(packed: torch.Tensor, gate_first: bool) -> torch.Tensor:
     """silu(gate) * up of `packed` [..., 2F] -> [..., F]. `gate_first`: the first half is the gate."""
-    if kernels.takes(packed):
+    if kernels.supports(packed):
         from model.kernels.swiglu import SwiGLU
 
         return SwiGLU.apply(packed, gate_first)
@@ -116,7 +116,7 @@ class _NormRope(torch.autograd.Function):
 
 def norm_rope(x: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, eps: float) -> torch.Tensor:
     """RMS norm over the head dim times `weight` [N, H] or [H], then RoPE, of `x` [B, S, N, H]. Returns the type of `x`."""
-    if kernels.takes(x):
+    if kernels.supports(x):
         from model.kernels import norm_rope as kernel
 
         if kernel.fits(x, weight):
@@ -137,7 +137,7 @@ def norm_modulate(
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """(layer norm of `x` [B, S, D], this norm times 1 + `scale` [B, 1, D]). The first may be None without
     `want_normed`."""
-    if kernels.takes(x):
+    if kernels.supports(x):
         from model.kernels import norm_modulate as kernel
 
         if kernel.fits(x, scale):

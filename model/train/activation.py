@@ -125,7 +125,7 @@ def flash_operations(needed_by: str, early: bool = False) -> list[object]:
 
 def _operations(names: tuple[str, ...]) -> list[object]:
     """The operations of these names that are registered."""
-    if not kernels.lacking():
+    if not kernels.missing_requirements():
         import model.kernels.route  # noqa: F401  (registers its operation)
     return [op for op in map(_operation, names) if op is not None]
 

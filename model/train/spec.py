@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from model.config import TransformerConfig
-from model.train.parallel.parallelize import fill_whole, gathered, parallelize
+from model.train.parallel.parallelize import fill_from_whole, gathered, parallelize
 from model.transformer import Block, NucleusTransformer, TextKV
 
 from torchtitan.protocols import BaseModel
@@ -38,7 +38,7 @@ class NucleusModel(NucleusTransformer, BaseModel):
         NucleusTransformer.__init__(self, config.transformer)
 
     def init_weights(self, **_: Any) -> None:
-        NucleusTransformer.init_weights(self, on_whole=fill_whole)
+        NucleusTransformer.init_weights(self, on_whole=fill_from_whole)
 
     def text_kv(self, *args: Any, **kwargs: Any) -> TextKV:
         with gathered(self):

@@ -33,7 +33,7 @@ from model.train.compiled import inductor_settings
 from model.train.data import to_device
 from model.train.device import DEVICE_TYPE, PATIENCE
 from model.train.guard import Diverged, LossGuard
-from model.train.parallel.parallelize import fsdp_meshes, lies_whole
+from model.train.parallel.parallelize import fsdp_meshes, is_replicated
 from model.train.preemption import Preempted, StopFlag, sigterm_sets
 from model.train.torch_private import set_group_timeout
 from model.transformer import RouterTrace
@@ -287,7 +287,7 @@ class NucleusTrainer(Trainer):
     def _sum_gradients(self) -> None:
         """Sums over the ranks, in one all-reduce, the gradients that FSDP does not sum: of plain replicas and of
         routers. Each rank has divided its loss by the global batch."""
-        gradients = [local_part(p.grad) for p in self.model.parameters() if p.grad is not None and lies_whole(p)]
+        gradients = [local_part(p.grad) for p in self.model.parameters() if p.grad is not None and is_replicated(p)]
         if not gradients:
             return
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])

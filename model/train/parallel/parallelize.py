@@ -106,7 +106,7 @@ def _expert_placement(
     return lambda parameter: cut if parameter in own else other
 
 
-def lies_whole(parameter: torch.Tensor) -> bool:
+def is_replicated(parameter: torch.Tensor) -> bool:
     """Whether every rank has the whole parameter. The trainer sums the gradients of these."""
     return not isinstance(parameter, DTensor) or all(place.is_replicate() for place in parameter.placements)
 
@@ -125,7 +125,7 @@ def gathered(unit: torch.nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def fill_whole(parameter: torch.Tensor, fill: Fill) -> None:
+def fill_from_whole(parameter: torch.Tensor, fill: Fill) -> None:
     """Calls `fill` with a whole tensor, and copies this rank's part of it into the parameter."""
     if not isinstance(parameter, DTensor):
         fill(parameter)

@@ -88,7 +88,7 @@ class _Exchange:
 
     def __init__(self, group: dist.ProcessGroup, cuts: list[_Cut]):
         self.group, self.rank, self.ranks = group, dist.get_rank(group), dist.get_world_size(group)
-        self.owned = share_out(cuts, self.ranks)
+        self.owned = assign_owners(cuts, self.ranks)
         self.mine = self.owned[self.rank]
         self.orthogonal: list[torch.Tensor] = []  # one for each of `mine`
         self.dtype = compute_dtype(cuts[0].update)
@@ -131,7 +131,7 @@ class _Exchange:
         return [[next(parts).view(shape) for shape in of_rank] for of_rank in shapes]
 
 
-def share_out(cuts: list[_Cut], ranks: int) -> list[list[_Cut]]:
+def assign_owners(cuts: list[_Cut], ranks: int) -> list[list[_Cut]]:
     """The matrices of each rank: the most expensive first, each to the rank with the least work."""
     owned: list[list[_Cut]] = [[] for _ in range(ranks)]
     load = [0] * ranks

@@ -313,7 +313,7 @@ def test_every_backend_of_this_card_equals_fp32(masked):
     q, k, v = (x.to("cuda", torch.bfloat16) for x in (q, k, v))
     try:
         for backend in ("auto", "sdpa", *attention.PACKAGES):
-            if not attention.lacking(backend, attention._machine("cuda", None)):
+            if not attention.missing_requirements(backend, attention._machine("cuda", None)):
                 use_attention(backend)
                 found = attend(q, k, v, mask.cuda() if masked else None)
                 assert (found.float().cpu() - expected).norm() < 0.02 * expected.norm()

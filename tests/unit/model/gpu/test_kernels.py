@@ -333,15 +333,15 @@ def test_only_plain_tensors_and_parameters_go_to_kernels_compiled_or_not(device)
     """While it traces, a compiler's fake tensors are taken too; other subclasses (sharded tensors) are not."""
 
     def answer(x):
-        return x.new_ones(()) if kernels.takes_routing(x) else x.new_zeros(())
+        return x.new_ones(()) if kernels.supports_routing(x) else x.new_zeros(())
 
     compiled = torch.compile(answer, backend="eager", fullgraph=True)
     plain = torch.zeros(2, device=device)
     double = TwoTensor(plain, plain)
     for tensor, taken in ((plain, True), (torch.nn.Parameter(plain), True), (double, False), (plain.double(), False)):
-        assert kernels.takes_routing(tensor) == bool(compiled(tensor).sum()) == taken
+        assert kernels.supports_routing(tensor) == bool(compiled(tensor).sum()) == taken
     with FakeTensorMode():  # as the memory planner runs the model
-        assert not kernels.takes_routing(torch.zeros(2, device=device))
+        assert not kernels.supports_routing(torch.zeros(2, device=device))
 
 
 @pytest.mark.slow
@@ -488,4 +488,4 @@ def test_choice_of_kernels_is_refused_where_it_cannot_run(monkeypatch):
     with pytest.raises(ValueError, match="needs the package triton and a CUDA device"):
         kernels.use_kernels("triton")
     kernels.use_kernels("auto")
-    assert not kernels.takes(torch.zeros(1))
+    assert not kernels.supports(torch.zeros(1))
