@@ -1,7 +1,8 @@
-"""Hostile images: of each format and mode the largest that is decoded and one slightly over it, and files that ask for time.
+"""Hostile images: for each format and mode the largest that is decoded and a slightly larger one, and files that take
+long.
 
-Registered with the kinds of hostile_inputs.py. Each is decoded in a worker process with its limits, as scoring does and then
-as a whole, as encoding and captioning do. A plain JPEG of any size is decoded, at a half where it is large.
+Registered with the kinds of hostile_inputs.py. Each is decoded in a worker process with its limits, first as in
+scoring, then whole as in encoding and captioning. A plain JPEG of any size is decoded, a large one at half its size.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def image_jpeg_178_megapixels_rotated() -> bytes:
 
 @image("read")
 def image_jpeg_of_50_scans() -> bytes:
-    """Progressive, as large as is decoded, with its last scan repeated."""
+    """The largest progressive one that is decoded, with its last scan repeated."""
     data = _encoded(_plain("RGB", _size(7, UNDER)), "JPEG", progressive=True, subsampling=0)
     last = data.rindex(b"\xff\xda")
     return data[:-2] + data[last:-2] * (50 - data.count(b"\xff\xda")) + data[-2:]
@@ -168,13 +169,13 @@ def image_png_of_one_row() -> bytes:
 
 @image("read")
 def image_png_of_384_columns() -> bytes:
-    """A long strip, which scorers of whole images see reduced."""
+    """A long strip, which scorers of whole images get reduced."""
     return _png(384, 250_000)
 
 
 @image("refused")
 def image_png_of_small_chunks() -> bytes:
-    """22 million chunks of nothing."""
+    """22 million empty chunks."""
     return _png(64, 64, _chunk(b"abCd", b"") * (256 * MIB // 12 - 1000))
 
 
@@ -196,7 +197,7 @@ def image_bmp_of_short_runs() -> bytes:
 
 
 def decode(folder: str) -> tuple[float, float, str, str]:
-    """(MiB over the baseline, of this process or its worker; seconds; "read" or "refused"; what happened)."""
+    """(MiB over the baseline, of this process or its worker; seconds; "read" or "refused"; the result as text)."""
     from tasks.curation.scoring import score
     from tasks.curation.scoring.decode_memory import WORKER_BYTES
     from tasks.curation.scoring.workers import CrashError, Workers
@@ -214,12 +215,12 @@ def decode(folder: str) -> tuple[float, float, str, str]:
 
 
 def _both(data: bytes) -> tuple[float, str, str]:
-    """In the worker: (MiB over its baseline, how it ended, what happened)."""
+    """In the worker: (MiB over its baseline, "read" or "refused", the result as text)."""
     from tasks.curation.config import CurationConfig, FilterConfig
     from tasks.curation.scoring import decoding
     from tasks.curation.scoring.score import measure
 
-    baseline = _rss_kib() - len(data) // 1024  # the pipe has brought it
+    baseline = _rss_kib() - len(data) // 1024  # it came through the pipe
     config = CurationConfig(filters=FilterConfig(formats=decoding.DECODABLE, max_pixels=MAX_PIXELS))
     try:
         measured = measure(data, config)

@@ -5,8 +5,8 @@
     python -m eval.cli score run
     python -m eval.cli compare old_run run
 
-Every step resumes where it was stopped. The steps may run on different machines: judging needs the images, scoring needs
-the answers alone.
+Every step resumes after an interruption. The steps may run on different machines: judging needs the images, scoring
+only the answers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from eval import catalog
 from eval.benchmarks import registry
 from eval.config import EvalConfig
 
-RUN_TIMES = "timing.json"  # beside images/, and no part of any score
+RUN_TIMES = "timing.json"  # next to images/, not part of any score
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,7 +119,7 @@ def read_config(options: argparse.Namespace) -> EvalConfig:
         except yaml.YAMLError as error:
             raise ValueError(f"{options.config} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(content, dict):
-            raise ValueError(f"{options.config} is no mapping of keys")
+            raise ValueError(f"{options.config} is not a mapping of keys")
         catalog.refuse_code(content.get("eval", content), str(options.config))
         values |= content.get("eval", content)
     for item in options.set:

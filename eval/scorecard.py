@@ -1,10 +1,10 @@
-"""From a folder of images to a scorecard with error bars.
+"""Makes a scorecard with error bars from a folder of images.
 
     DIR/images --judging--> DIR/judged --score_rows--> rows --scorecard--> card --write--> scores.parquet scorecard.json
                                                                                            scorecard.html grid.png
                                                                                            official/seed0/...
 
-Everything comes from the images and the answers about them, so that an old run can be scored again without a GPU:
+It needs only the images and the answers about them, so that an old run can be scored again without a GPU:
 python -m eval.cli score DIR [--out DIR2]
 """
 
@@ -67,7 +67,7 @@ def evaluate(
 
 
 def read_run(run_dir: str | Path) -> tuple[Path, list[dict[str, Any]], dict[str, Any]]:
-    """(images folder, prompts, how they were sampled) of a run.
+    """(images folder, prompts, sampling settings) of a run.
 
     Raises:
         ValueError: there is no run.
@@ -75,7 +75,7 @@ def read_run(run_dir: str | Path) -> tuple[Path, list[dict[str, Any]], dict[str,
     images_dir = Path(run_dir) / IMAGES
     for name in (PROMPTS, SETTINGS):
         if not (images_dir / name).is_file():
-            raise ValueError(f"{run_dir} is no run of eval.generation.generate: it has no {IMAGES}/{name}")
+            raise ValueError(f"{run_dir} is not a run of eval.generation.generate: it has no {IMAGES}/{name}")
     try:
         generation = json.loads((images_dir / SETTINGS).read_text(encoding="utf-8"))
         EvalConfig(**generation["config"])
@@ -94,10 +94,10 @@ def judge_run(
     shards: int = 1,
     log: Log = print,
 ) -> dict[str, int]:
-    """Answers of judges about a run's images, in `out_dir`: images.parquet, judges.json and answers.parquet.
+    """Judges a run's images and writes to `out_dir`: images.parquet, judges.json and answers.parquet.
 
     Raises:
-        ValueError: missing images, or a judge fails (see `judge_images`); what it answered is kept.
+        ValueError: missing images, or a judge fails (see `judge_images`); its answers so far are kept.
     """
     images_dir, prompts, generation = read_run(run_dir)
     config = config or EvalConfig(**generation["config"])
@@ -128,8 +128,8 @@ def rescore(
 
     Args:
         config: the recorded one unless given.
-        judges: {role: judge}, asked about what has no answer yet.
-        judged: a folder of `judge_run` whose answers are complete: then no judge, and no image, is needed.
+        judges: {role: judge}, asked only questions without an answer.
+        judged: a folder of `judge_run` with complete answers: then neither judges nor images are needed.
         training_runs: scorecards of the same recipe at other training seeds, for the noise of training.
 
     Raises:
@@ -163,7 +163,7 @@ def official_files(
     answered: Mapping[int, Mapping[str, Judged]],
     image_size_px: int,
 ) -> dict[str, str]:
-    """{"seed0/NAME": text} of the files that the official code would have written of each sampling seed."""
+    """{"seed0/NAME": text} of the official code's result files for each sampling seed."""
     files = {}
     for seed, of_seed in answered.items():
         if judged := with_images(of_seed):
@@ -173,7 +173,7 @@ def official_files(
 
 
 def _refuse_stale(rows: Sequence[Row], images_dir: Path, index: Path) -> None:
-    """Images that are newer than their index are compared with it; images that are gone need not be."""
+    """Compares images that are newer than their index with it; missing images are ignored."""
     written = index.stat().st_mtime_ns
     for row in rows:
         path = images_dir / row["file"]
@@ -205,7 +205,7 @@ def write(
 ) -> None:
     """Writes scores.parquet (a row per image), official/, grid.png, scorecard.html and, last, scorecard.json into `out_dir`.
 
-    Each file appears whole or not at all, and a scorecard.json beside the others is of the same scores.
+    Each file is written atomically, and an existing scorecard.json belongs to the other files.
     """
     from eval.scorecards.scorecard_page import draw_grid, render_page
 
@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def lines(card: Mapping[str, Any]) -> list[str]:
-    """The scores as lines of text: the name, the categories, the overall score with its noises."""
+    """The scores as lines of text: the name, the categories, the overall score with its standard errors."""
     scale = card["scale"]
     lines = [card["name"]]
     rows = {**card["tasks"], "overall": card["overall"]}

@@ -1,6 +1,6 @@
 """Sealed directories: the artifacts that pass from task to task.
 
-A pass writes into a temporary directory beside its final name (`writing`). `seal` records the digests of its files, of
+A pass writes into a temporary directory next to its final name (`writing`). `seal` records the digests of its files, of
 its parents and of its configuration in manifest.json. The rename at the end of `writing` makes the directory visible
 atomically. `verify` refuses a missing, added or changed file.
 

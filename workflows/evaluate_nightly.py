@@ -3,7 +3,7 @@
     newest model --digest--> known? nothing to do
                              else: a scorecard for each benchmark --> stored --> gate
 
-The scorecards are stored before the gate, and compared with the last one that was no drop
+The scorecards are stored before the gate, and compared with the last one that was not a drop
 (tasks/evaluation/history.py). Launch plan `evaluate-nightly`, inactive when it is registered:
 
     NUCLEUS_NIGHTLY_MODEL=s3://BUCKET/nucleus/pipeline NUCLEUS_NIGHTLY_BENCHMARKS=geneval NUCLEUS_NOTIFY=a@example.com \\

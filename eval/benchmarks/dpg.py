@@ -50,11 +50,11 @@ class DPG(Benchmark):
         return f"{prompt['id']}.png"
 
     def questions(self, prompt: Prompt, answers: Mapping[str, Any]) -> list[Question]:
-        """One for each question; the answer is the judge's text, as it is."""
+        """One for each question; the answer is the judge's text, unchanged."""
         return [Question("vqa", str(q[0]), q[3]) for q in prompt["questions"] if str(q[0]) not in answers]
 
     def score(self, prompt: Prompt, judged: Judged) -> Scored:
-        """Official and fixed scores of a prompt are the same, but for the one whose first question is skipped."""
+        """Official and fixed scores are equal, except for the prompt whose first question is skipped."""
         group = _group(prompt["questions"])
         scores: list[float | None] = []
         for answers in judged.images:

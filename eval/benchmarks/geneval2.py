@@ -34,7 +34,7 @@ class GenEval2(Benchmark):
         return [{"id": f"{index:04d}", "tag": str(row["atom_count"]), **row} for index, row in enumerate(rows)]
 
     def picture_path(self, prompt: Prompt, image: int, model: str) -> str:
-        """Ours: the official code is given {prompt: path} instead."""
+        """Our own layout: the official code takes {prompt: path} instead."""
         return f"{prompt['id']}/{image:04d}.png"
 
     def questions(self, prompt: Prompt, answers: Mapping[str, Any]) -> list[Question]:
@@ -69,8 +69,8 @@ class GenEval2(Benchmark):
     def official_files(
         self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int
     ) -> dict[str, str]:
-        """score_lists.json; with several images of a prompt, score_lists_0.json and so on, since the official file has one. None of
-        a number that any prompt lacks: the official code reads a list for every prompt."""
+        """score_lists.json; with several images per prompt, score_lists_0.json and so on, since the official file has
+        one. Images that some prompt lacks have no file: the official code reads a list for every prompt."""
         whole = base.complete(prompts, judged)
         images = min(len(answers.images) for answers in whole.values())
         files = {}
@@ -83,8 +83,8 @@ class GenEval2(Benchmark):
 
     def summarise(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], mode: Mode) -> dict[str, Any]:
         """See `Benchmark.summarise`; also "am", "gm", "skills" and "atomicity" of `eval.geneval2.summarise`. Several
-        images of a prompt count as prompts of their own. An image that was not judged is left out ("official": the
-        official code stops there) or has the score 0 for each question ("fixed")."""
+        images of a prompt count as separate prompts. An image that was not judged is left out ("official": the official
+        code stops there) or has the score 0 for each question ("fixed")."""
         base.check_known(prompts, judged)
         whole = base.complete(prompts, judged)
         scores: list[list[float]] = []

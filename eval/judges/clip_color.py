@@ -23,7 +23,7 @@ TEMPLATES = "a photo of a {color} {name}", "a photo of a {color}-colored {name}"
 
 
 class CLIPColors:
-    """The colours of objects; embeddings of each class's texts are made once.
+    """The colours of objects; embeddings of each class's texts are computed once.
 
     Args:
         model: a `CLIPModel`.
@@ -68,7 +68,7 @@ class CLIPColors:
             texts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
             tokens = self._tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self._model.device)
             with torch.inference_mode():
-                # transformers 5 returns an output object: its pooler_output is the projected embedding
+                # transformers 5 returns an output object, whose pooler_output is the projected embedding
                 embeddings = _unit(self._model.get_text_features(**tokens).pooler_output)
             self._classifiers[name] = _unit(embeddings.view(len(COLORS), len(TEMPLATES), -1).mean(dim=1))
         return self._classifiers[name]
@@ -85,7 +85,7 @@ class CLIPColors:
         Args:
             name: the class, as GenEval calls it.
             boxes: (x0, y0, x1, y1) in pixels.
-            masks: [height, width] bool of the image, one per box; None keeps what is behind the object.
+            masks: [height, width] bool of the image, one per box; None keeps the background of the object.
         """
         answers = []
         for i, box in enumerate(boxes):
@@ -113,7 +113,7 @@ def _at_least_one_pixel(box: Sequence[float]) -> list[float]:
 
 
 class CLIPColor(BaseJudge):
-    """See eval.judging.protocols.Judge. It sees boxes alone, for detectors without masks: not GenEval's own way."""
+    """See eval.judging.protocols.Judge. It uses boxes only, for detectors without masks, unlike GenEval."""
 
     name = "clip-color"
     model = "ViT-L-14, openai (transformers), without masks"

@@ -166,7 +166,7 @@ def build(package: ModuleType, folder: Path) -> Any:
     The momentum copy of the network, which only training uses, is left out.
 
     Raises:
-        ValueError: config.yaml is no plain YAML mapping, or has values that the class does not take.
+        ValueError: config.yaml is not a plain YAML mapping, or has values that the class refuses.
     """
     import yaml
 
@@ -181,10 +181,10 @@ def build(package: ModuleType, folder: Path) -> Any:
 
 
 def load_weights(model: Any, path: Path) -> None:
-    """Loads the release's pytorch_model.bin, by torch's reader of weights alone: a pickle that names code is refused.
+    """Loads the release's pytorch_model.bin with torch's weights_only reader, which refuses pickles that name code.
 
     Raises:
-        ValueError: not such a file, or a parameter is absent or of another shape.
+        ValueError: it is not such a file, or a parameter is absent or has another shape.
     """
     import torch
 

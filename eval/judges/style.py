@@ -65,7 +65,7 @@ def convert_csd(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 class OneIGStyle(BaseJudge):
     """See eval.judging.protocols.Judge. The answer is `eval.oneig.style_score` against the references of options["style"].
 
-    The Hub's encoder is OneIG's own; CSD's weights come out of a directory, and so the name is never the official one.
+    The Hub's encoder is OneIG's own; CSD's weights come from a directory, so the name is never the official one.
 
     Args:
         at: the directory that `python -m eval.judges.style` wrote.
@@ -167,7 +167,7 @@ class OneIGStyle(BaseJudge):
 
 
 def load_tower(tower: Any, state: Mapping[str, torch.Tensor]) -> None:
-    """Loads `convert_csd`'s tensors into a `CLIPVisionModel`, whatever prefix its release gives their names."""
+    """Loads `convert_csd`'s tensors into a `CLIPVisionModel`, with any prefix of its parameter names."""
     names = list(tower.state_dict())
     prefix = "vision_model." if any(name.startswith("vision_model.") for name in names) else ""
     tower.load_state_dict({prefix + name: tensor for name, tensor in state.items()})
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for kind, table in zip(("csd", "se"), loaded[1:], strict=True)
             for style, tensor in table.items()
         }
-    except Exception as error:  # a pickle may fail in any way, and one that needs other classes is refused
+    except Exception as error:  # a pickle may raise any error; one that needs other classes is refused
         print(f"error: not CSD's checkpoint and OneIG's references: {error}", file=sys.stderr)
         return 1
     options.out.mkdir(parents=True, exist_ok=True)

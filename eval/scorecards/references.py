@@ -1,6 +1,6 @@
-"""Published scores to stand beside ours, each with its source. None of them has an error bar.
+"""Published scores for comparison, each with its source. None has an error bar.
 
-They are of the official judges: a score by another judge is not comparable to them, and the card says so.
+They are by the official judges: a score by another judge is not comparable to them, and the card says so.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ class Rates:
 
     measure_ms: float = 14.1  # of a core: decode, statistics and hashes of a JPEG of 1024 x 768 px
     decide_us: float = 25.0  # of a core: rules, tiers, duplicates, ledger and report
-    join_us: float = 0.19  # of a core: a row of one join of the search for near duplicates
-    compare_us: float = 0.065  # of a core: a pair that shares a key, compared
+    join_us: float = 0.2  # of a core: a row of one join of the search for near duplicates
+    compare_us: float = 0.17  # of a core: a pair that shares a key, compared
     scores_bytes: float = 193.0  # of a row of scores, on disk
     thumbnail_bytes: float = 64 * 85 * 3  # of 4:3 with a shorter side of 64 px, without compression
     embedding_flops: float = 670e9  # SigLIP-2 so400m, 384 px: 2 x 428e6 parameters x 729 tokens, and attention

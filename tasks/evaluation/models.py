@@ -100,13 +100,13 @@ def resolve_incumbent(model: str, revision: str = "", components: str = "", loca
     """`resolve` of the model that candidates are compared with.
 
     Args:
-        components: of merged weights, the incumbent's or a candidate's: a pipeline has its own.
+        components: for merged weights, of the incumbent or a candidate; a pipeline has its own.
     """
     return resolve(model, revision, components if kind_of(model) == "merged" else "", local)
 
 
 def kind_of(place: str) -> str | None:
-    """What a sealed directory, here or in a store, is by its manifest; None of a Hub id and of what is not sealed.
+    """The kind in the manifest of a sealed directory, local or in a store; None for a Hub id or without a manifest.
 
     Raises:
         ValueError: the manifest is damaged.

@@ -45,7 +45,7 @@ def resolve_model(model: str, revision: str, components: str) -> Model:
 
 @task(**envs.light("evaluator"))
 def resolve_incumbent(model: str, revision: str, components: str) -> Model:
-    """The same of a model that candidates are compared with; `components` are of merged weights, its own or a candidate's."""
+    """`resolve_model` for the incumbent. `components` are for merged weights, of the incumbent or a candidate."""
     from tasks.evaluation import models
 
     with plain_errors():

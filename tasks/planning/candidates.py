@@ -1,4 +1,4 @@
-"""The candidates of a choice: one model at other settings, other merges of its checkpoints, or other models.
+"""The candidates of a choice: other settings of a model, other merges of its checkpoints, or other models.
 
 guidance_scale=3              the model at another setting of the eval section; several joined by +
 last_n=8                      another merge (WSM window) of --checkpoints; may be joined with settings too
@@ -6,7 +6,7 @@ last_n=8                      another merge (WSM window) of --checkpoints; may b
 ./MERGED                      merged weights
 ./PIPELINE, OWNER/NAME@COMMIT another pipeline
 
-Places may be s3:// URIs. Merges and merged weights need the components that they were trained with.
+Paths may be s3:// URIs. Merges and merged weights need the components with which they were trained.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ INCUMBENT, WINDOW = "incumbent", "last_n"
 
 
 class Merge(BaseModel):
-    """A merge that a candidate is. `checkpoints`: their place; "" are those of the workflow."""
+    """A candidate that is merged first. `checkpoints`: their path or URI; "": the workflow's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     config: MergeConfig
@@ -37,7 +37,7 @@ class Merge(BaseModel):
 
 
 class Candidate(BaseModel):
-    """One of `model` and `merge` is given: it is scored with `config`."""
+    """Either `model` or `merge`, which is scored with `config`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
@@ -106,7 +106,7 @@ def plan_candidates(
 
 
 def _merge(name: str, recipe: Recipe | None, components: str, last_n: str | None = None) -> Merge:
-    """The recipe's merge, with another window where `last_n` is given."""
+    """The recipe's merge, with the window `last_n` if given."""
     if recipe is None or not components:
         raise ValueError(
             f"candidate {name!r} is another merge: it needs the components and the recipe that the checkpoints were trained "

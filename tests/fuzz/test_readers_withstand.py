@@ -1,5 +1,5 @@
-"""Three seconds of fuzzing, and hostile inputs that are made and read within a second each. All of them, and hours of
-fuzzing: benchmarks/hostile.py and fuzz_readers.py."""
+"""Three seconds of fuzzing, and hostile inputs that take less than a second each. benchmarks/hostile.py runs all of
+them, and fuzz_readers.py runs for hours."""
 
 import sys
 from pathlib import Path

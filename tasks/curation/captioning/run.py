@@ -1,7 +1,7 @@
 """Captions one shard: its kept images -> the captioner's answers, and the scores with these captions.
 
     scores.parquet, kept rows with tier --decode, ask, check, ask again--> captions.parquet   every caption, kept or not
-                                        \\                                                     and the owners' beside them
+                                        \\                                                     and the owners'
                                          ----------------------------------> scores.parquet   captions and words replaced
 
 Every answer goes to a journal first (journal.py), so that after a kill only questions without an answer are asked.
@@ -83,7 +83,7 @@ def caption_shard(
         scores_dir: the shard's score part.
         kept: row and tier of the images to describe, and the captions of their exact duplicates (KEPT_COLUMNS).
         duplicates: row, rule and detail of the records that deduplication rejected (DUPLICATE_COLUMNS).
-        name: the captioner and its model, written beside each caption.
+        name: the captioner and its model, written next to each caption.
 
     Raises:
         ConnectionError: the captioner is temporarily unreachable.

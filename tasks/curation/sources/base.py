@@ -73,7 +73,7 @@ class Shard(NamedTuple):
     shard_id: 16 hex digits, a function of the shard's content, of its name inside the source and of settings that
         affect its captions; not of the location of the source.
     kind: "tar", "parquet", "files", "urls" (downloaded images), or one of formats.FORMATS.
-    uri: of the tar, Parquet or Arrow file; of the source's root for "files". A relative one is beside the table.
+    uri: of the tar, Parquet or Arrow file; of the source's root for "files". A relative one is next to the table.
     first_row, num_rows: the range of a Parquet file's rows; num_rows is -1 if it is unknown before reading (a remote
         tar).
     size_bytes: of the file, of the row groups, or of the image files together.
@@ -311,7 +311,7 @@ def digest_of(*parts: Any) -> str:
 
 
 def shard_id(kind: str, name: str, first_row: int, digest: str, options: Options, more: str = "") -> str:
-    """more: digest of other inputs of the records: a table's schema, or the rows of tables beside a tar."""
+    """more: digest of other inputs of the records: a table's schema, or the rows of tables next to a tar."""
     return digest_of(kind, name, first_row, digest, options, more)[:16]
 
 

@@ -1,4 +1,4 @@
-"""What a cluster gets: the packaged workflows, decoded."""
+"""The package of workflows that a cluster gets, decoded."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_each_task_has_its_roles_image_equal_requests_and_limits_and_a_cache_ver
     assert template.metadata.retries.retries >= 3
 
 
-def test_the_recipe_is_read_anew_each_time_and_the_summary_printed(specs):
+def test_tasks_that_read_the_recipe_and_print_the_summary_are_not_cached(specs):
     for task in ("tasks.planning.task.resolve_recipe", "tasks.publishing.task.show_results"):
         assert not specs[task].template.metadata.discoverable
 

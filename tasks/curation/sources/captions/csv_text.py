@@ -64,7 +64,7 @@ def header(line: str, delimiter: str) -> list[str]:
 
 
 def delimiter_of(first: str, usual: str, fits: Callable[[list[str]], bool]) -> str:
-    """The delimiter by which a first line is a header that `fits`; the usual one if none is."""
+    """The delimiter with which a first line is a header that `fits`; the usual one if there is none."""
     return next((one for one in (usual, ",", ";", "\t") if fits(header(first, one))), usual)
 
 

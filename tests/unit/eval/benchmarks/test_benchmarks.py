@@ -69,7 +69,7 @@ def test_prompt_data_that_is_not_there_is_named_with_its_source(name, tmp_path):
 
 def test_a_question_digest_is_what_the_judge_is_asked():
     question = Question("vqa", "1", "Is it?", {"a": 1, "b": 2})
-    assert question.digest == Question("vqa", "2", "Is it?", {"b": 2, "a": 1}).digest  # another place for the answer
+    assert question.digest == Question("vqa", "2", "Is it?", {"b": 2, "a": 1}).digest  # another key
     others = [Question("ocr", "1", "Is it?", {"a": 1, "b": 2}), Question("vqa", "1", "is it?", {"a": 1, "b": 2}),
               Question("vqa", "1", "Is it?", {"a": 1})]  # fmt: skip
     assert len({question.digest, *(q.digest for q in others)}) == 4

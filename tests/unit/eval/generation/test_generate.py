@@ -1,4 +1,4 @@
-"""Images depend on (benchmark, prompt id, image, seed) alone, and a stopped run resumes without writing any again."""
+"""Images depend on (benchmark, prompt id, image, seed) alone, and a resumed run writes no image again."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_every_image_has_its_own_noise():
 
 
 def test_an_image_does_not_depend_on_the_other_prompts_their_order_or_the_number_of_seeds(tmp_path):
-    """Those that stay the same keep their noise when the list of prompts changes around them."""
+    """A prompt keeps its noise when the other prompts change."""
     sampler = Noise(by_place=False)
     generate(sampler, PROMPTS, CONFIG, tmp_path / "a", log=quiet)
     generate(sampler, PROMPTS[::-1], CONFIG.model_copy(update={"seeds": (5,)}), tmp_path / "b", log=quiet)
@@ -117,7 +117,7 @@ MANY = [{"tag": "colors", "include": [], "prompt": f"prompt {i}"} for i in range
 
 
 class Gated(Noise):
-    """Lists the batches it is asked for in a file, and takes a few milliseconds for each."""
+    """Writes the batches that it gets to a file, and takes a few milliseconds for each."""
 
     def __init__(self, gate, log):
         super().__init__()
@@ -154,7 +154,7 @@ def test_twenty_kills_lose_at_most_a_batch_each_and_write_nothing_again(tmp_path
         batches = len(log.read_text().split()) - asked
         assert (
             len(pictures(run)) - exist >= 2 * (batches - 1) - 1
-        )  # the batch under way, and what was left half by the last one
+        )  # the batch of the kill, and the unfinished one before
     assert 0 < len(pictures(run)) < 240
     generate(Noise(), prompts, CONFIG, run, log=quiet)
     assert before.items() <= identities(files()).items()

@@ -42,7 +42,7 @@ def torchvision():
 
 @pytest.fixture(scope="module")
 def open_clip():
-    """Its modules, without its own start-up; ftfy repairs broken Unicode, which names of colours have not."""
+    """Its modules, without its `__init__`; ftfy repairs broken Unicode, which no name of a colour has."""
     folder = package_folder("open_clip", "open_clip_torch")
     parts = {"open_clip": package_of("open_clip", str(folder)), "ftfy": module("ftfy", fix_text=lambda text: text)}
     for name, unused in (("hf_model", "HFTextEncoder"), ("timm_model", "TimmModel")):  # towers of other libraries
@@ -55,7 +55,7 @@ def open_clip():
 
 @pytest.fixture(scope="module")
 def theirs(open_clip):
-    """A small CLIP of open_clip's class with OpenAI's activation, whose answers depend on the image."""
+    """A small model of open_clip's class with OpenAI's activation, whose answers depend on the image."""
     import torch
 
     torch.manual_seed(0)
@@ -69,7 +69,7 @@ def theirs(open_clip):
 
 
 def converted(state):
-    """open_clip's names in transformers' (OpenAI's checkpoint has been published in both)."""
+    """open_clip's weights under transformers' names (OpenAI's checkpoint was published in both)."""
     ours = {
         "logit_scale": state["logit_scale"],
         "text_projection.weight": state["text_projection"].T,
@@ -131,7 +131,7 @@ def test_texts_have_open_clips_tokens(tokenizers):
     texts = [template.format(color=color, name=name) for color in COLORS for name in CLASSES for template in TEMPLATES]
     for text in [*texts, "A photo of  TWO dogs'", "a " * 90]:
         tokens = own(text)[0]
-        length = int(tokens.argmax()) + 1  # the end has the highest number; open_clip fills up with 0
+        length = int(tokens.argmax()) + 1  # the end token has the highest id; open_clip pads with 0
         assert theirs(text, truncation=True, max_length=77)["input_ids"] == tokens[:length].tolist()
 
 

@@ -1,4 +1,4 @@
-"""Judging that is killed twenty times ends in the bytes of judging that was not, and so does judging in shards."""
+"""Judging that is killed twenty times, or done in shards, ends with the bytes of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def quiet(_):
 
 
 def sampled(config, folder):
-    """A run whose images all differ, so that each is asked about."""
+    """A run with different images, so that the judge is asked about each."""
 
     def sampler(prompts, seeds, height, width):
         return [Image.new("RGB", (width, height), (s % 256, s // 256 % 256, s // 65536 % 256)) for s in seeds]
@@ -46,7 +46,7 @@ def run(tmp_path_factory):
 
 
 class Listing(ShapesDetector):
-    """Lists what it is asked in a file, and takes a few milliseconds for each batch."""
+    """Writes its questions to a file, and takes a few milliseconds for each batch."""
 
     def __init__(self, log, gate=None):
         self.log, self.gate = log, gate
@@ -86,7 +86,7 @@ def test_twenty_kills_lose_at_most_a_batch_each_and_end_in_the_same_bytes(tmp_pa
     run = sampled(MANY, tmp_path / "run")
     judge_run(run, tmp_path / "whole", {"detector": Listing(tmp_path / "once")}, MANY, log=quiet)
     log, folder, rng = tmp_path / "often", tmp_path / "killed", random.Random(2)
-    assert asked(tmp_path / "once") >= 200  # at most five batches of two begin each time, so that every kill meets work
+    assert asked(tmp_path / "once") >= 200  # each time at most five batches of two begin: every kill interrupts work
 
     def work(gate):
         judge_run(run, folder, {"detector": Listing(log, gate)}, MANY, log=quiet)

@@ -1,4 +1,5 @@
-"""Scoring also writes the official result files: the official formulas, written out here, find the card's numbers in them."""
+"""Scoring also writes the official result files: the official formulas, written out here, give the card's numbers from
+them."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def noise(prompts, seeds, height, width):
 
 
 class Dice:
-    """Answers of each role by chance, but the same ones for the same image and question."""
+    """Random answers of each role, determined by image and question."""
 
     def __init__(self, role):
         self.role = self.name = role
@@ -65,7 +66,7 @@ class Dice:
 
 
 def scored(benchmark, prompts_file, images, folder, **changes):
-    """A run whose scores were written by the command."""
+    """A run that the command has scored."""
     config = EvalConfig(benchmark=benchmark, prompts_file=str(prompts_file), seeds=(0, 3), images_per_prompt=images, image_size_px=8, **changes)  # fmt: skip
     generate(noise, catalog.prompts(config), config, folder, log=quiet)
     judges = {role: Dice(role) for role in catalog.benchmark(benchmark).judges}

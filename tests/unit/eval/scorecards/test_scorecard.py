@@ -1,4 +1,4 @@
-"""A scorecard is recomputed from images and answers, states its error bars and settings, and hides nothing missing."""
+"""A scorecard is recomputed from images and answers, states its error bars and settings, and lists what is missing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def quiet(_):
 
 
 def red_squares(prompts, seeds, height, width):
-    """Two red squares side by side, whatever is asked for; a corner pixel tells images apart."""
+    """Two red squares side by side for every prompt; a corner pixel makes images different."""
     images = []
     for seed in seeds:
         image = Image.new("RGB", (width, height), (250, 250, 250))
@@ -289,7 +289,7 @@ def test_a_card_of_another_schema_is_refused(tmp_path):
 
 
 class Counting(ShapesDetector):
-    """Counts what it is asked; dies at one image."""
+    """Counts its questions; dies at one image."""
 
     def __init__(self, dies_at=10**9):
         self.asked, self.dies_at = 0, dies_at
@@ -303,7 +303,7 @@ class Counting(ShapesDetector):
 
 @pytest.fixture(scope="module")
 def distinct(tmp_path_factory):
-    """A run whose images are all different."""
+    """A run with different images."""
     path = tmp_path_factory.mktemp("distinct")
 
     def sampler(prompts, seeds, height, width):

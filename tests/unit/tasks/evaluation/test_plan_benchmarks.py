@@ -1,4 +1,4 @@
-"""From the words of a command to configurations, and to candidates: checked before any work."""
+"""Arguments of a command become configurations and candidates, checked before any work."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def artifacts(tmp_path):
 
 @pytest.mark.parametrize("of_model", [True, False])
 def test_candidates_are_settings_merges_and_models_on_development_prompts(artifacts, of_model):
-    """Components are those of the model, or are named beside a pipeline."""
+    """A pipeline's components are the model's, or given with it."""
     components = str(artifacts["components"])
     if of_model:
         model, given = models.resolve_incumbent(str(artifacts["merged"]), components=components), ""

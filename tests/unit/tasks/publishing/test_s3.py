@@ -1,4 +1,4 @@
-"""A published version never looks complete before it is, is never changed, and of two publishers one fails."""
+"""A published version never looks complete too early and is never changed, and one of two publishers fails."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def download(client, directory: Path, prefix: str) -> Path:
 
 
 class Killed(Exception):
-    """Stands for SIGKILL at a call of the client."""
+    """Stands for a SIGKILL at a call of the client."""
 
 
 class Recorder:
@@ -129,7 +129,7 @@ def test_the_published_manifest_names_no_place_and_no_machine(client, tmp_path, 
     assert load_manifest(parent).digest in text
 
 
-def test_nothing_published_has_no_latest(client):
+def test_before_the_first_publication_there_is_no_latest_version(client):
     assert s3.latest(URI, client) is None
 
 
@@ -171,7 +171,7 @@ def test_running_it_again_writes_nothing(client, pipeline):
 
 
 def test_object_metadata_is_not_believed(client, pipeline):
-    """Somebody uploaded other bytes of the same length, and marked them with the right digest."""
+    """Other bytes of the same length were uploaded, with the right digest in their metadata."""
     digest = verify(pipeline).files["README.md"]
     client.put_object(
         Bucket=BUCKET,

@@ -47,7 +47,7 @@ def picture(mode: str, size: tuple[int, int] = (64, 48)) -> Image.Image:
     return image if mode == "RGBA" else image.convert("RGB").convert(mode)
 
 
-# --- headers of the full size, with next to no pixels behind them -----------------------------------------------
+# --- headers of the full size, with few pixels after them ------------------------------------------------------
 
 
 def png_of(mode: str, **options) -> bytes:

@@ -1,4 +1,4 @@
-"""Near duplicates among tiles of real photographs: ordinary edits are found, and no two different tiles are merged."""
+"""Near duplicates among tiles of real photographs: usual edits are found, and no two different tiles are merged."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from skimage import data
+
+from tasks.curation.config import DedupConfig
 
 SCRIPT = Path(__file__).resolve().parents[5] / "benchmarks" / "real_photographs.py"
 spec = importlib.util.spec_from_file_location("real_photographs", SCRIPT)
@@ -54,7 +56,7 @@ def test_an_edited_copy_of_a_photograph_is_found(matches, edit):
 
 @pytest.mark.slow
 def test_different_tiles_do_not_match_unless_both_are_plain_and_have_the_same_logo(matches):
-    """The logo is then the most of both pictures. No pair of other copies matches, nor any copy with an original."""
+    """Then the logo is most of both pictures. No other copies match, and no copy matches another original."""
     false = matches.wrong
     assert [pair for pair in false if {edit for _, edit in pair} != {"logo"}] == []
     assert len(false) <= 10
@@ -63,3 +65,22 @@ def test_different_tiles_do_not_match_unless_both_are_plain_and_have_the_same_lo
 def test_edited_copies_of_a_few_tiles_are_found():
     matches = benchmark.match(benchmark.tiles(Image.fromarray(photographs()[0]), TILE_PX))
     assert matches.count and min(matches.recall.values()) >= 0.85 and not matches.wrong
+
+
+def smooth_sky(seed: int) -> Image.Image:
+    """RGB, 224 x 224 px: brightness rises smoothly towards one side, with grain."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:TILE_PX, 0:TILE_PX] / (TILE_PX - 1)
+    terms = zip((x, y, y * y, x * x, x * y), (0.3, 0.2, 0.2, 0.15, 0.1))
+    light = y + sum(rng.uniform(-most, most) * term for term, most in terms)
+    pixels = rng.uniform(60, 150, 3) + 240 * light[..., None] + rng.normal(0, 1, (TILE_PX, TILE_PX, 1))
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+@pytest.mark.slow
+def test_smooth_skies_would_match_each_other_and_the_margin_keeps_them_apart():
+    pictures = [*map(smooth_sky, range(12)), Image.fromarray(data.astronaut()).resize((TILE_PX, TILE_PX))]
+    at_default = benchmark.match(pictures)
+    assert (at_default.count, at_default.wrong) == (1, [])
+    lower = benchmark.match(pictures, DedupConfig(min_hash_margin=4))
+    assert lower.count > 4 and len(lower.wrong) > 30
