@@ -95,9 +95,9 @@ def shares(sizes: list[int], rounds: int) -> dict[int, list[tuple[float, float]]
 
 
 def pipe_costs(sizes: list[int], repeats: int = 100) -> None:
-    """Prints what the pipes to and from a worker process cost: processor time of both ends, beside that of the passes.
+    """Prints the cost of the pipes to and from a worker process: processor time of both ends, and that of the passes.
 
-    The worker returns what was measured before, so nothing is decoded in between. For scorers: with the image as they see it.
+    The worker returns earlier results, so that nothing is decoded. "For scorers": with the image that scorers get.
     """
     from tasks.curation.config import CurationConfig
     from tasks.curation.scoring import score

@@ -1,4 +1,5 @@
-"""Every judge that is a model of the Hub or of a release, as a small random instance of its class, from images to a scorecard.
+"""Every judge with weights from the Hub or a release, as a small random instance of its class, from images to a
+scorecard.
 
 Judges whose weights packages carry are run with those weights: tests/integration/real_data/test_real_judges.py.
 """
@@ -62,7 +63,7 @@ def test_every_class_of_judge_makes_a_scorecard_within_a_minute_of_a_cpu(
         if find_spec(package) is None:
             pytest.skip(f"{package} is not installed (no-deps.txt)")
     begin = time.process_time()
-    monkeypatch.setattr(BaseJudge, "selftest", lambda self: None)  # which random weights cannot pass
+    monkeypatch.setattr(BaseJudge, "selftest", lambda self: None)  # random weights cannot pass it
     monkeypatch.setattr(CLIPColors, "load", lambda at=None: (CLIPColors(*clip[:2]), {"weights": "tiny"}))
     folders = {name: tmp_path / name for name in ("mplug", "dreamsim", "data", "oneig", "captions")}
     for folder in folders.values():

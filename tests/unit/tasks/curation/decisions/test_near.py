@@ -69,7 +69,7 @@ def sequential(rows: list[dict], radius: int) -> dict[int, int]:
 
 @pytest.mark.parametrize("radius, count", [(2, 0), (4, 0), (6, 0), (4, 10**6), (4, 10**7), (4, 10**8)])
 def test_pairs_are_those_of_comparing_all_with_all(radius, count, monkeypatch):
-    """With the keys of that many hashes, if not of those there are."""
+    """With the keys for `count` hashes, if given, instead of the keys for the actual number."""
     if count:
         monkeypatch.setattr(near, "plan_cover", lambda _, distance: covers.plan_cover(count, distance))
     rows = planted(groups=40, copies=6, seed=radius)
