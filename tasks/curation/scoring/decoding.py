@@ -156,7 +156,7 @@ def inspect(data: bytes) -> Header:
 
     Raises:
         UndecodableError: no image format of `DECODABLE`.
-        TooManyPixelsError: beyond Pillow's own limit (about 179 million).
+        TooManyPixelsError: beyond Pillow's own limit (about 179 million), or a WebP that takes too much memory.
     """
     return _open(data)[1]
 
