@@ -1,6 +1,6 @@
 """Speed of curation's passes 1 and 2 on one core, as a share of plain decoding by Pillow.
 
-    python benchmarks/decode.py [--rounds 15] [--before COMMIT_DIR]
+    python benchmarks/decode.py [--rounds 15] [--before COMMIT_DIR] [--pipe]
 
 Photographs of scikit-image, scaled to 512, 1024 and 2048 px of the shorter side, as JPEG of quality 90. Plain: Pillow's
 `Image.open(data).convert("RGB")`. Ours: SHA-256, checks, decoding, statistics, hashes and thumbnail
@@ -16,9 +16,12 @@ import contextlib
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import os
+import pickle
 import platform
+import resource
 import shlex
 import statistics
 import subprocess
@@ -91,6 +94,37 @@ def shares(sizes: list[int], rounds: int) -> dict[int, list[tuple[float, float]]
     return found
 
 
+def pipe_costs(sizes: list[int], repeats: int = 100) -> None:
+    """Prints the cost of the pipes to and from a worker process: processor time of both ends, and that of the passes.
+
+    The worker returns earlier results, so that nothing is decoded. "For scorers": with the image that scorers get.
+    """
+    from tasks.curation.config import CurationConfig
+    from tasks.curation.scoring import score
+    from tasks.curation.scoring.workers import Workers
+
+    score._load_libraries()
+    print("   px   for scorers   bytes there   bytes back   pipe ms   passes ms   share")
+    for size, whole in itertools.product(sizes, (False, True)):
+        contents = photographs(size)
+        score.measure(contents[0], CurationConfig())  # warms caches up
+        begun = time.process_time()
+        measured = {data: score.measure(data, CurationConfig(), whole) for data in contents}
+        passes = (time.process_time() - begun) * 1000 / len(contents)
+        items = [(0, data) for data in contents] * repeats
+        begun, children = time.process_time(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        with Workers(measured.__getitem__, 1) as workers:
+            for _ in workers.map(items):
+                pass
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        theirs = after.ru_utime + after.ru_stime - children.ru_utime - children.ru_stime
+        pipe = (time.process_time() - begun + theirs) * 1000 / len(items)
+        there, back = (round(statistics.mean(sides)) for sides in zip(*((len(data), len(pickle.dumps(one))) for data, one in measured.items()), strict=True))  # fmt: skip
+        print(
+            f"{size:5} {'yes' if whole else 'no':>13} {there:13,} {back:12,} {pipe:9.3f} {passes:11.2f} {pipe / passes:7.3f}"
+        )
+
+
 def print_table(title: str, found: dict[int, list[tuple[float, float]]], bars: bool) -> list[int]:
     missed = []
     print(f"{title}\n   px   plain ms    ours ms   share of plain (quartiles)")
@@ -112,6 +146,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--sizes", type=int, nargs="+", default=list(BARS))
     parser.add_argument("--before", type=Path, help="another checkout, to compare with")
+    parser.add_argument("--pipe", action="store_true", help="what the pipes to a worker process cost")
     parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.json:
@@ -119,6 +154,9 @@ def main() -> None:
         return
     print("command:", shlex.join(["python", *sys.argv]))
     print(f"machine: {platform.machine()}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}")
+    if options.pipe:
+        pipe_costs(options.sizes)
+        return
     if options.before is None:
         missed = print_table("this checkout", shares(options.sizes, options.rounds), bars=True)
         print(f"MISSED: {missed}" if missed else "all bars met")

@@ -15,8 +15,8 @@ Compiled code is specialised to the shapes of the case, while training compiles 
 diffusers only ours is measured. A variant that fails is named, and the others are measured. Then, of our block with
 Triton kernels (plain PyTorch where there are none):
 
-    products   every matrix product alone, beside the card's matrix rate, measured in this run on a large product, and
-               beside its own floor: the slower of arithmetic at that rate and memory traffic at the measured bandwidth
+    products   every matrix product alone, against the card's matrix rate, measured in this run on a large product, and
+               with its own floor: the slower of arithmetic at that rate and memory traffic at the measured bandwidth
                (with few rows per expert, reading its weights takes longer than multiplying)
     attention  the kernel that the block runs, against its arithmetic at that rate
     the rest   each operation between products alone, plain and as a kernel, against the memory time of reading its

@@ -468,7 +468,7 @@ def one_key_for_all_files(folder: Path) -> None:
 def folders_500_deep(folder: Path) -> None:
     at = folder
     for _ in range(500):
-        at = at / "images"  # for a folder of this name, a folder of captions is searched beside it
+        at = at / "images"  # for a folder of this name, a folder of captions is searched next to it
     at.mkdir(parents=True)
     _beside_a_picture(at)
 

@@ -37,7 +37,7 @@ TARGETS = {1_000_000: (20, 1.0), 10_000_000: (180, 2.5)}  # records: (s, GiB)
 
 
 def make_hashes(count: int, path: Path, seed: int = 0) -> None:
-    """Writes `compared`, and the planted pairs beside it."""
+    """Writes `compared`, and the planted pairs next to it."""
     rng = np.random.default_rng(seed)
     hashes = {name: rng.integers(-(2**63), 2**63, count, dtype=np.int64) for name in HASHES}
     copies = count // 100
@@ -117,7 +117,7 @@ def search(path: Path, shuffled: bool) -> dict:
 
 
 def _count_cpu_time(engine: Engine, method: str, table: str) -> list[float]:
-    """From now on, the CPU seconds of each call of an engine's method for a table."""
+    """A list, to which each later call of the engine's method for `table` adds its CPU seconds."""
     call, seconds = getattr(engine, method), []
 
     def timed(name: str, query: str) -> None:
@@ -131,7 +131,7 @@ def _count_cpu_time(engine: Engine, method: str, table: str) -> list[float]:
 
 
 def brute_force(folder: Path) -> tuple[int, int]:
-    """(number of pairs of a sample within the radius, how many of them were proposed)."""
+    """(number of pairs of a sample within the radius, number of these that were proposed)."""
     path = folder / "sample.parquet"
     make_hashes(SAMPLE, path, seed=9)
     table = pq.read_table(path, columns=["phash", "dhash"])

@@ -6,7 +6,7 @@
 
 Docker, Podman or Buildah builds, the first that works. Without --registry nothing is pushed and no lock is written: a
 digest exists once a registry has the image. IMAGE_BUILD_FLAGS has further options for `build`, such as --network host,
-and IMAGE_PUSH_FLAGS for `push`, such as --compression-format zstd. Bills of materials go to sbom/ beside the lock.
+and IMAGE_PUSH_FLAGS for `push`, such as --compression-format zstd. Bills of materials go to sbom/ next to the lock.
 """
 
 from __future__ import annotations

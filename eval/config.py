@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 class SchedulerConfig(BaseModel):
     """The published `FlowMatchEulerDiscreteScheduler`'s settings; the defaults are the released model's.
 
-    shift: sigma -> shift sigma / (1 + (shift - 1) sigma): above 1, more of the steps are spent near pure noise.
+    shift: sigma -> shift sigma / (1 + (shift - 1) sigma): above 1, more of the steps are near pure noise.
     stochastic_sampling: each step goes to the predicted clean latent and adds fresh noise, so that later steps may
-        mend what earlier ones left undecided. Off: sampling is deterministic from the first noise on.
+        correct earlier ones. Off: sampling is deterministic given the initial noise.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -25,14 +25,14 @@ class EvalConfig(BaseModel):
     """How images are sampled, and which benchmark and judge score them.
 
     benchmark: a name of eval.benchmarks.registry.
-    judges: {role: name of eval.catalog}, for the roles that the benchmark has (Benchmark.judges); the shapes benchmark has
-        judges of its own.
-    prompts_file: the benchmark's prompts, where they are not part of this package.
-    prompt_set: "development" prompts are other ones of the same kind, to choose by; "official" ones are to report.
+    judges: {role: name of eval.catalog}, for the roles that the benchmark has (Benchmark.judges); the shapes benchmark
+        has its own judges.
+    prompts_file: the benchmark's prompts, if they are not part of this package.
+    prompt_set: "development" prompts are others of the same kind, for choosing; "official" prompts are for reporting.
     prompts_per_task: per category; None is all of them.
-    prompt_rewrites: a JSON file {prompt id or text: rewritten text}; None samples the prompts as they are.
+    prompt_rewrites: a JSON file {prompt id or text: rewritten text}; None: the prompts are used unchanged.
     negative_prompt: None is the pipeline's own (the empty prompt).
-    equal_within: differences of the overall score below it do not matter: for the verdict "equal".
+    equal_within: differences of the overall score below it count as "equal".
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,9 +52,7 @@ class EvalConfig(BaseModel):
     scheduler: SchedulerConfig = SchedulerConfig()
     batch_size: Annotated[int, Field(gt=0)] = 64
     judge_batch_size: Annotated[int, Field(gt=0)] = 64
-    bootstrap_samples: Annotated[int, Field(gt=0)] = (
-        1000  # read by no code since intervals need no draws; old recipes have it
-    )
+    bootstrap_samples: Annotated[int, Field(gt=0)] = 1000  # unused; old recipes have it
     equal_within: Annotated[float, Field(gt=0, lt=1)] = 0.01
     # a missing image is an error; "official" shrinks the denominator instead, as GenEval's own code does
     missing: Literal["error", "official"] = "error"
@@ -86,5 +84,5 @@ class EvalConfig(BaseModel):
         return judges
 
 
-# What scoring alone reads: it may change while the images stay.
+# Settings that only scoring reads: images do not depend on them.
 SCORING_KEYS = frozenset({"judges", "judge_batch_size", "bootstrap_samples", "equal_within", "missing"})

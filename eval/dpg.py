@@ -5,16 +5,16 @@
     answers --score_sample--> score of a prompt --summarise--> scores of the benchmark
 
 An image's score is the share of its questions that score; a question scores if its answer is exactly "yes" and no
-parent's score is 0 when it is visited, in the order of the CSV. So zeroes cascade, but a parent further down is still
-unvisited. A prompt's score is the mean of its images.
+parent has the score 0 when it is visited, in the order of the CSV. So zeros cascade, but a parent further down has not
+been visited yet. A prompt's score is the mean of its images.
 
-Source: dpg_bench/compute_dpg_bench.py of github.com/TencentQQGYLab/ELLA at 3c228f1. The published numbers contain what
-`mode="official"` repeats and `mode="fixed"` does not:
+Source: dpg_bench/compute_dpg_bench.py of github.com/TencentQQGYLab/ELLA at 3c228f1. `mode="official"` repeats these
+bugs of the published numbers, `mode="fixed"` does not:
 
 - the first row of the CSV is skipped: its prompt loses a question, and fails where another question depends on it;
-- rows of a prompt that are apart in the CSV: the last run of rows replaces the earlier ones;
+- if rows of a prompt are not adjacent in the CSV, the last run of rows replaces the earlier ones;
 - category scores come from the answers of the last image only, without the parents;
-- a file that fails is dropped, as if it had not been there.
+- a file that fails is dropped, as if it did not exist.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def load_questions(path_or_text_file: str | os.PathLike[str] | TextIO, mode: Mod
         {qid: str}}}; item ids are strings, digits or not.
 
     Raises:
-        ValueError: no such file, a missing column, a row cut short, or a number that is none; names the line.
+        ValueError: no such file, a missing column, a truncated row, or an invalid number; names the line.
     """
     _check_mode(mode)
     questions: dict[str, Question] = {}
@@ -144,14 +144,14 @@ def score_sample(
     Args:
         answers: {qid: one answer per image}; only exactly "yes" scores.
         dependency: {qid: parents}, 0 for none, of the same questions, in the order in which they are visited.
-        images: how many images count, from the first; None is all of them.
+        images: number of images that count, from the first; None: all.
 
     Returns:
         {"score": mean of the images, "per_image": [share of questions that score], "raw": {qid: 1.0 or 0.0 for the
         last image, whatever its parents say}}
 
     Raises:
-        ValueError: no questions or images, unequal numbers of answers, an answer that is no text, or a parent that is
+        ValueError: no questions or images, unequal numbers of answers, an answer that is not text, or a parent that is
             not a question (looked up only if no earlier parent scores 0, as in the official code).
     """
     count, raw, kept = _visit(answers, dependency, images)
@@ -186,7 +186,7 @@ def _visit(answers, dependency, images) -> tuple[int, list[dict[int, float]], li
                 if parent == 0:
                     continue
                 if parent not in scores:
-                    raise ValueError(f"question {qid} depends on question {parent}, which is not there")
+                    raise ValueError(f"question {qid} depends on question {parent}, which does not exist")
                 if scores[parent] == 0:
                     scores[qid] = 0.0
                     break
@@ -217,8 +217,8 @@ def split_grid(
 
     Args:
         image: the picture of a prompt.
-        resolution: side of one image in pixels; None is half the picture's width, or all of it where images=1.
-        images: how many to cut.
+        resolution: side of one image in pixels; None is half the picture's width, or all of it if images=1.
+        images: number of images to cut.
         mode: "official" cuts wherever `resolution` says, and gives black outside the picture; "fixed" refuses a picture
             that is not the grid.
 
@@ -232,7 +232,7 @@ def split_grid(
         sizes = [(2 * r, 2 * r), (r, r)] if images == 1 else [(2 * r, 2 * r)]
         if image.size not in sizes or images > IMAGES:
             raise ValueError(
-                f"a picture of {image.width} x {image.height} px is no grid of {images} images of {r} px; it must be "
+                f"a picture of {image.width} x {image.height} px is not a grid of {images} images of {r} px; it must be "
                 f"{2 * r} x {2 * r}"
             )
     return [image.crop(box) for box in grid_boxes(resolution, images)]
@@ -257,7 +257,7 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     """Reads an official results file up to its summary: {item_id: {"score", "per_image"}}.
 
     Raises:
-        ValueError: the file is absent, or a line before the summary is no result; names the line.
+        ValueError: the file is missing, or a line before the summary is not a result; names the line.
     """
     if not os.path.isfile(path):
         raise ValueError(f"{path} is not a results file of DPG-Bench")
@@ -268,12 +268,12 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
                 break
             parts = line.rstrip("\n").split(", ")
             scores: list[float] = []
-            with contextlib.suppress(ValueError):  # ends at the name, which may itself hold ", "
+            with contextlib.suppress(ValueError):  # ends at the name, which may contain ", "
                 while parts:
                     scores.insert(0, float(parts[-1]))
                     parts.pop()
             if not parts or len(scores) < 2:
-                raise ValueError(f"{path}, line {number}: {line.rstrip()!r} is no result (name, scores)")
+                raise ValueError(f"{path}, line {number}: {line.rstrip()!r} is not a result (name, scores)")
             results[item_of(", ".join(parts))] = {"score": scores[-1], "per_image": scores[:-1]}
     return results
 
@@ -290,12 +290,12 @@ def summarise(
         answers: {item_id: {qid: one answer per image}}; answers to questions that `questions` lacks are not read.
         questions: see `load_questions`, of the same mode.
         mode: "official" drops what fails. "fixed" counts a prompt of `questions` without complete answers as 0, and
-            scores categories over all images, with the parents; a parent that is no question counts as none.
+            scores categories over all images, with the parents; a parent that is not a question is ignored.
         images: images per prompt.
 
     Returns:
         {"score", "categories": both levels, such as "entity" and "entity - whole", "l1", "l2": each level alone,
-        "failed": item ids without a score of their own, sorted; "errors": {item_id: why}; "missing": item ids of
+        "failed": item ids without a score, sorted; "errors": {item_id: why}; "missing": item ids of
         `questions` without answers; "scored": number of prompts scored; "prompts": {item_id: {"score" and
         "per_image" in 0..1}}}
 
@@ -355,7 +355,7 @@ def answers_of(
     answers: Mapping[int, Sequence[str]], group: Question, mode: Mode = "official"
 ) -> tuple[dict[int, Sequence[str]], dict[int, list[int]]]:
     """(answers, dependency) of one prompt for `score_sample`: those of its questions; mode="fixed" leaves out parents
-    that are no question.
+    that are not questions.
 
     Raises:
         ValueError: a question has no answers.

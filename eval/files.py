@@ -1,4 +1,4 @@
-"""JSON Lines, and files that appear whole or not at all."""
+"""Reads JSON Lines, and writes files atomically."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, TextIO
 def read_json_lines(path: str | Path) -> Iterable[tuple[int, Any]]:
     """Yields (line number, value) for each line of a JSON Lines file that is not blank.
 
-    Lines end at "\\n" only: U+2028 and its like may stand inside a JSON string.
+    Lines end at "\\n" only: a JSON string may contain U+2028 and similar characters.
 
     Raises:
         ValueError: the file is absent, not UTF-8, or a line is not JSON; names the line.
@@ -35,7 +35,8 @@ def read_json_lines(path: str | Path) -> Iterable[tuple[int, Any]]:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name that becomes `path` when the block ends: a file that exists is whole. It vanishes when it raises."""
+    """A temporary name that becomes `path` when the block ends, so that existing files are complete. Removed on an
+    error."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -45,6 +46,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Writes a file atomically, unless it has these bytes already. Makes its folder."""
+    path = Path(path)
+    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 @contextlib.contextmanager

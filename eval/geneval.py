@@ -7,9 +7,9 @@ Objects, as a detector gives them and `judge_image` takes them:
     {class name: [{"box": [x0, y0, x1, y1], "score": 0.97, "color": "red"}, ...]}
 
 `box` is in pixels, y downwards; `score` is in [0, 1] (left out: certain); `color` is needed by prompts that ask for
-one only, and only for the objects that are looked at. A bare sequence of 4 or 5 numbers stands for box (and score).
+one only, and only for the objects that the rule uses. A plain sequence of 4 or 5 numbers means box (and score).
 
-Source: the rule of github.com/djghosh13/geneval at af4902f. It is followed to the letter, oddities included: see
+Source: the rule of github.com/djghosh13/geneval at af4902f. It is followed exactly, including its oddities: see
 `judge_image`. Scores are compared in float32, as the official arrays are.
 """
 
@@ -50,14 +50,14 @@ __all__ = [
 ]
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-# The order in which the official message lists what was found.
+# The order of relations in the official message.
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
 MAX_OBJECTS = 16
 MAX_OVERLAP = 1.0  # no detection is dropped for its overlap
 POSITION_THRESHOLD = 0.1
-BACKGROUND = "#999"  # of the crops whose colour is classified
+BACKGROUND = "#999"  # background of the crops whose colour is classified
 
 Objects = Mapping[str, Sequence[Any]]
 
@@ -65,10 +65,10 @@ Objects = Mapping[str, Sequence[Any]]
 def relative_position(
     box_a: Sequence[float], box_b: Sequence[float], position_threshold: float = POSITION_THRESHOLD
 ) -> list[str]:
-    """Where A is relative to B: none, one or two of "left of", "right of", "above", "below", sorted.
+    """The position of A relative to B: none, one or two of "left of", "right of", "above", "below", sorted.
 
-    The offset between the centres shrinks on each axis by `position_threshold` x (both extents), not below 0; what is
-    left, divided by the length of the unshrunk offset, must lie strictly beyond 0.5.
+    On each axis the offset between the centres is reduced by `position_threshold` x (both extents), not below 0; the
+    rest, divided by the length of the original offset, must be strictly above 0.5.
 
     Args:
         box_a, box_b: (x0, y0, x1, y1, ...) in pixels, y downwards; an inverted box has the extent of the upright one.
@@ -80,7 +80,7 @@ def relative_position(
     for box in (box_a, box_b):
         if len(box) < 4:
             raise ValueError(f"box {list(box)} must be (x0, y0, x1, y1)")
-    # One array of both keeps their dtype: float32 boxes are computed in float32, as the official code does.
+    # One array of both keeps their dtype: the official code computes float32 boxes in float32.
     corners = np.array([box_a[:4], box_b[:4]]).reshape(2, 2, 2)  # box, corner, axis
     centers = corners.mean(axis=1)
     extents = np.abs(corners[:, 1] - corners[:, 0])
@@ -148,25 +148,25 @@ def judge_image(
 ) -> dict[str, Any]:
     """Whether an image shows what its prompt asks for, by GenEval's rule.
 
-    All `include` clauses must hold and no `exclude` clause. A clause looks at the `count` best objects of its class
-    only, and knows nothing of the other clauses; more objects than asked for are wrong with an `exclude` only.
+    All `include` clauses must hold and no `exclude` clause. A clause uses only the `count` best objects of its class,
+    independent of other clauses; additional objects are wrong only with an `exclude`.
 
     Args:
         objects: {class: detections} (see the top of this file), before or after filtering.
         metadata: {"tag", "include": [{"class", "count", "color"?, "position"?: [relation, index of an earlier
             clause]}], "exclude"?: [{"class", "count"}]}; other keys are not read.
-        threshold, counting_threshold: a detection's score must lie strictly above; the latter for the tag "counting".
+        threshold, counting_threshold: a detection's score must be strictly above; the latter for the tag "counting".
         max_objects: detections kept of each class.
         position_threshold: see `relative_position`.
         max_overlap: see `filter_detections`.
-        classify_colors: (class, objects looked at) -> their colours; when left out, each object says its own.
+        classify_colors: (class, used objects) -> their colours; default: the objects' own "color".
 
     Returns:
         {"correct": bool, "reason": why not, one line for each clause that fails, "" if none,
         "found": {class: number of objects above the threshold}}
 
     Raises:
-        ValueError: a malformed clause or object, or a colour asked for and not known.
+        ValueError: a malformed clause or object, or a required colour is missing.
     """
     limit = counting_threshold if metadata.get("tag") == "counting" else threshold
     kept = {
@@ -237,7 +237,7 @@ def _clause(clause: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def _score(detection: Any) -> float:
-    if isinstance(detection, (dict, Mapping)):  # dict first: the quicker check
+    if isinstance(detection, (dict, Mapping)):  # dict first: the faster check
         return detection.get("score", 1.0)
     if len(detection) not in (4, 5):
         raise ValueError(f"detection {detection!r} must be a mapping with 'box', or 4 or 5 numbers (box, score)")
@@ -267,8 +267,7 @@ def summarise(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     Returns:
         {"overall": plain mean of the tasks' accuracies, "tasks": {tag: {"accuracy", "correct", "images", "prompts"}},
         "image_accuracy": share of right images, "prompt_accuracy": share of prompts with any right image,
-        "correct_images", "images", "correct_prompts", "prompts": counts, "missing_tasks": of the six, those without
-        an image (`overall` leaves them out, as the official summary does)}
+        "correct_images", "images", "correct_prompts", "prompts": counts, "missing_tasks": tasks of the six without an image (left out of `overall`, as in the official summary)}
 
     Raises:
         ValueError: no rows.
@@ -302,7 +301,7 @@ def summarise(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def summary_text(rows: Iterable[Mapping[str, Any]]) -> str:
-    """What evaluation/summary_scores.py prints of a results.jsonl, byte for byte; tasks in the order of the rows.
+    """The output of evaluation/summary_scores.py for a results.jsonl, byte for byte; tasks in the order of the rows.
 
     Args:
         rows: see `summarise`.
@@ -348,10 +347,10 @@ def result_row(
     """One row for `write_results`: "details" lists the kept boxes (x0, y0, x1, y1, score) of each class.
 
     Args:
-        filename: the image's path, as it should stand in the file.
-        objects, metadata: what `judge_image` was given.
-        verdict: what it returned.
-        settings: its thresholds, where they are not the official ones.
+        filename: the image's path in the file.
+        objects, metadata: the inputs of `judge_image`.
+        verdict: its result.
+        settings: its thresholds, if they are not the official ones.
     """
     limit = settings.get("threshold", THRESHOLD)
     if metadata["tag"] == "counting":
@@ -380,7 +379,8 @@ def crop_object(
     background: str = BACKGROUND,
     crop: bool = True,
 ) -> Image.Image:
-    """The picture of one object whose colour is classified: what is outside the mask turns grey, then the box is cut.
+    """The picture of one object for classifying its colour: pixels outside the mask become grey, then the box is
+    cropped.
 
     Args:
         image: any mode; read as RGB.

@@ -4,8 +4,8 @@
     scores of a prompt --soft_tifa--> arithmetic and geometric mean --summarise--> scores of the benchmark
 
 The judge is asked "<question> Answer in one word."; the score of a question is the sum, over `expected_answers`, of the
-probability that the first token of the reply is the first token of the answer. Two answers of one first token count it
-twice, so that a score may lie above 1.
+probability that the first token of the reply is the first token of the answer. Two answers with the same first token
+count it twice, so that a score may be above 1.
 
 Source: evaluation.py and soft_tifa_analysis.py of github.com/facebookresearch/GenEval2 (arXiv 2512.16853).
 """
@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.files import read_json_lines, replacing_text
+from eval.files import read_json_lines
 
 SKILLS = ("object", "attribute", "count", "position", "verb")
 ATOMICITIES = range(3, 11)
@@ -30,13 +30,13 @@ NUMERALS = {
 
 
 def question_text(question: str) -> str:
-    """What the judge is asked."""
+    """The question to the judge."""
     return f"{question} Answer in one word."
 
 
 def expected_answers(question: str, answer: str) -> list[str]:
-    """The replies whose probabilities are summed: of a question "How many ..." the spellings of the number, of every
-    other "Yes", whatever `answer` says.
+    """The replies whose probabilities are summed: for "How many ..." the spellings of the number, otherwise "Yes",
+    whatever `answer` is.
 
     A number beyond ten has the numeral "other", as in the official code.
     """
@@ -126,7 +126,6 @@ def load_prompts(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_scores(path: str | Path, scores: Sequence[Sequence[float]]) -> None:
-    """Writes the official score_lists.json, for soft_tifa_analysis.py."""
-    with replacing_text(path) as file:
-        json.dump([[float(value) for value in values] for values in scores], file)
+def scores_text(scores: Sequence[Sequence[float]]) -> str:
+    """The official score_lists.json, for soft_tifa_analysis.py."""
+    return json.dumps([[float(value) for value in values] for values in scores])

@@ -1,4 +1,4 @@
-"""What the HTML reports share: the frame and style of a page, escaped text, tables and inlined pictures.
+"""Shared by the HTML reports: frame and style of a page, escaped text, tables and inlined pictures.
 
 A page is one file that loads nothing from elsewhere and runs no script: its Content-Security-Policy forbids both.
 """
@@ -23,7 +23,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 class Markup(str):
-    """HTML that is inserted as it is; every other value is escaped."""
+    """HTML that is inserted unchanged; every other value is escaped."""
 
 
 def text(value: Any) -> str:
@@ -37,7 +37,7 @@ def page(title: str, body: str, style: str = "") -> str:
     Args:
         title: plain text.
         body: HTML.
-        style: CSS beside `STYLE`.
+        style: CSS in addition to `STYLE`.
     """
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

@@ -8,8 +8,8 @@ Every summary has "score", "prompts" ({prompt: score or None}), "scored" (their 
 a score, which the mean leaves out, as in the official code). A prompt of alignment and diversity is named
 "<class>_<id>", such as "anime_003"; the others have the bare id.
 
-Source: scripts/ of github.com/OneIG-Bench/OneIG-Benchmark at 41b4983. What `mode="official"` repeats and "fixed" does
-not is said at `split_grid` and `summarise_text`.
+Source: scripts/ of github.com/OneIG-Bench/OneIG-Benchmark at 41b4983. `split_grid` and `summarise_text` describe the
+bugs that `mode="official"` repeats and "fixed" does not.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def split_grid(image: Image.Image, grid: tuple[int, int] = (2, 2), mode: Mode = 
             "fixed" reads every picture as RGB first.
 
     Raises:
-        ValueError: a grid below (1, 1), or mode="official" and a picture that is no JPEG's.
+        ValueError: a grid below (1, 1), or mode="official" and a picture whose mode JPEG does not support.
     """
     _check_mode(mode)
     columns, rows = grid
@@ -122,12 +122,12 @@ def alignment_score(
     """The score of one prompt: the share of its questions that score, mean over its tiles; None without tiles.
 
     A question scores if its answer is exactly "Yes" and no parent's answer is another. Parents count by their own
-    answers, so zeroes do not cascade; a parent that is no question counts as none.
+    answers, so zeros do not cascade; a parent that is not a question is ignored.
 
     Args:
         answers: {qid: one answer per tile}, qids from 1 up without a gap.
         dependency: {qid: parents}, 0 for none.
-        tiles: how many tiles count, from the first; None is all of them.
+        tiles: number of tiles that count, from the first; None: all.
 
     Raises:
         ValueError: no questions, a gap between qids, or too few answers to a question.
@@ -201,10 +201,10 @@ def preprocess_string(text: str) -> str:
 
 
 def clean_and_remove_hallucinations(texts: Iterable[str]) -> list[str]:
-    """Takes out of each text what the OCR judge is known to make up, or says where it sees no text."""
+    """Removes from each text known hallucinations of the OCR judge, and its statement that there is no text."""
     cleaned = list(texts)
     for phrase in HALLUCINATIONS:
-        # A removal can leave the phrase again; with a line break beside it, it goes too.
+        # A removal can create the phrase again; an adjacent line break is removed too.
         for part in (phrase, f"\n{phrase}", f"{phrase}\n"):
             cleaned = [text.replace(part, "") for text in cleaned]
     return cleaned
@@ -236,7 +236,7 @@ def levenshtein_distance(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
 
 
 def calculate_char_match_ratio(text_gt: str, ocr: str) -> tuple[int, float, int]:
-    """How many words of the wanted text the OCR has, in any order; characters instead of words if any is Chinese.
+    """Number of words of the wanted text in the OCR, in any order; characters instead of words if any is Chinese.
 
     Args:
         text_gt, ocr: both after `preprocess_string`.
@@ -250,7 +250,7 @@ def calculate_char_match_ratio(text_gt: str, ocr: str) -> tuple[int, float, int]
 
 
 def max_new_tokens(text_content: str) -> int:
-    """How many tokens the OCR judge may write for a prompt's wanted text: 256 if it has over 60 words, else 128."""
+    """Token limit of the OCR judge for a prompt's wanted text: 256 if it has over 60 words, else 128."""
     return 256 if len(text_content.split()) > 60 else 128
 
 
@@ -291,7 +291,7 @@ def summarise_text(
 
     Args:
         contents: {id: wanted text}, the column text_content of text_content.csv, in its order; or the texts alone.
-        ocr: {id: what the judge read in each tile}, None or no entry where there is no picture; or one per text.
+        ocr: {id: what the judge read in each tile}, None or no entry without a picture; or one per text.
         language: of the benchmark.
         mode: a picture whose tiles are all black has no texts ([]). "official" then scores the texts of the prompt
             before it once more, under this prompt, as the official code does; "fixed" gives it no score.
@@ -397,7 +397,7 @@ def _to_bfloat16(values: np.ndarray) -> np.ndarray:
 def summarise_style(
     styles: Mapping[str, Any] | Sequence[Any], scores: Mapping[str, float | None] | Sequence[float | None]
 ) -> dict[str, Any]:
-    """The mean over the prompts that ask for a style; "styles" has the mean of each style that has a score.
+    """The mean over the prompts with a style; "styles" has the mean of each style that has a score.
 
     Args:
         styles: {id: style}, the column class of style.csv; empty, None or nan for a prompt without one, which is left
@@ -450,8 +450,8 @@ def summarise_diversity(
 
     Args:
         scores: {"<class>_<id>": score or None}, or the scores alone.
-        classes: the classes to report, in order; or {prompt: class}, for prompts that are named otherwise. None: those
-            of the scores.
+        classes: the classes to report, in order; or {prompt: class}, for prompts with other names. None: those of the
+            scores.
 
     Raises:
         ValueError: no prompt has a score.

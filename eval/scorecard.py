@@ -1,9 +1,10 @@
-"""From a folder of images to a scorecard with error bars.
+"""Makes a scorecard with error bars from a folder of images.
 
     DIR/images --judging--> DIR/judged --score_rows--> rows --scorecard--> card --write--> scores.parquet scorecard.json
                                                                                            scorecard.html grid.png
+                                                                                           official/seed0/...
 
-Everything comes from the images and the answers about them, so that an old run can be scored again without a GPU:
+It needs only the images and the answers about them, so that an old run can be scored again without a GPU:
 python -m eval.cli score DIR [--out DIR2]
 """
 
@@ -16,12 +17,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from eval import catalog
 from eval.benchmarks import flow_loss
+from eval.benchmarks.base import Benchmark, Judged
 from eval.config import EvalConfig
-from eval.files import replacing
+from eval.files import replacing, write_bytes
 from eval.generation.generate import IMAGES, PROMPTS, SETTINGS, Sampler, generate, read_prompts
 from eval.judging.answers import Answers
 from eval.judging.protocols import Judge
@@ -38,9 +41,9 @@ from eval.judging.run import (
     write_rows,
 )
 from eval.scorecards.card import Scorecard, dumps, load
-from eval.scorecards.make_card import scorecard, with_training_noise
+from eval.scorecards.make_card import scorecard, with_images, with_training_noise
 
-JUDGED = "judged"
+JUDGED, OFFICIAL = "judged", "official"
 SCORES, CARD, PAGE, GRID = "scores.parquet", "scorecard.json", "scorecard.html", "grid.png"
 Log = Callable[[str], None]
 
@@ -64,7 +67,7 @@ def evaluate(
 
 
 def read_run(run_dir: str | Path) -> tuple[Path, list[dict[str, Any]], dict[str, Any]]:
-    """(images folder, prompts, how they were sampled) of a run.
+    """(images folder, prompts, sampling settings) of a run.
 
     Raises:
         ValueError: there is no run.
@@ -72,7 +75,7 @@ def read_run(run_dir: str | Path) -> tuple[Path, list[dict[str, Any]], dict[str,
     images_dir = Path(run_dir) / IMAGES
     for name in (PROMPTS, SETTINGS):
         if not (images_dir / name).is_file():
-            raise ValueError(f"{run_dir} is no run of eval.generation.generate: it has no {IMAGES}/{name}")
+            raise ValueError(f"{run_dir} is not a run of eval.generation.generate: it has no {IMAGES}/{name}")
     try:
         generation = json.loads((images_dir / SETTINGS).read_text(encoding="utf-8"))
         EvalConfig(**generation["config"])
@@ -91,10 +94,10 @@ def judge_run(
     shards: int = 1,
     log: Log = print,
 ) -> dict[str, int]:
-    """Answers of judges about a run's images, in `out_dir`: images.parquet, judges.json and answers.parquet.
+    """Judges a run's images and writes to `out_dir`: images.parquet, judges.json and answers.parquet.
 
     Raises:
-        ValueError: missing images, or a judge fails (see `judge_images`); what it answered is kept.
+        ValueError: missing images, or a judge fails (see `judge_images`); its answers so far are kept.
     """
     images_dir, prompts, generation = read_run(run_dir)
     config = config or EvalConfig(**generation["config"])
@@ -125,8 +128,8 @@ def rescore(
 
     Args:
         config: the recorded one unless given.
-        judges: {role: judge}, asked about what has no answer yet.
-        judged: a folder of `judge_run` whose answers are complete: then no judge, and no image, is needed.
+        judges: {role: judge}, asked only questions without an answer.
+        judged: a folder of `judge_run` with complete answers: then neither judges nor images are needed.
         training_runs: scorecards of the same recipe at other training seeds, for the noise of training.
 
     Raises:
@@ -150,12 +153,27 @@ def rescore(
     card = card.model_copy(update={"flow_loss": flow_loss.read(images_dir, prompts, config.seeds)})
     if training_runs:
         card = with_training_noise(card, [load(path) for path in training_runs])
-    write(card, rows, images_dir, out_dir)
+    write(card, rows, images_dir, out_dir, official_files(benchmark, prompts, answered, config.image_size_px))
     return card.model_dump(mode="json")
 
 
+def official_files(
+    benchmark: Benchmark,
+    prompts: Sequence[Mapping[str, Any]],
+    answered: Mapping[int, Mapping[str, Judged]],
+    image_size_px: int,
+) -> dict[str, str]:
+    """{"seed0/NAME": text} of the official code's result files for each sampling seed."""
+    files = {}
+    for seed, of_seed in answered.items():
+        if judged := with_images(of_seed):
+            of_code = benchmark.official_files(prompts, judged, image_size_px)
+            files |= {f"seed{seed}/{name}": text for name, text in of_code.items()}
+    return files
+
+
 def _refuse_stale(rows: Sequence[Row], images_dir: Path, index: Path) -> None:
-    """Images that are newer than their index are compared with it; images that are gone need not be."""
+    """Compares images that are newer than their index with it; missing images are ignored."""
     written = index.stat().st_mtime_ns
     for row in rows:
         path = images_dir / row["file"]
@@ -178,10 +196,16 @@ def check_out_dir(out_dir: str | Path) -> Path:
     return out_dir
 
 
-def write(card: Scorecard, rows: Sequence[Row], images_dir: str | Path, out_dir: str | Path) -> None:
-    """Writes scores.parquet (a row per image), grid.png, scorecard.html and, last, scorecard.json into `out_dir`.
+def write(
+    card: Scorecard,
+    rows: Sequence[Row],
+    images_dir: str | Path,
+    out_dir: str | Path,
+    official: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Writes scores.parquet (a row per image), official/, grid.png, scorecard.html and, last, scorecard.json into `out_dir`.
 
-    Each file appears whole or not at all, and a scorecard.json beside the others is of the same scores.
+    Each file is written atomically, and an existing scorecard.json belongs to the other files.
     """
     from eval.scorecards.scorecard_page import draw_grid, render_page
 
@@ -193,7 +217,12 @@ def write(card: Scorecard, rows: Sequence[Row], images_dir: str | Path, out_dir:
         draw_grid(rows, images_dir).save(temporary / GRID, format="PNG")
         page = render_page(card, rows, images_dir, temporary / GRID)
         (temporary / PAGE).write_text(page, encoding="utf-8")
+        for name, content in official.items():
+            write_bytes(temporary / OFFICIAL / name, content.encode())
         (out_dir / CARD).unlink(missing_ok=True)
+        shutil.rmtree(out_dir / OFFICIAL, ignore_errors=True)
+        if official:
+            (temporary / OFFICIAL).rename(out_dir / OFFICIAL)
         for name in (SCORES, GRID, PAGE):
             with replacing(out_dir / name) as target:
                 shutil.copyfile(temporary / name, target)
@@ -218,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def lines(card: Mapping[str, Any]) -> list[str]:
-    """The scores as lines of text: the name, the categories, the overall score with its noises."""
+    """The scores as lines of text: the name, the categories, the overall score with its standard errors."""
     scale = card["scale"]
     lines = [card["name"]]
     rows = {**card["tasks"], "overall": card["overall"]}

@@ -1,12 +1,12 @@
-"""Error bars, comparisons and choices that keep their level: intervals, paired tests, several candidates.
+"""Error bars, comparisons and choices at a given confidence level: intervals, paired tests, several candidates.
 
     scores of a prompt's images -> prompt -> category -> benchmark
                  |                    |
           sampling noise         prompt noise           training noise: between models of other training seeds
 
-A score near 1 has few wrong images, and these come in clusters, since images of one prompt fail together. A percentile
+A score near 1 has few wrong images, in clusters, since images of one prompt fail together. A percentile
 bootstrap over prompts then covers 0.5 to 0.7 of its nominal 0.95 (benchmarks/interval_coverage.py). The interval here is
-Wilson's with an effective sample size: that of the clustered variance, drawn towards a guessed correlation where few
+Wilson's with an effective sample size: that of the clustered variance, shrunk towards an assumed correlation if few
 prompts carry information. Categories are combined without a normal assumption (Zou and Donner's MOVER).
 
 Scores are floats in [0, 1]; right and wrong are 1 and 0.
@@ -27,7 +27,8 @@ from typing import Any, Literal
 import numpy as np
 
 LEVEL = 0.95
-# Images of one prompt: measured 0 to 0.2 on shapes, unknown for others. The guess counts as much as this many prompts.
+# Correlation of images of one prompt: measured 0 to 0.2 on shapes, unknown for others. The assumption weighs as this
+# many prompts.
 PRIOR_CORRELATION, PRIOR_PROMPTS = 0.4, 2.0
 FLIPS = 9999
 POWER = 0.8
@@ -71,8 +72,8 @@ def mean_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float,
 class Estimate:
     """A score with its error: `sampling` and `prompts` are standard errors whose squares add up to that of `total`.
 
-    sampling: what other noise on the same prompts would change; None where no prompt has two images.
-    prompts: what other prompts of the same kind would change; None where `sampling` is.
+    sampling: the part of noise on the same prompts; None if no prompt has two images.
+    prompts: the part of other prompts of the same kind; None if `sampling` is.
     """
 
     mean: float
@@ -97,7 +98,7 @@ def interval(prompts: Sequence[Sequence[float]], level: float = LEVEL, weight_by
         ValueError: no prompts, one without images, a score outside [0, 1], or `level` outside (0, 1).
     """
     if not 0 < level < 1:
-        raise ValueError(f"level={level} must lie between 0 and 1")
+        raise ValueError(f"level={level} must be between 0 and 1")
     sizes = np.array([len(scores) for scores in prompts], dtype=np.int64)
     if not len(sizes) or not sizes.all():
         raise ValueError(f"{len(sizes)} prompts, {int((sizes == 0).sum())} of them without images: nothing to estimate")
@@ -117,7 +118,7 @@ def _estimate(sums: np.ndarray, sizes: np.ndarray, sampling: float | None, image
     n = len(sizes)
     p = min(max(float(sums.sum() / sizes.sum()), 0.0), 1.0)
     effective = _effective_size(p, sums, sizes)
-    # Few prompts say little of their own spread: Student's quantile in place of the normal one.
+    # The spread of few prompts is uncertain: Student's quantile instead of the normal one.
     low, high = wilson(p, effective, student(level, max(n - 1, 1)))
     total = math.sqrt(max(p * (1 - p), 1e-12) / effective)
     between = None
@@ -128,14 +129,14 @@ def _estimate(sums: np.ndarray, sizes: np.ndarray, sampling: float | None, image
 
 
 def _effective_size(p: float, sums: np.ndarray, sizes: np.ndarray) -> float:
-    """How many independent images would estimate p as well as these prompts do."""
+    """The number of independent images that would estimate p as well as these prompts."""
     n, images = len(sizes), float(sizes.sum())
     prior = (1 + (float((sizes**2).sum()) / images - 1) * PRIOR_CORRELATION) / images
     if not 0 < p < 1 or n < 2:
         return 1 / prior
     residuals = sums - p * sizes
     clustered = n / (n - 1) * float((residuals**2).sum()) / images**2 / (p * (1 - p))
-    # Spread is learnt from prompts that carry some of the rarer outcome: 3 failing prompts among 80 are 3.
+    # Only prompts with the rarer outcome show the spread: 3 failing prompts among 80 count as 3.
     information = min(_kish(sums), _kish(sizes - sums))
     weight = information / (information + PRIOR_PROMPTS)
     return 1 / (weight * clustered + (1 - weight) * prior)
@@ -144,13 +145,13 @@ def _effective_size(p: float, sums: np.ndarray, sizes: np.ndarray) -> float:
 def _sampling_error(
     sums: np.ndarray, squares: np.ndarray, sizes: np.ndarray, weights: np.ndarray | float
 ) -> float | None:
-    """Standard error of the weighted mean with the prompts fixed; None where no prompt has two images."""
+    """Standard error of the weighted mean with the prompts fixed; None if no prompt has two images."""
     repeated = sizes > 1
     if not repeated.any():
         return None
     k = sizes[repeated]
     variance = np.maximum(squares[repeated] - sums[repeated] ** 2 / k, 0) / (k - 1)
-    # Prompts of one image borrow the mean variance of the others.
+    # Prompts with one image get the mean variance of the others.
     by_prompt = np.full(len(sizes), variance.mean())
     by_prompt[repeated] = variance
     return math.sqrt(float((np.broadcast_to(weights, sizes.shape) ** 2 * by_prompt / sizes).sum()))
@@ -177,7 +178,7 @@ def student(level: float, freedom: float) -> float:
 
 
 def pool(estimates: Sequence[Estimate]) -> Estimate:
-    """The plain mean of categories: limits are combined by MOVER, so that they keep their asymmetry near 1."""
+    """The plain mean of categories: limits are combined by MOVER, which keeps their asymmetry near 1."""
     if not estimates:
         raise ValueError("there are no categories to take a mean of")
     if len(estimates) == 1:
@@ -227,7 +228,7 @@ def estimate(groups: Grouped, pooling: Pooling = "categories", level: float = LE
 class Difference:
     """B minus A on the same prompts.
 
-    p: of the sign-flip test that A and B are equal. visible: the difference that would be seen in four of five tries.
+    p: of the sign-flip test that A and B are equal. visible: the difference that is detected with a power of 0.8.
     verdict: "better", "worse" (the interval excludes 0), "equal" (it is within +-margin) or "cannot tell".
     """
 
@@ -267,8 +268,8 @@ def _weighted(differences: Mapping[str, np.ndarray], pooling: Pooling) -> tuple[
 def _error(d: np.ndarray, weight: np.ndarray, category: np.ndarray, pooling: Pooling) -> np.ndarray:
     """Standard error of the weighted mean difference, [...]; never 0.
 
-    Two halves of a pseudo-prompt of each sign are added to the whole, so that a few prompts without any difference are
-    no proof that there is none.
+    Half a pseudo-prompt of each sign is added, so that a few prompts without any difference do not prove that there is
+    none.
     """
     if pooling == "prompts":
         category = np.zeros_like(category)
@@ -276,7 +277,7 @@ def _error(d: np.ndarray, weight: np.ndarray, category: np.ndarray, pooling: Poo
     for c in np.unique(category):
         part, w = d[..., category == c], weight[category == c]
         n = part.shape[-1]
-        # A single prompt has no spread of its own: its difference itself stands for it.
+        # A single prompt has no spread: its difference is used instead.
         spread = part.var(axis=-1, ddof=1) if n > 1 else part[..., 0] ** 2
         variance = variance + spread * (w**2).sum()
     pseudo = (weight**2).sum() * float(weight.max())
@@ -284,7 +285,7 @@ def _error(d: np.ndarray, weight: np.ndarray, category: np.ndarray, pooling: Poo
 
 
 def _signs(n: int, flips: int, seed: int) -> np.ndarray:
-    """[flips, n] of +-1: all of them where there are no more than `flips`, else drawn."""
+    """[flips, n] of +-1: all combinations if there are at most `flips`, else random ones."""
     if n < 63 and 2**n <= flips + 1:
         bits = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
         return (2 * bits - 1).astype(np.float32)
@@ -303,14 +304,14 @@ def compare(
 ) -> Difference:
     """B against A, prompt by prompt: a stratified sign-flip test, and the interval that agrees with it.
 
-    Were A and B equal, the difference of each prompt could as well have the other sign. The interval holds the shifts
-    that the test does not reject, and is never narrower than two pseudo-prompts make it.
+    If A and B were equal, the difference of each prompt could equally have the other sign. The interval contains the
+    shifts that the test does not reject, and is at least as wide as that of two pseudo-prompts.
 
     Args:
         pairs: (mean score of A, of B) of each prompt, by category.
-        pooling: how prompts make the overall score (see `estimate`).
-        margin: differences below it do not matter: gives the verdict "equal".
-        flips: sign flips drawn; all of them where there are fewer.
+        pooling: how the overall score follows from prompts (see `estimate`).
+        margin: differences below it have the verdict "equal".
+        flips: number of random sign flips; all if there are fewer.
 
     Raises:
         ValueError: no prompts, or an empty category.
@@ -346,7 +347,7 @@ def _last_accepted(p_value, mean: float, direction: int, error: float, alpha: fl
     inside, outside = 0.0, 2 * error
     while p_value(mean + direction * outside) > alpha:
         inside, outside = outside, 2 * outside
-        if outside > 4:  # so few prompts that no difference can be seen
+        if outside > 4:  # too few prompts to detect any difference
             return mean + direction * outside
     for _ in range(24):
         middle = (inside + outside) / 2
@@ -386,12 +387,12 @@ def choose(
     flips: int = FLIPS,
     seed: int = 0,
 ) -> Choice:
-    """The best candidate that beats the incumbent, by the maximum over all of them; the incumbent where none does.
+    """The best candidate that beats the incumbent, by a test on the maximum over all; the incumbent if none does.
 
-    Two tests must agree. Sign flips, the same for all candidates, keep the correlation between them, whatever their
-    spread. Exchanged labels, the same model's scores going by another name on each prompt, are exact where all models are
-    equal: of many such candidates a wrong choice happens in at most 1 - level of the runs (sign flips alone: up to 0.08,
-    since all differences share the incumbent). One-sided: only an improvement changes anything.
+    Two tests must agree. Sign flips, the same for all candidates, keep the correlation between candidates, for any
+    spread. Exchanged labels, which permute the models' scores on each prompt, are exact if all models are equal: the
+    rate of wrong choices is then at most 1 - level (sign flips alone: up to 0.08, since all differences share the
+    incumbent). One-sided: only improvements count.
 
     Args:
         incumbent, candidates: mean score of each prompt, by category; all over the same prompts in the same order.
@@ -414,7 +415,7 @@ def choose(
     d, weight, _ = _weighted(differences, pooling)  # [K, n]
     means = d @ weight
     signs = _signs(d.shape[1], flips, seed)
-    # Not divided by each candidate's own error: picking the largest ratio picks underestimated errors.
+    # Not divided by each candidate's own error: the largest ratio would favour underestimated errors.
     flipped = (signs @ (d * weight).T.astype(np.float32)).max(axis=1)  # [flips, K] -> [flips]
     exchanged = _exchanged(d * weight, min(flips, 1999), seed)
     p, limit = [0.0] * len(means), 0.0

@@ -253,7 +253,7 @@ class OptimConfig(Section):
 
 
 class LossConfig(Section):
-    """Weight of each loss beside flow matching; 0 switches it off.
+    """Weight of each loss in addition to flow matching; 0 switches it off.
 
     A field's name is the name of its function in `model.losses` (`LOSSES`, or `AFTER_STEP` for functions that change
     weights after the optimiser step). docs/extending.md shows how to add one.

@@ -99,7 +99,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         with open(path, "rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
         if len(content) > MAX_FILE_BYTES:
-            raise ValueError(f"{path} has more than {MAX_FILE_BYTES:,} bytes: it is no recipe")
+            raise ValueError(f"{path} has more than {MAX_FILE_BYTES:,} bytes: it is not a recipe")
         data = yaml.load(content, Loader=Loader)  # noqa: S506  (a SafeLoader)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None

@@ -226,7 +226,7 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, sync: bool = False) -> Iterator[Path]:
-    """A hidden temporary file beside the local `path`, which it replaces atomically when the block ends without an
+    """A hidden temporary file next to the local `path`, which it replaces atomically when the block ends without an
     error.
 
     Args:

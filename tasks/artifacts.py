@@ -108,7 +108,7 @@ def exclusive(work_dir: Path) -> Iterator[None]:
 
     Raises:
         UserError: another run has the lock; on a cluster, where it is an earlier attempt that has not ended, an error
-        that Flyte retries.
+            that Flyte retries.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:

@@ -7,7 +7,7 @@ the last step -> rank 0's node seals and uploads; the others wait for its output
 
 a node is gone -> NCCL's watchdog aborts the workers of the others, which wait for it -> agents: a recoverable error
 
-a worker's exception -> its error.json, and beside it a marker if the task calls it recoverable -> agent: recoverable,
+a worker's exception -> its error.json, and next to it a marker if the task calls it recoverable -> agent: recoverable,
 unless some worker's was not; of the errors of several nodes, Flyte takes the earliest
 
 See docs/decisions/flyte.md.

@@ -1,6 +1,6 @@
 """Sealed directories: the artifacts that pass from task to task.
 
-A pass writes into a temporary directory beside its final name (`writing`). `seal` records the digests of its files, of
+A pass writes into a temporary directory next to its final name (`writing`). `seal` records the digests of its files, of
 its parents and of its configuration in manifest.json. The rename at the end of `writing` makes the directory visible
 atomically. `verify` refuses a missing, added or changed file.
 
@@ -190,10 +190,11 @@ def seal(
         directory: the finished directory; afterwards no file in it may change.
         kind: one of `KINDS`.
         parents: sealed directories from which this one was made (their manifests are read, not verified again), or
-        `Parent`s if they are not on this machine. config: the settings that determine the content, as a recipe section
-        or a JSON-able dict. counts: whole numbers to show in lineage, such as {"records": 100}. logs: patterns (fnmatch
-        on the path inside the directory) of files that are checksummed but not part of the digest, such as "logs/*" or
-        "metrics.jsonl".
+            `Parent`s if they are not on this machine.
+        config: the settings that determine the content, as a recipe section or a JSON-able dict.
+        counts: whole numbers to show in lineage, such as {"records": 100}.
+        logs: patterns (fnmatch on the path inside the directory) of files that are checksummed but not part of the
+            digest, such as "logs/*" or "metrics.jsonl".
 
     Raises:
         ValueError: unknown kind, nothing to seal, or a parent without a seal.

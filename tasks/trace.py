@@ -127,12 +127,12 @@ def walk(directory: str | os.PathLike, home: str | os.PathLike | None = None, ch
     Args:
         directory: any sealed directory, or its URI.
         home: a local directory or URI in which to search, by digest, for parents and parts that are not at their
-        recorded location. Default: the directories beside `directory`, NUCLEUS_HOME and NUCLEUS_STORE. check: read and
-        compare every file and part; otherwise only manifests are read, and parts not at all.
+            recorded location. Default: the directories next to `directory`, NUCLEUS_HOME and NUCLEUS_STORE.
+        check: read and compare every file and part; otherwise only manifests are read, and parts not at all.
 
     Raises:
         ValueError: names the file that was changed, added or lost, the parent that is missing, or the one that a
-        manifest should name.
+            manifest should name.
     """
     return Lineage(directory, home, check).nodes
 

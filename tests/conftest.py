@@ -1,4 +1,4 @@
-"""What holds for every test."""
+"""Settings and fixtures of every test."""
 
 import gc
 import os
@@ -18,9 +18,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; the limit on CPU 
 # Before any matrix product on CUDA: see model/__init__.py, which not every test imports first.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# Garbage of earlier tests may hold gloo's groups, whose threads a forked process does not have: ending one there waits for
-# them for ever. So it is collected before, and what a child inherits is never collected by it. What is left stays out of
-# later collections: torch and its like are millions of objects, and going through them takes as long as most tests.
+# Garbage of earlier tests may hold groups of gloo. A forked process lacks their threads, and would wait forever when it
+# ends such a group. So garbage is collected before a fork, and a child never collects what it inherits. The rest is
+# left out of later collections: torch alone is millions of objects, and a collection of them takes as long as most tests.
 os.register_at_fork(before=lambda: (gc.collect(), gc.freeze()), after_in_child=gc.freeze)
 
 # flytekit and torch leave folders in the temporary folder. They go into one that is removed after the tests; workers inherit
@@ -38,7 +38,7 @@ def pytest_unconfigure():
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
-    """What test files import is never garbage."""
+    """Excludes what test files import from garbage collection."""
     gc.disable()
     try:
         return (yield)
@@ -63,6 +63,6 @@ def pytest_ignore_collect(collection_path, config):
 
 @pytest.fixture(autouse=True)
 def same_random_numbers():
-    """A test draws the same numbers alone as after any others."""
+    """Seeds the generators: a test draws the same numbers alone and after other tests."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)

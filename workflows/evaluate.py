@@ -1,7 +1,7 @@
 """Scores any diffusers pipeline on any benchmarks, or merged weights as part of other workflows.
 
     pyflyte run workflows/evaluate.py evaluate --model .nucleus/artifacts/pipeline/DIGEST --benchmarks shapes
-    pyflyte run workflows/evaluate.py evaluate --model OWNER/NAME --revision COMMIT --benchmarks geneval,dpg,oneig
+    pyflyte run workflows/evaluate.py evaluate --model OWNER/NAME --revision COMMIT --benchmarks geneval,geneval2,dpg,oneig
     pyflyte run workflows/evaluate.py evaluate --model .nucleus/artifacts/merged/DIGEST \\
         --components .nucleus/artifacts/components/DIGEST --recipe tiny --benchmarks shapes
 
@@ -86,16 +86,18 @@ def evaluate(
 
     Args:
         model: a directory that diffusers loads, merged weights (with `components`), a Hub id, an s3:// URI of a
-        published pipeline, or newest: the pipeline published last on this machine. benchmarks: names, separated by
-        commas, such as geneval,dpg,oneig. `python -m eval.cli ls` lists them. revision: the commit of a Hub id;
-        default: the newest. components: a sealed directory of kind components, for merged weights. recipe: its eval
-        section has the settings; default: those of a published pipeline's scorecard, else the defaults. overrides: a
-        setting such as guidance_scale=3 or geneval.seeds=[0], or a JSON list of them. May be given several
+            published pipeline, or newest: the pipeline published last on this machine.
+        benchmarks: names, separated by commas, such as geneval,dpg,oneig. `python -m eval.cli ls` lists them.
+        revision: the commit of a Hub id; default: the newest.
+        components: a sealed directory of kind components, for merged weights.
+        recipe: its eval section has the settings; default: those of a published pipeline's scorecard, else the
+            defaults.
+        overrides: a setting such as guidance_scale=3 or geneval.seeds=[0], or a JSON list of them. May be given several
             times.
         judges: such as ssd-mobilenet-v2 or dpg.vqa=blip-vqa, separated by commas; default: the official classes, or on
-        a machine without a GPU those with weights in Python packages. parts_per_seed: number of map tasks that sample
-        the images of one seed. The images are the same for any number. curated: a sealed directory of kind curated, for
-        the captions benchmark.
+            a machine without a GPU those with weights in Python packages.
+        parts_per_seed: number of map tasks that sample the images of one seed. The images are the same for any number.
+        curated: a sealed directory of kind curated, for the captions benchmark.
     """
     resolved = resolve_model(model=model, revision=revision, components=components)
     configs = plan_benchmarks(model=resolved, benchmarks=benchmarks, recipe=recipe, overrides=overrides, judges=judges)

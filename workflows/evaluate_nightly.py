@@ -3,7 +3,7 @@
     newest model --digest--> known? nothing to do
                              else: a scorecard for each benchmark --> stored --> gate
 
-The scorecards are stored before the gate, and compared with the last one that was no drop
+The scorecards are stored before the gate, and compared with the last one that was not a drop
 (tasks/evaluation/history.py). Launch plan `evaluate-nightly`, inactive when it is registered:
 
     NUCLEUS_NIGHTLY_MODEL=s3://BUCKET/nucleus/pipeline NUCLEUS_NIGHTLY_BENCHMARKS=geneval NUCLEUS_NOTIFY=a@example.com \\
@@ -45,9 +45,11 @@ def evaluate_nightly(
 
     Args:
         model: see workflows/evaluate.py; a Hub id without a commit, or an s3:// URI of a published pipeline, means the
-        newest version. benchmarks: names, separated by commas. recipe: its eval section has the settings; default:
-        those of a published pipeline's scorecard. judges: see workflows/evaluate.py. parts_per_seed: number of map
-        tasks that sample the images of one seed.
+            newest version.
+        benchmarks: names, separated by commas.
+        recipe: its eval section has the settings; default: those of a published pipeline's scorecard.
+        judges: see workflows/evaluate.py.
+        parts_per_seed: number of map tasks that sample the images of one seed.
     """
     resolved = resolve_model(model=model, revision="", components="")
     configs = plan_benchmarks(model=resolved, benchmarks=benchmarks, recipe=recipe, overrides=[], judges=judges)

@@ -146,8 +146,8 @@ def train_one_stage(
         texts: a sealed directory of kind texts.
         components: a sealed directory of kind components: those that encoded both.
         init: a sealed directory of kind checkpoints: those of the previous stage; default: start from train.init_from
-        or from scratch. overrides: a change such as train.stages[0].steps=200, or a JSON list of them. May be given
-        several times.
+            or from scratch.
+        overrides: a change such as train.stages[0].steps=200, or a JSON list of them. May be given several times.
     """
     sections = resolve_recipe(
         recipe=recipe, overrides=overrides, source="", starts_from="encoded", ends_in="checkpoints"

@@ -1,11 +1,11 @@
-"""What a benchmark is: prompts, the questions that judges answer about their images, and the rule that scores them.
+"""The interface of a benchmark: prompts, questions to judges about their images, and the rule that scores the answers.
 
     prompts() --(a pipeline)--> images --questions()--> (judges) --> answers --score()--> score of a prompt
                                                                      answers --summarise()--> the benchmark's scores
 
 A prompt is a JSON object with "id" (text; the same prompt has the same id in every run), "prompt", "tag" (the task it
-belongs to), and what the rule reads. Everything a benchmark says of a prompt's images hangs on their order: image 0, 1,
-... of a prompt, whether the official layout keeps them as files or as the tiles of one grid.
+belongs to), and what the rule reads. Images of a prompt are identified by their order (0, 1, ...), whether the official
+layout has them as files or as tiles of one grid.
 
 Scores of images and prompts are floats in [0, 1] (Soft-TIFA may pass 1 by a little). Summaries are on the published
 scale, `Benchmark.scale`.
@@ -28,15 +28,15 @@ Answers = Mapping[str, Any] | None
 
 @dataclass(frozen=True)
 class Question:
-    """What one judge is asked about one image, or about all images of a prompt together.
+    """A question to one judge about one image, or about all images of a prompt together.
 
     Attributes:
-        judge: which judge answers, a key of `Benchmark.judges`.
-        key: where the answer goes in the image's answers.
-        text: the question's words, as the official code says them; "" where a judge needs none.
-        options: what else the judge needs, JSON values; together with `judge` and `text` it identifies a question.
+        judge: the judge that answers, a key of `Benchmark.judges`.
+        key: the answer's key in the image's answers.
+        text: the question in the words of the official code; "" if a judge needs none.
+        options: further inputs of the judge, JSON values; together with `judge` and `text` it identifies a question.
         together: asked once about all images of the prompt.
-        reference: asked about the prompt's real image ("reference" of the prompt) and not about a generated one.
+        reference: asked about the prompt's real image ("reference" of the prompt) instead of a generated one.
     """
 
     judge: str
@@ -48,7 +48,7 @@ class Question:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what the judge is asked: the question's part of the key under which an answer is cached."""
+        """SHA-256 of the question, its part of the key under which an answer is cached."""
         asked = json.dumps([self.judge, self.text, dict(self.options)], sort_keys=True)
         return hashlib.sha256(asked.encode()).hexdigest()
 
@@ -58,7 +58,7 @@ class Judged:
     """The answers about one prompt.
 
     Attributes:
-        images: the answers about each image that was asked for, in order; None for one that is missing.
+        images: the answers about each expected image, in order; None for a missing one.
         together: the answers to questions about all images, and about the prompt's real image.
     """
 
@@ -71,10 +71,10 @@ class Scored:
     """The scores of one prompt.
 
     Attributes:
-        score: the prompt's; None if no image was judged.
-        images: of each image, None where it was not judged.
-        reasons: why each image is not fully right; "" where it is, or where the rule gives no reason.
-        parts: named scores of the prompt, where the rule has several.
+        score: of the prompt; None if no image was judged.
+        images: of each image; None if it was not judged.
+        reasons: why each image is not fully right; "" if it is, or if the rule gives no reason.
+        parts: named scores of the prompt, if the rule has several.
     """
 
     score: float | None
@@ -88,13 +88,13 @@ class Benchmark(Protocol):
 
     Attributes:
         name, version: of the rule; the version names the official commit.
-        scale: what a perfect summary score is, 1 or 100.
-        tasks: the tags, in the order of published tables; () where prompts are not grouped.
+        scale: the perfect summary score, 1 or 100.
+        tasks: the tags, in the order of published tables; () if prompts are not grouped.
         prompt_count, images_per_prompt: the official numbers.
-        grid: (columns, rows) of the picture that holds a prompt's images; None where each image is a file.
-        judges: {judge: the official model}; "" where none is official, and the score is always named by its judge.
-        optional_judges: those that a score can do without.
-        data: the file that `prompts` reads, and where it comes from; "" for prompts that are made.
+        grid: (columns, rows) of the picture with a prompt's images; None if each image is a file.
+        judges: {judge: the official model}; "": no official model, and the score always names its judge.
+        optional_judges: judges that a score does not require.
+        data: the file that `prompts` reads, and its source; "" for made prompts.
     """
 
     name: str
@@ -112,17 +112,17 @@ class Benchmark(Protocol):
         """The prompts, from the official data at `path`.
 
         Raises:
-            ValueError: the data is absent, or malformed; names the file and what it must be.
+            ValueError: the data is missing or malformed; names the file and the expected content.
         """
 
     def picture_path(self, prompt: Prompt, image: int, model: str) -> str:
-        """Where the official layout keeps an image (or the grid it is in), relative to the folder of images."""
+        """Path of an image (or of its grid) in the official layout, relative to the folder of images."""
 
     def questions(self, prompt: Prompt, answers: Mapping[str, Any]) -> list[Question]:
-        """The questions about an image that can be asked now; none when its answers are complete.
+        """The questions about an image that can be asked now; empty if its answers are complete.
 
         Args:
-            answers: what has been answered so far; a question may need an earlier answer.
+            answers: answers so far; a question may need an earlier answer.
         """
 
     def score(self, prompt: Prompt, judged: Judged) -> Scored:
@@ -133,7 +133,7 @@ class Benchmark(Protocol):
         """
 
     def score_all(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged]) -> dict[str, Scored]:
-        """{prompt's id: its scores} of one sampling seed, for rules that look at all prompts together.
+        """{prompt's id: its scores} of one sampling seed, for rules that use all prompts together.
 
         Raises:
             ValueError: see `score`.
@@ -141,16 +141,29 @@ class Benchmark(Protocol):
         return {prompt["id"]: self.score(prompt, judged[prompt["id"]]) for prompt in prompts}
 
     def measures(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged]) -> dict[str, float]:
-        """Numbers of one sampling seed beside the score that are no share of anything, such as distances."""
+        """Further numbers of one sampling seed that are not in [0, 1], such as distances."""
+        return {}
+
+    def official_files(
+        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int
+    ) -> dict[str, str]:
+        """{name: text} of the official code's result files for one sampling seed; {} if it writes none.
+
+        From these, the official summary scripts compute what `summarise` returns with mode="official". Names have no
+        time stamp; paths of images are from `picture_path`.
+
+        Args:
+            judged: {prompt's id: answers}, at least one image of each.
+        """
         return {}
 
     def summarise(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], mode: Mode) -> dict[str, Any]:
         """The benchmark's scores.
 
         Args:
-            prompts: those of the run.
+            prompts: of the run.
             judged: {prompt's id: answers}.
-            mode: "official" has the official code's bugs and drops what failed; "fixed" has neither.
+            mode: "official" repeats the official code's bugs and drops failed images; "fixed" does neither.
 
         Returns:
             {"score", "categories": {name: score}, "expected", "scored", "failed": numbers of images (of prompts, where
@@ -165,7 +178,7 @@ def required(path: str | Path | None, benchmark: Benchmark) -> Path:
     """`path`, which must exist.
 
     Raises:
-        ValueError: it is None or absent; says which file of which repository is needed.
+        ValueError: it is None or missing; says which file of which repository is needed.
     """
     if path is None:
         raise ValueError(f"benchmark {benchmark.name!r} needs the path of its prompt data: {benchmark.data}")
@@ -187,7 +200,8 @@ def check_known(prompts: Sequence[Prompt], judged: Mapping[str, Judged]) -> None
 
 
 def complete(prompts: Sequence[Prompt], judged: Mapping[str, Judged]) -> dict[str, Judged]:
-    """`judged` for every prompt: one without answers misses as many images as the fullest other has."""
+    """`judged` for every prompt: a prompt without answers gets as many missing images as the fullest other has
+    images."""
     share = {prompt["id"]: prompt.get("images", 1) for prompt in prompts}
     images = max((-(-len(answers.images) // share[key]) for key, answers in judged.items() if key in share), default=1)
     return {key: judged.get(key) or Judged((None,) * (images * share[key])) for key in share}
@@ -204,6 +218,6 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 
 def prompt_digest(prompts: Sequence[Prompt]) -> str:
-    """SHA-256 of a set of prompts, whatever their order and that of their keys."""
+    """SHA-256 of a set of prompts, independent of their order and that of their keys."""
     lines = sorted(json.dumps(prompt, sort_keys=True) for prompt in prompts)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,6 +1,6 @@
-"""The official prompt files, downloaded when they are needed, at the commit that the rule was read from.
+"""The official prompt files, downloaded when they are needed, at the commit from which the rule was taken.
 
-Nothing of them is part of this package: licences differ (GenEval MIT, ELLA Apache-2.0, OneIG-Bench none stated, GenEval 2
+This package contains none of them: licences differ (GenEval MIT, ELLA Apache-2.0, OneIG-Bench none stated, GenEval 2
 CC BY-NC). Files that exist are not downloaded again.
 """
 
@@ -23,11 +23,12 @@ Read = Callable[[str], bytes]
 
 
 class Source(NamedTuple):
-    """Files of a GitHub repository at a commit. `prompts`: what `Benchmark.prompts` reads, "" for their folder."""
+    """Files of a GitHub repository at a commit. `prompts`: the file that `Benchmark.prompts` reads, "" for the
+    folder."""
 
     repository: str
     commit: str
-    files: dict[str, str | None]  # path -> SHA-256, where it is known
+    files: dict[str, str | None]  # path -> SHA-256, if it is known
     prompts: str
 
 
@@ -64,12 +65,12 @@ SOURCES = {
 
 
 def default_folder() -> Path:
-    """Where downloaded prompt files are kept: NUCLEUS_HOME (default .nucleus)/benchmarks."""
+    """The folder of downloaded prompt files: NUCLEUS_HOME (default .nucleus)/benchmarks."""
     return Path(os.environ.get("NUCLEUS_HOME", ".nucleus")) / "benchmarks"
 
 
 def download(benchmark: str, folder: str | Path | None = None, read: Read | None = None) -> Path:
-    """What `Benchmark.prompts` reads, downloaded into `folder`/BENCHMARK-COMMIT where it is not there yet.
+    """The path for `Benchmark.prompts`, downloaded into `folder`/BENCHMARK-COMMIT unless it exists.
 
     Args:
         benchmark: a name in `SOURCES`.
@@ -77,7 +78,7 @@ def download(benchmark: str, folder: str | Path | None = None, read: Read | None
         read: content of a URL.
 
     Raises:
-        ValueError: a file cannot be downloaded, or is another one than the recorded SHA-256.
+        ValueError: a file cannot be downloaded, or has another SHA-256 than the recorded one.
     """
     source = SOURCES[benchmark]
     read = read or read_url

@@ -1,14 +1,14 @@
-"""The benchmark `captions`: held-out captions of a corpus of one's own, generated images beside the real ones.
+"""The benchmark `captions`: compares generated images with the real ones of held-out captions of your own corpus.
 
     prompts file: captions, each with its real image --(a pipeline)--> images
     images and real images --features--> match, precision, recall, coverage; Frechet distance
     images and captions --similarity (where a judge is given)--> similarity
 
-match: the share of other captions' real images that are farther from an image than its own caption's: 0.5 by chance, so that a
-model that learns shows it long before its images could pass for real ones, which the other parts measure.
+match: the share of other captions' real images that are farther from an image than its own caption's: 0.5 by chance. It
+shows learning long before images look real, which the other parts measure.
 
-A score says how the model's images relate to this corpus, in the features of the judge in its name. It is comparable between
-models of one corpus, and to nothing published.
+A score relates the model's images to this corpus, in the features of the judge in its name. It is comparable between
+models of one corpus, but not with published scores.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Captions(Benchmark):
     version = "1"
     scale = 1.0
     tasks = ("captions",)
-    prompt_count = 0  # as many as the corpus gives
+    prompt_count = 0  # set by the corpus
     images_per_prompt = 1
     grid = None
     judges: Mapping[str, str] = {"features": "", "similarity": ""}
@@ -64,7 +64,7 @@ class Captions(Benchmark):
         return f"{prompt['id']}/{image:04d}.png"
 
     def questions(self, prompt: Prompt, answers: Mapping[str, Any]) -> list[Question]:
-        """The features of the image and of the real one, and how well the image fits the caption."""
+        """Asks for the features of the image and of the real one, and the similarity of image and caption."""
         asked = [
             Question("features", "features"),
             Question("features", REAL, reference=True),
@@ -73,12 +73,12 @@ class Captions(Benchmark):
         return [question for question in asked if question.key not in answers]
 
     def score(self, prompt: Prompt, judged: Judged) -> Scored:
-        """The score of one prompt alone: the similarity. `score_all` has the rest."""
+        """The score of one prompt alone: the similarity. `score_all` adds the rest."""
         scores = tuple(None if a is None else a.get("similarity") for a in judged.images)
         return Scored(base.mean(scores), scores, ("",) * len(scores), {"similarity": base.mean(scores)})
 
     def score_all(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged]) -> dict[str, Scored]:
-        """An image's score is its similarity; where that was not judged, its match."""
+        """An image's score is its similarity, or its match if that was not judged."""
         ids, real, places, generated = _features(prompts, judged)
         row_of = {key: row for row, key in enumerate(ids)}
         texts = [str(prompt["prompt"]) for prompt in prompts if prompt["id"] in row_of]
@@ -138,7 +138,8 @@ class Captions(Benchmark):
         }
 
     def measures(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged]) -> dict[str, float]:
-        """The Frechet distance of the generated images, that between halves of the real ones, and how many of each."""
+        """The Frechet distance of the generated images, that between halves of the real ones, and the numbers of
+        images."""
         _, real, _, generated = _features(prompts, judged)
         if min(len(real), len(generated)) < 2:
             return {}

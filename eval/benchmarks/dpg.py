@@ -10,6 +10,9 @@ from eval import dpg as rule
 from eval.benchmarks import base
 from eval.benchmarks.base import Benchmark, Judged, Mode, Prompt, Question, Scored
 
+# As the official code names them, without the time.
+RESULTS, DETAILS = "dpg-bench_results.txt", "dpg-bench_results_detail.txt"
+
 
 class DPG(Benchmark):
     """See `eval.benchmarks.base.Benchmark`; the rule is `eval.dpg`'s."""
@@ -47,11 +50,11 @@ class DPG(Benchmark):
         return f"{prompt['id']}.png"
 
     def questions(self, prompt: Prompt, answers: Mapping[str, Any]) -> list[Question]:
-        """One for each question; the answer is the judge's text, as it is."""
+        """One for each question; the answer is the judge's text, unchanged."""
         return [Question("vqa", str(q[0]), q[3]) for q in prompt["questions"] if str(q[0]) not in answers]
 
     def score(self, prompt: Prompt, judged: Judged) -> Scored:
-        """Official and fixed scores of a prompt are the same, but for the one whose first question is skipped."""
+        """Official and fixed scores are equal, except for the prompt whose first question is skipped."""
         group = _group(prompt["questions"])
         scores: list[float | None] = []
         for answers in judged.images:
@@ -66,15 +69,29 @@ class DPG(Benchmark):
             reasons.append("not judged" if answers is None else "\n".join(no))
         return Scored(base.mean(scores), tuple(scores), tuple(reasons))
 
+    def official_files(
+        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int
+    ) -> dict[str, str]:
+        """The results file, with its summary, and the file of details."""
+        summary = self.summarise(prompts, judged, "official")
+        lines, details = [], []
+        for prompt in prompts:
+            scored = summary["prompts"].get(prompt["id"])
+            if scored is None:  # the official code drops it
+                continue
+            name, images = self.picture_path(prompt, 0, ""), judged[prompt["id"]].images
+            lines.append(rule.result_line(name, scored["per_image"], scored["score"]))
+            for box, answers in zip(rule.grid_boxes(image_size_px, len(images)), images):
+                for qid, _, _, question in _questions(prompt, "official") or ():
+                    details.append(rule.detail_line(name, box, question, answers[str(qid)]) + "\n")
+        lines.append(rule.summary_text(summary, "model", ".", RESULTS))
+        return {RESULTS: "".join(lines), DETAILS: "".join(details)}
+
     def summarise(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], mode: Mode) -> dict[str, Any]:
         """See `Benchmark.summarise`; also what `eval.dpg.summarise` returns. It counts prompts: one that misses an
         image is left out ("official") or has the score 0 ("fixed")."""
         base.check_known(prompts, judged)
-        questions = {}
-        for prompt in prompts:
-            rows = prompt.get("official_questions", prompt["questions"]) if mode == "official" else prompt["questions"]
-            if rows is not None:
-                questions[prompt["id"]] = _group(rows)
+        questions = {prompt["id"]: _group(rows) for prompt in prompts if (rows := _questions(prompt, mode)) is not None}
         answers = {
             key: _answers(value.images) for key, value in judged.items() if value.images and None not in value.images
         }
@@ -82,6 +99,10 @@ class DPG(Benchmark):
         summary = rule.summarise(answers, questions, mode, images)
         counts = {"expected": len(prompts), "scored": summary["scored"], "failed": len(prompts) - summary["scored"]}
         return {**summary, **counts, "failed_items": sorted({*summary["failed"], *summary["missing"]})}
+
+
+def _questions(prompt: Prompt, mode: Mode) -> list[list[Any]] | None:
+    return prompt.get("official_questions", prompt["questions"]) if mode == "official" else prompt["questions"]
 
 
 def _rows(group: rule.Question) -> list[list[Any]]:

@@ -1,8 +1,8 @@
-"""The held-out flow loss of a run: how well the model predicts the velocity of real images it was not trained on.
+"""Reads the held-out flow loss of a run: the model's error in predicting the velocity of held-out real images.
 
     RUN/images/seed0/00000/flow_loss.json    {timestep: mean squared error} of one prompt's real image and one noise
 
-Written while the images are sampled, where weights are; read here. The noise is a function of (prompt id, timestep, seed).
+Written during sampling, where the weights are; read here. The noise is a function of (prompt id, timestep, seed).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)  # 0 is the image, 1 is noise
 
 
 def read(images_dir: str | Path, prompts: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list[FlowLoss]:
-    """The mean loss at each timestep with its standard error over prompts; [] where none was measured.
+    """The mean loss at each timestep with its standard error over prompts; [] if none was measured.
 
     Raises:
         ValueError: a file is damaged; names it.

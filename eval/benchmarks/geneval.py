@@ -1,4 +1,4 @@
-"""The benchmark `geneval`: a detector finds objects, a colour judge names the colour of those that a prompt asks about.
+"""The benchmark `geneval`: a detector finds objects, and a colour judge names the colours that a prompt asks about.
 
 image --detector--> {"objects": {class: [{"box", "score", ...}]}} --color--> {"color/car": ["red"]} --> right or wrong
 """
@@ -12,8 +12,9 @@ from typing import Any
 from eval import geneval as rule
 from eval.benchmarks import base
 from eval.benchmarks.base import Benchmark, Judged, Mode, Prompt, Question, Scored
+from eval.official.geneval_files import result_lines
 
-# COCO's classes in the order of evaluation/object_names.txt, with the three that GenEval names otherwise.
+# COCO's classes in the order of evaluation/object_names.txt, with GenEval's own names for three of them.
 CLASSES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
     "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
@@ -66,9 +67,9 @@ class GenEval(Benchmark):
         return f"{prompt['id']}/samples/{image:04d}.png"
 
     def questions(self, prompt: Prompt, answers: Mapping[str, Any]) -> list[Question]:
-        """First the objects; then the colours of those that the rule looks at.
+        """First the objects; then the colours of those that the rule uses.
 
-        A "color" question's options are {"class", "boxes", "indices"}: the objects' boxes, and their places in the
+        A "color" question's options are {"class", "boxes", "indices"}: the objects' boxes, and their indices in the
         detector's list of the class (for their masks). Its answer is one colour per box.
         """
         if "objects" not in answers:
@@ -80,7 +81,7 @@ class GenEval(Benchmark):
             key = f"color/{name}"
             if "color" not in clause or key in answers or len(detections) < count:
                 continue
-            # Clauses of one class look at the first objects of one list: ask about the longest.
+            # Clauses of one class use the first objects of one list: ask about the longest.
             count = max(c["count"] for c in prompt["include"] if c["class"] == name and "color" in c)
             options = {
                 "class": name,
@@ -122,6 +123,23 @@ class GenEval(Benchmark):
         scores = tuple(None if verdict is None else float(verdict["correct"]) for verdict in verdicts)
         reasons = tuple("not judged" if verdict is None else verdict["reason"] for verdict in verdicts)
         return Scored(base.mean(scores), scores, reasons)
+
+    def official_files(
+        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int
+    ) -> dict[str, str]:
+        """results.jsonl, with a row for each judged image; metadata are the official ones, without our additions."""
+        rows = []
+        for prompt in prompts:
+            metadata = {key: value for key, value in prompt.items() if key not in ("id", "rewritten")}
+            images = judged[prompt["id"]].images if prompt["id"] in judged else ()
+            rows += [
+                rule.result_row(
+                    self.picture_path(prompt, i, ""), answers["objects"], metadata, self.judge(prompt, answers)
+                )
+                for i, answers in enumerate(images)
+                if answers is not None
+            ]
+        return {"results.jsonl": "".join(result_lines(rows))}
 
     def summarise(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], mode: Mode) -> dict[str, Any]:
         """See `Benchmark.summarise`; also "tasks", "image_accuracy" and so on of `eval.geneval.summarise`. An image

@@ -34,7 +34,7 @@ class GenEval2(Benchmark):
         return [{"id": f"{index:04d}", "tag": str(row["atom_count"]), **row} for index, row in enumerate(rows)]
 
     def picture_path(self, prompt: Prompt, image: int, model: str) -> str:
-        """Ours: the official code is given {prompt: path} instead."""
+        """Our own layout: the official code takes {prompt: path} instead."""
         return f"{prompt['id']}/{image:04d}.png"
 
     def questions(self, prompt: Prompt, answers: Mapping[str, Any]) -> list[Question]:
@@ -66,10 +66,25 @@ class GenEval2(Benchmark):
         parts = {name: base.mean([None if m is None else m[name] for m in means]) for name in ("gm", "am")}
         return Scored(base.mean(scores), scores, tuple(reasons), parts)
 
+    def official_files(
+        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int
+    ) -> dict[str, str]:
+        """score_lists.json; with several images per prompt, score_lists_0.json and so on, since the official file has
+        one. Images that some prompt lacks have no file: the official code reads a list for every prompt."""
+        whole = base.complete(prompts, judged)
+        images = min(len(answers.images) for answers in whole.values())
+        files = {}
+        for i in range(images):
+            of_number = [whole[prompt["id"]].images[i] for prompt in prompts]
+            if None not in of_number:
+                lists = [self._values(prompt, answers) for prompt, answers in zip(prompts, of_number, strict=True)]
+                files["score_lists.json" if images == 1 else f"score_lists_{i}.json"] = rule.scores_text(lists)
+        return files
+
     def summarise(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], mode: Mode) -> dict[str, Any]:
         """See `Benchmark.summarise`; also "am", "gm", "skills" and "atomicity" of `eval.geneval2.summarise`. Several
-        images of a prompt count as prompts of their own. An image that was not judged is left out ("official": the
-        official code stops there) or has the score 0 for each question ("fixed")."""
+        images of a prompt count as separate prompts. An image that was not judged is left out ("official": the official
+        code stops there) or has the score 0 for each question ("fixed")."""
         base.check_known(prompts, judged)
         whole = base.complete(prompts, judged)
         scores: list[list[float]] = []

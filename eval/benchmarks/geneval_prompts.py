@@ -1,8 +1,8 @@
-"""Development prompts for GenEval: its six tasks, wording and metadata, over COCO's classes, drawn anew.
+"""Development prompts for GenEval: its six tasks, wording and metadata, over COCO's classes.
 
-The official 553 prompts are to report, and choosing by them would make the reported score too good. These are other draws
-of the same kind (a few short ones, such as "a photo of a bench", are in both sets), to choose settings and checkpoints by.
-Wording after prompts/create_prompts.py of github.com/djghosh13/geneval.
+Choosing by the official 553 prompts would bias the reported score upwards. These are other samples of the same kind (a
+few short ones, such as "a photo of a bench", are in both sets), for choosing settings and checkpoints. Wording after
+prompts/create_prompts.py of github.com/djghosh13/geneval.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _two_object(rng: np.random.Generator, classes: Sequence[str]) -> dict[str, A
 
 def _counting(rng: np.random.Generator, classes: Sequence[str]) -> dict[str, Any]:
     name, count = classes[rng.integers(len(classes))], int(rng.integers(2, 5))
-    plural = f"{name}es" if name.endswith("s") else f"{name}s"  # the official one, "knifes" and "buses" alike
+    plural = f"{name}es" if name.endswith("s") else f"{name}s"  # the official plural, such as "knifes" and "buses"
     return {
         "include": [{"class": name, "count": count}],
         "exclude": [{"class": name, "count": count + 1}],

@@ -1,4 +1,4 @@
-"""How near generated images come to real ones, in the features of a named network.
+"""Distances between generated and real images, in the features of a named network.
 
     features of real [n, d], of generated [m, d] --frechet_distance--> distance of two Gaussians
                                                  --memberships--> precision, recall, coverage
@@ -35,7 +35,7 @@ def memberships(real: np.ndarray, generated: np.ndarray, k: int = NEIGHBOURS) ->
     """
     Args:
         real, generated: [n, d] and [m, d].
-        k: neighbours; fewer where a set has not as many others.
+        k: neighbours; fewer if a set is smaller.
 
     Raises:
         ValueError: fewer than two images in a set, or features of different width.
@@ -83,15 +83,15 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     mean_a, mean_b = a.mean(axis=0), b.mean(axis=0)
     left = (a - mean_a) / np.sqrt(len(a) - 1)
     right = (b - mean_b) / np.sqrt(len(b) - 1)
-    # The trace of sqrt(A B) is the nuclear norm of left right^T, exact where there are fewer images than features too.
+    # The trace of sqrt(A B) is the nuclear norm of left right^T; exact also with fewer images than features.
     cross = np.linalg.svd(left @ right.T, compute_uv=False).sum()
     distance = ((mean_a - mean_b) ** 2).sum() + (left**2).sum() + (right**2).sum() - 2 * cross
     return max(0.0, float(distance))
 
 
 def halves(real: np.ndarray) -> float | None:
-    """The Frechet distance of every second real image to the others: what no model can be expected to go below with so
-    few images. None for fewer than four."""
+    """The Frechet distance of every second real image to the others: a lower limit for models with so few images. None
+    for fewer than four."""
     return frechet_distance(real[::2], real[1::2]) if len(real) >= 4 else None
 
 

@@ -151,7 +151,7 @@ class OneIG(Benchmark):
         return f"{tag}/{model}/{number}.webp"
 
     def questions(self, prompt: Prompt, answers: Mapping[str, Any]) -> list[Question]:
-        """What each dimension of the prompt asks.
+        """The questions of each dimension of the prompt.
 
         Answers: "vqa" the judge's text as it is; "ocr" its text; "style" the tile's `eval.oneig.style_score` against
         the references of options["style"]; "reasoning" the cosine to the text; "diversity" (together) the distances of
@@ -197,7 +197,7 @@ class OneIG(Benchmark):
         return answers[key]
 
     def _image(self, prompt: Prompt, answers: Mapping[str, Any]) -> tuple[float | None, str]:
-        """Without a score where its dimension has no judge; an answer that is missing among others is an error."""
+        """No score if its dimension has no judge; a single missing answer is an error."""
         keys = ["ocr"] if "text_content" in prompt else ["reasoning"] if "answer" in prompt else []
         if not answers.keys() & {*keys, *(str(question[0]) for question in prompt.get("questions", ()))}:
             return None, "not judged"
@@ -211,6 +211,16 @@ class OneIG(Benchmark):
         score = rule.alignment_score(replies, {qid: parents for qid, parents, _ in prompt["questions"]})
         no = [text for qid, _, text in prompt["questions"] if replies[qid][0] != rule.YES]
         return score, "\n".join(no)
+
+    def official_files(
+        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int
+    ) -> dict[str, str]:
+        """The CSVs of each dimension that was judged."""
+        dimensions = self.summarise(prompts, judged, "official")["dimensions"]
+        files: dict[str, str] = {}
+        for name, summary in dimensions.items():
+            files |= rule.official_files(name, summary, "model", self.language)
+        return files
 
     def summarise(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], mode: Mode) -> dict[str, Any]:
         """See `Benchmark.summarise`; "dimensions" has what the `eval.oneig.summarise_...` return, and "categories"
@@ -238,7 +248,7 @@ class OneIG(Benchmark):
             if dimension == "text":
                 contents[number] = prompt["text_content"]
                 texts = [image["ocr"] for image in answers.images if image is not None and "ocr" in image]
-                # A picture that is there and all black has no texts; a prompt without a picture has None.
+                # An all-black picture has no texts; a prompt without a picture has None.
                 read = key in judged and (texts or all(image is None for image in answers.images))
                 ocr[number] = texts if read else None
             else:
@@ -272,7 +282,7 @@ class OneIG(Benchmark):
 
 
 class OneIGText(OneIG):
-    """The text dimension alone: its prompts, and no judge but that of text."""
+    """The text dimension alone: its prompts, and only the judge of text."""
 
     judges: Mapping[str, str] = {"ocr": OneIG.judges["ocr"]}
 

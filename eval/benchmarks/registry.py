@@ -1,4 +1,4 @@
-"""The benchmarks by name, each imported when it is asked for."""
+"""The benchmarks by name, each imported when it is loaded."""
 
 from __future__ import annotations
 

@@ -239,7 +239,7 @@ def copy_references(prompts: Sequence[Mapping[str, Any]], source: Path, images_d
         if name := prompt.get("reference", {}).get("file"):
             path = (source / name).resolve()
             if not path.is_relative_to(source.resolve()) or not path.is_file():
-                raise ValueError(f"prompt {prompt['id']!r}: {name!r} is no file below {source}")
+                raise ValueError(f"prompt {prompt['id']!r}: {name!r} is not a file below {source}")
             target = images_dir / path.relative_to(source.resolve())
             target.parent.mkdir(parents=True, exist_ok=True)
             if not target.is_file():

@@ -3,7 +3,7 @@
     "./pipeline", "/data/pipeline"            a directory that diffusers loads
     "OWNER/NAME" with a 40-digit revision     the Hub, at that commit
 
-Weights are read as safetensors alone, and no code of the repository is run.
+Only safetensors are read, and no code of the repository runs.
 """
 
 from __future__ import annotations
@@ -70,12 +70,13 @@ def load_pipeline(
 
 
 def is_local(model: str) -> bool:
-    """A path is written as one: a folder OWNER/NAME in the working directory must not stand in for a Hub id."""
+    """Whether `model` is a path: it must begin with ./, ../ or /, so that a folder OWNER/NAME cannot replace a Hub
+    id."""
     return model.startswith(("./", "../", "/")) or model in (".", "..")
 
 
 def is_hub_id(model: str) -> bool:
-    """OWNER/NAME. A folder of that form is written as ./OWNER/NAME."""
+    """Whether `model` has the form OWNER/NAME. A folder of that form is written as ./OWNER/NAME."""
     return _HUB_ID.fullmatch(model) is not None
 
 
@@ -89,7 +90,7 @@ def directory_digest(directory: Path) -> str:
 
 
 def resolve(model: str, revision: str | None = None) -> str:
-    """What names the weights of `model` for good: the digest of a directory's files, or the commit of a Hub id.
+    """The digest of `model`'s weights: of a directory's files, or the commit of a Hub id.
 
     Raises:
         ValueError: see `load_pipeline`.
@@ -117,18 +118,18 @@ def check_model(model: str, revision: str | None) -> None:
 def diffusers_sampler(pipeline: Any, config: EvalConfig, text_kv_cache: bool | None = None) -> Sampler:
     """A sampler over a diffusers text-to-image pipeline of any class.
 
-    Noise is drawn on the CPU, so that it is the same on every device. Settings that the class does not take are left
-    out, and recorded as such; the scheduler adds noise at its steps only where `config.scheduler` asks for it, and then
-    each image draws from its own generator.
+    Noise is drawn on the CPU, so that it is the same on every device. Settings that the class does not support are left
+    out, and recorded as such; the scheduler adds noise at its steps only if `config.scheduler` says so, and then each
+    image draws from its own generator.
 
     Args:
         pipeline: loaded, on its device.
         config: steps, guidance, negative prompt.
-        text_kv_cache: compute the text's keys and values once per call and not at each step (lossless); None: where
-            the transformer can.
+        text_kv_cache: compute the text's keys and values once per call and not at each step (lossless); None: if the
+            transformer can.
 
     Raises:
-        ValueError: a negative prompt is asked for and the class takes none.
+        ValueError: a negative prompt is set, but the class takes none.
     """
     import diffusers
     import torch
@@ -192,7 +193,7 @@ def _attention(denoiser: Any) -> str:
 
 
 def _set_stochastic(pipeline: Any, wanted: bool) -> None:
-    """A scheduler that can do both follows the configuration, whatever it was published with."""
+    """Sets stochastic sampling as configured, if the scheduler supports both, whatever its published setting."""
     scheduler = pipeline.scheduler
     published = scheduler.config.get("stochastic_sampling")
     if published is None:
@@ -204,8 +205,8 @@ def _set_stochastic(pipeline: Any, wanted: bool) -> None:
 
 @contextlib.contextmanager
 def _noise_of_steps(scheduler: Any, generators: list[Any]) -> Iterator[None]:
-    """Lets a stochastic scheduler draw from these generators, one for each image: the pipeline, which draws the first
-    noise from them, hands the scheduler none, and it would draw from the global state."""
+    """Lets a stochastic scheduler draw from these generators, one for each image: the pipeline uses them for the first
+    noise but does not pass them to the scheduler, which would draw from the global state."""
     if not scheduler.config.get("stochastic_sampling"):
         yield
         return

@@ -1,4 +1,4 @@
-"""What the judges share: the spec whose digest is their revision, weights at a known revision, and the self-test.
+"""Shared by the judges: the spec whose digest is their revision, weights at a known revision, and the self-test.
 
 weights + settings --spec--> revision          an answer is cached under it
 probes --answer--> answers == those recorded   or the judge is refused before it answers anything
@@ -23,14 +23,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
 RECORDS = Path(__file__).parent / "selftests"
-TOLERANCE = (
-    0.02  # between processors, scores differ in the last bits; another model or preprocessing moves them further
-)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+TOLERANCE = 0.02  # processors differ in the last bits, other models in more
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A question about a made image. `expected`: the answer that any working weights give; None if there is no such."""
+    """A question about a made image. `expected`: the answer of any working weights; None if there is none."""
 
     request: Request
     expected: Any = None
@@ -47,7 +46,7 @@ class BaseJudge:
         self.revision = digest_of(self.spec)
 
     def answer_one(self, request: Request) -> Any:
-        """The answer as a JSON value. It does not depend on what else is asked."""
+        """The answer as a JSON value. It must not depend on other requests."""
         raise NotImplementedError
 
     def probes(self) -> Sequence[Probe]:
@@ -57,7 +56,7 @@ class BaseJudge:
         return [self.answer_one(request) for request in requests]
 
     def comparable(self, answer: Any) -> Any:
-        """The part of a probe's answer that stays the same between processors."""
+        """The part of a probe's answer that is equal on all processors."""
         return answer
 
     def selftest(self) -> None:
@@ -85,7 +84,7 @@ class BaseJudge:
         return [self.comparable(answer) for answer in self.answer([probe.request for probe in self.probes()])]
 
     def record(self, folder: Path = RECORDS) -> Path:
-        """Writes the answers to the probes as those that every later self-test must give."""
+        """Records the answers to the probes, which later self-tests must reproduce."""
         path = folder / f"{self.name}.json"
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"spec": dict(self.spec), "answers": self._probe_answers()}, indent=1, ensure_ascii=False)
@@ -96,7 +95,7 @@ class BaseJudge:
 
 
 def read_record(name: str, folder: Path | None = None) -> dict[str, Any] | None:
-    """{"spec", "answers"} of a judge, or None where it was not recorded.
+    """{"spec", "answers"} of a judge, or None if it was not recorded.
 
     Raises:
         ValueError: the file is damaged.
@@ -122,7 +121,7 @@ def spec_differences(recorded: Mapping[str, Any], present: Mapping[str, Any], pr
 
 
 def close(a: Any, b: Any, tolerance: float = TOLERANCE) -> bool:
-    """Equal JSON values, but for numbers: those may differ by `tolerance`, or by that share of the larger."""
+    """Whether JSON values are equal; numbers may differ by `tolerance`, absolute or relative to the larger."""
     if isinstance(a, str) or isinstance(b, str) or a is None or b is None:
         return a == b
     if isinstance(a, Mapping):
@@ -145,7 +144,7 @@ def libraries(*names: str) -> dict[str, str]:
 
 
 def package_folder(package: str, distribution: str) -> Path:
-    """The folder of an installed package, which is not imported: some import what is no longer there.
+    """The folder of an installed package, without importing it: some import removed modules.
 
     Raises:
         ValueError: it is not installed.
@@ -190,6 +189,24 @@ def unit_pixels(image: Image.Image, size_px: int) -> np.ndarray:
     return np.ascontiguousarray((np.asarray(resized, dtype=np.float32) / 255).transpose(2, 0, 1))
 
 
+def clip_pixels(image: Image.Image, size_px: int) -> np.ndarray:
+    """[3, size_px, size_px] float32, as by open_clip's `image_transform` for OpenAI's CLIP: the short side resized to
+    `size_px` (bicubic), the centre cropped, normalised by CLIP's mean and deviation.
+
+    The crop is torchvision's CenterCrop, which rounds half a pixel to even. transformers' CLIP processor rounds down:
+    if the long side is 3, 7, 11, ... pixels too long, its crop is one pixel off.
+    """
+    from PIL import Image
+
+    width, height = image.size
+    short = min(width, height)
+    width, height = int(size_px * width / short), int(size_px * height / short)
+    left, top = round((width - size_px) / 2), round((height - size_px) / 2)
+    image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    pixels = np.asarray(image.crop((left, top, left + size_px, top + size_px)), dtype=np.float32) / 255
+    return ((pixels - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)).transpose(2, 0, 1)
+
+
 def device() -> str:
     import torch
 
@@ -200,8 +217,8 @@ def device() -> str:
 class Weights:
     """Where weights come from: a repository of the Hub at a revision, or a directory.
 
-    identity: "repository@commit", or "sha256:..." of a directory's safetensors. official: it is the repository that the
-        class names; a directory may have anything in it.
+    identity: "repository@commit", or "sha256:..." of a directory's safetensors.
+    official: whether it is the repository that the class names; a directory never is.
     """
 
     place: str
@@ -244,7 +261,7 @@ def resolve(repository: str, at: str | None = None) -> Weights:
 
     try:  # the cached file's folder is named by the commit
         config = Path(hf_hub_download(repository, "config.json", revision=at))
-    except Exception as error:  # of the network, of the Hub, of the cache
+    except Exception as error:  # errors of the network, the Hub or the cache
         raise ValueError(
             f"{repository} at {at or 'main'} is neither in the Hub's cache nor can it be downloaded "
             f"({type(error).__name__}): {error}"

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from eval.geneval import COLORS, crop_object
-from eval.judges.base import BaseJudge, Probe, device, libraries, only_image, resolve
+from eval.judges.base import BaseJudge, Probe, clip_pixels, device, libraries, only_image, resolve
 from eval.judging.protocols import Request
 
 if TYPE_CHECKING:
@@ -23,15 +23,15 @@ TEMPLATES = "a photo of a {color} {name}", "a photo of a {color}-colored {name}"
 
 
 class CLIPColors:
-    """The colours of objects; embeddings of each class's texts are made once.
+    """The colours of objects; embeddings of each class's texts are computed once.
 
     Args:
         model: a `CLIPModel`.
-        tokenizer, processor: of that model.
+        tokenizer: of that model.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, processor: Any):
-        self._model, self._tokenizer, self._processor = model.eval(), tokenizer, processor
+    def __init__(self, model: Any, tokenizer: Any):
+        self._model, self._tokenizer = model.eval(), tokenizer
         self._classifiers: dict[str, torch.Tensor] = {}
 
     @classmethod
@@ -43,7 +43,6 @@ class CLIPColors:
         """
         import torch
         from transformers import CLIPModel, CLIPTokenizer
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
         weights = resolve(REPOSITORY, at)
         where = {"revision": weights.revision}
@@ -51,16 +50,15 @@ class CLIPColors:
             weights.place, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, **where
         ).to(device())
         tokenizer = CLIPTokenizer.from_pretrained(weights.place, **where)
-        processor = CLIPImageProcessorPil.from_pretrained(weights.place, **where)
         spec = {
             "class": "transformers.CLIPModel",
             "weights": weights.identity,
             "dtype": "float32 (GenEval's code runs it under CUDA autocast)",
             "attention": "sdpa",
-            "processor": "CLIPImageProcessorPil",
+            "processor": f"open_clip's: {model.config.vision_config.image_size} px, bicubic, the middle, CLIP's mean and deviation",
             "decoding": f"largest cosine to the mean of {len(TEMPLATES)} templates of {len(COLORS)} colours",
         }
-        return cls(model, tokenizer, processor), spec
+        return cls(model, tokenizer), spec
 
     def _classifier(self, name: str) -> torch.Tensor:
         """[colours, D]: each template's embedding is normalised, their mean again."""
@@ -70,7 +68,7 @@ class CLIPColors:
             texts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
             tokens = self._tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self._model.device)
             with torch.inference_mode():
-                # transformers 5 returns an output object: its pooler_output is the projected embedding
+                # transformers 5 returns an output object, whose pooler_output is the projected embedding
                 embeddings = _unit(self._model.get_text_features(**tokens).pooler_output)
             self._classifiers[name] = _unit(embeddings.view(len(COLORS), len(TEMPLATES), -1).mean(dim=1))
         return self._classifiers[name]
@@ -87,18 +85,22 @@ class CLIPColors:
         Args:
             name: the class, as GenEval calls it.
             boxes: (x0, y0, x1, y1) in pixels.
-            masks: [height, width] bool of the image, one per box; None keeps what is behind the object.
+            masks: [height, width] bool of the image, one per box; None keeps the background of the object.
         """
-        import torch
-
         answers = []
         for i, box in enumerate(boxes):
             picture = crop_object(image, _at_least_one_pixel(box), None if masks is None else masks[i])
-            pixels = self._processor(images=[picture], return_tensors="pt")["pixel_values"].to(self._model.device)
-            with torch.inference_mode():
-                features = _unit(self._model.get_image_features(pixel_values=pixels).pooler_output)
-            answers.append(COLORS[int((features @ self._classifier(name).T).argmax())])
+            answers.append(COLORS[int(self._cosines(picture, name).argmax())])
         return answers
+
+    def _cosines(self, picture: Image.Image, name: str) -> torch.Tensor:
+        """[colours]: of a cropped object to each colour's texts."""
+        import torch
+
+        pixels = torch.from_numpy(clip_pixels(picture, self._model.config.vision_config.image_size))[None]
+        with torch.inference_mode():
+            features = self._model.get_image_features(pixel_values=pixels.to(self._model.device)).pooler_output
+            return (_unit(features) @ self._classifier(name).T)[0]
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
@@ -111,7 +113,7 @@ def _at_least_one_pixel(box: Sequence[float]) -> list[float]:
 
 
 class CLIPColor(BaseJudge):
-    """See eval.judging.protocols.Judge. It sees boxes alone, for detectors without masks: not GenEval's own way."""
+    """See eval.judging.protocols.Judge. It uses boxes only, for detectors without masks, unlike GenEval."""
 
     name = "clip-color"
     model = "ViT-L-14, openai (transformers), without masks"

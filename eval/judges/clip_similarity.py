@@ -1,4 +1,4 @@
-"""How well an image fits its caption: the cosine of CLIP ViT-L/14's embeddings, 0 where it is negative (CLIP score)."""
+"""Similarity of an image and its caption: the cosine of CLIP ViT-L/14's embeddings, at least 0 (CLIP score)."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ class DreamSim(BaseJudge):
 def dreamsim_package() -> Iterator[ModuleType]:
     """The module dreamsim.model, imported without torchvision, peft and open_clip unless torchvision really imports.
 
-    Of peft the package needs what `build` does by itself, of open_clip a check of its own that nobody calls.
+    The package uses peft only for what `build` does here, and open_clip only in a check that is never called.
 
     Raises:
         ValueError: dreamsim is not installed.

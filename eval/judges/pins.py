@@ -1,9 +1,9 @@
-"""The SHA-256 of published weights that no hub keeps by commit: with them a score has the benchmark's plain name.
+"""SHA-256 of published weights that no hub stores by commit: only with them a score has the benchmark's plain name.
 
     python -m eval.judges.pins mplug DIR       # after the comparison with the official code that docs/evaluation.md describes
 
-writes pins.json beside this file, {judge: {file: SHA-256}}, to be reviewed and committed. Weights of other bytes are judges under
-other names. Nobody has pinned any yet: the releases have not been downloaded here.
+writes pins.json to this folder, {judge: {file: SHA-256}}, to be reviewed and committed. Weights with other bytes give
+scores other names. None are pinned yet: the releases have not been downloaded here.
 """
 
 from __future__ import annotations

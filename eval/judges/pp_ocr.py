@@ -1,7 +1,7 @@
-"""A real text judge that a CPU runs: PP-OCRv6 (English and Chinese) by rapidocr, weights inside its package.
+"""A text judge for a CPU: PP-OCRv6 (English and Chinese) by rapidocr, with weights in its package.
 
-OneIG's own judge of text is Qwen2.5-VL-7B, so that a score by this one is `oneig[...]`. PP-OCR invents short text on
-photographs and leaves out what it is not sure of; how the two compare was never measured.
+OneIG's own judge of text is Qwen2.5-VL-7B, so that a score by this judge is `oneig[...]`. PP-OCR invents short text on
+photographs and leaves out uncertain text; the two were never compared.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ WEIGHTS = {
     "ch_ppocr_mobile_v2.0_cls_mobile.onnx": "e47acedf663230f8863ff1ab0e64dd2d82b838fceb5957146dab185a89d6215c",
 }
 SETTINGS = {
-    "EngineConfig.onnxruntime.intra_op_num_threads": 1,  # more threads add in another order
+    "EngineConfig.onnxruntime.intra_op_num_threads": 1,  # more threads sum in another order
     "EngineConfig.onnxruntime.inter_op_num_threads": 1,
     "Global.log_level": "critical",
 }
-MIN_SCORE = 0.85  # below, lines of photographs without text appear
+MIN_SCORE = 0.85  # below it, photographs without text get lines
 
 
 class PPOCR(BaseJudge):
     """See eval.judging.protocols.Judge. Lines are read from top to bottom, and joined by spaces.
 
     Raises:
-        ValueError: rapidocr is not installed, or its weights are others.
+        ValueError: rapidocr is not installed, or its weights differ.
     """
 
     name = "pp-ocr"

@@ -2,8 +2,8 @@
 
 image --processor--> patches, grid ; text + one placeholder per merged patch --tokenizer--> ids, mm_token_type_ids --> model
 
-Inputs are made here, and equal those of `Qwen2_5_VLProcessor`, whose video half needs torchvision. Without
-`mm_token_type_ids` the model takes image tokens for text, and its logits differ without a word.
+This module makes the inputs, equal to those of `Qwen2_5_VLProcessor`, whose video part needs torchvision. Without
+`mm_token_type_ids` the model treats image tokens as text, and its logits silently differ.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from eval.judging.protocols import Request
 IMAGE = "<|image_pad|>"
 USER = "<|im_start|>user\n<|vision_start|>" + IMAGE + "<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-MAX_NEW_TOKENS = 128  # of OneIG's code, where a question does not say
+MAX_NEW_TOKENS = 128  # of OneIG's code, if a question sets none
 SEED = 42  # of OneIG's code: the checkpoint samples, at a temperature at which the best token always wins
 
 
@@ -43,7 +43,7 @@ def model_inputs(image: Image.Image, prompt: str, tokenizer: Any, processor: Any
 
 
 class _QwenVL(BaseJudge):
-    """Asks one question at a time, so that an answer depends on its image and question alone."""
+    """Answers one question at a time, so that an answer depends only on its image and question."""
 
     repository: ClassVar[str]
     architecture: ClassVar[str]
@@ -95,7 +95,8 @@ class _QwenVL(BaseJudge):
 
 
 class Qwen25VL(_QwenVL):
-    """See eval.judging.protocols.Judge: OneIG's judge of alignment ("vqa") and text ("ocr"); the answer is its text as it is.
+    """See eval.judging.protocols.Judge: OneIG's judge of alignment ("vqa") and text ("ocr"); the answer is its text,
+    unchanged.
 
     Raises:
         ValueError: the weights are not there (eval.judges.base.resolve).

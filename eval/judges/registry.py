@@ -1,6 +1,6 @@
-"""The judges by name, each imported when it is asked for.
+"""The judges by name, each imported when it is loaded.
 
-`NAME@AT` gives the weights: a commit of the judge's Hub repository, or a directory.
+`NAME@AT` sets the weights: a commit of the judge's Hub repository, or a directory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from eval.judging.protocols import Judge
 
-# name -> (module:function, roles, what it is)
+# name -> (module:function, roles, description)
 JUDGES: dict[str, tuple[str, tuple[str, ...], str]] = {
     "shapes-detector": (
         "eval.judges.shapes_judge:ShapesDetector",
@@ -86,7 +86,7 @@ def _split(name: str) -> tuple[str, str | None]:
 def check(name: str) -> None:
     """
     Raises:
-        ValueError: there is no such judge; says what could have been meant.
+        ValueError: there is no such judge; suggests the nearest name.
     """
     base, at = _split(name)
     if base not in JUDGES and ":" not in base:
@@ -98,13 +98,13 @@ def check(name: str) -> None:
 
 
 def load(name: str) -> Judge:
-    """Makes the judge: its weights are loaded now.
+    """Makes the judge and loads its weights.
 
     Args:
         name: of `JUDGES`, or a "module:function" of your own; either may be followed by "@" and the place of weights.
 
     Raises:
-        ValueError: see `check`; or what it needs is not installed, or its weights are not there.
+        ValueError: see `check`; or its packages or weights are missing.
     """
     check(name)
     base, at = _split(name)
@@ -115,5 +115,5 @@ def load(name: str) -> Judge:
         raise ValueError(f"judge {base!r} cannot be loaded: {error}") from error
     try:
         return make() if at is None else make(at)
-    except (ImportError, TypeError) as error:  # TypeError: a judge whose weights are fixed takes no place
+    except (ImportError, TypeError) as error:  # TypeError: a judge with fixed weights takes no AT
         raise ValueError(f"judge {name!r} cannot be loaded: {error}") from error

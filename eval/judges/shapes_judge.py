@@ -1,4 +1,4 @@
-"""The detector of coloured shapes as a judge: no model, milliseconds on a CPU, and it never drifts."""
+"""The detector of coloured shapes as a judge: no model, milliseconds on a CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from eval.judging.protocols import Request, digest_of
 
 
 class ShapesDetector:
-    """See eval.judging.protocols.Judge. Its detections include colours, so that there are no questions about them."""
+    """See eval.judging.protocols.Judge. Its detections include colours, so that no further questions are needed."""
 
     name = "shapes-detector"
     model = "eval.benchmarks.shapes.detector:detect"

@@ -1,7 +1,7 @@
-"""A real detector that a CPU runs: TensorFlow's ssd_mobilenet_v2_coco_2018_03_29, all 80 of GenEval's classes.
+"""A detector for a CPU: TensorFlow's ssd_mobilenet_v2_coco_2018_03_29, with all 80 of GenEval's classes.
 
-It is small and has no masks. A score by it is `geneval[ssd-mobilenet-v2]`: how it compares with GenEval's own Mask2Former
-was never measured, so it ranks checkpoints and finds regressions, and is not to be set beside published numbers.
+It is small and has no masks. A score by it is `geneval[ssd-mobilenet-v2]`. It was never compared with GenEval's own
+Mask2Former: use it to rank checkpoints and to find regressions, not to compare with published numbers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Imports a judge's library without the packages that it imports and does not use for the judge.
+"""Imports a judge's library without packages that the library imports but the judge does not use.
 
-torchvision is bound to one build of torch, and its operators do not load beside another. modelscope and dreamsim import it, or
-packages that import it, for what their judges never call. For the time of one import, small modules stand in its place:
+torchvision needs one exact build of torch. modelscope and dreamsim import it, or packages that import it, for functions
+that their judges never call. During one import, small modules replace it:
 
     with importable({"torchvision": ...}, library="dreamsim"):   # sys.modules as it was before, at the end
         importlib.import_module("dreamsim.model")
@@ -34,10 +34,10 @@ def package_of(name: str, folder: str) -> ModuleType:
 
 @contextmanager
 def importable(stand_ins: Mapping[str, ModuleType], library: str) -> Iterator[None]:
-    """Within it, imports of these names give `stand_ins`, and `library` is imported anew.
+    """Inside the block, imports of these names give `stand_ins`, and `library` is imported again.
 
-    At the end sys.modules is without the stand-ins and the library's modules, and has those that it had: nothing that asks
-    later whether one of these packages is installed gets another answer. Classes that were imported stay usable.
+    Afterwards sys.modules is restored, without the stand-ins and the library's modules, so that later checks for these
+    packages are not affected. Imported classes stay usable.
     """
     tops = {library, *(name.partition(".")[0] for name in stand_ins)}
 

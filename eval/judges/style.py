@@ -18,11 +18,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from PIL import Image
 
 from eval import oneig
-from eval.judges.base import BaseJudge, Probe, device, file_sha256, libraries, only_image, resolve
+from eval.judges.base import BaseJudge, Probe, clip_pixels, device, file_sha256, libraries, only_image, resolve
 from eval.judging.protocols import Request
 
 if TYPE_CHECKING:
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 ENCODER = "xingpng/OneIG-StyleEncoder"
 CSD, REFERENCES, HEAD = "csd.safetensors", "references.safetensors", "last_layer_style"
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def convert_csd(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -64,21 +62,10 @@ def convert_csd(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous().clone() for name, tensor in converted.items()}
 
 
-def csd_pixels(image: Image.Image, size: int = 224) -> np.ndarray:
-    """[3, size, size] float32: bicubic, the short side to `size`, the middle, normalised as CLIP's images are."""
-    width, height = image.size
-    short = min(width, height)
-    target = (int(size * width / short), int(size * height / short))
-    image = image.convert("RGB").resize(target, Image.Resampling.BICUBIC)
-    left, top = round((target[0] - size) / 2), round((target[1] - size) / 2)
-    pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
-    return ((pixels - np.float32(MEAN)) / np.float32(STD)).transpose(2, 0, 1)
-
-
 class OneIGStyle(BaseJudge):
     """See eval.judging.protocols.Judge. The answer is `eval.oneig.style_score` against the references of options["style"].
 
-    The Hub's encoder is OneIG's own; CSD's weights come out of a directory, and so the name is never the official one.
+    The Hub's encoder is OneIG's own; CSD's weights come from a directory, so the name is never the official one.
 
     Args:
         at: the directory that `python -m eval.judges.style` wrote.
@@ -163,7 +150,7 @@ class OneIGStyle(BaseJudge):
             raise ValueError(f"there are no references of style {style!r}; there are {', '.join(known)}")
         image = only_image(request)
         with torch.inference_mode():
-            pixels = torch.from_numpy(csd_pixels(image, self._tower.config.image_size))[None].to(self._tower.device)
+            pixels = torch.from_numpy(clip_pixels(image, self._tower.config.image_size))[None].to(self._tower.device)
             csd = self._tower(pixel_values=pixels).pooler_output @ self._head
             inputs = self._processor(images=image, return_tensors="pt")["pixel_values"]
             se = self._encoder(inputs.to(self._encoder.device, self._encoder.dtype)).image_embeds
@@ -180,7 +167,7 @@ class OneIGStyle(BaseJudge):
 
 
 def load_tower(tower: Any, state: Mapping[str, torch.Tensor]) -> None:
-    """Loads `convert_csd`'s tensors into a `CLIPVisionModel`, whatever prefix its release gives their names."""
+    """Loads `convert_csd`'s tensors into a `CLIPVisionModel`, with any prefix of its parameter names."""
     names = list(tower.state_dict())
     prefix = "vision_model." if any(name.startswith("vision_model.") for name in names) else ""
     tower.load_state_dict({prefix + name: tensor for name, tensor in state.items()})
@@ -206,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for kind, table in zip(("csd", "se"), loaded[1:], strict=True)
             for style, tensor in table.items()
         }
-    except Exception as error:  # a pickle may fail in any way, and one that needs other classes is refused
+    except Exception as error:  # a pickle may raise any error; one that needs other classes is refused
         print(f"error: not CSD's checkpoint and OneIG's references: {error}", file=sys.stderr)
         return 1
     options.out.mkdir(parents=True, exist_ok=True)

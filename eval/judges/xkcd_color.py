@@ -1,4 +1,4 @@
-"""The colour of an object by what people call colours: XKCD's survey, 949 names, as matplotlib carries it."""
+"""The colour of an object by XKCD's survey of colour names (949 names, from matplotlib)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from eval.judges.base import BaseJudge, Probe, libraries, only_image
 from eval.judging.protocols import Request
 
 NEIGHBOURS = 5
-MIDDLE = 0.5  # of the box's width and height: its borders show the background
+MIDDLE = 0.5  # share of the box's width and height: its borders show the background
 
 
 def lab(rgb: np.ndarray) -> np.ndarray:
@@ -39,7 +39,7 @@ def _last_word(name: str) -> str:
 
 
 class XKCDColor(BaseJudge):
-    """See eval.judging.protocols.Judge. The colour of the middle of a box; it sees no masks and knows no objects."""
+    """See eval.judging.protocols.Judge. The colour of the middle of a box, without masks and objects."""
 
     name = "xkcd-color"
     model = "XKCD colour survey, nearest names"

@@ -1,1 +1,1 @@
-"""From images to answers, and from answers to scores."""
+"""Judges images, and scores the answers."""

@@ -1,22 +1,23 @@
-"""What judges answered: an append-only journal that survives a kill, sealed as Parquet.
+"""Answers of judges: an append-only journal that survives a kill, sealed as Parquet.
 
     DIR/answers.jsonl      one {"image", "question", "judge", "answer"} per line, while judging goes on
         answers.parquet    the same, sorted, when it is done; the journal is gone then
 
-The key is (SHA-256 of the image file, question, revision of the judge): a changed image, question or judge is asked
-again, and nothing else is. Scoring reads answers alone, without weights and without a GPU.
+The key is (SHA-256 of the image file, question, revision of the judge): only questions with a changed image, question
+or judge are asked again. Scoring reads only answers, and needs neither weights nor a GPU.
 """
 
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from eval.files import replacing
+from eval.files import write_bytes
 
 JOURNAL, SEALED = "answers.jsonl", "answers.parquet"
 Key = tuple[str, str, str]  # image digest, question, judge revision
@@ -24,7 +25,7 @@ COLUMNS = ("image", "question", "judge", "answer")
 
 
 class Answers:
-    """Answers in a folder. Reading needs nothing else; writing holds a lock, so that a second writer is refused.
+    """Answers in a folder. Writing takes a lock, so that a second writer is refused.
 
     Raises (on opening):
         ValueError: another process writes there, or a line other than the last is damaged.
@@ -45,7 +46,7 @@ class Answers:
         self._read_sealed()
         whole = self._read_journal()
         if self._file is not None:
-            self._file.truncate(whole)  # a torn line that a later one follows would damage both
+            self._file.truncate(whole)  # a partial line would also damage the next one
 
     def _read_sealed(self) -> None:
         path = self.folder / SEALED
@@ -60,7 +61,7 @@ class Answers:
         self._answers.update(((i, q, j), json.loads(a)) for i, q, j, a in zip(*columns, strict=True))
 
     def _read_journal(self) -> int:
-        """Reads whole lines. Returns their length in bytes: what follows is torn."""
+        """Reads complete lines. Returns their length in bytes; the rest is a partial line."""
         path = self.folder / JOURNAL
         if not path.is_file():
             return 0
@@ -73,7 +74,7 @@ class Answers:
                 key = (row["image"], row["question"], row["judge"])
                 self._answers.setdefault(key, row["answer"])
             except (ValueError, KeyError, TypeError) as error:
-                if number == len(lines):  # a page that was never written may end in the line's own newline
+                if number == len(lines):  # an unwritten page may end in the line's own newline
                     return whole - len(line) - 1
                 raise ValueError(f"{path}, line {number} is damaged; remove it to ask that question again") from error
         return whole
@@ -91,7 +92,7 @@ class Answers:
         return iter(self._answers)
 
     def add(self, rows: Iterable[tuple[Key, Any]]) -> None:
-        """Appends answers and syncs them to disk. The first answer to a key stays."""
+        """Appends answers and syncs them to disk. The first answer to a key is kept."""
         assert self._file is not None, "opened for reading"
         lines = []
         for key, answer in rows:
@@ -106,7 +107,7 @@ class Answers:
     def seal(self) -> Path:
         """Writes all answers as Parquet, in the order of their keys, and removes the journal.
 
-        A kill in between leaves both, which together read as the same answers.
+        A kill in between leaves both files, which together give the same answers.
         """
         import pyarrow as pa
         import pyarrow.parquet as parquet
@@ -116,15 +117,15 @@ class Answers:
         arrays = [pa.array([key[i] for key in keys], pa.string()) for i in range(3)]
         texts = [json.dumps(self._answers[key], sort_keys=True, ensure_ascii=True) for key in keys]
         table = pa.table(dict(zip(COLUMNS, (*arrays, pa.array(texts, pa.string())), strict=True)))
-        path = self.folder / SEALED
-        with replacing(path) as temporary:
-            parquet.write_table(table, temporary, compression="zstd")
+        path, buffer = self.folder / SEALED, io.BytesIO()
+        parquet.write_table(table, buffer, compression="zstd")
+        write_bytes(path, buffer.getvalue())
         self._file.truncate(0)
         (self.folder / JOURNAL).unlink(missing_ok=True)
         return path
 
     def close(self) -> None:
-        """Frees the folder for another writer. An empty journal is removed."""
+        """Releases the lock. An empty journal is removed."""
         if self._file is not None:
             path = self.folder / JOURNAL
             if path.is_file() and path.stat().st_size == 0:

@@ -11,7 +11,7 @@ MAX_PIXELS = 64 << 20  # 8192 x 8192
 
 
 def open_png(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """A PNG, decoded. Only Pillow's PNG reader sees the bytes: others start programs such as Ghostscript.
+    """Decodes a PNG, with Pillow's PNG reader only: others start programs such as Ghostscript.
 
     Raises:
         ValueError: not a PNG, truncated, or of more than `max_pixels` pixels.

@@ -1,4 +1,4 @@
-"""What a judge offers, and the names of prompts and scores: generating, judging and scoring know nothing else of either.
+"""The interface of judges, and the names of prompts and scores.
 
     benchmark.prompts -> images --judge.answer(benchmark.questions)--> answers --benchmark.score--> a float per image
 
@@ -30,7 +30,7 @@ class Request:
 class Judge(Protocol):
     """A model, or a rule, that answers questions about images.
 
-    model: what it computes, in the words of `Benchmark.judges`: a score is official if these are the same.
+    model: description of the model, as in `Benchmark.judges`: a score is official if both are equal.
     spec: everything that may change an answer: class, repository at revision or file digest, dtype, attention, processor,
     decoding, library versions. revision: its digest.
     """
@@ -58,7 +58,7 @@ def digest_of(value: Any) -> str:
 
 
 def question_key(question: Question) -> str:
-    """The question as the journal of answers knows it."""
+    """The question's key in the journal of answers."""
     if not question.options and not question.together:
         return f"{question.judge}: {question.text}"
     rest = json.dumps(dict(question.options), sort_keys=True, ensure_ascii=True)
@@ -66,7 +66,7 @@ def question_key(question: Question) -> str:
 
 
 def score_name(benchmark: Benchmark, judges: Mapping[str, Mapping[str, Any]]) -> str:
-    """`geneval` by official judges alone, else `geneval[judge+judge]`: the only name a score may have.
+    """The name of a score: `geneval` if all judges are official, else `geneval[judge+judge]`.
 
     Args:
         judges: {role: {"name", "model"}} for each role of `benchmark.judges`.
@@ -82,12 +82,12 @@ def category_of(prompt: Prompt) -> str:
 
 
 def with_ids(prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-    """The prompts, each with an "id" that neither its place in the list nor other prompts decide.
+    """The prompts, each with an "id" that does not depend on its position or on other prompts.
 
-    Equal prompts are numbered: each must have noise of its own.
+    Equal prompts are numbered, so that each has different noise.
 
     Raises:
-        ValueError: an explicit id comes twice, or has characters that no file name should have.
+        ValueError: an explicit id is repeated, or has characters that are not allowed in file names.
     """
     seen: dict[str, int] = {}
     result = []

@@ -1,4 +1,4 @@
-"""Images and questions to answers, and answers to scores. Only the first of the two runs judges.
+"""Judges images (the only step that runs judges), and scores the answers.
 
 images --index_images--> rows with digests --judge_images--> answers.jsonl / .parquet
                                  |--------------score_rows(answers)--> rows with scores
@@ -19,7 +19,7 @@ from PIL import Image
 from eval import catalog
 from eval.benchmarks.base import Benchmark, Judged, Prompt, Question
 from eval.config import EvalConfig
-from eval.files import replacing
+from eval.files import write_bytes
 from eval.geneval import expected_images, walk_layout
 from eval.judging.answers import Answers, Key
 from eval.judging.images import open_png
@@ -27,7 +27,7 @@ from eval.judging.protocols import Judge, Request, category_of, question_key
 from eval.scorecards.card import Pooling
 
 INDEX, JUDGES = "images.parquet", "judges.json"
-REFERENCE = -1  # in the place of an image's number: the prompt's real image
+REFERENCE = -1  # instead of an image's number: the prompt's real image
 Row = dict[str, Any]
 Group = tuple[int, int]  # seed, prompt index: the images of one prompt that are judged together
 
@@ -89,7 +89,7 @@ def _digest_of_all(digests: Sequence[str]) -> str:
 
 
 class _Reader:
-    """What is answered about one image or prompt so far, and what is not; `judges`: {role: revision}."""
+    """Reads the answers so far and finds open questions; `judges`: {role: revision}."""
 
     def __init__(self, benchmark: Benchmark, answers: Answers, judges: Mapping[str, str]):
         self.benchmark, self.answers, self.judges = benchmark, answers, judges
@@ -98,7 +98,7 @@ class _Reader:
         return digest, question_key(question), self.judges[question.judge]
 
     def questions(self, prompt: Prompt, known: Mapping[str, Any]) -> list[Question]:
-        """Those that can be asked now. A role that the benchmark has no judge for is not asked: its rule goes without."""
+        """The questions that can be asked now. Questions of a role without a judge are left out."""
         return [q for q in self.benchmark.questions(prompt, known) if q.judge in self.judges]
 
     def read(
@@ -106,7 +106,7 @@ class _Reader:
     ) -> tuple[list[dict], dict, list[tuple[Question, int | None]]]:
         """(answers about each image, answers about all together and about the real image, open questions).
 
-        An open question has the number of the image that it is about, None for all of them, or `REFERENCE`.
+        An open question has the number of its image, None for all images, or `REFERENCE`.
         """
         whole = _digest_of_all(digests)
         together: dict[str, Any] = {}
@@ -129,7 +129,7 @@ class _Reader:
                         answered = True
                     else:
                         open_questions[question.key, place] = (question, place)
-                if not answered:  # an answer may open a question
+                if not answered:  # an answer may lead to a further question
                     break
             images.append(known)
         return images, together, list(open_questions.values())
@@ -148,14 +148,14 @@ def judge_images(
     shards: int = 1,
     log: Callable[[str], None] = print,
 ) -> dict[str, int]:
-    """Asks the judges what `answers` does not have yet. Each batch is on disk before the next begins.
+    """Asks the judges the questions that `answers` lacks. Each batch is on disk before the next begins.
 
     Args:
-        rows: of `index_images`; unreadable ones are passed over.
+        rows: of `index_images`; unreadable images are skipped.
         judges: {role: judge}.
         answers: opened for writing.
         batch_size: questions per call of a judge.
-        shard, shards: asks about every prompt and seed whose number leaves the remainder `shard`.
+        shard, shards: asks about every prompt and seed whose number modulo `shards` is `shard`.
 
     Returns:
         {"asked", "prompts": of this shard}
@@ -183,7 +183,7 @@ def judge_images(
                 else:
                     shown = images if number is None else [images[number]]
                 digest = _digest_of_all(digests) if number is None else shown[0]["sha256"]
-                todo[reader.key(question, digest)] = (question, shown)  # equal images are asked about once
+                todo[reader.key(question, digest)] = (question, shown)  # equal images are judged once
         by_judge: dict[str, list[tuple[Key, Question, list[Row]]]] = {}
         for key, (question, shown) in todo.items():
             by_judge.setdefault(question.judge, []).append((key, question, shown))
@@ -218,7 +218,7 @@ def _ask(
     ]
     try:
         replies = judge.answer(requests)
-    except Exception as error:  # judges are models of many libraries, whose errors are of many types
+    except Exception as error:  # judges use many libraries, with errors of many types
         raise ValueError(
             f"judge {judge.name} stopped at {batch[0][2][0]['file']} and the {len(batch) - 1} questions after it: "
             f"{type(error).__name__}: {error}; {before} answers are kept, and judging again resumes there"
@@ -229,7 +229,7 @@ def _ask(
 
 
 def through_jpeg(image: Image.Image) -> Image.Image:
-    """The image as OneIG-Bench's judges see it. A black one, which the official code drops, stays as it is."""
+    """The image with OneIG-Bench's JPEG compression. A black image, which the official code drops, is unchanged."""
     from eval.oneig import split_grid
 
     for tile in split_grid(image, (1, 1), "fixed"):
@@ -253,7 +253,7 @@ def judged_prompts(
     answers: Answers,
     judges: Mapping[str, str],
 ) -> dict[int, dict[str, Judged]]:
-    """{seed: {prompt id: its answers}}, as a benchmark scores them.
+    """{seed: {prompt id: its answers}}, the input of a benchmark's scores.
 
     Args:
         judges: {role: revision}.
@@ -286,7 +286,7 @@ def judged_prompts(
 def score_rows(
     rows: Sequence[Row], prompts: Sequence[Prompt], benchmark: Benchmark, judged: Mapping[int, Mapping[str, Judged]]
 ) -> list[Row]:
-    """The rows with "score" (None where an image was not judged), "reason", "answers" (JSON) and "parts" (JSON: named
+    """The rows with "score" (None if an image was not judged), "reason", "answers" (JSON) and "parts" (JSON: named
     scores of the prompt and seed)."""
     results = {}
     for seed, judged_of_seed in judged.items():
@@ -303,7 +303,7 @@ def score_rows(
         scored.append(
             {
                 **row,
-                # Sums of probabilities may pass 1 by a rounding.
+                # Sums of probabilities may exceed 1 by rounding.
                 "score": None if score is None else min(max(float(score), 0.0), 1.0),
                 "reason": result.reasons[image] if known else "",
                 "answers": _shown(replies) if replies is not None else "",
@@ -314,7 +314,7 @@ def score_rows(
 
 
 def _shown(replies: Mapping[str, Any]) -> str:
-    """The answers as JSON, without the long vectors, which the table of answers has."""
+    """The answers as JSON, without long vectors, which are in the table of answers."""
     return json.dumps({key: value for key, value in replies.items() if key != "features"})
 
 
@@ -334,21 +334,19 @@ def prompt_scores(rows: Sequence[Row], pooling: Pooling) -> dict[str, dict[str, 
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:
-    """Rows as Parquet: the same rows give the same bytes, whatever their order."""
+    """Writes rows as Parquet: the same rows in any order give the same bytes."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
     ordered = sorted(rows, key=lambda row: (row["seed"], row["prompt_index"], row["image_index"]))
     table = pa.Table.from_pylist(ordered)
-    for name, kind in (("score", pa.float64()),):  # a column of None alone has no type of its own
+    for name, kind in (("score", pa.float64()),):  # a column with only None has no type
         if name in table.column_names:
             i = table.column_names.index(name)
             table = table.set_column(i, name, table.column(name).cast(kind))
     buffer = io.BytesIO()
     parquet.write_table(table, buffer, compression="zstd")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+    write_bytes(path, buffer.getvalue())
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -367,14 +365,12 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def write_judges(judges: Mapping[str, Judge], folder: Path) -> None:
-    """Records who answers, beside the answers: scoring needs no judge."""
+    """Records the judges next to the answers, so that scoring needs no judge."""
     record = {
         role: {"name": judge.name, "model": judge.model, "revision": judge.revision, "spec": dict(judge.spec)}
         for role, judge in judges.items()
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / JUDGES) as temporary:
-        temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write_bytes(folder / JUDGES, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_judges(folder: Path) -> dict[str, dict[str, Any]]:

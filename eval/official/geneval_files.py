@@ -5,7 +5,7 @@
               samples/0000.png ...     its images
     results.jsonl                      a judged image per line
 
-The names here are those of `eval.geneval`, which offers them too. Source: evaluation/evaluate_images.py of
+`eval.geneval` exports these names too. Source: evaluation/evaluate_images.py of
 github.com/djghosh13/geneval at af4902f.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ def load_prompts(path: str | Path) -> list[dict[str, Any]]:
 
 
 def expected_images(metadata: Mapping[str, Any], images_per_prompt: int = 1) -> int:
-    """Images a run makes of a prompt: `images_per_prompt`, times the prompt's own "images" where it has one."""
+    """Number of images of a prompt in a run: `images_per_prompt`, times the prompt's own "images" if it has one."""
     return images_per_prompt * metadata.get("images", 1)
 
 
@@ -52,12 +52,13 @@ def walk_layout(
     """The images of DIR/00000/{metadata.jsonl, samples/0000.png ...}, in order.
 
     As in the official code, a folder counts if its name `isdigit()`, and a file if its name starts with digits and
-    ".png"; other entries are passed over.
+    ".png"; other entries are skipped.
 
     Args:
-        prompts: what should be there (folder n is prompt n); when left out, the folders say.
-        images_per_prompt: see `expected_images`; when left out, the fullest folder says.
-        missing: "error" refuses a missing prompt or image; "official" scores what is there, on a smaller denominator.
+        prompts: the expected prompts (folder n is prompt n); default: those of the folders.
+        images_per_prompt: see `expected_images`; default: that of the fullest folder.
+        missing: "error" refuses a missing prompt or image; "official" scores existing images, with a smaller
+            denominator.
 
     Returns:
         one {"folder", "metadata", "path"} per image; `folder` is the folder's name.
@@ -79,7 +80,7 @@ def walk_layout(
             raise ValueError(f"{folder} has no metadata.jsonl")
         try:
             metadata = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:  # of JSON or of UTF-8
+        except ValueError as error:  # errors of JSON or UTF-8
             raise ValueError(f"{file} is not a JSON object: {error}") from error
         files = [p for p in folder.glob("samples/*") if p.is_file() and re.match(r"\d+\.png", p.name)]
         folders.append((name, metadata, sorted(files, key=lambda p: (len(p.name), p.name))))
@@ -102,7 +103,7 @@ def walk_layout(
 
 
 def _check_prompts(images_dir, folders, prompts, missing) -> None:
-    # isdigit() holds for superscripts too, which are no numbers of prompts.
+    # isdigit() is also true for superscripts, which are not prompt numbers.
     present = {int(name) if name.isdecimal() else len(prompts): metadata for name, metadata, _ in folders}
     for index, metadata in present.items():
         # Through JSON: a tuple in the caller's metadata is a list in the file.
@@ -122,26 +123,35 @@ def write_results(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes judged images as the official results.jsonl, byte for byte, in the order of `rows`.
 
     Args:
-        path: replaced at the end, in one step; its folder is made if absent.
+        path: replaced atomically at the end; its folder is created if missing.
         rows: mappings with `RESULT_KEYS`; other keys are left out. "metadata" and "details" are JSON text, or values
-            that become it as in the official code.
+            that are converted as in the official code.
 
     Raises:
         ValueError: a row lacks a key; names the row's number.
     """
     with replacing_text(path) as file:
-        for number, row in enumerate(rows, start=1):
-            absent = [key for key in RESULT_KEYS if key not in row]
-            if absent:
-                raise ValueError(f"row {number} has no {', '.join(map(repr, absent))}; see eval.geneval.result_row")
-            values = {key: row[key] for key in RESULT_KEYS} | {"correct": bool(row["correct"])}
-            for key in ("metadata", "details"):
-                values[key] = values[key] if isinstance(values[key], str) else json.dumps(values[key])
-            file.write(_as_pandas(values) + "\n")
+        file.writelines(result_lines(rows))
+
+
+def result_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """The lines of `write_results`, each with its newline.
+
+    Raises:
+        ValueError: see `write_results`.
+    """
+    for number, row in enumerate(rows, start=1):
+        absent = [key for key in RESULT_KEYS if key not in row]
+        if absent:
+            raise ValueError(f"row {number} has no {', '.join(map(repr, absent))}; see eval.geneval.result_row")
+        values = {key: row[key] for key in RESULT_KEYS} | {"correct": bool(row["correct"])}
+        for key in ("metadata", "details"):
+            values[key] = values[key] if isinstance(values[key], str) else json.dumps(values[key])
+        yield _as_pandas(values) + "\n"
 
 
 def _as_pandas(values: Mapping[str, Any]) -> str:
-    """One JSON object as pandas writes it: no spaces, every slash escaped, and DEL as it is."""
+    """One JSON object as pandas writes it: no spaces, every slash escaped, DEL not escaped."""
     text = json.dumps(values, separators=(",", ":")).replace("/", "\\/")
     if "\\u007f" in text:  # rare; it may also be the text of an escape, whose backslash is escaped in turn
         text = re.sub(r"\\(u007f|.)", lambda match: "\x7f" if match[1] == "u007f" else match[0], text)

@@ -1,10 +1,10 @@
-"""Generated images in the layouts of the official code, so that the official scripts can score them.
+"""Writes generated images in the layouts of the official code, for its scripts.
 
     geneval   OUT/00000/{metadata.jsonl, samples/0000.png ...}          one seed's folders
     dpg       OUT/ITEM_ID.png                                           a 2 x 2 grid of a prompt's four images
     oneig     OUT/images/CLASS/MODEL/ID.webp                            the same, lossless
 
-Tiles stand in reading order: top left, top right, bottom left, bottom right.
+Tiles are in reading order: top left, top right, bottom left, bottom right.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def export(
     model: str = "model",
     columns: int = 2,
 ) -> int:
-    """Writes one seed's images of a run in an official layout; files that exist are kept. Returns the number written.
+    """Writes one seed's images of a run in an official layout; existing files are kept. Returns the number written.
 
     Args:
         images_dir: images/ of a run.
-        seed: which of its runs.
+        seed: the sampling seed.
         model: name of the folder that OneIG-Bench's layout has.
 
     Raises:

@@ -1,4 +1,4 @@
-"""OneIG-Bench's result files: the CSVs that the official scripts write to results/, from our summaries, and back.
+"""Writes and reads OneIG-Bench's result files: the CSVs that the official scripts write to results/.
 
 Source: save2csv of scripts/utils/utils.py (pandas' to_csv) and its callers, github.com/OneIG-Bench/OneIG-Benchmark at
 41b4983. The official names end in a time stamp; fine_grained_analysis.py looks for "<dimension>_prompt_score_EN*.csv".
@@ -17,11 +17,11 @@ Language = Literal["EN", "ZH"]
 
 
 def official_files(dimension: str, summary: Mapping[str, Any], model: str, language: Language = "EN") -> dict[str, str]:
-    """{file name: text} of what the official script of a dimension writes.
+    """{file name: text} of the output of a dimension's official script.
 
     Args:
         dimension: "alignment", "text", "reasoning", "style" or "diversity".
-        summary: what `eval.oneig.summarise_<dimension>` returned.
+        summary: the result of `eval.oneig.summarise_<dimension>`.
         model: the name of the column.
         language: part of the names.
 
@@ -49,7 +49,7 @@ def official_files(dimension: str, summary: Mapping[str, Any], model: str, langu
     # The text script alone leaves its prompts in the order of its table.
     order = list(prompts) if dimension == "text" else sorted(prompts)
     if dimension == "diversity":
-        order = [key for key in order if prompts[key] is not None]  # the script passes over them
+        order = [key for key in order if prompts[key] is not None]  # the script skips them
     return {
         f"{dimension}_score_{language}.csv": _csv(["", *columns], [[model, *columns.values()]]),
         **files,
@@ -71,7 +71,7 @@ def read_prompt_scores(path: str | Path, model: str | None = None) -> dict[str, 
     prompt's score is [ED, CR, WAC].
 
     Args:
-        model: the column; None where there is one only.
+        model: the column; None if there is only one.
 
     Raises:
         ValueError: the file is absent or of another form, or has no such column; names the line.
@@ -95,5 +95,7 @@ def read_prompt_scores(path: str | Path, model: str | None = None) -> dict[str, 
                 value = row[column]
                 scores[row[0]] = None if value == "" else ast.literal_eval(value)
             except (IndexError, ValueError, SyntaxError):
-                raise ValueError(f"{path}, line {reader.line_num}: {','.join(row)!r} is no prompt and score") from None
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: {','.join(row)!r} is not a prompt and score"
+                ) from None
     return scores

@@ -1,1 +1,1 @@
-"""Scorecards: their schema, how they are made, drawn and compared."""
+"""Scorecards: schema, creation, drawing and comparison."""

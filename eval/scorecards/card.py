@@ -1,7 +1,7 @@
-"""The scorecard's schema: what scorecard.json contains, typed and versioned.
+"""The typed and versioned schema of scorecard.json.
 
-Scores are in [0, 1]; `scale` is what official tables of the benchmark multiply them by. Nothing here depends on the
-clock or on where the files lie: the same images and answers give the same bytes.
+Scores are in [0, 1]; official tables of the benchmark multiply them by `scale`. Nothing here depends on time or on file
+locations: the same images and answers give the same bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 SCHEMA_VERSION = 2
-# How prompts make the overall score: the plain mean of categories, of prompts, or of named parts of prompts.
+# How the overall score follows from prompts: the plain mean of categories, of prompts, or of named parts of prompts.
 Pooling = Literal["categories", "prompts", "parts"]
 FILE = "scorecard.json"
 
@@ -25,10 +25,10 @@ class Section(BaseModel):
 
 
 class Noise(Section):
-    """Standard errors, and where they come from: each is None where it was not measured.
+    """Standard errors by source; None if not measured.
 
-    sampling: other noise on the same prompts. prompts: other prompts of the same kind. training: standard deviation over
-    models of other training seeds, the machine's part included; one model cannot show it.
+    sampling: other noise on the same prompts. prompts: other prompts of the same kind. training: standard deviation
+        over models of other training seeds, including the machine's part; needs several models.
     """
 
     sampling: float | None
@@ -61,7 +61,7 @@ class Scores(Section):
     """Scores of one split."""
 
     overall: CategoryScore
-    tasks: dict[str, CategoryScore]  # by category; GenEval's word for them
+    tasks: dict[str, CategoryScore]  # by category; GenEval's name for categories
     image_accuracy: float  # share of images with score 1
     prompt_accuracy: float  # share of prompts with such an image
 
@@ -92,7 +92,7 @@ class JudgeRecord(Section):
 
 
 class Settings(Section):
-    """Everything known to move a score."""
+    """Everything known to affect a score."""
 
     judges: list[JudgeRecord]
     pipeline: str
@@ -118,7 +118,7 @@ class Settings(Section):
 
 
 class Comparison(Section):
-    """Our score beside a published one. within_noise: our interval has the published figure; None: not comparable."""
+    """Our score and a published one. within_noise: our interval contains the published figure; None: not comparable."""
 
     model: str
     category: str
@@ -135,7 +135,7 @@ class Interval(Section):
 
 
 class Scorecard(Section):
-    """schema_version 2. `name` is `benchmark`, or `benchmark[judge]` where a judge is not an official one."""
+    """schema_version 2. `name` is `benchmark`, or `benchmark[judge]` if a judge is not official."""
 
     schema_version: Literal[2] = SCHEMA_VERSION
     name: str
@@ -157,7 +157,7 @@ class Scorecard(Section):
     interval: Interval
     settings: Settings
     references: list[Comparison]
-    measures: dict[str, float] = {}  # numbers that are no share of anything, means over the sampling seeds
+    measures: dict[str, float] = {}  # numbers that are not in [0, 1]; means over the sampling seeds
     flow_loss: list[FlowLoss] = []
     config: dict[str, Any]
     generation: dict[str, Any]
@@ -196,7 +196,7 @@ def load(path: str | Path) -> Scorecard:
 
 
 def not_comparable(a: Scorecard, b: Scorecard) -> str | None:
-    """Why two scores cannot be compared; None where they can: the same prompts, judged alike."""
+    """Why two scores cannot be compared; None if they can: same prompts, same judges."""
     if a.benchmark != b.benchmark:
         return f"one is of {a.benchmark}, the other of {b.benchmark}"
     if a.settings.prompt_set_sha256 != b.settings.prompt_set_sha256:
@@ -211,7 +211,7 @@ def not_comparable(a: Scorecard, b: Scorecard) -> str | None:
 def model_index(card: Mapping[str, Any], title: str) -> dict[str, Any]:
     """The Hub's `model-index` entry of a scorecard (as JSON): its scores under their full name."""
 
-    def plain(text: Any) -> str:  # in the header of a Markdown file, where nothing of it may be markup
+    def plain(text: Any) -> str:  # in the header of a Markdown file: must not contain markup
         return re.sub(r"[^\w\[\]+,.: -]", "", str(text))
 
     scale = card.get("scale", 1.0)

@@ -1,9 +1,9 @@
-"""Two scorecards against each other, prompt by prompt, with a verdict: `python -m eval.cli compare A B`.
+"""Compares two scorecards prompt by prompt, with a verdict: `python -m eval.cli compare A B`.
 
     A/scores.parquet, B/scores.parquet --same prompts--> differences --stats.compare--> better, worse, equal, cannot tell
 
-The verdict is about these two sets of weights and these settings. Whether the recipes behind them differ is a question of
-training seeds too, whose noise no number of prompts or images makes smaller: tasks.compare takes several trainings.
+The verdict is about these two sets of weights and settings. Whether their recipes differ also depends on training
+seeds, whose noise more prompts or images do not reduce: tasks.compare takes several trainings.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from eval.scorecards import card as cards
 from eval.scorecards.card import Pooling, Scorecard
 
 SCORES = "scores.parquet"
-# Settings that may differ without being what is compared, such as what follows from others.
+# Settings that may differ without being the compared change, such as derived ones.
 CONSEQUENCES = {"images_sha256", "versions", "prompt_set_sha256"}
 
 
@@ -39,7 +39,7 @@ class Compared(BaseModel):
 
 
 class Comparison(BaseModel):
-    """B against A. `differing`: the settings that are not the same, which the difference may come from."""
+    """B against A. `differing`: settings that differ, which may explain the difference."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
@@ -78,10 +78,10 @@ def compare_runs(a: str | Path, b: str | Path, margin: float | None = None) -> C
 
     Args:
         a, b: folders with scorecard.json and scores.parquet.
-        margin: differences below it do not matter, in the benchmark's own scale; None: no verdict "equal".
+        margin: differences below it count as "equal", in the benchmark's own scale; None: no verdict "equal".
 
     Raises:
-        ValueError: a folder has no scorecard, or the two cannot be compared: other prompts, or other judges.
+        ValueError: a folder has no scorecard, or the two have different prompts or judges.
     """
     (card_a, rows_a), (card_b, rows_b) = read_scores(a), read_scores(b)
     if reason := cards.not_comparable(card_a, card_b):
@@ -116,7 +116,7 @@ def _compared(d: stats.Difference, values: stats.Pairs, pooling: str, scale: flo
         sides.append(scale * sum(sum(of) / len(of) for of in means) / len(means))
     verdict = d.verdict
     if p is not None and p > 1 - stats.LEVEL and verdict in ("better", "worse"):
-        verdict = "cannot tell"  # not after as many tests as there are categories
+        verdict = "cannot tell"  # not after one test per category
     return Compared(
         a=sides[0],
         b=sides[1],
@@ -158,9 +158,9 @@ def lines(comparison: Comparison) -> list[str]:
 
 
 def drop_beyond_noise(incumbent: str | Path, current: str | Path) -> tuple[bool, str]:
-    """(whether `current` is worse than `incumbent` beyond noise, a sentence that says so or not).
+    """(whether `current` is worse than `incumbent` beyond noise, a sentence about it).
 
-    Cards that cannot be compared are no drop: the sentence says why.
+    Cards that cannot be compared are not a drop; the sentence says why.
     """
     (card_a, _), (card_b, _) = read_scores(incumbent), read_scores(current)
     if reason := cards.not_comparable(card_a, card_b):

@@ -1,4 +1,4 @@
-"""The scorecard of judged images: scores with their error bars, and everything that they depend on."""
+"""Makes the scorecard of judged images: scores with their error bars, and everything that they depend on."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def scorecard(
 
     Args:
         rows: of `score_rows`.
-        prompts: all that the run should have, with ids.
+        prompts: all expected prompts, with ids.
         generation: content of generation.json.
         judges: {role: {"name", "model", "revision", "spec"}}.
         answered: of `judged_prompts`, for the official aggregates.
@@ -100,12 +100,11 @@ def official_scores(
     answered: Mapping[int, Mapping[str, Judged]],
     mode: Mode,
 ) -> dict[str, Any] | None:
-    """What the official code would say ("official"), or would without its bugs ("fixed"): the mean over the seeds of the
-    benchmark's own summary, {"overall", "categories"}. None where nothing was answered."""
+    """The result of the official code ("official"), or of that code without its bugs ("fixed"): the mean over the seeds
+    of the benchmark's own summary, {"overall", "categories"}. None without answers."""
     summaries = []
     for of_seed in answered.values():
-        judged = {key: value for key, value in of_seed.items() if any(image is not None for image in value.images)}
-        if judged:
+        if judged := with_images(of_seed):
             summaries.append(benchmark.summarise(prompts, judged, mode))
     if not summaries:
         return None
@@ -115,6 +114,11 @@ def official_scores(
         "overall": mean([summary["score"] for summary in summaries]),
         "categories": {name: mean([summary["categories"].get(name) for summary in summaries]) for name in names},
     }
+
+
+def with_images(of_seed: Mapping[str, Judged]) -> dict[str, Judged]:
+    """The prompts with at least one judged image."""
+    return {key: value for key, value in of_seed.items() if any(image is not None for image in value.images)}
 
 
 def _measures(
@@ -130,7 +134,7 @@ def with_training_noise(card: Scorecard, others: Sequence[Scorecard]) -> Scoreca
     """The card with the deviation of the overall score over its own training run and others of the same recipe.
 
     Raises:
-        ValueError: another card is of other prompts or judges, or of the same weights.
+        ValueError: another card has other prompts or judges, or the same weights.
     """
     for other in others:
         if reason := not_comparable(card, other):
@@ -166,7 +170,7 @@ def _scores(
             interval=(estimate.low, estimate.high),
             standard_error=estimate.total,
             noise=Noise(sampling=estimate.sampling, prompts=estimate.prompts),
-            # Parts are several scores of one prompt, which the estimate counts as so many.
+            # Parts are several scores of one prompt; the estimate counts each.
             prompts=len({row["prompt_id"] for row in rows}) if whole else estimate.n_prompts,
             images=len(rows) if whole else estimate.n_images,
             official=official.get("official"),
@@ -208,7 +212,7 @@ def _deviations(
     prompts: Sequence[Mapping[str, Any]],
     failed: int,
 ) -> list[str]:
-    """What keeps this score from being the benchmark's: named beside it."""
+    """Deviations of this score from the benchmark's rules, listed next to it."""
     deviations = []
     if config.images_per_prompt != benchmark.images_per_prompt:
         deviations.append(f"{config.images_per_prompt} images per prompt, officially {benchmark.images_per_prompt}")
@@ -267,7 +271,7 @@ def _settings(
 
 
 def prompt_set_digest(prompts: Sequence[Mapping[str, Any]]) -> str:
-    """Of which prompts, how many images each and what is asked about them, not of how a model was given them."""
+    """Digest of the prompts, their numbers of images and their questions, but not of rewrites."""
     return digest_of([{k: v for k, v in prompt.items() if k != "rewritten"} for prompt in prompts])
 
 

@@ -1,4 +1,4 @@
-"""The scorecard for people: the grid of images beside their prompts, and one page without outside files.
+"""The scorecard as a picture and a page: a grid of images with their prompts, and one self-contained HTML page.
 
 Every text of the page is escaped: prompts, reasons and settings come from data.
 """
@@ -19,8 +19,8 @@ from eval.scorecards.card import CategoryScore, Scorecard
 
 RIGHT, WRONG, INK, PAPER = (20, 140, 60), (200, 40, 40), (30, 30, 30), (255, 255, 255)
 SHOWN = 12  # best and worst images
-FAILURE = 0.5  # below it an image is a failure: for right and wrong images, the wrong ones
-PICTURES = 600  # failures with a picture; further ones are listed without
+FAILURE = 0.5  # below it an image is a failure; for right and wrong images, the wrong ones
+PICTURES = 600  # failures with a picture; others are listed without
 THUMBNAIL_PX = 128
 STYLE = """
 .score{font-size:2.4em;font-weight:600}.muted{color:#666}.note{background:#fff3cd;color:inherit;padding:.4em .8em;margin:.3em 0}
@@ -35,11 +35,11 @@ details pre{background:#f5f5f5;padding:1em;overflow-x:auto}
 def draw_grid(
     rows: Sequence[Mapping[str, Any]], images_dir: str | Path, per_category: int = 8, tile_px: int = 96
 ) -> Image.Image:
-    """Images of the first seed above their prompts, each with its mark; a line per category, held-out ones last. An image
-    whose prompt has a real one stands beside it.
+    """Images of the first seed above their prompts, each with its mark; a line per category, held-out ones last. If a
+    prompt has a real image, it is shown next to the generated one.
 
-    Of each category, `per_category` prompts evenly spaced over its list, the first image of each (and further images
-    where there are fewer prompts): nothing is picked by score.
+    Shows of each category `per_category` prompts, evenly spaced over its list, and the first image of each (more images
+    if there are fewer prompts): nothing is chosen by score.
     """
     font = ImageFont.load_default(size=11)
     first_seed = min((row["seed"] for row in rows), default=0)
@@ -111,7 +111,7 @@ def _draw_tile(grid, draw, row, images_dir: Path, corner: tuple[int, int], tile_
 
 
 def _thumbnail(path: Path, side_px: int) -> Image.Image | None:
-    """The image, as large as fits; None where it is gone, as when scores come from kept answers alone."""
+    """The image, as large as fits; None if it is missing, as for scores from kept answers."""
     if not path.is_file():
         return None
     try:
@@ -191,7 +191,7 @@ def _headline(card: Scorecard) -> str:
 def _table(card: Scorecard, scores: Mapping[str, CategoryScore]) -> str:
     scale = card.scale
     kinds = [k for k in ("official", "fixed") if any(_differs(s, getattr(s, k), scale) for s in scores.values())]
-    if kinds:  # side by side, or not at all: where both equal the score, they would say nothing
+    if kinds:  # both or neither: columns that equal the score are left out
         kinds = ["official", "fixed"]
     heads = ["category", "score", "interval over prompts", *kinds, "&plusmn; over seeds", "prompts", "images"]
     lines = []
@@ -228,7 +228,7 @@ def _noises(card: Scorecard) -> str:
 
 
 def _measures(card: Scorecard) -> str:
-    """Numbers beside the score: distances of distributions, and the held-out flow loss."""
+    """Numbers next to the score: distances of distributions, and the held-out flow loss."""
     parts = []
     if card.measures:
         rows = "".join(
@@ -287,7 +287,7 @@ def _gallery(rows: Sequence[Mapping[str, Any]], images_dir: Path) -> Iterable[st
 
 
 def _spread(ranked: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The first of each category, then the second of each, and so on, `SHOWN` in all."""
+    """The first of each category, then the second of each, and so on, up to `SHOWN`."""
     by_category: dict[str, list[Mapping[str, Any]]] = {}
     for row in ranked:
         by_category.setdefault(row["category"], []).append(row)
@@ -310,7 +310,7 @@ def _figures(rows: Sequence[Mapping[str, Any]], images_dir: Path) -> str:
 
 
 def _inlined(path: Path, alt: str = "") -> str:
-    """The picture as an element; "" where it is gone."""
+    """The picture as an element; "" if it is missing."""
     picture = _thumbnail(path, THUMBNAIL_PX)
     if picture is None:
         return ""

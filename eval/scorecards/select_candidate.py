@@ -1,16 +1,17 @@
-"""Which of several candidates replaces the incumbent: WSM windows, guidance values, checkpoints, of one model.
+"""Chooses which candidate replaces the incumbent: WSM windows, guidance values or checkpoints of one model.
 
     incumbent, candidates: scorecards on development prompts --max-T--> one of them, or the incumbent
 
-The best of many equal candidates always looks better: of 16, by .009 on GenEval. So candidates are scored on development
-prompts (`prompt_set: development`), the number of candidates is corrected for, the incumbent stays unless it is beaten,
-and the official prompts are scored once, for the one that was chosen.
+The best of many equal candidates always looks better: of 16, by .009 on GenEval. So candidates are scored on
+development prompts (`prompt_set: development`), the test corrects for their number, the incumbent stays unless it is
+beaten, and the official prompts are scored once, for the chosen candidate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from pydantic import BaseModel, ConfigDict
 
@@ -20,7 +21,7 @@ from eval.scorecards.compare import prompt_means, read_scores
 
 
 class Candidate(BaseModel):
-    """p is adjusted for the number of candidates; lowest: with 95% confidence for all at once, the gain is above it."""
+    """p is adjusted for the number of candidates; lowest: simultaneous 95% lower limit of the gain."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     path: str
@@ -48,10 +49,11 @@ def select_candidate(
     """
     Args:
         incumbent, candidates: folders with scorecard.json and scores.parquet.
-        allow_official: also choose on official prompts, whose scores are then too good to report.
+        allow_official: also choose on official prompts, whose scores are then biased upwards.
 
     Raises:
-        ValueError: no candidates, one twice, or cards that cannot be compared; official prompts without leave.
+        ValueError: no candidates, a repeated one, or cards that cannot be compared; official prompts without
+            `allow_official`.
     """
     folders = [Path(incumbent), *map(Path, candidates)]
     if len(folders) < 2:
@@ -100,3 +102,17 @@ def select_candidate(
         candidates=candidates,
         sentence=sentence,
     )
+
+
+def lines(selection: Selection, names: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+    """The incumbent and the candidates, one per line, with their scores and tests.
+
+    Args:
+        names: {path of a scorecard: its name in the text}; default: the path.
+    """
+    rows = [f"  incumbent {selection.incumbent_score:.3f}  {names.get(selection.incumbent, selection.incumbent)}"]
+    for c in selection.candidates:
+        rows.append(
+            f"  {c.score:.3f}  {c.difference:+.3f} (above {c.lowest:+.3f})  p {c.p:.3f}  {names.get(c.path, c.path)}"
+        )
+    return rows

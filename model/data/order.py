@@ -64,12 +64,12 @@ class SampleOrder:
 
     Args:
         tier_weights: weight of each tier; tiers without a weight are not read. The weights are multiplied by the
-        index's `weights`, which compensate for tiers of which only a fraction was encoded. caption_dropout: share of
-        samples whose caption is replaced by the empty prompt. bucket_weights: factor on the weight of images of an
-        episodic bucket; 1 for the others. caption_weights: (longest number of tokens without the prefix, weight),
-        ascending: one of an image's captions is drawn in proportion to these weights. Longer captions have the last
-        weight. Images whose captions all have weight 0
-            draw them equally.
+            index's `weights`, which compensate for tiers of which only a fraction was encoded.
+        caption_dropout: share of samples whose caption is replaced by the empty prompt.
+        bucket_weights: factor on the weight of images of an episodic bucket; 1 for the others.
+        caption_weights: (longest number of tokens without the prefix, weight), ascending: one of an image's captions is
+            drawn in proportion to these weights. Longer captions have the last weight. Images whose captions all have
+            weight 0 draw them equally.
     """
 
     CYCLE = 1024

@@ -148,9 +148,9 @@ def moments(
     activations: tensors saved for the backward, inputs, and autocast's copies of weights.
     workspace: temporary tensors of the block, the loss, the sum over replicas or the optimiser.
     gathered_weights: FSDP units in the compute dtype: the unit outside of blocks, the current block's, its experts',
-    and in the backward the prefetched unit of the next block. gathered_gradients: the fp32 copy of a unit's gradients
-    during its reduce-scatter. all_to_all: rows sent and rows received by expert parallelism, E C B rows of width D
-    each.
+        and in the backward the prefetched unit of the next block.
+    gathered_gradients: the fp32 copy of a unit's gradients during its reduce-scatter.
+    all_to_all: rows sent and rows received by expert parallelism, E C B rows of width D each.
 
     Args:
         step: `batch`, `sharded` and `checkpointing` are taken from the layout. `accumulate`: a step has several

@@ -93,7 +93,7 @@ class StageCheckpointer(CheckpointManager):
         with more OpenMP threads than cores idle threads sleep instead of spinning, and from then on a training step takes
         1.8 times as long on 2 cores."""
         if storage.is_remote(checkpoint_id):
-            # sync_files: a stream to S3 is no file, and DCP would sync the machine's own disks instead.
+            # sync_files: a stream to S3 is not a file, and DCP would sync the machine's own disks instead.
             checkpoint_id = storage.check_path(checkpoint_id)
             writer = FsspecWriter(checkpoint_id, sync_files=False, **storage.options(checkpoint_id))
         else:

@@ -18,7 +18,7 @@ name of the work_dir. A pod on another node then finds everything except the Ten
 
 A stage starts from the weights of the previous stage. With train.carry_optimizer it also takes over momentum, moments and
 learning rate; otherwise it starts with a warm-up. The data, their order and noise, the counts of steps and images, and the
-loss window of `LossGuard` always start anew, because losses differ in level at another resolution and capacity.
+loss window of `LossGuard` always start again, because losses differ in level at another resolution and capacity.
 
 See docs/decisions/checkpoints.md.
 """

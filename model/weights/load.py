@@ -154,7 +154,7 @@ class SafetensorsFiles:
         self._file: dict[str, Path] = {}
         for file in files:
             with _reader(file) as reader:
-                for name in reader.keys():  # noqa: SIM118  (safe_open is no mapping)
+                for name in reader.keys():  # noqa: SIM118  (safe_open is not a mapping)
                     if index is not None and index.get(name) != file.name:
                         raise ValueError(f"{file} holds {name}, which its index puts in {index.get(name, 'no file')}")
                     stored = reader.get_slice(name)

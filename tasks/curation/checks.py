@@ -23,8 +23,8 @@ def check_curation(config: CurationConfig) -> None:
     """
     Raises:
         ValueError: an unknown captioner, or one whose captions would be too long; an unknown scorer or a wrong setting
-        of one; a threshold, a tier or a bucket on a column that no scorer fills; tiers by the proxy without
-        `accept_proxy`; invalid conditions.
+            of one; a threshold, a tier or a bucket on a column that no scorer fills; tiers by the proxy without
+            `accept_proxy`; invalid conditions.
     """
     chosen = chosen_scorers(config.scorers)
     filled = {column for one in chosen for column in one.columns}

@@ -103,7 +103,7 @@ class FilterConfig(Section):
     modes: tuple[str, ...] = ("L", "LA", "P", "PA", "RGB", "RGBA")  # CMYK needs a colour profile
     animated: Literal["reject", "first_frame"] = "reject"  # images with several frames
     min_side_px: Positive = 256
-    max_pixels: Positive = 100_000_000
+    max_pixels: Positive = 100_000_000  # memory has a separate limit, by format: docs/security.md
     max_aspect_ratio: Annotated[float, Field(ge=1)] = 3.0
     min_bytes_per_pixel: Annotated[float, Field(ge=0)] = 0.0
     min_entropy_bits: Annotated[float, Field(ge=0)] = 0.5
@@ -312,7 +312,7 @@ class CaptionerConfig(Section):
     }
     tier_prompts: dict[str, dict[str, str]] = {}  # tier -> class -> a prompt instead of that of `lengths`
     language: Annotated[str, Field(pattern=r"^[a-z]{2,3}$")] | None = "en"  # None: any
-    use_originals: bool = True  # keep the owner's captions beside the new ones; they also stay if no answer is kept
+    use_originals: bool = True  # keep the owner's captions next to the new ones; they also stay if no answer is kept
     attempts: Positive = 3  # per caption, until an answer is kept
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.2
     image_px: Annotated[int, Field(ge=64, le=4096)] = 1024  # longer side of the model's input

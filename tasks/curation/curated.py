@@ -27,7 +27,7 @@ from tasks.store import INDEX, Part, fetch_part, read_index
 
 READERS = 16  # threads that read tables of selections
 
-CORPUS = "corpus"  # the tables of the corpus, beside the index of selections
+CORPUS = "corpus"  # the tables of the corpus, next to the index of selections
 # Files with a row for each record of the source, for artifacts.fetch(without=...): readers of images do not need the
 # ledger, and fetch the lists of files of their own shards only.
 LARGE_FILES = (LEDGER_TABLE, LISTS)
@@ -76,7 +76,7 @@ class Curated:
         Args:
             rows: rows of the selection to read; others are not checked. None: all.
             lost: called with the row and the reason for each record that is gone or has changed since it was scored;
-            None: raise an error.
+                None: raise an error.
 
         Raises:
             ValueError: a file of the source has changed since it was scored; the message names it.

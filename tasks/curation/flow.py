@@ -176,7 +176,7 @@ def score_group(
 
     Args:
         resources: "shard" runs only scorers without a GPU, and returns measured parts if others remain to run;
-        "gpu_single" and None run all remaining scorers.
+            "gpu_single" and None run all remaining scorers.
     """
     corpus = base.open_corpus(corpus_dir)
     shards = list(corpus.shards())
@@ -276,7 +276,7 @@ def decide_corpus(corpus_dir: Path, indices: Sequence[Path | None], config: Cura
 
     Raises:
         ValueError: more shards failed than min_success_ratio allows; the others are kept, so that the same command
-        scores only the failed ones again.
+            scores only the failed ones again.
     """
     corpus = base.open_corpus(corpus_dir)
     shards = list(corpus.shards())

@@ -28,7 +28,7 @@ class Journal:
     Args:
         place: a local folder or a URI.
         sync: flush each row to disk before `add` returns. A killed process loses no row either way; a power failure
-        may.
+            may.
 
     Raises:
         ValueError: another process writes the journal of a local folder.

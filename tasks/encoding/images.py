@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tasks.store import Part
 
 AHEAD = 256  # maximum number of images decoded ahead of their use
-AHEAD_PIXELS = 64_000_000  # maximum of their pixels in total; a decoded pixel may take 12 bytes
+AHEAD_PIXELS = 64_000_000  # maximum of their pixels in total; see scoring/decode_memory.py for the bytes of each
 OnFailure = Callable[[int, ValueError], None]
 
 

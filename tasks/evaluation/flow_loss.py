@@ -30,7 +30,7 @@ def measure(
     shard: int = 0,
     shards: int = 1,
 ) -> int:
-    """Writes `FILE` beside the images of each prompt of a shard; existing files are kept. Returns the number written.
+    """Writes `FILE` next to the images of each prompt of a shard; existing files are kept. Returns the number written.
 
     Args:
         references: the folder that the prompts' "reference" files are relative to.

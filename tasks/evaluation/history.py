@@ -47,7 +47,7 @@ def read(source: str, benchmark: str) -> dict[str, Any]:
         record = json.loads(content)
         return {key: str(record[key]) for key in ("model", "settings", "scorecard", "accepted")}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{place} is not a record of an evaluation: {error!r}; remove it to start anew") from error
+        raise ValueError(f"{place} is not a record of an evaluation: {error!r}; remove it to start again") from error
 
 
 def _write(source: str, benchmark: str, record: dict[str, str]) -> None:

@@ -96,6 +96,32 @@ def resolve(model: str, revision: str = "", components: str = "", local: bool = 
     return Model(place=str(path), digest=digest)
 
 
+def resolve_incumbent(model: str, revision: str = "", components: str = "", local: bool = True) -> Model:
+    """`resolve` of the model that candidates are compared with.
+
+    Args:
+        components: for merged weights, of the incumbent or a candidate; a pipeline has its own.
+    """
+    return resolve(model, revision, components if kind_of(model) == "merged" else "", local)
+
+
+def kind_of(place: str) -> str | None:
+    """The kind in the manifest of a sealed directory, local or in a store; None for a Hub id or without a manifest.
+
+    Raises:
+        ValueError: the manifest is damaged.
+    """
+    if place == NEWEST or pipelines.is_hub_id(place.partition("@")[0]):
+        return None
+    content = storage.read_bytes(storage.join(storage.check_path(place), MANIFEST))
+    if content is None:
+        return None
+    try:
+        return str(json.loads(content)["kind"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{storage.join(place, MANIFEST)} is not a manifest: {error!r}") from error
+
+
 def _remote(uri: str, components: str) -> Model:
     if components:
         digests = [_sealed(place) for place in (uri, components)]

@@ -82,7 +82,7 @@ def _captions(config: EvalConfig, out_dir: Path, curated: Path | None) -> list[d
 
 
 def _given_captions(config: EvalConfig, out_dir: Path) -> list[dict[str, Any]]:
-    """Captions of a user's file, with images beside it."""
+    """Captions of a user's file, with images next to it."""
     with tempfile.TemporaryDirectory() as folder:
         local = fetched(config, Path(folder))
         assert local.prompts_file is not None
@@ -91,7 +91,7 @@ def _given_captions(config: EvalConfig, out_dir: Path) -> list[dict[str, Any]]:
             reference = prompt["reference"]
             source = (Path(local.prompts_file).parent / reference["file"]).resolve()
             if not source.is_relative_to(Path(local.prompts_file).parent.resolve()) or not source.is_file():
-                raise ValueError(f"{local.prompts_file}: {reference['file']!r} is not a file beside it")
+                raise ValueError(f"{local.prompts_file}: {reference['file']!r} is not a file next to it")
             name, sha256 = _write_reference(source.read_bytes(), prompt["id"], config.image_size_px, out_dir)
             prompt["reference"] = {"file": name, "sha256": sha256}
     return prompts

@@ -31,6 +31,7 @@ from tasks.artifacts import (
 from tasks.artifacts import source as source_of
 from tasks.evaluation.models import Model
 from tasks.evaluation.plan import Part
+from tasks.manifest import load_manifest
 
 
 @task(**envs.light("evaluator"))
@@ -40,6 +41,15 @@ def resolve_model(model: str, revision: str, components: str) -> Model:
 
     with plain_errors():
         return models.resolve(model, revision, components, local=is_local())
+
+
+@task(**envs.light("evaluator"))
+def resolve_incumbent(model: str, revision: str, components: str) -> Model:
+    """`resolve_model` for the incumbent. `components` are for merged weights, of the incumbent or a candidate."""
+    from tasks.evaluation import models
+
+    with plain_errors():
+        return models.resolve_incumbent(model, revision, components, local=is_local())
 
 
 @task(**envs.light("evaluator"))
@@ -219,13 +229,30 @@ class Choice(NamedTuple):
 
 @task(**envs.light("evaluator"))
 def choose_scorecard(names: list[str], scorecards: list[ScorecardDir]) -> Choice:
-    """Chooses the candidate that beats the incumbent (the first scorecard) on development prompts."""
-    from eval.scorecards.select_candidate import select_candidate
+    """Chooses the candidate that beats the incumbent (the first scorecard) on development prompts.
 
-    paths = [_scores(scorecard) for scorecard in scorecards]
+    A candidate with the scorecard of one before it, such as the incumbent's own setting, is the same candidate.
+    """
+    from eval.scorecards.select_candidate import lines, select_candidate
+
+    paths: dict[str, Path] = {}
+    same: list[str] = []
+    for name, scorecard in zip(names, scorecards, strict=True):
+        path = _scores(scorecard)
+        twin = next(
+            (other for other in paths if load_manifest(paths[other]).digest == load_manifest(path).digest), None
+        )
+        if twin is None:
+            paths[name] = path
+        else:
+            same.append(f"{name} is the same as {twin}")
+    incumbent, *others = paths
+    if not others:
+        return Choice(incumbent, f"the incumbent stays: {', '.join(same)}")
     with plain_errors():
-        selection = select_candidate(paths[0], paths[1:])
-    chosen = names[[str(path) for path in paths].index(selection.chosen)]
-    sentence = f"{chosen}: {selection.sentence.replace(selection.chosen, chosen)}"
-    print(sentence, flush=True)
+        selection = select_candidate(paths[incumbent], [paths[name] for name in others])
+    names_of = {str(path): name for name, path in paths.items()}
+    chosen = names_of[selection.chosen]
+    sentence = f"{chosen}: {'; '.join([selection.sentence.replace(selection.chosen, chosen), *same])}"
+    print("\n".join([sentence, *lines(selection, names_of)]), flush=True)
     return Choice(chosen, sentence)

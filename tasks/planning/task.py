@@ -137,7 +137,7 @@ def choose_stage(stages: list[Stage], name: str) -> ChosenStage:
 def plan_benchmarks(
     model: Model, benchmarks: str, recipe: str, overrides: Union[list[str], str], judges: str
 ) -> list[EvalConfig]:
-    """Checks the whole request before any work: one configuration for each benchmark.
+    """Checks the whole request before any work: one configuration for each benchmark. Also forgets artifacts that are gone.
 
     `recipe` has the settings; "": those of a published pipeline's scorecard.
     """
@@ -155,7 +155,8 @@ def plan_benchmarks(
         )
         for config in configs if is_local() else ():
             catalog.check_installed(config)
-        return configs
+    forget_lost_artifacts(CACHE_LOCATION)
+    return configs
 
 
 def _has_gpu() -> bool:
@@ -166,7 +167,13 @@ def _has_gpu() -> bool:
 
 @task(**envs.light("evaluator"))
 def plan_candidates(
-    model: Model, benchmark: str, candidates: str, recipe: str, overrides: Union[list[str], str], judges: str
+    model: Model,
+    benchmark: str,
+    candidates: str,
+    recipe: str,
+    overrides: Union[list[str], str],
+    judges: str,
+    components: str,
 ) -> list[Candidate]:
     """Checks the request before any work: the incumbent and the candidates, with their settings on development
     prompts."""
@@ -174,6 +181,8 @@ def plan_candidates(
 
     changes = [overrides] if isinstance(overrides, str) else overrides
     with plain_errors():
-        return planner.plan_candidates(
-            model, benchmark, candidates, recipe, [c for c in changes if c], judges, local=is_local()
+        planned = planner.plan_candidates(
+            model, benchmark, candidates, recipe, [c for c in changes if c], judges, components, local=is_local()
         )
+    forget_lost_artifacts(CACHE_LOCATION)
+    return planned

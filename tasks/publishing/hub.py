@@ -34,7 +34,7 @@ def push(directory: str | Path, repo_id: str, private: bool = True, api: Any = N
 
     Raises:
         ValueError: the directory does not verify, the Hub refuses the name or the token, the repository contains files
-        of other origin, it is public although `private` is set, or a file is missing or different after the upload.
+            of other origin, it is public although `private` is set, or a file is missing or different after the upload.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import HfHubHTTPError, LocalTokenNotFoundError, validate_repo_id

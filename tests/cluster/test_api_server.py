@@ -26,7 +26,7 @@ def kubectl(*words: str, text: str | None = None) -> subprocess.CompletedProcess
 
 @pytest.mark.parametrize("overlay", ["kind-cpu", "eks", "generic"])
 def test_the_api_server_accepts_every_object_that_it_knows(overlay):
-    """Kinds that it does not know, of operators that are not installed, are named in the skip."""
+    """The skip names unknown kinds, whose operators are not installed."""
     documents = list(yaml.safe_load_all(kubectl("kustomize", str(ROOT / "k8s" / "overlays" / overlay)).stdout))
     listed = kubectl("api-resources", "--no-headers")
     assert listed.returncode == 0, listed.stderr

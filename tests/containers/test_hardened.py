@@ -42,7 +42,7 @@ MODULES = {
 }
 # Megabytes of 10^6 bytes, unpacked.
 MOST_MB = {"curation": 800, "scorer": 2000, "encoder": 1700, "trainer": 1700, "evaluator": 1700, "publisher": 1700}
-TOKEN = "hf_plantedNucleusToken"  # .ci/containers has it in its environment while it builds
+TOKEN = "hf_plantedNucleusToken"  # in the environment of .ci/containers during the build
 pytestmark = pytest.mark.skipif(
     not LOCK, reason="NUCLEUS_TEST_IMAGES is unset: .ci/containers builds images and sets it"
 )
@@ -57,7 +57,7 @@ IMAGES = _images()
 
 
 def _inspect(role: str, what: str) -> str:
-    """One property of an image, which is pulled by its digest where the store does not have it."""
+    """One property of an image; pulls it by digest if the store does not have it."""
     podman = Engine.find("podman").name
     if subprocess.run([podman, "image", "exists", IMAGES[role]]).returncode:
         subprocess.run([podman, "pull", "--quiet", "--tls-verify=false", IMAGES[role]], check=True, capture_output=True)
@@ -120,7 +120,7 @@ def test_an_image_has_the_modules_of_its_tasks_the_recipes_and_the_revision(hard
 
 @pytest.mark.skipif(not IMAGES, reason="no image was built")
 def test_no_layer_or_configuration_of_an_image_has_the_token_of_who_built_it():
-    """Of what the registry has, each layer once."""
+    """Checks each layer in the registry once."""
     parts = {}
     for role in IMAGES:
         manifest = _manifest(role)
@@ -217,8 +217,8 @@ def recipe(tmp_path_factory) -> Path:
 
 @contextlib.contextmanager
 def local_run(home: Path, recipe: Path):
-    """Runs a recipe on this machine without containers, beside what is done in the meantime; yields what waits for its
-    end and returns (kind, digest) of all artifacts."""
+    """Runs a recipe on this machine without containers, in the background; yields a function that waits for its end and
+    returns (kind, digest) of all artifacts."""
     pyflyte = str(Path(sys.executable).with_name("pyflyte"))
     command = [pyflyte, "run", "workflows/reproduce.py", "reproduce", "--recipe", str(recipe)]
     place = {"HOME": str(home), "NUCLEUS_HOME": str(home / "nucleus"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -240,7 +240,7 @@ def local_run(home: Path, recipe: Path):
 
 
 class Stopped(Exception):
-    """The next task's role has no image here."""
+    """There is no image of the next task's role."""
 
 
 def test_a_recipe_runs_task_by_task_in_the_containers_to_the_digests_of_a_local_run(

@@ -1,9 +1,9 @@
-"""Feeds broken tars, tables, text, images, robots.txt and checkpoint metadata to the readers of what users, sites and stores give.
+"""Feeds broken tars, tables, text, images, robots.txt and checkpoint metadata to the readers of untrusted data.
 
     python tests/fuzz/fuzz_readers.py [--seconds 600] [--kind tar]
 
-Each input is a valid one that was changed at random, or a seed of tests/fuzz/seeds (inputs that once failed). It must be
-read or refused in one ValueError, within seconds and bounded memory, and no file outside its folder may be opened.
+Each input is a valid file that was changed at random, or a seed of tests/fuzz/seeds (inputs that once failed). The
+reader must read it or raise one ValueError, within seconds and bounded memory, and open no file outside its folder.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = Path(__file__).parent / "seeds"
-SLOW_S = 20.0  # of the processor, for one input of some kilobytes
-MEMORY_BYTES = 4 * 2**30  # beyond what the process has at its start
+SLOW_S = 20.0  # CPU time, for one input of some kilobytes
+MEMORY_BYTES = 4 * 2**30  # beyond the process's memory at its start
 MAX_PIXELS = 4_000_000
 BLOCK = 512  # of a tar
 
@@ -264,7 +264,7 @@ def try_image(name: str, data: bytes, scratch: Path) -> str:
     """Decodes an image as curation and encoding do; see `try_source`."""
     from tasks.curation.scoring import decoding
 
-    (scratch / name).write_bytes(data)  # what remains where the process dies
+    (scratch / name).write_bytes(data)  # the file that remains if the process dies
     try:
         header, image = decoding.inspect_and_decode(data, MAX_PIXELS, decoding.DECODABLE)
         if isinstance(image, ValueError):
@@ -357,7 +357,7 @@ def try_urls(name: str, data: bytes, scratch: Path) -> str:
 
 
 def try_robots(name: str, data: bytes, scratch: Path) -> str:
-    """Parses a robots.txt and an X-Robots-Tag: what our parser leaves to Protego gives the answers of Protego alone."""
+    """Parses a robots.txt and an X-Robots-Tag; where our parser calls Protego, the answers must equal Protego's."""
     from protego import Protego
 
     from tasks.curation.sources.urls import robots
@@ -382,7 +382,7 @@ TRY = {
 
 
 def run(seconds: float, kinds: list[str], seed: int = 0, keep: Path | None = None) -> dict[str, int]:
-    """Tries the seeds, then random inputs for so many seconds; returns how many were read and refused.
+    """Tries the seeds, then random inputs for `seconds`; returns how many were read and refused.
 
     Raises:
         AssertionError: naming the input, which is kept in `keep`.

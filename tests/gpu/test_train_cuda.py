@@ -43,7 +43,7 @@ KILLED_BEFORE = 8  # between two checkpoints
 
 
 def start(folder: Path, job: str, *options: int, device: str = "cuda", ranks: int = 1) -> subprocess.Popen:
-    """train_cuda_worker.py in processes of their own, each with the compiler's cache of its job."""
+    """Starts train_cuda_worker.py in separate processes, with one compiler cache for each job."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE, HERE.parent / "integration"))),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / job / "inductor"),
@@ -101,7 +101,7 @@ def assert_same_bits(folder: Path, job: str, reference: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """With the fp32 training of one CPU process, and the same on CUDA as the recipe has it."""
+    """A folder with an fp32 training in one CPU process, and the same training on CUDA with the recipe's settings."""
     made = tmp_path_factory.mktemp("cuda")
     write_latents(made / "latents")
     for process in [start(made, "reference", device="cpu"), start(made, "whole")]:
@@ -109,12 +109,12 @@ def folder(tmp_path_factory) -> Path:
     return made
 
 
-def test_it_follows_fp32_on_a_cpu(folder):
+def test_cuda_training_follows_fp32_on_a_cpu(folder):
     assert report(folder, "reference")["device"] == "cpu" and report(folder, "whole")["device"] == "cuda"
     assert_close(folder, "whole", "reference", within=0.05)
 
 
-def test_killed_and_resumed_it_ends_with_the_bits_of_a_training_that_was_not(folder):
+def test_a_killed_and_resumed_training_has_the_bits_of_an_uninterrupted_one(folder):
     kill_before(folder, "killed", KILLED_BEFORE)
     finish(start(folder, "killed"))
     assert report(folder, "killed")["resumed_from_step"] == SAVED_EVERY
@@ -141,7 +141,7 @@ def test_a_batch_is_copied_without_a_wait_and_from_memory_that_is_not_used_again
             copy = to_device(batch, device)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        if pinned:  # pinning anew may wait, until PyTorch has such memory to give
+        if pinned:  # pinning again may wait until PyTorch has free pinned memory
             assert not torch.cuda.current_stream().query(), "the host waited for the device"
         del batch
         other = torch.full_like(numbers, -1.0).pin_memory()  # would be given the same memory

@@ -1,5 +1,6 @@
-"""Trains recipes/nucleus_17b.yaml in small, as it says: `python full_recipe_worker.py FOLDER BACKEND JOB...`, with BACKEND
-of torch.compile. Imports once, then forks each job's ranks, which find each other as torch elastic's workers do.
+"""Trains a small version of recipes/nucleus_17b.yaml: `python full_recipe_worker.py FOLDER BACKEND JOB...`, with a
+BACKEND of torch.compile. Imports once, then forks each job's ranks, which find each other as torch elastic's workers
+do.
 
     FOLDER/latents{stage}
     FOLDER/JOB/work/, FOLDER/JOB/out/       of model.train.run.train_stage
@@ -37,7 +38,7 @@ from torchtitan.config import CompileConfig
 RANKS = 2
 TEXT_DIM = 24
 STEPS, RESUMED_FROM = 12, 8  # of the last stage
-# Sizes and counts alone. Rates grow, as steps are few.
+# Only sizes and counts differ. Rates are higher, because steps are few.
 SMALLER = (
     "model.num_layers=5",
     "model.attention_head_dim=16",
@@ -71,7 +72,7 @@ SMALLER = (
     f"train.expert_parallel={RANKS}",
     "merge.last_n=3",
 )
-# What a C++ compiler needs many seconds for, for each kind of block.
+# A C++ compiler needs many seconds for each kind of block.
 ONE_BLOCK = (
     *SMALLER,
     "model.num_layers=1",
@@ -116,7 +117,7 @@ def stage_section(job: Job) -> TrainingStage:
 
 
 def write_latents(directory: Path, stage: int) -> None:
-    """Images of every bucket of the stage and tier, with captions of many lengths that tell what is in them."""
+    """Images of every bucket of the stage and tier, with captions of many lengths that describe them."""
     recipe = small_recipe()
     config = recipe.train.stages[stage]
     directory.mkdir(parents=True)
@@ -124,7 +125,7 @@ def write_latents(directory: Path, stage: int) -> None:
     patterns = torch.randn(4, 16, 1, 1, generator=generator)
     with LatentWriter(directory, text_dim=TEXT_DIM, rows_per_file=20, dtype=recipe.encoding.dtype) as writer:
         writer.add_text(torch.randn(8, TEXT_DIM, generator=generator))
-        # Some batches need no mask: all of their texts are as long as the longest, and of a length that is not padded.
+        # Some batches need no mask: all their texts have the same length, and one that is not padded.
         lengths = [8 * (1 + i % 3) - (3 if i % 5 == 0 else 0) for i in range(20)]
         texts = [writer.add_text(torch.randn(length, TEXT_DIM, generator=generator)) for length in lengths]
         for b, bucket in enumerate(stage_buckets(config.image_size_px, config.aspect_ratios)):
@@ -155,7 +156,7 @@ def watch() -> dict[str, set]:
 
 
 def note_start(path: Path) -> None:
-    """Saves what this process's first step starts from, whole tensors in every layout."""
+    """Saves the state before this process's first step, as whole tensors in every layout."""
     train_step = NucleusTrainer.train_step
 
     def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -93,7 +93,7 @@ def allow_dist_muon_on_cpus() -> None:
 
 
 def note_dist_muon(taken: set[str], own_iteration: bool) -> None:
-    """Notes what DistMuon updates in this process from now on. By default in fp32, by the iteration that our Muon has."""
+    """Records what DistMuon updates in this process from now on. By default in fp32, by our Muon's iteration."""
     prepare = dist_muon.DistMuon._prepare_local
 
     def noting(optimizer, layout, out):
@@ -108,7 +108,7 @@ def note_dist_muon(taken: set[str], own_iteration: bool) -> None:
 
 
 def note_reduced(types: set[torch.dtype]) -> None:
-    """Notes what gradients are when FSDP adds them up, in this process from now on."""
+    """Records the types of the gradients that FSDP reduces in this process from now on."""
     reduce_scatter = dist.reduce_scatter_single
 
     def noting(*, input, **kwargs):
@@ -119,7 +119,7 @@ def note_reduced(types: set[torch.dtype]) -> None:
 
 
 def note_all_reduced(numbers: list[int], ranks: int) -> None:
-    """Notes how many numbers this process adds up with groups of so many ranks, from now on."""
+    """Records how many numbers this process sums with groups of `ranks` ranks from now on."""
     all_reduce = dist.all_reduce
 
     def noting(tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
@@ -131,7 +131,7 @@ def note_all_reduced(numbers: list[int], ranks: int) -> None:
 
 
 def sample(model: torch.nn.Module, path: Path, **seen) -> None:
-    """Two steps of sampling, with text keys and values computed apart from the forward, and what the router gave."""
+    """Two steps of sampling, with the text's keys and values computed separately, and the router's outputs."""
     generator = torch.Generator().manual_seed(0)
     text, noise = torch.randn(1, 8, TEXT_DIM, generator=generator), torch.randn(1, 16, 64, generator=generator)
     whole_blocks = []

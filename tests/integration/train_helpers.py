@@ -20,7 +20,7 @@ TEXT_DIM = 12
 
 
 def write_latents(directory: Path, images: int = 64, text_dim: int = TEXT_DIM) -> Path:
-    """Latents in two buckets that their prompt decides, so that there is something to learn."""
+    """Latents in two buckets; their prompt determines them, so that there is something to learn."""
     directory.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     patterns = torch.randn(4, 16, 1, 1, generator=generator)
@@ -122,7 +122,7 @@ def training_stage(
 
 
 def read_weights(out: Path) -> dict[int, dict[str, torch.Tensor]]:
-    """Every checkpoint of a stage by step, read without knowing the model."""
+    """Step -> weights of every checkpoint of a stage, read without the model."""
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
@@ -138,7 +138,7 @@ def read_weights(out: Path) -> dict[int, dict[str, torch.Tensor]]:
 
 
 def fork_ranks(job: str, ranks: int, train: Callable[[int], None]) -> None:
-    """Calls `train(rank)` in a fork of this process for each rank. Exits where one fails."""
+    """Calls `train(rank)` in a fork of this process for each rank. Exits if one fails."""
     children = []
     for rank in range(ranks):
         child = os.fork()
@@ -156,6 +156,6 @@ def fork_ranks(job: str, ranks: int, train: Callable[[int], None]) -> None:
 
 
 def logged_steps(path: Path) -> list[int]:
-    """Steps in metrics.jsonl of a run that may be writing it."""
+    """The steps in metrics.jsonl, which a run may still be writing."""
     lines = path.read_text().splitlines() if path.is_file() else []
     return [json.loads(line)["step"] for line in lines if line.endswith("}")]

@@ -1,4 +1,5 @@
-"""Random sources with random defects: everything seen is accounted for, and a kept caption is what its owner wrote."""
+"""Random sources with random defects: all of their content is accounted for, and a kept caption is the one that its
+owner wrote."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def samples(draw, count=6):
 
 
 def _plain(path):
-    """Names of which WebDataset's keys differ, so that every caption has one owner."""
+    """The WebDataset key of a name; a sample's are unique, so that every caption has one owner."""
     folder, _, name = path.rpartition("/")
     return folder, unicodedata.normalize("NFC", name[: name.find(".", 1) if "." in name[1:] else None].casefold())
 
@@ -53,7 +54,7 @@ def text_file(caption, ext):
 
 
 def sample_files(drawn):
-    """Files, and what each picture's captions are to be: a list, or a problem."""
+    """Files, and the expected captions of each picture: a list, or a problem."""
     files, expected = {}, {}
     for path, data, caption, ext in drawn:
         files[f"{path}.png"] = data
@@ -188,7 +189,7 @@ def test_metadata_files_give_whole_captions_in_any_format_and_order(captions, fo
 @SETTINGS
 @given(st.lists(words, min_size=2, max_size=6), st.data())
 def test_a_csv_with_a_broken_quote_or_comma_is_an_error_or_whole(captions, data):
-    """Characters lost or added anywhere in a CSV never shorten a caption in silence: it is as written, or refused."""
+    """Lost or added characters in a CSV never shorten a caption silently: it is whole, or refused."""
     buffer = io.StringIO(newline="")
     rows = [(f"{i}.png", text.replace('"', "'")) for i, text in enumerate(captions)]
     csv.writer(buffer, quoting=csv.QUOTE_ALL).writerows([("file_name", "text"), *rows])

@@ -1,10 +1,10 @@
-"""What holds for every unit test."""
+"""The time limit of unit tests."""
 
 import os
 
 import pytest
 
-LIMIT_S = 20  # ten times what such a test takes on a laptop
+LIMIT_S = 20  # ten times the time of such a test on a laptop
 
 
 @pytest.fixture(autouse=True)

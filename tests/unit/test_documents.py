@@ -1,4 +1,4 @@
-"""The documents refer to what exists, and the README stays short."""
+"""References in documents exist, and the README stays short."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def _imported(tree: ast.AST) -> list[tuple[ast.AST, str]]:
 
 
 def _layer(name: str, layers: tuple[tuple[str, ...], ...]) -> tuple[int, str]:
-    """(layer, its entry) of a dotted name: the entry with the longest common beginning."""
+    """(layer, its entry) of a dotted name: the entry with the longest common prefix."""
     entries = [(entry, i) for i, layer in enumerate(layers) for entry in layer if f"{name}.".startswith(f"{entry}.")]
     assert entries, f"{name} is in no layer: add it to LAYERS, and to docs/architecture.md"
     entry, index = max(entries, key=lambda pair: len(pair[0]))
@@ -183,7 +183,7 @@ def test_the_engine_is_imported_without_the_packages_that_a_gpu_machine_may_lack
 
 @pytest.mark.slow
 def test_pytest_for_gpus_imports_no_file_without_such_tests(tmp_path):
-    """Else a package that is missing there would be an error of collection, and no test would run."""
+    """Otherwise a missing package would be an error of collection, and no test would run."""
     for name in ("flytekit", "moto", "torchtitan", "pydantic", "diffusers"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('not installed here')")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}

@@ -3,7 +3,7 @@
     image --shapes_detector.detect--> objects --geneval.judge_image(prompt)--> right or wrong
 
 No model judges, so that a score takes milliseconds on a CPU and never drifts. The headline score is that of the
-prompts with "split": "seen"; those that ask for a combination held out of training are scored apart.
+prompts with "split": "seen"; prompts with held-out combinations are scored separately.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def judge(image: Image.Image, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Whether an image shows what a prompt of `make_prompts` asks for.
 
     Returns:
-        {"correct": bool, "reason": str, "found": {shape: count}, "objects": what was detected}
+        {"correct": bool, "reason": str, "found": {shape: count}, "objects": the detections}
     """
     objects = detect(image)
     return {**judge_image(objects, metadata), "objects": objects}
@@ -55,8 +55,13 @@ class Shapes(GenEval):
             return super().prompts(path)
         return [{"id": f"{index:05d}", **prompt} for index, prompt in enumerate(make_prompts())]
 
+    def official_files(
+        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int
+    ) -> dict[str, str]:
+        return {}
+
     def summarise(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], mode: Mode) -> dict[str, Any]:
-        """Of the prompts with "split": "seen"; "held_out" has the summary of the others, or None."""
+        """Summarises the prompts with "split": "seen"; "held_out" has the summary of the others, or None."""
         splits: dict[bool, list[Prompt]] = {False: [], True: []}
         for prompt in prompts:
             splits[prompt.get("split") == "held_out"].append(prompt)

@@ -7,9 +7,9 @@
         overlap with the ideal shapes --> class, score, colour, box
 
 Moments and the half-coverage outline do not move when an image is blurred, as images decoded from latents are, so
-small shapes need no other treatment than large ones. It judges, and does not forgive: an object that is not close to
-one of the four shapes, in upright position and of about equal width and height, gets a score below GenEval's 0.3; a
-clear one gets more than its 0.9 for counting. Tested against rendered scenes in tests/unit/eval.
+small shapes need no other treatment than large ones. It is strict: an object that is not close to one of the four
+shapes, upright and about as wide as high, scores below GenEval's threshold of 0.3; a clear one scores above its 0.9 for
+counting. Tested against rendered scenes in tests/unit/eval.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from scipy import ndimage
 
 from eval.benchmarks.shapes.vocabulary import COLORS, SHAPES
 
-MAX_SIDE_PX = 256  # larger images are shrunk first: nothing to see is smaller than a tenth of the side
-BORDER = 0.03  # width of the ring that tells the background / shorter side
+MAX_SIDE_PX = 256  # larger images are shrunk first: no object is smaller than a tenth of the side
+BORDER = 0.03  # width of the ring from which the background is estimated / shorter side
 PLAIN_DISTANCE = 32.0  # RGB; a border pixel this near to the ring's median is background
-MIN_PLAIN = 0.6  # share of such pixels, below which there is no background, hence no scene
-MIN_COVERAGE = 0.4  # of a palette colour, for a pixel to belong to an object at all
+MIN_PLAIN = 0.6  # minimum share of such pixels; below it there is no background, so no scene
+MIN_COVERAGE = 0.4  # minimum coverage of a palette colour for a pixel of an object
 CORE_COVERAGE = 0.75  # inner pixels, not blurred with the background
-PURE = 0.85  # share of one colour among a piece's inner pixels, below which it is cut by colour
+PURE = 0.85  # share of one colour among a piece's inner pixels; below it the piece is split by colour
 MIN_SIDE = 0.1  # of a shape / shorter side of the image
-MAX_TRANSITION = 0.08  # width of the edge / shorter side: what fades out slowly is no shape
+MAX_TRANSITION = 0.08  # width of the edge / shorter side: a slowly fading object is not a shape
 MAX_STRETCH = 1.25  # width / height, either way; the shapes are as wide as high
 MAX_COLOR_DISTANCE = 45.0  # CIE76 in Lab; farther from every palette colour than this is "other"
 FRAME, CELLS = 3.1, 40  # the standard frame spans +-FRAME standard deviations, in CELLS x CELLS cells
@@ -46,7 +46,7 @@ OVERLAP_TO_SCORE = {
     "cross": ((0.0, 0.76, 0.80, 0.85, 1.0), (0.0, 0.1, 0.3, 0.91, 1.0)),
 }
 LEAD_TO_SCORE = ((0.0, 0.02, 0.05, 0.2), (0.0, 0.3, 0.91, 1.0))
-MIN_OVERLAP = 0.6  # what is no shape at all is not reported
+MIN_OVERLAP = 0.6  # objects below it are not reported
 
 _PALETTE = np.array(list(COLORS.values()), dtype=np.float32)
 _COLOR_NAMES = tuple(COLORS)
@@ -61,7 +61,7 @@ def detect(image: Image.Image) -> dict[str, list[dict[str, Any]]]:
 
     Returns:
         {shape: [{"box": [x0, y0, x1, y1] in pixels of `image`, "score": in [0, 1], "color": palette name or "other",
-        "overlap": IoU with the ideal shape}]}, highest score first; shapes without a find are left out.
+        "overlap": IoU with the ideal shape}]}, highest score first; shapes without a detection are left out.
     """
     image = image.convert("RGB")
     scale = max(1.0, min(image.size) / MAX_SIDE_PX)
@@ -108,7 +108,7 @@ def _pieces(offset: np.ndarray, background: np.ndarray) -> list[dict[str, Any]]:
     flat = offset.reshape(-1, 3)
     projected = flat @ lines.T
     along = np.clip(projected / np.maximum(norms, 1), 0, 1)  # [N, 6] coverage, were the pixel of that colour
-    along[:, norms < PLAIN_DISTANCE**2] = 0  # nothing can be seen in the background's own colour
+    along[:, norms < PLAIN_DISTANCE**2] = 0  # objects in the background's own colour are invisible
     residual = along * (along * norms - 2 * projected)  # |pixel - a line|^2 without its common |pixel|^2
     label = residual.argmin(axis=1)
     coverage = np.take_along_axis(along, label[:, None], axis=1).reshape(height, width)
@@ -131,7 +131,7 @@ def _pieces(offset: np.ndarray, background: np.ndarray) -> list[dict[str, Any]]:
 
 
 def _split_by_color(owner, count, label, coverage, min_area) -> tuple[np.ndarray, int]:
-    """Cuts components that hold several colours; the blurred seam goes to the nearest core."""
+    """Splits components with several colours; the blurred seam goes to the nearest core."""
     next_index = count
     for index, where in enumerate(ndimage.find_objects(owner, count), start=1):
         mine = owner[where] == index
@@ -147,7 +147,7 @@ def _split_by_color(owner, count, label, coverage, min_area) -> tuple[np.ndarray
             parts, n = ndimage.label(core & (label[where] == color), _CROSS)
             sizes = np.bincount(parts.ravel(), minlength=n + 1)
             for part in range(1, n + 1):
-                # A seam between two colours can look like a third; it is thin, and an erosion leaves nothing of it.
+                # A seam between two colours can look like a third; it is thin, so erosion removes it.
                 if sizes[part] >= min_area / 2 and ndimage.binary_erosion(parts == part, _CROSS).any():
                     number += 1
                     seeds[parts == part] = number

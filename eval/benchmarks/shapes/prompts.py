@@ -1,7 +1,7 @@
 """The prompts of the `shapes` benchmark: GenEval's six tasks, metadata and wording, over eval/benchmarks/shapes/vocabulary.py.
 
-Each prompt has two keys that GenEval's have not: "split" ("seen", or "held_out": no training caption says it and no
-training image shows it) and "images" (how many images of it a run makes, since some tasks have few distinct prompts).
+Each prompt has two keys in addition to GenEval's: "split" ("seen", or "held_out": no training caption says it and no
+training image shows it) and "images" (the number of images of it in a run, since some tasks have few distinct prompts).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Metadata = dict[str, Any]
 def make_prompts(prompts_per_task: int | None = None, seed: int = 0) -> list[Metadata]:
     """The benchmark's prompts, ordered by split ("seen" first), then by task.
 
-    A task with fewer distinct prompts than asked for repeats each as often as fits (key "images"), on other noise:
+    A task with fewer distinct prompts than requested repeats each as often as fits (key "images"), with other noise:
     the default of 48 gives 4 x 12 images for single_object, 12 x 4 for two_object and counting, 22 x 2 for colors,
     44 for position and 48 for color_attr. A held-out task has half of that: 2 x 12, 4 x 6 and 8 x 3.
 
     Args:
         prompts_per_task: images per task, seed and image per prompt, at most; None is the standard set of 48.
-        seed: which prompts are drawn where there are more than asked for.
+        seed: chooses prompts if there are more than requested.
 
     Raises:
         ValueError: `prompts_per_task` below 1.
@@ -57,7 +57,7 @@ def make_prompts(prompts_per_task: int | None = None, seed: int = 0) -> list[Met
 
 
 def _draw(groups: list[list[Metadata]], number: int, rng: np.random.Generator) -> list[Metadata]:
-    """`number` prompts, as evenly over the groups as can be, in the order of the candidates."""
+    """`number` prompts, as evenly over the groups as possible, in the order of the candidates."""
     if not groups:
         return []
     ranked = []
@@ -69,7 +69,7 @@ def _draw(groups: list[list[Metadata]], number: int, rng: np.random.Generator) -
 
 
 def _split(metadata: Metadata) -> str | None:
-    """Which split a prompt is of; None if it holds a held-out part that is not what its task tests."""
+    """The split of a prompt; None if it contains a held-out part that its task does not test."""
     include = metadata["include"]
     colored = [(c["color"], c["class"]) for c in include if "color" in c]
     position = [c["position"][0] for c in include if "position" in c]
@@ -163,7 +163,7 @@ def _color_attr() -> list[list[Metadata]]:
     ]
 
 
-# Groups are what a draw is spread over evenly: shapes, or ordered pairs of shapes.
+# A draw is spread evenly over groups: shapes, or ordered pairs of shapes.
 _CANDIDATES = {
     "single_object": _single_object,
     "two_object": _two_object,

@@ -1,7 +1,7 @@
-"""The world of the `shapes` benchmark: what scenes show, what prompts ask, what is held out of training.
+"""The vocabulary of the `shapes` benchmark for scenes and prompts, and the combinations held out of training.
 
-Scenes (tasks/curation) and the benchmark share these names, so that a training caption and a prompt mean the
-same thing. A held-out combination occurs in no training scene, hence in no training caption.
+Scenes (tasks/curation) and the benchmark share these names, so that training captions and prompts mean the same. A
+held-out combination occurs in no training scene, hence in no training caption.
 """
 
 from __future__ import annotations

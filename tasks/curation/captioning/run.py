@@ -1,7 +1,7 @@
 """Captions one shard: its kept images -> the captioner's answers, and the scores with these captions.
 
     scores.parquet, kept rows with tier --decode, ask, check, ask again--> captions.parquet   every caption, kept or not
-                                        \\                                                     and the owners' beside them
+                                        \\                                                     and the owners'
                                          ----------------------------------> scores.parquet   captions and words replaced
 
 Every answer goes to a journal first (journal.py), so that after a kill only questions without an answer are asked.
@@ -29,7 +29,8 @@ from tasks.curation.captions import clean_captions, count_words
 from tasks.curation.config import CaptionerConfig
 from tasks.curation.journal import Journal
 from tasks.curation.scoring import decoding
-from tasks.curation.scoring.score import ACCOUNT, BYTES_A_PIXEL, OWN_BYTES, ROW_GROUP, SCORES, SCORES_TABLE
+from tasks.curation.scoring.decode_memory import WORKER_BYTES
+from tasks.curation.scoring.score import ACCOUNT, ROW_GROUP, SCORES, SCORES_TABLE
 from tasks.curation.scoring.workers import CrashError, Workers
 from tasks.curation.sources.base import Account, Shard
 
@@ -82,7 +83,7 @@ def caption_shard(
         scores_dir: the shard's score part.
         kept: row and tier of the images to describe, and the captions of their exact duplicates (KEPT_COLUMNS).
         duplicates: row, rule and detail of the records that deduplication rejected (DUPLICATE_COLUMNS).
-        name: the captioner and its model, written beside each caption.
+        name: the captioner and its model, written next to each caption.
 
     Raises:
         ConnectionError: the captioner is temporarily unreachable.
@@ -140,7 +141,7 @@ def _images(
             yield asked, record.data
 
     work = functools.partial(_reduced, image_px=config.image_px, max_pixels=max_pixels)
-    with Workers(work, memory_bytes=OWN_BYTES + BYTES_A_PIXEL * max_pixels) as workers:
+    with Workers(work, memory_bytes=WORKER_BYTES) as workers:
         for asked, result in workers.map(records()):
             image = None if isinstance(result, CrashError) else Image.frombytes("RGB", *result)
             yield asked, image, shown.get(asked.key)

@@ -170,7 +170,7 @@ def chosen_scorers(config: ScorerConfig) -> list[Chosen]:
 
     Raises:
         ValueError: no scorer of that name fills that column, a setting is missing or unknown, or no scorer fills the
-        `embedding` that another needs.
+            `embedding` that another needs.
     """
     chosen: dict[ScorerChoice, Chosen] = {}
     for column in COLUMNS:

@@ -60,11 +60,13 @@ class ScorerSpec:
     columns: names of `COLUMNS` that it fills.
     build: `module:function` that builds it; the function gets the recipe's settings if `settings` is not empty.
     needs: the fields of a `Sample` that it reads. With "embedding" no image is decoded for it; "pixels" (with `gray`)
-    is cheaper than "image". batch: maximum number of records in a call. resources: the kind of task that runs it
-    (tasks.envs): "shard" has no GPU, "gpu_single" has one. dtype: of its computation; scores are stored in the type of
-    the column. settings: keys of `ScorerChoice` that it accepts; those in `required` must be set. weights: {path below
-    an installed package: SHA-256}; the first component of the path is the package. code: further modules whose code
-    determines its numbers.
+        is cheaper than "image".
+    batch: maximum number of records in a call.
+    resources: the kind of task that runs it (tasks.envs): "shard" has no GPU, "gpu_single" has one.
+    dtype: of its computation; scores are stored in the type of the column.
+    settings: keys of `ScorerChoice` that it accepts; those in `required` must be set.
+    weights: {path below an installed package: SHA-256}; the first component of the path is the package.
+    code: further modules whose code determines its numbers.
     """
 
     name: str

@@ -83,7 +83,7 @@ def watermark_score(gray: np.ndarray) -> float:
     beside = np.add.reduceat(near.ravel()[where], starts, dtype=np.int64)
     peak = np.maximum.reduceat(residual.ravel()[where], starts)
     edge = np.maximum.reduceat(step.ravel()[where], starts)
-    # Specks of noise are smaller, print is bolder, ringing is beside an object, a blur has no edges.
+    # Specks of noise are smaller, print is bolder, ringing is next to an object, a blur has no edges.
     stroke = (area >= 4) & (loud < 0.1 * area) & (beside < 0.5 * area) & (edge >= 0.4 * peak) & ~has_core[1:]
     if stroke.sum() < 4:
         return 0.0

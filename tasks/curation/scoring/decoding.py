@@ -1,7 +1,8 @@
 """From the bytes of an image to its pixels, for curation and encoding alike: within limits, upright, in sRGB.
 
-The header is looked at before anything is decoded: its format, its size, and a JPEG's markers to their end. A caller that
-needs few pixels gets a JPEG at a half, a quarter or an eighth of its size for a fraction of the time.
+The header is looked at before anything is decoded: its format, its size, the memory that decoding would take, and a JPEG's
+markers to their end. A caller that needs few pixels gets a JPEG at a half, a quarter or an eighth of its size for a fraction
+of the time. Pixels are converted in strips, so that no more than two images of the whole size are in memory.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import warnings
 from dataclasses import dataclass, replace
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import AvifImagePlugin, Image, ImageCms, ImageFile, TiffImagePlugin
+
+from tasks.curation.scoring import decode_memory
+from tasks.curation.scoring.decode_memory import BITS_PER_SAMPLE, MIB, SCALES
 
 # Raster formats that Pillow reads without other programs (EPS, for one, would start Ghostscript), and HEIF by pillow-heif where that is
 # installed. MPO comes in with JPEG.
@@ -22,10 +26,13 @@ DECODABLE = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2
 FIRST_OF_SEVERAL = ("JPEG", "HEIF")  # phones write depth maps and bursts behind the picture; they are no animations
 RGB_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "La", "RGBa")  # I and F clip
 GRAY16_MODES = ("I;16", "I;16L", "I;16B", "I;16N")  # by byte order
-BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # of TIFF
 MAX_SCANS = 50  # of a JPEG; each costs a pass over all pixels. Encoders write up to 18
+LARGE_PROFILE_BYTES = 2**16  # of an ICC profile; those of cameras and displays have less
 MAX_PROFILE_BYTES = 4 * 2**20  # of an ICC profile; those of printers have 3 MiB
+MAX_METADATA_BYTES = 32 * MIB  # of a JPEG; phones' depth maps have a few
 SAME_COLOR = 2  # of 255: a profile that moves no colour further is sRGB
+STRIP_PIXELS = 2**18  # converted at once: a megabyte for each copy, which stays in the processor's cache
 
 
 class UndecodableError(ValueError):
@@ -33,7 +40,7 @@ class UndecodableError(ValueError):
 
 
 class TooManyPixelsError(ValueError):
-    """The header promises more pixels than may be decoded."""
+    """The header promises more pixels than may be decoded, or pixels that take more memory than an image may."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +73,18 @@ _TRANSPOSE = {
 def decodable() -> tuple[str, ...]:
     """`DECODABLE`, as far as this installation reads it."""
     Image.init()
+    # Workers and threads decode an image each; threads of their own would cost a stack and a frame each.
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     with contextlib.suppress(ImportError):
         import pillow_heif
 
-        pillow_heif.register_heif_opener()
+        pillow_heif.register_heif_opener(decode_threads=1)
     return tuple(name for name in DECODABLE if name in Image.OPEN)
 
 
-def _open(data: bytes) -> tuple[Image.Image, Header]:
+def _open(data: bytes) -> tuple[ImageFile.ImageFile, Header]:
+    _check_webp(data)
+    _check_jpeg_metadata(data)
     try:
         with warnings.catch_warnings():
             # Our own limit follows at once; Pillow's stays as the last resort (its error, at twice its limit).
@@ -86,6 +97,8 @@ def _open(data: bytes) -> tuple[Image.Image, Header]:
             animated = kind not in FIRST_OF_SEVERAL and bool(getattr(image, "is_animated", False))
     except Image.DecompressionBombError as error:
         raise TooManyPixelsError(str(error)) from None
+    except MemoryError:  # of a worker's limit
+        raise
     except Exception as error:  # Pillow's parsers raise nearly anything on hostile bytes
         raise UndecodableError(_why_no_header(data, error)) from None
     width, height = image.size
@@ -107,21 +120,19 @@ def _is_gray16(image: Image.Image) -> bool:
     return image.mode in GRAY16_MODES or (image.format == "PPM" and image.mode == "I")  # PGM: scaled to 65535
 
 
-def _gray8(image: Image.Image) -> Image.Image:
-    """A 16-bit greyscale image with its whole range (TIFF's 12 bits: theirs) on 0 to 255; Pillow itself would clip.
+def _gray8(strip: Image.Image, levels: int, white_is_zero: bool) -> Image.Image:
+    """A strip of a 16-bit greyscale image with its whole range on 0 to 255; Pillow itself would clip.
 
     Returns:
         mode L, or LA where a PNG names a level that is transparent.
     """
-    values, levels = np.asarray(image).astype(np.uint32), 2**16 - 1
-    if image.format == "TIFF":
-        levels = 2 ** image.tag_v2[BITS_PER_SAMPLE][0] - 1
-        if image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:
-            values = levels - values
+    values = np.asarray(strip).astype(np.uint32)
+    if white_is_zero:
+        values = levels - values
     gray = Image.fromarray(((values * 255 + levels // 2) // levels).astype(np.uint8))
-    if "transparency" in image.info:
-        gray = Image.merge("LA", (gray, Image.fromarray(np.uint8(255) * (values != image.info["transparency"]))))
-    gray.info["icc_profile"] = image.info.get("icc_profile")
+    if "transparency" in strip.info:
+        gray = Image.merge("LA", (gray, Image.fromarray(np.uint8(255) * (values != strip.info["transparency"]))))
+    gray.info["icc_profile"] = strip.info.get("icc_profile")
     return gray
 
 
@@ -154,12 +165,12 @@ def decode(data: bytes, max_pixels: int, min_side_px: int | None = None) -> Imag
     """The whole image: RGB, upright (EXIF orientation applied), in sRGB, transparency laid over white. Of an animation the
     first frame.
 
-    The header's size is checked before a pixel is decoded. Half an image is refused, never padded.
+    The header's size and the memory for it are checked before a pixel is decoded. Half an image is refused, never padded.
 
     Args:
         max_pixels: of width x height.
         min_side_px: a JPEG may be decoded at a half, a quarter or an eighth of its size, as long as its shorter side keeps
-            so many pixels; None decodes it whole.
+            so many pixels; None decodes it whole, or at a half if it takes more than `decode_memory.MAX_BYTES` otherwise.
 
     Raises:
         ValueError: `TooManyPixelsError` or `UndecodableError`.
@@ -184,46 +195,144 @@ def inspect_and_decode(
     try:
         return _decode(data, image, header, max_pixels, min_side_px)
     except ValueError as error:
-        return header, error
+        return header, type(error)(*error.args)  # without its traceback, whose frames keep the pixels
 
 
 def _decode(
-    data: bytes, image: Image.Image, header: Header, max_pixels: int, min_side_px: int | None
+    data: bytes, image: ImageFile.ImageFile, header: Header, max_pixels: int, min_side_px: int | None
 ) -> tuple[Header, Image.Image]:
     if header.width * header.height > max_pixels:
         raise TooManyPixelsError(f"{header.width}x{header.height} is over {max_pixels} pixels")
     if header.mode not in RGB_MODES:
         raise UndecodableError(f"mode {header.mode} has no plain RGB form; modes that have: {', '.join(RGB_MODES)}")
-    if header.format == "JPEG":
-        _check_jpeg(data)
-        if min_side_px is not None:
-            image.draft(None, (min_side_px, min_side_px))  # libjpeg scales while it transforms
     try:
+        _fit_memory(data, image, header, min_side_px)
         image.load()
         orientation = _orientation(image)
-        if _is_gray16(image):
-            image = _gray8(image)
-        image = _in_srgb(image)
-        if image.has_transparency_data:
-            over = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
-        image = image.convert("RGB")
-        if orientation in _TRANSPOSE:
-            image = image.transpose(_TRANSPOSE[orientation])
+        upright: Image.Image = image
+        if _converts(image, orientation):  # what stands behind the pixels of a PNG counts, too
+            _check_memory(image, header, len(data), converts=True)
+            upright = _converted(image, orientation)
+    except (TooManyPixelsError, UndecodableError, MemoryError):
+        raise
     except Exception as error:
         raise UndecodableError(f"does not decode: {_plain(error)}") from None
     if (orientation >= 5) != (header.orientation >= 5):  # it stood behind the pixels
         header = replace(header, width=header.height, height=header.width)
-    return replace(header, orientation=orientation), image
+    return replace(header, orientation=orientation), upright
+
+
+# --- memory ----------------------------------------------------------------------------------------------------
+
+
+def _fit_memory(data: bytes, image: ImageFile.ImageFile, header: Header, min_side_px: int | None) -> None:
+    """Has a JPEG decoded at the size that is needed, and at half its size if it takes too much memory otherwise.
+
+    Raises:
+        TooManyPixelsError: that is too much, too, or it is no JPEG. Which images are refused does not depend on
+            `min_side_px`: encoding reads what scoring has read.
+    """
+    converts = _converts(image, header.orientation)
+    if header.format != "JPEG":
+        _check_memory(image, header, len(data), converts)
+        return
+    # libjpeg keeps the coefficients of an image of several scans in memory; one that lacks components has others behind it.
+    several = _check_jpeg(data) < len(image.layer) or bool(image.info.get("progressive"))  # type: ignore[attr-defined]
+    scale = 1
+    if min_side_px is not None:
+        scale = max((one for one in SCALES if one <= min(image.size) // min_side_px), default=1)
+
+    def needed(scale: int) -> int:
+        return decode_memory.needed(image, "JPEG", len(data), converts, scale, several)
+
+    if needed(1) > decode_memory.MAX_BYTES:
+        _refuse_over(needed(2), header)
+        scale = max(2, scale)
+    if scale > 1:
+        image.draft(None, (max(1, image.width // scale), max(1, image.height // scale)))
+
+
+def _check_memory(image: ImageFile.ImageFile, header: Header, num_bytes: int, converts: bool) -> None:
+    if header.format != "JPEG":
+        _refuse_over(decode_memory.needed(image, header.format, num_bytes, converts), header)
+
+
+def _refuse_over(needed: int, header: Header) -> None:
+    if needed > decode_memory.MAX_BYTES:
+        raise TooManyPixelsError(
+            f"{header.width}x{header.height} ({header.format}, {header.mode}) takes {needed // MIB:,} MiB to decode, "
+            f"over the limit of {decode_memory.MAX_BYTES // MIB} MiB"
+        )
+
+
+def _check_webp(data: bytes) -> None:
+    """Refuses a WebP before Pillow opens it and reserves memory for its pixels."""
+    size = decode_memory.webp_size(data)
+    if size:
+        header = Header("WEBP", "RGB", *size, orientation=1, animated=False)
+        _refuse_over(decode_memory.webp_needed(*size, len(data)), header)
+
+
+def _converts(image: Image.Image, orientation: int) -> bool:
+    """Whether an image has to be converted: it is not upright, or not RGB as in sRGB."""
+    return image.mode != "RGB" or image.has_transparency_data or orientation in _TRANSPOSE or _moves_colors(image)
+
+
+def _converted(image: Image.Image, orientation: int) -> Image.Image:
+    """Upright RGB, made in strips."""
+    gray16, levels, white_is_zero = _is_gray16(image), 2**16 - 1, False
+    if not (gray16 or _profile(image) or image.has_transparency_data or orientation in _TRANSPOSE):
+        return image.convert("RGB")  # in one step, without other copies
+    if gray16 and isinstance(image, TiffImagePlugin.TiffImageFile):
+        levels = 2 ** image.tag_v2[BITS_PER_SAMPLE][0] - 1
+        white_is_zero = image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
+    width, height = image.size
+    upright = Image.new("RGB", (height, width) if orientation >= 5 else (width, height))
+    across = min(width, STRIP_PIXELS)
+    rows = max(1, STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        for left in range(0, width, across):
+            box = (left, top, min(left + across, width), min(top + rows, height))
+            strip = image.crop(box)
+            if gray16:
+                strip = _gray8(strip, levels, white_is_zero)
+            strip = _in_srgb(strip)
+            if strip.has_transparency_data:
+                over = strip.convert("RGBA")
+                strip = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
+            strip = strip.convert("RGB")
+            if orientation in _TRANSPOSE:
+                strip = strip.transpose(_TRANSPOSE[orientation])
+            upright.paste(strip, _place(box, (width, height), orientation))
+    return upright
+
+
+def _place(box: tuple[int, int, int, int], size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Where the left upper corner of a transposed box is in the transposed image."""
+    left, top, right, bottom = box
+    x = size[0] - right if orientation in (2, 3, 7, 8) else left
+    y = size[1] - bottom if orientation in (3, 4, 6, 7) else top
+    return (y, x) if orientation >= 5 else (x, y)
 
 
 # --- colour ----------------------------------------------------------------------------------------------------
 
 
+def _profile(image: Image.Image) -> bytes | None:
+    profile = image.info.get("icc_profile")
+    return profile if isinstance(profile, bytes) and 128 < len(profile) <= MAX_PROFILE_BYTES else None
+
+
+def _moves_colors(image: Image.Image) -> bool:
+    """Whether the ICC profile of an RGB image changes its colours."""
+    profile = _profile(image)
+    return profile is not None and profile[16:20] == b"RGB " and _to_srgb(profile, "RGB") is not None
+
+
 def _in_srgb(image: Image.Image) -> Image.Image:
     """The image with its ICC profile applied. Without one, or with one that cannot be used, its values are sRGB's."""
-    profile = image.info.get("icc_profile")
-    if not isinstance(profile, bytes) or not 128 < len(profile) <= MAX_PROFILE_BYTES:
+    profile = _profile(image)
+    if profile is None:
         return image
     space, alpha = profile[16:20], image.has_transparency_data
     if space == b"RGB " and image.mode != "CMYK":
@@ -242,8 +351,11 @@ def _in_srgb(image: Image.Image) -> Image.Image:
     return color
 
 
-@functools.lru_cache(maxsize=16)  # pictures of one camera share a profile; each may have 4 MiB
 def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    return (_of_large_profile if len(profile) > LARGE_PROFILE_BYTES else _of_profile)(profile, mode)
+
+
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """A transform of mode L, RGB, RGBA or CMYK to RGB (RGBA). None where it would change no colour that the eye sees, or
     where the profile is broken, which does not make a broken image."""
     out = "RGBA" if mode == "RGBA" else "RGB"
@@ -261,6 +373,11 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     return None if np.abs(moved).max() <= SAME_COLOR else transform
 
 
+# Pictures of one camera share a profile, as strips of a picture do.
+_of_profile = functools.lru_cache(maxsize=16)(_transform)
+_of_large_profile = functools.lru_cache(maxsize=1)(_transform)
+
+
 # --- JPEG ------------------------------------------------------------------------------------------------------
 
 
@@ -268,10 +385,25 @@ _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
 _MARKER_OR_RESTART = re.compile(rb"\xff[^\x00\xff]", re.DOTALL)
 
 
-def _check_jpeg(data: bytes) -> None:
+def _check_jpeg_metadata(data: bytes) -> None:
+    """Walks the segments before a JPEG's picture: Pillow appends those of EXIF to each other, which takes time with the square
+    of their number."""
+    at, code = 2, 0
+    while data.startswith(b"\xff\xd8") and code != 0xDA and (match := _MARKER.search(data, at)) is not None:
+        code, at = data[match.start() + 1], match.end()
+        at += int.from_bytes(data[at : at + 2], "big")
+        if at > MAX_METADATA_BYTES:
+            raise UndecodableError(f"a JPEG with over {MAX_METADATA_BYTES // MIB} MiB before its picture")
+
+
+def _check_jpeg(data: bytes) -> int:
     """Walks a JPEG's markers to its end: libjpeg turns lost or overwritten scan data into gray, with a mere warning, and
-    reads any number of scans."""
-    at, in_scan, restarts, scans = 2, False, False, 0
+    reads any number of scans.
+
+    Returns:
+        how many components the first scan has.
+    """
+    at, in_scan, restarts, scans, components = 2, False, False, 0, 0
     while True:
         match = (_MARKER if restarts or not in_scan else _MARKER_OR_RESTART).search(data, at)
         if match is None:
@@ -280,12 +412,14 @@ def _check_jpeg(data: bytes) -> None:
         if code == 0xD9:
             if not in_scan:
                 raise UndecodableError("corrupt JPEG: it ends before its first scan")
-            return
+            return components
         known = code in (0xC4, 0xDA, 0xDB, 0xDC, 0xDD, 0xFE, 0xCC) or 0xE0 <= code <= 0xEF
         if in_scan and not known:
             raise UndecodableError(f"corrupt JPEG: marker 0x{code:02x} inside scan data")
         if at + 2 > len(data):
             raise UndecodableError("truncated JPEG: it ends inside a segment")
+        if code == 0xDA and not in_scan:
+            components = data[at + 2] if at + 2 < len(data) else 0
         at += int.from_bytes(data[at : at + 2], "big")
         in_scan |= code == 0xDA
         scans += code == 0xDA

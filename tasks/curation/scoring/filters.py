@@ -73,7 +73,7 @@ def border_fraction(pixels: np.ndarray) -> float:
     height, width = pixels.shape[:2]
     corners = pixels[[0, 0, -1, -1], [0, -1, 0, -1]].astype(np.int16)
     if np.abs(corners[0] - corners).max() > NEAR_COLOR:
-        # Bars on two opposite sides share their corners; bars of one side only are no letterbox.
+        # Bars on two opposite sides share their corners; bars of one side only are not a letterbox.
         return 0.0
     picture = ~_near(np.moveaxis(pixels, -1, 0), corners.mean(axis=0), BAR_NOISE)
     if not picture.any():

@@ -33,6 +33,7 @@ from tasks.curation.decisions import dedup
 from tasks.curation.scorers import COLUMNS, SCALARS, Chosen, Sample, Scorer, build_scorer, revision
 from tasks.curation.scorers.base import check_range
 from tasks.curation.scoring import decoding, filters
+from tasks.curation.scoring.decode_memory import WORKER_BYTES
 from tasks.curation.scoring.hashes import HASHES, picture_hashes
 from tasks.curation.scoring.workers import CrashError, Workers
 from tasks.curation.sources.base import Account, Record, Shard
@@ -41,8 +42,7 @@ SCORES_TABLE, THUMBNAILS_TABLE, ACCOUNT = "scores.parquet", "thumbnails.parquet"
 COLUMNS_TABLE = "columns.parquet"
 BATCH = 256  # records in memory at a time, reduced
 SCORER_PX = 384  # shorter side of a model scorer's input
-BYTES_A_PIXEL = 24  # memory for decoding, per pixel: twice Pillow's for RGBA
-OWN_BYTES = 512 * 2**20  # other memory of a worker
+SCORER_RATIO = 4  # its longer side is at most that many times as long, so that a batch of long strips fits in memory
 NUMBERS = ("bytes_per_pixel", "entropy_bits", "single_color_fraction", "border_fraction")
 MEASURED = pa.schema(
     [
@@ -104,8 +104,7 @@ def score_shard(
     with ExitStack() as stack:
         whole = any("image" in one.spec.needs for one in scorers.values())
         work = functools.partial(measure, config=config, whole=whole)
-        limit = OWN_BYTES + BYTES_A_PIXEL * config.filters.max_pixels
-        workers = stack.enter_context(Workers(work, memory_bytes=limit))
+        workers = stack.enter_context(Workers(work, memory_bytes=WORKER_BYTES))
         measured = thumbnails = None
         if measured_dir:
             measured = stack.enter_context(_Writer(measured_dir / SCORES_TABLE, MEASURED, ROW_GROUP))
@@ -253,7 +252,8 @@ class Measured(NamedTuple):
     """The columns of passes 1 and 2 and of deduplication, and the image as scorers need it.
 
     size: (width, height), the longer at most `filters.ANALYSIS_PX`. rgb: its pixels; b"" if it does not decode.
-    image_size, image: with a shorter side of at most `SCORER_PX`, if a scorer needs it.
+    image_size, image: with a shorter side of at most `SCORER_PX` and a longer of at most `SCORER_RATIO` times that, if a
+    scorer needs it.
     """
 
     columns: dict[str, Any]
@@ -269,15 +269,13 @@ def measure(data: bytes, config: CurationConfig, whole: bool = True) -> Measured
     columns: dict[str, Any] = {}
     try:
         header, image = decoding.inspect_and_decode(data, config.filters.max_pixels, config.filters.formats, SCORER_PX)
-        columns |= {"format": header.format, "mode": header.mode, "animated": header.animated}
-        columns |= {"width": header.width, "height": header.height, "orientation": header.orientation}
-        columns["bytes_per_pixel"] = len(data) / max(1, header.width * header.height)
-        if isinstance(image, ValueError):
-            raise image
-    except decoding.TooManyPixelsError as error:
-        return Measured(columns | {"error_rule": "too_many_pixels", "error": str(error)})
-    except decoding.UndecodableError as error:
-        return Measured(columns | {"error_rule": "undecodable", "error": str(error)})
+    except (decoding.TooManyPixelsError, decoding.UndecodableError) as error:
+        return _not_decoded(columns, error)
+    columns |= {"format": header.format, "mode": header.mode, "animated": header.animated}
+    columns |= {"width": header.width, "height": header.height, "orientation": header.orientation}
+    columns["bytes_per_pixel"] = len(data) / max(1, header.width * header.height)
+    if isinstance(image, ValueError):
+        return _not_decoded(columns, image)
     if image is None:
         return Measured(columns)
     view = filters.reduced(image, filters.ANALYSIS_PX)
@@ -290,8 +288,13 @@ def measure(data: bytes, config: CurationConfig, whole: bool = True) -> Measured
     thumbnail = dedup.thumbnail(image, config.dedup.thumbnail_px)
     if not whole:
         return Measured(columns, view.size, view.tobytes(), thumbnail=thumbnail)
-    image = filters.shrunk(image, min(image.size) / SCORER_PX)
+    image = filters.shrunk(image, max(min(image.size), max(image.size) / SCORER_RATIO) / SCORER_PX)
     return Measured(columns, view.size, view.tobytes(), image.size, image.tobytes(), thumbnail)
+
+
+def _not_decoded(columns: dict[str, Any], error: ValueError) -> Measured:
+    rule = "too_many_pixels" if isinstance(error, decoding.TooManyPixelsError) else "undecodable"
+    return Measured(columns | {"error_rule": rule, "error": str(error)})
 
 
 def run_scorers(

@@ -71,12 +71,14 @@ class Shard(NamedTuple):
     """A row of shards.parquet.
 
     shard_id: 16 hex digits, a function of the shard's content, of its name inside the source and of settings that
-    affect its captions; not of the location of the source. kind: "tar", "parquet", "files", "urls" (downloaded images),
-    or one of formats.FORMATS. uri: of the tar, Parquet or Arrow file; of the source's root for "files". A relative one
-    is beside the table. first_row, num_rows: the range of a Parquet file's rows; num_rows is -1 if it is unknown before
-    reading (a remote tar). size_bytes: of the file, of the row groups, or of the image files together. digest: SHA-256
-    of local content; size and checksum of a remote object; for "files" over names and digests. source: "user",
-    "scenes", or a name of made/registry.py.
+        affect its captions; not of the location of the source.
+    kind: "tar", "parquet", "files", "urls" (downloaded images), or one of formats.FORMATS.
+    uri: of the tar, Parquet or Arrow file; of the source's root for "files". A relative one is next to the table.
+    first_row, num_rows: the range of a Parquet file's rows; num_rows is -1 if it is unknown before reading (a remote
+        tar).
+    size_bytes: of the file, of the row groups, or of the image files together.
+    digest: SHA-256 of local content; size and checksum of a remote object; for "files" over names and digests.
+    source: "user", "scenes", or a name of made/registry.py.
     """
 
     shard_id: str
@@ -98,8 +100,9 @@ class Record(NamedTuple):
     captions: uncut, in their original order; [] if there are none.
     source: "user", "scenes", or a name of made/registry.py.
     locator: the user's own file, tar member or row: `holiday/a.jpg`, `x.tar:a.jpg`, `x.parquet:7`. For a remote source
-    it begins with the URI. Control characters are escaped. row: position in the shard, from 0. problem, detail: "" or
-    one of `PROBLEMS`, and one sentence that names the file and the remedy.
+        it begins with the URI. Control characters are escaped.
+    row: position in the shard, from 0.
+    problem, detail: "" or one of `PROBLEMS`, and one sentence that names the file and the remedy.
     """
 
     key: str
@@ -308,7 +311,7 @@ def digest_of(*parts: Any) -> str:
 
 
 def shard_id(kind: str, name: str, first_row: int, digest: str, options: Options, more: str = "") -> str:
-    """more: digest of other inputs of the records: a table's schema, or the rows of tables beside a tar."""
+    """more: digest of other inputs of the records: a table's schema, or the rows of tables next to a tar."""
     return digest_of(kind, name, first_row, digest, options, more)[:16]
 
 

@@ -59,7 +59,7 @@ CAPTION_FOLDERS = ("captions", "caption", "texts", "text", "txt", "prompts")
 
 
 class File(NamedTuple):
-    """A row of FILES. For a shard of kind "tar": the data of one member in tables beside the tar."""
+    """A row of FILES. For a shard of kind "tar": the data of one member in tables next to the tar."""
 
     name: str
     size_bytes: int = 0

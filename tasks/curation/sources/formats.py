@@ -5,7 +5,7 @@ The module of a format has two functions (arrow.py is one):
     scan(shown, file, caption_columns) -> (number of records, names of columns that are not read), None without images
     read(place, path, options, account) -> the records in order
 
-Tars and Parquet files are not among them: captions beside a tar may name its members, and a Parquet file may be several
+Tars and Parquet are not among them: captions next to a tar may name its members, and a Parquet file may be several
 shards.
 """
 

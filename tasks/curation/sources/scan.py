@@ -55,11 +55,11 @@ from tasks.curation.sources.places import Folder, Place, RemotePlace
 logger = get_logger(__name__)
 
 PROGRESS_S = 5.0
-LISTINGS = 8  # of folders, kept while folders of captions are sought
+LISTINGS = 8  # cached folders during the search for caption folders
 TABLE_ROWS = 1000  # rows of shards.parquet written at a time
 NO_IMAGE_COLUMN = "without image bytes"
 VALID = (
-    f"give a folder of images (.{', .'.join(IMAGE_EXTENSIONS[:5])} ...) with captions beside them, WebDataset tars, "
+    f"give a folder of images (.{', .'.join(IMAGE_EXTENSIONS[:5])} ...) with captions next to them, WebDataset tars, "
     "or Parquet files with a column of image bytes (image) and one of captions (text); tables of image URLs need "
     "source.urls"
 )
@@ -285,7 +285,7 @@ class _Scan:
         return self.place.folder(at)
 
     def _folders_in(self, path: str) -> dict[str, list[str]]:
-        """Name in one case -> names of folders. Those of the few paths that were asked for last are kept."""
+        """Casefolded name -> names of folders. Cached for the last few paths."""
         if path not in self._inside:
             listing = self.place.folder(path) if path else self.place.root()
             by_fold: dict[str, list[str]] = {}
@@ -420,7 +420,7 @@ class _naming:
 
 
 def _names_beside(listing: Folder, path: str, member: str) -> list[str]:
-    """The paths by which a table beside a tar may refer to one of its members."""
+    """The paths by which a table next to a tar may refer to one of its members."""
     tar = base_name(path)
     stem = next(
         tar[: -len(suffix)] for suffix in sorted(TAR_SUFFIXES, key=len, reverse=True) if tar.lower().endswith(suffix)

@@ -182,8 +182,8 @@ def members(stream: Forward) -> Iterator[Member]:
                 yield Member("", len(block), at, "rest", "")
                 return
             if not count and not pending:
-                raise TarError("it has no tar header, or is cut off; copy it again, or pack it anew")
-            raise TarError(f"it is cut off {_after(last)}: its end mark is missing; copy it again, or pack it anew")
+                raise TarError("it has no tar header, or is cut off; copy it again, or pack it again")
+            raise TarError(f"it is cut off {_after(last)}: its end mark is missing; copy it again, or pack it again")
         if not block.strip(b"\0"):
             ended = True
             stream.skip_zeros()
@@ -192,7 +192,7 @@ def members(stream: Forward) -> Iterator[Member]:
             if ended:
                 yield Member("", BLOCK, at, "rest", "")
                 return
-            why = "it has a broken header" if count else "it is no tar: it has no header"
+            why = "it has a broken header" if count else "it is not a tar: it has no header"
             raise TarError(f"{why} {_after(last)}")
         ended = False
         size, flag = _number(block[124:136]), block[156:157]
@@ -223,7 +223,7 @@ def members(stream: Forward) -> Iterator[Member]:
         yield member
         end = member.offset + (member.size if member.kind in ("file", "unknown") else 0)
         if not stream.skip_to(max(stream.position, end)) or not stream.skip_to(_padded(stream.position)):
-            raise TarError(f"it is cut off in {visible(last)!r}; copy it again, or pack it anew")
+            raise TarError(f"it is cut off in {visible(last)!r}; copy it again, or pack it again")
 
 
 def _member(block: bytes, size: int, flag: bytes, offset: int, facts: dict[str, str]) -> Member:
@@ -237,7 +237,7 @@ def _member(block: bytes, size: int, flag: bytes, offset: int, facts: dict[str, 
     if "size" in facts:
         size = _decimal(facts["size"])
     if flag == b"S" or any(key.startswith("GNU.sparse.") for key in facts):
-        raise TarError(f"it has the sparse member {visible(name)!r}; pack it anew without --sparse")
+        raise TarError(f"it has the sparse member {visible(name)!r}; pack it again without --sparse")
     kind = "folder" if flag == b"\x00" and name.endswith("/") else _KINDS.get(flag, "unknown")
     return Member(name.rstrip("/") if kind == "folder" else name, size, offset, kind, link)
 
@@ -277,7 +277,7 @@ def _decimal(text: str) -> int:
 
 
 def _pax(data: bytes, last: str) -> dict[str, str]:
-    """The keys that matter here, of records `LENGTH KEY=VALUE\n`."""
+    """The keys that are used here, from records `LENGTH KEY=VALUE\n`."""
     facts, at = {}, 0
     while at < len(data) and data[at]:
         digits, blank, _ = data[at : at + 21].partition(b" ")

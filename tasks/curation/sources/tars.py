@@ -1,4 +1,4 @@
-"""Tars of images with captions beside them (WebDataset), or in a metadata file inside or beside the tar.
+"""Tars of images with captions next to them (WebDataset), or in a metadata file inside or next to the tar.
 
 No member is extracted to disk under its name. A compressed tar is decompressed to a temporary file when it is read,
 within the bounds of tar_format.py, so that a caption far from its image costs only a seek.
@@ -60,12 +60,12 @@ class Sample(NamedTuple):
     detail: str
 
 
-NO_COLUMN = "\0"  # begins the detail of a sample whose table has no captions
+NO_COLUMN = "\0"  # beginning of the detail of a sample whose table has no captions
 
 
 Beside = dict[
     str, tuple[list[str], str, str]
-]  # place of an image -> captions, problem and detail of tables beside the tar
+]  # place of an image -> captions, problem and detail of tables next to the tar
 
 
 def samples(shown: str, file: BinaryIO, options: Options, account: Account) -> list[Sample]:
@@ -155,7 +155,7 @@ def _index(stream: Forward, account: Account, shown: str) -> tuple[list[Member],
             table_bytes += member.size
             if table_bytes > MAX_METADATA_BYTES:
                 raise TarError(
-                    f"its metadata files have more than {MAX_METADATA_BYTES // 2**20} MiB; put them beside it"
+                    f"its metadata files have more than {MAX_METADATA_BYTES // 2**20} MiB; put them next to it"
                 )
             tables.append((member, stream.read(member.size)))
         elif is_image(base) or extension(base) in SIDECAR_EXTENSIONS:
@@ -168,7 +168,7 @@ def _index(stream: Forward, account: Account, shown: str) -> tuple[list[Member],
 def _of_folder(
     shown: str, members: list[Member], options: Options, listed: Listed, account: Account, loose: list[Member]
 ) -> Iterator[Sample]:
-    """The images of one folder. Texts that describe none of them are put into `loose`, and not counted."""
+    """The images of one folder. Texts that describe none of them are added to `loose` and not counted."""
     names = [base_name(member.name) for member in members]
     pairs = pair(names, options.caption_columns)
     used = {i for one in pairs.values() for i in one.texts}

@@ -10,7 +10,7 @@ import pytest
 
 
 def _message(done) -> str:
-    """What the user reads last; a traceback would be our mistake, not theirs."""
+    """The output as one line; it must have no traceback."""
     assert done.returncode != 0
     text = done.stdout + done.stderr
     assert "Traceback" not in text, text
@@ -37,7 +37,7 @@ def test_a_wrong_recipe_is_refused_before_any_work(new_home, override, expected)
     assert not new_home.artifacts.exists()
 
 
-def test_an_unknown_recipe_is_told_which_there_are(new_home):
+def test_the_error_of_an_unknown_recipe_lists_the_known_ones(new_home):
     assert "ablations/token_choice, nucleus_17b, smoke, tiny nor a file" in _message(new_home.run("--recipe", "tinny"))
 
 
@@ -62,7 +62,7 @@ def test_the_17b_recipe_asks_for_its_data_then_for_a_scorers_commit_then_for_its
     assert not new_home.artifacts.exists()
 
 
-def test_an_empty_source_and_a_folder_of_texts_and_a_missing_one_are_told_apart(new_home, tmp_path):
+def test_an_empty_source_a_folder_of_texts_and_a_missing_one_have_different_errors(new_home, tmp_path):
     empty, texts = tmp_path / "empty", tmp_path / "texts"
     empty.mkdir()
     texts.mkdir()
@@ -94,7 +94,7 @@ def _children_cpu_s() -> float:
 
 @pytest.mark.parametrize("workflow", ["reproduce", "pretrain"])
 def test_help_answers_in_under_three_seconds(new_home, workflow):
-    """Of computing: how long it waits for a core that something else has is not its own."""
+    """Seconds of CPU: waiting for a busy core does not count."""
     new_home.run("--help", workflow=workflow)  # compiled files and the disk cache
     times = []
     for _ in range(3):

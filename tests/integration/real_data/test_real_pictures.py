@@ -1,4 +1,4 @@
-"""Real captioned pictures out of Debian packages, fetched for the test and never kept: the whole command loses none of them."""
+"""Real captioned pictures from Debian packages, downloaded for the test only: the command loses none of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scorers with real weights look at real photographs: those that packages carry. Skipped by name where a package is absent."""
+"""Scorers with real weights on real photographs, both from installed packages. A skip names the missing package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every overlay trains through two stages with the real trainer, and goes on into what evaluation loads."""
+"""The real trainer trains every overlay for two stages, and evaluation loads the result."""
 
 import dataclasses
 import json

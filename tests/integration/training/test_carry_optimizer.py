@@ -44,7 +44,7 @@ def train(latents, folder, name, steps, before=None, hand_on=False, out="out", s
 
 @pytest.fixture(scope="module")
 def first(latents, tmp_path_factory) -> Path:
-    """A stage that ends within the warm-up, and saves what the next needs."""
+    """A stage that ends within the warm-up, and saves what the next stage needs."""
     return train(latents, tmp_path_factory.mktemp("first"), "first", 3, hand_on=True)
 
 
@@ -72,8 +72,8 @@ def differing(expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor]) -
 
 @pytest.fixture
 def known(monkeypatch):
-    """From now on the gradients of each step are drawn by the number of steps seen, whatever the stage's data; noted are
-    optimiser state and weights before each step (None where there is no state yet), and after the last."""
+    """From now on the number of steps seen determines the gradients of each step, whatever the data. Records optimiser
+    state (None where there is none yet) and weights before each step, and after the last."""
     seen = SimpleNamespace(steps=[], last=None)
     backward, step = NucleusTrainer.forward_backward_step, NucleusTrainer.train_step
 
@@ -99,7 +99,8 @@ def known(monkeypatch):
 
 
 def test_stages_update_as_one_uninterrupted_training_does(latents, tmp_path, known):
-    """Three stages of equal configuration and gradients, of which the first ends within the warm-up: to the same bits."""
+    """Three stages of equal configuration and gradients, the first of which ends within the warm-up, give the same
+    bits."""
     whole = train(latents, tmp_path / "whole", "first", 8)
     expected, known.steps = [*known.steps, known.last], []
     one = train(latents, tmp_path / "one", "first", 3, hand_on=True)
@@ -114,14 +115,14 @@ def test_stages_update_as_one_uninterrupted_training_does(latents, tmp_path, kno
     assert [*rates(one), *rates(two), *rates(three)] == rates(whole) == scheduled(range(1, 9))
 
 
-def test_without_it_a_stage_begins_with_a_warm_up_of_its_own(latents, first, tmp_path, known):
+def test_without_carried_state_a_stage_has_its_own_warm_up(latents, first, tmp_path, known):
     fresh = train(latents, tmp_path, "second", 2, before=first, carry_optimizer=False)
     assert known.steps[0] is None and rates(fresh) == scheduled(range(1, 3))
     assert not (fresh / "optimizer").exists()
 
 
 def test_a_decay_is_of_the_stages_own_last_steps_and_goes_on_after_a_stop(latents, first, tmp_path, monkeypatch):
-    """Also where the schedule has counted the steps of an earlier stage."""
+    """Also if the schedule has counted the steps of an earlier stage."""
     decay, step = {"decay": {"steps": 4, "to": 0.2}}, NucleusTrainer.train_step
     options = {"before": first, "stage": decay, "checkpoint_every_steps": 3}
     whole = train(latents, tmp_path / "whole", "second", 7, **options)
@@ -194,8 +195,8 @@ def test_another_state_in_the_same_work_dir_and_a_pickle_in_it_are_refused(laten
 
 @pytest.fixture
 def one_thread(monkeypatch):
-    """In a forked process OpenMP would wait for threads that it has not inherited."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # or a training takes all cores
+    """OpenMP in a forked process would wait for threads that the fork did not copy."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # otherwise a training takes all cores
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,5 +1,5 @@
-"""A pod of several training processes that is preempted, by the entry point that Flyte's pods run, twice: the attempt
-that gets SIGTERM, and its retry. Its processes are forked from this one, which has imported what they need."""
+"""A pod of several training processes that is preempted, run by the entry point of Flyte's pods: the attempt that gets
+SIGTERM, and its retry. Its processes are forks of this one, which has imported what they need."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pod(folder: Path, out: Path) -> None:
     """`pyflyte-execute` of the training task on two processes; the inputs are in folder/inputs.pb."""
     os.environ |= {"NUCLEUS_HOME": str(folder / "home"), "NUCLEUS_TRAIN_NPROC": "2", "NUCLEUS_ACCELERATOR": "none"}
     for name in [name for name in sys.modules if name.split(".")[0] == "tasks"]:
-        del sys.modules[name]  # their task would be one of a single process
+        del sys.modules[name]  # else the task would have a single process
     from tasks.training.task import train_stage
 
     train_stage.task_config.start_method = "fork"  # spawned ones would import everything again

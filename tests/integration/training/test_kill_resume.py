@@ -1,4 +1,4 @@
-"""A stage killed with SIGKILL and started again ends with the bits of a stage that was never disturbed."""
+"""A stage killed with SIGKILL and started again ends with the bits of an uninterrupted stage."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import torch
 from train_helpers import logged_steps, read_weights, write_latents
 
 STEPS = 24
-KILLED_AT = 13  # between a checkpoint (steps 5, 10, ...) and the next, so that steps are lost and done again
+KILLED_AT = 13  # between two checkpoints (steps 5, 10, ...), so that steps are lost and repeated
 LIMIT_S = 600
 SCRIPT = """
 import sys, time
@@ -84,5 +84,5 @@ def test_a_stage_killed_and_started_again_ends_with_identical_bits(tmp_path):
         for run in ("whole", "killed")
     }
     assert [line["step"] for line in lines["killed"]] == [1, *range(2, STEPS + 1, 2)]
-    # The bins of the first line after the resume lack the steps before it: the losses themselves are the same.
+    # The bins of the first line after the resume lack the steps before it; the losses are the same.
     assert [line["loss"] for line in lines["killed"]] == [line["loss"] for line in lines["whole"]]

@@ -1,4 +1,4 @@
-"""The planner's memory against what the trainer's steps allocate."""
+"""The planner's memory against the memory that the trainer's steps allocate."""
 
 import sys
 from pathlib import Path
@@ -15,8 +15,8 @@ CASES = {case.name: case for case in memory.CASES}
 
 @pytest.mark.parametrize("name", ["fp32", "fp32_full", "bf16_selective", "accumulated", "few_tokens"])
 def test_the_plan_is_within_a_tenth_of_the_measured_peak(name):
-    """They differ in shape, type, checkpointing and number of micro-batches, and in the moment of the peak. In one process
-    nothing is freed by chance, and the peaks are within a hundredth: a part that is forgotten shows."""
+    """The cases differ in shape, type, checkpointing and number of micro-batches, and in the moment of the peak. In one
+    process nothing is freed by chance, so that the peaks agree within 1 %, and a missing part shows."""
     compared = memory.compare(CASES[name])
     exact, close = ("weights", "gradients", "optimizer"), ("passes", "optimiser step", "peak")
     tolerances = dict.fromkeys(exact, 0.0) | dict.fromkeys(close, 0.03) | {"activations": 0.1}
@@ -29,7 +29,7 @@ def test_the_plan_is_within_a_tenth_of_the_measured_peak(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sharded", "sharded_few", "experts_bf16"])
 def test_it_holds_for_sharded_weights_and_spread_experts(name):
-    """Muon's matrices of attention are cut in all three; those of whole experts, of cut ones, and of spread ones differ."""
+    """Muon's attention matrices are sharded in all three cases; the experts are whole, sharded, or spread."""
     compared = memory.compare(CASES[name])
     for part in ("weights", "gradients", "optimizer"):
         predicted, measured = compared[part]

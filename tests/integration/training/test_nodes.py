@@ -1,5 +1,4 @@
-"""What a cluster does to training that a single process does not meet: processes that are spawned and find their inputs
-in an object store, and nodes that do not share a disk."""
+"""Training as on a cluster: spawned processes with inputs in an object store, and nodes without a shared disk."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ def store():
 
 @pytest.mark.slow
 def test_a_pod_spawns_its_processes_which_train_on_what_lies_in_an_object_store(store, tmp_path):
-    """The start method and the command of production: functions and inputs reach the workers pickled."""
+    """With the start method and command of production, which pickle functions and inputs for the workers."""
     write_artifacts(tmp_path)
     (tmp_path / "components").mkdir()
     (tmp_path / "components" / "file").write_text("nothing is sampled")

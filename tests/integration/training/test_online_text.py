@@ -1,4 +1,4 @@
-"""Texts that are encoded inside of training give the losses of stored ones, at smoke size."""
+"""Texts encoded during training give the same losses as stored ones, at smoke size."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from model.weights.export import load_transformer
 pytestmark = pytest.mark.slow
 
 STEPS = 4
-# Sums are taken in another order. Adam's first steps divide by the root of a square and carry that further.
+# Sums have another order. Adam's first steps divide by the root of a square, which enlarges the differences.
 WEIGHTS = {"rtol": 0, "atol": 1e-5}
 VALUES = 1e-5
 SAME_MODEL = (
@@ -72,7 +72,7 @@ def test_every_layout_trains_as_one_process_does(runs):
 
 
 def test_replicas_add_up_their_gradients_once_a_step_however_many_micro_batches_it_has(runs):
-    """As the plan counts: what a rank holds, but for the routers, which all ranks add up together."""
+    """As the planner counts: a rank's weights without the routers, which all ranks reduce together."""
     shapes = Shapes(transformer_config(moe_intermediate_dim=33))
     for job, layout in (
         ("hsdp2x2", Layout(gpus=4, shard=2, expert_parallel=1, micro_batch=2, checkpointing="none")),
@@ -141,7 +141,7 @@ def test_every_rank_samples_what_one_process_samples(runs):
 
 
 def test_bfloat16_keeps_weights_router_and_reduction_in_fp32(runs):
-    """Mixed precision: it follows fp32 as closely when sharded as on one process, and logits are no bf16 numbers."""
+    """bf16 is as close to fp32 when sharded as in one process, and logits are not bf16 numbers."""
     reference = [line["loss"] for line in lines(runs, "one")]
     for job in ("bf16_one", "bf16_ep2_fsdp2"):
         assert [line["loss"] for line in lines(runs, job)] == pytest.approx(reference, rel=0.01)
@@ -154,7 +154,8 @@ def test_bfloat16_keeps_weights_router_and_reduction_in_fp32(runs):
 
 
 def test_dist_muon_updates_as_our_muon_does(runs):
-    """With our iteration in place of its own: what is left is where matrices lie, which they are, momentum, rates."""
+    """With our iteration in place of its own: so this tests which matrices it updates and where, momentum, and
+    rates."""
     attention = tuple(f"{name}.weight" for name in ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "to_out.0"))
     feed_forward = ("net.0.proj.weight", "net.2.weight")
     for job, reference, taken in (
@@ -174,7 +175,7 @@ def test_dist_muon_by_its_own_iteration_trains_as_ours_does(runs):
     names = torch.load(runs / job / "sample-0.pt")["taken"]
     changes = [[after[name] - start[name] for name in names] for after in (expected, got)]
     alike = torch.stack([torch.cosine_similarity(*map(torch.flatten, pair), dim=0) for pair in zip(*changes)])
-    assert alike.mean() > 0.9 and alike.min() > 0.75  # small singular values end anywhere from 0.3 to 1.2
+    assert alike.mean() > 0.9 and alike.min() > 0.75  # small singular values end between 0.3 and 1.2
     sizes = [torch.stack([change.norm() for change in of_run]) for of_run in changes]
     torch.testing.assert_close(sizes[1], sizes[0], rtol=0.2, atol=0)
     reference = [line["loss"] for line in lines(runs, "rms_one")]

@@ -1,4 +1,4 @@
-"""Checkpoints, signals and bad steps, with real processes. Whatever happened, the last weights have the same bits.
+"""Checkpoints, signals and bad steps, with real processes. The final weights always have the same bits.
 
 Processes are forked from this one, which has imported what they need, and compute with one thread.
 """
@@ -93,7 +93,7 @@ class Ranks:
 
 
 def before_step(step: int, wait) -> None:
-    """Calls `wait(trainer)` at the beginning of a step of this process: what happens to it then meets it there, however
+    """Calls `wait(trainer)` at the beginning of a step of this process, so that a test can interrupt it there, however
     fast it trains."""
     real = NucleusTrainer.train_step
 
@@ -106,7 +106,7 @@ def before_step(step: int, wait) -> None:
 
 
 def until_sigterm(marker: Path):
-    """A wait for SIGTERM; `marker` is there when it has begun."""
+    """Waits for SIGTERM; writes `marker` first."""
 
     def wait(trainer):
         marker.touch()
@@ -127,7 +127,7 @@ def same_weights(one: Path, other: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def whole(latents, tmp_path_factory):
-    """Outputs of runs that were never disturbed, by the number of ranks."""
+    """Number of ranks -> outputs of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     made = {}
 
@@ -210,7 +210,7 @@ def test_sigterm_to_one_rank_saves_the_step_on_all_and_the_restart_ends_with_the
     assert list(finished_checkpoints(work / "checkpoints")) == [5, last]
     assert list(finished_checkpoints(work / "weights")) == [5]
     assert not list((tmp_path / "out").iterdir())
-    assert Ranks(lambda rank: train(latents, tmp_path), ranks).codes() == {0}  # how it reads may change
+    assert Ranks(lambda rank: train(latents, tmp_path), ranks).codes() == {0}  # the reading settings may change
     assert report(tmp_path / "out")["resumed_from_step"] == last
     assert same_weights(whole(ranks), tmp_path / "out") == [10, 15, 18]
     steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -231,7 +231,7 @@ def test_a_killed_pair_of_processes_ends_with_the_bits_of_an_undisturbed_pair(la
 
 
 def test_weights_of_a_step_without_a_full_checkpoint_go_before_they_are_made_again(latents, whole, tmp_path):
-    """Written over in place, they would look finished while they are not."""
+    """If they were overwritten in place, they would look complete too early."""
     real, weights = StageCheckpointer.dcp_save, tmp_path / "work" / "weights"
 
     def broken(rank):
@@ -255,7 +255,7 @@ def test_weights_of_a_step_without_a_full_checkpoint_go_before_they_are_made_aga
 
 
 def spoil(monkeypatch, steps: dict[int, str], on_rank: int = 0) -> None:
-    """Makes the loss or a gradient of these steps what is asked for, on one rank."""
+    """Sets the loss or a gradient of these steps, on one rank."""
     real = NucleusTrainer.forward_backward_step
 
     def forward_backward_step(self, **kwargs):

@@ -1,6 +1,6 @@
-"""Sample grids of a stage whose ranks share weights and experts, on CPU with gloo: those that one process draws.
+"""Sample grids of a stage with sharded weights and experts, on CPU with gloo, equal those of one process.
 
-All jobs of as many ranks run in one set of processes, one after another.
+All jobs with the same number of ranks run in one set of processes, one after another.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ JOBS = {
 
 @contextlib.contextmanager
 def watched(model, found):
-    """Notes what types the experts compute in, and whether anything of the process or the model is left changed."""
+    """Records the types in which the experts compute, and whether the process or the model stays changed."""
     types, random_numbers, plain = set(), torch.get_rng_state(), moe.Experts.forward
 
     def forward(self, rows):
@@ -93,7 +93,7 @@ def run_job(folder: Path, name: str, rank: int) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """A folder with every job's outputs, and what each rank found."""
+    """A folder with every job's outputs, and each rank's records."""
     folder = tmp_path_factory.mktemp("samples")
     make_components(folder / "components")
     (folder / "taken.png").mkdir()
@@ -124,7 +124,7 @@ def grids(runs: Path, job: str) -> np.ndarray:
 def test_ranks_that_share_weights_and_experts_draw_what_one_process_draws(runs):
     expected = grids(runs, "one")
     assert expected.shape[1:] == (2 * 64, 4 * 64, 3) and expected.std() > 5
-    assert np.abs(expected[0] - expected[1]).max() > 5  # what was learned in between shows
+    assert np.abs(expected[0] - expected[1]).max() > 5  # training in between changes the grid
     for job in ("fsdp", "experts"):
         assert np.abs(grids(runs, job) - expected).max() <= 1, job
         assert [rank["failed"] for rank in found(runs, job)] == [{}, {}]

@@ -1,4 +1,4 @@
-"""The training task, called again after a fault with another way of computing: it goes on with the same work."""
+"""The training task, called again after a fault with another way of computing, continues the same work."""
 
 from __future__ import annotations
 

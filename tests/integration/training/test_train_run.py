@@ -1,4 +1,4 @@
-"""What a finished stage returns, and what it keeps, without training one."""
+"""What a finished stage returns and keeps; no stage is trained."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_finished_stage_is_filled_again_from_what_pruning_leaves_without_train
     prune_run(config, work)
     assert not (work / CHECKPOINTS).exists() and (work / WEIGHTS).exists()
     latents = write_latents(tmp_path / "latents")
-    # There is nothing left to train from: only filling can make these bytes.
+    # The inputs of training are gone, so only filling can make these bytes.
     report = train_stage(latents, training_stage(config, hand_on_optimizer=True), None, work, again)
     assert files(again) == files(first) and set(files(first)) == {
         "optimizer/step-00000020/.metadata", "optimizer/step-00000020/__0_0.distcp",
@@ -92,7 +92,7 @@ def test_a_run_is_known_by_every_byte_it_starts_from(tmp_path):
     before = _content(checkpoint)
     (checkpoint / "__0_0.distcp").write_bytes(b"Weights")
     assert _content(checkpoint) != before
-    # A seal speaks for its files, so that hundreds of gigabytes are not read for it.
+    # A seal is trusted for its files, so that hundreds of gigabytes are not read again.
     (tmp_path / "manifest.json").write_text('{"digest": "abc"}')
     assert _content(checkpoint) == "abc/checkpoint" and _content(tmp_path) == "abc"
     assert _content(tmp_path / "optimizer" / "step-00000003") == "abc/optimizer/step-00000003"
@@ -110,7 +110,7 @@ def test_a_run_is_known_by_every_byte_it_starts_from(tmp_path):
 def test_nccl_adds_up_in_one_order_where_training_is_deterministic(
     tmp_path, monkeypatch, device, deterministic, own, expected
 ):
-    """It reads the environment when the group is made, and for no longer than the stage must it be so."""
+    """NCCL reads the environment when the group is made; the variable must be reset after the stage."""
     seen = []
 
     def init_process_group(*args, **kwargs):
@@ -128,7 +128,7 @@ def test_nccl_adds_up_in_one_order_where_training_is_deterministic(
     assert seen == [expected] and os.environ.get("NCCL_ALGO") == own
 
 
-def test_other_latents_are_refused_in_the_same_place(tmp_path):
+def test_other_latents_are_refused_in_the_same_work_dir(tmp_path):
     latents = write_latents(tmp_path / "latents")
     arguments = training_stage(train_config(steps=STEPS)), None, None
     _claim(str(tmp_path), latents, *arguments)

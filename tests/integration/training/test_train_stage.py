@@ -100,7 +100,7 @@ def test_samples_are_drawn_at_their_cadence_and_at_the_end_in_eval_mode(trained)
 
 
 def test_an_accelerator_trains_by_deterministic_algorithms_unless_told_otherwise(latents, tmp_path, monkeypatch):
-    """Of which memory-efficient attention has one only where PyTorch may refuse (not with warn_only)."""
+    """Memory-efficient attention is deterministic only where PyTorch may raise (not with warn_only)."""
     import model.train.config as of_stage
 
     seen = []
@@ -187,7 +187,7 @@ def test_as_many_full_checkpoints_stay_as_are_asked_for(latents, tmp_path, async
         run(latents, tmp_path, f"out{keep}", work=work, keep_full_checkpoints=keep, **changes)
         assert list(finished_checkpoints(tmp_path / work / "checkpoints")) == steps
         assert list(finished_checkpoints(tmp_path / work / "weights")) == [12]
-    _, report = run(latents, tmp_path, "again", work="work3", keep_full_checkpoints=2, **changes)  # it is no other run
+    _, report = run(latents, tmp_path, "again", work="work3", keep_full_checkpoints=2, **changes)  # the same run
     assert report["resumed_from_step"] == 12
     with pytest.raises(ValueError, match="keep_full_checkpoints"):
         train_config(keep_full_checkpoints=0)

@@ -1,4 +1,4 @@
-"""The gradient that the trainer takes, against the objective written from its formulas."""
+"""The trainer's gradient against the objective, written from its formulas."""
 
 from dataclasses import replace
 
@@ -13,7 +13,8 @@ WEIGHTS = {"router_z_loss": 0.3, "load_balance": 0.7, "wavelet": 0.5}
 
 
 def objective(seen, clean, noise, wavelet, guidance=0.0):
-    """Of what the model was given and gave; latents [B, C, h, w]. `guidance` is added to the target velocity."""
+    """The objective for the model's inputs and output; latents [B, C, h, w]. `guidance` is added to the target
+    velocity."""
     t = seen["timestep"].view(-1, 1, 1, 1)
     noisy = (1 - t) * clean + t * noise
     tokens = F.pixel_unshuffle(noisy, 2).flatten(2).mT  # a token's channels: channel, row, column

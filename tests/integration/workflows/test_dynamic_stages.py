@@ -1,5 +1,5 @@
-"""Any number of stages: what a dynamic workflow writes down in a pod, and whole reproductions of one, two and five stages; the
-other workflows beside them, in the same home."""
+"""Any number of stages: the nodes that a dynamic workflow makes in a pod, and whole reproductions of one, two and five
+stages; other workflows in the same home."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STAGES = {1: [64], 2: [32, 64], 5: [32, 32, 48, 48, 64]}
 
 @pytest.mark.parametrize("sizes_px", STAGES.values(), ids=len)
 def test_a_pod_lays_out_as_many_stages_as_the_recipe_has(sizes_px, tmp_path, monkeypatch):
-    """With inputs in an object store, which it passes on and does not download."""
+    """With inputs in an object store, which it passes on without a download."""
     recipe = load_recipe(small_recipe(tmp_path, sizes_px))
     roles = ("curation", "encoder", "trainer")
     images = [Image(name=role, fqn=f"registry.example/{role}", tag="v1") for role in roles]
@@ -119,7 +119,7 @@ def test_recipes_share_the_corpus_the_components_and_equal_stages(reproduced):
 
 @pytest.mark.slow
 def test_training_evaluating_and_publishing_start_from_artifacts(reproduced, home, tmp_path):
-    """Each command alone makes what the whole way makes: the same digests, and nothing again."""
+    """Each command alone makes the same digests as a reproduction, and computes nothing again."""
     outputs, _ = reproduced[2]
     before, recipe = home.listing(), small_recipe(tmp_path, STAGES[2])
     components = next(
@@ -144,6 +144,40 @@ def test_training_evaluating_and_publishing_start_from_artifacts(reproduced, hom
         json.loads((Path(path) / "scorecard.json").read_text())["overall"] for path in (card, outputs["scorecard"])
     ]
     assert scores[0] == scores[1]
+
+
+@pytest.mark.slow
+def test_a_candidate_is_chosen_among_settings_windows_merged_weights_checkpoints_and_pipelines(
+    reproduced, home, tmp_path
+):
+    (one, _), (two, _), (five, _) = reproduced.values()
+    nodes = walk(two["pipeline"], home.path).values()
+    (components,) = [node.path for node in nodes if node.manifest.kind == "components"]
+    (checkpoints,), (others,) = (load_manifest(outputs["merged"]).parents for outputs in (two, one))
+    recipe = small_recipe(tmp_path, STAGES[2])
+    guidance = load_recipe(recipe).eval.guidance_scale
+    names = [f"guidance_scale={guidance}", "guidance_scale=2", "last_n=1", "last_n=1+guidance_scale=2", str(five["merged"]), others.uri, str(one["pipeline"])]  # fmt: skip
+    options = ["--model", str(two["pipeline"]), "--recipe", recipe, "--components", str(components)]
+    before = home.listing()
+    done = home.invoke(*options, "--benchmark", "shapes", "--candidates", "last_n=1", workflow="choose_candidate")
+    assert "candidate last_n=1 is another merge: give --checkpoints" in done.stderr and home.listing() == before
+    options += ["--checkpoints", checkpoints.uri, "--benchmark", "shapes", "--candidates", ",".join(names)]
+    done = home.invoke(*options, workflow="choose_candidate")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    # After two steps, no weights beat others.
+    said = done.stdout[done.stdout.index("incumbent: the incumbent stays: the best of 6 differs by") :]
+    assert f"{names[0]} is the same as incumbent" in said.splitlines()[0]
+    assert re.findall(r"  p \d\.\d+  (\S+)$", said, re.M) == names[1:]
+    added = {kind: home.listing()[kind] - before[kind] for kind in ("merged", "scorecard", "checkpoints")}
+    assert (len(added["merged"]), len(added["scorecard"]), len(added["checkpoints"])) == (1, 7, 0)
+    (window,) = (load_manifest(home.artifacts / "merged" / digest) for digest in added["merged"])
+    assert window.config["merge"]["last_n"] == 1 and window.parents[0].digest == checkpoints.digest
+    cards = [json.loads((home.artifacts / "scorecard" / d / "scorecard.json").read_text()) for d in added["scorecard"]]
+    assert all(card["settings"]["prompt_set"] == "development" and card["counts"]["failed"] == 0 for card in cards)
+    weights = [card["settings"]["model_digests"] for card in cards]
+    assert sorted(digests["merged"] for digests in weights if "merged" in digests) == sorted(
+        [window.digest] * 2 + [load_manifest(outputs["merged"]).digest for outputs in (five, one)]
+    )
 
 
 @pytest.mark.slow

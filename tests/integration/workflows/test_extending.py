@@ -1,5 +1,4 @@
-"""docs/extending.md, followed to the letter: its source is read, its loss and optimiser train, its scorer scores, its judge
-and benchmark judge."""
+"""docs/extending.md, run as written: its source, loss, optimiser, scorer, judge and benchmark all work."""
 
 from __future__ import annotations
 
@@ -60,7 +59,7 @@ def blocks(section: str) -> dict[str, list[str]]:
 
 
 def followed(folder: Path, section: str, config_class: str, replaced: str, file: str) -> dict:
-    """A copy of model/ with the section's changes, trained in plain and as its recipe says."""
+    """A copy of model/ with the section's changes, trained without and with its recipe's settings."""
     shutil.copytree(ROOT / "model", folder / "model")
     code = blocks(section)
     config = folder / "model" / "config.py"

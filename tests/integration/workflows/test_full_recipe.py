@@ -1,8 +1,8 @@
-"""What recipes/nucleus_17b.yaml starts, all at once and in small: bf16, compiled blocks, selective checkpointing, experts
-over ranks, FSDP2, background checkpoints and read-ahead.
+"""Everything that recipes/nucleus_17b.yaml turns on, together, at a small size: bf16, compiled blocks, selective
+checkpointing, experts over ranks, FSDP2, background checkpoints and read-ahead.
 
-CPU and gloo stand for GPUs and NCCL. Three stages, each from the last, run on torch.compile's backend "aot_eager": all of
-the compiler but its kernels, which C++ takes long to build. A training of one block runs on "inductor", as the recipe does.
+CPU and gloo stand for GPUs and NCCL. Three stages, each from the last, run on torch.compile's backend "aot_eager": the
+compiler without its C++ kernels, which build slowly. A training of one block runs on "inductor", as in the recipe.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def trained(folder: Path, backend: str, jobs: tuple[str, ...]) -> Path:
     """The folder, with these jobs of full_recipe_worker.py."""
     here = Path(__file__).resolve().parents[1]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(here.parents[1])}
-    environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")  # what is compiled, is compiled here
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")  # everything is compiled here, without a cache
     command = [sys.executable, here / "full_recipe_worker.py", folder, backend, *jobs]
     subprocess.run([str(part) for part in command], check=True, env={**os.environ, **environment})
     return folder
@@ -56,7 +56,7 @@ def ranks_of(runs: Path, job: str) -> list[dict]:
     return [json.loads((runs / job / f"rank{rank}.json").read_text()) for rank in range(JOBS[job].ranks)]
 
 
-def test_it_is_the_recipe_and_only_smaller():
+def test_the_small_recipe_has_all_settings_of_the_17b_recipe():
     recipe = small_recipe()
     train = recipe.train
     assert (train.dtype, train.compile, train.activation_checkpointing) == ("bfloat16", True, "selective")
@@ -67,7 +67,7 @@ def test_it_is_the_recipe_and_only_smaller():
 
 
 def assert_trains_alike(got: list[dict], expected: list[dict]) -> None:
-    """Within what bf16 rounds. Weights grow apart at these rates, and gradients sooner than losses."""
+    """Within bf16's rounding. Weights diverge at these rates, and gradients sooner than losses."""
     assert [line["step"] for line in got] == [line["step"] for line in expected]
     assert all(math.isfinite(value) for line in got for value in line.values())
     for one, other in zip(got, expected):
@@ -77,7 +77,7 @@ def assert_trains_alike(got: list[dict], expected: list[dict]) -> None:
     assert got[-1]["skipped_steps"] == 0 and got[-1]["loss"] < 0.8 * got[0]["loss"]
 
 
-def test_it_trains_as_one_process_does_in_fp32_without_compiler(runs):
+def test_training_equals_one_process_in_fp32_without_compiler(runs):
     for job in ("first", "third"):
         assert_trains_alike(lines(runs, job), lines(runs, f"{job}_plain"))
 
@@ -102,7 +102,7 @@ def test_compiled_blocks_sample_on_every_rank_while_they_train(runs):
         one, other = (torch.load(runs / "first" / f"sample{rank}-{step}.pt") for rank in range(2))
         assert torch.equal(one, other)
         assert (one - expected).norm() < 0.1 * expected.norm()
-    for rank in ranks_of(runs, "first"):  # 2 to train, and again to sample, which the first block may do by its own
+    for rank in ranks_of(runs, "first"):  # 2 to train, and 2 to sample; the first block may need its own graphs
         assert rank["graphs"] <= 5 and rank["breaks"] == []
 
 
@@ -174,7 +174,7 @@ def test_the_last_stage_merges_into_a_transformer_that_loads(runs, tmp_path):
 
 
 def test_a_finished_stage_that_is_started_again_trains_nothing(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "trainer_config", None)  # what training needs first
+    monkeypatch.setattr(run, "trainer_config", None)  # training calls it first
     stage = stage_section(JOBS["third"])
     latents, init = runs / "latents2", runs / "second" / "out"
     report = run.train_stage(latents, stage, init, runs / "third" / "work", tmp_path)
@@ -189,8 +189,8 @@ def test_a_finished_stage_that_is_started_again_trains_nothing(runs, tmp_path, m
     reason="torch.compile's inductor needs a C++ compiler on a CPU",
 )
 def test_a_stage_that_was_killed_and_resumed_ends_with_the_bits_of_the_undisturbed_one(tmp_path):
-    """In the same layout, with inductor's kernels; though resumed processes meet other shapes first, compile and read ahead
-    anew."""
+    """In the same layout, with inductor's kernels, although a resumed process meets other shapes first, and compiles
+    again."""
     runs = trained(tmp_path, "inductor", RESUME)
     report = json.loads((runs / "resumed" / "out" / "report.json").read_text())
     assert report["resumed_from_step"] == RESUMED_FROM

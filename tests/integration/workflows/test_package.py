@@ -1,4 +1,4 @@
-"""What a cluster gets: the packaged workflows, decoded."""
+"""The package of workflows that a cluster gets, decoded."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_each_task_has_its_roles_image_equal_requests_and_limits_and_a_cache_ver
     assert template.metadata.retries.retries >= 3
 
 
-def test_the_recipe_is_read_anew_each_time_and_the_summary_printed(specs):
+def test_tasks_that_read_the_recipe_and_print_the_summary_are_not_cached(specs):
     for task in ("tasks.planning.task.resolve_recipe", "tasks.publishing.task.show_results"):
         assert not specs[task].template.metadata.discoverable
 
@@ -151,7 +151,7 @@ def test_each_hop_starts_by_itself_from_a_recipe_and_artifacts(specs, name, call
     ("name", "called", "needed"),
     [
         ("evaluate", ["resolve_model", "plan_benchmarks", "score_benchmarks"], {"model", "benchmarks"}),
-        ("choose_candidate", ["resolve_model", "plan_candidates", "score_candidates"],
+        ("choose_candidate", ["resolve_incumbent", "plan_candidates", "score_candidates"],
          {"model", "benchmark", "candidates"}),
         ("evaluate_nightly", ["resolve_model", "plan_benchmarks", "find_changed", "score_changed"], set()),
     ],
@@ -164,7 +164,7 @@ def test_evaluation_starts_from_a_model_and_names_of_benchmarks(packaged, specs,
 
 
 def test_a_place_is_looked_at_each_time_and_images_are_known_by_the_digest_of_their_model(specs):
-    for task in ("resolve_model", "find_changed", "store_score", "gate_scores"):
+    for task in ("resolve_model", "resolve_incumbent", "find_changed", "store_score", "gate_scores"):
         assert not specs[f"tasks.evaluation.task.{task}"].template.metadata.discoverable
     metadata = specs["tasks.evaluation.task.generate_from_model"].template.metadata
     assert metadata.discoverable and list(metadata.cache_ignore_input_vars) == ["model"]

@@ -1,4 +1,4 @@
-"""The whole arrow, by the command that users type."""
+"""The whole lineage, by the command that users type."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_the_generator_alone_decides_a_published_image_in_a_batch_as_by_itself(p
     prompts = ["a photo of a red circle left of a blue square", "two squares", "a photo of a cross"]
     batch = draw(published, prompts, (0, 1, 2), guidance).images
     for seed, (prompt, image) in enumerate(zip(prompts, batch)):
-        torch.manual_seed(100 + seed)  # the global generator has no say
+        torch.manual_seed(100 + seed)  # the global generator has no effect
         alone = draw(published, prompt, (seed,), guidance).images[0]
         np.testing.assert_allclose(alone, image, atol=1e-4)
     assert np.abs(draw(published, prompts[0], (1,), guidance).images[0] - batch[0]).max() > 0.05
@@ -177,7 +177,7 @@ def test_a_published_pipeline_draws_the_same_after_saving_and_loading_and_as_a_t
 
 
 def test_published_texts_may_be_encoded_apart_and_parts_may_be_shared_or_sliced(published):
-    """`encode_prompt` in isolation, a pipeline made of another's components, and attention slicing."""
+    """`encode_prompt` alone, a pipeline from another's components, and attention slicing."""
     prompt, options = "a photo of a red circle left of a blue square", {}
     before = draw(published, prompt).images
     for name, text in (("", prompt), ("negative_", "")):

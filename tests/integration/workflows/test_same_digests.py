@@ -1,4 +1,4 @@
-"""What an artifact is depends neither on the clock nor on how often the run was killed."""
+"""Digests depend neither on the clock nor on how often the run was killed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def kill_after(home: Home, recipe: str, mark: str, delay_s: float) -> bool:
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_in_the_digests_of_an_undisturbed_one(tmp_path):
-    """With NUCLEUS_TEST_KILLS=10: ten times, each at a random moment after another mark."""
+    """With NUCLEUS_TEST_KILLS=10, ten times, at random moments after different marks."""
     recipe = small_recipe(tmp_path, [32, 64])
     undisturbed, disturbed = Home(tmp_path / "undisturbed"), Home(tmp_path / "disturbed")
     expected = undisturbed.outputs(undisturbed.invoke("--recipe", recipe))

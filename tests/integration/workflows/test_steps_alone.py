@@ -1,4 +1,4 @@
-"""Each step that people start alone makes what it makes within a whole run; from its cache, nothing is made twice."""
+"""Each step alone makes what it makes within a whole run; results in its cache are not made again."""
 
 from __future__ import annotations
 

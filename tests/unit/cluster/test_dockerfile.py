@@ -1,4 +1,4 @@
-"""The Dockerfile, without building it: the linter, and what it must and must not have."""
+"""The Dockerfile, without a build: the linter, and required and forbidden content."""
 
 from __future__ import annotations
 

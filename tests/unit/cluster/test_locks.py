@@ -42,7 +42,7 @@ def _distributions() -> dict[str, list[str]]:
 
 @functools.cache
 def _imports(path: Path) -> set[str]:
-    """Modules that a file imports, wherever in it, but for type checkers and in `try` (what may be absent)."""
+    """Modules that a file imports anywhere, except for type checkers and in `try` (optional packages)."""
     tree = _tree(path)
     optional = {
         inner
@@ -62,8 +62,8 @@ def _imports(path: Path) -> set[str]:
 
 
 def _third_party(folders: list[str]) -> dict[str, str]:
-    """Top-level package -> the file of ours that imports it, reached within these folders from their tasks, when they
-    are loaded or run."""
+    """Top-level package -> the file of ours that imports it, of all modules in these folders that their tasks load or
+    run."""
     own = [f"{folder}.task" for folder in folders]
     seen, todo, packages = set(), [module for module in own if _file(module)], {}
     while todo:
@@ -112,7 +112,7 @@ HEAVY = {"torch", "diffusers", "transformers", "triton"}
 
 
 def _loaded(module: str, seen: dict[str, set[str]]) -> set[str]:
-    """Top-level packages that importing one of our modules loads, directly or through what it imports."""
+    """Top-level packages that the import of one of our modules loads, directly or indirectly."""
     if module in seen or not (path := _file(module)):
         return seen.get(module, set())
     seen[module] = set()

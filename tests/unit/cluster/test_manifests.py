@@ -48,7 +48,7 @@ def custom_schemas() -> dict[str, dict]:
 
 @functools.cache
 def _checked(text: str, version: str) -> None:
-    """Raises for a document that the API server would refuse, and for one that nothing here can judge."""
+    """Raises for a document that the API server would refuse, and for one without a schema here."""
     import jsonschema  # takes seconds to import
     import kubernetes_validate
 
@@ -231,7 +231,7 @@ OFFLOADING_KEYS = {
 
 @pytest.mark.parametrize("chart", ["flyte-binary", "flyte-core"])
 def test_flyte_runs_pytorch_jobs_aggregates_their_errors_and_admits_large_tasks(chart):
-    """The charts themselves are not rendered here: keys are held to the documented ones."""
+    """The charts are not rendered here: keys are compared with the documented ones."""
     values = yaml.safe_load((K8S / "helm" / f"{chart}.yaml").read_text())
     config = values["configuration"]["inline"] if chart == "flyte-binary" else values["configmap"]
     (plugins,) = values_of(config, "enabled-plugins")

@@ -127,7 +127,7 @@ def services():
 
 @pytest.fixture
 def preflight(services, tmp_path, monkeypatch, capsys):
-    """Runs it against these objects: (exit code, name -> result, the scripted server)."""
+    """Runs preflight against these objects: (exit code, name -> result, the scripted server)."""
     store, endpoint = services
     for key, value in (OWN | {"AWS_ENDPOINT_URL": store, "AWS_DEFAULT_REGION": "us-east-1"}).items():
         monkeypatch.setenv(key, value)
@@ -181,7 +181,7 @@ def preflight(services, tmp_path, monkeypatch, capsys):
     return run
 
 
-# The recipe's example source is refused, and no registry listens at port 1: both are as they should be here.
+# Expected failures: the recipe's example source is refused, and no registry listens at port 1.
 EXPECTED = {"recipe's source", "images can be pulled"}
 
 

@@ -1,4 +1,4 @@
-"""`make register` against a stand-in flyteadmin: what a cluster is sent, and what is refused before."""
+"""`make register` against a stand-in flyteadmin: what it sends to a cluster, and what it refuses to send."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def registered(lock, tmp_path_factory):
-    """(what flyteadmin was sent, seconds of CPU that it took), for the shape 8x8 on H100 with EFA, a queue and a secret."""
+    """(the requests to flyteadmin, seconds of CPU), for the shape 8x8 on H100 with EFA, a queue and a secret."""
     return register_shape("8x8", lock, tmp_path_factory.mktemp("config"))
 
 
@@ -134,7 +134,7 @@ def test_only_tasks_that_reach_the_hub_declare_its_token(registered):
     admin, _ = registered
     declared = {n for n, r in admin.tasks.items() if "HF_TOKEN" in keys(r.spec.template)}
     assert "tasks.publishing.task.publish_pipeline" in declared
-    assert {name.rpartition(".")[2] for name in declared} == HUB  # encoding reads strangers' images, and no repository
+    assert {name.rpartition(".")[2] for name in declared} == HUB  # encoding reads untrusted images, and no repository
 
 
 def keys(template) -> set[str]:
@@ -255,7 +255,7 @@ def environment(template) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_every_pod_knows_its_image_and_the_shared_store_and_those_that_lay_out_tasks_the_whole_site(shape_and_admin):
-    """A dynamic workflow's pod writes tasks down again: without the site's settings it would ask for other sizes."""
+    """A dynamic workflow's pod serialises tasks again: without the site's settings it would request other resources."""
     shape, admin = shape_and_admin
     site = {"NUCLEUS_PROFILE": "h100", "NUCLEUS_QUEUE": "training", "NUCLEUS_HUB_SECRET": "nucleus-huggingface"}
     site |= {f"NUCLEUS_IMAGE_{role.upper()}": f"registry.example/nucleus-{role}@{DIGEST}" for role in ROLES}

@@ -1,4 +1,4 @@
-"""A wheel has what runs: code, and the recipes that the code reads beside itself."""
+"""A wheel has the code, and the recipes that the code reads from its folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The detector finds what scenes show, and nothing where there is nothing."""
+"""The detector finds the objects of a scene, and none in an empty image."""
 
 import io
 import time
@@ -19,7 +19,7 @@ CLEAR = 0.9
 
 
 def scene_of(metadata, rng, size_px):
-    """A scene that shows what a prompt asks for and nothing else; colours that are not asked for are drawn."""
+    """A scene with the prompt's objects and no others; colours that the prompt leaves open are random."""
     wanted = [(c["class"], c.get("color")) for c in metadata["include"] for _ in range(c["count"])]
     colors = [color or str(rng.choice(list(COLORS))) for _, color in wanted]
     background = str(rng.choice(list(BACKGROUNDS)))
@@ -39,7 +39,7 @@ def scene_of(metadata, rng, size_px):
 
 
 def clearly(a, relation, b):
-    """`a` stands so to `b` in both GenEval's sense and a looser one, so that a pixel more or less decides nothing."""
+    """`a` has this position to `b` by GenEval's rule and by a looser one, so that one pixel decides nothing."""
     if relation in ("right of", "below"):
         a, b, relation = b, a, INVERSE[relation]
     across, down = b.cx - a.cx, b.cy - a.cy
@@ -226,8 +226,8 @@ def test_a_hundred_images_take_less_than_two_seconds_of_cpu():
     prompts = make_prompts(12)
     images = [render(scene_of(prompts[i % len(prompts)], rng, 64)) for i in range(100)]
     times = []
-    for _ in range(3):  # the first is slower, and so are those beside which the machine does something else
-        started = time.thread_time()  # of this thread: other tests leave threads behind
+    for _ in range(3):  # the first is slower, and so is any on a busy machine
+        started = time.thread_time()  # of this thread: other tests leave threads
         for image in images:
             detect(image)
         times.append(time.thread_time() - started)

@@ -1,4 +1,4 @@
-"""Which attention runs where, and that each way of running it computes the same."""
+"""Which attention runs where, and that all implementations compute the same."""
 
 import importlib.util
 from types import SimpleNamespace
@@ -112,7 +112,7 @@ def test_slow_attention_on_a_gpu_is_a_warning_and_fast_attention_is_none(monkeyp
 
 @pytest.fixture(params=["flash2", "flash3", "early flash3", "varlen"])
 def flash(request, monkeypatch):
-    """Chosen for tensors of any type, also fp32."""
+    """FlashAttention, chosen for tensors of any type, also fp32."""
     *early, backend = request.param.split()
     flash_standin.install(monkeypatch, backend, early=bool(early))
     attention._import(backend)
@@ -158,7 +158,7 @@ def test_flash_attention_adds_up_in_one_order_where_pytorch_is_asked_to(flash, m
 
 
 class Operations(TorchDispatchMode):
-    """Notes the names of those that run."""
+    """Records the names of the operations that run."""
 
     def __init__(self):
         super().__init__()
@@ -169,8 +169,9 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_packing_keys_adds_nothing_up_in_the_backward_pass(flash):
-    """Each key is listed once. Where PyTorch is asked for one order, adding up is a sort on CUDA, in every block."""
+def test_packing_keys_needs_no_sums_in_the_backward_pass(flash):
+    """Each key is listed once. With deterministic algorithms, PyTorch's sums on CUDA would need a sort in every
+    block."""
     (q, k, v), mask = tensors()
     out = attend(q, k, v, mask).sum()
     with Operations() as ran:
@@ -232,7 +233,7 @@ def test_whole_model_on_flash_attention_packs_its_mask_once(flash, monkeypatch):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
 def test_sdpa_of_grouped_heads_equals_its_definition(device, masked, monkeypatch):
-    """Each way that a device takes, computed here; with its gradients."""
+    """Each device's implementation, computed here, with its gradients."""
     (q, k, v), mask = tensors()
     mask = mask if masked else None
     repeated = [x.repeat_interleave(2, dim=2) for x in (k, v)]
@@ -252,7 +253,7 @@ def test_sdpa_of_grouped_heads_equals_its_definition(device, masked, monkeypatch
 
 @pytest.mark.parametrize("dtype, grouped", [(FP32, False), (BF16, True)])
 def test_sdpa_on_a_gpu_takes_grouped_heads_only_where_a_fused_kernel_does(dtype, grouped, monkeypatch):
-    """In fp32 none does: PyTorch would fall back to plain products with repeated heads."""
+    """In fp32 none does: PyTorch would use plain products with repeated heads."""
     (q, k, v), _ = tensors()
     seen = []
     real = F.scaled_dot_product_attention
@@ -288,7 +289,7 @@ def test_mask_stays_as_it_is_without_flash_attention():
 
 @pytest.mark.parametrize("backend", ["sdpa", "flash2", "flash3", "varlen"])
 def test_the_choice_breaks_no_compiled_graph(backend, monkeypatch):
-    """Also where it is made first while compiling: blocks of it are in test_activation.py."""
+    """Also if it is first made while compiling. test_activation.py compiles blocks."""
     monkeypatch.setattr(attention, "PLAIN_SCORES", 0)
     flash_standin.calls.clear()
     if backend != "sdpa":

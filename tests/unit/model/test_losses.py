@@ -85,7 +85,7 @@ def test_wavelet_loss_is_the_mse_of_the_bands_in_fp32():
 
 
 def test_trained_in_guidance_settles_at_the_guided_prediction():
-    """A model that follows its target ends at u + scale (c - u), c being what it would predict without guidance."""
+    """A model that follows its target ends at u + scale (c - u), where c is its prediction without guidance."""
     generator = torch.Generator().manual_seed(0)
     c, u = torch.randn(2, 3, 4, 5, generator=generator)
     v = c.clone().requires_grad_()

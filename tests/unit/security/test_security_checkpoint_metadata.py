@@ -26,7 +26,7 @@ def with_build(start: bytes, state: bytes) -> bytes:
     return b"\x80\x02" + start + state + b"b."
 
 
-# As `__dict__` items, and as slots, which setattr writes: the second form changes a class for good.
+# As `__dict__` items, and as slots, which setattr writes: the second form changes a class permanently.
 STATES = {
     "items": b"}U\x06hackedU\x03yess",
     "slots": b"N}U\x06hackedU\x03yess\x86",
@@ -67,7 +67,7 @@ def test_no_class_of_pathlib_is_made(tmp_path):
 
 
 def test_metadata_that_names_a_path_is_still_read(tmp_path):
-    """DCP writes the place that it saved to, as a pathlib object where it was given one."""
+    """DCP writes the path that it saved to, as a pathlib object if it got one."""
     torch.distributed.checkpoint.save({"a": torch.arange(3)}, checkpoint_id=tmp_path / "step-1", no_dist=True)
     content = pickle.loads((tmp_path / "step-1/.metadata").read_bytes())
     content.storage_meta.checkpoint_id = tmp_path / "step-1"

@@ -29,7 +29,7 @@ BOMBS = {
 def test_a_yaml_bomb_is_refused_at_once(tmp_path, bomb):
     (tmp_path / "bomb.yaml").write_text(BOMBS[bomb])
     began = time.process_time()
-    with pytest.raises(ValueError, match="more than|contains it|too deeply|it is no recipe"):
+    with pytest.raises(ValueError, match="more than|contains it|too deeply|it is not a recipe"):
         load_recipe(str(tmp_path / "bomb.yaml"))
     assert time.process_time() - began < 1
 

@@ -1,4 +1,4 @@
-"""What somebody else can put into a shared folder neither redirects a write nor stops one, and is not unpickled (F7, F19, F22)."""
+"""Files of other users in a shared folder neither redirect nor stop a write, and are not unpickled (F7, F19, F22)."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_entries_of_the_local_cache_are_not_unpickled(tmp_path):
     assert local_cache.forget_lost_artifacts(str(tmp_path / "cache")) == 0
     assert not proof.exists()
     with Cache(str(tmp_path / "cache")) as cache:
-        cache["value"]  # the entry is one that works
+        cache["value"]  # the entry works
     assert proof.exists()
 
 

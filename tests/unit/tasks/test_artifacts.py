@@ -1,4 +1,4 @@
-"""Where artifacts and the state of unfinished work lie."""
+"""The locations of artifacts and of the state of unfinished work."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ LIMIT_S = 60
 
 def hold(work_dir, holding, end, all_over):
     with exclusive(work_dir):
-        if os.fork() == 0:  # as a data loader does: the child is there for some seconds more
+        if os.fork() == 0:  # as a data loader does: the child lives for some seconds more
             all_over.wait(LIMIT_S)
             os._exit(0)
         holding.set()
@@ -84,7 +84,7 @@ def test_a_second_run_of_the_same_work_is_refused_until_the_first_has_ended(tmp_
     first.join()
     for _ in range(2):
         with exclusive(work_dir):
-            shutil.rmtree(work_dir)  # as of work that is done
+            shutil.rmtree(work_dir)  # as after finished work
     assert list(work_dir.parent.iterdir()) == []
     all_over.set()
 
@@ -114,7 +114,7 @@ def test_the_training_processes_of_a_pod_download_an_artifact_once(parent, tmp_p
 
     def download():
         downloads.append(1)
-        shutil.copytree(parent, there)  # refuses a folder that is there
+        shutil.copytree(parent, there)  # refuses an existing folder
 
     with ThreadPoolExecutor(4) as ranks:
         found = list(ranks.map(lambda _: fetch(FlyteDirectory(str(there), downloader=download), "latents"), range(4)))
@@ -130,7 +130,7 @@ def test_a_download_that_failed_is_tried_by_the_next_process(parent, tmp_path, m
     assert fetch(FlyteDirectory(str(tmp_path / "nothing")), "latents") == tmp_path / "nothing"
 
 
-def test_files_that_stay_where_they_lie_are_neither_needed_nor_verified_and_all_others_are(parent, tmp_path):
+def test_files_that_stay_in_the_store_are_neither_needed_nor_verified_and_all_others_are(parent, tmp_path):
     (parent / "rows.bin").write_text("rows")
     seal(parent, "latents")
     partly = shutil.copytree(parent, tmp_path / "partly", ignore=shutil.ignore_patterns("*.bin"))

@@ -1,4 +1,4 @@
-"""Comparing recipes over training seeds: which runs belong together, and what is said of their differences."""
+"""Comparing recipes over training seeds: how runs are grouped, and the report of their differences."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_variant(trained):
     (difference,) = result["differences"].values()  # of seeds 0 and 1, which both have
     assert difference["overall"]["values"] == pytest.approx([-0.10, -0.06])
     assert difference["overall"]["std"] == pytest.approx(0.04 / 2**0.5)
-    # two training seeds say little: Student's quantile for one degree of freedom is 12.7
+    # two training seeds give wide intervals: Student's quantile for one degree of freedom is 12.7
     low, high = difference["overall"]["interval"]
     assert (low, high) == pytest.approx((-0.08 - 12.706 * 0.02, -0.08 + 12.706 * 0.02), abs=1e-3)
     assert difference["overall"]["verdict"] == "cannot tell"

@@ -1,4 +1,4 @@
-"""One image from a published pipeline, by its prompt and seed."""
+"""Drawing one image from a published pipeline, by prompt and seed."""
 
 from __future__ import annotations
 

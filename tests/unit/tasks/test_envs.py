@@ -1,4 +1,4 @@
-"""What is asked of Flyte for the training task, by the environment in which workflows are registered."""
+"""The resources of the training task, which the environment at registration determines."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_retries_are_for_weeks_of_preemptions_or_as_many_as_are_asked_for(traine
 
 
 def test_memory_of_an_accelerator_is_in_segments_that_grow_unless_the_user_says_otherwise(trainer):
-    """Of one process and of several; without an accelerator there is nothing to set."""
+    """For one process and several; without an accelerator there is nothing to set."""
     for ranks in ("1", "2"):
         asked = {"NUCLEUS_TRAIN_NPROC": ranks}
         assert trainer(**asked)["environment"][ALLOCATOR] == "expandable_segments:True"
@@ -53,7 +53,7 @@ SITE = (
 
 @pytest.fixture
 def site(monkeypatch):
-    """tasks.envs as a registration with these settings sees it."""
+    """tasks.envs as a registration with these settings imports it."""
 
     def module(**environment):
         for name in (*NAMES, *SITE, "NUCLEUS_ACCELERATOR_LABEL"):
@@ -111,7 +111,7 @@ def test_the_sites_own_label_template_and_secret_are_used(site):
     (secret,) = module.gather("publisher")["secret_requests"]
     assert (secret.group, secret.env_var) == ("hub", "HF_TOKEN")
     for options in (module.shard("curation"), module.gpu_single("encoder"), module.gather("encoder")):
-        assert "secret_requests" not in options  # they decode what strangers made
+        assert "secret_requests" not in options  # they decode untrusted files
     assert "secret_requests" in module.gpu_single("encoder", reads_hub=True)
     (secret,) = site(NUCLEUS_WANDB_SECRET="metrics").trainer()["secret_requests"]
     assert (secret.group, secret.key, secret.env_var) == ("metrics", "WANDB_API_KEY", "WANDB_API_KEY")

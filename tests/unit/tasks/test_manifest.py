@@ -289,7 +289,7 @@ def test_writing_by_digest_takes_the_place_of_a_damaged_directory(tmp_path):
 
 
 def test_what_one_attempt_has_made_visible_is_not_replaced_by_another_s_equal_content(tmp_path, monkeypatch):
-    """The first one's readers are in it."""
+    """It may have readers."""
     folder, real, seen = tmp_path / "records", manifest.verify, []
 
     def write():
@@ -304,7 +304,7 @@ def test_what_one_attempt_has_made_visible_is_not_replaced_by_another_s_equal_co
             return real(directory, **wanted)
         finally:
             if threading.current_thread() is not other:
-                other.start()  # between the look and the rename
+                other.start()  # between the check and the rename
                 other.join(1)
 
     monkeypatch.setattr(manifest, "verify", looked)
@@ -315,7 +315,7 @@ def test_what_one_attempt_has_made_visible_is_not_replaced_by_another_s_equal_co
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 256 KiB, where the machine lets one be mounted."""
+    """A file system of 256 KiB; skips where it cannot be mounted."""
     libc = ctypes.CDLL(None, use_errno=True)
     place = tmp_path / "small"
     place.mkdir()
@@ -403,7 +403,7 @@ def test_a_directory_of_another_kind_or_digest_is_refused(tmp_path):
 
 
 def test_a_planted_directory_does_not_replace_the_artifact_that_is_made(tmp_path):
-    """Somebody else's self-consistent directory under our digest's name is put aside, not returned."""
+    """Another self-consistent directory under our digest's name is moved away, not returned."""
     planted = tmp_path / "planted"
     planted.mkdir()
     (planted / "a.bin").write_text("malicious")

@@ -1,4 +1,4 @@
-"""Decks name what an artifact was made from, with the execution that made it."""
+"""Decks name an artifact's parents, with the execution that made each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Links(HTMLParser):
 
 @pytest.fixture
 def curated(tmp_path, monkeypatch) -> Path:
-    """Made on a cluster."""
+    """A curated directory as made on a cluster."""
     path = tmp_path / "curated"
     path.mkdir()
     (path / "a.txt").write_text("a")

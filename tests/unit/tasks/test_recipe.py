@@ -1,4 +1,4 @@
-"""A recipe is checked before any work, and a mistake in it is one message with the key and what would be valid."""
+"""A recipe is checked before any work; a mistake gives one message with the key and the valid values."""
 
 from __future__ import annotations
 
@@ -406,7 +406,7 @@ def test_whole_numbers_in_scientific_notation_are_still_read():
 
 
 def test_the_schema_of_a_section_is_made_once_for_all_tasks_and_is_its_own():
-    """flytekit asks for it with each input of each task: a third of the time of `pyflyte run --help`."""
+    """flytekit requests it for each input of each task: a third of the time of `pyflyte run --help`."""
     first = TrainConfig.model_json_schema()
     assert TrainConfig.model_json_schema() is first and first["title"] == "TrainConfig"
     assert MergeConfig.model_json_schema()["title"] == "MergeConfig"

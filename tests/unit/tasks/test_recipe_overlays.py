@@ -1,4 +1,4 @@
-"""A recipe may be an overlay on another; what it does not say is the other's."""
+"""A recipe may be an overlay on another, from which it takes all other values."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_an_overlay_joins_mappings_replaces_the_rest_and_takes_overrides(tmp_pat
     assert load_sections(mine)[1].seed == 3  # the planner reads it too
 
 
-def test_an_overlays_mistakes_are_told_as_any_recipes(tmp_path):
+def test_an_overlays_mistakes_are_reported_like_those_of_any_recipe(tmp_path):
     mine = write(tmp_path / "mine.yaml", base=str(RECIPES / "tiny.yaml"), name="mine", train={"optim": {"muonlr": 3}})
     with pytest.raises(
         ValueError, match=r"recipe mine.yaml is not valid: train.optim.muonlr: unknown key; did you mean"

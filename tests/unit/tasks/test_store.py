@@ -1,4 +1,4 @@
-"""Parts of an artifact: made once for their inputs, found again, and indexed without copying."""
+"""Parts of an artifact: made once for their inputs, found again, and indexed without a copy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lineage leads from a published pipeline to the records behind it, and breaks loudly on any change."""
+"""The lineage leads from a published pipeline to its records, and any change is an error."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_a_parent_is_not_looked_for_among_what_is_still_being_written(made, home
     assert "latents" in capsys.readouterr().err
 
 
-def test_a_directory_made_anew_at_the_recorded_place_is_not_taken_for_the_parent(made, capsys):
+def test_a_new_directory_at_the_recorded_path_is_not_mistaken_for_the_parent(made, capsys):
     old = load_manifest(made["components"]).digest
     (made["components"] / "data.safetensors").write_bytes(b"other")
     seal(made["components"], "components", [made["curated"]])
@@ -344,7 +344,7 @@ def test_what_a_terminal_obeys_is_printed_escaped(tmp_path, capsys):
 
 
 def test_a_recorded_place_of_another_scheme_is_not_opened(made, home, monkeypatch):
-    """A manifest of somebody else names where its parents were: such names must not reach other file systems."""
+    """A foreign manifest names its parents' locations, which must not open other file systems."""
     from tasks.manifest import Parent, as_parent
 
     parents = [as_parent(made[name]) for name in ("merged", "components", "scorecard", "curated")]

@@ -1,4 +1,4 @@
-"""The lineage of a repository of the Hub, whose parents are found by digest in the store: after all pods are gone."""
+"""The lineage of a repository on the Hub, whose parents are found in the store by digest, without any pod."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people start by name, for the shape that is registered."""
+"""The launch plans of a registered shape."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def test_every_change_reaches_the_workflow_in_order():
 
 
 def test_repeats_are_joined_whatever_is_run():
-    """A launch plan's options are made on the other side of the network: no module of ours is loaded for it."""
+    """The options of a launch plan come from flyteadmin: no module of ours is loaded for them."""
     args = ["run", "remote-launchplan", "nightly", "--overrides", "a=1", "--recipe", "tiny", "--overrides=b=[1]"]
     assert join_overrides(args) == [
         "run", "remote-launchplan", "nightly", "--overrides", '["a=1", "b=[1]"]', "--recipe", "tiny",

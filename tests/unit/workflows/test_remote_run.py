@@ -1,4 +1,5 @@
-"""`pyflyte run --remote`: what a pod cannot read is refused or sent as text, and what is missing is filled in."""
+"""`pyflyte run --remote`: inputs that a pod cannot read are refused or sent as text, and missing settings are filled
+in."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ LIMITS = {"cpu": "1000", "memory": "10Ti", "gpu": "8", "ephemeralStorage": "10Ti
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch, tmp_path):
-    """Without a Flyte configuration or settings of the machine, with a lock of images."""
+    """A folder with a lock of images, without the machine's Flyte configuration and settings."""
     images = [f"NUCLEUS_IMAGE_{role.upper()}" for role in ROLES]
     for name in (*SETTINGS, *images, "NUCLEUS_TRAIN_NNODES", "NUCLEUS_TRAIN_NPROC", "FLYTECTL_CONFIG", "UCTL_CONFIG"):
         monkeypatch.setenv(name, "")  # so that it is put back where `prepare` sets it
@@ -63,7 +64,7 @@ def test_a_recipe_file_travels_as_its_text_with_its_bases(recipe, words):
 
 
 @pytest.mark.parametrize("command", ["remote-launchplan", "remote-workflow"])
-def test_it_does_so_for_what_is_registered_already(recipe, command):
+def test_a_recipe_file_travels_as_its_text_to_registered_workflows_too(recipe, command):
     args = remote_run.prepare(["run", command, "train", "--recipe", str(recipe)])
     assert load_recipe(value(args, "--recipe")).name == "mine" and "--image" not in args
 

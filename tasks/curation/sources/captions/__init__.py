@@ -1,1 +1,1 @@
-"""Reads captions beside images, and assigns them to images."""
+"""Reads captions next to images, and assigns them to images."""

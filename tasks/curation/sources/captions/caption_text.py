@@ -103,7 +103,7 @@ def captions_of(value: Any) -> list[str]:
         if text is None or text != text:  # pandas writes a missing text as NaN
             continue
         if not isinstance(text, str):
-            raise NotTextError(f"has a caption that is no text but of the type {type(text).__name__}")
+            raise NotTextError(f"has a caption that is not text but of the type {type(text).__name__}")
         if not text.strip():
             continue
         try:
@@ -143,7 +143,7 @@ def captions_of_cells(cells: Iterable[Any]) -> list[str]:
 
 
 def sidecar_captions(name: str, data: bytes, encoding: str | None, wanted: tuple[str, ...]) -> list[str]:
-    """The captions of a file beside an image: one per line in .txt and .caption; a row or a list in .json.
+    """The captions of a file next to an image: one per line in .txt and .caption; a row or a list in .json.
 
     Raises:
         CaptionError: it cannot be read, or is over its limit.

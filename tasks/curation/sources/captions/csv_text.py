@@ -25,7 +25,7 @@ def rows(shown: str, text: TextIO, delimiter: str, remedy: str) -> Iterator[tupl
 
     Raises:
         ValueError: broken quotes, another number of fields than the header, a row or a table over its limit; names the
-        file and line.
+            file and line.
     """
     csv.field_size_limit(MAX_ROW_BYTES)
     lines = _Lines(shown, text, remedy)
@@ -64,7 +64,7 @@ def header(line: str, delimiter: str) -> list[str]:
 
 
 def delimiter_of(first: str, usual: str, fits: Callable[[list[str]], bool]) -> str:
-    """The delimiter by which a first line is a header that `fits`; the usual one if none is."""
+    """The delimiter with which a first line is a header that `fits`; the usual one if there is none."""
     return next((one for one in (usual, ",", ";", "\t") if fits(header(first, one))), usual)
 
 
@@ -93,7 +93,7 @@ class Checks:
         """
         Raises:
             ValueError: text in an unnamed column after the captions; a quoted field that contains the row of another
-            image, so that its quote was not meant as one.
+                image, so that its quote was not meant as one.
         """
         for at in self._nameless:
             if fields[at].strip():

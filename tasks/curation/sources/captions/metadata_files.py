@@ -1,4 +1,4 @@
-"""Captions in tables beside the images: metadata.csv, .tsv, .jsonl, .json and .parquet, in any case of letters.
+"""Captions in tables next to the images: metadata.csv, .tsv, .jsonl, .json and .parquet, in any case of letters.
 
 Each row names an image (file_name, relative to the folder of the table) and has its captions. A table is streamed into
 `Listed`, which is queried one image at a time. A row that does not parse is an error with file and line: a repaired row

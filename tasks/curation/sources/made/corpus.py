@@ -178,7 +178,7 @@ def read(place: Place, name: str, shard: Shard, account: Account) -> Iterator[Re
 
 
 def read_scenes(uri: str) -> dict[str, dict]:
-    """Key -> scene, for records of the tar at `uri` that show one, from the table beside it."""
+    """Key -> scene, for records of the tar at `uri` that show one, from the table next to it."""
     filesystem, path = storage.filesystem(join(uri.rpartition("/")[0], TRUTH_TABLE))
     if not filesystem.exists(path):
         return {}

@@ -5,7 +5,7 @@ from private networks.
                              |            429, 5xx, timeout: again, later
                              one for each origin
 
-Nothing is decompressed here, cookies are not kept, and nothing of the environment (proxies, .netrc) is used.
+Nothing is decompressed here, cookies are not kept, and the environment (proxies, .netrc) is not used.
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ class Fetcher:
         if status >= 400:
             return answer._replace(rule=GONE, detail=f"HTTP {status}")
         if status != 200:
-            return answer._replace(rule=FAILED, detail=f"HTTP {status}, which is no answer to a plain request")
+            return answer._replace(rule=FAILED, detail=f"HTTP {status}, which is not an answer to a plain request")
         kind = named.get("content-type", "").partition(";")[0].strip().lower()
         if is_image:
             if self.config.obey_robots:

@@ -1,4 +1,4 @@
-"""Official prompts are downloaded at a commit, once, and are refused where they are others."""
+"""Official prompts are downloaded once, at a commit, and refused if their digest differs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONTENT = (json.dumps(PROMPT) + "\n").encode()
 
 @pytest.fixture
 def geneval(monkeypatch):
-    """GenEval's source with a file of this test."""
+    """GenEval's source, with a file made by this test."""
     source = Source("a/b", "f" * 40, {"prompts.jsonl": hashlib.sha256(CONTENT).hexdigest()}, "prompts.jsonl")
     monkeypatch.setitem(SOURCES, "geneval", source)
     return source

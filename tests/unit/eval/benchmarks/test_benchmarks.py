@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import official_data
 import pytest
 
 from eval.benchmarks.base import Judged, Question, prompt_digest
@@ -68,7 +69,7 @@ def test_prompt_data_that_is_not_there_is_named_with_its_source(name, tmp_path):
 
 def test_a_question_digest_is_what_the_judge_is_asked():
     question = Question("vqa", "1", "Is it?", {"a": 1, "b": 2})
-    assert question.digest == Question("vqa", "2", "Is it?", {"b": 2, "a": 1}).digest  # another place for the answer
+    assert question.digest == Question("vqa", "2", "Is it?", {"b": 2, "a": 1}).digest  # another key
     others = [Question("ocr", "1", "Is it?", {"a": 1, "b": 2}), Question("vqa", "1", "is it?", {"a": 1, "b": 2}),
               Question("vqa", "1", "Is it?", {"a": 1})]  # fmt: skip
     assert len({question.digest, *(q.digest for q in others)}) == 4
@@ -228,27 +229,7 @@ def test_geneval2_asks_in_one_word_and_averages_over_images(tmp_path):
 def checkout(tmp_path):
     """The files of the official repository that the benchmark reads, with a few prompts."""
 
-    def table(name, columns, rows):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([columns, *rows])
-
-    def document(name, value):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(value))
-
-    prompts = [("Anime_Stylization", "000"), ("Anime_Stylization", "001"), ("Text_Rendering", "000"),
-               ("Text_Rendering", "001"), ("Knowledge_Reasoning", "000")]  # fmt: skip
-    table("OneIG-Bench.csv", ["category", "id", "prompt_en"], [(c, i, f"{c}, {i}") for c, i in prompts])
-    table("scripts/text/text_content.csv", ["", "id", "text_content"], [(0, "000", "['Open']"), (1, "001", "['Shut']")])
-    table("scripts/style/style.csv", ["", "id", "class"], [(0, "000", ""), (1, "001", "line art")])
-    document("scripts/reasoning/gt_answer.json", {"000": "the answer"})
-    entry = {"question": {"1": "Is it a cat?", "2": "Is it black?"}, "dependency": {"1": [0], "2": [1]}}
-    texts = {key: json.dumps(value) for key, value in entry.items()}  # the official files have either
-    document("scripts/alignment/Q_D/anime.json", {"000": entry, "001": texts})
-    return tmp_path
+    return official_data.write_oneig(tmp_path)
 
 
 def replies(question):

@@ -1,11 +1,11 @@
-"""The captions benchmark: generated images beside real ones, in the features of a named judge."""
+"""The captions benchmark: generated images against real ones, in the features of a named judge."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 
 import numpy as np
+import official_data
 import pytest
 from PIL import Image
 
@@ -99,18 +99,10 @@ class Features(ShapesDetector):
 
 @pytest.fixture
 def run(tmp_path):
-    """(folder of a run, its configuration): twenty captions, and images of nearly the real colour."""
-    (tmp_path / "given" / "reference").mkdir(parents=True)
+    """(folder of a run, its configuration): twenty captions, and images in nearly the right colours."""
     colors = np.random.default_rng(1).integers(0, 256, (20, 3))
-    lines = []
-    for i, color in enumerate(colors):
-        path = tmp_path / "given" / "reference" / f"{i}.png"
-        Image.new("RGB", (16, 16), tuple(map(int, color))).save(path)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        reference = {"file": f"reference/{i}.png", "sha256": digest}
-        lines.append(json.dumps({"id": f"{i:02d}", "prompt": f"{i}", "reference": reference}))
-    (tmp_path / "given" / "captions.jsonl").write_text("\n".join(lines))
-    prompts_file = str(tmp_path / "given" / "captions.jsonl")
+    pictures = [Image.new("RGB", (16, 16), tuple(map(int, color))) for color in colors]
+    prompts_file = str(official_data.write_captions(tmp_path / "given", pictures))
     config = EvalConfig(benchmark="captions", seeds=(0, 1), image_size_px=16, prompts_file=prompts_file)
 
     def sampler(texts, seeds, height, width):
@@ -175,7 +167,7 @@ def test_flow_losses_are_averaged_over_prompts_by_timestep_and_a_damaged_file_is
 def test_a_real_image_must_lie_below_the_file_of_captions(tmp_path, name):
     (tmp_path / "given").mkdir()
     (tmp_path / "secret.png").write_bytes(b"x")
-    with pytest.raises(ValueError, match="is no file below"):
+    with pytest.raises(ValueError, match="is not a file below"):
         copy_references([{"id": "0", "reference": {"file": name}}], tmp_path / "given", tmp_path / "images")
     assert not (tmp_path / "images").exists()
 

@@ -1,4 +1,4 @@
-"""The shapes benchmark asks what GenEval asks, of what training has and has not shown."""
+"""The shapes benchmark asks GenEval's questions, about content that training has and has not shown."""
 
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Benchmarks whose scores are not right and wrong, whose questions follow from answers, or are about all images."""
+"""Benchmarks with scores between right and wrong, with questions that depend on answers, or about all images."""
 
 from __future__ import annotations
 

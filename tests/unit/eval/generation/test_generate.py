@@ -1,4 +1,4 @@
-"""Images depend on (benchmark, prompt id, image, seed) alone, and a stopped run resumes without writing any again."""
+"""Images depend on (benchmark, prompt id, image, seed) alone, and a resumed run writes no image again."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import multiprocessing
 import os
 import random
 import signal
+import time
 
 import numpy as np
 import pytest
+from killed import identities, kill_at_random
 from PIL import Image
 
 from eval.config import EvalConfig
@@ -82,7 +84,7 @@ def test_every_image_has_its_own_noise():
 
 
 def test_an_image_does_not_depend_on_the_other_prompts_their_order_or_the_number_of_seeds(tmp_path):
-    """Those that stay the same keep their noise when the list of prompts changes around them."""
+    """A prompt keeps its noise when the other prompts change."""
     sampler = Noise(by_place=False)
     generate(sampler, PROMPTS, CONFIG, tmp_path / "a", log=quiet)
     generate(sampler, PROMPTS[::-1], CONFIG.model_copy(update={"seeds": (5,)}), tmp_path / "b", log=quiet)
@@ -114,9 +116,53 @@ def test_a_stopped_run_resumes_and_equals_an_unbroken_one(tmp_path):
 MANY = [{"tag": "colors", "include": [], "prompt": f"prompt {i}"} for i in range(23)]
 
 
+class Gated(Noise):
+    """Writes the batches that it gets to a file, and takes a few milliseconds for each."""
+
+    def __init__(self, gate, log):
+        super().__init__()
+        self.gate, self.log = gate, log
+
+    def __call__(self, prompts, seeds, height, width):
+        with open(self.log, "a") as file:
+            file.write(f"{seeds[0]}\n")
+        self.gate.pass_through()
+        time.sleep(0.003)
+        return super().__call__(prompts, seeds, height, width)
+
+
 @pytest.mark.slow
 def test_twenty_kills_lose_at_most_a_batch_each_and_write_nothing_again(tmp_path):
-    """SIGKILL just before or just after a file takes its name, at random ones of all files that a run writes."""
+    prompts = [{"tag": "colors", "include": [], "prompt": f"prompt {i}"} for i in range(60)]
+    generate(Noise(), prompts, CONFIG, tmp_path / "whole", log=quiet)
+    run, log, rng = tmp_path / "killed", tmp_path / "asked", random.Random(1)
+    log.touch()
+
+    def files():
+        return [p for p in run.rglob("*") if p.is_file() and not p.name.startswith(".")]
+
+    def work(gate):
+        generate(Gated(gate, log), prompts, CONFIG, run, log=quiet)
+
+    before = {}
+    for _ in range(20):  # 120 batches of two images: at most five are begun each time
+        asked, exist = len(log.read_text().split()), len(pictures(run))
+        kill_at_random(work, rng, batches=4)
+        after = identities(files())
+        assert before.items() <= after.items()
+        before = after
+        batches = len(log.read_text().split()) - asked
+        assert (
+            len(pictures(run)) - exist >= 2 * (batches - 1) - 1
+        )  # the batch of the kill, and the unfinished one before
+    assert 0 < len(pictures(run)) < 240
+    generate(Noise(), prompts, CONFIG, run, log=quiet)
+    assert before.items() <= identities(files()).items()
+    assert {p.relative_to(run).as_posix(): p.read_bytes() for p in files()} == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_kill_before_or_after_any_file_takes_its_name_loses_at_most_a_batch(tmp_path):
     generate(Noise(), MANY, CONFIG, tmp_path / "whole", log=quiet)
     rng, run = random.Random(1), tmp_path / "killed"
 
@@ -135,23 +181,22 @@ def test_twenty_kills_lose_at_most_a_batch_each_and_write_nothing_again(tmp_path
         os.replace = replace
         generate(Noise(), MANY, CONFIG, run, log=quiet)
 
-    identity = {}
+    before = {}
     for _ in range(20):
         child = multiprocessing.get_context("fork").Process(
             target=attempt, args=(rng.randint(1, 7), rng.random() < 0.5)
         )
         child.start()
         child.join()
-        for path in run.rglob("[0-9]*.png"):
-            stat = path.stat()
-            assert identity.setdefault(path, (stat.st_ino, stat.st_mtime_ns)) == (stat.st_ino, stat.st_mtime_ns)
+        assert child.exitcode == -signal.SIGKILL
+        after = identities(run.rglob("[0-9]*.png"))
+        assert before.items() <= after.items()
+        before = after
     made = Noise()
     exist = len(pictures(run))
     generate(made, MANY, CONFIG, run, log=quiet)
-    whole = pictures(tmp_path / "whole")
     assert pictures(run / "images") == pictures(tmp_path / "whole/images")
-    assert sum(made.batches) <= len(whole) - exist + CONFIG.batch_size  # at most the one batch is sampled twice
-    assert not [p for p in run.rglob(".*.png.*") if p.stat().st_ino in {i for i, _ in identity.values()}]
+    assert sum(made.batches) <= len(pictures(tmp_path / "whole")) - exist + CONFIG.batch_size
 
 
 @pytest.mark.parametrize("shards", [1, 2, 5])

@@ -1,4 +1,4 @@
-"""Any pipeline is a sampler: its images depend on prompt and noise alone, and how it samples is stated."""
+"""Any pipeline is a sampler: its images depend on prompt and noise alone, and it states its settings."""
 
 import json
 from pathlib import Path
@@ -65,15 +65,15 @@ def test_cached_text_gives_the_same_images_in_mixed_batches_call_after_call(pipe
     assert not pipeline.transformer.is_cache_enabled
     cached = diffusers_sampler(pipeline, config)
     assert pipeline.transformer.is_cache_enabled
-    # another batch in between: nothing of it may stay
+    # another batch in between, which must leave no state
     first, other = pixels(cached(TEXTS, NOISES, 32, 32)), pixels(cached(TEXTS[::-1], NOISES, 32, 32))
     again = pixels(cached(TEXTS, NOISES, 32, 32))
     assert np.abs(first - plain).max() <= 1 and np.array_equal(first, again)
-    assert np.abs(other - plain).max() > 1  # else the prompts decide nothing and this test shows nothing
+    assert np.abs(other - plain).max() > 1  # otherwise the prompts have no effect, and this test shows nothing
 
 
 def test_a_transformer_without_a_cache_of_texts_is_sampled_without_one(pipeline, monkeypatch):
-    """That of ablations, which diffusers has no class for."""
+    """The transformer of ablations, for which diffusers has no class."""
     from model.sampling.pipeline_transformer import PipelineTransformer
 
     monkeypatch.setattr(pipeline, "transformer", PipelineTransformer(pipeline.transformer))

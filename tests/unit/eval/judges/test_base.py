@@ -1,4 +1,4 @@
-"""Specs, self-tests and the registry: what a judge must be before it answers anything."""
+"""Specs, self-tests and the registry: the checks before a judge answers."""
 
 import json
 import subprocess

@@ -1,7 +1,7 @@
 """BLIP as DPG-Bench's judge, as a small random instance."""
 
 import pytest
-from tiny_judges import picture
+from tiny_judges import make_blip, picture
 
 from eval.judges.blip_vqa import BlipVQA
 from eval.judging.protocols import Request
@@ -9,22 +9,11 @@ from eval.judging.protocols import Request
 
 @pytest.fixture(scope="module")
 def parts(bytes_tokenizer):
-    import torch
-    from transformers import BlipConfig, BlipForQuestionAnswering
-    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
-
-    torch.manual_seed(0)
-    tower = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    config = BlipConfig(
-        text_config=dict(tower, vocab_size=len(bytes_tokenizer), encoder_hidden_size=32, bos_token_id=1, eos_token_id=2, pad_token_id=0, sep_token_id=2),
-        vision_config=dict(tower, image_size=32, patch_size=8), projection_dim=16,
-    )  # fmt: skip
-    processor = BlipImageProcessorPil(size={"height": 32, "width": 32})
-    return BlipForQuestionAnswering(config).eval(), bytes_tokenizer, processor
+    return make_blip(bytes_tokenizer)
 
 
 def test_a_small_random_judge_answers_greedily_by_the_models_definition(parts):
-    """The decoder run token by token, over the question that the image is attended to."""
+    """The decoder, run token by token on the question's states, which attend to the image."""
     import torch
 
     model, tokenizer, processor = parts

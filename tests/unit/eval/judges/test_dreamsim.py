@@ -1,81 +1,29 @@
 """OneIG's judge of diversity: the package's own model, small and random, without its downloads."""
 
-import importlib
 import json
-from functools import partial
 from importlib.util import find_spec
 
 import pytest
 from PIL import Image
 from tiny_judges import picture
+from tiny_packages import ALPHA, PROJECTION, RANK, WIDTH, load_dreamsim, small_dreamsim, write_dreamsim
 
 from eval.benchmarks import registry as benchmarks
 from eval.judges import dreamsim, pins, registry
-from eval.judges.dreamsim import DreamSim, add_lora, build, dreamsim_package
+from eval.judges.dreamsim import DreamSim, add_lora
 from eval.judging.protocols import Request, score_name
 
 pytestmark = pytest.mark.skipif(find_spec("dreamsim") is None, reason="dreamsim is not installed (no-deps.txt)")
 
-WIDTH, PROJECTION, RANK, ALPHA = 24, 16, 4, 2
-
-
-def tower(package, patch_size=16):
-    import torch
-
-    transformer = importlib.import_module("dreamsim.feature_extraction.vision_transformer").VisionTransformer
-    norm = partial(torch.nn.LayerNorm, eps=1e-6)
-    return transformer(
-        img_size=[224], patch_size=patch_size, embed_dim=WIDTH, depth=12, num_heads=2, mlp_ratio=2, qkv_bias=True, norm_layer=norm
-    )  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
-    """A directory of the release's files with small towers, and the function that builds its model."""
-    import torch
-    from safetensors.torch import save_file
-
-    folder = tmp_path_factory.mktemp("dreamsim")
-    torch.manual_seed(0)
-
-    def small(package):
-        for name in ("vision_transformer", "load_clip_as_dino", "load_open_clip_as_dino"):
-            module = importlib.import_module(f"dreamsim.feature_extraction.{name}")
-            module.vit_base = partial(tower, package)
-        package.EMBED_DIMS |= {"dino_vitb16": {"cls": WIDTH}}
-        package.EMBED_DIMS |= {name: {"embedding": PROJECTION} for name in ("clip_vitb16", "open_clip_vitb16")}
-        return package
-
-    with dreamsim_package() as package:
-        small(package)
-        (folder / "checkpoints").mkdir()
-        (folder / "ensemble_lora").mkdir()
-        adapter = {}
-        for index, name in enumerate(dreamsim.DreamSim.FILES[:3]):
-            vit = tower(package)
-            if index:
-                vit.pos_drop = torch.nn.LayerNorm(WIDTH)
-            for parameter in vit.parameters():
-                torch.nn.init.normal_(parameter, std=0.2)
-            state = vit.state_dict()
-            torch.save(
-                {"state_dict": {**state, "proj": torch.randn(WIDTH, PROJECTION)}} if index else state, folder / name
-            )
-            for block in range(12):
-                layer = f"base_model.model.extractor_list.{index}.model.blocks.{block}.attn.qkv"
-                adapter[f"{layer}.lora_A.weight"] = torch.randn(RANK, WIDTH) / 5
-                adapter[f"{layer}.lora_B.weight"] = torch.randn(3 * WIDTH, RANK) / 5
-        config = {"r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.3, "bias": "none", "target_modules": ["qkv"], "peft_type": "LORA"}  # fmt: skip
-        (folder / dreamsim.ADAPTER[0]).write_text(json.dumps(config))
-        save_file(adapter, folder / dreamsim.ADAPTER[1])
-    return folder, small
+    return write_dreamsim(tmp_path_factory.mktemp("dreamsim"))
 
 
 @pytest.fixture(scope="module")
 def model(release):
-    folder, small = release
-    with dreamsim_package() as package:
-        return build(small(package), folder, "cpu").eval()
+    return load_dreamsim(release)
 
 
 def test_distances_are_those_of_the_packages_model_for_each_pair_in_order(model):
@@ -109,15 +57,12 @@ def test_every_weight_of_the_directory_is_in_the_model_and_torch_hub_is_not_call
     import torch
     from safetensors.torch import load_file
 
-    folder, small = release
-
     def refuse(*args, **kwargs):
         raise AssertionError("torch.hub is called")
 
     for name in ("load", "set_dir", "download_url_to_file", "load_state_dict_from_url"):
         monkeypatch.setattr(torch.hub, name, refuse)
-    with dreamsim_package() as package:
-        model = build(small(package), folder, "cpu")
+    folder, model = release, load_dreamsim(release)
     adapter = load_file(folder / dreamsim.ADAPTER[1])
     for index, name in enumerate(DreamSim.FILES[:3]):
         state = torch.load(folder / name, weights_only=True)
@@ -147,20 +92,19 @@ def test_every_weight_of_the_directory_is_in_the_model_and_torch_hub_is_not_call
     ],
 )
 def test_another_adapter_is_refused(release, model, tmp_path, changed, message):
-    config = json.loads((release[0] / dreamsim.ADAPTER[0]).read_text()) | changed
+    config = json.loads((release / dreamsim.ADAPTER[0]).read_text()) | changed
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
-        add_lora(model, tmp_path / "config.json", release[0] / dreamsim.ADAPTER[1])
+        add_lora(model, tmp_path / "config.json", release / dreamsim.ADAPTER[1])
 
 
 def test_only_the_pinned_release_has_the_official_name(release, monkeypatch, tmp_path):
-    folder, small = release
     opened = dreamsim.dreamsim_package
 
     class Small:
         def __enter__(self):
             self.context = opened()
-            return small(self.context.__enter__())
+            return small_dreamsim(self.context.__enter__())
 
         def __exit__(self, *error):
             return self.context.__exit__(*error)
@@ -170,12 +114,12 @@ def test_only_the_pinned_release_has_the_official_name(release, monkeypatch, tmp
     oneig = benchmarks.load("oneig")
 
     def official():
-        judge = registry.load(f"dreamsim@{folder}")
+        judge = registry.load(f"dreamsim@{release}")
         others = {role: {"name": "official", "model": model} for role, model in oneig.judges.items()}
         return score_name(oneig, others | {"diversity": {"name": judge.name, "model": judge.model}}) == "oneig"
 
     assert not official()
-    assert pins.main(["dreamsim", str(folder)]) == 0
+    assert pins.main(["dreamsim", str(release)]) == 0
     assert not official()  # pinned, and yet too narrow to be the release
     monkeypatch.setattr(dreamsim, "EMBEDDING_WIDTH", WIDTH + 2 * PROJECTION)
     assert official()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_judges import picture
+from tiny_judges import make_dinov2, picture
 
 from eval.judges.clip_similarity import CLIPSimilarity
 from eval.judges.features import DINOv2, rounded
@@ -12,16 +12,7 @@ from eval.judging.protocols import Request
 
 @pytest.fixture(scope="module")
 def dinov2():
-    import torch
-    from transformers import Dinov2Config, Dinov2Model
-    from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
-
-    torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14, mlp_ratio=2
-    )
-    size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
-    return Dinov2Model(config).eval(), BitImageProcessorPil(**size)
+    return make_dinov2()
 
 
 def test_a_small_dinov2_gives_the_class_token_whatever_else_is_asked(dinov2):
@@ -61,7 +52,7 @@ def test_a_small_clip_gives_a_cosine_that_depends_on_image_and_caption(clip):
 
 
 def judge_cosine(clip, request):
-    """By the model's own forward pass."""
+    """Computed by the model's own forward pass."""
     import torch
 
     model, tokenizer, processor = clip

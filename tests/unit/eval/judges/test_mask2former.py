@@ -86,7 +86,7 @@ def test_the_input_is_padded_right_and_below_with_the_normalised_zero():
 
 @pytest.fixture(scope="module")
 def judge(mask2former, clip):
-    return Mask2FormerCLIP.of(Mask2Former(mask2former, short=64, long=107), CLIPColors(*clip), "sha256:tiny")
+    return Mask2FormerCLIP.of(Mask2Former(mask2former, short=64, long=107), CLIPColors(*clip[:2]), "sha256:tiny")
 
 
 def test_a_small_random_judge_answers_both_roles_end_to_end(judge):
@@ -155,6 +155,6 @@ def test_the_colour_is_that_of_the_nearest_text(clip):
         pixels = processor(images=[crop], return_tensors="pt")["pixel_values"]
         feature = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)[0]
     expected = COLORS[int((torch.stack(rows) @ feature).argmax())]
-    judge = CLIPColors(*clip)
+    judge = CLIPColors(*clip[:2])
     assert judge.colors(image, "dog", [[5.0, 10.0, 40.0, 30.0]], [mask]) == [expected]
     assert torch.allclose(judge._classifier("dog"), torch.stack(rows), atol=1e-6)

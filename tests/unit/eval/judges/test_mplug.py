@@ -13,6 +13,8 @@ from typing import Any, Union
 import pytest
 from PIL import Image
 from tiny_judges import picture
+from tiny_packages import VOCABULARY, load_mplug, write_mplug, write_mplug_settings
+from torchvision_by_definition import transforms
 
 from eval import dpg
 from eval.benchmarks import registry as benchmarks
@@ -24,56 +26,15 @@ from eval.judging.protocols import Request, score_name
 
 pytestmark = pytest.mark.skipif(find_spec("modelscope") is None, reason="modelscope is not installed (no-deps.txt)")
 
-WORDS = [*"yes no is there a dog the red ? ##s two cat on".split(), *map(chr, range(97, 123))]
-# The package's search starts with token 101 and ends with 102, as BERT's vocabulary has them.
-VOCABULARY = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-BERT = dict(
-    vocab_size=len(VOCABULARY), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
-    max_position_embeddings=64, type_vocab_size=2, pad_token_id=0, layer_norm_eps=1e-12, hidden_act="gelu", encoder_width=32,
-    add_cross_attention=False, text_encoder_layers=1, fusion_layers=2, text_decode_layers=1, stride_layer=2,
-)  # fmt: skip
-CONFIG = dict(
-    task="visual-question-answering", bert_config="config_bert.json", image_res=56, vision_width=1024, distill=True,
-    clip_name="ViT-L-14", min_length=1, max_length=4, beam_size=5, clip_embed_dim=64, clip_image_resolution=56, clip_vision_layers=1,
-    clip_vision_width=1024, clip_vision_patch_size=14, clip_context_length=16, clip_vocab_size=50, clip_transformer_width=64,
-    clip_transformer_heads=2, clip_transformer_layers=1,
-)  # fmt: skip
-
-
-def write_settings(folder):
-    import yaml
-
-    (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
-    (folder / "config_bert.json").write_text(json.dumps(BERT))
-    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
-    (folder / "configuration.json").write_text(json.dumps({"task": "visual-question-answering"}))
-    return folder
-
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
-    """A directory of the release's files with a small model."""
-    import torch
-
-    folder = write_settings(tmp_path_factory.mktemp("mplug"))
-    torch.manual_seed(0)
-    with mplug_package() as package:
-        model = build(package, folder)
-    for name, parameter in model.named_parameters():  # so large that answers depend on the image and on the question
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.05 if "visual_encoder" in name else 0.5)
-    state = {f"module.model.{name}".removeprefix("module."): tensor for name, tensor in model.state_dict().items()}
-    state["model.text_encoder_m.embeddings.word_embeddings.weight"] = torch.zeros(len(VOCABULARY), 32)
-    torch.save({"model": state}, folder / "pytorch_model.bin")
-    return folder
+    return write_mplug(tmp_path_factory.mktemp("mplug"))
 
 
 @pytest.fixture(scope="module")
 def model(release):
-    with mplug_package() as package:
-        made = build(package, release)
-    load_weights(made, release / "pytorch_model.bin")
-    return made
+    return load_mplug(release)
 
 
 @pytest.fixture(scope="module")
@@ -99,33 +60,6 @@ def packages_preprocessor(source, folder):
     }  # fmt: skip
     exec(compile(ast.Module([definition], type_ignores=[]), "multi_modal.py", "exec"), names)
     return names["MPlugPreprocessor"](str(folder))
-
-
-def transforms():
-    """torchvision.transforms by its documented definitions: what the package's preprocessor takes from it."""
-    import torch
-
-    def to_tensor(image):
-        values = torch.tensor(list(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
-        return values.permute(2, 0, 1).to(torch.float32).div(255)
-
-    def normalize(mean, std):
-        return lambda x: (x - torch.tensor(mean).view(-1, 1, 1)).div(torch.tensor(std).view(-1, 1, 1))
-
-    def compose(steps):
-        def run(x):
-            for step in steps:
-                x = step(x)
-            return x
-
-        return run
-
-    def resize(size, interpolation):
-        return lambda image: image.resize(size[::-1], interpolation)
-
-    return module(
-        "torchvision.transforms", Resize=resize, ToTensor=lambda: to_tensor, Normalize=normalize, Compose=compose
-    )
 
 
 QUESTIONS = ["Is there a DOG?", "two cats on the red dog " * 8 + "?", "the", "is the cat on a red dog ?", "a b c"]
@@ -169,7 +103,7 @@ def test_case_and_words_after_the_25th_token_change_nothing(judge, model, monkey
 
 
 def test_an_image_of_any_shape_becomes_a_square_of_the_whole_image(judge):
-    """Not its middle: what is at the edges counts."""
+    """It is not cropped: the edges count."""
     edges = Image.new("RGB", (200, 50), (230, 10, 10))
     edges.paste((10, 10, 230), (0, 0, 60, 50))
     pixels, _ = judge.inputs(edges, "a")
@@ -193,7 +127,7 @@ def test_only_the_word_yes_alone_scores(judge, model, monkeypatch):
 
 
 def test_what_a_mask_hides_from_the_decoder_changes_no_answer(model):
-    """The attribute that transformers 5 no longer has: states with mask 0 are as if they were not there."""
+    """transformers 5 removed this attribute: states with mask 0 have no effect."""
     import torch
 
     torch.manual_seed(0)
@@ -226,7 +160,7 @@ def test_code_in_the_releases_files_is_refused_and_does_not_run(model, release, 
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Runs()))
     with pytest.raises(ValueError, match="is not a file of weights"):
         load_weights(model, tmp_path / "pytorch_model.bin")
-    write_settings(tmp_path)
+    write_mplug_settings(tmp_path)
     (tmp_path / "config.yaml").write_text(f'image_res: !!python/object/apply:os.system ["touch {tmp_path}/ran"]\n')
     with mplug_package() as package, pytest.raises(ValueError, match=r"config\.yaml is not a configuration of mPLUG"):
         build(package, tmp_path)

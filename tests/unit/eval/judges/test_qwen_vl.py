@@ -1,4 +1,4 @@
-"""Qwen's judges: inputs made by hand against the library's processor, answers of small random models."""
+"""Qwen's judges: our inputs against those of the library's processor, and answers of small random models."""
 
 import pytest
 from tiny_judges import SPECIAL, picture

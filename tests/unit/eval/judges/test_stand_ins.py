@@ -1,4 +1,4 @@
-"""Importing a judge's library leaves no trace: nothing later believes that torchvision, or timm, is installed."""
+"""After the import of a judge's library, torchvision or timm does not seem to be installed."""
 
 import importlib
 import subprocess
@@ -61,7 +61,7 @@ def test_a_torchvision_that_imports_is_used_and_one_that_does_not_is_replaced(tm
         assert bool(stand_ins.torchvision()) is replaced
         assert ("torchvision" in sys.modules) is not replaced
     for name in ("torchvision", "torchvision.transforms"):
-        del sys.modules[name]  # not by monkeypatch, which would put the stand-in back
+        del sys.modules[name]  # not by monkeypatch, which would restore the stand-in for later tests
 
 
 def test_the_stand_in_normalises_as_torchvision_does():

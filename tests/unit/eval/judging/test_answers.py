@@ -1,4 +1,4 @@
-"""Answers survive a kill, a torn line and sealing; a question is asked again only when something about it changed."""
+"""Answers survive a kill, a torn line and sealing; a question is asked again only if it or its inputs changed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Two scorecards are compared prompt by prompt, a choice keeps the incumbent unless it is beaten, and nothing that
-cannot be compared is."""
+"""Two scorecards are compared prompt by prompt, a choice keeps the incumbent unless it is beaten, and scorecards that
+cannot be compared are refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFIG = EvalConfig(prompts_per_task=12, seeds=(0, 1), image_size_px=8, prompt_s
 
 
 class Chance(ShapesDetector):
-    """Finds what is asked for in this share of the images: the first byte of an image decides."""
+    """Finds the objects in this share of the images: the first byte of an image decides."""
 
     def answer(self, requests):
         return [json.loads(request.images[0].text["objects"]) for request in requests]
@@ -191,8 +191,8 @@ def no_network(url):
         (["generate", "--model", "./x", "--out", "r", "--shard", "2/2"], "must be I/N"),
         (["generate", "--model", "./x", "--out", "r", "--set", "judges={detector: shape-detector}"], "did you mean"),
         (["generate", "--model", "./x", "--out", "r", "--set", "judges.eye=shapes-detector"], ""),
-        (["judge", "nowhere"], "is no run of eval.generation.generate"),
-        (["score", "nowhere"], "is no run of eval.generation.generate"),
+        (["judge", "nowhere"], "is not a run of eval.generation.generate"),
+        (["score", "nowhere"], "is not a run of eval.generation.generate"),
         (["show", "nowhere"], "is not a scorecard"),
         (["compare", "nowhere", "nowhere"], "is not a scorecard"),
     ],

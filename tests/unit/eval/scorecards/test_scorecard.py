@@ -1,9 +1,10 @@
-"""A scorecard is recomputed from images and answers, states its error bars and settings, and hides nothing missing."""
+"""A scorecard is recomputed from images and answers, states its error bars and settings, and lists what is missing."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def quiet(_):
 
 
 def red_squares(prompts, seeds, height, width):
-    """Two red squares side by side, whatever is asked for; a corner pixel tells images apart."""
+    """Two red squares side by side for every prompt; a corner pixel makes images different."""
     images = []
     for seed in seeds:
         image = Image.new("RGB", (width, height), (250, 250, 250))
@@ -288,7 +289,7 @@ def test_a_card_of_another_schema_is_refused(tmp_path):
 
 
 class Counting(ShapesDetector):
-    """Counts what it is asked; dies at one image."""
+    """Counts its questions; dies at one image."""
 
     def __init__(self, dies_at=10**9):
         self.asked, self.dies_at = 0, dies_at
@@ -302,7 +303,7 @@ class Counting(ShapesDetector):
 
 @pytest.fixture(scope="module")
 def distinct(tmp_path_factory):
-    """A run whose images are all different."""
+    """A run with different images."""
     path = tmp_path_factory.mktemp("distinct")
 
     def sampler(prompts, seeds, height, width):
@@ -411,6 +412,26 @@ def test_published_scores_are_beside_ours_only_as_comparable_as_they_are(run):
     assert nucleus.published == 0.87 and nucleus.within_noise is True and "2604.12163" in nucleus.source
     sdxl = next(r for r in official if r.model == "SDXL")
     assert sdxl.within_noise is False
+
+
+def test_every_official_benchmark_has_peers_with_a_source_on_its_own_scale_and_by_its_own_categories():
+    from eval.scorecards.references import PUBLISHED
+
+    official = [name for name in catalog.registry.BENCHMARKS if name not in ("shapes", "captions")]
+    assert set(PUBLISHED) == set(official)
+    dimensions = {"alignment", "text", "reasoning", "style", "diversity"}
+    for name, rows in PUBLISHED.items():
+        benchmark = catalog.benchmark(name)
+        known = {"overall", *benchmark.tasks} | (
+            dimensions if name.startswith("oneig") else {"entity", "attribute", "other"}
+        )
+        for row in rows:
+            assert re.search(r"arXiv \d{4}\.\d{5}", row.source) and row.category in known
+            assert benchmark.scale / 100 < row.score < benchmark.scale
+        assert len({(row.model, row.category) for row in rows}) == len(rows)
+        overall = {row.model for row in rows if row.category == "overall"}
+        assert ("Nucleus-Image" in overall) == (name in ("geneval", "dpg", "oneig"))
+        assert len(overall) >= 4 or name == "geneval2"  # of which few figures are published
 
 
 def test_the_noise_of_training_is_the_spread_over_cards_of_other_weights(run):

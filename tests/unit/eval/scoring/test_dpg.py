@@ -1,4 +1,4 @@
-"""DPG-Bench's rule: cascading zeroes, exact answers, and the official bugs that "fixed" mends."""
+"""DPG-Bench's rule: cascading zeroes, exact answers, and the official bugs that "fixed" corrects."""
 
 import csv
 import io
@@ -37,7 +37,7 @@ ROWS = [
 
 
 def yes(questions, images=1, no=()):
-    """Answers that are all yes but for (item, qid, image) in `no`."""
+    """Answers that are yes except for (item, qid, image) in `no`."""
     return {
         item: {qid: ["no" if (item, qid, i) in no else "yes" for i in range(images)] for qid in group["qid2question"]}
         for item, group in questions.items()
@@ -76,7 +76,7 @@ def test_quoted_commas_and_newlines_belong_to_a_field(tmp_path):
 def test_a_table_cut_anywhere_inside_a_row_is_refused_with_its_line(tmp_path, mode):
     whole = table(ROWS).getvalue()
     start = whole.rindex("\nñ 7") + 1
-    last = whole.index("Question 1 of ñ", start)  # beyond it, the last field is cut, which nothing shows
+    last = whole.index("Question 1 of ñ", start)  # after it, the last field is cut, which cannot be noticed
     path = tmp_path / "cut.csv"
     for end in range(start + 1, last - 1):
         path.write_text(whole[:end], encoding="utf-8", newline="")
@@ -110,7 +110,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
 
 
 def brute_force(answers, dependency, images):
-    """The rule, once more, by its definition."""
+    """The rule, written from its definition."""
     per_image = []
     for i in range(images):
         value = {qid: answers[qid][i] == "yes" for qid in answers}
@@ -243,7 +243,7 @@ def test_a_grid_is_cut_row_by_row():
 def test_a_picture_that_is_no_grid_is_black_outside_officially_and_refused_when_fixed():
     image = Image.new("RGB", (6, 6), "white")
     assert dpg.split_grid(image, 4)[3].getpixel((3, 3)) == (0, 0, 0)
-    with pytest.raises(ValueError, match="6 x 6 px is no grid of 4 images of 4 px; it must be 8 x 8"):
+    with pytest.raises(ValueError, match="6 x 6 px is not a grid of 4 images of 4 px; it must be 8 x 8"):
         dpg.split_grid(image, 4, mode="fixed")
     assert dpg.split_grid(image, 6, 1, "fixed")[0].size == (6, 6)
     with pytest.raises(ValueError, match="at least 1"):

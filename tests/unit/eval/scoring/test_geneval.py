@@ -1,4 +1,4 @@
-"""GenEval's rule, message for message. Expected answers of positions are the official code's own."""
+"""GenEval's rule, message for message. Expected positions are from the official code."""
 
 import json
 
@@ -63,7 +63,7 @@ def judged(objects, metadata, **options):
     return verdict["correct"], verdict["reason"]
 
 
-def test_too_few_objects_are_told_with_their_number():
+def test_too_few_objects_are_wrong_and_counted_in_the_reason():
     metadata = ask({"class": "dog", "count": 2}, {"class": "cat", "count": 1})
     assert judged({"dog": [box(0)]}, metadata) == (False, "expected dog>=2, found 1\nexpected cat>=1, found 0")
     assert judged({"dog": [box(0), box(20)], "cat": [box(40)]}, metadata) == (True, "")

@@ -78,8 +78,7 @@ def test_files_are_the_official_ones(tmp_path):
     path = tmp_path / "geneval2_data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in DATA))
     assert geneval2.load_prompts(path) == DATA
-    geneval2.write_scores(tmp_path / "scores.json", SCORES)
-    assert json.loads((tmp_path / "scores.json").read_text()) == SCORES
+    assert json.loads(geneval2.scores_text(SCORES)) == SCORES
     path.write_text(json.dumps(DATA[0]) + "\n" + json.dumps({**DATA[0], "skills": []}) + "\n")
     with pytest.raises(ValueError, match="line 2: 3 questions for 0 skills"):
         geneval2.load_prompts(path)

@@ -78,7 +78,7 @@ def test_alignment_equals_its_definition_on_random_graphs():
         assert oneig.alignment_score(answers, dependency) == pytest.approx(expected)
 
 
-def test_a_no_takes_its_children_with_it_but_not_their_children():
+def test_a_no_zeroes_its_children_but_not_their_children():
     answers = {1: ["No"], 2: ["Yes"], 3: ["Yes"]}
     assert oneig.alignment_score(answers, {1: [0], 2: [1], 3: [2]}) == pytest.approx(1 / 3)
 

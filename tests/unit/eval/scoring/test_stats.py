@@ -1,4 +1,4 @@
-"""Intervals cover what they promise, tests keep their level, and a choice among equals keeps the incumbent."""
+"""Intervals have their coverage, tests keep their level, and a choice among equals keeps the incumbent."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_candidate_that_is_clearly_better_is_chosen():
 
 
 def test_a_naive_choice_of_the_best_would_be_wrong_nearly_always():
-    """Without the incumbent's right to stay, one of sixteen equals always looks better."""
+    """Without a preference for the incumbent, one of sixteen equals nearly always looks better."""
     rng = np.random.default_rng(0)
     scores = rng.binomial(4, 0.9, size=(50, 17, 300)).mean(axis=-1)
     assert (scores[:, 1:].max(axis=1) > scores[:, 0]).mean() > 0.8
@@ -114,7 +114,7 @@ def test_sampling_and_prompt_noise_add_up_and_tell_themselves_apart():
     for e in (prompts_differ, images_differ):
         assert e.sampling**2 + e.prompts**2 == pytest.approx(e.total**2)
     single = interval([[1.0], [0.0]])
-    assert single.sampling is None and single.prompts is None  # one image a prompt cannot tell
+    assert single.sampling is None and single.prompts is None  # one image per prompt gives no estimate
 
 
 def test_sampling_noise_is_the_deviation_of_reruns_on_the_same_prompts():

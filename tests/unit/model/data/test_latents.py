@@ -239,6 +239,6 @@ def test_the_writer_names_what_does_not_fit(tmp_path):
         writer.add_image("a", torch.zeros(16, 4, 3), "A1", [0])
 
 
-def test_meta_says_what_is_there(written):
+def test_the_index_counts_texts_and_images(written):
     meta = json.loads((written[0] / "index.json").read_text())
     assert meta["text_rows"] == 31 and meta["text_dim"] == 6 and sum(map(sum, meta["buckets"].values())) == 60

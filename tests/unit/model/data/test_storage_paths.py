@@ -1,4 +1,4 @@
-"""No path of a user, a recipe or an artifact makes another file system than those allowed."""
+"""No path of a user, a recipe or an artifact makes a file system that is not allowed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Latents read from where they are stored: the same bits as from a copy, no more than a batch needs, and each row checked."""
+"""Latents read from their store: the same bits as from a copy, only the rows of a batch, and each row checked."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def bucket(tmp_path_factory):
 
 @pytest.fixture
 def damaged(directory, tmp_path, request):
-    """A copy to change."""
+    """A copy for damage."""
     return shutil.copytree(directory, tmp_path / "damaged")
 
 
@@ -168,7 +168,7 @@ def test_a_shortened_file_is_refused(damaged):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """Ranges (file, begin) that a local folder is asked for; the first `reads.failing` of them fail."""
+    """Ranges (file, begin) that are read from a local folder; the first `reads.failing` of them fail."""
     real = LocalFileSystem.cat_file
 
     class Reads(list):

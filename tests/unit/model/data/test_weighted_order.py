@@ -1,4 +1,4 @@
-"""Weights of episodic buckets and of caption lengths change how often a stage draws an image and a caption."""
+"""Weights of episodic buckets and of caption lengths change how often a stage draws images and captions."""
 
 import numpy as np
 import pytest

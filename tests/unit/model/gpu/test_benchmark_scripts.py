@@ -1,4 +1,4 @@
-"""The benchmarks' own logic, at a toy size: what they count, and that each command runs to its end."""
+"""The benchmarks' own logic, at a toy size: their counts, and that each command runs."""
 
 import sys
 from pathlib import Path
@@ -108,8 +108,8 @@ def test_blocks_that_fail_or_compute_something_else_are_named_and_not_measured(m
     assert set(found["ms"]["forward + backward"]) == {"ours, torch", "diffusers, eager"}
 
 
-def test_every_case_is_compiled_anew_and_a_variant_that_falls_back_is_an_error(monkeypatch):
-    """PyTorch would run what exceeds its limit uncompiled, and say so in a log alone."""
+def test_every_case_is_compiled_again_and_a_fallback_is_an_error(monkeypatch):
+    """PyTorch runs code beyond its limit uncompiled, and only logs it."""
     seen = []
 
     def measured(*_):
@@ -138,7 +138,7 @@ def test_the_block_of_the_benchmark_has_the_released_axes():
 
 
 def toy_step(monkeypatch, *more):
-    monkeypatch.setattr(train_step, "keep_freed_memory", lambda: True)  # it would stay for the other tests
+    monkeypatch.setattr(train_step, "keep_freed_memory", lambda: True)  # it would affect later tests
     train_step.main(
         "--threads 1 --rounds 2 --layers 2 --heads 2 --kv-heads 1 --head-dim 32 --hidden 32 --batch 2 --rows 4 "
         "--text 8 --text-dim 32 --experts 4".split()
@@ -162,8 +162,8 @@ def refusing(message):
     return hook
 
 
-def test_compiled_training_steps_stand_beside_diffusers_own(capsys, monkeypatch):
-    """Its grouped products cannot be compiled in fp32: that is reported, and the rest is measured."""
+def test_compiled_training_steps_are_compared_with_diffusers(capsys, monkeypatch):
+    """Its grouped products cannot be compiled in fp32: this is reported, and the rest is measured."""
 
     def compile_repeated_blocks(model):
         block = model.transformer_blocks[1]

@@ -1,4 +1,4 @@
-"""benchmarks/first_card.py: every section at a toy size, and what a section that fails leaves behind."""
+"""benchmarks/first_card.py: every section at a toy size, and the output of a section that fails."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Each Triton kernel equals its plain PyTorch function, forward and backward.
 
-On a CPU in Triton's interpreter; the same tests, marked gpu, on a CUDA device for real.
+On a CPU in Triton's interpreter; the same tests, marked gpu, on a CUDA device.
 """
 
 import collections
@@ -89,7 +89,7 @@ def test_norm_rope(shape, per_head, dtype, device, monkeypatch):
     weight = 1 + 0.3 * torch.randn(*((N, H) if per_head else (H,)), device=device).to(dtype)
     angles = torch.randn(S, 1, H // 2, device=device)
     table = torch.stack((angles.cos(), angles.sin()), dim=-1)
-    # A slice of the heads, as the queries and keys are of their projection: rows that do not follow each other.
+    # A slice of the heads, as queries and keys are of their projection: rows are not contiguous.
     assert_equal(
         lambda x, w: NormRope.apply(x[:, :, 1:-1], w, table, 1e-6),
         lambda x, w: plain_norm_rope(x[:, :, 1:-1], w, table, 1e-6),
@@ -123,7 +123,7 @@ def test_norm_modulate(shape, want_normed, dtype, device):
     def both(normed, modulated):
         return modulated if normed is None else modulated + mix * normed
 
-    # A slice of the modulation, as in a block: rows that do not follow each other.
+    # A slice of the modulation, as in a block: rows are not contiguous.
     assert_equal(
         lambda x, m: both(*NormModulate.apply(x, m[..., D : 2 * D], 1e-6, want_normed)),
         lambda x, m: both(*plain_norm_modulate(x, m[..., D : 2 * D], 1e-6)),
@@ -235,7 +235,7 @@ def test_layer_with_kernels_equals_the_plain_layer(capacity_factor, device):
 
 
 def test_layer_with_kernels_in_bf16_is_as_exact_as_the_plain_one(device):
-    """Where every expert takes every token, so that rounded scores do not choose otherwise."""
+    """Every expert takes every token, so that rounded scores do not change the choice."""
     _, found = run_layer(device, torch.bfloat16, "triton", 3.0)
     _, plain = run_layer(device, torch.bfloat16, "torch", 3.0)
     _, exact = run_layer(device, torch.float32, "torch", 3.0)
@@ -247,7 +247,7 @@ def test_layer_with_kernels_in_bf16_is_as_exact_as_the_plain_one(device):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_steps_have_the_same_bits_each_time(compiled, device):
-    """On a CUDA device the plain way has not, compiled or not: it adds atomically."""
+    """On a CUDA device plain PyTorch has not, compiled or not: it adds atomically."""
     if compiled and device.type == "cpu":
         pytest.skip("needs a CUDA device: a CPU adds in one order anyway")
     large = dict(experts=16, width=256, hidden=64, capacity_factor=8.0, tokens=512)
@@ -274,7 +274,7 @@ def test_shapes_that_no_kernel_covers_take_the_plain_way(monkeypatch, device):
 
 
 class Graphs:
-    """A backend of torch.compile that runs what it gets as it is, and counts the operations."""
+    """A backend of torch.compile that runs graphs unchanged, and counts the operations."""
 
     def __init__(self):
         torch.compiler.reset()
@@ -302,7 +302,7 @@ def nucleus_ops(counts):
 
 
 def test_compiled_layer_routes_with_kernels_and_equals_the_plain_eager_one(device):
-    """In one graph, with each operation once, and nothing left that adds in no fixed order on a CUDA device."""
+    """In one graph, with each operation once, and without additions of undefined order on a CUDA device."""
     moe, inputs = moe_layer(device, torch.float32, **TINY)
     graphs = Graphs()
     routing, found = step(torch.compile(moe, backend=graphs.backend, fullgraph=True), inputs)
@@ -330,7 +330,7 @@ def test_compiled_layer_follows_the_switch(device):
 
 
 def test_only_plain_tensors_and_parameters_go_to_kernels_compiled_or_not(device):
-    """A compiler traces with stand-ins for them; other stand-ins (sharded tensors) are not for a kernel."""
+    """While it traces, a compiler's fake tensors are taken too; other subclasses (sharded tensors) are not."""
 
     def answer(x):
         return x.new_ones(()) if kernels.takes_routing(x) else x.new_zeros(())
@@ -433,7 +433,7 @@ def test_operations_keep_what_pytorch_asks_of_them(device):
 
 
 def test_rows_that_are_still_on_their_way_are_waited_for(device):
-    """Expert parallelism hands over what an all-to-all returns: a stand-in for a tensor, without memory of its own."""
+    """Expert parallelism passes the result of an all-to-all: a tensor subclass without memory of its own."""
     from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
     from model.kernels.combine import combine_rows

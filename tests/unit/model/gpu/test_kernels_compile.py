@@ -55,7 +55,7 @@ for name, (types, constants) in cases.items():
 
 @pytest.mark.slow
 def test_every_kernel_compiles_for_the_released_shapes_on_hopper(tmp_path):
-    """Needs no device: Triton brings its compiler. The interpreter accepts what the compiler may not."""
+    """Needs no device: Triton includes its compiler. The interpreter accepts code that the compiler may refuse."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run([sys.executable, "-c", COMPILE_ALL], capture_output=True, text=True, env=environment)

@@ -1,4 +1,4 @@
-"""The planner's data side: arithmetic that is checked against counters and by hand."""
+"""The planner's costs of data, against counters and by hand."""
 
 from __future__ import annotations
 

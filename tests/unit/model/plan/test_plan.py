@@ -67,7 +67,7 @@ def test_about_two_billion_parameters_are_active(sections, shapes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("text_tokens", [3, 50])
 def test_flops_are_those_that_pytorch_counts(dtype, text_tokens):
-    """On the meta device, where attention is not the CPU's fused kernel, which the counter does not know."""
+    """On the meta device: the counter does not support the CPU's fused attention."""
     fp32 = dtype == torch.float32
     planned = forward_flops(CONFIG, 256, text_tokens, batch=2, fp32=fp32)
     assert sum(planned.values()) == _counted(CONFIG, 16, text_tokens, dtype)
@@ -242,12 +242,12 @@ def test_the_recipes_layout_keeps_the_exchange_of_rows_inside_a_node_and_exposes
             other["bytes_per_step"]["network_all_to_all"] * 56 / 63
         )
         assert one["exposed_rows_s"] < 0.1 * other["exposed_rows_s"]
-        # What may overlap with computation is no more than there is of it.
+        # No more communication overlaps than there is computation.
         assert one["network_floor_s"] < one["step_s"] and one["network_floor_s"] < other["network_floor_s"]
 
 
 @pytest.mark.slow
-def test_the_network_is_told_in_seconds_and_where_it_may_dominate(capsys):
+def test_the_plan_gives_the_seconds_of_the_network_and_warns_where_it_may_dominate(capsys):
     command = [str(RECIPE), "--gpus", "64", "--json"]
     found = {}
     for options in ((), ("--network-gbps", "100"), ("--gpu", "a100")):
@@ -280,7 +280,7 @@ def test_the_hardware_computes_newton_schulz_and_what_is_recomputed_too_and_read
 
     forward = 8 * sum(forward_flops(CONFIG.with_capacity_factors(2.0), 256, 512).values())
     once = 5 * small.newton_schulz_flops
-    assert beyond(8, 8, 4, 1, "selective") == once  # what is recomputed are no products
+    assert beyond(8, 8, 4, 1, "selective") == once  # this recomputes no products
     assert beyond(8, 8, 4, 1, "full") == once + forward
     assert beyond(8, 2, 2, 1, "full") == 4 * once + forward  # each copy of the weights is updated by itself
 
@@ -312,7 +312,8 @@ def test_what_is_not_given_is_the_recipes(sections):
 
 @pytest.mark.slow
 def test_a_small_gpu_does_not_fit_and_the_suggestion_does(sections, shapes):
-    """It is the layout asked for but for what must change: more checkpointing, and the largest micro-batch that fits."""
+    """The suggestion is the layout with the necessary changes: more checkpointing, and the largest micro-batch that
+    fits."""
     model, train = sections
     small = replace(GPUS["h100"], memory=12e9)
     fits = lambda layout: plan_stage(shapes, model, train, stage, layout, small)["fits"]  # noqa: E731
@@ -332,7 +333,7 @@ def test_a_small_gpu_does_not_fit_and_the_suggestion_does(sections, shapes):
 
 
 def test_every_stage_of_the_published_recipe_fits_its_64_gpus_of_80_gb(sections, shapes):
-    """Where a stage's share of a rank does not, in accumulation steps."""
+    """If a rank's share of a batch does not fit, in accumulation steps."""
     reports = plan(*sections, GPUS["h100"], gpus=64)["stages"]
     assert [report["fits"] for report in reports] == [True] * 3
     assert [report["layout"]["micro_batch"] for report in reports] == [32, 16, 4]
@@ -406,7 +407,7 @@ def test_every_ablation_is_planned(capsys, path):
 @pytest.mark.slow
 @pytest.mark.parametrize("factor, limit, planned", [(2.0, None, 2.0), (2.0, 1.5, 3.0), (4.0, 1.5, 4.0)])
 def test_token_choice_is_planned_at_its_limit_or_at_an_even_load(sections, factor, limit, planned):
-    """4 experts: none can take more than every token."""
+    """With 4 experts: none can take more than all tokens."""
 
     def experts(routing, factor):
         stage = sections[1].stages[1].model_copy(update={"capacity_factors": factor})

@@ -116,7 +116,7 @@ def test_layer_compiled_for_a_cpu_equals_the_eager_one_and_adds_nothing_atomical
     moe, *inputs = make(capacity_factor=2.0)
     expected = step(moe, inputs)
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)  # of one thread, the compiler writes other code
+    torch.set_num_threads(2)  # for one thread the compiler generates other code
     try:
         with torch._inductor.config.patch(force_disable_caches=True):
             found, code = run_and_get_code(lambda: step(torch.compile(moe, fullgraph=True), inputs))

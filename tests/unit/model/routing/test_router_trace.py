@@ -1,4 +1,4 @@
-"""The router's statistics: their numbers, and what asking for them costs a device."""
+"""The router's statistics: their numbers, and their cost on a device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WAITS = {"item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"}
 
 @pytest.fixture
 def trace():
-    """Three layers, noted out of order."""
+    """Three layers, recorded out of order."""
     made = RouterTrace()
     for layer in reversed(LAYERS):
         logits = torch.randn(B, S, E) * layer

@@ -1,4 +1,4 @@
-"""The routing analysis on routers of which the answer is known."""
+"""The routing analysis on routers with known answers."""
 
 import json
 
@@ -48,7 +48,7 @@ def model_of(layers=1, **changes):
 
 
 def watch(model, same_noise=True):
-    """What the routers do; with `same_noise` the noise is the image, so that tokens are the same at each timestep."""
+    """The routers' choices; with `same_noise` the noise is the image, so that tokens are the same at each timestep."""
     generator = torch.Generator().manual_seed(1)
     clean = torch.randn(3, 4, 8, 4, generator=generator)
     noise = clean if same_noise else torch.randn(clean.shape, generator=generator)
@@ -56,7 +56,7 @@ def watch(model, same_noise=True):
 
 
 def forget_time(model, layer=0):
-    """The router's half that sees the timestep: without it, only the tokens decide."""
+    """Zeroes the router's weights of the timestep: then only the tokens decide."""
     gate = model.transformer_blocks[layer].img_mlp.gate
     with torch.no_grad():
         gate.weight[:, : gate.weight.shape[1] // 2] = 0
@@ -75,7 +75,7 @@ def test_a_router_that_sees_the_same_at_every_timestep_is_stable():
     forget_time(model)
     numbers = describe_layer(model, 0, watch(model)[0])
     assert numbers["jaccard"] == 1.0 and numbers["cosine"] == pytest.approx(1.0, abs=1e-6)
-    assert numbers["distinct"] == pytest.approx(2.0)  # the two that take a token on average, and no other
+    assert numbers["distinct"] == pytest.approx(2.0)  # the two experts that take a token on average
     assert numbers["jaccard_between_timesteps"] == [1.0] * 3
 
 
@@ -253,8 +253,8 @@ def test_the_command_reads_the_weights_of_a_stage_that_is_being_trained(latents,
         assert (tmp_path / "out" / "routing.json").read_text() == (tmp_path / "same" / "routing.json").read_text()
 
 
-def test_the_tokens_that_experts_are_shown_are_every_so_many_of_all_timesteps(monkeypatch):
-    """As if all were kept and thinned out at the end, which takes more memory than there is."""
+def test_experts_are_compared_on_evenly_spaced_tokens_of_all_timesteps(monkeypatch):
+    """As if all were kept and then subsampled, which takes too much memory."""
     import model.routing_report as routing
 
     all_ND = watch(model_of(), same_noise=False)[0].inputs_ND  # 4 timesteps of 3 x 8 tokens, fewer than OUTPUT_TOKENS
@@ -264,7 +264,7 @@ def test_the_tokens_that_experts_are_shown_are_every_so_many_of_all_timesteps(mo
 
 
 def test_a_model_is_put_together_on_the_device_that_is_asked_for(tmp_path):
-    """Every weight there on its own, as it is read."""
+    """Each weight goes there as it is read."""
     export_transformer(model_of(), tmp_path)
     assert {p.device.type for p in find_transformer(tmp_path, "meta").parameters()} == {"meta"}
     assert {p.device.type for p in find_transformer(tmp_path).parameters()} == {"cpu"}

@@ -1,4 +1,4 @@
-"""Ablations of routing: each against its definition, and the default untouched by their being there."""
+"""Ablations of routing: each against its definition, and that they do not change the default."""
 
 import inspect
 import math
@@ -124,7 +124,7 @@ def test_load_balance_equals_its_definition_and_is_least_where_experts_share_the
     trace.add(3, routing)
     assert losses.load_balance_loss(trace.routings()).item() == pytest.approx(2 * wanted, rel=1e-5)
     assert losses.load_balance_loss([]).item() == 0.0
-    # With even scores a token's k best are the first experts by chance of the order; shares decide, so steer them.
+    # With equal scores, a token's k best are the first experts; so the scores are set.
     even = torch.full((1, 4, 4), 0.25) + 0.1 * torch.eye(4)
     crowded = torch.full((1, 4, 4), 0.25) + 0.1 * torch.eye(4)[:1]
 
@@ -151,7 +151,7 @@ def test_load_balance_is_the_same_however_the_batch_is_cut():
 
 @pytest.mark.parametrize("factors", [2.0, (1.0, 3.0, 1.5, 2.0)])
 def test_dense_has_the_weights_that_are_active_in_the_moe(factors):
-    """Counted on the real modules: all but the router, which a dense layer lacks."""
+    """Counted on the real modules, without the router, which a dense layer lacks."""
     sparse = TransformerConfig(**{**SHAPE, "capacity_factors": factors})
     dense = TransformerConfig(**{**SHAPE, "capacity_factors": factors, "routing": {"kind": "dense"}})
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Activation checkpointing and torch.compile change what is kept and when it is computed, not what comes out."""
+"""Activation checkpointing and torch.compile change what is kept and when it is computed, not the results."""
 
 import shutil
 import weakref
@@ -26,7 +26,7 @@ POLICIES = ("none", "selective", "full")
 
 
 def build(policy="none", compiler=None, config=CONFIG):
-    """As the trainer does it, in one process."""
+    """Builds a model as the trainer does, in one process."""
     torch.manual_seed(0)
     model = NucleusTransformer(config)
     torch.nn.init.normal_(model.proj_out.weight, std=0.1)
@@ -85,7 +85,7 @@ def test_full_keeps_least_and_none_most():
 
 
 def _kept_bytes(model):
-    """Bytes of the tensors that a forward leaves behind for the backward, whoever holds them."""
+    """Bytes of the tensors that a forward keeps for the backward."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     live = {}
@@ -139,7 +139,7 @@ def test_a_policy_is_what_its_name_says():
     not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile on a CPU needs a C++ compiler"
 )
 def test_compiled_blocks_equal_eager_ones_and_keep_their_names():
-    """With selective checkpointing, as the 17B recipe asks for."""
+    """With selective checkpointing, as in the 17B recipe."""
     model = build("selective", "inductor", config=ONE)
     loss, gradients, _ = run(build(config=ONE))
     compiled_loss, compiled, _ = run(model)
@@ -163,7 +163,7 @@ def graphs_and_breaks():
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 def test_token_choice_compiles_whole(policy):
-    """Though it learns only on the way how many tokens the fullest expert has."""
+    """Although the number of tokens of the fullest expert is known only at run time."""
     config = TransformerConfig(**{**ONE.model_dump(), "routing": {"kind": "token_choice"}})
     assert_close(*run(build(policy, "aot_eager", config))[:2], *run(build(config=config))[:2])
     assert graphs_and_breaks() == (1, {})
@@ -190,7 +190,7 @@ CALLS = [(("flash2",), False), (("flash2",), True), (("flash3",), False), (("fla
 
 @pytest.mark.parametrize("flash, masked", CALLS, indirect=["flash"], ids=str)
 def test_flash_attention_is_computed_once_unless_all_is_again(flash, masked):
-    """Its package is imported when blocks are wrapped: else its operations need not exist."""
+    """Its package is imported when blocks are wrapped, so that its operations exist."""
     build("selective", config=ONE)
     assert attention._packages
     for policy in ("selective", "none", "full"):
@@ -227,9 +227,7 @@ def _check_calls(flash, masked, policy):
 
 @EARLY
 def test_an_early_flash_attention_3_is_computed_once_and_not_compiled(flash, monkeypatch):
-    monkeypatch.setitem(
-        activation.FLASH_OPS, "flash3", ("flash_attn_3.missing.default",)
-    )  # what other tests registered
+    monkeypatch.setitem(activation.FLASH_OPS, "flash3", ("flash_attn_3.missing.default",))  # registered by other tests
     run(build("selective", config=ONE), torch.bfloat16)
     assert len(flash.calls) == 1
     with pytest.raises(ValueError, match="^train.compile needs .*flash_attn_interface has "):

@@ -1,4 +1,4 @@
-"""Which checkpoints are read, local and in S3, and that reading one runs nothing of what is in it."""
+"""Which checkpoints are read, locally and in S3, and that reading one runs no code in it."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_a_pickle_in_place_of_metadata_is_refused_and_not_run(tmp_path):
     with pytest.raises(ValueError, match=r"names (_?io)\.open, which is not part"):
         CheckpointReader(folder).read_metadata()
     assert not proof.exists()
-    pickle.loads((folder / ".metadata").read_bytes())  # the pickle is one that works
+    pickle.loads((folder / ".metadata").read_bytes())  # the pickle works
     assert proof.exists()
 
 
@@ -224,7 +224,7 @@ def test_an_object_store_that_does_not_answer_is_worth_another_attempt(bucket, m
         unanswered.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{unanswered.getsockname()[1]}")
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-        monkeypatch.setattr(s3fs.S3FileSystem, "cachable", False)  # else the one that knows the other address
+        monkeypatch.setattr(s3fs.S3FileSystem, "cachable", False)  # else the one with the other address is reused
         with pytest.raises(ConnectionError, match="does not answer") as failure:
             storage.check_writable_place(f"{bucket}/run")
     assert not is_permanent(failure.value)
@@ -251,13 +251,13 @@ def test_what_could_not_be_read_is_told_from_what_is_damaged(tmp_path, monkeypat
 
 
 def test_equal_checkpoints_have_equal_bytes_however_their_tensors_were_made(tmp_path):
-    """DCP writes a random id and the path, and pickle writes what was one object in memory only once."""
+    """DCP writes a random id and the path, and pickle writes an object in memory only once."""
     value = torch.arange(6.0).view(2, 3)
     apart = {"one": value.clone(), "other": value.clone()}
     for name in ("a", "elsewhere"):
         dcp.save(apart if name == "a" else dict(apart), checkpoint_id=tmp_path / name, no_dist=True)
         shape = pickle.loads((tmp_path / name / METADATA).read_bytes())
-        if name == "elsewhere":  # as after a resume: two objects where there was one
+        if name == "elsewhere":  # as after a resume: two objects instead of one
             shape.state_dict_metadata["one"].size = torch.Size([2, 3])
             (tmp_path / name / METADATA).write_bytes(pickle.dumps(shape))
     linked = tmp_path / "linked"

@@ -1,5 +1,5 @@
-"""Exchanges of rows with the ranks that own experts: what runs between their start and their end. On gloo; trainings of
-several ranks are in tests/integration/training/test_parallel.py."""
+"""What runs between start and end of an exchange of rows with the experts' ranks. On gloo;
+tests/integration/training/test_parallel.py trains with several ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PRODUCT, OF_EXPERTS = "aten.mm.default", "aten.bmm.default"
 
 @pytest.fixture
 def layers():
-    """A layer whose experts are shared by the ranks of a group of one, and the same layer alone."""
+    """A layer with expert parallelism over a group of one rank, and the same layer without."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         torch.manual_seed(0)
@@ -59,7 +59,7 @@ def inputs(rank: int = 0):
 
 
 def under_way(names: list[str]) -> list[list[str]]:
-    """What runs during each exchange."""
+    """The operations that run during each exchange."""
     spans, current = [], None
     for name in names:
         if name == START:
@@ -173,7 +173,7 @@ def test_a_compiler_takes_the_layer_whole_and_keeps_the_shared_expert_between(la
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 def test_inductors_code_keeps_the_shared_expert_between(layers):
-    """Which orders operations anew after the graph is made."""
+    """Inductor reorders operations after the graph is made."""
     from torch._inductor.utils import run_and_get_code
 
     _, shared = layers
@@ -202,7 +202,7 @@ def test_layers_of_several_capacity_factors_and_numbers_of_tokens_compile_whole(
 
 
 def test_all_groups_that_fsdp_communicates_in_get_the_stages_patience():
-    """With replicas and expert parallelism FSDP's two meshes each have groups of their own for the replicas."""
+    """With replicas and expert parallelism, each of FSDP's two meshes has its own groups of replicas."""
     from types import SimpleNamespace
 
     from small_model import SMALL

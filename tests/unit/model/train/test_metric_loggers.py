@@ -1,4 +1,4 @@
-"""Where metrics go besides metrics.jsonl: TensorBoard always, Weights & Biases where the environment has a key."""
+"""Metrics also go to TensorBoard, and to Weights & Biases if the environment has a key."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from model.train.metrics import stage_logger
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """A stand-in for the package: what it was started with, and sent."""
+    """A stand-in for the package, which records its arguments and its metrics."""
     calls = {"init": [], "log": [], "finished": 0}
     module = SimpleNamespace(run=object())
     module.init = lambda **options: calls["init"].append(options | {"resume": os.environ.get("WANDB_RESUME")})

@@ -1,4 +1,4 @@
-"""What is refused before any process starts, and which optimiser takes which parameter of the released model."""
+"""Layouts that are refused before any process starts, and the optimiser of each parameter of the released model."""
 
 from __future__ import annotations
 

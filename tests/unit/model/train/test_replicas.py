@@ -1,4 +1,4 @@
-"""Replicated weights are compared by a checksum of their bits, among the ranks that should hold the same."""
+"""Replicated weights are compared by a checksum of their bits, among the ranks that should have equal ones."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def rank_main(folder, rank, ranks):
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory):
-    """What each of 4 ranks, 2 replicas of 2 shards, reports."""
+    """The report of each of 4 ranks, 2 replicas of 2 shards."""
     folder = tmp_path_factory.mktemp("ranks")
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=rank_main, args=(folder, rank, 4)) for rank in range(4)]

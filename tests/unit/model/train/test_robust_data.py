@@ -1,4 +1,4 @@
-"""The sample order does not depend on ranks, accumulation or workers, and reading holds few files open."""
+"""The sample order does not depend on ranks, accumulation or workers, and reading keeps few files open."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_the_host_copies_from_pinned_memory_without_waiting(pinned):
 
 
 def open_files(directory) -> int:
-    """Mappings of latents and texts below `directory` in this process, and descriptors of them."""
+    """Memory maps and descriptors of latents and texts below `directory` in this process."""
 
     def counts(path: str) -> bool:
         return str(directory) in path and ("latents-" in path or "texts-" in path)

@@ -1,4 +1,4 @@
-"""Which steps are skipped, and when that ends a run."""
+"""Which steps are skipped, and when skipped steps end a run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_spike_lies_that_many_median_deviations_above_the_median():
     limit = median + 5 * np.median(np.abs(losses - median))
     assert guard(losses, spike_mads=5).judge(limit - 1e-9, 1.0) is None
     assert "is above" in guard(losses, spike_mads=5).judge(limit + 1e-9, 1.0)
-    assert guard(losses, spike_mads=5).judge(-100.0, 1.0) is None  # a low loss is no spike
+    assert guard(losses, spike_mads=5).judge(-100.0, 1.0) is None  # a low loss is not a spike
 
 
 def test_one_outlier_in_the_window_does_not_hide_the_next():
@@ -63,7 +63,7 @@ def test_too_many_skipped_of_the_last_steps_end_the_run_though_good_ones_lie_bet
     assert made.exhausted
 
 
-def test_skipped_steps_of_long_ago_do_not():
+def test_skipped_steps_outside_the_window_do_not_end_a_run():
     made = guard()
     for _ in range(10):
         made.judge(NAN, 1.0)
@@ -83,7 +83,7 @@ def test_a_guard_that_is_loaded_judges_as_the_one_that_was_saved(seen):
     state = saved.state_dict()
     assert {name: value.shape for name, value in state.items()} == {
         name: value.shape for name, value in loaded.state_dict().items()
-    }  # DCP loads into tensors that are there
+    }  # DCP loads into existing tensors
     loaded.load_state_dict(state)
     assert [saved.judge(loss, 1.0) for loss in losses[seen:]] == [loaded.judge(loss, 1.0) for loss in losses[seen:]]
     assert saved.skipped == loaded.skipped and saved.exhausted == loaded.exhausted

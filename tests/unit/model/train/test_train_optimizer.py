@@ -1,4 +1,4 @@
-"""The trainer's optimisers: what a step does to the parameters that hold two matrices."""
+"""The trainer's optimisers: a step of the parameters that hold two matrices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What compiled blocks see before a stage's first step, or before the step that it resumes from."""
+"""The inputs of compiled blocks before a stage's first step, or before the step that it resumes from."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Released weights, in small: the same files, into models of any layout, and back."""
+"""Released weights at a small size: loaded into models of any layout, and exported to the same files."""
 
 import json
 import shutil
@@ -103,7 +103,7 @@ def test_an_export_holds_one_file_at_a_time(released, tmp_path):
 
 
 def shard(built, kind, world, rank=0):
-    """The layouts of model.train.parallel.parallelize, from plain FSDP2 and DTensor alone."""
+    """The layouts of model.train.parallel.parallelize, made with plain FSDP2 and DTensor."""
 
     def mesh_of(**sizes):
         # Named by rank: PyTorch keeps equal meshes, and one process plays several ranks here.
@@ -129,7 +129,7 @@ def shard(built, kind, world, rank=0):
 
 @pytest.mark.parametrize("kind", ["fsdp", "hsdp", "experts", "rows"])
 def test_each_rank_reads_and_holds_its_share_alone(released, monkeypatch, kind):
-    """Loading calls no collective, so that one process can be each rank of four in turn."""
+    """Loading calls no collective, so that one process can act as each of four ranks in turn."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     world, whole = 4, stored(released)
@@ -187,7 +187,7 @@ def test_each_rank_reads_and_holds_its_share_alone(released, monkeypatch, kind):
 
 
 def share(kind, name, whole, rank):
-    """What `rank` of four must hold of a tensor, by plain chunks; None where no row is left for it."""
+    """The share of a tensor of `rank` of four, by plain chunks; None if it has no row."""
     if kind == "hsdp":
         return chunk(whole, 0, 2, rank % 2)
     if kind == "fsdp" or ".experts." not in name:

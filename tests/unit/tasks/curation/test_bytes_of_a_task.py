@@ -46,7 +46,7 @@ def downloads(fs, monkeypatch) -> dict[str, int]:
 
 
 def uploaded(directory: Path, name: str, work: Path) -> FlyteDirectory:
-    """An artifact as a pod gets it: at a URI, to be downloaded to a folder that is not there yet."""
+    """An artifact as in a pod: at a URI, with a folder for its download that does not exist yet."""
     uri = f"s3://nucleus-corpora/{name}"
     for path in directory.rglob("*"):
         if path.is_file():
@@ -85,7 +85,7 @@ def test_a_scoring_task_downloads_one_list_of_files_for_its_one_shard_of_however
     many, list_of_many, rest_of_many = bytes_of_one_group(tmp_path, 40, downloads)
     assert many > 4 * few
     assert list_of_many < 1.5 * list_of_few
-    # What is left to grow is a row of the table of shards and a line of the manifest, however many images a shard has.
+    # A shard only adds a row to the table of shards and a line to the manifest, however many images it has.
     assert rest_of_many - rest_of_few < 300 * (many - few)
 
 

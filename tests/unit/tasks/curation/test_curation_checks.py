@@ -1,4 +1,4 @@
-"""A recipe whose cuts, tiers or buckets read what nothing fills is refused when it is loaded."""
+"""A recipe is refused when it is loaded if its cuts, tiers or buckets read a column that nothing fills."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The corpus flows in parts: a shard is scored and selected once, by itself, and read by nobody else."""
+"""The corpus is processed in parts: each shard is scored and selected once, alone, and only its task reads it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def parts_of(home: Path, kind: str) -> set[str]:
 
 @pytest.fixture
 def made(monkeypatch) -> Counter:
-    """How often scores and selections of a shard are made, by kind."""
+    """Kind -> how often scores and selections of a shard are made."""
     counts: Counter = Counter()
     for kind, module, name in (("scores", score, "score_shard"), ("selections", selections, "write_selection")):
         real = getattr(module, name)
@@ -274,7 +274,7 @@ def test_pods_share_parts_through_the_store_and_fetch_what_they_need(tars, tmp_p
         assert sum(len(list(read.images(part))) for part in read.parts()) == 12
         assert load_manifest(read.path).digest == load_manifest(curated).digest
         assert all(part.uri.startswith("s3://corpora/nucleus/artifacts/") for part in read.parts())
-        # A group's task fetches of the decision what its group needs.
+        # A group's task downloads only its group's share of the decision.
         monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "pod3"))
         _, decision = flow.curate_source(SOURCE, str(tars), CONFIG, until="decisions")
         shutil.rmtree(tmp_path / "pod3" / "artifacts" / "decisions", ignore_errors=True)

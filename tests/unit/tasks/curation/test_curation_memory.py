@@ -1,4 +1,4 @@
-"""The memory of a task is that of its group: 40 shards take what 2 take."""
+"""A task's memory depends on its group, not on the corpus: 40 shards take as much as 2."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def peak_kib(step: str, shards: int, place: Path) -> int:
 
 
 def write_scores(place: Path, shards: int) -> None:
-    """Score parts of `ROWS` records that resemble no other, without images."""
+    """Writes score parts of `ROWS` records without duplicates, without images."""
     rng = np.random.default_rng(0)
     parts = []
     for shard in range(shards):

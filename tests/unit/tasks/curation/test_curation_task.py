@@ -1,4 +1,4 @@
-"""What Flyte sees of curation: few sub-tasks, small literals, settings of the recipe."""
+"""Curation in Flyte: few sub-tasks, small literals, settings of the recipe."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_seventy_thousand_shards_are_two_thousand_groups_whose_literals_are_smal
     ctx = FlyteContextManager.current_context()
     literal = TypeEngine.to_literal(ctx, groups, list[int], TypeEngine.to_literal_type(list[int]))
     assert literal.to_flyte_idl().ByteSize() < LIMIT
-    # What a map task returns: a directory for each group, with a long URI and the hash of its content.
+    # The outputs of a map task: a directory for each group, with a long URI and the hash of its content.
     kind = BlobMetadata(BlobType("", BlobType.BlobDimensionality.MULTIPART))
     uri = "s3://" + "x" * 300
     directories = [Literal(scalar=Scalar(blob=Blob(kind, f"{uri}{i}")), hash="0" * 64) for i in groups]

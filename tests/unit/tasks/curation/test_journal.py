@@ -1,4 +1,4 @@
-"""Rows that were added are there for the next process, wherever the journal is."""
+"""The next process reads all rows that were added, wherever the journal is."""
 
 from __future__ import annotations
 

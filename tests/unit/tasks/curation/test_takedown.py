@@ -1,4 +1,4 @@
-"""A list of records that must not be used: curation leaves them out, and names what had them."""
+"""A list of records that must not be used: curation leaves them out, and names the artifacts that have them."""
 
 from __future__ import annotations
 

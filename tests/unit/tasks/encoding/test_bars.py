@@ -1,4 +1,4 @@
-"""What a run writes to the terminal is its own progress, not the bars of the libraries that load weights."""
+"""A run writes its own progress to the terminal, without the progress bars of libraries that load weights."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def build_tokenizer(captions, vocab_size=128):
 def test_one_frame_in_two_dimensions_equals_the_video_model(config, size):
     torch.manual_seed(0)
     vae = AutoencoderKLQwenImage(z_dim=4, latents_mean=[0.0] * 4, latents_std=[1.0] * 4, **config).eval()
-    for parameter in vae.parameters():  # gains and biases as well must be used, and used right
+    for parameter in vae.parameters():  # gains and biases must be used correctly too
         parameter.data += 0.1 * torch.randn_like(parameter)
     codec = FrameCodec(vae)
     images = torch.rand(2, 3, *size) * 2 - 1

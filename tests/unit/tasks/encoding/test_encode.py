@@ -126,7 +126,7 @@ def test_latents_have_the_vaes_channels(curated_dir, components, tmp_path):
 
 
 def test_every_caption_of_an_image_has_the_states_that_the_pipeline_computes(curated_dir, components, encoded):
-    """Prefix and all, although the prefix is stored once and its keys and values are computed once."""
+    """With the prefix, which is stored once and whose keys and values are computed once."""
     dataset = encoded[3]
     assert dataset.meta.prefix_tokens == 1
     model = Qwen3VLForConditionalGeneration.from_pretrained(components[0] / "text_encoder").eval()
@@ -226,7 +226,7 @@ def test_with_buckets_from_the_data_no_shape_is_left_out_and_crops_above_12_perc
 
 
 def test_a_folder_of_wide_photographs_is_encoded_whole_in_every_stage(components, tmp_path):
-    """1920 x 1080 in small: as --source changes the recipe, no stage leaves an image of the train split out."""
+    """Small images of 16:9: with the recipe as --source changes it, every stage has all images of the train split."""
     recipe = for_own_images(load_recipe("smoke"))
     shard = [uniform(192, 108, color=(i, 0, 0)) for i in range(8)]
     curated = select(tmp_path / "s", [shard], tmp_path / "c")
@@ -433,7 +433,7 @@ def test_streamed_latents_are_read_from_their_parts(encoded):
 
 
 def test_tasks_of_encoding_do_not_fetch_the_ledger_of_the_whole_corpus(curated_dir, components, tmp_path):
-    """It has a row for each record of the source, and each group would fetch it."""
+    """The ledger has a row for each record of the source, and each group would fetch it."""
     whole = shutil.copytree(curated_dir, tmp_path / "curated")
     (whole / "ledger.parquet").write_bytes(b"rows")
     seal(whole, "curated", parents=load_manifest(whole).parents, logs=(LOCATIONS,))

@@ -1,4 +1,4 @@
-"""The encoding report names what became of every curated record, on a page and in the summary of a run."""
+"""The encoding report accounts for every curated record, on a page and in the summary of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Components whose making is killed, again and again, end with the bits of components that were made in one go."""
+"""Components whose training is killed repeatedly have the bits of components that were made without a kill."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Held-out images are scored at smaller sizes, every one of them."""
+"""All held-out images are scored at smaller sizes."""
 
 from __future__ import annotations
 

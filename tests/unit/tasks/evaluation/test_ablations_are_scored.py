@@ -1,4 +1,4 @@
-"""Evaluation draws what the merged weights say, with diffusers' transformer or, for an ablation, with ours."""
+"""Evaluation samples merged weights with diffusers' transformer or, for an ablation, with ours."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def parts(tmp_path_factory) -> Path:
 
 
 def ablation_of(merged: Path, out: Path, **routing) -> TransformerConfig:
-    """The same weights, as far as the ablation has them."""
+    """The same weights, without those that the ablation lacks."""
     config = TransformerConfig(**{**read_config(merged / "transformer").model_dump(), "routing": routing})
     torch.manual_seed(0)
     model = NucleusTransformer(config)

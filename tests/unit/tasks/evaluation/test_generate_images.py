@@ -1,4 +1,4 @@
-"""What the task that samples a part of the images keeps between attempts, and what it hands on."""
+"""The task that samples a part of the images: its state between attempts, and its output."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_images_that_could_not_be_sealed_are_not_sampled_again(sample, monkeypat
 
 
 def test_a_kill_leaves_nothing_in_the_artifact(sample, monkeypatch, tmp_path):
-    """A file that was half written when the process was killed is no part of what the next attempt returns."""
+    """The next attempt does not return a file that was half-written when the process was killed."""
 
     def attempt():
         real = os.replace

@@ -70,12 +70,13 @@ def test_an_image_of_a_file_of_captions_must_lie_beside_it(tmp_path):
     rows = [{"prompt": str(i), "reference": {"file": "../secret.png", "sha256": ""}} for i in range(2)]
     (tmp_path / "given" / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = EvalConfig(benchmark="captions", image_size_px=16, prompts_file=str(tmp_path / "given" / "c.jsonl"))
-    with pytest.raises(ValueError, match="'../secret.png' is not a file beside it"):
+    with pytest.raises(ValueError, match="'../secret.png' is not a file next to it"):
         write_prompts(config, tmp_path)
 
 
 class NucleusMoEImagePipeline:
-    """Stands in for diffusers' class: a latent of one colour, and a transformer that knows `share` of the velocity."""
+    """Stands in for diffusers' class: a latent of one colour, and a transformer that predicts `share` of the
+    velocity."""
 
     def __init__(self, share: float):
         self.share, self.seen = share, []

@@ -1,4 +1,4 @@
-"""Parts of a run are the whole run, answers are kept between attempts, and the gate fails beyond noise and only then."""
+"""Parts add up to the whole run, answers are kept between attempts, and the gate fails only beyond noise."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_parts_of_a_run_are_scored_as_the_whole_run(model):
     card = json.loads((local(expected) / "scorecard.json").read_text())
     assert set(card["settings"]["model_digests"]) == {"merged", "components"} and card["counts"]["failed"] == 0
     prompts, images = sampled(model, CONFIG, parts_per_seed=2)
-    with pytest.raises(UserError, match="lacks|holds"):  # a part that is not there is missing images
+    with pytest.raises(UserError, match="lacks|holds"):  # a missing part means missing images
         run(task.judge_images, images=images[:-1], prompts=prompts, config=CONFIG)
 
 
@@ -138,7 +138,7 @@ def blank(prompts, seeds, height, width):
 
 
 def right(prompts, seeds, height, width):
-    """Right for all of this test's prompts: the detector below reads the prompt's own number of objects."""
+    """Images that `Answering` finds right for all prompts of this test."""
     return [Image.new("RGB", (width, height), (1, 2, 3))] * len(prompts)
 
 
@@ -200,7 +200,7 @@ def test_a_candidate_is_chosen_on_development_prompts(model, monkeypatch):
     assert kept.chosen == "incumbent"
 
 
-def test_a_model_is_resolved_to_what_it_is_and_a_changed_one_is_refused(tmp_path, monkeypatch):
+def test_a_model_is_resolved_to_its_digest_or_commit_and_a_changed_one_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model_index.json").write_text("{}")
@@ -229,7 +229,7 @@ def test_a_model_is_resolved_to_what_it_is_and_a_changed_one_is_refused(tmp_path
 
 
 def nightly(model_digest, scorecard):
-    """One night: (benchmarks that changed, what the gate says)."""
+    """One night: (benchmarks that changed, the gate's result)."""
     model = Model(place="/somewhere", digest=model_digest)
     changed = run(task.find_changed, source="s3://bucket/pipeline", model=model, configs=[NIGHTLY])
     stored = [
@@ -243,9 +243,7 @@ NIGHTLY = CONFIG.model_copy(update={"seeds": (0,)})
 
 
 @pytest.mark.slow
-def test_a_night_scores_what_is_new_once_and_a_drop_alarms_once_and_is_never_what_others_are_compared_with(
-    model, monkeypatch
-):
+def test_a_night_scores_a_new_model_once_and_a_drop_alarms_once_and_is_never_a_reference(model, monkeypatch):
     monkeypatch.setattr(catalog, "judge", lambda _: Answering())
     good, bad, worse_again, same = (
         scorecard_of(model, monkeypatch, sampler, name, NIGHTLY)

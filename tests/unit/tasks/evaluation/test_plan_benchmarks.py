@@ -1,4 +1,4 @@
-"""From the words of a command to configurations, and to candidates: checked before any work."""
+"""Arguments of a command become configurations and candidates, checked before any work."""
 
 from __future__ import annotations
 
@@ -142,18 +142,50 @@ def test_what_was_published_last_on_s3_is_resolved_to_its_version(monkeypatch):
         models.resolve("s3://bucket/pipeline")
 
 
-def test_candidates_are_settings_merges_and_models_on_development_prompts():
-    merged = Model(place="/m", digest="1+2", components="/c")
-    planned = plan_candidates(
-        merged, "shapes", "guidance_scale=3+num_inference_steps=5,last_n=2,x/y@" + "e" * 40, "tiny", [], ""
-    )
-    incumbent, setting, window, other = planned
-    assert incumbent.name == "incumbent" and incumbent.config.guidance_scale == TINY["guidance_scale"]
-    assert all(c.config.prompt_set == "development" for c in planned)
+@pytest.fixture
+def artifacts(tmp_path):
+    """{kind: a sealed directory}"""
+    return {kind: sealed(tmp_path / kind, kind)[0] for kind in ("merged", "components", "checkpoints", "pipeline")}
+
+
+@pytest.mark.parametrize("of_model", [True, False])
+def test_candidates_are_settings_merges_and_models_on_development_prompts(artifacts, of_model):
+    """A pipeline's components are the model's, or given with it."""
+    components = str(artifacts["components"])
+    if of_model:
+        model, given = models.resolve_incumbent(str(artifacts["merged"]), components=components), ""
+    else:
+        model, given = models.resolve_incumbent(str(artifacts["pipeline"]), components=components), components
+    assert model.components == (components if of_model else "")
+    places = [str(artifacts[kind]) for kind in ("merged", "checkpoints", "pipeline")]
+    names = ["guidance_scale=3+num_inference_steps=5", "last_n=2", "last_n=3+guidance_scale=2", "x/y@" + "e" * 40, *places]  # fmt: skip
+    planned = plan_candidates(model, "shapes", ",".join(names), "tiny", [], "", components=given)
+    assert [c.name for c in planned] == ["incumbent", *names]
+    incumbent, setting, window, both, other, merged, checkpoints, pipeline = planned
+    assert incumbent.model == setting.model == model and incumbent.config.guidance_scale == TINY["guidance_scale"]
+    assert all(c.config.prompt_set == "development" and (c.model is None) is not (c.merge is None) for c in planned)
     assert (setting.config.guidance_scale, setting.config.num_inference_steps) == (3, 5)
-    assert window.merge == MergeConfig(**load_recipe("tiny", []).merge.model_dump() | {"last_n": 2})
-    assert window.transformer.capacity_factors == load_recipe("tiny", []).train.stages[-1].capacity_factors
-    assert other.model.digest == "e" * 40 and window.config == other.config == incumbent.config
+    recipe = load_recipe("tiny", [])
+    assert window.merge.config == MergeConfig(**recipe.merge.model_dump() | {"last_n": 2})
+    assert window.merge.transformer.capacity_factors == recipe.train.stages[-1].capacity_factors
+    assert (window.merge.components, window.merge.checkpoints) == (components, "")
+    assert both.merge.config.last_n == 3 and both.config.guidance_scale == 2
+    assert other.model.digest == "e" * 40
+    assert (merged.model.place, merged.model.components) == (places[0], components)
+    assert checkpoints.merge == window.merge.model_copy(update={"config": recipe.merge, "checkpoints": places[1]})
+    assert (pipeline.model.place, pipeline.model.components) == (places[2], "")
+    assert all(c.config == incumbent.config for c in (window, other, merged, checkpoints, pipeline))
+
+
+def test_merges_and_merged_weights_need_their_components(artifacts):
+    pipeline = models.resolve_incumbent(str(artifacts["pipeline"]))
+    for name in ("last_n=2", str(artifacts["checkpoints"]), str(artifacts["merged"])):
+        with pytest.raises(ValueError, match=r"--components"):
+            plan_candidates(pipeline, "shapes", name, "tiny", [], "")
+    with pytest.raises(ValueError, match=r"merged is not a sealed directory of kind components"):
+        plan_candidates(pipeline, "shapes", "last_n=2", "tiny", [], "", components=str(artifacts["merged"]))
+    with pytest.raises(ValueError, match=r"candidate 'last_n=all': last_n: .*integer"):
+        plan_candidates(pipeline, "shapes", "last_n=all", "tiny", [], "", components=str(artifacts["components"]))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +193,7 @@ def test_candidates_are_settings_merges_and_models_on_development_prompts():
     [
         ("", "tiny", "must be different ones"),
         ("guidance_scale=3,guidance_scale=3", "tiny", "must be different ones"),
-        ("last_n=4", "", "needs a whole number, merged weights"),
+        ("last_n=4", "", "needs the components and the recipe"),
         ("guidance=3", "tiny", "guidance: Extra inputs"),
         ("./nowhere", "tiny", "neither a directory"),
     ],

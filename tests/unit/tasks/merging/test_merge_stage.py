@@ -68,7 +68,7 @@ def test_merging_one_checkpoint_gives_the_last_bit_for_bit(checkpoints, states, 
     assert all(torch.equal(result[name], tensor) for name, tensor in states[1000].items())
 
 
-def test_fewer_checkpoints_than_wanted_are_all_merged_and_it_is_said(checkpoints, tmp_path, capsys):
+def test_fewer_checkpoints_than_wanted_are_all_merged_with_a_message(checkpoints, tmp_path, capsys):
     report = merge_stage(checkpoints, CONFIG, MergeConfig(last_n=16), tmp_path)
     assert (report["merged"], report["wanted"], report["steps"]) == (4, 16, list(STEPS))
     assert "merge.last_n=16, but only 4 checkpoints exist" in capsys.readouterr().out

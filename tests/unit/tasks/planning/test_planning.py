@@ -1,4 +1,4 @@
-"""Each task gets what it depends on and no more."""
+"""Each task gets only the settings that it depends on."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_own_images_keep_long_captions_and_every_shape_and_need_no_psnr_and_chan
     assert own.eval.benchmark == "captions" and own.eval.judges == {} and own.eval.prompts_per_task is None
     assert own.eval.guidance_scale == recipe.eval.guidance_scale and own.eval.seeds == recipe.eval.seeds
     check_workflow(own)
-    assert (own.source.scenes, own.source.digits, own.source.made) == (0, 0, {})  # the card names what the corpus has
+    assert (own.source.scenes, own.source.digits, own.source.made) == (0, 0, {})  # the card describes the corpus
     parts = {name: getattr(recipe, name) for name in ("source", "curation", "components", "encoding", "eval")}
     assert own.model_copy(update=parts) == recipe
     lifted = {"formats": own.curation.filters.formats, "max_aspect_ratio": 1e6}

@@ -1,4 +1,4 @@
-"""What is said of a source before any work."""
+"""The description of a source before any work."""
 
 from __future__ import annotations
 

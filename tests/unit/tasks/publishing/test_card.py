@@ -1,4 +1,4 @@
-"""The model card tells what the recipe, the scorecard and the lineage say, and nothing that data put there as markup."""
+"""The model card states what recipe, scorecard and lineage say, and escapes markup in data."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_the_lineage_has_every_digest_in_full(recipe):
     assert "the source directories are not sealed" in model_card(recipe, SCORECARD, [])
 
 
-def test_the_stages_and_what_trained_them_are_told(recipe):
+def test_the_card_states_the_stages_and_their_optimizer(recipe):
     card = model_card(recipe, SCORECARD, LINEAGE)
     for stage in recipe["train"]["stages"]:
         assert f"| {stage['image_size_px']} | {stage['steps']:,} | {stage['batch_size']:,} |" in card
@@ -132,7 +132,7 @@ def test_what_comes_from_data_is_text_and_never_markup(recipe):
 @pytest.mark.parametrize(
     "carried, expected", [(True, "warm-up, then constant"), (False, "warm-up in each stage, then constant")]
 )
-def test_a_warm_up_in_each_stage_is_told(recipe, carried, expected):
+def test_the_card_states_whether_each_stage_warms_up(recipe, carried, expected):
     changed = {**recipe, "train": {**recipe["train"], "carry_optimizer": carried}}
     assert expected in model_card(changed, SCORECARD, LINEAGE)
 
@@ -151,7 +151,7 @@ def test_the_noise_of_sampling_prompts_and_training_stands_apart_with_its_comman
     assert "| training seeds | 0.017 over 5 trainings |" in card and "same prompts | not measured |" in card
 
 
-def test_a_decay_and_trained_in_guidance_are_told_where_there_are_any(recipe):
+def test_the_card_states_decay_and_trained_in_guidance_only_if_used(recipe):
     ends = copy.deepcopy(recipe)
     ends["train"]["stages"][-1] |= {"decay": {"steps": 1200, "to": 0.02}, "guidance": {"steps": 900, "scale": 3.5}}
     plain = copy.deepcopy(recipe)

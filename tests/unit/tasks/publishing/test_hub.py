@@ -1,4 +1,4 @@
-"""A push to the Hub carries every file of a directory that verifies, and looks whether all of it arrived."""
+"""A push to the Hub verifies a directory, uploads every file, and checks that all arrived."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tasks.publishing.hub import push
 
 
 class FakeHub:
-    """What HfApi does to a repository, in memory."""
+    """HfApi on a repository in memory."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}

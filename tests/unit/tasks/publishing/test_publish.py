@@ -78,7 +78,7 @@ def test_weights_and_tables_are_copied_byte_for_byte(parts, published):
     assert (published / "grid.png").read_bytes() == b"a picture"
 
 
-def test_nothing_else_of_the_sources_comes_along(published):
+def test_only_the_files_of_a_pipeline_are_published(published):
     assert {p.name for p in published.iterdir()} == {
         "model_index.json", "transformer", "vae", "text_encoder", "processor", "scheduler",
         "README.md", "scorecard.json", "grid.png", "SHA256SUMS",
@@ -239,7 +239,7 @@ def test_a_pipeline_that_does_not_load_is_one_error_with_the_reason(published, t
         publish.check_pipeline(broken)
 
 
-def test_the_check_does_not_wait_for_ever(published):
+def test_the_check_has_a_time_limit(published):
     with pytest.raises(ValueError, match="did not draw an image within 0 s"):
         publish.check_pipeline(published, timeout_s=0.05)
 

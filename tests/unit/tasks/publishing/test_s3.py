@@ -1,4 +1,4 @@
-"""A published version never looks complete before it is, is never changed, and of two publishers one fails."""
+"""A published version never looks complete too early and is never changed, and one of two publishers fails."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def download(client, directory: Path, prefix: str) -> Path:
 
 
 class Killed(Exception):
-    """Stands for SIGKILL at a call of the client."""
+    """Stands for a SIGKILL at a call of the client."""
 
 
 class Recorder:
@@ -129,7 +129,7 @@ def test_the_published_manifest_names_no_place_and_no_machine(client, tmp_path, 
     assert load_manifest(parent).digest in text
 
 
-def test_nothing_published_has_no_latest(client):
+def test_before_the_first_publication_there_is_no_latest_version(client):
     assert s3.latest(URI, client) is None
 
 
@@ -171,7 +171,7 @@ def test_running_it_again_writes_nothing(client, pipeline):
 
 
 def test_object_metadata_is_not_believed(client, pipeline):
-    """Somebody uploaded other bytes of the same length, and marked them with the right digest."""
+    """Other bytes of the same length were uploaded, with the right digest in their metadata."""
     digest = verify(pipeline).files["README.md"]
     client.put_object(
         Bucket=BUCKET,
@@ -242,6 +242,24 @@ def test_large_files_go_in_parts_and_are_checked_as_such(client, tmp_path):
     head = client.head_object(Bucket=BUCKET, Key=version(directory) + "model.safetensors")
     assert head["ETag"].strip('"').endswith("-3") and head["ContentLength"] == len(content)
     assert s3.upload(directory, URI, client, part_bytes=5 * s3.MIB)["skipped"] == 2
+
+
+def test_every_request_of_an_upload_names_the_account_that_must_own_the_bucket(client, tmp_path):
+    """S3 refuses a request to a bucket of another account than the one in ExpectedBucketOwner; moto does not look."""
+    requests: dict[str, list[str | None]] = {}
+
+    def note(params, model, **_):
+        requests.setdefault(model.name, []).append(params.get("ExpectedBucketOwner"))
+
+    directory = make(tmp_path / "large", {"README.md": b"card", "model.safetensors": bytes(6 * s3.MIB)})
+    client.meta.events.register("before-parameter-build.s3", note)
+    s3.upload(directory, URI, client, part_bytes=5 * s3.MIB, bucket_owner="123456789012")
+    s3.upload(directory, URI, client, part_bytes=5 * s3.MIB, bucket_owner="123456789012")
+    assert set(requests) == {
+        "HeadBucket", "GetObject", "ListObjectsV2", "HeadObject", "PutObject",
+        "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload",
+    }  # fmt: skip
+    assert {owner for owners in requests.values() for owner in owners} == {"123456789012"}, requests
 
 
 @pytest.mark.parametrize("size", [1, 4096, 4097, 10000])

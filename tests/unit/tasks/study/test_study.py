@@ -1,4 +1,4 @@
-"""A study: which runs it has, what it compares, and what of it depends on the machine."""
+"""A study: its runs, its comparisons, and which results depend on the machine."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_differences_are_paired_by_seed_and_have_intervals(tmp_path):
     assert difference["interval"] == pytest.approx([-0.08 - half, -0.08 + half], abs=1e-5)
     assert study["smallest_visible"]["<slow>"]["overall"] == pytest.approx(half, abs=1e-5)
     assert study["changes"]["<slow>"] == {"train.extra[0]": 1, "train.extra[1]": 2, "train.lr": 0.01}
-    # Dense models have no routing: nothing is compared where one side has no value.
+    # Dense models have no routing: a metric that one side lacks is not compared.
     assert "routing_stability" in study["differences"]["<slow>"]
     assert "routing_stability" not in study["differences"]["dense"]
 

@@ -1,4 +1,4 @@
-"""How the nodes of a training end: which ends Flyte tries again, and that none ends before the outputs are there."""
+"""How the nodes of a training end: which errors Flyte retries, and that no node ends before the outputs exist."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def nothing() -> None:
     [
         (-signal.SIGABRT, FlyteRecoverableException),  # NCCL's watchdog: another node is gone
         (-signal.SIGKILL, FlyteRecoverableException),
-        (1, FlyteUserRuntimeException),  # an exception of ours: it would be raised again
+        (1, FlyteUserRuntimeException),  # our own exception, which would be raised again
     ],
 )
 def test_a_worker_that_a_signal_ended_is_started_again(tmp_path, monkeypatch, exitcode, raised):
@@ -46,7 +46,7 @@ def test_a_worker_that_a_signal_ended_is_started_again(tmp_path, monkeypatch, ex
 @pytest.mark.slow
 @pytest.mark.parametrize("of_code", [None, 0, 1])
 def test_a_workers_error_that_is_not_recoverable_decides_whichever_worker_torch_looks_at(of_code):
-    """Both end between two looks of the agent. The others of a failed worker lose it: an error that would be retried."""
+    """Both end between two checks of the agent. The peers of a failed worker lose it, which alone would be retried."""
 
     def work():
         rank = int(os.environ["RANK"])
@@ -66,7 +66,7 @@ def test_a_workers_error_that_is_not_recoverable_decides_whichever_worker_torch_
 
 
 def test_a_node_without_rank_0_waits_for_the_outputs(tmp_path, monkeypatch):
-    """An elastic PyTorchJob counts as finished as soon as one of its pods is."""
+    """An elastic PyTorchJob is finished as soon as one of its pods is."""
 
     def execute(self, **_):
         raise IgnoreOutputs()

@@ -1,4 +1,4 @@
-"""Training processes that torch elastic starts verify an artifact once each time that they are started."""
+"""Training processes of torch elastic verify an artifact once at each start."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LIMIT_S = 60
 
 
 def fetch_together(directory: FlyteDirectory, folder: str) -> str:
-    """What each process of a launch does; the first attempt fails when all have fetched."""
+    """The work of each process of a launch; the first attempt fails after all have fetched."""
     attempt, verify = os.environ["TORCHELASTIC_RESTART_COUNT"], artifacts.verify
 
     def noted(path, *without, **options):

@@ -1,4 +1,4 @@
-"""The page of a training stage."""
+"""The figures on the page of a training stage."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ALT = 'alt="expert allocation by layer"'
 
 
 def statistics(dense: bool) -> dict[str, float]:
-    """What a forward's routers did, as the trainer logs it."""
+    """The routers' statistics of a forward, as the trainer logs them."""
     model = NucleusTransformer(TransformerConfig(
         in_channels=16, out_channels=4, num_layers=4, attention_head_dim=8, num_attention_heads=4, num_key_value_heads=2,
         joint_attention_dim=8, axes_dims_rope=(2, 2, 4), num_experts=4, moe_intermediate_dim=8, mlp_ratio=6.0,
@@ -33,7 +33,7 @@ def statistics(dense: bool) -> dict[str, float]:
 
 @pytest.fixture
 def checkpoints(tmp_path):
-    """Writes a run that was killed after step 30 and went on from step 10; returns its directory and what it logged."""
+    """Writes a run that was killed after step 30 and resumed from step 10; returns its directory and its log."""
 
     def write(dense: bool = False):
         logged = {}

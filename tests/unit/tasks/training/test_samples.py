@@ -1,4 +1,4 @@
-"""Sample grids show what is trained: their prompts are encoded as the captions were."""
+"""Sample grids encode their prompts as the captions were encoded."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_grids_of_steps_that_train_guidance_in_are_drawn_without_it(components, 
 
 
 def test_a_process_alone_sends_nothing_and_its_random_numbers_go_on(monkeypatch):
-    """Gloo's threads would slow down the rest of the training."""
+    """A group of gloo has threads that would slow down the rest of the training."""
     monkeypatch.setattr(dist, "broadcast", None)
     monkeypatch.setattr(dist, "broadcast_object_list", None)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -1,4 +1,4 @@
-"""What the training task does around a stage: a retry after SIGTERM, pruning after the seal, one artifact for all ranks."""
+"""The training task around a stage: a retry after SIGTERM, pruning after the seal, one artifact for all ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tasks.training import plots, samples, task
 
 @pytest.fixture
 def stage(tmp_path, monkeypatch):
-    """Calls the task's function on sealed inputs, with the run of `run.train_stage` and a note of what is pruned."""
+    """Calls the task's function on sealed inputs, with `run.train_stage` replaced, and records what is pruned."""
     monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("RANK", raising=False)
     run = ModuleType("model.train.run")

@@ -27,7 +27,7 @@ def status(text: str, finish_reason: str = "stop", language: str | None = "en") 
         "This image may be unsafe, so I am unable to help with this request.", "抱歉，我无法描述这张图片。", "I can't assist with that request.",
     ],
 )  # fmt: skip
-def test_refusals_are_told_from_captions(text):
+def test_refusals_are_recognised(text):
     assert status(text, language=None) == "refused"
 
 
@@ -103,5 +103,5 @@ def test_the_language_is_checked_where_there_are_words_enough():
         ("“A dog”", "A dog"), ("Here is a dog on a beach.", "Here is a dog on a beach."),
     ],
 )  # fmt: skip
-def test_what_is_said_around_a_caption_is_removed(text, cleaned):
+def test_text_around_a_caption_is_removed(text, cleaned):
     assert checks.clean(text) == cleaned

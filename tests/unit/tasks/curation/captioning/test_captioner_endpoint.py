@@ -1,4 +1,4 @@
-"""How an endpoint is asked: which, how often, how long it may take, and with what."""
+"""Requests to an endpoint: which one, how often, with what content, and within what time."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_a_redirect_is_not_followed(stub):
         answers(stub, [asked()])
 
 
-def test_nobody_there_is_an_error_that_may_pass():
+def test_an_unreachable_endpoint_is_a_connection_error():
     captioner = build_captioner(config(max_retries=1, timeout_s=2))
     with pytest.raises(ConnectionError, match="ConnectError"):
         list(captioner.answers([asked()]))

@@ -1,4 +1,4 @@
-"""A corpus described through an endpoint that fails: nothing is lost, and no answered question is asked again."""
+"""A corpus captioned through an endpoint that fails: nothing is lost, and no answered request is repeated."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ flow.curate_source(SourceConfig(), {str(source)!r}, config({stub.url!r}))
         assert len(kept) == 25
         curated, _ = flow.curate_source(SourceConfig(), str(source), config(stub.url))
         again = [digest for digest, count in stub.answered.items() if count > 1]
-        assert len(again) <= 8  # in flight when it was killed, so that nobody had their answers
+        assert len(again) <= 8  # in flight at the kill, so that their answers were lost
     rows = [json.loads(line) for line in journal.read_bytes().splitlines()]
     questions = [row["question"] for row in rows]
     assert questions[:25] == kept and len(set(questions)) == len(questions)

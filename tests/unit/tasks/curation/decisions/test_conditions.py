@@ -95,7 +95,7 @@ def test_a_quote_in_a_text_stays_a_text():
 
 @pytest.mark.parametrize("text", ["\\", "a\\", "'", "\\'", "it's", "\\\\'' OR TRUE --"])
 def test_no_text_of_a_condition_ends_a_literal_of_sql_in_any_engine(text):
-    r"""Spark takes \' for a quote inside of a text, DuckDB for its end; and of '' Spark makes none, one or two quotes."""
+    r"""Spark reads \' as a quote within a text, DuckDB as its end; Spark reads '' as none, one or two quotes."""
     sql = Condition(f"source == {text!r} or source == ' OR reflect() --'").sql
     for literal in re.findall(r"'([^']*)'", sql):
         assert "\\" not in literal

@@ -286,7 +286,7 @@ def test_what_cannot_be_replayed_is_refused(override, message, curated_two, caps
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    """Scenes with planted defects, and digits, through the whole of curation: (ledger with truth, report)."""
+    """The whole curation of scenes with planted defects, and digits: (ledger with truth, report)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NUCLEUS_HOME", str(tmp_path_factory.mktemp("planted")))
         patch.delenv("NUCLEUS_STORE", raising=False)

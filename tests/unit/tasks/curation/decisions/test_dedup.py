@@ -190,7 +190,7 @@ def test_banding_finds_every_pair_that_brute_force_finds(distance, bits):
 
 
 def test_many_records_are_compared_in_far_fewer_than_all_pairs(monkeypatch):
-    """30,000 random hashes, that is 450 million pairs, in a small part of them."""
+    """Of 30,000 random hashes, few of the 450 million pairs are compared."""
     rng = np.random.default_rng(0)
     hashes = rng.random((30_000, 64)) < 0.5
     hashes[1] = hashes[0]

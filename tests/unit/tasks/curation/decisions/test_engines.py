@@ -1,4 +1,4 @@
-"""What the table engines must do alike, on Parquet files as they are read in a run."""
+"""What all table engines must do, on Parquet files as in a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write(path, rows: list[dict]) -> str:
 
 
 def test_a_missing_score_in_a_parquet_file_is_no_large_number(engine, tmp_path):
-    """The file's statistics say 0.1 to 0.9, and nothing of NaN."""
+    """The file's statistics are 0.1 to 0.9, without NaN."""
     scores = [0.1, math.nan, 0.9, 0.2]
     rows = [good_row(i, nsfw=value, aesthetic=10 * value) for i, value in enumerate(scores)]
     engine.scan("scores", {write(tmp_path / "a.parquet", rows): 0})

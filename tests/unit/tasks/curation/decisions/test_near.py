@@ -21,7 +21,7 @@ from tasks.curation.scoring.hashes import HASHES, PHASH256, picture_hashes
 
 
 def flipped(value: int, bits) -> int:
-    """A signed 64-bit integer with some of its bits turned."""
+    """A signed 64-bit integer with some bits flipped."""
     word = np.array([value]).view(np.uint64)[0]
     for bit in bits:
         word ^= np.uint64(1) << np.uint64(bit)
@@ -29,7 +29,7 @@ def flipped(value: int, bits) -> int:
 
 
 def planted(groups: int, copies: int, seed: int, most: int = 6) -> list[dict]:
-    """Records in groups of copies whose hashes differ in a few bits from the first's."""
+    """Records in groups of copies, whose hashes differ from the first's in a few bits."""
     rng = np.random.default_rng(seed)
     rows = []
     for group in range(groups):
@@ -47,7 +47,7 @@ def distance(a: dict, b: dict, names=("phash",)) -> int:
 
 
 def is_match(a: dict, b: dict, radius: int) -> bool:
-    """The rule, by definition."""
+    """Whether two records match, by definition."""
     coarse, steps = distance(a, b), distance(a, b, ["dhash"])
     fine, far = distance(a, b, PHASH256), max(coarse, steps)
     confirmed = (fine <= 64 and far <= 20) or far <= 10 or (steps <= radius and fine <= 96)
@@ -69,7 +69,7 @@ def sequential(rows: list[dict], radius: int) -> dict[int, int]:
 
 @pytest.mark.parametrize("radius, count", [(2, 0), (4, 0), (6, 0), (4, 10**6), (4, 10**7), (4, 10**8)])
 def test_pairs_are_those_of_comparing_all_with_all(radius, count, monkeypatch):
-    """With the keys of that many hashes, if not of those there are."""
+    """With the keys for `count` hashes, if given, instead of the keys for the actual number."""
     if count:
         monkeypatch.setattr(near, "plan_cover", lambda _, distance: covers.plan_cover(count, distance))
     rows = planted(groups=40, copies=6, seed=radius)

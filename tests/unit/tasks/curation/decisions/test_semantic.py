@@ -25,7 +25,7 @@ def embeddings(count: int, copies: int) -> np.ndarray:
 
 
 def pairs_of(vectors: np.ndarray, order: np.ndarray, similarity: float) -> set[tuple[int, int]]:
-    """Pairs of rows of `vectors`, read in an order."""
+    """Pairs of rows of `vectors`, read in this order."""
     rows = [{"position": place, "tie": f"{i:05d}", "embedding": vectors[i].tolist()} for place, i in enumerate(order)]
     with tempfile.TemporaryDirectory() as work, contextlib.closing(open_engine("duckdb", work)) as engine:
         engine.load("embedded", EMBEDDED, rows)

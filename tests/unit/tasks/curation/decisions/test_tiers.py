@@ -56,7 +56,7 @@ def test_quantiles_give_each_tier_its_share_of_the_records_that_pass():
     assert {row["tier"] for row in records[2500:3000]} == {"A3"} and {row["tier"] for row in records[3000:]} == {"A5"}
 
 
-def test_a_quantile_of_nothing_is_reached_by_nobody():
+def test_without_scores_no_record_reaches_a_quantile():
     counts = np.zeros(20_000, int)
     counts[[-1, -2000]] = 1  # scores of 10 and 9
     assert quantile_cuts(counts, (0, 0.5, 1, 1)) == pytest.approx((11, 9.9995, 9, 9))

@@ -114,7 +114,7 @@ def test_a_profile_of_srgb_and_one_that_cannot_be_used_change_nothing(profile):
 
 
 def test_a_profile_is_read_once_for_many_pictures(monkeypatch):
-    decoding._to_srgb.cache_clear()
+    decoding._of_profile.cache_clear()
     made = []
     build = ImageCms.buildTransform
     monkeypatch.setattr(ImageCms, "buildTransform", lambda *args: made.append(1) or build(*args))
@@ -170,7 +170,7 @@ def test_an_orientation_behind_the_pixels_of_a_png_counts_in_the_size():
 
 
 def with_more_scans(count: int) -> bytes:
-    """A progressive JPEG whose last scan is there `count` more times."""
+    """A progressive JPEG with its last scan repeated `count` times."""
     data = to_bytes(photo(640, 480), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:-2] + data[last:-2] * count + data[-2:]

@@ -37,7 +37,7 @@ def to_bytes(image: Image.Image, kind="PNG", **options) -> bytes:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that promises width x height pixels in a few bytes."""
+    """A PNG of a few bytes whose header has width x height pixels."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
@@ -304,7 +304,7 @@ def test_a_format_that_the_recipe_rejects_is_not_decoded(kind, monkeypatch):
 
 
 def decided(filters: FilterConfig, **columns) -> list[tuple[str, str]]:
-    """(rule, detail) of good records but for the columns given."""
+    """(rule, detail) of good records with these columns changed."""
     rows = [good_row(i, **dict(zip(columns, values))) for i, values in enumerate(zip(*columns.values(), strict=True))]
     return [(row["rule"], row["detail"]) for row in records_of(rows, CurationConfig(filters=filters))]
 
@@ -371,6 +371,6 @@ def test_a_scorer_is_imported_only_where_a_recipe_names_it():
         (b"\n<!DOCTYPE html><html>403</html>", "a web page instead of the image"),
     ],
 )
-def test_files_that_are_no_images_are_told_apart(data, why):
+def test_files_that_are_not_images_have_their_own_reasons(data, why):
     with pytest.raises(ValueError, match=why):
         decoding.inspect(data)

@@ -1,4 +1,4 @@
-"""The scorers of the 17B recipe on small random models of the same classes: no weights of the Hub are here."""
+"""The scorers of the 17B recipe on small random models of the same classes: no weights from the Hub."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_processor(folder, kind: str) -> None:
 
 
 def write_encoder(folder, kind: str) -> str:
-    """A random model of the family's class, as its repository has it."""
+    """Writes a random model of the family's class, in the layout of its repository."""
     import transformers
 
     torch.manual_seed(0)
@@ -52,7 +52,7 @@ def write_encoder(folder, kind: str) -> str:
 
 
 def write_head(folder, width=WIDTH) -> tuple[str, torch.nn.Sequential]:
-    """A head as LAION's: linear layers with dropout between them, whose numbers have gaps."""
+    """Writes a head like LAION's: linear layers with dropout between them, so that their numbers have gaps."""
     torch.manual_seed(1)
     layers = [torch.nn.Linear(width, 8), torch.nn.Dropout(0.2), torch.nn.Linear(8, 4), torch.nn.Linear(4, 1)]
     head = torch.nn.Sequential(*layers).eval()

@@ -1,4 +1,4 @@
-"""Near duplicates among tiles of real photographs: ordinary edits are found, and no two different tiles are merged."""
+"""Near duplicates among tiles of real photographs: usual edits are found, and no two different tiles are merged."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_an_edited_copy_of_a_photograph_is_found(matches, edit):
 
 @pytest.mark.slow
 def test_different_tiles_do_not_match_unless_both_are_plain_and_have_the_same_logo(matches):
-    """The logo is then the most of both pictures. No pair of other copies matches, nor any copy with an original."""
+    """Then the logo is most of both pictures. No other copies match, and no copy matches another original."""
     false = matches.wrong
     assert [pair for pair in false if {edit for _, edit in pair} != {"logo"}] == []
     assert len(false) <= 10

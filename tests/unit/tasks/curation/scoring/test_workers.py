@@ -1,4 +1,4 @@
-"""Code that parses untrusted bytes runs in workers: what kills one, or never ends, costs one result."""
+"""Code that parses untrusted bytes runs in workers: a crash or an endless loop costs one result."""
 
 import os
 import signal

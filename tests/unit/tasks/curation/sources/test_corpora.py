@@ -1,4 +1,4 @@
-"""What a corpus promises whatever its sources are: identities, who reads what, and errors before any decoding."""
+"""Properties of a corpus of any sources: identities, which shards read what, and errors before any decoding."""
 
 import json
 import os
@@ -102,7 +102,7 @@ def test_a_table_beside_a_tar_and_the_readers_settings_are_part_of_a_shards_iden
     assert len({tuple(one) for one in ids}) == 4
 
 
-def test_keys_are_what_they_always_were(tmp_path):
+def test_keys_keep_their_published_form(tmp_path):
     import hashlib
 
     source = mixed(tmp_path / "source")

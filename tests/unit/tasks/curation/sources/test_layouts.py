@@ -1,4 +1,4 @@
-"""Layouts and spellings that users' folders have: each caption whole and with its own image, or none with the reason."""
+"""Layouts and spellings of users' folders: each caption is whole and with its own image, or the reason is given."""
 
 from __future__ import annotations
 

@@ -286,7 +286,7 @@ def test_a_caption_that_is_no_text_is_unreadable_unless_the_image_has_another(tm
     expected = {"a.png": "unreadable_caption", "b.png": "unreadable_caption"}
     assert captions_in(tmp_path) == expected | {"c.png": ["a barn"], "d.png": ["a boat"], "e.png": []}
     details = {record.locator: record.detail for record in read_records(tmp_path)[0]}
-    assert details["a.png"].endswith("a.json has a caption that is no text but of the type int")
+    assert details["a.png"].endswith("a.json has a caption that is not text but of the type int")
     tar_of(tmp_path / "t/x.tar", {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()})
     assert captions_in(tmp_path / "t") == {f"x.tar:{k}": v for k, v in captions_in(tmp_path).items() if "tar" not in k}
 

@@ -170,7 +170,7 @@ def test_names_match_with_backslashes_with_the_folder_in_front_and_in_either_uni
     }
 
 
-def test_a_folder_of_the_tables_own_name_inside_it_is_meant_itself(tmp_path):
+def test_a_table_names_files_relative_to_its_folder_even_with_an_equal_subfolder(tmp_path):
     write(tmp_path, {"train/train/a.png": PNG, "train/a.png": PNG})
     write(tmp_path, {"train/metadata.csv": "file_name,text\ntrain/a.png,inner\n"})
     assert captions_in(tmp_path) == {"train/a.png": [], "train/train/a.png": ["inner"]}
@@ -242,7 +242,7 @@ def test_lines_with_an_escape_sequence_do_not_reach_the_terminal(tmp_path):
 def test_a_row_whose_caption_is_a_number_is_an_error_with_its_line(tmp_path):
     lines = '{"file_name": "a.png", "text": "a barn"}\n{"file_name": "b.png", "text": 7}\n'
     write(tmp_path, {"a.png": picture(0), "b.png": picture(1), "metadata.jsonl": lines})
-    with pytest.raises(ValueError, match=r"metadata.jsonl, line 2, has a caption that is no text but of the type int"):
+    with pytest.raises(ValueError, match=r"metadata.jsonl, line 2, has a caption that is not text but of the type int"):
         read_records(tmp_path)
     write(tmp_path, {"metadata.jsonl": lines.replace("7", "NaN")})
     assert captions_in(tmp_path) == {"a.png": ["a barn"], "b.png": []}

@@ -1,4 +1,4 @@
-"""A source at a URI gives the records of a local one, and each shard fetches what it reads and no more."""
+"""A source at a URI gives the records of a local one, and each shard fetches only what it reads."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def remote(source):
 
 @pytest.fixture
 def fetched(monkeypatch) -> list[str]:
-    """Names of the files that are read, once for each time."""
+    """Names of the files that are read, one for each read."""
     names: list[str] = []
     for method in ("cat_file", "_open"):
 
@@ -78,7 +78,7 @@ def fetched(monkeypatch) -> list[str]:
 
 
 def read(path) -> tuple[list, dict]:
-    """Records without their places, and what was left out, by reason."""
+    """Records without their locations, and counts of the others by reason."""
     records, account = read_records(path, images_per_shard=4)
     root = str(path).rpartition("/")[0] if str(path).endswith((".tar", ".parquet", ".png")) else str(path)
     names = [record._replace(locator=record.locator.removeprefix(f"{root}/"), row=0) for record in records]

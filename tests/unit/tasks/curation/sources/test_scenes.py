@@ -89,7 +89,7 @@ ENDING = r"(?: on a (?P<background>\w+) background)?"
 
 
 def parse(text):
-    """What a caption says: (things, relation, background), by a grammar that is not the generator's."""
+    """The content of a caption: (things, relation, background), by a grammar of our own, not the generator's."""
     body = text.removeprefix("a photo of ")
     match = re.fullmatch(NOUN.format(p="a") + r" (left of|right of|above|below) " + NOUN.format(p="b") + ENDING, body)
     if match:

@@ -200,7 +200,7 @@ def test_a_caption_column_of_another_kind_than_text_makes_its_rows_unreadable(tm
     pq.write_table(pa.table({"image": images, "text": cells}), tmp_path / "x.parquet")
     records, _ = read_records(tmp_path)
     assert [record.problem for record in records] == ["unreadable_caption"] * 2
-    assert f"x.parquet:0 has a caption that is no text but of the type {type(cells[0]).__name__}" in records[0].detail
+    assert f"x.parquet:0 has a caption that is not text but of the type {type(cells[0]).__name__}" in records[0].detail
     pq.write_table(pa.table({"image": images, "text": cells, "caption": ["a", "b"]}), tmp_path / "x.parquet")
     assert list(captions_in(tmp_path).values()) == [["a"], ["b"]]
 

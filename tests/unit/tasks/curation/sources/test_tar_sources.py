@@ -102,7 +102,7 @@ def test_archives_in_one_file_are_read_to_the_last(tmp_path):
     }
 
 
-def test_data_behind_the_end_that_is_no_archive_is_told(tmp_path):
+def test_data_behind_the_end_of_a_tar_is_reported(tmp_path):
     data = tar_of(tmp_path / "x.tar", {"a.png": PNG}).read_bytes()
     (tmp_path / "x.tar").write_bytes(data + b"garbage" * 200)
     _, account = read_records(tmp_path / "x.tar")

@@ -1,4 +1,5 @@
-"""Images by URL: recovered or refused, never from inside, all in the ledger, and none downloaded twice after a kill."""
+"""Images by URL: recovered or refused, never from private networks, all in the ledger, none downloaded twice after a
+kill."""
 
 from __future__ import annotations
 
