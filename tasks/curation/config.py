@@ -205,8 +205,8 @@ class DedupConfig(Section):
         96  # of pHash-256, if dHash proposes: a logo changes pHash
     )
     # Hashes of flat pictures are noise: below this margin (hashes.py) only equal bytes count. docs/scale.md has results
-    # of 4, 8 and 12 on photographs.
-    min_hash_margin: Annotated[float, Field(ge=0)] = 12.0
+    # of 4 to 16 on photographs.
+    min_hash_margin: Annotated[float, Field(ge=0)] = 14.0
     # Minimum cosine of the column `embedding` of duplicates, such as 0.97; null compares no embeddings.
     min_embedding_similarity: Annotated[float, Field(gt=0, le=1)] | None = None
     thumbnail_sources: tuple[str, ...] = ("scenes", "digits")
