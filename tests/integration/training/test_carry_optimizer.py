@@ -189,7 +189,7 @@ def test_another_state_in_the_same_work_dir_and_a_pickle_in_it_are_refused(laten
     (other / "optimizer" / "step-00000003" / METADATA).write_bytes(pickle.dumps(os.getcwd))
     with pytest.raises(ValueError, match="another optimizer_from"):
         train(latents, tmp_path, "second", 1, before=other)
-    with pytest.raises(ValueError, match="posix.getcwd, which is no part"):
+    with pytest.raises(ValueError, match="posix.getcwd, which is not part"):
         train(latents, tmp_path / "elsewhere", "second", 1, before=other)
 
 

@@ -174,6 +174,7 @@ TASKS = {
     "training.task.train_stage": ("trainer", None, "training"),
     "merging.task.merge_checkpoints": ("trainer", GATHER, "merging"),
     "evaluation.task.resolve_model": ("evaluator", LIGHT, ""),
+    "evaluation.task.resolve_incumbent": ("evaluator", LIGHT, ""),
     "planning.task.plan_benchmarks": ("evaluator", LIGHT, ""),
     "evaluation.task.plan_parts": ("evaluator", LIGHT, ""),
     "evaluation.task.make_prompts": ("evaluator", GATHER, "prompts"),

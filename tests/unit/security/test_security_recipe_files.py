@@ -31,7 +31,7 @@ def test_a_yaml_bomb_is_refused_at_once(tmp_path, bomb):
     began = time.process_time()
     with pytest.raises(ValueError, match="more than|contains it|too deeply|it is not a recipe"):
         load_recipe(str(tmp_path / "bomb.yaml"))
-    assert time.process_time() - began < 1
+    assert time.process_time() - began < 5  # unbounded, minutes or all memory
 
 
 def test_an_override_that_is_nested_too_deeply_is_refused():

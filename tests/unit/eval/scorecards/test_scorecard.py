@@ -247,7 +247,7 @@ def test_results_go_neither_into_a_sealed_directory_nor_to_a_file(run, tmp_path,
     for out in ("file", "file/below"):
         with pytest.raises(SystemExit, match=r"error: .*file is a file, and results need a directory"):
             main([str(run[0]), "--out", str(tmp_path / out)])
-    with pytest.raises(SystemExit, match="no run of eval.generation.generate"):
+    with pytest.raises(SystemExit, match="is not a run of eval.generation.generate"):
         main([str(tmp_path)])
 
 

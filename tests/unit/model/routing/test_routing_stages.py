@@ -80,5 +80,5 @@ def test_only_moe_layers_need_a_capacity_factor():
     assert [block.moe_enabled for block in model.transformer_blocks] == [False, True, True]
     TransformerConfig(**values | {"dense_moe_strategy": "all_dense", "capacity_factors": 0.0})
     for factors in ((2.0, 0.0, 2.0), 0.0):
-        with pytest.raises(ValueError, match="capacity factor 0.0 must lie in"):
+        with pytest.raises(ValueError, match="capacity factor 0.0 must be in"):
             TransformerConfig(**values | {"capacity_factors": factors})
