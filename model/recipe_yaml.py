@@ -77,6 +77,21 @@ for _tag, _pattern, _first in (
     Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
+def parse(text: str | bytes, where: str) -> Any:
+    """The values of a YAML text.
+
+    Args:
+        where: its file or option, for the error.
+
+    Raises:
+        ValueError: it is not valid YAML.
+    """
+    try:
+        return yaml.load(text, Loader=Loader)  # noqa: S506  (a SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """The mapping of a recipe file; its keys and values are not checked here.
 
@@ -100,11 +115,9 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
             content = file.read(MAX_FILE_BYTES + 1)
         if len(content) > MAX_FILE_BYTES:
             raise ValueError(f"{path} has more than {MAX_FILE_BYTES:,} bytes: it is not a recipe")
-        data = yaml.load(content, Loader=Loader)  # noqa: S506  (a SafeLoader)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    data = parse(content, str(path))
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a mapping of sections, got {type(data).__name__}")
     if "base" not in data:

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
 from eval.catalog import refuse_code
@@ -17,7 +16,7 @@ from model.config import TIERS, MergeConfig, Section, TrainConfig, TransformerCo
 from model.constants import TILE_PX, VAE_SCALE
 from model.names import closest
 from model.ranks import micro_batch, rank_degrees
-from model.recipe_yaml import MAX_FILE_BYTES, Loader, read_recipe
+from model.recipe_yaml import MAX_FILE_BYTES, parse, read_recipe
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.publishing.config import PublishConfig
@@ -227,7 +226,7 @@ def _read(name_or_path: str) -> tuple[str, dict[str, Any]]:
     if name_or_path.startswith("{"):
         if len(name_or_path) > MAX_FILE_BYTES:
             raise ValueError(f"a recipe's text has more than {MAX_FILE_BYTES:,} characters")
-        data = _parse(name_or_path, "the recipe's text")
+        data = parse(name_or_path, "the recipe's text")
         return str(data.get("name", "without a name")), data
     known = sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
     path = RECIPES / f"{name_or_path}.yaml"
@@ -282,13 +281,6 @@ def _check_size(key: str, value: Any) -> None:
             _check_size(f"{key}[{index}]", item)
 
 
-def _parse(text: str | bytes, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=Loader)  # noqa: S506  (a SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
-
-
 MAX_INTEGER = 2**53
 _KEY = re.compile(r"[A-Za-z_]\w*(\[\d+\])*(\.[A-Za-z_]\w*(\[\d+\])*)*")
 
@@ -299,7 +291,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if not separator or not _KEY.fullmatch(key):
         raise ValueError(f"override {override!r} must look like train.stages[0].steps=200")
     steps = [int(part) if part.isdigit() else part for part in re.findall(r"[A-Za-z_]\w*|(?<=\[)\d+(?=\])", key)]
-    value = _parse(text, f"override {override!r}")
+    value = parse(text, f"override {override!r}")
     here: Any = data
     section: Any = Recipe
     for i, step in enumerate(steps):

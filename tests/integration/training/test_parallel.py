@@ -154,8 +154,8 @@ def test_bfloat16_keeps_weights_router_and_reduction_in_fp32(runs):
 
 
 def test_dist_muon_updates_as_our_muon_does(runs):
-    """With our iteration in place of its own: so this tests which matrices it updates and where, momentum, and
-    rates."""
+    """torchtitan's DistMuon runs our Newton-Schulz iteration here, so the test covers the choice of matrices, their ranks,
+    momentum and rates."""
     attention = tuple(f"{name}.weight" for name in ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "to_out.0"))
     feed_forward = ("net.0.proj.weight", "net.2.weight")
     for job, reference, taken in (

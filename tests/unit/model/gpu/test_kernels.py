@@ -433,7 +433,7 @@ def test_operations_keep_what_pytorch_asks_of_them(device):
 
 
 def test_rows_that_are_still_on_their_way_are_waited_for(device):
-    """Expert parallelism passes the result of an all-to-all: a tensor subclass without memory of its own."""
+    """Expert parallelism passes the result of an all-to-all: a tensor subclass that has no memory until it is awaited."""
     from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
     from model.kernels.combine import combine_rows
