@@ -118,7 +118,8 @@ class Settings(Section):
 
 
 class Comparison(Section):
-    """Our score and a published one. within_noise: our interval contains the published figure; None: not comparable."""
+    """Our score, as the official code computes it, and a published one. within_noise: our interval contains the
+    published figure; None: not comparable, or no interval is known."""
 
     model: str
     category: str
@@ -209,7 +210,8 @@ def not_comparable(a: Scorecard, b: Scorecard) -> str | None:
 
 
 def model_index(card: Mapping[str, Any], title: str) -> dict[str, Any]:
-    """The Hub's `model-index` entry of a scorecard (as JSON): its scores under their full name."""
+    """The Hub's `model-index` entry of a scorecard (as JSON): its scores under their full name, as the official
+    code computes them where it is known."""
 
     def plain(text: Any) -> str:  # in the header of a Markdown file: must not contain markup
         return re.sub(r"[^\w\[\]+,.: -]", "", str(text))
@@ -217,8 +219,11 @@ def model_index(card: Mapping[str, Any], title: str) -> dict[str, Any]:
     scale = card.get("scale", 1.0)
     rows = {"overall": card["overall"], **card["tasks"]}
     metrics = [
-        {"type": "score", "name": plain(f"{card['name']}, {name}"), "value": round(scale * score["mean"], 4)}
-        for name, score in rows.items()
+        {"type": "score", "name": plain(f"{card['name']}, {name}"), "value": round(value, 4)}
+        for name, value in (
+            (name, scale * score["mean"] if score.get("official") is None else score["official"])
+            for name, score in rows.items()
+        )
     ]
     dataset = {"type": plain(card["benchmark"]), "name": plain(card["name"])}
     results = [{"task": {"type": "text-to-image"}, "dataset": dataset, "metrics": metrics}]

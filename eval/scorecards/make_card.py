@@ -87,7 +87,7 @@ def scorecard(
         seeds=list(config.seeds),
         interval=Interval(),
         settings=_settings(rows, prompts, config, generation, benchmark, judges or {}),
-        references=_references(benchmark, name, main_scores),
+        references=_references(benchmark, name, main_scores, aggregates["official"]),
         measures=_measures(benchmark, prompts, answered or {}),
         config=config.model_dump(mode="json", exclude={"bootstrap_samples"}),
         generation=generation,
@@ -275,20 +275,30 @@ def prompt_set_digest(prompts: Sequence[Mapping[str, Any]]) -> str:
     return digest_of([{k: v for k, v in prompt.items() if k != "rewritten"} for prompt in prompts])
 
 
-def _references(benchmark: Benchmark, name: str, scores: Scores) -> list[Comparison]:
+def _references(
+    benchmark: Benchmark, name: str, scores: Scores, official: Mapping[str, Any] | None
+) -> list[Comparison]:
+    """Published scores next to what the official code would print here.
+
+    The interval is that of our mean, moved to the official score. If the two are further apart than the interval reaches,
+    as where the official score is no mean over prompts, its noise is not known.
+    """
     rows = []
     for published in PUBLISHED.get(benchmark.name, ()):
-        ours = scores.overall if published.category == "overall" else scores.tasks.get(published.category)
-        within = None
-        if ours is not None and name == benchmark.name:
-            low, high = (limit * benchmark.scale for limit in ours.interval)
-            within = low <= published.score <= high
+        score = scores.overall if published.category == "overall" else scores.tasks.get(published.category)
+        ours, within = (official or {"categories": {}})["categories"].get(published.category), None
+        if score is not None:
+            ours = benchmark.scale * score.mean if score.official is None else score.official
+            low, high = (limit * benchmark.scale for limit in score.interval)
+            moved = ours - benchmark.scale * score.mean
+            if name == benchmark.name and abs(moved) <= (high - low) / 2:
+                within = low <= published.score - moved <= high
         rows.append(
             Comparison(
                 model=published.model,
                 category=published.category,
                 published=published.score,
-                ours=None if ours is None else ours.mean * benchmark.scale,
+                ours=ours,
                 source=published.source,
                 within_noise=within,
             )

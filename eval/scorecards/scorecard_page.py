@@ -254,7 +254,9 @@ def _measures(card: Scorecard) -> str:
 def _references(card: Scorecard) -> str:
     if not card.references:
         return ""
-    words = {True: "within our interval", False: "outside our interval", None: "not comparable: other judges"}
+    words = {True: "within our interval", False: "outside our interval", None: "no interval of the official score"}
+    if card.name != card.benchmark:
+        words[None] = "not comparable: other judges"
     rows = "".join(
         f'<tr><td>{text(r.model)}</td><td>{text(r.category)}</td><td class="n">{r.published:g}</td>'
         f'<td class="n">{_official(r.ours, card.scale)}</td>'

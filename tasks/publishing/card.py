@@ -124,7 +124,7 @@ with the settings above. Sizes are multiples of {8 * recipe["model"]["patch_size
 def _scores(scorecard: dict[str, Any] | None) -> str:
     if scorecard is None:
         return "## Scores\n\nNot scored.\n"
-    overall = scorecard["overall"]
+    overall, scale = scorecard["overall"], scorecard.get("scale", 1.0)
     seeds = ", ".join(str(seed) for seed in overall["seeds"])
     counts = scorecard["counts"]
     interval = scorecard["interval"]
@@ -135,8 +135,8 @@ def _scores(scorecard: dict[str, Any] | None) -> str:
         f"Interval: {interval['level']:.0%}, over prompts ({_text(interval['method'])}).\n",
         "| task | mean | deviation | interval | prompts | images |",
         "| --- | --- | --- | --- | --- | --- |",
-        *(_row(_text(name), score) for name, score in scorecard["tasks"].items()),
-        _row("**overall**", overall),
+        *(_row(_text(name), score, scale) for name, score in scorecard["tasks"].items()),
+        _row("**overall**", overall, scale),
     ]
     held_out = scorecard.get("held_out")
     if held_out:
@@ -145,8 +145,8 @@ def _scores(scorecard: dict[str, Any] | None) -> str:
             "Held-out prompts (combinations that occur in no training caption), scored separately:\n",
             "| task | mean | deviation | interval | prompts | images |",
             "| --- | --- | --- | --- | --- | --- |",
-            *(_row(_text(name), score) for name, score in held_out["tasks"].items()),
-            _row("**overall**", held_out["overall"]),
+            *(_row(_text(name), score, scale) for name, score in held_out["tasks"].items()),
+            _row("**overall**", held_out["overall"], scale),
         ]
     measures = [f"{name.replace('_', ' ')}: {value:.4g}" for name, value in scorecard.get("measures", {}).items()]
     measures += [
@@ -160,15 +160,15 @@ def _scores(scorecard: dict[str, Any] | None) -> str:
 
 def _spread(recipe: dict[str, Any], scorecard: dict[str, Any]) -> str:
     """Standard errors of the overall score by their source, and the command that measures each."""
-    noise, name = scorecard["overall"]["noise"], _text(recipe["name"])
+    noise, name, scale = scorecard["overall"]["noise"], _text(recipe["name"]), scorecard.get("scale", 1.0)
     benchmark = _text(recipe["eval"]["benchmark"])
     evaluate = f"pyflyte run workflows/evaluate.py evaluate --model DIR --benchmarks {benchmark} --recipe {name}"
     study = f'pyflyte run workflows/study.py study --recipe {name} --variants "" --seeds 0,1,2,3,4'
     training = f"not measured here: these weights are one training, seed {recipe['train']['seed']}"
     if noise["training"] is not None:
-        training = f"{noise['training']:.3f} over {noise['training_runs']} trainings"
+        training = f"{scale * noise['training']:.3f} over {noise['training_runs']} trainings"
     sampling, prompts = (
-        "not measured" if noise[kind] is None else f"{noise[kind]:.3f}" for kind in ("sampling", "prompts")
+        "not measured" if noise[kind] is None else f"{scale * noise[kind]:.3f}" for kind in ("sampling", "prompts")
     )
     return "\n".join(
         [
@@ -183,11 +183,12 @@ def _spread(recipe: dict[str, Any], scorecard: dict[str, Any]) -> str:
     )
 
 
-def _row(name: str, score: dict[str, Any]) -> str:
-    deviation = "one run" if score["std"] is None else f"{score['std']:.3f}"
-    low, high = score["interval"]
+def _row(name: str, score: dict[str, Any], scale: float) -> str:
+    """A row of the table of scores, on the benchmark's own scale, on which its papers print."""
+    deviation = "one run" if score["std"] is None else f"{scale * score['std']:.3f}"
+    low, high = (scale * limit for limit in score["interval"])
     counts = f"{score.get('prompts', '')} | {score.get('images', '')}"
-    return f"| {name} | {score['mean']:.3f} | {deviation} | {low:.3f} to {high:.3f} | {counts} |"
+    return f"| {name} | {scale * score['mean']:.3f} | {deviation} | {low:.3f} to {high:.3f} | {counts} |"
 
 
 def _how(recipe: dict[str, Any]) -> str:

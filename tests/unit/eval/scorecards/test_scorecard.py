@@ -406,12 +406,28 @@ def test_published_scores_are_beside_ours_only_as_comparable_as_they_are(run):
     for row in rows:
         row["score"] = float(row["prompt_index"] % 8 != 0)
     scores = _scores(rows, with_ids(make_prompts(8)), "categories", {})
-    official, other = (_references(geneval, name, scores) for name in ("geneval", "geneval[x]"))
+    official, other = (_references(geneval, name, scores, None) for name in ("geneval", "geneval[x]"))
     assert {r.within_noise for r in other} == {None} and len(official) == len(PUBLISHED["geneval"])
     nucleus = next(r for r in official if r.model == "Nucleus-Image" and r.category == "overall")
     assert nucleus.published == 0.87 and nucleus.within_noise is True and "2604.12163" in nucleus.source
     sdxl = next(r for r in official if r.model == "SDXL")
     assert sdxl.within_noise is False
+
+
+def test_published_scores_are_compared_with_what_the_official_code_computes(run):
+    from eval.scorecards.make_card import _references, _scores
+
+    dpg = catalog.benchmark("dpg")
+    rows = [row for row in read_rows(run[0] / "scores.parquet") if row["split"] == "seen"]
+    for row in rows:
+        row["score"] = float(row["prompt_index"] % 8 != 0)  # 0.875 on the mean
+    for overall, within in ((88.79, True), (88.79 + 60, None)):
+        official = {"overall": overall, "categories": {"entity": 93.0}}
+        scores = _scores(rows, with_ids(make_prompts(8)), "prompts", {"official": official})
+        compared = {(r.model, r.category): r for r in _references(dpg, "dpg", scores, official)}
+        ours = compared["Nucleus-Image", "overall"]
+        assert (ours.ours, ours.within_noise) == (overall, within)  # far from the mean: its noise is not known
+        assert (compared["Nucleus-Image", "entity"].ours, compared["Nucleus-Image", "other"].ours) == (93.0, None)
 
 
 def test_every_official_benchmark_has_peers_with_a_source_on_its_own_scale_and_by_its_own_categories():

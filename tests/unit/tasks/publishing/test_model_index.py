@@ -13,13 +13,13 @@ def score(mean: float) -> dict:
     return {"mean": mean, "std": 0.01, "runs": 3, "seeds": [0, 1, 2], "interval": [mean - 0.05, mean + 0.05], "prompts": 9, "images": 27}  # fmt: skip
 
 
-def scorecard(name: str, benchmark: str, scale: float) -> dict:
+def scorecard(name: str, benchmark: str, scale: float, official: float | None = None) -> dict:
     noise = {"sampling": 0.006, "prompts": 0.021, "training": None, "training_runs": 0}
     return {
         "name": name,
         "benchmark": benchmark,
         "scale": scale,
-        "overall": score(0.87654) | {"noise": noise},
+        "overall": score(0.87654) | {"noise": noise} | ({} if official is None else {"official": official}),
         "tasks": {"colors": score(0.95), "entity - whole": score(0.71239)},
         "held_out": None,
         "counts": {"expected": 100, "scored": 99, "failed": 1},
@@ -32,6 +32,7 @@ CARDS = [
     scorecard("shapes", "shapes", 1.0),
     scorecard("geneval[ssd-mobilenet-v2]", "geneval", 1.0),
     scorecard("dpg[blip-vqa]", "dpg", 100.0),
+    scorecard("oneig-text", "oneig-text", 1.0, official=0.6123),
     scorecard("captions[efficientnet-lite0+clip-similarity]", "captions", 1.0),
 ]
 
@@ -43,7 +44,10 @@ def recipe() -> dict:
 
 def expected(card: dict) -> dict[str, float]:
     rows = {"overall": card["overall"], **card["tasks"]}
-    return {f"{card['name']}, {name}": round(card["scale"] * row["mean"], 4) for name, row in rows.items()}
+    return {
+        f"{card['name']}, {name}": round(row.get("official", card["scale"] * row["mean"]), 4)
+        for name, row in rows.items()
+    }
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card["name"])
@@ -72,6 +76,14 @@ def test_the_hubs_library_reads_every_score_and_writes_the_same_index(recipe, ca
     assert {(r.task_type, r.dataset_type, r.dataset_name) for r in results} == {("text-to-image", card["benchmark"], card["name"])}  # fmt: skip
     header = yaml.safe_load(text.split("---\n")[1])
     assert eval_results_to_model_index(data.model_name, results) == header["model-index"]
+
+
+def test_the_table_is_on_the_benchmarks_own_scale(recipe):
+    text = model_card(recipe, scorecard("dpg[blip-vqa]", "dpg", 100.0), [])
+    assert (
+        "| **overall** | 87.654 | 1.000 | 82.654 to 92.654 |" in text
+        and "| noise on the same prompts | 0.600 |" in text
+    )
 
 
 def test_a_pipeline_that_was_not_scored_has_no_index(recipe):
