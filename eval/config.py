@@ -32,7 +32,6 @@ class EvalConfig(BaseModel):
     prompts_per_task: per category; None is all of them.
     prompt_rewrites: a JSON file {prompt id or text: rewritten text}; None: the prompts are used unchanged.
     negative_prompt: None is the pipeline's own (the empty prompt).
-    equal_within: differences of the overall score below it count as "equal".
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,8 +51,6 @@ class EvalConfig(BaseModel):
     scheduler: SchedulerConfig = SchedulerConfig()
     batch_size: Annotated[int, Field(gt=0)] = 64
     judge_batch_size: Annotated[int, Field(gt=0)] = 64
-    bootstrap_samples: Annotated[int, Field(gt=0)] = 1000  # unused; old recipes have it
-    equal_within: Annotated[float, Field(gt=0, lt=1)] = 0.01
     # a missing image is an error; "official" shrinks the denominator instead, as GenEval's own code does
     missing: Literal["error", "official"] = "error"
 
@@ -85,4 +82,4 @@ class EvalConfig(BaseModel):
 
 
 # Settings that only scoring reads: images do not depend on them.
-SCORING_KEYS = frozenset({"judges", "judge_batch_size", "bootstrap_samples", "equal_within", "missing"})
+SCORING_KEYS = frozenset({"judges", "judge_batch_size", "missing"})

@@ -89,7 +89,7 @@ def scorecard(
         settings=_settings(rows, prompts, config, generation, benchmark, judges or {}),
         references=_references(benchmark, name, main_scores, aggregates["official"]),
         measures=_measures(benchmark, prompts, answered or {}),
-        config=config.model_dump(mode="json", exclude={"bootstrap_samples"}),
+        config=config.model_dump(mode="json"),
         generation=generation,
     )
 

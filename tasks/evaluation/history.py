@@ -1,9 +1,10 @@
 """Stores the last scores: one record for each source of models and benchmark, in the store.
 
-    STORE/evaluations/KEY.json   {"model", "settings", "scorecard", "accepted"}
+    STORE/evaluations/KEY.json   {"model", "settings", "scorecard", "accepted", "gated"}
 
-`scorecard` is the last one, `accepted` the last that was not a drop. So an unchanged model is scored once and alarms
-once, and a model that dropped does not become the reference of the next one.
+`scorecard` is the last one, `gated` whether `gate` has seen it, `accepted` the last that was not a drop. So an unchanged
+model is scored once and alarms once, a night that ends before the gate is made up for by the next one, and a model that
+dropped does not become the reference of the next one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from eval.config import EvalConfig
 from eval.judging.protocols import digest_of
@@ -20,6 +20,8 @@ from tasks import envs
 from tasks.evaluation.evaluate import DropError, check_drop
 from tasks.evaluation.models import Model
 from tasks.store import store
+
+KEYS, YES, NO = ("model", "settings", "scorecard", "accepted", "gated"), "yes", "no"
 
 
 def _place(source: str, benchmark: str) -> str:
@@ -33,7 +35,7 @@ def _settings(config: EvalConfig) -> str:
     )
 
 
-def read(source: str, benchmark: str) -> dict[str, Any]:
+def read(source: str, benchmark: str) -> dict[str, str]:
     """The record; {} if nothing was scored yet.
 
     Raises:
@@ -45,7 +47,7 @@ def read(source: str, benchmark: str) -> dict[str, Any]:
         return {}
     try:
         record = json.loads(content)
-        return {key: str(record[key]) for key in ("model", "settings", "scorecard", "accepted")}
+        return {key: str(record[key]) for key in KEYS}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{place} is not a record of an evaluation: {error!r}; remove it to start again") from error
 
@@ -58,9 +60,10 @@ def _write(source: str, benchmark: str, record: dict[str, str]) -> None:
 
 
 def is_known(source: str, model: Model, config: EvalConfig) -> bool:
-    """Whether the last score of `source` is of this model and these settings."""
+    """Whether the last score of `source` is of this model and these settings, and went through the gate."""
     record = read(source, config.benchmark)
-    return bool(record) and record["model"] == model.digest and record["settings"] == _settings(config)
+    known = {"model": model.digest, "settings": _settings(config), "gated": YES}
+    return bool(record) and known.items() <= record.items()
 
 
 def store_score(source: str, model: Model, config: EvalConfig, scorecard: str) -> str:
@@ -71,7 +74,13 @@ def store_score(source: str, model: Model, config: EvalConfig, scorecard: str) -
     """
     before = read(source, config.benchmark)
     accepted = before.get("accepted", "")
-    record = {"model": model.digest, "settings": _settings(config), "scorecard": scorecard, "accepted": accepted}
+    record = {
+        "model": model.digest,
+        "settings": _settings(config),
+        "scorecard": scorecard,
+        "accepted": accepted,
+        "gated": NO,
+    }
     _write(source, config.benchmark, record)
     return json.dumps({"source": source, "benchmark": config.benchmark, "scorecard": scorecard, "incumbent": accepted})
 
@@ -96,11 +105,13 @@ def gate(stored: Sequence[str], fetch: Callable[[str], Path]) -> list[str]:
                 sentence = f"{item['benchmark']}: the first score, nothing to compare it with"
         except DropError as error:
             drops.append(str(error))
-            continue
-        sentences.append(sentence)
+            update = {"gated": YES}
+        else:
+            sentences.append(sentence)
+            update = {"gated": YES, "accepted": item["scorecard"]}
         record = read(item["source"], item["benchmark"])
         if record.get("scorecard") == item["scorecard"]:
-            _write(item["source"], item["benchmark"], record | {"accepted": item["scorecard"]})
+            _write(item["source"], item["benchmark"], record | update)
     if drops:
         raise DropError("; ".join(drops))
     return sentences

@@ -28,6 +28,7 @@ from tasks.manifest import MANIFEST, load_manifest, verify
 from tasks.sealed import newest_pipeline
 from tasks.store import home
 
+RETIRED = ("bootstrap_samples", "equal_within")  # settings of pipelines published before 2026-11-30; nothing read them
 NEWEST = "newest"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 LATEST = "latest.json"  # of tasks.publishing.s3: the pointer to the version that was published last
@@ -172,7 +173,7 @@ def published_settings(model: Model) -> dict[str, Any] | None:
         return None
     settings = json.loads(content).get("config", {}).get("recipe", {}).get("eval")
     catalog.refuse_code(settings, f"the manifest of {model.place}")
-    return settings if isinstance(settings, dict) else None
+    return {k: v for k, v in settings.items() if k not in RETIRED} if isinstance(settings, dict) else None
 
 
 def load(model: Model, scheduler: SchedulerConfig = SchedulerConfig()) -> Loaded:

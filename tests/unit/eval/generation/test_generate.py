@@ -234,7 +234,7 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path):
     with pytest.raises(ValueError, match="generation.json differs"):
         generate(Noise(), PROMPTS, CONFIG.model_copy(update={"guidance_scale": 2.0}), tmp_path, log=quiet)
     assert contents(tmp_path) == before
-    rescored = CONFIG.model_copy(update={"bootstrap_samples": 7, "judge_batch_size": 2})
+    rescored = CONFIG.model_copy(update={"judge_batch_size": 2})
     assert generate(Noise(), PROMPTS, rescored, tmp_path, log=quiet)["made"] == 0
 
 

@@ -256,7 +256,11 @@ def test_a_night_scores_a_new_model_once_and_a_drop_alarms_once_and_is_never_a_r
     assert nightly("2" * 64, bad) == (0, [])  # it alarmed once
     with pytest.raises(UserError, match="the score dropped beyond noise"):  # not compared with the one that dropped
         nightly("3" * 64, worse_again)
-    changed, (sentence,) = nightly("4" * 64, same)
+    model = Model(place="/somewhere", digest="4" * 64)  # this night ends before the gate
+    run(task.store_score, source="s3://bucket/pipeline", model=model, config=NIGHTLY, scorecard=bad)
+    with pytest.raises(UserError, match="the score dropped beyond noise"):
+        nightly("4" * 64, bad)
+    changed, (sentence,) = nightly("5" * 64, same)
     assert changed == 1 and sentence.startswith("cannot tell")
 
 
