@@ -103,7 +103,7 @@ class FilterConfig(Section):
     modes: tuple[str, ...] = ("L", "LA", "P", "PA", "RGB", "RGBA")  # CMYK needs a colour profile
     animated: Literal["reject", "first_frame"] = "reject"  # images with several frames
     min_side_px: Positive = 256
-    max_pixels: Positive = 100_000_000  # memory has a separate limit, by format: docs/security.md
+    max_pixels: Positive = 178_956_970  # as Pillow warns from; memory has a separate limit, by format: docs/security.md
     max_aspect_ratio: Annotated[float, Field(ge=1)] = 3.0
     min_bytes_per_pixel: Annotated[float, Field(ge=0)] = 0.0
     min_entropy_bits: Annotated[float, Field(ge=0)] = 0.5

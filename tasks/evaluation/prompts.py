@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from PIL import Image, ImageOps
 from eval import catalog
 from eval.config import EvalConfig
 from eval.generation.generate import PROMPTS
-from eval.judging.images import MAX_PIXELS
 from model import storage
 
 REFERENCE = "reference"
@@ -150,7 +150,8 @@ def _write_reference(data: bytes, name: str, side_px: int, out_dir: Path) -> tup
     """(path of the image as a PNG inside `out_dir`, its SHA-256)."""
     from tasks.curation.scoring.decoding import decode
 
-    image = ImageOps.fit(decode(data, MAX_PIXELS), (side_px, side_px), Image.Resampling.BICUBIC)
+    whole = decode(data, sys.maxsize)  # curation has kept it; its limit of memory holds here too
+    image = ImageOps.fit(whole, (side_px, side_px), Image.Resampling.BICUBIC)
     path = out_dir / REFERENCE / f"{name}.png"
     path.parent.mkdir(exist_ok=True)
     image.save(path, format="PNG")

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import AvifImagePlugin, Image, ImageCms, ImageFile, TiffImagePlugin
 
 from tasks.curation.scoring import decode_memory
-from tasks.curation.scoring.decode_memory import BITS_PER_SAMPLE, MIB, SCALES
+from tasks.curation.scoring.decode_memory import BITS_PER_SAMPLE, MIB, PHOTOMETRIC, SCALES
 
 # Raster formats that Pillow reads without other programs (EPS, for one, would start Ghostscript), and HEIF by pillow-heif where that is
 # installed. MPO comes in with JPEG.
@@ -26,7 +26,7 @@ DECODABLE = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2
 FIRST_OF_SEVERAL = ("JPEG", "HEIF")  # phones write depth maps and bursts behind the picture; they are no animations
 RGB_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "La", "RGBa")  # I and F clip
 GRAY16_MODES = ("I;16", "I;16L", "I;16B", "I;16N")  # by byte order
-PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # of TIFF
+WHITE_IS_ZERO = 0  # of TIFF's photometric tag
 MAX_SCANS = 50  # of a JPEG; each costs a pass over all pixels. Encoders write up to 18
 LARGE_PROFILE_BYTES = 2**16  # of an ICC profile; those of cameras and displays have less
 MAX_PROFILE_BYTES = 4 * 2**20  # of an ICC profile; those of printers have 3 MiB
@@ -91,8 +91,10 @@ def _open(data: bytes) -> tuple[ImageFile.ImageFile, Header]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             warnings.simplefilter("ignore", UserWarning)  # odd EXIF, odd TIFF tags
             image = Image.open(io.BytesIO(data), formats=decodable())
-            # A PNG may carry EXIF behind its pixels, and Pillow would decode them to find it.
-            orientation = _orientation(image) if image.format != "PNG" or "exif" in image.info else 1
+            # A PNG may carry EXIF behind its pixels, and Pillow would decode them to find it. A TIFF has its upright size
+            # already, and Pillow turns its pixels when it loads them.
+            known = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
+            orientation = _orientation(image) if known else 1
             kind = "JPEG" if image.format == "MPO" else str(image.format)
             animated = kind not in FIRST_OF_SEVERAL and bool(getattr(image, "is_animated", False))
     except Image.DecompressionBombError as error:
@@ -148,7 +150,7 @@ def _why_no_header(data: bytes, error: Exception) -> str:
 
 def _plain(error: Exception) -> str:
     text = re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", "the record", str(error))
-    return f"{type(error).__name__}: {text}"[:200]
+    return f"{type(error).__name__}: {' '.join(text.split())}"[:200]
 
 
 def inspect(data: bytes) -> Header:

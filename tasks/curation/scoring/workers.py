@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import resource
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
@@ -28,9 +29,10 @@ class Workers:
     devices of its parent.
 
     Args:
-        timeout_s: of one item.
-        memory_bytes: limit of a worker; lower if the container has too little for all of them, since the kernel would
-            kill the whole container. None: no limit.
+        count: largest number of workers; fewer if the container has too little memory for all of them, since the kernel
+            would kill the whole container. None: one for each core, at most 4.
+        timeout_s: of one item, from when it is sent.
+        memory_bytes: limit of a worker. None: no limit.
     """
 
     def __init__(
@@ -41,8 +43,12 @@ class Workers:
         memory_bytes: int | None = None,
     ) -> None:
         self._function, self._timeout_s = function, timeout_s
-        self._count = count or min(4, len(os.sched_getaffinity(0)))
-        self._memory_bytes = memory_bytes and min(memory_bytes, _share_of_container(self._count))
+        count = count or min(4, len(os.sched_getaffinity(0)))
+        if (
+            memory_bytes
+        ):  # fewer workers, not less memory for each: which images are decoded must not depend on the machine
+            count = min(count, max(1, _container_bytes() // memory_bytes))
+        self._count, self._memory_bytes = count, memory_bytes
         self._workers: list[_Worker] = []
 
     def __enter__(self) -> Workers:
@@ -71,7 +77,7 @@ class Workers:
             yield self._collect(waiting, free)
 
     def _start(self) -> _Worker:
-        self._workers.append(_Worker(self._function, self._memory_bytes))
+        self._workers.append(_Worker(self._function, self._memory_bytes, self._timeout_s))
         return self._workers[-1]
 
     def _collect(self, waiting: deque, free: deque) -> tuple[Any, Any]:
@@ -79,7 +85,7 @@ class Workers:
         if worker is None:
             return tag, None
         try:
-            result = worker.receive(self._timeout_s)
+            result = worker.receive()
         except CrashError as error:
             result = error
         if worker.alive:
@@ -90,17 +96,18 @@ class Workers:
         return tag, result
 
 
-def _share_of_container(count: int) -> int:
+def _container_bytes() -> int:
+    """What all workers together may take."""
     try:
         limit = int(CONTAINER_LIMIT.read_text())
     except (OSError, ValueError):  # no cgroup, or "max"
         return 2**62
-    return int(CONTAINER_SHARE * limit) // count
+    return int(CONTAINER_SHARE * limit)
 
 
 class _Worker:
-    def __init__(self, function: Callable[[bytes], Any], memory_bytes: int | None) -> None:
-        self._memory_bytes = memory_bytes
+    def __init__(self, function: Callable[[bytes], Any], memory_bytes: int | None, timeout_s: float) -> None:
+        self._memory_bytes, self._timeout_s, self._deadline = memory_bytes, timeout_s, 0.0
         context = multiprocessing.get_context("fork")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
@@ -111,14 +118,15 @@ class _Worker:
         self.alive = True
 
     def send(self, data: bytes) -> None:
+        self._deadline = time.monotonic() + self._timeout_s
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died: `receive` reports it
             self._connection.send_bytes(data)
 
-    def receive(self, timeout_s: float) -> Any:
+    def receive(self) -> Any:
         try:
-            if not self._connection.poll(timeout_s):
+            if not self._connection.poll(max(0.0, self._deadline - time.monotonic())):
                 self.alive = False
-                raise CrashError(f"the image took over {timeout_s:g} s to decode")
+                raise CrashError(f"the image took over {self._timeout_s:g} s to decode")
             result = self._connection.recv()
         except (EOFError, ConnectionResetError):
             self.alive = False

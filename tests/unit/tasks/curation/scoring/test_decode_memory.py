@@ -119,6 +119,22 @@ def test_what_takes_too_much_memory_is_refused_by_its_header_with_its_size_and_t
     assert (columns["error_rule"], columns["error"]) == ("too_many_pixels", str(error.value))
 
 
+def test_a_rotated_tiff_has_its_upright_size_in_the_header_and_in_the_pixels():
+    data = to_bytes(picture("RGB"), "TIFF", tiffinfo={274: 6})
+    header, image = inspect_and_decode(data, ANY, ("TIFF",))
+    assert (decoding.inspect(data).width, decoding.inspect(data).height) == (header.width, header.height) == image.size
+    assert image.size == (48, 64)
+
+
+def test_a_phones_photograph_of_48_megapixels_is_decoded(monkeypatch):
+    """As phones write HEIC: 8064 x 6048, 8 bits, 4:2:0, Display P3; only its size is large here."""
+    decoding.decodable()
+    data = to_bytes(picture("RGB"), "HEIF", quality=50, icc_profile=P3)
+    image = Image.open(io.BytesIO(data))
+    image._size = (8064, 6048)
+    assert decode_memory.needed(image, "HEIF", 8 * MIB, converts=True) < MAX_BYTES
+
+
 ROTATED = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"  # EXIF
 JPEGS = {  # size, options, scale at which the whole image is decoded; None: refused
     "48 megapixels, rotated": ((8000, 6000), {"exif": b"Exif\0\0" + ROTATED}, 1),
@@ -254,6 +270,12 @@ FORMS = {
     "RGBA WebP": ("RGBA", "WEBP", {"method": 0, "lossless": True, "quality": 0}),
     "TIFF of one strip": ("RGB", "TIFF", {"compression": "tiff_lzw", "strip_size": 2**30}),
     "RGBA TIFF": ("RGBA", "TIFF", {"compression": "tiff_lzw"}),
+    "TIFF, rotated": ("RGB", "TIFF", {"compression": "tiff_lzw", "strip_size": 2**30, "tiffinfo": {274: 6}}),
+    "RGBA TIFF, rotated": ("RGBA", "TIFF", {"compression": "tiff_lzw", "strip_size": 2**30, "tiffinfo": {274: 6}}),
+    "YCbCr TIFF": ("YCbCr", "TIFF", {"compression": "tiff_lzw", "strip_size": 2**30}),
+    "HEIF": ("RGB", "HEIF", {"quality": 30}),
+    "RGBA HEIF": ("RGBA", "HEIF", {"quality": 30}),
+    "HEIF 4:4:4": ("RGB", "HEIF", {"quality": 30, "chroma": 444}),
     "GIF": ("P", "GIF", {}),
     "BMP": ("RGB", "BMP", {}),
     "AVIF": ("RGBA", "AVIF", {"speed": 10, "subsampling": "4:4:4"}),

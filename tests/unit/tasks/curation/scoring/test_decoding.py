@@ -203,15 +203,16 @@ def test_a_worker_that_takes_too_much_memory_costs_one_result():
     assert isinstance(results[1], CrashError) and str(results[1]) == "the image needs over 500 MiB to decode"
 
 
-def test_workers_share_the_memory_of_their_container(tmp_path, monkeypatch):
-    limit = tmp_path / "memory.max"
-    limit.write_text(f"{1000 * 2**20}\n")
-    monkeypatch.setattr("tasks.curation.scoring.workers.CONTAINER_LIMIT", limit)
+@pytest.mark.parametrize("limit, count", [(f"{1500 * 2**20}", 2), (f"{100 * 2**20}", 1), ("max", 4)])
+def test_a_small_container_has_fewer_workers_and_what_each_can_decode_stays_the_same(
+    tmp_path, monkeypatch, limit, count
+):
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    monkeypatch.setattr("tasks.curation.scoring.workers.CONTAINER_LIMIT", tmp_path / "memory.max")
     with Workers(take, 4, memory_bytes=500 * 2**20) as workers:
-        results = [result for _, result in workers.map(enumerate([b"100000000", b"300000000"]))]
-    assert results[0] == 100_000_000 and "needs over 200 MiB" in str(results[1])
-    limit.write_text("max\n")
-    assert Workers(take, 4, memory_bytes=500)._memory_bytes == 500
+        results = [result for _, result in workers.map(enumerate([b"300000000"] * 6))]
+        assert len(workers._workers) == count
+    assert results == [300_000_000] * 6
 
 
 # --- formats ---------------------------------------------------------------------------------------------------

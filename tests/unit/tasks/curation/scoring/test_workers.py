@@ -40,6 +40,17 @@ def test_one_that_hangs_is_killed_after_the_time_limit():
     assert time.monotonic() - begun < 30
 
 
+def nap(data: bytes) -> str:
+    time.sleep(float(data))
+    return "read"
+
+
+def test_the_time_of_an_item_does_not_depend_on_how_long_those_before_it_take():
+    with Workers(nap, 3, timeout_s=0.5) as workers:
+        results = [result for _, result in workers.map(enumerate([b"1.2", b"1.2", b"1.2"]))]
+    assert all(isinstance(result, CrashError) for result in results), results
+
+
 def test_at_most_one_item_for_each_worker_is_taken_ahead():
     taken = 0
 
