@@ -83,7 +83,7 @@ FORMS: dict[str, tuple[float, str, str, dict]] = {
     "webp_lossless_alpha": (16, "RGBA", "WEBP", {"method": 0, "lossless": True, "quality": 0}),
     "avif": (15, "RGB", "AVIF", {"speed": 10}),
     "avif_444_alpha": (16, "RGBA", "AVIF", {"speed": 10, "subsampling": "4:4:4"}),
-    "heif": (10, "RGB", "HEIF", {"quality": 10}),
+    "heif": (8, "RGB", "HEIF", {"quality": 10}),
     "jpeg_2000": (23, "RGB", "JPEG2000", {}),
     "tiff_of_one_strip": (7, "RGB", "TIFF", {"compression": "tiff_lzw", "strip_size": 2**30}),
     "tiff_cmyk": (8, "CMYK", "TIFF", {"compression": "tiff_adobe_deflate"}),

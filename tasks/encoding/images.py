@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tasks.store import Part
 
 AHEAD = 256  # maximum number of images decoded ahead of their use
+AHEAD_BYTES = 256 * 2**20  # maximum of their files in total
 AHEAD_PIXELS = 64_000_000  # maximum of their pixels in total; see scoring/decode_memory.py for the bytes of each
 OnFailure = Callable[[int, ValueError], None]
 
@@ -40,14 +41,14 @@ def read_images(
             return error
 
     # Pillow releases the GIL while it decodes and resizes, so that threads run in parallel with the model.
-    waiting: deque[tuple[int, Future]] = deque()
-    ahead = 0
+    waiting: deque[tuple[int, int, Future]] = deque()  # row, bytes of the file, pixels
+    ahead = ahead_bytes = 0
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
 
         def next_one() -> tuple[int, np.ndarray] | None:
-            nonlocal ahead
-            row, future = waiting.popleft()
-            ahead -= rows[row][1]
+            nonlocal ahead, ahead_bytes
+            row, num_bytes, future = waiting.popleft()
+            ahead, ahead_bytes = ahead - rows[row][1], ahead_bytes - num_bytes
             image = future.result()
             if isinstance(image, ValueError):
                 on_failure(row, image)
@@ -55,9 +56,9 @@ def read_images(
             return row, image
 
         for row, record in curated.images(part, rows, lambda row, reason: on_failure(row, Changed(reason))):
-            waiting.append((row, pool.submit(pixels, record.data, row)))
-            ahead += rows[row][1]
-            while len(waiting) >= AHEAD or (ahead > AHEAD_PIXELS and len(waiting) > 1):
+            waiting.append((row, len(record.data), pool.submit(pixels, record.data, row)))
+            ahead, ahead_bytes = ahead + rows[row][1], ahead_bytes + len(record.data)
+            while len(waiting) >= AHEAD or (len(waiting) > 1 and (ahead > AHEAD_PIXELS or ahead_bytes > AHEAD_BYTES)):
                 if (image := next_one()) is not None:
                     yield image
         while waiting:
