@@ -146,8 +146,10 @@ disalow: /\xc3\xa9
 
 def _images() -> list[bytes]:
     import numpy as np
+    import pillow_heif
     from PIL import Image, ImageCms
 
+    pillow_heif.register_heif_opener()
     levels = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)
     image = Image.fromarray(levels).resize((80, 48))
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -167,6 +169,8 @@ def _images() -> list[bytes]:
         ("PPM", image, {}),
         ("AVIF", image, {}),
         ("JPEG2000", image, {}),
+        ("HEIF", image, {"exif": exif, "quality": 50}),
+        ("TIFF", image, {"compression": "tiff_lzw", "tiffinfo": {0x0112: 6}}),
     ]
     contents = []
     for form, picture, options in forms:

@@ -209,7 +209,10 @@ def _decode(
         raise UndecodableError(f"mode {header.mode} has no plain RGB form; modes that have: {', '.join(RGB_MODES)}")
     try:
         _fit_memory(data, image, header, min_side_px)
+        promised = image.size
         image.load()
+        if image.size != promised:  # an HEIF has its size in two places
+            raise UndecodableError(f"corrupt {header.format}: {promised[0]}x{promised[1]} by its header, {image.width}x{image.height} decoded")  # fmt: skip
         orientation = _orientation(image)
         upright: Image.Image = image
         if _converts(image, orientation):  # what stands behind the pixels of a PNG counts, too
