@@ -8,7 +8,10 @@ from typing import Any
 
 from eval import geneval2 as rule
 from eval.benchmarks import base
-from eval.benchmarks.base import Benchmark, Judged, Mode, Prompt, Question, Scored
+from eval.benchmarks.base import Benchmark, Judged, Mode, Prompt, Question, Scored, Source
+from eval.benchmarks.published import printed_in
+
+PROMPTS = "geneval2_data.jsonl"
 
 
 class GenEval2(Benchmark):
@@ -22,7 +25,15 @@ class GenEval2(Benchmark):
     images_per_prompt = 1
     grid = None
     judges: Mapping[str, str] = {"soft_tifa": "Qwen/Qwen3-VL-8B-Instruct"}
+    recommended_judges: Mapping[str, str] = {"soft_tifa": "qwen3-vl-8b"}
     data = "geneval2_data.jsonl of github.com/facebookresearch/GenEval2 (800 prompts)"
+    source = Source(
+        "facebookresearch/GenEval2", "c088ab7f65a38ce87f2c5d0ae28bf65bd5ba37b0", {PROMPTS: None}, prompts=PROMPTS
+    )
+    # Soft-TIFA GM. No figure of Nucleus-Image is published.
+    published = printed_in(
+        "GenEval 2, arXiv 2512.16853, table 4, by way of two works that quote it", {"Gemini 2.5 Flash Image": 44.6}
+    )
 
     def prompts(self, path: str | Path | None = None) -> list[dict[str, Any]]:
         """The prompts of a file in the official form; the tag is the number of atoms.

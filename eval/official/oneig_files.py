@@ -14,6 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 Language = Literal["EN", "ZH"]
+# The columns of style_style_score_*.csv, in the order of scripts/style/style_score.py.
+STYLES = (
+    "abstract_expressionism", "art_nouveau", "baroque", "chinese_ink_painting", "cubism", "fauvism", "impressionism",
+    "line_art", "minimalism", "pointillism", "pop_art", "rococo", "ukiyo-e", "clay", "crayon", "graffiti", "lego",
+    "comic", "pencil_sketch", "stone_sculpture", "watercolor", "celluloid", "chibi", "cyberpunk", "ghibli", "impasto",
+    "pixar", "pixel_art", "3d_rendering",
+)  # fmt: skip
 
 
 def official_files(dimension: str, summary: Mapping[str, Any], model: str, language: Language = "EN") -> dict[str, str]:
@@ -37,8 +44,6 @@ def official_files(dimension: str, summary: Mapping[str, Any], model: str, langu
     elif dimension == "text":
         columns = {name: summary[name] for name in ("ED", "CR", "WAC")} | {"text score": summary["score"]}
     elif dimension == "style":
-        from eval.oneig import STYLES
-
         columns = {"style": summary["score"]}
         by_style = {style: summary["styles"].get(style) for style in STYLES}
         files[f"style_style_score_{language}.csv"] = _csv(["", *by_style], [[model, *by_style.values()]])

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from eval.benchmarks.base import Pooling
+
 SCHEMA_VERSION = 2
-# How the overall score follows from prompts: the plain mean of categories, of prompts, or of named parts of prompts.
-Pooling = Literal["categories", "prompts", "parts"]
 FILE = "scorecard.json"
 
 

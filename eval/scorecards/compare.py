@@ -15,9 +15,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from eval import stats
+from eval.benchmarks.base import Pooling
 from eval.judging.run import Row, prompt_scores, read_rows
 from eval.scorecards import card as cards
-from eval.scorecards.card import Pooling, Scorecard
+from eval.scorecards.card import Scorecard
 
 SCORES = "scores.parquet"
 # Settings that may differ without being the compared change, such as derived ones.

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from eval import catalog
 from eval.benchmarks import registry
 from eval.config import SCORING_KEYS, EvalConfig
+from eval.judges import registry as judge_registry
 
 # Settings of one benchmark that are wrong for another.
 OF_A_BENCHMARK = {"benchmark", "judges", "prompts_file", "prompts_per_task", "prompt_rewrites", "images_per_prompt"}
@@ -78,7 +79,7 @@ def plan_benchmarks(
             values |= {key: base[key] for key in OF_A_BENCHMARK if key in base}
         for change in overrides:
             _override(values, change, name, names)
-        chosen = catalog.recommended(name, packaged) | dict(values.pop("judges", {}))
+        chosen = catalog.recommended(benchmark, packaged) | dict(values.pop("judges", {}))
         chosen |= _judges_of(judges, name, names, list(benchmark.judges))
         try:
             config = EvalConfig(**values, judges=chosen)
@@ -126,7 +127,8 @@ def _judges_of(judges: str, name: str, names: Sequence[str], roles: Sequence[str
             if not benchmark and len(names) > 1:
                 continue  # a role of another benchmark
             raise ValueError(f"judges has the role {role!r}, and {name} has {', '.join(roles)}")
-        _, answers, _ = catalog.JUDGES.get(judge.partition("@")[0], ("", tuple(roles), ""))
+        entry = judge_registry.entry(judge)
+        answers = tuple(roles) if entry is None else entry.roles
         chosen |= {role: judge} if role else {r: judge for r in roles if r in answers}
     return chosen
 

@@ -26,6 +26,7 @@ from eval.judges.features import DINOv2
 from eval.judges.mask2former import Mask2Former, Mask2FormerCLIP
 from eval.judges.mplug import MPlug
 from eval.judges.qwen_vl import Qwen3VL, Qwen25VL, Qwen25VLYesNo
+from eval.judges.registry import JUDGES
 from eval.judging.run import read_rows
 from eval.scorecard import rescore
 from eval.scorecards.card import load
@@ -97,5 +98,5 @@ def test_every_class_of_judge_makes_a_scorecard_within_a_minute_of_a_cpu(
     seconds = time.process_time() - begin
     print(f"{len(runs)} scorecards by all classes of judges: {seconds:.1f} CPU seconds")
     assert set(cards[6]["official"]["categories"]) == {"alignment", "text", "reasoning", "style", "diversity"}
-    assert {judge.name for _, _, judges in runs for judge in judges.values()} == set(catalog.JUDGES) - WITH_WEIGHTS
+    assert {judge.name for _, _, judges in runs for judge in judges.values()} == set(JUDGES) - WITH_WEIGHTS
     assert seconds < CPU_SECONDS
