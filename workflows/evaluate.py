@@ -31,6 +31,15 @@ from tasks.evaluation.task import (
 from tasks.planning.task import plan_benchmarks
 
 
+def _scored(sample: partial, config: EvalConfig, parts_per_seed: int, curated: Optional[CuratedDir]) -> ScorecardDir:
+    """The nodes from prompts to a scorecard; `sample` makes a part of the images."""
+    prompts = make_prompts(config=config, curated=curated)
+    generate = partial(sample, prompts=prompts, config=config)
+    images = map_task(generate)(part=plan_parts(config=config, parts_per_seed=parts_per_seed))
+    answers = judge_images(images=images, prompts=prompts, config=config)
+    return score_answers(images=images, prompts=prompts, answers=answers, config=config)
+
+
 @workflow
 def score_merged(
     merged: MergedDir,
@@ -40,11 +49,7 @@ def score_merged(
     parts_per_seed: int = 1,
 ) -> ScorecardDir:
     """Scores merged weights with the recipe's eval section, as part of other workflows."""
-    prompts = make_prompts(config=config, curated=curated)
-    generate = partial(generate_part, merged=merged, components=components, prompts=prompts, config=config)
-    images = map_task(generate)(part=plan_parts(config=config, parts_per_seed=parts_per_seed))
-    answers = judge_images(images=images, prompts=prompts, config=config)
-    return score_answers(images=images, prompts=prompts, answers=answers, config=config)
+    return _scored(partial(generate_part, merged=merged, components=components), config, parts_per_seed, curated)
 
 
 @workflow
@@ -52,11 +57,7 @@ def score_model(
     model: Model, digest: str, config: EvalConfig, parts_per_seed: int, curated: Optional[CuratedDir] = None
 ) -> ScorecardDir:
     """Scores any pipeline. `digest` identifies the model in the cache."""
-    prompts = make_prompts(config=config, curated=curated)
-    generate = partial(generate_from_model, model=model, digest=digest, prompts=prompts, config=config)
-    images = map_task(generate)(part=plan_parts(config=config, parts_per_seed=parts_per_seed))
-    answers = judge_images(images=images, prompts=prompts, config=config)
-    return score_answers(images=images, prompts=prompts, answers=answers, config=config)
+    return _scored(partial(generate_from_model, model=model, digest=digest), config, parts_per_seed, curated)
 
 
 @dynamic(**envs.dynamic("evaluator"))

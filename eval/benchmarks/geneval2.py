@@ -18,7 +18,7 @@ class GenEval2(Benchmark):
     """See `eval.benchmarks.base.Benchmark`; the rule is `eval.geneval2`'s. The headline is Soft-TIFA GM."""
 
     name = "geneval2"
-    version = "facebookresearch/GenEval2 (arXiv 2512.16853)"
+    version = "facebookresearch/GenEval2@c088ab7"
     scale = 100.0
     tasks = tuple(str(count) for count in rule.ATOMICITIES)
     prompt_count = 800

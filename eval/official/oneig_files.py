@@ -104,3 +104,29 @@ def read_prompt_scores(path: str | Path, model: str | None = None) -> dict[str, 
                     f"{path}, line {reader.line_num}: {','.join(row)!r} is not a prompt and score"
                 ) from None
     return scores
+
+
+def read_scores(path: str | Path) -> dict[str, dict[str, float | None]]:
+    """{model: {column: score or None}} of an official "<dimension>_score_*.csv" or "style_style_score_*.csv".
+
+    Raises:
+        ValueError: the file is absent or of another form; names the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file of scores (results/<dimension>_score_EN_<time>.csv)")
+    scores: dict[str, dict[str, float | None]] = {}
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file)
+        _, *columns = next(reader, [""])
+        for row in reader:
+            try:
+                values = [None if value == "" else float(value) for value in row[1:]]
+                scores[row[0]] = dict(zip(columns, values, strict=True))
+            except (IndexError, ValueError):
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: {','.join(row)!r} is not a model and its scores"
+                ) from None
+    if not scores:
+        raise ValueError(f"{path} has no scores")
+    return scores
