@@ -34,9 +34,10 @@ def refuse_code(section: Any, where: str) -> None:
     """
     if not isinstance(section, Mapping):
         return
-    judges = section.get("judges")
+    judges, further = section.get("judges"), section.get("further_benchmarks")
     for key, name in [
         ("benchmark", section.get("benchmark")),
+        *(("further_benchmarks", name) for name in (further if isinstance(further, (list, tuple)) else ())),
         *(judges.items() if isinstance(judges, Mapping) else ()),
     ]:
         if isinstance(name, str) and _runs_code(name):

@@ -152,7 +152,8 @@ def rescore(
     card = card.model_copy(update={"flow_loss": flow_loss.read(images_dir, prompts, config.seeds)})
     if training_runs:
         card = with_training_noise(card, [load(path) for path in training_runs])
-    write(card, rows, images_dir, out_dir, official_files(benchmark, prompts, answered, config.image_size_px))
+    official = official_files(benchmark, prompts, answered, config.image_size_px, card.name)
+    write(card, rows, images_dir, out_dir, official)
     return card.model_dump(mode="json")
 
 
@@ -161,12 +162,18 @@ def official_files(
     prompts: Sequence[Mapping[str, Any]],
     answered: Mapping[int, Mapping[str, Judged]],
     image_size_px: int,
+    name: str,
 ) -> dict[str, str]:
-    """{"seed0/NAME": text} of the official code's result files for each sampling seed."""
+    """{"seed0/NAME": text} of the official code's result files for each sampling seed.
+
+    Args:
+        name: of the score; if judges are not official, files that name the model name the score too.
+    """
     files = {}
+    label = "model" if name == benchmark.name else f"model ({name})"
     for seed, of_seed in answered.items():
         if judged := with_images(of_seed):
-            of_code = benchmark.official_files(prompts, judged, image_size_px)
+            of_code = benchmark.official_files(prompts, judged, image_size_px, label)
             files |= {f"seed{seed}/{name}": text for name, text in of_code.items()}
     return files
 

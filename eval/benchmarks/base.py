@@ -120,7 +120,8 @@ class Benchmark(Protocol):
         judges: {judge: the official model}; "": no official model, and the score always names its judge.
         optional_judges: judges that a score does not require.
         default_judges: {judge: name in eval.judges.registry} where a recipe names none.
-        recommended_judges: the same where a command names none; the official classes, as far as they run.
+        recommended_judges: the same where a command names none; they run with weights of the Hub alone, and need not be
+            official.
         packaged_judges: replace recommended ones on a machine without a GPU; their weights are in Python packages.
         pooling: how the overall score follows from prompts, for its interval.
         jpeg_tiles: the official code shows each image to the judges through JPEG (quality 75).
@@ -194,7 +195,7 @@ class Benchmark(Protocol):
         return {}
 
     def official_files(
-        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int
+        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int, label: str = "model"
     ) -> dict[str, str]:
         """{name: text} of the official code's result files for one sampling seed; {} if it writes none.
 
@@ -203,6 +204,7 @@ class Benchmark(Protocol):
 
         Args:
             judged: {prompt's id: answers}, at least one image of each.
+            label: of the model, in files that name it.
         """
         return {}
 

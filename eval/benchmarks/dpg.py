@@ -90,7 +90,7 @@ class DPG(Benchmark):
         return Scored(base.mean(scores), tuple(scores), tuple(reasons))
 
     def official_files(
-        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int
+        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int, label: str = "model"
     ) -> dict[str, str]:
         """The results file, with its summary, and the file of details."""
         summary = self.summarise(prompts, judged, "official")
@@ -104,7 +104,7 @@ class DPG(Benchmark):
             for box, answers in zip(rule.grid_boxes(image_size_px, len(images)), images):
                 for qid, _, _, question in _questions(prompt, "official") or ():
                     details.append(rule.detail_line(name, box, question, answers[str(qid)]) + "\n")
-        lines.append(rule.summary_text(summary, "model", ".", RESULTS))
+        lines.append(rule.summary_text(summary, label, ".", RESULTS))
         return {RESULTS: "".join(lines), DETAILS: "".join(details)}
 
     def summarise(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], mode: Mode) -> dict[str, Any]:

@@ -170,7 +170,7 @@ class GenEval(Benchmark):
         return Scored(base.mean(scores), scores, reasons)
 
     def official_files(
-        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int
+        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int, label: str = "model"
     ) -> dict[str, str]:
         """results.jsonl, with a row for each judged image; metadata are the official ones, without our additions."""
         rows = []

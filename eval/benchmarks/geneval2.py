@@ -78,7 +78,7 @@ class GenEval2(Benchmark):
         return Scored(base.mean(scores), scores, tuple(reasons), parts)
 
     def official_files(
-        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int
+        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int, label: str = "model"
     ) -> dict[str, str]:
         """score_lists.json; with several images per prompt, score_lists_0.json and so on, since the official file has
         one. Images that some prompt lacks have no file: the official code reads a list for every prompt."""

@@ -263,13 +263,13 @@ class OneIG(Benchmark):
         return score, "\n".join(no)
 
     def official_files(
-        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int
+        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int, label: str = "model"
     ) -> dict[str, str]:
         """The CSVs of each dimension that was judged."""
         dimensions = self.summarise(prompts, judged, "official")["dimensions"]
         files: dict[str, str] = {}
         for name, summary in dimensions.items():
-            files |= rule.official_files(name, summary, "model", self.language)
+            files |= rule.official_files(name, summary, label, self.language)
         return files
 
     def summarise(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], mode: Mode) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class Shapes(GenEval):
         return make_prompts(per_task, seed=0 if prompt_set == "official" else 1)
 
     def official_files(
-        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int
+        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int, label: str = "model"
     ) -> dict[str, str]:
         return {}
 

@@ -112,7 +112,7 @@ def test_dpgs_lines_have_the_cards_score_and_its_details_the_categories(tmp_path
     for folder in folders:
         read.append(dpg.summarise(dpg.read_details(folder / "dpg-bench_results_detail.txt", questions), questions))
         lines = (folder / "dpg-bench_results.txt").read_text().splitlines()
-        results = lines[: lines.index("Model: model")]
+        results = lines[: lines.index("Model: model (dpg[vqa])")]  # not by the official judge
         assert [line.split(", ")[0] for line in results] == ["7.png", "ü.png"]  # the first prompt fails officially
         for line in results:
             *images, whole = map(float, line.split(", ")[1:])
@@ -203,11 +203,11 @@ def test_oneigs_csvs_and_the_card_have_each_dimension_by_its_definition(tmp_path
         by_seed.append(oneig_by_definition(tmp_path / "run" / "images" / f"seed{seed}"))
         for dimension, columns in by_seed[-1].items():
             table = pd.read_csv(folder / f"{dimension}_score_EN.csv", index_col=0)
-            assert list(table.index) == ["model"]
-            assert table.loc["model"].dropna().to_dict() == pytest.approx(columns)
+            assert list(table.index) == ["model (oneig[vqa+ocr+reasoning+style+diversity])"]
+            assert table.iloc[0].dropna().to_dict() == pytest.approx(columns)
             (row,) = read_scores(folder / f"{dimension}_score_EN.csv").values()
             assert {name: value for name, value in row.items() if value is not None} == pytest.approx(columns)
-        ocr = pd.read_csv(folder / "text_prompt_score_EN.csv", index_col=0, dtype={0: str})["model"]
+        ocr = pd.read_csv(folder / "text_prompt_score_EN.csv", index_col=0, dtype={0: str}).iloc[:, 0]
         ed, cr, wac = zip(*map(json.loads, ocr), strict=True)
         assert [mean(values) for values in (ed, cr, wac)] == pytest.approx(list(by_seed[-1]["text"].values())[:3])
     for dimension, column in (("alignment", "alignment"), ("reasoning", "reasoning"), ("style", "style"), ("diversity", "total average"), ("text", "text score")):  # fmt: skip
