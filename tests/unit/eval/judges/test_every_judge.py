@@ -1,17 +1,18 @@
 """Every judge with weights from the Hub or a release, as a small random instance of its class, from images to a
-scorecard.
+scorecard: it answers differently about different images or questions.
 
 Judges whose weights packages carry are run with those weights: tests/integration/real_data/test_real_judges.py.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from importlib.util import find_spec
 
 import official_data
 import pytest
-from tiny_judges import make_blip, make_dinov2, make_llama, make_llm2clip, make_style, picture
+from tiny_judges import AlwaysYes, make_blip, make_dinov2, make_llama, make_llm2clip, make_style, picture
 from tiny_packages import load_dreamsim, load_mplug, write_dreamsim, write_mplug
 
 from eval import catalog
@@ -27,6 +28,7 @@ from eval.judges.mask2former import Mask2Former, Mask2FormerCLIP
 from eval.judges.mplug import MPlug
 from eval.judges.qwen_vl import Qwen3VL, Qwen25VL, Qwen25VLYesNo
 from eval.judges.registry import JUDGES
+from eval.judging.answers import Answers
 from eval.judging.run import read_rows
 from eval.scorecard import rescore
 from eval.scorecards.card import load
@@ -54,6 +56,21 @@ def scored(name, prompts_file, judges, folder):
     assert all(row["answers"] not in ("", "{}") for row in read_rows(folder / "scored" / "scores.parquet"))
     assert (folder / "scored" / "scorecard.html").stat().st_size > 10_000
     return card
+
+
+def roles_that_tell_inputs_apart(folder):
+    """The roles whose answers about the pictures of noise and the questions of a run are not all the same."""
+    answers, by_role = Answers(folder / "scored" / "judged"), {}
+    for key in answers:
+        role = key[1].partition(":")[0].removesuffix(" of all")
+        colors = answers[key] if role == "color" else [answers[key]]
+        by_role.setdefault(role, set()).update(json.dumps(answer) for answer in colors)
+    return {role for role, values in by_role.items() if len(values) > 1}
+
+
+def test_a_judge_that_does_not_look_at_its_input_tells_nothing_apart(tmp_path):
+    scored("dpg", official_data.write_dpg(tmp_path), {"vqa": AlwaysYes()}, tmp_path / "run")
+    assert roles_that_tell_inputs_apart(tmp_path / "run") == set()
 
 
 @pytest.mark.slow
@@ -95,6 +112,8 @@ def test_every_class_of_judge_makes_a_scorecard_within_a_minute_of_a_cpu(
         ("captions", real, {"features": DINOv2.of(*make_dinov2(), "tiny"), "similarity": CLIPSimilarity.of(*clip, "tiny")}),
     ]  # fmt: skip
     cards = [scored(name, file, judges, tmp_path / f"run{i}") for i, (name, file, judges) in enumerate(runs)]
+    for i, (name, _, judges) in enumerate(runs):
+        assert roles_that_tell_inputs_apart(tmp_path / f"run{i}") == set(judges), (name, judges)
     seconds = time.process_time() - begin
     print(f"{len(runs)} scorecards by all classes of judges: {seconds:.1f} CPU seconds")
     assert set(cards[6]["official"]["categories"]) == {"alignment", "text", "reasoning", "style", "diversity"}
