@@ -203,7 +203,7 @@ def test_oneigs_csvs_and_the_card_have_each_dimension_by_its_definition(tmp_path
         by_seed.append(oneig_by_definition(tmp_path / "run" / "images" / f"seed{seed}"))
         for dimension, columns in by_seed[-1].items():
             table = pd.read_csv(folder / f"{dimension}_score_EN.csv", index_col=0)
-            assert list(table.index) == ["model (oneig[vqa+ocr+reasoning+style+diversity])"]
+            assert list(table.index) == ["model (oneig[diversity+ocr+reasoning+style+vqa])"]
             assert table.iloc[0].dropna().to_dict() == pytest.approx(columns)
             (row,) = read_scores(folder / f"{dimension}_score_EN.csv").values()
             assert {name: value for name, value in row.items() if value is not None} == pytest.approx(columns)

@@ -248,7 +248,7 @@ def test_a_night_scores_a_new_model_once_and_a_drop_alarms_once_and_is_never_a_r
         scorecard_of(model, monkeypatch, sampler, name, NIGHTLY)
         for name, sampler in (("good", right), ("bad", blank), ("bad2", blank), ("same", right))
     )
-    assert nightly("1" * 64, good) == (1, ["shapes 1.000: the first score, nothing to compare it with"])
+    assert nightly("1" * 64, good) == (1, ["shapes 0.333: the first score, nothing to compare it with"])
     assert nightly("1" * 64, good) == (0, [])  # unchanged: nothing runs
     with pytest.raises(UserError, match="the score dropped beyond noise"):
         nightly("2" * 64, bad)
@@ -283,15 +283,15 @@ def test_a_score_by_other_judges_is_not_compared_and_says_so_and_the_old_referen
     nightly("1" * 64, good)
     changed, (sentence,) = nightly("2" * 64, bad_by_another)  # passes, for nothing shows whether the weights are worse
     assert changed == 1 and sentence.startswith("shapes[another] 0.") and sentence in capsys.readouterr().out
-    assert "NOT COMPARED with the last accepted score (shapes 1.000): one was judged by shapes-detector at" in sentence
+    assert "NOT COMPARED with the last accepted score (shapes 0.333): one was judged by shapes-detector at" in sentence
     _, (sentence,) = nightly("3" * 64, good_by_another)  # compared with its own kind
     assert sentence.startswith("better: shapes[another]")
     with pytest.raises(UserError, match=r"dropped beyond noise.*worse: shapes\[another\]"):
         nightly("4" * 64, bad_by_another)
-    with pytest.raises(UserError, match="dropped beyond noise.*worse: shapes 1.000"):  # back to the first judge
+    with pytest.raises(UserError, match="dropped beyond noise.*worse: shapes 0.333"):  # back to the first judge
         nightly("5" * 64, bad)
     _, (sentence,) = nightly("6" * 64, good)
-    assert sentence.startswith("cannot tell: shapes 1.000")
+    assert sentence.startswith("cannot tell: shapes 0.333")
 
 
 def test_the_settings_and_the_judges_make_an_unchanged_model_new(model, monkeypatch):
