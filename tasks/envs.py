@@ -40,8 +40,8 @@ CACHE_VERSIONS = {
     "training": "3",
     "merging": "1",
     "prompts": "1",
-    "evaluation": "5",
-    "publishing": "2",
+    "evaluation": "6",
+    "publishing": "3",
     "study": "1",
 }
 

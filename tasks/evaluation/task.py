@@ -11,7 +11,9 @@ from typing import Any, NamedTuple, Optional
 from flytekit import Deck, task
 from flytekit.types.directory import FlyteDirectory
 
+from eval import html_page
 from eval.config import EvalConfig
+from eval.scorecards import card as cards
 from tasks import envs
 from tasks.artifacts import (
     AnswersDir,
@@ -185,8 +187,8 @@ def gate(scorecard: ScorecardDir, incumbent: ScorecardDir) -> str:
 
 
 def _scores(scorecard: Any) -> Path:
-    """A scorecard without its images, which no comparison reads."""
-    return fetch(scorecard, "scorecard", without=(".png",))
+    """A scorecard without its images and pages, which no comparison reads."""
+    return fetch(scorecard, "scorecard", without=(".png", ".html"))
 
 
 @task(**envs.light("evaluator"))
@@ -205,18 +207,20 @@ def store_score(source: str, model: Model, config: EvalConfig, scorecard: Scorec
     """Records the scorecard; returns the input of `gate_scores`, as JSON."""
     from tasks.evaluation import history
 
-    _scores(scorecard)  # verified, so that the recorded scorecard can be read
-    return history.store_score(source, model, config, source_of(scorecard))
+    card = cards.load(_scores(scorecard))  # verified, so that the recorded scorecard can be read
+    return history.store_score(source, model, config, source_of(scorecard), card)
 
 
-@task(**envs.light("evaluator"))
+@task(enable_deck=True, **envs.light("evaluator"))
 def gate_scores(stored: list[str]) -> list[str]:
-    """Fails if any score is lower than the last accepted one beyond noise; the others become the accepted scores."""
+    """Fails if any score is lower than the last accepted one of its kind beyond noise; the others become the accepted
+    scores. Says which scores were not compared, and why."""
     from tasks.evaluation import history
 
     with plain_errors():
         sentences = history.gate(stored, lambda uri: _scores(FlyteDirectory(uri)))
-    print("\n".join(sentences), flush=True)
+    rows = [(sentence,) for sentence in sentences]
+    Deck("Gate", html_page.page("Gate", html_page.table(["scores of this night"], rows)))
     return sentences
 
 
@@ -253,6 +257,6 @@ def choose_scorecard(names: list[str], scorecards: list[ScorecardDir]) -> Choice
         selection = select_candidate(paths[incumbent], [paths[name] for name in others])
     names_of = {str(path): name for name, path in paths.items()}
     chosen = names_of[selection.chosen]
-    sentence = f"{chosen}: {'; '.join([selection.sentence.replace(selection.chosen, chosen), *same])}"
+    sentence = "; ".join([f"{selection.name}: {selection.sentence.replace(selection.chosen, chosen)}", *same])
     print("\n".join([sentence, *lines(selection, names_of)]), flush=True)
     return Choice(chosen, sentence)

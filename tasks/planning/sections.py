@@ -87,7 +87,7 @@ def check_scoring(config: EvalConfig) -> None:
             "weights"
         ) from error
     path = config.prompts_file
-    if config.prompt_set == "development" and path is None and config.benchmark not in catalog.DEVELOPMENT:
+    if path is None and config.prompt_set not in catalog.benchmark(config.benchmark).prompt_sets:
         raise ValueError(
             f"eval.prompt_set: {config.benchmark} has no development prompts; set eval.prompts_file to others"
         )

@@ -20,6 +20,7 @@ from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.curation.scorers import check_settings
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.evaluation.models import Model
+from tasks.evaluation.plan import further_configs
 from tasks.planning.candidates import Candidate
 from tasks.planning.local_cache import forget_lost_artifacts
 from tasks.planning.local_run import check_directories
@@ -27,6 +28,7 @@ from tasks.planning.sections import (
     HOPS,
     Stage,
     check_ranks,
+    check_scoring,
     check_tiers,
     check_workflow,
     for_own_images,
@@ -53,6 +55,7 @@ class Sections(NamedTuple):
     stages: list[Stage]
     merge: MergeConfig
     eval: EvalConfig
+    further_evals: list[EvalConfig]
     publish: PublishConfig
     recipe_json: str
 
@@ -87,9 +90,11 @@ def resolve_recipe(
             f"own images: captions of up to {words} words are kept; the VAE's PSNR is reported, not required; scored by "
             f"the benchmark {loaded.eval.benchmark}"
         )
+    further = _further_configs(loaded.eval) if ends_in == "pipeline" and loaded.eval.further_benchmarks else []
     if is_local() and HOPS.index(starts_from) < HOPS.index("scorecard") <= HOPS.index(ends_in):
         with plain_errors():
-            catalog.check_installed(loaded.eval)
+            for config in (loaded.eval, *further):
+                catalog.check_installed(config)
     forget_lost_artifacts(CACHE_LOCATION)
     return Sections(
         name=loaded.name,
@@ -100,10 +105,19 @@ def resolve_recipe(
         encoding=loaded.encoding,
         stages=stages(loaded),
         merge=loaded.merge,
-        eval=loaded.eval,
+        eval=loaded.eval.model_copy(update={"further_benchmarks": ()}),
+        further_evals=further,
         publish=loaded.publish,
         recipe_json=loaded.model_dump_json(),
     )
+
+
+def _further_configs(config: EvalConfig) -> list[EvalConfig]:
+    with plain_errors():
+        configs = further_configs(config, packaged=is_local() and not _has_gpu())
+        for one in configs:
+            check_scoring(one)
+    return configs
 
 
 @task(**envs.light("curation"))
@@ -139,7 +153,8 @@ def plan_benchmarks(
 ) -> list[EvalConfig]:
     """Checks the whole request before any work: one configuration for each benchmark. Also forgets artifacts that are gone.
 
-    `recipe` has the settings; "": those of a published pipeline's scorecard.
+    `recipe` has the settings; "": those of a published pipeline's scorecard. Benchmarks "" are those of these settings
+    (`plan.default_benchmarks`).
     """
     from eval import catalog
     from tasks.evaluation import models, plan
@@ -151,7 +166,11 @@ def plan_benchmarks(
             base = models.published_settings(model) or {}
         changes = [overrides] if isinstance(overrides, str) else overrides
         configs = plan.plan_benchmarks(
-            benchmarks, base, [c for c in changes if c], judges, packaged=is_local() and not _has_gpu()
+            benchmarks or plan.default_benchmarks(base),
+            base,
+            [c for c in changes if c],
+            judges,
+            packaged=is_local() and not _has_gpu(),
         )
         for config in configs if is_local() else ():
             catalog.check_installed(config)
