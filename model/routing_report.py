@@ -27,6 +27,7 @@ Writes routing.json (means), maps.safetensors (`layer03/experts` [images, timest
 and `layer03/distinct` [images, rows, columns]), image*.png (these maps) and stability.png.
 
 Shape suffixes: T timesteps, B images, S tokens, E experts, D width, N tokens of several images.
+The reasons are in docs/decisions/ablations.md.
 """
 
 from __future__ import annotations

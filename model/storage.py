@@ -4,6 +4,7 @@ Every path that a user, a recipe or an artifact names passes `check_path` before
 alone would accept chains such as reference::http://..., whose file lists can run code.
 
 Credentials and endpoint are botocore's own (AWS_ENDPOINT_URL, ...), or Flyte's (FLYTE_AWS_ENDPOINT, ...).
+The reasons are in docs/decisions/security.md.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ gathers them seals an index: tables of names, digests, counts and locations. Par
 
 HOME is NUCLEUS_HOME (default .nucleus). With NUCLEUS_STORE=s3://BUCKET/PREFIX parts and keys are kept there, so that
 pods share them; HOME then has only copies. A part is made once for its inputs, across runs.
+The reasons are in docs/decisions/artifacts.md.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@
 Images are numbered bucket by bucket, and within a bucket in the order of the corpus. So the sample order needs only the
 counts in index.json, and opening the index reads only that file: a rank's private memory does not grow with the corpus.
 Each node builds the index once from the tables of the parts, one part at a time.
+The reasons are in docs/decisions/encoding.md.
 """
 
 from __future__ import annotations

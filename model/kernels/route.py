@@ -9,6 +9,7 @@ scores the first tokens. The kernel also writes each token's list of rows, with 
 operations.
 
 Shape suffixes: B batch, S tokens of a sample, T = B S tokens, E experts, C capacity, R = E B C routed rows.
+The reasons are in docs/decisions/kernels.md.
 """
 
 from __future__ import annotations

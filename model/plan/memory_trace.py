@@ -8,6 +8,7 @@ kernels. torch.compile and the kernels save less. Memory inside an operation (cu
 are not included.
 
 Shape suffixes: B batch, S image tokens, T text tokens, C channels of a token, D width, E experts.
+The reasons are in docs/decisions/planner.md.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ may fuse differently in the backward pass, and round differently: a token near t
 
 Selective checkpointing (Korthikanti et al., arXiv 2205.05198) saves most of the memory for little time: what it
 recomputes (norms, modulation, RoPE, SwiGLU, gather) is bound by memory traffic, not by the matrix units.
+The reasons are in docs/decisions/kernels.md.
 """
 
 from __future__ import annotations

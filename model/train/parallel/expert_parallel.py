@@ -14,7 +14,7 @@ Each exchange is two operations, one that starts it and one that waits, so that 
 in between. The gradient of one is the other: the backward pass starts an exchange where the forward waited, and waits
 where it started. Autograd runs in the reverse order, so the shared expert's gradients are computed in between.
 
-Shape suffixes: E experts, R rows of one expert on one rank, D width.
+Shape suffixes: E experts, R rows of one expert on one rank, D width. The reasons are in docs/decisions/gpu.md.
 """
 
 from __future__ import annotations

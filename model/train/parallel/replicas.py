@@ -2,7 +2,7 @@
 
 Each rank updates its own copy of replicated weights: all weights of plain replicas, FSDP's shards over `dp_replicate`, and
 the routers. Copies that have diverged (by a defective device, or an update that depended on the rank) stay different, and a
-checkpoint saves only one of them.
+checkpoint saves only one of them. The reasons are in docs/decisions/distributed.md.
 """
 
 from __future__ import annotations
