@@ -64,8 +64,8 @@ class Report:
         temporary.replace(self.path)
 
     @contextlib.contextmanager
-    def part(self, name: str):
-        """A part of a section that may fail without ending the section."""
+    def attempt(self, name: str):
+        """A measurement of a section, which may fail without ending the section."""
         try:
             yield
         except Exception as error:
@@ -201,7 +201,7 @@ def attention_probe(report: Report, toy: bool) -> None:
     report.add(backends=backends)
     truth = attention._sdpa(*[x.detach().float() for x in tensors], mask)
     for backend in backends:
-        with report.part(backend):
+        with report.attempt(backend):
             attention.use_attention(backend)
             prepared = attention.prepare_mask(mask, tensors[0].flatten(2), H)
 
@@ -282,7 +282,7 @@ def expert_products(report: Report, toy: bool) -> None:
             }
         shares = {}
         for name, run in runs.items():
-            with report.part(f"{name}, {rows} rows"):
+            with report.attempt(f"{name}, {rows} rows"):
                 spin_up(device, 0.1)
                 spread = in_turns({"": run}, 5, device)[""]
                 shares[name] = 2 * E * rows * D * F / spread.median * 1000 / rate
@@ -324,13 +324,13 @@ def muon_and_profile(report: Report, toy: bool) -> None:
 
     device = torch.device("cpu" if toy else "cuda")
     count, m, n = (2, 8, 12) if toy else (192, 1344, 2048)
-    with report.part("newton_schulz"):
+    with report.attempt("newton_schulz"):
         matrices = torch.randn(count, m, n, device=device)
         spin_up(device, 0.3)
         spread = in_turns({"": lambda: newton_schulz(matrices)}, 2, device, warm_up=1)[""]
         flops = 5 * count * (4 * m * m * n + 2 * m**3)
         report.add(newton_schulz={"matrices": count, "ms": spread.median, "tflops": flops / spread.median / 1e9})
-    with report.part("kernels"):
+    with report.attempt("kernels"):
         B, S, D, F, E = (2, 4, 16, 8, 4) if toy else (4, 4096, 2048, 1344, 64)
         kernels.use_kernels("triton")  # an error names the missing package
         moe = MoE(D, F, E, 2.0).to(device, torch.float32 if toy else torch.bfloat16)

@@ -24,7 +24,7 @@ from tasks.planning.candidates import Candidate
 from tasks.planning.local_cache import forget_lost_artifacts
 from tasks.planning.local_run import check_directories
 from tasks.planning.sections import (
-    HOPS,
+    MILESTONES,
     Stage,
     check_ranks,
     check_tiers,
@@ -63,7 +63,7 @@ def resolve_recipe(
 ) -> Sections:
     """Checks the whole recipe before any work. Not cached: it also drops cache entries of lost artifacts.
 
-    `starts_from`, `ends_in`: the artifacts that the workflow is given and makes (`sections.Hop`).
+    `starts_from`, `ends_in`: the artifacts that the workflow is given and makes (`sections.Milestone`).
     """
     with plain_errors():
         if is_local():
@@ -76,7 +76,7 @@ def resolve_recipe(
             path = source or loaded.source.path or ""
             check_source(path, is_local())
             check_settings(loaded.curation.scorers)
-        if HOPS.index(starts_from) < HOPS.index("checkpoints") <= HOPS.index(ends_in):
+        if MILESTONES.index(starts_from) < MILESTONES.index("checkpoints") <= MILESTONES.index(ends_in):
             check_ranks(loaded.train, envs.TRAIN_NNODES, envs.TRAIN_NPROC, is_local())
         if starts_from == "source" and loaded.curation.captioner is not None:
             check_captioner(loaded.curation.captioner)
@@ -87,7 +87,7 @@ def resolve_recipe(
             f"own images: captions of up to {words} words are kept; the VAE's PSNR is reported, not required; scored by "
             f"the benchmark {loaded.eval.benchmark}"
         )
-    if is_local() and HOPS.index(starts_from) < HOPS.index("scorecard") <= HOPS.index(ends_in):
+    if is_local() and MILESTONES.index(starts_from) < MILESTONES.index("scorecard") <= MILESTONES.index(ends_in):
         with plain_errors():
             catalog.check_installed(loaded.eval)
     forget_lost_artifacts(CACHE_LOCATION)

@@ -114,7 +114,7 @@ def test_rank_slices_partition_the_global_batch(written):
     whole = read_batch(dataset, plan)
     for ranks, accumulation in ((1, 1), (4, 1), (2, 4)):
         parts = [
-            read_batch(dataset, plan.part(rank, ranks).part(micro, accumulation))
+            read_batch(dataset, plan.share(rank, ranks).share(micro, accumulation))
             for rank in range(ranks)
             for micro in range(accumulation)
         ]
@@ -123,7 +123,7 @@ def test_rank_slices_partition_the_global_batch(written):
         assert torch.equal(torch.cat([part.text for part in parts]), whole.text)
         assert [part.plan.start for part in parts] == list(range(0, 16, 16 // len(parts)))
     with pytest.raises(ValueError, match="16 cannot be cut into 3"):
-        plan.part(0, 3)
+        plan.share(0, 3)
 
 
 def test_all_samples_of_a_step_share_one_bucket_and_buckets_get_their_share(written):

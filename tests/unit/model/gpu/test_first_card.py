@@ -136,7 +136,7 @@ def slow(report, toy):
 
 def error(report, toy):
     'Fails in one part.'
-    with report.part('first'):
+    with report.attempt('first'):
         raise RuntimeError('out of\\nmemory | here')
     report.add(second=5)
 

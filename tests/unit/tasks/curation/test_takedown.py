@@ -172,7 +172,7 @@ def test_a_near_duplicate_is_named_however_it_was_matched(detail, monkeypatch):
     row = {"record_id": "b" * 64, "key": "k", "file": "copy.png", "rule": takedown.NEAR, "detail": sentence}
     kept = {"record_id": "a" * 64, "key": "l", "file": keeper, "rule": "", "detail": ""}
     monkeypatch.setattr(takedown, "_ledger", lambda uri, rule: [row] if rule else [kept, row])
-    uses = {"a" * 64: [takedown.Use("curated", "d" * 64, "here", True, "")]}
+    uses = {"a" * 64: [takedown.RecordUse("curated", "d" * 64, "here", True, "")]}
     assert takedown._near_duplicates(["a" * 64], uses) == {"a" * 64: {("b" * 64, "copy.png")}}
 
 

@@ -8,8 +8,8 @@ from PIL import Image
 from pydantic import ValidationError
 from score_tables import good_row, records_of
 
-from tasks.curation.config import BucketConfig, CurationConfig, FilterConfig, TierConfig
-from tasks.curation.decisions.tiers import bucket_conditions, quantile_cuts
+from tasks.curation.config import CurationConfig, EpisodeConfig, FilterConfig, TierConfig
+from tasks.curation.decisions.tiers import episode_conditions, quantile_cuts
 from tasks.curation.scorers import Sample
 from tasks.curation.scorers.classical import COHERENT, SCALES_PX, aesthetic_scorer, neighbour_correlation
 from tasks.curation.scoring import filters
@@ -78,25 +78,25 @@ def test_a_record_is_in_the_first_bucket_whose_condition_holds_and_else_in_the_r
         good_row(2, width=100, height=100, aesthetic=1.0, words=[2, 90]),
         good_row(3, width=100, height=100, aesthetic=1.0),
     ]
-    buckets = (
-        BucketConfig(name="large", where="short_side >= 400"),
-        BucketConfig(name="best", where="tier == 'A1'"),
-        BucketConfig(name="long", where="max_words >= 60 and min_words == 2"),
+    episodes = (
+        EpisodeConfig(name="large", where="short_side >= 400"),
+        EpisodeConfig(name="best", where="tier == 'A1'"),
+        EpisodeConfig(name="long", where="max_words >= 60 and min_words == 2"),
     )
     for chosen, expected in (
-        (buckets, ["best", "large", "long", "rest"]),
-        (buckets[1:], ["best", "best", "long", "rest"]),
+        (episodes, ["best", "large", "long", "rest"]),
+        (episodes[1:], ["best", "best", "long", "rest"]),
     ):
-        config = CurationConfig(buckets=chosen, filters=FilterConfig(min_side_px=32))
+        config = CurationConfig(episodes=chosen, filters=FilterConfig(min_side_px=32))
         assert [row["bucket"] for row in records_of(rows, config)] == expected
     assert [row["bucket"] for row in records_of(rows, CurationConfig())] == ["rest"] * 4
 
 
 def test_a_bucket_has_a_name_of_its_own():
-    with pytest.raises(ValueError, match="'rest' is the bucket of records that are in no other"):
-        BucketConfig(name="rest", where="width > 1")
+    with pytest.raises(ValueError, match="'rest' is the episode of records that are in no other"):
+        EpisodeConfig(name="rest", where="width > 1")
     with pytest.raises(ValueError, match="names 'a' twice"):
-        bucket_conditions((BucketConfig(name="a", where="width > 1"), BucketConfig(name="a", where="width > 2")))
+        episode_conditions((EpisodeConfig(name="a", where="width > 1"), EpisodeConfig(name="a", where="width > 2")))
 
 
 def noises():
