@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[4]
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> Path:
     """components/ and merged/transformer/ of random weights."""
-    spec = importlib.util.spec_from_file_location("tiny_pipeline", ROOT / "tests/fixtures/tiny_pipeline.py")
+    spec = importlib.util.spec_from_file_location("tiny_pipeline", ROOT / "tests/fixtures/models/tiny_pipeline.py")
     make = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make)
     folder = tmp_path_factory.mktemp("parts")

@@ -1,6 +1,6 @@
 """How much a recipe's scores differ between machines: whole runs with other threads and other instruction sets.
 
-    python benchmarks/other_machines.py [--recipe tiny] [--out other_machines/] [--only one_thread,two_threads]
+    python benchmarks/evaluation/other_machines.py [--recipe tiny] [--out other_machines/] [--only one_thread,two_threads]
 
 Each environment runs `reproduce` from raw records to the scorecard in a separate home, so that nothing comes from the
 cache: the VAE, the text encoder and every step of training round differently, as on another machine. A second start
@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # MKL_CBWR names the code path of MKL's products; ONEDNN_MAX_CPU_ISA that of oneDNN's convolutions, ATEN_CPU_CAPABILITY
 # that of PyTorch's own loops.
 ENVIRONMENTS: dict[str, dict[str, str]] = {

@@ -22,7 +22,7 @@ from train_helpers import train_config, training_stage, write_artifacts
 from model.train import run
 from tasks.manifest import seal, verify
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 BUCKET = "s3://nodes"
 
 

@@ -1,5 +1,6 @@
-"""Coverage of the intervals, level and power of the comparisons, by simulation: `python benchmarks/interval_coverage.py`.
+"""Coverage of the intervals, level and power of the comparisons, by simulation.
 
+    python benchmarks/evaluation/interval_coverage.py
     --runs N    simulated benchmarks per line (default 2000)
 
 Each prompt has its own chance of a right image, drawn from a beta distribution, so that two images of a prompt

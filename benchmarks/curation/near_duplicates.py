@@ -1,9 +1,9 @@
 """The search for near duplicates by both 64-bit hashes (tasks/curation/decisions/near.py): time, CPU time and memory by
 corpus size, and recall.
 
-    python benchmarks/near_duplicates.py                       1M and 10M hashes of both kinds
-    python benchmarks/near_duplicates.py --counts 1000000 2000000 5000000 10000000     the exponent by least squares
-    python benchmarks/near_duplicates.py --counts 100000 1000000 --shuffled
+    python benchmarks/curation/near_duplicates.py                       1M and 10M hashes of both kinds
+    python benchmarks/curation/near_duplicates.py --counts 1000000 2000000 5000000 10000000     the exponent by least squares
+    python benchmarks/curation/near_duplicates.py --counts 100000 1000000 --shuffled
 
 Hashes are uniform at random. Of the records, 5% are copies of another record with up to 4 bits of pHash and up to 16 of
 dHash flipped, 5% with up to 4 of dHash and 16 of pHash, and 1% have the hashes of another record. Every planted pair
