@@ -40,7 +40,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 SCRIPT = Path(__file__).resolve()  # command line of a section's process
 NO_DEVICE = 2
 PACKAGES = ("triton", "flash_attn", "flash_attn_interface", "torchtitan", "diffusers", "pydantic", "pytest")
-MODULES = ("model.attention", "model.kernels.route", "model.kernels.combine", "model.moe", "model.transformer",
+MODULES = ("model.layers.attention", "model.kernels.route", "model.kernels.combine", "model.layers.moe", "model.transformer",
            "model.optim", "model.config", "model.train.parallel.parallelize", "gpu_blocks")  # fmt: skip
 KERNEL_TESTS = ("tests/unit/model/test_attention.py", "tests/unit/model/gpu/test_kernels.py")
 TOY_BLOCK = ("--device cpu --width 64 --heads 4 --kv-heads 2 --experts 4 --hidden 48 --text 8 --text-dim 32 --rounds 2 "
@@ -93,7 +93,8 @@ def versions(report: Report, toy: bool) -> None:
         except Exception as error:
             imports[name] = f"{type(error).__name__}: {error}"
         report.add(imports=imports)
-    from model import attention, kernels
+    from model import kernels
+    from model.layers import attention
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     machine = attention._machine(device, None)
@@ -185,7 +186,7 @@ def attention_probe(report: Report, toy: bool) -> None:
     import torch
     from measure import in_turns, spin_up
 
-    from model import attention
+    from model.layers import attention
 
     device = torch.device("cpu" if toy else "cuda")
     B, S, T, N, K, H = (1, 16, 8, 4, 2, 16) if toy else (2, 4096, 512, 16, 4, 128)
@@ -319,7 +320,7 @@ def muon_and_profile(report: Report, toy: bool) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     from model import kernels
-    from model.moe import MoE
+    from model.layers.moe import MoE
     from model.optim import newton_schulz
 
     device = torch.device("cpu" if toy else "cuda")

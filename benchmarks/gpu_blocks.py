@@ -54,7 +54,7 @@ from measure import (  # noqa: E402
 )
 
 from model import kernels  # noqa: E402
-from model.attention import attend  # noqa: E402
+from model.layers.attention import attend  # noqa: E402
 from model.transformer import Block  # noqa: E402
 
 NO_DEVICE = 2

@@ -402,7 +402,7 @@ class TrainSettings(Section):
     activation_checkpointing: Annotated[Literal["none", "selective", "full"], FREE] = "none"
     # On a CUDA device: the same bits in each attempt, by algorithms that may be slower (not measured).
     deterministic: Annotated[bool, FREE] = True
-    # On a CUDA device; "auto" takes the fastest that is installed and supported (model/attention.py, model/kernels).
+    # On a CUDA device; "auto" takes the fastest that is installed and supported (model/layers/attention.py, model/kernels).
     attention_backend: Annotated[Literal["auto", "sdpa", "varlen", "flash2", "flash3"], FREE] = "auto"
     kernels: Annotated[Literal["auto", "torch", "triton"], FREE] = "auto"
     # If FSDP shards the model, torchtitan's DistMuon can update some matrices (model/train/parallel/dist_muon.py).

@@ -45,7 +45,7 @@ from safetensors.torch import save_file
 from model import flow, storage
 from model.config import TransformerConfig
 from model.data.latents import LatentDataset
-from model.moe import Experts
+from model.layers.moe import Experts
 from model.transformer import NucleusTransformer, RouterTrace
 from model.weights.checkpoints import last_checkpoint
 from model.weights.export import assembled, load_transformer

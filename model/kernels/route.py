@@ -1,4 +1,4 @@
-"""Router scores, each expert's choice of tokens, and gates: equals the plain `model.moe.MoE.route`.
+"""Router scores, each expert's choice of tokens, and gates: equals the plain `model.layers.moe.MoE.route`.
 
     logits [B,S,E] --> scores --> an expert and a sample: its C largest --> a token: its takers, its gates
                        (_scores)  (_select)                                 (_normalise)

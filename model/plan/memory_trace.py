@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from model import losses
 from model.config import LossConfig, TransformerConfig
-from model.moe import local_part
+from model.layers.moe import local_part
 from model.optim import Muon, parameter_groups
 from model.transformer import NucleusTransformer, RouterTrace
 

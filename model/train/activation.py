@@ -22,7 +22,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.checkpoint import create_selective_checkpoint_contexts, noop_context_fn
 
 from model import kernels
-from model.attention import PACKAGES, packed_backend
+from model.layers.attention import PACKAGES, packed_backend
 
 from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing, FullAC, SelectiveAC
 

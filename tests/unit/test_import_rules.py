@@ -176,7 +176,7 @@ def test_loading_the_workflow_sets_cublas_workspace_before_anything_can_multiply
 @pytest.mark.slow
 def test_the_engine_is_imported_without_the_packages_that_a_gpu_machine_may_lack():
     missing = ("pydantic", "diffusers", "torchtitan", "flytekit", "safetensors")
-    modules = ("model.attention", "model.moe", "model.transformer", "model.optim", "model.kernels")
+    modules = ("model.layers.attention", "model.layers.moe", "model.transformer", "model.optim", "model.kernels")
     code = f"import sys\nfor name in {missing}: sys.modules[name] = None\nimport {', '.join(modules)}"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

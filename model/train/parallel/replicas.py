@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from model.moe import local_part
+from model.layers.moe import local_part
 
 CHUNK = 1 << 22  # elements hashed at a time: 32 MB for each of a few temporary tensors
 # The multipliers of SplitMix64's finaliser (model.data.hashing), as the signed numbers that PyTorch has.

@@ -12,7 +12,8 @@ STEPS = 4
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """(metrics, weights, types seen) of the same short stage in fp32, and in bf16 with selective checkpointing."""
-    from model import losses, moe
+    from model import losses
+    from model.layers import moe
     from model.train.run import train_stage
 
     folder = tmp_path_factory.mktemp("runs")

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import attention
-from model.attention import Machine, attend, choose_backend, pack_keys, prepare_mask, use_attention
+from model.layers import attention
+from model.layers.attention import Machine, attend, choose_backend, pack_keys, prepare_mask, use_attention
 
 VARLEN = {flash_standin.VARLEN}
 BOTH = frozenset({"flash_attn", "flash_attn_interface"})

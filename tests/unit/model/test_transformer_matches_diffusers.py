@@ -5,7 +5,7 @@ import torch
 from diffusers.models.transformers.transformer_nucleusmoe_image import NucleusMoEImageTransformer2DModel
 from small_model import SMALL
 
-import model.attention
+import model.layers.attention
 from model.config import TransformerConfig
 from model.transformer import NucleusTransformer, RouterTrace
 
@@ -94,7 +94,7 @@ def test_output_and_gradients_equal_diffusers(variant, masked):
 
 
 def test_blocked_attention_equals_diffusers_like_the_plain_one(monkeypatch):
-    monkeypatch.setattr(model.attention, "PLAIN_SCORES", 0)
+    monkeypatch.setattr(model.layers.attention, "PLAIN_SCORES", 0)
     reference, ours = pair(num_key_value_heads=2)
     assert_equal_with_gradients(reference, ours, inputs(ours.config) | {"encoder_hidden_states_mask": text_mask()})
 

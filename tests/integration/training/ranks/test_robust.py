@@ -24,7 +24,7 @@ from train_helpers import logged_steps, read_weights, train_config, training_sta
 from model import storage
 from model.data.latents import LatentDataset
 from model.data.order import SampleOrder
-from model.moe import local_part
+from model.layers.moe import local_part
 from model.train.checkpoint import StageCheckpointer
 from model.train.preemption import Preempted
 from model.train.run import train_stage

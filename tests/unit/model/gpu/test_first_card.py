@@ -16,7 +16,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import first_card  # noqa: E402
 import gpu_blocks  # noqa: E402
 
-from model import attention, kernels  # noqa: E402
+from model import kernels  # noqa: E402
+from model.layers import attention  # noqa: E402
 
 STARTS_PROCESSES = ("workspace_probe", "kernel_tests", "training_tests")
 

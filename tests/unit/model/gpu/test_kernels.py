@@ -17,7 +17,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from model import kernels
 from model.kernels.elementwise import plain_norm_modulate, plain_norm_rope, plain_swiglu
-from model.moe import MoE
+from model.layers.moe import MoE
 
 pytest.importorskip("triton")
 

@@ -10,7 +10,7 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 from model.kernels.elementwise import _NormRope, _SwiGLU
-from model.moe import MoE
+from model.layers.moe import MoE
 
 B, S, D, E, F = 3, 10, 12, 4, 8
 

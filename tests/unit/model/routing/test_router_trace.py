@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from model.moe import Routing
+from model.layers.moe import Routing
 from model.transformer import RouterTrace
 
 LAYERS, B, S, E, C = (3, 5, 11), 2, 6, 4, 2

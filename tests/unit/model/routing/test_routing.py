@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from model import flow, storage
 from model.config import TransformerConfig
 from model.data.latents import LatentWriter
-from model.moe import Experts
+from model.layers.moe import Experts
 from model.routing_report import (
     describe_layer,
     expert_output_cosine,

@@ -10,7 +10,7 @@ from small_model import SMALL
 
 from model import losses
 from model.config import RoutingConfig, TransformerConfig
-from model.moe import MoE, token_choice
+from model.layers.moe import MoE, token_choice
 from model.train.spec import count_parameters
 from model.transformer import NucleusTransformer, RouterTrace
 

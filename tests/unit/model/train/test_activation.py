@@ -9,8 +9,8 @@ import pytest
 import torch
 from small_model import SMALL
 
-from model import attention, moe
 from model.config import TransformerConfig
+from model.layers import attention, moe
 from model.optim import parameter_groups
 from model.train import activation
 from model.train.activation import activation_config

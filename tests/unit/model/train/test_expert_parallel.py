@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.moe import MoE
+from model.layers.moe import MoE
 from model.train.compiled import inductor_settings
 from model.train.parallel.expert_parallel import shard_experts
 
