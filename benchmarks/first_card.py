@@ -211,7 +211,7 @@ def attention_probe(report: Report, toy: bool) -> None:
 
             out = forward()
             grad = torch.ones_like(out)
-            found = {"error": ((out.float() - truth).norm() / truth.norm()).item(), "ms": {}}
+            result = {"error": ((out.float() - truth).norm() / truth.norm()).item(), "ms": {}}
 
             def backward(out=out, grad=grad):
                 return torch.autograd.grad(out, tensors, grad, retain_graph=True)
@@ -221,14 +221,14 @@ def attention_probe(report: Report, toy: bool) -> None:
                 spin_up(device, 0.3)
                 times = in_turns({"forward": forward, "backward": backward}, 3, device)
                 name = "deterministic" if deterministic else "any order"
-                found["ms"] |= {f"{kind}, {name}": spread.median for kind, spread in times.items()}
+                result["ms"] |= {f"{kind}, {name}": spread.median for kind, spread in times.items()}
                 if deterministic:
-                    found["same_bits_twice"] = all(map(torch.equal, backward(), backward()))
+                    result["same_bits_twice"] = all(map(torch.equal, backward(), backward()))
             if not toy:
-                found |= _compiled_attention(torch, attention, tensors, prepared)
+                result |= _compiled_attention(torch, attention, tensors, prepared)
             torch.use_deterministic_algorithms(False)
-            print(backend, found, flush=True)
-            report.add(**{backend: found})
+            print(backend, result, flush=True)
+            report.add(**{backend: result})
     torch.use_deterministic_algorithms(False)
     attention.use_attention("auto")
 
@@ -236,7 +236,7 @@ def attention_probe(report: Report, toy: bool) -> None:
 def _compiled_attention(torch: Any, attention: Any, tensors: list, prepared: Any) -> dict[str, float]:
     torch.compiler.reset()
     compiled = torch.compile(lambda q, k, v, mask: attention.attend(q, k, v, mask).sum(), fullgraph=True)
-    found = {}
+    result = {}
     for name, run in (("eager", lambda q, k, v, mask: attention.attend(q, k, v, mask).sum()), ("compiled", compiled)):
         run(*tensors, prepared).backward()
         torch.cuda.synchronize()
@@ -244,8 +244,8 @@ def _compiled_attention(torch: Any, attention: Any, tensors: list, prepared: Any
         before = torch.cuda.memory_allocated()
         run(*tensors, prepared).backward()
         torch.cuda.synchronize()
-        found[f"peak_mib_{name}"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-    return found
+        result[f"peak_mib_{name}"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    return result
 
 
 def expert_products(report: Report, toy: bool) -> None:
@@ -404,11 +404,11 @@ def start_section(name: str, out: Path, toy: bool, limit_s: float) -> dict[str, 
     values = json.loads(path.read_text()) if path.is_file() else {}
     if status == "ok" and "skip_reason" in values:
         status = f"skipped: {values.pop('skip_reason')}"
-    found = {"status": status, "seconds": round(time.monotonic() - begin, 1), "limit_s": limit_s, "values": values}
+    result = {"status": status, "seconds": round(time.monotonic() - begin, 1), "limit_s": limit_s, "values": values}
     if status != "ok" and not status.startswith("skipped"):
         lines = (out / f"{name}.log").read_text(errors="replace").strip().splitlines()
-        found |= {"exit_code": code, "last_lines": lines[-15:]}
-    return found
+        result |= {"exit_code": code, "last_lines": lines[-15:]}
+    return result
 
 
 def flat(values: Any, prefix: str = "") -> list[tuple[str, str]]:

@@ -156,11 +156,11 @@ class Compared:
 def by_variant(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The runs of each variant with the most steps in the results."""
     steps = max(row["steps"] for row in rows)
-    found: dict[str, list[dict[str, Any]]] = {}
+    result: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: (row["variant"].split()[0] != "Muon", float(row["variant"].split()[1]))):
         if row["steps"] == steps:
-            found.setdefault(row["variant"], []).append(row)
-    return found
+            result.setdefault(row["variant"], []).append(row)
+    return result
 
 
 def table(rows: list[dict[str, Any]]) -> None:

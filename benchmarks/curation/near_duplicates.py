@@ -146,10 +146,10 @@ def brute_force(folder: Path) -> tuple[int, int]:
         engine.scan("source", {str(path): 0})
         engine.create("compared", "SELECT * FROM source")
         near.match_by_hashes(engine, DedupConfig())
-        found = {(row["a"], row["b"]) for row in rows_of(engine, "SELECT a, b FROM proposed")}
-        found |= {tuple(sorted(row.values())) for row in rows_of(engine, "SELECT position, leader FROM same")}
+        result = {(row["a"], row["b"]) for row in rows_of(engine, "SELECT a, b FROM proposed")}
+        result |= {tuple(sorted(row.values())) for row in rows_of(engine, "SELECT position, leader FROM same")}
         engine.close()
-    return len(want), len(want & found)
+    return len(want), len(want & result)
 
 
 def main() -> None:
@@ -164,8 +164,8 @@ def main() -> None:
         return
     print("command: python", " ".join(sys.argv))
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        pairs, found = brute_force(Path(folder))
-        print(f"brute force: {found} of {pairs} pairs of {SAMPLE} records within the radius are proposed")
+        pairs, output = brute_force(Path(folder))
+        print(f"brute force: {output} of {pairs} pairs of {SAMPLE} records within the radius are proposed")
         results = {}
         for count in options.counts:
             path = Path(folder) / f"{count}.parquet"

@@ -69,10 +69,10 @@ def run(name: str, recipe: str, overrides: list[str], out: Path) -> dict[str, fl
         with open(home / "log.txt", "w") as log:
             done = subprocess.run(command, cwd=ROOT, env=os.environ | own, stdout=log, stderr=subprocess.STDOUT)
         text = (home / "log.txt").read_text()
-        found = re.search(r"scorecard=([^\s,)]+)", text[text.rfind("Reproduction(") :])
-        if done.returncode or found is None:
+        results = re.search(r"scorecard=([^\s,)]+)", text[text.rfind("Reproduction(") :])
+        if done.returncode or results is None:
             raise SystemExit(f"{name} failed with exit status {done.returncode}: see {home / 'log.txt'}")
-        card = json.loads((Path(found[1]) / "scorecard.json").read_text())
+        card = json.loads((Path(results[1]) / "scorecard.json").read_text())
         result = {"overall": card["overall"]["mean"], **{task: v["mean"] for task, v in card["tasks"].items()}}
         if card.get("held_out"):
             result["held_out"] = card["held_out"]["overall"]["mean"]

@@ -6,7 +6,19 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("benchmarks", "containers", "docs", "eval", "k8s", "model", "recipes", "tasks", "tests", "tools", "workflows")
+SOURCES = (
+    "benchmarks",
+    "containers",
+    "docs",
+    "eval",
+    "k8s",
+    "model",
+    "recipes",
+    "tasks",
+    "tests",
+    "tools",
+    "workflows",
+)
 LIMIT = 14  # files of a folder, without __init__.py
 EXCEPTIONS = {
     "workflows": 18,  # a file for each command that users type

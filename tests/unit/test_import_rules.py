@@ -47,9 +47,9 @@ LAYERS_OF_MODEL = (("model",), ("model.train",), ("model.plan",))
 
 
 def _sources() -> list[Path]:
-    found = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
-    assert len(found) > 20
-    return found
+    result = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    assert len(result) > 20
+    return result
 
 
 @functools.cache
@@ -78,14 +78,14 @@ def _imports(path: Path) -> list[tuple[str, bool]]:
 
 def _imported(tree: ast.AST) -> list[tuple[ast.AST, str]]:
     """(statement, dotted name) of every import, wherever it stands; of `from x import y`, x.y."""
-    found = []
+    result = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [(node, alias.name) for alias in node.names]
+            result += [(node, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"relative import of {node.module}"
-            found += [(node, f"{node.module}.{alias.name}") for alias in node.names]
-    return found
+            result += [(node, f"{node.module}.{alias.name}") for alias in node.names]
+    return result
 
 
 def _layer(name: str, layers: tuple[tuple[str, ...], ...]) -> tuple[int, str]:

@@ -34,7 +34,7 @@ def test_a_line_is_written_as_it_is_to_the_standard_output_of_the_moment(fresh, 
     assert capsys.readouterr().out == "shard 7 failed\n"
 
 
-def test_the_level_of_the_environment_leaves_warnings_alone(fresh, capsys, monkeypatch):
+def test_the_level_of_the_environment_keeps_warnings(fresh, capsys, monkeypatch):
     monkeypatch.setenv("NUCLEUS_LOG_LEVEL", "warning")
     logger = logs.get_logger("tasks.a")
     logger.info("step 1")

@@ -65,12 +65,12 @@ def relative(a, b):
 
 def assert_equal_with_gradients(reference, ours, kwargs):
     expected = reference(**kwargs, return_dict=False)[0]
-    found = ours(**kwargs)
-    assert found.shape == expected.shape
-    assert relative(found, expected) < 1e-5
+    actual = ours(**kwargs)
+    assert actual.shape == expected.shape
+    assert relative(actual, expected) < 1e-5
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
     (expected * weight).sum().backward()
-    (found * weight).sum().backward()
+    (actual * weight).sum().backward()
     want = dict(reference.named_parameters())
     total = torch.stack([p.grad.norm() for p in want.values() if p.grad is not None]).norm()
     for name, parameter in ours.named_parameters():

@@ -132,7 +132,7 @@ def test_an_override_of_another_form_is_shown_the_right_one(small, override):
         ("train.stages=[", ["override 'train.stages=['", "is not valid YAML"]),
     ],
 )
-def test_an_override_of_a_wrong_place_says_what_is_there(small, override, parts):
+def test_an_override_of_an_unknown_key_lists_the_valid_ones(small, override, parts):
     message = refused(small, override)
     assert all(part in message for part in parts), message
 
@@ -360,7 +360,7 @@ def test_the_17b_recipe_trains_as_the_paper_says():
     assert recipe.components.hub_text_encoder.repo_id == "Qwen/Qwen3-VL-8B-Instruct"
 
 
-def test_every_number_of_the_17b_recipe_has_its_source_beside_it():
+def test_every_number_of_the_17b_recipe_has_its_source_next_to_it():
     mark = re.compile(r"\[(paper|config|code|wsm|chosen)\]|\(\?\)")
     for line in (RECIPES / "nucleus_17b.yaml").read_text().splitlines():
         value, _, comment = line.partition("  #")

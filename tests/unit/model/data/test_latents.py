@@ -65,7 +65,7 @@ def test_images_of_a_bucket_keep_the_order_of_the_corpus_and_by_tier_has_each_on
         assert dataset.tier[inside].tolist() == sorted(dataset.tier[begin:end].tolist())
 
 
-def test_a_gather_over_files_keeps_the_order_asked_for(written):
+def test_a_gather_over_files_keeps_the_given_order(written):
     directory, texts, images, _ = written
     dataset = LatentDataset(directory)
     rows = list(range(*dataset.bucket_begin[1:3]))[::-1]
@@ -177,7 +177,7 @@ def test_tiers_are_read_in_proportion_to_their_weights(written):
         SampleOrder(dataset, 8, 0, {"A5": 1.0})
 
 
-def test_dropped_captions_use_the_empty_prompt_at_the_rate_asked_for(written):
+def test_dropped_captions_use_the_empty_prompt_at_the_configured_rate(written):
     dataset = LatentDataset(written[0])
     order = SampleOrder(dataset, 64, 0, None, 0.1)
     dropped = total = 0

@@ -33,7 +33,7 @@ from tasks.recipe import load_recipe
         ("train.stages[0].caption_weights=[{up_to_tokens: 9, weight: 1}, {up_to_tokens: 4, weight: 1}]", "must rise"),
     ],
 )
-def test_what_nothing_fills_is_refused_by_name(override, why):
+def test_a_column_that_no_scorer_fills_is_refused_by_name(override, why):
     with pytest.raises(ValueError, match=why):
         load_recipe("smoke", [override])
 

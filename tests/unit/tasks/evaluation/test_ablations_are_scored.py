@@ -56,8 +56,8 @@ def test_our_model_in_diffusers_place_draws_the_same_image(parts):
     assert type(theirs.transformer).__name__ == "NucleusMoEImageTransformer2DModel"
     expected = draw(theirs)
     theirs.register_modules(transformer=PipelineTransformer(load_transformer(parts / "merged" / "transformer")))
-    found = draw(theirs)
-    assert np.abs(found - expected).max() < 1e-4 and expected.std() > 0.01
+    actual = draw(theirs)
+    assert np.abs(actual - expected).max() < 1e-4 and expected.std() > 0.01
 
 
 @pytest.mark.slow

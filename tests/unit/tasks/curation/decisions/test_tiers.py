@@ -63,7 +63,7 @@ def test_without_scores_no_record_reaches_a_quantile():
     assert quantile_cuts(np.zeros(20_000, int), (0.1, 0.2, 0.3, 0.4)) == (11, 11, 11, 11)
 
 
-def test_records_for_which_best_where_does_not_hold_are_a3_at_best():
+def test_records_that_do_not_meet_best_where_are_a3_at_best():
     config = CurationConfig(tiers=TierConfig(synthetic_tier="A1", best_where="quality < 45"))
     scores = [(9.0, 10.0), (9.0, 80.0), (6.2, math.nan), (5.2, 80.0)]
     rows = [good_row(i, aesthetic=score, quality=quality) for i, (score, quality) in enumerate(scores)]
@@ -71,7 +71,7 @@ def test_records_for_which_best_where_does_not_hold_are_a3_at_best():
     assert [row["tier"] for row in records_of(rows, config)] == ["A1", "A3", "A3", "A4", "A1"]
 
 
-def test_a_record_is_in_the_first_bucket_whose_condition_holds_and_else_in_the_rest():
+def test_a_record_is_in_the_first_episode_whose_condition_it_meets_and_else_in_the_rest():
     rows = [
         good_row(0, width=100, height=100, aesthetic=7.0),
         good_row(1, width=900, height=800, aesthetic=7.0),
@@ -92,7 +92,7 @@ def test_a_record_is_in_the_first_bucket_whose_condition_holds_and_else_in_the_r
     assert [row["bucket"] for row in records_of(rows, CurationConfig())] == ["rest"] * 4
 
 
-def test_a_bucket_has_a_name_of_its_own():
+def test_two_episodes_cannot_have_one_name():
     with pytest.raises(ValueError, match="'rest' is the episode of records that are in no other"):
         EpisodeConfig(name="rest", where="width > 1")
     with pytest.raises(ValueError, match="names 'a' twice"):
@@ -128,7 +128,7 @@ def lowest_of_a2() -> float:
     return lowest
 
 
-def test_the_guard_against_noise_leaves_photographs_alone():
+def test_the_guard_against_noise_does_not_reject_photographs():
     for photo in (skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea(), skimage.data.rocket()):
         sample = seen(photo)
         assert min(neighbour_correlation(sample.gray, side) for side in SCALES_PX) > COHERENT

@@ -63,7 +63,7 @@ def test_the_nearest_records_on_either_side_of_a_cut_are_shown(summary):
             assert (row["aesthetic"] >= low) == (shown in above)
 
 
-def test_real_and_synthetic_records_of_a_tier_are_apart(summary):
+def test_real_and_synthetic_records_of_a_tier_are_counted_separately(summary):
     assert {key for key in summary.walls if key[1]} == {("A2", True)}
     assert {tier for tier, synthetic in summary.walls if not synthetic} == {"A1", "A2", "A3", "A4", "A5"}
     assert sum(count for count, _ in summary.walls.values()) == summary.kept
