@@ -22,7 +22,7 @@ SOURCES = (
 LIMIT = 14  # files of a folder, without __init__.py
 EXCEPTIONS = {
     "workflows": 18,  # a file for each command that users type
-    "eval/judges": 20,
+    "eval/judges": 20,  # a file for each judge, and their base and registry
     "docs/decisions": 18,  # a file for each topic, listed in its README
 }
 
