@@ -380,7 +380,7 @@ def test_a_model_of_very_many_layers_is_refused_at_once():
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
         ("curation.captions.max_words=1e9", "curation.captions.max_words.*10000"),
         ("train.stages[0].aspect_ratios=['1000000:1']", "aspect_ratios has '1000000:1'; one side may be 16 times"),
@@ -395,8 +395,8 @@ def test_a_model_of_very_many_layers_is_refused_at_once():
         ("components.min_psnr_db=true", "components.min_psnr_db=true must be a number"),
     ],
 )
-def test_absurd_numbers_are_refused_in_one_sentence(override, says):
-    with pytest.raises(ValueError, match=says) as error:
+def test_absurd_numbers_are_refused_in_one_sentence(override, message):
+    with pytest.raises(ValueError, match=message) as error:
         load_recipe("smoke", [override])
     assert "\n" not in str(error.value)
 
