@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import resource
@@ -199,6 +200,8 @@ def _serve(
     """item: the only one, which is in this process's memory from its start."""
     parents.close()  # so that the pipe closes when the parent ends
     if memory_bytes:
+        with contextlib.suppress(AttributeError):  # other libraries than glibc return free memory by themselves
+            ctypes.CDLL(None).malloc_trim(0)  # what the parent has freed would come on top of the limit
         lines = Path("/proc/self/status").read_text().splitlines()
         data = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:"))
         limit = data - len(item or b"") + memory_bytes  # an item counts, however it came

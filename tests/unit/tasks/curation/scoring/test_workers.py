@@ -88,7 +88,7 @@ def spoilt(data: bytes) -> str:
         if how == "memory":
             raise MemoryError
         if how == "crash":
-            os.kill(os.getpid(), signal.SIGSEGV)
+            os.kill(os.getpid(), signal.SIGKILL)
         if how == "error":
             raise KeyError("x")
         return "broken"
@@ -157,7 +157,7 @@ def take(data: bytes) -> int:
 @pytest.mark.parametrize("size", [16, LARGE_BYTES + 1, 60 * MIB])
 def test_the_limit_of_memory_counts_the_item_whether_it_was_sent_or_shared(size):
     room = 100 - size // MIB
-    items = [(share, str(int(share * room)).encode().ljust(size, b"\0")) for share in (0.5, 1.2, 0.5)]
+    items = [(share, str(int(share * room)).encode().ljust(size, b"\0")) for share in (0.5, 1.5, 0.5)]
     with Workers(take, 1, memory_bytes=100 * MIB) as workers:
         results = [isinstance(result, CrashError) for _, result in workers.map(items)]
     assert results == [False, True, False]
