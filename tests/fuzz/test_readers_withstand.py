@@ -33,7 +33,11 @@ def test_hostile_inputs_stay_within_memory_and_time(kind):
 MIB, ANY = 2**20, 10**9
 # Seeds of images, and the limit without which each is decoded: (name, module).
 LIMITED = {
-    "image-7c5e9d": ("MAX_BYTES", decode_memory),
+    "image-cd974e6711": ("MAX_BYTES", decode_memory),  # PNG, RGBA
+    "image-92a45c3a22": ("MAX_BYTES", decode_memory),  # lossy WebP
+    "image-d2f6fef5df": ("MAX_BYTES", decode_memory),  # lossless WebP
+    "image-33ef3fa9d6": ("MAX_BYTES", decode_memory),  # JPEG 2000
+    "image-850f30e68b": ("MAX_SCANS", decoding),
 }
 
 
