@@ -107,7 +107,7 @@ def encode_latents_group(
     def encode(part: Part) -> tuple[Part, dict[str, int]]:
         selection = curated.selection(part)
         rows, held_out, not_drawn = latents.draw(selection, fractions, stage.image_size_px, stage.episode_weights)
-        key = settings | {"records": selection.select(latents.COLUMNS).take(rows).to_pylist()}
+        key = settings | {"records": latents.records_of(selection, rows)}
 
         def make(changed: dict[int, str]) -> Part:
             return make_part(

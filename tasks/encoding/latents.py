@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from model.config import Section, StageConfig
 from model.data.files import LatentMeta, LatentPartWriter
@@ -27,7 +28,6 @@ from tasks.encoding.images import Changed, ChangedRecords, read_images
 from tasks.encoding.ledger import CHANGED_SINCE_SCORING, SHAPE_FITS_NO_BUCKET, UNDECODABLE, Notes
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     import torch
 
     from tasks.curation.curated import Curated
@@ -89,6 +89,12 @@ def draw(
     return rows, held_out, not_drawn
 
 
+def records_of(selection: pa.Table, rows: list[int]) -> list[dict]:
+    """`COLUMNS` of rows of a shard's selection. A stage may draw none of them: Arrow cannot take by an empty list without
+    a type."""
+    return selection.select(COLUMNS).take(pa.array(rows, pa.int64())).to_pylist()
+
+
 def encode_latents(
     curated: Curated,
     part: Part,
@@ -110,7 +116,7 @@ def encode_latents(
         ChangedRecords: other rows have changed; raised after all rows are read.
     """
     out_dir, notes = Path(out_dir), Notes(part.name)
-    table = dict(zip(rows, curated.selection(part).select(COLUMNS).take(rows).to_pylist(), strict=True))
+    table = dict(zip(rows, records_of(curated.selection(part), rows), strict=True))
     buckets = stage_buckets(shape.image_size_px, shape.aspect_ratios, from_data=encoding.shapes == "data")
     assigned: dict[int, tuple[Bucket, int]] = {}
     crops = []

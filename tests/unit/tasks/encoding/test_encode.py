@@ -364,6 +364,24 @@ def test_a_stage_encodes_only_the_tiers_and_the_share_that_it_draws(curated_dir,
         assert scale == pytest.approx(1 / report["fractions"][tier])
 
 
+def test_a_shard_of_which_a_stage_draws_no_record_has_an_empty_part(curated_dir, components, encoded, tmp_path):
+    whole = flow.fractions_of(curated_dir, STAGE)
+    groups = []
+    for group, fractions in enumerate(({}, whole)):
+        groups.append(tmp_path / str(group))
+        groups[-1].mkdir()
+        groups[-1] = groups[-1], flow.encode_latents_group(curated_dir, components[0], STAGE, fractions, CONFIG, group, 2, groups[-1])  # fmt: skip
+    (none, nothing), (some, report) = groups
+    assert nothing["encoded"] == 0 < report["encoded"]
+    assert nothing["counts"]["not_drawn"] + nothing["counts"].get("held_out", 0) == nothing["records"] > 0
+    out = tmp_path / "latents"
+    out.mkdir()
+    flow.gather(curated_dir, [none, some], "latents", out, fractions=whole)
+    seal(out, "latents", logs=flow.LOGS)
+    assert 0 in [part.rows for part in read_index(out)]
+    assert len(LatentDataset(open_latents(out, encoded[1]))) == report["encoded"]
+
+
 @pytest.mark.slow
 def test_a_sampled_share_is_what_it_should_be_and_another_record_changes_nothing():
     ids = [f"{i * 2654435761 % 2**64:016x}" + "0" * 48 for i in range(20_000)]
