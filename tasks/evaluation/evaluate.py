@@ -13,13 +13,13 @@ from eval.config import EvalConfig, SchedulerConfig
 from tasks.diffusers_parts import SCHEDULER, processor_class
 from tasks.evaluation import models
 from tasks.evaluation.models import Loaded, Model
-from tasks.evaluation.plan import Part
+from tasks.evaluation.plan import ImagesPart
 from tasks.evaluation.prompts import CAPTIONS, REFERENCE, read_prompts
 from tasks.manifest import load_manifest
 
 
 def generate_part(
-    merged: Path, components: Path, prompts: Path, config: EvalConfig, part: Part, work_dir: Path, out_dir: Path
+    merged: Path, components: Path, prompts: Path, config: EvalConfig, part: ImagesPart, work_dir: Path, out_dir: Path
 ) -> dict[str, Any]:
     """Samples one part of a seed's images; images of an earlier, killed attempt in `work_dir` are kept.
 
@@ -40,7 +40,7 @@ def generate_part(
 
 
 def generate_from_model(
-    model: Model, prompts: Path, config: EvalConfig, part: Part, work_dir: Path, out_dir: Path
+    model: Model, prompts: Path, config: EvalConfig, part: ImagesPart, work_dir: Path, out_dir: Path
 ) -> dict[str, Any]:
     """Like `generate_part`, for any diffusers pipeline.
 
@@ -51,7 +51,7 @@ def generate_from_model(
 
 
 def sample_part(
-    loaded: Loaded, prompts_dir: Path, config: EvalConfig, part: Part, work_dir: Path, out_dir: Path
+    loaded: Loaded, prompts_dir: Path, config: EvalConfig, part: ImagesPart, work_dir: Path, out_dir: Path
 ) -> dict[str, Any]:
     from eval.generation import pipelines
     from eval.generation.generate import IMAGES, generate

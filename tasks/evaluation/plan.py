@@ -32,8 +32,8 @@ OF_A_BENCHMARK = {
 }
 
 
-class Part(BaseModel):
-    """One of `parts` shares of one sampling seed's images."""
+class ImagesPart(BaseModel):
+    """The part of one sampling seed's images that one task generates and seals: number `index` of `parts`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     seed: int = Field(ge=0)
@@ -41,18 +41,20 @@ class Part(BaseModel):
     parts: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
-    def _inside(self) -> Part:
+    def _inside(self) -> ImagesPart:
         if self.index >= self.parts:
             raise ValueError(f"index={self.index} must be one of the {self.parts} parts from 0 to {self.parts - 1}")
         return self
 
 
-def plan_parts(config: EvalConfig, parts_per_seed: int) -> list[Part]:
+def plan_parts(config: EvalConfig, parts_per_seed: int) -> list[ImagesPart]:
     """All parts of a run. Their number does not change any image: batches are the same."""
     if parts_per_seed < 1:
         raise ValueError(f"parts_per_seed={parts_per_seed} must be at least 1")
     return [
-        Part(seed=seed, index=index, parts=parts_per_seed) for seed in config.seeds for index in range(parts_per_seed)
+        ImagesPart(seed=seed, index=index, parts=parts_per_seed)
+        for seed in config.seeds
+        for index in range(parts_per_seed)
     ]
 
 

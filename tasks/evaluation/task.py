@@ -32,7 +32,7 @@ from tasks.artifacts import (
 )
 from tasks.artifacts import source as source_of
 from tasks.evaluation.models import Model
-from tasks.evaluation.plan import Part
+from tasks.evaluation.plan import ImagesPart
 from tasks.manifest import load_manifest
 
 
@@ -55,7 +55,7 @@ def resolve_incumbent(model: str, revision: str, components: str) -> Model:
 
 
 @task(**envs.light("evaluator"))
-def plan_parts(config: EvalConfig, parts_per_seed: int) -> list[Part]:
+def plan_parts(config: EvalConfig, parts_per_seed: int) -> list[ImagesPart]:
     """The parts over which `generate_part` and `generate_from_model` are mapped: shares of the batches of each seed."""
     from tasks.evaluation import plan
 
@@ -84,7 +84,7 @@ def make_prompts(config: EvalConfig, curated: Optional[CuratedDir] = None) -> Pr
 
 @task(cache=envs.cache("evaluation"), **envs.gpu_single("evaluator"))
 def generate_part(
-    merged: MergedDir, components: ComponentsDir, prompts: PromptsDir, config: EvalConfig, part: Part
+    merged: MergedDir, components: ComponentsDir, prompts: PromptsDir, config: EvalConfig, part: ImagesPart
 ) -> ImagesDir:
     """Generates one part of a seed's images from merged weights and components, through diffusers' pipeline."""
     from tasks.evaluation import evaluate
@@ -96,7 +96,9 @@ def generate_part(
 
 
 @task(cache=envs.cache("evaluation", ignored_inputs=("model",)), **envs.gpu_single("evaluator"))
-def generate_from_model(model: Model, digest: str, prompts: PromptsDir, config: EvalConfig, part: Part) -> ImagesDir:
+def generate_from_model(
+    model: Model, digest: str, prompts: PromptsDir, config: EvalConfig, part: ImagesPart
+) -> ImagesDir:
     """Generates one part of a seed's images from any diffusers pipeline. `digest` identifies the model; its location is
     not part of the cache key."""
     from tasks.evaluation import evaluate
@@ -115,7 +117,7 @@ def generate_from_model(model: Model, digest: str, prompts: PromptsDir, config: 
 def _images(
     parents: Sequence[Path],
     config: EvalConfig,
-    part: Part,
+    part: ImagesPart,
     more: dict[str, Any],
     make: Callable[[EvalConfig, Path, Path], dict[str, Any]],
 ) -> Any:

@@ -25,7 +25,7 @@ from tasks.planning.candidates import Candidate
 from tasks.planning.local_cache import forget_lost_artifacts
 from tasks.planning.local_run import check_directories
 from tasks.planning.sections import (
-    HOPS,
+    MILESTONES,
     Stage,
     check_ranks,
     check_scoring,
@@ -66,7 +66,7 @@ def resolve_recipe(
 ) -> Sections:
     """Checks the whole recipe before any work. Not cached: it also drops cache entries of lost artifacts.
 
-    `starts_from`, `ends_in`: the artifacts that the workflow is given and makes (`sections.Hop`).
+    `starts_from`, `ends_in`: the artifacts that the workflow is given and makes (`sections.Milestone`).
     """
     with plain_errors():
         if is_local():
@@ -79,7 +79,7 @@ def resolve_recipe(
             path = source or loaded.source.path or ""
             check_source(path, is_local())
             check_settings(loaded.curation.scorers)
-        if HOPS.index(starts_from) < HOPS.index("checkpoints") <= HOPS.index(ends_in):
+        if MILESTONES.index(starts_from) < MILESTONES.index("checkpoints") <= MILESTONES.index(ends_in):
             check_ranks(loaded.train, envs.TRAIN_NNODES, envs.TRAIN_NPROC, is_local())
         if starts_from == "source" and loaded.curation.captioner is not None:
             check_captioner(loaded.curation.captioner)
@@ -91,7 +91,7 @@ def resolve_recipe(
             f"the benchmark {loaded.eval.benchmark}"
         )
     further = _further_configs(loaded.eval) if ends_in == "pipeline" and loaded.eval.further_benchmarks else []
-    if is_local() and HOPS.index(starts_from) < HOPS.index("scorecard") <= HOPS.index(ends_in):
+    if is_local() and MILESTONES.index(starts_from) < MILESTONES.index("scorecard") <= MILESTONES.index(ends_in):
         with plain_errors():
             for config in (loaded.eval, *further):
                 catalog.check_installed(config)

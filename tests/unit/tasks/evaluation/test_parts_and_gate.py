@@ -17,7 +17,7 @@ from eval.judges.shapes_judge import ShapesDetector
 from tasks.artifacts import UserError
 from tasks.evaluation import evaluate, plan, task
 from tasks.evaluation.models import Model
-from tasks.evaluation.plan import Part
+from tasks.evaluation.plan import ImagesPart
 from tasks.manifest import load_manifest, seal
 from tasks.store import home
 
@@ -214,12 +214,12 @@ def test_a_model_is_resolved_to_its_digest_or_commit_and_a_changed_one_is_refuse
     monkeypatch.setattr(pipelines, "diffusers_sampler", lambda *_: squares("red"))
     prompts = run(task.make_prompts, config=CONFIG)
     sample = {"model": model, "digest": model.digest, "prompts": prompts, "config": CONFIG}
-    images = run(task.generate_from_model, **sample, part=Part(seed=0))
+    images = run(task.generate_from_model, **sample, part=ImagesPart(seed=0))
     assert load_manifest(local(images)).config["digest"] == model.digest
     (tmp_path / "model" / "model_index.json").write_text("{ }")
     assert resolve().digest != model.digest
     with pytest.raises(UserError, match="changed since it was resolved"):
-        run(task.generate_from_model, **sample, part=Part(seed=1))
+        run(task.generate_from_model, **sample, part=ImagesPart(seed=1))
     with pytest.raises(UserError, match="has no revision"):
         resolve(revision="a" * 40)
     with pytest.raises(UserError, match="neither a directory, nor a Hub id"):
@@ -306,6 +306,6 @@ def test_the_settings_and_the_judges_make_an_unchanged_model_new(model, monkeypa
 
 def test_a_part_must_be_one_of_its_parts():
     with pytest.raises(ValueError, match="index=2 must be one of the 2 parts"):
-        Part(seed=0, index=2, parts=2)
+        ImagesPart(seed=0, index=2, parts=2)
     with pytest.raises(ValueError, match="parts_per_seed=0"):
         plan.plan_parts(CONFIG, 0)

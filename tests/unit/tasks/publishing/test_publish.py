@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[4]
 
 def tiny_pipeline():
     """tests/fixtures is no package: several test folders load its files by path."""
-    spec = importlib.util.spec_from_file_location("tiny_pipeline", ROOT / "tests/fixtures/tiny_pipeline.py")
+    spec = importlib.util.spec_from_file_location("tiny_pipeline", ROOT / "tests/fixtures/models/tiny_pipeline.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -198,11 +198,9 @@ def image_bmp_of_short_runs() -> bytes:
 
 def decode(folder: str) -> tuple[float, float, str, str]:
     """(MiB over the baseline, of this process or its worker; seconds; "read" or "refused"; the result as text)."""
-    from tasks.curation.scoring import score
     from tasks.curation.scoring.decode_memory import WORKER_BYTES
     from tasks.curation.scoring.workers import CrashError, Workers
 
-    score._load_libraries()
     baseline, begun = _peak_kib(), time.monotonic()
     data = (Path(folder) / "x").read_bytes()
     with Workers(_both, 1, memory_bytes=WORKER_BYTES) as workers:
@@ -220,7 +218,7 @@ def _both(data: bytes) -> tuple[float, str, str]:
     from tasks.curation.scoring import decoding
     from tasks.curation.scoring.score import measure
 
-    baseline = _rss_kib() - len(data) // 1024  # it came through the pipe
+    baseline = _rss_kib() - len(data) // 1024  # the file counts, too
     config = CurationConfig(filters=FilterConfig(formats=decoding.DECODABLE, max_pixels=MAX_PIXELS))
     try:
         measured = measure(data, config)

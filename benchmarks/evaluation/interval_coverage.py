@@ -1,5 +1,6 @@
-"""Coverage of the intervals, level and power of the comparisons, by simulation: `python benchmarks/interval_coverage.py`.
+"""Coverage of the intervals, level and power of the comparisons, by simulation.
 
+    python benchmarks/evaluation/interval_coverage.py
     --runs N    simulated benchmarks per line (default 2000)
     --equals    only the share of wrong choices among 16 candidates that all equal the incumbent
 

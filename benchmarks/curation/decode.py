@@ -1,8 +1,9 @@
 """Speed of curation's passes 1 and 2 on one core, as a share of plain decoding by Pillow.
 
-    python benchmarks/decode.py [--rounds 15] [--before COMMIT_DIR] [--pipe]
+    python benchmarks/curation/decode.py [--rounds 15] [--form jpeg] [--before COMMIT_DIR] [--pipe]
 
-Photographs of scikit-image, scaled to 512, 1024 and 2048 px of the shorter side, as JPEG of quality 90. Plain: Pillow's
+Photographs of scikit-image, scaled to 512, 1024 and 2048 px of the shorter side, as JPEG of quality 90, or in another form:
+turned by EXIF, in Display P3, as a PNG with transparency. Plain: Pillow's
 `Image.open(data).convert("RGB")`. Ours: SHA-256, checks, decoding, statistics, hashes and thumbnail
 (tasks.curation.scoring.score), in this process. Both run in turns in each round; the figures are processor time,
 medians over rounds with their quartiles. `--before` measures another checkout in the same way, in a separate process,
@@ -30,14 +31,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
 BARS = {512: 0.30, 1024: 0.65, 2048: 1.0}
 
 
-def photographs(side_px: int) -> list[bytes]:
+FORMS = ("jpeg", "turned", "display-p3", "alpha")
+
+
+def photographs(side_px: int, form: str = "jpeg") -> list[bytes]:
+    from icc_profiles import DISPLAY_P3, rgb_profile
     from PIL import Image
     from skimage import data
+
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    options = {"turned": {"exif": turned}, "display-p3": {"icc_profile": rgb_profile(DISPLAY_P3)}}.get(form, {})
 
     contents = []
     for name in PHOTOS:
@@ -45,7 +54,11 @@ def photographs(side_px: int) -> list[bytes]:
         scale = side_px / min(image.size)
         image = image.resize([round(side * scale) for side in image.size], Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=90)
+        if form == "alpha":
+            image.putalpha(image.getchannel("G"))
+            image.save(buffer, "PNG", compress_level=1)
+        else:
+            image.save(buffer, "JPEG", quality=90, **options)
         contents.append(buffer.getvalue())
     return contents
 
@@ -76,11 +89,11 @@ def passes_of() -> Callable[[bytes], object]:
     return run
 
 
-def shares(sizes: list[int], rounds: int) -> dict[int, list[tuple[float, float]]]:
+def shares(sizes: list[int], rounds: int, form: str) -> dict[int, list[tuple[float, float]]]:
     """Size -> (plain, ours) in ms for each image, one pair a round."""
     run, found = passes_of(), {}
     for size in sizes:
-        contents, pairs = photographs(size), []
+        contents, pairs = photographs(size, form), []
         for number in range(rounds + 1):
             times = [0.0, 0.0]
             for data in contents:
@@ -145,12 +158,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--sizes", type=int, nargs="+", default=list(BARS))
+    parser.add_argument("--form", choices=FORMS, default="jpeg", help="the bars are for jpeg")
     parser.add_argument("--before", type=Path, help="another checkout, to compare with")
     parser.add_argument("--pipe", action="store_true", help="what the pipes to a worker process cost")
     parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.json:
-        print(json.dumps(shares(options.sizes, options.rounds)))
+        print(json.dumps(shares(options.sizes, options.rounds, options.form)))
         return
     print("command:", shlex.join(["python", *sys.argv]))
     print(f"machine: {platform.machine()}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}")
@@ -158,13 +172,15 @@ def main() -> None:
         pipe_costs(options.sizes)
         return
     if options.before is None:
-        missed = print_table("this checkout", shares(options.sizes, options.rounds), bars=True)
-        print(f"MISSED: {missed}" if missed else "all bars met")
+        bars = options.form == "jpeg"
+        missed = print_table("this checkout", shares(options.sizes, options.rounds, options.form), bars=bars)
+        if bars:
+            print(f"MISSED: {missed}" if missed else "all bars met")
         return
     sides: dict[str, dict[int, list[tuple[float, float]]]] = {"before": {}, "this checkout": {}}
     for _ in range(options.rounds):
         for name, root in (("before", options.before.resolve()), ("this checkout", ROOT)):
-            command = [sys.executable, __file__, "--json", "--rounds", "3", "--sizes", *map(str, options.sizes)]
+            command = [sys.executable, __file__, "--json", "--rounds", "3", "--form", options.form, "--sizes", *map(str, options.sizes)]  # fmt: skip
             done = subprocess.run(
                 command,
                 env=os.environ | {"PYTHONPATH": str(root)},
@@ -176,12 +192,12 @@ def main() -> None:
             for size, pairs in json.loads(done.stdout.splitlines()[-1]).items():
                 sides[name].setdefault(int(size), []).extend((a, b) for a, b in pairs)
     for name, found in sides.items():
-        print_table(name, found, bars=name != "before")
+        print_table(name, found, bars=name != "before" and options.form == "jpeg")
     for size in options.sizes:
         was, now = (statistics.median(a / b for a, b in side[size]) for side in sides.values())
         print(f"{size:5} px: {now / was:.2f} times the share before{'' if now >= 0.95 * was else ' SLOWER'}")
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.environ.get("PYTHONPATH", str(ROOT)))
+    sys.path[:0] = [os.environ.get("PYTHONPATH", str(ROOT)), str(ROOT / "tests" / "fixtures")]
     main()
