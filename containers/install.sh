@@ -46,9 +46,8 @@ for service in "$site"/botocore/data/*/; do
     *) rm -rf "$service" ;;
   esac
 done
-for package in numpy torch matplotlib cv2; do  # but not skimage, which reads its stubs
-  [ ! -d "$site/$package" ] || find "$site/$package" -name '*.pyi' -delete
-done
+# Stubs for type checkers, but for skimage's, which it reads.
+find "$site" -path "$site/skimage" -prune -o -name '*.pyi' -cnewer "$started" -exec rm {} +
 rm -rf "$site/kubernetes/aio" "$site/kubernetes/e2e_test" \
        "$site/torch/test" "$site"/torch/bin/*test* "$site"/torch/bin/protoc* "$site"/torch/lib/lib*_test.so \
        "$site/pyarrow/include" "$site/pyarrow/src" "$site"/pyarrow/libarrow_flight.so* "$site"/pyarrow/_flight*.so \
