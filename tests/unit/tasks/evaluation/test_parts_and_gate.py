@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,23 @@ def test_answers_are_an_artifact_of_their_own_and_score_alike_without_a_judge(mo
     scored = run(task.score_answers, images=images, prompts=prompts, answers=answers, config=CONFIG)
     again = run(task.score_answers, images=images, prompts=prompts, answers=answers, config=CONFIG)
     assert score_files(scored) == score_files(again)
+
+
+def test_images_are_linked_and_not_copied_to_be_sealed_and_judged(model, monkeypatch):
+    linked, link = [], os.link
+
+    def recorded(source, target):
+        linked.append(Path(source).name)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", recorded)
+    prompts, images = sampled(model, NIGHTLY)
+    number = load_manifest(local(images[0])).counts["images"]
+    assert sum(name.endswith(".png") for name in linked) == number
+    run(task.judge_images, images=images, prompts=prompts, config=NIGHTLY)
+    assert sum(name.endswith(".png") for name in linked) == 2 * number
+    picture = next(local(images[0]).rglob("*.png"))
+    assert picture.stat().st_nlink == 1  # the folders of the run are gone
 
 
 def test_answers_of_a_judge_that_died_are_kept_for_the_next_attempt(model, monkeypatch):
