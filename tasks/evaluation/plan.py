@@ -119,10 +119,10 @@ def further_configs(config: EvalConfig, packaged: bool = False) -> list[EvalConf
 def default_benchmarks(base: Mapping[str, Any]) -> str:
     """The benchmarks of a command that names none: those of the eval section `base`, of a recipe or a published pipeline.
 
-    `HEADLINES` without one, and for captions, whose prompts are of a corpus.
+    Without captions, whose prompts are of a corpus. `HEADLINES` if there is no other.
     """
     names = [base["benchmark"], *base.get("further_benchmarks", ())] if "benchmark" in base else []
-    return ",".join(HEADLINES if not names or CAPTIONS in names else names)
+    return ",".join([name for name in names if name != CAPTIONS] or HEADLINES)
 
 
 def _override(values: dict[str, Any], change: str, name: str, names: Sequence[str]) -> None:

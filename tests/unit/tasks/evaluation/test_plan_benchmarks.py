@@ -40,7 +40,9 @@ def test_the_17b_recipe_and_its_nightly_evaluation_have_both_headlines():
     assert default_benchmarks(config.model_dump(mode="json")) == "geneval,geneval2"
     assert default_benchmarks({}) == "geneval,geneval2"  # of a model that was not published here
     assert default_benchmarks(TINY) == "shapes" and further_configs(EvalConfig(**TINY)) == []
-    assert default_benchmarks({**TINY, "benchmark": "captions"}) == "geneval,geneval2"  # its prompts are of a corpus
+    captions = {**TINY, "benchmark": "captions"}  # whose prompts are of a corpus
+    assert default_benchmarks(captions) == "geneval,geneval2"
+    assert default_benchmarks({**captions, "further_benchmarks": ["dpg"]}) == "dpg"
 
 
 def test_further_benchmarks_must_be_known_and_others():
