@@ -83,7 +83,7 @@ def test_an_override_holds_for_all_benchmarks_or_for_the_one_it_names():
         ("geneval", ["guidance_scale=["], "", "is not YAML"),
         ("geneval", ["guidance_scale=fast"], "", "geneval: guidance_scale: .*number"),
         ("geneval", [], "ssd-mobilnet", "did you mean 'ssd-mobilenet-v2'"),
-        ("geneval", [], "eye=ssd-mobilenet-v2", "the role 'eye', and geneval has detector, color"),
+        ("geneval", [], "eye=ssd-mobilenet-v2", "the skill 'eye', and geneval has detector, color"),
         ("geneval", [], "dpg=blip-vqa", "the benchmarks are geneval"),
         ("module:missing", [], "", "cannot be imported"),
     ],
