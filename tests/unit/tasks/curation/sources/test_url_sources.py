@@ -27,7 +27,7 @@ from tasks.curation import flow, http_retries
 from tasks.curation.config import CurationConfig, FilterConfig, SourceConfig, UrlConfig
 from tasks.curation.curated import open_curated
 from tasks.curation.sources.base import Account
-from tasks.curation.sources.places import find
+from tasks.curation.sources.file_trees import find
 from tasks.curation.sources.urls import fetch, network, robots, tables
 from tasks.curation.sources.urls.fetch import Fetched, Fetcher
 from tasks.store import read_index
