@@ -152,8 +152,8 @@ def test_shapes_has_the_prompts_of_old_and_scores_its_splits_apart():
     empty = {p["id"]: Judged([{"objects": {}}] * p["images"]) for p in prompts}
     first = prompts[0]
     shape = first["include"][0]["class"]
-    found = {"objects": {shape: [{"box": [0, 0, 9, 9], "score": 1.0, "color": "red"}]}}
-    summary = benchmark.summarise(prompts, {**empty, first["id"]: Judged([found] * first["images"])}, "fixed")
+    result = {"objects": {shape: [{"box": [0, 0, 9, 9], "score": 1.0, "color": "red"}]}}
+    summary = benchmark.summarise(prompts, {**empty, first["id"]: Judged([result] * first["images"])}, "fixed")
     assert summary["categories"]["single_object"] == pytest.approx(first["images"] / 48)
     assert summary["held_out"]["score"] == 0 and summary["failed"] == 0
     assert summary["expected"] + summary["held_out"]["expected"] == sum(p["images"] for p in prompts)

@@ -33,12 +33,12 @@ class Chance(ShapesDetector):
 def objects_of(prompt):
     """Objects that the rule finds right for the prompt."""
     boxes = {"left of": (0, 40), "right of": (80, 40), "above": (40, 0), "below": (40, 80)}
-    found = {}
+    result = {}
     for clause in prompt["include"]:
         x, y = boxes[clause["position"][0]] if "position" in clause else (40, 40)
         item = {"box": [x, y, x + 9, y + 9], "score": 1.0, "color": clause.get("color", "red")}
-        found.setdefault(clause["class"], []).extend([item] * clause["count"])
-    return found
+        result.setdefault(clause["class"], []).extend([item] * clause["count"])
+    return result
 
 
 @pytest.fixture(scope="module")

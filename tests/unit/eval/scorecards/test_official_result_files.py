@@ -53,11 +53,11 @@ class Dice:
         rng = np.random.default_rng(list(seen[0]))
         if self.skill == "detector":
 
-            def found():
+            def result():
                 x, y = rng.uniform(0, 60, 2)
                 return {"box": [x, y, x + 9, y + 9], "score": float(rng.uniform(0.85, 1))}
 
-            return {name: [found() for _ in range(rng.integers(1, 4))] for name in ("car", "dog", "cat")}
+            return {name: [result() for _ in range(rng.integers(1, 4))] for name in ("car", "dog", "cat")}
         if self.skill == "color":
             return [str(rng.choice(["red", "red", "blue"])) for _ in request.options["boxes"]]
         if self.skill == "ocr":

@@ -201,8 +201,8 @@ def test_s3_with_flytes_credentials_reads_parts_of_a_parquet_file(source, tmp_pa
         fs = fsspec.filesystem("s3", **access)
         for name in ("a.png", "b//c.png", "marked/", "marked/d.png", ".hidden/e.png"):
             fs.pipe_file(f"bucket/odd/{name}", b"" if name.endswith("/") else picture(1))
-        found, skipped = read("s3://bucket/odd")
-        assert sorted(record.locator for record in found) == ["a.png", "marked/d.png"]
+        result, skipped = read("s3://bucket/odd")
+        assert sorted(record.locator for record in result) == ["a.png", "marked/d.png"]
         assert skipped == {"folder without a name": 1, "hidden": 1}, (
             "b//c.png is told, and the mark of a folder is none"
         )
