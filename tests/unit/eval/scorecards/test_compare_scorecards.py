@@ -155,6 +155,7 @@ def test_the_candidate_that_beats_the_incumbent_is_chosen(make):
     assert selection.candidates[1].lowest > 0
 
 
+@pytest.mark.slow
 def test_of_equal_candidates_the_incumbent_stays(make):
     candidates = [make(f"equal{i}", 0.8) for i in range(4)]
     selection = select_candidate(make("same1", 0.8), candidates)
