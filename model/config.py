@@ -13,6 +13,7 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AliasChoices,
     BaseModel,
     ConfigDict,
     Field,
@@ -55,10 +56,16 @@ class Free:
 FREE = Free()
 
 
+def renamed_key(name: str, stored: str, default: Any) -> Any:
+    """A field whose key was renamed: recipes may use either name, and it is stored under the earlier one."""
+    return Field(default, validation_alias=AliasChoices(name, stored), serialization_alias=stored)
+
+
 class Section(BaseModel):
     """Base of every recipe section: frozen, strict about keys and about types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+    # By alias: a renamed key is stored under its first name, so that digests and artifacts stay valid.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False, serialize_by_alias=True)
 
     @classmethod
     @functools.cache
@@ -297,7 +304,8 @@ class StageConfig(Section):
     capacity_factors: float | tuple[float, ...]
     aspect_ratios: tuple[str, ...] = ("1:1",)
     tier_weights: dict[str, Weight] = dict.fromkeys(TIERS, 1.0)
-    bucket_weights: dict[str, Weight] = {}  # factors on images of `curation.buckets`; 1 for a bucket that is not named
+    # Factors on images of `curation.episodes`; 1 for an episode that is not named.
+    episode_weights: dict[str, Weight] = renamed_key("episode_weights", "bucket_weights", {})
     caption_weights: tuple[CaptionWeight, ...] = ()  # ascending; the last also for longer captions. Empty: equal
     wavelet: bool = False  # whether the wavelet loss is on
     decay: DecayConfig | None = None  # None: a constant rate to the end (WSM)
@@ -394,7 +402,7 @@ class TrainSettings(Section):
     activation_checkpointing: Annotated[Literal["none", "selective", "full"], FREE] = "none"
     # On a CUDA device: the same bits in each attempt, by algorithms that may be slower (not measured).
     deterministic: Annotated[bool, FREE] = True
-    # On a CUDA device; "auto" takes the fastest that is installed and supported (model/attention.py, model/kernels).
+    # On a CUDA device; "auto" takes the fastest that is installed and supported (model/layers/attention.py, model/kernels).
     attention_backend: Annotated[Literal["auto", "sdpa", "varlen", "flash2", "flash3"], FREE] = "auto"
     kernels: Annotated[Literal["auto", "torch", "triton"], FREE] = "auto"
     # If FSDP shards the model, torchtitan's DistMuon can update some matrices (model/train/parallel/dist_muon.py).

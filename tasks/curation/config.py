@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from model.config import TIERS, Fraction, Positive, Section, Seed
+from model.config import TIERS, Fraction, Positive, Section, Seed, renamed_key
 from model.storage import check_path
 
 MAX_WORDS = 10_000  # of a caption that is kept
@@ -228,8 +228,8 @@ class TierConfig(Section):
     accept_proxy: bool = False  # allow tiers by the classical proxy, which measures only contrast, colour and sharpness
 
 
-class BucketConfig(Section):
-    """An episodic bucket: the records that meet a condition over columns (conditions.py)."""
+class EpisodeConfig(Section):
+    """An episode: the records that meet a condition over columns (conditions.py). The paper's "episodic bucket"."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")]
     where: str
@@ -238,7 +238,7 @@ class BucketConfig(Section):
     @classmethod
     def _check_name(cls, name: str) -> str:
         if name == "rest":
-            raise ValueError("'rest' is the bucket of records that are in no other; choose another name")
+            raise ValueError("'rest' is the episode of records that are in no other; choose another name")
         return name
 
 
@@ -375,7 +375,8 @@ class CurationConfig(Section):
     scorers: ScorerConfig = ScorerConfig()
     dedup: DedupConfig = DedupConfig()
     tiers: TierConfig = TierConfig()
-    buckets: tuple[BucketConfig, ...] = ()  # a record is in the first bucket whose condition it meets, else in `rest`
+    # A record is in the first episode whose condition it meets, else in `rest`.
+    episodes: tuple[EpisodeConfig, ...] = renamed_key("episodes", "buckets", ())
     captions: CaptionConfig = CaptionConfig()
     takedown: str | None = None  # a list of records that must not be used: see tasks/curation/takedown.py
     captioner: CaptionerConfig | None = None  # None: only the owners' captions

@@ -73,16 +73,16 @@ def is_drawn(record_id: str, fraction: float, seed: int) -> bool:
 
 
 def draw(
-    selection: pa.Table, fractions: Mapping[str, float], seed: int, bucket_weights: Mapping[str, float] | None = None
+    selection: pa.Table, fractions: Mapping[str, float], seed: int, episode_weights: Mapping[str, float] | None = None
 ) -> tuple[list[int], int, int]:
     """(rows of the selection to encode, number of held-out records, number of records that the stage does not draw)."""
     rows, held_out, not_drawn = [], 0, 0
-    left_out = {bucket for bucket, weight in (bucket_weights or {}).items() if not weight}
+    left_out = {episode for episode, weight in (episode_weights or {}).items() if not weight}
     columns = (selection[name].to_pylist() for name in ("record_id", "tier", "split", "bucket"))
-    for i, (record_id, tier, split, bucket) in enumerate(zip(*columns, strict=True)):
+    for i, (record_id, tier, split, episode) in enumerate(zip(*columns, strict=True)):
         if split != "train":
             held_out += 1
-        elif bucket not in left_out and is_drawn(record_id, fractions.get(tier, 0.0), seed):
+        elif episode not in left_out and is_drawn(record_id, fractions.get(tier, 0.0), seed):
             rows.append(i)
         else:
             not_drawn += 1

@@ -1,5 +1,5 @@
-"""Three seconds of fuzzing, and hostile inputs that take less than a second each. benchmarks/hostile.py runs all of
-them, and fuzz_readers.py runs for hours."""
+"""Three seconds of fuzzing, and hostile inputs that take less than a second each. benchmarks/curation/hostile.py
+runs all of them, and fuzz_readers.py runs for hours."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from tasks.curation.scoring import decode_memory, decoding
 from tasks.curation.scoring.workers import Workers
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2] / "benchmarks")]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2] / "benchmarks" / "curation")]
 
 import fuzz_readers  # noqa: E402
 import hostile  # noqa: E402

@@ -1,9 +1,9 @@
 """The search for near duplicates by both 64-bit hashes (tasks/curation/decisions/near.py): time, CPU time and memory by
 corpus size, and recall.
 
-    python benchmarks/near_duplicates.py                       1M and 10M hashes of both kinds
-    python benchmarks/near_duplicates.py --counts 1000000 2000000 5000000 10000000     the exponent by least squares
-    python benchmarks/near_duplicates.py --counts 100000 1000000 --shuffled
+    python benchmarks/curation/near_duplicates.py                       1M and 10M hashes of both kinds
+    python benchmarks/curation/near_duplicates.py --counts 1000000 2000000 5000000 10000000     the exponent by least squares
+    python benchmarks/curation/near_duplicates.py --counts 100000 1000000 --shuffled
 
 Hashes are uniform at random. Of the records, 5% are copies of another record with up to 4 bits of pHash and up to 16 of
 dHash flipped, 5% with up to 4 of dHash and 16 of pHash, and 1% have the hashes of another record. Every planted pair
@@ -146,10 +146,10 @@ def brute_force(folder: Path) -> tuple[int, int]:
         engine.scan("source", {str(path): 0})
         engine.create("compared", "SELECT * FROM source")
         near.match_by_hashes(engine, DedupConfig())
-        found = {(row["a"], row["b"]) for row in rows_of(engine, "SELECT a, b FROM proposed")}
-        found |= {tuple(sorted(row.values())) for row in rows_of(engine, "SELECT position, leader FROM same")}
+        result = {(row["a"], row["b"]) for row in rows_of(engine, "SELECT a, b FROM proposed")}
+        result |= {tuple(sorted(row.values())) for row in rows_of(engine, "SELECT position, leader FROM same")}
         engine.close()
-    return len(want), len(want & found)
+    return len(want), len(want & result)
 
 
 def main() -> None:
@@ -164,8 +164,8 @@ def main() -> None:
         return
     print("command: python", " ".join(sys.argv))
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        pairs, found = brute_force(Path(folder))
-        print(f"brute force: {found} of {pairs} pairs of {SAMPLE} records within the radius are proposed")
+        pairs, output = brute_force(Path(folder))
+        print(f"brute force: {output} of {pairs} pairs of {SAMPLE} records within the radius are proposed")
         results = {}
         for count in options.counts:
             path = Path(folder) / f"{count}.parquet"

@@ -1,6 +1,8 @@
-"""Coverage of the intervals, level and power of the comparisons, by simulation: `python benchmarks/interval_coverage.py`.
+"""Coverage of the intervals, level and power of the comparisons, by simulation.
 
+    python benchmarks/evaluation/interval_coverage.py
     --runs N    simulated benchmarks per line (default 2000)
+    --equals    only the share of wrong choices among 16 candidates that all equal the incumbent
 
 Each prompt has its own chance of a right image, drawn from a beta distribution, so that two images of a prompt
 correlate. The percentile bootstrap over prompts is given for comparison: most error bars in this field use it.
@@ -102,7 +104,16 @@ def choices(k: int, correlation, gain=0.0, *, runs=300, flips=999, seed=0) -> tu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=2000)
-    runs = parser.parse_args().runs
+    parser.add_argument("--equals", action="store_true", help="only wrong choices among equal candidates")
+    options = parser.parse_args()
+    runs = options.runs
+    if options.equals:
+        print(f"wrong choices among 16 equal candidates, GenEval's 553 prompts x 4, {runs} runs (95% Wilson interval):")
+        for c in CORRELATIONS:
+            _, wrong = choices(16, c, runs=runs)
+            low, high = stats.wilson(wrong, runs, 1.96)
+            print(f"  correlation {c}: {wrong:.4f} ({low:.4f} to {high:.4f})", flush=True)
+        return
     print("coverage of nominal 0.95 intervals (mean width), by correlation inside a prompt; all without a zero width:")
     print(f"{'score, prompts x images':<26}{'':>2}" + "".join(f"{c:>16}" for c in CORRELATIONS) + f"{'continuous 0.2':>16}{'bootstrap 0.4':>16}")  # fmt: skip
     for p, n, m in LAYOUTS:

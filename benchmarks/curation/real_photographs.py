@@ -1,8 +1,8 @@
 """Near duplicates among real photographs: the share of edited copies that match, and pairs of different pictures that
 match.
 
-    python benchmarks/real_photographs.py                 photographs among Debian's wallpapers, fetched with `apt-get download`
-    python benchmarks/real_photographs.py FOLDER          the JPEG and PNG files below FOLDER
+    python benchmarks/curation/real_photographs.py                 photographs among Debian's wallpapers, fetched with `apt-get download`
+    python benchmarks/curation/real_photographs.py FOLDER          the JPEG and PNG files below FOLDER
 
 Each picture is scaled so that its shorter side has 1024 px and cut into tiles of 224 px (--tile); each tile and its edited
 copies are hashed as curation does, and all are compared in one search. A flat tile (see `min_hash_margin`) is left out: flat

@@ -1,8 +1,8 @@
 """Time and memory of curation's decisions on tables (tasks/curation/decisions/decide.py): rules, tiers, duplicates,
 ledger, report.
 
-    python benchmarks/tables.py                     100k and 10M records
-    python benchmarks/tables.py --counts 100000 --engine spark
+    python benchmarks/curation/tables.py                     100k and 10M records
+    python benchmarks/curation/tables.py --counts 100000 --engine spark
 
 Scores are made up: 10,000 rows a shard, two captions each, uniform hashes, 1% exact and 1% near duplicates, a tenth of the
 records under a limit. Making them is not timed. No image and no thumbnail is read. Times are attributed to the tables

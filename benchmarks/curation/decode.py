@@ -1,6 +1,6 @@
 """Speed of curation's passes 1 and 2 on one core, as a share of plain decoding by Pillow.
 
-    python benchmarks/decode.py [--rounds 15] [--form jpeg] [--before COMMIT_DIR] [--pipe]
+    python benchmarks/curation/decode.py [--rounds 15] [--form jpeg] [--before COMMIT_DIR] [--pipe]
 
 Photographs of scikit-image, scaled to 512, 1024 and 2048 px of the shorter side, as JPEG of quality 90, or in another form:
 turned by EXIF, in Display P3, as a PNG with transparency. Plain: Pillow's
@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
 BARS = {512: 0.30, 1024: 0.65, 2048: 1.0}
 

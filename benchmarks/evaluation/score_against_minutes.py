@@ -1,9 +1,9 @@
 """Score on the shapes benchmark against minutes of training.
 
     pyflyte run workflows/reproduce.py reproduce --recipe tiny --overrides train.keep_checkpoints=1000
-    python benchmarks/score_against_minutes.py --recipe tiny --out LABEL.jsonl \\
+    python benchmarks/evaluation/score_against_minutes.py --recipe tiny --out LABEL.jsonl \\
         --components .nucleus/artifacts/components/DIGEST --checkpoints .nucleus/artifacts/checkpoints/DIGEST...
-    python benchmarks/score_against_minutes.py --draw docs/score_against_minutes.png a.jsonl b.jsonl
+    python benchmarks/evaluation/score_against_minutes.py --draw docs/images/score_against_minutes.png a.jsonl b.jsonl
 
 `--checkpoints` are folders of step-*/ and metrics.jsonl, those of the stages in order; minutes are of training alone,
 added up from their metrics. Images come from the project's own sampler (equal to the pipeline's, see the tests) with
@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 BATCH = 88
 

@@ -1,6 +1,6 @@
 """How much a recipe's scores differ between machines: whole runs with other threads and other instruction sets.
 
-    python benchmarks/other_machines.py [--recipe tiny] [--out other_machines/] [--only one_thread,two_threads]
+    python benchmarks/evaluation/other_machines.py [--recipe tiny] [--out other_machines/] [--only one_thread,two_threads]
 
 Each environment runs `reproduce` from raw records to the scorecard in a separate home, so that nothing comes from the
 cache: the VAE, the text encoder and every step of training round differently, as on another machine. A second start
@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # MKL_CBWR names the code path of MKL's products; ONEDNN_MAX_CPU_ISA that of oneDNN's convolutions, ATEN_CPU_CAPABILITY
 # that of PyTorch's own loops.
 ENVIRONMENTS: dict[str, dict[str, str]] = {
@@ -69,10 +69,10 @@ def run(name: str, recipe: str, overrides: list[str], out: Path) -> dict[str, fl
         with open(home / "log.txt", "w") as log:
             done = subprocess.run(command, cwd=ROOT, env=os.environ | own, stdout=log, stderr=subprocess.STDOUT)
         text = (home / "log.txt").read_text()
-        found = re.search(r"scorecard=([^\s,)]+)", text[text.rfind("Reproduction(") :])
-        if done.returncode or found is None:
+        results = re.search(r"scorecard=([^\s,)]+)", text[text.rfind("Reproduction(") :])
+        if done.returncode or results is None:
             raise SystemExit(f"{name} failed with exit status {done.returncode}: see {home / 'log.txt'}")
-        card = json.loads((Path(found[1]) / "scorecard.json").read_text())
+        card = json.loads((Path(results[1]) / "scorecard.json").read_text())
         result = {"overall": card["overall"]["mean"], **{task: v["mean"] for task, v in card["tasks"].items()}}
         if card.get("held_out"):
             result["held_out"] = card["held_out"]["overall"]["mean"]

@@ -1,6 +1,6 @@
 """Time of scoring from cached answers: GenEval's 2,212 images, DPG-Bench's 55,000 answers, OneIG-Bench's texts.
 
-    python benchmarks/scoring.py [--rounds 7]
+    python benchmarks/evaluation/scoring.py [--rounds 7]
 
 Answers are random, in the numbers and sizes of the official benchmarks, and written to files. Reading, scoring and
 summarising in both modes are timed. PyTorch is not imported; the process checks it.
@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from eval import dpg, oneig
 from eval.benchmarks.base import Judged

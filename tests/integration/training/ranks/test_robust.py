@@ -24,7 +24,7 @@ from train_helpers import logged_steps, read_weights, train_config, training_sta
 from model import storage
 from model.data.latents import LatentDataset
 from model.data.order import SampleOrder
-from model.moe import local_part
+from model.layers.moe import local_part
 from model.train.checkpoint import StageCheckpointer
 from model.train.preemption import Preempted
 from model.train.run import train_stage
@@ -230,7 +230,9 @@ def test_a_killed_pair_of_processes_ends_with_the_bits_of_an_undisturbed_pair(la
     assert same_weights(whole(2), tmp_path / "out") == [10, 15, 18]
 
 
-def test_weights_of_a_step_without_a_full_checkpoint_go_before_they_are_made_again(latents, whole, tmp_path):
+def test_weights_of_a_step_without_a_full_checkpoint_are_deleted_before_they_are_written_again(
+    latents, whole, tmp_path
+):
     """If they were overwritten in place, they would look complete too early."""
     real, weights = StageCheckpointer.dcp_save, tmp_path / "work" / "weights"
 
@@ -414,7 +416,7 @@ def bucket():
         yield "s3://checkpoints/runs"
 
 
-def test_a_run_in_s3_goes_on_on_another_node_and_is_pruned_there(latents, tmp_path, bucket):
+def test_a_run_in_s3_resumes_on_another_node_and_is_pruned_there(latents, tmp_path, bucket):
     train(latents, tmp_path, "local", "local_work")
     changes = dict(async_checkpoint=True, checkpoint_uri=bucket, sample_every_steps=7)
 

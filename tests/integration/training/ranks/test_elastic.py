@@ -57,7 +57,7 @@ def folder(tmp_path, latents):  # noqa: F811
     return tmp_path
 
 
-def test_a_preempted_pod_is_retried_and_goes_on_from_the_step_that_both_ranks_saved(folder, whole):  # noqa: F811
+def test_a_preempted_pod_is_retried_and_resumes_from_the_step_that_both_ranks_saved(folder, whole):  # noqa: F811
     last = 8
 
     def preempted(_):

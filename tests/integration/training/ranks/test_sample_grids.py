@@ -19,7 +19,7 @@ from tiny_pipeline import TEXT_WIDTH, make_components
 from torch.distributed.tensor import DTensor
 from train_helpers import train_config, training_stage, transformer_config, write_latents
 
-from model import moe
+from model.layers import moe
 from model.train.run import train_stage
 from tasks.training import samples
 

@@ -18,7 +18,7 @@ from tasks.training.task import train_stage
 pytestmark = pytest.mark.slow
 
 
-def test_a_stage_goes_on_from_its_checkpoint_in_other_micro_batches_and_with_other_logs(tmp_path, monkeypatch):
+def test_a_stage_resumes_from_its_checkpoint_in_other_micro_batches_and_with_other_logs(tmp_path, monkeypatch):
     monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
     (tmp_path / "components").mkdir()
     (tmp_path / "components" / "file").write_text("nothing is sampled")

@@ -22,7 +22,7 @@ from train_helpers import train_config, training_stage, write_artifacts
 from model.train import run
 from tasks.manifest import seal, verify
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 BUCKET = "s3://nodes"
 
 
@@ -34,7 +34,7 @@ def store():
 
 
 @pytest.mark.slow
-def test_a_pod_spawns_its_processes_which_train_on_what_lies_in_an_object_store(store, tmp_path):
+def test_a_pod_spawns_its_processes_which_train_on_data_in_an_object_store(store, tmp_path):
     """With the start method and command of production, which pickle functions and inputs for the workers."""
     write_artifacts(tmp_path)
     (tmp_path / "components").mkdir()

@@ -340,5 +340,5 @@ def download(name: str, folder: str, out: Path) -> str:
             if path.name != "shards.parquet":
                 rules.update(pq.read_table(path, columns=["rule"])["rule"].to_pylist())
     assert total.records == report["images"] == sum(rules.values())
-    found = ", ".join(f"{count} x {rule or 'downloaded'}" for rule, count in rules.most_common())
-    return f"{total.records} rows, {size:,} bytes: {found}"
+    result = ", ".join(f"{count} x {rule or 'downloaded'}" for rule, count in rules.most_common())
+    return f"{total.records} rows, {size:,} bytes: {result}"

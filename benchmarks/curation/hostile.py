@@ -1,6 +1,6 @@
 """Measures how the readers of a user's source handle hostile archives, tables, names and sites.
 
-    python benchmarks/hostile.py [KIND ...]
+    python benchmarks/curation/hostile.py [KIND ...]
 
 Each kind is written to a temporary folder (sparse files take no room) and read in a separate process: the scan, then
 every record. URLs are downloaded from a server on the loopback; images are decoded in a worker process. Prints peaks of
@@ -23,8 +23,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks" / "curation")]
 
 import hostile_images  # noqa: E402
 import hostile_urls  # noqa: E402
