@@ -8,7 +8,7 @@
 # make images      builds the images of all roles with docker, podman or buildah; REGISTRY=... pushes them, VARIANT=cuda for GPUs
 # make preflight   checks that the cluster in config/flyte.yaml can run RECIPE on SHAPE
 # make register    registers the workflows at this commit for SHAPE, with the digests of make images
-# make lock        resolves constraints.txt again
+# make lock        resolves constraints.txt again, with the pinned versions where possible; ARGS=--upgrade takes the newest
 # Except for gpu-check and test-gpu, each target creates the environment .venv if necessary.
 
 PYTHON ?= python3
@@ -67,12 +67,16 @@ format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# Leaves out torch's CUDA packages, so that constraints.txt serves CPU and CUDA builds.
+# Keeps the versions of constraints.txt where pyproject.toml allows them; ARGS=--upgrade takes the newest, and
+# ARGS="--upgrade-package NAME" one. Leaves out torch's CUDA packages, so that constraints.txt serves CPU and CUDA builds.
 lock: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet uv
+	cp constraints.txt constraints.new
 	$(VENV)/bin/uv pip compile pyproject.toml --extra dev --extra spark --python-version 3.11 --quiet --no-header --no-annotate \
-		--no-emit-package setuptools --output-file constraints.new
-	{ grep -vE '^(nvidia-|cuda-)' constraints.new; grep -v '^#' no-deps.txt; } > constraints.txt
+		--output-file constraints.new $(ARGS)
+	{ grep '^#' constraints.txt; { grep -vE '^(#|nvidia-|cuda-)' constraints.new; grep -v '^#' no-deps.txt; } | LC_ALL=C sort; } \
+		> constraints.locked
+	mv constraints.locked constraints.txt
 	rm constraints.new
 
 images: $(STAMP)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from model.attention import prepare_mask
-from model.rope import rope_angles, rope_tables
+from model.layers.attention import prepare_mask
+from model.layers.rope import rope_angles, rope_tables
 
 
 class Case(NamedTuple):

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from model.attention import EPS
 from model.kernels.elementwise import norm_modulate, norm_rope, swiglu
-from model.moe import Routing, combine, gather
+from model.layers.attention import EPS
+from model.layers.moe import Routing, combine, gather
 
 
 class Step(NamedTuple):

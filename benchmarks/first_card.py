@@ -40,7 +40,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 SCRIPT = Path(__file__).resolve()  # command line of a section's process
 NO_DEVICE = 2
 PACKAGES = ("triton", "flash_attn", "flash_attn_interface", "torchtitan", "diffusers", "pydantic", "pytest")
-MODULES = ("model.attention", "model.kernels.route", "model.kernels.combine", "model.moe", "model.transformer",
+MODULES = ("model.layers.attention", "model.kernels.route", "model.kernels.combine", "model.layers.moe", "model.transformer",
            "model.optim", "model.config", "model.train.parallel.parallelize", "gpu_blocks")  # fmt: skip
 KERNEL_TESTS = ("tests/unit/model/test_attention.py", "tests/unit/model/gpu/test_kernels.py")
 TOY_BLOCK = ("--device cpu --width 64 --heads 4 --kv-heads 2 --experts 4 --hidden 48 --text 8 --text-dim 32 --rounds 2 "
@@ -64,8 +64,8 @@ class Report:
         temporary.replace(self.path)
 
     @contextlib.contextmanager
-    def part(self, name: str):
-        """A part of a section that may fail without ending the section."""
+    def attempt(self, name: str):
+        """A measurement of a section, which may fail without ending the section."""
         try:
             yield
         except Exception as error:
@@ -93,7 +93,8 @@ def versions(report: Report, toy: bool) -> None:
         except Exception as error:
             imports[name] = f"{type(error).__name__}: {error}"
         report.add(imports=imports)
-    from model import attention, kernels
+    from model import kernels
+    from model.layers import attention
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     machine = attention._machine(device, None)
@@ -185,7 +186,7 @@ def attention_probe(report: Report, toy: bool) -> None:
     import torch
     from measure import in_turns, spin_up
 
-    from model import attention
+    from model.layers import attention
 
     device = torch.device("cpu" if toy else "cuda")
     B, S, T, N, K, H = (1, 16, 8, 4, 2, 16) if toy else (2, 4096, 512, 16, 4, 128)
@@ -201,7 +202,7 @@ def attention_probe(report: Report, toy: bool) -> None:
     report.add(backends=backends)
     truth = attention._sdpa(*[x.detach().float() for x in tensors], mask)
     for backend in backends:
-        with report.part(backend):
+        with report.attempt(backend):
             attention.use_attention(backend)
             prepared = attention.prepare_mask(mask, tensors[0].flatten(2), H)
 
@@ -210,7 +211,7 @@ def attention_probe(report: Report, toy: bool) -> None:
 
             out = forward()
             grad = torch.ones_like(out)
-            found = {"error": ((out.float() - truth).norm() / truth.norm()).item(), "ms": {}}
+            result = {"error": ((out.float() - truth).norm() / truth.norm()).item(), "ms": {}}
 
             def backward(out=out, grad=grad):
                 return torch.autograd.grad(out, tensors, grad, retain_graph=True)
@@ -220,14 +221,14 @@ def attention_probe(report: Report, toy: bool) -> None:
                 spin_up(device, 0.3)
                 times = in_turns({"forward": forward, "backward": backward}, 3, device)
                 name = "deterministic" if deterministic else "any order"
-                found["ms"] |= {f"{kind}, {name}": spread.median for kind, spread in times.items()}
+                result["ms"] |= {f"{kind}, {name}": spread.median for kind, spread in times.items()}
                 if deterministic:
-                    found["same_bits_twice"] = all(map(torch.equal, backward(), backward()))
+                    result["same_bits_twice"] = all(map(torch.equal, backward(), backward()))
             if not toy:
-                found |= _compiled_attention(torch, attention, tensors, prepared)
+                result |= _compiled_attention(torch, attention, tensors, prepared)
             torch.use_deterministic_algorithms(False)
-            print(backend, found, flush=True)
-            report.add(**{backend: found})
+            print(backend, result, flush=True)
+            report.add(**{backend: result})
     torch.use_deterministic_algorithms(False)
     attention.use_attention("auto")
 
@@ -235,7 +236,7 @@ def attention_probe(report: Report, toy: bool) -> None:
 def _compiled_attention(torch: Any, attention: Any, tensors: list, prepared: Any) -> dict[str, float]:
     torch.compiler.reset()
     compiled = torch.compile(lambda q, k, v, mask: attention.attend(q, k, v, mask).sum(), fullgraph=True)
-    found = {}
+    result = {}
     for name, run in (("eager", lambda q, k, v, mask: attention.attend(q, k, v, mask).sum()), ("compiled", compiled)):
         run(*tensors, prepared).backward()
         torch.cuda.synchronize()
@@ -243,8 +244,8 @@ def _compiled_attention(torch: Any, attention: Any, tensors: list, prepared: Any
         before = torch.cuda.memory_allocated()
         run(*tensors, prepared).backward()
         torch.cuda.synchronize()
-        found[f"peak_mib_{name}"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-    return found
+        result[f"peak_mib_{name}"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    return result
 
 
 def expert_products(report: Report, toy: bool) -> None:
@@ -282,7 +283,7 @@ def expert_products(report: Report, toy: bool) -> None:
             }
         shares = {}
         for name, run in runs.items():
-            with report.part(f"{name}, {rows} rows"):
+            with report.attempt(f"{name}, {rows} rows"):
                 spin_up(device, 0.1)
                 spread = in_turns({"": run}, 5, device)[""]
                 shares[name] = 2 * E * rows * D * F / spread.median * 1000 / rate
@@ -319,18 +320,18 @@ def muon_and_profile(report: Report, toy: bool) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     from model import kernels
-    from model.moe import MoE
+    from model.layers.moe import MoE
     from model.optim import newton_schulz
 
     device = torch.device("cpu" if toy else "cuda")
     count, m, n = (2, 8, 12) if toy else (192, 1344, 2048)
-    with report.part("newton_schulz"):
+    with report.attempt("newton_schulz"):
         matrices = torch.randn(count, m, n, device=device)
         spin_up(device, 0.3)
         spread = in_turns({"": lambda: newton_schulz(matrices)}, 2, device, warm_up=1)[""]
         flops = 5 * count * (4 * m * m * n + 2 * m**3)
         report.add(newton_schulz={"matrices": count, "ms": spread.median, "tflops": flops / spread.median / 1e9})
-    with report.part("kernels"):
+    with report.attempt("kernels"):
         B, S, D, F, E = (2, 4, 16, 8, 4) if toy else (4, 4096, 2048, 1344, 64)
         kernels.use_kernels("triton")  # an error names the missing package
         moe = MoE(D, F, E, 2.0).to(device, torch.float32 if toy else torch.bfloat16)
@@ -403,11 +404,11 @@ def start_section(name: str, out: Path, toy: bool, limit_s: float) -> dict[str, 
     values = json.loads(path.read_text()) if path.is_file() else {}
     if status == "ok" and "skip_reason" in values:
         status = f"skipped: {values.pop('skip_reason')}"
-    found = {"status": status, "seconds": round(time.monotonic() - begin, 1), "limit_s": limit_s, "values": values}
+    result = {"status": status, "seconds": round(time.monotonic() - begin, 1), "limit_s": limit_s, "values": values}
     if status != "ok" and not status.startswith("skipped"):
         lines = (out / f"{name}.log").read_text(errors="replace").strip().splitlines()
-        found |= {"exit_code": code, "last_lines": lines[-15:]}
-    return found
+        result |= {"exit_code": code, "last_lines": lines[-15:]}
+    return result
 
 
 def flat(values: Any, prefix: str = "") -> list[tuple[str, str]]:

@@ -54,7 +54,7 @@ from measure import (  # noqa: E402
 )
 
 from model import kernels  # noqa: E402
-from model.attention import attend  # noqa: E402
+from model.layers.attention import attend  # noqa: E402
 from model.transformer import Block  # noqa: E402
 
 NO_DEVICE = 2
@@ -291,15 +291,15 @@ def print_block_products(
             f"{100 * t.rate / rate:5.1f}% of the matrix rate  "
             f"{100 * floor / t.spread.median:5.1f}% of its floor ({bound})"
         )
-    found = {"ms": total, "floor_ms": floors}
+    result = {"ms": total, "floor_ms": floors}
     if not experts["ms"]:
-        return found
+        return result
     share = experts["flops"] / rate / experts["ms"] * 1000
     print(
         f"  expert products together: {experts['ms']:.4f} ms, {100 * share:.1f}% of the matrix rate, "
         f"{100 * experts['floor'] / experts['ms']:.1f}% of their floor"
     )
-    return found | {"experts_ms": experts["ms"], "experts_share_of_matrix_rate": share}
+    return result | {"experts_ms": experts["ms"], "experts_share_of_matrix_rate": share}
 
 
 def time_attention(args: argparse.Namespace, case: Case, inputs: Inputs, rate: float) -> dict[str, dict[str, float]]:
@@ -318,17 +318,17 @@ def time_attention(args: argparse.Namespace, case: Case, inputs: Inputs, rate: f
         "attention backward": lambda: torch.autograd.grad(out, tensors, grad, retain_graph=True),
     }
     flops = {"attention forward": 4 * B * S * L * N * H, "attention backward": 8 * B * S * L * N * H}
-    found = {}
+    result = {}
     for name, spread in in_turns(runs, args.rounds, torch.device(args.device)).items():
         share = flops[name] / rate / spread.median * 1000
-        found[name] = {"ms": spread.median, "share_of_matrix_rate": share}
+        result[name] = {"ms": spread.median, "share_of_matrix_rate": share}
         print(f"  {name:45} {spread.median:8.4f} ms  {100 * share:5.1f}% of the matrix rate")
-    return found
+    return result
 
 
 def print_steps(args: argparse.Namespace, ours: Block, inputs: Inputs, bandwidth: float) -> dict[str, dict[str, float]]:
     itemsize = torch.empty((), dtype=args.dtype).element_size()
-    found = {}
+    result = {}
     for choice in (["triton"] if has_kernels(args) else []) + ["torch"]:
         kernels.use_kernels(choice)
         with torch.no_grad():
@@ -348,9 +348,9 @@ def print_steps(args: argparse.Namespace, ours: Block, inputs: Inputs, bandwidth
         for name, spread in in_turns(runs, args.rounds, torch.device(args.device)).items():
             floor = 1000 * itemsize * numbers.get(name, 0) / bandwidth
             against = f"{100 * floor / spread.median:5.1f}% of its memory floor {floor:.4f} ms" if floor else ""
-            found[f"{name}, {choice}"] = {"ms": spread.median, "floor_ms": floor}
+            result[f"{name}, {choice}"] = {"ms": spread.median, "floor_ms": floor}
             print(f"  {choice:6} {name:38} {spread.median:8.4f} ms  {against}")
-    return found
+    return result
 
 
 def measure(
@@ -376,16 +376,16 @@ def _measure(
     gate = ours.img_mlp.gate  # from here on as in training; before as in diffusers, to compare outputs
     gate.weight = torch.nn.Parameter(gate.weight.detach().float())
     parameters = [*ours.parameters(), *(theirs.parameters() if theirs is not None else ())]
-    found: dict[str, Any] = {"case": str(case), "failures": failures, "ms": {}, "speed": {}, "products": {}}
+    actual: dict[str, Any] = {"case": str(case), "failures": failures, "ms": {}, "speed": {}, "products": {}}
 
     def in_both_kinds(measured: dict[str, Callable[[], torch.Tensor]]) -> dict[str, Callable[[], object]]:
         """The forward + backward passes that did not fail."""
         measured = {name: forward for name, forward in measured.items() if name not in failures}
         calls = {name: without_gradients(forward) for name, forward in measured.items()}
-        _compare(args, "forward", calls, found)
+        _compare(args, "forward", calls, actual)
         calls = {name: forward_backward(forward, parameters, inputs) for name, forward in measured.items()}
-        _compare(args, "forward + backward", calls, found)
-        keep(**found)
+        _compare(args, "forward + backward", calls, actual)
+        keep(**actual)
         return calls
 
     left = in_both_kinds(eager)
@@ -393,43 +393,43 @@ def _measure(
     if first is not None:
         for kind, call in (("forward", without_gradients(eager[first])), ("forward + backward", left[first])):
             print(f"  products of '{first}', {kind}, each alone:")
-            step = found["ms"][kind][first]["median"]
-            found["products"][kind] = _products(args, call, step, rate, bandwidth) | {"block_ms": step}
+            step = actual["ms"][kind][first]["median"]
+            actual["products"][kind] = _products(args, call, step, rate, bandwidth) | {"block_ms": step}
     print("  attention alone:")
-    found["attention"] = time_attention(args, case, inputs, rate)
-    keep(**found)
+    actual["attention"] = time_attention(args, case, inputs, rate)
+    keep(**actual)
     print("  the rest, step by step:")
-    found["steps"] = print_steps(args, ours, inputs, bandwidth)
-    keep(**found)
+    actual["steps"] = print_steps(args, ours, inputs, bandwidth)
+    keep(**actual)
     if len(runs) > len(eager):
         for side, reference in (("ours", first), ("diffusers", REFERENCE)):
             compiled = {name: run for name, run in runs.items() if name not in eager and name.startswith(side)}
             if compiled and reference in left:
                 failures |= agree({reference: eager[reference]} | compiled, reference)
         in_both_kinds(runs)  # all in turns
-    return found
+    return actual
 
 
 def _compare(
-    args: argparse.Namespace, kind: str, calls: dict[str, Callable[[], object]], found: dict[str, Any]
+    args: argparse.Namespace, kind: str, calls: dict[str, Callable[[], object]], result: dict[str, Any]
 ) -> None:
     """Times `calls` in turns, leaves out those that fail, and adds to `found`."""
     for name in list(calls):
         try:
             calls[name]()
         except Exception as error:
-            found["failures"][f"{name}, {kind}"] = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
-            print(f"  '{name}', {kind}, fails: {found['failures'][f'{name}, {kind}']}")
+            result["failures"][f"{name}, {kind}"] = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+            print(f"  '{name}', {kind}, fails: {result['failures'][f'{name}, {kind}']}")
             del calls[name]
     spin_up(torch.device(args.device))
     measured = in_turns(calls, args.rounds, torch.device(args.device))
-    found["ms"][kind] = {name: spread._asdict() for name, spread in measured.items()}
+    result["ms"][kind] = {name: spread._asdict() for name, spread in measured.items()}
     for name, spread in measured.items():
         print(f"  {kind:18}  {name:22} {spread} ms")
     ours_best = min((name for name in calls if name.startswith("ours")), key=lambda n: measured[n].median, default=None)
     for other in (name for name in calls if name.startswith("diffusers") and ours_best):
         ratio = measured[other].median / measured[ours_best].median
-        found["speed"][f"{kind}: '{ours_best}' against '{other}'"] = ratio
+        result["speed"][f"{kind}: '{ours_best}' against '{other}'"] = ratio
         print(f"  {kind:18}  '{ours_best}' is {ratio:.2f}x as fast as '{other}'")
 
 

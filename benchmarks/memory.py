@@ -178,12 +178,12 @@ def measure(case: Case) -> dict[str, float]:
         batches = stack.enter_context(contextlib.closing(trainer.batch_generator(trainer.dataloader)))
         for trainer.step in (1, 2):
             trainer.train_step(batches)
-        found = []
+        result = []
         if case.ranks > 1:
             stack.enter_context(collectives_let_go())
         for trainer.step in range(3, 3 + PROFILED_STEPS):
-            found.append(_profiled_step(trainer, batches))
-        return {name: min(step[name] for step in found) for name in found[0]}
+            result.append(_profiled_step(trainer, batches))
+        return {name: min(step[name] for step in result) for name in result[0]}
 
 
 class _AfterWaits(TorchDispatchMode):

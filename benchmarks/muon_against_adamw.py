@@ -1,7 +1,7 @@
 """Muon with AdamW against AdamW alone, on the last stage of a recipe from scratch, at equal steps.
 
     python benchmarks/muon_against_adamw.py --latents .nucleus/artifacts/latents/DIGEST --texts .nucleus/artifacts/texts/DIGEST [--steps 400] [--seeds 0 1 2]
-    python benchmarks/muon_against_adamw.py --draw docs/muon_against_adamw.png
+    python benchmarks/muon_against_adamw.py --draw docs/images/muon_against_adamw.png
 
 AdamW alone is train.optim.matrices=adamw (recipes/ablations/adamw_alone.yaml): the same model, data, order, noise and
 initial weights for the same seed. Each is run at several learning rates, as one rate does not fit both; in Muon's runs
@@ -156,11 +156,11 @@ class Compared:
 def by_variant(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The runs of each variant with the most steps in the results."""
     steps = max(row["steps"] for row in rows)
-    found: dict[str, list[dict[str, Any]]] = {}
+    result: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: (row["variant"].split()[0] != "Muon", float(row["variant"].split()[1]))):
         if row["steps"] == steps:
-            found.setdefault(row["variant"], []).append(row)
-    return found
+            result.setdefault(row["variant"], []).append(row)
+    return result
 
 
 def table(rows: list[dict[str, Any]]) -> None:

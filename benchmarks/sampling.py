@@ -60,13 +60,13 @@ def models(args: argparse.Namespace) -> dict[str, Model]:
     if args.pipeline:
         directory = args.pipeline / "transformer"
         return {args.pipeline.name: Model(read_config(directory), args.size or 256, 64, directory)}
-    found = {}
+    result = {}
     if "tiny" in args.models:
         from tasks.recipe import load_recipe
 
         recipe = load_recipe("tiny")
         size = args.size or recipe.train.stages[-1].image_size_px
-        found["tiny"] = Model(recipe.model, size, recipe.encoding.max_text_tokens)
+        result["tiny"] = Model(recipe.model, size, recipe.encoding.max_text_tokens)
     if "mid" in args.models:
         config = TransformerConfig(
             out_channels=16,
@@ -81,8 +81,8 @@ def models(args: argparse.Namespace) -> dict[str, Model]:
             moe_intermediate_dim=336,
             capacity_factors=2.0,
         )
-        found["mid"] = Model(config, args.size or 256, 64)
-    return found
+        result["mid"] = Model(config, args.size or 256, 64)
+    return result
 
 
 class WithoutCache(torch.nn.Module):

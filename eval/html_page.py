@@ -1,6 +1,7 @@
 """Shared by the HTML reports: frame and style of a page, escaped text, tables and inlined pictures.
 
 A page is one file that loads nothing from elsewhere and runs no script: its Content-Security-Policy forbids both.
+The reasons are in docs/decisions/structure.md.
 """
 
 from __future__ import annotations

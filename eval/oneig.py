@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from eval.official.oneig_files import official_files
+from eval.official.oneig_files import STYLES, official_files
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -53,12 +53,6 @@ DIMENSIONS = ("alignment", "text", "reasoning", "style", "diversity")
 YES = "Yes"
 MAX_EDIT_DISTANCE = {"EN": 100, "ZH": 50}
 HALLUCINATIONS = ("addCriterion", "No text recognized.")
-STYLES = (
-    "abstract_expressionism", "art_nouveau", "baroque", "chinese_ink_painting", "cubism", "fauvism", "impressionism",
-    "line_art", "minimalism", "pointillism", "pop_art", "rococo", "ukiyo-e", "clay", "crayon", "graffiti", "lego",
-    "comic", "pencil_sketch", "stone_sculpture", "watercolor", "celluloid", "chibi", "cyberpunk", "ghibli", "impasto",
-    "pixar", "pixel_art", "3d_rendering",
-)  # fmt: skip
 
 _KEPT = "\u4e00-\u9fa5a-zA-Z0-9àâäéèêëîïôöùûüçÀÂÄÉÈÊËÎÏÔÖÙÛÜÇ"
 _DROPPED = re.compile(f"[^{_KEPT}\\s]")

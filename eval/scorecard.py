@@ -11,7 +11,6 @@ python -m eval.cli score DIR [--out DIR2]
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shutil
 import tempfile
@@ -24,7 +23,7 @@ from eval import catalog
 from eval.benchmarks import flow_loss
 from eval.benchmarks.base import Benchmark, Judged
 from eval.config import EvalConfig
-from eval.files import replacing, write_bytes
+from eval.files import file_sha256, replacing, write_bytes
 from eval.generation.generate import IMAGES, PROMPTS, SETTINGS, Sampler, generate, read_prompts
 from eval.judging.answers import Answers
 from eval.judging.protocols import Judge
@@ -145,7 +144,7 @@ def rescore(
         judge_run(run_dir, judged, judges or catalog.load_judges(config), config, log=log)
     judged = Path(judged)
     record, rows = read_judges(judged), read_rows(judged / INDEX)
-    _refuse_stale(rows, images_dir, judged / INDEX)
+    _refuse_stale(rows, images_dir)
     revisions = {role: judge["revision"] for role, judge in record.items()}
     answered = judged_prompts(rows, prompts, config, benchmark, Answers(judged), revisions)
     rows = score_rows(rows, prompts, benchmark, answered)
@@ -153,7 +152,8 @@ def rescore(
     card = card.model_copy(update={"flow_loss": flow_loss.read(images_dir, prompts, config.seeds)})
     if training_runs:
         card = with_training_noise(card, [load(path) for path in training_runs])
-    write(card, rows, images_dir, out_dir, official_files(benchmark, prompts, answered, config.image_size_px))
+    official = official_files(benchmark, prompts, answered, config.image_size_px, card.name)
+    write(card, rows, images_dir, out_dir, official)
     return card.model_dump(mode="json")
 
 
@@ -162,23 +162,27 @@ def official_files(
     prompts: Sequence[Mapping[str, Any]],
     answered: Mapping[int, Mapping[str, Judged]],
     image_size_px: int,
+    name: str,
 ) -> dict[str, str]:
-    """{"seed0/NAME": text} of the official code's result files for each sampling seed."""
+    """{"seed0/NAME": text} of the official code's result files for each sampling seed.
+
+    Args:
+        name: of the score; if judges are not official, files that name the model name the score too.
+    """
     files = {}
+    label = "model" if name == benchmark.name else f"model ({name})"
     for seed, of_seed in answered.items():
         if judged := with_images(of_seed):
-            of_code = benchmark.official_files(prompts, judged, image_size_px)
+            of_code = benchmark.official_files(prompts, judged, image_size_px, label)
             files |= {f"seed{seed}/{name}": text for name, text in of_code.items()}
     return files
 
 
-def _refuse_stale(rows: Sequence[Row], images_dir: Path, index: Path) -> None:
-    """Compares images that are newer than their index with it; missing images are ignored."""
-    written = index.stat().st_mtime_ns
+def _refuse_stale(rows: Sequence[Row], images_dir: Path) -> None:
+    """Compares images with the digests of those that were judged; missing images are ignored."""
     for row in rows:
         path = images_dir / row["file"]
-        is_newer = path.is_file() and path.stat().st_mtime_ns > written
-        if is_newer and hashlib.sha256(path.read_bytes()).hexdigest() != row["sha256"]:
+        if path.is_file() and file_sha256(path) != row["sha256"]:
             raise ValueError(f"{path} changed since it was judged; judge the run again")
 
 
@@ -203,11 +207,12 @@ def write(
     out_dir: str | Path,
     official: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Writes scores.parquet (a row per image), official/, grid.png, scorecard.html and, last, scorecard.json into `out_dir`.
+    """Writes scores.parquet (a row per image), official/, grid.png, scorecard.html with failures/ and, last, scorecard.json
+    into `out_dir`.
 
     Each file is written atomically, and an existing scorecard.json belongs to the other files.
     """
-    from eval.scorecards.scorecard_page import draw_grid, render_page
+    from eval.scorecards.scorecard_page import FAILURES, draw_grid, failure_pages, render_page
 
     images_dir, out_dir = Path(images_dir), check_out_dir(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -219,10 +224,13 @@ def write(
         (temporary / PAGE).write_text(page, encoding="utf-8")
         for name, content in official.items():
             write_bytes(temporary / OFFICIAL / name, content.encode())
+        for name, page in failure_pages(card, rows, images_dir):
+            write_bytes(temporary / name, page.encode())
         (out_dir / CARD).unlink(missing_ok=True)
-        shutil.rmtree(out_dir / OFFICIAL, ignore_errors=True)
-        if official:
-            (temporary / OFFICIAL).rename(out_dir / OFFICIAL)
+        for folder_name in (OFFICIAL, FAILURES):
+            shutil.rmtree(out_dir / folder_name, ignore_errors=True)
+            if (temporary / folder_name).is_dir():
+                (temporary / folder_name).rename(out_dir / folder_name)
         for name in (SCORES, GRID, PAGE):
             with replacing(out_dir / name) as target:
                 shutil.copyfile(temporary / name, target)

@@ -5,9 +5,9 @@
           sampling noise         prompt noise           training noise: between models of other training seeds
 
 A score near 1 has few wrong images, in clusters, since images of one prompt fail together. A percentile
-bootstrap over prompts then covers 0.5 to 0.7 of its nominal 0.95 (benchmarks/interval_coverage.py). The interval here is
-Wilson's with an effective sample size: that of the clustered variance, shrunk towards an assumed correlation if few
-prompts carry information. Categories are combined without a normal assumption (Zou and Donner's MOVER).
+bootstrap over prompts then covers 0.5 to 0.7 of its nominal 0.95 (benchmarks/evaluation/interval_coverage.py). The
+interval here is Wilson's with an effective sample size: that of the clustered variance, shrunk towards an assumed
+correlation if few prompts carry information. Categories are combined without a normal assumption (Zou and Donner's MOVER).
 
 Scores are floats in [0, 1]; right and wrong are 1 and 0.
 

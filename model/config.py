@@ -297,7 +297,7 @@ class StageConfig(Section):
     capacity_factors: float | tuple[float, ...]
     aspect_ratios: tuple[str, ...] = ("1:1",)
     tier_weights: dict[str, Weight] = dict.fromkeys(TIERS, 1.0)
-    bucket_weights: dict[str, Weight] = {}  # factors on images of `curation.buckets`; 1 for a bucket that is not named
+    bucket_weights: dict[str, Weight] = {}  # factors on images of `curation.buckets`; 1 for one that is not named
     caption_weights: tuple[CaptionWeight, ...] = ()  # ascending; the last also for longer captions. Empty: equal
     wavelet: bool = False  # whether the wavelet loss is on
     decay: DecayConfig | None = None  # None: a constant rate to the end (WSM)
@@ -394,7 +394,7 @@ class TrainSettings(Section):
     activation_checkpointing: Annotated[Literal["none", "selective", "full"], FREE] = "none"
     # On a CUDA device: the same bits in each attempt, by algorithms that may be slower (not measured).
     deterministic: Annotated[bool, FREE] = True
-    # On a CUDA device; "auto" takes the fastest that is installed and supported (model/attention.py, model/kernels).
+    # On a CUDA device; "auto" takes the fastest that is installed and supported (model/layers/attention.py, model/kernels).
     attention_backend: Annotated[Literal["auto", "sdpa", "varlen", "flash2", "flash3"], FREE] = "auto"
     kernels: Annotated[Literal["auto", "torch", "triton"], FREE] = "auto"
     # If FSDP shards the model, torchtitan's DistMuon can update some matrices (model/train/parallel/dist_muon.py).

@@ -2,7 +2,7 @@
 
 NUCLEUS_LOG_LEVEL (INFO by default; WARNING leaves only warnings and errors) is the level. Results of a command are
 printed, not logged. Loggers are below "nucleus", separate from the root logger, which torchtitan and flytekit
-configure.
+configure. The reasons are in docs/decisions/structure.md.
 """
 
 from __future__ import annotations

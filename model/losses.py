@@ -22,7 +22,7 @@ from torch import nn
 
 from model import flow
 from model.config import LossConfig
-from model.moe import MoE, Routing, local_part
+from model.layers.moe import MoE, Routing, local_part
 from model.transformer import RouterTrace
 
 

@@ -4,7 +4,7 @@
 goes to AdamW. docs/extending.md shows how to add one.
 
 Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/): momentum, then the update matrix is replaced by
-its nearest orthogonal one through a Newton-Schulz iteration.
+its nearest orthogonal one through a Newton-Schulz iteration. The reasons are in docs/decisions/optimiser.md.
 """
 
 from __future__ import annotations

@@ -49,13 +49,13 @@ def rank_degrees(model: TransformerConfig, train: TrainSettings, ranks: int) -> 
         check_divides(shard, f"the {shard} ranks that share the weights", ep, "train.expert_parallel")
         if model.routing.kind == "dense":
             raise ValueError(f"train.expert_parallel={ep} shares out experts, and model.routing.kind='dense' has none")
-    held = model.num_experts // ep
-    if held % degrees.expert_shard and any(model.is_moe_layer(i) for i in range(model.num_layers)):
+    experts = model.num_experts // ep
+    if experts % degrees.expert_shard and any(model.is_moe_layer(i) for i in range(model.num_layers)):
         # Then each expert's matrices are sharded by rows, in equal parts.
         for name, rows in (("model width", model.width), ("moe_intermediate_dim", model.moe_intermediate_dim)):
             if rows % degrees.expert_shard:
                 raise ValueError(
-                    f"{degrees.expert_shard} ranks share {held} experts: neither these ({remainder(held, degrees.expert_shard)}) "
+                    f"{degrees.expert_shard} ranks share {experts} experts: neither these ({remainder(experts, degrees.expert_shard)}) "
                     f"nor {name} {rows} ({remainder(rows, degrees.expert_shard)}) can be cut into equal parts"
                 )
     return degrees

@@ -1,4 +1,7 @@
-"""Reads recipe files: YAML with 1.2 scalars, without duplicate keys, and with overlays on a base recipe."""
+"""Reads recipe files: YAML with 1.2 scalars, without duplicate keys, and with overlays on a base recipe.
+
+The reasons are in docs/decisions/ablations.md.
+"""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ Writes routing.json (means), maps.safetensors (`layer03/experts` [images, timest
 and `layer03/distinct` [images, rows, columns]), image*.png (these maps) and stability.png.
 
 Shape suffixes: T timesteps, B images, S tokens, E experts, D width, N tokens of several images.
+The reasons are in docs/decisions/ablations.md.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from safetensors.torch import save_file
 from model import flow, storage
 from model.config import TransformerConfig
 from model.data.latents import LatentDataset
-from model.moe import Experts
+from model.layers.moe import Experts
 from model.transformer import NucleusTransformer, RouterTrace
 from model.weights.checkpoints import last_checkpoint
 from model.weights.export import assembled, load_transformer

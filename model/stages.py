@@ -3,6 +3,7 @@
     recipe: model, train ---> TrainingStage, TrainingStage, ...   seeds derived and capacity factors applied, once, here
 
 Needs neither torch nor Flyte: the planner, workflows and the trainer use it.
+The reasons are in docs/decisions/workflows.md.
 """
 
 from __future__ import annotations

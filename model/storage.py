@@ -4,6 +4,7 @@ Every path that a user, a recipe or an artifact names passes `check_path` before
 alone would accept chains such as reference::http://..., whose file lists can run code.
 
 Credentials and endpoint are botocore's own (AWS_ENDPOINT_URL, ...), or Flyte's (FLYTE_AWS_ENDPOINT, ...).
+The reasons are in docs/decisions/security.md.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def allowed_stores() -> tuple[str, ...]:
     return tuple(named)
 
 
-def check_path(path: str | os.PathLike) -> str:
+def check_path(path: str | os.PathLike[str]) -> str:
     """The path, if it is a plain local path or a URI of an allowed object store. file:///PATH becomes the plain path.
 
     Raises:
@@ -84,7 +85,7 @@ def check_path(path: str | os.PathLike) -> str:
     return text
 
 
-def is_remote(path: str | os.PathLike) -> bool:
+def is_remote(path: str | os.PathLike[str]) -> bool:
     return "://" in str(path)
 
 
@@ -95,7 +96,7 @@ def may_pass(error: BaseException) -> bool:
     return type(error).__module__.split(".")[0] in CLIENTS
 
 
-def options(path: str | os.PathLike) -> dict[str, Any]:
+def options(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Options of fsspec's file system for `path`; none for a local path."""
     if not str(path).startswith("s3://"):
         return {}
@@ -115,7 +116,7 @@ def s3_access() -> dict[str, str]:
     return access
 
 
-def filesystem(path: str | os.PathLike) -> tuple[AbstractFileSystem, str]:
+def filesystem(path: str | os.PathLike[str]) -> tuple[AbstractFileSystem, str]:
     """(file system, the path on it). Only classes of the schemes that `check_path` accepts are constructed.
 
     Raises:
@@ -162,11 +163,11 @@ def _unanswered(error: Exception) -> bool:
     return isinstance(error, (NoConnection, HTTPClientError)) or (isinstance(error, OSError) and may_pass(error))
 
 
-def join(base: str | os.PathLike, *names: str) -> str:
+def join(base: str | os.PathLike[str], *names: str) -> str:
     return "/".join([str(base).rstrip("/"), *names])
 
 
-def children(folder: str | os.PathLike) -> list[str]:
+def children(folder: str | os.PathLike[str]) -> list[str]:
     """The entries of a folder, each as `folder` + name; an empty list if the folder does not exist."""
     fs, root = filesystem(folder)
     if not fs.exists(root):
@@ -175,16 +176,17 @@ def children(folder: str | os.PathLike) -> list[str]:
     return [join(folder, name) for name in sorted(names)]
 
 
-def read_bytes(path: str | os.PathLike) -> bytes | None:
+def read_bytes(path: str | os.PathLike[str]) -> bytes | None:
     """The content of a file; None if it does not exist."""
     fs, where = filesystem(path)
     try:
-        return fs.cat_file(where)
+        content: bytes = fs.cat_file(where)
     except FileNotFoundError:
         return None
+    return content
 
 
-def read_ranges(folder: str | os.PathLike, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+def read_ranges(folder: str | os.PathLike[str], ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
     """The bytes [begin, end) of files below a folder, for each (name, begin, end); fewer if a file is shorter.
 
     All are requested concurrently. Safe for threads and forked processes: fsspec makes a file system for each.
@@ -214,7 +216,7 @@ def read_ranges(folder: str | os.PathLike, ranges: Sequence[tuple[str, int, int]
     return [pieces[i] for i in range(len(ranges))]
 
 
-def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """Writes a file atomically (objects in S3 always are)."""
     if is_remote(path):
         fs, where = filesystem(path)
@@ -225,7 +227,7 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike, sync: bool = False) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str], sync: bool = False) -> Iterator[Path]:
     """A hidden temporary file next to the local `path`, which it replaces atomically when the block ends without an
     error.
 
@@ -249,7 +251,7 @@ def replacing(path: str | os.PathLike, sync: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def sealed_digest(directory: str | os.PathLike) -> str | None:
+def sealed_digest(directory: str | os.PathLike[str]) -> str | None:
     """The digest of a sealed directory (tasks/manifest.py), local or remote; None if it is not sealed."""
     manifest = read_bytes(join(directory, MANIFEST))
     return None if manifest is None else json.loads(manifest)["digest"]
@@ -267,7 +269,7 @@ def is_left_out(name: str, without: tuple[str, ...]) -> bool:
     return name.endswith(without) or any(f"/{folder}" in f"/{name}" for folder in folders)
 
 
-def copy_folder(source: str | os.PathLike, target: Path, without: tuple[str, ...] = ()) -> None:
+def copy_folder(source: str | os.PathLike[str], target: Path, without: tuple[str, ...] = ()) -> None:
     """Copies a folder to a local path that does not exist yet, without the files that match `without` (`is_left_out`).
 
     Local files become hard links if the file system allows it: checkpoints are large, and files of a finished
@@ -298,7 +300,7 @@ def _link(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def remove(path: str | os.PathLike) -> None:
+def remove(path: str | os.PathLike[str]) -> None:
     """Removes a checkpoint or any folder. Removes .metadata first, so that a half-removed checkpoint does not look
     finished."""
     fs, where = filesystem(path)

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.attention import EPS, Attention, RMSNorm, prepare_mask, product_dtype
 from model.kernels.elementwise import norm_modulate
-from model.moe import Experts, MoE, Routing, SwiGLU
-from model.rope import ImageShape, image_shape, rope_tables
+from model.layers.attention import EPS, Attention, RMSNorm, prepare_mask, product_dtype
+from model.layers.moe import Experts, MoE, Routing, SwiGLU
+from model.layers.rope import ImageShape, image_shape, rope_tables
 
 if TYPE_CHECKING:  # imports pydantic, which a container that only runs blocks may lack
     from model.config import TransformerConfig

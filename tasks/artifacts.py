@@ -149,7 +149,7 @@ def fetch(directory: FlyteDirectory, kind: str, without: tuple[str, ...] = ()) -
     Raises:
         UserError: the artifact is of another kind, or was changed.
     """
-    path = once(f"{directory.path} {without}", lambda: _fetch(directory, kind, without))
+    path = once_per_pod(f"{directory.path} {without}", lambda: _fetch(directory, kind, without))
     if directory.remote_source:
         FETCHED_FROM[path] = str(directory.remote_source)
     return path
@@ -161,7 +161,7 @@ def _as_parent(parent: Path | Parent) -> Parent:
     return named if uri is None else named.model_copy(update={"uri": uri})
 
 
-def once(name: str, work: Callable[[], Path]) -> Path:
+def once_per_pod(name: str, work: Callable[[], Path]) -> Path:
     """The path that `work()` returns, called by one of the training processes of this pod; the others wait for it."""
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1:
         return work()

@@ -3,6 +3,7 @@
 A cache version names the meaning of a task's output: raise it when the code behind a task changes what it
 writes for the same inputs. Images are named by role and resolved when the workflows are registered
 (`--image trainer=REGISTRY/NAME@sha256:...`); a local run ignores images, resources and retries.
+The reasons are in docs/decisions/flyte.md.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ logging.getLogger("flytekit").addFilter(
 CACHE_VERSIONS = {
     "urls": "2",
     "records": "9",
-    "scores": "10",
-    "captions": "1",
+    "scores": "11",
+    "captions": "2",
     "curation": "7",
     "components": "4",
     "texts": "3",
@@ -40,8 +41,8 @@ CACHE_VERSIONS = {
     "training": "3",
     "merging": "1",
     "prompts": "1",
-    "evaluation": "5",
-    "publishing": "2",
+    "evaluation": "6",
+    "publishing": "3",
     "study": "1",
 }
 

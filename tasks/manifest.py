@@ -149,7 +149,7 @@ def _checksum(fields: dict[str, Any]) -> str:
     return _hash({name: value for name, value in fields.items() if name != "checksum"})
 
 
-def load_manifest(directory: str | os.PathLike) -> Manifest:
+def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
     """The manifest of a sealed directory, without checking its files.
 
     Raises:
@@ -161,7 +161,7 @@ def load_manifest(directory: str | os.PathLike) -> Manifest:
     return parse_manifest(path.read_bytes(), path)
 
 
-def parse_manifest(content: bytes, where: str | os.PathLike) -> Manifest:
+def parse_manifest(content: bytes, where: str | os.PathLike[str]) -> Manifest:
     """The manifest in the content of a manifest.json; `where` is for messages.
 
     Raises:
@@ -177,9 +177,9 @@ def parse_manifest(content: bytes, where: str | os.PathLike) -> Manifest:
 
 
 def seal(
-    directory: str | os.PathLike,
+    directory: str | os.PathLike[str],
     kind: str,
-    parents: Sequence[str | os.PathLike | Parent] = (),
+    parents: Sequence[str | os.PathLike[str] | Parent] = (),
     config: BaseModel | dict[str, Any] | None = None,
     counts: dict[str, int] | None = None,
     logs: Sequence[str] = (),
@@ -247,7 +247,7 @@ def public_manifest(manifest: Manifest) -> Manifest:
     return public.model_copy(update={"checksum": _checksum(public.model_dump(mode="json"))})
 
 
-def as_parent(directory: str | os.PathLike) -> Parent:
+def as_parent(directory: str | os.PathLike[str]) -> Parent:
     """A sealed directory as an entry of its children's parents.
 
     Raises:
@@ -258,7 +258,7 @@ def as_parent(directory: str | os.PathLike) -> Parent:
 
 
 def verify(
-    directory: str | os.PathLike, without: tuple[str, ...] = (), kind: str | None = None, digest: str | None = None
+    directory: str | os.PathLike[str], without: tuple[str, ...] = (), kind: str | None = None, digest: str | None = None
 ) -> Manifest:
     """Reads every file of a sealed directory and compares it with the manifest.
 
@@ -289,7 +289,7 @@ def verify(
     return manifest
 
 
-def check_covers(manifest: Manifest, where: str | os.PathLike, kind: str | None, digest: str | None) -> None:
+def check_covers(manifest: Manifest, where: str | os.PathLike[str], kind: str | None, digest: str | None) -> None:
     """Checks that a manifest is consistent and has the required kind and digest.
 
     Raises:
@@ -305,7 +305,7 @@ def check_covers(manifest: Manifest, where: str | os.PathLike, kind: str | None,
 
 
 @contextlib.contextmanager
-def writing(final: str | os.PathLike, by_digest: bool = False) -> Iterator[Path]:
+def writing(final: str | os.PathLike[str], by_digest: bool = False) -> Iterator[Path]:
     """A temporary directory that becomes `final` when the block ends, and is removed if it raises.
 
     The block seals it. An older `final` is replaced. With `by_digest`, `final` is a folder and the directory becomes
@@ -362,7 +362,7 @@ def writing(final: str | os.PathLike, by_digest: bool = False) -> Iterator[Path]
             os.close(lock)
 
 
-def sealed_path(folder: str | os.PathLike, digest: str) -> Path:
+def sealed_path(folder: str | os.PathLike[str], digest: str) -> Path:
     """The path to which `writing(folder, by_digest=True)` moves the directory of that digest."""
     return Path(folder) / digest
 

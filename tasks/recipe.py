@@ -142,11 +142,11 @@ class Recipe(Section):
             _check_tiers(f"train.stages[{i}].tier_weights", stage.tier_weights)
             if not sum(stage.tier_weights.values()) > 0:
                 raise ValueError(f"train.stages[{i}].tier_weights draws nothing: give a tier a weight above 0")
-            known = [*(bucket.name for bucket in self.curation.buckets), "rest"]
+            known = [*(episode.name for episode in self.curation.buckets), "rest"]
             for name in stage.bucket_weights:
                 if name not in known:
                     raise ValueError(
-                        f"train.stages[{i}].bucket_weights has the bucket {name!r}; curation.buckets are {', '.join(known)}"
+                        f"train.stages[{i}].bucket_weights has the episode {name!r}; curation.buckets are {', '.join(known)}"
                     )
         _check_tiers("curation.captions.per_tier", self.curation.captions.per_tier)
 

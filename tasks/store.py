@@ -8,6 +8,7 @@ gathers them seals an index: tables of names, digests, counts and locations. Par
 
 HOME is NUCLEUS_HOME (default .nucleus). With NUCLEUS_STORE=s3://BUCKET/PREFIX parts and keys are kept there, so that
 pods share them; HOME then has only copies. A part is made once for its inputs, across runs.
+The reasons are in docs/decisions/artifacts.md.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def local_path(kind: str, digest: str) -> Path:
 def make_sealed(
     kind: str,
     make: Callable[[Path], Any],
-    parents: Sequence[str | os.PathLike | Parent] = (),
+    parents: Sequence[str | os.PathLike[str] | Parent] = (),
     config: Any = None,
     counts: Callable[[Any], dict[str, int]] | None = None,
     logs: Sequence[str] = (),
@@ -130,7 +131,7 @@ def make_part(
     version: str,
     inputs: dict[str, Any],
     make: Callable[[Path], int],
-    parents: Sequence[str | os.PathLike | Parent] = (),
+    parents: Sequence[str | os.PathLike[str] | Parent] = (),
     config: Any = None,
     logs: Sequence[str] = (),
 ) -> Part:
@@ -293,7 +294,7 @@ def _digests_of(directory: Path) -> dict[str, str]:
     return dict(manifest.files | manifest.logs)
 
 
-def write_index(out_dir: str | os.PathLike, parts: Iterable[Part]) -> dict[str, int]:
+def write_index(out_dir: str | os.PathLike[str], parts: Iterable[Part]) -> dict[str, int]:
     """Writes the tables of an index of parts; seal it with logs=(LOCATIONS,), since locations are not content.
 
     Returns:
@@ -324,7 +325,7 @@ def write_index(out_dir: str | os.PathLike, parts: Iterable[Part]) -> dict[str, 
     return counts
 
 
-def read_index(directory: str | os.PathLike) -> Iterator[Part]:
+def read_index(directory: str | os.PathLike[str]) -> Iterator[Part]:
     """The parts of an index, in order, without loading the whole table."""
     directory = Path(directory)
     with pq.ParquetFile(directory / INDEX) as index, pq.ParquetFile(directory / LOCATIONS) as places:
@@ -344,11 +345,11 @@ def zip_index(index: pq.ParquetFile, places: pq.ParquetFile, where: str) -> Iter
             yield Part(uri=uri, **row)
 
 
-def is_index(directory: str | os.PathLike) -> bool:
+def is_index(directory: str | os.PathLike[str]) -> bool:
     return (Path(directory) / INDEX).is_file()
 
 
-def missing_parts(directory: str | os.PathLike) -> list[Part]:
+def missing_parts(directory: str | os.PathLike[str]) -> list[Part]:
     """Parts of an index that are neither on this machine nor in their store. Reads no content."""
     lost = []
     for part in read_index(directory):

@@ -203,8 +203,8 @@ def _above(uri: str) -> str:
     if storage.is_remote(uri):
         above = uri.rpartition("/")[0]
         return above.removesuffix("/artifacts") if above.rpartition("/")[2] not in KINDS else above.rpartition("/")[0]
-    beside = Path(uri).resolve().parent
-    return str(beside.parent if beside.name in KINDS else beside)
+    parent = Path(uri).resolve().parent
+    return str(parent.parent if parent.name in KINDS else parent)
 
 
 def _allowed(uri: str) -> str:

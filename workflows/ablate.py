@@ -5,6 +5,7 @@
     records -> curated -> components, latents and checkpoints of each stage -> merged -> scorecard
 
 Records, components and latents equal those of the base recipe, and come from the cache if that recipe ran.
+The reasons are in docs/decisions/ablations.md.
 """
 
 from __future__ import annotations

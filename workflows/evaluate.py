@@ -31,6 +31,15 @@ from tasks.evaluation.task import (
 from tasks.planning.task import plan_benchmarks
 
 
+def _scored(sample: partial, config: EvalConfig, parts_per_seed: int, curated: Optional[CuratedDir]) -> ScorecardDir:
+    """The nodes from prompts to a scorecard; `sample` makes a part of the images."""
+    prompts = make_prompts(config=config, curated=curated)
+    generate = partial(sample, prompts=prompts, config=config)
+    images = map_task(generate)(part=plan_parts(config=config, parts_per_seed=parts_per_seed))
+    answers = judge_images(images=images, prompts=prompts, config=config)
+    return score_answers(images=images, prompts=prompts, answers=answers, config=config)
+
+
 @workflow
 def score_merged(
     merged: MergedDir,
@@ -40,11 +49,7 @@ def score_merged(
     parts_per_seed: int = 1,
 ) -> ScorecardDir:
     """Scores merged weights with the recipe's eval section, as part of other workflows."""
-    prompts = make_prompts(config=config, curated=curated)
-    generate = partial(generate_part, merged=merged, components=components, prompts=prompts, config=config)
-    images = map_task(generate)(part=plan_parts(config=config, parts_per_seed=parts_per_seed))
-    answers = judge_images(images=images, prompts=prompts, config=config)
-    return score_answers(images=images, prompts=prompts, answers=answers, config=config)
+    return _scored(partial(generate_part, merged=merged, components=components), config, parts_per_seed, curated)
 
 
 @workflow
@@ -52,11 +57,15 @@ def score_model(
     model: Model, digest: str, config: EvalConfig, parts_per_seed: int, curated: Optional[CuratedDir] = None
 ) -> ScorecardDir:
     """Scores any pipeline. `digest` identifies the model in the cache."""
-    prompts = make_prompts(config=config, curated=curated)
-    generate = partial(generate_from_model, model=model, digest=digest, prompts=prompts, config=config)
-    images = map_task(generate)(part=plan_parts(config=config, parts_per_seed=parts_per_seed))
-    answers = judge_images(images=images, prompts=prompts, config=config)
-    return score_answers(images=images, prompts=prompts, answers=answers, config=config)
+    return _scored(partial(generate_from_model, model=model, digest=digest), config, parts_per_seed, curated)
+
+
+@dynamic(**envs.dynamic("evaluator"))
+def score_further(
+    merged: MergedDir, components: ComponentsDir, configs: list[EvalConfig], curated: Optional[CuratedDir] = None
+) -> list[ScorecardDir]:
+    """One scorecard of merged weights for each of a recipe's further benchmarks."""
+    return [score_merged(merged=merged, components=components, config=config, curated=curated) for config in configs]
 
 
 @dynamic(**envs.dynamic("evaluator"))
@@ -87,15 +96,16 @@ def evaluate(
     Args:
         model: a directory that diffusers loads, merged weights (with `components`), a Hub id, an s3:// URI of a
             published pipeline, or newest: the pipeline published last on this machine.
-        benchmarks: names, separated by commas, such as geneval,dpg,oneig. `python -m eval.cli ls` lists them.
+        benchmarks: names, separated by commas, such as geneval,geneval2,dpg. `python -m eval.cli ls` lists them. "": those
+            of the recipe, or of a published pipeline; else geneval,geneval2.
         revision: the commit of a Hub id; default: the newest.
         components: a sealed directory of kind components, for merged weights.
         recipe: its eval section has the settings; default: those of a published pipeline's scorecard, else the
             defaults.
         overrides: a setting such as guidance_scale=3 or geneval.seeds=[0], or a JSON list of them. May be given several
             times.
-        judges: such as ssd-mobilenet-v2 or dpg.vqa=blip-vqa, separated by commas; default: the official classes, or on
-            a machine without a GPU those with weights in Python packages.
+        judges: such as ssd-mobilenet-v2 or dpg.vqa=blip-vqa, separated by commas; default: see docs/evaluation.md,
+            which are not the official ones for every benchmark.
         parts_per_seed: number of map tasks that sample the images of one seed. The images are the same for any number.
         curated: a sealed directory of kind curated, for the captions benchmark.
     """

@@ -3,10 +3,10 @@
     newest model --digest--> known? nothing to do
                              else: a scorecard for each benchmark --> stored --> gate
 
-The scorecards are stored before the gate, and compared with the last one that was not a drop
-(tasks/evaluation/history.py). Launch plan `evaluate-nightly`, inactive when it is registered:
+The scorecards are stored before the gate, and compared with the last one that was not a drop and has the same judges and
+prompts (tasks/evaluation/history.py). Launch plan `evaluate-nightly`, inactive when it is registered:
 
-    NUCLEUS_NIGHTLY_MODEL=s3://BUCKET/nucleus/pipeline NUCLEUS_NIGHTLY_BENCHMARKS=geneval NUCLEUS_NOTIFY=a@example.com \\
+    NUCLEUS_NIGHTLY_MODEL=s3://BUCKET/nucleus/pipeline NUCLEUS_NIGHTLY_BENCHMARKS=geneval,geneval2 NUCLEUS_NOTIFY=a@example.com \\
         python -m tools.register ...
     flytectl update launchplan evaluate-nightly --version VERSION --activate
 """
@@ -39,14 +39,15 @@ def score_changed(source: str, model: Model, configs: list[EvalConfig], parts_pe
 
 @workflow
 def evaluate_nightly(
-    model: str = NEWEST, benchmarks: str = "geneval", recipe: str = "", judges: str = "", parts_per_seed: int = 1
+    model: str = NEWEST, benchmarks: str = "", recipe: str = "", judges: str = "", parts_per_seed: int = 1
 ) -> list[str]:
     """Scores the current version of `model`, unless it was scored already.
 
     Args:
         model: see workflows/evaluate.py; a Hub id without a commit, or an s3:// URI of a published pipeline, means the
             newest version.
-        benchmarks: names, separated by commas.
+        benchmarks: names, separated by commas; "": those with which the pipeline was published (of nucleus_17b: geneval and
+            geneval2), or geneval,geneval2 where that is not known.
         recipe: its eval section has the settings; default: those of a published pipeline's scorecard.
         judges: see workflows/evaluate.py.
         parts_per_seed: number of map tasks that sample the images of one seed.
@@ -66,7 +67,7 @@ def _plan() -> LaunchPlan:
     ended_badly = [WorkflowExecutionPhase.FAILED, WorkflowExecutionPhase.TIMED_OUT]
     inputs = {
         "model": _setting("MODEL", NEWEST),
-        "benchmarks": _setting("BENCHMARKS", "geneval"),
+        "benchmarks": _setting("BENCHMARKS", ""),
         "judges": _setting("JUDGES", ""),
     }
     return LaunchPlan.get_or_create(

@@ -22,6 +22,7 @@ def publish(
     components: ComponentsDir,
     scorecard: ScorecardDir,
     curated: CuratedDir,
+    further: list[ScorecardDir] = [],
     overrides: Union[list[str], str] = [],
 ) -> PipelineDir:
     """Publishes a transformer that is trained and scored already.
@@ -32,6 +33,7 @@ def publish(
         components: a sealed directory of kind components.
         scorecard: a sealed directory of kind scorecard.
         curated: a sealed directory of kind curated, for the lineage of the card.
+        further: scorecards of the recipe's further benchmarks.
         overrides: a change such as publish.hub_repo_id=ORG/NAME, or a JSON list of them. May be given several times.
     """
     sections = resolve_recipe(
@@ -41,9 +43,10 @@ def publish(
         merged=merged,
         components=components,
         scorecard=scorecard,
+        further=further,
         curated=curated,
         config=sections.publish,
         recipe_json=sections.recipe_json,
     )
-    show_results(pipeline=pipeline, scorecard=scorecard, curated=curated, latents=[])
+    show_results(pipeline=pipeline, scorecard=scorecard, further=further, curated=curated, latents=[])
     return pipeline

@@ -16,7 +16,7 @@ from flytekit import workflow
 from tasks.artifacts import CuratedDir, MergedDir, PipelineDir, ScorecardDir
 from tasks.planning.task import resolve_recipe
 from tasks.publishing.task import publish_pipeline, show_results
-from workflows.evaluate import score_merged
+from workflows.evaluate import score_further, score_merged
 from workflows.pretrain import up_to_merged
 
 
@@ -46,10 +46,14 @@ def reproduce(recipe: str = "tiny", overrides: Union[list[str], str] = [], sourc
     scorecard = score_merged(
         merged=trained.merged, components=trained.components, curated=curated, config=sections.eval
     )
+    further = score_further(
+        merged=trained.merged, components=trained.components, configs=sections.further_evals, curated=curated
+    )
     pipeline = publish_pipeline(
         merged=trained.merged,
         components=trained.components,
         scorecard=scorecard,
+        further=further,
         curated=curated,
         config=sections.publish,
         recipe_json=sections.recipe_json,
@@ -57,6 +61,7 @@ def reproduce(recipe: str = "tiny", overrides: Union[list[str], str] = [], sourc
     show_results(
         pipeline=pipeline,
         scorecard=scorecard,
+        further=further,
         curated=curated,
         texts=trained.texts,
         latents=trained.stage_latents,

@@ -6,6 +6,7 @@
     every variant x seed: records -> ... -> merged -> scorecard -> summary -----------+--> study
 
 Finished runs come from the cache: an interrupted study continues, and studies share runs.
+The reasons are in docs/decisions/workflows.md.
 """
 
 from __future__ import annotations

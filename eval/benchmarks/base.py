@@ -18,9 +18,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 Mode = Literal["official", "fixed"]
+PromptSet = Literal["official", "development"]
+# How the overall score follows from prompts: the plain mean of categories, of prompts, or of named parts of prompts.
+Pooling = Literal["categories", "prompts", "parts"]
 Prompt = Mapping[str, Any]
 # The answers about one image, by `Question.key`; None for an image that is missing or could not be judged.
 Answers = Mapping[str, Any] | None
@@ -83,8 +86,30 @@ class Scored:
     parts: Mapping[str, float | None] = field(default_factory=dict)
 
 
+class Source(NamedTuple):
+    """Prompt files of a GitHub repository at a commit.
+
+    files: path -> SHA-256, or None if it is not known.
+    prompts: the file that `Benchmark.prompts` reads, "" for the folder.
+    """
+
+    repository: str
+    commit: str
+    files: Mapping[str, str | None]
+    prompts: str
+
+
+class Published(NamedTuple):
+    """A published score, in the benchmark's own scale, by the official judges."""
+
+    model: str
+    score: float
+    source: str
+    category: str = "overall"
+
+
 class Benchmark(Protocol):
-    """The interface of the registry's objects.
+    """The interface of the registry's objects. Attributes with a value here are optional.
 
     Attributes:
         name, version: of the rule; the version names the official commit.
@@ -94,7 +119,16 @@ class Benchmark(Protocol):
         grid: (columns, rows) of the picture with a prompt's images; None if each image is a file.
         judges: {judge: the official model}; "": no official model, and the score always names its judge.
         optional_judges: judges that a score does not require.
+        default_judges: {judge: name in eval.judges.registry} where a recipe names none.
+        recommended_judges: the same where a command names none; they run with weights of the Hub alone, and need not be
+            official.
+        packaged_judges: replace recommended ones on a machine without a GPU; their weights are in Python packages.
+        pooling: how the overall score follows from prompts, for its interval.
+        jpeg_tiles: the official code shows each image to the judges through JPEG (quality 75).
+        prompt_sets: the sets of prompts that it has without a prompts_file.
         data: the file that `prompts` reads, and its source; "" for made prompts.
+        source: where `data` is downloaded from; None if it is not downloaded.
+        published: scores of other models, for the card.
     """
 
     name: str
@@ -106,7 +140,15 @@ class Benchmark(Protocol):
     grid: tuple[int, int] | None
     judges: Mapping[str, str]
     optional_judges: frozenset[str] = frozenset()
+    default_judges: Mapping[str, str] = {}
+    recommended_judges: Mapping[str, str] = {}
+    packaged_judges: Mapping[str, str] = {}
+    pooling: Pooling = "prompts"
+    jpeg_tiles: bool = False
+    prompt_sets: tuple[PromptSet, ...] = ("official",)
     data: str
+    source: Source | None = None
+    published: Sequence[Published] = ()
 
     def prompts(self, path: str | Path | None = None) -> list[dict[str, Any]]:
         """The prompts, from the official data at `path`.
@@ -114,6 +156,14 @@ class Benchmark(Protocol):
         Raises:
             ValueError: the data is missing or malformed; names the file and the expected content.
         """
+
+    def made_prompts(self, prompt_set: PromptSet, per_task: int | None) -> Sequence[Prompt] | None:
+        """Prompts that this package makes, without ids; None if the set is read from `data`.
+
+        Args:
+            per_task: number of prompts of each task; None: all.
+        """
+        return None
 
     def picture_path(self, prompt: Prompt, image: int, model: str) -> str:
         """Path of an image (or of its grid) in the official layout, relative to the folder of images."""
@@ -145,7 +195,7 @@ class Benchmark(Protocol):
         return {}
 
     def official_files(
-        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int
+        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int, label: str = "model"
     ) -> dict[str, str]:
         """{name: text} of the official code's result files for one sampling seed; {} if it writes none.
 
@@ -154,6 +204,7 @@ class Benchmark(Protocol):
 
         Args:
             judged: {prompt's id: answers}, at least one image of each.
+            label: of the model, in files that name it.
         """
         return {}
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from eval import dpg as rule
 from eval.benchmarks import base
-from eval.benchmarks.base import Benchmark, Judged, Mode, Prompt, Question, Scored
+from eval.benchmarks.base import Benchmark, Judged, Mode, Prompt, Question, Scored, Source
+from eval.benchmarks.published import NUCLEUS, QWEN, printed_in
 
+PROMPTS = "dpg_bench/dpg_bench.csv"
 # As the official code names them, without the time.
 RESULTS, DETAILS = "dpg-bench_results.txt", "dpg-bench_results_detail.txt"
 
@@ -25,7 +27,25 @@ class DPG(Benchmark):
     images_per_prompt = rule.IMAGES
     grid = (2, 2)
     judges: Mapping[str, str] = {"vqa": "damo/mplug_visual-question-answering_coco_large_en (modelscope)"}
+    # Not the official mPLUG, whose weights no hub keeps by commit: the score is dpg[qwen2.5-vl-7b-yes-no].
+    recommended_judges: Mapping[str, str] = {"vqa": "qwen2.5-vl-7b-yes-no"}
     data = "dpg_bench/dpg_bench.csv of github.com/TencentQQGYLab/ELLA (1,065 prompts)"
+    source = Source("TencentQQGYLab/ELLA", "3c228f1dc6c4d3cad0a47493816151a419f14db3", {PROMPTS: None}, prompts=PROMPTS)
+    published = (
+        *printed_in(
+            NUCLEUS, {"Nucleus-Image": {"overall": 88.79, "entity": 93.08, "attribute": 92.20, "other": 93.62}}
+        ),
+        *printed_in(
+            QWEN,
+            {
+                "Qwen-Image": 88.32,
+                "Seedream 3.0": 88.27,
+                "HiDream-I1-Full": 85.89,
+                "GPT Image 1 (high)": 85.15,
+                "FLUX.1-dev": 83.84,
+            },
+        ),
+    )
 
     def prompts(self, path: str | Path | None = None) -> list[dict[str, Any]]:
         """The prompts of the official CSV; an id is an item id.
@@ -70,7 +90,7 @@ class DPG(Benchmark):
         return Scored(base.mean(scores), tuple(scores), tuple(reasons))
 
     def official_files(
-        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int
+        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int, label: str = "model"
     ) -> dict[str, str]:
         """The results file, with its summary, and the file of details."""
         summary = self.summarise(prompts, judged, "official")
@@ -84,7 +104,7 @@ class DPG(Benchmark):
             for box, answers in zip(rule.grid_boxes(image_size_px, len(images)), images):
                 for qid, _, _, question in _questions(prompt, "official") or ():
                     details.append(rule.detail_line(name, box, question, answers[str(qid)]) + "\n")
-        lines.append(rule.summary_text(summary, "model", ".", RESULTS))
+        lines.append(rule.summary_text(summary, label, ".", RESULTS))
         return {RESULTS: "".join(lines), DETAILS: "".join(details)}
 
     def summarise(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], mode: Mode) -> dict[str, Any]:

@@ -11,9 +11,23 @@ from typing import Any
 
 from eval import geneval as rule
 from eval.benchmarks import base
-from eval.benchmarks.base import Benchmark, Judged, Mode, Prompt, Question, Scored
+from eval.benchmarks.base import (
+    Benchmark,
+    Judged,
+    Mode,
+    Pooling,
+    Prompt,
+    PromptSet,
+    Published,
+    Question,
+    Scored,
+    Source,
+)
+from eval.benchmarks.published import NUCLEUS, QWEN, printed_in
 from eval.official.geneval_files import result_lines
 
+PROMPTS = "prompts/evaluation_metadata.jsonl"
+GENEVAL = "GenEval, arXiv 2310.11513"
 # COCO's classes in the order of evaluation/object_names.txt, with GenEval's own names for three of them.
 CLASSES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
@@ -41,7 +55,31 @@ class GenEval(Benchmark):
         "detector": "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco (mmdet 2)",
         "color": "ViT-L-14, openai (open_clip)",
     }
+    recommended_judges: Mapping[str, str] = {"detector": "mask2former-clip", "color": "mask2former-clip"}
+    packaged_judges: Mapping[str, str] = {"detector": "ssd-mobilenet-v2", "color": "ssd-mobilenet-v2"}
+    pooling: Pooling = "categories"
+    prompt_sets: tuple[PromptSet, ...] = ("official", "development")
     data = "prompts/evaluation_metadata.jsonl of github.com/djghosh13/geneval (553 prompts)"
+    source: Source | None = Source(
+        "djghosh13/geneval",
+        "af4902f24d3ca90ebbb446dd9891a59e0f82725f",
+        {PROMPTS: "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"},
+        prompts=PROMPTS,
+    )
+    published: Sequence[Published] = (
+        *printed_in(NUCLEUS, {"Nucleus-Image": {"overall": 0.87, "position": 0.85}}),
+        *printed_in(
+            QWEN,
+            {
+                "Qwen-Image": {"overall": 0.87, "position": 0.76},
+                "GPT Image 1 (high)": 0.84,
+                "Seedream 3.0": 0.84,
+                "HiDream-I1-Full": 0.83,
+                "FLUX.1-dev": 0.66,
+            },
+        ),
+        *printed_in(GENEVAL, {"SDXL": 0.55}),
+    )
     classes: tuple[str, ...] = CLASSES
 
     def prompts(self, path: str | Path | None = None) -> list[dict[str, Any]]:
@@ -57,6 +95,13 @@ class GenEval(Benchmark):
                 if "color" in clause:
                     self._check("color", clause["color"], rule.COLORS, f"{path}, prompt {number}")
         return [{"id": f"{index:05d}", **prompt} for index, prompt in enumerate(prompts)]
+
+    def made_prompts(self, prompt_set: PromptSet, per_task: int | None) -> Sequence[Prompt] | None:
+        if prompt_set == "official":
+            return None
+        from eval.benchmarks.geneval_prompts import make_prompts
+
+        return make_prompts(self.classes, per_task)
 
     @staticmethod
     def _check(what: str, value: Any, valid: Sequence[str], where: str) -> None:
@@ -125,7 +170,7 @@ class GenEval(Benchmark):
         return Scored(base.mean(scores), scores, reasons)
 
     def official_files(
-        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int
+        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int, label: str = "model"
     ) -> dict[str, str]:
         """results.jsonl, with a row for each judged image; metadata are the official ones, without our additions."""
         rows = []

@@ -8,21 +8,32 @@ from typing import Any
 
 from eval import geneval2 as rule
 from eval.benchmarks import base
-from eval.benchmarks.base import Benchmark, Judged, Mode, Prompt, Question, Scored
+from eval.benchmarks.base import Benchmark, Judged, Mode, Prompt, Question, Scored, Source
+from eval.benchmarks.published import printed_in
+
+PROMPTS = "geneval2_data.jsonl"
 
 
 class GenEval2(Benchmark):
     """See `eval.benchmarks.base.Benchmark`; the rule is `eval.geneval2`'s. The headline is Soft-TIFA GM."""
 
     name = "geneval2"
-    version = "facebookresearch/GenEval2 (arXiv 2512.16853)"
+    version = "facebookresearch/GenEval2@c088ab7"
     scale = 100.0
     tasks = tuple(str(count) for count in rule.ATOMICITIES)
     prompt_count = 800
     images_per_prompt = 1
     grid = None
     judges: Mapping[str, str] = {"soft_tifa": "Qwen/Qwen3-VL-8B-Instruct"}
+    recommended_judges: Mapping[str, str] = {"soft_tifa": "qwen3-vl-8b"}
     data = "geneval2_data.jsonl of github.com/facebookresearch/GenEval2 (800 prompts)"
+    source = Source(
+        "facebookresearch/GenEval2", "c088ab7f65a38ce87f2c5d0ae28bf65bd5ba37b0", {PROMPTS: None}, prompts=PROMPTS
+    )
+    # Soft-TIFA GM. No figure of Nucleus-Image is published.
+    published = printed_in(
+        "GenEval 2, arXiv 2512.16853, table 4, by way of two works that quote it", {"Gemini 2.5 Flash Image": 44.6}
+    )
 
     def prompts(self, path: str | Path | None = None) -> list[dict[str, Any]]:
         """The prompts of a file in the official form; the tag is the number of atoms.
@@ -67,7 +78,7 @@ class GenEval2(Benchmark):
         return Scored(base.mean(scores), scores, tuple(reasons), parts)
 
     def official_files(
-        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int
+        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int, label: str = "model"
     ) -> dict[str, str]:
         """score_lists.json; with several images per prompt, score_lists_0.json and so on, since the official file has
         one. Images that some prompt lacks have no file: the official code reads a list for every prompt."""

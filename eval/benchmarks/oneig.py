@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 from eval import oneig as rule
 from eval.benchmarks import base
-from eval.benchmarks.base import Benchmark, Judged, Mode, Prompt, Question, Scored
+from eval.benchmarks.base import Benchmark, Judged, Mode, Pooling, Prompt, Question, Scored, Source
+from eval.benchmarks.published import NUCLEUS, QWEN, printed_in
 
 CLASS_OF = {
     "Anime_Stylization": "anime",
@@ -28,6 +29,45 @@ CLASS_OF = {
     "Text_Rendering": "text",
     "Knowledge_Reasoning": "reasoning",
     "Multilingualism": "multilingualism",
+}
+COMMIT = "41b49831e79e6dde5323618c164da1c4cf0f699d"
+ALIGNED = ("anime", "human", "object")  # classes with a file of questions
+PUBLISHED = {
+    "oneig": (
+        *printed_in(NUCLEUS, {"Nucleus-Image": {"overall": 0.522, "style": 0.430}}),
+        *printed_in(
+            QWEN,
+            {
+                "Qwen-Image": {"overall": 0.539, "style": 0.418},
+                "GPT Image 1 (high)": {"overall": 0.533, "style": 0.462},
+                "Seedream 3.0": 0.530,
+                "Imagen 4": 0.515,
+                "HiDream-I1-Full": 0.477,
+                "SD3.5 Large": 0.462,
+                "FLUX.1-dev": 0.434,
+                "SDXL": 0.316,
+            },
+        ),
+    ),
+    "oneig-zh": printed_in(
+        QWEN,
+        {"Qwen-Image": 0.548, "Seedream 3.0": 0.528, "GPT Image 1 (high)": 0.474, "HiDream-I1-Full": 0.337},
+    ),
+    "oneig-text": printed_in(
+        QWEN,
+        {
+            "Qwen-Image": 0.891,
+            "Seedream 3.0": 0.865,
+            "GPT Image 1 (high)": 0.857,
+            "HiDream-I1-Full": 0.707,
+            "FLUX.1-dev": 0.523,
+            "SDXL": 0.029,
+        },
+    ),
+    "oneig-text-zh": printed_in(
+        QWEN,
+        {"Qwen-Image": 0.963, "Seedream 3.0": 0.928, "GPT Image 1 (high)": 0.650, "HiDream-I1-Full": 0.205},
+    ),
 }
 OCR_PROMPT = (
     "Recognize the text in the image, only reply with the text content, but avoid repeating previously mentioned "
@@ -50,6 +90,10 @@ class OneIG(Benchmark):
         "style": "CSD ViT-L and xingpng/OneIG-StyleEncoder",
         "diversity": "dreamsim 0.2.1, ensemble",
     }
+    # The other three need a commit or a directory of weights: without them the score is oneig[qwen2.5-vl-7b].
+    recommended_judges: Mapping[str, str] = {"vqa": "qwen2.5-vl-7b", "ocr": "qwen2.5-vl-7b"}
+    pooling: Pooling = "parts"
+    jpeg_tiles = True
 
     def __init__(self, language: Literal["EN", "ZH"]):
         chinese = language == "ZH"
@@ -59,6 +103,12 @@ class OneIG(Benchmark):
         self._table, self._column = ("OneIG-Bench-ZH.csv", "prompt_cn") if chinese else ("OneIG-Bench.csv", "prompt_en")
         self._suffix = "_zh" if chinese else ""
         self.prompt_count = 1320 if chinese else 1120
+        self.published = PUBLISHED[self.name]
+        files = [self._table, f"scripts/text/text_content{self._suffix}.csv", "scripts/style/style.csv"]
+        files += [f"scripts/reasoning/gt_answer{self._suffix}.json"]
+        classes = (*ALIGNED, "multilingualism") if chinese else ALIGNED
+        files += [f"scripts/alignment/Q_D/{name}{self._suffix}.json" for name in classes]
+        self.source = Source("OneIG-Bench/OneIG-Benchmark", COMMIT, dict.fromkeys(files), prompts="")
         self.data = f"a checkout of github.com/OneIG-Bench/OneIG-Benchmark ({self._table}, scripts/; {self.prompt_count:,} prompts)"
 
     def prompts(self, path: str | Path | None = None) -> list[dict[str, Any]]:
@@ -213,13 +263,13 @@ class OneIG(Benchmark):
         return score, "\n".join(no)
 
     def official_files(
-        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int
+        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int, label: str = "model"
     ) -> dict[str, str]:
         """The CSVs of each dimension that was judged."""
         dimensions = self.summarise(prompts, judged, "official")["dimensions"]
         files: dict[str, str] = {}
         for name, summary in dimensions.items():
-            files |= rule.official_files(name, summary, "model", self.language)
+            files |= rule.official_files(name, summary, label, self.language)
         return files
 
     def summarise(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], mode: Mode) -> dict[str, Any]:
@@ -285,10 +335,13 @@ class OneIGText(OneIG):
     """The text dimension alone: its prompts, and only the judge of text."""
 
     judges: Mapping[str, str] = {"ocr": OneIG.judges["ocr"]}
+    recommended_judges: Mapping[str, str] = {"ocr": "qwen2.5-vl-7b"}
+    packaged_judges: Mapping[str, str] = {"ocr": "pp-ocr"}
 
     def __init__(self, language: Literal["EN", "ZH"]):
         super().__init__(language)
         self.name = self.name.replace("oneig", "oneig-text")
+        self.published = PUBLISHED[self.name]
         self.tasks = ("text",)
         self.prompt_count = 200
 

@@ -6,7 +6,6 @@ probes --answer--> answers == those recorded   or the judge is refused before it
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eval.files import file_sha256
 from eval.judging.protocols import Request, digest_of
 
 if TYPE_CHECKING:
@@ -155,11 +155,6 @@ def package_folder(package: str, distribution: str) -> Path:
     if spec is None or spec.origin is None:
         raise ValueError(f"package {distribution!r} is not installed; its weights are this judge's")
     return Path(spec.origin).parent
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_sha256(path: Path, sha256: str) -> Path:

@@ -56,12 +56,12 @@ def is_pinned(judge: str, files: Mapping[str, str]) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    names = [name for name, (target, _, _) in registry.JUDGES.items() if hasattr(_class(target), "FILES")]
+    names = [name for name, entry in registry.JUDGES.items() if hasattr(_class(entry.target), "FILES")]
     parser = argparse.ArgumentParser(prog="python -m eval.judges.pins", description="Pins a judge's weights.")
     parser.add_argument("judge", choices=names)
     parser.add_argument("folder", type=Path)
     options = parser.parse_args(arguments)
-    judge = _class(registry.JUDGES[options.judge][0])
+    judge = _class(registry.JUDGES[options.judge].target)
     try:
         pins = {**read_pins(), options.judge: digests(options.folder, judge.FILES, options.judge)}
     except ValueError as error:

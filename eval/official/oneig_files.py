@@ -14,6 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 Language = Literal["EN", "ZH"]
+# The columns of style_style_score_*.csv, in the order of scripts/style/style_score.py.
+STYLES = (
+    "abstract_expressionism", "art_nouveau", "baroque", "chinese_ink_painting", "cubism", "fauvism", "impressionism",
+    "line_art", "minimalism", "pointillism", "pop_art", "rococo", "ukiyo-e", "clay", "crayon", "graffiti", "lego",
+    "comic", "pencil_sketch", "stone_sculpture", "watercolor", "celluloid", "chibi", "cyberpunk", "ghibli", "impasto",
+    "pixar", "pixel_art", "3d_rendering",
+)  # fmt: skip
 
 
 def official_files(dimension: str, summary: Mapping[str, Any], model: str, language: Language = "EN") -> dict[str, str]:
@@ -37,8 +44,6 @@ def official_files(dimension: str, summary: Mapping[str, Any], model: str, langu
     elif dimension == "text":
         columns = {name: summary[name] for name in ("ED", "CR", "WAC")} | {"text score": summary["score"]}
     elif dimension == "style":
-        from eval.oneig import STYLES
-
         columns = {"style": summary["score"]}
         by_style = {style: summary["styles"].get(style) for style in STYLES}
         files[f"style_style_score_{language}.csv"] = _csv(["", *by_style], [[model, *by_style.values()]])
@@ -98,4 +103,30 @@ def read_prompt_scores(path: str | Path, model: str | None = None) -> dict[str, 
                 raise ValueError(
                     f"{path}, line {reader.line_num}: {','.join(row)!r} is not a prompt and score"
                 ) from None
+    return scores
+
+
+def read_scores(path: str | Path) -> dict[str, dict[str, float | None]]:
+    """{model: {column: score or None}} of an official "<dimension>_score_*.csv" or "style_style_score_*.csv".
+
+    Raises:
+        ValueError: the file is absent or of another form; names the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file of scores (results/<dimension>_score_EN_<time>.csv)")
+    scores: dict[str, dict[str, float | None]] = {}
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file)
+        _, *columns = next(reader, [""])
+        for row in reader:
+            try:
+                values = [None if value == "" else float(value) for value in row[1:]]
+                scores[row[0]] = dict(zip(columns, values, strict=True))
+            except (IndexError, ValueError):
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: {','.join(row)!r} is not a model and its scores"
+                ) from None
+    if not scores:
+        raise ValueError(f"{path} has no scores")
     return scores

@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from eval.benchmarks.base import Pooling
+from eval.judging.protocols import digest_of
+
 SCHEMA_VERSION = 2
-# How the overall score follows from prompts: the plain mean of categories, of prompts, or of named parts of prompts.
-Pooling = Literal["categories", "prompts", "parts"]
 FILE = "scorecard.json"
 
 
@@ -197,16 +198,29 @@ def load(path: str | Path) -> Scorecard:
 
 
 def not_comparable(a: Scorecard, b: Scorecard) -> str | None:
-    """Why two scores cannot be compared; None if they can: same prompts, same judges."""
+    """Why two scores cannot be compared; None if they can: same rule, same prompts, same judges."""
     if a.benchmark != b.benchmark:
-        return f"one is of {a.benchmark}, the other of {b.benchmark}"
+        return f"one is {a.name}, the other {b.name}"
+    if a.version != b.version:
+        return f"one was scored by {a.version}, the other by {b.version}"
     if a.settings.prompt_set_sha256 != b.settings.prompt_set_sha256:
         return "they are of different prompts"
-    revisions = [sorted((j.name, j.revision) for j in card.settings.judges) for card in (a, b)]
-    if revisions[0] != revisions[1]:
-        names = [", ".join(f"{name} at {revision[:12]}" for name, revision in side) for side in revisions]
+    if (judges := _judges(a)) != (others := _judges(b)):
+        names = [
+            ", ".join(f"{name} at {revision[:12]} ({role})" for role, name, revision in side)
+            for side in (judges, others)
+        ]
         return f"one was judged by {names[0]}, the other by {names[1]}"
     return None
+
+
+def comparison_key(card: Scorecard) -> str:
+    """Digest that two cards share if, and only if, they can be compared."""
+    return digest_of([card.benchmark, card.version, card.settings.prompt_set_sha256, _judges(card)])
+
+
+def _judges(card: Scorecard) -> list[tuple[str, str, str]]:
+    return sorted((judge.role, judge.name, judge.revision) for judge in card.settings.judges)
 
 
 def model_index(card: Mapping[str, Any], title: str) -> dict[str, Any]:

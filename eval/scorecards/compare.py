@@ -15,9 +15,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from eval import stats
+from eval.benchmarks.base import Pooling
 from eval.judging.run import Row, prompt_scores, read_rows
 from eval.scorecards import card as cards
-from eval.scorecards.card import Pooling, Scorecard
+from eval.scorecards.card import Scorecard
 
 SCORES = "scores.parquet"
 # Settings that may differ without being the compared change, such as derived ones.
@@ -164,6 +165,8 @@ def drop_beyond_noise(incumbent: str | Path, current: str | Path) -> tuple[bool,
     """
     (card_a, _), (card_b, _) = read_scores(incumbent), read_scores(current)
     if reason := cards.not_comparable(card_a, card_b):
-        return False, f"not compared with the incumbent: {reason}"
+        return False, f"{card_b.name}: not compared with the incumbent: {reason}"
     comparison = compare_runs(incumbent, current)
-    return comparison.overall.verdict == "worse", comparison.sentence
+    changed = [name for name in comparison.differing if name != "model_digests"]
+    note = f"; settings that differ, too: {', '.join(changed)}" if changed else ""
+    return comparison.overall.verdict == "worse", comparison.sentence + note

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval import catalog, stats
-from eval.benchmarks.base import Benchmark, Judged, Mode, mean
+from eval.benchmarks.base import Benchmark, Judged, Mode, Pooling, mean
 from eval.config import EvalConfig
 from eval.judging.protocols import category_of, digest_of, score_name
 from eval.judging.run import Row, expected_count, prompt_scores
@@ -17,13 +17,11 @@ from eval.scorecards.card import (
     Interval,
     JudgeRecord,
     Noise,
-    Pooling,
     Scorecard,
     Scores,
     Settings,
     not_comparable,
 )
-from eval.scorecards.references import PUBLISHED
 
 
 def scorecard(
@@ -47,7 +45,7 @@ def scorecard(
         ValueError: no image could be scored.
     """
     benchmark = catalog.benchmark(config.benchmark)
-    pooling = catalog.POOLING.get(benchmark.name, "prompts")
+    pooling = benchmark.pooling
     scored = [row for row in rows if row["score"] is not None]
     expected = expected_count(prompts, config)
     seen = [row for row in scored if row["split"] != "held_out"]
@@ -284,7 +282,7 @@ def _references(
     as where the official score is no mean over prompts, its noise is not known.
     """
     rows = []
-    for published in PUBLISHED.get(benchmark.name, ()):
+    for published in benchmark.published:
         score = scores.overall if published.category == "overall" else scores.tasks.get(published.category)
         ours, within = (official or {"categories": {}})["categories"].get(published.category), None
         if score is not None:

@@ -1,13 +1,16 @@
-"""The scorecard as a picture and a page: a grid of images with their prompts, and one self-contained HTML page.
+"""The scorecard as a picture and pages: a grid of images with their prompts, and self-contained HTML pages.
 
-Every text of the page is escaped: prompts, reasons and settings come from data.
+    scorecard.html            scores, gallery, the first `PICTURES` failures
+    failures/0002.html ...    the next `PICTURES` each, linked with one another
+
+Every text of a page is escaped: prompts, reasons and settings come from data.
 """
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,9 @@ from eval.scorecards.card import CategoryScore, Scorecard
 RIGHT, WRONG, INK, PAPER = (20, 140, 60), (200, 40, 40), (30, 30, 30), (255, 255, 255)
 SHOWN = 12  # best and worst images
 FAILURE = 0.5  # below it an image is a failure; for right and wrong images, the wrong ones
-PICTURES = 600  # failures with a picture; others are listed without
+PICTURES = 600  # failures of a page: its pictures take a few MB
 THUMBNAIL_PX = 128
+FAILURES = "failures"  # folder of their further pages
 STYLE = """
 .score{font-size:2.4em;font-weight:600}.muted{color:#666}.note{background:#fff3cd;color:inherit;padding:.4em .8em;margin:.3em 0}
 td,th{padding:.25em .7em}tr.all td{font-weight:600}.scroll{overflow-x:auto}
@@ -135,7 +139,7 @@ def _wrap(words: str, font: ImageFont.ImageFont, width_px: int) -> list[str]:
 def render_page(
     card: Scorecard, rows: Sequence[Mapping[str, Any]], images_dir: str | Path, grid_path: str | Path
 ) -> str:
-    """The scorecard as HTML, pictures inlined."""
+    """The scorecard as HTML, pictures inlined. Links to `failure_pages`, which are next to it."""
     images_dir = Path(images_dir)
     grid = image(Path(grid_path).read_bytes(), "grid of images")
     parts = [
@@ -277,15 +281,44 @@ def _gallery(rows: Sequence[Mapping[str, Any]], images_dir: Path) -> Iterable[st
     worst = [row for row in ranked[::-1] if row["score"] < 1]
     yield f"<h2>Best</h2>{_figures(_spread(best), images_dir)}"
     yield f"<h2>Worst</h2>{_figures(_spread(worst), images_dir)}"
-    failures = [row for row in rows if row["error"] or row["score"] is None or row["score"] < FAILURE]
-    failures.sort(key=lambda row: (row["category"], row["prompt_index"], row["seed"], row["image_index"]))
+    failures = _failures(rows)
     yield f"<h2>Failures ({len(failures)})</h2>"
-    if len(failures) > PICTURES:
-        yield f"<p>The first {PICTURES} with their pictures, the others without.</p>"
+    yield _links(len(failures), 1)
     yield _figures(failures[:PICTURES], images_dir)
-    rest = "".join(f"<li><code>{text(row['file'])}</code> {_caption(row)}</li>" for row in failures[PICTURES:])
-    if rest:
-        yield f"<ul>{rest}</ul>"
+
+
+def _failures(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    failures = [row for row in rows if row["error"] or row["score"] is None or row["score"] < FAILURE]
+    return sorted(failures, key=lambda row: (row["category"], row["prompt_index"], row["seed"], row["image_index"]))
+
+
+def failure_pages(
+    card: Scorecard, rows: Sequence[Mapping[str, Any]], images_dir: str | Path
+) -> Iterator[tuple[str, str]]:
+    """(path next to the scorecard's page, HTML) of each page of failures after the first `PICTURES`, made one at a time."""
+    failures = _failures(rows)
+    for number, begin in enumerate(range(PICTURES, len(failures), PICTURES), start=2):
+        title = f"{card.name} failures, page {number}"
+        body = _figures(failures[begin : begin + PICTURES], Path(images_dir))
+        yield _page_path(number), page(title, f"<h1>{text(title)}</h1>{_links(len(failures), number)}{body}", STYLE)
+
+
+def _page_path(number: int) -> str:
+    return f"{FAILURES}/{number:04d}.html"
+
+
+def _links(failures: int, current: int) -> str:
+    """Links from one page of failures to the others; "" if there is one page."""
+    begins = range(0, failures, PICTURES)
+    if len(begins) < 2:
+        return ""
+    links = []
+    for number, begin in enumerate(begins, start=1):
+        span = f"{begin + 1} to {min(begin + PICTURES, failures)}"
+        path = "scorecard.html" if number == 1 else _page_path(number)
+        place = path if current == 1 else f"../{path}"
+        links.append(span if number == current else f'<a href="{place}">{span}</a>')
+    return f"<p>Failures {', '.join(links)}</p>"
 
 
 def _spread(ranked: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

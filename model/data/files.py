@@ -53,7 +53,7 @@ CAPTIONS = pa.schema(
     [
         ("row", pa.int64()),  # of the record in the shard
         ("tier", pa.string()),
-        ("episode", pa.string()),  # the record's episodic bucket; `bucket` is an aspect bucket here
+        ("episode", pa.string()),  # the record's episode
         ("texts", pa.list_(pa.int32())),  # rows of texts.parquet; an empty list means the empty prompt
     ]
 )
@@ -199,7 +199,7 @@ class TextPartWriter:
         return len(self._texts["tokens"]) - 1
 
     def add_captions(self, row: int, tier: str, texts: Sequence[int], episode: str = "rest") -> None:
-        """Adds a record whose captions are these rows of texts.parquet. `episode`: its episodic bucket."""
+        """Adds a record whose captions are these rows of texts.parquet. `episode`: of the record."""
         rows = [int(text) for text in texts]
         known = len(self._texts["tokens"])
         if any(not 0 <= text < known for text in rows):

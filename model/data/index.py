@@ -5,13 +5,14 @@
     place.npy crc32.npy tier.npy              one entry per image
     caption_begin.npy caption_texts.npy       the captions of image i are caption_texts[caption_begin[i]:caption_begin[i + 1]]
     by_tier.npy                               the images of each bucket, sorted by tier
-    by_group.npy                              the same by (tier, episodic bucket), if there are several episodic buckets
+    by_group.npy                              the same by (tier, episode), if there are several episodes
     text_tokens.npy text_begin.npy text_crc32.npy     one entry per text; text 0 is the empty prompt
     runs.npy text_runs.npy                    the part (and file) of each range of images (of texts)
 
 Images are numbered bucket by bucket, and within a bucket in the order of the corpus. So the sample order needs only the
 counts in index.json, and opening the index reads only that file: a rank's private memory does not grow with the corpus.
 Each node builds the index once from the tables of the parts, one part at a time.
+The reasons are in docs/decisions/encoding.md.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class IndexMeta(Section):
     tiers: tuple[str, ...]
     buckets: dict[str, tuple[int, ...]]  # number of images of each tier
     weights: dict[str, float] = {}  # factors on tier weights; 1 for other tiers (see `build_index`)
-    groups: tuple[tuple[str, str], ...] = ()  # (tier, episodic bucket); none if there is one episodic bucket
+    groups: tuple[tuple[str, str], ...] = ()  # (tier, episode); none if there is one episode
     group_counts: dict[str, tuple[int, ...]] = {}  # of each bucket: number of images of each group
 
 

@@ -36,11 +36,11 @@ class BatchPlan:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def part(self, index: int, parts: int) -> BatchPlan:
-        """Slice `index` of `parts` equal, consecutive slices: a rank's share, or a micro-batch of it."""
-        if len(self) % parts:
-            raise ValueError(f"a batch of {len(self)} cannot be cut into {parts} equal parts")
-        size = len(self) // parts
+    def share(self, index: int, shares: int) -> BatchPlan:
+        """Share `index` of `shares` equal, consecutive slices: that of a rank, or a micro-batch of it."""
+        if len(self) % shares:
+            raise ValueError(f"a batch of {len(self)} cannot be cut into {shares} equal shares")
+        size = len(self) // shares
         cut = slice(index * size, (index + 1) * size)
         return replace(
             self,
@@ -66,7 +66,7 @@ class SampleOrder:
         tier_weights: weight of each tier; tiers without a weight are not read. The weights are multiplied by the
             index's `weights`, which compensate for tiers of which only a fraction was encoded.
         caption_dropout: share of samples whose caption is replaced by the empty prompt.
-        bucket_weights: factor on the weight of images of an episodic bucket; 1 for the others.
+        episode_weights: factor on the weight of images of an episode; 1 for the others.
         caption_weights: (longest number of tokens without the prefix, weight), ascending: one of an image's captions is
             drawn in proportion to these weights. Longer captions have the last weight. Images whose captions all have
             weight 0 draw them equally.
@@ -81,7 +81,7 @@ class SampleOrder:
         seed: int,
         tier_weights: Mapping[str, float] | None = None,
         caption_dropout: float = 0.0,
-        bucket_weights: Mapping[str, float] | None = None,
+        episode_weights: Mapping[str, float] | None = None,
         caption_weights: Sequence[tuple[int, float]] = (),
     ):
         self.caption_weights = caption_weights
@@ -90,9 +90,9 @@ class SampleOrder:
             tier_weights = dict.fromkeys(dataset.tier_names, 1.0)
         scale = dataset.meta.weights
         classes, sizes, by_class = [(tier, None) for tier in dataset.tier_names], dataset.counts, dataset.by_tier
-        if bucket_weights and dataset.by_group is not None:
+        if episode_weights and dataset.by_group is not None:
             classes, sizes, by_class = list(dataset.meta.groups), dataset.group_counts, dataset.by_group
-        factors = bucket_weights or {}
+        factors = episode_weights or {}
         weights = np.array(
             [float(tier_weights.get(t, 0.0)) * scale.get(t, 1.0) * factors.get(episode, 1.0) for t, episode in classes]
         )
@@ -101,9 +101,9 @@ class SampleOrder:
             if (counts * weights).sum() > 0:
                 self._buckets.append(_Bucket.of(name, int(begin), counts, weights, by_class))
         if not self._buckets and factors:
-            there = ", ".join(f"{tier} in {episode}" for tier, episode in dataset.meta.groups) or "one episodic bucket"
+            there = ", ".join(f"{tier} in {episode}" for tier, episode in dataset.meta.groups) or "one episode"
             raise ValueError(
-                f"tier weights {dict(tier_weights)} with bucket weights {dict(factors)} leave no image: this stage's images "
+                f"tier weights {dict(tier_weights)} with episode weights {dict(factors)} leave no image: this stage's images "
                 f"are of {there}"
             )
         if not self._buckets:
@@ -187,7 +187,7 @@ class _Bucket(NamedTuple):
     images: int
     weight: float
     equal: bool  # all images of the bucket are drawn with the same weight
-    offsets: np.ndarray  # first position of each drawn class (tier, or tier and episodic bucket) in `by_class`
+    offsets: np.ndarray  # first position of each drawn class (tier, or tier and episode) in `by_class`
     counts: np.ndarray  # images of each drawn class
     ends: np.ndarray  # cumulative share of the drawn classes' weight
     by_class: np.ndarray

@@ -5,6 +5,7 @@
 
 A part of a file cannot be checked against the file's SHA-256. Every read is checked against the CRC-32 of its latent or
 text instead, which the index has from tables that the manifests of the parts cover.
+The reasons are in docs/decisions/checkpoints.md.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from model import kernels
-from model.rope import apply_rope
+from model.layers.rope import apply_rope
 
 
 def _eager_cpu(x: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Router scores, each expert's choice of tokens, and gates: equals the plain `model.moe.MoE.route`.
+"""Router scores, each expert's choice of tokens, and gates: equals the plain `model.layers.moe.MoE.route`.
 
     logits [B,S,E] --> scores --> an expert and a sample: its C largest --> a token: its takers, its gates
                        (_scores)  (_select)                                 (_normalise)
@@ -9,6 +9,7 @@ scores the first tokens. The kernel also writes each token's list of rows, with 
 operations.
 
 Shape suffixes: B batch, S tokens of a sample, T = B S tokens, E experts, C capacity, R = E B C routed rows.
+The reasons are in docs/decisions/kernels.md.
 """
 
 from __future__ import annotations

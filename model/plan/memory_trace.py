@@ -8,6 +8,7 @@ kernels. torch.compile and the kernels save less. Memory inside an operation (cu
 are not included.
 
 Shape suffixes: B batch, S image tokens, T text tokens, C channels of a token, D width, E experts.
+The reasons are in docs/decisions/planner.md.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from model import losses
 from model.config import LossConfig, TransformerConfig
-from model.moe import local_part
+from model.layers.moe import local_part
 from model.optim import Muon, parameter_groups
 from model.transformer import NucleusTransformer, RouterTrace
 

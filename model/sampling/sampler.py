@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from model.rope import ImageShape
+from model.layers.rope import ImageShape
 from model.transformer import NucleusTransformer
 
 

@@ -9,6 +9,7 @@ may fuse differently in the backward pass, and round differently: a token near t
 
 Selective checkpointing (Korthikanti et al., arXiv 2205.05198) saves most of the memory for little time: what it
 recomputes (norms, modulation, RoPE, SwiGLU, gather) is bound by memory traffic, not by the matrix units.
+The reasons are in docs/decisions/kernels.md.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.checkpoint import create_selective_checkpoint_contexts, noop_context_fn
 
 from model import kernels
-from model.attention import PACKAGES, packed_backend
+from model.layers.attention import PACKAGES, packed_backend
 
 from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing, FullAC, SelectiveAC
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from model.attention import PackedKeys
+from model.layers.attention import PackedKeys
 
 
 def compile_blocks(model: torch.nn.Module, backend: str = "inductor") -> None:

@@ -52,7 +52,7 @@ class LatentDataLoader(BaseDataLoader):
         global_batch_size: int
         seed: int
         tier_weights: dict[str, float] = field(default_factory=dict)
-        bucket_weights: dict[str, float] = field(default_factory=dict)
+        episode_weights: dict[str, float] = field(default_factory=dict)
         caption_weights: tuple[tuple[int, float], ...] = ()
         caption_dropout: float = 0.0
         num_workers: int = 0
@@ -68,7 +68,7 @@ class LatentDataLoader(BaseDataLoader):
             config.seed,
             config.tier_weights,
             config.caption_dropout,
-            config.bucket_weights,
+            config.episode_weights,
             config.caption_weights,
         )
         self.ranks, self.rank = dp_world_size, dp_rank
@@ -96,9 +96,9 @@ class LatentDataLoader(BaseDataLoader):
 
     def _plans(self, step: int) -> Iterator[BatchPlan]:
         while True:
-            plan = self.order.batch(step).part(self.rank, self.ranks)
+            plan = self.order.batch(step).share(self.rank, self.ranks)
             for micro in range(self.accumulation):
-                yield plan.part(micro, self.accumulation)
+                yield plan.share(micro, self.accumulation)
             step += 1
 
     def _read_ahead(self) -> Iterator[Batch]:

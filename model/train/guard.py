@@ -1,4 +1,7 @@
-"""Skips steps with bad losses or gradients, and detects divergence."""
+"""Skips steps with bad losses or gradients, and detects divergence.
+
+The reasons are in docs/decisions/optimiser.md.
+"""
 
 from __future__ import annotations
 

@@ -23,11 +23,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from model import flow, losses
-from model.attention import use_attention
 from model.data.latents import EMPTY_TEXT_ROW
 from model.data.order import Batch
 from model.kernels import use_kernels
-from model.moe import local_part
+from model.layers.attention import use_attention
+from model.layers.moe import local_part
 from model.stages import TrainingStage
 from model.train.compiled import inductor_settings
 from model.train.data import to_device

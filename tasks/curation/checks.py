@@ -1,10 +1,10 @@
-"""Checks a recipe's curation before any work: thresholds, tiers and buckets must read columns that scorers fill."""
+"""Checks a recipe's curation before any work: thresholds, tiers and episodes must read columns that scorers fill."""
 
 from __future__ import annotations
 
 from tasks.curation.captioning import chosen_captioner
 from tasks.curation.config import CaptionerConfig, CurationConfig
-from tasks.curation.decisions.tiers import best_condition, bucket_conditions, check_cuts
+from tasks.curation.decisions.tiers import best_condition, check_cuts, episode_conditions
 from tasks.curation.scorers import COLUMNS, chosen_scorers
 
 # Threshold of `FilterConfig` -> the column that its rule reads.
@@ -23,7 +23,7 @@ def check_curation(config: CurationConfig) -> None:
     """
     Raises:
         ValueError: an unknown captioner, or one whose captions would be too long; an unknown scorer or a wrong setting
-            of one; a threshold, a tier or a bucket on a column that no scorer fills; tiers by the proxy without
+            of one; a threshold, a tier or an episode on a column that no scorer fills; tiers by the proxy without
             `accept_proxy`; invalid conditions.
     """
     chosen = chosen_scorers(config.scorers)
@@ -49,7 +49,7 @@ def check_curation(config: CurationConfig) -> None:
     if config.captioner is not None:
         _check_captioner(config.captioner, config.captions.max_words)
     check_cuts(config.tiers)
-    conditions = bucket_conditions(config.buckets)
+    conditions = episode_conditions(config.buckets)
     best = best_condition(config.tiers)
     for _, condition in [*conditions, *([("", best)] if best else [])]:
         for column in condition.columns:

@@ -228,8 +228,8 @@ class TierConfig(Section):
     accept_proxy: bool = False  # allow tiers by the classical proxy, which measures only contrast, colour and sharpness
 
 
-class BucketConfig(Section):
-    """An episodic bucket: the records that meet a condition over columns (conditions.py)."""
+class EpisodeConfig(Section):
+    """An episode: the records that meet a condition over columns (conditions.py). The paper's "episodic bucket"."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")]
     where: str
@@ -238,7 +238,7 @@ class BucketConfig(Section):
     @classmethod
     def _check_name(cls, name: str) -> str:
         if name == "rest":
-            raise ValueError("'rest' is the bucket of records that are in no other; choose another name")
+            raise ValueError("'rest' is the episode of records that are in no other; choose another name")
         return name
 
 
@@ -375,7 +375,8 @@ class CurationConfig(Section):
     scorers: ScorerConfig = ScorerConfig()
     dedup: DedupConfig = DedupConfig()
     tiers: TierConfig = TierConfig()
-    buckets: tuple[BucketConfig, ...] = ()  # a record is in the first bucket whose condition it meets, else in `rest`
+    # A record is in the first episode whose condition it meets, else in `rest`.
+    buckets: tuple[EpisodeConfig, ...] = ()
     captions: CaptionConfig = CaptionConfig()
     takedown: str | None = None  # a list of records that must not be used: see tasks/curation/takedown.py
     captioner: CaptionerConfig | None = None  # None: only the owners' captions

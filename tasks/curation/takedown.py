@@ -33,7 +33,7 @@ from tasks.curation.scoring.score import SCORES_TABLE, THUMBNAILS_TABLE
 from tasks.curation.scoring.scored_shard import fetch_pictures
 from tasks.curation.sources.base import TAKEDOWN
 from tasks.envs import CACHE_VERSIONS
-from tasks.lineage.record_usage import Use, uses_of
+from tasks.lineage.record_usage import RecordUse, uses_of
 from tasks.manifest import MANIFEST, visible
 from tasks.store import Part, fetch_part, make_part
 
@@ -129,11 +129,11 @@ class Found(NamedTuple):
     """The artifacts that had a listed record. near: (record id, file) of its near duplicates."""
 
     entry: str
-    uses: list[Use]
+    uses: list[RecordUse]
     near: list[tuple[str, str]]
 
     @property
-    def published(self) -> list[Use]:
+    def published(self) -> list[RecordUse]:
         return [use for use in self.uses if use.has and use.kind == "pipeline"]
 
 
@@ -148,7 +148,7 @@ def find(entries: Sequence[str], places: Sequence[str]) -> list[Found]:
     return [Found(entry, uses[entry], sorted(near.get(entry, ()))) for entry in entries]
 
 
-def _near_duplicates(entries: Sequence[str], uses: dict[str, list[Use]]) -> dict[str, set[tuple[str, str]]]:
+def _near_duplicates(entries: Sequence[str], uses: dict[str, list[RecordUse]]) -> dict[str, set[tuple[str, str]]]:
     """For each entry, the records that a ledger left out in its favour, and the one for which it was left out."""
     ledgers = {use.uri for record_uses in uses.values() for use in record_uses if use.kind == "curated"}
     near: dict[str, set[tuple[str, str]]] = {}

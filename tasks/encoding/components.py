@@ -103,8 +103,8 @@ def _splits(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     # Sorted by record ids, which are hashes, so that the first records are a random sample.
     train, val = table[table["split"] == "train"], table[table["split"] == "val"]
     if val.empty:
-        held = math.ceil(0.03 * len(train))
-        train, val = train[held:], train[:held]
+        held_out = math.ceil(0.03 * len(train))
+        train, val = train[held_out:], train[:held_out]
     if train.empty:
         raise ValueError(f"{len(table)} curated records are too few: one to train on and one held out are needed")
     return train.reset_index(drop=True), val.reset_index(drop=True)

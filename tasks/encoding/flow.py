@@ -107,7 +107,7 @@ def encode_latents_group(
     def encode(part: Part) -> tuple[Part, dict[str, int]]:
         selection = curated.selection(part)
         rows, held_out, not_drawn = latents.draw(selection, fractions, stage.image_size_px, stage.bucket_weights)
-        key = settings | {"records": selection.select(latents.COLUMNS).take(rows).to_pylist()}
+        key = settings | {"records": latents.records_of(selection, rows)}
 
         def make(changed: dict[int, str]) -> Part:
             return make_part(
@@ -131,8 +131,8 @@ def encode_latents_group(
 def fractions_of(curated_dir: str | Path, stage: StageConfig) -> dict[str, float]:
     """The fraction of each tier's images that a stage encodes (`latents.drawn_fractions`).
 
-    Reads the tiers of all selections only if the stage may draw less than an epoch. A stage that weights buckets encodes the
-    whole of each tier that it draws: how often it draws an image depends on the image's bucket as well.
+    Reads the tiers of all selections only if the stage may draw less than an epoch. A stage that weights episodes encodes the
+    whole of each tier that it draws: how often it draws an image depends on the image's episode as well.
     """
     curated = open_curated(curated_dir)
     records = curated.num_records

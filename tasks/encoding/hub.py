@@ -1,4 +1,7 @@
-"""Copies pinned components from the Hugging Face Hub (named files of one commit) or from a local directory."""
+"""Copies pinned components from the Hugging Face Hub (named files of one commit) or from a local directory.
+
+The reasons are in docs/decisions/encoding.md.
+"""
 
 from __future__ import annotations
 

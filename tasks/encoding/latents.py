@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from model.config import Section, StageConfig
 from model.data.files import LatentMeta, LatentPartWriter
@@ -27,7 +28,6 @@ from tasks.encoding.images import Changed, ChangedRecords, read_images
 from tasks.encoding.ledger import CHANGED_SINCE_SCORING, SHAPE_FITS_NO_BUCKET, UNDECODABLE, Notes
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     import torch
 
     from tasks.curation.curated import Curated
@@ -73,20 +73,26 @@ def is_drawn(record_id: str, fraction: float, seed: int) -> bool:
 
 
 def draw(
-    selection: pa.Table, fractions: Mapping[str, float], seed: int, bucket_weights: Mapping[str, float] | None = None
+    selection: pa.Table, fractions: Mapping[str, float], seed: int, episode_weights: Mapping[str, float] | None = None
 ) -> tuple[list[int], int, int]:
     """(rows of the selection to encode, number of held-out records, number of records that the stage does not draw)."""
     rows, held_out, not_drawn = [], 0, 0
-    left_out = {bucket for bucket, weight in (bucket_weights or {}).items() if not weight}
+    left_out = {episode for episode, weight in (episode_weights or {}).items() if not weight}
     columns = (selection[name].to_pylist() for name in ("record_id", "tier", "split", "bucket"))
-    for i, (record_id, tier, split, bucket) in enumerate(zip(*columns, strict=True)):
+    for i, (record_id, tier, split, episode) in enumerate(zip(*columns, strict=True)):
         if split != "train":
             held_out += 1
-        elif bucket not in left_out and is_drawn(record_id, fractions.get(tier, 0.0), seed):
+        elif episode not in left_out and is_drawn(record_id, fractions.get(tier, 0.0), seed):
             rows.append(i)
         else:
             not_drawn += 1
     return rows, held_out, not_drawn
+
+
+def records_of(selection: pa.Table, rows: list[int]) -> list[dict]:
+    """`COLUMNS` of rows of a shard's selection. A stage may draw none of them: Arrow cannot take by an empty list without
+    a type."""
+    return selection.select(COLUMNS).take(pa.array(rows, pa.int64())).to_pylist()
 
 
 def encode_latents(
@@ -110,7 +116,7 @@ def encode_latents(
         ChangedRecords: other rows have changed; raised after all rows are read.
     """
     out_dir, notes = Path(out_dir), Notes(part.name)
-    table = dict(zip(rows, curated.selection(part).select(COLUMNS).take(rows).to_pylist(), strict=True))
+    table = dict(zip(rows, records_of(curated.selection(part), rows), strict=True))
     buckets = stage_buckets(shape.image_size_px, shape.aspect_ratios, from_data=encoding.shapes == "data")
     assigned: dict[int, tuple[Bucket, int]] = {}
     crops = []

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ from eval.config import EvalConfig, SchedulerConfig
 from tasks.diffusers_parts import SCHEDULER, processor_class
 from tasks.evaluation import models
 from tasks.evaluation.models import Loaded, Model
-from tasks.evaluation.plan import Part
+from tasks.evaluation.plan import ImagesPart
 from tasks.evaluation.prompts import CAPTIONS, REFERENCE, read_prompts
 from tasks.manifest import load_manifest
 
 
 def generate_part(
-    merged: Path, components: Path, prompts: Path, config: EvalConfig, part: Part, work_dir: Path, out_dir: Path
+    merged: Path, components: Path, prompts: Path, config: EvalConfig, part: ImagesPart, work_dir: Path, out_dir: Path
 ) -> dict[str, Any]:
     """Samples one part of a seed's images; images of an earlier, killed attempt in `work_dir` are kept.
 
@@ -39,7 +40,7 @@ def generate_part(
 
 
 def generate_from_model(
-    model: Model, prompts: Path, config: EvalConfig, part: Part, work_dir: Path, out_dir: Path
+    model: Model, prompts: Path, config: EvalConfig, part: ImagesPart, work_dir: Path, out_dir: Path
 ) -> dict[str, Any]:
     """Like `generate_part`, for any diffusers pipeline.
 
@@ -50,7 +51,7 @@ def generate_from_model(
 
 
 def sample_part(
-    loaded: Loaded, prompts_dir: Path, config: EvalConfig, part: Part, work_dir: Path, out_dir: Path
+    loaded: Loaded, prompts_dir: Path, config: EvalConfig, part: ImagesPart, work_dir: Path, out_dir: Path
 ) -> dict[str, Any]:
     from eval.generation import pipelines
     from eval.generation.generate import IMAGES, generate
@@ -74,8 +75,16 @@ def sample_part(
         )
     # Hidden files are partial writes of a killed attempt.
     hidden = shutil.ignore_patterns(".*")
-    shutil.copytree(work_dir / IMAGES, out_dir / IMAGES, copy_function=shutil.copyfile, ignore=hidden)
+    shutil.copytree(work_dir / IMAGES, out_dir / IMAGES, copy_function=_link, ignore=hidden)
     return {"images": report["expected"], "seconds": report["seconds"]}
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file that nothing writes again; a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def load_pipeline(merged: Path, components: Path, scheduler: SchedulerConfig = SchedulerConfig()) -> Any:
@@ -115,8 +124,17 @@ def load_pipeline(merged: Path, components: Path, scheduler: SchedulerConfig = S
     return pipeline.to("cuda", dtype) if on_gpu else pipeline
 
 
-def gather_images(parts: Sequence[Path], prompts: Path, config: EvalConfig, out_dir: Path) -> None:
+def gather_images(
+    parts: Sequence[Path],
+    prompts: Path,
+    config: EvalConfig,
+    out_dir: Path,
+    copy: Callable[[str, str], object] = shutil.copyfile,
+) -> None:
     """Gathers all parts' images in `out_dir`, with the real images of their captions if the prompts have some.
+
+    Args:
+        copy: (file, its name in `out_dir`); `_link` for a folder that is only read.
 
     Raises:
         ValueError: the parts were sampled from different weights, prompts or settings.
@@ -134,9 +152,9 @@ def gather_images(parts: Sequence[Path], prompts: Path, config: EvalConfig, out_
             raise ValueError(f"{part} was sampled from other weights, prompts or settings than {parts[0]}")
         common = {"settings": settings, "prompts": lines}
         for folder in sorted((part / IMAGES).glob("seed*")):
-            shutil.copytree(folder, images / folder.name, copy_function=shutil.copyfile, dirs_exist_ok=True)
+            shutil.copytree(folder, images / folder.name, copy_function=copy, dirs_exist_ok=True)
     if (prompts / REFERENCE).is_dir():
-        shutil.copytree(prompts / REFERENCE, images / REFERENCE, copy_function=shutil.copyfile)
+        shutil.copytree(prompts / REFERENCE, images / REFERENCE, copy_function=copy)
     (images / SETTINGS).write_text(json.dumps(common["settings"], indent=1) + "\n", encoding="utf-8")
     (images / PROMPTS).write_text(common["prompts"], encoding="utf-8")
 
@@ -158,7 +176,7 @@ def judge(parts: list[Path], prompts: Path, config: EvalConfig, work_dir: Path, 
 
     run = work_dir / "run"
     shutil.rmtree(run, ignore_errors=True)
-    gather_images(parts, prompts, config, run)
+    gather_images(parts, prompts, config, run, _link)
     judged = work_dir / "judged"
     report = judge_run(run, judged, catalog.load_judges(config), config, log=lambda line: print(line, flush=True))
     for name in (INDEX, JUDGES, SEALED):

@@ -1,10 +1,12 @@
 """Stores the last scores: one record for each source of models and benchmark, in the store.
 
-    STORE/evaluations/KEY.json   {"model", "settings", "scorecard", "accepted", "gated"}
+    STORE/evaluations/KEY.json   {"model", "settings", "scorecard", "references", "gated"}
 
-`scorecard` is the last one, `gated` whether `gate` has seen it, `accepted` the last that was not a drop. So an unchanged
-model is scored once and alarms once, a night that ends before the gate is made up for by the next one, and a model that
-dropped does not become the reference of the next one.
+`scorecard` is the last one, `gated` whether `gate` has seen it. `references` has the last accepted scorecard of each kind:
+cards of one kind can be compared (`comparison_key`), the newest is last. So an unchanged model is scored once and alarms
+once, a night that ends before the gate is made up for by the next one, and a model that dropped does not become the
+reference of the next one. A card of another kind than any reference (other judges, other prompts) is not compared, which
+`gate` says, and becomes the reference of its kind; the others stay, so that going back to them is gated again.
 """
 
 from __future__ import annotations
@@ -12,16 +14,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from eval.config import EvalConfig
 from eval.judging.protocols import digest_of
+from eval.scorecards import card as cards
+from eval.scorecards.card import Scorecard, comparison_key
 from model import storage
 from tasks import envs
 from tasks.evaluation.evaluate import DropError, check_drop
 from tasks.evaluation.models import Model
 from tasks.store import store
 
-KEYS, YES, NO = ("model", "settings", "scorecard", "accepted", "gated"), "yes", "no"
+YES, NO = "yes", "no"
+KEPT = 16  # references of different kinds
 
 
 def _place(source: str, benchmark: str) -> str:
@@ -35,7 +41,7 @@ def _settings(config: EvalConfig) -> str:
     )
 
 
-def read(source: str, benchmark: str) -> dict[str, str]:
+def read(source: str, benchmark: str) -> dict[str, Any]:
     """The record; {} if nothing was scored yet.
 
     Raises:
@@ -47,12 +53,13 @@ def read(source: str, benchmark: str) -> dict[str, str]:
         return {}
     try:
         record = json.loads(content)
-        return {key: str(record[key]) for key in KEYS}
-    except (ValueError, KeyError, TypeError) as error:
+        texts = {key: str(record[key]) for key in ("model", "settings", "scorecard", "gated")}
+        return {**texts, "references": {str(key): str(place) for key, place in record["references"].items()}}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{place} is not a record of an evaluation: {error!r}; remove it to start again") from error
 
 
-def _write(source: str, benchmark: str, record: dict[str, str]) -> None:
+def _write(source: str, benchmark: str, record: dict[str, Any]) -> None:
     place = _place(source, benchmark)
     if not storage.is_remote(place):
         Path(place).parent.mkdir(parents=True, exist_ok=True)
@@ -66,31 +73,40 @@ def is_known(source: str, model: Model, config: EvalConfig) -> bool:
     return bool(record) and known.items() <= record.items()
 
 
-def store_score(source: str, model: Model, config: EvalConfig, scorecard: str) -> str:
+def store_score(source: str, model: Model, config: EvalConfig, scorecard: str, card: Scorecard) -> str:
     """Records a scorecard; returns JSON for `gate`.
 
     Args:
         scorecard: its path or URI.
+        card: its content.
     """
-    before = read(source, config.benchmark)
-    accepted = before.get("accepted", "")
+    references = read(source, config.benchmark).get("references", {})
     record = {
         "model": model.digest,
         "settings": _settings(config),
         "scorecard": scorecard,
-        "accepted": accepted,
+        "references": references,
         "gated": NO,
     }
     _write(source, config.benchmark, record)
-    return json.dumps({"source": source, "benchmark": config.benchmark, "scorecard": scorecard, "incumbent": accepted})
+    return json.dumps(
+        {
+            "source": source,
+            "benchmark": config.benchmark,
+            "scorecard": scorecard,
+            "key": comparison_key(card),
+            "references": references,
+        }
+    )
 
 
-def gate(stored: Sequence[str], fetch: Callable[[str], Path]) -> list[str]:
-    """One sentence for each score that is not a drop; these become the accepted scores.
+def gate(stored: Sequence[str], fetch: Callable[[str], Path], log: Callable[[str], None] = print) -> list[str]:
+    """One sentence for each score that is not a drop; these become the references of their kind.
 
     Args:
         stored: results of `store_score`.
         fetch: (path or URI of a scorecard) -> its directory on this machine.
+        log: gets each sentence, also if another score dropped.
 
     Raises:
         DropError: scores dropped beyond noise; names each. The others are still accepted.
@@ -98,20 +114,42 @@ def gate(stored: Sequence[str], fetch: Callable[[str], Path]) -> list[str]:
     sentences, drops = [], []
     for text in stored:
         item = json.loads(text)
+        scorecard, key, references = item["scorecard"], item["key"], item["references"]
         try:
-            if item["incumbent"]:
-                sentence = check_drop(fetch(item["incumbent"]), fetch(item["scorecard"]))
+            if key in references:
+                sentence = check_drop(fetch(references[key]), fetch(scorecard))
             else:
-                sentence = f"{item['benchmark']}: the first score, nothing to compare it with"
+                sentence = _not_compared(fetch(scorecard), fetch(list(references.values())[-1]) if references else None)
         except DropError as error:
             drops.append(str(error))
-            update = {"gated": YES}
+            update: dict[str, Any] = {"gated": YES}
         else:
+            log(sentence)
             sentences.append(sentence)
-            update = {"gated": YES, "accepted": item["scorecard"]}
+            others = {other: place for other, place in references.items() if other != key}
+            newest = dict([*others.items(), (key, scorecard)][-KEPT:])
+            update = {"gated": YES, "references": newest}
         record = read(item["source"], item["benchmark"])
-        if record.get("scorecard") == item["scorecard"]:
+        if record.get("scorecard") == scorecard:
             _write(item["source"], item["benchmark"], record | update)
     if drops:
         raise DropError("; ".join(drops))
     return sentences
+
+
+def _not_compared(scorecard: Path, latest: Path | None) -> str:
+    """Says that a score has no reference, and why.
+
+    Args:
+        latest: the last accepted score, of another kind; None if there is none.
+    """
+    card = cards.load(scorecard)
+    shown = f"{card.name} {card.scale * card.overall.mean:.3f}"
+    if latest is None:
+        return f"{shown}: the first score, nothing to compare it with"
+    other = cards.load(latest)
+    return (
+        f"{shown}: NOT COMPARED with the last accepted score ({other.name} {other.scale * other.overall.mean:.3f}): "
+        f"{cards.not_comparable(other, card)}. It is the reference for later scores by its prompts and judges; compare the "
+        "models by hand if the weights changed too"
+    )

@@ -15,13 +15,25 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from eval import catalog
 from eval.benchmarks import registry
 from eval.config import SCORING_KEYS, EvalConfig
+from eval.judges import registry as judge_registry
+from tasks.evaluation.prompts import CAPTIONS
 
+# GenEval is saturated: GenEval 2 is the second headline.
+HEADLINES = ("geneval", "geneval2")
 # Settings of one benchmark that are wrong for another.
-OF_A_BENCHMARK = {"benchmark", "judges", "prompts_file", "prompts_per_task", "prompt_rewrites", "images_per_prompt"}
+OF_A_BENCHMARK = {
+    "benchmark",
+    "further_benchmarks",
+    "judges",
+    "prompts_file",
+    "prompts_per_task",
+    "prompt_rewrites",
+    "images_per_prompt",
+}
 
 
-class Part(BaseModel):
-    """One of `parts` shares of one sampling seed's images."""
+class ImagesPart(BaseModel):
+    """The part of one sampling seed's images that one task generates and seals: number `index` of `parts`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     seed: int = Field(ge=0)
@@ -29,18 +41,20 @@ class Part(BaseModel):
     parts: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
-    def _inside(self) -> Part:
+    def _inside(self) -> ImagesPart:
         if self.index >= self.parts:
             raise ValueError(f"index={self.index} must be one of the {self.parts} parts from 0 to {self.parts - 1}")
         return self
 
 
-def plan_parts(config: EvalConfig, parts_per_seed: int) -> list[Part]:
+def plan_parts(config: EvalConfig, parts_per_seed: int) -> list[ImagesPart]:
     """All parts of a run. Their number does not change any image: batches are the same."""
     if parts_per_seed < 1:
         raise ValueError(f"parts_per_seed={parts_per_seed} must be at least 1")
     return [
-        Part(seed=seed, index=index, parts=parts_per_seed) for seed in config.seeds for index in range(parts_per_seed)
+        ImagesPart(seed=seed, index=index, parts=parts_per_seed)
+        for seed in config.seeds
+        for index in range(parts_per_seed)
     ]
 
 
@@ -75,10 +89,10 @@ def plan_benchmarks(
         values = {key: value for key, value in base.items() if key not in OF_A_BENCHMARK}
         values |= {"benchmark": name, "images_per_prompt": benchmark.images_per_prompt}
         if base.get("benchmark", "shapes") == name:
-            values |= {key: base[key] for key in OF_A_BENCHMARK if key in base}
+            values |= {key: base[key] for key in OF_A_BENCHMARK - {"further_benchmarks"} if key in base}
         for change in overrides:
             _override(values, change, name, names)
-        chosen = catalog.recommended(name, packaged) | dict(values.pop("judges", {}))
+        chosen = catalog.recommended(benchmark, packaged) | dict(values.pop("judges", {}))
         chosen |= _judges_of(judges, name, names, list(benchmark.judges))
         try:
             config = EvalConfig(**values, judges=chosen)
@@ -89,6 +103,26 @@ def plan_benchmarks(
         catalog.judges_of(config)
         configs.append(config)
     return configs
+
+
+def further_configs(config: EvalConfig, packaged: bool = False) -> list[EvalConfig]:
+    """The configuration of each of `config.further_benchmarks`.
+
+    Raises:
+        ValueError: see `plan_benchmarks`.
+    """
+    if not config.further_benchmarks:
+        return []
+    return plan_benchmarks(",".join(config.further_benchmarks), config.model_dump(mode="json"), packaged=packaged)
+
+
+def default_benchmarks(base: Mapping[str, Any]) -> str:
+    """The benchmarks of a command that names none: those of the eval section `base`, of a recipe or a published pipeline.
+
+    `HEADLINES` without one, and for captions, whose prompts are of a corpus.
+    """
+    names = [base["benchmark"], *base.get("further_benchmarks", ())] if "benchmark" in base else []
+    return ",".join(HEADLINES if not names or CAPTIONS in names else names)
 
 
 def _override(values: dict[str, Any], change: str, name: str, names: Sequence[str]) -> None:
@@ -126,7 +160,8 @@ def _judges_of(judges: str, name: str, names: Sequence[str], roles: Sequence[str
             if not benchmark and len(names) > 1:
                 continue  # a role of another benchmark
             raise ValueError(f"judges has the role {role!r}, and {name} has {', '.join(roles)}")
-        _, answers, _ = catalog.JUDGES.get(judge.partition("@")[0], ("", tuple(roles), ""))
+        entry = judge_registry.entry(judge)
+        answers = tuple(roles) if entry is None else entry.roles
         chosen |= {role: judge} if role else {r: judge for r in roles if r in answers}
     return chosen
 

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple, Optional
 from flytekit import Deck, task
 from flytekit.types.directory import FlyteDirectory
 
+from eval import html_page
 from eval.config import EvalConfig
+from eval.scorecards import card as cards
 from tasks import envs
 from tasks.artifacts import (
     AnswersDir,
@@ -30,7 +32,7 @@ from tasks.artifacts import (
 )
 from tasks.artifacts import source as source_of
 from tasks.evaluation.models import Model
-from tasks.evaluation.plan import Part
+from tasks.evaluation.plan import ImagesPart
 from tasks.manifest import load_manifest
 
 
@@ -53,7 +55,7 @@ def resolve_incumbent(model: str, revision: str, components: str) -> Model:
 
 
 @task(**envs.light("evaluator"))
-def plan_parts(config: EvalConfig, parts_per_seed: int) -> list[Part]:
+def plan_parts(config: EvalConfig, parts_per_seed: int) -> list[ImagesPart]:
     """The parts over which `generate_part` and `generate_from_model` are mapped: shares of the batches of each seed."""
     from tasks.evaluation import plan
 
@@ -82,7 +84,7 @@ def make_prompts(config: EvalConfig, curated: Optional[CuratedDir] = None) -> Pr
 
 @task(cache=envs.cache("evaluation"), **envs.gpu_single("evaluator"))
 def generate_part(
-    merged: MergedDir, components: ComponentsDir, prompts: PromptsDir, config: EvalConfig, part: Part
+    merged: MergedDir, components: ComponentsDir, prompts: PromptsDir, config: EvalConfig, part: ImagesPart
 ) -> ImagesDir:
     """Generates one part of a seed's images from merged weights and components, through diffusers' pipeline."""
     from tasks.evaluation import evaluate
@@ -94,7 +96,9 @@ def generate_part(
 
 
 @task(cache=envs.cache("evaluation", ignored_inputs=("model",)), **envs.gpu_single("evaluator"))
-def generate_from_model(model: Model, digest: str, prompts: PromptsDir, config: EvalConfig, part: Part) -> ImagesDir:
+def generate_from_model(
+    model: Model, digest: str, prompts: PromptsDir, config: EvalConfig, part: ImagesPart
+) -> ImagesDir:
     """Generates one part of a seed's images from any diffusers pipeline. `digest` identifies the model; its location is
     not part of the cache key."""
     from tasks.evaluation import evaluate
@@ -113,7 +117,7 @@ def generate_from_model(model: Model, digest: str, prompts: PromptsDir, config: 
 def _images(
     parents: Sequence[Path],
     config: EvalConfig,
-    part: Part,
+    part: ImagesPart,
     more: dict[str, Any],
     make: Callable[[EvalConfig, Path, Path], dict[str, Any]],
 ) -> Any:
@@ -185,8 +189,8 @@ def gate(scorecard: ScorecardDir, incumbent: ScorecardDir) -> str:
 
 
 def _scores(scorecard: Any) -> Path:
-    """A scorecard without its images, which no comparison reads."""
-    return fetch(scorecard, "scorecard", without=(".png",))
+    """A scorecard without its images and pages, which no comparison reads."""
+    return fetch(scorecard, "scorecard", without=(".png", ".html"))
 
 
 @task(**envs.light("evaluator"))
@@ -205,18 +209,20 @@ def store_score(source: str, model: Model, config: EvalConfig, scorecard: Scorec
     """Records the scorecard; returns the input of `gate_scores`, as JSON."""
     from tasks.evaluation import history
 
-    _scores(scorecard)  # verified, so that the recorded scorecard can be read
-    return history.store_score(source, model, config, source_of(scorecard))
+    card = cards.load(_scores(scorecard))  # verified, so that the recorded scorecard can be read
+    return history.store_score(source, model, config, source_of(scorecard), card)
 
 
-@task(**envs.light("evaluator"))
+@task(enable_deck=True, **envs.light("evaluator"))
 def gate_scores(stored: list[str]) -> list[str]:
-    """Fails if any score is lower than the last accepted one beyond noise; the others become the accepted scores."""
+    """Fails if any score is lower than the last accepted one of its kind beyond noise; the others become the accepted
+    scores. Says which scores were not compared, and why."""
     from tasks.evaluation import history
 
     with plain_errors():
         sentences = history.gate(stored, lambda uri: _scores(FlyteDirectory(uri)))
-    print("\n".join(sentences), flush=True)
+    rows = [(sentence,) for sentence in sentences]
+    Deck("Gate", html_page.page("Gate", html_page.table(["scores of this night"], rows)))
     return sentences
 
 
@@ -253,6 +259,6 @@ def choose_scorecard(names: list[str], scorecards: list[ScorecardDir]) -> Choice
         selection = select_candidate(paths[incumbent], [paths[name] for name in others])
     names_of = {str(path): name for name, path in paths.items()}
     chosen = names_of[selection.chosen]
-    sentence = f"{chosen}: {'; '.join([selection.sentence.replace(selection.chosen, chosen), *same])}"
+    sentence = "; ".join([f"{selection.name}: {selection.sentence.replace(selection.chosen, chosen)}", *same])
     print("\n".join([sentence, *lines(selection, names_of)]), flush=True)
     return Choice(chosen, sentence)

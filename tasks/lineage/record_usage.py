@@ -30,7 +30,7 @@ class Artifact(NamedTuple):
     manifest: Manifest
 
 
-class Use(NamedTuple):
+class RecordUse(NamedTuple):
     """An artifact, and how it uses the record. `has` is False if the record was left out."""
 
     kind: str
@@ -40,7 +40,7 @@ class Use(NamedTuple):
     why: str
 
 
-def used_by(record: str, home: str) -> list[Use]:
+def used_by(record: str, home: str) -> list[RecordUse]:
     """Artifacts below HOME/artifacts that had a record or left it out, in the order of `KINDS`.
 
     Args:
@@ -52,7 +52,7 @@ def used_by(record: str, home: str) -> list[Use]:
     return uses_of([record], [home])[record]
 
 
-def uses_of(records: Collection[str], homes: Sequence[str]) -> dict[str, list[Use]]:
+def uses_of(records: Collection[str], homes: Sequence[str]) -> dict[str, list[RecordUse]]:
     """Like `used_by` for many records, reading each table once: record -> uses.
 
     Args:
@@ -65,11 +65,11 @@ def uses_of(records: Collection[str], homes: Sequence[str]) -> dict[str, list[Us
     artifacts = {artifact.manifest.digest: artifact for home in homes for artifact in _artifacts(home)}
     if not artifacts:
         raise ValueError(f"{' and '.join(homes)} has no artifacts/KIND/DIGEST with a manifest")
-    direct: dict[str, dict[str, Use]] = {record: {} for record in records}
+    direct: dict[str, dict[str, RecordUse]] = {record: {} for record in records}
     wanted = pa.array(sorted(set(records)), pa.string())
     for digest, (uri, manifest) in artifacts.items():
         for record, (has, why) in _in_tables(wanted, uri, manifest).items():
-            direct[record][digest] = Use(manifest.kind, digest, uri, has, why)
+            direct[record][digest] = RecordUse(manifest.kind, digest, uri, has, why)
     parts = {
         digest: [part.digest for part in sealed.parts(uri) if part.digest]
         for digest, (uri, manifest) in artifacts.items()
@@ -78,7 +78,7 @@ def uses_of(records: Collection[str], homes: Sequence[str]) -> dict[str, list[Us
     return {record: _spread(uses, artifacts, parts) for record, uses in direct.items()}
 
 
-def _spread(uses: dict[str, Use], artifacts: dict[str, Artifact], parts: dict[str, list[str]]) -> list[Use]:
+def _spread(uses: dict[str, RecordUse], artifacts: dict[str, Artifact], parts: dict[str, list[str]]) -> list[RecordUse]:
     """Adds artifacts that were made from the artifacts that have the record."""
     left = set(artifacts) if uses else set()
     while left:  # each round adds the next generation
@@ -90,7 +90,7 @@ def _spread(uses: dict[str, Use], artifacts: dict[str, Artifact], parts: dict[st
                 above += [p.digest for p in manifest.parents if p.digest in uses and uses[p.digest].has]
             if above and not (digest in uses and uses[digest].has):
                 source = uses[above[0]]
-                new[digest] = Use(manifest.kind, digest, uri, True, f"from {source.kind} {source.digest[:16]}")
+                new[digest] = RecordUse(manifest.kind, digest, uri, True, f"from {source.kind} {source.digest[:16]}")
         uses |= new
         left = left - new.keys() if new else set()
     order = {kind: i for i, kind in enumerate(KINDS)}
@@ -147,5 +147,5 @@ def main(record: str, home: str, as_json: bool = False) -> int:
     return 0 if any(use.has for use in uses) else 1
 
 
-def _json(use: Use) -> dict[str, Any]:
+def _json(use: RecordUse) -> dict[str, Any]:
     return use._asdict()

@@ -14,8 +14,8 @@ from model.stages import TrainingStage, training_stages
 from tasks.recipe import Recipe
 
 # Artifacts that workflows start from or make. "encoded": components, texts and latents.
-Hop = Literal["source", "curated", "encoded", "checkpoints", "merged", "scorecard", "pipeline"]
-HOPS: tuple[Hop, ...] = get_args(Hop)
+Milestone = Literal["source", "curated", "encoded", "checkpoints", "merged", "scorecard", "pipeline"]
+MILESTONES: tuple[Milestone, ...] = get_args(Milestone)
 PHONE_FORMATS = ("AVIF", "HEIF")
 ANY_ASPECT_RATIO = 1e6
 OWN_CAPTION_WORDS = 60  # with the tokens of the chat format they fit in 64
@@ -47,7 +47,7 @@ def stage_named(stages: list[Stage], name: str) -> Stage:
     raise ValueError(f"stage={name!r} is not a stage of the recipe: use one of {names}")
 
 
-def check_workflow(recipe: Recipe, ends_in: Hop = "pipeline", starts_from: Hop = "source") -> None:
+def check_workflow(recipe: Recipe, ends_in: Milestone = "pipeline", starts_from: Milestone = "source") -> None:
     """Refuses, before any work, a valid recipe that a workflow could not finish.
 
     Args:
@@ -57,9 +57,9 @@ def check_workflow(recipe: Recipe, ends_in: Hop = "pipeline", starts_from: Hop =
     Raises:
         ValueError: names the key, and what would be valid.
     """
-    hops = HOPS[HOPS.index(starts_from) + 1 : HOPS.index(ends_in) + 1]
-    assert hops, (starts_from, ends_in)
-    if "pipeline" in hops and recipe.model.is_ablation:
+    reached = MILESTONES[MILESTONES.index(starts_from) + 1 : MILESTONES.index(ends_in) + 1]
+    assert reached, (starts_from, ends_in)
+    if "pipeline" in reached and recipe.model.is_ablation:
         raise ValueError(
             f"model.routing={recipe.model.model_dump()['routing']} is an ablation, and diffusers has no class that "
             "computes it: it cannot be published; pyflyte run workflows/ablate.py ablate ends in its scorecard"
@@ -69,7 +69,7 @@ def check_workflow(recipe: Recipe, ends_in: Hop = "pipeline", starts_from: Hop =
             f"encoding.hidden_state_index={recipe.encoding.hidden_state_index} must be {PIPELINE_TEXT_STATE}: samples "
             "and scores use the default text state of the pipeline, so training must use it too"
         )
-    if "scorecard" in hops:
+    if "scorecard" in reached:
         check_scoring(recipe.eval)
 
 
@@ -87,7 +87,7 @@ def check_scoring(config: EvalConfig) -> None:
             "weights"
         ) from error
     path = config.prompts_file
-    if config.prompt_set == "development" and path is None and config.benchmark not in catalog.DEVELOPMENT:
+    if path is None and config.prompt_set not in catalog.benchmark(config.benchmark).prompt_sets:
         raise ValueError(
             f"eval.prompt_set: {config.benchmark} has no development prompts; set eval.prompts_file to others"
         )

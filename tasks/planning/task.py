@@ -20,13 +20,15 @@ from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.curation.scorers import check_settings
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.evaluation.models import Model
+from tasks.evaluation.plan import further_configs
 from tasks.planning.candidates import Candidate
 from tasks.planning.local_cache import forget_lost_artifacts
 from tasks.planning.local_run import check_directories
 from tasks.planning.sections import (
-    HOPS,
+    MILESTONES,
     Stage,
     check_ranks,
+    check_scoring,
     check_tiers,
     check_workflow,
     for_own_images,
@@ -53,6 +55,7 @@ class Sections(NamedTuple):
     stages: list[Stage]
     merge: MergeConfig
     eval: EvalConfig
+    further_evals: list[EvalConfig]
     publish: PublishConfig
     recipe_json: str
 
@@ -63,7 +66,7 @@ def resolve_recipe(
 ) -> Sections:
     """Checks the whole recipe before any work. Not cached: it also drops cache entries of lost artifacts.
 
-    `starts_from`, `ends_in`: the artifacts that the workflow is given and makes (`sections.Hop`).
+    `starts_from`, `ends_in`: the artifacts that the workflow is given and makes (`sections.Milestone`).
     """
     with plain_errors():
         if is_local():
@@ -76,7 +79,7 @@ def resolve_recipe(
             path = source or loaded.source.path or ""
             check_source(path, is_local())
             check_settings(loaded.curation.scorers)
-        if HOPS.index(starts_from) < HOPS.index("checkpoints") <= HOPS.index(ends_in):
+        if MILESTONES.index(starts_from) < MILESTONES.index("checkpoints") <= MILESTONES.index(ends_in):
             check_ranks(loaded.train, envs.TRAIN_NNODES, envs.TRAIN_NPROC, is_local())
         if starts_from == "source" and loaded.curation.captioner is not None:
             check_captioner(loaded.curation.captioner)
@@ -87,9 +90,11 @@ def resolve_recipe(
             f"own images: captions of up to {words} words are kept; the VAE's PSNR is reported, not required; scored by "
             f"the benchmark {loaded.eval.benchmark}"
         )
-    if is_local() and HOPS.index(starts_from) < HOPS.index("scorecard") <= HOPS.index(ends_in):
+    further = _further_configs(loaded.eval) if ends_in == "pipeline" and loaded.eval.further_benchmarks else []
+    if is_local() and MILESTONES.index(starts_from) < MILESTONES.index("scorecard") <= MILESTONES.index(ends_in):
         with plain_errors():
-            catalog.check_installed(loaded.eval)
+            for config in (loaded.eval, *further):
+                catalog.check_installed(config)
     forget_lost_artifacts(CACHE_LOCATION)
     return Sections(
         name=loaded.name,
@@ -100,10 +105,19 @@ def resolve_recipe(
         encoding=loaded.encoding,
         stages=stages(loaded),
         merge=loaded.merge,
-        eval=loaded.eval,
+        eval=loaded.eval.model_copy(update={"further_benchmarks": ()}),
+        further_evals=further,
         publish=loaded.publish,
         recipe_json=loaded.model_dump_json(),
     )
+
+
+def _further_configs(config: EvalConfig) -> list[EvalConfig]:
+    with plain_errors():
+        configs = further_configs(config, packaged=is_local() and not _has_gpu())
+        for one in configs:
+            check_scoring(one)
+    return configs
 
 
 @task(**envs.light("curation"))
@@ -139,7 +153,8 @@ def plan_benchmarks(
 ) -> list[EvalConfig]:
     """Checks the whole request before any work: one configuration for each benchmark. Also forgets artifacts that are gone.
 
-    `recipe` has the settings; "": those of a published pipeline's scorecard.
+    `recipe` has the settings; "": those of a published pipeline's scorecard. Benchmarks "" are those of these settings
+    (`plan.default_benchmarks`).
     """
     from eval import catalog
     from tasks.evaluation import models, plan
@@ -151,7 +166,11 @@ def plan_benchmarks(
             base = models.published_settings(model) or {}
         changes = [overrides] if isinstance(overrides, str) else overrides
         configs = plan.plan_benchmarks(
-            benchmarks, base, [c for c in changes if c], judges, packaged=is_local() and not _has_gpu()
+            benchmarks or plan.default_benchmarks(base),
+            base,
+            [c for c in changes if c],
+            judges,
+            packaged=is_local() and not _has_gpu(),
         )
         for config in configs if is_local() else ():
             catalog.check_installed(config)

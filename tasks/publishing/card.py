@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -14,7 +15,11 @@ PAPER = "https://arxiv.org/abs/2604.12163"
 
 
 def model_card(
-    recipe: dict[str, Any], scorecard: dict[str, Any] | None, lineage: list[dict[str, Any]], has_grid: bool = False
+    recipe: dict[str, Any],
+    scorecard: dict[str, Any] | None,
+    lineage: list[dict[str, Any]],
+    has_grid: bool = False,
+    further: Sequence[dict[str, Any]] = (),
 ) -> str:
     """Markdown with the Hub's YAML header.
 
@@ -23,6 +28,7 @@ def model_card(
         scorecard: the dict of eval.scorecard; None if the model was not scored, which the card then states.
         lineage: rows of tasks.trace.lineage_rows.
         has_grid: whether the directory contains grid.png.
+        further: scorecards of further benchmarks.
     """
     publish = recipe["publish"]
     header = {
@@ -32,15 +38,17 @@ def model_card(
         "tags": ["text-to-image", "mixture-of-experts", "flow-matching", "nucleus-image"],
     }
     if scorecard is not None:
-        header["model-index"] = [model_index(scorecard, publish["title"])]
+        entries = [model_index(card, publish["title"]) for card in (scorecard, *further)]
+        header["model-index"] = [{**entries[0], "results": [row for entry in entries for row in entry["results"]]}]
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n",
         f"# {_text(publish['title'])}\n",
         _what(recipe),
         "![Prompts and generated images](grid.png)\n" if has_grid else "",
         _usage(recipe),
-        _scores(scorecard),
-        _spread(recipe, scorecard) if scorecard is not None else "",
+        "## Scores\n",
+        "Not scored.\n" if scorecard is None else _headlines([scorecard, *further]) if further else "",
+        *(_scores(card) + "\n" + _spread(recipe, card) for card in (scorecard, *further) if card is not None),
         _how(recipe),
         _lineage(lineage),
         _limits(recipe, scorecard),
@@ -53,6 +61,11 @@ def _text(value: Any) -> str:
     """Escapes a value from data for Markdown: one line without markup, links or HTML."""
     line = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|#!~])", r"\\\1", line)
+
+
+def _code(value: Any) -> str:
+    """A value from data as a code span, in which Markdown has no escapes: without characters that end it or a cell."""
+    return f"`{re.sub('[`|<>]', '', ' '.join(str(value).split()))}`"
 
 
 def _layers(recipe: dict[str, Any]) -> tuple[int, int]:
@@ -121,16 +134,20 @@ with the settings above. Sizes are multiples of {8 * recipe["model"]["patch_size
 """
 
 
-def _scores(scorecard: dict[str, Any] | None) -> str:
-    if scorecard is None:
-        return "## Scores\n\nNot scored.\n"
+def _headlines(cards: Sequence[dict[str, Any]]) -> str:
+    """The overall scores of several benchmarks, as the first table of the card."""
+    lines = ["| score | overall | deviation | interval | prompts | images |", "| --- | --- | --- | --- | --- | --- |"]
+    lines += [_row(_code(card["name"]), card["overall"], card.get("scale", 1.0)) for card in cards]
+    return "\n".join(lines) + "\n"
+
+
+def _scores(scorecard: dict[str, Any]) -> str:
     overall, scale = scorecard["overall"], scorecard.get("scale", 1.0)
     seeds = ", ".join(str(seed) for seed in overall["seeds"])
     counts = scorecard["counts"]
     interval = scorecard["interval"]
     lines = [
-        "## Scores\n",
-        f"Score `{_text(scorecard['name'])}`; {overall['runs']} runs (seeds {seeds}); {counts['scored']} of "
+        f"Score {_code(scorecard['name'])}; {overall['runs']} runs (seeds {seeds}); {counts['scored']} of "
         f"{counts['expected']} images scored, {counts['failed']} failed. Deviation: standard deviation over seeds. "
         f"Interval: {interval['level']:.0%}, over prompts ({_text(interval['method'])}).\n",
         "| task | mean | deviation | interval | prompts | images |",
@@ -161,9 +178,11 @@ def _scores(scorecard: dict[str, Any] | None) -> str:
 def _spread(recipe: dict[str, Any], scorecard: dict[str, Any]) -> str:
     """Standard errors of the overall score by their source, and the command that measures each."""
     noise, name, scale = scorecard["overall"]["noise"], _text(recipe["name"]), scorecard.get("scale", 1.0)
-    benchmark = _text(recipe["eval"]["benchmark"])
+    benchmark = _text(scorecard["benchmark"])
     evaluate = f"pyflyte run workflows/evaluate.py evaluate --model DIR --benchmarks {benchmark} --recipe {name}"
     study = f'pyflyte run workflows/study.py study --recipe {name} --variants "" --seeds 0,1,2,3,4'
+    if scorecard["benchmark"] != recipe["eval"]["benchmark"]:  # a study scores the recipe's first benchmark
+        study = "python -m eval.cli score RUN --training-runs CARD ..."
     training = f"not measured here: these weights are one training, seed {recipe['train']['seed']}"
     if noise["training"] is not None:
         training = f"{scale * noise['training']:.3f} over {noise['training_runs']} trainings"

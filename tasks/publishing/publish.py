@@ -4,6 +4,7 @@
     components/vae, text_encoder,      +--> DIR/{model_index.json, transformer/, vae/, text_encoder/, processor/,
                processor --------------+         scheduler/, README.md, scorecard.json, grid.png, SHA256SUMS}
     scorecard/scorecard.json, grid.png +
+    further scorecards ----------------+         scorecard-BENCHMARK.json
 
 Weights are copied byte by byte, so that the scored weights are the published ones; no model is loaded.
 """
@@ -13,10 +14,12 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,7 @@ def publish(
     scorecard_dir: str | Path,
     recipe: dict[str, Any],
     out_dir: str | Path,
+    further_dirs: Sequence[str | Path] = (),
 ) -> dict[str, Any]:
     """Assembles the pipeline directory.
 
@@ -56,6 +60,7 @@ def publish(
         scorecard_dir: has `scorecard.json`, and optionally `grid.png`: nothing is published without scores.
         recipe: the whole recipe as `Recipe.model_dump(mode="json")`, which the card describes.
         out_dir: an empty directory.
+        further_dirs: scorecards of further benchmarks.
 
     Returns:
         {"files", "bytes", "image_size_px", "class"}.
@@ -84,17 +89,17 @@ def publish(
     index["scheduler"] = ["diffusers", SCHEDULER["_class_name"]]
     _write_json(out_dir / "model_index.json", index)
 
-    path = Path(scorecard_dir) / "scorecard.json"
-    if not path.is_file():
-        raise ValueError(f"{scorecard_dir} has no scorecard.json; only a model with scores is published")
-    scorecard = json.loads(path.read_text())
-    shutil.copyfile(path, out_dir / "scorecard.json")
+    scorecard, *further = (_read_scorecard(Path(directory)) for directory in (scorecard_dir, *further_dirs))
+    shutil.copyfile(Path(scorecard_dir) / "scorecard.json", out_dir / "scorecard.json")
+    for directory, card in zip(further_dirs, further, strict=True):
+        name = re.sub(r"[^\w.-]", "-", card["benchmark"])
+        shutil.copyfile(Path(directory) / "scorecard.json", out_dir / f"scorecard-{name}.json")
     if (Path(scorecard_dir) / "grid.png").is_file():
         shutil.copyfile(Path(scorecard_dir) / "grid.png", out_dir / "grid.png")
 
-    parents = [merged_dir, components_dir, scorecard_dir]
-    card = model_card(recipe, scorecard, lineage_rows(parents), has_grid=(out_dir / "grid.png").is_file())
-    (out_dir / "README.md").write_text(card)
+    parents = [merged_dir, components_dir, scorecard_dir, *further_dirs]
+    has_grid = (out_dir / "grid.png").is_file()
+    (out_dir / "README.md").write_text(model_card(recipe, scorecard, lineage_rows(parents), has_grid, further))
     files = _write_sums(out_dir)
     return {
         "files": len(files),
@@ -102,6 +107,13 @@ def publish(
         "image_size_px": recipe["eval"]["image_size_px"],
         "class": index["_class_name"],
     }
+
+
+def _read_scorecard(directory: Path) -> dict[str, Any]:
+    path = directory / "scorecard.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} has no scorecard.json; only a model with scores is published")
+    return json.loads(path.read_text())
 
 
 PRIVATE = (("source", "path"), ("train", "checkpoint_uri"), ("publish", "s3_uri"), ("publish", "s3_bucket_owner"))

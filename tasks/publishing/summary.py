@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from eval import html_page
 from eval.html_page import image, text
@@ -14,29 +15,41 @@ from tasks.encoding.report import PAGE, title
 from tasks.manifest import load_manifest
 
 
-def lines(pipeline: Path, scorecard: Path, curated: Path, encoded: Sequence[Path] = ()) -> list[str]:
+def lines(
+    pipeline: Path,
+    scorecard: Path,
+    curated: Path,
+    encoded: Sequence[Path] = (),
+    further: Sequence[Path] = (),
+) -> list[str]:
     """The scores, and the paths of the results.
 
     Args:
         encoded: the artifacts of texts, and of each stage's latents.
+        further: scorecards of further benchmarks.
     """
-    card = json.loads((scorecard / "scorecard.json").read_text())
-    overall = card["overall"]
-    spread = "" if overall["std"] is None else f" +- {overall['std']:.3f} over {overall['runs']} seeds"
-    tasks = ", ".join(f"{name} {task['mean']:.2f}" for name, task in card["tasks"].items())
+    card, *others = (json.loads((path / "scorecard.json").read_text()) for path in (scorecard, *further))
     measures = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in card.get("measures", {}).items()]
     losses = ", ".join(f"{row['loss']:.3f} at t={row['timestep']:g}" for row in card.get("flow_loss", []))
     return [
-        f"{card['name']} overall {overall['mean']:.3f}{spread} ({tasks})",
+        *(_score(one) for one in (card, *others)),
         *([", ".join(measures)] if measures else []),
         *([f"held-out flow loss {losses}"] if losses else []),
         f"pipeline   {pipeline}",
-        f"scorecard  {scorecard / 'scorecard.html'}",
+        *(f"scorecard  {path / 'scorecard.html'}" for path in (scorecard, *further)),
         f"grid       {scorecard / 'grid.png'}",
         f"retention  {curated / 'report.html'}",
         *dict.fromkeys(_encoding(path) for path in encoded),  # stages of one size share latents
         f"lineage    python -m tasks.trace {pipeline}",
     ]
+
+
+def _score(card: Mapping[str, Any]) -> str:
+    """The overall score and its categories, on the benchmark's own scale."""
+    overall, scale = card["overall"], card.get("scale", 1.0)
+    spread = "" if overall["std"] is None else f" +- {scale * overall['std']:.3f} over {overall['runs']} seeds"
+    tasks = ", ".join(f"{name} {scale * task['mean']:.2f}" for name, task in card["tasks"].items())
+    return f"{card['name']} overall {scale * overall['mean']:.3f}{spread} ({tasks})"
 
 
 def _encoding(directory: Path) -> str:

@@ -23,34 +23,41 @@ from tasks.artifacts import (
 )
 from tasks.publishing.config import PublishConfig
 
+SHOWN = (".png", ".parquet")  # left out of further scorecards: only their numbers and pages are read
+
 
 @task(cache=envs.cache("publishing"), enable_deck=True, **envs.gather("publisher"))
 def publish_pipeline(
     merged: MergedDir,
     components: ComponentsDir,
     scorecard: ScorecardDir,
+    further: list[ScorecardDir],
     curated: CuratedDir,
     config: PublishConfig,
     recipe_json: str,
 ) -> PipelineDir:
-    """Assembles the pipeline, checks it in a fresh process, and uploads it as the recipe says."""
+    """Assembles the pipeline, checks it in a fresh process, and uploads it as the recipe says.
+
+    `further`: scorecards of the recipe's further benchmarks.
+    """
     from tasks.curation.curated import LARGE_FILES
     from tasks.publishing import publish, summary
 
     merged_path, components_path = fetch(merged, "merged"), fetch(components, "components")
     scorecard_path, curated_path = fetch(scorecard, "scorecard"), fetch(curated, "curated", LARGE_FILES)
+    further_paths = [fetch(card, "scorecard", SHOWN) for card in further]
     recipe = publish.public_recipe(json.loads(recipe_json))
     side = recipe["eval"]["image_size_px"]
 
     def make(out: Path) -> dict:
-        report = publish.publish(merged_path, components_path, scorecard_path, recipe, out)
+        report = publish.publish(merged_path, components_path, scorecard_path, recipe, out, further_paths)
         publish.check_pipeline(out, side, side)  # a pipeline that does not load is not published
         return report
 
     artifact, final, _ = produce(
         "pipeline",
         make,
-        parents=[merged_path, components_path, scorecard_path, curated_path],
+        parents=[merged_path, components_path, scorecard_path, *further_paths, curated_path],
         config={"recipe": recipe},
     )
     with plain_errors():
@@ -63,6 +70,7 @@ def publish_pipeline(
 def show_results(
     pipeline: PipelineDir,
     scorecard: ScorecardDir,
+    further: list[ScorecardDir],
     curated: CuratedDir,
     latents: list[LatentsDir],
     texts: Optional[TextsDir] = None,
@@ -74,6 +82,7 @@ def show_results(
     paths = fetch(pipeline, "pipeline"), fetch(scorecard, "scorecard"), fetch(curated, "curated", LARGE_FILES)
     encoded = [fetch(texts, "texts")] if texts is not None else []
     encoded += [fetch(stage, "latents") for stage in latents]
-    text = "\n".join(summary.lines(*paths, encoded))
+    others = [fetch(card, "scorecard", SHOWN) for card in further]
+    text = "\n".join(summary.lines(*paths, encoded, others))
     print(text, flush=True)
     return text

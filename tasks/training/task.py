@@ -30,7 +30,7 @@ from tasks.artifacts import (
     TextsDir,
     exclusive,
     fetch,
-    once,
+    once_per_pod,
     plain_errors,
     produce,
     source,
@@ -95,7 +95,7 @@ def train_stage(
             parents.append(init_path)
         trained = stage.model_dump(mode="json", exclude={"train": set(FREE_KEYS)})
         with plain_errors():
-            index = once(
+            index = once_per_pod(
                 f"{latents_path} {texts_path} {streamed}", lambda: open_latents(latents_path, texts_path, streamed)
             )
         text = text_settings(texts_path)

@@ -342,18 +342,18 @@ def try_urls(name: str, data: bytes, scratch: Path) -> str:
     for old in source.iterdir():
         old.unlink()
     (source / name).write_bytes(data)
-    place, found = find(str(source)), []
+    place, result = find(str(source)), []
     try:
         for images_per_shard in (1000, 2):
             config = SourceConfig(urls=UrlConfig(), images_per_shard=images_per_shard)
             chosen = list(tables.ranges(place, config, Account()))
-            found.append([row for one in chosen for row in tables.rows(place, one, config)])
+            result.append([row for one in chosen for row in tables.rows(place, one, config)])
     except ValueError as error:
         if type(error) is not ValueError or name not in str(error) or "\n" in str(error):
             raise
         return "refused"
-    assert found[0] == found[1] and [row.row for row in found[0]] == list(range(len(found[0])))
-    for row in found[0]:
+    assert result[0] == result[1] and [row.row for row in result[0]] == list(range(len(result[0])))
+    for row in result[0]:
         assert all(text.encode() and text.strip() for text in row.captions) and "\n" not in row.problem
         with contextlib.suppress(network.ForbiddenError):
             network.check_url(row.url, allow_http=True)

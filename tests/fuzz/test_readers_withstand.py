@@ -1,12 +1,15 @@
-"""Three seconds of fuzzing, and hostile inputs that take less than a second each. benchmarks/hostile.py runs all of
-them, and fuzz_readers.py runs for hours."""
+"""Three seconds of fuzzing, and hostile inputs that take less than a second each. benchmarks/curation/hostile.py
+runs all of them, and fuzz_readers.py runs for hours."""
 
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2] / "benchmarks")]
+from tasks.curation.scoring import decode_memory, decoding
+from tasks.curation.scoring.workers import Workers
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2] / "benchmarks" / "curation")]
 
 import fuzz_readers  # noqa: E402
 import hostile  # noqa: E402
@@ -25,3 +28,49 @@ def test_changed_inputs_are_read_or_refused_in_one_sentence(tmp_path):
 def test_hostile_inputs_stay_within_memory_and_time(kind):
     outcome = hostile.measure(kind)
     assert hostile.passes(kind, outcome), outcome
+
+
+MIB, ANY = 2**20, 10**9
+# Seeds of images, and the limit without which each is decoded: (name, module).
+LIMITED = {
+    "image-cd974e6711": ("MAX_BYTES", decode_memory),  # PNG, RGBA
+    "image-92a45c3a22": ("MAX_BYTES", decode_memory),  # lossy WebP
+    "image-d2f6fef5df": ("MAX_BYTES", decode_memory),  # lossless WebP
+    "image-33ef3fa9d6": ("MAX_BYTES", decode_memory),  # JPEG 2000
+    "image-850f30e68b": ("MAX_SCANS", decoding),
+}
+
+
+def address_space_mib() -> float:
+    """The most that this process has reserved, whether or not it was written to."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmPeak:")) / 1024
+
+
+def reserve_and_end(data: bytes) -> tuple[float, str]:
+    before = address_space_mib()
+    try:
+        decoding.decode(data, ANY)
+        ended = "read"
+    except ValueError as error:
+        ended = str(error)
+    return address_space_mib() - before, ended
+
+
+def outcome(data: bytes) -> tuple[float, str]:
+    """In a process of its own: (MiB that decoding reserved, "read" or why not)."""
+    decoding.decodable()
+    with Workers(reserve_and_end, 1) as workers:
+        ((_, result),) = workers.map([(0, data)])
+    return result
+
+
+@pytest.mark.parametrize("seed", LIMITED)
+def test_a_seed_that_a_limit_refuses_is_read_or_takes_over_512_mib_without_the_limit(seed, monkeypatch):
+    name, module = LIMITED[seed]
+    data = (fuzz_readers.SEEDS / seed).read_bytes()
+    reserved, ended = outcome(data)
+    assert ended != "read" and reserved < 64
+    monkeypatch.setattr(module, name, 2**60)
+    reserved, ended = outcome(data)
+    assert ended == "read" or reserved > 512

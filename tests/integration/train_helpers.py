@@ -127,14 +127,14 @@ def read_weights(out: Path) -> dict[int, dict[str, torch.Tensor]]:
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-    found = {}
+    result = {}
     for path in sorted(out.glob("step-*")):
         state: dict[str, torch.Tensor] = {}
         _load_state_dict(
             state, storage_reader=FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(), no_dist=True
         )
-        found[int(path.name.split("-")[1])] = state
-    return found
+        result[int(path.name.split("-")[1])] = state
+    return result
 
 
 def fork_ranks(job: str, ranks: int, train: Callable[[int], None]) -> None:

@@ -86,7 +86,7 @@ def test_loose_files_in_whatever_order_they_were_written(drawn, others, links, r
         for i in range(links):
             (root / f"link{i}.png").symlink_to("/etc/hostname")
         records, account = read_records(root)
-        assert account.seen == sum(len(found) for _, _, found in os.walk(root)), "every file is seen once"
+        assert account.seen == sum(len(actual) for _, _, actual in os.walk(root)), "every file is seen once"
         assert len(records) == len(expected)
         assert outcome(records) == expected
         assert {record.locator: record.data for record in records} == {n: d for n, d in files.items() if n in expected}

@@ -49,7 +49,17 @@ def test_the_index_of_decisions_lists_every_file():
     assert listed == {path.name for path in folder.glob("*.md")} - {"README.md"}
 
 
-def test_decisions_that_code_refers_to_exist():
+DECISIONS = sorted(path for path in (ROOT / "docs" / "decisions").glob("*.md") if path.name != "README.md")
+
+
+@pytest.mark.parametrize("document", DECISIONS, ids=lambda path: path.stem)
+def test_every_decision_has_a_date_a_context_a_choice_and_consequences(document):
+    entries = re.split(r"^## ", document.read_text(), flags=re.M)[1:]
+    complete = r".+\n\d{4}-\d{2}-\d{2}[^*]*\.\s\*\*Context\*\*:\s.+\*\*Choice\*\*:\s.+\*\*Consequences\*\*:\s.+"
+    assert entries and not [entry.partition("\n")[0] for entry in entries if not re.fullmatch(complete, entry, re.S)]
+
+
+def test_code_refers_to_every_file_of_decisions_and_to_no_other():
     sources = [path for name in ("model", "tasks", "eval", "workflows") for path in (ROOT / name).rglob("*.py")]
     referred = {link for path in sources for link in re.findall(r"docs/decisions/\w+\.md", path.read_text())}
-    assert referred and all((ROOT / link).is_file() for link in referred)
+    assert referred == {path.relative_to(ROOT).as_posix() for path in DECISIONS}

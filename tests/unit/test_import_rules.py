@@ -47,9 +47,9 @@ LAYERS_OF_MODEL = (("model",), ("model.train",), ("model.plan",))
 
 
 def _sources() -> list[Path]:
-    found = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
-    assert len(found) > 20
-    return found
+    result = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    assert len(result) > 20
+    return result
 
 
 @functools.cache
@@ -78,14 +78,14 @@ def _imports(path: Path) -> list[tuple[str, bool]]:
 
 def _imported(tree: ast.AST) -> list[tuple[ast.AST, str]]:
     """(statement, dotted name) of every import, wherever it stands; of `from x import y`, x.y."""
-    found = []
+    result = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [(node, alias.name) for alias in node.names]
+            result += [(node, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"relative import of {node.module}"
-            found += [(node, f"{node.module}.{alias.name}") for alias in node.names]
-    return found
+            result += [(node, f"{node.module}.{alias.name}") for alias in node.names]
+    return result
 
 
 def _layer(name: str, layers: tuple[tuple[str, ...], ...]) -> tuple[int, str]:
@@ -176,7 +176,7 @@ def test_loading_the_workflow_sets_cublas_workspace_before_anything_can_multiply
 @pytest.mark.slow
 def test_the_engine_is_imported_without_the_packages_that_a_gpu_machine_may_lack():
     missing = ("pydantic", "diffusers", "torchtitan", "flytekit", "safetensors")
-    modules = ("model.attention", "model.moe", "model.transformer", "model.optim", "model.kernels")
+    modules = ("model.layers.attention", "model.layers.moe", "model.transformer", "model.optim", "model.kernels")
     code = f"import sys\nfor name in {missing}: sys.modules[name] = None\nimport {', '.join(modules)}"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

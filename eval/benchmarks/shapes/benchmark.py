@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from eval.benchmarks.base import Judged, Mode, Prompt
+from eval.benchmarks.base import Judged, Mode, Prompt, PromptSet
 from eval.benchmarks.geneval import GenEval
 from eval.benchmarks.shapes.detector import detect
 from eval.benchmarks.shapes.prompts import make_prompts
@@ -42,7 +42,12 @@ class Shapes(GenEval):
     prompt_count = 156
     images_per_prompt = 1
     judges: Mapping[str, str] = {"detector": "eval.benchmarks.shapes.detector:detect"}
+    default_judges: Mapping[str, str] = {"detector": "shapes-detector"}
+    recommended_judges: Mapping[str, str] = {}
+    packaged_judges: Mapping[str, str] = {}
     data = ""
+    source = None
+    published = ()
     classes = SHAPES
 
     def prompts(self, path: str | Path | None = None) -> list[dict[str, Any]]:
@@ -55,8 +60,11 @@ class Shapes(GenEval):
             return super().prompts(path)
         return [{"id": f"{index:05d}", **prompt} for index, prompt in enumerate(make_prompts())]
 
+    def made_prompts(self, prompt_set: PromptSet, per_task: int | None) -> Sequence[Prompt]:
+        return make_prompts(per_task, seed=0 if prompt_set == "official" else 1)
+
     def official_files(
-        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int
+        self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int, label: str = "model"
     ) -> dict[str, str]:
         return {}
 

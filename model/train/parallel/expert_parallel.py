@@ -10,11 +10,11 @@ in each layer. Gradients return by the same two exchanges; an expert's gradient 
 All-to-all instead of all-gather: a rank sends (ep - 1) / ep of its E R = cf S B rows of width D (cf is the capacity
 factor), where gathering every token everywhere would receive (ep - 1) S B rows. That is less only for ep < cf.
 
-Each exchange is two operations, one that starts it and one that waits, so that `model.moe.MoE` computes its shared expert
+Each exchange is two operations, one that starts it and one that waits, so that `model.layers.moe.MoE` computes its shared expert
 in between. The gradient of one is the other: the backward pass starts an exchange where the forward waited, and waits
 where it started. Autograd runs in the reverse order, so the shared expert's gradients are computed in between.
 
-Shape suffixes: E experts, R rows of one expert on one rank, D width.
+Shape suffixes: E experts, R rows of one expert on one rank, D width. The reasons are in docs/decisions/gpu.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from model.moe import ExpertRanks, MoE
+from model.layers.moe import ExpertRanks, MoE
 
 # Operations whose autograd kernels call c10d's: the graphs of the forward and the backward have `all_to_all_single` and
 # `wait_tensor`, which Inductor knows. As torch.autograd.Function they do not compile for layers with several capacity

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from model.moe import local_part
+from model.layers.moe import local_part
 from model.train.activation import flash_operations
 from model.train.compiled import compile_blocks
 from model.train.parallel.expert_parallel import shard_experts

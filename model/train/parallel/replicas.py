@@ -2,7 +2,7 @@
 
 Each rank updates its own copy of replicated weights: all weights of plain replicas, FSDP's shards over `dp_replicate`, and
 the routers. Copies that have diverged (by a defective device, or an update that depended on the rank) stay different, and a
-checkpoint saves only one of them.
+checkpoint saves only one of them. The reasons are in docs/decisions/distributed.md.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from model.moe import local_part
+from model.layers.moe import local_part
 
 CHUNK = 1 << 22  # elements hashed at a time: 32 MB for each of a few temporary tensors
 # The multipliers of SplitMix64's finaliser (model.data.hashing), as the signed numbers that PyTorch has.

@@ -5,7 +5,7 @@
 
 The work is divided among owners by cost. Each rank sends and receives its shard of the updates twice; gathering every
 matrix on every rank would multiply bytes and iterations by the number of ranks. Rows are sent in the dtype of
-Newton-Schulz, which loses nothing.
+Newton-Schulz, which loses nothing. The reasons are in docs/decisions/optimiser.md.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@ r"""Deciding: the scores of all shards -> what becomes of each record. SQL over 
     scores of shard 0..n --rules, tiers--> records --dedup--> dropped --> fates
                                                                             |
     ledger.parquet            every record: kept, or the first rule that rejected it
-    groups/00000.parquet ...  the kept records of the shards of a group, with tier, bucket and captions of exact duplicates
+    groups/00000.parquet ...  the kept records of the shards of a group, with tier, episode and captions of exact duplicates
     scores/00000/ ...         the index of their score parts, for the task that writes their selections
     report.json, report.html  counts, and the same as a page
 
@@ -52,7 +52,7 @@ KEPT = pa.schema(
         ("shard", pa.string()),
         ("row", pa.int64()),
         ("tier", pa.string()),
-        ("bucket", pa.string()),
+        ("bucket", pa.string()),  # the episode, under the name that stored tables have
         ("extra_captions", pa.list_(pa.string())),  # of exact duplicates: the same bytes, so they are this record's too
     ]
 )
@@ -159,7 +159,7 @@ def decide_records(
 
 
 def records_sql(config: CurationConfig, cuts: tuple[float, ...]) -> str:
-    """Columns of each record alone: the rule that it breaks, its rank among duplicates, tier, bucket."""
+    """Columns of each record alone: the rule that it breaks, its rank among duplicates, tier, episode."""
     made = ", ".join(quoted(name) for name in config.dedup.thumbnail_sources) or "''"
     return (
         "SELECT part, row, position, key, record_id, locator, source, synthetic, rule, "
@@ -174,7 +174,7 @@ def records_sql(config: CurationConfig, cuts: tuple[float, ...]) -> str:
         "hex_to_int(substr(record_id, 1, 15)) AS short_id, hex_to_int(substr(record_id, 17, 8)) AS chance, "
         "CASE WHEN size(words) > 0 THEN array_min(words) END AS shortest, "
         f"words_up_to(words, {config.captions.max_words}) AS words, "
-        f"{tiers.tier_sql(config.tiers, cuts)} AS tier, {tiers.bucket_sql(config, cuts)} AS bucket, "
+        f"{tiers.tier_sql(config.tiers, cuts)} AS tier, {tiers.episode_sql(config, cuts)} AS bucket, "
         f"{ledger.split_sql()} AS split "
         f"FROM (SELECT *, part * {PART} + row AS position, {rules.rule_sql(config)} AS rule, "
         f"source IN ({made}) AS made FROM scores) scored"

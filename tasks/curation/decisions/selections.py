@@ -31,7 +31,7 @@ SELECTION = pa.schema(
         ("height", pa.int64()),
         ("captions", pa.list_(pa.string())),
         ("tier", pa.string()),
-        ("bucket", pa.string()),
+        ("bucket", pa.string()),  # the episode, under the name that stored tables have
         ("split", pa.string()),  # train or val
     ]
 )

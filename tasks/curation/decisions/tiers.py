@@ -1,18 +1,18 @@
-"""Quality tiers A1 to A5, and the episodic bucket that cuts the corpus a second way, as SQL over columns of scores."""
+"""Quality tiers A1 to A5, and the episode that cuts the corpus a second way, as SQL over columns of scores."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from model.config import TIERS
-from tasks.curation.config import BucketConfig, CurationConfig, TierConfig
+from tasks.curation.config import CurationConfig, EpisodeConfig, TierConfig
 from tasks.curation.decisions.conditions import Condition, case_sql
 from tasks.curation.decisions.engines import Engine, rows_of
 from tasks.curation.decisions.rules import rule_sql
 from tasks.curation.scorers.base import COLUMNS
 
 BEST = ("A1", "A2")  # tiers for which `best_where` must hold
-REST = "rest"  # the bucket of records that are in no other
+REST = "rest"  # the episode of records that are in no other
 BINS = 20_000  # of the range of a score: quantiles are exact to a bin
 
 
@@ -89,25 +89,25 @@ def best_condition(config: TierConfig) -> Condition | None:
     return None if config.best_where is None else Condition(config.best_where, "curation.tiers.best_where")
 
 
-def bucket_conditions(buckets: tuple[BucketConfig, ...], tier: str = "tier") -> list[tuple[str, Condition]]:
+def episode_conditions(episodes: tuple[EpisodeConfig, ...], tier: str = "tier") -> list[tuple[str, Condition]]:
     """
     Args:
         tier: SQL of the record's tier.
 
     Raises:
-        ValueError: a condition is not valid, or two buckets have one name.
+        ValueError: a condition is not valid, or two episodes have one name.
     """
-    names = [bucket.name for bucket in buckets]
+    names = [episode.name for episode in episodes]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"curation.buckets names {name!r} twice")
-    return [(b.name, Condition(b.where, f"curation.buckets[{i}].where", tier)) for i, b in enumerate(buckets)]
+    return [(e.name, Condition(e.where, f"curation.buckets[{i}].where", tier)) for i, e in enumerate(episodes)]
 
 
-def bucket_sql(config: CurationConfig, cuts: tuple[float, ...]) -> str:
-    """The episodic bucket of a record: the first whose condition holds, else `REST`.
+def episode_sql(config: CurationConfig, cuts: tuple[float, ...]) -> str:
+    """The episode of a record: the first whose condition holds, else `REST`.
 
-    The paper shows tier x bucket (figure 9) without saying how buckets are cut. Here a bucket is a named condition over
-    columns, so that a recipe can say what it is for, and a stage can weight it.
+    The paper shows tier x episodic bucket (figure 9) without saying how these are cut. Here an episode is a named condition
+    over columns, so that a recipe can say what it is for, and a stage can weight it.
     """
-    return case_sql(bucket_conditions(config.buckets, f"({tier_sql(config.tiers, cuts)})"), REST)
+    return case_sql(episode_conditions(config.buckets, f"({tier_sql(config.tiers, cuts)})"), REST)

@@ -57,9 +57,9 @@ def render(summary: Summary) -> str:
         *_edges(summary),
         "<h2>Tiers (figures 6 and 7)</h2>",
         *_tiers(summary, content),
-        "<h2>Tiers and episodic buckets (figure 9)</h2>",
-        *_buckets(summary, content),
-        "<h2>Words of the kept captions, by tier and bucket (figure 8)</h2>",
+        "<h2>Tiers and episodes (figure 9)</h2>",
+        *_episodes(summary, content),
+        "<h2>Words of the kept captions, by tier and episode (figure 8)</h2>",
         *_captions(summary),
         "<h2>Near duplicates</h2>",
         *_duplicates(summary),
@@ -175,26 +175,26 @@ def _tiers(summary: Summary, content: dict) -> list[str]:
     return drawn
 
 
-def _buckets(summary: Summary, content: dict) -> list[str]:
+def _episodes(summary: Summary, content: dict) -> list[str]:
     names = summary.largest(content["buckets"])
-    conditions = [(bucket.name, bucket.where) for bucket in summary.config.buckets]
+    conditions = [(episode.name, episode.where) for episode in summary.config.buckets]
     return [
         heat_map(names, tiers.TIERS, summary.cells),
-        f"<p class=note>{len(content['buckets']) - SOURCES} smaller buckets are not shown.</p>"
+        f"<p class=note>{len(content['buckets']) - SOURCES} smaller episodes are not shown.</p>"
         if len(content["buckets"]) > SOURCES
         else "",
-        table(("bucket", "where"), conditions)
+        table(("episode", "where"), conditions)
         if conditions
         else "<p class=note>The recipe has no curation.buckets.</p>",
     ]
 
 
 def _captions(summary: Summary) -> list[str]:
-    by_bucket = {name: counts for name, counts in summary.bucket_words.items() if counts}
-    names = summary.largest({name: counts.total() for name, counts in by_bucket.items()})
+    by_episode = {name: counts for name, counts in summary.episode_words.items() if counts}
+    names = summary.largest({name: counts.total() for name, counts in by_episode.items()})
     rows: dict[str, Counter[int]] = {f"tier {tier}": words for tier, words in summary.words.items()}
     if len(names) > 1:
-        rows |= {f"bucket {name}": by_bucket[name] for name in names}
+        rows |= {f"episode {name}": by_episode[name] for name in names}
     return [
         lengths(rows),
         "<p class=note>Line: 5% to 95% of the captions; box: the middle half; mark: the median.</p>",

@@ -19,7 +19,7 @@ from tasks.curation.scorers import COLUMNS, SCALARS, scorer_revisions
 from tasks.curation.sources.base import Account
 
 EXAMPLES = 6  # rejected pictures shown for each rule
-SOURCES = 12  # sources and buckets with a separate figure
+SOURCES = 12  # sources and episodes with a separate figure
 BINS = 24
 
 # Column -> its threshold in FilterConfig.
@@ -78,20 +78,20 @@ class Summary:
         self.pixels: dict[int, np.ndarray] = {}  # position -> uint8 [h, w, 3] of shown records
         self.too_long_words: tuple[int, int] | None = None
         self.tiers: Counter[str] = Counter()
-        self.cells: Counter[tuple[str, str]] = Counter()  # (bucket, tier)
+        self.cells: Counter[tuple[str, str]] = Counter()  # (episode, tier)
         self.sources: Counter[str] = Counter()
         self.splits: Counter[str] = Counter()
         self.words: dict[str, Counter[int]] = {tier: Counter() for tier in tiers.TIERS}  # of the kept captions
-        self.bucket_words: dict[str, Counter[int]] = {}
+        self.episode_words: dict[str, Counter[int]] = {}
         self.shards = 0  # with a kept record
         self.scores = {name: Histogram(*bounds) for name, bounds in RANGES.items()}  # of every record that decodes
         self.shapes = Histogram(*RANGES["log2_aspect"])  # of the kept records
 
     @property
-    def buckets(self) -> dict[str, int]:
+    def episodes(self) -> dict[str, int]:
         counts: Counter[str] = Counter()
-        for (bucket, _), count in self.cells.items():
-            counts[bucket] += count
+        for (episode, _), count in self.cells.items():
+            counts[episode] += count
         return dict(sorted(counts.items()))
 
     @property
@@ -133,7 +133,7 @@ class Summary:
             "tier_cuts": dict(zip(tiers.TIERS, self.cuts, strict=False)),
             "scorers": self.revisions,
             "retention_by_source": {name: self.retention_of(name) for name in self.largest(self.source_counts)},
-            "buckets": self.buckets,
+            "buckets": self.episodes,  # under the name that stored summaries have
             "sources": dict(sorted(self.sources.items())),
             "splits": {name: self.splits[name] for name in ("train", "val")},
             "shards": self.shards,
@@ -269,10 +269,10 @@ def _kept(engine: Engine, summary: Summary, config: CaptionConfig) -> None:
     for *names, count in _counts(
         engine, "SELECT source, tier, bucket, split, count(*) AS n FROM kept GROUP BY source, tier, bucket, split"
     ):
-        source, tier, bucket, split = names
+        source, tier, episode, split = names
         summary.sources[source] += count
         summary.tiers[tier] += count
-        summary.cells[bucket, tier] += count
+        summary.cells[episode, tier] += count
         summary.splits[split] += count
     summary.shards = one(engine, "SELECT count(DISTINCT part) AS n FROM kept")
     for tier, words in summary.words.items():
@@ -281,9 +281,9 @@ def _kept(engine: Engine, summary: Summary, config: CaptionConfig) -> None:
             for words_sql, where in _chosen_words(config.per_tier[tier])
         )
         query = f"SELECT bucket, w, count(*) AS n FROM ({chosen}) x GROUP BY bucket, w"
-        for bucket, number, count in _counts(engine, query):
+        for episode, number, count in _counts(engine, query):
             words[number] += count
-            summary.bucket_words.setdefault(bucket, Counter())[number] += count
+            summary.episode_words.setdefault(episode, Counter())[number] += count
 
 
 def _chosen_words(limit: int) -> list[tuple[str, str]]:

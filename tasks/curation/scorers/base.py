@@ -1,4 +1,4 @@
-"""The interface of scorers, which add columns to records. Rules, tiers and buckets read columns; a scorer never rejects."""
+"""The interface of scorers, which add columns to records. Rules, tiers and episodes read columns; a scorer never rejects."""
 
 from __future__ import annotations
 

@@ -2,8 +2,9 @@
 
     file, once or twice | pixels as Pillow stores them | what the format's decoder has besides | RGB pixels, if converted
 
-The numbers of bytes were measured with Pillow 13.0 and pillow-heif 1.8 (benchmarks/hostile.py, kinds image_*). What no header
-says, such as frames of an AVIF that are decoded and never shown, ends at the limit of a worker process (workers.py).
+The numbers of bytes were measured with Pillow 13.0 and pillow-heif 1.8 (benchmarks/curation/hostile.py, kinds
+image_*). What no header says, such as frames of an AVIF that are decoded and never shown, ends at the limit of a worker
+process (workers.py).
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ from tasks.curation.sources.base import Account, Record, Shard
 SCORES_TABLE, THUMBNAILS_TABLE, ACCOUNT = "scores.parquet", "thumbnails.parquet", "account.json"
 COLUMNS_TABLE = "columns.parquet"
 BATCH = 256  # records in memory at a time, reduced
+LARGE_PIXELS = 4_000_000  # of images that may not fit next to what others left in a worker's memory
 SCORER_PX = 384  # shorter side of a model scorer's input
 SCORER_RATIO = 4  # its longer side is at most that many times as long, so that a batch of long strips fits in memory
 NUMBERS = ("bytes_per_pixel", "entropy_bits", "single_color_fraction", "border_fraction")
@@ -104,7 +105,7 @@ def score_shard(
     with ExitStack() as stack:
         whole = any("image" in one.spec.needs for one in scorers.values())
         work = functools.partial(measure, config=config, whole=whole)
-        workers = stack.enter_context(Workers(work, memory_bytes=WORKER_BYTES))
+        workers = stack.enter_context(Workers(work, memory_bytes=WORKER_BYTES, failed=_may_lack_memory))
         measured = thumbnails = None
         if measured_dir:
             measured = stack.enter_context(_Writer(measured_dir / SCORES_TABLE, MEASURED, ROW_GROUP))
@@ -295,6 +296,13 @@ def measure(data: bytes, config: CurationConfig, whole: bool = True) -> Measured
 def _not_decoded(columns: dict[str, Any], error: ValueError) -> Measured:
     rule = "too_many_pixels" if isinstance(error, decoding.TooManyPixelsError) else "undecodable"
     return Measured(columns | {"error_rule": rule, "error": str(error)})
+
+
+def _may_lack_memory(measured: Measured) -> bool:
+    """Whether a large image is broken, or a library reports so that it gets no memory."""
+    columns = measured.columns
+    large = columns.get("width", 0) * columns.get("height", 0) > LARGE_PIXELS
+    return large and columns.get("error_rule") == "undecodable"
 
 
 def run_scorers(

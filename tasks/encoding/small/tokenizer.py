@@ -3,6 +3,7 @@
 The pipeline sends every prompt as a fixed system message of about 50 words followed by the user's text. Each text token
 costs a key and a value in every block of the transformer. So here the system message is one special token, and so is the
 end of a turn: `<|system|>a photo of a red circle<|im_end|>` has 8 tokens. A caption of up to 14 words fits in 16 tokens.
+The reasons are in docs/decisions/tiny.md.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Measured on 2 CPU cores, these make it fast: 2-D convolutions for still frames (`vae_codec.FrameCodec`), Muon for the inner
 kernels (AdamW was 4 dB worse after equal time), a larger initial scale of the kernels, and most steps on halved or cropped
 images. A KL term and latents sampled from the posterior keep the latent space smooth, so that small errors of a diffusion
-model decode to small errors.
+model decode to small errors. The reasons are in docs/decisions/tiny.md.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 Captions are never truncated. A caption is rejected if it exceeds the encoder's token limit, or if it contains special
 tokens of the chat format, which could end the user's turn. A record whose captions are all rejected is rejected too.
-Records without captions are trained with the empty prompt.
+Records without captions are trained with the empty prompt. The reasons are in docs/decisions/encoding.md.
 """
 
 from __future__ import annotations

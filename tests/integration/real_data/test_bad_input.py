@@ -49,7 +49,7 @@ def test_overrides_given_twice_are_both_read(new_home):
 
 @pytest.mark.parametrize("workflow", ["pretrain", "reproduce"])
 def test_the_17b_recipe_asks_for_its_data_then_for_a_scorers_commit_then_for_its_ranks(new_home, workflow):
-    for source, told in (
+    for source, expected in (
         ([], "source.path='s3://YOUR-BUCKET/nucleus/raw' is a placeholder: give your own images by --source"),
         (["--source", "s3://images/raw"], "curation.scorers.watermark.revision is not set: give a commit"),
         (
@@ -58,7 +58,7 @@ def test_the_17b_recipe_asks_for_its_data_then_for_a_scorers_commit_then_for_its
         ),
     ):
         message = _message(new_home.run("--recipe", "nucleus_17b", *source, workflow=workflow))
-        assert told in message and len(message) < 1500
+        assert expected in message and len(message) < 1500
     assert not new_home.artifacts.exists()
 
 

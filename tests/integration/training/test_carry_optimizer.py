@@ -121,7 +121,7 @@ def test_without_carried_state_a_stage_has_its_own_warm_up(latents, first, tmp_p
     assert not (fresh / "optimizer").exists()
 
 
-def test_a_decay_is_of_the_stages_own_last_steps_and_goes_on_after_a_stop(latents, first, tmp_path, monkeypatch):
+def test_a_decay_covers_the_stages_own_last_steps_and_continues_after_a_stop(latents, first, tmp_path, monkeypatch):
     """Also if the schedule has counted the steps of an earlier stage."""
     decay, step = {"decay": {"steps": 4, "to": 0.2}}, NucleusTrainer.train_step
     options = {"before": first, "stage": decay, "checkpoint_every_steps": 3}
@@ -154,7 +154,7 @@ def test_data_and_noise_are_the_stages_own(latents, first, tmp_path):
     assert (report["steps"], report["images_seen"], report["skipped_steps"]) == (3, 24, 0)
 
 
-def test_only_tensors_of_optimiser_and_schedule_are_handed_on_and_a_lost_output_has_them_again(latents, first):
+def test_only_tensors_of_optimiser_and_schedule_reach_the_next_stage_and_a_lost_output_gets_them_again(latents, first):
     (path,) = finished_checkpoints(first / "optimizer").values()
     entries = CheckpointReader(path).read_metadata().state_dict_metadata
     assert all(isinstance(entry, TensorStorageMetadata) for entry in entries.values())
@@ -168,7 +168,7 @@ def test_only_tensors_of_optimiser_and_schedule_are_handed_on_and_a_lost_output_
         assert (again / "optimizer" / "step-00000003" / file).read_bytes() == (Path(path) / file).read_bytes()
 
 
-def test_a_stage_that_handed_no_state_on_is_one_error_that_says_what_to_do(latents, first, tmp_path):
+def test_a_missing_optimiser_state_of_the_previous_stage_is_one_error_that_says_what_to_do(latents, first, tmp_path):
     older = tmp_path / "older"
     shutil.copytree(first / "step-00000003", older / "step-00000003")
     with pytest.raises(

@@ -38,14 +38,14 @@ def train(latents, folder, name, before=None, **changes):
 def test_training_starts_from_them_unless_a_stage_comes_before(latents, released, tmp_path, capsys):
     directory, expected = released
     out, scratch = train(latents, tmp_path, "scratch")
-    _, found = train(latents, tmp_path, "from_released", init_from=str(directory), activation_checkpointing="full")
-    assert found.keys() == expected.keys()
-    assert all(torch.allclose(found[name], tensor, rtol=0, atol=1e-20) for name, tensor in expected.items())
-    assert not torch.allclose(found["img_in.weight"], scratch["img_in.weight"])
+    _, actual = train(latents, tmp_path, "from_released", init_from=str(directory), activation_checkpointing="full")
+    assert actual.keys() == expected.keys()
+    assert all(torch.allclose(actual[name], tensor, rtol=0, atol=1e-20) for name, tensor in expected.items())
+    assert not torch.allclose(actual["img_in.weight"], scratch["img_in.weight"])
     output = capsys.readouterr().out
     assert f"begins with 1000 steps of warm-up, from the weights {directory} (without optimiser state)" in output
-    _, found = train(latents, tmp_path, "second_stage", before=out, init_from=str(directory), carry_optimizer=False)
-    assert torch.allclose(found["img_in.weight"], scratch["img_in.weight"], rtol=0, atol=1e-20)
+    _, actual = train(latents, tmp_path, "second_stage", before=out, init_from=str(directory), carry_optimizer=False)
+    assert torch.allclose(actual["img_in.weight"], scratch["img_in.weight"], rtol=0, atol=1e-20)
 
 
 def test_weights_of_another_model_are_refused(latents, tmp_path):
@@ -91,6 +91,6 @@ def test_the_hub_gives_the_subfolder_of_the_commit(released, tmp_path, monkeypat
         return str(tmp_path / "snapshot")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    found = released_weights(f"an/image/transformer@{'a' * 40}", transformer_config())
-    assert found == tmp_path / "snapshot" / "transformer"
+    result = released_weights(f"an/image/transformer@{'a' * 40}", transformer_config())
+    assert result == tmp_path / "snapshot" / "transformer"
     assert asked == {"repo_id": "an/image", "revision": "a" * 40, "allow_patterns": ["transformer/*"]}

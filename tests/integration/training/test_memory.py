@@ -28,7 +28,7 @@ def test_the_plan_is_within_a_tenth_of_the_measured_peak(name):
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sharded", "sharded_few", "experts_bf16"])
-def test_it_holds_for_sharded_weights_and_spread_experts(name):
+def test_planned_memory_equals_the_measured_for_sharded_weights_and_spread_experts(name):
     """Muon's attention matrices are sharded in all three cases; the experts are whole, sharded, or spread."""
     compared = memory.compare(CASES[name])
     for part in ("weights", "gradients", "optimizer"):

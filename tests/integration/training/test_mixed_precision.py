@@ -12,12 +12,13 @@ STEPS = 4
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """(metrics, weights, types seen) of the same short stage in fp32, and in bf16 with selective checkpointing."""
-    from model import losses, moe
+    from model import losses
+    from model.layers import moe
     from model.train.run import train_stage
 
     folder = tmp_path_factory.mktemp("runs")
     latents = write_latents(folder / "latents")
-    found = {}
+    actual = {}
     for dtype, policy in (("float32", "none"), ("bfloat16", "selective")):
         seen: dict[str, set[torch.dtype]] = {}
 
@@ -47,8 +48,8 @@ def runs(tmp_path_factory):
             )
             train_stage(latents, training_stage(config), None, folder / f"work_{dtype}", out)
         metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        found[dtype] = metrics, read_weights(out), seen
-    return found
+        actual[dtype] = metrics, read_weights(out), seen
+    return actual
 
 
 def test_products_are_in_bfloat16_and_router_and_losses_in_fp32(runs):

@@ -97,14 +97,14 @@ def test_guidance_is_trained_in_alike_by_ranks_that_share_the_weights(runs):
     assert lines(runs, "guided_one")[-1]["loss"] != lines(runs, "one")[-1]["loss"]
 
 
-def test_a_checkpoint_of_one_layout_goes_on_in_another(runs):
+def test_a_checkpoint_of_one_layout_resumes_in_another(runs):
     for job in ("from_one_to_ep2_fsdp2", "from_ep2_to_one", "from_ep2_fsdp2_to_hsdp2x2"):
         report = json.loads((runs / job / "out" / "report.json").read_text())
         assert report["resumed_from_step"] == 2
         assert_same_training(runs, job, "one")  # which a lost momentum or moment would change by 1e-2
 
 
-def test_a_stage_goes_on_in_another_layout_with_the_optimiser_of_the_stage_before(runs):
+def test_a_stage_continues_in_another_layout_with_the_optimiser_of_the_previous_stage(runs):
     assert_same_training(runs, "next_ep2_fsdp2", "next_one")
     assert [line["lr/Muon"] for line in lines(runs, "next_ep2_fsdp2")] == [0.01] * STEPS  # no second warm-up
 

@@ -70,7 +70,7 @@ def test_a_finished_stage_is_filled_again_from_what_pruning_leaves_without_train
     assert report == {**REPORTED, "resumed_from_step": STEPS}
 
 
-def test_what_is_handed_on_takes_no_room_of_its_own(work, tmp_path):
+def test_files_for_the_next_stage_take_no_extra_space(work, tmp_path):
     (tmp_path / "out").mkdir()
     _fill(str(work), work, tmp_path / "out", b"{}")
     here, there = work / WEIGHTS / "step-00000020" / "__0_0.distcp", tmp_path / "out" / "step-00000020" / "__0_0.distcp"
@@ -78,7 +78,7 @@ def test_what_is_handed_on_takes_no_room_of_its_own(work, tmp_path):
 
 
 @pytest.mark.parametrize("lost", [REPORT, f"{WEIGHTS}/step-00000020/.metadata", f"{OPTIMIZER}/step-00000020/.metadata"])
-def test_a_stage_that_is_not_done_or_lost_what_it_hands_on_is_not_pruned(work, lost):
+def test_a_stage_that_is_not_finished_or_lost_its_output_is_not_pruned(work, lost):
     (work / lost).unlink()
     prune_run(train_config(steps=STEPS), work)
     assert (work / CHECKPOINTS / "step-20" / ".metadata").is_file()

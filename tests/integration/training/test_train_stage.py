@@ -67,7 +67,7 @@ def test_the_loss_falls(trained):
     assert report["loss"] == lines[-1]["loss"]
 
 
-def test_metrics_hold_what_a_run_is_judged_by(trained):
+def test_metrics_contain_losses_rates_routing_and_throughput(trained):
     _, out, _, _, _ = trained
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, *range(2, 121, 2)]
@@ -99,7 +99,7 @@ def test_samples_are_drawn_at_their_cadence_and_at_the_end_in_eval_mode(trained)
     ]
 
 
-def test_an_accelerator_trains_by_deterministic_algorithms_unless_told_otherwise(latents, tmp_path, monkeypatch):
+def test_an_accelerator_uses_deterministic_algorithms_unless_the_recipe_turns_them_off(latents, tmp_path, monkeypatch):
     """Memory-efficient attention is deterministic only where PyTorch may raise (not with warn_only)."""
     import model.train.config as of_stage
 
@@ -129,7 +129,7 @@ def test_the_process_is_left_as_it_was(trained):
     assert trained[4] == {"group": False, "environment": True, "gc": True, "rng": True}
 
 
-def test_checkpoints_hold_the_model_alone_under_its_own_names(trained):
+def test_checkpoints_contain_only_the_model_under_its_own_names(trained):
     from model.transformer import NucleusTransformer
 
     _, out, report, _, _ = trained
@@ -178,7 +178,7 @@ def test_the_next_stage_starts_from_the_last_weights(trained, latents, tmp_path)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_as_many_full_checkpoints_stay_as_are_asked_for(latents, tmp_path, asynchronous):
+def test_the_configured_number_of_full_checkpoints_stays(latents, tmp_path, asynchronous):
     from model.weights.checkpoints import finished_checkpoints
 
     changes = dict(steps=12, checkpoint_every_steps=3, async_checkpoint=asynchronous, keep_checkpoints=1)
@@ -206,10 +206,10 @@ def test_saves_in_the_background_from_memory_that_is_used_again_are_the_same(lat
     monkeypatch.setattr(saving, "DEVICE_TYPE", "cuda")
     out, _ = run(latents, tmp_path, async_checkpoint=True, **changes)
     assert made == [{"pin_memory": True}]  # of three saves in the background, the first alone allocates
-    expected, found = read_weights(expected), read_weights(out)
-    assert list(expected) == list(found) == [3, 6, 9, 12]
+    expected, actual = read_weights(expected), read_weights(out)
+    assert list(expected) == list(actual) == [3, 6, 9, 12]
     for step, state in expected.items():
-        assert all(torch.equal(value, found[step][name]) for name, value in state.items())
+        assert all(torch.equal(value, actual[step][name]) for name, value in state.items())
 
 
 def test_a_checkpoint_cut_off_while_it_was_written_is_never_loaded(latents, tmp_path):

@@ -75,17 +75,17 @@ def test_the_trainers_gradient_is_the_objectives(trainer_of, wavelet):
     batch = next(trainer.batch_generator(trainer.dataloader))
     trainer.optimizers.zero_grad()
     trainer.forward_backward_step(batch=batch)
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    result = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     seen["logits"].clear()
     model.zero_grad()
     again = {key: value for key, value in seen.items() if key not in ("logits", "output", "collect")}
     model(**again)
     objective(seen, batch.latents, batch.noise, wavelet).backward()
-    assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert result.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             scale = parameter.grad.abs().max() + 1e-8
-            assert (found[name] - parameter.grad).abs().max() < 2e-4 * scale, name
+            assert (result[name] - parameter.grad).abs().max() < 2e-4 * scale, name
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
@@ -105,7 +105,7 @@ def test_guided_steps_aim_where_guidance_would_point_but_for_dropped_captions(tr
     trainer.optimizers.zero_grad()
     assert [trainer.config.stage.guidance_at(step) for step in (7, 8, 10)] == [1.0, scale, scale]
     trainer.forward_backward_step(batch=batch, guidance_scale=trainer.config.stage.guidance_at(8))
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    result = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert len(calls) == (2 if scale > 1 else 1)
     with_text, *without = calls
     model.zero_grad()
@@ -125,7 +125,7 @@ def test_guided_steps_aim_where_guidance_would_point_but_for_dropped_captions(tr
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             scale_of = parameter.grad.abs().max() + 1e-8
-            assert (found[name] - parameter.grad).abs().max() < 2e-4 * scale_of, name
+            assert (result[name] - parameter.grad).abs().max() < 2e-4 * scale_of, name
 
 
 def test_a_batch_reaches_the_device_without_a_wait_and_its_text_is_widened_there(trainer_of):

@@ -165,7 +165,7 @@ def test_a_candidate_is_chosen_among_settings_windows_merged_weights_checkpoints
     done = home.invoke(*options, workflow="choose_candidate")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     # After two steps, no weights beat others.
-    said = done.stdout[done.stdout.index("incumbent: the incumbent stays: the best of 6 differs by") :]
+    said = done.stdout[done.stdout.index("shapes: the incumbent stays: the best of 6 differs by") :]
     assert f"{names[0]} is the same as incumbent" in said.splitlines()[0]
     assert re.findall(r"  p \d\.\d+  (\S+)$", said, re.M) == names[1:]
     added = {kind: home.listing()[kind] - before[kind] for kind in ("merged", "scorecard", "checkpoints")}

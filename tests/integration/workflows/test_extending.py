@@ -184,11 +184,12 @@ def test_a_scorer_scores_after_a_function_and_an_entry(monkeypatch):
     assert scorers.scorer_revisions(config)["aesthetic"].startswith("contrast, code ")
 
 
-def test_a_benchmark_and_its_judge_score_after_a_class_and_an_entry_each(monkeypatch):
+def test_a_benchmark_and_its_judge_score_after_a_class_and_an_entry_each(monkeypatch, tmp_path):
     from eval import catalog
     from eval.benchmarks import base, registry
     from eval.config import EvalConfig
-    from eval.judging.protocols import Request, score_name
+    from eval.judges import registry as judge_registry
+    from eval.scorecard import evaluate
 
     benchmark_code = added_module(monkeypatch, "A benchmark", "eval.benchmarks.walls")
     judge_code = added_module(monkeypatch, "A judge", "eval.judges.gray_level")
@@ -196,27 +197,27 @@ def test_a_benchmark_and_its_judge_score_after_a_class_and_an_entry_each(monkeyp
     with pytest.raises(ValueError, match="there is no benchmark 'walls'"):
         EvalConfig(**recipe)
     monkeypatch.setattr(registry, "BENCHMARKS", registry.BENCHMARKS | eval(benchmark_code["python"][1]))
-    with pytest.raises(ValueError, match="there is no judge 'gray-level'"):
-        EvalConfig(**recipe)
-    entry = eval(judge_code["python"][1])
-    monkeypatch.setattr(catalog.judge_registry, "JUDGES", catalog.judge_registry.JUDGES | entry)
-
     config = EvalConfig(**recipe)
-    benchmark, (judge,) = registry.load(config.benchmark), catalog.load_judges(config).values()
-    judge.selftest()
-    prompts, judged = catalog.prompts(config), {}
-    for prompt in prompts:
-        answers, image = {}, Image.new("RGB", (8, 8), "white")  # right for one of the two prompts
-        while questions := benchmark.questions(prompt, answers):
-            for question in questions:
-                (answers[question.key],) = judge.answer([Request([image], question.text, question.options)])
-        judged[prompt["id"]] = base.Judged((answers,))
-    assert len(prompts) == benchmark.prompt_count
-    summary = benchmark.summarise(prompts, judged, "fixed")
-    assert (summary["score"], summary["scored"], summary["failed"]) == (0.5, 2, 0)
-    assert benchmark.score(prompts[0], base.Judged((None,))).score is None
-    judges = {role: {"name": judge.name, "model": judge.model} for role in benchmark.judges}
-    assert score_name(benchmark, judges) == "walls"
+    with pytest.raises(ValueError, match="there is no judge 'gray-level'"):
+        catalog.load_judges(config)
+    entry = eval(judge_code["python"][1], vars(judge_registry))
+    monkeypatch.setattr(judge_registry, "JUDGES", judge_registry.JUDGES | entry)
+
+    def white(prompts, seeds, height, width):  # right for one of the two prompts
+        return [Image.new("RGB", (width, height), "white")] * len(prompts)
+
+    config = config.model_copy(update={"image_size_px": 8, "seeds": (0,)})
+    card = evaluate(white, config, tmp_path, log=lambda _: None)
+    assert (card["name"], card["pooling"], card["overall"]["mean"]) == ("walls", "categories", 0.5)
+    assert card["fixed"]["overall"] == 0.5 and card["counts"]["scored"] == 2 and not card["deviations"]
+    assert [judge["name"] for judge in card["settings"]["judges"]] == ["gray-level"]
+    benchmark = registry.load("walls")
+    assert benchmark.score(catalog.prompts(config)[0], base.Judged((None,))).score is None
+
+    catalog.check_installed(config)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="judge 'gray-level' needs PIL, which is not installed: pip install pillow"):
+        catalog.check_installed(config)
 
 
 def test_every_loss_and_optimiser_of_a_recipe_has_its_function():

@@ -192,7 +192,7 @@ def test_published_texts_may_be_encoded_apart_and_parts_may_be_shared_or_sliced(
     other.disable_attention_slicing()
 
 
-def test_a_second_run_makes_nothing_again_and_a_training_number_reruns_what_follows(smoke, smoke_home):
+def test_a_second_run_comes_from_the_cache_and_a_training_number_reruns_training_and_later_tasks(smoke, smoke_home):
     before = smoke_home.listing()
     again = smoke_home.run("--recipe", "smoke")
     assert smoke_home.outputs(again) == smoke
@@ -212,7 +212,7 @@ def test_a_second_run_makes_nothing_again_and_a_training_number_reruns_what_foll
 
 
 @pytest.mark.parametrize("kind", ["merged", "curated", "components", "latents"])
-def test_a_cache_whose_files_were_deleted_is_made_again_and_sets_off_no_training(smoke, smoke_home, kind):
+def test_deleted_cached_files_are_made_again_without_a_training(smoke, smoke_home, kind):
     needed = smoke_home.artifacts / kind
     shutil.rmtree(needed)
     done = smoke_home.run("--recipe", "smoke")

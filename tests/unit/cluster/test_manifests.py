@@ -68,12 +68,12 @@ def check(document: dict, version: str) -> None:
 
 
 def pod_specs(documents: list[dict]) -> list[tuple[str, dict]]:
-    found = []
+    result = []
     for document in documents:
         template = document.get("template") or document.get("spec", {}).get("template", {})
         if document["kind"] in ("PodTemplate", "Deployment", "Job", "StatefulSet", "DaemonSet"):
-            found.append((f"{document['kind']}/{document['metadata']['name']}", template["spec"]))
-    return found
+            result.append((f"{document['kind']}/{document['metadata']['name']}", template["spec"]))
+    return result
 
 
 def values_of(node, key):
@@ -236,7 +236,7 @@ def test_flyte_runs_pytorch_jobs_aggregates_their_errors_and_admits_large_tasks(
     config = values["configuration"]["inline"] if chart == "flyte-binary" else values["configmap"]
     (plugins,) = values_of(config, "enabled-plugins")
     assert {"container", "sidecar", "k8s-array", "pytorch"} <= set(plugins)
-    (k8s,) = (found for found in values_of(config, "k8s") if "inject-finalizer" in found)
+    (k8s,) = (result for result in values_of(config, "k8s") if "inject-finalizer" in result)
     assert k8s.keys() == PLUGIN_KEYS and k8s["enable-distributed-error-aggregation"] is True
     (offloading,) = values_of(config, "literal-offloading-config")
     assert offloading.keys() == OFFLOADING_KEYS and offloading["enabled"] is True

@@ -280,7 +280,7 @@ DEFECTS = {
 
 
 @pytest.mark.parametrize("name", DEFECTS)
-def test_a_defect_fails_its_check_alone_and_names_a_remedy(preflight, name):
+def test_a_defect_fails_only_its_check_and_names_a_remedy(preflight, name):
     objects = copy.deepcopy(healthy())
     DEFECTS[name](objects)
     code, results, _ = preflight(objects)

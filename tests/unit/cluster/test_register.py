@@ -230,8 +230,8 @@ def test_every_task_of_each_shape_has_its_image_size_time_cache_secrets_and_temp
         template = templates[name]
         kind = kind or TRAIN[shape]
         metadata = template.metadata
-        found = (*resources(template), metadata.timeout.seconds, metadata.interruptible)
-        assert found == kind, name
+        actual = (*resources(template), metadata.timeout.seconds, metadata.interruptible)
+        assert actual == kind, name
         image = template.container.image or template.k8s_pod.pod_spec["containers"][0]["image"]
         assert image == f"registry.example/nucleus-{role}@{DIGEST}", name
         assert metadata.retries.retries == (100 if kind is TRAIN[shape] else 3), name

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import attention
-from model.attention import Machine, attend, choose_backend, pack_keys, prepare_mask, use_attention
+from model.layers import attention
+from model.layers.attention import Machine, attend, choose_backend, pack_keys, prepare_mask, use_attention
 
 VARLEN = {flash_standin.VARLEN}
 BOTH = frozenset({"flash_attn", "flash_attn_interface"})
@@ -63,14 +63,14 @@ def test_auto_takes_the_fastest_that_fits(capability, modules, dtype, head_dim, 
         ("varlen", HOPPER, VARLEN, FP32, 128, "bfloat16 or float16 tensors, not float32"),
     ],
 )
-def test_a_backend_asked_for_by_name_is_refused_with_what_is_missing(
+def test_a_named_backend_that_cannot_run_is_refused_with_what_is_missing(
     wanted, capability, modules, dtype, head_dim, missing
 ):
     with pytest.raises(ValueError, match=missing):
         choose_backend(wanted, Machine(capability, frozenset(modules)), dtype, head_dim)
 
 
-def test_sdpa_can_be_asked_for_anywhere():
+def test_sdpa_is_allowed_on_every_machine():
     assert choose_backend("sdpa", Machine(HOPPER, BOTH), BF16, 128)[0] == "sdpa"
 
 
@@ -84,7 +84,7 @@ def test_this_machine_refuses_what_it_lacks(monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchtitan") is None, reason="training needs torchtitan")
-def test_a_training_is_refused_at_its_start_where_the_machine_lacks_what_it_asks_for(monkeypatch):
+def test_a_training_is_refused_at_its_start_if_the_machine_lacks_its_backend(monkeypatch):
     from model.train.trainer import NucleusTrainer
 
     monkeypatch.setattr(attention, "_machine", lambda *_: Machine(None, frozenset()))
@@ -134,9 +134,9 @@ def test_flash_attention_equals_sdpa_and_repeats_no_heads(flash, masked):
     weight = torch.randn(q.shape)
     expected = attention._sdpa(q, k, v, mask)
     wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
-    found = attend(q, k, v, mask)
-    gradients = torch.autograd.grad((found * weight).sum(), (q, k, v))
-    assert torch.allclose(found, expected, atol=1e-6)
+    actual = attend(q, k, v, mask)
+    gradients = torch.autograd.grad((actual * weight).sum(), (q, k, v))
+    assert torch.allclose(actual, expected, atol=1e-6)
     for ours, theirs in zip(gradients, wanted):
         assert torch.allclose(ours, theirs, atol=1e-5)
     rows = ("varlen", (18, 4, 8), (33, 2, 8), (33, 2, 8)) if masked else ("dense", q.shape, k.shape, v.shape)
@@ -184,9 +184,9 @@ def test_reordered_rows_have_the_gradient_of_index_select():
     _, mask = tensors()
     packed = pack_keys(mask, 6)
     x, weight = torch.randn(mask.numel(), 2, 8, requires_grad=True), torch.randn(mask.numel(), 2, 8)
-    found, expected = attention._Reordered.apply(x, packed.order, packed.places), x.index_select(0, packed.order)
-    assert torch.equal(found, expected)
-    ours, theirs = (torch.autograd.grad((out * weight).sum(), x)[0] for out in (found, expected))
+    actual, expected = attention._Reordered.apply(x, packed.order, packed.places), x.index_select(0, packed.order)
+    assert torch.equal(actual, expected)
+    ours, theirs = (torch.autograd.grad((out * weight).sum(), x)[0] for out in (actual, expected))
     assert torch.equal(ours, theirs)
 
 
@@ -225,8 +225,8 @@ def test_whole_model_on_flash_attention_packs_its_mask_once(flash, monkeypatch):
     packings = []
     monkeypatch.setattr(attention, "PLAIN_SCORES", 0)
     monkeypatch.setattr(attention, "pack_keys", lambda *args: packings.append(args) or pack_keys(*args))
-    found = model(**kwargs)
-    assert torch.allclose(found, expected, atol=1e-4 * expected.detach().abs().max().item())
+    actual = model(**kwargs)
+    assert torch.allclose(actual, expected, atol=1e-4 * expected.detach().abs().max().item())
     assert len(packings) == 1 and len(flash.calls) == 3
 
 
@@ -245,9 +245,9 @@ def test_sdpa_of_grouped_heads_equals_its_definition(device, masked, monkeypatch
     wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "device", property(lambda self: SimpleNamespace(type=device)))
-        found = attention._sdpa(q, k, v, mask)
-    assert found.shape == expected.shape
-    for mine, theirs in zip((found, *torch.autograd.grad((found * weight).sum(), (q, k, v))), (expected, *wanted)):
+        actual = attention._sdpa(q, k, v, mask)
+    assert actual.shape == expected.shape
+    for mine, theirs in zip((actual, *torch.autograd.grad((actual * weight).sum(), (q, k, v))), (expected, *wanted)):
         assert torch.allclose(mine, theirs, atol=1e-5)
 
 
@@ -315,7 +315,7 @@ def test_every_backend_of_this_card_equals_fp32(masked):
         for backend in ("auto", "sdpa", *attention.PACKAGES):
             if not attention.missing_requirements(backend, attention._machine("cuda", None)):
                 use_attention(backend)
-                found = attend(q, k, v, mask.cuda() if masked else None)
-                assert (found.float().cpu() - expected).norm() < 0.02 * expected.norm()
+                actual = attend(q, k, v, mask.cuda() if masked else None)
+                assert (actual.float().cpu() - expected).norm() < 0.02 * expected.norm()
     finally:
         use_attention("auto")

@@ -27,8 +27,8 @@ def test_timesteps_follow_the_shifted_law_and_a_share_is_uniform():
         for limit in (0.2, 0.5, 0.9):
             logit = math.log(limit / (1 - limit))
             normal = 0.5 * math.erfc((logit - mu) / math.sqrt(2))
-            found = share_above(limit, num_tokens, TimestepConfig(uniform_fraction=0.0))
-            assert found == pytest.approx(normal, abs=0.005)
+            actual = share_above(limit, num_tokens, TimestepConfig(uniform_fraction=0.0))
+            assert actual == pytest.approx(normal, abs=0.005)
             expected = 0.9 * normal + 0.1 * (1 - limit)
             assert share_above(limit, num_tokens, TimestepConfig()) == pytest.approx(expected, abs=0.005)
 
@@ -40,7 +40,7 @@ def test_shifted_law_equals_the_schedulers_dynamic_shift():
     assert torch.allclose(shifted, torch.sigmoid(0.8 + n))
 
 
-def test_timesteps_depend_on_the_generator_alone():
+def test_timesteps_depend_only_on_the_generator():
     draw = lambda: flow.sample_timesteps(8, 64, torch.Generator().manual_seed(7))  # noqa: E731
     first = draw()
     torch.manual_seed(99)

@@ -22,7 +22,7 @@ def test_flow_matching_loss_is_the_mse_and_its_per_sample_means():
     assert per_sample.mean().item() == pytest.approx(loss.item())
 
 
-def test_z_loss_equals_its_definition_and_trains_routers_alone():
+def test_z_loss_equals_its_definition_and_trains_only_routers():
     model = NucleusTransformer(CONFIG)
     trace = RouterTrace()
     model(
@@ -65,11 +65,11 @@ def test_orthogonality_update_is_the_penaltys_gradient_step():
 def test_haar_bands_equal_pywavelets():
     x = torch.randn(2, 3, 6, 8, dtype=torch.float64)
     low, (horizontal, vertical, diagonal) = pywt.dwt2(x.numpy(), "haar", axes=(-2, -1))
-    found = losses.haar_bands(x)
-    assert found.shape == (2, 3, 4, 3, 4)
+    result = losses.haar_bands(x)
+    assert result.shape == (2, 3, 4, 3, 4)
     for i, band in enumerate((low, horizontal, vertical, diagonal)):
-        assert torch.allclose(found[:, :, i], torch.from_numpy(band)), i
-    assert found.square().sum().item() == pytest.approx(x.square().sum().item())  # orthonormal
+        assert torch.allclose(result[:, :, i], torch.from_numpy(band)), i
+    assert result.square().sum().item() == pytest.approx(x.square().sum().item())  # orthonormal
     with pytest.raises(ValueError, match="5 x 8"):
         losses.haar_bands(torch.zeros(1, 1, 5, 8))
 

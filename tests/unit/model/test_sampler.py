@@ -73,10 +73,10 @@ def test_latents_equal_the_pipelines(models, texts, guidance, cached):
         if cached:
             reference.disable_cache()
     text, mask, negative, negative_mask, noise = texts
-    found = sample_latents(ours, text, mask, negative, negative_mask, noise, (1, ROWS, COLUMNS), 6, guidance)
-    assert found.shape == noise.shape
-    assert (found - expected).norm() / expected.norm() < 1e-4
-    assert (found - noise).norm() / noise.norm() > 0.1
+    actual = sample_latents(ours, text, mask, negative, negative_mask, noise, (1, ROWS, COLUMNS), 6, guidance)
+    assert actual.shape == noise.shape
+    assert (actual - expected).norm() / expected.norm() < 1e-4
+    assert (actual - noise).norm() / noise.norm() > 0.1
 
 
 def test_stochastic_latents_equal_the_pipelines(models, texts):
@@ -85,10 +85,10 @@ def test_stochastic_latents_equal_the_pipelines(models, texts):
     expected = pipeline_latents(reference, texts, 6, 4.0, shift=2.0, stochastic_sampling=True)
     text, mask, negative, negative_mask, noise = texts
     arguments = (text, mask, negative, negative_mask, noise, (1, ROWS, COLUMNS), 6, 4.0)
-    found = sample_latents(ours, *arguments, shift=2.0, step_noise=torch.Generator().manual_seed(7))
-    assert (found - expected).norm() / expected.norm() < 1e-4
+    actual = sample_latents(ours, *arguments, shift=2.0, step_noise=torch.Generator().manual_seed(7))
+    assert (actual - expected).norm() / expected.norm() < 1e-4
     other = sample_latents(ours, *arguments, shift=2.0, step_noise=torch.Generator().manual_seed(8))
-    assert (found - other).norm() / expected.norm() > 0.01
+    assert (actual - other).norm() / expected.norm() > 0.01
 
 
 def test_one_batched_forward_equals_two(models, texts):
@@ -103,8 +103,8 @@ def test_one_batched_forward_equals_two(models, texts):
                 for embeds, embeds_mask in ((text, mask), (negative, negative_mask))
             ]
             latents = latents + (now - after) * guide(*both, 5.0)
-    found = sample_latents(ours, text, mask, negative, negative_mask, noise, (1, ROWS, COLUMNS), 3, 5.0)
-    assert torch.allclose(found, latents, atol=1e-4)
+    result = sample_latents(ours, text, mask, negative, negative_mask, noise, (1, ROWS, COLUMNS), 3, 5.0)
+    assert torch.allclose(result, latents, atol=1e-4)
 
 
 def test_one_negative_serves_the_whole_batch_and_steps_are_reported(models, texts):
@@ -112,11 +112,11 @@ def test_one_negative_serves_the_whole_batch_and_steps_are_reported(models, text
     text, mask, negative, _, noise = texts
     one = negative[:1]
     seen = []
-    found = sample_latents(
+    result = sample_latents(
         ours, text, mask, one, None, noise, (1, ROWS, COLUMNS), 3, 5.0, on_step=lambda i, x: seen.append((i, x.shape))
     )
     each = sample_latents(ours, text, mask, one.expand(BATCH, -1, -1), None, noise, (1, ROWS, COLUMNS), 3, 5.0)
-    assert torch.equal(found, each)
+    assert torch.equal(result, each)
     assert seen == [(i, noise.shape) for i in range(3)]
 
 

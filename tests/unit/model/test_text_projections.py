@@ -6,7 +6,7 @@ from small_model import SMALL
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import TransformerConfig
-from model.rope import rope_tables
+from model.layers.rope import rope_tables
 from model.transformer import Block
 
 CONFIG = TransformerConfig(**SMALL | {"num_key_value_heads": 2, "dense_moe_strategy": "all_moe"})

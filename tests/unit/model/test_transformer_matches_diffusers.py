@@ -5,7 +5,7 @@ import torch
 from diffusers.models.transformers.transformer_nucleusmoe_image import NucleusMoEImageTransformer2DModel
 from small_model import SMALL
 
-import model.attention
+import model.layers.attention
 from model.config import TransformerConfig
 from model.transformer import NucleusTransformer, RouterTrace
 
@@ -65,12 +65,12 @@ def relative(a, b):
 
 def assert_equal_with_gradients(reference, ours, kwargs):
     expected = reference(**kwargs, return_dict=False)[0]
-    found = ours(**kwargs)
-    assert found.shape == expected.shape
-    assert relative(found, expected) < 1e-5
+    actual = ours(**kwargs)
+    assert actual.shape == expected.shape
+    assert relative(actual, expected) < 1e-5
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
     (expected * weight).sum().backward()
-    (found * weight).sum().backward()
+    (actual * weight).sum().backward()
     want = dict(reference.named_parameters())
     total = torch.stack([p.grad.norm() for p in want.values() if p.grad is not None]).norm()
     for name, parameter in ours.named_parameters():
@@ -94,7 +94,7 @@ def test_output_and_gradients_equal_diffusers(variant, masked):
 
 
 def test_blocked_attention_equals_diffusers_like_the_plain_one(monkeypatch):
-    monkeypatch.setattr(model.attention, "PLAIN_SCORES", 0)
+    monkeypatch.setattr(model.layers.attention, "PLAIN_SCORES", 0)
     reference, ours = pair(num_key_value_heads=2)
     assert_equal_with_gradients(reference, ours, inputs(ours.config) | {"encoder_hidden_states_mask": text_mask()})
 

@@ -41,9 +41,9 @@ def test_the_code_that_the_findings_name_exists():
             file, _, what = place.partition(".")
             if "/" not in file and what != "py":
                 continue  # a function of the module before it
-            found = [p for f in folders for p in (f / file, f / f"{file}.py") if p.exists()]
-            assert found, f"{name}: {place}"
+            result = [p for f in folders for p in (f / file, f / f"{file}.py") if p.exists()]
+            assert result, f"{name}: {place}"
             if what not in ("", "py"):
-                texts = [path.read_text() for path in found if path.is_file()]
-                texts += [module.read_text() for path in found if path.is_dir() for module in path.rglob("*.py")]
+                texts = [path.read_text() for path in result if path.is_file()]
+                texts += [module.read_text() for path in result if path.is_dir() for module in path.rglob("*.py")]
                 assert any(re.search(rf"\b{what}\b", text) for text in texts), f"{name}: {place}"

@@ -71,6 +71,7 @@ def test_a_plain_subfolder_is_accepted():
 
 CODE = [
     ("benchmark", "planted_module:BENCHMARK"),
+    ("further_benchmarks", ["planted_module:BENCHMARK"]),
     ("judges", {"detector": "os:system@touch {}"}),
     ("judges", {"detector": "planted_module:make"}),
     ("judges", {"reasoning": f"llm2clip@{COMMIT}"}),

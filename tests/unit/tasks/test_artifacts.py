@@ -42,13 +42,13 @@ def test_an_attempt_finds_the_work_of_the_last_one(parent, tmp_path):
     assert len({path, *others}) == 4
 
 
-def test_newer_code_does_not_hand_on_the_work_of_older_code(parent, monkeypatch):
+def test_newer_code_does_not_reuse_the_work_of_older_code(parent, monkeypatch):
     before = work_path("stage1", "training", {"steps": 3}, [parent])
     monkeypatch.setitem(envs.CACHE_VERSIONS, "training", envs.CACHE_VERSIONS["training"] + "+")
     assert work_path("stage1", "training", {"steps": 3}, [parent]) != before
 
 
-def test_work_may_lie_on_a_volume_that_outlives_the_pod(parent, tmp_path, monkeypatch):
+def test_work_may_be_on_a_volume_that_outlives_the_pod(parent, tmp_path, monkeypatch):
     monkeypatch.setenv("NUCLEUS_WORK", str(tmp_path / "volume"))
     assert work_path("stage1", "training", {}, [parent]).is_relative_to(tmp_path / "volume")
 
@@ -89,7 +89,7 @@ def test_a_second_run_of_the_same_work_is_refused_until_the_first_has_ended(tmp_
     all_over.set()
 
 
-def test_a_killed_run_holds_its_work_no_longer(tmp_path):
+def test_a_killed_run_releases_its_lock(tmp_path):
     holding = fork.Event()
 
     def work():
@@ -117,8 +117,8 @@ def test_the_training_processes_of_a_pod_download_an_artifact_once(parent, tmp_p
         shutil.copytree(parent, there)  # refuses an existing folder
 
     with ThreadPoolExecutor(4) as ranks:
-        found = list(ranks.map(lambda _: fetch(FlyteDirectory(str(there), downloader=download), "latents"), range(4)))
-    assert found == [there] * 4 and len(downloads) == 1 and (there / "data.txt").read_text() == "data"
+        result = list(ranks.map(lambda _: fetch(FlyteDirectory(str(there), downloader=download), "latents"), range(4)))
+    assert result == [there] * 4 and len(downloads) == 1 and (there / "data.txt").read_text() == "data"
 
 
 def test_a_download_that_failed_is_tried_by_the_next_process(parent, tmp_path, monkeypatch):

@@ -49,17 +49,17 @@ def trained(tmp_path):
     return make
 
 
-def test_runs_that_differ_in_their_seed_alone_are_one_variant(trained):
+def test_runs_that_differ_only_in_their_seed_are_one_variant(trained):
     cards = [
         trained("a0", 0, 0.90, 0.10), trained("b0", 0, 0.80, 0.20, lr=0.003, matrices="adamw"),
         trained("a1", 1, 0.94, 0.14, nproc=2), trained("b1", 1, 0.88, 0.20, lr=0.003, matrices="adamw"),
         trained("b2", 2, 0.60, 0.26, lr=0.003, matrices="adamw"),
     ]  # fmt: skip
-    found = variants([read_run(card) for card in cards])
-    assert [(v.name, sorted(v.runs)) for v in found] == [
+    results = variants([read_run(card) for card in cards])
+    assert [(v.name, sorted(v.runs)) for v in results] == [
         ("lr=0.01, matrices=muon", [0, 1]), ("lr=0.003, matrices=adamw", [0, 1, 2])
     ]  # fmt: skip
-    result = compare(found)
+    result = compare(results)
     muon, adamw = result["variants"].values()
     assert muon["overall"]["mean"] == pytest.approx(0.92) and muon["overall"]["std"] == pytest.approx(0.02 * 2**0.5)
     assert adamw["counting"]["mean"] == pytest.approx(0.38)

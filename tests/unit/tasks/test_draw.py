@@ -14,7 +14,7 @@ from tasks.manifest import seal
 from tasks.publishing import publish
 from tasks.recipe import load_recipe
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "fixtures"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "fixtures" / "models"))
 
 
 @pytest.fixture(scope="module")

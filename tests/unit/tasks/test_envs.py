@@ -27,7 +27,7 @@ def trainer(monkeypatch):
     return options
 
 
-def test_retries_are_for_weeks_of_preemptions_or_as_many_as_are_asked_for(trainer):
+def test_retries_suffice_for_weeks_of_preemptions_or_are_as_configured(trainer):
     assert trainer()["retries"] >= 14 * 24 / 4  # two weeks, of one every four hours
     assert trainer(NUCLEUS_TRAIN_RETRIES="3")["retries"] == 3
 

@@ -132,7 +132,7 @@ def test_an_override_of_another_form_is_shown_the_right_one(small, override):
         ("train.stages=[", ["override 'train.stages=['", "is not valid YAML"]),
     ],
 )
-def test_an_override_of_a_wrong_place_says_what_is_there(small, override, parts):
+def test_an_override_of_an_unknown_key_lists_the_valid_ones(small, override, parts):
     message = refused(small, override)
     assert all(part in message for part in parts), message
 
@@ -360,7 +360,7 @@ def test_the_17b_recipe_trains_as_the_paper_says():
     assert recipe.components.hub_text_encoder.repo_id == "Qwen/Qwen3-VL-8B-Instruct"
 
 
-def test_every_number_of_the_17b_recipe_has_its_source_beside_it():
+def test_every_number_of_the_17b_recipe_has_its_source_next_to_it():
     mark = re.compile(r"\[(paper|config|code|wsm|chosen)\]|\(\?\)")
     for line in (RECIPES / "nucleus_17b.yaml").read_text().splitlines():
         value, _, comment = line.partition("  #")
@@ -380,7 +380,7 @@ def test_a_model_of_very_many_layers_is_refused_at_once():
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
         ("curation.captions.max_words=1e9", "curation.captions.max_words.*10000"),
         ("train.stages[0].aspect_ratios=['1000000:1']", "aspect_ratios has '1000000:1'; one side may be 16 times"),
@@ -395,8 +395,8 @@ def test_a_model_of_very_many_layers_is_refused_at_once():
         ("components.min_psnr_db=true", "components.min_psnr_db=true must be a number"),
     ],
 )
-def test_absurd_numbers_are_refused_in_one_sentence(override, says):
-    with pytest.raises(ValueError, match=says) as error:
+def test_absurd_numbers_are_refused_in_one_sentence(override, message):
+    with pytest.raises(ValueError, match=message) as error:
         load_recipe("smoke", [override])
     assert "\n" not in str(error.value)
 

@@ -372,7 +372,7 @@ def test_used_by_names_every_artifact_down_to_the_pipeline(made, home, capsys):
     assert f"pipeline {load_manifest(made['pipeline']).digest}: " in out and "1 of them pipelines" in out
 
 
-def test_a_rejected_record_is_in_its_scores_alone_and_the_rule_is_named(made, home):
+def test_a_rejected_record_is_only_in_its_scores_and_the_rule_is_named(made, home):
     uses = used_by(record_id(4), str(home))
     assert names(uses) == {"scores"}
     assert [(use.kind, use.why) for use in uses if not use.has] == [

@@ -37,14 +37,14 @@ STEPS = {"choose-candidate", "curate", "encode", "evaluate", "merge", "publish"}
 
 @pytest.mark.slow
 def test_everything_that_people_start_has_a_plan_with_bounds_and_mails():
-    found = plans(1, 1, NUCLEUS_NOTIFY="a@example.com, b@example.com")
+    result = plans(1, 1, NUCLEUS_NOTIFY="a@example.com, b@example.com")
     ablations = {f"ablate-{path.stem}" for path in (ROOT / "recipes" / "ablations").glob("*.yaml")}
-    assert found.keys() >= CHOSEN | STEPS | ablations | {"reproduce-smoke", "reproduce-tiny"}
-    assert found["reproduce-smoke"][0] == "smoke" and found["ablate-token_choice"][0] == "ablations/token_choice"
-    assert all(found[name][0] is None for name in CHOSEN | STEPS)  # with a recipe of the user's
-    assert not any(name.startswith("pretrain-nucleus") for name in found)  # which trains on other shapes
+    assert result.keys() >= CHOSEN | STEPS | ablations | {"reproduce-smoke", "reproduce-tiny"}
+    assert result["reproduce-smoke"][0] == "smoke" and result["ablate-token_choice"][0] == "ablations/token_choice"
+    assert all(result[name][0] is None for name in CHOSEN | STEPS)  # with a recipe of the user's
+    assert not any(name.startswith("pretrain-nucleus") for name in result)  # which trains on other shapes
     assert all(
-        parallel == 64 and mails == [["a@example.com", "b@example.com"]] for _, parallel, mails in found.values()
+        parallel == 64 and mails == [["a@example.com", "b@example.com"]] for _, parallel, mails in result.values()
     )
 
 
@@ -56,8 +56,8 @@ def test_everything_that_people_start_has_a_plan_with_bounds_and_mails():
     ],
 )
 def test_a_shape_has_the_plans_of_the_recipes_that_train_on_it(shape, expected):
-    found = plans(*shape)
+    actual = plans(*shape)
     suffix = f"-{shape[0]}x{shape[1]}"
-    assert {name for name, (recipe, *_) in found.items() if recipe} == expected
-    assert found.keys() == expected | {f"{name}{suffix}" for name in CHOSEN}
-    assert not any(mails for *_, mails in found.values())
+    assert {name for name, (recipe, *_) in actual.items() if recipe} == expected
+    assert actual.keys() == expected | {f"{name}{suffix}" for name in CHOSEN}
+    assert not any(mails for *_, mails in actual.values())

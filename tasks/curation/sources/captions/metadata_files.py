@@ -37,7 +37,7 @@ from tasks.curation.sources.captions.pairing import fold
 FORMATS = ("csv", "tsv", "jsonl", "json", "parquet")
 NAME_COLUMNS = ("file_name", "filename", "file", "image", "image_file", "image_path", "path")
 MAX_BYTES = 64 * 2**20
-MAX_ROWS = 500_000  # of a CSV or JSON table, at 70 us of processor time each (benchmarks/hostile.py)
+MAX_ROWS = 500_000  # of a CSV or JSON table, at 70 us of processor time each (benchmarks/curation/hostile.py)
 DECODED_BYTES = 2**20  # at a time, to check whether a table is UTF-8
 MAX_ROWS_PER_IMAGE = 1000
 UNMATCHED = "metadata row that names no image"

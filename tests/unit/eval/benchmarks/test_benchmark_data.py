@@ -9,7 +9,10 @@ import pytest
 
 from eval import catalog
 from eval.benchmarks import benchmark_data
-from eval.benchmarks.benchmark_data import SOURCES, Source, download
+from eval.benchmarks.base import Source
+from eval.benchmarks.benchmark_data import download
+from eval.benchmarks.geneval import GenEval
+from eval.benchmarks.registry import BENCHMARKS
 from eval.config import EvalConfig
 
 PROMPT = {"tag": "colors", "include": [{"class": "car", "count": 1, "color": "red"}], "prompt": "a photo of a red car"}
@@ -20,7 +23,7 @@ CONTENT = (json.dumps(PROMPT) + "\n").encode()
 def geneval(monkeypatch):
     """GenEval's source, with a file made by this test."""
     source = Source("a/b", "f" * 40, {"prompts.jsonl": hashlib.sha256(CONTENT).hexdigest()}, "prompts.jsonl")
-    monkeypatch.setitem(SOURCES, "geneval", source)
+    monkeypatch.setattr(GenEval, "source", source)
     return source
 
 
@@ -31,18 +34,18 @@ def test_a_file_is_downloaded_once_at_its_commit(geneval, tmp_path):
         urls.append(url)
         return CONTENT
 
-    path = download("geneval", tmp_path, read)
-    assert path.read_bytes() == CONTENT == download("geneval", tmp_path, read).read_bytes()
+    path = download(geneval, tmp_path, read)
+    assert path.read_bytes() == CONTENT == download(geneval, tmp_path, read).read_bytes()
     assert urls == [f"https://raw.githubusercontent.com/a/b/{'f' * 40}/prompts.jsonl"]
 
 
 def test_another_file_under_the_same_name_is_refused_whether_downloaded_or_kept(geneval, tmp_path):
     with pytest.raises(ValueError, match=r"https://raw.* has the SHA-256 .*, and the benchmark's file has"):
-        download("geneval", tmp_path, lambda _: b"other")
+        download(geneval, tmp_path, lambda _: b"other")
     assert not list(tmp_path.rglob("*.jsonl"))
-    download("geneval", tmp_path, lambda _: CONTENT).write_bytes(b"edited")
+    download(geneval, tmp_path, lambda _: CONTENT).write_bytes(b"edited")
     with pytest.raises(ValueError, match="has the SHA-256"):
-        download("geneval", tmp_path, lambda _: CONTENT)
+        download(geneval, tmp_path, lambda _: CONTENT)
 
 
 def test_without_a_network_the_error_says_what_to_set(geneval, tmp_path):
@@ -52,7 +55,7 @@ def test_without_a_network_the_error_says_what_to_set(geneval, tmp_path):
     with pytest.raises(
         ValueError, match=r"cannot be downloaded from https.*no route.*set prompts_file to prompts.jsonl"
     ):
-        download("geneval", tmp_path, read)
+        download(geneval, tmp_path, read)
 
 
 def test_prompts_without_a_file_are_the_downloaded_ones(geneval, tmp_path, monkeypatch):
@@ -63,10 +66,14 @@ def test_prompts_without_a_file_are_the_downloaded_ones(geneval, tmp_path, monke
 
 
 def test_every_source_has_a_whole_commit_and_its_benchmark():
-    for name, source in SOURCES.items():
+    sources = {name: benchmark.source for name in BENCHMARKS if (benchmark := catalog.benchmark(name)).source}
+    assert sources.keys() == BENCHMARKS.keys() - {"shapes", "captions"}  # made here, and of the user's corpus
+    for name, source in sources.items():
         assert catalog.benchmark(name).data and len(source.commit) == 40 and source.files
         short = catalog.benchmark(name).version.partition("@")[2]
         assert source.commit.startswith(short)
+    english, chinese = sources["oneig"].files, sources["oneig-zh"].files
+    assert len(english) == 7 and len(chinese) == 8 and set(english) & set(chinese) == {"scripts/style/style.csv"}
 
 
 def test_genevals_development_prompts_are_other_draws_of_its_six_tasks():

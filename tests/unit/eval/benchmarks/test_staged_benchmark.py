@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval import catalog
 from eval.benchmarks.base import Benchmark, Question, Scored
 from eval.config import EvalConfig
 from eval.generation.generate import generate
@@ -81,9 +80,9 @@ def test_judges_of_oneig_see_images_through_jpeg_and_others_do_not(tmp_path, mon
     config = EvalConfig(benchmark="test_staged_benchmark:STAGED", seeds=(0,), images_per_prompt=2, image_size_px=8)
     monkeypatch.setitem(sys.modules, "test_staged_benchmark", sys.modules[__name__])
     generate(sampler, STAGED.prompts(), config, tmp_path, log=quiet)
-    for names in ((), ("staged",)):
-        monkeypatch.setattr(catalog, "JPEG_TILES", names)
-        judge_run(tmp_path, tmp_path / f"judged{len(names)}", {"vqa": Looking()}, config, log=quiet)
+    for jpeg in (False, True):
+        monkeypatch.setattr(Staged, "jpeg_tiles", jpeg)
+        judge_run(tmp_path, tmp_path / f"judged{jpeg}", {"vqa": Looking()}, config, log=quiet)
     original = np.asarray(open_png(tmp_path / "images/seed0/00000/samples/0000.png"))
     assert np.array_equal(np.asarray(shown[0]), original)
     assert shown[-1].format == "JPEG" and np.abs(np.asarray(shown[-1]).astype(int) - original).max() > 10
@@ -91,7 +90,7 @@ def test_judges_of_oneig_see_images_through_jpeg_and_others_do_not(tmp_path, mon
 
 @pytest.mark.parametrize("pooling", ["prompts", "parts"])
 def test_any_benchmark_is_judged_in_rounds_and_scored_with_floats(tmp_path, monkeypatch, pooling):
-    monkeypatch.setitem(catalog.POOLING, "staged", pooling)
+    monkeypatch.setattr(Staged, "pooling", pooling)
     config = EvalConfig(benchmark="test_staged_benchmark:STAGED", seeds=(0, 1), images_per_prompt=2, image_size_px=8)
     monkeypatch.setitem(sys.modules, "test_staged_benchmark", sys.modules[__name__])
 

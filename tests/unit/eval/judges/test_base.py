@@ -141,7 +141,8 @@ def test_an_absent_package_is_named_before_hours_of_work_with_the_command_that_i
 
 def test_naming_every_judge_imports_no_heavy_library():
     code = (
-        "import sys; from eval import catalog, config; [catalog.check_judge(n) for n in catalog.JUDGES]; "
+        "import sys; from eval import catalog, config; from eval.judges.registry import JUDGES; "
+        "[catalog.check_judge(n) for n in JUDGES]; "
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'cv2', 'rapidocr')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -149,10 +150,10 @@ def test_naming_every_judge_imports_no_heavy_library():
 
 def test_every_judge_exists_and_its_roles_are_some_benchmarks():
     roles = {role for name in benchmarks.BENCHMARKS for role in benchmarks.load(name).judges}
-    for name, (target, answered, text) in registry.JUDGES.items():
-        module, _, attribute = target.partition(":")
+    for name, entry in registry.JUDGES.items():
+        module, _, attribute = entry.target.partition(":")
         judge = getattr(__import__(module, fromlist=[attribute]), attribute)
-        assert judge.name == name and set(answered) <= roles and text
+        assert judge.name == name and set(entry.roles) <= roles and entry.description
 
 
 def test_only_the_official_models_give_a_score_its_plain_name():
@@ -167,7 +168,7 @@ def test_only_the_official_models_give_a_score_its_plain_name():
     ]:
         record = {}
         for role, judge in judges.items():
-            module, _, attribute = catalog.JUDGES[judge][0].partition(":")
+            module, _, attribute = registry.JUDGES[judge].target.partition(":")
             record[role] = {"name": judge, "model": getattr(__import__(module, fromlist=[attribute]), attribute).model}
         assert score_name(benchmarks.load(benchmark), record) == name
 

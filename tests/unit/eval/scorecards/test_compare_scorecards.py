@@ -16,6 +16,7 @@ from eval.config import EvalConfig
 from eval.generation.generate import generate
 from eval.judges.shapes_judge import ShapesDetector
 from eval.scorecard import rescore
+from eval.scorecards.card import comparison_key, load, not_comparable
 from eval.scorecards.compare import compare_runs, drop_beyond_noise, lines
 from eval.scorecards.select_candidate import select_candidate
 
@@ -48,6 +49,7 @@ def make(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     patch = pytest.MonkeyPatch()  # the page is not what is tested here, and takes most of the time
     patch.setattr("eval.scorecards.scorecard_page.render_page", lambda *_: "page")
+    patch.setattr("eval.scorecards.scorecard_page.failure_pages", lambda *_: ())
     patch.setattr("eval.scorecards.scorecard_page.draw_grid", lambda *_: Image.new("RGB", (1, 1)))
 
     def make_run(name, chance, config=CONFIG, judge=None, seed=0):
@@ -111,7 +113,31 @@ def test_other_prompts_and_other_judges_are_not_compared(make):
         with pytest.raises(ValueError, match=message):
             compare_runs(make("low", 0.4), run)
         dropped, sentence = drop_beyond_noise(make("high", 0.9), run)
-        assert not dropped and sentence.startswith("not compared with the incumbent")
+        assert not dropped and "shapes" in sentence and "not compared with the incumbent" in sentence
+
+
+def test_two_cards_have_one_key_if_and_only_if_they_can_be_compared(make):
+    card = load(make("high", 0.9))
+    (judge,) = card.settings.judges
+    settings = [
+        {},
+        {"guidance_scale": 99.0, "model_digests": {"model": "x"}},  # compared: these are what a comparison is about
+        {"prompt_set_sha256": "0" * 64},
+        {"judges": [judge.model_copy(update={"revision": "0" * 64})]},
+        {"judges": [judge, judge.model_copy(update={"role": "color"})]},
+    ]
+    cards = [card.model_copy(update={"settings": card.settings.model_copy(update=change)}) for change in settings]
+    cards += [card.model_copy(update={"benchmark": "other"}), card.model_copy(update={"version": "2"})]
+    assert [not_comparable(card, other) is None for other in cards] == [True, True, *[False] * 5]
+    for a in cards:
+        for b in cards:
+            assert (comparison_key(a) == comparison_key(b)) == (not_comparable(a, b) is None)
+
+
+def test_settings_that_differ_are_named_with_a_drop(make):
+    low = make("guided", 0.4, CONFIG.model_copy(update={"guidance_scale": 99.0}))
+    dropped, sentence = drop_beyond_noise(make("high", 0.9), low)
+    assert dropped and sentence.endswith("; settings that differ, too: guidance_scale")
 
 
 def test_a_drop_beyond_noise_is_one_and_noise_is_none(make):

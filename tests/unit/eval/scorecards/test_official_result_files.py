@@ -4,6 +4,7 @@ them."""
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 
 import numpy as np
@@ -12,9 +13,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from eval import catalog, cli
+from eval import catalog, cli, dpg, geneval2
+from eval.benchmarks.oneig import OCR_PROMPT
 from eval.config import EvalConfig
 from eval.generation.generate import generate
+from eval.judging.protocols import Request
+from eval.official.oneig_files import read_scores
 from eval.scorecard import judge_run, rescore
 from eval.scorecards.card import load
 
@@ -103,10 +107,12 @@ def test_dpgs_lines_have_the_cards_score_and_its_details_the_categories(tmp_path
     csv_file = official_data.write_dpg(tmp_path)
     card, folders = scored("dpg", csv_file, 4, tmp_path / "run")
     kinds = pd.read_csv(csv_file).set_index("question_natural_language")["tuple"].str.split("(").str[0].str.strip()
-    scores, categories = [], []
+    scores, categories, read = [], [], []
+    questions = dpg.load_questions(csv_file)
     for folder in folders:
+        read.append(dpg.summarise(dpg.read_details(folder / "dpg-bench_results_detail.txt", questions), questions))
         lines = (folder / "dpg-bench_results.txt").read_text().splitlines()
-        results = lines[: lines.index("Model: model")]
+        results = lines[: lines.index("Model: model (dpg[vqa])")]  # not by the official judge
         assert [line.split(", ")[0] for line in results] == ["7.png", "ü.png"]  # the first prompt fails officially
         for line in results:
             *images, whole = map(float, line.split(", ")[1:])
@@ -123,40 +129,101 @@ def test_dpgs_lines_have_the_cards_score_and_its_details_the_categories(tmp_path
         assert len(details) == 4 * 4 and box == "8, 8, 16, 16"
         categories.append({kind: 100 * mean(v for named in of.values() for v in named.values()) for kind, of in answers.items()})  # fmt: skip
     assert card.official["overall"] == pytest.approx(mean(scores)) != card.fixed["overall"]
+    assert [summary["score"] for summary in read] == pytest.approx(scores)
     for kind in ("entity - whole", "entity - part", "attribute - color"):
         assert card.official["categories"][kind] == pytest.approx(mean(c[kind] for c in categories))
+        assert [summary["categories"][kind] for summary in read] == pytest.approx([c[kind] for c in categories])
 
 
-def test_oneigs_csvs_have_the_cards_dimensions(tmp_path):
+def shown_to_judges(folder, prompt_index):
+    """The four tiles of a prompt after OneIG's JPEG compression."""
+    tiles = []
+    for number in range(4):
+        buffer = io.BytesIO()
+        with Image.open(folder / f"{prompt_index:05d}" / "samples" / f"{number:04d}.png") as tile:
+            tile.save(buffer, format="JPEG")
+        tiles.append(Image.open(buffer))
+        tiles[-1].load()
+    return tiles
+
+
+def edits(a, b):
+    """The edit distance by its definition."""
+    if not a or not b:
+        return len(a) + len(b)
+    return min(edits(a[1:], b) + 1, edits(a, b[1:]) + 1, edits(a[1:], b[1:]) + (a[0] != b[0]))
+
+
+def oneig_by_definition(folder):
+    """Each CSV's columns for `official_data.write_oneig`, from what the judges say about one seed's tiles."""
+    anime = {0: "anime_000", 1: "anime_001"}
+    text = {2: ("text_000", "Open"), 3: ("text_001", "Shut")}
+    names = {**anime, **{index: name for index, (name, _) in text.items()}, 4: "reasoning_000"}
+
+    def said(role, index, words=""):
+        return [Dice(role).one(Request([tile], words)) for tile in shown_to_judges(folder, index)]
+
+    alignment = {}
+    for index, name in anime.items():
+        cat, black = (
+            said("vqa", index, f"{q} Please answer 'Yes' or 'No' only.") for q in ("Is it a cat?.", "Is it black?.")
+        )
+        # "Is it black?" depends on "Is it a cat?".
+        alignment[name] = mean((c == "Yes") / 2 + (c == b == "Yes") / 2 for c, b in zip(cat, black, strict=True))
+    reads = [(wanted, read) for index, (_, wanted) in text.items() for read in said("ocr", index, OCR_PROMPT)]
+    ed, right = mean(edits(wanted, read) for wanted, read in reads), mean(wanted == read for wanted, read in reads)
+    text_score = 1 - min(100, ed) * (1 - right) * (1 - right) / 100  # one word each: WAC is CR
+    style = mean(said("style", 1))
+    diversity = {}
+    for index, name in names.items():
+        diversity[name] = mean(Dice("diversity").one(Request(shown_to_judges(folder, index), "")))
+    classes = {
+        c: mean(v for name, v in diversity.items() if name.startswith(c)) for c in ("anime", "text", "reasoning")
+    }
+    return {
+        "alignment": {"alignment": mean(alignment.values())},
+        "text": {"ED": ed, "CR": right, "WAC": right, "text score": text_score},
+        "reasoning": {"reasoning": mean(said("reasoning", 4, "the answer"))},
+        "style": {"style": style},
+        "diversity": {**classes, "total average": mean(diversity.values())},
+        "style_style": {"line_art": style},
+    }
+
+
+def test_oneigs_csvs_and_the_card_have_each_dimension_by_its_definition(tmp_path):
     card, folders = scored("oneig", official_data.write_oneig(tmp_path), 4, tmp_path / "run")
     official = card.official["categories"]
     assert set(official) == {"alignment", "text", "reasoning", "style", "diversity"}
     page = (tmp_path / "run" / "scorecard.html").read_text()
     assert {"Nucleus-Image", "Qwen-Image"} <= {row.model for row in card.references} and "2508.02324" in page
     names = {f"{kind}_{what}_EN.csv" for kind in official for what in ("score", "prompt_score")}
-    for folder in folders:
+    by_seed = []
+    for seed, folder in zip((0, 3), folders, strict=True):
         assert {path.name for path in folder.iterdir()} == names | {"style_style_score_EN.csv"}
-
-    def tables(name):
-        return [pd.read_csv(folder / f"{name}_EN.csv", index_col=0) for folder in folders]
-
+        by_seed.append(oneig_by_definition(tmp_path / "run" / "images" / f"seed{seed}"))
+        for dimension, columns in by_seed[-1].items():
+            table = pd.read_csv(folder / f"{dimension}_score_EN.csv", index_col=0)
+            assert list(table.index) == ["model (oneig[diversity+ocr+reasoning+style+vqa])"]
+            assert table.iloc[0].dropna().to_dict() == pytest.approx(columns)
+            (row,) = read_scores(folder / f"{dimension}_score_EN.csv").values()
+            assert {name: value for name, value in row.items() if value is not None} == pytest.approx(columns)
+        ocr = pd.read_csv(folder / "text_prompt_score_EN.csv", index_col=0, dtype={0: str}).iloc[:, 0]
+        ed, cr, wac = zip(*map(json.loads, ocr), strict=True)
+        assert [mean(values) for values in (ed, cr, wac)] == pytest.approx(list(by_seed[-1]["text"].values())[:3])
     for dimension, column in (("alignment", "alignment"), ("reasoning", "reasoning"), ("style", "style"), ("diversity", "total average"), ("text", "text score")):  # fmt: skip
-        assert official[dimension] == pytest.approx(mean(t[column].iloc[0] for t in tables(f"{dimension}_score")))
-    for dimension in ("alignment", "reasoning"):  # means over prompts
-        assert official[dimension] == pytest.approx(
-            mean(t["model"].mean() for t in tables(f"{dimension}_prompt_score"))
-        )
-    for table, prompts in zip(tables("text_score"), tables("text_prompt_score"), strict=True):
-        ed, cr, _ = zip(*map(json.loads, prompts["model"]), strict=True)
-        assert (mean(ed), mean(cr)) == (pytest.approx(table["ED"].iloc[0]), pytest.approx(table["CR"].iloc[0]))
+        assert official[dimension] == pytest.approx(mean(of[dimension][column] for of in by_seed)), dimension
+    assert len(set(official.values())) == 5
 
 
 def test_geneval2s_lists_have_the_cards_means(tmp_path):
     card, folders = scored("geneval2", official_data.write_geneval2(tmp_path), 1, tmp_path / "run")
     lists = [json.loads((folder / "score_lists.json").read_text()) for folder in folders]
     assert [len(values) for values in lists[0]] == [2, 2, 1]
+    assert [geneval2.read_scores(folder / "score_lists.json") for folder in folders] == lists
+    read = [geneval2.summarise(of_seed, official_data.GENEVAL2) for of_seed in lists]
     geometric = [100 * mean(np.exp(np.mean(np.log(values))) for values in of_seed) for of_seed in lists]
     assert card.official["overall"] == pytest.approx(mean(geometric))
+    assert [summary["gm"] for summary in read] == pytest.approx(geometric)
     counts = [100 * mean([of_seed[0][0], of_seed[2][0]]) for of_seed in lists]
     assert card.official["categories"]["count"] == pytest.approx(mean(counts))
 

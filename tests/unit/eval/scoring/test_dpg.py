@@ -264,3 +264,53 @@ def test_result_files_come_back(tmp_path):
     path.write_text("a, 1.0\n")
     with pytest.raises(ValueError, match="line 1"):
         dpg.read_results(path)
+
+
+def details(tmp_path, lines):
+    path = tmp_path / "results_detail.txt"
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+BOXES = dpg.grid_boxes(8, 2)
+
+
+@pytest.mark.parametrize("mode", ["official", "fixed"])
+def test_answers_come_back_from_a_details_file_and_give_the_same_summary(tmp_path, mode):
+    questions = dpg.load_questions(table(ROWS), mode)
+    answers = yes(questions, images=2, no={("5", 1, 1), ("ñ 7", 1, 0)})
+    answers["5"][2][0] = "yes, two, (1, 2, 3, 4), no"
+    lines = [
+        dpg.detail_line(f"/pictures, all/{item}.png", box, text, answers[item][qid][image])
+        for item, group in questions.items()
+        for image, box in enumerate(BOXES)
+        for qid, text in group["qid2question"].items()
+    ]
+    read = dpg.read_details(details(tmp_path, lines), questions)
+    assert read == answers
+    assert dpg.summarise(read, questions, mode, 2) == dpg.summarise(answers, questions, mode, 2)
+    appended = [*(line[: line.rindex(", ")] + ", maybe" for line in lines), *lines]  # the official code appends
+    assert dpg.read_details(details(tmp_path, appended), questions) == answers
+
+
+def test_answers_of_several_lines_and_questions_that_begin_alike_or_are_equal_are_told_apart(tmp_path):
+    texts = {1: "Is it red", 2: "Is it red, and big", 3: "Is it red"}
+    questions = {"a": {"qid2tuple": texts, "qid2dependency": {qid: [0] for qid in texts}, "qid2question": texts}}
+    said = {1: "yes\nor no", 2: "yes", 3: "no"}
+    lines = [dpg.detail_line("a.png", BOXES[0], texts[qid], answer) for qid, answer in said.items()]
+    assert dpg.read_details(details(tmp_path, lines), questions) == {"a": {qid: [text] for qid, text in said.items()}}
+
+
+@pytest.mark.parametrize(("lines", "message"), [
+    (["nothing"], "line 1: 'nothing' is not an answer"),
+    (["b.png, (0, 0, 8, 8), Is it?, yes"], "line 1: 'b' is not a prompt"),
+    (["a.png, (0, 0, 8, 8), Is it?, yes", "a.png, (0, 0, 8, 8), Was it?, yes"], "line 2: .* not begin with a question of"),
+    (["a.png, (0, 0, 8, 8), Is it?, yes"], r"'a' has no answer to question 2 about \(0, 0, 8, 8\)"),
+])  # fmt: skip
+def test_a_details_file_that_does_not_fit_is_refused_with_its_line(tmp_path, lines, message):
+    texts = {1: "Is it?", 2: "Is it big?"}
+    questions = {"a": {"qid2tuple": texts, "qid2dependency": {1: [0], 2: [0]}, "qid2question": texts}}
+    with pytest.raises(ValueError, match=message):
+        dpg.read_details(details(tmp_path, lines), questions)
+    with pytest.raises(ValueError, match="not a details file"):
+        dpg.read_details(tmp_path / "absent", questions)

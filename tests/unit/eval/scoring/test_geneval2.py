@@ -79,6 +79,16 @@ def test_files_are_the_official_ones(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in DATA))
     assert geneval2.load_prompts(path) == DATA
     assert json.loads(geneval2.scores_text(SCORES)) == SCORES
+    lists = tmp_path / "score_lists.json"
+    lists.write_text(geneval2.scores_text(SCORES))
+    assert geneval2.read_scores(lists) == SCORES
+    for content, message in (("[[0.5], [0.5, 1]", "is not JSON"), ("{}", "a list with a list"),
+                             ("[[0.5], [-1]]", r"prompt 1: \[-1\]"), ("[[true]]", "prompt 0"), ("[0.5]", "prompt 0: 0.5")):  # fmt: skip
+        lists.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            geneval2.read_scores(lists)
+    with pytest.raises(ValueError, match="not a file of scores"):
+        geneval2.read_scores(tmp_path / "absent.json")
     path.write_text(json.dumps(DATA[0]) + "\n" + json.dumps({**DATA[0], "skills": []}) + "\n")
     with pytest.raises(ValueError, match="line 2: 3 questions for 0 skills"):
         geneval2.load_prompts(path)

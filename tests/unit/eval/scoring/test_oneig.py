@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from eval import oneig
-from eval.official.oneig_files import read_prompt_scores
+from eval.official.oneig_files import read_prompt_scores, read_scores
 
 
 def grid(*tiles, columns=2, size=8):
@@ -320,6 +320,25 @@ def test_official_prompt_scores_come_back(tmp_path):
         read_prompt_scores(path)
     with pytest.raises(ValueError, match="not a file"):
         read_prompt_scores(tmp_path / "absent.csv")
+
+
+def test_official_scores_of_dimensions_come_back(tmp_path):
+    path = tmp_path / "style_style_score_EN.csv"
+    style = oneig.summarise_style({"049": "fauvism"}, {"049": 0.5})
+    path.write_text(oneig.official_files("style", style, "m")[path.name])
+    assert read_scores(path) == {"m": {name: 0.5 if name == "fauvism" else None for name in oneig.STYLES}}
+    path.write_text(",alignment\na,0.5\nb,0.25\n")
+    assert read_scores(path) == {"a": {"alignment": 0.5}, "b": {"alignment": 0.25}}
+    for content, message in (
+        (",alignment\na,half\n", "line 2: 'a,half'"),
+        (",alignment\na\n", "line 2"),
+        ("", "no scores"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_scores(path)
+    with pytest.raises(ValueError, match="not a file"):
+        read_scores(tmp_path / "absent.csv")
 
 
 @pytest.mark.parametrize("mode", ["official", "fixed"])

@@ -12,7 +12,7 @@ import pytest
 from eval.stats import choose, compare, estimate, interval, mean_interval, over_seeds, pool
 
 _SPEC = importlib.util.spec_from_file_location(
-    "interval_coverage", Path(__file__).resolve().parents[4] / "benchmarks/interval_coverage.py"
+    "interval_coverage", Path(__file__).resolve().parents[4] / "benchmarks/evaluation/interval_coverage.py"
 )
 simulation = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(simulation)

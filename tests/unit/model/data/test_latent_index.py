@@ -35,7 +35,7 @@ def test_a_large_index_opens_at_once_and_takes_no_more_private_memory_than_a_sma
 
 
 @pytest.mark.parametrize("weights", [None, {"A1": 4.0, "A2": 2.0, "A3": 1.0}])
-def test_the_order_is_a_function_of_the_counts_alone(tmp_path, weights):
+def test_the_order_depends_only_on_the_counts(tmp_path, weights):
     """Draws by offsets: each row is of the bucket and of a tier with a weight; ranks and attempts have no effect."""
     from benchmarks.latent_index import write_synthetic
     from model.data.latents import LatentDataset

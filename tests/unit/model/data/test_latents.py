@@ -65,7 +65,7 @@ def test_images_of_a_bucket_keep_the_order_of_the_corpus_and_by_tier_has_each_on
         assert dataset.tier[inside].tolist() == sorted(dataset.tier[begin:end].tolist())
 
 
-def test_a_gather_over_files_keeps_the_order_asked_for(written):
+def test_a_gather_over_files_keeps_the_given_order(written):
     directory, texts, images, _ = written
     dataset = LatentDataset(directory)
     rows = list(range(*dataset.bucket_begin[1:3]))[::-1]
@@ -114,7 +114,7 @@ def test_rank_slices_partition_the_global_batch(written):
     whole = read_batch(dataset, plan)
     for ranks, accumulation in ((1, 1), (4, 1), (2, 4)):
         parts = [
-            read_batch(dataset, plan.part(rank, ranks).part(micro, accumulation))
+            read_batch(dataset, plan.share(rank, ranks).share(micro, accumulation))
             for rank in range(ranks)
             for micro in range(accumulation)
         ]
@@ -123,7 +123,7 @@ def test_rank_slices_partition_the_global_batch(written):
         assert torch.equal(torch.cat([part.text for part in parts]), whole.text)
         assert [part.plan.start for part in parts] == list(range(0, 16, 16 // len(parts)))
     with pytest.raises(ValueError, match="16 cannot be cut into 3"):
-        plan.part(0, 3)
+        plan.share(0, 3)
 
 
 def test_all_samples_of_a_step_share_one_bucket_and_buckets_get_their_share(written):
@@ -177,7 +177,7 @@ def test_tiers_are_read_in_proportion_to_their_weights(written):
         SampleOrder(dataset, 8, 0, {"A5": 1.0})
 
 
-def test_dropped_captions_use_the_empty_prompt_at_the_rate_asked_for(written):
+def test_dropped_captions_use_the_empty_prompt_at_the_configured_rate(written):
     dataset = LatentDataset(written[0])
     order = SampleOrder(dataset, 64, 0, None, 0.1)
     dropped = total = 0

@@ -63,9 +63,9 @@ def batches(directory, stream_from=None, workers=0, steps=6):
         tier_weights={"A1": 1.0, "A2": 2.0}, caption_dropout=0.3,
     )  # fmt: skip
     iterator = iter(LatentDataLoader(config, dp_world_size=1, dp_rank=0, local_batch_size=4))
-    found = list(itertools.islice(iterator, 2 * steps))
+    result = list(itertools.islice(iterator, 2 * steps))
     iterator.close()
-    return found
+    return result
 
 
 def assert_same(streamed, copied):
@@ -84,7 +84,7 @@ def test_batches_are_the_same_bits_as_those_of_a_copy(directory, tmp_path):
     assert_same(batches(indices, str(directory)), batches(directory))
 
 
-def test_an_object_store_is_asked_for_the_rows_of_a_batch_and_no_file_as_a_whole(bucket, monkeypatch):
+def test_a_batch_reads_only_its_rows_from_an_object_store_and_no_whole_file(bucket, monkeypatch):
     local, uri = bucket
     asked, real = [], S3FileSystem._call_s3
 
@@ -239,5 +239,5 @@ def test_the_checksums_are_of_the_bytes_in_the_files(directory):
     file = (directory / "latents/bucket-64x32/latents-00000.safetensors").read_bytes()
     end = 8 + int.from_bytes(file[:8], "little")
     size = (len(file) - end) // SHARD
-    found = [zlib.crc32(file[end + i * size : end + (i + 1) * size]) for i in range(SHARD)]
-    assert dataset.crc32[:SHARD].tolist() == found
+    result = [zlib.crc32(file[end + i * size : end + (i + 1) * size]) for i in range(SHARD)]
+    assert dataset.crc32[:SHARD].tolist() == result

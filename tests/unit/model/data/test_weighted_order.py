@@ -1,4 +1,4 @@
-"""Weights of episodic buckets and of caption lengths change how often a stage draws images and captions."""
+"""Weights of episodes and of caption lengths change how often a stage draws images and captions."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def drawn(order, steps=200):
 
 
 @pytest.mark.parametrize("tiers", [None, {"A1": 3.0, "A2": 1.0}])
-def test_without_weights_of_buckets_and_lengths_the_same_images_are_drawn_in_the_same_order(dataset, plain, tiers):
+def test_without_weights_of_episodes_and_lengths_the_same_images_are_drawn_in_the_same_order(dataset, plain, tiers):
     our_order, other_order = (SampleOrder(data, 8, 7, tiers, 0.1) for data in (dataset, plain))
     for step in range(40):
         ours, other = our_order.batch(step), other_order.batch(step)
@@ -45,8 +45,8 @@ def test_without_weights_of_buckets_and_lengths_the_same_images_are_drawn_in_the
             np.testing.assert_array_equal(getattr(ours, name), getattr(other, name))
 
 
-def test_a_bucket_is_drawn_in_proportion_to_its_weight_and_the_tiers(dataset):
-    order = SampleOrder(dataset, 16, 0, {"A1": 2.0, "A2": 1.0}, bucket_weights={"people": 4.0, "charts": 0.0})
+def test_an_episode_is_drawn_in_proportion_to_its_weight_and_the_tiers(dataset):
+    order = SampleOrder(dataset, 16, 0, {"A1": 2.0, "A2": 1.0}, episode_weights={"people": 4.0, "charts": 0.0})
     rows, _ = drawn(order, 400)
     ids = [int(record_id, 16) for record_id in dataset.record_ids(range(len(dataset)))]
     counts = np.bincount(rows, minlength=len(dataset))
@@ -74,5 +74,5 @@ def test_captions_without_any_weight_are_drawn_alike(dataset):
 
 
 def test_weights_that_leave_no_image_are_refused_with_the_groups_that_there_are(dataset):
-    with pytest.raises(ValueError, match=r"bucket weights .* leave no image: .*A1 in charts"):
-        SampleOrder(dataset, 8, 0, bucket_weights=dict.fromkeys(EPISODES, 0.0))
+    with pytest.raises(ValueError, match=r"episode weights .* leave no image: .*A1 in charts"):
+        SampleOrder(dataset, 8, 0, episode_weights=dict.fromkeys(EPISODES, 0.0))

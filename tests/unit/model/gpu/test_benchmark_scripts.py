@@ -103,9 +103,9 @@ def test_blocks_that_fail_or_compute_something_else_are_named_and_not_measured(m
     monkeypatch.setattr(gpu_blocks, "has_kernels", lambda args: False)
     monkeypatch.setattr(gpu_blocks, "variants", lambda *a: real(*a) | {"ours, broken": failing})
     args = gpu_blocks.parse([*TOY_BLOCK.split(), *"--rounds 2 --no-compile".split()])
-    found = gpu_blocks.measure(args, args.cases[0], 1e10, 1e9)
-    assert found["failures"] == {"ours, broken": "RuntimeError: not taken whole"}
-    assert set(found["ms"]["forward + backward"]) == {"ours, torch", "diffusers, eager"}
+    result = gpu_blocks.measure(args, args.cases[0], 1e10, 1e9)
+    assert result["failures"] == {"ours, broken": "RuntimeError: not taken whole"}
+    assert set(result["ms"]["forward + backward"]) == {"ours, torch", "diffusers, eager"}
 
 
 def test_every_case_is_compiled_again_and_a_fallback_is_an_error(monkeypatch):
@@ -125,12 +125,12 @@ def test_every_case_is_compiled_again_and_a_fallback_is_an_error(monkeypatch):
     assert len(resets) == 2 and all(limit > 8 and fails for limit, fails, _ in seen)
 
 
-def test_without_diffusers_the_block_is_measured_alone(monkeypatch):
+def test_without_diffusers_only_our_block_is_measured(monkeypatch):
     monkeypatch.setattr(gpu_blocks, "has_diffusers", lambda: False)
     monkeypatch.setattr(gpu_blocks, "has_kernels", lambda args: False)
     args = gpu_blocks.parse([*TOY_BLOCK.split(), *"--rounds 2 --no-compile".split()])
-    found = gpu_blocks.measure(args, args.cases[0], 1e10, 1e9)
-    assert set(found["ms"]["forward"]) == {"ours, torch"} and not found["failures"] and not found["speed"]
+    result = gpu_blocks.measure(args, args.cases[0], 1e10, 1e9)
+    assert set(result["ms"]["forward"]) == {"ours, torch"} and not result["failures"] and not result["speed"]
 
 
 def test_the_block_of_the_benchmark_has_the_released_axes():
@@ -189,15 +189,15 @@ def test_our_own_model_must_compile(monkeypatch):
         toy_step(monkeypatch)
 
 
-def test_products_alone_are_all_timed_as_often_as_they_were_counted():
+def test_each_product_is_timed_as_often_as_it_was_counted():
     product = measure.Product(1, 8, 4, 2)
     alone = measure.ProductsAlone({product: 3}, torch.float32, torch.device("cpu"))
     ran = []
     alone.runs[product] = lambda: ran.append(1)
     total = alone.measure()
     assert len(ran) == 4  # one to warm up
-    (found,) = alone.found()
-    assert found.count == 3 and found.total_ms == pytest.approx(total)
+    (result,) = alone.found()
+    assert result.count == 3 and result.total_ms == pytest.approx(total)
 
 
 def test_sampling_is_measured_at_a_toy_size(capsys):

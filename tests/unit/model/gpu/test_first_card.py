@@ -16,7 +16,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import first_card  # noqa: E402
 import gpu_blocks  # noqa: E402
 
-from model import attention, kernels  # noqa: E402
+from model import kernels  # noqa: E402
+from model.layers import attention  # noqa: E402
 
 STARTS_PROCESSES = ("workspace_probe", "kernel_tests", "training_tests")
 
@@ -41,29 +42,29 @@ def run(name: str, tmp_path: Path) -> dict:
 
 
 def test_versions_name_what_can_be_imported(tmp_path):
-    found = run("versions", tmp_path)
-    assert set(found["imports"].values()) == {"imported"}
-    assert found["torch"] == torch.__version__ and found["workspace"] == ":4096:8"
+    result = run("versions", tmp_path)
+    assert set(result["imports"].values()) == {"imported"}
+    assert result["torch"] == torch.__version__ and result["workspace"] == ":4096:8"
 
 
 def test_every_backend_of_attention_is_probed(tmp_path):
-    found = run("attention_probe", tmp_path)
-    assert found["backends"] == ["sdpa"] and found["sdpa"]["error"] < 1e-5 and found["sdpa"]["same_bits_twice"]
-    assert {"forward, deterministic", "backward, any order"} <= set(found["sdpa"]["ms"])
+    result = run("attention_probe", tmp_path)
+    assert result["backends"] == ["sdpa"] and result["sdpa"]["error"] < 1e-5 and result["sdpa"]["same_bits_twice"]
+    assert {"forward, deterministic", "backward, any order"} <= set(result["sdpa"]["ms"])
 
 
 def test_expert_products_are_shares_of_the_rate_of_a_large_product(tmp_path):
-    found = run("expert_products", tmp_path)
-    assert found["matrix_tflops"] > 0
-    assert all(set(shares) == {"bmm forward", "bmm dX", "bmm dW"} for shares in found["rows"].values())
+    result = run("expert_products", tmp_path)
+    assert result["matrix_tflops"] > 0
+    assert all(set(shares) == {"bmm forward", "bmm dX", "bmm dW"} for shares in result["rows"].values())
 
 
 @pytest.mark.parametrize("name", ["block_1024px", "block_256px"])
 def test_a_block_is_measured(name, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_blocks, "has_kernels", lambda args: False)  # the interpreter takes seconds
-    found = run(name, tmp_path)
-    assert found["failures"] == {} and found["products"]["forward + backward"]["experts_share_of_matrix_rate"] > 0
-    assert set(found["attention"]) == {"attention forward", "attention backward"}
+    result = run(name, tmp_path)
+    assert result["failures"] == {} and result["products"]["forward + backward"]["experts_share_of_matrix_rate"] > 0
+    assert set(result["attention"]) == {"attention forward", "attention backward"}
 
 
 def test_a_block_keeps_what_was_measured_before_compiling_took_too_long(tmp_path, monkeypatch):
@@ -75,9 +76,9 @@ def test_a_block_keeps_what_was_measured_before_compiling_took_too_long(tmp_path
     monkeypatch.setattr(gpu_blocks, "variants", lambda *a: real(*a) | {"ours, compiled, torch": stuck})
     with pytest.raises(KeyboardInterrupt):
         run("block_1024px", tmp_path)
-    found = json.loads((tmp_path / "block_1024px.json").read_text())
-    assert set(found["ms"]["forward + backward"]) == {"ours, torch", "diffusers, eager"}
-    assert found["speed"] and found["products"]["forward"] and found["attention"] and found["steps"]
+    result = json.loads((tmp_path / "block_1024px.json").read_text())
+    assert set(result["ms"]["forward + backward"]) == {"ours, torch", "diffusers, eager"}
+    assert result["speed"] and result["products"]["forward"] and result["attention"] and result["steps"]
 
 
 @pytest.mark.slow
@@ -89,19 +90,19 @@ def test_toy_sections_have_tritons_interpreter_from_the_start(tmp_path, monkeypa
 
 @pytest.mark.skipif(not kernels.interpreted(), reason="needs TRITON_INTERPRET=1, set before Triton is imported")
 def test_newton_schulz_is_timed_and_kernels_are_profiled(tmp_path):
-    found = run("muon_and_profile", tmp_path)
-    assert found["newton_schulz"]["ms"] > 0
-    assert {"nucleus::route", "nucleus::combine_rows"} <= set(found["kernels_ms"])
+    result = run("muon_and_profile", tmp_path)
+    assert result["newton_schulz"]["ms"] > 0
+    assert {"nucleus::route", "nucleus::combine_rows"} <= set(result["kernels_ms"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STARTS_PROCESSES)
 def test_sections_that_start_processes_of_their_own(name, tmp_path):
-    found = run(name, tmp_path)
+    result = run(name, tmp_path)
     if name == "workspace_probe":
-        assert found["with_model"]["exit_code"] == 0
+        assert result["with_model"]["exit_code"] == 0
     else:
-        assert found["passed"] >= 1 and not found["failed"]
+        assert result["passed"] >= 1 and not result["failed"]
 
 
 def test_every_section_has_a_test_here():
@@ -136,7 +137,7 @@ def slow(report, toy):
 
 def error(report, toy):
     'Fails in one part.'
-    with report.part('first'):
+    with report.attempt('first'):
         raise RuntimeError('out of\\nmemory | here')
     report.add(second=5)
 

@@ -17,7 +17,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from model import kernels
 from model.kernels.elementwise import plain_norm_modulate, plain_norm_rope, plain_swiglu
-from model.moe import MoE
+from model.layers.moe import MoE
 
 pytest.importorskip("triton")
 
@@ -42,9 +42,9 @@ def dtype(request):
     return request.param
 
 
-def relative(found, expected):
+def relative(actual, expected):
     expected = expected.float()
-    return ((found.float() - expected).norm() / expected.norm().clamp_min(1e-20)).item()
+    return ((actual.float() - expected).norm() / expected.norm().clamp_min(1e-20)).item()
 
 
 def leaves(*tensors):
@@ -54,11 +54,11 @@ def leaves(*tensors):
 def assert_equal(kernel, plain, inputs, dtype):
     """Outputs and gradients of `kernel` against `plain` in the same type, and gradients against fp32 too."""
     ours, theirs, exact = leaves(*inputs), leaves(*inputs), leaves(*(tensor.float() for tensor in inputs))
-    found, expected, truth = kernel(*ours), plain(*theirs), plain(*exact)
-    assert found.dtype == expected.dtype and found.shape == expected.shape
-    assert relative(found, expected) <= TOLERANCE[dtype]
-    weight = torch.randn(found.shape, device=found.device).to(found.dtype)
-    found.backward(weight)
+    actual, expected, truth = kernel(*ours), plain(*theirs), plain(*exact)
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    assert relative(actual, expected) <= TOLERANCE[dtype]
+    weight = torch.randn(actual.shape, device=actual.device).to(actual.dtype)
+    actual.backward(weight)
     truth.backward(weight.float())
     for ours_, exact_ in zip(ours, exact):
         assert ours_.grad.dtype == ours_.dtype
@@ -104,9 +104,9 @@ def test_norm_rope_with_fp32_weights_of_bf16_queries(device):
     torch.manual_seed(0)
     x, weight = torch.randn(1, 3, 2, 8, device=device).bfloat16(), torch.randn(8, device=device)
     table = torch.stack((torch.ones(3, 1, 4), torch.zeros(3, 1, 4)), dim=-1).to(device)
-    found, expected = (f(x, weight, table, 1e-6) for f in (NormRope.apply, plain_norm_rope))
-    assert found.dtype == expected.dtype == torch.bfloat16
-    assert relative(found, expected) < 1e-2
+    actual, expected = (f(x, weight, table, 1e-6) for f in (NormRope.apply, plain_norm_rope))
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    assert relative(actual, expected) < 1e-2
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 12), (1, 33, 8), (3, 1, 70)])
@@ -217,30 +217,30 @@ def step(moe, inputs):
     return routing, [out, *(tensor.grad for tensor in own), *(p.grad.clone() for p in moe.parameters())]
 
 
-def assert_close(found, expected):
+def assert_close(actual, expected):
     # Relative to all gradients: one expert alone has a constant gate, and the router's gradient is rounding noise.
     total = torch.stack([tensor.norm() for tensor in expected]).norm()
-    for mine, theirs in zip(found, expected, strict=True):
+    for mine, theirs in zip(actual, expected, strict=True):
         assert (mine - theirs).norm() < 1e-5 * theirs.norm() + 1e-7 * total
 
 
 @pytest.mark.parametrize("capacity_factor", [0.1, 1.7, 3.0])
 def test_layer_with_kernels_equals_the_plain_layer(capacity_factor, device):
     """Gather, SwiGLU and combine too: the output, and gradients of inputs and weights."""
-    ours, found = run_layer(device, torch.float32, "triton", capacity_factor)
+    ours, actual = run_layer(device, torch.float32, "triton", capacity_factor)
     plain, expected = run_layer(device, torch.float32, "torch", capacity_factor)
     assert ours.takers is not None and plain.takers is None
     assert torch.equal(choice(ours).values, choice(plain).values)
-    assert_close(found, expected)
+    assert_close(actual, expected)
 
 
 def test_layer_with_kernels_in_bf16_is_as_exact_as_the_plain_one(device):
     """Every expert takes every token, so that rounded scores do not change the choice."""
-    _, found = run_layer(device, torch.bfloat16, "triton", 3.0)
+    _, actual = run_layer(device, torch.bfloat16, "triton", 3.0)
     _, plain = run_layer(device, torch.bfloat16, "torch", 3.0)
     _, exact = run_layer(device, torch.float32, "torch", 3.0)
     slack = 1.2 if device.type == "cuda" else 4.0  # the interpreter cuts bits off instead of rounding
-    for mine, theirs, truth in zip(found, plain, exact):
+    for mine, theirs, truth in zip(actual, plain, exact):
         assert mine.dtype == torch.bfloat16
         assert relative(mine, truth) < slack * relative(theirs, truth) + 1e-3
 
@@ -261,8 +261,8 @@ def test_steps_have_the_same_bits_each_time(compiled, device):
         assert_same_bits(step(moe, inputs)[1], first)
 
 
-def assert_same_bits(found, expected):
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+def assert_same_bits(actual, expected):
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(actual, expected, strict=True))
 
 
 def test_shapes_that_no_kernel_covers_take_the_plain_way(monkeypatch, device):
@@ -305,7 +305,7 @@ def test_compiled_layer_routes_with_kernels_and_equals_the_plain_eager_one(devic
     """In one graph, with each operation once, and without additions of undefined order on a CUDA device."""
     moe, inputs = moe_layer(device, torch.float32, **TINY)
     graphs = Graphs()
-    routing, found = step(torch.compile(moe, backend=graphs.backend, fullgraph=True), inputs)
+    routing, actual = step(torch.compile(moe, backend=graphs.backend, fullgraph=True), inputs)
     assert nucleus_ops(graphs.forward) == dict.fromkeys(FORWARD_OPS, 1)
     assert nucleus_ops(graphs.backward) == dict.fromkeys(BACKWARD_OPS, 1)
     plain_ops = ("topk", "index_add", "scatter_add", "index_put", "index_select")
@@ -313,7 +313,7 @@ def test_compiled_layer_routes_with_kernels_and_equals_the_plain_eager_one(devic
     kernels.use_kernels("torch")
     plain, expected = step(moe, inputs)
     assert torch.equal(choice(routing).values, choice(plain).values)
-    assert_close(found, expected)
+    assert_close(actual, expected)
 
 
 @torch.no_grad()
@@ -352,11 +352,11 @@ def test_compiled_layer_is_right_for_one_image_shape_after_another(device):
     for tokens in (3, 5, 3):
         inputs = moe_inputs(device, torch.float32, tokens)
         kernels.use_kernels("triton")
-        routing, found = step(compiled, inputs)
+        routing, actual = step(compiled, inputs)
         kernels.use_kernels("torch")
         plain, expected = step(moe, inputs)
         assert routing.takers is not None and torch.equal(choice(routing).values, choice(plain).values)
-        assert_close(found, expected)
+        assert_close(actual, expected)
     assert graphs.forward["nucleus.route.default"] >= 2
 
 
@@ -365,10 +365,10 @@ def test_compiled_layer_is_right_for_one_image_shape_after_another(device):
 def test_layer_compiled_by_inductor_equals_the_eager_one(device):
     torch.compiler.reset()
     moe, inputs = moe_layer(device, torch.float32, **TINY)
-    routing, found = step(torch.compile(moe, fullgraph=True), inputs)
+    routing, result = step(torch.compile(moe, fullgraph=True), inputs)
     assert routing.takers is not None
     kernels.use_kernels("torch")
-    assert_close(found, step(moe, inputs)[1])
+    assert_close(result, step(moe, inputs)[1])
 
 
 @pytest.mark.slow
@@ -394,9 +394,9 @@ def test_checkpointed_layer_chooses_experts_once_and_has_the_same_gradients(comp
         if compiled:
             layer = torch.compile(layer, backend=graphs.backend, fullgraph=True)
         chosen.clear()
-        _, found = step(layer, inputs)
-        expected = expected or found
-        assert_same_bits(found, expected)
+        _, actual = step(layer, inputs)
+        expected = expected or actual
+        assert_same_bits(actual, expected)
         assert chosen.count(route._select) == (2 if policy == "full" and not compiled else 1), policy
         if compiled:
             again = {} if policy == "none" else {"nucleus.gather_rows.default": 1}
@@ -443,8 +443,8 @@ def test_rows_that_are_still_on_their_way_are_waited_for(device):
         routing = moe.route(seen, timestep)
     gates_R, takers = routing.gates_BEC.transpose(0, 1).reshape(-1), routing.takers
     base, routed = x.flatten(0, 1), torch.randn(len(takers.tokens_R), x.shape[-1], device=device)
-    found = combine_rows(base, AsyncCollectiveTensor(routed), gates_R, takers)
-    assert torch.equal(found, combine_rows(base, routed, gates_R, takers))
+    result = combine_rows(base, AsyncCollectiveTensor(routed), gates_R, takers)
+    assert torch.equal(result, combine_rows(base, routed, gates_R, takers))
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ def test_the_text_encoders_parameters_are_those_of_its_layers():
     assert TextEncoder(layers=1).parameters == matrices
 
 
-def test_a_stage_encodes_what_it_draws_and_no_more_than_there_is():
+def test_a_stage_encodes_what_it_draws_and_at_most_the_corpus():
     small, large = costs()["stages"]
     assert (small["images"], large["images"]) == (1e5, 1e4)
     assert small["bytes"] == 1e5 * 16 * 32 * 32 * 2 and large["bytes"] == 1e4 * 16 * 128 * 128 * 2

@@ -104,8 +104,8 @@ def steps(stage, layout, tokens=4096, dtype=torch.bfloat16):
 
 
 def memory(shapes, model, stage, layout, **options):
-    found = moments(shapes, model, layout, steps(stage, layout, **options))
-    return max(found, key=lambda moment: moment.total), found
+    result = moments(shapes, model, layout, steps(stage, layout, **options))
+    return max(result, key=lambda moment: moment.total), result
 
 
 @pytest.mark.parametrize(
@@ -120,16 +120,16 @@ def memory(shapes, model, stage, layout, **options):
 def test_a_peak_is_the_sum_of_its_parts(sections, shapes, layout):
     model, train = sections
     stage = train.stages[2]
-    peak, found = memory(shapes, model, stage, layout)
+    peak, result = memory(shapes, model, stage, layout)
     report = plan_stage(shapes, model, train, stage, layout, GPUS["h100"])
     parts = dict(report["memory_bytes"])
     assert parts.pop("peak") == sum(parts.values())
-    assert report["memory_moment"] in {moment.name for moment in found}
+    assert report["memory_moment"] in {moment.name for moment in result}
     assert STATE <= set(parts) <= STATE | PASSES
-    assert found[-1].parts["gradients"] == 4 * shapes.trainable_per_gpu(layout)
-    assert any(moment.parts.get("all_to_all") for moment in found) == (layout.expert_parallel > 1)
-    assert any(moment.parts.get("gathered_weights") for moment in found) == (layout.shard > 1)
-    summed = [moment.parts for moment in found if moment.name == "sum over replicas"]  # FSDP does it block by block
+    assert result[-1].parts["gradients"] == 4 * shapes.trainable_per_gpu(layout)
+    assert any(moment.parts.get("all_to_all") for moment in result) == (layout.expert_parallel > 1)
+    assert any(moment.parts.get("gathered_weights") for moment in result) == (layout.shard > 1)
+    summed = [moment.parts for moment in result if moment.name == "sum over replicas"]  # FSDP does it block by block
     assert [parts["workspace"] for parts in summed] == [4 * shapes.trainable_per_gpu(layout)] * (layout.shard == 1)
 
 
@@ -162,9 +162,9 @@ def test_state_is_sharded_by_the_shard_degree(shapes):
 def test_buffers_are_the_rows_that_experts_take_and_the_units_that_fsdp_gathers(sections, shapes):
     model, train = sections
     layout = Layout(64, 64, 64, 4, "full")
-    _, found = memory(shapes, model, train.stages[2], layout)
+    _, result = memory(shapes, model, train.stages[2], layout)
     rows = 4 * 64 * 256  # samples, experts, capacity 4.0 x 4096 / 64
-    by_name = {moment.name: moment.parts for moment in found}
+    by_name = {moment.name: moment.parts for moment in result}
     for way in ("forward", "backward"):
         assert by_name[f"{way} of block 3"]["all_to_all"] == 2 * rows * 2048 * 2
         assert by_name[f"{way} of block 2"]["all_to_all"] == 0
@@ -210,25 +210,25 @@ def test_bytes_of_a_step_follow_from_the_rings_and_from_what_each_pass_reads(sec
     )
 
 
-def test_what_passes_a_gpus_own_link_is_what_its_node_does_not_share(sections, shapes):
+def test_traffic_of_a_gpus_link_leaves_out_what_its_node_shares(sections, shapes):
     """By hand, for nodes of 8. A ring enters a node once for all its ranks there; a row goes straight to its expert."""
     model, train = sections
     experts = 29 * 64 * 3 * 2048 * 1344
     dense = shapes.total - experts
 
     def between(*layout):
-        found = traffic(shapes, model, Layout(*layout), train.stages[2], tokens=4096, element=2, activations=0)
-        return found["between_nodes"], found["network_all_to_all"]
+        result = traffic(shapes, model, Layout(*layout), train.stages[2], tokens=4096, element=2, activations=0)
+        return result["between_nodes"], result["network_all_to_all"]
 
     ring = 2 * 2 + 4  # bytes of a weight: gathered in bf16 by both passes, and its gradient reduced in fp32
-    found, rows = between(64, 64, 64, 4, "selective")
-    assert found == pytest.approx(ring * dense * 63 / 64 / 8 + rows * 56 / 63)
-    found, rows = between(64, 64, 8, 4, "selective")  # each ring of experts: a rank of each node
-    assert rows > 0 and found == pytest.approx(ring * (dense * 63 / 64 / 8 + experts / 8 * 7 / 8))
-    found, _ = between(64, 64, 4, 4, "selective")  # of each of 4 rings, 2 ranks are in a node
-    assert found == pytest.approx(ring * (dense * 63 / 64 / 8 + experts / 4 * 15 / 16 / 2))
-    found, _ = between(16, 8, 1, 16, "selective")  # a replica in each of two nodes
-    assert found == pytest.approx(2 * 4 * shapes.per_gpu(Layout(16, 8, 1, 16, "selective")) / 2)
+    result, rows = between(64, 64, 64, 4, "selective")
+    assert result == pytest.approx(ring * dense * 63 / 64 / 8 + rows * 56 / 63)
+    result, rows = between(64, 64, 8, 4, "selective")  # each ring of experts: a rank of each node
+    assert rows > 0 and result == pytest.approx(ring * (dense * 63 / 64 / 8 + experts / 8 * 7 / 8))
+    result, _ = between(64, 64, 4, 4, "selective")  # of each of 4 rings, 2 ranks are in a node
+    assert result == pytest.approx(ring * (dense * 63 / 64 / 8 + experts / 4 * 15 / 16 / 2))
+    result, _ = between(16, 8, 1, 16, "selective")  # a replica in each of two nodes
+    assert result == pytest.approx(2 * 4 * shapes.per_gpu(Layout(16, 8, 1, 16, "selective")) / 2)
     assert between(8, 8, 8, 32, "selective")[0] == between(8, 4, 2, 32, "selective")[0] == 0
 
 
@@ -249,15 +249,15 @@ def test_the_recipes_layout_keeps_the_exchange_of_rows_inside_a_node_and_exposes
 @pytest.mark.slow
 def test_the_plan_gives_the_seconds_of_the_network_and_warns_where_it_may_dominate(capsys):
     command = [str(RECIPE), "--gpus", "64", "--json"]
-    found = {}
+    result = {}
     for options in ((), ("--network-gbps", "100"), ("--gpu", "a100")):
         assert main([*command, *options]) == 0
-        found[options] = json.loads(capsys.readouterr().out)["stages"]
+        result[options] = json.loads(capsys.readouterr().out)["stages"]
     for options, rate in ((), 50e9), (("--network-gbps", "100"), 12.5e9), (("--gpu", "a100"), 25e9):
-        for stage in found[options]:
+        for stage in result[options]:
             assert stage["network_floor_s"] == pytest.approx(stage["bytes_per_step"]["between_nodes"] / rate)
-    assert [a["step_s"] for a in found[()]] == [b["step_s"] for b in found["--network-gbps", "100"]]
-    last = found[()][2]
+    assert [a["step_s"] for a in result[()]] == [b["step_s"] for b in result["--network-gbps", "100"]]
+    last = result[()][2]
     assert last["network_floor_s"] < last["step_s"] < 4 * last["network_floor_s"]
     for rate, dominates in ((400, False), (100, True)):
         assert main([*command[:-1], "--network-gbps", str(rate)]) == 0
@@ -303,11 +303,11 @@ def test_what_is_not_given_is_the_recipes(sections):
     }
     stages = [stage.model_copy(update={"capacity_factors": 2.0}) for stage in sections[1].stages[:2]]
     train = sections[1].model_copy(update={**changes, "stages": tuple(stages)})
-    found = plan(CONFIG, train, GPUS["h100"], cost_per_gpu_hour=2.0)
-    layouts = [Layout(**stage["layout"]) for stage in found["stages"]]
+    result = plan(CONFIG, train, GPUS["h100"], cost_per_gpu_hour=2.0)
+    layouts = [Layout(**stage["layout"]) for stage in result["stages"]]
     assert layouts == [Layout(32, 16, 4, 2, train.activation_checkpointing)] * 2
-    assert found["cost"] == pytest.approx(sum(stage["cost"] for stage in found["stages"]))
-    assert found["cost"] > max(stage["cost"] for stage in found["stages"])
+    assert result["cost"] == pytest.approx(sum(stage["cost"] for stage in result["stages"]))
+    assert result["cost"] > max(stage["cost"] for stage in result["stages"])
 
 
 @pytest.mark.slow
@@ -384,7 +384,7 @@ def test_the_command_says_what_its_numbers_are(capsys):
     assert data.startswith("700,000,000 images")
     assert "against measured peaks of small models" in text and "nothing was measured on these GPUs" in text
     assert "checkpointing selective" in text and "no separate terms for network" in text
-    hours = [float(found.replace(",", "")) for found in re.findall(r"([\d,]+) GPU-hours", text)]
+    hours = [float(results.replace(",", "")) for results in re.findall(r"([\d,]+) GPU-hours", text)]
     assert len(hours) == 4 and sum(hours[:3]) == pytest.approx(hours[3], abs=2)
     assert text.endswith("GPU-hours (--cost-per-gpu-hour adds the cost)\n")
     assert main([*command, "--json"]) == 0

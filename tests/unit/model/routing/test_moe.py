@@ -10,7 +10,7 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 from model.kernels.elementwise import _NormRope, _SwiGLU
-from model.moe import MoE
+from model.layers.moe import MoE
 
 B, S, D, E, F = 3, 10, 12, 4, 8
 
@@ -46,8 +46,8 @@ def by_definition(moe, x, unmodulated, timestep):
 @pytest.mark.parametrize("capacity_factor", [0.1, 1.5, 4.0])
 def test_layer_equals_its_definition(capacity_factor, changes):
     moe, x, unmodulated, timestep = make(capacity_factor, **changes)
-    found, _ = moe(x, unmodulated, timestep)
-    assert torch.allclose(found, by_definition(moe, x, unmodulated, timestep), atol=1e-4)
+    actual, _ = moe(x, unmodulated, timestep)
+    assert torch.allclose(actual, by_definition(moe, x, unmodulated, timestep), atol=1e-4)
 
 
 def test_every_expert_takes_the_same_number_of_each_samples_tokens():
@@ -119,12 +119,12 @@ def test_layer_compiled_for_a_cpu_equals_the_eager_one_and_adds_nothing_atomical
     torch.set_num_threads(2)  # for one thread the compiler generates other code
     try:
         with torch._inductor.config.patch(force_disable_caches=True):
-            found, code = run_and_get_code(lambda: step(torch.compile(moe, fullgraph=True), inputs))
+            actual, code = run_and_get_code(lambda: step(torch.compile(moe, fullgraph=True), inputs))
     finally:
         torch.set_num_threads(threads)
     assert len(code) == 2  # forward and backward
     assert not any("atomic_add" in source for source in code)
-    for mine, theirs in zip(found, expected, strict=True):
+    for mine, theirs in zip(actual, expected, strict=True):
         assert torch.allclose(mine, theirs, atol=1e-5, rtol=1e-4)
 
 

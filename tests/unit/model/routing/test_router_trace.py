@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from model.moe import Routing
+from model.layers.moe import Routing
 from model.transformer import RouterTrace
 
 LAYERS, B, S, E, C = (3, 5, 11), 2, 6, 4, 2
@@ -28,7 +28,7 @@ def trace():
 
 
 def test_each_layers_numbers_are_those_counted_by_hand(trace):
-    found = trace.statistics()
+    result = trace.statistics()
     for layer in LAYERS:
         routing = trace.layers[layer]
         taken = [[0] * S for _ in range(B)]
@@ -36,14 +36,14 @@ def test_each_layers_numbers_are_those_counted_by_hand(trace):
             for place in routing.indices_BEC[b].flatten().tolist():
                 taken[b][place] += 1
         counts = [count for sample in taken for count in sample]
-        assert found[f"layer{layer:02d}/dropped"] == pytest.approx(counts.count(0) / len(counts))
-        assert found[f"layer{layer:02d}/experts_max"] == max(counts)
+        assert result[f"layer{layer:02d}/dropped"] == pytest.approx(counts.count(0) / len(counts))
+        assert result[f"layer{layer:02d}/experts_max"] == max(counts)
         entropy = torch.distributions.Categorical(logits=routing.logits_BSE).entropy().mean().item() / math.log(E)
-        assert found[f"layer{layer:02d}/entropy"] == pytest.approx(entropy)
-        assert found[f"layer{layer:02d}/logit_max"] == max(map(abs, routing.logits_BSE.flatten().tolist()))
+        assert result[f"layer{layer:02d}/entropy"] == pytest.approx(entropy)
+        assert result[f"layer{layer:02d}/logit_max"] == max(map(abs, routing.logits_BSE.flatten().tolist()))
     for name in ("dropped", "experts_max", "entropy", "logit_max"):
-        assert found[name] == sum(found[f"layer{layer:02d}/{name}"] for layer in LAYERS) / len(LAYERS)
-    assert list(found) == [name for prefix in ("", "layer03/", "layer05/", "layer11/") for name in
+        assert result[name] == sum(result[f"layer{layer:02d}/{name}"] for layer in LAYERS) / len(LAYERS)
+    assert list(result) == [name for prefix in ("", "layer03/", "layer05/", "layer11/") for name in
                            (f"{prefix}dropped", f"{prefix}experts_max", f"{prefix}entropy", f"{prefix}logit_max")]  # fmt: skip
     assert RouterTrace().statistics() == {}
 

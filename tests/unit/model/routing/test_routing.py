@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from model import flow, storage
 from model.config import TransformerConfig
 from model.data.latents import LatentWriter
-from model.moe import Experts
+from model.layers.moe import Experts
 from model.routing_report import (
     describe_layer,
     expert_output_cosine,
@@ -80,15 +80,15 @@ def test_a_router_that_sees_the_same_at_every_timestep_is_stable():
 
 
 def test_modulation_unsettles_a_coupled_router_and_not_a_decoupled_one():
-    found = {}
+    result = {}
     for coupled in (False, True):
         model = model_of(routing={"coupled": coupled})
         forget_time(model)
         modulate_by_time(model)
-        found[coupled] = describe_layer(model, 0, watch(model)[0])
-    assert found[False]["jaccard"] == 1.0
-    assert found[True]["jaccard"] < 0.9 and found[True]["cosine"] < 0.95
-    assert found[True]["distinct"] > found[False]["distinct"]
+        result[coupled] = describe_layer(model, 0, watch(model)[0])
+    assert result[False]["jaccard"] == 1.0
+    assert result[True]["jaccard"] < 0.9 and result[True]["cosine"] < 0.95
+    assert result[True]["distinct"] > result[False]["distinct"]
 
 
 def test_a_router_that_sees_the_timestep_or_other_tokens_is_less_stable():
@@ -138,7 +138,7 @@ def test_experts_that_compute_the_same_have_output_cosine_1_and_others_less():
     assert expert_output_cosine(experts, tokens) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_maps_lie_as_the_image_does_and_count_every_assignment():
+def test_maps_have_the_orientation_of_the_image_and_count_every_assignment():
     """A router steered by one channel of the token takes the tokens where that channel is high."""
     model = model_of()
     routing = watch(model, same_noise=False)[0]
@@ -263,7 +263,7 @@ def test_experts_are_compared_on_evenly_spaced_tokens_of_all_timesteps(monkeypat
     assert torch.equal(watch(model_of(), same_noise=False)[0].inputs_ND, all_ND[::7])
 
 
-def test_a_model_is_put_together_on_the_device_that_is_asked_for(tmp_path):
+def test_a_model_is_assembled_on_the_given_device(tmp_path):
     """Each weight goes there as it is read."""
     export_transformer(model_of(), tmp_path)
     assert {p.device.type for p in find_transformer(tmp_path, "meta").parameters()} == {"meta"}

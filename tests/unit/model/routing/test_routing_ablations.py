@@ -10,7 +10,7 @@ from small_model import SMALL
 
 from model import losses
 from model.config import RoutingConfig, TransformerConfig
-from model.moe import MoE, token_choice
+from model.layers.moe import MoE, token_choice
 from model.train.spec import count_parameters
 from model.transformer import NucleusTransformer, RouterTrace
 
@@ -58,16 +58,16 @@ def token_choice_by_definition(moe, x, unmodulated, timestep):
 @pytest.mark.parametrize(("k", "limit"), [(1, None), (2, None), (4, None), (2, 1.0), (2, 0.5)])
 def test_token_choice_equals_a_loop_over_tokens_in_value_and_gradients(k, limit):
     moe, x, unmodulated, timestep = make(float(k), kind="token_choice", expert_limit=limit)
-    found, routing = moe(x, unmodulated, timestep)
+    actual, routing = moe(x, unmodulated, timestep)
     wanted = token_choice_by_definition(moe, x, unmodulated, timestep)
-    assert torch.allclose(found, wanted, atol=1e-5)
+    assert torch.allclose(actual, wanted, atol=1e-5)
     loads = routing.taken_BSE().sum(dim=1)
     assert (routing.taken_BSE().sum(dim=2) == k).all() == (limit is None)  # dropless, or some are dropped
     assert limit is None or loads.max() <= math.ceil(limit * k * S / E)
     pull = torch.randn(B, S, D)
     parameters = list(moe.parameters())
     for ours, theirs in zip(
-        torch.autograd.grad((found * pull).sum(), parameters), torch.autograd.grad((wanted * pull).sum(), parameters)
+        torch.autograd.grad((actual * pull).sum(), parameters), torch.autograd.grad((wanted * pull).sum(), parameters)
     ):
         assert torch.allclose(ours, theirs, atol=1e-4)
 
@@ -103,9 +103,9 @@ def test_weights_and_taken_say_what_the_indices_say():
 def test_a_coupled_router_sees_what_the_experts_see():
     moe, x, unmodulated, timestep = make(coupled=True)
     decoupled, *_ = make()
-    found, routing = moe(x, unmodulated, timestep)
+    actual, routing = moe(x, unmodulated, timestep)
     wanted, _ = decoupled(x, x, timestep)
-    assert torch.equal(found, wanted)
+    assert torch.equal(actual, wanted)
     _, other = moe(x, unmodulated * -3 + 1, timestep)
     assert torch.equal(routing.indices_BEC, other.indices_BEC)
     assert not torch.equal(routing.scores_BSE, decoupled(x, unmodulated, timestep)[1].scores_BSE)
@@ -171,7 +171,7 @@ def test_no_stage_changes_the_width_of_a_dense_model():
     assert sparse.with_capacity_factors(4.0).capacity_factors == 4.0
 
 
-def test_the_default_writes_diffusers_keys_alone_and_ablations_come_back():
+def test_the_default_writes_only_diffusers_keys_and_ablations_are_read_back():
     from diffusers import NucleusMoEImageTransformer2DModel
 
     config = TransformerConfig(**SHAPE)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from small_model import SMALL
 
-from model import attention, moe
 from model.config import TransformerConfig
+from model.layers import attention, moe
 from model.optim import parameter_groups
 from model.train import activation
 from model.train.activation import activation_config
@@ -128,7 +128,7 @@ def test_names_and_optimiser_groups_stay(policy):
         assert [name for name, _ in parameter_groups(model)[group]] == [name for name, _ in members]
 
 
-def test_a_policy_is_what_its_name_says():
+def test_each_policy_is_the_class_of_its_name():
     assert activation_config("none") is None
     names = {policy: type(activation_config(policy))._owner.__name__ for policy in ("selective", "full")}
     assert names == {"selective": "SelectiveCheckpointing", "full": "FullCheckpointing"}
@@ -213,10 +213,10 @@ def test_flash_attention_compiles_whole_and_is_computed_once_unless_all_is_again
     """Selective checkpointing names the operations of each release; the other policies take any as it is."""
     expected = run(build("selective", config=ONE), torch.bfloat16, masked)[:2]
     flash.calls.clear()
-    found = run(build(policy, "aot_eager", ONE), torch.bfloat16, masked)[:2]
+    actual = run(build(policy, "aot_eager", ONE), torch.bfloat16, masked)[:2]
     _check_calls(flash, masked, policy)
     assert graphs_and_breaks() == (1, {})
-    assert_close(*found, *expected, rounding=0.05)
+    assert_close(*actual, *expected, rounding=0.05)
 
 
 def _check_calls(flash, masked, policy):

@@ -199,7 +199,7 @@ def test_malice_among_the_values_is_refused_and_not_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("error")
-def test_loading_alone_warns_of_nothing(tmp_path):
+def test_loading_gives_no_warning(tmp_path):
     import warnings
 
     with warnings.catch_warnings():
@@ -239,7 +239,7 @@ def test_an_object_store_that_does_not_answer_is_worth_another_attempt(bucket, m
         (RuntimeError("PytorchStreamReader failed"), ValueError),
     ],
 )
-def test_what_could_not_be_read_is_told_from_what_is_damaged(tmp_path, monkeypatch, failure, expected):
+def test_unreadable_checkpoints_are_distinguished_from_damaged_ones(tmp_path, monkeypatch, failure, expected):
     save(STATE, str(tmp_path / "step-1"))
 
     def read_data(*_):

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.moe import MoE
+from model.layers.moe import MoE
 from model.train.compiled import inductor_settings
 from model.train.parallel.expert_parallel import shard_experts
 
@@ -89,7 +89,7 @@ def test_the_shared_experts_gradients_are_computed_while_gradients_are_on_their_
     assert under_way(backward.names) == [[PRODUCT, PRODUCT], [PRODUCT, PRODUCT]]  # down's, then up's
 
 
-def test_exchanged_rows_give_the_bits_of_the_layer_alone(layers):
+def test_exchanged_rows_give_the_bits_of_the_layer_on_one_rank(layers):
     results = []
     for layer in layers:
         given = inputs()
@@ -133,7 +133,7 @@ dist.destroy_process_group()
 """
 
 
-def test_two_ranks_compute_what_the_layer_alone_does_with_the_exchanges_apart(tmp_path):
+def test_two_ranks_with_separate_exchanges_compute_what_one_rank_does(tmp_path):
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[4])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     ranks = [

@@ -63,7 +63,7 @@ def test_a_users_own_settings_stand(wandb, tmp_path, monkeypatch):
     assert (options["project"], options["id"]) == ("mine", "r1") and os.environ["WANDB_RUN_ID"] == "r1"
 
 
-def test_training_goes_on_where_it_does_not_start(wandb, tmp_path, monkeypatch, capsys):
+def test_training_continues_if_weights_and_biases_does_not_start(wandb, tmp_path, monkeypatch, capsys):
     def refuse(**options):
         raise OSError("no network")
 

@@ -45,15 +45,15 @@ def test_groups_hold_every_trainable_parameter_once_and_matrices_go_to_muon():
 def test_newton_schulz_gives_each_matrix_its_own_near_orthogonal_one(shape):
     torch.manual_seed(0)
     matrices = torch.randn(*shape)
-    found = newton_schulz(matrices, steps=8)
-    for matrix, update in zip(matrices.view(-1, *shape[-2:]), found.view(-1, *shape[-2:])):
+    result = newton_schulz(matrices, steps=8)
+    for matrix, update in zip(matrices.view(-1, *shape[-2:]), result.view(-1, *shape[-2:])):
         values = torch.linalg.svdvals(update)
         assert 0.5 < values.min() and values.max() < 1.3
         want = polar(matrix)
         assert (update * want).sum() / (update.norm() * want.norm()) > 0.95
     if len(shape) == 3:
         scaled = newton_schulz(matrices * torch.tensor([1.0, 100.0, 0.01]).view(3, 1, 1), steps=8)
-        assert torch.allclose(scaled, found, atol=1e-3)  # no expert is swamped by another
+        assert torch.allclose(scaled, result, atol=1e-3)  # no expert is swamped by another
 
 
 def muon_by_hand(parameter, gradients, packed_dim, transposed, lr, momentum, nesterov, ns_steps, weight_decay, scale):

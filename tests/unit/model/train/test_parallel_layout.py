@@ -32,9 +32,9 @@ def changed(**values) -> TrainConfig:
         ({"expert_parallel": 1}, 1, Degrees(1, 1, 1), 1),  # one process: whole weights
     ],
 )
-def test_the_degrees_are_those_asked_for(values, ranks, expected, expert_shard):
-    found = rank_degrees(MODEL, changed(**values), ranks)
-    assert found == expected and found.expert_shard == expert_shard
+def test_the_degrees_are_the_configured_ones(values, ranks, expected, expert_shard):
+    actual = rank_degrees(MODEL, changed(**values), ranks)
+    assert actual == expected and actual.expert_shard == expert_shard
 
 
 @pytest.mark.parametrize(
@@ -133,9 +133,9 @@ def test_every_parameter_of_the_released_model_is_in_the_group_that_the_recipe_n
     with torch.device("meta"):
         model = NucleusTransformer(MODEL)
     groups = parameter_groups(model)
-    found = {name: "frozen" for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    found |= {name: group for group, named in groups.items() for name, _ in named}
-    assert len(expected) == 610 and found == expected
+    actual = {name: "frozen" for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    actual |= {name: group for group, named in groups.items() for name, _ in named}
+    assert len(expected) == 610 and actual == expected
 
     table = describe_groups(groups).splitlines()
     muon, adamw = (sum(p.numel() for _, p in named) for named in groups.values())

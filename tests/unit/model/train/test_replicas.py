@@ -52,7 +52,7 @@ def rank_main(folder, rank, ranks):
     shard = rank % 2
 
     def weights(disturbed=None):
-        found = {
+        result = {
             SHARDED: DTensor.from_local(
                 torch.full((3, 2), float(shard)), mesh, [Replicate(), Shard(0)], run_check=False
             ),
@@ -61,8 +61,8 @@ def rank_main(folder, rank, ranks):
             CUT: DTensor.from_local(torch.full((2,), float(rank)), mesh, [Shard(0), Shard(0)], run_check=False),
         }
         if disturbed is not None:
-            replicas.local_part(found[disturbed]).view(-1)[1] += 1e-6
-        return found
+            replicas.local_part(result[disturbed]).view(-1)[1] += 1e-6
+        return result
 
     reported = [replicas.differing(weights())]
     for name, at in ((SHARDED, 3), (WHOLE, 1), (EVERYWHERE, 2), (CUT, 0)):
@@ -84,5 +84,5 @@ def reported(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
 
 
-def test_every_rank_hears_which_weights_differ_on_any(reported):
+def test_every_rank_gets_the_names_of_weights_that_differ_on_any_rank(reported):
     assert reported == [[[], [SHARDED], [WHOLE], [EVERYWHERE], []]] * 4

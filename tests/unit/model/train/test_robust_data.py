@@ -68,7 +68,7 @@ def test_each_step_reads_the_same_samples_and_noise_for_any_ranks_and_workers(
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_a_loader_goes_on_where_its_state_was_taken_though_workers_were_ahead(directory, expected, workers):
+def test_a_loader_resumes_at_its_saved_step_although_workers_were_ahead(directory, expected, workers):
     first = loader(directory, accumulation=2, workers=workers)
     read(first, 3)
     assert int(first.state_dict()["step"]) == 3
@@ -122,8 +122,8 @@ def test_for_a_cuda_device_batches_are_pinned_by_who_reads_them_and_text_is_as_s
 
     monkeypatch.setattr(data, "DEVICE_TYPE", "cuda")
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
-    found = read(loader(directory, workers=workers))
-    for batch, plain in zip(found, expected, strict=True):
+    actual = read(loader(directory, workers=workers))
+    for batch, plain in zip(actual, expected, strict=True):
         assert batch.text.dtype == torch.float16 and plain.text.dtype == torch.float32
         assert torch.equal(batch.text.float(), plain.text)
         for name in ("latents", "noise", "mask"):
@@ -181,7 +181,7 @@ def test_files_are_mapped_when_read_and_few_stay_so(directory, monkeypatch):
     assert embeds.shape[0] == 11 and open_files(directory) <= before + 2 * 3
 
 
-def test_record_ids_come_in_the_order_asked_for(directory):
+def test_record_ids_are_in_the_order_of_the_given_rows(directory):
     dataset = LatentDataset(directory)
     ids = dataset.record_ids(range(40))
     assert ids[:14] == [f"{i:064x}" for i in range(0, 40, 3)]  # the first bucket's

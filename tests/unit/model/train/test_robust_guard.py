@@ -33,7 +33,7 @@ def test_by_default_no_finite_loss_is_skipped():
     assert made.judge(1e30, 1e30) is None
 
 
-def test_a_spike_lies_that_many_median_deviations_above_the_median():
+def test_a_spike_is_the_configured_number_of_median_deviations_above_the_median():
     losses = np.random.default_rng(0).normal(1.0, 0.1, 20)
     median = np.median(losses)
     limit = median + 5 * np.median(np.abs(losses - median))
@@ -54,7 +54,7 @@ def test_no_spike_is_seen_before_half_of_the_window_is_known():
     assert guard([1.0, 1.1] * 5, spike_mads=5).judge(100.0, 1.0) is not None
 
 
-def test_too_many_skipped_of_the_last_steps_end_the_run_though_good_ones_lie_between():
+def test_too_many_skipped_steps_end_the_run_even_with_good_steps_between_them():
     made = guard()
     for i in range(4):
         assert not made.exhausted

@@ -20,7 +20,7 @@ def alone(tmp_path):
 
 
 @pytest.mark.parametrize("scale_kind", ["spectral", "rms"])
-def test_gate_and_up_are_orthogonalised_apart_at_the_scale_asked_for(alone, scale_kind):
+def test_gate_and_up_are_orthogonalised_separately_at_the_configured_scale(alone, scale_kind):
     from model.train.optimizer import NucleusOptimizers
 
     torch.manual_seed(0)
@@ -94,8 +94,8 @@ def test_every_number_of_the_recipe_reaches_its_optimiser(alone):
     optimizers = NucleusOptimizers.Config(optim=OptimConfig(**asked)).build(model_parts=[model])
     for optimizer, prefix in zip(optimizers, ("muon_", "adamw_"), strict=True):
         (group,) = optimizer.param_groups
-        found = {prefix + key: value for key, value in group.items()}
-        assert {key: found[key] for key in asked if key.startswith(prefix)} == {
+        result = {prefix + key: value for key, value in group.items()}
+        assert {key: result[key] for key in asked if key.startswith(prefix)} == {
             key: value for key, value in asked.items() if key.startswith(prefix)
         }
 

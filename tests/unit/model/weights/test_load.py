@@ -84,7 +84,7 @@ def test_diffusers_loads_an_export_in_several_files(released, tmp_path):
         assert torch.equal(theirs.state_dict()[name], tensor.float()), name
 
 
-def test_an_export_holds_one_file_at_a_time(released, tmp_path):
+def test_an_export_keeps_one_file_in_memory_at_a_time(released, tmp_path):
     weights, held = open_weights(released), []
 
     def read(name):
@@ -128,7 +128,7 @@ def shard(built, kind, world, rank=0):
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "hsdp", "experts", "rows"])
-def test_each_rank_reads_and_holds_its_share_alone(released, monkeypatch, kind):
+def test_each_rank_reads_and_keeps_only_its_share(released, monkeypatch, kind):
     """Loading calls no collective, so that one process can act as each of four ranks in turn."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -223,8 +223,8 @@ def test_two_processes_load_shards_and_export_the_same_files(released, tmp_path)
     with torch.no_grad():
         expected = plain(*inputs)
     for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt")  # with one thread: this process may add up in another order
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        actual = torch.load(tmp_path / f"{rank}.pt")  # with one thread: this process may add up in another order
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def edit_index(directory, change):

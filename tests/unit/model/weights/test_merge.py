@@ -58,15 +58,15 @@ def test_merge_equals_the_trajectory_with_decayed_updates(trajectory, tmp_path):
         for name in decayed:
             update = trajectory[j - 1][name].double() - trajectory[j - 2][name].double()
             decayed[name] = decayed[name] + j**-0.5 * update
-    found = load_transformer(tmp_path).state_dict()
-    assert found.keys() == decayed.keys()
+    result = load_transformer(tmp_path).state_dict()
+    assert result.keys() == decayed.keys()
     for name, tensor in decayed.items():
-        assert torch.allclose(found[name].double(), tensor, atol=1e-6), name
+        assert torch.allclose(result[name].double(), tensor, atol=1e-6), name
     assert report["checkpoints"] == 5 and report["tensors"] == len(decayed)
     assert report["parameters"] == sum(tensor.numel() for tensor in decayed.values())
 
 
-def test_one_checkpoint_comes_back_bitwise(trajectory, tmp_path):
+def test_a_merge_of_one_checkpoint_equals_it_bitwise(trajectory, tmp_path):
     odd = {name: tensor.bfloat16() for name, tensor in trajectory[1].items()}
     odd["img_in.bias"][0] = -0.0
     merge([odd], wsm_weights(1), tmp_path, CONFIG)
@@ -95,8 +95,8 @@ def test_every_kind_of_checkpoint_merges_alike(trajectory, tmp_path):
     expected = load_transformer(tmp_path / "memory").state_dict()
     for kind, checkpoints in kinds.items():
         merge(checkpoints, wsm_weights(3), tmp_path / kind, None if kind == "directories" else CONFIG)
-        found = load_transformer(tmp_path / kind).state_dict()
-        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), kind
+        actual = load_transformer(tmp_path / kind).state_dict()
+        assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items()), kind
 
 
 def test_diffusers_loads_the_merge(trajectory, tmp_path):
@@ -132,5 +132,5 @@ def test_the_metadata_of_each_checkpoint_is_parsed_once_however_many_tensors_it_
     report = merge([tmp_path / f"step-{i}" for i in range(3)], wsm_weights(3), tmp_path / "merged", CONFIG)
     assert report["tensors"] > 20 and len(parsed) == 3
     merge(trajectory[:3], wsm_weights(3), tmp_path / "expected", CONFIG)
-    expected, found = (load_transformer(tmp_path / name).state_dict() for name in ("expected", "merged"))
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    expected, actual = (load_transformer(tmp_path / name).state_dict() for name in ("expected", "merged"))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in actual.items())

@@ -1,4 +1,5 @@
-"""A recipe is refused when it is loaded if its cuts, tiers or buckets read a column that nothing fills."""
+"""A recipe is refused when it is loaded if its cuts, tiers or episodes read a column that nothing fills."""
+
 
 import pytest
 
@@ -27,11 +28,11 @@ from tasks.recipe import load_recipe
         ("curation.buckets=[{name: wide, where: widht > 3}]", "did you mean 'width'"),
         ("curation.tiers.quantiles=[0.5, 0.2, 0.8, 0.9]", "must rise"),
         ("curation.tiers.thresholds=[1, 2, 3, 4]", "must fall"),
-        ("train.stages[0].bucket_weights={people: 2.0}", "has the bucket 'people'; curation.buckets are rest"),
+        ("train.stages[0].bucket_weights={people: 2.0}", "has the episode 'people'; curation.buckets are rest"),
         ("train.stages[0].caption_weights=[{up_to_tokens: 9, weight: 1}, {up_to_tokens: 4, weight: 1}]", "must rise"),
     ],
 )
-def test_what_nothing_fills_is_refused_by_name(override, why):
+def test_a_column_that_no_scorer_fills_is_refused_by_name(override, why):
     with pytest.raises(ValueError, match=why):
         load_recipe("smoke", [override])
 
@@ -41,7 +42,7 @@ def test_a_cut_that_is_null_needs_no_scorer():
     assert recipe.curation.scorers.choice("watermark") is None
 
 
-def test_buckets_and_their_weights_reach_the_stages():
+def test_episodes_and_their_weights_reach_the_stages():
     overrides = [
         "curation.buckets=[{name: digits, where: source == 'digits'}]",
         "train.stages[0].bucket_weights={digits: 2.0, rest: 0.5}",

@@ -82,7 +82,7 @@ def test_a_changed_image_redoes_its_own_shard(tars, made):
 
 
 @pytest.mark.slow
-def test_a_new_threshold_makes_no_score_and_leaves_shards_it_does_not_touch_alone(tars, home):
+def test_a_new_threshold_makes_no_score_and_keeps_parts_of_shards_that_it_does_not_change(tars, home):
     curate(tars)
     scores, selected = parts_of(home, "scores"), parts_of(home, "selections")
     write_tar(tars / "3.tar", range(60, 63), caption="far too many words to be kept under a limit of six words {}")
@@ -95,7 +95,7 @@ def test_a_new_threshold_makes_no_score_and_leaves_shards_it_does_not_touch_alon
     assert len(parts_of(home, "selections") - selected) == 1  # that of 3.tar, now empty
 
 
-def test_a_group_reads_its_own_shards_alone(tars):
+def test_a_group_reads_only_its_own_shards(tars):
     opened: list[str] = []
     watching = True
 
@@ -153,7 +153,7 @@ def test_a_made_source_gives_the_same_digests_in_two_homes(tmp_path, monkeypatch
     assert digests[0] == digests[1]
 
 
-def test_a_shard_that_fails_is_named_and_made_alone_the_next_time(tars, home, monkeypatch):
+def test_a_failed_shard_is_named_and_only_it_is_made_the_next_time(tars, home, monkeypatch):
     real = score.score_shard
 
     def failing(corpus, shard, *rest):

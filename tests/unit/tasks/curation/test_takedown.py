@@ -172,7 +172,7 @@ def test_a_near_duplicate_is_named_however_it_was_matched(detail, monkeypatch):
     row = {"record_id": "b" * 64, "key": "k", "file": "copy.png", "rule": takedown.NEAR, "detail": sentence}
     kept = {"record_id": "a" * 64, "key": "l", "file": keeper, "rule": "", "detail": ""}
     monkeypatch.setattr(takedown, "_ledger", lambda uri, rule: [row] if rule else [kept, row])
-    uses = {"a" * 64: [takedown.Use("curated", "d" * 64, "here", True, "")]}
+    uses = {"a" * 64: [takedown.RecordUse("curated", "d" * 64, "here", True, "")]}
     assert takedown._near_duplicates(["a" * 64], uses) == {"a" * 64: {("b" * 64, "copy.png")}}
 
 
@@ -181,10 +181,10 @@ def test_after_the_takedown_nothing_new_has_the_record(tmp_path, home):
     source = write_folder(tmp_path / "source", range(5))
     curated = curate(source, [sha(0)])
     pipeline = make_sealed("pipeline", lambda out: (out / "weights.txt").write_text("-"), [curated])[0]
-    (found,) = takedown.find([sha(0)], [str(home)])
-    assert load_manifest(pipeline).digest not in {use.digest for use in found.uses}
-    assert {use.kind for use in found.uses if use.has} <= {"measured", "columns", "scores"}  # from before the list
-    assert any(use.kind == "curated" and not use.has and "takedown" in use.why for use in found.uses)
+    (result,) = takedown.find([sha(0)], [str(home)])
+    assert load_manifest(pipeline).digest not in {use.digest for use in result.uses}
+    assert {use.kind for use in result.uses if use.has} <= {"measured", "columns", "scores"}  # from before the list
+    assert any(use.kind == "curated" and not use.has and "takedown" in use.why for use in result.uses)
 
 
 def test_an_image_is_taken_down_by_its_url(tmp_path, monkeypatch):

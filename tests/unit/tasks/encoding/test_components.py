@@ -128,7 +128,7 @@ def tokenizer():
     return build_tokenizer(["a small red circle, at the top-left", "a handwritten digit 7"], 128)
 
 
-def test_a_prompt_costs_two_tokens_beside_its_words(tokenizer):
+def test_a_prompt_costs_two_tokens_more_than_its_words(tokenizer):
     (prompt,) = chat.format_prompts(tokenizer, ["a photo of a red circle"])
     assert tokenizer.tokenize(prompt) == ["<|system|>", "a", "photo", "of", "a", "red", "circle", "<|im_end|>"]
     lengths = [

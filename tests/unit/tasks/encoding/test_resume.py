@@ -132,7 +132,7 @@ def test_a_malicious_or_broken_state_is_refused_and_not_run(tmp_path):
     assert not (tmp_path / "harmed").exists()
 
 
-def test_every_attempt_of_the_task_works_in_one_place_which_goes_with_success(tmp_path, monkeypatch, small_config):
+def test_all_attempts_of_a_task_share_one_work_directory_which_success_removes(tmp_path, monkeypatch, small_config):
     monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
     (tmp_path / "curated").mkdir()
     (tmp_path / "curated" / "file").write_text("curated")

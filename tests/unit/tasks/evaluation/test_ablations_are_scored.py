@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[4]
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> Path:
     """components/ and merged/transformer/ of random weights."""
-    spec = importlib.util.spec_from_file_location("tiny_pipeline", ROOT / "tests/fixtures/tiny_pipeline.py")
+    spec = importlib.util.spec_from_file_location("tiny_pipeline", ROOT / "tests/fixtures/models/tiny_pipeline.py")
     make = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make)
     folder = tmp_path_factory.mktemp("parts")
@@ -56,8 +56,8 @@ def test_our_model_in_diffusers_place_draws_the_same_image(parts):
     assert type(theirs.transformer).__name__ == "NucleusMoEImageTransformer2DModel"
     expected = draw(theirs)
     theirs.register_modules(transformer=PipelineTransformer(load_transformer(parts / "merged" / "transformer")))
-    found = draw(theirs)
-    assert np.abs(found - expected).max() < 1e-4 and expected.std() > 0.01
+    actual = draw(theirs)
+    assert np.abs(actual - expected).max() < 1e-4 and expected.std() > 0.01
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from eval.generation import pipelines
 from tasks import store
 from tasks.artifacts import UserError
 from tasks.evaluation import evaluate, task
-from tasks.evaluation.plan import Part
+from tasks.evaluation.plan import ImagesPart
 from tasks.manifest import load_manifest, seal
 from tasks.store import home
 
@@ -30,7 +30,7 @@ PROMPT = {"tag": "colors", "include": [], "prompt": "a photo of a red circle"}
 def sample(tmp_path, monkeypatch):
     """Calls the task's function on sealed inputs, with a sampler in the pipeline's place."""
     monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
-    inputs = {"config": CONFIG, "part": Part(seed=0)}
+    inputs = {"config": CONFIG, "part": ImagesPart(seed=0)}
     for kind, name in (("merged", "file"), ("components", "file"), ("prompts", "prompts.jsonl")):
         (tmp_path / kind).mkdir()
         (tmp_path / kind / name).write_text((json.dumps(PROMPT) + "\n") * 6)

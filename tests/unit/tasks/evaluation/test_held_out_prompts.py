@@ -27,7 +27,7 @@ def corpus(tmp_path, monkeypatch):
     return select(tmp_path / "source", [examples[:60], examples[60:]], tmp_path / "curated"), examples
 
 
-def test_prompts_are_the_first_captions_of_held_out_images_alone(corpus, tmp_path):
+def test_prompts_are_only_the_first_captions_of_held_out_images(corpus, tmp_path):
     curated, examples = corpus
     config = EvalConfig(benchmark="captions", image_size_px=32, images_per_prompt=1)
     assert write_prompts(config, tmp_path, curated) == {"prompts": 18}
@@ -64,7 +64,7 @@ def test_captions_without_a_corpus_are_refused(tmp_path):
         write_prompts(EvalConfig(benchmark="captions"), tmp_path)
 
 
-def test_an_image_of_a_file_of_captions_must_lie_beside_it(tmp_path):
+def test_an_image_of_a_file_of_captions_must_be_next_to_it(tmp_path):
     (tmp_path / "given").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
     rows = [{"prompt": str(i), "reference": {"file": "../secret.png", "sha256": ""}} for i in range(2)]
@@ -105,7 +105,7 @@ def image(tmp_path):
     return tmp_path / "real.png"
 
 
-def test_a_model_that_knows_the_velocity_has_no_loss_and_one_that_predicts_nothing_all_of_it(image):
+def test_the_loss_is_zero_for_the_exact_velocity_and_grows_with_the_square_of_the_error(image):
     known = flow_loss.flow_losses(NucleusMoEImagePipeline(1.0), image, "red", 0)
     nothing, half = (flow_loss.flow_losses(NucleusMoEImagePipeline(share), image, "red", 0) for share in (0.0, 0.5))
     assert list(known) == [str(t) for t in TIMESTEPS] and max(known.values()) < 1e-6

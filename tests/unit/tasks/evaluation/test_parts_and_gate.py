@@ -17,7 +17,7 @@ from eval.judges.shapes_judge import ShapesDetector
 from tasks.artifacts import UserError
 from tasks.evaluation import evaluate, plan, task
 from tasks.evaluation.models import Model
-from tasks.evaluation.plan import Part
+from tasks.evaluation.plan import ImagesPart
 from tasks.manifest import load_manifest, seal
 from tasks.store import home
 
@@ -180,7 +180,7 @@ def test_the_gate_compares_nothing_with_scores_of_other_prompts(model, monkeypat
         CONFIG.model_copy(update={"prompt_set": "development", "prompts_per_task": 5}),
     )
     assert run(task.gate, scorecard=other, incumbent=good).startswith(
-        "not compared with the incumbent: they are of diff"
+        "shapes: not compared with the incumbent: they are of diff"
     )
 
 
@@ -193,11 +193,10 @@ def test_a_candidate_is_chosen_on_development_prompts(model, monkeypatch):
     names = ["incumbent", "guidance_scale=1", "guidance_scale=2"]
     scorecards = [cards["incumbent"], cards["equal"], cards["better"]]
     choice = run(task.choose_scorecard, names=names, scorecards=scorecards)
-    assert choice.chosen == "guidance_scale=2" and choice.sentence.startswith(
-        "guidance_scale=2: guidance_scale=2 beats"
-    )
+    assert choice.chosen == "guidance_scale=2"
+    assert choice.sentence.startswith("shapes: guidance_scale=2 beats the incumbent by +")
     kept = run(task.choose_scorecard, names=names[:2], scorecards=[cards["better"], cards["equal"]])
-    assert kept.chosen == "incumbent"
+    assert kept.chosen == "incumbent" and kept.sentence.startswith("shapes: the incumbent stays: the best of 1 differs")
 
 
 def test_a_model_is_resolved_to_its_digest_or_commit_and_a_changed_one_is_refused(tmp_path, monkeypatch):
@@ -215,12 +214,12 @@ def test_a_model_is_resolved_to_its_digest_or_commit_and_a_changed_one_is_refuse
     monkeypatch.setattr(pipelines, "diffusers_sampler", lambda *_: squares("red"))
     prompts = run(task.make_prompts, config=CONFIG)
     sample = {"model": model, "digest": model.digest, "prompts": prompts, "config": CONFIG}
-    images = run(task.generate_from_model, **sample, part=Part(seed=0))
+    images = run(task.generate_from_model, **sample, part=ImagesPart(seed=0))
     assert load_manifest(local(images)).config["digest"] == model.digest
     (tmp_path / "model" / "model_index.json").write_text("{ }")
     assert resolve().digest != model.digest
     with pytest.raises(UserError, match="changed since it was resolved"):
-        run(task.generate_from_model, **sample, part=Part(seed=1))
+        run(task.generate_from_model, **sample, part=ImagesPart(seed=1))
     with pytest.raises(UserError, match="has no revision"):
         resolve(revision="a" * 40)
     with pytest.raises(UserError, match="neither a directory, nor a Hub id"):
@@ -249,7 +248,7 @@ def test_a_night_scores_a_new_model_once_and_a_drop_alarms_once_and_is_never_a_r
         scorecard_of(model, monkeypatch, sampler, name, NIGHTLY)
         for name, sampler in (("good", right), ("bad", blank), ("bad2", blank), ("same", right))
     )
-    assert nightly("1" * 64, good) == (1, ["shapes: the first score, nothing to compare it with"])
+    assert nightly("1" * 64, good) == (1, ["shapes 0.333: the first score, nothing to compare it with"])
     assert nightly("1" * 64, good) == (0, [])  # unchanged: nothing runs
     with pytest.raises(UserError, match="the score dropped beyond noise"):
         nightly("2" * 64, bad)
@@ -264,6 +263,37 @@ def test_a_night_scores_a_new_model_once_and_a_drop_alarms_once_and_is_never_a_r
     assert changed == 1 and sentence.startswith("cannot tell")
 
 
+@pytest.mark.slow
+def test_a_score_by_other_judges_is_not_compared_and_says_so_and_the_old_reference_stays_for_the_old_judges(
+    model, monkeypatch, capsys
+):
+    monkeypatch.setattr(catalog, "judge", lambda _: Answering())
+    good, bad = (
+        scorecard_of(model, monkeypatch, sampler, name, NIGHTLY) for name, sampler in (("good", right), ("bad", blank))
+    )
+
+    class Another(Answering):
+        name, model, revision = "another", "not the official one", "b" * 64
+
+    monkeypatch.setattr(catalog, "judge", lambda _: Another())
+    good_by_another, bad_by_another = (
+        scorecard_of(model, monkeypatch, sampler, name, NIGHTLY)
+        for name, sampler in (("good by another", right), ("bad by another", blank))
+    )
+    nightly("1" * 64, good)
+    changed, (sentence,) = nightly("2" * 64, bad_by_another)  # passes, for nothing shows whether the weights are worse
+    assert changed == 1 and sentence.startswith("shapes[another] 0.") and sentence in capsys.readouterr().out
+    assert "NOT COMPARED with the last accepted score (shapes 0.333): one was judged by shapes-detector at" in sentence
+    _, (sentence,) = nightly("3" * 64, good_by_another)  # compared with its own kind
+    assert sentence.startswith("better: shapes[another]")
+    with pytest.raises(UserError, match=r"dropped beyond noise.*worse: shapes\[another\]"):
+        nightly("4" * 64, bad_by_another)
+    with pytest.raises(UserError, match="dropped beyond noise.*worse: shapes 0.333"):  # back to the first judge
+        nightly("5" * 64, bad)
+    _, (sentence,) = nightly("6" * 64, good)
+    assert sentence.startswith("cannot tell: shapes 0.333")
+
+
 def test_the_settings_and_the_judges_make_an_unchanged_model_new(model, monkeypatch):
     monkeypatch.setattr(catalog, "judge", lambda _: Answering())
     card = scorecard_of(model, monkeypatch, right, "good", NIGHTLY)
@@ -276,6 +306,6 @@ def test_the_settings_and_the_judges_make_an_unchanged_model_new(model, monkeypa
 
 def test_a_part_must_be_one_of_its_parts():
     with pytest.raises(ValueError, match="index=2 must be one of the 2 parts"):
-        Part(seed=0, index=2, parts=2)
+        ImagesPart(seed=0, index=2, parts=2)
     with pytest.raises(ValueError, match="parts_per_seed=0"):
         plan.plan_parts(CONFIG, 0)

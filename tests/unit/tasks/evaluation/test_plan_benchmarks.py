@@ -10,7 +10,7 @@ from eval.config import SCORING_KEYS, EvalConfig
 from model.config import MergeConfig
 from tasks.evaluation import models
 from tasks.evaluation.models import Model
-from tasks.evaluation.plan import generation_config, plan_benchmarks
+from tasks.evaluation.plan import default_benchmarks, further_configs, generation_config, plan_benchmarks
 from tasks.manifest import seal
 from tasks.planning.candidates import plan_candidates
 from tasks.recipe import load_recipe
@@ -28,6 +28,28 @@ def test_each_benchmark_has_its_own_counts_and_judges_and_shares_the_settings_of
     assert geneval.judges == dict.fromkeys(("detector", "color"), "ssd-mobilenet-v2")
     assert geneval2.judges == {"soft_tifa": "qwen3-vl-8b"}
     assert {c.guidance_scale for c in configs} == {TINY["guidance_scale"]}
+
+
+def test_the_17b_recipe_and_its_nightly_evaluation_have_both_headlines():
+    config = load_recipe("nucleus_17b").eval
+    (second,) = further_configs(config)
+    assert (config.benchmark, second.benchmark, second.further_benchmarks) == ("geneval", "geneval2", ())
+    assert second.judges == {"soft_tifa": "qwen3-vl-8b"} and second.images_per_prompt == 1
+    shared = {"seeds", "image_size_px", "num_inference_steps", "guidance_scale", "scheduler", "prompt_set"}
+    assert second.model_dump(include=shared) == config.model_dump(include=shared)
+    assert default_benchmarks(config.model_dump(mode="json")) == "geneval,geneval2"
+    assert default_benchmarks({}) == "geneval,geneval2"  # of a model that was not published here
+    assert default_benchmarks(TINY) == "shapes" and further_configs(EvalConfig(**TINY)) == []
+    assert default_benchmarks({**TINY, "benchmark": "captions"}) == "geneval,geneval2"  # its prompts are of a corpus
+
+
+def test_further_benchmarks_must_be_known_and_others():
+    for further, message in (
+        (["genval2"], "did you mean 'geneval2'"),
+        (["geneval"], "names one twice, or benchmark again"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            EvalConfig(benchmark="geneval", further_benchmarks=further)
 
 
 def test_judges_are_the_official_classes_or_on_a_cpu_those_that_packages_carry():

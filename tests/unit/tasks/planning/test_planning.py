@@ -11,6 +11,7 @@ from flyteidl.core import literals_pb2
 from PIL import Image
 
 from eval import catalog
+from eval.judges.registry import JUDGES
 from tasks import store
 from tasks.curation import flow
 from tasks.curation.config import SourceConfig
@@ -122,7 +123,7 @@ def test_the_17b_recipe_is_accepted_to_its_end_with_judges_that_answer_for_every
     check_workflow(recipe, ends_in)
     judges = catalog.judges_of(recipe.eval)
     assert recipe.eval.benchmark == "geneval" and judges.keys() == catalog.benchmark("geneval").judges.keys()
-    assert all(role in catalog.JUDGES[judge][1] for role, judge in judges.items())
+    assert all(role in JUDGES[judge].roles for role, judge in judges.items())
     other = load_recipe("nucleus_17b", ["eval.judges={}"])
     check_workflow(other, "merged")
     if ends_in != "merged":
@@ -246,7 +247,7 @@ def test_own_images_of_any_shape_are_kept_unless_a_limit_is_set(recipe, tmp_path
 @pytest.mark.parametrize("by", ["resolve_recipe", "plan_benchmarks"])
 def test_a_local_run_names_a_judges_absent_package_before_any_work(tmp_path, monkeypatch, by):
     monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path))
-    monkeypatch.setitem(catalog.PACKAGES, "mplug", ("no_such_package",))
+    monkeypatch.setitem(JUDGES, "mplug", JUDGES["mplug"]._replace(packages=("no_such_package",)))
     changes = ["eval.benchmark=dpg", "eval.judges.vqa=mplug@weights", "eval.prompts_per_task=null"]
     with pytest.raises(Exception, match="needs no_such_package, which is not installed"):
         if by == "resolve_recipe":

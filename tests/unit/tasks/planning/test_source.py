@@ -13,7 +13,7 @@ def test_a_placeholder_is_refused_without_a_look_at_it_and_both_ways_out_are_nam
         check_source(load_recipe("nucleus_17b").source.path, local=False)
 
 
-def test_a_path_of_ones_own_machine_is_refused_on_a_cluster_alone():
+def test_a_local_path_is_refused_only_on_a_cluster():
     for path in ("images/", ""):
         check_source(path, local=True)
     check_source("s3://bucket/images/", local=False)

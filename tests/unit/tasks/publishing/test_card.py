@@ -137,7 +137,7 @@ def test_the_card_states_whether_each_stage_warms_up(recipe, carried, expected):
     assert expected in model_card(changed, SCORECARD, LINEAGE)
 
 
-def test_the_noise_of_sampling_prompts_and_training_stands_apart_with_its_commands(recipe):
+def test_the_card_gives_the_noise_of_sampling_prompts_and_training_separately_with_commands(recipe):
     card = model_card(recipe, SCORECARD, LINEAGE)
     for part in (
         "| noise on the same prompts | 0.006 | `pyflyte run workflows/evaluate.py",

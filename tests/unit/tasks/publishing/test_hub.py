@@ -75,7 +75,7 @@ def pipeline(tmp_path) -> Path:
     return directory
 
 
-def test_a_push_carries_every_file_with_the_manifest_under_a_message_with_the_digest(pipeline):
+def test_a_push_has_every_file_and_the_manifest_and_its_message_the_digest(pipeline):
     hub = FakeHub()
     report = push(pipeline, "me/model", api=hub)
     assert set(hub.files) == {"README.md", "sub/model.safetensors", "manifest.json"}
@@ -126,7 +126,7 @@ def test_a_repository_with_other_files_is_refused_untouched(pipeline):
     assert set(hub.files) == {"weights.bin", "manifest.json"}
 
 
-def test_a_public_repository_is_refused_where_private_is_asked(pipeline):
+def test_a_public_repository_is_refused_if_the_recipe_wants_a_private_one(pipeline):
     hub = FakeHub()
     hub.private = False
     with pytest.raises(ValueError, match="is public, and publish.hub_private is true"):

@@ -78,6 +78,25 @@ def test_the_hubs_library_reads_every_score_and_writes_the_same_index(recipe, ca
     assert eval_results_to_model_index(data.model_name, results) == header["model-index"]
 
 
+def test_a_second_headline_is_beside_the_first_in_the_card_its_index_and_each_under_its_full_name(recipe):
+    first, second = scorecard("geneval[mask2former-clip]", "geneval", 1.0), scorecard("geneval2", "geneval2", 100.0)
+    text = model_card(recipe, first, [], further=[second])
+    (entry,) = yaml.safe_load(text.split("---\n")[1])["model-index"]
+    assert [result["dataset"]["name"] for result in entry["results"]] == [first["name"], "geneval2"]
+    metrics = [{metric["name"]: metric["value"] for metric in result["metrics"]} for result in entry["results"]]
+    assert metrics == [expected(first), expected(second)]
+    headlines = text[text.index("## Scores") :].split("\n\n")[1].splitlines()[2:]
+    assert [line.split(" | ")[:2] for line in headlines] == [
+        ["| `geneval[mask2former-clip]`", "0.877"],
+        ["| `geneval2`", "87.654"],
+    ]
+    assert (
+        "Score `geneval[mask2former-clip]`; 3 runs" in text
+        and "Score `geneval2`; 3 runs" in text
+        and "--benchmarks geneval2 --recipe tiny" in text
+    )
+
+
 def test_the_table_is_on_the_benchmarks_own_scale(recipe):
     text = model_card(recipe, scorecard("dpg[blip-vqa]", "dpg", 100.0), [])
     assert (

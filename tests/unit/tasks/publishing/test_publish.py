@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[4]
 
 def tiny_pipeline():
     """tests/fixtures is no package: several test folders load its files by path."""
-    spec = importlib.util.spec_from_file_location("tiny_pipeline", ROOT / "tests/fixtures/tiny_pipeline.py")
+    spec = importlib.util.spec_from_file_location("tiny_pipeline", ROOT / "tests/fixtures/models/tiny_pipeline.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -83,6 +83,19 @@ def test_only_the_files_of_a_pipeline_are_published(published):
         "model_index.json", "transformer", "vae", "text_encoder", "processor", "scheduler",
         "README.md", "scorecard.json", "grid.png", "SHA256SUMS",
     }  # fmt: skip
+
+
+def test_scorecards_of_further_benchmarks_are_published_too(parts, recipe, tmp_path):
+    second = SCORECARD | {"name": "geneval2", "benchmark": "geneval2", "scale": 100.0}
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "scorecard.json").write_text(json.dumps(second))
+    seal(tmp_path / "second", "scorecard")
+    out = tmp_path / "out"
+    publish.publish(parts / "merged", parts / "components", parts / "scorecard", recipe, out, [tmp_path / "second"])
+    assert json.loads((out / "scorecard-geneval2.json").read_text()) == second
+    assert json.loads((out / "scorecard.json").read_text()) == SCORECARD
+    card = (out / "README.md").read_text()
+    assert "| `geneval2` | 50.000 |" in card and load_manifest(tmp_path / "second").digest in card
 
 
 def test_the_index_names_the_released_classes(published):

@@ -28,7 +28,7 @@ def fetch_together(directory: FlyteDirectory, folder: str) -> str:
         return verify(path, *without, **options)
 
     artifacts.verify = noted  # in this process, which ends with the attempt
-    found = artifacts.fetch(directory, "latents")
+    result = artifacts.fetch(directory, "latents")
     Path(folder, f"{attempt}-{os.environ['RANK']}").touch()
     deadline = time.monotonic() + LIMIT_S
     while len(list(Path(folder).glob(f"{attempt}-*"))) < RANKS:
@@ -36,7 +36,7 @@ def fetch_together(directory: FlyteDirectory, folder: str) -> str:
         time.sleep(0.01)
     if attempt == "0" and os.environ["RANK"] == "0":
         raise RuntimeError("to be started again")
-    return str(found)
+    return str(result)
 
 
 @pytest.mark.slow

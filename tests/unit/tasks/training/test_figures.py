@@ -53,10 +53,10 @@ def checkpoints(tmp_path):
 
 def test_every_layers_allocation_over_the_run_is_a_map_on_the_page(checkpoints):
     directory, logged = checkpoints()
-    found = allocation_by_layer(directory / "tensorboard")
+    actual = allocation_by_layer(directory / "tensorboard")
     for name, _ in ALLOCATION:
-        assert list(found[name]) == [1, 2, 3]
-        for layer, by_step in found[name].items():
+        assert list(actual[name]) == [1, 2, 3]
+        for layer, by_step in actual[name].items():
             assert list(by_step) == [1, 10, 20, 30, 40]
             expected = [logged[step][f"expert/layer{layer:02d}/{name}"] for step in by_step]
             assert list(by_step.values()) == pytest.approx(expected, rel=1e-6)

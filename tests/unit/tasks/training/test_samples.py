@@ -61,7 +61,7 @@ def test_grids_of_steps_that_train_guidance_in_are_drawn_without_it(components, 
     assert seen == [samples.GUIDANCE, 1.0]
 
 
-def test_a_process_alone_sends_nothing_and_its_random_numbers_go_on(monkeypatch):
+def test_a_single_process_sends_nothing_and_keeps_its_random_state(monkeypatch):
     """A group of gloo has threads that would slow down the rest of the training."""
     monkeypatch.setattr(dist, "broadcast", None)
     monkeypatch.setattr(dist, "broadcast_object_list", None)

@@ -87,7 +87,7 @@ def test_sigterm_is_an_error_that_flyte_retries(stage):
     ],
     ids=lambda value: type(value()).__name__ if callable(value) else None,
 )
-def test_faults_of_machines_and_networks_are_retried_and_what_would_come_again_is_not(stage, error, again):
+def test_faults_of_machines_and_networks_are_retried_and_permanent_errors_are_not(stage, error, again):
     def fails(*_, **__):
         raise error()
 
@@ -96,7 +96,7 @@ def test_faults_of_machines_and_networks_are_retried_and_what_would_come_again_i
     assert isinstance(caught.value, FlyteRecoverableException) != again, caught.value
 
 
-def test_a_stage_keeps_its_place_when_only_how_it_is_trained_changes(stage):
+def test_a_stage_keeps_its_directory_if_only_layout_or_speed_settings_change(stage):
     places = []
 
     def place(*overrides):
@@ -125,7 +125,7 @@ def test_a_run_is_pruned_once_its_artifact_is_sealed(stage):
 
 
 @pytest.mark.parametrize("carried", [True, False])
-def test_a_stage_hands_its_optimiser_state_on_where_the_recipe_says_so(stage, carried):
+def test_a_stage_stores_its_optimiser_state_if_the_recipe_carries_it(stage, carried):
     seen = []
 
     def finished(_, stage, *, out_dir, **__):
@@ -183,7 +183,7 @@ def test_a_stage_fetches_the_last_checkpoint_and_the_optimiser_of_the_one_before
     assert fetch(artifact, "checkpoints", without=task.earlier_checkpoints(artifact)) == trained
 
 
-def test_the_training_task_asks_for_the_last_checkpoint_alone(stage, tmp_path):
+def test_the_training_task_fetches_only_the_last_checkpoint(stage, tmp_path):
     seen = []
 
     def trained(*_, init_from, out_dir, **__):

@@ -68,7 +68,7 @@ def test_an_endpoint_must_be_listed_and_those_of_this_machine_are(monkeypatch):
         check_captioner(config("http://127.0.0.1.evil.example/v1"))
 
 
-def test_a_recipe_holds_no_login():
+def test_a_recipe_contains_no_login():
     with pytest.raises(ValidationError, match="has a login") as error:
         config("https://user:secret@host.example/v1")
     assert "secret" not in error.value.errors()[0]["msg"]
@@ -79,7 +79,7 @@ def test_a_recipe_holds_no_login():
             config(url)
 
 
-def test_the_key_comes_from_the_named_variable_alone(stub, monkeypatch):
+def test_the_key_is_read_only_from_the_named_variable(stub, monkeypatch):
     with pytest.raises(ValueError, match="CAPTIONER_API_KEY: this variable is not set"):
         answers(stub, [asked()], api_key_env="CAPTIONER_API_KEY")
     monkeypatch.setenv("CAPTIONER_API_KEY", "s3cr3t")

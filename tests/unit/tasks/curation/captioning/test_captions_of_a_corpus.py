@@ -101,7 +101,7 @@ def test_a_duplicate_is_not_described_and_stays_a_duplicate(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_owners_captions_stay_beside_and_are_replaced_only_when_asked(tmp_path):
+def test_the_owners_captions_stay_and_are_replaced_only_if_configured(tmp_path):
     source = write_folder(tmp_path / "source", range(3), "an owner wrote this about picture {}")
     with stub_endpoint(share=0.0) as stub:
         both, _ = flow.curate_source(SourceConfig(), str(source), config(stub.url))
@@ -184,7 +184,7 @@ def test_another_endpoint_or_more_requests_at_a_time_change_no_digest(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_new_prompt_of_one_class_asks_that_class_alone(tmp_path):
+def test_a_new_prompt_of_one_class_asks_only_about_that_class(tmp_path):
     source = folder(tmp_path / "source", 4)
     with stub_endpoint(share=0.0) as stub:
         flow.curate_source(SourceConfig(), str(source), config(stub.url))

@@ -57,7 +57,7 @@ def texts(parts, requests, **changes) -> dict[int, tuple[str, str]]:
     return {request.seed: tuple(answer) for request, answer in captioner.answers(requests)}
 
 
-def test_a_batch_answers_what_each_of_its_images_gets_alone(parts):
+def test_each_image_of_a_batch_gets_the_answer_that_it_gets_by_itself(parts):
     requests = [asked(0), asked(1, prompt="What is in this picture? Say it in a few words."), asked(2)]
     together = texts(parts, requests, batch_size=4)
     assert len(together) == 3
@@ -66,9 +66,9 @@ def test_a_batch_answers_what_each_of_its_images_gets_alone(parts):
 
 def test_every_request_is_answered_whatever_its_limit_of_tokens(parts):
     requests = [asked(i, tokens=3 + i % 2 * 4) for i in range(5)]
-    found = texts(parts, requests, batch_size=2)
-    assert found.keys() == set(range(5))
-    assert all(reason in ("stop", "length") for _, reason in found.values())
+    result = texts(parts, requests, batch_size=2)
+    assert result.keys() == set(range(5))
+    assert all(reason in ("stop", "length") for _, reason in result.values())
 
 
 def test_an_answer_without_an_end_is_cut_off(parts, monkeypatch):
@@ -84,20 +84,20 @@ def test_an_answer_without_an_end_is_cut_off(parts, monkeypatch):
         return torch.as_tensor(out)
 
     monkeypatch.setattr(model, "generate", generate)
-    found = texts(parts, [asked(0), asked(1)], batch_size=2)
-    assert sorted(reason for _, reason in found.values()) == ["length", "stop"]
-    assert not any(token in text for text, _ in found.values() for token in SPECIAL)
+    result = texts(parts, [asked(0), asked(1)], batch_size=2)
+    assert sorted(reason for _, reason in result.values()) == ["length", "stop"]
+    assert not any(token in text for text, _ in result.values() for token in SPECIAL)
 
 
-def test_sampling_leaves_the_callers_random_numbers_alone_and_follows_the_seed(parts):
+def test_sampling_follows_the_seed_and_keeps_the_callers_random_state(parts):
     import torch
 
     torch.manual_seed(7)
     expected = torch.rand(1)
     torch.manual_seed(7)
-    found = texts(parts, [asked(0)], temperature=1.0)
+    actual = texts(parts, [asked(0)], temperature=1.0)
     assert torch.equal(torch.rand(1), expected)
-    assert found == texts(parts, [asked(0)], temperature=1.0)
+    assert actual == texts(parts, [asked(0)], temperature=1.0)
 
 
 def test_weights_of_the_hub_are_pinned_to_a_commit():

@@ -52,7 +52,7 @@ def holds(text):
         ("faces in [0, 2]", [1, 1, 0, 0]),
     ],
 )
-def test_a_condition_holds_where_its_columns_say_so(text, expected):
+def test_a_condition_compares_the_columns_of_each_record(text, expected):
     assert holds(text) == [bool(value) for value in expected]
 
 

@@ -320,14 +320,14 @@ def precision_and_recall(book: pd.DataFrame) -> dict[str, tuple[int, float, floa
     truth = pd.Series("", index=book.index)
     for defect, (rule,) in EXPECTED.items():
         truth[book["defect"] == defect] = rule
-    found = book["rule"].copy()
+    result = book["rule"].copy()
     for key, row in book[book["defect"].isin(defects.DUPLICATES)].iterrows():
         truth[key] = row["defect"]
-        if found[key] == "" and found[row["original"]] == row["defect"]:  # the copy was kept
-            found[key], found[row["original"]] = row["defect"], ""
+        if result[key] == "" and result[row["original"]] == row["defect"]:  # the copy was kept
+            result[key], result[row["original"]] = row["defect"], ""
     table = {}
     for rule in sorted(set(truth) - {""}):
-        planted, rejected = truth == rule, found == rule
+        planted, rejected = truth == rule, result == rule
         hits = (planted & rejected).sum()
         table[rule] = int(planted.sum()), float(hits / max(1, rejected.sum())), float(hits / planted.sum())
     return table

@@ -68,9 +68,9 @@ def scored(data: bytes) -> tuple[dict, np.ndarray]:
 
 def search(rows: list[dict], config: CurationConfig, thumbnails: dict[int, np.ndarray]) -> pd.DataFrame:
     with tables_of(rows) as tables:
-        found = duplicates(tables, config, lambda wanted: {i: thumbnails[i] for i in wanted.tolist()})
+        actual = duplicates(tables, config, lambda wanted: {i: thumbnails[i] for i in wanted.tolist()})
     return pd.DataFrame(
-        [(i, keeper, rule) for i, (rule, keeper) in found.items()], columns=["position", "keeper", "rule"]
+        [(i, keeper, rule) for i, (rule, keeper) in actual.items()], columns=["position", "keeper", "rule"]
     )
 
 
@@ -98,12 +98,12 @@ def scenes() -> list[Image.Image]:
 def test_near_duplicates_are_found(how):
     originals = scenes()
     count = len(originals)
-    found = find(originals + [how(image) for image in originals])
-    pairs = {tuple(sorted(pair)) for pair in zip(found["position"], found["keeper"], strict=True)}
+    result = find(originals + [how(image) for image in originals])
+    pairs = {tuple(sorted(pair)) for pair in zip(result["position"], result["keeper"], strict=True)}
     recall = np.mean([(i, count + i) in pairs for i in range(count)])
     assert recall >= 0.9
     assert all(b - a == count for a, b in pairs), "different scenes were merged"
-    assert set(found["rule"]) == {"near_duplicate"}
+    assert set(result["rule"]) == {"near_duplicate"}
 
 
 def test_different_scenes_are_not_merged():
@@ -134,13 +134,13 @@ def test_a_moved_object_among_resting_ones_is_another_scene():
 
 def test_equal_bytes_keep_the_first():
     images = [draw_scene(SCENES[0]), draw_scene(SCENES[1]), draw_scene(SCENES[0]), draw_scene(SCENES[0])]
-    found = find(images)
-    assert list(found["position"]) == [2, 3]
-    assert set(found["keeper"]) == {0}
-    assert set(found["rule"]) == {"exact_duplicate"}
+    result = find(images)
+    assert list(result["position"]) == [2, 3]
+    assert set(result["keeper"]) == {0}
+    assert set(result["rule"]) == {"exact_duplicate"}
 
 
-def test_the_larger_copy_is_kept_wherever_it_stands():
+def test_the_larger_copy_is_kept_in_any_order():
     small, large = draw_scene(SCENES[3], 96), draw_scene(SCENES[3], 192)
     assert list(find([small, large])["position"]) == [0]
     assert list(find([large, small])["position"]) == [1]
@@ -154,18 +154,18 @@ def alike(aesthetic: list[float]) -> list[dict]:
 
 def test_of_near_copies_the_better_scored_one_is_kept_and_a_hair_does_not_count():
     flat = dict.fromkeys(range(3), np.zeros((64, 64, 3), np.uint8))
-    found = search(alike([5.0, 5.1, 7.0]), CONFIG, flat)
-    assert found[["position", "keeper"]].to_numpy().tolist() == [[0, 2], [1, 2]]
-    found = search(alike([5.0, 5.1]), CONFIG, flat)
-    assert found[["position", "keeper"]].to_numpy().tolist() == [[1, 0]]
+    result = search(alike([5.0, 5.1, 7.0]), CONFIG, flat)
+    assert result[["position", "keeper"]].to_numpy().tolist() == [[0, 2], [1, 2]]
+    result = search(alike([5.0, 5.1]), CONFIG, flat)
+    assert result[["position", "keeper"]].to_numpy().tolist() == [[1, 0]]
 
 
 def test_a_chain_does_not_merge_its_ends():
     """a ~ b ~ c, but not a ~ c: b falls to a, and c stays."""
     thumbs = {i: np.full((64, 64, 3), 30 * i, np.uint8) for i in range(3)}
     config = CurationConfig(dedup=DedupConfig(max_thumbnail_difference=40))
-    found = search(alike([5.0] * 3), config, thumbs)
-    assert found[["position", "keeper"]].to_numpy().tolist() == [[1, 0]]
+    result = search(alike([5.0] * 3), config, thumbs)
+    assert result[["position", "keeper"]].to_numpy().tolist() == [[1, 0]]
 
 
 def test_more_made_pictures_than_fit_into_memory_are_refused_with_the_figures(monkeypatch):

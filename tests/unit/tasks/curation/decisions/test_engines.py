@@ -36,25 +36,25 @@ def test_a_missing_score_in_a_parquet_file_is_no_large_number(engine, tmp_path):
     query = f"SELECT {rules.rule_sql(config)} AS rule FROM scores ORDER BY row"
     assert [row["rule"] for row in rows_of(engine, query)] == ["", "", "nsfw", ""]
     records = decide.records_sql(config, tiers.tier_cuts(engine, config))
-    found = rows_of(engine, f"SELECT tier, points FROM ({records}) r ORDER BY position")
-    assert [tuple(row.values()) for row in found] == [("A5", 2), ("A5", 0), ("A1", 18), ("A5", 4)]
+    result = rows_of(engine, f"SELECT tier, points FROM ({records}) r ORDER BY position")
+    assert [tuple(row.values()) for row in result] == [("A5", 2), ("A5", 0), ("A1", 18), ("A5", 4)]
 
 
 def test_a_histogram_leaves_missing_scores_out(engine, tmp_path):
     rows = [good_row(i, nsfw=value) for i, value in enumerate([6.1, math.nan, 6.2, 6.6])]
     engine.scan("scores", {write(tmp_path / "a.parquet", rows): 0})
     bins = "bin_of(nsfw, CAST(0 AS DOUBLE), CAST(8 AS DOUBLE), 24)"
-    found = rows_of(
+    result = rows_of(
         engine, f"SELECT {bins} AS k, count(*) AS n FROM scores WHERE NOT isnan(nsfw) GROUP BY 1 ORDER BY 1"
     )
-    assert [tuple(row.values()) for row in found] == [(18, 2), (19, 1)]
+    assert [tuple(row.values()) for row in result] == [(18, 2), (19, 1)]
 
 
-def test_a_row_knows_its_file(engine, tmp_path):
+def test_a_row_has_the_number_of_its_file(engine, tmp_path):
     files = {write(tmp_path / f"it's {i}.parquet", [good_row(j, row=j) for j in range(2)]): i for i in range(3)}
     engine.scan("scores", files)
-    found = rows_of(engine, f"SELECT part * {PART} + row AS position FROM scores ORDER BY position")
-    assert [divmod(row["position"], PART) for row in found] == [(i, j) for i in range(3) for j in range(2)]
+    result = rows_of(engine, f"SELECT part * {PART} + row AS position FROM scores ORDER BY position")
+    assert [divmod(row["position"], PART) for row in result] == [(i, j) for i in range(3) for j in range(2)]
 
 
 def test_a_path_is_no_pattern(engine, tmp_path):
@@ -63,8 +63,8 @@ def test_a_path_is_no_pattern(engine, tmp_path):
         (tmp_path / name).mkdir()
         files[write(tmp_path / name / "a.parquet", [good_row(number)])] = number
     engine.scan("scores", {path: number for path, number in files.items() if number})
-    found = rows_of(engine, "SELECT part, row FROM scores ORDER BY part")
-    assert [tuple(row.values()) for row in found] == [(1, 1), (2, 2), (3, 3)]
+    result = rows_of(engine, "SELECT part, row FROM scores ORDER BY part")
+    assert [tuple(row.values()) for row in result] == [(1, 1), (2, 2), (3, 3)]
 
 
 @pytest.mark.parametrize("text", ["", "'", "\\", "it's", "a\\", "\\'", "a'b\\c''d\\\\e", "é\n"])
@@ -86,5 +86,5 @@ def test_a_text_is_itself_in_sql(engine, text):
     ],
 )
 def test_functions_that_both_engines_register(engine, text, value):
-    ((found,),) = (row.values() for row in rows_of(engine, f"SELECT {text} AS value"))
-    assert found == value
+    ((result,),) = (row.values() for row in rows_of(engine, f"SELECT {text} AS value"))
+    assert result == value

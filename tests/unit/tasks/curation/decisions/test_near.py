@@ -75,18 +75,18 @@ def test_pairs_are_those_of_comparing_all_with_all(radius, count, monkeypatch):
     rows = planted(groups=40, copies=6, seed=radius)
     with tables_of(rows) as tables:
         duplicates(tables, CurationConfig(dedup=DedupConfig(max_hamming_distance=radius)))
-        found = [tuple(sorted((row["a"], row["b"]))) for row in rows_of(tables, "SELECT a, b FROM matched")]
+        result = [tuple(sorted((row["a"], row["b"]))) for row in rows_of(tables, "SELECT a, b FROM matched")]
     want = {(a["row"], b["row"]) for a, b in combinations(rows, 2) if is_match(a, b, radius)}
-    assert len(found) == len(set(found)), "a pair is proposed twice"
-    assert set(found) == want and len(want) > 20
+    assert len(result) == len(set(result)), "a pair is proposed twice"
+    assert set(result) == want and len(want) > 20
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_what_is_dropped_and_for_whom_is_as_if_records_were_taken_one_by_one(seed):
     rows = planted(groups=30, copies=8, seed=seed, most=4)
     with tables_of(rows) as tables:
-        found = {i: keeper for i, (_, keeper) in duplicates(tables, CurationConfig()).items()}
-    assert found == sequential(rows, 4) and len(found) > 50
+        result = {i: keeper for i, (_, keeper) in duplicates(tables, CurationConfig()).items()}
+    assert result == sequential(rows, 4) and len(result) > 50
 
 
 def test_a_shuffled_corpus_gives_the_same_result():
@@ -96,9 +96,9 @@ def test_a_shuffled_corpus_gives_the_same_result():
     for arrangement in (range(len(rows)), order):
         moved = [rows[i] | {"row": place, "locator": f"{i}.png"} for place, i in enumerate(arrangement)]
         with tables_of(moved) as tables:
-            found = duplicates(tables, CurationConfig())
+            result = duplicates(tables, CurationConfig())
         names = {place: row["locator"] for place, row in enumerate(moved)}
-        results.append({names[i]: names[keeper] for i, (_, keeper) in found.items()})
+        results.append({names[i]: names[keeper] for i, (_, keeper) in result.items()})
     assert results[0] == results[1] and len(results[0]) > 30
 
 
@@ -106,9 +106,9 @@ def test_equal_hashes_are_one_node_and_cost_no_pairs():
     """3,000 equal ones have 4.5 million pairs."""
     rows = [good_row(i, **dict.fromkeys(HASHES, 5)) for i in range(3000)]
     with tables_of(rows) as tables:
-        found = duplicates(tables, CurationConfig())
+        result = duplicates(tables, CurationConfig())
         assert one(tables, "SELECT count(*) AS n FROM proposed") == 0
-    assert len(found) == 2999 and set(found.values()) == {("near_duplicate", 0)}
+    assert len(result) == 2999 and set(result.values()) == {("near_duplicate", 0)}
 
 
 def test_near_hashes_of_pictures_whose_finer_hashes_are_opposite_are_no_match():
@@ -118,7 +118,7 @@ def test_near_hashes_of_pictures_whose_finer_hashes_are_opposite_are_no_match():
         assert duplicates(tables, CurationConfig()) == {}
 
 
-def test_flat_pictures_are_duplicates_by_their_bytes_alone():
+def test_flat_pictures_are_duplicates_only_if_their_bytes_are_equal():
     rows = [good_row(i, record_id=f"{i // 2:064x}", hash_margin=[1.0, None, float("nan")][i % 3]) for i in range(6)]
     with tables_of(rows) as tables:
         assert duplicates(tables, CurationConfig()) == {i: ("exact_duplicate", i - 1) for i in (1, 3, 5)}
@@ -141,15 +141,15 @@ def test_flat_pictures_have_a_low_margin_and_photographs_have_not(image):
 
 def test_hashes_are_imagehashs():
     image = Image.fromarray(photographs.astronaut())
-    found = picture_hashes(image)
+    result = picture_hashes(image)
 
     def number(bits: np.ndarray) -> int:
         return int.from_bytes(np.packbits(bits).tobytes(), "big", signed=True)
 
-    assert found["phash"] == number(imagehash.phash(image).hash.ravel())
-    assert found["dhash"] == number(imagehash.dhash(image).hash.ravel())
+    assert result["phash"] == number(imagehash.phash(image).hash.ravel())
+    assert result["dhash"] == number(imagehash.dhash(image).hash.ravel())
     fine = imagehash.phash(image, hash_size=16).hash.reshape(4, 64)
-    assert [found[name] for name in PHASH256] == [number(bits) for bits in fine]
+    assert [result[name] for name in PHASH256] == [number(bits) for bits in fine]
 
 
 def test_the_join_on_a_late_key_has_no_more_conditions_than_that_on_the_first(monkeypatch):
@@ -213,11 +213,11 @@ def test_spark_decides_as_duckdb_does(monkeypatch):
         "FROM records r LEFT JOIN dropped d ON r.position = d.position "
         "LEFT JOIN merged m ON r.position = m.position ORDER BY r.position"
     )
-    found = spark_rows(rows, query)
+    result = spark_rows(rows, query)
     with tables_of(rows) as tables:
         duplicates(tables, CurationConfig(dedup=DedupConfig(max_hamming_distance=2)))
         want = list(rows_of(tables, query))
-    assert found == want
+    assert result == want
     assert {row["rule"] for row in want} > {
         "near_duplicate",
         "exact_duplicate",

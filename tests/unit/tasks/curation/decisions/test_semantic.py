@@ -30,9 +30,9 @@ def pairs_of(vectors: np.ndarray, order: np.ndarray, similarity: float) -> set[t
     with tempfile.TemporaryDirectory() as work, contextlib.closing(open_engine("duckdb", work)) as engine:
         engine.load("embedded", EMBEDDED, rows)
         semantic.match_by_embeddings(engine, similarity)
-        found = [(row["a"], row["b"]) for row in rows_of(engine, "SELECT a, b FROM embedding_pairs")]
-    assert len(found) == len(set(found)), "a pair is given twice"
-    return {tuple(sorted((int(order[a]), int(order[b])))) for a, b in found}
+        result = [(row["a"], row["b"]) for row in rows_of(engine, "SELECT a, b FROM embedding_pairs")]
+    assert len(result) == len(set(result)), "a pair is given twice"
+    return {tuple(sorted((int(order[a]), int(order[b])))) for a, b in result}
 
 
 @pytest.mark.parametrize("cell", [50, 10**6], ids=["many cells", "one cell"])
@@ -42,10 +42,10 @@ def test_nearly_every_pair_of_comparing_all_is_found_and_no_other(cell, monkeypa
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     near = np.argwhere(np.triu(unit @ unit.T >= 0.95, 1))
     want = {(int(i), int(j)) for i, j in near}
-    found = pairs_of(vectors, np.arange(len(vectors)), 0.95)
+    result = pairs_of(vectors, np.arange(len(vectors)), 0.95)
     assert len(want) >= 200
-    assert len(found & want) >= 0.99 * len(want)
-    assert all(unit[i] @ unit[j] >= 0.949 for i, j in found)  # float16 rounds
+    assert len(result & want) >= 0.99 * len(want)
+    assert all(unit[i] @ unit[j] >= 0.949 for i, j in result)  # float16 rounds
 
 
 def test_the_order_of_the_corpus_does_not_matter(monkeypatch):

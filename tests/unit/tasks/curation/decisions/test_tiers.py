@@ -8,8 +8,8 @@ from PIL import Image
 from pydantic import ValidationError
 from score_tables import good_row, records_of
 
-from tasks.curation.config import BucketConfig, CurationConfig, FilterConfig, TierConfig
-from tasks.curation.decisions.tiers import bucket_conditions, quantile_cuts
+from tasks.curation.config import CurationConfig, EpisodeConfig, FilterConfig, TierConfig
+from tasks.curation.decisions.tiers import episode_conditions, quantile_cuts
 from tasks.curation.scorers import Sample
 from tasks.curation.scorers.classical import COHERENT, SCALES_PX, aesthetic_scorer, neighbour_correlation
 from tasks.curation.scoring import filters
@@ -63,7 +63,7 @@ def test_without_scores_no_record_reaches_a_quantile():
     assert quantile_cuts(np.zeros(20_000, int), (0.1, 0.2, 0.3, 0.4)) == (11, 11, 11, 11)
 
 
-def test_records_for_which_best_where_does_not_hold_are_a3_at_best():
+def test_records_that_do_not_meet_best_where_are_a3_at_best():
     config = CurationConfig(tiers=TierConfig(synthetic_tier="A1", best_where="quality < 45"))
     scores = [(9.0, 10.0), (9.0, 80.0), (6.2, math.nan), (5.2, 80.0)]
     rows = [good_row(i, aesthetic=score, quality=quality) for i, (score, quality) in enumerate(scores)]
@@ -71,32 +71,32 @@ def test_records_for_which_best_where_does_not_hold_are_a3_at_best():
     assert [row["tier"] for row in records_of(rows, config)] == ["A1", "A3", "A3", "A4", "A1"]
 
 
-def test_a_record_is_in_the_first_bucket_whose_condition_holds_and_else_in_the_rest():
+def test_a_record_is_in_the_first_episode_whose_condition_it_meets_and_else_in_the_rest():
     rows = [
         good_row(0, width=100, height=100, aesthetic=7.0),
         good_row(1, width=900, height=800, aesthetic=7.0),
         good_row(2, width=100, height=100, aesthetic=1.0, words=[2, 90]),
         good_row(3, width=100, height=100, aesthetic=1.0),
     ]
-    buckets = (
-        BucketConfig(name="large", where="short_side >= 400"),
-        BucketConfig(name="best", where="tier == 'A1'"),
-        BucketConfig(name="long", where="max_words >= 60 and min_words == 2"),
+    episodes = (
+        EpisodeConfig(name="large", where="short_side >= 400"),
+        EpisodeConfig(name="best", where="tier == 'A1'"),
+        EpisodeConfig(name="long", where="max_words >= 60 and min_words == 2"),
     )
     for chosen, expected in (
-        (buckets, ["best", "large", "long", "rest"]),
-        (buckets[1:], ["best", "best", "long", "rest"]),
+        (episodes, ["best", "large", "long", "rest"]),
+        (episodes[1:], ["best", "best", "long", "rest"]),
     ):
         config = CurationConfig(buckets=chosen, filters=FilterConfig(min_side_px=32))
         assert [row["bucket"] for row in records_of(rows, config)] == expected
     assert [row["bucket"] for row in records_of(rows, CurationConfig())] == ["rest"] * 4
 
 
-def test_a_bucket_has_a_name_of_its_own():
-    with pytest.raises(ValueError, match="'rest' is the bucket of records that are in no other"):
-        BucketConfig(name="rest", where="width > 1")
+def test_two_episodes_cannot_have_one_name():
+    with pytest.raises(ValueError, match="'rest' is the episode of records that are in no other"):
+        EpisodeConfig(name="rest", where="width > 1")
     with pytest.raises(ValueError, match="names 'a' twice"):
-        bucket_conditions((BucketConfig(name="a", where="width > 1"), BucketConfig(name="a", where="width > 2")))
+        episode_conditions((EpisodeConfig(name="a", where="width > 1"), EpisodeConfig(name="a", where="width > 2")))
 
 
 def noises():
@@ -128,7 +128,7 @@ def lowest_of_a2() -> float:
     return lowest
 
 
-def test_the_guard_against_noise_leaves_photographs_alone():
+def test_the_guard_against_noise_does_not_reject_photographs():
     for photo in (skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea(), skimage.data.rocket()):
         sample = seen(photo)
         assert min(neighbour_correlation(sample.gray, side) for side in SCALES_PX) > COHERENT

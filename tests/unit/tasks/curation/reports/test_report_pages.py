@@ -1,4 +1,4 @@
-"""What the report of a curation shows: bounded samples on either side of each cut, by tier, source and bucket."""
+"""What the report of a curation shows: bounded samples on either side of each cut, by tier, source and episode."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from score_tables import good_row, random_hashes, tables_of
 
-from tasks.curation.config import BucketConfig, CurationConfig, FilterConfig, TierConfig
+from tasks.curation.config import CurationConfig, EpisodeConfig, FilterConfig, TierConfig
 from tasks.curation.decisions import decide
 from tasks.curation.reports import report
 from tasks.curation.reports.gallery import GROUP_SIZE, GROUPS, MOSAIC, NEAREST, PICTURE_SHARDS, picture_shards
@@ -18,7 +18,7 @@ from tasks.curation.sources.base import Account
 CONFIG = CurationConfig(
     filters=FilterConfig(min_aesthetic=4.0, max_nsfw=0.5),
     tiers=TierConfig(thresholds=(7.0, 6.0, 5.0, 4.5), synthetic_tier="A2", accept_proxy=True),
-    buckets=(BucketConfig(name="dark", where="entropy_bits < 4"),),
+    buckets=(EpisodeConfig(name="dark", where="entropy_bits < 4"),),
 )
 
 
@@ -63,7 +63,7 @@ def test_the_nearest_records_on_either_side_of_a_cut_are_shown(summary):
             assert (row["aesthetic"] >= low) == (shown in above)
 
 
-def test_real_and_synthetic_records_of_a_tier_are_apart(summary):
+def test_real_and_synthetic_records_of_a_tier_are_counted_separately(summary):
     assert {key for key in summary.walls if key[1]} == {("A2", True)}
     assert {tier for tier, synthetic in summary.walls if not synthetic} == {"A1", "A2", "A3", "A4", "A5"}
     assert sum(count for count, _ in summary.walls.values()) == summary.kept
@@ -78,9 +78,9 @@ def test_retention_by_source_adds_up_to_the_whole(summary):
         assert sum(kept) == content["retention"][step]["kept"] and len(kept) == 2
 
 
-def test_captions_are_counted_by_tier_and_by_bucket(summary):
-    assert set(summary.bucket_words) == {"dark", "rest"}
-    assert sum(map(sum, (words.values() for words in summary.bucket_words.values()))) == summary.content()["captions"]
+def test_captions_are_counted_by_tier_and_by_episode(summary):
+    assert set(summary.episode_words) == {"dark", "rest"}
+    assert sum(map(sum, (words.values() for words in summary.episode_words.values()))) == summary.content()["captions"]
     assert summary.content()["tier_cuts"] == {"A1": 7.0, "A2": 6.0, "A3": 5.0, "A4": 4.5}
     assert summary.content()["scorers"]["aesthetic"].startswith("proxy, code ")
 

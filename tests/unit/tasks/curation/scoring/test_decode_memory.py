@@ -12,8 +12,8 @@ import zlib
 
 import numpy as np
 import pytest
-from icc_profiles import DISPLAY_P3, rgb_profile
-from PIL import Image, ImageFile
+from icc_profiles import DISPLAY_P3, cmyk_profile, rgb_profile
+from PIL import Image, ImageCms, ImageFile
 
 from tasks.curation.config import CurationConfig, FilterConfig
 from tasks.curation.scoring import decode_memory, decoding
@@ -206,6 +206,61 @@ def test_strips_make_the_same_image_as_one_conversion(mode, options, orientation
         monkeypatch.setattr(decoding, "STRIP_PIXELS", pixels)
         parts = decode(data, ANY)
         assert parts.size == whole.size and parts.tobytes() == whole.tobytes()
+
+
+CMYK = cmyk_profile()
+GRAY16 = (np.arange(37 * 23, dtype=np.uint32).reshape(23, 37) * 77).astype(np.uint16)
+UNUSUAL = {  # (mode, form, options); I;16B has the bytes of a Macintosh
+    "CMYK JPEG": ("CMYK", "JPEG", {"quality": 95}),
+    "CMYK JPEG, profile": ("CMYK", "JPEG", {"quality": 95, "icc_profile": CMYK}),
+    "CMYK TIFF, profile": ("CMYK", "TIFF", {"icc_profile": CMYK}),
+    "P PNG, profile": ("P", "PNG", {"icc_profile": P3}),
+    "P GIF": ("P", "GIF", {}),
+    "YCbCr TIFF": ("YCbCr", "TIFF", {}),
+    "YCbCr TIFF, profile": ("YCbCr", "TIFF", {"icc_profile": P3}),
+    "YCbCr TIFF, turned, profile": ("YCbCr", "TIFF", {"icc_profile": P3, "tiffinfo": {274: 6}}),  # Pillow turns it
+    "I;16B TIFF": ("I;16B", "TIFF", {}),
+}
+
+
+def by_pillow(data: bytes) -> Image.Image:
+    """The whole image at once, by the libraries' own conversions."""
+    image = Image.open(io.BytesIO(data))
+    if image.mode == "I;16B":
+        return Image.fromarray(((np.asarray(image).astype(float) * 255 / 65535).round()).astype(np.uint8)).convert("RGB")  # fmt: skip
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return image.convert("RGB")
+    if image.mode != "CMYK":
+        image = image.convert("RGB")
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+
+
+TURNED = [name for name, (_, form, _) in UNUSUAL.items() if form in ("JPEG", "PNG")]  # by EXIF
+
+
+@pytest.mark.parametrize(("name", "orientation"), [*((name, 1) for name in UNUSUAL), *((name, 6) for name in TURNED)])
+def test_strips_of_an_unusual_mode_are_what_pillow_makes_of_the_whole_image(name, orientation, monkeypatch):
+    mode, form, options = UNUSUAL[name]
+    image = Image.fromarray(GRAY16.astype(">u2")) if mode == "I;16B" else picture(mode, (37, 23))
+    if orientation > 1:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options = options | {"exif": exif}
+    data = to_bytes(image, form, **options)
+    assert Image.open(io.BytesIO(data)).mode == mode
+    want = by_pillow(data)
+    if orientation == 6:
+        want = want.transpose(Image.Transpose.ROTATE_270)
+    if "profile" in name:
+        moved = np.asarray(by_pillow(data), int) - np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), int)
+        assert np.abs(moved).max() > 20, "the picture does not depend on its profile"
+    for pixels in (2**18, 100, 10):  # the whole, two rows, and parts of a row
+        monkeypatch.setattr(decoding, "STRIP_PIXELS", pixels)
+        made = decode(data, ANY)
+        assert made.mode == "RGB" and made.size == want.size
+        assert np.abs(np.asarray(made, int) - np.asarray(want, int)).max() <= 2
 
 
 def test_a_jpeg_of_much_metadata_is_refused_before_pillow_appends_it():

@@ -12,7 +12,7 @@ from skimage import data
 
 from tasks.curation.config import DedupConfig
 
-SCRIPT = Path(__file__).resolve().parents[5] / "benchmarks" / "real_photographs.py"
+SCRIPT = Path(__file__).resolve().parents[5] / "benchmarks" / "curation" / "real_photographs.py"
 spec = importlib.util.spec_from_file_location("real_photographs", SCRIPT)
 benchmark = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(benchmark)

@@ -3,10 +3,14 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
-from tasks.curation.scoring.workers import CrashError, Workers
+from tasks.curation.scoring.workers import LARGE_BYTES, CrashError, Workers
+
+MIB = 2**20
+served: list[bytes] = []  # by this process
 
 
 def parse(data: bytes) -> int:
@@ -29,9 +33,10 @@ def outcomes(items: list[bytes | None], count: int = 2) -> list[object]:
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_results_come_in_order_whatever_dies(count):
     big = b"x" * 3_000_000  # more than a pipe holds
-    found = outcomes([b"a", b"die", None, big, b"die", b"bug", b"bb", None], count)
+    large = bytes(LARGE_BYTES + 1)
+    found = outcomes([b"a", b"die", None, big, b"die", large, b"bug", b"bb", large, None], count)
     crash = "the image crashed its decoder (signal 9)"
-    assert found == [1, crash, None, 3_000_000, crash, "KeyError: 'x'", 2, None]
+    assert found == [1, crash, None, 3_000_000, crash, len(large), "KeyError: 'x'", 2, len(large), None]
 
 
 def test_one_that_hangs_is_killed_after_the_time_limit():
@@ -71,3 +76,88 @@ def test_no_process_stays_behind():
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+# --- items do not depend on their neighbours -------------------------------------------------------------------
+
+
+def spoilt(data: bytes) -> str:
+    """Fails in a process that has served another item, or always."""
+    how, _, always = data.decode().partition(" ")
+    if served or always:
+        if how == "memory":
+            raise MemoryError
+        if how == "crash":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "error":
+            raise KeyError("x")
+        return "broken"
+    served.append(data)
+    return "read"
+
+
+@pytest.mark.parametrize("how", [b"memory", b"crash", b"error", b"broken"])
+def test_what_fails_after_others_is_tried_again_in_a_new_worker(how):
+    items = [how] * 4
+    with Workers(spoilt, 1, failed="broken".__eq__) as workers:
+        assert [result for _, result in workers.map(enumerate(items))] == ["read"] * 4
+
+
+def log_and_spoil(data: bytes) -> str:
+    name, text = data.split(b":")
+    with open(name, "ab") as file:
+        file.write(text + b"\n")
+    return spoilt(text)
+
+
+def test_what_fails_by_itself_is_tried_in_two_workers_at_most(tmp_path):
+    log = tmp_path / "log"
+    items = [b"memory", b"memory always", b"broken always", b"memory"]
+    with Workers(log_and_spoil, 1, memory_bytes=100 * MIB, failed="broken".__eq__) as workers:
+        results = [str(result) for _, result in workers.map((i, b"%s:%s" % (bytes(log), item)) for i, item in enumerate(items))]  # fmt: skip
+    assert results == ["read", "the image needs over 100 MiB to decode", "broken", "read"]
+    # The worker of the second item is new when the third one comes: no neighbour can be the cause.
+    assert log.read_text().split("\n")[:-1] == ["memory", "memory always", "memory always", "broken always", "memory"]
+
+
+def slow_when_spoilt(data: bytes) -> str:
+    if not served:
+        served.append(data)
+        time.sleep(float(data))
+        return "read"
+    time.sleep(0.7)
+    raise MemoryError
+
+
+def test_both_workers_together_have_the_time_of_one_item():
+    with Workers(slow_when_spoilt, 1, timeout_s=1.0) as workers:
+        results = [str(result) for _, result in workers.map(enumerate([b"0", b"0.7", b"0"]))]
+    assert results == ["read", "the image took over 1 s to decode", "read"]
+
+
+# --- memory ----------------------------------------------------------------------------------------------------
+
+
+def private_mib(data: bytes) -> float:
+    """Memory of this process that no other one shares."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+
+
+def test_a_large_item_is_not_copied_to_its_worker():
+    with Workers(private_mib, 1) as workers:
+        ((_, taken),) = workers.map([(0, bytes(64 * MIB))])
+    assert taken < 32
+
+
+def take(data: bytes) -> int:
+    return len(bytearray(int(data.rstrip(b"\0")) * MIB))
+
+
+@pytest.mark.parametrize("size", [16, LARGE_BYTES + 1, 60 * MIB])
+def test_the_limit_of_memory_counts_the_item_whether_it_was_sent_or_shared(size):
+    room = 100 - size // MIB
+    items = [(share, str(int(share * room)).encode().ljust(size, b"\0")) for share in (0.5, 1.5, 0.5)]
+    with Workers(take, 1, memory_bytes=100 * MIB) as workers:
+        results = [isinstance(result, CrashError) for _, result in workers.map(items)]
+    assert results == [False, True, False]

@@ -468,7 +468,7 @@ def test_a_csv_of_urls_is_read_whole_by_its_mark_then_utf8_then_the_recipes_enco
     assert [row.captions for row in found] == [['café,\r\n"old"'], []]
 
 
-# ---------------------------------------------------------------- hostile sites (benchmarks/hostile_urls.py has more)
+# ---------------------------------------------------------------- hostile sites (benchmarks/curation/hostile_urls.py has more)
 
 
 def test_a_robots_txt_of_many_agents_and_rules_is_parsed_in_a_second():
