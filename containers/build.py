@@ -20,15 +20,17 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from containers import imports
 from containers.lock import ROLES, ROOT
 
 LOCK = ROOT / "containers" / "images.lock.json"
 # Sources of an image: registration refuses images of other code.
 BUILT_FROM = ("workflows", "tasks", "model", "eval", "recipes", "containers", "pyproject.toml")
 LIST_PACKAGES = (
-    "import importlib.metadata as m; "
+    "\nimport importlib.metadata as m\n"
     "print('\\n'.join(sorted(d.metadata['Name'] + '==' + d.version for d in m.distributions() if d.metadata['Name'])))"
 )
 
@@ -70,16 +72,16 @@ class Engine:
             command += ["--volume", f"{wheels.resolve()}:/wheels:ro"]
         subprocess.run([*command, *shlex.split(os.environ.get("IMAGE_BUILD_FLAGS", "")), "."], cwd=ROOT, check=True)
 
-    def run_python(self, tag: str, code: str) -> str:
+    def run_python(self, tag: str, code: str, arguments: list[str]) -> str:
         """Standard output of a Python program in a container of the image, without network."""
+        program = ["python", "-c", code, *arguments]
         if self.name == "buildah":
             container = subprocess.check_output(["buildah", "from", "--pull-never", tag], text=True).strip()
             try:
-                return subprocess.check_output(["buildah", "run", container, "--", "python", "-c", code], text=True)
+                return subprocess.check_output(["buildah", "run", container, "--", *program], text=True)
             finally:
                 subprocess.run(["buildah", "rm", container], check=True, capture_output=True)
-        command = [self.name, "run", "--rm", "--network", "none", tag, "python", "-c", code]
-        return subprocess.check_output(command, text=True)
+        return subprocess.check_output([self.name, "run", "--rm", "--network", "none", tag, *program], text=True)
 
     def push(self, tag: str, insecure: bool) -> str:
         """Pushes an image and returns its digest in the registry."""
@@ -152,6 +154,7 @@ def main() -> None:
         "--source", help="address of the code, for the images' labels; default: that of the remote origin"
     )
     parser.add_argument("--wheels", type=Path, help="a folder with all wheels: builds without network")
+    parser.add_argument("--jobs", type=int, default=1, help="images to build at a time")
     parser.add_argument("--engine", choices=("docker", "podman", "buildah"))
     parser.add_argument("--lock", type=Path, default=LOCK, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -167,8 +170,9 @@ def main() -> None:
         options.source
         or subprocess.run(["git", "remote", "get-url", "origin"], cwd=ROOT, capture_output=True, text=True).stdout
     )
-    images = {}
-    for role in options.role or ROLES:
+
+    def make(role: str) -> tuple[str, dict[str, str]]:
+        """Builds an image, checks it, and pushes it where there is a registry."""
         name = f"{options.registry or 'localhost'}/nucleus-{role}"
         tag = f"{name}:{code[:12]}{'-dirty' if code.endswith('-dirty') else ''}-{options.variant}"
         labels = {"title": f"nucleus {role}", "revision": code, "version": version, "licenses": "Apache-2.0"}
@@ -176,15 +180,23 @@ def main() -> None:
             labels["source"] = source.strip()
         labels = {f"org.opencontainers.image.{key}": value for key, value in labels.items()}
         engine.build(role, tag, arguments, labels, options.wheels)
-        packages = engine.run_python(tag, LIST_PACKAGES)
+        try:
+            packages = engine.run_python(tag, imports.IMPORT + LIST_PACKAGES, imports.program_arguments(role))
+        except subprocess.CalledProcessError:
+            raise ValueError(f"the {role} image cannot import all that its tasks import (above)") from None
         if different := differences(role, packages):
             raise ValueError(
                 f"the {role} image differs from containers/requirements/{role}.txt: {', '.join(different)}"
             )
         write_sbom(role, packages, options.lock.parent / "sbom")
         print(f"{tag}: {engine.size(tag) / 1e6:.0f} MB unpacked")
-        if options.registry:
-            images[role] = {"image": name, "digest": engine.push(tag, options.insecure)}
+        return role, {"image": name, "digest": engine.push(tag, options.insecure) if options.registry else ""}
+
+    roles = options.role or list(ROLES)
+    # The first two make the layers that all share, or that all with torch share.
+    images = dict([make(role) for role in roles[:2]])
+    with ThreadPoolExecutor(options.jobs) as pool:
+        images |= dict(pool.map(make, roles[2:]))
     if options.registry:
         known = json.loads(options.lock.read_text()) if options.lock.exists() else {}
         same = known.get("revision") == code and known.get("variant") == options.variant

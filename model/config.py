@@ -13,7 +13,6 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AliasChoices,
     BaseModel,
     ConfigDict,
     Field,
@@ -56,16 +55,10 @@ class Free:
 FREE = Free()
 
 
-def renamed_key(name: str, stored: str, default: Any) -> Any:
-    """A field whose key was renamed: recipes may use either name, and it is stored under the earlier one."""
-    return Field(default, validation_alias=AliasChoices(name, stored), serialization_alias=stored)
-
-
 class Section(BaseModel):
     """Base of every recipe section: frozen, strict about keys and about types."""
 
-    # By alias: a renamed key is stored under its first name, so that digests and artifacts stay valid.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False, serialize_by_alias=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
     @classmethod
     @functools.cache
@@ -304,8 +297,7 @@ class StageConfig(Section):
     capacity_factors: float | tuple[float, ...]
     aspect_ratios: tuple[str, ...] = ("1:1",)
     tier_weights: dict[str, Weight] = dict.fromkeys(TIERS, 1.0)
-    # Factors on images of `curation.episodes`; 1 for an episode that is not named.
-    episode_weights: dict[str, Weight] = renamed_key("episode_weights", "bucket_weights", {})
+    bucket_weights: dict[str, Weight] = {}  # factors on images of `curation.buckets`; 1 for one that is not named
     caption_weights: tuple[CaptionWeight, ...] = ()  # ascending; the last also for longer captions. Empty: equal
     wavelet: bool = False  # whether the wavelet loss is on
     decay: DecayConfig | None = None  # None: a constant rate to the end (WSM)

@@ -142,11 +142,11 @@ class Recipe(Section):
             _check_tiers(f"train.stages[{i}].tier_weights", stage.tier_weights)
             if not sum(stage.tier_weights.values()) > 0:
                 raise ValueError(f"train.stages[{i}].tier_weights draws nothing: give a tier a weight above 0")
-            known = [*(episode.name for episode in self.curation.episodes), "rest"]
-            for name in stage.episode_weights:
+            known = [*(episode.name for episode in self.curation.buckets), "rest"]
+            for name in stage.bucket_weights:
                 if name not in known:
                     raise ValueError(
-                        f"train.stages[{i}].episode_weights has the episode {name!r}; curation.episodes are {', '.join(known)}"
+                        f"train.stages[{i}].bucket_weights has the episode {name!r}; curation.buckets are {', '.join(known)}"
                     )
         _check_tiers("curation.captions.per_tier", self.curation.captions.per_tier)
 
@@ -217,7 +217,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
     except ValidationError as error:
         raise ValueError(f"recipe {name} is not valid: {_explain(error)}") from None
     _check_size("", recipe.model_dump())
-    _check_types("", data, recipe.model_dump(by_alias=False))
+    _check_types("", data, recipe.model_dump())
     return recipe
 
 

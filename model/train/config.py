@@ -65,7 +65,7 @@ def trainer_config(
             global_batch_size=values.batch_size,
             seed=stage.seed,
             tier_weights=dict(values.tier_weights),
-            episode_weights=dict(values.episode_weights),
+            episode_weights=dict(values.bucket_weights),
             caption_weights=tuple((entry.up_to_tokens, entry.weight) for entry in values.caption_weights),
             caption_dropout=train.caption_dropout,
             num_workers=train.num_workers,

@@ -49,7 +49,7 @@ def check_curation(config: CurationConfig) -> None:
     if config.captioner is not None:
         _check_captioner(config.captioner, config.captions.max_words)
     check_cuts(config.tiers)
-    conditions = episode_conditions(config.episodes)
+    conditions = episode_conditions(config.buckets)
     best = best_condition(config.tiers)
     for _, condition in [*conditions, *([("", best)] if best else [])]:
         for column in condition.columns:

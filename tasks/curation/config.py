@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from model.config import TIERS, Fraction, Positive, Section, Seed, renamed_key
+from model.config import TIERS, Fraction, Positive, Section, Seed
 from model.storage import check_path
 
 MAX_WORDS = 10_000  # of a caption that is kept
@@ -376,7 +376,7 @@ class CurationConfig(Section):
     dedup: DedupConfig = DedupConfig()
     tiers: TierConfig = TierConfig()
     # A record is in the first episode whose condition it meets, else in `rest`.
-    episodes: tuple[EpisodeConfig, ...] = renamed_key("episodes", "buckets", ())
+    buckets: tuple[EpisodeConfig, ...] = ()
     captions: CaptionConfig = CaptionConfig()
     takedown: str | None = None  # a list of records that must not be used: see tasks/curation/takedown.py
     captioner: CaptionerConfig | None = None  # None: only the owners' captions

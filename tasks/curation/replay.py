@@ -100,7 +100,7 @@ def _overridden(config, overrides: Sequence[str]):
     for override in overrides:
         if not override.startswith("curation."):
             raise ValueError(f"{override!r} does not start with 'curation.': only decisions of curation are replayed")
-    recipe = load_recipe("smoke").model_dump(mode="json") | {"curation": config.model_dump(mode="json", by_alias=False)}
+    recipe = load_recipe("smoke").model_dump(mode="json") | {"curation": config.model_dump(mode="json")}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "replayed.yaml"
         path.write_text(json.dumps(recipe))

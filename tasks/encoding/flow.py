@@ -106,7 +106,7 @@ def encode_latents_group(
 
     def encode(part: Part) -> tuple[Part, dict[str, int]]:
         selection = curated.selection(part)
-        rows, held_out, not_drawn = latents.draw(selection, fractions, stage.image_size_px, stage.episode_weights)
+        rows, held_out, not_drawn = latents.draw(selection, fractions, stage.image_size_px, stage.bucket_weights)
         key = settings | {"records": latents.records_of(selection, rows)}
 
         def make(changed: dict[int, str]) -> Part:
@@ -137,7 +137,7 @@ def fractions_of(curated_dir: str | Path, stage: StageConfig) -> dict[str, float
     curated = open_curated(curated_dir)
     records = curated.num_records
     weights = {weight for weight in stage.tier_weights.values() if weight}
-    if stage.episode_weights or stage.steps * stage.batch_size * min(weights, default=1.0) >= records * max(
+    if stage.bucket_weights or stage.steps * stage.batch_size * min(weights, default=1.0) >= records * max(
         weights, default=1.0
     ):
         return {tier: float(weight > 0) for tier, weight in stage.tier_weights.items()}

@@ -100,8 +100,8 @@ def episode_conditions(episodes: tuple[EpisodeConfig, ...], tier: str = "tier") 
     names = [episode.name for episode in episodes]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"curation.episodes names {name!r} twice")
-    return [(e.name, Condition(e.where, f"curation.episodes[{i}].where", tier)) for i, e in enumerate(episodes)]
+            raise ValueError(f"curation.buckets names {name!r} twice")
+    return [(e.name, Condition(e.where, f"curation.buckets[{i}].where", tier)) for i, e in enumerate(episodes)]
 
 
 def episode_sql(config: CurationConfig, cuts: tuple[float, ...]) -> str:
@@ -110,4 +110,4 @@ def episode_sql(config: CurationConfig, cuts: tuple[float, ...]) -> str:
     The paper shows tier x episodic bucket (figure 9) without saying how these are cut. Here an episode is a named condition
     over columns, so that a recipe can say what it is for, and a stage can weight it.
     """
-    return case_sql(episode_conditions(config.episodes, f"({tier_sql(config.tiers, cuts)})"), REST)
+    return case_sql(episode_conditions(config.buckets, f"({tier_sql(config.tiers, cuts)})"), REST)

@@ -177,7 +177,7 @@ def _tiers(summary: Summary, content: dict) -> list[str]:
 
 def _episodes(summary: Summary, content: dict) -> list[str]:
     names = summary.largest(content["buckets"])
-    conditions = [(episode.name, episode.where) for episode in summary.config.episodes]
+    conditions = [(episode.name, episode.where) for episode in summary.config.buckets]
     return [
         heat_map(names, tiers.TIERS, summary.cells),
         f"<p class=note>{len(content['buckets']) - SOURCES} smaller episodes are not shown.</p>"
@@ -185,7 +185,7 @@ def _episodes(summary: Summary, content: dict) -> list[str]:
         else "",
         table(("episode", "where"), conditions)
         if conditions
-        else "<p class=note>The recipe has no curation.episodes.</p>",
+        else "<p class=note>The recipe has no curation.buckets.</p>",
     ]
 
 

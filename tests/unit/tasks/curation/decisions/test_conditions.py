@@ -81,9 +81,9 @@ def test_a_condition_compares_the_columns_of_each_record(text, expected):
 )
 def test_what_is_no_condition_is_refused_with_the_part_that_is_wrong(text, why):
     try:
-        Condition(text, "curation.episodes[0].where")
+        Condition(text, "curation.buckets[0].where")
     except ValueError as error:
-        assert str(error).startswith("curation.episodes[0].where=")
+        assert str(error).startswith("curation.buckets[0].where=")
         assert re.search(why, str(error)), error
     else:
         assert "^$" in why, f"{text[:40]} is accepted"

@@ -87,7 +87,7 @@ def test_a_record_is_in_the_first_episode_whose_condition_it_meets_and_else_in_t
         (episodes, ["best", "large", "long", "rest"]),
         (episodes[1:], ["best", "best", "long", "rest"]),
     ):
-        config = CurationConfig(episodes=chosen, filters=FilterConfig(min_side_px=32))
+        config = CurationConfig(buckets=chosen, filters=FilterConfig(min_side_px=32))
         assert [row["bucket"] for row in records_of(rows, config)] == expected
     assert [row["bucket"] for row in records_of(rows, CurationConfig())] == ["rest"] * 4
 

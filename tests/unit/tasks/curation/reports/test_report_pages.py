@@ -18,7 +18,7 @@ from tasks.curation.sources.base import Account
 CONFIG = CurationConfig(
     filters=FilterConfig(min_aesthetic=4.0, max_nsfw=0.5),
     tiers=TierConfig(thresholds=(7.0, 6.0, 5.0, 4.5), synthetic_tier="A2", accept_proxy=True),
-    episodes=(EpisodeConfig(name="dark", where="entropy_bits < 4"),),
+    buckets=(EpisodeConfig(name="dark", where="entropy_bits < 4"),),
 )
 
 
