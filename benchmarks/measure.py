@@ -220,10 +220,10 @@ class ProductsAlone:
             total += taken
         return total
 
-    def found(self) -> list[ProductTime]:
+    def slowest_first(self) -> list[ProductTime]:
         """Sorted by total time, longest first."""
-        found = [ProductTime(p, self.counts[p], Spread.of(times)) for p, times in self.times.items()]
-        return sorted(found, key=lambda t: -t.total_ms)
+        products = [ProductTime(p, self.counts[p], Spread.of(times)) for p, times in self.times.items()]
+        return sorted(products, key=lambda t: -t.total_ms)
 
 
 def print_products(times: list[ProductTime]) -> float:

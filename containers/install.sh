@@ -52,7 +52,7 @@ rm -rf "$site/kubernetes/aio" "$site/kubernetes/e2e_test" \
        "$site/torch/test" "$site"/torch/bin/*test* "$site"/torch/bin/protoc* "$site"/torch/lib/lib*_test.so \
        "$site/pyarrow/include" "$site/pyarrow/src" "$site"/pyarrow/libarrow_flight.so* "$site"/pyarrow/_flight*.so \
        "$site"/pyarrow/libarrow_s3.so* "$site"/pyarrow/_s3fs*.so \
-       "$site/numpy/f2py" "$site/numpy/_core/include" \
+       "$site/numpy/_core/include" \
        "$site"/onnxruntime/transformers "$site/onnxruntime/quantization" "$site/onnxruntime/tools" \
        "$site"/onnxruntime/capi/libonnxruntime.so.* \
        "$site"/ai_edge_litert/libLiteRtWebGpuAccelerator.so "$site/ai_edge_litert/tools" "$site/ai_edge_litert/vendors" \

@@ -1,6 +1,6 @@
 """The benchmarks and judges by name, loaded on demand.
 
-Judges are those of eval.judges.registry; each answers for one or several roles of a benchmark (`Benchmark.judges`).
+Judges are those of eval.judges.registry; each answers for one or several skills of a benchmark (`Benchmark.judges`).
 """
 
 from __future__ import annotations
@@ -62,21 +62,21 @@ def judge(name: str) -> Judge:
 
 
 def judges_of(config: EvalConfig) -> dict[str, str]:
-    """{role: name of a judge} for each role of the configured benchmark.
+    """{skill: name of a judge} for each skill of the configured benchmark.
 
     Raises:
-        ValueError: a role without a judge, or a judge for an unknown role.
+        ValueError: a skill without a judge, or a judge for an unknown skill.
     """
     benchmark = registry.load(config.benchmark)
     named = {**benchmark.default_judges, **config.judges}
     unknown = sorted(set(config.judges) - set(benchmark.judges))
     if unknown:
-        raise ValueError(f"judges has the role {unknown[0]!r}, and {benchmark.name} has {', '.join(benchmark.judges)}")
-    absent = [role for role in benchmark.judges if role not in named]
+        raise ValueError(f"judges has the skill {unknown[0]!r}, and {benchmark.name} has {', '.join(benchmark.judges)}")
+    absent = [skill for skill in benchmark.judges if skill not in named]
     if not set(absent) <= benchmark.optional_judges or len(absent) == len(benchmark.judges):
-        official = "; ".join(f"{role}: {benchmark.judges[role]}" for role in absent)
+        official = "; ".join(f"{skill}: {benchmark.judges[skill]}" for skill in absent)
         raise ValueError(f"benchmark {benchmark.name!r} needs a judge for {', '.join(absent)} (official are {official}): set judges")  # fmt: skip
-    return {role: named[role] for role in benchmark.judges if role in named}
+    return {skill: named[skill] for skill in benchmark.judges if skill in named}
 
 
 def check_installed(config: EvalConfig) -> None:
@@ -98,7 +98,7 @@ def check_installed(config: EvalConfig) -> None:
 
 
 def recommended(benchmark: Benchmark, packaged: bool = False) -> dict[str, str]:
-    """{role: judge} if none is named; roles without one are left out.
+    """{skill: judge} if none is named; skills without one are left out.
 
     Args:
         packaged: prefer judges with weights in packages.
@@ -111,14 +111,14 @@ def recommended(benchmark: Benchmark, packaged: bool = False) -> dict[str, str]:
 
 
 def load_judges(config: EvalConfig) -> dict[str, Judge]:
-    """{role: judge}; a judge of several roles is loaded once.
+    """{skill: judge}; a judge of several skills is loaded once.
 
     Raises:
         ValueError: see `judges_of` and `judge`.
     """
     names = judges_of(config)
     loaded = {name: judge(name) for name in dict.fromkeys(names.values())}
-    return {role: loaded[name] for role, name in names.items()}
+    return {skill: loaded[name] for skill, name in names.items()}
 
 
 def prompts(config: EvalConfig) -> list[dict[str, Any]]:

@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("judge", _judge, "Asks a judge about a run's images.")
     sub.add_argument("run", type=Path)
-    sub.add_argument("--judge", action="append", default=[], metavar="[ROLE=]NAME", help="who answers: for one role of the benchmark, or for all")  # fmt: skip
+    sub.add_argument("--judge", action="append", default=[], metavar="[SKILL=]NAME", help="who answers: for one skill of the benchmark, or for all")  # fmt: skip
     sub.add_argument("--out", type=Path, help="where the answers go (default: RUN/judged)")
     sub.add_argument("--missing", choices=("error", "official"), help="what to do about missing images")
     _shard_option(sub)
@@ -165,7 +165,7 @@ def _shard(options: argparse.Namespace) -> tuple[int, int]:
 def _ls(options: argparse.Namespace) -> None:
     if options.name in JUDGES:
         entry = JUDGES[options.name]
-        print(f"judge {options.name}: {entry.description}; answers as {', '.join(entry.roles)}")
+        print(f"judge {options.name}: {entry.description}; answers as {', '.join(entry.skills)}")
     elif options.name is not None:
         benchmark = catalog.benchmark(options.name)
         print(f"benchmark {benchmark.name}, {benchmark.version}")
@@ -173,16 +173,16 @@ def _ls(options: argparse.Namespace) -> None:
         print(f"  images           {benchmark.images_per_prompt} per prompt, {'grids' if benchmark.grid else 'files'}")
         print(f"  tasks            {', '.join(benchmark.tasks)}")
         print(f"  overall          mean of {benchmark.pooling}")
-        for role, model in benchmark.judges.items():
-            usable = [name for name, entry in JUDGES.items() if role in entry.roles]
-            print(f"  judge {role:<10} officially {model}; here {', '.join(usable) or 'none'}")
+        for skill, model in benchmark.judges.items():
+            usable = [name for name, entry in JUDGES.items() if skill in entry.skills]
+            print(f"  judge {skill:<10} officially {model}; here {', '.join(usable) or 'none'}")
     else:
         print("benchmarks")
         for name in registry.BENCHMARKS:
             print(f"  {name:<20} {catalog.benchmark(name).version}")
         print("judges")
         for name, entry in sorted(JUDGES.items()):
-            print(f"  {name:<20} {', '.join(entry.roles)}: {entry.description}")
+            print(f"  {name:<20} {', '.join(entry.skills)}: {entry.description}")
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -215,11 +215,11 @@ def _judge(options: argparse.Namespace) -> None:
     from eval.scorecard import JUDGED, judge_run
 
     config = _recorded(options)
-    roles = catalog.benchmark(config.benchmark).judges
+    skills = catalog.benchmark(config.benchmark).judges
     judges = dict(config.judges)
     for item in options.judge:
-        role, separator, name = item.partition("=")
-        judges |= {role: name} if separator else dict.fromkeys(roles, item)
+        skill, separator, name = item.partition("=")
+        judges |= {skill: name} if separator else dict.fromkeys(skills, item)
     config = EvalConfig(**config.model_dump(exclude={"judges"}), judges=judges)
     shard, shards = _shard(options)
     out = options.out or options.run / JUDGED

@@ -27,7 +27,7 @@ class EvalConfig(BaseModel):
     benchmark: a name of eval.benchmarks.registry.
     further_benchmarks: others that a reproduction scores too, with the same sampling settings and each with its official
         numbers and recommended judges; a workflow makes a configuration of each.
-    judges: {role: name of eval.catalog}, for the roles that the benchmark has (Benchmark.judges); the shapes benchmark
+    judges: {skill: name of eval.catalog}, for the skills that the benchmark has (Benchmark.judges); the shapes benchmark
         has its own judges.
     prompts_file: the benchmark's prompts, if they are not part of this package.
     prompt_set: "development" prompts are others of the same kind, for choosing; "official" prompts are for reporting.

@@ -127,7 +127,7 @@ def rescore(
 
     Args:
         config: the recorded one unless given.
-        judges: {role: judge}, asked only questions without an answer.
+        judges: {skill: judge}, asked only questions without an answer.
         judged: a folder of `judge_run` with complete answers: then neither judges nor images are needed.
         training_runs: scorecards of the same recipe at other training seeds, for the noise of training.
 
@@ -145,7 +145,7 @@ def rescore(
     judged = Path(judged)
     record, rows = read_judges(judged), read_rows(judged / INDEX)
     _refuse_stale(rows, images_dir)
-    revisions = {role: judge["revision"] for role, judge in record.items()}
+    revisions = {skill: judge["revision"] for skill, judge in record.items()}
     answered = judged_prompts(rows, prompts, config, benchmark, Answers(judged), revisions)
     rows = score_rows(rows, prompts, benchmark, answered)
     card = scorecard(rows, prompts, config, generation, judges=record, answered=answered)

@@ -199,5 +199,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [os.environ.get("PYTHONPATH", str(ROOT)), str(ROOT / "tests" / "fixtures")]
+    sys.path[:0] = [os.environ.get("PYTHONPATH", str(ROOT)), str(ROOT / "tests" / "fixtures" / "inputs")]
     main()

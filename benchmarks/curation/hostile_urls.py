@@ -312,7 +312,7 @@ def download(name: str, folder: str, out: Path) -> str:
     import pyarrow.parquet as pq
 
     from tasks.curation.sources.base import Account, open_corpus
-    from tasks.curation.sources.places import at
+    from tasks.curation.sources.file_trees import at
     from tasks.curation.sources.urls import shards
 
     config = SourceConfig(urls=SITES[name])

@@ -22,7 +22,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 Mode = Literal["official", "fixed"]
 PromptSet = Literal["official", "development"]
-# How the overall score follows from prompts: the plain mean of categories, of prompts, or of named parts of prompts.
+# How the overall score follows from prompts: the plain mean of categories, of prompts, or of subscores of prompts
+# ("parts", the value that stored scorecards have).
 Pooling = Literal["categories", "prompts", "parts"]
 Prompt = Mapping[str, Any]
 # The answers about one image, by `Question.key`; None for an image that is missing or could not be judged.
@@ -77,13 +78,13 @@ class Scored:
         score: of the prompt; None if no image was judged.
         images: of each image; None if it was not judged.
         reasons: why each image is not fully right; "" if it is, or if the rule gives no reason.
-        parts: named scores of the prompt, if the rule has several.
+        subscores: named scores of the prompt, if the rule has several.
     """
 
     score: float | None
     images: tuple[float | None, ...]
     reasons: tuple[str, ...]
-    parts: Mapping[str, float | None] = field(default_factory=dict)
+    subscores: Mapping[str, float | None] = field(default_factory=dict)
 
 
 class Source(NamedTuple):

@@ -5,7 +5,7 @@
     images and captions --similarity (where a judge is given)--> similarity
 
 match: the share of other captions' real images that are farther from an image than its own caption's: 0.5 by chance. It
-shows learning long before images look real, which the other parts measure.
+shows learning long before images look real, which the other subscores measure.
 
 A score relates the model's images to this corpus, in the features of the judge in its name. It is comparable between
 models of one corpus, but not with published scores.
@@ -24,11 +24,11 @@ from eval.benchmarks.base import Benchmark, Judged, Mode, Pooling, Prompt, Promp
 from eval.files import read_json_lines
 
 REAL = "real_features"
-PARTS = ("match", "precision", "recall", "coverage", "similarity")
+SUBSCORES = ("match", "precision", "recall", "coverage", "similarity")
 
 
 class Captions(Benchmark):
-    """See `eval.benchmarks.base.Benchmark`. The overall score is the mean of the parts that were judged.
+    """See `eval.benchmarks.base.Benchmark`. The overall score is the mean of the subscores that were judged.
 
     A prompt has "reference": {"file", "sha256"}, the real image of its caption, relative to the folder of the prompts.
     """
@@ -111,23 +111,23 @@ class Captions(Benchmark):
                 )
             similarities = [None if a is None else a.get("similarity") for a in images]
             scores = tuple(m if s is None else s for (m, _, _), s in zip(shown, similarities, strict=True))
-            parts = {
+            subscores = {
                 "match": base.mean([m for m, _, _ in shown]),
                 "precision": base.mean([p for _, p, _ in shown]),
                 "recall": None if members is None or row is None else float(members.recalled[row]),
                 "coverage": None if members is None or row is None else float(members.covered[row]),
                 "similarity": base.mean(similarities),
             }
-            result[key] = Scored(base.mean(scores), scores, tuple(reason for _, _, reason in shown), parts)
+            result[key] = Scored(base.mean(scores), scores, tuple(reason for _, _, reason in shown), subscores)
         return result
 
     def summarise(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], mode: Mode) -> dict[str, Any]:
-        """See `Benchmark.summarise`: the mean of each part over the prompts that have it, and the mean of these."""
+        """See `Benchmark.summarise`: the mean of each subscore over the prompts that have it, and the mean of these."""
         base.check_known(prompts, judged)
         whole = base.complete(prompts, judged)
         scored = self.score_all(prompts, whole)
-        parts = {name: base.mean([one.parts[name] for one in scored.values()]) for name in PARTS}
-        categories = {name: value for name, value in parts.items() if value is not None}
+        subscores = {name: base.mean([one.subscores[name] for one in scored.values()]) for name in SUBSCORES}
+        categories = {name: value for name, value in subscores.items() if value is not None}
         if not categories:
             raise ValueError(f"none of {len(prompts)} prompts has an image that was judged")
         images = [answers for one in whole.values() for answers in one.images]

@@ -74,8 +74,8 @@ class GenEval2(Benchmark):
             values = self._values(prompt, answers)
             low = min(range(len(values)), key=values.__getitem__)
             reasons.append(f"{prompt['vqa_list'][low][0]} {values[low]:.2f}" if values[low] < 0.5 else "")
-        parts = {name: base.mean([None if m is None else m[name] for m in means]) for name in ("gm", "am")}
-        return Scored(base.mean(scores), scores, tuple(reasons), parts)
+        subscores = {name: base.mean([None if m is None else m[name] for m in means]) for name in ("gm", "am")}
+        return Scored(base.mean(scores), scores, tuple(reasons), subscores)
 
     def official_files(
         self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int, label: str = "model"

@@ -220,7 +220,7 @@ class OneIG(Benchmark):
         return [question for question in asked if question.key not in answers]
 
     def score(self, prompt: Prompt, judged: Judged) -> Scored:
-        """`parts` has a score for each dimension that has a judge; `score` is that of alignment, text or reasoning. A text image's score
+        """`subscores` has a score for each dimension that has a judge; `score` is that of alignment, text or reasoning. A text image's score
         is the text formula on that image alone: a unit for error bars, not part of the official score."""
         images = [answers for answers in judged.images if answers is not None]
         scores: list[float | None] = []
@@ -229,12 +229,12 @@ class OneIG(Benchmark):
             score, reason = (None, "not judged") if answers is None else self._image(prompt, answers)
             scores.append(score)
             reasons.append(reason)
-        parts: dict[str, float | None] = {self.dimension(prompt): base.mean(scores)}
+        subscores: dict[str, float | None] = {self.dimension(prompt): base.mean(scores)}
         if "style" in prompt:
-            parts["style"] = base.mean([answers.get("style") for answers in images])
+            subscores["style"] = base.mean([answers.get("style") for answers in images])
         if len(images) > 1 and "diversity" in judged.together:
-            parts["diversity"] = rule.diversity_score(judged.together["diversity"])
-        return Scored(base.mean(scores), tuple(scores), tuple(reasons), parts)
+            subscores["diversity"] = rule.diversity_score(judged.together["diversity"])
+        return Scored(base.mean(scores), tuple(scores), tuple(reasons), subscores)
 
     @staticmethod
     def dimension(prompt: Prompt) -> str:
@@ -292,8 +292,8 @@ class OneIG(Benchmark):
             expected += len(answers.images)
             failed += sum(image is None for image in answers.images)
             key, number = prompt["id"], prompt["id"].rpartition("_")[2]
-            parts = self.score(prompt, answers).parts
-            scores["diversity"][key] = parts.get("diversity")
+            subscores = self.score(prompt, answers).subscores
+            scores["diversity"][key] = subscores.get("diversity")
             dimension = self.dimension(prompt)
             if dimension == "text":
                 contents[number] = prompt["text_content"]
@@ -302,9 +302,9 @@ class OneIG(Benchmark):
                 read = key in judged and (texts or all(image is None for image in answers.images))
                 ocr[number] = texts if read else None
             else:
-                scores[dimension][key if dimension == "alignment" else number] = parts[dimension]
+                scores[dimension][key if dimension == "alignment" else number] = subscores[dimension]
             if "style" in prompt:
-                styles[number], scores["style"][number] = prompt["style"], parts["style"]
+                styles[number], scores["style"][number] = prompt["style"], subscores["style"]
         dimensions = {}
         classes = [task for task in self.tasks if any(prompt["tag"] == task for prompt in prompts)]
         for name, summarise in (
@@ -353,7 +353,7 @@ class OneIGText(OneIG):
 
     def score(self, prompt: Prompt, judged: Judged) -> Scored:
         scored = super().score(prompt, Judged(judged.images, {"diversity": ()}))
-        return replace(scored, parts={"text": scored.parts["text"]})
+        return replace(scored, subscores={"text": scored.subscores["text"]})
 
 
 ENGLISH = OneIG("EN")

@@ -20,7 +20,7 @@ class JudgeEntry(NamedTuple):
     """A judge that can be named.
 
     target: module:function that makes it.
-    roles: keys of `Benchmark.judges` that it answers for.
+    skills: keys of `Benchmark.judges` that it answers for.
     description: one line for `python -m eval.cli ls`.
     packages: modules that it imports and that a plain installation lacks, checked before hours of work.
     install: arguments of pip that install them.
@@ -28,7 +28,7 @@ class JudgeEntry(NamedTuple):
     """
 
     target: str
-    roles: tuple[str, ...]
+    skills: tuple[str, ...]
     description: str
     packages: tuple[str, ...] = ()
     install: str = JUDGES_REAL

@@ -69,9 +69,9 @@ def score_name(benchmark: Benchmark, judges: Mapping[str, Mapping[str, Any]]) ->
     """The name of a score: `geneval` if all judges are official, else `geneval[judge+judge]`.
 
     Args:
-        judges: {role: {"name", "model"}} for each role of `benchmark.judges`.
+        judges: {skill: {"name", "model"}} for each skill of `benchmark.judges`.
     """
-    if all(role in judges and judges[role]["model"] == model for role, model in benchmark.judges.items()):
+    if all(skill in judges and judges[skill]["model"] == model for skill, model in benchmark.judges.items()):
         return benchmark.name
     names = dict.fromkeys(judge["name"] for judge in judges.values())
     return f"{benchmark.name}[{'+'.join(names) or 'no judge'}]"

@@ -87,7 +87,7 @@ def _digest_of_all(digests: Sequence[str]) -> str:
 
 
 class _Reader:
-    """Reads the answers so far and finds open questions; `judges`: {role: revision}."""
+    """Reads the answers so far and finds open questions; `judges`: {skill: revision}."""
 
     def __init__(self, benchmark: Benchmark, answers: Answers, judges: Mapping[str, str]):
         self.benchmark, self.answers, self.judges = benchmark, answers, judges
@@ -96,7 +96,7 @@ class _Reader:
         return digest, question_key(question), self.judges[question.judge]
 
     def questions(self, prompt: Prompt, known: Mapping[str, Any]) -> list[Question]:
-        """The questions that can be asked now. Questions of a role without a judge are left out."""
+        """The questions that can be asked now. Questions of a skill without a judge are left out."""
         return [q for q in self.benchmark.questions(prompt, known) if q.judge in self.judges]
 
     def read(
@@ -150,7 +150,7 @@ def judge_images(
 
     Args:
         rows: of `index_images`; unreadable images are skipped.
-        judges: {role: judge}.
+        judges: {skill: judge}.
         answers: opened for writing.
         batch_size: questions per call of a judge.
         shard, shards: asks about every prompt and seed whose number modulo `shards` is `shard`.
@@ -163,7 +163,7 @@ def judge_images(
             are kept.
     """
     images_dir = Path(images_dir)
-    reader = _Reader(benchmark, answers, {role: judge.revision for role, judge in judges.items()})
+    reader = _Reader(benchmark, answers, {skill: judge.revision for skill, judge in judges.items()})
     groups = dict(list(groups_of(rows).items())[shard::shards])
     tested: set[str] = set()
     asked, last_line, started = 0, 0.0, time.monotonic()
@@ -185,8 +185,8 @@ def judge_images(
         by_judge: dict[str, list[tuple[Key, Question, list[Row]]]] = {}
         for key, (question, shown) in todo.items():
             by_judge.setdefault(question.judge, []).append((key, question, shown))
-        for role, questions in by_judge.items():
-            judge = judges[role]
+        for skill, questions in by_judge.items():
+            judge = judges[skill]
             if judge.revision not in tested:
                 judge.selftest()
                 tested.add(judge.revision)
@@ -254,7 +254,7 @@ def judged_prompts(
     """{seed: {prompt id: its answers}}, the input of a benchmark's scores.
 
     Args:
-        judges: {role: revision}.
+        judges: {skill: revision}.
 
     Raises:
         ValueError: an answer is missing: the run was not judged, or not by these revisions.
@@ -305,7 +305,7 @@ def score_rows(
                 "score": None if score is None else min(max(float(score), 0.0), 1.0),
                 "reason": result.reasons[image] if known else "",
                 "answers": _shown(replies) if replies is not None else "",
-                "parts": json.dumps(dict(result.parts)) if result.parts else "",
+                "parts": json.dumps(dict(result.subscores)) if result.subscores else "",
             }
         )
     return scored
@@ -317,7 +317,7 @@ def _shown(replies: Mapping[str, Any]) -> str:
 
 
 def prompt_scores(rows: Sequence[Row], pooling: Pooling) -> dict[str, dict[str, list[float]]]:
-    """category -> prompt id -> scores: of each image, or (pooling "parts") of the prompt's named parts for each seed."""
+    """category -> prompt id -> scores: of each image, or (pooling "parts") of the prompt's subscores for each seed."""
     units: dict[str, dict[str, list[float]]] = {}
     for row in sorted(rows, key=lambda r: (r["seed"], r["prompt_index"], r["image_index"])):
         if row["score"] is None:
@@ -365,14 +365,14 @@ def read_rows(path: Path) -> list[Row]:
 def write_judges(judges: Mapping[str, Judge], folder: Path) -> None:
     """Records the judges next to the answers, so that scoring needs no judge."""
     record = {
-        role: {"name": judge.name, "model": judge.model, "revision": judge.revision, "spec": dict(judge.spec)}
-        for role, judge in judges.items()
+        skill: {"name": judge.name, "model": judge.model, "revision": judge.revision, "spec": dict(judge.spec)}
+        for skill, judge in judges.items()
     }
     write_bytes(folder / JUDGES, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_judges(folder: Path) -> dict[str, dict[str, Any]]:
-    """{role: {"name", "model", "revision", "spec"}}.
+    """{skill: {"name", "model", "revision", "spec"}}.
 
     Raises:
         ValueError: nothing was judged there.

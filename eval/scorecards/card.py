@@ -84,7 +84,7 @@ class FlowLoss(Section):
 
 
 class JudgeRecord(Section):
-    role: str
+    role: str  # the skill, under the name that stored scorecards have
     name: str
     model: str
     revision: str
@@ -207,7 +207,7 @@ def not_comparable(a: Scorecard, b: Scorecard) -> str | None:
         return "they are of different prompts"
     if (judges := _judges(a)) != (others := _judges(b)):
         names = [
-            ", ".join(f"{name} at {revision[:12]} ({role})" for role, name, revision in side)
+            ", ".join(f"{name} at {revision[:12]} ({skill})" for skill, name, revision in side)
             for side in (judges, others)
         ]
         return f"one was judged by {names[0]}, the other by {names[1]}"

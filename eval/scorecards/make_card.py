@@ -38,7 +38,7 @@ def scorecard(
         rows: of `score_rows`.
         prompts: all expected prompts, with ids.
         generation: content of generation.json.
-        judges: {role: {"name", "model", "revision", "spec"}}.
+        judges: {skill: {"name", "model", "revision", "spec"}}.
         answered: of `judged_prompts`, for the official aggregates.
 
     Raises:
@@ -199,7 +199,7 @@ def _estimate(rows: Sequence[Row], order: Sequence[str], pooling: Pooling) -> tu
 
 
 def _not_judged(benchmark: Benchmark, judges: Mapping[str, Any]) -> list[str]:
-    absent = [role for role in benchmark.judges if role in benchmark.optional_judges and role not in judges]
+    absent = [skill for skill in benchmark.judges if skill in benchmark.optional_judges and skill not in judges]
     return [f"no judge for {', '.join(absent)}: left out"] if absent and judges else []
 
 
@@ -242,8 +242,8 @@ def _settings(
     digests = sorted((r["seed"], r["prompt_id"], r["image_index"], r["sha256"]) for r in rows)
     return Settings(
         judges=[
-            JudgeRecord(role=role, **judge, official=benchmark.judges.get(role) in ("", judge["model"]))
-            for role, judge in sorted(judges.items())
+            JudgeRecord(role=skill, **judge, official=benchmark.judges.get(skill) in ("", judge["model"]))
+            for skill, judge in sorted(judges.items())
         ],
         pipeline=sampler.get("pipeline", "unknown"),
         denoiser=sampler.get("denoiser", "unknown"),

@@ -120,11 +120,11 @@ def write_listing(config: SourceConfig, path: str, out_dir: Path) -> dict:
 
 def download_group(listing_dir: Path, config: SourceConfig, group: int, groups: int) -> list[Part]:
     """Downloads the shards of one group of a list of URLs, as `records` parts."""
-    from tasks.curation.sources import places
+    from tasks.curation.sources import file_trees
     from tasks.curation.sources.urls import shards
 
     report, listed = shards.read_listing(listing_dir)
-    place = places.at(report["root"], report["alone"])
+    place = file_trees.at(report["root"], report["alone"])
     return [_download(place, *listed[i], config) for i in group_range(group, groups, len(listed))]
 
 

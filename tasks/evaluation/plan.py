@@ -71,12 +71,12 @@ def plan_benchmarks(
         benchmarks: names, separated by commas.
         base: an eval section, such as a recipe's; its judges, prompts and counts are used for its own benchmark alone.
         overrides: KEY=VALUE for all benchmarks, or BENCHMARK.KEY=VALUE for one.
-        judges: [BENCHMARK.][ROLE=]NAME, separated by commas; "" takes those of the base, of the recipe's benchmark, or the
+        judges: [BENCHMARK.][SKILL=]NAME, separated by commas; "" takes those of the base, of the recipe's benchmark, or the
             recommended ones.
         packaged: prefer judges with weights in packages, which run on a CPU.
 
     Raises:
-        ValueError: an unknown benchmark, role, judge or key, or a benchmark without a judge.
+        ValueError: an unknown benchmark, skill, judge or key, or a benchmark without a judge.
     """
     names = [name.strip() for name in benchmarks.split(",") if name.strip()]
     if not names:
@@ -144,25 +144,25 @@ def _override(values: dict[str, Any], change: str, name: str, names: Sequence[st
         raise ValueError(f"override {change!r} is not YAML: {' '.join(str(error).split())}") from error
 
 
-def _judges_of(judges: str, name: str, names: Sequence[str], roles: Sequence[str]) -> dict[str, str]:
-    """{role: judge} of one benchmark."""
+def _judges_of(judges: str, name: str, names: Sequence[str], skills: Sequence[str]) -> dict[str, str]:
+    """{skill: judge} of one benchmark."""
     chosen: dict[str, str] = {}
     for item in (part.strip() for part in judges.split(",") if part.strip()):
         before, equals, judge = item.rpartition("=")
-        benchmark, dot, role = before.rpartition(".")
+        benchmark, dot, skill = before.rpartition(".")
         if equals and not dot and (before in names or before in registry.BENCHMARKS):
-            benchmark, role = before, ""
+            benchmark, skill = before, ""
         if benchmark and benchmark not in names:
             raise ValueError(f"judges has {item!r}, and the benchmarks are {', '.join(names)}")
         if benchmark and benchmark != name:
             continue
-        if role and role not in roles:
+        if skill and skill not in skills:
             if not benchmark and len(names) > 1:
-                continue  # a role of another benchmark
-            raise ValueError(f"judges has the role {role!r}, and {name} has {', '.join(roles)}")
+                continue  # a skill of another benchmark
+            raise ValueError(f"judges has the skill {skill!r}, and {name} has {', '.join(skills)}")
         entry = judge_registry.entry(judge)
-        answers = tuple(roles) if entry is None else entry.roles
-        chosen |= {role: judge} if role else {r: judge for r in roles if r in answers}
+        answers = tuple(skills) if entry is None else entry.skills
+        chosen |= {skill: judge} if skill else {r: judge for r in skills if r in answers}
     return chosen
 
 

@@ -77,7 +77,7 @@ def check_scoring(config: EvalConfig) -> None:
     """Refuses, before any work, images without a judge.
 
     Raises:
-        ValueError: no judge for a role, no development prompts, or a prompt file that does not exist.
+        ValueError: no judge for a skill, no development prompts, or a prompt file that does not exist.
     """
     try:
         catalog.judges_of(config)

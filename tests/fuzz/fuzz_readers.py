@@ -334,7 +334,7 @@ def try_urls(name: str, data: bytes, scratch: Path) -> str:
     """Reads a table of URLs, whole and in ranges of two rows; see `try_source`."""
     from tasks.curation.config import SourceConfig, UrlConfig
     from tasks.curation.sources.base import Account
-    from tasks.curation.sources.places import find
+    from tasks.curation.sources.file_trees import find
     from tasks.curation.sources.urls import network, tables
 
     source = scratch / "urls"

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from tasks.curation.sources import tables
 from tasks.curation.sources.base import Account, Options, Record, check_size, visible
-from tasks.curation.sources.places import Folder, Place
+from tasks.curation.sources.file_trees import FileTree, Folder
 
 STATE = "state.json"  # lists the files of a saved data set
 MAX_STATE_BYTES = 2**20
@@ -24,7 +24,7 @@ MAGIC, END = b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0"
 SLICE_ROWS, SLICE_BYTES = 64, 32 * 2**20
 
 
-def data_files(place: Place, folder: Folder) -> set[str] | None:
+def data_files(place: FileTree, folder: Folder) -> set[str] | None:
     """The Arrow files of a saved data set; other Arrow files in its folder are caches. None if the folder is not a
     saved data set."""
     if STATE not in folder.files or folder.files[STATE] > MAX_STATE_BYTES:
@@ -129,7 +129,7 @@ def scan(shown: str, file: BinaryIO, wanted: tuple[str, ...]) -> tuple[int, list
     return rows, tables.further_images(schema)
 
 
-def read(place: Place, name: str, options: Options, account: Account) -> Iterator[Record]:
+def read(place: FileTree, name: str, options: Options, account: Account) -> Iterator[Record]:
     """The records of an Arrow file.
 
     Raises:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from model.storage import is_remote, join
-from tasks.curation.sources import folder, formats, parquet, places, tars
+from tasks.curation.sources import file_trees, folder, formats, parquet, tars
 from tasks.curation.sources.base import (
     CHANGED,
     FILES_FOLDER,
@@ -72,7 +72,7 @@ class Corpus:
             from tasks.curation.sources.made import corpus
 
             above, _, name = self._made_uri(shard).rpartition("/")
-            yield from corpus.read(places.at(above), name, shard, account)
+            yield from corpus.read(file_trees.at(above), name, shard, account)
             return
         if shard.kind == "urls":
             from tasks.curation.sources.urls import shards
@@ -80,7 +80,7 @@ class Corpus:
             yield from shards.read(shard, account)
             return
         root = self.report["root"]
-        place = places.at(root, self.report.get("alone"))
+        place = file_trees.at(root, self.report.get("alone"))
         # Of this shard only: all lists together have a row for each loose image of the corpus.
         table = fetch_file(self.directory, f"{FILES_FOLDER}/{shard.shard_id}.parquet")
         if shard.kind == "files":

@@ -40,7 +40,7 @@ from tasks.curation.sources.captions.caption_text import (
     sidecar_captions,
 )
 from tasks.curation.sources.captions.pairing import Pair, pair
-from tasks.curation.sources.places import Place, RemotePlace
+from tasks.curation.sources.file_trees import FileTree, RemoteFileTree
 
 _TEXT = pa.struct([("name", pa.binary()), ("size_bytes", pa.int64()), ("digest", pa.string())])
 FILES = pa.schema(
@@ -186,7 +186,7 @@ def too_large(name: str, size: int) -> str:
     return f"is larger than {limit // 2**20} MiB" if size > limit else ""
 
 
-def read(place: Place, path: Path, options: Options, account: Account) -> Iterator[Record]:
+def read(place: FileTree, path: Path, options: Options, account: Account) -> Iterator[Record]:
     """The records of a list of files.
 
     Raises:
@@ -211,7 +211,7 @@ def _bytes_to_read(file: File) -> int:
     return own + sum(size for name, size, _ in file.sidecars if not too_large(name, size))
 
 
-def _record(place: Place, file: File, contents: dict[str, bytes | OSError], options: Options) -> Record:
+def _record(place: FileTree, file: File, contents: dict[str, bytes | OSError], options: Options) -> Record:
     problem, detail = file.problem, file.detail
     captions, not_text = list(file.captions), ""
     for name, size, digest in file.sidecars:
@@ -244,10 +244,12 @@ def _why(error: Exception) -> str:
     return f"cannot be read: {visible(getattr(error, 'strerror', None) or str(error))}"
 
 
-def _checked(place: Place, name: str, content: bytes | OSError, size: int, digest: str) -> bytes:
+def _checked(place: FileTree, name: str, content: bytes | OSError, size: int, digest: str) -> bytes:
     if isinstance(content, OSError):
         raise content
-    is_same = len(content) == size and (isinstance(place, RemotePlace) or hashlib.sha256(content).hexdigest() == digest)
+    is_same = len(content) == size and (
+        isinstance(place, RemoteFileTree) or hashlib.sha256(content).hexdigest() == digest
+    )
     if not is_same:
         raise ValueError(f"{place.shown(name)} {CHANGED}")
     return content

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 
 from tasks.curation.sources import tables
 from tasks.curation.sources.base import CHANGED, Account, Options, Record, Shard, check_size, count_of, visible
+from tasks.curation.sources.file_trees import FileTree
 from tasks.curation.sources.parquet_pages import PageError, RowGroup, pages, row_groups
-from tasks.curation.sources.places import Place
 
 BATCH_ROWS, BATCH_BYTES = 64, 32 * 2**20
 MAX_FOOTER_BYTES = 16 * 2**20
@@ -136,7 +136,7 @@ def _without_bytes(groups: list[RowGroup], image: str) -> str | None:
     return f"; they name files ({image}.path)" if len(chunks) < len(inside) else ""
 
 
-def read(place: Place, name: str, shard: Shard, options: Options, account: Account) -> Iterator[Record]:
+def read(place: FileTree, name: str, shard: Shard, options: Options, account: Account) -> Iterator[Record]:
     """The records of a range of rows.
 
     Raises:

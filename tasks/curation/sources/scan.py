@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from model.logs import get_logger
 from tasks.curation.config import SourceConfig
-from tasks.curation.sources import arrow, folder, formats, parquet, places, tables, tars
+from tasks.curation.sources import arrow, file_trees, folder, formats, parquet, tables, tars
 from tasks.curation.sources.base import (
     AMBIGUOUS_CAPTION,
     FILES_FOLDER,
@@ -49,8 +49,8 @@ from tasks.curation.sources.base import (
 )
 from tasks.curation.sources.captions.metadata_files import Listed, is_metadata
 from tasks.curation.sources.captions.pairing import Rivals, fold, pair
+from tasks.curation.sources.file_trees import FileTree, Folder, RemoteFileTree
 from tasks.curation.sources.folder import File, Texts
-from tasks.curation.sources.places import Folder, Place, RemotePlace
 
 logger = get_logger(__name__)
 
@@ -70,7 +70,7 @@ def write_corpus(config: SourceConfig, path: str | None, out_dir: str | os.PathL
     path = path or config.path
     if not path:
         raise ValueError("there is no source: set source.path, or give --source")
-    place = places.find(path)
+    place = file_trees.find(path)
     with tempfile.TemporaryDirectory() as scratch, TableWriter(Path(out_dir)) as table:
         scan = _Scan(config, place, table, Path(scratch))
         scan.run()
@@ -148,7 +148,7 @@ class TableWriter:
 
 
 class _Scan:
-    def __init__(self, config: SourceConfig, place: Place, table: TableWriter, scratch: Path) -> None:
+    def __init__(self, config: SourceConfig, place: FileTree, table: TableWriter, scratch: Path) -> None:
         self.config, self.place, self.table, self.scratch = config, place, table, scratch
         self.options = Options(config.encoding, config.caption_columns, config.captions_folder)
         self.account = Account()
@@ -334,7 +334,7 @@ class _Scan:
                 check_size(shown, size)
             beside: list[File] = []
             count = -1
-            if self.listed or not isinstance(self.place, RemotePlace):
+            if self.listed or not isinstance(self.place, RemoteFileTree):
                 count, inside = 0, Account()
                 for sample in self._samples(path, inside):
                     count += 1
@@ -361,7 +361,7 @@ class _Scan:
         shown = self.place.shown(path)
         with tars.named_errors(shown):
             check_size(shown, self.place.size(path))
-            opened = self.place.local_copy(path) if isinstance(self.place, RemotePlace) else self.place.open(path)
+            opened = self.place.local_copy(path) if isinstance(self.place, RemoteFileTree) else self.place.open(path)
             with opened as file:
                 return tars.samples(shown, file, self.options, account)
 

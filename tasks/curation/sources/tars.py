@@ -41,8 +41,8 @@ from tasks.curation.sources.captions.caption_text import (
 from tasks.curation.sources.captions.metadata_files import MAX_BYTES as MAX_METADATA_BYTES
 from tasks.curation.sources.captions.metadata_files import Listed, is_metadata
 from tasks.curation.sources.captions.pairing import Rivals, fold, key_of, pair
+from tasks.curation.sources.file_trees import HIDDEN, LINK, NOT_A_FILE, FileTree
 from tasks.curation.sources.folder import caption_folders
-from tasks.curation.sources.places import HIDDEN, LINK, NOT_A_FILE, Place
 from tasks.curation.sources.tar_format import Forward, Member, TarError
 
 BEHIND_THE_END = "data behind the end of a tar"
@@ -263,7 +263,7 @@ def seekable(file: BinaryIO) -> Iterator[BinaryIO]:
         yield plain
 
 
-def read(place: Place, name: str, options: Options, beside: Beside, account: Account) -> Iterator[Record]:
+def read(place: FileTree, name: str, options: Options, beside: Beside, account: Account) -> Iterator[Record]:
     """The records of a tar.
 
     Raises:

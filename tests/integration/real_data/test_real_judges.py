@@ -104,13 +104,13 @@ def test_geneval_is_scored_by_the_real_detector_under_its_own_name(tmp_path, mon
         judge_images(images, tmp_path / "images", prompts, benchmark, judges, answers, log=lambda _: None)
         again = judge_images(images, tmp_path / "images", prompts, benchmark, judges, answers, log=lambda _: None)
     assert again["asked"] == 0, "answers are kept"
-    revisions = {role: judge.revision for role, judge in judges.items()}
+    revisions = {skill: judge.revision for skill, judge in judges.items()}
     judged = judged_prompts(images, prompts, config, benchmark, Answers(tmp_path / "judged"), revisions)
     summary = benchmark.summarise(prompts, judged[0], "fixed")
     scores = [benchmark.score(prompt, judged[0][prompt["id"]]) for prompt in prompts]
     assert scores[0].score == 1 and scores[1].score == 0 and "dog" in scores[1].reasons[0]
     assert summary["tasks"]["single_object"]["accuracy"] == 0.5
-    record = {role: {"name": judge.name, "model": judge.model} for role, judge in judges.items()}
+    record = {skill: {"name": judge.name, "model": judge.model} for skill, judge in judges.items()}
     assert score_name(benchmark, record) == "geneval[ssd-mobilenet-v2]"
 
 

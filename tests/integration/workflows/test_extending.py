@@ -52,10 +52,10 @@ def blocks(section: str) -> dict[str, list[str]]:
     """Language -> code blocks of a section of the document, in order."""
     text = (ROOT / "docs" / "extending.md").read_text()
     body = re.search(rf"^## {section}\n(.*?)(?=^## )", text, re.M | re.S)[1]
-    found: dict[str, list[str]] = {}
+    result: dict[str, list[str]] = {}
     for language, code in re.findall(r"```(\w+)\n(.*?)```", body, re.S):
-        found.setdefault(language, []).append(code)
-    return found
+        result.setdefault(language, []).append(code)
+    return result
 
 
 def followed(folder: Path, section: str, config_class: str, replaced: str, file: str) -> dict:
@@ -83,16 +83,16 @@ def followed(folder: Path, section: str, config_class: str, replaced: str, file:
 
 @pytest.mark.slow
 def test_a_loss_is_trained_and_planned_after_a_field_and_a_function(tmp_path):
-    found = followed(tmp_path, "A loss", "LossConfig", "router_z_loss", "losses.py")
-    plain, changed = found["plain"], found["changed"]
+    actual = followed(tmp_path, "A loss", "LossConfig", "router_z_loss", "losses.py")
+    plain, changed = actual["plain"], actual["changed"]
     assert changed["norm"] > plain["norm"] and changed["loss"] != plain["loss"]
     assert changed["bytes"] > plain["bytes"]
 
 
 @pytest.mark.slow
 def test_an_optimiser_trains_and_is_planned_after_a_name_and_an_entry(tmp_path):
-    found = followed(tmp_path, "An optimiser", "OptimConfig", "matrices", "optim.py")
-    plain, changed = found["plain"], found["changed"]
+    actual = followed(tmp_path, "An optimiser", "OptimConfig", "matrices", "optim.py")
+    plain, changed = actual["plain"], actual["changed"]
     assert plain["rates"] == ["lr/Muon", "lr/AdamW"] and set(changed["rates"]) == {"lr/SGD", "lr/AdamW"}
     assert changed["loss"] != plain["loss"]
     assert changed["trained"]["sgd"] == plain["trained"]["muon"] > 0 == changed["trained"]["muon"]

@@ -40,21 +40,23 @@ def package(out: Path, **environment: str) -> dict[str, task_pb2.TaskSpec | work
         capture_output=True,
         env=os.environ | environment,
     )
-    found = {}
+    result = {}
     with tarfile.open(out) as tar:
         for member in tar:
             kind = KINDS.get(member.name[-5:])
             if kind and "arraynode" not in member.name:
                 spec = kind.FromString(tar.extractfile(member).read())
-                found[spec.template.id.name] = spec
-    return found
+                result[spec.template.id.name] = spec
+    return result
 
 
 def plans_of(out: Path) -> dict[str, launch_plan_pb2.LaunchPlan]:
     """Name -> launch plan, of a package."""
     with tarfile.open(out) as tar:
-        found = [launch_plan_pb2.LaunchPlan.FromString(tar.extractfile(m).read()) for m in tar if m.name.endswith(PLAN)]
-    return {plan.id.name: plan for plan in found}
+        result = [
+            launch_plan_pb2.LaunchPlan.FromString(tar.extractfile(m).read()) for m in tar if m.name.endswith(PLAN)
+        ]
+    return {plan.id.name: plan for plan in result}
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,7 @@ def test_tasks_that_read_the_recipe_and_print_the_summary_are_not_cached(specs):
 @pytest.mark.parametrize("task", ["list_corpus", "score_group", "decide_corpus", "select_group", "gather_curated"])
 def test_curation_is_cached_part_by_part_and_not_by_flyte(specs, task):
     name = f"tasks.curation.task.{task}"
-    mapped = [spec for found, spec in specs.items() if found == name]
+    mapped = [spec for result, spec in specs.items() if result == name]
     assert mapped, sorted(specs)
     template = mapped[0].template
     role = "scorer" if task == "score_group" else "curation"
@@ -139,7 +141,7 @@ def test_workflows_share_the_way_to_merged_weights(specs, name, after, outputs):
         ("study", ["plan_study", "run_study"], set()),
     ],
 )  # fmt: skip
-def test_each_hop_starts_by_itself_from_a_recipe_and_artifacts(specs, name, called, artifacts):
+def test_each_workflow_starts_from_a_recipe_and_artifacts(specs, name, called, artifacts):
     template = specs[f"workflows.{name}.{name}"].template
     assert calls(template) == called
     inputs = template.interface.inputs.variables

@@ -189,6 +189,7 @@ def failed(results):
     return {name for name, entry in results.items() if entry["status"] == "failed"} - EXPECTED
 
 
+@pytest.mark.slow
 def test_a_healthy_cluster_passes_more_than_twenty_checks(preflight):
     code, results, _ = preflight(healthy())
     assert not failed(results), {name: results[name]["detail"] for name in failed(results)}

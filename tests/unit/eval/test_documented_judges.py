@@ -27,10 +27,10 @@ def named(benchmark: str, packaged: bool) -> str:
     """The name of the score by the recommended judges, without loading any weights."""
     loaded = benchmarks.load(benchmark)
     record = {}
-    for role, judge in catalog.recommended(loaded, packaged).items():
+    for skill, judge in catalog.recommended(loaded, packaged).items():
         module, _, attribute = judges.JUDGES[judge].target.partition(":")
         model = getattr(__import__(module, fromlist=[attribute]), attribute).model
-        record[role] = {"name": judge, "model": model}
+        record[skill] = {"name": judge, "model": model}
     return score_name(loaded, record)
 
 

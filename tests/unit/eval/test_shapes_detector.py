@@ -80,11 +80,13 @@ def test_boxes_and_colors_are_those_of_the_scene():
     rng = np.random.default_rng(3)
     for metadata in make_prompts(8):
         scene = scene_of(metadata, rng, 96)
-        found = [(s, d["color"], d["box"]) for s, ds in detect(render(scene)).items() for d in ds if d["score"] > CLEAR]
-        assert len(found) == len(scene.objects)
+        result = [
+            (s, d["color"], d["box"]) for s, ds in detect(render(scene)).items() for d in ds if d["score"] > CLEAR
+        ]
+        assert len(result) == len(scene.objects)
         for item in scene.objects:
-            near = [b for s, c, b in found if (s, c) == (item.shape, item.color)]
-            assert any(np.abs(np.subtract(b, scene.box_px(item))).max() < 1.5 for b in near), (item, found)
+            near = [b for s, c, b in result if (s, c) == (item.shape, item.color)]
+            assert any(np.abs(np.subtract(b, scene.box_px(item))).max() < 1.5 for b in near), (item, result)
 
 
 @pytest.mark.parametrize("color", [*BACKGROUNDS.values(), *COLORS.values(), (0, 0, 0), (255, 255, 255)])
@@ -104,7 +106,7 @@ def test_noise_fine_or_coarse_shows_nothing(sigma_px):
     prompts = {m["tag"]: m for m in make_prompts(1)}
     for seed in range(12):
         image = noise_image(seed, sigma_px, (20, 40, 80)[seed % 3], (128, 200, 250)[seed // 4])
-        assert not any(d["score"] > 0.3 for found in detect(image).values() for d in found)
+        assert not any(d["score"] > 0.3 for result in detect(image).values() for d in result)
         assert not any(shapes.judge(image, metadata)["correct"] for metadata in prompts.values())
 
 
@@ -171,14 +173,14 @@ NO_SHAPES = {
 
 @pytest.mark.parametrize("name", NO_SHAPES)
 def test_what_is_no_upright_shape_of_the_four_does_not_count(name):
-    scores = {shape: d["score"] for shape, found in detect(NO_SHAPES[name]).items() for d in found}
+    scores = {shape: d["score"] for shape, result in detect(NO_SHAPES[name]).items() for d in result}
     assert all(score <= 0.3 for score in scores.values()), scores
 
 
 def test_the_same_drawing_method_does_count_for_upright_shapes():
     for shape, draw_it in {"square": SQUARE, "triangle": TRIANGLE, "circle": ellipse(0.3, 0.3)}.items():
-        found = detect(drawn(draw_it))
-        assert list(found) == [shape] and found[shape][0]["score"] > CLEAR
+        result = detect(drawn(draw_it))
+        assert list(result) == [shape] and result[shape][0]["score"] > CLEAR
 
 
 @pytest.mark.parametrize("colors", [("red", "blue"), ("purple", "blue"), ("yellow", "green"), ("black", "red")])
@@ -186,24 +188,24 @@ def test_touching_shapes_of_different_colors_come_apart(colors):
     for gap in (0.0, 0.01):
         left = SceneObject("square", colors[0], 0.35 - gap / 2, 0.5, 0.3)
         right = SceneObject("circle", colors[1], 0.65 + gap / 2, 0.5, 0.3)
-        found = detect(blurred(render(Scene(64, 64, "white", "test", (left, right)))))
-        best = {(s, d["color"]) for s, ds in found.items() for d in ds if d["score"] > 0.3}
+        result = detect(blurred(render(Scene(64, 64, "white", "test", (left, right)))))
+        best = {(s, d["color"]) for s, ds in result.items() for d in ds if d["score"] > 0.3}
         assert best == {("square", colors[0]), ("circle", colors[1])}
 
 
 def test_touching_shapes_of_one_color_are_one_blob_that_is_no_shape():
     items = (SceneObject("square", "red", 0.35, 0.5, 0.3), SceneObject("circle", "red", 0.65, 0.5, 0.3))
-    found = detect(render(Scene(64, 64, "white", "test", items)))
-    assert not any(d["score"] > 0.3 for ds in found.values() for d in ds)
+    result = detect(render(Scene(64, 64, "white", "test", items)))
+    assert not any(d["score"] > 0.3 for ds in result.values() for d in ds)
 
 
 @pytest.mark.parametrize("size", [(48, 48), (96, 64), (64, 112), (512, 384)])
 def test_other_sizes_are_read_and_boxes_are_in_their_pixels(size):
     item = SceneObject("triangle", "green", 0.6, 0.4, 0.34)
     scene = Scene(*size, "cream", "test", (item,))
-    found = detect(render(scene))
-    assert list(found) == ["triangle"]
-    (only,) = found["triangle"]
+    result = detect(render(scene))
+    assert list(result) == ["triangle"]
+    (only,) = result["triangle"]
     assert only["score"] > CLEAR and only["color"] == "green"
     assert np.abs(np.subtract(only["box"], scene.box_px(item))).max() < max(1.5, 0.01 * min(size))
 
@@ -238,6 +240,6 @@ def test_detections_are_plain_json_and_sorted_by_score():
     import json
 
     items = tuple(SceneObject("circle", "red", x, 0.5, 0.2 + x / 10) for x in (0.2, 0.5, 0.8))
-    found = detect(render(Scene(64, 64, "gray", "test", items)))
-    scores = [d["score"] for d in json.loads(json.dumps(found))["circle"]]
-    assert len(scores) == 3 and scores == sorted(scores, reverse=True) and set(found) <= set(SHAPES)
+    result = detect(render(Scene(64, 64, "gray", "test", items)))
+    scores = [d["score"] for d in json.loads(json.dumps(result))["circle"]]
+    assert len(scores) == 3 and scores == sorted(scores, reverse=True) and set(result) <= set(SHAPES)

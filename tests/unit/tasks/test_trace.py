@@ -435,6 +435,7 @@ def remote(made, home):
         yield fs, uris
 
 
+@pytest.mark.slow
 def test_a_lineage_in_s3_is_verified_without_a_local_copy(remote, home, capsys):
     fs, uris = remote
     assert tracing.main([uris["pipeline"]]) == 0

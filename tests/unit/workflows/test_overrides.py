@@ -7,6 +7,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 from workflows.command_line import join_overrides
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -33,6 +35,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 def test_every_change_reaches_the_workflow_in_order():
     names = ["reproduce", "ablate", "pretrain"]
     cases = [list(words) + ([] if "--recipe" in words else ["--recipe", "smoke"]) for words in CASES]

@@ -143,6 +143,7 @@ def pyflyte(endpoint: str, folder: Path, *words: str) -> subprocess.CompletedPro
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_a_local_source_is_refused_within_seconds_and_nothing_is_sent(tmp_path):
     with flyteadmin(LIMITS) as (endpoint, admin):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

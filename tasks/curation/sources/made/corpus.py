@@ -30,9 +30,9 @@ from model.storage import is_remote, join
 from tasks.curation.config import SourceConfig
 from tasks.curation.sources import tar_format
 from tasks.curation.sources.base import TRUTH_TABLE, Account, Options, Record, Shard, shard_id, visible
+from tasks.curation.sources.file_trees import FileTree
 from tasks.curation.sources.made import defects, registry, scenes
 from tasks.curation.sources.made.registry import Made
-from tasks.curation.sources.places import Place
 
 logger = get_logger(__name__)
 
@@ -142,7 +142,7 @@ def made_corpus(
     return table.report(Account(), Options(), "", **sums, without_caption=without)
 
 
-def read(place: Place, name: str, shard: Shard, account: Account) -> Iterator[Record]:
+def read(place: FileTree, name: str, shard: Shard, account: Account) -> Iterator[Record]:
     """The records of a tar that `write_made_shard` wrote.
 
     Raises:

@@ -38,7 +38,7 @@ from tasks.curation.sources.base import (
     record_key,
     visible,
 )
-from tasks.curation.sources.places import Place, at, find
+from tasks.curation.sources.file_trees import FileTree, at, find
 from tasks.curation.sources.scan import TableWriter
 from tasks.curation.sources.tables import sniffed
 from tasks.curation.sources.urls import tables
@@ -125,7 +125,7 @@ def shard_name(digest: str, chosen: Range, config: SourceConfig) -> str:
 
 
 def write_shard(
-    place: Place, chosen: Range, name: str, config: SourceConfig, work_dir: Path, out_dir: str | os.PathLike
+    place: FileTree, chosen: Range, name: str, config: SourceConfig, work_dir: Path, out_dir: str | os.PathLike
 ) -> int:
     """Downloads a range and writes its shard into an empty directory; returns the number of its rows.
 
@@ -268,6 +268,6 @@ def _record(
     return Record(key, data, ext, row["captions"], "user", locator, 0, problem, row["caption_problem"])
 
 
-def _bytes(place: Place, name: str) -> bytes:
+def _bytes(place: FileTree, name: str) -> bytes:
     with place.open(name) as file:
         return file.read()

@@ -24,7 +24,7 @@ from tasks.curation.sources.captions.caption_text import (
     column_name,
     foreign,
 )
-from tasks.curation.sources.places import Place
+from tasks.curation.sources.file_trees import FileTree
 from tasks.curation.sources.urls.network import MAX_URL_CHARS
 
 SUFFIXES = ("parquet", "csv", "tsv")
@@ -51,7 +51,7 @@ class Range(NamedTuple):
     num_rows: int
 
 
-def ranges(place: Place, config: SourceConfig, account: Account) -> Iterator[Range]:
+def ranges(place: FileTree, config: SourceConfig, account: Account) -> Iterator[Range]:
     """The tables of a source, split into ranges of at most `images_per_shard` rows; other files are counted.
 
     Raises:
@@ -71,7 +71,7 @@ def ranges(place: Place, config: SourceConfig, account: Account) -> Iterator[Ran
                 yield Range(path, first, min(config.images_per_shard, total - first))
 
 
-def _count(place: Place, name: str, config: SourceConfig) -> int:
+def _count(place: FileTree, name: str, config: SourceConfig) -> int:
     shown = place.shown(name)
     check_size(shown, place.size(name))
     if extension(name) == "parquet":
@@ -81,7 +81,7 @@ def _count(place: Place, name: str, config: SourceConfig) -> int:
     return sum(1 for _ in _csv_cells(place, name, config))
 
 
-def rows(place: Place, chosen: Range, config: SourceConfig) -> Iterator[UrlRow]:
+def rows(place: FileTree, chosen: Range, config: SourceConfig) -> Iterator[UrlRow]:
     """The rows of a range.
 
     Raises:
@@ -111,7 +111,7 @@ def rows(place: Place, chosen: Range, config: SourceConfig) -> Iterator[UrlRow]:
         raise ValueError(f"{shown} has changed since it was listed; start the run again")
 
 
-def _cells(place: Place, chosen: Range, config: SourceConfig) -> Iterator[tuple[int, list[Any]]]:
+def _cells(place: FileTree, chosen: Range, config: SourceConfig) -> Iterator[tuple[int, list[Any]]]:
     """(row, [URL, caption, ...]) of a range."""
     shown, stop = place.shown(chosen.name), chosen.first_row + chosen.num_rows
     if extension(chosen.name) == "parquet":
@@ -163,7 +163,7 @@ def _columns(shown: str, names: list[str], config: SourceConfig) -> tuple[str, .
     return (urls[0], *captions)
 
 
-def _csv_cells(place: Place, name: str, config: SourceConfig) -> Iterator[list[str]]:
+def _csv_cells(place: FileTree, name: str, config: SourceConfig) -> Iterator[list[str]]:
     """[URL, caption, ...] of each row."""
     shown = place.shown(name)
     with _named_errors(shown), place.open(name) as file, _text(file, config.encoding) as text:

@@ -41,7 +41,7 @@ JOBS = {
 
 
 @contextlib.contextmanager
-def watched(model, found):
+def watched(model, observed):
     """Records the types in which the experts compute, and whether the process or the model stays changed."""
     types, random_numbers, plain = set(), torch.get_rng_state(), moe.Experts.forward
 
@@ -59,9 +59,9 @@ def watched(model, found):
         yield
     finally:
         moe.Experts.forward = plain
-        found.setdefault("types", []).append(sorted(types))
+        observed.setdefault("types", []).append(sorted(types))
         kept = before == (model.training, sharded()) and torch.equal(random_numbers, torch.get_rng_state())
-        found.setdefault("left_as_it_was", []).append(kept)
+        observed.setdefault("left_as_it_was", []).append(kept)
 
 
 def failure(call) -> dict:
@@ -76,19 +76,21 @@ def failure(call) -> dict:
 def run_job(folder: Path, name: str, rank: int) -> None:
     model = transformer_config(joint_attention_dim=TEXT_WIDTH)
     stage = training_stage(train_config(**COMMON | JOBS[name][1]), model)
-    found: dict = {}
+    observed: dict = {}
     write = samples.sampler(folder / ("lost" if name == "broken" else "components"), 64, stage)
 
     def sample(model, step, path):
-        with watched(model, found):
+        with watched(model, observed):
             write(model, step, path)
         if name == "fsdp" and step == STEPS:
-            found["not_written"] = failure(lambda: write(model, step, folder / "taken.png"))
+            observed["not_written"] = failure(lambda: write(model, step, folder / "taken.png"))
 
     job = folder / name
     (job / "out").mkdir(parents=True, exist_ok=True)
-    found["failed"] = failure(lambda: train_stage(folder / "latents", stage, None, job / "work", job / "out", sample))
-    (job / f"found-{rank}.json").write_text(json.dumps(found))
+    observed["failed"] = failure(
+        lambda: train_stage(folder / "latents", stage, None, job / "work", job / "out", sample)
+    )
+    (job / f"observed-{rank}.json").write_text(json.dumps(observed))
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +113,8 @@ def runs(tmp_path_factory) -> Path:
     return folder
 
 
-def found(runs: Path, job: str) -> list[dict]:
-    return [json.loads((runs / job / f"found-{rank}.json").read_text()) for rank in range(JOBS[job][0])]
+def observed(runs: Path, job: str) -> list[dict]:
+    return [json.loads((runs / job / f"observed-{rank}.json").read_text()) for rank in range(JOBS[job][0])]
 
 
 def grids(runs: Path, job: str) -> np.ndarray:
@@ -127,15 +129,15 @@ def test_ranks_that_share_weights_and_experts_draw_what_one_process_draws(runs):
     assert np.abs(expected[0] - expected[1]).max() > 5  # training in between changes the grid
     for job in ("fsdp", "experts"):
         assert np.abs(grids(runs, job) - expected).max() <= 1, job
-        assert [rank["failed"] for rank in found(runs, job)] == [{}, {}]
+        assert [rank["failed"] for rank in observed(runs, job)] == [{}, {}]
 
 
 def test_bfloat16_training_is_sampled_in_bfloat16_on_one_process_and_on_several(runs):
     exact = grids(runs, "one")
     for job in ("one", "fsdp", "experts"):
-        assert all(rank["types"] == 2 * [["float32"]] for rank in found(runs, job))
+        assert all(rank["types"] == 2 * [["float32"]] for rank in observed(runs, job))
     for job in ("one_bf16", "experts_bf16"):
-        assert all(rank["types"] == 2 * [["bfloat16"]] for rank in found(runs, job)), job
+        assert all(rank["types"] == 2 * [["bfloat16"]] for rank in observed(runs, job)), job
         difference = np.abs(grids(runs, job) - exact)
         assert 0 < difference.mean() < 2, job
 
@@ -143,13 +145,13 @@ def test_bfloat16_training_is_sampled_in_bfloat16_on_one_process_and_on_several(
 def test_sampling_leaves_training_as_it_was(runs):
     assert same_weights(runs / "experts_unsampled" / "out", runs / "experts" / "out") == [2, 4]
     for job in ("one", "one_bf16", "fsdp", "experts", "experts_bf16"):
-        assert all(rank["left_as_it_was"] == [True, True] for rank in found(runs, job)), job
+        assert all(rank["left_as_it_was"] == [True, True] for rank in observed(runs, job)), job
 
 
 def test_what_fails_on_the_first_rank_ends_all_of_them_at_once(runs):
     for first, second in (
-        [rank["failed"] for rank in found(runs, "broken")],  # its components are not there
-        [rank["not_written"] for rank in found(runs, "fsdp")],  # there is a folder in the grid's place
+        [rank["failed"] for rank in observed(runs, "broken")],  # its components are not there
+        [rank["not_written"] for rank in observed(runs, "fsdp")],  # there is a folder in the grid's place
     ):
         assert first["type"] in ("OSError", "IsADirectoryError") and second["type"] == "RuntimeError"
         assert second["message"] == f"rank 0 could not sample: {first['type']}: {first['message']}"

@@ -152,8 +152,8 @@ def test_shapes_has_the_prompts_of_old_and_scores_its_splits_apart():
     empty = {p["id"]: Judged([{"objects": {}}] * p["images"]) for p in prompts}
     first = prompts[0]
     shape = first["include"][0]["class"]
-    found = {"objects": {shape: [{"box": [0, 0, 9, 9], "score": 1.0, "color": "red"}]}}
-    summary = benchmark.summarise(prompts, {**empty, first["id"]: Judged([found] * first["images"])}, "fixed")
+    result = {"objects": {shape: [{"box": [0, 0, 9, 9], "score": 1.0, "color": "red"}]}}
+    summary = benchmark.summarise(prompts, {**empty, first["id"]: Judged([result] * first["images"])}, "fixed")
     assert summary["categories"]["single_object"] == pytest.approx(first["images"] / 48)
     assert summary["held_out"]["score"] == 0 and summary["failed"] == 0
     assert summary["expected"] + summary["held_out"]["expected"] == sum(p["images"] for p in prompts)
@@ -215,7 +215,7 @@ def test_geneval2_asks_in_one_word_and_averages_over_images(tmp_path):
     assert second.options["answers"] == ["Yes", "yes", " yes", " Yes"]
     judged = {prompt["id"]: Judged([{"0": 0.25, "1": 1.0}, None])}
     scored = benchmark.score(prompt, judged[prompt["id"]])
-    assert scored.score == 0.5 and scored.parts == {"gm": 0.5, "am": 0.625}
+    assert scored.score == 0.5 and scored.subscores == {"gm": 0.5, "am": 0.625}
     assert scored.reasons == ("How many dogs? 0.25", "not judged")
     official, fixed = (benchmark.summarise([prompt], judged, mode) for mode in ("official", "fixed"))
     assert official["score"] == 50 and fixed["score"] == 25 and official["failed"] == 1
@@ -263,7 +263,7 @@ def test_oneig_scores_five_dimensions(checkout):
     assert summary["score"] == pytest.approx(np.mean(list(summary["categories"].values())))
     assert summary["missing_dimensions"] == [] and summary["expected"] == 10
     scored = benchmark.score(prompts[1], judged["anime_001"])
-    assert scored.parts == {"alignment": 1, "style": 0.5, "diversity": 0.3}
+    assert scored.subscores == {"alignment": 1, "style": 0.5, "diversity": 0.3}
     assert benchmark.score(prompts[3], judged["text_001"]).reasons == ("read 'Open'",) * 2
 
 
@@ -286,7 +286,7 @@ def test_oneigs_text_alone_needs_no_other_judge(checkout):
     assert [q.judge for q in benchmark.questions(prompts[0], {})] == ["ocr"]
     summary = benchmark.summarise(prompts, judged, "fixed")
     assert summary["score"] == summary["categories"]["text"] == 1
-    assert benchmark.score(prompts[0], judged["text_000"]).parts == {"text": 1}
+    assert benchmark.score(prompts[0], judged["text_000"]).subscores == {"text": 1}
 
 
 def test_a_score_of_zero_is_a_score(checkout):

@@ -116,14 +116,14 @@ def run(tmp_path):
     return tmp_path / "run", config
 
 
-@pytest.mark.parametrize("roles", [("features",), ("features", "similarity")])
-def test_a_run_is_scored_beside_its_real_images_under_its_judges_name(run, roles, tmp_path):
+@pytest.mark.parametrize("skills", [("features",), ("features", "similarity")])
+def test_a_run_is_scored_beside_its_real_images_under_its_judges_name(run, skills, tmp_path):
     folder, config = run
-    card = rescore(folder, tmp_path / "out", config, judges={role: Features() for role in roles}, log=lambda _: None)
+    card = rescore(folder, tmp_path / "out", config, judges={skill: Features() for skill in skills}, log=lambda _: None)
     assert card["name"] == "captions[mean-colour]" and card["counts"]["failed"] == 0
-    assert card["tasks"]["match"]["mean"] > 0.95 and ("similarity" in card["tasks"]) == (len(roles) == 2)
+    assert card["tasks"]["match"]["mean"] > 0.95 and ("similarity" in card["tasks"]) == (len(skills) == 2)
     assert card["measures"]["real_images"] == 20 and card["measures"]["frechet_distance"] < 400
-    assert any("no judge for similarity" in note for note in card["deviations"]) == (len(roles) == 1)
+    assert any("no judge for similarity" in note for note in card["deviations"]) == (len(skills) == 1)
     page = (tmp_path / "out" / "scorecard.html").read_text()
     assert "not by the benchmark" not in page and "frechet distance" in page.lower()
     assert load(tmp_path / "out").tasks["match"].prompts == 20

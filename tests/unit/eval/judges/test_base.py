@@ -148,17 +148,17 @@ def test_naming_every_judge_imports_no_heavy_library():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_every_judge_exists_and_its_roles_are_some_benchmarks():
-    roles = {role for name in benchmarks.BENCHMARKS for role in benchmarks.load(name).judges}
+def test_every_judge_exists_and_its_skills_are_some_benchmarks():
+    skills = {skill for name in benchmarks.BENCHMARKS for skill in benchmarks.load(name).judges}
     for name, entry in registry.JUDGES.items():
         module, _, attribute = entry.target.partition(":")
         judge = getattr(__import__(module, fromlist=[attribute]), attribute)
-        assert judge.name == name and set(entry.roles) <= roles and entry.description
+        assert judge.name == name and set(entry.skills) <= skills and entry.description
 
 
 def test_only_the_official_models_give_a_score_its_plain_name():
     for benchmark, judges, name in [
-        ("oneig", dict.fromkeys(("vqa", "ocr"), "qwen2.5-vl-7b"), "oneig[qwen2.5-vl-7b]"),  # not all five roles
+        ("oneig", dict.fromkeys(("vqa", "ocr"), "qwen2.5-vl-7b"), "oneig[qwen2.5-vl-7b]"),  # not all five skills
         ("geneval2", {"soft_tifa": "qwen3-vl-8b"}, "geneval2"),
         ("geneval", dict.fromkeys(("detector", "color"), "mask2former-clip"), "geneval[mask2former-clip]"),
         ("geneval", dict.fromkeys(("detector", "color"), "ssd-mobilenet-v2"), "geneval[ssd-mobilenet-v2]"),
@@ -167,9 +167,9 @@ def test_only_the_official_models_give_a_score_its_plain_name():
         ("oneig", {"diversity": "dreamsim"}, "oneig[dreamsim]"),
     ]:
         record = {}
-        for role, judge in judges.items():
+        for skill, judge in judges.items():
             module, _, attribute = registry.JUDGES[judge].target.partition(":")
-            record[role] = {"name": judge, "model": getattr(__import__(module, fromlist=[attribute]), attribute).model}
+            record[skill] = {"name": judge, "model": getattr(__import__(module, fromlist=[attribute]), attribute).model}
         assert score_name(benchmarks.load(benchmark), record) == name
 
 

@@ -115,7 +115,7 @@ def test_only_the_pinned_release_has_the_official_name(release, monkeypatch, tmp
 
     def official():
         judge = registry.load(f"dreamsim@{release}")
-        others = {role: {"name": "official", "model": model} for role, model in oneig.judges.items()}
+        others = {skill: {"name": "official", "model": model} for skill, model in oneig.judges.items()}
         return score_name(oneig, others | {"diversity": {"name": judge.name, "model": judge.model}}) == "oneig"
 
     assert not official()

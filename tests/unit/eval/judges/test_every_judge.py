@@ -59,27 +59,27 @@ def scored(name, prompts_file, judges, folder):
     assert load(folder / "scored").model_dump(mode="json") == card
     assert card["counts"]["scored"] == card["counts"]["expected"] == 2 * len(prompts) and card["counts"]["failed"] == 0
     assert {(judge["role"], judge["name"]) for judge in card["settings"]["judges"]} == {
-        (role, judge.name) for role, judge in judges.items()
+        (skill, judge.name) for skill, judge in judges.items()
     }
     assert all(row["answers"] not in ("", "{}") for row in read_rows(folder / "scored" / "scores.parquet"))
     assert (folder / "scored" / "scorecard.html").stat().st_size > 10_000
     return card
 
 
-def roles_that_tell_inputs_apart(folder):
-    """The roles whose answers to the questions of a run, about pictures of other colours and noise, are not all the
+def skills_that_tell_inputs_apart(folder):
+    """The skills whose answers to the questions of a run, about pictures of other colours and noise, are not all the
     same."""
-    answers, by_role = Answers(folder / "scored" / "judged"), {}
+    answers, by_skill = Answers(folder / "scored" / "judged"), {}
     for key in answers:
-        role = key[1].partition(":")[0].removesuffix(" of all")
-        colors = answers[key] if role == "color" else [answers[key]]
-        by_role.setdefault(role, set()).update(json.dumps(answer) for answer in colors)
-    return {role for role, values in by_role.items() if len(values) > 1}
+        skill = key[1].partition(":")[0].removesuffix(" of all")
+        colors = answers[key] if skill == "color" else [answers[key]]
+        by_skill.setdefault(skill, set()).update(json.dumps(answer) for answer in colors)
+    return {skill for skill, values in by_skill.items() if len(values) > 1}
 
 
 def test_a_judge_that_does_not_look_at_its_input_tells_nothing_apart(tmp_path):
     scored("dpg", official_data.write_dpg(tmp_path), {"vqa": AlwaysYes()}, tmp_path / "run")
-    assert roles_that_tell_inputs_apart(tmp_path / "run") == set()
+    assert skills_that_tell_inputs_apart(tmp_path / "run") == set()
 
 
 @pytest.mark.slow
@@ -131,12 +131,12 @@ def test_every_class_of_judge_makes_a_scorecard_within_a_minute_of_a_cpu(
     ]  # fmt: skip
     cards = [scored(name, file, judges, tmp_path / f"run{i}") for i, (name, file, judges) in enumerate(runs)]
     alike = {
-        f"{name}, {judge.name}: {role}"
+        f"{name}, {judge.name}: {skill}"
         for i, (name, _, judges) in enumerate(runs)
-        for role, judge in judges.items()
-        if role not in roles_that_tell_inputs_apart(tmp_path / f"run{i}")
+        for skill, judge in judges.items()
+        if skill not in skills_that_tell_inputs_apart(tmp_path / f"run{i}")
     }
-    assert not alike, "roles that answer alike about all inputs"
+    assert not alike, "skills that answer alike about all inputs"
     seconds = time.process_time() - begin
     print(f"{len(runs)} scorecards by all classes of judges: {seconds:.1f} CPU seconds")
     assert set(cards[6]["official"]["categories"]) == {"alignment", "text", "reasoning", "style", "diversity"}

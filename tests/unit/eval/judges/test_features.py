@@ -35,8 +35,8 @@ def test_several_tiles_have_the_distances_of_their_pairs_without_the_black_ones(
     vectors = np.array([judge.features(tile) for tile in tiles])
     units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     expected = [1 - units[i] @ units[j] for i, j in ((0, 1), (0, 2), (1, 2))]
-    (found,) = judge.answer([Request([tiles[0], black, *tiles[1:]], "")])
-    assert np.allclose(found, expected, atol=1e-4)
+    (actual,) = judge.answer([Request([tiles[0], black, *tiles[1:]], "")])
+    assert np.allclose(actual, expected, atol=1e-4)
     assert judge.answer([Request([tiles[0], black], "")]) == [[]]
 
 

@@ -28,15 +28,15 @@ def by_formula(class_logits, mask_logits, padded, size, original, top):
     e = np.exp(class_logits - class_logits.max(1, keepdims=True))
     scores = (e / e.sum(1, keepdims=True))[:, :-1]
     classes = scores.shape[1]
-    found = []
+    result = []
     for flat in np.argsort(-scores.ravel(), kind="stable")[:top]:
         mask = bilinear(bilinear(mask_logits[flat // classes], padded)[: size[0], : size[1]], original)
         binary = mask > 0
         score = scores.ravel()[flat] * ((1 / (1 + np.exp(-mask))) * binary).sum() / (binary.sum() + 1e-6)
         ys, xs = np.nonzero(binary)
         box = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) if len(xs) else (0, 0, 0, 0)
-        found.append((flat % classes, score, box))
-    return sorted(found, key=lambda d: -d[1])
+        result.append((flat % classes, score, box))
+    return sorted(result, key=lambda d: -d[1])
 
 
 def test_the_best_pairs_of_query_and_class_are_mmdets():
@@ -93,23 +93,23 @@ def test_a_small_random_judge_answers_both_roles_end_to_end(judge):
     image = picture()
     (objects,) = judge.answer([Request([image], "")])
     assert set(objects) <= set(CLASSES) and sum(map(len, objects.values())) == 100
-    for found in objects.values():
-        scores = [d["score"] for d in found]
+    for result in objects.values():
+        scores = [d["score"] for d in result]
         assert scores == sorted(scores, reverse=True) and 0 < min(scores) and max(scores) < 1
-        assert all(0 <= x0 <= x1 <= 96 and 0 <= y0 <= y1 <= 80 for x0, y0, x1, y1 in (d["box"] for d in found))
-    name, found = next((n, f) for n, f in objects.items() if f[0]["box"][2] > 0)
-    (colors,) = judge.answer([Request([image], "", {"class": name, "boxes": [found[0]["box"]], "indices": [0]})])
+        assert all(0 <= x0 <= x1 <= 96 and 0 <= y0 <= y1 <= 80 for x0, y0, x1, y1 in (d["box"] for d in result))
+    name, result = next((n, f) for n, f in objects.items() if f[0]["box"][2] > 0)
+    (colors,) = judge.answer([Request([image], "", {"class": name, "boxes": [result[0]["box"]], "indices": [0]})])
     assert len(colors) == 1
 
 
 def test_colours_are_those_of_the_masked_object(judge, monkeypatch):
     image = picture(seed=3)
-    name, found = next((n, f) for n, f in judge._detector.detect(image).items() if f[0].mask.any())
+    name, result = next((n, f) for n, f in judge._detector.detect(image).items() if f[0].mask.any())
     seen = {}
     monkeypatch.setattr(CLIPColors, "colors", lambda self, *args: seen.update(masks=args[3]) or ["red"])
-    options = {"class": name, "boxes": [list(found[0].box)], "indices": [0]}
+    options = {"class": name, "boxes": [list(result[0].box)], "indices": [0]}
     assert judge.answer([Request([image], "", options)]) == [["red"]]
-    assert np.array_equal(seen["masks"][0], found[0].mask)
+    assert np.array_equal(seen["masks"][0], result[0].mask)
 
 
 def test_boxes_of_another_detector_are_refused(judge):

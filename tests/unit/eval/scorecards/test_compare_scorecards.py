@@ -33,12 +33,12 @@ class Chance(ShapesDetector):
 def objects_of(prompt):
     """Objects that the rule finds right for the prompt."""
     boxes = {"left of": (0, 40), "right of": (80, 40), "above": (40, 0), "below": (40, 80)}
-    found = {}
+    result = {}
     for clause in prompt["include"]:
         x, y = boxes[clause["position"][0]] if "position" in clause else (40, 40)
         item = {"box": [x, y, x + 9, y + 9], "score": 1.0, "color": clause.get("color", "red")}
-        found.setdefault(clause["class"], []).extend([item] * clause["count"])
-    return found
+        result.setdefault(clause["class"], []).extend([item] * clause["count"])
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +155,7 @@ def test_the_candidate_that_beats_the_incumbent_is_chosen(make):
     assert selection.candidates[1].lowest > 0
 
 
+@pytest.mark.slow
 def test_of_equal_candidates_the_incumbent_stays(make):
     candidates = [make(f"equal{i}", 0.8) for i in range(4)]
     selection = select_candidate(make("same1", 0.8), candidates)

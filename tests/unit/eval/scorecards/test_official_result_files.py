@@ -35,12 +35,12 @@ def noise(prompts, seeds, height, width):
 
 
 class Dice:
-    """Random answers of each role, determined by image and question."""
+    """Random answers of each skill, determined by image and question."""
 
-    def __init__(self, role):
-        self.role = self.name = role
-        self.model, self.spec = "dice", {"role": role}
-        self.revision = hashlib.sha256(role.encode()).hexdigest()
+    def __init__(self, skill):
+        self.skill = self.name = skill
+        self.model, self.spec = "dice", {"skill": skill}
+        self.revision = hashlib.sha256(skill.encode()).hexdigest()
 
     def selftest(self):
         pass
@@ -51,20 +51,20 @@ class Dice:
     def one(self, request):
         seen = [hashlib.sha256(image.tobytes() + request.text.encode()).digest() for image in request.images]
         rng = np.random.default_rng(list(seen[0]))
-        if self.role == "detector":
+        if self.skill == "detector":
 
-            def found():
+            def result():
                 x, y = rng.uniform(0, 60, 2)
                 return {"box": [x, y, x + 9, y + 9], "score": float(rng.uniform(0.85, 1))}
 
-            return {name: [found() for _ in range(rng.integers(1, 4))] for name in ("car", "dog", "cat")}
-        if self.role == "color":
+            return {name: [result() for _ in range(rng.integers(1, 4))] for name in ("car", "dog", "cat")}
+        if self.skill == "color":
             return [str(rng.choice(["red", "red", "blue"])) for _ in request.options["boxes"]]
-        if self.role == "ocr":
+        if self.skill == "ocr":
             return str(rng.choice(["Open", "Shut", "Opn", ""]))
-        if self.role == "diversity":
+        if self.skill == "diversity":
             return [float(rng.random()) for i in range(len(seen)) for _ in range(i)]
-        if self.role == "vqa":
+        if self.skill == "vqa":
             return "no" if rng.random() < 0.3 else "Yes" if "'Yes'" in request.text else "yes"
         return float(rng.random())
 
@@ -73,7 +73,7 @@ def scored(benchmark, prompts_file, images, folder, **changes):
     """A run that the command has scored."""
     config = EvalConfig(benchmark=benchmark, prompts_file=str(prompts_file), seeds=(0, 3), images_per_prompt=images, image_size_px=8, **changes)  # fmt: skip
     generate(noise, catalog.prompts(config), config, folder, log=quiet)
-    judges = {role: Dice(role) for role in catalog.benchmark(benchmark).judges}
+    judges = {skill: Dice(skill) for skill in catalog.benchmark(benchmark).judges}
     judge_run(folder, folder / "judged", judges, config, log=quiet)
     assert cli.main(["score", str(folder)]) == 0
     return load(folder), [folder / "official" / f"seed{seed}" for seed in (0, 3)]
@@ -160,8 +160,8 @@ def oneig_by_definition(folder):
     text = {2: ("text_000", "Open"), 3: ("text_001", "Shut")}
     names = {**anime, **{index: name for index, (name, _) in text.items()}, 4: "reasoning_000"}
 
-    def said(role, index, words=""):
-        return [Dice(role).one(Request([tile], words)) for tile in shown_to_judges(folder, index)]
+    def said(skill, index, words=""):
+        return [Dice(skill).one(Request([tile], words)) for tile in shown_to_judges(folder, index)]
 
     alignment = {}
     for index, name in anime.items():
@@ -247,7 +247,7 @@ def test_an_image_that_is_missing_leaves_geneval2_without_the_official_file_and_
         config = EvalConfig(benchmark=name, prompts_file=str(data), seeds=(0,), image_size_px=8, missing="official")
         generate(noise, catalog.prompts(config), config, run, log=quiet)
         (run / "images/seed0/00001/samples/0000.png").unlink()
-        judges = {role: Dice(role) for role in catalog.benchmark(name).judges}
+        judges = {skill: Dice(skill) for skill in catalog.benchmark(name).judges}
         rescore(run, run, config, judges=judges, log=quiet)
     assert not (tmp_path / "geneval2" / "official").exists()
     table = pd.read_json(tmp_path / "geneval/official/seed0/results.jsonl", lines=True)

@@ -415,7 +415,7 @@ def test_a_score_by_another_judge_has_its_name_everywhere(run, tmp_path):
 
 def test_a_score_is_official_only_if_every_judge_is():
     geneval = catalog.benchmark("geneval")
-    official = {role: {"name": f"our-{role}", "model": model} for role, model in geneval.judges.items()}
+    official = {skill: {"name": f"our-{skill}", "model": model} for skill, model in geneval.judges.items()}
     assert score_name(geneval, official) == "geneval"
     other = {**official, "color": {"name": "xkcd", "model": "colour names"}}
     assert score_name(geneval, other) == "geneval[our-detector+xkcd]"

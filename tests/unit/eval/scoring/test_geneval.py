@@ -94,9 +94,9 @@ def test_only_the_best_objects_are_looked_at():
 def test_colors_can_come_from_a_classifier_of_the_objects_looked_at():
     seen = []
 
-    def classify(name, found):
-        seen.append((name, len(found)))
-        return ["red"] * len(found)
+    def classify(name, result):
+        seen.append((name, len(result)))
+        return ["red"] * len(result)
 
     metadata = ask({"class": "car", "count": 1, "color": "red"})
     assert judged({"car": [box(0), box(20)]}, metadata, classify_colors=classify) == (True, "")
@@ -157,9 +157,9 @@ def test_scores_must_lie_strictly_above_the_threshold_in_float32():
 
 
 def test_sixteen_detections_of_a_class_are_kept_highest_first():
-    found = filter_detections([box(i, score=0.5 + i / 100) for i in range(20)])
-    assert [d["box"][0] for d in found] == list(range(19, 3, -1))
-    assert filter_detections(found) == found
+    result = filter_detections([box(i, score=0.5 + i / 100) for i in range(20)])
+    assert [d["box"][0] for d in result] == list(range(19, 3, -1))
+    assert filter_detections(result) == result
 
 
 def test_sorted_ties_keep_their_order_and_others_come_out_reversed():
@@ -214,11 +214,11 @@ def test_folders_of_digits_and_files_that_start_with_digits_and_png_count(tmp_pa
     (tmp_path / "other").mkdir()
     (tmp_path / "00000_old").mkdir()
     (tmp_path / "00000" / "samples" / "0009.png").mkdir()
-    found = walk_layout(tmp_path)
-    assert [(f["folder"], f["path"].name) for f in found] == [
+    result = walk_layout(tmp_path)
+    assert [(f["folder"], f["path"].name) for f in result] == [
         ("00000", "0000.png"), ("00000", "0001.png.bak"), ("00001", "0000.png"), ("00001", "0001.png.bak"),
     ]  # fmt: skip
-    assert found[2]["metadata"] == PROMPTS[1]
+    assert result[2]["metadata"] == PROMPTS[1]
 
 
 def test_missing_images_are_an_error_unless_the_official_way_is_asked_for(tmp_path):
@@ -267,6 +267,6 @@ def test_every_class_is_counted_alike_whether_the_prompt_asks_for_it_or_not():
         "cow": [box(0, score=0.3)],
     }
     for name in objects:
-        found = judge_image(objects, ask({"class": name, "count": 1}, tag="two_object"))["found"]
-        assert found == {"dog": 16, "cat": 1}
+        result = judge_image(objects, ask({"class": name, "count": 1}, tag="two_object"))["found"]
+        assert result == {"dog": 16, "cat": 1}
     assert judge_image(objects, ask(), max_overlap=0.5)["found"] == {"cat": 1, "dog": 16}

@@ -64,6 +64,7 @@ def test_a_real_gain_is_seen():
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.2])
+@pytest.mark.slow
 def test_of_sixteen_equal_candidates_a_wrong_one_is_rarely_chosen(correlation):
     _, wrong = simulation.choices(16, correlation, runs=120, flips=299)
     assert wrong <= 0.05

@@ -13,7 +13,7 @@ from model import storage
 from model.config import OptimConfig, StageConfig, TrainConfig
 from model.weights.checkpoints import CheckpointReader
 from tasks.curation.config import SourceConfig
-from tasks.curation.sources import places
+from tasks.curation.sources import file_trees
 from tasks.planning.source import check_source
 from tasks.recipe import load_recipe
 
@@ -49,7 +49,7 @@ def test_every_other_scheme_and_every_chain_is_refused_before_a_file_system_is_m
         storage.filesystem,
         storage.check_writable_place,
         lambda path: check_source(path, True),
-        places.find,
+        file_trees.find,
         CheckpointReader,
         lambda path: SourceConfig(path=path),
         lambda path: stage(checkpoint_uri=path),
@@ -112,7 +112,7 @@ def test_a_reference_file_with_a_template_runs_nothing(tmp_path):
     try:
         for inner in (f"http://127.0.0.1:{server.server_port}/refs.json", f"file://{tmp_path}/refs.json"):
             path = f"reference::{inner}"
-            for use in (places.find, storage.children, CheckpointReader):
+            for use in (file_trees.find, storage.children, CheckpointReader):
                 with pytest.raises(ValueError, match="::"):
                     use(path)
     finally:

@@ -84,6 +84,7 @@ def test_batches_are_the_same_bits_as_those_of_a_copy(directory, tmp_path):
     assert_same(batches(indices, str(directory)), batches(directory))
 
 
+@pytest.mark.slow
 def test_a_batch_reads_only_its_rows_from_an_object_store_and_no_whole_file(bucket, monkeypatch):
     local, uri = bucket
     asked, real = [], S3FileSystem._call_s3

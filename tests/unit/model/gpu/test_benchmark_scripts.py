@@ -196,7 +196,7 @@ def test_each_product_is_timed_as_often_as_it_was_counted():
     alone.runs[product] = lambda: ran.append(1)
     total = alone.measure()
     assert len(ran) == 4  # one to warm up
-    (result,) = alone.found()
+    (result,) = alone.slowest_first()
     assert result.count == 3 and result.total_ms == pytest.approx(total)
 
 

@@ -89,6 +89,7 @@ def test_toy_sections_have_tritons_interpreter_from_the_start(tmp_path, monkeypa
 
 
 @pytest.mark.skipif(not kernels.interpreted(), reason="needs TRITON_INTERPRET=1, set before Triton is imported")
+@pytest.mark.slow
 def test_newton_schulz_is_timed_and_kernels_are_profiled(tmp_path):
     result = run("muon_and_profile", tmp_path)
     assert result["newton_schulz"]["ms"] > 0

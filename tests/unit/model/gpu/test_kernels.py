@@ -301,6 +301,7 @@ def nucleus_ops(counts):
     return {name: count for name, count in counts.items() if name.startswith("nucleus.")}
 
 
+@pytest.mark.slow
 def test_compiled_layer_routes_with_kernels_and_equals_the_plain_eager_one(device):
     """In one graph, with each operation once, and without additions of undefined order on a CUDA device."""
     moe, inputs = moe_layer(device, torch.float32, **TINY)
@@ -317,6 +318,7 @@ def test_compiled_layer_routes_with_kernels_and_equals_the_plain_eager_one(devic
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_compiled_layer_follows_the_switch(device):
     """Also after it was compiled for another choice; "auto" on a CPU is plain PyTorch."""
     moe, inputs = moe_layer(device, torch.float32, **TINY)

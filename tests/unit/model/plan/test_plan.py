@@ -73,6 +73,7 @@ def test_flops_are_those_that_pytorch_counts(dtype, text_tokens):
     assert sum(planned.values()) == _counted(CONFIG, 16, text_tokens, dtype)
 
 
+@pytest.mark.slow
 def test_flops_of_the_17b_model_are_those_that_pytorch_counts(sections):
     planned = forward_flops(sections[0], 4096, 512, batch=2)
     assert sum(planned.values()) == _counted(sections[0], 64, 512, torch.bfloat16)
@@ -332,6 +333,7 @@ def test_a_small_gpu_does_not_fit_and_the_suggestion_does(sections, shapes):
     assert suggest(shapes, model, train, stage, asked, replace(small, memory=4e9)) is None
 
 
+@pytest.mark.slow
 def test_every_stage_of_the_published_recipe_fits_its_64_gpus_of_80_gb(sections, shapes):
     """If a rank's share of a batch does not fit, in accumulation steps."""
     reports = plan(*sections, GPUS["h100"], gpus=64)["stages"]

@@ -169,6 +169,7 @@ def test_token_choice_compiles_whole(policy):
     assert graphs_and_breaks() == (1, {})
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compiled_is_an_error_and_runs_nowhere_uncompiled(monkeypatch):
     monkeypatch.setattr(moe, "combine", torch.compiler.disable(moe.combine))
     with pytest.raises(torch._dynamo.exc.Unsupported):

@@ -116,6 +116,7 @@ def test_a_list_that_was_changed_on_this_machine_is_refused_before_it_is_scored(
         list(opened.read(next(iter(opened.shards())), Account()))
 
 
+@pytest.mark.slow
 def test_a_list_that_was_changed_in_the_store_is_refused(tmp_path, fs):
     source = loose_images(tmp_path / "images", 1)
     directory, _ = flow.curate_source(SOURCE, str(source), CONFIG)

@@ -1,6 +1,5 @@
 """A recipe is refused when it is loaded if its cuts, tiers or episodes read a column that nothing fills."""
 
-
 import pytest
 
 from tasks.curation.scorers import check_settings

@@ -153,6 +153,7 @@ def test_a_made_source_gives_the_same_digests_in_two_homes(tmp_path, monkeypatch
     assert digests[0] == digests[1]
 
 
+@pytest.mark.slow
 def test_a_failed_shard_is_named_and_only_it_is_made_the_next_time(tars, home, monkeypatch):
     real = score.score_shard
 
@@ -238,6 +239,7 @@ def test_a_new_tier_setting_rewrites_selections_and_no_scores(tars, home):
     assert parts_of(home, "scores") == scores and len(parts_of(home, "selections") - selected) == 3
 
 
+@pytest.mark.slow
 def test_bytes_that_changed_since_scoring_are_refused(tars):
     curated = open_curated(curate(tars))
     part = next(iter(curated.parts()))

@@ -66,7 +66,7 @@ def test_judges_are_the_official_classes_or_on_a_cpu_those_that_packages_carry()
     assert named.judges == {"detector": "ssd-mobilenet-v2", "color": "xkcd-color"}
 
 
-def test_an_override_holds_for_all_benchmarks_or_for_the_one_it_names():
+def test_an_override_applies_to_all_benchmarks_or_to_the_one_it_names():
     shapes, geneval = plan_benchmarks(
         "shapes,geneval", {}, ["seeds=[5]", "geneval.guidance_scale=2", "eval.batch_size=3"]
     )
@@ -85,17 +85,17 @@ def test_an_override_holds_for_all_benchmarks_or_for_the_one_it_names():
         ("geneval", ["guidance_scale=["], "", "is not YAML"),
         ("geneval", ["guidance_scale=fast"], "", "geneval: guidance_scale: .*number"),
         ("geneval", [], "ssd-mobilnet", "did you mean 'ssd-mobilenet-v2'"),
-        ("geneval", [], "eye=ssd-mobilenet-v2", "the role 'eye', and geneval has detector, color"),
+        ("geneval", [], "eye=ssd-mobilenet-v2", "the skill 'eye', and geneval has detector, color"),
         ("geneval", [], "dpg=blip-vqa", "the benchmarks are geneval"),
         ("module:missing", [], "", "cannot be imported"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_by_name(benchmarks, overrides, judges, message):
+def test_impossible_plans_are_refused_with_the_name(benchmarks, overrides, judges, message):
     with pytest.raises(ValueError, match=message):
         plan_benchmarks(benchmarks, {}, overrides, judges)
 
 
-def test_images_do_not_depend_on_what_scoring_alone_reads():
+def test_images_do_not_depend_on_settings_that_only_scoring_reads():
     config = EvalConfig(
         benchmark="geneval", judges={"detector": "ssd-mobilenet-v2"}, missing="official", judge_batch_size=3
     )

@@ -216,7 +216,7 @@ def test_parts_that_do_not_fit_together_are_refused_before_any_copy(parts, recip
     assert not any((tmp_path / "out").iterdir())
 
 
-def test_a_processor_is_published_as_what_its_own_files_say(parts, recipe, tmp_path):
+def test_a_processor_is_published_with_the_class_of_its_own_files(parts, recipe, tmp_path):
     copied = shutil.copytree(parts, tmp_path / "parts")
     (copied / "components/processor/processor_config.json").write_text('{"processor_class": "Qwen3VLProcessor"}')
     (tmp_path / "out").mkdir()
@@ -257,7 +257,7 @@ def test_the_check_has_a_time_limit(published):
         publish.check_pipeline(published, timeout_s=0.05)
 
 
-def test_an_upload_goes_where_the_config_says_and_nowhere_else(published, monkeypatch):
+def test_an_upload_goes_only_to_the_configured_destinations(published, monkeypatch):
     from tasks.publishing import hub, s3
 
     sent = []

@@ -51,6 +51,7 @@ def checkpoints(tmp_path):
     return write
 
 
+@pytest.mark.slow
 def test_every_layers_allocation_over_the_run_is_a_map_on_the_page(checkpoints):
     directory, logged = checkpoints()
     actual = allocation_by_layer(directory / "tensorboard")

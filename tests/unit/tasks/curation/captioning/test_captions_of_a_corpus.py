@@ -57,6 +57,7 @@ def captions_of(curated: Path) -> pd.DataFrame:
     return pd.concat(tables)
 
 
+@pytest.mark.slow
 def test_every_image_has_each_caption_although_a_fifth_fails_is_refused_or_loops(tmp_path):
     source = folder(tmp_path / "source", 40)
     with stub_endpoint(share=0.2) as stub:
@@ -154,6 +155,7 @@ flow.curate_source(SourceConfig(), {str(source)!r}, config({stub.url!r}))
     assert open_curated(curated).num_records == 30
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_stays_away_ends_the_shard_and_keeps_its_answers(tmp_path, monkeypatch):
     source = folder(tmp_path / "source", 6)
     with stub_endpoint(share=0.0) as stub:

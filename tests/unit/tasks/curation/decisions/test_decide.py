@@ -192,6 +192,7 @@ def test_own_images_of_every_shape_up_to_the_limit_are_kept_and_counted(tmp_path
     assert sum(json.loads((decision / "report.json").read_text())["shapes"]["kept"]) == 4
 
 
+@pytest.mark.slow
 def test_an_image_that_crashes_its_decoder_costs_one_record(folder, monkeypatch):
     real = score.measure
 

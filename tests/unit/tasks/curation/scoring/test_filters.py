@@ -59,8 +59,8 @@ def verdicts(files: list[bytes], config: CurationConfig = CONFIG) -> list[tuple[
 
 
 def verdict(data: bytes, config: CurationConfig = CONFIG) -> tuple[str, str]:
-    (found,) = verdicts([data], config)
-    return found
+    (result,) = verdicts([data], config)
+    return result
 
 
 # --- decoding --------------------------------------------------------------------------------------------------
@@ -291,8 +291,8 @@ def animation() -> bytes:
 )
 def test_each_rule_rejects_what_it_names(rule, data, fields):
     config = CONFIG.model_copy(update={"filters": CONFIG.filters.model_copy(update=fields)})
-    found, detail = verdict(data, config)
-    assert found == rule
+    result, detail = verdict(data, config)
+    assert result == rule
     assert bool(detail) == bool(rule)
 
 
@@ -315,13 +315,13 @@ def rules_of(filters: FilterConfig, **columns) -> list[str]:
 
 def test_the_models_scores_decide_by_their_thresholds_and_missing_ones_reject_nothing():
     config = FilterConfig(max_nsfw=0.5, min_image_text_similarity=0.2)
-    found = rules_of(config, nsfw=[0.9, 0.1, np.nan, None], similarity=[0.3, 0.05, 0.3, np.nan])
-    assert found == ["nsfw", "image_text_similarity", "", ""]
+    result = rules_of(config, nsfw=[0.9, 0.1, np.nan, None], similarity=[0.3, 0.05, 0.3, np.nan])
+    assert result == ["nsfw", "image_text_similarity", "", ""]
 
 
 def test_the_first_broken_rule_is_named():
-    found = rules_of(FilterConfig(), width=[10, 512], entropy_bits=[0.0, 0.0], nsfw=[1.0, 1.0])
-    assert found == ["min_side", "low_entropy"]
+    result = rules_of(FilterConfig(), width=[10, 512], entropy_bits=[0.0, 0.0], nsfw=[1.0, 1.0])
+    assert result == ["min_side", "low_entropy"]
 
 
 def test_a_threshold_is_still_good():
@@ -329,8 +329,8 @@ def test_a_threshold_is_still_good():
 
 
 def test_the_sentence_has_the_value_and_the_limit():
-    found = decided(FilterConfig(formats=("PNG",)), format=["PNG", "it's"], entropy_bits=[0.123456, 5.0])
-    assert found == [
+    result = decided(FilterConfig(formats=("PNG",)), format=["PNG", "it's"], entropy_bits=[0.123456, 5.0])
+    assert result == [
         ("low_entropy", "entropy_bits 0.1235 is under min_entropy_bits 0.5"),
         ("format", "it's is not one of PNG"),
     ]
@@ -338,8 +338,8 @@ def test_the_sentence_has_the_value_and_the_limit():
 
 def test_a_problem_of_the_source_comes_before_every_other_rule():
     problems = {"problem": ["unreadable_caption", ""], "problem_detail": ["a.txt is not UTF-8", ""]}
-    found = decided(FilterConfig(), **problems, width=[1, 512])
-    assert found == [("unreadable_caption", "a.txt is not UTF-8"), ("", "")]
+    result = decided(FilterConfig(), **problems, width=[1, 512])
+    assert result == [("unreadable_caption", "a.txt is not UTF-8"), ("", "")]
 
 
 def test_a_scorer_that_does_not_exist_is_refused_by_name():

@@ -82,15 +82,15 @@ def test_similarity_is_the_cosine_that_the_whole_model_gives(tmp_path, kind):
 
     place = write_encoder(tmp_path / "encoder", kind)
     choice = {"repo_id": place, "dtype": "float32"}
-    found = built(
+    actual = built(
         embedding={"name": "image-text-embedding"} | choice, similarity={"name": "embedding-similarity"} | choice
     )
     batch = samples()
-    vectors = found["embedding"](batch)["embedding"]
+    vectors = actual["embedding"](batch)["embedding"]
     assert vectors.dtype == np.float16 and vectors.shape == (3, WIDTH)
     assert np.linalg.norm(vectors.astype(float), axis=1) == pytest.approx(np.ones(3), abs=2e-3)
     seen = [Sample(s.image, s.pixels, s.gray, s.captions, v) for s, v in zip(batch, vectors, strict=True)]
-    scores = found["similarity"](seen)["similarity"]
+    scores = actual["similarity"](seen)["similarity"]
 
     model = transformers.AutoModel.from_pretrained(place).eval()
     images = transformers.AutoImageProcessor.from_pretrained(place)(
@@ -107,23 +107,23 @@ def test_similarity_is_the_cosine_that_the_whole_model_gives(tmp_path, kind):
     expected = (out.image_embeds @ out.text_embeds.T).max(1).values.numpy()
     assert scores == pytest.approx(expected, abs=3e-3)
     assert np.isnan(
-        found["similarity"]([Sample(seen[0].image, seen[0].pixels, seen[0].gray, (), vectors[0])])["similarity"]
+        actual["similarity"]([Sample(seen[0].image, seen[0].pixels, seen[0].gray, (), vectors[0])])["similarity"]
     ).all()
 
 
 def test_an_aesthetic_head_is_rebuilt_from_its_safetensors(tmp_path):
     place, head = write_head(tmp_path / "head")
     encoder = write_encoder(tmp_path / "encoder", "CLIP")
-    found = built(
+    actual = built(
         embedding={"name": "image-text-embedding", "repo_id": encoder, "dtype": "float32"},
         aesthetic={"name": "aesthetic-head", "repo_id": place},
     )
     batch = samples()
-    vectors = found["embedding"](batch)["embedding"]
+    vectors = actual["embedding"](batch)["embedding"]
     seen = [Sample(s.image, s.pixels, s.gray, (), v) for s, v in zip(batch, vectors, strict=True)]
     with torch.inference_mode():
         expected = head(torch.from_numpy(vectors.astype(np.float32)))[:, 0].numpy()
-    assert found["aesthetic"](seen)["aesthetic"] == pytest.approx(expected, abs=1e-5)
+    assert actual["aesthetic"](seen)["aesthetic"] == pytest.approx(expected, abs=1e-5)
     own = built(
         aesthetic={"name": "aesthetic-clip", "repo_id": place, "encoder": {"repo_id": encoder}, "dtype": "float32"}
     )
@@ -133,11 +133,11 @@ def test_an_aesthetic_head_is_rebuilt_from_its_safetensors(tmp_path):
 def test_a_head_of_another_width_is_refused_with_both(tmp_path):
     place, _ = write_head(tmp_path / "head", width=24)
     encoder = write_encoder(tmp_path / "encoder", "CLIP")
-    found = built(
+    result = built(
         aesthetic={"name": "aesthetic-clip", "repo_id": place, "encoder": {"repo_id": encoder}, "dtype": "float32"}
     )
     with pytest.raises(ValueError, match="reads vectors of 24 components, and the embedding has 16"):
-        found["aesthetic"](samples())
+        result["aesthetic"](samples())
 
 
 def write_classifier(folder) -> str:
@@ -156,11 +156,11 @@ def write_classifier(folder) -> str:
 def test_a_classifiers_score_is_the_probability_of_the_label(tmp_path):
     place = write_classifier(tmp_path / "classifier")
     choice = {"repo_id": place, "dtype": "float32"}
-    found = built(
+    result = built(
         nsfw={"name": "nsfw-classifier", "label": "nsfw"} | choice,
         watermark={"name": "watermark-classifier", "label": 0} | choice,
     )
-    nsfw, other = found["nsfw"](samples())["nsfw"], found["watermark"](samples())["watermark"]
+    nsfw, other = result["nsfw"](samples())["nsfw"], result["watermark"](samples())["watermark"]
     assert nsfw + other == pytest.approx(np.ones(3), abs=1e-6) and 0 < nsfw.min() < 1
     wrong = built(nsfw={"name": "nsfw-classifier", "label": "porn"} | choice)
     with pytest.raises(ValueError, match=r"label='porn' is no label of .*\"1\": \"nsfw\""):
@@ -202,6 +202,6 @@ def test_a_folder_of_a_repositorys_name_does_not_stand_in_for_its_pinned_commit(
 
 def test_what_cannot_be_loaded_is_named_with_its_place(tmp_path):
     (tmp_path / "empty").mkdir()
-    found = built(nsfw={"name": "nsfw-classifier", "repo_id": str(tmp_path / "empty"), "label": 1})
+    result = built(nsfw={"name": "nsfw-classifier", "repo_id": str(tmp_path / "empty"), "label": 1})
     with pytest.raises(ValueError, match="empty cannot be loaded as a transformers AutoImageProcessor"):
-        found["nsfw"](samples())
+        result["nsfw"](samples())

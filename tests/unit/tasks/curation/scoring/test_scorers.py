@@ -137,7 +137,7 @@ def test_one_embedding_feeds_several_heads_and_a_new_head_reads_no_image(corpus,
 def test_an_embedding_is_stored_in_half_precision_and_another_one_runs_its_heads_again(corpus, fakes):
     scored(corpus, embedding="vector", aesthetic="beauty")
     tables = [pq.read_table(path) for path in (corpus.parents[1] / "columns").glob("*/columns.parquet")]
-    (vectors,) = [found for found in tables if "embedding" in found.column_names]
+    (vectors,) = [result for result in tables if "embedding" in result.column_names]
     assert vectors.schema.field("embedding").type == pa.list_(pa.float16()) and len(vectors) == 5
     scored(corpus, embedding="vector2", aesthetic="beauty")
     assert calls["beauty"] == calls["vector"] + calls["vector2"]

@@ -25,18 +25,18 @@ def parse(data: bytes) -> int:
 
 def outcomes(items: list[bytes | None], count: int = 2) -> list[object]:
     with Workers(parse, count, timeout_s=1.0) as workers:
-        found = list(workers.map(enumerate(items)))
-    assert [tag for tag, _ in found] == list(range(len(items))), "results are out of order"
-    return [str(result) if isinstance(result, CrashError) else result for _, result in found]
+        results = list(workers.map(enumerate(items)))
+    assert [tag for tag, _ in results] == list(range(len(items))), "results are out of order"
+    return [str(result) if isinstance(result, CrashError) else result for _, result in results]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_results_come_in_order_whatever_dies(count):
     big = b"x" * 3_000_000  # more than a pipe holds
     large = bytes(LARGE_BYTES + 1)
-    found = outcomes([b"a", b"die", None, big, b"die", large, b"bug", b"bb", large, None], count)
+    result = outcomes([b"a", b"die", None, big, b"die", large, b"bug", b"bb", large, None], count)
     crash = "the image crashed its decoder (signal 9)"
-    assert found == [1, crash, None, 3_000_000, crash, len(large), "KeyError: 'x'", 2, len(large), None]
+    assert result == [1, crash, None, 3_000_000, crash, len(large), "KeyError: 'x'", 2, len(large), None]
 
 
 def test_one_that_hangs_is_killed_after_the_time_limit():

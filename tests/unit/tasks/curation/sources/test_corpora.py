@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from source_files import picture, read_records, tar_of, write
 
 from tasks.curation.config import SourceConfig
-from tasks.curation.sources import places
+from tasks.curation.sources import file_trees
 from tasks.curation.sources.base import SHARDS, Account, open_corpus, visible, write_corpus
 
 
@@ -113,8 +113,8 @@ def test_keys_keep_their_published_form(tmp_path):
 def test_reading_a_shard_opens_its_own_files_alone(tmp_path, monkeypatch):
     corpus, _ = written(mixed(tmp_path / "source"), tmp_path / "corpus")
     opened = []
-    real = places.LocalPlace.open
-    monkeypatch.setattr(places.LocalPlace, "open", lambda self, name: opened.append(name) or real(self, name))
+    real = file_trees.LocalFileTree.open
+    monkeypatch.setattr(file_trees.LocalFileTree, "open", lambda self, name: opened.append(name) or real(self, name))
     for shard in corpus.shards():
         opened.clear()
         records = list(corpus.read(shard, Account()))
@@ -151,7 +151,7 @@ def test_the_order_in_which_a_folder_lists_its_files_does_not_matter(tmp_path, m
         def __exit__(self, *_):
             self.entries.close()
 
-    monkeypatch.setattr(places.os, "scandir", Reversed)
+    monkeypatch.setattr(file_trees.os, "scandir", Reversed)
     assert written(source, tmp_path / "two")[1]["digest"] == report["digest"]
 
 
@@ -160,7 +160,7 @@ def test_what_cannot_be_read_is_named_by_the_scan(tmp_path, what, monkeypatch):
     source = mixed(tmp_path / "source")
     name = {"file": "0.png", "text": "3.txt", "tar": "x.tar", "table": "p.parquet", "metadata": "sub/metadata.csv", "folder": "sub"}[what]  # fmt: skip
     refused = OSError(13, "Permission denied")
-    real_open, real_scandir = places.LocalPlace.open, os.scandir
+    real_open, real_scandir = file_trees.LocalFileTree.open, os.scandir
 
     def deny(real, is_denied):
         def denied(*args):
@@ -170,8 +170,8 @@ def test_what_cannot_be_read_is_named_by_the_scan(tmp_path, what, monkeypatch):
 
         return denied
 
-    monkeypatch.setattr(places.LocalPlace, "open", deny(real_open, lambda asked: asked == name))
-    monkeypatch.setattr(places.os, "scandir", deny(real_scandir, lambda asked: str(asked).endswith(f"/{name}")))
+    monkeypatch.setattr(file_trees.LocalFileTree, "open", deny(real_open, lambda asked: asked == name))
+    monkeypatch.setattr(file_trees.os, "scandir", deny(real_scandir, lambda asked: str(asked).endswith(f"/{name}")))
     with pytest.raises(ValueError) as caught:
         written(source, tmp_path / "corpus")
     assert str(source / name) in str(caught.value) and "Permission denied" in str(caught.value)

@@ -6,7 +6,7 @@ import unicodedata
 import pytest
 from source_files import captions_in, left_out, picture, read_records, tar_of, write
 
-from tasks.curation.sources import folder, places
+from tasks.curation.sources import file_trees, folder
 from tasks.curation.sources.base import MAX_IMAGE_BYTES
 from tasks.curation.sources.folder import caption_folders
 
@@ -192,8 +192,8 @@ def test_what_is_too_large_is_a_problem_and_is_not_read(tmp_path, monkeypatch):
     os.truncate(tmp_path / "a.png", MAX_IMAGE_BYTES + 1)
     os.truncate(tmp_path / "b.txt", 2**20 + 1)
     opened = []
-    real = places.LocalPlace.open
-    monkeypatch.setattr(places.LocalPlace, "open", lambda self, name: opened.append(name) or real(self, name))
+    real = file_trees.LocalFileTree.open
+    monkeypatch.setattr(file_trees.LocalFileTree, "open", lambda self, name: opened.append(name) or real(self, name))
     records, _ = read_records(tmp_path)
     assert [record.problem for record in records] == ["unreadable_file", "unreadable_caption", ""]
     assert "a.png" in records[0].detail and "256 MiB" in records[0].detail and "b.txt" in records[1].detail

@@ -44,9 +44,9 @@ def made(tmp_path_factory):
 
 
 def of_kind(made, kind):
-    found = [(record, row) for record, row in made[2].values() if row and row["defect"] == kind]
-    assert found, kind
-    return found
+    result = [(record, row) for record, row in made[2].values() if row and row["defect"] == kind]
+    assert result, kind
+    return result
 
 
 def opened(record):

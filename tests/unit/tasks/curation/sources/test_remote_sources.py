@@ -15,7 +15,7 @@ from source_files import picture, read_records, tar_of, write
 
 from model import storage
 from tasks.curation.config import SourceConfig
-from tasks.curation.sources import places
+from tasks.curation.sources import file_trees
 from tasks.curation.sources.base import Account, open_corpus, write_corpus
 
 URI = "memory://bucket/images"
@@ -122,7 +122,7 @@ def test_the_scan_fetches_names_footers_and_metadata_and_a_shard_fetches_its_own
 
 
 def test_small_files_are_fetched_together_within_the_bounds(remote, monkeypatch):
-    monkeypatch.setattr(places, "FETCH_FILES", 3)
+    monkeypatch.setattr(file_trees, "FETCH_FILES", 3)
     sizes, real = [], MemoryFileSystem.cat_ranges
 
     def spy(self, paths, *args, **options):
@@ -133,7 +133,7 @@ def test_small_files_are_fetched_together_within_the_bounds(remote, monkeypatch)
     assert read(URI) == read(remote)
     assert max(sizes) == 6, "three images and their captions"
     sizes.clear()
-    monkeypatch.setattr(places, "FETCH_BYTES", 1)
+    monkeypatch.setattr(file_trees, "FETCH_BYTES", 1)
     read(URI)
     assert max(sizes) == 2, "an image and its caption"
 
@@ -201,14 +201,14 @@ def test_s3_with_flytes_credentials_reads_parts_of_a_parquet_file(source, tmp_pa
         fs = fsspec.filesystem("s3", **access)
         for name in ("a.png", "b//c.png", "marked/", "marked/d.png", ".hidden/e.png"):
             fs.pipe_file(f"bucket/odd/{name}", b"" if name.endswith("/") else picture(1))
-        found, skipped = read("s3://bucket/odd")
-        assert sorted(record.locator for record in found) == ["a.png", "marked/d.png"]
+        result, skipped = read("s3://bucket/odd")
+        assert sorted(record.locator for record in result) == ["a.png", "marked/d.png"]
         assert skipped == {"folder without a name": 1, "hidden": 1}, (
             "b//c.png is told, and the mark of a folder is none"
         )
 
         parquet = "s3://bucket/images/p.parquet"
-        monkeypatch.setattr(places, "BLOCK_BYTES", 2**16)
+        monkeypatch.setattr(file_trees, "BLOCK_BYTES", 2**16)
         write_corpus(SourceConfig(images_per_shard=2), parquet, tmp_path / "corpus")
         bytes_read, real = [], S3File._fetch_range
 

@@ -93,27 +93,27 @@ def parse(text):
     body = text.removeprefix("a photo of ")
     match = re.fullmatch(NOUN.format(p="a") + r" (left of|right of|above|below) " + NOUN.format(p="b") + ENDING, body)
     if match:
-        found = match.groupdict()
-        return [_thing(found, "a"), _thing(found, "b")], match[5], found["background"]
+        result = match.groupdict()
+        return [_thing(result, "a"), _thing(result, "b")], match[5], result["background"]
     phrases = re.split(r" and ", body)
     things, background = [], None
     for i, phrase in enumerate(phrases):
         match = re.fullmatch((NOUN + PLACE).format(p="x") + (ENDING if i == len(phrases) - 1 else ""), phrase)
         assert match, text
-        found = match.groupdict()
-        background = found.get("background") or background
-        things.append(_thing(found, "x"))
+        result = match.groupdict()
+        background = result.get("background") or background
+        things.append(_thing(result, "x"))
     return things, None, background
 
 
-def _thing(found, p):
-    shape = found[p + "shape"]
+def _thing(result, p):
+    shape = result[p + "shape"]
     return {
-        "count": COUNTS[found[p + "number"]],
+        "count": COUNTS[result[p + "number"]],
         "shape": SINGULARS.get(shape, shape),
-        "color": found[p + "color"],
-        "size": found[p + "size"],
-        "place": found.get(p + "place"),
+        "color": result[p + "color"],
+        "size": result[p + "size"],
+        "place": result.get(p + "place"),
     }
 
 

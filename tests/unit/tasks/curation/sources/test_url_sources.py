@@ -27,7 +27,7 @@ from tasks.curation import flow, http_retries
 from tasks.curation.config import CurationConfig, FilterConfig, SourceConfig, UrlConfig
 from tasks.curation.curated import open_curated
 from tasks.curation.sources.base import Account
-from tasks.curation.sources.places import find
+from tasks.curation.sources.file_trees import find
 from tasks.curation.sources.urls import fetch, network, robots, tables
 from tasks.curation.sources.urls.fetch import Fetched, Fetcher
 from tasks.store import read_index
@@ -56,8 +56,8 @@ def fetched(url: str, **changes) -> Fetched:
     return all_fetched([url], **changes)[0]
 
 
-def data(found: Fetched) -> bytes:
-    return b"".join(found.pieces())
+def data(result: Fetched) -> bytes:
+    return b"".join(result.pieces())
 
 
 def all_fetched(wanted: list[str], **changes) -> list[Fetched]:
@@ -65,8 +65,8 @@ def all_fetched(wanted: list[str], **changes) -> list[Fetched]:
         async with Fetcher(urls(**changes)) as fetcher:
             return dict([pair async for pair in fetcher.fetch_all(enumerate(wanted))])
 
-    found = asyncio.run(work())
-    return [found[i] for i in range(len(wanted))]
+    actual = asyncio.run(work())
+    return [actual[i] for i in range(len(wanted))]
 
 
 def table_of(path: Path, wanted: list[str]) -> Path:
@@ -120,21 +120,21 @@ def test_what_is_no_public_web_address_is_refused_without_a_connection(url, rule
     import httpcore
 
     monkeypatch.setattr(httpcore.AnyIOBackend, "connect_tcp", never)
-    found = fetched(url)
-    assert found.rule == rule and found.detail and "secret" not in found.detail
+    result = fetched(url)
+    assert result.rule == rule and result.detail and "secret" not in result.detail
 
 
 def test_plain_http_needs_to_be_allowed(site):
-    found = fetched(site.url("/ok/1.png"), allow_http=False)
-    assert found.rule == "url_invalid" and "allow_http" in found.detail and not site.requests
+    result = fetched(site.url("/ok/1.png"), allow_http=False)
+    assert result.rule == "url_invalid" and "allow_http" in result.detail and not site.requests
 
 
 def test_a_name_that_points_inside_is_refused_at_every_hop(site):
     site.addresses["inside.test"] = "10.0.0.7"
     assert fetched(site.url("/ok/1.png", "inside.test")).rule == "url_forbidden"
     hop = site.url("/redirect?to=" + quote(site.url("/ok/2.png", "inside.test")))
-    found = fetched(hop)
-    assert found.rule == "url_forbidden" and "10.0.0.7" in found.detail
+    result = fetched(hop)
+    assert result.rule == "url_forbidden" and "10.0.0.7" in result.detail
     hop = site.url("/redirect?to=" + quote(f"http://127.0.0.2:{site.port}/ok/3.png"))
     assert fetched(hop).rule == "url_forbidden"
     assert not any(path.startswith("/ok") for path in site.requests)
@@ -143,8 +143,8 @@ def test_a_name_that_points_inside_is_refused_at_every_hop(site):
 def test_a_name_is_resolved_once_for_a_connection_so_that_it_cannot_move_after_the_check(site):
     answers = iter(["127.0.0.1"] + ["10.0.0.7"] * 9)
     site.addresses["moving.test"] = lambda: next(answers)
-    found = fetched(site.url("/ok/1.png", "moving.test"), obey_robots=False)
-    assert data(found) == png(1) and site.lookups["moving.test"] == 1
+    result = fetched(site.url("/ok/1.png", "moving.test"), obey_robots=False)
+    assert data(result) == png(1) and site.lookups["moving.test"] == 1
     assert fetched(site.url("/ok/2.png", "moving.test"), obey_robots=False).rule == "url_forbidden"
 
 
@@ -171,17 +171,17 @@ def test_redirects_are_followed_to_their_limit(site):
 def test_a_redirect_to_what_is_no_url_is_that_records_end_and_not_the_shards(site):
     wanted = [site.url("/redirect?to=" + quote(to, safe="")) for to in ("http://[", "https://[::1", "//[")]
     *bad, good = all_fetched([*wanted, site.url("/ok/7.png")])
-    assert [found.rule for found in bad] == ["url_invalid"] * 3 and "http://[" in bad[0].detail
+    assert [actual.rule for actual in bad] == ["url_invalid"] * 3 and "http://[" in bad[0].detail
     assert data(good) == png(7)
 
 
 @pytest.mark.slow
 def test_oversized_slow_and_wrong_answers_are_refused(site):
     limits = {"max_bytes": 100_000, "timeout_s": 2.5, "max_retries": 0}
-    found = all_fetched(
+    result = all_fetched(
         [site.url(path) for path in ("/endless", "/slow", "/type", "/gzip", "/status/204", "/status/404")], **limits
     )
-    assert [one.rule for one in found] == [
+    assert [one.rule for one in result] == [
         "url_too_large",
         "url_failed",
         "url_type",
@@ -189,15 +189,15 @@ def test_oversized_slow_and_wrong_answers_are_refused(site):
         "url_failed",
         "url_gone",
     ]
-    assert all(data(one) == b"" for one in found)
+    assert all(data(one) == b"" for one in result)
     assert fetched(site.url("/ok/1.png"), max_bytes=100).rule == "url_too_large"
 
 
 def test_429_5xx_and_a_lost_connection_are_tried_again(site):
-    found = all_fetched([site.url("/once500/1.png"), site.url("/once429/2.png"), site.url("/status/503")])
-    assert [data(one) for one in found] == [png(1), png(2), b""]
-    assert [one.attempts for one in found[:2]] == [2, 2]
-    assert found[2].rule == "url_failed" and "503" in found[2].detail and site.requests["/status/503"] == 3
+    result = all_fetched([site.url("/once500/1.png"), site.url("/once429/2.png"), site.url("/status/503")])
+    assert [data(one) for one in result] == [png(1), png(2), b""]
+    assert [one.attempts for one in result[:2]] == [2, 2]
+    assert result[2].rule == "url_failed" and "503" in result[2].detail and site.requests["/status/503"] == 3
     site.addresses["gone.test"] = "127.0.0.2"
     network.EXTRA_NETWORKS = (*network.EXTRA_NETWORKS, ipaddress.ip_network("127.0.0.2/32"))
     assert fetched(site.url("/ok/1.png", "gone.test")).rule == "url_failed"
@@ -231,20 +231,20 @@ def test_a_site_whose_robots_txt_cannot_be_read_is_left_alone_and_one_without_is
 
 def test_robots_txt_is_asked_of_the_site_that_a_redirect_leads_to(site):
     site.robots["closed.test"] = (200, "User-agent: *\nDisallow: /\n")
-    found = fetched(site.url("/redirect?to=" + quote(site.url("/ok/1.png", "closed.test"))))
-    assert found.rule == "url_robots" and site.requests["/ok/1.png"] == 0
+    result = fetched(site.url("/redirect?to=" + quote(site.url("/ok/1.png", "closed.test"))))
+    assert result.rule == "url_robots" and site.requests["/ok/1.png"] == 0
 
 
 @pytest.mark.parametrize(
-    ("value", "found"),
+    ("value", "result"),
     [
         ("noai", "noai"), ("max-snippet: 50, NoImageAI", "noimageai"), ("none", "none"), ("index, follow", ""),
         ("otherbot: noai", ""), ("nucleus-flyte: noai", "noai"), ("*: noindex", "noindex"),
         ("unavailable_after: 25 Jun 2030 15:00:00 PST", ""),
     ],
 )  # fmt: skip
-def test_x_robots_tag_is_read_as_it_is_written(value, found):
-    assert robots.forbidden_by_tag([value], UrlConfig().robots_directives, "nucleus-flyte/0.1") == found
+def test_x_robots_tag_is_read_as_it_is_written(value, result):
+    assert robots.forbidden_by_tag([value], UrlConfig().robots_directives, "nucleus-flyte/0.1") == result
 
 
 def test_an_image_that_forbids_its_use_is_refused_unless_the_recipe_says_otherwise(site):
@@ -463,9 +463,9 @@ def test_a_csv_of_urls_is_read_whole_by_its_mark_then_utf8_then_the_recipes_enco
     (tmp_path / "u.csv").write_bytes(content)
     config = SourceConfig(urls=urls(), encoding=encoding, images_per_shard=1)
     place = find(str(tmp_path))
-    found = [row for one in tables.ranges(place, config, Account()) for row in tables.rows(place, one, config)]
-    assert [(row.row, row.url) for row in found] == [(0, "https://a/1"), (1, "https://a/2")]
-    assert [row.captions for row in found] == [['café,\r\n"old"'], []]
+    result = [row for one in tables.ranges(place, config, Account()) for row in tables.rows(place, one, config)]
+    assert [(row.row, row.url) for row in result] == [(0, "https://a/1"), (1, "https://a/2")]
+    assert [row.captions for row in result] == [['café,\r\n"old"'], []]
 
 
 # ---------------------------------------------------------------- hostile sites (benchmarks/curation/hostile_urls.py has more)
@@ -509,8 +509,8 @@ def test_rules_of_sites_leave_memory_when_there_are_many_and_are_asked_for_again
     for i in range(4):
         site.robots[f"h{i}.test"] = (200, "User-agent: *\nDisallow: /ok/9.png\n")
     wanted = [site.url(f"/ok/{i}.png", f"h{i % 4}.test") for i in range(8)]
-    found = all_fetched(wanted, concurrency=1)
-    assert [one.rule for one in found] == [""] * 8
+    actual = all_fetched(wanted, concurrency=1)
+    assert [one.rule for one in actual] == [""] * 8
     assert 4 < site.requests["/robots.txt"] <= 8
 
 
@@ -532,9 +532,9 @@ def test_answers_over_a_bound_wait_on_disk(site, monkeypatch, tmp_path):
 
 
 def test_a_redirect_to_a_url_of_any_length_is_not_followed(site):
-    found = fetched(site.url("/redirect?to=" + quote(site.url("/ok/1.png?" + "a" * network.MAX_URL_CHARS))))
+    result = fetched(site.url("/redirect?to=" + quote(site.url("/ok/1.png?" + "a" * network.MAX_URL_CHARS))))
     assert (
-        found.rule == "url_invalid"
-        and "longer than" in found.detail
+        result.rule == "url_invalid"
+        and "longer than" in result.detail
         and not any(name.startswith("/ok") for name in site.requests)
     )

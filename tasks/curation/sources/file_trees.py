@@ -1,6 +1,6 @@
 """The location of a user's own images: a local folder or file, or a URI such as s3://bucket/prefix.
 
-A place lists one folder at a time and opens files by name. A local place opens nothing outside its root: links are
+A file tree lists one folder at a time and opens files by name. A local tree opens nothing outside its root: links are
 neither followed nor read, at any level.
 """
 
@@ -46,15 +46,15 @@ class Folder(NamedTuple):
         return f"{self.path}/{name}" if self.path else name
 
 
-def find(path: str | os.PathLike) -> Place:
-    """The place at `path`, for a scan.
+def find(path: str | os.PathLike) -> FileTree:
+    """The file tree at `path`, for a scan.
 
     Raises:
         ValueError: it does not exist, or cannot be listed.
     """
     path = check_path(path)
     if is_remote(path):
-        return RemotePlace.find(path.rstrip("/"))
+        return RemoteFileTree.find(path.rstrip("/"))
     root = Path(path).expanduser().absolute()
     try:
         is_folder = stat.S_ISDIR(os.stat(root).st_mode)
@@ -62,16 +62,16 @@ def find(path: str | os.PathLike) -> Place:
         raise ValueError(f"source {visible(path)!r} does not exist; {NAMES}") from error
     except OSError as error:
         raise _unreadable(str(root), error) from error
-    return LocalPlace(root) if is_folder else LocalPlace(root.parent, alone=root.name)
+    return LocalFileTree(root) if is_folder else LocalFileTree(root.parent, alone=root.name)
 
 
-def at(uri: str, alone: str | None = None) -> Place:
-    """The place with this root, for reading, without listing. `alone`: see `Place`."""
+def at(uri: str, alone: str | None = None) -> FileTree:
+    """The file tree with this root, for reading, without listing. `alone`: see `FileTree`."""
     uri = check_path(uri)
-    return RemotePlace(uri, alone) if is_remote(uri) else LocalPlace(Path(uri), alone)
+    return RemoteFileTree(uri, alone) if is_remote(uri) else LocalFileTree(Path(uri), alone)
 
 
-class Place:
+class FileTree:
     """A tree of files. `alone`: the only file that belongs to the source, if the source is one file."""
 
     alone: str | None = None
@@ -158,7 +158,7 @@ class Place:
             yield file
 
 
-class LocalPlace(Place):
+class LocalFileTree(FileTree):
     def __init__(self, root: Path, alone: str | None = None) -> None:
         self._root, self.alone = root, alone
 
@@ -245,14 +245,14 @@ class LocalPlace(Place):
         return contents
 
 
-class RemotePlace(Place):
+class RemoteFileTree(FileTree):
     def __init__(self, uri: str, alone: str | None = None) -> None:
         self._uri, self.alone = uri, alone
         self._fs, self._root = filesystem(uri)
         self._listed: tuple[dict[str, Any], dict[str, Any]] = ({}, {})  # details of the files of the last two folders
 
     @classmethod
-    def find(cls, uri: str) -> RemotePlace:
+    def find(cls, uri: str) -> RemoteFileTree:
         place = cls(uri)
         try:
             entries = place._fs.ls(place._root, detail=True)
