@@ -16,7 +16,7 @@ from eval.config import EvalConfig
 from eval.generation import pipelines
 from eval.judges.shapes_judge import ShapesDetector
 from tasks.artifacts import UserError
-from tasks.evaluation import evaluate, plan, task
+from tasks.evaluation import evaluate, history, plan, task
 from tasks.evaluation.models import Model
 from tasks.evaluation.plan import ImagesPart
 from tasks.manifest import load_manifest, seal
@@ -279,6 +279,8 @@ def test_a_night_scores_a_new_model_once_and_a_drop_alarms_once_and_is_never_a_r
         nightly("4" * 64, bad)
     changed, (sentence,) = nightly("5" * 64, same)
     assert changed == 1 and sentence.startswith("cannot tell")
+    (reference,) = history.read("s3://bucket/pipeline", "shapes")["references"].values()
+    assert reference == str(local(good))  # a decline in steps that cannot be told apart would lower it
 
 
 @pytest.mark.slow
@@ -301,7 +303,7 @@ def test_a_score_by_other_judges_is_not_compared_and_says_so_and_the_old_referen
     nightly("1" * 64, good)
     changed, (sentence,) = nightly("2" * 64, bad_by_another)  # passes, for nothing shows whether the weights are worse
     assert changed == 1 and sentence.startswith("shapes[another] 0.") and sentence in capsys.readouterr().out
-    assert "NOT COMPARED with the last accepted score (shapes 0.333): one was judged by shapes-detector at" in sentence
+    assert "NOT COMPARED with the reference (shapes 0.333): one was judged by shapes-detector at" in sentence
     _, (sentence,) = nightly("3" * 64, good_by_another)  # compared with its own kind
     assert sentence.startswith("better: shapes[another]")
     with pytest.raises(UserError, match=r"dropped beyond noise.*worse: shapes\[another\]"):
