@@ -118,12 +118,12 @@ def test_experts_spread_over_ranks_are_not_refused():
 
 
 @pytest.mark.parametrize("ends_in", ["pipeline", "scorecard", "merged"])
-def test_the_17b_recipe_is_accepted_to_its_end_with_judges_that_answer_for_every_role(ends_in):
+def test_the_17b_recipe_is_accepted_to_its_end_with_judges_for_every_skill(ends_in):
     recipe = load_recipe("nucleus_17b")
     check_workflow(recipe, ends_in)
     judges = catalog.judges_of(recipe.eval)
     assert recipe.eval.benchmark == "geneval" and judges.keys() == catalog.benchmark("geneval").judges.keys()
-    assert all(role in JUDGES[judge].roles for role, judge in judges.items())
+    assert all(skill in JUDGES[judge].skills for skill, judge in judges.items())
     other = load_recipe("nucleus_17b", ["eval.judges={}"])
     check_workflow(other, "merged")
     if ends_in != "merged":
