@@ -87,6 +87,7 @@ def test_parts_of_a_run_are_scored_as_the_whole_run(model):
         run(task.judge_images, images=images[:-1], prompts=prompts, config=CONFIG)
 
 
+@pytest.mark.slow
 def test_answers_are_an_artifact_of_their_own_and_score_alike_without_a_judge(model, monkeypatch):
     prompts, images = sampled(model, CONFIG)
     answers = run(task.judge_images, images=images, prompts=prompts, config=CONFIG)
@@ -188,6 +189,7 @@ def test_the_gate_fails_beyond_noise_and_only_then(model, monkeypatch, capsys):
     assert (local(bad) / "scorecard.json").is_file()  # it is stored before the gate fails
 
 
+@pytest.mark.slow
 def test_the_gate_compares_nothing_with_scores_of_other_prompts(model, monkeypatch):
     good = scorecard_of(model, monkeypatch, squares("red"), "good")
     other = scorecard_of(
