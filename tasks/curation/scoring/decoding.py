@@ -305,11 +305,16 @@ def _converted(image: Image.Image, orientation: int) -> Image.Image:
             if strip.has_transparency_data:
                 over = strip.convert("RGBA")
                 strip = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
-            strip = strip.convert("RGB")
+            strip = _as_mode(strip, "RGB")
             if orientation in _TRANSPOSE:
                 strip = strip.transpose(_TRANSPOSE[orientation])
             upright.paste(strip, _place(box, (width, height), orientation))
     return upright
+
+
+def _as_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Pillow's `convert` copies an image that has the mode already."""
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _place(box: tuple[int, int, int, int], size: tuple[int, int], orientation: int) -> tuple[int, int]:
@@ -341,9 +346,9 @@ def _in_srgb(image: Image.Image) -> Image.Image:
         return image
     space, alpha = profile[16:20], image.has_transparency_data
     if space == b"RGB " and image.mode != "CMYK":
-        image = image.convert("RGBA" if alpha else "RGB")
+        image = _as_mode(image, "RGBA" if alpha else "RGB")
     elif space == b"GRAY" and image.mode in ("1", "L", "LA"):
-        image = image.convert("LA" if alpha else "L")
+        image = _as_mode(image, "LA" if alpha else "L")
     elif space != b"CMYK" or image.mode != "CMYK":
         return image
     transform = _to_srgb(profile, image.mode.removesuffix("A") if image.mode == "LA" else image.mode)
