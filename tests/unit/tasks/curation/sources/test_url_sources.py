@@ -236,7 +236,7 @@ def test_robots_txt_is_asked_of_the_site_that_a_redirect_leads_to(site):
 
 
 @pytest.mark.parametrize(
-    ("value", "found"),
+    ("value", "result"),
     [
         ("noai", "noai"), ("max-snippet: 50, NoImageAI", "noimageai"), ("none", "none"), ("index, follow", ""),
         ("otherbot: noai", ""), ("nucleus-flyte: noai", "noai"), ("*: noindex", "noindex"),
