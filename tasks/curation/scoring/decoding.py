@@ -284,7 +284,7 @@ def _converts(image: Image.Image, orientation: int) -> bool:
 
 
 def _converted(image: Image.Image, orientation: int) -> Image.Image:
-    """Upright RGB, made in strips."""
+    """Upright RGB, made in strips; a small image is one, which saves copies."""
     gray16, levels, white_is_zero = _is_gray16(image), 2**16 - 1, False
     if not (gray16 or _profile(image) or image.has_transparency_data or orientation in _TRANSPOSE):
         return image.convert("RGB")  # in one step, without other copies
@@ -292,24 +292,32 @@ def _converted(image: Image.Image, orientation: int) -> Image.Image:
         levels = 2 ** image.tag_v2[BITS_PER_SAMPLE][0] - 1
         white_is_zero = image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
     width, height = image.size
+
+    def convert(strip: Image.Image) -> Image.Image:
+        if gray16:
+            strip = _gray8(strip, levels, white_is_zero)
+        strip = _in_srgb(strip)
+        if strip.has_transparency_data:
+            over = strip.convert("RGBA")
+            strip = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
+        strip = _as_mode(strip, "RGB")
+        return strip.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else strip
+
+    if width * height <= 2 * STRIP_PIXELS:
+        return convert(image)
     upright = Image.new("RGB", (height, width) if orientation >= 5 else (width, height))
     across = min(width, STRIP_PIXELS)
     rows = max(1, STRIP_PIXELS // width)
     for top in range(0, height, rows):
         for left in range(0, width, across):
             box = (left, top, min(left + across, width), min(top + rows, height))
-            strip = image.crop(box)
-            if gray16:
-                strip = _gray8(strip, levels, white_is_zero)
-            strip = _in_srgb(strip)
-            if strip.has_transparency_data:
-                over = strip.convert("RGBA")
-                strip = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
-            strip = strip.convert("RGB")
-            if orientation in _TRANSPOSE:
-                strip = strip.transpose(_TRANSPOSE[orientation])
-            upright.paste(strip, _place(box, (width, height), orientation))
+            upright.paste(convert(image.crop(box)), _place(box, (width, height), orientation))
     return upright
+
+
+def _as_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Pillow's `convert` copies an image that has the mode already."""
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _place(box: tuple[int, int, int, int], size: tuple[int, int], orientation: int) -> tuple[int, int]:
@@ -341,9 +349,9 @@ def _in_srgb(image: Image.Image) -> Image.Image:
         return image
     space, alpha = profile[16:20], image.has_transparency_data
     if space == b"RGB " and image.mode != "CMYK":
-        image = image.convert("RGBA" if alpha else "RGB")
+        image = _as_mode(image, "RGBA" if alpha else "RGB")
     elif space == b"GRAY" and image.mode in ("1", "L", "LA"):
-        image = image.convert("LA" if alpha else "L")
+        image = _as_mode(image, "LA" if alpha else "L")
     elif space != b"CMYK" or image.mode != "CMYK":
         return image
     transform = _to_srgb(profile, image.mode.removesuffix("A") if image.mode == "LA" else image.mode)

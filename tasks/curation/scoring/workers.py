@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 50.0  # of the 60 s for any input; a photograph takes under a second
+STARVED_S = 0.1  # between looks at a worker that is late
 LARGE_BYTES = 16 * 2**20  # of an item that gets a worker of its own, which shares its parent's copy
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # cgroup v2's limit, as containers see it
 CONTAINER_SHARE = 0.8  # share of it for all workers together
@@ -37,7 +38,8 @@ class Workers:
     Args:
         count: largest number of workers; fewer if the container has too little memory for all of them, since the kernel
             would kill the whole container. None: one for each core, at most 4.
-        timeout_s: of one item, from when it is sent, in both workers together.
+        timeout_s: of one item, from when it is sent, in both workers together. Where other processes keep the processors
+            busy, processor time counts: which images are decoded must not depend on the load.
         memory_bytes: limit of a worker. None: no limit.
         failed: whether a result is a failure, too. Libraries report a lack of memory as a broken image.
     """
@@ -147,7 +149,7 @@ class _Worker:
     ) -> None:
         """spent_s: of the item's time limit, in another worker."""
         self._memory_bytes, self._timeout_s, self._single = memory_bytes, timeout_s, item is not None
-        self._sent = time.monotonic() - spent_s
+        self._left_s, self._sent, self._cpu_before_s = timeout_s - spent_s, time.monotonic(), 0.0
         context = multiprocessing.get_context("fork")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
@@ -158,7 +160,7 @@ class _Worker:
         self.alive, self.served, self.took_s = True, 0, 0.0
 
     def send(self, data: bytes) -> None:
-        self._sent = time.monotonic()
+        self._sent, self._cpu_before_s = time.monotonic(), self._state()[1]
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died: `receive` reports it
             self._connection.send_bytes(data)
 
@@ -166,7 +168,7 @@ class _Worker:
         """The result of the item, or a `CrashError`."""
         self.served += 1
         try:
-            if not self._connection.poll(max(0.0, self._sent + self._timeout_s - time.monotonic())):
+            if not self._answers():
                 self.alive, self.took_s = False, self._timeout_s
                 return CrashError(f"the image took over {self._timeout_s:g} s to decode")
             self.took_s, result = self._connection.recv()
@@ -183,6 +185,24 @@ class _Worker:
         if isinstance(result, Exception):
             return CrashError(f"{type(result).__name__}: {result}"[:300])
         return result
+
+    def _answers(self) -> bool:
+        """Waits for the result; whether it came in time."""
+        wait_s = max(0.0, self._sent + self._left_s - time.monotonic())
+        while not self._connection.poll(wait_s):
+            state, cpu_s = self._state()
+            if state not in "RD" or cpu_s - self._cpu_before_s > self._left_s:  # it hangs, or has had its time
+                return False
+            wait_s = STARVED_S
+        return True
+
+    def _state(self) -> tuple[str, float]:
+        """The process's state (R: it runs, or waits for a processor; D: for the disk), and its processor time."""
+        try:
+            fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            return "X", 0.0
+        return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def stop(self) -> None:
         self._connection.close()
