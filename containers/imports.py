@@ -40,6 +40,13 @@ with contextlib.redirect_stdout(sys.stderr):
                 importlib.import_module(module + "." + name)
         except Exception as error:
             missing.append(f"{text} ({type(error).__name__}: {error})")
+    if "tasks.planning.task" in sys.argv:  # the planner, to which a recipe names further modules
+        from tasks.recipe import RECIPES, load_recipe
+        for path in sorted(RECIPES.rglob("*.yaml")):
+            try:
+                load_recipe(str(path), [])
+            except Exception as error:
+                missing.append(f"{path.name} ({type(error).__name__}: {error})")
 if missing:
     sys.exit("the image lacks a part of " + ", ".join(missing))
 """

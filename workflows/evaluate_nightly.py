@@ -3,8 +3,8 @@
     newest model --digest--> known? nothing to do
                              else: a scorecard for each benchmark --> stored --> gate
 
-The scorecards are stored before the gate, and compared with the last one that was not a drop and has the same judges and
-prompts (tasks/evaluation/history.py). Launch plan `evaluate-nightly`, inactive when it is registered:
+The scorecards are stored before the gate, and compared with a reference of the same judges and prompts
+(tasks/evaluation/history.py). Launch plan `evaluate-nightly`, inactive when it is registered:
 
     NUCLEUS_NIGHTLY_MODEL=s3://BUCKET/nucleus/pipeline NUCLEUS_NIGHTLY_BENCHMARKS=geneval,geneval2 NUCLEUS_NOTIFY=a@example.com \\
         python -m tools.register ...

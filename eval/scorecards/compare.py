@@ -158,15 +158,12 @@ def lines(comparison: Comparison) -> list[str]:
     return lines
 
 
-def drop_beyond_noise(incumbent: str | Path, current: str | Path) -> tuple[bool, str]:
-    """(whether `current` is worse than `incumbent` beyond noise, a sentence about it).
-
-    Cards that cannot be compared are not a drop; the sentence says why.
-    """
+def compare_to_incumbent(incumbent: str | Path, current: str | Path) -> tuple[str | None, str]:
+    """(the verdict on `current`, None if the cards cannot be compared; a sentence about it)."""
     (card_a, _), (card_b, _) = read_scores(incumbent), read_scores(current)
     if reason := cards.not_comparable(card_a, card_b):
-        return False, f"{card_b.name}: not compared with the incumbent: {reason}"
+        return None, f"{card_b.name}: not compared with the incumbent: {reason}"
     comparison = compare_runs(incumbent, current)
     changed = [name for name in comparison.differing if name != "model_digests"]
     note = f"; settings that differ, too: {', '.join(changed)}" if changed else ""
-    return comparison.overall.verdict == "worse", comparison.sentence + note
+    return comparison.overall.verdict, comparison.sentence + note

@@ -205,15 +205,15 @@ class DropError(ValueError):
     """A score is lower than the incumbent's beyond noise."""
 
 
-def check_drop(incumbent: Path, current: Path) -> str:
-    """A sentence that says why the current score is not a drop.
+def check_drop(incumbent: Path, current: Path) -> tuple[str | None, str]:
+    """(the verdict on the current score, None if the two cannot be compared; a sentence about it).
 
     Raises:
         DropError: it is lower beyond noise; names both scorecards.
     """
-    from eval.scorecards.compare import drop_beyond_noise
+    from eval.scorecards.compare import compare_to_incumbent
 
-    dropped, sentence = drop_beyond_noise(incumbent, current)
-    if dropped:
+    verdict, sentence = compare_to_incumbent(incumbent, current)
+    if verdict == "worse":
         raise DropError(f"the score dropped beyond noise, from {incumbent} to {current}: {sentence}")
-    return sentence
+    return verdict, sentence

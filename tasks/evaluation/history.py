@@ -2,10 +2,10 @@
 
     STORE/evaluations/KEY.json   {"model", "settings", "scorecard", "references", "gated"}
 
-`scorecard` is the last one, `gated` whether `gate` has seen it. `references` has the last accepted scorecard of each kind:
-cards of one kind can be compared (`comparison_key`), the newest is last. So an unchanged model is scored once and alarms
-once, a night that ends before the gate is made up for by the next one, and a model that dropped does not become the
-reference of the next one. A card of another kind than any reference (other judges, other prompts) is not compared, which
+`scorecard` is the last one, `gated` whether `gate` has seen it. `references` has a scorecard of each kind, the newest last:
+cards of one kind can be compared (`comparison_key`). So an unchanged model is scored once and alarms once, and a night that
+ends before the gate is made up for by the next one. A reference is replaced only by a better score: neither a drop nor a slow
+decline, each step of which is within noise, lowers it. A card of another kind than any reference (other judges, other prompts) is not compared, which
 `gate` says, and becomes the reference of its kind; the others stay, so that going back to them is gated again.
 """
 
@@ -101,7 +101,7 @@ def store_score(source: str, model: Model, config: EvalConfig, scorecard: str, c
 
 
 def gate(stored: Sequence[str], fetch: Callable[[str], Path], log: Callable[[str], None] = print) -> list[str]:
-    """One sentence for each score that is not a drop; these become the references of their kind.
+    """One sentence for each score that is not a drop. Better ones, and the first of their kind, become references.
 
     Args:
         stored: results of `store_score`.
@@ -117,8 +117,9 @@ def gate(stored: Sequence[str], fetch: Callable[[str], Path], log: Callable[[str
         scorecard, key, references = item["scorecard"], item["key"], item["references"]
         try:
             if key in references:
-                sentence = check_drop(fetch(references[key]), fetch(scorecard))
+                verdict, sentence = check_drop(fetch(references[key]), fetch(scorecard))
             else:
+                verdict = "first of its kind"
                 sentence = _not_compared(fetch(scorecard), fetch(list(references.values())[-1]) if references else None)
         except DropError as error:
             drops.append(str(error))
@@ -126,9 +127,10 @@ def gate(stored: Sequence[str], fetch: Callable[[str], Path], log: Callable[[str
         else:
             log(sentence)
             sentences.append(sentence)
-            others = {other: place for other, place in references.items() if other != key}
-            newest = dict([*others.items(), (key, scorecard)][-KEPT:])
-            update = {"gated": YES, "references": newest}
+            update = {"gated": YES}
+            if verdict in ("better", "first of its kind"):
+                others = [(other, place) for other, place in references.items() if other != key]
+                update["references"] = dict([*others, (key, scorecard)][-KEPT:])
         record = read(item["source"], item["benchmark"])
         if record.get("scorecard") == scorecard:
             _write(item["source"], item["benchmark"], record | update)
@@ -141,7 +143,7 @@ def _not_compared(scorecard: Path, latest: Path | None) -> str:
     """Says that a score has no reference, and why.
 
     Args:
-        latest: the last accepted score, of another kind; None if there is none.
+        latest: the newest reference, of another kind; None if there is none.
     """
     card = cards.load(scorecard)
     shown = f"{card.name} {card.scale * card.overall.mean:.3f}"
@@ -149,7 +151,7 @@ def _not_compared(scorecard: Path, latest: Path | None) -> str:
         return f"{shown}: the first score, nothing to compare it with"
     other = cards.load(latest)
     return (
-        f"{shown}: NOT COMPARED with the last accepted score ({other.name} {other.scale * other.overall.mean:.3f}): "
-        f"{cards.not_comparable(other, card)}. It is the reference for later scores by its prompts and judges; compare the "
+        f"{shown}: NOT COMPARED with the reference ({other.name} {other.scale * other.overall.mean:.3f}): "
+        f"{cards.not_comparable(other, card)}. It is the reference of later scores by its prompts and judges; compare the "
         "models by hand if the weights changed too"
     )

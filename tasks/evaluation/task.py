@@ -183,7 +183,7 @@ def gate(scorecard: ScorecardDir, incumbent: ScorecardDir) -> str:
 
     current, before = _scores(scorecard), _scores(incumbent)
     with plain_errors():
-        sentence = evaluate.check_drop(before, current)
+        _, sentence = evaluate.check_drop(before, current)
     print(sentence, flush=True)
     return sentence
 
@@ -215,8 +215,8 @@ def store_score(source: str, model: Model, config: EvalConfig, scorecard: Scorec
 
 @task(enable_deck=True, **envs.light("evaluator"))
 def gate_scores(stored: list[str]) -> list[str]:
-    """Fails if any score is lower than the last accepted one of its kind beyond noise; the others become the accepted
-    scores. Says which scores were not compared, and why."""
+    """Fails if any score is lower than the reference of its kind beyond noise. Says which scores were not compared, and
+    why."""
     from tasks.evaluation import history
 
     with plain_errors():

@@ -28,6 +28,7 @@ from small_propeller import SmallPropeller, text
 
 from containers import imports, lock
 from containers.build import Engine
+from tasks.curation.scorers import SCORERS
 from tasks.recipe import RECIPES, recipe_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -179,6 +180,27 @@ def test_an_image_names_its_source_revision_and_version_and_has_a_bill_of_its_pa
 @pytest.mark.parametrize("role", sorted(IMAGES))
 def test_an_image_has_no_installer_and_compilers_only_where_kernels_are_compiled(seen, role):
     assert set(seen(role)["programs"]) == ({"gcc", "g++"} if role == "trainer" else set())
+
+
+SCORE = """
+import numpy as np
+from PIL import Image
+from tasks.curation.config import ScorerConfig
+from tasks.curation.scorers import SCORERS, Sample, build_scorer, chosen_scorers
+image = Image.radial_gradient("L").convert("RGB")
+sample = Sample(image, np.asarray(image), np.asarray(image.convert("L")), ("a bright circle",))
+wanted = {spec.columns[0]: spec.name for spec in SCORERS if spec.resources == "shard" and not spec.required}
+chosen = [one for one in chosen_scorers(ScorerConfig(**wanted)) if build_scorer(one)([sample])]
+print(*sorted({one.spec.name for one in chosen}))
+"""
+
+
+@pytest.mark.skipif("scorer" not in IMAGES, reason="no scorer image was built")
+def test_each_scorer_of_a_package_scores_a_picture_in_the_scorers_image(hardened):
+    """Libraries that a model opens at its first picture are in the image, not only those that an import needs."""
+    names = hardened("scorer", ["python", "-c", SCORE]).stdout.split()
+    own = {spec.name for spec in SCORERS if spec.resources == "shard" and not spec.required}
+    assert own <= set(names) and {"brisque", "blazeface", "conse", "open-nsfw", "pp-ocr"} <= own
 
 
 @pytest.mark.skipif("trainer" not in IMAGES, reason="no trainer image was built")

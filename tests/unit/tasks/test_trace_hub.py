@@ -41,6 +41,7 @@ def trace(*words: str) -> int:
     return tracing.main([HUB, "--home", "s3://lineage/home", *words])
 
 
+@pytest.mark.slow
 def test_a_repository_is_traced_to_its_records_at_a_commit_and_keeps_nothing_here(pushed, tmp_path, capsys):
     files, digest = pushed
     assert trace("--expect", digest) == 0
@@ -77,6 +78,7 @@ def test_another_digest_an_absent_repository_and_one_of_somebody_else_exit_1(pus
     assert f"it has no {MANIFEST}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_lineage_is_drawn_too(pushed, tmp_path):
     assert trace("--html", str(tmp_path / "lineage.html")) == 0
     assert COMMIT in (tmp_path / "lineage.html").read_text()

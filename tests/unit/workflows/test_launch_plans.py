@@ -52,9 +52,10 @@ def test_everything_that_people_start_has_a_plan_with_bounds_and_mails():
     ("shape", "expected"),
     [
         ((8, 8), {"pretrain-nucleus_17b-8x8", "reproduce-nucleus_17b-8x8"}),
-        pytest.param((2, 8), set(), marks=pytest.mark.slow),
+        ((2, 8), set()),
     ],
 )
+@pytest.mark.slow
 def test_a_shape_has_the_plans_of_the_recipes_that_train_on_it(shape, expected):
     actual = plans(*shape)
     suffix = f"-{shape[0]}x{shape[1]}"

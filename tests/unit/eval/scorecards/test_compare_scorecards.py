@@ -17,7 +17,7 @@ from eval.generation.generate import generate
 from eval.judges.shapes_judge import ShapesDetector
 from eval.scorecard import rescore
 from eval.scorecards.card import comparison_key, load, not_comparable
-from eval.scorecards.compare import compare_runs, drop_beyond_noise, lines
+from eval.scorecards.compare import compare_runs, compare_to_incumbent, lines
 from eval.scorecards.select_candidate import select_candidate
 
 CONFIG = EvalConfig(prompts_per_task=12, seeds=(0, 1), image_size_px=8, prompt_set="development")
@@ -112,8 +112,8 @@ def test_other_prompts_and_other_judges_are_not_compared(make):
     for run, message in ((official, "of different prompts"), (judged, "judged by shapes-detector at .* by other at")):
         with pytest.raises(ValueError, match=message):
             compare_runs(make("low", 0.4), run)
-        dropped, sentence = drop_beyond_noise(make("high", 0.9), run)
-        assert not dropped and "shapes" in sentence and "not compared with the incumbent" in sentence
+        verdict, sentence = compare_to_incumbent(make("high", 0.9), run)
+        assert verdict is None and "shapes" in sentence and "not compared with the incumbent" in sentence
 
 
 def test_two_cards_have_one_key_if_and_only_if_they_can_be_compared(make):
@@ -136,15 +136,15 @@ def test_two_cards_have_one_key_if_and_only_if_they_can_be_compared(make):
 
 def test_settings_that_differ_are_named_with_a_drop(make):
     low = make("guided", 0.4, CONFIG.model_copy(update={"guidance_scale": 99.0}))
-    dropped, sentence = drop_beyond_noise(make("high", 0.9), low)
-    assert dropped and sentence.endswith("; settings that differ, too: guidance_scale")
+    verdict, sentence = compare_to_incumbent(make("high", 0.9), low)
+    assert verdict == "worse" and sentence.endswith("; settings that differ, too: guidance_scale")
 
 
 def test_a_drop_beyond_noise_is_one_and_noise_is_none(make):
-    assert drop_beyond_noise(make("high", 0.9), make("low", 0.4))[0]
-    assert not drop_beyond_noise(make("low", 0.4), make("high", 0.9))[0]
-    dropped, sentence = drop_beyond_noise(make("same1", 0.8), make("same2", 0.8))
-    assert not dropped and "cannot tell" in sentence
+    assert compare_to_incumbent(make("high", 0.9), make("low", 0.4))[0] == "worse"
+    assert compare_to_incumbent(make("low", 0.4), make("high", 0.9))[0] == "better"
+    verdict, sentence = compare_to_incumbent(make("same1", 0.8), make("same2", 0.8))
+    assert verdict == "cannot tell" and "cannot tell" in sentence
 
 
 def test_the_candidate_that_beats_the_incumbent_is_chosen(make):

@@ -316,6 +316,7 @@ def count_work(monkeypatch) -> list[str]:
     return made
 
 
+@pytest.mark.slow
 def test_one_more_shard_is_encoded_and_no_other_one_again(components, tmp_path, monkeypatch):
     shards = [scenes(10, 20 + i) for i in range(3)]
     stages = [STAGE, STAGE.model_copy(update={"image_size_px": 32})]

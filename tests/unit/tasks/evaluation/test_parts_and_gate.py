@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from eval.config import EvalConfig
 from eval.generation import pipelines
 from eval.judges.shapes_judge import ShapesDetector
 from tasks.artifacts import UserError
-from tasks.evaluation import evaluate, plan, task
+from tasks.evaluation import evaluate, history, plan, task
 from tasks.evaluation.models import Model
 from tasks.evaluation.plan import ImagesPart
 from tasks.manifest import load_manifest, seal
@@ -86,6 +87,7 @@ def test_parts_of_a_run_are_scored_as_the_whole_run(model):
         run(task.judge_images, images=images[:-1], prompts=prompts, config=CONFIG)
 
 
+@pytest.mark.slow
 def test_answers_are_an_artifact_of_their_own_and_score_alike_without_a_judge(model, monkeypatch):
     prompts, images = sampled(model, CONFIG)
     answers = run(task.judge_images, images=images, prompts=prompts, config=CONFIG)
@@ -94,6 +96,23 @@ def test_answers_are_an_artifact_of_their_own_and_score_alike_without_a_judge(mo
     scored = run(task.score_answers, images=images, prompts=prompts, answers=answers, config=CONFIG)
     again = run(task.score_answers, images=images, prompts=prompts, answers=answers, config=CONFIG)
     assert score_files(scored) == score_files(again)
+
+
+def test_images_are_linked_and_not_copied_to_be_sealed_and_judged(model, monkeypatch):
+    linked, link = [], os.link
+
+    def recorded(source, target):
+        linked.append(Path(source).name)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", recorded)
+    prompts, images = sampled(model, NIGHTLY)
+    number = load_manifest(local(images[0])).counts["images"]
+    assert sum(name.endswith(".png") for name in linked) == number
+    run(task.judge_images, images=images, prompts=prompts, config=NIGHTLY)
+    assert sum(name.endswith(".png") for name in linked) == 2 * number
+    picture = next(local(images[0]).rglob("*.png"))
+    assert picture.stat().st_nlink == 1  # the folders of the run are gone
 
 
 def test_answers_of_a_judge_that_died_are_kept_for_the_next_attempt(model, monkeypatch):
@@ -170,6 +189,7 @@ def test_the_gate_fails_beyond_noise_and_only_then(model, monkeypatch, capsys):
     assert (local(bad) / "scorecard.json").is_file()  # it is stored before the gate fails
 
 
+@pytest.mark.slow
 def test_the_gate_compares_nothing_with_scores_of_other_prompts(model, monkeypatch):
     good = scorecard_of(model, monkeypatch, squares("red"), "good")
     other = scorecard_of(
@@ -261,6 +281,8 @@ def test_a_night_scores_a_new_model_once_and_a_drop_alarms_once_and_is_never_a_r
         nightly("4" * 64, bad)
     changed, (sentence,) = nightly("5" * 64, same)
     assert changed == 1 and sentence.startswith("cannot tell")
+    (reference,) = history.read("s3://bucket/pipeline", "shapes")["references"].values()
+    assert reference == str(local(good))  # a decline in steps that cannot be told apart would lower it
 
 
 @pytest.mark.slow
@@ -283,7 +305,7 @@ def test_a_score_by_other_judges_is_not_compared_and_says_so_and_the_old_referen
     nightly("1" * 64, good)
     changed, (sentence,) = nightly("2" * 64, bad_by_another)  # passes, for nothing shows whether the weights are worse
     assert changed == 1 and sentence.startswith("shapes[another] 0.") and sentence in capsys.readouterr().out
-    assert "NOT COMPARED with the last accepted score (shapes 0.333): one was judged by shapes-detector at" in sentence
+    assert "NOT COMPARED with the reference (shapes 0.333): one was judged by shapes-detector at" in sentence
     _, (sentence,) = nightly("3" * 64, good_by_another)  # compared with its own kind
     assert sentence.startswith("better: shapes[another]")
     with pytest.raises(UserError, match=r"dropped beyond noise.*worse: shapes\[another\]"):

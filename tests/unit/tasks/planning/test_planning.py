@@ -118,12 +118,12 @@ def test_experts_spread_over_ranks_are_not_refused():
 
 
 @pytest.mark.parametrize("ends_in", ["pipeline", "scorecard", "merged"])
-def test_the_17b_recipe_is_accepted_to_its_end_with_judges_that_answer_for_every_role(ends_in):
+def test_the_17b_recipe_is_accepted_to_its_end_with_judges_for_every_skill(ends_in):
     recipe = load_recipe("nucleus_17b")
     check_workflow(recipe, ends_in)
     judges = catalog.judges_of(recipe.eval)
     assert recipe.eval.benchmark == "geneval" and judges.keys() == catalog.benchmark("geneval").judges.keys()
-    assert all(role in JUDGES[judge].roles for role, judge in judges.items())
+    assert all(skill in JUDGES[judge].skills for skill, judge in judges.items())
     other = load_recipe("nucleus_17b", ["eval.judges={}"])
     check_workflow(other, "merged")
     if ends_in != "merged":
@@ -225,7 +225,7 @@ def test_own_images_may_be_of_the_formats_of_phones_unless_the_recipe_names_form
     assert named.curation.filters.formats == ("PNG",)
 
 
-@pytest.mark.parametrize("recipe", ["smoke", "tiny"])
+@pytest.mark.parametrize("recipe", ["smoke", pytest.param("tiny", marks=pytest.mark.slow)])
 def test_own_images_of_any_shape_are_kept_unless_a_limit_is_set(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
     sizes = [(800, 200), (200, 1300), (640, 100), (300, 300)]

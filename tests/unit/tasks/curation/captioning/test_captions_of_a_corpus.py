@@ -91,6 +91,7 @@ def test_what_no_attempt_describes_is_in_the_ledger_with_the_answers(tmp_path):
     assert captions_of(curated).query("length != 'original'")["attempts"].tolist() == [2] * 12
 
 
+@pytest.mark.slow
 def test_a_duplicate_is_not_described_and_stays_a_duplicate(tmp_path):
     source = folder(tmp_path / "source", 4)
     (source / "q.png").write_bytes(png(1))

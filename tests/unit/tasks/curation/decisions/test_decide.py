@@ -249,6 +249,7 @@ def test_replay_gives_the_decisions_that_a_run_would_give_and_reads_no_image(fol
     pd.testing.assert_frame_equal(book_of(tmp_path / "out"), book_of(decide(folder)))
 
 
+@pytest.mark.slow
 def test_scores_are_replayed_with_a_recipe(folder, capsys):
     config = load_recipe("smoke").curation
     corpus, _, _ = make_sealed("corpus", lambda out: flow.write_corpus(SourceConfig(), str(folder), [], out))

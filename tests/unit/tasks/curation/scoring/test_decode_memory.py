@@ -338,6 +338,7 @@ FORMS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_no_format_takes_more_memory_than_its_header_is_counted_with(tmp_path):
     size, paths = (2000, 2000), []
     for name, (mode, form, options) in FORMS.items():
