@@ -5,8 +5,8 @@
 Each kind is written to a temporary folder (sparse files take no room) and read in a separate process: the scan, then
 every record. URLs are downloaded from a server on the loopback; images are decoded in a worker process. Prints peaks of
 memory over the memory after imports: that of one process, and that of the process and its workers together (pages that
-they share count once; sampled every 30 ms). Then processor time (the machine may be busy; of images, time by the clock)
-and the outcome. A kind passes if both peaks stay within 512 MiB, the time within 60 s, and it ends as declared: read, or
+they share count once; sampled every 30 ms). Then processor time (the machine may be busy) and the
+outcome. A kind passes if both peaks stay within 512 MiB, the time within 60 s, and it ends as declared: read, or
 refused in one ValueError.
 """
 

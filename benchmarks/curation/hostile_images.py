@@ -8,6 +8,7 @@ scoring, then whole as in encoding and captioning. A plain JPEG of any size is d
 from __future__ import annotations
 
 import io
+import resource
 import struct
 import time
 import zlib
@@ -201,11 +202,11 @@ def decode(folder: str) -> tuple[float, float, str, str]:
     from tasks.curation.scoring.decode_memory import WORKER_BYTES
     from tasks.curation.scoring.workers import CrashError, Workers
 
-    baseline, begun = _peak_kib(), time.monotonic()
+    baseline, begun = _peak_kib(), _cpu_s()
     data = (Path(folder) / "x").read_bytes()
     with Workers(_both, 1, memory_bytes=WORKER_BYTES) as workers:
         ((_, result),) = workers.map([(0, data)])
-    seconds, own = time.monotonic() - begun, (_peak_kib() - baseline) / 1024
+    seconds, own = _cpu_s() - begun, (_peak_kib() - baseline) / 1024
     if isinstance(result, CrashError):
         return own, seconds, "refused", f"{result} (the worker's memory is not known; it is limited)"
     memory, ended, text = result
@@ -231,6 +232,11 @@ def _both(data: bytes) -> tuple[float, str, str]:
         return (_peak_kib() - baseline) / 1024, "read", f"{text}; {shown:,} bytes for scorers"
     except MemoryError:
         return (_peak_kib() - baseline) / 1024, "refused", "over the worker's limit of memory"
+
+
+def _cpu_s() -> float:
+    """Of this process and its workers that have ended."""
+    return time.process_time() + sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
 
 
 def _status_kib(name: str) -> int:

@@ -30,6 +30,7 @@ WHITE_IS_ZERO = 0  # of TIFF's photometric tag
 MAX_SCANS = 50  # of a JPEG; each costs a pass over all pixels. Encoders write up to 18
 LARGE_PROFILE_BYTES = 2**16  # of an ICC profile; those of cameras and displays have less
 MAX_PROFILE_BYTES = 4 * 2**20  # of an ICC profile; those of printers have 3 MiB
+MAX_CHUNKS = 100_000  # of a PNG; in chunks of 4 KiB, which few encoders write, these are 400 MiB
 MAX_METADATA_BYTES = 32 * MIB  # of a JPEG; phones' depth maps have a few
 SAME_COLOR = 2  # of 255: a profile that moves no colour further is sRGB
 STRIP_PIXELS = 2**18  # converted at once: a megabyte for each copy, which stays in the processor's cache
@@ -85,6 +86,7 @@ def decodable() -> tuple[str, ...]:
 def _open(data: bytes) -> tuple[ImageFile.ImageFile, Header]:
     _check_webp(data)
     _check_jpeg_metadata(data)
+    _check_png_chunks(data)
     try:
         with warnings.catch_warnings():
             # Our own limit follows at once; Pillow's stays as the last resort (its error, at twice its limit).
@@ -389,6 +391,19 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 # Pictures of one camera share a profile, as strips of a picture do.
 _of_profile = functools.lru_cache(maxsize=16)(_transform)
 _of_large_profile = functools.lru_cache(maxsize=1)(_transform)
+
+
+# --- PNG -------------------------------------------------------------------------------------------------------
+
+
+def _check_png_chunks(data: bytes) -> None:
+    """Counts a PNG's chunks: Pillow takes microseconds and some bytes for each, even if it is empty."""
+    at, chunks = 8, 0
+    while data.startswith(b"\x89PNG\r\n\x1a\n") and at + 8 <= len(data):
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+        chunks += 1
+        if chunks > MAX_CHUNKS:
+            raise UndecodableError(f"a PNG of more than {MAX_CHUNKS:,} chunks")
 
 
 # --- JPEG ------------------------------------------------------------------------------------------------------

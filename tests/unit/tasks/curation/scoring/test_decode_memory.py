@@ -271,6 +271,14 @@ def test_a_jpeg_of_much_metadata_is_refused_before_pillow_appends_it():
     assert decode(data[:2] + segment * 2 + data[2:], ANY).size == (64, 48)
 
 
+def test_a_png_of_very_many_chunks_is_refused_before_pillow_reads_them():
+    data = to_bytes(picture("RGB"), "PNG")
+    empty = b"\0\0\0\0abCd" + struct.pack(">I", zlib.crc32(b"abCd"))
+    with pytest.raises(UndecodableError, match="more than 100,000 chunks"):
+        decode(data[:33] + empty * 100_000 + data[33:], ANY)
+    assert decode(data[:33] + empty * 1_000 + data[33:], ANY).size == (64, 48)
+
+
 def test_scorers_see_a_long_strip_in_few_pixels():
     measured = measure(to_bytes(Image.new("RGB", (400, 8_000)), "PNG"), CurationConfig())
     assert measured.image_size[1] <= SCORER_RATIO * SCORER_PX and len(measured.image) < MIB
