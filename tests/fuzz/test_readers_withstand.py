@@ -66,11 +66,11 @@ def outcome(data: bytes) -> tuple[float, str]:
 
 
 @pytest.mark.parametrize("seed", LIMITED)
-def test_a_seed_that_a_limit_refuses_is_read_or_takes_over_512_mib_without_the_limit(seed, monkeypatch):
+def test_a_seed_that_a_limit_refuses_is_read_or_takes_hundreds_of_mib_without_the_limit(seed, monkeypatch):
     name, module = LIMITED[seed]
     data = (fuzz_readers.SEEDS / seed).read_bytes()
     reserved, ended = outcome(data)
     assert ended != "read" and reserved < 64
     monkeypatch.setattr(module, name, 2**60)
     reserved, ended = outcome(data)
-    assert ended == "read" or reserved > 512
+    assert ended == "read" or reserved > 256  # what this process has freed is used first and does not count
