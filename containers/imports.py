@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("workflows", "tasks", "model", "eval")
-# role -> folders of its own, whose task.py files its pods load; all share the files of tasks/ itself
+# role -> packages that only its pods load, of which task.py has the tasks; all roles load the files directly in tasks/
 FOLDERS = {
     "curation": ["tasks.planning", "tasks.curation"],
     "scorer": ["tasks.curation", "eval.judges.pp_ocr"],

@@ -58,7 +58,7 @@ def reserve_and_end(data: bytes) -> tuple[float, str]:
 
 
 def outcome(data: bytes) -> tuple[float, str]:
-    """In a process of its own: (MiB that decoding reserved, "read" or why not)."""
+    """(MiB that decoding reserved in a separate process, "read" or why not)."""
     decoding.decodable()
     with Workers(reserve_and_end, 1) as workers:
         ((_, result),) = workers.map([(0, data)])

@@ -1,4 +1,4 @@
-"""The cosine transform of perceptual hashes, with numpy alone: SciPy would be a tenth of the curation image.
+"""The cosine transform of perceptual hashes, with numpy alone (docs/decisions/structure.md: the image has no SciPy).
 
 The steps and their order are those of pocketfft, which SciPy's dct calls, and numpy's FFT for the step in the middle. So every
 bit of the result is SciPy's, and so is every bit of a hash, also where a picture's symmetry makes coefficients equal.

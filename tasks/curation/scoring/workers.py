@@ -16,7 +16,7 @@ from typing import Any
 
 TIMEOUT_S = 50.0  # of the 60 s for any input; a photograph takes under a second
 STARVED_S = 0.1  # between looks at a worker that is late
-LARGE_BYTES = 16 * 2**20  # of an item that gets a worker of its own, which shares its parent's copy
+LARGE_BYTES = 16 * 2**20  # a larger item is not sent: a new worker is forked with it, and shares the parent's copy
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # cgroup v2's limit, as containers see it
 CONTAINER_SHARE = 0.8  # share of it for all workers together
 
