@@ -172,7 +172,8 @@ def _ls(options: argparse.Namespace) -> None:
         print(f"  prompts          {benchmark.data or 'made by this package'}")
         print(f"  images           {benchmark.images_per_prompt} per prompt, {'grids' if benchmark.grid else 'files'}")
         print(f"  tasks            {', '.join(benchmark.tasks)}")
-        print(f"  overall          mean of {benchmark.pooling}")
+        of = {"parts": "the prompts' named subscores"}.get(benchmark.pooling, benchmark.pooling)
+        print(f"  overall          mean of {of}")
         for skill, model in benchmark.judges.items():
             usable = [name for name, entry in JUDGES.items() if skill in entry.skills]
             print(f"  judge {skill:<10} officially {model}; here {', '.join(usable) or 'none'}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -93,6 +94,14 @@ class EvalConfig(BaseModel):
         for name in judges.values():
             catalog.check_judge(name)
         return judges
+
+
+RETIRED = ("bootstrap_samples", "equal_within")  # written before 2026-11-30; nothing read them
+
+
+def stored_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a stored run, scorecard or pipeline, without those that this version no longer has."""
+    return {key: value for key, value in config.items() if key not in RETIRED}
 
 
 # Settings that only scoring reads: images do not depend on them.

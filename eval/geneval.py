@@ -114,13 +114,36 @@ def filter_detections(
     """One class's detections, scores strictly above `threshold` (both float32), highest first, at most `max_objects`;
     of these, each drops the later ones whose IoU with it is `max_overlap` or more (1: none).
 
-    A list already in falling order keeps its order among ties, so that filtering twice changes nothing; otherwise
-    ties come out in the official order (an ascending sort, reversed).
+    The order is the official code's, an ascending sort, reversed: ties come out in reverse. To filter what may have been
+    filtered before, see `kept_detections`.
     """
     scores = np.array([_score(d) for d in detections], dtype=np.float32)
+    return _kept(detections, scores, np.argsort(scores)[::-1].tolist(), threshold, max_objects, max_overlap)
+
+
+def kept_detections(
+    detections: Sequence[Any],
+    threshold: float = THRESHOLD,
+    max_objects: int = MAX_OBJECTS,
+    max_overlap: float = MAX_OVERLAP,
+) -> list[dict[str, Any]]:
+    """`filter_detections` of detections before or after filtering, as `judge_image` reads them: a list in falling order
+    keeps its order among ties, so that filtering twice changes nothing."""
+    scores = np.array([_score(d) for d in detections], dtype=np.float32)
+    if all(a >= b for a, b in itertools.pairwise(scores.tolist())):
+        return _kept(detections, scores, range(len(scores)), threshold, max_objects, max_overlap)
+    return filter_detections(detections, threshold, max_objects, max_overlap)
+
+
+def _kept(
+    detections: Sequence[Any],
+    scores: np.ndarray,
+    order: Sequence[int],
+    threshold: float,
+    max_objects: int,
+    max_overlap: float,
+) -> list[dict[str, Any]]:
     rounded, limit = scores.tolist(), float(np.float32(threshold))
-    falling = all(a >= b for a, b in itertools.pairwise(rounded))
-    order = range(len(rounded)) if falling else np.argsort(scores)[::-1].tolist()
     kept = [as_object(detections[i]) for i in order if rounded[i] > limit][:max_objects]
     return kept if max_overlap == 1 else _suppress(kept, max_overlap)
 
@@ -152,7 +175,8 @@ def judge_image(
     independent of other clauses; additional objects are wrong only with an `exclude`.
 
     Args:
-        objects: {class: detections} (see the top of this file), before or after filtering.
+        objects: {class: detections} (see the top of this file), before or after filtering. Equal scores of a list in
+            falling order keep its order; the official code, which filters once, would reverse them.
         metadata: {"tag", "include": [{"class", "count", "color"?, "position"?: [relation, index of an earlier
             clause]}], "exclude"?: [{"class", "count"}]}; other keys are not read.
         threshold, counting_threshold: a detection's score must be strictly above; the latter for the tag "counting".
@@ -169,9 +193,7 @@ def judge_image(
         ValueError: a malformed clause or object, or a required colour is missing.
     """
     limit = counting_threshold if metadata.get("tag") == "counting" else threshold
-    kept = {
-        name: filter_detections(detections, limit, max_objects, max_overlap) for name, detections in objects.items()
-    }
+    kept = {name: kept_detections(detections, limit, max_objects, max_overlap) for name, detections in objects.items()}
     reasons: list[str] = []
     matched: list[list[dict[str, Any]] | None] = []
     for clause in metadata.get("include", ()):
@@ -358,7 +380,7 @@ def result_row(
     max_objects, max_overlap = settings.get("max_objects", MAX_OBJECTS), settings.get("max_overlap", MAX_OVERLAP)
     details = {}
     for name, detections in objects.items():
-        kept = filter_detections(detections, limit, max_objects, max_overlap)
+        kept = kept_detections(detections, limit, max_objects, max_overlap)
         if kept:
             details[name] = [[*map(float, d["box"][:4]), float(d["score"])] for d in kept]
     return {

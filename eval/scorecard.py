@@ -22,7 +22,7 @@ from typing import Any
 from eval import catalog
 from eval.benchmarks import flow_loss
 from eval.benchmarks.base import Benchmark, Judged
-from eval.config import EvalConfig
+from eval.config import EvalConfig, stored_settings
 from eval.files import file_sha256, replacing, write_bytes
 from eval.generation.generate import IMAGES, PROMPTS, SETTINGS, Sampler, generate, read_prompts
 from eval.judging.answers import Answers
@@ -77,8 +77,9 @@ def read_run(run_dir: str | Path) -> tuple[Path, list[dict[str, Any]], dict[str,
             raise ValueError(f"{run_dir} is not a run of eval.generation.generate: it has no {IMAGES}/{name}")
     try:
         generation = json.loads((images_dir / SETTINGS).read_text(encoding="utf-8"))
+        generation["config"] = stored_settings(generation["config"])
         EvalConfig(**generation["config"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{images_dir / SETTINGS} is not readable: {error}") from error
     return images_dir, read_prompts(images_dir / PROMPTS), generation
 

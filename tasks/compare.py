@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eval.config import stored_settings
 from eval.files import read_json_lines
 from eval.stats import mean_interval, over_seeds
 from tasks.trace import Node, walk
@@ -37,6 +38,7 @@ class Run:
     settings: dict[str, Any]
     scores: dict[str, float]  # "overall", tasks, "held_out"
     losses: list[tuple[int, float]]  # (step, loss) of the last stage
+    score: str = ""  # the score's full name: geneval, geneval[judge]
     measures: dict[str, float] = field(default_factory=dict)  # other values to compare, such as routing stability
 
     @property
@@ -87,17 +89,38 @@ def read_run(scorecard: Path, home: Path | None = None) -> Run:
         )
     last, first = stages[0], stages[-1]
     card = json.loads((scorecard / "scorecard.json").read_text())
-    scores = {"overall": card["overall"]["mean"], **{task: value["mean"] for task, value in card["tasks"].items()}}
-    if card["held_out"]:
-        scores["held_out"] = card["held_out"]["overall"]["mean"]
     lines = [row for _, row in read_json_lines(last.path / "metrics.jsonl")]
     return Run(
         scorecard,
         first.manifest.config["train"]["seed"],
-        {**_settings(merged[0], stages), **_flat("eval", card["config"])},
-        scores,
+        {
+            **_settings(merged[0], stages),
+            **_flat("eval", stored_settings(card["config"])),
+            **_flat("eval", scored_by(card)),
+        },
+        scores_of(card),
         [(line["step"], line["loss"]) for line in lines],
+        card["name"],
     )
+
+
+def scores_of(card: Mapping[str, Any]) -> dict[str, float]:
+    """ "overall", each task, and "held_out" if there is one, of a scorecard as JSON."""
+    scores = {"overall": card["overall"]["mean"], **{task: value["mean"] for task, value in card["tasks"].items()}}
+    if card["held_out"]:
+        scores["held_out"] = card["held_out"]["overall"]["mean"]
+    return scores
+
+
+def scored_by(card: Mapping[str, Any]) -> dict[str, str]:
+    """What must be equal for two scorecards, as JSON, to be compared: the score's name and rule, prompts and judges."""
+    judges = {f"judge_{j['role']}": f"{j['name']} at {j['revision'][:12]}" for j in card["settings"]["judges"]}
+    return {
+        "score": card["name"],
+        "rule": card["version"],
+        "prompts": card["settings"]["prompt_set_sha256"][:12],
+        **judges,
+    }
 
 
 def _settings(merged: Node, stages: list[Node]) -> dict[str, Any]:
@@ -148,7 +171,7 @@ def _values(run: Run) -> dict[str, float]:
 
 
 def compare(compared: Sequence[Variant]) -> dict[str, Any]:
-    """{"variants": {name: {score: `over_runs`}}, "differences": {name: {score: `over_runs` of this variant minus the first,
+    """{"score": its name, "variants": {name: {score: `over_runs`}}, "differences": {name: {score: `over_runs` of this variant minus the first,
     on the seeds that both have}}}."""
     base = compared[0]
     differences: dict[str, Any] = {}
@@ -161,7 +184,11 @@ def compare(compared: Sequence[Variant]) -> dict[str, Any]:
                 for score in first[common[0]]
                 if all(score in values[seed] for values in (first, other) for seed in common)
             }
-    return {"variants": {variant.name: variant.summary() for variant in compared}, "differences": differences}
+    return {
+        "score": next(iter(base.runs.values())).score,
+        "variants": {variant.name: variant.summary() for variant in compared},
+        "differences": differences,
+    }
 
 
 def _paired(differences: Mapping[int, float]) -> dict[str, Any]:
@@ -177,7 +204,7 @@ def _paired(differences: Mapping[int, float]) -> dict[str, Any]:
 
 def render(result: Mapping[str, Any]) -> str:
     """The comparison as Markdown: a table of means (with standard deviations over training seeds), and one of differences."""
-    lines = _table(result["variants"], "variant, training seeds", "{:.3f}")
+    lines = [f"Score: {result['score']}", "", *_table(result["variants"], "variant, training seeds", "{:.3f}")]
     if result["differences"]:
         base = next(iter(result["variants"]))
         lines += ["", *_table(result["differences"], f"minus {base}, common seeds", "{:+.3f}")]
@@ -185,7 +212,7 @@ def render(result: Mapping[str, Any]) -> str:
             if (overall := scores["overall"])["verdict"] is not None:
                 low, high = overall["interval"]
                 lines.append(
-                    f"\n{name}: overall {overall['verdict']}, 95% interval over {overall['runs']} training seeds "
+                    f"\n{name}: {result['score']} overall {overall['verdict']}, 95% interval over {overall['runs']} training seeds "
                     f"{low:+.3f} to {high:+.3f}"
                 )
     return "\n".join(lines)
@@ -226,7 +253,8 @@ def draw(compared: Sequence[Variant], path: Path) -> None:
             values = summary[score]["values"]
             right.plot([x] * len(values), values, ".", color=line.get_color())
     left.set(xlabel="step of the last stage", ylabel="training loss, running mean", yscale="log")
-    right.set(ylabel="accuracy, one dot per training seed", ylim=(0, 1.02))
+    score = next(iter(compared[0].runs.values())).score
+    right.set(ylabel=f"{score}, one dot per training seed", ylim=(0, 1.02))
     right.set_xticks(range(len(scores)), scores, rotation=20)
     for axis in (left, right):
         axis.grid(alpha=0.3)

@@ -41,9 +41,9 @@ CACHE_VERSIONS = {
     "training": "3",
     "merging": "1",
     "prompts": "1",
-    "evaluation": "6",
-    "publishing": "3",
-    "study": "1",
+    "evaluation": "7",
+    "publishing": "4",
+    "study": "2",
 }
 
 # Multi-node training is decided when the workflows are registered, since Flyte fixes a task's type then:
@@ -142,6 +142,11 @@ def _secret(setting: str, key: str) -> dict[str, Any]:
     if not name:
         return {}
     return {"secret_requests": [Secret(group=name, key=key, mount_requirement=Secret.MountType.ENV_VAR, env_var=key)]}
+
+
+def recipients() -> list[str]:
+    """Who gets a mail about an execution that ended badly: NUCLEUS_NOTIFY, addresses separated by commas."""
+    return [word.strip() for word in os.environ.get("NUCLEUS_NOTIFY", "").split(",") if word.strip()]
 
 
 def light(role: str) -> dict[str, Any]:

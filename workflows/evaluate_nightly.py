@@ -63,7 +63,7 @@ def _setting(name: str, default: str) -> str:
 
 
 def _plan() -> LaunchPlan:
-    recipients = [word.strip() for word in os.environ.get("NUCLEUS_NOTIFY", "").split(",") if word.strip()]
+    recipients = envs.recipients()
     ended_badly = [WorkflowExecutionPhase.FAILED, WorkflowExecutionPhase.TIMED_OUT]
     inputs = {
         "model": _setting("MODEL", NEWEST),

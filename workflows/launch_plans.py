@@ -14,7 +14,6 @@ NUCLEUS_NOTIFY (addresses, separated by commas) get a mail when an execution fai
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from flytekit import Email, LaunchPlan, WorkflowExecutionPhase
@@ -40,7 +39,7 @@ ENDED_BADLY = [WorkflowExecutionPhase.FAILED, WorkflowExecutionPhase.ABORTED, Wo
 
 
 def _plan(workflow: Any, name: str, recipe: str | None = None) -> LaunchPlan:
-    recipients = [word.strip() for word in os.environ.get("NUCLEUS_NOTIFY", "").split(",") if word.strip()]
+    recipients = envs.recipients()
     return LaunchPlan.get_or_create(
         workflow,
         name,

@@ -267,9 +267,3 @@ def mean(values: Sequence[float | None]) -> float | None:
     """The mean of the values that are not None; None if there are none."""
     present = [value for value in values if value is not None]
     return sum(present) / len(present) if present else None
-
-
-def prompt_digest(prompts: Sequence[Prompt]) -> str:
-    """SHA-256 of a set of prompts, independent of their order and that of their keys."""
-    lines = sorted(json.dumps(prompt, sort_keys=True) for prompt in prompts)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

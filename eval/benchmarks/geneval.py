@@ -139,7 +139,7 @@ class GenEval(Benchmark):
     def _looked_at(self, prompt: Prompt, objects: rule.Objects, name: str) -> list[dict[str, Any]]:
         limit = rule.COUNTING_THRESHOLD if prompt["tag"] == "counting" else rule.THRESHOLD
         listed = [{**rule.as_object(d), "index": i} for i, d in enumerate(objects.get(name, ()))]
-        return rule.filter_detections(listed, limit)
+        return rule.kept_detections(listed, limit)
 
     def judge(self, prompt: Prompt, answers: Mapping[str, Any]) -> dict[str, Any]:
         """`eval.geneval.judge_image` of one image's answers.

@@ -23,7 +23,7 @@ from typing import Any
 
 from PIL import Image
 
-from eval.config import SCORING_KEYS, EvalConfig
+from eval.config import SCORING_KEYS, EvalConfig, stored_settings
 from eval.files import replacing
 from eval.geneval import expected_images
 from eval.judging.protocols import with_ids
@@ -267,7 +267,8 @@ def _claim(images_dir: Path, prompts: Sequence[Mapping[str, Any]], settings: dic
 def _sampling_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings without those that only scoring reads, and without the path of the rewrites (their digest remains)."""
     ignored = SCORING_KEYS | {"prompt_rewrites"}
-    config = EvalConfig(**{k: v for k, v in settings["config"].items() if k not in ignored}).model_dump(mode="json")
+    kept = {k: v for k, v in stored_settings(settings["config"]).items() if k not in ignored}
+    config = EvalConfig(**kept).model_dump(mode="json")
     return {**json.loads(json.dumps(settings)), "config": config}
 
 

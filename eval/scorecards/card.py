@@ -89,7 +89,7 @@ class JudgeRecord(Section):
     model: str
     revision: str
     spec: dict[str, Any]
-    official: bool
+    official: bool | None  # None: the benchmark names no official model
 
 
 class Settings(Section):

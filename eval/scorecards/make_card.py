@@ -230,6 +230,11 @@ def _deviations(
     return deviations
 
 
+def _is_official(benchmark: Benchmark, skill: str, model: str) -> bool | None:
+    official = benchmark.judges.get(skill)
+    return None if official == "" else official == model
+
+
 def _settings(
     rows: Sequence[Row],
     prompts: Sequence[Mapping[str, Any]],
@@ -242,7 +247,7 @@ def _settings(
     digests = sorted((r["seed"], r["prompt_id"], r["image_index"], r["sha256"]) for r in rows)
     return Settings(
         judges=[
-            JudgeRecord(role=skill, **judge, official=benchmark.judges.get(skill) in ("", judge["model"]))
+            JudgeRecord(role=skill, **judge, official=_is_official(benchmark, skill, judge["model"]))
             for skill, judge in sorted(judges.items())
         ],
         pipeline=sampler.get("pipeline", "unknown"),

@@ -174,7 +174,7 @@ def _range(score: CategoryScore, scale: float) -> str:
 
 def _headline(card: Scorecard) -> str:
     counts, overall = card.counts, card.overall
-    unofficial = [judge.name for judge in card.settings.judges if not judge.official]
+    unofficial = [judge.name for judge in card.settings.judges if judge.official is False]
     notes = list(card.deviations)
     if unofficial:
         notes.append(f"judged by {', '.join(unofficial)}, not by the benchmark's official judge: not comparable to published {card.benchmark} scores")  # fmt: skip
@@ -260,7 +260,7 @@ def _references(card: Scorecard) -> str:
         return ""
     words = {True: "within our interval", False: "outside our interval", None: "no interval of the official score"}
     if card.name != card.benchmark:
-        words[None] = "not comparable: other judges"
+        words[None] = "not comparable: other or missing judges"
     rows = "".join(
         f'<tr><td>{text(r.model)}</td><td>{text(r.category)}</td><td class="n">{r.published:g}</td>'
         f'<td class="n">{_official(r.ours, card.scale)}</td>'

@@ -30,14 +30,9 @@ def clean_captions(captions: Iterable[str] | None) -> list[str]:
     return list(seen.values())
 
 
-def usable_captions(captions: Iterable[str] | None, config: CaptionConfig) -> list[str]:
-    """The clean captions of at most `max_words`. Longer ones are dropped, not cut: half a sentence may mean something
-    else."""
-    return [text for text in clean_captions(captions) if count_words(text) <= config.max_words]
-
-
 def merge_captions(own: Sequence[str], extra: Sequence[str], config: CaptionConfig) -> list[str]:
-    """The captions of a record and of its exact duplicates that are short enough, without repeats."""
+    """The captions of a record and of its exact duplicates that are short enough, without repeats. Longer ones are dropped,
+    not cut: half a sentence may mean something else."""
     usable = [text for text in own if count_words(text) <= config.max_words]
     return [text for text in clean_captions([*usable, *extra]) if count_words(text) <= config.max_words]
 

@@ -106,12 +106,14 @@ def gate(stored: Sequence[str], fetch: Callable[[str], Path], log: Callable[[str
     Args:
         stored: results of `store_score`.
         fetch: (path or URI of a scorecard) -> its directory on this machine.
-        log: gets each sentence, also if another score dropped.
+        log: gets each sentence, also those about drops.
 
     Raises:
-        DropError: scores dropped beyond noise; names each. The others are still accepted.
+        DropError: scores dropped beyond noise; names each, and those that could not be read. The others are still
+            accepted.
+        ValueError: a scorecard or a reference cannot be read. Its score is gated again the next night.
     """
-    sentences, drops = [], []
+    sentences, drops, failures = [], [], []
     for text in stored:
         item = json.loads(text)
         scorecard, key, references = item["scorecard"], item["key"], item["references"]
@@ -123,7 +125,12 @@ def gate(stored: Sequence[str], fetch: Callable[[str], Path], log: Callable[[str
                 sentence = _not_compared(fetch(scorecard), fetch(list(references.values())[-1]) if references else None)
         except DropError as error:
             drops.append(str(error))
+            log(str(error))
             update: dict[str, Any] = {"gated": YES}
+        except Exception as error:  # stores raise their own types; what was seen before must still be reported
+            failures.append(f"{item['benchmark']} cannot be gated: {error}")
+            log(failures[-1])
+            continue
         else:
             log(sentence)
             sentences.append(sentence)
@@ -135,7 +142,9 @@ def gate(stored: Sequence[str], fetch: Callable[[str], Path], log: Callable[[str
         if record.get("scorecard") == scorecard:
             _write(item["source"], item["benchmark"], record | update)
     if drops:
-        raise DropError("; ".join(drops))
+        raise DropError("; ".join([*drops, *failures]))
+    if failures:
+        raise ValueError("; ".join(failures))
     return sentences
 
 

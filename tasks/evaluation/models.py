@@ -21,14 +21,13 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from eval import catalog
-from eval.config import SchedulerConfig
+from eval.config import SchedulerConfig, stored_settings
 from eval.generation import pipelines
 from model import storage
 from tasks.manifest import MANIFEST, load_manifest, verify
 from tasks.sealed import newest_pipeline
 from tasks.store import home
 
-RETIRED = ("bootstrap_samples", "equal_within")  # settings of pipelines published before 2026-11-30; nothing read them
 NEWEST = "newest"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 LATEST = "latest.json"  # of tasks.publishing.s3: the pointer to the version that was published last
@@ -173,7 +172,7 @@ def published_settings(model: Model) -> dict[str, Any] | None:
         return None
     settings = json.loads(content).get("config", {}).get("recipe", {}).get("eval")
     catalog.refuse_code(settings, f"the manifest of {model.place}")
-    return {k: v for k, v in settings.items() if k not in RETIRED} if isinstance(settings, dict) else None
+    return stored_settings(settings) if isinstance(settings, dict) else None
 
 
 def load(model: Model, scheduler: SchedulerConfig = SchedulerConfig()) -> Loaded:

@@ -219,11 +219,17 @@ def gate_scores(stored: list[str]) -> list[str]:
     why."""
     from tasks.evaluation import history
 
-    with plain_errors():
-        sentences = history.gate(stored, lambda uri: _scores(FlyteDirectory(uri)))
-    rows = [(sentence,) for sentence in sentences]
-    Deck("Gate", html_page.page("Gate", html_page.table(["scores of this night"], rows)))
-    return sentences
+    rows: list[tuple[str]] = []
+
+    def log(sentence: str) -> None:
+        print(sentence, flush=True)
+        rows.append((sentence,))
+
+    try:
+        with plain_errors():
+            return history.gate(stored, lambda uri: _scores(FlyteDirectory(uri)), log)
+    finally:
+        Deck("Gate", html_page.page("Gate", html_page.table(["scores of this night"], rows)))
 
 
 class Choice(NamedTuple):

@@ -169,5 +169,11 @@ def own_captions(config: EvalConfig) -> EvalConfig:
     if config.benchmark != "shapes":
         return config
     per_prompt = catalog.benchmark("captions").images_per_prompt
-    update = {"benchmark": "captions", "judges": {}, "prompts_per_task": None, "images_per_prompt": per_prompt}
+    update = {
+        "benchmark": "captions",
+        "further_benchmarks": tuple(name for name in config.further_benchmarks if name != "captions"),
+        "judges": {},
+        "prompts_per_task": None,
+        "images_per_prompt": per_prompt,
+    }
     return config.model_copy(update=update)

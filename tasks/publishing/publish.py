@@ -27,7 +27,7 @@ from typing import Any
 from model.constants import PIPELINE_TEXT_STATE
 from model.logs import get_logger
 from tasks.diffusers_parts import SCHEDULER, processor_class
-from tasks.manifest import MANIFEST, sha256_file
+from tasks.manifest import MANIFEST, load_manifest, sha256_file
 from tasks.publishing.card import model_card
 from tasks.publishing.config import PublishConfig
 from tasks.trace import lineage_rows
@@ -76,6 +76,8 @@ def publish(
             if not any(source.glob(pattern)):
                 raise ValueError(f"{source} has no {pattern}: it is not a {name} that diffusers can load")
     _check_fit(sources, recipe)
+    scorecard, *further = (_read_scorecard(Path(directory)) for directory in (scorecard_dir, *further_dirs))
+    _check_scores([scorecard, *further], Path(merged_dir), Path(components_dir), recipe)
 
     for i, (name, source) in enumerate(sources.items(), 1):
         logger.info(f"publish {i}/{len(sources)}: {name}")
@@ -89,7 +91,6 @@ def publish(
     index["scheduler"] = ["diffusers", SCHEDULER["_class_name"]]
     _write_json(out_dir / "model_index.json", index)
 
-    scorecard, *further = (_read_scorecard(Path(directory)) for directory in (scorecard_dir, *further_dirs))
     shutil.copyfile(Path(scorecard_dir) / "scorecard.json", out_dir / "scorecard.json")
     for directory, card in zip(further_dirs, further, strict=True):
         name = re.sub(r"[^\w.-]", "-", card["benchmark"])
@@ -114,6 +115,27 @@ def _read_scorecard(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{directory} has no scorecard.json; only a model with scores is published")
     return json.loads(path.read_text())
+
+
+def _check_scores(cards: Sequence[dict[str, Any]], merged: Path, components: Path, recipe: dict[str, Any]) -> None:
+    """Refuses scores of other weights, two of one benchmark, and the lack of one that the recipe asks for."""
+    digests = {"merged": load_manifest(merged).digest, "components": load_manifest(components).digest}
+    for card in cards:
+        scored = card["settings"]["model_digests"]
+        for kind, digest in digests.items():
+            if scored.get(kind, digest) != digest:
+                raise ValueError(
+                    f"the scorecard of {card['name']} is of other {kind} (digest {scored[kind][:12]}) than those to publish "
+                    f"({digest[:12]}): score these"
+                )
+    names = [card["benchmark"] for card in cards]
+    if len(set(names)) < len(names):
+        raise ValueError(f"there are two scorecards of one benchmark among {', '.join(names)}: give one of each")
+    if absent := [name for name in recipe["eval"].get("further_benchmarks", ()) if name not in names]:
+        raise ValueError(
+            f"the recipe's eval.further_benchmarks have {', '.join(absent)}, of which no scorecard is given: add it to "
+            "further, or change the recipe"
+        )
 
 
 PRIVATE = (("source", "path"), ("train", "checkpoint_uri"), ("publish", "s3_uri"), ("publish", "s3_bucket_owner"))

@@ -10,6 +10,7 @@ from typing import Any
 from eval.files import read_json_lines
 from model.constants import TILE_PX
 from model.stages import TrainingStage, training_stages
+from tasks.compare import scored_by, scores_of
 from tasks.manifest import as_parent
 from tasks.recipe import Recipe
 from tasks.study.config import StudyRun
@@ -38,6 +39,7 @@ def describe_run(
         JSON-able: variant, seed, settings, scores, losses [[step, loss]] of the last stage, cost, routing, timing
         (values that depend on the machine), parents.
     """
+    card = json.loads((scorecard / "scorecard.json").read_text())
     reports = [json.loads((path / "report.json").read_text()) for path in checkpoints]
     lines = [row for _, row in read_json_lines(checkpoints[-1] / "metrics.jsonl")]
     every = max(1, len(lines) // MAX_POINTS)
@@ -46,7 +48,8 @@ def describe_run(
         "variant": run.variant,
         "seed": run.seed,
         "settings": recipe.model_dump(mode="json"),
-        "scores": read_scores(scorecard),
+        "scored_by": scored_by(card),
+        "scores": scores_of(card),
         "losses": [[line["step"], line["loss"]] for line in lines[::every]],
         "cost": {
             "steps": sum(report["steps"] for report in reports),
@@ -64,15 +67,6 @@ def describe_run(
         },
         "parents": [as_parent(scorecard).model_dump(), as_parent(merged).model_dump()],
     }
-
-
-def read_scores(scorecard: Path) -> dict[str, float]:
-    """ "overall", each task, and "held_out" if there is one."""
-    card = json.loads((scorecard / "scorecard.json").read_text())
-    scores = {"overall": card["overall"]["mean"], **{task: value["mean"] for task, value in card["tasks"].items()}}
-    if card.get("held_out"):
-        scores["held_out"] = card["held_out"]["overall"]["mean"]
-    return scores
 
 
 def training_flops(stage: TrainingStage, text_tokens: int) -> int:

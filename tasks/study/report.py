@@ -64,14 +64,20 @@ def write_study(runs: list[dict[str, Any]], out_dir: Path) -> dict[str, Any]:
 
 
 def _variants(runs: list[dict[str, Any]]) -> list[Variant]:
-    scored = {json.dumps(run["settings"]["eval"], sort_keys=True) for run in runs}
+    scored = sorted({json.dumps([run["settings"]["eval"], run["scored_by"]], sort_keys=True) for run in runs})
     if len(scored) > 1:
-        raise ValueError("the runs of a study must have one eval section: their scores cannot be compared")
+        names = " and ".join(sorted({json.dumps(run["scored_by"]) for run in runs}))
+        raise ValueError(
+            "the runs of a study must have one eval section, and the same judges and prompts: their scores cannot be "
+            f"compared ({names})"
+        )
     variants: dict[str, Variant] = {}
     for run in runs:
         variant = variants.setdefault(run["variant"], Variant(run["variant"]))
         losses = [(step, loss) for step, loss in run["losses"]]
-        variant.runs[run["seed"]] = Run("", run["seed"], {}, run["scores"], losses, run["routing"])
+        variant.runs[run["seed"]] = Run(
+            "", run["seed"], {}, run["scores"], losses, run["scored_by"]["score"], run["routing"]
+        )
     return list(variants.values())
 
 
@@ -103,7 +109,7 @@ def markdown(study: dict[str, Any], timing: list[dict[str, Any]]) -> str:
         "",
         f"Training seeds {', '.join(map(str, study['seeds']))}. Means (standard deviations over training seeds).",
         "",
-        render({"variants": study["variants"], "differences": {}}),
+        render({"score": study["score"], "variants": study["variants"], "differences": {}}),
     ]
     if study["differences"]:
         lines += [

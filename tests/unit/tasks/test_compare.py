@@ -24,7 +24,16 @@ def trained(tmp_path):
     """Makes the lineage of a training of two stages, and returns its scorecard."""
     latents = [sealed(tmp_path / f"latents{i}", "latents") for i in (1, 2)]
 
-    def make(name: str, seed: int, overall: float, loss: float, guidance: float = 3.0, nproc: int = 1, **optim) -> Path:
+    def make(
+        name: str,
+        seed: int,
+        overall: float,
+        loss: float,
+        guidance: float = 3.0,
+        nproc: int = 1,
+        judge: str = "a",
+        **optim,
+    ) -> Path:
         home, stages = tmp_path / name, []
         for i, data in enumerate(latents):
             config = {
@@ -42,7 +51,8 @@ def trained(tmp_path):
         images = sealed(home / "images", "images", [merged])
         card = {
             "overall": {"mean": overall}, "tasks": {"counting": {"mean": overall / 2}}, "held_out": None,
-            "config": {"guidance_scale": guidance},
+            "config": {"guidance_scale": guidance}, "name": f"geneval[{judge}]", "version": "1",
+            "settings": {"prompt_set_sha256": "0" * 64, "judges": [{"role": "vqa", "name": judge, "revision": "r" * 64}]},
         }  # fmt: skip
         return sealed(home / "card", "scorecard", [images], scorecard__json=json.dumps(card))
 
@@ -79,7 +89,7 @@ def test_a_difference_that_all_training_seeds_agree_on_is_one(trained):
     result = compare(variants([read_run(card) for card in cards]))
     (difference,) = result["differences"].values()
     assert difference["overall"]["verdict"] == "lower"
-    assert "lr=0.003: overall lower, 95% interval over 4 training seeds" in render(result)
+    assert "lr=0.003: geneval[a] overall lower, 95% interval over 4 training seeds" in render(result)
 
 
 def test_the_command_prints_the_table_and_draws_it(trained, tmp_path, capsys):
@@ -96,6 +106,7 @@ def test_the_command_prints_the_table_and_draws_it(trained, tmp_path, capsys):
 @pytest.mark.parametrize("second, message", [
     (dict(seed=0, overall=0.9, loss=0.1), "both have train.seed=0 and all runs"),
     (dict(seed=1, overall=0.9, loss=0.1, guidance=4.0), "eval.guidance_scale is 3.0 and 4.0"),
+    (dict(seed=1, overall=0.9, loss=0.1, judge="b"), "eval.judge_vqa is a at rrrrrrrrrrrr and b at rrrrrrrrrrrr"),
 ])  # fmt: skip
 def test_what_cannot_be_compared_is_refused(trained, capsys, second, message):
     cards = [trained("a", 0, 0.9, 0.1), trained("b", **second)]

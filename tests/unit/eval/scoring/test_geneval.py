@@ -9,6 +9,7 @@ from eval.geneval import (
     expected_images,
     filter_detections,
     judge_image,
+    kept_detections,
     load_prompts,
     relative_position,
     summarise,
@@ -162,10 +163,19 @@ def test_sixteen_detections_of_a_class_are_kept_highest_first():
     assert filter_detections(result) == result
 
 
-def test_sorted_ties_keep_their_order_and_others_come_out_reversed():
+def test_ties_come_out_in_the_official_order_and_filtered_lists_are_judged_as_they_are():
     ties = [box(0, score=0.8), box(1, score=0.8), box(2, score=0.5)]
-    assert [d["box"][0] for d in filter_detections(ties)] == [0, 1, 2]
+    assert [d["box"][0] for d in filter_detections(ties)] == [1, 0, 2]
     assert [d["box"][0] for d in filter_detections(ties[::-1])] == [0, 1, 2]
+    assert [d["box"][0] for d in filter_detections([box(i, score=0.9) for i in range(20)])] == list(range(19, 3, -1))
+    filtered = filter_detections(ties)
+    assert kept_detections(filtered) == filtered
+    metadata = ask({"class": "dog", "count": 1, "color": "red"}, tag="colors")
+    colored = [{**box(0, score=0.8), "color": "red"}, {**box(1, score=0.8), "color": "blue"}]
+    assert (
+        judge_image({"dog": colored}, metadata)["correct"]
+        and not judge_image({"dog": colored[::-1]}, metadata)["correct"]
+    )
 
 
 def test_bare_numbers_stand_for_box_and_score():

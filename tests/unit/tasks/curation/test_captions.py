@@ -3,7 +3,7 @@ import hashlib
 import pytest
 from pydantic import ValidationError
 
-from tasks.curation.captions import choose_captions, count_words, usable_captions
+from tasks.curation.captions import choose_captions, clean_captions, count_words, merge_captions
 from tasks.curation.config import CaptionConfig
 
 PER_TIER = {"A1": 4, "A2": 3, "A3": 3, "A4": 2, "A5": 1}
@@ -14,18 +14,18 @@ ID = "0123456789abcdef" * 4
 
 def test_whitespace_is_normalised_and_empties_and_repeats_go():
     texts = ["  a\tred \n circle ", "a red circle", "A RED circle", "", "   ", "a\x00 b", None, "caf\u0065\u0301"]
-    assert usable_captions(texts, CONFIG) == ["a red circle", "a b", "caf\u00e9"]
-    assert usable_captions(None, CONFIG) == []
+    assert merge_captions([], texts, CONFIG) == ["a red circle", "a b", "caf\u00e9"]
+    assert clean_captions(None) == []
 
 
 def test_joiners_are_part_of_words_and_marks_of_direction_are_not():
     family, plant = "a \U0001f468\u200d\U0001f469\u200d\U0001f467", "\u0646\u06cc\u200c\u0634\u06a9\u0631"
-    assert usable_captions([family, plant, "\u202eleft\ufeff"], CONFIG) == [family, plant, "left"]
+    assert merge_captions([], [family, plant, "\u202eleft\ufeff"], CONFIG) == [family, plant, "left"]
 
 
 def test_a_caption_over_the_limit_is_dropped_not_cut():
     config = CaptionConfig(per_tier=PER_TIER, max_words=3)
-    assert usable_captions(["one two three", "one two three four"], config) == ["one two three"]
+    assert merge_captions([], ["one two three", "one two three four"], config) == ["one two three"]
 
 
 @pytest.mark.parametrize(("tier", "count"), PER_TIER.items())
@@ -72,5 +72,5 @@ def test_words_are_counted_in_languages_without_spaces_too(text, words):
 
 def test_a_long_sentence_without_spaces_is_over_the_limit():
     config = CaptionConfig(per_tier=PER_TIER, max_words=12)
-    assert usable_captions(["一只红色的猫在椅子旁边" * 36], config) == []
-    assert usable_captions(["一只红色的猫在椅子旁边"], config) == ["一只红色的猫在椅子旁边"]
+    assert merge_captions([], ["一只红色的猫在椅子旁边" * 36], config) == []
+    assert merge_captions([], ["一只红色的猫在椅子旁边"], config) == ["一只红色的猫在椅子旁边"]

@@ -331,3 +331,29 @@ def test_a_part_must_be_one_of_its_parts():
         ImagesPart(seed=0, index=2, parts=2)
     with pytest.raises(ValueError, match="parts_per_seed=0"):
         plan.plan_parts(CONFIG, 0)
+
+
+def test_a_score_that_cannot_be_gated_hides_no_drop_and_is_gated_the_next_night(monkeypatch):
+    written, sentences = {}, []
+
+    def drops(reference, scorecard):
+        raise evaluate.DropError("geneval dropped")
+
+    def fetch(place):
+        if place == "broken":
+            raise OSError("no such object")
+        return place
+
+    monkeypatch.setattr(history, "check_drop", drops)
+    monkeypatch.setattr(history, "read", lambda source, benchmark: {"scorecard": benchmark, "gated": "no"})
+    monkeypatch.setattr(history, "_write", lambda source, benchmark, record: written.update({benchmark: record}))
+    stored = [
+        json.dumps({"source": "s", "benchmark": name, "scorecard": name, "key": "k", "references": {"k": reference}})
+        for name, reference in (("geneval", "good"), ("geneval2", "broken"))
+    ]
+    with pytest.raises(evaluate.DropError, match="geneval dropped; geneval2 cannot be gated: no such object"):
+        history.gate(stored, fetch, sentences.append)
+    assert {name: record["gated"] for name, record in written.items()} == {"geneval": "yes"}
+    assert sentences == ["geneval dropped", "geneval2 cannot be gated: no such object"]
+    with pytest.raises(ValueError, match="^geneval2 cannot be gated"):
+        history.gate(stored[1:], fetch, sentences.append)

@@ -42,6 +42,7 @@ SCORECARD = {
     "held_out": None,
     "counts": {"expected": 6, "scored": 6, "failed": 0},
     "interval": {"method": "Wilson", "level": 0.95},
+    "settings": {"model_digests": {}},
 }
 
 
@@ -65,6 +66,24 @@ def published(parts, recipe, tmp_path_factory) -> Path:
     report = publish.publish(parts / "merged", parts / "components", parts / "scorecard", recipe, out)
     assert report["class"] == "NucleusMoEImagePipeline" and report["files"] == sum(p.is_file() for p in out.rglob("*"))
     return out
+
+
+def test_scores_of_other_weights_two_of_one_benchmark_and_missing_ones_are_refused(parts, recipe, tmp_path):
+    def publish_with(message: str, *cards: dict, further: tuple[str, ...] = ()) -> None:
+        folders = []
+        for i, card in enumerate(cards):
+            folders.append(tmp_path / f"{len(list(tmp_path.iterdir()))}-{i}")
+            folders[-1].mkdir()
+            (folders[-1] / "scorecard.json").write_text(json.dumps(SCORECARD | card))
+        changed = recipe | {"eval": recipe["eval"] | {"further_benchmarks": list(further)}}
+        with pytest.raises(ValueError, match=message):
+            publish.publish(parts / "merged", parts / "components", folders[0], changed, tmp_path / "out", folders[1:])
+        assert not (tmp_path / "out").exists()
+
+    for kind in ("merged", "components"):
+        publish_with(f"is of other {kind} .digest ffff", {"settings": {"model_digests": {kind: "f" * 64}}})
+    publish_with("two scorecards of one benchmark among shapes, shapes", {}, {})
+    publish_with("further_benchmarks have geneval2, of which no scorecard", {}, further=("geneval2",))
 
 
 def test_weights_and_tables_are_copied_byte_for_byte(parts, published):

@@ -16,6 +16,7 @@ def run(variant: str, seed: int, overall: float, minutes: float = 1.0, **setting
     return {
         "variant": variant, "seed": seed, "scores": {"overall": overall, "counting": overall / 2},
         "settings": {"name": variant, "train": {"seed": seed, "lr": 0.1, **settings}, "eval": {"steps": 4}},
+        "scored_by": {"score": "geneval[a]", "rule": "1", "prompts": "0", "judge_vqa": "a at 0"},
         "losses": [[step, 1.0 - step / 200 + seed / 100] for step in range(0, 101, 10)],
         "cost": {"steps": 100, "images": 800, "training_flops": 10**12, "parameters": 1000, "active_parameters": 500,
                  "skipped_steps": 0},
@@ -81,7 +82,7 @@ def test_differences_are_paired_by_seed_and_have_intervals(tmp_path):
 def test_tables_and_page_show_everything_and_escape_names(tmp_path):
     write_study(RUNS, tmp_path)
     text, page = (tmp_path / "study.md").read_text(), (tmp_path / "study.html").read_text()
-    for words in ("-0.080", "smallest visible", "1.000e+12", "| 2.0 |", "`train.lr=0.01`"):
+    for words in ("Score: geneval[a]", "-0.080", "smallest visible", "1.000e+12", "| 2.0 |", "`train.lr=0.01`"):
         assert words in text, words
     assert "<slow>" not in page and "&lt;slow&gt;" in page and "data:image/png;base64" in page and "<table>" in page
 
@@ -108,6 +109,9 @@ def test_runs_that_were_scored_in_different_ways_are_refused(tmp_path):
     other["settings"]["eval"]["steps"] = 5
     with pytest.raises(ValueError, match="one eval section"):
         write_study([RUNS[0], other], tmp_path)
+    judged = {**RUNS[3], "scored_by": {**RUNS[3]["scored_by"], "judge_vqa": "b at 1"}}
+    with pytest.raises(ValueError, match="b at 1"):
+        write_study([RUNS[0], judged], tmp_path)
 
 
 @pytest.mark.slow
