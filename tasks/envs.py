@@ -32,8 +32,8 @@ logging.getLogger("flytekit").addFilter(
 CACHE_VERSIONS = {
     "urls": "2",
     "records": "9",
-    "scores": "11",
-    "captions": "2",
+    "scores": "12",
+    "captions": "3",
     "curation": "7",
     "components": "4",
     "texts": "3",

@@ -47,7 +47,6 @@ PRELOADED = [
     "tasks.curation.sources.tars",
     "tasks.curation.sources.urls.fetch",
     "pillow_heif",
-    "scipy.fftpack",
 ]  # part of the baseline
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hostile_inputs import KINDS, MIB
+from PIL import Image
 
 MAX_PIXELS = 178_956_970  # of recipes/nucleus_17b.yaml
 IMAGES: set[str] = set()  # names of kinds
@@ -178,6 +179,15 @@ def image_png_of_384_columns() -> bytes:
 def image_png_of_small_chunks() -> bytes:
     """22 million empty chunks."""
     return _png(64, 64, _chunk(b"abCd", b"") * (256 * MIB // 12 - 1000))
+
+
+@image("refused")
+def image_jpeg_of_small_segments() -> bytes:
+    """8 million empty comments."""
+    with io.BytesIO() as file:
+        Image.new("RGB", (64, 64)).save(file, "JPEG")
+        whole = file.getvalue()
+    return whole[:2] + b"\xff\xfe\x00\x02" * (31 * MIB // 4) + whole[2:]
 
 
 @image("refused")

@@ -12,22 +12,28 @@ import numpy as np
 
 from tasks.curation.config import CaptionConfig
 
-JOINERS = "\u200c\u200d"  # joiners: they change letters in Persian and Hindi, and join emoji
+# Characters that show nothing, dropped: the direction of writing, byte order marks, spaces without width. Joiners (U+200C and
+# U+200D), which change letters in Persian and Hindi and join emoji, are kept, as are characters that Python does not know yet.
+INVISIBLE = frozenset("\u200b\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufeff")
 LETTERS_PER_WORD = 3  # average, for scripts without spaces and ideographs, such as Thai
 
 
 def clean_captions(captions: Iterable[str] | None) -> list[str]:
-    """Normalised (NFC, single spaces, no control characters but joiners), without empties and repeats, in order."""
+    """Normalised (NFC, single spaces, without control and invisible characters), without empties and repeats, in order."""
     seen: dict[str, str] = {}
     for caption in captions if captions is not None else ():
         if not isinstance(caption, str):
             continue
         text = unicodedata.normalize("NFC", caption)
-        text = "".join(c if unicodedata.category(c)[0] != "C" or c.isspace() or c in JOINERS else "" for c in text)
-        text = " ".join(text.split())
+        text = " ".join("".join(c for c in text if not _is_dropped(c)).split())
         if text:
             seen.setdefault(text.casefold(), text)
     return list(seen.values())
+
+
+def _is_dropped(character: str) -> bool:
+    control = unicodedata.category(character) in ("Cc", "Cs") and not character.isspace()
+    return control or character in INVISIBLE
 
 
 def merge_captions(own: Sequence[str], extra: Sequence[str], config: CaptionConfig) -> list[str]:

@@ -50,19 +50,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return _check(options)
-    except ValueError as error:
-        print(f"ValueError: {error}")
+    except (ValueError, OSError) as error:
+        print(f"{type(error).__name__}: {error}")
         return 1
 
 
 def _check(options: argparse.Namespace) -> int:
     from tasks.curation import flow
     from tasks.curation.sources import base
+    from tasks.planning.local_run import check_home
     from tasks.planning.sections import for_own_images
     from tasks.planning.source import check_source
     from tasks.recipe import load_recipe
-    from tasks.store import fetch_part
+    from tasks.store import fetch_part, home
 
+    check_home(home())
     check_source(options.source, True)
     recipe = for_own_images(load_recipe(options.recipe, options.overrides))
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):  # lines of progress

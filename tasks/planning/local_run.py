@@ -16,13 +16,21 @@ def check_directories(home: Path, cache: Path) -> None:
     Raises:
         ValueError: one cannot be made or written; the message names the variable that changes it.
     """
-    _check_writable(home, f"NUCLEUS_HOME={home}: artifacts cannot be written there", "set NUCLEUS_HOME")
+    check_home(home)
     if os.environ.get("FLYTE_LOCAL_CACHE_ENABLED", "true").lower() not in ("false", "0"):
         _check_writable(
             cache.expanduser(),
             f"HOME={os.environ.get('HOME', '')}: Flyte's local cache {cache} cannot be written",
             "set FLYTE_LOCAL_CACHE_ENABLED=false to run without a cache, or set HOME",
         )
+
+
+def check_home(home: Path) -> None:
+    """
+    Raises:
+        ValueError: it cannot be made or written; the message names NUCLEUS_HOME.
+    """
+    _check_writable(home, f"NUCLEUS_HOME={home}: artifacts cannot be written there", "set NUCLEUS_HOME")
 
 
 def _check_writable(directory: Path, message: str, remedy: str) -> None:

@@ -31,6 +31,7 @@ MAX_SCANS = 50  # of a JPEG; each costs a pass over all pixels. Encoders write u
 LARGE_PROFILE_BYTES = 2**16  # of an ICC profile; those of cameras and displays have less
 MAX_PROFILE_BYTES = 4 * 2**20  # of an ICC profile; those of printers have 3 MiB
 MAX_CHUNKS = 100_000  # of a PNG; in chunks of 4 KiB, which few encoders write, these are 400 MiB
+MAX_SEGMENTS = 4096  # before a JPEG's picture; a profile has up to 255, phones write some hundreds
 MAX_METADATA_BYTES = 32 * MIB  # of a JPEG; phones' depth maps have a few
 SAME_COLOR = 2  # of 255: a profile that moves no colour further is sRGB
 STRIP_PIXELS = 2**18  # converted at once: a megabyte for each copy, which stays in the processor's cache
@@ -415,13 +416,16 @@ _MARKER_OR_RESTART = re.compile(rb"\xff[^\x00\xff]", re.DOTALL)
 
 def _check_jpeg_metadata(data: bytes) -> None:
     """Walks the segments before a JPEG's picture: Pillow appends those of EXIF to each other, which takes time with the square
-    of their number."""
-    at, code = 2, 0
+    of their number, and keeps each of all kinds, which takes memory even if it is empty."""
+    at, code, segments = 2, 0, 0
     while data.startswith(b"\xff\xd8") and code != 0xDA and (match := _MARKER.search(data, at)) is not None:
         code, at = data[match.start() + 1], match.end()
         at += int.from_bytes(data[at : at + 2], "big")
+        segments += 1
         if at > MAX_METADATA_BYTES:
             raise UndecodableError(f"a JPEG with over {MAX_METADATA_BYTES // MIB} MiB before its picture")
+        if segments > MAX_SEGMENTS:
+            raise UndecodableError(f"a JPEG of over {MAX_SEGMENTS:,} segments before its picture")
 
 
 def _check_jpeg(data: bytes) -> int:

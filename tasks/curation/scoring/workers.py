@@ -172,7 +172,7 @@ class _Worker:
                 self.alive, self.took_s = False, self._timeout_s
                 return CrashError(f"the image took over {self._timeout_s:g} s to decode")
             self.took_s, result = self._connection.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # it ended, perhaps in the middle of a message
             self.alive, self.took_s = False, time.monotonic() - self._sent
             self._process.join(5)
             code = self._process.exitcode
@@ -237,6 +237,10 @@ def _serve(
             result = function(data)
         except Exception as error:
             result = error
-        connection.send((time.monotonic() - begun, result))
+        took_s = time.monotonic() - begun
+        try:
+            connection.send((took_s, result))
+        except MemoryError as error:  # before the first byte
+            connection.send((took_s, error))
         if item is not None:
             os._exit(0)

@@ -83,7 +83,11 @@ class FileTree:
             ValueError: a folder cannot be listed; the message names it.
         """
         if self.alone is not None:
-            yield Folder("", [], {self.alone: self.size(self.alone)}, [])
+            try:
+                size = self.size(self.alone)
+            except OSError as error:
+                raise _unreadable(self.shown(self.alone), error) from error
+            yield Folder("", [], {self.alone: size}, [])
             return
         waiting = [("", False)]
         while waiting:

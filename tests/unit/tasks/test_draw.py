@@ -39,10 +39,10 @@ def home(tmp_path_factory) -> Path:
         "held_out": None,
         "counts": {"expected": 6, "scored": 6, "failed": 0},
         "interval": {"method": "Wilson", "level": 0.95},
+        "settings": {"model_digests": {name: seal(parts / name, name).digest for name in ("merged", "components")}},
     }
     (parts / "scorecard/scorecard.json").write_text(json.dumps(card))
-    for name in ("components", "merged", "scorecard"):
-        seal(parts / name, name)
+    seal(parts / "scorecard", "scorecard")
     recipe = load_recipe("tiny", ["eval.num_inference_steps=2", "eval.image_size_px=32"]).model_dump(mode="json")
     out = home / "artifacts/pipeline/one"
     out.mkdir(parents=True)

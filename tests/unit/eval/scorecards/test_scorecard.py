@@ -211,6 +211,15 @@ def test_answers_alone_give_the_same_scores_without_images_and_without_a_judge(r
     assert card == run[2]
 
 
+def test_a_run_with_settings_that_this_version_no_longer_has_is_scored(run, tmp_path):
+    shutil.copytree(run[0], tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "images/generation.json"
+    generation = json.loads(path.read_text())
+    generation["config"] |= {"bootstrap_samples": 1000, "equal_within": 0.01}
+    path.write_text(json.dumps(generation))
+    assert rescore(tmp_path, tmp_path / "out", judged=tmp_path / "judged", log=quiet)["tasks"] == run[2]["tasks"]
+
+
 def test_a_changed_image_changes_the_score_and_stale_answers_are_refused(run, tmp_path):
     shutil.copytree(run[0], tmp_path, dirs_exist_ok=True)
     Image.new("RGB", (64, 64), (250, 250, 250)).save(tmp_path / "images/seed0/00001/samples/0000.png")

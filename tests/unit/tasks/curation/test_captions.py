@@ -12,6 +12,16 @@ TEXTS = ["one", "one two", "one two three", "a b c d", "a b c d e", "a b c d e f
 ID = "0123456789abcdef" * 4
 
 
+def test_characters_that_python_or_nobody_names_are_kept_and_invisible_ones_are_not():
+    new, private, flag = (
+        "a \U0001fa77 card",
+        "\ue000",
+        "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",
+    )
+    assert clean_captions([new, private, flag, "\u06dd 1"]) == [new, private, flag, "\u06dd 1"]
+    assert clean_captions(["a\u200b\u2066b\u2069\x07\ud800"]) == ["ab"]
+
+
 def test_whitespace_is_normalised_and_empties_and_repeats_go():
     texts = ["  a\tred \n circle ", "a red circle", "A RED circle", "", "   ", "a\x00 b", None, "caf\u0065\u0301"]
     assert merge_captions([], texts, CONFIG) == ["a red circle", "a b", "caf\u00e9"]

@@ -38,6 +38,8 @@ def test_own_images_keep_long_captions_and_every_shape_and_need_no_psnr_and_chan
     assert own.eval.benchmark == "captions" and own.eval.judges == {} and own.eval.prompts_per_task is None
     assert own.eval.guidance_scale == recipe.eval.guidance_scale and own.eval.seeds == recipe.eval.seeds
     check_workflow(own)
+    further = load_recipe("tiny", ["eval.further_benchmarks=[captions,geneval2]"])
+    assert for_own_images(further).eval.further_benchmarks == ("geneval2",)  # captions is scored once
     assert (own.source.scenes, own.source.digits, own.source.made) == (0, 0, {})  # the card describes the corpus
     parts = {name: getattr(recipe, name) for name in ("source", "curation", "components", "encoding", "eval")}
     assert own.model_copy(update=parts) == recipe

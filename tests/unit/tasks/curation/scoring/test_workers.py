@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -176,3 +177,24 @@ def test_the_limit_of_memory_counts_the_item_whether_it_was_sent_or_shared(size)
     with Workers(take, 1, memory_bytes=100 * MIB) as workers:
         results = [isinstance(result, CrashError) for _, result in workers.map(items)]
     assert results == [False, True, False]
+
+
+def dies_while_it_answers(data: bytes) -> bytes:
+    if data == b"die":
+        threading.Thread(target=lambda: (time.sleep(0.2), os.kill(os.getpid(), signal.SIGKILL)), daemon=True).start()
+        return bytes(50 * MIB)  # more than a pipe holds
+    return data
+
+
+def test_a_worker_that_dies_in_the_middle_of_its_answer_costs_one_item(monkeypatch):
+    collect = Workers._collect
+    monkeypatch.setattr(Workers, "_collect", lambda *of: (time.sleep(0.5), collect(*of))[1])  # reads once it is dead
+    with Workers(dies_while_it_answers, 2) as workers:
+        (_, first), (_, second) = workers.map([(0, b"die"), (1, b"ok")])
+    assert "crashed its decoder (signal 9)" in str(first) and second == b"ok"
+
+
+def test_an_answer_for_which_there_is_no_memory_says_so():
+    with Workers(lambda data: bytes(int(data) * MIB), 1, memory_bytes=100 * MIB) as workers:
+        results = [result for _, result in workers.map([(0, b"1"), (1, b"70"), (2, b"1")])]
+    assert str(results[1]) == "the image needs over 100 MiB to decode" and len(results[0]) == len(results[2]) == MIB
