@@ -26,7 +26,7 @@ from tasks.curation.journal import Journal
 from tasks.curation.scoring import score
 from tasks.curation.scoring.scored_shard import Resources, ShardScores
 from tasks.curation.sources import base
-from tasks.curation.sources.base import Account, Shard
+from tasks.curation.sources.base import Shard
 from tasks.envs import CACHE_VERSIONS
 from tasks.manifest import MANIFEST, load_manifest
 from tasks.store import (
@@ -51,7 +51,8 @@ REPORT_PAGE = "report.html"
 # digest.
 CORPUS_DIGEST = "corpus.json"
 CORPUS_LOGS = (base.SHARDS_TABLE, base.REPORT)
-CURATED_LOGS = (LOCATIONS, *(f"{CORPUS}/{name}" for name in CORPUS_LOGS))
+# The reports also name files of the source that are no images: one more of them must not train anything again.
+CURATED_LOGS = (LOCATIONS, base.REPORT, REPORT_PAGE, *(f"{CORPUS}/{name}" for name in CORPUS_LOGS))
 
 
 def make_shard(config: SourceConfig, index: int) -> Part:
@@ -292,13 +293,14 @@ def decide_corpus(corpus_dir: Path, indices: Sequence[Path | None], config: Cura
             f"{len(failed)} of {len(parts)} shards could not be {done} (curation.min_success_ratio="
             f"{config.min_success_ratio:g}): {few}. Run again for these alone"
         )
+    scan = corpus.account()
     inputs = {
         "corpus": load_manifest(corpus_dir).digest,
         "scores": decide.digest_of_parts(parts),
+        "account": base.digest_of(scan.to_json()),  # no part of the corpus's digest
         "config": config.deciding().model_dump(mode="json"),
         "groups": groups,
     }
-    scan = Account.from_json(json.loads((corpus_dir / base.REPORT).read_text())["account"])
 
     def make(out: Path) -> int:
         kept = decide.decide(parts, scan, config.deciding(), out, groups, names, config.engine)["kept"]
