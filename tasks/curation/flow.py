@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from model import storage
 from model.logs import get_logger
-from tasks.curation import ledger, takedown
+from tasks.curation import caption_check, ledger, takedown
 from tasks.curation.captioning import build_captioner, identity, run, steps
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.curation.curated import CORPUS
@@ -168,6 +168,24 @@ def check_size(images: int, config: CurationConfig) -> None:
         ValueError: see covers.plan_cover.
     """
     covers.plan_cover(images, config.dedup.max_hamming_distance)
+
+
+def check_captions(corpus_dir: Path, config: CurationConfig) -> None:
+    """Refuses, before any image is decoded, a source of which captions or unreadable files leave no record.
+
+    Raises:
+        ValueError: see `result_line`.
+    """
+    decision = decide_without_pixels(corpus_dir, config)
+    if decision is not None:
+        result_line(fetch_part(decision), decision, config)
+
+
+def decide_without_pixels(corpus_dir: Path, config: CurationConfig) -> Part | None:
+    """The decision that rejects every record, if captions and problems of the source suffice for it; else None."""
+    config = config if config.captioner is None else config.before_captions()
+    parts = caption_check.score_without_pixels(base.open_corpus(corpus_dir), config)
+    return None if not parts else decide_corpus(corpus_dir, [_index("scores", parts)], config, 1)
 
 
 def score_group(
@@ -344,7 +362,8 @@ def result_line(directory: Path, part: Part, config: CurationConfig) -> str:
     """
     content = json.loads((directory / base.REPORT).read_text())
     if not content["kept"]:
-        raise ValueError(f"{decide.nothing_left(content, config)} Ledger and report: {part.uri}")
+        why = decide.nothing_left(content, config).removesuffix(".")
+        raise ValueError(f"{why}. Ledger and report: {part.uri}")
     line = f"curation: kept {content['kept']} of {content['input']} records"
     rejected = [
         f"{count} x {rule} ({content['examples'][rule]['file']})"
@@ -437,6 +456,11 @@ def curate_source(source: SourceConfig, path: str, config: CurationConfig, until
         [part.as_parent() for part in made if not part.error],
         logs=CORPUS_LOGS,
     )
+    refused = decide_without_pixels(corpus_dir, config)
+    if refused is not None:
+        if until != "decisions":
+            result_line(fetch_part(refused), refused, config)
+        return corpus_dir, refused
     groups = num_groups(report["shards"], config.max_groups)
     indices = [_index("scores", score_group(corpus_dir, config, group, groups)) for group in range(groups)]
     if config.captioner is not None:
