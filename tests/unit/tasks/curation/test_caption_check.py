@@ -16,7 +16,14 @@ import pytest
 from own_images import png, write_folder, write_tar
 
 from tasks.curation import caption_check, check, flow
-from tasks.curation.config import CaptionConfig, CaptionerConfig, CurationConfig, DedupConfig, FilterConfig, SourceConfig
+from tasks.curation.config import (
+    CaptionConfig,
+    CaptionerConfig,
+    CurationConfig,
+    DedupConfig,
+    FilterConfig,
+    SourceConfig,
+)
 from tasks.curation.scoring import score
 from tasks.store import make_sealed
 
