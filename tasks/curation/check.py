@@ -65,6 +65,8 @@ def _check(options: argparse.Namespace) -> int:
     from tasks.recipe import load_recipe
     from tasks.store import fetch_part, home
 
+    if not options.source:
+        raise ValueError("the source is ''; give a folder (or s3:// URI) of images, a tar or a Parquet file")
     check_home(home())
     check_source(options.source, True)
     recipe = load_recipe(options.recipe, options.overrides)
