@@ -38,6 +38,7 @@ LIMITED = {
     "image-d2f6fef5df": ("MAX_BYTES", decode_memory),  # lossless WebP
     "image-33ef3fa9d6": ("MAX_BYTES", decode_memory),  # JPEG 2000
     "image-850f30e68b": ("MAX_SCANS", decoding),
+    "image-71ffaa8bf2": ("MAX_SEGMENTS", decoding),  # JPEG, 5,000 empty comments
 }
 
 

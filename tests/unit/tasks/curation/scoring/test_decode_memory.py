@@ -8,6 +8,7 @@ import json
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -277,6 +278,26 @@ def test_a_png_of_very_many_chunks_is_refused_before_pillow_reads_them():
     with pytest.raises(UndecodableError, match="more than 100,000 chunks"):
         decode(data[:33] + empty * 100_000 + data[33:], ANY)
     assert decode(data[:33] + empty * 1_000 + data[33:], ANY).size == (64, 48)
+
+
+@pytest.mark.parametrize("count", [5_000, 2_000_000])
+def test_a_jpeg_of_very_many_segments_is_refused_before_pillow_keeps_them(count, monkeypatch):
+    whole = to_bytes(picture("RGB"), "JPEG")
+    data = whole[:2] + b"\xff\xfe\0\2" * count + whole[2:]
+    monkeypatch.setattr(decoding.Image, "open", None)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UndecodableError, match="a JPEG of over 4,096 segments before its picture"):
+            decode(data, ANY)
+        assert tracemalloc.get_traced_memory()[1] < MIB
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_jpeg_of_as_many_segments_as_a_profile_may_have_is_read():
+    whole = to_bytes(picture("RGB"), "JPEG")
+    for segment in (b"\xff\xfe\0\2", b"\xff\xe2\0\6abcd"):
+        assert decode(whole[:2] + segment * 300 + whole[2:], ANY).size == (64, 48)
 
 
 def test_scorers_see_a_long_strip_in_few_pixels():
