@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from source_files import captions_in, left_out, picture, read_records, write
 
-from tasks.curation.sources.captions import csv_text, metadata_files
+from tasks.curation.sources.captions import csv_text, listed
 
 PNG = picture(1)
 
@@ -191,7 +191,7 @@ def test_rows_that_name_no_image_are_counted_with_an_example_and_all_of_them_are
     assert captions_in(tmp_path) == {"a.png": ["x"]}
     _, account = read_records(tmp_path)
     count, example = account.skipped["metadata row that names no image"]
-    assert count == 2 and example.startswith(str(tmp_path / "metadata.csv")) and "gone.png (line 3)" in example
+    assert count == 2 and example.startswith("metadata.csv: ") and "gone.png (line 3)" in example
     write(tmp_path, {"metadata.csv": "file_name,text\nimages/a.png,x\ngone.png,y\n"})
     refused(tmp_path, "2 rows of", "metadata.csv name no image", "images/a.png (line 2)")
 
@@ -216,7 +216,7 @@ def test_a_table_over_its_cap_is_refused_before_it_is_read(tmp_path):
 
 
 def test_a_table_of_too_many_rows_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(metadata_files, "MAX_ROWS", 3)
+    monkeypatch.setattr(listed, "MAX_ROWS", 3)
     rows = "".join(f'{{"file_name": "{i}.png", "text": "a"}}\n' for i in range(4))
     write(tmp_path, {"0.png": PNG, "metadata.jsonl": rows})
     refused(tmp_path, "metadata.jsonl", "more than 3 rows", "metadata.parquet")

@@ -48,7 +48,7 @@ def test_members_are_read_in_memory_whatever_their_names_say(tmp_path, suffix, m
         f"s{suffix}:/abs/b.jpg": (picture(2, "JPEG"), ["absolute"]),
         f"s{suffix}:d/c.png": (picture(3), ["x", "y"]),
     }
-    name = f"{path}:"
+    name = f"s{suffix}:"
     assert account.skipped == {
         ".cls": (1, f"{name}d/c.cls"),
         "symbolic link": (1, f"{name}link.png"),
@@ -106,7 +106,7 @@ def test_data_behind_the_end_of_a_tar_is_reported(tmp_path):
     data = tar_of(tmp_path / "x.tar", {"a.png": PNG}).read_bytes()
     (tmp_path / "x.tar").write_bytes(data + b"garbage" * 200)
     _, account = read_records(tmp_path / "x.tar")
-    assert account.skipped == {"data behind the end of a tar": (1, f"{tmp_path}/x.tar at byte {len(data):,}")}
+    assert account.skipped == {"data behind the end of a tar": (1, f"x.tar at byte {len(data):,}")}
 
 
 def test_hard_links_are_the_files_that_they_name(tmp_path):
@@ -121,7 +121,7 @@ def test_hard_links_are_the_files_that_they_name(tmp_path):
         "x.tar:pool/1.png": (picture(1), []),
         "x.tar:train/a.png": (picture(1), ["linked"]),
     }
-    assert account.skipped == {"hard link to no member": (1, f"{tmp_path}/x.tar:train/b.png")}
+    assert account.skipped == {"hard link to no member": (1, "x.tar:train/b.png")}
 
 
 def test_metadata_inside_a_tar_names_its_members(tmp_path):
