@@ -145,16 +145,17 @@ class Listed:
         for number, one in own.items():
             if one.near > nearest:
                 continue
-            text, problem = self._db.execute("SELECT captions, problem FROM rows WHERE id = ?", (number,)).fetchone()
             table, where = self._tables[one.file], self._where(one)
-            table.used += self._db.execute("UPDATE rows SET used = 1 WHERE id = ? AND NOT used", (number,)).rowcount
+            if not one.used:
+                self._db.execute("UPDATE rows SET used = 1 WHERE id = ?", (number,))
+                table.used += 1
             first = first or one
             if one.owners > 1:
                 ambiguous = ambiguous or f"{where}, may name several images"
             elif nearest and one.said != first.said:
                 ambiguous = ambiguous or f"{self._where(first)}, and {where}, may both name it"
-            unreadable = unreadable or (f"{where}, {problem}" if problem else "")
-            captions += json.loads(text)
+            unreadable = unreadable or (f"{where}, {one.problem}" if one.problem else "")
+            captions += json.loads(one.captions)
             no_column = no_column or table.no_column
         return Matched(list(dict.fromkeys(captions)), ambiguous, unreadable, "" if captions else no_column)
 
@@ -163,18 +164,18 @@ class Listed:
 
     def _candidates(self, paths: list[tuple[int, str]]) -> dict[int, _Candidate]:
         """The rows that may name an image, at their nearest."""
-        folds = list(dict.fromkeys(to_bytes(_folded(path)) for _, path in paths))
+        folds = list({to_bytes(_folded(path)) for _, path in paths})
         marks = ", ".join("?" * len(folds))
-        query = f"SELECT row, name, step, file, line, said, near, owners FROM names JOIN rows ON id = row WHERE fold IN ({marks}) ORDER BY row LIMIT {MAX_ROWS_PER_IMAGE + 1}"  # noqa: S608
+        query = f"SELECT row, name, step, file, line, said, near, owners, captions, problem, used FROM names JOIN rows ON id = row WHERE fold IN ({marks}) ORDER BY row LIMIT {MAX_ROWS_PER_IMAGE + 1}"  # noqa: S608
         found = self._db.execute(query, folds).fetchall()
         if len(found) > MAX_ROWS_PER_IMAGE:
             shown, line = self._tables[found[-1][3]].shown, found[-1][4]
             raise ValueError(f"{shown}, line {line}: more than {MAX_ROWS_PER_IMAGE:,} rows name {visible(paths[0][1])}")
         candidates: dict[int, _Candidate] = {}
-        for number, name, step, file, line, said, best, owners in found:
+        for number, name, step, file, line, said, *rest in found:
             near = _nearness(from_bytes(name), step, paths)
             if near is not None and (number not in candidates or near < candidates[number].near):
-                candidates[number] = _Candidate(near, file, line, name if step == 0 else said, best, owners)
+                candidates[number] = _Candidate(near, file, line, name if step == 0 else said, *rest)
         return candidates
 
     def finish(self, account: Account) -> None:
@@ -201,7 +202,7 @@ class Listed:
 
 class _Candidate(NamedTuple):
     """A row that may name an image. said: its path, or what it says if that is read in another way. best: the nearest
-    that any image is to the row. owners: how many are so near."""
+    that any image is to the row. owners: how many are so near. used: whether it was matched with another image."""
 
     near: int
     file: int
@@ -209,6 +210,9 @@ class _Candidate(NamedTuple):
     said: bytes
     best: int | None
     owners: int
+    captions: str
+    problem: str
+    used: int
 
 
 def _plain(path: str) -> str:
@@ -232,9 +236,8 @@ def _nearness(name: str, step: int, paths: list[tuple[int, str]]) -> int | None:
     near: list[int] = []
     for other_step, path in paths:
         level = spelling(name, path)
-        if level is None:
-            level = spelling(_plain(name), _plain(path))
-            level = None if level is None else 3 + level
+        if level is None and (plain := spelling(_plain(name), _plain(path))) is not None:
+            level = 3 + plain
         if level is not None:
             near.append(6 * (step + other_step) + level)
     return min(near, default=None)

@@ -40,38 +40,36 @@ class Pairs(NamedTuple):
     strays: list[int]
 
 
-@dataclass
+@dataclass(slots=True)
 class Text:
     """A text file and its nearest images so far.
 
     path: with its folder, if it is not the folder of the images.
-    owners: the first of the nearest images, and the first that is another picture. count: of all of them.
-    formats: the extensions of the first picture. shared: whether there is another.
+    owner: the first of the nearest images; other: the first that is another picture, or None.
+    formats: the extensions of the first picture. count: of the nearest images.
     """
 
     path: str
     number: int
     near: int | None = None
-    owners: list[str] = field(default_factory=list)
-    count: int = 0
+    owner: str = ""
+    other: str | None = None
     formats: str = ""
-    shared: bool = False
+    count: int = 0
 
     def claim(self, near: int, image: str) -> bool:
         """Records that an image is so near. Returns whether it is among the nearest."""
         if self.near is not None and near > self.near:
             return False
-        if self.near is None or near < self.near:
-            self.near, self.owners, self.count, self.formats, self.shared = near, [], 0, "/", False
         form = f"{fold(extension(image))}/"
+        if self.near is None or near < self.near:
+            self.near, self.owner, self.other, self.formats, self.count = near, image, None, f"/{form}", 1
+            return True
         # a.png and a.PNG are two pictures, unlike a.png and a.webp.
-        is_same_picture = not self.owners or stem(self.owners[0]) == stem(image)
-        if is_same_picture and f"/{form}" not in self.formats:
+        if stem(self.owner) == stem(image) and f"/{form}" not in self.formats:
             self.formats += form
-            self.owners = self.owners or [image]
-        elif not self.shared:
-            self.shared = True
-            self.owners.append(image)
+        elif self.other is None:
+            self.other = image
         self.count += 1
         return True
 
@@ -103,7 +101,8 @@ def spelling(one: str, other: str) -> int | None:
 
 
 def stem(name: str) -> str:
-    return name[: -len(extension(name)) - 1] if extension(name) else name
+    length = len(extension(name))
+    return name[: -length - 1] if length else name
 
 
 def key_of(name: str) -> str:
@@ -116,31 +115,42 @@ def words_of(caption_columns: Iterable[str]) -> set[str]:
     return {column_name(word) for word in (*CAPTION_COLUMNS, *caption_columns)}
 
 
-def stems_for(image: str, words: Iterable[str]) -> list[str]:
-    """The stems, as `fold` writes them, of texts that may describe an image (a name without folders)."""
-    key = fold(key_of(image))
-    return list(dict.fromkeys([fold(stem(image)), fold(image), key, *(f"{key}.{word}" for word in words)]))
+class ImageName:
+    """The name of an image (without folders), and the `fold`ed names under which `text_names` puts its texts."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.stem, self.key = name, stem(name), key_of(name)
+        self.folded = list(dict.fromkeys([fold(self.stem), fold(name), fold(self.key)]))
 
 
-def match(image: str, text: Text, words: set[str], rank: int = 0, folder: int = 0) -> Match | None:
+def text_names(base: str, words: set[str]) -> list[str]:
+    """The `fold`ed names under which images look for a text: its stem `base`, and its key if it is marked."""
+    return list(dict.fromkeys([fold(base), *([fold(key_of(base))] if _mark(base) in words else [])]))
+
+
+def _mark(base: str) -> str:
+    """The word behind the key, in the form of `words_of`."""
+    middle = base[len(key_of(base)) + 1 :]
+    return column_name(middle) if middle else ""
+
+
+def match(image: ImageName, text: Text, words: set[str], rank: int = 0, folder: int = 0) -> Match | None:
     """How a text may describe an image; None if it does not.
 
     Args:
-        image: its name without folders.
         rank: of the text's folder among the folders of captions.
         folder: `spelling` of the text's folder against the expected one.
     """
     base = stem(base_name(text.path))
-    by_name, by_stem = spelling(base, image), spelling(base, stem(image))
+    by_stem = spelling(base, image.stem)
+    by_name = None if by_stem == 0 else spelling(base, image.name)
     if by_name is not None or by_stem is not None:
         level, kind = min((one, kind) for one, kind in ((by_name, NAME), (by_stem, STEM)) if one is not None)
         return Match(rank * _BY_RANK + level * 10 + folder, kind, text)
-    key = key_of(base)
-    middle = base[len(key) + 1 :]
-    level = spelling(key, key_of(image))
-    if level is None or (middle and column_name(middle) not in words):
+    mark, level = _mark(base), spelling(key_of(base), image.key)
+    if level is None or (mark and mark not in words):
         return None
-    return Match(rank * _BY_RANK + _BY_KEY + level * 10 + folder, MARKED if middle else KEY, text)
+    return Match(rank * _BY_RANK + _BY_KEY + level * 10 + folder, MARKED if mark else KEY, text)
 
 
 def choose(matches: Iterable[Match]) -> tuple[list[Text], str]:
@@ -152,7 +162,7 @@ def choose(matches: Iterable[Match]) -> tuple[list[Text], str]:
     chosen = [one for one in own if one.near == near]
     if chosen[0].kind in (NAME, STEM):
         # One key has one image: a.caption.txt is a caption of a.png as a.txt is.
-        chosen += [one for one in own if one.kind == MARKED and one.near == near + _BY_KEY and not one.text.shared]
+        chosen += [one for one in own if one.kind == MARKED and one.near == near + _BY_KEY and one.text.other is None]
         if any(one.kind == NAME for one in chosen):  # a.png.txt is of a.png; a.txt is then of a.webp alone
             chosen = [one for one in chosen if one.kind == NAME or one.text.count == 1]
     return [one.text for one in chosen], _ambiguity(chosen, near)
@@ -160,8 +170,8 @@ def choose(matches: Iterable[Match]) -> tuple[list[Text], str]:
 
 def _ambiguity(chosen: list[Match], near: int) -> str:
     for one in chosen:
-        if one.text.shared:
-            several = " and ".join(repr(visible(name)) for name in one.text.owners)
+        if one.text.other is not None:
+            several = f"{visible(one.text.owner)!r} and {visible(one.text.other)!r}"
             return f"{visible(one.text.path)!r} may describe {several}; give each image its own text file"
     texts = [one.text for one in chosen]
     folders = list(dict.fromkeys(text.path[: -len(base_name(text.path))].rstrip("/") for text in texts))
@@ -218,17 +228,20 @@ def _pair_group(names: Sequence[str], group: list[int], words: set[str], pairs: 
             for i in images:
                 pairs.images[i].ambiguous = f"{visible(twice)!r} occurs {count} times, so captions cannot be assigned"
         return
-    by_stem: dict[str, list[Text]] = {}
-    for i in texts:
-        by_stem.setdefault(fold(stem(names[i])), []).append(Text(names[i], i))
+    all_texts = [Text(names[i], i) for i in texts]
+    by_name: dict[str, list[Text]] = {}
+    for text in all_texts:
+        for name in text_names(stem(text.path), words):
+            by_name.setdefault(name, []).append(text)
     found: dict[int, list[Match]] = {}
     crowded: set[int] = set()
     for i in images:
-        near = [text for base in stems_for(names[i], words) for text in by_stem.get(base, ())]
+        image = ImageName(names[i])
+        near = {text.number: text for name in image.folded for text in by_name.get(name, ())}
         if len(near) > MOST:
             crowded.add(i)
             continue
-        found[i] = [one for text in near if (one := match(names[i], text, words)) is not None]
+        found[i] = [one for text in near.values() if (one := match(image, text, words)) is not None]
         for one in found[i]:
             one.text.claim(one.near, names[i])
     for i, matches in found.items():
@@ -237,7 +250,7 @@ def _pair_group(names: Sequence[str], group: list[int], words: set[str], pairs: 
     for i in crowded:
         pairs.images[i].ambiguous = f"more than {MOST} text files may describe it"
     if not crowded:
-        pairs.strays.extend(text.number for some in by_stem.values() for text in some if text.near is None)
+        pairs.strays.extend(text.number for text in all_texts if text.near is None)
 
 
 def _runs(names: Sequence[str], group: list[int]) -> list[list[int]] | None:
