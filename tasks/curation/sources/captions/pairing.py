@@ -165,6 +165,7 @@ def choose(matches: Iterable[Match]) -> tuple[list[Text], str]:
         chosen += [one for one in own if one.kind == MARKED and one.near == near + _BY_KEY and one.text.other is None]
         if any(one.kind == NAME for one in chosen):  # a.png.txt is of a.png; a.txt is then of a.webp alone
             chosen = [one for one in chosen if one.kind == NAME or one.text.count == 1]
+    chosen.sort(key=lambda one: (one.text.path, one.text.number))
     return [one.text for one in chosen], _ambiguity(chosen, near)
 
 
