@@ -4,7 +4,7 @@ import unicodedata
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from source_files import captions_in, left_out, picture, read_records, write
+from source_files import captions_in, left_out, picture, read_records, tar_of, write
 
 from tasks.curation.sources.captions import csv_text, listed
 
@@ -246,3 +246,45 @@ def test_a_row_whose_caption_is_a_number_is_an_error_with_its_line(tmp_path):
         read_records(tmp_path)
     write(tmp_path, {"metadata.jsonl": lines.replace("7", "NaN")})
     assert captions_in(tmp_path) == {"a.png": ["a barn"], "b.png": []}
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.binary(), pa.large_binary(), pa.list_(pa.binary()), pa.dictionary(pa.int32(), pa.binary())]
+)
+def test_binary_columns_of_a_parquet_table_are_decoded_as_text_files_are(tmp_path, kind):
+    texts = ["naïve".encode(), b"\xef\xbb\xbfmarked", "boats".encode("utf-16"), b"caf\xe9", b"a\0b", None]
+    names = [f"{i}.png" for i in range(len(texts))]
+    cells = [[text] for text in texts] if pa.types.is_list(kind) else texts
+    array = pa.array(cells, pa.binary()).dictionary_encode() if pa.types.is_dictionary(kind) else pa.array(cells, kind)
+    write(tmp_path, dict.fromkeys(names, PNG))
+    pq.write_table(
+        pa.table({"file_name": [name.encode() for name in names], "text": array}), tmp_path / "metadata.parquet"
+    )
+    expected = {"0.png": ["naïve"], "1.png": ["marked"], "2.png": ["boats"], "3.png": "unreadable_caption", "4.png": "unreadable_caption", "5.png": []}  # fmt: skip
+    assert captions_in(tmp_path) == expected
+    assert captions_in(tmp_path, encoding="cp1252") == expected | {"3.png": ["café"]}
+    details = {record.locator: record.detail for record in read_records(tmp_path)[0]}
+    assert (
+        details["3.png"].startswith("3.png: metadata.parquet, line 3, is not UTF-8")
+        and "source.encoding" in details["3.png"]
+    )
+
+
+def test_text_columns_of_a_parquet_table_that_are_not_utf8_are_decoded_too(tmp_path):
+    write(tmp_path, {"a.png": PNG, "b.png": PNG})
+    text = pa.array([b"caf\xe9", b"boats"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"file_name": ["a.png", "b.png"], "text": text}), tmp_path / "metadata.parquet")
+    assert captions_in(tmp_path) == {"a.png": "unreadable_caption", "b.png": ["boats"]}
+    assert captions_in(tmp_path, encoding="latin-1") == {"a.png": ["café"], "b.png": ["boats"]}
+
+
+def test_an_unreadable_row_of_a_table_next_to_or_in_a_tar_rejects_its_member_alone(tmp_path):
+    table = pa.table({"file_name": ["a.png", "b.png"], "text": pa.array([b"caf\xe9", b"boats"])})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    content = sink.getvalue().to_pybytes()
+    tar_of(tmp_path / "beside/x.tar", {"a.png": PNG, "b.png": PNG})
+    write(tmp_path, {"beside/metadata.parquet": content})
+    tar_of(tmp_path / "inside/x.tar", {"a.png": PNG, "b.png": PNG, "metadata.parquet": content})
+    for place in ("beside", "inside"):
+        assert captions_in(tmp_path / place) == {"x.tar:a.png": "unreadable_caption", "x.tar:b.png": ["boats"]}

@@ -130,7 +130,9 @@ def test_a_text_or_row_is_of_its_nearest_image_or_of_none(tmp_path, case):
     read_records(tmp_path)  # which checks the account
 
 
-@pytest.mark.parametrize("case", [case for case, (files, _) in LOOSE.items() if not any("\\" in name for name in files)])
+@pytest.mark.parametrize(
+    "case", [case for case, (files, _) in LOOSE.items() if not any("\\" in name for name in files)]
+)
 def test_a_tar_has_the_captions_of_its_files_in_a_folder(tmp_path, case):
     files, expected = LOOSE[case]
     tar_of(tmp_path / "x.tar", files)

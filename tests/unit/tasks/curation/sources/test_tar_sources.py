@@ -1,5 +1,7 @@
+import bz2
 import gzip
 import io
+import lzma
 import tarfile
 import tracemalloc
 
@@ -243,3 +245,23 @@ def test_zeros_between_and_behind_archives_are_passed_over_up_to_a_bound(tmp_pat
             assert list(captions_in(tmp_path / "x.tar")) == ["x.tar:a.png", "x.tar:b.png"]
     monkeypatch.setattr(tar_format, "MAX_ZEROS", 2**20)
     refused(tmp_path / "x.tar", "of zeros behind its end")
+
+
+@pytest.mark.parametrize("suffix", [".tgz", ".taz", ".tbz2", ".tbz", ".tb2", ".txz", ".tlz", ".TAR.BZ2", ".tar.lzma"])
+def test_every_usual_suffix_of_a_compressed_tar_is_read_and_left_out_of_names(tmp_path, suffix):
+    plain = tar_of(tmp_path / "x", {"a.png": PNG}).read_bytes()
+    pack = {"g": gzip.compress, "a": gzip.compress, "b": bz2.compress, "x": lzma.compress}
+    pack["l"] = lambda data: lzma.compress(data, lzma.FORMAT_ALONE)
+    kind = suffix.lower().removeprefix(".tar").lstrip(".").removeprefix("t")[0]
+    write(tmp_path / "source", {f"x{suffix}": pack[kind](plain), "metadata.csv": "file_name,text\nx/a.png,one\n"})
+    assert captions_in(tmp_path / "source") == {f"x{suffix}:a.png": ["one"]}
+    assert left_out(tmp_path / "source") == {}
+
+
+def test_a_zstd_tar_is_left_out_by_name_with_what_to_do(tmp_path):
+    zstd = b"\x28\xb5\x2f\xfd" + bytes(600)
+    write(tmp_path, {"a.png": PNG, "x.tar.zst": zstd, "y.TZST": zstd})
+    _, account = read_records(tmp_path)
+    assert account.skipped == {"zstd tar; decompress it with `zstd -d`": (2, "x.tar.zst")}
+    write(tmp_path, {"x.tar": zstd})
+    refused(tmp_path, f"{tmp_path}/x.tar", "zstd -d")
