@@ -27,12 +27,13 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+from eval.modes import Mode, check_mode
 
 if TYPE_CHECKING:
     from PIL import Image
 
-Mode = Literal["official", "fixed"]
 Question = dict[str, dict[int, Any]]  # qid2tuple, qid2dependency, qid2question
 YES = "yes"
 IMAGES = 4
@@ -53,7 +54,7 @@ def load_questions(path_or_text_file: str | os.PathLike[str] | TextIO, mode: Mod
     Raises:
         ValueError: no such file, a missing column, a truncated row, or an invalid number; names the line.
     """
-    _check_mode(mode)
+    check_mode(mode)
     questions: dict[str, Question] = {}
     previous = ""
     with _opened(path_or_text_file) as (file, name):
@@ -130,11 +131,6 @@ def _number(text: str, column: str, name: str, line: int) -> int:
         return int(text.strip())
     except ValueError:
         raise ValueError(f"{name}, line {line}: {column} {text!r} must be a whole number") from None
-
-
-def _check_mode(mode: str) -> None:
-    if mode not in ("official", "fixed"):
-        raise ValueError(f"mode={mode!r} must be 'official' or 'fixed'")
 
 
 def score_sample(
@@ -226,7 +222,7 @@ def split_grid(
     Raises:
         ValueError: see `grid_boxes`; mode="fixed" and another size than the grid's.
     """
-    _check_mode(mode)
+    check_mode(mode)
     resolution = image.width // (1 if images == 1 else 2) if resolution is None else resolution
     if mode == "fixed":
         r = resolution
@@ -370,7 +366,7 @@ def summarise(
     Raises:
         ValueError: nothing could be scored.
     """
-    _check_mode(mode)
+    check_mode(mode)
     prompts: dict[str, dict[str, Any]] = {}
     errors: dict[str, str] = {}
     l1: dict[str, list[float]] = {}

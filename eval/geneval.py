@@ -114,11 +114,14 @@ def filter_detections(
     """One class's detections, scores strictly above `threshold` (both float32), highest first, at most `max_objects`;
     of these, each drops the later ones whose IoU with it is `max_overlap` or more (1: none).
 
-    The order is the official code's, an ascending sort, reversed: ties come out in reverse. To filter what may have been
-    filtered before, see `kept_detections`.
+    The order is the official code's, an ascending sort, reversed: ties come out in reverse. The sort is stable here; NumPy's
+    default, which the official code uses, orders some ties by its version and the CPU. To filter what may have been filtered
+    before, see `kept_detections`.
     """
     scores = np.array([_score(d) for d in detections], dtype=np.float32)
-    return _kept(detections, scores, np.argsort(scores)[::-1].tolist(), threshold, max_objects, max_overlap)
+    return _kept(
+        detections, scores, np.argsort(scores, kind="stable")[::-1].tolist(), threshold, max_objects, max_overlap
+    )
 
 
 def kept_detections(

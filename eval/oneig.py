@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from eval.modes import Mode, check_mode
 from eval.official.oneig_files import STYLES, official_files
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ __all__ = [
     "summarise_text",
 ]
 
-Mode = Literal["official", "fixed"]
 DIMENSIONS = ("alignment", "text", "reasoning", "style", "diversity")
 YES = "Yes"
 MAX_EDIT_DISTANCE = {"EN": 100, "ZH": 50}
@@ -77,7 +77,7 @@ def split_grid(image: Image.Image, grid: tuple[int, int] = (2, 2), mode: Mode = 
     Raises:
         ValueError: a grid below (1, 1), or mode="official" and a picture whose mode JPEG does not support.
     """
-    _check_mode(mode)
+    check_mode(mode)
     columns, rows = grid
     if columns < 1 or rows < 1:
         raise ValueError(f"grid={tuple(grid)} must be (columns, rows), each at least 1")
@@ -100,11 +100,6 @@ def split_grid(image: Image.Image, grid: tuple[int, int] = (2, 2), mode: Mode = 
                 ) from None
             tiles.append(file.getvalue())
     return tiles
-
-
-def _check_mode(mode: str) -> None:
-    if mode not in ("official", "fixed"):
-        raise ValueError(f"mode={mode!r} must be 'official' or 'fixed'")
 
 
 # ---- alignment
@@ -297,7 +292,7 @@ def summarise_text(
     Raises:
         ValueError: an unknown language, no text at all, or mode="official" and a first picture that is all black.
     """
-    _check_mode(mode)
+    check_mode(mode)
     contents, ocr = _by_prompt(contents), _by_prompt(ocr)
     distances: list[int] = []
     matched_words = wanted_words = 0

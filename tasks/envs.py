@@ -41,7 +41,7 @@ CACHE_VERSIONS = {
     "training": "3",
     "merging": "1",
     "prompts": "1",
-    "evaluation": "7",
+    "evaluation": "8",
     "publishing": "4",
     "study": "2",
 }

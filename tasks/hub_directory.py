@@ -7,13 +7,13 @@ HF_ENDPOINT and HF_TOKEN are the Hub's own settings.
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from eval.files import file_sha256
 from tasks.manifest import MANIFEST, Manifest, check_covers, parse_manifest
 
 PREFIX = "hf://"
@@ -66,8 +66,8 @@ def check(uri: str, kind: str | None, digest: str | None) -> Manifest:
     for name in sorted(present - expected.keys()):
         raise ValueError(f"{uri} holds {name}, which its manifest does not list")
     for name, wanted in sorted(expected.items()):
-        with tempfile.TemporaryDirectory() as folder, open(_download(uri, name, folder), "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != wanted:
+        with tempfile.TemporaryDirectory() as folder:
+            if file_sha256(_download(uri, name, folder)) != wanted:
                 raise ValueError(f"{uri}/{name} was changed: its SHA-256 is not the manifest's {wanted}")
     return manifest
 

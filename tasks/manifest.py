@@ -27,6 +27,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from eval.files import file_sha256
 from model import storage
 from model.storage import MANIFEST as MANIFEST
 from model.storage import replacing
@@ -98,11 +99,6 @@ class Manifest(BaseModel):
     made_by: dict[str, str]  # code_version, image, execution, task, attempt, git_revision, if known
     digest: str
     checksum: str
-
-
-def sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def code_version() -> str:
@@ -206,7 +202,7 @@ def seal(
     if not files:
         raise ValueError(f"{directory} holds no file to seal")
     _refuse_links(directory)
-    hashed = {p.relative_to(directory).as_posix(): sha256_file(p) for p in files}
+    hashed = {p.relative_to(directory).as_posix(): file_sha256(p) for p in files}
     outside = {name for name in hashed if any(fnmatch.fnmatchcase(name, pattern) for pattern in logs)}
     if len(outside) == len(hashed):
         raise ValueError(f"{directory} holds nothing but logs ({', '.join(sorted(outside))})")
@@ -284,7 +280,7 @@ def verify(
     for name in sorted(present - listed):
         raise ValueError(f"{directory} holds {name}, which its manifest does not list")
     for name in sorted(listed):
-        if sha256_file(directory / name) != hashes[name]:
+        if file_sha256(directory / name) != hashes[name]:
             raise ValueError(f"{directory / name} was changed: its SHA-256 is not the manifest's {hashes[name]}")
     return manifest
 

@@ -28,8 +28,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from eval.files import file_sha256
 from model import storage
-from tasks.manifest import MANIFEST, Manifest, Parent, load_manifest, seal, sealed_path, sha256_file, verify, writing
+from tasks.manifest import MANIFEST, Manifest, Parent, load_manifest, seal, sealed_path, verify, writing
 
 INDEX, LOCATIONS = "parts.parquet", "locations.parquet"  # tables of an index of parts
 PARTS = pa.schema(
@@ -284,7 +285,7 @@ def fetch_file(directory: Path, name: str) -> Path | None:
 
 @functools.lru_cache(maxsize=1024)
 def _digest_of(path: Path, modified_ns: int) -> str:
-    return sha256_file(path)
+    return file_sha256(path)
 
 
 @functools.lru_cache(maxsize=4)

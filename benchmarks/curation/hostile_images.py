@@ -207,6 +207,34 @@ def image_bmp_of_short_runs() -> bytes:
     )
 
 
+@image("refused")
+def image_gif_of_small_blocks() -> bytes:
+    """50 million comments of one letter."""
+    data = _encoded(_plain("P", (64, 64)), "GIF")
+    picture = data.index(b"\x2c", 13)
+    return data[:picture] + b"\x21\xfe\1a\0" * (250 * MIB // 5) + data[picture:]
+
+
+@image("refused")
+def image_tiff_of_strips() -> bytes:
+    """10 million strips of one pixel."""
+    count = 10_000_000
+    values = {256: 1, 257: count, 258: 8, 259: 1, 262: 1, 273: 0, 277: 1, 278: 1, 279: 0}
+    lists = 8 + 2 + 12 * len(values) + 4
+    directory = struct.pack("<H", len(values))
+    for tag, value in values.items():
+        long = (count, lists + 4 * count * (tag == 279)) if tag in (273, 279) else (1, value)
+        directory += struct.pack("<HHII", tag, 4, *long)
+    return b"II*\0" + struct.pack("<I", 8) + directory + bytes(4) + struct.pack("<I", 8) * count + b"\1\0\0\0" * count
+
+
+@image("refused")
+def image_png_of_exif() -> bytes:
+    """EXIF of 100 MiB."""
+    exif = b"II*\0" + struct.pack("<IHHHIII", 8, 1, 0x0112, 7, 100 * MIB, 26, 0) + bytes(100 * MIB)
+    return _png(64, 64, _chunk(b"eXIf", exif))
+
+
 def decode(folder: str) -> tuple[float, float, str, str]:
     """(MiB over the baseline, of this process or its worker; seconds; "read" or "refused"; the result as text)."""
     from tasks.curation.scoring.decode_memory import WORKER_BYTES

@@ -18,9 +18,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
-Mode = Literal["official", "fixed"]
+from eval.files import read_json_lines
+from eval.modes import Mode
+
 PromptSet = Literal["official", "development"]
 # How the overall score follows from prompts: the plain mean of categories, of prompts, or of subscores of prompts
 # ("parts", the value that stored scorecards have).
@@ -109,14 +111,16 @@ class Published(NamedTuple):
     category: str = "overall"
 
 
-class Benchmark(Protocol):
-    """The interface of the registry's objects. Attributes with a value here are optional.
+class Benchmark:
+    """The base class of the registry's objects. A subclass sets `name` and `judges`, and has `score_image`; everything else
+    has a default.
 
     Attributes:
         name, version: of the rule; the version names the official commit.
         scale: the perfect summary score, 1 or 100.
         tasks: the tags, in the order of published tables; () if prompts are not grouped.
-        prompt_count, images_per_prompt: the official numbers.
+        texts: the prompts, if they are part of this package and need nothing but their text.
+        prompt_count, images_per_prompt: the official numbers; a `prompt_count` of 0: any number.
         grid: (columns, rows) of the picture with a prompt's images; None if each image is a file.
         judges: {judge: the official model}; "": no official model, and the score always names its judge.
         optional_judges: judges that a score does not require.
@@ -133,12 +137,13 @@ class Benchmark(Protocol):
     """
 
     name: str
-    version: str
-    scale: float
-    tasks: tuple[str, ...]
-    prompt_count: int
-    images_per_prompt: int
-    grid: tuple[int, int] | None
+    version: str = "1"
+    scale: float = 1.0
+    tasks: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+    prompt_count: int = 0
+    images_per_prompt: int = 1
+    grid: tuple[int, int] | None = None
     judges: Mapping[str, str]
     optional_judges: frozenset[str] = frozenset()
     default_judges: Mapping[str, str] = {}
@@ -147,16 +152,27 @@ class Benchmark(Protocol):
     pooling: Pooling = "prompts"
     jpeg_tiles: bool = False
     prompt_sets: tuple[PromptSet, ...] = ("official",)
-    data: str
+    data: str = ""
     source: Source | None = None
     published: Sequence[Published] = ()
 
     def prompts(self, path: str | Path | None = None) -> list[dict[str, Any]]:
-        """The prompts, from the official data at `path`.
+        """The prompts, from the official data at `path`. Here: `texts`, or the lines of a JSON Lines file, each with at
+        least "prompt".
 
         Raises:
             ValueError: the data is missing or malformed; names the file and the expected content.
         """
+        if path is None and self.texts:
+            rows: list[dict[str, Any]] = [{"prompt": text} for text in self.texts]
+        else:
+            path = required(path, self)
+            rows = []
+            for number, row in read_json_lines(path):
+                if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+                    raise ValueError(f"{path}, line {number}: must be a JSON object with a text 'prompt'")
+                rows.append(row)
+        return [{"id": f"{index:05d}", "tag": self.name, **row} for index, row in enumerate(rows)]
 
     def made_prompts(self, prompt_set: PromptSet, per_task: int | None) -> Sequence[Prompt] | None:
         """Prompts that this package makes, without ids; None if the set is read from `data`.
@@ -168,20 +184,34 @@ class Benchmark(Protocol):
 
     def picture_path(self, prompt: Prompt, image: int, model: str) -> str:
         """Path of an image (or of its grid) in the official layout, relative to the folder of images."""
+        return f"{prompt['id']}/{image:04d}.png"
 
     def questions(self, prompt: Prompt, answers: Mapping[str, Any]) -> list[Question]:
-        """The questions about an image that can be asked now; empty if its answers are complete.
+        """The questions about an image that can be asked now; empty if its answers are complete. Here: one to each judge,
+        with the prompt's text.
 
         Args:
             answers: answers so far; a question may need an earlier answer.
         """
+        return [Question(judge, judge, str(prompt["prompt"])) for judge in self.judges if judge not in answers]
 
-    def score(self, prompt: Prompt, judged: Judged) -> Scored:
-        """The scores of one prompt.
+    def score_image(self, prompt: Prompt, answers: Mapping[str, Any]) -> tuple[float | None, str]:
+        """An image's score, None if no judge of its rule was asked, and why it is not fully right ("" if it is).
 
         Raises:
             ValueError: an answer is missing or malformed.
         """
+        raise NotImplementedError
+
+    def score(self, prompt: Prompt, judged: Judged) -> Scored:
+        """The scores of one prompt: the mean of its images.
+
+        Raises:
+            ValueError: see `score_image`.
+        """
+        images = [(None, "not judged") if a is None else self.score_image(prompt, a) for a in judged.images]
+        scores = tuple(score for score, _ in images)
+        return Scored(mean(scores), scores, tuple(reason for _, reason in images))
 
     def score_all(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged]) -> dict[str, Scored]:
         """{prompt's id: its scores} of one sampling seed, for rules that use all prompts together.
@@ -210,7 +240,8 @@ class Benchmark(Protocol):
         return {}
 
     def summarise(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], mode: Mode) -> dict[str, Any]:
-        """The benchmark's scores.
+        """The benchmark's scores. Here: the mean over prompts, or over categories (`pooling`), of the means of their
+        images. An image that was not judged is left out ("official") or has the score 0 ("fixed").
 
         Args:
             prompts: of the run.
@@ -222,8 +253,31 @@ class Benchmark(Protocol):
             the rule scores prompts only)}, and what else the rule has
 
         Raises:
-            ValueError: nothing to score, or answers to an unknown prompt (mode="fixed").
+            ValueError: nothing to score, or answers to an unknown prompt.
         """
+        assert self.pooling != "parts", f"{self.name} has subscores, and so its own summary"
+        check_known(prompts, judged)
+        scored = self.score_all(prompts, complete(prompts, judged))
+        images = [score for one in scored.values() for score in one.images]
+        failed = images.count(None)
+        if failed == len(images):
+            raise ValueError(f"none of {len(images)} images was judged")
+        means: list[float | None] = []
+        groups: dict[str, list[float | None]] = {tag: [] for tag in self.tasks}
+        for prompt in prompts:
+            values = scored[prompt["id"]].images
+            means.append(mean([0.0 if value is None and mode == "fixed" else value for value in values]))
+            groups.setdefault(str(prompt["tag"]), []).append(means[-1])
+        categories = {tag: score for tag, values in groups.items() if (score := mean(values)) is not None}
+        whole = mean(list(categories.values()) if self.pooling == "categories" else means)
+        assert whole is not None  # an image was judged
+        return {
+            "score": self.scale * whole,
+            "categories": {tag: self.scale * score for tag, score in categories.items()},
+            "expected": len(images),
+            "scored": len(images) - failed,
+            "failed": failed,
+        }
 
 
 def required(path: str | Path | None, benchmark: Benchmark) -> Path:

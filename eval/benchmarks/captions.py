@@ -14,6 +14,7 @@ models of one corpus, but not with published scores.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,7 @@ class Captions(Benchmark):
     """
 
     name = "captions"
-    version = "1"
-    scale = 1.0
     tasks = ("captions",)
-    prompt_count = 0  # set by the corpus
-    images_per_prompt = 1
-    grid = None
     judges: Mapping[str, str] = {"features": "", "similarity": ""}
     optional_judges = frozenset({"similarity"})
     default_judges: Mapping[str, str] = {"features": "efficientnet-lite0"}
@@ -63,9 +59,6 @@ class Captions(Benchmark):
             raise ValueError(f"{path} has {len(prompts)} captions, and distributions need at least two")
         return prompts
 
-    def picture_path(self, prompt: Prompt, image: int, model: str) -> str:
-        return f"{prompt['id']}/{image:04d}.png"
-
     def questions(self, prompt: Prompt, answers: Mapping[str, Any]) -> list[Question]:
         """Asks for the features of the image and of the real one, and the similarity of image and caption."""
         asked = [
@@ -75,10 +68,13 @@ class Captions(Benchmark):
         ]
         return [question for question in asked if question.key not in answers]
 
+    def score_image(self, prompt: Prompt, answers: Mapping[str, Any]) -> tuple[float | None, str]:
+        return answers.get("similarity"), ""
+
     def score(self, prompt: Prompt, judged: Judged) -> Scored:
         """The score of one prompt alone: the similarity. `score_all` adds the rest."""
-        scores = tuple(None if a is None else a.get("similarity") for a in judged.images)
-        return Scored(base.mean(scores), scores, ("",) * len(scores), {"similarity": base.mean(scores)})
+        scored = super().score(prompt, judged)
+        return replace(scored, subscores={"similarity": scored.score})
 
     def score_all(self, prompts: Sequence[Prompt], judged: Mapping[str, Judged]) -> dict[str, Scored]:
         """An image's score is its similarity, or its match if that was not judged."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from eval import dpg as rule
 from eval.benchmarks import base
-from eval.benchmarks.base import Benchmark, Judged, Mode, Prompt, Question, Scored, Source
+from eval.benchmarks.base import Benchmark, Judged, Mode, Prompt, Question, Source
 from eval.benchmarks.published import NUCLEUS, QWEN, printed_in
 
 PROMPTS = "dpg_bench/dpg_bench.csv"
@@ -73,21 +73,14 @@ class DPG(Benchmark):
         """One for each question; the answer is the judge's text, unchanged."""
         return [Question("vqa", str(q[0]), q[3]) for q in prompt["questions"] if str(q[0]) not in answers]
 
-    def score(self, prompt: Prompt, judged: Judged) -> Scored:
+    def score_image(self, prompt: Prompt, answers: Mapping[str, Any]) -> tuple[float, str]:
         """Official and fixed scores are equal, except for the prompt whose first question is skipped."""
-        group = _group(prompt["questions"])
-        scores: list[float | None] = []
-        for answers in judged.images:
-            try:
-                chosen = None if answers is None else rule.answers_of(_answers([answers]), group, "fixed")
-                scores.append(None if chosen is None else rule.score_sample(*chosen)["score"])
-            except ValueError as error:
-                raise ValueError(f"prompt {prompt['id']!r}: {error}") from None
-        reasons = []
-        for answers in judged.images:
-            no = [] if answers is None else [q[3] for q in prompt["questions"] if answers[str(q[0])] != rule.YES]
-            reasons.append("not judged" if answers is None else "\n".join(no))
-        return Scored(base.mean(scores), tuple(scores), tuple(reasons))
+        try:
+            chosen = rule.answers_of(_answers([answers]), _group(prompt["questions"]), "fixed")
+            score = rule.score_sample(*chosen)["score"]
+        except ValueError as error:
+            raise ValueError(f"prompt {prompt['id']!r}: {error}") from None
+        return score, "\n".join(text for qid, _, _, text in prompt["questions"] if answers[str(qid)] != rule.YES)
 
     def official_files(
         self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int, label: str = "model"

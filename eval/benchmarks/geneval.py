@@ -20,7 +20,6 @@ from eval.benchmarks.base import (
     PromptSet,
     Published,
     Question,
-    Scored,
     Source,
 )
 from eval.benchmarks.published import NUCLEUS, QWEN, printed_in
@@ -46,11 +45,9 @@ class GenEval(Benchmark):
 
     name = "geneval"
     version = "djghosh13/geneval@af4902f"
-    scale = 1.0
     tasks = rule.TASKS
     prompt_count = 553
     images_per_prompt = 4
-    grid = None
     judges: Mapping[str, str] = {
         "detector": "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco (mmdet 2)",
         "color": "ViT-L-14, openai (open_clip)",
@@ -163,11 +160,9 @@ class GenEval(Benchmark):
 
         return rule.judge_image(answers["objects"], prompt, classify_colors=colors)
 
-    def score(self, prompt: Prompt, judged: Judged) -> Scored:
-        verdicts = [None if answers is None else self.judge(prompt, answers) for answers in judged.images]
-        scores = tuple(None if verdict is None else float(verdict["correct"]) for verdict in verdicts)
-        reasons = tuple("not judged" if verdict is None else verdict["reason"] for verdict in verdicts)
-        return Scored(base.mean(scores), scores, reasons)
+    def score_image(self, prompt: Prompt, answers: Mapping[str, Any]) -> tuple[float, str]:
+        verdict = self.judge(prompt, answers)
+        return float(verdict["correct"]), verdict["reason"]
 
     def official_files(
         self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int, label: str = "model"

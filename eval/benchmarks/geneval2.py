@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,6 @@ class GenEval2(Benchmark):
     scale = 100.0
     tasks = tuple(str(count) for count in rule.ATOMICITIES)
     prompt_count = 800
-    images_per_prompt = 1
-    grid = None
     judges: Mapping[str, str] = {"soft_tifa": "Qwen/Qwen3-VL-8B-Instruct"}
     recommended_judges: Mapping[str, str] = {"soft_tifa": "qwen3-vl-8b"}
     data = "geneval2_data.jsonl of github.com/facebookresearch/GenEval2 (800 prompts)"
@@ -44,10 +43,6 @@ class GenEval2(Benchmark):
         rows = rule.load_prompts(base.required(path, self))
         return [{"id": f"{index:04d}", "tag": str(row["atom_count"]), **row} for index, row in enumerate(rows)]
 
-    def picture_path(self, prompt: Prompt, image: int, model: str) -> str:
-        """Our own layout: the official code takes {prompt: path} instead."""
-        return f"{prompt['id']}/{image:04d}.png"
-
     def questions(self, prompt: Prompt, answers: Mapping[str, Any]) -> list[Question]:
         """One for each pair of "vqa_list"; options are {"answers": the replies whose probabilities are summed}, and the
         answer is their sum."""
@@ -63,19 +58,17 @@ class GenEval2(Benchmark):
             raise ValueError(f"prompt {prompt['id']!r} has no answers to questions {absent}")
         return [float(answers[str(i)]) for i in range(len(prompt["vqa_list"]))]
 
+    def score_image(self, prompt: Prompt, answers: Mapping[str, Any]) -> tuple[float, str]:
+        """Soft-TIFA GM, and the question of the lowest value."""
+        values = self._values(prompt, answers)
+        low = min(range(len(values)), key=values.__getitem__)
+        reason = f"{prompt['vqa_list'][low][0]} {values[low]:.2f}" if values[low] < 0.5 else ""
+        return rule.soft_tifa(values)["gm"], reason
+
     def score(self, prompt: Prompt, judged: Judged) -> Scored:
-        means = [None if a is None else rule.soft_tifa(self._values(prompt, a)) for a in judged.images]
-        scores = tuple(None if m is None else m["gm"] for m in means)
-        reasons = []
-        for answers in judged.images:
-            if answers is None:
-                reasons.append("not judged")
-                continue
-            values = self._values(prompt, answers)
-            low = min(range(len(values)), key=values.__getitem__)
-            reasons.append(f"{prompt['vqa_list'][low][0]} {values[low]:.2f}" if values[low] < 0.5 else "")
-        subscores = {name: base.mean([None if m is None else m[name] for m in means]) for name in ("gm", "am")}
-        return Scored(base.mean(scores), scores, tuple(reasons), subscores)
+        scored = super().score(prompt, judged)
+        am = [rule.soft_tifa(self._values(prompt, a))["am"] for a in judged.images if a is not None]
+        return replace(scored, subscores={"gm": scored.score, "am": base.mean(am)})
 
     def official_files(
         self, prompts: Sequence[Prompt], judged: Mapping[str, Judged], image_size_px: int, label: str = "model"

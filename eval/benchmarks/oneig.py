@@ -79,7 +79,6 @@ class OneIG(Benchmark):
     """See `eval.benchmarks.base.Benchmark`; the rule is `eval.oneig`'s."""
 
     version = "OneIG-Bench/OneIG-Benchmark@41b4983"
-    scale = 1.0
     images_per_prompt = 4
     grid = (2, 2)
     optional_judges = frozenset({"vqa", "ocr", "reasoning", "style", "diversity"})
@@ -223,18 +222,13 @@ class OneIG(Benchmark):
         """`subscores` has a score for each dimension that has a judge; `score` is that of alignment, text or reasoning. A text image's score
         is the text formula on that image alone: a unit for error bars, not part of the official score."""
         images = [answers for answers in judged.images if answers is not None]
-        scores: list[float | None] = []
-        reasons: list[str] = []
-        for answers in judged.images:
-            score, reason = (None, "not judged") if answers is None else self._image(prompt, answers)
-            scores.append(score)
-            reasons.append(reason)
-        subscores: dict[str, float | None] = {self.dimension(prompt): base.mean(scores)}
+        scored = super().score(prompt, judged)
+        subscores: dict[str, float | None] = {self.dimension(prompt): scored.score}
         if "style" in prompt:
             subscores["style"] = base.mean([answers.get("style") for answers in images])
         if len(images) > 1 and "diversity" in judged.together:
             subscores["diversity"] = rule.diversity_score(judged.together["diversity"])
-        return Scored(base.mean(scores), tuple(scores), tuple(reasons), subscores)
+        return replace(scored, subscores=subscores)
 
     @staticmethod
     def dimension(prompt: Prompt) -> str:
@@ -246,7 +240,7 @@ class OneIG(Benchmark):
             raise ValueError(f"prompt {prompt['id']!r} has no answer {key!r}")
         return answers[key]
 
-    def _image(self, prompt: Prompt, answers: Mapping[str, Any]) -> tuple[float | None, str]:
+    def score_image(self, prompt: Prompt, answers: Mapping[str, Any]) -> tuple[float | None, str]:
         """No score if its dimension has no judge; a single missing answer is an error."""
         keys = ["ocr"] if "text_content" in prompt else ["reasoning"] if "answer" in prompt else []
         if not answers.keys() & {*keys, *(str(question[0]) for question in prompt.get("questions", ()))}:

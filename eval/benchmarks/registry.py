@@ -21,7 +21,7 @@ BENCHMARKS = {
 
 
 def load(name: str) -> Benchmark:
-    """The benchmark of a name in `BENCHMARKS`, or of a "module:object" of your own.
+    """The benchmark of a name in `BENCHMARKS`, or of a "module:object" or "module:class" of your own.
 
     Raises:
         ValueError: there is none; says what could have been meant.
@@ -35,8 +35,9 @@ def load(name: str) -> Benchmark:
         )
     module, _, attribute = target.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        loaded = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         if name in BENCHMARKS:
             raise
         raise ValueError(f"benchmark {name!r} cannot be imported: {error}") from error
+    return loaded() if isinstance(loaded, type) else loaded

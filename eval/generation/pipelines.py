@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import inspect
 import json
 import re
@@ -21,6 +20,7 @@ from typing import Any
 from PIL import Image
 
 from eval.config import EvalConfig
+from eval.files import file_sha256
 from eval.generation.generate import Sampler
 from eval.judging.protocols import digest_of
 
@@ -82,11 +82,8 @@ def is_hub_id(model: str) -> bool:
 
 def directory_digest(directory: Path) -> str:
     """SHA-256 over the names and contents of all files."""
-    digests = {}
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        with open(path, "rb") as file:
-            digests[path.relative_to(directory).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digest_of(digests)
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return digest_of({path.relative_to(directory).as_posix(): file_sha256(path) for path in files})
 
 
 def resolve(model: str, revision: str | None = None) -> str:

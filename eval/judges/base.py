@@ -6,6 +6,7 @@ probes --answer--> answers == those recorded   or the judge is refused before it
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,12 +37,22 @@ class Probe:
 
 
 class BaseJudge:
-    """See eval.judging.protocols.Judge. A subclass sets `name` and `model` and writes `answer_one` and `probes`."""
+    """See eval.judging.protocols.Judge. A subclass sets `name` and `model` and has `answer_one`; with weights or settings
+    it passes its own `spec`, and has `probes`."""
 
     name: str
     model: str
 
-    def __init__(self, spec: Mapping[str, Any]):
+    def __init__(self, spec: Mapping[str, Any] | None = None):
+        """
+        Args:
+            spec: None for a rule without weights: its class, the code of its module, and the libraries that decode images.
+        """
+        if spec is None:
+            own = type(self)
+            code = file_sha256(inspect.getfile(own))
+            versions = libraries("numpy", "pillow")
+            spec = {"class": f"{own.__module__}.{own.__qualname__}", "code": f"sha256:{code}", "libraries": versions}
         self.spec: Mapping[str, Any] = dict(spec)
         self.revision = digest_of(self.spec)
 
@@ -50,7 +61,7 @@ class BaseJudge:
         raise NotImplementedError
 
     def probes(self) -> Sequence[Probe]:
-        raise NotImplementedError
+        return ()
 
     def answer(self, requests: Sequence[Request]) -> list[Any]:
         return [self.answer_one(request) for request in requests]

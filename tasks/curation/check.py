@@ -2,7 +2,7 @@
 
 Prints one JSON line for each image ({"file", "captions", "fate"}; fate is "kept" or "rule: detail"), then a line
 `skipped {reason: [count, example]}` for other files. Exits 1, with one line `ValueError: ...`, if the source is refused
-or no record is kept.
+or no record is kept. The limit of words of a caption is printed to standard error.
 
 Scores stay under NUCLEUS_HOME, so that a run on the same source reuses them.
 """
@@ -58,15 +58,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check(options: argparse.Namespace) -> int:
     from tasks.curation import flow
     from tasks.curation.sources import base
+    from tasks.planning import word_limit
     from tasks.planning.local_run import check_home
     from tasks.planning.sections import for_own_images
     from tasks.planning.source import check_source
     from tasks.recipe import load_recipe
     from tasks.store import fetch_part, home
 
+    if not options.source:
+        raise ValueError("the source is ''; give a folder (or s3:// URI) of images, a tar or a Parquet file")
     check_home(home())
     check_source(options.source, True)
-    recipe = for_own_images(load_recipe(options.recipe, options.overrides))
+    recipe = load_recipe(options.recipe, options.overrides)
+    if recipe.source.is_made:  # as workflows do
+        chosen, given = word_limit.is_chosen(options.recipe, options.overrides), recipe
+        recipe = for_own_images(given, chosen)
+        print(word_limit.line(given, recipe, chosen), file=sys.stderr)
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):  # lines of progress
         _, decision = flow.curate_source(recipe.source, options.source, recipe.curation, until="decisions")
     directory = fetch_part(decision)

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from model import storage
 from model.logs import get_logger
-from tasks.curation import ledger, takedown
+from tasks.curation import caption_check, ledger, takedown
 from tasks.curation.captioning import build_captioner, identity, run, steps
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.curation.curated import CORPUS
@@ -26,7 +26,7 @@ from tasks.curation.journal import Journal
 from tasks.curation.scoring import score
 from tasks.curation.scoring.scored_shard import Resources, ShardScores
 from tasks.curation.sources import base
-from tasks.curation.sources.base import Account, Shard
+from tasks.curation.sources.base import Shard
 from tasks.envs import CACHE_VERSIONS
 from tasks.manifest import MANIFEST, load_manifest
 from tasks.store import (
@@ -51,7 +51,8 @@ REPORT_PAGE = "report.html"
 # digest.
 CORPUS_DIGEST = "corpus.json"
 CORPUS_LOGS = (base.SHARDS_TABLE, base.REPORT)
-CURATED_LOGS = (LOCATIONS, *(f"{CORPUS}/{name}" for name in CORPUS_LOGS))
+# The reports also name files of the source that are no images: one more of them must not train anything again.
+CURATED_LOGS = (LOCATIONS, base.REPORT, REPORT_PAGE, *(f"{CORPUS}/{name}" for name in CORPUS_LOGS))
 
 
 def make_shard(config: SourceConfig, index: int) -> Part:
@@ -167,6 +168,24 @@ def check_size(images: int, config: CurationConfig) -> None:
         ValueError: see covers.plan_cover.
     """
     covers.plan_cover(images, config.dedup.max_hamming_distance)
+
+
+def check_captions(corpus_dir: Path, config: CurationConfig) -> None:
+    """Refuses, before any image is decoded, a source of which captions or unreadable files leave no record.
+
+    Raises:
+        ValueError: see `result_line`.
+    """
+    decision = decide_without_pixels(corpus_dir, config)
+    if decision is not None:
+        result_line(fetch_part(decision), decision, config)
+
+
+def decide_without_pixels(corpus_dir: Path, config: CurationConfig) -> Part | None:
+    """The decision that rejects every record, if captions and problems of the source suffice for it; else None."""
+    config = config if config.captioner is None else config.before_captions()
+    parts = caption_check.score_without_pixels(base.open_corpus(corpus_dir), config)
+    return None if not parts else decide_corpus(corpus_dir, [_index("scores", parts)], config, 1)
 
 
 def score_group(
@@ -292,13 +311,14 @@ def decide_corpus(corpus_dir: Path, indices: Sequence[Path | None], config: Cura
             f"{len(failed)} of {len(parts)} shards could not be {done} (curation.min_success_ratio="
             f"{config.min_success_ratio:g}): {few}. Run again for these alone"
         )
+    scan = corpus.account()
     inputs = {
         "corpus": load_manifest(corpus_dir).digest,
         "scores": decide.digest_of_parts(parts),
+        "account": base.digest_of(scan.to_json()),  # no part of the corpus's digest
         "config": config.deciding().model_dump(mode="json"),
         "groups": groups,
     }
-    scan = Account.from_json(json.loads((corpus_dir / base.REPORT).read_text())["account"])
 
     def make(out: Path) -> int:
         kept = decide.decide(parts, scan, config.deciding(), out, groups, names, config.engine)["kept"]
@@ -342,7 +362,8 @@ def result_line(directory: Path, part: Part, config: CurationConfig) -> str:
     """
     content = json.loads((directory / base.REPORT).read_text())
     if not content["kept"]:
-        raise ValueError(f"{decide.nothing_left(content, config)} Ledger and report: {part.uri}")
+        why = decide.nothing_left(content, config).removesuffix(".")
+        raise ValueError(f"{why}. Ledger and report: {part.uri}")
     line = f"curation: kept {content['kept']} of {content['input']} records"
     rejected = [
         f"{count} x {rule} ({content['examples'][rule]['file']})"
@@ -435,6 +456,11 @@ def curate_source(source: SourceConfig, path: str, config: CurationConfig, until
         [part.as_parent() for part in made if not part.error],
         logs=CORPUS_LOGS,
     )
+    refused = decide_without_pixels(corpus_dir, config)
+    if refused is not None:
+        if until != "decisions":
+            result_line(fetch_part(refused), refused, config)
+        return corpus_dir, refused
     groups = num_groups(report["shards"], config.max_groups)
     indices = [_index("scores", score_group(corpus_dir, config, group, groups)) for group in range(groups)]
     if config.captioner is not None:

@@ -109,7 +109,7 @@ def list_corpus(
     listing = fetch(urls, "urls") if urls is not None else None
     with plain_errors():
         flow.check_made(parts)
-    artifact, _, report = produce(
+    artifact, corpus, report = produce(
         "corpus",
         lambda out: flow.write_corpus(source, path, parts, out, listing),
         parents=[part.as_parent() for part in parts],
@@ -118,6 +118,7 @@ def list_corpus(
     )
     with plain_errors():
         flow.check_size(report["images"], config)
+        flow.check_captions(corpus, config)
     return Listed(corpus=artifact, groups=list(range(num_groups(report["shards"], config.max_groups))))
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from eval.files import file_sha256
 from model.config import Section, StageConfig
 from model.data.files import LatentMeta, LatentPartWriter
 from model.data.hashing import hash_words, uniform
@@ -188,8 +189,7 @@ def vae_digest(components_dir: str | Path) -> str:
     """SHA-256 of the VAE's files."""
     digest = hashlib.sha256()
     for path in sorted((Path(components_dir) / "vae").iterdir()):
-        with open(path, "rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        digest.update(f"{path.name} {file_sha256(path)}\n".encode())
     return digest.hexdigest()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from model.logs import get_logger
 from tasks.manifest import MANIFEST, load_manifest
+from tasks.planning.local_run import is_cache_enabled
 from tasks.store import is_index, missing_parts
 
 logger = get_logger(__name__)
@@ -26,7 +27,7 @@ def forget_lost_artifacts(location: str) -> int:
     from flyteidl.core.literals_pb2 import LiteralMap
 
     location = Path(location).expanduser()
-    if not location.is_dir():
+    if not is_cache_enabled() or not location.is_dir():  # without it, HOME may be unreadable
         return 0
 
     class WithoutPickles(Disk):

@@ -17,12 +17,17 @@ def check_directories(home: Path, cache: Path) -> None:
         ValueError: one cannot be made or written; the message names the variable that changes it.
     """
     check_home(home)
-    if os.environ.get("FLYTE_LOCAL_CACHE_ENABLED", "true").lower() not in ("false", "0"):
+    if is_cache_enabled():
         _check_writable(
             cache.expanduser(),
             f"HOME={os.environ.get('HOME', '')}: Flyte's local cache {cache} cannot be written",
             "set FLYTE_LOCAL_CACHE_ENABLED=false to run without a cache, or set HOME",
         )
+
+
+def is_cache_enabled() -> bool:
+    """Whether local runs use Flyte's cache."""
+    return os.environ.get("FLYTE_LOCAL_CACHE_ENABLED", "true").lower() not in ("false", "0")
 
 
 def check_home(home: Path) -> None:

@@ -141,12 +141,14 @@ def check_tiers(images_by_tier: dict[str, int], stages: list[Stage]) -> None:
             )
 
 
-def for_own_images(recipe: Recipe) -> Recipe:
+def for_own_images(recipe: Recipe, keep_max_words: bool = False) -> Recipe:
     """The recipe without limits that are set for rendered scenes: captions may have up to 60 words (or as many as fit
-    in encoding.max_text_tokens); the PSNR of a small VAE on photographs is reported, not required; images of every
+    in encoding.max_text_tokens), unless `keep_max_words` (see `word_limit.is_chosen`); the PSNR of a small VAE on photographs is reported, not required; images of every
     shape are encoded, and kept if the recipe sets no max_aspect_ratio; AVIF and HEIC are kept if it names no formats.
     The benchmark captions replaces shapes."""
-    words = max(recipe.curation.captions.max_words, min(OWN_CAPTION_WORDS, recipe.encoding.max_text_tokens - 4))
+    words = recipe.curation.captions.max_words
+    if not keep_max_words:
+        words = max(words, min(OWN_CAPTION_WORDS, recipe.encoding.max_text_tokens - 4))
     captions = recipe.curation.captions.model_copy(update={"max_words": words})
     filters = recipe.curation.filters
     if "formats" not in filters.model_fields_set:

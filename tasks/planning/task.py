@@ -21,6 +21,7 @@ from tasks.curation.scorers import check_settings
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.evaluation.models import Model
 from tasks.evaluation.plan import further_configs
+from tasks.planning import word_limit
 from tasks.planning.candidates import Candidate
 from tasks.planning.local_cache import forget_lost_artifacts
 from tasks.planning.local_run import check_directories
@@ -68,10 +69,11 @@ def resolve_recipe(
 
     `starts_from`, `ends_in`: the artifacts that the workflow is given and makes (`sections.Milestone`).
     """
+    changes = [overrides] if isinstance(overrides, str) else overrides
     with plain_errors():
         if is_local():
             check_directories(home(), Path(CACHE_LOCATION))
-        loaded = load_recipe(recipe, [overrides] if isinstance(overrides, str) else overrides)
+        loaded = load_recipe(recipe, changes)
         check_workflow(loaded, ends_in, starts_from)
         path = ""
         if starts_from == "source":
@@ -84,11 +86,11 @@ def resolve_recipe(
         if starts_from == "source" and loaded.curation.captioner is not None:
             check_captioner(loaded.curation.captioner)
     if path and loaded.source.is_made:  # a recipe for made images with the user's own
-        loaded = for_own_images(loaded)
-        words = loaded.curation.captions.max_words
+        chosen, given = word_limit.is_chosen(recipe, changes), loaded
+        loaded = for_own_images(given, chosen)
         logger.info(
-            f"own images: captions of up to {words} words are kept; the VAE's PSNR is reported, not required; scored by "
-            f"the benchmark {loaded.eval.benchmark}"
+            f"{word_limit.line(given, loaded, chosen)}; the VAE's PSNR is reported, not required; scored by the benchmark "
+            f"{loaded.eval.benchmark}"
         )
     further = _further_configs(loaded.eval) if ends_in == "pipeline" and loaded.eval.further_benchmarks else []
     if is_local() and MILESTONES.index(starts_from) < MILESTONES.index("scorecard") <= MILESTONES.index(ends_in):

@@ -24,10 +24,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from eval.files import file_sha256
 from model.constants import PIPELINE_TEXT_STATE
 from model.logs import get_logger
 from tasks.diffusers_parts import SCHEDULER, processor_class
-from tasks.manifest import MANIFEST, load_manifest, sha256_file
+from tasks.manifest import MANIFEST, load_manifest
 from tasks.publishing.card import model_card
 from tasks.publishing.config import PublishConfig
 from tasks.trace import lineage_rows
@@ -191,7 +192,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _write_sums(directory: Path) -> list[Path]:
     """Writes SHA256SUMS over every other file, for `sha256sum -c SHA256SUMS`. Returns all files."""
     files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name not in (SUMS, MANIFEST))
-    lines = [f"{sha256_file(path)}  {path.relative_to(directory).as_posix()}\n" for path in files]
+    lines = [f"{file_sha256(path)}  {path.relative_to(directory).as_posix()}\n" for path in files]
     (directory / SUMS).write_text("".join(lines))
     return [*files, directory / SUMS]
 

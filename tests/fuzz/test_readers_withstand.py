@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.curation.scoring import decode_memory, decoding
+from tasks.curation.scoring import blocks, decode_memory, decoding
 from tasks.curation.scoring.workers import Workers
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2] / "benchmarks" / "curation")]
@@ -37,7 +37,8 @@ LIMITED = {
     "image-92a45c3a22": ("MAX_BYTES", decode_memory),  # lossy WebP
     "image-d2f6fef5df": ("MAX_BYTES", decode_memory),  # lossless WebP
     "image-33ef3fa9d6": ("MAX_BYTES", decode_memory),  # JPEG 2000
-    "image-850f30e68b": ("MAX_SCANS", decoding),
+    "image-850f30e68b": ("MAX_SCANS", blocks),
+    "image-71ffaa8bf2": ("MAX_SEGMENTS", blocks),  # JPEG, 5,000 empty comments
 }
 
 

@@ -1,6 +1,6 @@
 """Captioners by name. The recipe chooses one by `curation.captioner.name`.
 
-A captioner is an entry in `CAPTIONERS` and a function that builds it, imported only if a recipe names it.
+A captioner is an entry in `CAPTIONERS` and a class (base.Captioner), imported only if a recipe names it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tasks.curation.config import CaptionerConfig
 class CaptionerSpec(NamedTuple):
     """A captioner that recipes can name.
 
-    build: `module:function`, a function of CaptionerConfig that builds it.
+    build: `module:class`, or a function of CaptionerConfig that builds it.
     check: `module:function` that refuses a CaptionerConfig with a ValueError before any work; "": no check.
     revision: raise it when its requests to the model change, so that captions are made again.
     needs: "cpu", or "gpu" if its task must have one.
@@ -32,14 +32,14 @@ class CaptionerSpec(NamedTuple):
 CAPTIONERS = (
     CaptionerSpec(
         "qwen3-vl",
-        "tasks.curation.captioning.qwen_vl:qwen3_vl",
+        "tasks.curation.captioning.qwen_vl:QwenVL",
         check="tasks.curation.captioning.qwen_vl:check",
         needs="gpu",
     ),
     CaptionerSpec(
-        "openai", "tasks.curation.captioning.endpoint:openai", check="tasks.curation.captioning.endpoint:check"
+        "openai", "tasks.curation.captioning.endpoint:Endpoint", check="tasks.curation.captioning.endpoint:check"
     ),
-    CaptionerSpec("scenes", "tasks.curation.captioning.scenes:scenes"),
+    CaptionerSpec("scenes", "tasks.curation.captioning.scenes:SceneCaptioner"),
 )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from PIL import Image
+
+from tasks.curation.config import CaptionerConfig
 
 
 class Request(NamedTuple):
@@ -35,15 +37,22 @@ class Answer(NamedTuple):
     finish_reason: str = "stop"
 
 
-class Captioner(Protocol):
-    """Loads its model or connects on first use, not at construction.
+class Captioner:
+    """A subclass has `answer`, or `answers` if it works on several requests at a time. It loads its model or connects on
+    first use, not at construction.
 
     window: requests that it can work on at a time.
     reads_scenes: whether it needs `Request.scene`.
     """
 
-    window: int
-    reads_scenes: bool
+    window = 64
+    reads_scenes = False
+
+    def __init__(self, config: CaptionerConfig) -> None:
+        self.config = config
+
+    def answer(self, request: Request) -> Answer:
+        raise NotImplementedError
 
     def answers(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Answer]]:
         """Yields each request with its answer as soon as it arrives, in any order.
@@ -52,6 +61,8 @@ class Captioner(Protocol):
             ConnectionError: the model is temporarily unreachable; requests without an answer may be repeated.
             ValueError: a permanent error, such as a wrong key.
         """
-        ...
+        for request in requests:
+            yield request, self.answer(request)
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Releases the model or the connection."""

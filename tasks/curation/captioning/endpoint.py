@@ -18,7 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from tasks.curation.captioning.base import Answer, Request
+from tasks.curation.captioning.base import Answer, Captioner, Request
 from tasks.curation.captioning.checks import check_language
 from tasks.curation.config import CaptionerConfig
 from tasks.curation.http_retries import retry_after_s, wait_s
@@ -61,17 +61,11 @@ def _is_loopback(url: str) -> bool:
         return host == "localhost"
 
 
-def openai(config: CaptionerConfig) -> Endpoint:
-    return Endpoint(config)
-
-
-class Endpoint:
+class Endpoint(Captioner):
     """See base.Captioner. Each request is retried separately, with waits that double or that Retry-After gives."""
 
-    reads_scenes = False
-
     def __init__(self, config: CaptionerConfig) -> None:
-        self._config = config
+        super().__init__(config)
         self.window = 2 * config.concurrency
         self._client: httpx.Client | None = None
         self._stop = threading.Event()
@@ -81,7 +75,7 @@ class Endpoint:
         if self._client is None:
             self._client = self._connect()
         failed: BaseException | None = None
-        with ThreadPoolExecutor(self._config.concurrency) as pool:
+        with ThreadPoolExecutor(self.config.concurrency) as pool:
             futures = {pool.submit(self._ask, request): request for request in requests}
             left = set(futures)
             try:
@@ -110,7 +104,7 @@ class Endpoint:
 
         body = self._body(request)
         problem = ""
-        for retry in range(self._config.max_retries + 1):
+        for retry in range(self.config.max_retries + 1):
             after: float | None = None
             try:
                 status, headers, data = self._post(body)
@@ -128,11 +122,11 @@ class Endpoint:
                     problem, after = f"HTTP {status}", retry_after_s(headers.get("retry-after"))
                 else:
                     text = visible(data[:300].decode(errors="replace"))
-                    raise ValueError(f"captioner {self._config.endpoint} answers HTTP {status}: {text}")
-            if retry < self._config.max_retries and self._stop.wait(wait_s(retry, after)):
+                    raise ValueError(f"captioner {self.config.endpoint} answers HTTP {status}: {text}")
+            if retry < self.config.max_retries and self._stop.wait(wait_s(retry, after)):
                 break
         raise ConnectionError(
-            f"captioner {self._config.endpoint} gave no answer in {self._config.max_retries + 1} attempts ({problem}); "
+            f"captioner {self.config.endpoint} gave no answer in {self.config.max_retries + 1} attempts ({problem}); "
             "run again: its answers so far are kept"
         )
 
@@ -140,7 +134,7 @@ class Endpoint:
         import httpx
 
         assert self._client is not None
-        with self._client.stream("POST", f"{self._config.endpoint}/chat/completions", content=body) as response:
+        with self._client.stream("POST", f"{self.config.endpoint}/chat/completions", content=body) as response:
             data = b""
             for piece in response.iter_bytes():
                 data += piece
@@ -152,14 +146,14 @@ class Endpoint:
         import httpx
 
         headers = {"content-type": "application/json"}
-        if self._config.api_key_env:
-            key = os.environ.get(self._config.api_key_env)
+        if self.config.api_key_env:
+            key = os.environ.get(self.config.api_key_env)
             if not key:
-                raise ValueError(f"curation.captioner.api_key_env={self._config.api_key_env}: this variable is not set")
+                raise ValueError(f"curation.captioner.api_key_env={self.config.api_key_env}: this variable is not set")
             headers["authorization"] = f"Bearer {key}"
-        limits = httpx.Limits(max_connections=self._config.concurrency, max_keepalive_connections=None)
+        limits = httpx.Limits(max_connections=self.config.concurrency, max_keepalive_connections=None)
         return httpx.Client(
-            headers=headers, timeout=self._config.timeout_s, limits=limits, follow_redirects=False, trust_env=False
+            headers=headers, timeout=self.config.timeout_s, limits=limits, follow_redirects=False, trust_env=False
         )
 
     def _body(self, request: Request) -> bytes:
@@ -168,10 +162,10 @@ class Endpoint:
         url = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": request.prompt}]
         fields = {
-            "model": self._config.model,
+            "model": self.config.model,
             "messages": [{"role": "user", "content": content}],
             "max_tokens": request.max_tokens,
-            "temperature": self._config.temperature,
+            "temperature": self.config.temperature,
             "seed": request.seed,
         }
         return json.dumps(fields).encode()

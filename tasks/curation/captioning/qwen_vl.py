@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tasks.curation.captioning.base import Answer, Request
+from tasks.curation.captioning.base import Answer, Captioner, Request
 from tasks.curation.captioning.checks import check_language
 from tasks.curation.config import CaptionerConfig
 
@@ -35,21 +35,16 @@ def check(config: CaptionerConfig) -> None:
     check_language(config.language)
 
 
-def qwen3_vl(config: CaptionerConfig) -> QwenVL:
-    return QwenVL(config)
-
-
-class QwenVL:
+class QwenVL(Captioner):
     """See base.Captioner. Requests of one batch have the same token limit, so that none waits for a longer one."""
-
-    reads_scenes = False
 
     def __init__(self, config: CaptionerConfig, parts: tuple[Any, Any, Any] | None = None) -> None:
         """
         Args:
             parts: loaded model, tokenizer and image processor; None loads those of the recipe.
         """
-        self._config, self._parts = config, parts
+        super().__init__(config)
+        self._parts = parts
         self.window = 4 * config.batch_size
 
     def answers(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Answer]]:
@@ -57,7 +52,7 @@ class QwenVL:
         start = 0
         while start < len(ordered):
             first, stop = ordered[start], start
-            while stop < min(len(ordered), start + self._config.batch_size) and (
+            while stop < min(len(ordered), start + self.config.batch_size) and (
                 (ordered[stop].max_tokens, ordered[stop].attempt) == (first.max_tokens, first.attempt)
             ):
                 stop += 1
@@ -73,16 +68,16 @@ class QwenVL:
 
             from eval.judges.base import device, resolve
 
-            weights = resolve(self._config.model, self._config.revision or self._config.model)
+            weights = resolve(self.config.model, self.config.revision or self.config.model)
             where = {"revision": weights.revision}
             model = getattr(transformers, ARCHITECTURE).from_pretrained(
                 weights.place,
-                dtype=getattr(torch, self._config.dtype),
+                dtype=getattr(torch, self.config.dtype),
                 attn_implementation="sdpa",
                 use_safetensors=True,
                 **where,
             )
-            chosen = device() if self._config.device == "auto" else self._config.device
+            chosen = device() if self.config.device == "auto" else self.config.device
             tokenizer = transformers.AutoTokenizer.from_pretrained(weights.place, **where)
             processor = Qwen2VLImageProcessorPil.from_pretrained(weights.place, **where)
             self._parts = model.to(chosen).eval(), tokenizer, processor
@@ -94,7 +89,7 @@ class QwenVL:
         model, tokenizer, _ = self._load()
         inputs = self._inputs(batch)
         # Attempts after a bad answer must differ, so only the first may be greedy.
-        temperature = self._config.temperature if batch[0].attempt == 1 else max(self._config.temperature, 0.7)
+        temperature = self.config.temperature if batch[0].attempt == 1 else max(self.config.temperature, 0.7)
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         with torch.inference_mode(), torch.random.fork_rng():
             torch.manual_seed(batch[0].seed)

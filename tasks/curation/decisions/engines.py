@@ -1,4 +1,5 @@
-"""Table engines: DuckDB inside the process, or Spark beyond one machine. Both run the same SQL text.
+"""Table engines: DuckDB inside the process, or Spark beyond one machine. Both run the same SQL text, but for the
+search for pairs of hashes (near.py).
 
 The text keeps to what both understand. Where they differ, each registers a function of the same name:
 
@@ -38,6 +39,9 @@ _UNSAFE = ("'", "\\")
 class Engine(Protocol):
     """Runs SQL over tables that may be larger than memory."""
 
+    work_dir: Path
+    in_process: bool  # all rows are on this machine
+
     def scan(self, name: str, files: Mapping[str, int]) -> None:
         """A view over Parquet files of one schema; its column `part` has the number of each row's file."""
 
@@ -47,8 +51,8 @@ class Engine(Protocol):
     def append(self, name: str, query: str) -> None:
         """Adds the rows of a query to a table."""
 
-    def load(self, name: str, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
-        """A table of rows that Python made."""
+    def load(self, name: str, schema: pa.Schema, rows: Iterable[dict[str, Any]] | Iterable[pa.Table]) -> None:
+        """A table of rows that Python made, or of tables with these columns."""
 
     def batches(self, query: str) -> Iterator[pa.Table]:
         """The rows of a query, in its order."""
@@ -83,6 +87,8 @@ def open_engine(name: str, work_dir: str | os.PathLike) -> Engine:
 class DuckDB:
     """In this process; tables are in one file, and at most `MEMORY` of them in memory."""
 
+    in_process = True
+
     FUNCTIONS = (
         "hamming(a, b) AS CAST(bit_count(xor(a, b)) AS INTEGER)",  # a TINYINT otherwise, whose sums overflow
         "hex_to_int(text) AS CAST(concat('0x', text) AS BIGINT)",
@@ -100,9 +106,9 @@ class DuckDB:
     def __init__(self, work_dir: str | os.PathLike) -> None:
         import duckdb
 
-        self._work = Path(work_dir)
-        settings = {"memory_limit": MEMORY, "temp_directory": str(self._work / "spill")}
-        self._db = duckdb.connect(str(self._work / "tables.duckdb"), config=settings)
+        self.work_dir = Path(work_dir)
+        settings = {"memory_limit": MEMORY, "temp_directory": str(self.work_dir / "spill")}
+        self._db = duckdb.connect(str(self.work_dir / "tables.duckdb"), config=settings)
         self._db.execute("SET preserve_insertion_order = false")
         # The statistics of a Parquet column leave NaN out, and DuckDB would take them for proof that there is none: a
         # missing score would count as the largest number, and too small a range of groups would end in an internal error.
@@ -125,8 +131,8 @@ class DuckDB:
     def append(self, name: str, query: str) -> None:
         self._db.execute(f"INSERT INTO {name} {query}")
 
-    def load(self, name: str, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
-        path = _write_rows(self._work / f"{name}.parquet", schema, rows)
+    def load(self, name: str, schema: pa.Schema, rows: Iterable[dict[str, Any]] | Iterable[pa.Table]) -> None:
+        path = _write_rows(self.work_dir / f"{name}.parquet", schema, rows)
         self.create(name, f"SELECT * FROM read_parquet({_file(str(path))})")
         path.unlink()
 
@@ -145,6 +151,8 @@ class Spark:
     NUCLEUS_SPARK_CONF: JSON of more settings of a session that starts here, such as {"spark.master": "local[2]"}.
     """
 
+    in_process = False
+
     FUNCTIONS = (
         "hamming(a BIGINT, b BIGINT) RETURNS INT RETURN bit_count(a ^ b)",
         "hex_to_int(text STRING) RETURNS BIGINT RETURN CAST(conv(text, 16, 10) AS BIGINT)",
@@ -158,7 +166,7 @@ class Spark:
     )
 
     def __init__(self, work_dir: str | os.PathLike) -> None:
-        self._work = Path(work_dir).resolve()
+        self.work_dir = Path(work_dir).resolve()
         self._spark = _session()
         for function in self.FUNCTIONS:
             self._spark.sql(f"CREATE OR REPLACE TEMPORARY FUNCTION {function}")
@@ -177,7 +185,7 @@ class Spark:
 
     def create(self, name: str, query: str) -> None:
         # A new folder: the query may read the table that it replaces.
-        self._write(name, query, str(self._work / f"{name}-{uuid.uuid4().hex}"))
+        self._write(name, query, str(self.work_dir / f"{name}-{uuid.uuid4().hex}"))
 
     def append(self, name: str, query: str) -> None:
         (folder,) = {Path(_plain_uri(path)).parent for path in self._spark.table(name).inputFiles()}
@@ -187,15 +195,15 @@ class Spark:
         self._spark.sql(query).write.mode("append").parquet(folder)
         self._spark.read.parquet(folder).createOrReplaceTempView(name)
 
-    def load(self, name: str, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
-        folder = self._work / f"{name}-{uuid.uuid4().hex}"
+    def load(self, name: str, schema: pa.Schema, rows: Iterable[dict[str, Any]] | Iterable[pa.Table]) -> None:
+        folder = self.work_dir / f"{name}-{uuid.uuid4().hex}"
         folder.mkdir()
         _write_rows(folder / "rows.parquet", schema, rows)
         self._spark.read.parquet(str(folder)).createOrReplaceTempView(name)
 
     def batches(self, query: str) -> Iterator[pa.Table]:
         """Files of a sorted frame have its order by name."""
-        folder = self._work / f"rows-{uuid.uuid4().hex}"
+        folder = self.work_dir / f"rows-{uuid.uuid4().hex}"
         self._spark.sql(query).write.parquet(str(folder))
         for path in sorted(folder.glob("*.parquet")):
             with pq.ParquetFile(path) as file:
@@ -246,10 +254,13 @@ def _file(path: str) -> str:
     return quoted(re.sub(r"([*?\[])", r"[\1]", path))
 
 
-def _write_rows(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> Path:
+def _write_rows(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]] | Iterable[pa.Table]) -> Path:
     with pq.ParquetWriter(path, schema) as writer:
         waiting: list[dict[str, Any]] = []
         for row in rows:
+            if isinstance(row, pa.Table):
+                writer.write_table(row)
+                continue
             waiting.append(row)
             if len(waiting) == BATCH_ROWS:
                 writer.write_table(pa.Table.from_pylist(waiting, schema))

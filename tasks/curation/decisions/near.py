@@ -5,7 +5,7 @@ r"""Near duplicates by perceptual hashes, as SQL: propose, confirm, keep one. Me
                                           pairs of other rules (thumbnails, embeddings)
 
 Propose: two hashes within r of 64 bits agree in a key (covers.py), and a pair is counted at the first key that it shares. No
-pair within r bits is missed. Records with equal hashes are one node.
+pair within r bits is missed. Records with equal hashes are one node. Spark joins; in one process, pairs.py sorts.
 
 Keep: stars, not components. Records are taken in order of preference (more pixels, then the better aesthetic score in half
 points, then record id, then key), and a record is dropped if it matches one that is kept. So every dropped record resembles
@@ -16,11 +16,18 @@ decided. Neither preference nor rounds depend on the corpus's order, except for 
 # ruff: noqa: S608 (SQL of our own names and numbers; texts are quoted by engines.quoted)
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pyarrow as pa
+
 from tasks.curation.config import DedupConfig
 from tasks.curation.decisions.covers import plan_cover
 from tasks.curation.decisions.engines import Engine, one
+from tasks.curation.decisions.pairs import pairs_within
 from tasks.curation.scoring.hashes import HASHES, PHASH256
 
+KINDS = ("phash", "dhash")
+PROPOSED = pa.schema([("a", pa.int64()), ("b", pa.int64()), ("kind", pa.string())])
 PREFERENCE = "pixels DESC, points DESC, tie, name, position"  # of several, the first is kept
 
 
@@ -64,23 +71,37 @@ def _propose(engine: Engine, distance: int) -> None:
     """Table `proposed` (a, b, kind): every pair within `distance` bits of a hash, once for each kind of hash."""
     count = one(engine, "SELECT count(*) AS n FROM nodes")
     masks = plan_cover(count, distance).masks()
+    if engine.in_process:
+        engine.load("proposed", PROPOSED, _sorted_pairs(engine, count, masks, distance))
+    else:
+        _join(engine, masks, distance)
+
+
+def _sorted_pairs(engine: Engine, count: int, masks: list[int], distance: int) -> Iterator[pa.Table]:
+    for kind in KINDS:
+        nodes = engine.batches(f"SELECT position, {kind} AS hash FROM nodes")
+        for pairs in pairs_within(nodes, count, masks, distance, engine.work_dir):
+            columns = [pairs[:, 0], pairs[:, 1], pa.repeat(kind, len(pairs))]
+            yield pa.table(columns, PROPOSED)
+
+
+def _join(engine: Engine, masks: list[int], distance: int) -> None:
+    """As `_sorted_pairs`, by SQL that several machines can share."""
     engine.create("proposed", "SELECT position AS a, position AS b, 'phash' AS kind FROM nodes WHERE FALSE")
-    for kind in ("phash", "dhash"):
+    for kind in KINDS:
         for place, mask in enumerate(masks):
             sides = (
                 f"(SELECT position, {kind} AS hash, {kind} & CAST({mask} AS BIGINT) AS key FROM nodes) {s}"
                 for s in "ab"
             )
-            engine.create(
-                "met",
-                f"SELECT a.position AS a, b.position AS b, a.hash AS x, b.hash AS y FROM {' JOIN '.join(sides)} "
-                f"ON a.key = b.key AND a.position < b.position WHERE hamming(a.hash, b.hash) <= {distance}",
-            )
-            # Apart from the join: DuckDB would store a column for each earlier key in its hash table.
             first = "".join(
-                f" AND hamming(x & CAST({m} AS BIGINT), y & CAST({m} AS BIGINT)) > 0" for m in masks[:place]
+                f" AND hamming(a.hash & CAST({m} AS BIGINT), b.hash & CAST({m} AS BIGINT)) > 0" for m in masks[:place]
             )
-            engine.append("proposed", f"SELECT a, b, '{kind}' AS kind FROM met WHERE TRUE{first}")
+            engine.append(
+                "proposed",
+                f"SELECT a.position AS a, b.position AS b, '{kind}' AS kind FROM {' JOIN '.join(sides)} "
+                f"ON a.key = b.key AND a.position < b.position WHERE hamming(a.hash, b.hash) <= {distance}{first}",
+            )
 
 
 def keep_stars(engine: Engine) -> None:

@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import AvifImagePlugin, Image, ImageCms, ImageFile, TiffImagePlugin
 
-from tasks.curation.scoring import decode_memory
+from tasks.curation.scoring import blocks, decode_memory
+from tasks.curation.scoring.blocks import UndecodableError
 from tasks.curation.scoring.decode_memory import BITS_PER_SAMPLE, MIB, PHOTOMETRIC, SCALES
 
 # Raster formats that Pillow reads without other programs (EPS, for one, would start Ghostscript), and HEIF by pillow-heif where that is
@@ -27,18 +28,10 @@ FIRST_OF_SEVERAL = ("JPEG", "HEIF")  # phones write depth maps and bursts behind
 RGB_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "La", "RGBa")  # I and F clip
 GRAY16_MODES = ("I;16", "I;16L", "I;16B", "I;16N")  # by byte order
 WHITE_IS_ZERO = 0  # of TIFF's photometric tag
-MAX_SCANS = 50  # of a JPEG; each costs a pass over all pixels. Encoders write up to 18
 LARGE_PROFILE_BYTES = 2**16  # of an ICC profile; those of cameras and displays have less
 MAX_PROFILE_BYTES = 4 * 2**20  # of an ICC profile; those of printers have 3 MiB
-MAX_CHUNKS = 100_000  # of a PNG; in chunks of 4 KiB, which few encoders write, these are 400 MiB
-MAX_SEGMENTS = 4096  # before a JPEG's picture; a profile has up to 255, phones write some hundreds
-MAX_METADATA_BYTES = 32 * MIB  # of a JPEG; phones' depth maps have a few
 SAME_COLOR = 2  # of 255: a profile that moves no colour further is sRGB
 STRIP_PIXELS = 2**18  # converted at once: a megabyte for each copy, which stays in the processor's cache
-
-
-class UndecodableError(ValueError):
-    """The bytes are no whole image."""
 
 
 class TooManyPixelsError(ValueError):
@@ -86,8 +79,7 @@ def decodable() -> tuple[str, ...]:
 
 def _open(data: bytes) -> tuple[ImageFile.ImageFile, Header]:
     _check_webp(data)
-    _check_jpeg_metadata(data)
-    _check_png_chunks(data)
+    blocks.check(data)
     try:
         with warnings.catch_warnings():
             # Our own limit follows at once; Pillow's stays as the last resort (its error, at twice its limit).
@@ -102,7 +94,7 @@ def _open(data: bytes) -> tuple[ImageFile.ImageFile, Header]:
             animated = kind not in FIRST_OF_SEVERAL and bool(getattr(image, "is_animated", False))
     except Image.DecompressionBombError as error:
         raise TooManyPixelsError(str(error)) from None
-    except MemoryError:  # of a worker's limit
+    except (MemoryError, UndecodableError):  # the former of a worker's limit
         raise
     except Exception as error:  # Pillow's parsers raise nearly anything on hostile bytes
         raise UndecodableError(_why_no_header(data, error)) from None
@@ -114,8 +106,13 @@ def _open(data: bytes) -> tuple[ImageFile.ImageFile, Header]:
 
 
 def _orientation(image: Image.Image) -> int:
+    exif = len(image.info.get("exif") or b"")
+    if exif > blocks.MAX_METADATA_BYTES:  # Pillow copies it several times
+        raise UndecodableError(f"EXIF of {exif:,} bytes, over the limit of {blocks.MAX_METADATA_BYTES:,}")
     try:
         value = int(image.getexif().get(0x0112, 1))
+    except MemoryError:
+        raise
     except Exception:  # broken EXIF does not make a broken image
         return 1
     return value if value in range(1, 9) else 1
@@ -245,7 +242,7 @@ def _fit_memory(data: bytes, image: ImageFile.ImageFile, header: Header, min_sid
         _check_memory(image, header, len(data), converts)
         return
     # libjpeg keeps the coefficients of an image of several scans in memory; one that lacks components has others behind it.
-    several = _check_jpeg(data) < len(image.layer) or bool(image.info.get("progressive"))  # type: ignore[attr-defined]
+    several = blocks.check_jpeg(data) < len(image.layer) or bool(image.info.get("progressive"))  # type: ignore[attr-defined]
     scale = 1
     if min_side_px is not None:
         scale = max((one for one in SCALES if one <= min(image.size) // min_side_px), default=1)
@@ -384,6 +381,8 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         if mode == "CMYK":
             return transform
         moved = np.asarray(transform.apply(probe).convert("RGB"), np.int16) - np.asarray(probe.convert("RGB"), np.int16)
+    except MemoryError:
+        raise
     except Exception:  # ImageCms raises nearly anything on hostile bytes
         return None
     return None if np.abs(moved).max() <= SAME_COLOR else transform
@@ -392,69 +391,3 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 # Pictures of one camera share a profile, as strips of a picture do.
 _of_profile = functools.lru_cache(maxsize=16)(_transform)
 _of_large_profile = functools.lru_cache(maxsize=1)(_transform)
-
-
-# --- PNG -------------------------------------------------------------------------------------------------------
-
-
-def _check_png_chunks(data: bytes) -> None:
-    """Counts a PNG's chunks: Pillow takes microseconds and some bytes for each, even if it is empty."""
-    at, chunks = 8, 0
-    while data.startswith(b"\x89PNG\r\n\x1a\n") and at + 8 <= len(data):
-        at += 12 + int.from_bytes(data[at : at + 4], "big")
-        chunks += 1
-        if chunks > MAX_CHUNKS:
-            raise UndecodableError(f"a PNG of more than {MAX_CHUNKS:,} chunks")
-
-
-# --- JPEG ------------------------------------------------------------------------------------------------------
-
-
-_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
-_MARKER_OR_RESTART = re.compile(rb"\xff[^\x00\xff]", re.DOTALL)
-
-
-def _check_jpeg_metadata(data: bytes) -> None:
-    """Walks the segments before a JPEG's picture: Pillow appends those of EXIF to each other, which takes time with the square
-    of their number, and keeps each of all kinds, which takes memory even if it is empty."""
-    at, code, segments = 2, 0, 0
-    while data.startswith(b"\xff\xd8") and code != 0xDA and (match := _MARKER.search(data, at)) is not None:
-        code, at = data[match.start() + 1], match.end()
-        at += int.from_bytes(data[at : at + 2], "big")
-        segments += 1
-        if at > MAX_METADATA_BYTES:
-            raise UndecodableError(f"a JPEG with over {MAX_METADATA_BYTES // MIB} MiB before its picture")
-        if segments > MAX_SEGMENTS:
-            raise UndecodableError(f"a JPEG of over {MAX_SEGMENTS:,} segments before its picture")
-
-
-def _check_jpeg(data: bytes) -> int:
-    """Walks a JPEG's markers to its end: libjpeg turns lost or overwritten scan data into gray, with a mere warning, and
-    reads any number of scans.
-
-    Returns:
-        how many components the first scan has.
-    """
-    at, in_scan, restarts, scans, components = 2, False, False, 0, 0
-    while True:
-        match = (_MARKER if restarts or not in_scan else _MARKER_OR_RESTART).search(data, at)
-        if match is None:
-            raise UndecodableError("truncated JPEG: no end-of-image marker")
-        code, at = data[match.start() + 1], match.end()
-        if code == 0xD9:
-            if not in_scan:
-                raise UndecodableError("corrupt JPEG: it ends before its first scan")
-            return components
-        known = code in (0xC4, 0xDA, 0xDB, 0xDC, 0xDD, 0xFE, 0xCC) or 0xE0 <= code <= 0xEF
-        if in_scan and not known:
-            raise UndecodableError(f"corrupt JPEG: marker 0x{code:02x} inside scan data")
-        if at + 2 > len(data):
-            raise UndecodableError("truncated JPEG: it ends inside a segment")
-        if code == 0xDA and not in_scan:
-            components = data[at + 2] if at + 2 < len(data) else 0
-        at += int.from_bytes(data[at : at + 2], "big")
-        in_scan |= code == 0xDA
-        scans += code == 0xDA
-        if scans > MAX_SCANS:
-            raise UndecodableError(f"a JPEG of more than {MAX_SCANS} scans, each of which takes a pass over all pixels")
-        restarts |= code == 0xDD

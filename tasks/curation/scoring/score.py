@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -44,6 +44,7 @@ BATCH = 256  # records in memory at a time, reduced
 LARGE_PIXELS = 4_000_000  # of images that may not fit next to what others left in a worker's memory
 SCORER_PX = 384  # shorter side of a model scorer's input
 SCORER_RATIO = 4  # its longer side is at most that many times as long, so that a batch of long strips fits in memory
+HEADER = ("format", "mode", "animated", "width", "height", "orientation")
 NUMBERS = ("bytes_per_pixel", "entropy_bits", "single_color_fraction", "border_fraction")
 MEASURED = pa.schema(
     [
@@ -124,9 +125,30 @@ def score_shard(
         for out_dir, writer in zip(scorers, writers, strict=True):
             rows[out_dir] = writer.rows
     if measured_dir:
-        text = json.dumps(account.to_json(), sort_keys=True, ensure_ascii=False)
-        (measured_dir / ACCOUNT).write_text(text + "\n")
+        _write_account(account, measured_dir)
     return rows
+
+
+def describe_shard(corpus, shard: Shard, out_dir: Path, measured_dir: Path, look: Callable[[dict], None]) -> None:
+    """Writes what is known of each record before it is decoded: columns of `MEASURED` to `measured_dir`, null for those
+    of the header, so that no rule applies to them; no thumbnail, and the account, to `out_dir`.
+
+    Args:
+        look: called with each row; what it raises ends the reading.
+    """
+    account = Account()
+    with _Writer(measured_dir / SCORES_TABLE, MEASURED, ROW_GROUP) as writer:
+        for record in corpus.read(shard, account):
+            row = _described(record)
+            look(row)
+            writer.add(row | dict.fromkeys(HEADER))
+    with _Writer(out_dir / THUMBNAILS_TABLE, THUMBNAILS, THUMBNAIL_GROUP):
+        _write_account(account, out_dir)
+
+
+def _write_account(account: Account, out_dir: Path) -> None:
+    text = json.dumps(account.to_json(), sort_keys=True, ensure_ascii=False)
+    (out_dir / ACCOUNT).write_text(text + "\n")
 
 
 def score_columns(measured_dir: Path, one: Chosen, out_dir: Path, embeddings_dir: Path) -> int:

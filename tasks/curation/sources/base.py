@@ -105,7 +105,8 @@ class Record(NamedTuple):
     locator: the user's own file, tar member or row: `holiday/a.jpg`, `x.tar:a.jpg`, `x.parquet:7`. For a remote source
         it begins with the URI. Control characters are escaped.
     row: position in the shard, from 0.
-    problem, detail: "" or one of `PROBLEMS`, and one sentence that names the file and the remedy.
+    problem, detail: "" or one of `PROBLEMS`, and one sentence that names the file and the remedy. A detail without a
+        problem says why there is no caption.
     """
 
     key: str

@@ -36,6 +36,7 @@ from tasks.curation.sources.captions.caption_text import (
     CaptionError,
     NotTextError,
     sidecar_captions,
+    without_column,
 )
 from tasks.curation.sources.file_trees import FileTree, RemoteFileTree
 
@@ -151,19 +152,24 @@ def _bytes_to_read(file: File) -> int:
 
 def _record(place: FileTree, file: File, contents: dict[str, bytes | OSError], options: Options) -> Record:
     problem, detail = file.problem, file.detail
-    captions, not_text = list(file.captions), ""
+    captions, not_text, no_column = list(file.captions), "", ""
     for name, size, digest in file.sidecars:
         try:
             if why := too_large(name, size):
                 raise CaptionError(why)
             data = _checked(place, name, contents[name], size, digest)
-            captions += sidecar_captions(name, data, options.encoding, options.caption_columns)
+            own = sidecar_captions(name, data, options.encoding, options.caption_columns)
+            captions += own
+            if not own and (why := without_column(name, data, options.encoding, options.caption_columns)):
+                no_column = f"{place.shown(name)} {why}"
         except NotTextError as error:
             not_text = f"{place.locator(name)} {error}"
         except (CaptionError, OSError) as error:
             problem, detail = UNREADABLE_CAPTION, f"{place.locator(name)} {_why(error)}"
     if not_text and not captions and not problem:
         problem, detail = UNREADABLE_CAPTION, not_text
+    if not captions and not problem:
+        detail = no_column
     data = b""
     try:
         if file.size_bytes > MAX_IMAGE_BYTES:

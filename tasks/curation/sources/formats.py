@@ -1,9 +1,9 @@
 """Container formats in which each file is a shard, by extension.
 
-The module of a format has two functions (arrow.py is one):
+A format is a class of archives.Archive, or a module (arrow.py is one), with two functions:
 
     scan(shown, file, caption_columns) -> (number of records, names of columns that are not read), None without images
-    read(place, path, options, account) -> the records in order
+    read(tree, path, options, account) -> the records in order
 
 Tars and Parquet are not among them: captions next to a tar may name its members, and a Parquet file may be several
 shards.
@@ -24,5 +24,7 @@ def format_of(name: str) -> str | None:
 
 
 def load(kind: str) -> Any:
-    """The module of a format."""
-    return importlib.import_module(FORMATS[kind])
+    """The module of a format, or an object of its class."""
+    module, _, name = FORMATS[kind].partition(":")
+    loaded = importlib.import_module(module)
+    return getattr(loaded, name)() if name else loaded

@@ -37,6 +37,7 @@ from tasks.curation.sources.captions.caption_text import (
     CaptionError,
     NotTextError,
     sidecar_captions,
+    without_column,
 )
 from tasks.curation.sources.captions.listed import Listed
 from tasks.curation.sources.captions.metadata_files import MAX_BYTES as MAX_METADATA_BYTES
@@ -268,18 +269,23 @@ def read(place: FileTree, name: str, options: Options, beside: Beside, account: 
 def _record(
     name: str, locator: str, file: BinaryIO, sample: Sample, options: Options, beside: tuple[list[str], str, str]
 ) -> Record:
-    captions, not_text = sample.captions + beside[0], ""
+    captions, not_text, no_column = sample.captions + beside[0], "", ""
     problem, detail = (sample.problem, sample.detail) if sample.problem else beside[1:]
     for text in sample.texts:
         try:
             data = _bytes_of(file, text, MAX_JSON_BYTES + 1)
-            captions = captions + sidecar_captions(text.name, data, options.encoding, options.caption_columns)
+            own = sidecar_captions(text.name, data, options.encoding, options.caption_columns)
+            captions = captions + own
+            if not own and (why := without_column(text.name, data, options.encoding, options.caption_columns)):
+                no_column = f"{locator}:{visible(text.name)} {why}"
         except NotTextError as error:
             not_text = f"{locator}:{visible(text.name)} {error}"
         except CaptionError as error:
             problem, detail = UNREADABLE_CAPTION, f"{locator}:{visible(text.name)} {error}"
     if not_text and not captions and not problem:
         problem, detail = UNREADABLE_CAPTION, not_text
+    if not captions and not problem:
+        detail = no_column
     data, ext = b"", extension(sample.image.name)
     if sample.image.size > MAX_IMAGE_BYTES:
         problem = UNREADABLE_FILE

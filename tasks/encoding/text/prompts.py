@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from eval.files import file_sha256
 from model.constants import PAD_MULTIPLE
 from model.data.files import DTYPES, TextMeta
 from tasks.encoding.config import EncodingConfig
@@ -60,8 +61,7 @@ class PromptEncoder:
         digest = hashlib.sha256()
         for part in ("text_encoder", "processor"):
             for path in sorted((self._dir / part).iterdir()):
-                with open(path, "rb") as file:
-                    digest.update(f"{part}/{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+                digest.update(f"{part}/{path.name} {file_sha256(path)}\n".encode())
         return digest.hexdigest()
 
     @cached_property

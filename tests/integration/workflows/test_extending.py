@@ -1,14 +1,17 @@
-"""docs/extending.md, run as written: its source, loss, optimiser, scorer, judge and benchmark all work."""
+"""docs/extending.md, run as written: each section has at most ten lines of code, and what it adds works."""
 
 from __future__ import annotations
 
+import ast
+import importlib
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import types
+import textwrap
 import zipfile
 from pathlib import Path
 
@@ -98,28 +101,58 @@ def test_an_optimiser_trains_and_is_planned_after_a_name_and_an_entry(tmp_path):
     assert changed["trained"]["sgd"] == plain["trained"]["muon"] > 0 == changed["trained"]["muon"]
 
 
-def added_module(monkeypatch, section: str, name: str) -> dict[str, list[str]]:
-    """Makes the module that a section adds importable under `name`. Returns the section's code blocks."""
+SECTIONS = ("A source", "A made source", "A scorer", "A captioner", "A benchmark", "A judge", "A loss", "An optimiser")
+MOST_LINES, LINE_LENGTH = 10, 120
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_an_addition_has_at_most_ten_lines_with_its_registration_and_recipe(section):
+    """Lines of the formatter's length with one statement each: no line stands for two."""
     code = blocks(section)
-    module = types.ModuleType(name)
-    exec(code["python"][0], module.__dict__)
-    monkeypatch.setitem(sys.modules, name, module)
+    lines = [line for block in itertools.chain(*code.values()) for line in block.splitlines() if line.strip()]
+    assert len(lines) <= MOST_LINES and max(map(len, lines)) <= LINE_LENGTH and len(code["python"]) >= 2
+    for block in code["python"]:
+        statements = [node.lineno for node in ast.walk(ast.parse(textwrap.dedent(block))) if isinstance(node, ast.stmt)]
+        assert len(set(statements)) == len(statements), block
+
+
+def added_module(monkeypatch, folder: Path, section: str, name: str) -> dict[str, list[str]]:
+    """Writes the module that a section adds into `folder`, as if it were in the package. Returns the section's code."""
+    code = blocks(section)
+    package, _, module = name.rpartition(".")
+    assert f"`{name.replace('.', '/')}.py`" in (ROOT / "docs" / "extending.md").read_text()
+    (folder / f"{module}.py").write_text(code["python"][0])
+    path = importlib.import_module(package).__path__
+    monkeypatch.setattr(sys.modules[package], "__path__", [*path, str(folder)])
+    monkeypatch.setitem(sys.modules, name, None)  # restores its absence
+    del sys.modules[name]
+    importlib.invalidate_caches()
     return code
 
 
-def test_a_container_format_is_scanned_and_read_after_a_module_and_an_entry(monkeypatch, tmp_path):
+@pytest.fixture
+def added(tmp_path) -> Path:
+    """A folder for modules that a section adds."""
+    folder = tmp_path / "added"
+    folder.mkdir()
+    return folder
+
+
+def test_a_container_format_is_scanned_and_read_after_a_module_and_an_entry(monkeypatch, tmp_path, added):
     from tasks.curation.config import SourceConfig
     from tasks.curation.sources import base, formats
 
     source = tmp_path / "source"
     source.mkdir()
     with zipfile.ZipFile(source / "shapes.zip", "w") as archive:
-        archive.writestr("a red square.png", b"first")
+        archive.writestr("a.png", b"first")
+        archive.writestr("a.txt", "a red square")
         archive.writestr("notes.doc", b"")
-        archive.writestr("a blue circle.png", b"second")
+        archive.writestr("b.png", b"second")
+        archive.writestr("b.txt", "a blue circle")
     with pytest.raises(ValueError, match=r"has no image; left out: 1 x \.zip"):
         base.write_corpus(SourceConfig(), str(source), tmp_path / "none")
-    code = added_module(monkeypatch, "A source", "tasks.curation.sources.zips")
+    code = added_module(monkeypatch, added, "A source", "tasks.curation.sources.zips")
     monkeypatch.setattr(formats, "FORMATS", formats.FORMATS | eval(code["python"][1]))
     report = base.write_corpus(SourceConfig(), str(source), tmp_path / "corpus")
     assert (report["shards"], report["images"]) == (1, 2)
@@ -129,17 +162,17 @@ def test_a_container_format_is_scanned_and_read_after_a_module_and_an_entry(monk
     assert shard.kind == "zip" and records == [(b"first", ["a red square"], 0), (b"second", ["a blue circle"], 1)]
     assert account.records == 2 and account.left_out() == "1 x .doc (shapes.zip:notes.doc)"
     (source / "shapes.zip").write_bytes(b"no zip")
-    with pytest.raises(ValueError, match=r"shapes\.zip is not a readable zip file"):
+    with pytest.raises(ValueError, match=r"shapes\.zip cannot be read: File is not a zip file"):
         base.write_corpus(SourceConfig(), str(source), tmp_path / "broken")
 
 
-def test_a_made_source_gives_records_after_a_function_and_an_entry(monkeypatch, tmp_path):
+def test_a_made_source_gives_records_after_a_function_and_an_entry(monkeypatch, tmp_path, added):
     from tasks.curation.config import SourceConfig
     from tasks.curation.sources import base
     from tasks.curation.sources.made import registry
     from tasks.recipe import Recipe, load_recipe
 
-    code = added_module(monkeypatch, "A made source", "tasks.curation.sources.made.gradients")
+    code = added_module(monkeypatch, added, "A made source", "tasks.curation.sources.made.gradients")
     section = yaml.safe_load(code["yaml"][0])["source"]
     smoke = load_recipe("smoke").model_dump()
     with pytest.raises(ValueError, match="source.made.gradients=6 is unknown; use one of digits"):
@@ -161,14 +194,14 @@ def test_a_made_source_gives_records_after_a_function_and_an_entry(monkeypatch, 
     made = records(2)
     assert len(made) == 9 and made == records(1)
     first = made["gradients-0000000"]
-    assert first.source == "gradients" and first.captions[0].startswith("a gradient from (")
+    assert first.source == "gradients" and first.captions[0].startswith("a gradient from [")
 
 
-def test_a_scorer_scores_after_a_function_and_an_entry(monkeypatch):
+def test_a_scorer_scores_after_a_function_and_an_entry(monkeypatch, added):
     from tasks.curation import scorers
     from tasks.curation.config import ScorerConfig
 
-    code = added_module(monkeypatch, "A scorer", "tasks.curation.scorers.contrast")
+    code = added_module(monkeypatch, added, "A scorer", "tasks.curation.scorers.contrast")
     config = ScorerConfig(**yaml.safe_load(code["yaml"][0])["curation"]["scorers"])
     with pytest.raises(ValueError, match="aesthetic='contrast' is unknown"):
         scorers.chosen_scorers(config)
@@ -184,15 +217,15 @@ def test_a_scorer_scores_after_a_function_and_an_entry(monkeypatch):
     assert scorers.scorer_revisions(config)["aesthetic"].startswith("contrast, code ")
 
 
-def test_a_benchmark_and_its_judge_score_after_a_class_and_an_entry_each(monkeypatch, tmp_path):
+def test_a_benchmark_and_its_judge_score_after_a_class_and_an_entry_each(monkeypatch, tmp_path, added):
     from eval import catalog
     from eval.benchmarks import base, registry
     from eval.config import EvalConfig
     from eval.judges import registry as judge_registry
     from eval.scorecard import evaluate
 
-    benchmark_code = added_module(monkeypatch, "A benchmark", "eval.benchmarks.walls")
-    judge_code = added_module(monkeypatch, "A judge", "eval.judges.gray_level")
+    benchmark_code = added_module(monkeypatch, added, "A benchmark", "eval.benchmarks.walls")
+    judge_code = added_module(monkeypatch, added, "A judge", "eval.judges.gray_level")
     recipe = yaml.safe_load(benchmark_code["yaml"][0])["eval"]
     with pytest.raises(ValueError, match="there is no benchmark 'walls'"):
         EvalConfig(**recipe)
@@ -208,7 +241,7 @@ def test_a_benchmark_and_its_judge_score_after_a_class_and_an_entry_each(monkeyp
 
     config = config.model_copy(update={"image_size_px": 8, "seeds": (0,)})
     card = evaluate(white, config, tmp_path, log=lambda _: None)
-    assert (card["name"], card["pooling"], card["overall"]["mean"]) == ("walls", "categories", 0.5)
+    assert (card["name"], card["pooling"], card["overall"]["mean"]) == ("walls", "prompts", 0.5)
     assert card["fixed"]["overall"] == 0.5 and card["counts"]["scored"] == 2 and not card["deviations"]
     assert [judge["name"] for judge in card["settings"]["judges"]] == ["gray-level"]
     benchmark = registry.load("walls")
@@ -231,12 +264,12 @@ def test_every_loss_and_optimiser_of_a_recipe_has_its_function():
     assert set(get_args(OptimConfig.model_fields["matrices"].annotation)) == set(OPTIMIZERS)
 
 
-def test_a_captioner_describes_after_a_class_and_an_entry(monkeypatch):
+def test_a_captioner_describes_after_a_class_and_an_entry(monkeypatch, added):
     from tasks.curation import captioning
     from tasks.curation.captioning import checks
     from tasks.curation.config import CaptionerConfig
 
-    code = added_module(monkeypatch, "A captioner", "tasks.curation.captioning.colors")
+    code = added_module(monkeypatch, added, "A captioner", "tasks.curation.captioning.colors")
     spec = eval(code["python"][1], {"CaptionerSpec": captioning.CaptionerSpec})
     monkeypatch.setattr(captioning, "CAPTIONERS", (*captioning.CAPTIONERS, spec))
     config = CaptionerConfig(**yaml.safe_load(code["yaml"][0])["curation"]["captioner"])

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from tasks.curation.sources.base import CAPTION_COLUMNS, extension, visible
+from tasks.curation.sources.captions.csv_text import few
 
 SIDECAR_EXTENSIONS = ("txt", "text", "caption", "prompt", "json")
 MAX_TEXT_BYTES, MAX_JSON_BYTES = 2**20, 4 * 2**20
@@ -160,6 +161,16 @@ def sidecar_captions(name: str, data: bytes, encoding: str | None, wanted: tuple
     except ValueError as error:
         raise CaptionError(f"is not JSON: {visible(str(error))}") from error
     return row_captions(value, wanted) if isinstance(value, dict) else captions_of(value)
+
+
+def without_column(name: str, data: bytes, encoding: str | None, wanted: tuple[str, ...]) -> str:
+    """Names the keys of a readable .json file next to an image that has none for captions; "" for other files."""
+    if extension(name) != "json":
+        return ""
+    value = parse_json(decode(data, encoding))
+    if not isinstance(value, dict) or caption_columns(value, wanted):
+        return ""
+    return f"has {few(list(value)) or 'nothing'}; it needs {column_hint(wanted)}"
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -9,7 +9,6 @@ another number of shards gives the same records. The same records give the same 
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -24,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from eval.files import file_sha256
 from model import storage
 from model.logs import get_logger
 from model.storage import is_remote, join
@@ -95,8 +95,7 @@ def write_made_shard(config: SourceConfig, index: int, out_dir: str | os.PathLik
     assert sources.total() == total
     if truth:
         pq.write_table(pa.Table.from_pylist(truth, TRUTH), out_dir / TRUTH_TABLE)
-    with open(out_dir / name, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_sha256(out_dir / name)
     with TableWriter(out_dir) as table:
         size, source = (
             (out_dir / name).stat().st_size,

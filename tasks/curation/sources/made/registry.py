@@ -1,16 +1,19 @@
 """Sources of made records, by name. `source.made` of a recipe sets the number of records of each.
 
-The module of a source has one function:
+A source is a class of `DrawnSource`, or a module (digits.py is one), with a function
 
     record(config, index) -> Made      record `index`, from 0; a function of (config.seed, index) alone
 
-and may set COUNT, the maximum number of records.
+and perhaps COUNT, the maximum number of records.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from model.names import hint
 from tasks.curation.config import SourceConfig
@@ -26,6 +29,32 @@ class Made(NamedTuple):
     data: bytes
     captions: list[str]
     source: str
+
+
+class DrawnSource:
+    """Draws pictures with captions. A subclass has `draw`.
+
+    name: of the source in `SOURCES`.
+    """
+
+    COUNT: int | None = None
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def draw(self, rng: np.random.Generator, size_px: int) -> tuple[np.ndarray, str]:
+        """(uint8 [size_px, size_px, 3], its caption), all randomness from `rng`."""
+        raise NotImplementedError
+
+    def record(self, config: SourceConfig, index: int) -> Made:
+        """The picture as a PNG; its random stream depends on the seed, the source's name and the index."""
+        from PIL import Image
+
+        from tasks.curation.sources.made.defects import encode
+
+        stream = int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "big")
+        pixels, caption = self.draw(np.random.default_rng([config.seed, stream, index]), config.scene_size_px)
+        return Made(f"{self.name}-{index:07d}", "png", encode(Image.fromarray(pixels), "png"), [caption], self.name)
 
 
 def check_made(config: SourceConfig) -> None:
@@ -50,5 +79,7 @@ def counts(config: SourceConfig) -> dict[str, int]:
 
 
 def load(name: str) -> Any:
-    """The module of a source."""
-    return importlib.import_module(SOURCES[name])
+    """The module of a source, or an object of its class."""
+    module, _, attribute = SOURCES[name].partition(":")
+    loaded = importlib.import_module(module)
+    return getattr(loaded, attribute)(name) if attribute else loaded

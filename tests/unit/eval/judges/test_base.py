@@ -1,5 +1,6 @@
 """Specs, self-tests and the registry: the checks before a judge answers."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -180,3 +181,31 @@ def test_the_command_records_and_checks(tmp_path, capsys, monkeypatch):
     assert selftest.main(["xkcd-color", "--check"]) == 0
     assert selftest.main(["shapes-detector"]) == 1
     assert "its own self-test" in capsys.readouterr().err
+
+
+RULE = """
+from eval.judges.base import BaseJudge
+
+
+class Rule(BaseJudge):
+    name, model = "rule", "a rule"
+
+    def answer_one(self, request):
+        return {answer}
+"""
+
+
+def test_the_revision_of_a_rule_changes_with_the_code_of_its_module_and_with_nothing_else(tmp_path, monkeypatch):
+    def rule(folder, answer):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "some_rule.py").write_text(RULE.format(answer=answer))
+        monkeypatch.syspath_prepend(str(tmp_path / folder))
+        monkeypatch.delitem(sys.modules, "some_rule", raising=False)
+        judge = importlib.import_module("some_rule").Rule()
+        judge.selftest()  # nothing to compare with
+        return judge
+
+    first, same, other = rule("a", 1), rule("b", 1), rule("c", 2)
+    assert first.spec["class"] == "some_rule.Rule" and "pillow" in first.spec["libraries"]
+    assert first.revision == same.revision != other.revision
+    assert other.answer([Request([], ""), Request([], "")]) == [2, 2]

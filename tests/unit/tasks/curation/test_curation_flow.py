@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -21,7 +22,7 @@ from tasks.curation.curated import open_curated
 from tasks.curation.decisions import selections
 from tasks.curation.scoring import score
 from tasks.manifest import load_manifest
-from tasks.store import LOCATIONS, make_sealed, read_index, write_index
+from tasks.store import LOCATIONS, fetch_part, make_sealed, read_index, write_index
 
 CONFIG = CurationConfig(filters=FilterConfig(min_side_px=32, min_entropy_bits=0.05))
 SOURCE = SourceConfig()
@@ -286,6 +287,30 @@ def test_pods_share_parts_through_the_store_and_fetch_what_they_need(tars, tmp_p
         assert not (fetched / "ledger.parquet").exists()
         flow.select_group(decision, CONFIG, 2, 3)
         assert bucket.exists("corpora/nucleus/keys/selections")
+
+
+def test_files_that_are_left_out_later_are_named_and_change_no_curated_digest(tars):
+    """Nothing downstream is made again for a file that is no image."""
+    before = curate(tars)
+    digest = load_manifest(before).digest
+    (tars / "photos.zip").write_bytes(b"PK")
+    (tars / "notes.docx").write_bytes(b"")
+    (Path(os.fsdecode(os.fsencode(tars) + b"/\xff\x1b.xyz"))).write_bytes(b"")
+    for junk in (True, False, True):
+        if not junk:
+            (tars / "photos.zip").rename(tars.parent / "photos.zip")
+        elif not (tars / "photos.zip").exists():
+            (tars.parent / "photos.zip").rename(tars / "photos.zip")
+        curated, decision = flow.curate_source(SOURCE, str(tars), CONFIG)
+        assert load_manifest(curated).digest == digest
+        directory = fetch_part(decision)
+        content = json.loads((directory / "report.json").read_text())
+        assert ("1 x .zip (photos.zip)" in content["account"]["left_out"]) == junk
+        assert r"1 x .xyz (\udcff\x1b.xyz)" in content["account"]["left_out"]
+        for place in (directory, curated):
+            assert json.loads((place / "report.json").read_text()) == content
+            assert ("photos.zip" in (place / "report.html").read_text()) == junk
+        assert ("photos.zip" in flow.result_line(directory, decision, CONFIG)) == junk
 
 
 def test_a_source_of_one_image_asks_for_its_folder_where_its_caption_is(tmp_path):

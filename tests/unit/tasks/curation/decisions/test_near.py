@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+import tempfile
+import tracemalloc
 from itertools import combinations
+from pathlib import Path
 
 import imagehash
 import numpy as np
@@ -15,8 +17,8 @@ from score_tables import duplicates, good_row, random_hashes, tables_of
 from skimage import data as photographs
 
 from tasks.curation.config import CurationConfig, DedupConfig
-from tasks.curation.decisions import covers, near
-from tasks.curation.decisions.engines import PART, DuckDB, one, rows_of
+from tasks.curation.decisions import covers, near, pairs
+from tasks.curation.decisions.engines import PART, one, rows_of
 from tasks.curation.scoring.hashes import HASHES, PHASH256, picture_hashes
 
 
@@ -152,24 +154,37 @@ def test_hashes_are_imagehashs():
     assert [result[name] for name in PHASH256] == [number(bits) for bits in fine]
 
 
-def test_the_join_on_a_late_key_has_no_more_conditions_than_that_on_the_first(monkeypatch):
-    """DuckDB stores a column for each in the join's hash table: those on earlier keys sent 10 million hashes to disk."""
-    conditions, create = [], DuckDB.create
-
-    def create_and_explain(engine: DuckDB, name: str, query: str) -> None:
-        create(engine, name, query)
-        if name == "met":
-            ((_, text),) = engine._db.execute(f"EXPLAIN (FORMAT json) {query}").fetchall()
-            (operator,) = json.loads(text)
-            while "JOIN" not in operator["name"]:
-                (operator,) = operator["children"]
-            conditions.append(len(operator["extra_info"]["Conditions"]))
-
-    monkeypatch.setattr(DuckDB, "create", create_and_explain)
+@pytest.mark.parametrize("count", [10**5, 10**6, 10**7, 10**8])
+def test_the_joins_of_several_machines_and_the_sorts_of_one_propose_the_same_pairs(count, monkeypatch):
+    """With the keys for `count` hashes; sorted in pieces of some tens of rows, of which some are empty."""
+    rows = planted(groups=60, copies=5, seed=2, most=3)
+    masks = covers.plan_cover(count, 4).masks()
+    proposed = []
     with tables_of([]) as tables:
-        tables.load("nodes", pa.schema([(name, pa.int64()) for name in ("position", "phash", "dhash")]), [])
-        near._propose(tables, 4)
-    assert conditions == [3] * 10  # equal keys, one order of each pair, and the distance
+        kinds = [("position", pa.int64()), ("phash", pa.int64()), ("dhash", pa.int64())]
+        nodes = [{"position": PART + 7 * place, **{k: row[k] for k in near.KINDS}} for place, row in enumerate(rows)]
+        tables.load("nodes", pa.schema(kinds), nodes)
+        near._join(tables, masks, 4)
+        proposed.append([tuple(row.values()) for row in rows_of(tables, "SELECT * FROM proposed ORDER BY a, b, kind")])
+        for rows_of_a_piece in (pairs.PIECE_ROWS, 40):
+            monkeypatch.setattr(pairs, "PIECE_ROWS", rows_of_a_piece)
+            monkeypatch.setattr(pairs, "CHUNK_ROWS", 23)
+            by_sorts = pa.concat_tables(near._sorted_pairs(tables, len(rows), masks, 4))
+            proposed.append(sorted(zip(*(by_sorts[name].to_pylist() for name in ("a", "b", "kind")))))
+    assert proposed[0] == proposed[1] == proposed[2] and len(proposed[0]) > 300
+
+
+def test_many_records_with_one_key_are_compared_in_bounded_memory():
+    """3,000 hashes that differ in their last bits alone have 4.5 million pairs for most keys."""
+    table = pa.table({"position": np.arange(3000), "hash": np.arange(3000)})
+    masks = covers.plan_cover(3000, 4).masks()
+    tracemalloc.start()
+    with tempfile.TemporaryDirectory() as work:
+        near_by = [len(some) for some in pairs.pairs_within([table], 3000, masks, 4, Path(work))]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    distances = np.bitwise_count(np.arange(3000)[:, None] ^ np.arange(3000))
+    assert sum(near_by) == np.triu(distances <= 4, 1).sum() and peak < 2**23
 
 
 # --- both engines ----------------------------------------------------------------------------------------------

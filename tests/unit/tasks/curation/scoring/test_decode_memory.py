@@ -8,6 +8,7 @@ import json
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -16,7 +17,7 @@ from icc_profiles import DISPLAY_P3, cmyk_profile, rgb_profile
 from PIL import Image, ImageCms, ImageFile
 
 from tasks.curation.config import CurationConfig, FilterConfig
-from tasks.curation.scoring import decode_memory, decoding
+from tasks.curation.scoring import blocks, decode_memory, decoding
 from tasks.curation.scoring.decode_memory import MAX_BYTES, MIB, OWN_BYTES, WORKER_BYTES
 from tasks.curation.scoring.decoding import TooManyPixelsError, UndecodableError, decode, inspect_and_decode
 from tasks.curation.scoring.score import SCORER_PX, SCORER_RATIO, measure
@@ -279,6 +280,94 @@ def test_a_png_of_very_many_chunks_is_refused_before_pillow_reads_them():
     assert decode(data[:33] + empty * 1_000 + data[33:], ANY).size == (64, 48)
 
 
+@pytest.mark.parametrize("count", [5_000, 2_000_000])
+def test_a_jpeg_of_very_many_segments_is_refused_before_pillow_keeps_them(count, monkeypatch):
+    whole = to_bytes(picture("RGB"), "JPEG")
+    data = whole[:2] + b"\xff\xfe\0\2" * count + whole[2:]
+    monkeypatch.setattr(decoding.Image, "open", None)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UndecodableError, match="a JPEG of over 4,096 segments before its picture"):
+            decode(data, ANY)
+        assert tracemalloc.get_traced_memory()[1] < MIB
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_jpeg_of_as_many_segments_as_a_profile_may_have_is_read():
+    whole = to_bytes(picture("RGB"), "JPEG")
+    for segment in (b"\xff\xfe\0\2", b"\xff\xe2\0\6abcd"):
+        assert decode(whole[:2] + segment * 300 + whole[2:], ANY).size == (64, 48)
+
+
+GIF = b"GIF89a" + struct.pack("<HHBBB", 64, 48, 0, 0, 0)  # header without a colour table
+
+
+def gif(comments: int, between: int = 0, block: bytes = b"\x01a") -> bytes:
+    """Of two pictures, with so many blocks in a comment before the first, and before the second."""
+    frames = [picture("RGB"), picture("RGB").transpose(Image.Transpose.ROTATE_180)]
+    data = to_bytes(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=100)
+    first = data.index(b"\x21\xf9\x04")
+    second = data.index(b"\x21\xf9\x04", first + 1)
+    comment = [b"\x21\xfe" + block * count + b"\0" for count in (comments, between)]
+    return data[:first] + comment[0] + data[first:second] + comment[1] + data[second:]
+
+
+@pytest.mark.parametrize("data", [gif(100_000), gif(0, 100_000), GIF + b"\x21\x01\0" * 100_001, GIF + bytes(100_001)])  # fmt: skip
+def test_a_gif_of_very_many_blocks_is_refused_before_pillow_keeps_them(data, monkeypatch):
+    monkeypatch.setattr(decoding.Image, "open", None)
+    with pytest.raises(UndecodableError, match="a GIF of over 100,000 blocks outside its pictures"):
+        decode(data, ANY)
+
+
+def test_a_gif_whose_pictures_have_blocks_without_end_is_refused(monkeypatch):
+    monkeypatch.setattr(blocks, "MAX_BLOCKS", 100)
+    with pytest.raises(UndecodableError, match="a GIF of over 100 blocks$"):
+        decode(GIF + b"\x2c" + bytes(8) + b"\0\x08" + b"\x01a" * 100, ANY)
+
+
+@pytest.mark.parametrize("data", [gif(0), gif(5_000, 5_000, b"\xff" + bytes(range(255)))], ids=["plain", "comments"])
+def test_a_gif_with_as_many_comments_as_people_write_is_an_animation_of_its_frames(data):
+    header, image = inspect_and_decode(data, ANY, ("GIF",))
+    assert header.animated and image.size == (64, 48)
+    assert np.array_equal(np.asarray(image), np.asarray(decode(gif(0), ANY)))
+
+
+@pytest.mark.parametrize("options", [{}, {"big_tiff": True}], ids=["TIFF", "BigTIFF"])
+@pytest.mark.parametrize("tag", ["rows", "offsets"])
+def test_a_tiff_of_very_many_strips_is_refused_before_pillow_lists_them(tag, options, monkeypatch):
+    image = Image.new("L", (1, 3000))
+    data = to_bytes(image, "TIFF", tiffinfo={278: 1}, strip_size=1, **options)
+    assert decode(data, ANY).size == (1, 3000)
+    monkeypatch.setattr(blocks, "MAX_STRIPS", 2999)
+    monkeypatch.setattr(blocks, "STRIP_TAGS", (279,) if tag == "rows" else (273,))
+    monkeypatch.setattr(decoding.Image, "open", None)
+    with pytest.raises(UndecodableError, match="a TIFF of 3,000 strips or tiles; the limit is 2,999"):
+        decode(data, ANY)
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_exif_over_its_limit_is_refused_before_pillow_copies_it(form, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a" * 5000
+    data = to_bytes(picture("RGB"), form, exif=exif)
+    assert decode(data, ANY).size == (48, 64)
+    monkeypatch.setattr(blocks, "MAX_METADATA_BYTES", 4096)
+    monkeypatch.setattr(Image.Image, "getexif", None)
+    with pytest.raises(UndecodableError, match="EXIF of 5,... bytes, over the limit of 4,096"):
+        decode(data, ANY)
+
+
+def test_a_lack_of_memory_for_exif_is_no_upright_picture(monkeypatch):
+    def getexif(image):
+        raise MemoryError
+
+    data = to_bytes(picture("RGB"), "JPEG")
+    monkeypatch.setattr(Image.Image, "getexif", getexif)
+    with pytest.raises(MemoryError):
+        decode(data, ANY)
+
+
 def test_scorers_see_a_long_strip_in_few_pixels():
     measured = measure(to_bytes(Image.new("RGB", (400, 8_000)), "PNG"), CurationConfig())
     assert measured.image_size[1] <= SCORER_RATIO * SCORER_PX and len(measured.image) < MIB
@@ -299,7 +388,7 @@ def test_a_broken_image_leaves_no_memory_in_its_worker_which_the_next_one_needs(
 MEASURE = """
 import ctypes, json, sys
 from pathlib import Path
-from tasks.curation.scoring import decode_memory, decoding
+from tasks.curation.scoring import blocks, decode_memory, decoding
 decoding.decodable()
 needed = []
 def spy(*args, of=decode_memory.needed, **options):

@@ -1,0 +1,16 @@
+"""The two modes of a rule: as the official code computes it, or without its bugs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Mode = Literal["official", "fixed"]
+
+
+def check_mode(mode: str) -> None:
+    """
+    Raises:
+        ValueError: there is no such mode.
+    """
+    if mode not in ("official", "fixed"):
+        raise ValueError(f"mode={mode!r} must be 'official' or 'fixed'")

@@ -1,0 +1,148 @@
+"""Counts the blocks of an image file before Pillow opens it.
+
+Pillow takes microseconds and up to some hundred bytes for each segment, chunk, block or strip, even if it is empty: a file
+of megabytes may have millions of them.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+
+from tasks.curation.scoring.decode_memory import MIB
+
+MAX_SCANS = 50  # of a JPEG; each costs a pass over all pixels. Encoders write up to 18
+MAX_SEGMENTS = 4096  # before a JPEG's picture; a profile has up to 255, phones write some hundreds
+MAX_METADATA_BYTES = 32 * MIB  # before a JPEG's picture, and of EXIF; phones' depth maps have a few
+MAX_CHUNKS = 100_000  # of a PNG; in chunks of 4 KiB, which few encoders write, these are 400 MiB
+MAX_EXTENSIONS = 100_000  # blocks of up to 255 bytes outside a GIF's pictures: comments, XMP
+MAX_BLOCKS = 4_000_000  # of a GIF up to its second picture
+MAX_STRIPS = 100_000  # of a TIFF, or tiles
+TIFF_MARKS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the latter two of BigTIFF
+STRIP_TAGS = (273, 279, 324, 325)  # offsets and sizes of strips and tiles
+EXTENSION, PICTURE, END = 0x21, 0x2C, 0x3B  # of a GIF
+
+
+class UndecodableError(ValueError):
+    """The bytes are no whole image."""
+
+
+def check(data: bytes) -> None:
+    """
+    Raises:
+        UndecodableError: more blocks than an encoder writes; names the format and the limit.
+    """
+    if data.startswith(b"\xff\xd8"):
+        _check_jpeg_metadata(data)
+    elif data.startswith(b"\x89PNG\r\n\x1a\n"):
+        _check_png(data)
+    elif data.startswith((b"GIF87a", b"GIF89a")):
+        _check_gif(data)
+    elif data.startswith(TIFF_MARKS):
+        _check_tiff(data)
+
+
+def _check_png(data: bytes) -> None:
+    at, chunks = 8, 0
+    while at + 8 <= len(data):
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+        chunks += 1
+        if chunks > MAX_CHUNKS:
+            raise UndecodableError(f"a PNG of more than {MAX_CHUNKS:,} chunks")
+
+
+def _check_gif(data: bytes) -> None:
+    """Walks the blocks up to the second picture, where Pillow looks whether there is one: it keeps those of comments."""
+    at, pictures, blocks, extensions, size = 13 + _palette(data, 10), 0, 0, 0, len(data)
+    while at < size and pictures < 2 and data[at] != END:
+        kind, before = data[at], blocks
+        blocks += 1
+        if kind == PICTURE:
+            pictures += 1
+            at += 11 + _palette(data, at + 9)
+        else:
+            at += 2 if kind == EXTENSION else 1  # other bytes are skipped
+        if kind in (PICTURE, EXTENSION):
+            while at < size and (length := data[at]) and blocks <= MAX_BLOCKS:
+                at += 1 + length
+                blocks += 1
+            at += 1
+        if kind != PICTURE:
+            extensions += blocks - before
+        if extensions > MAX_EXTENSIONS:
+            raise UndecodableError(f"a GIF of over {MAX_EXTENSIONS:,} blocks outside its pictures")
+        if blocks > MAX_BLOCKS:
+            raise UndecodableError(f"a GIF of over {MAX_BLOCKS:,} blocks")
+
+
+def _palette(data: bytes, at: int) -> int:
+    """Bytes of the colour table that the flags at `at` announce."""
+    flags = data[at] if at < len(data) else 0
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+
+def _check_tiff(data: bytes) -> None:
+    order, large = "<" if data.startswith(b"II") else ">", 43 in data[2:4]
+    entry = struct.Struct(order + ("HHQ8x" if large else "HHI4x"))
+    try:
+        (at,) = struct.unpack_from(order + ("8xQ" if large else "4xI"), data)
+        (tags,) = struct.unpack_from(order + ("Q" if large else "H"), data, at)
+        for i in range(min(tags, 2**16)):
+            tag, _, count = entry.unpack_from(data, at + (8 if large else 2) + i * entry.size)
+            if tag in STRIP_TAGS and count > MAX_STRIPS:
+                raise UndecodableError(f"a TIFF of {count:,} strips or tiles; the limit is {MAX_STRIPS:,}")
+    except struct.error:  # it is cut off, which Pillow says
+        return
+
+
+# --- JPEG ------------------------------------------------------------------------------------------------------
+
+
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
+_MARKER_OR_RESTART = re.compile(rb"\xff[^\x00\xff]", re.DOTALL)
+
+
+def _check_jpeg_metadata(data: bytes) -> None:
+    """Walks the segments before a JPEG's picture: Pillow appends those of EXIF to each other, which takes time with the square
+    of their number, and keeps each of all kinds, which takes memory even if it is empty."""
+    at, code, segments = 2, 0, 0
+    while code != 0xDA and (match := _MARKER.search(data, at)) is not None:
+        code, at = data[match.start() + 1], match.end()
+        at += int.from_bytes(data[at : at + 2], "big")
+        segments += 1
+        if at > MAX_METADATA_BYTES:
+            raise UndecodableError(f"a JPEG with over {MAX_METADATA_BYTES // MIB} MiB before its picture")
+        if segments > MAX_SEGMENTS:
+            raise UndecodableError(f"a JPEG of over {MAX_SEGMENTS:,} segments before its picture")
+
+
+def check_jpeg(data: bytes) -> int:
+    """Walks a JPEG's markers to its end: libjpeg turns lost or overwritten scan data into gray, with a mere warning, and
+    reads any number of scans.
+
+    Returns:
+        how many components the first scan has.
+    """
+    at, in_scan, restarts, scans, components = 2, False, False, 0, 0
+    while True:
+        match = (_MARKER if restarts or not in_scan else _MARKER_OR_RESTART).search(data, at)
+        if match is None:
+            raise UndecodableError("truncated JPEG: no end-of-image marker")
+        code, at = data[match.start() + 1], match.end()
+        if code == 0xD9:
+            if not in_scan:
+                raise UndecodableError("corrupt JPEG: it ends before its first scan")
+            return components
+        known = code in (0xC4, 0xDA, 0xDB, 0xDC, 0xDD, 0xFE, 0xCC) or 0xE0 <= code <= 0xEF
+        if in_scan and not known:
+            raise UndecodableError(f"corrupt JPEG: marker 0x{code:02x} inside scan data")
+        if at + 2 > len(data):
+            raise UndecodableError("truncated JPEG: it ends inside a segment")
+        if code == 0xDA and not in_scan:
+            components = data[at + 2] if at + 2 < len(data) else 0
+        at += int.from_bytes(data[at : at + 2], "big")
+        in_scan |= code == 0xDA
+        scans += code == 0xDA
+        if scans > MAX_SCANS:
+            raise UndecodableError(f"a JPEG of more than {MAX_SCANS} scans, each of which takes a pass over all pixels")
+        restarts |= code == 0xDD
