@@ -161,7 +161,7 @@ def _record(place: FileTree, file: File, contents: dict[str, bytes | OSError], o
             own = sidecar_captions(name, data, options.encoding, options.caption_columns)
             captions += own
             if not own and (why := without_column(name, data, options.encoding, options.caption_columns)):
-                no_column = f"{place.shown(name)} {why}"
+                no_column = f"{place.locator(name)} {why}"
         except NotTextError as error:
             not_text = f"{place.locator(name)} {error}"
         except (CaptionError, OSError) as error:
