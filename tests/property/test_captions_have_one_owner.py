@@ -198,6 +198,12 @@ def oracle(images, texts, rows):
 # ---------------------------------------------------------------- trees
 
 
+def some(strategy):
+    return st.one_of(
+        st.just([]), st.lists(strategy, min_size=3, max_size=7), st.lists(strategy, min_size=3, max_size=7)
+    )
+
+
 @st.composite
 def trees(draw):
     """Images, texts with a caption that names them, and rows of one table in the root."""
@@ -207,11 +213,11 @@ def trees(draw):
         st.sampled_from(["txt", "txt", "json", "TXT", "png.txt"]),
     )
     path = lambda folder, name: f"{folder}/{name}" if folder else name  # noqa: E731
-    pictures = {path(f, f"{name}.{ext}") for f, name, ext in draw(st.lists(st.tuples(folder, stem, image), min_size=1, max_size=6))}  # fmt: skip
-    files = {path(f, f"{name}.{ext}") for f, name, ext in draw(st.lists(st.tuples(folder, stem, text), max_size=6))}
+    pictures = {path(f, f"{name}.{ext}") for f, name, ext in draw(st.lists(st.tuples(folder, stem, image), min_size=3, max_size=6))}  # fmt: skip
+    files = {path(f, f"{name}.{ext}") for f, name, ext in draw(some(st.tuples(folder, stem, text)))}
     written = {}
     row = st.tuples(folder, stem, image, st.sampled_from("///\\"), st.sampled_from(["", "", "", " "]))
-    for number, (f, name, ext, separator, space) in enumerate(draw(st.one_of(st.just([]), st.lists(row, max_size=6)))):
+    for number, (f, name, ext, separator, space) in enumerate(draw(some(row))):
         written[number] = f"{path(f, name)}.{ext}{space}".replace("/", separator)
     return sorted(pictures), sorted(files), written
 

@@ -11,7 +11,7 @@ import io
 import posixpath
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
 from tasks.curation.sources import tar_format
@@ -67,12 +67,15 @@ Beside = dict[
 ]  # place of an image -> captions, problem and detail of tables next to the tar
 
 
-def samples(shown: str, locator: str, file: BinaryIO, options: Options, account: Account) -> list[Sample]:
+def samples(
+    shown: str, locator: str, file: BinaryIO, options: Options, account: Account, beside: Container[str] = ()
+) -> list[Sample]:
     """The images of a tar in the order of the archive; reads headers and metadata files, forward only.
 
     Args:
         shown: the tar's name for errors.
         locator: its name for records and counts, which does not depend on the location of the source.
+        beside: places of images that a table next to the tar describes.
 
     Raises:
         ValueError: the tar or a metadata file in it is broken; the message names it.
@@ -105,7 +108,8 @@ def samples(shown: str, locator: str, file: BinaryIO, options: Options, account:
         for sample in images if listed or parallel else ():
             listed.claim([(0, _plain(sample.image.name))])
             parallel.claim(_plain(sample.image.name))
-        images = [_matched(locator, sample, listed, parallel, apart) for sample in images]
+        for at, sample in enumerate(images):
+            images[at] = _matched(locator, sample, listed, parallel, apart, sample.place in beside)
         listed.finish(account)
         for name, is_used in parallel.all():
             if is_used:
@@ -115,8 +119,10 @@ def samples(shown: str, locator: str, file: BinaryIO, options: Options, account:
     return sorted(images, key=lambda sample: (sample.image.offset, sample.place))
 
 
-def _matched(locator: str, sample: Sample, listed: Listed, parallel: ParallelTexts, apart: list[Member]) -> Sample:
-    """The sample with the captions of tables and of parallel folders.
+def _matched(
+    locator: str, sample: Sample, listed: Listed, parallel: ParallelTexts, apart: list[Member], is_described: bool
+) -> Sample:
+    """The sample with the captions of tables, or else of parallel folders. is_described: by a table next to the tar.
 
     Raises:
         ValueError: its table has no captions, and nothing else has.
@@ -127,7 +133,7 @@ def _matched(locator: str, sample: Sample, listed: Listed, parallel: ParallelTex
     why = ""
     if not sample.problem and rows.ambiguous:
         why = rows.ambiguous
-    elif not (sample.problem or sample.texts or rows.captions or rows.unreadable) and parallel:
+    elif parallel and not (is_described or sample.problem or sample.texts or rows.captions or rows.unreadable):
         texts, why = parallel.match(path)
         sample = sample._replace(texts=[apart[text.number] for text in texts])
     if rows.no_column and not (sample.problem or sample.texts or why):
@@ -261,7 +267,7 @@ def read(place: FileTree, name: str, options: Options, beside: Beside, account: 
     shown, locator = place.shown(name), place.locator(name)
     check_size(shown, place.size(name))
     with named_errors(shown), place.local_copy(name) as copy, seekable(copy) as file:
-        for sample in samples(shown, locator, file, options, account):
+        for sample in samples(shown, locator, file, options, account, beside):
             account.records += 1
             yield _record(name, locator, file, sample, options, beside.get(sample.place, ([], "", "")))
 
