@@ -192,13 +192,11 @@ class _Scan:
                 shown, locator = self.place.shown(path), self.place.locator(path)
                 with _naming(shown), self.place.open(path) as file:
                     root = base_name(self.place.uri())
-                    is_table = self.listed.add(
-                        shown, locator, listing.path, listing.folders, extension(name), file, root
-                    )
-                if is_table:
-                    self.account.use()
+                    why = self.listed.add(shown, locator, listing.path, listing.folders, extension(name), file, root)
+                if why:
+                    self.account.skip(why, path)
                 else:
-                    self.account.skip(reason_of(name), path)
+                    self.account.use()
 
     def _add_parallel(self, listing: Folder) -> None:
         """Adds the texts of a folder that describe no image in it and may describe images of another folder."""

@@ -94,10 +94,10 @@ def samples(
             folder, kind = posixpath.dirname(_plain(member.name)), extension(member.name)
             names = [f"{tar}:{visible(member.name)}" for tar in (shown, locator)]
             own = base_name(shown).partition(".")[0]
-            if listed.add(*names, folder, inside.get(folder, ()), kind, io.BytesIO(data), own):
-                account.use()
+            if why := listed.add(*names, folder, inside.get(folder, ()), kind, io.BytesIO(data), own):
+                account.skip(why, names[1])
             else:
-                account.skip(reason_of(member.name), names[1])
+                account.use()
         images: list[Sample] = []
         apart: list[Member] = []
         for folder, members in folders.items():

@@ -15,14 +15,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from tasks.curation.sources.base import Account, base_name, count_of, from_bytes, is_image, to_bytes, visible
+from tasks.curation.sources.base import Account, base_name, count_of, from_bytes, is_image, reason_of, to_bytes, visible
 from tasks.curation.sources.captions.metadata_files import Table, table_rows
 from tasks.curation.sources.captions.pairing import fold, spelling
 
 MAX_ROWS = 500_000  # of a CSV or JSON table, at 70 us of processor time each (benchmarks/curation/hostile.py)
 MAX_ROWS_PER_IMAGE = 1000
 MAX_READINGS = 4  # of a path that repeats the name of its table's folder
-UNMATCHED = "metadata row that names no image"
+UNMATCHED, NO_ROWS = "metadata row that names no image", "metadata table without rows"
 
 
 class Matched(NamedTuple):
@@ -78,8 +78,8 @@ class Listed:
         format: str,
         file: BinaryIO,
         root_name: str,
-    ) -> bool:
-        """Reads one table. Returns False for a .json file that is not a metadata table, and drops its rows.
+    ) -> str:
+        """Reads one table.
 
         Args:
             shown: its name for errors.
@@ -88,6 +88,9 @@ class Listed:
             folders: names of the folders in that folder.
             format: one of metadata_files.FORMATS.
             root_name: name of the source's root, for `folder` "".
+
+        Returns:
+            "", or the reason for which it is left out: it has no rows, or is a .json file of something else.
 
         Raises:
             ValueError: naming the file and the line.
@@ -115,7 +118,8 @@ class Listed:
             self._db.execute("DELETE FROM names WHERE row IN (SELECT id FROM rows WHERE file = ?)", (table.number,))
             self._db.execute("DELETE FROM rows WHERE file = ?", (table.number,))
             table.rows = 0
-        return table.rows > 0 or not table.is_mapping
+            return reason_of(shown)
+        return "" if table.rows else NO_ROWS
 
     def claim(self, paths: list[tuple[int, str]]) -> None:
         """Records the rows that may name an image. All images claim before the first `match`.

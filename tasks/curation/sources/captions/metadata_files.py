@@ -28,7 +28,7 @@ from tasks.curation.sources.captions.caption_text import (
 from tasks.curation.sources.captions.csv_text import MAX_ROW_BYTES
 
 FORMATS = ("csv", "tsv", "jsonl", "json", "parquet")
-NAME_COLUMNS = ("file_name", "filename", "file", "image", "image_file", "image_path", "path")
+NAME_COLUMNS = ("file_name", "filename", "file", "image", "image_file", "image_path", "image_file_name", "path")
 MAX_BYTES = 64 * 2**20
 DECODED_BYTES = 2**20  # at a time, to check whether a table is UTF-8
 _TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{},]', re.DOTALL)

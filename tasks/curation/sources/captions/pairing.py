@@ -21,6 +21,8 @@ from tasks.curation.sources.base import CAPTION_COLUMNS, base_name, extension, i
 from tasks.curation.sources.captions.caption_text import SIDECAR_EXTENSIONS, column_name
 
 MOST = 64  # texts whose names differ in case and form only; more are ambiguous
+# Extensions of one format: a.jpg and a.jpeg are two pictures, unlike a.jpg and a.webp.
+_SAME_FORMAT = {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "tiff": "tif", "heif": "heic", "hif": "heic", "pgm": "ppm"}
 NAME, STEM, MARKED, KEY = range(4)  # what the text's name repeats: the image's name, its stem, or its key
 _BY_KEY, _BY_RANK = 100, 1000  # weights in `Match.near`
 
@@ -46,7 +48,7 @@ class Text:
 
     path: with its folder, if it is not the folder of the images.
     owner: the first of the nearest images; other: the first that is another picture, or None.
-    formats: the extensions of the first picture. count: of the nearest images.
+    formats: of the first picture. count: of the nearest images.
     """
 
     path: str
@@ -61,11 +63,12 @@ class Text:
         """Records that an image is so near. Returns whether it is among the nearest."""
         if self.near is not None and near > self.near:
             return False
-        form = f"{fold(extension(image))}/"
+        form = fold(extension(image))
+        form = f"{_SAME_FORMAT.get(form, form)}/"
         if self.near is None or near < self.near:
             self.near, self.owner, self.other, self.formats, self.count = near, image, None, f"/{form}", 1
             return True
-        # a.png and a.PNG are two pictures, unlike a.png and a.webp.
+        # a.png and a.PNG are two pictures, too.
         if stem(self.owner) == stem(image) and f"/{form}" not in self.formats:
             self.formats += form
         elif self.other is None:

@@ -49,6 +49,7 @@ def as_list(columns=("file_name", "text")):
         ("metadata.csv", as_csv(columns=("file_name", " text"))),
         ("metadata.csv", as_csv(columns=(" Filename ", "TEXT"))),
         ("metadata.csv", as_csv(columns=("image", "Prompt"))),
+        ("metadata.csv", as_csv(columns=("image_file_name", "text"))),
         ("metadata.csv", "\ufeff" + as_csv(columns=("path", "raw"))),
         ("METADATA.csv", as_csv().encode("utf-16")),
         ("metadata.jsonl", as_lines()),
@@ -200,6 +201,18 @@ def test_a_json_file_that_is_no_table_of_images_is_left_out(tmp_path):
     write(tmp_path, {"a.png": PNG, "a.txt": "x", "metadata.json": '{"license": "CC0", "images": [1, 2]}'})
     assert captions_in(tmp_path) == {"a.png": ["x"]}
     assert left_out(tmp_path) == {".json": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("csv", "file_name,text\n"), ("jsonl", "\n"), ("json", "[]"), ("tsv", "file_name\ttext\n")]
+)
+def test_a_table_without_rows_is_left_out_by_name(tmp_path, name, content):
+    files = {"a.png": PNG, "a.txt": "x", f"metadata.{name}": content}
+    write(tmp_path / "loose", files)
+    tar_of(tmp_path / "packed/x.tar", files)
+    for folder, image in (("loose", "a.png"), ("packed", "x.tar:a.png")):
+        assert captions_in(tmp_path / folder) == {image: ["x"]}
+        assert left_out(tmp_path / folder) == {"metadata table without rows": 1}
 
 
 def test_a_picture_called_metadata_keeps_its_sidecar(tmp_path):

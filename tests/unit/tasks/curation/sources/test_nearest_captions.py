@@ -92,6 +92,10 @@ LOOSE = {
         {"a.jpg": PNG, "a.png": PNG, "a.jpg.txt": "of the jpg", "a.txt": "of the png"},
         {"a.jpg": ["of the jpg"], "a.png": ["of the png"]},
     ),
+    "two pictures of one format": (
+        {"a.jpg": PNG, "a.jpeg": PNG, "a.txt": "which", "b.tif": PNG, "b.jpg": PNG, "b.txt": "one in two formats"},
+        {"a.jpg": AMBIGUOUS, "a.jpeg": AMBIGUOUS, "b.tif": ["one in two formats"], "b.jpg": ["one in two formats"]},
+    ),
     "one image with texts of both names": (
         {"a.jpg": PNG, "a.jpg.json": '{"text": "json"}', "a.txt": "tags"},
         {"a.jpg": ["json", "tags"]},
