@@ -32,7 +32,7 @@ logging.getLogger("flytekit").addFilter(
 CACHE_VERSIONS = {
     "urls": "2",
     "records": "9",
-    "scores": "13",
+    "scores": "14",
     "captions": "3",
     "curation": "7",
     "components": "4",
