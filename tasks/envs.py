@@ -34,7 +34,7 @@ CACHE_VERSIONS = {
     "records": "9",
     "scores": "14",
     "captions": "3",
-    "curation": "7",
+    "curation": "8",
     "components": "4",
     "texts": "3",
     "encoding": "6",
