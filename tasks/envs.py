@@ -42,7 +42,7 @@ CACHE_VERSIONS = {
     "merging": "1",
     "prompts": "1",
     "evaluation": "8",
-    "publishing": "4",
+    "publishing": "5",
     "study": "2",
 }
 
@@ -155,7 +155,7 @@ def light(role: str) -> dict[str, Any]:
 
 
 def planner() -> dict[str, Any]:
-    """Options of the task that checks a recipe, also against the registered number of training processes."""
+    """Options of a task that checks a recipe or a corpus against the registered number of training processes and the profile."""
     options = dynamic("curation")
     return options | {"environment": options["environment"] | ENDPOINTS}
 
@@ -268,6 +268,11 @@ def trainer() -> dict[str, Any]:
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(TRAIN_GRACE_S),
         }
     return options | {"environment": environment}
+
+
+def training_scratch_gib() -> int:
+    """Ephemeral storage of a training pod."""
+    return PROFILE.train.ephemeral_gib * (TRAIN_NPROC if PROFILE.accelerator else 1)
 
 
 def _gpus(count: int) -> int:
