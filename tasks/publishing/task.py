@@ -26,7 +26,7 @@ from tasks.publishing.config import PublishConfig
 SHOWN = (".png", ".parquet")  # left out of further scorecards: only their numbers and pages are read
 
 
-@task(cache=envs.cache("publishing"), enable_deck=True, **envs.gather("publisher"))
+@task(cache=envs.cache("publishing"), enable_deck=True, **envs.publisher())
 def publish_pipeline(
     merged: MergedDir,
     components: ComponentsDir,

@@ -112,7 +112,8 @@ def check_on_a_pod(execution: Any, admin: StandInAdmin, monkeypatch: pytest.Monk
     """The result of resolve_recipe for the inputs of an execution, in a pod of the shape 8x8 at the example's site."""
     plan = admin.plans[execution.spec.launch_plan.name].spec
     literals = dict(plan.fixed_inputs.literals) | dict(execution.inputs.literals)
-    changes = literals["overrides"].scalar.union.value.collection.literals
+    given = literals["overrides"].scalar.union.value
+    changes = given.collection.literals if given.HasField("collection") else [given]
     section = yaml.safe_load((ROOT / "config" / "flyte.example.yaml").read_text())["nucleus"]
     monkeypatch.setattr(envs, "TRAIN_NNODES", 8)
     monkeypatch.setattr(envs, "TRAIN_NPROC", 8)
