@@ -335,6 +335,26 @@ def test_images_of_other_code_are_refused(tmp_path):
         register.images(tmp_path / "none.json")
 
 
+def test_code_that_is_in_no_commit_is_refused(tmp_path, monkeypatch):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@example.com"]
+    for folder in ("tasks", "docs"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "known.py").write_text("")
+    (tmp_path / ".gitignore").write_text("*.lock.json\n")
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+    images = {role: {"image": "r/x", "digest": DIGEST} for role in ROLES}
+    path = tmp_path / "tasks" / "images.lock.json"  # ignored by git
+    path.write_text(json.dumps({"revision": commit, "variant": "cuda", "images": images}))
+    (tmp_path / "docs" / "new.md").write_text("")  # in no image
+    monkeypatch.setattr(register, "ROOT", tmp_path)
+    assert register.images(path).keys() == set(ROLES)
+    (tmp_path / "tasks" / "new.py").write_text("")
+    with pytest.raises(ValueError, match=r"tasks/new\.py is in no commit"):
+        register.images(path)
+
+
 def test_a_config_without_an_endpoint_or_with_an_unknown_key_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"copy config/flyte\.example\.yaml"):
         load_site(tmp_path / "none.yaml")
