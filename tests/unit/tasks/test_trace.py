@@ -19,6 +19,8 @@ from tasks import trace as tracing
 from tasks.lineage.ancestors import check_ancestors
 from tasks.lineage.record_usage import used_by
 from tasks.manifest import MANIFEST, load_manifest, seal
+from tasks.publishing import task as publishing
+from tasks.publishing.config import PublishConfig
 from tasks.store import LOCATIONS, Part, make_sealed, write_index
 
 LEDGER = {0: "", 1: "min_side", 2: "", 3: "", 4: "near_duplicate", 5: ""}  # record -> the rule that rejected it
@@ -328,6 +330,14 @@ def test_a_model_is_not_published_with_a_corpus_that_it_was_not_trained_on(made)
     other, digest = build(ledger=LEDGER | {6: ""}, kept=(0, 2, 3, 5, 6)), load_manifest(made["curated"]).digest
     with pytest.raises(ValueError, match=rf"was trained on other images \(curated: {digest}\)"):
         check_ancestors(made["merged"], other["curated"], [made["components"], made["scorecard"]])
+
+
+def test_the_task_that_publishes_checks_the_lineage_first(made, monkeypatch):
+    monkeypatch.setattr(publishing, "fetch", lambda directory, *_: directory)
+    shutil.rmtree(made["records"])
+    parents = {name: made[name] for name in ("merged", "components", "scorecard", "curated")}
+    with pytest.raises(ValueError, match="was made from records .*, which is gone"):
+        publishing.publish_pipeline.task_function(**parents, further=[], config=PublishConfig(), recipe_json="{}")
 
 
 # ---------------------------------------------------------------- the root of trust
