@@ -245,9 +245,29 @@ def test_flyte_runs_pytorch_jobs_aggregates_their_errors_and_admits_large_tasks(
     assert list(values_of(config, "useOffloadedWorkflowClosure")) == [True]
 
 
-def test_the_dashboard_shows_hardware_queues_and_captions():
+def test_the_dashboard_shows_hardware_queues_captions_and_training():
     dashboard = json.loads((K8S / "monitoring" / "nucleus.json").read_text())
     queries = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
     for metric in ("PIPE_TENSOR_ACTIVE", "XID_ERRORS", "kueue_admission_wait_time", "vllm:request_success"):
         assert metric in queries
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+    served = set(re.findall(r"nucleus_train_\w+", (K8S.parent / "model" / "train" / "prometheus.py").read_text()))
+    shown = set(re.findall(r"nucleus_train_\w+", queries))
+    assert {"nucleus_train_loss", "nucleus_train_mfu_percent", "nucleus_train_images_per_second"} <= shown <= served
+
+
+def test_prometheus_reaches_the_port_of_training_and_kueue_with_its_credentials():
+    monitors = {
+        m["metadata"]["name"]: m for m in yaml.safe_load_all((K8S / "monitoring" / "podmonitors.yaml").read_text())
+    }
+    port = yaml.safe_load((K8S.parent / "config" / "flyte.example.yaml").read_text())["nucleus"]["metrics_port"]
+    (training,) = monitors["nucleus-training"]["spec"]["podMetricsEndpoints"]
+    assert training["relabelings"][0]["replacement"] == f"$1:{port}"
+    policies = yaml.safe_load_all((K8S / "base" / "networkpolicies.yaml").read_text())
+    (opened,) = [p for p in policies if p["metadata"]["name"] == "allow-metrics"]
+    assert port in {entry["port"] for rule in opened["spec"]["ingress"] for entry in rule["ports"]}
+    (kueue,) = monitors["kueue"]["spec"]["podMetricsEndpoints"]
+    kueue_config = yaml.safe_load((K8S / "helm" / "kueue.yaml").read_text())
+    address = yaml.safe_load(kueue_config["managerConfig"]["controllerManagerConfigYaml"])["metrics"]["bindAddress"]
+    assert kueue["scheme"] == "https" and kueue["relabelings"][0]["replacement"] == f"$1{address}"
+    assert kueue["authorization"]["credentials"]["name"] == "nucleus-kueue-metrics"
