@@ -18,7 +18,7 @@ FOLDERS = {
     "curation": ["tasks.planning", "tasks.curation"],
     "scorer": ["tasks.curation", "eval.judges.pp_ocr"],
     "encoder": ["tasks.encoding", "model"],
-    "trainer": ["tasks.training", "tasks.merging", "model"],
+    "trainer": ["tasks.training", "tasks.merging", "tasks.preflight", "model"],
     "evaluator": ["tasks.evaluation", "eval", "model"],
     "publisher": ["tasks.publishing"],
 }

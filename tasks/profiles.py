@@ -37,7 +37,9 @@ class Profile:
     light: Size = Size(1, 2, 5)
     shard: Size = Size(4, 16, 50)
     gather: Size = Size(16, 64, 500)
-    efa_template: str = ""  # PodTemplate of training with as many EFA devices as a node has; empty: these nodes have none
+    efa_template: str = (
+        ""  # PodTemplate of training with as many EFA devices as a node has; empty: these nodes have none
+    )
     environment: dict[str, str] = field(default_factory=dict)
 
 

@@ -11,7 +11,10 @@ from kubernetes import client
 from tasks.preflight.checks import Failed, Skipped, Target, check
 
 OLDEST = (1, 30)
-FLYTE_DEPLOYMENTS = ("flyte-binary", "flytepropeller")  # of the charts flyte-binary and flyte-core, with k8s/helm's values
+FLYTE_DEPLOYMENTS = (
+    "flyte-binary",
+    "flytepropeller",
+)  # of the charts flyte-binary and flyte-core, with k8s/helm's values
 FLYTE_NAMESPACE = "flyte"
 JOB_VERBS = ("get", "list", "watch", "create", "update", "patch", "delete")  # what propeller does with PyTorchJobs
 DEFAULT_LABEL = "k8s.amazonaws.com/accelerator"  # Flyte's gpu-device-node-label, if its configuration has none

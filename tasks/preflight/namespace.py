@@ -57,7 +57,10 @@ def network_policies(target: Target) -> str:
     return f"{len(policies)}, closed by default"
 
 
-@check("resource quota", "Raise the quota (k8s/base/quota.yaml; project-quota is Flyte's: k8s/helm), or train on fewer nodes.")
+@check(
+    "resource quota",
+    "Raise the quota (k8s/base/quota.yaml; project-quota is Flyte's: k8s/helm), or train on fewer nodes.",
+)
 def resource_quota(target: Target) -> str:
     """Requests and limits, which are equal, of all pods of training together."""
     ranks, share = target.nproc * target.nnodes, target.profile.train

@@ -42,7 +42,9 @@ def _nodes(target: Target) -> list[Any]:
 def _node_pools(target: Target) -> list[dict[str, Any]]:
     """Karpenter's NodePools; none where Karpenter is not installed or this identity may not look."""
     try:
-        return client.CustomObjectsApi(target.api).list_cluster_custom_object("karpenter.sh", "v1", "nodepools")["items"]
+        return client.CustomObjectsApi(target.api).list_cluster_custom_object("karpenter.sh", "v1", "nodepools")[
+            "items"
+        ]
     except client.ApiException:
         return []
 

@@ -25,7 +25,9 @@ def kueue_crds(target: Target) -> str:
 @check("kueue deployment", "Install Kueue 0.14 (docs/cluster.md) and wait for its deployment to be available.")
 def kueue_deployment(target: Target) -> str:
     needs_queue(target)
-    return available(target, "kueue-system", "kueue-controller-manager", r"kueue:v0\.1[4-9]\.", "0.14; 0.15 to 0.19 have its API")
+    return available(
+        target, "kueue-system", "kueue-controller-manager", r"kueue:v0\.1[4-9]\.", "0.14; 0.15 to 0.19 have its API"
+    )
 
 
 @check("kueue pytorchjob integration", "Add kubeflow.org/pytorchjob to integrations.frameworks (k8s/helm/kueue.yaml).")
@@ -70,7 +72,8 @@ def queue_quota(target: Target) -> str:
     key, value = label(target), accelerator(target)
     custom = client.CustomObjectsApi(target.api)
     flavors = custom.list_cluster_custom_object(GROUP, VERSION, "resourceflavors")["items"]
-    selected = {f["metadata"]["name"]: f.get("spec", {}).get("nodeLabels", {}).get(key, value) for f in flavors}
+    # Kueue adds a flavor's labels to a job's node selector: with another label, nodes would need both.
+    labels = {flavor["metadata"]["name"]: flavor.get("spec", {}).get("nodeLabels", {key: value}) for flavor in flavors}
     quotas = {
         flavor["name"]: parse_quantity(resource["nominalQuota"])
         for group in _queue(target)["spec"]["resourceGroups"]
@@ -78,9 +81,11 @@ def queue_quota(target: Target) -> str:
         for resource in flavor["resources"]
         if resource["name"] == GPU
     }
-    fitting = {name: quota for name, quota in quotas.items() if selected.get(name) == value}
+    fitting = {name: quota for name, quota in quotas.items() if labels.get(name, {}).get(key) == value}
     if not fitting:
-        raise Failed(f"no flavor of the queue has nodes with {key}={value}; its flavors are {', '.join(sorted(quotas))}")
+        raise Failed(
+            f"no flavor of the queue has nodes with {key}={value}; its flavors are {', '.join(sorted(quotas))}"
+        )
     largest = max(fitting.values())  # all pods of a job get the same flavor
     if largest < target.gpus:
         raise Failed(f"{largest} GPUs of {', '.join(sorted(fitting))}, and the job needs {target.gpus}")

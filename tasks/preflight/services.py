@@ -70,7 +70,9 @@ def bucket_object(target: Target) -> str:
     return _round_trip(target.bucket)
 
 
-@check("store", "Set nucleus.store to a bucket that pods share, and allow s3:PutObject, s3:GetObject and s3:DeleteObject.")
+@check(
+    "store", "Set nucleus.store to a bucket that pods share, and allow s3:PutObject, s3:GetObject and s3:DeleteObject."
+)
 def store(target: Target) -> str:
     if not urlsplit(target.store).scheme:
         raise Failed(f"{target.store} is a directory: pods cannot see each other's parts")

@@ -280,7 +280,9 @@ def test_kueue_counts_existing_nodes_only_where_nodes_are_fixed():
         assert any(d["kind"] == "NodePool" for d in documents) is not fixed
 
 
-@pytest.mark.parametrize(("overlay", "values"), [("eks", ["flyte-binary"]), ("generic", ["flyte-binary", "flyte-generic"])])
+@pytest.mark.parametrize(
+    ("overlay", "values"), [("eks", ["flyte-binary"]), ("generic", ["flyte-binary", "flyte-generic"])]
+)
 def test_flyte_and_kueue_select_nodes_by_the_same_label(overlay, values):
     label = None
     for name in values:  # as helm merges them: the last wins
