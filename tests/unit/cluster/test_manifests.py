@@ -93,7 +93,7 @@ def values_of(node, key):
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_document_passes_the_schemas_of_all_supported_versions(overlay):
-    documents = rendered(overlay) + rendered("../captioner")
+    documents = rendered(overlay) + rendered("../captioner") + rendered("../preflight")
     assert len(documents) > 20
     for version in VERSIONS:
         for document in documents:
@@ -289,6 +289,25 @@ def test_flyte_and_kueue_select_nodes_by_the_same_label(overlay, values):
         (label,) = values_of(yaml.safe_load((K8S / "helm" / f"{name}.yaml").read_text()), "gpu-device-node-label")
     flavors = [d["spec"] for d in rendered(overlay) if d["kind"] == "ResourceFlavor"]
     assert flavors and all(flavor["nodeLabels"].keys() == {label} for flavor in flavors)
+
+
+def test_preflights_pod_may_ask_the_api_server_and_is_otherwise_as_the_others():
+    documents = rendered("../preflight")
+    (job,) = (d for d in documents if d["kind"] == "Job")
+    pod = job["spec"]["template"]
+    assert pod["spec"]["serviceAccountName"] == "nucleus-preflight" and pod["spec"]["automountServiceAccountToken"]
+    assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+    (container,) = pod["spec"]["containers"]
+    assert "nucleus-trainer@sha256:" in container["image"]  # the one image with kubernetes' client and boto3
+    assert {"kubernetes", "boto3"} <= {
+        line.split("==")[0] for line in (ROOT / "containers" / "requirements" / "trainer.txt").read_text().split()
+    }
+    (policy,) = (d["spec"] for d in documents if d["kind"] == "NetworkPolicy")
+    assert policy["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    for role in (d for d in documents if d["kind"] == "Role"):
+        assert all(
+            set(rule["verbs"]) <= {"get", "list"} and rule["resources"] == ["configmaps"] for rule in role["rules"]
+        )
 
 
 def test_no_overlay_starts_the_captioner():
