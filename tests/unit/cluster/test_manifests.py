@@ -24,6 +24,7 @@ from tasks.profiles import PROFILES, pod_template
 
 ROOT = Path(__file__).resolve().parents[3]
 K8S = ROOT / "k8s"
+DOCUMENT = (ROOT / "docs" / "cluster.md").read_text()
 OVERLAYS = ("kind-cpu", "eks", "generic")
 VERSIONS = ("1.35", "1.36", "1.37")
 BUILT_IN = re.compile(r"^(v1|apps/v1|batch/v1|rbac.authorization.k8s.io/v1|scheduling.k8s.io/v1|networking.k8s.io/v1)$")
@@ -322,8 +323,9 @@ def test_flyte_may_manage_pytorch_jobs_in_all_namespaces_under_the_name_that_pre
     allowed = {(r, verb) for rule in values["rbac"]["extraRules"] for r in rule["resources"] for verb in rule["verbs"]
                if rule["apiGroups"] == ["kubeflow.org"]}  # fmt: skip
     assert {("pytorchjobs", verb) for verb in JOB_VERBS} <= allowed
-    document = (ROOT / "docs" / "cluster.md").read_text()
-    assert "flyteorg/flyte-binary" in document and "-f k8s/helm/flyte-binary.yaml" in document
+    assert re.search(
+        r"^helm upgrade .* flyteorg/flyte-binary .* -f k8s/helm/flyte-binary\.yaml$", DOCUMENT, re.MULTILINE
+    )
     for overlay in OVERLAYS:  # a Role of one namespace would not do: propeller watches all
         subjects = [s["name"] for d in rendered(overlay) if d["kind"].endswith("Binding") for s in d["subjects"]]
         assert set(subjects) == {"nucleus-preflight"}
@@ -356,6 +358,39 @@ def test_flyte_runs_pytorch_jobs_aggregates_their_errors_and_admits_large_tasks(
     (resources,) = values_of(config, "task_resources")
     assert int(resources["limits"]["cpu"]) >= 96 and int(resources["limits"]["gpu"]) >= 8
     assert list(values_of(config, "useOffloadedWorkflowClosure")) == [True]
+
+
+def test_every_operator_is_installed_at_a_version_into_a_namespace_that_is_made():
+    installs = re.findall(r"^helm upgrade --install .*$", DOCUMENT, flags=re.MULTILINE)
+    assert len(installs) >= 8
+    added = {"oci:"} | set(re.findall(r"^helm repo add (\S+) https://\S+$", DOCUMENT, flags=re.MULTILINE))
+    used = set()
+    for line in installs:
+        words = line.split()
+        assert words[4].split("/")[0] in added, f"{line}: its repository is not added"
+        assert re.fullmatch(r"v?\d+\.\d+\.\d+", words[words.index("--version") + 1]), line
+        assert "--create-namespace" in words or words[words.index("--namespace") + 1] == "kube-system", line
+        files = {words[i + 1] for i, word in enumerate(words) if word == "-f"} - {"YOUR_VALUES.yaml"}
+        assert all((ROOT / file).is_file() for file in files), line
+        used |= files
+    named = set(re.findall(r"k8s/helm/[\w-]+\.yaml", DOCUMENT))
+    assert {f"k8s/helm/{path.name}" for path in (K8S / "helm").glob("*.yaml")} == named >= used
+
+
+def test_the_document_lists_every_value_that_a_site_replaces():
+    (table,) = re.findall(r"^\| value \| where .*?\n\n", DOCUMENT, flags=re.DOTALL | re.MULTILINE)
+    for path in sorted(K8S.rglob("*.yaml")):
+        text = re.sub(r"#.*", "", path.read_text())
+        for value in re.findall(r"\b(?:ACCOUNT|CLUSTER|us-east-1[a-z]?|registry\.example)\b", text):
+            (row,) = (line for line in table.splitlines() if f"`{value}`" in line)
+            assert path.relative_to(ROOT).as_posix() in row, f"{value} of {path.name}"
+
+
+def test_the_document_counts_preflights_checks():
+    import tasks.preflight.__main__  # noqa: F401  (registers them all)
+    from tasks.preflight.checks import CHECKS
+
+    assert f"\n{len(CHECKS)} checks: " in DOCUMENT
 
 
 def test_the_dashboard_shows_hardware_queues_and_captions():
