@@ -4,6 +4,9 @@ NUCLEUS_PROFILE         cpu-small, a10g, l40s, h100 (default), h200, b200; NUCLE
 NUCLEUS_ACCELERATOR_LABEL   the value of the site's own accelerator label, if it differs from the profile's
 NUCLEUS_FABRIC          efa, or nothing: selects training's PodTemplate (by the profile) and libfabric's environment
 NUCLEUS_QUEUE           Kueue's LocalQueue for training jobs; unset: no queue
+NUCLEUS_TOPOLOGY        a level of Kueue's Topology: a job's pods are placed in one domain of it if they fit. Only for queues whose
+                        flavors have a topology: with others Kueue would never admit the job
+NUCLEUS_METRICS_PORT    port at which training serves its metrics (model/train/prometheus.py); k8s opens 9464
 NUCLEUS_POD_TEMPLATES   off: the namespace has no PodTemplates (k8s/base has them)
 NUCLEUS_HUB_SECRET      name of the secret with HF_TOKEN, for tasks that read from or publish to the Hub
 NUCLEUS_WANDB_SECRET    name of the secret with WANDB_API_KEY, for training: its metrics then go to Weights & Biases too
@@ -37,9 +40,12 @@ class Profile:
     light: Size = Size(1, 2, 5)
     shard: Size = Size(4, 16, 50)
     gather: Size = Size(16, 64, 500)
-    efa_template: str = (
-        ""  # PodTemplate of training with as many EFA devices as a node has; empty: these nodes have none
-    )
+    # At 17B the pipeline is loaded in 52 GB (publish.check_memory_bytes), and 16 checkpoints to merge take 1.08 TB: the merge
+    # runs on a node with an accelerator, whose disks have room.
+    publish: Size = Size(16, 128, 500)
+    merge: Size = Size(22, 220, 1600)
+    # PodTemplate of training with as many EFA devices as a node has; empty: these nodes have none
+    efa_template: str = ""
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -60,10 +66,15 @@ PROFILES = {
     for profile in (
         Profile(
             "cpu-small", None, 0, gpu=Size(2, 6, 5), train=Size(2, 6, 5), shared_memory_gib=1,
-            shard=Size(1, 4, 5), gather=Size(2, 6, 5),
+            shard=Size(1, 4, 5), gather=Size(2, 6, 5), publish=Size(2, 6, 5), merge=Size(2, 6, 5),
         ),
-        Profile("a10g", "nvidia-a10g", 1, Size(12, 48, 200), Size(12, 48, 200), 8, environment=_NCCL),
-        Profile("l40s", "nvidia-l40s", 1, Size(24, 200, 300), Size(24, 200, 300), 16, environment=_NCCL),
+        Profile(
+            "a10g", "nvidia-a10g", 1, Size(12, 48, 200), Size(12, 48, 200), 8, merge=Size(12, 48, 200), environment=_NCCL
+        ),
+        Profile(
+            "l40s", "nvidia-l40s", 1, Size(24, 200, 300), Size(24, 200, 300), 16, merge=Size(24, 200, 300),
+            environment=_NCCL,
+        ),
         Profile(
             "h100", "nvidia-h100", 8, Size(22, 220, 800), Size(22, 220, 800), 64,
             efa_template="nucleus-trainer-efa", environment=_NCCL,
@@ -85,6 +96,8 @@ SETTINGS = (
     "NUCLEUS_ACCELERATOR_LABEL",
     "NUCLEUS_FABRIC",
     "NUCLEUS_QUEUE",
+    "NUCLEUS_TOPOLOGY",
+    "NUCLEUS_METRICS_PORT",
     "NUCLEUS_POD_TEMPLATES",
     "NUCLEUS_HUB_SECRET",
     "NUCLEUS_WANDB_SECRET",

@@ -7,7 +7,8 @@ tokens_per_s (image tokens), images_seen, skipped_steps (so far), seconds (since
 torchtitan's own metrics. On resume, lines after the resumed step are dropped.
 
 With WANDB_API_KEY (or WANDB_MODE=offline) in the environment, the same values go to Weights & Biases, by torchtitan's logger: one
-run for each stage, which attempts continue. WANDB_PROJECT is "nucleus" by default.
+run for each stage, which attempts continue. WANDB_PROJECT is "nucleus" by default. With NUCLEUS_METRICS_PORT a Prometheus can
+read the last values (prometheus.py).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from model import storage
 from model.logs import get_logger
+from model.train.prometheus import PrometheusLogger, metrics_port
 
 from torchtitan.components.metrics import BaseLogger, LoggerContainer, MetricsProcessor, WandBLogger
 
@@ -96,9 +98,12 @@ class StageMetrics(MetricsProcessor):
         self.last: dict[str, float] = {}
 
     def _build_metric_logger(self, *, config: Config, dump_folder: str, **_: Any) -> BaseLogger:
-        if dist.get_rank():
-            return BaseLogger()
-        return stage_logger(Path(dump_folder), config.label, config.settings)
+        loggers = LoggerContainer()
+        if dist.get_rank() == 0:
+            loggers.add_logger(stage_logger(Path(dump_folder), config.label, config.settings))
+        if (port := metrics_port()) is not None:
+            loggers.add_logger(PrometheusLogger(port, config.label))
+        return loggers
 
     def start(self, step: int) -> None:
         """Starts the clocks after `step` finished steps, and drops later lines that a killed run logged."""

@@ -164,7 +164,7 @@ def cpu_nodes(target: Target) -> str:
     """Whether the tasks of each size fit somewhere. What a NodePool may make is not compared with the size."""
     profile, observed = target.profile, []
     kinds = (("planning", profile.light, set()), ("gathering", profile.gather, set()),
-             ("a shard", profile.shard, {INTERRUPTIBLE}))  # fmt: skip
+             ("publishing", profile.publish, set()), ("a shard", profile.shard, {INTERRUPTIBLE}))  # fmt: skip
     ready = [node for node in core(target).list_node().items if _ready(node)]
     pools = _node_pools(target)
     for kind, size, tolerated in kinds:

@@ -327,8 +327,8 @@ def test_flyte_may_manage_pytorch_jobs_in_all_namespaces_under_the_name_that_pre
         r"^helm upgrade .* flyteorg/flyte-binary .* -f k8s/helm/flyte-binary\.yaml$", DOCUMENT, re.MULTILINE
     )
     for overlay in OVERLAYS:  # a Role of one namespace would not do: propeller watches all
-        subjects = [s["name"] for d in rendered(overlay) if d["kind"].endswith("Binding") for s in d["subjects"]]
-        assert set(subjects) == {"nucleus-preflight"}
+        subjects = {s["name"] for d in rendered(overlay) if d["kind"].endswith("Binding") for s in d["subjects"]}
+        assert subjects <= {"nucleus-preflight", "nucleus-kueue-metrics"}
 
 
 # Keys of propeller's and admin's configuration, from Flyte's configuration reference (deployment/configuration/generated).
@@ -393,9 +393,29 @@ def test_the_document_counts_preflights_checks():
     assert f"\n{len(CHECKS)} checks: " in DOCUMENT
 
 
-def test_the_dashboard_shows_hardware_queues_and_captions():
+def test_the_dashboard_shows_hardware_queues_captions_and_training():
     dashboard = json.loads((K8S / "monitoring" / "nucleus.json").read_text())
     queries = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
     for metric in ("PIPE_TENSOR_ACTIVE", "XID_ERRORS", "kueue_admission_wait_time", "vllm:request_success"):
         assert metric in queries
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+    served = set(re.findall(r"nucleus_train_\w+", (K8S.parent / "model" / "train" / "prometheus.py").read_text()))
+    shown = set(re.findall(r"nucleus_train_\w+", queries))
+    assert {"nucleus_train_loss", "nucleus_train_mfu_percent", "nucleus_train_images_per_second"} <= shown <= served
+
+
+def test_prometheus_reaches_the_port_of_training_and_kueue_with_its_credentials():
+    monitors = {
+        m["metadata"]["name"]: m for m in yaml.safe_load_all((K8S / "monitoring" / "podmonitors.yaml").read_text())
+    }
+    port = yaml.safe_load((K8S.parent / "config" / "flyte.example.yaml").read_text())["nucleus"]["metrics_port"]
+    (training,) = monitors["nucleus-training"]["spec"]["podMetricsEndpoints"]
+    assert training["relabelings"][0]["replacement"] == f"$1:{port}"
+    policies = yaml.safe_load_all((K8S / "base" / "networkpolicies.yaml").read_text())
+    (opened,) = [p for p in policies if p["metadata"]["name"] == "allow-metrics"]
+    assert port in {entry["port"] for rule in opened["spec"]["ingress"] for entry in rule["ports"]}
+    (kueue,) = monitors["kueue"]["spec"]["podMetricsEndpoints"]
+    kueue_config = yaml.safe_load((K8S / "helm" / "kueue.yaml").read_text())
+    address = yaml.safe_load(kueue_config["managerConfig"]["controllerManagerConfigYaml"])["metrics"]["bindAddress"]
+    assert kueue["scheme"] == "https" and kueue["relabelings"][0]["replacement"] == f"$1{address}"
+    assert kueue["authorization"]["credentials"]["name"] == "nucleus-kueue-metrics"

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from model.plan.memory import Shapes
 from tasks.manifest import load_manifest, seal
+from tasks.profiles import PROFILES
 from tasks.publishing import publish
 from tasks.publishing.config import PublishConfig
 from tasks.recipe import load_recipe
@@ -260,6 +262,35 @@ def test_a_stochastic_pipeline_is_checked_with_the_same_noise_each_time(parts, r
     publish.publish(parts / "merged", parts / "components", parts / "scorecard", changed, tmp_path)
     assert scheduler.items() <= json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text()).items()
     assert publish.check_pipeline(tmp_path, height_px=32, width_px=32)["cache_max_difference"] == 0
+
+
+@pytest.mark.slow
+def test_a_large_pipeline_is_checked_in_half_the_memory_with_a_small_image(published, monkeypatch):
+    parameters = publish.count_parameters(published)
+    assert publish.check_memory_bytes(parameters) == 4 * parameters
+    monkeypatch.setattr(publish, "LARGE_PARAMETERS", parameters - 1)
+    monkeypatch.setattr(publish, "LARGE_SIDE_PX", 32)
+    assert publish.check_memory_bytes(parameters) == 2 * parameters
+    report = publish.check_pipeline(published, height_px=64, width_px=64)
+    assert report["dtype"] == "bfloat16" and report["image_size_px"] == [32, 32]
+
+
+def test_the_pod_that_publishes_can_load_the_17b_recipe():
+    shapes = Shapes(load_recipe("nucleus_17b").model, load_recipe("nucleus_17b").train.optim.matrices)
+    parameters = shapes.total + 8_767_123_696  # of Qwen3-VL-8B; the VAE has 0.1e9
+    needed = publish.check_memory_bytes(parameters)
+    assert needed == pytest.approx(51e9, rel=0.05)
+    for name in ("h100", "h200", "b200"):
+        assert needed * 1.5 < PROFILES[name].publish.memory_gib * 2**30, name
+        assert needed * 1.5 > PROFILES[name].light.memory_gib * 2**30, name
+
+
+def test_the_pod_that_merges_has_disk_for_all_checkpoints_of_the_17b_recipe():
+    recipe = load_recipe("nucleus_17b")
+    shapes = Shapes(recipe.model, recipe.train.optim.matrices)
+    for name in ("h100", "h200", "b200"):  # weights in float32, and the result
+        needed = (recipe.train.keep_checkpoints + 1) * 4 * shapes.total
+        assert needed * 1.2 < PROFILES[name].merge.ephemeral_gib * 2**30, name
 
 
 @pytest.mark.slow
