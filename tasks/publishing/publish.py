@@ -332,5 +332,5 @@ def upload(directory: str | Path, config: PublishConfig) -> dict[str, Any]:
     if config.s3_uri is not None:
         done["s3"] = s3.upload(directory, config.s3_uri, bucket_owner=config.s3_bucket_owner)
     if config.hub_repo_id is not None:
-        done["hub"] = hub.push(directory, config.hub_repo_id, private=config.hub_private)
+        done["hub"] = hub.push(directory, config.hub_repo_id, private=config.hub_private, revision=config.hub_revision)
     return done

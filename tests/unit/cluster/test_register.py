@@ -309,9 +309,11 @@ def test_nothing_of_each_shape_names_a_path_or_a_credential_of_the_machine_that_
 
 
 @pytest.mark.slow
-def test_registration_takes_seconds(registered):
-    _, seconds = registered
-    assert seconds < 20  # of CPU, so that a busy machine does not matter; importing torch for Elastic is most of it
+def test_registration_takes_less_than_ten_seconds(registered, lock, tmp_path):
+    _, seconds = registered  # of CPU; importing torch for Elastic is most of it
+    if seconds >= 10:  # CPUs that are shared do less in a second
+        _, seconds = register_shape("8x8", lock, tmp_path)
+    assert seconds < 10
 
 
 @pytest.mark.slow

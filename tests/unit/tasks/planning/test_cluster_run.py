@@ -18,19 +18,23 @@ CORPUS = {"A1": 20_000_000, "A2": 80_000_000, "A3": 300_000_000, "A4": 200_000_0
 
 
 @pytest.fixture
-def cluster(monkeypatch):
-    """The function behind resolve_recipe, as a pod of the shape 8x8 calls it."""
+def pod(monkeypatch):
+    """A pod of the shape 8x8."""
     monkeypatch.setattr(envs, "TRAIN_NNODES", 8)
     monkeypatch.setattr(envs, "TRAIN_NPROC", 8)
     monkeypatch.setenv("NUCLEUS_ENDPOINTS", "http://vllm-captioner:8000/v1")
     context = FlyteContextManager.current_context()
     state = context.new_execution_state().with_params(mode=ExecutionState.Mode.TASK_EXECUTION)
+    with FlyteContextManager.with_context(context.with_execution_state(state)):
+        yield
 
-    def resolve(*overrides: str):
-        with FlyteContextManager.with_context(context.with_execution_state(state)):
-            return task.resolve_recipe.task_function("nucleus_17b", list(overrides), "s3://bucket/images", "merged")
 
-    return resolve
+@pytest.fixture
+def cluster(pod):
+    """The function behind resolve_recipe."""
+    return lambda *overrides: task.resolve_recipe.task_function(
+        "nucleus_17b", list(overrides), "s3://bucket/images", "merged"
+    )
 
 
 def test_a_pod_keeps_checkpoints_in_the_store_and_reads_latents_from_it(cluster, monkeypatch):
@@ -67,6 +71,15 @@ def test_a_download_of_more_latents_than_the_scratch_of_a_pod_is_refused_with_th
         check_download(CORPUS, stages(recipe), 8 * 800)
     check_download(CORPUS, stages(load_recipe("nucleus_17b")), 8 * 800)
     check_download({"A1": 100_000}, stages(recipe), 8 * 800)  # a small corpus fits
+
+
+def test_a_corpus_whose_latents_do_not_fit_is_refused_before_it_is_encoded(pod, monkeypatch):
+    monkeypatch.setattr(task, "fetch", lambda *_: None)
+    monkeypatch.setattr("tasks.curation.curated.images_by_tier", lambda _: CORPUS)
+    check = task.check_curated.task_function
+    with pytest.raises(ValueError, match="train.latents=download"):
+        check(None, stages(load_recipe("nucleus_17b", ["train.latents=download"])))
+    assert check(None, stages(load_recipe("nucleus_17b"))) == CORPUS
 
 
 def test_the_size_of_latents_is_the_planners():

@@ -312,7 +312,7 @@ def test_an_upload_goes_only_to_the_configured_destinations(published, monkeypat
 
     sent = []
     monkeypatch.setattr(
-        hub, "push", lambda directory, repo_id, private: sent.append((repo_id, private)) or {"to": "hub"}
+        hub, "push", lambda directory, repo_id, private, revision: sent.append((repo_id, private)) or {"to": "hub"}
     )
     monkeypatch.setattr(s3, "upload", lambda directory, uri, bucket_owner: sent.append(uri) or {"to": "s3"})
     assert publish.upload(published, PublishConfig()) == {} and sent == []
