@@ -5,15 +5,12 @@ from __future__ import annotations
 import base64
 import copy
 import json
-import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
 
 import boto3
 import pytest
 import yaml
 from flyteadmin import flyteadmin
+from image_registry import registry
 from object_store import OWN, s3_server
 from scripted_api import scripted_api
 
@@ -165,41 +162,6 @@ def healthy():
         f"{NS}/secrets/nucleus-wandb": {"data": {"WANDB_API_KEY": base64.b64encode(TOKEN.encode()).decode()}},
         f"{NS}/secrets/nucleus-huggingface": {"data": {"HF_TOKEN": base64.b64encode(TOKEN.encode()).decode()}},
     }
-
-
-@contextmanager
-def registry():
-    """A registry that has every manifest but those of `absent`; with `login` it wants that login, or a token for it."""
-    state = SimpleNamespace(login=None, kind="Basic")
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            wanted = f"Basic {state.login}" if state.kind == "Basic" else "Bearer t0ken"
-            if state.login and self.headers.get("Authorization") != wanted:
-                host = f"http://{self.headers['Host']}"
-                challenge = 'Basic realm="r"' if state.kind == "Basic" else f'Bearer realm="{host}/token",service="s"'
-                self.send_response(401)
-                self.send_header("WWW-Authenticate", challenge)
-            else:
-                self.send_response(404 if "/absent/" in self.path else 200)
-            self.end_headers()
-
-        def do_GET(self):
-            right = self.headers.get("Authorization") == f"Basic {state.login}"
-            self.send_response(200 if right else 401)
-            self.end_headers()
-            self.wfile.write(b'{"token": "t0ken"}' if right else b"{}")
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"127.0.0.1:{server.server_port}", state
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture(scope="module")
