@@ -2,7 +2,7 @@
 
 NUCLEUS_PROFILE         cpu-small, a10g, l40s, h100 (default), h200, b200; NUCLEUS_ACCELERATOR=none is cpu-small
 NUCLEUS_ACCELERATOR_LABEL   the value of the site's own accelerator label, if it differs from the profile's
-NUCLEUS_FABRIC          efa, or nothing: selects training's PodTemplate and libfabric's environment
+NUCLEUS_FABRIC          efa, or nothing: selects training's PodTemplate (by the profile) and libfabric's environment
 NUCLEUS_QUEUE           Kueue's LocalQueue for training jobs; unset: no queue
 NUCLEUS_TOPOLOGY        a level of Kueue's Topology: a job's pods are placed in one domain of it if they fit. Only for queues whose
                         flavors have a topology: with others Kueue would never admit the job
@@ -44,6 +44,8 @@ class Profile:
     # runs on a node with an accelerator, whose disks have room.
     publish: Size = Size(16, 128, 500)
     merge: Size = Size(22, 220, 1600)
+    # PodTemplate of training with as many EFA devices as a node has; empty: these nodes have none
+    efa_template: str = ""
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -73,9 +75,18 @@ PROFILES = {
             "l40s", "nvidia-l40s", 1, Size(24, 200, 300), Size(24, 200, 300), 16, merge=Size(24, 200, 300),
             environment=_NCCL,
         ),
-        Profile("h100", "nvidia-h100", 8, Size(22, 220, 800), Size(22, 220, 800), 64, environment=_NCCL),
-        Profile("h200", "nvidia-h200", 8, Size(22, 220, 800), Size(22, 220, 800), 64, environment=_NCCL),
-        Profile("b200", "nvidia-b200", 8, Size(22, 220, 800), Size(22, 220, 800), 64, environment=_NCCL),
+        Profile(
+            "h100", "nvidia-h100", 8, Size(22, 220, 800), Size(22, 220, 800), 64,
+            efa_template="nucleus-trainer-efa", environment=_NCCL,
+        ),
+        Profile(
+            "h200", "nvidia-h200", 8, Size(22, 220, 800), Size(22, 220, 800), 64,
+            efa_template="nucleus-trainer-efa-16", environment=_NCCL,
+        ),
+        Profile(
+            "b200", "nvidia-b200", 8, Size(22, 220, 800), Size(22, 220, 800), 64,
+            efa_template="nucleus-trainer-efa-8", environment=_NCCL,
+        ),
     )
 }  # fmt: skip
 
@@ -119,11 +130,23 @@ def fabric() -> str:
 
 
 def pod_template(role: str) -> str | None:
-    """Name of the namespace's PodTemplate for a role, as in k8s/base/podtemplates.yaml."""
+    """Name of the namespace's PodTemplate for a role, as in k8s/base/podtemplates.yaml and k8s/efa.
+
+    Raises:
+        ValueError: EFA is configured, and the profile's nodes have none.
+    """
     if os.environ.get("NUCLEUS_POD_TEMPLATES") == "off":
         return None
     if role == "trainer":
-        return "nucleus-trainer-efa" if fabric() else "nucleus-trainer"
+        if not fabric():
+            return "nucleus-trainer"
+        profile = chosen()
+        if not profile.efa_template:
+            having = ", ".join(name for name, each in PROFILES.items() if each.efa_template)
+            raise ValueError(
+                f"NUCLEUS_FABRIC='efa', but nodes of the profile {profile.name} have no EFA: use {having}, or leave it unset"
+            )
+        return profile.efa_template
     return {"curation": "nucleus-curation", "scorer": "nucleus-curation", "publisher": "nucleus-publisher"}.get(
         role, "nucleus-gpu"
     )

@@ -110,7 +110,7 @@ def test_the_sites_own_label_template_and_secret_are_used(site):
     )
     options = module.trainer()
     assert options["accelerator"].to_flyte_idl().device == "NVIDIA-H200"
-    assert options["pod_template_name"] == "nucleus-trainer-efa"
+    assert options["pod_template_name"] == "nucleus-trainer-efa-16"
     assert options["environment"]["FI_PROVIDER"] == "efa" and "secret_requests" not in options
     (secret,) = module.publisher()["secret_requests"]
     assert (secret.group, secret.env_var) == ("hub", "HF_TOKEN")
@@ -120,6 +120,12 @@ def test_the_sites_own_label_template_and_secret_are_used(site):
     (secret,) = site(NUCLEUS_WANDB_SECRET="metrics").trainer()["secret_requests"]
     assert (secret.group, secret.key, secret.env_var) == ("metrics", "WANDB_API_KEY", "WANDB_API_KEY")
     assert site(NUCLEUS_POD_TEMPLATES="off").trainer()["pod_template_name"] is None
+
+
+@pytest.mark.parametrize("profile", ["cpu-small", "a10g", "l40s"])
+def test_efa_is_refused_for_nodes_without_it(site, profile):
+    with pytest.raises(ValueError, match=f"{profile} have no EFA: use h100, h200, b200"):
+        site(NUCLEUS_PROFILE=profile, NUCLEUS_FABRIC="efa").trainer()
 
 
 def test_a_job_of_several_processes_waits_in_the_queue_and_cleans_its_pods(site):
