@@ -6,7 +6,7 @@ NUCLEUS_FABRIC          efa, or nothing: selects training's PodTemplate (by the 
 NUCLEUS_QUEUE           Kueue's LocalQueue for training jobs; unset: no queue
 NUCLEUS_TOPOLOGY        a level of Kueue's Topology: a job's pods are placed in one domain of it if they fit. Only for queues whose
                         flavors have a topology: with others Kueue would never admit the job
-NUCLEUS_METRICS_PORT    port at which training serves its metrics (model/train/prometheus.py); k8s opens 9464
+NUCLEUS_METRICS_PORT    port at which training serves its metrics (model/train/metrics.py); k8s opens 9464
 NUCLEUS_POD_TEMPLATES   off: the namespace has no PodTemplates (k8s/base has them)
 NUCLEUS_HUB_SECRET      name of the secret with HF_TOKEN, for tasks that read from or publish to the Hub
 NUCLEUS_WANDB_SECRET    name of the secret with WANDB_API_KEY, for training: its metrics then go to Weights & Biases too

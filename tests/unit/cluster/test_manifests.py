@@ -399,7 +399,7 @@ def test_the_dashboard_shows_hardware_queues_captions_and_training():
     for metric in ("PIPE_TENSOR_ACTIVE", "XID_ERRORS", "kueue_admission_wait_time", "vllm:request_success"):
         assert metric in queries
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
-    served = set(re.findall(r"nucleus_train_\w+", (K8S.parent / "model" / "train" / "prometheus.py").read_text()))
+    served = set(re.findall(r"nucleus_train_\w+", (K8S.parent / "model" / "train" / "metrics.py").read_text()))
     shown = set(re.findall(r"nucleus_train_\w+", queries))
     assert {"nucleus_train_loss", "nucleus_train_mfu_percent", "nucleus_train_images_per_second"} <= shown <= served
 

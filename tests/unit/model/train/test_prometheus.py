@@ -10,7 +10,7 @@ from urllib.request import urlopen
 import pytest
 
 from model.train import metrics
-from model.train.prometheus import CONTENT_TYPE, PrometheusLogger, metrics_port
+from model.train.metrics import CONTENT_TYPE, PrometheusLogger, metrics_port
 
 
 def free_port() -> int:
