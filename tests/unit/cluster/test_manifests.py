@@ -251,3 +251,10 @@ def test_the_dashboard_shows_hardware_queues_and_captions():
     for metric in ("PIPE_TENSOR_ACTIVE", "XID_ERRORS", "kueue_admission_wait_time", "vllm:request_success"):
         assert metric in queries
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+def test_the_captioner_gets_arguments_that_vllm_0_11_and_later_know():
+    documents = yaml.safe_load_all((K8S / "captioner" / "deployment.yaml").read_text())
+    (deployment,) = [document for document in documents if document["kind"] == "Deployment"]
+    names = {argument.split("=")[0] for argument in deployment["spec"]["template"]["spec"]["containers"][0]["args"]}
+    assert names == {"--model", "--served-model-name", "--host", "--port", "--max-model-len", "--limit-mm-per-prompt"}

@@ -144,6 +144,7 @@ def keys(template) -> set[str]:
 # Kind of task -> CPU, memory, ephemeral storage, seconds, interruptible; for the profile h100
 LIGHT = ("1", "2Gi", "5Gi", 3600, False)
 SHARD = ("4", "16Gi", "50Gi", 6 * 3600, True)
+CAPTIONER = ("4", "16Gi", "50Gi", 7 * 86400, True)  # it waits for an endpoint
 GATHER = ("16", "64Gi", "500Gi", 2 * 86400, False)
 GPU = ("22", "220Gi", "800Gi", 7 * 86400, False)
 TRAIN = {"1x1": ("22", "220Gi", "800Gi", 60 * 86400, True), "8x8": ("176", "1760Gi", "6400Gi", 60 * 86400, True)}
@@ -159,7 +160,7 @@ TASKS = {
     "curation.task.list_urls": ("curation", GATHER, ""),
     "curation.task.download_group": ("curation", SHARD, ""),
     "curation.task.draft_corpus": ("curation", GATHER, ""),
-    "curation.task.caption_group": ("curation", SHARD, ""),
+    "curation.task.caption_group": ("curation", CAPTIONER, ""),
     "curation.task.caption_group_gpu": ("scorer", GPU, ""),
     "curation.task.gather_captions": ("curation", GATHER, ""),
     "curation.task.decide_corpus": ("curation", GATHER, ""),

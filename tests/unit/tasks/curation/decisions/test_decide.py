@@ -15,7 +15,7 @@ from own_images import picture, png, write_folder
 from score_tables import good_row, records_of
 
 from tasks.curation import check, flow, replay
-from tasks.curation.config import CaptionConfig, CurationConfig, FilterConfig, SourceConfig, TierConfig
+from tasks.curation.config import CaptionConfig, CaptionerConfig, CurationConfig, FilterConfig, SourceConfig, TierConfig
 from tasks.curation.curated import open_curated
 from tasks.curation.decisions import rules
 from tasks.curation.scoring import decoding, score
@@ -279,11 +279,47 @@ def curated_two(tmp_path_factory) -> Path:
         ("curation.scorers.aesthetic=none", "changes the scores"),
         ("train.seed=1", "only decisions of curation"),
         ("curation.filters.min_side=1", "min_side_px"),
+        ("curation.captioner.name=scenes", "curation.captioner is not replayed: new captions"),
+        ('curation.captioner={"name": "scenes"}', "curation.captioner is not replayed"),
+        *(
+            (f"curation.{key}", f"curation.{key.split('=')[0]} is not replayed")
+            for key in ("engine=spark", "max_groups=3", "concurrency=2", "min_success_ratio=0.5")
+        ),
+        ("curation.takedown=missing.txt", "missing.txt' does not exist"),
     ],
 )
 def test_what_cannot_be_replayed_is_refused(override, message, curated_two, capsys):
     assert replay.main([str(curated_two), "--overrides", override]) == 1
     assert re.match(f"ValueError: .*{message}", capsys.readouterr().out)
+
+
+def test_every_setting_that_decisions_do_not_have_is_replayed_or_refused_by_name():
+    other = CurationConfig(
+        captioner=CaptionerConfig(name="scenes"),
+        takedown="x",
+        engine="spark",
+        max_groups=3,
+        concurrency=4,
+        min_success_ratio=0.5,
+    )
+    left_out = {key for key in CurationConfig.model_fields if getattr(other, key) != getattr(other.deciding(), key)}
+    assert left_out == {*replay.NOT_REPLAYED, "takedown"}
+
+
+def test_a_takedown_list_is_replayed(curated_two, tmp_path, capsys):
+    (taken,) = [row for row in book_of(curated_two).itertuples() if row.file == "p000.png"]
+    (tmp_path / "list.txt").write_text(f"{taken.record_id}\n")
+    arguments = [
+        str(curated_two),
+        "--overrides",
+        f"curation.takedown={tmp_path / 'list.txt'}",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert replay.main(arguments) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last == "kept 2 -> 1 of 2 records"
+    assert book_of(tmp_path / "out").loc["p000.png"].rule == "takedown"
 
 
 @pytest.fixture(scope="module")
