@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import ExitStack
 
 import pandas as pd
@@ -22,7 +23,9 @@ CAPTIONERS = {
 
 
 def task_of(node) -> str:
-    return (node.array_node.node if node.array_node else node).task_node.reference_id.name.rpartition(".")[2]
+    """The name of its task, also of a map over one."""
+    name = (node.array_node.node if node.array_node else node).task_node.reference_id.name.rpartition(".")[2]
+    return re.sub(r"^map_(\w+)_[0-9a-f]{32}-arraynode$", r"\1", name)
 
 
 @pytest.fixture(params=CAPTIONERS)
@@ -80,9 +83,9 @@ def test_a_recipe_without_a_captioner_is_refused():
 def test_the_command_describes_every_kept_scene_and_curating_afterwards_asks_nothing_again(tmp_path):
     home = Home(tmp_path / "home")
     changes = [
-        "source.scenes=24", "source.digits=0", "source.defect_fraction=0", "source.shards=2",
+        "source.scenes=24", "source.digits=0", "source.defect_fraction=0", "source.shards=2", "curation.captions.max_words=40",
         "curation.captioner={name: scenes, per_tier: {A1: [short], A2: [short, medium], A3: [short], A4: [short], A5: [short]}}",
-        "curation.captioner.lengths={short: {prompt: p, min_words: 2, max_words: 8, max_tokens: 64}, "
+        "curation.captioner.lengths={short: {prompt: p, min_words: 2, max_words: 14, max_tokens: 64}, "
         "medium: {prompt: p, min_words: 5, max_words: 40, max_tokens: 64}}",
     ]  # fmt: skip
     options = ["--recipe", "smoke", *(word for change in changes for word in ("--overrides", change))]
