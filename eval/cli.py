@@ -27,6 +27,7 @@ from eval import catalog
 from eval.benchmarks import registry
 from eval.config import EvalConfig
 from eval.judges.registry import JUDGES
+from eval.names import hint
 
 RUN_TIMES = "timing.json"  # next to images/, not part of any score
 
@@ -143,14 +144,11 @@ def read_config(options: argparse.Namespace) -> EvalConfig:
 
 
 def _explain(error: ValidationError) -> str:
-    import difflib
-
     texts = []
     for item in error.errors():
         key, message = ".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(str(item["loc"][-1]), EvalConfig.model_fields, n=1)
-            message = "there is no such key" + (f"; did you mean {close[0]!r}?" if close else "")
+            message = f"there is no such key; {hint(key, EvalConfig.model_fields)}".rstrip("; ")
         texts.append(f"{key}: {message}")
     return "; ".join(texts)
 

@@ -32,9 +32,9 @@ logging.getLogger("flytekit").addFilter(
 CACHE_VERSIONS = {
     "urls": "2",
     "records": "9",
-    "scores": "13",
+    "scores": "14",
     "captions": "3",
-    "curation": "7",
+    "curation": "8",
     "components": "4",
     "texts": "3",
     "encoding": "6",

@@ -191,6 +191,13 @@ def image_jpeg_of_small_segments() -> bytes:
 
 
 @image("refused")
+def image_jpeg_of_fill_bytes() -> bytes:
+    """31 MiB between two segments."""
+    whole = _encoded(_plain("RGB", (64, 64)), "JPEG")
+    return whole[:2] + b"\xff" * (31 * MIB) + whole[2:]
+
+
+@image("refused")
 def image_png_of_text() -> bytes:
     """Compressed texts of 1 MiB each."""
     return _png(64, 64, _chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(MIB - 1))) * 1000)

@@ -4,11 +4,13 @@ corpus size, and recall.
     python benchmarks/curation/near_duplicates.py                       1M and 10M hashes of both kinds
     python benchmarks/curation/near_duplicates.py --counts 1000000 2000000 5000000 10000000     the exponent by least squares
     python benchmarks/curation/near_duplicates.py --counts 100000 1000000 --shuffled
+    python benchmarks/curation/near_duplicates.py --counts 1000000 --joins          next to the joins that Spark runs, in DuckDB
 
 Hashes are uniform at random. Of the records, 5% are copies of another record with up to 4 bits of pHash and up to 16 of
 dHash flipped, 5% with up to 4 of dHash and 16 of pHash, and 1% have the hashes of another record. Every planted pair
 must be matched. All pairs of a sample are compared by brute force. With --shuffled the records are read in
-another order, and the result must be equal.
+another order, and the result must be equal. Sizes and ways take turns for `--rounds` rounds; printed are medians, with the
+least and the most.
 """
 
 from __future__ import annotations
@@ -82,17 +84,18 @@ SCHEMA = pa.schema(
 )
 
 
-def search(path: Path, shuffled: bool) -> dict:
-    """Time, CPU time and peak memory of one search in this process."""
+def search(path: Path, way: str) -> dict:
+    """Time, CPU time and peak memory of one search in this process; `way` is one of sorts, shuffled and joins."""
     pairs = pa.table(dict(zip("ab", np.load(path.with_suffix(".npy")).T)))
     with tempfile.TemporaryDirectory(dir=path.parent) as work:
         engine = open_engine("duckdb", work)
         engine.scan("source", {str(path): 0})
         start, cpu = time.perf_counter(), time.process_time()
-        position = "shuffled" if shuffled else "position"
+        position = "shuffled" if way == "shuffled" else "position"
+        engine.in_process = way != "joins"
         columns = ", ".join(name for name in SCHEMA.names if name not in ("position", "shuffled"))
         engine.create("compared", f"SELECT {position} AS position, position AS first, {columns} FROM source")
-        proposing = _count_cpu_time(engine, "load", "proposed")
+        proposing = _count_cpu_time(engine, "append" if way == "joins" else "load", "value_pairs")
         near.match_by_hashes(engine, DedupConfig())
         near.keep_stars(engine)
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu
@@ -158,45 +161,50 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--counts", type=int, nargs="+", default=[1_000_000, 10_000_000])
     parser.add_argument("--shuffled", action="store_true", help="search again in another order, and compare")
+    parser.add_argument("--joins", action="store_true", help="search again by joins, and compare")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="for the hashes and spilled tables")
     parser.add_argument("--search", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.search:
-        print(json.dumps(search(Path(options.search[0]), options.search[1] == "shuffled")))
+        print(json.dumps(search(Path(options.search[0]), options.search[1])))
         return
     print("command: python", " ".join(sys.argv))
+    ways = ["sorts"] + ["shuffled"] * options.shuffled + ["joins"] * options.joins
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         pairs, output = brute_force(Path(folder))
         print(f"brute force: {output} of {pairs} pairs of {SAMPLE} records within the radius are proposed")
-        results = {}
+        runs: dict[tuple[int, str], list[dict]] = {(count, way): [] for count in options.counts for way in ways}
         for count in options.counts:
-            path = Path(folder) / f"{count}.parquet"
-            make_hashes(count, path)
-            runs = []
-            for order in ("plain", "shuffled")[: 1 + options.shuffled]:
-                command = [sys.executable, __file__, "--search", str(path), order]
+            make_hashes(count, Path(folder) / f"{count}.parquet")
+        for _ in range(options.rounds):
+            for (count, way), results in runs.items():
+                command = [sys.executable, __file__, "--search", str(Path(folder) / f"{count}.parquet"), way]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 assert done.returncode == 0, done.stderr
-                runs.append(json.loads(done.stdout.splitlines()[-1]))
-            path.unlink()
-            result = results[count] = runs[0]
-            target = "at most {} s, {} GiB".format(*TARGETS[count]) if count in TARGETS else "no target"
-            print(
-                f"{count} records, both hashes: {result['wall_s']:.1f} s ({result['cpu_s']:.1f} s of CPU, "
-                f"{result['proposing_cpu_s']:.1f} of them for {result['keys']} keys, "
-                f"{1e6 * result['proposing_cpu_s'] / result['keys'] / count:.3f} us a row), peak "
-                f"{result['gib']:.2f} GiB ({target}); {result['dropped']} dropped, {result['missed']} of "
-                f"{result['planted']} planted pairs missed",
-                flush=True,
-            )
-            if options.shuffled:
-                equal = runs[0]["digest"] == runs[1]["digest"] and runs[0]["dropped"] == runs[1]["dropped"]
-                print(f"  shuffled: {'equal' if equal else 'NOT EQUAL'}, {runs[1]['wall_s']:.1f} s")
-    if len(results) > 1:
-        for clock in ("wall_s", "cpu_s"):
-            times = np.log([result[clock] for result in results.values()])
-            exponent = np.polyfit(np.log(list(results)), times, 1)[0]
-            print(f"growth exponent by {clock}: {exponent:.2f} (at most 1.2)")
+                results.append(json.loads(done.stdout.splitlines()[-1]))
+    for (count, way), results in runs.items():
+        one = results[0]
+        target = "at most {} s, {} GiB".format(*TARGETS[count]) if count in TARGETS else "no target"
+        print(
+            f"{count} records, both hashes, {way}: {_spread(results, 'wall_s')} s, of CPU {_spread(results, 'cpu_s')} s, "
+            f"{_spread(results, 'proposing_cpu_s')} of them for {one['keys']} keys; peak {_spread(results, 'gib', 2)} GiB "
+            f"({target}); {one['dropped']} dropped, {one['missed']} of {one['planted']} planted pairs missed"
+        )
+        first = runs[count, "sorts"][0]
+        if any((r["digest"], r["dropped"]) != (first["digest"], first["dropped"]) for r in results):
+            print("  NOT EQUAL to the first result")
+    if len(options.counts) > 1:
+        for way in ways:
+            for clock in ("wall_s", "cpu_s"):
+                times = [float(np.median([r[clock] for r in runs[count, way]])) for count in options.counts]
+                exponent = np.polyfit(np.log(options.counts), np.log(times), 1)[0]
+                print(f"growth exponent of {way} by the medians of {clock}: {exponent:.2f} (at most 1.2)")
+
+
+def _spread(results: list[dict], name: str, digits: int = 1) -> str:
+    values = [result[name] for result in results]
+    return f"{np.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 if __name__ == "__main__":

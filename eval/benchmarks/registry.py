@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
+import pkgutil
 
 from eval.benchmarks.base import Benchmark
+from eval.names import hint
 
 BENCHMARKS = {
     "shapes": "eval.benchmarks.shapes.benchmark:BENCHMARK",
@@ -28,15 +28,13 @@ def load(name: str) -> Benchmark:
     """
     target = BENCHMARKS.get(name, name if ":" in name else None)
     if target is None:
-        close = difflib.get_close_matches(name.lower(), BENCHMARKS, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(
-            f"there is no benchmark {name!r}; {hint}It must be one of {', '.join(BENCHMARKS)}, or module:object"
+            f"there is no benchmark {name!r}; {hint(name, BENCHMARKS)}It must be one of {', '.join(BENCHMARKS)}, or "
+            "module:object"
         )
-    module, _, attribute = target.partition(":")
     try:
-        loaded = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        loaded = pkgutil.resolve_name(target)
+    except (ImportError, AttributeError, ValueError) as error:
         if name in BENCHMARKS:
             raise
         raise ValueError(f"benchmark {name!r} cannot be imported: {error}") from error

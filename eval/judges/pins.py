@@ -9,12 +9,11 @@ scores other names. None are pinned yet: the releases have not been downloaded h
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
+import pkgutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from eval.judges import registry
 from eval.judges.base import file_sha256
@@ -56,12 +55,12 @@ def is_pinned(judge: str, files: Mapping[str, str]) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    names = [name for name, entry in registry.JUDGES.items() if hasattr(_class(entry.target), "FILES")]
+    names = [name for name, entry in registry.JUDGES.items() if hasattr(pkgutil.resolve_name(entry.target), "FILES")]
     parser = argparse.ArgumentParser(prog="python -m eval.judges.pins", description="Pins a judge's weights.")
     parser.add_argument("judge", choices=names)
     parser.add_argument("folder", type=Path)
     options = parser.parse_args(arguments)
-    judge = _class(registry.JUDGES[options.judge].target)
+    judge = pkgutil.resolve_name(registry.JUDGES[options.judge].target)
     try:
         pins = {**read_pins(), options.judge: digests(options.folder, judge.FILES, options.judge)}
     except ValueError as error:
@@ -72,11 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     temporary.replace(PINS)
     print(f"{PINS}: {options.judge}, {len(judge.FILES)} files")
     return 0
-
-
-def _class(target: str) -> Any:
-    name, _, attribute = target.partition(":")
-    return getattr(importlib.import_module(name), attribute)
 
 
 if __name__ == "__main__":

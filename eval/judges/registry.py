@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
+import pkgutil
 from typing import TYPE_CHECKING, NamedTuple
+
+from eval.names import hint
 
 if TYPE_CHECKING:
     from eval.judging.protocols import Judge
@@ -137,9 +138,9 @@ def check(name: str) -> None:
     """
     base, at = _split(name)
     if base not in JUDGES and ":" not in base:
-        close = difflib.get_close_matches(base.lower(), JUDGES, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"there is no judge {base!r}; {hint}It must be one of {', '.join(JUDGES)}, or module:function")
+        raise ValueError(
+            f"there is no judge {base!r}; {hint(base, JUDGES)}It must be one of {', '.join(JUDGES)}, or module:function"
+        )
     if at == "":
         raise ValueError(f"judge {name!r} names no weights after '@': give a commit of its repository, or a directory")
 
@@ -155,10 +156,9 @@ def load(name: str) -> Judge:
     """
     check(name)
     base, at = _split(name)
-    module, _, attribute = (JUDGES[base].target if base in JUDGES else base).partition(":")
     try:
-        make = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        make = pkgutil.resolve_name(JUDGES[base].target if base in JUDGES else base)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"judge {base!r} cannot be loaded: {error}") from error
     try:
         return make() if at is None else make(at)

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import re
 import tarfile
 import tempfile
 import unicodedata
@@ -17,6 +18,8 @@ import pyarrow.parquet as pq
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from source_files import picture, read_records, tar_of, write
+
+from tasks.curation.captions import clean_captions
 
 PICTURES = [picture(i) for i in range(4)]
 EXAMPLES, PHASES = 25, (Phase.explicit, Phase.generate)  # shrinking takes minutes, and the example is small
@@ -73,7 +76,17 @@ def _link(name, kind):
 
 
 def outcome(records):
+    """Locator -> captions or problem; checks that what curation keeps of a caption is all of it."""
+    for record in records:
+        assert clean_captions(record.captions) == as_kept(record.captions)
     return {record.locator: record.problem or record.captions for record in records}
+
+
+def as_kept(captions):
+    """NFC, single blanks, without characters that show nothing, and without repeats."""
+    hidden = "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]"
+    kept = [" ".join(re.sub(hidden, "", unicodedata.normalize("NFC", text)).split()) for text in captions]
+    return [text for i, text in enumerate(kept) if text and text.casefold() not in map(str.casefold, kept[:i])]
 
 
 @SETTINGS

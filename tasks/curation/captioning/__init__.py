@@ -5,7 +5,7 @@ A captioner is an entry in `CAPTIONERS` and a class (base.Captioner), imported o
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from typing import NamedTuple
 
 from model.names import hint
@@ -62,7 +62,7 @@ def check_captioner(config: CaptionerConfig) -> None:
     """
     spec = chosen_captioner(config)
     if spec.check:
-        _named(spec.check)(config)
+        pkgutil.resolve_name(spec.check)(config)
 
 
 def build_captioner(config: CaptionerConfig) -> Captioner:
@@ -71,7 +71,7 @@ def build_captioner(config: CaptionerConfig) -> Captioner:
         ValueError: see `check_captioner`.
     """
     check_captioner(config)
-    return _named(chosen_captioner(config).build)(config)
+    return pkgutil.resolve_name(chosen_captioner(config).build)(config)
 
 
 def identity(config: CaptionerConfig) -> str:
@@ -79,11 +79,6 @@ def identity(config: CaptionerConfig) -> str:
     spec = chosen_captioner(config)
     weights = ":".join(part for part in (config.model, config.revision) if part)
     return f"{spec.name}@{spec.revision}" + (f" {weights}" if weights else "")
-
-
-def _named(place: str):
-    module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 __all__ = [

@@ -5,7 +5,8 @@ r"""Near duplicates by perceptual hashes, as SQL: propose, confirm, keep one. Me
                                           pairs of other rules (thumbnails, embeddings)
 
 Propose: two hashes within r of 64 bits agree in a key (covers.py), and a pair is counted at the first key that it shares. No
-pair within r bits is missed. Records with equal hashes are one node. Spark joins; in one process, pairs.py sorts.
+pair within r bits is missed (but see MAX_EQUAL). Records with equal hashes are one node, and equal values of a hash are searched
+once. Spark joins; in one process, pairs.py sorts.
 
 Keep: stars, not components. Records are taken in order of preference (more pixels, then the better aesthetic score in half
 points, then record id, then key), and a record is dropped if it matches one that is kept. So every dropped record resembles
@@ -16,8 +17,6 @@ decided. Neither preference nor rounds depend on the corpus's order, except for 
 # ruff: noqa: S608 (SQL of our own names and numbers; texts are quoted by engines.quoted)
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pyarrow as pa
 
 from tasks.curation.config import DedupConfig
@@ -27,7 +26,8 @@ from tasks.curation.decisions.pairs import pairs_within
 from tasks.curation.scoring.hashes import HASHES, PHASH256
 
 KINDS = ("phash", "dhash")
-PROPOSED = pa.schema([("a", pa.int64()), ("b", pa.int64()), ("kind", pa.string())])
+VALUE_PAIRS = pa.schema([("a", pa.int64()), ("b", pa.int64())])
+MAX_EQUAL = 100  # nodes of one value of a hash that are compared with all others of it
 PREFERENCE = "pixels DESC, points DESC, tie, name, position"  # of several, the first is kept
 
 
@@ -68,40 +68,62 @@ def match_by_hashes(engine: Engine, config: DedupConfig) -> None:
 
 
 def _propose(engine: Engine, distance: int) -> None:
-    """Table `proposed` (a, b, kind): every pair within `distance` bits of a hash, once for each kind of hash."""
-    count = one(engine, "SELECT count(*) AS n FROM nodes")
-    masks = plan_cover(count, distance).masks()
-    if engine.in_process:
-        engine.load("proposed", PROPOSED, _sorted_pairs(engine, count, masks, distance))
-    else:
-        _join(engine, masks, distance)
+    """Table `proposed` (a, b, kind): pairs within `distance` bits of a hash, once for each kind of hash.
 
-
-def _sorted_pairs(engine: Engine, count: int, masks: list[int], distance: int) -> Iterator[pa.Table]:
-    for kind in KINDS:
-        nodes = engine.batches(f"SELECT position, {kind} AS hash FROM nodes")
-        for pairs in pairs_within(nodes, count, masks, distance, engine.work_dir):
-            columns = [pairs[:, 0], pairs[:, 1], pa.repeat(kind, len(pairs))]
-            yield pa.table(columns, PROPOSED)
+    All pairs, but where over `MAX_EQUAL` nodes have one value of the hash: of these, the others are compared with the
+    best `MAX_EQUAL` alone, so that a picture of which there are many thousand versions does not cost their number squared.
+    """
+    order = ", ".join(f"c.{column}" for column in PREFERENCE.split(", "))
+    for number, kind in enumerate(KINDS):
+        engine.create(
+            "hash_values", f"SELECT {kind} AS hash, min(position) AS id, count(*) AS n FROM nodes GROUP BY {kind}"
+        )
+        masks = plan_cover(count := one(engine, "SELECT count(*) AS n FROM hash_values"), distance).masks()
+        if engine.in_process:
+            values = engine.batches("SELECT id AS position, hash FROM hash_values")
+            found = (
+                pa.table([p[:, 0], p[:, 1]], VALUE_PAIRS)
+                for p in pairs_within(values, count, masks, distance, engine.work_dir)
+            )
+            engine.load("value_pairs", VALUE_PAIRS, found)
+        else:
+            _join(engine, masks, distance)
+        engine.create(
+            "repeated",
+            f"SELECT v.id, n.position, row_number() OVER (PARTITION BY v.id ORDER BY {order}) AS place FROM nodes n "
+            f"JOIN hash_values v ON n.{kind} = v.hash JOIN compared c ON n.position = c.position WHERE v.n > 1",
+        )
+        engine.create(
+            "members",
+            "SELECT id, position, place FROM repeated UNION ALL "
+            "SELECT p.id, p.id AS position, 1 AS place FROM (SELECT a AS id FROM value_pairs UNION SELECT b AS id FROM value_pairs) p "
+            "LEFT JOIN (SELECT DISTINCT id FROM repeated) r ON p.id = r.id WHERE r.id IS NULL",
+        )
+        pairs = (
+            f"SELECT least(a.position, b.position) AS a, greatest(a.position, b.position) AS b, '{kind}' AS kind FROM "
+        )
+        between = f"{pairs} value_pairs p JOIN members a ON p.a = a.id JOIN members b ON p.b = b.id"
+        (engine.append if number else engine.create)(
+            "proposed",
+            f"{pairs} repeated a JOIN repeated b ON a.id = b.id AND a.place > b.place WHERE b.place <= {MAX_EQUAL} "
+            f"UNION ALL {between} WHERE b.place <= {MAX_EQUAL} "
+            f"UNION ALL {between} WHERE b.place > {MAX_EQUAL} AND a.place <= {MAX_EQUAL}",
+        )
 
 
 def _join(engine: Engine, masks: list[int], distance: int) -> None:
-    """As `_sorted_pairs`, by SQL that several machines can share."""
-    engine.create("proposed", "SELECT position AS a, position AS b, 'phash' AS kind FROM nodes WHERE FALSE")
-    for kind in KINDS:
-        for place, mask in enumerate(masks):
-            sides = (
-                f"(SELECT position, {kind} AS hash, {kind} & CAST({mask} AS BIGINT) AS key FROM nodes) {s}"
-                for s in "ab"
-            )
-            first = "".join(
-                f" AND hamming(a.hash & CAST({m} AS BIGINT), b.hash & CAST({m} AS BIGINT)) > 0" for m in masks[:place]
-            )
-            engine.append(
-                "proposed",
-                f"SELECT a.position AS a, b.position AS b, '{kind}' AS kind FROM {' JOIN '.join(sides)} "
-                f"ON a.key = b.key AND a.position < b.position WHERE hamming(a.hash, b.hash) <= {distance}{first}",
-            )
+    """Table `value_pairs` (a, b) as `pairs_within` gives them, by SQL that several machines can share."""
+    engine.create("value_pairs", "SELECT id AS a, id AS b FROM hash_values WHERE FALSE")
+    for place, mask in enumerate(masks):
+        sides = (f"(SELECT id, hash, hash & CAST({mask} AS BIGINT) AS key FROM hash_values) {s}" for s in "ab")
+        first = "".join(
+            f" AND hamming(a.hash & CAST({m} AS BIGINT), b.hash & CAST({m} AS BIGINT)) > 0" for m in masks[:place]
+        )
+        engine.append(
+            "value_pairs",
+            f"SELECT a.id AS a, b.id AS b FROM {' JOIN '.join(sides)} "
+            f"ON a.key = b.key AND a.id < b.id WHERE hamming(a.hash, b.hash) <= {distance}{first}",
+        )
 
 
 def keep_stars(engine: Engine) -> None:

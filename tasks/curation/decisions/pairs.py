@@ -37,6 +37,7 @@ def pairs_within(
     with tempfile.TemporaryDirectory(dir=work_dir) as folder:
         positions, hashes = _on_disk(tables, count, Path(folder))
         words = [np.uint64(mask % 2**64) for mask in masks]
+        waiting: list[np.ndarray] = []
         for place, mask in enumerate(words):
             for i, j in _neighbours(hashes, mask):
                 different = hashes[i] ^ hashes[j]
@@ -44,7 +45,12 @@ def pairs_within(
                 for earlier in words[:place]:  # a pair counts at the first key that it shares
                     near = near[different[near] & earlier != 0]
                 if len(near):
-                    yield np.sort(np.stack([positions[i[near]], positions[j[near]]], axis=1), axis=1)
+                    waiting.append(np.sort(np.stack([positions[i[near]], positions[j[near]]], axis=1), axis=1))
+                if sum(map(len, waiting)) >= CHUNK_ROWS:
+                    yield np.concatenate(waiting)
+                    waiting = []
+        if waiting:
+            yield np.concatenate(waiting)
 
 
 def _on_disk(tables: Iterable[pa.Table], count: int, folder: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ rejects on an empty score; a recipe with a threshold on a column that no scorer 
 from __future__ import annotations
 
 import functools
-import importlib
+import pkgutil
 from typing import Any, NamedTuple
 
 from model.names import hint
@@ -293,8 +293,7 @@ def build_scorer(one: Chosen) -> Scorer:
     """
     _check_required(one)
     check_weights(one.spec)
-    module, _, function = one.spec.build.partition(":")
-    build = getattr(importlib.import_module(module), function)
+    build = pkgutil.resolve_name(one.spec.build)
     return build(one) if one.spec.settings else build()
 
 

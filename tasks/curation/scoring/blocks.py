@@ -13,6 +13,7 @@ from tasks.curation.scoring.decode_memory import MIB
 
 MAX_SCANS = 50  # of a JPEG; each costs a pass over all pixels. Encoders write up to 18
 MAX_SEGMENTS = 4096  # before a JPEG's picture; a profile has up to 255, phones write some hundreds
+MAX_BETWEEN_BYTES = MIB  # fill bytes and rubbish between them, which Pillow reads one by one
 MAX_METADATA_BYTES = 32 * MIB  # before a JPEG's picture, and of EXIF; phones' depth maps have a few
 MAX_CHUNKS = 100_000  # of a PNG; in chunks of 4 KiB, which few encoders write, these are 400 MiB
 MAX_EXTENSIONS = 100_000  # blocks of up to 255 bytes outside a GIF's pictures: comments, XMP
@@ -105,8 +106,9 @@ _MARKER_OR_RESTART = re.compile(rb"\xff[^\x00\xff]", re.DOTALL)
 def _check_jpeg_metadata(data: bytes) -> None:
     """Walks the segments before a JPEG's picture: Pillow appends those of EXIF to each other, which takes time with the square
     of their number, and keeps each of all kinds, which takes memory even if it is empty."""
-    at, code, segments = 2, 0, 0
+    at, code, segments, between = 2, 0, 0, 0
     while code != 0xDA and (match := _MARKER.search(data, at)) is not None:
+        between += match.start() - at
         code, at = data[match.start() + 1], match.end()
         at += int.from_bytes(data[at : at + 2], "big")
         segments += 1
@@ -114,6 +116,10 @@ def _check_jpeg_metadata(data: bytes) -> None:
             raise UndecodableError(f"a JPEG with over {MAX_METADATA_BYTES // MIB} MiB before its picture")
         if segments > MAX_SEGMENTS:
             raise UndecodableError(f"a JPEG of over {MAX_SEGMENTS:,} segments before its picture")
+        if between > MAX_BETWEEN_BYTES:
+            raise UndecodableError(
+                f"a JPEG with over {MAX_BETWEEN_BYTES // MIB} MiB between the segments before its picture"
+            )
 
 
 def check_jpeg(data: bytes) -> int:

@@ -77,7 +77,7 @@ class Archive:
                 else:
                     account.skip(reason_of(name), f"{locator}:{name}")
             for names in folders.values():
-                pairs = pair([base_name(name) for name in names], options.caption_columns)
+                pairs = pair([base_name(name) for name in names], options.caption_columns).images
                 used = {*pairs, *(text for one in pairs.values() for text in one.texts)}
                 account.use(len(used))
                 for i in set(range(len(names))) - used:

@@ -48,14 +48,17 @@ LISTS = f"{FILES_FOLDER}/"  # the lists of loose files, one for each shard: arti
 # Images that curation decodes or rejects by name; other files are counted as left out.
 HEIF_EXTENSIONS = ("heic", "heif", "hif") if find_spec("pillow_heif") else ()
 IMAGE_EXTENSIONS = (*"png jpg jpeg jpe jfif webp gif bmp tif tiff avif jp2 ppm pgm".split(), *HEIF_EXTENSIONS)
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+# Longer suffixes first.
+TAR_SUFFIXES = (".tar.gz", ".tar.bz2", ".tar.xz", ".tar.lzma", ".tar", *".tgz .taz .tbz2 .tbz .tb2 .txz .tlz".split())
+ZSTD_TAR_SUFFIXES = (".tar.zst", ".tar.zstd", ".tzst")
 CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "prompt", "raw")
 
 MAX_IMAGE_BYTES = 256 * 2**20  # larger files are not read into memory
 MAX_CONTAINER_BYTES = 32 * 2**30  # of one tar, Parquet or Arrow file
 
 CHANGED = "has changed since the source was scanned; start the run again"
-_CONTAINER = re.compile(rf"\.(tar|tgz|tar\.gz|tar\.bz2|tar\.xz|parquet|{'|'.join(FORMATS)}):", re.IGNORECASE)
+_SUFFIXES = [suffix[1:] for suffix in TAR_SUFFIXES]
+_CONTAINER = re.compile(rf"\.({'|'.join(map(re.escape, [*_SUFFIXES, 'parquet', *FORMATS]))}):", re.IGNORECASE)
 
 UNREADABLE_CAPTION = "unreadable_caption"
 AMBIGUOUS_CAPTION = "ambiguous_caption"
@@ -268,11 +271,18 @@ def extension(path: str) -> str:
 
 def reason_of(name: str) -> str:
     """The reason for which a file of an unknown kind is left out: its extension."""
+    if name.lower().endswith(ZSTD_TAR_SUFFIXES):
+        return "zstd tar; decompress it with `zstd -d`"
     return f".{visible(extension(name))}" if extension(name) else "no extension"
 
 
 def is_image(name: str) -> bool:
     return extension(name) in IMAGE_EXTENSIONS
+
+
+def without_tar_suffix(name: str) -> str:
+    """`x` for `x.tar` and `x.tar.gz`."""
+    return next((name[: -len(suffix)] for suffix in TAR_SUFFIXES if name.lower().endswith(suffix)), name)
 
 
 def to_bytes(name: str) -> bytes:

@@ -7,7 +7,6 @@ the list that contains it.
 from __future__ import annotations
 
 import hashlib
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +25,6 @@ from tasks.curation.sources.base import (
     digest_of,
     extension,
     from_bytes,
-    reason_of,
     record_key,
     to_bytes,
     visible,
@@ -40,7 +38,6 @@ from tasks.curation.sources.captions.caption_text import (
     sidecar_captions,
     without_column,
 )
-from tasks.curation.sources.captions.pairing import Pair, pair
 from tasks.curation.sources.file_trees import FileTree, RemoteFileTree
 
 _TEXT = pa.struct([("name", pa.binary()), ("size_bytes", pa.int64()), ("digest", pa.string())])
@@ -55,8 +52,6 @@ FILES = pa.schema(
         ("detail", pa.string()),
     ]
 )
-IMAGE_FOLDERS = ("images", "image", "imgs", "img", "pictures", "photos")
-CAPTION_FOLDERS = ("captions", "caption", "texts", "text", "txt", "prompts")
 
 
 class File(NamedTuple):
@@ -121,63 +116,6 @@ def _hash(salt: str, name: str) -> int:
     return int.from_bytes(hashlib.sha256(to_bytes(f"{salt}{name}")).digest()[:8], "big")
 
 
-# ---------------------------------------------------------------- captions in a parallel folder
-
-
-MAX_DEPTH, MAX_IMAGE_FOLDERS = 64, 4  # of a path; hostile paths repeat a name thousands of times
-
-
-def caption_folders(path: str, configured: str | None) -> list[str]:
-    """Folders that may have the captions of the images in folder `path`: images/train -> captions/train, and so on."""
-    parts = path.split("/") if path else []
-    places: list[str] = []
-    if configured is not None:
-        places += ["/".join([configured, *parts]), "/".join([configured, *parts[1:]])]
-    elif len(parts) <= MAX_DEPTH:
-        image_folders = [i for i, part in enumerate(parts) if part.casefold() in IMAGE_FOLDERS]
-        for i in image_folders[-MAX_IMAGE_FOLDERS:]:
-            places += ["/".join([*parts[:i], name, *parts[i + 1 :]]) for name in CAPTION_FOLDERS]
-        places += ["/".join([*parts, name]) for name in CAPTION_FOLDERS]
-    return [place for place in dict.fromkeys(places) if place != path]
-
-
-def pair_with(images: list[str], texts: list[str], words: tuple[str, ...]) -> dict[str, tuple[list[str], str]]:
-    """Image -> its text files in another folder, and why they are ambiguous."""
-    names = [*images, *texts]
-    pairs: dict[int, Pair] = pair(names, words)
-    return {
-        names[i]: ([names[j] for j in one.texts], one.ambiguous)
-        for i, one in pairs.items()
-        if one.texts or one.ambiguous
-    }
-
-
-class Texts:
-    """Text files that describe no image of their own folder. Those that no other folder claims are counted at the
-    end."""
-
-    def __init__(self, folder: Path) -> None:
-        self._db = sqlite3.connect(folder / "texts", isolation_level=None)
-        self._db.execute("PRAGMA journal_mode=OFF")
-        self._db.execute("PRAGMA synchronous=OFF")
-        self._db.execute("CREATE TABLE texts (name BLOB PRIMARY KEY, claimed INT) WITHOUT ROWID")
-        self._db.execute("BEGIN")
-
-    def add(self, name: str) -> None:
-        self._db.execute("INSERT INTO texts VALUES (?, 0) ON CONFLICT DO NOTHING", (to_bytes(name),))
-
-    def claim(self, name: str) -> None:
-        self._db.execute("INSERT INTO texts VALUES (?, 1) ON CONFLICT DO UPDATE SET claimed = 1", (to_bytes(name),))
-
-    def finish(self, account: Account) -> None:
-        for name, claimed in self._db.execute("SELECT name, claimed FROM texts ORDER BY name"):
-            if claimed:
-                account.use()
-            else:
-                account.skip(reason_of(from_bytes(name)), from_bytes(name))
-        self._db.close()
-
-
 # ---------------------------------------------------------------- reading
 
 
@@ -223,11 +161,11 @@ def _record(place: FileTree, file: File, contents: dict[str, bytes | OSError], o
             own = sidecar_captions(name, data, options.encoding, options.caption_columns)
             captions += own
             if not own and (why := without_column(name, data, options.encoding, options.caption_columns)):
-                no_column = f"{place.shown(name)} {why}"
+                no_column = f"{place.locator(name)} {why}"
         except NotTextError as error:
-            not_text = f"{place.shown(name)} {error}"
+            not_text = f"{place.locator(name)} {error}"
         except (CaptionError, OSError) as error:
-            problem, detail = UNREADABLE_CAPTION, f"{place.shown(name)} {_why(error)}"
+            problem, detail = UNREADABLE_CAPTION, f"{place.locator(name)} {_why(error)}"
     if not_text and not captions and not problem:
         problem, detail = UNREADABLE_CAPTION, not_text
     if not captions and not problem:
@@ -238,7 +176,7 @@ def _record(place: FileTree, file: File, contents: dict[str, bytes | OSError], o
             raise OSError(f"it is larger than {MAX_IMAGE_BYTES // 2**20} MiB")
         data = _checked(place, file.name, contents[file.name], file.size_bytes, file.digest)
     except OSError as error:
-        problem, detail = UNREADABLE_FILE, f"{place.shown(file.name)} {_why(error)}"
+        problem, detail = UNREADABLE_FILE, f"{place.locator(file.name)} {_why(error)}"
     captions = [] if problem else list(dict.fromkeys(captions))
     ext = extension(file.name)
     return Record(record_key(file.name), data, ext, captions, "user", place.locator(file.name), 0, problem, detail)

@@ -11,7 +11,7 @@ shards.
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from typing import Any
 
 FORMATS = {"arrow": "tasks.curation.sources.arrow"}
@@ -25,6 +25,5 @@ def format_of(name: str) -> str | None:
 
 def load(kind: str) -> Any:
     """The module of a format, or an object of its class."""
-    module, _, name = FORMATS[kind].partition(":")
-    loaded = importlib.import_module(module)
-    return getattr(loaded, name)() if name else loaded
+    loaded = pkgutil.resolve_name(FORMATS[kind])
+    return loaded() if isinstance(loaded, type) else loaded

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -169,14 +169,6 @@ def read(place: FileTree, name: str, shard: Shard, options: Options, account: Ac
             raise ValueError(
                 f"{shown} is not a readable Parquet file: it has {row} rows and claims {first_row + num_rows}"
             )
-
-
-def rows(
-    shown: str, file: BinaryIO, parquet: pq.ParquetFile, columns: list[str], groups: Iterable[int]
-) -> Iterator[dict[str, Any]]:
-    """Rows as dicts, for tables without images."""
-    for batch in batches(shown, file, parquet, columns, list(groups)):
-        yield from batch.to_pylist()
 
 
 def batches(

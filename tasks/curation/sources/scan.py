@@ -1,7 +1,8 @@
 """Scans a user's own images: from a folder, file or URI to the table of a corpus.
 
-    place.walk() --1--> metadata files -> Listed
-                 --2--> tars, Parquet, Arrow -> a shard each, or several
+    place.walk() --1--> metadata files -> Listed; texts in folders of captions -> ParallelTexts
+                 --2--> (if there are any) images claim their rows and texts
+                 --3--> tars, Parquet, Arrow -> a shard each, or several
                         loose images and their texts -> lists of files
 
 It reads names, headers, footers and metadata files, and the content of local files for their digests. It decodes nothing.
@@ -12,9 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import posixpath
 import tempfile
 import time
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from tasks.curation.sources.base import (
     SHARDS,
     SHARDS_TABLE,
     TAR_SUFFIXES,
+    UNREADABLE_CAPTION,
     Account,
     Options,
     Shard,
@@ -46,16 +48,18 @@ from tasks.curation.sources.base import (
     reason_of,
     shard_id,
     visible,
+    without_tar_suffix,
 )
-from tasks.curation.sources.captions.metadata_files import Listed, is_metadata
-from tasks.curation.sources.captions.pairing import Rivals, fold, pair
+from tasks.curation.sources.captions.listed import Listed, Matched
+from tasks.curation.sources.captions.metadata_files import is_metadata
+from tasks.curation.sources.captions.pairing import pair
+from tasks.curation.sources.captions.parallel import ParallelTexts, may_have_captions
 from tasks.curation.sources.file_trees import FileTree, Folder, RemoteFileTree
-from tasks.curation.sources.folder import File, Texts
+from tasks.curation.sources.folder import File
 
 logger = get_logger(__name__)
 
 PROGRESS_S = 5.0
-LISTINGS = 8  # cached folders during the search for caption folders
 TABLE_ROWS = 1000  # rows of shards.parquet written at a time
 NO_IMAGE_COLUMN = "without image bytes"
 VALID = (
@@ -154,7 +158,6 @@ class _Scan:
         self.account = Account()
         self.in_tars = Account()  # account of tars without images; those with images are counted when they are read
         self._files, self._report_at = 0, time.monotonic() + PROGRESS_S
-        self._inside: OrderedDict[str, dict[str, list[str]]] = OrderedDict()  # see `_folders_in`
 
     def run(self) -> None:
         texts = self.config.captions_folder
@@ -162,28 +165,70 @@ class _Scan:
             raise ValueError(
                 f"source.captions_folder={texts!r}: {self.place.shown(texts)} is not a folder of the source"
             )
-        self.texts = Texts(self.scratch)
-        with Listed(self.options.encoding, self.options.caption_columns) as self.listed:
+        with (
+            Listed(self.options.encoding, self.options.caption_columns) as self.listed,
+            ParallelTexts(str(self.scratch / "texts"), self.options.caption_columns, texts) as self.parallel,
+        ):
             for listing in self.place.walk():
-                self._read_metadata(listing)
+                if self.place.alone is None:
+                    self._read_metadata(listing)
+                    self._add_parallel(listing)
+            if self.listed or self.parallel:
+                for listing in self.place.walk():
+                    self._claim(listing)
             for files in folder.cut(self._loose(), self.config.images_per_shard):
                 self._add_files(files)
             self.listed.finish(self.account)
-        self.texts.finish(self.account)
-
-    def _read_metadata(self, listing: Folder) -> None:
-        if self.place.alone is not None:
-            return
-        for name in listing.files:
-            if is_metadata(name, listing.files) and not self._is_data(listing, name):
-                shown = self.place.shown(listing.at(name))
-                with _naming(shown), self.place.open(listing.at(name)) as file:
-                    root = base_name(self.place.uri())
-                    is_table = self.listed.add(shown, listing.path, listing.folders, extension(name), file, root)
-                if is_table:
+            for path, is_used in self.parallel.all():
+                if is_used:
                     self.account.use()
                 else:
-                    self.account.skip(reason_of(name), listing.at(name))
+                    self.account.skip(reason_of(path), path)
+
+    def _read_metadata(self, listing: Folder) -> None:
+        for name in listing.files:
+            if is_metadata(name, listing.files) and not self._is_data(listing, name):
+                path = listing.at(name)
+                shown, locator = self.place.shown(path), self.place.locator(path)
+                with _naming(shown), self.place.open(path) as file:
+                    root = base_name(self.place.uri())
+                    why = self.listed.add(shown, locator, listing.path, listing.folders, extension(name), file, root)
+                if why:
+                    self.account.skip(why, path)
+                else:
+                    self.account.use()
+
+    def _add_parallel(self, listing: Folder) -> None:
+        """Adds the texts of a folder that describe no image in it and may describe images of another folder."""
+        if not may_have_captions(listing.path, self.config.captions_folder):
+            return
+        names = self._loose_names(listing)
+        for i in pair(names, self.options.caption_columns).strays:
+            path = listing.at(names[i])
+            # A later request for each text would be slow where the source is remote; local files are read when needed.
+            digest = self.place.digest(path) if isinstance(self.place, RemoteFileTree) else ""
+            self.parallel.add(path, listing.files[names[i]], digest)
+
+    def _claim(self, listing: Folder) -> None:
+        for name in listing.files:
+            path = listing.at(name)
+            if is_image(name):
+                if self.listed:
+                    self.listed.claim([(0, path)])
+                if self.parallel:
+                    self.parallel.claim(path)
+            elif self.listed and name.lower().endswith(TAR_SUFFIXES):
+                for sample in self._samples(path, Account()):
+                    self.listed.claim(_names_beside(listing, path, sample.image.name))
+
+    def _loose_names(self, listing: Folder) -> list[str]:
+        """The loose images and texts of a folder."""
+        return [
+            name
+            for name in listing.files
+            if (is_image(name) or folder.is_text(name))
+            and (self.place.alone is not None or not is_metadata(name, listing.files))
+        ]
 
     def _is_data(self, listing: Folder, name: str) -> bool:
         """Whether a metadata.parquet contains the images themselves."""
@@ -199,7 +244,6 @@ class _Scan:
             for reason, path in listing.left_out:
                 self.account.skip(reason, path)
             saved = arrow.data_files(self.place, listing)
-            loose: list[str] = []
             archives: list[str] = []
             for name in listing.files:
                 lower, path = name.lower(), listing.at(name)
@@ -216,101 +260,50 @@ class _Scan:
                         self._add_parquet(path)
                 elif is_metadata(name, listing.files) and self.place.alone is None:
                     continue
-                elif is_image(name) or folder.is_text(name):
-                    loose.append(name)
-                else:
+                elif not is_image(name) and not folder.is_text(name):
                     self.account.skip(reason_of(name), path)
-            yield from self._files_of(listing, loose)
+            yield from self._files_of(listing)
             self._add_tars(listing, archives)
 
     # ------------------------------------------------------------ loose files
 
-    def _files_of(self, listing: Folder, names: list[str]) -> Iterator[File]:
-        pairs = pair(names, self.options.caption_columns)
+    def _files_of(self, listing: Folder) -> Iterator[File]:
+        names = self._loose_names(listing)
+        pairs, strays = pair(names, self.options.caption_columns)
         used = {i for one in pairs.values() for i in one.texts}
+        apart = set(strays) if may_have_captions(listing.path, self.config.captions_folder) else set()
         for i, name in enumerate(names):
-            if i not in pairs and i not in used:
-                self.texts.add(listing.at(name))
+            if i not in pairs and i not in used and i not in apart:
+                self.account.skip(reason_of(name), listing.at(name))
         self.account.use(len(pairs) + len(used))
-        bare: list[str] = []
-        rows: dict[str, tuple[list[str], list[str], str]] = {}  # image -> paths of texts, captions, why ambiguous
-        rivals = Rivals(listing.at(names[i]) for i in pairs)
-        for i, one in pairs.items():
-            name = names[i]
-            captions, ambiguous, no_column = self.listed.match([listing.at(name)], rivals.of(listing.at(name)))
-            texts = [listing.at(names[j]) for j in one.texts]
-            rows[name] = texts, captions, one.ambiguous or ambiguous
-            if not texts and not captions and not rows[name][2]:
-                bare.append(name)
-                rows[name] = [], [], no_column and f"\0{no_column}"
-        self._take_parallel(listing, bare, rows)
-        for name in sorted(rows):
-            texts, captions, why = rows[name]
-            if why.startswith("\0"):
-                raise ValueError(why[1:])
-            yield self._file(listing.at(name), listing.files[name], texts, captions, why)
+        for i in sorted(pairs, key=lambda i: names[i]):
+            path, texts = (
+                listing.at(names[i]),
+                [(listing.at(names[j]), listing.files[names[j]], "") for j in pairs[i].texts],
+            )
+            rows, why = self.listed.match([(0, path)]), pairs[i].ambiguous
+            if self.parallel and not (texts or why or rows.captions or rows.ambiguous or rows.unreadable):
+                apart_texts, why = self.parallel.match(path)
+                texts = [(text.path, text.size, text.digest) for text in apart_texts]
+            if rows.no_column and not texts and not why:
+                raise ValueError(rows.no_column)
+            yield self._file(path, listing.files[names[i]], texts, rows, why or rows.ambiguous)
 
-    def _take_parallel(
-        self, listing: Folder, bare: list[str], rows: dict[str, tuple[list[str], list[str], str]]
-    ) -> None:
-        """Assigns captions of a parallel folder to images without captions."""
-        if not bare or self.place.alone is not None:
-            return
-        sources: dict[str, list[tuple[str, list[str], str]]] = {}
-        for path in folder.caption_folders(listing.path, self.config.captions_folder):
-            other = self._folder(path)
-            if other is None:
-                continue
-            texts = [name for name in other.files if folder.is_text(name) and not name.startswith(".")]
-            for image, (own, why) in folder.pair_with(bare, texts, self.options.caption_columns).items():
-                sources.setdefault(image, []).append((path, [other.at(name) for name in own], why))
-        for image, candidates in sources.items():
-            for _, texts, _ in candidates:
-                for text in texts:
-                    self.texts.claim(text)
-            why = candidates[0][2]
-            if len(candidates) > 1:
-                why = f"{' and '.join(visible(path) for path, _, _ in candidates[:2])} both have captions of it"
-            rows[image] = candidates[0][1], [], why
-
-    def _folder(self, path: str) -> Folder | None:
-        """A folder by its path, ignoring case unless two folders differ only in case."""
-        at = ""
-        for part in path.split("/"):
-            same = self._folders_in(at).get(fold(part), [])
-            if part not in same and len(same) != 1:
-                return None
-            name = part if part in same else same[0]
-            at = f"{at}/{name}" if at else name
-        return self.place.folder(at)
-
-    def _folders_in(self, path: str) -> dict[str, list[str]]:
-        """Casefolded name -> names of folders. Cached for the last few paths."""
-        if path not in self._inside:
-            listing = self.place.folder(path) if path else self.place.root()
-            by_fold: dict[str, list[str]] = {}
-            for name in listing.folders if listing is not None else ():
-                by_fold.setdefault(fold(name), []).append(name)
-            self._inside[path] = by_fold
-            if len(self._inside) > LISTINGS:
-                self._inside.popitem(last=False)
-        self._inside.move_to_end(path)
-        return self._inside[path]
-
-    def _file(self, path: str, size: int, texts: list[str], captions: list[str], why: str) -> File:
+    def _file(self, path: str, size: int, texts: list[tuple[str, int, str]], rows: Matched, why: str) -> File:
         self._files += 1
         if time.monotonic() > self._report_at:
             self._report_at = time.monotonic() + PROGRESS_S
             logger.info(f"source: {self._files:,} images read, in {visible(os.path.dirname(path)) or 'the source'}")
         sidecars = []
-        for text in texts:
+        for text, text_size, digest in texts:
             with _naming(self.place.shown(text)):
-                text_size = self.place.size(text)
-                sidecars.append((text, text_size, "" if folder.too_large(text, text_size) else self.place.digest(text)))
+                if not digest and not folder.too_large(text, text_size):
+                    digest = self.place.digest(text)
+                sidecars.append((text, text_size, digest))
         with _naming(self.place.shown(path)):
             digest = self.place.digest(path) if size <= MAX_IMAGE_BYTES else ""  # entries that are never read
-        detail = f"{self.place.shown(path)}: {why}" if why else ""
-        return File(path, size, digest, tuple(sidecars), tuple(captions), AMBIGUOUS_CAPTION if why else "", detail)
+        problem, detail = _problem(self.place.locator(path), why, rows.unreadable)
+        return File(path, size, digest, tuple(sidecars), tuple(rows.captions), problem, detail)
 
     def _add_files(self, files: list[File]) -> None:
         digest = folder.digest(files)
@@ -323,10 +316,6 @@ class _Scan:
     # ------------------------------------------------------------ containers
 
     def _add_tars(self, listing: Folder, paths: list[str]) -> None:
-        if self.listed:
-            for path in paths:
-                for sample in self._samples(path, Account()):
-                    self.listed.claim(_names_beside(listing, path, sample.place), path)
         for path in paths:
             shown = self.place.shown(path)
             with _naming(shown):
@@ -338,14 +327,14 @@ class _Scan:
                 count, inside = 0, Account()
                 for sample in self._samples(path, inside):
                     count += 1
-                    captions, why, no_column = self.listed.match(_names_beside(listing, path, sample.place), [])
-                    if no_column and not sample.texts and not sample.captions:
-                        raise ValueError(no_column)
-                    if captions or why:
-                        problem, detail = (
-                            (AMBIGUOUS_CAPTION, f"{shown}:{visible(sample.place)}: {why}") if why else ("", "")
-                        )
-                        beside.append(File(sample.place, captions=tuple(captions), problem=problem, detail=detail))
+                    rows = self.listed.match(_names_beside(listing, path, sample.image.name))
+                    if rows.no_column and not sample.texts and not sample.captions:
+                        raise ValueError(rows.no_column)
+                    problem, detail = _problem(
+                        f"{self.place.locator(path)}:{visible(sample.place)}", rows.ambiguous, rows.unreadable
+                    )
+                    if rows.captions or problem:
+                        beside.append(File(sample.place, captions=tuple(rows.captions), problem=problem, detail=detail))
                 if not count:
                     self.in_tars += inside
             with _naming(shown):
@@ -363,7 +352,7 @@ class _Scan:
             check_size(shown, self.place.size(path))
             opened = self.place.local_copy(path) if isinstance(self.place, RemoteFileTree) else self.place.open(path)
             with opened as file:
-                return tars.samples(shown, file, self.options, account)
+                return tars.samples(shown, self.place.locator(path), file, self.options, account)
 
     def _add_parquet(self, path: str) -> None:
         shown = self.place.shown(path)
@@ -419,11 +408,18 @@ class _naming:
             ) from error
 
 
-def _names_beside(listing: Folder, path: str, member: str) -> list[str]:
-    """The paths by which a table next to a tar may refer to one of its members."""
-    tar = base_name(path)
-    stem = next(
-        tar[: -len(suffix)] for suffix in sorted(TAR_SUFFIXES, key=len, reverse=True) if tar.lower().endswith(suffix)
-    )
-    inner = os.path.normpath(member)
-    return [listing.at(inner), listing.at(f"{tar}/{inner}"), listing.at(f"{stem}/{inner}")]
+def _problem(locator: str, ambiguous: str, unreadable: str) -> tuple[str, str]:
+    """The problem of a record, and its detail."""
+    if ambiguous:
+        return AMBIGUOUS_CAPTION, f"{locator}: {ambiguous}"
+    return (UNREADABLE_CAPTION, f"{locator}: {unreadable}") if unreadable else ("", "")
+
+
+def _names_beside(listing: Folder, path: str, member: str) -> list[tuple[int, str]]:
+    """(step, path) by which a table next to a tar may refer to one of its members: see `Listed.claim`."""
+    tar, inner = base_name(path), posixpath.normpath(member).lstrip("/")
+    return [
+        (0, listing.at(f"{tar}/{inner}")),
+        (1, listing.at(f"{without_tar_suffix(tar)}/{inner}")),
+        (1, listing.at(inner)),
+    ]

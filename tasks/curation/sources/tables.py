@@ -94,7 +94,7 @@ def records(
         name, locator: the file's name inside the source, and its name for messages.
     """
     images = batch.column(columns.image)
-    captions = [_as_bytes(batch.column(column)) for column in columns.captions]
+    captions = [as_bytes(batch.column(column)) for column in columns.captions]
     for i in range(len(batch)):
         row = first_row + i
         at = f"{locator}:{row}"
@@ -111,7 +111,7 @@ def records(
         problem = detail = ""
         texts: list[str] = []
         try:
-            texts = captions_of_cells(_decoded(column[i].as_py(), encoding) for column in captions)
+            texts = captions_of_cells(decoded(column[i].as_py(), encoding) for column in captions)
         except CaptionError as error:
             problem, detail = UNREADABLE_CAPTION, f"{at} {error}"
         ext = extension(path) if is_image(path) else sniffed(data)
@@ -146,18 +146,23 @@ def _bytes_and_path(cell: Any) -> tuple[bytes | None, str]:
     return (cell, "") if isinstance(cell, bytes) else (None, "")
 
 
-def _decoded(value: Any, encoding: str | None) -> Any:
+def decoded(value: Any, encoding: str | None) -> Any:
+    """The text of a cell, or of the cells of a list, that `as_bytes` returned.
+
+    Raises:
+        CaptionError: it cannot be decoded, or is over its limit.
+    """
     cells = value if isinstance(value, list) else [value]
     if any(isinstance(cell, bytes) and len(cell) > MAX_TEXT_BYTES for cell in cells):
         raise CaptionError(f"has a caption larger than {MAX_TEXT_BYTES // 2**20} MiB")
     return [decode(cell, encoding) if isinstance(cell, bytes) else cell for cell in cells]
 
 
-def _as_bytes(column: pa.Array) -> pa.Array:
+def as_bytes(column: pa.Array) -> pa.Array:
     """Strings as bytes: Parquet does not check that they are UTF-8."""
     kind = column.type
     if types.is_dictionary(kind):
-        return _as_bytes(column.dictionary_decode())
+        return as_bytes(column.dictionary_decode())
     if _is_text(kind):
         return column.cast(pa.large_binary())
     if _is_list(kind) and _is_text(kind.value_type):

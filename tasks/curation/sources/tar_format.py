@@ -23,7 +23,9 @@ MAX_MEMBERS, MAX_NAME_BYTES, MAX_NAMES_BYTES = 300_000, 4096, 64 * 2**20  # the 
 MAX_DECOMPRESSED_BYTES = 8 * 2**30
 MAX_RATIO, RATIO_FREE_BYTES = 100, 64 * 2**20  # decompressed per compressed byte, beyond the first bytes
 LZMA_MEMORY_BYTES = 128 * 2**20  # xz -9 needs 65 MiB
-MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "xz"}
+# The last is the usual start of the older .lzma, which xz's library reads as well.
+MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"\x5d\0\0\x80\0": "xz"}
+ZSTD = b"\x28\xb5\x2f\xfd"
 _KINDS = {
     **dict.fromkeys((b"0", b"\0", b"7"), "file"),
     **{b"1": "hard link", b"2": "symbolic link", b"5": "folder"},
@@ -103,10 +105,16 @@ class Forward:
 
 
 def compression(file: BinaryIO) -> str | None:
-    """ "gzip", "bz2", "xz", or None for an archive that is not compressed; leaves the file at its start."""
+    """ "gzip", "bz2", "xz", or None for an archive that is not compressed; leaves the file at its start.
+
+    Raises:
+        TarError: it is compressed with zstd, which Python cannot read before 3.14.
+    """
     file.seek(0)
     start = file.read(6)
     file.seek(0)
+    if start.startswith(ZSTD):
+        raise TarError("it is compressed with zstd; decompress it with `zstd -d`")
     return next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), None)
 
 

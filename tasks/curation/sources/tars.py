@@ -11,7 +11,7 @@ import io
 import posixpath
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
 from tasks.curation.sources import tar_format
@@ -39,11 +39,12 @@ from tasks.curation.sources.captions.caption_text import (
     sidecar_captions,
     without_column,
 )
+from tasks.curation.sources.captions.listed import Listed
 from tasks.curation.sources.captions.metadata_files import MAX_BYTES as MAX_METADATA_BYTES
-from tasks.curation.sources.captions.metadata_files import Listed, is_metadata
-from tasks.curation.sources.captions.pairing import Rivals, fold, key_of, pair
+from tasks.curation.sources.captions.metadata_files import is_metadata
+from tasks.curation.sources.captions.pairing import pair
+from tasks.curation.sources.captions.parallel import ParallelTexts, may_have_captions
 from tasks.curation.sources.file_trees import HIDDEN, LINK, NOT_A_FILE, FileTree
-from tasks.curation.sources.folder import caption_folders
 from tasks.curation.sources.tar_format import Forward, Member, TarError
 
 BEHIND_THE_END = "data behind the end of a tar"
@@ -61,45 +62,88 @@ class Sample(NamedTuple):
     detail: str
 
 
-NO_COLUMN = "\0"  # beginning of the detail of a sample whose table has no captions
-
-
 Beside = dict[
     str, tuple[list[str], str, str]
 ]  # place of an image -> captions, problem and detail of tables next to the tar
 
 
-def samples(shown: str, file: BinaryIO, options: Options, account: Account) -> list[Sample]:
+def samples(
+    shown: str, locator: str, file: BinaryIO, options: Options, account: Account, beside: Container[str] = ()
+) -> list[Sample]:
     """The images of a tar in the order of the archive; reads headers and metadata files, forward only.
+
+    Args:
+        shown: the tar's name for errors.
+        locator: its name for records and counts, which does not depend on the location of the source.
+        beside: places of images that a table next to the tar describes.
 
     Raises:
         ValueError: the tar or a metadata file in it is broken; the message names it.
     """
     with named_errors(shown):
-        files, tables = _index(Forward(file), account, shown)
+        files, tables = _index(Forward(file), account, locator)
     folders: dict[str, list[Member]] = {}
     for member in files:
         folders.setdefault(posixpath.dirname(_plain(member.name)), []).append(member)
     inside = _folders_inside(folders) if tables else {}
-    with Listed(options.encoding, options.caption_columns) as listed:
+    with (
+        Listed(options.encoding, options.caption_columns) as listed,
+        ParallelTexts(":memory:", options.caption_columns, options.captions_folder) as parallel,
+    ):
         for member, data in tables:
-            folder = posixpath.dirname(_plain(member.name))
-            name = f"{shown}:{visible(member.name)}"
+            folder, kind = posixpath.dirname(_plain(member.name)), extension(member.name)
+            names = [f"{tar}:{visible(member.name)}" for tar in (shown, locator)]
             own = base_name(shown).partition(".")[0]
-            kind = extension(member.name)
-            if listed.add(name, folder, inside.get(folder, ()), kind, io.BytesIO(data), own):
+            if why := listed.add(*names, folder, inside.get(folder, ()), kind, io.BytesIO(data), own):
+                account.skip(why, names[1])
+            else:
+                account.use()
+        images: list[Sample] = []
+        apart: list[Member] = []
+        for folder, members in folders.items():
+            may_be_apart = may_have_captions(folder, options.captions_folder)
+            images += _of_folder(locator, members, options, account, apart if may_be_apart else None)
+        for number, text in enumerate(apart):
+            parallel.add(_plain(text.name), number=number)
+        for sample in images if listed or parallel else ():
+            listed.claim([(0, _plain(sample.image.name))])
+            parallel.claim(_plain(sample.image.name))
+        for at, sample in enumerate(images):
+            images[at] = _matched(locator, sample, listed, parallel, apart, sample.place in beside)
+        listed.finish(account)
+        for name, is_used in parallel.all():
+            if is_used:
                 account.use()
             else:
-                account.skip(reason_of(member.name), name)
-        loose: dict[str, list[Member]] = {}
-        images = [
-            sample
-            for folder, members in folders.items()
-            for sample in _of_folder(shown, members, options, listed, account, loose.setdefault(folder, []))
-        ]
-        listed.finish(account)
-    images = _with_parallel(shown, images, loose, options, account)
+                account.skip(reason_of(name), f"{locator}:{name}")
     return sorted(images, key=lambda sample: (sample.image.offset, sample.place))
+
+
+def _matched(
+    locator: str, sample: Sample, listed: Listed, parallel: ParallelTexts, apart: list[Member], is_described: bool
+) -> Sample:
+    """The sample with the captions of tables, or else of parallel folders. is_described: by a table next to the tar.
+
+    Raises:
+        ValueError: its table has no captions, and nothing else has.
+    """
+    path = _plain(sample.image.name)
+    rows = listed.match([(0, path)])
+    sample = sample._replace(captions=rows.captions)
+    why = ""
+    if not sample.problem and rows.ambiguous:
+        why = rows.ambiguous
+    elif parallel and not (is_described or sample.problem or sample.texts or rows.captions or rows.unreadable):
+        texts, why = parallel.match(path)
+        sample = sample._replace(texts=[apart[text.number] for text in texts])
+    if rows.no_column and not (sample.problem or sample.texts or why):
+        raise ValueError(rows.no_column)
+    if why:
+        return sample._replace(problem=AMBIGUOUS_CAPTION, detail=f"{locator}:{visible(sample.place)}: {why}")
+    if rows.unreadable and not sample.problem:
+        detail = f"{locator}:{visible(sample.place)}: {rows.unreadable}"
+        return sample._replace(problem=UNREADABLE_CAPTION, detail=detail)
+    return sample
 
 
 def _folders_inside(folders: Iterable[str]) -> dict[str, set[str]]:
@@ -126,19 +170,19 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
-def _index(stream: Forward, account: Account, shown: str) -> tuple[list[Member], list[tuple[Member, bytes]]]:
+def _index(stream: Forward, account: Account, locator: str) -> tuple[list[Member], list[tuple[Member, bytes]]]:
     """The images, the text files, and the metadata files with their content."""
     files: list[Member] = []
     tables: list[tuple[Member, bytes]] = []
     by_name: dict[str, Member] = {}
     table_bytes = 0
     for member in tar_format.members(stream):
-        at = f"{shown}:{member.name}"
+        at = f"{locator}:{member.name}"
         base = base_name(member.name)
         if member.kind == "folder":
             continue
         if member.kind == "rest":
-            account.skip(BEHIND_THE_END, f"{shown} at byte {member.offset:,}")
+            account.skip(BEHIND_THE_END, f"{locator} at byte {member.offset:,}")
             continue
         if member.kind == "hard link":
             target = by_name.get(_plain(member.link))
@@ -167,78 +211,28 @@ def _index(stream: Forward, account: Account, shown: str) -> tuple[list[Member],
 
 
 def _of_folder(
-    shown: str, members: list[Member], options: Options, listed: Listed, account: Account, loose: list[Member]
+    locator: str, members: list[Member], options: Options, account: Account, apart: list[Member] | None
 ) -> Iterator[Sample]:
-    """The images of one folder. Texts that describe none of them are added to `loose` and not counted."""
+    """The images of one folder with the texts in it. Texts that describe none of them are added to `apart`, or counted
+    as left out."""
     names = [base_name(member.name) for member in members]
-    pairs = pair(names, options.caption_columns)
+    pairs, strays = pair(names, options.caption_columns)
     used = {i for one in pairs.values() for i in one.texts}
+    if apart is not None:
+        apart += [members[i] for i in strays]
+    waiting = set(strays) if apart is not None else set()
     for i, member in enumerate(members):
-        if i not in pairs and i not in used:
-            loose.append(member)
+        if i not in pairs and i not in used and i not in waiting:
+            account.skip(reason_of(member.name), f"{locator}:{member.name}")
     account.use(len(pairs) + len(used))
-    rivals = Rivals(_plain(members[i].name) for i in pairs)
     repeats: Counter = Counter()
     for i, one in pairs.items():
         member = members[i]
-        path = _plain(member.name)
         repeats[member.name] += 1
         place = member.name + (f"#{repeats[member.name]}" if repeats[member.name] > 1 else "")
-        captions, ambiguous, no_column = listed.match([path], rivals.of(path))
-        why = one.ambiguous or ambiguous
-        detail = f"{shown}:{visible(place)}: {why}" if why else ""
-        if no_column and not one.texts and not captions and not why:
-            detail = NO_COLUMN + no_column  # unless a parallel folder has its captions
-        yield Sample(member, place, [members[j] for j in one.texts], captions, AMBIGUOUS_CAPTION if why else "", detail)
-
-
-def _with_parallel(
-    shown: str, samples: list[Sample], loose: dict[str, list[Member]], options: Options, account: Account
-) -> list[Sample]:
-    """The samples, with captions of a parallel folder if they have none; counts the texts of `loose`."""
-    bare: dict[str, list[int]] = {}
-    if any(loose.values()):
-        for at, sample in enumerate(samples):
-            if not sample.texts and not sample.captions and not sample.problem:
-                bare.setdefault(posixpath.dirname(_plain(sample.image.name)), []).append(at)
-    by_key: dict[str, dict[str, list[Member]]] = {}  # folder -> key -> texts
-    spellings: dict[str, list[str]] = {}
-    for folder, texts in loose.items():
-        for text in texts:
-            by_key.setdefault(folder, {}).setdefault(fold(key_of(base_name(text.name))), []).append(text)
-        if texts:
-            spellings.setdefault(fold(folder), []).append(folder)
-    used: set[str] = set()
-    for folder, images in bare.items():
-        sources: dict[int, list[tuple[str, list[Member], str]]] = {}
-        keys = dict.fromkeys(fold(key_of(base_name(samples[at].image.name))) for at in images)
-        for path in caption_folders(folder, options.captions_folder):
-            same = [path] if path in by_key else spellings.get(fold(path), [])
-            texts = [text for key in keys for text in by_key[same[0]].get(key, ())] if len(same) == 1 else []
-            if not texts:
-                continue
-            names = [base_name(samples[at].image.name) for at in images] + [base_name(text.name) for text in texts]
-            for i, one in pair(names, options.caption_columns).items():
-                if one.texts or one.ambiguous:
-                    own = [texts[j - len(images)] for j in one.texts]
-                    sources.setdefault(images[i], []).append((same[0], own, one.ambiguous))
-        for at, candidates in sources.items():
-            used.update(text.name for _, texts, _ in candidates for text in texts)
-            _, texts, why = candidates[0]
-            if len(candidates) > 1:
-                why = f"{' and '.join(visible(other) for other, _, _ in candidates[:2])} both have captions of it"
-            problem, detail = (AMBIGUOUS_CAPTION, f"{shown}:{visible(samples[at].place)}: {why}") if why else ("", "")
-            samples[at] = samples[at]._replace(texts=texts, problem=problem, detail=detail)
-    for sample in samples:
-        if sample.detail.startswith(NO_COLUMN):
-            raise ValueError(sample.detail.removeprefix(NO_COLUMN))
-    for texts in loose.values():
-        for text in texts:
-            if text.name in used:
-                account.use()
-            else:  # including texts that could describe several images
-                account.skip(reason_of(text.name), f"{shown}:{text.name}")
-    return samples
+        detail = f"{locator}:{visible(place)}: {one.ambiguous}" if one.ambiguous else ""
+        problem = AMBIGUOUS_CAPTION if one.ambiguous else ""
+        yield Sample(member, place, [members[j] for j in one.texts], [], problem, detail)
 
 
 @contextlib.contextmanager
@@ -273,7 +267,7 @@ def read(place: FileTree, name: str, options: Options, beside: Beside, account: 
     shown, locator = place.shown(name), place.locator(name)
     check_size(shown, place.size(name))
     with named_errors(shown), place.local_copy(name) as copy, seekable(copy) as file:
-        for sample in samples(shown, file, options, account):
+        for sample in samples(shown, locator, file, options, account, beside):
             account.records += 1
             yield _record(name, locator, file, sample, options, beside.get(sample.place, ([], "", "")))
 

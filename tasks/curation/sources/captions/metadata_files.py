@@ -1,30 +1,24 @@
-"""Captions in tables next to the images: metadata.csv, .tsv, .jsonl, .json and .parquet, in any case of letters.
+"""Reads tables of captions: metadata.csv, .tsv, .jsonl, .json and .parquet, in any case of letters.
 
-Each row names an image (file_name, relative to the folder of the table) and has its captions. A table is streamed into
-`Listed`, which is queried one image at a time. A row that does not parse is an error with file and line: a repaired row
-might be wrong.
+Each row names an image (file_name, relative to the folder of the table) and has its captions; listed.py matches them.
+A row that does not parse is an error with file and line: a repaired row might be wrong.
 """
 
 from __future__ import annotations
 
 import codecs
 import io
-import json
-import posixpath
 import re
-import sqlite3
-import tempfile
-import unicodedata
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from tasks.curation.sources.base import Account, base_name, count_of, extension, from_bytes, is_image, to_bytes, visible
+from tasks.curation.sources.base import extension, is_image, visible
 from tasks.curation.sources.captions import csv_text
 from tasks.curation.sources.captions.caption_text import (
     CaptionError,
     NotTextError,
     caption_columns,
+    captions_of_cells,
     column_hint,
     column_name,
     decode,
@@ -32,15 +26,11 @@ from tasks.curation.sources.captions.caption_text import (
     row_captions,
 )
 from tasks.curation.sources.captions.csv_text import MAX_ROW_BYTES
-from tasks.curation.sources.captions.pairing import fold
 
 FORMATS = ("csv", "tsv", "jsonl", "json", "parquet")
-NAME_COLUMNS = ("file_name", "filename", "file", "image", "image_file", "image_path", "path")
+NAME_COLUMNS = ("file_name", "filename", "file", "image", "image_file", "image_path", "image_file_name", "path")
 MAX_BYTES = 64 * 2**20
-MAX_ROWS = 500_000  # of a CSV or JSON table, at 70 us of processor time each (benchmarks/curation/hostile.py)
 DECODED_BYTES = 2**20  # at a time, to check whether a table is UTF-8
-MAX_ROWS_PER_IMAGE = 1000
-UNMATCHED = "metadata row that names no image"
 _TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{},]', re.DOTALL)
 
 
@@ -53,193 +43,39 @@ def is_metadata(name: str, beside: Iterable[str]) -> bool:
 
 
 class Row(NamedTuple):
-    """line: the line of a text file, or the row of a table, for messages."""
+    """line: the line of a text file, or the row of a table, for messages. problem: why its captions are unreadable, or
+    ""."""
 
     line: int
     file_name: str
     captions: list[str]
+    problem: str = ""
 
 
-class Listed:
-    """The rows of all tables of a source, on disk, so that memory does not bound their number.
+class Table:
+    """A table, as far as it is read. shown, locator: see `Listed.add`."""
 
-    Used as a context manager. `match` marks rows as used; `finish` reports the others.
-    """
-
-    def __init__(self, encoding: str | None, wanted: tuple[str, ...]) -> None:
-        self._encoding, self._wanted = encoding, wanted
-        self._files: list[_File] = []
-
-    def __enter__(self) -> Listed:
-        self._folder = tempfile.TemporaryDirectory()
-        self._db = sqlite3.connect(Path(self._folder.name) / "rows", isolation_level=None)
-        self._db.execute("PRAGMA journal_mode=OFF")
-        self._db.execute("PRAGMA synchronous=OFF")
-        self._db.execute("PRAGMA cache_size=-32768")
-        self._db.execute("BEGIN")
-        self._db.execute(
-            "CREATE TABLE rows (fold BLOB, name BLOB, file INT, line INT, captions TEXT, owner BLOB, shared INT)"
-        )
-        self._db.execute("CREATE INDEX folds ON rows (fold)")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._db.close()
-        self._folder.cleanup()
-
-    def __bool__(self) -> bool:
-        return bool(self._files)
-
-    def add(self, shown: str, folder: str, folders: Iterable[str], format: str, file: BinaryIO, root_name: str) -> bool:
-        """Reads one table. Returns False for a .json file that is not a metadata table, and drops its rows.
-
-        Args:
-            shown: its name for messages.
-            folder: its folder, relative to the root of the source or archive.
-            folders: names of the folders in that folder.
-            format: one of `FORMATS`.
-            root_name: name of the source's root, for `folder` "".
-
-        Raises:
-            ValueError: naming the file and the line.
-        """
-        table = _File(shown, len(self._files))
-        self._files.append(table)
-        inside = {fold(name) for name in folders}
-        own_name = fold(base_name(folder) or root_name)
-        try:
-            for row in _rows(shown, format, file, self._encoding, self._wanted, table):
-                path = _target(row.file_name, folder, inside, own_name)
-                values = (to_bytes(fold(path)), to_bytes(path), table.number, row.line)
-                self._db.execute(
-                    "INSERT INTO rows VALUES (?, ?, ?, ?, ?, NULL, 0)", (*values, json.dumps(row.captions))
-                )
-                table.rows += 1
-                if table.rows > MAX_ROWS and format != "parquet":
-                    raise ValueError(
-                        f"{shown} has more than {MAX_ROWS:,} rows; divide it by folders, or write metadata.parquet"
-                    )
-                table.names_images = table.names_images or is_image(path)
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{shown} has text that is not Unicode: {error}") from error
-        if table.is_mapping and not table.names_images:
-            self._db.execute("DELETE FROM rows WHERE file = ?", (table.number,))
-            table.rows = 0
-        return table.rows > 0 or not table.is_mapping
-
-    def claim(self, paths: list[str], owner: str) -> None:
-        """Marks the rows that match any of the paths (one image's names) as the owner's; a row with two owners is
-        shared."""
-        for number, *_ in self._candidates(paths):
-            name = to_bytes(owner)
-            self._db.execute(
-                "UPDATE rows SET shared = owner IS NOT NULL AND (shared OR owner IS NOT ?), owner = coalesce(owner, ?) "
-                "WHERE rowid = ?",
-                (name, name, number),
-            )
-
-    def match(self, paths: list[str], rivals: list[str]) -> tuple[list[str], str, str]:
-        """The captions of one image.
-
-        Args:
-            paths: names by which a row may refer to the image.
-            rivals: paths of other images that differ from it in Unicode form or case only.
-
-        Returns:
-            (captions, why they are ambiguous, why its table has no captions); the last two are usually "".
-        """
-        if not self._files:
-            return [], "", ""
-        captions: list[str] = []
-        no_column = ambiguous = ""
-        for number, name, file, line, text, shared in self._candidates(paths):
-            own, others = _distance(name, paths), _distance(name, rivals)
-            if others < own:
-                continue
-            table = self._files[file]
-            table.used += self._db.execute(
-                "UPDATE rows SET owner = x'' WHERE rowid = ? AND owner IS NOT x''", (number,)
-            ).rowcount
-            if others == own:
-                ambiguous = f"{table.shown}, line {line}, may name several images"
-            elif shared:
-                ambiguous = f"{table.shown}, line {line}, may name an image in each of several tars"
-            captions += json.loads(text)
-            no_column = no_column or table.no_column
-        return list(dict.fromkeys(captions)), ambiguous, "" if captions else no_column
-
-    def _candidates(self, paths: list[str]) -> list[tuple[int, str, int, int, str, int]]:
-        # Windows archives that are unpacked elsewhere leave \\ in file names, where rows have /.
-        folds = list(dict.fromkeys(to_bytes(fold(path.replace("\\", "/"))) for path in paths))
-        marks = ", ".join("?" * len(folds))
-        query = f"SELECT rowid, name, file, line, captions, shared FROM rows WHERE fold IN ({marks}) ORDER BY rowid LIMIT {MAX_ROWS_PER_IMAGE + 1}"  # noqa: S608
-        rows = [(row[0], from_bytes(row[1]), *row[2:]) for row in self._db.execute(query, folds)]
-        if len(rows) > MAX_ROWS_PER_IMAGE:
-            shown, line = self._files[rows[-1][2]].shown, rows[-1][3]
-            raise ValueError(f"{shown}, line {line}: more than {MAX_ROWS_PER_IMAGE:,} rows name {visible(paths[0])}")
-        return rows
-
-    def finish(self, account: Account) -> None:
-        """Counts the rows that named no image.
-
-        Raises:
-            ValueError: no row of a table named an image.
-        """
-        for table in self._files:
-            unused = table.rows - table.used
-            if not unused:
-                continue
-            name, line = self._db.execute(
-                "SELECT name, line FROM rows WHERE file = ? AND owner IS NOT x'' ORDER BY rowid LIMIT 1",
-                (table.number,),
-            ).fetchone()
-            example = f"{visible(from_bytes(name))} (line {line})"
-            if not table.used:
-                raise ValueError(
-                    f"{count_of(unused, 'row')} of {table.shown} name no image, such as {example}; file_name is a path "
-                    f"from the folder of {base_name(table.shown)}"
-                )
-            account.skip(UNMATCHED, f"{table.shown}: {example}", unused)
-
-
-class _File:
-    def __init__(self, shown: str, number: int) -> None:
-        self.shown, self.number = shown, number
+    def __init__(self, shown: str, locator: str, number: int) -> None:
+        self.shown, self.locator, self.number = shown, locator, number
         self.rows = self.used = 0
         self.no_column = ""  # why the table has no captions at all
         self.is_mapping = self.names_images = False  # {name: captions}, which looks like any JSON object
 
 
-def _distance(name: str, paths: list[str]) -> int:
-    """0: equal; 1: equal in Unicode's composed form; 2: equal ignoring case; 3: no path matches."""
-    if not paths:
-        return 3
-    if name in paths:
-        return 0
-    composed = unicodedata.normalize("NFC", name)
-    return 1 if any(unicodedata.normalize("NFC", path) == composed for path in paths) else 2
-
-
-def _target(file_name: str, folder: str, inside: set[str], own_name: str) -> str:
-    """The path from the root that a row means: \\ read as /, and without the name of the table's own folder."""
-    name = file_name.strip()
-    if "\\" in name:
-        name = name.replace("\\", "/")
-    parts = [part for part in name.split("/") if part not in ("", ".")]
-    folds = [fold(part) for part in parts]
-    if len(parts) > 1 and (folds[0] not in inside) and own_name in folds[:-1]:
-        parts = parts[len(folds) - 1 - folds[:-1][::-1].index(own_name) :]
-    return posixpath.normpath(posixpath.join(folder, *parts)) if parts else folder
-
-
 # ---------------------------------------------------------------- formats
 
 
-def _rows(
-    shown: str, format: str, file: BinaryIO, encoding: str | None, wanted: tuple[str, ...], table: _File
+def table_rows(
+    format: str, file: BinaryIO, encoding: str | None, wanted: tuple[str, ...], table: Table
 ) -> Iterator[Row]:
+    """The rows of a table of one of `FORMATS`.
+
+    Raises:
+        ValueError: naming the file and the line.
+    """
+    shown = table.shown
     if format == "parquet":
-        yield from _parquet_rows(shown, file, wanted, table)
+        yield from _parquet_rows(shown, file, encoding, wanted, table)
         return
     data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
@@ -274,7 +110,7 @@ def _utf8(shown: str, data: bytes, encoding: str | None) -> bytes:
         raise ValueError(f"{shown} {error}") from error
 
 
-def _csv_rows(shown: str, text: bytes, delimiter: str, wanted: tuple[str, ...], table: _File) -> Iterator[Row]:
+def _csv_rows(shown: str, text: bytes, delimiter: str, wanted: tuple[str, ...], table: Table) -> Iterator[Row]:
     first = text.lstrip(b"\r\n").split(b"\n", 1)[0].split(b"\r", 1)[0].decode("utf-8")
     delimiter = csv_text.delimiter_of(first, delimiter, lambda header: bool(_name_column(header)))
     file = io.TextIOWrapper(io.BytesIO(text), "utf-8", newline="")
@@ -291,7 +127,7 @@ def _csv_rows(shown: str, text: bytes, delimiter: str, wanted: tuple[str, ...], 
         yield Row(line, fields[name_at], list(dict.fromkeys(filter(None, texts))))
 
 
-def _objects(shown: str, text: bytes, format: str, table: _File) -> Iterator[tuple[int, Any]]:
+def _objects(shown: str, text: bytes, format: str, table: Table) -> Iterator[tuple[int, Any]]:
     """(line, value) of JSON lines; of a .json file, (position, element) of its list, or {name: captions} as objects."""
     start = text.lstrip()[:1]
     if format == "json" and start in (b"[", b"{") and not _is_lines(text):
@@ -357,7 +193,7 @@ def _named(pair: dict[str, Any]) -> Any:
 
 
 def _object_rows(
-    shown: str, objects: Iterable[tuple[int, Any]], wanted: tuple[str, ...], table: _File
+    shown: str, objects: Iterable[tuple[int, Any]], wanted: tuple[str, ...], table: Table
 ) -> Iterator[Row]:
     any_column, keys = False, []
     for line, value in objects:
@@ -383,23 +219,38 @@ def _object_rows(
         table.no_column = f"{shown} has {csv_text.few(keys)}; it needs {column_hint(wanted)}"
 
 
-def _parquet_rows(shown: str, file: BinaryIO, wanted: tuple[str, ...], table: _File) -> Iterator[Row]:
-    from tasks.curation.sources import parquet
+def _parquet_rows(
+    shown: str, file: BinaryIO, encoding: str | None, wanted: tuple[str, ...], table: Table
+) -> Iterator[Row]:
+    from tasks.curation.sources import parquet, tables
 
     with parquet.opened(shown, file) as opened:
         columns = opened.schema_arrow.names
         name = _needed_name(shown, columns)
         captions = [c for c in _captions_of_columns(shown, columns, wanted, table) if c != name]
-        for row, values in enumerate(
-            parquet.rows(shown, file, opened, [name, *captions], range(opened.num_row_groups))
-        ):
-            try:
-                texts = row_captions({c: values[c] for c in captions}, wanted)
-            except CaptionError as error:
-                raise ValueError(f"{shown}, row {row}, {error}") from error
-            if not isinstance(values[name], str):
-                raise ValueError(f"{shown}, row {row}, has no file name in {visible(name)}")
-            yield Row(row, values[name], texts)
+        first = 0
+        for batch in parquet.batches(shown, file, opened, [name, *captions], range(opened.num_row_groups)):
+            names, *texts = (tables.as_bytes(batch.column(column)).to_pylist() for column in (name, *captions))
+            for row, (file_name, *cells) in enumerate(zip(names, *texts, strict=True), start=first):
+                yield _parquet_row(f"{shown}, row {row},", row, name, file_name, cells, encoding)
+            first += len(batch)
+
+
+def _parquet_row(where: str, row: int, column: str, name: Any, cells: list[Any], encoding: str | None) -> Row:
+    from tasks.curation.sources import tables
+
+    if not isinstance(name, bytes):
+        raise ValueError(f"{where} has no file name in {visible(column)}")
+    try:
+        file_name = decode(name, encoding)
+    except CaptionError as error:
+        raise ValueError(f"{where} has a name in {visible(column)} that {error}") from error
+    try:
+        return Row(row, file_name, captions_of_cells(tables.decoded(cell, encoding) for cell in cells))
+    except NotTextError as error:
+        raise ValueError(f"{where} {error}") from error
+    except CaptionError as error:
+        return Row(row, file_name, [], str(error))
 
 
 def _name_column(columns: list[str]) -> str | None:
@@ -416,7 +267,7 @@ def _needed_name(shown: str, columns: list[str]) -> str:
     return name
 
 
-def _captions_of_columns(shown: str, columns: list[str], wanted: tuple[str, ...], table: _File) -> list[str]:
+def _captions_of_columns(shown: str, columns: list[str], wanted: tuple[str, ...], table: Table) -> list[str]:
     names = caption_columns(columns, wanted)
     if not names:
         table.no_column = f"{shown} has columns {csv_text.few(columns)}; it needs {column_hint(wanted)}"

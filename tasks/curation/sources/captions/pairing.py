@@ -1,28 +1,30 @@
-"""Pairs text files with images by their names, in a folder or in a folder of a tar.
+"""Decides by their names which text file describes which image.
 
     a.png.txt            describes a.png
     a.txt, a.json        describe a.png (and a.webp: the same picture in two formats)
     a.caption.txt        describes a.image.png: WebDataset's key, the name up to its first dot
 
-Names are compared exactly, then by Unicode's composed form (macOS decomposes names), then without case. If that leaves
-a choice between two images, the captions are ambiguous and neither image gets them.
+Names are compared exactly, then by Unicode's composed form (macOS decomposes names), then without case. A text belongs
+to its nearest images, and an image has the nearest of its texts. If two pictures are equally near to a text, or two
+texts to an image, the captions are ambiguous: no image gets a caption because another image has one already.
 """
 
 from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from tasks.curation.sources.base import CAPTION_COLUMNS, extension, is_image, visible
+from tasks.curation.sources.base import CAPTION_COLUMNS, base_name, extension, is_image, visible
 from tasks.curation.sources.captions.caption_text import SIDECAR_EXTENSIONS, column_name
 
-_LEVELS: tuple[Callable[[str], str], ...] = (
-    lambda name: name,
-    lambda name: unicodedata.normalize("NFC", name),
-    lambda name: fold(name),
-)
+MOST = 64  # texts whose names differ in case and form only; more are ambiguous
+# Extensions of one format: a.jpg and a.jpeg are two pictures, unlike a.jpg and a.webp.
+_SAME_FORMAT = {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "tiff": "tif", "heif": "heic", "hif": "heic", "pgm": "ppm"}
+NAME, STEM, MARKED, KEY = range(4)  # what the text's name repeats: the image's name, its stem, or its key
+_BY_KEY, _BY_RANK = 100, 1000  # weights in `Match.near`
 
 
 @dataclass
@@ -33,6 +35,56 @@ class Pair:
     ambiguous: str = ""
 
 
+class Pairs(NamedTuple):
+    """images: position of each image -> its pair. strays: positions of texts that describe no image of the list."""
+
+    images: dict[int, Pair]
+    strays: list[int]
+
+
+@dataclass(slots=True)
+class Text:
+    """A text file and its nearest images so far.
+
+    path: with its folder, if it is not the folder of the images.
+    owner: the first of the nearest images; other: the first that is another picture, or None.
+    formats: of the first picture. count: of the nearest images.
+    """
+
+    path: str
+    number: int
+    near: int | None = None
+    owner: str = ""
+    other: str | None = None
+    formats: str = ""
+    count: int = 0
+
+    def claim(self, near: int, image: str) -> bool:
+        """Records that an image is so near. Returns whether it is among the nearest."""
+        if self.near is not None and near > self.near:
+            return False
+        form = fold(extension(image))
+        form = f"{_SAME_FORMAT.get(form, form)}/"
+        if self.near is None or near < self.near:
+            self.near, self.owner, self.other, self.formats, self.count = near, image, None, f"/{form}", 1
+            return True
+        # a.png and a.PNG are two pictures, too.
+        if stem(self.owner) == stem(image) and f"/{form}" not in self.formats:
+            self.formats += form
+        elif self.other is None:
+            self.other = image
+        self.count += 1
+        return True
+
+
+class Match(NamedTuple):
+    """A text that may describe an image. near: smaller is nearer; equal numbers are equally near."""
+
+    near: int
+    kind: int
+    text: Text
+
+
 def fold(name: str) -> str:
     """A form of a name that ignores Unicode composition and case."""
     if name.isascii():
@@ -40,24 +92,20 @@ def fold(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
-class Rivals:
-    """Groups of paths that differ only in Unicode form or case."""
-
-    MOST = 64  # of one path; more would be ambiguous anyway
-
-    def __init__(self, paths: Iterable[str]) -> None:
-        self._groups: dict[str, dict[str, None]] = {}
-        for path in paths:
-            group = self._groups.setdefault(fold(path), {})
-            if len(group) < self.MOST:
-                group[path] = None
-
-    def of(self, path: str) -> list[str]:
-        return [other for other in self._groups[fold(path)] if other != path]
+def spelling(one: str, other: str) -> int | None:
+    """0: equal; 1: equal in Unicode's composed form; 2: equal ignoring case; None: different names."""
+    if one == other:
+        return 0
+    if one.isascii() and other.isascii():
+        return 2 if one.lower() == other.lower() else None
+    if unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other):
+        return 1
+    return 2 if fold(one) == fold(other) else None
 
 
 def stem(name: str) -> str:
-    return name[: -len(extension(name)) - 1] if extension(name) else name
+    length = len(extension(name))
+    return name[: -length - 1] if length else name
 
 
 def key_of(name: str) -> str:
@@ -65,98 +113,148 @@ def key_of(name: str) -> str:
     return name[: name.index(".", 1)] if "." in name[1:] else name
 
 
-def pair(names: Sequence[str], caption_columns: tuple[str, ...] = ()) -> dict[int, Pair]:
+def words_of(caption_columns: Iterable[str]) -> set[str]:
+    """The words that mark a text file as captions, as in `a.WORD.txt`."""
+    return {column_name(word) for word in (*CAPTION_COLUMNS, *caption_columns)}
+
+
+class ImageName:
+    """The name of an image (without folders), and the `fold`ed names under which `text_names` puts its texts."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.stem, self.key = name, stem(name), key_of(name)
+        self.folded = list(dict.fromkeys([fold(self.stem), fold(name), fold(self.key)]))
+
+
+def text_names(base: str, words: set[str]) -> list[str]:
+    """The `fold`ed names under which images look for a text: its stem `base`, and its key if it is marked."""
+    return list(dict.fromkeys([fold(base), *([fold(key_of(base))] if _mark(base) in words else [])]))
+
+
+def _mark(base: str) -> str:
+    """The word behind the key, in the form of `words_of`."""
+    middle = base[len(key_of(base)) + 1 :]
+    return column_name(middle) if middle else ""
+
+
+def match(image: ImageName, text: Text, words: set[str], rank: int = 0, folder: int = 0) -> Match | None:
+    """How a text may describe an image; None if it does not.
+
+    Args:
+        rank: of the text's folder among the folders of captions.
+        folder: `spelling` of the text's folder against the expected one.
+    """
+    base = stem(base_name(text.path))
+    by_stem = spelling(base, image.stem)
+    by_name = None if by_stem == 0 else spelling(base, image.name)
+    if by_name is not None or by_stem is not None:
+        level, kind = min((one, kind) for one, kind in ((by_name, NAME), (by_stem, STEM)) if one is not None)
+        return Match(rank * _BY_RANK + level * 10 + folder, kind, text)
+    mark, level = _mark(base), spelling(key_of(base), image.key)
+    if level is None or (mark and mark not in words):
+        return None
+    return Match(rank * _BY_RANK + _BY_KEY + level * 10 + folder, MARKED if mark else KEY, text)
+
+
+def choose(matches: Iterable[Match]) -> tuple[list[Text], str]:
+    """The texts of one image, after all images have claimed theirs, and why they are ambiguous ("" if they are not)."""
+    own = [one for one in matches if one.near == one.text.near]
+    if not own:
+        return [], ""
+    near = min(one.near for one in own)
+    chosen = [one for one in own if one.near == near]
+    if chosen[0].kind in (NAME, STEM):
+        # One key has one image: a.caption.txt is a caption of a.png as a.txt is.
+        chosen += [one for one in own if one.kind == MARKED and one.near == near + _BY_KEY and one.text.other is None]
+        if any(one.kind == NAME for one in chosen):  # a.png.txt is of a.png; a.txt is then of a.webp alone
+            chosen = [one for one in chosen if one.kind == NAME or one.text.count == 1]
+    chosen.sort(key=lambda one: (one.text.path, one.text.number))
+    return [one.text for one in chosen], _ambiguity(chosen, near)
+
+
+def _ambiguity(chosen: list[Match], near: int) -> str:
+    for one in chosen:
+        if one.text.other is not None:
+            several = f"{visible(one.text.owner)!r} and {visible(one.text.other)!r}"
+            return f"{visible(one.text.path)!r} may describe {several}; give each image its own text file"
+    texts = [one.text for one in chosen]
+    folders = list(dict.fromkeys(text.path[: -len(base_name(text.path))].rstrip("/") for text in texts))
+    if len(folders) > 1:
+        return f"{visible(folders[0])} and {visible(folders[1])} both have captions of it"
+    bases = [(one.kind, stem(base_name(one.text.path))) for one in chosen]
+    full = {base for kind, base in bases if kind == NAME}
+    spelled = {stem(base) if kind == NAME else base if kind == STEM else key_of(base) for kind, base in bases}
+    if (near % _BY_KEY and (len(full) > 1 or len(spelled) > 1)) or len({fold(t.path) for t in texts}) < len(texts):
+        one, other = (visible(text.path) for text in texts[:2])
+        return f"{one!r} and {other!r} may both describe it; keep the one that does"
+    return ""
+
+
+def pair(names: Sequence[str], caption_columns: tuple[str, ...] = ()) -> Pairs:
     """Pairs the images of one folder with its text files.
 
     Args:
         names: in the order of the folder or archive, without folders. An archive may repeat a name.
-        caption_columns: more words that mark a text file as captions, as in `a.WORD.txt`.
-
-    Returns:
-        Position of each image -> its pair. Text files in no pair describe no image.
+        caption_columns: see `words_of`.
     """
     groups: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         if is_image(name) or extension(name) in SIDECAR_EXTENSIONS:
             groups.setdefault(fold(key_of(name)), []).append(i)
-    words = {column_name(word) for word in (*CAPTION_COLUMNS, *caption_columns)}
-    pairs: dict[int, Pair] = {}
+    words = words_of(caption_columns)
+    pairs = Pairs({}, [])
     for group in groups.values():
-        if len(group) == 1:
-            if is_image(names[group[0]]):
-                pairs[group[0]] = Pair()
+        if len(group) > 1:
+            _pair_group(names, group, words, pairs)
+        elif is_image(names[group[0]]):
+            pairs.images[group[0]] = Pair()
         else:
-            pairs.update(_pair_group(names, group, words))
+            pairs.strays.append(group[0])
     return pairs
 
 
-def _pair_group(names: Sequence[str], group: list[int], words: set[str]) -> dict[int, Pair]:
+def _pair_group(names: Sequence[str], group: list[int], words: set[str], pairs: Pairs) -> None:
     images = [i for i in group if is_image(names[i])]
     texts = [i for i in group if not is_image(names[i])]
-    pairs = {i: Pair() for i in images}
+    pairs.images.update((i, Pair()) for i in images)
     if not images or not texts:
-        return pairs
+        pairs.strays.extend(texts)
+        return
     if len(group) == 2 and stem(names[images[0]]) == stem(names[texts[0]]):
-        pairs[images[0]].texts.append(texts[0])
-        return pairs
+        pairs.images[images[0]].texts.append(texts[0])
+        return
     twice, count = Counter(names[i] for i in group).most_common(1)[0]
     if count > 1:
         runs = _runs(names, group)
+        for run in runs or ():
+            _pair_group(names, run, words, pairs)
         if runs is None:
-            for one in pairs.values():
-                one.ambiguous = f"{visible(twice)!r} occurs {count} times, so captions cannot be assigned"
-            return pairs
-        for run in runs:
-            pairs.update(_pair_group(names, run, words))
-        return pairs
-    by_name, by_stem = _index(names, images, lambda name: name), _index(names, images, stem)
-    near: set[int] = set()
-    far: list[tuple[int, bool]] = []
-    for text in texts:
-        base = stem(names[text])
-        owners = _same(by_name, base) or _same(by_stem, base)
-        if owners:
-            _give(names, pairs, text, owners)
-            near.update(owners)
-        else:
-            middle = base[len(key_of(names[text])) + 1 :]
-            if not middle or column_name(middle) in words:
-                far.append((text, bool(middle)))
-    alone = [i for i in images if i not in near]
-    for text, is_marked in far:
-        owners = images if is_marked and len(images) == 1 else alone
-        if owners:
-            _give(names, pairs, text, owners)
-            if len(owners) > 1:
-                break  # they are ambiguous already
-    return pairs
-
-
-def _index(names: Sequence[str], images: list[int], part: Callable[[str], str]) -> list[dict[str, list[int]]]:
-    """For each level of comparison: form of a part of the name -> the images."""
-    levels: list[dict[str, list[int]]] = []
-    for level in _LEVELS:
-        levels.append({})
-        for i in images:
-            levels[-1].setdefault(level(part(names[i])), []).append(i)
-    return levels
-
-
-def _same(levels: list[dict[str, list[int]]], base: str) -> list[int]:
-    """The images at the strictest level that has any."""
-    return next((index[level(base)] for level, index in zip(_LEVELS, levels, strict=True) if level(base) in index), [])
-
-
-def _give(names: Sequence[str], pairs: dict[int, Pair], text: int, owners: list[int]) -> None:
-    """A text belongs to one image, or to one picture in several formats: never to two pictures."""
-    # a.png and a.PNG are two pictures, unlike a.png and a.webp.
-    if len({stem(names[i]) for i in owners}) > 1 or len({fold(names[i]) for i in owners}) < len(owners):
-        several = " and ".join(repr(visible(names[i])) for i in owners[:2])
-        for i in owners:
-            pairs[i].ambiguous = f"{visible(names[text])!r} may describe {several}; give each image its own text file"
-    else:
-        for i in owners:
-            pairs[i].texts.append(text)
+            for i in images:
+                pairs.images[i].ambiguous = f"{visible(twice)!r} occurs {count} times, so captions cannot be assigned"
+        return
+    all_texts = [Text(names[i], i) for i in texts]
+    by_name: dict[str, list[Text]] = {}
+    for text in all_texts:
+        for name in text_names(stem(text.path), words):
+            by_name.setdefault(name, []).append(text)
+    found: dict[int, list[Match]] = {}
+    crowded: set[int] = set()
+    for i in images:
+        image = ImageName(names[i])
+        near = {text.number: text for name in image.folded for text in by_name.get(name, ())}
+        if len(near) > MOST:
+            crowded.add(i)
+            continue
+        found[i] = [one for text in near.values() if (one := match(image, text, words)) is not None]
+        for one in found[i]:
+            one.text.claim(one.near, names[i])
+    for i, matches in found.items():
+        chosen, why = choose(matches)
+        pairs.images[i] = Pair([] if why else [text.number for text in chosen], why)
+    for i in crowded:
+        pairs.images[i].ambiguous = f"more than {MOST} text files may describe it"
+    if not crowded:
+        pairs.strays.extend(text.number for text in all_texts if text.near is None)
 
 
 def _runs(names: Sequence[str], group: list[int]) -> list[list[int]] | None:

@@ -10,7 +10,7 @@ and perhaps COUNT, the maximum number of records.
 from __future__ import annotations
 
 import hashlib
-import importlib
+import pkgutil
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,6 +80,5 @@ def counts(config: SourceConfig) -> dict[str, int]:
 
 def load(name: str) -> Any:
     """The module of a source, or an object of its class."""
-    module, _, attribute = SOURCES[name].partition(":")
-    loaded = importlib.import_module(module)
-    return getattr(loaded, attribute)(name) if attribute else loaded
+    loaded = pkgutil.resolve_name(SOURCES[name])
+    return loaded(name) if isinstance(loaded, type) else loaded

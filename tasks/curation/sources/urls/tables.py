@@ -25,6 +25,7 @@ from tasks.curation.sources.captions.caption_text import (
     foreign,
 )
 from tasks.curation.sources.file_trees import FileTree
+from tasks.curation.sources.tables import as_bytes, decoded
 from tasks.curation.sources.urls.network import MAX_URL_CHARS
 
 SUFFIXES = ("parquet", "csv", "tsv")
@@ -96,9 +97,11 @@ def rows(place: FileTree, chosen: Range, config: SourceConfig) -> Iterator[UrlRo
         try:
             if any(isinstance(text, str) and len(text) > MAX_TEXT_BYTES for text in texts):
                 raise CaptionError(f"has a caption larger than {MAX_TEXT_BYTES // 2**20} MiB")
-            captions = captions_of_cells(texts)
+            captions = captions_of_cells(decoded(text, config.encoding) for text in texts)
         except CaptionError as error:
-            problem = f"{shown}:{row} {error}"
+            problem = f"{place.locator(chosen.name)}:{row} {error}"
+        if isinstance(url, bytes):
+            url = url.decode("utf-8", "replace")
         chars += len(url or "") + sum(map(len, captions))
         if chars > MAX_RANGE_CHARS:  # a table of a few kB can repeat one caption for every row
             raise ValueError(
@@ -139,7 +142,7 @@ def _within(
         if row >= stop:
             return
         if row + len(batch) > first:
-            columns = [batch.column(name) for name in names]
+            columns = [as_bytes(batch.column(name)) for name in names]
             for i in range(max(0, first - row), min(len(batch), stop - row)):
                 yield row + i, [column[i].as_py() for column in columns]
         row += len(batch)

@@ -83,12 +83,12 @@ SOURCES = {
     bare: "no_caption 3 (such as p0.png: no caption). Left out: 1 x .docx (captions.docx). Captions are read from",
     bare_tar: "no_caption 3 (such as a.tar:p0.png: no caption). Captions are read from",
     bare_table: "no_caption 3 (such as a.parquet:0: no caption). Captions are read from",
-    unreadable: "unreadable_caption 3 (such as p0.png: SOURCE/p0.txt is not UTF-8 (byte 4); save it as UTF-8, or name its "
+    unreadable: "unreadable_caption 3 (such as p0.png: p0.txt is not UTF-8 (byte 4); save it as UTF-8, or name its "
     "encoding in source.encoding)",
     lambda folder: write_folder(folder, range(3), LONG): "caption_too_long 3 (such as p000.png: every caption is over "
     "max_words 10 (the shortest has 12)). The shortest captions have 12 words: raise curation.captions.max_words=10",
     mixed: "no_caption 2 (such as p1.png: no caption); caption_too_long 2 (such as p000.png: every caption is over "
-    "max_words 10 (the shortest has 12)); unreadable_caption 1 (such as p0.png: SOURCE/p0.txt is not UTF-8",
+    "max_words 10 (the shortest has 12)); unreadable_caption 1 (such as p0.png: p0.txt is not UTF-8",
 }
 
 
@@ -103,7 +103,7 @@ def test_a_source_without_a_usable_caption_is_refused_with_causes_and_a_ledger_a
     monkeypatch.setattr("tasks.curation.scoring.decoding._open", None)
     (tmp_path / "source").mkdir()
     write(tmp_path / "source")
-    causes = re.escape(SOURCES[write].replace("SOURCE", str(tmp_path / "source")))
+    causes = re.escape(SOURCES[write])
     with pytest.raises(ValueError, match=f"curation kept none of .*{causes}.*[.] Ledger and report: /") as refused:
         flow.curate_source(SourceConfig(), str(tmp_path / "source"), CONFIG)
     with pytest.raises(ValueError) as of_the_task:

@@ -294,6 +294,16 @@ def test_a_jpeg_of_very_many_segments_is_refused_before_pillow_keeps_them(count,
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("byte", [b"\xff", b"\xff\0", b"a"], ids=["fill bytes", "escapes", "rubbish"])
+def test_a_jpeg_of_megabytes_between_its_segments_is_refused_before_pillow_reads_them_one_by_one(byte, monkeypatch):
+    whole = to_bytes(picture("RGB"), "JPEG")
+    first = 2 + 2 + 16  # the end of the first segment
+    assert decode(whole[:first] + byte * 100 + whole[first:], ANY).size == (64, 48)
+    monkeypatch.setattr(decoding.Image, "open", None)
+    with pytest.raises(UndecodableError, match="a JPEG with over 1 MiB between the segments before its picture"):
+        decode(whole[:first] + byte * (MIB + 1) + whole[first:], ANY)
+
+
 def test_a_jpeg_of_as_many_segments_as_a_profile_may_have_is_read():
     whole = to_bytes(picture("RGB"), "JPEG")
     for segment in (b"\xff\xfe\0\2", b"\xff\xe2\0\6abcd"):

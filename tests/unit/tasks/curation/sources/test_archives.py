@@ -71,6 +71,7 @@ def test_one_member_that_cannot_be_read_costs_its_own_record_and_is_named(tmp_pa
         base.UNREADABLE_FILE, base.UNREADABLE_CAPTION, base.UNREADABLE_CAPTION,
     ]  # fmt: skip
     assert read["a.png"].detail.startswith("x.zip:a.png cannot be read: Bad CRC-32") and read["a.png"].data == b""
+    assert read["a.png"].captions == []
     assert read["b.png"].detail.startswith("x.zip:b.txt cannot be read") and read["b.png"].captions == []
     assert read["c.png"].detail.startswith("x.zip:c.txt is not UTF-8")
 

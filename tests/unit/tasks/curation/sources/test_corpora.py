@@ -187,7 +187,7 @@ def test_an_image_that_can_no_longer_be_read_is_a_problem_of_its_own(tmp_path):
         ("a.png", "unreadable_file", b""),
         ("b.png", "", picture(2)),
     ]
-    assert str(source / "a.png") in records[0].detail
+    assert records[0].detail == "a.png cannot be read: No such file or directory"
 
 
 def test_a_source_without_images_is_one_error_with_what_was_seen(tmp_path):

@@ -8,7 +8,7 @@ from source_files import captions_in, left_out, picture, read_records, tar_of, w
 
 from tasks.curation.sources import file_trees, folder
 from tasks.curation.sources.base import MAX_IMAGE_BYTES
-from tasks.curation.sources.folder import caption_folders
+from tasks.curation.sources.captions.parallel import caption_folders
 
 PNG = picture(1)
 
@@ -162,7 +162,7 @@ def test_text_that_cannot_be_decoded_is_a_problem_of_its_image_alone(tmp_path, c
     write(tmp_path, {"a.png": PNG, "a.txt": content, "b.png": PNG, "b.txt": "whole"})
     records, _ = read_records(tmp_path)
     assert [(r.problem, r.captions) for r in records] == [("unreadable_caption", []), ("", ["whole"])]
-    assert str(tmp_path / "a.txt") in records[0].detail
+    assert records[0].detail.startswith("a.txt ")
     assert records[0].data == PNG
 
 
@@ -302,7 +302,7 @@ def test_text_files_of_other_names_and_folders_in_any_case_are_captions(tmp_path
 def test_two_caption_folders_that_differ_in_case_alone_are_neither_chosen(tmp_path):
     files = {"images/a.png": picture(), "Captions/a.txt": "one", "CAPTIONS/a.txt": "two"}
     records, account = read_records(write(tmp_path, files))
-    assert records[0].captions == [] and account.skipped[".txt"][0] == 2
+    assert records[0].problem == "ambiguous_caption" and account.skipped[".txt"][0] == 2
 
 
 def test_rows_name_files_that_windows_archives_left_with_backslashes(tmp_path):
@@ -312,6 +312,6 @@ def test_rows_name_files_that_windows_archives_left_with_backslashes(tmp_path):
 
 
 def test_a_path_that_repeats_a_name_of_image_folders_is_tried_at_a_few_places_only():
-    assert "captions/train" in caption_folders("images/train", None)
+    assert (0, "captions/train") in caption_folders("images/train", None)
     assert len(caption_folders("/".join(["images"] * 60), None)) <= 30
     assert caption_folders("/".join(["images"] * 1000), None) == []

@@ -4,9 +4,9 @@ import unicodedata
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from source_files import captions_in, left_out, picture, read_records, write
+from source_files import captions_in, left_out, picture, read_records, tar_of, write
 
-from tasks.curation.sources.captions import csv_text, metadata_files
+from tasks.curation.sources.captions import csv_text, listed
 
 PNG = picture(1)
 
@@ -49,6 +49,7 @@ def as_list(columns=("file_name", "text")):
         ("metadata.csv", as_csv(columns=("file_name", " text"))),
         ("metadata.csv", as_csv(columns=(" Filename ", "TEXT"))),
         ("metadata.csv", as_csv(columns=("image", "Prompt"))),
+        ("metadata.csv", as_csv(columns=("image_file_name", "text"))),
         ("metadata.csv", "\ufeff" + as_csv(columns=("path", "raw"))),
         ("METADATA.csv", as_csv().encode("utf-16")),
         ("metadata.jsonl", as_lines()),
@@ -191,7 +192,7 @@ def test_rows_that_name_no_image_are_counted_with_an_example_and_all_of_them_are
     assert captions_in(tmp_path) == {"a.png": ["x"]}
     _, account = read_records(tmp_path)
     count, example = account.skipped["metadata row that names no image"]
-    assert count == 2 and example.startswith(str(tmp_path / "metadata.csv")) and "gone.png (line 3)" in example
+    assert count == 2 and example.startswith("metadata.csv: ") and "gone.png (line 3)" in example
     write(tmp_path, {"metadata.csv": "file_name,text\nimages/a.png,x\ngone.png,y\n"})
     refused(tmp_path, "2 rows of", "metadata.csv name no image", "images/a.png (line 2)")
 
@@ -200,6 +201,18 @@ def test_a_json_file_that_is_no_table_of_images_is_left_out(tmp_path):
     write(tmp_path, {"a.png": PNG, "a.txt": "x", "metadata.json": '{"license": "CC0", "images": [1, 2]}'})
     assert captions_in(tmp_path) == {"a.png": ["x"]}
     assert left_out(tmp_path) == {".json": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("csv", "file_name,text\n"), ("jsonl", "\n"), ("json", "[]"), ("tsv", "file_name\ttext\n")]
+)
+def test_a_table_without_rows_is_left_out_by_name(tmp_path, name, content):
+    files = {"a.png": PNG, "a.txt": "x", f"metadata.{name}": content}
+    write(tmp_path / "loose", files)
+    tar_of(tmp_path / "packed/x.tar", files)
+    for folder, image in (("loose", "a.png"), ("packed", "x.tar:a.png")):
+        assert captions_in(tmp_path / folder) == {image: ["x"]}
+        assert left_out(tmp_path / folder) == {"metadata table without rows": 1}
 
 
 def test_a_picture_called_metadata_keeps_its_sidecar(tmp_path):
@@ -216,7 +229,7 @@ def test_a_table_over_its_cap_is_refused_before_it_is_read(tmp_path):
 
 
 def test_a_table_of_too_many_rows_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(metadata_files, "MAX_ROWS", 3)
+    monkeypatch.setattr(listed, "MAX_ROWS", 3)
     rows = "".join(f'{{"file_name": "{i}.png", "text": "a"}}\n' for i in range(4))
     write(tmp_path, {"0.png": PNG, "metadata.jsonl": rows})
     refused(tmp_path, "metadata.jsonl", "more than 3 rows", "metadata.parquet")
@@ -246,3 +259,45 @@ def test_a_row_whose_caption_is_a_number_is_an_error_with_its_line(tmp_path):
         read_records(tmp_path)
     write(tmp_path, {"metadata.jsonl": lines.replace("7", "NaN")})
     assert captions_in(tmp_path) == {"a.png": ["a barn"], "b.png": []}
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.binary(), pa.large_binary(), pa.list_(pa.binary()), pa.dictionary(pa.int32(), pa.binary())]
+)
+def test_binary_columns_of_a_parquet_table_are_decoded_as_text_files_are(tmp_path, kind):
+    texts = ["naïve".encode(), b"\xef\xbb\xbfmarked", "boats".encode("utf-16"), b"caf\xe9", b"a\0b", None]
+    names = [f"{i}.png" for i in range(len(texts))]
+    cells = [[text] for text in texts] if pa.types.is_list(kind) else texts
+    array = pa.array(cells, pa.binary()).dictionary_encode() if pa.types.is_dictionary(kind) else pa.array(cells, kind)
+    write(tmp_path, dict.fromkeys(names, PNG))
+    pq.write_table(
+        pa.table({"file_name": [name.encode() for name in names], "text": array}), tmp_path / "metadata.parquet"
+    )
+    expected = {"0.png": ["naïve"], "1.png": ["marked"], "2.png": ["boats"], "3.png": "unreadable_caption", "4.png": "unreadable_caption", "5.png": []}  # fmt: skip
+    assert captions_in(tmp_path) == expected
+    assert captions_in(tmp_path, encoding="cp1252") == expected | {"3.png": ["café"]}
+    details = {record.locator: record.detail for record in read_records(tmp_path)[0]}
+    assert (
+        details["3.png"].startswith("3.png: metadata.parquet, line 3, is not UTF-8")
+        and "source.encoding" in details["3.png"]
+    )
+
+
+def test_text_columns_of_a_parquet_table_that_are_not_utf8_are_decoded_too(tmp_path):
+    write(tmp_path, {"a.png": PNG, "b.png": PNG})
+    text = pa.array([b"caf\xe9", b"boats"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"file_name": ["a.png", "b.png"], "text": text}), tmp_path / "metadata.parquet")
+    assert captions_in(tmp_path) == {"a.png": "unreadable_caption", "b.png": ["boats"]}
+    assert captions_in(tmp_path, encoding="latin-1") == {"a.png": ["café"], "b.png": ["boats"]}
+
+
+def test_an_unreadable_row_of_a_table_next_to_or_in_a_tar_rejects_its_member_alone(tmp_path):
+    table = pa.table({"file_name": ["a.png", "b.png"], "text": pa.array([b"caf\xe9", b"boats"])})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    content = sink.getvalue().to_pybytes()
+    tar_of(tmp_path / "beside/x.tar", {"a.png": PNG, "b.png": PNG})
+    write(tmp_path, {"beside/metadata.parquet": content})
+    tar_of(tmp_path / "inside/x.tar", {"a.png": PNG, "b.png": PNG, "metadata.parquet": content})
+    for place in ("beside", "inside"):
+        assert captions_in(tmp_path / place) == {"x.tar:a.png": "unreadable_caption", "x.tar:b.png": ["boats"]}

@@ -1,5 +1,7 @@
+import bz2
 import gzip
 import io
+import lzma
 import tarfile
 import tracemalloc
 
@@ -48,7 +50,7 @@ def test_members_are_read_in_memory_whatever_their_names_say(tmp_path, suffix, m
         f"s{suffix}:/abs/b.jpg": (picture(2, "JPEG"), ["absolute"]),
         f"s{suffix}:d/c.png": (picture(3), ["x", "y"]),
     }
-    name = f"{path}:"
+    name = f"s{suffix}:"
     assert account.skipped == {
         ".cls": (1, f"{name}d/c.cls"),
         "symbolic link": (1, f"{name}link.png"),
@@ -106,7 +108,7 @@ def test_data_behind_the_end_of_a_tar_is_reported(tmp_path):
     data = tar_of(tmp_path / "x.tar", {"a.png": PNG}).read_bytes()
     (tmp_path / "x.tar").write_bytes(data + b"garbage" * 200)
     _, account = read_records(tmp_path / "x.tar")
-    assert account.skipped == {"data behind the end of a tar": (1, f"{tmp_path}/x.tar at byte {len(data):,}")}
+    assert account.skipped == {"data behind the end of a tar": (1, f"x.tar at byte {len(data):,}")}
 
 
 def test_hard_links_are_the_files_that_they_name(tmp_path):
@@ -121,7 +123,7 @@ def test_hard_links_are_the_files_that_they_name(tmp_path):
         "x.tar:pool/1.png": (picture(1), []),
         "x.tar:train/a.png": (picture(1), ["linked"]),
     }
-    assert account.skipped == {"hard link to no member": (1, f"{tmp_path}/x.tar:train/b.png")}
+    assert account.skipped == {"hard link to no member": (1, "x.tar:train/b.png")}
 
 
 def test_metadata_inside_a_tar_names_its_members(tmp_path):
@@ -243,3 +245,23 @@ def test_zeros_between_and_behind_archives_are_passed_over_up_to_a_bound(tmp_pat
             assert list(captions_in(tmp_path / "x.tar")) == ["x.tar:a.png", "x.tar:b.png"]
     monkeypatch.setattr(tar_format, "MAX_ZEROS", 2**20)
     refused(tmp_path / "x.tar", "of zeros behind its end")
+
+
+@pytest.mark.parametrize("suffix", [".tgz", ".taz", ".tbz2", ".tbz", ".tb2", ".txz", ".tlz", ".TAR.BZ2", ".tar.lzma"])
+def test_every_usual_suffix_of_a_compressed_tar_is_read_and_left_out_of_names(tmp_path, suffix):
+    plain = tar_of(tmp_path / "x", {"a.png": PNG}).read_bytes()
+    pack = {"g": gzip.compress, "a": gzip.compress, "b": bz2.compress, "x": lzma.compress}
+    pack["l"] = lambda data: lzma.compress(data, lzma.FORMAT_ALONE)
+    kind = suffix.lower().removeprefix(".tar").lstrip(".").removeprefix("t")[0]
+    write(tmp_path / "source", {f"x{suffix}": pack[kind](plain), "metadata.csv": "file_name,text\nx/a.png,one\n"})
+    assert captions_in(tmp_path / "source") == {f"x{suffix}:a.png": ["one"]}
+    assert left_out(tmp_path / "source") == {}
+
+
+def test_a_zstd_tar_is_left_out_by_name_with_what_to_do(tmp_path):
+    zstd = b"\x28\xb5\x2f\xfd" + bytes(600)
+    write(tmp_path, {"a.png": PNG, "x.tar.zst": zstd, "y.TZST": zstd})
+    _, account = read_records(tmp_path)
+    assert account.skipped == {"zstd tar; decompress it with `zstd -d`": (2, "x.tar.zst")}
+    write(tmp_path, {"x.tar": zstd})
+    refused(tmp_path, f"{tmp_path}/x.tar", "zstd -d")

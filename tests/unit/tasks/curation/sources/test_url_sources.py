@@ -471,6 +471,19 @@ def test_a_csv_of_urls_is_read_whole_by_its_mark_then_utf8_then_the_recipes_enco
 # ---------------------------------------------------------------- hostile sites (benchmarks/curation/hostile_urls.py has more)
 
 
+def test_binary_captions_of_a_parquet_table_are_decoded_as_text_files_are(tmp_path):
+    texts = [b"caf\xe9", "boats".encode("utf-16"), "naïve".encode(), None]
+    table = pa.table({"url": [b"https://a.b/1.png"] * 4, "text": pa.array(texts, pa.binary())})
+    pq.write_table(table, tmp_path / "x.parquet")
+    place = find(tmp_path)
+    whole = tables.Range("x.parquet", 0, 4)
+    rows = list(tables.rows(place, whole, SourceConfig(urls=urls())))
+    assert [row.captions for row in rows] == [[], ["boats"], ["naïve"], []]
+    assert {row.url for row in rows} == {"https://a.b/1.png"}
+    assert rows[0].problem.startswith("x.parquet:0 is not UTF-8") and not any(row.problem for row in rows[1:])
+    assert next(tables.rows(place, whole, SourceConfig(urls=urls(), encoding="cp1252"))).captions == ["café"]
+
+
 def test_a_robots_txt_of_many_agents_and_rules_is_parsed_in_a_second():
     agents = "".join(f"useragent:{i:x}\n" for i in range(16_000))
     text = agents + "allow:/\n" * ((robots.MAX_ROBOTS_BYTES - len(agents)) // 8)  # 5 * 10^8 rules, one for each agent

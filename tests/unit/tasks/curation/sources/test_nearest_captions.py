@@ -1,0 +1,213 @@
+"""A text or row belongs to its nearest image of the whole source, or to none: never to two pictures."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import pytest
+from source_files import captions_in, left_out, picture, read_records, tar_of, write
+
+PNG = picture()
+AMBIGUOUS = "ambiguous_caption"
+NFC, NFD = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+
+
+def rows(*pairs) -> str:
+    return "file_name,text\n" + "".join(f'"{name}",{text}\n' for name, text in pairs)
+
+
+LOOSE = {
+    "folders that differ in case, each with its row": (
+        {"train/a.png": PNG, "Train/a.png": PNG, "metadata.csv": rows(("train/a.png", "low"), ("Train/a.png", "high"))},
+        {"train/a.png": ["low"], "Train/a.png": ["high"]},
+    ),
+    "folders that differ in case, and a row of one": (
+        {"train/a.png": PNG, "Train/a.png": PNG, "metadata.csv": rows(("Train/a.png", "high"))},
+        {"train/a.png": [], "Train/a.png": ["high"]},
+    ),
+    "folders that differ in case, and a row that is neither": (
+        {"train/a.png": PNG, "Train/a.png": PNG, "metadata.csv": rows(("TRAIN/a.png", "whose"))},
+        {"train/a.png": AMBIGUOUS, "Train/a.png": AMBIGUOUS},
+    ),
+    "folders that differ in Unicode form, each with its row": (
+        {f"{NFC}/a.png": PNG, f"{NFD}/a.png": PNG, "metadata.csv": rows((f"{NFC}/a.png", "one"), (f"{NFD}/a.png", "two"))},
+        {f"{NFC}/a.png": ["one"], f"{NFD}/a.png": ["two"]},
+    ),
+    "one image, and rows that differ in case: the equal one": (
+        {"a.png": PNG, "metadata.csv": rows(("A.png", "of a lost image"), ("a.png", "own"))},
+        {"a.png": ["own"]},
+    ),
+    "one image, and two rows that are equally far": (
+        {"Ab.png": PNG, "b.png": PNG, "metadata.csv": rows(("AB.png", "one"), ("ab.png", "two"), ("b.png", "b"))},
+        {"Ab.png": AMBIGUOUS, "b.png": ["b"]},
+    ),
+    "a backslash in a name and in a folder's place": (
+        {"img/a.png": PNG, "img\\a.png": PNG, "metadata.csv": rows(("img/a.png", "slash"), ("img\\a.png", "backslash"))},
+        {"img/a.png": ["slash"], "img\\a.png": ["backslash"]},
+    ),
+    "a row of the folder does not name the file with a backslash": (
+        {"img/a.png": PNG, "img\\a.png": PNG, "metadata.csv": rows(("img/a.png", "slash"))},
+        {"img/a.png": ["slash"], "img\\a.png": []},
+    ),
+    "rows with backslashes prefer the equal case": (
+        {"img/a.png": PNG, "Img/A.png": PNG, "metadata.csv": rows(("Img\\A.png", "upper"), ("img\\a.png", "lower"))},
+        {"img/a.png": ["lower"], "Img/A.png": ["upper"]},
+    ),
+    "names with blanks around, each with its row": (
+        {"a.png": PNG, " a.png": PNG, "metadata.csv": rows((" a.png", "blank"), ("a.png", "none"))},
+        {"a.png": ["none"], " a.png": ["blank"]},
+    ),
+    "a row with blanks around names the only image": ({"a.png": PNG, "metadata.csv": rows((" a.png ", "own"))}, {"a.png": ["own"]}),
+    "a row with the folder in front, and the plain one": (
+        {"train/a.png": PNG, "train/metadata.csv": rows(("other/train/a.png", "other"), ("a.png", "own"))},
+        {"train/a.png": ["own"]},
+    ),
+    "two rows with different folders in front": (
+        {"train/a.png": PNG, "train/metadata.csv": rows(("x/train/a.png", "one"), ("y/train/a.png", "two"))},
+        {"train/a.png": AMBIGUOUS},
+    ),
+    "a path that repeats the folder's name": (
+        {"train/a.png": PNG, "train/train/a.png": PNG, "train/metadata.csv": rows(("/x/train/train/a.png", "which"))},
+        {"train/a.png": AMBIGUOUS, "train/train/a.png": AMBIGUOUS},
+    ),
+    "one image, and texts that differ in case: the equal one": (
+        {"a.png": PNG, "A.txt": "of a lost image", "a.txt": "own"},
+        {"a.png": ["own"]},
+    ),
+    "one image, and two texts that are equally far": ({"Ab.png": PNG, "AB.txt": "one", "ab.txt": "two"}, {"Ab.png": AMBIGUOUS}),
+    "texts that differ in the case of their extension": ({"a.png": PNG, "a.txt": "one", "a.TXT": "two"}, {"a.png": AMBIGUOUS}),
+    "an image keeps its own text, and the other image does not get what is left": (
+        {"é.png": PNG, "É.png": PNG, "é.txt": "own", f"{unicodedata.normalize('NFD', 'é')}.TXT": "form", "x.png": PNG},
+        {"é.png": ["own"], "É.png": [], "x.png": []},
+    ),
+    "a text of a key is of none of two images, though one has its own": (
+        {"a.left.png": PNG, "a.right.png": PNG, "a.left.txt": "left", "a.txt": "which"},
+        {"a.left.png": ["left"], "a.right.png": AMBIGUOUS},
+    ),
+    "a name with two extensions, and a text of one": (
+        {"a.jpg": PNG, "a.jpg.png": PNG, "a.jpg.txt": "which"},
+        {"a.jpg": AMBIGUOUS, "a.jpg.png": AMBIGUOUS},
+    ),
+    "two formats, one with a text of its full name": (
+        {"a.jpg": PNG, "a.png": PNG, "a.jpg.txt": "of the jpg", "a.txt": "of the png"},
+        {"a.jpg": ["of the jpg"], "a.png": ["of the png"]},
+    ),
+    "two pictures of one format": (
+        {"a.jpg": PNG, "a.jpeg": PNG, "a.txt": "which", "b.tif": PNG, "b.jpg": PNG, "b.txt": "one in two formats"},
+        {"a.jpg": AMBIGUOUS, "a.jpeg": AMBIGUOUS, "b.tif": ["one in two formats"], "b.jpg": ["one in two formats"]},
+    ),
+    "one image with texts of both names": (
+        {"a.jpg": PNG, "a.jpg.json": '{"text": "json"}', "a.txt": "tags"},
+        {"a.jpg": ["json", "tags"]},
+    ),
+    "two folders of images and one folder of captions": (
+        {"images/a.png": PNG, "photos/a.png": PNG, "photos/b.png": PNG, "captions/a.txt": "whose", "captions/b.txt": "b"},
+        {"images/a.png": AMBIGUOUS, "photos/a.png": AMBIGUOUS, "photos/b.png": ["b"]},
+    ),
+    "two folders of images, one with its own text": (
+        {"images/a.png": PNG, "images/a.txt": "own", "photos/a.png": PNG, "captions/a.txt": "whose"},
+        {"images/a.png": ["own"], "photos/a.png": AMBIGUOUS},
+    ),
+    "a text beside its image is not of a parallel image": (
+        {"photos/a.png": PNG, "photos/captions/a.png": PNG, "photos/captions/a.txt": "beside"},
+        {"photos/a.png": [], "photos/captions/a.png": ["beside"]},
+    ),
+    "parallel folders that differ in case": (
+        {"images/x/a.png": PNG, "images/X/a.png": PNG, "captions/x/a.txt": "low", "captions/X/a.txt": "high"},
+        {"images/x/a.png": ["low"], "images/X/a.png": ["high"]},
+    ),
+    "parallel folders that differ in case, and one of captions": (
+        {"images/x/a.png": PNG, "images/X/a.png": PNG, "captions/x/a.txt": "low"},
+        {"images/x/a.png": ["low"], "images/X/a.png": []},
+    ),
+    "parallel folders that differ in Unicode form, and neither of captions": (
+        {f"images/{NFC}/a.png": PNG, f"images/{NFD}/a.png": PNG, "captions/É/a.txt": "whose"},
+        {f"images/{NFC}/a.png": AMBIGUOUS, f"images/{NFD}/a.png": AMBIGUOUS},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LOOSE)
+def test_a_text_or_row_is_of_its_nearest_image_or_of_none(tmp_path, case):
+    files, expected = LOOSE[case]
+    assert captions_in(write(tmp_path, files)) == expected
+    read_records(tmp_path)  # which checks the account
+
+
+@pytest.mark.parametrize(
+    "case", [case for case, (files, _) in LOOSE.items() if not any("\\" in name for name in files)]
+)
+def test_a_tar_has_the_captions_of_its_files_in_a_folder(tmp_path, case):
+    files, expected = LOOSE[case]
+    tar_of(tmp_path / "x.tar", files)
+    assert captions_in(tmp_path) == {f"x.tar:{name}": captions for name, captions in expected.items()}
+
+
+def test_rows_that_are_farther_than_others_are_left_out_with_an_example(tmp_path):
+    write(tmp_path, {"a.png": PNG, "metadata.csv": rows(("A.png", "lost"), ("a.png", "own")), "A.txt": "lost", "a.txt": "own"})  # fmt: skip
+    assert captions_in(tmp_path) == {"a.png": ["own"]}
+    _, account = read_records(tmp_path)
+    assert account.skipped == {
+        "metadata row that names no image": (1, "metadata.csv: A.png (line 2)"),
+        ".txt": (1, "A.txt"),
+    }
+
+
+def test_one_configured_folder_of_captions_and_two_images_of_one_name(tmp_path):
+    files = {"one/a.png": PNG, "two/a.png": PNG, "two/b.png": PNG, "texts/a.txt": "whose", "texts/b.txt": "b"}
+    write(tmp_path, files | {"texts/two/c.txt": "mirrored", "texts/c.txt": "short", "two/c.png": PNG})
+    assert captions_in(tmp_path, captions_folder="texts") == {
+        "one/a.png": AMBIGUOUS,
+        "two/a.png": AMBIGUOUS,
+        "two/b.png": ["b"],
+        "two/c.png": ["mirrored"],
+    }
+    assert left_out(tmp_path, captions_folder="texts") == {".txt": 2}
+
+
+def test_a_row_of_a_repeated_member_is_of_neither(tmp_path):
+    members = [("a.png", picture(1)), ("b.png", picture(2)), ("a.png", picture(3))]
+    tar_of(tmp_path / "x.tar", members)
+    write(tmp_path, {"metadata.csv": rows(("a.png", "whose"), ("b.png", "b"))})
+    expected = {"x.tar:a.png": AMBIGUOUS, "x.tar:b.png": ["b"], "x.tar:a.png#2": AMBIGUOUS}
+    assert captions_in(tmp_path) == expected
+    (tmp_path / "metadata.csv").unlink()
+    tar_of(tmp_path / "x.tar", [*members, ("metadata.csv", rows(("a.png", "whose"), ("b.png", "b")))])
+    assert captions_in(tmp_path) == expected
+
+
+def test_members_of_tars_that_differ_in_case_get_each_its_own_row(tmp_path):
+    tar_of(tmp_path / "x.tar", {"a.png": PNG, "A.png": PNG, "s/b.png": PNG, "S/b.png": PNG})
+    tar_of(tmp_path / "X.tar", {"a.png": PNG})
+    write(tmp_path, {"metadata.csv": rows(("x/a.png", "low"), ("x/A.png", "high"), ("X/a.png", "X"), ("S/b.png", "S"))})
+    assert captions_in(tmp_path) == {
+        "x.tar:a.png": ["low"],
+        "x.tar:A.png": ["high"],
+        "X.tar:a.png": ["X"],
+        "x.tar:s/b.png": [],
+        "x.tar:S/b.png": ["S"],
+    }
+
+
+def test_a_row_of_a_loose_image_is_not_of_a_member_of_that_name(tmp_path):
+    tar_of(tmp_path / "x.tar", {"a.png": picture(1), "b.png": picture(2)})
+    tar_of(tmp_path / "y.tar", {"x/b.png": picture(3)})
+    write(tmp_path, {"x/a.png": picture(4), "metadata.csv": rows(("x/a.png", "loose"), ("x/b.png", "whose"))})
+    assert captions_in(tmp_path) == {
+        "x.tar:a.png": [],
+        "x.tar:b.png": AMBIGUOUS,
+        "x/a.png": ["loose"],
+        "y.tar:x/b.png": AMBIGUOUS,
+    }
+
+
+def test_an_ambiguous_record_names_the_texts_or_the_images_in_question(tmp_path):
+    write(tmp_path, {"b.png": PNG, "b.PNG": PNG, "b.txt": "x", "Ab.png": PNG, "AB.txt": "x", "ab.txt": "x"})
+    write(tmp_path, {"t/Cd.png": PNG, "t/metadata.csv": rows(("CD.png", "x"), ("cd.png", "y"))})
+    details = {record.locator: record.detail for record in read_records(tmp_path)[0]}
+    assert details == {
+        "Ab.png": "Ab.png: 'AB.txt' and 'ab.txt' may both describe it; keep the one that does",
+        "b.PNG": "b.PNG: 'b.txt' may describe 'b.PNG' and 'b.png'; give each image its own text file",
+        "b.png": "b.png: 'b.txt' may describe 'b.PNG' and 'b.png'; give each image its own text file",
+        "t/Cd.png": "t/Cd.png: t/metadata.csv, line 2, and t/metadata.csv, line 3, may both name it",
+    }
