@@ -55,6 +55,7 @@ PROFILE = profiles.chosen()
 TIMEOUTS = {
     "light": timedelta(hours=1),
     "shard": timedelta(hours=6),
+    "captioner": timedelta(days=7),  # mostly waits for an endpoint; each request has its own limit
     "gather": timedelta(days=2),
     "gpu_single": timedelta(days=7),
     "trainer": timedelta(days=60),
@@ -178,7 +179,7 @@ def shard(role: str) -> dict[str, Any]:
 def captioner() -> dict[str, Any]:
     """Options of a task that requests captions from an endpoint. Registration sets the allowed endpoints and the name
     of the secret with the key (NUCLEUS_CAPTIONER_SECRET, key CAPTIONER_API_KEY)."""
-    options = shard("curation")
+    options = _options("curation", "captioner", PROFILE.shard) | {"interruptible": True}
     options["environment"] = options["environment"] | ENDPOINTS
     return options | _secret("NUCLEUS_CAPTIONER_SECRET", "CAPTIONER_API_KEY")
 

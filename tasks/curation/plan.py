@@ -13,11 +13,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 from model.plan.data_costs import Corpus
-from tasks.curation.config import CurationConfig
+from tasks.curation.captioning import chosen_captioner
+from tasks.curation.config import TIERS, CaptionerConfig, CurationConfig
 from tasks.curation.decisions import covers
+from tasks.curation.scorers import COLUMNS, Chosen, chosen_scorers, costs
+from tasks.envs import TIMEOUTS
 from tasks.store import num_groups
 
+CAPTIONS_PER_IMAGE = Corpus.captions / Corpus.images  # the paper's
+DECODERS = 4  # processes that decode in a task: see workers.Workers
 JOIN_ROW_BYTES = 24  # bytes: key, hash and position
 MAX_ARRAY_TASKS = 5000  # sub-tasks that one array node of Flyte can have
 MAX_ARRAY_BYTES = 10 * 2**20  # bytes of its outputs, in the message that gathers them
@@ -32,18 +39,93 @@ class Rates:
     decide_us: float = 25.0  # of a core: rules, tiers, duplicates, ledger and report
     join_us: float = 0.2  # of a core: a row of one join of the search for near duplicates
     compare_us: float = 0.17  # of a core: a pair that shares a key, compared
-    scores_bytes: float = 193.0  # of a row of scores, on disk
+    scores_bytes: float = 220.0  # of a row of scores, on disk
     thumbnail_bytes: float = 64 * 85 * 3  # of 4:3 with a shorter side of 64 px, without compression
-    embedding_flops: float = 670e9  # SigLIP-2 so400m, 384 px: 2 x 428e6 parameters x 729 tokens, and attention
-    caption_flops: float = 2 * 8.2e9 * (1024 + 300)  # Qwen3-VL-8B: 2 x parameters x (image tokens, prompt and answers)
+    embedding_components: int = 1152  # of SigLIP-2 so400m, float16
+    caption_parameters: float = 8.2e9  # Qwen3-VL-8B's language model: 2 FLOPs each, for each token
+    prompt_tokens: float = 60.0  # assumed
+    tokens_per_word: float = 1.4  # assumed
+    bytes_per_word: float = 6.0  # of English text
     gpu_flops_per_s: float = 989e12  # H100, bf16, dense
-    embedding_utilisation: float = 0.4  # assumed
+    scoring_utilisation: float = 0.4  # assumed
     caption_utilisation: float = 0.15  # assumed: mostly decoding
 
 
 def within(count: float, distance: int) -> float:
     """Pairs of `count` random 64-bit hashes within a distance."""
     return count**2 / 2 * sum(math.comb(64, k) for k in range(distance + 1)) / 2**64
+
+
+@dataclass(frozen=True)
+class Task:
+    """The longest of one kind of sub-task: its hours, and the limit after which Flyte ends it."""
+
+    name: str
+    hours: float
+    limit_hours: float
+
+
+def tasks_of(corpus: Corpus, config: CurationConfig, rates: Rates) -> list[Task]:
+    """Time of the sub-tasks that process a group of images. A scorer without a known cost counts as nothing."""
+    images = corpus.images / num_groups(corpus.shards, config.max_groups)
+    decode_ms = rates.measure_ms / DECODERS
+    tasks = {"score_group": decode_ms}
+    for one in chosen_scorers(config.scorers):
+        name = "score_group_on_gpu" if one.spec.resources == "gpu_single" else "score_group"
+        tasks.setdefault(name, decode_ms)
+        tasks[name] += 1e3 * (_seconds(one, corpus, rates) or 0.0)
+    limits = {"score_group": "shard", "score_group_on_gpu": "gpu_single"}
+    found = [Task(name, images * ms / 3.6e6, _limit_hours(limits[name])) for name, ms in tasks.items()]
+    if config.captioner is not None and chosen_captioner(config.captioner).needs == "gpu":
+        hours = images * _caption_seconds(config.captioner, rates) / 3600
+        found.append(Task("caption_group_gpu", hours, _limit_hours("gpu_single")))
+    if config.engine == "duckdb":
+        found.append(Task("decide_corpus", _deciding_hours(corpus, config, rates), _limit_hours("gather")))
+    return found
+
+
+def _deciding_hours(corpus: Corpus, config: CurationConfig, rates: Rates) -> float:
+    """Of a core, with DuckDB."""
+    cover = covers.plan_cover(int(corpus.images), config.dedup.max_hamming_distance)
+    rows, pairs = 2 * len(cover.keys) * corpus.images, 2 * cover.pairs(corpus.images)
+    return (corpus.images * rates.decide_us + rows * rates.join_us + pairs * rates.compare_us) / 3.6e9
+
+
+def _limit_hours(kind: str) -> float:
+    return TIMEOUTS[kind].total_seconds() / 3600
+
+
+def _seconds(one: Chosen, corpus: Corpus, rates: Rates) -> float | None:
+    """Of a core or of a GPU, for an image; None if nothing is known of the model."""
+    if one.spec.name in costs.CPU_MS:
+        return costs.CPU_MS[one.spec.name] / 1e3
+    flops = costs.flops(one, corpus.captions / corpus.images)
+    return None if flops is None else flops / rates.gpu_flops_per_s / rates.scoring_utilisation
+
+
+def _written_bytes(one: Chosen, rates: Rates) -> float:
+    """Of an image, without compression."""
+    sizes = (
+        2 * rates.embedding_components if pa.types.is_list(COLUMNS[column].type) else COLUMNS[column].type.bit_width / 8
+        for column in one.columns
+    )
+    return sum(sizes)
+
+
+def _requests(captioner: CaptionerConfig) -> list[float]:
+    """Words of each answer about the mean image, weighted by tier: tiers are taken to be of one size."""
+    classes = [captioner.lengths[length] for tier in TIERS for length in captioner.per_tier[tier]]
+    return [(length.min_words + length.max_words) / 2 / len(TIERS) for length in classes]
+
+
+def _caption_seconds(captioner: CaptionerConfig, rates: Rates) -> float:
+    """Of a GPU, for an image: each length class is a request of its own, with the image in it. No cache of prefixes."""
+    words = _requests(captioner)
+    read = (
+        captioner.image_px / 32
+    ) ** 2 + rates.prompt_tokens  # of a square image: Qwen3-VL has a token for 32 x 32 px
+    tokens = len(words) / len(TIERS) * read + sum(words) * rates.tokens_per_word
+    return 2 * rates.caption_parameters * tokens / rates.gpu_flops_per_s / rates.caption_utilisation
 
 
 def plan(corpus: Corpus, config: CurationConfig, rates: Rates) -> list[str]:
@@ -59,14 +141,7 @@ def plan(corpus: Corpus, config: CurationConfig, rates: Rates) -> list[str]:
     cover = covers.plan_cover(int(images), radius)
     keys = len(cover.keys)
     rows, candidates = 2 * keys * images, 2 * cover.pairs(images)
-    cores = {
-        "score": images * rates.measure_ms / 3.6e6,
-        "decide": (images * rates.decide_us + rows * rates.join_us + candidates * rates.compare_us) / 3.6e9,
-    }
-    seconds = {
-        "embed": images * rates.embedding_flops / rates.gpu_flops_per_s / rates.embedding_utilisation,
-        "caption": images * rates.caption_flops / rates.gpu_flops_per_s / rates.caption_utilisation,
-    }
+    decoding = images * rates.measure_ms / 3.6e6
     a_group = f"{images / groups:,.0f} images"
     lines = [
         f"{images:,.0f} images of {corpus.image_bytes / 1e3:,.0f} kB in {corpus.shards:,} shards; "
@@ -76,25 +151,50 @@ def plan(corpus: Corpus, config: CurationConfig, rates: Rates) -> list[str]:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
 
-    def step(name: str, tasks: int, each: str, reads: float, writes: float, cores: float = 0, gpus: float = 0) -> None:
-        hours = [f"{value:,.0f}" if value else "" for value in (cores, gpus)]
+    def step(
+        name: str, tasks: int, each: str, reads: float, writes: float, cores: float = 0, gpus: float | None = 0
+    ) -> None:
+        hours = ["unknown" if value is None else _hours(value) for value in (cores, gpus)]
         lines.append(f"| {name} | {tasks:,} | {each} | {_tb(reads)} | {_tb(writes)} | {' | '.join(hours)} |")
 
     pictures, scores = images * corpus.image_bytes, images * rates.scores_bytes
     step("list the corpus", 1, f"{corpus.shards:,} shards", 0, 0)
-    step("passes 1 and 2, hashes", groups, a_group, pictures, scores + images * rates.thumbnail_bytes, cores["score"])
-    step("pass 3: embedding", groups, a_group, pictures, images * 2 * 1152, gpus=seconds["embed"] / 3600)
-    step("captions", groups, a_group, pictures, corpus.captions * 600, gpus=seconds["caption"] / 3600)
-    step("decide", 1, "Spark application", scores, scores / 2, cores["decide"])
+    step("passes 1 and 2, hashes", groups, a_group, pictures, scores + images * rates.thumbnail_bytes, decoding)
+    scorers = chosen_scorers(config.scorers)
+    on_gpus = [one for one in scorers if one.spec.resources == "gpu_single"]
+    for one in (one for one in scorers if one not in on_gpus):
+        hours = images * (_seconds(one, corpus, rates) or 0) / 3600
+        step(_row(one), groups, a_group, 0, images * _written_bytes(one, rates), hours)
+    if on_gpus:
+        step("pass 3: decode again, for GPUs", groups, a_group, pictures, 0, decoding)
+    for one in on_gpus:
+        seconds = _seconds(one, corpus, rates)
+        gpus = None if seconds is None else images * seconds / 3600
+        step(_row(one), groups, a_group, 0, images * _written_bytes(one, rates), gpus=gpus)
+    if config.captioner is not None:
+        asking = config.captioner
+        written = images * sum(_requests(asking)) * rates.bytes_per_word
+        gpus = 0.0 if asking.name == "scenes" else images * _caption_seconds(asking, rates) / 3600
+        step(f"captions ({asking.name})", groups, a_group, pictures, written, gpus=gpus)
+    step(
+        "decide",
+        1,
+        "Spark application" if config.engine == "spark" else "DuckDB",
+        scores,
+        scores / 2,
+        _deciding_hours(corpus, config, rates),
+    )
     step("select", groups, a_group, scores, scores / 2)
     step("gather", 1, f"{corpus.shards:,} parts", 0, 0)
     outputs = groups * OUTPUT_BYTES
     lines += [
         "",
-        f"Near duplicates within {radius} of 64 bits: {keys} keys of {cover.key_bits:.0f} bits for each of two hashes. The joins shuffle "
-        f"{rows:.1e} rows ({_tb(rows * JOIN_ROW_BYTES)} in and out of {2 * keys} shuffles, {_tb(images * JOIN_ROW_BYTES)} each) and "
+        *_limits(corpus, config, rates, groups),
+        "",
+        f"Near duplicates within {radius} of 64 bits: {keys} keys of {cover.key_bits:.0f} bits for each of two hashes. On Spark the joins "
+        f"shuffle {rows:.1e} rows ({_tb(rows * JOIN_ROW_BYTES)} in and out of {2 * keys} shuffles, {_tb(images * JOIN_ROW_BYTES)} each) and "
         f"compare {candidates:.1e} pairs of unrelated hashes; {2 * within(images, radius):.1e} of these are within the radius by "
-        "chance, and pHash-256 must distinguish them.",
+        "chance, and pHash-256 must distinguish them. The core-hours of deciding are at DuckDB's rates; Spark takes more.",
         "",
         f"An array node of Flyte can have about {MAX_ARRAY_TASKS:,} sub-tasks and {MAX_ARRAY_BYTES / 2**20:.0f} MiB of outputs: {groups:,} "
         f"sub-tasks have at most {outputs / 2**20:.1f} MiB. A map over {corpus.shards:,} shards "
@@ -103,8 +203,41 @@ def plan(corpus: Corpus, config: CurationConfig, rates: Rates) -> list[str]:
     return lines
 
 
+def _row(one: Chosen) -> str:
+    return f"pass 3: {', '.join(one.columns)} ({one.spec.name})"
+
+
+def _limits(corpus: Corpus, config: CurationConfig, rates: Rates, groups: int) -> list[str]:
+    """How long a sub-task of each kind takes, next to its limit."""
+    lines = ["Time of the longest sub-task of each kind, and the limit after which it is ended:", ""]
+    for task in tasks_of(corpus, config, rates):
+        line = f"- {task.name}: {task.hours:,.1f} h of {task.limit_hours:,.0f} h"
+        if task.hours > task.limit_hours:
+            needed = math.ceil(groups * task.hours / task.limit_hours)
+            line += f". TOO LONG: it needs curation.max_groups of at least {needed:,}"
+            if needed > min(MAX_ARRAY_TASKS, corpus.shards):
+                line += f", and {min(MAX_ARRAY_TASKS, corpus.shards):,} is the most; choose faster scorers"
+        if task.name == "score_group_on_gpu":
+            line += f"; {groups * task.hours:,.0f} GPU-hours in all, with the waits for {DECODERS} decoding processes"
+        lines.append(line)
+    captioner = config.captioner
+    if captioner is not None and chosen_captioner(captioner).needs == "cpu" and captioner.name != "scenes":
+        hours, limit = corpus.images / groups * _caption_seconds(captioner, rates) / 3600, _limit_hours("captioner")
+        lines.append(
+            f"- caption_group: {hours:,.1f} GPU-hours of the endpoint; within {limit:,.0f} h it needs {hours / limit:.2f} GPUs for each "
+            "sub-task that runs at the time (curation.concurrency)"
+        )
+    return lines
+
+
+def _hours(value: float) -> str:
+    return "" if not value else f"{value:,.0f}" if value >= 1 else f"{value:.2g}"
+
+
 def _tb(size: float) -> str:
-    return "" if not size else f"{size / 1e12:,.2f} TB" if size < 1e13 else f"{size / 1e12:,.0f} TB"
+    if size < 1e10:
+        return "" if not size else f"{size / 1e9:,.2g} GB"
+    return f"{size / 1e12:,.2f} TB" if size < 1e13 else f"{size / 1e12:,.0f} TB"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,7 +250,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--image-bytes", type=float, default=Corpus.image_bytes)
     options = parser.parse_args(arguments)
     try:
-        corpus = Corpus(images=options.images, shards=options.shards, image_bytes=options.image_bytes)
+        corpus = Corpus(
+            images=options.images,
+            captions=options.images * CAPTIONS_PER_IMAGE,
+            shards=options.shards,
+            image_bytes=options.image_bytes,
+        )
         lines = plan(corpus, load_recipe(options.recipe).curation, Rates())
     except ValueError as error:
         print(f"ValueError: {error}")

@@ -7,7 +7,8 @@
 DIRECTORY is curated, or an index of scores; for an index, the recipe gives the current decision. No image is read. For
 each kind of change of fate it prints up to --examples records as JSON lines ({"file", "before", "after"}), then the
 counts of rules and tiers that change, then `kept BEFORE -> AFTER of RECORDS records`. --out DIR keeps the new ledger
-and report. Exits 1, with one line `ValueError: ...`, if the change needs new scores.
+and report. Exits 1, with one line `ValueError: ...`, if the change needs new scores or captions, or decides nothing.
+`curation.takedown=LIST` also removes the records of LIST; those of an earlier list stay removed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -26,6 +28,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 LEDGER, REPORT = "ledger.parquet", "report.json"
+# Settings that no decision depends on: see CurationConfig.deciding.
+NOT_REPLAYED = {
+    "captioner": "new captions must be written first: run workflows/caption.py, or the curation",
+    "engine": "every engine decides the same",
+    "max_groups": "it divides the work, and decides nothing",
+    "concurrency": "it divides the work, and decides nothing",
+    "min_success_ratio": "it concerns the scoring of shards: run the curation again",
+}
 
 
 def replay(directory: Path, overrides: Sequence[str], work_dir: Path, recipe: str = "") -> tuple[Path, Path]:
@@ -38,7 +48,8 @@ def replay(directory: Path, overrides: Sequence[str], work_dir: Path, recipe: st
         two directories with ledger.parquet and report.json: without and with the overrides.
 
     Raises:
-        ValueError: another kind of directory, an override outside curation, or one that needs new scores.
+        ValueError: another kind of directory, an override outside curation, or one that needs new scores or captions
+            or decides nothing.
     """
     from tasks.curation.config import CurationConfig
     from tasks.curation.sources.base import Account
@@ -53,7 +64,8 @@ def replay(directory: Path, overrides: Sequence[str], work_dir: Path, recipe: st
         scan = Account.from_json(json.loads((directory / "corpus" / REPORT).read_text())["account"])
         parts, before = list(_score_parts(directory)), directory
     elif manifest.kind == "scores" and recipe:
-        config = load_recipe(recipe).curation.deciding()
+        config = load_recipe(recipe).curation
+        config = config.deciding().model_copy(update={"takedown": config.takedown})
         scan, parts = Account(), list(read_index(directory))
         before = _decide(parts, scan, config, work_dir / "before")
     elif manifest.kind == "scores":
@@ -68,15 +80,18 @@ def replay(directory: Path, overrides: Sequence[str], work_dir: Path, recipe: st
             f"{', '.join(overrides)} changes the scores (scorers, formats, max_pixels and thumbnail_px do): "
             "run the curation again"
         )
-    return before, _decide(parts, scan, after.deciding(), work_dir / "after")
+    return before, _decide(parts, scan, after, work_dir / "after")
 
 
 def _decide(parts: list, scan, config, out_dir: Path) -> Path:
+    from tasks.curation import takedown
     from tasks.curation.decisions import decide
 
+    if config.takedown is not None:
+        parts = takedown.remove(parts, takedown.read_list(config.takedown))
     out_dir.mkdir()
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):  # lines of progress
-        decide.decide(parts, scan, config, out_dir)
+        decide.decide(parts, scan, config.deciding(), out_dir)
     return out_dir
 
 
@@ -100,6 +115,9 @@ def _overridden(config, overrides: Sequence[str]):
     for override in overrides:
         if not override.startswith("curation."):
             raise ValueError(f"{override!r} does not start with 'curation.': only decisions of curation are replayed")
+        key = re.split(r"[.=]", override.removeprefix("curation."), maxsplit=1)[0]
+        if key in NOT_REPLAYED:
+            raise ValueError(f"curation.{key} is not replayed: {NOT_REPLAYED[key]}")
     recipe = load_recipe("smoke").model_dump(mode="json") | {"curation": config.model_dump(mode="json")}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "replayed.yaml"

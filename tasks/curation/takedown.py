@@ -2,13 +2,14 @@
 
     python -m tasks.curation.takedown takedown.txt .nucleus
     python -m tasks.curation.takedown s3://BUCKET/takedown.txt s3://BUCKET/nucleus s3://BUCKET/published --json
+    python -m tasks.curation.takedown takedown.txt s3://BUCKET/nucleus hf://OWNER/NAME
 
 The list has one record a line: its id (the SHA-256 of the image's bytes), its key, its URL, or its file name in
 ledgers; text after # is a comment. With `curation.takedown: LIST` in the recipe, curation rejects these records by the
 rule `takedown`.
 
-The command names every artifact and published pipeline in the places (NUCLEUS_HOME, NUCLEUS_STORE, published places)
-that had one, and their near duplicates in ledgers: these are other records, and may have to be listed too. It deletes
+The command names every artifact and published pipeline in the places (NUCLEUS_HOME, NUCLEUS_STORE, published places,
+repositories of the Hub) that had one, and their near duplicates in ledgers: these are other records, and may have to be listed too. It deletes
 nothing. Exits 1 if a published pipeline had one of the records.
 """
 
@@ -28,7 +29,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from model import storage
-from tasks import sealed
+from tasks import hub_directory, sealed
 from tasks.curation.scoring.score import SCORES_TABLE, THUMBNAILS_TABLE
 from tasks.curation.scoring.scored_shard import fetch_pictures
 from tasks.curation.sources.base import TAKEDOWN
@@ -178,11 +179,16 @@ def _ledger(uri: str, rule: str | None) -> Iterator[dict[str, str]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tasks.curation.takedown", description=__doc__.split("\n\n")[0])
     parser.add_argument("list", help="a file or URI with one record a line")
-    parser.add_argument("places", nargs="+", help="NUCLEUS_HOME, NUCLEUS_STORE, or published pipelines")
+    parser.add_argument(
+        "places", nargs="+", help="NUCLEUS_HOME, NUCLEUS_STORE, published pipelines, or hf://OWNER/NAME"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object for each record of the list")
     options = parser.parse_args(arguments)
     try:
-        records = find(read_list(options.list), [storage.check_path(place).rstrip("/") for place in options.places])
+        places = [
+            place if hub_directory.is_hub(place) else storage.check_path(place).rstrip("/") for place in options.places
+        ]
+        records = find(read_list(options.list), places)
     except (ValueError, OSError) as error:
         print(f"ValueError: {visible(str(error))}", file=sys.stderr)
         return 2

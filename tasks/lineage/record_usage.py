@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from model import storage
-from tasks import sealed
+from tasks import hub_directory, sealed
 from tasks.manifest import KINDS, Manifest, visible
 from tasks.store import INDEX
 
@@ -57,12 +57,15 @@ def uses_of(records: Collection[str], homes: Sequence[str]) -> dict[str, list[Re
 
     Args:
         records: ids, keys, or files and URLs as in ledgers.
-        homes: directories or URIs with artifacts/, with published pipelines (versions/), or sealed directories.
+        homes: directories or URIs with artifacts/, with published pipelines (versions/), or sealed directories, also of
+            the Hub (hf://OWNER/NAME). What was pushed to the Hub is named there and where else it is.
 
     Raises:
-        ValueError: there are no artifacts.
+        ValueError: there are no artifacts, or the Hub has no such repository.
     """
-    artifacts = {artifact.manifest.digest: artifact for home in homes for artifact in _artifacts(home)}
+    pushed = [_on_hub(home) for home in homes if hub_directory.is_hub(home)]
+    stored = [artifact for home in homes if not hub_directory.is_hub(home) for artifact in _artifacts(home)]
+    artifacts = {artifact.manifest.digest: artifact for artifact in [*pushed, *stored]}
     if not artifacts:
         raise ValueError(f"{' and '.join(homes)} has no artifacts/KIND/DIGEST with a manifest")
     direct: dict[str, dict[str, RecordUse]] = {record: {} for record in records}
@@ -73,9 +76,21 @@ def uses_of(records: Collection[str], homes: Sequence[str]) -> dict[str, list[Re
     parts = {
         digest: [part.digest for part in sealed.parts(uri) if part.digest]
         for digest, (uri, manifest) in artifacts.items()
-        if INDEX in manifest.files
+        if INDEX in manifest.files and not hub_directory.is_hub(uri)
     }
-    return {record: _spread(uses, artifacts, parts) for record, uses in direct.items()}
+    spread = {record: _spread(uses, artifacts, parts) for record, uses in direct.items()}
+    return {record: [copy for use in uses for copy in _copies(use, pushed)] for record, uses in spread.items()}
+
+
+def _on_hub(uri: str) -> Artifact:
+    place = sealed.resolve(uri)
+    return Artifact(place, sealed.load(place))
+
+
+def _copies(use: RecordUse, pushed: Sequence[Artifact]) -> list[RecordUse]:
+    """The use, and the same in each repository of the Hub."""
+    places = [artifact.uri for artifact in pushed if artifact.manifest.digest == use.digest]
+    return [use._replace(uri=uri) for uri in dict.fromkeys([use.uri, *places])]
 
 
 def _spread(uses: dict[str, RecordUse], artifacts: dict[str, Artifact], parts: dict[str, list[str]]) -> list[RecordUse]:
@@ -114,6 +129,8 @@ def _sealed(uri: str) -> Iterator[Artifact]:
 def _in_tables(records: pa.Array, uri: str, manifest: Manifest) -> dict[str, tuple[bool, str]]:
     """Record -> (whether the directory has it, why), from the tables of one directory."""
     uses: dict[str, tuple[bool, str]] = {}
+    if hub_directory.is_hub(uri):  # models, which have no tables of records
+        return uses
     for name in sorted(name for name in manifest.files if name.endswith(".parquet")):
         with sealed.open_table(uri, name) as table:
             columns = [column for column in NAMED_BY if column in table.schema_arrow.names]

@@ -4,7 +4,8 @@
                                         \\                                                     and the owners'
                                          ----------------------------------> scores.parquet   captions and words replaced
 
-Every answer goes to a journal first (journal.py), so that after a kill only questions without an answer are asked.
+Every answer goes to a journal first (journal.py), so that after a kill only questions without an answer are asked; in an
+object store the last answers, up to 64 or of 20 s, are asked for again.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@ blocks leaves one key untouched. So two hashes that differ in at most `distance`
 keys; longer keys make fewer pairs of unrelated hashes, whose number grows with the square of the corpus.
 
     for 4 bits   keys   bits of a key   cheapest for
-                    5   12.8            up to 100 thousand hashes
-                   12   21.3            a million
-                   20   25.6            10 million
-                   30   32              100 million and more
+                    5   12.8            up to about 20 thousand hashes
+                   12   21.3            up to about 3 million
+                   20   25.6            up to about 50 million
+                   30   32              more
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from importlib.util import find_spec
 
@@ -91,6 +92,17 @@ def test_blur_noise_and_compression_lower_the_quality_of_a_photograph():
         values = score("brisque", image, image.filter(ImageFilter.GaussianBlur(3)), noisy, Image.open(buffer), noise)
         plain, *worse = values["quality"]
         assert plain < 30 and min(worse) > 45, (name, plain, worse)  # nucleus_17b's best_where is quality < 45
+
+
+def test_quality_is_the_packages_own_and_a_plain_picture_has_none():
+    images = [photo(name) for name in ("astronaut.png", "coffee.png", "china.jpg")]
+    ours = score("brisque", *images)["quality"]
+    package = copy.copy(scorer("brisque")._engine)
+    del package.calculate_mscn_coefficients, package.asymmetric_generalized_gaussian_fit
+    theirs = [float(package.score(np.asarray(filters.reduced(image, 512)))) for image in images]
+    assert ours == pytest.approx(theirs, abs=0.05)
+    plain = [Image.new("RGB", (64, 64), color) for color in ("white", "black", "red")]
+    assert np.isnan(score("brisque", *plain)["quality"]).all()
 
 
 def test_faces_are_counted_and_a_cat_has_none():

@@ -419,3 +419,10 @@ def test_prometheus_reaches_the_port_of_training_and_kueue_with_its_credentials(
     address = yaml.safe_load(kueue_config["managerConfig"]["controllerManagerConfigYaml"])["metrics"]["bindAddress"]
     assert kueue["scheme"] == "https" and kueue["relabelings"][0]["replacement"] == f"$1{address}"
     assert kueue["authorization"]["credentials"]["name"] == "nucleus-kueue-metrics"
+
+
+def test_the_captioner_gets_arguments_that_vllm_0_11_and_later_know():
+    documents = yaml.safe_load_all((K8S / "captioner" / "deployment.yaml").read_text())
+    (deployment,) = [document for document in documents if document["kind"] == "Deployment"]
+    names = {argument.split("=")[0] for argument in deployment["spec"]["template"]["spec"]["containers"][0]["args"]}
+    assert names == {"--model", "--served-model-name", "--host", "--port", "--max-model-len", "--limit-mm-per-prompt"}

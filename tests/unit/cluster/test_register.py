@@ -144,6 +144,7 @@ def keys(template) -> set[str]:
 # Kind of task -> CPU, memory, ephemeral storage, seconds, interruptible; for the profile h100
 LIGHT = ("1", "2Gi", "5Gi", 3600, False)
 SHARD = ("4", "16Gi", "50Gi", 6 * 3600, True)
+CAPTIONER = ("4", "16Gi", "50Gi", 7 * 86400, True)  # it waits for an endpoint
 GATHER = ("16", "64Gi", "500Gi", 2 * 86400, False)
 PUBLISH = ("16", "128Gi", "500Gi", 2 * 86400, False)
 MERGE = ("22", "220Gi", "1600Gi", 2 * 86400, False)
@@ -161,7 +162,7 @@ TASKS = {
     "curation.task.list_urls": ("curation", GATHER, ""),
     "curation.task.download_group": ("curation", SHARD, ""),
     "curation.task.draft_corpus": ("curation", GATHER, ""),
-    "curation.task.caption_group": ("curation", SHARD, ""),
+    "curation.task.caption_group": ("curation", CAPTIONER, ""),
     "curation.task.caption_group_gpu": ("scorer", GPU, ""),
     "curation.task.gather_captions": ("curation", GATHER, ""),
     "curation.task.decide_corpus": ("curation", GATHER, ""),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+import types
 
 import pytest
 
@@ -68,6 +70,36 @@ def site(monkeypatch):
         return loaded
 
     return module
+
+
+def test_with_spark_the_tables_are_decided_by_a_spark_application_with_the_sites_settings(site, monkeypatch):
+    from dataclasses import dataclass
+
+    @dataclass
+    class Spark:
+        spark_conf: dict[str, str]
+
+    plugin = types.ModuleType("flytekitplugins.spark")
+    plugin.Spark = Spark
+    monkeypatch.setitem(sys.modules, "flytekitplugins.spark", plugin)
+    monkeypatch.delenv("NUCLEUS_SPARK", raising=False)
+    plain = site().tables("curation")
+    assert "task_config" not in plain
+    monkeypatch.setenv("NUCLEUS_SPARK", '{"spark.executor.instances": "8"}')
+    module = site()
+    options = module.tables("curation")
+    assert options.pop("task_config") == Spark({"spark.executor.instances": "8"})
+    assert options == plain
+    assert "task_config" not in module.gather("curation")  # no other task
+    # A dynamic workflow's pod composes the tasks again.
+    assert module.dynamic("curation")["environment"]["NUCLEUS_SPARK"] == '{"spark.executor.instances": "8"}'
+
+
+def test_spark_without_its_plugin_is_an_error(site, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flytekitplugins.spark", None)
+    monkeypatch.setenv("NUCLEUS_SPARK", "{}")
+    with pytest.raises(ImportError):
+        site().tables("curation")
 
 
 def _all(module):

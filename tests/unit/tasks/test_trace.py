@@ -92,6 +92,8 @@ def build(ledger=LEDGER, kept=(0, 2, 3, 5), used=(0, 3, 5), pipeline_parents=Non
         "kept": [not rule for rule in ledger.values()],
         "rule": list(ledger.values()),
         "shard": [SHARD.get(i, "s0") for i in ledger],
+        "file": [f"{i:04d}.png" for i in ledger],
+        "detail": [""] * len(ledger),
     }
     tables = {"ledger.parquet": lines}
     artifact("curated", {"report.json": b"{}"}, ["corpus"], tables, selections, input=len(ledger), kept=len(kept))

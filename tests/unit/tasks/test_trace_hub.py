@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from hub_server import COMMIT, hub_server
 from object_store import s3_bucket
-from test_trace import build
+from test_trace import build, record_id
 
 from tasks import hub_directory
 from tasks import trace as tracing
+from tasks.curation import takedown
 from tasks.manifest import MANIFEST, load_manifest, public_manifest
 
 HUB = "hf://owner/model"
@@ -82,3 +83,18 @@ def test_another_digest_an_absent_repository_and_one_of_somebody_else_exit_1(pus
 def test_the_lineage_is_drawn_too(pushed, tmp_path):
     assert trace("--html", str(tmp_path / "lineage.html")) == 0
     assert COMMIT in (tmp_path / "lineage.html").read_text()
+
+
+def test_a_takedown_names_the_repository_of_a_pipeline_that_had_the_record(pushed, tmp_path, capsys):
+    _, digest = pushed
+    (tmp_path / "list.txt").write_text(f"{record_id(0)}\n")
+    hub_directory._files.cache_clear()
+    arguments = [str(tmp_path / "list.txt"), "s3://lineage/home", HUB]
+    assert takedown.main(arguments) == 1
+    out = capsys.readouterr().out
+    assert "1 records on the list, 1 of them used; 2 published pipelines had one" in out  # the other is in the store
+    assert f"  pipeline {digest}: from " in out and f"at {HUB}@{COMMIT}" in out
+    (tmp_path / "list.txt").write_text(f"{record_id(1)}\n")  # rejected by a rule
+    assert takedown.main(arguments) == 0
+    assert takedown.main([*arguments[:2], "hf://owner/other"]) == 2
+    assert "the Hub has no such repository" in capsys.readouterr().err

@@ -27,8 +27,8 @@ def nodes():
 
 
 @contextlib.contextmanager
-def composed(config: CurationConfig):
-    """The nodes of `curate_source` as a cluster composes them, for a made source of 70,000 shards."""
+def composed(config: CurationConfig, workflow=curate_source):
+    """The nodes of a dynamic workflow as a cluster composes them, for a made source of 70,000 shards."""
     default = Image("default", "registry/image", "tag")
     images = ImageConfig(default_image=default, images=[default, *(Image(r, f"registry/{r}", "tag") for r in ROLES)])
     settings = SerializationSettings(project="p", domain="d", version="v", image_config=images, env={})
@@ -45,8 +45,8 @@ def composed(config: CurationConfig):
         ) as ctx,
     ):
         literals = TypeEngine.dict_to_literal_map(ctx, inputs, {name: type(value) for name, value in inputs.items()})
-        curate_source._wf = None  # flytekit composes a dynamic workflow once in a process
-        spec = curate_source.dispatch_execute(ctx, literals)
+        workflow._wf = None  # flytekit composes a dynamic workflow once in a process
+        spec = workflow.dispatch_execute(ctx, literals)
         assert spec.to_flyte_idl().ByteSize() < LIMIT
         yield spec.nodes
 

@@ -40,6 +40,13 @@ def test_the_bits_are_dealt_out_evenly_and_each_is_in_one_block():
         assert len(set(cover.masks())) == len(cover.keys)
 
 
+def test_the_table_of_the_module_has_the_sizes_at_which_the_keys_change():
+    sizes = (20_000, 30_000, 3_000_000, 5_000_000, 50_000_000, 70_000_000)
+    assert [len(covers.plan_cover(size, 4).keys) for size in sizes] == [5, 12, 12, 20, 20, 30]
+    for text in ("5   12.8            up to about 20 thousand", "12   21.3            up to about 3 million"):
+        assert text in covers.__doc__
+
+
 def test_larger_corpora_have_longer_keys_so_that_work_grows_hardly_faster_than_the_corpus():
     sizes = [10**5, 10**6, 10**7, 10**8, 7 * 10**8]
     plans = [covers.plan_cover(size, 4) for size in sizes]

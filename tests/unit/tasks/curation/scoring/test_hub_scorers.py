@@ -28,6 +28,8 @@ def write_processor(folder, kind: str) -> None:
         tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
     ).save_pretrained(folder)
     settings = {"size": {"height": PX, "width": PX}, "do_center_crop": False}
+    if kind == "Siglip2":  # NaFlex: any aspect ratio, as at most so many patches
+        settings = {"patch_size": 8, "max_num_patches": 16}
     getattr(transformers, f"{kind}ImageProcessor")(**settings).save_pretrained(folder)
 
 
@@ -39,15 +41,18 @@ def write_encoder(folder, kind: str) -> str:
     tower = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = tower | {"image_size": PX, "patch_size": 8}
     text = tower | {"vocab_size": len(WORDS), "max_position_embeddings": 16, "pad_token_id": 0}
-    if kind == "Siglip":
-        config = transformers.SiglipConfig(vision_config=vision, text_config=text | {"projection_size": WIDTH})
-        model = transformers.SiglipModel(config)
+    if kind.startswith("Siglip"):
+        if kind == "Siglip2":
+            vision = tower | {"num_patches": 16, "patch_size": 8}
+        text |= {"projection_size": WIDTH}
+        config = getattr(transformers, f"{kind}Config")(vision_config=vision, text_config=text)
+        model = getattr(transformers, f"{kind}Model")(config)
     else:
         text |= {"bos_token_id": 2, "eos_token_id": 3}
         config = getattr(transformers, f"{kind}Config")(vision_config=vision, text_config=text, projection_dim=WIDTH)
         model = getattr(transformers, f"{kind}Model")(config)
     model.save_pretrained(folder)
-    write_processor(folder, "Siglip" if kind == "Siglip" else "CLIP")
+    write_processor(folder, kind if kind.startswith("Siglip") else "CLIP")
     return str(folder)
 
 
@@ -76,7 +81,7 @@ def built(**columns):
     return {one.columns[0]: build_scorer(one) for one in chosen_scorers(ScorerConfig(**names))}
 
 
-@pytest.mark.parametrize("kind", ["CLIP", "MetaClip2", "Siglip"])
+@pytest.mark.parametrize("kind", ["CLIP", "MetaClip2", "Siglip", "Siglip2"])
 def test_similarity_is_the_cosine_that_the_whole_model_gives(tmp_path, kind):
     import transformers
 
@@ -96,13 +101,13 @@ def test_similarity_is_the_cosine_that_the_whole_model_gives(tmp_path, kind):
     images = transformers.AutoImageProcessor.from_pretrained(place)(
         images=[s.image for s in batch], return_tensors="pt"
     )
-    padding = {"padding": "max_length", "max_length": 16} if kind == "Siglip" else {"padding": True}
+    padding = {"padding": "max_length", "max_length": 16} if kind.startswith("Siglip") else {"padding": True}
     texts = transformers.AutoTokenizer.from_pretrained(place)(list(batch[0].captions), return_tensors="pt", **padding)
     with torch.inference_mode():
         out = model(
             input_ids=texts["input_ids"],
-            pixel_values=images["pixel_values"],
-            **({} if kind == "Siglip" else {"attention_mask": texts["attention_mask"]}),
+            **images,  # of NaFlex also masks and shapes
+            **({} if kind.startswith("Siglip") else {"attention_mask": texts["attention_mask"]}),
         )
     expected = (out.image_embeds @ out.text_embeds.T).max(1).values.numpy()
     assert scores == pytest.approx(expected, abs=3e-3)
