@@ -1,7 +1,7 @@
 """Pairs of 64-bit hashes within a radius, in this process: for each key (covers.py) hashes are sorted by it, and neighbours with
 equal keys are compared.
 
-As near.py's joins, which Spark runs, at about a quarter of their CPU time (docs/scale.md). Hashes and positions are on disk, mapped
+As near.py's joins, which Spark runs, in less CPU time (docs/scale.md). Hashes and positions are on disk, mapped
 into memory; a key is sorted in pieces of about `PIECE_ROWS`.
 """
 
