@@ -13,12 +13,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("workflows", "tasks", "model", "eval")
-# role -> packages that only its pods load, of which task.py has the tasks; all roles load the files directly in tasks/
+# role -> packages that only its pods load, of which task.py has the tasks, or __main__.py a command for pods; all roles load
+# the files directly in tasks/
 FOLDERS = {
     "curation": ["tasks.planning", "tasks.curation"],
     "scorer": ["tasks.curation", "eval.judges.pp_ocr"],
     "encoder": ["tasks.encoding", "model"],
-    "trainer": ["tasks.training", "tasks.merging", "model"],
+    "trainer": ["tasks.training", "tasks.merging", "tasks.preflight", "model"],
     "evaluator": ["tasks.evaluation", "eval", "model"],
     "publisher": ["tasks.publishing"],
 }
@@ -101,8 +102,9 @@ def folders_of(path: Path) -> set[str]:
 
 
 def task_modules(role: str) -> list[str]:
-    """Our modules with the tasks of a role."""
-    return [module for folder in FOLDERS[role] if find_file(module := f"{folder}.task")]
+    """Our modules with the tasks of a role, and its commands for pods."""
+    modules = (f"{folder}.{name}" for folder in FOLDERS[role] for name in ("task", "__main__"))
+    return [module for module in modules if find_file(module)]
 
 
 def third_party(role: str) -> Iterator[tuple[str, str, str]]:

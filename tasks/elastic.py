@@ -15,6 +15,8 @@ See docs/decisions/flyte.md.
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +30,14 @@ from flytekitplugins.kfpytorch import Elastic
 from flytekitplugins.kfpytorch.error_handling import RECOVERABLE_ERROR_FILE_NAME
 from flytekitplugins.kfpytorch.task import PytorchElasticFunctionTask
 
+from model import storage
+from model.logs import get_logger
+from tasks.store import store
+
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+logger = get_logger(__name__)
 
 LOOK_EVERY_S = 10.0
 
@@ -40,6 +48,13 @@ class PreemptibleElastic(Elastic):
 
 class PreemptibleElasticTask(PytorchElasticFunctionTask):
     def _execute(self, **kwargs: Any) -> Any:
+        try:
+            return self._attempt(**kwargs)
+        except FlyteRecoverableException:
+            upload_traces()
+            raise
+
+    def _attempt(self, **kwargs: Any) -> Any:
         """Raises FlyteRecoverableException in two cases. The agent got a signal and its workers have ended: the plugin
         would then end normally, with neither outputs nor an error. Or a signal ended a worker (an abort, or the
         kernel's out-of-memory killer), which the plugin would treat as an error of the user's code.
@@ -72,6 +87,23 @@ class PreemptibleElasticTask(PytorchElasticFunctionTask):
                 raise
             message = f"{signalled}: the next attempt goes on from the last checkpoint"
             raise FlyteRecoverableException(message) from signalled
+
+
+def upload_traces() -> None:
+    """Copies this node's dumps of NCCL's flight recorder to NUCLEUS_STORE/nccl/EXECUTION: the operator removes the pods of a
+    failed attempt at once. An error of the store does not replace that of the attempt."""
+    prefix = os.environ.get("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "")
+    dumps = sorted(Path(prefix).parent.glob(f"{Path(prefix).name}*")) if prefix else []
+    if not dumps or not storage.is_remote(store()):
+        return
+    execution = FlyteContextManager.current_context().user_space_params.execution_id.name
+    folder = storage.join(store(), "nccl", execution)
+    try:
+        for dump in dumps:
+            storage.upload(dump, storage.join(folder, f"{socket.gethostname()}-{dump.name}"))
+        logger.warning(f"{len(dumps)} dumps of NCCL's flight recorder are in {folder}")
+    except Exception as error:
+        logger.warning(f"no dump of NCCL's flight recorder could be copied to {folder}: {error}")
 
 
 def errors_of_code(failure: ProcessFailure) -> str:

@@ -42,7 +42,7 @@ CACHE_VERSIONS = {
     "merging": "1",
     "prompts": "1",
     "evaluation": "8",
-    "publishing": "4",
+    "publishing": "5",
     "study": "2",
 }
 
@@ -106,13 +106,16 @@ def _options(role: str, kind: str, size: profiles.Size, gpu: int = 0) -> dict[st
         gpu=str(gpu) if gpu else None,
         ephemeral_storage=f"{size.ephemeral_gib}Gi",
     )
+    template = profiles.pod_template(role)
+    if template and role == "trainer" and kind != "trainer":
+        template = "nucleus-trainer"  # merges and dynamic workflows need no EFA devices, which CPU nodes lack
     options = {
         "container_image": image(role),
         "retries": 3,
         "timeout": TIMEOUTS[kind],
         "requests": resources,
         "limits": resources,
-        "pod_template_name": profiles.pod_template(role),
+        "pod_template_name": template,
         "environment": STORE | _own_image(role),
         # Without flytekit's list of packages, which needs a run of pip in each task with a deck: manifests name the
         # image.
@@ -156,7 +159,7 @@ def light(role: str) -> dict[str, Any]:
 
 
 def planner() -> dict[str, Any]:
-    """Options of the task that checks a recipe, also against the registered number of training processes."""
+    """Options of a task that checks a recipe or a corpus against the registered number of training processes and the profile."""
     options = dynamic("curation")
     return options | {"environment": options["environment"] | ENDPOINTS}
 
@@ -183,7 +186,17 @@ def captioner() -> dict[str, Any]:
 
 def gather(role: str) -> dict[str, Any]:
     """Options of a task that reads every shard."""
-    return _options(role, "gather", PROFILE.gather) | _hub_secret(role == "publisher")
+    return _options(role, "gather", PROFILE.gather)
+
+
+def publisher() -> dict[str, Any]:
+    """Options of the task that loads the whole pipeline on CPUs and uploads it."""
+    return _options("publisher", "gather", PROFILE.publish) | _hub_secret(True)
+
+
+def merger() -> dict[str, Any]:
+    """Options of the task that copies all checkpoints of a stage to its disk and merges them."""
+    return _options("trainer", "gather", PROFILE.merge, gpu=_gpus(1))
 
 
 def tables(role: str) -> dict[str, Any]:
@@ -237,6 +250,8 @@ def trainer() -> dict[str, Any]:
     options = _options("trainer", "trainer", size if gpus else share, gpu=gpus)
     options |= {"retries": TRAIN_RETRIES, "interruptible": True} | _secret("NUCLEUS_WANDB_SECRET", "WANDB_API_KEY")
     environment = dict(options["environment"])
+    if port := os.environ.get("NUCLEUS_METRICS_PORT"):
+        environment["NUCLEUS_METRICS_PORT"] = port
     if gpus:
         environment |= PROFILE.environment | (profiles.EFA if profiles.fabric() else {})
         # Shapes change from step to step: with segments of fixed size, freed memory would be fragmented. Set another
@@ -264,11 +279,18 @@ def trainer() -> dict[str, Any]:
         if queue := os.environ.get("NUCLEUS_QUEUE"):
             options["labels"] = {"kueue.x-k8s.io/queue-name": queue}
         pod = V1PodSpec(containers=[], termination_grace_period_seconds=TRAIN_GRACE_S + REPORT_S)
-        options["pod_template"] = PodTemplate(pod_spec=pod)
+        level = os.environ.get("NUCLEUS_TOPOLOGY")
+        annotations = {"kueue.x-k8s.io/podset-preferred-topology": level} if queue and level else None
+        options["pod_template"] = PodTemplate(pod_spec=pod, annotations=annotations)
         environment |= REGISTERED | {
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(TRAIN_GRACE_S),
         }
     return options | {"environment": environment}
+
+
+def training_scratch_gib() -> int:
+    """Ephemeral storage of a training pod."""
+    return PROFILE.train.ephemeral_gib * (TRAIN_NPROC if PROFILE.accelerator else 1)
 
 
 def _gpus(count: int) -> int:

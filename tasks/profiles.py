@@ -2,8 +2,11 @@
 
 NUCLEUS_PROFILE         cpu-small, a10g, l40s, h100 (default), h200, b200; NUCLEUS_ACCELERATOR=none is cpu-small
 NUCLEUS_ACCELERATOR_LABEL   the value of the site's own accelerator label, if it differs from the profile's
-NUCLEUS_FABRIC          efa, or nothing: selects training's PodTemplate and libfabric's environment
+NUCLEUS_FABRIC          efa, or nothing: selects training's PodTemplate (by the profile) and libfabric's environment
 NUCLEUS_QUEUE           Kueue's LocalQueue for training jobs; unset: no queue
+NUCLEUS_TOPOLOGY        a level of Kueue's Topology: a job's pods are placed in one domain of it if they fit. Only for queues whose
+                        flavors have a topology: with others Kueue would never admit the job
+NUCLEUS_METRICS_PORT    port at which training serves its metrics (model/train/metrics.py); k8s opens 9464
 NUCLEUS_POD_TEMPLATES   off: the namespace has no PodTemplates (k8s/base has them)
 NUCLEUS_HUB_SECRET      name of the secret with HF_TOKEN, for tasks that read from or publish to the Hub
 NUCLEUS_WANDB_SECRET    name of the secret with WANDB_API_KEY, for training: its metrics then go to Weights & Biases too
@@ -37,6 +40,12 @@ class Profile:
     light: Size = Size(1, 2, 5)
     shard: Size = Size(4, 16, 50)
     gather: Size = Size(16, 64, 500)
+    # At 17B the pipeline is loaded in 52 GB (publish.check_memory_bytes), and 16 checkpoints to merge take 1.08 TB: the merge
+    # runs on a node with an accelerator, whose disks have room.
+    publish: Size = Size(16, 128, 500)
+    merge: Size = Size(22, 220, 1600)
+    # PodTemplate of training with as many EFA devices as a node has; empty: these nodes have none
+    efa_template: str = ""
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -57,13 +66,27 @@ PROFILES = {
     for profile in (
         Profile(
             "cpu-small", None, 0, gpu=Size(2, 6, 5), train=Size(2, 6, 5), shared_memory_gib=1,
-            shard=Size(1, 4, 5), gather=Size(2, 6, 5),
+            shard=Size(1, 4, 5), gather=Size(2, 6, 5), publish=Size(2, 6, 5), merge=Size(2, 6, 5),
         ),
-        Profile("a10g", "nvidia-a10g", 1, Size(12, 48, 200), Size(12, 48, 200), 8, environment=_NCCL),
-        Profile("l40s", "nvidia-l40s", 1, Size(24, 200, 300), Size(24, 200, 300), 16, environment=_NCCL),
-        Profile("h100", "nvidia-h100", 8, Size(22, 220, 800), Size(22, 220, 800), 64, environment=_NCCL),
-        Profile("h200", "nvidia-h200", 8, Size(22, 220, 800), Size(22, 220, 800), 64, environment=_NCCL),
-        Profile("b200", "nvidia-b200", 8, Size(22, 220, 800), Size(22, 220, 800), 64, environment=_NCCL),
+        Profile(
+            "a10g", "nvidia-a10g", 1, Size(12, 48, 200), Size(12, 48, 200), 8, merge=Size(12, 48, 200), environment=_NCCL
+        ),
+        Profile(
+            "l40s", "nvidia-l40s", 1, Size(24, 200, 300), Size(24, 200, 300), 16, merge=Size(24, 200, 300),
+            environment=_NCCL,
+        ),
+        Profile(
+            "h100", "nvidia-h100", 8, Size(22, 220, 800), Size(22, 220, 800), 64,
+            efa_template="nucleus-trainer-efa", environment=_NCCL,
+        ),
+        Profile(
+            "h200", "nvidia-h200", 8, Size(22, 220, 800), Size(22, 220, 800), 64,
+            efa_template="nucleus-trainer-efa-16", environment=_NCCL,
+        ),
+        Profile(
+            "b200", "nvidia-b200", 8, Size(22, 220, 800), Size(22, 220, 800), 64,
+            efa_template="nucleus-trainer-efa-8", environment=_NCCL,
+        ),
     )
 }  # fmt: skip
 
@@ -73,6 +96,8 @@ SETTINGS = (
     "NUCLEUS_ACCELERATOR_LABEL",
     "NUCLEUS_FABRIC",
     "NUCLEUS_QUEUE",
+    "NUCLEUS_TOPOLOGY",
+    "NUCLEUS_METRICS_PORT",
     "NUCLEUS_POD_TEMPLATES",
     "NUCLEUS_HUB_SECRET",
     "NUCLEUS_WANDB_SECRET",
@@ -105,11 +130,23 @@ def fabric() -> str:
 
 
 def pod_template(role: str) -> str | None:
-    """Name of the namespace's PodTemplate for a role, as in k8s/base/podtemplates.yaml."""
+    """Name of the namespace's PodTemplate for a role, as in k8s/base/podtemplates.yaml and k8s/efa.
+
+    Raises:
+        ValueError: EFA is configured, and the profile's nodes have none.
+    """
     if os.environ.get("NUCLEUS_POD_TEMPLATES") == "off":
         return None
     if role == "trainer":
-        return "nucleus-trainer-efa" if fabric() else "nucleus-trainer"
+        if not fabric():
+            return "nucleus-trainer"
+        profile = chosen()
+        if not profile.efa_template:
+            having = ", ".join(name for name, each in PROFILES.items() if each.efa_template)
+            raise ValueError(
+                f"NUCLEUS_FABRIC='efa', but nodes of the profile {profile.name} have no EFA: use {having}, or leave it unset"
+            )
+        return profile.efa_template
     return {"curation": "nucleus-curation", "scorer": "nucleus-curation", "publisher": "nucleus-publisher"}.get(
         role, "nucleus-gpu"
     )

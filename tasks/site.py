@@ -12,6 +12,8 @@ SETTINGS = {
     "accelerator_label": "NUCLEUS_ACCELERATOR_LABEL",
     "fabric": "NUCLEUS_FABRIC",
     "queue": "NUCLEUS_QUEUE",
+    "topology": "NUCLEUS_TOPOLOGY",
+    "metrics_port": "NUCLEUS_METRICS_PORT",
     "pod_templates": "NUCLEUS_POD_TEMPLATES",
     "hub_secret": "NUCLEUS_HUB_SECRET",
     "wandb_secret": "NUCLEUS_WANDB_SECRET",

@@ -31,7 +31,7 @@ def images(lock: Path) -> dict[str, str]:
     """Role -> image by digest, from a lock of images built from this commit.
 
     Raises:
-        ValueError: no lock, a role is missing, or the images have other code.
+        ValueError: no lock, a role is missing, or the images have other code: also files that git does not track.
     """
     if not lock.is_file():
         raise ValueError(f"{lock} does not exist: make images REGISTRY=... pushes the images and writes it")
@@ -46,6 +46,12 @@ def images(lock: Path) -> dict[str, str]:
     if not same:
         raise ValueError(
             f"the images of {lock} were built from {built}, and the code differs: make images REGISTRY=..."
+        )
+    listed = ["git", "ls-files", "--others", "--exclude-standard", "--", *BUILT_FROM]
+    if untracked := subprocess.check_output(listed, cwd=ROOT, text=True).splitlines():
+        raise ValueError(
+            f"{untracked[0]} is in no commit, so that the images of {lock} lack it: commit or remove it, then make images "
+            "REGISTRY=..."
         )
     return {role: f"{locked['images'][role]['image']}@{locked['images'][role]['digest']}" for role in ROLES}
 

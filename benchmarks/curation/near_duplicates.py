@@ -165,7 +165,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="for the hashes and spilled tables")
     parser.add_argument("--search", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.make:
+        make_hashes(int(options.make[0]), Path(options.make[1]))
+        return
     if options.search:
         print(json.dumps(search(Path(options.search[0]), options.search[1])))
         return
@@ -176,7 +180,9 @@ def main() -> None:
         print(f"brute force: {output} of {pairs} pairs of {SAMPLE} records within the radius are proposed")
         runs: dict[tuple[int, str], list[dict]] = {(count, way): [] for count in options.counts for way in ways}
         for count in options.counts:
-            make_hashes(count, Path(folder) / f"{count}.parquet")
+            # In another process: on Linux the peak of this one would count as that of the searches that it starts.
+            command = [sys.executable, __file__, "--make", str(count), str(Path(folder) / f"{count}.parquet")]
+            subprocess.run(command, check=True)
         for _ in range(options.rounds):
             for (count, way), results in runs.items():
                 command = [sys.executable, __file__, "--search", str(Path(folder) / f"{count}.parquet"), way]

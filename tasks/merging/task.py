@@ -9,7 +9,7 @@ from tasks import envs
 from tasks.artifacts import CheckpointsDir, MergedDir, fetch, produce
 
 
-@task(cache=envs.cache("merging"), enable_deck=True, **envs.gather("trainer"))
+@task(cache=envs.cache("merging"), enable_deck=True, **envs.merger())
 def merge_checkpoints(checkpoints: CheckpointsDir, model: TransformerConfig, config: MergeConfig) -> MergedDir:
     """Merges into one transformer in diffusers' layout. `model` has the capacity factors of the last stage."""
     from tasks.merging import merge_stage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -98,18 +99,19 @@ def check_scoring(config: EvalConfig) -> None:
 
 
 def check_ranks(train: TrainSettings, nnodes: int, nproc_per_node: int, local: bool) -> None:
-    """Refuses, before any work, a recipe whose number of ranks differs from the training task's. The latter is fixed
-    when workflows are registered, or when a local run starts (`envs.TRAIN_NNODES`, `envs.TRAIN_NPROC`).
+    """Refuses, before any work, a recipe whose nodes, or processes on a node, differ from the training task's. These are fixed
+    when workflows are registered, or when a local run starts (`envs.TRAIN_NNODES`, `envs.TRAIN_NPROC`). As many processes on
+    other machines are refused too: expert parallelism is chosen for the GPUs of a node.
 
     Raises:
         ValueError: shows the arithmetic, and how to change it.
     """
-    processes, given = train.nnodes * train.nproc_per_node, nnodes * nproc_per_node
-    if processes != given:
+    asked, given = (train.nnodes, train.nproc_per_node), (nnodes, nproc_per_node)
+    if asked != given:
         command = "pyflyte run" if local and train.nnodes == 1 else "pyflyte register or pyflyte run --remote"
         raise ValueError(
-            f"train.nnodes={train.nnodes} x train.nproc_per_node={train.nproc_per_node} = {processes}, but the "
-            f"training task has {nnodes} x {nproc_per_node} = {given} processes: set "
+            f"train.nnodes={train.nnodes} x train.nproc_per_node={train.nproc_per_node} = {math.prod(asked)}, but the "
+            f"training task has {nnodes} x {nproc_per_node} = {math.prod(given)} processes: set "
             f"NUCLEUS_TRAIN_NNODES={train.nnodes} NUCLEUS_TRAIN_NPROC={train.nproc_per_node} for {command}, or change "
             "the recipe"
         )

@@ -23,6 +23,7 @@ from tasks.evaluation.models import Model
 from tasks.evaluation.plan import further_configs
 from tasks.planning import word_limit
 from tasks.planning.candidates import Candidate
+from tasks.planning.cluster_run import check_download, with_shared_checkpoints
 from tasks.planning.local_cache import forget_lost_artifacts
 from tasks.planning.local_run import check_directories
 from tasks.planning.sections import (
@@ -39,7 +40,7 @@ from tasks.planning.sections import (
 from tasks.planning.source import check_source, check_takedown
 from tasks.publishing.config import PublishConfig
 from tasks.recipe import load_recipe
-from tasks.store import home
+from tasks.store import home, store
 
 logger = get_logger(__name__)
 
@@ -81,7 +82,8 @@ def resolve_recipe(
             path = source or loaded.source.path or ""
             check_source(path, is_local())
             check_settings(loaded.curation.scorers)
-        if MILESTONES.index(starts_from) < MILESTONES.index("checkpoints") <= MILESTONES.index(ends_in):
+        trains = MILESTONES.index(starts_from) < MILESTONES.index("checkpoints") <= MILESTONES.index(ends_in)
+        if trains:
             check_ranks(loaded.train, envs.TRAIN_NNODES, envs.TRAIN_NPROC, is_local())
         if starts_from == "source" and loaded.curation.captioner is not None:
             check_captioner(loaded.curation.captioner)
@@ -97,6 +99,9 @@ def resolve_recipe(
         with plain_errors():
             for config in (loaded.eval, *further):
                 catalog.check_installed(config)
+    trained = loaded  # apart from the recipe to publish, which has no places of this cluster
+    if trains and not is_local():
+        trained = with_shared_checkpoints(loaded, store())
     forget_lost_artifacts(CACHE_LOCATION)
     return Sections(
         name=loaded.name,
@@ -105,7 +110,7 @@ def resolve_recipe(
         curation=loaded.curation,
         components=loaded.components,
         encoding=loaded.encoding,
-        stages=stages(loaded),
+        stages=stages(trained),
         merge=loaded.merge,
         eval=loaded.eval.model_copy(update={"further_benchmarks": ()}),
         further_evals=further,
@@ -122,15 +127,18 @@ def _further_configs(config: EvalConfig) -> list[EvalConfig]:
     return configs
 
 
-@task(**envs.light("curation"))
+@task(**envs.planner())
 def check_curated(curated: CuratedDir, stages: list[Stage]) -> dict[str, int]:
-    """Refuses a corpus without images for a stage, before it is encoded. Returns the number of images by tier."""
+    """Refuses a corpus without images for a stage, or with more latents than a training pod can copy, before it is encoded.
+    Returns the number of images by tier."""
     from tasks.curation.curated import LARGE_FILES, images_by_tier
 
     path = fetch(curated, "curated", LARGE_FILES)
     with plain_errors():
         counts = images_by_tier(path)
         check_tiers(counts, stages)
+        if not is_local():
+            check_download(counts, stages, envs.training_scratch_gib())
     return counts
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from tasks import preflight, profiles
-from tasks.preflight import checks, cluster, services  # noqa: F401  (they register their checks)
+from tasks.preflight import checks, cluster, namespace, nodes, queues, services  # noqa: F401  (they register their checks)
 from tasks.recipe import load_recipe
 from tasks.site import SETTINGS, load_site
 
@@ -44,7 +44,9 @@ def target(arguments: argparse.Namespace) -> checks.Target:
         hub_secret=section.get("hub_secret", ""),
         wandb_secret=section.get("wandb_secret", ""),
         pod_templates=section.get("pod_templates") not in ("off", False),
+        endpoints=section.get("endpoints", ""),
         bucket=section.get("bucket", ""),
+        store=section["store"],
         endpoint=admin["endpoint"],
         insecure=bool(admin.get("insecure")),
         project=section["project"],

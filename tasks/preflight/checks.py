@@ -42,11 +42,13 @@ class Target:
     namespace: str
     fabric: str = ""
     queue: str = ""
-    accelerator: str = ""
+    accelerator: str = ""  # the site's own value of the label; empty: the profile's
     hub_secret: str = ""
     wandb_secret: str = ""
     pod_templates: bool = True
+    endpoints: str = ""  # of captioners, separated by commas
     bucket: str = ""
+    store: str = ""
     endpoint: str = ""
     insecure: bool = False
     project: str = ""

@@ -9,13 +9,12 @@ import uuid
 from typing import Any
 from urllib.parse import urlsplit
 
+from tasks.preflight import registry_client
 from tasks.preflight.checks import Failed, Skipped, Target, check
+from tasks.preflight.cluster import flyte_config, section
 
+STOCK_LIMITS = {"cpu": "2", "memory": "1Gi", "gpu": "1"}  # flyteadmin's, where its configuration sets none
 PART = 5 * 2**20  # the smallest part of a multipart upload
-ACCEPT = (
-    "application/vnd.oci.image.manifest.v1+json, application/vnd.oci.image.index.v1+json, "
-    "application/vnd.docker.distribution.manifest.v2+json"
-)
 
 
 @check("recipe and shape", "Register the recipe's own shape, or override train.nnodes and train.nproc_per_node.")
@@ -46,14 +45,14 @@ def _s3(endpoint: str | None) -> Any:
 
 
 class _Probe:
-    """The object that the checks of the bucket write."""
+    """The object that the checks of a place in the object store write, under its folder .preflight."""
 
-    def __init__(self, target: Target):
-        if not target.bucket:
+    def __init__(self, place: str):
+        if not place:
             raise Skipped("no bucket is configured (nucleus.bucket)")
-        parts = urlsplit(target.bucket)
+        parts = urlsplit(place)
         if parts.scheme != "s3":
-            raise Skipped(f"{target.bucket} is not in S3")
+            raise Skipped(f"{place} is not in S3")
         self.s3 = _s3(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
         self.bucket = parts.netloc
         self.key = f"{parts.path.strip('/')}/.preflight/{uuid.uuid4().hex}".lstrip("/")
@@ -61,14 +60,27 @@ class _Probe:
 
 @check("bucket", "Create the bucket, and let this identity list it.")
 def bucket(target: Target) -> str:
-    probe = _Probe(target)
+    probe = _Probe(target.bucket)
     probe.s3.head_bucket(Bucket=probe.bucket)
     return target.bucket
 
 
 @check("bucket write, read, delete", "Allow s3:PutObject, s3:GetObject and s3:DeleteObject under the prefix.")
 def bucket_object(target: Target) -> str:
-    probe, body = _Probe(target), os.urandom(64)
+    return _round_trip(target.bucket)
+
+
+@check(
+    "store", "Set nucleus.store to a bucket that pods share, and allow s3:PutObject, s3:GetObject and s3:DeleteObject."
+)
+def store(target: Target) -> str:
+    if not urlsplit(target.store).scheme:
+        raise Failed(f"{target.store} is a directory: pods cannot see each other's parts")
+    return f"{target.store}: {_round_trip(target.store)}"
+
+
+def _round_trip(place: str) -> str:
+    probe, body = _Probe(place), os.urandom(64)
     probe.s3.put_object(Bucket=probe.bucket, Key=probe.key, Body=body)
     try:
         if probe.s3.get_object(Bucket=probe.bucket, Key=probe.key)["Body"].read() != body:
@@ -80,7 +92,7 @@ def bucket_object(target: Target) -> str:
 
 @check("bucket multipart", "Allow s3:PutObject and s3:AbortMultipartUpload; checkpoints are uploaded in parts.")
 def bucket_multipart(target: Target) -> str:
-    probe = _Probe(target)
+    probe = _Probe(target.bucket)
     at = {"Bucket": probe.bucket, "Key": probe.key}
     upload = probe.s3.create_multipart_upload(**at)["UploadId"]
     try:
@@ -94,7 +106,7 @@ def bucket_multipart(target: Target) -> str:
 def bucket_conditional(target: Target) -> str:
     from botocore.exceptions import ClientError
 
-    probe = _Probe(target)
+    probe = _Probe(target.bucket)
     at = {"Bucket": probe.bucket, "Key": probe.key}
     probe.s3.put_object(**at, Body=b"1", IfNoneMatch="*")
     try:
@@ -118,25 +130,23 @@ def image_digests(target: Target) -> str:
     return f"{len(target.images)} roles by digest"
 
 
-@check("images can be pulled", "Push the images, and let this identity read the registry.")
+@check("images can be pulled", "Push the images, and log in to the registry (docker login) if it is private.")
 def images_pulled(target: Target) -> str:
-    import requests
-
     if not target.images:
         raise Skipped("there is no lock of images")
     locked = 0
     for role, image in target.images.items():
         name, digest = image.split("@")
         registry, repository = name.split("/", 1)
-        scheme = "http" if registry.split(":")[0] in ("localhost", "127.0.0.1") else "https"
-        url = f"{scheme}://{registry}/v2/{repository}/manifests/{digest}"
-        answer = requests.head(url, headers={"Accept": ACCEPT}, timeout=20, allow_redirects=True)
-        if answer.status_code in (401, 403):
+        status = registry_client.manifest_status(registry, repository, digest)
+        if status in (401, 403):
             locked += 1
-        elif answer.status_code != 200:
-            raise Failed(f"{role}: {registry} answers {answer.status_code} for {repository}@{digest[:19]}")
+        elif status != 200:
+            raise Failed(f"{role}: {registry} answers {status} for {repository}@{digest[:19]}")
     if locked:
-        raise Skipped(f"the registry asks for credentials: {locked} of {len(target.images)} were not looked up")
+        raise Skipped(
+            f"the registry refuses {locked} of {len(target.images)} to the login of this machine (docker login): not looked up"
+        )
     return f"{len(target.images)} manifests are there"
 
 
@@ -153,12 +163,15 @@ def _admin(target: Target):
     return admin_pb2_grpc.AdminServiceStub(channel)
 
 
-def _call(method, request):
+def _call(method, request, absent: Any = None):
+    """The answer of flyteadmin; `absent`, if given, where it says that there is no such object."""
     import grpc
 
     try:
         return method(request, timeout=15)
     except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.NOT_FOUND and absent is not None:
+            return absent
         if error.code() == grpc.StatusCode.UNAUTHENTICATED:
             raise Skipped(
                 "the endpoint asks for a login: pyflyte -c config/flyte.yaml does it at registration"
@@ -197,14 +210,17 @@ def flyte_project(target: Target) -> str:
     "Raise task_resources.limits (k8s/helm), or this project's by flytectl update task-resource-attribute.",
 )
 def task_limits(target: Target) -> str:
+    """The project's own limits, or those of Flyte's configuration where the project has none."""
     from flyteidl.admin import matchable_resource_pb2, project_domain_attributes_pb2
     from kubernetes.utils import parse_quantity
 
     request = project_domain_attributes_pb2.ProjectDomainAttributesGetRequest(
         project=target.project, domain=target.domain, resource_type=matchable_resource_pb2.TASK_RESOURCE
     )
-    answer = _call(_admin(target).GetProjectDomainAttributes, request)
-    limits = answer.attributes.matching_attributes.task_resource_attributes.limits
+    none = project_domain_attributes_pb2.ProjectDomainAttributesGetResponse()
+    answer = _call(_admin(target).GetProjectDomainAttributes, request, absent=none)
+    own = answer.attributes.matching_attributes.task_resource_attributes.limits
+    configured = STOCK_LIMITS | section(flyte_config(target), "task_resources", "limits")
     share = target.profile.train
     needed = {
         "cpu": str(share.cpu * target.nproc),
@@ -212,7 +228,9 @@ def task_limits(target: Target) -> str:
         "gpu": str(target.nproc if target.gpus else 0),
     }
     for name, amount in needed.items():
-        limit = getattr(limits, name)
-        if limit and parse_quantity(limit) < parse_quantity(amount):
-            raise Failed(f"{name} {limit}, and a training pod asks for {amount}")
+        limit, of = getattr(own, name), f"project {target.project}"
+        if not limit:
+            limit, of = str(configured[name]), "Flyte's configuration"
+        if parse_quantity(limit) < parse_quantity(amount):
+            raise Failed(f"{name} {limit} ({of}), and a training pod asks for {amount}")
     return ", ".join(f"{name} {amount}" for name, amount in needed.items())

@@ -14,6 +14,7 @@ class PublishConfig(Section):
     license: str = "apache-2.0"
     hub_repo_id: str | None = None  # pushed there if set
     hub_private: bool = True  # a repository made for it is private; an existing public one is refused
+    hub_revision: str | None = None  # a branch, made if it does not exist; None: main
     s3_uri: str | None = None  # uploaded there if set
     s3_bucket_owner: str | None = None  # account id that must own that bucket
 

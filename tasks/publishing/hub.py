@@ -1,4 +1,7 @@
-"""Pushes a sealed pipeline directory to the Hugging Face Hub, in one commit."""
+"""Pushes a sealed pipeline directory to the Hugging Face Hub, in one commit.
+
+Not by `upload_large_folder`: it makes a commit for every few files, so that an interrupted push would be a mixture.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,9 @@ logger = get_logger(__name__)
 FRESH = {".gitattributes"}  # files that the Hub adds to a new repository
 
 
-def push(directory: str | Path, repo_id: str, private: bool = True, api: Any = None) -> dict[str, Any]:
+def push(
+    directory: str | Path, repo_id: str, private: bool = True, api: Any = None, revision: str | None = None
+) -> dict[str, Any]:
     """Makes the repository if it does not exist, uploads every file in one commit, and checks that all arrived.
 
     Running it again is safe: the Hub skips files that it has. Files of our older push that are not in the directory are
@@ -28,6 +33,7 @@ def push(directory: str | Path, repo_id: str, private: bool = True, api: Any = N
         repo_id: "name" or "owner/name".
         private: whether a new repository is private. An existing public one is then refused.
         api: a huggingface_hub.HfApi; default: one with the token of HF_TOKEN or `hf auth login`.
+        revision: a branch, made from main if it does not exist; None: main.
 
     Returns:
         {"repo_id", "url", "commit", "files", "digest"}.
@@ -47,9 +53,11 @@ def push(directory: str | Path, repo_id: str, private: bool = True, api: Any = N
     try:
         repo = api.create_repo(repo_id, repo_type="model", private=private, exist_ok=True)
         repo_id = getattr(repo, "repo_id", repo_id)  # with the owner
-        parent, stale = _look(api, repo_id, private, set(wanted))
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, repo_type="model", exist_ok=True)
+        parent, stale = _look(api, repo_id, private, set(wanted), revision)
         logger.info(f"hub: pushing {len(wanted)} files to {repo_id}")
-        commit = _commit(api, repo_id, directory, manifest, parent, stale)
+        commit = _commit(api, repo_id, directory, manifest, parent, stale, revision)
         there = _files(api, repo_id, commit.oid)
     except LocalTokenNotFoundError as error:
         raise ValueError("the Hub needs a token: set HF_TOKEN or run `hf auth login`") from error
@@ -74,7 +82,7 @@ def push(directory: str | Path, repo_id: str, private: bool = True, api: Any = N
             raise ValueError(f"{repo_id} holds another {name} than was pushed: SHA-256 {lfs.sha256}")
     return {
         "repo_id": repo_id,
-        "url": f"https://huggingface.co/{repo_id}",
+        "url": f"https://huggingface.co/{repo_id}" + (f"/tree/{revision}" if revision else ""),
         "commit": commit.oid,
         "files": len(wanted),
         "digest": manifest.digest,
@@ -90,13 +98,15 @@ def _files(api: Any, repo_id: str, revision: str | None) -> dict[str, Any]:
     return {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}  # files, not folders
 
 
-def _look(api: Any, repo_id: str, private: bool, wanted: set[str]) -> tuple[str | None, list[str]]:
+def _look(
+    api: Any, repo_id: str, private: bool, wanted: set[str], revision: str | None
+) -> tuple[str | None, list[str]]:
     """(parent commit, files of an older push to delete).
 
     Raises:
         ValueError: the repository is public although `private` is set, or was not written by this project.
     """
-    info = api.repo_info(repo_id, repo_type="model")
+    info = api.repo_info(repo_id, repo_type="model", revision=revision)
     if private and info.private is False:
         raise ValueError(
             f"{repo_id} is public, and publish.hub_private is true: set it to false to publish there, or choose another name"
@@ -118,7 +128,15 @@ def _look(api: Any, repo_id: str, private: bool, wanted: set[str]) -> tuple[str 
     return info.sha, sorted((ours & there) - wanted)
 
 
-def _commit(api: Any, repo_id: str, directory: Path, manifest: Manifest, parent: str | None, stale: list[str]) -> Any:
+def _commit(
+    api: Any,
+    repo_id: str,
+    directory: Path,
+    manifest: Manifest,
+    parent: str | None,
+    stale: list[str],
+    revision: str | None,
+) -> Any:
     """One commit of links to the directory's files and the public manifest."""
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".pushing-") as staging:
         for name in (*manifest.files, *manifest.logs):
@@ -133,6 +151,7 @@ def _commit(api: Any, repo_id: str, directory: Path, manifest: Manifest, parent:
             repo_type="model",
             folder_path=staging,
             commit_message=f"{manifest.kind} {manifest.digest}",
+            revision=revision,
             parent_commit=parent,
             delete_patterns=stale or None,
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import re
 import shutil
@@ -36,6 +37,10 @@ from tasks.trace import lineage_rows
 logger = get_logger(__name__)
 
 SUMS = "SHA256SUMS"
+# The check of a pipeline with more parameters loads it in bfloat16: at 17B, float32 would take 103 GB.
+LARGE_PARAMETERS = 4_000_000_000
+LARGE_SIDE_PX = 256
+TIMEOUT_S, LARGE_TIMEOUT_S = 1800.0, 3 * 3600.0
 # The source of each part, the class that diffusers loads for it, and the files that it needs.
 PARTS = {
     "transformer": ("diffusers", "NucleusMoEImageTransformer2DModel", ("config.json", "*.safetensors")),
@@ -203,9 +208,9 @@ import json, sys, time
 start = time.time()
 import torch
 from diffusers import DiffusionPipeline, TextKVCacheConfig
-directory, height, width, project = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
+directory, height, width, dtype, project = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5:]
 device = "cuda" if torch.cuda.is_available() else "cpu"
-dtype = torch.bfloat16 if device == "cuda" else torch.float32
+dtype = torch.bfloat16 if device == "cuda" else getattr(torch, dtype)
 pipe = DiffusionPipeline.from_pretrained(directory, torch_dtype=dtype, local_files_only=True).to(device)
 pipe.set_progress_bar_config(disable=True)
 def draw():
@@ -218,7 +223,7 @@ assert plain.shape == (height, width, 3), plain.shape
 assert (plain == plain).all(), "the image has NaN"
 loaded = sorted({name.split(".")[0] for name in sys.modules} & set(project))
 assert not loaded, f"loading imported {loaded}"
-print("CHECK " + json.dumps({"ok": True, "class": type(pipe).__name__, "device": device, "image_size_px": [height, width],
+print("CHECK " + json.dumps({"ok": True, "class": type(pipe).__name__, "device": device, "dtype": str(dtype).rpartition(".")[2], "image_size_px": [height, width],
     "cache_max_difference": float(abs(plain - cached).max()), "seconds": round(time.time() - start, 1)}))
 """
 
@@ -239,20 +244,52 @@ def _without_secrets(home: str) -> dict[str, str]:
     return environment | {"HOME": home, "HF_HOME": home, "HF_HUB_OFFLINE": "1"}
 
 
+def count_parameters(directory: str | Path) -> int:
+    """Elements of all tensors in the safetensors files below a directory, by their headers."""
+    total = 0
+    for path in Path(directory).rglob("*.safetensors"):
+        with open(path, "rb") as file:
+            try:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            except ValueError:
+                continue  # loading reports the damaged file
+        total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    return total
+
+
+def check_dtype(parameters: int) -> str:
+    """The type in which `check_pipeline` loads a pipeline on a CPU."""
+    return "bfloat16" if parameters > LARGE_PARAMETERS else "float32"
+
+
+def check_memory_bytes(parameters: int) -> int:
+    """Bytes of the weights that `check_pipeline` loads on a CPU."""
+    return parameters * (2 if check_dtype(parameters) == "bfloat16" else 4)
+
+
 def check_pipeline(
-    directory: str | Path, height_px: int = 64, width_px: int = 64, timeout_s: float = 1800
+    directory: str | Path, height_px: int = 64, width_px: int = 64, timeout_s: float | None = None
 ) -> dict[str, Any]:
     """Loads the directory in a fresh process with only diffusers, transformers and torch, and draws one image in two
-    steps, without and with TextKVCacheConfig.
+    steps, without and with TextKVCacheConfig. A large pipeline is loaded in bfloat16, and draws at most 256 px.
+
+    Args:
+        timeout_s: default: 30 minutes, or 3 hours for a large pipeline.
 
     Returns:
-        {"ok": True, "class", "device", "image_size_px", "cache_max_difference", "seconds"}; the difference is of
-        pixels in [0, 1] and is 0 on CPU.
+        {"ok": True, "class", "device", "dtype", "image_size_px", "cache_max_difference", "seconds"}; the difference is of
+        pixels in [0, 1] and is 0 in float32.
 
     Raises:
         ValueError: it did not load or draw; the message has the last lines of the process's output.
     """
-    command = [sys.executable, "-I", "-c", _CHECK, str(Path(directory).resolve()), str(height_px), str(width_px)]
+    parameters = count_parameters(directory)
+    large = parameters > LARGE_PARAMETERS
+    if large:
+        height_px, width_px = min(height_px, LARGE_SIDE_PX), min(width_px, LARGE_SIDE_PX)
+    timeout_s = timeout_s or (LARGE_TIMEOUT_S if large else TIMEOUT_S)
+    command = [sys.executable, "-I", "-c", _CHECK, str(Path(directory).resolve())]
+    command += [str(height_px), str(width_px), check_dtype(parameters)]
     with tempfile.TemporaryDirectory() as elsewhere:
         try:
             done = subprocess.run(
@@ -271,8 +308,8 @@ def check_pipeline(
         last = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
         raise ValueError(f"{directory} does not load and draw in a fresh process (exit {done.returncode}):\n{last}")
     report = json.loads(reported[-1].removeprefix("CHECK "))
-    # bf16 on a GPU may batch matrix products differently; in float32 the cache is the same computation.
-    limit = 0.0 if report["device"] == "cpu" else 0.05
+    # bfloat16 may batch matrix products differently; in float32 the cache is the same computation.
+    limit = 0.0 if report["dtype"] == "float32" else 0.05
     if report["cache_max_difference"] > limit:
         raise ValueError(
             f"{directory}: with TextKVCacheConfig the image differs by {report['cache_max_difference']} (limit {limit})"
@@ -295,5 +332,5 @@ def upload(directory: str | Path, config: PublishConfig) -> dict[str, Any]:
     if config.s3_uri is not None:
         done["s3"] = s3.upload(directory, config.s3_uri, bucket_owner=config.s3_bucket_owner)
     if config.hub_repo_id is not None:
-        done["hub"] = hub.push(directory, config.hub_repo_id, private=config.hub_private)
+        done["hub"] = hub.push(directory, config.hub_repo_id, private=config.hub_private, revision=config.hub_revision)
     return done

@@ -26,7 +26,7 @@ from tasks.publishing.config import PublishConfig
 SHOWN = (".png", ".parquet")  # left out of further scorecards: only their numbers and pages are read
 
 
-@task(cache=envs.cache("publishing"), enable_deck=True, **envs.gather("publisher"))
+@task(cache=envs.cache("publishing"), enable_deck=True, **envs.publisher())
 def publish_pipeline(
     merged: MergedDir,
     components: ComponentsDir,
@@ -36,16 +36,19 @@ def publish_pipeline(
     config: PublishConfig,
     recipe_json: str,
 ) -> PipelineDir:
-    """Assembles the pipeline, checks it in a fresh process, and uploads it as the recipe says.
+    """Checks the lineage, assembles the pipeline, checks it in a fresh process, and uploads it as the recipe says.
 
     `further`: scorecards of the recipe's further benchmarks.
     """
     from tasks.curation.curated import LARGE_FILES
+    from tasks.lineage.ancestors import check_ancestors
     from tasks.publishing import publish, summary
 
     merged_path, components_path = fetch(merged, "merged"), fetch(components, "components")
     scorecard_path, curated_path = fetch(scorecard, "scorecard"), fetch(curated, "curated", LARGE_FILES)
     further_paths = [fetch(card, "scorecard", SHOWN) for card in further]
+    with plain_errors():
+        check_ancestors(merged_path, curated_path, [components_path, scorecard_path, *further_paths])
     recipe = publish.public_recipe(json.loads(recipe_json))
     side = recipe["eval"]["image_size_px"]
 

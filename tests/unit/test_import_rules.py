@@ -20,11 +20,11 @@ FLYTE_FILES = {"tasks/envs.py", "tasks/artifacts.py", "tasks/elastic.py"}
 # Configuration sections are below all passes, so that a recipe can be composed of them.
 LAYERS = (
     ("tasks.manifest", "tasks.diffusers_parts"),
-    ("tasks.store", "tasks.elastic", "tasks.hub_directory"),
-    ("tasks.sealed", "tasks.lineage.trace_page"),
+    ("tasks.store", "tasks.hub_directory"),
+    ("tasks.sealed", "tasks.lineage.trace_page", "tasks.elastic"),
     ("tasks.lineage.record_usage", "tasks.lineage.parents_page"),
     ("tasks.trace", "tasks.profiles", "tasks.site"),
-    ("tasks.envs",),
+    ("tasks.envs", "tasks.lineage.ancestors"),
     ("tasks.artifacts",),
     ("tasks.curation.config", "tasks.encoding.config", "tasks.publishing.config", "tasks.study.config"),
     ("tasks.curation",),

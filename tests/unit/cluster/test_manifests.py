@@ -18,8 +18,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from containers.lock import ROLES
+from tasks.preflight.cluster import FLYTE_DEPLOYMENTS, JOB_VERBS
+from tasks.profiles import PROFILES, pod_template
+
 ROOT = Path(__file__).resolve().parents[3]
 K8S = ROOT / "k8s"
+DOCUMENT = (ROOT / "docs" / "cluster.md").read_text()
 OVERLAYS = ("kind-cpu", "eks", "generic")
 VERSIONS = ("1.35", "1.36", "1.37")
 BUILT_IN = re.compile(r"^(v1|apps/v1|batch/v1|rbac.authorization.k8s.io/v1|scheduling.k8s.io/v1|networking.k8s.io/v1)$")
@@ -89,7 +94,7 @@ def values_of(node, key):
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_document_passes_the_schemas_of_all_supported_versions(overlay):
-    documents = rendered(overlay)
+    documents = rendered(overlay) + rendered("../captioner") + rendered("../preflight")
     assert len(documents) > 20
     for version in VERSIONS:
         for document in documents:
@@ -132,8 +137,8 @@ def test_quantities_and_address_ranges_are_valid(overlay):
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_pod_is_unprivileged_without_an_api_token_and_with_a_read_only_root(overlay):
-    specs = pod_specs(rendered(overlay))
-    assert len(specs) >= 4
+    specs = pod_specs(rendered(overlay) + rendered("../captioner"))
+    assert len(specs) >= 5
     for name, spec in specs:
         assert spec["automountServiceAccountToken"] is False, name
         assert spec["securityContext"]["runAsNonRoot"] is True and spec["securityContext"]["runAsUser"] == 10001, name
@@ -176,44 +181,154 @@ def test_traffic_is_closed_but_for_what_is_named_and_never_open_to_metadata_serv
                     assert any(ipaddress.ip_address("169.254.169.254") in network for network in closed)
 
 
-def test_training_has_efa_hugepages_and_time_to_save_in_its_template_of_the_namespace():
+def templates(overlay: str) -> dict[str, dict]:
+    return {d["metadata"]["name"]: d["template"] for d in rendered(overlay) if d["kind"] == "PodTemplate"}
+
+
+# EFA devices of p5.48xlarge, p5en.48xlarge and p6-b200.48xlarge.
+DEVICES = {"h100": "32", "h200": "16", "b200": "8"}
+
+
+@pytest.mark.parametrize("profile", DEVICES)
+def test_training_asks_for_its_nodes_efa_devices_and_hugepages_in_its_template_of_the_namespace(profile):
     """flytekit replaces a task's own resources: only a template of the namespace brings these into the pod."""
-    templates = {d["metadata"]["name"]: d["template"] for d in rendered("eks") if d["kind"] == "PodTemplate"}
-    template = templates["nucleus-trainer-efa"]
+    template = templates("eks")[PROFILES[profile].efa_template]
     primary = next(c for c in template["spec"]["containers"] if c["name"] == "primary")
-    assert primary["resources"]["limits"] == {"vpc.amazonaws.com/efa": "32", "hugepages-2Mi": "5120Mi"}
+    wanted = {"vpc.amazonaws.com/efa": DEVICES[profile], "hugepages-2Mi": "5120Mi"}
+    assert primary["resources"] == {"requests": wanted, "limits": wanted}
     assert template["spec"]["terminationGracePeriodSeconds"] >= 330
     assert template["metadata"]["annotations"]["karpenter.sh/do-not-disrupt"] == "true"
-    assert "nucleus-trainer-efa" not in {d["metadata"]["name"] for d in rendered("generic")}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_namespace_has_every_template_that_tasks_name(overlay, monkeypatch):
+    monkeypatch.delenv("NUCLEUS_POD_TEMPLATES", raising=False)
+    named = set()
+    for fabric in ("", "efa") if overlay == "eks" else ("",):
+        for profile in PROFILES.values():
+            if profile.efa_template or not fabric:
+                monkeypatch.setenv("NUCLEUS_PROFILE", profile.name)
+                monkeypatch.setenv("NUCLEUS_FABRIC", fabric)
+                named |= {pod_template(role) for role in ROLES}
+    assert templates(overlay).keys() == named  # no other: a template with EFA would be of no use without its devices
+
+
+def node_pools() -> dict[str, dict]:
+    return {d["metadata"]["name"]: d["spec"] for d in rendered("eks") if d["kind"] == "NodePool"}
 
 
 def test_node_pools_do_not_overlap_and_training_pools_stay_in_one_zone_undisturbed():
-    pools = {d["metadata"]["name"]: d["spec"] for d in rendered("eks") if d["kind"] == "NodePool"}
     types: list[str] = []
-    for name, spec in pools.items():
+    cpu = []
+    for name, spec in node_pools().items():
         needs = {r["key"]: r["values"] for r in spec["template"]["spec"]["requirements"]}
-        if "node.kubernetes.io/instance-type" in needs:
-            types += needs["node.kubernetes.io/instance-type"]
-            assert len(needs["topology.kubernetes.io/zone"]) == 1, name
-            assert "spot" not in needs["karpenter.sh/capacity-type"], name
-            assert spec["template"]["spec"]["expireAfter"] == "Never", name
-            assert {"nodes": "0", "reasons": ["Drifted", "Underutilized"]} in spec["disruption"]["budgets"], name
-    assert len(types) == len(set(types)) >= 3
-    assert any("spot" in str(spec) for spec in pools.values())
+        if "node.kubernetes.io/instance-type" not in needs:
+            cpu += needs["karpenter.sh/capacity-type"]
+            continue
+        types += needs["node.kubernetes.io/instance-type"]
+        assert len(needs["topology.kubernetes.io/zone"]) == 1, name
+        assert "spot" not in needs["karpenter.sh/capacity-type"], name
+        assert spec["template"]["spec"]["expireAfter"] == "Never", name
+        assert {"nodes": "0", "reasons": ["Drifted", "Underutilized"]} in spec["disruption"]["budgets"], name
+    assert len(types) == len(set(types)) >= 5
+    assert sorted(cpu) == ["on-demand", "spot"]
+
+
+@pytest.mark.parametrize("profile", [p for p in PROFILES.values() if p.accelerator], ids=lambda p: p.name)
+def test_every_profile_has_one_pool_whose_nodes_have_the_label_that_flyte_selects(profile):
+    """Karpenter makes a node only from a pool that has a pod's node selector among its labels."""
+    values = yaml.safe_load((K8S / "helm" / "flyte-binary.yaml").read_text())
+    (label,) = values_of(values, "gpu-device-node-label")
+    labels = [spec["template"]["metadata"]["labels"].get(label) for spec in node_pools().values()]
+    assert labels.count(profile.accelerator) == 1
+
+
+def test_tasks_that_plan_or_gather_have_a_pool_without_taint_spot_and_too_small_disks():
+    pools = node_pools()
+    open_pools = {name: spec for name, spec in pools.items() if not spec["template"]["spec"].get("taints")}
+    ((name, spec),) = open_pools.items()
+    template = spec["template"]["spec"]
+    needs = {r["key"]: r["values"] for r in template["requirements"]}
+    assert needs["karpenter.sh/capacity-type"] == ["on-demand"], name
+    classes = {d["metadata"]["name"]: d["spec"] for d in rendered("eks") if d["kind"] == "EC2NodeClass"}
+    for pool in (spec, pools["nucleus-filtering"]):
+        (disk,) = classes[pool["template"]["spec"]["nodeClassRef"]["name"]]["blockDeviceMappings"]
+        assert int(disk["ebs"]["volumeSize"].removesuffix("Gi")) > PROFILES["h100"].gather.ephemeral_gib
+    assert pools["nucleus-filtering"]["weight"] > spec.get("weight", 0)  # what may be interrupted goes there first
 
 
 def test_kueue_admits_pytorch_jobs_whole_into_flavors_that_exist():
     config = yaml.safe_load((K8S / "helm" / "kueue.yaml").read_text())
     manager = yaml.safe_load(config["managerConfig"]["controllerManagerConfigYaml"])
     assert "kubeflow.org/pytorchjob" in manager["integrations"]["frameworks"]
-    documents = rendered("eks")
-    flavors = {d["metadata"]["name"]: d["spec"] for d in documents if d["kind"] == "ResourceFlavor"}
-    topologies = {d["metadata"]["name"] for d in documents if d["kind"] == "Topology"}
-    (queue,) = (d for d in documents if d["kind"] == "ClusterQueue")
-    for group in queue["spec"]["resourceGroups"]:
-        for flavor in group["flavors"]:
-            assert flavor["name"] in flavors and flavors[flavor["name"]]["topologyName"] in topologies
-            assert [r["name"] for r in flavor["resources"]] == group["coveredResources"]
+    for overlay in ("eks", "generic"):
+        documents = rendered(overlay)
+        flavors = {d["metadata"]["name"] for d in documents if d["kind"] == "ResourceFlavor"}
+        (queue,) = (d for d in documents if d["kind"] == "ClusterQueue")
+        for group in queue["spec"]["resourceGroups"]:
+            for flavor in group["flavors"]:
+                assert flavor["name"] in flavors
+                assert [r["name"] for r in flavor["resources"]] == group["coveredResources"]
+
+
+def test_kueue_counts_existing_nodes_only_where_nodes_are_fixed():
+    """With a topology, Kueue admits a job only if existing nodes have room; Karpenter makes none for pods that are not created."""
+    for overlay, fixed in (("eks", False), ("generic", True)):
+        documents = rendered(overlay)
+        topologies = {d["metadata"]["name"] for d in documents if d["kind"] == "Topology"}
+        used = {d["spec"].get("topologyName") for d in documents if d["kind"] == "ResourceFlavor"}
+        assert used == (topologies if fixed else {None}) and bool(topologies) is fixed, overlay
+        assert any(d["kind"] == "NodePool" for d in documents) is not fixed
+
+
+@pytest.mark.parametrize(
+    ("overlay", "values"), [("eks", ["flyte-binary"]), ("generic", ["flyte-binary", "flyte-generic"])]
+)
+def test_flyte_and_kueue_select_nodes_by_the_same_label(overlay, values):
+    label = None
+    for name in values:  # as helm merges them: the last wins
+        (label,) = values_of(yaml.safe_load((K8S / "helm" / f"{name}.yaml").read_text()), "gpu-device-node-label")
+    flavors = [d["spec"] for d in rendered(overlay) if d["kind"] == "ResourceFlavor"]
+    assert flavors and all(flavor["nodeLabels"].keys() == {label} for flavor in flavors)
+
+
+def test_preflights_pod_may_ask_the_api_server_and_is_otherwise_as_the_others():
+    documents = rendered("../preflight")
+    (job,) = (d for d in documents if d["kind"] == "Job")
+    pod = job["spec"]["template"]
+    assert pod["spec"]["serviceAccountName"] == "nucleus-preflight" and pod["spec"]["automountServiceAccountToken"]
+    assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+    (container,) = pod["spec"]["containers"]
+    assert "nucleus-trainer@sha256:" in container["image"]  # the one image with kubernetes' client and boto3
+    assert {"kubernetes", "boto3"} <= {
+        line.split("==")[0] for line in (ROOT / "containers" / "requirements" / "trainer.txt").read_text().split()
+    }
+    (policy,) = (d["spec"] for d in documents if d["kind"] == "NetworkPolicy")
+    assert policy["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    for role in (d for d in documents if d["kind"] == "Role"):
+        assert all(
+            set(rule["verbs"]) <= {"get", "list"} and rule["resources"] == ["configmaps"] for rule in role["rules"]
+        )
+
+
+def test_no_overlay_starts_the_captioner():
+    """Its image and its weights are the site's own: k8s/captioner is applied by those who caption."""
+    for overlay in OVERLAYS:
+        assert not [d for d in rendered(overlay) if d["kind"] in ("Deployment", "PersistentVolumeClaim")], overlay
+
+
+def test_flyte_may_manage_pytorch_jobs_in_all_namespaces_under_the_name_that_preflight_looks_for():
+    values = yaml.safe_load((K8S / "helm" / "flyte-binary.yaml").read_text())
+    assert values["fullnameOverride"] in FLYTE_DEPLOYMENTS
+    allowed = {(r, verb) for rule in values["rbac"]["extraRules"] for r in rule["resources"] for verb in rule["verbs"]
+               if rule["apiGroups"] == ["kubeflow.org"]}  # fmt: skip
+    assert {("pytorchjobs", verb) for verb in JOB_VERBS} <= allowed
+    assert re.search(
+        r"^helm upgrade .* flyteorg/flyte-binary .* -f k8s/helm/flyte-binary\.yaml$", DOCUMENT, re.MULTILINE
+    )
+    for overlay in OVERLAYS:  # a Role of one namespace would not do: propeller watches all
+        subjects = {s["name"] for d in rendered(overlay) if d["kind"].endswith("Binding") for s in d["subjects"]}
+        assert subjects <= {"nucleus-preflight", "nucleus-kueue-metrics"}
 
 
 # Keys of propeller's and admin's configuration, from Flyte's configuration reference (deployment/configuration/generated).
@@ -245,12 +360,65 @@ def test_flyte_runs_pytorch_jobs_aggregates_their_errors_and_admits_large_tasks(
     assert list(values_of(config, "useOffloadedWorkflowClosure")) == [True]
 
 
-def test_the_dashboard_shows_hardware_queues_and_captions():
+def test_every_operator_is_installed_at_a_version_into_a_namespace_that_is_made():
+    installs = re.findall(r"^helm upgrade --install .*$", DOCUMENT, flags=re.MULTILINE)
+    assert len(installs) >= 8
+    added = {"oci:"} | set(re.findall(r"^helm repo add (\S+) https://\S+$", DOCUMENT, flags=re.MULTILINE))
+    used = set()
+    for line in installs:
+        words = line.split()
+        assert words[4].split("/")[0] in added, f"{line}: its repository is not added"
+        assert re.fullmatch(r"v?\d+\.\d+\.\d+", words[words.index("--version") + 1]), line
+        assert "--create-namespace" in words or words[words.index("--namespace") + 1] == "kube-system", line
+        files = {words[i + 1] for i, word in enumerate(words) if word == "-f"} - {"YOUR_VALUES.yaml"}
+        assert all((ROOT / file).is_file() for file in files), line
+        used |= files
+    named = set(re.findall(r"k8s/helm/[\w-]+\.yaml", DOCUMENT))
+    assert {f"k8s/helm/{path.name}" for path in (K8S / "helm").glob("*.yaml")} == named >= used
+
+
+def test_the_document_lists_every_value_that_a_site_replaces():
+    (table,) = re.findall(r"^\| value \| where .*?\n\n", DOCUMENT, flags=re.DOTALL | re.MULTILINE)
+    for path in sorted(K8S.rglob("*.yaml")):
+        text = re.sub(r"#.*", "", path.read_text())
+        for value in re.findall(r"\b(?:ACCOUNT|CLUSTER|us-east-1[a-z]?|registry\.example)\b", text):
+            (row,) = (line for line in table.splitlines() if f"`{value}`" in line)
+            assert path.relative_to(ROOT).as_posix() in row, f"{value} of {path.name}"
+
+
+def test_the_document_counts_preflights_checks():
+    import tasks.preflight.__main__  # noqa: F401  (registers them all)
+    from tasks.preflight.checks import CHECKS
+
+    assert f"\n{len(CHECKS)} checks: " in DOCUMENT
+
+
+def test_the_dashboard_shows_hardware_queues_captions_and_training():
     dashboard = json.loads((K8S / "monitoring" / "nucleus.json").read_text())
     queries = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
     for metric in ("PIPE_TENSOR_ACTIVE", "XID_ERRORS", "kueue_admission_wait_time", "vllm:request_success"):
         assert metric in queries
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+    served = set(re.findall(r"nucleus_train_\w+", (K8S.parent / "model" / "train" / "metrics.py").read_text()))
+    shown = set(re.findall(r"nucleus_train_\w+", queries))
+    assert {"nucleus_train_loss", "nucleus_train_mfu_percent", "nucleus_train_images_per_second"} <= shown <= served
+
+
+def test_prometheus_reaches_the_port_of_training_and_kueue_with_its_credentials():
+    monitors = {
+        m["metadata"]["name"]: m for m in yaml.safe_load_all((K8S / "monitoring" / "podmonitors.yaml").read_text())
+    }
+    port = yaml.safe_load((K8S.parent / "config" / "flyte.example.yaml").read_text())["nucleus"]["metrics_port"]
+    (training,) = monitors["nucleus-training"]["spec"]["podMetricsEndpoints"]
+    assert training["relabelings"][0]["replacement"] == f"$1:{port}"
+    policies = yaml.safe_load_all((K8S / "base" / "networkpolicies.yaml").read_text())
+    (opened,) = [p for p in policies if p["metadata"]["name"] == "allow-metrics"]
+    assert port in {entry["port"] for rule in opened["spec"]["ingress"] for entry in rule["ports"]}
+    (kueue,) = monitors["kueue"]["spec"]["podMetricsEndpoints"]
+    kueue_config = yaml.safe_load((K8S / "helm" / "kueue.yaml").read_text())
+    address = yaml.safe_load(kueue_config["managerConfig"]["controllerManagerConfigYaml"])["metrics"]["bindAddress"]
+    assert kueue["scheme"] == "https" and kueue["relabelings"][0]["replacement"] == f"$1{address}"
+    assert kueue["authorization"]["credentials"]["name"] == "nucleus-kueue-metrics"
 
 
 def test_the_captioner_gets_arguments_that_vllm_0_11_and_later_know():

@@ -146,6 +146,8 @@ LIGHT = ("1", "2Gi", "5Gi", 3600, False)
 SHARD = ("4", "16Gi", "50Gi", 6 * 3600, True)
 CAPTIONER = ("4", "16Gi", "50Gi", 7 * 86400, True)  # it waits for an endpoint
 GATHER = ("16", "64Gi", "500Gi", 2 * 86400, False)
+PUBLISH = ("16", "128Gi", "500Gi", 2 * 86400, False)
+MERGE = ("22", "220Gi", "1600Gi", 2 * 86400, False)
 GPU = ("22", "220Gi", "800Gi", 7 * 86400, False)
 TRAIN = {"1x1": ("22", "220Gi", "800Gi", 60 * 86400, True), "8x8": ("176", "1760Gi", "6400Gi", 60 * 86400, True)}
 # Task -> role, kind, step of CACHE_VERSIONS or "" where Flyte caches nothing.
@@ -173,7 +175,7 @@ TASKS = {
     "encoding.task.gather_texts": ("encoder", GATHER, ""),
     "encoding.task.gather_latents": ("encoder", GATHER, ""),
     "training.task.train_stage": ("trainer", None, "training"),
-    "merging.task.merge_checkpoints": ("trainer", GATHER, "merging"),
+    "merging.task.merge_checkpoints": ("trainer", MERGE, "merging"),
     "evaluation.task.resolve_model": ("evaluator", LIGHT, ""),
     "evaluation.task.resolve_incumbent": ("evaluator", LIGHT, ""),
     "planning.task.plan_benchmarks": ("evaluator", LIGHT, ""),
@@ -192,14 +194,14 @@ TASKS = {
     "study.task.plan_study": ("curation", LIGHT, ""),
     "study.task.describe_run": ("evaluator", GPU, "study"),
     "study.task.compare_runs": ("evaluator", LIGHT, "study"),
-    "publishing.task.publish_pipeline": ("publisher", GATHER, "publishing"),
+    "publishing.task.publish_pipeline": ("publisher", PUBLISH, "publishing"),
     "publishing.task.show_results": ("publisher", LIGHT, ""),
 }
 TEMPLATES = {
     "curation": "nucleus-curation",
     "scorer": "nucleus-curation",
     "publisher": "nucleus-publisher",
-    "trainer": "nucleus-trainer-efa",
+    "trainer": "nucleus-trainer",
 }
 HUB = {
     "score_group_on_gpu",
@@ -238,13 +240,14 @@ def test_every_task_of_each_shape_has_its_image_size_time_cache_secrets_and_temp
         assert metadata.retries.retries == (100 if kind is TRAIN[shape] else 3), name
         assert metadata.discovery_version == (CACHE_VERSIONS[step] if step else ""), name
         assert metadata.discoverable == bool(step), name
-        on_gpu = kind in (GPU, TRAIN[shape])
+        on_gpu = kind in (GPU, MERGE, TRAIN[shape])
         assert template.extended_resources.gpu_accelerator.device == ("nvidia-h100" if on_gpu else ""), name
         assert limits_of(template).get("gpu", "0") == (shape[-1] if kind is TRAIN[shape] else str(int(on_gpu))), name
         short = name.rpartition(".")[2]
         wanted = {"HF_TOKEN"} if short in HUB else {"WANDB_API_KEY"} if short == "train_stage" else set()
         assert keys(template) == wanted, name
-        assert metadata.pod_template_name == TEMPLATES.get(role, "nucleus-gpu"), name
+        fabric = "-efa" if kind is TRAIN[shape] else ""
+        assert metadata.pod_template_name == TEMPLATES.get(role, "nucleus-gpu") + fabric, name
         queued = short == "train_stage" and shape == "8x8"
         assert dict(metadata.metadata.labels) == ({"kueue.x-k8s.io/queue-name": "training"} if queued else {}), name
 
@@ -307,9 +310,11 @@ def test_nothing_of_each_shape_names_a_path_or_a_credential_of_the_machine_that_
 
 
 @pytest.mark.slow
-def test_registration_takes_seconds(registered):
-    _, seconds = registered
-    assert seconds < 20  # of CPU, so that a busy machine does not matter; importing torch for Elastic is most of it
+def test_registration_takes_less_than_ten_seconds(registered, lock, tmp_path):
+    _, seconds = registered  # of CPU; importing torch for Elastic is most of it
+    if seconds >= 10:  # CPUs that are shared do less in a second
+        _, seconds = register_shape("8x8", lock, tmp_path)
+    assert seconds < 10
 
 
 @pytest.mark.slow
@@ -331,6 +336,26 @@ def test_images_of_other_code_are_refused(tmp_path):
         register.images(path)
     with pytest.raises(ValueError, match="does not exist: make images"):
         register.images(tmp_path / "none.json")
+
+
+def test_code_that_is_in_no_commit_is_refused(tmp_path, monkeypatch):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@example.com"]
+    for folder in ("tasks", "docs"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "known.py").write_text("")
+    (tmp_path / ".gitignore").write_text("*.lock.json\n")
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+    images = {role: {"image": "r/x", "digest": DIGEST} for role in ROLES}
+    path = tmp_path / "tasks" / "images.lock.json"  # ignored by git
+    path.write_text(json.dumps({"revision": commit, "variant": "cuda", "images": images}))
+    (tmp_path / "docs" / "new.md").write_text("")  # in no image
+    monkeypatch.setattr(register, "ROOT", tmp_path)
+    assert register.images(path).keys() == set(ROLES)
+    (tmp_path / "tasks" / "new.py").write_text("")
+    with pytest.raises(ValueError, match=r"tasks/new\.py is in no commit"):
+        register.images(path)
 
 
 def test_a_config_without_an_endpoint_or_with_an_unknown_key_is_refused(tmp_path):

@@ -47,6 +47,8 @@ SITE = (
     "NUCLEUS_PROFILE",
     "NUCLEUS_FABRIC",
     "NUCLEUS_QUEUE",
+    "NUCLEUS_TOPOLOGY",
+    "NUCLEUS_METRICS_PORT",
     "NUCLEUS_POD_TEMPLATES",
     "NUCLEUS_HUB_SECRET",
     "NUCLEUS_WANDB_SECRET",
@@ -105,7 +107,9 @@ def _all(module):
         module.light("curation"),
         module.planner(),
         module.shard("curation"),
-        module.gather("publisher"),
+        module.gather("encoder"),
+        module.publisher(),
+        module.merger(),
         module.gpu_single("encoder"),
         module.trainer(),
     ]
@@ -138,9 +142,9 @@ def test_the_sites_own_label_template_and_secret_are_used(site):
     )
     options = module.trainer()
     assert options["accelerator"].to_flyte_idl().device == "NVIDIA-H200"
-    assert options["pod_template_name"] == "nucleus-trainer-efa"
+    assert options["pod_template_name"] == "nucleus-trainer-efa-16"
     assert options["environment"]["FI_PROVIDER"] == "efa" and "secret_requests" not in options
-    (secret,) = module.gather("publisher")["secret_requests"]
+    (secret,) = module.publisher()["secret_requests"]
     assert (secret.group, secret.env_var) == ("hub", "HF_TOKEN")
     for options in (module.shard("curation"), module.gpu_single("encoder"), module.gather("encoder")):
         assert "secret_requests" not in options  # they decode untrusted files
@@ -148,6 +152,12 @@ def test_the_sites_own_label_template_and_secret_are_used(site):
     (secret,) = site(NUCLEUS_WANDB_SECRET="metrics").trainer()["secret_requests"]
     assert (secret.group, secret.key, secret.env_var) == ("metrics", "WANDB_API_KEY", "WANDB_API_KEY")
     assert site(NUCLEUS_POD_TEMPLATES="off").trainer()["pod_template_name"] is None
+
+
+@pytest.mark.parametrize("profile", ["cpu-small", "a10g", "l40s"])
+def test_efa_is_refused_for_nodes_without_it(site, profile):
+    with pytest.raises(ValueError, match=f"{profile} have no EFA: use h100, h200, b200"):
+        site(NUCLEUS_PROFILE=profile, NUCLEUS_FABRIC="efa").trainer()
 
 
 def test_a_job_of_several_processes_waits_in_the_queue_and_cleans_its_pods(site):
@@ -158,6 +168,22 @@ def test_a_job_of_several_processes_waits_in_the_queue_and_cleans_its_pods(site)
     assert options["task_config"].run_policy.clean_pod_policy.name == "ALL"
     assert options["shared_memory"] == "64Gi"
     assert "labels" not in site(NUCLEUS_PROFILE="h100", NUCLEUS_TRAIN_NPROC="8").trainer()
+    assert options["pod_template"].annotations is None
+
+
+def test_a_job_is_placed_in_one_domain_of_the_topology_only_where_the_queue_has_one(site):
+    eight = {"NUCLEUS_PROFILE": "h100", "NUCLEUS_TRAIN_NPROC": "8", "NUCLEUS_TOPOLOGY": "rack"}
+    placed = site(**eight, NUCLEUS_QUEUE="q").trainer()["pod_template"]
+    assert placed.annotations == {"kueue.x-k8s.io/podset-preferred-topology": "rack"}
+    assert site(**eight).trainer()["pod_template"].annotations is None
+
+
+def test_only_training_asks_for_the_devices_of_its_fabric(site):
+    module = site(NUCLEUS_PROFILE="h100", NUCLEUS_FABRIC="efa", NUCLEUS_METRICS_PORT="9464")
+    assert module.trainer()["pod_template_name"].startswith("nucleus-trainer-efa")
+    assert module.trainer()["environment"]["NUCLEUS_METRICS_PORT"] == "9464"
+    for options in (module.merger(), module.dynamic()):  # the latter runs on a node without accelerators
+        assert options["pod_template_name"] == "nucleus-trainer"
 
 
 @pytest.mark.parametrize(("name", "value"), [("NUCLEUS_PROFILE", "v100"), ("NUCLEUS_FABRIC", "infiniband")])

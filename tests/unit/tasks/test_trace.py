@@ -16,8 +16,11 @@ import pytest
 from object_store import s3_bucket
 
 from tasks import trace as tracing
+from tasks.lineage.ancestors import check_ancestors
 from tasks.lineage.record_usage import used_by
 from tasks.manifest import MANIFEST, load_manifest, seal
+from tasks.publishing import task as publishing
+from tasks.publishing.config import PublishConfig
 from tasks.store import LOCATIONS, Part, make_sealed, write_index
 
 LEDGER = {0: "", 1: "min_side", 2: "", 3: "", 4: "near_duplicate", 5: ""}  # record -> the rule that rejected it
@@ -294,6 +297,49 @@ def test_rows_for_a_card_name_ancestors_even_when_they_are_gone(made, home):
     rows = tracing.lineage_rows([made["merged"], made["components"]])
     assert digest in [row["digest"] for row in rows]
     assert tracing.lineage_rows([home]) == []
+
+
+# ---------------------------------------------------------------- before publishing
+
+
+def check_before_publishing(made) -> None:
+    check_ancestors(made["merged"], made["curated"], [made["components"], made["scorecard"]])
+
+
+def test_a_whole_lineage_may_be_published_also_without_the_content_of_old_ancestors(made):
+    check_before_publishing(made)
+    for kind in ("records", "latents", "checkpoints"):
+        for file in [file for file in made[kind].rglob("*") if file.is_file() and file.name != MANIFEST]:
+            file.unlink()
+    check_before_publishing(made)
+
+
+@pytest.mark.parametrize("kind", ["checkpoints", "latents", "images", "corpus", "records"])
+def test_a_model_with_a_lost_ancestor_is_not_published(made, kind):
+    shutil.rmtree(made[kind])
+    with pytest.raises(ValueError, match=f"was made from {kind} .*, which is gone"):
+        check_before_publishing(made)
+
+
+def test_a_model_with_a_replaced_ancestor_is_not_published(made):
+    write(made["checkpoints"], {"step-00000010/__0_0.distcp": b"other weights"})
+    seal(made["checkpoints"], "checkpoints", [made["latents"], made["components"]])
+    with pytest.raises(ValueError, match="was made from checkpoints .*, which now holds the digest"):
+        check_before_publishing(made)
+
+
+def test_a_model_is_not_published_with_a_corpus_that_it_was_not_trained_on(made):
+    other, digest = build(ledger=LEDGER | {6: ""}, kept=(0, 2, 3, 5, 6)), load_manifest(made["curated"]).digest
+    with pytest.raises(ValueError, match=rf"was trained on other images \(curated: {digest}\)"):
+        check_ancestors(made["merged"], other["curated"], [made["components"], made["scorecard"]])
+
+
+def test_the_task_that_publishes_checks_the_lineage_first(made, monkeypatch):
+    monkeypatch.setattr(publishing, "fetch", lambda directory, *_: directory)
+    shutil.rmtree(made["records"])
+    parents = {name: made[name] for name in ("merged", "components", "scorecard", "curated")}
+    with pytest.raises(ValueError, match="was made from records .*, which is gone"):
+        publishing.publish_pipeline.task_function(**parents, further=[], config=PublishConfig(), recipe_json="{}")
 
 
 # ---------------------------------------------------------------- the root of trust

@@ -145,6 +145,7 @@ def test_an_ablation_may_end_in_merged_weights_but_not_with_another_text_state()
         ("nucleus_17b", (1, 1), True, "8 x train.nproc_per_node=8 = 64, .* has 1 x 1 = 1 processes: set "
          "NUCLEUS_TRAIN_NNODES=8 NUCLEUS_TRAIN_NPROC=8 for pyflyte register or pyflyte run --remote"),
         ("nucleus_17b", (4, 8), False, "= 64, .* has 4 x 8 = 32 processes: .* for pyflyte register"),
+        ("nucleus_17b", (16, 4), False, "has 16 x 4 = 64 processes: .* NUCLEUS_TRAIN_NPROC=8"),  # as many, smaller nodes
         ("tiny", (8, 8), False, "nnodes=1 x train.nproc_per_node=1 = 1, .* has 8 x 8 = 64 processes"),
         ("tiny", (1, 2), True, "NUCLEUS_TRAIN_NPROC=1 for pyflyte run, or change the recipe"),
         ("nucleus_17b", (8, 8), True, "NUCLEUS_TRAIN_NNODES=8: a local run trains on this machine alone"),
@@ -161,7 +162,8 @@ def test_ranks_that_fit_their_task_are_not_refused():
     for local in (True, False):
         check_ranks(load_recipe("tiny").train, 1, 1, local)
     check_ranks(load_recipe("nucleus_17b").train, 8, 8, False)
-    check_ranks(load_recipe("nucleus_17b").train, 16, 4, False)  # as many, on smaller machines
+    other = load_recipe("nucleus_17b", ["train.nnodes=16", "train.nproc_per_node=4"])
+    check_ranks(other.train, 16, 4, False)
 
 
 def test_an_evaluation_is_not_refused_for_what_only_training_or_publishing_needs():

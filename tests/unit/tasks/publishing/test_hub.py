@@ -12,7 +12,9 @@ import pytest
 from huggingface_hub.utils import HfHubHTTPError, LocalTokenNotFoundError
 
 from tasks.manifest import seal
+from tasks.publishing.config import PublishConfig
 from tasks.publishing.hub import push
+from tasks.publishing.publish import upload
 
 
 class FakeHub:
@@ -32,6 +34,9 @@ class FakeHub:
         self.calls.append(("create", {"repo_id": repo_id, **options}))
         return SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"me/{repo_id}")
 
+    def create_branch(self, repo_id, **options):
+        self.calls.append(("branch", {"repo_id": repo_id, **options}))
+
     def upload_folder(self, **options):
         self.calls.append(("upload", options))
         if options["parent_commit"] != self.sha:
@@ -49,6 +54,7 @@ class FakeHub:
         return SimpleNamespace(oid=self.sha)
 
     def repo_info(self, repo_id, **options):
+        self.calls.append(("info", options))
         return SimpleNamespace(sha=self.sha, private=self.private)
 
     def hf_hub_download(self, repo_id, name, **options):
@@ -96,6 +102,22 @@ def test_a_repository_is_private_unless_asked_otherwise(pipeline):
     hub = FakeHub()
     push(pipeline, "me/model", api=hub)
     assert dict(hub.calls)["create"]["private"] is True
+
+
+def test_a_push_goes_to_the_branch_of_the_recipe_and_to_no_other(pipeline, monkeypatch):
+    hub = FakeHub()
+    report = push(pipeline, "me/model", api=hub, revision="candidate")
+    calls = dict(hub.calls)
+    assert calls["branch"] == {"repo_id": "me/model", "branch": "candidate", "repo_type": "model", "exist_ok": True}
+    assert calls["info"]["revision"] == calls["upload"]["revision"] == "candidate"
+    assert report["url"].endswith("/me/model/tree/candidate")
+    main = FakeHub()
+    push(pipeline, "me/model", api=main)
+    assert "branch" not in dict(main.calls) and dict(main.calls)["upload"]["revision"] is None
+    asked = {}
+    monkeypatch.setattr("tasks.publishing.hub.push", lambda *_, **options: asked.update(options))
+    upload(pipeline, PublishConfig(hub_repo_id="me/model", hub_revision="candidate"))
+    assert asked["revision"] == "candidate"
 
 
 def test_a_name_without_owner_gets_the_one_that_the_hub_gives(pipeline):

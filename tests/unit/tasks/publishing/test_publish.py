@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from model.plan.memory import Shapes
 from tasks.manifest import load_manifest, seal
+from tasks.profiles import PROFILES
 from tasks.publishing import publish
 from tasks.publishing.config import PublishConfig
 from tasks.recipe import load_recipe
@@ -263,6 +265,35 @@ def test_a_stochastic_pipeline_is_checked_with_the_same_noise_each_time(parts, r
 
 
 @pytest.mark.slow
+def test_a_large_pipeline_is_checked_in_half_the_memory_with_a_small_image(published, monkeypatch):
+    parameters = publish.count_parameters(published)
+    assert publish.check_memory_bytes(parameters) == 4 * parameters
+    monkeypatch.setattr(publish, "LARGE_PARAMETERS", parameters - 1)
+    monkeypatch.setattr(publish, "LARGE_SIDE_PX", 32)
+    assert publish.check_memory_bytes(parameters) == 2 * parameters
+    report = publish.check_pipeline(published, height_px=64, width_px=64)
+    assert report["dtype"] == "bfloat16" and report["image_size_px"] == [32, 32]
+
+
+def test_the_pod_that_publishes_can_load_the_17b_recipe():
+    shapes = Shapes(load_recipe("nucleus_17b").model, load_recipe("nucleus_17b").train.optim.matrices)
+    parameters = shapes.total + 8_767_123_696  # of Qwen3-VL-8B; the VAE has 0.1e9
+    needed = publish.check_memory_bytes(parameters)
+    assert needed == pytest.approx(51e9, rel=0.05)
+    for name in ("h100", "h200", "b200"):
+        assert needed * 1.5 < PROFILES[name].publish.memory_gib * 2**30, name
+        assert needed * 1.5 > PROFILES[name].light.memory_gib * 2**30, name
+
+
+def test_the_pod_that_merges_has_disk_for_all_checkpoints_of_the_17b_recipe():
+    recipe = load_recipe("nucleus_17b")
+    shapes = Shapes(recipe.model, recipe.train.optim.matrices)
+    for name in ("h100", "h200", "b200"):  # weights in float32, and the result
+        needed = (recipe.train.keep_checkpoints + 1) * 4 * shapes.total
+        assert needed * 1.2 < PROFILES[name].merge.ephemeral_gib * 2**30, name
+
+
+@pytest.mark.slow
 def test_a_pipeline_that_does_not_load_is_one_error_with_the_reason(published, tmp_path):
     broken = shutil.copytree(published, tmp_path / "broken")
     weights = broken / "vae/diffusion_pytorch_model.safetensors"
@@ -281,7 +312,7 @@ def test_an_upload_goes_only_to_the_configured_destinations(published, monkeypat
 
     sent = []
     monkeypatch.setattr(
-        hub, "push", lambda directory, repo_id, private: sent.append((repo_id, private)) or {"to": "hub"}
+        hub, "push", lambda directory, repo_id, private, revision: sent.append((repo_id, private)) or {"to": "hub"}
     )
     monkeypatch.setattr(s3, "upload", lambda directory, uri, bucket_owner: sent.append(uri) or {"to": "s3"})
     assert publish.upload(published, PublishConfig()) == {} and sent == []

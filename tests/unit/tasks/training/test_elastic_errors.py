@@ -12,6 +12,7 @@ from flytekit import FlyteContextManager
 from flytekit.core.base_task import IgnoreOutputs
 from flytekit.exceptions.user import FlyteRecoverableException, FlyteUserRuntimeException
 from flytekitplugins.kfpytorch.task import PytorchElasticFunctionTask
+from object_store import s3_bucket
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from tasks import elastic
@@ -88,3 +89,27 @@ def test_a_node_without_rank_0_waits_for_the_outputs(tmp_path, monkeypatch):
     with FlyteContextManager.with_context(context.with_execution_state(state)), pytest.raises(IgnoreOutputs):
         task._execute()
     assert len(looks) == 2
+
+
+def test_the_dumps_of_the_flight_recorder_outlive_the_pod_of_a_failed_attempt(tmp_path, monkeypatch):
+    def execute(self, **_):
+        raise FlyteRecoverableException("a collective timed out")
+
+    def store_fails(*_):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(PytorchElasticFunctionTask, "_execute", execute)
+    monkeypatch.setenv("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", f"{tmp_path}/nccl_trace_rank_")
+    for rank in range(2):
+        (tmp_path / f"nccl_trace_rank_{rank}").write_bytes(b"collectives")
+    task = PreemptibleElasticTask(PreemptibleElastic(nnodes=1, nproc_per_node=2), nothing)
+    with s3_bucket("traces") as fs:
+        monkeypatch.setenv("NUCLEUS_STORE", "s3://traces/store")
+        with pytest.raises(FlyteRecoverableException, match="a collective timed out"):
+            task._execute()
+        kept = fs.find("traces/store/nccl")
+        assert [path.rpartition("nccl_trace_")[2] for path in sorted(kept)] == ["rank_0", "rank_1"]
+        assert fs.cat_file(kept[0]) == b"collectives"
+        monkeypatch.setattr(elastic.storage, "upload", store_fails)
+        with pytest.raises(FlyteRecoverableException, match="a collective timed out"):  # still the cause
+            task._execute()
