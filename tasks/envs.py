@@ -32,7 +32,7 @@ logging.getLogger("flytekit").addFilter(
 CACHE_VERSIONS = {
     "urls": "2",
     "records": "9",
-    "scores": "14",
+    "scores": "15",
     "captions": "3",
     "curation": "8",
     "components": "4",
