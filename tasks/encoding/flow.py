@@ -25,6 +25,7 @@ from tasks.curation.curated import Curated, images_by_tier, open_curated
 from tasks.curation.ledger import LEDGER, LEDGER_TABLE
 from tasks.encoding import latents
 from tasks.encoding.config import EncodingConfig
+from tasks.encoding.fractions import drawn_fractions
 from tasks.encoding.images import ChangedRecords
 from tasks.encoding.ledger import HELD_OUT, NOT_DRAWN, REPORT, SHARD_FAILED, add_up
 from tasks.encoding.report import PAGE, page, title
@@ -129,7 +130,7 @@ def encode_latents_group(
 
 
 def fractions_of(curated_dir: str | Path, stage: StageConfig) -> dict[str, float]:
-    """The fraction of each tier's images that a stage encodes (`latents.drawn_fractions`).
+    """The fraction of each tier's images that a stage encodes (`fractions.drawn_fractions`).
 
     Reads the tiers of all selections only if the stage may draw less than an epoch. A stage that weights episodes encodes the
     whole of each tier that it draws: how often it draws an image depends on the image's episode as well.
@@ -141,7 +142,7 @@ def fractions_of(curated_dir: str | Path, stage: StageConfig) -> dict[str, float
         weights, default=1.0
     ):
         return {tier: float(weight > 0) for tier, weight in stage.tier_weights.items()}
-    return latents.drawn_fractions(stage, images_by_tier(curated_dir))
+    return drawn_fractions(stage, images_by_tier(curated_dir))
 
 
 def _lazy(make: Callable[[], Callable]) -> Callable:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from eval.files import file_sha256
-from model.config import Section, StageConfig
+from model.config import Section
 from model.data.files import LatentMeta, LatentPartWriter
 from model.data.hashing import hash_words, uniform
 from tasks.encoding.buckets import Bucket, cropped_fraction, nearest_bucket, stage_buckets
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 
 COLUMNS = ["key", "record_id", "row", "locator", "width", "height"]  # columns of a selection that the part depends on
 WARN_CROP = 0.12  # images that the crop to their bucket cuts by more are counted in the report
-STEPS_PER_OCTAVE = 8  # fractions are rounded up to a power of 2 ** (1/8), so that a new shard rarely changes them
 EncodeImages = Callable[[np.ndarray], "torch.Tensor"]
 
 
@@ -45,25 +43,6 @@ class StageShape(Section):
 
     image_size_px: int
     aspect_ratios: tuple[str, ...]
-
-
-def drawn_fractions(stage: StageConfig, images: Mapping[str, int]) -> dict[str, float]:
-    """The fraction of each tier's images that a stage encodes: 1 if it draws each image at least once on average.
-
-    A stage draws steps x batch_size samples, from each tier in proportion to weight x images. A fraction below 1 is
-    rounded up by at most 9%.
-
-    Args:
-        images: number of images of the train split, by tier.
-    """
-    weight = {tier: stage.tier_weights.get(tier, 0.0) * count for tier, count in images.items()}
-    total = sum(weight.values())
-    fractions = {}
-    for tier, count in images.items():
-        share = stage.steps * stage.batch_size * weight[tier] / total / count if total and count else 0.0
-        step = math.floor(-math.log2(share) * STEPS_PER_OCTAVE + 1e-9) if 0 < share < 1 else 0
-        fractions[tier] = 2.0 ** (-step / STEPS_PER_OCTAVE) if share > 0 else 0.0
-    return fractions
 
 
 def is_drawn(record_id: str, fraction: float, seed: int) -> bool:

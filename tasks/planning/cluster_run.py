@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from model import storage
 from model.constants import VAE_SCALE
 from model.stages import TrainingStage
+from tasks.encoding.fractions import drawn_fractions
 from tasks.planning.sections import Stage
 from tasks.recipe import Recipe
 
@@ -63,9 +64,9 @@ def check_download(images_by_tier: Mapping[str, int], stages: Sequence[Stage], s
 
 def latent_bytes(images_by_tier: Mapping[str, int], stage: TrainingStage) -> float:
     """Bytes of the latents that a stage draws, as if all images were square."""
-    from tasks.encoding.latents import drawn_fractions
-
     fractions = drawn_fractions(stage.stage, images_by_tier)
+    if stage.stage.bucket_weights:  # whole tiers are encoded
+        fractions = {tier: float(fraction > 0) for tier, fraction in fractions.items()}
     images = sum(count * fractions[tier] for tier, count in images_by_tier.items())
     side = stage.stage.image_size_px / VAE_SCALE
     channels = stage.model.in_channels / stage.model.patch_size**2

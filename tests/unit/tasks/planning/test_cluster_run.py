@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from flytekit import FlyteContextManager
 from flytekit.core.context_manager import ExecutionState
@@ -92,3 +95,16 @@ def test_the_size_of_latents_is_the_planners():
 
 def test_the_scratch_of_a_training_pod_is_what_its_task_requests():
     assert envs.trainer()["requests"].ephemeral_storage == f"{envs.training_scratch_gib()}Gi"
+
+
+def test_the_download_is_checked_in_an_image_without_torch():
+    """check_curated runs in curation's image."""
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from tasks.planning.cluster_run import latent_bytes\n"
+        "from tasks.planning.sections import stages\n"
+        "from tasks.recipe import load_recipe\n"
+        "print(latent_bytes({'A1': 1000}, stages(load_recipe('smoke'))[0].train) > 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "True", done.stderr
