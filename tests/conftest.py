@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -66,3 +67,17 @@ def same_random_numbers():
     """Seeds the generators: a test draws the same numbers alone and after other tests."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+def pytest_pyfunc_call(pyfuncitem):
+    """Runs a test that is marked fresh_process in one, with a pytest of its own."""
+    if pyfuncitem.get_closest_marker("fresh_process") is None or "NUCLEUS_TEST_FRESH" in os.environ:
+        return None
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment["NUCLEUS_TEST_FRESH"] = "1"
+    done = subprocess.run(
+        command, cwd=pyfuncitem.config.rootpath, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+    return True

@@ -66,6 +66,7 @@ def outcome(data: bytes) -> tuple[float, str]:
     return result
 
 
+@pytest.mark.fresh_process
 @pytest.mark.parametrize("seed", LIMITED)
 def test_a_seed_that_a_limit_refuses_is_read_or_takes_hundreds_of_mib_without_the_limit(seed, monkeypatch):
     name, module = LIMITED[seed]

@@ -130,7 +130,8 @@ def test_a_change_of_stage_changes_capacity_and_resolution_and_nothing_else(runs
     assert [model.capacity_factor(4) for model in models] == [8.0, 4.0, 2.0]
     apart = {"keep_checkpoints"}  # only the last stage is merged
     assert len({section.train.model_dump_json(exclude=apart) for section in sections}) == 1
-    own = ("name", "image_size_px", "steps", "batch_size", "capacity_factors", "tier_weights", "wavelet")
+    own = ("name", "image_size_px", "steps", "batch_size", "capacity_factors", "wavelet")
+    own += ("tier_weights", "bucket_weights", "caption_weights")
     kept = [section.stage.model_dump(exclude=set(own)) for section in sections]
     assert kept[0] == kept[1] == kept[2]
     configs = [

@@ -170,6 +170,7 @@ def take(data: bytes) -> int:
     return len(bytearray(int(data.rstrip(b"\0")) * MIB))
 
 
+@pytest.mark.fresh_process
 @pytest.mark.parametrize("size", [16, LARGE_BYTES + 1, 60 * MIB])
 def test_the_limit_of_memory_counts_the_item_whether_it_was_sent_or_shared(size):
     room = 100 - size // MIB
@@ -194,6 +195,7 @@ def test_a_worker_that_dies_in_the_middle_of_its_answer_costs_one_item(monkeypat
     assert "crashed its decoder (signal 9)" in str(first) and second == b"ok"
 
 
+@pytest.mark.fresh_process
 def test_an_answer_for_which_there_is_no_memory_says_so():
     with Workers(lambda data: bytes(int(data) * MIB), 1, memory_bytes=100 * MIB) as workers:
         results = [result for _, result in workers.map([(0, b"1"), (1, b"70"), (2, b"1")])]
