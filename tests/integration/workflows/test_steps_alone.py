@@ -22,18 +22,27 @@ def test_encode_train_one_stage_and_merge_give_the_whole_runs_artifacts(smoke, s
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     components, texts, *latents = last_paths(done.stdout[done.stdout.rindex("Encoded(") :])
     assert len(latents) == 3
-    checkpoints = {}
-    for path in (smoke_home.artifacts / "checkpoints").iterdir():
-        stage = json.loads((path / "manifest.json").read_text())["config"]["stage"]["name"]
-        checkpoints[stage] = path
-    first, second, third = (checkpoints[name] for name in sorted(checkpoints))
+    third = parent(smoke["merged"])
+    second = parent(third)
+    first = parent(second)
     given = ["--latents", str(latents[1]), "--texts", str(texts), "--components", str(components), "--init", str(first)]
-    trained = start(smoke_home, "train_one_stage", "--stage", sorted(checkpoints)[1], *given)
+    trained = start(smoke_home, "train_one_stage", "--stage", stage_of(second), *given)
     assert last_paths(trained.stdout)[-1] == second
     merged = start(smoke_home, "merge", "--checkpoints", str(third))
     assert last_paths(merged.stdout)[-1] == smoke["merged"]
     after = smoke_home.listing()
     assert all(after[kind] == before[kind] for kind in ("components", "checkpoints", "merged"))
+
+
+def parent(path: Path) -> Path:
+    """The checkpoints from which an artifact was made: other tests may have left more in the home."""
+    parents = json.loads((path / "manifest.json").read_text())["parents"]
+    (digest,) = [one["digest"] for one in parents if one["kind"] == "checkpoints"]
+    return path.parents[1] / "checkpoints" / digest
+
+
+def stage_of(checkpoints: Path) -> str:
+    return json.loads((checkpoints / "manifest.json").read_text())["config"]["stage"]["name"]
 
 
 def start(home: Home, workflow: str, *options: str):
