@@ -80,6 +80,7 @@ def bytes_of_one_group(tmp_path: Path, shards: int, downloads: dict[str, int]) -
     return report["shards"], lists[0], sum(downloads.values()) - lists[0]
 
 
+@pytest.mark.slow
 def test_a_scoring_task_downloads_one_list_of_files_for_its_one_shard_of_however_many(tmp_path, downloads):
     few, list_of_few, rest_of_few = bytes_of_one_group(tmp_path, 4, downloads)
     many, list_of_many, rest_of_many = bytes_of_one_group(tmp_path, 40, downloads)

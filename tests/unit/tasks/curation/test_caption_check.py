@@ -116,6 +116,7 @@ def test_a_source_without_a_usable_caption_is_refused_with_causes_and_a_ledger_a
     assert book["record_id"].str.len().eq(64).all()
 
 
+@pytest.mark.slow
 def test_the_fates_without_pixels_are_those_that_scoring_gives(tmp_path, monkeypatch):
     source = tmp_path / "source"
     source.mkdir()
@@ -178,6 +179,7 @@ def test_check_prints_the_fate_of_every_file_of_a_source_without_captions(tmp_pa
     assert not scored
 
 
+@pytest.mark.slow
 def test_an_image_whose_json_has_no_caption_names_the_keys_that_are_there(tmp_path):
     texts = {"p0.json": {"description": "a", "license": "b"}, "p1.json": {}, "p2.json": {"text": ""}}
     (tmp_path / "source").mkdir()

@@ -289,6 +289,7 @@ def test_pods_share_parts_through_the_store_and_fetch_what_they_need(tars, tmp_p
         assert bucket.exists("corpora/nucleus/keys/selections")
 
 
+@pytest.mark.slow
 def test_files_that_are_left_out_later_are_named_and_change_no_curated_digest(tars):
     """Nothing downstream is made again for a file that is no image."""
     before = curate(tars)

@@ -57,6 +57,7 @@ def texts(parts, requests, **changes) -> dict[int, tuple[str, str]]:
     return {request.seed: tuple(answer) for request, answer in captioner.answers(requests)}
 
 
+@pytest.mark.slow
 def test_each_image_of_a_batch_gets_the_answer_that_it_gets_by_itself(parts):
     requests = [asked(0), asked(1, prompt="What is in this picture? Say it in a few words."), asked(2)]
     together = texts(parts, requests, batch_size=4)

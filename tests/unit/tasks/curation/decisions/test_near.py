@@ -154,6 +154,7 @@ def test_hashes_are_imagehashs():
     assert [result[name] for name in PHASH256] == [number(bits) for bits in fine]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [10**4, 10**6, 10**7, 10**8])
 def test_the_joins_of_several_machines_and_the_sorts_of_one_give_the_same_pairs(count, monkeypatch):
     """With the keys for `count` hashes; sorted in pieces of some tens of rows, of which some are empty."""
@@ -174,6 +175,7 @@ def test_the_joins_of_several_machines_and_the_sorts_of_one_give_the_same_pairs(
     assert len(joined) > 300
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", near.KINDS)
 @pytest.mark.parametrize("value_bits", [0, 3], ids=["one value", "eight near values"])
 def test_many_versions_of_one_picture_are_compared_with_the_best_of_them(kind, value_bits, monkeypatch):
@@ -195,6 +197,7 @@ def test_many_versions_of_one_picture_are_compared_with_the_best_of_them(kind, v
     assert not {2000, 2001, 2002} & set(result)
 
 
+@pytest.mark.slow
 def test_many_records_with_one_key_are_compared_in_bounded_memory():
     """1,024 hashes that differ in their last bits alone have half a million pairs for most keys."""
     table = pa.table({"position": np.arange(1024), "hash": np.arange(1024)})

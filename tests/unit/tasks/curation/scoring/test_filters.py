@@ -250,6 +250,7 @@ def test_clean_pictures_noise_and_blur_have_no_watermark():
         assert watermark_score(gray(Image.fromarray(noisy))) < 0.2
 
 
+@pytest.mark.slow
 def test_every_digit_scan_passes_every_filter():
     from sklearn.datasets import load_digits
 

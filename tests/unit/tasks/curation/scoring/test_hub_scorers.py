@@ -81,6 +81,7 @@ def built(**columns):
     return {one.columns[0]: build_scorer(one) for one in chosen_scorers(ScorerConfig(**names))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["CLIP", "MetaClip2", "Siglip", "Siglip2"])
 def test_similarity_is_the_cosine_that_the_whole_model_gives(tmp_path, kind):
     import transformers

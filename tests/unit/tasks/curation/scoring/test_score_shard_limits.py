@@ -55,6 +55,7 @@ def small_worker(monkeypatch):
     monkeypatch.setattr(score, "WORKER_BYTES", 60 * MIB)
 
 
+@pytest.mark.slow
 @pytest.mark.fresh_process
 def test_a_picture_over_a_workers_memory_costs_one_record(tmp_path, small_worker):
     files = {f"{i}.png": png(i) for i in range(4)} | {"2a.png": plain_png(8000)}  # 256 MB, below 480 MiB

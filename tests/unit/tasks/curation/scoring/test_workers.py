@@ -144,6 +144,7 @@ def wait_and_work(data: bytes) -> str:
     return "read"
 
 
+@pytest.mark.slow
 def test_a_worker_that_waits_for_a_processor_has_its_time_and_one_that_works_too_long_has_no_more():
     """One that had no processor for a while, and one that works for ever."""
     with Workers(wait_and_work, 1, timeout_s=1.0) as workers:
@@ -170,6 +171,7 @@ def take(data: bytes) -> int:
     return len(bytearray(int(data.rstrip(b"\0")) * MIB))
 
 
+@pytest.mark.slow
 @pytest.mark.fresh_process
 @pytest.mark.parametrize("size", [16, LARGE_BYTES + 1, 60 * MIB])
 def test_the_limit_of_memory_counts_the_item_whether_it_was_sent_or_shared(size):
@@ -195,6 +197,7 @@ def test_a_worker_that_dies_in_the_middle_of_its_answer_costs_one_item(monkeypat
     assert "crashed its decoder (signal 9)" in str(first) and second == b"ok"
 
 
+@pytest.mark.slow
 @pytest.mark.fresh_process
 def test_an_answer_for_which_there_is_no_memory_says_so():
     with Workers(lambda data: bytes(int(data) * MIB), 1, memory_bytes=100 * MIB) as workers:
