@@ -145,7 +145,7 @@ def _is_elsewhere(role: str, source: str, file: str) -> bool:
             role == "curation" and file == "tasks/planning/task.py" and package == "torch"
         )  # plan_benchmarks: evaluator
         or (role == "scorer" and file.startswith("tasks/curation/sources/urls/"))  # curation's image downloads
-        # curation.engine=spark has a separate extra, and the site an image of its own: docs/scale.md
+        # only for curation.engine=spark, for which a site builds a separate image: docs/scale.md
         or package == "pyspark"
         or source == "flytekitplugins.spark"
         or (package == "triton" and role != "trainer")  # used where it is installed; torchtitan needs it

@@ -70,7 +70,7 @@ def same_random_numbers():
 
 
 def pytest_pyfunc_call(pyfuncitem):
-    """Runs a test that is marked fresh_process in one, with a pytest of its own."""
+    """Runs a test that is marked fresh_process in a separate pytest process."""
     if pyfuncitem.get_closest_marker("fresh_process") is None or "NUCLEUS_TEST_FRESH" in os.environ:
         return None
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", pyfuncitem.nodeid]

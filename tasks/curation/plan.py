@@ -119,7 +119,7 @@ def _requests(captioner: CaptionerConfig) -> list[float]:
 
 
 def _caption_seconds(captioner: CaptionerConfig, rates: Rates) -> float:
-    """Of a GPU, for an image: each length class is a request of its own, with the image in it. No cache of prefixes."""
+    """GPU seconds for an image. Each length class is a separate request that includes the image; no prefix cache is assumed."""
     words = _requests(captioner)
     read = (
         captioner.image_px / 32

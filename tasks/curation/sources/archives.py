@@ -8,6 +8,7 @@ the limits of loose files.
 
 from __future__ import annotations
 
+import functools
 import posixpath
 from collections.abc import Callable, Iterator, Mapping
 from typing import BinaryIO
@@ -15,7 +16,6 @@ from typing import BinaryIO
 from tasks.curation.sources.base import (
     AMBIGUOUS_CAPTION,
     MAX_IMAGE_BYTES,
-    UNREADABLE_CAPTION,
     UNREADABLE_FILE,
     Account,
     Options,
@@ -31,8 +31,7 @@ from tasks.curation.sources.captions.caption_text import (
     MAX_JSON_BYTES,
     SIDECAR_EXTENSIONS,
     CaptionError,
-    NotTextError,
-    sidecar_captions,
+    add_texts,
 )
 from tasks.curation.sources.captions.pairing import Pair, pair
 from tasks.curation.sources.file_trees import HIDDEN, FileTree
@@ -100,26 +99,26 @@ def _is_hidden(name: str) -> bool:
 def _record(
     path: str, locator: str, members: Members, names: list[str], image: int, one: Pair, options: Options
 ) -> Record:
-    name, captions, not_text = names[image], [], ""
+    name = names[image]
     at = f"{locator}:{visible(name)}"
     problem, detail = (AMBIGUOUS_CAPTION, f"{at}: {one.ambiguous}") if one.ambiguous else ("", "")
-    for text in (names[i] for i in one.texts):
-        data, why = _read(members[text], MAX_JSON_BYTES)
-        try:
-            if why:
-                raise CaptionError(why)
-            captions += sidecar_captions(text, data, options.encoding, options.caption_columns)
-        except NotTextError as error:
-            not_text = f"{locator}:{visible(text)} {error}"
-        except CaptionError as error:
-            problem, detail = UNREADABLE_CAPTION, f"{locator}:{visible(text)} {error}"
-    if not_text and not captions and not problem:
-        problem, detail = UNREADABLE_CAPTION, not_text
+    texts = [
+        (text, f"{locator}:{visible(text)}", functools.partial(_text, members[text]))
+        for text in (names[i] for i in one.texts)
+    ]
+    captions, problem, detail = add_texts(texts, [], problem, detail, options)
     data, why = _read(members[name], MAX_IMAGE_BYTES)
     if why:
         problem, detail = UNREADABLE_FILE, f"{at} {why}"
     captions = [] if problem else list(dict.fromkeys(captions))
     return Record(record_key(path, name), data, extension(name), captions, "user", at, 0, problem, detail)
+
+
+def _text(open_member: Callable[[], BinaryIO]) -> bytes:
+    data, why = _read(open_member, MAX_JSON_BYTES)
+    if why:
+        raise CaptionError(why)
+    return data
 
 
 def _read(open_member: Callable[[], BinaryIO], limit: int) -> tuple[bytes, str]:

@@ -6,6 +6,7 @@ the list that contains it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,6 @@ import pyarrow.parquet as pq
 from tasks.curation.sources.base import (
     CHANGED,
     MAX_IMAGE_BYTES,
-    UNREADABLE_CAPTION,
     UNREADABLE_FILE,
     Account,
     Options,
@@ -34,9 +34,7 @@ from tasks.curation.sources.captions.caption_text import (
     MAX_TEXT_BYTES,
     SIDECAR_EXTENSIONS,
     CaptionError,
-    NotTextError,
-    sidecar_captions,
-    without_column,
+    add_texts,
 )
 from tasks.curation.sources.file_trees import FileTree, RemoteFileTree
 
@@ -151,25 +149,16 @@ def _bytes_to_read(file: File) -> int:
 
 
 def _record(place: FileTree, file: File, contents: dict[str, bytes | OSError], options: Options) -> Record:
-    problem, detail = file.problem, file.detail
-    captions, not_text, no_column = list(file.captions), "", ""
-    for name, size, digest in file.sidecars:
+    def read_text(name: str, size: int, digest: str) -> bytes:
+        if why := too_large(name, size):
+            raise CaptionError(why)
         try:
-            if why := too_large(name, size):
-                raise CaptionError(why)
-            data = _checked(place, name, contents[name], size, digest)
-            own = sidecar_captions(name, data, options.encoding, options.caption_columns)
-            captions += own
-            if not own and (why := without_column(name, data, options.encoding, options.caption_columns)):
-                no_column = f"{place.locator(name)} {why}"
-        except NotTextError as error:
-            not_text = f"{place.locator(name)} {error}"
-        except (CaptionError, OSError) as error:
-            problem, detail = UNREADABLE_CAPTION, f"{place.locator(name)} {_why(error)}"
-    if not_text and not captions and not problem:
-        problem, detail = UNREADABLE_CAPTION, not_text
-    if not captions and not problem:
-        detail = no_column
+            return _checked(place, name, contents[name], size, digest)
+        except OSError as error:
+            raise CaptionError(_why(error)) from error
+
+    texts = [(one[0], place.locator(one[0]), functools.partial(read_text, *one)) for one in file.sidecars]
+    captions, problem, detail = add_texts(texts, file.captions, file.problem, file.detail, options)
     data = b""
     try:
         if file.size_bytes > MAX_IMAGE_BYTES:
@@ -182,10 +171,8 @@ def _record(place: FileTree, file: File, contents: dict[str, bytes | OSError], o
     return Record(record_key(file.name), data, ext, captions, "user", place.locator(file.name), 0, problem, detail)
 
 
-def _why(error: Exception) -> str:
-    if isinstance(error, CaptionError):
-        return str(error)
-    return f"cannot be read: {visible(getattr(error, 'strerror', None) or str(error))}"
+def _why(error: OSError) -> str:
+    return f"cannot be read: {visible(error.strerror or str(error))}"
 
 
 def _checked(place: FileTree, name: str, content: bytes | OSError, size: int, digest: str) -> bytes:

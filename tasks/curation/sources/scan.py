@@ -47,6 +47,7 @@ from tasks.curation.sources.base import (
     is_image,
     reason_of,
     shard_id,
+    to_bytes,
     visible,
     without_tar_suffix,
 )
@@ -218,8 +219,8 @@ class _Scan:
                 if self.parallel:
                     self.parallel.claim(path)
             elif self.listed and name.lower().endswith(TAR_SUFFIXES):
-                for sample in self._samples(path, Account()):
-                    self.listed.claim(_names_beside(listing, path, sample.image.name))
+                for image, _, _ in self._images_in(path)[0]:
+                    self.listed.claim(_names_beside(listing, path, image))
 
     def _loose_names(self, listing: Folder) -> list[str]:
         """The loose images and texts of a folder."""
@@ -324,17 +325,17 @@ class _Scan:
             beside: list[File] = []
             count = -1
             if self.listed or not isinstance(self.place, RemoteFileTree):
-                count, inside = 0, Account()
-                for sample in self._samples(path, inside):
-                    count += 1
-                    rows = self.listed.match(_names_beside(listing, path, sample.image.name))
-                    if rows.no_column and not sample.texts and not sample.captions:
+                images, inside = self._images_in(path)
+                count = len(images)
+                for image, place, is_described in images:
+                    rows = self.listed.match(_names_beside(listing, path, image))
+                    if rows.no_column and not is_described:
                         raise ValueError(rows.no_column)
                     problem, detail = _problem(
-                        f"{self.place.locator(path)}:{visible(sample.place)}", rows.ambiguous, rows.unreadable
+                        f"{self.place.locator(path)}:{visible(place)}", rows.ambiguous, rows.unreadable
                     )
                     if rows.captions or problem:
-                        beside.append(File(sample.place, captions=tuple(rows.captions), problem=problem, detail=detail))
+                        beside.append(File(place, captions=tuple(rows.captions), problem=problem, detail=detail))
                 if not count:
                     self.in_tars += inside
             with _naming(shown):
@@ -346,13 +347,24 @@ class _Scan:
             self.account.use()
             self.table.add(Shard(name, "tar", self.place.uri(path), 0, count, size, digest, "user"))
 
-    def _samples(self, path: str, account: Account) -> list[tars.Sample]:
-        shown = self.place.shown(path)
+    def _images_in(self, path: str) -> tuple[list[tuple[str, str, bool]], Account]:
+        """(name, place, whether the tar has captions of it) of each image of a tar, and the tar's account. If images claim
+        rows of tables, it is kept on disk for the next call: a remote tar is downloaded for it."""
+        kept = self.scratch / f"{hashlib.sha256(to_bytes(path)).hexdigest()}.json"
+        if kept.is_file():
+            images, account = json.loads(kept.read_text())
+            kept.unlink()
+            return images, Account.from_json(account)
+        shown, inside = self.place.shown(path), Account()
         with tars.named_errors(shown):
             check_size(shown, self.place.size(path))
             opened = self.place.local_copy(path) if isinstance(self.place, RemoteFileTree) else self.place.open(path)
             with opened as file:
-                return tars.samples(shown, self.place.locator(path), file, self.options, account)
+                samples = tars.samples(shown, self.place.locator(path), file, self.options, inside)
+        images = [(s.image.name, s.place, bool(s.texts or s.captions)) for s in samples]
+        if self.listed:
+            kept.write_text(json.dumps([images, inside.to_json()]))
+        return images, inside
 
     def _add_parquet(self, path: str) -> None:
         shown = self.place.shown(path)

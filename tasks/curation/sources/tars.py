@@ -7,6 +7,7 @@ within the bounds of tar_format.py, so that a caption far from its image costs o
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import posixpath
 import tempfile
@@ -34,10 +35,7 @@ from tasks.curation.sources.base import (
 from tasks.curation.sources.captions.caption_text import (
     MAX_JSON_BYTES,
     SIDECAR_EXTENSIONS,
-    CaptionError,
-    NotTextError,
-    sidecar_captions,
-    without_column,
+    add_texts,
 )
 from tasks.curation.sources.captions.listed import Listed
 from tasks.curation.sources.captions.metadata_files import MAX_BYTES as MAX_METADATA_BYTES
@@ -275,43 +273,21 @@ def read(place: FileTree, name: str, options: Options, beside: Beside, account: 
 def _record(
     name: str, locator: str, file: BinaryIO, sample: Sample, options: Options, beside: tuple[list[str], str, str]
 ) -> Record:
-    captions, not_text, no_column = sample.captions + beside[0], "", ""
     problem, detail = (sample.problem, sample.detail) if sample.problem else beside[1:]
-    for text in sample.texts:
-        try:
-            data = _bytes_of(file, text, MAX_JSON_BYTES + 1)
-            own = sidecar_captions(text.name, data, options.encoding, options.caption_columns)
-            captions = captions + own
-            if not own and (why := without_column(text.name, data, options.encoding, options.caption_columns)):
-                no_column = f"{locator}:{visible(text.name)} {why}"
-        except NotTextError as error:
-            not_text = f"{locator}:{visible(text.name)} {error}"
-        except CaptionError as error:
-            problem, detail = UNREADABLE_CAPTION, f"{locator}:{visible(text.name)} {error}"
-    if not_text and not captions and not problem:
-        problem, detail = UNREADABLE_CAPTION, not_text
-    if not captions and not problem:
-        detail = no_column
+    texts = [
+        (text.name, f"{locator}:{visible(text.name)}", functools.partial(_bytes_of, file, text, MAX_JSON_BYTES + 1))
+        for text in sample.texts
+    ]
+    captions, problem, detail = add_texts(texts, sample.captions + beside[0], problem, detail, options)
     data, ext = b"", extension(sample.image.name)
     if sample.image.size > MAX_IMAGE_BYTES:
         problem = UNREADABLE_FILE
         detail = f"{locator}:{visible(sample.place)} is larger than {MAX_IMAGE_BYTES // 2**20} MiB"
     else:
         data = _bytes_of(file, sample.image, sample.image.size)
-    if problem:
-        captions = []
-    captions = list(dict.fromkeys(captions))
-    return Record(
-        record_key(name, sample.place),
-        data,
-        ext,
-        captions,
-        "user",
-        f"{locator}:{visible(sample.place)}",
-        0,
-        problem,
-        detail,
-    )
+    captions = [] if problem else list(dict.fromkeys(captions))
+    at = f"{locator}:{visible(sample.place)}"
+    return Record(record_key(name, sample.place), data, ext, captions, "user", at, 0, problem, detail)
 
 
 def _bytes_of(file: BinaryIO, member: Member, limit: int) -> bytes:

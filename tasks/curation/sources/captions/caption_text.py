@@ -9,10 +9,10 @@ import codecs
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from tasks.curation.sources.base import CAPTION_COLUMNS, extension, visible
+from tasks.curation.sources.base import CAPTION_COLUMNS, UNREADABLE_CAPTION, Options, extension, visible
 from tasks.curation.sources.captions.csv_text import few
 
 SIDECAR_EXTENSIONS = ("txt", "text", "caption", "prompt", "json")
@@ -163,14 +163,49 @@ def sidecar_captions(name: str, data: bytes, encoding: str | None, wanted: tuple
     return row_captions(value, wanted) if isinstance(value, dict) else captions_of(value)
 
 
-def without_column(name: str, data: bytes, encoding: str | None, wanted: tuple[str, ...]) -> str:
+def add_texts(
+    texts: Iterable[tuple[str, str, Callable[[], bytes]]],
+    captions: Iterable[str],
+    problem: str,
+    detail: str,
+    options: Options,
+) -> tuple[list[str], str, str]:
+    """Reads the text files of an image.
+
+    Args:
+        texts: (name, name for messages, function that reads it) of each; the function may raise CaptionError.
+        captions, problem, detail: of the record without them.
+
+    Returns:
+        captions, problem and detail of the record. A detail without a problem says why there is no caption.
+    """
+    found, not_text, no_column = list(captions), "", ""
+    for name, shown, read in texts:
+        try:
+            data = read()
+            own = sidecar_captions(name, data, options.encoding, options.caption_columns)
+            found += own
+            if not own and (why := _without_column(name, data, options)):
+                no_column = f"{shown} {why}"
+        except NotTextError as error:
+            not_text = f"{shown} {error}"
+        except CaptionError as error:
+            problem, detail = UNREADABLE_CAPTION, f"{shown} {error}"
+    if not_text and not found and not problem:
+        problem, detail = UNREADABLE_CAPTION, not_text
+    if not found and not problem:
+        detail = no_column
+    return found, problem, detail
+
+
+def _without_column(name: str, data: bytes, options: Options) -> str:
     """Names the keys of a readable .json file next to an image that has none for captions; "" for other files."""
     if extension(name) != "json":
         return ""
-    value = parse_json(decode(data, encoding))
-    if not isinstance(value, dict) or caption_columns(value, wanted):
+    value = parse_json(decode(data, options.encoding))
+    if not isinstance(value, dict) or caption_columns(value, options.caption_columns):
         return ""
-    return f"has {few(list(value)) or 'nothing'}; it needs {column_hint(wanted)}"
+    return f"has {few(list(value)) or 'nothing'}; it needs {column_hint(options.caption_columns)}"
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import posixpath
-import sqlite3
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import BinaryIO, NamedTuple
 from tasks.curation.sources.base import Account, base_name, count_of, from_bytes, is_image, reason_of, to_bytes, visible
 from tasks.curation.sources.captions.metadata_files import Table, table_rows
 from tasks.curation.sources.captions.pairing import fold, spelling
+from tasks.curation.sources.captions.scratch import open_scratch
 
 MAX_ROWS = 500_000  # of a CSV or JSON table, at 70 us of processor time each (benchmarks/curation/hostile.py)
 MAX_ROWS_PER_IMAGE = 1000
@@ -49,17 +49,14 @@ class Listed:
 
     def __enter__(self) -> Listed:
         self._folder = tempfile.TemporaryDirectory()
-        self._db = sqlite3.connect(Path(self._folder.name) / "rows", isolation_level=None)
-        self._db.execute("PRAGMA journal_mode=OFF")
-        self._db.execute("PRAGMA synchronous=OFF")
-        self._db.execute("PRAGMA cache_size=-32768")
-        self._db.execute("BEGIN")
-        self._db.execute(
+        self._db = open_scratch(
+            Path(self._folder.name) / "rows",
             "CREATE TABLE rows (id INTEGER PRIMARY KEY, file INT, line INT, said BLOB, captions TEXT, problem TEXT, "
-            "near INT, owners INT, used INT)"
+            "near INT, owners INT, used INT)",
+            "CREATE TABLE names (fold BLOB, name BLOB, step INT, row INT)",
+            "CREATE INDEX folds ON names (fold)",
         )
-        self._db.execute("CREATE TABLE names (fold BLOB, name BLOB, step INT, row INT)")
-        self._db.execute("CREATE INDEX folds ON names (fold)")
+        self._db.execute("PRAGMA cache_size=-32768")
         return self
 
     def __exit__(self, *_: object) -> None:

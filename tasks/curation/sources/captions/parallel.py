@@ -9,7 +9,6 @@ may have the same text as their nearest.
 from __future__ import annotations
 
 import posixpath
-import sqlite3
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -27,6 +26,7 @@ from tasks.curation.sources.captions.pairing import (
     text_names,
     words_of,
 )
+from tasks.curation.sources.captions.scratch import open_scratch
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "pictures", "photos")
 CAPTION_FOLDERS = ("captions", "caption", "texts", "text", "txt", "prompts")
@@ -74,17 +74,14 @@ class ParallelTexts:
     def __init__(self, database: str, caption_columns: tuple[str, ...], configured: str | None) -> None:
         """database: a path, or ":memory:"."""
         self._words, self._configured = words_of(caption_columns), configured
-        self._db = sqlite3.connect(database, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode=OFF")
-        self._db.execute("PRAGMA synchronous=OFF")
-        self._db.execute("CREATE TABLE folders (id INTEGER PRIMARY KEY, fold BLOB UNIQUE)")
-        self._db.execute(
+        self._db = open_scratch(
+            database,
+            "CREATE TABLE folders (id INTEGER PRIMARY KEY, fold BLOB UNIQUE)",
             "CREATE TABLE texts (id INTEGER PRIMARY KEY, path BLOB, size INT, digest TEXT, number INT, "
-            "near INT, owner BLOB, other BLOB, formats TEXT, count INT, used INT)"
+            "near INT, owner BLOB, other BLOB, formats TEXT, count INT, used INT)",
+            "CREATE TABLE names (folder INT, name BLOB, text INT)",
+            "CREATE INDEX by_name ON names (folder, name)",
         )
-        self._db.execute("CREATE TABLE names (folder INT, name BLOB, text INT)")
-        self._db.execute("CREATE INDEX by_name ON names (folder, name)")
-        self._db.execute("BEGIN")
         self._any = False
         self._near: tuple[str | None, list[tuple[int, str, int]]] = (None, [])  # a folder, and its folders of captions
 

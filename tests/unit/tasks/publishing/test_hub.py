@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 from huggingface_hub.utils import HfHubHTTPError, LocalTokenNotFoundError
+from sealed_pipelines import make
 
 from tasks.manifest import seal
 from tasks.publishing.config import PublishConfig
@@ -73,12 +74,7 @@ class FakeHub:
 
 @pytest.fixture
 def pipeline(tmp_path) -> Path:
-    directory = tmp_path / "pipeline"
-    (directory / "sub").mkdir(parents=True)
-    (directory / "README.md").write_text("card")
-    (directory / "sub/model.safetensors").write_bytes(b"weights")
-    seal(directory, "pipeline")
-    return directory
+    return make(tmp_path / "pipeline", {"README.md": "card", "sub/model.safetensors": b"weights"})
 
 
 def test_a_push_has_every_file_and_the_manifest_and_its_message_the_digest(pipeline):

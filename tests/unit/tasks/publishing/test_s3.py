@@ -9,6 +9,7 @@ from pathlib import Path
 import boto3
 import pytest
 from moto import mock_aws
+from sealed_pipelines import make
 
 from tasks.manifest import MANIFEST, load_manifest, seal, verify
 from tasks.publishing import s3
@@ -29,14 +30,6 @@ def client(monkeypatch):
         client = boto3.client("s3", region_name="eu-west-1")
         client.create_bucket(Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
         yield client
-
-
-def make(directory: Path, files: dict[str, bytes]) -> Path:
-    for name, content in files.items():
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        (directory / name).write_bytes(content)
-    seal(directory, "pipeline")
-    return directory
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ from pathlib import Path
 import boto3
 import pytest
 from object_store import OWN, s3_server
+from sealed_pipelines import make
 
-from tasks.manifest import load_manifest, seal, verify
+from tasks.manifest import load_manifest, verify
 from tasks.publishing import s3
 
 BUCKET, PREFIX = "releases", "nucleus/"
@@ -33,14 +34,6 @@ for line in sys.stdin:
     _, status = os.waitpid(child, 0)
     print(os.waitstatus_to_exitcode(status), flush=True)
 """
-
-
-def make(directory: Path, files: dict[str, bytes]) -> Path:
-    for name, content in files.items():
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        (directory / name).write_bytes(content)
-    seal(directory, "pipeline")
-    return directory
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ import tracemalloc
 import pytest
 from source_files import captions_in, left_out, picture, read_records, tar_of, write
 
-from tasks.curation.sources import tar_format
+from tasks.curation.config import SourceConfig
+from tasks.curation.sources import scan, tar_format
 from tasks.curation.sources.base import MAX_IMAGE_BYTES
 
 PNG = picture(1)
@@ -153,6 +154,17 @@ def test_metadata_beside_two_tars_with_one_name_is_ambiguous_until_it_names_the_
     write(tmp_path, {"metadata.csv": "file_name,text\nx/a.png,of x\ny/a.png,of y\n"})
     captions = captions_in(tmp_path)
     assert captions["x.tar:a.png"] == ["of x"] and captions["y.tar:a.png"] == ["of y"]
+
+
+def test_the_scan_indexes_a_tar_next_to_a_table_once(tmp_path, monkeypatch):
+    """A remote tar is downloaded for it, although its images claim rows before any row is assigned."""
+    source = tmp_path / "source"
+    tar_of(source / "x.tar", {"a.png": PNG, "b.png": PNG})
+    write(source, {"metadata.csv": "file_name,text\na.png,beside\n"})
+    indexed, real = [], scan.tars.samples
+    monkeypatch.setattr(scan.tars, "samples", lambda *args: indexed.append(args[0]) or real(*args))
+    scan.write_corpus(SourceConfig(), str(source), tmp_path / "corpus")
+    assert indexed == [f"{source}/x.tar"]
 
 
 def test_broken_metadata_inside_a_tar_names_tar_member_and_line(tmp_path):
