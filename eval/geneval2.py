@@ -118,12 +118,26 @@ def load_prompts(path: str | Path) -> list[dict[str, Any]]:
     for number, row in read_json_lines(path):
         if not isinstance(row, dict) or not {"prompt", "atom_count", "vqa_list", "skills"} <= row.keys():
             raise ValueError(f"{path}, line {number}: a prompt needs 'prompt', 'atom_count', 'vqa_list' and 'skills'")
-        if len(row["vqa_list"]) != len(row["skills"]):
-            raise ValueError(f"{path}, line {number}: {len(row['vqa_list'])} questions for {len(row['skills'])} skills")
+        _check_row(row, f"{path}, line {number}")
         rows.append(row)
     if not rows:
         raise ValueError(f"{path} holds no prompt")
     return rows
+
+
+def _check_row(row: Mapping[str, Any], where: str) -> None:
+    questions, skills = row["vqa_list"], row["skills"]
+    if not isinstance(questions, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in questions
+    ):
+        raise ValueError(f"{where}: 'vqa_list' must be a list of [question, answer], not {questions!r}")
+    if not isinstance(skills, list) or len(questions) != len(skills):
+        raise ValueError(f"{where}: {len(questions)} questions for the skills {skills!r}; each needs one")
+    unknown = [skill for skill in skills if skill not in SKILLS]
+    if unknown:
+        raise ValueError(f"{where}: unknown skill {unknown[0]!r}; it must be one of {', '.join(SKILLS)}")
+    if row["atom_count"] not in ATOMICITIES:
+        raise ValueError(f"{where}: atom_count={row['atom_count']!r}; it must be 3 to 10")
 
 
 def read_scores(path: str | Path) -> list[list[float]]:

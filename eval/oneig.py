@@ -89,7 +89,7 @@ def split_grid(image: Image.Image, grid: tuple[int, int] = (2, 2), mode: Mode = 
         for column in range(columns):
             box = (column * width, row * height, (column + 1) * width, (row + 1) * height)
             tile = image.crop(box)
-            if min(tile.size) == 0 or (len(tile.getbands()) == 3 and tile.getbbox() is None):
+            if min(tile.size) == 0 or is_black(tile):
                 continue
             file = io.BytesIO()
             try:
@@ -100,6 +100,11 @@ def split_grid(image: Image.Image, grid: tuple[int, int] = (2, 2), mode: Mode = 
                 ) from None
             tiles.append(file.getvalue())
     return tiles
+
+
+def is_black(tile: Image.Image) -> bool:
+    """Whether all pixels of a tile of three channels are black: it stands for an image that could not be generated."""
+    return len(tile.getbands()) == 3 and tile.getbbox() is None
 
 
 # ---- alignment

@@ -102,7 +102,7 @@ def judge_run(
     images_dir, prompts, generation = read_run(run_dir)
     config = config or EvalConfig(**generation["config"])
     benchmark, out_dir = catalog.benchmark(config.benchmark), check_out_dir(out_dir)
-    rows = index_images(images_dir, prompts, config)
+    rows = index_images(images_dir, prompts, config, benchmark.jpeg_tiles)
     write_rows(rows, out_dir / INDEX)
     write_judges(judges, out_dir)
     with Answers(out_dir, write=True) as answers:

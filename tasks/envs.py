@@ -41,7 +41,7 @@ CACHE_VERSIONS = {
     "training": "3",
     "merging": "1",
     "prompts": "1",
-    "evaluation": "8",
+    "evaluation": "9",
     "publishing": "5",
     "study": "2",
 }

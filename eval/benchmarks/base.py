@@ -64,12 +64,14 @@ class Judged:
     """The answers about one prompt.
 
     Attributes:
-        images: the answers about each expected image, in order; None for a missing one.
+        images: the answers about each expected image, in order; None for one that is missing, unreadable or left out.
+        left_out: number of images that the rule leaves out (see `Benchmark.jpeg_tiles`).
         together: the answers to questions about all images, and about the prompt's real image.
     """
 
     images: Sequence[Answers]
     together: Mapping[str, Any] = field(default_factory=dict)
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ class Benchmark:
             official.
         packaged_judges: replace recommended ones on a machine without a GPU; their weights are in Python packages.
         pooling: how the overall score follows from prompts, for its interval.
-        jpeg_tiles: the official code shows each image to the judges through JPEG (quality 75).
+        jpeg_tiles: the official code cuts pictures into tiles: judges see each through JPEG (quality 75), and black ones,
+            which stand for images that could not be generated, are left out.
         prompt_sets: the sets of prompts that it has without a prompts_file.
         data: the file that `prompts` reads, and its source; "" for made prompts.
         source: where `data` is downloaded from; None if it is not downloaded.
@@ -255,7 +258,6 @@ class Benchmark:
         Raises:
             ValueError: nothing to score, or answers to an unknown prompt.
         """
-        assert self.pooling != "parts", f"{self.name} has subscores, and so its own summary"
         check_known(prompts, judged)
         scored = self.score_all(prompts, complete(prompts, judged))
         images = [score for one in scored.values() for score in one.images]

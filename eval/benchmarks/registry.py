@@ -24,7 +24,7 @@ def load(name: str) -> Benchmark:
     """The benchmark of a name in `BENCHMARKS`, or of a "module:object" or "module:class" of your own.
 
     Raises:
-        ValueError: there is none; says what could have been meant.
+        ValueError: there is none (says what could have been meant), or it is no complete `Benchmark`.
     """
     target = BENCHMARKS.get(name, name if ":" in name else None)
     if target is None:
@@ -38,4 +38,16 @@ def load(name: str) -> Benchmark:
         if name in BENCHMARKS:
             raise
         raise ValueError(f"benchmark {name!r} cannot be imported: {error}") from error
-    return loaded() if isinstance(loaded, type) else loaded
+    benchmark = loaded() if isinstance(loaded, type) else loaded
+    if not isinstance(benchmark, Benchmark):
+        raise ValueError(
+            f"benchmark {name!r} is a {type(benchmark).__name__}, not a subclass of eval.benchmarks.base.Benchmark"
+        )
+    own = type(benchmark)
+    if absent := [name for name in ("name", "judges") if not hasattr(benchmark, name)]:
+        raise ValueError(f"{own.__name__} must set {' and '.join(absent)}")
+    if own.score_image is Benchmark.score_image and own.score is Benchmark.score:
+        raise ValueError(f"{own.__name__} must have score_image (or score)")
+    if benchmark.pooling == "parts" and own.summarise is Benchmark.summarise:
+        raise ValueError(f"{own.__name__} has pooling='parts', for which it must have its own summarise")
+    return benchmark

@@ -50,7 +50,13 @@ class BaseJudge:
         """
         if spec is None:
             own = type(self)
-            code = file_sha256(inspect.getfile(own))
+            try:
+                code = file_sha256(inspect.getfile(own))
+            except (TypeError, OSError) as error:
+                raise ValueError(
+                    f"the code of {own.__name__} is in no file, so that its answers could not be told from those of other "
+                    "code: put it into a module, or pass a spec"
+                ) from error
             versions = libraries("numpy", "pillow")
             spec = {"class": f"{own.__module__}.{own.__qualname__}", "code": f"sha256:{code}", "libraries": versions}
         self.spec: Mapping[str, Any] = dict(spec)

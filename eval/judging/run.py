@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,20 @@ from eval.geneval import expected_images, walk_layout
 from eval.judging.answers import Answers, Key
 from eval.judging.images import open_png
 from eval.judging.protocols import Judge, Request, category_of, question_key
+from eval.oneig import is_black, split_grid
 
 INDEX, JUDGES = "images.parquet", "judges.json"
+BLACK = "black, which stands for an image that could not be generated: left out"  # see Benchmark.jpeg_tiles
 REFERENCE = -1  # instead of an image's number: the prompt's real image
 Row = dict[str, Any]
 Group = tuple[int, int]  # seed, prompt index: the images of one prompt that are judged together
 
 
-def index_images(images_dir: str | Path, prompts: Sequence[Prompt], config: EvalConfig) -> list[Row]:
+def index_images(
+    images_dir: str | Path, prompts: Sequence[Prompt], config: EvalConfig, leave_out_black: bool = False
+) -> list[Row]:
     """One row per image of a run: seed, prompt_index, prompt_id, image_index, category, split, prompt, file (relative
-    to `images_dir`), sha256, error ("" or why it cannot be read).
+    to `images_dir`), sha256, error ("" or why it is not judged: it cannot be read, or is `BLACK`).
 
     Raises:
         ValueError: missing or unreadable images, unless `config.missing` is "official".
@@ -46,7 +51,9 @@ def index_images(images_dir: str | Path, prompts: Sequence[Prompt], config: Eval
             data = path.read_bytes()
             error = ""
             try:
-                open_png(data)
+                image = open_png(data)
+                if leave_out_black and is_black(image.convert("RGB")):
+                    error = BLACK
             except ValueError as problem:
                 error = str(problem).replace("the image", path.name, 1)
                 if config.missing == "error":
@@ -74,7 +81,7 @@ def expected_count(prompts: Sequence[Prompt], config: EvalConfig) -> int:
 
 
 def groups_of(rows: Sequence[Row]) -> dict[Group, list[Row]]:
-    """The readable images of each prompt and seed, in order."""
+    """The images of each prompt and seed that are judged, in order."""
     groups: dict[Group, list[Row]] = {}
     for row in sorted(rows, key=lambda r: (r["seed"], r["prompt_index"], r["image_index"])):
         if not row["error"]:
@@ -149,7 +156,7 @@ def judge_images(
     """Asks the judges the questions that `answers` lacks. Each batch is on disk before the next begins.
 
     Args:
-        rows: of `index_images`; unreadable images are skipped.
+        rows: of `index_images`; those with an error are skipped.
         judges: {skill: judge}.
         answers: opened for writing.
         batch_size: questions per call of a judge.
@@ -228,8 +235,6 @@ def _ask(
 
 def through_jpeg(image: Image.Image) -> Image.Image:
     """The image with OneIG-Bench's JPEG compression. A black image, which the official code drops, is unchanged."""
-    from eval.oneig import split_grid
-
     for tile in split_grid(image, (1, 1), "fixed"):
         image = Image.open(io.BytesIO(tile), formats=("JPEG",))
         image.load()
@@ -261,6 +266,7 @@ def judged_prompts(
     """
     reader = _Reader(benchmark, answers, judges)
     groups = groups_of(rows)
+    left_out = Counter((row["seed"], row["prompt_index"]) for row in rows if row["error"] == BLACK)
     result: dict[int, dict[str, Judged]] = {}
     for seed in config.seeds:
         for index, prompt in enumerate(prompts):
@@ -277,7 +283,7 @@ def judged_prompts(
             for row, known in zip(images, by_image, strict=True):
                 if row["image_index"] < len(places):
                     places[row["image_index"]] = known
-            result.setdefault(seed, {})[prompt["id"]] = Judged(tuple(places), together)
+            result.setdefault(seed, {})[prompt["id"]] = Judged(tuple(places), together, left_out[seed, index])
     return result
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from eval.files import read_json_lines, replacing_text
 
+RELATIONS = ("left of", "right of", "above", "below")
 RESULT_KEYS = ("filename", "tag", "prompt", "correct", "reason", "metadata", "details")
 
 
@@ -30,12 +31,36 @@ def load_prompts(path: str | Path) -> list[dict[str, Any]]:
     """
     prompts = []
     for number, metadata in read_json_lines(path):
+        where = f"{path}, line {number}"
         if not isinstance(metadata, dict) or not {"tag", "prompt", "include"} <= metadata.keys():
-            raise ValueError(f"{path}, line {number}: a prompt needs 'tag', 'prompt' and 'include'")
+            raise ValueError(f"{where}: a prompt needs 'tag', 'prompt' and 'include'")
+        for part in ("include", "exclude"):
+            _check_clauses(metadata.get(part, []), f"{where}: {part}")
         prompts.append(metadata)
     if not prompts:
         raise ValueError(f"{path} holds no prompt")
     return prompts
+
+
+def _check_clauses(clauses: Any, where: str) -> None:
+    """Refuses, before any image is drawn, what `eval.geneval.judge_image` cannot judge, or would always judge as wrong."""
+    if not isinstance(clauses, list) or not all(
+        isinstance(c, dict) and isinstance(c.get("class"), str) for c in clauses
+    ):
+        raise ValueError(f"{where} must be a list of objects with 'class' and 'count', not {clauses!r}")
+    for number, clause in enumerate(clauses):
+        count = clause.get("count")
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"{where}[{number}] has count={count!r}; it must be a whole number from 1")
+        if "position" in clause:
+            match clause["position"]:
+                case [relation, int(target)] if relation in RELATIONS and 0 <= target < number:
+                    pass
+                case position:
+                    raise ValueError(
+                        f"{where}[{number}] has position={position!r}; it must be [one of {', '.join(RELATIONS)}; the number "
+                        "of an earlier clause, from 0]"
+                    )
 
 
 def expected_images(metadata: Mapping[str, Any], images_per_prompt: int = 1) -> int:

@@ -9,7 +9,7 @@ from eval import catalog, stats
 from eval.benchmarks.base import Benchmark, Judged, Mode, Pooling, mean
 from eval.config import EvalConfig
 from eval.judging.protocols import category_of, digest_of, score_name
-from eval.judging.run import Row, expected_count, prompt_scores
+from eval.judging.run import BLACK, Row, expected_count, prompt_scores
 from eval.scorecards.card import (
     CategoryScore,
     Comparison,
@@ -47,6 +47,7 @@ def scorecard(
     benchmark = catalog.benchmark(config.benchmark)
     pooling = benchmark.pooling
     scored = [row for row in rows if row["score"] is not None]
+    black = sum(row["error"] == BLACK for row in rows)
     expected = expected_count(prompts, config)
     seen = [row for row in scored if row["split"] != "held_out"]
     held_out = [row for row in scored if row["split"] == "held_out"]
@@ -80,7 +81,8 @@ def scorecard(
         ),
         deviations=[
             *_not_judged(benchmark, judges or {}),
-            *_deviations(benchmark, config, generation, prompts, expected - len(scored)),
+            *_deviations(benchmark, config, generation, prompts, expected - len(scored) - black),
+            *([f"{black} black images were left out, as the official code does"] if black else []),
         ],
         seeds=list(config.seeds),
         interval=Interval(),
@@ -115,8 +117,12 @@ def official_scores(
 
 
 def with_images(of_seed: Mapping[str, Judged]) -> dict[str, Judged]:
-    """The prompts with at least one judged image."""
-    return {key: value for key, value in of_seed.items() if any(image is not None for image in value.images)}
+    """The prompts with at least one image that was judged or left out by the rule."""
+    return {
+        key: value
+        for key, value in of_seed.items()
+        if value.left_out or any(image is not None for image in value.images)
+    }
 
 
 def _measures(

@@ -12,7 +12,7 @@ decline, each step of which is within noise, lowers it. A card of another kind t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +113,17 @@ def gate(stored: Sequence[str], fetch: Callable[[str], Path], log: Callable[[str
             accepted.
         ValueError: a scorecard or a reference cannot be read. Its score is gated again the next night.
     """
-    sentences, drops, failures = [], [], []
+    sentences, drops = [], []
+    failures: list[tuple[str, Exception]] = []
+
+    def failed(item: Mapping[str, Any], error: Exception) -> None:
+        failures.append((item["benchmark"], error))
+        log(f"{item['benchmark']} cannot be gated: {error}")
+
     for text in stored:
         item = json.loads(text)
         scorecard, key, references = item["scorecard"], item["key"], item["references"]
+        update: dict[str, Any] = {"gated": YES}
         try:
             if key in references:
                 verdict, sentence = check_drop(fetch(references[key]), fetch(scorecard))
@@ -126,25 +133,26 @@ def gate(stored: Sequence[str], fetch: Callable[[str], Path], log: Callable[[str
         except DropError as error:
             drops.append(str(error))
             log(str(error))
-            update: dict[str, Any] = {"gated": YES}
         except Exception as error:  # stores raise their own types; what was seen before must still be reported
-            failures.append(f"{item['benchmark']} cannot be gated: {error}")
-            log(failures[-1])
+            failed(item, error)
             continue
         else:
             log(sentence)
             sentences.append(sentence)
-            update = {"gated": YES}
             if verdict in ("better", "first of its kind"):
                 others = [(other, place) for other, place in references.items() if other != key]
                 update["references"] = dict([*others, (key, scorecard)][-KEPT:])
-        record = read(item["source"], item["benchmark"])
-        if record.get("scorecard") == scorecard:
-            _write(item["source"], item["benchmark"], record | update)
+        try:
+            record = read(item["source"], item["benchmark"])
+            if record.get("scorecard") == scorecard:
+                _write(item["source"], item["benchmark"], record | update)
+        except Exception as error:
+            failed(item, error)
+    texts = [f"{benchmark} cannot be gated: {error}" for benchmark, error in failures]
     if drops:
-        raise DropError("; ".join([*drops, *failures]))
+        raise DropError("; ".join([*drops, *texts]))
     if failures:
-        raise ValueError("; ".join(failures))
+        raise ValueError("; ".join(texts)) from failures[-1][1]
     return sentences
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from eval.benchmarks import registry
 from eval.benchmarks.base import Benchmark, Judged
 
 
@@ -80,3 +81,21 @@ def test_a_summary_of_nothing_or_of_unknown_prompts_is_refused():
         Plain().summarise(prompts, {"00000": judged(None, None)}, "fixed")
     with pytest.raises(ValueError, match="answers to 1 unknown prompts, such as 'x'"):
         Plain().summarise(prompts, {"x": judged(1.0)}, "fixed")
+
+
+class Unscored(Benchmark):
+    name, judges = "unscored", {"vqa": ""}
+
+
+class OfParts(Plain):
+    pooling = "parts"
+
+
+@pytest.mark.parametrize("target, message", [
+    ("Unscored", "Unscored must have score_image"),
+    ("OfParts", "pooling='parts', for which it must have its own summarise"),
+    ("judged", "is a function, not a subclass of eval.benchmarks.base.Benchmark"),
+])  # fmt: skip
+def test_an_incomplete_benchmark_is_refused_when_it_is_loaded(target, message):
+    with pytest.raises(ValueError, match=message):
+        registry.load(f"{__name__}:{target}")

@@ -215,6 +215,54 @@ def test_oneigs_csvs_and_the_card_have_each_dimension_by_its_definition(tmp_path
     assert len(set(official.values())) == 5
 
 
+@pytest.mark.parametrize("skipped", [(0, 1), (2, 3), (3, 2), (0, 0)], ids=str)
+def test_a_black_tile_is_left_out_as_the_official_code_does(tmp_path, skipped):
+    """A safety checker gives black images. The card is that of judging the tiles of the exported grids that are not."""
+    place, number = skipped  # prompt, image
+
+    def with_black(prompts, seeds, height, width):
+        images = noise(prompts, seeds, height, width)
+        return [Image.new("RGB", image.size) if blacks.pop(0) else image for image in images]
+
+    checkout = official_data.write_oneig(tmp_path)
+    config = EvalConfig(benchmark="oneig", prompts_file=str(checkout), seeds=(0,), images_per_prompt=4, image_size_px=8)
+    blacks = [(i, j) == skipped for i in range(5) for j in range(4)]
+    generate(with_black, catalog.prompts(config), config, tmp_path / "run", log=quiet)
+    benchmark = catalog.benchmark("oneig")
+    judges = {skill: Dice(skill) for skill in benchmark.judges}
+    card = rescore(tmp_path / "run", tmp_path / "run", config, judges=judges, log=quiet)
+    samples = tmp_path / "run/images/seed0" / f"{place:05d}" / "samples"
+    with Image.open(samples / f"{number:04d}.png") as image:
+        assert image.getextrema() == ((0, 0),) * 3
+    (samples / f"{number:04d}.png").unlink()  # as if there had never been one
+    without = config.model_copy(update={"missing": "official"})
+    other = rescore(tmp_path / "run", tmp_path / "other", without, judges=judges, log=quiet)
+    assert card["official"] == other["official"] and card["overall"]["mean"] == other["overall"]["mean"]
+    assert "1 black images were left out, as the official code does" in card["deviations"]
+    assert card["counts"] == {"expected": 20, "generated": 20, "scored": 19, "failed": 1}
+
+
+def test_the_text_before_a_prompt_with_only_black_tiles_is_counted_again_officially(tmp_path):
+    checkout = official_data.write_oneig(tmp_path)
+    config = EvalConfig(
+        benchmark="oneig-text", prompts_file=str(checkout), seeds=(0,), images_per_prompt=4, image_size_px=8
+    )
+    blacks = [False] * 4 + [True] * 4
+
+    def second_black(prompts, seeds, height, width):
+        return [Image.new("RGB", i.size) if blacks.pop(0) else i for i in noise(prompts, seeds, height, width)]
+
+    class Reads(Dice):
+        def one(self, request):
+            return "Open"
+
+    generate(second_black, catalog.prompts(config), config, tmp_path / "run", log=quiet)
+    card = rescore(tmp_path / "run", tmp_path / "run", config, judges={"ocr": Reads("ocr")}, log=quiet)
+    # "Open" four times for the prompt "Open", and again for the black picture of the prompt "Shut".
+    table = pd.read_csv(tmp_path / "run/official/seed0/text_score_EN.csv", index_col=0)
+    assert table["CR"].item() == 0.5 and card["fixed"]["overall"] == 1
+
+
 def test_geneval2s_lists_have_the_cards_means(tmp_path):
     card, folders = scored("geneval2", official_data.write_geneval2(tmp_path), 1, tmp_path / "run")
     lists = [json.loads((folder / "score_lists.json").read_text()) for folder in folders]

@@ -270,6 +270,31 @@ def test_a_prompt_file_is_read_and_a_broken_line_named(tmp_path):
         load_prompts(tmp_path / "absent.jsonl")
 
 
+DOG = {"class": "dog", "count": 1}
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"include": None}, "include must be a list of objects with 'class' and 'count', not None"),
+    ({"include": ["dog"]}, "include must be a list"),
+    ({"include": [{"count": 1}]}, "include must be a list"),
+    ({"exclude": None}, "exclude must be a list"),
+    ({"include": [{"class": "dog", "color": "red"}]}, r"include\[0\] has count=None; it must be a whole number from 1"),
+    ({"include": [{**DOG, "count": "1"}]}, "count='1'"),
+    ({"include": [{**DOG, "count": 0}]}, "count=0"),
+    ({"exclude": [{**DOG, "count": True}]}, r"exclude\[0\] has count=True"),
+    ({"include": [DOG, {**DOG, "position": ["to the left of", 0]}]}, r"include\[1\] has position=.*left of, right of"),
+    ({"include": [DOG, {**DOG, "position": ["left of", 1]}]}, "position"),
+    ({"include": [DOG, {**DOG, "position": ["left of"]}]}, "position"),
+    ({"include": [DOG, {**DOG, "position": "left of"}]}, "position"),
+])  # fmt: skip
+def test_a_prompt_that_could_not_be_judged_is_refused_when_it_is_read(tmp_path, change, message):
+    path = tmp_path / "prompts.jsonl"
+    good = {"tag": "position", "prompt": "a", "include": [DOG, {**DOG, "position": ["left of", 0]}]}
+    path.write_text(json.dumps(good) + "\n" + json.dumps(good | change) + "\n")
+    with pytest.raises(ValueError, match=f"line 2: .*{message}"):
+        load_prompts(path)
+
+
 def test_every_class_is_counted_alike_whether_the_prompt_asks_for_it_or_not():
     objects = {
         "dog": [box(20 * i, score=0.3 + i / 100) for i in range(25)],

@@ -89,9 +89,17 @@ def test_files_are_the_official_ones(tmp_path):
             geneval2.read_scores(lists)
     with pytest.raises(ValueError, match="not a file of scores"):
         geneval2.read_scores(tmp_path / "absent.json")
-    path.write_text(json.dumps(DATA[0]) + "\n" + json.dumps({**DATA[0], "skills": []}) + "\n")
-    with pytest.raises(ValueError, match="line 2: 3 questions for 0 skills"):
-        geneval2.load_prompts(path)
+    for change, message in (
+        ({"skills": []}, r"3 questions for the skills \[\]"),
+        ({"skills": ["object", "magic", "count"]}, "unknown skill 'magic'; it must be one of object"),
+        ({"atom_count": 12}, "atom_count=12; it must be 3 to 10"),
+        ({"vqa_list": ["Is it?"] * 3}, r"'vqa_list' must be a list of \[question, answer\]"),
+        ({"vqa_list": [["Is it?", "yes", "no"]] * 3}, "'vqa_list' must be"),
+        ({"vqa_list": None}, "'vqa_list' must be"),
+    ):
+        path.write_text(json.dumps(DATA[0]) + "\n" + json.dumps({**DATA[0], **change}) + "\n")
+        with pytest.raises(ValueError, match=f"line 2: {message}"):
+            geneval2.load_prompts(path)
     path.write_text('{"prompt": "a"}\n')
     with pytest.raises(ValueError, match="line 1.*'vqa_list'"):
         geneval2.load_prompts(path)

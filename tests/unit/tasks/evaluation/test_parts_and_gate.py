@@ -357,3 +357,19 @@ def test_a_score_that_cannot_be_gated_hides_no_drop_and_is_gated_the_next_night(
     assert sentences == ["geneval dropped", "geneval2 cannot be gated: no such object"]
     with pytest.raises(ValueError, match="^geneval2 cannot be gated"):
         history.gate(stored[1:], fetch, sentences.append)
+
+
+def test_a_record_that_cannot_be_read_hides_no_drop(monkeypatch):
+    def drops(reference, scorecard):
+        raise evaluate.DropError("geneval dropped")
+
+    def damaged(source, benchmark):
+        raise ValueError("geneval.json is not a record")
+
+    monkeypatch.setattr(history, "check_drop", drops)
+    monkeypatch.setattr(history, "read", damaged)
+    item = {"source": "s", "benchmark": "geneval", "scorecard": "new", "key": "k", "references": {"k": "old"}}
+    with pytest.raises(
+        evaluate.DropError, match="^geneval dropped; geneval cannot be gated: geneval.json is not a record$"
+    ):
+        history.gate([json.dumps(item)], lambda place: place, lambda sentence: None)
