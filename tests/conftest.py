@@ -81,3 +81,11 @@ def pytest_pyfunc_call(pyfuncitem):
     )
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
     return True
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """An empty home, and no store."""
+    monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("NUCLEUS_STORE", raising=False)
+    return tmp_path / "home"

@@ -11,12 +11,7 @@ from tasks import store
 from tasks.manifest import load_manifest, seal
 from tasks.store import Part
 
-
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("NUCLEUS_STORE", raising=False)
-    return tmp_path / "home"
+pytestmark = pytest.mark.usefixtures("home")
 
 
 class Maker:

@@ -33,11 +33,7 @@ CONFIG = CurationConfig(
 LONG = "one two three four five six seven eight nine ten eleven {}"
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("NUCLEUS_STORE", raising=False)
-    return tmp_path / "home"
+pytestmark = pytest.mark.usefixtures("home")
 
 
 @pytest.fixture

@@ -28,11 +28,7 @@ CONFIG = CurationConfig(filters=FilterConfig(min_side_px=32, min_entropy_bits=0.
 SOURCE = SourceConfig()
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("NUCLEUS_STORE", raising=False)
-    return tmp_path / "home"
+pytestmark = pytest.mark.usefixtures("home")
 
 
 @pytest.fixture

@@ -21,11 +21,7 @@ from tasks.store import make_sealed, read_index
 CONFIG = CurationConfig(filters=FilterConfig(min_side_px=32, min_entropy_bits=0.05))
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("NUCLEUS_STORE", raising=False)
-    return tmp_path / "home"
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def sha(seed: int) -> str:

@@ -30,10 +30,7 @@ CONFIG = CurationConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("NUCLEUS_STORE", raising=False)
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def decide(folder: Path, config: CurationConfig = CONFIG, source: SourceConfig | None = None) -> Path:
