@@ -87,7 +87,8 @@ def write_corpus(config: SourceConfig, path: str | None, out_dir: str | os.PathL
                 raise ValueError(f"source {visible(path)!r} is empty; {VALID}")
             left_out = (scan.account + scan.in_tars).left_out()
             raise ValueError(f"source {visible(path)!r} has no image; left out: {left_out or 'nothing'}; {VALID}")
-    report = table.report(scan.account, scan.options, place.uri(), alone=place.alone)
+    more = {"alone": place.alone, "no_captions": scan.no_captions()}
+    report = table.report(scan.account, scan.options, place.uri(), **more)
     images = count_of(table.images, "image") + (
         f" and {count_of(table.unknown, 'remote tar')}" if table.unknown else ""
     )
@@ -161,6 +162,7 @@ class _Scan:
         self.account = Account()
         self.in_tars = Account()  # account of tars without images; those with images are counted when they are read
         self._files, self._report_at = 0, time.monotonic() + PROGRESS_S
+        self._no_captions, self._may_have_captions = "", False
 
     def run(self) -> None:
         texts = self.config.captions_folder
@@ -183,6 +185,14 @@ class _Scan:
                 self._add_files(files)
             self.listed.finish(self.account)
             self.parallel.finish(self.account)
+
+    def no_captions(self) -> str:
+        """Why no image of the source has a caption, if that is known without reading all of them, or ""."""
+        return "" if self._may_have_captions else self._no_captions
+
+    def _note(self, may_have_captions: bool, no_captions: str) -> None:
+        self._may_have_captions |= may_have_captions
+        self._no_captions = self._no_captions or no_captions
 
     def _read_metadata(self, listing: Folder) -> None:
         for name in listing.files:
@@ -294,8 +304,6 @@ class _Scan:
             if self.parallel and not (texts or why or rows.captions or rows.ambiguous or rows.unreadable):
                 apart_texts, why = self.parallel.match(path)
                 texts = [(text.path, text.size, text.digest) for text in apart_texts]
-            if rows.no_column and not texts and not why:
-                raise ValueError(rows.no_column)
             yield self._file(path, listing.files[names[i]], texts, rows, why or rows.ambiguous)
 
     def _file(self, path: str, size: int, texts: list[tuple[str, int, str]], rows: Matched, why: str) -> File:
@@ -311,7 +319,8 @@ class _Scan:
                 sidecars.append((text, text_size, digest))
         with _naming(self.place.shown(path)):
             digest = self.place.digest(path) if size <= MAX_IMAGE_BYTES else ""  # entries that are never read
-        problem, detail = _problem(self.place.locator(path), why, rows.unreadable)
+        problem, detail = _problem(self.place.locator(path), rows, why)
+        self._note(bool(texts or rows.captions or problem), rows.no_column)
         return File(path, size, digest, tuple(sidecars), tuple(rows.captions), problem, detail)
 
     def _add_files(self, files: list[File]) -> None:
@@ -337,15 +346,14 @@ class _Scan:
                 count = len(images)
                 for image, place, is_described in images:
                     rows = self.listed.match(_names_beside(listing, path, image))
-                    if rows.no_column and not is_described:
-                        raise ValueError(rows.no_column)
-                    problem, detail = _problem(
-                        f"{self.place.locator(path)}:{visible(place)}", rows.ambiguous, rows.unreadable
-                    )
-                    if rows.captions or problem:
+                    problem, detail = _problem(f"{self.place.locator(path)}:{visible(place)}", rows, rows.ambiguous)
+                    self._note(bool(rows.captions or problem or is_described), rows.no_column)
+                    if rows.captions or problem or (rows.no_column and not is_described):
                         beside.append(File(place, captions=tuple(rows.captions), problem=problem, detail=detail))
                 if not count:
                     self.in_tars += inside
+            else:
+                self._note(True, "")
             with _naming(shown):
                 digest = self.place.digest(path)
             name = shard_id("tar", path, 0, digest, self.options, folder.digest(beside) if beside else "")
@@ -383,7 +391,8 @@ class _Scan:
             self.account.skip(f".parquet {NO_IMAGE_COLUMN}", path)
             return
         self.account.use()
-        ranges, schema, further = scanned
+        ranges, schema, further, no_captions = scanned
+        self._note(not no_captions, no_captions and f"{self.place.locator(path)} {no_captions}")
         self._skip_columns(path, further)
         for rows in ranges:
             digest = self.place.digest(path, rows.begin, rows.end)
@@ -398,11 +407,13 @@ class _Scan:
             check_size(shown, self.place.size(path))
         with _naming(shown), self.place.local_copy(path) as file:
             scanned = formats.load(kind).scan(shown, file, self.options.caption_columns)
+            no_captions = arrow.no_captions(shown, file, self.options.caption_columns) if kind == "arrow" else ""
         if scanned is None:
             self.account.skip(f".{kind} {NO_IMAGE_COLUMN}", path)
             return
         self.account.use()
         rows, further = scanned
+        self._note(not no_captions, no_captions and f"{self.place.locator(path)} {no_captions}")
         self._skip_columns(path, further)
         size, digest = self.place.size(path), self.place.digest(path)
         name = shard_id(kind, path, 0, digest, self.options)
@@ -429,11 +440,11 @@ class _naming:
             ) from error
 
 
-def _problem(locator: str, ambiguous: str, unreadable: str) -> tuple[str, str]:
+def _problem(locator: str, rows: Matched, ambiguous: str) -> tuple[str, str]:
     """The problem of a record, and its detail."""
     if ambiguous:
         return AMBIGUOUS_CAPTION, f"{locator}: {ambiguous}"
-    return (UNREADABLE_CAPTION, f"{locator}: {unreadable}") if unreadable else ("", "")
+    return (UNREADABLE_CAPTION, f"{locator}: {rows.unreadable}") if rows.unreadable else ("", rows.no_column)
 
 
 def _left_out_media(listing: Folder) -> list[str]:

@@ -123,22 +123,16 @@ def samples(
 def _matched(
     locator: str, sample: Sample, listed: Listed, parallel: ParallelTexts, apart: list[Member], is_described: bool
 ) -> Sample:
-    """The sample with the captions of tables, or else of parallel folders. is_described: by a table next to the tar.
-
-    Raises:
-        ValueError: its table has no captions, and nothing else has.
-    """
+    """The sample with the captions of tables, or else of parallel folders. is_described: by a table next to the tar."""
     path = _plain(sample.image.name)
     rows = listed.match([(0, path)])
-    sample = sample._replace(captions=rows.captions)
+    sample = sample._replace(captions=rows.captions, detail=sample.detail or rows.no_column)
     why = ""
     if not sample.problem and rows.ambiguous:
         why = rows.ambiguous
     elif parallel and not (is_described or sample.problem or sample.texts or rows.captions or rows.unreadable):
         texts, why = parallel.match(path)
         sample = sample._replace(texts=[apart[text.number] for text in texts])
-    if rows.no_column and not (sample.problem or sample.texts or why):
-        raise ValueError(rows.no_column)
     if why:
         return sample._replace(problem=AMBIGUOUS_CAPTION, detail=f"{locator}:{visible(sample.place)}: {why}")
     if rows.unreadable and not sample.problem:
@@ -287,7 +281,7 @@ def read(place: FileTree, name: str, options: Options, beside: Beside, account: 
 def _record(
     name: str, locator: str, file: BinaryIO, sample: Sample, options: Options, beside: tuple[list[str], str, str]
 ) -> Record:
-    problem, detail = (sample.problem, sample.detail) if sample.problem else beside[1:]
+    problem, detail = (sample.problem, sample.detail) if sample.problem else (beside[1], beside[2] or sample.detail)
     texts = [
         (text.name, f"{locator}:{visible(text.name)}", functools.partial(_bytes_of, file, text, MAX_JSON_BYTES + 1))
         for text in sample.texts
