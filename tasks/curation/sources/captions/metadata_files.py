@@ -36,10 +36,15 @@ _TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{},]', re.DOTALL)
 
 def is_metadata(name: str, beside: Iterable[str]) -> bool:
     """Whether a file of this name (without folders) is a metadata table; `beside`: the other names in its folder."""
-    if extension(name) not in FORMATS or name.casefold() != f"metadata.{extension(name)}":
+    kind = extension(name)
+    if kind not in FORMATS or name.casefold() != f"metadata.{kind}":
         return False
-    # metadata.json may also describe a picture metadata.png
-    return not any(is_image(other) and other.casefold() == f"metadata.{extension(other)}" for other in beside)
+    return kind != "json" or not any(map(has_metadata_as_sidecar, beside))
+
+
+def has_metadata_as_sidecar(name: str) -> bool:
+    """Whether metadata.json describes this picture (metadata.png), as a.json describes a.png."""
+    return is_image(name) and name.casefold() == f"metadata.{extension(name)}"
 
 
 class Row(NamedTuple):

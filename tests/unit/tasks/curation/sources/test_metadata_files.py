@@ -1,5 +1,7 @@
 import json
+import tempfile
 import unicodedata
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -215,9 +217,32 @@ def test_a_table_without_rows_is_left_out_by_name(tmp_path, name, content):
         assert left_out(tmp_path / folder) == {"metadata table without rows": 1}
 
 
-def test_a_picture_called_metadata_keeps_its_sidecar(tmp_path):
-    write(tmp_path, {"metadata.png": PNG, "metadata.json": '{"text": "of the picture"}'})
-    assert captions_in(tmp_path) == {"metadata.png": ["of the picture"]}
+@pytest.mark.parametrize("is_tar", [False, True])
+def test_a_picture_called_metadata_has_the_json_of_its_name_and_every_other_table_is_read(tmp_path, is_tar):
+    def captions(files):
+        if is_tar:
+            return {
+                name.partition(":")[2]: value for name, value in captions_in(tar_of(tmp_path / "x.tar", files)).items()
+            }
+        with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+            return captions_in(write(Path(folder), files))
+
+    json_file = {"metadata.json": '{"text": "of the picture"}'}
+    assert captions({"metadata.png": PNG, **json_file}) == {"metadata.png": ["of the picture"]}
+    assert captions({**json_file, "b/Metadata.PNG": PNG, "metadata.png": PNG}) == {
+        "b/Metadata.PNG": [], "metadata.png": ["of the picture"],
+    }  # fmt: skip
+    assert captions({"metadata.json": '{"b/metadata.png": "of the row"}', "b/metadata.png": PNG}) == {
+        "b/metadata.png": ["of the row"]
+    }
+    for name, content in (
+        ("metadata.csv", "file_name,text\na.png,of a row\n"),
+        ("metadata.tsv", "file_name\ttext\na.png\tof a row\n"),
+        ("METADATA.jsonl", '{"file_name": "a.png", "text": "of a row"}\n'),
+    ):
+        assert captions({"metadata.png": PNG, "a.png": PNG, name: content, **json_file}) == {
+            "metadata.png": ["of the picture"], "a.png": ["of a row"],
+        }  # fmt: skip
 
 
 def test_a_table_over_its_cap_is_refused_before_it_is_read(tmp_path):
