@@ -120,14 +120,16 @@ def _csv_rows(shown: str, text: bytes, delimiter: str, wanted: tuple[str, ...], 
     delimiter = csv_text.delimiter_of(first, delimiter, lambda header: bool(_name_column(header)))
     file = io.TextIOWrapper(io.BytesIO(text), "utf-8", newline="")
     parsed = csv_text.rows(shown, file, delimiter, "divide it by folders")
-    _, columns = next(parsed, (0, []))
-    if not columns:
+    header = next(parsed, None)
+    if header is None:
         raise ValueError(f"{shown} is empty; it needs file_name and {column_hint(wanted)}")
+    columns = header.fields
     name_at = columns.index(_needed_name(shown, columns))
     caption_at = [columns.index(name) for name in _captions_of_columns(shown, columns, wanted, table)]
-    checks = csv_text.Checks(shown, columns, caption_at, delimiter, is_image)
-    for line, fields in parsed:
-        checks.check(line, fields, fields[name_at])
+    checks = csv_text.Checks(shown, header, name_at, caption_at, delimiter, is_image)
+    for row in parsed:
+        checks.check(row)
+        line, fields, _ = row
         texts = (fields[at].strip() for at in caption_at)
         yield Row(line, fields[name_at], list(dict.fromkeys(filter(None, texts))))
 

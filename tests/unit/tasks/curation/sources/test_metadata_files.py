@@ -101,6 +101,44 @@ def test_csv_is_strict_and_names_file_and_line(tmp_path, content, words):
     refused(tmp_path, str(tmp_path / "metadata.csv"), *words)
 
 
+@pytest.mark.parametrize(
+    ("header", "row", "words"),
+    [
+        ("file_name,text,width", "a.png,a red barn, at noon", ("width", "at noon")),
+        ("file_name;text;width", "a.png;a red barn;\u00a0at noon", ("width", "at noon")),
+        ("file_name,text,author,width", "a.png,a red barn, at noon,12", ("author", "at noon")),
+        ("file_name,text,author,width", 'a.png,a red barn, at noon,"12"', ("author", "at noon")),
+        ("file_name,text,author,width", "a.png,a barn,red, at noon", ("width", "at noon")),
+        ("file_name,text,prompt", "a.png,a red barn, at noon", ("prompt", "at noon")),
+        ("file_name,split,text", "a.png,a red barn, at noon", ("text", "at noon")),
+        ("text,width,file_name", "a red barn, at noon,a.png", ("width", "at noon")),
+    ],
+)
+def test_an_unquoted_comma_of_a_caption_in_a_row_without_one_of_its_columns_is_refused(tmp_path, header, row, words):
+    write(tmp_path, {"a.png": PNG, "b.png": PNG, "metadata.csv": f"{header}\n{row}\n"})
+    refused(tmp_path, "metadata.csv, line 2,", "between double quotes", *words)
+
+
+@pytest.mark.parametrize(
+    ("header", "row"),
+    [
+        ("file_name, text, width", "a.png, a red barn, 12"),
+        ("file_name,text,width", 'a.png,"a red barn", 12'),
+        ("file_name,text,width", "a.png, a red barn,"),
+        ("file_name,text", "a.png, a red barn"),
+        ("text,file_name", "a red barn, a.png"),
+        ("width,file_name,text", "12, a.png, a red barn"),
+        ("file_name,width,text", "a.png, 12, a red barn"),
+        ("file_name\ttext\twidth", "a.png\ta red barn\t 12"),
+        ("file_name,author,text,width", 'a.png,"Doe, Jane", a red barn,12'),
+        ("file_name,text,width", '"a.png","a red barn",12'),
+    ],
+)
+def test_blanks_that_are_a_habit_of_the_writer_are_ignored(tmp_path, header, row):
+    write(tmp_path, {"a.png": PNG, "metadata.csv": f"{header}\n{row}\n"})
+    assert captions_in(tmp_path) == {"a.png": ["a red barn"]}
+
+
 def test_a_field_of_200000_characters_is_a_caption_like_others(tmp_path):
     caption = "word " * 40_000
     write(tmp_path, {"a.png": PNG, "metadata.csv": f"file_name,text\na.png,{caption}\n"})
