@@ -49,12 +49,13 @@ def has_metadata_as_sidecar(name: str) -> bool:
 
 class Row(NamedTuple):
     """line: the line of a text file, or the row of a table, for messages. problem: why its captions are unreadable, or
-    ""."""
+    "". is_stem: file_name is an image's name without its extension, as in the metadata of kohya's scripts."""
 
     line: int
     file_name: str
     captions: list[str]
     problem: str = ""
+    is_stem: bool = False
 
 
 class Table:
@@ -65,6 +66,7 @@ class Table:
         self.rows = self.used = 0
         self.no_column = ""  # why the table has no captions at all
         self.is_mapping = self.names_images = False  # {name: captions}, which looks like any JSON object
+        self.has_stems = False
 
 
 # ---------------------------------------------------------------- formats
@@ -205,7 +207,8 @@ def _object_rows(
     any_column, keys = False, []
     for line, value in objects:
         name = _name_column(list(value)) if isinstance(value, dict) else None
-        if name is None or not isinstance(value[name], str):
+        file_name = None if name is None else _only(value[name])
+        if name is None or not isinstance(file_name, str):
             keys = ", ".join(visible(key) for key in value) if isinstance(value, dict) else type(value).__name__
             raise ValueError(
                 f"{shown}, line {line}, has {keys or 'nothing'}; it needs file_name and {column_hint(wanted)}"
@@ -217,11 +220,13 @@ def _object_rows(
             captions = row_captions({c: value[c] for c in columns if c != "\0value"}, wanted)
             captions += row_captions({"caption": value.get("\0value")}, ())
         except CaptionError as error:
-            is_of_image = not table.is_mapping or is_image(value[name])
+            is_of_image = not table.is_mapping or is_image(file_name)
             if is_of_image or not isinstance(error, NotTextError):
                 raise ValueError(f"{shown}, line {line}, {error}") from error
             captions = []  # a .json file that is not a metadata table
-        yield Row(line, value[name], captions)
+        # {"a": {"caption": "a barn"}}; {"a": "a barn"} looks like the properties of something else
+        is_stem = table.is_mapping and "\0value" not in value and bool(captions) and not is_image(file_name)
+        yield Row(line, file_name, captions, is_stem=is_stem)
     if keys and not any_column:
         table.no_column = f"{shown} has {csv_text.few(keys)}; it needs {column_hint(wanted)}"
 
@@ -246,6 +251,7 @@ def _parquet_rows(
 def _parquet_row(where: str, row: int, column: str, name: Any, cells: list[Any], encoding: str | None) -> Row:
     from tasks.curation.sources import tables
 
+    name = _only(name)
     if not isinstance(name, bytes):
         raise ValueError(f"{where} has no file name in {visible(column)}")
     try:
@@ -258,6 +264,11 @@ def _parquet_row(where: str, row: int, column: str, name: Any, cells: list[Any],
         raise ValueError(f"{where} {error}") from error
     except CaptionError as error:
         return Row(row, file_name, [], str(error))
+
+
+def _only(value: Any) -> Any:
+    """The value of a list of one, as data sets of several images a row write a single name."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def _name_column(columns: list[str]) -> str | None:

@@ -1,3 +1,4 @@
+import io
 import json
 import tempfile
 import unicodedata
@@ -61,6 +62,12 @@ def as_list(columns=("file_name", "text")):
         ("metadata.json", json.dumps({"a.png": ROWS[0][1], "b.png": [text for _, text in ROWS[1:]]})),
         ("metadata.json", json.dumps({"a.png": {"caption": ROWS[0][1]}, "b.png": {"texts": [t for _, t in ROWS[1:]]}})),
         ("metadata.json", as_list().encode("utf-16-le")),
+        (
+            "metadata.json",
+            json.dumps({"a": {"caption": ROWS[0][1]}, "b": {"tags": "x", "texts": [t for _, t in ROWS[1:]]}}),
+        ),
+        ("metadata.json", json.dumps({"./a": {"caption": ROWS[0][1]}, "b.PNG": {"texts": [t for _, t in ROWS[1:]]}})),
+        ("metadata.jsonl", as_lines().replace('"a.png"', '["a.png"]').replace('"b.png"', '["b.png"]')),
         ("metadata.parquet", None),
     ],
 )
@@ -235,6 +242,47 @@ def test_rows_that_name_no_image_are_counted_with_an_example_and_all_of_them_are
     assert count == 2 and example.startswith("metadata.csv: ") and "gone.png (line 3)" in example
     write(tmp_path, {"metadata.csv": "file_name,text\nimages/a.png,x\ngone.png,y\n"})
     refused(tmp_path, "2 rows of", "metadata.csv name no image", "images/a.png (line 2)")
+
+
+def test_keys_without_an_extension_name_the_nearest_image_and_two_are_ambiguous(tmp_path):
+    rows = {"a": {"caption": "of the stem"}, "a.png": {"caption": "of the name"}, "b": {"caption": "of either"}}
+    rows |= {"c.d": {"caption": "with a dot"}, "gone": {"caption": "of none"}}
+    files = {"a.png": PNG, "b.png": PNG, "b.jpg": PNG, "c.d.png": PNG, "metadata.json": json.dumps(rows)}
+    expected = {
+        "a.png": ["of the name"],
+        "b.jpg": "ambiguous_caption",
+        "b.png": "ambiguous_caption",
+        "c.d.png": ["with a dot"],
+    }
+    assert captions_in(write(tmp_path / "loose", files)) == expected
+    assert left_out(tmp_path / "loose") == {"metadata row that names no image": 2}
+    tar_of(tmp_path / "packed/x.tar", files)
+    assert captions_in(tmp_path / "packed") == {f"x.tar:{name}": value for name, value in expected.items()}
+
+
+def test_objects_in_a_json_file_that_name_no_image_are_counted(tmp_path):
+    files = {"license.png": PNG, "a.txt": "x", "metadata.json": '{"info": {"text": "about"}, "license": "CC0"}'}
+    write(tmp_path, files)
+    assert captions_in(tmp_path) == {"license.png": []}
+    assert left_out(tmp_path) == {".txt": 1, "metadata row that names no image": 2}
+
+
+def test_a_name_in_a_list_of_one_is_a_name_and_of_two_is_refused(tmp_path):
+    write(tmp_path, {"a.png": PNG})
+    pq.write_table(pa.table({"image": [["a.png"]], "text": ["a barn"]}), tmp_path / "metadata.parquet")
+    assert captions_in(tmp_path) == {"a.png": ["a barn"]}
+    (tmp_path / "metadata.parquet").unlink()
+    write(tmp_path, {"metadata.jsonl": '{"image": ["a.png", "b.png"], "text": "a barn"}\n'})
+    refused(tmp_path, "metadata.jsonl, line 1", "file_name")
+
+
+def test_tables_without_rows_are_no_reason_to_compare_every_image_with_them(tmp_path):
+    with listed.Listed(None, ()) as tables:
+        assert tables.add("metadata.csv", "metadata.csv", "", (), "csv", io.BytesIO(b"file_name,text\n"), "x")
+        assert tables.add("metadata.json", "metadata.json", "", (), "json", io.BytesIO(b'{"license": "CC0"}'), "x")
+        assert not tables
+        assert not tables.add("m", "m", "", (), "csv", io.BytesIO(b"file_name,text\na.png,a\n"), "x")
+        assert tables
 
 
 def test_a_json_file_that_is_no_table_of_images_is_left_out(tmp_path):
