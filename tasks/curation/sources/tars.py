@@ -86,7 +86,7 @@ def samples(
     inside = _folders_inside(folders) if tables else {}
     with (
         Listed(options.encoding, options.caption_columns) as listed,
-        ParallelTexts(":memory:", options.caption_columns, options.captions_folder) as parallel,
+        ParallelTexts(options.caption_columns, options.captions_folder) as parallel,
     ):
         for member, data in tables:
             folder, kind = _folder(member), extension(member.name)

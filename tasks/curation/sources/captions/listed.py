@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import json
 import posixpath
-import tempfile
 from collections.abc import Iterable
-from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Self
 
 from tasks.curation.sources.base import Account, base_name, count_of, from_bytes, is_image, reason_of, to_bytes, visible
 from tasks.curation.sources.captions.metadata_files import Table, table_rows
 from tasks.curation.sources.captions.pairing import fold, spelling, stem
-from tasks.curation.sources.captions.scratch import open_scratch
+from tasks.curation.sources.captions.scratch import Scratch, digest
 
 MAX_ROWS = 500_000  # of a CSV or JSON table, at 70 us of processor time each (benchmarks/curation/hostile.py)
 MAX_ROWS_PER_IMAGE = 1000
@@ -38,32 +36,28 @@ class Matched(NamedTuple):
     no_column: str = ""
 
 
-class Listed:
+class Listed(Scratch):
     """The rows of all tables of a source, on disk, so that memory does not bound their number.
 
     Used as a context manager: `add` all tables, then `claim` for all images, then `match`, then `finish`.
     """
+
+    TABLES = (
+        "CREATE TABLE rows (id INTEGER PRIMARY KEY, file INT, line INT, said BLOB, captions TEXT, problem TEXT, "
+        "near INT, owners INT, used INT)",
+        "CREATE TABLE names (fold BLOB, name BLOB, step INT, row INT)",
+        "CREATE INDEX folds ON names (fold)",
+    )
 
     def __init__(self, encoding: str | None, wanted: tuple[str, ...]) -> None:
         self._encoding, self._wanted = encoding, wanted
         self._tables: list[Table] = []
         self._has_rows = self._has_stems = False
 
-    def __enter__(self) -> Listed:
-        self._folder = tempfile.TemporaryDirectory()
-        self._db = open_scratch(
-            Path(self._folder.name) / "rows",
-            "CREATE TABLE rows (id INTEGER PRIMARY KEY, file INT, line INT, said BLOB, captions TEXT, problem TEXT, "
-            "near INT, owners INT, used INT)",
-            "CREATE TABLE names (fold BLOB, name BLOB, step INT, row INT)",
-            "CREATE INDEX folds ON names (fold)",
-        )
+    def __enter__(self) -> Self:
+        super().__enter__()
         self._db.execute("PRAGMA cache_size=-32768")
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self._db.close()
-        self._folder.cleanup()
 
     def __bool__(self) -> bool:
         return self._has_rows
@@ -238,7 +232,7 @@ def _plain(path: str) -> str:
 
 def _key(path: str, is_stem: bool) -> bytes:
     """Names with equal keys may be of one image."""
-    return to_bytes(fold(_plain(path))) + (b"\0" if is_stem else b"")
+    return digest(fold(_plain(path)) + ("\0" if is_stem else ""))
 
 
 def _nearness(name: str, step: int, paths: list[tuple[int, str]]) -> int | None:
