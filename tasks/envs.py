@@ -32,7 +32,7 @@ logging.getLogger("flytekit").addFilter(
 CACHE_VERSIONS = {
     "urls": "2",
     "records": "9",
-    "scores": "15",
+    "scores": "16",
     "captions": "3",
     "curation": "8",
     "components": "4",

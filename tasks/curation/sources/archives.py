@@ -16,6 +16,7 @@ from typing import BinaryIO
 from tasks.curation.sources.base import (
     AMBIGUOUS_CAPTION,
     MAX_IMAGE_BYTES,
+    TEXT_OF_LEFT_OUT,
     UNREADABLE_FILE,
     Account,
     Options,
@@ -23,6 +24,7 @@ from tasks.curation.sources.base import (
     base_name,
     extension,
     is_image,
+    is_media,
     reason_of,
     record_key,
     visible,
@@ -71,15 +73,17 @@ class Archive:
                     continue
                 if _is_hidden(name):
                     account.skip(HIDDEN, f"{locator}:{name}")
-                elif is_image(name) or extension(name) in SIDECAR_EXTENSIONS:
+                elif is_media(name) or extension(name) in SIDECAR_EXTENSIONS:
                     folders.setdefault(posixpath.dirname(name), []).append(name)
                 else:
                     account.skip(reason_of(name), f"{locator}:{name}")
             for names in folders.values():
-                pairs = pair([base_name(name) for name in names], options.caption_columns).images
+                pairs, _, of_left_out = pair([base_name(name) for name in names], options.caption_columns)
                 used = {*pairs, *(text for one in pairs.values() for text in one.texts)}
                 account.use(len(used))
-                for i in set(range(len(names))) - used:
+                for i in of_left_out:
+                    account.skip(TEXT_OF_LEFT_OUT, f"{locator}:{names[i]}")
+                for i in set(range(len(names))).difference(used, of_left_out):
                     account.skip(reason_of(names[i]), f"{locator}:{names[i]}")
                 for image, one in pairs.items():
                     account.records += 1

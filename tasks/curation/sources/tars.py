@@ -19,6 +19,7 @@ from tasks.curation.sources import tar_format
 from tasks.curation.sources.base import (
     AMBIGUOUS_CAPTION,
     MAX_IMAGE_BYTES,
+    TEXT_OF_LEFT_OUT,
     UNREADABLE_CAPTION,
     UNREADABLE_FILE,
     Account,
@@ -28,6 +29,7 @@ from tasks.curation.sources.base import (
     check_size,
     extension,
     is_image,
+    is_media,
     reason_of,
     record_key,
     visible,
@@ -46,7 +48,7 @@ from tasks.curation.sources.file_trees import HIDDEN, LINK, NOT_A_FILE, FileTree
 from tasks.curation.sources.tar_format import Forward, Member, TarError
 
 BEHIND_THE_END = "data behind the end of a tar"
-DEAD_LINK = "hard link to no member"
+_NOT_FILES = {"symbolic link": LINK, "hard link": "hard link to no member"}
 
 
 class Sample(NamedTuple):
@@ -67,8 +69,10 @@ Beside = dict[
 
 def samples(
     shown: str, locator: str, file: BinaryIO, options: Options, account: Account, beside: Container[str] = ()
-) -> list[Sample]:
-    """The images of a tar in the order of the archive; reads headers and metadata files, forward only.
+) -> tuple[list[Sample], list[str]]:
+    """The images of a tar in the order of the archive, and the names of links and other media, which are left out.
+
+    Reads headers and metadata files, forward only.
 
     Args:
         shown: the tar's name for errors.
@@ -103,39 +107,32 @@ def samples(
             images += _of_folder(locator, members, options, account, apart if may_be_apart else None)
         for number, text in enumerate(apart):
             parallel.add(_plain(text.name), number=number)
-        for sample in images if listed or parallel else ():
-            listed.claim([(0, _plain(sample.image.name))])
-            parallel.claim(_plain(sample.image.name))
+        left_out = [_plain(member.name) for member in files if _is_left_out(member)]
+        for path in [*(_plain(s.image.name) for s in images), *left_out] if listed or parallel else ():
+            listed.claim([(0, path)])
+            parallel.claim(path)
         for at, sample in enumerate(images):
             images[at] = _matched(locator, sample, listed, parallel, apart, sample.place in beside)
+        for path in left_out if parallel else ():
+            parallel.leave_out(path)
         listed.finish(account)
-        for name, is_used in parallel.all():
-            if is_used:
-                account.use()
-            else:
-                account.skip(reason_of(name), f"{locator}:{name}")
-    return sorted(images, key=lambda sample: (sample.image.offset, sample.place))
+        parallel.finish(account, f"{locator}:")
+    return sorted(images, key=lambda sample: (sample.image.offset, sample.place)), left_out
 
 
 def _matched(
     locator: str, sample: Sample, listed: Listed, parallel: ParallelTexts, apart: list[Member], is_described: bool
 ) -> Sample:
-    """The sample with the captions of tables, or else of parallel folders. is_described: by a table next to the tar.
-
-    Raises:
-        ValueError: its table has no captions, and nothing else has.
-    """
+    """The sample with the captions of tables, or else of parallel folders. is_described: by a table next to the tar."""
     path = _plain(sample.image.name)
     rows = listed.match([(0, path)])
-    sample = sample._replace(captions=rows.captions)
+    sample = sample._replace(captions=rows.captions, detail=sample.detail or rows.no_column)
     why = ""
     if not sample.problem and rows.ambiguous:
         why = rows.ambiguous
     elif parallel and not (is_described or sample.problem or sample.texts or rows.captions or rows.unreadable):
         texts, why = parallel.match(path)
         sample = sample._replace(texts=[apart[text.number] for text in texts])
-    if rows.no_column and not (sample.problem or sample.texts or why):
-        raise ValueError(rows.no_column)
     if why:
         return sample._replace(problem=AMBIGUOUS_CAPTION, detail=f"{locator}:{visible(sample.place)}: {why}")
     if rows.unreadable and not sample.problem:
@@ -168,8 +165,14 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
+def _is_left_out(member: Member) -> bool:
+    """Whether an image or text file of `_index` is a link or another medium, which are not read."""
+    return member.kind != "file" or not (is_image(member.name) or extension(member.name) in SIDECAR_EXTENSIONS)
+
+
 def _index(stream: Forward, account: Account, locator: str) -> tuple[list[Member], list[tuple[Member, bytes]]]:
-    """The images, the text files, and the metadata files with their content; metadata.json is among both."""
+    """The images (those that are left out, too: they may have texts), the text files, and the metadata files with their
+    content; metadata.json is among both."""
     files: list[Member] = []
     tables: list[tuple[Member, bytes]] = []
     by_name: dict[str, Member] = {}
@@ -184,12 +187,12 @@ def _index(stream: Forward, account: Account, locator: str) -> tuple[list[Member
             continue
         if member.kind == "hard link":
             target = by_name.get(_plain(member.link))
-            if target is None:
-                account.skip(DEAD_LINK, at)
-                continue
-            member = member._replace(size=target.size, offset=target.offset, kind="file")
+            if target is not None:
+                member = member._replace(size=target.size, offset=target.offset, kind="file")
         if member.kind != "file":
-            account.skip(LINK if member.kind == "symbolic link" else NOT_A_FILE, at)
+            account.skip(_NOT_FILES.get(member.kind, NOT_A_FILE), at)
+            if is_media(base) and not _is_hidden(member.name):
+                files.append(member)
             continue
         by_name[_plain(member.name)] = member
         if _is_hidden(member.name):
@@ -207,6 +210,8 @@ def _index(stream: Forward, account: Account, locator: str) -> tuple[list[Member
             files.append(member)
         else:
             account.skip(reason_of(base), at)
+            if is_media(base):
+                files.append(member)
     return files, tables
 
 
@@ -230,13 +235,16 @@ def _of_folder(
     """The images of one folder with the texts in it. Texts that describe none of them are added to `apart`, or counted
     as left out."""
     names = [base_name(member.name) for member in members]
-    pairs, strays = pair(names, options.caption_columns)
+    left_out = {i for i, member in enumerate(members) if _is_left_out(member)}
+    pairs, strays, of_left_out = pair(names, options.caption_columns, left_out)
     used = {i for one in pairs.values() for i in one.texts}
     if apart is not None:
         apart += [members[i] for i in strays]
-    waiting = set(strays) if apart is not None else set()
+    counted = left_out.union(pairs, used, strays if apart is not None else (), of_left_out)
+    for i in of_left_out:
+        account.skip(TEXT_OF_LEFT_OUT, f"{locator}:{members[i].name}")
     for i, member in enumerate(members):
-        if i not in pairs and i not in used and i not in waiting:
+        if i not in counted:
             account.skip(reason_of(member.name), f"{locator}:{member.name}")
     account.use(len(pairs) + len(used))
     repeats: Counter = Counter()
@@ -281,7 +289,7 @@ def read(place: FileTree, name: str, options: Options, beside: Beside, account: 
     shown, locator = place.shown(name), place.locator(name)
     check_size(shown, place.size(name))
     with named_errors(shown), place.local_copy(name) as copy, seekable(copy) as file:
-        for sample in samples(shown, locator, file, options, account, beside):
+        for sample in samples(shown, locator, file, options, account, beside)[0]:
             account.records += 1
             yield _record(name, locator, file, sample, options, beside.get(sample.place, ([], "", "")))
 
@@ -289,7 +297,7 @@ def read(place: FileTree, name: str, options: Options, beside: Beside, account: 
 def _record(
     name: str, locator: str, file: BinaryIO, sample: Sample, options: Options, beside: tuple[list[str], str, str]
 ) -> Record:
-    problem, detail = (sample.problem, sample.detail) if sample.problem else beside[1:]
+    problem, detail = (sample.problem, sample.detail) if sample.problem else (beside[1], beside[2] or sample.detail)
     texts = [
         (text.name, f"{locator}:{visible(text.name)}", functools.partial(_bytes_of, file, text, MAX_JSON_BYTES + 1))
         for text in sample.texts

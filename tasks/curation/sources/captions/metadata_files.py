@@ -228,7 +228,7 @@ def _object_rows(
         is_stem = table.is_mapping and "\0value" not in value and bool(captions) and not is_image(file_name)
         yield Row(line, file_name, captions, is_stem=is_stem)
     if keys and not any_column:
-        table.no_column = f"{shown} has {csv_text.few(keys)}; it needs {column_hint(wanted)}"
+        table.no_column = f"{table.locator} has {csv_text.few(keys)}; it needs {column_hint(wanted)}"
 
 
 def _parquet_rows(
@@ -288,5 +288,5 @@ def _needed_name(shown: str, columns: list[str]) -> str:
 def _captions_of_columns(shown: str, columns: list[str], wanted: tuple[str, ...], table: Table) -> list[str]:
     names = caption_columns(columns, wanted)
     if not names:
-        table.no_column = f"{shown} has columns {csv_text.few(columns)}; it needs {column_hint(wanted)}"
+        table.no_column = f"{table.locator} has columns {csv_text.few(columns)}; it needs {column_hint(wanted)}"
     return names

@@ -9,10 +9,9 @@ may have the same text as their nearest.
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from tasks.curation.sources.base import from_bytes, to_bytes
+from tasks.curation.sources.base import TEXT_OF_LEFT_OUT, Account, from_bytes, reason_of, to_bytes
 from tasks.curation.sources.captions.pairing import (
     MOST,
     ImageName,
@@ -112,6 +111,12 @@ class ParallelTexts(Scratch):
                     "UPDATE texts SET near = ?, owner = ?, other = ?, formats = ?, count = ? WHERE id = ?", values
                 )
 
+    def leave_out(self, image: str) -> None:
+        """Marks the texts of an image that cannot be read. It has claimed them like the others."""
+        chosen, why = choose(one for one, _ in self._matches(image) or ())
+        for text in () if why else chosen:
+            self._db.execute("UPDATE texts SET used = -1 WHERE id = ? AND used = 0", (text.number,))
+
     def match(self, image: str) -> tuple[list[Apart], str]:
         """The texts of an image, and why they are ambiguous ("" if they are not)."""
         matches = self._matches(image)
@@ -125,10 +130,14 @@ class ParallelTexts(Scratch):
             self._db.execute("UPDATE texts SET used = 1 WHERE id = ?", (text.number,))
         return [apart[text.number] for text in chosen], ""
 
-    def all(self) -> Iterator[tuple[str, bool]]:
-        """(path, whether it describes an image) of each text, sorted."""
+    def finish(self, account: Account, locator: str = "") -> None:
+        """Counts all texts. locator: what precedes their paths in examples."""
         for path, used in self._db.execute("SELECT path, used FROM texts ORDER BY path, id"):
-            yield from_bytes(path), bool(used)
+            name = from_bytes(path)
+            if used > 0:
+                account.use()
+            else:
+                account.skip(TEXT_OF_LEFT_OUT if used else reason_of(name), f"{locator}{name}")
 
     def _matches(self, image: str) -> list[tuple[Match, Apart]] | None:
         """None: too many."""

@@ -100,6 +100,12 @@ def test_two_images_that_one_text_may_describe_get_no_caption(tmp_path):
     assert {record.problem for record in read.values()} == {base.AMBIGUOUS_CAPTION}
 
 
+def test_a_text_of_a_file_that_is_left_out_is_of_no_other_image(tmp_path):
+    read, account = records(tmp_path, {"a.mp4": b"0", "a.txt": b"the film", "a.frame0.png": b"1", "b.png": b"2"})
+    assert {name: record.captions for name, record in read.items()} == {"a.frame0.png": [], "b.png": []}
+    assert account.skipped == {".mp4": (1, "x.zip:a.mp4"), "text of a file that is left out": (1, "x.zip:a.txt")}
+
+
 def test_a_caption_that_is_no_text_is_an_error_only_if_there_is_no_other(tmp_path):
     files = {"a.png": b"1", "a.json": b'{"caption": 7}', "b.png": b"2", "b.json": b'{"caption": 7}', "b.txt": b"two"}
     read, _ = records(tmp_path, files)

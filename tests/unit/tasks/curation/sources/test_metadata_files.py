@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from source_files import captions_in, left_out, picture, read_records, tar_of, write
+from source_files import captions_in, details_in, left_out, picture, read_records, tar_of, write
 
 from tasks.curation.sources.captions import csv_text, listed
 
@@ -183,11 +183,14 @@ def test_a_missing_caption_column_is_named_unless_the_recipe_maps_it_or_sidecars
         table(tmp_path / name, columns)
     else:
         write(tmp_path, {name: content[name.partition(".")[2]](columns=columns)})
-    refused(tmp_path, name, "file_name, blurb", "caption, captions, text, texts, prompt, raw", "source.caption_columns")
-    refused(tmp_path, "(prose)", caption_columns=("prose",))
+    has = f"{name} has {'' if 'json' in name else 'columns '}file_name, blurb; it needs a caption column"
+    why = f"{has} (caption, captions, text, texts, prompt, raw); name yours in source.caption_columns"
+    assert details_in(tmp_path) == {"a.png": why, "b.png": why}
+    assert "(prose)" in details_in(tmp_path, caption_columns=("prose",))["a.png"]
     assert captions_in(tmp_path, caption_columns=("Blurb",))["a.png"] == ["a red barn, at dusk"]
-    write(tmp_path, {"a.txt": "beside", "b.txt": "beside"})
-    assert captions_in(tmp_path) == {"a.png": ["beside"], "b.png": ["beside"]}
+    write(tmp_path, {"a.txt": "beside"})
+    assert captions_in(tmp_path) == {"a.png": ["beside"], "b.png": []}
+    assert details_in(tmp_path) == {"a.png": "", "b.png": why}
 
 
 def test_names_match_with_backslashes_with_the_folder_in_front_and_in_either_unicode_form(tmp_path):
