@@ -168,6 +168,16 @@ def long_names(folder: Path) -> None:
 
 
 @kind("read")
+def long_names_of_folders_of_captions(folder: Path) -> None:
+    """16,000 texts, each in its own folder with a name of 3.9 kB, whose composed form without case is three times as long."""
+    with open(folder / "x.tar", "wb") as file:
+        for i in range(16_000):
+            name = f"captions/{chr(0x1D160) * 970}{i:05d}/a.txt\0".encode()
+            file.write(header(b"././@LongLink", len(name), b"L", b"ustar  \0") + pad(name) + header(b"a", 0, b"0"))
+        file.write(header(b"a.png", len(picture()), b"0") + pad(picture()) + bytes(1024))
+
+
+@kind("read")
 def one_key_for_all_members(folder: Path) -> None:
     """100,000 images and texts of one WebDataset key."""
     with open(folder / "x.tar", "wb") as file:

@@ -172,7 +172,7 @@ class _Scan:
             )
         with (
             Listed(self.options.encoding, self.options.caption_columns) as self.listed,
-            ParallelTexts(str(self.scratch / "texts"), self.options.caption_columns, texts) as self.parallel,
+            ParallelTexts(self.options.caption_columns, texts) as self.parallel,
         ):
             for listing in self.place.walk():
                 if self.place.alone is None:

@@ -41,7 +41,7 @@ from tasks.curation.sources.captions.caption_text import (
 )
 from tasks.curation.sources.captions.listed import Listed
 from tasks.curation.sources.captions.metadata_files import MAX_BYTES as MAX_METADATA_BYTES
-from tasks.curation.sources.captions.metadata_files import is_metadata
+from tasks.curation.sources.captions.metadata_files import has_metadata_as_sidecar, is_metadata
 from tasks.curation.sources.captions.pairing import pair
 from tasks.curation.sources.captions.parallel import ParallelTexts, may_have_captions
 from tasks.curation.sources.file_trees import HIDDEN, LINK, NOT_A_FILE, FileTree
@@ -83,17 +83,17 @@ def samples(
         ValueError: the tar or a metadata file in it is broken; the message names it.
     """
     with named_errors(shown):
-        files, tables = _index(Forward(file), account, locator)
+        files, tables = _without_sidecars(*_index(Forward(file), account, locator))
     folders: dict[str, list[Member]] = {}
     for member in files:
-        folders.setdefault(posixpath.dirname(_plain(member.name)), []).append(member)
+        folders.setdefault(_folder(member), []).append(member)
     inside = _folders_inside(folders) if tables else {}
     with (
         Listed(options.encoding, options.caption_columns) as listed,
-        ParallelTexts(":memory:", options.caption_columns, options.captions_folder) as parallel,
+        ParallelTexts(options.caption_columns, options.captions_folder) as parallel,
     ):
         for member, data in tables:
-            folder, kind = posixpath.dirname(_plain(member.name)), extension(member.name)
+            folder, kind = _folder(member), extension(member.name)
             names = [f"{tar}:{visible(member.name)}" for tar in (shown, locator)]
             own = base_name(shown).partition(".")[0]
             if why := listed.add(*names, folder, inside.get(folder, ()), kind, io.BytesIO(data), own):
@@ -172,7 +172,7 @@ def _is_left_out(member: Member) -> bool:
 
 def _index(stream: Forward, account: Account, locator: str) -> tuple[list[Member], list[tuple[Member, bytes]]]:
     """The images (those that are left out, too: they may have texts), the text files, and the metadata files with their
-    content."""
+    content; metadata.json is among both."""
     files: list[Member] = []
     tables: list[tuple[Member, bytes]] = []
     by_name: dict[str, Member] = {}
@@ -204,6 +204,8 @@ def _index(stream: Forward, account: Account, locator: str) -> tuple[list[Member
                     f"its metadata files have more than {MAX_METADATA_BYTES // 2**20} MiB; put them next to it"
                 )
             tables.append((member, stream.read(member.size)))
+            if extension(base) == "json":
+                files.append(member)
         elif is_image(base) or extension(base) in SIDECAR_EXTENSIONS:
             files.append(member)
         else:
@@ -211,6 +213,20 @@ def _index(stream: Forward, account: Account, locator: str) -> tuple[list[Member
             if is_media(base):
                 files.append(member)
     return files, tables
+
+
+def _without_sidecars(
+    files: list[Member], tables: list[tuple[Member, bytes]]
+) -> tuple[list[Member], list[tuple[Member, bytes]]]:
+    """Each metadata.json as a text next to a picture metadata.png, or else as a table."""
+    pictures = {_folder(member) for member in files if has_metadata_as_sidecar(base_name(member.name))}
+    tables = [(m, data) for m, data in tables if extension(m.name) != "json" or _folder(m) not in pictures]
+    read = {id(member) for member, _ in tables}
+    return [member for member in files if id(member) not in read], tables
+
+
+def _folder(member: Member) -> str:
+    return posixpath.dirname(_plain(member.name))
 
 
 def _of_folder(

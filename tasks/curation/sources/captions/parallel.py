@@ -25,7 +25,7 @@ from tasks.curation.sources.captions.pairing import (
     text_names,
     words_of,
 )
-from tasks.curation.sources.captions.scratch import open_scratch
+from tasks.curation.sources.captions.scratch import Scratch, digest
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "pictures", "photos")
 CAPTION_FOLDERS = ("captions", "caption", "texts", "text", "txt", "prompts")
@@ -67,45 +67,38 @@ class Apart(NamedTuple):
     number: int
 
 
-class ParallelTexts:
+class ParallelTexts(Scratch):
     """The texts of a source that describe no image of their own folder. A context manager."""
 
-    def __init__(self, database: str, caption_columns: tuple[str, ...], configured: str | None) -> None:
-        """database: a path, or ":memory:"."""
+    TABLES = (
+        "CREATE TABLE folders (id INTEGER PRIMARY KEY, fold BLOB UNIQUE)",
+        "CREATE TABLE texts (id INTEGER PRIMARY KEY, path BLOB, size INT, digest TEXT, number INT, "
+        "near INT, owner BLOB, other BLOB, formats TEXT, count INT, used INT)",
+        "CREATE TABLE names (folder INT, name BLOB, text INT)",
+        "CREATE INDEX by_name ON names (folder, name)",
+    )
+
+    def __init__(self, caption_columns: tuple[str, ...], configured: str | None) -> None:
         self._words, self._configured = words_of(caption_columns), configured
-        self._db = open_scratch(
-            database,
-            "CREATE TABLE folders (id INTEGER PRIMARY KEY, fold BLOB UNIQUE)",
-            "CREATE TABLE texts (id INTEGER PRIMARY KEY, path BLOB, size INT, digest TEXT, number INT, "
-            "near INT, owner BLOB, other BLOB, formats TEXT, count INT, used INT)",
-            "CREATE TABLE names (folder INT, name BLOB, text INT)",
-            "CREATE INDEX by_name ON names (folder, name)",
-        )
         self._any = False
         self._near: tuple[str | None, list[tuple[int, str, int]]] = (None, [])  # a folder, and its folders of captions
-
-    def __enter__(self) -> ParallelTexts:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._db.close()
 
     def __bool__(self) -> bool:
         return self._any
 
-    def add(self, path: str, size: int = 0, digest: str = "", number: int = 0) -> None:
+    def add(self, path: str, size: int = 0, checksum: str = "", number: int = 0) -> None:
         """Adds a text. All texts are added before the first `claim`."""
         self._any = True
         folder, name = posixpath.split(path)
-        key = (to_bytes(fold(folder)),)
+        key = (digest(fold(folder)),)
         self._db.execute("INSERT INTO folders VALUES (NULL, ?) ON CONFLICT DO NOTHING", key)
         (place,) = self._db.execute("SELECT id FROM folders WHERE fold = ?", key).fetchone()
-        values = (to_bytes(path), size, digest, number)
+        values = (to_bytes(path), size, checksum, number)
         text = self._db.execute(
             "INSERT INTO texts VALUES (NULL, ?, ?, ?, ?, NULL, NULL, NULL, NULL, 0, 0)", values
         ).lastrowid
         for one in text_names(stem(name), self._words):
-            self._db.execute("INSERT INTO names VALUES (?, ?, ?)", (place, to_bytes(one), text))
+            self._db.execute("INSERT INTO names VALUES (?, ?, ?)", (place, digest(one), text))
 
     def claim(self, image: str) -> None:
         """Records the texts that may describe an image. All images claim before the first `match`."""
@@ -153,13 +146,13 @@ class ParallelTexts:
         if not places:
             return []
         name, matches = ImageName(base), []
-        names = [to_bytes(one) for one in name.folded]
+        names = [digest(one) for one in name.folded]
         query = _QUERY.format(marks=", ".join("?" * len(names)))
         for rank, place, number in places:
             rows = {row[0]: row for row in self._db.execute(query, (number, *names))}
             if len(rows) > MOST:
                 return None
-            for identity, (_, path, size, digest, given, near, owner, other, formats, count) in sorted(rows.items()):
+            for identity, (_, path, size, checksum, given, near, owner, other, formats, count) in sorted(rows.items()):
                 text = Text(from_bytes(path), identity)
                 if near is not None:
                     text.near, text.owner, text.formats, text.count = near, from_bytes(owner), formats, count
@@ -168,7 +161,7 @@ class ParallelTexts:
                 spelled = 0 if above == place else spelling(above, place)
                 assert spelled is not None, (text.path, place)
                 if (one := match(name, text, self._words, rank, spelled)) is not None:
-                    matches.append((one, Apart(text.path, size, digest, given)))
+                    matches.append((one, Apart(text.path, size, checksum, given)))
         return matches
 
     def _places(self, folder: str) -> list[tuple[int, str, int]]:
@@ -176,7 +169,7 @@ class ParallelTexts:
         if self._near[0] != folder:
             places: dict[int, tuple[int, str, int]] = {}  # two of one folded name are one
             for rank, place in caption_folders(folder, self._configured):
-                row = self._db.execute("SELECT id FROM folders WHERE fold = ?", (to_bytes(fold(place)),)).fetchone()
+                row = self._db.execute("SELECT id FROM folders WHERE fold = ?", (digest(fold(place)),)).fetchone()
                 if row is not None:
                     places.setdefault(row[0], (rank, place, row[0]))
             self._near = (folder, list(places.values()))

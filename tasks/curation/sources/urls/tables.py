@@ -172,15 +172,14 @@ def _csv_cells(place: FileTree, name: str, config: SourceConfig, needs_captions:
     with _named_errors(shown), place.open(name) as file, _text(file, config.encoding) as text:
         delimiter = _delimiter(text, name, config)
         parsed = csv_text.rows(shown, text, delimiter, REMEDY)
-        _, header = next(parsed, (0, []))
-        if not header:
+        header = next(parsed, None)
+        if header is None:
             raise ValueError(f"{shown} has no header")
-        columns = [header.index(name) for name in _columns(shown, header, config, needs_captions)]
-        checks = csv_text.Checks(shown, header, columns[1:], delimiter, _is_url)
-        for line, fields in parsed:
-            cells = [fields[at] for at in columns]
-            checks.check(line, fields, cells[0])
-            yield cells
+        columns = [header.fields.index(name) for name in _columns(shown, header.fields, config, needs_captions)]
+        checks = csv_text.Checks(shown, header, columns[0], columns[1:], delimiter, _is_url)
+        for row in parsed:
+            checks.check(row)
+            yield [row.fields[at] for at in columns]
 
 
 def _delimiter(text: TextIO, name: str, config: SourceConfig) -> str:

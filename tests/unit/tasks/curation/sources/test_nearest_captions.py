@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import resource
 import tarfile
 import unicodedata
+from pathlib import Path
 
 import pytest
 from source_files import captions_in, left_out, picture, read_records, tar_of, write
 
 from tasks.curation.sources import base
+from tasks.curation.sources.captions.listed import Listed
+from tasks.curation.sources.captions.parallel import ParallelTexts
 
 PNG = picture()
 AMBIGUOUS = "ambiguous_caption"
@@ -214,6 +219,30 @@ def test_an_ambiguous_record_names_the_texts_or_the_images_in_question(tmp_path)
         "b.png": "b.png: 'b.txt' may describe 'b.PNG' and 'b.png'; give each image its own text file",
         "t/Cd.png": "t/Cd.png: t/metadata.csv, line 2, and t/metadata.csv, line 3, may both name it",
     }
+
+
+def _memory_mib() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def test_texts_and_rows_with_long_names_are_not_kept_in_memory(tmp_path):
+    long = "x" * 3900
+    with ParallelTexts((), None) as texts, Listed(None, ()) as tables:
+        texts.add("captions/a.txt")
+        before = _memory_mib()
+        for i in range(10_000):
+            texts.add(f"captions/{long}{i}/a.txt")
+        assert _memory_mib() - before < 20, "the names alone have 37 MiB, and were thrice in tables and indices"
+        before = _memory_mib()
+        for part in range(10):
+            lines = b"file_name,text\n" + b"".join(
+                b"%s%d/a.png,a\n" % (long.encode(), part * 1000 + i) for i in range(1000)
+            )
+            tables.add("m", "m", "", (), "csv", io.BytesIO(lines), "")
+        assert _memory_mib() - before < 60
+        image = f"images/{long}77/a.png"
+        texts.claim(image)
+        assert [text.path for text in texts.match(image)[0]] == [f"captions/{long}77/a.txt"]
 
 
 LEFT_OUT = {
