@@ -163,21 +163,19 @@ class _Scan:
         self.in_tars = Account()  # account of tars without images; those with images are counted when they are read
         self._files, self._report_at = 0, time.monotonic() + PROGRESS_S
         self._no_captions, self._may_have_captions = "", False
+        self._has_captions_folder = self._may_have_captions_folder = config.captions_folder is None
 
     def run(self) -> None:
-        texts = self.config.captions_folder
-        if texts is not None and (self.place.alone is not None or self.place.folder(texts) is None):
-            raise ValueError(
-                f"source.captions_folder={texts!r}: {self.place.shown(texts)} is not a folder of the source"
-            )
         with (
             Listed(self.options.encoding, self.options.caption_columns) as self.listed,
-            ParallelTexts(self.options.caption_columns, texts) as self.parallel,
+            ParallelTexts(self.options.caption_columns, self.config.captions_folder) as self.parallel,
         ):
             for listing in self.place.walk():
+                self._look_for_captions_folder(listing)
                 if self.place.alone is None:
                     self._read_metadata(listing)
                     self._add_parallel(listing)
+            self._check_captions_folder(self._may_have_captions_folder)
             if self.listed or self.parallel:
                 for listing in self.place.walk():
                     self._claim(listing)
@@ -185,6 +183,7 @@ class _Scan:
                 self._add_files(files)
             self.listed.finish(self.account)
             self.parallel.finish(self.account)
+            self._check_captions_folder(self._has_captions_folder)
 
     def no_captions(self) -> str:
         """Why no image of the source has a caption, if that is known without reading all of them, or ""."""
@@ -193,6 +192,29 @@ class _Scan:
     def _note(self, may_have_captions: bool, no_captions: str) -> None:
         self._may_have_captions |= may_have_captions
         self._no_captions = self._no_captions or no_captions
+
+    def _look_for_captions_folder(self, listing: Folder) -> None:
+        """Looks for source.captions_folder among the folders. It may also be inside of a tar or another archive."""
+        if self._has_captions_folder:
+            return
+        is_hidden = any(part.startswith(".") for part in listing.path.split("/"))
+        self._has_captions_folder = not is_hidden and may_have_captions(listing.path, self.config.captions_folder)
+        containers = (name for name in listing.files if name.lower().endswith(TAR_SUFFIXES) or formats.format_of(name))
+        self._may_have_captions_folder |= self._has_captions_folder or any(
+            formats.format_of(name) != "arrow" for name in containers
+        )
+
+    def _check_captions_folder(self, is_there: bool) -> None:
+        """
+        Raises:
+            ValueError: source.captions_folder is not in the source.
+        """
+        if not is_there:
+            folder = self.config.captions_folder
+            raise ValueError(
+                f"source.captions_folder={folder!r}: {self.place.shown(folder)} is not a folder of the source, nor of a tar "
+                "in it; hidden folders and links are not read"
+            )
 
     def _read_metadata(self, listing: Folder) -> None:
         for name in listing.files:
@@ -352,8 +374,9 @@ class _Scan:
                         beside.append(File(place, captions=tuple(rows.captions), problem=problem, detail=detail))
                 if not count:
                     self.in_tars += inside
-            else:
+            else:  # it is not read before its records are
                 self._note(True, "")
+                self._has_captions_folder = True
             with _naming(shown):
                 digest = self.place.digest(path)
             name = shard_id("tar", path, 0, digest, self.options, folder.digest(beside) if beside else "")
@@ -377,8 +400,10 @@ class _Scan:
             check_size(shown, self.place.size(path))
             opened = self.place.local_copy(path) if isinstance(self.place, RemoteFileTree) else self.place.open(path)
             with opened as file:
-                samples, left_out = tars.samples(shown, self.place.locator(path), file, self.options, inside)
-        images = [(s.image.name, s.place, bool(s.texts or s.captions)) for s in samples]
+                contents = tars.samples(shown, self.place.locator(path), file, self.options, inside)
+        self._has_captions_folder |= contents.has_captions_folder
+        left_out = contents.left_out
+        images = [(s.image.name, s.place, bool(s.texts or s.captions)) for s in contents.images]
         if self.listed:
             kept.write_text(json.dumps([images, left_out, inside.to_json()]))
         return images, left_out, inside
@@ -413,6 +438,7 @@ class _Scan:
             return
         self.account.use()
         rows, further = scanned
+        self._has_captions_folder |= kind != "arrow"  # archives are read later
         self._note(not no_captions, no_captions and f"{self.place.locator(path)} {no_captions}")
         self._skip_columns(path, further)
         size, digest = self.place.size(path), self.place.digest(path)

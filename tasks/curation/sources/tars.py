@@ -62,6 +62,18 @@ class Sample(NamedTuple):
     detail: str
 
 
+class Contents(NamedTuple):
+    """What `samples` has read of a tar.
+
+    images: in the order of the archive. left_out: names of links and of other media. has_captions_folder: whether it has
+    the folder of `Options.captions_folder`.
+    """
+
+    images: list[Sample]
+    left_out: list[str]
+    has_captions_folder: bool
+
+
 Beside = dict[
     str, tuple[list[str], str, str]
 ]  # place of an image -> captions, problem and detail of tables next to the tar
@@ -69,10 +81,8 @@ Beside = dict[
 
 def samples(
     shown: str, locator: str, file: BinaryIO, options: Options, account: Account, beside: Container[str] = ()
-) -> tuple[list[Sample], list[str]]:
-    """The images of a tar in the order of the archive, and the names of links and other media, which are left out.
-
-    Reads headers and metadata files, forward only.
+) -> Contents:
+    """Reads headers and metadata files of a tar, forward only.
 
     Args:
         shown: the tar's name for errors.
@@ -117,7 +127,9 @@ def samples(
             parallel.leave_out(path)
         listed.finish(account)
         parallel.finish(account, f"{locator}:")
-    return sorted(images, key=lambda sample: (sample.image.offset, sample.place)), left_out
+    images.sort(key=lambda sample: (sample.image.offset, sample.place))
+    configured = options.captions_folder
+    return Contents(images, left_out, bool(configured) and any(may_have_captions(one, configured) for one in folders))
 
 
 def _matched(
@@ -289,7 +301,7 @@ def read(place: FileTree, name: str, options: Options, beside: Beside, account: 
     shown, locator = place.shown(name), place.locator(name)
     check_size(shown, place.size(name))
     with named_errors(shown), place.local_copy(name) as copy, seekable(copy) as file:
-        for sample in samples(shown, locator, file, options, account, beside)[0]:
+        for sample in samples(shown, locator, file, options, account, beside).images:
             account.records += 1
             yield _record(name, locator, file, sample, options, beside.get(sample.place, ([], "", "")))
 

@@ -8,6 +8,7 @@ may have the same text as their nearest.
 
 from __future__ import annotations
 
+import itertools
 import posixpath
 from typing import NamedTuple
 
@@ -41,8 +42,12 @@ def caption_folders(path: str, configured: str | None) -> list[tuple[int, str]]:
     parts = path.split("/") if path else []
     places: dict[str, int] = {}
     if configured is not None:
-        places["/".join([configured, *parts])] = 0
-        places.setdefault("/".join([configured, *parts[1:]]), 1)
+        # For train/images/x and the folder train/labels: train/labels/{train/images/x, images/x, x}
+        beside = zip(configured.split("/")[:-1], parts, strict=False)
+        common = sum(1 for _ in itertools.takewhile(lambda pair: fold(pair[0]) == fold(pair[1]), beside))
+        inner = [parts, parts[1:], *([parts[common:], parts[common + 1 :]] if common else ())]
+        for rank, rest in enumerate(inner):
+            places.setdefault("/".join([configured, *rest]), rank)
     elif len(parts) <= MAX_DEPTH:
         image_folders = [i for i, part in enumerate(parts) if part.casefold() in IMAGE_FOLDERS]
         for i in image_folders[-MAX_IMAGE_FOLDERS:]:
