@@ -182,7 +182,8 @@ def test_parquet_rows_in_any_order(rows, row_group_size, as_structs, as_lists, r
     assert [record.data for record in records] == [image for image, _ in rows if image is not None]
 
 
-any_line = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=40)
+# NUL and escapes are signs of another encoding: such captions are rejected.
+any_line = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0\x1b"), max_size=40)
 
 
 @SETTINGS
