@@ -421,6 +421,11 @@ class CurationConfig(Section):
             }
         )
 
+    @property
+    def needs_captions(self) -> bool:
+        """Whether images without a caption of their owner are left out."""
+        return self.captions.required and self.captioner is None
+
     def before_captions(self) -> CurationConfig:
         """These settings for the draft decision: all captions, and images without a caption, are kept."""
         captions = self.captions.model_copy(update={"max_words": MAX_WORDS, "required": False})

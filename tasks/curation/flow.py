@@ -106,7 +106,7 @@ def write_corpus(
     return report
 
 
-def write_listing(config: SourceConfig, path: str, out_dir: Path) -> dict:
+def write_listing(config: SourceConfig, path: str, out_dir: Path, needs_captions: bool = True) -> dict:
     """Lists the tables of URLs at `path`; see urls.shards.write_listing.
 
     Raises:
@@ -116,7 +116,7 @@ def write_listing(config: SourceConfig, path: str, out_dir: Path) -> dict:
 
     if not path:
         raise ValueError("source.urls needs tables of URLs: set source.path, or give --source")
-    return shards.write_listing(config, path, out_dir)
+    return shards.write_listing(config, path, out_dir, needs_captions)
 
 
 def download_group(listing_dir: Path, config: SourceConfig, group: int, groups: int) -> list[Part]:
@@ -445,7 +445,9 @@ def curate_source(source: SourceConfig, path: str, config: CurationConfig, until
     """
     listing = None
     if source.urls is not None:
-        listing, _, listed = make_sealed("urls", lambda out: write_listing(source, path, out), logs=(base.REPORT,))
+        listing, _, listed = make_sealed(
+            "urls", lambda out: write_listing(source, path, out, config.needs_captions), logs=(base.REPORT,)
+        )
         groups = num_groups(listed["shards"], config.max_groups)
         made = [part for group in range(groups) for part in download_group(listing, source, group, groups)]
     else:
