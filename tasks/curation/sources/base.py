@@ -285,6 +285,12 @@ def reason_of(name: str) -> str:
     return f".{visible(extension(name))}" if extension(name) else "no extension"
 
 
+def is_hidden(path: str) -> bool:
+    if not path.startswith(".") and "/." not in path:
+        return False
+    return any(part.startswith(".") and part not in (".", "..") for part in path.split("/"))
+
+
 def is_image(name: str) -> bool:
     return extension(name) in IMAGE_EXTENSIONS
 

@@ -28,6 +28,7 @@ from tasks.curation.sources.base import (
     base_name,
     check_size,
     extension,
+    is_hidden,
     is_image,
     is_media,
     reason_of,
@@ -93,7 +94,29 @@ def samples(
         ValueError: the tar or a metadata file in it is broken; the message names it.
     """
     with named_errors(shown):
-        files, tables = _without_sidecars(*_index(Forward(file), account, locator))
+        files, tables = _index(Forward(file), account, locator)
+    return samples_of(shown, locator, files, tables, options, account, beside)
+
+
+def samples_of(
+    shown: str,
+    locator: str,
+    files: list[Member],
+    tables: list[tuple[Member, bytes]],
+    options: Options,
+    account: Account,
+    beside: Container[str] = (),
+) -> tuple[list[Sample], list[str]]:
+    """The images of an archive with their captions, sorted by offset; see `samples`.
+
+    Args:
+        files: images, texts, and links and other media that are left out; each metadata.json is among them, too.
+        tables: metadata files with their content.
+
+    Raises:
+        ValueError: a metadata file is broken.
+    """
+    files, tables = _without_sidecars(files, tables)
     folders: dict[str, list[Member]] = {}
     for member in files:
         folders.setdefault(_folder(member), []).append(member)
@@ -171,12 +194,6 @@ def _plain(name: str) -> str:
     return posixpath.normpath(name) if "." in (name[:1], name[-1:]) or "/." in name or "//" in name else name
 
 
-def _is_hidden(name: str) -> bool:
-    if not name.startswith(".") and "/." not in name:
-        return False
-    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
-
-
 def _is_left_out(member: Member) -> bool:
     """Whether an image or text file of `_index` is a link or another medium, which are not read."""
     return member.kind != "file" or not (is_image(member.name) or extension(member.name) in SIDECAR_EXTENSIONS)
@@ -203,11 +220,11 @@ def _index(stream: Forward, account: Account, locator: str) -> tuple[list[Member
                 member = member._replace(size=target.size, offset=target.offset, kind="file")
         if member.kind != "file":
             account.skip(_NOT_FILES.get(member.kind, NOT_A_FILE), at)
-            if is_media(base) and not _is_hidden(member.name):
+            if is_media(base) and not is_hidden(member.name):
                 files.append(member)
             continue
         by_name[_plain(member.name)] = member
-        if _is_hidden(member.name):
+        if is_hidden(member.name):
             account.skip(HIDDEN, at)
         elif is_metadata(base, ()) and member.offset == stream.position:
             table_bytes += member.size
