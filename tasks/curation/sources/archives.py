@@ -72,7 +72,7 @@ class Archive:
         with tree.local_copy(path) as file:
             content = _Content(shown, tree.size(path), self._opened(shown, file))
             files, tables = _index(shown, locator, content, account)
-            for sample in samples_of(shown, locator, files, tables, options, account)[0]:
+            for sample in samples_of(shown, locator, files, tables, options, account).images:
                 account.records += 1
                 yield _record(path, locator, content, sample, options)
 

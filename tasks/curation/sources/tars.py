@@ -64,7 +64,7 @@ class Sample(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What `samples` has read of a tar.
+    """What `samples` has read of a tar, or `samples_of` of another archive.
 
     images: in the order of the archive. left_out: names of links and of other media. has_captions_folder: whether it has
     the folder of `Options.captions_folder`.
@@ -106,8 +106,8 @@ def samples_of(
     options: Options,
     account: Account,
     beside: Container[str] = (),
-) -> tuple[list[Sample], list[str]]:
-    """The images of an archive with their captions, sorted by offset; see `samples`.
+) -> Contents:
+    """Assigns captions to the images of an archive; see `samples`.
 
     Args:
         files: images, texts, and links and other media that are left out; each metadata.json is among them, too.
