@@ -42,7 +42,7 @@ CACHE_VERSIONS = {
     "merging": "1",
     "prompts": "1",
     "evaluation": "9",
-    "publishing": "5",
+    "publishing": "6",
     "study": "2",
 }
 
