@@ -405,6 +405,15 @@ def metadata_csv_of_quoted_fields(folder: Path) -> None:
     (folder / "metadata.csv").write_bytes(b"file_name,text\na.png" + b',"\n"' * (15 * MIB))
 
 
+@kind("read or refused")
+def metadata_csv_of_450000_columns(folder: Path) -> None:
+    """Rows of as many fields, most with a blank in front."""
+    _beside_a_picture(folder)
+    columns = b", ".join(b"%06x" % i for i in range(450_000))
+    row = b"a.png,text" + b", aaaaaa" * 450_000 + b"\n"
+    (folder / "metadata.csv").write_bytes(b"file_name,text, " + columns + b"\n" + row * 3)
+
+
 @kind("refused")
 def metadata_csv_of_blank_lines(folder: Path) -> None:
     _beside_a_picture(folder)
