@@ -34,7 +34,7 @@ CACHE_VERSIONS = {
     "records": "9",
     "scores": "16",
     "captions": "3",
-    "curation": "8",
+    "curation": "9",
     "components": "4",
     "texts": "3",
     "encoding": "6",
