@@ -182,6 +182,7 @@ def cpu_nodes(target: Target) -> str:
     """Whether the tasks of each size fit somewhere. What a NodePool may make is not compared with the size."""
     profile, observed = target.profile, []
     kinds = (("planning", profile.light, set()), ("gathering", profile.gather, set()),
+             ("deciding", profile.tables, set()),
              ("publishing", profile.publish, set()), ("a shard", profile.shard, {INTERRUPTIBLE}))  # fmt: skip
     if not target.gpus:
         kinds += (("merging", profile.merge, set()), ("scoring, encoding and evaluating", profile.gpu, set()))

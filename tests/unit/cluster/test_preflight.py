@@ -83,7 +83,7 @@ def node(index):
 
 
 def cpu_node():
-    allocatable = {"cpu": "31", "memory": "250Gi", "ephemeral-storage": "640Gi"}
+    allocatable = {"cpu": "31", "memory": "250Gi", "ephemeral-storage": "1700Gi"}
     return {
         "metadata": {"name": "cpu-0", "labels": {}},
         "spec": {},
@@ -379,6 +379,14 @@ def test_a_node_on_which_training_fits_and_the_merge_does_not_fails(preflight):
     objects["/api/v1/nodes"][0]["status"]["allocatable"]["ephemeral-storage"] = "1600Gi"
     _, results, _ = preflight(objects, *words, fabric="", queue="")
     assert not failed(results), {name: results[name]["detail"] for name in failed(results)}
+
+
+def test_a_node_on_which_the_decisions_of_the_profile_do_not_fit_fails(preflight):
+    objects = healthy()
+    objects["/api/v1/nodes"][8]["status"]["allocatable"]["ephemeral-storage"] = "640Gi"
+    _, results, _ = preflight(objects)
+    assert failed(results) == {"nodes for cpu tasks"}
+    assert "a task of deciding (cpu 16, memory 128Gi" in results["nodes for cpu tasks"]["detail"]
 
 
 def test_without_accelerators_merges_must_fit_on_a_node_of_the_cpu_tasks(preflight, monkeypatch):
