@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval import catalog, stats
 from eval.benchmarks.base import Benchmark, Judged, Mode, Pooling, mean
 from eval.config import EvalConfig
+from eval.geneval import expected_images
 from eval.judging.protocols import category_of, digest_of, score_name
 from eval.judging.run import BLACK, Row, expected_count, prompt_scores
 from eval.scorecards.card import (
@@ -81,7 +83,8 @@ def scorecard(
         ),
         deviations=[
             *_not_judged(benchmark, judges or {}),
-            *_deviations(benchmark, config, generation, prompts, expected - len(scored) - black),
+            *_deviations(benchmark, config, generation, prompts),
+            *_absent(rows, prompts, config),
             *([f"{black} black images were left out, as the official code does"] if black else []),
         ],
         seeds=list(config.seeds),
@@ -214,7 +217,6 @@ def _deviations(
     config: EvalConfig,
     generation: Mapping[str, Any],
     prompts: Sequence[Mapping[str, Any]],
-    failed: int,
 ) -> list[str]:
     """Deviations of this score from the benchmark's rules, listed next to it."""
     deviations = []
@@ -231,9 +233,26 @@ def _deviations(
         )
     if generation.get("prompt_rewriting"):
         deviations.append(f"prompts were rewritten (file {generation['prompt_rewriting']['sha256'][:12]})")
-    if failed > 0:
-        deviations.append(f"{failed} missing or unreadable images were left out")
     return deviations
+
+
+def _absent(rows: Sequence[Row], prompts: Sequence[Mapping[str, Any]], config: EvalConfig) -> list[str]:
+    """How many images were missing or unreadable, and of which prompt and seed the first ones. Missing ones have no row."""
+    present = Counter(
+        (row["seed"], row["prompt_id"]) for row in rows if row["score"] is not None or row["error"] == BLACK
+    )
+    lost = [
+        (prompt["id"], seed, missing)
+        for prompt in prompts
+        for seed in config.seeds
+        if (missing := expected_images(prompt, config.images_per_prompt) - present[seed, prompt["id"]]) > 0
+    ]
+    count = sum(missing for _, _, missing in lost)
+    return (
+        [f"{count} missing or unreadable images were left out, the first of prompt {lost[0][0]}, seed {lost[0][1]}"]
+        if lost
+        else []
+    )
 
 
 def _is_official(benchmark: Benchmark, skill: str, model: str) -> bool | None:

@@ -247,7 +247,8 @@ def test_missing_and_broken_images_fail_unless_the_official_way_is_asked_for(run
     card = rescore(tmp_path, tmp_path, official, log=quiet)
     assert card["counts"] == {**run[2]["counts"], "generated": 119, "scored": 118, "failed": 2}
     assert card["tasks"]["single_object"]["images"] == run[2]["tasks"]["single_object"]["images"] - 2
-    assert any("2 missing or unreadable images" in note for note in card["deviations"])
+    first = pd.read_parquet(tmp_path / "scores.parquet")["prompt_id"][0]
+    assert f"2 missing or unreadable images were left out, the first of prompt {first}, seed 1" in card["deviations"]
     table = pd.read_parquet(tmp_path / "scores.parquet")
     assert table["score"].isna().sum() == 1 and table["error"].str.contains("not a readable image").sum() == 1
     assert "not a readable image" in (tmp_path / "scorecard.html").read_text()

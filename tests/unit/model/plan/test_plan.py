@@ -286,6 +286,7 @@ def test_the_hardware_computes_newton_schulz_and_what_is_recomputed_too_and_read
     assert beyond(8, 2, 2, 1, "full") == 4 * once + forward  # each copy of the weights is updated by itself
 
 
+@pytest.mark.slow
 def test_a_plan_says_whose_muon_its_memory_is_of(sections):
     model, train = sections
     assert "torchtitan" not in plan(model, train, GPUS["h100"], gpus=64)["note"]
@@ -379,6 +380,7 @@ def test_time_and_cost_follow_from_flops(sections, shapes):
     assert plan_stage(shapes, model, train, stage, layout, GPUS["h100"])["cost"] is None
 
 
+@pytest.mark.slow
 def test_the_command_says_what_its_numbers_are(capsys):
     command = [str(RECIPE), "--gpus", "64", "--gpu", "h100"]
     assert main(command) == 0

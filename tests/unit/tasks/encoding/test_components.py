@@ -73,6 +73,7 @@ def test_every_parameter_that_a_frame_uses_is_trained_and_no_other():
     assert all(p.grad is None for p in vae.parameters() if not any(p is q for q in trained))
 
 
+@pytest.mark.slow
 def test_the_trained_vae_is_a_plain_one_that_diffusers_loads(components, curated_dir):
     out, report = components
     vae = AutoencoderKLQwenImage.from_pretrained(out / "vae")
@@ -86,6 +87,7 @@ def test_the_trained_vae_is_a_plain_one_that_diffusers_loads(components, curated
         )
 
 
+@pytest.mark.slow
 def test_training_lowers_the_error_and_the_report_scores_held_out_images_at_every_size(components):
     _, report = components
     assert set(report["psnr_db_by_size_px"]) == {"64", "48", "32"}
@@ -104,6 +106,7 @@ def test_latents_are_normalised_by_the_statistics_in_the_config():
     np.testing.assert_allclose(vae.config.latents_std, 4 * variance.sqrt(), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_same_seed_trains_the_same_vae_and_another_seed_another():
     pixels = {(64, 64): np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)}
     config = TinyVAEConfig(base_dim=4, dim_mult=(1, 1, 2, 2), steps=4, batch_size=2)
@@ -112,6 +115,7 @@ def test_the_same_seed_trains_the_same_vae_and_another_seed_another():
     assert any(not torch.equal(a[name], c[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_a_vae_under_the_wanted_psnr_is_refused(curated_dir, small_config, tmp_path):
     config = small_config.model_copy(
         update={"min_psnr_db": 60.0, "vae": small_config.vae.model_copy(update={"steps": 1})}
@@ -298,6 +302,7 @@ def test_states_bind_each_colour_to_its_own_object():
     assert 0.1 < float(embeds.norm(dim=-1).mean()) < 1e4, "float16 must hold the states"
 
 
+@pytest.mark.slow
 def test_the_same_seed_trains_the_same_text_encoder():
     captions = [["a red circle", "one red circle"], ["a blue square"]]
     tokenizer = build_tokenizer([text for texts in captions for text in texts], 128)
