@@ -250,7 +250,7 @@ def test_node_pools_do_not_overlap_and_training_pools_stay_in_one_zone_undisturb
         assert spec["template"]["spec"]["expireAfter"] == "Never", name
         assert {"nodes": "0", "reasons": ["Drifted", "Underutilized"]} in spec["disruption"]["budgets"], name
     assert len(types) == len(set(types)) >= 5
-    assert sorted(cpu) == ["on-demand", "spot"]
+    assert sorted(cpu) == ["on-demand", "on-demand", "spot"]
 
 
 @pytest.mark.parametrize("profile", [p for p in PROFILES.values() if p.accelerator], ids=lambda p: p.name)
@@ -265,15 +265,22 @@ def test_every_profile_has_one_pool_whose_nodes_have_the_label_that_flyte_select
 def test_tasks_that_plan_or_gather_have_a_pool_without_taint_spot_and_too_small_disks():
     pools = node_pools()
     open_pools = {name: spec for name, spec in pools.items() if not spec["template"]["spec"].get("taints")}
-    ((name, spec),) = open_pools.items()
-    template = spec["template"]["spec"]
-    needs = {r["key"]: r["values"] for r in template["requirements"]}
-    assert needs["karpenter.sh/capacity-type"] == ["on-demand"], name
+    assert open_pools.keys() == {"nucleus-cpu", "nucleus-tables"}
+    for name, spec in open_pools.items():
+        needs = {r["key"]: r["values"] for r in spec["template"]["spec"]["requirements"]}
+        assert needs["karpenter.sh/capacity-type"] == ["on-demand"], name
+    spec, tables = open_pools["nucleus-cpu"], open_pools["nucleus-tables"]
     classes = {d["metadata"]["name"]: d["spec"] for d in rendered("eks") if d["kind"] == "EC2NodeClass"}
     for pool in (spec, pools["nucleus-filtering"]):
         (disk,) = classes[pool["template"]["spec"]["nodeClassRef"]["name"]]["blockDeviceMappings"]
         assert int(disk["ebs"]["volumeSize"].removesuffix("Gi")) > PROFILES["h100"].gather.ephemeral_gib
-    assert pools["nucleus-filtering"]["weight"] > spec.get("weight", 0)  # what may be interrupted goes there first
+    assert pools["nucleus-filtering"]["weight"] > spec["weight"]  # what may be interrupted goes there first
+    assert spec["weight"] > tables.get("weight", 0)  # and what fits there does not take a larger node
+    # Which decides about all records: NVMe, as pods' scratch space.
+    assert classes[tables["template"]["spec"]["nodeClassRef"]["name"]]["instanceStorePolicy"] == "RAID0"
+    needs = {r["key"]: r["values"] for r in tables["template"]["spec"]["requirements"]}
+    (least,) = needs["karpenter.k8s.aws/instance-local-nvme"]
+    assert int(least) * 10**9 > PROFILES["h100"].tables.ephemeral_gib * 2**30
 
 
 def test_kueue_admits_pytorch_jobs_whole_into_flavors_that_exist():
