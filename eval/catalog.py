@@ -1,12 +1,13 @@
 """The benchmarks and judges by name, loaded on demand.
 
 Judges are those of eval.judges.registry; each answers for one or several skills of a benchmark (`Benchmark.judges`).
+A skill is a kind of question, and a judge fits if it has the skill and answers in the words that the benchmark counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from eval.benchmarks import benchmark_data, registry
 from eval.judges import registry as judge_registry
@@ -61,11 +62,104 @@ def judge(name: str) -> Judge:
     return judge_registry.load(name)
 
 
+VQA = "vqa"  # the skill of yes and no
+
+
+def _fits(benchmark: Benchmark, skill: str, entry: judge_registry.JudgeEntry) -> bool:
+    same_word = skill != VQA or not entry.yes or not benchmark.yes or entry.yes == benchmark.yes
+    return skill in entry.skills and same_word
+
+
+def fitting(benchmark: Benchmark, skill: str) -> list[str]:
+    """The registered judges for a skill of the benchmark."""
+    return [name for name, entry in judge_registry.JUDGES.items() if _fits(benchmark, skill, entry)]
+
+
+def check_fits(benchmark: Benchmark, skill: str, name: str) -> None:
+    """Checks a registered judge. What a module:function answers is checked when it does.
+
+    Raises:
+        ValueError: it has not the skill, or says yes in another word than the benchmark's rule counts.
+    """
+    entry = judge_registry.entry(name)
+    if entry is None or _fits(benchmark, skill, entry):
+        return
+    skills = ", ".join(entry.skills)
+    if skill in entry.skills:
+        reason = f"answers as {skill} with {entry.yes!r}, and {benchmark.name} counts only {benchmark.yes!r}"
+    else:
+        reason = f"answers as {skills}, not as {skill} of {benchmark.name}"
+    valid = ", ".join([*fitting(benchmark, skill), "or module:function"])
+    raise ValueError(f"judge {name!r} {reason}: {skill} must be one of {valid}")
+
+
+def named_judges(items: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """{benchmark: {skill: judge}} of the judges that a command names, for the benchmarks of these names.
+
+    Args:
+        items: [BENCHMARK.][SKILL=]NAME each; BENCHMARK=NAME too. Without a skill a judge gets those that it fits, and
+            without a benchmark those of all that it fits.
+
+    Raises:
+        ValueError: an unknown benchmark, skill or judge, or a judge that fits nothing of what it is named for.
+    """
+    chosen: dict[str, dict[str, str]] = {name: {} for name in names}
+    for item in items:
+        before, equals, name = item.partition("=")
+        if not equals or "@" in before:  # a path may have an equals sign
+            before, name = "", item
+        of, _, skill = before.rpartition(".")
+        if before in names or before in registry.BENCHMARKS:
+            of, skill = before, ""
+        if of and of not in names:
+            raise ValueError(f"judges has {item!r}, and the benchmarks are {', '.join(names)}")
+        check_judge(name)
+        benchmarks = {of: registry.load(of)} if of else {other: registry.load(other) for other in names}
+        if skill:
+            having = [other for other, benchmark in benchmarks.items() if skill in benchmark.judges]
+            if not having:
+                theirs = "; ".join(f"{other} has {', '.join(b.judges)}" for other, b in benchmarks.items())
+                raise ValueError(f"judges has the skill {skill!r}, and {theirs}")
+            for other in having:
+                check_fits(benchmarks[other], skill, name)
+                chosen[other][skill] = name
+            continue
+        entry = judge_registry.entry(name)
+        taken = [
+            (other, skill)
+            for other, benchmark in benchmarks.items()
+            for skill in benchmark.judges
+            if entry is None or _fits(benchmark, skill, entry)
+        ]
+        if not taken:
+            _refuse(benchmarks, name)
+        for other, skill in taken:
+            chosen[other][skill] = name
+    return chosen
+
+
+def _refuse(benchmarks: Mapping[str, Benchmark], name: str) -> NoReturn:
+    entry = judge_registry.entry(name)
+    assert entry is not None, "own code is accepted"
+    for benchmark in benchmarks.values():
+        for skill in benchmark.judges:
+            if skill in entry.skills:  # in other words
+                check_fits(benchmark, skill, name)
+    theirs = "; ".join(f"{other} asks for {', '.join(benchmark.judges)}" for other, benchmark in benchmarks.items())
+    valid = {
+        judge for benchmark in benchmarks.values() for skill in benchmark.judges for judge in fitting(benchmark, skill)
+    }
+    raise ValueError(
+        f"judge {name!r} answers as {', '.join(entry.skills)}, and {theirs}: it must be one of "
+        f"{', '.join([*sorted(valid), 'or module:function'])}"
+    )
+
+
 def judges_of(config: EvalConfig) -> dict[str, str]:
     """{skill: name of a judge} for each skill of the configured benchmark.
 
     Raises:
-        ValueError: a skill without a judge, or a judge for an unknown skill.
+        ValueError: a skill without a judge, a judge for an unknown skill, or one that does not fit (`check_fits`).
     """
     benchmark = registry.load(config.benchmark)
     named = {**benchmark.default_judges, **config.judges}
@@ -76,7 +170,10 @@ def judges_of(config: EvalConfig) -> dict[str, str]:
     if not set(absent) <= benchmark.optional_judges or len(absent) == len(benchmark.judges):
         official = "; ".join(f"{skill}: {benchmark.judges[skill]}" for skill in absent)
         raise ValueError(f"benchmark {benchmark.name!r} needs a judge for {', '.join(absent)} (official are {official}): set judges")  # fmt: skip
-    return {skill: named[skill] for skill in benchmark.judges if skill in named}
+    chosen = {skill: named[skill] for skill in benchmark.judges if skill in named}
+    for skill, name in chosen.items():
+        check_fits(benchmark, skill, name)
+    return chosen
 
 
 def check_installed(config: EvalConfig) -> None:

@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("judge", _judge, "Asks a judge about a run's images.")
     sub.add_argument("run", type=Path)
-    sub.add_argument("--judge", action="append", default=[], metavar="[SKILL=]NAME", help="who answers: for one skill of the benchmark, or for all")  # fmt: skip
+    sub.add_argument("--judge", action="append", default=[], metavar="[SKILL=]NAME", help="who answers: for one skill of the benchmark, or for all that it fits")  # fmt: skip
     sub.add_argument("--out", type=Path, help="where the answers go (default: RUN/judged)")
     sub.add_argument("--missing", choices=("error", "official"), help="what to do about missing images")
     _shard_option(sub)
@@ -173,8 +173,8 @@ def _ls(options: argparse.Namespace) -> None:
         of = {"parts": "the prompts' named subscores"}.get(benchmark.pooling, benchmark.pooling)
         print(f"  overall          mean of {of}")
         for skill, model in benchmark.judges.items():
-            usable = [name for name, entry in JUDGES.items() if skill in entry.skills]
-            print(f"  judge {skill:<10} officially {model}; here {', '.join(usable) or 'none'}")
+            fitting = catalog.fitting(benchmark, skill)
+            print(f"  judge {skill:<10} officially {model or 'none'}; here {', '.join(fitting) or 'none'}")
     else:
         print("benchmarks")
         for name in registry.BENCHMARKS:
@@ -214,11 +214,8 @@ def _judge(options: argparse.Namespace) -> None:
     from eval.scorecard import JUDGED, judge_run
 
     config = _recorded(options)
-    skills = catalog.benchmark(config.benchmark).judges
-    judges = dict(config.judges)
-    for item in options.judge:
-        skill, separator, name = item.partition("=")
-        judges |= {skill: name} if separator else dict.fromkeys(skills, item)
+    named = catalog.named_judges(options.judge, [config.benchmark])[config.benchmark]
+    judges = {**config.judges, **named}
     config = EvalConfig(**config.model_dump(exclude={"judges"}), judges=judges)
     shard, shards = _shard(options)
     out = options.out or options.run / JUDGED

@@ -97,11 +97,14 @@ def judge_run(
     """Judges a run's images and writes to `out_dir`: images.parquet, judges.json and answers.parquet.
 
     Raises:
-        ValueError: missing images, or a judge fails (see `judge_images`); its answers so far are kept.
+        ValueError: missing images, a judge that does not fit (`catalog.check_fits`), or one that fails (see
+            `judge_images`); its answers so far are kept.
     """
     images_dir, prompts, generation = read_run(run_dir)
     config = config or EvalConfig(**generation["config"])
     benchmark, out_dir = catalog.benchmark(config.benchmark), check_out_dir(out_dir)
+    for skill, judge in judges.items():
+        catalog.check_fits(benchmark, skill, judge.name)
     rows = index_images(images_dir, prompts, config, benchmark.jpeg_tiles)
     write_rows(rows, out_dir / INDEX)
     write_judges(judges, out_dir)

@@ -27,6 +27,8 @@ PromptSet = Literal["official", "development"]
 # How the overall score follows from prompts: the plain mean of categories, of prompts, or of subscores of prompts
 # ("parts", the value that stored scorecards have).
 Pooling = Literal["categories", "prompts", "parts"]
+# "texts": one for each box of the question; "objects": {class: detections}, as in eval.geneval.
+AnswerType = Literal["text", "texts", "number", "numbers", "objects"]
 Prompt = Mapping[str, Any]
 # The answers about one image, by `Question.key`; None for an image that is missing or could not be judged.
 Answers = Mapping[str, Any] | None
@@ -130,6 +132,8 @@ class Benchmark:
         recommended_judges: the same where a command names none; they run with weights of the Hub alone, and need not be
             official.
         packaged_judges: replace recommended ones on a machine without a GPU; their weights are in Python packages.
+        answer_types: {judge: the type of its answers}; those of other judges are not checked.
+        yes: the word that the rule counts as yes, to the letter; "" if its judges are not asked for yes or no.
         pooling: how the overall score follows from prompts, for its interval.
         jpeg_tiles: the official code cuts pictures into tiles: judges see each through JPEG (quality 75), and black ones,
             which stand for images that could not be generated, are left out.
@@ -152,6 +156,8 @@ class Benchmark:
     default_judges: Mapping[str, str] = {}
     recommended_judges: Mapping[str, str] = {}
     packaged_judges: Mapping[str, str] = {}
+    answer_types: Mapping[str, AnswerType] = {}
+    yes: str = ""
     pooling: Pooling = "prompts"
     jpeg_tiles: bool = False
     prompt_sets: tuple[PromptSet, ...] = ("official",)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from eval.benchmarks import base, manifold
-from eval.benchmarks.base import Benchmark, Judged, Mode, Pooling, Prompt, PromptSet, Question, Scored
+from eval.benchmarks.base import AnswerType, Benchmark, Judged, Mode, Pooling, Prompt, PromptSet, Question, Scored
 from eval.files import read_json_lines
 
 REAL = "real_features"
@@ -39,6 +39,7 @@ class Captions(Benchmark):
     judges: Mapping[str, str] = {"features": "", "similarity": ""}
     optional_judges = frozenset({"similarity"})
     default_judges: Mapping[str, str] = {"features": "efficientnet-lite0"}
+    answer_types: Mapping[str, AnswerType] = {"features": "numbers", "similarity": "number"}
     pooling: Pooling = "parts"
     prompt_sets: tuple[PromptSet, ...] = ("official", "development")  # held-out images with the lowest, the highest ids
     data = "captions.jsonl with the real images of held-out captions, as evaluation makes it of a curated corpus"

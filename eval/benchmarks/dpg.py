@@ -8,7 +8,7 @@ from typing import Any
 
 from eval import dpg as rule
 from eval.benchmarks import base
-from eval.benchmarks.base import Benchmark, Judged, Mode, Prompt, Question, Source
+from eval.benchmarks.base import AnswerType, Benchmark, Judged, Mode, Prompt, Question, Source
 from eval.benchmarks.published import NUCLEUS, QWEN, printed_in
 
 PROMPTS = "dpg_bench/dpg_bench.csv"
@@ -29,6 +29,8 @@ class DPG(Benchmark):
     judges: Mapping[str, str] = {"vqa": "damo/mplug_visual-question-answering_coco_large_en (modelscope)"}
     # Not the official mPLUG, whose weights no hub keeps by commit: the score is dpg[qwen2.5-vl-7b-yes-no].
     recommended_judges: Mapping[str, str] = {"vqa": "qwen2.5-vl-7b-yes-no"}
+    answer_types: Mapping[str, AnswerType] = {"vqa": "text"}
+    yes = rule.YES
     data = "dpg_bench/dpg_bench.csv of github.com/TencentQQGYLab/ELLA (1,065 prompts)"
     source = Source("TencentQQGYLab/ELLA", "3c228f1dc6c4d3cad0a47493816151a419f14db3", {PROMPTS: None}, prompts=PROMPTS)
     published = (

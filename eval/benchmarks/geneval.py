@@ -12,6 +12,7 @@ from typing import Any
 from eval import geneval as rule
 from eval.benchmarks import base
 from eval.benchmarks.base import (
+    AnswerType,
     Benchmark,
     Judged,
     Mode,
@@ -54,6 +55,7 @@ class GenEval(Benchmark):
     }
     recommended_judges: Mapping[str, str] = {"detector": "mask2former-clip", "color": "mask2former-clip"}
     packaged_judges: Mapping[str, str] = {"detector": "ssd-mobilenet-v2", "color": "ssd-mobilenet-v2"}
+    answer_types: Mapping[str, AnswerType] = {"detector": "objects", "color": "texts"}
     pooling: Pooling = "categories"
     prompt_sets: tuple[PromptSet, ...] = ("official", "development")
     data = "prompts/evaluation_metadata.jsonl of github.com/djghosh13/geneval (553 prompts)"

@@ -9,7 +9,7 @@ from typing import Any
 
 from eval import geneval2 as rule
 from eval.benchmarks import base
-from eval.benchmarks.base import Benchmark, Judged, Mode, Prompt, Question, Scored, Source
+from eval.benchmarks.base import AnswerType, Benchmark, Judged, Mode, Prompt, Question, Scored, Source
 from eval.benchmarks.published import printed_in
 
 PROMPTS = "geneval2_data.jsonl"
@@ -25,6 +25,7 @@ class GenEval2(Benchmark):
     prompt_count = 800
     judges: Mapping[str, str] = {"soft_tifa": "Qwen/Qwen3-VL-8B-Instruct"}
     recommended_judges: Mapping[str, str] = {"soft_tifa": "qwen3-vl-8b"}
+    answer_types: Mapping[str, AnswerType] = {"soft_tifa": "number"}
     data = "geneval2_data.jsonl of github.com/facebookresearch/GenEval2 (800 prompts)"
     source = Source(
         "facebookresearch/GenEval2", "c088ab7f65a38ce87f2c5d0ae28bf65bd5ba37b0", {PROMPTS: None}, prompts=PROMPTS

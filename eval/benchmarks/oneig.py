@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from eval import oneig as rule
 from eval.benchmarks import base
-from eval.benchmarks.base import Benchmark, Judged, Mode, Pooling, Prompt, Question, Scored, Source
+from eval.benchmarks.base import AnswerType, Benchmark, Judged, Mode, Pooling, Prompt, Question, Scored, Source
 from eval.benchmarks.published import NUCLEUS, QWEN, printed_in
 
 CLASS_OF = {
@@ -91,6 +91,14 @@ class OneIG(Benchmark):
     }
     # The other three need a commit or a directory of weights: without them the score is oneig[qwen2.5-vl-7b].
     recommended_judges: Mapping[str, str] = {"vqa": "qwen2.5-vl-7b", "ocr": "qwen2.5-vl-7b"}
+    answer_types: Mapping[str, AnswerType] = {
+        "vqa": "text",
+        "ocr": "text",
+        "reasoning": "number",
+        "style": "number",
+        "diversity": "numbers",
+    }
+    yes = rule.YES
     pooling: Pooling = "parts"
     jpeg_tiles = True
 

@@ -26,6 +26,7 @@ class JudgeEntry(NamedTuple):
     packages: modules that it imports and that a plain installation lacks, checked before hours of work.
     install: arguments of pip that install them.
     runs_code: it runs code of the named commit, so that a file may not name it.
+    yes: the word with which it affirms a question, as "vqa"; a rule counts one spelling (`Benchmark.yes`). "": any.
     """
 
     target: str
@@ -34,6 +35,7 @@ class JudgeEntry(NamedTuple):
     packages: tuple[str, ...] = ()
     install: str = JUDGES_REAL
     runs_code: bool = False
+    yes: str = ""
 
 
 JUDGES: dict[str, JudgeEntry] = {
@@ -65,14 +67,17 @@ JUDGES: dict[str, JudgeEntry] = {
         "Mask2Former Swin-S of the Hub with mmdet's post-processing, colours by CLIP ViT-L/14",
     ),
     "clip-color": JudgeEntry("eval.judges.clip_color:CLIPColor", ("color",), "CLIP ViT-L/14 on boxes, without masks"),
-    "qwen2.5-vl-7b": JudgeEntry("eval.judges.qwen_vl:Qwen25VL", ("vqa", "ocr"), "OneIG's judge of alignment and text"),
+    "qwen2.5-vl-7b": JudgeEntry(
+        "eval.judges.qwen_vl:Qwen25VL", ("vqa", "ocr"), "OneIG's judge of alignment and text", yes="Yes"
+    ),
     "qwen2.5-vl-7b-yes-no": JudgeEntry(
         "eval.judges.qwen_vl:Qwen25VLYesNo",
         ("vqa",),
         "Qwen2.5-VL-7B for DPG-Bench's questions, instead of mPLUG",
+        yes="yes",
     ),
     "blip-vqa": JudgeEntry(
-        "eval.judges.blip_vqa:BlipVQA", ("vqa",), "BLIP, fine-tuned on VQA v2, for DPG-Bench's questions"
+        "eval.judges.blip_vqa:BlipVQA", ("vqa",), "BLIP, fine-tuned on VQA v2, for DPG-Bench's questions", yes="yes"
     ),
     "mplug": JudgeEntry(
         "eval.judges.mplug:MPlug",
@@ -80,6 +85,7 @@ JUDGES: dict[str, JudgeEntry] = {
         "DPG-Bench's judge; needs @DIR of its release",
         packages=("modelscope",),
         install=NO_DEPS,
+        yes="yes",
     ),
     "llm2clip": JudgeEntry(
         "eval.judges.llm2clip:LLM2CLIP",

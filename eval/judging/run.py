@@ -21,6 +21,7 @@ from eval.benchmarks.base import Benchmark, Judged, Pooling, Prompt, Question
 from eval.config import EvalConfig
 from eval.files import write_bytes
 from eval.geneval import expected_images, walk_layout
+from eval.judging.answer_types import wrong_type
 from eval.judging.answers import Answers, Key
 from eval.judging.images import open_png
 from eval.judging.protocols import Judge, Request, category_of, question_key
@@ -129,8 +130,13 @@ class _Reader:
                         place, about = REFERENCE, prompt["reference"]["sha256"]
                     key = self.key(question, about)
                     if key in self.answers:
+                        answer = self.answers[key]
+                        if problem := wrong_type(self.benchmark, question, answer):
+                            raise ValueError(
+                                f"{problem}: it was kept by an earlier version; judge the run again into another folder"
+                            )
                         shared = question.together or question.reference
-                        (together if shared else known)[question.key] = self.answers[key]
+                        (together if shared else known)[question.key] = answer
                         answered = True
                     else:
                         open_questions[question.key, place] = (question, place)
@@ -166,8 +172,8 @@ def judge_images(
         {"asked", "prompts": of this shard}
 
     Raises:
-        ValueError: a judge fails its self-test, stops with an error, or returns too few answers. Answers up to then
-            are kept.
+        ValueError: a judge fails its self-test, stops with an error, or returns too few answers or one of a wrong type.
+            Answers up to then are kept.
     """
     images_dir = Path(images_dir)
     reader = _Reader(benchmark, answers, {skill: judge.revision for skill, judge in judges.items()})
@@ -199,7 +205,7 @@ def judge_images(
                 tested.add(judge.revision)
             for i in range(0, len(questions), batch_size):
                 batch = questions[i : i + batch_size]
-                replies = _ask(judge, batch, images_dir, asked, benchmark.jpeg_tiles)
+                replies = _ask(judge, batch, images_dir, asked, benchmark)
                 answers.add(zip([key for key, _, _ in batch], replies, strict=True))
                 asked += len(batch)
                 elapsed = time.monotonic() - started
@@ -211,13 +217,13 @@ def judge_images(
 
 
 def _ask(
-    judge: Judge, batch: Sequence[tuple[Key, Question, list[Row]]], images_dir: Path, before: int, jpeg: bool
+    judge: Judge, batch: Sequence[tuple[Key, Question, list[Row]]], images_dir: Path, before: int, benchmark: Benchmark
 ) -> list[Any]:
     opened: dict[str, Image.Image] = {}
     for row in (row for _, _, shown in batch for row in shown):
         if row["file"] not in opened:
             image = _read(images_dir / row["file"], row["sha256"])
-            opened[row["file"]] = through_jpeg(image) if jpeg else image
+            opened[row["file"]] = through_jpeg(image) if benchmark.jpeg_tiles else image
     requests = [
         Request([opened[row["file"]] for row in shown], question.text, question.options) for _, question, shown in batch
     ]
@@ -230,6 +236,9 @@ def _ask(
         ) from error
     if len(replies) != len(batch):
         raise ValueError(f"judge {judge.name} gave {len(replies)} answers to {len(batch)} questions")
+    for reply, (_, question, shown) in zip(replies, batch, strict=True):
+        if problem := wrong_type(benchmark, question, reply):
+            raise ValueError(f"judge {judge.name}, at {shown[0]['file']}: {problem}; {before} answers are kept")
     return replies
 
 

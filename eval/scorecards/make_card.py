@@ -83,6 +83,7 @@ def scorecard(
         ),
         deviations=[
             *_not_judged(benchmark, judges or {}),
+            *_other_words(benchmark, answered or {}),
             *_deviations(benchmark, config, generation, prompts),
             *_absent(rows, prompts, config),
             *([f"{black} black images were left out, as the official code does"] if black else []),
@@ -210,6 +211,29 @@ def _estimate(rows: Sequence[Row], order: Sequence[str], pooling: Pooling) -> tu
 def _not_judged(benchmark: Benchmark, judges: Mapping[str, Any]) -> list[str]:
     absent = [skill for skill in benchmark.judges if skill in benchmark.optional_judges and skill not in judges]
     return [f"no judge for {', '.join(absent)}: left out"] if absent and judges else []
+
+
+def _other_words(benchmark: Benchmark, answered: Mapping[int, Mapping[str, Judged]]) -> list[str]:
+    """Judges of your own may say yes in another spelling than the rule counts, and score 0."""
+    if not benchmark.yes:
+        return []
+    texts = Counter(
+        answer
+        for of_seed in answered.values()
+        for judged in of_seed.values()
+        for answers in judged.images
+        for key, answer in (answers or {}).items()
+        if key.isdecimal()  # of a numbered question
+    )
+    others = {text: n for text, n in texts.items() if text.strip(" .").lower() == benchmark.yes.lower()}
+    if not others or benchmark.yes in texts:
+        return []
+    most = max(others, key=lambda text: others[text])
+    number = sum(others.values())
+    return [
+        f"no answer is {benchmark.yes!r}, and {number} are {most!r} or the like: {benchmark.name} counts only "
+        f"{benchmark.yes!r}"
+    ]
 
 
 def _deviations(

@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from eval import catalog
 from eval.benchmarks import registry
 from eval.config import SCORING_KEYS, EvalConfig
-from eval.judges import registry as judge_registry
 from tasks.evaluation.prompts import CAPTIONS
 
 # GenEval is saturated: GenEval 2 is the second headline.
@@ -83,6 +82,7 @@ def plan_benchmarks(
         raise ValueError("benchmarks is empty; name at least one, such as geneval,dpg,oneig")
     if len(set(names)) < len(names):
         raise ValueError(f"benchmarks={benchmarks!r} names one twice")
+    named = catalog.named_judges([item.strip() for item in judges.split(",") if item.strip()], names)
     configs = []
     for name in names:
         benchmark = registry.load(name)
@@ -93,7 +93,7 @@ def plan_benchmarks(
         for change in overrides:
             _override(values, change, name, names)
         chosen = catalog.recommended(benchmark, packaged) | dict(values.pop("judges", {}))
-        chosen |= _judges_of(judges, name, names, list(benchmark.judges))
+        chosen |= named[name]
         try:
             config = EvalConfig(**values, judges=chosen)
         except ValidationError as error:
@@ -142,28 +142,6 @@ def _override(values: dict[str, Any], change: str, name: str, names: Sequence[st
         here[path[-1]] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"override {change!r} is not YAML: {' '.join(str(error).split())}") from error
-
-
-def _judges_of(judges: str, name: str, names: Sequence[str], skills: Sequence[str]) -> dict[str, str]:
-    """{skill: judge} of one benchmark."""
-    chosen: dict[str, str] = {}
-    for item in (part.strip() for part in judges.split(",") if part.strip()):
-        before, equals, judge = item.rpartition("=")
-        benchmark, dot, skill = before.rpartition(".")
-        if equals and not dot and (before in names or before in registry.BENCHMARKS):
-            benchmark, skill = before, ""
-        if benchmark and benchmark not in names:
-            raise ValueError(f"judges has {item!r}, and the benchmarks are {', '.join(names)}")
-        if benchmark and benchmark != name:
-            continue
-        if skill and skill not in skills:
-            if not benchmark and len(names) > 1:
-                continue  # a skill of another benchmark
-            raise ValueError(f"judges has the skill {skill!r}, and {name} has {', '.join(skills)}")
-        entry = judge_registry.entry(judge)
-        answers = tuple(skills) if entry is None else entry.skills
-        chosen |= {skill: judge} if skill else {r: judge for r in skills if r in answers}
-    return chosen
 
 
 def generation_config(config: EvalConfig) -> EvalConfig:
