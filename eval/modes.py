@@ -6,11 +6,13 @@ from typing import Literal
 
 Mode = Literal["official", "fixed"]
 
+MODES: tuple[Mode, ...] = ("official", "fixed")
+
 
 def check_mode(mode: str) -> None:
     """
     Raises:
         ValueError: there is no such mode.
     """
-    if mode not in ("official", "fixed"):
+    if mode not in MODES:
         raise ValueError(f"mode={mode!r} must be 'official' or 'fixed'")

@@ -259,7 +259,8 @@ class Benchmark:
 
         Returns:
             {"score", "categories": {name: score}, "expected", "scored", "failed": numbers of images (of prompts, where
-            the rule scores prompts only)}, and what else the rule has
+            the rule scores prompts only)}, and what else the rule has. A score is None where the official code stops, and
+            "notes" then says why.
 
         Raises:
             ValueError: nothing to score, or answers to an unknown prompt.

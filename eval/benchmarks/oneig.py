@@ -279,6 +279,9 @@ class OneIG(Benchmark):
         their scores. "score" is the mean of the dimensions that were scored; "missing_dimensions" names the others.
 
         The dimensions leave out images that were not judged in both modes, as black tiles are; `failed` counts them.
+
+        Where the official script of text stops, since the first picture that it reads is all black, the official text and
+        "score" are None and "notes" says why.
         """
         base.check_known(prompts, judged)
         whole = base.complete(prompts, judged)
@@ -307,7 +310,9 @@ class OneIG(Benchmark):
                 scores[dimension][key if dimension == "alignment" else number] = subscores[dimension]
             if "style" in prompt:
                 styles[number], scores["style"][number] = prompt["style"], subscores["style"]
-        dimensions = {}
+        dimensions: dict[str, dict[str, Any]] = {}
+        categories: dict[str, float | None] = {}
+        notes = []
         classes = [task for task in self.tasks if any(prompt["tag"] == task for prompt in prompts)]
         for name, summarise in (
             ("alignment", lambda: rule.summarise_alignment(scores["alignment"])),
@@ -316,14 +321,22 @@ class OneIG(Benchmark):
             ("style", lambda: rule.summarise_style(styles, scores["style"])),
             ("diversity", lambda: rule.summarise_diversity(scores["diversity"], classes)),
         ):
-            if any(ocr.values()) if name == "text" else any(v is not None for v in scores[name].values()):
-                dimensions[name] = summarise()
-        if not dimensions:
+            if not (any(ocr.values()) if name == "text" else any(v is not None for v in scores[name].values())):
+                continue
+            if name == "text" and mode == "official" and next(v for v in ocr.values() if v is not None) == []:
+                categories[name] = None
+                notes.append(
+                    "no official score of text: its script stops where the first picture that it reads is all black"
+                )
+                continue
+            dimensions[name] = summarise()
+            categories[name] = dimensions[name]["score"]
+        if not categories:
             raise ValueError(f"none of {len(prompts)} prompts has an image that was judged")
-        missing = [name for name in rule.DIMENSIONS if name not in dimensions]
-        categories = {name: dimensions[name]["score"] for name in rule.DIMENSIONS if name in dimensions}
+        missing = [name for name in rule.DIMENSIONS if name not in categories]
         return {
-            "score": base.mean(list(categories.values())),
+            "score": None if None in categories.values() else base.mean(list(categories.values())),
+            "notes": notes,
             "categories": categories,
             "dimensions": dimensions,
             "missing_dimensions": missing,

@@ -331,15 +331,24 @@ def _shown(replies: Mapping[str, Any]) -> str:
     return json.dumps({key: value for key, value in replies.items() if key != "features"})
 
 
+def has_score(row: Row, pooling: Pooling) -> bool:
+    """Whether the image, or (pooling "parts") a part of its prompt that was made from it, has a score."""
+    if row["score"] is not None:
+        return True
+    parts = json.loads(row["parts"] or "{}") if pooling == "parts" and not row["error"] else {}
+    return any(value is not None for value in parts.values())
+
+
 def prompt_scores(rows: Sequence[Row], pooling: Pooling) -> dict[str, dict[str, list[float]]]:
     """category -> prompt id -> scores: of each image, or (pooling "parts") of the prompt's subscores for each seed."""
     units: dict[str, dict[str, list[float]]] = {}
+    seen: set[tuple[int, str]] = set()
     for row in sorted(rows, key=lambda r: (r["seed"], r["prompt_index"], r["image_index"])):
-        if row["score"] is None:
-            continue
         if pooling != "parts":
-            units.setdefault(row["category"], {}).setdefault(row["prompt_id"], []).append(row["score"])
-        elif row["image_index"] == 0:
+            if row["score"] is not None:
+                units.setdefault(row["category"], {}).setdefault(row["prompt_id"], []).append(row["score"])
+        elif not row["error"] and (row["seed"], row["prompt_id"]) not in seen:  # each image has all parts of its prompt
+            seen.add((row["seed"], row["prompt_id"]))
             for name, value in json.loads(row["parts"] or "{}").items():
                 if value is not None:
                     units.setdefault(name, {}).setdefault(row["prompt_id"], []).append(min(max(value, 0.0), 1.0))

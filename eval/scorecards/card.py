@@ -71,7 +71,12 @@ class Counts(Section):
     expected: int
     generated: int
     scored: int
-    failed: int
+    failed: int  # missing, unreadable or black
+
+    @property
+    def not_judged(self) -> int:
+        """Images that are there, and of whose score no judge was named."""
+        return max(0, self.expected - self.scored - self.failed)
 
 
 class FlowLoss(Section):

@@ -11,7 +11,8 @@ from eval.benchmarks.base import Benchmark, Judged, Mode, Pooling, mean
 from eval.config import EvalConfig
 from eval.geneval import expected_images
 from eval.judging.protocols import category_of, digest_of, score_name
-from eval.judging.run import BLACK, Row, expected_count, prompt_scores
+from eval.judging.run import BLACK, Row, expected_count, has_score, prompt_scores
+from eval.modes import MODES
 from eval.scorecards.card import (
     CategoryScore,
     Comparison,
@@ -48,18 +49,20 @@ def scorecard(
     """
     benchmark = catalog.benchmark(config.benchmark)
     pooling = benchmark.pooling
-    scored = [row for row in rows if row["score"] is not None]
+    scored = [row for row in rows if has_score(row, pooling)]
+    readable = [row for row in rows if not row["error"]]
     black = sum(row["error"] == BLACK for row in rows)
     expected = expected_count(prompts, config)
     seen = [row for row in scored if row["split"] != "held_out"]
     held_out = [row for row in scored if row["split"] == "held_out"]
     if not seen:
         raise ValueError(f"none of {expected} images could be scored")
-    aggregates = {mode: official_scores(benchmark, prompts, answered or {}, mode) for mode in ("official", "fixed")}
+    summaries = {mode: _summaries(benchmark, prompts, answered or {}, mode) for mode in MODES}
+    aggregates = {mode: _over_seeds(summaries[mode]) for mode in MODES}
     main_scores = _scores(seen, prompts, pooling, aggregates)
     name = score_name(benchmark, judges or {})
     wanted = dict.fromkeys(category_of(p) for p in prompts if p.get("split") != "held_out")
-    present = {row["category"] for row in seen}
+    present = {row["category"] for row in readable if row["split"] != "held_out"}
     generation = dict(generation or {})
     return Scorecard(
         name=name,
@@ -79,13 +82,18 @@ def scorecard(
             expected=expected,
             generated=len(rows),
             scored=len(scored),
-            failed=max(0, expected - len(scored)),
+            failed=max(0, expected - len(readable)),
         ),
         deviations=[
             *_not_judged(benchmark, judges or {}),
             *_other_words(benchmark, answered or {}),
             *_deviations(benchmark, config, generation, prompts),
             *_absent(rows, prompts, config),
+            *(
+                f"seed {seed}: {note}"
+                for seed, summary in summaries["official"].items()
+                for note in summary.get("notes", ())
+            ),
             *([f"{black} black images were left out, as the official code does"] if black else []),
         ],
         seeds=list(config.seeds),
@@ -105,18 +113,35 @@ def official_scores(
     mode: Mode,
 ) -> dict[str, Any] | None:
     """The result of the official code ("official"), or of that code without its bugs ("fixed"): the mean over the seeds
-    of the benchmark's own summary, {"overall", "categories"}. None without answers."""
-    summaries = []
-    for of_seed in answered.values():
-        if judged := with_images(of_seed):
-            summaries.append(benchmark.summarise(prompts, judged, mode))
+    of the benchmark's own summary, {"overall", "categories"}; a score is None if the official code stops at one of them.
+    None without answers."""
+    return _over_seeds(_summaries(benchmark, prompts, answered, mode))
+
+
+def _summaries(
+    benchmark: Benchmark, prompts: Sequence[Mapping[str, Any]], answered: Mapping[int, Mapping[str, Judged]], mode: Mode
+) -> dict[int, dict[str, Any]]:
+    return {
+        seed: benchmark.summarise(prompts, judged, mode)
+        for seed, of_seed in answered.items()
+        if (judged := with_images(of_seed))
+    }
+
+
+def _over_seeds(summaries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any] | None:
     if not summaries:
         return None
-    names = dict.fromkeys(name for summary in summaries for name in summary["categories"])
+    names = dict.fromkeys(name for summary in summaries.values() for name in summary["categories"])
+
+    def over_seeds(values: Sequence[float | None]) -> float | None:
+        return None if None in values else mean(values)
 
     return {
-        "overall": mean([summary["score"] for summary in summaries]),
-        "categories": {name: mean([summary["categories"].get(name) for summary in summaries]) for name in names},
+        "overall": over_seeds([summary["score"] for summary in summaries.values()]),
+        "categories": {
+            name: over_seeds([s["categories"][name] for s in summaries.values() if name in s["categories"]])
+            for name in names
+        },
     }
 
 
@@ -185,9 +210,10 @@ def _scores(
             fixed=official.get("fixed"),
         )
 
-    perfect = [row["score"] == 1 for row in rows]
+    own = [row for row in rows if row["score"] is not None]
+    perfect = [row["score"] == 1 for row in own]
     right_prompts: dict[int, bool] = {}
-    for row, is_right in zip(rows, perfect, strict=True):
+    for row, is_right in zip(own, perfect, strict=True):
         right_prompts[row["prompt_index"]] = right_prompts.get(row["prompt_index"], False) or is_right
     return Scores(
         overall=score(overall, {seed: o.mean for seed, (o, _) in of_seeds.items()}, None),
@@ -195,8 +221,8 @@ def _scores(
             name: score(e, {seed: c[name].mean for seed, (_, c) in of_seeds.items() if name in c}, name)
             for name, e in by_category.items()
         },
-        image_accuracy=sum(perfect) / len(perfect),
-        prompt_accuracy=sum(right_prompts.values()) / len(right_prompts),
+        image_accuracy=sum(perfect) / max(1, len(perfect)),
+        prompt_accuracy=sum(right_prompts.values()) / max(1, len(right_prompts)),
     )
 
 
@@ -262,9 +288,7 @@ def _deviations(
 
 def _absent(rows: Sequence[Row], prompts: Sequence[Mapping[str, Any]], config: EvalConfig) -> list[str]:
     """How many images were missing or unreadable, and of which prompt and seed the first ones. Missing ones have no row."""
-    present = Counter(
-        (row["seed"], row["prompt_id"]) for row in rows if row["score"] is not None or row["error"] == BLACK
-    )
+    present = Counter((row["seed"], row["prompt_id"]) for row in rows if row["error"] in ("", BLACK))
     lost = [
         (prompt["id"], seed, missing)
         for prompt in prompts
@@ -340,7 +364,8 @@ def _references(
         score = scores.overall if published.category == "overall" else scores.tasks.get(published.category)
         ours, within = (official or {"categories": {}})["categories"].get(published.category), None
         if score is not None:
-            ours = benchmark.scale * score.mean if score.official is None else score.official
+            ours = benchmark.scale * score.mean if official is None else score.official
+        if score is not None and ours is not None:
             low, high = (limit * benchmark.scale for limit in score.interval)
             moved = ours - benchmark.scale * score.mean
             if name == benchmark.name and abs(moved) <= (high - low) / 2:

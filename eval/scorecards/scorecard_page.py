@@ -181,13 +181,14 @@ def _headline(card: Scorecard) -> str:
     if card.missing_tasks:
         notes.append(f"without an image, and left out: {', '.join(card.missing_tasks)}")
     seeds = ", ".join(map(str, card.seeds))
+    not_judged = f", {counts.not_judged} without a judge of their score" if counts.not_judged else ""
     return (
         f"<h1>{text(card.name)}</h1>"
         f'<p><span class="score">{_number(overall.mean, card.scale)}</span> '
         f'<span class="muted">{card.interval.level:.0%} interval over prompts {_range(overall, card.scale)}</span></p>'
         + "".join(f'<p class="note">{text(note)}</p>' for note in notes)
         + f"<p>{overall.runs} sampling seeds ({seeds}). Images: {counts.expected} expected, {counts.generated} generated, "
-        f"{counts.scored} scored, {counts.failed} failed. Share of images with full score "
+        f"{counts.scored} scored, {counts.failed} failed{not_judged}. Share of images with full score "
         f"{_number(card.image_accuracy)}, of prompts with such an image {_number(card.prompt_accuracy)}.</p>"
     )
 
@@ -261,10 +262,14 @@ def _references(card: Scorecard) -> str:
     words = {True: "within our interval", False: "outside our interval", None: "no interval of the official score"}
     if card.name != card.benchmark:
         words[None] = "not comparable: other or missing judges"
+
+    def absent(category: str) -> str:
+        return "no official score" if category in {"overall", *card.tasks} else "no such category here"
+
     rows = "".join(
         f'<tr><td>{text(r.model)}</td><td>{text(r.category)}</td><td class="n">{r.published:g}</td>'
         f'<td class="n">{_official(r.ours, card.scale)}</td>'
-        f"<td>{'no such category here' if r.ours is None else words[r.within_noise]}</td><td>{text(r.source)}</td></tr>"
+        f"<td>{absent(r.category) if r.ours is None else words[r.within_noise]}</td><td>{text(r.source)}</td></tr>"
         for r in card.references
     )
     return (
@@ -288,7 +293,7 @@ def _gallery(rows: Sequence[Mapping[str, Any]], images_dir: Path) -> Iterable[st
 
 
 def _failures(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    failures = [row for row in rows if row["error"] or row["score"] is None or row["score"] < FAILURE]
+    failures = [row for row in rows if row["error"] or (row["score"] is not None and row["score"] < FAILURE)]
     return sorted(failures, key=lambda row: (row["category"], row["prompt_index"], row["seed"], row["image_index"]))
 
 

@@ -146,9 +146,11 @@ def _scores(scorecard: dict[str, Any]) -> str:
     seeds = ", ".join(str(seed) for seed in overall["seeds"])
     counts = scorecard["counts"]
     interval = scorecard["interval"]
+    others = counts["expected"] - counts["scored"] - counts["failed"]
+    not_judged = f", {others} without a judge of their score" if others > 0 else ""
     lines = [
         f"Score {_code(scorecard['name'])}; {overall['runs']} runs (seeds {seeds}); {counts['scored']} of "
-        f"{counts['expected']} images scored, {counts['failed']} failed. Deviation: standard deviation over seeds. "
+        f"{counts['expected']} images scored, {counts['failed']} failed{not_judged}. Deviation: standard deviation over seeds. "
         f"Interval: {interval['level']:.0%}, over prompts ({_text(interval['method'])}).\n",
         "| task | mean | deviation | interval | prompts | images |",
         "| --- | --- | --- | --- | --- | --- |",
