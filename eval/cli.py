@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("score", _score, "Scores a run from its answers; asks the default judge where there are none.")
     sub.add_argument("run", type=Path)
-    sub.add_argument("--judged", type=Path, help="answers of `judge` (default: RUN/judged)")
+    sub.add_argument("--judged", type=Path, action="append", default=[], help="answers of `judge`; again for each shard (default: RUN/judged)")  # fmt: skip
     sub.add_argument("--out", type=Path, help="where the scorecard goes (default: RUN)")
     sub.add_argument("--missing", choices=("error", "official"), help="what to do about missing images")
     sub.add_argument("--training-runs", nargs="+", type=Path, default=[], metavar="CARD", help="scorecards of other training seeds")  # fmt: skip
@@ -236,9 +236,9 @@ def _score(options: argparse.Namespace) -> None:
 
     config, out = _recorded(options), options.out or options.run
     judged = options.judged
-    if judged is None and (options.run / JUDGED / JUDGED_BY).is_file():
-        judged = options.run / JUDGED
-    card = rescore(options.run, out, config, judged=judged, training_runs=options.training_runs)
+    if not judged and (options.run / JUDGED / JUDGED_BY).is_file():
+        judged = [options.run / JUDGED]
+    card = rescore(options.run, out, config, judged=judged or None, training_runs=options.training_runs)
     files = [out / name for name in (CARD, PAGE, OFFICIAL)]
     print("\n".join([*lines(card), *(str(path) for path in files if path.exists())]))
 

@@ -25,7 +25,7 @@ from eval.benchmarks.base import Benchmark, Judged
 from eval.config import EvalConfig, stored_settings
 from eval.files import file_sha256, replacing, write_bytes
 from eval.generation.generate import IMAGES, PROMPTS, SETTINGS, Sampler, generate, read_prompts
-from eval.judging.answers import Answers
+from eval.judging.answers import Answers, Key
 from eval.judging.protocols import Judge
 from eval.judging.run import (
     INDEX,
@@ -123,7 +123,7 @@ def rescore(
     config: EvalConfig | None = None,
     *,
     judges: Mapping[str, Judge] | None = None,
-    judged: str | Path | None = None,
+    judged: str | Path | Sequence[str | Path] | None = None,
     training_runs: Sequence[str | Path] = (),
     log: Log = print,
 ) -> dict[str, Any]:
@@ -132,12 +132,13 @@ def rescore(
     Args:
         config: the recorded one unless given.
         judges: {skill: judge}, asked only questions without an answer.
-        judged: a folder of `judge_run` with complete answers: then neither judges nor images are needed.
+        judged: a folder of `judge_run`, or several (one for each shard), with complete answers: then neither judges nor images
+            are needed.
         training_runs: scorecards of the same recipe at other training seeds, for the noise of training.
 
     Raises:
         ValueError: no run there, `out_dir` is sealed or a file, images are missing, or the answers are incomplete or
-            older than an image.
+            older than an image, or folders of answers are of different runs or judges.
     """
     out_dir = check_out_dir(out_dir)
     images_dir, prompts, generation = read_run(run_dir)
@@ -146,11 +147,11 @@ def rescore(
     if judged is None:
         judged = out_dir / JUDGED
         judge_run(run_dir, judged, judges or catalog.load_judges(config), config, log=log)
-    judged = Path(judged)
-    record, rows = read_judges(judged), read_rows(judged / INDEX)
+    folders = [Path(judged)] if isinstance(judged, (str, Path)) else [Path(folder) for folder in judged]
+    record, rows, answers = read_judged(folders)
     _refuse_stale(rows, images_dir)
     revisions = {skill: judge["revision"] for skill, judge in record.items()}
-    answered = judged_prompts(rows, prompts, config, benchmark, Answers(judged), revisions)
+    answered = judged_prompts(rows, prompts, config, benchmark, answers, revisions)
     rows = score_rows(rows, prompts, benchmark, answered)
     card = scorecard(rows, prompts, config, generation, judges=record, answered=answered)
     card = card.model_copy(update={"flow_loss": flow_loss.read(images_dir, prompts, config.seeds)})
@@ -159,6 +160,36 @@ def rescore(
     official = official_files(benchmark, prompts, answered, config.image_size_px, card.name)
     write(card, rows, images_dir, out_dir, official)
     return card.model_dump(mode="json")
+
+
+def read_judged(folders: Sequence[Path]) -> tuple[dict[str, dict[str, Any]], list[Row], Mapping[Key, Any]]:
+    """(judges, index of the images, answers) of folders of `judge_run`, each of a shard or of other skills.
+
+    Raises:
+        ValueError: none, or they are of different images, or a skill was judged by different judges.
+    """
+    if not folders:
+        raise ValueError("no folder of answers: judge the run first")
+    record: dict[str, dict[str, Any]] = {}
+    first: list[Row] | None = None
+    answers: dict[Key, Any] = {}
+    for folder in folders:
+        of_folder, rows = read_judges(folder), read_rows(folder / INDEX)
+        if first is None:
+            first = rows
+        elif rows != first:
+            raise ValueError(f"{folder} and {folders[0]} are answers about different images: judge one run for both")
+        for skill, judge in of_folder.items():
+            if record.setdefault(skill, judge) != judge:
+                raise ValueError(
+                    f"{skill} was judged by {record[skill]['name']} at {record[skill]['revision'][:12]}, and in {folder} by "
+                    f"{judge['name']} at {judge['revision'][:12]}"
+                )
+        read = Answers(folder)
+        for key in read:
+            answers.setdefault(key, read[key])
+    assert first is not None
+    return record, first, answers
 
 
 def official_files(

@@ -97,7 +97,7 @@ def _digest_of_all(digests: Sequence[str]) -> str:
 class _Reader:
     """Reads the answers so far and finds open questions; `judges`: {skill: revision}."""
 
-    def __init__(self, benchmark: Benchmark, answers: Answers, judges: Mapping[str, str]):
+    def __init__(self, benchmark: Benchmark, answers: Answers | Mapping[Key, Any], judges: Mapping[str, str]):
         self.benchmark, self.answers, self.judges = benchmark, answers, judges
 
     def key(self, question: Question, digest: str) -> Key:
@@ -262,7 +262,7 @@ def judged_prompts(
     prompts: Sequence[Prompt],
     config: EvalConfig,
     benchmark: Benchmark,
-    answers: Answers,
+    answers: Answers | Mapping[Key, Any],
     judges: Mapping[str, str],
 ) -> dict[int, dict[str, Judged]]:
     """{seed: {prompt id: its answers}}, the input of a benchmark's scores.
@@ -286,7 +286,7 @@ def judged_prompts(
                 what = prompt["reference"]["file"] if number == REFERENCE else images[number or 0]["file"]
                 raise ValueError(
                     f"{what} has no answer to {question_key(question)!r} by revision {judges[question.judge][:12]}: "
-                    "judge the run first"
+                    "judge the run first, with all shards"
                 )
             places: list[dict[str, Any] | None] = [None] * expected_images(prompt, config.images_per_prompt)
             for row, known in zip(images, by_image, strict=True):
