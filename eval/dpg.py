@@ -25,6 +25,7 @@ import io
 import math
 import os
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -175,7 +176,7 @@ def _visit(answers, dependency, images) -> tuple[int, list[dict[int, float]], li
         scores = {}
         for qid, texts in answers.items():
             if not isinstance(texts[image], str):
-                raise ValueError(f"answer {texts[image]!r} to question {qid} must be text")
+                raise ValueError(f"answer {reprlib.repr(texts[image])} to question {qid} must be text")
             scores[qid] = float(texts[image] == YES)
         raw.append(dict(scores))
         for qid, parents in dependency.items():

@@ -21,6 +21,7 @@ from typing import Any
 
 from eval.config import stored_settings
 from eval.files import read_json_lines
+from eval.scorecards.card import scored_by
 from eval.stats import mean_interval, over_seeds
 from tasks.trace import Node, walk
 
@@ -110,17 +111,6 @@ def scores_of(card: Mapping[str, Any]) -> dict[str, float]:
     if card["held_out"]:
         scores["held_out"] = card["held_out"]["overall"]["mean"]
     return scores
-
-
-def scored_by(card: Mapping[str, Any]) -> dict[str, str]:
-    """What must be equal for two scorecards, as JSON, to be compared: the score's name and rule, prompts and judges."""
-    judges = {f"judge_{j['role']}": f"{j['name']} at {j['revision'][:12]}" for j in card["settings"]["judges"]}
-    return {
-        "score": card["name"],
-        "rule": card["version"],
-        "prompts": card["settings"]["prompt_set_sha256"][:12],
-        **judges,
-    }
 
 
 def _settings(merged: Node, stages: list[Node]) -> dict[str, Any]:

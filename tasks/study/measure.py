@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from eval.files import read_json_lines
+from eval.scorecards.card import scored_by
 from model.constants import TILE_PX
 from model.stages import TrainingStage, training_stages
-from tasks.compare import scored_by, scores_of
+from tasks.compare import scores_of
 from tasks.manifest import as_parent
 from tasks.recipe import Recipe
 from tasks.study.config import StudyRun

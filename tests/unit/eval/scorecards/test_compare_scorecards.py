@@ -16,7 +16,7 @@ from eval.config import EvalConfig
 from eval.generation.generate import generate
 from eval.judges.shapes_judge import ShapesDetector
 from eval.scorecard import rescore
-from eval.scorecards.card import comparison_key, load, not_comparable
+from eval.scorecards.card import comparison_key, load, not_comparable, scored_by
 from eval.scorecards.compare import compare_runs, compare_to_incumbent, lines
 from eval.scorecards.select_candidate import select_candidate
 
@@ -127,11 +127,13 @@ def test_two_cards_have_one_key_if_and_only_if_they_can_be_compared(make):
         {"judges": [judge, judge.model_copy(update={"role": "color"})]},
     ]
     cards = [card.model_copy(update={"settings": card.settings.model_copy(update=change)}) for change in settings]
-    cards += [card.model_copy(update={"benchmark": "other"}), card.model_copy(update={"version": "2"})]
+    cards += [card.model_copy(update={"benchmark": "other", "name": "other"}), card.model_copy(update={"version": "2"})]
     assert [not_comparable(card, other) is None for other in cards] == [True, True, *[False] * 5]
     for a in cards:
         for b in cards:
             assert (comparison_key(a) == comparison_key(b)) == (not_comparable(a, b) is None)
+            same = scored_by(a.model_dump(mode="json")) == scored_by(b.model_dump(mode="json"))
+            assert same == (not_comparable(a, b) is None)
 
 
 def test_settings_that_differ_are_named_with_a_drop(make):

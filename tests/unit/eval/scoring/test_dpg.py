@@ -314,3 +314,9 @@ def test_a_details_file_that_does_not_fit_is_refused_with_its_line(tmp_path, lin
         dpg.read_details(details(tmp_path, lines), questions)
     with pytest.raises(ValueError, match="not a details file"):
         dpg.read_details(tmp_path / "absent", questions)
+
+
+def test_a_long_answer_is_cut_in_the_message():
+    with pytest.raises(ValueError, match="to question 1 must be text") as caught:
+        dpg.score_sample({1: [[0.5] * 1280]}, {1: [0]})
+    assert len(str(caught.value)) < 120
