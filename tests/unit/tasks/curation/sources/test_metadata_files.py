@@ -4,6 +4,7 @@ import tempfile
 import unicodedata
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -304,6 +305,20 @@ def test_a_table_without_rows_is_left_out_by_name(tmp_path, name, content):
     for folder, image in (("loose", "a.png"), ("packed", "x.tar:a.png")):
         assert captions_in(tmp_path / folder) == {image: ["x"]}
         assert left_out(tmp_path / folder) == {"metadata table without rows": 1}
+
+
+def test_a_parquet_table_without_rows_is_left_out_and_row_groups_without_rows_change_nothing(tmp_path):
+    write(tmp_path, {"a.png": PNG, "b.png": PNG, "a.txt": "x"})
+    rows = pd.DataFrame({"file_name": ["a.png", "b.png"], "text": ["of a row", "of b"]})
+    rows.iloc[:0].to_parquet(tmp_path / "metadata.parquet")
+    assert captions_in(tmp_path) == {"a.png": ["x"], "b.png": []}
+    assert left_out(tmp_path) == {"metadata table without rows": 1}
+    table = pa.table(dict(rows))
+    with pq.ParquetWriter(tmp_path / "metadata.parquet", table.schema) as writer:
+        for part in (table.slice(0, 0), table.slice(0, 1), table.slice(0, 0), table.slice(1, 1), table.slice(0, 0)):
+            writer.write_table(part)
+    (tmp_path / "a.txt").unlink()
+    assert captions_in(tmp_path) == {"a.png": ["of a row"], "b.png": ["of b"]}
 
 
 @pytest.mark.parametrize("is_tar", [False, True])

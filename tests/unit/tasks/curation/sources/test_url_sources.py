@@ -491,6 +491,20 @@ def test_a_table_of_urls_without_captions_is_refused_only_where_captions_are_nee
 # ---------------------------------------------------------------- hostile sites (benchmarks/curation/hostile_urls.py has more)
 
 
+def test_row_groups_without_rows_of_a_table_of_urls_change_nothing(tmp_path):
+    table = pa.table({"url": [f"https://a.b/{i}.png" for i in range(5)], "text": [f"t{i}" for i in range(5)]})
+    with pq.ParquetWriter(tmp_path / "x.parquet", table.schema) as writer:
+        for at, size in ((0, 0), (0, 2), (2, 0), (2, 3), (5, 0)):
+            writer.write_table(table.slice(at, size))
+    for images_per_shard in (1, 2, 3, 10):
+        config = SourceConfig(urls=urls(), images_per_shard=images_per_shard)
+        place = find(str(tmp_path))
+        rows = [row for one in tables.ranges(place, config, Account()) for row in tables.rows(place, one, config)]
+        assert [(row.row, row.url, row.captions) for row in rows] == [
+            (i, f"https://a.b/{i}.png", [f"t{i}"]) for i in range(5)
+        ]
+
+
 def test_binary_captions_of_a_parquet_table_are_decoded_as_text_files_are(tmp_path):
     texts = [b"caf\xe9", "boats".encode("utf-16"), "naïve".encode(), None]
     table = pa.table({"url": [b"https://a.b/1.png"] * 4, "text": pa.array(texts, pa.binary())})
