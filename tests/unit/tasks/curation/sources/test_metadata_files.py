@@ -1,5 +1,6 @@
 import io
 import json
+import tarfile
 import tempfile
 import unicodedata
 from pathlib import Path
@@ -248,6 +249,23 @@ def test_rows_that_name_no_image_are_counted_with_an_example_and_all_of_them_are
     refused(tmp_path, "2 rows of", "metadata.csv name no image", "images/a.png (line 2)")
 
 
+def test_examples_of_long_names_are_cut_and_keep_their_ends(tmp_path):
+    long = "x" * 1_000_000 + ".png"
+    lines = [f'{{"file_name": "{name}", "text": "t"}}\n' for name in (long, "a.png")]
+    write(tmp_path, {"a.png": PNG, "metadata.jsonl": "".join(lines)})
+    _, account = read_records(tmp_path)
+    count, example = account.skipped["metadata row that names no image"]
+    assert count == 1 and len(example) <= 200
+    assert example.startswith("metadata.jsonl: xxx") and "x…x" in example and example.endswith("x.png (line 1)")
+    write(tmp_path, {"metadata.jsonl": lines[0]})
+    with pytest.raises(ValueError, match=r"metadata.jsonl name no image, such as x+…x+.png \(line 1\)") as refusal:
+        read_records(tmp_path)
+    assert len(str(refusal.value)) < 1000
+    tar_of(tmp_path / "tar/x.tar", {"a.png": PNG, f"b.{'x' * 4000}": b""}, format=tarfile.PAX_FORMAT)
+    ((reason, (_, example)),) = read_records(tmp_path / "tar")[1].skipped.items()
+    assert max(len(reason), len(example)) <= 201 and reason.startswith(".xxx") and example.startswith("x.tar:b.x")
+
+
 def test_keys_without_an_extension_name_the_nearest_image_and_two_are_ambiguous(tmp_path):
     rows = {"a": {"caption": "of the stem"}, "a.png": {"caption": "of the name"}, "b": {"caption": "of either"}}
     rows |= {"c.d": {"caption": "with a dot"}, "gone": {"caption": "of none"}}
@@ -364,6 +382,15 @@ def test_a_table_of_too_many_rows_is_refused(tmp_path, monkeypatch):
     refused(tmp_path, "metadata.jsonl", "more than 3 rows", "metadata.parquet")
     write(tmp_path, {"metadata.jsonl": rows[: rows.rindex("{")]})
     assert len(read_records(tmp_path)) > 0
+
+
+def test_an_image_that_too_many_rows_name_is_an_error_with_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(listed, "MAX_ROWS_PER_IMAGE", 3)
+    rows = [f'{{"file_name": "{name}", "text": "t{i}"}}\n' for i, name in enumerate(["b.png", *["a.png"] * 4])]
+    write(tmp_path, {"a.png": PNG, "b.png": PNG, "metadata.jsonl": "".join(rows[:4])})
+    assert captions_in(tmp_path) == {"a.png": ["t1", "t2", "t3"], "b.png": ["t0"]}
+    write(tmp_path, {"metadata.jsonl": "".join(rows)})
+    refused(tmp_path, "metadata.jsonl, line 5", "more than 3 rows name a.png")
 
 
 def test_a_table_of_too_many_blank_lines_is_refused(tmp_path, monkeypatch):
