@@ -243,3 +243,20 @@ def test_a_csv_with_a_broken_quote_or_comma_is_an_error_or_whole(captions, data)
     for record in records:
         own = rows[int(record.locator[:-4])][1].strip()
         assert record.problem or not record.captions or own in (record.captions[0], record.captions[0].strip('"'))
+
+
+@SETTINGS
+@given(st.lists(st.tuples(st.sampled_from(["", " "]), words, st.sampled_from(["", " "]), words), min_size=1, max_size=12), st.sampled_from(",;"), st.sampled_from([("file_name", "text", "author"), ("author", "text", "file_name"), ("file_name", "author", "text")]))  # fmt: skip
+def test_a_csv_with_quotes_only_where_they_are_needed_is_read_and_its_captions_are_whole(rows, delimiter, columns):
+    cells = [dict(file_name=f"{i}.png", text=before + text, author=blank + author) for i, (before, text, blank, author) in enumerate(rows)]  # fmt: skip
+    buffer = io.StringIO(newline="")
+    table = csv.DictWriter(buffer, columns, delimiter=delimiter)
+    table.writeheader()
+    table.writerows(cells)
+    with tempfile.TemporaryDirectory() as scratch:
+        write(Path(scratch), {row["file_name"]: PICTURES[0] for row in cells} | {"metadata.csv": buffer.getvalue()})
+        records, _ = read_records(scratch)
+    for record in records:
+        row = cells[int(record.locator[:-4])]
+        doubtful = columns.index("author") == columns.index("text") + 1 and row["author"][:1].isspace()
+        assert record.captions == [row["text"].strip()] or (doubtful and record.problem == "unreadable_caption")
