@@ -32,9 +32,9 @@ logging.getLogger("flytekit").addFilter(
 CACHE_VERSIONS = {
     "urls": "2",
     "records": "9",
-    "scores": "15",
+    "scores": "16",
     "captions": "3",
-    "curation": "8",
+    "curation": "9",
     "components": "4",
     "texts": "3",
     "encoding": "6",
@@ -42,7 +42,7 @@ CACHE_VERSIONS = {
     "merging": "1",
     "prompts": "1",
     "evaluation": "9",
-    "publishing": "5",
+    "publishing": "6",
     "study": "2",
 }
 

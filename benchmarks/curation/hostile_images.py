@@ -191,6 +191,14 @@ def image_jpeg_of_small_segments() -> bytes:
 
 
 @image("refused")
+def image_jpeg_of_hidden_segments() -> bytes:
+    """4 million empty segments behind second starts with false lengths, in the largest file that is sent to a worker."""
+    whole = _encoded(_plain("RGB", (64, 64)), "JPEG")
+    hidden = b"\xff\xef\0\2" * 16_000  # the length is no marker
+    return whole[:2] + (b"\xff\xd8" + struct.pack(">H", 2 + len(hidden)) + hidden) * 262 + whole[2:]
+
+
+@image("refused")
 def image_jpeg_of_fill_bytes() -> bytes:
     """31 MiB between two segments."""
     whole = _encoded(_plain("RGB", (64, 64)), "JPEG")

@@ -168,6 +168,16 @@ def long_names(folder: Path) -> None:
 
 
 @kind("read")
+def long_names_of_folders_of_captions(folder: Path) -> None:
+    """16,000 texts, each in its own folder with a name of 3.9 kB, whose composed form without case is three times as long."""
+    with open(folder / "x.tar", "wb") as file:
+        for i in range(16_000):
+            name = f"captions/{chr(0x1D160) * 970}{i:05d}/a.txt\0".encode()
+            file.write(header(b"././@LongLink", len(name), b"L", b"ustar  \0") + pad(name) + header(b"a", 0, b"0"))
+        file.write(header(b"a.png", len(picture()), b"0") + pad(picture()) + bytes(1024))
+
+
+@kind("read")
 def one_key_for_all_members(folder: Path) -> None:
     """100,000 images and texts of one WebDataset key."""
     with open(folder / "x.tar", "wb") as file:
@@ -393,6 +403,15 @@ def metadata_csv_of_commas(folder: Path) -> None:
 def metadata_csv_of_quoted_fields(folder: Path) -> None:
     _beside_a_picture(folder)
     (folder / "metadata.csv").write_bytes(b"file_name,text\na.png" + b',"\n"' * (15 * MIB))
+
+
+@kind("read or refused")
+def metadata_csv_of_450000_columns(folder: Path) -> None:
+    """Rows of as many fields, most with a blank in front."""
+    _beside_a_picture(folder)
+    columns = b", ".join(b"%06x" % i for i in range(450_000))
+    row = b"a.png,text" + b", aaaaaa" * 450_000 + b"\n"
+    (folder / "metadata.csv").write_bytes(b"file_name,text, " + columns + b"\n" + row * 3)
 
 
 @kind("refused")

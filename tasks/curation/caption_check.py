@@ -29,11 +29,18 @@ def score_without_pixels(corpus: Corpus, config: CurationConfig) -> list[Part] |
     Returns:
         None if a record may be kept, if the source is made by the recipe, is larger than `MAX_BYTES`, or cannot be read
         (scoring names what cannot).
+
+    Raises:
+        ValueError: a larger source has no captions at all, as the scan knows from its names and columns.
     """
     parts, size = [], 0
     for shard in corpus.shards():
         size += shard.size_bytes
-        if shard.source != "user" or size > MAX_BYTES:
+        if shard.source != "user":
+            return None
+        if size > MAX_BYTES:
+            if config.captions.required and corpus.report.get("no_captions"):
+                raise ValueError(f"no image of the source has a caption: {corpus.report['no_captions']}")
             return None
         try:
             parts.append(_part(corpus, shard, config))

@@ -50,7 +50,9 @@ class SourceConfig(Section):
     encoding: str | None = None  # of captions without a byte order mark that are not UTF-8, such as cp1252
     caption_columns: tuple[str, ...] = ()  # read instead of caption, captions, text, texts, prompt and raw
     urls: UrlConfig | None = None  # the tables at `path` have URLs, which are downloaded
-    captions_folder: str | None = None  # below the source: captions_folder/a.txt describes a.png, or FOLDER/a.png
+    captions_folder: str | None = (
+        None  # in the source or its tars; CAPTIONS/x/a.txt describes x/a.png and FOLDER/x/a.png
+    )
     seed: Seed = 0
 
     @property
@@ -420,6 +422,11 @@ class CurationConfig(Section):
                 "min_success_ratio": 1.0,
             }
         )
+
+    @property
+    def needs_captions(self) -> bool:
+        """Whether images without a caption of their owner are left out."""
+        return self.captions.required and self.captioner is None
 
     def before_captions(self) -> CurationConfig:
         """These settings for the draft decision: all captions, and images without a caption, are kept."""

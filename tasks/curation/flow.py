@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -106,7 +106,7 @@ def write_corpus(
     return report
 
 
-def write_listing(config: SourceConfig, path: str, out_dir: Path) -> dict:
+def write_listing(config: SourceConfig, path: str, out_dir: Path, needs_captions: bool = True) -> dict:
     """Lists the tables of URLs at `path`; see urls.shards.write_listing.
 
     Raises:
@@ -116,7 +116,7 @@ def write_listing(config: SourceConfig, path: str, out_dir: Path) -> dict:
 
     if not path:
         raise ValueError("source.urls needs tables of URLs: set source.path, or give --source")
-    return shards.write_listing(config, path, out_dir)
+    return shards.write_listing(config, path, out_dir, needs_captions)
 
 
 def download_group(listing_dir: Path, config: SourceConfig, group: int, groups: int) -> list[Part]:
@@ -206,11 +206,14 @@ def score_shard(corpus, shard: Shard, config: CurationConfig, resources: Resourc
     def make(name: str) -> Part:
         return ShardScores(corpus, shard, config).make(resources)
 
-    return attempt("scores", shard.shard_id, make)
+    return attempt("scores", shard.shard_id, make, corpus.without_location)
 
 
-def attempt(kind: str, name: str, make) -> Part:
+def attempt(kind: str, name: str, make, sealed: Callable[[str], str] = str) -> Part:
     """The part, or a part with the error, so that one shard does not stop the others of its group.
+
+    Args:
+        sealed: the error as it is in artifacts, which do not depend on the location of the source.
 
     Raises:
         OSError: the disk is full: the others would fail as well.
@@ -222,7 +225,7 @@ def attempt(kind: str, name: str, make) -> Part:
             raise
         text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         logger.warning(f"{kind} of shard {name} failed: {text}")
-        return Part(name, kind, error=text)
+        return Part(name, kind, error=sealed(text))
 
 
 def draft_corpus(corpus_dir: Path, indices: Sequence[Path | None], config: CurationConfig, groups: int) -> Part:
@@ -284,6 +287,7 @@ def _caption_shard(
         lambda part: make_part(
             "captions", part, CACHE_VERSIONS["captions"], inputs, make, [scores.as_parent()], inputs
         ),
+        corpus.without_location,
     )
 
 
@@ -302,15 +306,16 @@ def decide_corpus(corpus_dir: Path, indices: Sequence[Path | None], config: Cura
     parts = list(_score_parts(shards, indices))
     if config.takedown is not None:
         parts = takedown.remove(parts, takedown.read_list(config.takedown))
-    names = {shard.shard_id: shard.uri for shard in shards}
     failed = [part for part in parts if part.error]
     done = "described" if any(part.kind == "captions" for part in parts) else "scored"
     if len(failed) > (1 - config.min_success_ratio) * len(parts):
-        few = "; ".join(f"{names[part.name]}: {part.error}" for part in failed[:3])
+        uris = {shard.shard_id: shard.uri for shard in shards}
+        few = "; ".join(f"{uris[part.name]}: {part.error}" for part in failed[:3])
         raise ValueError(
             f"{len(failed)} of {len(parts)} shards could not be {done} (curation.min_success_ratio="
             f"{config.min_success_ratio:g}): {few}. Run again for these alone"
         )
+    names = {shard.shard_id: corpus.locator(shard) for shard in shards}
     scan = corpus.account()
     inputs = {
         "corpus": load_manifest(corpus_dir).digest,
@@ -445,7 +450,9 @@ def curate_source(source: SourceConfig, path: str, config: CurationConfig, until
     """
     listing = None
     if source.urls is not None:
-        listing, _, listed = make_sealed("urls", lambda out: write_listing(source, path, out), logs=(base.REPORT,))
+        listing, _, listed = make_sealed(
+            "urls", lambda out: write_listing(source, path, out, config.needs_captions), logs=(base.REPORT,)
+        )
         groups = num_groups(listed["shards"], config.max_groups)
         made = [part for group in range(groups) for part in download_group(listing, source, group, groups)]
     else:

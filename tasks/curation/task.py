@@ -81,7 +81,9 @@ def list_urls(source: SourceConfig, path: str, config: CurationConfig) -> Listed
     from tasks.curation import flow
 
     _check_store()
-    artifact, _, report = produce("urls", lambda out: flow.write_listing(source, path, out), logs=("report.json",))
+    artifact, _, report = produce(
+        "urls", lambda out: flow.write_listing(source, path, out, config.needs_captions), logs=("report.json",)
+    )
     return ListedUrls(urls=artifact, groups=list(range(num_groups(report["shards"], config.max_groups))))
 
 

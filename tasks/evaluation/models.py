@@ -24,11 +24,16 @@ from eval import catalog
 from eval.config import SchedulerConfig, stored_settings
 from eval.generation import pipelines
 from model import storage
+from model.logs import get_logger
 from tasks.manifest import MANIFEST, load_manifest, verify
 from tasks.sealed import newest_pipeline
 from tasks.store import home
 
+logger = get_logger(__name__)
+
 NEWEST = "newest"
+FILES = ("prompts_file", "prompt_rewrites")  # settings of eval.config that name a file
+_AT_COMMIT = re.compile(r"@[0-9a-f]{40}$")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 LATEST = "latest.json"  # of tasks.publishing.s3: the pointer to the version that was published last
 
@@ -162,7 +167,8 @@ def _newest_commit(model: str) -> str:
 
 
 def published_settings(model: Model) -> dict[str, Any] | None:
-    """The eval section with which a published pipeline was scored; None for other models.
+    """The eval section with which a published pipeline was scored, without the files that it names: its author must not choose
+    what is read here. None for other models.
 
     Raises:
         ValueError: it names code, which the pipeline's author would have imported here.
@@ -172,7 +178,23 @@ def published_settings(model: Model) -> dict[str, Any] | None:
         return None
     settings = json.loads(content).get("config", {}).get("recipe", {}).get("eval")
     catalog.refuse_code(settings, f"the manifest of {model.place}")
-    return stored_settings(settings) if isinstance(settings, dict) else None
+    return _without_files(stored_settings(settings), model.place) if isinstance(settings, dict) else None
+
+
+def _without_files(settings: dict[str, Any], place: str) -> dict[str, Any]:
+    """Drops prompt files, and judges whose weights are no commit of their repository; names them in the log."""
+    judges = settings.get("judges")
+    judges = judges if isinstance(judges, dict) else {}
+    kept = {skill: name for skill, name in judges.items() if "@" not in str(name) or _AT_COMMIT.search(str(name))}
+    dropped = [key for key in FILES if settings.get(key) is not None]
+    dropped += [f"judges.{skill}" for skill in judges if skill not in kept]
+    if dropped:
+        logger.warning(
+            f"{place} was scored with files that its manifest names for {', '.join(dropped)}, which are not read: the "
+            "benchmark's own are used; name yours in overrides"
+        )
+    settings = {key: value for key, value in settings.items() if key not in dropped}
+    return {**settings, "judges": kept} if "judges" in settings else settings
 
 
 def load(model: Model, scheduler: SchedulerConfig = SchedulerConfig()) -> Loaded:

@@ -11,7 +11,6 @@ Weights are copied byte by byte, so that the scored weights are the published on
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -30,6 +29,7 @@ from model.constants import PIPELINE_TEXT_STATE
 from model.logs import get_logger
 from tasks.diffusers_parts import SCHEDULER, processor_class
 from tasks.manifest import MANIFEST, load_manifest
+from tasks.publishing import redact
 from tasks.publishing.card import model_card
 from tasks.publishing.config import PublishConfig
 from tasks.trace import lineage_rows
@@ -64,7 +64,7 @@ def publish(
         merged_dir: has `transformer/` in diffusers' layout.
         components_dir: has `vae/`, `text_encoder/` and `processor/`.
         scorecard_dir: has `scorecard.json`, and optionally `grid.png`: nothing is published without scores.
-        recipe: the whole recipe as `Recipe.model_dump(mode="json")`, which the card describes.
+        recipe: the whole recipe by `redact.recipe`, which the card describes.
         out_dir: an empty directory.
         further_dirs: scorecards of further benchmarks.
 
@@ -97,10 +97,10 @@ def publish(
     index["scheduler"] = ["diffusers", SCHEDULER["_class_name"]]
     _write_json(out_dir / "model_index.json", index)
 
-    shutil.copyfile(Path(scorecard_dir) / "scorecard.json", out_dir / "scorecard.json")
+    _copy_scorecard(Path(scorecard_dir), scorecard, out_dir / "scorecard.json")
     for directory, card in zip(further_dirs, further, strict=True):
         name = re.sub(r"[^\w.-]", "-", card["benchmark"])
-        shutil.copyfile(Path(directory) / "scorecard.json", out_dir / f"scorecard-{name}.json")
+        _copy_scorecard(Path(directory), card, out_dir / f"scorecard-{name}.json")
     if (Path(scorecard_dir) / "grid.png").is_file():
         shutil.copyfile(Path(scorecard_dir) / "grid.png", out_dir / "grid.png")
 
@@ -123,6 +123,15 @@ def _read_scorecard(directory: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+def _copy_scorecard(directory: Path, card: dict[str, Any], target: Path) -> None:
+    """Copies it byte for byte, or without the places that its settings name."""
+    public = redact.scorecard(card)
+    if public == card:
+        shutil.copyfile(directory / "scorecard.json", target)
+    else:
+        target.write_text(json.dumps(public, indent=1, allow_nan=False) + "\n")
+
+
 def _check_scores(cards: Sequence[dict[str, Any]], merged: Path, components: Path, recipe: dict[str, Any]) -> None:
     """Refuses scores of other weights, two of one benchmark, and the lack of one that the recipe asks for."""
     digests = {"merged": load_manifest(merged).digest, "components": load_manifest(components).digest}
@@ -142,22 +151,6 @@ def _check_scores(cards: Sequence[dict[str, Any]], merged: Path, components: Pat
             f"the recipe's eval.further_benchmarks have {', '.join(absent)}, of which no scorecard is given: add it to "
             "further, or change the recipe"
         )
-
-
-PRIVATE = (("source", "path"), ("train", "checkpoint_uri"), ("publish", "s3_uri"), ("publish", "s3_bucket_owner"))
-
-
-def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe for publication: without paths, buckets and accounts. A local directory of weights is named only by
-    its last component."""
-    public = copy.deepcopy(recipe)
-    for section, key in PRIVATE:
-        if public.get(section, {}).get(key) is not None:
-            public[section][key] = "(private)"
-    init_from = public.get("train", {}).get("init_from")
-    if init_from and ("@" not in init_from or init_from.startswith(("/", "."))):
-        public["train"]["init_from"] = Path(init_from).name
-    return public
 
 
 def _check_fit(sources: dict[str, Path], recipe: dict[str, Any]) -> None:

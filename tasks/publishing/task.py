@@ -42,14 +42,14 @@ def publish_pipeline(
     """
     from tasks.curation.curated import LARGE_FILES
     from tasks.lineage.ancestors import check_ancestors
-    from tasks.publishing import publish, summary
+    from tasks.publishing import publish, redact, summary
 
     merged_path, components_path = fetch(merged, "merged"), fetch(components, "components")
     scorecard_path, curated_path = fetch(scorecard, "scorecard"), fetch(curated, "curated", LARGE_FILES)
     further_paths = [fetch(card, "scorecard", SHOWN) for card in further]
     with plain_errors():
         check_ancestors(merged_path, curated_path, [components_path, scorecard_path, *further_paths])
-    recipe = publish.public_recipe(json.loads(recipe_json))
+    recipe = redact.recipe(json.loads(recipe_json))
     side = recipe["eval"]["image_size_px"]
 
     def make(out: Path) -> dict:

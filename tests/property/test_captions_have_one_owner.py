@@ -1,5 +1,5 @@
-"""Random trees of images, texts and tables whose names differ in folders, case and Unicode form alone: each image has
-the captions that the rule of nearest names gives it, and everything is counted.
+"""Random trees of images, links, texts and tables whose names differ in folders, case and Unicode form alone: each image
+has the captions that the rule of nearest names gives it, and everything is counted.
 
 The oracle compares every text and row with every image, as docs/own_images.md has the rule. It shares no code with the
 readers, which never hold a whole source.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import posixpath
+import tarfile
 import tempfile
 import unicodedata
 from collections import defaultdict
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from source_files import picture, read_records, tar_of, write
 
 from tasks.curation.captions import clean_captions
+from tasks.curation.sources.base import TEXT_OF_LEFT_OUT
 
 PNG = picture()
 SETTINGS = settings(
@@ -141,8 +143,9 @@ def split(path):
     return posixpath.dirname(path), posixpath.basename(path)
 
 
-def oracle(images, texts, rows):
-    """Image -> captions or AMBIGUOUS, the texts that are not used, and the rows that are not. rows: number -> written path."""
+def oracle(images, texts, rows, left_out):
+    """Image -> captions or AMBIGUOUS, the texts that are not used, and the rows that are not. rows: number -> written path.
+    left_out: images that have texts and rows like the others, and no record."""
     own, related = {}, {}
     for text in texts:
         for image in images:
@@ -177,13 +180,13 @@ def oracle(images, texts, rows):
     for image, candidates in by_image.items():
         nearest = min(candidates)[0]
         numbers = [number for far, number in candidates if far == nearest]
-        used.update(numbers)
+        used.update(() if image in left_out else numbers)
         tied = any(sum((n, best[n]) == (number, far) for (n, _), far in near.items()) > 1 for number in numbers)
         spelled = {rows[number] for number in numbers}
         named[image] = AMBIGUOUS if tied or (nearest and len(spelled) > 1) else [f"row {number}" for number in sorted(numbers)]  # fmt: skip
 
     expected, left = {}, set(texts)
-    for image in images:
+    for image in set(images) - left_out:
         beside, listed = own.get(image, []), named.get(image, [])
         if not beside and not listed:
             beside = parallel.get(image, [])
@@ -206,10 +209,11 @@ def some(strategy):
 
 @st.composite
 def trees(draw):
-    """Images, texts with a caption that names them, and rows of one table in the root."""
+    """Images, texts with a caption that names them, rows of one table in the root, and images that are links or are of a
+    format that is not read."""
     folder, stem = st.sampled_from(draw(st.sampled_from(FOLDERS))), st.sampled_from(draw(st.sampled_from(STEMS)))
     image, text = (
-        st.sampled_from(["png", "png", "PNG", "webp"]),
+        st.sampled_from(["png", "png", "PNG", "webp", "jxl"]),
         st.sampled_from(["txt", "txt", "json", "TXT", "png.txt"]),
     )
     path = lambda folder, name: f"{folder}/{name}" if folder else name  # noqa: E731
@@ -219,7 +223,9 @@ def trees(draw):
     row = st.tuples(folder, stem, image, st.sampled_from("///\\"), st.sampled_from(["", "", "", " "]))
     for number, (f, name, ext, separator, space) in enumerate(draw(some(row))):
         written[number] = f"{path(f, name)}.{ext}{space}".replace("/", separator)
-    return sorted(pictures), sorted(files), written
+    left_out = {picture for picture in pictures if picture.endswith("jxl")}
+    left_out |= draw(st.one_of(st.just(set()), st.sets(st.sampled_from(sorted(pictures)))))
+    return sorted(pictures), sorted(files), written, left_out
 
 
 def content(text):
@@ -227,17 +233,31 @@ def content(text):
 
 
 def files_of(tree):
-    pictures, texts, rows = tree
-    files = {**dict.fromkeys(pictures, PNG), **{text: content(text) for text in texts}}
+    """Name -> content; None for images that are left out."""
+    pictures, texts, rows, left_out = tree
+    files = {
+        **{picture: None if picture in left_out else PNG for picture in pictures},
+        **{text: content(text) for text in texts},
+    }
     if rows:
         files["metadata.csv"] = "file_name,text\n" + "".join(f'"{name}","row {n}"\n' for n, name in rows.items())
     return files
+
+
+def dead_link(name):
+    link = tarfile.TarInfo(name)
+    link.type, link.linkname = tarfile.LNKTYPE, "elsewhere.png"
+    return link
 
 
 def check(tree, path, prefix, containers):
     """containers: files besides those of the tree."""
     expected, left, unmatched = oracle(*tree)
     rows = tree[2]
+    if not expected:
+        with pytest.raises(ValueError):
+            read_records(path)
+        return
     if rows and len(unmatched) == len(rows):
         with pytest.raises(ValueError, match=r"metadata\.csv name no image"):
             read_records(path)
@@ -248,7 +268,7 @@ def check(tree, path, prefix, containers):
         prefix + image: value if value == AMBIGUOUS else sorted(map(nfc, value)) for image, value in expected.items()
     }
     skipped = {reason: count for reason, (count, _) in account.skipped.items()}
-    assert sum(count for reason, count in skipped.items() if reason in (".txt", ".json")) == len(left)
+    assert sum(count for reason, count in skipped.items() if reason in (".txt", ".json", TEXT_OF_LEFT_OUT)) == len(left)
     assert skipped.get("metadata row that names no image", 0) == len(unmatched)
     files = len(tree[0]) + len(tree[1]) + bool(rows) + containers
     assert account.seen == files + len(unmatched) and account.records == len(expected)
@@ -258,7 +278,13 @@ def check(tree, path, prefix, containers):
 @given(trees())
 def test_loose_files_have_the_captions_of_the_nearest_names(tree):
     with tempfile.TemporaryDirectory() as scratch:
-        check(tree, write(Path(scratch) / "source", files_of(tree)), "", 0)
+        files, folder = files_of(tree), Path(scratch) / "source"
+        write(folder, {name: data or b"" for name, data in files.items()})
+        for name in files:
+            if files[name] is None and not name.endswith("jxl"):
+                (folder / name).unlink()
+                (folder / name).symlink_to("elsewhere.png")
+        check(tree, folder, "", 0)
 
 
 @SETTINGS
@@ -268,7 +294,9 @@ def test_tars_have_the_captions_of_the_nearest_names_in_any_order(tree, random, 
     table = files.pop("metadata.csv", None)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "source"
-        members = list(files.items())
+        members = [
+            (name if data or name.endswith("jxl") else dead_link(name), data or b"") for name, data in files.items()
+        ]
         if table is not None and beside:
             write(folder, {"metadata.csv": table})
         elif table is not None:

@@ -19,8 +19,11 @@ MAX_CHUNKS = 100_000  # of a PNG; in chunks of 4 KiB, which few encoders write, 
 MAX_EXTENSIONS = 100_000  # blocks of up to 255 bytes outside a GIF's pictures: comments, XMP
 MAX_BLOCKS = 4_000_000  # of a GIF up to its second picture
 MAX_STRIPS = 100_000  # of a TIFF, or tiles
-TIFF_MARKS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the latter two of BigTIFF
+TIFF_MARKS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"MM*\0", b"II\0*")  # which Pillow reads, the wrong ones too
 STRIP_TAGS = (273, 279, 324, 325)  # offsets and sizes of strips and tiles
+# Markers without a length which libjpeg refuses before a picture: Pillow looks for the next marker right behind them. They are
+# a second start, an end, and those that the standard keeps for extensions.
+REFUSED_MARKERS = frozenset({0xC8, 0xD8, 0xD9, *range(0xF0, 0xFE)})
 EXTENSION, PICTURE, END = 0x21, 0x2C, 0x3B  # of a GIF
 
 
@@ -83,7 +86,10 @@ def _palette(data: bytes, at: int) -> int:
 
 
 def _check_tiff(data: bytes) -> None:
-    order, large = "<" if data.startswith(b"II") else ">", 43 in data[2:4]
+    order, large = (
+        "<" if data.startswith(b"II") else ">",
+        data[2] == 43,
+    )  # as Pillow tells them: no BigTIFF is big-endian
     entry = struct.Struct(order + ("HHQ8x" if large else "HHI4x"))
     try:
         (at,) = struct.unpack_from(order + ("8xQ" if large else "4xI"), data)
@@ -110,6 +116,8 @@ def _check_jpeg_metadata(data: bytes) -> None:
     while code != 0xDA and (match := _MARKER.search(data, at)) is not None:
         between += match.start() - at
         code, at = data[match.start() + 1], match.end()
+        if code in REFUSED_MARKERS:
+            raise UndecodableError(f"corrupt JPEG: marker 0x{code:02x} before its picture")
         at += int.from_bytes(data[at : at + 2], "big")
         segments += 1
         if at > MAX_METADATA_BYTES:

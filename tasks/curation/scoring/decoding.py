@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import logging
 import re
 import warnings
 from dataclasses import dataclass, replace
@@ -53,6 +54,7 @@ class Header:
     animated: bool
 
 
+_IGNORED: tuple = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # an entry of warnings.filters
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -68,6 +70,7 @@ _TRANSPOSE = {
 def decodable() -> tuple[str, ...]:
     """`DECODABLE`, as far as this installation reads it."""
     Image.init()
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what is wrong with a file is in its record
     # Workers and threads decode an image each; threads of their own would cost a stack and a frame each.
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     with contextlib.suppress(ImportError):
@@ -77,21 +80,29 @@ def decodable() -> tuple[str, ...]:
     return tuple(name for name in DECODABLE if name in Image.OPEN)
 
 
+def _ignore_warnings() -> None:
+    """Ignores Pillow's warnings in the whole process, unless they are ignored already: of odd EXIF and TIFF tags there may be
+    tens of thousands for one file, whenever it is read. Encoding decodes in threads, where `catch_warnings` is not safe.
+
+    Its warning of many pixels is one of them: our own limit holds, and Pillow's error, at twice its limit, is the last resort.
+    """
+    if _IGNORED not in warnings.filters:  # not yet, or `catch_warnings` has removed it
+        action, _, category, module, _ = _IGNORED
+        warnings.filterwarnings(action, category=category, module=module.pattern)
+
+
 def _open(data: bytes) -> tuple[ImageFile.ImageFile, Header]:
     _check_webp(data)
     blocks.check(data)
+    _ignore_warnings()
     try:
-        with warnings.catch_warnings():
-            # Our own limit follows at once; Pillow's stays as the last resort (its error, at twice its limit).
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            warnings.simplefilter("ignore", UserWarning)  # odd EXIF, odd TIFF tags
-            image = Image.open(io.BytesIO(data), formats=decodable())
-            # A PNG may carry EXIF behind its pixels, and Pillow would decode them to find it. A TIFF has its upright size
-            # already, and Pillow turns its pixels when it loads them.
-            known = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
-            orientation = _orientation(image) if known else 1
-            kind = "JPEG" if image.format == "MPO" else str(image.format)
-            animated = kind not in FIRST_OF_SEVERAL and bool(getattr(image, "is_animated", False))
+        image = Image.open(io.BytesIO(data), formats=decodable())
+        # A PNG may carry EXIF behind its pixels, and Pillow would decode them to find it. A TIFF has its upright size
+        # already, and Pillow turns its pixels when it loads them.
+        known = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
+        orientation = _orientation(image) if known else 1
+        kind = "JPEG" if image.format == "MPO" else str(image.format)
+        animated = kind not in FIRST_OF_SEVERAL and bool(getattr(image, "is_animated", False))
     except Image.DecompressionBombError as error:
         raise TooManyPixelsError(str(error)) from None
     except (MemoryError, UndecodableError):  # the former of a worker's limit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import multiprocessing
 import os
 import resource
@@ -40,7 +41,7 @@ class Workers:
             would kill the whole container. None: one for each core, at most 4.
         timeout_s: of one item, from when it is sent, in both workers together. Where other processes keep the processors
             busy, processor time counts: which images are decoded must not depend on the load.
-        memory_bytes: limit of a worker. None: no limit.
+        memory_bytes: limit of a worker together with the parent's copy of its item. None: no limit.
         failed: whether a result is a failure, too. Libraries report a lack of memory as a broken image.
     """
 
@@ -210,6 +211,11 @@ class _Worker:
         self._process.join()
 
 
+def _limit_data(now: int, later: int) -> None:
+    """Limits this process's memory, mappings included (since Linux 4.7). later: up to which it may be raised again."""
+    resource.setrlimit(resource.RLIMIT_DATA, (now, later))
+
+
 def _serve(
     function: Callable[[bytes], Any],
     connection: Connection,
@@ -219,19 +225,23 @@ def _serve(
 ) -> None:
     """item: the only one, which is in this process's memory from its start."""
     parents.close()  # so that the pipe closes when the parent ends
+    gc.freeze()  # collecting the parent's objects would copy their pages
     if memory_bytes:
         with contextlib.suppress(AttributeError):  # other libraries than glibc return free memory by themselves
             ctypes.CDLL(None).malloc_trim(0)  # what the parent has freed would come on top of the limit
         lines = Path("/proc/self/status").read_text().splitlines()
         data = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:"))
         limit = data - len(item or b"") + memory_bytes  # an item counts, however it came
-        resource.setrlimit(resource.RLIMIT_DATA, (limit,) * 2)  # also of mappings, since Linux 4.7
+        _limit_data(limit, limit)
     while True:
         data = result = None  # frees the last item's before the next one comes
         try:
             data = connection.recv_bytes() if item is None else item
         except (EOFError, OSError):
             os._exit(0)  # without the parent's exit handlers
+        if memory_bytes:
+            # The parent keeps a copy of what it sends. A second try, which shares it, has no more memory than the first.
+            _limit_data(limit - (len(data) if len(data) <= LARGE_BYTES else 0), limit)
         begun = time.monotonic()
         try:
             result = function(data)

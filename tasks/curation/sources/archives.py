@@ -1,28 +1,30 @@
 """The base class of container formats that have images and texts under names, as zip has; see formats.py.
 
-    members() -> {name: function that opens it} --pairing.pair--> images with their texts -> records
+    members() -> (name, function that opens it), ... --tars.samples_of--> images with their captions -> records
 
-Texts belong to images as in a folder (captions/pairing.py). No member is extracted to disk, and none is read beyond
-the limits of loose files.
+Captions are as in a tar: texts next to an image or in a folder of captions, and metadata files. No member is extracted
+to disk, and none is read beyond the limits of loose files, nor all together beyond those of tars.
 """
 
 from __future__ import annotations
 
 import functools
-import posixpath
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
 from tasks.curation.sources.base import (
-    AMBIGUOUS_CAPTION,
+    MAX_CONTAINER_BYTES,
     MAX_IMAGE_BYTES,
     UNREADABLE_FILE,
     Account,
     Options,
     Record,
     base_name,
+    check_size,
     extension,
+    is_hidden,
     is_image,
+    is_media,
     reason_of,
     record_key,
     visible,
@@ -33,18 +35,21 @@ from tasks.curation.sources.captions.caption_text import (
     CaptionError,
     add_texts,
 )
-from tasks.curation.sources.captions.pairing import Pair, pair
+from tasks.curation.sources.captions.metadata_files import MAX_BYTES as MAX_METADATA_BYTES
+from tasks.curation.sources.captions.metadata_files import is_metadata
 from tasks.curation.sources.file_trees import HIDDEN, FileTree
+from tasks.curation.sources.tar_format import MAX_RATIO, RATIO_FREE_BYTES, Member, NameLimits
+from tasks.curation.sources.tars import Sample, samples_of
 
-Members = Mapping[str, Callable[[], BinaryIO]]
+Members = Iterable[tuple[str, Callable[[], BinaryIO]]]
 
 
 class Archive:
     """A format. A subclass has `members`."""
 
     def members(self, file: BinaryIO) -> Members:
-        """{name inside the file, folders with /: function that opens it}, in a fixed order, from headers alone. Names that
-        end in / are folders. Errors may be of any type."""
+        """(name inside the file, folders with /; function that opens it) of each member, in a fixed order, from headers
+        alone. A name may be there twice. Names that end in / are folders. Errors may be of any type."""
         raise NotImplementedError
 
     def scan(self, shown: str, file: BinaryIO, caption_columns: tuple[str, ...]) -> tuple[int, list[str]] | None:
@@ -53,79 +58,107 @@ class Archive:
         Raises:
             ValueError: it is not a file of this format.
         """
-        images = sum(is_image(name) and not _is_hidden(name) for name in self._opened(shown, file))
+        images = sum(is_image(name) and not is_hidden(name) for name, _ in self._opened(shown, file))
         return (images, []) if images else None
 
     def read(self, tree: FileTree, path: str, options: Options, account: Account) -> Iterator[Record]:
-        """The records of a file, folder by folder.
+        """The records of a file, in its order.
 
         Raises:
-            ValueError: it is not a file of this format.
+            ValueError: it is not a file of this format, is over a limit, or a metadata file in it is broken.
         """
-        locator = tree.locator(path)
+        shown, locator = tree.shown(path), tree.locator(path)
+        check_size(shown, tree.size(path))
         with tree.local_copy(path) as file:
-            members = self._opened(tree.shown(path), file)
-            folders: dict[str, list[str]] = {}
-            for name in members:
-                if name.endswith("/"):
-                    continue
-                if _is_hidden(name):
-                    account.skip(HIDDEN, f"{locator}:{name}")
-                elif is_image(name) or extension(name) in SIDECAR_EXTENSIONS:
-                    folders.setdefault(posixpath.dirname(name), []).append(name)
-                else:
-                    account.skip(reason_of(name), f"{locator}:{name}")
-            for names in folders.values():
-                pairs = pair([base_name(name) for name in names], options.caption_columns).images
-                used = {*pairs, *(text for one in pairs.values() for text in one.texts)}
-                account.use(len(used))
-                for i in set(range(len(names))) - used:
-                    account.skip(reason_of(names[i]), f"{locator}:{names[i]}")
-                for image, one in pairs.items():
-                    account.records += 1
-                    yield _record(path, locator, members, names, image, one, options)
+            content = _Content(shown, tree.size(path), self._opened(shown, file))
+            files, tables = _index(shown, locator, content, account)
+            for sample in samples_of(shown, locator, files, tables, options, account).images:
+                account.records += 1
+                yield _record(path, locator, content, sample, options)
 
-    def _opened(self, shown: str, file: BinaryIO) -> Members:
+    def _opened(self, shown: str, file: BinaryIO) -> list[tuple[str, Callable[[], BinaryIO]]]:
+        limits, members = NameLimits(), []
         try:
-            return self.members(file)
+            for name, open_member in self.members(file):
+                limits.add(name)
+                members.append((name, open_member))
         except Exception as error:  # each format's library raises its own types
             raise ValueError(f"{shown} cannot be read: {visible(str(error))}") from error
+        return members
 
 
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+class _Content:
+    """Reads members by their numbers, all together no more than the limit."""
+
+    def __init__(self, shown: str, size: int, members: list[tuple[str, Callable[[], BinaryIO]]]) -> None:
+        self.names = [name for name, _ in members]
+        self._shown, self._members = shown, members
+        self._left = self._limit = min(MAX_CONTAINER_BYTES, RATIO_FREE_BYTES + MAX_RATIO * size)
+
+    def read(self, number: int, limit: int) -> tuple[bytes, str]:
+        """A member's bytes, whatever size the archive claims; or why they cannot be read (a password, a wrong checksum).
+
+        Raises:
+            ValueError: the members that were read have more bytes than the limit.
+        """
+        try:
+            with self._members[number][1]() as member:
+                data = member.read(limit + 1)
+        except Exception as error:  # each format's library raises its own types
+            return b"", f"cannot be read: {visible(str(error))}"
+        self._left -= len(data)
+        if self._left < 0:
+            raise ValueError(f"{self._shown} unpacks to more than {self._limit // 2**20} MiB; unpack it yourself")
+        return (data, "") if len(data) <= limit else (b"", f"is larger than {limit // 2**20} MiB")
 
 
-def _record(
-    path: str, locator: str, members: Members, names: list[str], image: int, one: Pair, options: Options
-) -> Record:
-    name = names[image]
-    at = f"{locator}:{visible(name)}"
-    problem, detail = (AMBIGUOUS_CAPTION, f"{at}: {one.ambiguous}") if one.ambiguous else ("", "")
+def _index(
+    shown: str, locator: str, content: _Content, account: Account
+) -> tuple[list[Member], list[tuple[Member, bytes]]]:
+    """The arguments of `samples_of`; a member's offset is its number."""
+    files: list[Member] = []
+    tables: list[tuple[Member, bytes]] = []
+    table_bytes = 0
+    for number, name in enumerate(content.names):
+        member, base = Member(name, 0, number, "file", ""), base_name(name)
+        if name.endswith("/"):
+            continue
+        if is_hidden(name):
+            account.skip(HIDDEN, f"{locator}:{name}")
+        elif is_metadata(base, ()):
+            data, why = content.read(number, MAX_METADATA_BYTES - table_bytes)
+            if why:
+                raise ValueError(f"{shown}:{visible(name)} {why}")
+            table_bytes += len(data)
+            tables.append((member, data))
+            if extension(base) == "json":
+                files.append(member)
+        elif is_image(base) or extension(base) in SIDECAR_EXTENSIONS:
+            files.append(member)
+        else:
+            account.skip(reason_of(base), f"{locator}:{name}")
+            if is_media(base):
+                files.append(member)
+    return files, tables
+
+
+def _record(path: str, locator: str, content: _Content, sample: Sample, options: Options) -> Record:
+    at = f"{locator}:{visible(sample.place)}"
     texts = [
-        (text, f"{locator}:{visible(text)}", functools.partial(_text, members[text]))
-        for text in (names[i] for i in one.texts)
+        (text.name, f"{locator}:{visible(text.name)}", functools.partial(_text, content, text.offset))
+        for text in sample.texts
     ]
-    captions, problem, detail = add_texts(texts, [], problem, detail, options)
-    data, why = _read(members[name], MAX_IMAGE_BYTES)
+    captions, problem, detail = add_texts(texts, sample.captions, sample.problem, sample.detail, options)
+    data, why = content.read(sample.image.offset, MAX_IMAGE_BYTES)
     if why:
         problem, detail = UNREADABLE_FILE, f"{at} {why}"
     captions = [] if problem else list(dict.fromkeys(captions))
-    return Record(record_key(path, name), data, extension(name), captions, "user", at, 0, problem, detail)
+    ext = extension(sample.image.name)
+    return Record(record_key(path, sample.place), data, ext, captions, "user", at, 0, problem, detail)
 
 
-def _text(open_member: Callable[[], BinaryIO]) -> bytes:
-    data, why = _read(open_member, MAX_JSON_BYTES)
+def _text(content: _Content, number: int) -> bytes:
+    data, why = content.read(number, MAX_JSON_BYTES)
     if why:
         raise CaptionError(why)
     return data
-
-
-def _read(open_member: Callable[[], BinaryIO], limit: int) -> tuple[bytes, str]:
-    """A member's bytes, whatever size the archive claims; or why they cannot be read (a password, a wrong checksum)."""
-    try:
-        with open_member() as member:
-            data = member.read(limit + 1)
-    except Exception as error:  # each format's library raises its own types
-        return b"", f"cannot be read: {visible(str(error))}"
-    return (data, "") if len(data) <= limit else (b"", f"is larger than {limit // 2**20} MiB")

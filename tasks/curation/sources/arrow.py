@@ -113,13 +113,13 @@ def scan(shown: str, file: BinaryIO, wanted: tuple[str, ...]) -> tuple[int, list
     """The number of rows, and columns of images that are not read; None if no column is of image bytes.
 
     Raises:
-        ValueError: no caption column, a column twice, no row with image bytes, or not a readable file.
+        ValueError: a column twice, no row with image bytes, or not a readable file.
     """
     with opened(shown, file) as (schema, batches):
         columns = tables.columns_of(schema, wanted)
         if columns is None:
             return None
-        tables.check_columns(shown, schema, wanted)
+        tables.check_columns(shown, schema)
         rows = with_bytes = 0
         for batch in batches:
             rows += len(batch)
@@ -127,6 +127,13 @@ def scan(shown: str, file: BinaryIO, wanted: tuple[str, ...]) -> tuple[int, list
     if rows and not with_bytes:
         raise ValueError(f"{shown}: none of its rows has image bytes; they name files ({columns.image}.path)")
     return rows, tables.further_images(schema)
+
+
+def no_captions(shown: str, file: BinaryIO, wanted: tuple[str, ...]) -> str:
+    """Why a file with images has no captions, or ""."""
+    with opened(shown, file) as (schema, _):
+        columns = tables.columns_of(schema, wanted)
+    return columns.no_captions if columns is not None else ""
 
 
 def read(place: FileTree, name: str, options: Options, account: Account) -> Iterator[Record]:
@@ -141,7 +148,7 @@ def read(place: FileTree, name: str, options: Options, account: Account) -> Iter
         columns = tables.columns_of(schema, options.caption_columns)
         if columns is None:
             raise ValueError(f"{shown} has no column of image bytes")
-        tables.check_columns(shown, schema, options.caption_columns)
+        tables.check_columns(shown, schema)
         row = 0
         for batch in batches:
             yield from tables.records(batch, columns, row, name, place.locator(name), options.encoding, account)

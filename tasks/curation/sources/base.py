@@ -48,6 +48,14 @@ LISTS = f"{FILES_FOLDER}/"  # the lists of loose files, one for each shard: arti
 # Images that curation decodes or rejects by name; other files are counted as left out.
 HEIF_EXTENSIONS = ("heic", "heif", "hif") if find_spec("pillow_heif") else ()
 IMAGE_EXTENSIONS = (*"png jpg jpeg jpe jfif webp gif bmp tif tiff avif jp2 ppm pgm".split(), *HEIF_EXTENSIONS)
+# Files that curation does not read and that have captions of their own: a text next to one of them is not of a picture
+# with a similar name. Raw photographs, videos, sound, documents, and other formats of images.
+OTHER_MEDIA = frozenset(
+    "3fr arw cr2 cr3 crw dcr dng erf iiq kdc mef mos mrw nef nrw orf pef raf raw rw2 rwl sr2 srf srw x3f "
+    "3gp avi flv m2ts m4v mkv mov mp4 mpeg mpg mts ogv webm wmv aac flac m4a mp3 oga ogg opus wav djvu pdf "
+    "ai apng avifs bpg cur dcm dds emf eps exr fits flif hdr heic heics heif hif icns ico j2c j2k jng jp2 jpf jpm jpx "
+    "jxl jxr mng pam pbm pcx pfm pnm psb psd qoi ras rgb sgi svg svgz tga wdp wmf xbm xcf xpm".split()
+)
 # Longer suffixes first.
 TAR_SUFFIXES = (".tar.gz", ".tar.bz2", ".tar.xz", ".tar.lzma", ".tar", *".tgz .taz .tbz2 .tbz .tb2 .txz .tlz".split())
 ZSTD_TAR_SUFFIXES = (".tar.zst", ".tar.zstd", ".tzst")
@@ -56,6 +64,7 @@ CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "prompt", "raw")
 MAX_IMAGE_BYTES = 256 * 2**20  # larger files are not read into memory
 MAX_CONTAINER_BYTES = 32 * 2**30  # of one tar, Parquet or Arrow file
 
+TEXT_OF_LEFT_OUT = "text of a file that is left out"
 CHANGED = "has changed since the source was scanned; start the run again"
 _SUFFIXES = [suffix[1:] for suffix in TAR_SUFFIXES]
 _CONTAINER = re.compile(rf"\.({'|'.join(map(re.escape, [*_SUFFIXES, 'parquet', *FORMATS]))}):", re.IGNORECASE)
@@ -276,8 +285,19 @@ def reason_of(name: str) -> str:
     return f".{visible(extension(name))}" if extension(name) else "no extension"
 
 
+def is_hidden(path: str) -> bool:
+    if not path.startswith(".") and "/." not in path:
+        return False
+    return any(part.startswith(".") and part not in (".", "..") for part in path.split("/"))
+
+
 def is_image(name: str) -> bool:
     return extension(name) in IMAGE_EXTENSIONS
+
+
+def is_media(name: str) -> bool:
+    """Whether a file of this name may have a caption: an image, or one of `OTHER_MEDIA`."""
+    return is_image(name) or extension(name) in OTHER_MEDIA
 
 
 def without_tar_suffix(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from tasks.curation.sources.base import (
     Options,
     Record,
     Shard,
+    base_name,
     records_in_order,
+    visible,
 )
 from tasks.store import fetch_file
 
@@ -47,6 +50,19 @@ class Corpus:
             for batch in file.iter_batches(1024, use_threads=False):
                 for row in batch.to_pylist():
                     yield Shard(**row)
+
+    def locator(self, shard: Shard) -> str:
+        """The name of a shard's file in ledger and report, as of a record: without the location of a local source."""
+        if is_remote(shard.uri):
+            return shard.uri
+        if shard.source != "user" or shard.kind == "urls":
+            return base_name(shard.uri)
+        return self.without_location(visible(shard.uri)) if shard.kind != "files" else shard.shard_id
+
+    def without_location(self, text: str) -> str:
+        """A message in which files of a local source are named by their paths inside it."""
+        root = str(self.report.get("root", "")).rstrip("/")
+        return re.sub(rf"(?<!\w){re.escape(visible(root))}/", "", text) if root.startswith("/") else text
 
     def read(self, shard: Shard, account: Account) -> Iterator[Record]:
         """The records of a shard in the shard's own order; counts its other files in `account`.

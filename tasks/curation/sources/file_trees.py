@@ -7,7 +7,6 @@ neither followed nor read, at any level.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import os
 import stat
@@ -113,13 +112,6 @@ class FileTree:
     def _list(self, path: str) -> Folder:
         raise NotImplementedError
 
-    def folder(self, path: str) -> Folder | None:
-        """One folder by its path; None if it does not exist."""
-        raise NotImplementedError
-
-    def root(self) -> Folder:
-        return self._list("")
-
     def size(self, name: str) -> int:
         raise NotImplementedError
 
@@ -186,19 +178,6 @@ class LocalFileTree(FileTree):
             raise _unreadable(self.shown(path), error) from error
         folder.left_out.sort()
         return folder
-
-    def folder(self, path: str) -> Folder | None:
-        parts = path.split("/")
-        inside = ("/".join(parts[: n + 1]) for n in range(len(parts)))
-        return self._list(path) if all(self._is_folder(at) for at in inside) else None  # no link in the path
-
-    @functools.lru_cache(maxsize=4096)  # noqa: B019  (one place a scan)
-    def _is_folder(self, path: str) -> bool:
-        """Whether the last part is a folder and not a link."""
-        try:
-            return stat.S_ISDIR(os.lstat(os.path.join(self._root, path)).st_mode)
-        except OSError:
-            return False
 
     def size(self, name: str) -> int:
         with self.open(name) as file:
@@ -289,13 +268,6 @@ class RemoteFileTree(FileTree):
             else:
                 folder.files[name] = int(entry["size"])
         return folder
-
-    def folder(self, path: str) -> Folder | None:
-        try:
-            exists = self._fs.isdir(self._at(path))
-        except Exception as error:  # each of fsspec's back ends raises its own types
-            raise ValueError(f"{self.shown(path)} cannot be listed: {visible(str(error))}") from error
-        return self._list(path) if exists else None
 
     def _details(self, name: str) -> dict[str, Any]:
         at = self._at(name)

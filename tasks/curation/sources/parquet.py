@@ -68,18 +68,18 @@ def opened(shown: str, file: BinaryIO) -> Iterator[pq.ParquetFile]:
 
 def scan(
     shown: str, file: BinaryIO, wanted: tuple[str, ...], rows_per_shard: int
-) -> tuple[list[Range], str, list[str]] | None:
-    """The ranges of a file that become shards, its schema as text, and columns of images that are not read; None if no
-    column is of image bytes.
+) -> tuple[list[Range], str, list[str], str] | None:
+    """The ranges of a file that become shards, its schema as text, columns of images that are not read, and why it has no
+    captions (or ""); None if no column is of image bytes.
 
     Raises:
-        ValueError: no caption column, a column twice, no row with image bytes, or not a readable file.
+        ValueError: a column twice, no row with image bytes, or not a readable file.
     """
     with opened(shown, file) as parquet:
         columns = tables.columns_of(parquet.schema_arrow, wanted)
         if columns is None:
             return None
-        tables.check_columns(shown, parquet.schema_arrow, wanted)
+        tables.check_columns(shown, parquet.schema_arrow)
         groups = _row_groups(shown, file)
         ranges: list[Range] = []
         row = 0
@@ -103,7 +103,7 @@ def scan(
         further = tables.further_images(parquet.schema_arrow)
     if why is not None:
         raise ValueError(f"{shown}: none of {count_of(row, 'row')} has image bytes{why}")
-    return [one for one in ranges if one.num_rows], schema, further
+    return [one for one in ranges if one.num_rows], schema, further, columns.no_captions
 
 
 def _row_groups(shown: str, file: BinaryIO) -> list[RowGroup]:

@@ -35,6 +35,7 @@ from tasks.curation.sources.base import (
     SHARDS,
     SHARDS_TABLE,
     TAR_SUFFIXES,
+    TEXT_OF_LEFT_OUT,
     UNREADABLE_CAPTION,
     Account,
     Options,
@@ -45,6 +46,7 @@ from tasks.curation.sources.base import (
     digest_of,
     extension,
     is_image,
+    is_media,
     reason_of,
     shard_id,
     to_bytes,
@@ -55,7 +57,7 @@ from tasks.curation.sources.captions.listed import Listed, Matched
 from tasks.curation.sources.captions.metadata_files import is_metadata
 from tasks.curation.sources.captions.pairing import pair
 from tasks.curation.sources.captions.parallel import ParallelTexts, may_have_captions
-from tasks.curation.sources.file_trees import FileTree, Folder, RemoteFileTree
+from tasks.curation.sources.file_trees import LINK, NOT_A_FILE, FileTree, Folder, RemoteFileTree
 from tasks.curation.sources.folder import File
 
 logger = get_logger(__name__)
@@ -85,7 +87,8 @@ def write_corpus(config: SourceConfig, path: str | None, out_dir: str | os.PathL
                 raise ValueError(f"source {visible(path)!r} is empty; {VALID}")
             left_out = (scan.account + scan.in_tars).left_out()
             raise ValueError(f"source {visible(path)!r} has no image; left out: {left_out or 'nothing'}; {VALID}")
-    report = table.report(scan.account, scan.options, place.uri(), alone=place.alone)
+    more = {"alone": place.alone, "no_captions": scan.no_captions()}
+    report = table.report(scan.account, scan.options, place.uri(), **more)
     images = count_of(table.images, "image") + (
         f" and {count_of(table.unknown, 'remote tar')}" if table.unknown else ""
     )
@@ -159,32 +162,59 @@ class _Scan:
         self.account = Account()
         self.in_tars = Account()  # account of tars without images; those with images are counted when they are read
         self._files, self._report_at = 0, time.monotonic() + PROGRESS_S
+        self._no_captions, self._may_have_captions = "", False
+        self._has_captions_folder = self._may_have_captions_folder = config.captions_folder is None
 
     def run(self) -> None:
-        texts = self.config.captions_folder
-        if texts is not None and (self.place.alone is not None or self.place.folder(texts) is None):
-            raise ValueError(
-                f"source.captions_folder={texts!r}: {self.place.shown(texts)} is not a folder of the source"
-            )
         with (
             Listed(self.options.encoding, self.options.caption_columns) as self.listed,
-            ParallelTexts(str(self.scratch / "texts"), self.options.caption_columns, texts) as self.parallel,
+            ParallelTexts(self.options.caption_columns, self.config.captions_folder) as self.parallel,
         ):
             for listing in self.place.walk():
+                self._look_for_captions_folder(listing)
                 if self.place.alone is None:
                     self._read_metadata(listing)
                     self._add_parallel(listing)
+            self._check_captions_folder(self._may_have_captions_folder)
             if self.listed or self.parallel:
                 for listing in self.place.walk():
                     self._claim(listing)
             for files in folder.cut(self._loose(), self.config.images_per_shard):
                 self._add_files(files)
             self.listed.finish(self.account)
-            for path, is_used in self.parallel.all():
-                if is_used:
-                    self.account.use()
-                else:
-                    self.account.skip(reason_of(path), path)
+            self.parallel.finish(self.account)
+            self._check_captions_folder(self._has_captions_folder)
+
+    def no_captions(self) -> str:
+        """Why no image of the source has a caption, if that is known without reading all of them, or ""."""
+        return "" if self._may_have_captions else self._no_captions
+
+    def _note(self, may_have_captions: bool, no_captions: str) -> None:
+        self._may_have_captions |= may_have_captions
+        self._no_captions = self._no_captions or no_captions
+
+    def _look_for_captions_folder(self, listing: Folder) -> None:
+        """Looks for source.captions_folder among the folders. It may also be inside of a tar or another archive."""
+        if self._has_captions_folder:
+            return
+        is_hidden = any(part.startswith(".") for part in listing.path.split("/"))
+        self._has_captions_folder = not is_hidden and may_have_captions(listing.path, self.config.captions_folder)
+        containers = (name for name in listing.files if name.lower().endswith(TAR_SUFFIXES) or formats.format_of(name))
+        self._may_have_captions_folder |= self._has_captions_folder or any(
+            formats.format_of(name) != "arrow" for name in containers
+        )
+
+    def _check_captions_folder(self, is_there: bool) -> None:
+        """
+        Raises:
+            ValueError: source.captions_folder is not in the source.
+        """
+        if not is_there:
+            folder = self.config.captions_folder
+            raise ValueError(
+                f"source.captions_folder={folder!r}: {self.place.shown(folder)} is not a folder of the source, nor of a tar "
+                "in it; hidden folders and links are not read"
+            )
 
     def _read_metadata(self, listing: Folder) -> None:
         for name in listing.files:
@@ -203,33 +233,38 @@ class _Scan:
         """Adds the texts of a folder that describe no image in it and may describe images of another folder."""
         if not may_have_captions(listing.path, self.config.captions_folder):
             return
-        names = self._loose_names(listing)
-        for i in pair(names, self.options.caption_columns).strays:
+        names, left_out = self._loose_names(listing)
+        for i in pair(names, self.options.caption_columns, left_out).strays:
             path = listing.at(names[i])
             # A later request for each text would be slow where the source is remote; local files are read when needed.
             digest = self.place.digest(path) if isinstance(self.place, RemoteFileTree) else ""
             self.parallel.add(path, listing.files[names[i]], digest)
 
     def _claim(self, listing: Folder) -> None:
-        for name in listing.files:
+        for name in [*listing.files, *_left_out_media(listing)]:
             path = listing.at(name)
-            if is_image(name):
+            if is_media(name):
                 if self.listed:
                     self.listed.claim([(0, path)])
                 if self.parallel:
                     self.parallel.claim(path)
             elif self.listed and name.lower().endswith(TAR_SUFFIXES):
-                for image, _, _ in self._images_in(path)[0]:
+                images, left_out, _ = self._images_in(path)
+                for image in [*(image for image, _, _ in images), *left_out]:
                     self.listed.claim(_names_beside(listing, path, image))
 
-    def _loose_names(self, listing: Folder) -> list[str]:
-        """The loose images and texts of a folder."""
-        return [
+    def _loose_names(self, listing: Folder) -> tuple[list[str], set[int]]:
+        """The loose images, other media, and texts of a folder; and the positions of images that are left out."""
+        names = [
             name
             for name in listing.files
-            if (is_image(name) or folder.is_text(name))
+            if (is_media(name) or folder.is_text(name))
             and (self.place.alone is not None or not is_metadata(name, listing.files))
         ]
+        left_out = {i for i, name in enumerate(names) if not (is_image(name) or folder.is_text(name))}
+        links = _left_out_media(listing)
+        left_out.update(range(len(names), len(names) + len(links)))
+        return names + links, left_out
 
     def _is_data(self, listing: Folder, name: str) -> bool:
         """Whether a metadata.parquet contains the images themselves."""
@@ -269,13 +304,18 @@ class _Scan:
     # ------------------------------------------------------------ loose files
 
     def _files_of(self, listing: Folder) -> Iterator[File]:
-        names = self._loose_names(listing)
-        pairs, strays = pair(names, self.options.caption_columns)
+        names, left_out = self._loose_names(listing)
+        pairs, strays, of_left_out = pair(names, self.options.caption_columns, left_out)
         used = {i for one in pairs.values() for i in one.texts}
-        apart = set(strays) if may_have_captions(listing.path, self.config.captions_folder) else set()
+        apart = strays if may_have_captions(listing.path, self.config.captions_folder) else ()
+        counted = left_out.union(pairs, used, apart, of_left_out)
+        for i in of_left_out:
+            self.account.skip(TEXT_OF_LEFT_OUT, listing.at(names[i]))
         for i, name in enumerate(names):
-            if i not in pairs and i not in used and i not in apart:
+            if i not in counted:
                 self.account.skip(reason_of(name), listing.at(name))
+        for i in left_out if self.parallel else ():
+            self.parallel.leave_out(listing.at(names[i]))
         self.account.use(len(pairs) + len(used))
         for i in sorted(pairs, key=lambda i: names[i]):
             path, texts = (
@@ -286,8 +326,6 @@ class _Scan:
             if self.parallel and not (texts or why or rows.captions or rows.ambiguous or rows.unreadable):
                 apart_texts, why = self.parallel.match(path)
                 texts = [(text.path, text.size, text.digest) for text in apart_texts]
-            if rows.no_column and not texts and not why:
-                raise ValueError(rows.no_column)
             yield self._file(path, listing.files[names[i]], texts, rows, why or rows.ambiguous)
 
     def _file(self, path: str, size: int, texts: list[tuple[str, int, str]], rows: Matched, why: str) -> File:
@@ -303,7 +341,8 @@ class _Scan:
                 sidecars.append((text, text_size, digest))
         with _naming(self.place.shown(path)):
             digest = self.place.digest(path) if size <= MAX_IMAGE_BYTES else ""  # entries that are never read
-        problem, detail = _problem(self.place.locator(path), why, rows.unreadable)
+        problem, detail = _problem(self.place.locator(path), rows, why)
+        self._note(bool(texts or rows.captions or problem), rows.no_column)
         return File(path, size, digest, tuple(sidecars), tuple(rows.captions), problem, detail)
 
     def _add_files(self, files: list[File]) -> None:
@@ -325,19 +364,19 @@ class _Scan:
             beside: list[File] = []
             count = -1
             if self.listed or not isinstance(self.place, RemoteFileTree):
-                images, inside = self._images_in(path)
+                images, _, inside = self._images_in(path)
                 count = len(images)
                 for image, place, is_described in images:
                     rows = self.listed.match(_names_beside(listing, path, image))
-                    if rows.no_column and not is_described:
-                        raise ValueError(rows.no_column)
-                    problem, detail = _problem(
-                        f"{self.place.locator(path)}:{visible(place)}", rows.ambiguous, rows.unreadable
-                    )
-                    if rows.captions or problem:
+                    problem, detail = _problem(f"{self.place.locator(path)}:{visible(place)}", rows, rows.ambiguous)
+                    self._note(bool(rows.captions or problem or is_described), rows.no_column)
+                    if rows.captions or problem or (rows.no_column and not is_described):
                         beside.append(File(place, captions=tuple(rows.captions), problem=problem, detail=detail))
                 if not count:
                     self.in_tars += inside
+            else:  # it is not read before its records are
+                self._note(True, "")
+                self._has_captions_folder = True
             with _naming(shown):
                 digest = self.place.digest(path)
             name = shard_id("tar", path, 0, digest, self.options, folder.digest(beside) if beside else "")
@@ -347,24 +386,27 @@ class _Scan:
             self.account.use()
             self.table.add(Shard(name, "tar", self.place.uri(path), 0, count, size, digest, "user"))
 
-    def _images_in(self, path: str) -> tuple[list[tuple[str, str, bool]], Account]:
-        """(name, place, whether the tar has captions of it) of each image of a tar, and the tar's account. If images claim
-        rows of tables, it is kept on disk for the next call: a remote tar is downloaded for it."""
+    def _images_in(self, path: str) -> tuple[list[tuple[str, str, bool]], list[str], Account]:
+        """(name, place, whether the tar has captions of it) of each image of a tar, the names of media that are left out,
+        and the tar's account. If images claim rows of tables, it is kept on disk for the next call: a remote tar is
+        downloaded for it."""
         kept = self.scratch / f"{hashlib.sha256(to_bytes(path)).hexdigest()}.json"
         if kept.is_file():
-            images, account = json.loads(kept.read_text())
+            images, left_out, account = json.loads(kept.read_text())
             kept.unlink()
-            return images, Account.from_json(account)
+            return images, left_out, Account.from_json(account)
         shown, inside = self.place.shown(path), Account()
         with tars.named_errors(shown):
             check_size(shown, self.place.size(path))
             opened = self.place.local_copy(path) if isinstance(self.place, RemoteFileTree) else self.place.open(path)
             with opened as file:
-                samples = tars.samples(shown, self.place.locator(path), file, self.options, inside)
-        images = [(s.image.name, s.place, bool(s.texts or s.captions)) for s in samples]
+                contents = tars.samples(shown, self.place.locator(path), file, self.options, inside)
+        self._has_captions_folder |= contents.has_captions_folder
+        left_out = contents.left_out
+        images = [(s.image.name, s.place, bool(s.texts or s.captions)) for s in contents.images]
         if self.listed:
-            kept.write_text(json.dumps([images, inside.to_json()]))
-        return images, inside
+            kept.write_text(json.dumps([images, left_out, inside.to_json()]))
+        return images, left_out, inside
 
     def _add_parquet(self, path: str) -> None:
         shown = self.place.shown(path)
@@ -374,7 +416,8 @@ class _Scan:
             self.account.skip(f".parquet {NO_IMAGE_COLUMN}", path)
             return
         self.account.use()
-        ranges, schema, further = scanned
+        ranges, schema, further, no_captions = scanned
+        self._note(not no_captions, no_captions and f"{self.place.locator(path)} {no_captions}")
         self._skip_columns(path, further)
         for rows in ranges:
             digest = self.place.digest(path, rows.begin, rows.end)
@@ -389,11 +432,14 @@ class _Scan:
             check_size(shown, self.place.size(path))
         with _naming(shown), self.place.local_copy(path) as file:
             scanned = formats.load(kind).scan(shown, file, self.options.caption_columns)
+            no_captions = arrow.no_captions(shown, file, self.options.caption_columns) if kind == "arrow" else ""
         if scanned is None:
             self.account.skip(f".{kind} {NO_IMAGE_COLUMN}", path)
             return
         self.account.use()
         rows, further = scanned
+        self._has_captions_folder |= kind != "arrow"  # archives are read later
+        self._note(not no_captions, no_captions and f"{self.place.locator(path)} {no_captions}")
         self._skip_columns(path, further)
         size, digest = self.place.size(path), self.place.digest(path)
         name = shard_id(kind, path, 0, digest, self.options)
@@ -420,11 +466,17 @@ class _naming:
             ) from error
 
 
-def _problem(locator: str, ambiguous: str, unreadable: str) -> tuple[str, str]:
+def _problem(locator: str, rows: Matched, ambiguous: str) -> tuple[str, str]:
     """The problem of a record, and its detail."""
     if ambiguous:
         return AMBIGUOUS_CAPTION, f"{locator}: {ambiguous}"
-    return (UNREADABLE_CAPTION, f"{locator}: {unreadable}") if unreadable else ("", "")
+    return (UNREADABLE_CAPTION, f"{locator}: {rows.unreadable}") if rows.unreadable else ("", rows.no_column)
+
+
+def _left_out_media(listing: Folder) -> list[str]:
+    """Names of links and devices that are named like images or other media."""
+    names = (base_name(path) for reason, path in listing.left_out if reason in (LINK, NOT_A_FILE))
+    return [name for name in names if is_media(name) and not name.startswith(".")]
 
 
 def _names_beside(listing: Folder, path: str, member: str) -> list[tuple[int, str]]:

@@ -36,10 +36,12 @@ FURTHER = "further column of images"
 
 
 class Columns(NamedTuple):
-    """image: the column of image bytes, structs of bytes and path, or lists of these. captions: the caption columns."""
+    """image: the column of image bytes, structs of bytes and path, or lists of these. captions: the caption columns.
+    no_captions: why there are none, or ""."""
 
     image: str
     captions: list[str]
+    no_captions: str
 
 
 def columns_of(schema: pa.Schema, wanted: tuple[str, ...]) -> Columns | None:
@@ -51,7 +53,8 @@ def columns_of(schema: pa.Schema, wanted: tuple[str, ...]) -> Columns | None:
     if not names:
         return None
     captions = [name for name in caption_columns(schema.names, wanted) if name != names[0]]
-    return Columns(names[0], captions)
+    listed = ", ".join(visible(name) for name in schema.names[:12])
+    return Columns(names[0], captions, "" if captions else f"has columns {listed}; it needs {column_hint(wanted)}")
 
 
 def further_images(schema: pa.Schema) -> list[str]:
@@ -63,19 +66,15 @@ def further_images(schema: pa.Schema) -> list[str]:
     return [name for name in names if columns is not None and name != columns.image]
 
 
-def check_columns(shown: str, schema: pa.Schema, wanted: tuple[str, ...]) -> None:
-    """Refuses a table with images but without captions, or with a duplicate column.
-
-    Raises:
-        ValueError: names the columns.
+def check_columns(shown: str, schema: pa.Schema) -> None:
     """
-    names = ", ".join(visible(name) for name in schema.names[:12])
+    Raises:
+        ValueError: a column is there twice; names the columns.
+    """
     twice, count = Counter(schema.names).most_common(1)[0]
     if count > 1:
+        names = ", ".join(visible(name) for name in schema.names[:12])
         raise ValueError(f"{shown} has the column {visible(twice)!r} twice (columns {names})")
-    columns = columns_of(schema, wanted)
-    if columns is not None and not columns.captions:
-        raise ValueError(f"{shown} has columns {names}; it needs {column_hint(wanted)}")
 
 
 def records(
@@ -108,7 +107,7 @@ def records(
             account.skip(NO_BYTES, at)
             continue
         account.use()
-        problem = detail = ""
+        problem, detail = "", f"{locator} {columns.no_captions}" if columns.no_captions else ""
         texts: list[str] = []
         try:
             texts = captions_of_cells(decoded(column[i].as_py(), encoding) for column in captions)

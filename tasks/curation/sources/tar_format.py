@@ -47,6 +47,27 @@ class Member(NamedTuple):
     link: str
 
 
+class NameLimits:
+    """Counts members of an archive, and the bytes of their names."""
+
+    def __init__(self) -> None:
+        self.count = self._bytes = 0
+
+    def add(self, name: str) -> None:
+        """
+        Raises:
+            TarError: a name is too long, or the names are too many.
+        """
+        length = len(to_bytes(name))
+        self.count, self._bytes = self.count + 1, self._bytes + length
+        if length > MAX_NAME_BYTES:
+            raise TarError(f"it has a name of {length:,} bytes; at most {MAX_NAME_BYTES:,} are read")
+        if self.count > MAX_MEMBERS or self._bytes > MAX_NAMES_BYTES:
+            raise TarError(
+                f"it has more than {MAX_MEMBERS:,} members or {MAX_NAMES_BYTES // 2**20} MiB of names; divide it"
+            )
+
+
 class Forward:
     """Reads a file, or its decompressed content, from start to end."""
 
@@ -174,7 +195,7 @@ def members(stream: Forward) -> Iterator[Member]:
     Raises:
         TarError: a broken header, a truncated archive, or a header over the limits.
     """
-    count = name_bytes = 0
+    limits = NameLimits()
     last, ended = "", False
     pending: dict[str, str] = {}  # path, linkpath, size and sparse marks of the next member, from extended headers
     shared: dict[str, str] = {}  # of all following members
@@ -189,7 +210,7 @@ def members(stream: Forward) -> Iterator[Member]:
             if ended:
                 yield Member("", len(block), at, "rest", "")
                 return
-            if not count and not pending:
+            if not limits.count and not pending:
                 raise TarError("it has no tar header, or is cut off; copy it again, or pack it again")
             raise TarError(f"it is cut off {_after(last)}: its end mark is missing; copy it again, or pack it again")
         if not block.strip(b"\0"):
@@ -200,7 +221,7 @@ def members(stream: Forward) -> Iterator[Member]:
             if ended:
                 yield Member("", BLOCK, at, "rest", "")
                 return
-            why = "it has a broken header" if count else "it is not a tar: it has no header"
+            why = "it has a broken header" if limits.count else "it is not a tar: it has no header"
             raise TarError(f"{why} {_after(last)}")
         ended = False
         size, flag = _number(block[124:136]), block[156:157]
@@ -219,15 +240,8 @@ def members(stream: Forward) -> Iterator[Member]:
             continue
         facts, pending = shared | pending, {}
         member = _member(block, size, flag, stream.position, facts)
-        count, last = count + 1, member.name
-        length = len(to_bytes(member.name))
-        name_bytes += length
-        if length > MAX_NAME_BYTES:
-            raise TarError(f"it has a name of {length:,} bytes; at most {MAX_NAME_BYTES:,} are read")
-        if count > MAX_MEMBERS or name_bytes > MAX_NAMES_BYTES:
-            raise TarError(
-                f"it has more than {MAX_MEMBERS:,} members or {MAX_NAMES_BYTES // 2**20} MiB of names; divide it"
-            )
+        last = member.name
+        limits.add(last)
         yield member
         end = member.offset + (member.size if member.kind in ("file", "unknown") else 0)
         if not stream.skip_to(max(stream.position, end)) or not stream.skip_to(_padded(stream.position)):

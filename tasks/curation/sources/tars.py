@@ -19,6 +19,7 @@ from tasks.curation.sources import tar_format
 from tasks.curation.sources.base import (
     AMBIGUOUS_CAPTION,
     MAX_IMAGE_BYTES,
+    TEXT_OF_LEFT_OUT,
     UNREADABLE_CAPTION,
     UNREADABLE_FILE,
     Account,
@@ -27,7 +28,9 @@ from tasks.curation.sources.base import (
     base_name,
     check_size,
     extension,
+    is_hidden,
     is_image,
+    is_media,
     reason_of,
     record_key,
     visible,
@@ -39,14 +42,14 @@ from tasks.curation.sources.captions.caption_text import (
 )
 from tasks.curation.sources.captions.listed import Listed
 from tasks.curation.sources.captions.metadata_files import MAX_BYTES as MAX_METADATA_BYTES
-from tasks.curation.sources.captions.metadata_files import is_metadata
+from tasks.curation.sources.captions.metadata_files import has_metadata_as_sidecar, is_metadata
 from tasks.curation.sources.captions.pairing import pair
 from tasks.curation.sources.captions.parallel import ParallelTexts, may_have_captions
 from tasks.curation.sources.file_trees import HIDDEN, LINK, NOT_A_FILE, FileTree
 from tasks.curation.sources.tar_format import Forward, Member, TarError
 
 BEHIND_THE_END = "data behind the end of a tar"
-DEAD_LINK = "hard link to no member"
+_NOT_FILES = {"symbolic link": LINK, "hard link": "hard link to no member"}
 
 
 class Sample(NamedTuple):
@@ -60,6 +63,18 @@ class Sample(NamedTuple):
     detail: str
 
 
+class Contents(NamedTuple):
+    """What `samples` has read of a tar, or `samples_of` of another archive.
+
+    images: in the order of the archive. left_out: names of links and of other media. has_captions_folder: whether it has
+    the folder of `Options.captions_folder`.
+    """
+
+    images: list[Sample]
+    left_out: list[str]
+    has_captions_folder: bool
+
+
 Beside = dict[
     str, tuple[list[str], str, str]
 ]  # place of an image -> captions, problem and detail of tables next to the tar
@@ -67,8 +82,8 @@ Beside = dict[
 
 def samples(
     shown: str, locator: str, file: BinaryIO, options: Options, account: Account, beside: Container[str] = ()
-) -> list[Sample]:
-    """The images of a tar in the order of the archive; reads headers and metadata files, forward only.
+) -> Contents:
+    """Reads headers and metadata files of a tar, forward only.
 
     Args:
         shown: the tar's name for errors.
@@ -80,16 +95,38 @@ def samples(
     """
     with named_errors(shown):
         files, tables = _index(Forward(file), account, locator)
+    return samples_of(shown, locator, files, tables, options, account, beside)
+
+
+def samples_of(
+    shown: str,
+    locator: str,
+    files: list[Member],
+    tables: list[tuple[Member, bytes]],
+    options: Options,
+    account: Account,
+    beside: Container[str] = (),
+) -> Contents:
+    """Assigns captions to the images of an archive; see `samples`.
+
+    Args:
+        files: images, texts, and links and other media that are left out; each metadata.json is among them, too.
+        tables: metadata files with their content.
+
+    Raises:
+        ValueError: a metadata file is broken.
+    """
+    files, tables = _without_sidecars(files, tables)
     folders: dict[str, list[Member]] = {}
     for member in files:
-        folders.setdefault(posixpath.dirname(_plain(member.name)), []).append(member)
+        folders.setdefault(_folder(member), []).append(member)
     inside = _folders_inside(folders) if tables else {}
     with (
         Listed(options.encoding, options.caption_columns) as listed,
-        ParallelTexts(":memory:", options.caption_columns, options.captions_folder) as parallel,
+        ParallelTexts(options.caption_columns, options.captions_folder) as parallel,
     ):
         for member, data in tables:
-            folder, kind = posixpath.dirname(_plain(member.name)), extension(member.name)
+            folder, kind = _folder(member), extension(member.name)
             names = [f"{tar}:{visible(member.name)}" for tar in (shown, locator)]
             own = base_name(shown).partition(".")[0]
             if why := listed.add(*names, folder, inside.get(folder, ()), kind, io.BytesIO(data), own):
@@ -103,39 +140,34 @@ def samples(
             images += _of_folder(locator, members, options, account, apart if may_be_apart else None)
         for number, text in enumerate(apart):
             parallel.add(_plain(text.name), number=number)
-        for sample in images if listed or parallel else ():
-            listed.claim([(0, _plain(sample.image.name))])
-            parallel.claim(_plain(sample.image.name))
+        left_out = [_plain(member.name) for member in files if _is_left_out(member)]
+        for path in [*(_plain(s.image.name) for s in images), *left_out] if listed or parallel else ():
+            listed.claim([(0, path)])
+            parallel.claim(path)
         for at, sample in enumerate(images):
             images[at] = _matched(locator, sample, listed, parallel, apart, sample.place in beside)
+        for path in left_out if parallel else ():
+            parallel.leave_out(path)
         listed.finish(account)
-        for name, is_used in parallel.all():
-            if is_used:
-                account.use()
-            else:
-                account.skip(reason_of(name), f"{locator}:{name}")
-    return sorted(images, key=lambda sample: (sample.image.offset, sample.place))
+        parallel.finish(account, f"{locator}:")
+    images.sort(key=lambda sample: (sample.image.offset, sample.place))
+    configured = options.captions_folder
+    return Contents(images, left_out, bool(configured) and any(may_have_captions(one, configured) for one in folders))
 
 
 def _matched(
     locator: str, sample: Sample, listed: Listed, parallel: ParallelTexts, apart: list[Member], is_described: bool
 ) -> Sample:
-    """The sample with the captions of tables, or else of parallel folders. is_described: by a table next to the tar.
-
-    Raises:
-        ValueError: its table has no captions, and nothing else has.
-    """
+    """The sample with the captions of tables, or else of parallel folders. is_described: by a table next to the tar."""
     path = _plain(sample.image.name)
     rows = listed.match([(0, path)])
-    sample = sample._replace(captions=rows.captions)
+    sample = sample._replace(captions=rows.captions, detail=sample.detail or rows.no_column)
     why = ""
     if not sample.problem and rows.ambiguous:
         why = rows.ambiguous
     elif parallel and not (is_described or sample.problem or sample.texts or rows.captions or rows.unreadable):
         texts, why = parallel.match(path)
         sample = sample._replace(texts=[apart[text.number] for text in texts])
-    if rows.no_column and not (sample.problem or sample.texts or why):
-        raise ValueError(rows.no_column)
     if why:
         return sample._replace(problem=AMBIGUOUS_CAPTION, detail=f"{locator}:{visible(sample.place)}: {why}")
     if rows.unreadable and not sample.problem:
@@ -162,14 +194,14 @@ def _plain(name: str) -> str:
     return posixpath.normpath(name) if "." in (name[:1], name[-1:]) or "/." in name or "//" in name else name
 
 
-def _is_hidden(name: str) -> bool:
-    if not name.startswith(".") and "/." not in name:
-        return False
-    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+def _is_left_out(member: Member) -> bool:
+    """Whether an image or text file of `_index` is a link or another medium, which are not read."""
+    return member.kind != "file" or not (is_image(member.name) or extension(member.name) in SIDECAR_EXTENSIONS)
 
 
 def _index(stream: Forward, account: Account, locator: str) -> tuple[list[Member], list[tuple[Member, bytes]]]:
-    """The images, the text files, and the metadata files with their content."""
+    """The images (those that are left out, too: they may have texts), the text files, and the metadata files with their
+    content; metadata.json is among both."""
     files: list[Member] = []
     tables: list[tuple[Member, bytes]] = []
     by_name: dict[str, Member] = {}
@@ -184,15 +216,15 @@ def _index(stream: Forward, account: Account, locator: str) -> tuple[list[Member
             continue
         if member.kind == "hard link":
             target = by_name.get(_plain(member.link))
-            if target is None:
-                account.skip(DEAD_LINK, at)
-                continue
-            member = member._replace(size=target.size, offset=target.offset, kind="file")
+            if target is not None:
+                member = member._replace(size=target.size, offset=target.offset, kind="file")
         if member.kind != "file":
-            account.skip(LINK if member.kind == "symbolic link" else NOT_A_FILE, at)
+            account.skip(_NOT_FILES.get(member.kind, NOT_A_FILE), at)
+            if is_media(base) and not is_hidden(member.name):
+                files.append(member)
             continue
         by_name[_plain(member.name)] = member
-        if _is_hidden(member.name):
+        if is_hidden(member.name):
             account.skip(HIDDEN, at)
         elif is_metadata(base, ()) and member.offset == stream.position:
             table_bytes += member.size
@@ -201,11 +233,29 @@ def _index(stream: Forward, account: Account, locator: str) -> tuple[list[Member
                     f"its metadata files have more than {MAX_METADATA_BYTES // 2**20} MiB; put them next to it"
                 )
             tables.append((member, stream.read(member.size)))
+            if extension(base) == "json":
+                files.append(member)
         elif is_image(base) or extension(base) in SIDECAR_EXTENSIONS:
             files.append(member)
         else:
             account.skip(reason_of(base), at)
+            if is_media(base):
+                files.append(member)
     return files, tables
+
+
+def _without_sidecars(
+    files: list[Member], tables: list[tuple[Member, bytes]]
+) -> tuple[list[Member], list[tuple[Member, bytes]]]:
+    """Each metadata.json as a text next to a picture metadata.png, or else as a table."""
+    pictures = {_folder(member) for member in files if has_metadata_as_sidecar(base_name(member.name))}
+    tables = [(m, data) for m, data in tables if extension(m.name) != "json" or _folder(m) not in pictures]
+    read = {id(member) for member, _ in tables}
+    return [member for member in files if id(member) not in read], tables
+
+
+def _folder(member: Member) -> str:
+    return posixpath.dirname(_plain(member.name))
 
 
 def _of_folder(
@@ -214,13 +264,16 @@ def _of_folder(
     """The images of one folder with the texts in it. Texts that describe none of them are added to `apart`, or counted
     as left out."""
     names = [base_name(member.name) for member in members]
-    pairs, strays = pair(names, options.caption_columns)
+    left_out = {i for i, member in enumerate(members) if _is_left_out(member)}
+    pairs, strays, of_left_out = pair(names, options.caption_columns, left_out)
     used = {i for one in pairs.values() for i in one.texts}
     if apart is not None:
         apart += [members[i] for i in strays]
-    waiting = set(strays) if apart is not None else set()
+    counted = left_out.union(pairs, used, strays if apart is not None else (), of_left_out)
+    for i in of_left_out:
+        account.skip(TEXT_OF_LEFT_OUT, f"{locator}:{members[i].name}")
     for i, member in enumerate(members):
-        if i not in pairs and i not in used and i not in waiting:
+        if i not in counted:
             account.skip(reason_of(member.name), f"{locator}:{member.name}")
     account.use(len(pairs) + len(used))
     repeats: Counter = Counter()
@@ -265,7 +318,7 @@ def read(place: FileTree, name: str, options: Options, beside: Beside, account: 
     shown, locator = place.shown(name), place.locator(name)
     check_size(shown, place.size(name))
     with named_errors(shown), place.local_copy(name) as copy, seekable(copy) as file:
-        for sample in samples(shown, locator, file, options, account, beside):
+        for sample in samples(shown, locator, file, options, account, beside).images:
             account.records += 1
             yield _record(name, locator, file, sample, options, beside.get(sample.place, ([], "", "")))
 
@@ -273,7 +326,7 @@ def read(place: FileTree, name: str, options: Options, beside: Beside, account: 
 def _record(
     name: str, locator: str, file: BinaryIO, sample: Sample, options: Options, beside: tuple[list[str], str, str]
 ) -> Record:
-    problem, detail = (sample.problem, sample.detail) if sample.problem else beside[1:]
+    problem, detail = (sample.problem, sample.detail) if sample.problem else (beside[1], beside[2] or sample.detail)
     texts = [
         (text.name, f"{locator}:{visible(text.name)}", functools.partial(_bytes_of, file, text, MAX_JSON_BYTES + 1))
         for text in sample.texts

@@ -174,7 +174,7 @@ def add_texts(
 
     Args:
         texts: (name, name for messages, function that reads it) of each; the function may raise CaptionError.
-        captions, problem, detail: of the record without them.
+        captions, problem, detail: of the record without them. A detail without a problem says why it has no captions.
 
     Returns:
         captions, problem and detail of the record. A detail without a problem says why there is no caption.
@@ -193,8 +193,8 @@ def add_texts(
             problem, detail = UNREADABLE_CAPTION, f"{shown} {error}"
     if not_text and not found and not problem:
         problem, detail = UNREADABLE_CAPTION, not_text
-    if not found and not problem:
-        detail = no_column
+    if not problem:
+        detail = "" if found else no_column or detail
     return found, problem, detail
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 from tasks.curation.sources.base import count_of, visible
 
@@ -16,8 +16,16 @@ MAX_ROW_BYTES = 4 * 2**20
 MAX_LINES = 4_000_000  # of a table, including blank lines
 
 
-def rows(shown: str, text: TextIO, delimiter: str, remedy: str) -> Iterator[tuple[int, list[str]]]:
-    """(first line, fields) of each row that is not blank, the header first.
+class Row(NamedTuple):
+    """line: its first. text: as it is in the file, with quotes and blanks."""
+
+    line: int
+    fields: list[str]
+    text: str
+
+
+def rows(shown: str, text: TextIO, delimiter: str, remedy: str) -> Iterator[Row]:
+    """Each row that is not blank, the header first.
 
     Args:
         text: opened with newline="".
@@ -35,7 +43,7 @@ def rows(shown: str, text: TextIO, delimiter: str, remedy: str) -> Iterator[tupl
     try:
         for fields in reader:
             first_line, start = start + 1, reader.line_num
-            lines.row_bytes = 0
+            as_written = lines.take_row()
             if not fields or not any(field.strip() for field in fields):
                 continue
             if columns and len(fields) != len(columns):
@@ -47,7 +55,7 @@ def rows(shown: str, text: TextIO, delimiter: str, remedy: str) -> Iterator[tupl
                     f"{count_of(len(columns), 'column')} ({few(columns)}); {advice}"
                 )
             columns = columns or fields
-            yield first_line, fields
+            yield Row(first_line, fields, as_written)
     except csv.Error as error:
         raise ValueError(
             f"{shown}, line {start + 1}: its quotes or fields are broken ({error}); put fields that contain {delimiter!r} "
@@ -72,6 +80,8 @@ class Checks:
     """Detects rows that parse but were probably not meant so.
 
     Args:
+        header: the first row.
+        names: the column of names.
         captions: the columns of captions.
         begins_row: whether a field looks like the first or last field of another row, such as the name of an image.
     """
@@ -79,28 +89,33 @@ class Checks:
     def __init__(
         self,
         shown: str,
-        columns: Sequence[str],
+        header: Row,
+        names: int,
         captions: Iterable[int],
         delimiter: str,
         begins_row: Callable[[str], bool],
     ) -> None:
         self._shown, self._delimiter, self._begins_row = shown, delimiter, begins_row
+        self._columns, self._names, self._captions = header.fields, names, set(captions)
+        self._spaced = {at for at, piece in enumerate(_pieces(header.text, delimiter)) if piece[:1].isspace()}
         # Text there may be the rest of a caption. An index before the names, as pandas writes it, is not.
-        first = min(captions, default=len(columns))
-        self._nameless = [at for at, name in enumerate(columns) if at > first and not name.strip()]
+        first = min(self._captions, default=len(header.fields))
+        self._nameless = [at for at, name in enumerate(header.fields) if at > first and not name.strip()]
 
-    def check(self, line: int, fields: Sequence[str], own: str) -> None:
+    def check(self, row: Row) -> None:
         """
         Raises:
-            ValueError: text in an unnamed column after the captions; a quoted field that contains the row of another
-                image, so that its quote was not meant as one.
+            ValueError: text in an unnamed column after the captions; a caption that continues in the next column; a
+                quoted field that contains the row of another image, so that its quote was not meant as one.
         """
+        line, fields, _ = row
         for at in self._nameless:
             if fields[at].strip():
                 raise ValueError(
                     f"{self._shown}, line {line}, has text in column {at + 1}, which has no name and follows the captions; "
                     f"put captions that contain {self._delimiter!r} between double quotes"
                 )
+        self._check_blanks(row)
         for field in fields:
             if "\n" not in field and "\r" not in field:
                 continue
@@ -111,9 +126,51 @@ class Checks:
                 swallowed = next((e for e in ends if len(parts) > 1 and self._begins_row(e.strip().strip('"'))), None)
                 if swallowed is not None:
                     raise ValueError(
-                        f"{self._shown}, line {line}: a quote is not closed, so that the row of {visible(own)!r} runs over that "
-                        f"of {visible(swallowed.strip())!r}. If the text is meant so, write the table as Parquet or JSON Lines"
+                        f"{self._shown}, line {line}: a quote is not closed, so that the row of "
+                        f"{visible(fields[self._names])!r} runs over that of {visible(swallowed.strip())!r}. If the text is meant so, write the table as Parquet or JSON Lines"
                     )
+
+    def _check_blanks(self, row: Row) -> None:
+        """In a row without one of its columns, an unquoted comma of a caption has the place of a delimiter. A blank follows
+        it, as in prose; where the header has a blank too, it is a habit of the writer."""
+        if self._delimiter == "\t" or not re.search(rf"{self._delimiter}\s", row.text):
+            return
+        pieces = _pieces(row.text, self._delimiter)
+        continues = False  # whether the text before may be of a caption
+        for at, piece in enumerate(pieces):
+            is_caption = at in self._captions
+            if piece.lstrip(" ").startswith('"') or at == self._names:
+                continues = False
+                continue
+            if is_caption and at and at - 1 != self._names and not pieces[at - 1].lstrip(" ").startswith('"'):
+                continues = continues or not _is_number(pieces[at - 1])
+            if continues and piece.strip() and piece[:1].isspace() and at not in self._spaced:
+                raise ValueError(
+                    f"{self._shown}, line {row.line}, has a blank before {visible(piece.strip()[:60])!r} in the column "
+                    f"{visible(self._columns[at])}, as if {self._delimiter!r} were part of a caption; put captions that contain "
+                    f"{self._delimiter!r} between double quotes, or write the row without the blank"
+                )
+            continues = continues or is_caption
+
+
+def _pieces(row: str, delimiter: str) -> list[str]:
+    """The fields of a row as they are written. The row has been parsed without error."""
+    field = re.compile(rf' *"[^"]*(?:""[^"]*)*"|[^{delimiter}\r\n]*')
+    pieces, at = [], 0
+    while (match := field.match(row, at)) is not None:
+        pieces.append(match.group())
+        at = match.end() + 1
+        if row[match.end() : at] != delimiter:
+            break
+    return pieces
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return not text.strip()
+    return True
 
 
 def few(columns: Sequence[str]) -> str:
@@ -126,8 +183,14 @@ class _Lines:
 
     def __init__(self, shown: str, text: TextIO, remedy: str) -> None:
         self._shown, self._text, self._remedy = shown, text, remedy
-        self.row_bytes = 0
-        self._number = 0
+        self._row: list[str] = []
+        self._row_bytes = self._number = 0
+
+    def take_row(self) -> str:
+        """The lines since the last call."""
+        row = "".join(self._row)
+        self._row, self._row_bytes = [], 0
+        return row
 
     def __iter__(self) -> _Lines:
         return self
@@ -137,8 +200,9 @@ class _Lines:
         self._number += 1
         if line and self._number > MAX_LINES:
             raise ValueError(f"{self._shown} has more than {MAX_LINES:,} lines; {self._remedy}")
-        self.row_bytes += len(line)
-        if self.row_bytes >= MAX_ROW_BYTES:
+        self._row_bytes += len(line)
+        self._row.append(line)
+        if self._row_bytes >= MAX_ROW_BYTES:
             raise ValueError(
                 f"{self._shown}, line {self._number}: a row is longer than {MAX_ROW_BYTES // 2**20} MiB; is a quote not closed?"
             )

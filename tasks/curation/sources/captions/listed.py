@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import json
 import posixpath
-import tempfile
 from collections.abc import Iterable
-from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Self
 
 from tasks.curation.sources.base import Account, base_name, count_of, from_bytes, is_image, reason_of, to_bytes, visible
 from tasks.curation.sources.captions.metadata_files import Table, table_rows
-from tasks.curation.sources.captions.pairing import fold, spelling
-from tasks.curation.sources.captions.scratch import open_scratch
+from tasks.curation.sources.captions.pairing import fold, spelling, stem
+from tasks.curation.sources.captions.scratch import Scratch, digest
 
 MAX_ROWS = 500_000  # of a CSV or JSON table, at 70 us of processor time each (benchmarks/curation/hostile.py)
 MAX_ROWS_PER_IMAGE = 1000
+STEM_STEP = 2  # behind the steps of `claim`
 MAX_READINGS = 4  # of a path that repeats the name of its table's folder
 UNMATCHED, NO_ROWS = "metadata row that names no image", "metadata table without rows"
 
@@ -37,34 +36,31 @@ class Matched(NamedTuple):
     no_column: str = ""
 
 
-class Listed:
+class Listed(Scratch):
     """The rows of all tables of a source, on disk, so that memory does not bound their number.
 
     Used as a context manager: `add` all tables, then `claim` for all images, then `match`, then `finish`.
     """
 
+    TABLES = (
+        "CREATE TABLE rows (id INTEGER PRIMARY KEY, file INT, line INT, said BLOB, captions TEXT, problem TEXT, "
+        "near INT, owners INT, used INT)",
+        "CREATE TABLE names (fold BLOB, name BLOB, step INT, row INT)",
+        "CREATE INDEX folds ON names (fold)",
+    )
+
     def __init__(self, encoding: str | None, wanted: tuple[str, ...]) -> None:
         self._encoding, self._wanted = encoding, wanted
         self._tables: list[Table] = []
+        self._has_rows = self._has_stems = False
 
-    def __enter__(self) -> Listed:
-        self._folder = tempfile.TemporaryDirectory()
-        self._db = open_scratch(
-            Path(self._folder.name) / "rows",
-            "CREATE TABLE rows (id INTEGER PRIMARY KEY, file INT, line INT, said BLOB, captions TEXT, problem TEXT, "
-            "near INT, owners INT, used INT)",
-            "CREATE TABLE names (fold BLOB, name BLOB, step INT, row INT)",
-            "CREATE INDEX folds ON names (fold)",
-        )
+    def __enter__(self) -> Self:
+        super().__enter__()
         self._db.execute("PRAGMA cache_size=-32768")
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._db.close()
-        self._folder.cleanup()
-
     def __bool__(self) -> bool:
-        return bool(self._tables)
+        return self._has_rows
 
     def add(
         self,
@@ -101,7 +97,7 @@ class Listed:
                 values = (table.number, row.line, to_bytes(row.file_name), json.dumps(row.captions), row.problem)
                 added = self._db.execute("INSERT INTO rows VALUES (NULL, ?, ?, ?, ?, ?, NULL, 0, 0)", values)
                 for step, path in _readings(row.file_name, folder, inside, own_name):
-                    names = (to_bytes(_folded(path)), to_bytes(path), step, added.lastrowid)
+                    names = (_key(path, row.is_stem), to_bytes(path), step, added.lastrowid)
                     self._db.execute("INSERT INTO names VALUES (?, ?, ?, ?)", names)
                 table.rows += 1
                 if table.rows > MAX_ROWS and format != "parquet":
@@ -109,13 +105,16 @@ class Listed:
                         f"{shown} has more than {MAX_ROWS:,} rows; divide it by folders, or write metadata.parquet"
                     )
                 table.names_images = table.names_images or is_image(row.file_name.strip())
+                table.has_stems = table.has_stems or row.is_stem
         except UnicodeEncodeError as error:
             raise ValueError(f"{shown} has text that is not Unicode: {error}") from error
-        if table.is_mapping and not table.names_images:
+        if table.is_mapping and not (table.names_images or table.has_stems):
             self._db.execute("DELETE FROM names WHERE row IN (SELECT id FROM rows WHERE file = ?)", (table.number,))
             self._db.execute("DELETE FROM rows WHERE file = ?", (table.number,))
             table.rows = 0
             return reason_of(shown)
+        self._has_rows = self._has_rows or table.rows > 0
+        self._has_stems = self._has_stems or table.has_stems
         return "" if table.rows else NO_ROWS
 
     def claim(self, paths: list[tuple[int, str]]) -> None:
@@ -133,7 +132,7 @@ class Listed:
 
     def match(self, paths: list[tuple[int, str]]) -> Matched:
         """The captions of one image; `paths` as in `claim`."""
-        if not self._tables:
+        if not self:
             return Matched([])
         near_of = self._candidates(paths)
         own = {number: one for number, one in near_of.items() if one.near == one.best}
@@ -165,10 +164,14 @@ class Listed:
 
     def _candidates(self, paths: list[tuple[int, str]]) -> dict[int, _Candidate]:
         """The rows that may name an image, at their nearest."""
-        folds = list({to_bytes(_folded(path)) for _, path in paths})
-        marks = ", ".join("?" * len(folds))
+        keys = list({_key(path, is_stem=False) for _, path in paths})
+        if self._has_stems:
+            stems = [(step + STEM_STEP, stem(path)) for step, path in paths]
+            keys += {_key(path, is_stem=True) for _, path in stems}
+            paths = paths + stems
+        marks = ", ".join("?" * len(keys))
         query = f"SELECT row, name, step, file, line, said, near, owners, captions, problem, used FROM names JOIN rows ON id = row WHERE fold IN ({marks}) ORDER BY row LIMIT {MAX_ROWS_PER_IMAGE + 1}"  # noqa: S608
-        found = self._db.execute(query, folds).fetchall()
+        found = self._db.execute(query, keys).fetchall()
         if len(found) > MAX_ROWS_PER_IMAGE:
             shown, line = self._tables[found[-1][3]].shown, found[-1][4]
             raise ValueError(f"{shown}, line {line}: more than {MAX_ROWS_PER_IMAGE:,} rows name {visible(paths[0][1])}")
@@ -183,7 +186,7 @@ class Listed:
         """Counts the rows that named no image.
 
         Raises:
-            ValueError: no row of a table named an image.
+            ValueError: no row of a table named an image. A .json file whose keys are stems may be something else.
         """
         for table in self._tables:
             unused = table.rows - table.used
@@ -193,7 +196,7 @@ class Listed:
                 "SELECT said, line FROM rows WHERE file = ? AND NOT used ORDER BY id LIMIT 1", (table.number,)
             ).fetchone()
             example = f"{visible(from_bytes(said))} (line {line})"
-            if not table.used:
+            if not table.used and not table.has_stems:
                 raise ValueError(
                     f"{count_of(unused, 'row')} of {table.shown} name no image, such as {example}; file_name is a path "
                     f"from the folder of {base_name(table.shown)}"
@@ -227,8 +230,9 @@ def _plain(path: str) -> str:
     return path
 
 
-def _folded(path: str) -> str:
-    return fold(_plain(path))
+def _key(path: str, is_stem: bool) -> bytes:
+    """Names with equal keys may be of one image."""
+    return digest(fold(_plain(path)) + ("\0" if is_stem else ""))
 
 
 def _nearness(name: str, step: int, paths: list[tuple[int, str]]) -> int | None:

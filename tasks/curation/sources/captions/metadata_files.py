@@ -36,20 +36,26 @@ _TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{},]', re.DOTALL)
 
 def is_metadata(name: str, beside: Iterable[str]) -> bool:
     """Whether a file of this name (without folders) is a metadata table; `beside`: the other names in its folder."""
-    if extension(name) not in FORMATS or name.casefold() != f"metadata.{extension(name)}":
+    kind = extension(name)
+    if kind not in FORMATS or name.casefold() != f"metadata.{kind}":
         return False
-    # metadata.json may also describe a picture metadata.png
-    return not any(is_image(other) and other.casefold() == f"metadata.{extension(other)}" for other in beside)
+    return kind != "json" or not any(map(has_metadata_as_sidecar, beside))
+
+
+def has_metadata_as_sidecar(name: str) -> bool:
+    """Whether metadata.json describes this picture (metadata.png), as a.json describes a.png."""
+    return is_image(name) and name.casefold() == f"metadata.{extension(name)}"
 
 
 class Row(NamedTuple):
     """line: the line of a text file, or the row of a table, for messages. problem: why its captions are unreadable, or
-    ""."""
+    "". is_stem: file_name is an image's name without its extension, as in the metadata of kohya's scripts."""
 
     line: int
     file_name: str
     captions: list[str]
     problem: str = ""
+    is_stem: bool = False
 
 
 class Table:
@@ -60,6 +66,7 @@ class Table:
         self.rows = self.used = 0
         self.no_column = ""  # why the table has no captions at all
         self.is_mapping = self.names_images = False  # {name: captions}, which looks like any JSON object
+        self.has_stems = False
 
 
 # ---------------------------------------------------------------- formats
@@ -115,14 +122,16 @@ def _csv_rows(shown: str, text: bytes, delimiter: str, wanted: tuple[str, ...], 
     delimiter = csv_text.delimiter_of(first, delimiter, lambda header: bool(_name_column(header)))
     file = io.TextIOWrapper(io.BytesIO(text), "utf-8", newline="")
     parsed = csv_text.rows(shown, file, delimiter, "divide it by folders")
-    _, columns = next(parsed, (0, []))
-    if not columns:
+    header = next(parsed, None)
+    if header is None:
         raise ValueError(f"{shown} is empty; it needs file_name and {column_hint(wanted)}")
+    columns = header.fields
     name_at = columns.index(_needed_name(shown, columns))
     caption_at = [columns.index(name) for name in _captions_of_columns(shown, columns, wanted, table)]
-    checks = csv_text.Checks(shown, columns, caption_at, delimiter, is_image)
-    for line, fields in parsed:
-        checks.check(line, fields, fields[name_at])
+    checks = csv_text.Checks(shown, header, name_at, caption_at, delimiter, is_image)
+    for row in parsed:
+        checks.check(row)
+        line, fields, _ = row
         texts = (fields[at].strip() for at in caption_at)
         yield Row(line, fields[name_at], list(dict.fromkeys(filter(None, texts))))
 
@@ -198,7 +207,8 @@ def _object_rows(
     any_column, keys = False, []
     for line, value in objects:
         name = _name_column(list(value)) if isinstance(value, dict) else None
-        if name is None or not isinstance(value[name], str):
+        file_name = None if name is None else _only(value[name])
+        if name is None or not isinstance(file_name, str):
             keys = ", ".join(visible(key) for key in value) if isinstance(value, dict) else type(value).__name__
             raise ValueError(
                 f"{shown}, line {line}, has {keys or 'nothing'}; it needs file_name and {column_hint(wanted)}"
@@ -210,13 +220,15 @@ def _object_rows(
             captions = row_captions({c: value[c] for c in columns if c != "\0value"}, wanted)
             captions += row_captions({"caption": value.get("\0value")}, ())
         except CaptionError as error:
-            is_of_image = not table.is_mapping or is_image(value[name])
+            is_of_image = not table.is_mapping or is_image(file_name)
             if is_of_image or not isinstance(error, NotTextError):
                 raise ValueError(f"{shown}, line {line}, {error}") from error
             captions = []  # a .json file that is not a metadata table
-        yield Row(line, value[name], captions)
+        # {"a": {"caption": "a barn"}}; {"a": "a barn"} looks like the properties of something else
+        is_stem = table.is_mapping and "\0value" not in value and bool(captions) and not is_image(file_name)
+        yield Row(line, file_name, captions, is_stem=is_stem)
     if keys and not any_column:
-        table.no_column = f"{shown} has {csv_text.few(keys)}; it needs {column_hint(wanted)}"
+        table.no_column = f"{table.locator} has {csv_text.few(keys)}; it needs {column_hint(wanted)}"
 
 
 def _parquet_rows(
@@ -239,6 +251,7 @@ def _parquet_rows(
 def _parquet_row(where: str, row: int, column: str, name: Any, cells: list[Any], encoding: str | None) -> Row:
     from tasks.curation.sources import tables
 
+    name = _only(name)
     if not isinstance(name, bytes):
         raise ValueError(f"{where} has no file name in {visible(column)}")
     try:
@@ -251,6 +264,11 @@ def _parquet_row(where: str, row: int, column: str, name: Any, cells: list[Any],
         raise ValueError(f"{where} {error}") from error
     except CaptionError as error:
         return Row(row, file_name, [], str(error))
+
+
+def _only(value: Any) -> Any:
+    """The value of a list of one, as data sets of several images a row write a single name."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def _name_column(columns: list[str]) -> str | None:
@@ -270,5 +288,5 @@ def _needed_name(shown: str, columns: list[str]) -> str:
 def _captions_of_columns(shown: str, columns: list[str], wanted: tuple[str, ...], table: Table) -> list[str]:
     names = caption_columns(columns, wanted)
     if not names:
-        table.no_column = f"{shown} has columns {csv_text.few(columns)}; it needs {column_hint(wanted)}"
+        table.no_column = f"{table.locator} has columns {csv_text.few(columns)}; it needs {column_hint(wanted)}"
     return names

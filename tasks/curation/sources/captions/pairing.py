@@ -6,18 +6,19 @@
 
 Names are compared exactly, then by Unicode's composed form (macOS decomposes names), then without case. A text belongs
 to its nearest images, and an image has the nearest of its texts. If two pictures are equally near to a text, or two
-texts to an image, the captions are ambiguous: no image gets a caption because another image has one already.
+texts to an image, the captions are ambiguous: no image gets a caption because another image has one already, or
+because the other one cannot be read.
 """
 
 from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tasks.curation.sources.base import CAPTION_COLUMNS, base_name, extension, is_image, visible
+from tasks.curation.sources.base import CAPTION_COLUMNS, base_name, extension, is_image, is_media, visible
 from tasks.curation.sources.captions.caption_text import SIDECAR_EXTENSIONS, column_name
 
 MOST = 64  # texts whose names differ in case and form only; more are ambiguous
@@ -36,10 +37,12 @@ class Pair:
 
 
 class Pairs(NamedTuple):
-    """images: position of each image -> its pair. strays: positions of texts that describe no image of the list."""
+    """images: position of each image -> its pair. strays: positions of texts that describe no file of the list.
+    of_left_out: positions of texts that describe only files that are left out."""
 
     images: dict[int, Pair]
     strays: list[int]
+    of_left_out: list[int]
 
 
 @dataclass(slots=True)
@@ -190,32 +193,37 @@ def _ambiguity(chosen: list[Match], near: int) -> str:
     return ""
 
 
-def pair(names: Sequence[str], caption_columns: tuple[str, ...] = ()) -> Pairs:
+def pair(names: Sequence[str], caption_columns: tuple[str, ...] = (), left_out: Container[int] = ()) -> Pairs:
     """Pairs the images of one folder with its text files.
 
     Args:
         names: in the order of the folder or archive, without folders. An archive may repeat a name.
         caption_columns: see `words_of`.
+        left_out: positions of images that cannot be read, such as links. They are compared like the others, as other
+            media are, so that none of their texts is given to another image.
     """
     groups: dict[str, list[int]] = {}
     for i, name in enumerate(names):
-        if is_image(name) or extension(name) in SIDECAR_EXTENSIONS:
+        if is_media(name) or extension(name) in SIDECAR_EXTENSIONS:
             groups.setdefault(fold(key_of(name)), []).append(i)
     words = words_of(caption_columns)
-    pairs = Pairs({}, [])
+    pairs = Pairs({}, [], [])
     for group in groups.values():
         if len(group) > 1:
             _pair_group(names, group, words, pairs)
-        elif is_image(names[group[0]]):
+        elif is_media(names[group[0]]):
             pairs.images[group[0]] = Pair()
         else:
             pairs.strays.append(group[0])
+    unread = [i for i in pairs.images if i in left_out or not is_image(names[i])]
+    texts = {text for i in unread for text in pairs.images.pop(i).texts}
+    pairs.of_left_out.extend(sorted(texts.difference(*(one.texts for one in pairs.images.values()))) if texts else ())
     return pairs
 
 
 def _pair_group(names: Sequence[str], group: list[int], words: set[str], pairs: Pairs) -> None:
-    images = [i for i in group if is_image(names[i])]
-    texts = [i for i in group if not is_image(names[i])]
+    images = [i for i in group if is_media(names[i])]
+    texts = [i for i in group if not is_media(names[i])]
     pairs.images.update((i, Pair()) for i in images)
     if not images or not texts:
         pairs.strays.extend(texts)

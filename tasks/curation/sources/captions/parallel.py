@@ -8,11 +8,11 @@ may have the same text as their nearest.
 
 from __future__ import annotations
 
+import itertools
 import posixpath
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from tasks.curation.sources.base import from_bytes, to_bytes
+from tasks.curation.sources.base import TEXT_OF_LEFT_OUT, Account, from_bytes, reason_of, to_bytes
 from tasks.curation.sources.captions.pairing import (
     MOST,
     ImageName,
@@ -26,7 +26,7 @@ from tasks.curation.sources.captions.pairing import (
     text_names,
     words_of,
 )
-from tasks.curation.sources.captions.scratch import open_scratch
+from tasks.curation.sources.captions.scratch import Scratch, digest
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "pictures", "photos")
 CAPTION_FOLDERS = ("captions", "caption", "texts", "text", "txt", "prompts")
@@ -42,8 +42,12 @@ def caption_folders(path: str, configured: str | None) -> list[tuple[int, str]]:
     parts = path.split("/") if path else []
     places: dict[str, int] = {}
     if configured is not None:
-        places["/".join([configured, *parts])] = 0
-        places.setdefault("/".join([configured, *parts[1:]]), 1)
+        # For train/images/x and the folder train/labels: train/labels/{train/images/x, images/x, x}
+        beside = zip(configured.split("/")[:-1], parts, strict=False)
+        common = sum(1 for _ in itertools.takewhile(lambda pair: fold(pair[0]) == fold(pair[1]), beside))
+        inner = [parts, parts[1:], *([parts[common:], parts[common + 1 :]] if common else ())]
+        for rank, rest in enumerate(inner):
+            places.setdefault("/".join([configured, *rest]), rank)
     elif len(parts) <= MAX_DEPTH:
         image_folders = [i for i, part in enumerate(parts) if part.casefold() in IMAGE_FOLDERS]
         for i in image_folders[-MAX_IMAGE_FOLDERS:]:
@@ -68,45 +72,38 @@ class Apart(NamedTuple):
     number: int
 
 
-class ParallelTexts:
+class ParallelTexts(Scratch):
     """The texts of a source that describe no image of their own folder. A context manager."""
 
-    def __init__(self, database: str, caption_columns: tuple[str, ...], configured: str | None) -> None:
-        """database: a path, or ":memory:"."""
+    TABLES = (
+        "CREATE TABLE folders (id INTEGER PRIMARY KEY, fold BLOB UNIQUE)",
+        "CREATE TABLE texts (id INTEGER PRIMARY KEY, path BLOB, size INT, digest TEXT, number INT, "
+        "near INT, owner BLOB, other BLOB, formats TEXT, count INT, used INT)",
+        "CREATE TABLE names (folder INT, name BLOB, text INT)",
+        "CREATE INDEX by_name ON names (folder, name)",
+    )
+
+    def __init__(self, caption_columns: tuple[str, ...], configured: str | None) -> None:
         self._words, self._configured = words_of(caption_columns), configured
-        self._db = open_scratch(
-            database,
-            "CREATE TABLE folders (id INTEGER PRIMARY KEY, fold BLOB UNIQUE)",
-            "CREATE TABLE texts (id INTEGER PRIMARY KEY, path BLOB, size INT, digest TEXT, number INT, "
-            "near INT, owner BLOB, other BLOB, formats TEXT, count INT, used INT)",
-            "CREATE TABLE names (folder INT, name BLOB, text INT)",
-            "CREATE INDEX by_name ON names (folder, name)",
-        )
         self._any = False
         self._near: tuple[str | None, list[tuple[int, str, int]]] = (None, [])  # a folder, and its folders of captions
-
-    def __enter__(self) -> ParallelTexts:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._db.close()
 
     def __bool__(self) -> bool:
         return self._any
 
-    def add(self, path: str, size: int = 0, digest: str = "", number: int = 0) -> None:
+    def add(self, path: str, size: int = 0, checksum: str = "", number: int = 0) -> None:
         """Adds a text. All texts are added before the first `claim`."""
         self._any = True
         folder, name = posixpath.split(path)
-        key = (to_bytes(fold(folder)),)
+        key = (digest(fold(folder)),)
         self._db.execute("INSERT INTO folders VALUES (NULL, ?) ON CONFLICT DO NOTHING", key)
         (place,) = self._db.execute("SELECT id FROM folders WHERE fold = ?", key).fetchone()
-        values = (to_bytes(path), size, digest, number)
+        values = (to_bytes(path), size, checksum, number)
         text = self._db.execute(
             "INSERT INTO texts VALUES (NULL, ?, ?, ?, ?, NULL, NULL, NULL, NULL, 0, 0)", values
         ).lastrowid
         for one in text_names(stem(name), self._words):
-            self._db.execute("INSERT INTO names VALUES (?, ?, ?)", (place, to_bytes(one), text))
+            self._db.execute("INSERT INTO names VALUES (?, ?, ?)", (place, digest(one), text))
 
     def claim(self, image: str) -> None:
         """Records the texts that may describe an image. All images claim before the first `match`."""
@@ -118,6 +115,12 @@ class ParallelTexts:
                 self._db.execute(
                     "UPDATE texts SET near = ?, owner = ?, other = ?, formats = ?, count = ? WHERE id = ?", values
                 )
+
+    def leave_out(self, image: str) -> None:
+        """Marks the texts of an image that cannot be read. It has claimed them like the others."""
+        chosen, why = choose(one for one, _ in self._matches(image) or ())
+        for text in () if why else chosen:
+            self._db.execute("UPDATE texts SET used = -1 WHERE id = ? AND used = 0", (text.number,))
 
     def match(self, image: str) -> tuple[list[Apart], str]:
         """The texts of an image, and why they are ambiguous ("" if they are not)."""
@@ -132,10 +135,14 @@ class ParallelTexts:
             self._db.execute("UPDATE texts SET used = 1 WHERE id = ?", (text.number,))
         return [apart[text.number] for text in chosen], ""
 
-    def all(self) -> Iterator[tuple[str, bool]]:
-        """(path, whether it describes an image) of each text, sorted."""
+    def finish(self, account: Account, locator: str = "") -> None:
+        """Counts all texts. locator: what precedes their paths in examples."""
         for path, used in self._db.execute("SELECT path, used FROM texts ORDER BY path, id"):
-            yield from_bytes(path), bool(used)
+            name = from_bytes(path)
+            if used > 0:
+                account.use()
+            else:
+                account.skip(TEXT_OF_LEFT_OUT if used else reason_of(name), f"{locator}{name}")
 
     def _matches(self, image: str) -> list[tuple[Match, Apart]] | None:
         """None: too many."""
@@ -144,13 +151,13 @@ class ParallelTexts:
         if not places:
             return []
         name, matches = ImageName(base), []
-        names = [to_bytes(one) for one in name.folded]
+        names = [digest(one) for one in name.folded]
         query = _QUERY.format(marks=", ".join("?" * len(names)))
         for rank, place, number in places:
             rows = {row[0]: row for row in self._db.execute(query, (number, *names))}
             if len(rows) > MOST:
                 return None
-            for identity, (_, path, size, digest, given, near, owner, other, formats, count) in sorted(rows.items()):
+            for identity, (_, path, size, checksum, given, near, owner, other, formats, count) in sorted(rows.items()):
                 text = Text(from_bytes(path), identity)
                 if near is not None:
                     text.near, text.owner, text.formats, text.count = near, from_bytes(owner), formats, count
@@ -159,7 +166,7 @@ class ParallelTexts:
                 spelled = 0 if above == place else spelling(above, place)
                 assert spelled is not None, (text.path, place)
                 if (one := match(name, text, self._words, rank, spelled)) is not None:
-                    matches.append((one, Apart(text.path, size, digest, given)))
+                    matches.append((one, Apart(text.path, size, checksum, given)))
         return matches
 
     def _places(self, folder: str) -> list[tuple[int, str, int]]:
@@ -167,7 +174,7 @@ class ParallelTexts:
         if self._near[0] != folder:
             places: dict[int, tuple[int, str, int]] = {}  # two of one folded name are one
             for rank, place in caption_folders(folder, self._configured):
-                row = self._db.execute("SELECT id FROM folders WHERE fold = ?", (to_bytes(fold(place)),)).fetchone()
+                row = self._db.execute("SELECT id FROM folders WHERE fold = ?", (digest(fold(place)),)).fetchone()
                 if row is not None:
                     places.setdefault(row[0], (rank, place, row[0]))
             self._near = (folder, list(places.values()))

@@ -76,20 +76,20 @@ LISTING = pa.schema(
 LISTING_TABLE = "urls.parquet"
 
 
-def write_listing(config: SourceConfig, path: str, out_dir: Path) -> dict[str, Any]:
+def write_listing(config: SourceConfig, path: str, out_dir: Path, needs_captions: bool = True) -> dict[str, Any]:
     """Lists the tables of URLs at `path` as ranges of rows, one for each shard: urls.parquet and report.json.
 
     Returns:
         the report: {"shards", "images", "account", "root", "alone"}.
 
     Raises:
-        ValueError: no table of URLs, or one that cannot be read.
+        ValueError: no table of URLs, one that cannot be read, or one without captions although `needs_captions`.
     """
     place, account = find(path), Account()
     shards = images = 0
     digests: dict[str, str] = {}
     with pq.ParquetWriter(out_dir / LISTING_TABLE, LISTING) as table:
-        for chosen in tables.ranges(place, config, account):
+        for chosen in tables.ranges(place, config, account, needs_captions):
             if chosen.name not in digests:
                 digests = {chosen.name: place.digest(chosen.name)}
             row = chosen._asdict() | {"shard": shard_name(digests[chosen.name], chosen, config)}

@@ -52,11 +52,11 @@ class Range(NamedTuple):
     num_rows: int
 
 
-def ranges(place: FileTree, config: SourceConfig, account: Account) -> Iterator[Range]:
+def ranges(place: FileTree, config: SourceConfig, account: Account, needs_captions: bool = True) -> Iterator[Range]:
     """The tables of a source, split into ranges of at most `images_per_shard` rows; other files are counted.
 
     Raises:
-        ValueError: a table has no column of URLs or none of captions, or cannot be read.
+        ValueError: a table has no column of URLs, or none of captions although `needs_captions`, or cannot be read.
     """
     for folder in place.walk():
         for reason, path in folder.left_out:
@@ -67,19 +67,19 @@ def ranges(place: FileTree, config: SourceConfig, account: Account) -> Iterator[
                 account.skip(reason_of(name), path)
                 continue
             account.use()
-            total = _count(place, path, config)
+            total = _count(place, path, config, needs_captions)
             for first in range(0, total, config.images_per_shard):
                 yield Range(path, first, min(config.images_per_shard, total - first))
 
 
-def _count(place: FileTree, name: str, config: SourceConfig) -> int:
+def _count(place: FileTree, name: str, config: SourceConfig, needs_captions: bool) -> int:
     shown = place.shown(name)
     check_size(shown, place.size(name))
     if extension(name) == "parquet":
         with place.open(name) as file, parquet.opened(shown, file) as table:
-            _columns(shown, table.schema_arrow.names, config)
+            _columns(shown, table.schema_arrow.names, config, needs_captions)
             return int(table.metadata.num_rows)
-    return sum(1 for _ in _csv_cells(place, name, config))
+    return sum(1 for _ in _csv_cells(place, name, config, needs_captions))
 
 
 def rows(place: FileTree, chosen: Range, config: SourceConfig) -> Iterator[UrlRow]:
@@ -119,7 +119,7 @@ def _cells(place: FileTree, chosen: Range, config: SourceConfig) -> Iterator[tup
     shown, stop = place.shown(chosen.name), chosen.first_row + chosen.num_rows
     if extension(chosen.name) == "parquet":
         with place.open(chosen.name) as file, parquet.opened(shown, file) as table:
-            names = list(_columns(shown, table.schema_arrow.names, config))
+            names = list(_columns(shown, table.schema_arrow.names, config, False))
             groups, starts, begin = [], [], 0
             for i in range(table.metadata.num_row_groups):
                 size = table.metadata.row_group(i).num_rows
@@ -131,7 +131,7 @@ def _cells(place: FileTree, chosen: Range, config: SourceConfig) -> Iterator[tup
             yield from _within(batches, names, starts[0] if starts else 0, chosen.first_row, stop)
         return
     yield from enumerate(
-        itertools.islice(_csv_cells(place, chosen.name, config), chosen.first_row, stop), chosen.first_row
+        itertools.islice(_csv_cells(place, chosen.name, config, False), chosen.first_row, stop), chosen.first_row
     )
 
 
@@ -148,7 +148,7 @@ def _within(
         row += len(batch)
 
 
-def _columns(shown: str, names: list[str], config: SourceConfig) -> tuple[str, ...]:
+def _columns(shown: str, names: list[str], config: SourceConfig, needs_captions: bool) -> tuple[str, ...]:
     """The column of URLs and the caption columns."""
     assert config.urls is not None
     listed = ", ".join(visible(name) for name in names[:12])
@@ -159,28 +159,27 @@ def _columns(shown: str, names: list[str], config: SourceConfig) -> tuple[str, .
             f"{shown} has columns {listed}; it needs one of URLs ({config.urls.column}): name yours in source.urls.column"
         )
     captions = [name for name in caption_columns(names, config.caption_columns) if name != urls[0]]
-    if not captions:
+    if needs_captions and not captions:
         raise ValueError(f"{shown} has columns {listed}; it needs {column_hint(config.caption_columns)}")
     if len({column_name(name) for name in captions}) < len(captions):
         raise ValueError(f"{shown} has columns {listed}: a name is there twice")
     return (urls[0], *captions)
 
 
-def _csv_cells(place: FileTree, name: str, config: SourceConfig) -> Iterator[list[str]]:
+def _csv_cells(place: FileTree, name: str, config: SourceConfig, needs_captions: bool) -> Iterator[list[str]]:
     """[URL, caption, ...] of each row."""
     shown = place.shown(name)
     with _named_errors(shown), place.open(name) as file, _text(file, config.encoding) as text:
         delimiter = _delimiter(text, name, config)
         parsed = csv_text.rows(shown, text, delimiter, REMEDY)
-        _, header = next(parsed, (0, []))
-        if not header:
+        header = next(parsed, None)
+        if header is None:
             raise ValueError(f"{shown} has no header")
-        columns = [header.index(name) for name in _columns(shown, header, config)]
-        checks = csv_text.Checks(shown, header, columns[1:], delimiter, _is_url)
-        for line, fields in parsed:
-            cells = [fields[at] for at in columns]
-            checks.check(line, fields, cells[0])
-            yield cells
+        columns = [header.fields.index(name) for name in _columns(shown, header.fields, config, needs_captions)]
+        checks = csv_text.Checks(shown, header, columns[0], columns[1:], delimiter, _is_url)
+        for row in parsed:
+            checks.check(row)
+            yield [row.fields[at] for at in columns]
 
 
 def _delimiter(text: TextIO, name: str, config: SourceConfig) -> str:

@@ -197,14 +197,66 @@ def test_an_image_whose_json_has_no_caption_names_the_keys_that_are_there(tmp_pa
     assert pd.read_parquet(directory / "ledger.parquet")["kept"].sum() == 1
 
 
-@pytest.mark.parametrize(("name", "text"), [
-    ("metadata.jsonl", '{"file_name": "p0.png", "description": "a", "size": 3}\n'),
-    ("metadata.json", '[{"file_name": "p0.png", "description": "a", "size": 3}]'),
-    ("metadata.json", '{"p0.png": {"description": "a", "size": 3}}'),
-])  # fmt: skip
-def test_a_json_table_without_captions_names_the_keys_that_are_there_and_the_remedy(name, text, tmp_path):
+def saved(folder: Path) -> None:
+    table = pa.table({"image": [png(seed) for seed in range(3)], "label": ["a", "b", "c"]})
+    with pa.OSFile(str(folder / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def listing(name: str, text: str) -> Callable:
+    def write_table(folder: Path) -> None:
+        bare(folder)
+        (folder / name).write_text(text)
+
+    return write_table
+
+
+def tar_with_a_table(folder: Path) -> None:
+    bare_tar(folder)
+    (folder / "metadata.csv").write_text("file_name,label\np0.png,a\np1.png,b\np2.png,c\n")
+
+
+WITHOUT_A_COLUMN = {
+    "parquet": (
+        lambda folder: pq.write_table(pa.table({"image": [png(1)], "label": ["a"]}), folder / "a.parquet"),
+        "a.parquet has columns image, label",
+    ),
+    "arrow": (saved, "a.arrow has columns image, label"),
+    "csv": (listing("metadata.csv", "file_name,label\np0.png,a\np1.png,b\n"), "metadata.csv has columns file_name, label"),
+    "jsonl": (listing("metadata.jsonl", '{"file_name": "p0.png", "size": 3}\n'), "metadata.jsonl has file_name, size"),
+    "json": (listing("metadata.json", '[{"file_name": "p0.png", "size": 3}]'), "metadata.json has file_name, size"),
+    "json of names": (listing("metadata.json", '{"p0.png": {"size": 3}}'), "metadata.json has file_name, size"),
+    "tar": (tar_with_a_table, "metadata.csv has columns file_name, label"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WITHOUT_A_COLUMN)
+def test_tables_without_a_caption_column_are_refused_by_name_only_where_a_caption_is_required(
+    kind, tmp_path, monkeypatch
+):
+    write, why = WITHOUT_A_COLUMN[kind]
     (tmp_path / "source").mkdir()
-    bare(tmp_path / "source")
-    (tmp_path / "source" / name).write_text(text)
-    with pytest.raises(ValueError, match=f"{name} has file_name, description.* name yours in source.caption_columns"):
-        flow.write_corpus(SourceConfig(), str(tmp_path / "source"), [], tmp_path / "out")
+    write(tmp_path / "source")
+    corpus = listed(tmp_path / "source")
+    with pytest.raises(ValueError, match=f"kept none of .*no_caption.* {why}; it needs .* in source.caption_columns"):
+        flow.check_captions(corpus, CONFIG)
+    free = CONFIG.model_copy(update={"captions": CaptionConfig(required=False)})
+    described = CONFIG.model_copy(update={"captioner": CaptionerConfig(name="openai")})
+    for config in (free, described):
+        flow.check_captions(corpus, config)
+    monkeypatch.setattr(caption_check, "MAX_BYTES", 0)
+    with pytest.raises(ValueError, match=f"no image of the source has a caption: {why}; it needs a caption column"):
+        flow.check_captions(corpus, CONFIG)
+    for config in (free, described):
+        flow.check_captions(corpus, config)
+
+
+@pytest.mark.parametrize("kind", WITHOUT_A_COLUMN)
+def test_one_caption_next_to_a_table_without_captions_is_enough(kind, tmp_path, monkeypatch):
+    (tmp_path / "source").mkdir()
+    WITHOUT_A_COLUMN[kind][0](tmp_path / "source")
+    write_folder(tmp_path / "source", range(9, 10), "a picture of {}")
+    corpus = listed(tmp_path / "source")
+    flow.check_captions(corpus, CONFIG)
+    monkeypatch.setattr(caption_check, "MAX_BYTES", 0)
+    flow.check_captions(corpus, CONFIG)

@@ -149,6 +149,25 @@ def test_a_published_pipeline_does_not_choose_what_is_imported_where_it_is_score
         models.published_settings(models.resolve(str(path)))
 
 
+def test_a_published_pipeline_does_not_choose_which_files_are_read_where_it_is_scored(tmp_path, capsys):
+    """Whatever the manifest names: its prompts, rewrites and the weights of judges."""
+    at_commit = "clip-color@" + "a" * 40
+    judges = {"vqa": "mplug@/etc", "color": at_commit, "style": "csd@weights", "detector": "ssd-mobilenet-v2"}
+    section = {
+        "benchmark": "geneval",
+        "prompts_file": "/etc/passwd",
+        "prompt_rewrites": "s3://b/x",
+        "judges": judges,
+        "seeds": [7],
+    }
+    path, _ = sealed(tmp_path / "p", "pipeline", {"recipe": {"eval": section}})
+    settings = models.published_settings(models.resolve(str(path)))
+    assert settings == {
+        "benchmark": "geneval", "judges": {"color": at_commit, "detector": "ssd-mobilenet-v2"}, "seeds": [7],
+    }  # fmt: skip
+    assert "for prompts_file, prompt_rewrites, judges.vqa, judges.style, which are not read" in capsys.readouterr().out
+
+
 def test_what_was_published_last_on_s3_is_resolved_to_its_version(monkeypatch):
     pointer = {"digest": "d" * 64, "uri": "s3://bucket/pipeline/versions/" + "d" * 64, "manifest_sha256": ""}
     content = {"s3://bucket/pipeline/latest.json": json.dumps(pointer).encode()}

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from model.plan.memory import Shapes
-from tasks.manifest import load_manifest, seal
+from tasks.manifest import load_manifest, public_manifest, seal
 from tasks.profiles import PROFILES
-from tasks.publishing import publish
+from tasks.publishing import publish, redact
 from tasks.publishing.config import PublishConfig
 from tasks.recipe import load_recipe
 
@@ -177,11 +177,27 @@ def test_without_scores_nothing_is_published(parts, recipe, tmp_path):
         publish.publish(parts / "merged", parts / "components", tmp_path / "empty", recipe, tmp_path / "out")
 
 
-def test_a_published_recipe_names_no_place():
-    recipe = load_recipe("smoke", ["source.path=/home/someone/images", "train.checkpoint_uri=s3://secret/x"])
-    public = publish.public_recipe(recipe.model_dump(mode="json"))
-    assert "someone" not in json.dumps(public) and "secret" not in json.dumps(public)
+def test_no_published_file_names_a_place(parts, tmp_path):
+    """Neither the folders that it was made in, nor those of its settings."""
+    home = tmp_path / "someone"
+    shutil.copytree(parts, home)
+    judges = {"vqa": "mplug@/home/someone/mplug"}
+    config = {"prompts_file": "someone/prompts.jsonl", "judges": judges}
+    card = SCORECARD | {"config": config, "generation": {"config": config}}
+    (home / "scorecard/scorecard.json").write_text(json.dumps(card))
+    recipe = load_recipe(
+        "smoke",
+        ["source.path=/home/someone/images", "train.checkpoint_uri=s3://someone/x", "curation.takedown=someone.txt"],
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    public = redact.recipe(recipe.model_dump(mode="json"))
+    publish.publish(home / "merged", home / "components", home / "scorecard", public, out)
+    seal(out, "pipeline", config={"recipe": public})
+    (out / "manifest.json").write_text(public_manifest(load_manifest(out)).model_dump_json())
     assert public["train"]["seed"] == recipe.train.seed
+    for file in out.rglob("*"):
+        assert not file.is_file() or b"someone" not in file.read_bytes(), file.name
 
 
 def test_a_class_that_is_no_processor_is_not_looked_up(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -260,3 +262,47 @@ def test_a_heic_is_a_picture_of_a_source_with_pillow_heif():
     from tasks.curation.sources.base import is_image
 
     assert is_image("IMG_0.HEIC") and is_image("a.heif") and not is_image("a.jxl")
+
+
+QUIET = """
+import io, struct, threading, warnings
+from PIL import Image
+from tasks.curation.scoring.decoding import decode
+from tasks.curation.scoring.workers import Workers
+
+def with_tags_over_the_file() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "TIFF")
+    data = buffer.getvalue()
+    (at,) = struct.unpack_from("<I", data, 4)
+    (count,) = struct.unpack_from("<H", data, at)
+    entries = data[at + 2 : at + 2 + 12 * count]
+    entries += b"".join(struct.pack("<HHII", 40_000 + i, 1, 2**31, 0) for i in range(1000))
+    return data[:4] + struct.pack("<I", len(data)) + data[8:] + struct.pack("<H", count + 1000) + entries + bytes(4)
+
+DATA = with_tags_over_the_file()
+SAMPLES = DATA.replace(struct.pack("<HHII", 277, 3, 1, 3), struct.pack("<HHII", 277, 3, 1, 99))
+assert SAMPLES != DATA
+
+def look(data: bytes):
+    try:
+        return decode(data, 100).size
+    except ValueError as error:
+        return str(error)
+
+with Workers(look, 1) as workers:
+    (_, one), (_, other) = workers.map(enumerate([DATA, SAMPLES]))
+assert one == (8, 8) and "no readable image header" in other
+with warnings.catch_warnings():
+    threads = [threading.Thread(target=look, args=(DATA,)) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+assert look(DATA) == (8, 8)  # now that what was set among `catch_warnings` is gone
+"""
+
+
+def test_no_image_writes_to_the_log():
+    """Neither in a worker, nor in threads, as encoding decodes; whatever other code does to the filters of warnings."""
+    done = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout + done.stderr == ""

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -167,6 +169,29 @@ def test_a_large_item_is_not_copied_to_its_worker():
     assert taken < 32
 
 
+COLLECTS = """
+import gc
+from pathlib import Path
+from tasks.curation.scoring.workers import Workers
+
+def collect(data):
+    gc.collect()
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) // 1024
+
+kept = [[] for _ in range(1_000_000)]  # 60 MiB
+with Workers(collect, 1) as workers:
+    ((_, taken),) = workers.map([(0, b"")])
+assert taken < 32, taken
+"""
+
+
+def test_a_worker_that_collects_garbage_copies_no_objects_of_its_parent():
+    """In a process without these tests' own settings of the garbage collector."""
+    done = subprocess.run([sys.executable, "-c", COLLECTS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def take(data: bytes) -> int:
     return len(bytearray(int(data.rstrip(b"\0")) * MIB))
 
@@ -180,6 +205,18 @@ def test_the_limit_of_memory_counts_the_item_whether_it_was_sent_or_shared(size)
     with Workers(take, 1, memory_bytes=100 * MIB) as workers:
         results = [isinstance(result, CrashError) for _, result in workers.map(items)]
     assert results == [False, True, False]
+
+
+@pytest.mark.slow
+@pytest.mark.fresh_process
+def test_the_parents_copy_of_a_sent_item_counts_too():
+    """In a worker's first item, and in a later one with its second try."""
+    items = [(taken, str(taken).encode().ljust(LARGE_BYTES, b"\0")) for taken in (74, 60, 74)]
+    with Workers(take, 1, memory_bytes=100 * MIB) as workers:
+        results = [isinstance(result, CrashError) for _, result in workers.map(items)]
+        assert results == [True, False, True], "74 and twice 16 are over 100"
+        ((_, result),) = workers.map([(0, b"74")])
+    assert result == 74 * MIB, "the next item has a limit of its own"
 
 
 def dies_while_it_answers(data: bytes) -> bytes:

@@ -115,6 +115,11 @@ def test_two_images_that_differ_in_unicode_form_alone_get_each_its_own_caption_o
         ("pictures", "blurbs", {"captions_folder": "blurbs"}),
         ("pictures/deep", "blurbs/deep", {"captions_folder": "blurbs"}),
         ("pictures", "blurbs/pictures", {"captions_folder": "blurbs"}),
+        ("pictures", "Blurbs", {"captions_folder": "bLURBS"}),
+        ("train/images", "train/labels", {"captions_folder": "train/labels"}),
+        ("train/images/deep", "train/labels/deep", {"captions_folder": "train/labels"}),
+        ("Train/images/deep", "train/LABELS/images/deep", {"captions_folder": "train/labels"}),
+        ("val/images", "train/labels/images", {"captions_folder": "train/labels"}),
     ],
 )
 def test_captions_of_a_parallel_folder_are_found(tmp_path, images, texts, config):
@@ -271,9 +276,22 @@ def test_lists_of_files_stay_what_they_are_when_files_are_added(tmp_path):
 
 
 def test_a_captions_folder_that_is_not_there_is_an_error(tmp_path):
-    write(tmp_path, {"a.png": PNG})
-    with pytest.raises(ValueError, match=r"source.captions_folder='blurbs': .*/blurbs is not a folder"):
+    write(tmp_path, {"a.png": PNG, "a/.blurbs/a.txt": "hidden", "real/a.txt": "linked", "blurbs2/a.txt": "another"})
+    (tmp_path / "blurbs").symlink_to("real")
+    for name in ("blurbs", "a/.blurbs", "real/a.txt"):
+        with pytest.raises(ValueError, match=rf"source.captions_folder='{name}': .*/{name} is not a folder"):
+            read_records(tmp_path, captions_folder=name)
+    tar_of(tmp_path / "x.tar", {"b.png": PNG, "blurbs": "a file", "c/blurbs/b.txt": "deeper"})
+    with pytest.raises(
+        ValueError, match=r"source.captions_folder='blurbs': .* is not a folder of the source, nor of a tar"
+    ):
         read_records(tmp_path, captions_folder="blurbs")
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_captions_folder_may_be_inside_of_tars_alone(tmp_path, alone):
+    path = tar_of(tmp_path / "x.tar", {"a.png": PNG, "Blurbs/a.txt": "of a", "captions/a.txt": "not of a"})
+    assert captions_in(path if alone else tmp_path, captions_folder="blurbs") == {"x.tar:a.png": ["of a"]}
 
 
 def test_a_caption_that_is_no_text_is_unreadable_unless_the_image_has_another(tmp_path):

@@ -1,10 +1,13 @@
+import io
 import json
+import tempfile
 import unicodedata
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from source_files import captions_in, left_out, picture, read_records, tar_of, write
+from source_files import captions_in, details_in, left_out, picture, read_records, tar_of, write
 
 from tasks.curation.sources.captions import csv_text, listed
 
@@ -59,6 +62,12 @@ def as_list(columns=("file_name", "text")):
         ("metadata.json", json.dumps({"a.png": ROWS[0][1], "b.png": [text for _, text in ROWS[1:]]})),
         ("metadata.json", json.dumps({"a.png": {"caption": ROWS[0][1]}, "b.png": {"texts": [t for _, t in ROWS[1:]]}})),
         ("metadata.json", as_list().encode("utf-16-le")),
+        (
+            "metadata.json",
+            json.dumps({"a": {"caption": ROWS[0][1]}, "b": {"tags": "x", "texts": [t for _, t in ROWS[1:]]}}),
+        ),
+        ("metadata.json", json.dumps({"./a": {"caption": ROWS[0][1]}, "b.PNG": {"texts": [t for _, t in ROWS[1:]]}})),
+        ("metadata.jsonl", as_lines().replace('"a.png"', '["a.png"]').replace('"b.png"', '["b.png"]')),
         ("metadata.parquet", None),
     ],
 )
@@ -99,6 +108,44 @@ def test_csv_is_strict_and_names_file_and_line(tmp_path, content, words):
     refused(tmp_path, str(tmp_path / "metadata.csv"), *words)
 
 
+@pytest.mark.parametrize(
+    ("header", "row", "words"),
+    [
+        ("file_name,text,width", "a.png,a red barn, at noon", ("width", "at noon")),
+        ("file_name;text;width", "a.png;a red barn;\u00a0at noon", ("width", "at noon")),
+        ("file_name,text,author,width", "a.png,a red barn, at noon,12", ("author", "at noon")),
+        ("file_name,text,author,width", 'a.png,a red barn, at noon,"12"', ("author", "at noon")),
+        ("file_name,text,author,width", "a.png,a barn,red, at noon", ("width", "at noon")),
+        ("file_name,text,prompt", "a.png,a red barn, at noon", ("prompt", "at noon")),
+        ("file_name,split,text", "a.png,a red barn, at noon", ("text", "at noon")),
+        ("text,width,file_name", "a red barn, at noon,a.png", ("width", "at noon")),
+    ],
+)
+def test_an_unquoted_comma_of_a_caption_in_a_row_without_one_of_its_columns_is_refused(tmp_path, header, row, words):
+    write(tmp_path, {"a.png": PNG, "b.png": PNG, "metadata.csv": f"{header}\n{row}\n"})
+    refused(tmp_path, "metadata.csv, line 2,", "between double quotes", *words)
+
+
+@pytest.mark.parametrize(
+    ("header", "row"),
+    [
+        ("file_name, text, width", "a.png, a red barn, 12"),
+        ("file_name,text,width", 'a.png,"a red barn", 12'),
+        ("file_name,text,width", "a.png, a red barn,"),
+        ("file_name,text", "a.png, a red barn"),
+        ("text,file_name", "a red barn, a.png"),
+        ("width,file_name,text", "12, a.png, a red barn"),
+        ("file_name,width,text", "a.png, 12, a red barn"),
+        ("file_name\ttext\twidth", "a.png\ta red barn\t 12"),
+        ("file_name,author,text,width", 'a.png,"Doe, Jane", a red barn,12'),
+        ("file_name,text,width", '"a.png","a red barn",12'),
+    ],
+)
+def test_blanks_that_are_a_habit_of_the_writer_are_ignored(tmp_path, header, row):
+    write(tmp_path, {"a.png": PNG, "metadata.csv": f"{header}\n{row}\n"})
+    assert captions_in(tmp_path) == {"a.png": ["a red barn"]}
+
+
 def test_a_field_of_200000_characters_is_a_caption_like_others(tmp_path):
     caption = "word " * 40_000
     write(tmp_path, {"a.png": PNG, "metadata.csv": f"file_name,text\na.png,{caption}\n"})
@@ -136,11 +183,14 @@ def test_a_missing_caption_column_is_named_unless_the_recipe_maps_it_or_sidecars
         table(tmp_path / name, columns)
     else:
         write(tmp_path, {name: content[name.partition(".")[2]](columns=columns)})
-    refused(tmp_path, name, "file_name, blurb", "caption, captions, text, texts, prompt, raw", "source.caption_columns")
-    refused(tmp_path, "(prose)", caption_columns=("prose",))
+    has = f"{name} has {'' if 'json' in name else 'columns '}file_name, blurb; it needs a caption column"
+    why = f"{has} (caption, captions, text, texts, prompt, raw); name yours in source.caption_columns"
+    assert details_in(tmp_path) == {"a.png": why, "b.png": why}
+    assert "(prose)" in details_in(tmp_path, caption_columns=("prose",))["a.png"]
     assert captions_in(tmp_path, caption_columns=("Blurb",))["a.png"] == ["a red barn, at dusk"]
-    write(tmp_path, {"a.txt": "beside", "b.txt": "beside"})
-    assert captions_in(tmp_path) == {"a.png": ["beside"], "b.png": ["beside"]}
+    write(tmp_path, {"a.txt": "beside"})
+    assert captions_in(tmp_path) == {"a.png": ["beside"], "b.png": []}
+    assert details_in(tmp_path) == {"a.png": "", "b.png": why}
 
 
 def test_names_match_with_backslashes_with_the_folder_in_front_and_in_either_unicode_form(tmp_path):
@@ -197,6 +247,47 @@ def test_rows_that_name_no_image_are_counted_with_an_example_and_all_of_them_are
     refused(tmp_path, "2 rows of", "metadata.csv name no image", "images/a.png (line 2)")
 
 
+def test_keys_without_an_extension_name_the_nearest_image_and_two_are_ambiguous(tmp_path):
+    rows = {"a": {"caption": "of the stem"}, "a.png": {"caption": "of the name"}, "b": {"caption": "of either"}}
+    rows |= {"c.d": {"caption": "with a dot"}, "gone": {"caption": "of none"}}
+    files = {"a.png": PNG, "b.png": PNG, "b.jpg": PNG, "c.d.png": PNG, "metadata.json": json.dumps(rows)}
+    expected = {
+        "a.png": ["of the name"],
+        "b.jpg": "ambiguous_caption",
+        "b.png": "ambiguous_caption",
+        "c.d.png": ["with a dot"],
+    }
+    assert captions_in(write(tmp_path / "loose", files)) == expected
+    assert left_out(tmp_path / "loose") == {"metadata row that names no image": 2}
+    tar_of(tmp_path / "packed/x.tar", files)
+    assert captions_in(tmp_path / "packed") == {f"x.tar:{name}": value for name, value in expected.items()}
+
+
+def test_objects_in_a_json_file_that_name_no_image_are_counted(tmp_path):
+    files = {"license.png": PNG, "a.txt": "x", "metadata.json": '{"info": {"text": "about"}, "license": "CC0"}'}
+    write(tmp_path, files)
+    assert captions_in(tmp_path) == {"license.png": []}
+    assert left_out(tmp_path) == {".txt": 1, "metadata row that names no image": 2}
+
+
+def test_a_name_in_a_list_of_one_is_a_name_and_of_two_is_refused(tmp_path):
+    write(tmp_path, {"a.png": PNG})
+    pq.write_table(pa.table({"image": [["a.png"]], "text": ["a barn"]}), tmp_path / "metadata.parquet")
+    assert captions_in(tmp_path) == {"a.png": ["a barn"]}
+    (tmp_path / "metadata.parquet").unlink()
+    write(tmp_path, {"metadata.jsonl": '{"image": ["a.png", "b.png"], "text": "a barn"}\n'})
+    refused(tmp_path, "metadata.jsonl, line 1", "file_name")
+
+
+def test_tables_without_rows_are_no_reason_to_compare_every_image_with_them(tmp_path):
+    with listed.Listed(None, ()) as tables:
+        assert tables.add("metadata.csv", "metadata.csv", "", (), "csv", io.BytesIO(b"file_name,text\n"), "x")
+        assert tables.add("metadata.json", "metadata.json", "", (), "json", io.BytesIO(b'{"license": "CC0"}'), "x")
+        assert not tables
+        assert not tables.add("m", "m", "", (), "csv", io.BytesIO(b"file_name,text\na.png,a\n"), "x")
+        assert tables
+
+
 def test_a_json_file_that_is_no_table_of_images_is_left_out(tmp_path):
     write(tmp_path, {"a.png": PNG, "a.txt": "x", "metadata.json": '{"license": "CC0", "images": [1, 2]}'})
     assert captions_in(tmp_path) == {"a.png": ["x"]}
@@ -215,9 +306,32 @@ def test_a_table_without_rows_is_left_out_by_name(tmp_path, name, content):
         assert left_out(tmp_path / folder) == {"metadata table without rows": 1}
 
 
-def test_a_picture_called_metadata_keeps_its_sidecar(tmp_path):
-    write(tmp_path, {"metadata.png": PNG, "metadata.json": '{"text": "of the picture"}'})
-    assert captions_in(tmp_path) == {"metadata.png": ["of the picture"]}
+@pytest.mark.parametrize("is_tar", [False, True])
+def test_a_picture_called_metadata_has_the_json_of_its_name_and_every_other_table_is_read(tmp_path, is_tar):
+    def captions(files):
+        if is_tar:
+            return {
+                name.partition(":")[2]: value for name, value in captions_in(tar_of(tmp_path / "x.tar", files)).items()
+            }
+        with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+            return captions_in(write(Path(folder), files))
+
+    json_file = {"metadata.json": '{"text": "of the picture"}'}
+    assert captions({"metadata.png": PNG, **json_file}) == {"metadata.png": ["of the picture"]}
+    assert captions({**json_file, "b/Metadata.PNG": PNG, "metadata.png": PNG}) == {
+        "b/Metadata.PNG": [], "metadata.png": ["of the picture"],
+    }  # fmt: skip
+    assert captions({"metadata.json": '{"b/metadata.png": "of the row"}', "b/metadata.png": PNG}) == {
+        "b/metadata.png": ["of the row"]
+    }
+    for name, content in (
+        ("metadata.csv", "file_name,text\na.png,of a row\n"),
+        ("metadata.tsv", "file_name\ttext\na.png\tof a row\n"),
+        ("METADATA.jsonl", '{"file_name": "a.png", "text": "of a row"}\n'),
+    ):
+        assert captions({"metadata.png": PNG, "a.png": PNG, name: content, **json_file}) == {
+            "metadata.png": ["of the picture"], "a.png": ["of a row"],
+        }  # fmt: skip
 
 
 def test_a_table_over_its_cap_is_refused_before_it_is_read(tmp_path):

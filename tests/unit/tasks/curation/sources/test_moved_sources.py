@@ -14,6 +14,7 @@ from source_files import picture, tar_of, write
 
 from tasks.curation import flow
 from tasks.curation.config import CurationConfig, FilterConfig, SourceConfig
+from tasks.curation.sources import tars
 from tasks.curation.sources.base import MAX_IMAGE_BYTES, Account, open_corpus, write_corpus
 from tasks.manifest import load_manifest
 from tasks.store import read_index
@@ -89,3 +90,42 @@ def test_a_moved_source_gives_the_same_scores_decision_and_curation(tmp_path, mo
         assert str(tmp_path) not in str(pq.read_table(curated / "ledger.parquet").to_pylist())
         assert not any(str(tmp_path) in (curated / path).read_text() for path in ("report.json", "report.html"))
     assert results[0] == results[1]
+
+
+def test_a_shard_that_fails_at_another_place_gives_the_same_decision_and_names_no_place(tmp_path, monkeypatch):
+    monkeypatch.delenv("NUCLEUS_STORE", raising=False)
+    real = tars.read
+
+    def failing(place, name, *rest):
+        if name == "sub/x.tar":
+            raise ValueError(f"{place.shown(name)} cannot be read: {place.shown('sub/y.tar')!r}")
+        yield from real(place, name, *rest)
+
+    monkeypatch.setattr(tars, "read", failing)
+    results = []
+    for name in ("a", "another and longer"):
+        source = write(tmp_path / name / "source", {"a.png": picture(1, side=64), "a.txt": "a barn"})
+        for i, tar in enumerate(("sub/x.tar", "sub/y.tar"), start=2):
+            tar_of(source / tar, {"a.png": picture(i, side=64), "a.txt": "a boat"})
+        monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / name / "home"))
+        config = CONFIG.model_copy(update={"min_success_ratio": 0.5})
+        curated, decision = flow.curate_source(SourceConfig(), str(source), config)
+        (error,) = [part.error for part in read_index(curated) if part.error]
+        assert error == "sub/x.tar cannot be read: 'sub/y.tar'"
+        book = pq.read_table(curated / "ledger.parquet").to_pylist()
+        (failed,) = [row for row in book if row["rule"] == "shard_failed"]
+        assert (failed["file"], failed["detail"]) == ("sub/x.tar", error)
+        assert str(tmp_path) not in str(book)
+        results.append((load_manifest(curated).digest, decision.digest))
+    assert results[0] == results[1]
+
+
+def test_only_the_root_of_a_local_source_is_left_out_of_messages(tmp_path):
+    write_corpus(SourceConfig(), str(write(tmp_path / "s", {"a.png": picture()})), tmp_path / "corpus")
+    corpus, root = open_corpus(tmp_path / "corpus"), tmp_path / "s"
+    assert corpus.without_location(f"{root}/a.png and '{root}/b/c.png'") == "a.png and 'b/c.png'"
+    for other in (f"/mnt{root}/a.png", f"{root}2/a.png", "s3://bucket/a.png"):
+        assert corpus.without_location(other) == other
+    for remote in ("s3://bucket", "/", ""):
+        corpus.report["root"] = remote
+        assert corpus.without_location("s3://bucket/a.png /b") == "s3://bucket/a.png /b"

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import resource
+import tarfile
 import unicodedata
+from pathlib import Path
 
 import pytest
 from source_files import captions_in, left_out, picture, read_records, tar_of, write
+
+from tasks.curation.sources import base
+from tasks.curation.sources.captions.listed import Listed
+from tasks.curation.sources.captions.parallel import ParallelTexts
 
 PNG = picture()
 AMBIGUOUS = "ambiguous_caption"
@@ -210,4 +218,108 @@ def test_an_ambiguous_record_names_the_texts_or_the_images_in_question(tmp_path)
         "b.PNG": "b.PNG: 'b.txt' may describe 'b.PNG' and 'b.png'; give each image its own text file",
         "b.png": "b.png: 'b.txt' may describe 'b.PNG' and 'b.png'; give each image its own text file",
         "t/Cd.png": "t/Cd.png: t/metadata.csv, line 2, and t/metadata.csv, line 3, may both name it",
+    }
+
+
+def _memory_mib() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def test_texts_and_rows_with_long_names_are_not_kept_in_memory(tmp_path):
+    long = "x" * 3900
+    with ParallelTexts((), None) as texts, Listed(None, ()) as tables:
+        texts.add("captions/a.txt")
+        before = _memory_mib()
+        for i in range(10_000):
+            texts.add(f"captions/{long}{i}/a.txt")
+        assert _memory_mib() - before < 20, "the names alone have 37 MiB, and were thrice in tables and indices"
+        before = _memory_mib()
+        for part in range(10):
+            lines = b"file_name,text\n" + b"".join(
+                b"%s%d/a.png,a\n" % (long.encode(), part * 1000 + i) for i in range(1000)
+            )
+            tables.add("m", "m", "", (), "csv", io.BytesIO(lines), "")
+        assert _memory_mib() - before < 60
+        image = f"images/{long}77/a.png"
+        texts.claim(image)
+        assert [text.path for text in texts.match(image)[0]] == [f"captions/{long}77/a.txt"]
+
+
+LEFT_OUT = {
+    "a video and one of its frames": ({"clip.mp4": b"", "clip.frame0.png": PNG, "clip.txt": "the clip"}, {"clip.frame0.png": []}, 1),
+    "another format and another case": ({"IMG_1.jxl": b"", "IMG_1.txt": "the jxl", "img_1.png": PNG}, {"img_1.png": []}, 1),
+    "a raw photograph, and a picture with a text of its own": (
+        {"A.NEF": b"", "A.txt": "the raw", "a.png": PNG, "a.json": '{"text": "own"}'},
+        {"a.png": ["own"]},
+        1,
+    ),
+    "parallel folders": (
+        {"images/a.jxl": b"", "captions/a.txt": "whose", "photos/a.png": PNG, "images/b.jxl": b"", "captions/b.txt": "the jxl"},
+        {"photos/a.png": AMBIGUOUS},
+        1,
+    ),
+    "parallel folders that differ in case": (
+        {"images/x/a.jxl": b"", "captions/x/a.txt": "the jxl", "images/X/a.png": PNG},
+        {"images/X/a.png": []},
+        1,
+    ),
+    "one picture in two formats": ({"a.psd": b"", "a.png": PNG, "a.txt": "both"}, {"a.png": ["both"]}, 0),
+    "files next to an image that are no media": (
+        {"a.npz": b"", "a.xmp": b"", "a.cls": b"", "a.image.png": PNG, "a.txt": "own"},
+        {"a.image.png": ["own"]},
+        0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("container", ["folder", "tar"])
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_a_text_of_a_file_that_is_left_out_is_of_no_other_image(tmp_path, case, container):
+    files, expected, texts = LEFT_OUT[case]
+    if container == "tar":
+        tar_of(tmp_path / "x.tar", files)
+        expected = {f"x.tar:{name}": captions for name, captions in expected.items()}
+    else:
+        write(tmp_path, files)
+    assert captions_in(tmp_path) == expected
+    assert left_out(tmp_path).get("text of a file that is left out", 0) == texts
+
+
+def test_heic_images_without_their_extra_keep_their_texts(tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "IMAGE_EXTENSIONS", tuple(set(base.IMAGE_EXTENSIONS) - {"heic"}))
+    write(tmp_path, {"IMG_2.HEIC": b"", "IMG_2.txt": "the photograph", "IMG_2.crop.png": PNG})
+    assert captions_in(tmp_path) == {"IMG_2.crop.png": []}
+    assert left_out(tmp_path) == {".heic": 1, "text of a file that is left out": 1}
+
+
+def test_the_text_of_a_link_is_of_no_other_image(tmp_path):
+    write(tmp_path, {"A.png": PNG, "a.txt": "of the link", "d/B.png": PNG, "d/c.png": PNG})
+    (tmp_path / "a.png").symlink_to("A.png")
+    (tmp_path / "d/b.png").symlink_to("B.png")
+    write(tmp_path, {"d/metadata.csv": rows(("b.png", "of the link"), ("c.png", "c"))})
+    assert captions_in(tmp_path) == {"A.png": [], "d/B.png": [], "d/c.png": ["c"]}
+    assert left_out(tmp_path) == {
+        "symbolic link": 2,
+        "text of a file that is left out": 1,
+        "metadata row that names no image": 1,
+    }
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE], ids=["hard", "symbolic"])
+@pytest.mark.parametrize("table", ["inside", "beside"])
+def test_the_text_or_row_of_a_dead_link_in_a_tar_is_of_no_other_image(tmp_path, kind, table):
+    links = [tarfile.TarInfo(name) for name in ("7.jpg", "8.jpg")]
+    for link in links:
+        link.type, link.linkname = kind, f"pool/{link.name}"
+    text = rows(("8.jpg", "of the link"), ("pool/7.jpg", "pool"))
+    members = [(links[0], b""), ("7.txt", "of the link"), ("7.depth.png", PNG), ("pool/7.jpg", PNG)]
+    members += [(links[1], b""), ("8.JPG", PNG)]
+    tar_of(tmp_path / "x.tar", members + ([("metadata.csv", text)] if table == "inside" else []))
+    if table == "beside":
+        write(tmp_path, {"metadata.csv": text})
+    assert captions_in(tmp_path) == {"x.tar:7.depth.png": [], "x.tar:pool/7.jpg": ["pool"], "x.tar:8.JPG": []}
+    assert left_out(tmp_path) == {
+        "hard link to no member" if kind == tarfile.LNKTYPE else "symbolic link": 2,
+        "text of a file that is left out": 1,
+        "metadata row that names no image": 1,
     }

@@ -4,7 +4,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from source_files import captions_in, left_out, picture, read_records, write
+from source_files import captions_in, details_in, left_out, picture, read_records, write
 
 from tasks.curation.config import SourceConfig
 from tasks.curation.sources import parquet
@@ -49,9 +49,10 @@ def test_caption_columns_match_in_any_case_and_with_blanks(tmp_path, column):
     assert captions_in(tmp_path) == {"x.parquet:0": ["a caption"]}
 
 
-def test_a_table_without_a_caption_column_names_its_columns_before_anything_is_decoded(tmp_path):
+def test_each_record_of_a_table_without_a_caption_column_names_the_columns(tmp_path):
     pq.write_table(pa.table({"image": [PNG], "blurb": ["a caption"]}), tmp_path / "x.parquet")
-    refused(tmp_path, "x.parquet has columns image, blurb", "source.caption_columns")
+    why = details_in(tmp_path)["x.parquet:0"]
+    assert why.startswith("x.parquet has columns image, blurb; it needs") and why.endswith("in source.caption_columns")
     assert captions_in(tmp_path, caption_columns=("blurb",)) == {"x.parquet:0": ["a caption"]}
     pq.write_table(pa.table([[PNG], ["a"], ["b"]], names=["image", "text", "text"]), tmp_path / "x.parquet")
     refused(tmp_path, "'text' twice")
@@ -182,7 +183,7 @@ def test_arrow_files_of_both_formats_are_read_and_broken_or_compressed_ones_are_
         refused(tmp_path, "x.arrow", "compressed")
 
 
-def test_an_arrow_file_with_paths_only_or_without_captions_is_refused(tmp_path):
+def test_an_arrow_file_with_paths_only_is_refused_and_one_without_captions_names_its_columns(tmp_path):
     def save(table):
         with pa.OSFile(str(tmp_path / "x.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
             writer.write_table(table)
@@ -191,7 +192,8 @@ def test_an_arrow_file_with_paths_only_or_without_captions_is_refused(tmp_path):
     save(pa.table({"image": pa.array([{"bytes": None, "path": "a.png"}] * 3, kind), "text": ["x"] * 3}))
     refused(tmp_path, "x.arrow", "none of its rows has image bytes", "image.path")
     save(pa.table({"image": [PNG], "label": ["x"]}))
-    refused(tmp_path, "x.arrow has columns image, label")
+    assert captions_in(tmp_path) == {"x.arrow:0": []}
+    assert details_in(tmp_path)["x.arrow:0"].startswith("x.arrow has columns image, label; it needs a caption column")
 
 
 @pytest.mark.parametrize("cells", [[1, 2], [{"en": "a barn"}, {"en": "a boat"}]])

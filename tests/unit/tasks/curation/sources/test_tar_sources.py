@@ -6,7 +6,7 @@ import tarfile
 import tracemalloc
 
 import pytest
-from source_files import captions_in, left_out, picture, read_records, tar_of, write
+from source_files import captions_in, details_in, left_out, picture, read_records, tar_of, write
 
 from tasks.curation.config import SourceConfig
 from tasks.curation.sources import scan, tar_format
@@ -172,8 +172,21 @@ def test_broken_metadata_inside_a_tar_names_tar_member_and_line(tmp_path):
     refused(tmp_path, f"{tmp_path}/x.tar:metadata.csv, line 2", "3 fields")
     tar_of(tmp_path / "x.tar", {"a.png": PNG, "metadata.csv": "file_name,text\nb.png,one\n"})
     refused(tmp_path, "x.tar:metadata.csv", "1 row", "name no image", "b.png")
-    tar_of(tmp_path / "x.tar", {"a.png": PNG, "metadata.csv": "file_name,blurb\na.png,one\n"})
-    refused(tmp_path, "x.tar:metadata.csv", "file_name, blurb", "source.caption_columns")
+
+
+@pytest.mark.parametrize("place", ["inside", "beside"])
+def test_the_images_of_a_tar_whose_table_has_no_captions_name_its_columns_unless_they_have_texts(tmp_path, place):
+    members = {"a.png": PNG, "b.png": PNG, "b.txt": "own", "images/c.png": PNG, "captions/c.txt": "apart", "d.png": PNG}
+    table = "file_name,blurb\na.png,one\nb.png,two\nimages/c.png,three\n"
+    tar_of(tmp_path / "x.tar", members | ({"metadata.csv": table} if place == "inside" else {}))
+    if place == "beside":
+        write(tmp_path, {"metadata.csv": table})
+    captions = {"x.tar:a.png": [], "x.tar:b.png": ["own"], "x.tar:images/c.png": ["apart"], "x.tar:d.png": []}
+    assert captions_in(tmp_path) == captions
+    details = details_in(tmp_path)
+    name = "x.tar:metadata.csv" if place == "inside" else "metadata.csv"
+    assert details.pop("x.tar:a.png").startswith(f"{name} has columns file_name, blurb; it needs a caption column")
+    assert not any(details.values())
 
 
 def test_a_tar_that_is_none_or_is_cut_off_is_named(tmp_path):

@@ -24,11 +24,11 @@ from image_site import image_site
 from own_images import png
 
 from tasks.curation import flow, http_retries
-from tasks.curation.config import CurationConfig, FilterConfig, SourceConfig, UrlConfig
+from tasks.curation.config import CaptionConfig, CaptionerConfig, CurationConfig, FilterConfig, SourceConfig, UrlConfig
 from tasks.curation.curated import open_curated
 from tasks.curation.sources.base import Account
 from tasks.curation.sources.file_trees import find
-from tasks.curation.sources.urls import fetch, network, robots, tables
+from tasks.curation.sources.urls import fetch, network, robots, shards, tables
 from tasks.curation.sources.urls.fetch import Fetched, Fetcher
 from tasks.store import read_index
 
@@ -466,6 +466,26 @@ def test_a_csv_of_urls_is_read_whole_by_its_mark_then_utf8_then_the_recipes_enco
     result = [row for one in tables.ranges(place, config, Account()) for row in tables.rows(place, one, config)]
     assert [(row.row, row.url) for row in result] == [(0, "https://a/1"), (1, "https://a/2")]
     assert [row.captions for row in result] == [['café,\r\n"old"'], []]
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_a_table_of_urls_without_captions_is_refused_only_where_captions_are_needed(tmp_path, form):
+    (tmp_path / "source").mkdir()
+    if form == "csv":
+        (tmp_path / "source" / "u.csv").write_text("url,label\nhttps://a.test/1.png,barn\n")
+    else:
+        pq.write_table(pa.table({"url": ["https://a.test/1.png"], "label": ["barn"]}), tmp_path / "source/u.parquet")
+    config = SourceConfig(urls=urls())
+    with pytest.raises(ValueError, match=rf"u\.{form} has columns url, label; it needs a caption column"):
+        flow.write_listing(config, str(tmp_path / "source"), tmp_path, CurationConfig().needs_captions)
+    free = CurationConfig(captions=CaptionConfig(required=False))
+    assert not free.needs_captions and not CurationConfig(captioner=CaptionerConfig(name="openai")).needs_captions
+    report = flow.write_listing(config, str(tmp_path / "source"), tmp_path, free.needs_captions)
+    assert report["images"] == 1
+    ((row, name),) = shards.read_listing(tmp_path)[1]
+    assert [(one.url, one.captions) for one in tables.rows(find(str(tmp_path / "source")), row, config)] == [
+        ("https://a.test/1.png", [])
+    ]
 
 
 # ---------------------------------------------------------------- hostile sites (benchmarks/curation/hostile_urls.py has more)

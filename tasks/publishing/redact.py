@@ -1,0 +1,94 @@
+"""Removes places and people from settings that are published: paths, buckets, endpoints, accounts and addresses.
+
+Any text that has a path (/PATH, ./NAME, ~/NAME) or a URI is cut there, whatever its key. A Hub id stays; settings that may be a
+relative path are replaced as a whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from typing import Any
+
+PRIVATE = "(private)"
+SETTINGS = (
+    "source.path",
+    "source.captions_folder",
+    "source.urls.user_agent",  # has an address for complaints
+    "curation.takedown",
+    "curation.captioner.endpoint",
+    "train.checkpoint_uri",
+    "eval.prompts_file",
+    "eval.prompt_rewrites",
+    "publish.s3_uri",
+    "publish.s3_bucket_owner",
+)
+KEPT = ("publish.title", "publish.license")  # texts for the public
+_PLACE = re.compile(r"[A-Za-z][\w+.-]*://.*|(?:^|(?<=[\s@=,:;|\"'(\[{]))(?:/(?=\S)|\.{1,2}/|~[\w.-]*/).*", re.DOTALL)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A whole recipe as `Recipe.model_dump(mode="json")`."""
+    public = _cut(dict(settings))
+    for key in SETTINGS:
+        _set(public, key.split("."), PRIVATE)
+    for key in KEPT:
+        section, name = key.split(".")
+        if name in settings.get(section, {}):
+            public[section][name] = settings[section][name]
+    init_from = public.get("train", {}).get("init_from")
+    if init_from and "@" not in init_from:  # no repository at a commit
+        public["train"]["init_from"] = PRIVATE
+    if "eval" in public:
+        public["eval"] = evaluation(public["eval"])
+    return public
+
+
+def evaluation(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The `eval` section of a recipe, or the configuration of a scorecard."""
+    public = _cut(dict(settings))
+    for key in SETTINGS:
+        section, _, name = key.partition(".")
+        if section == "eval":
+            _set(public, [name], PRIVATE)
+    if public.get("judges"):
+        public["judges"] = {skill: _judge(name) for skill, name in public["judges"].items()}
+    return public
+
+
+def scorecard(card: Mapping[str, Any]) -> dict[str, Any]:
+    """A scorecard, without places in its settings: its references name their public sources."""
+    public = copy.deepcopy(dict(card))
+    for key in ("config", "generation", "settings"):
+        if key in public:
+            public[key] = _cut(public[key])
+    for holder in (public, public.get("generation") or {}):
+        if holder.get("config"):
+            holder["config"] = evaluation(holder["config"])
+    return public
+
+
+def _judge(name: str) -> str:
+    """The judge without the directory of its weights; a commit stays."""
+    base, separator, at = name.partition("@")
+    return f"{base}@{at if _COMMIT.fullmatch(at) else PRIVATE}" if separator else name
+
+
+def _set(settings: Any, path: list[str], value: str) -> None:
+    """Replaces a setting, unless it is unset."""
+    for step in path[:-1]:
+        settings = settings.get(step) or {}
+    if settings.get(path[-1]) is not None:
+        settings[path[-1]] = value
+
+
+def _cut(value: Any) -> Any:
+    if isinstance(value, str):
+        return _PLACE.sub(PRIVATE, value)
+    if isinstance(value, Mapping):
+        return {_cut(key): _cut(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_cut(one) for one in value]
+    return value
