@@ -92,6 +92,13 @@ def test_the_whole_command_accounts_for_each_file_and_ends_in_a_pipeline(build, 
         owners = [text for texts in (source.outcomes[row["locator"]].captions, *duplicates) for text in texts]
         assert row["captions"] and set(row["captions"]) <= set(owners), "captions to train on are the owner's, whole"
 
+    special = sorted(
+        (row["locator"], encoding_ledger.CAPTION_SPECIAL_TOKEN)
+        for row in rows
+        if row["split"] == "train" and "<|im_end|>" in row["captions"][0]
+    )
+    assert special or build is not read.captions_and_tables
+
     encoded = [node for node in walk(made["pipeline"]).values() if node.manifest.kind in ("texts", "latents")]
     reports = {node.path: json.loads((Path(node.path) / "report.json").read_text()) for node in encoded}
     wholes = {path: report for path, report in reports.items() if report["records"] == len(kept)}
@@ -104,8 +111,10 @@ def test_the_whole_command_accounts_for_each_file_and_ends_in_a_pipeline(build, 
         named = pq.read_table(Path(path) / "encoding_ledger.parquet").to_pylist()
         rejected = sorted((row["file"], row["rule"]) for row in named if row["rule"])
         assert len(rejected) == sum(outcomes[rule] for rule in rules)
-        special = [("special/a.png", encoding_ledger.CAPTION_SPECIAL_TOKEN)]
-        assert rejected == (special if "image_size_px" not in report and "special/a.png" in kept else [])
+        if "image_size_px" in report:
+            assert set(rejected) <= {(f"shapes/{name}.png", "shape_fits_no_bucket") for name in ("wide", "16x9")}
+        else:
+            assert rejected == special
     for output in ("pipeline", "scorecard"):
         verify(made[output])
     assert (made["pipeline"] / "model_index.json").is_file() and (made["scorecard"] / "scorecard.html").is_file()
