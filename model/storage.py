@@ -38,6 +38,7 @@ STORES = {
     "abfs": ("adlfs", "AzureBlobFileSystem"),
 }
 ALLOWED_STORES = "NUCLEUS_STORES"  # environment variable: schemes allowed, separated by commas; default: s3
+_LOGIN = re.compile(r"(?<=://).*@", re.DOTALL)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
 
 
@@ -50,6 +51,11 @@ def allowed_stores() -> tuple[str, ...]:
     return tuple(named)
 
 
+def without_login(text: str) -> str:
+    """The text of a message without what may be a user name and a password of a URI."""
+    return _LOGIN.sub("...@", text)
+
+
 def check_path(path: str | os.PathLike[str]) -> str:
     """The path, if it is a plain local path or a URI of an allowed object store. file:///PATH becomes the plain path.
 
@@ -57,31 +63,32 @@ def check_path(path: str | os.PathLike[str]) -> str:
         ValueError: another scheme, a chain of schemes (::), or a user name or password inside the URI.
     """
     text = str(path)
+    shown = without_login(text)
     stores = allowed_stores()
     valid = f"use a plain path, or {' or '.join(f'{name}://BUCKET/PREFIX' for name in stores)}"
     if "\0" in text or any(ord(c) < 32 for c in text):
-        raise ValueError(f"{text!r} has control characters; {valid}")
+        raise ValueError(f"{shown!r} has control characters; {valid}")
     if "::" in text:
-        raise ValueError(f"{text!r} chains file systems with '::', which may run code of the first; {valid}")
+        raise ValueError(f"{shown!r} chains file systems with '::', which may run code of the first; {valid}")
     scheme = _SCHEME.match(text)
     if scheme is None:
         if "://" in text:
-            raise ValueError(f"{text!r} is not a path or URI; {valid}")
+            raise ValueError(f"{shown!r} is not a path or URI; {valid}")
         return text
     name = scheme.group(1)
     if name == "file":
         local = text[scheme.end() :]
-        if not local.startswith("/"):
-            raise ValueError(f"{text!r} must be file:///PATH, or a plain path")
+        if not local.startswith("/") or "://" in local:
+            raise ValueError(f"{shown!r} must be file:///PATH, or a plain path; a path has no ://")
         return local
     if name not in stores:
         hint = f" ({ALLOWED_STORES} may allow it)" if name in STORES else ""
-        raise ValueError(f"{text!r} has the scheme {name!r}, which is not allowed{hint}; {valid}")
+        raise ValueError(f"{shown!r} has the scheme {name!r}, which is not allowed{hint}; {valid}")
     bucket = text[scheme.end() :].split("/")[0]
     if "@" in bucket and name != "abfs":  # abfs://CONTAINER@ACCOUNT is a location, not a login
         raise ValueError(f"the URI of {name}://...@{bucket.rpartition('@')[2]} holds a user name or password; {valid}")
     if not bucket:
-        raise ValueError(f"{text!r} names no bucket; {valid}")
+        raise ValueError(f"{shown!r} names no bucket; {valid}")
     return text
 
 

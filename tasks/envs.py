@@ -205,7 +205,7 @@ def tables(role: str) -> dict[str, Any]:
     NUCLEUS_SPARK when registering: JSON of Spark's settings, such as {"spark.executor.instances": "8"}; Flyte's Spark plugin
     and operator run it. NUCLEUS_HOME must then be on a file system that driver and executors share.
     """
-    options = gather(role)
+    options = _options(role, "gather", PROFILE.tables)
     settings = os.environ.get("NUCLEUS_SPARK")
     if settings:
         # A separate extra: with the plugin installed, every pyflyte command would import pyspark.

@@ -43,6 +43,8 @@ class Profile:
     # At 17B the pipeline is loaded in 52 GB (publish.check_memory_bytes), and 16 checkpoints to merge take 1.08 TB: the merge
     # runs on a node with an accelerator, whose disks have room.
     publish: Size = Size(16, 128, 500)
+    # Decisions about 700M records: half of the memory is DuckDB's, and tables, scores and captions take 0.9 TB (docs/scale.md).
+    tables: Size = Size(16, 128, 1600)
     merge: Size = Size(22, 220, 1600)
     # PodTemplate of training with as many EFA devices as a node has; empty: these nodes have none
     efa_template: str = ""
@@ -66,14 +68,15 @@ PROFILES = {
     for profile in (
         Profile(
             "cpu-small", None, 0, gpu=Size(2, 6, 5), train=Size(2, 6, 5), shared_memory_gib=1,
-            shard=Size(1, 4, 5), gather=Size(2, 6, 5), publish=Size(2, 6, 5), merge=Size(2, 6, 5),
+            shard=Size(1, 4, 5), gather=Size(2, 6, 5), publish=Size(2, 6, 5), tables=Size(2, 6, 5), merge=Size(2, 6, 5),
         ),
         Profile(
-            "a10g", "nvidia-a10g", 1, Size(12, 48, 200), Size(12, 48, 200), 8, merge=Size(12, 48, 200), environment=_NCCL
+            "a10g", "nvidia-a10g", 1, Size(12, 48, 200), Size(12, 48, 200), 8, merge=Size(12, 48, 200),
+            tables=Size(16, 64, 500), environment=_NCCL,
         ),
         Profile(
             "l40s", "nvidia-l40s", 1, Size(24, 200, 300), Size(24, 200, 300), 16, merge=Size(24, 200, 300),
-            environment=_NCCL,
+            tables=Size(16, 64, 500), environment=_NCCL,
         ),
         Profile(
             "h100", "nvidia-h100", 8, Size(22, 220, 800), Size(22, 220, 800), 64,

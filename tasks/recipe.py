@@ -17,6 +17,7 @@ from model.constants import TILE_PX, VAE_SCALE
 from model.names import closest
 from model.ranks import micro_batch, rank_degrees
 from model.recipe_yaml import MAX_FILE_BYTES, parse, read_recipe
+from model.storage import without_login
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.publishing.config import PublishConfig
@@ -349,7 +350,7 @@ def _explain(error: ValidationError) -> str:
             valid = list(section.model_fields) if section else []
             wrong.setdefault("", []).append(_unknown(key, str(item["loc"][-1]), valid))
             continue
-        value = repr(item["input"])
+        value = without_login(repr(item["input"]))
         if location and item["type"] != "missing" and not isinstance(item["input"], (dict, BaseModel)):
             got[key] = f" (got {value if len(value) < 80 else value[:77] + '...'})"
         message = item["msg"].removeprefix("Value error, ")

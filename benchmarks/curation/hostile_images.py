@@ -212,6 +212,43 @@ def image_png_of_text() -> bytes:
 
 
 @image("refused")
+def image_png_of_profiles() -> bytes:
+    """30,000 ICC profiles of a mebibyte, compressed to a kilobyte each."""
+    whole = _encoded(_plain("RGB", (64, 64)), "PNG")
+    body = b"iCCPx\0\0" + zlib.compress(bytes(MIB - 1), 9)
+    return (
+        whole[:33]
+        + (struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))) * 30_000
+        + whole[33:]
+    )
+
+
+@image("refused")
+def image_ppm_of_a_long_header() -> bytes:
+    """A comment of 200 MiB, which Pillow reads byte by byte."""
+    return b"P6\n" + b"#" * (200 * MIB) + b"\n64 64 255\n" + bytes(3 * 64 * 64)
+
+
+@image("refused")
+def image_ppm_of_comments() -> bytes:
+    """4 million comments between numbers as text, each of which copies a mebibyte."""
+    return b"P3 64 64 255\n" + b"#\n" * 2**22 + b"1 " * (3 * 64 * 64)
+
+
+@image("read")
+def image_tiff_of_tags_over_its_end() -> bytes:
+    """60,000 tags, for each of which Pillow warns twice."""
+    whole = _encoded(_plain("RGB", (64, 64)), "TIFF")
+    (at,) = struct.unpack_from("<I", whole, 4)
+    (count,) = struct.unpack_from("<H", whole, at)
+    entries = whole[at + 2 : at + 2 + 12 * count] + b"".join(
+        struct.pack("<HHII", 1000 + i, 1, 2**31, 0) for i in range(60_000)
+    )
+    head = whole[:4] + struct.pack("<I", len(whole)) + whole[8:]
+    return head + struct.pack("<H", count + 60_000) + entries + bytes(4)
+
+
+@image("refused")
 def image_bmp_of_short_runs() -> bytes:
     """Runs of one pixel, which Pillow decodes in Python."""
     width, height = 8000, 8500

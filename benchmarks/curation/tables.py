@@ -1,8 +1,9 @@
-"""Time and memory of curation's decisions on tables (tasks/curation/decisions/decide.py): rules, tiers, duplicates,
+"""Time, memory and disk of curation's decisions on tables (tasks/curation/decisions/decide.py): rules, tiers, duplicates,
 ledger, report.
 
     python benchmarks/curation/tables.py                     100k and 10M records
     python benchmarks/curation/tables.py --counts 100000 --engine spark
+    python benchmarks/curation/tables.py --counts 1000000 --memory 128MB     what is spilled counts as disk
 
 Scores are made up: 10,000 rows a shard, two captions each, uniform hashes, 1% exact and 1% near duplicates, a tenth of the
 records under a limit. Making them is not timed. No image and no thumbnail is read. Times are attributed to the tables
@@ -12,11 +13,13 @@ that steps make.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -26,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.curation.config import CurationConfig
-from tasks.curation.decisions import decide
+from tasks.curation.decisions import decide, engines
 from tasks.curation.decisions.engines import open_engine
 from tasks.curation.reports import report
 from tasks.curation.reports.summary import summarize
@@ -102,12 +105,44 @@ class Timed:
         return call if name in ("create", "append", "load", "scan") else method
 
 
+class Disk:
+    """The largest size of folders' files, looked at every 0.1 s inside the block; GiB, allocated."""
+
+    def __init__(self, *folders: str) -> None:
+        self.folders, self.peak, self._end = folders, 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self._end.wait(0.1):
+            self.peak = max(self.peak, sum(map(_allocated, self.folders)) / 2**30)
+
+    def __enter__(self) -> Disk:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+
+def _allocated(folder: str) -> int:
+    size = 0
+    for path in Path(folder).rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            size += 512 * path.stat().st_blocks
+    return size
+
+
 def decide_all(folder: Path, engine_name: str) -> dict:
     files = sorted(folder.glob("*.parquet"))
     parts = [Part(path.stem, "scores", "0" * 64, str(path)) for path in files]
     config = CurationConfig()
     start, cpu = time.perf_counter(), time.process_time()
-    with tempfile.TemporaryDirectory(dir=folder) as work, tempfile.TemporaryDirectory(dir=folder) as out:
+    with (
+        tempfile.TemporaryDirectory(dir=folder) as work,
+        tempfile.TemporaryDirectory(dir=folder) as out,
+        Disk(work, out) as disk,
+    ):
         engine = Timed(open_engine(engine_name, work))
         rows = [{"part": i, "shard": part.name, "file": part.name, "error": ""} for i, part in enumerate(parts)]
         engine.load("parts", decide.PARTS, rows)
@@ -128,7 +163,15 @@ def decide_all(folder: Path, engine_name: str) -> dict:
         if name.split()[1]
         in ("same", "nodes", "hash_values", "value_pairs", "repeated", "members", "proposed", "matched")
     )
-    return {"wall_s": wall, "cpu_s": cpu, "gib": peak, "near_s": near, "kept": summary.kept, "laps": laps}
+    return {
+        "wall_s": wall,
+        "cpu_s": cpu,
+        "gib": peak,
+        "disk_gib": disk.peak,
+        "near_s": near,
+        "kept": summary.kept,
+        "laps": laps,
+    }
 
 
 def main() -> None:
@@ -136,9 +179,12 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=[100_000, 10_000_000])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--engine", choices=("duckdb", "spark"), default="duckdb")
+    parser.add_argument("--memory", help="of DuckDB's buffers, instead of engines.MEMORY")
     parser.add_argument("--folder", type=Path, help="for scores, tables and what is spilled")
     parser.add_argument("--decide", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.memory:
+        engines.MEMORY = options.memory
     if options.decide:
         print(json.dumps(decide_all(options.decide, options.engine)))
         return
@@ -149,6 +195,7 @@ def main() -> None:
                 make_shard(index, min(SHARD, count - index * SHARD), Path(folder) / f"{index:06d}.parquet")
             size = sum(path.stat().st_size for path in Path(folder).iterdir())
             command = [sys.executable, __file__, "--decide", folder, "--engine", options.engine]
+            command += ["--memory", options.memory] if options.memory else []
             results = []
             for _ in range(options.rounds):
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -160,7 +207,8 @@ def main() -> None:
         laps = ", ".join(f"{name} by {at:.1f} s" for name, at in middle["laps"].items())
         print(
             f"{count} records ({size / count:.0f} bytes each), {options.engine}: {_spread(results, 'wall_s')} s, of CPU "
-            f"{_spread(results, 'cpu_s')} s; near duplicates {_spread(results, 'near_s')} s; peak {_spread(results, 'gib', 2)} GiB "
+            f"{_spread(results, 'cpu_s')} s; near duplicates {_spread(results, 'near_s')} s; peak {_spread(results, 'gib', 2)} GiB, "
+            f"disk {_spread(results, 'disk_gib', 2)} GiB "
             f"({target}); {middle['kept']} kept; {laps}",
             flush=True,
         )

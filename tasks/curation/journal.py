@@ -1,7 +1,10 @@
 """An append-only journal of JSON rows: after a kill, work that has a row is not repeated.
 
 PLACE/journal.jsonl             a local folder: one row a line
-PLACE/WRITER-000000.jsonl ...   an object store, which cannot append: an object for every few rows
+PLACE/WRITER-000000.jsonl ...   an object store, which cannot append: an object for every SEGMENT_ROWS rows
+
+The last object of a store is written again with each row that is added, until it is full. Rows that come while a write is in
+progress go into the next one: at most one request a row, few objects, and a kill loses what came during one request.
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ import fcntl
 import json
 import os
 import threading
-import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 from model import storage
 
 JOURNAL = "journal.jsonl"
-SEGMENT_ROWS, SEGMENT_S = 64, 20.0  # rows of an object; a kill loses at most so many
+SEGMENT_ROWS = 64  # rows of an object
 
 
 class Journal:
@@ -28,7 +30,7 @@ class Journal:
     Args:
         place: a local folder or a URI.
         sync: flush each row to disk before `add` returns. A killed process loses no row either way; a power failure
-            may.
+            may. In an object store `add` returns before the row is written.
 
     Raises:
         ValueError: another process writes the journal of a local folder.
@@ -38,13 +40,12 @@ class Journal:
         self._place, self._sync = place, sync
         self._lock = threading.Lock()
         self._file: int | None = None
+        self._segments: _Segments | None = None
         if storage.is_remote(place):
             names = [name for name in storage.children(place) if name.endswith(".jsonl")]
             # By time within a writer; rows of different writers answer the same questions.
             self.rows = [row for name in names for row in _rows(storage.read_bytes(name) or b"")]
-            self._writer, self._segments = uuid.uuid4().hex, 0
-            self._waiting: list[bytes] = []
-            self._written_at = time.monotonic()
+            self._segments = _Segments(place)
         else:
             self.rows = self._open_local(Path(place))
 
@@ -64,37 +65,82 @@ class Journal:
         return _rows(data[:whole])
 
     def add(self, row: dict[str, Any]) -> None:
+        """
+        Raises:
+            Exception: of the object store, which could not write this row or an earlier one.
+        """
         line = json.dumps(row, ensure_ascii=True).encode() + b"\n"
+        if self._segments is not None:
+            self._segments.add(line)
+            return
         with self._lock:
-            if self._file is not None:
-                os.write(self._file, line)
-                if self._sync:
-                    os.fdatasync(self._file)
-                return
-            self._waiting.append(line)
-            if len(self._waiting) >= SEGMENT_ROWS or time.monotonic() - self._written_at > SEGMENT_S:
-                self._write_segment()
-
-    def _write_segment(self) -> None:
-        if self._waiting:
-            name = f"{self._writer}-{self._segments:06d}.jsonl"
-            storage.write_bytes(storage.join(self._place, name), b"".join(self._waiting))
-            self._segments, self._waiting = self._segments + 1, []
-        self._written_at = time.monotonic()
+            assert self._file is not None, "the journal is closed"
+            os.write(self._file, line)
+            if self._sync:
+                os.fdatasync(self._file)
 
     def close(self) -> None:
+        if self._segments is not None:
+            self._segments.close()
         with self._lock:
             if self._file is not None:
                 os.close(self._file)
                 self._file = None
-            elif storage.is_remote(self._place):
-                self._write_segment()
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _Segments:
+    """Writes rows to the objects of one writer, in a thread, so that a slow store delays no answer."""
+
+    def __init__(self, place: str) -> None:
+        self._prefix = storage.join(place, uuid.uuid4().hex)
+        self._changed = threading.Condition()
+        self._waiting: list[bytes] = []
+        self._closed = False
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
+        self._thread.start()
+
+    def add(self, line: bytes) -> None:
+        with self._changed:
+            if self._error is not None:
+                raise self._error
+            self._waiting.append(line)
+            self._changed.notify()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _write(self) -> None:
+        number, segment = 0, []
+        try:
+            while lines := self._next():
+                while lines:
+                    room = SEGMENT_ROWS - len(segment)
+                    segment, lines = segment + lines[:room], lines[room:]
+                    storage.write_bytes(f"{self._prefix}-{number:06d}.jsonl", b"".join(segment))
+                    if len(segment) == SEGMENT_ROWS:
+                        number, segment = number + 1, []
+        except Exception as error:  # each of fsspec's back ends raises its own types
+            with self._changed:
+                self._error = error
+
+    def _next(self) -> list[bytes]:
+        """The rows that wait, at least one; none once the journal is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            lines, self._waiting = self._waiting, []
+            return lines
 
 
 def _rows(data: bytes) -> list[dict[str, Any]]:

@@ -19,8 +19,9 @@ from model.plan.data_costs import Corpus
 from tasks.curation.captioning import chosen_captioner
 from tasks.curation.config import TIERS, CaptionerConfig, CurationConfig
 from tasks.curation.decisions import covers
+from tasks.curation.decisions.pairs import PIECE_ROWS
 from tasks.curation.scorers import COLUMNS, Chosen, chosen_scorers, costs
-from tasks.envs import TIMEOUTS
+from tasks.envs import PROFILE, TIMEOUTS
 from tasks.store import num_groups
 
 CAPTIONS_PER_IMAGE = Corpus.captions / Corpus.images  # the paper's
@@ -39,7 +40,9 @@ class Rates:
     decide_us: float = 25.0  # of a core: rules, tiers, duplicates, ledger and report
     join_us: float = 0.2  # of a core: a row of one join of the search for near duplicates
     compare_us: float = 0.17  # of a core: a pair that shares a key, compared
+    piece_us: float = 0.013  # of a core: a hash read again for one more piece of a sort
     scores_bytes: float = 220.0  # of a row of scores, on disk
+    tables_bytes: float = 545.0  # of a record while DuckDB decides, on disk: tables, what is spilled, decisions
     thumbnail_bytes: float = 64 * 85 * 3  # of 4:3 with a shorter side of 64 px, without compression
     embedding_components: int = 1152  # of SigLIP-2 so400m, float16
     caption_parameters: float = 8.2e9  # Qwen3-VL-8B's language model: 2 FLOPs each, for each token
@@ -88,7 +91,21 @@ def _deciding_hours(corpus: Corpus, config: CurationConfig, rates: Rates) -> flo
     """Of a core, with DuckDB."""
     cover = covers.plan_cover(int(corpus.images), config.dedup.max_hamming_distance)
     rows, pairs = 2 * len(cover.keys) * corpus.images, 2 * cover.pairs(corpus.images)
-    return (corpus.images * rates.decide_us + rows * rates.join_us + pairs * rates.compare_us) / 3.6e9
+    again = rows * (math.ceil(corpus.images / PIECE_ROWS) - 1)
+    us = corpus.images * rates.decide_us + rows * rates.join_us + again * rates.piece_us + pairs * rates.compare_us
+    return us / 3.6e9
+
+
+def _deciding_bytes(corpus: Corpus, config: CurationConfig, rates: Rates) -> float:
+    """On the disk of one task: the scores that it fetches, and what DuckDB writes."""
+    compared = 4.0 * rates.embedding_components if config.dedup.min_embedding_similarity is not None else 0.0
+    return corpus.images * (rates.scores_bytes + rates.tables_bytes + compared) + _caption_bytes(corpus, config, rates)
+
+
+def _caption_bytes(corpus: Corpus, config: CurationConfig, rates: Rates) -> float:
+    """Of the captioner's answers, without compression."""
+    asking = config.captioner
+    return corpus.images * sum(_requests(asking)) * rates.bytes_per_word if asking is not None else 0.0
 
 
 def _limit_hours(kind: str) -> float:
@@ -171,19 +188,14 @@ def plan(corpus: Corpus, config: CurationConfig, rates: Rates) -> list[str]:
         seconds = _seconds(one, corpus, rates)
         gpus = None if seconds is None else images * seconds / 3600
         step(_row(one), groups, a_group, 0, images * _written_bytes(one, rates), gpus=gpus)
+    engine = "Spark application" if config.engine == "spark" else "DuckDB"
+    deciding, described = _deciding_hours(corpus, config, rates), _caption_bytes(corpus, config, rates)
     if config.captioner is not None:
         asking = config.captioner
-        written = images * sum(_requests(asking)) * rates.bytes_per_word
         gpus = 0.0 if asking.name == "scenes" else images * _caption_seconds(asking, rates) / 3600
-        step(f"captions ({asking.name})", groups, a_group, pictures, written, gpus=gpus)
-    step(
-        "decide",
-        1,
-        "Spark application" if config.engine == "spark" else "DuckDB",
-        scores,
-        scores / 2,
-        _deciding_hours(corpus, config, rates),
-    )
+        step("decide which images to describe", 1, engine, scores, scores / 2, deciding)
+        step(f"captions ({asking.name})", groups, a_group, pictures, described, gpus=gpus)
+    step("decide", 1, engine, scores + described, scores / 2, deciding)
     step("select", groups, a_group, scores, scores / 2)
     step("gather", 1, f"{corpus.shards:,} parts", 0, 0)
     outputs = groups * OUTPUT_BYTES
@@ -220,6 +232,8 @@ def _limits(corpus: Corpus, config: CurationConfig, rates: Rates, groups: int) -
         if task.name == "score_group_on_gpu":
             line += f"; {groups * task.hours:,.0f} GPU-hours in all, with the waits for {DECODERS} decoding processes"
         lines.append(line)
+    if config.engine == "duckdb":
+        lines.append(_space(corpus, config, rates))
     captioner = config.captioner
     if captioner is not None and chosen_captioner(captioner).needs == "cpu" and captioner.name != "scenes":
         hours, limit = corpus.images / groups * _caption_seconds(captioner, rates) / 3600, _limit_hours("captioner")
@@ -228,6 +242,22 @@ def _limits(corpus: Corpus, config: CurationConfig, rates: Rates, groups: int) -
             "sub-task that runs at the time (curation.concurrency)"
         )
     return lines
+
+
+def _space(corpus: Corpus, config: CurationConfig, rates: Rates) -> str:
+    """Disk and memory of the task that decides, next to those of the profile."""
+    needed, disk, memory = (
+        _deciding_bytes(corpus, config, rates),
+        PROFILE.tables.ephemeral_gib,
+        PROFILE.tables.memory_gib,
+    )
+    line = (
+        f"- decide_corpus, profile {PROFILE.name}: {_tb(needed)} of {_tb(disk * 2**30)} of disk; half of {memory} GiB for DuckDB's "
+        f"buffers, {memory * 2**29 / corpus.images:,.0f} bytes a record"
+    )
+    if needed > disk * 2**30:
+        line += ". TOO LARGE: it needs larger `tables` in tasks/profiles.py, or curation.engine=spark"
+    return line
 
 
 def _hours(value: float) -> str:

@@ -41,6 +41,23 @@ def with_shared_checkpoints(recipe: Recipe, store: str) -> Recipe:
     return recipe
 
 
+def check_engine(engine: str, registered: str | None) -> None:
+    """
+    Args:
+        engine: `curation.engine`.
+        registered: NUCLEUS_SPARK at registration; None if it was not set.
+
+    Raises:
+        ValueError: Spark, where tasks that decide are registered as plain pods, whose image has none: they would fail
+            after all images are scored.
+    """
+    if engine == "spark" and not registered:
+        raise ValueError(
+            "curation.engine='spark', but draft_corpus and decide_corpus are not registered as Spark applications: register "
+            "with NUCLEUS_SPARK (docs/scale.md), or use duckdb"
+        )
+
+
 def check_download(images_by_tier: Mapping[str, int], stages: Sequence[Stage], scratch_gib: int) -> None:
     """Refuses, right after curation, latents that each node would copy and that its scratch cannot contain.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple, Union
 
@@ -23,7 +24,7 @@ from tasks.evaluation.models import Model
 from tasks.evaluation.plan import further_configs
 from tasks.planning import word_limit
 from tasks.planning.candidates import Candidate
-from tasks.planning.cluster_run import check_download, with_shared_checkpoints
+from tasks.planning.cluster_run import check_download, check_engine, with_shared_checkpoints
 from tasks.planning.local_cache import forget_lost_artifacts
 from tasks.planning.local_run import check_directories
 from tasks.planning.sections import (
@@ -82,6 +83,8 @@ def resolve_recipe(
             path = source or loaded.source.path or ""
             check_source(path, is_local())
             check_settings(loaded.curation.scorers)
+            if not is_local():
+                check_engine(loaded.curation.engine, os.environ.get("NUCLEUS_SPARK"))
         trains = MILESTONES.index(starts_from) < MILESTONES.index("checkpoints") <= MILESTONES.index(ends_in)
         if trains:
             check_ranks(loaded.train, envs.TRAIN_NNODES, envs.TRAIN_NPROC, is_local())

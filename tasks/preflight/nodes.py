@@ -84,7 +84,7 @@ def _fits(target: Target, needed: dict[str, Any], of: str) -> str:
     if not nodes:
         raise Skipped("no such node is up yet")
     good = [node for node in nodes if _has_room(node, needed)]
-    text = ", ".join(f"{name} {value}" for name, value in needed.items())
+    text = _listed(needed)
     if len(good) < min(len(nodes), target.nnodes):
         small = next(node for node in nodes if node not in good)
         least = {name: small.status.allocatable.get(name, "0") for name in needed}
@@ -141,6 +141,24 @@ def node_fabric(target: Target) -> str:
     return _fits(target, needed, f"for a pod of {name}")
 
 
+@check(
+    "nodes for tasks on one accelerator",
+    "Put the kubelet's directory on the nodes' NVMe (instanceStorePolicy: RAID0), or choose the profile of these nodes.",
+)
+def single_gpu(target: Target) -> str:
+    """Merges need more scratch space than one rank of training."""
+    needs_gpus(target)
+    nodes = _nodes(target)
+    if not nodes:
+        raise Skipped("no such node is up yet")
+    kinds = (("merging", target.profile.merge), ("scoring, encoding and evaluating", target.profile.gpu))
+    for kind, size in kinds:
+        needed = {GPU: "1", **_requests(size)}
+        if not any(_has_room(node, needed) for node in nodes):
+            raise Failed(f"none of {len(nodes)} nodes takes a task of {kind} ({_listed(needed)})")
+    return "; ".join(f"{kind}: a node" for kind, _ in kinds)
+
+
 @check("taints of the nodes", "Remove the taint, or add its toleration to Flyte's resource-tolerations (k8s/helm).")
 def taints(target: Target) -> str:
     needs_gpus(target)
@@ -164,7 +182,10 @@ def cpu_nodes(target: Target) -> str:
     """Whether the tasks of each size fit somewhere. What a NodePool may make is not compared with the size."""
     profile, observed = target.profile, []
     kinds = (("planning", profile.light, set()), ("gathering", profile.gather, set()),
+             ("deciding", profile.tables, set()),
              ("publishing", profile.publish, set()), ("a shard", profile.shard, {INTERRUPTIBLE}))  # fmt: skip
+    if not target.gpus:
+        kinds += (("merging", profile.merge, set()), ("scoring, encoding and evaluating", profile.gpu, set()))
     ready = [node for node in core(target).list_node().items if _ready(node)]
     pools = _node_pools(target)
     for kind, size, tolerated in kinds:
@@ -174,14 +195,19 @@ def cpu_nodes(target: Target) -> str:
             continue
         names = [p["metadata"]["name"] for p in pools if _open(_template(p)["spec"].get("taints", []), tolerated)]
         if not names:
-            text = ", ".join(f"{name} {value}" for name, value in needed.items())
-            raise Failed(f"no node takes a task of {kind} ({text}), and no NodePool without taints would make one")
+            raise Failed(
+                f"no node takes a task of {kind} ({_listed(needed)}), and no NodePool without taints would make one"
+            )
         observed.append(f"{kind}: NodePool {', '.join(names)}")
     return "; ".join(observed)
 
 
 def _requests(size: Size) -> dict[str, str]:
     return {"cpu": str(size.cpu), "memory": f"{size.memory_gib}Gi", "ephemeral-storage": f"{size.ephemeral_gib}Gi"}
+
+
+def _listed(needed: dict[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in needed.items())
 
 
 def _open(taints: list[dict[str, Any]], tolerated: set[str]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import model_validator
 
 from model.config import Section
+from model.storage import check_path, without_login
 
 
 class PublishConfig(Section):
@@ -21,5 +22,7 @@ class PublishConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> PublishConfig:
         if self.s3_uri is not None and not self.s3_uri.startswith("s3://"):
-            raise ValueError(f"s3_uri={self.s3_uri!r} must start with s3://")
+            raise ValueError(f"s3_uri={without_login(self.s3_uri)!r} must start with s3://")
+        if self.s3_uri is not None:
+            check_path(self.s3_uri)
         return self

@@ -39,6 +39,9 @@ LIMITED = {
     "image-33ef3fa9d6": ("MAX_BYTES", decode_memory),  # JPEG 2000
     "image-850f30e68b": ("MAX_SCANS", blocks),
     "image-71ffaa8bf2": ("MAX_SEGMENTS", blocks),  # JPEG, 5,000 empty comments
+    "image-e2b0eb1162": ("MAX_COMPRESSED", blocks),  # PNG, 257 profiles
+    "image-e51efdb8e3": ("MAX_COMMENTS", blocks),  # PPM, 1,001 comments
+    "image-72c4812f9a": ("MAX_HEADER_BYTES", blocks),  # PPM
 }
 
 

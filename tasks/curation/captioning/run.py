@@ -4,8 +4,7 @@
                                         \\                                                     and the owners'
                                          ----------------------------------> scores.parquet   captions and words replaced
 
-Every answer goes to a journal first (journal.py), so that after a kill only questions without an answer are asked; in an
-object store the last answers, up to 64 or of 20 s, are asked for again.
+Every answer goes to a journal first (journal.py), so that after a kill only questions without an answer are asked.
 """
 
 from __future__ import annotations

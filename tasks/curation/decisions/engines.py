@@ -30,7 +30,10 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-MEMORY = "1GB"  # of DuckDB's buffers; the rest is spilled
+from tasks.curation.scoring.workers import CONTAINER_LIMIT
+
+MEMORY = ""  # of DuckDB's buffers, such as 1GB; empty: half of the container's memory, at least LEAST_MEMORY_BYTES
+LEAST_MEMORY_BYTES = 10**9  # and outside of a container
 BATCH_ROWS = 10_000
 PART = 2**32  # positions of a part
 _UNSAFE = ("'", "\\")
@@ -84,8 +87,19 @@ def open_engine(name: str, work_dir: str | os.PathLike) -> Engine:
     return DuckDB(work_dir) if name == "duckdb" else Spark(work_dir)
 
 
+def buffers() -> str:
+    """Memory of DuckDB's buffers; the rest is spilled."""
+    if MEMORY:
+        return MEMORY
+    try:
+        container = int(CONTAINER_LIMIT.read_text())
+    except (OSError, ValueError):  # no cgroup, or "max"
+        container = 0
+    return f"{max(LEAST_MEMORY_BYTES, container // 2) // 10**6}MB"
+
+
 class DuckDB:
-    """In this process; tables are in one file, and at most `MEMORY` of them in memory."""
+    """In this process; tables are in one file, and at most `buffers()` of them in memory."""
 
     in_process = True
 
@@ -107,7 +121,7 @@ class DuckDB:
         import duckdb
 
         self.work_dir = Path(work_dir)
-        settings = {"memory_limit": MEMORY, "temp_directory": str(self.work_dir / "spill")}
+        settings = {"memory_limit": buffers(), "temp_directory": str(self.work_dir / "spill")}
         self._db = duckdb.connect(str(self.work_dir / "tables.duckdb"), config=settings)
         self._db.execute("SET preserve_insertion_order = false")
         # The statistics of a Parquet column leave NaN out, and DuckDB would take them for proof that there is none: a

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-PIECE_ROWS = 2**24  # 128 MiB
+PIECE_ROWS = 2**26  # 512 MiB, and as much again while pieces are put together; each piece reads all hashes
 CHUNK_ROWS = 2**19
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that different keys stay different; 2**64 over the golden ratio
 

@@ -16,10 +16,13 @@ MAX_SEGMENTS = 4096  # before a JPEG's picture; a profile has up to 255, phones 
 MAX_BETWEEN_BYTES = MIB  # fill bytes and rubbish between them, which Pillow reads one by one
 MAX_METADATA_BYTES = 32 * MIB  # before a JPEG's picture, and of EXIF; phones' depth maps have a few
 MAX_CHUNKS = 100_000  # of a PNG; in chunks of 4 KiB, which few encoders write, these are 400 MiB
+MAX_COMPRESSED = 256  # profiles and texts of a PNG: each takes up to 4 ms to inflate; encoders write a few
 MAX_EXTENSIONS = 100_000  # blocks of up to 255 bytes outside a GIF's pictures: comments, XMP
 MAX_BLOCKS = 4_000_000  # of a GIF up to its second picture
 MAX_STRIPS = 100_000  # of a TIFF, or tiles
 TIFF_MARKS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"MM*\0", b"II\0*")  # which Pillow reads, the wrong ones too
+MAX_HEADER_BYTES = 2**16  # of a PPM: Pillow reads it byte by byte
+MAX_COMMENTS = 1_000  # of a PPM whose values are text: each copies up to a mebibyte
 STRIP_TAGS = (273, 279, 324, 325)  # offsets and sizes of strips and tiles
 # Markers without a length which libjpeg refuses before a picture: Pillow looks for the next marker right behind them. They are
 # a second start, an end, and those that the standard keeps for extensions.
@@ -44,13 +47,18 @@ def check(data: bytes) -> None:
         _check_gif(data)
     elif data.startswith(TIFF_MARKS):
         _check_tiff(data)
+    elif data[:1] == b"P" and data[1:2] in PPM_KINDS:
+        _check_ppm(data)
 
 
 def _check_png(data: bytes) -> None:
-    at, chunks = 8, 0
+    at, chunks, compressed = 8, 0, 0
     while at + 8 <= len(data):
+        compressed += data[at + 4 : at + 8] in (b"iCCP", b"zTXt", b"iTXt")
         at += 12 + int.from_bytes(data[at : at + 4], "big")
         chunks += 1
+        if compressed > MAX_COMPRESSED:
+            raise UndecodableError(f"a PNG of more than {MAX_COMPRESSED} profiles and compressed texts")
         if chunks > MAX_CHUNKS:
             raise UndecodableError(f"a PNG of more than {MAX_CHUNKS:,} chunks")
 
@@ -100,6 +108,22 @@ def _check_tiff(data: bytes) -> None:
                 raise UndecodableError(f"a TIFF of {count:,} strips or tiles; the limit is {MAX_STRIPS:,}")
     except struct.error:  # it is cut off, which Pillow says
         return
+
+
+# --- PPM -------------------------------------------------------------------------------------------------------
+
+PPM_KINDS = tuple(bytes([kind]) for kind in b"0123456fy")
+_COMMENT = re.compile(rb"#[^\r\n]*[\r\n]?")  # with the end of its line: what follows continues a token
+_HEADER = {2: re.compile(rb"\S{1,6}\s+\S+\s+\S+\s"), 3: re.compile(rb"\S{1,6}\s+\S+\s+\S+\s+\S+\s")}  # by numbers
+
+
+def _check_ppm(data: bytes) -> None:
+    start = _COMMENT.sub(b"", data[:MAX_HEADER_BYTES])
+    numbers = 2 if data.startswith((b"P1", b"P4")) else 3
+    if len(data) > MAX_HEADER_BYTES and _HEADER[numbers].match(start) is None:
+        raise UndecodableError(f"a PPM whose header has over {MAX_HEADER_BYTES:,} bytes")
+    if data.startswith((b"P1", b"P2", b"P3")) and data.count(b"#") > MAX_COMMENTS:
+        raise UndecodableError(f"a PPM of over {MAX_COMMENTS:,} comments")
 
 
 # --- JPEG ------------------------------------------------------------------------------------------------------

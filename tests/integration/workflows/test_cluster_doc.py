@@ -168,4 +168,6 @@ def test_every_command_of_the_readme_runs_and_the_planner_accepts_what_it_starts
 
 
 def test_commands_that_no_test_runs_are_marked_so():
-    assert set(re.findall(r"^```(\S.*)$", TEXT, flags=re.MULTILINE)) == {"sh", "sh cluster"}
+    assert set(re.findall(r"^```(\S.*)$", TEXT, flags=re.MULTILINE)) == {"sh", "sh trace", "sh cluster"}
+    traces = re.findall(r"^```sh trace\n(.*?)^```", TEXT, flags=re.DOTALL | re.MULTILINE)
+    assert all(line.startswith("python -m tasks.trace ") for block in traces for line in block.splitlines())

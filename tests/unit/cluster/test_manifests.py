@@ -25,6 +25,8 @@ from tasks.profiles import PROFILES, pod_template
 ROOT = Path(__file__).resolve().parents[3]
 K8S = ROOT / "k8s"
 DOCUMENT = (ROOT / "docs" / "cluster.md").read_text()
+APART = ("../captioner", "../preflight")  # applied on their own
+PREFLIGHT = "Job/nucleus-preflight"
 OVERLAYS = ("kind-cpu", "eks", "generic")
 VERSIONS = ("1.35", "1.36", "1.37")
 BUILT_IN = re.compile(r"^(v1|apps/v1|batch/v1|rbac.authorization.k8s.io/v1|scheduling.k8s.io/v1|networking.k8s.io/v1)$")
@@ -137,10 +139,11 @@ def test_quantities_and_address_ranges_are_valid(overlay):
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_pod_is_unprivileged_without_an_api_token_and_with_a_read_only_root(overlay):
-    specs = pod_specs(rendered(overlay) + rendered("../captioner"))
-    assert len(specs) >= 5
+    """Preflight's has a token, since it asks the API server."""
+    specs = pod_specs([document for folder in (overlay, *APART) for document in rendered(folder)])
+    assert len(specs) >= 6 and [name for name, _ in specs].count(PREFLIGHT) == 1
     for name, spec in specs:
-        assert spec["automountServiceAccountToken"] is False, name
+        assert spec["automountServiceAccountToken"] is (name == PREFLIGHT), name
         assert spec["securityContext"]["runAsNonRoot"] is True and spec["securityContext"]["runAsUser"] == 10001, name
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, name
         assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys(), name
@@ -167,9 +170,25 @@ def test_service_accounts_have_no_token_and_tasks_no_role(overlay):
                 assert rule["verbs"] == ["get"] and rule["resourceNames"], "secrets are read one by one, by name"
 
 
+@pytest.mark.parametrize("overlay", ["eks", "generic"])  # those with monitoring
+def test_the_only_secret_with_a_token_is_that_of_kueues_metrics_and_may_read_them_alone(overlay):
+    documents = [document for folder in (overlay, *APART) for document in rendered(folder)]
+    secrets = [d for d in documents if d["kind"] == "Secret"]
+    assert [d["metadata"]["name"] for d in secrets] == ["nucleus-kueue-metrics"]
+    assert all("data" not in d and "stringData" not in d for d in secrets), "Kubernetes writes it"
+    roles = {
+        d["roleRef"]["name"]
+        for d in documents
+        if d["kind"].endswith("RoleBinding") and "nucleus-kueue-metrics" in {one["name"] for one in d["subjects"]}
+    }
+    assert roles == {"kueue-metrics-reader"}
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_traffic_is_closed_but_for_what_is_named_and_never_open_to_metadata_services(overlay):
-    policies = {d["metadata"]["name"]: d["spec"] for d in rendered(overlay) if d["kind"] == "NetworkPolicy"}
+    documents = [document for folder in (overlay, *APART) for document in rendered(folder)]
+    policies = {d["metadata"]["name"]: d["spec"] for d in documents if d["kind"] == "NetworkPolicy"}
+    assert {"default-deny", "allow-preflight"} < policies.keys()
     assert policies["default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     for name, spec in policies.items():
         for rule in spec.get("egress", []) + spec.get("ingress", []):
@@ -231,7 +250,7 @@ def test_node_pools_do_not_overlap_and_training_pools_stay_in_one_zone_undisturb
         assert spec["template"]["spec"]["expireAfter"] == "Never", name
         assert {"nodes": "0", "reasons": ["Drifted", "Underutilized"]} in spec["disruption"]["budgets"], name
     assert len(types) == len(set(types)) >= 5
-    assert sorted(cpu) == ["on-demand", "spot"]
+    assert sorted(cpu) == ["on-demand", "on-demand", "spot"]
 
 
 @pytest.mark.parametrize("profile", [p for p in PROFILES.values() if p.accelerator], ids=lambda p: p.name)
@@ -246,15 +265,22 @@ def test_every_profile_has_one_pool_whose_nodes_have_the_label_that_flyte_select
 def test_tasks_that_plan_or_gather_have_a_pool_without_taint_spot_and_too_small_disks():
     pools = node_pools()
     open_pools = {name: spec for name, spec in pools.items() if not spec["template"]["spec"].get("taints")}
-    ((name, spec),) = open_pools.items()
-    template = spec["template"]["spec"]
-    needs = {r["key"]: r["values"] for r in template["requirements"]}
-    assert needs["karpenter.sh/capacity-type"] == ["on-demand"], name
+    assert open_pools.keys() == {"nucleus-cpu", "nucleus-tables"}
+    for name, spec in open_pools.items():
+        needs = {r["key"]: r["values"] for r in spec["template"]["spec"]["requirements"]}
+        assert needs["karpenter.sh/capacity-type"] == ["on-demand"], name
+    spec, tables = open_pools["nucleus-cpu"], open_pools["nucleus-tables"]
     classes = {d["metadata"]["name"]: d["spec"] for d in rendered("eks") if d["kind"] == "EC2NodeClass"}
     for pool in (spec, pools["nucleus-filtering"]):
         (disk,) = classes[pool["template"]["spec"]["nodeClassRef"]["name"]]["blockDeviceMappings"]
         assert int(disk["ebs"]["volumeSize"].removesuffix("Gi")) > PROFILES["h100"].gather.ephemeral_gib
-    assert pools["nucleus-filtering"]["weight"] > spec.get("weight", 0)  # what may be interrupted goes there first
+    assert pools["nucleus-filtering"]["weight"] > spec["weight"]  # what may be interrupted goes there first
+    assert spec["weight"] > tables.get("weight", 0)  # and what fits there does not take a larger node
+    # Which decides about all records: NVMe, as pods' scratch space.
+    assert classes[tables["template"]["spec"]["nodeClassRef"]["name"]]["instanceStorePolicy"] == "RAID0"
+    needs = {r["key"]: r["values"] for r in tables["template"]["spec"]["requirements"]}
+    (least,) = needs["karpenter.k8s.aws/instance-local-nvme"]
+    assert int(least) * 10**9 > PROFILES["h100"].tables.ephemeral_gib * 2**30
 
 
 def test_kueue_admits_pytorch_jobs_whole_into_flavors_that_exist():

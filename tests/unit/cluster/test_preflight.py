@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import dataclasses
 import json
 
 import boto3
@@ -14,6 +15,7 @@ from image_registry import registry
 from object_store import OWN, s3_server
 from scripted_api import scripted_api
 
+from tasks import profiles
 from tasks.preflight import checks
 from tasks.preflight.__main__ import main
 
@@ -81,7 +83,7 @@ def node(index):
 
 
 def cpu_node():
-    allocatable = {"cpu": "31", "memory": "250Gi", "ephemeral-storage": "640Gi"}
+    allocatable = {"cpu": "31", "memory": "250Gi", "ephemeral-storage": "1700Gi"}
     return {
         "metadata": {"name": "cpu-0", "labels": {}},
         "spec": {},
@@ -363,6 +365,38 @@ def test_a_cluster_without_accelerators_skips_what_does_not_apply(preflight):
     skipped = {name for name, entry in results.items() if entry["status"] == "skipped"}
     assert {"accelerator nodes", "queue", "pytorchjob definition", "hub secret", "metrics secret"} <= skipped
     assert not failed(results), {name: results[name]["detail"] for name in failed(results)}
+
+
+def test_a_node_on_which_training_fits_and_the_merge_does_not_fails(preflight):
+    objects = healthy()
+    for each in objects["/api/v1/nodes"][:8]:
+        each["status"]["allocatable"]["ephemeral-storage"] = "1000Gi"  # of one rank: 800, of a merge: 1600
+    words = ("--recipe", "smoke", "--shape", "1x1")
+    _, results, _ = preflight(objects, *words, fabric="", queue="")
+    assert failed(results) == {"nodes for tasks on one accelerator"}
+    detail = results["nodes for tasks on one accelerator"]["detail"]
+    assert "none of 8 nodes takes a task of merging" in detail and "1600Gi" in detail
+    objects["/api/v1/nodes"][0]["status"]["allocatable"]["ephemeral-storage"] = "1600Gi"
+    _, results, _ = preflight(objects, *words, fabric="", queue="")
+    assert not failed(results), {name: results[name]["detail"] for name in failed(results)}
+
+
+def test_a_node_on_which_the_decisions_of_the_profile_do_not_fit_fails(preflight):
+    objects = healthy()
+    objects["/api/v1/nodes"][8]["status"]["allocatable"]["ephemeral-storage"] = "640Gi"
+    _, results, _ = preflight(objects)
+    assert failed(results) == {"nodes for cpu tasks"}
+    assert "a task of deciding (cpu 16, memory 128Gi" in results["nodes for cpu tasks"]["detail"]
+
+
+def test_without_accelerators_merges_must_fit_on_a_node_of_the_cpu_tasks(preflight, monkeypatch):
+    small = dataclasses.replace(profiles.PROFILES["cpu-small"], merge=profiles.Size(2, 300, 5))
+    monkeypatch.setitem(profiles.PROFILES, "cpu-small", small)
+    site = {"profile": "cpu-small", "fabric": "", "queue": "", "hub_secret": "", "wandb_secret": ""}
+    objects = healthy() | {"/api/v1/nodes": [cpu_node()]}
+    _, results, _ = preflight(objects, "--recipe", "smoke", "--shape", "1x1", **site)
+    assert failed(results) == {"nodes for cpu tasks"}
+    assert "a task of merging (cpu 2, memory 300Gi" in results["nodes for cpu tasks"]["detail"]
 
 
 def test_karpenter_counts_as_nodes_to_come(preflight):

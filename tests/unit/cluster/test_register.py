@@ -146,6 +146,7 @@ LIGHT = ("1", "2Gi", "5Gi", 3600, False)
 SHARD = ("4", "16Gi", "50Gi", 6 * 3600, True)
 CAPTIONER = ("4", "16Gi", "50Gi", 7 * 86400, True)  # it waits for an endpoint
 GATHER = ("16", "64Gi", "500Gi", 2 * 86400, False)
+TABLES = ("16", "128Gi", "1600Gi", 2 * 86400, False)
 PUBLISH = ("16", "128Gi", "500Gi", 2 * 86400, False)
 MERGE = ("22", "220Gi", "1600Gi", 2 * 86400, False)
 GPU = ("22", "220Gi", "800Gi", 7 * 86400, False)
@@ -161,11 +162,11 @@ TASKS = {
     "curation.task.score_group_on_gpu": ("scorer", GPU, ""),
     "curation.task.list_urls": ("curation", GATHER, ""),
     "curation.task.download_group": ("curation", SHARD, ""),
-    "curation.task.draft_corpus": ("curation", GATHER, ""),
+    "curation.task.draft_corpus": ("curation", TABLES, ""),
     "curation.task.caption_group": ("curation", CAPTIONER, ""),
     "curation.task.caption_group_gpu": ("scorer", GPU, ""),
     "curation.task.gather_captions": ("curation", GATHER, ""),
-    "curation.task.decide_corpus": ("curation", GATHER, ""),
+    "curation.task.decide_corpus": ("curation", TABLES, ""),
     "curation.task.select_group": ("curation", SHARD, ""),
     "curation.task.gather_curated": ("curation", GATHER, ""),
     "encoding.task.make_components": ("encoder", GPU, "components"),

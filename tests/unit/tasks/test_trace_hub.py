@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,8 @@ from tasks.curation import takedown
 from tasks.manifest import MANIFEST, load_manifest, public_manifest
 
 HUB = "hf://owner/model"
+ROOT = Path(__file__).resolve().parents[3]
+COMMANDS = re.findall(r"^(python -m tasks\.trace .*)$", (ROOT / "docs" / "cluster.md").read_text(), flags=re.MULTILINE)
 
 
 @pytest.fixture
@@ -33,6 +39,10 @@ def pushed(tmp_path, monkeypatch):
     with s3_bucket("lineage") as fs, hub_server("owner/model", files) as endpoint:
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
         fs.put(str(home), "lineage/home", recursive=True)
+        fs.put(str(home), "lineage/nucleus/store", recursive=True)
+        for name, content in files.items():
+            if name != ".gitattributes":
+                fs.pipe_file(f"lineage/releases/nucleus/{name}", content)
         shutil.rmtree(home)
         yield files, manifest.digest
 
@@ -50,6 +60,25 @@ def test_a_repository_is_traced_to_its_records_at_a_commit_and_keeps_nothing_her
     assert f"at {HUB}@{COMMIT}" in out and "records: 6 in the ledger, 4 kept, 3 with latents" in out
     assert not (tmp_path / "home").exists()
     assert not list(Path(tmp_path).rglob("*.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_of_the_document_traces_a_release_to_its_records(pushed, command, tmp_path):
+    _, digest = pushed
+    command = command.replace("YOUR-BUCKET", "lineage").replace("OWNER/NAME", "owner/model")
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    environment = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert digest[:12] in done.stdout and "records: 6 in the ledger, 4 kept, 3 with latents" in done.stdout
+
+
+def test_the_document_traces_a_release_in_a_bucket_and_on_the_hub():
+    assert [command.split()[3].partition("://")[0] for command in COMMANDS] == ["s3", "hf"]
 
 
 def test_a_flipped_byte_a_lost_and_an_added_file_on_the_hub_are_named(pushed, capsys):

@@ -67,6 +67,32 @@ def test_uris_with_a_login_without_a_bucket_or_with_control_characters_are_refus
     assert "secret" not in str(error.value)
 
 
+LOGINS = ["s3://u:secret@b::x", "simplecache::s3://u:secret@b/x", "http://u:secret@b/x", "gs://u:secret@b/x", "s3://u:secret@b/\n",
+          "file://u:secret@b/x", "file:///http://u:secret@b", "x/s3://u:secret@b", "s3://u:se@secret@b/x"]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", LOGINS)
+def test_no_refusal_shows_a_password_whatever_else_is_wrong(path, no_filesystem):
+    for use in (
+        storage.filesystem,
+        lambda path: load_recipe("smoke", [f"source.path={json.dumps(path)}"]),
+        lambda path: load_recipe("smoke", [f"train.checkpoint_uri={json.dumps(path)}"]),
+        lambda path: load_recipe("smoke", [f"publish.s3_uri={json.dumps(path)}"]),
+        lambda path: load_recipe("smoke", [f"curation.takedown={json.dumps(path)}"]),
+    ):
+        with pytest.raises(ValueError) as error:
+            use(path)
+        assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "path", ["file:///s3://bucket/x", "file:////s3://bucket/x", "file:///a/file:///b", "file:///a://b"]
+)
+def test_a_file_uri_is_no_detour_to_another_scheme(path, no_filesystem):
+    with pytest.raises(ValueError, match="must be file:///PATH, or a plain path; a path has no ://"):
+        storage.filesystem(path)
+
+
 def test_plain_paths_file_uris_and_s3_are_accepted(tmp_path, monkeypatch):
     assert storage.check_path(tmp_path) == str(tmp_path)
     assert storage.check_path(f"file://{tmp_path}") == str(tmp_path)

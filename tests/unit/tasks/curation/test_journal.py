@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from object_store import s3_bucket
 
+from model import storage
 from tasks.curation import journal
 from tasks.curation.journal import JOURNAL, Journal
 
@@ -38,17 +41,61 @@ def test_threads_add_whole_rows(tmp_path):
     assert sorted(row["n"] for row in Journal(str(tmp_path)).rows) == list(range(200))
 
 
-def test_in_an_object_store_rows_are_written_some_at_a_time(monkeypatch):
+def wait_for(condition) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_in_an_object_store_each_row_is_written_at_once_and_objects_are_few(monkeypatch):
     monkeypatch.setattr(journal, "SEGMENT_ROWS", 4)
     with s3_bucket("journals") as fs:
         place = "s3://journals/captions/0"
         book = Journal(place)
         for n in range(10):
             book.add({"n": n})
-        assert [row["n"] for row in Journal(place).rows] == list(range(8))  # as after a kill
+            wait_for(lambda: [row["n"] for row in stored(place)] == list(range(n + 1)))  # before it is closed
         book.close()
         with Journal(place) as again:
             assert [row["n"] for row in again.rows] == list(range(10))
             again.add({"n": 10})
-        assert sorted(row["n"] for row in Journal(place).rows) == list(range(11))
+        assert sorted(row["n"] for row in stored(place)) == list(range(11))
         assert len(fs.ls("journals/captions/0")) == 4
+
+
+def stored(place: str) -> list[dict]:
+    with Journal(place) as book:
+        return book.rows
+
+
+def test_rows_that_come_during_a_request_share_the_next(monkeypatch):
+    begun, may_end, written = threading.Event(), threading.Event(), []
+
+    def write(path, content):
+        begun.set()
+        assert may_end.wait(30)
+        written.append((path, content.count(b"\n")))
+
+    monkeypatch.setattr(storage, "children", lambda place: [])
+    monkeypatch.setattr(storage, "write_bytes", write)
+    with Journal("s3://journals/captions/0") as book:
+        book.add({"n": 0})
+        assert begun.wait(30)
+        for n in range(1, 100):
+            book.add({"n": n})  # does not wait
+        may_end.set()
+    (first, second, third), counts = zip(*written)
+    assert counts == (1, journal.SEGMENT_ROWS, 100 - journal.SEGMENT_ROWS) and first == second != third
+
+
+def test_a_store_that_refuses_a_row_ends_the_run(monkeypatch):
+    def write(path, content):
+        raise PermissionError("no access to journals")
+
+    monkeypatch.setattr(storage, "children", lambda place: [])
+    monkeypatch.setattr(storage, "write_bytes", write)
+    with pytest.raises(PermissionError, match="no access"), Journal("s3://journals/captions/0") as book:
+        book.add({"n": 0})
+    with pytest.raises(PermissionError, match="no access"):
+        book.add({"n": 1})

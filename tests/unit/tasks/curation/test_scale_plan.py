@@ -147,3 +147,20 @@ def test_the_pairs_of_unrelated_hashes_are_few_within_4_bits_and_very_many_withi
 def test_what_cannot_be_planned_is_one_line(capsys):
     assert plan.main(["--images", "-1"]) == 1
     assert re.match(r"ValueError: images=-1.0 must be above 0\n$", capsys.readouterr().out)
+
+
+def test_a_corpus_that_the_deciding_tasks_disk_cannot_hold_is_named_with_the_remedy():
+    config = load_recipe("nucleus_17b").curation
+    assert config.engine == "duckdb" and "TOO LARGE" not in "\n".join(plan.plan(Corpus(), config, plan.Rates()))
+    twice = Corpus(images=1.4e9, captions=3e9, shards=140_000)
+    line = next(x for x in plan.plan(twice, config, plan.Rates()) if "of disk" in x)
+    assert "1.85 TB of 1.72 TB" in line and "TOO LARGE: it needs larger `tables`" in line
+    spark = config.model_copy(update={"engine": "spark"})
+    assert not [x for x in plan.plan(twice, spark, plan.Rates()) if "of disk" in x]
+
+
+def test_more_pieces_of_a_sort_take_more_hours(monkeypatch):
+    config = CurationConfig()
+    before = plan._deciding_hours(Corpus(), config, plan.Rates())
+    monkeypatch.setattr(plan, "PIECE_ROWS", plan.PIECE_ROWS // 4)
+    assert plan._deciding_hours(Corpus(), config, plan.Rates()) > before + 3

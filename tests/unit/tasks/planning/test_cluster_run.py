@@ -12,7 +12,7 @@ from flytekit.core.context_manager import ExecutionState
 from model.plan.data_costs import Corpus, data_costs
 from tasks import envs
 from tasks.planning import task
-from tasks.planning.cluster_run import check_download, latent_bytes, with_shared_checkpoints
+from tasks.planning.cluster_run import check_download, check_engine, latent_bytes, with_shared_checkpoints
 from tasks.planning.sections import stages
 from tasks.recipe import load_recipe
 
@@ -108,3 +108,16 @@ def test_the_download_is_checked_in_an_image_without_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "True", done.stderr
+
+
+def test_spark_is_refused_before_scoring_where_no_spark_application_is_registered(monkeypatch):
+    with pytest.raises(ValueError, match="not registered as Spark applications: register with NUCLEUS_SPARK"):
+        check_engine("spark", None)
+    check_engine("spark", '{"spark.executor.instances": "8"}')
+    check_engine("duckdb", None)
+    monkeypatch.setattr(task, "is_local", lambda: False)
+    monkeypatch.delenv("NUCLEUS_SPARK", raising=False)
+    with pytest.raises(ValueError, match="not registered as Spark applications"):
+        task.resolve_recipe.task_function(
+            recipe="smoke", overrides=["curation.engine=spark"], source="", ends_in="curated"
+        )

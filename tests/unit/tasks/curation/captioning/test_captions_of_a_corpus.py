@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from object_store import s3_bucket
 from own_images import png, write_folder
 from stub_endpoint import stub_endpoint
 
@@ -24,6 +26,24 @@ from tasks.store import Part, fetch_part, read_index
 
 FILTERS = FilterConfig(min_side_px=32, min_entropy_bits=0.05)
 PER_TIER = dict.fromkeys(("A1", "A2", "A3", "A4", "A5"), ("short", "medium"))
+
+# A run that is killed at a number of answers.
+KILLED_AT = """
+import os, signal
+from {name} import config
+from tasks.curation import flow, http_retries, journal
+from tasks.curation.config import SourceConfig
+http_retries.FIRST_WAIT_S = 0.01
+real, count = journal.Journal.add, 0
+def add(self, row):
+    global count
+    real(self, row)
+    count += 1
+    if count == {count}:
+        os.kill(os.getpid(), signal.SIGKILL)
+journal.Journal.add = add
+flow.curate_source(SourceConfig(), {source!r}, config({url!r}))
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -122,25 +142,9 @@ def test_the_owners_captions_stay_and_are_replaced_only_if_configured(tmp_path):
 def test_killed_in_the_middle_no_answered_question_is_asked_again(tmp_path):
     source = folder(tmp_path / "source", 30)
     with stub_endpoint(share=0.2) as stub:
-        code = f"""
-import os, signal
-from {__name__} import config
-from tasks.curation import flow, journal
-from tasks.curation import http_retries
-from tasks.curation.config import SourceConfig
-http_retries.FIRST_WAIT_S = 0.01
-real, count = journal.Journal.add, 0
-def add(self, row):
-    global count
-    real(self, row)
-    count += 1
-    if count == 25:
-        os.kill(os.getpid(), signal.SIGKILL)
-journal.Journal.add = add
-flow.curate_source(SourceConfig(), {str(source)!r}, config({stub.url!r}))
-"""
+        script = KILLED_AT.format(name=__name__, count=25, source=str(source), url=stub.url)
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
-        killed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+        killed = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
         assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-3000:]
         (journal,) = Path(os.environ["NUCLEUS_HOME"]).rglob(JOURNAL)
         with open(journal, "ab") as file:
@@ -153,6 +157,31 @@ flow.curate_source(SourceConfig(), {str(source)!r}, config({stub.url!r}))
     rows = [json.loads(line) for line in journal.read_bytes().splitlines()]
     questions = [row["question"] for row in rows]
     assert questions[:25] == kept and len(set(questions)) == len(questions)
+    assert open_curated(curated).num_records == 30
+
+
+@pytest.mark.slow
+def test_in_an_object_store_a_killed_pods_answers_are_not_asked_for_again(tmp_path, monkeypatch):
+    """Killed at the 40th answer, at a pace at which few answers come during one request to the store."""
+    source = folder(tmp_path / "source", 30)
+    with stub_endpoint(share=0.2) as stub, s3_bucket("captions") as fs:
+        monkeypatch.setenv("NUCLEUS_STORE", "s3://captions/store")
+        quick = stub.reply
+
+        def slow(body: bytes):
+            time.sleep(0.2)
+            return quick(body)
+
+        stub.reply = slow
+        script = KILLED_AT.format(name=__name__, count=40, source=str(source), url=stub.url)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+        killed = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-3000:]
+        assert len(fs.glob("captions/store/journals/captions/*/*.jsonl")) == 1
+        stub.reply = quick
+        curated, _ = flow.curate_source(SourceConfig(), str(source), config(stub.url))
+        again = sum(stub.answered.values()) - len(stub.answered)
+    assert again <= 20, "8 in flight, and what came during one request"
     assert open_curated(curated).num_records == 30
 
 

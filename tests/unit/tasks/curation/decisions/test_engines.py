@@ -11,7 +11,7 @@ import pytest
 from score_tables import good_row
 
 from tasks.curation.config import CurationConfig, FilterConfig
-from tasks.curation.decisions import decide, rules, tiers
+from tasks.curation.decisions import decide, engines, rules, tiers
 from tasks.curation.decisions.engines import PART, open_engine, quoted, rows_of
 from tasks.curation.scoring import score
 
@@ -88,3 +88,17 @@ def test_a_text_is_itself_in_sql(engine, text):
 def test_functions_that_both_engines_register(engine, text, value):
     ((result,),) = (row.values() for row in rows_of(engine, f"SELECT {text} AS value"))
     assert result == value
+
+
+@pytest.mark.parametrize(
+    ("limit", "megabytes"), [("137438953472", 68719), ("1000000", 1000), ("max", 1000), ("", 1000)]
+)
+def test_duckdb_has_half_of_the_containers_memory_and_1_gb_elsewhere(limit, megabytes, tmp_path, monkeypatch):
+    if limit:
+        (tmp_path / "memory.max").write_text(limit + "\n")
+    monkeypatch.setattr(engines, "CONTAINER_LIMIT", tmp_path / "memory.max")
+    assert engines.buffers() == f"{megabytes}MB"
+    with contextlib.closing(open_engine("duckdb", tmp_path)) as opened:
+        (row,) = rows_of(opened, "SELECT current_setting('memory_limit') AS memory")
+    number, unit = row["memory"].split()
+    assert float(number) * {"GiB": 2**30, "MiB": 2**20}[unit] == pytest.approx(megabytes * 1e6, rel=0.01)
