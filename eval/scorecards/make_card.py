@@ -241,7 +241,8 @@ def _not_judged(benchmark: Benchmark, judges: Mapping[str, Any]) -> list[str]:
 
 def _other_words(benchmark: Benchmark, answered: Mapping[int, Mapping[str, Judged]]) -> list[str]:
     """Judges of your own may say yes in another spelling than the rule counts, and score 0."""
-    if not benchmark.yes:
+    yes = benchmark.words.get("vqa")
+    if yes is None:
         return []
     texts = Counter(
         answer
@@ -251,15 +252,12 @@ def _other_words(benchmark: Benchmark, answered: Mapping[int, Mapping[str, Judge
         for key, answer in (answers or {}).items()
         if key.isdecimal()  # of a numbered question
     )
-    others = {text: n for text, n in texts.items() if text.strip(" .").lower() == benchmark.yes.lower()}
-    if not others or benchmark.yes in texts:
+    others = {text: n for text, n in texts.items() if text.strip(" .").lower() == yes.lower()}
+    if not others or yes in texts:
         return []
     most = max(others, key=lambda text: others[text])
     number = sum(others.values())
-    return [
-        f"no answer is {benchmark.yes!r}, and {number} are {most!r} or the like: {benchmark.name} counts only "
-        f"{benchmark.yes!r}"
-    ]
+    return [f"no answer is {yes!r}, and {number} are {most!r} or the like: {benchmark.name} counts only {yes!r}"]
 
 
 def _deviations(

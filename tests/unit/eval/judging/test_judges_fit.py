@@ -76,6 +76,8 @@ def run_of(benchmark, folder, images=2):
         ("geneval", "detector", "pp-ocr"),
         ("geneval2", "soft_tifa", "pp-ocr"),
         ("captions", "features", "pp-ocr"),
+        ("geneval", "detector", "shapes-detector"),
+        ("shapes", "detector", "ssd-mobilenet-v2"),
     ],
 )
 def test_a_registered_judge_that_cannot_answer_a_skill_is_refused_with_those_that_can(benchmark, skill, judge):
@@ -200,6 +202,8 @@ def test_ls_lists_only_the_judges_that_fit(capsys):
     for benchmark, skill, judges in (
         ("dpg", "vqa", {"blip-vqa", "mplug", "qwen2.5-vl-7b-yes-no"}),
         ("oneig", "vqa", {"qwen2.5-vl-7b"}),
+        ("geneval", "detector", {"ssd-mobilenet-v2", "mask2former-clip"}),
+        ("shapes", "detector", {"shapes-detector"}),
     ):
         assert cli.main(["ls", benchmark]) == 0
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"  judge {skill}")]
