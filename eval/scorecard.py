@@ -149,6 +149,8 @@ def rescore(
         judge_run(run_dir, judged, judges or catalog.load_judges(config), config, log=log)
     folders = [Path(judged)] if isinstance(judged, (str, Path)) else [Path(folder) for folder in judged]
     record, rows, answers = read_judged(folders)
+    for skill, judge in record.items():
+        catalog.check_fits(benchmark, skill, judge["name"])
     _refuse_stale(rows, images_dir)
     revisions = {skill: judge["revision"] for skill, judge in record.items()}
     answered = judged_prompts(rows, prompts, config, benchmark, answers, revisions)

@@ -185,6 +185,16 @@ def test_a_registered_name_is_checked_where_the_judge_itself_is_given(tmp_path):
         judge_run(run, run / "judged", {"vqa": Says("Yes", "qwen2.5-vl-7b")}, log=quiet)
 
 
+def test_answers_of_a_judge_that_does_not_fit_are_not_scored(tmp_path):
+    """As an earlier version kept them."""
+    run = run_of("dpg", tmp_path)
+    judge_run(run, run / "judged", {"vqa": Says("")}, log=quiet)
+    path = run / "judged" / "judges.json"
+    path.write_text(path.read_text().replace('"name": "says"', '"name": "pp-ocr"'))
+    with pytest.raises(ValueError, match="judge 'pp-ocr' answers as ocr, not as vqa of dpg"):
+        rescore(run, run, judged=run / "judged", log=quiet)
+
+
 def test_a_score_says_that_no_answer_has_the_word_that_counts(tmp_path):
     """Of a judge of your own, whose words the registry does not know. The official rule gives it 0, and so does ours."""
     run = run_of("dpg", tmp_path)
