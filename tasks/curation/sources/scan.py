@@ -487,7 +487,8 @@ def _is_container(name: str) -> bool:
 def _links(listing: Folder) -> list[str]:
     """Names of links and devices that are named like texts, or like files that may have texts."""
     names = (base_name(path) for reason, path in listing.left_out if reason in (LINK, NOT_A_FILE))
-    return [name for name in names if (is_text(name) or may_own_text(name)) and not name.startswith(".")]
+    names = (name for name in names if not name.startswith(".") and not _is_container(name))
+    return [name for name in names if is_text(name) or may_own_text(name)]
 
 
 def _names_beside(listing: Folder, path: str, member: str) -> list[tuple[int, str]]:

@@ -358,6 +358,14 @@ def test_an_unknown_file_takes_no_text_of_an_image_of_the_same_name(tmp_path, co
     assert captions_in(tmp_path) == {prefix + name: captions for name, captions in expected.items()}
 
 
+def test_a_link_to_a_tar_is_not_read_for_a_table(tmp_path):
+    tar_of(tmp_path / "elsewhere/x.tar", {"b.png": PNG})
+    write(tmp_path / "source", {"a.png": PNG, "x.txt": "x", "metadata.csv": rows(("a.png", "a"))})
+    (tmp_path / "source/x.tar").symlink_to(tmp_path / "elsewhere/x.tar")
+    assert captions_in(tmp_path / "source") == {"a.png": ["a"]}
+    assert left_out(tmp_path / "source") == {"symbolic link": 1, ".txt": 1}
+
+
 @pytest.mark.parametrize("container", ["folder", "tar"])
 def test_an_image_whose_own_text_is_a_link_has_no_other_text(tmp_path, container):
     files = {
