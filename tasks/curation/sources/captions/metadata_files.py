@@ -208,7 +208,12 @@ def _object_rows(
     for line, value in objects:
         name = _name_column(list(value)) if isinstance(value, dict) else None
         file_name = None if name is None else _only(value[name])
-        if name is None or not isinstance(file_name, str):
+        if name is not None and not isinstance(file_name, str):
+            kind = type(value[name]).__name__
+            raise ValueError(
+                f"{shown}, line {line}, has {visible(name)} of the type {kind}; it needs file_name as text"
+            )
+        if name is None:
             keys = ", ".join(visible(key) for key in value) if isinstance(value, dict) else type(value).__name__
             raise ValueError(
                 f"{shown}, line {line}, has {keys or 'nothing'}; it needs file_name and {column_hint(wanted)}"
