@@ -336,8 +336,9 @@ def test_a_text_named_as_a_file_of_any_unknown_kind_is_of_no_image_of_its_key(tm
     prefix = "x.tar:" if container == "tar" else ""
     tar_of(tmp_path / "x.tar", files) if prefix else write(tmp_path, files)
     assert captions_in(tmp_path) == {prefix + name: [] for name in (f"c.{form}.png", "d/e.png", f"images/f.{form}.png")}  # fmt: skip
+    of_left_out = 3 if prefix or form == "image" else 1 + (extension in base.OTHER_MEDIA)
     skipped = left_out(tmp_path)
-    assert skipped["text of a file that is left out"] + skipped.get(".txt", 0) == 3
+    assert (skipped["text of a file that is left out"], skipped.get(".txt", 0)) == (of_left_out, 3 - of_left_out)
 
 
 @pytest.mark.parametrize("container", ["folder", "tar"])
@@ -356,6 +357,12 @@ def test_an_unknown_file_takes_no_text_of_an_image_of_the_same_name(tmp_path, co
     tar_of(tmp_path / "x.tar", files) if prefix else write(tmp_path, files)
     expected = {"a.png": ["a"], "b.jpg": ["b", "b2"], "images/c.png": ["c"]}
     assert captions_in(tmp_path) == {prefix + name: captions for name, captions in expected.items()}
+
+
+def test_a_tar_that_is_read_takes_no_text(tmp_path):
+    write(tmp_path, {"T.png": PNG, "t.txt": "own"})
+    tar_of(tmp_path / "t.tar", {"b.png": PNG})
+    assert captions_in(tmp_path) == {"T.png": ["own"], "t.tar:b.png": []} and left_out(tmp_path) == {}
 
 
 def test_a_link_to_a_tar_is_not_read_for_a_table(tmp_path):
