@@ -16,7 +16,7 @@ class SchedulerConfig(BaseModel):
         correct earlier ones. Off: sampling is deterministic given the initial noise.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     shift: Annotated[float, Field(gt=0)] = 1.0
     stochastic_sampling: bool = False
@@ -37,7 +37,7 @@ class EvalConfig(BaseModel):
     negative_prompt: None is the pipeline's own (the empty prompt).
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     benchmark: str = "shapes"
     further_benchmarks: tuple[str, ...] = ()

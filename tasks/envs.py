@@ -31,7 +31,7 @@ logging.getLogger("flytekit").addFilter(
 
 CACHE_VERSIONS = {
     "urls": "2",
-    "records": "9",
+    "records": "10",
     "scores": "16",
     "captions": "3",
     "curation": "9",

@@ -231,6 +231,8 @@ class StageCheckpointer(CheckpointManager):
             dist.broadcast_object_list(last)  # else a node without the folder starts over
         (resumed,) = last
         if resumed:
+            if dist.get_rank() == 0:
+                logger.info(f"resuming from the checkpoint of step {resumed}")
             self.dcp_load(self._states_to_load(model_only=False), self._create_checkpoint_id(resumed))
         elif self.initial_load_path:
             self.dcp_load(self._states_to_load(model_only=True), self.initial_load_path)

@@ -13,7 +13,7 @@ from tasks.curation.sources.corpus import Corpus
 from tasks.envs import CACHE_VERSIONS
 from tasks.store import Part, make_part
 
-MAX_BYTES = 16 * 2**30  # of a source that are read for it; most sources have a usable caption in their first record
+MAX_BYTES = 16 * 2**30  # of a source that is read for it; most sources have a usable caption in their first record
 
 
 class _UsableError(Exception):
@@ -33,14 +33,13 @@ def score_without_pixels(corpus: Corpus, config: CurationConfig) -> list[Part] |
     Raises:
         ValueError: a larger source has no captions at all, as the scan knows from its names and columns.
     """
-    parts, size = [], 0
+    if corpus.report["size_bytes"] > MAX_BYTES:
+        if config.captions.required and corpus.report.get("no_captions"):
+            raise ValueError(f"no image of the source has a caption: {corpus.report['no_captions']}")
+        return None
+    parts = []
     for shard in corpus.shards():
-        size += shard.size_bytes
         if shard.source != "user":
-            return None
-        if size > MAX_BYTES:
-            if config.captions.required and corpus.report.get("no_captions"):
-                raise ValueError(f"no image of the source has a caption: {corpus.report['no_captions']}")
             return None
         try:
             parts.append(_part(corpus, shard, config))

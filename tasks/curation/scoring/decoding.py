@@ -16,7 +16,7 @@ import warnings
 from dataclasses import dataclass, replace
 
 import numpy as np
-from PIL import AvifImagePlugin, Image, ImageCms, ImageFile, TiffImagePlugin
+from PIL import AvifImagePlugin, Image, ImageCms, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from tasks.curation.scoring import blocks, decode_memory
 from tasks.curation.scoring.blocks import UndecodableError
@@ -156,6 +156,8 @@ def _why_no_header(data: bytes, error: Exception) -> str:
         return "a pointer of Git LFS instead of the image; fetch the images with git lfs pull"
     if data[:512].lstrip().lower().startswith((b"<!doctype html", b"<html")):
         return "a web page instead of the image"
+    if isinstance(error, UnidentifiedImageError):
+        return f"no image of a format that is read ({', '.join(decodable())})"
     return f"no readable image header: {_plain(error)}"
 
 

@@ -62,6 +62,7 @@ ZSTD_TAR_SUFFIXES = (".tar.zst", ".tar.zstd", ".tzst")
 CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "prompt", "raw")
 
 MAX_IMAGE_BYTES = 256 * 2**20  # larger files are not read into memory
+MAX_EXAMPLE_CHARS = 200  # of a name in an account or a message
 MAX_CONTAINER_BYTES = 32 * 2**30  # of one tar, Parquet or Arrow file
 
 TEXT_OF_LEFT_OUT = "text of a file that is left out"
@@ -160,7 +161,7 @@ class Account:
         if not count:
             return
         self.seen += count
-        self._add(reason, count, visible(example))
+        self._add(reason, count, shortened(visible(example)))
 
     def _add(self, reason: str, count: int, example: str) -> None:
         before, first = self.skipped.get(reason, (0, example))
@@ -272,6 +273,11 @@ def base_name(path: str) -> str:
     return path[path.rfind("/") + 1 :]
 
 
+def shortened(name: str, chars: int = MAX_EXAMPLE_CHARS) -> str:
+    """A name of at most so many characters, with its beginning and its end."""
+    return name if len(name) <= chars else f"{name[: chars // 2]}…{name[chars // 2 - chars + 1 :]}"
+
+
 def extension(path: str) -> str:
     """The extension in lower case, without the dot; "" if there is none."""
     dot = path.rfind(".")
@@ -282,7 +288,7 @@ def reason_of(name: str) -> str:
     """The reason for which a file of an unknown kind is left out: its extension."""
     if name.lower().endswith(ZSTD_TAR_SUFFIXES):
         return "zstd tar; decompress it with `zstd -d`"
-    return f".{visible(extension(name))}" if extension(name) else "no extension"
+    return f".{shortened(visible(extension(name)))}" if extension(name) else "no extension"
 
 
 def is_hidden(path: str) -> bool:

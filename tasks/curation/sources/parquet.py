@@ -85,6 +85,8 @@ def scan(
         row = 0
         for i, group in enumerate(groups):
             rows = group.num_rows
+            if not rows:  # valid, and its columns may have no page at all
+                continue
             begin, end = _extent(group)
             if not 0 <= begin <= end <= file.seek(0, 2):
                 raise ValueError(f"{shown} is not a readable Parquet file: row group {i} is outside of the file")
@@ -103,7 +105,7 @@ def scan(
         further = tables.further_images(parquet.schema_arrow)
     if why is not None:
         raise ValueError(f"{shown}: none of {count_of(row, 'row')} has image bytes{why}")
-    return [one for one in ranges if one.num_rows], schema, further, columns.no_captions
+    return ranges, schema, further, columns.no_captions
 
 
 def _row_groups(shown: str, file: BinaryIO) -> list[RowGroup]:
@@ -183,6 +185,8 @@ def batches(
     for group in groups:
         if group >= len(all_groups):
             raise ValueError(f"{shown} is not a readable Parquet file: it has no row group {group}")
+        if not all_groups[group].num_rows:
+            continue
         size = _batch_rows(shown, file, all_groups[group], columns, group)
         yield from parquet.iter_batches(size, row_groups=[group], columns=columns, use_threads=False)
 

@@ -1,6 +1,6 @@
 """Reads CSV strictly: a row that does not parse, or that may contain another row, is an error with file and line.
 
-A repaired row might give an image the wrong caption.
+A repaired row might give an image the wrong caption. A row whose caption may be cut is a problem of its record.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TextIO
 
-from tasks.curation.sources.base import count_of, visible
+from tasks.curation.sources.base import count_of, shortened, visible
 
 MAX_ROW_BYTES = 4 * 2**20
 MAX_LINES = 4_000_000  # of a table, including blank lines
+HABIT_ROWS = 10
 
 
 class Row(NamedTuple):
@@ -84,6 +85,8 @@ class Checks:
         names: the column of names.
         captions: the columns of captions.
         begins_row: whether a field looks like the first or last field of another row, such as the name of an image.
+        again: the rows of the table from its beginning, the header first; called at most once.
+        continues: whether a field looks like the rest of a name that had a delimiter in it.
     """
 
     def __init__(
@@ -94,19 +97,26 @@ class Checks:
         captions: Iterable[int],
         delimiter: str,
         begins_row: Callable[[str], bool],
+        again: Callable[[], Iterator[Row]],
+        continues: Callable[[str, str], bool] = lambda name, field: False,
     ) -> None:
         self._shown, self._delimiter, self._begins_row = shown, delimiter, begins_row
         self._columns, self._names, self._captions = header.fields, names, set(captions)
-        self._spaced = {at for at, piece in enumerate(_pieces(header.text, delimiter)) if piece[:1].isspace()}
+        self._again, self._continues = again, continues
+        spaced = {at for at, piece in enumerate(_pieces(header.text, delimiter)) if piece[:1].isspace()}
+        behind = {at + 1 for at in self._captions if at + 1 < len(self._columns)} - {names} - spaced
+        self._behind = sorted(behind) if delimiter != "\t" else []
+        self._habits: set[int] | None = None
         # Text there may be the rest of a caption. An index before the names, as pandas writes it, is not.
         first = min(self._captions, default=len(header.fields))
         self._nameless = [at for at, name in enumerate(header.fields) if at > first and not name.strip()]
 
-    def check(self, row: Row) -> None:
-        """
+    def check(self, row: Row) -> str:
+        """Why the captions of a row may be cut, or "": see `_cut_caption` and `_cut_name`.
+
         Raises:
-            ValueError: text in an unnamed column after the captions; a caption that continues in the next column; a
-                quoted field that contains the row of another image, so that its quote was not meant as one.
+            ValueError: text in an unnamed column after the captions; a quoted field that contains the row of another
+                image, so that its quote was not meant as one.
         """
         line, fields, _ = row
         for at in self._nameless:
@@ -115,7 +125,6 @@ class Checks:
                     f"{self._shown}, line {line}, has text in column {at + 1}, which has no name and follows the captions; "
                     f"put captions that contain {self._delimiter!r} between double quotes"
                 )
-        self._check_blanks(row)
         for field in fields:
             if "\n" not in field and "\r" not in field:
                 continue
@@ -127,30 +136,79 @@ class Checks:
                 if swallowed is not None:
                     raise ValueError(
                         f"{self._shown}, line {line}: a quote is not closed, so that the row of "
-                        f"{visible(fields[self._names])!r} runs over that of {visible(swallowed.strip())!r}. If the text is meant so, write the table as Parquet or JSON Lines"
+                        f"{shortened(visible(fields[self._names]))!r} runs over that of {shortened(visible(swallowed.strip()))!r}. "
+                        "If the text is meant so, write the table as Parquet or JSON Lines"
                     )
+        return self._cut_name(row) or self._cut_caption(row)
 
-    def _check_blanks(self, row: Row) -> None:
+    def _cut_caption(self, row: Row) -> str:
         """In a row without one of its columns, an unquoted comma of a caption has the place of a delimiter. A blank follows
-        it, as in prose; where the header has a blank too, it is a habit of the writer."""
-        if self._delimiter == "\t" or not re.search(rf"{self._delimiter}\s", row.text):
-            return
+        it, as in prose. A blank may also be a habit of the writer: it is where the header has one, too; see `_habits`."""
+        if not self._behind or not re.search(rf"{self._delimiter}\s", row.text):
+            return ""
         pieces = _pieces(row.text, self._delimiter)
-        continues = False  # whether the text before may be of a caption
-        for at, piece in enumerate(pieces):
-            is_caption = at in self._captions
-            if piece.lstrip(" ").startswith('"') or at == self._names:
-                continues = False
+        for at in self._behind:
+            caption, piece = pieces[at - 1], pieces[at]
+            if _is_quoted(caption) or not caption.strip() or not _has_blank(piece):
                 continue
-            if is_caption and at and at - 1 != self._names and not pieces[at - 1].lstrip(" ").startswith('"'):
-                continues = continues or not _is_number(pieces[at - 1])
-            if continues and piece.strip() and piece[:1].isspace() and at not in self._spaced:
-                raise ValueError(
-                    f"{self._shown}, line {row.line}, has a blank before {visible(piece.strip()[:60])!r} in the column "
-                    f"{visible(self._columns[at])}, as if {self._delimiter!r} were part of a caption; put captions that contain "
-                    f"{self._delimiter!r} between double quotes, or write the row without the blank"
+            if self._habits is None:
+                self._habits = _habits(self._again(), self._behind, self._delimiter)
+            if at not in self._habits:
+                return (
+                    f"has a blank before {visible(piece.strip()[:60])!r} in the column {visible(self._columns[at])!r} (column "
+                    f"{at + 1}), as if {self._delimiter!r} were part of the caption before; put captions that contain "
+                    f"{self._delimiter!r} between double quotes, or write the table as JSON Lines or Parquet"
                 )
-            continues = continues or is_caption
+        return ""
+
+    def _cut_name(self, row: Row) -> str:
+        """In a row without one of its columns, an unquoted comma of a name may leave its rest as the caption."""
+        at = self._names + 1
+        if at not in self._captions or not self._continues(row.fields[at - 1], row.fields[at]):
+            return ""
+        if any(map(_is_quoted, _pieces(row.text, self._delimiter)[at - 1 : at + 1])):
+            return ""
+        return (
+            f"has {visible(row.fields[at][:60])!r} in the column {visible(self._columns[at])!r} (column {at + 1}), as if "
+            f"{self._delimiter!r} were part of the URL before; put URLs that contain {self._delimiter!r} between double "
+            "quotes, or write the table as Parquet"
+        )
+
+
+def _habits(rows: Iterator[Row], columns: Iterable[int], delimiter: str) -> set[int]:
+    """The columns in which every field begins with a blank, so that it is a habit of the writer and no sign of a caption.
+
+    At least `HABIT_ROWS` rows must have text there, all numbers or none, and different captions before it: fewer rows
+    may lack a column by chance, and a comma behind the same words may be of a template.
+    """
+    next(rows, None)
+    counts = dict.fromkeys(columns, 0)
+    numbers: dict[int, set[bool]] = {at: set() for at in counts}
+    captions: dict[int, set[str]] = {at: set() for at in counts}
+    for row in rows:
+        pieces = _pieces(row.text, delimiter)
+        for at in list(counts):
+            piece = pieces[at]
+            if not piece.strip() or _is_quoted(piece):
+                continue
+            counts[at] += 1
+            numbers[at].add(_is_number(piece))
+            if len(captions[at]) < 2:
+                captions[at].add(pieces[at - 1].strip())
+            if not _has_blank(piece) or len(numbers[at]) > 1:
+                del counts[at]
+        if not counts:
+            break
+    return {at for at, count in counts.items() if count >= HABIT_ROWS and len(captions[at]) > 1}
+
+
+def _has_blank(piece: str) -> bool:
+    """Whether it is text without quotes behind a blank."""
+    return piece[:1].isspace() and bool(piece.strip()) and not _is_quoted(piece)
+
+
+def _is_quoted(piece: str) -> bool:
+    return piece.lstrip(" ").startswith('"')
 
 
 def _pieces(row: str, delimiter: str) -> list[str]:
@@ -167,15 +225,15 @@ def _pieces(row: str, delimiter: str) -> list[str]:
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        float(text.replace(",", "."))
     except ValueError:
-        return not text.strip()
+        return False
     return True
 
 
 def few(columns: Sequence[str]) -> str:
-    names = [visible(column) for column in columns]
-    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    names = [shortened(visible(column)) for column in columns[:12]]
+    return ", ".join(names) + (f" and {len(columns) - 12} more" if len(columns) > 12 else "")
 
 
 class _Lines:

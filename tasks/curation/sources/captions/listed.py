@@ -12,7 +12,17 @@ import posixpath
 from collections.abc import Iterable
 from typing import BinaryIO, NamedTuple, Self
 
-from tasks.curation.sources.base import Account, base_name, count_of, from_bytes, is_image, reason_of, to_bytes, visible
+from tasks.curation.sources.base import (
+    Account,
+    base_name,
+    count_of,
+    from_bytes,
+    is_image,
+    reason_of,
+    shortened,
+    to_bytes,
+    visible,
+)
 from tasks.curation.sources.captions.metadata_files import Table, table_rows
 from tasks.curation.sources.captions.pairing import fold, spelling, stem
 from tasks.curation.sources.captions.scratch import Scratch, digest
@@ -195,7 +205,7 @@ class Listed(Scratch):
             said, line = self._db.execute(
                 "SELECT said, line FROM rows WHERE file = ? AND NOT used ORDER BY id LIMIT 1", (table.number,)
             ).fetchone()
-            example = f"{visible(from_bytes(said))} (line {line})"
+            example = f"{shortened(visible(from_bytes(said)))} (line {line})"
             if not table.used and not table.has_stems:
                 raise ValueError(
                     f"{count_of(unused, 'row')} of {table.shown} name no image, such as {example}; file_name is a path "

@@ -120,20 +120,24 @@ def _utf8(shown: str, data: bytes, encoding: str | None) -> bytes:
 def _csv_rows(shown: str, text: bytes, delimiter: str, wanted: tuple[str, ...], table: Table) -> Iterator[Row]:
     first = text.lstrip(b"\r\n").split(b"\n", 1)[0].split(b"\r", 1)[0].decode("utf-8")
     delimiter = csv_text.delimiter_of(first, delimiter, lambda header: bool(_name_column(header)))
-    file = io.TextIOWrapper(io.BytesIO(text), "utf-8", newline="")
-    parsed = csv_text.rows(shown, file, delimiter, "divide it by folders")
+
+    def parse() -> Iterator[csv_text.Row]:
+        file = io.TextIOWrapper(io.BytesIO(text), "utf-8", newline="")
+        return csv_text.rows(shown, file, delimiter, "divide it by folders")
+
+    parsed = parse()
     header = next(parsed, None)
     if header is None:
         raise ValueError(f"{shown} is empty; it needs file_name and {column_hint(wanted)}")
     columns = header.fields
     name_at = columns.index(_needed_name(shown, columns))
     caption_at = [columns.index(name) for name in _captions_of_columns(shown, columns, wanted, table)]
-    checks = csv_text.Checks(shown, header, name_at, caption_at, delimiter, is_image)
+    checks = csv_text.Checks(shown, header, name_at, caption_at, delimiter, is_image, parse)
     for row in parsed:
-        checks.check(row)
+        problem = checks.check(row)
         line, fields, _ = row
-        texts = (fields[at].strip() for at in caption_at)
-        yield Row(line, fields[name_at], list(dict.fromkeys(filter(None, texts))))
+        texts = dict.fromkeys(filter(None, (fields[at].strip() for at in caption_at)))
+        yield Row(line, fields[name_at], [] if problem else list(texts), problem)
 
 
 def _objects(shown: str, text: bytes, format: str, table: Table) -> Iterator[tuple[int, Any]]:
@@ -208,7 +212,12 @@ def _object_rows(
     for line, value in objects:
         name = _name_column(list(value)) if isinstance(value, dict) else None
         file_name = None if name is None else _only(value[name])
-        if name is None or not isinstance(file_name, str):
+        if name is not None and not isinstance(file_name, str):
+            kind = type(value[name]).__name__
+            raise ValueError(
+                f"{shown}, line {line}, has {visible(name)} of the type {kind}; it needs file_name as text"
+            )
+        if name is None:
             keys = ", ".join(visible(key) for key in value) if isinstance(value, dict) else type(value).__name__
             raise ValueError(
                 f"{shown}, line {line}, has {keys or 'nothing'}; it needs file_name and {column_hint(wanted)}"

@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import io
 import itertools
+import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
@@ -13,7 +14,7 @@ import pyarrow as pa
 
 from tasks.curation.config import SourceConfig
 from tasks.curation.sources import parquet
-from tasks.curation.sources.base import Account, base_name, check_size, extension, reason_of, visible
+from tasks.curation.sources.base import Account, base_name, check_size, extension, is_image, reason_of, visible
 from tasks.curation.sources.captions import csv_text
 from tasks.curation.sources.captions.caption_text import (
     MAX_TEXT_BYTES,
@@ -89,10 +90,9 @@ def rows(place: FileTree, chosen: Range, config: SourceConfig) -> Iterator[UrlRo
         ValueError: the table cannot be read, has fewer rows, or more than `MAX_RANGE_CHARS`.
     """
     shown, count, chars = place.shown(chosen.name), 0, 0
-    for row, cells in _cells(place, chosen, config):
+    for row, cells, problem in _cells(place, chosen, config):
         url, *texts = cells
         count += 1
-        problem = ""
         captions: list[str] = []
         try:
             if any(isinstance(text, str) and len(text) > MAX_TEXT_BYTES for text in texts):
@@ -114,8 +114,8 @@ def rows(place: FileTree, chosen: Range, config: SourceConfig) -> Iterator[UrlRo
         raise ValueError(f"{shown} has changed since it was listed; start the run again")
 
 
-def _cells(place: FileTree, chosen: Range, config: SourceConfig) -> Iterator[tuple[int, list[Any]]]:
-    """(row, [URL, caption, ...]) of a range."""
+def _cells(place: FileTree, chosen: Range, config: SourceConfig) -> Iterator[tuple[int, list[Any], str]]:
+    """(row, [URL, caption, ...], why its captions may be cut or "") of a range."""
     shown, stop = place.shown(chosen.name), chosen.first_row + chosen.num_rows
     if extension(chosen.name) == "parquet":
         with place.open(chosen.name) as file, parquet.opened(shown, file) as table:
@@ -130,21 +130,21 @@ def _cells(place: FileTree, chosen: Range, config: SourceConfig) -> Iterator[tup
             batches = parquet.batches(shown, file, table, names, groups)
             yield from _within(batches, names, starts[0] if starts else 0, chosen.first_row, stop)
         return
-    yield from enumerate(
-        itertools.islice(_csv_cells(place, chosen.name, config, False), chosen.first_row, stop), chosen.first_row
-    )
+    chosen_rows = itertools.islice(_csv_cells(place, chosen.name, config, False), chosen.first_row, stop)
+    for row, (cells, problem) in enumerate(chosen_rows, chosen.first_row):
+        yield row, cells, problem
 
 
 def _within(
     batches: Iterator[pa.RecordBatch], names: list[str], row: int, first: int, stop: int
-) -> Iterator[tuple[int, list[Any]]]:
+) -> Iterator[tuple[int, list[Any], str]]:
     for batch in batches:
         if row >= stop:
             return
         if row + len(batch) > first:
             columns = [as_bytes(batch.column(name)) for name in names]
             for i in range(max(0, first - row), min(len(batch), stop - row)):
-                yield row + i, [column[i].as_py() for column in columns]
+                yield row + i, [column[i].as_py() for column in columns], ""
         row += len(batch)
 
 
@@ -166,8 +166,10 @@ def _columns(shown: str, names: list[str], config: SourceConfig, needs_captions:
     return (urls[0], *captions)
 
 
-def _csv_cells(place: FileTree, name: str, config: SourceConfig, needs_captions: bool) -> Iterator[list[str]]:
-    """[URL, caption, ...] of each row."""
+def _csv_cells(
+    place: FileTree, name: str, config: SourceConfig, needs_captions: bool
+) -> Iterator[tuple[list[str], str]]:
+    """[URL, caption, ...] of each row, without captions if they may be cut, and why."""
     shown = place.shown(name)
     with _named_errors(shown), place.open(name) as file, _text(file, config.encoding) as text:
         delimiter = _delimiter(text, name, config)
@@ -176,10 +178,17 @@ def _csv_cells(place: FileTree, name: str, config: SourceConfig, needs_captions:
         if header is None:
             raise ValueError(f"{shown} has no header")
         columns = [header.fields.index(name) for name in _columns(shown, header.fields, config, needs_captions)]
-        checks = csv_text.Checks(shown, header, columns[0], columns[1:], delimiter, _is_url)
+
+        def again() -> Iterator[csv_text.Row]:
+            with place.open(name) as file, _text(file, config.encoding) as text:
+                yield from csv_text.rows(shown, text, delimiter, REMEDY)
+
+        checks = csv_text.Checks(shown, header, columns[0], columns[1:], delimiter, _is_url, again, _is_rest_of_url)
         for row in parsed:
-            checks.check(row)
-            yield [row.fields[at] for at in columns]
+            if problem := checks.check(row):
+                yield [row.fields[columns[0]]], f"{place.locator(name)}, line {row.line}, {problem}"
+            else:
+                yield [row.fields[at] for at in columns], ""
 
 
 def _delimiter(text: TextIO, name: str, config: SourceConfig) -> str:
@@ -196,6 +205,17 @@ def _delimiter(text: TextIO, name: str, config: SourceConfig) -> str:
 
 def _is_url(field: str) -> bool:
     return field.startswith(("http://", "https://"))
+
+
+def _is_rest_of_url(url: str, field: str) -> bool:
+    """Whether a field may be behind a comma of the URL: `https://a.b/c` and `d.jpg`, or `/0/default.jpg`."""
+    if re.search(r"\s", field) or not _is_url(url) or is_image(_path(url)):
+        return False
+    return field.startswith("/") or is_image(_path(field))
+
+
+def _path(url: str) -> str:
+    return re.split("[?#]", url, maxsplit=1)[0]
 
 
 def _text(file: BinaryIO, encoding: str | None) -> TextIO:

@@ -187,7 +187,9 @@ def test_a_newest_checkpoint_that_was_cut_off_is_passed_over_with_a_message(late
     (file,) = newest.glob("*.distcp")
     os.truncate(file, file.stat().st_size // 2)
     assert Ranks(lambda rank: train(latents, tmp_path)).codes() == {0}
-    assert f"checkpoint {newest} is damaged ({file.name} is cut off or missing)" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert f"checkpoint {newest} is damaged ({file.name} is cut off or missing)" in said
+    assert said.count("resuming from the checkpoint of step 5\n") == 1
     assert report(tmp_path / "out")["resumed_from_step"] == 5
     assert same_weights(whole(1), tmp_path / "out") == [10, 15, 18]
 

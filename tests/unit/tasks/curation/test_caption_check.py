@@ -25,6 +25,7 @@ from tasks.curation.config import (
     SourceConfig,
 )
 from tasks.curation.scoring import score
+from tasks.curation.sources.base import open_corpus
 from tasks.store import make_sealed
 
 CONFIG = CurationConfig(
@@ -249,6 +250,20 @@ def test_tables_without_a_caption_column_are_refused_by_name_only_where_a_captio
         flow.check_captions(corpus, CONFIG)
     for config in (free, described):
         flow.check_captions(corpus, config)
+
+
+def test_no_record_of_a_source_over_the_limit_is_read_for_it(tmp_path, monkeypatch):
+    (tmp_path / "source").mkdir()
+    for i in range(3):
+        pq.write_table(pa.table({"image": [png(i)], "label": ["a"]}), tmp_path / "source" / f"{i}.parquet")
+    corpus = listed(tmp_path / "source")
+    monkeypatch.setattr(score, "describe_shard", None)
+    monkeypatch.setattr(
+        caption_check, "MAX_BYTES", open_corpus(corpus).report["size_bytes"] - 1
+    )  # over that of the first two
+    with pytest.raises(ValueError, match="no image of the source has a caption: 0.parquet has columns image, label"):
+        flow.check_captions(corpus, CONFIG)
+    flow.check_captions(corpus, CONFIG.model_copy(update={"captions": CaptionConfig(required=False)}))
 
 
 @pytest.mark.parametrize("kind", WITHOUT_A_COLUMN)

@@ -1,9 +1,11 @@
 import io
 import json
+import tarfile
 import tempfile
 import unicodedata
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -111,19 +113,70 @@ def test_csv_is_strict_and_names_file_and_line(tmp_path, content, words):
 @pytest.mark.parametrize(
     ("header", "row", "words"),
     [
-        ("file_name,text,width", "a.png,a red barn, at noon", ("width", "at noon")),
-        ("file_name;text;width", "a.png;a red barn;\u00a0at noon", ("width", "at noon")),
-        ("file_name,text,author,width", "a.png,a red barn, at noon,12", ("author", "at noon")),
-        ("file_name,text,author,width", 'a.png,a red barn, at noon,"12"', ("author", "at noon")),
-        ("file_name,text,author,width", "a.png,a barn,red, at noon", ("width", "at noon")),
-        ("file_name,text,prompt", "a.png,a red barn, at noon", ("prompt", "at noon")),
-        ("file_name,split,text", "a.png,a red barn, at noon", ("text", "at noon")),
-        ("text,width,file_name", "a red barn, at noon,a.png", ("width", "at noon")),
+        ("file_name,text,width", "a.png,a red barn, at noon", ("'width' (column 3)", "'at noon'")),
+        ("file_name,text,similarity", "a.png,a red barn, 0.3", ("'similarity' (column 3)", "'0.3'")),
+        ("file_name;text;width", "a.png;a red barn;\u00a0at noon", ("'width' (column 3)", "'at noon'", "';'")),
+        ("file_name,text,author,width", "a.png,a red barn, at noon,12", ("'author' (column 3)", "'at noon'")),
+        ("file_name,text,author,width", 'a.png,a red barn, at noon,"12"', ("'author' (column 3)", "'at noon'")),
+        ("file_name,text,prompt", "a.png,a red barn, at noon", ("'prompt' (column 3)", "'at noon'")),
+        ("text,width,file_name", "a red barn, at noon,a.png", ("'width' (column 2)", "'at noon'")),
     ],
 )
-def test_an_unquoted_comma_of_a_caption_in_a_row_without_one_of_its_columns_is_refused(tmp_path, header, row, words):
-    write(tmp_path, {"a.png": PNG, "b.png": PNG, "metadata.csv": f"{header}\n{row}\n"})
-    refused(tmp_path, "metadata.csv, line 2,", "between double quotes", *words)
+def test_a_caption_that_may_continue_in_the_next_column_is_a_problem_of_its_record_alone(tmp_path, header, row, words):
+    whole = row.replace("a.png", "b.png").replace("; ", ";").replace(", ", ",").replace("\u00a0", "")
+    write(tmp_path, {"a.png": PNG, "b.png": PNG, "metadata.csv": f"{header}\n{row}\n{whole}\n"})
+    captions = captions_in(tmp_path)
+    assert captions["a.png"] == "unreadable_caption" and captions["b.png"][0] == "a red barn"
+    detail = details_in(tmp_path)["a.png"]
+    assert detail.startswith("a.png: metadata.csv, line 2, has a blank before")
+    for word in ("between double quotes", "JSON Lines or Parquet", *words):
+        assert word in detail
+
+
+def numbered(tmp_path, header, rows):
+    """The captions by a table whose rows have their numbers for {i}."""
+    lines = [header, *(row.format(i=i) for i, row in enumerate(rows))]
+    files = {f"{i}.png": PNG for i in range(len(rows))}
+    return captions_in(write(tmp_path, files | {"metadata.csv": "\n".join(lines) + "\n"}))
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "more"),
+    [
+        ("file_name,text,author", ["{i}.png,barn {i}, Jane Doe"] * 10, []),
+        ("file_name;text;score", ["{i}.png;barn {i}; 0,7", "{i}.png;barn {i}; 1"] * 5, []),
+        ("file_name,text,author", ['{i}.png,"barn {i}", Jane', "{i}.png,barn {i},", '{i}.png,barn {i},"Jane"', *["{i}.png,barn {i}, Jane"] * 9], []),
+        ("file_name,text,prompt", ["{i}.png,barn {i}, Jane"] * 10, ["Jane"]),
+    ],
+)  # fmt: skip
+def test_a_blank_in_every_row_behind_a_caption_is_a_habit_of_the_writer(tmp_path, header, rows, more):
+    assert numbered(tmp_path, header, rows) == {f"{i}.png": [f"barn {i}", *more] for i in range(len(rows))}
+
+
+@pytest.mark.parametrize(
+    ("header", "rows"),
+    [
+        ("file_name,text,author", ["{i}.png,barn {i}, Jane Doe"] * 9),  # too few
+        ("file_name,text,author", ["{i}.png,barn {i}, Jane Doe"] * 20 + ["{i}.png,barn {i},Jane"]),
+        ("file_name,text,width", ["{i}.png,barn {i}, 640"] * 20 + ["{i}.png,barn {i}, at noon"]),
+        ("file_name,text,author", ["{i}.png,in my style, barn {i}"] * 20),
+    ],
+)
+def test_blanks_that_may_be_of_captions_are_no_habit_of_the_writer(tmp_path, header, rows):
+    expected = {f"{i}.png": "unreadable_caption" for i, row in enumerate(rows) if ", " in row}
+    captions = numbered(tmp_path, header, rows)
+    assert {name: value for name, value in captions.items() if value == "unreadable_caption"} == expected
+
+
+def test_rows_are_read_a_second_time_once_and_only_if_a_caption_may_continue(tmp_path, monkeypatch):
+    calls, real = [], csv_text.rows
+    monkeypatch.setattr(csv_text, "rows", lambda *args: calls.append(args[0]) or real(*args))
+    files = {f"{i}.png": PNG for i in range(12)}
+    for blank, times in (("", 1), (" ", 2)):
+        lines = [f"{i}.png,barn {i},{blank}Jane\n" for i in range(12)]
+        write(tmp_path, {**files, "metadata.csv": "".join(["file_name,text,author\n", *lines])})
+        calls.clear()
+        assert captions_in(tmp_path)["3.png"] == ["barn 3"] and len(calls) == times
 
 
 @pytest.mark.parametrize(
@@ -139,6 +192,11 @@ def test_an_unquoted_comma_of_a_caption_in_a_row_without_one_of_its_columns_is_r
         ("file_name\ttext\twidth", "a.png\ta red barn\t 12"),
         ("file_name,author,text,width", 'a.png,"Doe, Jane", a red barn,12'),
         ("file_name,text,width", '"a.png","a red barn",12'),
+        ("file_name,split,text", "a.png,train, a red barn"),
+        ("file_name,width,height,text", "a.png, 640, 480,a red barn"),
+        ("file_name,text,width,title", "a.png,a red barn,12, Home page"),
+        ("file_name,title,text,width", "a.png, Home page,a red barn,12"),
+        ("file_name,title,text", "a.png,, a red barn"),
     ],
 )
 def test_blanks_that_are_a_habit_of_the_writer_are_ignored(tmp_path, header, row):
@@ -247,6 +305,29 @@ def test_rows_that_name_no_image_are_counted_with_an_example_and_all_of_them_are
     refused(tmp_path, "2 rows of", "metadata.csv name no image", "images/a.png (line 2)")
 
 
+def test_examples_of_long_names_are_cut_and_keep_their_ends(tmp_path):
+    long = "x" * 1_000_000 + ".png"
+    lines = [f'{{"file_name": "{name}", "text": "t"}}\n' for name in (long, "a.png")]
+    write(tmp_path, {"a.png": PNG, "metadata.jsonl": "".join(lines)})
+    _, account = read_records(tmp_path)
+    count, example = account.skipped["metadata row that names no image"]
+    assert count == 1 and len(example) <= 200
+    assert example.startswith("metadata.jsonl: xxx") and "x…x" in example and example.endswith("x.png (line 1)")
+    write(tmp_path, {"metadata.jsonl": lines[0]})
+    with pytest.raises(ValueError, match=r"metadata.jsonl name no image, such as x+…x+.png \(line 1\)") as refusal:
+        read_records(tmp_path)
+    assert len(str(refusal.value)) < 1000
+    (tmp_path / "metadata.jsonl").unlink()
+    for content in (f"{'x' * 1_000_000},text\n", f'file_name,text\n{long},"never closed\nb.png,two boats"\n'):
+        write(tmp_path, {"metadata.csv": content})
+        with pytest.raises(ValueError, match="metadata.csv.*xx…xx") as refusal:
+            read_records(tmp_path)
+        assert len(str(refusal.value)) < 1000
+    tar_of(tmp_path / "tar/x.tar", {"a.png": PNG, f"b.{'x' * 4000}": b""}, format=tarfile.PAX_FORMAT)
+    ((reason, (_, example)),) = read_records(tmp_path / "tar")[1].skipped.items()
+    assert max(len(reason), len(example)) <= 201 and reason.startswith(".xxx") and example.startswith("x.tar:b.x")
+
+
 def test_keys_without_an_extension_name_the_nearest_image_and_two_are_ambiguous(tmp_path):
     rows = {"a": {"caption": "of the stem"}, "a.png": {"caption": "of the name"}, "b": {"caption": "of either"}}
     rows |= {"c.d": {"caption": "with a dot"}, "gone": {"caption": "of none"}}
@@ -306,6 +387,20 @@ def test_a_table_without_rows_is_left_out_by_name(tmp_path, name, content):
         assert left_out(tmp_path / folder) == {"metadata table without rows": 1}
 
 
+def test_a_parquet_table_without_rows_is_left_out_and_row_groups_without_rows_change_nothing(tmp_path):
+    write(tmp_path, {"a.png": PNG, "b.png": PNG, "a.txt": "x"})
+    rows = pd.DataFrame({"file_name": ["a.png", "b.png"], "text": ["of a row", "of b"]})
+    rows.iloc[:0].to_parquet(tmp_path / "metadata.parquet")
+    assert captions_in(tmp_path) == {"a.png": ["x"], "b.png": []}
+    assert left_out(tmp_path) == {"metadata table without rows": 1}
+    table = pa.table(dict(rows))
+    with pq.ParquetWriter(tmp_path / "metadata.parquet", table.schema) as writer:
+        for part in (table.slice(0, 0), table.slice(0, 1), table.slice(0, 0), table.slice(1, 1), table.slice(0, 0)):
+            writer.write_table(part)
+    (tmp_path / "a.txt").unlink()
+    assert captions_in(tmp_path) == {"a.png": ["of a row"], "b.png": ["of b"]}
+
+
 @pytest.mark.parametrize("is_tar", [False, True])
 def test_a_picture_called_metadata_has_the_json_of_its_name_and_every_other_table_is_read(tmp_path, is_tar):
     def captions(files):
@@ -349,6 +444,15 @@ def test_a_table_of_too_many_rows_is_refused(tmp_path, monkeypatch):
     refused(tmp_path, "metadata.jsonl", "more than 3 rows", "metadata.parquet")
     write(tmp_path, {"metadata.jsonl": rows[: rows.rindex("{")]})
     assert len(read_records(tmp_path)) > 0
+
+
+def test_an_image_that_too_many_rows_name_is_an_error_with_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(listed, "MAX_ROWS_PER_IMAGE", 3)
+    rows = [f'{{"file_name": "{name}", "text": "t{i}"}}\n' for i, name in enumerate(["b.png", *["a.png"] * 4])]
+    write(tmp_path, {"a.png": PNG, "b.png": PNG, "metadata.jsonl": "".join(rows[:4])})
+    assert captions_in(tmp_path) == {"a.png": ["t1", "t2", "t3"], "b.png": ["t0"]}
+    write(tmp_path, {"metadata.jsonl": "".join(rows)})
+    refused(tmp_path, "metadata.jsonl, line 5", "more than 3 rows name a.png")
 
 
 def test_a_table_of_too_many_blank_lines_is_refused(tmp_path, monkeypatch):

@@ -69,6 +69,22 @@ def test_parquet_with_paths_only_is_refused_and_one_without_an_image_column_is_c
     assert left_out(tmp_path) == {".parquet without image bytes": 1}
 
 
+@pytest.mark.parametrize("sizes", [(2, 0, 2), (2, 0), (0, 2), (0, 0, 1, 0, 3)])
+def test_row_groups_without_rows_change_nothing(tmp_path, sizes):
+    pictures, texts = [picture(i) for i in range(sum(sizes))], [f"t{i}" for i in range(sum(sizes))]
+    table, done = pa.table({"image": pictures, "text": texts}), 0
+    with pq.ParquetWriter(tmp_path / "x.parquet", table.schema) as writer:
+        for size in sizes:
+            writer.write_table(table.slice(done, size))
+            done += size
+    assert pq.ParquetFile(tmp_path / "x.parquet").num_row_groups == len(sizes)
+    for images_per_shard in (1, 2, 3, 100):
+        records, _ = read_records(tmp_path, images_per_shard=images_per_shard)
+        assert [(r.locator, r.data, r.captions) for r in records] == [
+            (f"x.parquet:{i}", pictures[i], [texts[i]]) for i in range(done)
+        ]
+
+
 def test_a_caption_that_is_no_text_is_a_problem_of_its_row(tmp_path):
     values = pa.StringArray.from_buffers(3, *pa.array([b"caf\xe9", b"whole", b"a" * (2**20 + 1)]).buffers()[1:])
     pq.write_table(pa.table({"image": [PNG] * 3, "text": values}), tmp_path / "x.parquet")

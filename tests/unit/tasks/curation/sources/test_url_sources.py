@@ -450,6 +450,53 @@ def test_a_csv_of_urls_that_may_lose_a_row_or_cut_a_caption_is_refused_with_its_
     assert name in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
 
 
+def csv_rows(folder, content: str) -> list[tables.UrlRow]:
+    (folder / "u.csv").write_text(content)
+    place, config = find(str(folder)), SourceConfig(urls=urls(), images_per_shard=3)
+    return [row for one in tables.ranges(place, config, Account()) for row in tables.rows(place, one, config)]
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "words"),
+    [
+        ("url,caption,similarity", "https://a/1,a barn, 0.3", ["'0.3'", "'similarity' (column 3)", "captions"]),
+        ("url,caption,w", "https://e.org/a,b.jpg,x", ["'b.jpg'", "'caption' (column 2)", "URLs"]),
+        ("url,caption,w", "https://e.org/a,b.jpg?s=1,x", ["'b.jpg?s=1'", "URLs"]),
+        ("url,caption,w", "https://e.org/full/600,/0/default.jpg,x", ["'/0/default.jpg'", "URLs"]),
+    ],
+)
+def test_a_row_of_a_csv_of_urls_that_may_cut_its_caption_or_url_is_a_problem_of_its_record(
+    tmp_path, header, row, words
+):
+    first, second = csv_rows(tmp_path, f"{header}\n{row}\nhttps://a/2.jpg,boats,1\n")
+    assert (first.captions, second) == ([], tables.UrlRow(1, "https://a/2.jpg", ["boats"]))
+    assert first.url == row.partition(",")[0] and first.problem.startswith("u.csv, line 2, has ")
+    assert all(word in first.problem for word in [*words, "between double quotes", "Parquet"])
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "caption"),
+    [
+        ("url,title,caption", "https://a/1, Home page,a barn", "a barn"),
+        ("url,caption,w", '"https://e.org/a,b.jpg",a barn,x', "a barn"),
+        ("url,caption,w", '"https://e.org/a",b.jpg,x', "b.jpg"),
+        ("url,caption", "https://e.org/a.jpg?s=1,IMG_7.jpg", "IMG_7.jpg"),
+        ("url,file,caption", "https://e.org/7,7.jpg,a barn", "a barn"),
+        ("url,caption", "https://e.org/7,/ and .jpg", "/ and .jpg"),
+    ],
+)
+def test_well_formed_rows_of_a_csv_of_urls_are_read(tmp_path, header, row, caption):
+    assert [(one.captions, one.problem) for one in csv_rows(tmp_path, f"{header}\n{row}\n")] == [([caption], "")]
+
+
+def test_a_blank_in_every_row_behind_the_captions_of_a_csv_of_urls_is_a_habit_in_each_range(tmp_path):
+    lines = [f"https://a/{i},barn {i}, 0.{i}\n" for i in range(10)]
+    rows = csv_rows(tmp_path, "".join(["url,caption,similarity\n", *lines]))
+    assert [(row.captions, row.problem) for row in rows] == [([f"barn {i}"], "") for i in range(10)]
+    rows = csv_rows(tmp_path, "".join(["url,caption,similarity\n", *lines, "https://a/x,barn,1\n"]))
+    assert [bool(row.problem) for row in rows] == [True] * 10 + [False]
+
+
 @pytest.mark.parametrize(
     ("content", "encoding"),
     [
@@ -489,6 +536,20 @@ def test_a_table_of_urls_without_captions_is_refused_only_where_captions_are_nee
 
 
 # ---------------------------------------------------------------- hostile sites (benchmarks/curation/hostile_urls.py has more)
+
+
+def test_row_groups_without_rows_of_a_table_of_urls_change_nothing(tmp_path):
+    table = pa.table({"url": [f"https://a.b/{i}.png" for i in range(5)], "text": [f"t{i}" for i in range(5)]})
+    with pq.ParquetWriter(tmp_path / "x.parquet", table.schema) as writer:
+        for at, size in ((0, 0), (0, 2), (2, 0), (2, 3), (5, 0)):
+            writer.write_table(table.slice(at, size))
+    for images_per_shard in (1, 2, 3, 10):
+        config = SourceConfig(urls=urls(), images_per_shard=images_per_shard)
+        place = find(str(tmp_path))
+        rows = [row for one in tables.ranges(place, config, Account()) for row in tables.rows(place, one, config)]
+        assert [(row.row, row.url, row.captions) for row in rows] == [
+            (i, f"https://a.b/{i}.png", [f"t{i}"]) for i in range(5)
+        ]
 
 
 def test_binary_captions_of_a_parquet_table_are_decoded_as_text_files_are(tmp_path):
