@@ -160,3 +160,13 @@ def test_answers_of_a_judge_that_stopped_are_reused_by_a_run_with_other_settings
     monkeypatch.setenv("NUCLEUS_HOME", str(home().parent / "another home"))
     judged(model, two)
     assert sum(number_asked) - kept == kept  # none of the four was asked again
+
+
+def test_an_answer_about_an_image_is_not_reused_for_the_image_through_jpeg(
+    model, number_sampled, number_asked, monkeypatch
+):
+    judged(model, CONFIG)
+    first = sum(number_asked)
+    monkeypatch.setattr(catalog.benchmark("shapes"), "jpeg_tiles", True, raising=False)
+    judged(model, CONFIG)
+    assert sum(number_asked) == 2 * first
