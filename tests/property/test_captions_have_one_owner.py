@@ -1,4 +1,4 @@
-"""Random trees of images, links, texts and tables whose names differ in folders, case and Unicode form alone: each image
+"""Random trees of images, links, texts, tables and unknown files whose names differ in folders, case and Unicode form alone: each image
 has the captions that the rule of nearest names gives it, and everything is counted.
 
 The oracle compares every text and row with every image, as docs/own_images.md has the rule. It shares no code with the
@@ -35,6 +35,7 @@ NFC, NFD = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
 AMBIGUOUS = "ambiguous_caption"
 IMAGE_WORDS = ("images", "photos")
 CAPTION_WORDS = ("captions", "text")
+SAMPLE_IMAGES = ("image", "img", "picture", "photo", "rgb", "jpg", "jpeg", "png", "webp")
 
 # Names of one tree are of one line each, so that many of them are near to each other.
 FOLDERS = [
@@ -44,7 +45,14 @@ FOLDERS = [
     ["photos", "photos/captions", "captions", "text"],
     ["photos/x", "photos/X", "captions/x", "captions/X"],
 ]
-STEMS = [["a", "A"], [NFC, NFD, "É"], ["a.b", "A.b", "a.B", "a"], ["a", "a.caption", "A"], ["a.png", "a", "A"]]
+STEMS = [
+    ["a", "A"],
+    [NFC, NFD, "É"],
+    ["a.b", "A.b", "a.B", "a"],
+    ["a", "a.caption", "A"],
+    ["a.png", "a", "A"],
+    ["a", "a.image", "a.left", "a.caption"],
+]
 
 
 # ---------------------------------------------------------------- the rule, by brute force
@@ -68,15 +76,24 @@ def key_of(name):
     return name.partition(".")[0]
 
 
-def distance(text, image):
-    """(only by the key?, level), and what the text's name repeats, for names without folders; None if not related."""
+def distance(text, image, loose):
+    """(0, or by the key 1 for the image of a sample and 2 for others; level), and what the text's name repeats, for names
+    without folders; None if not related."""
     base, options = stem_of(text), []
     for kind, own in (("name", image), ("stem", stem_of(image))):
         if (near := level(base, own)) is not None:
-            options.append((False, near, kind))
+            options.append((0, near, kind))
     marked = base.partition(".")[2] == "caption"
-    if not options and (base == key_of(base) or marked) and (near := level(key_of(base), key_of(image))) is not None:
-        options.append((True, near, "marked" if marked else "key"))
+    part = stem_of(image).partition(".")[2]
+    is_of_sample = not part or level_form(part) in SAMPLE_IMAGES
+    related = is_of_sample or not loose
+    if (
+        not options
+        and related
+        and (base == key_of(base) or marked)
+        and (near := level(key_of(base), key_of(image))) is not None
+    ):
+        options.append((1 if is_of_sample else 2, near, "marked" if marked else "key"))
     return min(options, default=None)
 
 
@@ -89,13 +106,14 @@ def level_form(name):
     return nfc(nfc(name).casefold())
 
 
-def by_texts(related):
-    """Image -> its texts, or AMBIGUOUS. related: (text, image) -> (distance, kind)."""
+def by_texts(related, blocked):
+    """Image -> its texts, or AMBIGUOUS. related: (text, image) -> (distance, kind). blocked: text -> the least distance from
+    an unknown file."""
     nearest, owners = {}, defaultdict(list)
     for (text, _), (far, _) in related.items():
         nearest[text] = min(nearest.get(text, far), far)
     for (text, image), (far, _) in related.items():
-        if far == nearest[text]:
+        if far == nearest[text] <= blocked.get(text, far):
             owners[text].append(image)
     result = {}
     for image in {image for _, image in related}:
@@ -105,8 +123,8 @@ def by_texts(related):
         best = min(far for far, _ in own.values())
         chosen = {text: kind for text, (far, kind) in own.items() if far == best}
         if not best[0]:
-            also = (True, *best[1:])
-            chosen |= {text: kind for text, (far, kind) in own.items() if far == also and kind == "marked" and is_one_picture(owners[text])}  # fmt: skip
+            also = [(by_key, *best[1:]) for by_key in (1, 2)]
+            chosen |= {text: kind for text, (far, kind) in own.items() if far in also and kind == "marked" and is_one_picture(owners[text])}  # fmt: skip
             if "name" in chosen.values():
                 chosen = {text: kind for text, kind in chosen.items() if kind == "name" or len(owners[text]) == 1}
         result[image] = sorted(chosen)
@@ -143,24 +161,41 @@ def split(path):
     return posixpath.dirname(path), posixpath.basename(path)
 
 
-def oracle(images, texts, rows, left_out):
-    """Image -> captions or AMBIGUOUS, the texts that are not used, and the rows that are not. rows: number -> written path.
-    left_out: images that have texts and rows like the others, and no record."""
-    own, related = {}, {}
+def least(related):
+    """Text -> its least distance."""
+    blocked = {}
+    for (text, _), (far, _) in related.items():
+        blocked[text] = min(blocked.get(text, far), far)
+    return blocked
+
+
+def beside(texts, images, loose):
+    related = {}
     for text in texts:
         for image in images:
-            if split(text)[0] == split(image)[0] and (found := distance(split(text)[1], split(image)[1])):
+            if split(text)[0] == split(image)[0] and (found := distance(split(text)[1], split(image)[1], loose)):
                 related[text, image] = (found[:2] + (0,), found[2])
-    own, at_home = by_texts(related)
+    return related
 
+
+def apart_from(texts, images, loose):
     apart = {}
-    for text in set(texts) - at_home:
+    for text in texts:
         for image in images:
-            found = distance(split(text)[1], split(image)[1])
+            found = distance(split(text)[1], split(image)[1], loose)
             there = [near for place in expected_folders(split(image)[0]) if (near := level(split(text)[0], place)) is not None]  # fmt: skip
             if found and there and split(text)[0] != split(image)[0]:
                 apart[text, image] = (found[:2] + (min(there),), found[2])
-    parallel, _ = by_texts(apart)
+    return apart
+
+
+def oracle(images, texts, rows, left_out, unknown, links, loose):
+    """Image -> captions or AMBIGUOUS, the texts that are not used, and the rows that are not. rows: number -> written path.
+    left_out: images that have texts and rows like the others, and no record. unknown: other files. links: texts that are
+    compared like the others, and not read."""
+    own, at_home = by_texts(beside(texts, images, loose), least(beside(texts, unknown, loose)))
+    others = set(texts) - at_home - links
+    parallel, _ = by_texts(apart_from(others, images, loose), least(apart_from(others, unknown, loose)))
 
     near, by_image = {}, defaultdict(list)
     for number, written in rows.items():
@@ -187,15 +222,15 @@ def oracle(images, texts, rows, left_out):
 
     expected, left = {}, set(texts)
     for image in set(images) - left_out:
-        beside, listed = own.get(image, []), named.get(image, [])
-        if not beside and not listed:
-            beside = parallel.get(image, [])
-        if AMBIGUOUS in (beside, listed):
+        described_by, listed = own.get(image, []), named.get(image, [])
+        if not described_by and not listed:
+            described_by = parallel.get(image, [])
+        if AMBIGUOUS in (described_by, listed):
             expected[image] = AMBIGUOUS
         else:
-            expected[image] = listed + [f"of {text}" for text in beside]
-        left -= set(beside if beside != AMBIGUOUS else ())
-    return expected, left, set(rows) - used
+            expected[image] = listed + [f"of {text}" for text in described_by if text not in links]
+        left -= set(described_by if described_by != AMBIGUOUS else ())
+    return expected, left - links, set(rows) - used
 
 
 # ---------------------------------------------------------------- trees
@@ -209,11 +244,11 @@ def some(strategy):
 
 @st.composite
 def trees(draw):
-    """Images, texts with a caption that names them, rows of one table in the root, and images that are links or are of a
-    format that is not read."""
+    """Images, texts with a caption that names them, rows of one table in the root, images that are links or are of a format
+    that is not read, files of an unknown kind, and texts that are links."""
     folder, stem = st.sampled_from(draw(st.sampled_from(FOLDERS))), st.sampled_from(draw(st.sampled_from(STEMS)))
     image, text = (
-        st.sampled_from(["png", "png", "PNG", "webp", "jxl"]),
+        st.sampled_from(["png", "png", "PNG", "webp", "jxl", "html"]),
         st.sampled_from(["txt", "txt", "json", "TXT", "png.txt"]),
     )
     path = lambda folder, name: f"{folder}/{name}" if folder else name  # noqa: E731
@@ -223,9 +258,13 @@ def trees(draw):
     row = st.tuples(folder, stem, image, st.sampled_from("///\\"), st.sampled_from(["", "", "", " "]))
     for number, (f, name, ext, separator, space) in enumerate(draw(some(row))):
         written[number] = f"{path(f, name)}.{ext}{space}".replace("/", separator)
+    unknown = {picture for picture in pictures if picture.endswith("html")}
+    pictures -= unknown
     left_out = {picture for picture in pictures if picture.endswith("jxl")}
-    left_out |= draw(st.one_of(st.just(set()), st.sets(st.sampled_from(sorted(pictures)))))
-    return sorted(pictures), sorted(files), written, left_out
+    left_out |= draw(st.one_of(st.just(set()), st.sets(st.sampled_from(sorted(pictures or {""})))))
+    left_out &= pictures
+    links = {file for file in files if draw(st.integers(0, 7)) == 0}
+    return sorted(pictures), sorted(files), written, left_out, sorted(unknown), links
 
 
 def content(text):
@@ -234,10 +273,11 @@ def content(text):
 
 def files_of(tree):
     """Name -> content; None for images that are left out."""
-    pictures, texts, rows, left_out = tree
+    pictures, texts, rows, left_out, unknown, links = tree
     files = {
         **{picture: None if picture in left_out else PNG for picture in pictures},
-        **{text: content(text) for text in texts},
+        **{text: None if text in links else content(text) for text in texts},
+        **dict.fromkeys(unknown, "x"),
     }
     if rows:
         files["metadata.csv"] = "file_name,text\n" + "".join(f'"{name}","row {n}"\n' for n, name in rows.items())
@@ -252,7 +292,7 @@ def dead_link(name):
 
 def check(tree, path, prefix, containers):
     """containers: files besides those of the tree."""
-    expected, left, unmatched = oracle(*tree)
+    expected, left, unmatched = oracle(*tree, loose=not prefix)
     rows = tree[2]
     if not expected:
         with pytest.raises(ValueError):
@@ -270,7 +310,7 @@ def check(tree, path, prefix, containers):
     skipped = {reason: count for reason, (count, _) in account.skipped.items()}
     assert sum(count for reason, count in skipped.items() if reason in (".txt", ".json", TEXT_OF_LEFT_OUT)) == len(left)
     assert skipped.get("metadata row that names no image", 0) == len(unmatched)
-    files = len(tree[0]) + len(tree[1]) + bool(rows) + containers
+    files = len(tree[0]) + len(tree[1]) + len(tree[4]) + bool(rows) + containers
     assert account.seen == files + len(unmatched) and account.records == len(expected)
 
 

@@ -34,9 +34,24 @@ folders = st.sampled_from(["", "sub/", "sub/deep/", "train/"])
 words = st.text(st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp")), min_size=1, max_size=30).filter(str.strip)
 bad_text = st.sampled_from([b"\xff\xfe\x00\xd8", b"caf\xe9", b"a\0b", "boats".encode("utf-16-le")])
 junk = st.sampled_from(
-    ["x.psd", "y.zip", "README", "stray.TXT", ".DS_Store", "z.jxl", "._a.png", "a.cls", "b.xmp", "A.jxl", "a.b.mp4"]
+    [
+        "x.psd",
+        "y.zip",
+        "README",
+        "stray.TXT",
+        ".DS_Store",
+        "z.jxl",
+        "._a.png",
+        "a.cls",
+        "b.xmp",
+        "A.jxl",
+        "a.b.mp4",
+        "A.html",
+        "a.b.vob",
+        "1",
+    ]
 )
-twins = st.sampled_from([None, None, "jxl", "mp4", "CR2", "link"])
+twins = st.sampled_from([None, None, None, "jxl", "mp4", "CR2", "link", "vob", "docx", "made-up"])
 
 
 @st.composite

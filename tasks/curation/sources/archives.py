@@ -24,19 +24,18 @@ from tasks.curation.sources.base import (
     extension,
     is_hidden,
     is_image,
-    is_media,
     reason_of,
     record_key,
     visible,
 )
 from tasks.curation.sources.captions.caption_text import (
     MAX_JSON_BYTES,
-    SIDECAR_EXTENSIONS,
     CaptionError,
     add_texts,
 )
 from tasks.curation.sources.captions.metadata_files import MAX_BYTES as MAX_METADATA_BYTES
 from tasks.curation.sources.captions.metadata_files import is_metadata
+from tasks.curation.sources.captions.pairing import is_text, may_own_text
 from tasks.curation.sources.file_trees import HIDDEN, FileTree
 from tasks.curation.sources.tar_format import MAX_RATIO, RATIO_FREE_BYTES, Member, NameLimits
 from tasks.curation.sources.tars import Sample, samples_of
@@ -133,11 +132,11 @@ def _index(
             tables.append((member, data))
             if extension(base) == "json":
                 files.append(member)
-        elif is_image(base) or extension(base) in SIDECAR_EXTENSIONS:
+        elif is_image(base) or is_text(base):
             files.append(member)
         else:
             account.skip(reason_of(base), f"{locator}:{name}")
-            if is_media(base):
+            if may_own_text(base):
                 files.append(member)
     return files, tables
 

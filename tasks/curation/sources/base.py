@@ -48,13 +48,19 @@ LISTS = f"{FILES_FOLDER}/"  # the lists of loose files, one for each shard: arti
 # Images that curation decodes or rejects by name; other files are counted as left out.
 HEIF_EXTENSIONS = ("heic", "heif", "hif") if find_spec("pillow_heif") else ()
 IMAGE_EXTENSIONS = (*"png jpg jpeg jpe jfif webp gif bmp tif tiff avif jp2 ppm pgm".split(), *HEIF_EXTENSIONS)
-# Files that curation does not read and that have captions of their own: a text next to one of them is not of a picture
-# with a similar name. Raw photographs, videos, sound, documents, and other formats of images.
+# Pictures and other media that curation does not read. They are compared with texts and rows as images are: of two that
+# are equally near, neither is chosen. Raw photographs, videos, sound, documents, and other formats of images.
 OTHER_MEDIA = frozenset(
     "3fr arw cr2 cr3 crw dcr dng erf iiq kdc mef mos mrw nef nrw orf pef raf raw rw2 rwl sr2 srf srw x3f "
-    "3gp avi flv m2ts m4v mkv mov mp4 mpeg mpg mts ogv webm wmv aac flac m4a mp3 oga ogg opus wav djvu pdf "
+    "3gp avi flv m2ts m4v mkv mov mp4 mpeg mpg mts ogv vob webm wmv aac flac m4a mp3 oga ogg opus wav wma djvu doc docx pdf "
     "ai apng avifs bpg cur dcm dds emf eps exr fits flif hdr heic heics heif hif icns ico j2c j2k jng jp2 jpf jpm jpx "
     "jxl jxr mng pam pbm pcx pfm pnm psb psd qoi ras rgb sgi svg svgz tga wdp wmf xbm xcf xpm".split()
+)
+# Files that people and tools keep next to an image or in its WebDataset sample. Any other file that is left out has the
+# text of its name, so that no similar image gets it.
+COMPANIONS = frozenset(
+    "npz npy pt pth safetensors ten tb pyd pkl pickle msg mp cbor jsn yaml yml xml csv tsv cls cls2 lab count index inx id "
+    "uid key url score md5 sha256 xmp aae pp3 dop thm bak log".split()
 )
 # Longer suffixes first.
 TAR_SUFFIXES = (".tar.gz", ".tar.bz2", ".tar.xz", ".tar.lzma", ".tar", *".tgz .taz .tbz2 .tbz .tb2 .txz .tlz".split())

@@ -32,7 +32,6 @@ from tasks.curation.sources.base import (
 from tasks.curation.sources.captions.caption_text import (
     MAX_JSON_BYTES,
     MAX_TEXT_BYTES,
-    SIDECAR_EXTENSIONS,
     CaptionError,
     add_texts,
 )
@@ -184,7 +183,3 @@ def _checked(place: FileTree, name: str, content: bytes | OSError, size: int, di
     if not is_same:
         raise ValueError(f"{place.shown(name)} {CHANGED}")
     return content
-
-
-def is_text(name: str) -> bool:
-    return extension(name) in SIDECAR_EXTENSIONS

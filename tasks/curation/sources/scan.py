@@ -55,7 +55,7 @@ from tasks.curation.sources.base import (
 )
 from tasks.curation.sources.captions.listed import Listed, Matched
 from tasks.curation.sources.captions.metadata_files import is_metadata
-from tasks.curation.sources.captions.pairing import pair
+from tasks.curation.sources.captions.pairing import is_text, may_own_text, pair
 from tasks.curation.sources.captions.parallel import ParallelTexts, may_have_captions
 from tasks.curation.sources.file_trees import LINK, NOT_A_FILE, FileTree, Folder, RemoteFileTree
 from tasks.curation.sources.folder import File
@@ -168,7 +168,7 @@ class _Scan:
     def run(self) -> None:
         with (
             Listed(self.options.encoding, self.options.caption_columns) as self.listed,
-            ParallelTexts(self.options.caption_columns, self.config.captions_folder) as self.parallel,
+            ParallelTexts(self.options.caption_columns, self.config.captions_folder, loose=True) as self.parallel,
         ):
             for listing in self.place.walk():
                 self._look_for_captions_folder(listing)
@@ -234,14 +234,14 @@ class _Scan:
         if not may_have_captions(listing.path, self.config.captions_folder):
             return
         names, left_out = self._loose_names(listing)
-        for i in pair(names, self.options.caption_columns, left_out).strays:
+        for i in pair(names, self.options.caption_columns, left_out, loose=True).strays:
             path = listing.at(names[i])
             # A later request for each text would be slow where the source is remote; local files are read when needed.
             digest = self.place.digest(path) if isinstance(self.place, RemoteFileTree) else ""
             self.parallel.add(path, listing.files[names[i]], digest)
 
     def _claim(self, listing: Folder) -> None:
-        for name in [*listing.files, *_left_out_media(listing)]:
+        for name in [*listing.files, *_links(listing)]:
             path = listing.at(name)
             if is_media(name):
                 if self.listed:
@@ -252,17 +252,20 @@ class _Scan:
                 images, left_out, _ = self._images_in(path)
                 for image in [*(image for image, _, _ in images), *left_out]:
                     self.listed.claim(_names_beside(listing, path, image))
+            elif self.parallel and may_own_text(name) and not _is_container(name):
+                self.parallel.block(path)
 
     def _loose_names(self, listing: Folder) -> tuple[list[str], set[int]]:
-        """The loose images, other media, and texts of a folder; and the positions of images that are left out."""
+        """The loose images and texts of a folder, and other files that may have texts; and the positions of those that are
+        left out."""
         names = [
             name
             for name in listing.files
-            if (is_media(name) or folder.is_text(name))
+            if (is_text(name) or (may_own_text(name) and not _is_container(name)))
             and (self.place.alone is not None or not is_metadata(name, listing.files))
         ]
-        left_out = {i for i, name in enumerate(names) if not (is_image(name) or folder.is_text(name))}
-        links = _left_out_media(listing)
+        left_out = {i for i, name in enumerate(names) if not (is_image(name) or is_text(name))}
+        links = _links(listing)
         left_out.update(range(len(names), len(names) + len(links)))
         return names + links, left_out
 
@@ -296,7 +299,7 @@ class _Scan:
                         self._add_parquet(path)
                 elif is_metadata(name, listing.files) and self.place.alone is None:
                     continue
-                elif not is_image(name) and not folder.is_text(name):
+                elif not is_image(name) and not is_text(name):
                     self.account.skip(reason_of(name), path)
             yield from self._files_of(listing)
             self._add_tars(listing, archives)
@@ -305,7 +308,7 @@ class _Scan:
 
     def _files_of(self, listing: Folder) -> Iterator[File]:
         names, left_out = self._loose_names(listing)
-        pairs, strays, of_left_out = pair(names, self.options.caption_columns, left_out)
+        pairs, strays, of_left_out = pair(names, self.options.caption_columns, left_out, loose=True)
         used = {i for one in pairs.values() for i in one.texts}
         apart = strays if may_have_captions(listing.path, self.config.captions_folder) else ()
         counted = left_out.union(pairs, used, apart, of_left_out)
@@ -314,7 +317,7 @@ class _Scan:
         for i, name in enumerate(names):
             if i not in counted:
                 self.account.skip(reason_of(name), listing.at(name))
-        for i in left_out if self.parallel else ():
+        for i in (i for i in left_out if self.parallel and is_media(names[i])):
             self.parallel.leave_out(listing.at(names[i]))
         self.account.use(len(pairs) + len(used))
         for i in sorted(pairs, key=lambda i: names[i]):
@@ -322,8 +325,11 @@ class _Scan:
                 listing.at(names[i]),
                 [(listing.at(names[j]), listing.files[names[j]], "") for j in pairs[i].texts],
             )
-            rows, why = self.listed.match([(0, path)]), pairs[i].ambiguous
-            if self.parallel and not (texts or why or rows.captions or rows.ambiguous or rows.unreadable):
+            rows, why, unread = self.listed.match([(0, path)]), pairs[i].ambiguous, pairs[i].unread
+            if unread and not (texts or rows.captions):
+                at = self.place.locator(path)
+                rows = rows._replace(no_column=f"{at}: its text {visible(unread)!r} is a link, which is not read")
+            if self.parallel and not (texts or why or unread or rows.captions or rows.ambiguous or rows.unreadable):
                 apart_texts, why = self.parallel.match(path)
                 texts = [(text.path, text.size, text.digest) for text in apart_texts]
             yield self._file(path, listing.files[names[i]], texts, rows, why or rows.ambiguous)
@@ -473,10 +479,16 @@ def _problem(locator: str, rows: Matched, ambiguous: str) -> tuple[str, str]:
     return (UNREADABLE_CAPTION, f"{locator}: {rows.unreadable}") if rows.unreadable else ("", rows.no_column)
 
 
-def _left_out_media(listing: Folder) -> list[str]:
-    """Names of links and devices that are named like images or other media."""
+def _is_container(name: str) -> bool:
+    """Whether a file of this name contains images."""
+    return name.lower().endswith((*TAR_SUFFIXES, ".parquet")) or formats.format_of(name) is not None
+
+
+def _links(listing: Folder) -> list[str]:
+    """Names of links and devices that are named like texts, or like files that may have texts."""
     names = (base_name(path) for reason, path in listing.left_out if reason in (LINK, NOT_A_FILE))
-    return [name for name in names if is_media(name) and not name.startswith(".")]
+    names = (name for name in names if not name.startswith(".") and not _is_container(name))
+    return [name for name in names if is_text(name) or may_own_text(name)]
 
 
 def _names_beside(listing: Folder, path: str, member: str) -> list[tuple[int, str]]:

@@ -37,13 +37,12 @@ from tasks.curation.sources.base import (
 )
 from tasks.curation.sources.captions.caption_text import (
     MAX_JSON_BYTES,
-    SIDECAR_EXTENSIONS,
     add_texts,
 )
 from tasks.curation.sources.captions.listed import Listed
 from tasks.curation.sources.captions.metadata_files import MAX_BYTES as MAX_METADATA_BYTES
 from tasks.curation.sources.captions.metadata_files import has_metadata_as_sidecar, is_metadata
-from tasks.curation.sources.captions.pairing import pair
+from tasks.curation.sources.captions.pairing import is_text, may_own_text, pair
 from tasks.curation.sources.captions.parallel import ParallelTexts, may_have_captions
 from tasks.curation.sources.file_trees import HIDDEN, LINK, NOT_A_FILE, FileTree
 from tasks.curation.sources.tar_format import Forward, Member, TarError
@@ -110,7 +109,7 @@ def samples_of(
     """Assigns captions to the images of an archive; see `samples`.
 
     Args:
-        files: images, texts, and links and other media that are left out; each metadata.json is among them, too.
+        files: images, texts, and files that are left out and may have texts; each metadata.json is among them, too.
         tables: metadata files with their content.
 
     Raises:
@@ -123,7 +122,7 @@ def samples_of(
     inside = _folders_inside(folders) if tables else {}
     with (
         Listed(options.encoding, options.caption_columns) as listed,
-        ParallelTexts(options.caption_columns, options.captions_folder) as parallel,
+        ParallelTexts(options.caption_columns, options.captions_folder, loose=False) as parallel,
     ):
         for member, data in tables:
             folder, kind = _folder(member), extension(member.name)
@@ -140,10 +139,14 @@ def samples_of(
             images += _of_folder(locator, members, options, account, apart if may_be_apart else None)
         for number, text in enumerate(apart):
             parallel.add(_plain(text.name), number=number)
-        left_out = [_plain(member.name) for member in files if _is_left_out(member)]
+        not_read = [_plain(member.name) for member in files if _is_left_out(member)]
+        left_out = [name for name in not_read if is_media(name)]
         for path in [*(_plain(s.image.name) for s in images), *left_out] if listed or parallel else ():
             listed.claim([(0, path)])
             parallel.claim(path)
+        for path in not_read if parallel else ():
+            if not is_media(path) and may_own_text(path):
+                parallel.block(path)
         for at, sample in enumerate(images):
             images[at] = _matched(locator, sample, listed, parallel, apart, sample.place in beside)
         for path in left_out if parallel else ():
@@ -160,12 +163,14 @@ def _matched(
 ) -> Sample:
     """The sample with the captions of tables, or else of parallel folders. is_described: by a table next to the tar."""
     path = _plain(sample.image.name)
-    rows = listed.match([(0, path)])
+    rows, has_unread = listed.match([(0, path)]), bool(sample.detail)
     sample = sample._replace(captions=rows.captions, detail=sample.detail or rows.no_column)
     why = ""
     if not sample.problem and rows.ambiguous:
         why = rows.ambiguous
-    elif parallel and not (is_described or sample.problem or sample.texts or rows.captions or rows.unreadable):
+    elif parallel and not (
+        is_described or has_unread or sample.problem or sample.texts or rows.captions or rows.unreadable
+    ):
         texts, why = parallel.match(path)
         sample = sample._replace(texts=[apart[text.number] for text in texts])
     if why:
@@ -195,8 +200,8 @@ def _plain(name: str) -> str:
 
 
 def _is_left_out(member: Member) -> bool:
-    """Whether an image or text file of `_index` is a link or another medium, which are not read."""
-    return member.kind != "file" or not (is_image(member.name) or extension(member.name) in SIDECAR_EXTENSIONS)
+    """Whether a file of `_index` is a link or neither an image nor a text, which are not read."""
+    return member.kind != "file" or not (is_image(member.name) or is_text(member.name))
 
 
 def _index(stream: Forward, account: Account, locator: str) -> tuple[list[Member], list[tuple[Member, bytes]]]:
@@ -220,7 +225,7 @@ def _index(stream: Forward, account: Account, locator: str) -> tuple[list[Member
                 member = member._replace(size=target.size, offset=target.offset, kind="file")
         if member.kind != "file":
             account.skip(_NOT_FILES.get(member.kind, NOT_A_FILE), at)
-            if is_media(base) and not is_hidden(member.name):
+            if (may_own_text(base) or is_text(base)) and not is_hidden(member.name):
                 files.append(member)
             continue
         by_name[_plain(member.name)] = member
@@ -235,11 +240,11 @@ def _index(stream: Forward, account: Account, locator: str) -> tuple[list[Member
             tables.append((member, stream.read(member.size)))
             if extension(base) == "json":
                 files.append(member)
-        elif is_image(base) or extension(base) in SIDECAR_EXTENSIONS:
+        elif is_image(base) or is_text(base):
             files.append(member)
         else:
             account.skip(reason_of(base), at)
-            if is_media(base):
+            if may_own_text(base):
                 files.append(member)
     return files, tables
 
@@ -282,6 +287,8 @@ def _of_folder(
         repeats[member.name] += 1
         place = member.name + (f"#{repeats[member.name]}" if repeats[member.name] > 1 else "")
         detail = f"{locator}:{visible(place)}: {one.ambiguous}" if one.ambiguous else ""
+        if one.unread and not one.texts and not one.ambiguous:
+            detail = f"{locator}:{visible(place)}: its text {visible(one.unread)!r} is a link, which is not read"
         problem = AMBIGUOUS_CAPTION if one.ambiguous else ""
         yield Sample(member, place, [members[j] for j in one.texts], [], problem, detail)
 

@@ -24,7 +24,7 @@ from tasks.curation.sources.base import (
     visible,
 )
 from tasks.curation.sources.captions.metadata_files import Table, table_rows
-from tasks.curation.sources.captions.pairing import fold, spelling, stem
+from tasks.curation.sources.captions.pairing import Text, fold, spelling, stem
 from tasks.curation.sources.captions.scratch import Scratch, digest
 
 MAX_ROWS = 500_000  # of a CSV or JSON table, at 70 us of processor time each (benchmarks/curation/hostile.py)
@@ -54,7 +54,7 @@ class Listed(Scratch):
 
     TABLES = (
         "CREATE TABLE rows (id INTEGER PRIMARY KEY, file INT, line INT, said BLOB, captions TEXT, problem TEXT, "
-        "near INT, owners INT, used INT)",
+        "near INT, owner BLOB, formats TEXT, owners INT, used INT)",
         "CREATE TABLE names (fold BLOB, name BLOB, step INT, row INT)",
         "CREATE INDEX folds ON names (fold)",
     )
@@ -105,7 +105,9 @@ class Listed(Scratch):
         try:
             for row in table_rows(format, file, self._encoding, self._wanted, table):
                 values = (table.number, row.line, to_bytes(row.file_name), json.dumps(row.captions), row.problem)
-                added = self._db.execute("INSERT INTO rows VALUES (NULL, ?, ?, ?, ?, ?, NULL, 0, 0)", values)
+                added = self._db.execute(
+                    "INSERT INTO rows VALUES (NULL, ?, ?, ?, ?, ?, NULL, NULL, NULL, 0, 0)", values
+                )
                 for step, path in _readings(row.file_name, folder, inside, own_name):
                     names = (_key(path, row.is_stem), to_bytes(path), step, added.lastrowid)
                     self._db.execute("INSERT INTO names VALUES (?, ?, ?, ?)", names)
@@ -131,14 +133,21 @@ class Listed(Scratch):
         """Records the rows that may name an image. All images claim before the first `match`.
 
         Args:
-            paths: (step, path) by which a row may refer to the image. Smaller steps are nearer.
+            paths: (step, path) by which a row may refer to the image. Smaller steps are nearer. The first is of this
+                image alone.
         """
         for number, (near, *_) in self._candidates(paths).items():
-            self._db.execute(
-                "UPDATE rows SET owners = CASE WHEN near = ?1 THEN owners + 1 ELSE 1 END, near = ?1 "
-                "WHERE id = ?2 AND (near IS NULL OR near >= ?1)",
-                (near, number),
-            )
+            best, owner, formats, owners = self._db.execute(
+                "SELECT near, owner, formats, owners FROM rows WHERE id = ?", (number,)
+            ).fetchone()
+            # A row with a name without extension describes a.png and a.webp as a text does.
+            row = Text("", number)
+            if best is not None:
+                row.near, row.owner, row.formats = best, from_bytes(owner), formats
+                row.other = "" if owners > 1 else None
+            if row.claim(near, paths[0][1]):
+                values = (row.near, to_bytes(row.owner), row.formats, 1 if row.other is None else 2, number)
+                self._db.execute("UPDATE rows SET near = ?, owner = ?, formats = ?, owners = ? WHERE id = ?", values)
 
     def match(self, paths: list[tuple[int, str]]) -> Matched:
         """The captions of one image; `paths` as in `claim`."""
@@ -216,7 +225,7 @@ class Listed(Scratch):
 
 class _Candidate(NamedTuple):
     """A row that may name an image. said: its path, or what it says if that is read in another way. best: the nearest
-    that any image is to the row. owners: how many are so near. used: whether it was matched with another image."""
+    that any image is to the row. owners: how many pictures are so near, at most 2. used: whether it was matched with another image."""
 
     near: int
     file: int

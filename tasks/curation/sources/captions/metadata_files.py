@@ -225,6 +225,8 @@ def _object_rows(
         keys = keys or list(value)
         columns = [c for c in caption_columns(value, wanted) if c != name] + [c for c in ("\0value",) if c in value]
         any_column = any_column or bool(columns)
+        # {"a": {"caption": "a barn"}}; {"a": "a barn"} looks like the properties of something else
+        is_stem, problem = table.is_mapping and "\0value" not in value and not is_image(file_name), ""
         try:
             captions = row_captions({c: value[c] for c in columns if c != "\0value"}, wanted)
             captions += row_captions({"caption": value.get("\0value")}, ())
@@ -232,10 +234,8 @@ def _object_rows(
             is_of_image = not table.is_mapping or is_image(file_name)
             if is_of_image or not isinstance(error, NotTextError):
                 raise ValueError(f"{shown}, line {line}, {error}") from error
-            captions = []  # a .json file that is not a metadata table
-        # {"a": {"caption": "a barn"}}; {"a": "a barn"} looks like the properties of something else
-        is_stem = table.is_mapping and "\0value" not in value and bool(captions) and not is_image(file_name)
-        yield Row(line, file_name, captions, is_stem=is_stem)
+            captions, problem = [], str(error)  # of an image, or a .json file that is not a metadata table
+        yield Row(line, file_name, captions, problem, is_stem)
     if keys and not any_column:
         table.no_column = f"{table.locator} has {csv_text.few(keys)}; it needs {column_hint(wanted)}"
 

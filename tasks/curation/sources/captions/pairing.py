@@ -3,42 +3,53 @@
     a.png.txt            describes a.png
     a.txt, a.json        describe a.png (and a.webp: the same picture in two formats)
     a.caption.txt        describes a.image.png: WebDataset's key, the name up to its first dot
+    a.txt                describes a.rgb.png, and in an archive a.left.png, too
+
+Keys are for WebDataset. In a loose folder sd1.txt is no caption of sd1.5.png, as trainers read folders by the whole
+stem: there an image has a key only if it is named like the image of a sample (`SAMPLE_IMAGES`). In an archive such an
+image is nearer than other images of its key: a.caption.txt is of a.image.png, not of a.mask.png.
 
 Names are compared exactly, then by Unicode's composed form (macOS decomposes names), then without case. A text belongs
 to its nearest images, and an image has the nearest of its texts. If two pictures are equally near to a text, or two
 texts to an image, the captions are ambiguous: no image gets a caption because another image has one already, or
-because the other one cannot be read.
+because the other one cannot be read. A file that is left out and is no companion of images (`may_own_text`) has the
+texts that are nearer to its name than to any image: c.txt next to c.unknown is no caption of c.frame1.png.
 """
 
 from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tasks.curation.sources.base import CAPTION_COLUMNS, base_name, extension, is_image, is_media, visible
+from tasks.curation.sources.base import CAPTION_COLUMNS, COMPANIONS, base_name, extension, is_media, visible
 from tasks.curation.sources.captions.caption_text import SIDECAR_EXTENSIONS, column_name
 
 MOST = 64  # texts whose names differ in case and form only; more are ambiguous
 # Extensions of one format: a.jpg and a.jpeg are two pictures, unlike a.jpg and a.webp.
 _SAME_FORMAT = {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "tiff": "tif", "heif": "heic", "hif": "heic", "pgm": "ppm"}
 NAME, STEM, MARKED, KEY = range(4)  # what the text's name repeats: the image's name, its stem, or its key
-_BY_KEY, _BY_RANK = 100, 1000  # weights in `Match.near`
+_BY_KEY, _BY_LESSER_KEY, _BY_RANK = 100, 200, 1000  # weights in `Match.near`
+SAMPLE_IMAGES = frozenset(("image", "img", "picture", "photo", "rgb", "jpg", "jpeg", "png", "webp"))  # a.WORD.png
 
 
 @dataclass
 class Pair:
-    """The text files of one image (positions in the given list), and why they are ambiguous."""
+    """The text files of one image (positions in the given list), why they are ambiguous, and the name of one that is a
+    link or device, which is not read."""
 
     texts: list[int] = field(default_factory=list)
     ambiguous: str = ""
+    unread: str = ""
 
 
 class Pairs(NamedTuple):
     """images: position of each image -> its pair. strays: positions of texts that describe no file of the list.
-    of_left_out: positions of texts that describe only files that are left out."""
+    of_left_out: positions of texts that describe only files that are left out. Texts that are left out themselves are in
+    none of them."""
 
     images: dict[int, Pair]
     strays: list[int]
@@ -52,6 +63,7 @@ class Text:
     path: with its folder, if it is not the folder of the images.
     owner: the first of the nearest images; other: the first that is another picture, or None.
     formats: of the first picture. count: of the nearest images.
+    blocked: the nearest of other files that are left out, or None.
     """
 
     path: str
@@ -61,6 +73,16 @@ class Text:
     other: str | None = None
     formats: str = ""
     count: int = 0
+    blocked: int | None = None
+
+    def block(self, near: int) -> None:
+        """Records that a file that is no image, and is left out, is so near."""
+        self.blocked = near if self.blocked is None else min(near, self.blocked)
+
+    @property
+    def is_of_image(self) -> bool:
+        """Whether it is not nearer to a file of `block`."""
+        return self.near is not None and (self.blocked is None or self.near <= self.blocked)
 
     def claim(self, near: int, image: str) -> bool:
         """Records that an image is so near. Returns whether it is among the nearest."""
@@ -116,6 +138,15 @@ def key_of(name: str) -> str:
     return name[: name.index(".", 1)] if "." in name[1:] else name
 
 
+def may_own_text(name: str) -> bool:
+    """Whether a text may be of a file of this name, read or left out."""
+    return extension(name) not in COMPANIONS and not is_text(name)
+
+
+def is_text(name: str) -> bool:
+    return extension(name) in SIDECAR_EXTENSIONS
+
+
 def words_of(caption_columns: Iterable[str]) -> set[str]:
     """The words that mark a text file as captions, as in `a.WORD.txt`."""
     return {column_name(word) for word in (*CAPTION_COLUMNS, *caption_columns)}
@@ -126,6 +157,7 @@ class ImageName:
 
     def __init__(self, name: str) -> None:
         self.name, self.stem, self.key = name, stem(name), key_of(name)
+        self.is_of_sample = not (mark := _mark(self.stem)) or mark in SAMPLE_IMAGES
         self.folded = list(dict.fromkeys([fold(self.stem), fold(name), fold(self.key)]))
 
 
@@ -140,10 +172,11 @@ def _mark(base: str) -> str:
     return column_name(middle) if middle else ""
 
 
-def match(image: ImageName, text: Text, words: set[str], rank: int = 0, folder: int = 0) -> Match | None:
+def match(image: ImageName, text: Text, words: set[str], loose: bool, rank: int = 0, folder: int = 0) -> Match | None:
     """How a text may describe an image; None if it does not.
 
     Args:
+        loose: whether they are files of a folder, not of an archive.
         rank: of the text's folder among the folders of captions.
         folder: `spelling` of the text's folder against the expected one.
     """
@@ -154,21 +187,23 @@ def match(image: ImageName, text: Text, words: set[str], rank: int = 0, folder: 
         level, kind = min((one, kind) for one, kind in ((by_name, NAME), (by_stem, STEM)) if one is not None)
         return Match(rank * _BY_RANK + level * 10 + folder, kind, text)
     mark, level = _mark(base), spelling(key_of(base), image.key)
-    if level is None or (mark and mark not in words):
+    if level is None or (mark and mark not in words) or (loose and not image.is_of_sample):
         return None
-    return Match(rank * _BY_RANK + _BY_KEY + level * 10 + folder, MARKED if mark else KEY, text)
+    by_key = _BY_KEY if image.is_of_sample else _BY_LESSER_KEY
+    return Match(rank * _BY_RANK + by_key + level * 10 + folder, MARKED if mark else KEY, text)
 
 
 def choose(matches: Iterable[Match]) -> tuple[list[Text], str]:
     """The texts of one image, after all images have claimed theirs, and why they are ambiguous ("" if they are not)."""
-    own = [one for one in matches if one.near == one.text.near]
+    own = [one for one in matches if one.near == one.text.near and one.text.is_of_image]
     if not own:
         return [], ""
     near = min(one.near for one in own)
     chosen = [one for one in own if one.near == near]
     if chosen[0].kind in (NAME, STEM):
         # One key has one image: a.caption.txt is a caption of a.png as a.txt is.
-        chosen += [one for one in own if one.kind == MARKED and one.near == near + _BY_KEY and one.text.other is None]
+        by_key = (near + _BY_KEY, near + _BY_LESSER_KEY)
+        chosen += [one for one in own if one.kind == MARKED and one.near in by_key and one.text.other is None]
         if any(one.kind == NAME for one in chosen):  # a.png.txt is of a.png; a.txt is then of a.webp alone
             chosen = [one for one in chosen if one.kind == NAME or one.text.count == 1]
     chosen.sort(key=lambda one: (one.text.path, one.text.number))
@@ -193,35 +228,53 @@ def _ambiguity(chosen: list[Match], near: int) -> str:
     return ""
 
 
-def pair(names: Sequence[str], caption_columns: tuple[str, ...] = (), left_out: Container[int] = ()) -> Pairs:
+def pair(
+    names: Sequence[str],
+    caption_columns: tuple[str, ...] = (),
+    left_out: AbstractSet[int] = frozenset(),
+    loose: bool = False,
+) -> Pairs:
     """Pairs the images of one folder with its text files.
 
     Args:
         names: in the order of the folder or archive, without folders. An archive may repeat a name.
         caption_columns: see `words_of`.
-        left_out: positions of images that cannot be read, such as links. They are compared like the others, as other
-            media are, so that none of their texts is given to another image.
+        left_out: positions of files that are not read: links, other media and unknown files. They are compared like the
+            others, so that none of their texts is given to another image; and no image whose text is a link gets another.
+        loose: whether they are files of a folder, not of an archive.
     """
     groups: dict[str, list[int]] = {}
+    others: dict[str, list[str]] = {}
     for i, name in enumerate(names):
-        if is_media(name) or extension(name) in SIDECAR_EXTENSIONS:
+        if is_media(name) or is_text(name):
             groups.setdefault(fold(key_of(name)), []).append(i)
+        elif may_own_text(name):
+            others.setdefault(fold(key_of(name)), []).append(name)
     words = words_of(caption_columns)
     pairs = Pairs({}, [], [])
-    for group in groups.values():
+    for key, group in groups.items():
         if len(group) > 1:
-            _pair_group(names, group, words, pairs)
+            _pair_group(names, group, others.get(key, ()), words, loose, pairs)
         elif is_media(names[group[0]]):
             pairs.images[group[0]] = Pair()
         else:
             pairs.strays.append(group[0])
-    unread = [i for i in pairs.images if i in left_out or not is_image(names[i])]
+    unread = [i for i in pairs.images if i in left_out]
     texts = {text for i in unread for text in pairs.images.pop(i).texts}
-    pairs.of_left_out.extend(sorted(texts.difference(*(one.texts for one in pairs.images.values()))) if texts else ())
+    pairs.of_left_out.extend(texts.difference(*(one.texts for one in pairs.images.values())) if texts else ())
+    if any(is_text(names[i]) for i in left_out):
+        for one in pairs.images.values():
+            one.unread = next((names[i] for i in one.texts if i in left_out), "")
+            one.texts = [i for i in one.texts if i not in left_out]
+    for texts_of_none in (pairs.strays, pairs.of_left_out):
+        texts_of_none[:] = sorted(i for i in texts_of_none if i not in left_out)
     return pairs
 
 
-def _pair_group(names: Sequence[str], group: list[int], words: set[str], pairs: Pairs) -> None:
+def _pair_group(
+    names: Sequence[str], group: list[int], others: Sequence[str], words: set[str], loose: bool, pairs: Pairs
+) -> None:
+    """others: names of unknown files with the key of the group."""
     images = [i for i in group if is_media(names[i])]
     texts = [i for i in group if not is_media(names[i])]
     pairs.images.update((i, Pair()) for i in images)
@@ -235,7 +288,7 @@ def _pair_group(names: Sequence[str], group: list[int], words: set[str], pairs: 
     if count > 1:
         runs = _runs(names, group)
         for run in runs or ():
-            _pair_group(names, run, words, pairs)
+            _pair_group(names, run, others, words, loose, pairs)
         if runs is None:
             for i in images:
                 pairs.images[i].ambiguous = f"{visible(twice)!r} occurs {count} times, so captions cannot be assigned"
@@ -245,22 +298,33 @@ def _pair_group(names: Sequence[str], group: list[int], words: set[str], pairs: 
     for text in all_texts:
         for name in text_names(stem(text.path), words):
             by_name.setdefault(name, []).append(text)
+
+    def matches_of(name: str) -> list[Match] | None:
+        """None: too many."""
+        image = ImageName(name)
+        near = {text.number: text for folded in image.folded for text in by_name.get(folded, ())}
+        if len(near) > MOST:
+            return None
+        return [one for text in near.values() if (one := match(image, text, words, loose)) is not None]
+
     found: dict[int, list[Match]] = {}
     crowded: set[int] = set()
     for i in images:
-        image = ImageName(names[i])
-        near = {text.number: text for name in image.folded for text in by_name.get(name, ())}
-        if len(near) > MOST:
+        if (matches := matches_of(names[i])) is None:
             crowded.add(i)
             continue
-        found[i] = [one for text in near.values() if (one := match(image, text, words)) is not None]
-        for one in found[i]:
+        found[i] = matches
+        for one in matches:
             one.text.claim(one.near, names[i])
+    for name in others:
+        for one in matches_of(name) or ():
+            one.text.block(one.near)
     for i, matches in found.items():
         chosen, why = choose(matches)
         pairs.images[i] = Pair([] if why else [text.number for text in chosen], why)
     for i in crowded:
         pairs.images[i].ambiguous = f"more than {MOST} text files may describe it"
+    pairs.of_left_out.extend(text.number for text in all_texts if text.near is not None and not text.is_of_image)
     if not crowded:
         pairs.strays.extend(text.number for text in all_texts if text.near is None)
 

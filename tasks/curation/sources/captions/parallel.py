@@ -31,7 +31,7 @@ from tasks.curation.sources.captions.scratch import Scratch, digest
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "pictures", "photos")
 CAPTION_FOLDERS = ("captions", "caption", "texts", "text", "txt", "prompts")
 _QUERY = (
-    "SELECT id, path, size, digest, number, near, owner, other, formats, count FROM names JOIN texts ON id = text "
+    "SELECT id, path, size, digest, number, near, owner, other, formats, count, blocked FROM names JOIN texts ON id = text "
     f"WHERE folder = ? AND name IN ({{marks}}) LIMIT {2 * MOST + 2}"  # a text has at most two names
 )
 MAX_DEPTH, MAX_IMAGE_FOLDERS = 64, 4  # of a path; hostile paths repeat a name thousands of times
@@ -78,13 +78,14 @@ class ParallelTexts(Scratch):
     TABLES = (
         "CREATE TABLE folders (id INTEGER PRIMARY KEY, fold BLOB UNIQUE)",
         "CREATE TABLE texts (id INTEGER PRIMARY KEY, path BLOB, size INT, digest TEXT, number INT, "
-        "near INT, owner BLOB, other BLOB, formats TEXT, count INT, used INT)",
+        "near INT, owner BLOB, other BLOB, formats TEXT, count INT, blocked INT, used INT)",
         "CREATE TABLE names (folder INT, name BLOB, text INT)",
         "CREATE INDEX by_name ON names (folder, name)",
     )
 
-    def __init__(self, caption_columns: tuple[str, ...], configured: str | None) -> None:
-        self._words, self._configured = words_of(caption_columns), configured
+    def __init__(self, caption_columns: tuple[str, ...], configured: str | None, loose: bool) -> None:
+        """loose: whether they are files of a folder, not of an archive."""
+        self._words, self._configured, self._loose = words_of(caption_columns), configured, loose
         self._any = False
         self._near: tuple[str | None, list[tuple[int, str, int]]] = (None, [])  # a folder, and its folders of captions
 
@@ -100,7 +101,7 @@ class ParallelTexts(Scratch):
         (place,) = self._db.execute("SELECT id FROM folders WHERE fold = ?", key).fetchone()
         values = (to_bytes(path), size, checksum, number)
         text = self._db.execute(
-            "INSERT INTO texts VALUES (NULL, ?, ?, ?, ?, NULL, NULL, NULL, NULL, 0, 0)", values
+            "INSERT INTO texts VALUES (NULL, ?, ?, ?, ?, NULL, NULL, NULL, NULL, 0, NULL, 0)", values
         ).lastrowid
         for one in text_names(stem(name), self._words):
             self._db.execute("INSERT INTO names VALUES (?, ?, ?)", (place, digest(one), text))
@@ -115,6 +116,12 @@ class ParallelTexts(Scratch):
                 self._db.execute(
                     "UPDATE texts SET near = ?, owner = ?, other = ?, formats = ?, count = ? WHERE id = ?", values
                 )
+
+    def block(self, name: str) -> None:
+        """Records the texts that may be of a file that is left out and is no image. Before the first `match`."""
+        for one, _ in self._matches(name) or ():
+            one.text.block(one.near)
+            self._db.execute("UPDATE texts SET blocked = ? WHERE id = ?", (one.text.blocked, one.text.number))
 
     def leave_out(self, image: str) -> None:
         """Marks the texts of an image that cannot be read. It has claimed them like the others."""
@@ -137,7 +144,9 @@ class ParallelTexts(Scratch):
 
     def finish(self, account: Account, locator: str = "") -> None:
         """Counts all texts. locator: what precedes their paths in examples."""
-        for path, used in self._db.execute("SELECT path, used FROM texts ORDER BY path, id"):
+        for path, used in self._db.execute(
+            "SELECT path, CASE WHEN blocked < near THEN -1 ELSE used END FROM texts ORDER BY path, id"
+        ):
             name = from_bytes(path)
             if used > 0:
                 account.use()
@@ -157,15 +166,17 @@ class ParallelTexts(Scratch):
             rows = {row[0]: row for row in self._db.execute(query, (number, *names))}
             if len(rows) > MOST:
                 return None
-            for identity, (_, path, size, checksum, given, near, owner, other, formats, count) in sorted(rows.items()):
-                text = Text(from_bytes(path), identity)
+            for identity, (_, path, size, checksum, given, near, owner, other, formats, count, blocked) in sorted(
+                rows.items()
+            ):
+                text = Text(from_bytes(path), identity, blocked=blocked)
                 if near is not None:
                     text.near, text.owner, text.formats, text.count = near, from_bytes(owner), formats, count
                     text.other = None if other is None else from_bytes(other)
                 above = posixpath.dirname(text.path)
                 spelled = 0 if above == place else spelling(above, place)
                 assert spelled is not None, (text.path, place)
-                if (one := match(name, text, self._words, rank, spelled)) is not None:
+                if (one := match(name, text, self._words, self._loose, rank, spelled)) is not None:
                     matches.append((one, Apart(text.path, size, checksum, given)))
         return matches
 

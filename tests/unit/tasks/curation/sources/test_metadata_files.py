@@ -331,17 +331,49 @@ def test_examples_of_long_names_are_cut_and_keep_their_ends(tmp_path):
 def test_keys_without_an_extension_name_the_nearest_image_and_two_are_ambiguous(tmp_path):
     rows = {"a": {"caption": "of the stem"}, "a.png": {"caption": "of the name"}, "b": {"caption": "of either"}}
     rows |= {"c.d": {"caption": "with a dot"}, "gone": {"caption": "of none"}}
-    files = {"a.png": PNG, "b.png": PNG, "b.jpg": PNG, "c.d.png": PNG, "metadata.json": json.dumps(rows)}
+    files = {"a.png": PNG, "b.jpeg": PNG, "b.jpg": PNG, "c.d.png": PNG, "metadata.json": json.dumps(rows)}
     expected = {
         "a.png": ["of the name"],
+        "b.jpeg": "ambiguous_caption",
         "b.jpg": "ambiguous_caption",
-        "b.png": "ambiguous_caption",
         "c.d.png": ["with a dot"],
     }
     assert captions_in(write(tmp_path / "loose", files)) == expected
     assert left_out(tmp_path / "loose") == {"metadata row that names no image": 2}
     tar_of(tmp_path / "packed/x.tar", files)
     assert captions_in(tmp_path / "packed") == {f"x.tar:{name}": value for name, value in expected.items()}
+
+
+@pytest.mark.parametrize("is_tar", [False, True])
+def test_a_key_without_an_extension_describes_one_picture_in_several_formats_as_a_text_does(tmp_path, is_tar):
+    rows = {name: {"caption": f"of {name}"} for name in "abcd"}
+    files = dict.fromkeys(("a.png", "a.webp", "b.png", "b.psd", "c.png", "c.mp4", "d.png", "d.PNG"), PNG)
+    files |= {"metadata.json": json.dumps(rows)}
+    prefix = "x.tar:" if is_tar else ""
+    if is_tar:
+        tar_of(tmp_path / "x.tar", files)
+    else:
+        write(tmp_path, files)
+    expected = {"a.png": ["of a"], "a.webp": ["of a"], "b.png": ["of b"], "c.png": ["of c"]}
+    expected |= dict.fromkeys(("d.png", "d.PNG"), "ambiguous_caption")
+    assert captions_in(tmp_path) == {prefix + name: value for name, value in expected.items()}
+    assert left_out(tmp_path) == {".psd": 1, ".mp4": 1}
+
+
+@pytest.mark.parametrize(
+    ("rows", "captions", "detail"),
+    [
+        ({"a": {"tags": "x"}, "b": {"caption": "boats"}}, [[], ["boats"]], ""),
+        ({"a": {"tags": "x"}}, [[], []], "metadata.json has file_name, tags; it needs a caption column"),
+        ({"a.png": {"tags": "x"}}, [[], []], "metadata.json has file_name, tags; it needs a caption column"),
+        ({"a": {"caption": ""}}, [[], []], ""),
+        ({"a": {"caption": 7}}, ["unreadable_caption", []], "a.png: metadata.json, line 1, has a caption that is not text"),
+    ],
+)  # fmt: skip
+def test_a_key_without_an_extension_names_its_image_whether_or_not_it_has_a_caption(tmp_path, rows, captions, detail):
+    write(tmp_path, {"a.png": PNG, "b.png": PNG, "metadata.json": json.dumps(rows)})
+    assert list(captions_in(tmp_path).values()) == captions and left_out(tmp_path) == {}
+    assert read_records(tmp_path)[0][0].detail.startswith(detail)
 
 
 def test_objects_in_a_json_file_that_name_no_image_are_counted(tmp_path):

@@ -89,8 +89,8 @@ LOOSE = {
         {"é.png": ["own"], "É.png": [], "x.png": []},
     ),
     "a text of a key is of none of two images, though one has its own": (
-        {"a.left.png": PNG, "a.right.png": PNG, "a.left.txt": "left", "a.txt": "which"},
-        {"a.left.png": ["left"], "a.right.png": AMBIGUOUS},
+        {"a.image.png": PNG, "a.rgb.png": PNG, "a.rgb.txt": "left", "a.txt": "which"},
+        {"a.rgb.png": ["left"], "a.image.png": AMBIGUOUS},
     ),
     "a name with two extensions, and a text of one": (
         {"a.jpg": PNG, "a.jpg.png": PNG, "a.jpg.txt": "which"},
@@ -227,7 +227,7 @@ def _memory_mib() -> float:
 
 def test_texts_and_rows_with_long_names_are_not_kept_in_memory(tmp_path):
     long = "x" * 3900
-    with ParallelTexts((), None) as texts, Listed(None, ()) as tables:
+    with ParallelTexts((), None, loose=True) as texts, Listed(None, ()) as tables:
         texts.add("captions/a.txt")
         before = _memory_mib()
         for i in range(10_000):
@@ -270,6 +270,134 @@ LEFT_OUT = {
         0,
     ),
 }  # fmt: skip
+
+
+# Whether a text of one key is of an image: in a loose folder, and in an archive.
+KEYS = {
+    "a version in a name": ({"sd1.5.png": PNG, "sd1.txt": "of another"}, {"sd1.5.png": []}, {"sd1.5.png": ["of another"]}),
+    "a time in a name": (
+        {"S at 10.00.01.png": PNG, "S at 10.txt": "of another", "sd1.5.png": PNG, "sd1.caption.txt": "of another"},
+        {"S at 10.00.01.png": [], "sd1.5.png": []},
+        {"S at 10.00.01.png": ["of another"], "sd1.5.png": ["of another"]},
+    ),
+    "two pictures of one key": (
+        {"a.left.png": PNG, "a.right.png": PNG, "a.txt": "which"},
+        {"a.left.png": [], "a.right.png": []},
+        {"a.left.png": AMBIGUOUS, "a.right.png": AMBIGUOUS},
+    ),
+    **{
+        f"a sample of {other}": ({f"1.{image}.png": PNG, f"1.{other}": PNG, f"1.{text}": "own"}, *[{f"1.{image}.png": ["own"]}] * 2)
+        for image, other, text in (
+            ("image", "audio.wav", "caption.txt"),
+            ("rgb", "depth.exr", "txt"),
+            ("IMG", "depth.unknown", "txt"),
+            ("image", "wav.json", "caption.txt"),
+            ("image", "npy", "txt"),
+        )
+    },
+    "a sample of two pictures, one named as the image": (
+        {"1.image.png": PNG, "1.mask.png": PNG, "1.caption.txt": "own", "2.png": PNG, "2.mask.png": PNG, "2.prompt.txt": "two"},
+        *[{"1.image.png": ["own"], "1.mask.png": [], "2.png": ["two"], "2.mask.png": []}] * 2,
+    ),
+    "a sample with texts of the stem and of the key": (
+        {"1.left.png": PNG, "1.left.txt": "stem", "1.caption.txt": "key"},
+        {"1.left.png": ["stem"]},
+        {"1.left.png": ["key", "stem"]},
+    ),
+    "a sample whose image is left out": (
+        {"1.image.jxl": b"", "1.mask.png": PNG, "1.caption.txt": "the jxl", "2.rgb.unknown": b"", "2.mask.png": PNG, "2.txt": "two"},
+        *[{"1.mask.png": [], "2.mask.png": []}] * 2,
+    ),
+    "a sample of a video and a frame": (
+        {"1.video.mp4": b"", "1.frame.png": PNG, "1.txt": "the video"},
+        {"1.frame.png": []},
+        {"1.frame.png": AMBIGUOUS},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("container", ["folder", "tar"])
+@pytest.mark.parametrize("case", KEYS)
+def test_a_text_of_one_key_is_of_the_image_of_the_sample_and_in_a_folder_of_no_other(tmp_path, case, container):
+    files, loose, packed = KEYS[case]
+    if container == "tar":
+        tar_of(tmp_path / "x.tar", files)
+        assert captions_in(tmp_path) == {f"x.tar:{name}": captions for name, captions in packed.items()}
+    else:
+        assert captions_in(write(tmp_path, files)) == loose
+
+
+@pytest.mark.parametrize("container", ["folder", "tar"])
+@pytest.mark.parametrize("extension", ["vob", "wma", "ts", "docx", "html", "made-up", ""])
+@pytest.mark.parametrize("form", ["frame1", "image"])
+def test_a_text_named_as_a_file_of_any_unknown_kind_is_of_no_image_of_its_key(tmp_path, extension, form, container):
+    files = {f"c.{extension}".rstrip("."): b"x", "c.txt": "whose", f"c.{form}.png": PNG, "d/E.docx": b"x", "d/E.txt": "E", "d/e.png": PNG}  # fmt: skip
+    files |= {"images/f.html": b"x", f"images/f.{form}.png": PNG, "captions/f.txt": "whose"}
+    prefix = "x.tar:" if container == "tar" else ""
+    tar_of(tmp_path / "x.tar", files) if prefix else write(tmp_path, files)
+    assert captions_in(tmp_path) == {prefix + name: [] for name in (f"c.{form}.png", "d/e.png", f"images/f.{form}.png")}  # fmt: skip
+    of_left_out = 3 if prefix or form == "image" else 1 + (extension in base.OTHER_MEDIA)
+    skipped = left_out(tmp_path)
+    assert (skipped["text of a file that is left out"], skipped.get(".txt", 0)) == (of_left_out, 3 - of_left_out)
+
+
+@pytest.mark.parametrize("container", ["folder", "tar"])
+def test_an_unknown_file_takes_no_text_of_an_image_of_the_same_name(tmp_path, container):
+    files = {
+        "a.png": PNG,
+        "a.docx": b"x",
+        "a.txt": "a",
+        "b.jpg": PNG,
+        "b.jpg.meta": b"x",
+        "b.jpg.txt": "b",
+        "b.txt": "b2",
+    }
+    files |= {"images/c.png": PNG, "captions/c.txt": "c", "captions/c.html": b"x", "images/c.html": b"x"}
+    prefix = "x.tar:" if container == "tar" else ""
+    tar_of(tmp_path / "x.tar", files) if prefix else write(tmp_path, files)
+    expected = {"a.png": ["a"], "b.jpg": ["b", "b2"], "images/c.png": ["c"]}
+    assert captions_in(tmp_path) == {prefix + name: captions for name, captions in expected.items()}
+
+
+def test_a_tar_that_is_read_takes_no_text(tmp_path):
+    write(tmp_path, {"T.png": PNG, "t.txt": "own"})
+    tar_of(tmp_path / "t.tar", {"b.png": PNG})
+    assert captions_in(tmp_path) == {"T.png": ["own"], "t.tar:b.png": []} and left_out(tmp_path) == {}
+
+
+def test_a_link_to_a_tar_is_not_read_for_a_table(tmp_path):
+    tar_of(tmp_path / "elsewhere/x.tar", {"b.png": PNG})
+    write(tmp_path / "source", {"a.png": PNG, "x.txt": "x", "metadata.csv": rows(("a.png", "a"))})
+    (tmp_path / "source/x.tar").symlink_to(tmp_path / "elsewhere/x.tar")
+    assert captions_in(tmp_path / "source") == {"a.png": ["a"]}
+    assert left_out(tmp_path / "source") == {"symbolic link": 1, ".txt": 1}
+
+
+@pytest.mark.parametrize("container", ["folder", "tar"])
+def test_an_image_whose_own_text_is_a_link_has_no_other_text(tmp_path, container):
+    files = {
+        "a.png": PNG,
+        "A.txt": "of another",
+        "images/b.png": PNG,
+        "captions/b.txt": "of another",
+        "c.png": PNG,
+        "c.json": '"own"',
+    }
+    links, prefix = ("a.txt", "images/b.txt", "c.txt"), "x.tar:" if container == "tar" else ""
+    if prefix:
+        infos = [tarfile.TarInfo(name) for name in links]
+        for info in infos:
+            info.type, info.linkname = tarfile.SYMTYPE, "elsewhere"
+        tar_of(tmp_path / "x.tar", [*files.items(), *((info, b"") for info in infos)])
+    else:
+        write(tmp_path, files)
+        for name in links:
+            (tmp_path / name).symlink_to("elsewhere")
+    expected = {"a.png": [], "images/b.png": [], "c.png": ["own"]}
+    assert captions_in(tmp_path) == {prefix + name: captions for name, captions in expected.items()}
+    assert left_out(tmp_path) == {"symbolic link": 3, ".txt": 2}
+    details = {record.locator: record.detail for record in read_records(tmp_path)[0]}
+    assert details[f"{prefix}a.png"] == f"{prefix}a.png: its text 'a.txt' is a link, which is not read"
 
 
 @pytest.mark.parametrize("container", ["folder", "tar"])
