@@ -25,7 +25,7 @@ from eval.benchmarks.base import Benchmark, Judged
 from eval.config import EvalConfig, stored_settings
 from eval.files import file_sha256, replacing, write_bytes
 from eval.generation.generate import IMAGES, PROMPTS, SETTINGS, Sampler, generate, read_prompts
-from eval.judging.answers import Answers, Key
+from eval.judging.answers import Answers, Key, SharedAnswers
 from eval.judging.protocols import Judge
 from eval.judging.run import (
     INDEX,
@@ -92,9 +92,13 @@ def judge_run(
     *,
     shard: int = 0,
     shards: int = 1,
+    shared: SharedAnswers | None = None,
     log: Log = print,
 ) -> dict[str, int]:
     """Judges a run's images and writes to `out_dir`: images.parquet, judges.json and answers.parquet.
+
+    Args:
+        shared: answers of other runs, see `judge_images`. What is written is the same with and without them.
 
     Raises:
         ValueError: missing images, a judge that does not fit (`catalog.check_fits`), or one that fails (see
@@ -111,7 +115,7 @@ def judge_run(
     with Answers(out_dir, write=True) as answers:
         report = judge_images(
             rows, images_dir, prompts, benchmark, judges, answers,
-            batch_size=config.judge_batch_size, shard=shard, shards=shards, log=log,
+            batch_size=config.judge_batch_size, shard=shard, shards=shards, shared=shared, log=log,
         )  # fmt: skip
         answers.seal()
     return report

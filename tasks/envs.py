@@ -41,7 +41,7 @@ CACHE_VERSIONS = {
     "training": "3",
     "merging": "1",
     "prompts": "1",
-    "evaluation": "9",
+    "evaluation": "10",
     "publishing": "6",
     "study": "2",
 }

@@ -24,7 +24,7 @@ from tasks.evaluation.task import (
     generate_part,
     judge_images,
     make_prompts,
-    plan_parts,
+    plan_generation,
     resolve_model,
     score_answers,
 )
@@ -33,9 +33,10 @@ from tasks.planning.task import plan_benchmarks
 
 def _scored(sample: partial, config: EvalConfig, parts_per_seed: int, curated: Optional[CuratedDir]) -> ScorecardDir:
     """The nodes from prompts to a scorecard; `sample` makes a part of the images."""
-    prompts = make_prompts(config=config, curated=curated)
-    generate = partial(sample, prompts=prompts, config=config)
-    images = map_task(generate)(part=plan_parts(config=config, parts_per_seed=parts_per_seed))
+    generation = plan_generation(config=config, parts_per_seed=parts_per_seed)
+    prompts = make_prompts(config=generation.config, curated=curated)
+    generate = partial(sample, prompts=prompts, config=generation.config)
+    images = map_task(generate)(part=generation.parts)
     answers = judge_images(images=images, prompts=prompts, config=config)
     return score_answers(images=images, prompts=prompts, answers=answers, config=config)
 

@@ -13,15 +13,25 @@ import fcntl
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from eval.files import write_bytes
 
 JOURNAL, SEALED = "answers.jsonl", "answers.parquet"
 Key = tuple[str, str, str]  # image digest, question, judge revision
 COLUMNS = ("image", "question", "judge", "answer")
+
+
+class SharedAnswers(Protocol):
+    """Answers that runs share. It may lose some, which are then asked again; those that it returns are right."""
+
+    def find(self, keys: Collection[Key]) -> Mapping[Key, Any]:
+        """The known answers to these."""
+
+    def add(self, rows: Iterable[tuple[Key, Any]]) -> None:
+        """Shares answers, at once or later."""
 
 
 class Answers:

@@ -22,7 +22,7 @@ from eval.config import EvalConfig
 from eval.files import write_bytes
 from eval.geneval import expected_images, walk_layout
 from eval.judging.answer_types import wrong_type
-from eval.judging.answers import Answers, Key
+from eval.judging.answers import Answers, Key, SharedAnswers
 from eval.judging.images import open_png
 from eval.judging.protocols import Judge, Request, category_of, question_key
 from eval.oneig import is_black, split_grid
@@ -157,9 +157,10 @@ def judge_images(
     batch_size: int = 64,
     shard: int = 0,
     shards: int = 1,
+    shared: SharedAnswers | None = None,
     log: Callable[[str], None] = print,
 ) -> dict[str, int]:
-    """Asks the judges the questions that `answers` lacks. Each batch is on disk before the next begins.
+    """Asks the judges the questions that `answers` and `shared` lack. Each batch is on disk before the next begins.
 
     Args:
         rows: of `index_images`; those with an error are skipped.
@@ -167,6 +168,7 @@ def judge_images(
         answers: opened for writing.
         batch_size: questions per call of a judge.
         shard, shards: asks about every prompt and seed whose number modulo `shards` is `shard`.
+        shared: answers of other runs to the same questions about the same images, which need not be asked again.
 
     Returns:
         {"asked", "prompts": of this shard}
@@ -180,6 +182,8 @@ def judge_images(
     groups = dict(list(groups_of(rows).items())[shard::shards])
     tested: set[str] = set()
     asked, last_line, started = 0, 0.0, time.monotonic()
+    if shared is not None and len(answers):  # of an attempt that may have been killed before it shared them
+        shared.add([(key, answers[key]) for key in answers])
     pending = dict(groups)
     while pending:
         todo: dict[Key, tuple[Question, list[Row]]] = {}
@@ -195,6 +199,10 @@ def judge_images(
                     shown = images if number is None else [images[number]]
                 digest = _digest_of_all(digests) if number is None else shown[0]["sha256"]
                 todo[reader.key(question, digest)] = (question, shown)  # equal images are judged once
+        if shared is not None:
+            reused = shared.find(todo)
+            answers.add(reused.items())
+            todo = {key: value for key, value in todo.items() if key not in reused}
         by_judge: dict[str, list[tuple[Key, Question, list[Row]]]] = {}
         for key, (question, shown) in todo.items():
             by_judge.setdefault(question.judge, []).append((key, question, shown))
@@ -206,7 +214,10 @@ def judge_images(
             for i in range(0, len(questions), batch_size):
                 batch = questions[i : i + batch_size]
                 replies = _ask(judge, batch, images_dir, asked, benchmark)
-                answers.add(zip([key for key, _, _ in batch], replies, strict=True))
+                answered = list(zip([key for key, _, _ in batch], replies, strict=True))
+                answers.add(answered)
+                if shared is not None:
+                    shared.add(answered)
                 asked += len(batch)
                 elapsed = time.monotonic() - started
                 if elapsed - last_line >= 5:

@@ -160,7 +160,8 @@ def gather_images(
 
 
 def judge(parts: list[Path], prompts: Path, config: EvalConfig, work_dir: Path, out_dir: Path) -> dict[str, Any]:
-    """Answers about all parts' images; answers of an earlier attempt in `work_dir` are kept.
+    """Answers about all parts' images. Answers of an earlier attempt in `work_dir` are kept, and those of other runs are
+    reused.
 
     Args:
         work_dir: the same for every attempt at the same answers. Not removed here.
@@ -173,12 +174,15 @@ def judge(parts: list[Path], prompts: Path, config: EvalConfig, work_dir: Path, 
     from eval.judging.answers import SEALED
     from eval.judging.run import INDEX, JUDGES
     from eval.scorecard import judge_run
+    from tasks.evaluation.stored_answers import StoredAnswers
 
     run = work_dir / "run"
     shutil.rmtree(run, ignore_errors=True)
     gather_images(parts, prompts, config, run, _link)
     judged = work_dir / "judged"
-    report = judge_run(run, judged, catalog.load_judges(config), config, log=lambda line: print(line, flush=True))
+    jpeg = catalog.benchmark(config.benchmark).jpeg_tiles
+    with StoredAnswers("judged through JPEG" if jpeg else "", log=_print) as shared:
+        report = judge_run(run, judged, catalog.load_judges(config), config, shared=shared, log=_print)
     for name in (INDEX, JUDGES, SEALED):
         shutil.copyfile(judged / name, out_dir / name)
     return report
@@ -196,9 +200,13 @@ def score(parts: list[Path], prompts: Path, config: EvalConfig, judged: Path, ou
     from eval.scorecard import lines, rescore
 
     gather_images(parts, prompts, config, out_dir)
-    card = rescore(out_dir, out_dir, config, judged=judged, log=lambda line: print(line, flush=True))
+    card = rescore(out_dir, out_dir, config, judged=judged, log=_print)
     print("\n".join(lines(card)), flush=True)
     return card
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
 
 
 class DropError(ValueError):

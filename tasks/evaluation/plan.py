@@ -6,7 +6,7 @@ published pipeline's scorecard), overrides.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -145,6 +145,15 @@ def _override(values: dict[str, Any], change: str, name: str, names: Sequence[st
 
 
 def generation_config(config: EvalConfig) -> EvalConfig:
-    """The configuration without settings that only scoring reads, on which images and their cache do not depend."""
-    defaults = {key: EvalConfig.model_fields[key].get_default() for key in SCORING_KEYS}
-    return config.model_copy(update=defaults)
+    """The configuration of prompts and images: without settings that only scoring reads, and without the seeds, of which
+    each part has its own. Caches do not depend on these."""
+    return _with_defaults(config, SCORING_KEYS | {"seeds"})
+
+
+def judging_config(config: EvalConfig) -> EvalConfig:
+    """The configuration of answers: without settings that only scoring reads, except the judges."""
+    return _with_defaults(config, SCORING_KEYS - {"judges"})
+
+
+def _with_defaults(config: EvalConfig, keys: Iterable[str]) -> EvalConfig:
+    return config.model_copy(update={key: EvalConfig.model_fields[key].get_default() for key in keys})

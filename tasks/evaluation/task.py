@@ -54,13 +54,21 @@ def resolve_incumbent(model: str, revision: str, components: str) -> Model:
         return models.resolve_incumbent(model, revision, components, local=is_local())
 
 
+class Generation(NamedTuple):
+    """The parts over which `generate_part` and `generate_from_model` are mapped, shares of the batches of each seed; and
+    their configuration. Flyte hashes all of a configuration, so that one with other settings would sample again."""
+
+    parts: list[ImagesPart]
+    config: EvalConfig
+
+
 @task(**envs.light("evaluator"))
-def plan_parts(config: EvalConfig, parts_per_seed: int) -> list[ImagesPart]:
-    """The parts over which `generate_part` and `generate_from_model` are mapped: shares of the batches of each seed."""
+def plan_generation(config: EvalConfig, parts_per_seed: int) -> Generation:
+    """The inputs of `make_prompts`, `generate_part` and `generate_from_model`."""
     from tasks.evaluation import plan
 
     with plain_errors():
-        return plan.plan_parts(config, parts_per_seed)
+        return Generation(plan.plan_parts(config, parts_per_seed), plan.generation_config(config))
 
 
 @task(cache=envs.cache("prompts"), **envs.gather("evaluator"))
@@ -141,11 +149,11 @@ def _images(
 
 @task(cache=envs.cache("evaluation"), **envs.gpu_single("evaluator"))
 def judge_images(images: list[ImagesDir], prompts: PromptsDir, config: EvalConfig) -> AnswersDir:
-    """Judges all images; a killed attempt's answers are kept for the next."""
-    from tasks.evaluation import evaluate
+    """Judges all images; a killed attempt's answers are kept for the next, and those of other runs are reused."""
+    from tasks.evaluation import evaluate, plan
 
     parts, asked = [fetch(part, "images") for part in images], fetch(prompts, "prompts")
-    section = config.model_dump(mode="json")
+    section = plan.judging_config(config).model_dump(mode="json")
     work_dir = work_path("answers", "evaluation", section, [*parts, asked])
     with exclusive(work_dir):
         artifact, _, _ = produce(

@@ -180,7 +180,7 @@ TASKS = {
     "evaluation.task.resolve_model": ("evaluator", LIGHT, ""),
     "evaluation.task.resolve_incumbent": ("evaluator", LIGHT, ""),
     "planning.task.plan_benchmarks": ("evaluator", LIGHT, ""),
-    "evaluation.task.plan_parts": ("evaluator", LIGHT, ""),
+    "evaluation.task.plan_generation": ("evaluator", LIGHT, ""),
     "evaluation.task.make_prompts": ("evaluator", GATHER, "prompts"),
     "evaluation.task.generate_part": ("evaluator", GPU, "evaluation"),
     "evaluation.task.generate_from_model": ("evaluator", GPU, "evaluation"),

@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
+from evaluated import local, run, sampled, scored_by, squares
 from flytekit.types.directory import FlyteDirectory
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from eval import catalog
-from eval.benchmarks.shapes.vocabulary import COLORS
 from eval.config import EvalConfig
 from eval.generation import pipelines
 from eval.judges.shapes_judge import ShapesDetector
@@ -25,51 +25,6 @@ from tasks.store import home
 CONFIG = EvalConfig(prompts_per_task=4, seeds=(0, 1), image_size_px=32, batch_size=4)
 
 
-def squares(color):
-    def sample(prompts, seeds, height, width):
-        image = Image.new("RGB", (width, height), (250, 250, 250))
-        ImageDraw.Draw(image).rectangle((8, 8, 20, 20), fill=COLORS[color])
-        return [image] * len(prompts)
-
-    return sample
-
-
-@pytest.fixture
-def model(tmp_path, monkeypatch):
-    """Sealed inputs of a model, whose pipeline is a sampler of this test."""
-    monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
-    inputs = {}
-    for kind in ("merged", "components"):
-        (tmp_path / kind).mkdir()
-        (tmp_path / kind / "file").write_text(kind)
-        seal(tmp_path / kind, kind)
-        inputs[kind] = FlyteDirectory(str(tmp_path / kind))
-    monkeypatch.setattr(evaluate, "load_pipeline", lambda *_: None)
-    monkeypatch.setattr(pipelines, "diffusers_sampler", lambda *_: squares("red"))
-    return inputs
-
-
-def run(function, **inputs):
-    return function.task_function(**inputs)
-
-
-def local(artifact) -> Path:
-    return Path(artifact.path)
-
-
-def sampled(model, config, parts_per_seed=1):
-    """(prompts, images of all parts)."""
-    prompts = run(task.make_prompts, config=config)
-    parts = run(task.plan_parts, config=config, parts_per_seed=parts_per_seed)
-    return prompts, [run(task.generate_part, **model, prompts=prompts, config=config, part=part) for part in parts]
-
-
-def scored_by(model, config, parts_per_seed=1):
-    prompts, images = sampled(model, config, parts_per_seed)
-    answers = run(task.judge_images, images=images, prompts=prompts, config=config)
-    return run(task.score_answers, images=images, prompts=prompts, answers=answers, config=config)
-
-
 def score_files(artifact):
     return {name: (local(artifact) / name).read_bytes() for name in ("scorecard.json", "scores.parquet")}
 
@@ -78,7 +33,7 @@ def score_files(artifact):
 def test_parts_of_a_run_are_scored_as_the_whole_run(model):
     expected = scored_by(model, CONFIG, parts_per_seed=1)
     for parts_per_seed in (2, 5):
-        assert len(run(task.plan_parts, config=CONFIG, parts_per_seed=parts_per_seed)) == 2 * parts_per_seed
+        assert len(run(task.plan_generation, config=CONFIG, parts_per_seed=parts_per_seed).parts) == 2 * parts_per_seed
         assert score_files(scored_by(model, CONFIG, parts_per_seed)) == score_files(expected)
     card = json.loads((local(expected) / "scorecard.json").read_text())
     assert set(card["settings"]["model_digests"]) == {"merged", "components"} and card["counts"]["failed"] == 0

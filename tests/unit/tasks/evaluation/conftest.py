@@ -1,0 +1,3 @@
+"""Fixtures of tests of evaluation tasks."""
+
+from evaluated import model  # noqa: F401
