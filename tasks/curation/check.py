@@ -25,7 +25,7 @@ def fates(decision_dir: Path) -> Iterator[dict]:
     from tasks.curation import ledger
     from tasks.curation.decisions import decide
     from tasks.curation.scoring import score
-    from tasks.store import fetch_part, read_index
+    from tasks.store import read_index
 
     book = pq.ParquetFile(decision_dir / ledger.LEDGER_TABLE)
     rows = (row for batch in book.iter_batches(columns=["file", "kept", "rule", "detail"]) for row in batch.to_pylist())
@@ -33,7 +33,7 @@ def fates(decision_dir: Path) -> Iterator[dict]:
         for part in read_index(index):
             captions = [[]]
             if not part.error:
-                directory = fetch_part(part, without=(score.THUMBNAILS_TABLE,))
+                directory = decide.fetch_columns(part)
                 captions = pq.read_table(directory / score.SCORES_TABLE, columns=["captions"])["captions"].to_pylist()
             for texts, row in zip(captions, rows, strict=False):
                 fate = "kept" if row["kept"] else f"{row['rule']}: {row['detail']}"

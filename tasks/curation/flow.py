@@ -399,9 +399,7 @@ def select_shard(scores: Part, decided: pa.Table, config: CurationConfig) -> Par
     inputs = {"scores": scores.digest, "decided": decide.digest_of_table(decided), "captions": captions}
 
     def make(out: Path) -> int:
-        return selections.write_selection(
-            fetch_part(scores, without=(score.THUMBNAILS_TABLE,)), decided, config.captions, out
-        )
+        return selections.write_selection(decide.fetch_columns(scores), decided, config.captions, out)
 
     return attempt(
         "selections",

@@ -194,9 +194,10 @@ def plan(corpus: Corpus, config: CurationConfig, rates: Rates) -> list[str]:
         asking = config.captioner
         gpus = 0.0 if asking.name == "scenes" else images * _caption_seconds(asking, rates) / 3600
         step("decide which images to describe", 1, engine, scores, scores / 2, deciding)
-        step(f"captions ({asking.name})", groups, a_group, pictures, described, gpus=gpus)
+        # Answers are written twice: as they are, and in the scores, which alone are read afterwards.
+        step(f"captions ({asking.name})", groups, a_group, pictures + scores, scores + 2 * described, gpus=gpus)
     step("decide", 1, engine, scores + described, scores / 2, deciding)
-    step("select", groups, a_group, scores, scores / 2)
+    step("select", groups, a_group, scores + described, scores / 2 + described)
     step("gather", 1, f"{corpus.shards:,} parts", 0, 0)
     outputs = groups * OUTPUT_BYTES
     lines += [

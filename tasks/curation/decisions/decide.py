@@ -22,6 +22,7 @@ import os
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, groupby
 from pathlib import Path
 
@@ -31,6 +32,7 @@ import pyarrow.parquet as pq
 
 from model.logs import get_logger
 from tasks.curation import ledger
+from tasks.curation.captioning.run import CAPTIONS_TABLE
 from tasks.curation.captions import count_words, merge_captions
 from tasks.curation.config import CaptionConfig, CurationConfig
 from tasks.curation.decisions import dedup, near, rules, semantic, tiers
@@ -63,6 +65,7 @@ PARTS = pa.schema([("part", pa.int64()), ("shard", pa.string()), ("file", pa.str
 ROW_GROUP = 50_000
 THUMBNAIL_GROUPS_IN_MEMORY = 64
 FILES_OPEN = 16
+FETCHERS = 8  # threads that download and verify parts
 
 
 def decide(
@@ -91,13 +94,9 @@ def decide(
         tempfile.TemporaryDirectory(dir=out_dir.parent) as work,
         contextlib.closing(open_engine(engine, work)) as tables,
     ):
-        _scan_scores(tables, parts, shard_names or {})
+        account = _scan_scores(tables, parts, scan, shard_names or {})
         cuts = decide_records(tables, config, thumbnails.at)
         write_tables(tables, parts, out_dir, groups)
-        account = scan
-        for part in parts:
-            if not part.error:
-                account += Account.from_json(json.loads((fetch_columns(part) / ACCOUNT).read_text()))
         summary = summarize(tables, config, account, cuts, len(parts), thumbnails.at)
     content = summary.content()
     (out_dir / "report.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
@@ -106,22 +105,29 @@ def decide(
 
 
 def fetch_columns(part: Part) -> Path:
-    """A score part without its pictures: they are fetched for the few shards whose pictures are compared or shown."""
-    return fetch_part(part, without=(THUMBNAILS_TABLE,))
+    """A score or captions part without what decisions do not read: its pictures, which are fetched for the few shards whose
+    pictures are compared or shown, and the captioner's answers, of which the scores have the captions."""
+    return fetch_part(part, without=(THUMBNAILS_TABLE, CAPTIONS_TABLE))
 
 
-def _scan_scores(engine: Engine, parts: Sequence[Part], shard_names: dict[str, str]) -> None:
-    """Tables `scores` and `parts`."""
+def _scan_scores(engine: Engine, parts: Sequence[Part], scan: Account, shard_names: dict[str, str]) -> Account:
+    """Tables `scores` and `parts`; returns the account of the scan and of all shards."""
     rows = [
         {"part": i, "shard": part.name, "file": shard_names.get(part.name, part.name), "error": part.error}
         for i, part in enumerate(parts)
     ]
     engine.load("parts", PARTS, rows)
-    files = {str(fetch_columns(part) / SCORES_TABLE): i for i, part in enumerate(parts) if not part.error}
+    files, account = {}, scan
+    there = [i for i, part in enumerate(parts) if not part.error]
+    with ThreadPoolExecutor(FETCHERS) as pool:
+        for i, directory in zip(there, pool.map(fetch_columns, (parts[i] for i in there)), strict=True):
+            files[str(directory / SCORES_TABLE)] = i
+            account += Account.from_json(json.loads((directory / ACCOUNT).read_text()))
     if files:
         engine.scan("scores", files)
     else:
         engine.load("scores", SCORES.append(pa.field("part", pa.int64())), [])
+    return account
 
 
 def decide_records(

@@ -131,7 +131,7 @@ class ShardScores:
 def fetch_pictures(part: Part) -> Path:
     """The directory with the thumbnails of a score or captions part: its own, or that of the part from which it was
     made."""
-    manifest = load_manifest(fetch_part(part, without=(score.THUMBNAILS_TABLE,)))
+    manifest = load_manifest(fetch_part(part, without=(".parquet",)))
     if score.THUMBNAILS_TABLE in manifest.files:
         return fetch_part(part)
     (above,) = (parent for parent in manifest.parents if parent.kind in ("measured", "scores", "captions"))

@@ -117,8 +117,8 @@ def test_fewer_images_write_fewer_captions(capsys):
     writes = [
         row.split("|")[5].strip() for row in printed(capsys, "--images", "7e6").splitlines() if "captions" in row[:12]
     ]
-    assert writes == ["3.9 GB"]
-    assert "captions" in printed(capsys) and "0.39 TB" in printed(capsys)
+    assert writes == ["9.4 GB"]  # twice, and the scores
+    assert "captions" in printed(capsys) and "0.94 TB" in printed(capsys)
 
 
 def test_a_recipe_without_embedding_captioner_or_spark_has_no_such_row(capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +19,12 @@ from stub_endpoint import stub_endpoint
 
 from tasks.curation import flow, http_retries
 from tasks.curation.captioning import run
-from tasks.curation.config import CaptionerConfig, CurationConfig, FilterConfig, SourceConfig
+from tasks.curation.config import CaptionConfig, CaptionerConfig, CurationConfig, FilterConfig, SourceConfig
 from tasks.curation.curated import open_curated
 from tasks.curation.journal import JOURNAL
+from tasks.curation.scoring.score import SCORES_TABLE
 from tasks.manifest import load_manifest
-from tasks.store import Part, fetch_part, read_index
+from tasks.store import INDEX, Part, fetch_part, read_index
 
 FILTERS = FilterConfig(min_side_px=32, min_entropy_bits=0.05)
 PER_TIER = dict.fromkeys(("A1", "A2", "A3", "A4", "A5"), ("short", "medium"))
@@ -183,6 +185,33 @@ def test_in_an_object_store_a_killed_pods_answers_are_not_asked_for_again(tmp_pa
         again = sum(stub.answered.values()) - len(stub.answered)
     assert again <= 20, "8 in flight, and what came during one request"
     assert open_curated(curated).num_records == 30
+
+
+@pytest.mark.slow
+def test_who_decides_and_selects_downloads_the_scores_with_captions_but_not_the_answers_besides(tmp_path, monkeypatch):
+    source, downloaded = folder(tmp_path / "source", 12), []
+    with stub_endpoint(share=0.0) as stub, s3_bucket("captions") as fs:
+        monkeypatch.setenv("NUCLEUS_STORE", "s3://captions/store")
+        curated, decision = flow.curate_source(SourceConfig(), str(source), config(stub.url))
+        (corpus,) = (tmp_path / "home" / "artifacts" / "corpus").iterdir()
+        (scores,) = {part.uri for part in read_index(fetch_part(decision) / "scores" / "00000")}
+        assert fs.exists(f"{scores}/{run.CAPTIONS_TABLE}")
+        shutil.copytree(corpus, tmp_path / "corpus")
+        index = next((tmp_path / "home" / "artifacts" / "captions").glob(f"*/{INDEX}")).parent
+        index = Path(shutil.copytree(index, tmp_path / "index"))
+        monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "other"))
+        real = type(fs).get_file
+
+        def get_file(store, name: str, *more, **options) -> None:
+            downloaded.append(name)
+            real(store, name, *more, **options)
+
+        monkeypatch.setattr(type(fs), "get_file", get_file)  # each thread has a file system of its own
+        stricter = config(stub.url).model_copy(update={"captions": CaptionConfig(max_words=20)})
+        other = flow.decide_corpus(tmp_path / "corpus", [index], stricter, 1)
+        assert flow.select_group(other, stricter, 0, 1)[0].rows
+    names = {Path(name).name for name in downloaded}
+    assert SCORES_TABLE in names and run.CAPTIONS_TABLE not in names
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from score_tables import good_row, records_of
 from tasks.curation import check, flow, replay
 from tasks.curation.config import CaptionConfig, CaptionerConfig, CurationConfig, FilterConfig, SourceConfig, TierConfig
 from tasks.curation.curated import open_curated
+from tasks.curation.decisions import decide as decide_module
 from tasks.curation.decisions import rules
 from tasks.curation.scoring import decoding, score
 from tasks.curation.sources.base import PROBLEMS
@@ -452,3 +453,14 @@ def test_a_summary_is_made_of_equal_pictures_and_some_that_do_not_decode(tmp_pat
     assert check.main([str(folder), "--overrides", "curation.filters.min_side_px=32"]) == 0
     fates = [json.loads(line)["fate"].partition(":")[0] for line in capsys.readouterr().out.splitlines()[:-1]]
     assert sorted(fates) == ["kept"] * 3 + ["undecodable"] * 3
+
+
+def test_deciding_reads_each_part_once_and_counts_the_files_of_all(folder, monkeypatch):
+    fetched, real = [], decide_module.fetch_part
+    monkeypatch.setattr(
+        decide_module, "fetch_part", lambda part, **options: fetched.append(part.name) or real(part, **options)
+    )
+    decision = decide(folder)
+    assert len(fetched) == len(set(fetched)) == len(book_of(decision)["shard"].unique()) > 1
+    account = json.loads((decision / "report.json").read_text())["account"]
+    assert account["seen"] == sum(1 for path in folder.rglob("*") if path.is_file())
