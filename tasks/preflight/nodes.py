@@ -15,6 +15,8 @@ from tasks.profiles import Size, pod_template
 INTERRUPTIBLE = "flyte.org/interruptible"
 TOLERATED = {GPU, INTERRUPTIBLE}  # by training pods
 FABRIC = ("vpc.amazonaws.com/efa", "hugepages-2Mi")
+LOCAL_NVME = "karpenter.k8s.aws/instance-local-nvme"  # a requirement of NodePools; GB
+ROOT_GIB = 700  # the disk of nodes without NVMe: EC2NodeClass nucleus-cpu of k8s/karpenter
 
 
 @check("flyte accelerator label", "Set plugins.k8s.gpu-device-node-label to the nodes' label (k8s/helm).")
@@ -175,11 +177,11 @@ def taints(target: Target) -> str:
 
 @check(
     "nodes for cpu tasks",
-    "Add CPU nodes without taints, or a NodePool without taints (nucleus-cpu of k8s/karpenter): these tasks have no "
-    "accelerator and may not be interrupted.",
+    "Add CPU nodes without taints, or NodePools without taints (nucleus-cpu of k8s/karpenter, and nucleus-tables with NVMe "
+    "for deciding): these tasks have no accelerator and may not be interrupted.",
 )
 def cpu_nodes(target: Target) -> str:
-    """Whether the tasks of each size fit somewhere. What a NodePool may make is not compared with the size."""
+    """Whether the tasks of each size fit somewhere. Of what a NodePool may make, only the disk is compared with the size."""
     profile, observed = target.profile, []
     kinds = (("planning", profile.light, set()), ("gathering", profile.gather, set()),
              ("deciding", profile.tables, set()),
@@ -193,13 +195,26 @@ def cpu_nodes(target: Target) -> str:
         if any(_open([t.to_dict() for t in n.spec.taints or []], tolerated) and _has_room(n, needed) for n in ready):
             observed.append(f"{kind}: a node")
             continue
-        names = [p["metadata"]["name"] for p in pools if _open(_template(p)["spec"].get("taints", []), tolerated)]
+        untainted = [p for p in pools if _open(_template(p)["spec"].get("taints", []), tolerated)]
+        names = [pool["metadata"]["name"] for pool in untainted if _disk_gib(pool) >= size.ephemeral_gib]
         if not names:
+            small = ", ".join(pool["metadata"]["name"] for pool in untainted)
             raise Failed(
-                f"no node takes a task of {kind} ({_listed(needed)}), and no NodePool without taints would make one"
+                f"no node takes a task of {kind} ({_listed(needed)}), and no NodePool without taints "
+                + (f"has such a disk ({small} without {LOCAL_NVME} of that size)" if small else "would make one")
             )
         observed.append(f"{kind}: NodePool {', '.join(names)}")
     return "; ".join(observed)
+
+
+def _disk_gib(pool: dict[str, Any]) -> float:
+    """The least disk of a NodePool's nodes: their NVMe if it is required, else the root volume."""
+    least = 0.0
+    for requirement in _template(pool)["spec"].get("requirements", []):
+        values = [float(value) for value in requirement.get("values", []) if requirement["key"] == LOCAL_NVME]
+        if values and requirement["operator"] in ("Gt", "Gte", "In"):
+            least = max(least, min(values))
+    return max(ROOT_GIB, least * 1e9 / 2**30)
 
 
 def _requests(size: Size) -> dict[str, str]:

@@ -405,14 +405,32 @@ def test_karpenter_counts_as_nodes_to_come(preflight):
         "spec": {"template": {"metadata": {"labels": {LABEL: "nvidia-h100"}}, "spec": {"taints": [GPU_TAINT]}}},
     }
     cpu = {"metadata": {"name": "cpu"}, "spec": {"template": {"spec": {}}}}
-    objects = healthy() | {"/api/v1/nodes": [], "/apis/karpenter.sh/v1/nodepools": [pool, cpu]}
+    objects = healthy() | {"/api/v1/nodes": [], "/apis/karpenter.sh/v1/nodepools": [pool, cpu, nvme_pool("1910")]}
     _, results, _ = preflight(objects)
     assert not failed(results), {name: results[name]["detail"] for name in failed(results)}
-    assert "planning: NodePool cpu" in results["nodes for cpu tasks"]["detail"]
+    assert "planning: NodePool cpu, tables; " in results["nodes for cpu tasks"]["detail"]
+    assert "deciding: NodePool tables; " in results["nodes for cpu tasks"]["detail"]
     assert (
         results["accelerator nodes"]["status"] == "ok"
         and "h100 would make more" in results["accelerator nodes"]["detail"]
     )
+
+
+@pytest.mark.parametrize("gigabytes", ["", "900"])
+def test_a_pool_whose_disk_does_not_hold_the_tables_does_not_count_for_deciding(preflight, gigabytes):
+    cpu = {"metadata": {"name": "cpu"}, "spec": {"template": {"spec": {}}}}
+    pools = [cpu, *([nvme_pool(gigabytes)] if gigabytes else [])]
+    objects = healthy() | {"/apis/karpenter.sh/v1/nodepools": pools}
+    objects["/api/v1/nodes"] = objects["/api/v1/nodes"][:8]  # those with GPUs, whose taint these tasks do not tolerate
+    _, results, _ = preflight(objects)
+    assert failed(results) == {"nodes for cpu tasks"}
+    assert "no node takes a task of deciding" in results["nodes for cpu tasks"]["detail"]
+    assert "nucleus-tables" in results["nodes for cpu tasks"]["remedy"]
+
+
+def nvme_pool(gigabytes: str) -> dict:
+    disk = {"key": "karpenter.k8s.aws/instance-local-nvme", "operator": "Gt", "values": [gigabytes]}
+    return {"metadata": {"name": "tables"}, "spec": {"template": {"spec": {"requirements": [disk]}}}}
 
 
 def test_tasks_that_may_not_be_interrupted_do_not_fit_on_tainted_nodes_alone(preflight):
