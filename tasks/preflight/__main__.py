@@ -44,7 +44,6 @@ def target(arguments: argparse.Namespace) -> checks.Target:
         hub_secret=section.get("hub_secret", ""),
         wandb_secret=section.get("wandb_secret", ""),
         pod_templates=section.get("pod_templates") not in ("off", False),
-        endpoints=section.get("endpoints", ""),
         bucket=section.get("bucket", ""),
         store=section["store"],
         endpoint=admin["endpoint"],

@@ -46,7 +46,6 @@ class Target:
     hub_secret: str = ""
     wandb_secret: str = ""
     pod_templates: bool = True
-    endpoints: str = ""  # of captioners, separated by commas
     bucket: str = ""
     store: str = ""
     endpoint: str = ""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit
-
 from kubernetes import client
 from kubernetes.utils import parse_quantity
 
@@ -15,7 +13,6 @@ from tasks.profiles import pod_template
 TEMPLATES_OF = ("curation", "encoder", "trainer", "publisher")
 PRIORITIES = ("nucleus-training", "nucleus-batch")
 ACCOUNTS = ("nucleus-curation", "nucleus-training", "nucleus-publisher")
-CAPTIONER = "vllm-captioner"  # the service of k8s/captioner
 
 
 @check("namespace", "Create the project in Flyte, and kubectl apply -k k8s/overlays/YOURS.")
@@ -90,18 +87,6 @@ def priority_classes(target: Target) -> str:
     if missing := set(PRIORITIES) - there:
         raise Failed(f"there is no {', '.join(sorted(missing))}")
     return ", ".join(PRIORITIES)
-
-
-@check("storage class", "Mark one StorageClass as the default: the captioner's weights are on a volume.")
-def storage_class(target: Target) -> str:
-    hosts = {urlsplit(word.strip()).hostname or "" for word in target.endpoints.split(",")}
-    if not any(host.split(".")[0] == CAPTIONER for host in hosts):
-        raise Skipped(f"no endpoint is {CAPTIONER} (nucleus.endpoints); nothing else needs a volume")
-    default = "storageclass.kubernetes.io/is-default-class"
-    for item in client.StorageV1Api(target.api).list_storage_class().items:
-        if (item.metadata.annotations or {}).get(default) == "true":
-            return item.metadata.name
-    raise Failed("none is the default")
 
 
 @check("hub secret", "Let External Secrets make it (k8s/secrets), with the key HF_TOKEN.")

@@ -16,6 +16,7 @@ INTERRUPTIBLE = "flyte.org/interruptible"
 TOLERATED = {GPU, INTERRUPTIBLE}  # by training pods
 FABRIC = ("vpc.amazonaws.com/efa", "hugepages-2Mi")
 LOCAL_NVME = "karpenter.k8s.aws/instance-local-nvme"  # a requirement of NodePools; GB
+DISK_FOR_PODS = 0.9  # share of it; the kubelet keeps the rest
 ROOT_GIB = 700  # the disk of nodes without NVMe: EC2NodeClass nucleus-cpu of k8s/karpenter
 
 
@@ -208,13 +209,13 @@ def cpu_nodes(target: Target) -> str:
 
 
 def _disk_gib(pool: dict[str, Any]) -> float:
-    """The least disk of a NodePool's nodes: their NVMe if it is required, else the root volume."""
+    """What pods get of the least disk of a NodePool's nodes: their NVMe if it is required, else the root volume."""
     least = 0.0
     for requirement in _template(pool)["spec"].get("requirements", []):
         values = [float(value) for value in requirement.get("values", []) if requirement["key"] == LOCAL_NVME]
         if values and requirement["operator"] in ("Gt", "Gte", "In"):
             least = max(least, min(values))
-    return max(ROOT_GIB, least * 1e9 / 2**30)
+    return DISK_FOR_PODS * max(ROOT_GIB, least * 1e9 / 2**30)
 
 
 def _requests(size: Size) -> dict[str, str]:

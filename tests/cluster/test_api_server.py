@@ -25,7 +25,7 @@ LEAST = {
     "overlays/kind-cpu": 20,
     "overlays/eks": 40,
     "overlays/generic": 30,
-    "captioner": 4,
+    "captioner": 3,
     "preflight": 6,
 }  # documents
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import ipaddress
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -17,10 +18,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from object_store import s3_bucket
 
 from containers.lock import ROLES
+from model.plan.data_costs import Corpus
+from tasks.curation import plan
+from tasks.envs import TIMEOUTS
 from tasks.preflight.cluster import FLYTE_DEPLOYMENTS, JOB_VERBS
 from tasks.profiles import PROFILES, pod_template
+from tasks.recipe import load_recipe
+from tasks.store import num_groups
 
 ROOT = Path(__file__).resolve().parents[3]
 K8S = ROOT / "k8s"
@@ -148,7 +155,7 @@ def test_every_pod_is_unprivileged_without_an_api_token_and_with_a_read_only_roo
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, name
         assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys(), name
         assert not any("hostPath" in volume for volume in spec["volumes"]), name
-        for container in spec["containers"]:
+        for container in spec["containers"] + spec.get("initContainers", []):
             context = container["securityContext"]
             assert context["readOnlyRootFilesystem"] and not context["allowPrivilegeEscalation"], name
             assert context["capabilities"] == {"drop": ["ALL"]}, name
@@ -280,7 +287,8 @@ def test_tasks_that_plan_or_gather_have_a_pool_without_taint_spot_and_too_small_
     assert classes[tables["template"]["spec"]["nodeClassRef"]["name"]]["instanceStorePolicy"] == "RAID0"
     needs = {r["key"]: r["values"] for r in tables["template"]["spec"]["requirements"]}
     (least,) = needs["karpenter.k8s.aws/instance-local-nvme"]
-    assert int(least) * 10**9 > PROFILES["h100"].tables.ephemeral_gib * 2**30
+    # The kubelet keeps a tenth of the disk, and the images.
+    assert 0.9 * int(least) * 10**9 >= PROFILES["h100"].tables.ephemeral_gib * 2**30
 
 
 def test_kueue_admits_pytorch_jobs_whole_into_flavors_that_exist():
@@ -407,7 +415,7 @@ def test_the_document_lists_every_value_that_a_site_replaces():
     (table,) = re.findall(r"^\| value \| where .*?\n\n", DOCUMENT, flags=re.DOTALL | re.MULTILINE)
     for path in sorted(K8S.rglob("*.yaml")):
         text = re.sub(r"#.*", "", path.read_text())
-        for value in re.findall(r"\b(?:ACCOUNT|CLUSTER|us-east-1[a-z]?|registry\.example)\b", text):
+        for value in re.findall(r"\b(?:ACCOUNT|CLUSTER|us-east-1[a-z]?|registry\.example|YOUR-BUCKET)\b", text):
             (row,) = (line for line in table.splitlines() if f"`{value}`" in line)
             assert path.relative_to(ROOT).as_posix() in row, f"{value} of {path.name}"
 
@@ -447,8 +455,71 @@ def test_prometheus_reaches_the_port_of_training_and_kueue_with_its_credentials(
     assert kueue["authorization"]["credentials"]["name"] == "nucleus-kueue-metrics"
 
 
+def captioner() -> dict:
+    (deployment,) = [document for document in rendered("../captioner") if document["kind"] == "Deployment"]
+    return deployment["spec"]
+
+
 def test_the_captioner_gets_arguments_that_vllm_0_11_and_later_know():
-    documents = yaml.safe_load_all((K8S / "captioner" / "deployment.yaml").read_text())
-    (deployment,) = [document for document in documents if document["kind"] == "Deployment"]
-    names = {argument.split("=")[0] for argument in deployment["spec"]["template"]["spec"]["containers"][0]["args"]}
+    (container,) = captioner()["template"]["spec"]["containers"]
+    names = {argument.split("=")[0] for argument in container["args"]}
     assert names == {"--model", "--served-model-name", "--host", "--port", "--max-model-len", "--limit-mm-per-prompt"}
+
+
+def test_the_captioners_weights_come_from_the_store_into_the_folder_that_vllm_serves(tmp_path, monkeypatch):
+    spec = captioner()["template"]["spec"]
+    (copy,), (serve,) = spec["initContainers"], spec["containers"]
+    assert "nucleus-curation@sha256:" in copy["image"] and copy["command"] == ["python", "-c"]
+    (served,) = (word.removeprefix("--model=") for word in serve["args"] if word.startswith("--model="))
+    mounts = [{m["name"]: m["mountPath"] for m in each["volumeMounts"]}["weights"] for each in (copy, serve)]
+    assert mounts[0] == mounts[1] == str(Path(served).parent) == "/weights"
+    assert {v["name"]: v for v in spec["volumes"]}["weights"].keys() == {"name", "emptyDir"}
+    (script,) = copy["args"]
+    assert script.count(f'"{served}"') == 1
+    script = script.replace(served, str(tmp_path / "model"))
+    with s3_bucket("captioner") as fs:
+        monkeypatch.setenv("CAPTIONER_WEIGHTS", "s3://captioner/weights")
+        with pytest.raises(SystemExit, match="s3://captioner/weights has no config.json"):
+            exec(script, {})
+        fs.pipe_file("captioner/weights/config.json", b"{}")
+        fs.pipe_file("captioner/weights/part/model.safetensors", b"numbers")
+        exec(script, {})
+    assert (tmp_path / "model" / "part" / "model.safetensors").read_bytes() == b"numbers"
+
+
+def test_the_captioner_starts_on_the_nodes_of_one_pool_with_one_gpu_a_node():
+    selector = captioner()["template"]["spec"]["nodeSelector"]
+    (pool,) = [p for p in node_pools().values() if selector.items() <= p["template"]["metadata"]["labels"].items()]
+    types = {r["key"]: r["values"] for r in pool["template"]["spec"]["requirements"]}
+    assert types["node.kubernetes.io/instance-type"] == ["g6e.8xlarge"]
+    ((key, value),) = selector.items()
+    assert f"| `{key}: {value}` | k8s/captioner/deployment.yaml |" in DOCUMENT
+
+
+def test_every_container_of_the_namespace_requests_what_its_quota_counts():
+    """With a quota of a resource, the API server refuses pods that do not name it."""
+    (quota,) = [d for d in rendered("eks") if d["kind"] == "ResourceQuota"]
+    counted = {name.removeprefix("requests.") for name in quota["spec"]["hard"] if name.startswith("requests.")}
+    for folder in APART:
+        for name, spec in pod_specs(rendered(folder)):
+            for container in spec["containers"] + spec.get("initContainers", []):
+                assert counted - {"nvidia.com/gpu"} <= container["resources"]["requests"].keys(), name
+
+
+def test_the_document_says_how_many_replicas_a_concurrency_of_captions_needs():
+    """From the plan's hours of an H100, and the peaks of both accelerators."""
+    corpus, config, peaks = Corpus(), load_recipe("nucleus_17b").curation, {"L40S": 362, "H100": 989}
+    groups = num_groups(corpus.shards, config.max_groups)
+    hours = corpus.images / groups * plan._caption_seconds(config.captioner, plan.Rates()) / 3600
+    limit = TIMEOUTS["captioner"].total_seconds() / 3600
+    rows = re.findall(r"^\| (\d+) with an (L40S|H100)[^|]*\| (\d+) \| ([\d,]+) days \|$", DOCUMENT, flags=re.MULTILINE)
+    assert len(rows) == 4
+    for replicas, kind, concurrency, days in rows:
+        of_a_group = hours * peaks["H100"] / peaks[kind]
+        assert int(concurrency) == int(limit * int(replicas) / of_a_group), (replicas, kind)
+        assert int(days.replace(",", "")) == round(of_a_group * groups / int(replicas) / 24), (replicas, kind)
+        assert f" {of_a_group:.1f} " in DOCUMENT
+    assert int(rows[0][0]) == captioner()["replicas"]
+    started = int(re.search(r"--overrides curation.concurrency=(\d+)", DOCUMENT)[1])
+    for kind, least in (("L40S", 13), ("H100", 5)):
+        assert least == math.ceil(started * hours * peaks["H100"] / peaks[kind] / limit)
