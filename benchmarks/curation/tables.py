@@ -179,12 +179,11 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=[100_000, 10_000_000])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--engine", choices=("duckdb", "spark"), default="duckdb")
-    parser.add_argument("--memory", help="of DuckDB's buffers, instead of engines.MEMORY")
+    parser.add_argument("--memory", default="1GB", help="of DuckDB's buffers; the default is that of the targets")
     parser.add_argument("--folder", type=Path, help="for scores, tables and what is spilled")
     parser.add_argument("--decide", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.memory:
-        engines.MEMORY = options.memory
+    engines.MEMORY = options.memory
     if options.decide:
         print(json.dumps(decide_all(options.decide, options.engine)))
         return
@@ -195,7 +194,7 @@ def main() -> None:
                 make_shard(index, min(SHARD, count - index * SHARD), Path(folder) / f"{index:06d}.parquet")
             size = sum(path.stat().st_size for path in Path(folder).iterdir())
             command = [sys.executable, __file__, "--decide", folder, "--engine", options.engine]
-            command += ["--memory", options.memory] if options.memory else []
+            command += ["--memory", options.memory]
             results = []
             for _ in range(options.rounds):
                 done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -30,7 +30,10 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.curation.scoring.workers import CONTAINER_LIMIT
+from model.logs import get_logger
+from tasks.curation.scoring.workers import container_limit
+
+logger = get_logger(__name__)
 
 MEMORY = ""  # of DuckDB's buffers, such as 1GB; empty: half of the container's memory, at least LEAST_MEMORY_BYTES
 LEAST_MEMORY_BYTES = 10**9  # and outside of a container
@@ -91,11 +94,13 @@ def buffers() -> str:
     """Memory of DuckDB's buffers; the rest is spilled."""
     if MEMORY:
         return MEMORY
-    try:
-        container = int(CONTAINER_LIMIT.read_text())
-    except (OSError, ValueError):  # no cgroup, or "max"
-        container = 0
-    return f"{max(LEAST_MEMORY_BYTES, container // 2) // 10**6}MB"
+    limit = container_limit()
+    if limit is None and "KUBERNETES_SERVICE_HOST" in os.environ:
+        logger.warning(
+            f"curation: no memory limit of the container was read, so DuckDB has buffers of {LEAST_MEMORY_BYTES // 10**6} MB; too few "
+            "for hundreds of millions of records (docs/scale.md)"
+        )
+    return f"{max(LEAST_MEMORY_BYTES, (limit or 0) // 2) // 10**6}MB"
 
 
 class DuckDB:

@@ -19,6 +19,8 @@ TIMEOUT_S = 50.0  # of the 60 s for any input; a photograph takes under a second
 STARVED_S = 0.1  # between looks at a worker that is late
 LARGE_BYTES = 16 * 2**20  # a larger item is not sent: a new worker is forked with it, and shares the parent's copy
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # cgroup v2's limit, as containers see it
+CONTAINER_LIMIT_V1 = Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
+UNLIMITED = 2**62  # cgroup v1 writes a number near 2**63 where there is no limit
 CONTAINER_SHARE = 0.8  # share of it for all workers together
 
 
@@ -122,13 +124,21 @@ class Workers:
         return tag, result
 
 
+def container_limit() -> int | None:
+    """The memory limit of the container in bytes; None without one."""
+    for path in (CONTAINER_LIMIT, CONTAINER_LIMIT_V1):
+        try:
+            limit = int(path.read_text())
+        except (OSError, ValueError):  # another version of cgroups, or "max"
+            continue
+        return limit if limit < UNLIMITED else None
+    return None
+
+
 def _container_bytes() -> int:
     """What all workers together may take."""
-    try:
-        limit = int(CONTAINER_LIMIT.read_text())
-    except (OSError, ValueError):  # no cgroup, or "max"
-        return 2**62
-    return int(CONTAINER_SHARE * limit)
+    limit = container_limit()
+    return UNLIMITED if limit is None else int(CONTAINER_SHARE * limit)
 
 
 class _Worker:

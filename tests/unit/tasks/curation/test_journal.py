@@ -99,3 +99,30 @@ def test_a_store_that_refuses_a_row_ends_the_run(monkeypatch):
         book.add({"n": 0})
     with pytest.raises(PermissionError, match="no access"):
         book.add({"n": 1})
+
+
+@pytest.mark.parametrize(("failures", "stored"), [(2, True), (5, False)])
+def test_a_store_that_fails_for_a_while_loses_no_row_and_one_that_stays_away_ends_the_run(
+    monkeypatch, failures, stored
+):
+    written = []
+
+    def write(path, content):
+        written.append(content)
+        if len(written) <= failures:
+            raise OSError("the connection was reset")
+
+    monkeypatch.setattr(journal, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(storage, "children", lambda place: [])
+    monkeypatch.setattr(storage, "write_bytes", write)
+    book = Journal("s3://journals/captions/0")
+    book.add({"n": 0})
+    if stored:
+        wait_for(lambda: len(written) == failures + 1)
+        book.add({"n": 1})
+        book.close()
+        assert written[-1].splitlines() == [b'{"n": 0}', b'{"n": 1}']
+    else:
+        with pytest.raises(OSError, match="connection was reset"):
+            book.close()
+        assert len(written) == failures

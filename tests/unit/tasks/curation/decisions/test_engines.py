@@ -13,7 +13,7 @@ from score_tables import good_row
 from tasks.curation.config import CurationConfig, FilterConfig
 from tasks.curation.decisions import decide, engines, rules, tiers
 from tasks.curation.decisions.engines import PART, open_engine, quoted, rows_of
-from tasks.curation.scoring import score
+from tasks.curation.scoring import score, workers
 
 
 @pytest.fixture
@@ -91,14 +91,33 @@ def test_functions_that_both_engines_register(engine, text, value):
 
 
 @pytest.mark.parametrize(
-    ("limit", "megabytes"), [("137438953472", 68719), ("1000000", 1000), ("max", 1000), ("", 1000)]
+    ("limit", "limit_v1", "megabytes"),
+    [
+        ("137438953472", "", 68719),
+        ("1000000", "", 1000),
+        ("max", "", 1000),
+        ("", "", 1000),
+        ("", "137438953472", 68719),
+        ("", "9223372036854771712", 1000),
+    ],
 )
-def test_duckdb_has_half_of_the_containers_memory_and_1_gb_elsewhere(limit, megabytes, tmp_path, monkeypatch):
-    if limit:
-        (tmp_path / "memory.max").write_text(limit + "\n")
-    monkeypatch.setattr(engines, "CONTAINER_LIMIT", tmp_path / "memory.max")
+def test_duckdb_has_half_of_the_containers_memory_and_1_gb_elsewhere(limit, limit_v1, megabytes, tmp_path, monkeypatch):
+    for name, text, file in (("CONTAINER_LIMIT", limit, "max"), ("CONTAINER_LIMIT_V1", limit_v1, "limit_in_bytes")):
+        monkeypatch.setattr(workers, name, tmp_path / file)
+        if text:
+            (tmp_path / file).write_text(text + "\n")
     assert engines.buffers() == f"{megabytes}MB"
     with contextlib.closing(open_engine("duckdb", tmp_path)) as opened:
         (row,) = rows_of(opened, "SELECT current_setting('memory_limit') AS memory")
     number, unit = row["memory"].split()
     assert float(number) * {"GiB": 2**30, "MiB": 2**20}[unit] == pytest.approx(megabytes * 1e6, rel=0.01)
+
+
+def test_a_pod_without_a_readable_limit_of_memory_is_warned_about(tmp_path, monkeypatch, caplog):
+    for name in ("CONTAINER_LIMIT", "CONTAINER_LIMIT_V1"):
+        monkeypatch.setattr(workers, name, tmp_path / name)
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    assert engines.buffers() == "1000MB" and not caplog.messages
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    assert engines.buffers() == "1000MB"
+    assert "no memory limit of the container was read" in caplog.text
