@@ -25,13 +25,16 @@ COLUMNS = ("image", "question", "judge", "answer")
 
 
 class SharedAnswers(Protocol):
-    """Answers that runs share. It may lose some, which are then asked again; those that it returns are right."""
+    """Answers that runs share. It may lose some, which are then asked again."""
 
     def find(self, keys: Collection[Key]) -> Mapping[Key, Any]:
         """The known answers to these."""
 
     def add(self, rows: Iterable[tuple[Key, Any]]) -> None:
-        """Shares answers, at once or later."""
+        """Shares answers, at once or later. The first answer to a key is kept."""
+
+    def reject(self, keys: Iterable[Key]) -> None:
+        """These answers, which `find` returned, are of a wrong type. The next ones that are added replace them."""
 
 
 class Answers:
