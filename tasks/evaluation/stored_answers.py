@@ -32,7 +32,7 @@ from tasks.manifest import visible
 from tasks.store import store
 
 MAX_BYTES = 2**20  # of each of the 256 buckets
-MAX_FOUND_BYTES = 2**25  # of the answers that `find` returns; parsed, they may take 20 times as much
+MAX_FOUND_BYTES = 2**24  # of the answers that `find` returns; parsed, empty lists take 30 times as much
 MAX_NESTED = 100  # deeper ones may be parsed here, and be too deep for Python's recursion where they are written
 WRITE_EVERY_S = 300.0
 LOCK_WAIT_S = 30.0
@@ -73,6 +73,8 @@ class StoredAnswers:
                             damaged += 1
         except Exception as error:  # each kind of store raises its own types
             self._log(f"answers of other runs cannot be read: {type(error).__name__}: {error}")
+        if size > MAX_FOUND_BYTES:
+            self._log(f"answers in {self._folder} take over {MAX_FOUND_BYTES} bytes: the others are asked again")
         if damaged:
             self._log(f"{damaged} answers in {self._folder} are damaged, and their questions are asked again")
         return known
