@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from model.names import commit_of
+
 PRIVATE = "(private)"
 SETTINGS = (
     "source.path",
@@ -26,7 +28,6 @@ SETTINGS = (
 )
 KEPT = ("publish.title", "publish.license")  # texts for the public
 _PLACE = re.compile(r"[A-Za-z][\w+.-]*://.*|(?:^|(?<=[\s@=,:;|\"'(\[{]))(?:/(?=\S)|\.{1,2}/|~[\w.-]*/).*", re.DOTALL)
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
         if name in settings.get(section, {}):
             public[section][name] = settings[section][name]
     init_from = public.get("train", {}).get("init_from")
-    if init_from and "@" not in init_from:  # no repository at a commit
+    if init_from and commit_of(init_from) is None:  # no repository at a commit
         public["train"]["init_from"] = PRIVATE
     if "eval" in public:
         public["eval"] = evaluation(public["eval"])
@@ -72,8 +73,8 @@ def scorecard(card: Mapping[str, Any]) -> dict[str, Any]:
 
 def _judge(name: str) -> str:
     """The judge without the directory of its weights; a commit stays."""
-    base, separator, at = name.partition("@")
-    return f"{base}@{at if _COMMIT.fullmatch(at) else PRIVATE}" if separator else name
+    base, separator, _ = name.partition("@")
+    return f"{base}@{commit_of(name) or PRIVATE}" if separator else name
 
 
 def _set(settings: Any, path: list[str], value: str) -> None:

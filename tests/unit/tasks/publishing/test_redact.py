@@ -74,10 +74,20 @@ def test_settings_that_may_be_a_relative_path_are_not_published(branch):
 
 
 def test_the_weights_of_a_judge_are_published_as_a_commit_alone():
-    judges = {"vqa": "mplug@weights/mplug", "style": f"clip-color@{COMMIT}", "features": "dinov2"}
+    judges = {
+        "vqa": "mplug@weights/mplug",
+        "style": f"clip-color@{COMMIT}",
+        "features": "dinov2",
+        "color": f"mplug@x@{COMMIT}",
+    }
     assert redact.evaluation({"judges": judges})["judges"] == {
-        "vqa": "mplug@(private)", "style": f"clip-color@{COMMIT}", "features": "dinov2",
+        "vqa": "mplug@(private)", "style": f"clip-color@{COMMIT}", "features": "dinov2", "color": "mplug@(private)",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["data/someone@lab/x", f"someone@x@{COMMIT}", f"someone/x@{COMMIT}0", "someone@"])
+def test_initial_weights_that_are_no_repository_at_a_commit_are_not_published(place):
+    assert redact.recipe({"train": {"init_from": place}})["train"]["init_from"] == redact.PRIVATE
 
 
 @pytest.mark.parametrize("name", ["nucleus_17b", "tiny", "smoke"])
