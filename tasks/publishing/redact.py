@@ -1,7 +1,7 @@
 """Removes places and people from settings that are published: paths, buckets, endpoints, accounts and addresses.
 
-Any text that has a path (/PATH, ./NAME, ~/NAME) or a URI is cut there, whatever its key. A Hub id stays; settings that may be a
-relative path are replaced as a whole.
+Any text is cut where a place in it begins (`_PLACE`), whatever its key. A Hub id stays; settings that may be a relative path are
+replaced as a whole.
 """
 
 from __future__ import annotations
@@ -27,7 +27,21 @@ SETTINGS = (
     "publish.s3_bucket_owner",
 )
 KEPT = ("publish.title", "publish.license")  # texts for the public
-_PLACE = re.compile(r"[A-Za-z][\w+.-]*://.*|(?:^|(?<=[\s@=,:;|\"'(\[{]))(?:/(?=\S)|\.{1,2}/|~[\w.-]*/).*", re.DOTALL)
+# After a letter or digit a / is of a Hub id, a media type or a relative path. Each pattern is linear in the text.
+_PLACE = re.compile(
+    r"""(?:
+      (?<![\w+.-])[A-Za-z][\w+.-]*://                                 # a URI
+    | (?<![^\W_])(?<!\w_)(?!(?<=\d\.)/\d)(?!(?<=<)/\w+>)/(?=[^\s>])  # /PATH; not 1./2, </tag>, />
+    | (?<![\w.])\.{1,2}[\\/] | (?<!\w)~[\w.-]*[\\/]                  # ./PATH, ../PATH, ~/PATH, ~USER/PATH
+    | \$[A-Za-z_]\w*/ | %\w+%\\ | %2[Ff]                             # $NAME/PATH, %NAME%\PATH, a / in a URI's escapes
+    | (?<![^\W_])[A-Za-z]:[\\/] | \\\\(?=\S)                         # C:\PATH, \\HOST\PATH
+    | (?<![\w.-])(?=[\d._-]*[^\W\d_])[\w.-]+:\d{2,5}/(?!\d)          # HOST:PORT/, no ratio
+    | (?<![\w.-])(?:[\w-]+\.)+[^\W\d_][\w-]*:\d{2,5}(?!\d)          # HOST.DOMAIN:PORT
+    | (?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.])                     # an IPv4 address
+    | (?<![^\s@])[^\s@]*@[\w-]+[.:](?=\w)                            # NAME@HOST.DOMAIN, NAME@HOST:PATH
+    ).*""",
+    re.DOTALL | re.VERBOSE,
+)
 
 
 def recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
