@@ -37,7 +37,7 @@ _PLACE = re.compile(
     | (?<![^\W_])[A-Za-z]:[\\/] | \\\\(?=\S)                         # C:\PATH, \\HOST\PATH
     | (?<![\w.-])(?=[\d._-]*[^\W\d_])[\w.-]+:\d{2,5}/(?!\d)          # HOST:PORT/, no ratio
     | (?<![\w.-])(?:[\w-]+\.)+[^\W\d_][\w-]*:\d{2,5}(?!\d)          # HOST.DOMAIN:PORT
-    | (?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.])                     # an IPv4 address
+    | (?<![\w.])(?:\d{1,3}\.){3}\d{1,3}[:/](?=\w)                   # IPv4:PORT, IPv4/PATH
     | (?<![^\s@])[^\s@]*@[\w-]+[.:](?=\w)                            # NAME@HOST.DOMAIN, NAME@HOST:PATH
     ).*""",
     re.DOTALL | re.VERBOSE,

@@ -56,7 +56,7 @@ def texts(value: Any) -> list[str]:
      "+/home/someone", "&/home/someone", "\u201c/home/someone\u201d", "\u00ab/home/someone", "*/home/someone*", "_/home/someone_", "//fs01/someone",
      "end./home/someone", "1./home/someone", "`./someone`", "`~/someone`", "<../someone", "${HOME}/someone", "$HOME/someone", "file:/home/someone",
      "C:\\Users\\someone", "(c:/Users/someone", "C:\\\\Users\\\\someone", "\\\\fs01\\someone", "..\\someone", "~\\someone",
-     "%USERPROFILE%\\someone", "%2Fhome%2Fsomeone", "host:8000/someone", "someone.corp:8000", "at=someone.corp:8000/v1", "someone-1:443/v1", "10.1.2.3/someone",
+     "%USERPROFILE%\\someone", "%2Fhome%2Fsomeone", "host:8000/someone", "someone.corp:8000", "at=someone.corp:8000/v1", "someone-1:443/v1", "10.1.2.3/someone", "10.1.2.3:8000 someone",
      "someone@example.org", "to <someone@example.org>", "git@host.corp:someone/y", "git@host:someone/y", "s.o+meone,someone@a.b", "x@someone.org",
      "someone@10.1.2.3"],
 )  # fmt: skip
@@ -130,6 +130,7 @@ def test_hub_ids_and_texts_with_slashes_are_published():
         "line\\nbreak \\d",
         "CLIP ViT-B/32",
         "torch 2.4.1",
+        "5.0.0.93",
         "$5/month",
         "x@",
     ]
