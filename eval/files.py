@@ -1,11 +1,13 @@
-"""Reads JSON Lines, and writes files atomically."""
+"""Reads JSON Lines, opens files in shared folders, and writes files atomically."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -37,6 +39,28 @@ def read_json_lines(path: str | Path) -> Iterable[tuple[int, Any]]:
 def file_sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_plain(path: str | os.PathLike[str], flags: int) -> int:
+    """A descriptor of a plain file, opened with `flags` of os.open.
+
+    In a folder where others may write, a link could lead to any file of the user, and opening a pipe would wait for ever.
+
+    Raises:
+        ValueError: the path is a link, a pipe, a socket, a device or a folder.
+        OSError: as os.open.
+    """
+    refused = ValueError(f"{path} is not a plain file (a link, pipe, socket, device or folder): remove it")
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise refused from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise refused
+    return descriptor
 
 
 @contextlib.contextmanager

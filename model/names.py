@@ -1,9 +1,18 @@
-"""Hints for names that users mistype."""
+"""Names that users give: hints where they mistype them, and commits in them."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def commit_of(name: str) -> str | None:
+    """COMMIT of NAME@COMMIT; None if what is after the first @ is anything else, such as a directory."""
+    at = name.partition("@")[2]
+    return at if _COMMIT.fullmatch(at) else None
 
 
 def closest(name: str, valid: Iterable[str]) -> str | None:

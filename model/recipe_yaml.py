@@ -92,6 +92,9 @@ def parse(text: str | bytes, where: str) -> Any:
     try:
         return yaml.load(text, Loader=Loader)  # noqa: S506  (a SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
+        for mark in (getattr(error, "context_mark", None), getattr(error, "problem_mark", None)):
+            if mark is not None:
+                mark.buffer = None  # a quote of the text may have a part of a password that no longer looks like one
         raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
 
 

@@ -39,6 +39,7 @@ STORES = {
 }
 ALLOWED_STORES = "NUCLEUS_STORES"  # environment variable: schemes allowed, separated by commas; default: s3
 _LOGIN = re.compile(r"(?<=://).*@", re.DOTALL)
+_URI_IN_WORD = re.compile(r"[:/](\\*/)+")  # also s3:/x, s3:\/\/x as in JSON, and //x, whose scheme was split off
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
 
 
@@ -51,9 +52,29 @@ def allowed_stores() -> tuple[str, ...]:
     return tuple(named)
 
 
-def without_login(text: str) -> str:
-    """The text of a message without what may be a user name and a password of a URI."""
-    return _LOGIN.sub("...@", text)
+def without_login(uri: str) -> str:
+    """One URI for a message, without its query and what may be a user name and a password: all before the last @."""
+    return without_logins(_LOGIN.sub("...@", uri))
+
+
+def without_logins(message: str) -> str:
+    """A message without user names, passwords, queries and fragments of the URIs in it, which have no white space.
+
+    Quotes and brackets do not end a URI, as a password may have them; those at the end of a word are kept.
+    """
+    return re.sub(r"\S+", lambda word: _word_without_login(word.group()), message)
+
+
+def _word_without_login(word: str) -> str:
+    start = _URI_IN_WORD.search(word)
+    if start is None:
+        return word
+    place, rest = word[: start.end()], word[start.end() :]
+    _, at, rest = rest.rpartition("@")
+    before = re.split(r"[?#]", rest, maxsplit=1)[0]
+    query = rest[len(before) + 1 :]
+    end = query[len(query.rstrip("'\")]},;:.`")) :]
+    return f"{place}{'...@' if at else ''}{before}{f'{rest[len(before)]}...{end}' if query != end else rest[len(before) :]}"
 
 
 def check_path(path: str | os.PathLike[str]) -> str:
@@ -85,8 +106,9 @@ def check_path(path: str | os.PathLike[str]) -> str:
         hint = f" ({ALLOWED_STORES} may allow it)" if name in STORES else ""
         raise ValueError(f"{shown!r} has the scheme {name!r}, which is not allowed{hint}; {valid}")
     bucket = text[scheme.end() :].split("/")[0]
-    if "@" in bucket and name != "abfs":  # abfs://CONTAINER@ACCOUNT is a location, not a login
-        raise ValueError(f"the URI of {name}://...@{bucket.rpartition('@')[2]} holds a user name or password; {valid}")
+    login = "@" in bucket or (":" in bucket and "@" in text and not bucket.startswith("arn:"))  # u:PASS/WORD@BUCKET
+    if login and name != "abfs":  # abfs://CONTAINER@ACCOUNT is a location, not a login
+        raise ValueError(f"the URI of {shown} holds a user name or password; {valid}")
     if not bucket:
         raise ValueError(f"{shown!r} names no bucket; {valid}")
     return text

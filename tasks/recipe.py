@@ -17,7 +17,7 @@ from model.constants import TILE_PX, VAE_SCALE
 from model.names import closest
 from model.ranks import micro_batch, rank_degrees
 from model.recipe_yaml import MAX_FILE_BYTES, parse, read_recipe
-from model.storage import without_login
+from model.storage import without_login, without_logins
 from tasks.curation.config import CurationConfig, SourceConfig
 from tasks.encoding.config import ComponentsConfig, EncodingConfig
 from tasks.publishing.config import PublishConfig
@@ -207,8 +207,16 @@ def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
     The file may be an overlay on another recipe (`model.recipe_yaml.read_recipe`), such as `ablations/token_choice`.
 
     Raises:
-        ValueError: a wrong key or value; the message names the key, the value and valid values.
+        ValueError: a wrong key or value; the message names the key, the value and valid values, without logins and queries
+            of URIs.
     """
+    try:
+        return _load(name_or_path, overrides)
+    except ValueError as error:
+        raise ValueError(without_logins(str(error))) from None
+
+
+def _load(name_or_path: str, overrides: Iterable[str]) -> Recipe:
     name, data = _read(name_or_path)
     refuse_code(data.get("eval"), f"recipe {name}")
     for override in overrides:
@@ -248,7 +256,7 @@ def recipe_text(path: str) -> str:
         ValueError: no such file, or as `load_recipe`.
     """
     if not Path(path).is_file():
-        raise ValueError(f"recipe {path!r} is not a file")
+        raise ValueError(f"recipe {without_login(path)!r} is not a file")
     load_recipe(path)
     return json.dumps(read_recipe(path))
 

@@ -405,13 +405,31 @@ def metadata_csv_of_quoted_fields(folder: Path) -> None:
     (folder / "metadata.csv").write_bytes(b"file_name,text\na.png" + b',"\n"' * (15 * MIB))
 
 
-@kind("read or refused")
+@kind("refused")
 def metadata_csv_of_450000_columns(folder: Path) -> None:
     """Rows of as many fields, most with a blank in front."""
     _beside_a_picture(folder)
     columns = b", ".join(b"%06x" % i for i in range(450_000))
     row = b"a.png,text" + b", aaaaaa" * 450_000 + b"\n"
     (folder / "metadata.csv").write_bytes(b"file_name,text, " + columns + b"\n" + row * 3)
+
+
+@kind("refused")
+def metadata_csv_of_a_header_of_commas(folder: Path) -> None:
+    _beside_a_picture(folder)
+    (folder / "metadata.csv").write_bytes(b"file_name,text" + b"," * (60 * MIB))
+
+
+@kind("read")
+def metadata_csv_of_10000_columns(folder: Path) -> None:
+    """64 MiB of rows with a blank behind each of two captions. In the last row alone it is no habit of the writer."""
+    for i in range(8):
+        (folder / f"{i}.png").write_bytes(picture())
+    middle = b"," * 9_995
+    head = b"file_name,caption,a" + middle + b"text,b\n"
+    count = (64 * MIB - len(head)) // (len(middle) + 30)
+    rows = [b"%d.png,c%d, 5%sc%d, 5\n" % (i % 8, i % 9, middle, i % 9) for i in range(count)]
+    (folder / "metadata.csv").write_bytes(head + b"".join(rows[:-1]) + rows[-1].replace(b", 5\n", b", five\n"))
 
 
 @kind("refused")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,7 +25,7 @@ def _are_texts(answer: Any, question: Question) -> bool:
 
 
 def _is_number(answer: Any, question: Question) -> bool:
-    return isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer)
+    return isinstance(answer, (int, float)) and not isinstance(answer, bool) and abs(answer) <= sys.float_info.max
 
 
 def _are_numbers(answer: Any, question: Question) -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from eval.files import write_bytes
+from eval.files import open_plain, write_bytes
 
 JOURNAL, SEALED = "answers.jsonl", "answers.parquet"
 Key = tuple[str, str, str]  # image digest, question, judge revision
@@ -25,20 +25,24 @@ COLUMNS = ("image", "question", "judge", "answer")
 
 
 class SharedAnswers(Protocol):
-    """Answers that runs share. It may lose some, which are then asked again; those that it returns are right."""
+    """Answers that runs share. It may lose some, which are then asked again."""
 
     def find(self, keys: Collection[Key]) -> Mapping[Key, Any]:
         """The known answers to these."""
 
     def add(self, rows: Iterable[tuple[Key, Any]]) -> None:
-        """Shares answers, at once or later."""
+        """Shares answers, at once or later. The first answer to a key is kept."""
+
+    def reject(self, keys: Iterable[Key]) -> None:
+        """These answers, which `find` returned, are of a wrong type. The next ones that are added replace them."""
 
 
 class Answers:
     """Answers in a folder. Writing takes a lock, so that a second writer is refused.
 
     Raises (on opening):
-        ValueError: another process writes there, or a line other than the last is damaged.
+        ValueError: another process writes there, a line other than the last is damaged, or the journal to write is a
+            link or a pipe.
     """
 
     def __init__(self, folder: str | Path, write: bool = False):
@@ -47,7 +51,7 @@ class Answers:
         self._file = None
         if write:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.folder / JOURNAL, "ab")  # noqa: SIM115  (open until `close`)
+            self._file = os.fdopen(open_plain(self.folder / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND), "a+b")
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -73,9 +77,13 @@ class Answers:
     def _read_journal(self) -> int:
         """Reads complete lines. Returns their length in bytes; the rest is a partial line."""
         path = self.folder / JOURNAL
-        if not path.is_file():
+        if self._file is not None:
+            self._file.seek(0)
+            data = self._file.read()
+        elif path.is_file():
+            data = path.read_bytes()
+        else:
             return 0
-        data = path.read_bytes()
         whole = data.rfind(b"\n") + 1
         lines = data[:whole].split(b"\n")[:-1]
         for number, line in enumerate(lines, start=1):
@@ -83,7 +91,7 @@ class Answers:
                 row = json.loads(line)
                 key = (row["image"], row["question"], row["judge"])
                 self._answers.setdefault(key, row["answer"])
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 if number == len(lines):  # an unwritten page may end in the line's own newline
                     return whole - len(line) - 1
                 raise ValueError(f"{path}, line {number} is damaged; remove it to ask that question again") from error

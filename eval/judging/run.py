@@ -200,7 +200,14 @@ def judge_images(
                 digest = _digest_of_all(digests) if number is None else shown[0]["sha256"]
                 todo[reader.key(question, digest)] = (question, shown)  # equal images are judged once
         if shared is not None:
-            reused = shared.find(todo)
+            reused = dict(shared.find(todo))
+            # Others may write there, too. An answer in the journal is final, and a wrong one would stop every attempt.
+            wrong = [key for key, answer in reused.items() if wrong_type(benchmark, todo[key][0], answer)]
+            if wrong:
+                log(f"answers of other runs: {len(wrong)} are of a wrong type, and their questions are asked again")
+                shared.reject(wrong)
+                for key in wrong:
+                    del reused[key]
             answers.add(reused.items())
             todo = {key: value for key, value in todo.items() if key not in reused}
         by_judge: dict[str, list[tuple[Key, Question, list[Row]]]] = {}

@@ -19,6 +19,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from eval.files import open_plain
 from model import storage
 
 JOURNAL = "journal.jsonl"
@@ -35,7 +36,7 @@ class Journal:
             may. In an object store `add` returns before the row is written.
 
     Raises:
-        ValueError: another process writes the journal of a local folder.
+        ValueError: another process writes the journal of a local folder, or the journal is a link or a pipe.
     """
 
     def __init__(self, place: str, sync: bool = True) -> None:
@@ -53,7 +54,7 @@ class Journal:
 
     def _open_local(self, folder: Path) -> list[dict[str, Any]]:
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(folder / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._file = open_plain(folder / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -61,7 +62,8 @@ class Journal:
             raise ValueError(f"{folder / JOURNAL} is being written by another run: wait for it, or stop it") from error
         except OSError:  # a file system without locks
             pass
-        data = (folder / JOURNAL).read_bytes()
+        with open(self._file, "rb", closefd=False) as file:
+            data = file.read()
         whole = data.rfind(b"\n") + 1
         os.ftruncate(self._file, whole)  # a partial line, which would also damage the next one
         return _rows(data[:whole])

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from eval.files import open_plain
 from model.data.files import PREFIX, TextMeta
 from model.data.index import INDEX, PartFiles, build_index
 from tasks.encoding.flow import TENSORS
@@ -87,7 +88,10 @@ def _build(index: Path, parts: list[PartFiles], prefix: Path, content: str, weig
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
+    descriptor = open_plain(path, os.O_RDWR | os.O_CREAT)
+    try:
         with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)

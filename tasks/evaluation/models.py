@@ -25,6 +25,7 @@ from eval.config import SchedulerConfig, stored_settings
 from eval.generation import pipelines
 from model import storage
 from model.logs import get_logger
+from model.names import commit_of
 from tasks.manifest import MANIFEST, load_manifest, verify
 from tasks.sealed import newest_pipeline
 from tasks.store import home
@@ -33,7 +34,6 @@ logger = get_logger(__name__)
 
 NEWEST = "newest"
 FILES = ("prompts_file", "prompt_rewrites")  # settings of eval.config that name a file
-_AT_COMMIT = re.compile(r"@[0-9a-f]{40}$")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 LATEST = "latest.json"  # of tasks.publishing.s3: the pointer to the version that was published last
 
@@ -185,7 +185,7 @@ def _without_files(settings: dict[str, Any], place: str) -> dict[str, Any]:
     """Drops prompt files, and judges whose weights are no commit of their repository; names them in the log."""
     judges = settings.get("judges")
     judges = judges if isinstance(judges, dict) else {}
-    kept = {skill: name for skill, name in judges.items() if "@" not in str(name) or _AT_COMMIT.search(str(name))}
+    kept = {skill: name for skill, name in judges.items() if "@" not in str(name) or commit_of(str(name))}
     dropped = [key for key in FILES if settings.get(key) is not None]
     dropped += [f"judges.{skill}" for skill in judges if skill not in kept]
     if dropped:

@@ -1,37 +1,41 @@
 """Answers of judges in the store, so that no run asks a question that another run asked.
 
-    STORE/answers/BUCKET.parquet    {"image", "question", "judge", "answer"}, the newest last
+    STORE/answers/BUCKET.txt    a line for each answer: KEY ANSWER, the newest last
 
-The key is that of eval.judging.answers. An image's answers are in the bucket of its digest's hash. A bucket is replaced as a
-whole, so that a reader or a kill finds the old one or the new one; over `MAX_BYTES` its oldest answers are dropped. All
-buckets together take at most 256 MiB. Writers on one machine take turns. In an object store, which has no lock, the last of two that
-write a bucket at once wins. Answers that are lost in these ways, or by a damaged bucket, are asked again.
+KEY is a digest of the key of eval.judging.answers, and ANSWER is JSON. An image's answers are in the bucket of its digest's
+hash. A bucket is replaced as a whole, so that a reader or a kill finds the old one or the new one; over `MAX_BYTES` its oldest
+answers are dropped. All buckets together take at most 256 MiB. They are not compressed: others may write there, too, and what
+is read takes no more memory than the file. Writers on one machine take turns. In an object store, which has no lock, the last
+of two that write a bucket at once wins. Answers that are lost in these ways, or by a damaged bucket, are asked again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
+import io
 import json
+import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
-from eval.judging.answers import COLUMNS, Key
+from eval.files import open_plain
+from eval.judging.answers import Key
 from model import storage
 from tasks import envs
+from tasks.manifest import visible
 from tasks.store import store
 
-SCHEMA = pa.schema([(name, pa.string()) for name in COLUMNS])
 MAX_BYTES = 2**20  # of each of the 256 buckets
+MAX_FOUND_BYTES = 2**24  # of the answers that `find` returns; parsed, empty lists take 30 times as much
+MAX_NESTED = 100  # deeper ones may be parsed here, and be too deep for Python's recursion where they are written
 WRITE_EVERY_S = 300.0
+LOCK_WAIT_S = 30.0
 THREADS = 8  # requests at once to an object store
 
 
@@ -47,24 +51,41 @@ class StoredAnswers:
 
     def __init__(self, conditions: str = "", log: Callable[[str], None] = print):
         self._folder = storage.join(store(), "answers")
-        self._conditions, self._log = conditions, log
+        self._conditions = conditions
+        self._log = lambda line: log(visible(line))
         self._waiting: dict[Key, Any] = {}
+        self._rejected: set[Key] = set()
         self._written = time.monotonic()
 
     def find(self, keys: Collection[Key]) -> Mapping[Key, Any]:
         known: dict[Key, Any] = {}
+        size, damaged = 0, 0
         try:
             with ThreadPoolExecutor(THREADS) as pool:
                 for answers in pool.map(self._find_in, *_columns(_by_bucket(keys))):
-                    known |= answers
+                    for key, text in answers.items():
+                        size += len(text)
+                        if size > MAX_FOUND_BYTES:
+                            break
+                        try:
+                            known[key] = _parsed(text)
+                        except ValueError:
+                            damaged += 1
         except Exception as error:  # each kind of store raises its own types
             self._log(f"answers of other runs cannot be read: {type(error).__name__}: {error}")
+        if size > MAX_FOUND_BYTES:
+            self._log(f"answers in {self._folder} take over {MAX_FOUND_BYTES} bytes: the others are asked again")
+        if damaged:
+            self._log(f"{damaged} answers in {self._folder} are damaged, and their questions are asked again")
         return known
 
     def add(self, rows: Iterable[tuple[Key, Any]]) -> None:
         self._waiting.update(rows)
         if time.monotonic() - self._written >= WRITE_EVERY_S:
             self.write()
+
+    def reject(self, keys: Iterable[Key]) -> None:
+        self._rejected.update(keys)
 
     def write(self) -> None:
         """Writes the answers that were added since it last succeeded."""
@@ -74,6 +95,7 @@ class StoredAnswers:
         try:
             with self._turn(), ThreadPoolExecutor(THREADS) as pool:
                 list(pool.map(self._add_to, *_columns(_by_bucket(self._waiting))))
+            self._rejected -= self._waiting.keys()
             self._waiting = {}
         except Exception as error:  # as above
             self._log(f"answers cannot be shared with other runs: {type(error).__name__}: {error}")
@@ -86,64 +108,71 @@ class StoredAnswers:
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
-        """Keeps other writers on this machine out of the folder until the block ends."""
+        """Keeps other writers on this machine out of the folder until the block ends, or for `LOCK_WAIT_S` tries to.
+
+        Without the lock the last of two that write a bucket at once wins, as in an object store.
+        """
         if storage.is_remote(self._folder):
             yield
             return
         Path(self._folder).mkdir(parents=True, exist_ok=True)
-        with open(Path(self._folder) / ".lock", "wb") as lock:
-            with contextlib.suppress(OSError):  # a file system without locks, such as some NFS
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            try:
-                yield
-            finally:
-                with contextlib.suppress(OSError):
-                    fcntl.flock(lock, fcntl.LOCK_UN)  # closing does not release it: forked children have it too
+        lock = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if not _locked_in_time(lock):
+                self._log(f"another process has the lock of {self._folder}: answers are written without it")
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_UN)  # closing does not release it: forked children have it too
+            os.close(lock)
 
-    def _find_in(self, bucket: str, keys: Collection[Key]) -> dict[Key, Any]:
-        answers = _answers_about(self._read(bucket), keys)
-        known = {}
-        for key in keys:
-            text = answers.get(self._stored(key))
-            with contextlib.suppress(ValueError):  # damaged
-                if text is not None:
-                    known[key] = json.loads(text)
-        return known
+    def _find_in(self, bucket: str, keys: Collection[Key]) -> dict[Key, bytes]:
+        """{key: answer as JSON}, of the newest line of each key."""
+        wanted = {self._stored(key): key for key in keys}
+        answers = {}
+        for line in io.BytesIO(self._read(bucket)):
+            stored, _, text = line.partition(b" ")
+            if stored in wanted:
+                answers[wanted[stored]] = text
+        return answers
 
     def _add_to(self, bucket: str, keys: Collection[Key]) -> None:
-        table = self._read(bucket)
-        answers = _answers_about(table, keys)
+        known = self._find_in(bucket, keys)
         new = [
-            dict(zip(COLUMNS, (*self._stored(key), json.dumps(self._waiting[key], sort_keys=True)), strict=True))
+            self._stored(key) + b" " + json.dumps(self._waiting[key], sort_keys=True).encode() + b"\n"
             for key in keys
-            if self._stored(key) not in answers
+            if key in self._rejected or not _whole(known.get(key, b""))
         ]
         if not new:
             return
-        table = pa.concat_tables([table, pa.Table.from_pylist(new, SCHEMA)])
-        while len(content := _content(table)) > MAX_BYTES:
-            kept = int(0.9 * table.num_rows * MAX_BYTES / len(content))
-            table = table.slice(table.num_rows - kept)
+        content = self._read(bucket)
+        content = content[: content.rfind(b"\n") + 1] + b"".join(
+            new
+        )  # the end of a damaged bucket may lack its newline
+        if len(content) > MAX_BYTES:
+            content = content[content.index(b"\n", len(content) - int(0.9 * MAX_BYTES)) + 1 :]
         storage.write_bytes(self._path(bucket), content)
 
-    def _read(self, bucket: str) -> pa.Table:
-        content = storage.read_bytes(self._path(bucket))
-        if content is None:
-            return SCHEMA.empty_table()
+    def _read(self, bucket: str) -> bytes:
+        path = self._path(bucket)
         try:
-            return pq.read_table(pa.BufferReader(content), columns=list(COLUMNS)).cast(SCHEMA)
-        except (pa.ArrowException, ValueError, OSError, KeyError) as error:
-            self._log(f"{self._path(bucket)} is damaged, and its questions are asked again: {error}")
-            return SCHEMA.empty_table()
+            content = _beginning(path, MAX_BYTES + 1)
+            if len(content) <= MAX_BYTES:
+                return content
+            problem = f"has over {MAX_BYTES} bytes"
+        except ValueError as error:
+            problem = str(error)
+        self._log(f"{path} is damaged, and its questions are asked again: {problem}")
+        return b""
 
     def _path(self, bucket: str) -> str:
-        return storage.join(self._folder, f"{bucket}.parquet")
+        return storage.join(self._folder, f"{bucket}.txt")
 
-    def _stored(self, key: Key) -> Key:
+    def _stored(self, key: Key) -> bytes:
         """The key in a bucket: newer code must not reuse the answers of older code, nor a judge those that it gave under other
         conditions."""
-        image, question, revision = key
-        return image, question, " ".join(filter(None, (envs.CACHE_VERSIONS["evaluation"], revision, self._conditions)))
+        parts = (*key, envs.CACHE_VERSIONS["evaluation"], self._conditions)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32].encode()
 
 
 def _by_bucket(keys: Iterable[Key]) -> dict[str, list[Key]]:
@@ -157,14 +186,67 @@ def _columns(buckets: Mapping[str, list[Key]]) -> tuple[list[str], list[list[Key
     return list(buckets), list(buckets.values())
 
 
-def _answers_about(table: pa.Table, keys: Iterable[Key]) -> dict[Key, str]:
-    """{stored key: answer as JSON} of the images of `keys`."""
-    images = pa.array({key[0] for key in keys}, pa.string())
-    rows = table.filter(pc.is_in(table["image"], value_set=images)).to_pylist()
-    return {(row["image"], row["question"], row["judge"]): row["answer"] for row in rows}
+def _locked_in_time(descriptor: int) -> bool:
+    give_up = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > give_up:
+                return False
+            time.sleep(0.05)
+        except OSError:  # a file system without locks, such as some NFS
+            return True
 
 
-def _content(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue().to_pybytes()
+def _beginning(path: str, size: int) -> bytes:
+    """At most the first `size` bytes of a file; none if it does not exist.
+
+    Raises:
+        ValueError: it is a link, a pipe or an empty object.
+    """
+    try:
+        if storage.is_remote(path):
+            fs, where = storage.filesystem(path)
+            content: bytes = fs.cat_file(where, start=0, end=size)
+            return content
+        with open(open_plain(path, os.O_RDONLY), "rb") as file:
+            return file.read(size)
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # an empty object has no bytes from 0 on
+            raise ValueError("it is empty") from error
+        raise
+
+
+def _parsed(text: bytes) -> Any:
+    """
+    Raises:
+        ValueError: it is not JSON, or nested deeper than `MAX_NESTED`.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    level = [value]
+    for _ in range(MAX_NESTED):
+        level = [inner for outer in level for inner in _inside(outer)]
+        if not level:
+            return value
+    raise ValueError(f"nested deeper than {MAX_NESTED}")
+
+
+def _whole(text: bytes) -> bool:
+    try:
+        _parsed(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()

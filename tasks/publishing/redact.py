@@ -1,7 +1,7 @@
 """Removes places and people from settings that are published: paths, buckets, endpoints, accounts and addresses.
 
-Any text that has a path (/PATH, ./NAME, ~/NAME) or a URI is cut there, whatever its key. A Hub id stays; settings that may be a
-relative path are replaced as a whole.
+Any text is cut where a place in it begins (`_PLACE`), whatever its key. A Hub id stays; settings that may be a relative path are
+replaced as a whole.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import copy
 import re
 from collections.abc import Mapping
 from typing import Any
+
+from model.names import commit_of
 
 PRIVATE = "(private)"
 SETTINGS = (
@@ -25,8 +27,21 @@ SETTINGS = (
     "publish.s3_bucket_owner",
 )
 KEPT = ("publish.title", "publish.license")  # texts for the public
-_PLACE = re.compile(r"[A-Za-z][\w+.-]*://.*|(?:^|(?<=[\s@=,:;|\"'(\[{]))(?:/(?=\S)|\.{1,2}/|~[\w.-]*/).*", re.DOTALL)
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+# After a letter or digit a / is of a Hub id, a media type or a relative path. Each pattern is linear in the text.
+_PLACE = re.compile(
+    r"""(?:
+      (?<![\w+.-])[A-Za-z][\w+.-]*://                                 # a URI
+    | (?<![^\W_])(?<!\w_)(?!(?<=\d\.)/\d)(?!(?<=<)/\w+>)/(?=[^\s>])  # /PATH; not 1./2, </tag>, />
+    | (?<![\w.])\.{1,2}[\\/] | (?<!\w)~[\w.-]*[\\/]                  # ./PATH, ../PATH, ~/PATH, ~USER/PATH
+    | \$[A-Za-z_]\w*/ | %\w+%\\ | %2[Ff]                             # $NAME/PATH, %NAME%\PATH, a / in a URI's escapes
+    | (?<![^\W_])[A-Za-z]:[\\/] | \\\\(?=\S)                         # C:\PATH, \\HOST\PATH
+    | (?<![\w.-])(?=[\d._-]*[^\W\d_])[\w.-]+:\d{2,5}/(?!\d)          # HOST:PORT/, no ratio
+    | (?<![\w.-])(?:[\w-]+\.)+[^\W\d_][\w-]*:\d{2,5}(?!\d)          # HOST.DOMAIN:PORT
+    | (?<![\w.])(?:\d{1,3}\.){3}\d{1,3}[:/](?=\w)                   # IPv4:PORT, IPv4/PATH
+    | (?<![^\s@])[^\s@]*@[\w-]+[.:](?=\w)                            # NAME@HOST.DOMAIN, NAME@HOST:PATH
+    ).*""",
+    re.DOTALL | re.VERBOSE,
+)
 
 
 def recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,7 +54,7 @@ def recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
         if name in settings.get(section, {}):
             public[section][name] = settings[section][name]
     init_from = public.get("train", {}).get("init_from")
-    if init_from and "@" not in init_from:  # no repository at a commit
+    if init_from and commit_of(init_from) is None:  # no repository at a commit
         public["train"]["init_from"] = PRIVATE
     if "eval" in public:
         public["eval"] = evaluation(public["eval"])
@@ -72,8 +87,8 @@ def scorecard(card: Mapping[str, Any]) -> dict[str, Any]:
 
 def _judge(name: str) -> str:
     """The judge without the directory of its weights; a commit stays."""
-    base, separator, at = name.partition("@")
-    return f"{base}@{at if _COMMIT.fullmatch(at) else PRIVATE}" if separator else name
+    base, separator, _ = name.partition("@")
+    return f"{base}@{commit_of(name) or PRIVATE}" if separator else name
 
 
 def _set(settings: Any, path: list[str], value: str) -> None:

@@ -24,6 +24,7 @@ TIFF_MARKS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"MM*\0", b"II\0*")  # whi
 MAX_HEADER_BYTES = 2**16  # of a PPM: Pillow reads it byte by byte
 MAX_COMMENTS = 1_000  # of a PPM whose values are text: each copies up to a mebibyte
 STRIP_TAGS = (273, 279, 324, 325)  # offsets and sizes of strips and tiles
+COMPRESSION_TAG = 259
 # Markers without a length which libjpeg refuses before a picture: Pillow looks for the next marker right behind them. They are
 # a second start, an end, and those that the standard keeps for extensions.
 REFUSED_MARKERS = frozenset({0xC8, 0xD8, 0xD9, *range(0xF0, 0xFE)})
@@ -102,10 +103,14 @@ def _check_tiff(data: bytes) -> None:
     try:
         (at,) = struct.unpack_from(order + ("8xQ" if large else "4xI"), data)
         (tags,) = struct.unpack_from(order + ("Q" if large else "H"), data, at)
+        compressions = 0
         for i in range(min(tags, 2**16)):
             tag, _, count = entry.unpack_from(data, at + (8 if large else 2) + i * entry.size)
             if tag in STRIP_TAGS and count > MAX_STRIPS:
                 raise UndecodableError(f"a TIFF of {count:,} strips or tiles; the limit is {MAX_STRIPS:,}")
+            compressions += tag == COMPRESSION_TAG
+            if compressions > 1:  # Pillow takes the last one, and libtiff the first
+                raise UndecodableError("corrupt TIFF: it names its compression twice")
     except struct.error:  # it is cut off, which Pillow says
         return
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pickle
 import threading
@@ -13,7 +14,12 @@ from diskcache import Cache
 
 from eval.files import replacing as replacing_image
 from eval.files import replacing_text
+from eval.judging.answers import Answers
 from model import storage
+from tasks.curation.config import SourceConfig, UrlConfig
+from tasks.curation.journal import Journal
+from tasks.curation.sources.urls.shards import BYTES, _download
+from tasks.encoding.open_latents import _locked
 from tasks.manifest import seal, verify, writing
 from tasks.planning import local_cache
 
@@ -83,6 +89,47 @@ def test_a_link_at_a_guessed_temporary_name_is_not_written_through(tmp_path, rep
     with replacing(target) as temporary:
         temporary.write("new") if hasattr(temporary, "write") else Path(temporary).write_text("new")
     assert target.read_text() == "new" and not target.is_symlink() and victim.read_text() == "precious"
+
+
+def answers(folder: Path) -> None:
+    Answers(folder, write=True).close()
+
+
+def journal(folder: Path) -> None:
+    Journal(str(folder)).close()
+
+
+def downloads(folder: Path) -> None:
+    asyncio.run(_download([], SourceConfig(urls=UrlConfig()), folder))
+
+
+def index_lock(folder: Path) -> None:
+    with _locked(folder / ".lock"):
+        pass
+
+
+@pytest.mark.parametrize(
+    "name, opens",
+    [("answers.jsonl", answers), ("journal.jsonl", journal), (BYTES, downloads), (".lock", index_lock)],
+)
+def test_a_link_or_pipe_in_place_of_a_file_that_is_appended_to_or_locked_is_refused(tmp_path, name, opens):
+    victim, place = tmp_path / "victim", tmp_path / "work" / name
+    victim.write_bytes(b"precious\nno newline at the end")
+    place.parent.mkdir()
+    opens(place.parent)
+    assert not place.exists() or place.is_file()
+    place.unlink(missing_ok=True)
+
+    def refused() -> None:
+        with pytest.raises(ValueError, match="is not a plain file"):
+            opens(place.parent)
+
+    place.symlink_to(victim)
+    in_time(refused)
+    assert victim.read_bytes() == b"precious\nno newline at the end"
+    place.unlink()
+    os.mkfifo(place)
+    in_time(refused)
 
 
 class Proof:

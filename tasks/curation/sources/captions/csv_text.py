@@ -14,6 +14,7 @@ from tasks.curation.sources.base import count_of, shortened, visible
 
 MAX_ROW_BYTES = 4 * 2**20
 MAX_LINES = 4_000_000  # of a table, including blank lines
+MAX_COLUMNS = 10_000
 HABIT_ROWS = 10
 
 
@@ -33,8 +34,8 @@ def rows(shown: str, text: TextIO, delimiter: str, remedy: str) -> Iterator[Row]
         remedy: advice for a table of too many lines.
 
     Raises:
-        ValueError: broken quotes, another number of fields than the header, a row or a table over its limit; names the
-            file and line.
+        ValueError: broken quotes, another number of fields than the header, a row, a table or its columns over their
+            limit; names the file and line.
     """
     csv.field_size_limit(MAX_ROW_BYTES)
     lines = _Lines(shown, text, remedy)
@@ -55,6 +56,10 @@ def rows(shown: str, text: TextIO, delimiter: str, remedy: str) -> Iterator[Row]
                     f"{shown}, line {first_line}, has {count_of(len(fields), 'field')} where the header has "
                     f"{count_of(len(columns), 'column')} ({few(columns)}); {advice}"
                 )
+            if len(fields) > MAX_COLUMNS:
+                raise ValueError(
+                    f"{shown} has {len(fields):,} columns; at most {MAX_COLUMNS:,} are read. Keep those of names and captions"
+                )
             columns = columns or fields
             yield Row(first_line, fields, as_written)
     except csv.Error as error:
@@ -67,7 +72,7 @@ def rows(shown: str, text: TextIO, delimiter: str, remedy: str) -> Iterator[Row]
 def header(line: str, delimiter: str) -> list[str]:
     """The fields of a first line; [] if it has none with this delimiter."""
     try:
-        return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
+        return next(csv.reader([line[:MAX_ROW_BYTES]], delimiter=delimiter, skipinitialspace=True), [])
     except csv.Error:
         return []
 
@@ -213,14 +218,7 @@ def _is_quoted(piece: str) -> bool:
 
 def _pieces(row: str, delimiter: str) -> list[str]:
     """The fields of a row as they are written. The row has been parsed without error."""
-    field = re.compile(rf' *"[^"]*(?:""[^"]*)*"|[^{delimiter}\r\n]*')
-    pieces, at = [], 0
-    while (match := field.match(row, at)) is not None:
-        pieces.append(match.group())
-        at = match.end() + 1
-        if row[match.end() : at] != delimiter:
-            break
-    return pieces
+    return re.findall(rf'( *"[^"]*(?:""[^"]*)*"|[^{delimiter}\r\n]*){delimiter}', row.rstrip("\r\n") + delimiter)
 
 
 def _is_number(text: str) -> bool:

@@ -118,7 +118,8 @@ def _utf8(shown: str, data: bytes, encoding: str | None) -> bytes:
 
 
 def _csv_rows(shown: str, text: bytes, delimiter: str, wanted: tuple[str, ...], table: Table) -> Iterator[Row]:
-    first = text.lstrip(b"\r\n").split(b"\n", 1)[0].split(b"\r", 1)[0].decode("utf-8")
+    start = text.lstrip(b"\r\n")[:MAX_ROW_BYTES]
+    first = start.split(b"\n", 1)[0].split(b"\r", 1)[0].decode("utf-8", "ignore")  # it may be cut inside a character
     delimiter = csv_text.delimiter_of(first, delimiter, lambda header: bool(_name_column(header)))
 
     def parse() -> Iterator[csv_text.Row]:

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from eval.files import open_plain
 from model.logs import get_logger
 from model.storage import join
 from tasks.curation.config import SourceConfig
@@ -181,7 +182,10 @@ async def _download(urls: list[tuple[int, str]], config: SourceConfig, work_dir:
     """Row -> its entry in the journal. Downloads only rows that the journal lacks."""
     assert config.urls is not None
     work_dir.mkdir(parents=True, exist_ok=True)
-    with Journal(str(work_dir), sync=False) as journal, open(work_dir / BYTES, "ab") as downloaded:
+    with (
+        Journal(str(work_dir), sync=False) as journal,
+        open(open_plain(work_dir / BYTES, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as downloaded,
+    ):
         size = downloaded.seek(0, os.SEEK_END)
         done = {int(row["row"]): row for row in journal.rows if row["begin"] + row["bytes"] <= size}
         left = [(row, url) for row, url in urls if row not in done]

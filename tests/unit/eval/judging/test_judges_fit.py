@@ -218,3 +218,37 @@ def test_ls_lists_only_the_judges_that_fit(capsys):
         assert cli.main(["ls", benchmark]) == 0
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"  judge {skill}")]
         assert set(line.rpartition("; here ")[2].split(", ")) == judges <= JUDGES.keys()
+
+
+class Stored:
+    """Answers of other runs: one and the same to every question."""
+
+    def __init__(self, answer):
+        self.answer, self.rejected, self.added = answer, set(), {}
+
+    def find(self, keys):
+        return dict.fromkeys(keys, self.answer)
+
+    def add(self, rows):
+        self.added |= dict(rows)
+
+    def reject(self, keys):
+        self.rejected |= set(keys)
+
+
+@pytest.mark.parametrize("planted", [["a list"], 10**400, None], ids=["list", "huge", "null"])
+def test_an_answer_of_another_run_that_is_of_a_wrong_type_is_asked_again(tmp_path, planted):
+    run, lines = run_of("dpg", tmp_path), []
+    stored = Stored(planted)
+    judge_run(run, run / "judged", {"vqa": Says("yes")}, shared=stored, log=lines.append)
+    with Answers(run / "judged") as answers:
+        assert {answers[key] for key in answers} == {"yes"}
+        assert stored.rejected == set(answers) == stored.added.keys()
+    assert any("are of a wrong type, and their questions are asked again" in line for line in lines)
+
+
+def test_an_answer_of_another_run_that_is_of_the_right_type_is_not_asked_again(tmp_path):
+    run, stored = run_of("dpg", tmp_path), Stored("no")
+    judge_run(run, run / "judged", {"vqa": Says("yes")}, shared=stored, log=quiet)
+    answers = Answers(run / "judged")
+    assert not stored.rejected and {answers[key] for key in answers} == {"no"}

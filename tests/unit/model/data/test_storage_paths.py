@@ -68,7 +68,8 @@ def test_uris_with_a_login_without_a_bucket_or_with_control_characters_are_refus
 
 
 LOGINS = ["s3://u:secret@b::x", "simplecache::s3://u:secret@b/x", "http://u:secret@b/x", "gs://u:secret@b/x", "s3://u:secret@b/\n",
-          "file://u:secret@b/x", "file:///http://u:secret@b", "x/s3://u:secret@b", "s3://u:se@secret@b/x"]  # fmt: skip
+          "file://u:secret@b/x", "file:///http://u:secret@b", "x/s3://u:secret@b", "s3://u:se@secret@b/x",
+          "s3://u:secret/with/slash@b/x"]  # fmt: skip
 
 
 @pytest.mark.parametrize("path", LOGINS)
@@ -146,3 +147,28 @@ def test_a_reference_file_with_a_template_runs_nothing(tmp_path):
         server.server_close()
     assert not marker.exists()
     assert not Handler.asked
+
+
+@pytest.mark.parametrize(
+    "uri", ["https://b.s3.amazonaws.com/x?X-Amz-Signature=secret", "s3://u:p@b?sig=secret", "gs://b/x#secret"]
+)
+def test_no_refusal_shows_a_signed_query(uri):
+    with pytest.raises(ValueError) as error:
+        storage.check_path(uri)
+    assert "secret" not in str(error.value) and "b" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("'s3://u:p@b/x' and 's3://c/y'", "'s3://...@b/x' and 's3://c/y'"),
+        ("(got 'https://b/x?a=1')", "(got 'https://b/x?...')"),
+        ("['s3://u:p@b', 'x@y']", "['s3://...@b', 'x@y']"),
+        (r"s3:\/\/u:p@b/x", r"s3:\/\/...@b/x"),
+        ("s3:/u:p@b //u:p@b", "s3:/...@b //...@b"),
+        ("s3://u:p'q\"@b", "s3://...@b"),
+        ("is it s3://b/x? and/or 16:9, m:f@dir", "is it s3://b/x? and/or 16:9, m:f@dir"),
+    ],
+)
+def test_a_message_is_shown_without_logins_and_queries_and_otherwise_whole(message, shown):
+    assert storage.without_logins(message) == shown

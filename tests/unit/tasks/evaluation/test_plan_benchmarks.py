@@ -153,6 +153,7 @@ def test_a_published_pipeline_does_not_choose_which_files_are_read_where_it_is_s
     """Whatever the manifest names: its prompts, rewrites and the weights of judges."""
     at_commit = "clip-color@" + "a" * 40
     judges = {"vqa": "mplug@/etc", "color": at_commit, "style": "csd@weights", "detector": "ssd-mobilenet-v2"}
+    judges |= {"planted": "mplug@/tmp/planted@" + "a" * 40, "line": at_commit + "\n", "list": [at_commit]}
     section = {
         "benchmark": "geneval",
         "prompts_file": "/etc/passwd",
@@ -165,7 +166,10 @@ def test_a_published_pipeline_does_not_choose_which_files_are_read_where_it_is_s
     assert settings == {
         "benchmark": "geneval", "judges": {"color": at_commit, "detector": "ssd-mobilenet-v2"}, "seeds": [7],
     }  # fmt: skip
-    assert "for prompts_file, prompt_rewrites, judges.vqa, judges.style, which are not read" in capsys.readouterr().out
+    assert (
+        "for prompts_file, prompt_rewrites, judges.vqa, judges.style, judges.planted, judges.line, judges.list, which"
+        in capsys.readouterr().out
+    )
 
 
 def test_what_was_published_last_on_s3_is_resolved_to_its_version(monkeypatch):

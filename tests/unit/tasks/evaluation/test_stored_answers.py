@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
+import os
 import random
+import threading
 
 import pytest
 from killed import kill_at_random
@@ -54,11 +57,11 @@ def test_the_oldest_answers_are_dropped_over_the_bound(folder, monkeypatch):
     rng = random.Random(0)
     for start in range(0, 8000, 2000):
         share({key: rng.randbytes(60).hex() for key in rows(start, start + 2000)})
-    assert max(path.stat().st_size for path in folder.glob("*.parquet")) <= 4000
+    assert max(path.stat().st_size for path in folder.glob("*.txt")) <= 4000
     kept = [len(known(rows(start, start + 2000))) for start in range(0, 8000, 2000)]
     assert kept[0] < kept[3] and kept[3] > 1000, kept
     share({("0" * 64, "a", "j"): rng.randbytes(10_000).hex()})  # larger than a bucket
-    assert max(path.stat().st_size for path in folder.glob("*.parquet")) <= 4000
+    assert max(path.stat().st_size for path in folder.glob("*.txt")) <= 4000
 
 
 @pytest.mark.slow
@@ -102,25 +105,135 @@ def test_answers_are_written_while_judging_goes_on(monkeypatch):
     assert known(rows(0, 10)) == rows(0, 10)
 
 
-def test_damaged_buckets_and_a_store_that_fails_are_reported_and_stop_nothing(folder, monkeypatch):
-    share(rows(0, 100))
-    for path in folder.glob("*.parquet"):
-        path.write_bytes(path.read_bytes()[:-20])
+def logged(answers):
+    """(the answers that are known, lines of the log)"""
     lines = []
-    shared = StoredAnswers(log=lines.append)
-    assert not shared.find(rows(0, 100)) and "is damaged, and its questions are asked again" in lines[0]
+    return StoredAnswers(log=lines.append).find(answers), lines
+
+
+def test_a_damaged_bucket_costs_only_its_damaged_answers_and_is_repaired_by_the_next_ones(folder):
+    share(rows(0, 100))
+    buckets = list(folder.glob("*.txt"))
+    for path in buckets:
+        path.write_bytes(path.read_bytes()[:-10])
+    found, lines = logged(rows(0, 100))
+    assert found.items() <= rows(0, 100).items() and len(found) == 100 - len(buckets)
+    assert lines == [f"{len(buckets)} answers in {folder} are damaged, and their questions are asked again"]
     share(rows(0, 100))
     assert known(rows(0, 100)) == rows(0, 100)
 
-    def fails(*_):
-        raise ConnectionError("no route")
 
-    monkeypatch.setattr(storage, "read_bytes", fails)
-    lines.clear()
+def test_an_answer_that_cannot_be_parsed_or_written_again_is_asked_again_and_replaced(folder):
+    for planted in (b"[" * 200_000, b"[" * 300 + b"]" * 300, b"\xff\xfe", b"9" * 5000, b""):
+        share(rows(0, 1))
+        (bucket,) = folder.glob("*.txt")
+        key, _, _ = bucket.read_bytes().partition(b" ")
+        bucket.write_bytes(key + b" " + planted + b"\n")
+        lines = []
+        with StoredAnswers(log=lines.append) as shared:
+            assert not shared.find(rows(0, 1)) and "1 answers" in lines[0], planted[:10]
+            shared.add(rows(0, 1).items())
+        assert known(rows(0, 1)) == rows(0, 1)
+        bucket.unlink()
+
+
+def test_a_rejected_answer_is_replaced_by_the_next_and_others_are_not():
+    share(rows(0, 2, answer="wrong"))
+    with StoredAnswers() as shared:
+        shared.reject(shared.find(rows(0, 1)))
+        shared.add(rows(0, 2).items())
+        shared.write()
+        shared.add(rows(0, 1, answer="later").items())
+    assert known(rows(0, 2)) == rows(0, 1) | rows(1, 2, answer="wrong")
+
+
+def test_a_store_that_fails_is_reported_and_stops_nothing(monkeypatch):
+    def fails(*_):
+        raise ConnectionError("no route\x1b[2J")
+
+    monkeypatch.setattr(stored_answers, "_beginning", fails)
+    lines = []
+    shared = StoredAnswers(log=lines.append)
     assert not shared.find(rows(0, 1))
     shared.add(rows(0, 1).items())
     shared.write()
     assert ["cannot be read: ConnectionError: no route" in lines[0], "cannot be shared" in lines[1]] == [True, True]
+    assert all(line.isprintable() for line in lines)  # a terminal obeys what is not
+
+
+def test_what_others_put_in_place_of_a_bucket_is_neither_followed_nor_waited_for_nor_read_whole(folder, tmp_path):
+    share(rows(0, 1))
+    (bucket,) = folder.glob("*.txt")
+    kept, victim = bucket.read_bytes(), tmp_path / "victim"
+
+    def pipe():
+        os.mkfifo(bucket)
+
+    def link():
+        victim.write_bytes(kept)
+        bucket.symlink_to(victim)
+
+    def sparse():
+        with open(bucket, "wb") as file:
+            file.truncate(2**40)
+
+    for plant, reason in (
+        (pipe, "is not a plain file"),
+        (link, "is not a plain file"),
+        (sparse, "has over 1048576 bytes"),
+    ):
+        bucket.unlink()
+        plant()
+        found, lines = in_time(lambda: logged(rows(0, 1)))
+        assert not found and reason in lines[0]
+        in_time(lambda: share(rows(0, 1)))
+        assert known(rows(0, 1)) == rows(0, 1) and bucket.is_file() and not bucket.is_symlink()
+    assert victim.read_bytes() == kept
+
+
+def test_no_file_of_the_folder_is_opened_for_its_lock(folder, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    folder.mkdir(parents=True)
+    (folder / ".lock").symlink_to(victim)
+    share(rows(0, 1))
+    assert victim.read_text() == "precious" and known(rows(0, 1)) == rows(0, 1)
+    (folder / ".lock").unlink()
+    os.mkfifo(folder / ".lock")
+    in_time(lambda: share(rows(1, 2)))
+    assert known(rows(0, 2)) == rows(0, 2)
+
+
+def test_a_lock_that_another_process_keeps_delays_answers_and_does_not_stop_them(folder, monkeypatch):
+    monkeypatch.setattr(stored_answers, "LOCK_WAIT_S", 0.2)
+    folder.mkdir(parents=True)
+    lock = os.open(folder, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    lines = []
+    shared = StoredAnswers(log=lines.append)
+    shared.add(rows(0, 1).items())
+    in_time(shared.write)
+    os.close(lock)
+    assert known(rows(0, 1)) == rows(0, 1) and "another process has the lock" in lines[0]
+
+
+def test_what_is_found_is_bounded(folder, monkeypatch):
+    share(rows(0, 100))
+    monkeypatch.setattr(
+        stored_answers, "MAX_FOUND_BYTES", sum(path.stat().st_size for path in folder.glob("*.txt")) // 4
+    )
+    found, lines = logged(rows(0, 100))
+    assert 0 < len(found) < 60 and "the others are asked again" in lines[0]
+
+
+def in_time(work):
+    """The result of `work` in a thread: opening a pipe without a writer never returns."""
+    with_result = []
+    thread = threading.Thread(target=lambda: with_result.append(work()), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive(), "it hangs"
+    return with_result[0]
 
 
 @pytest.mark.slow
@@ -135,4 +248,12 @@ def test_answers_are_shared_over_an_object_store(folder, monkeypatch):
         share(rows(0, 40))
         share(rows(20, 60))
         assert known(rows(0, 80)) == rows(0, 60)
+        (name, *others) = storage.children("s3://bucket/store/answers")
+        storage.write_bytes(name, b"")
+        found, lines = logged(rows(0, 60))
+        assert 0 < len(found) < 60 and "it is empty" in lines[0]
+        storage.write_bytes(others[0], b"x" * (stored_answers.MAX_BYTES + 1))
+        assert any("has over" in line for line in logged(rows(0, 60))[1])
+        share(rows(0, 60))
+        assert known(rows(0, 60)) == rows(0, 60)
     assert not folder.exists()

@@ -52,7 +52,13 @@ def texts(value: Any) -> list[str]:
     "place",
     ["/home/someone/a b", "./someone", "../someone", "~/someone", "~someone/x", "s3://someone/x", "http://someone:8000/v1",
      "file:///home/someone", "mplug@/home/someone", "mplug@./someone", "module:function@/home/someone", "see https://someone/",
-     "source = '/home/someone'", "(/home/someone)"],
+     "source = '/home/someone'", "(/home/someone)", "`/home/someone`", "</home/someone", "</home/someone>", "-/home/someone", "a>/home/someone",
+     "+/home/someone", "&/home/someone", "\u201c/home/someone\u201d", "\u00ab/home/someone", "*/home/someone*", "_/home/someone_", "//fs01/someone",
+     "end./home/someone", "1./home/someone", "`./someone`", "`~/someone`", "<../someone", "${HOME}/someone", "$HOME/someone", "file:/home/someone",
+     "C:\\Users\\someone", "(c:/Users/someone", "C:\\\\Users\\\\someone", "\\\\fs01\\someone", "..\\someone", "~\\someone",
+     "%USERPROFILE%\\someone", "%2Fhome%2Fsomeone", "host:8000/someone", "someone.corp:8000", "at=someone.corp:8000/v1", "someone-1:443/v1", "10.1.2.3/someone", "10.1.2.3:8000 someone",
+     "someone@example.org", "to <someone@example.org>", "git@host.corp:someone/y", "git@host:someone/y", "s.o+meone,someone@a.b", "x@someone.org",
+     "someone@10.1.2.3"],
 )  # fmt: skip
 def test_a_place_in_any_text_of_a_recipe_is_not_published(place, branch):
     planted = strings_everywhere(Recipe.model_json_schema(), place, branch)
@@ -74,10 +80,20 @@ def test_settings_that_may_be_a_relative_path_are_not_published(branch):
 
 
 def test_the_weights_of_a_judge_are_published_as_a_commit_alone():
-    judges = {"vqa": "mplug@weights/mplug", "style": f"clip-color@{COMMIT}", "features": "dinov2"}
+    judges = {
+        "vqa": "mplug@weights/mplug",
+        "style": f"clip-color@{COMMIT}",
+        "features": "dinov2",
+        "color": f"mplug@x@{COMMIT}",
+    }
     assert redact.evaluation({"judges": judges})["judges"] == {
-        "vqa": "mplug@(private)", "style": f"clip-color@{COMMIT}", "features": "dinov2",
+        "vqa": "mplug@(private)", "style": f"clip-color@{COMMIT}", "features": "dinov2", "color": "mplug@(private)",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["data/someone@lab/x", f"someone@x@{COMMIT}", f"someone/x@{COMMIT}0", "someone@"])
+def test_initial_weights_that_are_no_repository_at_a_commit_are_not_published(place):
+    assert redact.recipe({"train": {"init_from": place}})["train"]["init_from"] == redact.PRIVATE
 
 
 @pytest.mark.parametrize("name", ["nucleus_17b", "tiny", "smoke"])
@@ -101,6 +117,22 @@ def test_hub_ids_and_texts_with_slashes_are_published():
         "</s>",
         "a ~ b",
         "1./2",
+        "owner_/vae",
+        f"owner.x/vae-1.5@{COMMIT}",
+        "mplug@main",
+        "module.sub:function",
+        "4:3, 16:9/9:16 or 1:1",
+        "ratio:16/9",
+        "at 10:30/12:45",
+        "image/jpeg; q=0.8, image/webp",
+        "<br/> and <br />",
+        "a photo, 50% off, @ noon",
+        "line\\nbreak \\d",
+        "CLIP ViT-B/32",
+        "torch 2.4.1",
+        "5.0.0.93",
+        "$5/month",
+        "x@",
     ]
     assert redact.recipe({"name": "x", "train": {"sample_prompts": kept}})["train"]["sample_prompts"] == kept
     assert redact.recipe({"train": {"init_from": kept[1]}})["train"]["init_from"] == kept[1]

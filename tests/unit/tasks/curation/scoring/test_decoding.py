@@ -284,11 +284,22 @@ DATA = with_tags_over_the_file()
 SAMPLES = DATA.replace(struct.pack("<HHII", 277, 3, 1, 3), struct.pack("<HHII", 277, 3, 1, 99))
 assert SAMPLES != DATA
 
+def tiff(compression: int, width: int, height: int, data: bytes, *more: tuple[int, int]) -> bytes:
+    tags = [(256, width), (257, height), (258, 1), (259, compression), *more, (262, 0), (273, 0), (277, 1), (278, height), (279, len(data))]
+    start = 10 + 12 * len(tags) + 4
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, start if tag == 273 else value) for tag, value in tags)
+    return b"II*" + struct.pack("<xIH", 8, len(tags)) + entries + bytes(4) + data
+
 def look(data: bytes):
     try:
-        return decode(data, 100).size
+        return decode(data, 8_000_000).size
     except ValueError as error:
         return str(error)
+
+for fax in (2, 3, 4, 32771):
+    damaged = tiff(fax, 8, 1_000_000, bytes(range(40)))
+    assert "a TIFF with CCITT" in look(damaged), look(damaged)
+    assert look(tiff(fax, 8, 1_000_000, bytes(range(40)), (259, 8))) == "corrupt TIFF: it names its compression twice"
 
 with Workers(look, 1) as workers:
     (_, one), (_, other) = workers.map(enumerate([DATA, SAMPLES]))

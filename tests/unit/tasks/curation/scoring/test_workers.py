@@ -81,6 +81,20 @@ def test_no_process_stays_behind():
             os.kill(pid, 0)
 
 
+def complain(data: bytes) -> int:
+    written = os.write(2, data * 1000)
+    if data == b"die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return written
+
+
+def test_what_a_library_prints_to_stderr_in_a_worker_is_dropped_and_its_crash_is_reported(capfd):
+    with Workers(complain, 1) as workers:
+        results = [str(result) for _, result in workers.map(enumerate([b"row\n", b"die", b"row\n"]))]
+    assert results == ["4000", "the image crashed its decoder (signal 9)", "4000"]
+    assert capfd.readouterr().err == ""
+
+
 # --- items do not depend on their neighbours -------------------------------------------------------------------
 
 

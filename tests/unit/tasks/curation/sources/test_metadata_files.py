@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from source_files import captions_in, details_in, left_out, picture, read_records, tar_of, write
 
-from tasks.curation.sources.captions import csv_text, listed
+from tasks.curation.sources.captions import csv_text, listed, metadata_files
 
 PNG = picture(1)
 
@@ -493,6 +493,25 @@ def test_a_table_of_too_many_blank_lines_is_refused(tmp_path, monkeypatch):
     assert captions_in(tmp_path) == {"a.png": ["x"]}
     write(tmp_path, {"metadata.csv": "file_name,text\na.png,x\n" + "\n" * 9})
     refused(tmp_path, "metadata.csv", "more than 10 lines")
+
+
+def test_a_table_of_very_many_columns_is_refused_with_their_number_and_the_cap(tmp_path):
+    for columns in (10_000, 10_001):
+        row = "," * (columns - 2) + "\n"
+        write(tmp_path, {"a.png": PNG, "metadata.csv": f"file_name,text{row}a.png,x{row}"})
+        if columns == 10_000:
+            assert captions_in(tmp_path) == {"a.png": ["x"]}
+    refused(tmp_path, "metadata.csv has 10,001 columns", "at most 10,000 are read")
+
+
+def test_a_first_line_over_the_limit_of_rows_is_refused_without_a_list_of_its_fields(tmp_path, monkeypatch):
+    monkeypatch.setattr(csv_text, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(metadata_files, "MAX_ROW_BYTES", 1000)
+    lines, real = [], csv_text.header
+    monkeypatch.setattr(csv_text, "header", lambda line, delimiter: lines.append(line) or real(line, delimiter))
+    write(tmp_path, {"a.png": PNG, "metadata.csv": "file_name,text" + "," * 5000 + "\na.png,x\n"})
+    refused(tmp_path, "metadata.csv, line 1: a row is longer than")
+    assert lines and max(map(len, lines)) <= 1000
 
 
 def test_lines_with_an_escape_sequence_do_not_reach_the_terminal(tmp_path):

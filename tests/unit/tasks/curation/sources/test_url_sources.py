@@ -439,6 +439,7 @@ curate(Path({str(path.parent)!r}), concurrency=4)
         ("u.csv", "url,text,text\nhttps://a/1.png,a,b\n", ["there twice"]),
         ("u.csv", "url,text\nhttps://a/1.png,caf\xe9\n", ["not a readable table"]),
         ("u.csv", "\n\n", ["no header"]),
+        ("u.csv", "url,text" + "," * 9_999 + "\n", ["10,001 columns", "at most 10,000 are read"]),
     ],
 )  # fmt: skip
 def test_a_csv_of_urls_that_may_lose_a_row_or_cut_a_caption_is_refused_with_its_line(tmp_path, name, content, words):
