@@ -13,6 +13,8 @@ from packaging.utils import canonicalize_name
 
 from containers import imports, lock
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 
 

@@ -102,6 +102,7 @@ def values_of(node, key):
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.slow
 def test_every_document_passes_the_schemas_of_all_supported_versions(overlay):
     documents = rendered(overlay) + rendered("../captioner") + rendered("../preflight")
     assert len(documents) > 20

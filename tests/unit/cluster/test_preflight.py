@@ -19,6 +19,8 @@ from tasks import profiles
 from tasks.preflight import checks
 from tasks.preflight.__main__ import main
 
+pytestmark = pytest.mark.slow
+
 BUCKET = "nucleus-preflight"
 TOKEN = "hf_plantedtoken"
 NS = "/api/v1/namespaces/nucleus-production"

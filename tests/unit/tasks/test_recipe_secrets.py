@@ -55,6 +55,7 @@ def message(*overrides: str, recipe: str = "smoke") -> str:
 
 
 @pytest.mark.parametrize("uri", [URIS[0], URIS[2]])
+@pytest.mark.slow
 def test_no_refusal_of_a_value_of_any_setting_shows_a_secret(uri):
     settings = list(keys(Recipe.model_json_schema()))
     messages = {key: message(f"{key}={json.dumps(uri)}") for key in settings}

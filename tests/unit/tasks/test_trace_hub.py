@@ -19,6 +19,8 @@ from tasks import trace as tracing
 from tasks.curation import takedown
 from tasks.manifest import MANIFEST, load_manifest, public_manifest
 
+pytestmark = pytest.mark.slow
+
 HUB = "hf://owner/model"
 ROOT = Path(__file__).resolve().parents[3]
 COMMANDS = re.findall(r"^(python -m tasks\.trace .*)$", (ROOT / "docs" / "cluster.md").read_text(), flags=re.MULTILINE)

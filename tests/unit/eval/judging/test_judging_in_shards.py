@@ -15,6 +15,8 @@ from eval.config import EvalConfig
 from eval.generation.generate import generate
 from eval.judging.run import JUDGES
 
+pytestmark = pytest.mark.slow
+
 CONFIG = EvalConfig(prompts_per_task=2, seeds=(0, 1), image_size_px=8)
 
 

@@ -18,6 +18,8 @@ import train_step  # noqa: E402
 
 from model import kernels  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def put_back():

@@ -118,6 +118,7 @@ def memory(shapes, model, stage, layout, **options):
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_a_peak_is_the_sum_of_its_parts(sections, shapes, layout):
     model, train = sections
     stage = train.stages[2]

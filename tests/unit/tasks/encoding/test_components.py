@@ -96,6 +96,7 @@ def test_training_lowers_the_error_and_the_report_scores_held_out_images_at_ever
     assert report["psnr_db"] > 11, "25 steps must beat a plain grey image"
 
 
+@pytest.mark.slow
 def test_latents_are_normalised_by_the_statistics_in_the_config():
     pixels = {(64, 64): np.random.default_rng(0).integers(0, 256, (32, 64, 64, 3), dtype=np.uint8)}
     vae = train_vae(pixels, TinyVAEConfig(base_dim=4, dim_mult=(1, 1, 2, 2), steps=3, batch_size=2, latent_std=0.25))
@@ -191,6 +192,7 @@ def test_prompts_formatted_at_once_equal_those_formatted_one_by_one(tokenizer):
     assert chat.format_prompts(tokenizer, ["  two  spaces "]) == ["<|system|>two  spaces<|im_end|>"]
 
 
+@pytest.mark.slow
 def test_the_processor_loads_by_the_class_that_its_config_names(components, tokenizer):
     folder = components[0] / "processor"
     name = json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"]
@@ -215,6 +217,7 @@ def _load_text(out):
         ["", ""],
     ],
 )
+@pytest.mark.slow
 def test_embeddings_equal_what_the_pipeline_feeds(components, texts):
     model, processor = _load_text(components[0])
     vae = AutoencoderKLQwenImage.from_pretrained(components[0] / "vae")
@@ -230,6 +233,7 @@ def test_embeddings_equal_what_the_pipeline_feeds(components, texts):
     assert mask is None or torch.equal(mask, want_mask)
 
 
+@pytest.mark.slow
 def test_embeddings_of_a_text_do_not_depend_on_its_batch(components):
     model, processor = _load_text(components[0])
     text = "a photo of a red circle"
@@ -239,6 +243,7 @@ def test_embeddings_of_a_text_do_not_depend_on_its_batch(components):
     torch.testing.assert_close(beside[0, :8], alone[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_encoding_leaves_the_whole_model_in_place(components):
     model, processor = _load_text(components[0])
     chat.encode_text(model, processor, ["a red circle"])
@@ -247,6 +252,7 @@ def test_encoding_leaves_the_whole_model_in_place(components):
 
 
 @pytest.mark.parametrize("index", [-1, -12])
+@pytest.mark.slow
 def test_a_hidden_state_that_is_not_there_is_refused(components, index):
     model, processor = _load_text(components[0])
     with pytest.raises(ValueError, match=f"hidden_state_index={index}"):

@@ -34,6 +34,8 @@ from tasks.planning.sections import for_own_images
 from tasks.recipe import load_recipe
 from tasks.store import LOCATIONS, read_index
 
+pytestmark = pytest.mark.slow
+
 CONFIG = EncodingConfig(dtype="float32", rows_per_file=20, batch_size=16, text_batch_size=32)
 STAGE = StageConfig(
     name="small", image_size_px=64, steps=10**6, batch_size=8, capacity_factors=2.0, aspect_ratios=("1:1", "4:3")

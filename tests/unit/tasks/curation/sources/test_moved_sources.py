@@ -19,6 +19,8 @@ from tasks.curation.sources.base import MAX_IMAGE_BYTES, Account, open_corpus, w
 from tasks.manifest import load_manifest
 from tasks.store import read_index
 
+pytestmark = pytest.mark.slow
+
 CONFIG = CurationConfig(filters=FilterConfig(min_side_px=8, min_entropy_bits=0.05))
 
 
