@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks" / "curation")]
 
 import hostile_images  # noqa: E402
+import hostile_tables  # noqa: E402, F401
 import hostile_urls  # noqa: E402
 from hostile_inputs import KINDS  # noqa: E402
 

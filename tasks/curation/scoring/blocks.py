@@ -95,10 +95,8 @@ def _palette(data: bytes, at: int) -> int:
 
 
 def _check_tiff(data: bytes) -> None:
-    order, large = (
-        "<" if data.startswith(b"II") else ">",
-        data[2] == 43,
-    )  # as Pillow tells them: no BigTIFF is big-endian
+    order = "<" if data.startswith(b"II") else ">"
+    large = data[2] == 43  # as in Pillow, for which a big-endian file is never a BigTIFF
     entry = struct.Struct(order + ("HHQ8x" if large else "HHI4x"))
     try:
         (at,) = struct.unpack_from(order + ("8xQ" if large else "4xI"), data)

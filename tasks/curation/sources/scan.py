@@ -252,7 +252,7 @@ class _Scan:
                 images, left_out, _ = self._images_in(path)
                 for image in [*(image for image, _, _ in images), *left_out]:
                     self.listed.claim(_names_beside(listing, path, image))
-            elif self.parallel and may_own_text(name) and not _is_container(name):
+            elif self.parallel and _may_own(name):
                 self.parallel.block(path)
 
     def _loose_names(self, listing: Folder) -> tuple[list[str], set[int]]:
@@ -261,7 +261,7 @@ class _Scan:
         names = [
             name
             for name in listing.files
-            if (is_text(name) or (may_own_text(name) and not _is_container(name)))
+            if (is_text(name) or _may_own(name))
             and (self.place.alone is not None or not is_metadata(name, listing.files))
         ]
         left_out = {i for i, name in enumerate(names) if not (is_image(name) or is_text(name))}
@@ -479,16 +479,16 @@ def _problem(locator: str, rows: Matched, ambiguous: str) -> tuple[str, str]:
     return (UNREADABLE_CAPTION, f"{locator}: {rows.unreadable}") if rows.unreadable else ("", rows.no_column)
 
 
-def _is_container(name: str) -> bool:
-    """Whether a file of this name contains images."""
-    return name.lower().endswith((*TAR_SUFFIXES, ".parquet")) or formats.format_of(name) is not None
+def _may_own(name: str) -> bool:
+    """Whether a text may be of a file of this name: not if the file contains images, which have their own."""
+    is_container = name.lower().endswith((*TAR_SUFFIXES, ".parquet")) or formats.format_of(name) is not None
+    return may_own_text(name) and not is_container
 
 
 def _links(listing: Folder) -> list[str]:
     """Names of links and devices that are named like texts, or like files that may have texts."""
     names = (base_name(path) for reason, path in listing.left_out if reason in (LINK, NOT_A_FILE))
-    names = (name for name in names if not name.startswith(".") and not _is_container(name))
-    return [name for name in names if is_text(name) or may_own_text(name)]
+    return [name for name in names if not name.startswith(".") and (is_text(name) or _may_own(name))]
 
 
 def _names_beside(listing: Folder, path: str, member: str) -> list[tuple[int, str]]:

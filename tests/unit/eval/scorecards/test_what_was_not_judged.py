@@ -1,4 +1,4 @@
-"""A card tells apart images that are missing, black, or there without a judge of their score, and is written even where the
+"""A scorecard counts missing images, black images and images without a judge separately, and is written even where the
 official script stops."""
 
 from __future__ import annotations

@@ -206,7 +206,7 @@ def test_who_decides_and_selects_downloads_the_scores_with_captions_but_not_the_
             downloaded.append(name)
             real(store, name, *more, **options)
 
-        monkeypatch.setattr(type(fs), "get_file", get_file)  # each thread has a file system of its own
+        monkeypatch.setattr(type(fs), "get_file", get_file)  # on the class: s3fs has an instance for each thread
         stricter = config(stub.url).model_copy(update={"captions": CaptionConfig(max_words=20)})
         other = flow.decide_corpus(tmp_path / "corpus", [index], stricter, 1)
         assert flow.select_group(other, stricter, 0, 1)[0].rows
