@@ -63,8 +63,8 @@ def judge(name: str) -> Judge:
 
 
 def _fits(benchmark: Benchmark, skill: str, entry: judge_registry.JudgeEntry) -> bool:
-    words = benchmark.words.get(skill)
-    return skill in entry.skills and (words is None or entry.words.get(skill, words) == words)
+    counted = benchmark.vocabulary.get(skill)
+    return skill in entry.skills and (counted is None or entry.vocabulary.get(skill, counted) == counted)
 
 
 def fitting(benchmark: Benchmark, skill: str) -> list[str]:
@@ -83,7 +83,8 @@ def check_fits(benchmark: Benchmark, skill: str, name: str) -> None:
         return
     skills = ", ".join(entry.skills)
     if skill in entry.skills:
-        reason = f"answers as {skill} with {entry.words[skill]!r}, and {benchmark.name} counts only {benchmark.words[skill]!r}"
+        answered, counted = entry.vocabulary[skill], benchmark.vocabulary[skill]
+        reason = f"answers as {skill} with the vocabulary {answered!r}, and {benchmark.name} counts only {counted!r}"
     else:
         reason = f"answers as {skills}, not as {skill} of {benchmark.name}"
     valid = ", ".join([*fitting(benchmark, skill), "or module:function"])

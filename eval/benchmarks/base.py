@@ -133,8 +133,8 @@ class Benchmark:
             official.
         packaged_judges: replace recommended ones on a machine without a GPU; their weights are in Python packages.
         answer_types: {judge: the type of its answers}; those of other judges are not checked.
-        words: {judge: the words that the rule counts, where judges of one skill differ}: how yes is written ("vqa"), or
-            whose classes are found ("detector").
+        vocabulary: {skill: the vocabulary of answers that the rule counts}, where judges of one skill differ: how yes is
+            written ("vqa"), or whose classes are found ("detector").
         pooling: how the overall score follows from prompts, for its interval.
         jpeg_tiles: the official code cuts pictures into tiles: judges see each through JPEG (quality 75), and black ones,
             which stand for images that could not be generated, are left out.
@@ -158,7 +158,7 @@ class Benchmark:
     recommended_judges: Mapping[str, str] = {}
     packaged_judges: Mapping[str, str] = {}
     answer_types: Mapping[str, AnswerType] = {}
-    words: Mapping[str, str] = {}
+    vocabulary: Mapping[str, str] = {}
     pooling: Pooling = "prompts"
     jpeg_tiles: bool = False
     prompt_sets: tuple[PromptSet, ...] = ("official",)

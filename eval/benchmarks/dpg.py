@@ -30,7 +30,7 @@ class DPG(Benchmark):
     # Not the official mPLUG, whose weights no hub keeps by commit: the score is dpg[qwen2.5-vl-7b-yes-no].
     recommended_judges: Mapping[str, str] = {"vqa": "qwen2.5-vl-7b-yes-no"}
     answer_types: Mapping[str, AnswerType] = {"vqa": "text"}
-    words: Mapping[str, str] = {"vqa": rule.YES}
+    vocabulary: Mapping[str, str] = {"vqa": rule.YES}
     data = "dpg_bench/dpg_bench.csv of github.com/TencentQQGYLab/ELLA (1,065 prompts)"
     source = Source("TencentQQGYLab/ELLA", "3c228f1dc6c4d3cad0a47493816151a419f14db3", {PROMPTS: None}, prompts=PROMPTS)
     published = (

