@@ -106,18 +106,6 @@ def scorecard(
     )
 
 
-def official_scores(
-    benchmark: Benchmark,
-    prompts: Sequence[Mapping[str, Any]],
-    answered: Mapping[int, Mapping[str, Judged]],
-    mode: Mode,
-) -> dict[str, Any] | None:
-    """The result of the official code ("official"), or of that code without its bugs ("fixed"): the mean over the seeds
-    of the benchmark's own summary, {"overall", "categories"}; a score is None if the official code stops at one of them.
-    None without answers."""
-    return _over_seeds(_summaries(benchmark, prompts, answered, mode))
-
-
 def _summaries(
     benchmark: Benchmark, prompts: Sequence[Mapping[str, Any]], answered: Mapping[int, Mapping[str, Judged]], mode: Mode
 ) -> dict[int, dict[str, Any]]:
@@ -129,6 +117,8 @@ def _summaries(
 
 
 def _over_seeds(summaries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The means of the seeds' summaries, {"overall", "categories"}; a score is None if the official code stops at one of
+    them. None without summaries."""
     if not summaries:
         return None
     names = dict.fromkeys(name for summary in summaries.values() for name in summary["categories"])
@@ -146,7 +136,10 @@ def _over_seeds(summaries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any] | 
 
 
 def with_images(of_seed: Mapping[str, Judged]) -> dict[str, Judged]:
-    """The prompts with at least one image that was judged or left out by the rule."""
+    """The prompts of a seed with at least one image that was judged or left out by the rule; none if no image of the seed
+    was judged, since rules have no score without an answer."""
+    if not any(any(one.images) or one.together for one in of_seed.values()):
+        return {}
     return {
         key: value
         for key, value in of_seed.items()

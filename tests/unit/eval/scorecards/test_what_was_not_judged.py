@@ -143,6 +143,32 @@ def test_a_score_that_stops_at_one_seed_has_no_official_mean(tmp_path):
     assert len([note for note in card.deviations if "script" in note]) == 1
 
 
+@pytest.mark.parametrize(
+    "benchmark, skills, blacks, count",
+    [("oneig", ("vqa", "ocr"), "", 20), ("oneig-text", ("ocr",), "", 8), ("oneig", ("ocr",), "text", 8)],
+)
+def test_a_seed_without_a_judged_image_has_no_part_in_the_official_scores(tmp_path, benchmark, skills, blacks, count):
+    drawn = set()
+
+    def black(prompt, image):  # of the second seed
+        again = (prompt, image) in drawn
+        drawn.add((prompt, image))
+        return again and prompt.startswith(blacks)
+
+    cards = []
+    for seeds in ((0,), (0, 3)):
+        drawn.clear()
+        folder = tmp_path / f"{len(seeds)}"
+        folder.mkdir()
+        run, config = run_of(folder, benchmark, black, seeds=seeds)
+        cards.append(scored(run, config, *skills, out=folder / "scored"))
+    one, both = cards
+    assert one.official["overall"] is not None and (both.official, both.fixed) == (one.official, one.fixed)
+    assert both.overall.mean == one.overall.mean and both.overall.seeds == [0]
+    assert f"{count} black images were left out, as the official code does" in both.deviations
+    assert [path.name for path in (folder / "scored" / "official").iterdir()] == ["seed0"]
+
+
 def test_judging_is_complete_with_a_judge_for_some_dimensions(tmp_path):
     run, config = run_of(tmp_path)
     judges = {skill: Judge(skill) for skill in ("vqa", "ocr")}
