@@ -37,6 +37,7 @@ MAX_NESTED = 100  # deeper ones may be parsed here, and be too deep for Python's
 WRITE_EVERY_S = 300.0
 LOCK_WAIT_S = 30.0
 THREADS = 8  # requests at once to an object store
+MAX_ERRORS = 16  # then `find` gives up: each request to a store that does not answer may take minutes
 
 
 class StoredAnswers:
@@ -60,19 +61,30 @@ class StoredAnswers:
     def find(self, keys: Collection[Key]) -> Mapping[Key, Any]:
         known: dict[Key, Any] = {}
         size, damaged = 0, 0
-        try:
-            with ThreadPoolExecutor(THREADS) as pool:
-                for answers in pool.map(self._find_in, *_columns(_by_bucket(keys))):
-                    for key, text in answers.items():
-                        size += len(text)
-                        if size > MAX_FOUND_BYTES:
-                            break
-                        try:
-                            known[key] = _parsed(text)
-                        except ValueError:
-                            damaged += 1
-        except Exception as error:  # each kind of store raises its own types
-            self._log(f"answers of other runs cannot be read: {type(error).__name__}: {error}")
+        errors: list[Exception] = []
+
+        def found(bucket: str, keys: Collection[Key]) -> dict[Key, bytes]:
+            if len(errors) >= MAX_ERRORS:
+                return {}
+            try:
+                return self._newest(keys, self._read(bucket))
+            except Exception as error:  # each kind of store raises its own types
+                errors.append(error)
+                return {}
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            for answers in pool.map(found, *_columns(_by_bucket(keys))):
+                for key, text in answers.items():
+                    size += len(text)
+                    if size > MAX_FOUND_BYTES:
+                        break
+                    try:
+                        known[key] = _parsed(text)
+                    except ValueError:
+                        damaged += 1
+        if errors:
+            first = f"{type(errors[0]).__name__}: {errors[0]}"
+            self._log(f"answers of other runs cannot be read: {first} (the first of {len(errors)} errors)")
         if size > MAX_FOUND_BYTES:
             self._log(f"answers in {self._folder} take over {MAX_FOUND_BYTES} bytes: the others are asked again")
         if damaged:
@@ -126,18 +138,19 @@ class StoredAnswers:
                 fcntl.flock(lock, fcntl.LOCK_UN)  # closing does not release it: forked children have it too
             os.close(lock)
 
-    def _find_in(self, bucket: str, keys: Collection[Key]) -> dict[Key, bytes]:
-        """{key: answer as JSON}, of the newest line of each key."""
+    def _newest(self, keys: Collection[Key], bucket: bytes) -> dict[Key, bytes]:
+        """{key: answer as JSON}, of the newest line of each key in the content of a bucket."""
         wanted = {self._stored(key): key for key in keys}
         answers = {}
-        for line in io.BytesIO(self._read(bucket)):
+        for line in io.BytesIO(bucket):
             stored, _, text = line.partition(b" ")
             if stored in wanted:
                 answers[wanted[stored]] = text
         return answers
 
     def _add_to(self, bucket: str, keys: Collection[Key]) -> None:
-        known = self._find_in(bucket, keys)
+        content = self._read(bucket)
+        known = self._newest(keys, content)
         new = [
             self._stored(key) + b" " + json.dumps(self._waiting[key], sort_keys=True).encode() + b"\n"
             for key in keys
@@ -145,10 +158,8 @@ class StoredAnswers:
         ]
         if not new:
             return
-        content = self._read(bucket)
-        content = content[: content.rfind(b"\n") + 1] + b"".join(
-            new
-        )  # the end of a damaged bucket may lack its newline
+        # The end of a damaged bucket may lack its newline.
+        content = content[: content.rfind(b"\n") + 1] + b"".join(new)
         if len(content) > MAX_BYTES:
             content = content[content.index(b"\n", len(content) - int(0.9 * MAX_BYTES)) + 1 :]
         storage.write_bytes(self._path(bucket), content)
@@ -208,6 +219,7 @@ def _beginning(path: str, size: int) -> bytes:
     """
     try:
         if storage.is_remote(path):
+            # Not storage.read_ranges, which tries for 15 s to read an empty object.
             fs, where = storage.filesystem(path)
             content: bytes = fs.cat_file(where, start=0, end=size)
             return content

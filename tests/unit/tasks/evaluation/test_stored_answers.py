@@ -147,14 +147,46 @@ def test_a_rejected_answer_is_replaced_by_the_next_and_others_are_not():
     assert known(rows(0, 2)) == rows(0, 1) | rows(1, 2, answer="wrong")
 
 
+def test_a_write_reads_a_bucket_once(folder, monkeypatch):
+    share(rows(0, 1))
+    read, beginning = [], stored_answers._beginning
+    monkeypatch.setattr(stored_answers, "_beginning", lambda *args: read.append(args) or beginning(*args))
+    share(rows(0, 1, judge="another"))
+    assert len(read) == len(list(folder.glob("*.txt"))) == 1
+
+
+def test_a_bucket_that_cannot_be_read_costs_only_its_answers(folder, monkeypatch):
+    share(rows(0, 1))
+    (bucket,) = folder.glob("*.txt")
+    share(rows(1, 100))
+    beginning = stored_answers._beginning
+
+    def refused(path, size):
+        if path == str(bucket):
+            raise PermissionError(f"no access to {path}")
+        return beginning(path, size)
+
+    lost = bucket.read_bytes().count(b"\n")
+    monkeypatch.setattr(stored_answers, "_beginning", refused)
+    found, lines = logged(rows(0, 100))
+    assert found.items() <= rows(1, 100).items() and len(found) == 100 - lost
+    assert lines == [
+        f"answers of other runs cannot be read: PermissionError: no access to {bucket} (the first of 1 errors)"
+    ]
+
+
 def test_a_store_that_fails_is_reported_and_stops_nothing(monkeypatch):
-    def fails(*_):
+    asked = []
+
+    def fails(path, _):
+        asked.append(path)
         raise ConnectionError("no route\x1b[2J")
 
     monkeypatch.setattr(stored_answers, "_beginning", fails)
     lines = []
     shared = StoredAnswers(log=lines.append)
-    assert not shared.find(rows(0, 1))
+    assert not shared.find(rows(0, 600))
+    assert len(lines) == 1 and len(asked) < stored_answers.MAX_ERRORS + stored_answers.THREADS, "not all 256 buckets"
     shared.add(rows(0, 1).items())
     shared.write()
     assert ["cannot be read: ConnectionError: no route" in lines[0], "cannot be shared" in lines[1]] == [True, True]
@@ -191,17 +223,23 @@ def test_what_others_put_in_place_of_a_bucket_is_neither_followed_nor_waited_for
     assert victim.read_bytes() == kept
 
 
-def test_no_file_of_the_folder_is_opened_for_its_lock(folder, tmp_path):
-    victim = tmp_path / "victim"
-    victim.write_text("precious")
-    folder.mkdir(parents=True)
-    (folder / ".lock").symlink_to(victim)
+def test_no_file_of_the_folder_is_opened_for_its_lock(folder, monkeypatch):
+    opened, locked, os_open, flock = {}, [], os.open, fcntl.flock
+
+    def opens(path, *args):
+        descriptor = os_open(path, *args)
+        opened[descriptor] = str(path)
+        return descriptor
+
+    def locks(descriptor, operation):
+        if operation & fcntl.LOCK_EX:
+            locked.append(opened[descriptor])
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(os, "open", opens)
+    monkeypatch.setattr(fcntl, "flock", locks)
     share(rows(0, 1))
-    assert victim.read_text() == "precious" and known(rows(0, 1)) == rows(0, 1)
-    (folder / ".lock").unlink()
-    os.mkfifo(folder / ".lock")
-    in_time(lambda: share(rows(1, 2)))
-    assert known(rows(0, 2)) == rows(0, 2)
+    assert locked == [str(folder)], "a file there may be a link or a pipe of others"
 
 
 def test_a_lock_that_another_process_keeps_delays_answers_and_does_not_stop_them(folder, monkeypatch):
