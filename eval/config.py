@@ -104,5 +104,6 @@ def stored_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in RETIRED}
 
 
+FILES = ("prompts_file", "prompt_rewrites")  # settings that name a file
 # Settings that only scoring reads: images do not depend on them.
 SCORING_KEYS = frozenset({"further_benchmarks", "judges", "judge_batch_size", "missing"})

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from eval import catalog
-from eval.config import SchedulerConfig, stored_settings
+from eval.config import FILES, SchedulerConfig, stored_settings
 from eval.generation import pipelines
 from model import storage
 from model.logs import get_logger
@@ -33,7 +33,6 @@ from tasks.store import home
 logger = get_logger(__name__)
 
 NEWEST = "newest"
-FILES = ("prompts_file", "prompt_rewrites")  # settings of eval.config that name a file
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 LATEST = "latest.json"  # of tasks.publishing.s3: the pointer to the version that was published last
 

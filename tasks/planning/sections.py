@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from eval import catalog
-from eval.config import EvalConfig
+from eval.config import FILES, EvalConfig
 from model import storage
 from model.config import Section, TrainSettings
 from model.constants import PIPELINE_TEXT_STATE
@@ -92,7 +92,7 @@ def check_scoring(config: EvalConfig) -> None:
         raise ValueError(
             f"eval.prompt_set: {config.benchmark} has no development prompts; set eval.prompts_file to others"
         )
-    for key in ("prompts_file", "prompt_rewrites"):
+    for key in FILES:
         path = getattr(config, key)
         if path is not None and not storage.is_remote(storage.check_path(path)) and not Path(path).exists():
             raise ValueError(f"eval.{key}={path!r} does not exist")

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from eval.config import FILES
 from model.names import commit_of
 
 PRIVATE = "(private)"
@@ -21,8 +22,6 @@ SETTINGS = (
     "curation.takedown",
     "curation.captioner.endpoint",
     "train.checkpoint_uri",
-    "eval.prompts_file",
-    "eval.prompt_rewrites",
     "publish.s3_uri",
     "publish.s3_bucket_owner",
 )
@@ -46,7 +45,7 @@ _PLACE = re.compile(
 
 def recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A whole recipe as `Recipe.model_dump(mode="json")`."""
-    public = _cut(dict(settings))
+    public = {name: evaluation(part) if name == "eval" else _cut(part) for name, part in settings.items()}
     for key in SETTINGS:
         _set(public, key.split("."), PRIVATE)
     for key in KEPT:
@@ -56,18 +55,14 @@ def recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
     init_from = public.get("train", {}).get("init_from")
     if init_from and commit_of(init_from) is None:  # no repository at a commit
         public["train"]["init_from"] = PRIVATE
-    if "eval" in public:
-        public["eval"] = evaluation(public["eval"])
     return public
 
 
 def evaluation(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The `eval` section of a recipe, or the configuration of a scorecard."""
     public = _cut(dict(settings))
-    for key in SETTINGS:
-        section, _, name = key.partition(".")
-        if section == "eval":
-            _set(public, [name], PRIVATE)
+    for key in FILES:
+        _set(public, [key], PRIVATE)
     if public.get("judges"):
         public["judges"] = {skill: _judge(name) for skill, name in public["judges"].items()}
     return public

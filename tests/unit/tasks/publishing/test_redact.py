@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from eval.config import FILES
 from tasks.publishing import redact
 from tasks.recipe import Recipe, load_recipe
 
@@ -72,7 +73,7 @@ def test_a_place_in_any_text_of_a_recipe_is_not_published(place, branch):
 def test_settings_that_may_be_a_relative_path_are_not_published(branch):
     planted = strings_everywhere(Recipe.model_json_schema(), "someone/lists/x.txt", branch)
     public = redact.recipe(planted)
-    for key in (*redact.SETTINGS, "train.init_from"):
+    for key in (*redact.SETTINGS, "train.init_from", *(f"eval.{key}" for key in FILES)):
         value = public
         for step in key.split("."):
             value = value[step]
