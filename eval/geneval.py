@@ -50,7 +50,6 @@ __all__ = [
 ]
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-# The order of relations in the official message.
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9

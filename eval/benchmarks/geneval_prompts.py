@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from eval.geneval import COLORS, TASKS
+from eval.official.geneval_files import RELATIONS
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-RELATIONS = ("left of", "right of", "above", "below")
 DEFAULT_PER_TASK = 100
 
 

@@ -6,6 +6,8 @@ held-out combination occurs in no training scene, hence in no training caption.
 
 from __future__ import annotations
 
+from eval.official.geneval_files import RELATIONS as RELATIONS
+
 SHAPES = ("circle", "square", "triangle", "cross")
 COLORS = {
     "red": (220, 40, 40),
@@ -16,7 +18,6 @@ COLORS = {
     "black": (25, 25, 25),
 }
 BACKGROUNDS = {"white": (250, 250, 250), "gray": (200, 200, 200), "cream": (250, 236, 205)}
-RELATIONS = ("left of", "right of", "above", "below")
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
