@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from eval.scorecards.card import model_index
+from eval.scorecards.card import Counts, model_index
 from model.constants import PIPELINE_TEXT_STATE
 
 PAPER = "https://arxiv.org/abs/2604.12163"
@@ -146,8 +146,8 @@ def _scores(scorecard: dict[str, Any]) -> str:
     seeds = ", ".join(str(seed) for seed in overall["seeds"])
     counts = scorecard["counts"]
     interval = scorecard["interval"]
-    others = counts["expected"] - counts["scored"] - counts["failed"]
-    not_judged = f", {others} without a judge of their score" if others > 0 else ""
+    others = Counts(**counts).not_judged
+    not_judged = f", {others} without a judge of their score" if others else ""
     lines = [
         f"Score {_code(scorecard['name'])}; {overall['runs']} runs (seeds {seeds}); {counts['scored']} of "
         f"{counts['expected']} images scored, {counts['failed']} failed{not_judged}. Deviation: standard deviation over seeds. "

@@ -30,7 +30,7 @@ SCORECARD = {
         "position": score(0.7, None, prompts=9, images=9),
     },
     "held_out": {"overall": score(0.444), "tasks": {"colors": score(0.5, prompts=2, images=6)}},
-    "counts": {"expected": 100, "scored": 99, "failed": 1},
+    "counts": {"expected": 100, "generated": 99, "scored": 99, "failed": 1},
     "seeds": [0, 1, 2],
     "interval": {"method": "Wilson", "level": 0.95},
 }

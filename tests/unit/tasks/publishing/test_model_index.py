@@ -22,7 +22,7 @@ def scorecard(name: str, benchmark: str, scale: float, official: float | None = 
         "overall": score(0.87654) | {"noise": noise} | ({} if official is None else {"official": official}),
         "tasks": {"colors": score(0.95), "entity - whole": score(0.71239)},
         "held_out": None,
-        "counts": {"expected": 100, "scored": 99, "failed": 1},
+        "counts": {"expected": 100, "generated": 99, "scored": 99, "failed": 1},
         "seeds": [0, 1, 2],
         "interval": {"method": "Wilson", "level": 0.95},
     }

@@ -42,7 +42,7 @@ SCORECARD = {
     "overall": {**SCORE, "noise": {"sampling": 0.02, "prompts": 0.05, "training": None, "training_runs": 0}},
     "tasks": {"colors": {**SCORE, "prompts": 3, "images": 6, "correct": 3}},
     "held_out": None,
-    "counts": {"expected": 6, "scored": 6, "failed": 0},
+    "counts": {"expected": 6, "generated": 6, "scored": 6, "failed": 0},
     "interval": {"method": "Wilson", "level": 0.95},
     "settings": {"model_digests": {}},
 }
