@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -204,12 +204,11 @@ def load(path: str | Path) -> Scorecard:
 
 def scored_by(card: Mapping[str, Any]) -> dict[str, str]:
     """What must be equal for two scorecards (as JSON) to be compared: the score's name and rule, prompts and judges."""
-    judges = _judges(card["settings"]["judges"])
     return {
         "score": card["name"],
         "rule": card["version"],
         "prompts": card["settings"]["prompt_set_sha256"][:12],
-        **{f"judge_{skill}": f"{name} at {revision[:12]}" for skill, name, revision in judges},
+        **{f"judge_{j['role']}": f"{j['name']} at {j['revision'][:12]}" for j in card["settings"]["judges"]},
     }
 
 
@@ -217,26 +216,25 @@ def not_comparable(a: Scorecard, b: Scorecard) -> str | None:
     """Why two scores cannot be compared; None if they can (`scored_by`)."""
     if a.benchmark != b.benchmark:
         return f"one is {a.name}, the other {b.name}"
-    one, other = (scored_by(card.model_dump(include={"name", "version", "settings"})) for card in (a, b))
-    if one["rule"] != other["rule"]:
+    if a.version != b.version:
         return f"one was scored by {a.version}, the other by {b.version}"
-    if one["prompts"] != other["prompts"]:
+    if a.settings.prompt_set_sha256 != b.settings.prompt_set_sha256:
         return "they are of different prompts"
-    names = [
-        ", ".join(f"{judge} ({key.removeprefix('judge_')})" for key, judge in side.items() if key.startswith("judge_"))
-        for side in (one, other)
-    ]
-    return None if names[0] == names[1] else f"one was judged by {names[0]}, the other by {names[1]}"
+    if _judges(a) == _judges(b):
+        return None
+    one, other = (
+        ", ".join(f"{name} at {revision[:12]} ({skill})" for skill, name, revision in _judges(card)) for card in (a, b)
+    )
+    return f"one was judged by {one}, the other by {other}"
 
 
 def comparison_key(card: Scorecard) -> str:
     """Digest that two cards share if, and only if, they can be compared."""
-    judges = _judges([judge.model_dump() for judge in card.settings.judges])
-    return digest_of([card.benchmark, card.version, card.settings.prompt_set_sha256, judges])
+    return digest_of([card.benchmark, card.version, card.settings.prompt_set_sha256, _judges(card)])
 
 
-def _judges(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    return sorted((judge["role"], judge["name"], judge["revision"]) for judge in records)
+def _judges(card: Scorecard) -> list[tuple[str, str, str]]:
+    return sorted((judge.role, judge.name, judge.revision) for judge in card.settings.judges)
 
 
 def model_index(card: Mapping[str, Any], title: str) -> dict[str, Any]:
