@@ -21,8 +21,8 @@ class PublishConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> PublishConfig:
-        if self.s3_uri is not None and not self.s3_uri.startswith("s3://"):
-            raise ValueError(f"s3_uri={without_login(self.s3_uri)!r} must start with s3://")
         if self.s3_uri is not None:
+            if not self.s3_uri.startswith("s3://"):
+                raise ValueError(f"s3_uri={without_login(self.s3_uri)!r} must start with s3://")
             check_path(self.s3_uri)
         return self
