@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from model.names import COMMIT
 from model.storage import check_path
 
 TIERS = ("A1", "A2", "A3", "A4", "A5")  # quality of a curated image, best first
@@ -31,7 +32,7 @@ Weight = Annotated[float, Field(ge=0)]
 # 32 bits: every random number generator takes such a seed, and offsets added to it never overflow.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 SUBFOLDER = r"\w[\w.-]*(?:/\w[\w.-]*)*"  # names separated by /, none of them . or ..
-INIT_FROM = re.compile(rf"[^@]+|[\w.-]+/[\w.-]+(?:/{SUBFOLDER})?@[0-9a-f]{{40}}")
+INIT_FROM = re.compile(rf"[^@]+|[\w.-]+/[\w.-]+(?:/{SUBFOLDER})?@{COMMIT.pattern}")
 ImageSize = Annotated[int, Field(gt=0, le=16384)]  # px
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 

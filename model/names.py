@@ -6,13 +6,13 @@ import difflib
 import re
 from collections.abc import Iterable
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def commit_of(name: str) -> str | None:
     """COMMIT of NAME@COMMIT; None if what is after the first @ is anything else, such as a directory."""
     at = name.partition("@")[2]
-    return at if _COMMIT.fullmatch(at) else None
+    return at if COMMIT.fullmatch(at) else None
 
 
 def closest(name: str, valid: Iterable[str]) -> str | None:

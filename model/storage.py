@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 MANIFEST = "manifest.json"  # seals a directory, with its digest
-READ_ATTEMPTS, FIRST_WAIT_S = 5, 1.0  # waits that double, 15 s in total
+ATTEMPTS, FIRST_WAIT_S = 5, 1.0  # waits that double, 15 s in total
 PERMANENT = (FileNotFoundError, PermissionError)
 CLIENTS = ("botocore", "aiobotocore", "aiohttp")  # errors of s3fs's libraries, some of which it does not translate
 
@@ -221,12 +221,12 @@ def read_ranges(folder: str | os.PathLike[str], ranges: Sequence[tuple[str, int,
     All are requested concurrently. Safe for threads and forked processes: fsspec makes a file system for each.
 
     Raises:
-        ConnectionError: READ_ATTEMPTS attempts could not read a range; the message names it and the file.
+        ConnectionError: ATTEMPTS attempts could not read a range; the message names it and the file.
         FileNotFoundError, PermissionError: at the first attempt, since a retry would fail too.
     """
     fs, root = filesystem(folder)
     pieces: dict[int, bytes] = {}
-    for attempt in range(READ_ATTEMPTS):
+    for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1))
         left = [i for i in range(len(ranges)) if i not in pieces]
@@ -235,7 +235,7 @@ def read_ranges(folder: str | os.PathLike[str], ranges: Sequence[tuple[str, int,
         for i, answer in zip(left, answers, strict=True):
             if isinstance(answer, bytes):
                 pieces[i] = answer
-            elif attempt == READ_ATTEMPTS - 1 or isinstance(answer, PERMANENT):
+            elif attempt == ATTEMPTS - 1 or isinstance(answer, PERMANENT):
                 kind = next((kind for kind in PERMANENT if isinstance(answer, kind)), ConnectionError)
                 name, begin, end = ranges[i]
                 failed = f"{join(folder, name)}: bytes {begin} to {end} could not be read in {attempt + 1} attempt(s)"
@@ -246,13 +246,24 @@ def read_ranges(folder: str | os.PathLike[str], ranges: Sequence[tuple[str, int,
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a file atomically (objects in S3 always are)."""
-    if is_remote(path):
-        fs, where = filesystem(path)
-        fs.pipe_file(where, content)
+    """Writes a file atomically (objects in S3 always are).
+
+    An object store that fails for a moment is asked up to ATTEMPTS times, beyond the retries of its client: one request must
+    not end hours of work.
+    """
+    if not is_remote(path):
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
         return
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
+    fs, where = filesystem(path)
+    for attempt in range(ATTEMPTS):
+        try:
+            fs.pipe_file(where, content)
+            return
+        except Exception as error:  # each of fsspec's back ends raises its own types
+            if attempt + 1 == ATTEMPTS or not may_pass(error):
+                raise
+            time.sleep(FIRST_WAIT_S * 2**attempt)
 
 
 @contextlib.contextmanager

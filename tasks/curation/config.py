@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from model.config import TIERS, Fraction, Positive, Section, Seed
+from model.names import COMMIT
 from model.storage import check_path
 
 MAX_WORDS = 10_000  # of a caption that is kept
@@ -50,9 +50,8 @@ class SourceConfig(Section):
     encoding: str | None = None  # of captions without a byte order mark that are not UTF-8, such as cp1252
     caption_columns: tuple[str, ...] = ()  # read instead of caption, captions, text, texts, prompt and raw
     urls: UrlConfig | None = None  # the tables at `path` have URLs, which are downloaded
-    captions_folder: str | None = (
-        None  # in the source or its tars; CAPTIONS/x/a.txt describes x/a.png and FOLDER/x/a.png
-    )
+    # In the source or its tars; CAPTIONS/x/a.txt describes x/a.png and FOLDER/x/a.png.
+    captions_folder: str | None = None
     seed: Seed = 0
 
     @property
@@ -143,7 +142,7 @@ class HubModel(Section):
 
 
 def _check_commit(revision: str | None) -> None:
-    if revision is not None and not re.fullmatch(r"[0-9a-f]{40}", revision):
+    if revision is not None and not COMMIT.fullmatch(revision):
         raise ValueError(
             f"revision {revision!r} is not a commit of 40 hex digits: a branch or tag can move, and scores are kept under "
             "the revision"

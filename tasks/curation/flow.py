@@ -206,14 +206,14 @@ def score_shard(corpus, shard: Shard, config: CurationConfig, resources: Resourc
     def make(name: str) -> Part:
         return ShardScores(corpus, shard, config).make(resources)
 
-    return attempt("scores", shard.shard_id, make, corpus.without_location)
+    return attempt("scores", shard.shard_id, make, for_artifacts=corpus.without_location)
 
 
-def attempt(kind: str, name: str, make, sealed: Callable[[str], str] = str) -> Part:
+def attempt(kind: str, name: str, make, for_artifacts: Callable[[str], str] = str) -> Part:
     """The part, or a part with the error, so that one shard does not stop the others of its group.
 
     Args:
-        sealed: the error as it is in artifacts, which do not depend on the location of the source.
+        for_artifacts: the error as artifacts have it, which do not depend on the location of the source.
 
     Raises:
         OSError: the disk is full: the others would fail as well.
@@ -225,7 +225,7 @@ def attempt(kind: str, name: str, make, sealed: Callable[[str], str] = str) -> P
             raise
         text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         logger.warning(f"{kind} of shard {name} failed: {text}")
-        return Part(name, kind, error=sealed(text))
+        return Part(name, kind, error=for_artifacts(text))
 
 
 def draft_corpus(corpus_dir: Path, indices: Sequence[Path | None], config: CurationConfig, groups: int) -> Part:
@@ -287,7 +287,7 @@ def _caption_shard(
         lambda part: make_part(
             "captions", part, CACHE_VERSIONS["captions"], inputs, make, [scores.as_parent()], inputs
         ),
-        corpus.without_location,
+        for_artifacts=corpus.without_location,
     )
 
 

@@ -14,7 +14,6 @@ import fcntl
 import json
 import os
 import threading
-import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from model import storage
 
 JOURNAL = "journal.jsonl"
 SEGMENT_ROWS = 64  # rows of an object
-WRITE_ATTEMPTS, FIRST_WAIT_S = 5, 1.0  # waits that double, 15 s in total
 
 
 class Journal:
@@ -132,7 +130,7 @@ class _Segments:
                 while lines:
                     room = SEGMENT_ROWS - len(segment)
                     segment, lines = segment + lines[:room], lines[room:]
-                    _write_object(f"{self._prefix}-{number:06d}.jsonl", b"".join(segment))
+                    storage.write_bytes(f"{self._prefix}-{number:06d}.jsonl", b"".join(segment))
                     if len(segment) == SEGMENT_ROWS:
                         number, segment = number + 1, []
         except Exception as error:  # each of fsspec's back ends raises its own types
@@ -145,18 +143,6 @@ class _Segments:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             lines, self._waiting = self._waiting, []
             return lines
-
-
-def _write_object(name: str, content: bytes) -> None:
-    """Beyond the retries of the store's client: one failed request must not end a shard whose answers took hours."""
-    for attempt in range(WRITE_ATTEMPTS):
-        try:
-            storage.write_bytes(name, content)
-            return
-        except Exception as error:
-            if attempt + 1 == WRITE_ATTEMPTS or not storage.may_pass(error):
-                raise
-            time.sleep(FIRST_WAIT_S * 2**attempt)
 
 
 def _rows(data: bytes) -> list[dict[str, Any]]:

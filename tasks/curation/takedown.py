@@ -21,6 +21,7 @@ import re
 import shutil
 import sys
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ import pyarrow.parquet as pq
 
 from model import storage
 from tasks import hub_directory, sealed
+from tasks.curation.decisions import decide
 from tasks.curation.scoring.score import SCORES_TABLE, THUMBNAILS_TABLE
 from tasks.curation.scoring.scored_shard import fetch_pictures
 from tasks.curation.sources.base import TAKEDOWN
@@ -84,19 +86,23 @@ def remove(parts: Sequence[Part], entries: Collection[str]) -> list[Part]:
     A part without listed records is unchanged.
     """
     wanted = pa.array(sorted(set(entries)), pa.string())
-    return [part if part.error else _without(part, wanted) for part in parts]
+    with ThreadPoolExecutor(decide.FETCHERS) as pool:
+        found = pool.map(lambda part: [] if part.error else _listed_rows(part, wanted), parts)
+        return [_without(part, rows) if rows else part for part, rows in zip(parts, found, strict=True)]
 
 
-def _without(part: Part, wanted: pa.Array) -> Part:
-    path = fetch_part(part, without=(THUMBNAILS_TABLE,)) / SCORES_TABLE
+def _listed_rows(part: Part, wanted: pa.Array) -> list[int]:
+    """The rows that the list names, apart from those that are marked already."""
+    path = decide.fetch_columns(part) / SCORES_TABLE
     table = pq.read_table(path, columns=["row", "record_id", "key", "locator", "problem"])
     hit = pc.or_(
         pc.or_(pc.is_in(table["record_id"], value_set=wanted), pc.is_in(table["key"], value_set=wanted)),
         pc.is_in(table["locator"], value_set=wanted),
     )
-    rows = table.filter(pc.and_(hit, pc.not_equal(table["problem"], TAKEDOWN)))["row"].to_pylist()
-    if not rows:
-        return part
+    return table.filter(pc.and_(hit, pc.not_equal(table["problem"], TAKEDOWN)))["row"].to_pylist()
+
+
+def _without(part: Part, rows: list[int]) -> Part:
     inputs = {"scores": part.digest, "takedown": rows}
 
     def make(out: Path) -> int:

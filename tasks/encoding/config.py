@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from model.config import SUBFOLDER, Fraction, ImageSize, Positive, Section, Seed
 from model.constants import PIPELINE_TEXT_STATE
+from model.names import COMMIT
 
 
 class HubComponent(Section):
@@ -17,7 +18,7 @@ class HubComponent(Section):
     """
 
     repo_id: Annotated[str, Field(pattern=r"^(\.?/.*|[\w.-]+/[\w.-]+)$")]
-    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+    revision: Annotated[str, Field(pattern=f"^{COMMIT.pattern}$")]
     subfolder: Annotated[str, Field(pattern=rf"^{SUBFOLDER}$")] | None = None
 
     @property

@@ -15,9 +15,9 @@ from tasks.profiles import Size, pod_template
 INTERRUPTIBLE = "flyte.org/interruptible"
 TOLERATED = {GPU, INTERRUPTIBLE}  # by training pods
 FABRIC = ("vpc.amazonaws.com/efa", "hugepages-2Mi")
-LOCAL_NVME = "karpenter.k8s.aws/instance-local-nvme"  # a requirement of NodePools; GB
+AWS = "karpenter.k8s.aws"  # the group of EC2NodeClass
+LOCAL_NVME = f"{AWS}/instance-local-nvme"  # a requirement of NodePools; GB
 DISK_FOR_PODS = 0.9  # share of it; the kubelet keeps the rest
-ROOT_GIB = 700  # the disk of nodes without NVMe: EC2NodeClass nucleus-cpu of k8s/karpenter
 
 
 @check("flyte accelerator label", "Set plugins.k8s.gpu-device-node-label to the nodes' label (k8s/helm).")
@@ -42,14 +42,16 @@ def _nodes(target: Target) -> list[Any]:
     return [node for node in core(target).list_node(label_selector=selector).items if _ready(node)]
 
 
-def _node_pools(target: Target) -> list[dict[str, Any]]:
-    """Karpenter's NodePools; none where Karpenter is not installed or this identity may not look."""
+def _of_karpenter(target: Target, group: str, kinds: str) -> list[dict[str, Any]]:
+    """Objects of Karpenter; none where it is not installed or this identity may not look."""
     try:
-        return client.CustomObjectsApi(target.api).list_cluster_custom_object("karpenter.sh", "v1", "nodepools")[
-            "items"
-        ]
+        return client.CustomObjectsApi(target.api).list_cluster_custom_object(group, "v1", kinds)["items"]
     except client.ApiException:
         return []
+
+
+def _node_pools(target: Target) -> list[dict[str, Any]]:
+    return _of_karpenter(target, "karpenter.sh", "nodepools")
 
 
 def _template(pool: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +185,7 @@ def taints(target: Target) -> str:
 )
 def cpu_nodes(target: Target) -> str:
     """Whether the tasks of each size fit somewhere. Of what a NodePool may make, only the disk is compared with the size."""
-    profile, observed = target.profile, []
+    profile, observed, is_known = target.profile, [], True
     kinds = (("planning", profile.light, set()), ("gathering", profile.gather, set()),
              ("deciding", profile.tables, set()),
              ("publishing", profile.publish, set()), ("a shard", profile.shard, {INTERRUPTIBLE}))  # fmt: skip
@@ -191,31 +193,47 @@ def cpu_nodes(target: Target) -> str:
         kinds += (("merging", profile.merge, set()), ("scoring, encoding and evaluating", profile.gpu, set()))
     ready = [node for node in core(target).list_node().items if _ready(node)]
     pools = _node_pools(target)
+    classes = {each["metadata"]["name"]: each["spec"] for each in _of_karpenter(target, AWS, "ec2nodeclasses")}
+    disks = {pool["metadata"]["name"]: _disk_gib(pool, classes) for pool in pools}
     for kind, size, tolerated in kinds:
         needed = _requests(size)
         if any(_open([t.to_dict() for t in n.spec.taints or []], tolerated) and _has_room(n, needed) for n in ready):
             observed.append(f"{kind}: a node")
             continue
-        untainted = [p for p in pools if _open(_template(p)["spec"].get("taints", []), tolerated)]
-        names = [pool["metadata"]["name"] for pool in untainted if _disk_gib(pool) >= size.ephemeral_gib]
-        if not names:
-            small = ", ".join(pool["metadata"]["name"] for pool in untainted)
+        untainted = [p["metadata"]["name"] for p in pools if _open(_template(p)["spec"].get("taints", []), tolerated)]
+        names = [name for name in untainted if (disks[name] or 0) >= size.ephemeral_gib]
+        unknown = [name for name in untainted if disks[name] is None]
+        if names:
+            observed.append(f"{kind}: NodePool {', '.join(names)}")
+        elif unknown:
+            observed.append(f"{kind}: no node, and the disk of NodePool {', '.join(unknown)} is not known")
+            is_known = False
+        else:
+            small = ", ".join(f"{name} {disks[name] or 0:.0f}" for name in untainted)
             raise Failed(
                 f"no node takes a task of {kind} ({_listed(needed)}), and no NodePool without taints "
-                + (f"has such a disk ({small} without {LOCAL_NVME} of that size)" if small else "would make one")
+                + (f"has such a disk (GiB for pods: {small})" if small else "would make one")
             )
-        observed.append(f"{kind}: NodePool {', '.join(names)}")
+    if not is_known:
+        raise Skipped("; ".join(observed))
     return "; ".join(observed)
 
 
-def _disk_gib(pool: dict[str, Any]) -> float:
-    """What pods get of the least disk of a NodePool's nodes: their NVMe if it is required, else the root volume."""
+def _disk_gib(pool: dict[str, Any], classes: dict[str, dict[str, Any]]) -> float | None:
+    """What pods get of the least disk of a NodePool's nodes: NVMe that it requires and its EC2NodeClass gives to pods, else
+    the root volume. None if the class cannot be read or names no size."""
+    spec = classes.get(_template(pool)["spec"].get("nodeClassRef", {}).get("name"), {})
     least = 0.0
     for requirement in _template(pool)["spec"].get("requirements", []):
         values = [float(value) for value in requirement.get("values", []) if requirement["key"] == LOCAL_NVME]
         if values and requirement["operator"] in ("Gt", "Gte", "In"):
             least = max(least, min(values))
-    return DISK_FOR_PODS * max(ROOT_GIB, least * 1e9 / 2**30)
+    if least and spec.get("instanceStorePolicy") == "RAID0":
+        return DISK_FOR_PODS * least * 1e9 / 2**30
+    volumes = spec.get("blockDeviceMappings", [])
+    roots = [volume for volume in volumes if volume.get("rootVolume")] or volumes
+    sizes = [parse_quantity(size) for volume in roots if (size := volume.get("ebs", {}).get("volumeSize"))]
+    return DISK_FOR_PODS * float(min(sizes)) / 2**30 if sizes else None
 
 
 def _requests(size: Size) -> dict[str, str]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from model.names import COMMIT
 from tasks.curation.captioning.base import Answer, Captioner, Request
 from tasks.curation.captioning.checks import check_language
 from tasks.curation.config import CaptionerConfig
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 ARCHITECTURE = "Qwen3VLForConditionalGeneration"
-_REPOSITORY, _COMMIT = re.compile(r"[\w.-]+/[\w.-]+"), re.compile(r"[0-9a-f]{40}")
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def check(config: CaptionerConfig) -> None:
@@ -28,7 +29,7 @@ def check(config: CaptionerConfig) -> None:
                 f"curation.captioner.model={config.model!r} must be ORG/NAME on the Hub, such as "
                 "Qwen/Qwen3-VL-8B-Instruct, or a directory that begins with ./ or /"
             )
-        if not _COMMIT.fullmatch(config.revision):
+        if not COMMIT.fullmatch(config.revision):
             raise ValueError(
                 f"curation.captioner.revision={config.revision!r} must be a commit of {config.model}: 40 hexadecimal digits"
             )

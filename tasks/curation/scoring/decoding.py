@@ -29,7 +29,6 @@ FIRST_OF_SEVERAL = ("JPEG", "HEIF")  # phones write depth maps and bursts behind
 RGB_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "La", "RGBa")  # I and F clip
 GRAY16_MODES = ("I;16", "I;16L", "I;16B", "I;16N")  # by byte order
 WHITE_IS_ZERO = 0  # of TIFF's photometric tag
-COMPRESSION = blocks.COMPRESSION_TAG
 # By the names and numbers of TIFF. libtiff takes damaged rows for white and prints a line for each of them to stderr.
 FAX = {2: "CCITT RLE", 3: "CCITT group 3", 4: "CCITT group 4", 32771: "CCITT RLE by words"}
 LARGE_PROFILE_BYTES = 2**16  # of an ICC profile; those of cameras and displays have less
@@ -224,8 +223,8 @@ def _decode(
         raise TooManyPixelsError(f"{header.width}x{header.height} is over {max_pixels} pixels")
     if header.mode not in RGB_MODES:
         raise UndecodableError(f"mode {header.mode} has no plain RGB form; modes that have: {', '.join(RGB_MODES)}")
-    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(COMPRESSION) in FAX:
-        name = FAX[image.tag_v2[COMPRESSION]]
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(blocks.COMPRESSION_TAG) in FAX:
+        name = FAX[image.tag_v2[blocks.COMPRESSION_TAG]]
         raise UndecodableError(f"a TIFF with {name} compression, which hides damage; save it with LZW or deflate")
     try:
         _fit_memory(data, image, header, min_side_px)

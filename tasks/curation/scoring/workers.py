@@ -236,9 +236,8 @@ def _serve(
     """item: the only one, which is in this process's memory from its start."""
     parents.close()  # so that the pipe closes when the parent ends
     silent = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(
-        silent, 2
-    )  # C libraries print a line for each row of a damaged image. A crash is in the parent's `CrashError`
+    # C libraries print a line for each row of a damaged image. A crash is in the parent's `CrashError`.
+    os.dup2(silent, 2)
     os.close(silent)
     gc.freeze()  # collecting the parent's objects would copy their pages
     if memory_bytes:

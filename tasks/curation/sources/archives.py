@@ -19,12 +19,10 @@ from tasks.curation.sources.base import (
     Account,
     Options,
     Record,
-    base_name,
     check_size,
     extension,
     is_hidden,
     is_image,
-    reason_of,
     record_key,
     visible,
 )
@@ -33,12 +31,9 @@ from tasks.curation.sources.captions.caption_text import (
     CaptionError,
     add_texts,
 )
-from tasks.curation.sources.captions.metadata_files import MAX_BYTES as MAX_METADATA_BYTES
-from tasks.curation.sources.captions.metadata_files import is_metadata
-from tasks.curation.sources.captions.pairing import is_text, may_own_text
-from tasks.curation.sources.file_trees import HIDDEN, FileTree
+from tasks.curation.sources.file_trees import FileTree
 from tasks.curation.sources.tar_format import MAX_RATIO, RATIO_FREE_BYTES, Member, NameLimits
-from tasks.curation.sources.tars import Sample, samples_of
+from tasks.curation.sources.tars import Index, Sample, samples_of
 
 Members = Iterable[tuple[str, Callable[[], BinaryIO]]]
 
@@ -51,14 +46,14 @@ class Archive:
         alone. A name may be there twice. Names that end in / are folders. Errors may be of any type."""
         raise NotImplementedError
 
-    def scan(self, shown: str, file: BinaryIO, caption_columns: tuple[str, ...]) -> tuple[int, list[str]] | None:
+    def scan(self, shown: str, file: BinaryIO, caption_columns: tuple[str, ...]) -> tuple[int, list[str], str] | None:
         """See formats.py.
 
         Raises:
             ValueError: it is not a file of this format.
         """
         images = sum(is_image(name) and not is_hidden(name) for name, _ in self._opened(shown, file))
-        return (images, []) if images else None
+        return (images, [], "") if images else None
 
     def read(self, tree: FileTree, path: str, options: Options, account: Account) -> Iterator[Record]:
         """The records of a file, in its order.
@@ -70,8 +65,11 @@ class Archive:
         check_size(shown, tree.size(path))
         with tree.local_copy(path) as file:
             content = _Content(shown, tree.size(path), self._opened(shown, file))
-            files, tables = _index(shown, locator, content, account)
-            for sample in samples_of(shown, locator, files, tables, options, account).images:
+            index = Index(shown, locator, account, content.start_of_table)
+            for number, name in enumerate(content.names):
+                if not name.endswith("/"):
+                    index.add(Member(name, 0, number, "file", ""))  # its number stands for its offset
+            for sample in samples_of(shown, locator, index, options, account).images:
                 account.records += 1
                 yield _record(path, locator, content, sample, options)
 
@@ -100,45 +98,29 @@ class _Content:
         Raises:
             ValueError: the members that were read have more bytes than the limit.
         """
+        data, why = self._start(number, limit + 1)
+        return (data, why) if len(data) <= limit else (b"", f"is larger than {limit // 2**20} MiB")
+
+    def start_of_table(self, member: Member, count: int) -> bytes:
+        """
+        Raises:
+            ValueError: it cannot be read, or as `read`.
+        """
+        data, why = self._start(member.offset, count)
+        if why:
+            raise ValueError(f"{self._shown}:{visible(member.name)} {why}")
+        return data
+
+    def _start(self, number: int, count: int) -> tuple[bytes, str]:
         try:
             with self._members[number][1]() as member:
-                data = member.read(limit + 1)
+                data = member.read(count)
         except Exception as error:  # each format's library raises its own types
             return b"", f"cannot be read: {visible(str(error))}"
         self._left -= len(data)
         if self._left < 0:
             raise ValueError(f"{self._shown} unpacks to more than {self._limit // 2**20} MiB; unpack it yourself")
-        return (data, "") if len(data) <= limit else (b"", f"is larger than {limit // 2**20} MiB")
-
-
-def _index(
-    shown: str, locator: str, content: _Content, account: Account
-) -> tuple[list[Member], list[tuple[Member, bytes]]]:
-    """The arguments of `samples_of`; a member's offset is its number."""
-    files: list[Member] = []
-    tables: list[tuple[Member, bytes]] = []
-    table_bytes = 0
-    for number, name in enumerate(content.names):
-        member, base = Member(name, 0, number, "file", ""), base_name(name)
-        if name.endswith("/"):
-            continue
-        if is_hidden(name):
-            account.skip(HIDDEN, f"{locator}:{name}")
-        elif is_metadata(base, ()):
-            data, why = content.read(number, MAX_METADATA_BYTES - table_bytes)
-            if why:
-                raise ValueError(f"{shown}:{visible(name)} {why}")
-            table_bytes += len(data)
-            tables.append((member, data))
-            if extension(base) == "json":
-                files.append(member)
-        elif is_image(base) or is_text(base):
-            files.append(member)
-        else:
-            account.skip(reason_of(base), f"{locator}:{name}")
-            if may_own_text(base):
-                files.append(member)
-    return files, tables
+        return data, ""
 
 
 def _record(path: str, locator: str, content: _Content, sample: Sample, options: Options) -> Record:

@@ -109,8 +109,8 @@ def _field(data: bytes, table: int, number: int) -> int | None:
     return table + offset if offset else None
 
 
-def scan(shown: str, file: BinaryIO, wanted: tuple[str, ...]) -> tuple[int, list[str]] | None:
-    """The number of rows, and columns of images that are not read; None if no column is of image bytes.
+def scan(shown: str, file: BinaryIO, wanted: tuple[str, ...]) -> tuple[int, list[str], str] | None:
+    """See formats.py: the records are rows.
 
     Raises:
         ValueError: a column twice, no row with image bytes, or not a readable file.
@@ -126,14 +126,7 @@ def scan(shown: str, file: BinaryIO, wanted: tuple[str, ...]) -> tuple[int, list
             with_bytes += len(batch) - tables.count_without_bytes(batch.column(columns.image))
     if rows and not with_bytes:
         raise ValueError(f"{shown}: none of its rows has image bytes; they name files ({columns.image}.path)")
-    return rows, tables.further_images(schema)
-
-
-def no_captions(shown: str, file: BinaryIO, wanted: tuple[str, ...]) -> str:
-    """Why a file with images has no captions, or ""."""
-    with opened(shown, file) as (schema, _):
-        columns = tables.columns_of(schema, wanted)
-    return columns.no_captions if columns is not None else ""
+    return rows, tables.further_images(schema), columns.no_captions
 
 
 def read(place: FileTree, name: str, options: Options, account: Account) -> Iterator[Record]:

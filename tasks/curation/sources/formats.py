@@ -2,7 +2,8 @@
 
 A format is a class of archives.Archive, or a module (arrow.py is one), with two functions:
 
-    scan(shown, file, caption_columns) -> (number of records, names of columns that are not read), None without images
+    scan(shown, file, caption_columns) -> (number of records, names of columns that are not read, why no record has a
+                                           caption or ""), None without images
     read(tree, path, options, account) -> the records in order
 
 Tars and Parquet are not among them: captions next to a tar may name its members, and a Parquet file may be several

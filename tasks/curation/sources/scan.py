@@ -45,6 +45,7 @@ from tasks.curation.sources.base import (
     count_of,
     digest_of,
     extension,
+    is_hidden,
     is_image,
     is_media,
     reason_of,
@@ -197,8 +198,8 @@ class _Scan:
         """Looks for source.captions_folder among the folders. It may also be inside of a tar or another archive."""
         if self._has_captions_folder:
             return
-        is_hidden = any(part.startswith(".") for part in listing.path.split("/"))
-        self._has_captions_folder = not is_hidden and may_have_captions(listing.path, self.config.captions_folder)
+        is_shown = not is_hidden(listing.path)
+        self._has_captions_folder = is_shown and may_have_captions(listing.path, self.config.captions_folder)
         containers = (name for name in listing.files if name.lower().endswith(TAR_SUFFIXES) or formats.format_of(name))
         self._may_have_captions_folder |= self._has_captions_folder or any(
             formats.format_of(name) != "arrow" for name in containers
@@ -321,10 +322,8 @@ class _Scan:
             self.parallel.leave_out(listing.at(names[i]))
         self.account.use(len(pairs) + len(used))
         for i in sorted(pairs, key=lambda i: names[i]):
-            path, texts = (
-                listing.at(names[i]),
-                [(listing.at(names[j]), listing.files[names[j]], "") for j in pairs[i].texts],
-            )
+            path = listing.at(names[i])
+            texts = [(listing.at(names[j]), listing.files[names[j]], "") for j in pairs[i].texts]
             rows, why, unread = self.listed.match([(0, path)]), pairs[i].ambiguous, pairs[i].unread
             if unread and not (texts or rows.captions):
                 at = self.place.locator(path)
@@ -438,12 +437,11 @@ class _Scan:
             check_size(shown, self.place.size(path))
         with _naming(shown), self.place.local_copy(path) as file:
             scanned = formats.load(kind).scan(shown, file, self.options.caption_columns)
-            no_captions = arrow.no_captions(shown, file, self.options.caption_columns) if kind == "arrow" else ""
         if scanned is None:
             self.account.skip(f".{kind} {NO_IMAGE_COLUMN}", path)
             return
         self.account.use()
-        rows, further = scanned
+        rows, further, no_captions = scanned
         self._has_captions_folder |= kind != "arrow"  # archives are read later
         self._note(not no_captions, no_captions and f"{self.place.locator(path)} {no_captions}")
         self._skip_columns(path, further)

@@ -29,6 +29,7 @@ from tasks.curation.sources.captions.caption_text import (
     column_name,
     decode,
 )
+from tasks.curation.sources.captions.csv_text import few
 
 IMAGE_COLUMNS = ("image", "images", "image_bytes", "img", "jpg", "jpeg", "png", "webp")
 NO_BYTES, SEVERAL = "row without image bytes", "row with several images"
@@ -53,8 +54,8 @@ def columns_of(schema: pa.Schema, wanted: tuple[str, ...]) -> Columns | None:
     if not names:
         return None
     captions = [name for name in caption_columns(schema.names, wanted) if name != names[0]]
-    listed = ", ".join(visible(name) for name in schema.names[:12])
-    return Columns(names[0], captions, "" if captions else f"has columns {listed}; it needs {column_hint(wanted)}")
+    no_captions = f"has columns {few(schema.names)}; it needs {column_hint(wanted)}"
+    return Columns(names[0], captions, "" if captions else no_captions)
 
 
 def further_images(schema: pa.Schema) -> list[str]:
@@ -73,8 +74,7 @@ def check_columns(shown: str, schema: pa.Schema) -> None:
     """
     twice, count = Counter(schema.names).most_common(1)[0]
     if count > 1:
-        names = ", ".join(visible(name) for name in schema.names[:12])
-        raise ValueError(f"{shown} has the column {visible(twice)!r} twice (columns {names})")
+        raise ValueError(f"{shown} has the column {visible(twice)!r} twice (columns {few(schema.names)})")
 
 
 def records(

@@ -12,7 +12,7 @@ import io
 import posixpath
 import tempfile
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
 from tasks.curation.sources import tar_format
@@ -93,29 +93,70 @@ def samples(
         ValueError: the tar or a metadata file in it is broken; the message names it.
     """
     with named_errors(shown):
-        files, tables = _index(Forward(file), account, locator)
-    return samples_of(shown, locator, files, tables, options, account, beside)
+        index = _index(Forward(file), shown, locator, account)
+    return samples_of(shown, locator, index, options, account, beside)
+
+
+class Index:
+    """What `samples_of` reads of an archive, from its files in order.
+
+    files: images, texts, and files that are left out and may have texts; each metadata.json is among them, too.
+    tables: metadata files with their content.
+    """
+
+    def __init__(self, shown: str, locator: str, account: Account, read: Callable[[Member, int], bytes]) -> None:
+        """
+        Args:
+            shown, locator, account: see `samples`.
+            read: the first bytes of a file, at most so many.
+        """
+        self.files: list[Member] = []
+        self.tables: list[tuple[Member, bytes]] = []
+        self._shown, self._locator, self._account, self._read = shown, locator, account, read
+        self._room = MAX_METADATA_BYTES
+
+    def add(self, member: Member, can_read: bool = True) -> None:
+        """Adds a file, or counts it as left out. can_read: otherwise it is no table, whatever its name.
+
+        Raises:
+            ValueError: the metadata files together are over the limit.
+        """
+        base, at = base_name(member.name), f"{self._locator}:{member.name}"
+        if is_hidden(member.name):
+            self._account.skip(HIDDEN, at)
+        elif can_read and is_metadata(base, ()):
+            data = self._read(member, self._room + 1)
+            self._room -= len(data)
+            if self._room < 0:
+                raise ValueError(
+                    f"{self._shown}: its metadata files have more than {MAX_METADATA_BYTES // 2**20} MiB; divide the "
+                    "archive, or put each caption into a text next to its image"
+                )
+            self.tables.append((member, data))
+            if extension(base) == "json":
+                self.files.append(member)
+        elif is_image(base) or is_text(base):
+            self.files.append(member)
+        else:
+            self._account.skip(reason_of(base), at)
+            if may_own_text(base):
+                self.files.append(member)
 
 
 def samples_of(
     shown: str,
     locator: str,
-    files: list[Member],
-    tables: list[tuple[Member, bytes]],
+    index: Index,
     options: Options,
     account: Account,
     beside: Container[str] = (),
 ) -> Contents:
     """Assigns captions to the images of an archive; see `samples`.
 
-    Args:
-        files: images, texts, and files that are left out and may have texts; each metadata.json is among them, too.
-        tables: metadata files with their content.
-
     Raises:
         ValueError: a metadata file is broken.
     """
-    files, tables = _without_sidecars(files, tables)
+    files, tables = _without_sidecars(index.files, index.tables)
     folders: dict[str, list[Member]] = {}
     for member in files:
         folders.setdefault(_folder(member), []).append(member)
@@ -200,20 +241,14 @@ def _plain(name: str) -> str:
 
 
 def _is_left_out(member: Member) -> bool:
-    """Whether a file of `_index` is a link or neither an image nor a text, which are not read."""
+    """Whether a file of an `Index` is a link or neither an image nor a text, which are not read."""
     return member.kind != "file" or not (is_image(member.name) or is_text(member.name))
 
 
-def _index(stream: Forward, account: Account, locator: str) -> tuple[list[Member], list[tuple[Member, bytes]]]:
-    """The images (those that are left out, too: they may have texts), the text files, and the metadata files with their
-    content; metadata.json is among both."""
-    files: list[Member] = []
-    tables: list[tuple[Member, bytes]] = []
+def _index(stream: Forward, shown: str, locator: str, account: Account) -> Index:
+    index = Index(shown, locator, account, lambda member, limit: stream.read(min(member.size, limit)))
     by_name: dict[str, Member] = {}
-    table_bytes = 0
     for member in tar_format.members(stream):
-        at = f"{locator}:{member.name}"
-        base = base_name(member.name)
         if member.kind == "folder":
             continue
         if member.kind == "rest":
@@ -224,29 +259,14 @@ def _index(stream: Forward, account: Account, locator: str) -> tuple[list[Member
             if target is not None:
                 member = member._replace(size=target.size, offset=target.offset, kind="file")
         if member.kind != "file":
-            account.skip(_NOT_FILES.get(member.kind, NOT_A_FILE), at)
+            account.skip(_NOT_FILES.get(member.kind, NOT_A_FILE), f"{locator}:{member.name}")
+            base = base_name(member.name)
             if (may_own_text(base) or is_text(base)) and not is_hidden(member.name):
-                files.append(member)
+                index.files.append(member)
             continue
         by_name[_plain(member.name)] = member
-        if is_hidden(member.name):
-            account.skip(HIDDEN, at)
-        elif is_metadata(base, ()) and member.offset == stream.position:
-            table_bytes += member.size
-            if table_bytes > MAX_METADATA_BYTES:
-                raise TarError(
-                    f"its metadata files have more than {MAX_METADATA_BYTES // 2**20} MiB; put them next to it"
-                )
-            tables.append((member, stream.read(member.size)))
-            if extension(base) == "json":
-                files.append(member)
-        elif is_image(base) or is_text(base):
-            files.append(member)
-        else:
-            account.skip(reason_of(base), at)
-            if may_own_text(base):
-                files.append(member)
-    return files, tables
+        index.add(member, can_read=member.offset == stream.position)  # a hard link's content is behind
+    return index
 
 
 def _without_sidecars(

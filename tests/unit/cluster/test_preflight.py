@@ -37,6 +37,8 @@ ALLOCATABLE = {
 QUEUES = "/apis/kueue.x-k8s.io/v1beta1"
 REVIEWS = "/apis/authorization.k8s.io/v1/subjectaccessreviews"
 CONFIG = "/api/v1/namespaces/flyte/configmaps"
+NODE_POOLS = "/apis/karpenter.sh/v1/nodepools"
+NODE_CLASSES = "/apis/karpenter.k8s.aws/v1/ec2nodeclasses"
 CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 FLYTE = {
     "task_resources": {"limits": {"cpu": "192", "memory": "2Ti", "gpu": "8"}},
@@ -105,6 +107,24 @@ def flavor(name, label):
 
 def quota_of(name, gpus):
     return {"name": name, "resources": [{"name": "nvidia.com/gpu", "nominalQuota": gpus}]}
+
+
+def node_class(name, volume="", **more):
+    volumes = [{"deviceName": "/dev/xvda", "ebs": {"volumeSize": volume}}] if volume else []
+    return {"metadata": {"name": name}, "spec": {"blockDeviceMappings": volumes} | more}
+
+
+NVME = node_class("nvme", instanceStorePolicy="RAID0")
+
+
+def cpu_pool():
+    return {"metadata": {"name": "cpu"}, "spec": {"template": {"spec": {"nodeClassRef": {"name": "root"}}}}}
+
+
+def nvme_pool(gigabytes):
+    disk = {"key": "karpenter.k8s.aws/instance-local-nvme", "operator": "Gt", "values": [gigabytes]}
+    spec = {"nodeClassRef": {"name": "nvme"}, "requirements": [disk]}
+    return {"metadata": {"name": "tables"}, "spec": {"template": {"spec": spec}}}
 
 
 def configured(**changes):
@@ -400,8 +420,11 @@ def test_karpenter_counts_as_nodes_to_come(preflight):
         "metadata": {"name": "h100"},
         "spec": {"template": {"metadata": {"labels": {LABEL: "nvidia-h100"}}, "spec": {"taints": [GPU_TAINT]}}},
     }
-    cpu = {"metadata": {"name": "cpu"}, "spec": {"template": {"spec": {}}}}
-    objects = healthy() | {"/api/v1/nodes": [], "/apis/karpenter.sh/v1/nodepools": [pool, cpu, nvme_pool("1910")]}
+    objects = healthy() | {
+        "/api/v1/nodes": [],
+        NODE_POOLS: [pool, cpu_pool(), nvme_pool("1910")],
+        NODE_CLASSES: [node_class("root", "700Gi"), NVME],
+    }
     _, results, _ = preflight(objects)
     assert not failed(results), {name: results[name]["detail"] for name in failed(results)}
     assert "planning: NodePool cpu, tables; " in results["nodes for cpu tasks"]["detail"]
@@ -414,9 +437,8 @@ def test_karpenter_counts_as_nodes_to_come(preflight):
 
 @pytest.mark.parametrize("gigabytes", ["", "1800"])
 def test_a_pool_whose_disk_does_not_hold_the_tables_does_not_count_for_deciding(preflight, gigabytes):
-    cpu = {"metadata": {"name": "cpu"}, "spec": {"template": {"spec": {}}}}
-    pools = [cpu, *([nvme_pool(gigabytes)] if gigabytes else [])]
-    objects = healthy() | {"/apis/karpenter.sh/v1/nodepools": pools}
+    pools = [cpu_pool(), *([nvme_pool(gigabytes)] if gigabytes else [])]
+    objects = healthy() | {NODE_POOLS: pools, NODE_CLASSES: [node_class("root", "700Gi"), NVME]}
     objects["/api/v1/nodes"] = objects["/api/v1/nodes"][:8]  # those with GPUs, whose taint these tasks do not tolerate
     _, results, _ = preflight(objects)
     assert failed(results) == {"nodes for cpu tasks"}
@@ -424,15 +446,32 @@ def test_a_pool_whose_disk_does_not_hold_the_tables_does_not_count_for_deciding(
     assert "nucleus-tables" in results["nodes for cpu tasks"]["remedy"]
 
 
-def nvme_pool(gigabytes: str) -> dict:
-    disk = {"key": "karpenter.k8s.aws/instance-local-nvme", "operator": "Gt", "values": [gigabytes]}
-    return {"metadata": {"name": "tables"}, "spec": {"template": {"spec": {"requirements": [disk]}}}}
+@pytest.mark.parametrize(
+    ("classes", "status", "detail"),
+    [
+        # Pods get nine tenths of a disk, and a task that gathers needs 500 GiB.
+        ([node_class("root", "560Gi"), NVME], "ok", "gathering: NodePool cpu, tables; "),
+        ([node_class("root", "550Gi"), NVME], "ok", "gathering: NodePool tables; "),
+        ([node_class("root", "700Gi"), node_class("nvme", "700Gi")], "failed", "no node takes a task of deciding"),
+        ([NVME], "ok", "planning: NodePool tables; "),
+        ([node_class("root", "700Gi")], "skipped", "deciding: no node, and the disk of NodePool tables is not known"),
+        ([node_class("root"), node_class("nvme")], "skipped", "the disk of NodePool cpu, tables is not known"),
+        (None, "skipped", "the disk of NodePool cpu, tables is not known"),
+    ],
+)
+def test_the_disk_of_a_pool_is_what_its_node_class_says(preflight, classes, status, detail):
+    """classes: None if this identity may not look at them."""
+    objects = healthy() | {NODE_POOLS: [cpu_pool(), nvme_pool("1910")], NODE_CLASSES: classes}
+    objects["/api/v1/nodes"] = objects["/api/v1/nodes"][:8]
+    _, results, _ = preflight(objects, denied=[] if classes else [NODE_CLASSES])
+    assert results["nodes for cpu tasks"]["status"] == status, results["nodes for cpu tasks"]["detail"]
+    assert detail in results["nodes for cpu tasks"]["detail"]
 
 
 def test_tasks_that_may_not_be_interrupted_do_not_fit_on_tainted_nodes_alone(preflight):
     taint = {"key": "flyte.org/interruptible", "value": "true", "effect": "NoSchedule"}
     spot = {"metadata": {"name": "spot"}, "spec": {"template": {"spec": {"taints": [taint]}}}}
-    objects = healthy() | {"/apis/karpenter.sh/v1/nodepools": [spot]}
+    objects = healthy() | {NODE_POOLS: [spot]}
     objects["/api/v1/nodes"].pop()
     _, results, _ = preflight(objects)
     assert failed(results) == {"nodes for cpu tasks"}

@@ -230,6 +230,7 @@ def _is_number(text: str) -> bool:
 
 
 def few(columns: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
     names = [shortened(visible(column)) for column in columns[:12]]
     return ", ".join(names) + (f" and {len(columns) - 12} more" if len(columns) > 12 else "")
 

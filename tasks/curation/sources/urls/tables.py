@@ -151,7 +151,7 @@ def _within(
 def _columns(shown: str, names: list[str], config: SourceConfig, needs_captions: bool) -> tuple[str, ...]:
     """The column of URLs and the caption columns."""
     assert config.urls is not None
-    listed = ", ".join(visible(name) for name in names[:12])
+    listed = csv_text.few(names)
     wanted = column_name(config.urls.column)
     urls = [name for name in names if column_name(name) == wanted]
     if len(urls) != 1:

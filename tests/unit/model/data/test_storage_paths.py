@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import threading
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -172,3 +174,22 @@ def test_no_refusal_shows_a_signed_query(uri):
 )
 def test_a_message_is_shown_without_logins_and_queries_and_otherwise_whole(message, shown):
     assert storage.without_logins(message) == shown
+
+
+@pytest.mark.parametrize(
+    ("error", "failures", "attempts"),
+    [(OSError("the connection was reset"), 2, 3), (OSError("503 Slow Down"), 5, 5), (PermissionError("no"), 1, 1)],
+)
+def test_a_write_to_a_store_that_fails_for_a_moment_is_tried_again(monkeypatch, error, failures, attempts):
+    written = []
+
+    def write(path, content):
+        written.append((path, content))
+        if len(written) <= failures:
+            raise error
+
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr(storage, "filesystem", lambda path: (SimpleNamespace(pipe_file=write), path))
+    with contextlib.nullcontext() if attempts > failures else pytest.raises(type(error), match=str(error)):
+        storage.write_bytes("s3://bucket/report.json", b"done")
+    assert written == [("s3://bucket/report.json", b"done")] * attempts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from object_store import s3_bucket
@@ -112,9 +113,9 @@ def test_a_store_that_fails_for_a_while_loses_no_row_and_one_that_stays_away_end
         if len(written) <= failures:
             raise OSError("the connection was reset")
 
-    monkeypatch.setattr(journal, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.001)
     monkeypatch.setattr(storage, "children", lambda place: [])
-    monkeypatch.setattr(storage, "write_bytes", write)
+    monkeypatch.setattr(storage, "filesystem", lambda path: (SimpleNamespace(pipe_file=write), path))
     book = Journal("s3://journals/captions/0")
     book.add({"n": 0})
     if stored:

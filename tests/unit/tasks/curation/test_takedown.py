@@ -7,16 +7,19 @@ import json
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from own_images import picture, png, write_folder
 
 from tasks.curation import flow, takedown
+from tasks.curation.captioning.run import CAPTIONS_TABLE
 from tasks.curation.config import CurationConfig, FilterConfig, SourceConfig
 from tasks.curation.curated import open_curated
-from tasks.curation.scoring.score import THUMBNAILS_TABLE
+from tasks.curation.scoring.score import SCORES_TABLE, THUMBNAILS_TABLE
 from tasks.curation.scoring.scored_shard import fetch_pictures
 from tasks.manifest import load_manifest
-from tasks.store import make_sealed, read_index
+from tasks.store import Part, fetch_part, make_part, make_sealed, read_index
 
 CONFIG = CurationConfig(filters=FilterConfig(min_side_px=32, min_entropy_bits=0.05))
 
@@ -71,7 +74,7 @@ def test_the_small_picture_of_a_record_is_not_in_what_is_made_afterwards(tmp_pat
     for curated, expected in ((before, 3), (after, 2)):
         pictures = 0
         for part in read_index(curated):
-            (scores,) = load_manifest(takedown.fetch_part(part)).parents
+            (scores,) = load_manifest(fetch_part(part)).parents
             path = fetch_pictures(part._replace(kind=scores.kind, digest=scores.digest, uri=scores.uri))
             pictures += len(pd.read_parquet(path / THUMBNAILS_TABLE))
         assert pictures == expected
@@ -89,6 +92,21 @@ def test_a_shard_that_has_no_record_of_the_list_keeps_its_parts(tmp_path, home):
     curated = curate(source, [sha(0)])
     new = {part.digest for part in read_index(curated)} - known
     assert len(new) == 1 < len(list(read_index(curated)))
+
+
+def test_only_the_scores_are_read_to_look_for_the_records_of_a_list():
+    def make(out: Path) -> int:
+        row = {"row": 0, "record_id": sha(0), "key": "k", "locator": "p000.png", "problem": ""}
+        pq.write_table(pa.Table.from_pylist([row]), out / SCORES_TABLE)
+        for name in (THUMBNAILS_TABLE, CAPTIONS_TABLE):
+            (out / name).write_text("a large table")
+        return 1
+
+    parts = [make_part("captions", "0", "1", {}, make), Part("1", "captions", error="no such file")]
+    directory = fetch_part(parts[0])
+    for name in (THUMBNAILS_TABLE, CAPTIONS_TABLE):
+        (directory / name).unlink()
+    assert takedown.remove(parts, [sha(1)]) == parts
 
 
 def test_a_list_that_cannot_be_read_or_is_empty_is_refused(tmp_path):

@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 
-from tasks.curation.sources import archives, base, tar_format
+from tasks.curation.sources import archives, base, tar_format, tars
 from tasks.curation.sources.archives import Archive
 from tasks.curation.sources.file_trees import at
 
@@ -48,7 +48,7 @@ def test_texts_are_paired_with_images_folder_by_folder_and_everything_is_counted
     skipped = {reason: count for reason, (count, _) in account.skipped.items()}
     assert skipped == {"hidden": 2, ".doc": 1, ".txt": 1}
     with open(tmp_path / "x.zip", "rb") as file:
-        assert Zip().scan("x.zip", file, ()) == (3, [])
+        assert Zip().scan("x.zip", file, ()) == (3, [], "")
 
 
 def test_keys_depend_on_the_names_alone(tmp_path):
@@ -162,6 +162,15 @@ def test_a_broken_metadata_file_inside_is_refused_by_its_name(tmp_path, table):
     files = {"a.png": b"1", "s/metadata.csv": table}
     with pytest.raises(ValueError, match=r"x\.zip:s/metadata\.csv(, line 2,| cannot be read: Bad CRC)"):
         records(tmp_path, files, lambda data: data.replace(b"A" * 64, b"B" * 64))
+
+
+def test_metadata_files_over_their_limit_are_refused_with_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(tars, "MAX_METADATA_BYTES", 2 * 2**20)
+    table = b"file_name,text\n" + b"\n" * 2**20
+    files = {"a.png": b"1", "s/metadata.csv": table}
+    assert len(records(tmp_path, files)[0]) == 1
+    with pytest.raises(ValueError, match=r"x\.zip: its metadata files have more than 2 MiB"):
+        records(tmp_path, files | {"t/metadata.csv": table})
 
 
 def test_an_archive_over_a_limit_is_refused_by_its_name(tmp_path, monkeypatch):

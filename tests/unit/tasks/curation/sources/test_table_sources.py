@@ -56,6 +56,9 @@ def test_each_record_of_a_table_without_a_caption_column_names_the_columns(tmp_p
     assert captions_in(tmp_path, caption_columns=("blurb",)) == {"x.parquet:0": ["a caption"]}
     pq.write_table(pa.table([[PNG], ["a"], ["b"]], names=["image", "text", "text"]), tmp_path / "x.parquet")
     refused(tmp_path, "'text' twice")
+    labels = {f"label{i}": ["x"] for i in range(13)}
+    pq.write_table(pa.table({"image": [PNG]} | labels), tmp_path / "x.parquet")
+    assert "label10 and 2 more; it needs" in details_in(tmp_path)["x.parquet:0"]
 
 
 def test_parquet_with_paths_only_is_refused_and_one_without_an_image_column_is_counted(tmp_path):

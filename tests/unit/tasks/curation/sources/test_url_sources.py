@@ -437,6 +437,7 @@ curate(Path({str(path.parent)!r}), concurrency=4)
         ("u.csv", "url,text,\nhttps://a/1.png,a barn, red\n", ["line 2", "column 3"]),
         ("u.tsv", "url\ttext\nhttps://a/1.png\n", ["line 2", "1 field"]),
         ("u.csv", "url,text,text\nhttps://a/1.png,a,b\n", ["there twice"]),
+        ("u.csv", "a,b,c,d,e,f,g,h,i,j,k,l,m,n\n", ["columns a, b", "k, l and 2 more; it needs one of URLs"]),
         ("u.csv", "url,text\nhttps://a/1.png,caf\xe9\n", ["not a readable table"]),
         ("u.csv", "\n\n", ["no header"]),
         ("u.csv", "url,text" + "," * 9_999 + "\n", ["10,001 columns", "at most 10,000 are read"]),
