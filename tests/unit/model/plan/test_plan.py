@@ -161,6 +161,7 @@ def test_state_is_sharded_by_the_shard_degree(shapes):
     assert Shapes(CONFIG).per_gpu(three, prefix="transformer_blocks.1.img_mlp.experts.down_proj") == 4 * 7 * 128
 
 
+@pytest.mark.slow
 def test_buffers_are_the_rows_that_experts_take_and_the_units_that_fsdp_gathers(sections, shapes):
     model, train = sections
     layout = Layout(64, 64, 64, 4, "full")

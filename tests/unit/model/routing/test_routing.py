@@ -185,6 +185,7 @@ def latents(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_the_command_draws_an_exported_model_and_writes_its_numbers(latents, tmp_path, capsys):
     model = model_of(layers=2)
     export_transformer(model, tmp_path / "merged" / "transformer")

@@ -171,6 +171,7 @@ def test_a_failed_shard_is_named_and_only_it_is_made_the_next_time(tars, home, m
     assert [Path(uri).name for uri in made] == ["1.tar"]
 
 
+@pytest.mark.slow
 def test_within_the_ratio_a_failed_shard_is_a_row_of_the_ledger(tars, home, monkeypatch):
     real = score.score_shard
 

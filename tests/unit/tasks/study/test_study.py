@@ -66,6 +66,7 @@ def test_what_is_no_study_is_refused_before_any_work(arguments, message):
         plan_runs(*arguments)
 
 
+@pytest.mark.slow
 def test_differences_are_paired_by_seed_and_have_intervals(tmp_path):
     study = write_study(RUNS, tmp_path)
     difference = study["differences"]["<slow>"]["overall"]

@@ -455,6 +455,7 @@ def test_a_summary_is_made_of_equal_pictures_and_some_that_do_not_decode(tmp_pat
     assert sorted(fates) == ["kept"] * 3 + ["undecodable"] * 3
 
 
+@pytest.mark.slow
 def test_deciding_reads_each_part_once_and_counts_the_files_of_all(folder, monkeypatch):
     fetched, real = [], decide_module.fetch_part
     monkeypatch.setattr(

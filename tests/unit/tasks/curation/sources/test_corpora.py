@@ -74,6 +74,7 @@ def test_the_projects_own_output_inside_a_source_is_no_part_of_it(tmp_path, monk
     assert account.skipped == {"this project's own output (NUCLEUS_HOME)": (1, "out")}
 
 
+@pytest.mark.slow
 def test_adding_and_changing_files_changes_their_own_shards_alone(tmp_path):
     source = write(tmp_path / "source", {f"{i:03d}.png": picture(i) for i in range(60)})
     mixed(source / "more")

@@ -191,6 +191,7 @@ def test_a_tar_is_read_as_its_files_in_a_folder_are(tmp_path, files, config):
     assert all(loose.values())
 
 
+@pytest.mark.slow
 def test_a_tar_of_many_spellings_of_folders_is_read_in_linear_time(tmp_path):
     word = "abcdefghijklmno"
     spelled = ["".join(c.upper() if n >> i & 1 else c for i, c in enumerate(word)) for n in range(1500)]

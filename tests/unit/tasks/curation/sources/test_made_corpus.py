@@ -96,6 +96,7 @@ def test_the_bytes_of_a_shard_depend_on_its_numbers_alone(tmp_path):
         assert set(sidecar) == {"captions", "source", "meta"}
 
 
+@pytest.mark.slow
 def test_another_number_of_shards_gives_the_same_records(made, tmp_path):
     _, records = make(CONFIG.model_copy(update={"shards": 200}), tmp_path)
     assert plain(records) == plain(made[2])

@@ -225,6 +225,7 @@ def _memory_mib() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
+@pytest.mark.slow
 def test_texts_and_rows_with_long_names_are_not_kept_in_memory(tmp_path):
     long = "x" * 3900
     with ParallelTexts((), None, loose=True) as texts, Listed(None, ()) as tables:

@@ -211,6 +211,7 @@ def test_a_tar_that_is_none_or_is_cut_off_is_named(tmp_path):
         refused(tmp_path, str(tmp_path / "x.tar"), "not a readable tar")
 
 
+@pytest.mark.slow
 def test_headers_over_a_mebibyte_are_refused_before_they_are_kept(tmp_path):
     for name, flag in (("long", b"L"), ("pax", b"x"), ("global", b"g")):
         info = tarfile.TarInfo("x")
@@ -260,6 +261,7 @@ def test_a_tar_without_images_beside_others_is_no_error(tmp_path):
     assert left_out(tmp_path) == {".md": 1}
 
 
+@pytest.mark.slow
 def test_zeros_between_and_behind_archives_are_passed_over_up_to_a_bound(tmp_path, monkeypatch):
     one = tar_of(tmp_path / "one.tar", {"a.png": PNG}).read_bytes()
     two = tar_of(tmp_path / "two.tar", {"b.png": PNG}).read_bytes()

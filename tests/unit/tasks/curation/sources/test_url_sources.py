@@ -289,6 +289,7 @@ def test_every_url_is_in_the_ledger_recovered_or_refused(site, tmp_path):
     assert site.agents == {"nucleus-flyte/0.1"}
 
 
+@pytest.mark.slow
 def test_csv_and_parquet_tables_give_the_same_images_by_the_recipes_columns(site, tmp_path):
     lines = ["link,alt\r\n"] + [f'{site.url(f"/ok/{i}.png")},"a picture, number {i},\nof a set"\r\n' for i in range(5)]
     (tmp_path / "a").mkdir()
