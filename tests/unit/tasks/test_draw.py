@@ -37,7 +37,7 @@ def home(tmp_path_factory) -> Path:
         "overall": score,
         "tasks": {},
         "held_out": None,
-        "counts": {"expected": 6, "scored": 6, "failed": 0},
+        "counts": {"expected": 6, "generated": 6, "scored": 6, "failed": 0},
         "interval": {"method": "Wilson", "level": 0.95},
         "settings": {"model_digests": {name: seal(parts / name, name).digest for name in ("merged", "components")}},
     }
