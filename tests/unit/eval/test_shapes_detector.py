@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from parameters import slow_except
 from PIL import Image, ImageDraw, ImageFilter
 from scipy import ndimage
 
@@ -61,7 +62,7 @@ LOOKS = {"clean": lambda image: image, "jpeg": jpeg, "blurred": blurred, "both":
 
 
 @pytest.mark.parametrize("look", LOOKS)
-@pytest.mark.parametrize("size_px", [64, *(pytest.param(size, marks=pytest.mark.slow) for size in (80, 96, 128))])
+@pytest.mark.parametrize("size_px", slow_except([64], [64, 80, 96, 128]))
 def test_rendered_truth_scores_98_percent_in_each_task(size_px, look):
     rng = np.random.default_rng(size_px)
     right, total = Counter(), Counter()

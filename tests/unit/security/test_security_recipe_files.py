@@ -34,6 +34,7 @@ def test_a_yaml_bomb_is_refused_at_once(tmp_path, bomb):
     assert time.process_time() - began < 5  # unbounded, minutes or all memory
 
 
+@pytest.mark.slow
 def test_an_override_that_is_nested_too_deeply_is_refused():
     with pytest.raises(ValueError, match="nested too deeply"):
         load_recipe("tiny", ["source=" + "[" * 100_000 + "]" * 100_000])

@@ -103,6 +103,7 @@ def test_categories_are_corrected_for_their_number(make):
     assert all(0 < c.p <= 1 for c in comparison.categories.values())
 
 
+@pytest.mark.slow
 def test_other_prompts_and_other_judges_are_not_compared(make):
     class Other(Chance):
         name, revision = "other", "1" * 64

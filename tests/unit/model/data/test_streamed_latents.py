@@ -111,6 +111,7 @@ def test_a_batch_reads_only_its_rows_from_an_object_store_and_no_whole_file(buck
     )
 
 
+@pytest.mark.slow
 def test_a_forked_process_reads_though_its_parent_has_read(bucket):
     local, uri = bucket
     dataset = StreamedLatents(local, uri)

@@ -11,6 +11,7 @@ import shutil
 import pytest
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from parameters import slow_except
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
@@ -75,7 +76,7 @@ def test_swiglu(shape, gate_first, dtype, device):
     assert_equal(lambda p: SwiGLU.apply(p, gate_first), lambda p: plain_swiglu(p, gate_first), [packed], dtype)
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 3, 12), (1, 7, 4, 32), (2, 9, 1, 8)])
+@pytest.mark.parametrize("shape", slow_except([(2, 5, 3, 12)], [(2, 5, 3, 12), (1, 7, 4, 32), (2, 9, 1, 8)]))
 @pytest.mark.parametrize("per_head", [True, False])
 def test_norm_rope(shape, per_head, dtype, device, monkeypatch):
     from model.kernels import norm_rope
@@ -109,7 +110,7 @@ def test_norm_rope_with_fp32_weights_of_bf16_queries(device):
     assert relative(actual, expected) < 1e-2
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 12), (1, 33, 8), (3, 1, 70)])
+@pytest.mark.parametrize("shape", slow_except([(2, 5, 12)], [(2, 5, 12), (1, 33, 8), (3, 1, 70)]))
 @pytest.mark.parametrize("want_normed", [True, False])
 def test_norm_modulate(shape, want_normed, dtype, device):
     from model.kernels.norm_modulate import NormModulate
@@ -224,7 +225,7 @@ def assert_close(actual, expected):
         assert (mine - theirs).norm() < 1e-5 * theirs.norm() + 1e-7 * total
 
 
-@pytest.mark.parametrize("capacity_factor", [0.1, 1.7, 3.0])
+@pytest.mark.parametrize("capacity_factor", slow_except([1.7], [0.1, 1.7, 3.0]))
 def test_layer_with_kernels_equals_the_plain_layer(capacity_factor, device):
     """Gather, SwiGLU and combine too: the output, and gradients of inputs and weights."""
     ours, actual = run_layer(device, torch.float32, "triton", capacity_factor)
@@ -234,6 +235,7 @@ def test_layer_with_kernels_equals_the_plain_layer(capacity_factor, device):
     assert_close(actual, expected)
 
 
+@pytest.mark.slow
 def test_layer_with_kernels_in_bf16_is_as_exact_as_the_plain_one(device):
     """Every expert takes every token, so that rounded scores do not change the choice."""
     _, actual = run_layer(device, torch.bfloat16, "triton", 3.0)

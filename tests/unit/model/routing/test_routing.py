@@ -202,6 +202,7 @@ def test_the_command_draws_an_exported_model_and_writes_its_numbers(latents, tmp
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_command_reads_the_weights_of_a_training_checkpoint(latents, tmp_path, capsys):
     import torch.distributed.checkpoint as dcp
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from own_images import png, write_folder, write_tar
+from parameters import slow_except
 
 from tasks.curation import caption_check, check, flow
 from tasks.curation.config import (
@@ -93,7 +94,9 @@ def listed(path: Path, source: SourceConfig = SourceConfig()) -> Path:
     return make_sealed("corpus", lambda out: flow.write_corpus(source, str(path), [], out), logs=flow.CORPUS_LOGS)[0]
 
 
-@pytest.mark.parametrize("write", SOURCES, ids=["bare", "tar", "table", "unreadable", "long", "mixed"])
+@pytest.mark.parametrize(
+    "write", slow_except([bare, unreadable], SOURCES), ids=["bare", "tar", "table", "unreadable", "long", "mixed"]
+)
 def test_a_source_without_a_usable_caption_is_refused_with_causes_and_a_ledger_and_nothing_is_decoded(
     write: Callable, tmp_path, scored, monkeypatch
 ):
@@ -231,7 +234,7 @@ WITHOUT_A_COLUMN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", WITHOUT_A_COLUMN)
+@pytest.mark.parametrize("kind", slow_except(["parquet", "csv"], WITHOUT_A_COLUMN))
 def test_tables_without_a_caption_column_are_refused_by_name_only_where_a_caption_is_required(
     kind, tmp_path, monkeypatch
 ):
@@ -266,7 +269,7 @@ def test_no_record_of_a_source_over_the_limit_is_read_for_it(tmp_path, monkeypat
     flow.check_captions(corpus, CONFIG.model_copy(update={"captions": CaptionConfig(required=False)}))
 
 
-@pytest.mark.parametrize("kind", WITHOUT_A_COLUMN)
+@pytest.mark.parametrize("kind", slow_except(["parquet", "csv"], WITHOUT_A_COLUMN))
 def test_one_caption_next_to_a_table_without_captions_is_enough(kind, tmp_path, monkeypatch):
     (tmp_path / "source").mkdir()
     WITHOUT_A_COLUMN[kind][0](tmp_path / "source")

@@ -248,6 +248,7 @@ def test_bytes_that_changed_since_scoring_are_refused(tars):
         list(curated.images(part))
 
 
+@pytest.mark.slow
 def test_images_are_the_kept_records_with_their_original_bytes(tars):
     (tars / "0.tar").unlink()
     write_tar(tars / "0.tar", [0, 1, 1, 2])

@@ -49,6 +49,7 @@ def wait_for(condition) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_in_an_object_store_each_row_is_written_at_once_and_objects_are_few(monkeypatch):
     monkeypatch.setattr(journal, "SEGMENT_ROWS", 4)
     with s3_bucket("journals") as fs:

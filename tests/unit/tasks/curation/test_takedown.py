@@ -160,6 +160,7 @@ def test_the_command_names_artifacts_pipelines_and_near_duplicates(tmp_path, hom
     assert takedown.main([str(path), str(tmp_path / "nowhere")]) == 2
 
 
+@pytest.mark.slow
 def test_near_duplicates_are_named_whatever_their_files_are_called(tmp_path, home, capsys):
     source = write_folder(tmp_path / "source", range(3))
     for suffix in (".png", ".txt"):

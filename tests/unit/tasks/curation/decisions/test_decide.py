@@ -444,6 +444,7 @@ def test_clean_scenes_digits_and_rotated_ones_are_kept(planted):
     assert report["input"] == len(book) == report["kept"] + sum(report["rejected"].values())
 
 
+@pytest.mark.slow
 def test_a_summary_is_made_of_equal_pictures_and_some_that_do_not_decode(tmp_path, capsys):
     """DuckDB ended in an internal error: bins of log2(width / height), where sizes of 0 are filtered out."""
     folder = write_folder(tmp_path / "images", range(3))

@@ -384,6 +384,7 @@ def test_scorers_see_a_long_strip_in_few_pixels():
     assert measure(to_bytes(Image.new("RGB", (1200, 1600)), "PNG"), CurationConfig()).image_size == (384, 512)
 
 
+@pytest.mark.slow
 def test_a_broken_image_leaves_no_memory_in_its_worker_which_the_next_one_needs():
     good = to_bytes(Image.new("RGB", (3000, 3000)), "PNG")
     measure(good, CurationConfig())  # loads what workers share

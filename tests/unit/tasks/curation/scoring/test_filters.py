@@ -352,6 +352,7 @@ def test_a_scorer_that_does_not_exist_is_refused_by_name():
         chosen_scorers(ScorerConfig(watermark="clasical"))
 
 
+@pytest.mark.slow
 def test_a_scorer_is_imported_only_where_a_recipe_names_it():
     code = (
         "import sys; from tasks.curation.scorers import build_scorer, chosen_scorers\n"

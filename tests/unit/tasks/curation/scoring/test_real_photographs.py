@@ -60,6 +60,7 @@ def test_different_tiles_do_not_match_even_with_the_same_logo(matches):
     assert matches.wrong == []
 
 
+@pytest.mark.slow
 def test_edited_copies_of_a_few_tiles_are_found():
     matches = benchmark.match(benchmark.tiles(Image.fromarray(photographs()[0]), TILE_PX))
     assert matches.count and min(matches.recall.values()) >= 0.85 and not matches.wrong

@@ -347,6 +347,7 @@ def test_the_shards_have_img2datasets_layout_and_are_read_as_such(site, tmp_path
     ]
 
 
+@pytest.mark.slow
 def test_tars_of_img2dataset_itself_are_read_as_they_are(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
@@ -611,6 +612,7 @@ def test_rules_of_sites_leave_memory_when_there_are_many_and_are_asked_for_again
     assert 4 < site.requests["/robots.txt"] <= 8
 
 
+@pytest.mark.slow
 def test_answers_over_a_bound_wait_on_disk(site, monkeypatch, tmp_path):
     monkeypatch.setattr(fetch, "SPOOL_BYTES", 100)
     rolled = []
