@@ -36,9 +36,10 @@ draw: export NUCLEUS_PROMPT = $(PROMPT)
 draw: $(STAMP)
 	@$(VENV)/bin/python -m tasks.draw "$$NUCLEUS_PROMPT" --seed $(or $(SEED),0)
 
-# A worker for each of two cores, each with one thread.
+# A worker for each of two cores, each with one thread. pytest keeps the tests that it rewrites, whatever the environment says:
+# a third of the time in which each worker collects them.
 WORKERS ?= 2
-PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS)
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS)
 # Files stay together, since they share fixtures; test-fast has none that take long, and its workers end together.
 BY_FILE := --dist loadfile
 

@@ -19,6 +19,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; the limit on CPU 
 # Before any matrix product on CUDA: see model/__init__.py, which not every test imports first.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+# kubernetes imports kubernetes_validate, which compiles 39 grammars: 3 s for each worker. Tests that validate import it themselves.
+with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(sys.modules, "kubernetes_validate", None)
+    import kubernetes.dynamic  # noqa: F401
+
 # Garbage of earlier tests may hold groups of gloo. A forked process lacks their threads, and would wait forever when it
 # ends such a group. So garbage is collected before a fork, and a child never collects what it inherits. The rest is
 # left out of later collections: torch alone is millions of objects, and a collection of them takes as long as most tests.

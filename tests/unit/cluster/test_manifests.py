@@ -467,6 +467,7 @@ def test_the_captioner_gets_arguments_that_vllm_0_11_and_later_know():
     assert names == {"--model", "--served-model-name", "--host", "--port", "--max-model-len", "--limit-mm-per-prompt"}
 
 
+@pytest.mark.slow
 def test_the_captioners_weights_come_from_the_store_into_the_folder_that_vllm_serves(tmp_path, monkeypatch):
     spec = captioner()["template"]["spec"]
     (copy,), (serve,) = spec["initContainers"], spec["containers"]

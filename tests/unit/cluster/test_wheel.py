@@ -8,9 +8,12 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.slow
 def test_a_wheel_has_every_module_and_recipe(tmp_path):
     source = tmp_path / "source"
     source.mkdir()

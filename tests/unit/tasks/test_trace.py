@@ -493,6 +493,7 @@ def test_a_lineage_in_s3_is_verified_without_a_local_copy(remote, home, capsys):
     assert {use.kind for use in used_by(record_id(0), "s3://lineage/home")} >= {"pipeline", "latents", "selections"}
 
 
+@pytest.mark.slow
 def test_a_card_names_the_same_ancestors_when_they_are_in_s3(made, home, tmp_path, monkeypatch):
     expected = tracing.lineage_rows([made["merged"], made["components"]])
     assert len(expected) > 4 and all(row["counts"] or row["kind"] not in ("curated", "records") for row in expected)

@@ -165,6 +165,7 @@ def test_of_equal_candidates_the_incumbent_stays(make):
     assert selection.chosen == str(make("same1", 0.8)) and selection.sentence.startswith("the incumbent stays")
 
 
+@pytest.mark.slow
 def test_official_prompts_are_not_for_choosing(make):
     config = CONFIG.model_copy(update={"prompt_set": "official"})
     a, b = make("official", 0.8, config), make("official2", 0.8, config)

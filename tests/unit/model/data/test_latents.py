@@ -160,6 +160,7 @@ def test_every_image_is_seen_once_per_epoch(written):
         assert epochs[0] != epochs[1]
 
 
+@pytest.mark.slow
 def test_tiers_are_read_in_proportion_to_their_weights(written):
     dataset = LatentDataset(written[0])
     order = SampleOrder(dataset, 32, 0, {"A1": 3.0, "A2": 1.0})

@@ -369,6 +369,7 @@ def test_steps_that_train_guidance_in_cost_one_more_forward_and_little_memory(se
     assert 0 <= after["memory_bytes"]["peak"] - before["memory_bytes"]["peak"] < 4 * 4096 * 64 * 4 * 8
 
 
+@pytest.mark.slow
 def test_time_and_cost_follow_from_flops(sections, shapes):
     model, train = sections
     stage, layout = train.stages[2], Layout(64, 64, 64, 4, "full")

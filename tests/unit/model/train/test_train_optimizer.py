@@ -112,6 +112,7 @@ def test_the_first_rank_prints_which_parameters_are_in_which_group(alone, capsys
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("expert_parallel, scale, left", [
     (64, "rms", {"experts.gate_up_proj"}),
     (8, "rms", {"experts.gate_up_proj"}),

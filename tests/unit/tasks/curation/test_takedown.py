@@ -202,6 +202,7 @@ def test_after_the_takedown_nothing_new_has_the_record(tmp_path, home):
     assert any(use.kind == "curated" and not use.has and "takedown" in use.why for use in result.uses)
 
 
+@pytest.mark.slow
 def test_an_image_is_taken_down_by_its_url(tmp_path, monkeypatch):
     from image_site import image_site
 

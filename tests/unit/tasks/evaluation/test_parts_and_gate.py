@@ -70,6 +70,7 @@ def test_images_are_linked_and_not_copied_to_be_sealed_and_judged(model, monkeyp
     assert picture.stat().st_nlink == 1  # the folders of the run are gone
 
 
+@pytest.mark.slow
 def test_answers_of_a_judge_that_died_are_kept_for_the_next_attempt(model, monkeypatch):
     asked = []
 

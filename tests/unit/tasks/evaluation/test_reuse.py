@@ -139,6 +139,7 @@ def test_the_digests_of_answers_and_scores_are_equal_whether_answers_were_asked_
     assert load_manifest(local(reused)).digest == load_manifest(local(asked)).digest
 
 
+@pytest.mark.slow
 def test_answers_of_a_judge_that_stopped_are_reused_by_a_run_with_other_settings(
     model, number_sampled, number_asked, monkeypatch
 ):

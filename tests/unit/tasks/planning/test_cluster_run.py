@@ -40,6 +40,7 @@ def cluster(pod):
     )
 
 
+@pytest.mark.slow
 def test_a_pod_keeps_checkpoints_in_the_store_and_reads_latents_from_it(cluster, monkeypatch):
     monkeypatch.setenv("NUCLEUS_STORE", "s3://bucket/store")
     sections = cluster(COMMIT)
@@ -97,6 +98,7 @@ def test_the_scratch_of_a_training_pod_is_what_its_task_requests():
     assert envs.trainer()["requests"].ephemeral_storage == f"{envs.training_scratch_gib()}Gi"
 
 
+@pytest.mark.slow
 def test_the_download_is_checked_in_an_image_without_torch():
     """check_curated runs in curation's image."""
     code = (

@@ -68,6 +68,7 @@ def test_a_whole_recipe_keeps_its_limit_unless_it_is_a_copy_of_a_shipped_one(wor
     assert word_limit.is_chosen(recipe_text(str(path)), []) == chosen  # as a cluster gets it
 
 
+@pytest.mark.slow
 def test_check_applies_the_limit_of_a_run_and_says_which(tmp_path, monkeypatch, capsys):
     from own_images import write_folder
 

@@ -80,6 +80,7 @@ def test_differences_are_paired_by_seed_and_have_intervals(tmp_path):
     assert "routing_stability" not in study["differences"]["dense"]
 
 
+@pytest.mark.slow
 def test_tables_and_page_show_everything_and_escape_names(tmp_path):
     write_study(RUNS, tmp_path)
     text, page = (tmp_path / "study.md").read_text(), (tmp_path / "study.html").read_text()

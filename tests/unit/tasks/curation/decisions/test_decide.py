@@ -167,6 +167,7 @@ def test_a_bare_twin_does_not_displace_one_with_captions(tmp_path):
     assert book_of(decide(folder))["rule"].to_dict() == {"a.png": "no_caption", "p001.png": ""}
 
 
+@pytest.mark.slow
 def test_an_image_repeated_for_each_of_its_captions_keeps_them_all(tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
@@ -180,6 +181,7 @@ def test_an_image_repeated_for_each_of_its_captions_keeps_them_all(tmp_path):
     assert curated.selection(part)["captions"].to_pylist() == [["one", "two words"]]
 
 
+@pytest.mark.slow
 def test_own_images_of_every_shape_up_to_the_limit_are_kept_and_counted(tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
@@ -209,6 +211,7 @@ def test_an_image_that_crashes_its_decoder_costs_one_record(folder, monkeypatch)
     assert book["kept"].sum() == 9
 
 
+@pytest.mark.slow
 def test_check_prints_the_fate_of_each_file(folder, capsys):
     assert check.main([str(folder), "--overrides", "curation.filters.min_side_px=32"]) == 0
     lines = capsys.readouterr().out.splitlines()

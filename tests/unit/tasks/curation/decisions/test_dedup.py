@@ -94,7 +94,7 @@ COPIES = {
 }
 
 
-@pytest.mark.parametrize("how", slow_except(["jpeg75", "resize"], COPIES))
+@pytest.mark.parametrize("how", slow_except(["jpeg75"], COPIES))
 def test_near_duplicates_are_found(how):
     originals = scenes()
     count = len(originals)

@@ -85,6 +85,7 @@ def test_captions_are_counted_by_tier_and_by_episode(summary):
     assert summary.content()["scorers"]["aesthetic"].startswith("proxy, code ")
 
 
+@pytest.mark.slow
 def test_the_page_stays_as_large_for_ten_times_the_records(summary):
     small, large = report.render(summary), report.render(summary_of(rows(6000)))
     cuts = len(LIMITS) + 4

@@ -205,6 +205,7 @@ def test_a_worker_that_takes_too_much_memory_costs_one_result():
     assert isinstance(results[1], CrashError) and str(results[1]) == "the image needs over 500 MiB to decode"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit, count", [(f"{1500 * 2**20}", 2), (f"{100 * 2**20}", 1), ("max", 4)])
 def test_a_small_container_has_fewer_workers_and_what_each_can_decode_stays_the_same(
     tmp_path, monkeypatch, limit, count

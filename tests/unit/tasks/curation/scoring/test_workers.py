@@ -42,6 +42,7 @@ def test_results_come_in_order_whatever_dies(count):
     assert result == [1, crash, None, 3_000_000, crash, len(large), "KeyError: 'x'", 2, len(large), None]
 
 
+@pytest.mark.slow
 def test_one_that_hangs_is_killed_after_the_time_limit():
     begun = time.monotonic()
     assert outcomes([b"a", b"hang", b"bb"]) == [1, "the image took over 1 s to decode", 2]
@@ -146,6 +147,7 @@ def slow_when_spoilt(data: bytes) -> str:
     raise MemoryError
 
 
+@pytest.mark.slow
 def test_both_workers_together_have_the_time_of_one_item():
     with Workers(slow_when_spoilt, 1, timeout_s=1.0) as workers:
         results = [str(result) for _, result in workers.map(enumerate([b"0", b"0.7", b"0"]))]
