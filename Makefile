@@ -49,7 +49,6 @@ test: $(STAMP)
 test-long: $(STAMP)
 	$(PYTEST) $(BY_FILE) -m long $(ARGS)
 
-test-fast: WORKERS = 3  # some tests wait for processes that they start
 test-fast: $(STAMP)
 	$(PYTEST) --dist worksteal -m "not slow and not long" tests/unit $(ARGS)
 

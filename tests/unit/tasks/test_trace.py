@@ -280,6 +280,7 @@ def test_json_is_the_story(made, capsys):
     assert json.loads(capsys.readouterr().out) == tracing.trace(made["pipeline"])
 
 
+@pytest.mark.slow
 def test_the_module_runs_as_a_command(made):
     command = [sys.executable, "-m", "tasks.trace", str(made["pipeline"])]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -73,6 +73,7 @@ def make(tmp_path_factory):
     patch.undo()
 
 
+@pytest.mark.slow
 def test_the_objects_of_this_test_are_right(make):
     card = json.loads((make("perfect", 1.0) / "scorecard.json").read_text())
     assert card["overall"]["mean"] == 1.0 and card["overall"]["interval"][0] < 1.0

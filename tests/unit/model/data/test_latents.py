@@ -146,6 +146,7 @@ def test_the_first_step_of_each_bucket_is_the_one_that_a_run_meets_first(written
     assert order.first_steps() == list(met.values()) and len(met) > 1
 
 
+@pytest.mark.slow
 def test_every_image_is_seen_once_per_epoch(written):
     dataset = LatentDataset(written[0])
     order = SampleOrder(dataset, 5, 0)

@@ -229,7 +229,8 @@ def test_own_images_may_be_of_the_formats_of_phones_unless_the_recipe_names_form
     assert named.curation.filters.formats == ("PNG",)
 
 
-@pytest.mark.parametrize("recipe", ["smoke", pytest.param("tiny", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["smoke", "tiny"])
 def test_own_images_of_any_shape_are_kept_unless_a_limit_is_set(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("NUCLEUS_HOME", str(tmp_path / "home"))
     sizes = [(800, 200), (200, 1300), (640, 100), (300, 300)]

@@ -150,6 +150,7 @@ def test_deciding_again_reads_no_image(folder, monkeypatch):
     assert report["tiers"]["A1"] == report["kept"] > 0
 
 
+@pytest.mark.slow
 def test_the_report_is_self_contained_and_escaped(tmp_path):
     folder = write_folder(tmp_path / "images", range(5), caption="<b>bold</b> & 'more' {}")
     (folder / "<img src=x onerror=1>.png").write_bytes(png(50, (16, 16)))
@@ -161,6 +162,7 @@ def test_the_report_is_self_contained_and_escaped(tmp_path):
         assert word in page
 
 
+@pytest.mark.slow
 def test_a_bare_twin_does_not_displace_one_with_captions(tmp_path):
     folder = write_folder(tmp_path / "images", [1])
     (folder / "a.png").write_bytes(png(1))
