@@ -1,5 +1,6 @@
 """Settings and fixtures of every test."""
 
+import contextlib
 import gc
 import os
 import shutil
@@ -19,8 +20,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; the limit on CPU 
 # Before any matrix product on CUDA: see model/__init__.py, which not every test imports first.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# kubernetes imports kubernetes_validate, which compiles 39 grammars: 3 s for each worker. Tests that validate import it themselves.
-with pytest.MonkeyPatch.context() as patch:
+# kubernetes, which a GPU machine may lack, imports kubernetes_validate, which compiles 39 grammars: 3 s for each worker. Tests
+# that validate import it themselves.
+with contextlib.suppress(ImportError), pytest.MonkeyPatch.context() as patch:
     patch.setitem(sys.modules, "kubernetes_validate", None)
     import kubernetes.dynamic  # noqa: F401
 
