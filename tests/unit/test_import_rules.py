@@ -184,7 +184,7 @@ def test_the_engine_is_imported_without_the_packages_that_a_gpu_machine_may_lack
 @pytest.mark.slow
 def test_pytest_for_gpus_imports_no_file_without_such_tests(tmp_path):
     """Otherwise a missing package would be an error of collection, and no test would run."""
-    for name in ("flytekit", "moto", "torchtitan", "pydantic", "diffusers"):
+    for name in ("flytekit", "moto", "torchtitan", "pydantic", "diffusers", "kubernetes"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('not installed here')")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]
