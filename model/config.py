@@ -281,11 +281,24 @@ class DecayConfig(Section):
 
 
 class GuidanceConfig(Section):
-    """Over a stage's last `steps`, the model learns to predict the result of classifier-free guidance of `scale` on its
-    own predictions (`model.losses.guidance`). It is then sampled without guidance, at half the cost."""
+    """Over a stage's last `steps`, the model learns to predict the result of guidance (`model.losses.guidance`): of
+    classifier-free guidance of `scale`, and of guidance of scale `autoguidance` away from the weights that the stage
+    started from, a weaker model. It is then sampled without guidance, at a fraction of the cost. A scale of 1 is none."""
 
     steps: Positive
-    scale: Annotated[float, Field(gt=1.0)]
+    scale: Annotated[float, Field(ge=1.0)]
+    autoguidance: Annotated[float, Field(ge=1.0)] = 1.0
+
+    @model_validator(mode="after")
+    def _check_scales(self) -> GuidanceConfig:
+        if self.scale == self.autoguidance == 1.0:
+            raise ValueError("scale and autoguidance are 1, which is no guidance: set one above 1, or guidance: null")
+        return self
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes of a step besides the one that is trained."""
+        return (self.scale > 1.0) + (self.autoguidance > 1.0)
 
 
 class StageConfig(Section):
@@ -318,6 +331,11 @@ class StageConfig(Section):
         if lengths != sorted(set(lengths)):
             raise ValueError(f"up_to_tokens {lengths} must rise")
         return entries
+
+    @property
+    def needs_weaker_model(self) -> bool:
+        """Whether some step guides away from the weights that the stage starts from."""
+        return self.guidance is not None and self.guidance.autoguidance > 1.0
 
     def active_losses(self, losses: LossConfig) -> LossConfig:
         """The weights of this stage."""
@@ -431,6 +449,12 @@ class TrainConfig(TrainSettings):
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stages must have different names, got {names}")
+        first = self.stages[0]
+        if first.needs_weaker_model:
+            raise ValueError(
+                f"stages[0].guidance.autoguidance={first.guidance.autoguidance} guides away from the weights of the stage "
+                f"before, and {first.name} is the first stage: leave it out there, or set it in a later stage"
+            )
         sizes = [stage.image_size_px for stage in self.stages]
         if sizes != sorted(sizes):
             raise ValueError(f"image_size_px must not fall from stage to stage, got {sizes}")

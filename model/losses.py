@@ -2,7 +2,7 @@
 
     latents, noise, t --noised--> Example --model--> velocity --objective--> one scalar to differentiate
                                      ^
-             model, empty prompt --guidance (in the steps that train it in)
+             model, empty prompt; weaker model --guidance (in the steps that train it in)
 
 `objective` is the only place where losses are added up: the trainer differentiates it, and the planner traces the memory
 of the same code. A loss with a weight in the recipe (`train.losses.NAME`) is a field of `LossConfig` and an entry of
@@ -13,7 +13,7 @@ Shape suffixes: B batch, S tokens, E experts, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -82,15 +82,22 @@ def noised(latents: torch.Tensor, noise: torch.Tensor, t_B: torch.Tensor, patch_
     return Example(clean_BSC, noise_BSC, noisy_BSC, t_B, rows, columns, patch_size)
 
 
-def guidance(velocity_BSC: torch.Tensor, unconditional_BSC: torch.Tensor, scale: float) -> torch.Tensor:
+def guidance(velocity_BSC: torch.Tensor, away_from: Sequence[tuple[torch.Tensor, float]]) -> torch.Tensor:
     """The term that trained-in guidance adds to the target velocity (`Example.guidance_BSC`), without graph.
 
-    It is w (v - u) for the predictions v with text and u without, where w = 1 - 1 / scale. If the model would predict c
-    for the plain target, the fixed point is v = c + w (v - u), that is v = u + scale (c - u): classifier-free guidance
-    in one forward pass. Samples whose caption is dropped keep the plain target, as v is u there. The idea is model
-    guidance's (arXiv 2502.12154).
+    Args:
+        velocity_BSC: the model's prediction v, with text.
+        away_from: predictions [B, S, C] and the scale of guidance away from each: u of the model without text, with
+            the scale of classifier-free guidance, and q of a weaker model with text, with that of autoguidance.
+
+    With the scales 1 + a and 1 + b the term is (a (v - u) + b (v - q)) / (1 + a + b). If the model would predict c for
+    the plain target, the fixed point is v = c + a (c - u) + b (c - q): guidance in one forward pass. The idea is model
+    guidance's (arXiv 2502.12154); that a weaker model is worth guiding away from is autoguidance's (arXiv 2406.02507).
     """
-    return (1.0 - 1.0 / scale) * (velocity_BSC.detach() - unconditional_BSC.detach())
+    weights = [scale - 1.0 for _, scale in away_from]
+    v = velocity_BSC.detach()
+    term = sum(weight * (v - other.detach()) for (other, _), weight in zip(away_from, weights, strict=True))
+    return term / (1.0 + sum(weights))
 
 
 def objective(

@@ -8,7 +8,7 @@ The reasons are in docs/decisions/workflows.md.
 
 from __future__ import annotations
 
-from model.config import LossConfig, Section, StageConfig, TrainConfig, TrainSettings, TransformerConfig
+from model.config import GuidanceConfig, LossConfig, Section, StageConfig, TrainConfig, TrainSettings, TransformerConfig
 from model.data.hashing import hash_words
 
 
@@ -32,10 +32,10 @@ class TrainingStage(Section):
         """The weights of the losses that are on in this stage."""
         return self.stage.active_losses(self.train.losses)
 
-    def guidance_at(self, step: int) -> float:
-        """The scale of the guidance that `step` (from 1) trains in; 1: none."""
+    def guidance_at(self, step: int) -> GuidanceConfig | None:
+        """The guidance that `step` (from 1) trains in; None: none."""
         guidance = self.stage.guidance
-        return guidance.scale if guidance is not None and step > self.stage.steps - guidance.steps else 1.0
+        return guidance if guidance is not None and step > self.stage.steps - guidance.steps else None
 
 
 def training_stages(model: TransformerConfig, train: TrainConfig) -> list[TrainingStage]:

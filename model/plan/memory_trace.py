@@ -110,6 +110,7 @@ class Step:
     masked: bool = True  # whether a batch has texts of different lengths
     losses: LossConfig = LossConfig(router_z_loss=1.0, wavelet=1.0)
     guided: bool = False  # trains guidance in; the forward without text saves nothing, so its blocks are left out
+    weaker_model: bool = False  # whose weights are kept besides, for autoguidance
 
 
 @functools.lru_cache(maxsize=256)
@@ -245,7 +246,7 @@ def _train(model: NucleusTransformer, config: TransformerConfig, step: Step) -> 
         )
     velocity_BSC = velocity_BSC.float()
     if step.guided:
-        example.guidance_BSC = losses.guidance(velocity_BSC, torch.zeros_like(velocity_BSC), scale=2.0)
+        example.guidance_BSC = losses.guidance(velocity_BSC, [(torch.zeros_like(velocity_BSC), 2.0)])
     total, mean, loss_B, _kept = losses.objective(example, velocity_BSC, trace, step.losses)
     del mean  # 4 bytes
     total.backward()

@@ -149,8 +149,8 @@ def traffic(
 
 def passes(stage: StageConfig) -> float:
     """FLOPs of a step divided by those of a forward, averaged over a stage: the backward takes two forwards, and a step
-    that trains guidance in has one more forward, with the empty prompt."""
-    return 3 + (stage.guidance.steps / stage.steps if stage.guidance is not None else 0)
+    that trains guidance in has one more forward, with the empty prompt, and one of the weaker model."""
+    return 3 + (stage.guidance.forwards * stage.guidance.steps / stage.steps if stage.guidance is not None else 0)
 
 
 def plan_stage(
@@ -241,6 +241,7 @@ def _moments(
         accumulate=stage.batch_size // layout.gpus > layout.micro_batch,
         losses=stage.active_losses(train.losses),
         guided=stage.guidance is not None,
+        weaker_model=stage.needs_weaker_model,
     )
     return moments(shapes, config, layout, step, ns_steps=train.optim.muon_ns_steps)
 

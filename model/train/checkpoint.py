@@ -41,7 +41,7 @@ from model.weights import checkpoints
 from model.weights.checkpoints import finished_checkpoints, incomplete_files
 
 from torchtitan.components.checkpointer import CheckpointManager
-from torchtitan.components.checkpointer.base import LR_SCHEDULER, MODEL, OPTIMIZER
+from torchtitan.components.checkpointer.base import LR_SCHEDULER, MODEL, OPTIMIZER, ModelWrapper
 from torchtitan.components.checkpointer.dcp import AsyncMode
 from torchtitan.tools.utils import device_module
 
@@ -240,6 +240,10 @@ class StageCheckpointer(CheckpointManager):
                 checkpoints.load({name: self.states[name] for name in CARRIED}, self.optimizer_from, alone=self.alone)
         self._prune(resumed)
         return bool(resumed or self.initial_load_path)
+
+    def load_initial_weights(self, model: torch.nn.Module) -> None:
+        """Loads the weights that the stage starts from into another model of the same layout."""
+        checkpoints.load(ModelWrapper([model]).state_dict(), self.initial_load_path, alone=self.alone)
 
     def _last_whole(self) -> int:
         """The newest step whose files have the lengths in its metadata; 0 if there is none.

@@ -23,8 +23,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from model import flow, losses
+from model.config import GuidanceConfig
 from model.data.latents import EMPTY_TEXT_ROW
-from model.data.order import Batch
+from model.data.order import DROPPED, Batch, BatchPlan
 from model.kernels import use_kernels
 from model.layers.attention import use_attention
 from model.layers.moe import local_part
@@ -89,6 +90,7 @@ class NucleusTrainer(Trainer):
         self.loss_weights = config.stage.losses
         self.patch = self.model.config.patch_size
         self.writes = torch.distributed.get_rank() == 0
+        self.weaker_model: torch.nn.Module | None = None  # for autoguidance
         self.routing: RouterTrace | None = None  # of a logged step's last micro-batch, if this rank writes metrics
         self.guard = LossGuard(self.settings.skip)
         self.stop = StopFlag()
@@ -127,9 +129,9 @@ class NucleusTrainer(Trainer):
             yield batch
 
     def forward_backward_step(
-        self, *, batch: Batch, keep_routing: bool = False, guidance_scale: float = 1.0, **_: Any
+        self, *, batch: Batch, keep_routing: bool = False, guidance: GuidanceConfig | None = None, **_: Any
     ) -> torch.Tensor:
-        """Forward and backward of one micro-batch. With a `guidance_scale` above 1, one more forward, with the empty prompt.
+        """Forward and backward of one micro-batch. With `guidance`, more forwards, without gradient: `_guidance`.
 
         Returns:
             a scalar, its share of the global batch's mean loss (without the extra losses): the shares of all
@@ -148,9 +150,8 @@ class NucleusTrainer(Trainer):
         text, mask = self._text(batch.text, batch.mask)
         with self.train_context():
             velocity_BSC = self._velocity(example, text, mask, trace)
-            if guidance_scale > 1.0:
-                unconditional_BSC = self._without_text(example, plan.text_tokens)
-                example.guidance_BSC = losses.guidance(velocity_BSC, unconditional_BSC, guidance_scale)
+            if guidance is not None:
+                example.guidance_BSC = self._guidance(guidance, velocity_BSC, example, text, mask, plan)
             total, mean, loss_B, _kept = losses.objective(example, velocity_BSC, trace, self.loss_weights)
             share = len(plan) / plan.global_batch
             (total * share).backward()
@@ -162,11 +163,16 @@ class NucleusTrainer(Trainer):
         return mean.detach() * share
 
     def _velocity(
-        self, example: losses.Example, text: torch.Tensor, mask: torch.Tensor | None, trace: RouterTrace | None
+        self,
+        example: losses.Example,
+        text: torch.Tensor,
+        mask: torch.Tensor | None,
+        trace: RouterTrace | None = None,
+        model: torch.nn.Module | None = None,
     ) -> torch.Tensor:
-        """The model's prediction [B, S, C] in fp32."""
+        """The prediction [B, S, C] of the model that is trained, or of another, in fp32."""
         with self.autocast():
-            velocity_BSC = self.model(
+            velocity_BSC = (model or self.model)(
                 hidden_states=example.noisy_BSC,
                 img_shapes=(1, example.rows, example.columns),
                 encoder_hidden_states=text,
@@ -177,13 +183,46 @@ class NucleusTrainer(Trainer):
         return velocity_BSC.float()
 
     @torch.no_grad()
-    def _without_text(self, example: losses.Example, text_tokens: int) -> torch.Tensor:
-        """The prediction for the empty prompt, padded as the batch's texts are, without graph."""
-        empty, mask = self._text(*self.dataloader.dataset.text([EMPTY_TEXT_ROW], text_tokens))
-        batch = len(example.t_B)
-        return self._velocity(
-            example, empty.expand(batch, -1, -1), None if mask is None else mask.expand(batch, -1), None
+    def _guidance(
+        self,
+        guidance: GuidanceConfig,
+        velocity_BSC: torch.Tensor,
+        example: losses.Example,
+        text: torch.Tensor,
+        mask: torch.Tensor | None,
+        plan: BatchPlan,
+    ) -> torch.Tensor:
+        """`losses.guidance` away from the prediction for the empty prompt, and from the weaker model's; 0 for samples whose
+        caption is dropped, so that the prediction without text stays that of the data."""
+        away_from = []
+        if guidance.scale > 1.0:
+            empty, padding = self._text(*self.dataloader.dataset.text([EMPTY_TEXT_ROW], plan.text_tokens))
+            empty = empty.expand(len(plan), -1, -1)
+            padding = None if padding is None else padding.expand(len(plan), -1)
+            away_from.append((self._velocity(example, empty, padding), guidance.scale))
+        if guidance.autoguidance > 1.0:
+            away_from.append((self._velocity(example, text, mask, model=self.weaker_model), guidance.autoguidance))
+        kept_B = to_device(torch.from_numpy(plan.captions != DROPPED), self.device)
+        return losses.guidance(velocity_BSC, away_from) * kept_B.view(-1, 1, 1)
+
+    @torch.no_grad()
+    def _load_weaker_model(self) -> torch.nn.Module:
+        """The model with the weights that the stage started from, laid out over the ranks as the one that is trained."""
+        config = self.config
+        with torch.device("meta"):
+            model = config.model_spec.model.build()
+        model = config.model_spec.parallelize_fn(
+            model,
+            parallel_dims=self.parallel_dims,
+            training=config.training,
+            parallelism=config.parallelism,
+            compile_config=config.compile,
+            ac_config=config.activation_checkpoint,
+            dump_folder=config.dump_folder,
         )
+        model.to_empty(device=self.device)
+        self.checkpointer.load_initial_weights(model)
+        return model.requires_grad_(False)
 
     def _text(self, texts: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """States [B, T, D] float32 of a batch's texts (states, or token ids), and their mask [B, T] or None, on the device."""
@@ -209,16 +248,14 @@ class NucleusTrainer(Trainer):
         logged = self.metrics_processor.should_log(self.step) or self.step == self.config.training.steps
         bins = self.bin_sums.clone(), self.bin_counts.clone()
         loss = torch.zeros((), device=self.device)
-        scale = self.config.stage.guidance_at(self.step)
+        guidance = self.config.stage.guidance_at(self.step)
         for micro in range(self.gradient_accumulation_steps):
             last = micro == self.gradient_accumulation_steps - 1
             if isinstance(self.model, FSDPModule):
                 # Before the last micro-batch, FSDP reduces over a replica's shard ranks only.
                 self.model.set_requires_all_reduce(last)
             keep_routing = logged and last and self.writes
-            loss += self.forward_backward_step(
-                batch=next(data_iterator), keep_routing=keep_routing, guidance_scale=scale
-            )
+            loss += self.forward_backward_step(batch=next(data_iterator), keep_routing=keep_routing, guidance=guidance)
         if self.parallel_dims.dp_enabled:
             self._sum_gradients()
         mean_loss, norm = self._clip_gradients(loss)
@@ -323,6 +360,8 @@ class NucleusTrainer(Trainer):
         """
         config = self.config
         self.checkpointer.load()
+        if config.stage.stage.needs_weaker_model:
+            self.weaker_model = self._load_weaker_model()
         first = self.step
         self.lr_schedulers.begin_stage(first)
         batches = self.batch_generator(self.dataloader)
@@ -361,10 +400,10 @@ class NucleusTrainer(Trainer):
             torch._inductor.config.patch(inductor_settings(self.settings.deterministic, self.parallel_dims.ep_enabled)),
             torch.fx.experimental._config.patch(use_duck_shape=False),  # as many text as image tokens: a coincidence
         ):
-            scale = self.config.stage.guidance_at(self.config.training.steps)  # the last step's, if any has one
+            guidance = self.config.stage.guidance_at(self.config.training.steps)  # the last step's, if any has one
             for step in self.dataloader.order.first_steps():
                 batch = next(self.dataloader.micro_batches(step))
-                self.forward_backward_step(batch=batch, keep_routing=True, guidance_scale=scale)
+                self.forward_backward_step(batch=batch, keep_routing=True, guidance=guidance)
                 self.optimizers.zero_grad()
             self.routing = None
             self.bin_sums.zero_()

@@ -54,7 +54,7 @@ def sampler(components: Path, max_text_tokens: int, stage: TrainingStage) -> Cal
             kept["side"] = stage.stage.image_size_px // scale // stage.model.patch_size
         side, number = kept["side"], len(prompts) * IMAGES_PER_PROMPT
         noise = torch.randn(number, side * side, stage.model.in_channels, generator=torch.Generator().manual_seed(SEED))
-        guidance = GUIDANCE if stage.guidance_at(step) == 1.0 else 1.0  # guidance is trained in
+        guidance = GUIDANCE if stage.guidance_at(step) is None else 1.0  # guidance is trained in
         tokens = sample_latents(model, *kept["texts"], noise.to(device), (1, side, side), STEPS, guidance)
         on_rank_0(lambda: _save(kept, tokens, stage.model.patch_size, path), device)
 

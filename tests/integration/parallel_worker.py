@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from train_helpers import TEXT_DIM, fork_ranks, train_config, training_stage, transformer_config, write_latents
 
+from model.config import GuidanceConfig
 from model.optim import newton_schulz
 from model.sampling.sampler import sample_latents
 from model.train.run import train_stage
@@ -38,6 +39,8 @@ RMS = {"optim": {**OPTIM, "muon_scale": "rms"}}
 DIST_MUON = {"muon_implementation": "torchtitan"}
 NEXT = {"stage": {"name": "next"}}
 GUIDED = {"stage": {"guidance": {"steps": 3, "scale": 3.0}, "decay": {"steps": 2, "to": 0.1}}, "caption_dropout": 0.3}
+AUTOGUIDED = {"stage": {"name": "next"}, "caption_dropout": 0.3}
+AUTOGUIDANCE = GuidanceConfig(steps=3, scale=3.0, autoguidance=2.0)  # only a later stage may have it
 RELEASED = {"init_from": "released"}  # below FOLDER
 
 # name: (ranks, changes of the train section, changes of the model, the job whose step 2 it resumes from)
@@ -75,10 +78,13 @@ JOBS = {
     "next_ep2_fsdp2": (4, {**NEXT, **EP2_FSDP2}, MODEL, None),
     "guided_one": (1, GUIDED, MODEL, None),
     "guided_ep2_fsdp2": (4, {**GUIDED, **EP2_FSDP2, "activation_checkpointing": "full"}, MODEL, None),
+    "autoguided_one": (1, AUTOGUIDED, MODEL, None),
+    "autoguided_ep2_fsdp2": (4, {**AUTOGUIDED, **EP2_FSDP2, "activation_checkpointing": "full"}, MODEL, None),
+    "autoguided_resumed": (1, AUTOGUIDED, MODEL, "autoguided_one"),
     "released_one": (1, RELEASED, MODEL, None),
     "released_ep2_fsdp2": (4, {**RELEASED, **EP2_FSDP2}, MODEL, None),
 }  # fmt: skip
-STAGE_BEFORE = {"next_one": "one", "next_ep2_fsdp2": "one"}
+STAGE_BEFORE = {job: "one" for job in JOBS if job.startswith(("next_", "autoguided_"))}
 
 
 class CpuStream(torch.cpu.Stream):
@@ -169,9 +175,12 @@ def train(folder: Path, name: str, rank: int) -> None:
         sample_every_steps=STEPS,
         **{"optim": OPTIM, **train_changes},
     )
+    stage = training_stage(config, transformer_config(**model_changes), hand_on_optimizer=True)
+    if name.startswith("autoguided_"):
+        stage = stage.model_copy(update={"stage": stage.stage.model_copy(update={"guidance": AUTOGUIDANCE})})
     train_stage(
         folder / "latents",
-        training_stage(config, transformer_config(**model_changes), hand_on_optimizer=True),
+        stage,
         folder / STAGE_BEFORE[name] / "out" if name in STAGE_BEFORE else None,
         job / "work",
         job / "out",

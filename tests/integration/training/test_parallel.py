@@ -97,6 +97,17 @@ def test_guidance_is_trained_in_alike_by_ranks_that_share_the_weights(runs):
     assert lines(runs, "guided_one")[-1]["loss"] != lines(runs, "one")[-1]["loss"]
 
 
+def test_ranks_guide_away_from_the_weights_that_the_stage_started_from(runs):
+    assert_same_training(runs, "autoguided_ep2_fsdp2", "autoguided_one")
+    assert lines(runs, "autoguided_one")[-1]["loss"] != lines(runs, "next_one")[-1]["loss"]
+
+
+def test_a_resumed_stage_guides_away_from_the_same_weights(runs):
+    assert json.loads((runs / "autoguided_resumed" / "out" / "report.json").read_text())["resumed_from_step"] == 2
+    resumed, whole = (weights(runs, job) for job in ("autoguided_resumed", "autoguided_one"))
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+
+
 def test_a_checkpoint_of_one_layout_resumes_in_another(runs):
     for job in ("from_one_to_ep2_fsdp2", "from_ep2_to_one", "from_ep2_fsdp2_to_hsdp2x2"):
         report = json.loads((runs / job / "out" / "report.json").read_text())

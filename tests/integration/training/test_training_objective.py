@@ -1,5 +1,6 @@
 """The trainer's gradient against the objective, written from its formulas."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from train_helpers import train_config, training_stage, transformer_config, write_latents
+
+from model.config import GuidanceConfig
 
 pytestmark = pytest.mark.slow
 WEIGHTS = {"router_z_loss": 0.3, "load_balance": 0.7, "wavelet": 0.5}
@@ -44,10 +47,10 @@ def trainer_of(tmp_path):
 
     built = []
 
-    def build(train, model):
+    def build(train, model, **changes):
         built.append(
             trainer_config(
-                training_stage(train, model),
+                training_stage(train, model, **changes),
                 latents_dir=write_latents(tmp_path / "latents"),
                 work_dir=tmp_path / "work",
                 init_from=None,
@@ -88,39 +91,52 @@ def test_the_trainers_gradient_is_the_objectives(trainer_of, wavelet):
             assert (result[name] - parameter.grad).abs().max() < 2e-4 * scale, name
 
 
-@pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_guided_steps_aim_where_guidance_would_point_but_for_dropped_captions(trainer_of, scale):
-    """With guidance of scale g, at c + (1 - 1/g) (v - u): v for the caption, u for the empty prompt, both without gradient."""
-    stage = {"wavelet": True, **({"guidance": {"steps": 3, "scale": scale}} if scale > 1 else {})}
-    train = train_config(steps=10, stage=stage, losses={"wavelet": 0.5}, caption_dropout=0.4)
-    trainer = trainer_of(train, transformer_config())
+@pytest.mark.parametrize(("scale", "autoguidance"), [(1.0, 1.0), (4.0, 1.0), (1.0, 1.5), (3.0, 1.5)])
+def test_guided_steps_aim_where_guidance_would_point_but_for_dropped_captions(trainer_of, scale, autoguidance):
+    """At c + (a (v - u) + b (v - q)) / (1 + a + b) for scales 1 + a and 1 + b: v for the caption, u for the empty prompt,
+    q of the weaker model, all without gradient."""
+    a, b = scale - 1, autoguidance - 1
+    guidance = GuidanceConfig(steps=3, scale=scale, autoguidance=autoguidance) if a + b else None
+    train = train_config(steps=10, stage={"wavelet": True}, losses={"wavelet": 0.5}, caption_dropout=0.4)
+    stage = train.stages[0].model_copy(update={"guidance": guidance})
+    trainer = trainer_of(train, transformer_config(), stage=stage)
     model, calls = trainer.model, []
     torch.nn.init.normal_(model.proj_out.weight, std=0.2)
     batch = next(trainer.dataloader.micro_batches(0))
     dropped = torch.from_numpy(batch.plan.captions == -1)
     assert dropped.any() and not dropped.all()
-    model.register_forward_hook(
-        lambda _, args, inputs, output: calls.append({**inputs, "output": output}), with_kwargs=True
-    )
+    weaker = trainer.weaker_model = copy.deepcopy(model)
+    with torch.no_grad():
+        weaker.proj_out.weight *= 0.5
+    for each in (model, weaker):
+        each.register_forward_hook(
+            lambda module, args, inputs, output: calls.append({**inputs, "output": output, "model": module}),
+            with_kwargs=True,
+        )
     trainer.optimizers.zero_grad()
-    assert [trainer.config.stage.guidance_at(step) for step in (7, 8, 10)] == [1.0, scale, scale]
-    trainer.forward_backward_step(batch=batch, guidance_scale=trainer.config.stage.guidance_at(8))
+    assert [trainer.config.stage.guidance_at(step) for step in (7, 8, 10)] == [None, guidance, guidance]
+    trainer.forward_backward_step(batch=batch, guidance=trainer.config.stage.guidance_at(8))
     result = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    assert len(calls) == (2 if scale > 1 else 1)
-    with_text, *without = calls
+    with_text, *others = calls
+    assert [call["model"] for call in others] == [model] * (a > 0) + [weaker] * (b > 0)
     model.zero_grad()
-    inputs = {key: value for key, value in with_text.items() if key not in ("output", "collect")}
+    inputs = {key: value for key, value in with_text.items() if key not in ("output", "collect", "model")}
     v = model(**inputs)
-    guidance = torch.zeros_like(batch.latents)
-    for call in without:
+    aim = torch.zeros_like(v)
+    for call in others:
         empty, mask = trainer.dataloader.dataset.text([0], batch.plan.text_tokens)
-        assert torch.equal(call["encoder_hidden_states"], empty.expand_as(inputs["encoder_hidden_states"]))
-        assert mask is not None and torch.equal(call["encoder_hidden_states_mask"], mask.expand(len(v), -1))
-        aim = (1 - 1 / scale) * (v - call["output"]).detach()
-        aim[dropped] = 0
-        rows, columns = (side // 2 for side in guidance.shape[-2:])
-        guidance = F.pixel_shuffle(aim.mT.unflatten(-1, (rows, columns)), 2)
-        assert guidance.abs().max() > 1e-3
+        text = (
+            (empty.expand(len(v), -1, -1), mask.expand(len(v), -1))
+            if call["model"] is model
+            else (batch.text, batch.mask)
+        )
+        assert torch.equal(call["encoder_hidden_states"], text[0].float())
+        assert torch.equal(call["encoder_hidden_states_mask"], text[1])
+        aim += (a if call["model"] is model else b) * (v - call["output"]).detach() / (1 + a + b)
+    aim[dropped] = 0
+    assert (aim.abs().max() > 1e-3) == (a + b > 0)
+    rows, columns = (side // 2 for side in batch.latents.shape[-2:])
+    guidance = F.pixel_shuffle(aim.mT.unflatten(-1, (rows, columns)), 2)
     objective({**inputs, "output": v, "logits": []}, batch.latents, batch.noise, True, guidance).backward()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:

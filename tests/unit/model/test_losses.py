@@ -85,10 +85,15 @@ def test_wavelet_loss_is_the_mse_of_the_bands_in_fp32():
 
 
 def test_trained_in_guidance_settles_at_the_guided_prediction():
-    """A model that follows its target ends at u + scale (c - u), where c is its prediction without guidance."""
+    """A model that follows its target ends at c + 2 (c - u) + 0.5 (c - q), where c is its prediction without guidance."""
     generator = torch.Generator().manual_seed(0)
-    c, u = torch.randn(2, 3, 4, 5, generator=generator)
-    v = c.clone().requires_grad_()
-    for _ in range(200):
-        v = c + losses.guidance(v, u, scale=3.0)
-    assert torch.allclose(v, u + 3.0 * (c - u), atol=1e-4) and not v.requires_grad
+    c, u, q = torch.randn(3, 3, 4, 5, generator=generator)
+    for away_from, expected in (
+        ([(u, 3.0)], u + 3.0 * (c - u)),
+        ([(q, 1.5)], q + 1.5 * (c - q)),
+        ([(u, 3.0), (q, 1.5)], c + 2.0 * (c - u) + 0.5 * (c - q)),
+    ):
+        v = c.clone().requires_grad_()
+        for _ in range(200):
+            v = c + losses.guidance(v, away_from)
+        assert torch.allclose(v, expected, atol=1e-4) and not v.requires_grad

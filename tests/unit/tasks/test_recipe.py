@@ -165,7 +165,7 @@ def test_an_override_of_an_unknown_key_lists_the_valid_ones(small, override, par
         ),
         (
             lambda d: d["train"]["stages"][0].update(guidance={"steps": 1, "scale": 1.0}),
-            ["train.stages[0].guidance.scale: ", "greater than 1", "(got 1.0)"],
+            ["train.stages[0].guidance: ", "scale and autoguidance are 1", "set one above 1, or guidance: null"],
         ),
         (lambda d: d["train"].update(dtype="float64"), ["train.dtype: ", "'float32' or 'bfloat16'", "(got 'float64')"]),
         (lambda d: d["train"].update(stages={}), ["train.stages: ", "tuple"]),
@@ -250,6 +250,13 @@ def test_all_mistakes_are_in_the_one_message(small):
         ),
         (["encoding.hidden_state_index=-10"], ["encoding.hidden_state_index=-10 must be above"]),
         (["merge.last_n=20"], ["merge.last_n=20 must be at most train.keep_checkpoints=16"]),
+        (
+            ['train.stages[0].guidance={"steps":1,"scale":3.0,"autoguidance":1.5}'],
+            [
+                "stages[0].guidance.autoguidance=1.5",
+                "is the first stage: leave it out there, or set it in a later stage",
+            ],
+        ),
         (["train.stages[1].image_size_px=32"], ["train: image_size_px must not fall", "[64, 32]"]),
         (["train.stages[1].name=one"], ["train: stages must have different names"]),
         (["train.stages[0].aspect_ratios=[wide]"], ["train.stages[0].aspect_ratios has 'wide'", "such as 16:9"]),

@@ -361,12 +361,20 @@ def test_a_plan_that_does_not_fit_names_a_layout_or_says_none(capsys):
 def test_steps_that_train_guidance_in_cost_one_more_forward_and_little_memory(sections, shapes):
     model, train = sections
     stage, layout = train.stages[2], Layout(64, 64, 64, 4, "full")
-    guided = StageConfig(**{**stage.model_dump(), "guidance": {"steps": stage.steps // 4, "scale": 3.0}})
-    before, after = (plan_stage(shapes, model, train, each, layout, GPUS["h100"]) for each in (stage, guided))
+    guided, weaker = (
+        StageConfig(**{**stage.model_dump(), "guidance": {"steps": stage.steps // 4, "scale": 3.0, **more}})
+        for more in ({}, {"autoguidance": 1.5})
+    )
+    before, after, autoguided = (
+        plan_stage(shapes, model, train, each, layout, GPUS["h100"]) for each in (stage, guided, weaker)
+    )
     forward = sum(before["flops"]["forward"].values())
     added = after["flops"]["forward_and_backward"] - before["flops"]["forward_and_backward"]
     assert added == pytest.approx(forward / 4) and after["days"] == pytest.approx(before["days"] * 3.25 / 3)
     assert 0 <= after["memory_bytes"]["peak"] - before["memory_bytes"]["peak"] < 4 * 4096 * 64 * 4 * 8
+    added = autoguided["flops"]["forward_and_backward"] - after["flops"]["forward_and_backward"]
+    assert added == pytest.approx(forward / 4)  # the weaker model's forward
+    assert autoguided["memory_bytes"]["peak"] - after["memory_bytes"]["peak"] == 4 * shapes.per_gpu(layout)
 
 
 @pytest.mark.slow
