@@ -96,8 +96,8 @@ def guidance(velocity_BSC: torch.Tensor, away_from: Sequence[tuple[torch.Tensor,
     """
     weights = [scale - 1.0 for _, scale in away_from]
     v = velocity_BSC.detach()
-    term = sum(weight * (v - other.detach()) for (other, _), weight in zip(away_from, weights, strict=True))
-    return term / (1.0 + sum(weights))
+    terms = [weight * (v - other.detach()) for (other, _), weight in zip(away_from, weights, strict=True)]
+    return sum(terms, start=torch.zeros_like(v)) / (1.0 + sum(weights))
 
 
 def objective(

@@ -38,7 +38,7 @@ CACHE_VERSIONS = {
     "components": "4",
     "texts": "3",
     "encoding": "6",
-    "training": "3",
+    "training": "4",
     "merging": "1",
     "prompts": "1",
     "evaluation": "10",

@@ -99,7 +99,6 @@ def test_guidance_is_trained_in_alike_by_ranks_that_share_the_weights(runs):
 
 def test_ranks_guide_away_from_the_weights_that_the_stage_started_from(runs):
     assert_same_training(runs, "autoguided_ep2_fsdp2", "autoguided_one")
-    assert lines(runs, "autoguided_one")[-1]["loss"] != lines(runs, "next_one")[-1]["loss"]
 
 
 def test_a_resumed_stage_guides_away_from_the_same_weights(runs):
