@@ -12,14 +12,12 @@ import torch
 from model.data.hashing import hash_words, permuted_index, uniform
 from model.data.latents import EMPTY_TEXT_ROW, LatentDataset
 
-DROPPED = -1  # instead of the index of a caption: the sample has the empty prompt
-
 
 @dataclass(frozen=True)
 class BatchPlan:
     """The samples of one step, or of a rank's slice of it.
 
-    rows [n], captions [n] (index of the caption, or `DROPPED`), text_rows [n], noise_seeds [n]. `start` is the
+    rows [n], captions [n] (index of the caption, -1 if it is dropped), text_rows [n], noise_seeds [n]. `start` is the
     slice's position in the global batch of `global_batch` samples. `text_tokens` is the padded length of the longest text
     of the global batch, so that the slices of all ranks have the same shape.
     """
@@ -131,7 +129,7 @@ class SampleOrder:
         captions = self._captions(begin, count, uniform(hash_words(self.seed, 3, step, sample)))
         text_rows = np.asarray(self.dataset.caption_texts[begin + captions], dtype=np.int64)
         dropped = uniform(hash_words(self.seed, 4, step, sample)) < self.caption_dropout
-        captions[dropped] = DROPPED
+        captions[dropped] = -1
         text_rows[dropped] = EMPTY_TEXT_ROW
         return BatchPlan(
             step=step,

@@ -143,8 +143,8 @@ def moments(
 ) -> list[Moment]:
     """The moments of a training step at which memory can peak, in order.
 
-    weights, optimizer_muon, optimizer_adamw: fp32, weights twice with `step.weaker_model`; see `OPTIMIZERS` for the
-        number of state tensors.
+    weights, optimizer_muon, optimizer_adamw: fp32; see `OPTIMIZERS` for the number of state tensors.
+    weaker_model: the weights that autoguidance guides away from, fp32; only with `step.weaker_model`.
     gradients: fp32, complete ones.
     activations: tensors saved for the backward, inputs, and autocast's copies of weights.
     workspace: temporary tensors of the block, the loss, the sum over replicas or the optimiser.
@@ -176,8 +176,10 @@ def moments(
     kept_rows = [2 * row_bytes if step.checkpointing == "selective" else 0 for row_bytes in rows]
     all_gradients = FP32 * shapes.trainable_per_gpu(layout)
     state = {
-        "weights": (1 + step.weaker_model) * FP32 * shapes.per_gpu(layout),
+        "weights": FP32 * shapes.per_gpu(layout),
     }
+    if step.weaker_model:
+        state["weaker_model"] = state["weights"]
     for name, optimizer in OPTIMIZERS.items():
         state[f"optimizer_{name}"] = optimizer.state_tensors * FP32 * shapes.per_gpu(layout, name)
 

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from model import flow, losses
 from model.config import GuidanceConfig
 from model.data.latents import EMPTY_TEXT_ROW
-from model.data.order import DROPPED, Batch, BatchPlan
+from model.data.order import Batch, BatchPlan
 from model.kernels import use_kernels
 from model.layers.attention import use_attention
 from model.layers.moe import local_part
@@ -202,7 +202,7 @@ class NucleusTrainer(Trainer):
             away_from.append((self._velocity(example, empty, padding), guidance.scale))
         if guidance.autoguidance > 1.0:
             away_from.append((self._velocity(example, text, mask, model=self.weaker_model), guidance.autoguidance))
-        kept_B = to_device(torch.from_numpy(plan.captions != DROPPED), self.device)
+        kept_B = to_device(torch.from_numpy(plan.text_rows != EMPTY_TEXT_ROW), self.device)
         return losses.guidance(velocity_BSC, away_from) * kept_B.view(-1, 1, 1)
 
     @torch.no_grad()

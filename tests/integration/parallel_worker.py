@@ -40,7 +40,11 @@ DIST_MUON = {"muon_implementation": "torchtitan"}
 NEXT = {"stage": {"name": "next"}}
 GUIDED = {"stage": {"guidance": {"steps": 3, "scale": 3.0}, "decay": {"steps": 2, "to": 0.1}}, "caption_dropout": 0.3}
 AUTOGUIDED = {"stage": {"name": "next"}, "caption_dropout": 0.3}
-AUTOGUIDANCE = GuidanceConfig(steps=3, scale=3.0, autoguidance=2.0)  # only a later stage may have it
+# Only a later stage may have it, and the configurations here have one.
+GUIDANCE = {
+    "autoguided": GuidanceConfig(steps=3, scale=3.0, autoguidance=2.0),
+    "without": GuidanceConfig(steps=3, scale=3.0),
+}
 RELEASED = {"init_from": "released"}  # below FOLDER
 
 # name: (ranks, changes of the train section, changes of the model, the job whose step 2 it resumes from)
@@ -80,11 +84,12 @@ JOBS = {
     "guided_ep2_fsdp2": (4, {**GUIDED, **EP2_FSDP2, "activation_checkpointing": "full"}, MODEL, None),
     "autoguided_one": (1, AUTOGUIDED, MODEL, None),
     "autoguided_ep2_fsdp2": (4, {**AUTOGUIDED, **EP2_FSDP2, "activation_checkpointing": "full"}, MODEL, None),
+    "without_autoguidance": (1, AUTOGUIDED, MODEL, None),
     "autoguided_resumed": (1, AUTOGUIDED, MODEL, "autoguided_one"),
     "released_one": (1, RELEASED, MODEL, None),
     "released_ep2_fsdp2": (4, {**RELEASED, **EP2_FSDP2}, MODEL, None),
 }  # fmt: skip
-STAGE_BEFORE = {job: "one" for job in JOBS if job.startswith(("next_", "autoguided_"))}
+STAGE_BEFORE = {job: "one" for job in JOBS if job.startswith(("next_", "autoguided_", "without_"))}
 
 
 class CpuStream(torch.cpu.Stream):
@@ -176,8 +181,8 @@ def train(folder: Path, name: str, rank: int) -> None:
         **{"optim": OPTIM, **train_changes},
     )
     stage = training_stage(config, transformer_config(**model_changes), hand_on_optimizer=True)
-    if name.startswith("autoguided_"):
-        stage = stage.model_copy(update={"stage": stage.stage.model_copy(update={"guidance": AUTOGUIDANCE})})
+    if guidance := GUIDANCE.get(name.split("_")[0]):
+        stage = stage.model_copy(update={"stage": stage.stage.model_copy(update={"guidance": guidance})})
     train_stage(
         folder / "latents",
         stage,

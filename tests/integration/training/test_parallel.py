@@ -99,6 +99,11 @@ def test_guidance_is_trained_in_alike_by_ranks_that_share_the_weights(runs):
 
 def test_ranks_guide_away_from_the_weights_that_the_stage_started_from(runs):
     assert_same_training(runs, "autoguided_ep2_fsdp2", "autoguided_one")
+    guided, without = (
+        [line["loss"] for line in lines(runs, job)] for job in ("autoguided_one", "without_autoguidance")
+    )
+    assert guided[0] == without[0]  # guidance begins at the second step
+    assert all(abs(a - b) > 1e-4 for a, b in zip(guided[1:], without[1:]))
 
 
 def test_a_resumed_stage_guides_away_from_the_same_weights(runs):

@@ -374,6 +374,7 @@ def test_steps_that_train_guidance_in_cost_one_more_forward_and_little_memory(se
     assert 0 <= after["memory_bytes"]["peak"] - before["memory_bytes"]["peak"] < 4 * 4096 * 64 * 4 * 8
     added = autoguided["flops"]["forward_and_backward"] - after["flops"]["forward_and_backward"]
     assert added == pytest.approx(forward / 4)  # the weaker model's forward
+    assert autoguided["memory_bytes"]["weaker_model"] == 4 * shapes.per_gpu(layout)
     assert autoguided["memory_bytes"]["peak"] - after["memory_bytes"]["peak"] == 4 * shapes.per_gpu(layout)
 
 
