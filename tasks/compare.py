@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from eval.scorecards.card import scored_by
 from eval.stats import mean_interval, over_seeds
 from tasks.trace import Node, walk
 
-FINAL = 0.1  # the final loss is the mean over this last fraction of the last stage's steps
+FINAL = 0.1  # the final loss is the mean over this last fraction of the last stage's steps without guidance
 # Settings in the manifests of checkpoints that do not change the result of training.
 HOW = {"seed", "keep_checkpoints", "sample_every_steps", "sample_prompts"}
 
@@ -38,7 +38,7 @@ class Run:
     seed: int
     settings: dict[str, Any]
     scores: dict[str, float]  # "overall", tasks, "held_out"
-    losses: list[tuple[int, float]]  # (step, loss) of the last stage
+    losses: list[tuple[int, float]]  # `losses_before_guidance` of the last stage
     score: str = ""  # the score's full name: geneval, geneval[judge]
     measures: dict[str, float] = field(default_factory=dict)  # other values to compare, such as routing stability
 
@@ -100,9 +100,22 @@ def read_run(scorecard: Path, home: Path | None = None) -> Run:
             **_flat("eval", scored_by(card)),
         },
         scores_of(card),
-        [(line["step"], line["loss"]) for line in lines],
+        losses_before_guidance(lines, last.manifest.config["stage"]),
         card["name"],
     )
+
+
+def losses_before_guidance(lines: Iterable[Mapping[str, Any]], stage: Mapping[str, Any]) -> list[tuple[int, float]]:
+    """(step, loss) of a stage's metrics. The target of a step with guidance contains the model's own predictions, so that its loss
+    cannot be compared between models; these steps are left out.
+
+    Args:
+        lines: of metrics.jsonl.
+        stage: the stage's configuration as JSON.
+    """
+    guidance = stage.get("guidance")
+    last = stage["steps"] - (guidance["steps"] if guidance else 0)
+    return [(line["step"], line["loss"]) for line in lines if line["step"] <= last]
 
 
 def scores_of(card: Mapping[str, Any]) -> dict[str, float]:
@@ -157,7 +170,8 @@ def _text(run: Run, key: str) -> str:
 
 
 def _values(run: Run) -> dict[str, float]:
-    return {**run.scores, "final_loss": run.final_loss, **run.measures}
+    losses = {"final_loss": run.final_loss} if run.losses else {}
+    return {**run.scores, **losses, **run.measures}
 
 
 def compare(compared: Sequence[Variant]) -> dict[str, Any]:
@@ -233,7 +247,8 @@ def draw(compared: Sequence[Variant], path: Path) -> None:
     for place, variant in enumerate(compared):
         curves = [_smooth([loss for _, loss in run.losses]) for run in variant.runs.values()]
         steps = [step for step, _ in next(iter(variant.runs.values())).losses]
-        low, mean, high = zip(*((min(at), sum(at) / len(at), max(at)) for at in zip(*curves)))
+        spread = [(min(at), sum(at) / len(at), max(at)) for at in zip(*curves)]
+        low, mean, high = zip(*spread) if spread else ((), (), ())
         (line,) = left.plot(steps[: len(mean)], mean, label=f"{variant.name} (seeds: {len(variant.runs)})")
         left.fill_between(steps[: len(mean)], low, high, color=line.get_color(), alpha=0.2)
         summary, width = variant.summary(), 0.8 / len(compared)
@@ -242,7 +257,9 @@ def draw(compared: Sequence[Variant], path: Path) -> None:
         for x, score in zip(positions, scores):
             values = summary[score]["values"]
             right.plot([x] * len(values), values, ".", color=line.get_color())
-    left.set(xlabel="step of the last stage", ylabel="training loss, running mean", yscale="log")
+    left.set(xlabel="step of the last stage, before guidance", ylabel="training loss, running mean")
+    if any(run.losses for variant in compared for run in variant.runs.values()):
+        left.set_yscale("log")  # matplotlib refuses it without a value
     score = next(iter(compared[0].runs.values())).score
     right.set(ylabel=f"{score}, one dot per training seed", ylim=(0, 1.02))
     right.set_xticks(range(len(scores)), scores, rotation=20)

@@ -43,7 +43,7 @@ CACHE_VERSIONS = {
     "prompts": "1",
     "evaluation": "10",
     "publishing": "6",
-    "study": "2",
+    "study": "3",
 }
 
 # Multi-node training is decided when the workflows are registered, since Flyte fixes a task's type then:

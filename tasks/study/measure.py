@@ -11,7 +11,7 @@ from eval.files import read_json_lines
 from eval.scorecards.card import scored_by
 from model.constants import TILE_PX
 from model.stages import TrainingStage, training_stages
-from tasks.compare import scores_of
+from tasks.compare import losses_before_guidance, scores_of
 from tasks.manifest import as_parent
 from tasks.recipe import Recipe
 from tasks.study.config import StudyRun
@@ -37,21 +37,22 @@ def describe_run(
         latents: of the last stage.
 
     Returns:
-        JSON-able: variant, seed, settings, scores, losses [[step, loss]] of the last stage, cost, routing, timing
-        (values that depend on the machine), parents.
+        JSON-able: variant, seed, settings, scores, losses [[step, loss]] of the last stage before its guidance, cost,
+        routing, timing (values that depend on the machine), parents.
     """
     card = json.loads((scorecard / "scorecard.json").read_text())
     reports = [json.loads((path / "report.json").read_text()) for path in checkpoints]
     lines = [row for _, row in read_json_lines(checkpoints[-1] / "metrics.jsonl")]
-    every = max(1, len(lines) // MAX_POINTS)
     stages = training_stages(recipe.model, recipe.train)
+    losses = losses_before_guidance(lines, recipe.train.stages[-1].model_dump(mode="json"))
+    every = max(1, len(losses) // MAX_POINTS)
     return {
         "variant": run.variant,
         "seed": run.seed,
         "settings": recipe.model_dump(mode="json"),
         "scored_by": scored_by(card),
         "scores": scores_of(card),
-        "losses": [[line["step"], line["loss"]] for line in lines[::every]],
+        "losses": [list(point) for point in losses[::every]],
         "cost": {
             "steps": sum(report["steps"] for report in reports),
             "images": sum(report["images_seen"] for report in reports),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.compare import compare, main, read_run, render, variants
+from tasks.compare import compare, draw, losses_before_guidance, main, read_run, render, variants
 from tasks.manifest import seal
 
 
@@ -32,12 +32,13 @@ def trained(tmp_path):
         guidance: float = 3.0,
         nproc: int = 1,
         judge: str = "a",
+        guided_steps: int = 0,
         **optim,
     ) -> Path:
         home, stages = tmp_path / name, []
         for i, data in enumerate(latents):
             config = {
-                "model": {}, "stage": {"name": f"stage{i}", "steps": 100}, "seed": seed + 1000 * i,
+                "model": {}, "stage": {"name": f"stage{i}", "steps": 100, "guidance": {"steps": guided_steps}}, "seed": seed + 1000 * i,
                 "train": {"seed": seed, "keep_checkpoints": nproc, "optim": {"matrices": "muon", "lr": 0.01, **optim}},
             }  # fmt: skip
             lines = "\n".join(json.dumps({"step": step, "loss": loss + (step <= 80)}) for step in range(0, 101, 10))
@@ -81,6 +82,23 @@ def test_runs_that_differ_only_in_their_seed_are_one_variant(trained):
     low, high = difference["overall"]["interval"]
     assert (low, high) == pytest.approx((-0.08 - 12.706 * 0.02, -0.08 + 12.706 * 0.02), abs=1e-3)
     assert difference["overall"]["verdict"] == "cannot tell"
+
+
+def test_the_loss_of_steps_with_guidance_is_not_compared(trained, tmp_path):
+    lines = [{"step": step, "loss": step / 100} for step in (50, 60, 80, 100)]
+    assert losses_before_guidance(lines, {"steps": 100, "guidance": None}) == [
+        (50, 0.5),
+        (60, 0.6),
+        (80, 0.8),
+        (100, 1.0),
+    ]
+    assert losses_before_guidance(lines, {"steps": 100, "guidance": {"steps": 40}}) == [(50, 0.5), (60, 0.6)]
+    # Guidance over the last 30 steps, without which the loss is higher by 1 (`trained`); then over all of them.
+    some, none = (read_run(trained(name, 0, 0.9, 0.1, guided_steps=n)) for name, n in (("some", 30), ("all", 101)))
+    assert some.final_loss == pytest.approx(1.1)
+    compared = variants([none])
+    assert "final_loss" not in compare(compared)["variants"]["all runs"]
+    draw(compared, tmp_path / "no_losses.png")
 
 
 def test_a_difference_that_all_training_seeds_agree_on_is_one(trained):
