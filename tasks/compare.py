@@ -265,7 +265,7 @@ def draw(compared: Sequence[Variant], path: Path) -> None:
     right.set_xticks(range(len(scores)), scores, rotation=20)
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    left.legend(fontsize="small")
+    figure.legend(*left.get_legend_handles_labels(), fontsize="small", loc="outside lower left")  # names may be long
     figure.savefig(path, dpi=110)
 
 
