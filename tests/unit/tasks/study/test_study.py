@@ -6,9 +6,10 @@ import json
 
 import pytest
 
+from tasks.manifest import seal
 from tasks.recipe import load_recipe
-from tasks.study.config import plan_runs
-from tasks.study.measure import training_flops
+from tasks.study.config import StudyRun, plan_runs
+from tasks.study.measure import describe_run, training_flops
 from tasks.study.report import LOGS, write_study
 
 
@@ -114,6 +115,36 @@ def test_runs_that_were_scored_in_different_ways_are_refused(tmp_path):
     judged = {**RUNS[3], "scored_by": {**RUNS[3]["scored_by"], "judge_vqa": "b at 1"}}
     with pytest.raises(ValueError, match="b at 1"):
         write_study([RUNS[0], judged], tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_is_described_with_its_cost_and_the_losses_before_guidance(tmp_path):
+    recipe = load_recipe("ablations/dense_ffn", ["train.stages[2].steps=100", "train.stages[2].decay=null",
+                                                 "train.stages[2].guidance.steps=40"])  # fmt: skip
+    report = {"steps": 100, "images_seen": 800, "parameters": 9, "active_parameters": 7, "skipped_steps": 1, "train_s": 30,
+              "device": "cpu", "ranks": 1}  # fmt: skip
+    card = {
+        "overall": {"mean": 0.5}, "tasks": {"counting": {"mean": 0.4}}, "held_out": None, "name": "shapes", "version": "1",
+        "settings": {"prompt_set_sha256": "0" * 64, "judges": []},
+    }  # fmt: skip
+    metrics = "\n".join(json.dumps({"step": step, "loss": step / 100}) for step in (20, 60, 80, 100))
+    files = {
+        "checkpoints": {"report.json": json.dumps(report), "metrics.jsonl": metrics},
+        "merged": {"weights": ""},
+        "scorecard": {"scorecard.json": json.dumps(card)},
+    }
+    for kind, texts in files.items():
+        (tmp_path / kind).mkdir()
+        for name, text in texts.items():
+            (tmp_path / kind / name).write_text(text)
+        seal(tmp_path / kind, kind, [], {})
+    run = StudyRun(variant="dense", recipe="ablations/dense_ffn", overrides=(), seed=3)
+    described = describe_run(
+        run, recipe, [tmp_path / "checkpoints"] * 3, tmp_path / "merged", tmp_path, tmp_path / "scorecard"
+    )
+    assert described["losses"] == [[20, 0.2], [60, 0.6]]
+    assert described["scores"] == {"overall": 0.5, "counting": 0.4} and described["routing"] == {}
+    assert (described["cost"]["steps"], described["cost"]["images"], described["timing"]["minutes"]) == (300, 2400, 1.5)
 
 
 @pytest.mark.slow
