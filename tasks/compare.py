@@ -43,6 +43,11 @@ class Run:
     measures: dict[str, float] = field(default_factory=dict)  # other values to compare, such as routing stability
 
     @property
+    def last_step(self) -> int | None:
+        """Of `losses`; None if every step has guidance."""
+        return self.losses[-1][0] if self.losses else None
+
+    @property
     def final_loss(self) -> float:
         begin = (1 - FINAL) * self.losses[-1][0]
         last = [loss for step, loss in self.losses if step > begin]
@@ -176,13 +181,18 @@ def _values(run: Run) -> dict[str, float]:
 
 def compare(compared: Sequence[Variant]) -> dict[str, Any]:
     """{"score": its name, "variants": {name: {score: `over_runs`}}, "differences": {name: {score: `over_runs` of this variant minus the first,
-    on the seeds that both have}}}."""
+    on the seeds that both have}}}. A final loss is subtracted only from one of the same steps."""
     base = compared[0]
     differences: dict[str, Any] = {}
     for variant in compared[1:]:
         common = sorted(base.runs.keys() & variant.runs.keys())
         if common:
             first, other = ({seed: _values(v.runs[seed]) for seed in common} for v in (base, variant))
+            if any(base.runs[seed].last_step != variant.runs[seed].last_step for seed in common):
+                for values in other.values():
+                    values.pop(
+                        "final_loss", None
+                    )  # its means are over other steps, which says nothing about the variant
             differences[variant.name] = {
                 score: _paired({seed: other[seed][score] - first[seed][score] for seed in common})
                 for score in first[common[0]]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.compare import compare, draw, losses_before_guidance, main, read_run, render, variants
+from tasks.compare import Variant, compare, draw, losses_before_guidance, main, read_run, render, variants
 from tasks.manifest import seal
 
 
@@ -96,6 +96,10 @@ def test_the_loss_of_steps_with_guidance_is_not_compared(trained, tmp_path):
     # Guidance over the last 30 steps, without which the loss is higher by 1 (`trained`); then over all of them.
     some, none = (read_run(trained(name, 0, 0.9, 0.1, guided_steps=n)) for name, n in (("some", 30), ("all", 101)))
     assert some.final_loss == pytest.approx(1.1)
+    plain = read_run(trained("plain", 0, 0.9, 0.1))
+    for other, compared in ((plain, True), (some, False)):  # only losses of the same steps have a difference
+        (difference,) = compare([Variant("base", {0: plain}), Variant("x", {0: other})])["differences"].values()
+        assert ("final_loss" in difference) == compared
     compared = variants([none])
     assert "final_loss" not in compare(compared)["variants"]["all runs"]
     draw(compared, tmp_path / "no_losses.png")
